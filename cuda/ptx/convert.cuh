@@ -1,0 +1,46 @@
+// Conversions between float32 and the 16-bit types, two values to a register, each rounded once to nearest even.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/dtypes.h"
+
+namespace qlora::ptx {
+
+// Packs (low, high) into one register.
+template <class T>
+__device__ __forceinline__ uint32_t pack2(float low, float high);
+
+template <>
+__device__ __forceinline__ uint32_t pack2<bfloat16>(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+template <>
+__device__ __forceinline__ uint32_t pack2<float16>(float low, float high) {
+  uint32_t d;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+}
+
+// The two values of a register. A bfloat16 is the upper half of a float32, so one shift or mask each does it.
+template <class T>
+__device__ __forceinline__ float2 unpack2(uint32_t pair);
+
+template <>
+__device__ __forceinline__ float2 unpack2<bfloat16>(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xFFFF0000u));
+}
+
+template <>
+__device__ __forceinline__ float2 unpack2<float16>(uint32_t pair) {
+  float2 v;
+  asm("{\n\t.reg .b16 l, h;\n\tmov.b32 {l, h}, %2;\n\tcvt.f32.f16 %0, l;\n\tcvt.f32.f16 %1, h;\n\t}"
+      : "=f"(v.x), "=f"(v.y)
+      : "r"(pair));
+  return v;
+}
+
+}  // namespace qlora::ptx

@@ -1,0 +1,22 @@
+// prmt.b32: builds a word from four bytes of the pair (low, high); selector digit i names the source of byte i, 0..3 in
+// `low` and 4..7 in `high` (PTX ISA 9.7.9.7).
+#pragma once
+
+#include <cstdint>
+
+namespace qlora::ptx {
+
+template <uint32_t kSelector>
+__device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "n"(kSelector));
+  return d;
+}
+
+__device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
+  return d;
+}
+
+}  // namespace qlora::ptx
