@@ -1,0 +1,170 @@
+// The skinny products of LoRA: out = round(factor · mask(x) · aᵀ) with x [m, k] and few columns `rank`, where a is
+// [rank, k] (forward: h = scaling · dropout(x) · lora_aᵀ) or, transposed, [k, rank] (backward: g = scaling · dy ·
+// lora_b).
+//
+// On tensor cores the ranks are the 16 rows of the mma and the tokens its 8 columns. A sum does not care about the
+// order of k, so a lane takes 8 consecutive k of its row with one 16-byte load and feeds them as the k of two mma; no
+// operand passes through shared memory. The warps of a CTA share out k, and their sums are added in a fixed order.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/philox.h"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/prmt.cuh"
+#include "cuda/tile/element.cuh"
+
+namespace qlora::kernels {
+
+inline constexpr int kSkinnyWarps = 16;
+inline constexpr int kSkinnyThreads = 32 * kSkinnyWarps;
+inline constexpr int kSkinnyScalarRanks = 4;
+inline constexpr int kSkinnyScalarThreads = 128;
+
+template <class T>
+struct SkinnyArgs {
+  const T* x;
+  const T* a;
+  T* out;  // [m, rank]
+  int64_t m, k, rank;
+  float factor;  // scaling, times the dropout's keep_scale
+  Dropout dropout;
+  uint32_t* clear;  // words set to zero on the way, for the kernel that follows
+  int64_t clear_count;
+};
+
+// Zeroes the halves of `pair` (elements 2i, 2i+1 of a group of four) that are dropped.
+__device__ __forceinline__ uint32_t drop_pair(const Dropout& dropout, uint32_t pair, uint32_t bits0, uint32_t bits1) {
+  return pair & ((dropout.keeps(bits0) ? 0x0000FFFFu : 0u) | (dropout.keeps(bits1) ? 0xFFFF0000u : 0u));
+}
+
+// Applies dropout to the 8 elements from row-major index `index`, a multiple of 4.
+__device__ __forceinline__ void drop8(const Dropout& dropout, int64_t index, uint4& x) {
+  const Philox4 low = philox4x32_10(dropout.seed, static_cast<uint64_t>(index) / 4);
+  const Philox4 high = philox4x32_10(dropout.seed, static_cast<uint64_t>(index) / 4 + 1);
+  x.x = drop_pair(dropout, x.x, low.lane[0], low.lane[1]);
+  x.y = drop_pair(dropout, x.y, low.lane[2], low.lane[3]);
+  x.z = drop_pair(dropout, x.z, high.lane[0], high.lane[1]);
+  x.w = drop_pair(dropout, x.w, high.lane[2], high.lane[3]);
+}
+
+// The `a` operand of both steps for 16 ranks from `rank0` and this lane's 8 k from `k0` (zeros unless `valid`). From
+// [rank, k]: mma row i is rank rank0 + i.
+template <class T>
+__device__ __forceinline__ void load_ranks(const SkinnyArgs<T>& p, int64_t rank0, int64_t k0, bool valid, int g,
+                                           uint32_t (&f)[8]) {
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  const T* row = p.a + (rank0 + g) * p.k + k0;
+  const uint4 low = valid && rank0 + g < p.rank ? *reinterpret_cast<const uint4*>(row) : zero;
+  const uint4 high = valid && rank0 + g + 8 < p.rank ? *reinterpret_cast<const uint4*>(row + 8 * p.k) : zero;
+  f[0] = low.x, f[1] = high.x, f[2] = low.y, f[3] = high.y;
+  f[4] = low.z, f[5] = high.z, f[6] = low.w, f[7] = high.w;
+}
+
+// The same from [k, rank]: a lane loads the ranks (2g, 2g+1) of its 8 rows k and pairs rows, so that mma row g is rank
+// rank0 + 2g and row g + 8 is rank rank0 + 2g + 1.
+template <class T>
+__device__ __forceinline__ void load_ranks_transposed(const SkinnyArgs<T>& p, int64_t rank0, int64_t k0, bool valid,
+                                                      int g, uint32_t (&f)[8]) {
+  const int64_t rank = rank0 + 2 * g;
+  uint32_t row[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i)
+    row[i] = valid && rank < p.rank ? *reinterpret_cast<const uint32_t*>(p.a + (k0 + i) * p.rank + rank) : 0u;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    f[2 * i] = ptx::prmt<0x5410>(row[2 * i], row[2 * i + 1]);
+    f[2 * i + 1] = ptx::prmt<0x7632>(row[2 * i], row[2 * i + 1]);
+  }
+}
+
+__device__ __forceinline__ void clear_words(uint32_t* words, int64_t count) {
+  const int64_t cta = int64_t{blockIdx.y} * gridDim.x + blockIdx.x, ctas = int64_t{gridDim.x} * gridDim.y;
+  for (int64_t i = cta * blockDim.x + threadIdx.x; i < count; i += ctas * blockDim.x) words[i] = 0;
+}
+
+// Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks. Needs k % 8 == 0 and x, a 16-byte aligned; transposed
+// also an even rank.
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
+__global__ void __launch_bounds__(kSkinnyThreads) skinny_kernel(const __grid_constant__ SkinnyArgs<T> p) {
+  constexpr int kFragment = 128 * kTokenTiles;  // sums of a warp for 16 ranks
+  __shared__ float4 partial[kSkinnyWarps][kFragment / 4];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  const int64_t token0 = int64_t{blockIdx.x} * (8 * kTokenTiles);
+  const int64_t rank0 = int64_t{blockIdx.y} * (16 * kRankTiles);
+  clear_words(p.clear, p.clear_count);
+
+  float acc[kRankTiles][kTokenTiles][4] = {};
+#pragma unroll(kRankTiles* kTokenTiles > 4 ? 1 : 2)
+  for (int64_t segment = 32 * warp; segment < p.k; segment += 32 * kSkinnyWarps) {
+    const int64_t k0 = segment + 8 * t;
+    const bool valid = k0 < p.k;
+    uint4 x[kTokenTiles];
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j) {
+      const int64_t token = token0 + 8 * j + g, index = token * p.k + k0;
+      x[j] = valid && token < p.m ? *reinterpret_cast<const uint4*>(p.x + index) : make_uint4(0, 0, 0, 0);
+      if (p.dropout.active()) drop8(p.dropout, index, x[j]);
+    }
+#pragma unroll
+    for (int i = 0; i < kRankTiles; ++i) {
+      uint32_t a[8];
+      if constexpr (kTransposed)
+        load_ranks_transposed(p, rank0 + 16 * i, k0, valid, g, a);
+      else
+        load_ranks(p, rank0 + 16 * i, k0, valid, g, a);
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        ptx::mma_m16n8k16<T>(acc[i][j], a[0], a[1], a[2], a[3], x[j].x, x[j].y);
+        ptx::mma_m16n8k16<T>(acc[i][j], a[4], a[5], a[6], a[7], x[j].z, x[j].w);
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < kRankTiles; ++i) {
+    if (i > 0) __syncthreads();
+#pragma unroll
+    for (int j = 0; j < kTokenTiles; ++j)
+      partial[warp][32 * j + lane] = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
+    __syncthreads();
+    for (int e = threadIdx.x; e < kFragment; e += kSkinnyThreads) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int w = 0; w < kSkinnyWarps; ++w) sum += reinterpret_cast<const float*>(partial[w])[e];
+      // Sum e is value c of the fragment of lane (row, 2·column pair) in token tile e / 128.
+      const int row = e / 16 % 8, c = e % 4;
+      const int64_t token = token0 + e / 128 * 8 + e / 4 % 4 * 2 + c % 2;
+      const int64_t rank = rank0 + 16 * i + (kTransposed ? 2 * row + c / 2 : row + c / 2 * 8);
+      if (token < p.m && rank < p.rank) p.out[token * p.rank + rank] = tile::narrow<T>(sum * p.factor);
+    }
+  }
+}
+
+// Any type, shape and alignment: a warp sums up one token's kSkinnyScalarRanks ranks in float32, its lanes striding
+// over k. Grid: x over tokens, y over 4·kSkinnyScalarRanks ranks.
+template <class T, bool kTransposed>
+__global__ void __launch_bounds__(kSkinnyScalarThreads) skinny_scalar_kernel(const __grid_constant__ SkinnyArgs<T> p) {
+  const int lane = threadIdx.x % 32;
+  clear_words(p.clear, p.clear_count);
+  const int64_t rank0 = (int64_t{blockIdx.y} * (kSkinnyScalarThreads / 32) + threadIdx.x / 32) * kSkinnyScalarRanks;
+  for (int64_t token = blockIdx.x; token < p.m; token += gridDim.x) {
+    float acc[kSkinnyScalarRanks] = {};
+    for (int64_t k = lane; k < p.k; k += 32) {
+      const int64_t index = token * p.k + k;
+      float x = tile::widen(p.x[index]);
+      if (p.dropout.active() && !p.dropout.keeps(philox4x32_10(p.dropout.seed, index / 4).lane[index % 4])) x = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kSkinnyScalarRanks; ++i)
+        if (rank0 + i < p.rank)
+          acc[i] = fmaf(x, tile::widen(p.a[kTransposed ? k * p.rank + rank0 + i : (rank0 + i) * p.k + k]), acc[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kSkinnyScalarRanks; ++i) {
+      for (int offset = 16; offset > 0; offset /= 2) acc[i] += __shfl_xor_sync(0xFFFFFFFFu, acc[i], offset);
+      if (lane == 0 && rank0 + i < p.rank) p.out[token * p.rank + rank0 + i] = tile::narrow<T>(acc[i] * p.factor);
+    }
+  }
+}
+
+}  // namespace qlora::kernels

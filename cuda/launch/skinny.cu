@@ -1,0 +1,77 @@
+#include "cuda/launch/skinny.h"
+
+#include <algorithm>
+
+#include "cuda/kernels/skinny.cuh"
+
+namespace qlora::cuda {
+namespace {
+
+// Tokens from which a CTA takes several tiles of 8: enough CTAs remain, and `a` is read less often.
+constexpr int64_t kManyTokens = 512;
+
+bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
+cudaError_t launch_tiles(const kernels::SkinnyArgs<T>& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
+                  static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));
+  kernels::skinny_kernel<T, kTransposed, kRankTiles, kTokenTiles><<<grid, kernels::kSkinnyThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <class T, bool kTransposed>
+cudaError_t launch_mma(const kernels::SkinnyArgs<T>& args, cudaStream_t stream) {
+  const bool many = args.m >= kManyTokens;
+  if (args.rank <= 16)
+    return many ? launch_tiles<T, kTransposed, 1, 4>(args, stream) : launch_tiles<T, kTransposed, 1, 1>(args, stream);
+  return many ? launch_tiles<T, kTransposed, 4, 2>(args, stream) : launch_tiles<T, kTransposed, 4, 1>(args, stream);
+}
+
+template <class T, bool kTransposed>
+cudaError_t launch_scalar(const kernels::SkinnyArgs<T>& args, cudaStream_t stream) {
+  constexpr int64_t kRanks = kernels::kSkinnyScalarThreads / 32 * kernels::kSkinnyScalarRanks;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(args.m, 1 << 20)),
+                  static_cast<unsigned>(ceil_div(args.rank, kRanks)));
+  kernels::skinny_scalar_kernel<T, kTransposed><<<grid, kernels::kSkinnyScalarThreads, 0, stream>>>(args);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch(const SkinnyProblem& problem, cudaStream_t stream) {
+  const kernels::SkinnyArgs<T> args{static_cast<const T*>(problem.x),
+                                    static_cast<const T*>(problem.a),
+                                    static_cast<T*>(problem.out),
+                                    problem.m,
+                                    problem.k,
+                                    problem.rank,
+                                    static_cast<float>(problem.scaling * problem.dropout.keep_scale),
+                                    problem.dropout,
+                                    problem.clear,
+                                    problem.clear_count};
+  if constexpr (sizeof(T) == 2) {
+    const bool rows_fit = problem.transposed ? problem.rank % 2 == 0 && aligned(problem.a, 4) : aligned(problem.a, 16);
+    if (problem.k % 8 == 0 && aligned(problem.x, 16) && rows_fit)
+      return problem.transposed ? launch_mma<T, true>(args, stream) : launch_mma<T, false>(args, stream);
+  }
+  return problem.transposed ? launch_scalar<T, true>(args, stream) : launch_scalar<T, false>(args, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_skinny(const SkinnyProblem& problem, cudaStream_t stream) {
+  if (problem.m == 0 || problem.rank == 0) return cudaSuccess;
+  switch (problem.dtype) {
+    case DType::kFloat32:
+      return launch<float>(problem, stream);
+    case DType::kBFloat16:
+      return launch<bfloat16>(problem, stream);
+    case DType::kFloat16:
+      return launch<float16>(problem, stream);
+    case DType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace qlora::cuda

@@ -1,0 +1,29 @@
+// LoRA's skinny products, out = round(scaling · dropout(x) · aᵀ): h of the forward and g = scaling · dy · lora_b of the
+// backward.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cpp/format/problem.h"
+
+namespace qlora::cuda {
+
+struct SkinnyProblem {
+  DType dtype = DType::kFloat32;  // of x, a, out
+  int64_t m = 0, k = 0, rank = 0;
+  const void* x = nullptr;  // [m, k]
+  const void* a = nullptr;  // [rank, k], or [k, rank] if transposed
+  bool transposed = false;
+  double scaling = 1.0;
+  Dropout dropout;            // of x
+  void* out = nullptr;        // [m, rank]
+  uint32_t* clear = nullptr;  // words that the kernel sets to zero besides, saving the next kernel a memset
+  int64_t clear_count = 0;
+};
+
+// Sums in float32 in a fixed order. Nothing is launched, and nothing cleared, when m or rank is 0.
+cudaError_t launch_skinny(const SkinnyProblem& problem, cudaStream_t stream);
+
+}  // namespace qlora::cuda

@@ -1,0 +1,56 @@
+// Decoding packed NF4 by a table of pairs in shared memory: one prmt and one load yield two weights as the two halves
+// of a register, ready to be an operand of mma.
+//
+// Row v (0..255) is the pair that byte v packs: its high nibble's value in the lower half, its low nibble's in the
+// upper. Rows are 256 bytes apart, so the address is the packed byte moved one byte up (prmt), with the lane in the
+// lowest byte. A row holds 32 copies, one a lane, so 32 lanes looking up 32 different bytes never meet in a bank. The
+// second 128 bytes of each row are not touched.
+//
+// What is stored is round(value * factor), not the value itself: with the factors below the 16 codes happen to lie
+// close to numbers of the 16-bit type, which makes the error of the weight half as large (bfloat16) as rounding value *
+// absmax would. Whoever sums the products multiplies by absmax / factor.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/nf4.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/prmt.cuh"
+#include "cuda/ptx/shared.cuh"
+
+namespace qlora::tile {
+
+inline constexpr int kPairTableRowBytes = 256;
+inline constexpr int kPairTableBytes = 256 * kPairTableRowBytes;
+
+// The factor in [1, 2) that minimises the root mean square error of the codes over normally distributed weights.
+template <class T>
+inline constexpr float kPairFactor = 1.0f;
+template <>
+inline constexpr float kPairFactor<bfloat16> = 1.4367f;  // 7.8e-4 of the weight's norm; factor 1: 1.36e-3
+template <>
+inline constexpr float kPairFactor<float16> = 1.3662f;  // 8.0e-5; factor 1: 1.84e-4
+
+static __constant__ const Nf4Table kDeviceNf4{};
+
+// Fills the table at shared address `table` (16-byte aligned). Call from all threads of a CTA, then synchronise.
+template <class T>
+__device__ __forceinline__ void fill_pair_table(uint32_t table, int thread, int threads) {
+  for (int row = thread; row < 256; row += threads) {
+    const uint32_t pair =
+        ptx::pack2<T>(kDeviceNf4.value[row >> 4] * kPairFactor<T>, kDeviceNf4.value[row & 15] * kPairFactor<T>);
+    const uint32_t address = table + row * kPairTableRowBytes;
+    // Neighbouring threads write different 16-byte pieces of their rows at a time, for the sake of the banks.
+    for (int piece = 0; piece < 8; ++piece)
+      ptx::store_shared_v4(address + ((piece + row) & 7) * 16, make_uint4(pair, pair, pair, pair));
+  }
+}
+
+// The pair of byte `kByte` of `word`. `lane_offset` is 4 * (thread's lane), and nothing else in its upper bytes.
+template <int kByte>
+__device__ __forceinline__ uint32_t lookup_pair(uint32_t table, uint32_t lane_offset, uint32_t word) {
+  constexpr uint32_t kLaneThenByte = 0x7604u | (uint32_t{kByte} << 4);
+  return ptx::load_shared_u32(ptx::prmt<kLaneThenByte>(word, lane_offset) + table);
+}
+
+}  // namespace qlora::tile
