@@ -53,7 +53,8 @@ inline int dynamic8_encode(float q) {
 
 // The mean of absmax must be the same bits in every implementation, so its order of summation is part of the format:
 // chunks of kMeanChunk values; in a chunk, double partial p sums values p, p + kMeanLanes, ... in order; partials are
-// added pairwise (p += p + half, half = kMeanLanes/2 .. 1); chunks are added in order; then one division and one rounding.
+// added pairwise (p += p + half, half = kMeanLanes/2 .. 1); chunks are added in order; then one division and one
+// rounding.
 inline constexpr int64_t kMeanLanes = 1024;
 inline constexpr int64_t kMeanChunk = 65536;
 

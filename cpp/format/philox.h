@@ -31,7 +31,7 @@ QLORA_HD Philox4 philox4x32_10(uint64_t seed, uint64_t group) {
 // Dropout of element `index` (row-major index in x [M, K]): dropped when its 32 random bits, as an integer, are below
 // `threshold` = round(p * 2^32); what is kept is scaled by `keep_scale` = 1 / (1 - p), in float32 after the sum.
 struct Dropout {
-  uint64_t threshold = 0;  // 0: no dropout; 2^32: everything is dropped
+  uint64_t threshold = 0;   // 0: no dropout; 2^32: everything is dropped
   double keep_scale = 1.0;  // 0 when everything is dropped
   uint64_t seed = 0;
 

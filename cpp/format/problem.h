@@ -12,12 +12,13 @@
 namespace qlora {
 
 // The scales of a packed weight: float32 `absmax`, or (double quantization) `codes` with their nested scales. Exactly
-// one of `absmax` and `codes` is set. Decode of a nested scale: code8[q] * nested_absmax + nested_offset, two roundings.
+// one of `absmax` and `codes` is set. Decode of a nested scale: code8[q] * nested_absmax + nested_offset, two
+// roundings.
 struct Scales {
-  const float* absmax = nullptr;          // [blocks]
-  const uint8_t* codes = nullptr;         // [blocks]
-  const float* nested_absmax = nullptr;   // [ceil(blocks / nested_block_size)]
-  const float* nested_offset = nullptr;   // [1]
+  const float* absmax = nullptr;         // [blocks]
+  const uint8_t* codes = nullptr;        // [blocks]
+  const float* nested_absmax = nullptr;  // [ceil(blocks / nested_block_size)]
+  const float* nested_offset = nullptr;  // [1]
   int64_t block_size = 64;
   int64_t nested_block_size = 256;
 };

@@ -1,0 +1,138 @@
+// `_C`: build info, the CPU kernels in use, and the format on numpy arrays. No torch in here.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "build_info.h"
+#include "cpp/cpu/isa.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/format/dynamic8.h"
+
+namespace py = pybind11;
+using namespace qlora;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+// numpy users have no torch pool: one thread.
+const cpu::Pool kOneThread = {[](int64_t count, int64_t, cpu::Pool::Body body, void* context) {
+                                if (count) body(context, 0, count);
+                              },
+                              1};
+
+void require(bool ok, const std::string& text) {
+  if (!ok) throw py::value_error(text);
+}
+
+void check_block_size(int64_t block_size) {
+  require(is_block_size(block_size),
+          "block_size: expected a power of two from 32 to 4096, got " + std::to_string(block_size));
+}
+
+void check_nested_block_size(int64_t nested_block_size) {
+  require(nested_block_size >= 1,
+          "nested_block_size: expected a positive number, got " + std::to_string(nested_block_size));
+}
+
+void check_count(const char* name, int64_t got, int64_t expected) {
+  require(got == expected,
+          std::string(name) + ": expected " + std::to_string(expected) + " elements, got " + std::to_string(got));
+}
+
+py::tuple quantize_nf4(const Array<float>& w, int64_t block_size) {
+  check_block_size(block_size);
+  Array<uint8_t> packed(packed_bytes(w.size()));
+  Array<float> absmax(ceil_div(w.size(), block_size));
+  cpu::quantize_nf4(kOneThread, DType::kFloat32, w.data(), w.size(), block_size, packed.mutable_data(),
+                    absmax.mutable_data());
+  return py::make_tuple(packed, absmax);
+}
+
+Array<float> dequantize_nf4(const Array<uint8_t>& packed, const Array<float>& absmax, int64_t numel,
+                            int64_t block_size) {
+  check_block_size(block_size);
+  require(numel >= 0, "numel: expected 0 or more, got " + std::to_string(numel));
+  check_count("packed", packed.size(), packed_bytes(numel));
+  check_count("absmax", absmax.size(), ceil_div(numel, block_size));
+  Array<float> out(numel);
+  Scales scales;
+  scales.absmax = absmax.data();
+  scales.block_size = block_size;
+  cpu::dequantize_nf4(kOneThread, packed.data(), scales, numel, DType::kFloat32, out.mutable_data());
+  return out;
+}
+
+py::tuple quantize_absmax(const Array<float>& absmax, int64_t nested_block_size) {
+  check_nested_block_size(nested_block_size);
+  Array<uint8_t> codes(absmax.size());
+  Array<float> nested_absmax(ceil_div(absmax.size(), nested_block_size));
+  float offset = 0.0f;
+  cpu::quantize_absmax(kOneThread, absmax.data(), absmax.size(), nested_block_size, codes.mutable_data(),
+                       nested_absmax.mutable_data(), &offset);
+  return py::make_tuple(codes, nested_absmax, py::float_(offset));
+}
+
+Array<float> dequantize_absmax(const Array<uint8_t>& codes, const Array<float>& nested_absmax, float nested_offset,
+                               int64_t nested_block_size) {
+  check_nested_block_size(nested_block_size);
+  check_count("nested_absmax", nested_absmax.size(), ceil_div(codes.size(), nested_block_size));
+  Array<float> absmax(codes.size());
+  Scales scales;
+  scales.codes = codes.data();
+  scales.nested_absmax = nested_absmax.data();
+  scales.nested_offset = &nested_offset;
+  scales.nested_block_size = nested_block_size;
+  cpu::dequantize_absmax(kOneThread, scales, codes.size(), absmax.mutable_data());
+  return absmax;
+}
+
+py::dict build_info() {
+  py::dict d;
+  d["version"] = QLORA_VERSION;
+  d["compiler"] = QLORA_CXX;
+  d["torch_headers"] = QLORA_TORCH_HEADERS;
+  d["cuda_built"] = bool(QLORA_HAVE_CUDA);
+  d["cuda_archs"] = QLORA_CUDA_ARCHS;
+  d["nvcc"] = QLORA_NVCC;
+  return d;
+}
+
+py::list cpu_isas() {
+  py::list names;
+  for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i) names.append(cpu::isa_name(static_cast<cpu::Isa>(i)));
+  return names;
+}
+
+const char* cpu_isa() {
+  if (const char* error = cpu::isa_error()) throw py::value_error(error);
+  return cpu::isa_name(cpu::current_isa());
+}
+
+Array<float> table(const float* values, int64_t count) {
+  Array<float> out(count);
+  for (int64_t i = 0; i < count; ++i) out.mutable_data()[i] = values[i];
+  return out;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "qlora_ext without torch: build info, kernel choice, and the NF4 format on numpy arrays.";
+  m.def("build_info", &build_info, "What this package was compiled from and for.");
+  m.def("cpu_isas", &cpu_isas, "Names of the instruction sets this processor can run the kernels with, worst first.");
+  m.def("cpu_isa", &cpu_isa,
+        "The instruction set in use: the best, or QLORA_CPU_ISA. ValueError if that is not to be had.");
+  m.def("nf4_code", [] { return table(kNf4.value, kCodes); }, "The 16 NF4 values, float32.");
+  m.def("dynamic8_code", [] { return table(kDynamic8.value, 256); }, "The 256 values of the 8-bit scale map, float32.");
+  m.def("quantize_nf4", &quantize_nf4, py::arg("w").noconvert(), py::arg("block_size") = 64,
+        "float32 array, any shape -> (packed uint8 [ceil(numel/2)], absmax float32 [ceil(numel/block_size)]).");
+  m.def("dequantize_nf4", &dequantize_nf4, py::arg("packed").noconvert(), py::arg("absmax").noconvert(),
+        py::arg("numel"), py::arg("block_size") = 64, "packed and absmax -> float32 [numel].");
+  m.def("quantize_absmax", &quantize_absmax, py::arg("absmax").noconvert(), py::arg("nested_block_size") = 256,
+        "float32 absmax -> (codes uint8, nested_absmax float32, nested_offset float).");
+  m.def("dequantize_absmax", &dequantize_absmax, py::arg("codes").noconvert(), py::arg("nested_absmax").noconvert(),
+        py::arg("nested_offset"), py::arg("nested_block_size") = 256, "codes and nested scales -> float32 absmax.");
+}

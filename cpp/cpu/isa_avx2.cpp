@@ -1,0 +1,18 @@
+// The CPU kernels compiled for avx2 (flags: CMakeLists.txt).
+#include "cpp/cpu/dispatch.h"
+#include "cpp/format/dynamic8.h"
+
+namespace qlora::cpu {
+namespace avx2 {
+namespace {
+
+#include "cpp/cpu/codec-inl.h"
+#include "cpp/cpu/linear-inl.h"
+
+}  // namespace
+}  // namespace avx2
+
+const Kernels kAvx2Kernels = {avx2::quantize_nf4, avx2::quantize_absmax, avx2::dequantize_absmax, avx2::dequantize_nf4,
+                              avx2::linear_nf4,   avx2::linear_nf4_dx,   avx2::linear_nf4_dlora};
+
+}  // namespace qlora::cpu

@@ -1,0 +1,19 @@
+// The CPU kernels compiled for avx512 (flags: CMakeLists.txt).
+#include "cpp/cpu/dispatch.h"
+#include "cpp/format/dynamic8.h"
+
+namespace qlora::cpu {
+namespace avx512 {
+namespace {
+
+#include "cpp/cpu/codec-inl.h"
+#include "cpp/cpu/linear-inl.h"
+
+}  // namespace
+}  // namespace avx512
+
+const Kernels kAvx512Kernels = {avx512::quantize_nf4,    avx512::quantize_absmax, avx512::dequantize_absmax,
+                                avx512::dequantize_nf4,  avx512::linear_nf4,      avx512::linear_nf4_dx,
+                                avx512::linear_nf4_dlora};
+
+}  // namespace qlora::cpu

@@ -1,0 +1,20 @@
+// The CPU kernels compiled for avx512_bf16 (flags: CMakeLists.txt).
+#include "cpp/cpu/dispatch.h"
+#include "cpp/format/dynamic8.h"
+
+namespace qlora::cpu {
+namespace avx512_bf16 {
+namespace {
+
+#include "cpp/cpu/codec-inl.h"
+#include "cpp/cpu/linear-inl.h"
+
+}  // namespace
+}  // namespace avx512_bf16
+
+const Kernels kAvx512Bf16Kernels = {avx512_bf16::quantize_nf4,      avx512_bf16::quantize_absmax,
+                                    avx512_bf16::dequantize_absmax, avx512_bf16::dequantize_nf4,
+                                    avx512_bf16::linear_nf4,        avx512_bf16::linear_nf4_dx,
+                                    avx512_bf16::linear_nf4_dlora};
+
+}  // namespace qlora::cpu

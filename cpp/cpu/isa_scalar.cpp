@@ -1,0 +1,19 @@
+// The CPU kernels compiled for scalar (flags: CMakeLists.txt).
+#include "cpp/cpu/dispatch.h"
+#include "cpp/format/dynamic8.h"
+
+namespace qlora::cpu {
+namespace scalar {
+namespace {
+
+#include "cpp/cpu/codec-inl.h"
+#include "cpp/cpu/linear-inl.h"
+
+}  // namespace
+}  // namespace scalar
+
+const Kernels kScalarKernels = {scalar::quantize_nf4,    scalar::quantize_absmax, scalar::dequantize_absmax,
+                                scalar::dequantize_nf4,  scalar::linear_nf4,      scalar::linear_nf4_dx,
+                                scalar::linear_nf4_dlora};
+
+}  // namespace qlora::cpu

@@ -1,0 +1,240 @@
+// Tensors -> the plain views of cpp/format/problem.h. Every argument of every operator is checked here and nowhere
+// else, for CPU and CUDA alike; the message names the argument, what was expected and what came.
+#pragma once
+
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "cpp/format/problem.h"
+#include "cpp/ops/stable.h"
+
+namespace qlora::checks {
+
+template <class... Parts>
+inline void require(bool ok, const Parts&... parts) {
+  if (ok) [[likely]]
+    return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::invalid_argument(text.str());
+}
+
+inline std::string shape_text(const Tensor& t) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < t.dim(); ++i) text << (i ? ", " : "") << t.size(i);
+  text << ']';
+  return text.str();
+}
+
+inline const char* dtype_text(ScalarType t) { return torch::headeronly::toString(t); }
+
+inline DType float_dtype(const char* name, ScalarType t) {
+  switch (t) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    default:
+      break;
+  }
+  require(false, name, ": expected float32, bfloat16 or float16, got ", dtype_text(t));
+  return {};
+}
+
+// float64 exists for gradcheck, on the CPU only.
+inline DType compute_dtype(const char* name, const Tensor& t) {
+  const DType dtype = float_dtype(name, t.scalar_type());
+  require(dtype != DType::kFloat64 || t.is_cpu(), name, ": float64 is supported on the CPU only");
+  return dtype;
+}
+
+inline DType storage_dtype(const char* name, ScalarType t) {
+  require(t != ScalarType::Double, name, ": expected float32, bfloat16 or float16, got Double");
+  return float_dtype(name, t);
+}
+
+inline std::string device_text(const Tensor& t) {
+  if (t.is_cpu()) return "cpu";
+  return (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
+
+inline void same_device(const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+  const bool same =
+      t.is_cpu() ? like.is_cpu()
+                 : t.is_cuda() == like.is_cuda() && !like.is_cpu() && t.get_device_index() == like.get_device_index();
+  if (!same) {
+    require(false, name, ": expected on the device of ", like_name, " (", device_text(like), "), got ", device_text(t));
+  }
+}
+
+inline void has_dtype(const char* name, const Tensor& t, ScalarType dtype) {
+  require(t.scalar_type() == dtype, name, ": expected ", dtype_text(dtype), ", got ", dtype_text(t.scalar_type()));
+}
+
+inline void has_numel(const char* name, const Tensor& t, int64_t numel, const char* why) {
+  if (t.numel() != numel) {
+    require(false, name, ": expected ", numel, " elements (", why, "), got ", t.numel(), " in shape ", shape_text(t));
+  }
+}
+
+inline void is_matrix(const char* name, const Tensor& t, int64_t rows, int64_t cols, const char* names) {
+  if (t.dim() != 2 || t.size(0) != rows || t.size(1) != cols) {
+    require(false, name, ": expected shape [", rows, ", ", cols, "] (", names, "), got ", shape_text(t));
+  }
+}
+
+// Packed state is never copied behind the user's back.
+inline void is_contiguous(const char* name, const Tensor& t) {
+  if (!t.is_contiguous()) {
+    require(false, name, ": expected a contiguous tensor, got shape ", shape_text(t), " with other strides");
+  }
+}
+
+inline void block_size(const char* name, int64_t n) {
+  require(is_block_size(n), name, ": expected a power of two from ", kMinBlockSize, " to ", kMaxBlockSize, ", got ", n);
+}
+
+inline void nested_block_size(int64_t n) { require(n >= 1, "nested_block_size: expected a positive number, got ", n); }
+
+// 8-bit codes of absmax with their nested scales.
+inline Scales nested_scales(const char* name, const Tensor& codes, const Tensor& nested_absmax,
+                            const Tensor& nested_offset, int64_t nested_block) {
+  has_dtype(name, codes, ScalarType::Byte);
+  is_contiguous(name, codes);
+  nested_block_size(nested_block);
+  same_device("nested_absmax", nested_absmax, name, codes);
+  same_device("nested_offset", nested_offset, name, codes);
+  has_dtype("nested_absmax", nested_absmax, ScalarType::Float);
+  has_dtype("nested_offset", nested_offset, ScalarType::Float);
+  is_contiguous("nested_absmax", nested_absmax);
+  has_numel("nested_absmax", nested_absmax, ceil_div(codes.numel(), nested_block), "one a nested block");
+  has_numel("nested_offset", nested_offset, 1, "a scalar");
+  Scales s;
+  s.nested_block_size = nested_block;
+  s.codes = codes.const_data_ptr<uint8_t>();
+  s.nested_absmax = nested_absmax.const_data_ptr<float>();
+  s.nested_offset = nested_offset.const_data_ptr<float>();
+  return s;
+}
+
+// The arguments that always travel together.
+struct PackedArgs {
+  const Tensor& packed;
+  const Tensor& absmax;
+  const OptionalTensor& nested_absmax;
+  const OptionalTensor& nested_offset;
+  int64_t block_size;
+  int64_t nested_block_size;
+};
+
+// `absmax` is float32, or uint8 codes with both nested tensors.
+inline Scales scales(const PackedArgs& p, int64_t blocks) {
+  same_device("absmax", p.absmax, "packed", p.packed);
+  is_contiguous("absmax", p.absmax);
+  has_numel("absmax", p.absmax, blocks, "one a block");
+  require(p.nested_absmax || !p.nested_offset, "nested_absmax: expected with nested_offset, got None");
+  require(p.nested_offset || !p.nested_absmax, "nested_offset: expected with nested_absmax, got None");
+  Scales s;
+  if (p.nested_absmax) {
+    s = nested_scales("absmax", p.absmax, *p.nested_absmax, *p.nested_offset, p.nested_block_size);
+  } else {
+    require(p.absmax.scalar_type() == ScalarType::Float, "absmax: expected Float (Byte codes come with nested_absmax ",
+            "and nested_offset), got ", dtype_text(p.absmax.scalar_type()));
+    s.absmax = p.absmax.const_data_ptr<float>();
+  }
+  s.block_size = p.block_size;
+  return s;
+}
+
+inline Weight weight(const PackedArgs& p, int64_t n, int64_t k) {
+  has_dtype("packed", p.packed, ScalarType::Byte);
+  is_contiguous("packed", p.packed);
+  if (p.packed.numel() != packed_bytes(n * k)) {
+    require(false, "packed: expected ", packed_bytes(n * k), " bytes for ", n * k, " elements, got ", p.packed.numel(),
+            " in shape ", shape_text(p.packed));
+  }
+  block_size("block_size", p.block_size);
+  Weight w;
+  w.n = n;
+  w.k = k;
+  w.scales = scales(p, ceil_div(n * k, p.block_size));
+  w.packed = p.packed.const_data_ptr<uint8_t>();
+  return w;
+}
+
+inline int64_t shape_numel(const std::vector<int64_t>& shape) {
+  int64_t numel = 1;
+  for (const int64_t d : shape) {
+    require(d >= 0, "shape: expected sizes of 0 or more, got ", d);
+    numel *= d;
+  }
+  return numel;
+}
+
+inline Dropout dropout(double p, int64_t seed) {
+  require(p >= 0.0 && p <= 1.0, "dropout_p: expected a probability from 0 to 1, got ", p);
+  return make_dropout(p, static_cast<uint64_t>(seed));
+}
+
+// A dense operand in the dtype and on the device of `like`, made contiguous if it is not (`keep` owns the data).
+inline const void* operand(const char* name, const Tensor& t, const char* like_name, const Tensor& like, Tensor* keep) {
+  same_device(name, t, like_name, like);
+  require(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, " (",
+          dtype_text(like.scalar_type()), "), got ", dtype_text(t.scalar_type()));
+  *keep = t.is_contiguous() ? t : stable::contiguous(t);
+  return keep->const_data_ptr();
+}
+
+// LoRA's operands with the tensors that own them. lora_a [r, k] and lora_b [n, r] come together; r may be 0.
+struct LoraArgs {
+  Lora lora;
+  Tensor a, b;
+};
+
+inline LoraArgs lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k, double scaling,
+                     double dropout_p, int64_t seed, const char* like_name, const Tensor& like) {
+  LoraArgs out;
+  out.lora.dropout = dropout(dropout_p, seed);
+  out.lora.scaling = scaling;
+  require(a.has_value() || !b, "lora_a: expected with lora_b, got None");
+  require(b.has_value() || !a, "lora_b: expected with lora_a, got None");
+  if (!a) return out;
+  require(a->dim() == 2, "lora_a: expected shape [rank, in_features], got ", shape_text(*a));
+  out.lora.rank = a->size(0);
+  is_matrix("lora_a", *a, out.lora.rank, k, "rank, in_features");
+  is_matrix("lora_b", *b, n, out.lora.rank, "out_features, rank");
+  out.lora.a = operand("lora_a", *a, like_name, like, &out.a);
+  out.lora.b = operand("lora_b", *b, like_name, like, &out.b);
+  return out;
+}
+
+// Leading dimensions flattened: x [..., last] has that many rows.
+inline int64_t rows_of(const char* name, const Tensor& x, int64_t* last) {
+  require(x.dim() >= 1, name, ": expected at least one dimension, got a scalar");
+  *last = x.size(x.dim() - 1);
+  int64_t m = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
+  return m;
+}
+
+inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+  std::vector<int64_t> shape;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
+  shape.push_back(last);
+  return shape;
+}
+
+// The shape of w's codes: [..., K/2] so that dim 0 can be sharded; flat where the last dimension is odd.
+inline std::vector<int64_t> packed_shape(const Tensor& w) {
+  const int64_t dims = w.dim();
+  if (dims >= 1 && w.size(dims - 1) % 2 == 0) return with_last(w, w.size(dims - 1) / 2);
+  return {packed_bytes(w.numel())};
+}
+
+}  // namespace qlora::checks

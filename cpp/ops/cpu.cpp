@@ -1,0 +1,102 @@
+// The operators on the CPU: tensors -> views -> kernels.
+#include <tuple>
+
+#include "cpp/cpu/isa.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/ops/calls.h"
+
+namespace qlora {
+namespace {
+
+// torch's own thread pool, so that torch.set_num_threads() holds for us too.
+cpu::Pool pool() {
+  if (const char* error = cpu::isa_error()) checks::require(false, error);
+  return {[](int64_t count, int64_t grain, cpu::Pool::Body body, void* context) {
+            stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          static_cast<int>(stable::get_num_threads())};
+}
+
+std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size) {
+  const DType dtype = checks::storage_dtype("w", w_arg.scalar_type());
+  checks::block_size("block_size", block_size);
+  const Tensor w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
+  Tensor packed = stable::new_empty(w, checks::packed_shape(w), ScalarType::Byte);
+  Tensor absmax = stable::new_empty(w, {ceil_div(w.numel(), block_size)}, ScalarType::Float);
+  cpu::quantize_nf4(pool(), dtype, w.const_data_ptr(), w.numel(), block_size, packed.mutable_data_ptr<uint8_t>(),
+                    absmax.mutable_data_ptr<float>());
+  return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int64_t nested_block_size) {
+  checks::has_dtype("absmax", absmax_arg, ScalarType::Float);
+  checks::nested_block_size(nested_block_size);
+  const Tensor absmax = absmax_arg.is_contiguous() ? absmax_arg : stable::contiguous(absmax_arg);
+  const int64_t count = absmax.numel();
+  Tensor codes = stable::new_empty(absmax, {count}, ScalarType::Byte);
+  Tensor nested_absmax = stable::new_empty(absmax, {ceil_div(count, nested_block_size)});
+  Tensor nested_offset = stable::new_empty(absmax, {});
+  cpu::quantize_absmax(pool(), absmax.const_data_ptr<float>(), count, nested_block_size,
+                       codes.mutable_data_ptr<uint8_t>(), nested_absmax.mutable_data_ptr<float>(),
+                       nested_offset.mutable_data_ptr<float>());
+  return {codes, nested_absmax, nested_offset};
+}
+
+Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const Tensor& nested_offset,
+                         int64_t nested_block_size) {
+  const Scales scales = checks::nested_scales("codes", codes, nested_absmax, nested_offset, nested_block_size);
+  Tensor absmax = stable::new_empty(codes, {codes.numel()}, ScalarType::Float);
+  cpu::dequantize_absmax(pool(), scales, codes.numel(), absmax.mutable_data_ptr<float>());
+  return absmax;
+}
+
+Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                      OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size,
+                      std::vector<int64_t> shape, ScalarType dtype) {
+  const DType out_dtype = checks::storage_dtype("dtype", dtype);
+  const int64_t numel = checks::shape_numel(shape);
+  const Weight w =
+      checks::weight({packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, 1, numel);
+  Tensor out = stable::new_empty(packed, shape, dtype);
+  cpu::dequantize_nf4(pool(), w.packed, w.scales, numel, out_dtype, out.mutable_data_ptr());
+  return out;
+}
+
+Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                  OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
+                  OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
+                  int64_t seed) {
+  const LinearCall call(x, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, out_features,
+                        bias, lora_a, lora_b, scaling, dropout_p, seed);
+  cpu::linear_nf4(pool(), call.problem);
+  return call.y;
+}
+
+Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                     OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
+                     OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed) {
+  const LinearDxCall call(dy, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
+                          in_features, lora_a, lora_b, scaling, dropout_p, seed);
+  cpu::linear_nf4_dx(pool(), call.problem);
+  return call.dx;
+}
+
+std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
+                                            const Tensor& lora_b, double scaling, double dropout_p, int64_t seed) {
+  const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed);
+  cpu::linear_nf4_dlora(pool(), call.problem);
+  return {call.da, call.db};
+}
+
+}  // namespace
+}  // namespace qlora
+
+STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
+  m.impl("quantize_nf4", TORCH_BOX(&qlora::quantize_nf4));
+  m.impl("quantize_absmax", TORCH_BOX(&qlora::quantize_absmax));
+  m.impl("dequantize_absmax", TORCH_BOX(&qlora::dequantize_absmax));
+  m.impl("dequantize_nf4", TORCH_BOX(&qlora::dequantize_nf4));
+  m.impl("linear_nf4", TORCH_BOX(&qlora::linear_nf4));
+  m.impl("linear_nf4_dx", TORCH_BOX(&qlora::linear_nf4_dx));
+  m.impl("linear_nf4_dlora", TORCH_BOX(&qlora::linear_nf4_dlora));
+}
