@@ -1,0 +1,60 @@
+"""Loads the compiled operators into torch, and knows what was loaded."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import torch
+
+from . import _C
+
+
+def _find(name: str) -> str | None:
+    # The package has two directories in an editable install.
+    from . import __path__
+
+    return next((str(p) for d in __path__ if (p := pathlib.Path(d) / name).is_file()), None)
+
+
+def _load_cpu() -> None:
+    _C.cpu_isa()  # refuses a QLORA_CPU_ISA that cannot be honoured, before anything runs
+    library = _find("libqlora_cpu.so")
+    if library is None:
+        raise ImportError("qlora_ext: libqlora_cpu.so is missing; reinstall the package")
+    torch.ops.load_library(library)
+
+
+def _load_cuda() -> str | None:
+    """Why there are no CUDA kernels; None where they were loaded."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    library = _find("libqlora_cuda.so")
+    if library is None:
+        return "qlora_ext was built without nvcc"
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:  # another CUDA major than the one built for: libcudart.so.NN
+        return str(error.__cause__ or error)
+    return None
+
+
+_load_cpu()
+cuda_error = _load_cuda()
+
+
+def build_info() -> dict[str, Any]:
+    """What this package is: version, compilers, torch headers, CUDA architectures, and what it runs with here.
+
+    Keys: ``version``, ``compiler``, ``torch_headers`` (version built against), ``torch`` (version in use),
+    ``cuda_built``, ``cuda_archs``, ``nvcc``, ``cuda_available``, ``cuda_error`` (why the CUDA kernels are absent, or
+    None), ``cpu_isa`` (in use) and ``cpu_isas`` (to choose from with the environment variable ``QLORA_CPU_ISA``).
+    """
+    return {
+        **_C.build_info(),
+        "torch": torch.__version__,
+        "cuda_error": cuda_error,
+        "cuda_available": cuda_error is None and torch.cuda.is_available(),
+        "cpu_isa": _C.cpu_isa(),
+        "cpu_isas": _C.cpu_isas(),
+    }

@@ -1,0 +1,83 @@
+"""The fused layer as a ``torch.autograd.Function``, and the function people call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .ops import linear_backward, save_for_linear_backward
+from .weight import NF4Weight
+
+
+class LinearNF4Function(torch.autograd.Function):
+    """y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias over a packed, frozen W (QLoRA, Dettmers et al., 2023).
+
+    ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
+    nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
+    lora_b [N, R], scaling, dropout_p, seed. Gradients reach x, bias, lora_a and lora_b; saved for them are x and
+    references to the packed state and the adapters, never a dequantized weight nor a dropout mask.
+    """
+
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        y: Tensor = torch.ops.qlora.linear_nf4(*args)
+        return y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        save_for_linear_backward(ctx, inputs, output)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return linear_backward(ctx, dy)
+
+
+def draw_seed() -> int:
+    """A dropout seed from torch's CPU generator: ``torch.manual_seed`` reproduces it, checkpointing replays it."""
+    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
+
+
+def linear_nf4(
+    x: Tensor,
+    w4: NF4Weight,
+    bias: Tensor | None = None,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    seed: int | None = None,
+) -> Tensor:
+    """The fused QLoRA layer: y = x · dequantize(w4)ᵀ + scaling · dropout(x) · lora_aᵀ · lora_bᵀ + bias.
+
+    Args:
+        x: [..., K]; float32, bfloat16 or float16 (float64 on the CPU). Any leading dimensions, any strides.
+        w4: the frozen weight, of shape [N, K].
+        bias: [N], dtype of x.
+        lora_a, lora_b: [R, K] and [N, R], dtype of x; both or neither.
+        scaling: lora_alpha / R.
+        dropout_p: probability of dropping an element of x on the LoRA branch, 0 to 1.
+        seed: of dropout's Philox stream. None draws one from torch's generator where ``dropout_p`` > 0.
+
+    Returns:
+        y [..., N] in x's dtype, differentiable in x, bias, lora_a and lora_b. Under autocast the dense arguments
+        take the autocast dtype first.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: an argument does not fit; the message names it, what was expected and
+            what came.
+    """
+    if not isinstance(w4, NF4Weight):
+        raise TypeError(f"w4: expected an NF4Weight (see qlora_ext.quantize_nf4), got {type(w4).__name__}")
+    if len(w4.shape) != 2:
+        raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
+    if x.ndim == 0 or x.shape[-1] != w4.shape[1]:
+        raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
+    if seed is None:
+        seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
+    y: Tensor = torch.ops.qlora.linear_nf4(
+        x, *w4.packed_args(), w4.shape[0], bias, lora_a, lora_b, scaling, dropout_p, seed
+    )
+    return y

@@ -1,0 +1,1 @@
+"""Adapters to the libraries around: transformers, PEFT, bitsandbytes' files. Imported only where they are used."""

@@ -1,0 +1,238 @@
+"""``Linear4bit``: a frozen linear layer whose weight is NF4, and the walk that puts it into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .autograd import linear_nf4
+from .weight import NF4Weight, _check_block_sizes, quantize_nf4
+
+# The float32 part of the packed state, which no change of a model's dtype may touch.
+_SCALES = ("absmax", "nested_absmax", "nested_offset")
+
+
+class Linear4bit(nn.Linear):
+    """A linear layer over a frozen NF4 weight: y = x · dequantize(weight)ᵀ + bias, fused.
+
+    The packed state is ``weight`` (uint8 [N, K/2], a parameter without gradient) and the buffers ``absmax`` and,
+    double quantized, ``nested_absmax`` and ``nested_offset``; together they are ``weight4bit``. Moving the module
+    moves them; changing its dtype (``half()``, ``to(dtype)``) changes the bias and ``compute_dtype`` alone. A freshly
+    built module holds zeros, until ``load_state_dict`` or ``set_weight``.
+
+    Args:
+        in_features, out_features: K and N.
+        bias: whether there is a bias [N].
+        compute_dtype: of the bias, and of the products where x is of another floating dtype than it.
+        block_size: elements a scale: a power of two from 32 to 4096.
+        double_quant: whether the scales are 8-bit codes themselves.
+        device: of the packed state; "meta" allocates nothing.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        nested_block_size: int = 256,
+    ) -> None:
+        nn.Module.__init__(self)
+        _check_block_sizes(block_size, nested_block_size)
+        self.in_features, self.out_features = in_features, out_features
+        self.compute_dtype = compute_dtype
+        self.block_size, self.nested_block_size = block_size, nested_block_size
+        self.weight_dtype = compute_dtype
+        numel = in_features * out_features
+        blocks = -(-numel // block_size)
+        packed = torch.zeros(ops.packed_shape((out_features, in_features)), dtype=torch.uint8, device=device)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.nested_absmax: Tensor | None
+        self.nested_offset: Tensor | None
+        if double_quant:
+            nested = -(-blocks // nested_block_size)
+            self.register_buffer("absmax", torch.zeros(blocks, dtype=torch.uint8, device=device))
+            self.register_buffer("nested_absmax", torch.zeros(nested, dtype=torch.float32, device=device))
+            self.register_buffer("nested_offset", torch.zeros((), dtype=torch.float32, device=device))
+        else:
+            self.register_buffer("absmax", torch.zeros(blocks, dtype=torch.float32, device=device))
+            self.nested_absmax = self.nested_offset = None
+        if bias:
+            self.bias = nn.Parameter(
+                torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False
+            )
+        else:
+            self.register_parameter("bias", None)
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def weight4bit(self) -> NF4Weight:
+        """The packed state as one value; it shares memory with the module."""
+        return NF4Weight(
+            self.weight.detach(),
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            torch.Size((self.out_features, self.in_features)),
+            self.weight_dtype,
+            self.block_size,
+            self.nested_block_size,
+        )
+
+    def set_weight(self, w4: NF4Weight) -> None:
+        """Takes ``w4`` (shape [N, K]) as the packed state, with its block sizes, scale form and device."""
+        if tuple(w4.shape) != (self.out_features, self.in_features):
+            raise ValueError(
+                f"w4: expected shape [{self.out_features}, {self.in_features}], got {list(w4.shape)}"
+            )
+        self.weight = nn.Parameter(w4.packed, requires_grad=False)
+        self.block_size, self.nested_block_size = w4.block_size, w4.nested_block_size
+        self.weight_dtype = w4.dtype
+        for name in _SCALES:
+            value = getattr(w4, name)
+            self._buffers.pop(name, None)
+            if value is None:
+                setattr(self, name, None)
+            else:
+                self.__dict__.pop(name, None)
+                self.register_buffer(name, value)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        compute_dtype: torch.dtype | None = None,
+        block_size: int = 64,
+        double_quant: bool = True,
+        nested_block_size: int = 256,
+    ) -> Linear4bit:
+        """Quantizes an ``nn.Linear``. Its dtype is the compute dtype by default; its bias is kept as it is."""
+        if isinstance(linear, Linear4bit) or not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
+        w4 = quantize_nf4(linear.weight, block_size, double_quant, nested_block_size)
+        module = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            compute_dtype=compute_dtype or linear.weight.dtype,
+            block_size=block_size,
+            double_quant=double_quant,
+            device="meta",
+            nested_block_size=nested_block_size,
+        )
+        module.set_weight(w4)
+        if linear.bias is not None:
+            module.bias = nn.Parameter(
+                linear.bias.detach().to(module.compute_dtype), requires_grad=linear.bias.requires_grad
+            )
+        module.train(linear.training)
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused_forward(x)
+
+    def fused_forward(
+        self,
+        x: Tensor,
+        lora_a: Tensor | None = None,
+        lora_b: Tensor | None = None,
+        scaling: float = 1.0,
+        dropout_p: float = 0.0,
+    ) -> Tensor:
+        """The layer with a LoRA branch in the same operator; adapters and bias are cast to x's dtype."""
+
+        def like_x(t: Tensor | None) -> Tensor | None:
+            return t if t is None or t.dtype == x.dtype else t.to(x.dtype)
+
+        return linear_nf4(
+            x, self.weight4bit, like_x(self.bias), like_x(lora_a), like_x(lora_b), scaling, dropout_p
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded weight [N, K], in ``dtype`` or that of the weight that was quantized."""
+        return self.weight4bit.dequantize(dtype)
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """An ``nn.Linear`` that holds the decoded weight."""
+        weight = self.dequantize(dtype)
+        linear = nn.Linear(
+            self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype
+        )
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype), requires_grad=False)
+        return linear
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw: the weight is frozen and comes from a checkpoint or from ``from_linear``."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
+        # half(), to(dtype) and the like reach every floating tensor: the scales keep their float32 bits, and take
+        # only the device that fn would have given them.
+        kept = {name: self._buffers[name] for name in _SCALES if self._buffers.get(name) is not None}
+        super()._apply(fn, recurse)
+        for name, before in kept.items():
+            after = self._buffers[name]
+            if after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        if self.bias is not None:
+            self.compute_dtype = self.bias.dtype
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"block_size={self.block_size}, double_quant={self.double_quant}"
+        )
+
+
+def quantize_model(
+    model: nn.Module,
+    skip: Iterable[str] = ("lm_head",),
+    block_size: int = 64,
+    double_quant: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Replaces every ``nn.Linear`` of ``model`` by a ``Linear4bit``, in place and one layer at a time.
+
+    Args:
+        model: its parameters are freed as they are quantized. A module used in several places stays shared.
+        skip: names of modules to leave alone: a full dotted name, or its last parts (``"lm_head"``,
+            ``"mlp.gate"``).
+        block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear``.
+
+    Returns:
+        ``model`` (or its replacement, where ``model`` itself is an ``nn.Linear``).
+    """
+    skip = tuple(skip)
+
+    def skipped(name: str) -> bool:
+        return any(name == s or name.endswith("." + s) for s in skip)
+
+    def replace(linear: nn.Linear) -> Linear4bit:
+        return Linear4bit.from_linear(linear, block_size=block_size, double_quant=double_quant, **options)
+
+    if type(model) is nn.Linear:
+        return replace(model)
+    done: dict[nn.Module, Linear4bit] = {}
+    for parent_name, parent in list(model.named_modules()):
+        if skipped(parent_name):
+            continue
+        for child_name, child in list(parent.named_children()):
+            name = f"{parent_name}.{child_name}" if parent_name else child_name
+            if type(child) is nn.Linear and not skipped(name):
+                if child not in done:
+                    done[child] = replace(child)
+                setattr(parent, child_name, done[child])
+                child.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    return model

@@ -1,0 +1,137 @@
+"""What torch must know of ``torch.ops.qlora.*`` beyond their kernels: output shapes, gradients, autocast.
+
+The operators' signatures are in ``cpp/ops/schema.cpp``. ``packed_args`` stands for the six arguments that always
+travel together: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _library
+
+assert _library  # the operators must be loaded before anything is registered on them
+
+LIBRARY = torch.library.Library("qlora", "IMPL")
+
+
+def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the packed codes of a tensor: [..., K/2], or flat where the last dimension is odd."""
+    if len(shape) >= 1 and shape[-1] % 2 == 0:
+        return (*shape[:-1], shape[-1] // 2)
+    return ((math.prod(shape) + 1) // 2,)
+
+
+@torch.library.register_fake("qlora::quantize_nf4")
+def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    blocks = (w.numel() + block_size - 1) // block_size
+    return (
+        w.new_empty(packed_shape(w.shape), dtype=torch.uint8),
+        w.new_empty((blocks,), dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("qlora::quantize_absmax")
+def _(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    count = absmax.numel()
+    nested = (count + nested_block_size - 1) // nested_block_size
+    return absmax.new_empty((count,), dtype=torch.uint8), absmax.new_empty((nested,)), absmax.new_empty(())
+
+
+@torch.library.register_fake("qlora::dequantize_absmax")
+def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, nested_block_size: int) -> Tensor:
+    return codes.new_empty((codes.numel(),), dtype=torch.float32)
+
+
+@torch.library.register_fake("qlora::dequantize_nf4")
+def _(
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    nested_block_size: int,
+    shape: list[int],
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty(shape, dtype=dtype)
+
+
+@torch.library.register_fake("qlora::linear_nf4")
+def _(x: Tensor, *args: Any) -> Tensor:
+    out_features = args[6]
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("qlora::linear_nf4_dx")
+def _(dy: Tensor, *args: Any) -> Tensor:
+    in_features = args[6]
+    return dy.new_empty((*dy.shape[:-1], in_features))
+
+
+@torch.library.register_fake("qlora::linear_nf4_dlora")
+def _(
+    dy: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+
+
+# Positions in linear_nf4's argument list.
+_X, _PACKED, _OUT_FEATURES, _BIAS, _LORA_A, _LORA_B, _SCALING, _DROPOUT, _SEED = 0, 1, 7, 8, 9, 10, 11, 12, 13
+
+
+def save_for_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Keeps x and references to the packed state and the adapters: nothing dequantized, no mask, no copy of x."""
+    x, lora_a, lora_b = inputs[_X], inputs[_LORA_A], inputs[_LORA_B]
+    ctx.save_for_backward(x if lora_a is not None else None, lora_a, lora_b, *inputs[_PACKED : _PACKED + 4])
+    ctx.block_sizes = inputs[_PACKED + 4 : _OUT_FEATURES]
+    ctx.in_features = x.shape[-1]
+    ctx.lora_numbers = inputs[_SCALING:]
+
+
+def linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    """Gradients of linear_nf4's 14 arguments: x, bias, lora_a and lora_b; never the frozen weight."""
+    x, lora_a, lora_b, *packed = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dx = da = db = dbias = None
+    if needs[_X]:
+        dx = torch.ops.qlora.linear_nf4_dx(
+            dy, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, *ctx.lora_numbers
+        )
+    if needs[_BIAS]:
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+    if needs[_LORA_A] or needs[_LORA_B]:
+        da, db = torch.ops.qlora.linear_nf4_dlora(dy, x, lora_a, lora_b, *ctx.lora_numbers)
+    frozen = (None,) * 7
+    return (dx, *frozen, dbias, da if needs[_LORA_A] else None, db if needs[_LORA_B] else None, None, None, None)
+
+
+torch.library.register_autograd(
+    "qlora::linear_nf4", linear_backward, setup_context=save_for_linear_backward, lib=LIBRARY
+)
+
+
+def _autocast(device_type: str) -> None:
+    """Under autocast x, bias and the adapters take the autocast dtype; the scales stay float32."""
+
+    def linear_nf4(*args: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device_type)
+        cast = list(args)
+        for i in (_X, _BIAS, _LORA_A, _LORA_B):
+            if cast[i] is not None and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
+                cast[i] = cast[i].to(dtype)
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+            torch._C.DispatchKey.AutocastCUDA
+        )
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return torch.ops.qlora.linear_nf4(*cast)
+
+    LIBRARY.impl("linear_nf4", linear_nf4, f"Autocast{device_type.upper()}")
+
+
+_autocast("cpu")
+_autocast("cuda")

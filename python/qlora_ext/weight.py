@@ -1,0 +1,174 @@
+"""``NF4Weight``: a frozen tensor in 4-bit NormalFloat blocks, with its scales."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+assert ops  # the operators must be registered
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """A tensor of shape ``shape`` held in 4 bits an element (QLoRA, Dettmers et al., 2023; bitsandbytes' layout).
+
+    Attributes:
+        packed: uint8, [..., K/2]: element 2i in the high nibble of byte i, 2i+1 in the low one.
+        absmax: the scales, one a block of ``block_size`` elements in row-major order: float32, or uint8 codes
+            where double quantized.
+        nested_absmax, nested_offset: float32 scales of those codes, one a ``nested_block_size`` of them, and their
+            mean; None without double quantization.
+        shape, dtype: of the tensor that was quantized.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int = 64
+    nested_block_size: int = 256
+
+    @property
+    def double_quant(self) -> bool:
+        return self.nested_absmax is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed codes and all scales."""
+        tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
+        return sum(t.nbytes for t in tensors if t is not None)
+
+    @property
+    def bits_per_param(self) -> float:
+        """Bits an element, scales included: about 4.127 with the default blocks and double quantization."""
+        return 8.0 * self.nbytes / max(math.prod(self.shape), 1)
+
+    def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+        """The arguments by which every operator of ``torch.ops.qlora`` takes a packed weight."""
+        return (
+            self.packed,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            self.block_size,
+            self.nested_block_size,
+        )
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded tensor of shape ``shape`` in ``dtype`` (default: the original's), rounded once from float32."""
+        out: Tensor = torch.ops.qlora.dequantize_nf4(*self.packed_args(), self.shape, dtype or self.dtype)
+        return out
+
+    def to(self, device: torch.device | str | int) -> NF4Weight:
+        """The same bits on another device. The format has no other dtype: a dtype is refused with a TypeError."""
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device: expected a device, got {device}; use dequantize(dtype) for the decoded tensor")
+        moved = {
+            name: t.to(device) if t is not None else None
+            for name in ("packed", "absmax", "nested_absmax", "nested_offset")
+            for t in (getattr(self, name),)
+        }
+        return dataclasses.replace(self, **moved)
+
+    def __repr__(self) -> str:
+        return (
+            f"NF4Weight(shape={list(self.shape)}, dtype={self.dtype}, block_size={self.block_size}, "
+            f"double_quant={self.double_quant}, bits_per_param={self.bits_per_param:.3f}, device={self.device})"
+        )
+
+    @classmethod
+    def from_bitsandbytes(cls, state_dict: dict[str, Tensor], prefix: str) -> NF4Weight:
+        """From the tensors that bitsandbytes (>= 0.41) saves for one 4-bit weight; see ``to_bitsandbytes``.
+
+        Args:
+            state_dict: holds ``prefix`` (packed bytes), ``prefix.absmax``, ``prefix.quant_map``,
+                ``prefix.quant_state.bitsandbytes__nf4`` and, double quantized, ``prefix.nested_absmax`` and
+                ``prefix.nested_quant_map``.
+            prefix: name of the weight, e.g. ``"model.layers.0.mlp.up_proj.weight"``.
+
+        Raises:
+            KeyError: a key is missing. ValueError: not NF4, or its parts do not fit together.
+        """
+        from .integrations import bitsandbytes
+
+        return bitsandbytes.from_state_dict(state_dict, prefix)
+
+    def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors, keys and bytes that bitsandbytes saves for this weight under the name ``prefix``."""
+        from .integrations import bitsandbytes
+
+        return bitsandbytes.to_state_dict(self, prefix)
+
+
+def _refuse_non_finite(w: Tensor, absmax: Tensor, block_size: int) -> None:
+    bad = absmax.isnan().nonzero()
+    if bad.numel() == 0:
+        return
+    first_block = int(bad[0])
+    block = w.reshape(-1)[first_block * block_size : (first_block + 1) * block_size]
+    flat = first_block * block_size + int((~block.isfinite()).nonzero()[0])
+    index = []
+    for size in reversed(w.shape):
+        index.append(flat % size)
+        flat //= size
+    where = tuple(reversed(index))
+    raise ValueError(
+        f"w: expected finite values, got {w[where].item()} at index {list(where)} "
+        f"({bad.numel()} of {absmax.numel()} blocks hold NaN or infinity)"
+    )
+
+
+def quantize_nf4(
+    w: Tensor, block_size: int = 64, double_quant: bool = True, nested_block_size: int = 256
+) -> NF4Weight:
+    """Quantizes a tensor to 4-bit NormalFloat (QLoRA, Dettmers et al., 2023), bit-compatible with bitsandbytes.
+
+    Args:
+        w: any shape; float32, bfloat16 or float16; CPU or CUDA; finite.
+        block_size: elements a scale: a power of two from 32 to 4096.
+        double_quant: store the scales themselves in 8 bits, in blocks of ``nested_block_size``.
+
+    Raises:
+        TypeError: ``w`` is no such tensor. ValueError: a bad block size, or a NaN or infinity, with its place.
+    """
+    if not isinstance(w, Tensor):
+        raise TypeError(f"w: expected a torch.Tensor, got {type(w).__name__}")
+    if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(f"w: expected float32, bfloat16 or float16, got {w.dtype}")
+    _check_block_sizes(block_size, nested_block_size)
+    w = w.detach()
+    packed, absmax = torch.ops.qlora.quantize_nf4(w, block_size)
+    if not absmax.is_meta:
+        _refuse_non_finite(w, absmax, block_size)
+    nested_absmax = nested_offset = None
+    if double_quant:
+        absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, nested_block_size)
+    return NF4Weight(
+        packed, absmax, nested_absmax, nested_offset, w.shape, w.dtype, block_size, nested_block_size
+    )
+
+
+def _check_block_sizes(block_size: Any, nested_block_size: Any) -> None:
+    if not isinstance(block_size, int) or block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {block_size!r}")
+    if not isinstance(nested_block_size, int) or nested_block_size < 1:
+        raise ValueError(f"nested_block_size: expected a positive integer, got {nested_block_size!r}")
+
+
+def dequantize_nf4(w4: NF4Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The decoded tensor of ``w4`` in ``dtype`` (float32, bfloat16 or float16), rounded once from float32."""
+    if not isinstance(w4, NF4Weight):
+        raise TypeError(f"w4: expected an NF4Weight, got {type(w4).__name__}")
+    return w4.dequantize(dtype)

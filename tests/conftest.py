@@ -1,0 +1,23 @@
+"""Shared fixtures. Tests marked `cuda` run on a GPU or under the kernel simulator, and say why they are skipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import qlora_ext
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    info = qlora_ext.build_info()
+    if info["cuda_available"]:
+        return
+    reason = f"no CUDA: {info['cuda_error'] or 'torch finds no device'}"
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

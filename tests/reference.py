@@ -1,0 +1,189 @@
+"""The oracle: the packed format and the fused layer in plain numpy, written from the specification alone.
+
+The format is computed in float32 exactly as specified; products are float64. Nothing here is shared with the
+package: a mistake would have to be made twice.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+F32 = np.float32
+
+NF4 = np.array(
+    [
+        -1.0,
+        -0.6961928009986877,
+        -0.5250730514526367,
+        -0.39491748809814453,
+        -0.28444138169288635,
+        -0.18477343022823334,
+        -0.09105003625154495,
+        0.0,
+        0.07958029955625534,
+        0.16093020141124725,
+        0.24611230194568634,
+        0.33791524171829224,
+        0.44070982933044434,
+        0.5626170039176941,
+        0.7229568362236023,
+        1.0,
+    ],
+    dtype=F32,
+)
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def midpoints(values: np.ndarray) -> np.ndarray:
+    return (values[:-1] + values[1:]) * F32(0.5)
+
+
+def dynamic_map() -> np.ndarray:
+    """Signed dynamic 8-bit map with 7 exponent bits (Dettmers et al., 2022), as torch's float32 linspace gives it."""
+    positive = []
+    for e in range(7):
+        parts = 2**e
+        step = float(F32(F32(1) - F32(0.1)) / F32(parts))
+        start = float(F32(0.1))
+        edges = np.array(
+            [start + step * i if i < (parts + 1) // 2 else 1.0 - step * (parts - i) for i in range(parts + 1)], F32
+        )
+        positive += list((edges[:-1] + edges[1:]) / F32(2) * F32(10.0 ** (e - 6)))
+    values = np.array([*positive, *(-v for v in positive), 0.0, 1.0], dtype=F32)
+    return np.sort(values)
+
+
+DYNAMIC8 = dynamic_map()
+
+
+def inverse(absmax: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return F32(1) / np.where(absmax < F32(1e-38), F32(1e-38), absmax).astype(F32)
+
+
+def pad_to_blocks(flat: np.ndarray, block: int) -> np.ndarray:
+    blocks = -(-flat.size // block)
+    out = np.zeros(blocks * block, dtype=F32)
+    out[: flat.size] = flat
+    return out.reshape(blocks, block)
+
+
+def block_absmax(rows: np.ndarray) -> np.ndarray:
+    if rows.size == 0:
+        return np.zeros(rows.shape[0], F32)
+    largest = np.abs(rows).max(axis=1)
+    return np.where(np.isfinite(rows).all(axis=1), largest, F32("nan")).astype(F32)
+
+
+def encode(q: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """The number of decision boundaries below q; a tie goes to the lower code, NaN to code 0."""
+    codes = np.searchsorted(midpoints(values), q, side="left")
+    return np.where(np.isnan(q), 0, codes).astype(np.uint8)
+
+
+def quantize_nf4(w: np.ndarray, block: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """w (any shape, values exact in float32) -> packed bytes (flat), absmax."""
+    flat = np.asarray(w, dtype=F32).reshape(-1)
+    rows = pad_to_blocks(flat, block)
+    absmax = block_absmax(rows)
+    with np.errstate(invalid="ignore", over="ignore"):
+        q = rows * inverse(absmax)[:, None]
+    codes = encode(q.reshape(-1)[: flat.size], NF4)
+    if flat.size % 2:
+        codes = np.append(codes, np.uint8(7))
+    return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8), absmax
+
+
+def unpack(packed: np.ndarray, numel: int) -> np.ndarray:
+    flat = packed.reshape(-1)
+    return np.stack([flat >> 4, flat & 15], axis=1).reshape(-1)[:numel]
+
+
+def dequantize_nf4(packed: np.ndarray, absmax: np.ndarray, numel: int, block: int = 64) -> np.ndarray:
+    """float32, flat."""
+    return NF4[unpack(packed, numel)] * np.repeat(absmax.astype(F32), block)[:numel]
+
+
+def mean_in_order(x: np.ndarray) -> np.float32:
+    """The mean of absmax in the format's own order of summation (see cpp/format/dynamic8.h)."""
+    total = 0.0
+    for first in range(0, x.size, 65536):
+        chunk = np.zeros(65536)
+        part = x[first : first + 65536].astype(np.float64)
+        chunk[: part.size] = part
+        partial = np.zeros(1024)
+        for row in chunk.reshape(64, 1024):
+            partial = partial + row
+        while partial.size > 1:
+            half = partial.size // 2
+            partial = partial[:half] + partial[half:]
+        total += float(partial[0])
+    return F32(total / x.size) if x.size else F32(0)
+
+
+def quantize_absmax(absmax: np.ndarray, nested_block: int = 256) -> tuple[np.ndarray, np.ndarray, np.float32]:
+    """absmax -> codes, nested_absmax, nested_offset."""
+    offset = mean_in_order(absmax)
+    with np.errstate(invalid="ignore"):
+        centred = (absmax - offset).astype(F32)
+        rows = pad_to_blocks(centred, nested_block)
+        nested = block_absmax(rows)
+        q = rows * inverse(nested)[:, None]
+    return encode(q.reshape(-1)[: absmax.size], DYNAMIC8), nested, offset
+
+
+def dequantize_absmax(
+    codes: np.ndarray, nested: np.ndarray, offset: np.float32, nested_block: int = 256
+) -> np.ndarray:
+    product = (DYNAMIC8[codes] * np.repeat(nested, nested_block)[: codes.size]).astype(F32)
+    return (product + F32(offset)).astype(F32)
+
+
+def philox4x32_10(seed: int, group: np.ndarray) -> np.ndarray:
+    """uint32 [groups, 4] (Salmon et al., 2011): the random bits of elements 4*group .. 4*group+3."""
+    group = np.asarray(group, dtype=np.uint64)
+    mask = np.uint64(0xFFFFFFFF)
+    c = [group & mask, group >> np.uint64(32), np.zeros_like(group), np.zeros_like(group)]
+    k0, k1 = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    for _ in range(10):
+        p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
+        c = [
+            (p1 >> np.uint64(32)) ^ c[1] ^ np.uint64(k0),
+            p1 & mask,
+            (p0 >> np.uint64(32)) ^ c[3] ^ np.uint64(k1),
+            p0 & mask,
+        ]
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return np.stack(c, axis=1).astype(np.uint32)
+
+
+def dropout_mask(shape: tuple[int, int], p: float, seed: int) -> np.ndarray:
+    """What x is multiplied by on the LoRA branch, [M, K] float64: 0 or 1/(1-p)."""
+    numel = shape[0] * shape[1]
+    if p == 0.0:
+        return np.ones(shape)
+    bits = philox4x32_10(seed, np.arange(-(-numel // 4))).reshape(-1)[:numel].astype(np.uint64)
+    keep = bits >= np.uint64(int(p * 4294967296.0 + 0.5))
+    return np.where(keep, 1.0 / (1.0 - p) if p < 1.0 else 0.0, 0.0).reshape(shape)
+
+
+def linear(x, w, bias=None, lora_a=None, lora_b=None, scaling=1.0, dropout_p=0.0, seed=0):
+    """float64 y [M, N] of x [M, K] and the decoded w [N, K]."""
+    y = x @ w.T
+    if lora_a is not None:
+        y = y + scaling * ((x * dropout_mask(x.shape, dropout_p, seed)) @ lora_a.T) @ lora_b.T
+    return y if bias is None else y + bias
+
+
+def linear_dx(dy, w, lora_a=None, lora_b=None, scaling=1.0, dropout_p=0.0, seed=0):
+    """float64 dx [M, K] of dy [M, N]."""
+    dx = dy @ w
+    if lora_a is not None:
+        dx = dx + dropout_mask(dx.shape, dropout_p, seed) * (scaling * (dy @ lora_b) @ lora_a)
+    return dx
+
+
+def linear_dlora(dy, x, lora_a, lora_b, scaling=1.0, dropout_p=0.0, seed=0):
+    """float64 (da [R, K], db [N, R])."""
+    dropped = x * dropout_mask(x.shape, dropout_p, seed)
+    return scaling * (dy @ lora_b).T @ dropped, scaling * dy.T @ (dropped @ lora_a.T)
