@@ -132,9 +132,7 @@ def quantize_absmax(absmax: np.ndarray, nested_block: int = 256) -> tuple[np.nda
     return encode(q.reshape(-1)[: absmax.size], DYNAMIC8), nested, offset
 
 
-def dequantize_absmax(
-    codes: np.ndarray, nested: np.ndarray, offset: np.float32, nested_block: int = 256
-) -> np.ndarray:
+def dequantize_absmax(codes: np.ndarray, nested: np.ndarray, offset: np.float32, nested_block: int = 256) -> np.ndarray:
     product = (DYNAMIC8[codes] * np.repeat(nested, nested_block)[: codes.size]).astype(F32)
     return (product + F32(offset)).astype(F32)
 

@@ -65,9 +65,7 @@ class Linear4bit(nn.Linear):
             self.register_buffer("absmax", torch.zeros(blocks, dtype=torch.float32, device=device))
             self.nested_absmax = self.nested_offset = None
         if bias:
-            self.bias = nn.Parameter(
-                torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False
-            )
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False)
         else:
             self.register_parameter("bias", None)
 
@@ -92,9 +90,7 @@ class Linear4bit(nn.Linear):
     def set_weight(self, w4: NF4Weight) -> None:
         """Takes ``w4`` (shape [N, K]) as the packed state, with its block sizes, scale form and device."""
         if tuple(w4.shape) != (self.out_features, self.in_features):
-            raise ValueError(
-                f"w4: expected shape [{self.out_features}, {self.in_features}], got {list(w4.shape)}"
-            )
+            raise ValueError(f"w4: expected shape [{self.out_features}, {self.in_features}], got {list(w4.shape)}")
         self.weight = nn.Parameter(w4.packed, requires_grad=False)
         self.block_size, self.nested_block_size = w4.block_size, w4.nested_block_size
         self.weight_dtype = w4.dtype
@@ -154,9 +150,7 @@ class Linear4bit(nn.Linear):
         def like_x(t: Tensor | None) -> Tensor | None:
             return t if t is None or t.dtype == x.dtype else t.to(x.dtype)
 
-        return linear_nf4(
-            x, self.weight4bit, like_x(self.bias), like_x(lora_a), like_x(lora_b), scaling, dropout_p
-        )
+        return linear_nf4(x, self.weight4bit, like_x(self.bias), like_x(lora_a), like_x(lora_b), scaling, dropout_p)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight [N, K], in ``dtype`` or that of the weight that was quantized."""

@@ -130,9 +130,7 @@ def _refuse_non_finite(w: Tensor, absmax: Tensor, block_size: int) -> None:
     )
 
 
-def quantize_nf4(
-    w: Tensor, block_size: int = 64, double_quant: bool = True, nested_block_size: int = 256
-) -> NF4Weight:
+def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nested_block_size: int = 256) -> NF4Weight:
     """Quantizes a tensor to 4-bit NormalFloat (QLoRA, Dettmers et al., 2023), bit-compatible with bitsandbytes.
 
     Args:
@@ -155,9 +153,7 @@ def quantize_nf4(
     nested_absmax = nested_offset = None
     if double_quant:
         absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, nested_block_size)
-    return NF4Weight(
-        packed, absmax, nested_absmax, nested_offset, w.shape, w.dtype, block_size, nested_block_size
-    )
+    return NF4Weight(packed, absmax, nested_absmax, nested_offset, w.shape, w.dtype, block_size, nested_block_size)
 
 
 def _check_block_sizes(block_size: Any, nested_block_size: Any) -> None:
