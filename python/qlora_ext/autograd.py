@@ -30,7 +30,7 @@ class LinearNF4Function(torch.autograd.Function):
         save_for_linear_backward(ctx, inputs, output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         return linear_backward(ctx, dy)
 

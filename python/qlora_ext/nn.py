@@ -27,7 +27,7 @@ class Linear4bit(nn.Linear):
     Args:
         in_features, out_features: K and N.
         bias: whether there is a bias [N].
-        compute_dtype: of the bias, and of the products where x is of another floating dtype than it.
+        compute_dtype: of the bias and the products; x is cast to it, and y back to x's dtype.
         block_size: elements a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are 8-bit codes themselves.
         device: of the packed state; "meta" allocates nothing.
@@ -54,6 +54,7 @@ class Linear4bit(nn.Linear):
         blocks = -(-numel // block_size)
         packed = torch.zeros(ops.packed_shape((out_features, in_features)), dtype=torch.uint8, device=device)
         self.weight = nn.Parameter(packed, requires_grad=False)
+        self.absmax: Tensor
         self.nested_absmax: Tensor | None
         self.nested_offset: Tensor | None
         if double_quant:
@@ -145,12 +146,19 @@ class Linear4bit(nn.Linear):
         scaling: float = 1.0,
         dropout_p: float = 0.0,
     ) -> Tensor:
-        """The layer with a LoRA branch in the same operator; adapters and bias are cast to x's dtype."""
+        """The layer with a LoRA branch in the same operator: adapters [R, K] and [N, R] of any floating dtype.
 
-        def like_x(t: Tensor | None) -> Tensor | None:
-            return t if t is None or t.dtype == x.dtype else t.to(x.dtype)
+        Computed in ``compute_dtype`` and returned in x's dtype; under autocast, both are the autocast dtype.
+        """
+        w4 = self.weight4bit
+        if torch.is_autocast_enabled(x.device.type):
+            return linear_nf4(x, w4, self.bias, lora_a, lora_b, scaling, dropout_p)
 
-        return linear_nf4(x, self.weight4bit, like_x(self.bias), like_x(lora_a), like_x(lora_b), scaling, dropout_p)
+        def cast(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(self.compute_dtype)
+
+        y = linear_nf4(x.to(self.compute_dtype), w4, cast(self.bias), cast(lora_a), cast(lora_b), scaling, dropout_p)
+        return y.to(x.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight [N, K], in ``dtype`` or that of the weight that was quantized."""
@@ -173,14 +181,13 @@ class Linear4bit(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         # half(), to(dtype) and the like reach every floating tensor: the scales keep their float32 bits, and take
         # only the device that fn would have given them.
-        kept = {name: self._buffers[name] for name in _SCALES if self._buffers.get(name) is not None}
-        super()._apply(fn, recurse)
-        for name, before in kept.items():
-            after = self._buffers[name]
-            if after.dtype != before.dtype:
-                self._buffers[name] = before.to(after.device)
-        if self.bias is not None:
-            self.compute_dtype = self.bias.dtype
+        before = {name: t for name in _SCALES if (t := self._buffers.get(name)) is not None}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, scales in before.items():
+            after = getattr(self, name)
+            if after.dtype != scales.dtype:
+                self._buffers[name] = scales.to(after.device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
     def extra_repr(self) -> str:

@@ -128,7 +128,8 @@ def _autocast(device_type: str) -> None:
             torch._C.DispatchKey.AutocastCUDA
         )
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return torch.ops.qlora.linear_nf4(*cast)
+            y: Tensor = torch.ops.qlora.linear_nf4(*cast)
+        return y
 
     LIBRARY.impl("linear_nf4", linear_nf4, f"Autocast{device_type.upper()}")
 

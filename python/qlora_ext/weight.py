@@ -75,12 +75,13 @@ class NF4Weight:
         """The same bits on another device. The format has no other dtype: a dtype is refused with a TypeError."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: expected a device, got {device}; use dequantize(dtype) for the decoded tensor")
-        moved = {
-            name: t.to(device) if t is not None else None
-            for name in ("packed", "absmax", "nested_absmax", "nested_offset")
-            for t in (getattr(self, name),)
-        }
-        return dataclasses.replace(self, **moved)
+        return dataclasses.replace(
+            self,
+            packed=self.packed.to(device),
+            absmax=self.absmax.to(device),
+            nested_absmax=None if self.nested_absmax is None else self.nested_absmax.to(device),
+            nested_offset=None if self.nested_offset is None else self.nested_offset.to(device),
+        )
 
     def __repr__(self) -> str:
         return (
