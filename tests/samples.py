@@ -1,0 +1,124 @@
+"""Problems that the operator tests share, made on any device, with their float64 answers from the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import qlora_ext
+import reference
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def to_f64(t: Tensor) -> np.ndarray:
+    return t.detach().cpu().double().numpy()
+
+
+def rows(t: Tensor) -> np.ndarray:
+    """[..., C] -> float64 [rows, C]."""
+    return to_f64(t).reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+@dataclasses.dataclass
+class LinearSample:
+    """x [..., K], a packed weight [N, K], bias [N], lora_a [R, K], lora_b [N, R] and the numbers of one call."""
+
+    x: Tensor
+    w4: qlora_ext.NF4Weight
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scaling: float
+    dropout_p: float
+    seed: int
+
+    @property
+    def args(self) -> tuple:
+        """In the order of torch.ops.qlora.linear_nf4."""
+        return (self.x, *self.w4.packed_args(), self.w4.shape[0], self.bias, *self.lora_args)
+
+    @property
+    def lora_args(self) -> tuple:
+        return self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seed
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        return [t for t in (self.x, self.bias, self.lora_a, self.lora_b) if t is not None]
+
+    def decoded(self) -> np.ndarray:
+        """The exact float32 weight as float64 [N, K], decoded by the oracle."""
+        absmax = self.w4.absmax.cpu().numpy()
+        if self.w4.double_quant:
+            absmax = reference.dequantize_absmax(
+                absmax,
+                self.w4.nested_absmax.cpu().numpy(),
+                np.float32(self.w4.nested_offset.item()),
+                self.w4.nested_block_size,
+            )
+        flat = reference.dequantize_nf4(self.w4.packed.cpu().numpy(), absmax, self.w4.shape.numel(), self.w4.block_size)
+        return flat.reshape(self.w4.shape).astype(np.float64)
+
+    def lora64(self) -> tuple:
+        arrays = [None if t is None else to_f64(t) for t in (self.lora_a, self.lora_b)]
+        return (*arrays, self.scaling, self.dropout_p, self.seed)
+
+    def expected(self) -> np.ndarray:
+        x = rows(self.x)
+        bias = None if self.bias is None else to_f64(self.bias)
+        y = reference.linear(x, self.decoded(), bias, *self.lora64())
+        return y.reshape(*self.x.shape[:-1], self.w4.shape[0])
+
+    def expected_dx(self, dy: Tensor) -> np.ndarray:
+        return reference.linear_dx(rows(dy), self.decoded(), *self.lora64()).reshape(self.x.shape)
+
+    def expected_dlora(self, dy: Tensor) -> tuple[np.ndarray, np.ndarray]:
+        return reference.linear_dlora(rows(dy), rows(self.x), *self.lora64())
+
+
+def linear_sample(
+    m: int | tuple[int, ...] = 5,
+    n: int = 48,
+    k: int = 64,
+    rank: int | None = 4,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    bias: bool = True,
+    dropout_p: float = 0.0,
+    block_size: int = 64,
+    double_quant: bool = True,
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> LinearSample:
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape: int, factor: float = 1.0) -> Tensor:
+        t = (torch.randn(*shape, generator=generator) * factor).to(device, dtype)
+        return t.requires_grad_(requires_grad)
+
+    lead = (m,) if isinstance(m, int) else m
+    w = torch.randn(n, k, generator=generator) * 0.05
+    return LinearSample(
+        x=randn(*lead, k),
+        w4=qlora_ext.quantize_nf4(w.to(device), block_size, double_quant),
+        bias=randn(n) if bias else None,
+        lora_a=None if rank is None else randn(rank, k, factor=max(k, 1) ** -0.5),
+        lora_b=None if rank is None else randn(n, rank, factor=0.2),
+        scaling=0.5,
+        dropout_p=dropout_p,
+        seed=1234,
+    )
+
+
+def relative_error(out: Tensor | np.ndarray, expected: np.ndarray) -> float:
+    """‖out - expected‖ / ‖expected‖ in float64; 0 where both are empty or zero."""
+    got = to_f64(out) if isinstance(out, Tensor) else out
+    assert got.shape == expected.shape, (got.shape, expected.shape)
+    norm = float(np.linalg.norm(expected))
+    difference = float(np.linalg.norm(got - expected))
+    return difference / norm if norm else difference

@@ -1,0 +1,233 @@
+"""What every operator promises torch: schema, fake kernel, argument checks, the same answer however it is called."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import qlora_ext
+from samples import DEVICES, DTYPES, linear_sample, relative_error
+
+OPS = torch.ops.qlora
+
+
+def op_calls(device: str) -> dict[str, tuple]:
+    s = linear_sample(m=(2, 3), device=device, dropout_p=0.25)
+    w = torch.randn(48, 64, device=device)
+    absmax = torch.rand(300, device=device)
+    codes = OPS.quantize_absmax(absmax, 256)
+    dy = torch.randn(2, 3, 48, device=device)
+    return {
+        "quantize_nf4": (w, 64),
+        "quantize_absmax": (absmax, 256),
+        "dequantize_absmax": (*codes, 256),
+        "dequantize_nf4": (*s.w4.packed_args(), [48, 64], torch.bfloat16),
+        "linear_nf4": s.args,
+        "linear_nf4_dx": (dy, *s.w4.packed_args(), 64, *s.lora_args),
+        "linear_nf4_dlora": (dy, s.x, *s.lora_args),
+    }
+
+
+OP_NAMES = sorted(op_calls("cpu"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_opcheck(name: str, device: str) -> None:
+    torch.library.opcheck(getattr(OPS, name).default, op_calls(device)[name])
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("options", [{}, {"rank": None}, {"bias": False}, {"double_quant": False}])
+def test_opcheck_of_every_form_of_linear(options: dict, requires_grad: bool) -> None:
+    s = linear_sample(m=(2, 3), requires_grad=requires_grad, **options)
+    torch.library.opcheck(OPS.linear_nf4.default, s.args)
+
+
+def test_schemas_are_those_of_the_design() -> None:
+    packed = (
+        "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int block_size, "
+        "int nested_block_size"
+    )
+    lora = "Tensor? lora_a, Tensor? lora_b, float scaling, float dropout_p, int seed"
+    expected = {
+        "quantize_nf4": "(Tensor w, int block_size) -> (Tensor packed, Tensor absmax)",
+        "quantize_absmax": "(Tensor absmax, int nested_block_size) -> "
+        "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)",
+        "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset, int nested_block_size) "
+        "-> Tensor",
+        "dequantize_nf4": f"({packed}, SymInt[] shape, ScalarType dtype) -> Tensor",
+        "linear_nf4": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}) -> Tensor",
+        "linear_nf4_dx": f"(Tensor dy, {packed}, SymInt in_features, {lora}) -> Tensor",
+    }
+    for name, schema in expected.items():
+        assert str(getattr(OPS, name).default._schema) == f"qlora::{name}{schema}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("lead", [(), (1,), (0,), (7,), (2, 3), (2, 0, 3), (1, 2, 3)])
+def test_any_leading_dimensions(lead: tuple[int, ...], device: str) -> None:
+    s = linear_sample(m=lead, device=device)
+    y = OPS.linear_nf4(*s.args)
+    assert y.shape == (*lead, 48)
+    assert relative_error(y, s.expected()) < 1e-6
+    dx = OPS.linear_nf4_dx(y, *s.w4.packed_args(), 64, *s.lora_args)
+    assert relative_error(dx, s.expected_dx(y)) < 1e-6
+    da, db = OPS.linear_nf4_dlora(y, s.x, *s.lora_args)
+    for got, expected in zip((da, db), s.expected_dlora(y), strict=True):
+        assert relative_error(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_arguments_give_the_same_bits(dtype: torch.dtype, device: str) -> None:
+    s = linear_sample(m=6, dtype=dtype, device=device, dropout_p=0.5)
+    expected = OPS.linear_nf4(*s.args)
+    s.x = s.x.t().contiguous().t()
+    s.lora_a = s.lora_a.t().contiguous().t()
+    s.lora_b = torch.stack([s.lora_b, s.lora_b], -1)[..., 0]
+    s.bias = torch.stack([s.bias, s.bias], -1)[..., 0]
+    assert not any(t.is_contiguous() for t in s.differentiable)
+    assert torch.equal(OPS.linear_nf4(*s.args), expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("n", "k"), [(0, 64), (48, 0), (0, 0)])
+def test_empty_weights(n: int, k: int, device: str) -> None:
+    s = linear_sample(m=3, n=n, k=k, rank=2, device=device)
+    y = OPS.linear_nf4(*s.args)
+    assert relative_error(y, s.expected()) < 1e-6
+    dx = OPS.linear_nf4_dx(y, *s.w4.packed_args(), k, *s.lora_args)
+    assert relative_error(dx, s.expected_dx(y)) < 1e-6
+    assert qlora_ext.dequantize_nf4(s.w4).shape == (n, k)
+
+
+def test_seed_is_ignored_without_dropout() -> None:
+    s = linear_sample(m=3)
+    first = OPS.linear_nf4(*s.args)
+    s.seed = 99
+    assert torch.equal(OPS.linear_nf4(*s.args), first)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_everything_dropped_leaves_the_base(device: str) -> None:
+    s = linear_sample(m=3, dropout_p=1.0, device=device)
+    base = OPS.linear_nf4(*s.args[:9], None, None, 1.0, 0.0, 0)
+    torch.testing.assert_close(OPS.linear_nf4(*s.args), base, rtol=0, atol=1e-6)
+
+
+def named(name: str, device: str) -> dict[str, object]:
+    arguments = getattr(OPS, name).default._schema.arguments
+    return dict(zip([a.name for a in arguments], op_calls(device)[name], strict=True))
+
+
+def changed(name: str, device: str = "cpu", **changes: object) -> None:
+    """Calls an operator with some arguments replaced."""
+    arguments = named(name, device)
+    assert set(changes) <= set(arguments)
+    getattr(OPS, name)(**{**arguments, **changes})
+
+
+BAD = [
+    ("quantize_nf4", "block_size", 48, "power of two from 32 to 4096, got 48"),
+    ("quantize_nf4", "block_size", 8192, "got 8192"),
+    ("quantize_nf4", "w", torch.zeros(4, 64, dtype=torch.int32), "got Int"),
+    ("quantize_nf4", "w", torch.zeros(4, 64, dtype=torch.float64), "got Double"),
+    ("quantize_absmax", "nested_block_size", 0, "positive number, got 0"),
+    ("quantize_absmax", "absmax", torch.zeros(4, dtype=torch.bfloat16), "expected Float, got BFloat16"),
+    ("dequantize_absmax", "codes", torch.zeros(300), "expected Byte, got Float"),
+    ("dequantize_absmax", "nested_absmax", torch.zeros(3), "expected 2 elements"),
+    ("dequantize_absmax", "nested_offset", torch.zeros(2), "expected 1 elements"),
+    (
+        "dequantize_nf4",
+        "packed",
+        torch.zeros(47, 32, dtype=torch.uint8),
+        "expected 1536 bytes for 3072 elements, got 1504",
+    ),
+    ("dequantize_nf4", "packed", torch.zeros(48, 32), "expected Byte, got Float"),
+    ("dequantize_nf4", "packed", torch.zeros(32, 48, dtype=torch.uint8).t(), "contiguous"),
+    ("dequantize_nf4", "absmax", torch.zeros(48), "expected Byte codes|expected Byte, got Float"),
+    ("dequantize_nf4", "absmax", torch.zeros(47, dtype=torch.uint8), "expected 48 elements"),
+    ("dequantize_nf4", "nested_absmax", None, "nested_absmax: expected with nested_offset, got None"),
+    ("dequantize_nf4", "nested_offset", None, "nested_offset: expected with nested_absmax, got None"),
+    ("dequantize_nf4", "shape", [48, -64], "0 or more, got -64"),
+    ("dequantize_nf4", "dtype", torch.int8, "got Char"),
+    ("linear_nf4", "x", torch.zeros(3, 63), "in_features. is 63"),
+    ("linear_nf4", "x", torch.zeros(()), "at least one dimension"),
+    ("linear_nf4", "x", torch.zeros(3, 64, dtype=torch.int64), "got Long"),
+    ("linear_nf4", "out_features", -1, "got -1"),
+    ("linear_nf4", "bias", torch.zeros(47), r"expected shape \[48\]"),
+    ("linear_nf4", "bias", torch.zeros(48, dtype=torch.bfloat16), "dtype of x .Float., got BFloat16"),
+    ("linear_nf4", "lora_a", None, "expected with lora_b, got None"),
+    ("linear_nf4", "lora_b", None, "expected with lora_a, got None"),
+    ("linear_nf4", "lora_a", torch.zeros(4, 63), r"\[4, 64\]"),
+    ("linear_nf4", "lora_a", torch.zeros(4, 64, dtype=torch.float16), "dtype of x"),
+    ("linear_nf4", "lora_b", torch.zeros(48, 5), r"\[48, 4\]"),
+    ("linear_nf4", "dropout_p", 1.5, "from 0 to 1, got 1.5"),
+    ("linear_nf4", "dropout_p", float("nan"), "from 0 to 1, got"),
+    ("linear_nf4_dx", "dy", torch.zeros(3, 47), "out_features. is 47"),
+    ("linear_nf4_dx", "in_features", 65, "in_features = 65"),
+    ("linear_nf4_dlora", "x", torch.zeros(5, 64), "leading dimensions of x"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value", "text"), BAD, ids=[f"{b[0]}-{b[1]}-{i}" for i, b in enumerate(BAD)]
+)
+def test_a_wrong_argument_is_named(name: str, argument: str, value: object, text: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=text) as error:
+        changed(name, **{argument: value})
+    culprit = {"dequantize_nf4-shape": "shape", "linear_nf4_dlora-x": "dy"}.get(f"{name}-{argument}", argument)
+    assert str(error.value).startswith((culprit + ":", "dy:", "packed:")), error.value
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("argument", ["packed", "absmax", "nested_absmax", "bias", "lora_a", "lora_b"])
+def test_a_cpu_tensor_mixed_in_is_named(argument: str) -> None:
+    with pytest.raises((ValueError, RuntimeError), match=f"{argument}: expected on the device of .*cuda:0.*, got cpu"):
+        changed("linear_nf4", "cuda", **{argument: named("linear_nf4", "cpu")[argument]})
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autocast_casts_the_dense_arguments_and_leaves_the_scales(device: str) -> None:
+    s = linear_sample(m=3, device=device, double_quant=False)
+    low = linear_sample(m=3, device=device, double_quant=False, dtype=torch.bfloat16)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = OPS.linear_nf4(*s.args)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, OPS.linear_nf4(*low.args))
+
+
+def test_meta_tensors_give_shapes_alone() -> None:
+    s = linear_sample(m=(2, 3))
+    args = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in s.args]
+    y = OPS.linear_nf4(*args)
+    assert y.is_meta
+    assert y.shape == (2, 3, 48)
+    assert qlora_ext.quantize_nf4(torch.empty(48, 64, device="meta")).packed.shape == (48, 32)
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    s = linear_sample(m=70, n=130, k=200, rank=5, dtype=torch.bfloat16, dropout_p=0.1)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            y = OPS.linear_nf4(*s.args)
+            dx = OPS.linear_nf4_dx(y, *s.w4.packed_args(), 200, *s.lora_args)
+            results.append((y, dx, *OPS.linear_nf4_dlora(y, s.x, *s.lora_args)))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_dropout_keeps_the_share_it_says() -> None:
+    n, k = 64, 4096
+    w4 = qlora_ext.quantize_nf4(torch.zeros(n, k))
+    y = OPS.linear_nf4(
+        torch.ones(64, k), *w4.packed_args(), n, None, torch.ones(1, k), torch.ones(n, 1), 1.0 / k, 0.3, 11
+    )
+    assert abs(float(y.mean()) - 1.0) < 5 * np.sqrt(0.3 / 0.7 / (64 * k))
