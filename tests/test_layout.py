@@ -1,0 +1,82 @@
+"""The tree tells the truth: who may include whom, and where intrinsics, assembly, launches and tables may stand."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES = [p for d in ("cpp", "cuda") for p in (ROOT / d).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+
+# Folder -> what its files may include of ours. Includes point one way.
+MAY_INCLUDE = {
+    "cpp/format": ("cpp/format",),
+    "cpp/cpu": ("cpp/format", "cpp/cpu"),
+    "cpp/ops": ("cpp/format", "cpp/cpu", "cpp/ops"),
+    "cpp/bindings": ("cpp/format", "cpp/cpu", "build_info.h"),
+    "cuda/ptx": ("cuda/ptx",),
+    "cuda/tile": ("cpp/format", "cuda/ptx", "cuda/tile"),
+    "cuda/kernels": ("cpp/format", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/tuning.h"),
+    "cuda/launch": ("cpp/format", "cuda/tile", "cuda/kernels", "cuda/launch", "cuda/tuning.h"),
+    "cuda/tuning.h": ("cpp/format",),
+    "cuda/ops.cpp": ("cpp/format", "cpp/ops", "cuda/launch", "cuda/tuning.h"),
+}
+
+
+def relative(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def offenders(pattern: str, allowed: str) -> list[str]:
+    """Sources outside `allowed` with a line of code (not a comment) that matches."""
+    found = []
+    for path in SOURCES:
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
+        if re.search(pattern, code) and not re.match(allowed, relative(path)):
+            found.append(relative(path))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_includes_point_one_way(path: pathlib.Path) -> None:
+    folder = next(f for f in MAY_INCLUDE if relative(path).startswith(f))
+    for include in re.findall(r'#include "([^"]+)"', path.read_text()):
+        assert include.startswith(MAY_INCLUDE[folder]), f"{relative(path)} includes {include}"
+
+
+def test_torch_is_seen_by_the_operators_only() -> None:
+    assert offenders(r"#include *<(torch|ATen|c10)/", r"cpp/ops/|cuda/ops\.cpp") == []
+
+
+def test_intrinsics_stand_in_the_vocabulary_headers_only() -> None:
+    assert (
+        offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/(vec|mma|stream)_(avx2|avx512|avx512_bf16)\w*\.h") == []
+    )
+
+
+def test_assembly_stands_in_ptx_only() -> None:
+    assert offenders(r"\basm\b", r"cuda/ptx/|cpp/cpu/(vec|mma|stream)_") == []
+
+
+def test_kernels_are_launched_in_launch_only() -> None:
+    assert offenders(r"<<<|cudaLaunchKernel", r"cuda/launch/") == []
+
+
+def test_the_nf4_values_are_typed_once() -> None:
+    digits = r"0?\.6961928|0?\.5250730|0?\.7229568|0?\.1609302"
+    assert offenders(digits, r"cpp/format/nf4\.h") == []
+    typed = [
+        p for d in ("python", "tests", "bench") for p in (ROOT / d).rglob("*.py") if re.search(digits, p.read_text())
+    ]
+    assert [relative(p) for p in typed if p != pathlib.Path(__file__)] == ["tests/reference.py"]
+
+
+def test_nothing_ends_the_process() -> None:
+    assert offenders(r"\b(std::)?(exit|abort|_Exit|quick_exit)\s*\(", r"$^") == []
+
+
+def test_files_stay_short() -> None:
+    code = [*SOURCES, *(p for d in ("python", "tests", "bench") for p in (ROOT / d).rglob("*.py"))]
+    assert {relative(p): n for p in code if (n := len(p.read_text().splitlines())) > 500} == {}
