@@ -12,6 +12,12 @@ __device__ __forceinline__ uint32_t load_stream_u32(const void* p) {
   return v;
 }
 
+__device__ __forceinline__ uint32_t load_stream_u16(const void* p) {
+  uint16_t v;
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  return v;
+}
+
 __device__ __forceinline__ uint2 load_stream_v2(const void* p) {
   uint2 v;
   asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));

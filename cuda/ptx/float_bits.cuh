@@ -1,0 +1,30 @@
+// Float32 arithmetic whose operand or result is used as an integer. Written in C++, nvcc puts a move between the two
+// register classes each time; PTX's untyped registers need none. Each operation rounds once, to nearest even.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora::ptx {
+
+// The product of the float whose bits are `a`, and b.
+__device__ __forceinline__ float mul_bits(uint32_t a, float b) {
+  float d;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(d) : "r"(a), "f"(b));
+  return d;
+}
+
+// The bits of a * b + c, rounded once.
+__device__ __forceinline__ uint32_t fma_to_bits(float a, float b, float c) {
+  uint32_t d;
+  asm("fma.rn.f32 %0, %1, %2, %3;" : "=r"(d) : "f"(a), "f"(b), "f"(c));
+  return d;
+}
+
+// All ones where a > b, else 0.
+__device__ __forceinline__ uint32_t greater_mask(float a, float b) {
+  uint32_t d;
+  asm("set.gt.u32.f32 %0, %1, %2;" : "=r"(d) : "f"(a), "f"(b));
+  return d;
+}
+
+}  // namespace qlora::ptx

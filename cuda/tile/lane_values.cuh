@@ -1,0 +1,76 @@
+// 16 bytes of a tensor as one lane holds them, for kernels that read float32, bfloat16 and float16 alike.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/dtypes.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/load.cuh"
+#include "cuda/ptx/max2.cuh"
+
+namespace qlora::cuda {
+
+inline constexpr int kWarp = 32;
+
+template <class T>
+struct LaneValues {
+  static constexpr int kCount = 16 / static_cast<int>(sizeof(T));
+
+  uint32_t word[4] = {};
+
+  // `p` is aligned to 16 bytes.
+  __device__ __forceinline__ void load(const T* p) {
+    const uint4 v = ptx::load_stream_v4(p);
+    word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
+  }
+
+  // The first `count` values (any number, also negative); zeros behind them.
+  __device__ __forceinline__ void load_tail(const T* p, int64_t count) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i >= count) continue;
+      if constexpr (sizeof(T) == 4) {
+        word[i] = __float_as_uint(p[i]);
+      } else {
+        word[i / 2] |= uint32_t{p[i].bits} << (i % 2 * 16);
+      }
+    }
+  }
+
+  // Value i as float32, in bits: exact.
+  __device__ __forceinline__ uint32_t float_bits(int i) const;
+
+  // max |value| as float32 bits, which order as the magnitudes do: infinity above the finite, NaN above infinity.
+  __device__ __forceinline__ uint32_t max_magnitude() const;
+};
+
+template <>
+__device__ __forceinline__ uint32_t LaneValues<float>::float_bits(int i) const {
+  return word[i];
+}
+template <>
+__device__ __forceinline__ uint32_t LaneValues<bfloat16>::float_bits(int i) const {
+  return i % 2 ? word[i / 2] & 0xFFFF0000u : word[i / 2] << 16;
+}
+template <>
+__device__ __forceinline__ uint32_t LaneValues<float16>::float_bits(int i) const {
+  const float2 pair = ptx::unpack2<float16>(word[i / 2]);
+  return __float_as_uint(i % 2 ? pair.y : pair.x);
+}
+
+template <>
+__device__ __forceinline__ uint32_t LaneValues<float>::max_magnitude() const {
+  constexpr uint32_t kMagnitude = 0x7FFFFFFFu;
+  return max(max(word[0] & kMagnitude, word[1] & kMagnitude), max(word[2] & kMagnitude, word[3] & kMagnitude));
+}
+
+template <class T>
+__device__ __forceinline__ uint32_t LaneValues<T>::max_magnitude() const {
+  constexpr uint32_t kMagnitude = 0x7FFF7FFFu;
+  LaneValues<T> pair;
+  pair.word[0] = ptx::max2_nan<T>(ptx::max2_nan<T>(word[0] & kMagnitude, word[1] & kMagnitude),
+                                  ptx::max2_nan<T>(word[2] & kMagnitude, word[3] & kMagnitude));
+  return max(pair.float_bits(0), pair.float_bits(1));
+}
+
+}  // namespace qlora::cuda
