@@ -7,7 +7,7 @@
 #include "cpp/format/dynamic8.h"
 #include "cpp/format/nf4.h"
 
-namespace qlora::cuda {
+namespace qlora::tile {
 
 static __constant__ Nf4Table c_nf4{};
 static __constant__ Dynamic8Table c_dynamic8{};
@@ -54,10 +54,11 @@ static_assert(sizeof(Nf4EncodeTable) == Nf4EncodeTable::kBytes && Nf4EncodeTable
 
 static __constant__ Nf4EncodeTable c_nf4_encode{};
 
-// Copies kWords words of a constant table into shared memory, one a thread and step; the caller synchronizes.
+// Copies a constant table into shared memory, a word a thread. The CTA has at least kWords threads, and synchronises
+// after.
 template <int kWords, class Word>
 __device__ __forceinline__ void stage_table(Word (&shared)[kWords], const Word (&table)[kWords]) {
-  for (int i = threadIdx.x; i < kWords; i += blockDim.x) shared[i] = table[i];
+  if (threadIdx.x < kWords) shared[threadIdx.x] = table[threadIdx.x];
 }
 
-}  // namespace qlora::cuda
+}  // namespace qlora::tile

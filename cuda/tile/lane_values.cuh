@@ -8,7 +8,7 @@
 #include "cuda/ptx/load.cuh"
 #include "cuda/ptx/max2.cuh"
 
-namespace qlora::cuda {
+namespace qlora::tile {
 
 inline constexpr int kWarp = 32;
 
@@ -73,4 +73,4 @@ __device__ __forceinline__ uint32_t LaneValues<T>::max_magnitude() const {
   return max(pair.float_bits(0), pair.float_bits(1));
 }
 
-}  // namespace qlora::cuda
+}  // namespace qlora::tile

@@ -8,25 +8,33 @@
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/ptx/shared.cuh"
 
-namespace qlora::cuda {
+namespace qlora::tile {
 
 // The shared table's alignment: its address has a zero low byte, which prmt replaces by four times the code.
 inline constexpr int kNf4DecodeAlign = 256;
 
-// The values of elements 0 .. kCount-1 of the packed bytes in `word` (lowest byte first), times `scale`, each rounded
-// once. `table` is the shared address of 16 floats.
+// The values of byte kByte's two elements times `scale`, each rounded once. `even` and `odd` hold four times the codes
+// of the even and odd elements, a byte each; `table` is the shared address of the 16 floats.
+template <int kByte>
+__device__ __forceinline__ void decode_nf4_byte(float* out, uint32_t even, uint32_t odd, float scale, uint32_t table) {
+  constexpr uint32_t kSelector = 0x7650u + kByte;  // bytes 1..3 of the table's address, then the offset
+  out[0] = __fmul_rn(ptx::load_shared_f32(ptx::prmt<kSelector>(even, table)), scale);
+  out[1] = __fmul_rn(ptx::load_shared_f32(ptx::prmt<kSelector>(odd, table)), scale);
+}
+
+// The same for the packed bytes of `word`, lowest first.
 template <int kCount>
 __device__ __forceinline__ void decode_nf4(float (&out)[kCount], uint32_t word, float scale, uint32_t table) {
-  static_assert(kCount % 2 == 0 && kCount <= 8);
-  constexpr uint32_t kTimesFour = 0x3C3C3C3Cu;  // a byte's code, already a byte offset into the table
+  static_assert(kCount == 4 || kCount == 8);
+  constexpr uint32_t kTimesFour = 0x3C3C3C3Cu;
   const uint32_t even = (word >> 2) & kTimesFour;
   const uint32_t odd = (word << 2) & kTimesFour;
-#pragma unroll
-  for (int i = 0; i < kCount; i += 2) {
-    const uint32_t byte = 0x7650u + i / 2;  // bytes 1..3 of the table's address, then byte i/2 of the offsets
-    out[i] = __fmul_rn(ptx::load_shared_f32(ptx::prmt(even, table, byte)), scale);
-    out[i + 1] = __fmul_rn(ptx::load_shared_f32(ptx::prmt(odd, table, byte)), scale);
+  decode_nf4_byte<0>(out, even, odd, scale, table);
+  decode_nf4_byte<1>(out + 2, even, odd, scale, table);
+  if constexpr (kCount == 8) {
+    decode_nf4_byte<2>(out + 4, even, odd, scale, table);
+    decode_nf4_byte<3>(out + 6, even, odd, scale, table);
   }
 }
 
-}  // namespace qlora::cuda
+}  // namespace qlora::tile

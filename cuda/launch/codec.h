@@ -1,0 +1,33 @@
+// The codec's launchers: plain pointers and a stream in, the launch's error out. Pointers are to the device's memory;
+// an empty tensor launches nothing. Encoded and decoded bits are those of the CPU kernels (cpp/cpu/kernels.h).
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cpp/format/problem.h"
+
+namespace qlora::cuda {
+
+// w [numel] (float32, bfloat16 or float16, 16-byte aligned) -> packed [ceil(numel / 2)] (4-byte aligned) and
+// absmax [ceil(numel / block_size)].
+cudaError_t launch_quantize_nf4(DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
+                                float* absmax, cudaStream_t stream);
+
+// Doubles of scratch that launch_quantize_absmax wants for `count` values.
+int64_t quantize_absmax_workspace(int64_t count);
+
+// absmax [count] -> codes [count], nested_absmax [ceil(count / nested_block_size)], nested_offset [1].
+cudaError_t launch_quantize_absmax(const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
+                                   float* nested_absmax, float* nested_offset, double* workspace, cudaStream_t stream);
+
+// scales.codes [count] -> absmax [count].
+cudaError_t launch_dequantize_absmax(const Scales& scales, int64_t count, float* absmax, cudaStream_t stream);
+
+// packed [ceil(numel / 2)] (4-byte aligned) -> out [numel] (float32, bfloat16 or float16, 16-byte aligned); nested
+// scales are decoded in the same launch.
+cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype, void* out,
+                                  cudaStream_t stream);
+
+}  // namespace qlora::cuda

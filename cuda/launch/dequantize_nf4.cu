@@ -1,0 +1,49 @@
+#include "cuda/kernels/dequantize_nf4.cuh"
+
+#include "cuda/launch/codec.h"
+#include "cuda/launch/device.h"
+#include "cuda/tuning.h"
+
+namespace qlora::cuda {
+namespace {
+
+template <class T, int kChunk>
+cudaError_t launch(const uint8_t* packed, const tile::ScaleView& scales, int64_t numel, void* out,
+                   cudaStream_t stream) {
+  constexpr int kThreads = CodecConfig::kThreads;
+  Device device;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  const int64_t grid =
+      codec_grid(ceil_div(numel, int64_t{kChunk} * kernels::kDequantizeRun * (kThreads / tile::kWarp)), device);
+  kernels::dequantize_nf4_kernel<T, kChunk, kThreads>
+      <<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(packed, scales, numel, static_cast<T*>(out));
+  return cudaGetLastError();
+}
+
+// A chunk has at most one block a lane.
+template <class T>
+cudaError_t launch_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t numel, void* out,
+                         cudaStream_t stream) {
+  return scales.scales.block_size < 64 ? launch<T, 1024>(packed, scales, numel, out, stream)
+                                       : launch<T, 2048>(packed, scales, numel, out, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& s, int64_t numel, DType dtype, void* out,
+                                  cudaStream_t stream) {
+  if (numel == 0) return cudaSuccess;
+  const tile::ScaleView scales = tile::make_scale_view(s, ceil_div(numel, s.block_size));
+  switch (dtype) {
+    case DType::kFloat32:
+      return launch_chunk<float>(packed, scales, numel, out, stream);
+    case DType::kBFloat16:
+      return launch_chunk<bfloat16>(packed, scales, numel, out, stream);
+    case DType::kFloat16:
+      return launch_chunk<float16>(packed, scales, numel, out, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace qlora::cuda
