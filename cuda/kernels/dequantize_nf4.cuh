@@ -116,13 +116,14 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
 
   const uint32_t table = ptx::shared_address(nf4);
   const float offset = shared_offset;
+  const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out);
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
   tile::RawScale raw;
 #pragma unroll 1
   for (int64_t chunk = warp * kDequantizeRun; chunk * kChunk < numel;) {
     const int64_t first = chunk * kChunk;
-    if (first + kChunk <= numel) {
+    if (aligned && first + kChunk <= numel) {
       dequantize_warp<T, kChunk, false>(packed, scales, raw, numel, first, out, dynamic8, offset, table);
     } else {
       dequantize_warp<T, kChunk, true>(packed, scales, raw, numel, first, out, dynamic8, offset, table);

@@ -106,7 +106,7 @@ __global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restr
   const int lane = threadIdx.x % tile::kWarp;
   const int64_t first = (int64_t{blockIdx.x} * kWarps + threadIdx.x / tile::kWarp) * Tile::kValues;
   const int64_t begin = first + lane * Tile::kPerLane;
-  const bool whole = first + Tile::kValues <= numel;
+  const bool whole = first + Tile::kValues <= numel && tile::is_aligned<16>(w) && tile::is_aligned<4>(packed);
 
   tile::LaneValues<T> values[Tile::kRows];
 #pragma unroll

@@ -1,5 +1,6 @@
 // The codec's launchers: plain pointers and a stream in, the launch's error out. Pointers are to the device's memory;
-// an empty tensor launches nothing. Encoded and decoded bits are those of the CPU kernels (cpp/cpu/kernels.h).
+// an empty tensor launches nothing. Encoded and decoded bits are those of the CPU kernels (cpp/cpu/kernels.h). Any
+// alignment works; dense data aligned to 16 bytes and packed data to 4, as torch allocates, is fast.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,8 +11,7 @@
 
 namespace qlora::cuda {
 
-// w [numel] (float32, bfloat16 or float16, 16-byte aligned) -> packed [ceil(numel / 2)] (4-byte aligned) and
-// absmax [ceil(numel / block_size)].
+// w [numel] (float32, bfloat16 or float16) -> packed [ceil(numel / 2)] and absmax [ceil(numel / block_size)].
 cudaError_t launch_quantize_nf4(DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
                                 float* absmax, cudaStream_t stream);
 
@@ -25,8 +25,7 @@ cudaError_t launch_quantize_absmax(const float* absmax, int64_t count, int64_t n
 // scales.codes [count] -> absmax [count].
 cudaError_t launch_dequantize_absmax(const Scales& scales, int64_t count, float* absmax, cudaStream_t stream);
 
-// packed [ceil(numel / 2)] (4-byte aligned) -> out [numel] (float32, bfloat16 or float16, 16-byte aligned); nested
-// scales are decoded in the same launch.
+// packed [ceil(numel / 2)] -> out [numel] (float32, bfloat16 or float16); nested scales are decoded in the same launch.
 cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype, void* out,
                                   cudaStream_t stream);
 

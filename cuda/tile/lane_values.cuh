@@ -12,6 +12,12 @@ namespace qlora::tile {
 
 inline constexpr int kWarp = 32;
 
+// Whether vector accesses of kBytes fit; where they do not, kernels take their element-wise path.
+template <int kBytes>
+__device__ __forceinline__ bool is_aligned(const void* p) {
+  return (reinterpret_cast<uintptr_t>(p) & (kBytes - 1)) == 0;
+}
+
 template <class T>
 struct LaneValues {
   static constexpr int kCount = 16 / static_cast<int>(sizeof(T));
