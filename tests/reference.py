@@ -104,6 +104,19 @@ def dequantize_nf4(packed: np.ndarray, absmax: np.ndarray, numel: int, block: in
     return NF4[unpack(packed, numel)] * np.repeat(absmax.astype(F32), block)[:numel]
 
 
+def bfloat16_bits(x: np.ndarray) -> np.ndarray:
+    """uint16: float32 rounded to nearest even; a NaN keeps its sign and the top of its payload, and is quiet."""
+    u = np.asarray(x, dtype=F32).view(np.uint32).astype(np.uint64)
+    rounded = (u + np.uint64(0x7FFF) + (u >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
+    return np.where(np.isnan(x), u >> np.uint64(16) | np.uint64(0x40), rounded).astype(np.uint16)
+
+
+def float16_bits(x: np.ndarray) -> np.ndarray:
+    """uint16: float32 rounded to nearest even."""
+    with np.errstate(over="ignore", under="ignore"):
+        return np.asarray(x, dtype=F32).astype(np.float16).view(np.uint16)
+
+
 def mean_in_order(x: np.ndarray) -> np.float32:
     """The mean of absmax in the format's own order of summation (see cpp/format/dynamic8.h)."""
     total = 0.0

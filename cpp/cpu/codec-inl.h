@@ -1,111 +1,241 @@
-// Encode and decode of the packed format. Included inside an anonymous namespace, once an instruction set.
+// Encode and decode of the packed format (cpp/format), written once against the vector vocabulary of vec_*.h. Included
+// inside an anonymous namespace, once an instruction set.
 
-inline float scale_at(const Scales& s, int64_t block) {
-  if (s.absmax) return s.absmax[block];
-  const float product = kDynamic8.value[s.codes[block]] * s.nested_absmax[block / s.nested_block_size];
-  return product + *s.nested_offset;
+// Threads share the work by strips of blocks: whole cache lines of absmax and of packed bytes.
+inline constexpr int64_t kStripBlocks = kLanes;
+inline constexpr int64_t kStripGrainElements = 16384;
+
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+inline bool is_nan(float x) { return x != x; }
+
+// max |w| over whole groups; NaN if there is any NaN or infinity.
+template <class T>
+inline float block_absmax(const T* w, int64_t count) {
+  Largest<T> largest;
+  for (int64_t i = 0; i < count; i += kGroup) largest.see(w + i);
+  const float absmax = largest.magnitude();
+  return absmax <= 3.40282347e+38f ? absmax : bits_float(0x7FC00000u);
+}
+
+// A block of whole groups. A NaN absmax makes every code 0.
+template <class T>
+inline void quantize_block(const T* w, int64_t count, uint8_t* packed, float* absmax) {
+  *absmax = block_absmax(w, count);
+  if (is_nan(*absmax)) {
+    for (int64_t i = 0; i < count / 2; ++i) packed[i] = 0;
+    return;
+  }
+  const Floats inverse = splat(inverse_absmax(*absmax));
+  for (int64_t i = 0; i < count; i += kGroup) {
+    const Pairs group = load_pairs(w + i);
+    store_packed(packed + i / 2, encode(mul(group.even, inverse)), encode(mul(group.odd, inverse)));
+  }
+}
+
+// The last block, where it is short. The zeros it is filled up with change no absmax.
+template <class T>
+void quantize_short_block(const T* w, int64_t count, uint8_t* packed, float* absmax) {
+  T filled[kMaxBlockSize] = {};
+  uint8_t bytes[kMaxBlockSize / 2];
+  for (int64_t i = 0; i < count; ++i) filled[i] = w[i];
+  quantize_block(filled, ceil_div(count, kGroup) * kGroup, bytes, absmax);
+  for (int64_t i = 0; i < packed_bytes(count); ++i) packed[i] = bytes[i];
+  if (count & 1) packed[count / 2] = static_cast<uint8_t>((packed[count / 2] & 0xF0) | kZeroCode);
 }
 
 template <class T>
-void quantize_blocks(const T* w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax, int64_t begin,
-                     int64_t end) {
-  for (int64_t block = begin; block < end; ++block) {
-    const int64_t first = block * block_size;
-    const int64_t last = first + block_size < numel ? first + block_size : numel;
-    float largest = 0.0f;
-    bool finite = true;
-    for (int64_t i = first; i < last; ++i) {
-      const float magnitude = bits_float(float_bits(to_float(w[i])) & 0x7FFFFFFFu);
-      largest = magnitude > largest ? magnitude : largest;
-      finite &= magnitude <= 3.40282347e38f;
+void quantize_all(const Pool& pool, const T* w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax) {
+  const int64_t blocks = ceil_div(numel, block_size), whole_blocks = numel / block_size;
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin * kStripBlocks; b < least(end * kStripBlocks, whole_blocks); ++b) {
+      quantize_block(w + b * block_size, block_size, packed + b * block_size / 2, absmax + b);
     }
-    absmax[block] = finite ? largest : bits_float(0x7FC00000u);
-    const float inverse = inverse_absmax(absmax[block]);
-    for (int64_t i = first; i < last; i += 2) {
-      const int high = nf4_encode(to_float(w[i]) * inverse);
-      const int low = i + 1 < last ? nf4_encode(to_float(w[i + 1]) * inverse) : kZeroCode;
-      packed[i >> 1] = static_cast<uint8_t>(high << 4 | low);
+    if (whole_blocks < blocks && end * kStripBlocks >= blocks) {
+      const int64_t first = whole_blocks * block_size;
+      quantize_short_block(w + first, numel - first, packed + first / 2, absmax + whole_blocks);
     }
-  }
+  };
+  pool(ceil_div(blocks, kStripBlocks), ceil_div(kStripGrainElements, kStripBlocks * block_size), body);
 }
 
 void quantize_nf4(const Pool& pool, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
                   float* absmax) {
-  auto body = [&](int64_t begin, int64_t end) {
-    switch (dtype) {
-      case DType::kBFloat16:
-        return quantize_blocks(static_cast<const bfloat16*>(w), numel, block_size, packed, absmax, begin, end);
-      case DType::kFloat16:
-        return quantize_blocks(static_cast<const float16*>(w), numel, block_size, packed, absmax, begin, end);
-      default:
-        return quantize_blocks(static_cast<const float*>(w), numel, block_size, packed, absmax, begin, end);
-    }
-  };
-  pool(ceil_div(numel, block_size), ceil_div(16384, block_size), body);
+  switch (dtype) {
+    case DType::kBFloat16:
+      return quantize_all(pool, static_cast<const bfloat16*>(w), numel, block_size, packed, absmax);
+    case DType::kFloat16:
+      return quantize_all(pool, static_cast<const float16*>(w), numel, block_size, packed, absmax);
+    default:
+      return quantize_all(pool, static_cast<const float*>(w), numel, block_size, packed, absmax);
+  }
 }
 
-// Sum of one chunk in the format's own order (dynamic8.h).
+// The sum of a chunk in the format's own order (dynamic8.h).
 inline double chunk_sum(const float* x, int64_t count) {
   double partial[kMeanLanes] = {};
-  for (int64_t i = 0; i < count; ++i) partial[i % kMeanLanes] += static_cast<double>(x[i]);
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) accumulate(partial + i % kMeanLanes, load(x + i));
+  for (int64_t i = whole; i < count; ++i) partial[i % kMeanLanes] += static_cast<double>(x[i]);
   for (int64_t half = kMeanLanes / 2; half; half /= 2)
     for (int64_t p = 0; p < half; ++p) partial[p] += partial[p + half];
   return partial[0];
 }
 
+// Chunks are summed side by side, and their sums added in order.
+inline float mean(const Pool& pool, const float* x, int64_t count) {
+  constexpr int64_t kChunksAtOnce = 256;
+  double sum = 0.0;
+  for (int64_t first = 0; first < count; first += kChunksAtOnce * kMeanChunk) {
+    const float* part = x + first;
+    const int64_t part_count = least(count - first, kChunksAtOnce * kMeanChunk);
+    double sums[kChunksAtOnce];
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        sums[c] = chunk_sum(part + c * kMeanChunk, least(part_count - c * kMeanChunk, kMeanChunk));
+      }
+    };
+    pool(ceil_div(part_count, kMeanChunk), 1, body);
+    for (int64_t c = 0; c < ceil_div(part_count, kMeanChunk); ++c) sum += sums[c];
+  }
+  return count ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+}
+
+// dynamic8_encode of a finite q.
+inline uint8_t encode_by_cell(float q) {
+  using Cells = Dynamic8Cells;
+  const uint32_t bits = float_bits(q), magnitude = bits & 0x7FFFFFFFu;
+  const uint32_t from_least = magnitude < Cells::kLeastBits ? 0u : magnitude - Cells::kLeastBits;
+  const uint32_t to_one = Cells::kOneBits - Cells::kLeastBits;
+  const uint32_t cell = (from_least < to_one ? from_least : to_one) >> Cells::kCellShift;
+  const uint8_t code = kDynamic8Cells.base[bits >> 31][cell];
+  return static_cast<uint8_t>(code + (q > kDynamic8.boundary[code]));
+}
+
+// One nested block: codes of (absmax - offset), whose largest magnitude is left in nested_absmax.
+inline void quantize_nested_block(const float* absmax, int64_t count, float offset, uint8_t* codes,
+                                  float* nested_absmax) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = float_bits(absmax[i] - offset) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (largest >= 0x7F800000u) {  // a NaN or an infinity is among them
+    *nested_absmax = bits_float(0x7FC00000u);
+    for (int64_t i = 0; i < count; ++i) codes[i] = 0;
+    return;
+  }
+  *nested_absmax = bits_float(largest);
+  const float inverse = inverse_absmax(*nested_absmax);
+  for (int64_t i = 0; i < count; ++i) codes[i] = encode_by_cell((absmax[i] - offset) * inverse);
+}
+
 void quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                      float* nested_absmax, float* nested_offset) {
-  double sum = 0.0;
-  for (int64_t first = 0; first < count; first += kMeanChunk)
-    sum += chunk_sum(absmax + first, count - first < kMeanChunk ? count - first : kMeanChunk);
-  const float offset = count ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
-  *nested_offset = offset;
+  const float offset = *nested_offset = mean(pool, absmax, count);
   auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * nested_block_size;
-      const int64_t last = first + nested_block_size < count ? first + nested_block_size : count;
-      float largest = 0.0f;
-      bool nan = false;
-      for (int64_t i = first; i < last; ++i) {
-        const float magnitude = bits_float(float_bits(absmax[i] - offset) & 0x7FFFFFFFu);
-        largest = magnitude > largest ? magnitude : largest;
-        nan |= magnitude != magnitude;
-      }
-      nested_absmax[block] = nan ? bits_float(0x7FC00000u) : largest;
-      const float inverse = inverse_absmax(nested_absmax[block]);
-      for (int64_t i = first; i < last; ++i)
-        codes[i] = static_cast<uint8_t>(dynamic8_encode((absmax[i] - offset) * inverse));
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * nested_block_size;
+      quantize_nested_block(absmax + first, least(count - first, nested_block_size), offset, codes + first,
+                            nested_absmax + b);
     }
   };
-  pool(ceil_div(count, nested_block_size), 16, body);
+  pool(ceil_div(count, nested_block_size), ceil_div(4096, nested_block_size), body);
+}
+
+inline float decode_scale(uint8_t code, float nested_absmax, float nested_offset) {
+  const float product = kDynamic8.value[code] * nested_absmax;
+  return product + nested_offset;
+}
+
+inline float scale_at(const Scales& s, int64_t block) {
+  if (s.absmax) return s.absmax[block];
+  return decode_scale(s.codes[block], s.nested_absmax[block / s.nested_block_size], *s.nested_offset);
+}
+
+// Scales of the blocks [first, first + count).
+inline void decode_scales(const Scales& scales, int64_t first, int64_t count, float* out) {
+  if (scales.absmax) {
+    for (int64_t i = 0; i < count; ++i) out[i] = scales.absmax[first + i];
+    return;
+  }
+  while (count > 0) {
+    const int64_t nested_block = first / scales.nested_block_size;
+    const int64_t here = least(count, (nested_block + 1) * scales.nested_block_size - first);
+    const float nested_absmax = scales.nested_absmax[nested_block], offset = *scales.nested_offset;
+    for (int64_t i = 0; i < here; ++i) {
+      out[i] = decode_scale(scales.codes[first + i], nested_absmax, offset);
+    }
+    first += here, out += here, count -= here;
+  }
 }
 
 void dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, float* absmax) {
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) absmax[i] = scale_at(scales, i);
-  };
+  auto body = [&](int64_t begin, int64_t end) { decode_scales(scales, begin, end - begin, absmax + begin); };
   pool(count, 4096, body);
 }
 
+template <bool kStream, class T>
+inline void dequantize_groups(float absmax, const uint8_t* packed, int64_t count, T* out) {
+  const Table<T> table = make_table<T>(absmax);
+  for (int64_t i = 0; i < count; i += kGroup) decode<kStream>(table, packed + i / 2, out + i);
+}
+
+// Whole groups of the last block go straight to `out`; the rest by way of a copy.
 template <class T>
-void dequantize_range(const uint8_t* packed, const Scales& scales, T* out, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i)
-    from_float(kNf4.value[nf4_code_at(packed, i)] * scale_at(scales, i / scales.block_size), &out[i]);
+void dequantize_short_block(float absmax, const uint8_t* packed, int64_t count, T* out) {
+  const int64_t whole = count / kGroup * kGroup, rest = count - whole;
+  dequantize_groups<false>(absmax, packed, whole, out);
+  uint8_t bytes[kGroup / 2] = {};
+  T values[kGroup];
+  for (int64_t i = 0; i < packed_bytes(rest); ++i) bytes[i] = packed[whole / 2 + i];
+  dequantize_groups<false>(absmax, bytes, kGroup, values);
+  for (int64_t i = 0; i < rest; ++i) out[whole + i] = values[i];
+}
+
+template <bool kStream, class T>
+void dequantize_all(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, T* out) {
+  const int64_t block_size = scales.block_size;
+  const int64_t blocks = ceil_div(numel, block_size), whole_blocks = numel / block_size;
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t first = strip * kStripBlocks, count = least(blocks - first, kStripBlocks);
+      float absmax[kStripBlocks];
+      decode_scales(scales, first, count, absmax);
+      for (int64_t b = first; b < least(first + count, whole_blocks); ++b) {
+        dequantize_groups<kStream>(absmax[b - first], packed + b * block_size / 2, block_size, out + b * block_size);
+      }
+      if (first + count > whole_blocks) {
+        const int64_t start = whole_blocks * block_size;
+        dequantize_short_block(absmax[whole_blocks - first], packed + start / 2, numel - start, out + start);
+      }
+    }
+    if (kStream) finish_streaming();
+  };
+  pool(ceil_div(blocks, kStripBlocks), ceil_div(kStripGrainElements, kStripBlocks * block_size), body);
+}
+
+// What does not fit in the caches is written past them: a line that will be evicted before it is read again need not be
+// fetched first.
+inline constexpr int64_t kStreamBytes = 16 << 20;
+template <class T>
+void dequantize_as(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, T* out) {
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  if (aligned && numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes) {
+    dequantize_all<true>(pool, packed, scales, numel, out);
+  } else {
+    dequantize_all<false>(pool, packed, scales, numel, out);
+  }
 }
 
 void dequantize_nf4(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype,
                     void* out) {
-  auto body = [&](int64_t begin, int64_t end) {
-    begin *= scales.block_size;
-    end = end * scales.block_size < numel ? end * scales.block_size : numel;
-    switch (dtype) {
-      case DType::kBFloat16:
-        return dequantize_range(packed, scales, static_cast<bfloat16*>(out), begin, end);
-      case DType::kFloat16:
-        return dequantize_range(packed, scales, static_cast<float16*>(out), begin, end);
-      default:
-        return dequantize_range(packed, scales, static_cast<float*>(out), begin, end);
-    }
-  };
-  pool(ceil_div(numel, scales.block_size), ceil_div(16384, scales.block_size), body);
+  switch (dtype) {
+    case DType::kBFloat16:
+      return dequantize_as(pool, packed, scales, numel, static_cast<bfloat16*>(out));
+    case DType::kFloat16:
+      return dequantize_as(pool, packed, scales, numel, static_cast<float16*>(out));
+    default:
+      return dequantize_as(pool, packed, scales, numel, static_cast<float*>(out));
+  }
 }

@@ -1,6 +1,7 @@
 // The CPU kernels compiled for avx512 (flags: CMakeLists.txt).
 #include "cpp/cpu/dispatch.h"
-#include "cpp/format/dynamic8.h"
+#include "cpp/cpu/dynamic8_cells.h"
+#include "cpp/cpu/vec_avx512.h"
 
 namespace qlora::cpu {
 namespace avx512 {
