@@ -16,7 +16,7 @@ MAY_INCLUDE = {
     "cpp/cpu": ("cpp/format", "cpp/cpu"),
     "cpp/ops": ("cpp/format", "cpp/cpu", "cpp/ops"),
     "cpp/bindings": ("cpp/format", "cpp/cpu", "build_info.h"),
-    "cuda/ptx": ("cuda/ptx",),
+    "cuda/ptx": ("cpp/format", "cuda/ptx"),
     "cuda/tile": ("cpp/format", "cuda/ptx", "cuda/tile"),
     "cuda/kernels": ("cpp/format", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/tuning.h"),
     "cuda/launch": ("cpp/format", "cuda/tile", "cuda/kernels", "cuda/launch", "cuda/tuning.h"),

@@ -39,7 +39,7 @@ struct LinearCall {
     lora = checks::lora(lora_a, lora_b, out_features, k, scaling, dropout_p, seed, "x", x_arg);
     problem.lora = lora.lora;
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
-    y = stable::new_empty(x_arg, checks::with_last(x_arg, out_features));
+    y = empty(x_arg, checks::with_last(x_arg, out_features), x_arg.scalar_type());
     problem.y = y.mutable_data_ptr();
   }
 };
@@ -61,7 +61,7 @@ struct LinearDxCall {
     lora = checks::lora(lora_a, lora_b, n, in_features, scaling, dropout_p, seed, "dy", dy_arg);
     problem.lora = lora.lora;
     problem.dy = checks::operand("dy", dy_arg, "dy", dy_arg, &dy);
-    dx = stable::new_empty(dy_arg, checks::with_last(dy_arg, in_features));
+    dx = empty(dy_arg, checks::with_last(dy_arg, in_features), dy_arg.scalar_type());
     problem.dx = dx.mutable_data_ptr();
   }
 };
@@ -84,8 +84,8 @@ struct LoraGradCall {
     problem.lora = lora.lora;
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
     problem.dy = checks::operand("dy", dy_arg, "x", x_arg, &dy);
-    da = stable::new_empty(x_arg, {problem.lora.rank, problem.k});
-    db = stable::new_empty(x_arg, {problem.n, problem.lora.rank});
+    da = empty(x_arg, {problem.lora.rank, problem.k}, x_arg.scalar_type());
+    db = empty(x_arg, {problem.n, problem.lora.rank}, x_arg.scalar_type());
     problem.da = da.mutable_data_ptr();
     problem.db = db.mutable_data_ptr();
   }

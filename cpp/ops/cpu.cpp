@@ -21,8 +21,8 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size)
   const DType dtype = checks::storage_dtype("w", w_arg.scalar_type());
   checks::block_size("block_size", block_size);
   const Tensor w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
-  Tensor packed = stable::new_empty(w, checks::packed_shape(w), ScalarType::Byte);
-  Tensor absmax = stable::new_empty(w, {ceil_div(w.numel(), block_size)}, ScalarType::Float);
+  Tensor packed = empty(w, checks::packed_shape(w), ScalarType::Byte);
+  Tensor absmax = empty(w, {ceil_div(w.numel(), block_size)}, ScalarType::Float);
   cpu::quantize_nf4(pool(), dtype, w.const_data_ptr(), w.numel(), block_size, packed.mutable_data_ptr<uint8_t>(),
                     absmax.mutable_data_ptr<float>());
   return {packed, absmax};
@@ -33,9 +33,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int
   checks::nested_block_size(nested_block_size);
   const Tensor absmax = absmax_arg.is_contiguous() ? absmax_arg : stable::contiguous(absmax_arg);
   const int64_t count = absmax.numel();
-  Tensor codes = stable::new_empty(absmax, {count}, ScalarType::Byte);
-  Tensor nested_absmax = stable::new_empty(absmax, {ceil_div(count, nested_block_size)});
-  Tensor nested_offset = stable::new_empty(absmax, {});
+  Tensor codes = empty(absmax, {count}, ScalarType::Byte);
+  Tensor nested_absmax = empty(absmax, {ceil_div(count, nested_block_size)}, ScalarType::Float);
+  Tensor nested_offset = empty(absmax, std::vector<int64_t>{}, ScalarType::Float);
   cpu::quantize_absmax(pool(), absmax.const_data_ptr<float>(), count, nested_block_size,
                        codes.mutable_data_ptr<uint8_t>(), nested_absmax.mutable_data_ptr<float>(),
                        nested_offset.mutable_data_ptr<float>());
@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int
 Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const Tensor& nested_offset,
                          int64_t nested_block_size) {
   const Scales scales = checks::nested_scales("codes", codes, nested_absmax, nested_offset, nested_block_size);
-  Tensor absmax = stable::new_empty(codes, {codes.numel()}, ScalarType::Float);
+  Tensor absmax = empty(codes, {codes.numel()}, ScalarType::Float);
   cpu::dequantize_absmax(pool(), scales, codes.numel(), absmax.mutable_data_ptr<float>());
   return absmax;
 }
@@ -57,7 +57,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor
   const int64_t numel = checks::shape_numel(shape);
   const Weight w =
       checks::weight({packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, 1, numel);
-  Tensor out = stable::new_empty(packed, shape, dtype);
+  Tensor out = empty(packed, shape, dtype);
   cpu::dequantize_nf4(pool(), w.packed, w.scales, numel, out_dtype, out.mutable_data_ptr());
   return out;
 }

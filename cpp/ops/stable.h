@@ -8,6 +8,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
 
@@ -41,5 +42,28 @@ namespace stable = torch::stable;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+// An uninitialised contiguous tensor on the device of `like`. Straight through the shim: stable::new_empty goes the
+// boxed way through the dispatcher, which costs a small layer more than its matmul.
+inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
+  int64_t strides[64];
+  int64_t stride = 1;
+  for (int64_t i = dims - 1; i >= 0; --i) {
+    strides[i] = stride;
+    stride *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  int32_t device_type = 0, device_index = 0, dtype_code = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  dtype_code = stable::detail::to<int32_t>(stable::detail::from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(dims, sizes, strides, dtype_code, device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Tensor& like, const std::vector<int64_t>& sizes, ScalarType dtype) {
+  return empty(like, sizes.data(), static_cast<int64_t>(sizes.size()), dtype);
+}
 
 }  // namespace qlora

@@ -1,4 +1,5 @@
-"""The fused layer as a ``torch.autograd.Function``, and the function people call."""
+"""Gradients of the fused layer: a ``torch.autograd.Function``, the operator made differentiable by it, and the
+function people call."""
 
 from __future__ import annotations
 
@@ -7,8 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import linear_backward, save_for_linear_backward
+from .ops import LIBRARY
 from .weight import NF4Weight
+
+
+def _below_autograd(*args: Any) -> Tensor:
+    """The kernel itself. The guard saves a second trip through Python, half of a small layer's time."""
+    y: Tensor
+    if torch.compiler.is_dynamo_compiling():  # the guard cannot be traced, and a traced call costs nothing
+        y = torch.ops.qlora.linear_nf4.default(*args)
+        return y
+    with torch._C._AutoDispatchBelowAutograd():
+        y = torch.ops.qlora.linear_nf4.default(*args)
+    return y
 
 
 class LinearNF4Function(torch.autograd.Function):
@@ -16,23 +28,47 @@ class LinearNF4Function(torch.autograd.Function):
 
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
-    lora_b [N, R], scaling, dropout_p, seed. Gradients reach x, bias, lora_a and lora_b; saved for them are x and
-    references to the packed state and the adapters, never a dequantized weight nor a dropout mask.
+    lora_b [N, R], scaling, dropout_p, seed. Gradients reach x, bias, lora_a and lora_b; saved for them are x (where
+    there are adapters) and references to the packed state and the adapters: never a dequantized weight, nor a
+    dropout mask, which the backward draws again from the seed.
     """
 
     @staticmethod
-    def forward(*args: Any) -> Tensor:
-        y: Tensor = torch.ops.qlora.linear_nf4(*args)
-        return y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        save_for_linear_backward(ctx, inputs, output)
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, lora_a, lora_b = args[0], args[9], args[10]
+        ctx.save_for_backward(x if lora_a is not None else None, lora_a, lora_b, *args[1:5])
+        ctx.block_sizes = args[5:7]
+        ctx.in_features = x.shape[-1]
+        ctx.lora_numbers = args[11:]
+        return _below_autograd(*args)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        return linear_backward(ctx, dy)
+        x, lora_a, lora_b, *packed = ctx.saved_tensors
+        needs_dx, needs_dbias, needs_da, needs_db = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
+        dx = da = db = dbias = None
+        if needs_dx:
+            dx = torch.ops.qlora.linear_nf4_dx.default(
+                dy, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, *ctx.lora_numbers
+            )
+        if needs_dbias:
+            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
+        if needs_da or needs_db:
+            da, db = torch.ops.qlora.linear_nf4_dlora.default(dy, x, lora_a, lora_b, *ctx.lora_numbers)
+        frozen = (None,) * 7
+        return (dx, *frozen, dbias, da if needs_da else None, db if needs_db else None, None, None, None)
+
+
+def differentiable_linear_nf4(*args: Any) -> Tensor:
+    """``torch.ops.qlora.linear_nf4`` with its gradient, at the price of a graph only where one is needed."""
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        y: Tensor = LinearNF4Function.apply(*args)
+        return y
+    return _below_autograd(*args)
+
+
+LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
 
 
 def draw_seed() -> int:

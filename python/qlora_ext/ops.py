@@ -1,4 +1,4 @@
-"""What torch must know of ``torch.ops.qlora.*`` beyond their kernels: output shapes, gradients, autocast.
+"""What torch must know of ``torch.ops.qlora.*`` beyond their kernels: output shapes and autocast (gradients: autograd.py).
 
 The operators' signatures are in ``cpp/ops/schema.cpp``. ``packed_args`` stands for the six arguments that always
 travel together: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size.
@@ -80,39 +80,8 @@ def _(
     return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 
 
-# Positions in linear_nf4's argument list.
-_X, _PACKED, _OUT_FEATURES, _BIAS, _LORA_A, _LORA_B, _SCALING, _DROPOUT, _SEED = 0, 1, 7, 8, 9, 10, 11, 12, 13
-
-
-def save_for_linear_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Keeps x and references to the packed state and the adapters: nothing dequantized, no mask, no copy of x."""
-    x, lora_a, lora_b = inputs[_X], inputs[_LORA_A], inputs[_LORA_B]
-    ctx.save_for_backward(x if lora_a is not None else None, lora_a, lora_b, *inputs[_PACKED : _PACKED + 4])
-    ctx.block_sizes = inputs[_PACKED + 4 : _OUT_FEATURES]
-    ctx.in_features = x.shape[-1]
-    ctx.lora_numbers = inputs[_SCALING:]
-
-
-def linear_backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    """Gradients of linear_nf4's 14 arguments: x, bias, lora_a and lora_b; never the frozen weight."""
-    x, lora_a, lora_b, *packed = ctx.saved_tensors
-    needs = ctx.needs_input_grad
-    dx = da = db = dbias = None
-    if needs[_X]:
-        dx = torch.ops.qlora.linear_nf4_dx(
-            dy, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, *ctx.lora_numbers
-        )
-    if needs[_BIAS]:
-        dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-    if needs[_LORA_A] or needs[_LORA_B]:
-        da, db = torch.ops.qlora.linear_nf4_dlora(dy, x, lora_a, lora_b, *ctx.lora_numbers)
-    frozen = (None,) * 7
-    return (dx, *frozen, dbias, da if needs[_LORA_A] else None, db if needs[_LORA_B] else None, None, None, None)
-
-
-torch.library.register_autograd(
-    "qlora::linear_nf4", linear_backward, setup_context=save_for_linear_backward, lib=LIBRARY
-)
+# Where linear_nf4's dense arguments stand: x, bias, lora_a, lora_b. The rest is packed state and numbers.
+_DENSE = (0, 8, 9, 10)
 
 
 def _autocast(device_type: str) -> None:
@@ -121,7 +90,7 @@ def _autocast(device_type: str) -> None:
     def linear_nf4(*args: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         cast = list(args)
-        for i in (_X, _BIAS, _LORA_A, _LORA_B):
+        for i in _DENSE:
             if cast[i] is not None and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
                 cast[i] = cast[i].to(dtype)
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
