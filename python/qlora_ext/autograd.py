@@ -71,6 +71,14 @@ def differentiable_linear_nf4(*args: Any) -> Tensor:
 LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
 
 
+def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
+    """``torch.ops.qlora.linear_nf4(*args)`` by the shortest way; ``device_type`` is that of x."""
+    if torch.compiler.is_dynamo_compiling() or torch.is_autocast_enabled(device_type):
+        y: Tensor = torch.ops.qlora.linear_nf4.default(*args)
+        return y
+    return differentiable_linear_nf4(*args)
+
+
 def draw_seed() -> int:
     """A dropout seed from torch's CPU generator: ``torch.manual_seed`` reproduces it, checkpointing replays it."""
     return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
@@ -113,7 +121,6 @@ def linear_nf4(
         raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
     if seed is None:
         seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
-    y: Tensor = torch.ops.qlora.linear_nf4(
-        x, *w4.packed_args(), w4.shape[0], bias, lora_a, lora_b, scaling, dropout_p, seed
+    return call_linear_nf4(
+        x.device.type, x, *w4.packed_args(), w4.shape[0], bias, lora_a, lora_b, scaling, dropout_p, seed
     )
-    return y

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .autograd import linear_nf4
+from .autograd import call_linear_nf4, draw_seed
 from .weight import NF4Weight, _check_block_sizes, quantize_nf4
 
 # The float32 part of the packed state, which no change of a model's dtype may touch.
@@ -88,6 +88,17 @@ class Linear4bit(nn.Linear):
             self.nested_block_size,
         )
 
+    def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
+        """As ``NF4Weight.packed_args``, without making one."""
+        return (
+            self.weight,
+            self.absmax,
+            self.nested_absmax,
+            self.nested_offset,
+            self.block_size,
+            self.nested_block_size,
+        )
+
     def set_weight(self, w4: NF4Weight) -> None:
         """Takes ``w4`` (shape [N, K]) as the packed state, with its block sizes, scale form and device."""
         if tuple(w4.shape) != (self.out_features, self.in_features):
@@ -150,15 +161,23 @@ class Linear4bit(nn.Linear):
 
         Computed in ``compute_dtype`` and returned in x's dtype; under autocast, both are the autocast dtype.
         """
-        w4 = self.weight4bit
-        if torch.is_autocast_enabled(x.device.type):
-            return linear_nf4(x, w4, self.bias, lora_a, lora_b, scaling, dropout_p)
-
-        def cast(t: Tensor | None) -> Tensor | None:
-            return None if t is None else t.to(self.compute_dtype)
-
-        y = linear_nf4(x.to(self.compute_dtype), w4, cast(self.bias), cast(lora_a), cast(lora_b), scaling, dropout_p)
-        return y.to(x.dtype)
+        seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
+        device_type, dtype, cast = x.device.type, x.dtype, self.compute_dtype
+        if torch.is_autocast_enabled(device_type):
+            dtype = cast = torch.get_autocast_dtype(device_type)
+        y = call_linear_nf4(
+            device_type,
+            x.to(cast),
+            *self.packed_args(),
+            self.out_features,
+            None if self.bias is None else self.bias.to(cast),
+            None if lora_a is None else lora_a.to(cast),
+            None if lora_b is None else lora_b.to(cast),
+            scaling,
+            dropout_p,
+            seed,
+        )
+        return y.to(dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight [N, K], in ``dtype`` or that of the weight that was quantized."""

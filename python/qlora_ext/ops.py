@@ -1,4 +1,4 @@
-"""What torch must know of ``torch.ops.qlora.*`` beyond their kernels: output shapes and autocast (gradients: autograd.py).
+"""What torch must know of ``torch.ops.qlora.*`` beyond their kernels: shapes and autocast (gradients: autograd.py).
 
 The operators' signatures are in ``cpp/ops/schema.cpp``. ``packed_args`` stands for the six arguments that always
 travel together: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size.
