@@ -81,7 +81,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor
       checks::weight({packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, 1, numel);
   const OnDevice device(packed);
   Tensor out = stable::new_empty(packed, shape, dtype);
-  check_launch("dequantize_nf4", cuda::launch_dequantize_nf4(w.packed, w.scales, numel, out_dtype,
+  check_launch("dequantize_nf4", cuda::launch_dequantize_nf4(w.packed, w.scales, 0, numel, out_dtype,
                                                              out.mutable_data_ptr(), device.stream()));
   return out;
 }
