@@ -7,6 +7,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -43,7 +44,14 @@ class _Watcher(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         loader = self._loaders.pop(spec.name)
         spec.loader = module.__loader__ = loader
         loader.exec_module(module)
-        importlib.import_module(self.waiting.pop(spec.name))
+        _integrate(spec.name, self.waiting.pop(spec.name))
+
+
+def _integrate(module: str, integration: str) -> None:
+    try:
+        importlib.import_module(integration)
+    except Exception as error:  # a version of the library that was never seen: the library itself must still import
+        warnings.warn(f"qlora_ext: {module} could not be integrated: {error!r}", RuntimeWarning, stacklevel=2)
 
 
 _WATCHER = _Watcher()
@@ -52,7 +60,7 @@ _WATCHER = _Watcher()
 def after_import(module: str, integration: str) -> None:
     """Imports ``integration`` as soon as ``module`` has been imported: now, or whenever that happens."""
     if module in sys.modules:
-        importlib.import_module(integration)
+        _integrate(module, integration)
         return
     _WATCHER.waiting[module] = integration
     if _WATCHER not in sys.meta_path:

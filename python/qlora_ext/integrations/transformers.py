@@ -20,7 +20,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _library
-from ..nn import CONVERSIONS, SCALES, Linear4bit
+from ..nn import AFTER_QUANTIZE, CONVERSIONS, Linear4bit
 from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
 from .bitsandbytes import COMPANIONS
 
@@ -41,12 +41,11 @@ class Conv1D4bit(Linear4bit):
         dense.train(linear.training)
         return super().from_linear(dense, compute_dtype, **options)  # type: ignore[return-value]
 
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Module:  # type: ignore[override]
-        """A ``Conv1D`` that holds the decoded weight."""
-        dense = super().to_linear(dtype)
+    def to_linear(self, dtype: torch.dtype | None = None, weight: torch.Tensor | None = None) -> nn.Module:
+        dense = super().to_linear(dtype, weight)
         with torch.device("meta"):
             conv = Conv1D(self.out_features, self.in_features)
-        conv.weight = nn.Parameter(dense.weight.T.contiguous(), requires_grad=False)
+        conv.weight = nn.Parameter(dense.weight.detach().T.contiguous(), requires_grad=False)
         conv.bias = dense.bias
         return conv.train(self.training)
 
@@ -261,7 +260,7 @@ def _check_loaded(model: nn.Module) -> None:
                 f"{name}: the checkpoint holds no {', '.join(absent)} for this 4-bit layer; "
                 "name the layer in QLoRAConfig(skip_modules=[...]) to leave it as it is"
             )
-        layer.check_form(name)
+        layer.check_form(prefix=f"{name}.")
 
 
 def _record_form(model: nn.Module, config: QLoRAConfig) -> None:
@@ -290,19 +289,24 @@ def dequantize_modules(model: Any, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def attach(model: Any) -> None:
+def attach(model: nn.Module) -> None:
     """Makes a transformers model that ``quantize_model`` has quantized save, load and dequantize as a 4-bit one."""
-    dense = [name for name, m in model.named_modules() if type(m) in CONVERSIONS]
-    config = QLoRAConfig(skip_modules=dense)
-    _record_form(model, config)
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not any(_layers(model)):
+        return
+    config = QLoRAConfig(skip_modules=[name for name, m in model.named_modules() if type(m) in CONVERSIONS])
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
-    quantizer.postprocess_model(model)
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    _record_form(model, config)
 
 
 def _register() -> None:
+    AFTER_QUANTIZE.append(attach)
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QLoRAConfig
     auto.AUTO_QUANTIZER_MAPPING[METHOD] = QLoRAQuantizer
     merge = auto.AutoHfQuantizer.merge_quantization_configs
