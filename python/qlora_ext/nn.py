@@ -183,7 +183,7 @@ class Linear4bit(nn.Linear):
         """The decoded weight [N, K], in ``dtype`` or that of the weight that was quantized."""
         return self.weight4bit.dequantize(dtype)
 
-    def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Module:
+    def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Linear:
         """A dense layer in this one's place, in ``dtype`` or that of the weight that was quantized.
 
         It holds the decoded weight, or ``weight`` [N, K] (an adapter merged into it, say) if given.
@@ -257,7 +257,7 @@ class Linear4bit(nn.Linear):
         except ValueError as error:  # refused even where the load is not strict
             args[-1].append(str(error))
             return
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (

@@ -30,7 +30,7 @@ def _fill(layer: Linear4bit, name: str, w4: NF4Weight, missing: Any) -> dict[str
     return {name: layer.weight, **{f"{prefix}{scale}": t for scale, t in layer.named_buffers(recurse=False)}}
 
 
-class Quantize(ConversionOps):  # type: ignore[misc,unused-ignore]
+class Quantize(ConversionOps):
     """A dense weight, just read, becomes the 4-bit state of its layer; the dense one is freed before the next."""
 
     def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
@@ -45,7 +45,7 @@ class Quantize(ConversionOps):  # type: ignore[misc,unused-ignore]
         return filled
 
 
-class LoadBitsandbytes(ConversionOps):  # type: ignore[misc,unused-ignore]
+class LoadBitsandbytes(ConversionOps):
     """The tensors that bitsandbytes saved for one weight become the 4-bit state of its layer, bit for bit."""
 
     def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:

@@ -64,7 +64,7 @@ def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]
     for key in state_dict:
         if key.startswith(f"{prefix}.quant_state.bitsandbytes__") and key != f"{prefix}.{STATE_KEY}":
             kind = key.rpartition("__")[2]
-            raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got {kind.upper()}, which is not supported")
+            raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got {kind.upper()}, not supported")
     if f"{prefix}.SCB" in state_dict or f"{prefix.rpartition('.')[0]}.SCB" in state_dict:
         raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got int8 (LLM.int8()), which is not supported")
     raw = _take(state_dict, f"{prefix}.{STATE_KEY}")

@@ -39,7 +39,7 @@ OnMismatch = Literal["refuse", "warn", "ignore"]
 on_base_mismatch: OnMismatch = "warn"
 
 
-class LoraLinear4bit(DenseLoraLinear):  # type: ignore[misc,unused-ignore]
+class LoraLinear4bit(DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
     One plain active adapter runs as the one operator y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias. Whatever else
@@ -61,7 +61,7 @@ class LoraLinear4bit(DenseLoraLinear):  # type: ignore[misc,unused-ignore]
         return layer
 
     @contextlib.contextmanager
-    def _dense_base(self, dtype: torch.dtype) -> Iterator[nn.Module]:
+    def _dense_base(self, dtype: torch.dtype) -> Iterator[nn.Linear]:
         """The base layer decoded to an ``nn.Linear``, for the code of PEFT that reads and writes its weight."""
         layer = self.layer4bit
         dense = Linear4bit.to_linear(layer, dtype)
@@ -107,8 +107,12 @@ class LoraLinear4bit(DenseLoraLinear):  # type: ignore[misc,unused-ignore]
             return self.layer4bit.fused_forward(x, a, b, self.scaling[adapter], p)
         if self.lora_variant and not self.disable_adapters and not self.merged:
             with self._dense_base(x.dtype):
-                return super().forward(x, *args, **kwargs)
-        return super().forward(x, *args, **kwargs)
+                return self._unfused_forward(x, *args, **kwargs)
+        return self._unfused_forward(x, *args, **kwargs)
+
+    def _unfused_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = super().forward(x, *args, **kwargs)
+        return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into the 4-bit weight, which is quantized anew; ``unmerge`` gives back the old bits."""
@@ -126,7 +130,7 @@ class LoraLinear4bit(DenseLoraLinear):  # type: ignore[misc,unused-ignore]
         if layer.bias is not None:
             layer.bias.data = dense.bias.detach().to(layer.bias.dtype)
 
-    def _merge_dense(self, names: list[str], safe_merge: bool) -> nn.Module:
+    def _merge_dense(self, names: list[str], safe_merge: bool) -> nn.Linear:
         """The decoded layer in float32 with the named adapters merged into it by PEFT."""
         with self._dense_base(torch.float32) as dense:
             super().merge(safe_merge=safe_merge, adapter_names=names)
@@ -164,7 +168,7 @@ class LoraLinear4bit(DenseLoraLinear):  # type: ignore[misc,unused-ignore]
         return merged
 
     def __repr__(self) -> str:
-        return super().__repr__().removeprefix("lora.")
+        return f"{super().__repr__()}".removeprefix("lora.")
 
 
 @dataclasses.dataclass(frozen=True)

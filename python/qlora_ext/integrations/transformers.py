@@ -32,16 +32,16 @@ class Conv1D4bit(Linear4bit):
     """A ``Linear4bit`` in the place of GPT-2's ``Conv1D``, which stores its weight transposed: as [K, N]."""
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, compute_dtype: torch.dtype | None = None, **options: Any) -> Conv1D4bit:
+    def from_linear(cls, linear: Any, *args: Any, **options: Any) -> Linear4bit:
         if not isinstance(linear, Conv1D):
             raise TypeError(f"linear: expected a transformers Conv1D, got {type(linear).__name__}")
-        dense = nn.Linear(*linear.weight.shape, bias=False, device="meta")
+        k, n = linear.weight.shape
+        dense = nn.Linear(k, n, bias=False, device="meta")
         dense.weight = nn.Parameter(linear.weight.detach().T, requires_grad=False)
         dense.bias = linear.bias
-        dense.train(linear.training)
-        return super().from_linear(dense, compute_dtype, **options)  # type: ignore[return-value]
+        return super().from_linear(dense.train(linear.training), *args, **options)
 
-    def to_linear(self, dtype: torch.dtype | None = None, weight: torch.Tensor | None = None) -> nn.Module:
+    def to_linear(self, dtype: torch.dtype | None = None, weight: torch.Tensor | None = None) -> Any:
         dense = super().to_linear(dtype, weight)
         with torch.device("meta"):
             conv = Conv1D(self.out_features, self.in_features)
@@ -61,7 +61,7 @@ def _dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
     return dtype
 
 
-class QLoRAConfig(QuantizationConfigMixin):  # type: ignore[misc,unused-ignore]
+class QLoRAConfig(QuantizationConfigMixin):
     """Quantize to NF4 while loading: ``from_pretrained(path, quantization_config=QLoRAConfig())``.
 
     Args:
@@ -135,7 +135,7 @@ def _tied_modules(model: nn.Module) -> list[str]:
     return sorted({name.removesuffix(".weight") for name in (*tied.keys(), *tied.values())})
 
 
-class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc,unused-ignore]
+class QLoRAQuantizer(HfQuantizer):
     """Puts ``Linear4bit`` into a model that transformers is about to load, and fills it."""
 
     requires_calibration = False
@@ -189,7 +189,7 @@ class QLoRAQuantizer(HfQuantizer):  # type: ignore[misc,unused-ignore]
             if not self.pre_quantized:
                 # transformers < 5.20 casts what it reads to the dtype found here, before it is quantized.
                 layer.weight = nn.Parameter(layer.weight.to(model_dtype), requires_grad=False)
-            layer._is_hf_initialized = True  # nothing for transformers to draw at random  # type: ignore[assignment]
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing for transformers to draw at random
             model.set_submodule(name, layer)
 
     def get_quantize_ops(self) -> Any:
@@ -289,7 +289,7 @@ def dequantize_modules(model: Any, dtype: torch.dtype | None = None) -> Any:
     return model
 
 
-def attach(model: nn.Module) -> None:
+def attach(model: Any) -> None:
     """Makes a transformers model that ``quantize_model`` has quantized save, load and dequantize as a 4-bit one."""
     from transformers import PreTrainedModel
 
