@@ -99,12 +99,13 @@ Tensor matrix(const void* data, int64_t rows, int64_t cols, int64_t row_stride, 
                            like.scalar_type());
 }
 
-// out = a · b, or out = addend + a · b rounded once; `addend` may be `out` itself. torch's own library GEMM.
-void multiply(const Tensor& out, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
-}
-void multiply_add(const Tensor& out, const Tensor& addend, const Tensor& a, const Tensor& b) {
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), addend.get(), a.get(), b.get(), 1.0, 1.0));
+// out = a · b, or out += a · b rounded once: torch's own library GEMM.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  if (add) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+  }
 }
 
 // LoRA's inner product [m, rank] at the end of the workspace: h of the forward, g of the backward.
@@ -117,8 +118,8 @@ void inner_product(const char* op, cuda::SkinnyProblem problem, DType dtype, con
   check_launch(op, cuda::launch_skinny(problem, stream));
 }
 
-// Many tokens: w is decoded a panel of rows at a time into one workspace, and multiplied by torch's library. LoRA and
-// bias come first, so that each element of y is summed in float32 over all of k and rounded at the end.
+// Many tokens: w is decoded a panel of rows at a time into one workspace, and multiplied by torch's library. Bias and
+// LoRA come first, so that each element of y is summed in float32 over all of k on top of them, and rounded at the end.
 void linear_by_library(const LinearCall& call, cudaStream_t stream) {
   constexpr const char* kOp = "linear_nf4";
   const auto& [dtype, m, x_data, w, bias_data, lora, y_data] = call.problem;
@@ -127,29 +128,22 @@ void linear_by_library(const LinearCall& call, cudaStream_t stream) {
   Tensor workspace = stable::new_empty(call.x, {panel_rows * k + m * lora.rank});
   uint8_t* const panel = static_cast<uint8_t*>(workspace.mutable_data_ptr());
 
-  const Tensor y = matrix(y_data, m, n, n, 1, call.y);
-  const Tensor x = matrix(x_data, m, k, k, 1, call.x);
-  if (lora.rank > 0) {
+  const bool has_lora = lora.rank > 0;
+  Tensor y = matrix(y_data, m, n, n, 1, call.y);
+  if (bias_data) stable::copy_(y, matrix(bias_data, m, n, 0, 1, call.x));
+  if (has_lora) {
     void* const h_data = panel + panel_rows * k * element;
     inner_product(kOp, {.m = m, .k = k, .x = x_data, .a = lora.a, .dropout = lora.dropout}, dtype, lora, h_data,
                   stream);
-    const Tensor h = matrix(h_data, m, lora.rank, lora.rank, 1, call.x);
-    const Tensor b = matrix(lora.b, lora.rank, n, 1, lora.rank, call.x);
-    bias_data ? multiply_add(y, call.bias, h, b) : multiply(y, h, b);
+    multiply(y, matrix(h_data, m, lora.rank, lora.rank, 1, call.x), matrix(lora.b, lora.rank, n, 1, lora.rank, call.x),
+             bias_data != nullptr);
   }
+  const Tensor x = matrix(x_data, m, k, k, 1, call.x);
   for (int64_t first = 0; first < n; first += panel_rows) {
     const int64_t rows = std::min(panel_rows, n - first);
     check_launch(kOp, cuda::launch_dequantize_nf4(w.packed, w.scales, first * k, rows * k, dtype, panel, stream));
-    const Tensor wt = matrix(panel, k, rows, 1, k, call.x);
     const Tensor part = matrix(static_cast<uint8_t*>(y_data) + first * element, m, rows, n, 1, call.y);
-    if (lora.rank > 0) {
-      multiply_add(part, part, x, wt);
-    } else if (bias_data) {
-      const void* const bias = static_cast<const uint8_t*>(bias_data) + first * element;
-      multiply_add(part, matrix(bias, 1, rows, rows, 1, call.x), x, wt);
-    } else {
-      multiply(part, x, wt);
-    }
+    multiply(part, x, matrix(panel, k, rows, 1, k, call.x), bias_data || has_lora);
   }
 }
 
@@ -165,12 +159,14 @@ void linear_dx_by_library(const LinearDxCall& call, cudaStream_t stream) {
   const Tensor dx = matrix(dx_data, m, k, k, 1, call.dx);
   const Tensor dy = matrix(dy_data, m, n, n, 1, call.dy);
   const Tensor weight = matrix(decoded, n, k, k, 1, call.dy);
-  if (lora.rank == 0) return multiply(dx, dy, weight);
-  void* const g_data = decoded + n * k * dtype_bytes(dtype);
-  inner_product(kOp, {.m = m, .k = n, .x = dy_data, .a = lora.b, .transposed = true}, dtype, lora, g_data, stream);
-  multiply(dx, matrix(g_data, m, lora.rank, lora.rank, 1, call.dy), matrix(lora.a, lora.rank, k, k, 1, call.dy));
-  check_launch(kOp, cuda::launch_dropout(dtype, dx_data, m * k, lora.dropout, stream));
-  multiply_add(dx, dx, dy, weight);
+  if (lora.rank > 0) {
+    void* const g_data = decoded + n * k * dtype_bytes(dtype);
+    inner_product(kOp, {.m = m, .k = n, .x = dy_data, .a = lora.b, .transposed = true}, dtype, lora, g_data, stream);
+    multiply(dx, matrix(g_data, m, lora.rank, lora.rank, 1, call.dy), matrix(lora.a, lora.rank, k, k, 1, call.dy),
+             false);
+    check_launch(kOp, cuda::launch_dropout(dtype, dx_data, m * k, lora.dropout, stream));
+  }
+  multiply(dx, dy, weight, lora.rank > 0);
 }
 
 bool library_is_ahead(DType dtype, int64_t m, const Weight& w) {
