@@ -1,12 +1,11 @@
-// Which configuration a problem runs with on a device: pure host code without CUDA headers, so that it can be read and
-// tested anywhere. Each number says where it comes from.
+// Which configuration a problem runs with on a device: pure host code, no CUDA header, so that it can be read and
+// tested anywhere. Each table says where its numbers come from.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 
-#include "cpp/format/problem.h"
+#include "cpp/format/nf4.h"
 
 namespace qlora::cuda {
 
@@ -18,8 +17,8 @@ struct Device {
   int shared_per_sm = 0;     // bytes
 };
 
-// The codec's kernels: enough CTAs to fill the device, and no more, because a CTA stages its tables once and then
-// strides over the tensor.
+// The codec's kernels: enough CTAs to fill the device several times over, and no more, because a CTA stages its tables
+// once and then strides over the tensor.
 struct CodecConfig {
   static constexpr int kThreads = 256;
   static constexpr int kCtasPerSm = 8;  // 2048 threads an SM at 32 registers a thread; CTAs that do not fit queue
@@ -30,57 +29,56 @@ constexpr int64_t codec_grid(int64_t work, const Device& device) {
   return std::min<int64_t>(work, int64_t{device.sm_count} * CodecConfig::kCtasPerSm);
 }
 
-// ---- fused kernel, or dequantize and a library GEMM ----
+// dX: tiles of `tokens` x `columns` outputs, the sum over rows split over `splits` CTAs.
+struct DxConfig {
+  static constexpr int kStageRows = 64;  // rows_per_split is a multiple of it
+  static constexpr int kRaggedTokens = 32;
+
+  bool ragged = false;
+  int tokens = 0, columns = 0;
+  int64_t splits = 1, rows_per_split = 0;
+};
+
+// Tile: the fewest tokens that hold m, to decode each weight once up to 64.
 //
-// Roofline model, not measured on a card. Both ways cost a time in proportion to n * k. Fused, each token costs its
-// multiply-adds at what a kernel on mma.sync reaches; the library costs one decode of the weight besides (2.63 bytes an
-// element, block 64 with nested scales, 16-bit out), but its tokens are cheaper. They meet at
-//   m = decode_time / (fused_time_per_token - library_time_per_token).
-struct Ceiling {
-  int arch;                 // of this one and above, up to the next row
-  double bytes_per_second;  // memory, from the vendor's data sheet
-  double mma_flops;         // dense bfloat16 with mma.sync: the data sheet's, or two thirds of it where wgmma is needed
-  double library_flops;     // dense bfloat16, data sheet
+// Splits: what fills the device with the CTAs that fit an SM at once, but no more than pay off. From the roofline model
+// of an H100, not a measurement: a stage of 64 rows takes a CTA about 900 cycles, and adding up one more split of 64
+// tokens x 256 columns (64 KB through L2) about 1000, in proportion to the tokens; the time of stages / s + s * tokens
+// / 64 is least at s = sqrt(stages * 64 / tokens).
+inline DxConfig dx_config(int64_t m, int64_t n, int64_t k, bool exact, bool ragged, const Device& device) {
+  DxConfig c;
+  c.ragged = ragged && !exact;
+  c.columns = exact ? 128 : 256;
+  c.tokens = exact ? 16 : ragged ? DxConfig::kRaggedTokens : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
+  const int64_t tiles = ceil_div(m, c.tokens) * ceil_div(k, c.columns);
+  const int64_t stages = ceil_div(n, DxConfig::kStageRows);
+  const int64_t ctas_per_sm = exact ? 4 : c.tokens <= 16 ? 2 : 1;
+  const int64_t to_fill = std::max<int64_t>(device.sm_count * ctas_per_sm / std::max<int64_t>(tiles, 1), 1);
+  int64_t worthwhile = 1;
+  while ((worthwhile + 1) * (worthwhile + 1) * c.tokens <= stages * 64) ++worthwhile;
+  const int64_t stages_per_split = std::max<int64_t>(ceil_div(stages, std::min(to_fill, worthwhile)), 1);
+  c.rows_per_split = stages_per_split * DxConfig::kStageRows;
+  c.splits = std::max<int64_t>(ceil_div(stages, stages_per_split), 1);
+  return c;
+}
+
+// LoRA's weight gradients: a CTA makes 64 columns x `ranks`, the sum over tokens split over `splits` CTAs.
+struct DLoraConfig {
+  int64_t ranks = 16, splits = 1, tokens_per_split = 0;
 };
 
-inline constexpr Ceiling kCeilings[] = {
-    {80, 2.0e12, 312e12, 312e12},    // A100 80 GB
-    {90, 3.35e12, 660e12, 989e12},   // H100 SXM
-    {100, 8.0e12, 740e12, 2250e12},  // B200
-    {120, 1.8e12, 500e12, 500e12},   // RTX PRO 6000
-};
-
-constexpr int64_t roofline_crossover(const Ceiling& c) {
-  constexpr double kMemoryShare = 0.9, kFusedShare = 0.6, kLibraryShare = 0.75, kBytesDecoded = 2.63;
-  const double decode = kBytesDecoded / (kMemoryShare * c.bytes_per_second);
-  const double per_token = 2.0 / (kFusedShare * c.mma_flops) - 2.0 / (kLibraryShare * c.library_flops);
-  return static_cast<int64_t>(decode / per_token) / 64 * 64;
+// Ranks: few enough for the accumulators (64 ranks are 128 registers), many enough to read x and dy once. Splits: what
+// fills the device, two CTAs an SM, as long as each of a CTA's eight warps has eight steps of 16 tokens.
+inline DLoraConfig dlora_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool exact, const Device& device) {
+  constexpr int64_t kTokens = 8 * 16;  // that the warps of a CTA take at once
+  DLoraConfig c;
+  c.ranks = exact || rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
+  const int64_t tiles = (ceil_div(k, 64) + ceil_div(n, 64)) * ceil_div(rank, c.ranks);
+  const int64_t to_fill = std::max<int64_t>(2 * device.sm_count / std::max<int64_t>(tiles, 1), 1);
+  const int64_t splits = std::clamp<int64_t>(ceil_div(m, 8 * kTokens), 1, to_fill);
+  c.tokens_per_split = ceil_div(ceil_div(m, splits), kTokens) * kTokens;
+  c.splits = ceil_div(m, c.tokens_per_split);
+  return c;
 }
-
-// Tokens from which the library is chosen. Shapes and types that the tensor core kernels do not take (float32, k that
-// is no multiple of 64, blocks of 32) decode for every 64 tokens again with plain arithmetic: the library is ahead as
-// soon as that happens twice.
-constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device) {
-  constexpr int64_t kTokensPerDecode = 64;
-  if (dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64) return kTokensPerDecode + 1;
-  const Ceiling* best = kCeilings;
-  for (const Ceiling& c : kCeilings) {
-    if (device.arch >= c.arch) best = &c;
-  }
-  return roofline_crossover(*best);
-}
-
-// Rows of w [n, k] that are decoded at a time for the library: as many as the workspace's bound allows, in steps that
-// keep the first element of each panel a multiple of the largest block.
-inline constexpr int64_t kLibraryWorkspaceBytes = int64_t{512} << 20;  // a whole (28672, 8192) in 16 bits
-
-constexpr int64_t library_panel_rows(int64_t n, int64_t k, DType dtype) {
-  const int64_t step = kMaxBlockSize / std::gcd(kMaxBlockSize, std::max<int64_t>(k, 1));
-  const int64_t fit = kLibraryWorkspaceBytes / (std::max<int64_t>(k, 1) * dtype_bytes(dtype)) / step * step;
-  return std::min(n, std::max(fit, step));
-}
-
-// dx sums over rows of w, so that panels would round the sum once each: only a whole weight goes to the library.
-constexpr bool library_takes_dx(int64_t n, int64_t k, DType dtype) { return library_panel_rows(n, k, dtype) >= n; }
 
 }  // namespace qlora::cuda

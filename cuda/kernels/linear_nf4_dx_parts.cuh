@@ -1,0 +1,53 @@
+// What the tensor-core dX kernel starts from: its arguments and the tile that a CTA and a lane have.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/problem.h"
+#include "cuda/tile/block_scale.cuh"
+#include "cuda/tile/dx_layout.cuh"
+
+namespace qlora::kernels {
+
+struct DxArgs {
+  const void* dy;         // [m, n]
+  const uint8_t* packed;  // w [n, k]
+  tile::ScaleView scales;
+  const void* lora_a;  // [rank, k]
+  const void* g;       // [m, rank]
+  void* dx;            // [m, k]
+  float* partials;     // [tiles][splits][...] in fragment order; unused with one split
+  uint32_t* counters;  // [tiles], zero before the launch; unused with one split
+  int64_t m, n, k, rank;
+  int64_t rows_per_split;  // a multiple of kDxStageRows
+  int32_t splits, token_tiles;
+  Dropout dropout;
+};
+
+// Grid: x = column tile * token_tiles + token tile, so that neighbours share W in the cache; y = split.
+struct DxTile {
+  int64_t token0, column0, row0;  // of the CTA
+  int64_t column;                 // first of this lane's eight
+  int rows, stages;               // of the split
+  int group, slab, lane, g, t;
+};
+
+template <int kTokenTiles>
+__device__ __forceinline__ DxTile make_dx_tile(const DxArgs& args) {
+  DxTile tile;
+  const int warp = threadIdx.x / 32;
+  tile.lane = threadIdx.x % 32;
+  tile.g = tile.lane / 4;
+  tile.t = tile.lane % 4;
+  tile.slab = warp % tile::kDxSlabs;
+  tile.group = warp / tile::kDxSlabs;
+  tile.token0 = int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles);
+  tile.column0 = int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns;
+  tile.column = tile.column0 + tile.slab * tile::kDxSlabColumns + 8 * tile.g;
+  tile.row0 = blockIdx.y * args.rows_per_split;
+  tile.rows = static_cast<int>(min(args.rows_per_split, args.n - tile.row0));
+  tile.stages = (tile.rows + tile::kDxStageRows - 1) / tile::kDxStageRows;
+  return tile;
+}
+
+}  // namespace qlora::kernels

@@ -1,0 +1,189 @@
+"""The backward on CUDA, dx, da and db, against the oracle: every shape, rank, type, block size, form of scales.
+
+An error is measured against float64 and compared with that of the same formula in the compute dtype: weights decoded to
+float32 and rounded once, g and h rounded once, sums in float32, the result rounded once.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import reference
+from samples import DTYPES, LinearSample, linear_sample, relative_error, rows, to_f64
+
+pytestmark = pytest.mark.cuda
+OPS = torch.ops.qlora
+HALF = [torch.bfloat16, torch.float16]
+
+# (m, n, k). The first are what the fast path takes: k % 32 == 0 and n % 8 == 0, with tails in every direction.
+REGULAR = [
+    (1, 64, 256),
+    (7, 72, 96),
+    (16, 200, 288),
+    (31, 520, 64),
+    (63, 136, 320),
+    (64, 1032, 32),
+    (65, 64, 576),
+    (300, 40, 64),
+]
+RAGGED = [(5, 7, 33), (40, 131, 101), (3, 50, 1), (3, 1, 257), (9, 66, 700), (33, 65, 96), (1, 129, 8)]
+
+
+def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    return torch.from_numpy(np.asarray(x, np.float32)).to(dtype).double().numpy()
+
+
+def sum32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return (torch.from_numpy(a).float() @ torch.from_numpy(b).float()).numpy()
+
+
+def formula_g(s: LinearSample, dy: Tensor) -> np.ndarray:
+    return rounded(s.scaling * sum32(rows(dy), to_f64(s.lora_b)), dy.dtype)
+
+
+def formula_dx(s: LinearSample, dy: Tensor) -> np.ndarray:
+    dx = sum32(rows(dy), rounded(s.decoded(), dy.dtype))
+    if s.lora_a is not None:
+        mask = reference.dropout_mask(dx.shape, s.dropout_p, s.seed).astype(np.float32)
+        dx = dx + mask * sum32(formula_g(s, dy), to_f64(s.lora_a))
+    return rounded(dx, dy.dtype)
+
+
+def formula_dlora(s: LinearSample, dy: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    x = rows(s.x)
+    mask = reference.dropout_mask(x.shape, s.dropout_p, s.seed)
+    kept, keep_scale = x * (mask > 0), np.float32(mask.max(initial=1.0))
+    h = rounded(s.scaling * keep_scale * sum32(kept, to_f64(s.lora_a).T), dy.dtype)
+    da = keep_scale * sum32(formula_g(s, dy).T, kept)
+    return rounded(da, dy.dtype), rounded(sum32(rows(dy).T, h), dy.dtype)
+
+
+def assert_as_exact(out: Tensor, formula: np.ndarray, expected: np.ndarray) -> None:
+    error, allowed = relative_error(out, expected), 1.05 * relative_error(formula, expected)
+    # Where the formula happens to be exact, an error of float32's own rounding is none.
+    assert error <= max(allowed, 2.0**-23), (error, allowed)
+
+
+def gradient(s: LinearSample) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(*s.x.shape[:-1], s.w4.shape[0], generator=generator).to(s.x.device, s.x.dtype)
+
+
+def run_dx(s: LinearSample, dy: Tensor) -> Tensor:
+    return OPS.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args)
+
+
+def check_dx(s: LinearSample) -> None:
+    dy = gradient(s)
+    dx = run_dx(s, dy)
+    assert dx.dtype == dy.dtype
+    assert dx.shape == s.x.shape
+    assert_as_exact(dx, formula_dx(s, dy), s.expected_dx(dy))
+
+
+def check_dlora(s: LinearSample) -> None:
+    dy = gradient(s)
+    for got, formula, expected in zip(
+        OPS.linear_nf4_dlora(dy, s.x, *s.lora_args), formula_dlora(s, dy), s.expected_dlora(dy), strict=True
+    ):
+        assert_as_exact(got, formula, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), REGULAR + RAGGED)
+def test_dx(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check_dx(linear_sample(m, n, k, rank=16, dtype=dtype, device="cuda"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [None, 0, 1, 5, 64, 256])
+@pytest.mark.parametrize(("m", "n", "k"), [(17, 72, 96), (17, 71, 95)])
+def test_dx_of_any_rank_with_dropout(m: int, n: int, k: int, rank: int | None, dtype: torch.dtype) -> None:
+    check_dx(linear_sample(m, n, k, rank=rank, dtype=dtype, device="cuda", dropout_p=0.3))
+
+
+@pytest.mark.parametrize("m", [4, 12, 24, 64])
+@pytest.mark.parametrize("p", [0.1, 1.0])
+def test_dx_dropout_in_every_tile(m: int, p: float) -> None:
+    check_dx(linear_sample(m, 192, 320, rank=16, dtype=torch.bfloat16, device="cuda", dropout_p=p))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("block_size", reference.BLOCK_SIZES)
+@pytest.mark.parametrize(
+    ("n", "k", "dtype"), [(40, 352, torch.bfloat16), (39, 323, torch.bfloat16), (40, 352, torch.float32)]
+)
+def test_dx_of_every_block_size(n: int, k: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> None:
+    check_dx(linear_sample(9, n, k, None, dtype, "cuda", block_size=block_size, double_quant=double_quant))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("m", [2, 64])
+def test_dx_splits_its_sum(m: int, dtype: torch.dtype) -> None:
+    """n is long enough that several CTAs share a tile."""
+    for rank in (None, 8):
+        s = linear_sample(m, 2056, 64, rank, dtype, "cuda", dropout_p=0.5)
+        check_dx(s)
+        dy = gradient(s)
+        assert torch.equal(run_dx(s, dy), run_dx(s, dy))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dx_of_unaligned_tensors(dtype: torch.dtype) -> None:
+    """Contiguous views that start in the middle of 16 bytes."""
+    s = linear_sample(6, 64, 96, 4, dtype, "cuda")
+    dy = gradient(s)
+    expected = run_dx(s, dy)
+    moved = torch.empty(dy.numel() + 1, dtype=dtype, device="cuda")[1:].view_as(dy).copy_(dy)
+    assert moved.data_ptr() % 16 != 0
+    torch.testing.assert_close(run_dx(s, moved), expected, rtol=2.0**-7, atol=2.0**-7 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 64, 96), (16, 40, 72), (65, 136, 320), (300, 64, 8), (19, 33, 67), (3, 1, 1)]
+)
+def test_dlora(m: int, n: int, k: int, p: float, dtype: torch.dtype) -> None:
+    check_dlora(linear_sample(m, n, k, 16, dtype, "cuda", dropout_p=p))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 3, 20, 32, 64, 256])
+def test_dlora_of_any_rank(rank: int, dtype: torch.dtype) -> None:
+    check_dlora(linear_sample(37, 72, 67, rank, dtype, "cuda", dropout_p=0.5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dlora_splits_its_sum(dtype: torch.dtype) -> None:
+    """So many tokens that several CTAs share a tile."""
+    s = linear_sample(2100, 24, 40, 4, dtype, "cuda", dropout_p=0.2)
+    check_dlora(s)
+    dy = gradient(s)
+    first, second = (OPS.linear_nf4_dlora(dy, s.x, *s.lora_args) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0, 3)])
+def test_no_tokens(lead: tuple[int, ...]) -> None:
+    s = linear_sample(lead, 48, 64, 4, torch.bfloat16, "cuda")
+    dy = gradient(s)
+    assert run_dx(s, dy).shape == s.x.shape
+    for grad, like in zip(OPS.linear_nf4_dlora(dy, s.x, *s.lora_args), (s.lora_a, s.lora_b), strict=True):
+        assert grad.shape == like.shape
+        assert not grad.any()
+
+
+def test_on_another_stream() -> None:
+    s = linear_sample(5, 2056, 64, 4, torch.bfloat16, "cuda", dropout_p=0.5)
+    dy = gradient(s)
+    expected = run_dx(s, dy)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        got = run_dx(s, dy)
+    stream.synchronize()
+    assert torch.equal(got, expected)
