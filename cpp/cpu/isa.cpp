@@ -17,6 +17,7 @@ std::string canonical(const char* name) {
 
 struct Choice {
   Isa isa = best_isa();
+  bool forced = false;
   std::string error;
 };
 
@@ -33,6 +34,7 @@ const Choice& choice() {
             std::string("QLORA_CPU_ISA: this processor has no ") + isa_name(isa) + "; its best is " + isa_name(c.isa);
       }
       c.isa = isa > c.isa ? c.isa : isa;
+      c.forced = true;
       return c;
     }
     c.error = std::string("QLORA_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16, got ") + forced;
@@ -65,6 +67,14 @@ Isa best_isa() {
 }
 
 Isa current_isa() { return choice().isa; }
+
+bool prefers_bf16_dot() {
+#if QLORA_X86
+  return choice().isa == Isa::kAvx512Bf16 && (choice().forced || !__builtin_cpu_is("intel"));
+#else
+  return false;
+#endif
+}
 
 const char* isa_error() { return choice().error.empty() ? nullptr : choice().error.c_str(); }
 

@@ -16,4 +16,8 @@ Isa best_isa();             // the best this processor has
 Isa current_isa();
 const char* isa_error();
 
+// Whether large bfloat16 products should use vdpbf16ps: on Intel's cores it issues every second cycle, which makes it
+// half as fast as widening to float32 and fma; on AMD's it is twice as fast. QLORA_CPU_ISA=avx512_bf16 insists on it.
+bool prefers_bf16_dot();
+
 }  // namespace qlora::cpu

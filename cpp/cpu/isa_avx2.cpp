@@ -1,6 +1,8 @@
 // The CPU kernels compiled for avx2 (flags: CMakeLists.txt).
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/dynamic8_cells.h"
+#include "cpp/cpu/scratch.h"
+#include "cpp/cpu/unroll.h"
 #include "cpp/cpu/vec_avx2.h"
 
 namespace qlora::cpu {
@@ -8,6 +10,9 @@ namespace avx2 {
 namespace {
 
 #include "cpp/cpu/codec-inl.h"
+namespace panel {
+#include "cpp/cpu/mma_avx2.h"
+}  // namespace panel
 #include "cpp/cpu/linear-inl.h"
 
 }  // namespace

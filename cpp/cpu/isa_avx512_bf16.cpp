@@ -1,13 +1,22 @@
 // The CPU kernels compiled for avx512_bf16 (flags: CMakeLists.txt).
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/dynamic8_cells.h"
+#include "cpp/cpu/isa.h"
+#include "cpp/cpu/scratch.h"
+#include "cpp/cpu/unroll.h"
 #include "cpp/cpu/vec_avx512.h"
+
+#define QLORA_BF16_DOT 1  // vdpbf16ps is there
 
 namespace qlora::cpu {
 namespace avx512_bf16 {
 namespace {
 
 #include "cpp/cpu/codec-inl.h"
+namespace panel {
+#include "cpp/cpu/mma_avx512.h"
+#include "cpp/cpu/mma_avx512_bf16.h"
+}  // namespace panel
 #include "cpp/cpu/linear-inl.h"
 
 }  // namespace

@@ -1,0 +1,169 @@
+// The fused linear layer and its input gradient for many tokens. Included inside the kernels' anonymous namespace.
+//
+// Each task owns a block of the output and sums it in float32 scratch: a block of the packed weight is decoded into a
+// panel that stays in the second-level cache and is multiplied with all tokens of the task, then the next along the
+// summed dimension; the low-rank product is one more of them. An element's sum has the same order whatever the tasks,
+// so the result does not depend on the number of threads.
+#pragma once
+
+#include "cpp/cpu/project-inl.h"
+#include "cpp/cpu/weight-inl.h"
+
+// Tokens of which h or g, [tokens, rank], fits the scratch of a call.
+template <class T>
+inline int64_t shared_tokens(int64_t tokens, int64_t rank) {
+  const int64_t fit = at_least(kCallBytes / (at_least(rank, 1) * static_cast<int64_t>(sizeof(T))), 1);
+  return fit < tokens && fit > 2 * kTileLanes ? fit & -kTileLanes : at_most(fit, tokens);
+}
+
+// y[token .. token + tokens)[row .. row + rows), with h's first row at `first_token`. Weight rows are the broadcast
+// rows, tokens the lanes.
+template <class W, class T>
+void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
+                   int64_t rows) {
+  using Word = typename W::Word;
+  Arena arena;
+  Word* const weights = arena.take<Word>(rows * kDepth);
+  Word* const lanes = arena.take<Word>(kTileLanes * kDepth);
+  float* const sums = arena.take<float>(rows * round_up(tokens, kLanes));
+  bool first = true;
+
+  const Matrix<T> x{static_cast<const T*>(p.x), p.w.k};
+  const Cut blocks = cut(p.w.k, kDepth * W::kElements, kGroup);
+  for (int64_t c = 0; c < p.w.k; c += blocks.size, first = false) {
+    const int64_t columns = at_most(blocks.size, p.w.k - c);
+    decode_rows<W>(p.w, row, rows, c, columns, weights);
+    for (int64_t t = 0; t < tokens; t += kTileLanes) {
+      const int64_t some = at_most(tokens - t, kTileLanes);
+      const int depth = transpose_lanes<W, Order::kDecoded>(x, token + t, some, c, columns, lanes);
+      multiply<W>(weights, rows, lanes, some, depth, sums + t * rows, first);
+    }
+  }
+  const Matrix<T> low{h, p.lora.rank}, b{static_cast<const T*>(p.lora.b), p.lora.rank};
+  for (int64_t c = 0; c < p.lora.rank; c += kDepth * W::kElements, first = false) {
+    const int64_t columns = at_most(kDepth * W::kElements, p.lora.rank - c);
+    load_rows<W>(b, row, rows, c, columns, weights);
+    for (int64_t t = 0; t < tokens; t += kTileLanes) {
+      const int64_t some = at_most(tokens - t, kTileLanes);
+      const int depth = transpose_lanes<W, Order::kMemory>(low, token - first_token + t, some, c, columns, lanes);
+      multiply<W>(weights, rows, lanes, some, depth, sums + t * rows, first);
+    }
+  }
+  if (first) __builtin_memset(sums, 0, static_cast<size_t>(rows * round_up(tokens, kLanes)) * sizeof(float));
+  const T* bias = p.bias ? static_cast<const T*>(p.bias) + row : nullptr;
+  for (int64_t t = 0; t < tokens; t += kTileLanes) {
+    const int64_t some = at_most(tokens - t, kTileLanes);
+    store_transposed(sums + t * rows, rows, tile_width(some), some, bias,
+                     static_cast<T*>(p.y) + (token + t) * p.w.n + row, p.w.n);
+  }
+}
+
+template <class W, class T>
+void linear(const Pool& pool, const LinearProblem& p) {
+  constexpr int64_t kMostRows = 384, kMostTokens = 512;
+  const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
+  T* const h = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
+  for (int64_t first = 0; first < p.m; first += some) {
+    const int64_t tokens = at_most(some, p.m - first);
+    if (p.lora.rank) {
+      const Matrix<T> x{static_cast<const T*>(p.x), p.w.k, p.lora.dropout};
+      const Matrix<T> a{static_cast<const T*>(p.lora.a), p.w.k};
+      project<W, Factor::kRankByFeature>(pool, x, first, tokens, p.w.k, a, 0, p.lora.rank, p.lora.scaling,
+                                         Projected<T>{h, p.lora.rank, 1});
+    }
+    const Grid grid = make_grid(pool.threads, p.w.n, kMostRows, kAccumulators / 2, tokens, kMostTokens);
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+        forward_block<W, T>(p, h, first, first + token, at_most(grid.tokens.size, tokens - token), row,
+                            at_most(grid.rows.size, p.w.n - row));
+      }
+    };
+    pool(grid.tasks(), 1, body);
+  }
+}
+
+// The dropout of dx's low-rank part, in place on sums whose lanes are columns in decoded order.
+inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t tokens, int64_t k, int64_t column,
+                      int64_t columns) {
+  const Scale keep_scale(d.keep_scale);
+  const F all = splat(1.0f);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Mask mask(d, (token + t) * k + column, columns);
+    for (int64_t c = 0; c < columns; c += kGroup) {
+      F kept[4];
+      unroll<4>([&](auto q) { kept[q.value] = mask(all, c + q.value * kLanes); });
+      memory_to_decoded_order(kept);
+      unroll<4>([&](auto q) {
+        float* s = sums + (c + q.value / 2 * kTileLanes) * tokens + t * kTileLanes + q.value % 2 * kLanes;
+        store(s, keep_scale(mul(load(s), kept[q.value])));
+      });
+    }
+  }
+}
+
+// dx[token .. token + tokens)[column .. column + columns), with g's first row at `first_token`. Tokens are the
+// broadcast rows, columns the lanes. The low-rank product comes first, since dropout acts on it alone.
+template <class W, class T>
+void backward_block(const LinearDxProblem& p, const T* g, int64_t first_token, int64_t token, int64_t tokens,
+                    int64_t column, int64_t columns) {
+  using Word = typename W::Word;
+  const int64_t width = round_up(columns, kGroup);
+  Arena arena;
+  Word* const gradients = arena.take<Word>(tokens * kDepth);
+  Word* const lanes = arena.take<Word>(width * kDepth);
+  float* const sums = arena.take<float>(tokens * width);
+  bool first = true;
+
+  const Matrix<T> low{g, p.lora.rank}, a{static_cast<const T*>(p.lora.a), p.w.k};
+  for (int64_t r = 0; r < p.lora.rank; r += kDepth * W::kElements, first = false) {
+    const int64_t ranks = at_most(kDepth * W::kElements, p.lora.rank - r);
+    load_rows<W>(low, token - first_token, tokens, r, ranks, gradients);
+    load_lanes<W, Order::kDecoded>(a, r, ranks, column, columns, width, lanes);
+    multiply<W>(gradients, tokens, lanes, width, static_cast<int>(ceil_div(ranks, W::kElements)), sums, first);
+  }
+  if (p.lora.rank && p.lora.dropout.active()) drop_sums(p.lora.dropout, sums, token, tokens, p.w.k, column, columns);
+
+  const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n};
+  const Cut blocks = cut(p.w.n, kDepth * W::kElements, W::kElements);
+  for (int64_t n = 0; n < p.w.n; n += blocks.size, first = false) {
+    const int64_t rows = at_most(blocks.size, p.w.n - n);
+    load_rows<W>(dy, token, tokens, n, rows, gradients);
+    decode_lanes<W>(p.w, n, rows, column, columns, width, lanes);
+    multiply<W>(gradients, tokens, lanes, width, static_cast<int>(ceil_div(rows, W::kElements)), sums, first);
+  }
+  if (first) __builtin_memset(sums, 0, static_cast<size_t>(tokens * width) * sizeof(float));
+  for (int64_t t = 0; t < tokens; ++t) {
+    T* const out = static_cast<T*>(p.dx) + (token + t) * p.w.k + column;
+    for (int64_t c = 0; c < columns; c += kGroup) {
+      F v[4];
+      load_sums(sums, tokens, t, c, width, v);
+      decoded_to_memory_order(v);
+      for (int q = 0; q < 4; ++q) store_some(out + c + q * kLanes, v[q], columns - c - q * kLanes);
+    }
+  }
+}
+
+template <class W, class T>
+void linear_dx(const Pool& pool, const LinearDxProblem& p) {
+  constexpr int64_t kMostColumns = 256, kMostTokens = 512;
+  const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
+  T* const g = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
+  for (int64_t first = 0; first < p.m; first += some) {
+    const int64_t tokens = at_most(some, p.m - first);
+    if (p.lora.rank) {
+      const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n}, b{static_cast<const T*>(p.lora.b), p.lora.rank};
+      project<W, Factor::kFeatureByRank>(pool, dy, first, tokens, p.w.n, b, 0, p.lora.rank, p.lora.scaling,
+                                         Projected<T>{g, p.lora.rank, 1});
+    }
+    const Grid grid = make_grid(pool.threads, p.w.k, kMostColumns, kGroup, tokens, kMostTokens);
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t column = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+        backward_block<W, T>(p, g, first, first + token, at_most(grid.tokens.size, tokens - token), column,
+                             at_most(grid.rows.size, p.w.k - column));
+      }
+    };
+    pool(grid.tasks(), 1, body);
+  }
+}

@@ -1,0 +1,157 @@
+// Bringing dense operands into panels (tile-inl.h). Included inside the kernels' anonymous namespace.
+//
+// A matrix product does not care about the order of the summed elements as long as both operands agree, nor about the
+// order of the lanes until the result is stored. Packed weights are therefore left in the order their nibbles are
+// decoded in, group by group: element 4i + j of a group of kGroup stands at j*kLanes + i, and dense operands follow
+// (Order::kDecoded). Where no packed weight takes part, they stay as they are in memory (Order::kMemory).
+#pragma once
+
+#include "cpp/cpu/tile-inl.h"
+
+inline constexpr int kGroup = 4 * kLanes;
+enum class Order { kMemory, kDecoded };
+
+inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// A row-major matrix, with or without dropout of its elements.
+template <class T>
+struct Matrix {
+  const T* data;
+  int64_t stride;  // elements from a row to the next
+  Dropout dropout = {};
+
+  const T* at(int64_t row, int64_t column) const { return data + row * stride + column; }
+};
+
+// The dropout decisions of up to kMax consecutive elements, drawn a group of lanes at a time.
+class Mask {
+ public:
+  static constexpr int kMax = 2 * kDepth;
+  Mask(const Dropout& d, int64_t first, int64_t count) : threshold_(d.threshold) {
+    if (!d.active()) return;
+    skew_ = static_cast<int>(first & 3);
+    for (int64_t i = 0; i < count + skew_; i += kGroup)
+      philox(d.seed, (static_cast<uint64_t>(first) >> 2) + static_cast<uint64_t>(i / 4), bits_ + i);
+  }
+  // v, elements i .. i + kLanes - 1 after `first`, without the dropped ones.
+  F operator()(F v, int64_t i) const {
+    if (threshold_ == 0) return v;
+    if (threshold_ >> 32) return zero();
+    return keep_from(v, bits_ + skew_ + i, static_cast<uint32_t>(threshold_));
+  }
+
+ private:
+  uint64_t threshold_;
+  int skew_ = 0;
+  uint32_t bits_[kMax + 2 * kGroup];
+};
+
+template <class T>
+inline F load_some(const T* p, int64_t count) {
+  return count >= kLanes ? load(p) : count > 0 ? load_first(p, static_cast<int>(count)) : zero();
+}
+template <class T>
+inline void store_some(T* p, F v, int64_t count) {
+  if (count >= kLanes) {
+    store(p, v);
+  } else if (count > 0) {
+    store_first(p, v, static_cast<int>(count));
+  }
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of `m` into a rows panel; zeros fill the last vector.
+template <class W, class T>
+void load_rows(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
+               typename W::Word* panel) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const T* in = m.at(row + i, column);
+    const Mask mask(m.dropout, (row + i) * m.stride + column, columns);
+    for (int64_t c = 0; c < columns; c += kLanes)
+      W::store_elements(panel + i * kDepth, c, mask(load_some(in + c, columns - c), c));
+  }
+}
+
+// A group of one row's elements, in `order`.
+template <Order order, class T>
+inline void load_group(const T* p, int64_t count, const Mask& mask, int64_t column, F (&v)[4]) {
+  unroll<4>([&](auto q) {
+    constexpr int first = q.value * kLanes;
+    v[q.value] = mask(load_some(p + first, count - first), column + first);
+  });
+  if constexpr (order == Order::kDecoded) memory_to_decoded_order(v);
+}
+
+// One word of the lanes [lane, lane + kGroup) of a lanes panel.
+template <class W>
+inline void store_group(typename W::Word* panel, int64_t lanes, int64_t depth, int64_t word, int64_t lane,
+                        const typename W::Vector (&v)[4]) {
+  for (int q = 0; q < 4 && lane < lanes; q += 2, lane += kTileLanes) {
+    const int64_t width = tile_width(lanes - lane);
+    typename W::Word* out = panel + lane * depth + word * width;
+    W::store(out, v[q]);
+    if (width == kTileLanes) W::store(out + kLanes, v[q + 1]);
+  }
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the columns
+// (`lanes` of them: the columns, or in decoded order the columns rounded up to whole groups). The sum is over rows.
+template <class W, Order order, class T>
+void load_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t lanes,
+                typename W::Word* panel) {
+  const int64_t depth = ceil_div(rows, W::kElements);
+  for (int64_t d = 0; d < depth; ++d) {
+    const int64_t r = row + d * W::kElements;
+    const Mask mask(m.dropout, r * m.stride + column, columns);
+    if constexpr (W::kElements == 1) {
+      for (int64_t c = 0; c < columns; c += kGroup) {
+        F v[4];
+        load_group<order>(m.at(r, column + c), columns - c, mask, c, v);
+        store_group<W>(panel, lanes, depth, d, c, v);
+      }
+    } else {
+      const bool pairs = r + 1 < row + rows;
+      const Mask next_mask(m.dropout, (r + 1) * m.stride + column, pairs ? columns : 0);
+      for (int64_t c = 0; c < columns; c += kGroup) {
+        F v[4], next[4];
+        load_group<order>(m.at(r, column + c), columns - c, mask, c, v);
+        load_group<order>(m.at(r + (pairs ? 1 : 0), column + c), pairs ? columns - c : 0, next_mask, c, next);
+        typename W::Vector words[4];
+        unroll<4>([&](auto q) { words[q.value] = W::pair(v[q.value], next[q.value]); });
+        store_group<W>(panel, lanes, depth, d, c, words);
+      }
+    }
+  }
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of `m` into one tile of a lanes panel whose lanes are
+// the rows (at most kTileLanes). The sum is over columns, in `order`. Returns the depth in words.
+template <class W, Order order, class T>
+int transpose_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                    typename W::Word* panel) {
+  const int64_t width = tile_width(rows);
+  for (int64_t first = 0; first < width; first += kLanes) {
+    typename W::Word* out = panel + first;
+    for (int64_t c = 0; c < columns || (order == Order::kDecoded && c % kGroup); c += kLanes) {
+      F v[kLanes];
+      for (int i = 0; i < kLanes; ++i)
+        v[i] = first + i < rows ? load_some(m.at(row + first + i, column + c), columns - c) : zero();
+      transpose(v);
+      const int64_t group = c & -kGroup, within = c % kGroup;  // elements; c is element `within` of its group
+      for (int i = 0; i < kLanes; i += W::kElements) {
+        if constexpr (W::kElements == 1) {
+          const int64_t word = order == Order::kMemory ? c + i : group + (i % 4) * kLanes + (within + i) / 4;
+          W::store(out + word * width, v[i]);
+        } else if constexpr (order == Order::kMemory) {
+          W::store(out + (c + i) / 2 * width, W::pair(v[i], v[i + 1]));
+        } else {  // elements 4i, 4i + 2 of the group in its first vector of words, 4i + 1, 4i + 3 in its second
+          const int e = i & ~3, second = (i >> 1) & 1;
+          const int64_t word = group / 2 + second * kLanes + (within + e) / 4;
+          W::store(out + word * width, W::pair(v[e + second], v[e + second + 2]));
+        }
+      }
+    }
+  }
+  return static_cast<int>(ceil_div(order == Order::kDecoded ? round_up(columns, kGroup) : columns, W::kElements));
+}

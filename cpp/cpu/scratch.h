@@ -1,0 +1,17 @@
+// Working memory of the kernels: one buffer a thread and purpose, which grows as needed and is reused by later calls, for
+// fresh pages cost more than the kernels that would write them.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora::cpu {
+
+enum class ScratchUse {
+  kCall,    // what the calling thread prepares for all threads of one call
+  kThread,  // what each thread works in
+};
+
+// 64-byte aligned, contents undefined, valid until the thread's next request for the same use.
+void* scratch(ScratchUse use, int64_t bytes);
+
+}  // namespace qlora::cpu

@@ -1,0 +1,85 @@
+// The matrix multiplication every kernel of this folder ends in. Included inside the kernels' anonymous namespace.
+//
+//   sums [rows, lanes] (+)= rows panel [rows, depth] · lanes panel [depth, lanes]
+//
+// in words (WordF32, WordBf16: one or two elements of the summed dimension). A word of the rows panel is broadcast, a
+// vector of the lanes panel is loaded, so neither operand is ever transposed for the other's sake. Sums over at most
+// kDepth words start from zero in registers and are added to memory once, which also keeps float32 rounding errors
+// small: they grow with the block, not with the whole sum.
+#pragma once
+
+inline constexpr int kDepth = 256;  // words; a rows panel is laid out [rows][kDepth]
+
+// One tile of `rows` x `vectors` accumulators. Lanes and sums are `vectors` vectors wide in memory.
+template <class W, int rows, int vectors>
+void multiply_tile(const typename W::Word* row, const typename W::Word* lane, int depth, float* sums, bool first) {
+  constexpr int kWidth = vectors * kLanes;
+  F sum[rows][vectors];
+  unroll<rows>([&](auto r) { unroll<vectors>([&](auto v) { sum[r.value][v.value] = zero(); }); });
+  for (int d = 0; d < depth; ++d, ++row, lane += kWidth) {
+    typename W::Vector x[vectors];
+    unroll<vectors>([&](auto v) { x[v.value] = W::load(lane + v.value * kLanes); });
+    unroll<rows>([&](auto r) {
+      const auto w = W::broadcast(row + r.value * kDepth);
+      unroll<vectors>([&](auto v) { sum[r.value][v.value] = W::multiply_add(w, x[v.value], sum[r.value][v.value]); });
+    });
+  }
+  unroll<rows>([&](auto r) {
+    unroll<vectors>([&](auto v) {
+      float* out = sums + r.value * kWidth + v.value * kLanes;
+      store(out, first ? sum[r.value][v.value] : add(load(out), sum[r.value][v.value]));
+    });
+  });
+}
+
+template <class W>
+using MultiplyTile = void (*)(const typename W::Word*, const typename W::Word*, int, float*, bool);
+
+// multiply_tile<W, 1 .. kAccumulators / vectors, vectors>
+template <class W, int vectors>
+struct Tiles {
+  static constexpr int kRows = kAccumulators / vectors;
+  MultiplyTile<W> by_rows[kRows + 1] = {};
+  constexpr Tiles() { unroll_constexpr<kRows>(); }
+
+ private:
+  template <int rows>
+  constexpr void unroll_constexpr() {
+    if constexpr (rows > 0) {
+      unroll_constexpr<rows - 1>();
+      by_rows[rows] = multiply_tile<W, rows, vectors>;
+    }
+  }
+};
+
+// Every row of a rows panel against one tile of lanes, in tiles of nearly equal height: a low one for the last rows
+// would leave most of the accumulators idle.
+template <class W, int vectors>
+void multiply_rows(const typename W::Word* rows_panel, int64_t rows, const typename W::Word* lanes, int depth,
+                   float* sums, bool first) {
+  static constexpr Tiles<W, vectors> kTiles;
+  constexpr int64_t kWidth = vectors * kLanes;
+  const int64_t tiles = ceil_div(rows, kTiles.kRows);
+  for (int64_t t = 0, row = 0; t < tiles; ++t) {
+    const int64_t height = (rows - row) / (tiles - t);
+    kTiles.by_rows[height](rows_panel + row * kDepth, lanes, depth, sums + row * kWidth, first);
+    row += height;
+  }
+}
+
+// A lanes panel is cut into tiles of kTileLanes, the last of one vector if that holds what is left:
+// [tile][depth][width], and the sums likewise: [tile][rows][width].
+inline constexpr int kTileLanes = 2 * kLanes;
+inline int64_t tile_width(int64_t lanes_left) { return lanes_left > kLanes ? kTileLanes : kLanes; }
+
+template <class W>
+void multiply(const typename W::Word* rows_panel, int64_t rows, const typename W::Word* lanes_panel, int64_t lanes,
+              int depth, float* sums, bool first) {
+  for (int64_t l = 0; l < lanes; l += kTileLanes) {
+    if (tile_width(lanes - l) == kTileLanes) {
+      multiply_rows<W, 2>(rows_panel, rows, lanes_panel + l * depth, depth, sums + l * rows, first);
+    } else {
+      multiply_rows<W, 1>(rows_panel, rows, lanes_panel + l * depth, depth, sums + l * rows, first);
+    }
+  }
+}
