@@ -5,8 +5,14 @@
 
 #include "cpp/ops/calls.h"
 #include "cuda/launch/codec.h"
+#include "cuda/launch/device.h"
+#include "cuda/launch/dropout.h"
 #include "cuda/launch/linear_nf4_dlora.h"
 #include "cuda/launch/linear_nf4_dx.h"
+#include "cuda/launch/skinny.h"
+#include "cuda/tuning.h"
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
 namespace qlora {
 namespace {
@@ -83,7 +89,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor
       checks::weight({packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, 1, numel);
   const OnDevice device(packed);
   Tensor out = stable::new_empty(packed, shape, dtype);
-  check_launch("dequantize_nf4", cuda::launch_dequantize_nf4(w.packed, w.scales, numel, out_dtype,
+  check_launch("dequantize_nf4", cuda::launch_dequantize_nf4(w.packed, w.scales, 0, numel, out_dtype,
                                                              out.mutable_data_ptr(), device.stream()));
   return out;
 }
@@ -91,23 +97,122 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor
 // Memory for a launcher's own use, from torch's allocator, which keeps it alive until the stream is past the launch.
 Tensor workspace(const Tensor& like, int64_t bytes) { return stable::new_empty(like, {bytes}, ScalarType::Byte); }
 
+// A matrix in memory that something else owns.
+Tensor matrix(const void* data, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+              const Tensor& like) {
+  return stable::from_blob(const_cast<void*>(data), {rows, cols}, {row_stride, col_stride}, like.device(),
+                           like.scalar_type());
+}
+
+// out = a · b, or out += a · b rounded once: torch's own library GEMM.
+void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
+  if (add) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(out.get(), out.get(), a.get(), b.get(), 1.0, 1.0));
+  } else {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(out.get(), a.get(), b.get()));
+  }
+}
+
+// LoRA's inner product [m, rank] at the end of the workspace: h of the forward, g of the backward.
+void inner_product(const char* op, cuda::SkinnyProblem problem, DType dtype, const Lora& lora, void* out,
+                   cudaStream_t stream) {
+  problem.dtype = dtype;
+  problem.rank = lora.rank;
+  problem.scaling = lora.scaling;
+  problem.out = out;
+  check_launch(op, cuda::launch_skinny(problem, stream));
+}
+
+// Many tokens: w is decoded a panel of rows at a time into one workspace, and multiplied by torch's library. Bias and
+// LoRA come first, so that each element of y is summed in float32 over all of k on top of them, and rounded at the end.
+void linear_by_library(const LinearCall& call, cudaStream_t stream) {
+  constexpr const char* kOp = "linear_nf4";
+  const auto& [dtype, m, x_data, w, bias_data, lora, y_data] = call.problem;
+  const int64_t n = w.n, k = w.k, element = dtype_bytes(dtype);
+  const int64_t panel_rows = cuda::library_panel_rows(n, k, dtype);
+  Tensor workspace = stable::new_empty(call.x, {panel_rows * k + m * lora.rank});
+  uint8_t* const panel = static_cast<uint8_t*>(workspace.mutable_data_ptr());
+
+  const bool has_lora = lora.rank > 0;
+  Tensor y = matrix(y_data, m, n, n, 1, call.y);
+  if (bias_data) stable::copy_(y, matrix(bias_data, m, n, 0, 1, call.x));
+  if (has_lora) {
+    void* const h_data = panel + panel_rows * k * element;
+    inner_product(kOp, {.m = m, .k = k, .x = x_data, .a = lora.a, .dropout = lora.dropout}, dtype, lora, h_data,
+                  stream);
+    multiply(y, matrix(h_data, m, lora.rank, lora.rank, 1, call.x), matrix(lora.b, lora.rank, n, 1, lora.rank, call.x),
+             bias_data != nullptr);
+  }
+  const Tensor x = matrix(x_data, m, k, k, 1, call.x);
+  for (int64_t first = 0; first < n; first += panel_rows) {
+    const int64_t rows = std::min(panel_rows, n - first);
+    check_launch(kOp, cuda::launch_dequantize_nf4(w.packed, w.scales, first * k, rows * k, dtype, panel, stream));
+    const Tensor part = matrix(static_cast<uint8_t*>(y_data) + first * element, m, rows, n, 1, call.y);
+    multiply(part, x, matrix(panel, k, rows, 1, k, call.x), bias_data || has_lora);
+  }
+}
+
+// The same for dx, with the whole of w decoded: see library_takes_dx.
+void linear_dx_by_library(const LinearDxCall& call, cudaStream_t stream) {
+  constexpr const char* kOp = "linear_nf4_dx";
+  const auto& [dtype, m, dy_data, w, lora, dx_data] = call.problem;
+  const int64_t n = w.n, k = w.k;
+  Tensor workspace = stable::new_empty(call.dy, {n * k + m * lora.rank});
+  uint8_t* const decoded = static_cast<uint8_t*>(workspace.mutable_data_ptr());
+  check_launch(kOp, cuda::launch_dequantize_nf4(w.packed, w.scales, 0, n * k, dtype, decoded, stream));
+
+  const Tensor dx = matrix(dx_data, m, k, k, 1, call.dx);
+  const Tensor dy = matrix(dy_data, m, n, n, 1, call.dy);
+  const Tensor weight = matrix(decoded, n, k, k, 1, call.dy);
+  if (lora.rank > 0) {
+    void* const g_data = decoded + n * k * dtype_bytes(dtype);
+    inner_product(kOp, {.m = m, .k = n, .x = dy_data, .a = lora.b, .transposed = true}, dtype, lora, g_data, stream);
+    multiply(dx, matrix(g_data, m, lora.rank, lora.rank, 1, call.dy), matrix(lora.a, lora.rank, k, k, 1, call.dy),
+             false);
+    check_launch(kOp, cuda::launch_dropout(dtype, dx_data, m * k, lora.dropout, stream));
+  }
+  multiply(dx, dy, weight, lora.rank > 0);
+}
+
+bool library_is_ahead(DType dtype, int64_t m, const Weight& w) {
+  cuda::Device device;
+  check_launch("device", cuda::current_device(&device));
+  return m >= cuda::library_crossover(dtype, w.k, w.scales.block_size, device);
+}
+
+Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                  OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
+                  OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
+                  int64_t seed) {
+  const LinearCall call(x, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, out_features,
+                        bias, lora_a, lora_b, scaling, dropout_p, seed);
+  const OnDevice device(x);
+  if (call.problem.m > 0) linear_by_library(call, device.stream());
+  return call.y;
+}
+
 Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
                      OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
                      OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed) {
-  const OnDevice device(dy);
   const LinearDxCall call(dy, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
                           in_features, lora_a, lora_b, scaling, dropout_p, seed);
+  const OnDevice device(dy);
+  const auto& p = call.problem;
+  if (library_is_ahead(p.dtype, p.m, p.w) && cuda::library_takes_dx(p.w.n, p.w.k, p.dtype)) {
+    linear_dx_by_library(call, device.stream());
+    return call.dx;
+  }
   int64_t bytes = 0;
-  check_launch("linear_nf4_dx", cuda::linear_nf4_dx_workspace_bytes(call.problem, &bytes));
+  check_launch("linear_nf4_dx", cuda::linear_nf4_dx_workspace_bytes(p, &bytes));
   Tensor scratch = workspace(dy, bytes);
-  check_launch("linear_nf4_dx", cuda::launch_linear_nf4_dx(call.problem, scratch.mutable_data_ptr(), device.stream()));
+  check_launch("linear_nf4_dx", cuda::launch_linear_nf4_dx(p, scratch.mutable_data_ptr(), device.stream()));
   return call.dx;
 }
 
 std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
                                             const Tensor& lora_b, double scaling, double dropout_p, int64_t seed) {
-  const OnDevice device(dy);
   const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed);
+  const OnDevice device(dy);
   int64_t bytes = 0;
   check_launch("linear_nf4_dlora", cuda::linear_nf4_dlora_workspace_bytes(call.problem, &bytes));
   Tensor scratch = workspace(dy, bytes);
@@ -124,6 +229,7 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("quantize_absmax", TORCH_BOX(&qlora::quantize_absmax));
   m.impl("dequantize_absmax", TORCH_BOX(&qlora::dequantize_absmax));
   m.impl("dequantize_nf4", TORCH_BOX(&qlora::dequantize_nf4));
+  m.impl("linear_nf4", TORCH_BOX(&qlora::linear_nf4));
   m.impl("linear_nf4_dx", TORCH_BOX(&qlora::linear_nf4_dx));
   m.impl("linear_nf4_dlora", TORCH_BOX(&qlora::linear_nf4_dlora));
 }

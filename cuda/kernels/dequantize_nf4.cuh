@@ -14,8 +14,10 @@
 #include "cuda/ptx/store.cuh"
 #include "cuda/tile/block_scale.cuh"
 #include "cuda/tile/code_tables.cuh"
+#include "cuda/tile/element.cuh"
 #include "cuda/tile/lane_values.cuh"
 #include "cuda/tile/nf4_decode.cuh"
+#include "cuda/tile/unroll.cuh"
 
 namespace qlora::kernels {
 
@@ -38,65 +40,55 @@ __device__ __forceinline__ uint4 round_lane(const float (&v)[tile::LaneValues<T>
   }
 }
 
-// Element i of `v`, as the memory of T.
-template <class T>
-__device__ __forceinline__ T element(const uint4& v, int i) {
-  const uint32_t word[4] = {v.x, v.y, v.z, v.w};
-  if constexpr (sizeof(T) == 4) {
-    return __uint_as_float(word[i]);
-  } else {
-    return T{static_cast<uint16_t>(word[i / 2] >> (i % 2 * 16))};
-  }
-}
+// What a warp needs besides the chunk: the CTA's tables, and the lane's nested absmax, carried from chunk to chunk.
+struct DequantizeState {
+  const float* nf4;
+  const float* dynamic8;
+  float offset;
+  tile::RawScale raw;
+};
 
-template <class T, int kChunk, bool kTail>
-__device__ __forceinline__ void dequantize_warp(const uint8_t* packed, const tile::ScaleView& scales,
-                                                tile::RawScale& raw, int64_t numel, int64_t first, T* out,
-                                                const float* dynamic8, float offset, uint32_t table) {
+// The kChunk elements from `first` on, to out[0] and on. Vector accesses fit.
+template <class T, int kChunk>
+__device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
+                                                 T* out, DequantizeState& state) {
   using Tile = DequantizeTile<T, kChunk>;
   const int lane = threadIdx.x % tile::kWarp;
-  const int64_t begin = first + lane * Tile::kPerLane;
-  const uint8_t* in = packed + begin / 2;
-
+  const uint8_t* const in = packed + ((first + lane * Tile::kPerLane) >> 1);
   uint32_t word[Tile::kRows];
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; ++r) {
-    if constexpr (kTail) {
-      const int64_t left = numel - (begin + r * Tile::kRow);
-      word[r] = 0;
-#pragma unroll
-      for (int i = 0; i < Tile::kPerLane / 2; ++i) {
-        if (2 * i < left) word[r] |= uint32_t{in[r * Tile::kRow / 2 + i]} << (8 * i);
-      }
-    } else if constexpr (Tile::kPerLane == 8) {
-      word[r] = ptx::load_stream_u32(in + r * Tile::kRow / 2);
+  tile::unroll<Tile::kRows>([&](auto r) {
+    constexpr int kOffset = r * Tile::kRow / 2;
+    if constexpr (Tile::kPerLane == 8) {
+      word[r] = ptx::load_stream_u32<kOffset>(in);
     } else {
-      word[r] = ptx::load_stream_u16(in + r * Tile::kRow / 2);
+      word[r] = ptx::load_stream_u16<kOffset>(in);
     }
-  }
+  });
 
-  const int64_t first_block = first >> scales.block_shift;
-  const int64_t last_block = ((kTail ? numel : first + kChunk) - 1) >> scales.block_shift;
-  if (first_block + lane <= last_block) tile::reload_scale(scales, first_block + lane, raw);
-  const float own = tile::decode_scale(scales, raw, dynamic8, offset);
+  const int64_t block = (first >> scales.block_shift) + lane;
+  if (block <= (first + kChunk - 1) >> scales.block_shift) tile::reload_scale(scales, block, state.raw);
+  const float own = tile::decode_scale(scales, state.raw, state.dynamic8, state.offset);
 
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; ++r) {
+  const uint32_t table = ptx::shared_address(state.nf4);
+  T* const to = out + lane * Tile::kPerLane;
+  tile::unroll<Tile::kRows>([&](auto r) {
     const int in_chunk = r * Tile::kRow + lane * Tile::kPerLane;
     const float scale = __shfl_sync(0xFFFFFFFFu, own, in_chunk >> scales.block_shift);
     float value[Tile::kPerLane];
     tile::decode_nf4(value, word[r], scale, table);
-    const uint4 rounded = round_lane<T>(value);
-    T* at = out + begin + r * Tile::kRow;
-    if constexpr (kTail) {
-      const int64_t left = numel - (begin + r * Tile::kRow);
-#pragma unroll
-      for (int i = 0; i < Tile::kPerLane; ++i) {
-        if (i < left) at[i] = element<T>(rounded, i);
-      }
-    } else {
-      ptx::store_stream_v4(at, rounded);
-    }
+    ptx::store_stream_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
+  });
+}
+
+// Up to kChunk elements, first .. end - 1, one at a time: the tensor's tail, and pointers that no vector access fits.
+template <class T>
+__device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
+                                                    int64_t end, T* out, const DequantizeState& state) {
+#pragma unroll 1
+  for (int64_t i = first + threadIdx.x % tile::kWarp; i < end; i += tile::kWarp) {
+    const tile::RawScale raw = tile::load_scale(scales, i >> scales.block_shift);
+    const float scale = tile::decode_scale(scales, raw, state.dynamic8, state.offset);
+    out[i - first] = tile::narrow<T>(__fmul_rn(state.nf4[nf4_code_at(packed, i)], scale));
   }
 }
 
@@ -105,7 +97,7 @@ __device__ __forceinline__ void dequantize_warp(const uint8_t* packed, const til
 template <class T, int kChunk, int kThreads>
 __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
                                                                   const __grid_constant__ tile::ScaleView scales,
-                                                                  int64_t numel, T* __restrict__ out) {
+                                                                  int64_t begin, int64_t end, T* __restrict__ out) {
   __shared__ __align__(tile::kNf4DecodeAlign) float nf4[kCodes];
   __shared__ float dynamic8[256];
   __shared__ float shared_offset;
@@ -114,19 +106,18 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   if (threadIdx.x == 0) shared_offset = tile::nested_offset(scales);
   __syncthreads();
 
-  const uint32_t table = ptx::shared_address(nf4);
-  const float offset = shared_offset;
+  DequantizeState state{nf4, dynamic8, shared_offset, {}};
   const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out);
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
-  tile::RawScale raw;
 #pragma unroll 1
-  for (int64_t chunk = warp * kDequantizeRun; chunk * kChunk < numel;) {
-    const int64_t first = chunk * kChunk;
-    if (aligned && first + kChunk <= numel) {
-      dequantize_warp<T, kChunk, false>(packed, scales, raw, numel, first, out, dynamic8, offset, table);
+  for (int64_t chunk = warp * kDequantizeRun; begin + chunk * kChunk < end;) {
+    const int64_t first = begin + chunk * kChunk;
+    T* const to = out + chunk * kChunk;
+    if (aligned && first + kChunk <= end) {
+      dequantize_chunk<T, kChunk>(packed, scales, first, to, state);
     } else {
-      dequantize_warp<T, kChunk, true>(packed, scales, raw, numel, first, out, dynamic8, offset, table);
+      dequantize_elements<T>(packed, scales, first, min(first + kChunk, end), to, state);
     }
     ++chunk;
     if (chunk % kDequantizeRun == 0) chunk += (warps - 1) * kDequantizeRun;

@@ -71,7 +71,7 @@ __global__ __launch_bounds__(kThreads) void quantize_absmax_kernel(
   for (int step = tile::kWarp / 2; step; step /= 2) {
     magnitude = max(magnitude, __shfl_xor_sync(0xFFFFFFFFu, magnitude, step));
   }
-  const float scale = __uint_as_float(magnitude <= kInfinity ? magnitude : kNaN);
+  const float scale = __uint_as_float(magnitude < kInfinity ? magnitude : kNaN);
   const float inverse = inverse_absmax(scale);
   for (int64_t i = first + lane; i < last; i += tile::kWarp) {
     const float q = __fmul_rn(__fsub_rn(absmax[i], offset), inverse);

@@ -16,6 +16,7 @@
 #include "cuda/ptx/store.cuh"
 #include "cuda/tile/code_tables.cuh"
 #include "cuda/tile/lane_values.cuh"
+#include "cuda/tile/unroll.cuh"
 
 namespace qlora::kernels {
 
@@ -109,34 +110,31 @@ __global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restr
   const bool whole = first + Tile::kValues <= numel && tile::is_aligned<16>(w) && tile::is_aligned<4>(packed);
 
   tile::LaneValues<T> values[Tile::kRows];
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; ++r) {
-    const int64_t at = begin + r * Tile::kRow;
+  tile::unroll<Tile::kRows>([&](auto r) {
     if (whole) {
-      values[r].load(w + at);
+      values[r].template load<r * tile::kWarp * 16>(w + begin);
     } else {
-      values[r].load_tail(w + at, numel - at);
+      values[r].load_tail(w + begin + r * Tile::kRow, numel - begin - r * Tile::kRow);
     }
-  }
+  });
   float scale[Tile::kSpans];
   block_absmax<T, kBlock>(values, scale, across_warps);
 
   const uint32_t table = ptx::shared_address(&encode);
-#pragma unroll
-  for (int r = 0; r < Tile::kRows; ++r) {
+  uint8_t* const out = packed + (begin >> 1);
+  tile::unroll<Tile::kRows>([&](auto r) {
+    constexpr int kOffset = r * Tile::kRow / 2;
     const float own = scale[r / Tile::kRowsPerBlock];
     uint32_t codes = encode_lane<T>(values[r], inverse_absmax(own), table);
     codes = own == own ? codes : 0;  // NaN in, code 0 throughout
-    const int64_t at = begin + r * Tile::kRow;
-    uint8_t* out = packed + at / 2;
     if (!whole) {
-      store_codes_tail<Tile::kPerLane>(out, codes, numel - at);
+      store_codes_tail<Tile::kPerLane>(out + kOffset, codes, numel - begin - r * Tile::kRow);
     } else if constexpr (Tile::kPerLane == 8) {
-      ptx::store_stream_u32(out, codes);
+      ptx::store_stream_u32<kOffset>(out, codes);
     } else {
-      ptx::store_stream_u16(out, codes);
+      ptx::store_stream_u16<kOffset>(out, codes);
     }
-  }
+  });
 
   // Each lane of a group writes another span's absmax, so that one store covers the warp's blocks without gaps.
   const int span = lane % Tile::kGroup;

@@ -25,8 +25,9 @@ cudaError_t launch_quantize_absmax(const float* absmax, int64_t count, int64_t n
 // scales.codes [count] -> absmax [count].
 cudaError_t launch_dequantize_absmax(const Scales& scales, int64_t count, float* absmax, cudaStream_t stream);
 
-// packed [ceil(numel / 2)] -> out [numel] (float32, bfloat16 or float16); nested scales are decoded in the same launch.
-cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype, void* out,
-                                  cudaStream_t stream);
+// Elements first .. first + count - 1 of a packed tensor -> out [count] (float32, bfloat16 or float16); `first` is a
+// multiple of kMaxBlockSize. Nested scales are decoded in the same launch.
+cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& scales, int64_t first, int64_t count,
+                                  DType dtype, void* out, cudaStream_t stream);
 
 }  // namespace qlora::cuda

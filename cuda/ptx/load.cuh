@@ -1,34 +1,40 @@
 // Loads of global memory that is constant while the kernel runs (ld.global.nc) and is used once: L1 is not filled, so
-// that it keeps what is reused.
+// that it keeps what is reused. kOffset bytes are added by the instruction itself.
 #pragma once
 
 #include <cstdint>
 
 namespace qlora::ptx {
 
+template <int kOffset = 0>
 __device__ __forceinline__ uint32_t load_stream_u32(const void* p) {
   uint32_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1 + %2];" : "=r"(v) : "l"(p), "n"(kOffset));
   return v;
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ uint32_t load_stream_u16(const void* p) {
   uint16_t v;
-  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1];" : "=h"(v) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.u16 %0, [%1 + %2];" : "=h"(v) : "l"(p), "n"(kOffset));
   return v;
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ uint2 load_stream_v2(const void* p) {
   uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2 + %3];"
+               : "=r"(v.x), "=r"(v.y)
+               : "l"(p), "n"(kOffset));
   return v;
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ uint4 load_stream_v4(const void* p) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
+               : "l"(p), "n"(kOffset));
   return v;
 }
 

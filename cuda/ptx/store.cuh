@@ -1,24 +1,30 @@
-// Stores of results that this kernel does not read again: st.global.cs, evicted first.
+// Stores of results that this kernel does not read again: st.global.cs, evicted first. kOffset bytes are added by the
+// instruction itself.
 #pragma once
 
 #include <cstdint>
 
 namespace qlora::ptx {
 
+template <int kOffset = 0>
 __device__ __forceinline__ void store_stream_u32(void* p, uint32_t v) {
-  asm volatile("st.global.cs.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+  asm volatile("st.global.cs.u32 [%0 + %1], %2;" ::"l"(p), "n"(kOffset), "r"(v) : "memory");
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ void store_stream_u16(void* p, uint32_t v) {
-  asm volatile("st.global.cs.u16 [%0], %1;" ::"l"(p), "h"(static_cast<uint16_t>(v)) : "memory");
+  asm volatile("st.global.cs.u16 [%0 + %1], %2;" ::"l"(p), "n"(kOffset), "h"(static_cast<uint16_t>(v)) : "memory");
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ void store_stream_v2(void* p, uint2 v) {
-  asm volatile("st.global.cs.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+  asm volatile("st.global.cs.v2.u32 [%0 + %1], {%2, %3};" ::"l"(p), "n"(kOffset), "r"(v.x), "r"(v.y) : "memory");
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ void store_stream_v4(void* p, uint4 v) {
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(p), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.global.cs.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(p), "n"(kOffset), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 }
 

@@ -25,8 +25,9 @@ struct LaneValues {
   uint32_t word[4] = {};
 
   // `p` is aligned to 16 bytes.
+  template <int kOffset = 0>
   __device__ __forceinline__ void load(const T* p) {
-    const uint4 v = ptx::load_stream_v4(p);
+    const uint4 v = ptx::load_stream_v4<kOffset>(p);
     word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
   }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import autograd, nn
+from . import _hooks, autograd, nn
 from ._library import build_info
 from .autograd import linear_nf4
 from .nn import quantize_model
@@ -25,6 +25,11 @@ __all__ = [
     "quantize_model",
     "quantize_nf4",
 ]
+
+
+# Saved 4-bit models and LoRA on 4-bit layers are recognised without a further import.
+_hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
+_hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,8 @@ from . import ops
 from .autograd import call_linear_nf4, draw_seed
 from .weight import NF4Weight, _check_block_sizes, quantize_nf4
 
-# The float32 part of the packed state, which no change of a model's dtype may touch.
-_SCALES = ("absmax", "nested_absmax", "nested_offset")
+# The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
+SCALES = ("absmax", "nested_absmax", "nested_offset")
 
 
 class Linear4bit(nn.Linear):
@@ -106,7 +106,7 @@ class Linear4bit(nn.Linear):
         self.weight = nn.Parameter(w4.packed, requires_grad=False)
         self.block_size, self.nested_block_size = w4.block_size, w4.nested_block_size
         self.weight_dtype = w4.dtype
-        for name in _SCALES:
+        for name in SCALES:
             value = getattr(w4, name)
             self._buffers.pop(name, None)
             if value is None:
@@ -183,16 +183,19 @@ class Linear4bit(nn.Linear):
         """The decoded weight [N, K], in ``dtype`` or that of the weight that was quantized."""
         return self.weight4bit.dequantize(dtype)
 
-    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """An ``nn.Linear`` that holds the decoded weight."""
-        weight = self.dequantize(dtype)
+    def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Linear:
+        """A dense layer in this one's place, in ``dtype`` or that of the weight that was quantized.
+
+        It holds the decoded weight, or ``weight`` [N, K] (an adapter merged into it, say) if given.
+        """
+        weight = self.dequantize(dtype) if weight is None else weight.detach().to(dtype or self.weight_dtype)
         linear = nn.Linear(
             self.in_features, self.out_features, self.bias is not None, device="meta", dtype=weight.dtype
         )
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype), requires_grad=False)
-        return linear
+        return linear.train(self.training)
 
     def reset_parameters(self) -> None:
         """Nothing to draw: the weight is frozen and comes from a checkpoint or from ``from_linear``."""
@@ -200,7 +203,7 @@ class Linear4bit(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
         # half(), to(dtype) and the like reach every floating tensor: the scales keep their float32 bits, and take
         # only the device that fn would have given them.
-        before = {name: t for name in _SCALES if (t := self._buffers.get(name)) is not None}
+        before = {name: t for name in SCALES if (t := self._buffers.get(name)) is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, scales in before.items():
             after = getattr(self, name)
@@ -209,11 +212,64 @@ class Linear4bit(nn.Linear):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
+    def _packed_state(self) -> dict[str, Tensor]:
+        tensors = {"weight": self.weight, **{name: getattr(self, name) for name in SCALES}}
+        return {name: t for name, t in tensors.items() if t is not None}
+
+    def check_form(self, state: dict[str, Tensor] | None = None, prefix: str = "") -> None:
+        """Checks a packed state (default: the module's own) against the layer's shape, block sizes and scale form.
+
+        Args:
+            state: tensors by name, each name beginning with ``prefix``; what it lacks is not checked.
+
+        Raises:
+            ValueError: a dtype or a shape is another; copied in, its scales would be read as something else.
+        """
+        empty = Linear4bit(
+            self.in_features,
+            self.out_features,
+            bias=False,
+            block_size=self.block_size,
+            double_quant=self.double_quant,
+            nested_block_size=self.nested_block_size,
+            device="meta",
+        )._packed_state()
+        form = (
+            f"the packed state of a weight [{self.out_features}, {self.in_features}] with block_size={self.block_size}"
+            f", double_quant={self.double_quant}"
+        )
+        found = {prefix + name: t for name, t in self._packed_state().items()} if state is None else state
+        for name in ("weight", *SCALES):
+            t, expected = found.get(prefix + name), empty.get(name)
+            if t is None:
+                continue
+            if expected is None:
+                raise ValueError(f"{prefix}{name}: expected {form}, got scales that are double quantized")
+            if t.dtype != expected.dtype or t.shape != expected.shape:
+                raise ValueError(
+                    f"{prefix}{name}: expected {expected.dtype} {list(expected.shape)}, {form}; "
+                    f"got {t.dtype} {list(t.shape)}"
+                )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        try:
+            self.check_form(state_dict, prefix)
+        except ValueError as error:  # refused even where the load is not strict
+            args[-1].append(str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"block_size={self.block_size}, double_quant={self.double_quant}"
         )
+
+
+# The layers that quantize_model replaces, and by what; an integration adds those of its library.
+CONVERSIONS: dict[type[nn.Module], type[Linear4bit]] = {nn.Linear: Linear4bit}
+# Called with every model that quantize_model has quantized.
+AFTER_QUANTIZE: list[Callable[[nn.Module], None]] = []
 
 
 def quantize_model(
@@ -223,36 +279,45 @@ def quantize_model(
     double_quant: bool = True,
     **options: Any,
 ) -> nn.Module:
-    """Replaces every ``nn.Linear`` of ``model`` by a ``Linear4bit``, in place and one layer at a time.
+    """Replaces every linear layer of ``model`` by a ``Linear4bit``, in place and one layer at a time.
+
+    That is every ``nn.Linear`` (no subclass of it) and every ``Conv1D`` of transformers. A transformers model is then
+    one that ``save_pretrained`` saves in 4 bits.
 
     Args:
-        model: its parameters are freed as they are quantized. A module used in several places stays shared.
+        model: its parameters are freed as they are quantized. A module used in several places stays shared, and one
+            whose weight is another module's too (an embedding's) is left as it is.
         skip: names of modules to leave alone: a full dotted name, or its last parts (``"lm_head"``,
             ``"mlp.gate"``).
         block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear``.
 
     Returns:
-        ``model`` (or its replacement, where ``model`` itself is an ``nn.Linear``).
+        ``model`` (or its replacement, where ``model`` itself is a linear layer).
     """
     skip = tuple(skip)
 
     def skipped(name: str) -> bool:
         return any(name == s or name.endswith("." + s) for s in skip)
 
-    def replace(linear: nn.Linear) -> Linear4bit:
-        return Linear4bit.from_linear(linear, block_size=block_size, double_quant=double_quant, **options)
+    def replace(linear: nn.Module) -> Linear4bit:
+        cls = CONVERSIONS[type(linear)]
+        return cls.from_linear(linear, block_size=block_size, double_quant=double_quant, **options)  # type: ignore[arg-type]
 
-    if type(model) is nn.Linear:
+    if type(model) in CONVERSIONS:
         return replace(model)
+    tied = {id(p) for m in model.modules() if type(m) not in CONVERSIONS for p in m.parameters(recurse=False)}
     done: dict[nn.Module, Linear4bit] = {}
     for parent_name, parent in list(model.named_modules()):
         if skipped(parent_name):
             continue
         for child_name, child in list(parent.named_children()):
             name = f"{parent_name}.{child_name}" if parent_name else child_name
-            if type(child) is nn.Linear and not skipped(name):
-                if child not in done:
-                    done[child] = replace(child)
-                setattr(parent, child_name, done[child])
-                child.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+            if type(child) not in CONVERSIONS or skipped(name) or id(child.weight) in tied:
+                continue
+            if child not in done:
+                done[child] = replace(child)
+            setattr(parent, child_name, done[child])
+            child.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+    for finish in AFTER_QUANTIZE:
+        finish(model)
     return model

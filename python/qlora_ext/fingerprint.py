@@ -1,0 +1,49 @@
+"""Which 4-bit base is this: a fingerprint of the packed weights, by which an adapter knows what it was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .nn import SCALES, Linear4bit
+
+# What PEFT puts around the names of a model's modules.
+_WRAPPER = "base_model.model."
+_WRAPPED = "base_layer"
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            yield ".".join(part for part in name.removeprefix(_WRAPPER).split(".") if part != _WRAPPED), module
+
+
+def _update(digest: hashlib._Hash, t: Tensor) -> None:
+    digest.update(f"{t.dtype} {list(t.shape)};".encode())
+    digest.update(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256, in 64 hexadecimal digits, over the names, codes and scales of the model's 4-bit layers.
+
+    The same for a model before and after PEFT wraps it, on every device and in every compute dtype; an adapter that
+    ``merge_adapter`` has merged in changes it. A module that is not 4-bit takes no part.
+
+    Raises:
+        ValueError: the model has no 4-bit layer.
+    """
+    digest = hashlib.sha256(b"qlora_ext 4-bit base, 1\n")
+    layers = sorted(_layers(model), key=lambda item: item[0])
+    if not layers:
+        raise ValueError("model: expected a model with 4-bit layers (see qlora_ext.quantize_model), found none")
+    for name, layer in layers:
+        w4 = layer.weight4bit
+        digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}:".encode())
+        for tensor in ("packed", *SCALES):
+            t = getattr(w4, tensor)
+            if t is not None:
+                _update(digest, t)
+    return digest.hexdigest()

@@ -1,0 +1,62 @@
+"""What transformers runs on each weight of a checkpoint as it is read: quantize it, or rebuild bitsandbytes' state."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from ..nn import SCALES, Linear4bit
+from ..weight import NF4Weight
+from .bitsandbytes import from_state_dict
+
+if TYPE_CHECKING:
+    from .transformers import QLoRAQuantizer
+
+
+def _one(value: Any) -> Tensor:
+    tensor: Tensor = value[0] if isinstance(value, list) else value
+    return tensor
+
+
+def _fill(layer: Linear4bit, name: str, w4: NF4Weight, missing: Any) -> dict[str, Tensor]:
+    """Gives ``layer`` its weight, and returns the tensors under the names by which transformers then sets them."""
+    layer.set_weight(w4)
+    prefix = name.removesuffix("weight")
+    if missing is not None:  # the form of the scales may be another than the empty layer's
+        missing.difference_update(f"{prefix}{scale}" for scale in SCALES)
+    return {name: layer.weight, **{f"{prefix}{scale}": t for scale, t in layer.named_buffers(recurse=False)}}
+
+
+class Quantize(ConversionOps):
+    """A dense weight, just read, becomes the 4-bit state of its layer; the dense one is freed before the next."""
+
+    def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
+        filled: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            layer, _ = get_module_from_name(model, name)
+            w4 = self.hf_quantizer.quantize(layer, _one(value))
+            filled |= _fill(layer, name, w4, kwargs.get("missing_keys"))
+        return filled
+
+
+class LoadBitsandbytes(ConversionOps):
+    """The tensors that bitsandbytes saved for one weight become the 4-bit state of its layer, bit for bit."""
+
+    def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        layer, name = get_module_from_name(model, full_layer_name)
+        if not isinstance(layer, Linear4bit):
+            # Every weight of the checkpoint comes by here: this one was never quantized.
+            return {full_layer_name: _one(input_dict["weight"]).to(getattr(layer, name).dtype)}
+        w4 = from_state_dict({key: _one(value) for key, value in input_dict.items()}, "weight")
+        return _fill(layer, full_layer_name, w4, kwargs.get("missing_keys"))

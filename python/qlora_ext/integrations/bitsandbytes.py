@@ -1,0 +1,155 @@
+"""bitsandbytes' 4-bit state, read and written: its keys, its JSON, its bytes.
+
+For a weight named ``prefix`` bitsandbytes saves ``prefix`` (the packed codes, in any storage dtype), ``prefix.absmax``,
+``prefix.quant_map`` (the 16 code values), ``prefix.quant_state.bitsandbytes__nf4`` (JSON as a uint8 tensor) and, double
+quantized, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the 256 values of its 8-bit code). Nothing here
+needs bitsandbytes itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..weight import NF4Weight, _check_block_sizes
+
+STATE_KEY = "quant_state.bitsandbytes__nf4"
+# Every key that may follow a weight's name, the longer ones first as they are matched in this order.
+COMPANIONS = (
+    STATE_KEY,
+    "quant_state.bitsandbytes__fp4",
+    "nested_quant_map",
+    "nested_absmax",
+    "quant_map",
+    "absmax",
+)
+
+
+@functools.cache
+def _code_values() -> Tensor:
+    """The 16 NF4 values, decoded from the codes themselves at scale 1."""
+    packed = torch.arange(0, 16, 2, dtype=torch.uint8) * 16 + torch.arange(1, 16, 2, dtype=torch.uint8)
+    values: Tensor = torch.ops.qlora.dequantize_nf4(packed, torch.ones(1), None, None, 64, 256, [16], torch.float32)
+    return values
+
+
+@functools.cache
+def _nested_code_values() -> Tensor:
+    """The 256 values of the 8-bit code of double-quantized scales, decoded likewise."""
+    codes = torch.arange(256).to(torch.uint8)
+    values: Tensor = torch.ops.qlora.dequantize_absmax(codes, torch.ones(1), torch.zeros(()), 256)
+    return values
+
+
+def _take(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    try:
+        return state_dict[name]
+    except KeyError:
+        raise KeyError(f"{name}: missing from the bitsandbytes state") from None
+
+
+def _check_code(name: str, found: Tensor, expected: Tensor) -> None:
+    if found.shape != expected.shape or not torch.equal(found.to("cpu", torch.float32), expected):
+        raise ValueError(f"{name}: expected bitsandbytes' own code values, got others; they cannot be represented here")
+
+
+def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    for key in state_dict:
+        if key.startswith(f"{prefix}.quant_state.bitsandbytes__") and key != f"{prefix}.{STATE_KEY}":
+            kind = key.rpartition("__")[2]
+            raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got {kind.upper()}, not supported")
+    if f"{prefix}.SCB" in state_dict or f"{prefix.rpartition('.')[0]}.SCB" in state_dict:
+        raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got int8 (LLM.int8()), which is not supported")
+    raw = _take(state_dict, f"{prefix}.{STATE_KEY}")
+    try:
+        state = json.loads(bytes(raw.to("cpu", torch.uint8).tolist()))
+    except ValueError as error:
+        raise ValueError(f"{prefix}.{STATE_KEY}: expected JSON in a uint8 tensor, got {error}") from error
+    absent = [key for key in ("quant_type", "blocksize", "dtype", "shape") if state.get(key) is None]
+    if absent:
+        raise ValueError(f"{prefix}.{STATE_KEY}: expected {', '.join(absent)} in it, got {sorted(state)}")
+    if state["quant_type"] != "nf4":
+        raise ValueError(f"{prefix}: expected quant_type 'nf4', got {state['quant_type']!r}, which is not supported")
+    return dict(state)
+
+
+def from_state_dict(state_dict: Mapping[str, Tensor], prefix: str) -> NF4Weight:
+    """The weight that bitsandbytes (>= 0.41) saved under the name ``prefix``; see ``NF4Weight.from_bitsandbytes``.
+
+    The codes may lie in any storage dtype (``bnb_4bit_quant_storage``): their bytes are what counts. Scales keep the
+    device they are on.
+
+    Raises:
+        KeyError: a key is missing. ValueError: FP4, int8 or another code, or parts that do not fit together.
+    """
+    state = _read_state(state_dict, prefix)
+    shape, block_size = torch.Size(state["shape"]), state["blocksize"]
+    nested_block_size = state.get("nested_blocksize", 256)
+    _check_block_sizes(block_size, nested_block_size)
+    _check_code(f"{prefix}.quant_map", _take(state_dict, f"{prefix}.quant_map"), _code_values())
+
+    packed = _take(state_dict, prefix).detach().contiguous().reshape(-1).view(torch.uint8)
+    numel = math.prod(shape)
+    blocks = -(-numel // block_size)
+    absmax = _take(state_dict, f"{prefix}.absmax").reshape(-1)
+    nested_absmax = nested_offset = None
+    if "nested_offset" in state or f"{prefix}.nested_absmax" in state_dict:
+        nested_absmax = _take(state_dict, f"{prefix}.nested_absmax").reshape(-1).float()
+        nested_map = _take(state_dict, f"{prefix}.nested_quant_map")
+        _check_code(f"{prefix}.nested_quant_map", nested_map, _nested_code_values())
+        if "nested_offset" not in state:
+            raise ValueError(f"{prefix}.{STATE_KEY}: expected nested_offset in it, got {sorted(state)}")
+        nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
+        expected = {"absmax": (absmax, blocks), "nested_absmax": (nested_absmax, -(-blocks // nested_block_size))}
+    else:
+        absmax = absmax.float()
+        expected = {"absmax": (absmax, blocks)}
+    for name, (found, count) in {"packed bytes": (packed, (numel + 1) // 2), **expected}.items():
+        if found.numel() != count:
+            raise ValueError(f"{prefix}: expected {count} {name} for shape {list(shape)}, got {found.numel()}")
+    dtype = getattr(torch, state["dtype"], None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{prefix}.{STATE_KEY}: expected the name of a torch dtype, got {state['dtype']!r}")
+    return NF4Weight(
+        packed.reshape(ops.packed_shape(shape)),
+        absmax,
+        nested_absmax,
+        nested_offset,
+        shape,
+        dtype,
+        block_size,
+        nested_block_size,
+    )
+
+
+def to_state_dict(w4: NF4Weight, prefix: str) -> dict[str, Tensor]:
+    """What bitsandbytes saves for this weight under the name ``prefix``, key by key and byte by byte."""
+    device = w4.device
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": w4.block_size,
+        "dtype": str(w4.dtype).removeprefix("torch."),
+        "shape": list(w4.shape),
+    }
+    tensors = {
+        prefix: w4.packed.reshape(-1, 1),
+        f"{prefix}.absmax": w4.absmax,
+        f"{prefix}.quant_map": _code_values().to(device, copy=True),
+    }
+    if w4.nested_absmax is not None and w4.nested_offset is not None:
+        state |= {
+            "nested_blocksize": w4.nested_block_size,
+            "nested_dtype": "float32",
+            "nested_offset": w4.nested_offset.item(),
+        }
+        tensors[f"{prefix}.nested_absmax"] = w4.nested_absmax
+        tensors[f"{prefix}.nested_quant_map"] = _nested_code_values().to(device, copy=True)
+    tensors[f"{prefix}.{STATE_KEY}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors

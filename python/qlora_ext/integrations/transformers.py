@@ -1,0 +1,328 @@
+"""transformers (>= 5.0): ``QLoRAConfig`` and the quantizer behind ``from_pretrained(..., quantization_config=...)``.
+
+Loading quantizes weight by weight as the checkpoint is read; a model directory saved afterwards holds the 4-bit state
+and loads as such; one that bitsandbytes saved loads with ``QLoRAConfig()``. This module is imported by itself as soon
+as transformers loads its own quantizers, so that ``import qlora_ext`` is enough for saved models to be recognised.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from .. import _library
+from ..nn import AFTER_QUANTIZE, CONVERSIONS, Linear4bit
+from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
+from .bitsandbytes import COMPANIONS
+
+METHOD = "qlora_ext"
+FORMAT_VERSION = 1
+
+
+class Conv1D4bit(Linear4bit):
+    """A ``Linear4bit`` in the place of GPT-2's ``Conv1D``, which stores its weight transposed: as [K, N]."""
+
+    @classmethod
+    def from_linear(cls, linear: Any, *args: Any, **options: Any) -> Linear4bit:
+        if not isinstance(linear, Conv1D):
+            raise TypeError(f"linear: expected a transformers Conv1D, got {type(linear).__name__}")
+        k, n = linear.weight.shape
+        dense = nn.Linear(k, n, bias=False, device="meta")
+        dense.weight = nn.Parameter(linear.weight.detach().T, requires_grad=False)
+        dense.bias = linear.bias
+        return super().from_linear(dense.train(linear.training), *args, **options)
+
+    def to_linear(self, dtype: torch.dtype | None = None, weight: torch.Tensor | None = None) -> Any:
+        dense = super().to_linear(dtype, weight)
+        with torch.device("meta"):
+            conv = Conv1D(self.out_features, self.in_features)
+        conv.weight = nn.Parameter(dense.weight.detach().T.contiguous(), requires_grad=False)
+        conv.bias = dense.bias
+        return conv.train(self.training)
+
+
+CONVERSIONS[Conv1D] = Conv1D4bit
+
+
+def _dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"compute_dtype: expected a floating torch dtype or its name, got {dtype!r}")
+    return dtype
+
+
+class QLoRAConfig(QuantizationConfigMixin):
+    """Quantize to NF4 while loading: ``from_pretrained(path, quantization_config=QLoRAConfig())``.
+
+    Args:
+        block_size: elements a scale: a power of two from 32 to 4096.
+        double_quant: whether the scales are themselves held in 8 bits, in blocks of ``nested_block_size``.
+        compute_dtype: of the quantized layers' products and biases; the model's dtype by default.
+        skip_modules: names of linear layers to leave as they are, as full names, last parts or regular expressions.
+            By default the output head; with ``[]`` every linear layer is quantized. Layers whose weight is tied to
+            another's (an embedding's) are never quantized.
+
+    A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 64,
+        double_quant: bool = True,
+        nested_block_size: int = 256,
+        compute_dtype: torch.dtype | str | None = None,
+        skip_modules: list[str] | None = None,
+        **saved: Any,
+    ) -> None:
+        _check_block_sizes(block_size, nested_block_size)
+        if saved.pop("quant_method", METHOD) != METHOD:
+            raise ValueError("quant_method: expected a configuration that qlora_ext saved")
+        if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+            raise ValueError("format_version: this checkpoint needs a newer qlora_ext")
+        if saved:
+            raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}")
+        self.quant_method = METHOD
+        self.format_version = FORMAT_VERSION
+        self.block_size = block_size
+        self.double_quant = double_quant
+        self.nested_block_size = nested_block_size
+        self.compute_dtype = _dtype_named(compute_dtype)
+        self.skip_modules = None if skip_modules is None else list(skip_modules)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        if self.compute_dtype is not None:
+            fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        return fields
+
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        yield from self.to_dict().items()
+
+    @classmethod
+    def from_bitsandbytes(cls, saved: dict[str, Any]) -> QLoRAConfig:
+        """The configuration that reads a checkpoint which bitsandbytes quantized, from its ``quantization_config``.
+
+        Raises:
+            ValueError: an int8 or FP4 checkpoint, which has no NF4 weights.
+        """
+        if saved.get("load_in_8bit") or not saved.get("load_in_4bit", True):
+            raise ValueError("quantization_config: expected a bitsandbytes NF4 checkpoint, got int8 (LLM.int8())")
+        kind = saved.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
+        if kind != "nf4":
+            raise ValueError(f"quantization_config: expected a bitsandbytes NF4 checkpoint, got {kind.upper()}")
+        config = cls(
+            double_quant=bool(saved.get("bnb_4bit_use_double_quant", False)),
+            skip_modules=saved.get("llm_int8_skip_modules"),
+        )
+        config._from_bitsandbytes = True
+        return config
+
+    _from_bitsandbytes = False
+
+
+def _tied_modules(model: nn.Module) -> list[str]:
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return sorted({name.removesuffix(".weight") for name in (*tied.keys(), *tied.values())})
+
+
+class QLoRAQuantizer(HfQuantizer):
+    """Puts ``Linear4bit`` into a model that transformers is about to load, and fills it."""
+
+    requires_calibration = False
+    quantization_config: QLoRAConfig
+
+    def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.from_bitsandbytes = quantization_config._from_bitsandbytes
+        quantization_config._from_bitsandbytes = False  # what is saved from here on is ours
+
+    def update_device_map(self, device_map: Any) -> Any:
+        # As for bitsandbytes: on a machine with a GPU, that is where a quantized model is wanted.
+        if device_map is None and _library.cuda_error is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return isinstance(module, Linear4bit) and name == "weight"
+
+    def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
+        if self.param_needs_quantization(model, param_name):
+            return 1  # the packed shape already counts bytes
+        size: float = super().param_element_size(model, param_name, param)
+        return size
+
+    def skipped_modules(self, model: nn.Module) -> list[str]:
+        fp32: list[str] = [*(getattr(model, "_keep_in_fp32_modules", None) or [])]
+        names = self.get_modules_to_not_convert(model, self.quantization_config.skip_modules, fp32)
+        return sorted({*names, *_tied_modules(model)})
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        config = self.quantization_config
+        model_dtype: torch.dtype = model.config.dtype
+        skipped = self.skipped_modules(model)
+        for name, module in list(model.named_modules()):
+            cls = CONVERSIONS.get(type(module))
+            if cls is None or not should_convert_module(name, skipped):
+                continue
+            k, n = module.weight.shape if cls is Conv1D4bit else reversed(module.weight.shape)
+            layer = cls(
+                k,
+                n,
+                bias=module.bias is not None,
+                compute_dtype=config.compute_dtype or model_dtype,
+                block_size=config.block_size,
+                double_quant=config.double_quant,
+                nested_block_size=config.nested_block_size,
+                device="meta",
+            )
+            if not self.pre_quantized:
+                # transformers < 5.20 casts what it reads to the dtype found here, before it is quantized.
+                layer.weight = nn.Parameter(layer.weight.to(model_dtype), requires_grad=False)
+            layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing for transformers to draw at random
+            model.set_submodule(name, layer)
+
+    def get_quantize_ops(self) -> Any:
+        from ._loading import Quantize
+
+        return Quantize(self)
+
+    def get_weight_conversions(self) -> list[Any]:
+        if not (self.pre_quantized and self.from_bitsandbytes):
+            return []
+        from transformers.core_model_loading import WeightConverter
+
+        from ._loading import LoadBitsandbytes
+
+        sources = [*(f"weight.{name}" for name in COMPANIONS), "weight"]
+        return [WeightConverter(sources, "weight", [LoadBitsandbytes(self)])]
+
+    def quantize(self, module: Linear4bit, weight: torch.Tensor) -> NF4Weight:
+        """The 4-bit form of a checkpoint's dense ``weight`` for ``module``."""
+        config = self.quantization_config
+        if isinstance(module, Conv1D4bit):
+            weight = weight.T
+        return quantize_nf4(weight, config.block_size, config.double_quant, config.nested_block_size)
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        _check_loaded(model)
+        if self.from_bitsandbytes:
+            # The model is saved in our format from now on: bitsandbytes' keys are not to be written again.
+            conversions = getattr(model, "_weight_conversions", None) or []
+            model._weight_conversions = [c for c in conversions if not _loads_bitsandbytes(c)]
+        _record_form(model, self.quantization_config)
+        return model
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        return dequantize_modules(model, dtype)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _loads_bitsandbytes(conversion: Any) -> bool:
+    from ._loading import LoadBitsandbytes
+
+    return any(isinstance(op, LoadBitsandbytes) for op in getattr(conversion, "operations", ()))
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit))
+
+
+def _check_loaded(model: nn.Module) -> None:
+    """Refuses a checkpoint that left part of a 4-bit layer unfilled or of another form: no bits can be made up."""
+    for name, layer in _layers(model):
+        if hasattr(layer, "_hf_hook"):
+            continue  # dispatched over several devices: its tensors are where accelerate wants them
+        tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        absent = [key for key, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+        if absent:
+            raise ValueError(
+                f"{name}: the checkpoint holds no {', '.join(absent)} for this 4-bit layer; "
+                "name the layer in QLoRAConfig(skip_modules=[...]) to leave it as it is"
+            )
+        layer.check_form(prefix=f"{name}.")
+
+
+def _record_form(model: nn.Module, config: QLoRAConfig) -> None:
+    """Writes block sizes and scale form of the model's layers, which a checkpoint may have chosen, into ``config``."""
+    forms = {(m.block_size, m.double_quant, m.nested_block_size) for _, m in _layers(model)}
+    if len(forms) > 1:
+        raise ValueError(f"model: expected 4-bit layers of one block size and scale form, got {sorted(forms)}")
+    for config.block_size, config.double_quant, config.nested_block_size in forms:
+        pass
+
+
+def dequantize_modules(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Replaces every ``Linear4bit`` of ``model`` by the dense layer that it decodes to, in place."""
+    for name, layer in list(_layers(model)):
+        hook = getattr(layer, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            raise ValueError(f"{name}: expected a layer in memory, got one offloaded by accelerate")
+        dense = layer.to_linear(dtype)
+        if hook is not None:
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(dense, hook)
+        if name == "":
+            return dense
+        model.set_submodule(name, dense)
+    return model
+
+
+def attach(model: Any) -> None:
+    """Makes a transformers model that ``quantize_model`` has quantized save, load and dequantize as a 4-bit one."""
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, PreTrainedModel) or not any(_layers(model)):
+        return
+    config = QLoRAConfig(skip_modules=[name for name, m in model.named_modules() if type(m) in CONVERSIONS])
+    quantizer = QLoRAQuantizer(config, pre_quantized=True)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+    _record_form(model, config)
+
+
+def _register() -> None:
+    AFTER_QUANTIZE.append(attach)
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = QLoRAConfig
+    auto.AUTO_QUANTIZER_MAPPING[METHOD] = QLoRAQuantizer
+    merge = auto.AutoHfQuantizer.merge_quantization_configs
+
+    @functools.wraps(merge)
+    def merge_quantization_configs(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        # A configuration passed by the caller must be of the checkpoint's class; ours also reads bitsandbytes'.
+        if isinstance(quantization_config_from_args, QLoRAConfig):
+            saved = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+            if saved.get("quant_method", "bitsandbytes") == "bitsandbytes":
+                config = QLoRAConfig.from_bitsandbytes(saved)
+                config.compute_dtype = quantization_config_from_args.compute_dtype
+                return config
+        return merge(quantization_config, quantization_config_from_args)
+
+    auto.AutoHfQuantizer.merge_quantization_configs = staticmethod(merge_quantization_configs)
+
+
+_register()
