@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import reference
 from qlora_ext import _C
 
 OPS = torch.ops.qlora
@@ -59,9 +60,7 @@ def assert_bits(got: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndar
     wrong = np.flatnonzero(a != b)
     if wrong.size:
         i = wrong[0]
-        pytest.fail(
-            f"{what}: {wrong.size} of {a.size} differ, the first at {i}: {a[i]:#x}, expected {b[i]:#x}"
-        )
+        pytest.fail(f"{what}: {wrong.size} of {a.size} differ, the first at {i}: {a[i]:#x}, expected {b[i]:#x}")
 
 
 def check_quantize(w: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,9 +80,7 @@ def check_quantize_absmax(absmax: torch.Tensor, nested_block: int) -> tuple[torc
     return codes, nested, offset
 
 
-def check_dequantize(
-    packed: torch.Tensor, scales: tuple, numel: int, block: int, nested_block: int = 256
-) -> None:
+def check_dequantize(packed: torch.Tensor, scales: tuple, numel: int, block: int, nested_block: int = 256) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         if len(scales) == 1:
             absmax = scales[0].numpy()

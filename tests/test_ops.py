@@ -231,3 +231,13 @@ def test_dropout_keeps_the_share_it_says() -> None:
         torch.ones(64, k), *w4.packed_args(), n, None, torch.ones(1, k), torch.ones(n, 1), 1.0 / k, 0.3, 11
     )
     assert abs(float(y.mean()) - 1.0) < 5 * np.sqrt(0.3 / 0.7 / (64 * k))
+
+
+HAS_CUDA_KERNELS = qlora_ext.build_info()["cuda_error"] is None
+
+
+@pytest.mark.skipif(HAS_CUDA_KERNELS, reason="the CUDA kernels are loaded here")
+@pytest.mark.parametrize("name", OP_NAMES)
+def test_without_its_cuda_library_the_reason_is_told(name: str) -> None:
+    with pytest.raises(RuntimeError, match="qlora_ext has no CUDA kernels here: "):
+        getattr(OPS, name).default._op_dk(torch._C.DispatchKey.CUDA, *op_calls("cpu")[name])

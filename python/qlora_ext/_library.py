@@ -9,12 +9,28 @@ import torch
 
 from . import _C
 
+OPERATORS = (
+    "quantize_nf4",
+    "quantize_absmax",
+    "dequantize_absmax",
+    "dequantize_nf4",
+    "linear_nf4",
+    "linear_nf4_dx",
+    "linear_nf4_dlora",
+)
+
 
 def _find(name: str) -> str | None:
     # The package has two directories in an editable install.
     from . import __path__
 
     return next((str(p) for d in __path__ if (p := pathlib.Path(d) / name).is_file()), None)
+
+
+def _require_torch() -> None:
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    if (major, minor) < (2, 11):
+        raise ImportError(f"qlora_ext needs torch 2.11 or newer, found {torch.__version__}: pip install -U torch")
 
 
 def _load_cpu() -> None:
@@ -26,7 +42,7 @@ def _load_cpu() -> None:
 
 
 def _load_cuda() -> str | None:
-    """Why there are no CUDA kernels; None where they were loaded."""
+    """Why there are no CUDA kernels here; None where they were loaded."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     library = _find("libqlora_cuda.so")
@@ -39,8 +55,22 @@ def _load_cuda() -> str | None:
     return None
 
 
+def _explain_on_cuda(reason: str) -> None:
+    """A CUDA tensor meets the reason, not torch's list of the backends that an operator does have."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError(f"qlora_ext has no CUDA kernels here: {reason}")
+
+    for name in OPERATORS:
+        LIBRARY.impl(name, refuse, "CUDA")
+
+
+_require_torch()
 _load_cpu()
+LIBRARY = torch.library.Library("qlora", "IMPL")
 cuda_error = _load_cuda()
+if cuda_error is not None:
+    _explain_on_cuda(cuda_error)
 
 
 def build_info() -> dict[str, Any]:

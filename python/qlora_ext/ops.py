@@ -12,11 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _library
-
-assert _library  # the operators must be loaded before anything is registered on them
-
-LIBRARY = torch.library.Library("qlora", "IMPL")
+from ._library import LIBRARY
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
