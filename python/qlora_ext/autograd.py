@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops import LIBRARY
+from ._library import LIBRARY
 from .weight import NF4Weight
 
 
@@ -63,7 +63,7 @@ class LinearNF4Function(torch.autograd.Function):
 def differentiable_linear_nf4(*args: Any) -> Tensor:
     """``torch.ops.qlora.linear_nf4`` with its gradient, at the price of a graph only where one is needed."""
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        y: Tensor = LinearNF4Function.apply(*args)
+        y: Tensor = LinearNF4Function.apply(*args)  # type: ignore[no-untyped-call]
         return y
     return _below_autograd(*args)
 
