@@ -1,0 +1,151 @@
+// The vector vocabulary of the small-M kernels for AVX-512 (with VNNI where the file is compiled with it).
+//
+// A *chunk* is kLanes dwords of packed bytes: lane i holds the eight weights 8i .. 8i+7. Decoding takes one nibble of
+// every lane at a time, so a product sum stays in the lane of its weights, and a lane, which lies in one quantization
+// block, is scaled after the sum. x is arranged once a call to meet the weights in that order.
+#pragma once
+
+#include <immintrin.h>
+
+#include "cpp/cpu/unroll.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+
+namespace qlora::cpu {
+namespace {
+namespace stream {
+
+using Floats = __m512;
+using Ints = __m512i;
+
+inline constexpr int kLanes = 16;
+inline constexpr int kLaneWeights = 8;
+inline constexpr int kChunk = kLanes * kLaneWeights;
+inline constexpr int kMaxIntRows = 16;   // rows of x whose sums fit the registers beside the decoded codes
+inline constexpr int kMaxFloatRows = 16;
+inline constexpr int kDxRows = 2;        // rows of W that dX holds decoded
+
+inline Floats zero() { return _mm512_setzero_ps(); }
+inline Floats splat(float x) { return _mm512_set1_ps(x); }
+inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
+inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+inline Ints round_to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
+inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
+// Lane-wise largest |x|, by its bits: a NaN counts as larger than everything.
+inline Ints max_bits(Ints seen, Floats x) {
+  return _mm512_max_epu32(seen, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
+}
+
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= kLanes ? 0xFFFFu : (1u << count) - 1u); }
+
+// kLanes elements as float32; of the last, only `count` are touched and the rest are 0.
+inline Floats load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
+inline Floats load(const bfloat16* p, int64_t count) {
+  return _mm512_castsi512_ps(
+      _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first_lanes(count), p)), 16));
+}
+inline Floats load(const float16* p, int64_t count) {
+  return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(count), p));
+}
+inline void store(float* p, Floats x, int64_t count) { _mm512_mask_storeu_ps(p, first_lanes(count), x); }
+inline void store(bfloat16* p, Floats x, int64_t count) {
+  // Round to nearest even in integers: vcvtneps2bf16 flushes subnormals.
+  const Ints bits = _mm512_castps_si512(x);
+  const Ints odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const Ints rounded = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd), 16);
+  const Ints quiet = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  const Ints out = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+  _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtepi32_epi16(out));
+}
+inline void store(float16* p, Floats x, int64_t count) {
+  _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+inline Ints load_chunk(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
+  return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1, p);
+}
+
+// Which of the granules from `scales` on each lane lies in, when the chunk starts `phase` weights into the first.
+inline Ints granule_of_lanes(int phase, int log2_granule) {
+  const Ints weight = _mm512_setr_epi32(0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120);
+  return _mm512_srl_epi32(_mm512_add_epi32(weight, _mm512_set1_epi32(phase)), _mm_cvtsi32_si128(log2_granule));
+}
+inline Floats lane_scales(const float* scales, Ints granules) {
+  return _mm512_permutexvar_ps(granules, _mm512_loadu_ps(scales));
+}
+inline Floats lane_scales(const float* scales, Ints granules, int64_t lanes) {
+  return _mm512_maskz_permutexvar_ps(first_lanes(lanes), granules, _mm512_loadu_ps(scales));
+}
+
+// Codes as float32, one a lane: vector s holds weight s ^ 1 of each lane.
+struct FloatCodebook {
+  Floats values;
+  explicit FloatCodebook(const float* value) : values(_mm512_loadu_ps(value)) {}
+};
+struct FloatCodes {
+  Floats v[8];
+};
+inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
+  // vpermps looks at the low four bits of a lane.
+  FloatCodes out;
+  unroll<8>([&](auto s) {
+    out.v[s] = _mm512_permutexvar_ps(s ? _mm512_srli_epi32(chunk, 4 * s) : chunk, book.values);
+  });
+  return out;
+}
+
+// Codes as int16, two a lane: vector s holds weights pair_weight(s, 0) and pair_weight(s, 1) of each lane.
+constexpr int pair_weight(int s, int half) { return 4 * half + (s ^ 1); }
+struct IntCodebook {
+  Ints values;
+  explicit IntCodebook(const int16_t* value) {
+    values = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(value)));
+  }
+};
+struct IntCodes {
+  Ints v[4];
+};
+inline IntCodes decode(Ints chunk, const IntCodebook& book) {
+  // vpermw looks at the low five bits of a word; the 16 codes stand twice in the table, so nothing need be masked.
+  return {{_mm512_permutexvar_epi16(chunk, book.values),
+           _mm512_permutexvar_epi16(_mm512_srli_epi16(chunk, 4), book.values),
+           _mm512_permutexvar_epi16(_mm512_srli_epi16(chunk, 8), book.values),
+           _mm512_permutexvar_epi16(_mm512_srli_epi16(chunk, 12), book.values)}};
+}
+// acc + a.low * b.low + a.high * b.high in each lane
+inline Ints dot(Ints acc, Ints a, Ints b) {
+#if __AVX512VNNI__
+  return _mm512_dpwssd_epi32(acc, a, b);
+#else
+  return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
+#endif
+}
+inline Ints load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+
+// out[j] = sum over lanes of rows[j], for kLanes rows: each step adds halves of two vectors into one.
+inline Floats sums_of(const float* rows) {
+  Floats v[kLanes];
+  for (int i = 0; i < kLanes; ++i) v[i] = load(rows + i * kLanes);
+  for (int i = 0; i < 8; ++i) {  // v[i] | v[i + 8], halves of 8 lanes
+    const Floats low = _mm512_shuffle_f32x4(v[i], v[i + 8], 0x44), high = _mm512_shuffle_f32x4(v[i], v[i + 8], 0xEE);
+    v[i] = add(low, high);
+  }
+  for (int i = 0; i < 4; ++i) {  // quarters: lanes of v[i], v[i + 4], v[i + 8], v[i + 12]
+    const Floats low = _mm512_shuffle_f32x4(v[i], v[i + 4], 0x88), high = _mm512_shuffle_f32x4(v[i], v[i + 4], 0xDD);
+    v[i] = add(low, high);
+  }
+  // quarter q of v[i] now belongs to row i + 8 * (q & 1) + 4 * (q >> 1)
+  const Floats a = add(_mm512_unpacklo_ps(v[0], v[2]), _mm512_unpackhi_ps(v[0], v[2]));
+  const Floats b = add(_mm512_unpacklo_ps(v[1], v[3]), _mm512_unpackhi_ps(v[1], v[3]));
+  const Floats c = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  return _mm512_shuffle_f32x4(c, c, 0xD8);
+}
+
+}  // namespace stream
+}  // namespace
+}  // namespace qlora::cpu
