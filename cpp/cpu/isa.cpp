@@ -60,7 +60,8 @@ Isa best_isa() {
       !__builtin_cpu_supports("avx512vbmi")) {
     return Isa::kAvx2;
   }
-  return __builtin_cpu_supports("avx512bf16") ? Isa::kAvx512Bf16 : Isa::kAvx512;
+  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+  return bf16 ? Isa::kAvx512Bf16 : Isa::kAvx512;
 #else
   return Isa::kScalar;
 #endif

@@ -4,7 +4,7 @@
 namespace qlora::cpu {
 
 // In order of preference; each includes the ones before it. kAvx2 means AVX2 + FMA + F16C, kAvx512 means F + BW + VL +
-// DQ + VBMI, kAvx512Bf16 adds AVX512_BF16.
+// DQ + VBMI, kAvx512Bf16 adds AVX512_BF16 and VNNI.
 enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
 inline constexpr int kIsaCount = 4;
 

@@ -1,9 +1,12 @@
 // The CPU kernels compiled for avx512 (flags: CMakeLists.txt).
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/dynamic8_cells.h"
+#include "cpp/cpu/int_codes.h"
 #include "cpp/cpu/scratch.h"
 #include "cpp/cpu/unroll.h"
 #include "cpp/cpu/vec_avx512.h"
+
+#define QLORA_STREAM "cpp/cpu/stream_avx512.h"
 
 namespace qlora::cpu {
 namespace avx512 {
@@ -13,7 +16,9 @@ namespace {
 namespace panel {
 #include "cpp/cpu/mma_avx512.h"
 }  // namespace panel
-#include "cpp/cpu/linear-inl.h"
+#include "cpp/cpu/linear_small-inl.h"
+
+#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
 
 }  // namespace
 }  // namespace avx512

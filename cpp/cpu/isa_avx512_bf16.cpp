@@ -1,12 +1,14 @@
 // The CPU kernels compiled for avx512_bf16 (flags: CMakeLists.txt).
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/dynamic8_cells.h"
+#include "cpp/cpu/int_codes.h"
 #include "cpp/cpu/isa.h"
 #include "cpp/cpu/scratch.h"
 #include "cpp/cpu/unroll.h"
 #include "cpp/cpu/vec_avx512.h"
 
 #define QLORA_BF16_DOT 1  // vdpbf16ps is there
+#define QLORA_STREAM "cpp/cpu/stream_avx512.h"
 
 namespace qlora::cpu {
 namespace avx512_bf16 {
@@ -17,7 +19,9 @@ namespace panel {
 #include "cpp/cpu/mma_avx512.h"
 #include "cpp/cpu/mma_avx512_bf16.h"
 }  // namespace panel
-#include "cpp/cpu/linear-inl.h"
+#include "cpp/cpu/linear_small-inl.h"
+
+#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
 
 }  // namespace
 }  // namespace avx512_bf16

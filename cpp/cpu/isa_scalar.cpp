@@ -13,7 +13,9 @@ namespace {
 namespace panel {
 #include "cpp/cpu/mma_scalar.h"
 }  // namespace panel
-#include "cpp/cpu/linear-inl.h"
+#include "cpp/cpu/linear_small-inl.h"
+
+#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
 
 }  // namespace
 }  // namespace scalar

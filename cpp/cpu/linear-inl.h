@@ -19,6 +19,7 @@ inline void with_bf16_word(const Function& f) {
 }  // namespace panel
 
 void linear_nf4(const Pool& pool, const LinearProblem& p) {
+  if (linear_small(pool, p)) return;
   switch (p.dtype) {
     case DType::kFloat32:
       return panel::linear<panel::WordF32, float>(pool, p);
@@ -32,6 +33,7 @@ void linear_nf4(const Pool& pool, const LinearProblem& p) {
 }
 
 void linear_nf4_dx(const Pool& pool, const LinearDxProblem& p) {
+  if (linear_dx_small(pool, p)) return;
   switch (p.dtype) {
     case DType::kFloat32:
       return panel::linear_dx<panel::WordF32, float>(pool, p);

@@ -1,16 +1,5 @@
-// The vector vocabulary of the small-M kernels for AVX2 with FMA and F16C. stream_avx512.h says what each name means; the
-// difference is that codes are looked up a byte at a time (vpshufb) and interleaved to int16 or float32.
-#pragma once
-
-#include <immintrin.h>
-
-#include "cpp/cpu/unroll.h"
-#include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
-
-namespace qlora::cpu {
-namespace {
-namespace stream {
+// The vector vocabulary of the small-M kernels for AVX2 with FMA and F16C. stream_avx512.h says what each name means;
+// the difference is that codes are looked up a byte at a time (vpshufb) and interleaved to int16 or float32.
 
 using Floats = __m256;
 using Ints = __m256i;
@@ -117,7 +106,8 @@ struct FloatCodes {
 };
 inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
   // A 4x4 byte transpose in each half, so that the bytes of a lane's dword are taken in turn by the unpacks below.
-  const Ints transpose = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const Ints transpose =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const Ints bytes = _mm256_shuffle_epi8(chunk, transpose);
   FloatCodes out;
   unroll<2>([&](auto high) {
@@ -152,16 +142,14 @@ inline IntCodes decode(Ints chunk, const IntCodebook& book) {
   return {{_mm256_unpacklo_epi8(odd0, odd1), _mm256_unpacklo_epi8(even0, even1), _mm256_unpackhi_epi8(odd0, odd1),
            _mm256_unpackhi_epi8(even0, even1)}};
 }
+inline Ints dot(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 inline Ints dot(Ints acc, Ints a, Ints b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 inline Ints load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
 inline Floats sums_of(const float* rows) {
   const Floats a = _mm256_hadd_ps(load(rows), load(rows + 8)), b = _mm256_hadd_ps(load(rows + 16), load(rows + 24));
-  const Floats c = _mm256_hadd_ps(load(rows + 32), load(rows + 40)), d = _mm256_hadd_ps(load(rows + 48), load(rows + 56));
+  const Floats c = _mm256_hadd_ps(load(rows + 32), load(rows + 40)),
+               d = _mm256_hadd_ps(load(rows + 48), load(rows + 56));
   const Floats low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
   return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
-
-}  // namespace stream
-}  // namespace
-}  // namespace qlora::cpu

@@ -3,17 +3,6 @@
 // A *chunk* is kLanes dwords of packed bytes: lane i holds the eight weights 8i .. 8i+7. Decoding takes one nibble of
 // every lane at a time, so a product sum stays in the lane of its weights, and a lane, which lies in one quantization
 // block, is scaled after the sum. x is arranged once a call to meet the weights in that order.
-#pragma once
-
-#include <immintrin.h>
-
-#include "cpp/cpu/unroll.h"
-#include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
-
-namespace qlora::cpu {
-namespace {
-namespace stream {
 
 using Floats = __m512;
 using Ints = __m512i;
@@ -21,9 +10,9 @@ using Ints = __m512i;
 inline constexpr int kLanes = 16;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
-inline constexpr int kMaxIntRows = 16;   // rows of x whose sums fit the registers beside the decoded codes
+inline constexpr int kMaxIntRows = 16;  // rows of x whose sums fit the registers beside the decoded codes
 inline constexpr int kMaxFloatRows = 16;
-inline constexpr int kDxRows = 2;        // rows of W that dX holds decoded
+inline constexpr int kDxRows = 2;  // rows of W that dX holds decoded
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
@@ -40,7 +29,9 @@ inline Ints max_bits(Ints seen, Floats x) {
   return _mm512_max_epu32(seen, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
 }
 
-inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>(count >= kLanes ? 0xFFFFu : (1u << count) - 1u); }
+inline __mmask16 first_lanes(int64_t count) {
+  return static_cast<__mmask16>(count >= kLanes ? 0xFFFFu : (1u << count) - 1u);
+}
 
 // kLanes elements as float32; of the last, only `count` are touched and the rest are 0.
 inline Floats load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(first_lanes(count), p); }
@@ -93,9 +84,8 @@ struct FloatCodes {
 inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
   // vpermps looks at the low four bits of a lane.
   FloatCodes out;
-  unroll<8>([&](auto s) {
-    out.v[s] = _mm512_permutexvar_ps(s ? _mm512_srli_epi32(chunk, 4 * s) : chunk, book.values);
-  });
+  unroll<8>(
+      [&](auto s) { out.v[s] = _mm512_permutexvar_ps(s ? _mm512_srli_epi32(chunk, 4 * s) : chunk, book.values); });
   return out;
 }
 
@@ -117,7 +107,8 @@ inline IntCodes decode(Ints chunk, const IntCodebook& book) {
            _mm512_permutexvar_epi16(_mm512_srli_epi16(chunk, 8), book.values),
            _mm512_permutexvar_epi16(_mm512_srli_epi16(chunk, 12), book.values)}};
 }
-// acc + a.low * b.low + a.high * b.high in each lane
+// a.low * b.low + a.high * b.high in each lane, plus acc
+inline Ints dot(Ints a, Ints b) { return _mm512_madd_epi16(a, b); }
 inline Ints dot(Ints acc, Ints a, Ints b) {
 #if __AVX512VNNI__
   return _mm512_dpwssd_epi32(acc, a, b);
@@ -145,7 +136,3 @@ inline Floats sums_of(const float* rows) {
   const Floats c = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   return _mm512_shuffle_f32x4(c, c, 0xD8);
 }
-
-}  // namespace stream
-}  // namespace
-}  // namespace qlora::cpu

@@ -1,0 +1,123 @@
+// What the small-M kernels share: scales of a run of weights, LoRA's skinny products, and how rows lie in the packed
+// bytes. Included inside an anonymous namespace, once an instruction set that has stream_*.h.
+//
+// A lane is eight consecutive weights, a dword of packed bytes. When K is not a multiple of eight, a row starts inside
+// a lane: its *shift* is the number of weights of the lane that come before it, and rows a *period* apart have the same
+// shift.
+
+struct Rows {
+  int64_t k;
+  int period;  // 1, 2, 4 or 8
+
+  explicit Rows(int64_t k_) : k(k_), period(k_ % 8 == 0 ? 1 : k_ % 4 == 0 ? 2 : k_ % 2 == 0 ? 4 : 8) {}
+  int shift(int64_t row) const { return static_cast<int>((row * k) & 7); }
+  int64_t first_weight(int64_t row) const { return (row * k) & ~int64_t{7}; }
+  int max_shift() const { return 8 - 8 / period; }
+};
+
+// Scales one float a *granule*: the part of a quantization block that one chunk can hold.
+class ScaleReader {
+ public:
+  explicit ScaleReader(const Scales& scales) : scales_(scales) {
+    for (granule_ = 32; granule_ < scales.block_size && granule_ < kChunk;) granule_ *= 2;
+    log2_granule_ = __builtin_ctzll(static_cast<uint64_t>(granule_));
+    log2_split_ = __builtin_ctzll(static_cast<uint64_t>(scales.block_size / granule_));
+  }
+  int64_t granule() const { return granule_; }
+  int log2_granule() const { return log2_granule_; }
+
+  // out[i] = the scale of granule first + i; each is followed by kLanes zeros, so that a whole vector may be loaded.
+  void read(int64_t first, int64_t count, float* out) {
+    if (scales_.absmax) {
+      for (int64_t i = 0; i < count; ++i) out[i] = scales_.absmax[(first + i) >> log2_split_];
+    } else if (log2_split_ == 0) {
+      for (int64_t done = 0; done < count;) {
+        select_group(first + done);
+        const int64_t last = last_of_group(first + count) - first;
+        for (; done + 4 <= last; done += 4) {
+          // Four codes at a time, as integers: what GCC makes of the plain loop gathers them one by one in vectors.
+          uint32_t code;
+          __builtin_memcpy(&code, scales_.codes + first + done, 4);
+          for (int i = 0; i < 4; ++i) copy_bits(&table_[(code >> 8 * i) & 255], out + done + i);
+        }
+        for (; done < last; ++done) copy_bits(&table_[scales_.codes[first + done]], out + done);
+      }
+    } else {
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t block = (first + i) >> log2_split_;
+        select_group(block);
+        out[i] = table_[scales_.codes[block]];
+      }
+    }
+    store(out + count, zero());
+  }
+
+ private:
+  static void copy_bits(const float* from, float* to) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, from, 4);
+    __builtin_memcpy(to, &bits, 4);
+  }
+
+  // Makes the 256 scales that the codes of a block's nested group stand for.
+  void select_group(int64_t block) {
+    const int64_t group = block / scales_.nested_block_size;
+    if (group == group_) return;
+    group_ = group;
+    const Floats scale = splat(scales_.nested_absmax[group]);
+    const Floats offset = splat(*scales_.nested_offset);
+    for (int i = 0; i < 256; i += kLanes) store(table_ + i, add(mul(load(kDynamic8.value + i), scale), offset));
+  }
+  int64_t last_of_group(int64_t end) const {
+    const int64_t last = (group_ + 1) * scales_.nested_block_size;
+    return last < end ? last : end;
+  }
+
+  const Scales scales_;
+  int64_t granule_, group_ = -1;
+  int log2_granule_, log2_split_;
+  alignas(64) float table_[256];
+};
+
+// Carves a scratch buffer into 64-byte aligned arrays. First run it without a buffer to learn the size.
+class Carver {
+ public:
+  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t at = used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) & ~int64_t{63};
+    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <class T>
+inline float rounded(float x) {
+  T out;
+  from_float(x, &out);
+  return to_float(out);
+}
+
+// body(Index<rows>) for rows in 1 .. kMax
+template <int kMax, class Body>
+inline void with_rows(int64_t rows, const Body& body) {
+  if constexpr (kMax > 1) {
+    if (rows < kMax) return with_rows<kMax - 1>(rows, body);
+  }
+  body(Index<kMax>{});
+}
+
+// Runs `body` over [0, count) in the pool, or right here where that is not worth waking a thread.
+template <class Body>
+inline void run(const Pool& pool, bool worthwhile, int64_t count, int64_t grain, Body& body) {
+  if (worthwhile) {
+    pool(count, grain, body);
+  } else {
+    body(int64_t{0}, count);
+  }
+}

@@ -1,0 +1,155 @@
+"""The CPU kernels for few rows (M <= 16) against the float64 oracle, on every instruction set this machine has.
+
+The rule (accuracy): ||out - exact|| / ||exact|| is at most 1.05 times that of the same formula done in torch in the
+compute dtype with float32 accumulation.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import reference
+import torch
+
+from qlora_ext import _C
+
+ISAS = [isa for isa in _C.cpu_isas() if isa != "scalar"]
+DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
+MARGIN = 1.05
+
+
+@dataclass
+class Case:
+    m: int
+    n: int
+    k: int
+    dtype: str = "bf16"
+    rank: int = 16
+    block: int = 64
+    nested: bool = True
+    bias: bool = True
+    dropout: float = 0.0
+
+    def __str__(self) -> str:
+        scales = "nested" if self.nested else "plain"
+        drop = f"-drop{self.dropout}" if self.dropout else ""
+        return f"{self.m}x{self.n}x{self.k}-{self.dtype}-r{self.rank}-b{self.block}-{scales}{drop}"
+
+
+CASES = [
+    *(Case(m, 96, 320, dtype) for m in range(1, 17) for dtype in DTYPES),
+    # K: whole chunks, half chunks, short lanes, bytes that span rows; N: tails of a tile
+    *(Case(m, n, k) for m in (1, 3, 16) for n, k in ((33, 576), (48, 64), (257, 96), (40, 32), (64, 4096), (19, 2112))),
+    *(
+        Case(m, n, k, dtype)
+        for dtype in DTYPES
+        for m in (1, 5, 16)
+        for n, k in ((130, 100), (77, 333), (61, 1030), (150, 33), (90, 7), (1, 2049), (1, 192), (513, 1))
+    ),
+    *(Case(2, 64, k, dtype, block=b) for dtype in DTYPES for b in reference.BLOCK_SIZES for k in (512, 1000, 4097)),
+    *(Case(4, 80, k, dtype, nested=False) for dtype in DTYPES for k in (256, 300, 515)),
+    *(Case(m, 100, 384, dtype, rank=r) for dtype in DTYPES for m in (1, 7) for r in (0, 1, 5, 64, 256)),
+    *(Case(3, 72, k, dtype, dropout=0.3) for dtype in DTYPES for k in (256, 131)),
+    Case(9, 31, 9000, "f16", bias=False, rank=0),
+]
+
+
+@dataclass
+class Problem:
+    case: Case
+    packed: tuple
+    w: np.ndarray
+    x: torch.Tensor
+    dy: torch.Tensor
+    bias: torch.Tensor | None
+    lora_a: torch.Tensor | None
+    lora_b: torch.Tensor | None
+    scaling: float = 0.75
+    seed: int = 1234567890123
+
+    @classmethod
+    def make(cls, case: Case) -> Problem:
+        dtype = DTYPES[case.dtype]
+        g = torch.Generator().manual_seed(case.m * 1000003 + case.n * 1009 + case.k)
+        numel = case.n * case.k
+        w32 = torch.randn(case.n, case.k, generator=g) * (1 + torch.rand(case.n, 1, generator=g)) / case.k**0.5
+        packed, absmax = reference.quantize_nf4(w32.numpy(), case.block)
+        scales = (torch.from_numpy(absmax), None, None)
+        if case.nested:
+            codes, nested, offset = reference.quantize_absmax(absmax)
+            absmax = reference.dequantize_absmax(codes, nested, offset)
+            scales = (torch.from_numpy(codes), torch.from_numpy(nested), torch.tensor(offset))
+        w = reference.dequantize_nf4(packed, absmax, numel, case.block).reshape(case.n, case.k)
+        shape = (case.n, case.k // 2) if case.k % 2 == 0 else (-1,)
+
+        def random(*size: int, scale: float = 1.0) -> torch.Tensor:
+            return (torch.randn(*size, generator=g) * scale).to(dtype)
+
+        return cls(
+            case,
+            (torch.from_numpy(packed).reshape(shape), *scales, case.block, 256),
+            w,
+            random(case.m, case.k),
+            random(case.m, case.n),
+            random(case.n) if case.bias else None,
+            random(case.rank, case.k, scale=case.k**-0.5) if case.rank else None,
+            random(case.n, case.rank, scale=0.3) if case.rank else None,
+        )
+
+    def lora_args(self) -> tuple:
+        return self.lora_a, self.lora_b, self.scaling, self.case.dropout, self.seed
+
+    def forward(self) -> torch.Tensor:
+        return torch.ops.qlora.linear_nf4(self.x, *self.packed, self.case.n, self.bias, *self.lora_args())
+
+    def dx(self) -> torch.Tensor:
+        return torch.ops.qlora.linear_nf4_dx(self.dy, *self.packed, self.case.k, *self.lora_args())
+
+    def exact(self, dx: bool) -> np.ndarray:
+        def wide(t: torch.Tensor | None) -> np.ndarray | None:
+            return None if t is None else t.double().numpy()
+
+        lora = wide(self.lora_a), wide(self.lora_b), self.scaling, self.case.dropout, self.seed
+        if dx:
+            return reference.linear_dx(wide(self.dy), self.w.astype(np.float64), *lora)
+        return reference.linear(wide(self.x), self.w.astype(np.float64), wide(self.bias), *lora)
+
+    def in_torch(self, dx: bool) -> torch.Tensor:
+        """The same formula: operands in the compute dtype, sums in float32, rounded where the operator rounds."""
+        dtype = DTYPES[self.case.dtype]
+        w = torch.from_numpy(self.w).to(dtype).float()
+        mask = torch.from_numpy(reference.dropout_mask((self.case.m, self.case.k), self.case.dropout, self.seed)).float()
+        if dx:
+            out = self.dy.float() @ w
+            if self.lora_a is not None:
+                g = (self.scaling * (self.dy.float() @ self.lora_b.float())).to(dtype)
+                out = out + mask * (g.float() @ self.lora_a.float())
+            return out.to(dtype)
+        out = self.x.float() @ w.T
+        if self.lora_a is not None:
+            h = (self.scaling * ((self.x.float() * mask) @ self.lora_a.float().T)).to(dtype)
+            out = out + h.float() @ self.lora_b.float().T
+        return (out if self.bias is None else out + self.bias.float()).to(dtype)
+
+
+def error(out: torch.Tensor, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(out.double().numpy() - exact) / np.linalg.norm(exact))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_forward(case: Case) -> None:
+    p = Problem.make(case)
+    exact = p.exact(dx=False)
+    assert error(p.forward(), exact) <= MARGIN * error(p.in_torch(dx=False), exact)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dx(case: Case) -> None:
+    p = Problem.make(case)
+    exact = p.exact(dx=True)
+    assert error(p.dx(), exact) <= MARGIN * error(p.in_torch(dx=True), exact)
