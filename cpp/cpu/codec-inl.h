@@ -5,9 +5,16 @@
 inline constexpr int64_t kStripBlocks = kLanes;
 inline constexpr int64_t kStripGrainElements = 16384;
 
+inline constexpr int64_t kLineBytes = 64;
+inline constexpr int64_t kFirstCacheBytes = 8192;  // what a pass over a few blocks may take of it
+
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 inline bool is_nan(float x) { return x != x; }
+
+inline void clear(uint8_t* bytes, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) bytes[i] = 0;
+}
 
 // max |w| over whole groups; NaN if there is any NaN or infinity.
 template <class T>
@@ -18,18 +25,29 @@ inline float block_absmax(const T* w, int64_t count) {
   return absmax <= 3.40282347e+38f ? absmax : bits_float(0x7FC00000u);
 }
 
-// A block of whole groups. A NaN absmax makes every code 0.
+// Encodes a block of whole groups, and fetches what lies `ahead` elements after it.
 template <class T>
-inline void quantize_block(const T* w, int64_t count, uint8_t* packed, float* absmax) {
-  *absmax = block_absmax(w, count);
-  if (is_nan(*absmax)) {
-    for (int64_t i = 0; i < count / 2; ++i) packed[i] = 0;
-    return;
-  }
-  const Floats inverse = splat(inverse_absmax(*absmax));
+inline void encode_block(const T* w, int64_t count, float inverse, uint8_t* packed, int64_t ahead) {
+  const Floats scale = splat(inverse);
   for (int64_t i = 0; i < count; i += kGroup) {
+    for (int64_t line = 0; line < kGroup; line += kLineBytes / sizeof(T)) __builtin_prefetch(w + i + ahead + line);
     const Pairs group = load_pairs(w + i);
-    store_packed(packed + i / 2, encode(mul(group.even, inverse)), encode(mul(group.odd, inverse)));
+    store_packed(packed + i / 2, encode(mul(group.even, scale)), encode(mul(group.odd, scale)));
+  }
+}
+
+// A few blocks of whole groups, which fit in the first cache. Each pass goes over all of them: a block's codes wait for
+// its absmax, and that wait would fill the processor's window were there no other block to work on.
+template <class T>
+inline void quantize_blocks(const T* w, int64_t blocks, int64_t block_size, uint8_t* packed, float* absmax) {
+  float inverse[kStripBlocks];
+  for (int64_t b = 0; b < blocks; ++b) absmax[b] = block_absmax(w + b * block_size, block_size);
+  for (int64_t b = 0; b < blocks; ++b) inverse[b] = inverse_absmax(absmax[b]);
+  for (int64_t b = 0; b < blocks; ++b) {
+    encode_block(w + b * block_size, block_size, inverse[b], packed + b * block_size / 2, blocks * block_size);
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (is_nan(absmax[b])) clear(packed + b * block_size / 2, block_size / 2);
   }
 }
 
@@ -39,7 +57,7 @@ void quantize_short_block(const T* w, int64_t count, uint8_t* packed, float* abs
   T filled[kMaxBlockSize] = {};
   uint8_t bytes[kMaxBlockSize / 2];
   for (int64_t i = 0; i < count; ++i) filled[i] = w[i];
-  quantize_block(filled, ceil_div(count, kGroup) * kGroup, bytes, absmax);
+  quantize_blocks(filled, 1, ceil_div(count, kGroup) * kGroup, bytes, absmax);
   for (int64_t i = 0; i < packed_bytes(count); ++i) packed[i] = bytes[i];
   if (count & 1) packed[count / 2] = static_cast<uint8_t>((packed[count / 2] & 0xF0) | kZeroCode);
 }
@@ -47,9 +65,11 @@ void quantize_short_block(const T* w, int64_t count, uint8_t* packed, float* abs
 template <class T>
 void quantize_all(const Pool& pool, const T* w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax) {
   const int64_t blocks = ceil_div(numel, block_size), whole_blocks = numel / block_size;
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin * kStripBlocks; b < least(end * kStripBlocks, whole_blocks); ++b) {
-      quantize_block(w + b * block_size, block_size, packed + b * block_size / 2, absmax + b);
+  const int64_t step = least(kStripBlocks, ceil_div(kFirstCacheBytes, block_size * static_cast<int64_t>(sizeof(T))));
+  auto body = [=](int64_t begin, int64_t end) {
+    const int64_t last = least(end * kStripBlocks, whole_blocks);
+    for (int64_t b = begin * kStripBlocks; b < last; b += step) {
+      quantize_blocks(w + b * block_size, least(step, last - b), block_size, packed + b * block_size / 2, absmax + b);
     }
     if (whole_blocks < blocks && end * kStripBlocks >= blocks) {
       const int64_t first = whole_blocks * block_size;
@@ -101,17 +121,6 @@ inline float mean(const Pool& pool, const float* x, int64_t count) {
   return count ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
 }
 
-// dynamic8_encode of a finite q.
-inline uint8_t encode_by_cell(float q) {
-  using Cells = Dynamic8Cells;
-  const uint32_t bits = float_bits(q), magnitude = bits & 0x7FFFFFFFu;
-  const uint32_t from_least = magnitude < Cells::kLeastBits ? 0u : magnitude - Cells::kLeastBits;
-  const uint32_t to_one = Cells::kOneBits - Cells::kLeastBits;
-  const uint32_t cell = (from_least < to_one ? from_least : to_one) >> Cells::kCellShift;
-  const uint8_t code = kDynamic8Cells.base[bits >> 31][cell];
-  return static_cast<uint8_t>(code + (q > kDynamic8.boundary[code]));
-}
-
 // One nested block: codes of (absmax - offset), whose largest magnitude is left in nested_absmax.
 inline void quantize_nested_block(const float* absmax, int64_t count, float offset, uint8_t* codes,
                                   float* nested_absmax) {
@@ -122,12 +131,20 @@ inline void quantize_nested_block(const float* absmax, int64_t count, float offs
   }
   if (largest >= 0x7F800000u) {  // a NaN or an infinity is among them
     *nested_absmax = bits_float(0x7FC00000u);
-    for (int64_t i = 0; i < count; ++i) codes[i] = 0;
-    return;
+    return clear(codes, count);
   }
   *nested_absmax = bits_float(largest);
   const float inverse = inverse_absmax(*nested_absmax);
-  for (int64_t i = 0; i < count; ++i) codes[i] = encode_by_cell((absmax[i] - offset) * inverse);
+  const auto scaled = [&](const float* x) { return mul(sub(load(x), splat(offset)), splat(inverse)); };
+  const int64_t whole = count / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) store_dynamic8(codes + i, scaled(absmax + i));
+  if (whole < count) {
+    float filled[kLanes] = {};
+    uint8_t last[kLanes];
+    for (int64_t i = whole; i < count; ++i) filled[i - whole] = absmax[i];
+    store_dynamic8(last, scaled(filled));
+    for (int64_t i = whole; i < count; ++i) codes[i] = last[i - whole];
+  }
 }
 
 void quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,

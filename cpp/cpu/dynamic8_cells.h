@@ -1,44 +1,44 @@
-// dynamic8_encode in one table look-up and one comparison.
+// dynamic8_encode with one look-up and no comparison.
 //
-// The magnitudes from 2^-22 to 1 are cut into 64 cells an octave, so narrow that a cell holds at most one decision
-// boundary: the code of a value is that of its cell's lower end, or one more.
+// Magnitudes from 2^-22 to 1 are cut into 64 cells an octave, so narrow that a cell holds at most one decision
+// boundary. A float's high bits are then its cell, and its low kLowBits the place p in it. For a positive cell with the
+// code c at its lower end the entry is (c + 1) * 2^kLowBits - 1 - b, b the place of the boundary: adding p leaves c +
+// (p > b) above the low bits. For a negative cell, where codes fall as p grows, ~p is added.
 #pragma once
 
 #include <cstdint>
 
-#include "cpp/format/dtypes.h"
 #include "cpp/format/dynamic8.h"
 
 namespace qlora::cpu {
 
 struct Dynamic8Cells {
-  static constexpr int kOctaves = 22, kCellsPerOctave = 64, kCells = kOctaves * kCellsPerOctave + 1;
-  static constexpr int kCellShift = 17;  // drops the low mantissa bits: 2^(23 - 17) = kCellsPerOctave
-  static constexpr uint32_t kOneBits = 0x3F800000u, kLeastBits = kOneBits - (uint32_t{kOctaves} << 23);
+  static constexpr int kLowBits = 17, kCellsPerOctave = 1 << (23 - kLowBits), kOctaves = 22;
+  static constexpr int kCells = kOctaves * kCellsPerOctave + 1;  // the last is for 1 alone
+  static constexpr int32_t kLowMask = (1 << kLowBits) - 1;
+  static constexpr int32_t kLeastBits = 0x3F800000 - (kOctaves << 23), kRange = kOctaves << 23;
 
-  uint8_t base[2][kCells] = {};  // [sign][cell]: the number of boundaries below every value of the cell
-  bool separate = true;          // no cell holds two boundaries
+  int32_t entry[2 * kCells] = {};  // positive cells, then negative ones
+  bool separate = true;            // no cell holds two boundaries
 
   constexpr Dynamic8Cells() {
-    int below = 0, not_above = 254;  // boundaries below the positive cell; and the last one up to the negative cell
+    int up = 0, down = 255;  // boundaries below the positive cell; boundaries below the negative one
     for (int cell = 0; cell < kCells; ++cell) {
-      const float low = edge(cell), high = edge(cell + 1);
-      while (below < 254 && kDynamic8.boundary[below] < low) ++below;
-      while (not_above >= 0 && kDynamic8.boundary[not_above] > -high) --not_above;
-      base[0][cell] = static_cast<uint8_t>(below);
-      base[1][cell] = static_cast<uint8_t>(not_above + 1);
-      separate &= below >= 254 || kDynamic8.boundary[below + 1] >= high;
-      separate &= kDynamic8.boundary[not_above + 2] > -low;
+      const float low = lower_end(cell), high = lower_end(cell + 1);
+      while (up < 255 && kDynamic8.boundary[up] < low) ++up;
+      while (down > 0 && kDynamic8.boundary[down - 1] > -high) --down;
+      const bool up_inside = up < 255 && kDynamic8.boundary[up] < high;
+      const bool down_inside = kDynamic8.boundary[down] <= -low;
+      entry[cell] = (up << kLowBits) + (up_inside ? kLowMask - place(kDynamic8.boundary[up]) : 0);
+      entry[kCells + cell] = ((down + 1) << kLowBits) + (down_inside ? place(kDynamic8.boundary[down]) : 0);
+      separate &= up >= 254 || kDynamic8.boundary[up + 1] >= high;
+      separate &= kDynamic8.boundary[down + 1] > -low;
     }
   }
 
  private:
-  static constexpr float edge(int cell) {
-    float octave = 1.0f;
-    for (int i = cell / kCellsPerOctave; i < kOctaves; ++i) octave *= 0.5f;
-    for (int i = kOctaves; i < cell / kCellsPerOctave; ++i) octave *= 2.0f;
-    return octave * (1.0f + static_cast<float>(cell % kCellsPerOctave) / kCellsPerOctave);
-  }
+  static constexpr int32_t place(float x) { return __builtin_bit_cast(int32_t, x) & kLowMask; }
+  static constexpr float lower_end(int cell) { return __builtin_bit_cast(float, kLeastBits + (cell << kLowBits)); }
 };
 inline constexpr Dynamic8Cells kDynamic8Cells{};
 static_assert(kDynamic8Cells.separate);

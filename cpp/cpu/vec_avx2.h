@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/dynamic8_cells.h"
 #include "cpp/format/dtypes.h"
 #include "cpp/format/nf4.h"
 
@@ -92,13 +93,34 @@ inline __m256i encode(__m256 q) {
   return _mm256_sub_epi32(_mm256_setzero_si256(), code);
 }
 inline Codes encode(Floats q) { return {encode(q.low), encode(q.high)}; }
-inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
-  const __m256i low = _mm256_or_si256(_mm256_slli_epi32(even.low, 4), odd.low);
-  const __m256i high = _mm256_or_si256(_mm256_slli_epi32(even.high, 4), odd.high);
+// 16 integers below 256, as bytes.
+inline void store_bytes(uint8_t* p, __m256i low, __m256i high) {
   const __m256i words = _mm256_packus_epi32(low, high);  // 0-3, 8-11 | 4-7, 12-15
   const __m256i bytes = _mm256_packus_epi16(words, words);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed),
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
+}
+inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
+  store_bytes(packed, _mm256_or_si256(_mm256_slli_epi32(even.low, 4), odd.low),
+              _mm256_or_si256(_mm256_slli_epi32(even.high, 4), odd.high));
+}
+
+// Codes of eight lanes, as 32-bit integers.
+inline __m256i encode_dynamic8(__m256 q) {
+  using Cells = Dynamic8Cells;
+  const __m256i bits = _mm256_castps_si256(q), sign = _mm256_srai_epi32(bits, 31);
+  const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(INT32_MAX));
+  const __m256i above_least = _mm256_sub_epi32(magnitude, _mm256_set1_epi32(Cells::kLeastBits));
+  const __m256i place =
+      _mm256_min_epi32(_mm256_max_epi32(above_least, _mm256_setzero_si256()), _mm256_set1_epi32(Cells::kRange));
+  const __m256i cell = _mm256_add_epi32(_mm256_srli_epi32(place, Cells::kLowBits),
+                                        _mm256_and_si256(sign, _mm256_set1_epi32(Cells::kCells)));
+  const __m256i entry = _mm256_i32gather_epi32(kDynamic8Cells.entry, cell, 4);
+  const __m256i low = _mm256_xor_si256(_mm256_and_si256(place, _mm256_set1_epi32(Cells::kLowMask)), sign);
+  return _mm256_srli_epi32(_mm256_add_epi32(entry, low), Cells::kLowBits);
+}
+inline void store_dynamic8(uint8_t* codes, Floats q) {
+  store_bytes(codes, encode_dynamic8(q.low), encode_dynamic8(q.high));
 }
 
 template <class T>

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/dynamic8_cells.h"
 #include "cpp/format/dtypes.h"
 #include "cpp/format/nf4.h"
 
@@ -100,6 +101,21 @@ inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
   const __m512i top_bytes = _mm512_set_epi64(0, 0, 0, 0, 0, 0, 0x3F3B37332F2B2723, 0x1F1B17130F0B0703);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(packed),
                    _mm512_castsi512_si128(_mm512_permutexvar_epi8(top_bytes, byte_on_top)));
+}
+
+inline void store_dynamic8(uint8_t* codes, Floats q) {
+  using Cells = Dynamic8Cells;
+  const __m512i bits = _mm512_castps_si512(q.v), sign = _mm512_srai_epi32(bits, 31);
+  const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(INT32_MAX));
+  const __m512i above_least = _mm512_sub_epi32(magnitude, _mm512_set1_epi32(Cells::kLeastBits));
+  const __m512i place =
+      _mm512_min_epi32(_mm512_max_epi32(above_least, _mm512_setzero_si512()), _mm512_set1_epi32(Cells::kRange));
+  const __m512i cell = _mm512_add_epi32(_mm512_srli_epi32(place, Cells::kLowBits),
+                                        _mm512_and_si512(sign, _mm512_set1_epi32(Cells::kCells)));
+  const __m512i entry = _mm512_i32gather_epi32(cell, kDynamic8Cells.entry, 4);
+  const __m512i low = _mm512_xor_si512(_mm512_and_si512(place, _mm512_set1_epi32(Cells::kLowMask)), sign);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes),
+                   _mm512_cvtepi32_epi8(_mm512_srli_epi32(_mm512_add_epi32(entry, low), Cells::kLowBits)));
 }
 
 template <class T>

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpp/cpu/dynamic8_cells.h"
 #include "cpp/format/dtypes.h"
 #include "cpp/format/nf4.h"
 
@@ -72,6 +73,18 @@ inline Codes encode(const Floats& q) {
 }
 inline void store_packed(uint8_t* packed, const Codes& even, const Codes& odd) {
   for (int i = 0; i < kLanes; ++i) packed[i] = static_cast<uint8_t>(even.lane[i] << 4 | odd.lane[i]);
+}
+
+// dynamic8_encode of each lane; no lane is NaN.
+inline void store_dynamic8(uint8_t* codes, const Floats& q) {
+  using Cells = Dynamic8Cells;
+  for (int i = 0; i < kLanes; ++i) {
+    const int32_t bits = static_cast<int32_t>(float_bits(q.lane[i])), sign = bits >> 31;
+    int32_t place = (bits & INT32_MAX) - Cells::kLeastBits;
+    place = place < 0 ? 0 : place < Cells::kRange ? place : Cells::kRange;
+    const int32_t entry = kDynamic8Cells.entry[(place >> Cells::kLowBits) + (sign & Cells::kCells)];
+    codes[i] = static_cast<uint8_t>((entry + ((place & Cells::kLowMask) ^ sign)) >> Cells::kLowBits);
+  }
 }
 
 // The largest magnitude among the groups shown to it. Bits without the sign order as the magnitudes do, and NaN is
