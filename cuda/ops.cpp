@@ -7,6 +7,7 @@
 #include "cuda/launch/codec.h"
 #include "cuda/launch/device.h"
 #include "cuda/launch/dropout.h"
+#include "cuda/launch/linear_nf4.h"
 #include "cuda/launch/linear_nf4_dlora.h"
 #include "cuda/launch/linear_nf4_dx.h"
 #include "cuda/launch/skinny.h"
@@ -187,7 +188,15 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, O
   const LinearCall call(x, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, out_features,
                         bias, lora_a, lora_b, scaling, dropout_p, seed);
   const OnDevice device(x);
-  if (call.problem.m > 0) linear_by_library(call, device.stream());
+  const auto& p = call.problem;
+  if (library_is_ahead(p.dtype, p.m, p.w)) {
+    linear_by_library(call, device.stream());
+    return call.y;
+  }
+  int64_t bytes = 0;
+  check_launch("linear_nf4", cuda::linear_nf4_workspace_bytes(p, &bytes));
+  Tensor scratch = workspace(x, bytes);
+  check_launch("linear_nf4", cuda::launch_linear_nf4(p, scratch.mutable_data_ptr(), device.stream()));
   return call.y;
 }
 

@@ -135,4 +135,29 @@ constexpr int64_t library_panel_rows(int64_t n, int64_t k, DType dtype) {
 // dx sums over rows of w, so that panels would round the sum once each: only a whole weight goes to the library.
 constexpr bool library_takes_dx(int64_t n, int64_t k, DType dtype) { return library_panel_rows(n, k, dtype) >= n; }
 
+// The forward's tiles, named by how many tokens they take (cuda/launch/linear_nf4.cu has their shapes).
+enum class LinearTileSize { k8, k16, k32, k64 };
+
+// The widest tile, which wants 137 KB of shared memory, where a device has it: then w is decoded once for 64 tokens.
+inline constexpr int kShared64 = 137 * 1024;
+
+constexpr LinearTileSize linear_tile_size(int64_t m, const Device& device) {
+  if (m <= 8) return LinearTileSize::k8;
+  if (m <= 16) return LinearTileSize::k16;
+  return m <= 32 || device.shared_per_block < kShared64 ? LinearTileSize::k32 : LinearTileSize::k64;
+}
+
+// k is split until the CTAs fill the device once, but never below 16 segments (1024 k), where staging the tables would
+// cost as much as the work. Roofline model, to be replaced by measurements on a card.
+inline constexpr int64_t kMinSplitSegments = 16;
+
+// Segments of k a CTA takes, a multiple of `stage_segments`.
+constexpr int64_t linear_split_segments(int64_t tiles, int64_t segments, int64_t stage_segments, int shared_bytes,
+                                        const Device& device) {
+  const int64_t ctas_per_sm = std::clamp<int64_t>(device.shared_per_sm / (shared_bytes + 1024), 1, 2);
+  const int64_t wanted = std::max<int64_t>(device.sm_count * ctas_per_sm / std::max<int64_t>(tiles, 1), 1);
+  const int64_t each = std::max(ceil_div(segments, wanted), kMinSplitSegments);
+  return ceil_div(each, stage_segments) * stage_segments;
+}
+
 }  // namespace qlora::cuda

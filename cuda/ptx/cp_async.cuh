@@ -12,8 +12,10 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global)
 
 // As above, but only the first `bytes` (0..16) are read; the rest of the 16 is filled with zeros. With bytes = 0 the
 // address is not read at all.
+template <int kOffset = 0>
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, uint32_t bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes), "n"(kOffset)
+               : "memory");
 }
 
 // 4 or 8 bytes, aligned to their size, zero-filled past `bytes`: for rows that are not 16-byte aligned.

@@ -49,6 +49,11 @@ __device__ __forceinline__ void store_shared_u32(uint32_t address, uint32_t v) {
 }
 
 template <int kOffset = 0>
+__device__ __forceinline__ void store_shared_f32(uint32_t address, float v) {
+  asm volatile("st.shared.f32 [%0 + %1], %2;" ::"r"(address), "n"(kOffset), "f"(v) : "memory");
+}
+
+template <int kOffset = 0>
 __device__ __forceinline__ void store_shared_v4(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(address), "n"(kOffset), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)

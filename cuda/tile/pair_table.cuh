@@ -13,10 +13,10 @@
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/code_tables.cuh"
 
 namespace qlora::tile {
 
@@ -31,18 +31,17 @@ inline constexpr float kPairFactor<bfloat16> = 1.4367f;  // 7.8e-4 of the weight
 template <>
 inline constexpr float kPairFactor<float16> = 1.3662f;  // 8.0e-5; factor 1: 1.84e-4
 
-static __constant__ const Nf4Table kDeviceNf4{};
-
-// Fills the table at shared address `table` (16-byte aligned). Call from all threads of a CTA, then synchronise.
-template <class T>
-__device__ __forceinline__ void fill_pair_table(uint32_t table, int thread, int threads) {
-  for (int row = thread; row < 256; row += threads) {
-    const uint32_t pair =
-        ptx::pack2<T>(kDeviceNf4.value[row >> 4] * kPairFactor<T>, kDeviceNf4.value[row & 15] * kPairFactor<T>);
-    const uint32_t address = table + row * kPairTableRowBytes;
+// Fills the table at shared address `table` (a multiple of 128). Call from all kThreads threads of a CTA, then
+// synchronise.
+template <class T, int kThreads>
+__device__ __forceinline__ void fill_pair_table(uint32_t table) {
+  for (int row = threadIdx.x; row < 256; row += kThreads) {
+    const uint32_t pair = ptx::pack2<T>(c_nf4.value[row >> 4] * kPairFactor<T>, c_nf4.value[row & 15] * kPairFactor<T>);
     // Neighbouring threads write different 16-byte pieces of their rows at a time, for the sake of the banks.
+    const uint32_t first = table + row * kPairTableRowBytes + (row & 7) * 16;
+#pragma unroll
     for (int piece = 0; piece < 8; ++piece)
-      ptx::store_shared_v4(address + ((piece + row) & 7) * 16, make_uint4(pair, pair, pair, pair));
+      ptx::store_shared_v4(first ^ (piece * 16), make_uint4(pair, pair, pair, pair));
   }
 }
 

@@ -1,0 +1,211 @@
+// y = x · wᵀ + h · lora_bᵀ + bias on tensor cores, straight from the packed weight: cp.async stages of x and packed
+// bytes, decode to registers by the pair table, float32 accumulators. Tile shapes and layouts:
+// cuda/tile/linear_tile.cuh.
+//
+// The block scale never touches a weight: each segment is summed from zero, and then acc += scale · sum.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/address.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/tile/block_scale.cuh"
+#include "cuda/tile/linear_copy.cuh"
+#include "cuda/tile/linear_sum.cuh"
+#include "cuda/tile/linear_tile.cuh"
+#include "cuda/tile/lora_step.cuh"
+#include "cuda/tile/unroll.cuh"
+
+namespace qlora::kernels {
+
+template <class T>
+struct LinearArgs {
+  const T* x;
+  const uint8_t* packed;
+  tile::ScaleView scales;
+  int64_t m, n, k;
+  tile::LoraOperands<T> lora;  // rank 0: none
+  tile::LinearOutput<T> out;
+  int64_t token_tiles;         // CTAs along m
+  int64_t segments_per_split;  // a multiple of the tile's kStageSegments
+};
+
+// Decodes the scales of `count` <= kScaleSegments segments from `segment0` for the CTA's rows. A warp takes consecutive
+// rows, and in one load as many of them as fill it, so that sectors of codes are read once and a nested absmax rarely
+// again.
+template <class Tile, bool kNested>
+__device__ __forceinline__ void stage_scales(const tile::ScaleView& view, int64_t n0, int64_t n, int64_t k,
+                                             int64_t segment0, int count, float offset, const float* dynamic8,
+                                             uint32_t scales) {
+  constexpr int kWarpRows = Tile::kRows / (Tile::kThreads / 32), kInFlight = 4;
+  constexpr float kUnfactor = 1.0f / tile::kPairFactor<typename Tile::T>;
+  const int width = 32 - __clz(count - 1);  // log2 of the lanes a row gets
+  const int lane = threadIdx.x % 32, segment = lane & ((1 << width) - 1), row_step = 32 >> width;
+  if (segment >= count) return;
+  const int64_t rows_left = n - n0;
+  int row = threadIdx.x / 32 * kWarpRows + (lane >> width);
+  const int row_end = threadIdx.x / 32 * kWarpRows + kWarpRows;
+  int64_t element = (n0 + row) * k + (segment0 + segment) * tile::kSegment, nested_held = -1;
+  float nested_absmax = 0.0f;
+  while (row < row_end) {
+    float absmax[kInFlight];
+    uint32_t code[kInFlight];
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j, element += row_step * k) {
+      absmax[j] = 0.0f, code[j] = kDynamic8ZeroCode;
+      const int64_t block = element >> view.block_shift;
+      if (const int r = row + j * row_step; r >= row_end || r >= rows_left) continue;
+      if constexpr (!kNested) {
+        absmax[j] = __ldg(view.scales.absmax + block);
+      } else {
+        code[j] = __ldg(view.scales.codes + block);
+        if (const int64_t nested = tile::nested_block(view, block); nested != nested_held) {
+          nested_held = nested;
+          nested_absmax = __ldg(view.scales.nested_absmax + nested);
+        }
+        absmax[j] = nested_absmax;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kInFlight; ++j, row += row_step) {
+      if (row >= row_end) break;
+      const float scale = kNested ? __fadd_rn(__fmul_rn(dynamic8[code[j]], absmax[j]), offset) : absmax[j];
+      ptx::store_shared_f32(scales + Tile::scale_offset(row, segment), scale * kUnfactor);
+    }
+  }
+}
+
+// Where a lane's operands lie, less the stage and segment.
+template <class Tile>
+struct LaneAddresses {
+  uint32_t table, lane_offset;
+  uint32_t packed, x_low, x_high, scales;
+  int g;
+
+  __device__ __forceinline__ LaneAddresses(uint32_t shared, int warp_row, int lane)
+      : table(shared + Tile::kTable), lane_offset(4 * lane), g(lane / 4) {
+    const int t = lane % 4;
+    packed = shared + Tile::kPacked + warp_row * Tile::kStageSegments * tile::kSegmentPackedBytes + 8 * t;
+    x_low = shared + Tile::kX + Tile::x_offset(g, 0, 2 * t);
+    x_high = shared + Tile::kX + Tile::x_offset(g, 0, 2 * t + 1);
+    scales = shared + Tile::kScales + warp_row * tile::kPairTableRowBytes;
+  }
+};
+
+template <class Tile>
+using Accumulators = float[Tile::kRowTiles][Tile::kTokenTiles][4];
+
+// acc += one segment: `segment` of the stage in buffer `slot`, whose scales are number `scale_segment` of those held.
+template <class Tile>
+__device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane, int slot, int segment,
+                                                 int scale_segment, Accumulators<Tile>& acc) {
+  using T = typename Tile::T;
+  uint32_t w[Tile::kRowTiles][4][4];  // [tile][step][mma operand register]
+  float scale[Tile::kRowTiles][2];
+  const uint32_t packed = lane.packed + slot * Tile::kStagePackedBytes + Tile::packed_offset(lane.g, segment);
+  const uint32_t scales = lane.scales + Tile::scale_offset(lane.g, scale_segment);
+  tile::unroll<2 * Tile::kRowTiles>([&](auto half) {  // rows g, then rows g + 8 of each tile
+    constexpr int i = half / 2, upper = half % 2, row = 8 * half;
+    const uint2 bytes = ptx::load_shared_v2<row * Tile::kStageSegments * tile::kSegmentPackedBytes>(packed);
+    scale[i][upper] = ptx::load_shared_f32<row * tile::kPairTableRowBytes>(scales);
+    w[i][0][upper] = tile::lookup_pair<0>(lane.table, lane.lane_offset, bytes.x);
+    w[i][0][upper + 2] = tile::lookup_pair<1>(lane.table, lane.lane_offset, bytes.x);
+    w[i][1][upper] = tile::lookup_pair<2>(lane.table, lane.lane_offset, bytes.x);
+    w[i][1][upper + 2] = tile::lookup_pair<3>(lane.table, lane.lane_offset, bytes.x);
+    w[i][2][upper] = tile::lookup_pair<0>(lane.table, lane.lane_offset, bytes.y);
+    w[i][2][upper + 2] = tile::lookup_pair<1>(lane.table, lane.lane_offset, bytes.y);
+    w[i][3][upper] = tile::lookup_pair<2>(lane.table, lane.lane_offset, bytes.y);
+    w[i][3][upper + 2] = tile::lookup_pair<3>(lane.table, lane.lane_offset, bytes.y);
+  });
+
+  const uint32_t x = slot * Tile::kStageXBytes + segment * Tile::kTokens * Tile::kXLineStride;
+  const uint32_t x_low = lane.x_low + x, x_high = lane.x_high + x;
+  tile::unroll<Tile::kTokenTiles>([&](auto j) {
+    const uint4 low = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_low);
+    const uint4 high = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_high);
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i) {
+      float sum[4];
+      ptx::mma_m16n8k16_first<T>(sum, w[i][0][0], w[i][0][1], w[i][0][2], w[i][0][3], low.x, low.y);
+      ptx::mma_m16n8k16<T>(sum, w[i][1][0], w[i][1][1], w[i][1][2], w[i][1][3], low.z, low.w);
+      ptx::mma_m16n8k16<T>(sum, w[i][2][0], w[i][2][1], w[i][2][2], w[i][2][3], high.x, high.y);
+      ptx::mma_m16n8k16<T>(sum, w[i][3][0], w[i][3][1], w[i][3][2], w[i][3][3], high.z, high.w);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) acc[i][j][c] = fmaf(scale[i][c / 2], sum[c], acc[i][j][c]);
+    }
+  });
+}
+
+// The LoRA steps are dealt out to all splits and warp groups.
+template <class Tile, class T>
+__device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int64_t row0, int64_t token0, int group,
+                                         Accumulators<Tile>& acc) {
+  const int64_t steps = (lora.rank + 15) / 16;
+  const bool vector = lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
+  for (int64_t step = blockIdx.y * Tile::kWarpsK + group; step < steps; step += gridDim.y * Tile::kWarpsK) {
+    if (vector)
+      tile::lora_step<T, true>(lora, row0, token0, step, acc);
+    else
+      tile::lora_step<T, false>(lora, row0, token0, step, acc);
+  }
+}
+
+// Grid: x over token tiles (fastest) and row tiles, y over splits of k. Needs k % 64 == 0, a block size of at least 64,
+// x and packed aligned to 16 bytes.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  const uint32_t shared = ptx::shared_address(shared_memory);
+  float* const dynamic8 = reinterpret_cast<float*>(shared_memory + Tile::kDynamic8);
+  const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN;
+  const int warp_row = warp % Tile::kWarpsN * (16 * Tile::kRowTiles);
+  const int64_t n0 = blockIdx.x / p.token_tiles * Tile::kRows, token0 = blockIdx.x % p.token_tiles * Tile::kTokens;
+  const int64_t segment0 = blockIdx.y * p.segments_per_split;
+  const int64_t segments_left = p.k / tile::kSegment - segment0;
+  const int segments = static_cast<int>(segments_left < p.segments_per_split ? segments_left : p.segments_per_split);
+  const int stages = (segments + Tile::kStageSegments - 1) / Tile::kStageSegments;
+
+  tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
+#pragma unroll
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
+  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable);
+  tile::fill_dynamic8<Tile::kThreads>(dynamic8);
+  const float offset = tile::nested_offset(p.scales);
+  Accumulators<Tile> acc = {};
+  add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);
+
+  const LaneAddresses<Tile> lane(shared, warp_row, threadIdx.x % 32);
+  int slot = 0;
+  for (int stage = 0; stage < stages; ++stage) {
+    if (stage % Tile::kStagesPerScales == 0) {
+      __syncthreads();  // the tables are complete, and the last scales are no longer used
+      const int first = stage * Tile::kStageSegments;
+      const int count = min(segments - first, tile::kScaleSegments);
+      if (p.scales.scales.codes != nullptr)
+        stage_scales<Tile, true>(p.scales, n0, p.n, p.k, segment0 + first, count, offset, dynamic8,
+                                 shared + Tile::kScales);
+      else
+        stage_scales<Tile, false>(p.scales, n0, p.n, p.k, segment0 + first, count, offset, dynamic8,
+                                  shared + Tile::kScales);
+    }
+    ptx::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // this stage is complete, and the buffer of the one before is free
+    source.fetch(stage + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
+#pragma unroll
+    for (int i = 0; i < Tile::kStageSegments / Tile::kWarpsK; ++i) {
+      const int segment = i * Tile::kWarpsK + group, number = stage * Tile::kStageSegments + segment;
+      if (number < segments) multiply_segment(lane, slot, segment, number % tile::kScaleSegments, acc);
+    }
+    slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // the sums may now overwrite the stages
+
+  tile::store_sums<Tile>(shared, warp_row, group, acc);
+  __syncthreads();
+  tile::finish<Tile>(p.out, reinterpret_cast<const float*>(shared_memory), token0, p.m, n0, p.n);
+}
+
+}  // namespace qlora::kernels

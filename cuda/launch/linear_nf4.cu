@@ -1,0 +1,201 @@
+#include "cuda/launch/linear_nf4.h"
+
+#include <algorithm>
+
+#include "cuda/kernels/linear_nf4.cuh"
+#include "cuda/kernels/linear_nf4_exact.cuh"
+#include "cuda/launch/device.h"
+#include "cuda/launch/skinny.h"
+
+namespace qlora::cuda {
+namespace {
+
+bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+bool fits_tensor_cores(const LinearProblem& p) {
+  return p.dtype != DType::kFloat32 && p.w.k > 0 && p.w.k % tile::kSegment == 0 &&
+         p.w.scales.block_size >= tile::kSegment && aligned(p.x, 16) && aligned(p.w.packed, 16) && aligned(p.y, 8) &&
+         aligned(p.lora.a, 2);
+}
+
+// The parts of the workspace, as offsets in bytes.
+struct Workspace {
+  int64_t h = 0, tickets = 0, partials = 0, end = 0;
+
+  Workspace(const LinearProblem& p, int64_t ticket_count, int64_t partial_count) {
+    const auto round_up = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
+    tickets = h + round_up(p.m * p.lora.rank * dtype_bytes(p.dtype));
+    partials = tickets + round_up(ticket_count * 4);
+    end = partials + partial_count * 4;
+  }
+};
+
+uint8_t* at(void* workspace, int64_t offset) { return static_cast<uint8_t*>(workspace) + offset; }
+
+tile::ScaleView scale_view(const Weight& w) {
+  return tile::make_scale_view(w.scales, ceil_div(w.n * w.k, w.scales.block_size));
+}
+
+cudaError_t launch_h(const LinearProblem& p, void* h, uint32_t* clear, int64_t clear_count, cudaStream_t stream) {
+  return launch_skinny({.dtype = p.dtype,
+                        .m = p.m,
+                        .k = p.w.k,
+                        .rank = p.lora.rank,
+                        .x = p.x,
+                        .a = p.lora.a,
+                        .scaling = p.lora.scaling,
+                        .dropout = p.lora.dropout,
+                        .out = h,
+                        .clear = clear,
+                        .clear_count = clear_count},
+                       stream);
+}
+
+template <class Tile_>
+struct TensorCorePlan {
+  using Tile = Tile_;
+  using T = typename Tile::T;
+
+  const LinearProblem& p;
+  int64_t token_tiles, tiles, segments_per_split, splits;
+  Workspace workspace;
+
+  TensorCorePlan(const LinearProblem& problem, const Device& device)
+      : p(problem),
+        token_tiles(ceil_div(p.m, Tile::kTokens)),
+        tiles(token_tiles * ceil_div(p.w.n, Tile::kRows)),
+        segments_per_split(
+            linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kSharedBytes, device)),
+        splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
+        workspace(p, splits > 1 ? tiles : 0, splits > 1 ? tiles * splits * Tile::kTokens * Tile::kRows : 0) {}
+
+  cudaError_t launch(void* memory, cudaStream_t stream) const {
+    T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
+    uint32_t* const tickets = reinterpret_cast<uint32_t*>(at(memory, workspace.tickets));
+    const int64_t ticket_count = splits > 1 ? tiles : 0;
+    cudaError_t error = cudaSuccess;
+    if (p.lora.rank > 0)
+      error = launch_h(p, h, tickets, ticket_count, stream);
+    else if (ticket_count > 0)
+      error = cudaMemsetAsync(tickets, 0, ticket_count * sizeof(uint32_t), stream);
+    if (error != cudaSuccess) return error;
+
+    const kernels::LinearArgs<T> args{.x = static_cast<const T*>(p.x),
+                                      .packed = p.w.packed,
+                                      .scales = scale_view(p.w),
+                                      .m = p.m,
+                                      .n = p.w.n,
+                                      .k = p.w.k,
+                                      .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
+                                      .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias),
+                                              reinterpret_cast<float*>(at(memory, workspace.partials)), tickets},
+                                      .token_tiles = token_tiles,
+                                      .segments_per_split = segments_per_split};
+    const auto kernel = kernels::linear_nf4_kernel<Tile>;
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
+    if (error != cudaSuccess) return error;
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
+    kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);
+    return cudaGetLastError();
+  }
+};
+
+template <class T>
+struct ExactPlan {
+  const LinearProblem& p;
+  Workspace workspace;
+
+  explicit ExactPlan(const LinearProblem& problem) : p(problem), workspace(p, 0, 0) {}
+
+  template <int kTokens>
+  cudaError_t launch_tokens(const T* h, cudaStream_t stream) const {
+    const int64_t token_tiles = ceil_div(p.m, kTokens);
+    const kernels::ExactLinearArgs<T> args{.x = static_cast<const T*>(p.x),
+                                           .packed = p.w.packed,
+                                           .scales = scale_view(p.w),
+                                           .m = p.m,
+                                           .n = p.w.n,
+                                           .k = p.w.k,
+                                           .h = h,
+                                           .lora_b = static_cast<const T*>(p.lora.b),
+                                           .rank = p.lora.rank,
+                                           .bias = static_cast<const T*>(p.bias),
+                                           .y = static_cast<T*>(p.y),
+                                           .token_tiles = token_tiles};
+    const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, kernels::kExactRows));
+    kernels::linear_nf4_exact_kernel<T, kTokens><<<grid, kernels::kExactThreads, 0, stream>>>(args);
+    return cudaGetLastError();
+  }
+
+  cudaError_t launch(void* memory, cudaStream_t stream) const {
+    T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
+    const cudaError_t error = launch_h(p, h, nullptr, 0, stream);
+    if (error != cudaSuccess) return error;
+    return p.m <= 16 ? launch_tokens<16>(h, stream) : launch_tokens<64>(h, stream);
+  }
+};
+
+// Rows and tokens a warp and a CTA take were chosen by counting instructions and shared memory passes under the
+// simulator; 16-bit types only.
+template <class T>
+using Tile8 = tile::LinearTile<T, 2, 1, 4, 2, 2, 4>;
+template <class T>
+using Tile16 = tile::LinearTile<T, 2, 2, 4, 2, 2, 4>;
+template <class T>
+using Tile32 = tile::LinearTile<T, 2, 4, 4, 2, 2, 2>;
+template <class T>
+using Tile64 = tile::LinearTile<T, 2, 8, 4, 2, 2, 3>;
+static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64);
+
+// use(plan) with the plan for this problem and device.
+template <class T, class Use>
+cudaError_t with_typed_plan(const LinearProblem& p, const Device& device, const Use& use) {
+  if constexpr (sizeof(T) == 2) {
+    if (fits_tensor_cores(p)) {
+      switch (linear_tile_size(p.m, device)) {
+        case LinearTileSize::k8:
+          return use(TensorCorePlan<Tile8<T>>(p, device));
+        case LinearTileSize::k16:
+          return use(TensorCorePlan<Tile16<T>>(p, device));
+        case LinearTileSize::k32:
+          return use(TensorCorePlan<Tile32<T>>(p, device));
+        case LinearTileSize::k64:
+          return use(TensorCorePlan<Tile64<T>>(p, device));
+      }
+    }
+  }
+  return use(ExactPlan<T>(p));
+}
+
+template <class Use>
+cudaError_t with_plan(const LinearProblem& p, const Use& use) {
+  Device device;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      return with_typed_plan<float>(p, device, use);
+    case DType::kBFloat16:
+      return with_typed_plan<bfloat16>(p, device, use);
+    case DType::kFloat16:
+      return with_typed_plan<float16>(p, device, use);
+    case DType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t linear_nf4_workspace_bytes(const LinearProblem& problem, int64_t* bytes) {
+  return with_plan(problem, [&](const auto& plan) {
+    *bytes = plan.workspace.end;
+    return cudaSuccess;
+  });
+}
+
+cudaError_t launch_linear_nf4(const LinearProblem& problem, void* workspace, cudaStream_t stream) {
+  if (problem.m == 0 || problem.w.n == 0) return cudaSuccess;
+  return with_plan(problem, [&](const auto& plan) { return plan.launch(workspace, stream); });
+}
+
+}  // namespace qlora::cuda

@@ -1,0 +1,56 @@
+// LoRA as more of the same sum: [x | h] · [w | lora_b]ᵀ, 16 ranks an mma. A lane takes 4 consecutive ranks of its rows,
+// straight from global memory: h and lora_b are small, and each byte of lora_b is used by one warp only.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/mma.cuh"
+
+namespace qlora::tile {
+
+// Elements [column, column + 4) of a row of `columns`, zeros beyond it. kVector: columns % 4 == 0 and rows 8-byte
+// aligned.
+template <class T, bool kVector>
+__device__ __forceinline__ uint2 load_row4(const T* row, int64_t column, int64_t columns, bool valid) {
+  if constexpr (kVector) {
+    return valid && column < columns ? __ldg(reinterpret_cast<const uint2*>(row + column)) : make_uint2(0, 0);
+  } else {
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i] = valid && column + i < columns ? __ldg(reinterpret_cast<const uint16_t*>(row + column + i)) : 0u;
+    return make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
+  }
+}
+
+template <class T>
+struct LoraOperands {
+  const T* h;  // [m, rank]
+  const T* b;  // [n, rank]
+  int64_t rank;
+  int64_t m, n;
+};
+
+// acc[i][j] += the part of ranks [16 step, 16 step + 16), for rows row0 + 16 i.. and tokens token0 + 8 j...
+template <class T, bool kVector, int kRowTiles, int kTokenTiles>
+__device__ __forceinline__ void lora_step(const LoraOperands<T>& p, int64_t row0, int64_t token0, int64_t step,
+                                          float (&acc)[kRowTiles][kTokenTiles][4]) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int64_t column = 16 * step + 4 * t;
+  uint2 b[kRowTiles][2];
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const int64_t row = row0 + 8 * i + g;
+    b[i / 2][i % 2] = load_row4<T, kVector>(p.b + row * p.rank, column, p.rank, row < p.n);
+  }
+#pragma unroll
+  for (int j = 0; j < kTokenTiles; ++j) {
+    const int64_t token = token0 + 8 * j + g;
+    const uint2 h = load_row4<T, kVector>(p.h + token * p.rank, column, p.rank, token < p.m);
+#pragma unroll
+    for (int i = 0; i < kRowTiles; ++i)
+      ptx::mma_m16n8k16<T>(acc[i][j], b[i][0].x, b[i][1].x, b[i][0].y, b[i][1].y, h.x, h.y);
+  }
+}
+
+}  // namespace qlora::tile
