@@ -122,3 +122,20 @@ def relative_error(out: Tensor | np.ndarray, expected: np.ndarray) -> float:
     norm = float(np.linalg.norm(expected))
     difference = float(np.linalg.norm(got - expected))
     return difference / norm if norm else difference
+
+
+def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Rounded once to dtype, as float64."""
+    return torch.from_numpy(np.asarray(x, np.float32)).to(dtype).double().numpy()
+
+
+def sum32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a @ b summed in float32."""
+    return (torch.from_numpy(a).float() @ torch.from_numpy(b).float()).numpy()
+
+
+def assert_as_exact(out: Tensor, formula: np.ndarray, expected: np.ndarray) -> None:
+    """The error of `out` is at most 1.05 times that of the same formula done in the compute dtype."""
+    error, allowed = relative_error(out, expected), 1.05 * relative_error(formula, expected)
+    # Where the formula happens to be exact, an error of float32's own rounding is none.
+    assert error <= max(allowed, 2.0**-23), (error, allowed)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import reference
-from samples import DTYPES, LinearSample, linear_sample, relative_error, rows, to_f64
+from samples import DTYPES, LinearSample, assert_as_exact, linear_sample, rounded, rows, sum32, to_f64
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
@@ -30,14 +30,6 @@ REGULAR = [
     (300, 40, 64),
 ]
 RAGGED = [(5, 7, 33), (40, 131, 101), (3, 50, 1), (3, 1, 257), (9, 66, 700), (33, 65, 96), (1, 129, 8)]
-
-
-def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    return torch.from_numpy(np.asarray(x, np.float32)).to(dtype).double().numpy()
-
-
-def sum32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (torch.from_numpy(a).float() @ torch.from_numpy(b).float()).numpy()
 
 
 def formula_g(s: LinearSample, dy: Tensor) -> np.ndarray:
@@ -59,12 +51,6 @@ def formula_dlora(s: LinearSample, dy: Tensor) -> tuple[np.ndarray, np.ndarray]:
     h = rounded(s.scaling * keep_scale * sum32(kept, to_f64(s.lora_a).T), dy.dtype)
     da = keep_scale * sum32(formula_g(s, dy).T, kept)
     return rounded(da, dy.dtype), rounded(sum32(rows(dy).T, h), dy.dtype)
-
-
-def assert_as_exact(out: Tensor, formula: np.ndarray, expected: np.ndarray) -> None:
-    error, allowed = relative_error(out, expected), 1.05 * relative_error(formula, expected)
-    # Where the formula happens to be exact, an error of float32's own rounding is none.
-    assert error <= max(allowed, 2.0**-23), (error, allowed)
 
 
 def gradient(s: LinearSample) -> Tensor:
