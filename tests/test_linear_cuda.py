@@ -19,8 +19,8 @@ OPS = torch.ops.qlora
 HALF = [torch.bfloat16, torch.float16]
 MANY = 200  # tokens: several tiles of the tensor cores, below their crossover to the library
 
-# (m, n, k). The first are what the tensor cores take, k % 64 == 0, with tails of every other size: of 8, 16, 32, 64 tokens,
-# of 128 rows, of stages of 128 k. Errors of very few outputs are a matter of luck: where n is 1, m is not.
+# (m, n, k). The first are what the tensor cores take, k % 64 == 0, with tails of every other size: of 8, 16, 32, 64
+# tokens, of 128 rows, of stages of 128 k. Errors of very few outputs are a matter of luck: where n is 1, m is not.
 REGULAR = [(1, 200, 192), (7, 129, 320), (8, 128, 128), (60, 1, 128), (16, 72, 448), (31, 259, 64), (33, 130, 192)]
 REGULAR += [(63, 56, 320), (64, 136, 64)]
 RAGGED = [(5, 7, 33), (40, 131, 101), (3, 50, 1), (60, 1, 257), (9, 66, 700), (33, 65, 96), (1, 129, 8)]
