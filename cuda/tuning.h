@@ -42,24 +42,31 @@ struct DxConfig {
 
 // Tile: the fewest tokens that hold m, to decode each weight once up to 64.
 //
-// Splits: what fills the device with the CTAs that fit an SM at once, but no more than pay off. From the roofline model
-// of an H100, not a measurement: a stage of 64 rows takes a CTA about 900 cycles, and adding up one more split of 64
-// tokens x 256 columns (64 KB through L2) about 1000, in proportion to the tokens; the time of stages / s + s * tokens
-// / 64 is least at s = sqrt(stages * 64 / tokens).
+// Splits: as many as the device holds CTAs, if that pays. A model of an H100, not a measurement: a stage of 64 rows
+// takes a CTA 640 cycles (issue: 8 warps x 320 instructions over 4 schedulers), and the last CTA of a tile adds up a
+// split of 64 tokens x 256 columns (64 KB from L2, 64 bytes a cycle) in 1000, of fewer tokens in proportion. The fewest
+// splits within a twentieth of the best are taken: the model is no better than that, and each split is more work in
+// all.
 inline DxConfig dx_config(int64_t m, int64_t n, int64_t k, bool exact, bool ragged, const Device& device) {
+  constexpr int64_t kStageCycles = 640, kSplitCycles = 1000;
   DxConfig c;
   c.ragged = ragged && !exact;
   c.columns = exact ? 128 : 256;
   c.tokens = exact ? 16 : ragged ? DxConfig::kRaggedTokens : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
   const int64_t tiles = ceil_div(m, c.tokens) * ceil_div(k, c.columns);
-  const int64_t stages = ceil_div(n, DxConfig::kStageRows);
+  const int64_t stages = std::max<int64_t>(ceil_div(n, DxConfig::kStageRows), 1);
   const int64_t ctas_per_sm = exact ? 4 : c.tokens <= 16 ? 2 : 1;
-  const int64_t to_fill = std::max<int64_t>(device.sm_count * ctas_per_sm / std::max<int64_t>(tiles, 1), 1);
-  int64_t worthwhile = 1;
-  while ((worthwhile + 1) * (worthwhile + 1) * c.tokens <= stages * 64) ++worthwhile;
-  const int64_t stages_per_split = std::max<int64_t>(ceil_div(stages, std::min(to_fill, worthwhile)), 1);
+  const int64_t to_fill = std::clamp<int64_t>(device.sm_count * ctas_per_sm / std::max<int64_t>(tiles, 1), 1, stages);
+  const auto cycles = [&](int64_t splits) {
+    return ceil_div(stages, splits) * kStageCycles + (splits > 1 ? splits * kSplitCycles * c.tokens / 64 : 0);
+  };
+  int64_t best = cycles(1);
+  for (int64_t s = 2; s <= to_fill; ++s) best = std::min(best, cycles(s));
+  int64_t splits = 1;
+  while (20 * cycles(splits) > 21 * best) ++splits;
+  const int64_t stages_per_split = ceil_div(stages, splits);
   c.rows_per_split = stages_per_split * DxConfig::kStageRows;
-  c.splits = std::max<int64_t>(ceil_div(stages, stages_per_split), 1);
+  c.splits = ceil_div(stages, stages_per_split);
   return c;
 }
 

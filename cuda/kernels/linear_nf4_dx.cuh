@@ -22,7 +22,7 @@
 namespace qlora::kernels {
 
 template <class T, int kTokenTiles, bool kRagged>
-__global__ void __launch_bounds__(tile::kDxThreads, 1) linear_nf4_dx_kernel(const DxArgs args) {
+__global__ void __launch_bounds__(tile::kDxThreads, kTokenTiles <= 2 ? 2 : 1) linear_nf4_dx_kernel(const DxArgs args) {
   using Layout = tile::DxLayout<kTokenTiles>;
   constexpr int kAhead = Layout::kStages - 1;
   extern __shared__ __align__(256) char shared[];

@@ -142,10 +142,11 @@ class DxAccumulators {
       constexpr int kSplitStride = kOwners * tile::kDxSlabs * kOwn * 4 * 32;  // in float4
       float4* partial = reinterpret_cast<float4*>(args.partials) + warp * (kOwn * 4 * 32) + tile.lane;
       if (owns) {
+        float4* const mine = partial + int64_t{blockIdx.y} * kSplitStride;
 #pragma unroll
         for (int q = 0; q < kOwn * 4; ++q) {
           const float* v = own[q / 4][q % 4];
-          partial[int64_t{blockIdx.y} * kSplitStride + q * 32] = make_float4(v[0], v[1], v[2], v[3]);
+          mine[q * 32] = make_float4(v[0], v[1], v[2], v[3]);
         }
       }
       if (!tile::arrives_last(args.counters + blockIdx.x, args.splits,
@@ -154,28 +155,15 @@ class DxAccumulators {
       }
       if (owns) {
 #pragma unroll
-        for (int q = 0; q < kOwn * 4; ++q) {
-          float* v = own[q / 4][q % 4];
-          v[0] = v[1] = v[2] = v[3] = 0.0f;
-          for (int split = 0; split < args.splits; ++split) {
-            const float4 p = __ldcg(partial + int64_t{split} * kSplitStride + q * 32);
-            v[0] += p.x, v[1] += p.y, v[2] += p.z, v[3] += p.w;
-          }
+        for (int q = 0; q < kOwn * 16; ++q) own[q / 16][q / 4 % 4][q % 4] = 0.0f;
+#pragma unroll 1
+        for (int split = 0; split < args.splits; ++split, partial += kSplitStride) {
+#pragma unroll
+          for (int q = 0; q < kOwn * 4; ++q) add(own[q / 4][q % 4], __ldcg(partial + q * 32));
         }
       }
     }
-    if (!owns) return;
-#pragma unroll
-    for (int j = 0; j < kOwn; ++j) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        const int64_t m = tile.token0 + 8 * (tile.group * kOwn + j) + 2 * tile.t + e;
-        uint32_t out[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) out[i] = ptx::pack2<T>(own[j][i][e], own[j][i][2 + e]);
-        if (m < args.m) store<kRagged>(args, m, tile.column, out);
-      }
-    }
+    if (owns) store_own<kRagged>(args, tile, own);
   }
 
  private:
@@ -272,11 +260,13 @@ class DxAccumulators {
     if (kTokenTiles > 1 || tile.group == 0) {
 #pragma unroll
       for (int q = 0; q < kOwn * 4; ++q) {
-        const float4 p = mine[q * 32];
-        float* v = own[q / 4][q % 4];
-        v[0] += p.x, v[1] += p.y, v[2] += p.z, v[3] += p.w;
+        add(own[q / 4][q % 4], mine[q * 32]);
       }
     }
+  }
+
+  __device__ __forceinline__ static void add(float (&v)[4], float4 p) {
+    v[0] += p.x, v[1] += p.y, v[2] += p.z, v[3] += p.w;
   }
 
   template <int kFirst>
@@ -301,16 +291,30 @@ class DxAccumulators {
   }
 
   template <bool kRagged>
-  __device__ __forceinline__ static void store(const DxArgs& args, int64_t m, int64_t column,
-                                               const uint32_t (&out)[4]) {
-    T* to = static_cast<T*>(args.dx) + m * args.k + column;
-    if constexpr (kRagged) {
+  __device__ __forceinline__ static void store_own(const DxArgs& args, const DxTile& tile,
+                                                   const float (&own)[kOwn][4][4]) {
+    const int64_t m0 = tile.token0 + 8 * kOwn * tile.group + 2 * tile.t;
+    const int tokens = static_cast<int>(min(args.m - m0, int64_t{8 * kOwn}));
+    const int columns = static_cast<int>(min(args.k - tile.column, int64_t{8}));
+    T* to = static_cast<T*>(args.dx) + m0 * args.k + tile.column;
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (column + i < args.k) to[i].bits = static_cast<uint16_t>(out[i / 2] >> (16 * (i % 2)));
+    for (int j = 0; j < kOwn; ++j, to += 8 * args.k) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (8 * j + e >= tokens || columns <= 0) continue;
+        uint32_t out[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) out[i] = ptx::pack2<T>(own[j][i][e], own[j][i][2 + e]);
+        T* token = e == 0 ? to : to + args.k;
+        if constexpr (kRagged) {
+#pragma unroll
+          for (int i = 0; i < 8; ++i) {
+            if (i < columns) token[i].bits = static_cast<uint16_t>(out[i / 2] >> (16 * (i % 2)));
+          }
+        } else {
+          ptx::store_stream_v4(token, make_uint4(out[0], out[1], out[2], out[3]));
+        }
       }
-    } else if (column < args.k) {
-      ptx::store_stream_v4(to, make_uint4(out[0], out[1], out[2], out[3]));
     }
   }
 

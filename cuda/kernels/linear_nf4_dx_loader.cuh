@@ -35,12 +35,12 @@ class DxLoader {
     tokens_ = static_cast<int>(min(args.m - tile.token0, int64_t{Layout::kTokens})) - row;
 
     const int groups_shift = 8 - tile::dx_scale_group_shift(args.scales, args.k);
-    scale_group_ = threadIdx.x & ((1 << groups_shift) - 1);
-    scale_row_ = threadIdx.x >> groups_shift;
+    const int scale_group = threadIdx.x & ((1 << groups_shift) - 1), scale_row = threadIdx.x >> groups_shift;
+    const int64_t column = tile.column0 + (scale_group << (8 - groups_shift));
     scale_step_ = tile::kDxThreads >> groups_shift;
-    const int64_t column = tile.column0 + (scale_group_ << (8 - groups_shift));
-    scale_rows_ = column < args.k ? tile.rows - scale_row_ : 0;
-    scale_element_ = (tile.row0 + scale_row_) * args.k + column;
+    scale_rows_ = column < args.k ? tile.rows - scale_row : 0;
+    scale_element_ = (tile.row0 + scale_row) * args.k + column;
+    scale_target_ = shared + Layout::scale(0, scale_group, scale_row);
   }
 
   __device__ __forceinline__ void start_copies(int slot) {
@@ -62,28 +62,30 @@ class DxLoader {
     dy_rows_ -= tile::kDxStageRows;
   }
 
-  // Reads the stage's scales into registers; store_scales, later, decodes them into shared memory.
+  // Reads the stage's scales into registers; store_scales, later, decodes them into shared memory. What lies past the
+  // end reads the last scale and stores zero.
   __device__ __forceinline__ void load_scales() {
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
       const int step = i * scale_step_;
       if (step >= tile::kDxStageRows) break;
-      valid_[i] = step < scale_rows_;
-      if (valid_[i])
-        raw_[i] = tile::load_scale(args_.scales, (scale_element_ + step * args_.k) >> args_.scales.block_shift);
+      const int64_t block = (scale_element_ + step * args_.k) >> args_.scales.block_shift;
+      raw_[i] = tile::load_scale(args_.scales, min(block, args_.scales.blocks - 1));
     }
     scale_element_ += tile::kDxStageRows * args_.k;
-    scale_rows_ -= tile::kDxStageRows;
   }
 
   __device__ __forceinline__ void store_scales(int slot) {
     const float* dynamic8 = reinterpret_cast<const float*>(shared_ + Layout::kDynamic8);
-    float* to = reinterpret_cast<float*>(shared_ + Layout::scale(slot, scale_group_, scale_row_));
+    float* to = reinterpret_cast<float*>(scale_target_ + slot * Layout::kScaleStageBytes);
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
-      if (i * scale_step_ >= tile::kDxStageRows) break;
-      to[i * scale_step_] = valid_[i] ? tile::decode_scale(args_.scales, raw_[i], dynamic8, offset_) : 0.0f;
+      const int step = i * scale_step_;
+      if (step >= tile::kDxStageRows) break;
+      const float scale = tile::decode_scale(args_.scales, raw_[i], dynamic8, offset_);
+      to[step] = step < scale_rows_ ? scale : 0.0f;
     }
+    scale_rows_ -= tile::kDxStageRows;
   }
 
  private:
@@ -91,13 +93,13 @@ class DxLoader {
   char* shared_;
   const uint8_t* w_;
   const T* dy_;
-  int64_t scale_element_;  // first element of the row's column group
+  char* scale_target_;
+  int64_t scale_element_;  // first of the column group in this thread's first row
   uint32_t w_target_, dy_target_;
   int w_rows_, dy_rows_, scale_rows_, tokens_;  // left from this thread's first
-  int scale_group_, scale_row_, scale_step_;
+  int scale_step_;
   float offset_;
   tile::RawScale raw_[kScalesPerThread];
-  bool valid_[kScalesPerThread];
 };
 
 // For any k, n and alignment, element by element.

@@ -67,10 +67,12 @@ template <class T>
 __device__ __forceinline__ void load_ranks_transposed(const SkinnyArgs<T>& p, int64_t rank0, int64_t k0, bool valid,
                                                       int g, uint32_t (&f)[8]) {
   const int64_t rank = rank0 + 2 * g;
-  uint32_t row[8];
+  uint32_t row[8] = {};
+  if (valid && rank < p.rank) {
+    const T* from = p.a + k0 * p.rank + rank;
 #pragma unroll
-  for (int i = 0; i < 8; ++i)
-    row[i] = valid && rank < p.rank ? *reinterpret_cast<const uint32_t*>(p.a + (k0 + i) * p.rank + rank) : 0u;
+    for (int i = 0; i < 8; ++i) row[i] = *reinterpret_cast<const uint32_t*>(from + i * p.rank);
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     f[2 * i] = ptx::prmt<0x5410>(row[2 * i], row[2 * i + 1]);
