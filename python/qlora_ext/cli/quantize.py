@@ -1,0 +1,46 @@
+"""``qlora-ext quantize``: a model directory in 4 bits."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from typing import Any
+
+from .files import new_directory, staged_directory
+from .models import load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weight_bytes
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "quantize",
+        help="save a model in 4 bits",
+        description="Quantizes a model to NF4 while loading it and saves it with its tokenizer. The directory loads "
+        "with AutoModelForCausalLM.from_pretrained after `import qlora_ext`, and as --model here.",
+    )
+    parser.add_argument("--model", required=True, help="a model directory, a .gguf file, a hub name, or package:NAME")
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument(
+        "--block-size", type=int, default=64, choices=(32, 64, 128, 256, 512, 1024, 2048, 4096), metavar="N",
+        help="weights that share a scale, a power of two from 32 to 4096 (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in float32")
+    parser.add_argument("--dtype", default="bfloat16", help="of the other weights (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; see the module's text."""
+    output = pathlib.Path(arguments.output).expanduser().resolve()
+    dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
+    source = resolve(arguments.model)
+    new_directory(output, arguments.overwrite)
+    tokenizer = load_tokenizer(source)
+    model = load_quantized(source, dtype, device, arguments.block_size, not arguments.no_double_quant)
+    with staged_directory(output) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+    before, after = weight_bytes(model)
+    print(f"{output}: {before / 1e6:.1f} MB in {arguments.dtype} -> {after / 1e6:.1f} MB in 4 bits")
+    return 0

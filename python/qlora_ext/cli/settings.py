@@ -1,0 +1,132 @@
+"""What a fine-tuning run is asked for: its options, their defaults and limits, and the record that --resume reads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from .data import DEFAULT_DATA
+from .errors import UserError
+from .models import DEFAULT_MODEL, DTYPES
+
+
+def _option(default: Any, text: str, least: float | None = None, below: float | None = None, **more: Any) -> Any:
+    """A field with what its command-line option needs; limits are ``least <= value < below``."""
+    metadata = {"help": text, "least": least, "below": below, **more}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of ``qlora-ext finetune``. Defaults follow the QLoRA paper (Dettmers et al., 2023, appendix B)."""
+
+    model: str = _option(DEFAULT_MODEL, "a model directory, a .gguf file, a hub name, or package:NAME", group="what")
+    data: str = _option(
+        DEFAULT_DATA,
+        "a .jsonl file (lines with text, messages, or a pair such as prompt and completion), a .txt file, "
+        "a dictd dictionary (.dict.dz), package:chitchat-dataset (PyPI) or package:dict-jargon (Debian)",
+        group="what",
+    )
+    seq_len: int = _option(256, "tokens an example is cut to", 2, group="what")
+    eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
+
+    rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
+    alpha: float = _option(32.0, "LoRA's scaling is alpha / rank", 0, group="adapter")
+    dropout: float = _option(0.05, "LoRA dropout", 0, 1, group="adapter")
+    target_modules: str = _option(
+        "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
+    )
+    block_size: int = _option(64, "weights that share a scale", choices=(32, 64, 128, 256, 512, 1024, 2048, 4096),
+                              group="adapter")  # fmt: skip
+
+    max_steps: int = _option(50, "optimizer steps", 1, group="training")
+    batch_size: int = _option(4, "examples a forward pass", 1, group="training")
+    grad_accum: int = _option(1, "forward passes an optimizer step", 1, group="training")
+    lr: float = _option(2e-4, "learning rate (constant after a short warm-up)", 0, group="training")
+    optimizer: str = _option(
+        "adamw_torch",
+        "an optimizer of transformers' Trainer; adamw_8bit and paged_adamw_8bit (with bitsandbytes) save memory",
+        group="training",
+    )
+    seed: int = _option(0, "of the adapter's initial values, the data order and dropout", 0, group="training")
+    save_steps: int = _option(20, "steps from one checkpoint to the next", 1, group="training", free=True)
+    eval_steps: int = _option(
+        0, "steps from one measurement of held-out perplexity to the next (0: before and after only)", 0,
+        group="training", free=True,
+    )  # fmt: skip
+
+    dtype: str = _option("bfloat16", "of the computation: bfloat16, float16 or float32", group="machine")
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="machine", free=True)
+    grad_checkpointing: bool = _option(
+        False, "compute activations again in the backward pass: less memory, more time", group="machine"
+    )
+    chunked_loss: bool = _option(False, "never hold all logits at once (torch's linear_cross_entropy)", group="machine")
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least, below = getattr(self, field.name), field.metadata["least"], field.metadata["below"]
+            if (least is not None and not value >= least) or (below is not None and not value < below):
+                upper = "" if below is None else f" and below {below}"
+                raise UserError(f"{flag(field.name)} {value}: expected a value of at least {least}{upper}")
+        for name in ("alpha", "lr"):
+            if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
+                raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype}: expected bfloat16, float16 or float32")
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_GROUPS = {
+    "what": "model and text",
+    "adapter": "adapter",
+    "training": "training",
+    "machine": "machine and memory",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares an option a field. What the user leaves out stays out of the namespace."""
+    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
+    for field in dataclasses.fields(Settings):
+        group, text = groups[field.metadata["group"]], field.metadata["help"]
+        if field.type == "bool":
+            group.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        kind = {"int": int, "float": float, "str": str}[str(field.type)]
+        metavar = {"int": "N", "float": "X", "str": field.name.upper()}[str(field.type)]
+        group.add_argument(
+            flag(field.name),
+            type=kind,
+            metavar=metavar,
+            default=argparse.SUPPRESS,
+            choices=field.metadata.get("choices"),
+            help=f"{text} (default: {field.default})",
+        )
+
+
+def given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings that the user typed."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    return {name: value for name, value in vars(arguments).items() if name in names}
+
+
+def resumed(recorded: dict[str, Any], typed: dict[str, Any]) -> Settings:
+    """The settings of a run that goes on: those recorded when it began, and what may change without changing it.
+
+    Raises:
+        UserError: an option asks for another run than the recorded one.
+    """
+    known = {field.name: field for field in dataclasses.fields(Settings)}
+    if unknown := set(recorded) - set(known):
+        raise UserError(f"--resume: that run was begun by another version of qlora-ext (it has {sorted(unknown)})")
+    for name, value in typed.items():
+        if not known[name].metadata.get("free") and value != recorded.get(name, known[name].default):
+            raise UserError(
+                f"{flag(name)} {value}: the run to resume was begun with {recorded.get(name, known[name].default)}; "
+                "leave the option out, or start anew in another --output"
+            )
+    return Settings(**{**recorded, **typed})

@@ -1,0 +1,167 @@
+"""transformers' Trainer with checkpoints that are whole or absent, and an evaluation that changes nothing."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .errors import UserError, first_line
+from .files import remove, staged_directory
+from .loss import chunked_loss
+from .settings import Settings
+
+Row = dict[str, list[int]]
+_KEPT_CHECKPOINTS = 2
+
+
+def training_arguments(settings: Settings, directory: pathlib.Path, device: torch.device) -> TrainingArguments:
+    """The QLoRA paper's recipe: constant learning rate after 3% warm-up, AdamW with beta2 0.999, clipping at 0.3."""
+    try:
+        return TrainingArguments(
+            output_dir=str(directory),
+            max_steps=settings.max_steps,
+            per_device_train_batch_size=settings.batch_size,
+            gradient_accumulation_steps=settings.grad_accum,
+            learning_rate=settings.lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=math.ceil(0.03 * settings.max_steps),
+            max_grad_norm=0.3,
+            weight_decay=0.0,
+            optim=settings.optimizer,
+            gradient_checkpointing=settings.grad_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if settings.grad_checkpointing else None,
+            save_steps=settings.save_steps,
+            eval_strategy="steps" if settings.eval_steps else "no",
+            eval_steps=settings.eval_steps or None,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            include_num_input_tokens_seen="all",
+            seed=settings.seed,
+            use_cpu=device.type == "cpu",
+            remove_unused_columns=False,
+            report_to=[],
+            disable_tqdm=True,
+        )
+    except ValueError as error:
+        if "OptimizerNames" not in str(error):
+            raise
+        raise UserError(f"--optimizer {settings.optimizer}: transformers knows no such optimizer") from error
+
+
+def _scored(labels: torch.Tensor) -> int:
+    return int((labels[:, 1:] != -100).sum())
+
+
+class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
+    """Trains on rows laid end to end without padding, each of which attends to itself alone."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train: list[Row],
+        held_out: list[Row],
+        chunked: bool = False,
+        **kw: Any,
+    ):
+        self.held_out = held_out
+        self._chunked_loss = chunked
+        self._staging: pathlib.Path | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=DataCollatorWithFlattening(),
+            **kw,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self._chunked_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return chunked_loss(model, inputs, num_items_in_batch)
+
+    def held_out_loss(self) -> float:
+        """Mean cross-entropy a learnt token of the held-out rows, in nats. It draws no random number."""
+        model, size = self.model, self.args.per_device_train_batch_size
+        was_training = model.training
+        model.eval()
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for start in range(0, len(self.held_out), size):
+                batch = self.data_collator(self.held_out[start : start + size])
+                batch = {key: value.to(self.args.device) for key, value in batch.items()}
+                scored = _scored(batch["labels"])
+                total += float(self.compute_loss(model, batch)) * scored
+                count += scored
+        model.train(was_training)
+        return total / count
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        loss = self.held_out_loss()
+        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        run = pathlib.Path(self.args.output_dir)
+        with staged_directory(run / name) as partial:
+            # The Trainer writes into partial/checkpoint-N, of which the content moves up.
+            self._staging = partial
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = None
+            for path in (partial / name).iterdir():
+                path.rename(partial / path.name)
+            (partial / name).rmdir()
+        for old in _checkpoints(run)[:-_KEPT_CHECKPOINTS]:
+            remove(old)
+
+
+def _checkpoints(run: pathlib.Path) -> list[pathlib.Path]:
+    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def last_checkpoint(run: pathlib.Path) -> tuple[pathlib.Path, int] | None:
+    """The newest checkpoint of a run and its step."""
+    path = get_last_checkpoint(str(run))
+    return None if path is None else (pathlib.Path(path), int(path.rpartition("-")[2]))
+
+
+def train(trainer: QLoRATrainer, checkpoint: pathlib.Path | None) -> None:
+    """Trains to the last step, from ``checkpoint`` on if there is one."""
+    import safetensors
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        if checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) >= trainer.args.max_steps:
+            # Nothing is left to train, which the Trainer would only notice after one step too many.
+            set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+            trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+            return
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (safetensors.SafetensorError, EOFError) as error:
+        raise UserError(f"the checkpoint {checkpoint} is damaged: {first_line(error)}; delete it to use the one "
+                        "before it") from error  # fmt: skip
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "not enough GPU memory; try --grad-checkpointing, --chunked-loss, a smaller --batch-size or --seq-len"
+        ) from error
+    except FloatingPointError as error:
+        raise UserError(first_line(error)) from error
