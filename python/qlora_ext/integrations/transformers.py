@@ -124,10 +124,11 @@ class QLoRAConfig(QuantizationConfigMixin):
             double_quant=bool(saved.get("bnb_4bit_use_double_quant", False)),
             skip_modules=saved.get("llm_int8_skip_modules"),
         )
-        config._from_bitsandbytes = True
+        config._bitsandbytes_storage = getattr(torch, saved.get("bnb_4bit_quant_storage") or "uint8")
         return config
 
-    _from_bitsandbytes = False
+    # The dtype that the packed bytes pose as in the checkpoint, where bitsandbytes wrote it.
+    _bitsandbytes_storage: torch.dtype | None = None
 
 
 def _tied_modules(model: nn.Module) -> list[str]:
@@ -143,8 +144,8 @@ class QLoRAQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.from_bitsandbytes = quantization_config._from_bitsandbytes
-        quantization_config._from_bitsandbytes = False  # what is saved from here on is ours
+        self.bitsandbytes_storage = quantization_config._bitsandbytes_storage
+        quantization_config._bitsandbytes_storage = None  # what is saved from here on is ours
 
     def update_device_map(self, device_map: Any) -> Any:
         # As for bitsandbytes: on a machine with a GPU, that is where a quantized model is wanted.
@@ -186,9 +187,10 @@ class QLoRAQuantizer(HfQuantizer):
                 nested_block_size=config.nested_block_size,
                 device="meta",
             )
-            if not self.pre_quantized:
-                # transformers < 5.20 casts what it reads to the dtype found here, before it is quantized.
-                layer.weight = nn.Parameter(layer.weight.to(model_dtype), requires_grad=False)
+            # transformers < 5.20 casts what it reads to the dtype found here, before it comes to us.
+            as_read = self.bitsandbytes_storage or (None if self.pre_quantized else model_dtype)
+            if as_read is not None:
+                layer.weight = nn.Parameter(layer.weight.to(as_read), requires_grad=False)
             layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing for transformers to draw at random
             model.set_submodule(name, layer)
 
@@ -198,14 +200,14 @@ class QLoRAQuantizer(HfQuantizer):
         return Quantize(self)
 
     def get_weight_conversions(self) -> list[Any]:
-        if not (self.pre_quantized and self.from_bitsandbytes):
+        if self.bitsandbytes_storage is None:
             return []
         from transformers.core_model_loading import WeightConverter
 
         from ._loading import LoadBitsandbytes
 
         sources = [*(f"weight.{name}" for name in COMPANIONS), "weight"]
-        return [WeightConverter(sources, "weight", [LoadBitsandbytes(self)])]
+        return [WeightConverter(sources, "weight", operations=[LoadBitsandbytes(self)])]
 
     def quantize(self, module: Linear4bit, weight: torch.Tensor) -> NF4Weight:
         """The 4-bit form of a checkpoint's dense ``weight`` for ``module``."""
@@ -216,7 +218,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         _check_loaded(model)
-        if self.from_bitsandbytes:
+        if self.bitsandbytes_storage is not None:
             # The model is saved in our format from now on: bitsandbytes' keys are not to be written again.
             conversions = getattr(model, "_weight_conversions", None) or []
             model._weight_conversions = [c for c in conversions if not _loads_bitsandbytes(c)]
