@@ -201,14 +201,18 @@ class Linear4bit(nn.Linear):
         """Nothing to draw: the weight is frozen and comes from a checkpoint or from ``from_linear``."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
-        # half(), to(dtype) and the like reach every floating tensor: the scales keep their float32 bits, and take
-        # only the device that fn would have given them.
-        before = {name: t for name in SCALES if (t := self._buffers.get(name)) is not None}
+        # half(), to(dtype) and the like reach every floating tensor, type() every tensor: the packed state keeps its
+        # bits, and takes only the device that fn would have given it.
+        before = {name: t.detach() for name, t in self._packed_state().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, scales in before.items():
+        for name, kept in before.items():
             after = getattr(self, name)
-            if after.dtype != scales.dtype:
-                self._buffers[name] = scales.to(after.device)
+            if after.dtype == kept.dtype:
+                continue
+            if name == "weight":
+                after.data = kept.to(after.device)
+            else:
+                self._buffers[name] = kept.to(after.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
@@ -310,9 +314,9 @@ def quantize_model(
     for parent_name, parent in list(model.named_modules()):
         if skipped(parent_name):
             continue
-        for child_name, child in list(parent.named_children()):
+        for child_name, child in list(parent._modules.items()):  # named_children() gives a shared one once
             name = f"{parent_name}.{child_name}" if parent_name else child_name
-            if type(child) not in CONVERSIONS or skipped(name) or id(child.weight) in tied:
+            if child is None or type(child) not in CONVERSIONS or skipped(name) or id(child.weight) in tied:
                 continue
             if child not in done:
                 done[child] = replace(child)

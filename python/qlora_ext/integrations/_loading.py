@@ -10,6 +10,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..nn import SCALES, Linear4bit
 from ..weight import NF4Weight
+from ._mapped_files import drop_pages
 from .bitsandbytes import from_state_dict
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Quantize(ConversionOps):
             layer, _ = get_module_from_name(model, name)
             w4 = self.hf_quantizer.quantize(layer, _one(value))
             filled |= _fill(layer, name, w4, kwargs.get("missing_keys"))
+        drop_pages(self.hf_quantizer.checkpoint_files)
         return filled
 
 

@@ -144,6 +144,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
+        self.checkpoint_files: list[str] = []
         self.bitsandbytes_storage = quantization_config._bitsandbytes_storage
         quantization_config._bitsandbytes_storage = None  # what is saved from here on is ours
 
@@ -170,6 +171,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         config = self.quantization_config
+        self.checkpoint_files = list(kwargs.get("checkpoint_files") or [])
         model_dtype: torch.dtype = model.config.dtype
         skipped = self.skipped_modules(model)
         for name, module in list(model.named_modules()):

@@ -1,0 +1,177 @@
+"""Linear4bit as a module: whatever torch does with modules, the packed state keeps its bits."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qlora_ext
+from qlora_ext.nn import Linear4bit, quantize_model
+
+FORMS = [(64, True), (64, False), (128, True)]
+
+
+def layer(
+    block_size: int = 64, double_quant: bool = True, dtype: torch.dtype = torch.bfloat16, k: int = 160
+) -> Linear4bit:
+    linear = nn.Linear(k, 48, dtype=dtype)
+    return Linear4bit.from_linear(linear, block_size=block_size, double_quant=double_quant)
+
+
+def packed_bytes(module: Linear4bit) -> dict[str, Tensor]:
+    return {name: t.clone() for name, t in module.state_dict().items() if name != "bias"}
+
+
+def assert_same_bits(module: Linear4bit, before: dict[str, Tensor]) -> None:
+    after = packed_bytes(module)
+    assert after.keys() == before.keys()
+    for name, t in before.items():
+        assert after[name].dtype == t.dtype
+        assert torch.equal(after[name], t), name
+
+
+@pytest.mark.parametrize(("block_size", "double_quant"), FORMS)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.half(),
+        lambda m: m.bfloat16(),
+        lambda m: m.double().float(),
+        lambda m: m.to(torch.float16).to("cpu"),
+        lambda m: m.to(dtype=torch.bfloat16, memory_format=torch.contiguous_format),
+        lambda m: m.type(torch.float16),
+        lambda m: m.requires_grad_(False).train().eval(),
+        copy.copy,
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.share_memory(),
+        lambda m: m.apply(lambda sub: sub.reset_parameters()),
+    ],
+)
+def test_no_change_of_the_module_touches_the_packed_state(change, block_size: int, double_quant: bool) -> None:
+    module = layer(block_size, double_quant)
+    before = packed_bytes(module)
+    assert_same_bits(change(module), before)
+
+
+def test_dtype_changes_reach_bias_and_compute_dtype() -> None:
+    module = layer().half()
+    assert module.bias.dtype == module.compute_dtype == torch.float16
+    bare = Linear4bit(64, 8, bias=False).to(torch.float32)
+    assert bare.compute_dtype == torch.float32
+
+
+@pytest.mark.parametrize(("block_size", "double_quant"), FORMS)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("k", [160, 33])
+def test_state_dict_round_trips_strictly(block_size: int, double_quant: bool, device: str, k: int) -> None:
+    module = layer(block_size, double_quant, k=k)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    with torch.device(device):
+        empty = Linear4bit(k, 48, block_size=block_size, double_quant=double_quant)
+    result = empty.load_state_dict(torch.load(buffer), strict=True, assign=device == "meta")
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert_same_bits(empty, packed_bytes(module))
+    x = torch.randn(3, k, dtype=torch.bfloat16)
+    assert torch.equal(empty(x), module(x))
+    module.load_state_dict(empty.state_dict(), strict=True)
+    assert_same_bits(module, packed_bytes(empty))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize(
+    ("into", "message"),
+    [
+        ({"block_size": 128}, r"absmax: expected torch.uint8 \[60\].*block_size=128.*got torch.uint8 \[120\]"),
+        ({"double_quant": False}, r"absmax: expected torch.float32 \[120\].*double_quant=False; got torch.uint8"),
+        ({"in_features": 320}, r"weight: expected torch.uint8 \[48, 160\].*got torch.uint8 \[48, 80\]"),
+    ],
+)
+def test_a_state_of_another_form_is_refused(into: dict, message: str, strict: bool, assign: bool) -> None:
+    empty = Linear4bit(**{"in_features": 160, "out_features": 48, **into})
+    before = packed_bytes(empty)
+    with pytest.raises(RuntimeError, match=message):
+        empty.load_state_dict(layer().state_dict(), strict=strict, assign=assign)
+    assert_same_bits(empty, before)
+
+
+def test_a_dense_state_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"weight: expected torch.uint8 .* got torch.bfloat16"):
+        layer().load_state_dict(nn.Linear(160, 48, dtype=torch.bfloat16).state_dict())
+
+
+def test_set_weight_takes_block_sizes_and_scale_form() -> None:
+    module = layer(64, True)
+    w4 = qlora_ext.quantize_nf4(torch.randn(48, 160), 128, double_quant=False)
+    module.set_weight(w4)
+    module.check_form()
+    assert (module.block_size, module.double_quant) == (128, False)
+    assert "nested_absmax" not in module.state_dict()
+    assert torch.equal(module.dequantize(), w4.dequantize())
+
+
+def test_check_form_finds_what_was_set_from_outside() -> None:
+    module = layer()
+    module.absmax = torch.zeros(7, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"up.absmax: expected torch.uint8 \[120\]"):
+        module.check_form(prefix="up.")
+
+
+def test_evaluation_during_training_changes_nothing() -> None:
+    x = torch.randn(4, 160)
+
+    def gradient(evaluate: bool) -> Tensor:
+        torch.manual_seed(0)
+        module = layer(dtype=torch.float32).train()
+        if evaluate:
+            module.eval()
+            with torch.no_grad():
+                module(x)
+            with torch.inference_mode():
+                module(x[:1])
+            module.train()
+        leaf = x.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        assert leaf.grad is not None
+        return leaf.grad
+
+    assert torch.equal(gradient(True), gradient(False))
+
+
+def test_quantize_model_shares_skips_and_keeps_tied() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(32, 64)
+            self.a = nn.Linear(64, 64)
+            self.b = self.a
+            self.block = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+            self.head = nn.Linear(64, 32, bias=False)
+            self.head.weight = self.embed.weight
+            self.lm_head = nn.Linear(64, 32)
+
+    model = quantize_model(Model(), skip=("lm_head", "block.2"))
+    assert isinstance(model.a, Linear4bit)
+    assert model.a is model.b
+    assert isinstance(model.block[0], Linear4bit)
+    assert [type(m) for m in (model.block[2], model.head, model.lm_head)] == [nn.Linear] * 3
+    assert model.head.weight is model.embed.weight
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_to_linear_is_the_decoded_layer(bias: bool) -> None:
+    linear = nn.Linear(64, 32, bias=bias)
+    module = Linear4bit.from_linear(linear)
+    dense = module.to_linear()
+    assert type(dense) is nn.Linear
+    assert torch.equal(dense.weight, module.dequantize(torch.float32))
+    x = torch.randn(5, 64)
+    torch.testing.assert_close(dense(x), module(x), rtol=1e-5, atol=1e-5)

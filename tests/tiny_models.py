@@ -1,0 +1,57 @@
+"""Random language models of the families that differ in their linear layers, small enough to make in a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config
+
+_SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # grouped-query attention
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**_SIZES),
+    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),  # biases on q, k, v
+    "phi3": lambda: Phi3Config(**_SIZES),  # fused qkv and gate_up
+    "gpt2": lambda: GPT2Config(
+        n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    ),  # Conv1D: transposed weights
+}
+FAMILIES = list(CONFIGS)
+
+
+def make(family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
+    """A model with distinct weights and, where it has them, non-zero biases."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
+    """Whether two modules hold the same tensors, name by name and bit by bit."""
+    state, other = a.state_dict(), b.state_dict()
+    return state.keys() == other.keys() and all(
+        t.dtype == other[name].dtype and torch.equal(t, other[name]) for name, t in state.items()
+    )
