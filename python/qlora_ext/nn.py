@@ -276,6 +276,12 @@ CONVERSIONS: dict[type[nn.Module], type[Linear4bit]] = {nn.Linear: Linear4bit}
 AFTER_QUANTIZE: list[Callable[[nn.Module], None]] = []
 
 
+def paths_to(name: str) -> list[str]:
+    """The dotted names of the modules from the outermost to ``name`` itself: a, a.b, a.b.c."""
+    parts = name.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
 def quantize_model(
     model: nn.Module,
     skip: Iterable[str] = ("lm_head",),
@@ -291,8 +297,8 @@ def quantize_model(
     Args:
         model: its parameters are freed as they are quantized. A module used in several places stays shared, and one
             whose weight is another module's too (an embedding's) is left as it is.
-        skip: names of modules to leave alone: a full dotted name, or its last parts (``"lm_head"``,
-            ``"mlp.gate"``).
+        skip: names of modules to leave alone, with all that is in them: a full dotted name, or its last parts
+            (``"lm_head"``, ``"mlp.gate"``).
         block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear``.
 
     Returns:
@@ -301,7 +307,7 @@ def quantize_model(
     skip = tuple(skip)
 
     def skipped(name: str) -> bool:
-        return any(name == s or name.endswith("." + s) for s in skip)
+        return any(f".{path}".endswith(f".{s}") for path in paths_to(name) for s in skip)
 
     def replace(linear: nn.Module) -> Linear4bit:
         cls = CONVERSIONS[type(linear)]

@@ -20,7 +20,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _library
-from ..nn import AFTER_QUANTIZE, CONVERSIONS, Linear4bit
+from ..nn import AFTER_QUANTIZE, CONVERSIONS, Linear4bit, paths_to
 from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
 from .bitsandbytes import COMPANIONS
 
@@ -68,8 +68,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         block_size: elements a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are themselves held in 8 bits, in blocks of ``nested_block_size``.
         compute_dtype: of the quantized layers' products and biases; the model's dtype by default.
-        skip_modules: names of linear layers to leave as they are, as full names, last parts or regular expressions.
-            By default the output head; with ``[]`` every linear layer is quantized. Layers whose weight is tied to
+        skip_modules: names of modules to leave as they are, with all that is in them: full names, last parts of them
+            or regular expressions. By default the output head; with ``[]`` every linear layer is quantized. Layers whose weight is tied to
             another's (an embedding's) are never quantized.
 
     A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
@@ -176,7 +176,7 @@ class QLoRAQuantizer(HfQuantizer):
         skipped = self.skipped_modules(model)
         for name, module in list(model.named_modules()):
             cls = CONVERSIONS.get(type(module))
-            if cls is None or not should_convert_module(name, skipped):
+            if cls is None or not all(should_convert_module(path, skipped) for path in paths_to(name)):
                 continue
             k, n = module.weight.shape if cls is Conv1D4bit else reversed(module.weight.shape)
             layer = cls(
