@@ -113,12 +113,11 @@ def test_device_map(saved: Path, tmp_path: Path) -> None:
     model = load(saved, quantization_config=QLoRAConfig(), device_map={"": "cpu"})
     assert same_state(model, expected)
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
-    offloaded = load(
-        saved,
-        quantization_config=QLoRAConfig(),
-        device_map={**places, "model.layers.1": "disk"},
-        offload_folder=tmp_path / "offload",
-    )
+    places["model.layers.1"] = "disk"
+    with pytest.raises(ValueError, match=r"device_map: expected no layers on disk"):
+        load(saved, quantization_config=QLoRAConfig(), device_map=places)
+    expected.save_pretrained(tmp_path / "4bit")
+    offloaded = load(tmp_path / "4bit", device_map=places, offload_folder=tmp_path / "offload")
     assert offloaded.model.layers[1].mlp.up_proj.weight.is_meta
     assert torch.equal(offloaded(token_ids()).logits, expected(token_ids()).logits)
 
@@ -131,10 +130,14 @@ def test_generates(saved: Path) -> None:
     assert torch.equal(out[:, : ids.shape[1]], ids)
 
 
-@pytest.mark.parametrize("shards", ["5GB", "20KB"])
-@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
-@pytest.mark.parametrize("double_quant", [True, False])
-@every_family
+@pytest.mark.parametrize(
+    ("saved", "double_quant", "storage", "shards"),
+    [
+        *[(family, double_quant, "uint8", "20KB") for family in FAMILIES for double_quant in (True, False)],
+        *[("llama", True, storage, "5GB") for storage in ("bfloat16", "float16", "float32", "float64")],
+    ],
+    indirect=["saved"],
+)
 def test_loads_bitsandbytes_checkpoints(
     saved: Path, tmp_path: Path, double_quant: bool, storage: str, shards: str
 ) -> None:

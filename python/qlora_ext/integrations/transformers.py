@@ -68,9 +68,9 @@ class QLoRAConfig(QuantizationConfigMixin):
         block_size: elements a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are themselves held in 8 bits, in blocks of ``nested_block_size``.
         compute_dtype: of the quantized layers' products and biases; the model's dtype by default.
-        skip_modules: names of modules to leave as they are, with all that is in them: full names, last parts of them
-            or regular expressions. By default the output head; with ``[]`` every linear layer is quantized. Layers whose weight is tied to
-            another's (an embedding's) are never quantized.
+        skip_modules: names of modules to leave as they are, with all that is in them: full names, last parts of
+            them or regular expressions. By default the output head; with ``[]`` every linear layer is quantized.
+            Layers whose weight is tied to another's (an embedding's) are never quantized.
 
     A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
     """
@@ -147,6 +147,14 @@ class QLoRAQuantizer(HfQuantizer):
         self.checkpoint_files: list[str] = []
         self.bitsandbytes_storage = quantization_config._bitsandbytes_storage
         quantization_config._bitsandbytes_storage = None  # what is saved from here on is ours
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
+        if on_disk and (not self.pre_quantized or self.bitsandbytes_storage is not None):
+            raise ValueError(
+                "device_map: expected no layers on disk, where transformers looks for them in the checkpoint as it is; "
+                "load and save the model in 4 bits first"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
         # As for bitsandbytes: on a machine with a GPU, that is where a quantized model is wanted.
