@@ -308,8 +308,11 @@ peft.prepare_model_for_kbit_training = prepare_model_for_kbit_training
 def _save_pretrained(original: Any, self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
     saved = original(self, save_directory, *args, **kwargs)
     if _is_4bit(self) and kwargs.get("is_main_process", True):
-        for config in pathlib.Path(save_directory).rglob("adapter_config.json"):
-            write_base(self, config.parent)
+        names = kwargs.get("selected_adapters") or list(self.peft_config)
+        for name in names:  # PEFT puts every adapter but the default one into a directory of its own
+            directory = pathlib.Path(save_directory) / ("" if name == "default" else name)
+            if (directory / "adapter_config.json").is_file():
+                write_base(self, directory)
     return saved
 
 

@@ -1,0 +1,378 @@
+"""LoRA on 4-bit layers through PEFT: one fused operator, PEFT's adapters, files and switches."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qlora_ext import QLoRAConfig
+from qlora_ext.fingerprint import fingerprint
+from qlora_ext.nn import Linear4bit, quantize_model
+from tiny_models import FAMILIES, make, same_state, token_ids
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+
+from qlora_ext.integrations import peft as integration  # noqa: E402
+
+IDS = token_ids()
+
+
+def base(family: str = "llama", dtype: torch.dtype = torch.float32) -> Any:
+    return quantize_model(make(family, dtype))
+
+
+def adapted(model: Any = None, **options: Any) -> Any:
+    """A PEFT model whose adapters are not the identity."""
+    torch.manual_seed(2)
+    config = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False, **options}
+    return get_peft_model(base() if model is None else model, LoraConfig(task_type="CAUSAL_LM", **config)).eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=IDS).logits
+    return out
+
+
+def dense_twin(model: Any) -> Any:
+    """The same adapters on the decoded base, all by PEFT's own code."""
+    twin = copy.deepcopy(model)
+    options = twin.peft_config["default"]
+    plain = make().float()
+    plain.load_state_dict(base().dequantize().state_dict())
+    other = get_peft_model(plain, copy.deepcopy(options)).eval()
+    adapters = {name: t for name, t in twin.state_dict().items() if "lora_" in name}
+    assert adapters
+    assert not other.load_state_dict(adapters, strict=False).unexpected_keys
+    return other
+
+
+@contextlib.contextmanager
+def counting_fused_calls() -> Iterator[list[str]]:
+    """Collects which Linear4bit calls ran with a LoRA branch inside the operator, and which without."""
+    calls: list[str] = []
+    original = Linear4bit.fused_forward
+
+    def counted(self: Linear4bit, x: Tensor, lora_a: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append("plain" if lora_a is None else "fused")
+        return original(self, x, lora_a, *args, **kwargs)
+
+    Linear4bit.fused_forward = counted  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        Linear4bit.fused_forward = original  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_linear_layers_run_fused(family: str) -> None:
+    model = adapted(base(family), fan_in_fan_out=family == "gpt2")
+    layers = [m for m in model.modules() if isinstance(m, integration.LoraLinear4bit)]
+    assert len(layers) == sum(isinstance(m, Linear4bit) for m in model.modules()) > 0
+    with counting_fused_calls() as calls:
+        model(input_ids=IDS)
+    assert calls == ["fused"] * len(layers)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"r": 3}], ids=str)
+def test_outputs_and_gradients_are_those_of_dense_lora(options: dict[str, Any]) -> None:
+    ours = adapted(**options)
+    theirs = dense_twin(ours)
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-4)
+    for model in (ours, theirs):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    for name, p in ours.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, gradients[name], rtol=1e-3, atol=1e-5)
+        else:
+            assert p.grad is None
+
+
+def test_rank_and_alpha_patterns() -> None:
+    model = adapted(rank_pattern={"down_proj": 2}, alpha_pattern={"up_proj": 32})
+    mlp = model.base_model.model.model.layers[0].mlp
+    assert mlp.down_proj.lora_A["default"].weight.shape[0] == 2
+    assert mlp.up_proj.scaling["default"] == 8.0
+    with counting_fused_calls() as calls:
+        logits(model)
+    assert set(calls) == {"fused"}
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_bfloat16_compute_with_either_adapter_dtype(adapter_dtype: torch.dtype) -> None:
+    model = adapted(base(dtype=torch.bfloat16))
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            assert p.dtype == torch.float32  # PEFT's autocast_adapter_dtype
+            p.data = p.data.to(adapter_dtype)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g is not None and g.dtype == adapter_dtype and g.isfinite().all() for g in grads)
+
+
+def test_dropout_is_in_the_operator_and_only_in_training() -> None:
+    model = adapted(lora_dropout=0.5)
+    reference = logits(model)
+    assert torch.equal(logits(model), reference)
+    model.train()
+    with counting_fused_calls() as calls:
+        torch.manual_seed(0)
+        first = logits(model)
+        torch.manual_seed(0)
+        assert torch.equal(logits(model), first)
+    assert set(calls) == {"fused"}
+    assert not torch.equal(first, reference)
+    assert not torch.equal(logits(model), first)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone() -> None:
+    model = adapted(init_lora_weights=True)
+    before = {name: t.clone() for name, t in model.state_dict().items() if "lora_" not in name}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    model.train()
+    for step in range(12):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if step == 5:  # evaluating and generating in between changes nothing
+            model.eval()
+            logits(model)
+            model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, do_sample=False)
+            model.train()
+    assert losses[-1] < losses[0] - 0.2
+    after = model.state_dict()
+    assert all(torch.equal(after[name], t) for name, t in before.items())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool) -> None:
+    def gradients(checkpointing: bool) -> list[Tensor]:
+        model = adapted(lora_dropout=0.3).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        torch.manual_seed(5)
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        return [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+
+    plain, checkpointed = gradients(False), gradients(True)
+    assert len(plain) == len(checkpointed) > 0
+    for a, b in zip(plain, checkpointed, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_prepare_for_kbit_training_keeps_the_packed_state(tmp_path: Path) -> None:
+    model = base("qwen2", torch.bfloat16)
+    packed = {n: t.clone() for n, t in model.state_dict().items() if t.dtype == torch.uint8 or "absmax" in n}
+    prepared = peft.prepare_model_for_kbit_training(model)
+    state = prepared.state_dict()
+    assert packed
+    assert all(state[name].dtype == t.dtype and torch.equal(state[name], t) for name, t in packed.items())
+    assert prepared.model.norm.weight.dtype == torch.float32
+    assert any(getattr(m, "gradient_checkpointing", False) for m in prepared.modules())
+    trained = adapted(prepared).train()
+    trained(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in trained.parameters() if p.requires_grad)
+
+
+def test_saves_and_loads_pefts_own_files(tmp_path: Path) -> None:
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in tmp_path.iterdir()}
+    again = PeftModel.from_pretrained(base(), tmp_path)
+    assert torch.equal(logits(again), logits(model))
+    theirs = PeftModel.from_pretrained(base().dequantize(), tmp_path)  # a dense base takes the same adapter
+    torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
+
+
+def test_several_adapters_switch_disable_and_combine(tmp_path: Path) -> None:
+    plain = logits(base())
+    model = adapted()
+    first = logits(model)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("second")
+    second = logits(model)
+    assert not torch.equal(second, first)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    model.base_model.set_adapter(["default", "second"])  # two at once: PEFT's own path
+    with counting_fused_calls() as calls:
+        both = logits(model)
+    assert "plain" in calls
+    assert not torch.equal(both, first)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits(model), both, rtol=1e-4, atol=1e-4)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+
+
+def test_adapters_by_sample() -> None:
+    model = adapted()
+    first = logits(model)
+    with torch.no_grad():
+        mixed = model(input_ids=IDS, adapter_names=["default", "__base__"]).logits
+    torch.testing.assert_close(mixed[:1], first[:1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(mixed[1:], logits(base())[1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["q_proj"]}], ids=str)
+def test_merge_and_unload_gives_a_dense_model(options: dict[str, Any], tmp_path: Path) -> None:
+    model = adapted(**options)
+    expected = logits(model)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert not any(isinstance(m, Linear4bit) for m in merged.modules())
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    merged.save_pretrained(tmp_path)
+    again = type(merged).from_pretrained(tmp_path)
+    assert same_state(again, merged)
+
+
+def test_merges_in_the_dtype_of_the_base() -> None:
+    merged = adapted(base("gpt2", torch.bfloat16), fan_in_fan_out=True).merge_and_unload()
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert type(merged.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
+
+
+def test_merge_adapter_in_place_is_undone_to_the_bit() -> None:
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    before, expected = copy.deepcopy(model.state_dict()), logits(model)
+    model.merge_adapter(["default"])
+    assert not torch.equal(logits(model), expected)  # the merged weights are quantized anew
+    model.merge_adapter(["second"])
+    model.unmerge_adapter()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(logits(model), expected)
+
+
+def test_merge_to_4bit_reports_its_error() -> None:
+    model = adapted()
+    expected = logits(model)
+    merged, error = integration.merge_to_4bit(model)
+    assert all(isinstance(m, Linear4bit) for n, m in merged.named_modules() if n.endswith("_proj"))
+    assert len(error.by_layer) == 14
+    assert 0.0 < min(error.by_layer.values()) <= error.total <= max(error.by_layer.values()) < 0.12
+    assert (logits(merged) - expected).norm() < 0.5 * expected.norm()
+
+
+def test_dora_is_correct_and_trains() -> None:
+    plain = logits(base())
+    model = adapted(use_dora=True, init_lora_weights=True)
+    torch.testing.assert_close(logits(model), plain, rtol=1e-4, atol=1e-4)
+    trained = adapted(use_dora=True)
+    torch.testing.assert_close(logits(trained), logits(dense_twin(trained)), rtol=1e-4, atol=1e-4)
+    trained.train()(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in trained.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("init", ["gaussian", "pissa", "olora", "orthogonal"])
+def test_initialisations_start_near_the_base(init: str) -> None:
+    plain = logits(base())
+    start = logits(adapted(init_lora_weights=init))
+    exact = init in ("gaussian", "orthogonal")  # the others move a part of the base into the adapter, and requantize
+    assert (start - plain).norm() <= (1e-5 if exact else 0.2) * plain.norm()
+
+
+def test_modules_to_save(tmp_path: Path) -> None:
+    model = adapted(modules_to_save=["lm_head"])
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    head = model.base_model.model.lm_head.modules_to_save["default"]
+    assert head.weight.grad is not None
+    with torch.no_grad():
+        head.weight.add_(0.1)
+    model.eval().save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
+
+
+def test_fingerprint_names_the_base() -> None:
+    model = base()
+    print_ = fingerprint(model)
+    assert len(print_) == 64
+    assert fingerprint(base()) == fingerprint(base().to(torch.float16)) == fingerprint(adapted(model)) == print_
+    other = base()
+    other.model.layers[0].mlp.up_proj.weight.data[0, 0] ^= 1
+    assert fingerprint(other) != print_
+    scales = base()
+    scales.model.layers[0].mlp.up_proj.nested_offset.add_(1e-3)
+    assert fingerprint(scales) != print_
+    with pytest.raises(ValueError, match="found none"):
+        fingerprint(make())
+
+
+def test_an_adapter_knows_its_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted().save_pretrained(tmp_path)
+    record = json.loads((tmp_path / integration.BASE_FILE).read_text())
+    assert record["fingerprint"] == fingerprint(base())
+    assert integration.check_base(base(), tmp_path, "refuse") is True
+
+    other = quantize_model(make(seed=9).float())
+    with pytest.warns(UserWarning, match="trained on another 4-bit base"):
+        PeftModel.from_pretrained(other, tmp_path)
+    with pytest.raises(ValueError, match="trained on another 4-bit base"):
+        integration.check_base(other, tmp_path, "refuse")
+    assert integration.check_base(other, tmp_path, "ignore") is False
+    monkeypatch.setattr(integration, "on_base_mismatch", "refuse")
+    with pytest.raises(ValueError, match="trained on another 4-bit base"):
+        PeftModel.from_pretrained(quantize_model(make(seed=9).float()), tmp_path)
+    assert integration.check_base(make(), tmp_path) is None
+    (tmp_path / integration.BASE_FILE).unlink()
+    assert integration.check_base(other, tmp_path) is None
+
+
+def test_an_adapter_trained_on_bitsandbytes(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    make().save_pretrained(tmp_path / "dense")
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=BitsAndBytesConfig(**options, bnb_4bit_compute_dtype=torch.bfloat16)
+    )
+    trained = adapted(theirs)
+    trained.save_pretrained(tmp_path / "adapter")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=QLoRAConfig())
+    ours = PeftModel.from_pretrained(ours, tmp_path / "adapter")
+    expected = logits(trained)
+    assert (logits(ours) - expected).norm() < 0.02 * expected.norm()
+
+
+def test_trainer_runs_unchanged(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    make().save_pretrained(tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=QLoRAConfig())
+    model = adapted(model, init_lora_weights=True)
+    rows = [{"input_ids": ids, "labels": ids} for ids in token_ids(8)]
+    arguments = TrainingArguments(
+        output_dir=tmp_path / "run",
+        max_steps=4,
+        save_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    assert integration.check_base(model, checkpoint, "refuse") is True
