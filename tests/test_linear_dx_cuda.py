@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import qlora_ext
 import reference
 from samples import DTYPES, LinearSample, assert_as_exact, linear_sample, rounded, rows, sum32, to_f64
 
@@ -151,6 +152,23 @@ def test_dlora_splits_its_sum(dtype: torch.dtype) -> None:
     dy = gradient(s)
     first, second = (OPS.linear_nf4_dlora(dy, s.x, *s.lora_args) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": None}, {"dropout_p": 0.4}, {"rank": 1, "double_quant": False}], ids=str
+)
+def test_backward_of_the_layer(options: dict, dtype: torch.dtype) -> None:
+    s = linear_sample((2, 9), 72, 96, dtype=dtype, device="cuda", requires_grad=True, **options)
+    y = qlora_ext.autograd.LinearNF4Function.apply(*s.args)
+    dy = gradient(s)
+    y.backward(dy)
+    assert_as_exact(s.x.grad, formula_dx(s, dy).reshape(s.x.shape), s.expected_dx(dy))
+    assert_as_exact(s.bias.grad, rounded(rows(dy).sum(0), dtype), rows(dy).sum(0))
+    if s.lora_a is not None:
+        grads = (s.lora_a.grad, s.lora_b.grad)
+        for got, formula, expected in zip(grads, formula_dlora(s, dy), s.expected_dlora(dy), strict=True):
+            assert_as_exact(got, formula, expected)
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0, 3)])

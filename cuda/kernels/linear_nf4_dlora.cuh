@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_kernel(const D
     __syncthreads();
     finish_dlora<T>(args, tile, sums, j, kRankTiles);
   }
-  if (args.splits > 1) add_dlora_splits<T>(args, tile, sums, kRankTiles);
+  if (args.splits > 1) add_dlora_splits<T>(args, tile, kRankTiles);
 }
 
 }  // namespace qlora::kernels

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_exact_kernel(c
   }
   __syncthreads();
   finish_dlora<float>(args, tile, sums, 0, 1);
-  if (args.splits > 1) add_dlora_splits<float>(args, tile, sums, 1);
+  if (args.splits > 1) add_dlora_splits<float>(args, tile, 1);
 }
 
 }  // namespace qlora::kernels

@@ -58,7 +58,6 @@ __device__ __forceinline__ DLoraTile make_dlora_tile(const DLoraArgs& args) {
 
 struct DLoraSums {
   float value[kDLoraGroups][kDLoraRanks][kDLoraColumns + 2];
-  uint32_t flag;
 };
 
 // Element i of a chunk of 16 ranks x 64 columns, in the order in which the output lies in memory.
@@ -102,9 +101,8 @@ __device__ __forceinline__ void finish_dlora(const DLoraArgs& args, const DLoraT
 
 // The last CTA of the tile adds up the splits.
 template <class T>
-__device__ __forceinline__ void add_dlora_splits(const DLoraArgs& args, const DLoraTile& tile, DLoraSums& sums,
-                                                 int rank_tiles) {
-  if (!tile::arrives_last(args.counters + tile.index, args.splits, &sums.flag)) return;
+__device__ __forceinline__ void add_dlora_splits(const DLoraArgs& args, const DLoraTile& tile, int rank_tiles) {
+  if (!tile::arrives_last(args.counters + tile.index, args.splits)) return;
   for (int j = 0; j < rank_tiles; ++j) {
     for (int i = threadIdx.x; i < kDLoraChunk; i += kDLoraThreads) {
       float sum = 0.0f;

@@ -32,7 +32,6 @@ __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(co
   __shared__ float values[kCodes], dynamic8[256];
   __shared__ float dy[kDxExactStageRows][kDxExactTokens];
   __shared__ float sums[kDxExactTokens][kDxExactColumns];
-  __shared__ uint32_t flag;
   if (threadIdx.x < kCodes) values[threadIdx.x] = tile::c_nf4.value[threadIdx.x];
   tile::fill_dynamic8<kDxExactThreads>(dynamic8);
 
@@ -86,7 +85,7 @@ __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(co
       }
     }
   }
-  if (args.splits > 1 && !tile::arrives_last(args.counters + blockIdx.x, args.splits, &flag)) return;
+  if (args.splits > 1 && !tile::arrives_last(args.counters + blockIdx.x, args.splits)) return;
   __syncthreads();
   if (column >= args.k) return;
   for (int i = half; i < kDxExactTokens && token0 + i < args.m; i += 2) {

@@ -5,7 +5,7 @@
 //                      half: row `64 * slot + r` holds the 128 bytes (256 columns) of W's row r of that stage
 //   kDy                dy stages: [slot][token] rows of 64 n
 //   kScales            scale stages: [slot][column group][row], float32
-//   kDynamic8, kFlag   the 8-bit map; one word for the split's arrival
+//   kDynamic8          the 8-bit map
 //
 // Swizzles, so that the fragment reads below and the copies' 16-byte writes are free of conflicts:
 //   W: the 32-byte segment of row r holds slab `segment ^ (r >> 2 & 3)`;  dy: 16-byte chunk c of token i at c ^ (i & 3)
@@ -45,8 +45,7 @@ struct DxLayout {
   static constexpr int kDy = kPairF32Bytes;
   static constexpr int kScales = kDy + kStages * kDyStageBytes;
   static constexpr int kDynamic8 = kScales + kStages * kScaleStageBytes;
-  static constexpr int kFlag = kDynamic8 + 1024;
-  static constexpr int kBytes = kFlag + 16;
+  static constexpr int kBytes = kDynamic8 + 1024;
   static_assert(kStages * kDxStageRows <= kPairF32Entries && kBytes <= 99 * 1024);
 
   __device__ static int w_row(int slot, int row) {

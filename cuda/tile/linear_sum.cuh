@@ -7,6 +7,7 @@
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/linear_tile.cuh"
+#include "cuda/tile/split.cuh"
 #include "cuda/tile/unroll.cuh"
 
 namespace qlora::tile {
@@ -80,17 +81,6 @@ class OutputQuad {
   float bias_[4] = {};
 };
 
-// Counts this CTA in at its tile. True in the last one of the tile's splits, which then sees what the others wrote.
-__device__ __forceinline__ bool is_last_split(uint32_t* ticket, uint32_t splits) {
-  __shared__ uint32_t arrived;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) arrived = atomicAdd(ticket, 1u);
-  __syncthreads();
-  __threadfence();
-  return arrived == splits - 1;
-}
-
 // `sums` is what store_sums left. A thread adds up and stores four columns of every kTokenStep-th token.
 template <class Tile>
 __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out, const float* sums, int64_t token0,
@@ -120,7 +110,7 @@ __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out
       reinterpret_cast<float4*>(out.partials) + int64_t{blockIdx.x} * gridDim.y * kSplitQuads + quad;
   for (int token = first; token < tokens; token += kTokenStep)
     partials[blockIdx.y * kSplitQuads + token * kQuads] = group_sum(token);
-  if (!is_last_split(out.tickets + blockIdx.x, gridDim.y)) return;
+  if (!arrives_last(out.tickets + blockIdx.x, gridDim.y)) return;
   store_all([&](int token) {
     const float4* source = partials + token * kQuads;
     float4 sum = __ldcg(source);

@@ -6,16 +6,16 @@
 
 namespace qlora::tile {
 
-// True in every thread of the CTA that arrives last of `splits` at `counter`, which starts at 0. Everything that the
-// CTAs wrote to global memory before is then visible. `flag` is a word of shared memory that nothing else uses.
-__device__ __forceinline__ bool arrives_last(uint32_t* counter, uint32_t splits, uint32_t* flag) {
+// True in every thread of the CTA that arrives last of `splits` at `counter`, which starts at 0. It then sees
+// everything that the others wrote to global memory before.
+__device__ __forceinline__ bool arrives_last(uint32_t* counter, uint32_t splits) {
+  __shared__ uint32_t arrived;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) *flag = atomicAdd(counter, 1u);
+  if (threadIdx.x == 0) arrived = atomicAdd(counter, 1u);
   __syncthreads();
-  const bool last = *flag + 1 == splits;
-  if (last) __threadfence();
-  return last;
+  __threadfence();
+  return arrived == splits - 1;
 }
 
 }  // namespace qlora::tile
