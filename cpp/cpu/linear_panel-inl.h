@@ -16,6 +16,8 @@ inline int64_t shared_tokens(int64_t tokens, int64_t rank) {
   return fit < tokens && fit > 2 * kTileLanes ? fit & -kTileLanes : at_most(fit, tokens);
 }
 
+inline constexpr int64_t kStripRows = 24;
+
 // y[token .. token + tokens)[row .. row + rows), with h's first row at `first_token`. Weight rows are the broadcast
 // rows, tokens the lanes.
 template <class W, class T>
@@ -23,31 +25,36 @@ void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int6
                    int64_t rows) {
   using Word = typename W::Word;
   Arena arena;
-  Word* const weights = arena.take<Word>(rows * kDepth);
-  Word* const lanes = arena.take<Word>(kTileLanes * kDepth);
+  Word* const strip = arena.take<Word>(kStripRows * kDepth);
+  Word* const lanes = arena.take<Word>(round_up(tokens, kLanes) * kDepth);
   float* const sums = arena.take<float>(rows * round_up(tokens, kLanes));
   bool first = true;
 
+  // A strip of rows is multiplied with all tokens while it is in the first-level cache.
+  const Cut strips = cut(rows, kStripRows, 1);
+  const auto multiply_strips = [&](int depth, const auto& fill_strip) {
+    for (int64_t r = 0; r < rows; r += strips.size) {
+      const int64_t some_rows = at_most(strips.size, rows - r);
+      fill_strip(row + r, some_rows);
+      for (int64_t t = 0; t < tokens; t += kTileLanes) {
+        const int64_t some = at_most(tokens - t, kTileLanes);
+        multiply<W>(strip, some_rows, lanes + t * depth, some, depth, sums + t * rows + r * tile_width(some), first);
+      }
+    }
+    first = false;
+  };
   const Matrix<T> x{static_cast<const T*>(p.x), p.w.k};
   const Cut blocks = cut(p.w.k, kDepth * W::kElements, kGroup);
-  for (int64_t c = 0; c < p.w.k; c += blocks.size, first = false) {
+  for (int64_t c = 0; c < p.w.k; c += blocks.size) {
     const int64_t columns = at_most(blocks.size, p.w.k - c);
-    decode_rows<W>(p.w, row, rows, c, columns, weights);
-    for (int64_t t = 0; t < tokens; t += kTileLanes) {
-      const int64_t some = at_most(tokens - t, kTileLanes);
-      const int depth = transpose_lanes<W, Order::kDecoded>(x, token + t, some, c, columns, lanes);
-      multiply<W>(weights, rows, lanes, some, depth, sums + t * rows, first);
-    }
+    const int depth = transpose_lanes<W, Order::kDecoded>(x, token, tokens, c, columns, lanes);
+    multiply_strips(depth, [&](int64_t r, int64_t n) { decode_rows<W>(p.w, r, n, c, columns, strip); });
   }
   const Matrix<T> low{h, p.lora.rank}, b{static_cast<const T*>(p.lora.b), p.lora.rank};
-  for (int64_t c = 0; c < p.lora.rank; c += kDepth * W::kElements, first = false) {
+  for (int64_t c = 0; c < p.lora.rank; c += kDepth * W::kElements) {
     const int64_t columns = at_most(kDepth * W::kElements, p.lora.rank - c);
-    load_rows<W>(b, row, rows, c, columns, weights);
-    for (int64_t t = 0; t < tokens; t += kTileLanes) {
-      const int64_t some = at_most(tokens - t, kTileLanes);
-      const int depth = transpose_lanes<W, Order::kMemory>(low, token - first_token + t, some, c, columns, lanes);
-      multiply<W>(weights, rows, lanes, some, depth, sums + t * rows, first);
-    }
+    const int depth = transpose_lanes<W, Order::kMemory>(low, token - first_token, tokens, c, columns, lanes);
+    multiply_strips(depth, [&](int64_t r, int64_t n) { load_rows<W>(b, r, n, c, columns, strip); });
   }
   if (first) __builtin_memset(sums, 0, static_cast<size_t>(rows * round_up(tokens, kLanes)) * sizeof(float));
   const T* bias = p.bias ? static_cast<const T*>(p.bias) + row : nullptr;
@@ -102,6 +109,8 @@ inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t toke
   }
 }
 
+inline constexpr int64_t kFewTokens = 64;
+
 // dx[token .. token + tokens)[column .. column + columns), with g's first row at `first_token`. Tokens are the
 // broadcast rows, columns the lanes. The low-rank product comes first, since dropout acts on it alone.
 template <class W, class T>
@@ -124,13 +133,25 @@ void backward_block(const LinearDxProblem& p, const T* g, int64_t first_token, i
   }
   if (p.lora.rank && p.lora.dropout.active()) drop_sums(p.lora.dropout, sums, token, tokens, p.w.k, column, columns);
 
+  // With few tokens, as much is decoded at a time as the first-level cache holds. With many, decoding hardly counts,
+  // and deeper pieces add to the sums less often.
+  const bool few = tokens <= kFewTokens;
+  const Cut pieces = cut(columns, few ? 2 * kGroup : columns, kGroup);
   const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n};
   const Cut blocks = cut(p.w.n, kDepth * W::kElements, W::kElements);
-  for (int64_t n = 0; n < p.w.n; n += blocks.size, first = false) {
-    const int64_t rows = at_most(blocks.size, p.w.n - n);
-    load_rows<W>(dy, token, tokens, n, rows, gradients);
-    decode_lanes<W>(p.w, n, rows, column, columns, width, lanes);
-    multiply<W>(gradients, tokens, lanes, width, static_cast<int>(ceil_div(rows, W::kElements)), sums, first);
+  for (int64_t n = 0; n < p.w.n; n += blocks.size) {
+    const int64_t block_rows = at_most(blocks.size, p.w.n - n);
+    load_rows<W>(dy, token, tokens, n, block_rows, gradients);
+    const Cut slices = cut(block_rows, (few ? 64 : kDepth) * W::kElements, W::kElements);
+    for (int64_t s = 0; s < block_rows; s += slices.size, first = false) {
+      const int64_t rows = at_most(slices.size, block_rows - s);
+      const int depth = static_cast<int>(ceil_div(rows, W::kElements));
+      for (int64_t c = 0; c < columns; c += pieces.size) {
+        const int64_t some = at_most(pieces.size, columns - c), some_lanes = round_up(some, kGroup);
+        decode_lanes<W>(p.w, n + s, rows, column + c, some, lanes);
+        multiply<W>(gradients + s / W::kElements, tokens, lanes, some_lanes, depth, sums + c * tokens, first);
+      }
+    }
   }
   if (first) __builtin_memset(sums, 0, static_cast<size_t>(tokens * width) * sizeof(float));
   for (int64_t t = 0; t < tokens; ++t) {

@@ -131,13 +131,20 @@ struct Table {
   F low, high;  // codes 0..7 and 8..15
 };
 inline Table nf4_table() { return {_mm256_loadu_ps(kNf4.value), _mm256_loadu_ps(kNf4.value + 8)}; }
-inline Table scaled(const Table& t, float scale) { return {mul(t.low, splat(scale)), mul(t.high, splat(scale))}; }
+inline Table scaled(const Table& t, F scale) { return {mul(t.low, scale), mul(t.high, scale)}; }
 template <int j>
 inline F lookup(const Table& t, Codes c) {
   constexpr int kShift[4] = {4, 0, 12, 8};
   const U code = _mm256_srli_epi32(c, kShift[j]), sign = _mm256_slli_epi32(c, 28 - kShift[j]);
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, code), _mm256_permutevar8x32_ps(t.high, code),
                           _mm256_castsi256_ps(sign));
+}
+
+// table[codes[i]] for `count` codes; nothing beyond them is read.
+inline F look_up(const float* table, const uint8_t* codes, int count) {
+  float some[kLanes] = {};
+  for (int i = 0; i < count; ++i) some[i] = table[codes[i]];
+  return load(some);
 }
 
 // Elements 4i + j of a group that begins `offset` elements into a block of 2^shift, times the scales of the blocks they
@@ -188,6 +195,17 @@ struct WordF32 {
   static Vector load(const Word* p) { return _mm256_loadu_ps(p); }
   static void store(Word* p, Vector v) { _mm256_storeu_ps(p, v); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
+
+  // A group of a row, decoded: vector j lane i is element 4i + j, in this order in memory.
+  template <class Row>
+  static void decode_row(Row& row, int64_t column, Word* out) {
+    F v[4];
+    row.decode(column, v);
+    store_decoded_row(v, out);
+  }
+  static void store_decoded_row(const F (&v)[4], Word* out) {
+    unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
+  }
   static Vector broadcast(const Word* p) { return _mm256_broadcast_ss(p); }
   static F multiply_add(Vector a, Vector b, F sum) { return _mm256_fmadd_ps(a, b, sum); }
 };

@@ -128,10 +128,17 @@ struct Table {
   F value;
 };
 inline Table nf4_table() { return {_mm512_loadu_ps(kNf4.value)}; }
-inline Table scaled(const Table& t, float scale) { return {mul(t.value, splat(scale))}; }
+inline Table scaled(const Table& t, F scale) { return {mul(t.value, scale)}; }
 template <int j>
 inline F lookup(const Table& t, Codes c) {
   return _mm512_permutexvar_ps(nibble<j>(c), t.value);
+}
+
+// table[codes[i]] for `count` codes; nothing beyond them is read.
+inline F look_up(const float* table, const uint8_t* codes, int count) {
+  const __mmask16 these = static_cast<__mmask16>((1u << count) - 1);
+  const U index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(these, codes));
+  return _mm512_mask_i32gather_ps(zero(), these, index, table, 4);
 }
 
 // Elements 4i + j of a group that begins `offset` elements into a block of 2^shift, times the scales of the blocks they
@@ -183,6 +190,17 @@ struct WordF32 {
   static Vector load(const Word* p) { return _mm512_loadu_ps(p); }
   static void store(Word* p, Vector v) { _mm512_storeu_ps(p, v); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
+
+  // A group of a row, decoded: vector j lane i is element 4i + j, in this order in memory.
+  template <class Row>
+  static void decode_row(Row& row, int64_t column, Word* out) {
+    F v[4];
+    row.decode(column, v);
+    store_decoded_row(v, out);
+  }
+  static void store_decoded_row(const F (&v)[4], Word* out) {
+    unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
+  }
   static Vector broadcast(const Word* p) { return _mm512_set1_ps(*p); }
   static F multiply_add(Vector a, Vector b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
 };

@@ -25,19 +25,26 @@ struct WordBf16 {
     return _mm512_permutexvar_epi16(order, both);
   }
 
-  // A row's group, decoded to words (elements 4i, 4i + 2) and (4i + 1, 4i + 3) of lane i.
-  static void decode_row(const uint8_t* packed, const Table& t, float scale, Word* out) {
-    const F values = scaled(t, scale).value;
+  // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
+  template <class Row>
+  static void decode_row(Row& row, int64_t column, Word* out) {
+    const F values = row.table(column).value;
     const U table = (U)_mm512_cvtne2ps_pbh(values, values);  // twice, so that bit 4 of an index does not matter
-    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.packed(column))));
     store(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
     store(out + 16, _mm512_permutexvar_epi16(bytes, table));
   }
+  static void store_decoded_row(const F (&v)[4], Word* out) {
+    store(out, round_pair(v[0], v[2]));
+    store(out + 16, round_pair(v[1], v[3]));
+  }
+
   // Groups of two rows, decoded to words (row, next row) of element 4i + j in vector j, lane i.
-  static void decode_two_rows(const uint8_t* row, const uint8_t* next, const Table& t, float scale, float next_scale,
-                              Vector (&out)[4]) {
-    const U table = (U)_mm512_cvtne2ps_pbh(scaled(t, next_scale).value, scaled(t, scale).value);
-    const U codes = _mm512_or_si512(load_codes(row), _mm512_slli_epi32(load_codes(next), 16));
+  template <class Row>
+  static void decode_two_rows(Row& row, Row& next, int64_t column, Vector (&out)[4]) {
+    const U table = (U)_mm512_cvtne2ps_pbh(next.table(column).value, row.table(column).value);
+    const U codes =
+        _mm512_or_si512(load_codes(row.packed(column)), _mm512_slli_epi32(load_codes(next.packed(column)), 16));
     const auto words = [&](U shifted) {  // 0xEA: (a & b) | c
       const U index =
           _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA);

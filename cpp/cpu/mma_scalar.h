@@ -77,9 +77,9 @@ inline Codes load_codes(const uint8_t* packed) { return load_codes(packed, false
 struct Table {
   float value[kCodes];
 };
-inline Table scaled(const Table& t, float scale) {
+inline Table scaled(const Table& t, F scale) {
   Table out;
-  for (int i = 0; i < kCodes; ++i) out.value[i] = t.value[i] * scale;
+  for (int i = 0; i < kCodes; ++i) out.value[i] = t.value[i] * scale.lane[0];
   return out;
 }
 inline Table nf4_table() {
@@ -91,6 +91,13 @@ template <int j>
 inline F lookup(const Table& t, const Codes& c) {
   F v;
   for (int i = 0; i < kLanes; ++i) v.lane[i] = t.value[c.code[j][i]];
+  return v;
+}
+
+// table[codes[i]] for `count` codes; nothing beyond them is read.
+inline F look_up(const float* table, const uint8_t* codes, int count) {
+  F v = {};
+  for (int i = 0; i < count; ++i) v.lane[i] = table[codes[i]];
   return v;
 }
 
@@ -121,6 +128,17 @@ struct WordF32 {
   static Vector load(const Word* p) { return load_first(p, kLanes); }
   static void store(Word* p, Vector v) { store_first(p, v, kLanes); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
+
+  // A group of a row, decoded: vector j lane i is element 4i + j, in this order in memory.
+  template <class Row>
+  static void decode_row(Row& row, int64_t column, Word* out) {
+    F v[4];
+    row.decode(column, v);
+    store_decoded_row(v, out);
+  }
+  static void store_decoded_row(const F (&v)[4], Word* out) {
+    unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
+  }
   static Vector broadcast(const Word* p) { return splat(*p); }
   static F multiply_add(Vector a, Vector b, F sum) { return add(mul(a, b), sum); }
 };

@@ -95,6 +95,15 @@ inline void store_group(typename W::Word* panel, int64_t lanes, int64_t depth, i
   }
 }
 
+// The same where the group fills two tiles, `tile_stride` words apart.
+template <class W>
+inline void store_whole_group(typename W::Word* out, int64_t tile_stride, const typename W::Vector (&v)[4]) {
+  W::store(out, v[0]);
+  W::store(out + kLanes, v[1]);
+  W::store(out + tile_stride, v[2]);
+  W::store(out + tile_stride + kLanes, v[3]);
+}
+
 // Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the columns
 // (`lanes` of them: the columns, or in decoded order the columns rounded up to whole groups). The sum is over rows.
 template <class W, Order order, class T>
@@ -125,33 +134,41 @@ void load_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, i
   }
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of `m` into one tile of a lanes panel whose lanes are
-// the rows (at most kTileLanes). The sum is over columns, in `order`. Returns the depth in words.
+// Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the rows. The
+// sum is over columns, in `order`. Returns the depth in words: whole vectors or groups, filled with zeros.
 template <class W, Order order, class T>
 int transpose_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     typename W::Word* panel) {
-  const int64_t width = tile_width(rows);
-  for (int64_t first = 0; first < width; first += kLanes) {
-    typename W::Word* out = panel + first;
-    for (int64_t c = 0; c < columns || (order == Order::kDecoded && c % kGroup); c += kLanes) {
+  const int64_t elements = round_up(columns, order == Order::kDecoded ? kGroup : kLanes);
+  const int64_t depth = elements / W::kElements;
+  for (int64_t first = 0; first < rows; first += kLanes) {
+    const int64_t tile = first & -kTileLanes, width = tile_width(rows - tile);
+    typename W::Word* out = panel + tile * depth + (first - tile);
+    for (int64_t c = 0; c < elements; c += kLanes) {
       F v[kLanes];
-      for (int i = 0; i < kLanes; ++i)
-        v[i] = first + i < rows ? load_some(m.at(row + first + i, column + c), columns - c) : zero();
+      if (first + kLanes <= rows && c + kLanes <= columns) {
+        const T* in = m.at(row + first, column + c);
+        unroll<kLanes>([&](auto i) { v[i.value] = load(in + i.value * m.stride); });
+      } else {
+        for (int i = 0; i < kLanes; ++i)
+          v[i] = first + i < rows ? load_some(m.at(row + first + i, column + c), columns - c) : zero();
+      }
       transpose(v);
       const int64_t group = c & -kGroup, within = c % kGroup;  // elements; c is element `within` of its group
-      for (int i = 0; i < kLanes; i += W::kElements) {
+      unroll<kLanes / W::kElements>([&](auto index) {
+        constexpr int i = index.value * W::kElements;
         if constexpr (W::kElements == 1) {
-          const int64_t word = order == Order::kMemory ? c + i : group + (i % 4) * kLanes + (within + i) / 4;
+          const int64_t word = order == Order::kMemory ? c + i : group + i % 4 * kLanes + within / 4 + i / 4;
           W::store(out + word * width, v[i]);
         } else if constexpr (order == Order::kMemory) {
           W::store(out + (c + i) / 2 * width, W::pair(v[i], v[i + 1]));
         } else {  // elements 4i, 4i + 2 of the group in its first vector of words, 4i + 1, 4i + 3 in its second
-          const int e = i & ~3, second = (i >> 1) & 1;
-          const int64_t word = group / 2 + second * kLanes + (within + e) / 4;
+          constexpr int e = i & ~3, second = (i >> 1) & 1;
+          const int64_t word = group / 2 + second * kLanes + within / 4 + e / 4;
           W::store(out + word * width, W::pair(v[e + second], v[e + second + 2]));
         }
-      }
+      });
     }
   }
-  return static_cast<int>(ceil_div(order == Order::kDecoded ? round_up(columns, kGroup) : columns, W::kElements));
+  return static_cast<int>(depth);
 }

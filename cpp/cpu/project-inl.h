@@ -32,13 +32,13 @@ void project_block(const Matrix<T>& in, int64_t features, const Matrix<T>& facto
     load_rows<W>(in, first_token + token, tokens, f, columns, rows);
     for (int64_t r = 0; r < rank; r += kTileLanes) {
       const int64_t ranks = at_most(rank - r, kTileLanes);
+      int depth = static_cast<int>(ceil_div(columns, W::kElements));
       if constexpr (layout == Factor::kRankByFeature) {
-        transpose_lanes<W, Order::kMemory>(factor, first_rank + r, ranks, f, columns, lanes);
+        depth = transpose_lanes<W, Order::kMemory>(factor, first_rank + r, ranks, f, columns, lanes);
       } else {
         load_lanes<W, Order::kMemory>(factor, f, columns, first_rank + r, ranks, ranks, lanes);
       }
-      multiply<W>(rows, tokens, lanes, ranks, static_cast<int>(ceil_div(columns, W::kElements)), sums + r * tokens,
-                  f == 0);
+      multiply<W>(rows, tokens, lanes, ranks, depth, sums + r * tokens, f == 0);
     }
   }
   for (int64_t t = 0; t < tokens; ++t) {
