@@ -23,7 +23,7 @@ void reduce_tokens(const Matrix<T>& low, int64_t rank, const Matrix<T>& in, int6
     const int64_t tokens = at_most(blocks.size, m - t);
     load_rows<W>(low, 0, rank, t, tokens, rows);
     load_lanes<W, Order::kMemory>(in, t, tokens, column, columns, columns, lanes);
-    multiply<W>(rows, rank, lanes, columns, static_cast<int>(ceil_div(tokens, W::kElements)), sums, t == 0);
+    multiply<W, T>(rows, rank, lanes, columns, static_cast<int>(ceil_div(tokens, W::kElements)), sums, t == 0);
   }
   store_sums(sums);
 }

@@ -38,7 +38,7 @@ void project_block(const Matrix<T>& in, int64_t features, const Matrix<T>& facto
       } else {
         load_lanes<W, Order::kMemory>(factor, f, columns, first_rank + r, ranks, ranks, lanes);
       }
-      multiply<W>(rows, tokens, lanes, ranks, depth, sums + r * tokens, f == 0);
+      multiply<W, T>(rows, tokens, lanes, ranks, depth, sums + r * tokens, f == 0);
     }
   }
   for (int64_t t = 0; t < tokens; ++t) {

@@ -4,8 +4,8 @@
 //
 // in words (WordF32, WordBf16: one or two elements of the summed dimension). A word of the rows panel is broadcast, a
 // vector of the lanes panel is loaded, so neither operand is ever transposed for the other's sake. Sums over at most
-// kDepth words start from zero in registers and are added to memory once, which also keeps float32 rounding errors
-// small: they grow with the block, not with the whole sum.
+// kChain words start from zero in registers and are added to memory once: rounding errors grow with the chain, not with
+// the whole sum.
 #pragma once
 
 inline constexpr int kDepth = 256;  // words; a rows panel is laid out [rows][kDepth]
@@ -72,14 +72,24 @@ void multiply_rows(const typename W::Word* rows_panel, int64_t rows, const typen
 inline constexpr int kTileLanes = 2 * kLanes;
 inline int64_t tile_width(int64_t lanes_left) { return lanes_left > kLanes ? kTileLanes : kLanes; }
 
-template <class W>
+// The longest sum of words kept in one register. 16-bit results do not notice its rounding errors; float32 ones should
+// have no larger ones than those of a library that sums in many short chains.
+template <class T>
+inline constexpr int kChain = sizeof(T) == 4 ? 64 : kDepth;
+
+template <class W, class T>
 void multiply(const typename W::Word* rows_panel, int64_t rows, const typename W::Word* lanes_panel, int64_t lanes,
               int depth, float* sums, bool first) {
   for (int64_t l = 0; l < lanes; l += kTileLanes) {
-    if (tile_width(lanes - l) == kTileLanes) {
-      multiply_rows<W, 2>(rows_panel, rows, lanes_panel + l * depth, depth, sums + l * rows, first);
-    } else {
-      multiply_rows<W, 1>(rows_panel, rows, lanes_panel + l * depth, depth, sums + l * rows, first);
+    const int64_t width = tile_width(lanes - l);
+    for (int d = 0; d < depth; d += kChain<T>) {
+      const int chain = depth - d < kChain<T> ? depth - d : kChain<T>;
+      const typename W::Word *row = rows_panel + d, *lane = lanes_panel + l * depth + d * width;
+      if (width == kTileLanes) {
+        multiply_rows<W, 2>(row, rows, lane, chain, sums + l * rows, first && d == 0);
+      } else {
+        multiply_rows<W, 1>(row, rows, lane, chain, sums + l * rows, first && d == 0);
+      }
     }
   }
 }
