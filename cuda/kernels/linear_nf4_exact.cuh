@@ -2,8 +2,10 @@
 // the tensor-core kernel does not take (blocks and bytes that span rows, blocks of 32, odd k). Each element of w is
 // found by its flat index, so nothing is assumed of k or of pointers.
 //
-// A CTA computes kRows rows of w times kTokens tokens; both operands are widened to float32 in shared memory, 32 k at a
-// time. Each 32 k are summed from zero and then added, which keeps the rounding error of long sums small.
+// A CTA computes kExactRows rows of w times kTokens tokens; both operands are widened to float32 in shared memory, 32 k
+// at a time. A thread multiplies 4 rows by 4 tokens; where there are few tokens, 64 / kTokens threads share out the 32
+// k of the same outputs. Each stage is summed from zero and then added, which keeps the rounding error of long sums
+// small.
 #pragma once
 
 #include <cstdint>
@@ -31,73 +33,100 @@ inline constexpr int kExactRows = 64;
 inline constexpr int kExactThreads = 256;
 inline constexpr int kExactStageK = 32;
 
-// Thread (column, line) computes rows column + 16 i and tokens line + 16 j of the tile.
+inline constexpr int kExactRun = 8;  // consecutive weights that a thread decodes
+
+// Weights i0..i0+kExactRun-1 of the flat weight, of which `count` exist (the others are zero). A whole run at a
+// multiple of its length lies in one word and one block; otherwise each weight is found by itself.
+__device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::ScaleView& view, int64_t i0, int count,
+                                           const float* code, const float* dynamic8, float offset,
+                                           float (&w)[kExactRun]) {
+  static_assert(kExactRun == 8, "a word");
+  const auto scale_of = [&](int64_t i) {
+    return tile::decode_scale(view, tile::load_scale(view, i >> view.block_shift), dynamic8, offset);
+  };
+  const uint8_t* const bytes = packed + i0 / 2;
+  if (count == kExactRun && i0 % kExactRun == 0 && (reinterpret_cast<uintptr_t>(bytes) & 3) == 0) {
+    const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(bytes));
+    const float scale = scale_of(i0);
+#pragma unroll
+    for (int i = 0; i < kExactRun; ++i) w[i] = code[word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15] * scale;
+  } else {
+#pragma unroll
+    for (int i = 0; i < kExactRun; ++i) w[i] = i < count ? code[nf4_code_at(packed, i0 + i)] * scale_of(i0 + i) : 0.0f;
+  }
+}
+
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kExactThreads) linear_nf4_exact_kernel(const __grid_constant__ ExactLinearArgs<T> p) {
-  constexpr int kRowsEach = kExactRows / 16, kTokensEach = kTokens / 16;
+  constexpr int kColumns = kExactRows / 4, kLines = kTokens / 4, kSlices = kExactThreads / (kColumns * kLines);
+  constexpr int kSliceK = kExactStageK / kSlices, kRunsPerRow = kExactStageK / kExactRun;
+  static_assert(kExactRows * kRunsPerRow == kExactThreads);
   __shared__ float dynamic8[256], code[kCodes];
   __shared__ float w_stage[kExactStageK][kExactRows + 1], x_stage[kExactStageK][kTokens + 1];
-  const int column = threadIdx.x % 16, line = threadIdx.x / 16;
+  __shared__ float sums[kSlices][kTokens][kExactRows];
+  const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns % kLines;
+  const int slice = threadIdx.x / (kColumns * kLines);
   const int64_t n0 = blockIdx.x / p.token_tiles * kExactRows, token0 = blockIdx.x % p.token_tiles * kTokens;
 
   tile::fill_dynamic8<kExactThreads>(dynamic8);
   if (threadIdx.x < kCodes) code[threadIdx.x] = tile::c_nf4.value[threadIdx.x];
   const float offset = tile::nested_offset(p.scales);
 
-  float acc[kRowsEach][kTokensEach] = {};
-  // acc += sum over k < count of w(row, k) · x(token, k)
-  const auto accumulate = [&](int64_t count, auto w, auto x) {
+  float acc[4][4] = {};  // [i][j]: row column + kColumns i, token line + kLines j
+  // acc += sum over k < count of w(row, k) · x[token][k]; load_w(row, k, count, w) gives a run of k.
+  const auto accumulate = [&](int64_t count, const T* x, auto load_w) {
+    const int row = threadIdx.x / kRunsPerRow, run = threadIdx.x % kRunsPerRow * kExactRun;
     for (int64_t k0 = 0; k0 < count; k0 += kExactStageK) {
       __syncthreads();
-      const int k = threadIdx.x % kExactStageK;
-      const bool valid = k0 + k < count;
-      for (int row = threadIdx.x / kExactStageK; row < kExactRows; row += kExactThreads / kExactStageK)
-        w_stage[k][row] = valid && n0 + row < p.n ? w(n0 + row, k0 + k) : 0.0f;
-      for (int token = threadIdx.x / kExactStageK; token < kTokens; token += kExactThreads / kExactStageK)
-        x_stage[k][token] = valid && token0 + token < p.m ? x(token0 + token, k0 + k) : 0.0f;
+      float w[kExactRun] = {};
+      const int64_t left = n0 + row < p.n ? count - k0 - run : 0;
+      if (left > 0) load_w(n0 + row, k0 + run, static_cast<int>(left < kExactRun ? left : kExactRun), w);
+#pragma unroll
+      for (int i = 0; i < kExactRun; ++i) w_stage[run + i][row] = w[i];
+      for (int i = threadIdx.x; i < kTokens * kExactStageK; i += kExactThreads) {
+        const int k = i % kExactStageK, token = i / kExactStageK;
+        const bool valid = k0 + k < count && token0 + token < p.m;
+        x_stage[k][token] = valid ? tile::widen(x[(token0 + token) * count + k0 + k]) : 0.0f;
+      }
       __syncthreads();
-      float sum[kRowsEach][kTokensEach] = {};
+      float sum[4][4] = {};
 #pragma unroll 8
-      for (int i = 0; i < kExactStageK; ++i) {
-        float a[kRowsEach], b[kTokensEach];
+      for (int k = slice * kSliceK; k < (slice + 1) * kSliceK; ++k) {
+        float a[4], b[4];
 #pragma unroll
-        for (int r = 0; r < kRowsEach; ++r) a[r] = w_stage[i][column + 16 * r];
+        for (int i = 0; i < 4; ++i) a[i] = w_stage[k][column + kColumns * i], b[i] = x_stage[k][line + kLines * i];
 #pragma unroll
-        for (int c = 0; c < kTokensEach; ++c) b[c] = x_stage[i][line + 16 * c];
+        for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int r = 0; r < kRowsEach; ++r)
-#pragma unroll
-          for (int c = 0; c < kTokensEach; ++c) sum[r][c] = fmaf(a[r], b[c], sum[r][c]);
+          for (int j = 0; j < 4; ++j) sum[i][j] = fmaf(a[i], b[j], sum[i][j]);
       }
 #pragma unroll
-      for (int r = 0; r < kRowsEach; ++r)
+      for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int c = 0; c < kTokensEach; ++c) acc[r][c] += sum[r][c];
+        for (int j = 0; j < 4; ++j) acc[i][j] += sum[i][j];
     }
   };
-
-  accumulate(
-      p.k,
-      [&](int64_t n, int64_t k) {
-        const int64_t i = n * p.k + k;
-        const tile::RawScale raw = tile::load_scale(p.scales, i >> p.scales.block_shift);
-        return code[nf4_code_at(p.packed, i)] * tile::decode_scale(p.scales, raw, dynamic8, offset);
-      },
-      [&](int64_t token, int64_t k) { return tile::widen(p.x[token * p.k + k]); });
-  accumulate(
-      p.rank, [&](int64_t n, int64_t k) { return tile::widen(p.lora_b[n * p.rank + k]); },
-      [&](int64_t token, int64_t k) { return tile::widen(p.h[token * p.rank + k]); });
+  accumulate(p.k, p.x, [&](int64_t n, int64_t k, int count, float (&w)[kExactRun]) {
+    decode_run(p.packed, p.scales, n * p.k + k, count, code, dynamic8, offset, w);
+  });
+  accumulate(p.rank, p.h, [&](int64_t n, int64_t k, int count, float (&w)[kExactRun]) {
+#pragma unroll
+    for (int i = 0; i < kExactRun; ++i)
+      if (i < count) w[i] = tile::widen(p.lora_b[n * p.rank + k + i]);
+  });
 
 #pragma unroll
-  for (int r = 0; r < kRowsEach; ++r) {
-    const int64_t n = n0 + column + 16 * r;
-    if (n >= p.n) continue;
-    const float bias = p.bias != nullptr ? tile::widen(p.bias[n]) : 0.0f;
+  for (int i = 0; i < 4; ++i)
 #pragma unroll
-    for (int c = 0; c < kTokensEach; ++c) {
-      const int64_t token = token0 + line + 16 * c;
-      if (token < p.m) p.y[token * p.n + n] = tile::narrow<T>(acc[r][c] + bias);
-    }
+    for (int j = 0; j < 4; ++j) sums[slice][line + kLines * j][column + kColumns * i] = acc[i][j];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kTokens * kExactRows; i += kExactThreads) {
+    const int64_t token = token0 + i / kExactRows, n = n0 + i % kExactRows;
+    if (token >= p.m || n >= p.n) continue;
+    float sum = 0.0f;
+#pragma unroll
+    for (int s = 0; s < kSlices; ++s) sum += sums[s][i / kExactRows][i % kExactRows];
+    p.y[token * p.n + n] = tile::narrow<T>(sum + (p.bias != nullptr ? tile::widen(p.bias[n]) : 0.0f));
   }
 }
 

@@ -131,6 +131,7 @@ struct ExactPlan {
     T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
     const cudaError_t error = launch_h(p, h, nullptr, 0, stream);
     if (error != cudaSuccess) return error;
+    if (p.m <= 4) return launch_tokens<4>(h, stream);
     return p.m <= 16 ? launch_tokens<16>(h, stream) : launch_tokens<64>(h, stream);
   }
 };
