@@ -6,16 +6,13 @@ compute dtype with float32 accumulation.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
-import reference
 import torch
 
+import reference
 from qlora_ext import _C
 
 ISAS = [isa for isa in _C.cpu_isas() if isa != "scalar"]
@@ -123,7 +120,9 @@ class Problem:
         """The same formula: operands in the compute dtype, sums in float32, rounded where the operator rounds."""
         dtype = DTYPES[self.case.dtype]
         w = torch.from_numpy(self.w).to(dtype).float()
-        mask = torch.from_numpy(reference.dropout_mask((self.case.m, self.case.k), self.case.dropout, self.seed)).float()
+        mask = torch.from_numpy(
+            reference.dropout_mask((self.case.m, self.case.k), self.case.dropout, self.seed)
+        ).float()
         if dx:
             out = self.dy.float() @ w
             if self.lora_a is not None:

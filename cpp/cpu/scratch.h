@@ -1,5 +1,5 @@
-// Working memory of the kernels: one buffer a thread and purpose, which grows as needed and is reused by later calls, for
-// fresh pages cost more than the kernels that would write them.
+// Working memory of the kernels: one buffer a thread and purpose, which grows as needed and is reused by later calls,
+// for fresh pages cost more than the kernels that would write them.
 #pragma once
 
 #include <cstdint>
