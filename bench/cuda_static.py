@@ -1,0 +1,239 @@
+"""What the compiler made of the CUDA kernels: registers, shared memory, occupancy, spills, and the loops in SASS.
+
+    python bench/cuda_static.py [--arch 80 90] [--launches PROFILE]
+
+Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
+kernel simulator's list of launches, one JSON object a line: from it come the sizes of dynamic shared memory. Writes
+bench/results/cuda_static.md and .json, and fails if a kernel spills or uses local memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+# Of an SM: threads, CTAs, bytes of shared memory (CUDA C++ Programming Guide, "Compute Capabilities"); registers are
+# 64 K everywhere, given to warps in units of 256, and each CTA's shared memory takes 1 KB more than it asks for.
+SM_LIMITS = {
+    80: (2048, 32, 164 << 10),
+    90: (2048, 32, 228 << 10),
+    100: (2048, 32, 228 << 10),
+    120: (1536, 24, 100 << 10),
+}
+CLASSES = {
+    "HMMA": r"HMMA",
+    "LDS": r"LDS\b",
+    "LDG": r"LDG|LDGSTS",
+    "STS": r"STS\b",
+    "STG": r"STG",
+    "FP32": r"FADD|FMUL|FFMA|FSETP|FSET|FMNMX|FSEL",
+    "PRMT": r"PRMT",
+    "SHFL": r"SHFL",
+}
+
+
+@dataclasses.dataclass
+class Kernel:
+    name: str
+    arch: int
+    threads: int = 0
+    registers: int = 0
+    static_shared: int = 0
+    dynamic_shared: int | None = None
+    stack: int = 0
+    spills: int = 0
+    instructions: int = 0
+    loop: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def occupancy(self) -> str:
+        """CTAs an SM, and the share of its threads that is."""
+        threads, ctas, shared = SM_LIMITS[self.arch]
+        warps = -(-self.threads // 32)
+        per_warp = -(-self.registers * 32 // 256) * 256
+        fit = min(ctas, threads // (warps * 32), 65536 // (per_warp * warps))
+        asked = self.static_shared + (self.dynamic_shared or 0)
+        fit = min(fit, shared // (asked + 1024))
+        return f"{fit} ({100 * fit * warps * 32 // threads}%)"
+
+
+def tool(name: str) -> str:
+    """The toolkit's program, or PyPI's."""
+    if found := shutil.which(name):
+        return found
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for path in Path(folder).glob(f"*/bin/{name}"):
+            return str(path)
+    sys.exit(
+        f"{name} was not found: install the CUDA toolkit, or pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+    )
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
+    """Mangled name -> kernel, from ptxas' own report, the PTX's launch bounds and the SASS."""
+    folder.mkdir(parents=True)
+    cubin = folder / "kernels.cubin"
+    flags = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-I", ROOT]
+    real = f"sm_{arch}a" if arch in (90, 100) else f"sm_{arch}"
+    report = run(
+        "nvcc", *flags, f"-arch={real}", "-Xptxas=-v", "-cubin", "-keep", "-keep-dir", folder, source, "-o", cubin
+    )
+    kernels: dict[str, Kernel] = {}
+    current = None
+    for line in report.splitlines():
+        if match := re.search(r"Compiling entry function '(\w+)'", line):
+            current = kernels[match[1]] = Kernel(match[1], arch)
+        elif current and (match := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", line)):
+            current.stack, current.spills = int(match[1]), int(match[2]) + int(match[3])
+        elif current and (match := re.search(r"Used (\d+) registers", line)):
+            current.registers = int(match[1])
+            smem = re.search(r"(\d+) bytes smem", line)
+            current.static_shared = int(smem[1]) if smem else 0
+    ptx = next(folder.glob("*.ptx")).read_text()
+    for name, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
+        kernels[name].threads = int(threads)
+    for name, body in sass_functions(cubin).items():
+        if name in kernels:
+            kernels[name].instructions = sum(i[1] != "NOP" for i in body)
+            kernels[name].loop = main_loop(body)
+    return kernels
+
+
+def sass_functions(cubin: Path) -> dict[str, list[tuple[int, str, str]]]:
+    """Function -> (address, opcode, operands)."""
+    functions: dict[str, list[tuple[int, str, str]]] = {}
+    body: list[tuple[int, str, str]] = []
+    for line in run(tool("cuobjdump"), "-sass", cubin).splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            body = functions[match[1]] = []
+        elif match := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z]\S*)\s*([^;]*);", line):
+            body.append((int(match[1], 16), match[2], match[3]))
+    return functions
+
+
+def main_loop(body: list[tuple[int, str, str]]) -> dict[str, int]:
+    """Instructions by class of the loop that does the work."""
+    loops = []
+    for address, opcode, operands in body:
+        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    if not loops:
+        return count_classes(body)
+    counts = {loop: count_classes([i for i in body if loop[0] <= i[0] <= loop[1]]) for loop in loops}
+    most = max(c["HMMA"] for c in counts.values())
+    if most:
+        return min((c for c in counts.values() if 2 * c["HMMA"] >= most), key=lambda c: c["all"])
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return max((counts[a] for a in inner), key=lambda c: (c["LDS"] + c["LDG"], c["all"]))
+
+
+def count_classes(body: list[tuple[int, str, str]]) -> dict[str, int]:
+    opcodes = [opcode for _, opcode, _ in body if opcode != "NOP"]
+    counts = {name: sum(bool(re.match(p, opcode)) for opcode in opcodes) for name, p in CLASSES.items()}
+    return {"all": len(opcodes)} | counts
+
+
+def demangled(names: list[str]) -> dict[str, str]:
+    """Without return type, parameters and the namespaces that all share."""
+    lines = run("c++filt", *names).splitlines() if names else []
+    short = {}
+    for name, line in zip(names, lines, strict=True):
+        text = re.sub(r"^void ", "", line)
+        text = text[: text.rindex("(")] if text.endswith(")") else text
+        text = re.sub(r"qlora::(kernels|tile)::|qlora::|\(int\)|\(bool\)", "", text)
+        short[name] = text
+    return short
+
+
+def dynamic_shared(path: Path | None) -> dict[str, int]:
+    """Mangled name -> the most dynamic shared memory that it was launched with."""
+    found: dict[str, int] = {}
+    for line in path.read_text().splitlines() if path else []:
+        launch = json.loads(line)
+        found[launch["mangled"]] = max(found.get(launch["mangled"], 0), launch["dynamic_shared_bytes"])
+    return found
+
+
+def table(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
+    head = [
+        "kernel",
+        "threads",
+        "registers",
+        "shared, static + dynamic",
+        "CTAs an SM",
+        "local",
+        "SASS",
+        "main loop",
+        *CLASSES,
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for k in sorted(kernels, key=lambda k: names[k.name]):
+        dynamic = "not known" if k.dynamic_shared is None else k.dynamic_shared
+        cells = [f"`{names[k.name]}`", k.threads, k.registers, f"{k.static_shared} + {dynamic}", k.occupancy, k.stack]
+        cells += [k.instructions, k.loop["all"], *(k.loop[c] for c in CLASSES)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SM_LIMITS))
+    parser.add_argument("--launches", type=Path, help="the kernel simulator's profile")
+    arguments = parser.parse_args()
+    dynamic = dynamic_shared(arguments.launches)
+    kernels: list[Kernel] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for arch in arguments.arch:
+            for source in sorted((ROOT / "cuda" / "launch").glob("*.cu")):
+                print(f"sm_{arch} {source.name}", flush=True)
+                kernels += compile_kernels(source, arch, Path(scratch) / f"{arch}_{source.stem}").values()
+    names = demangled(sorted({k.name for k in kernels}))
+    for k in kernels:
+        k.dynamic_shared = dynamic.get(k.name)
+
+    nvcc = run("nvcc", "--version").splitlines()[-1]
+    lines = [
+        "# The CUDA kernels as compiled",
+        "",
+        f"By `python bench/cuda_static.py`; {nvcc}. No card is involved.",
+        "",
+    ]
+    lines += [
+        "CTAs an SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of the",
+        "smallest loop that has at least half of any loop's HMMA (where there is none, of the innermost loop with most",
+        "loads), and how many of them are of a class; a kernel without a loop is counted whole. One pass decodes a stage",
+        "of the pipeline, so it is the ratios that compare.",
+    ]
+    for arch in arguments.arch:
+        lines += ["", f"## sm_{arch}", "", *table([k for k in kernels if k.arch == arch], names)]
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "cuda_static.md").write_text("\n".join(lines) + "\n")
+    rows = [dataclasses.asdict(k) | {"name": names[k.name], "occupancy": k.occupancy} for k in kernels]
+    (RESULTS / "cuda_static.json").write_text(json.dumps(rows, indent=1) + "\n")
+    bad = [f"{names[k.name]} (sm_{k.arch})" for k in kernels if k.stack or k.spills]
+    if bad:
+        sys.exit("spills or local memory: " + ", ".join(bad))
+    print(f"{len(kernels)} kernels, none spills or uses local memory: {RESULTS / 'cuda_static.md'}")
+
+
+if __name__ == "__main__":
+    main()
