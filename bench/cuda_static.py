@@ -218,9 +218,9 @@ def main() -> None:
         "",
     ]
     lines += [
-        "CTAs an SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of the",
-        "smallest loop that has at least half of any loop's HMMA (where there is none, of the innermost loop with most",
-        "loads), and how many of them are of a class; a kernel without a loop is counted whole. One pass decodes a stage",
+        "CTAs an SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of",
+        "the smallest loop that has at least half of any loop's HMMA (where there is none, of the innermost loop with",
+        "most loads), and how many are of a class; a kernel without a loop is counted whole. One pass decodes a stage",
         "of the pipeline, so it is the ratios that compare.",
     ]
     for arch in arguments.arch:
