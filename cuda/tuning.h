@@ -55,7 +55,7 @@ inline DxConfig dx_config(int64_t m, int64_t n, int64_t k, bool exact, bool ragg
   c.tokens = exact ? 16 : ragged ? DxConfig::kRaggedTokens : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
   const int64_t tiles = ceil_div(m, c.tokens) * ceil_div(k, c.columns);
   const int64_t stages = std::max<int64_t>(ceil_div(n, DxConfig::kStageRows), 1);
-  const int64_t ctas_per_sm = exact ? 4 : c.tokens <= 16 ? 2 : 1;
+  const int64_t ctas_per_sm = exact ? 3 : c.tokens <= 16 ? 2 : 1;
   const int64_t to_fill = std::clamp<int64_t>(device.sm_count * ctas_per_sm / std::max<int64_t>(tiles, 1), 1, stages);
   const auto cycles = [&](int64_t splits) {
     return ceil_div(stages, splits) * kStageCycles + (splits > 1 ? splits * kSplitCycles * c.tokens / 64 : 0);
