@@ -16,7 +16,38 @@ inline constexpr int64_t kWorthThreads = int64_t{1} << 18;     // multiply-adds:
 #include "cpp/cpu/small_lora-inl.h"
 #include "cpp/cpu/small_forward-inl.h"
 #include "cpp/cpu/small_dx-inl.h"
+#if QLORA_INT_DX
+#include "cpp/cpu/small_dx_int-inl.h"
+#endif
 // clang-format on
+
+template <class T>
+void backward(const Pool& pool, const LinearDxProblem& p) {
+  const int64_t padded = padded_rank(p.lora.rank);
+  int64_t slices = p.lora.rank ? ceil_div(p.w.n, 512) : 0;
+  while (slices > 8 && slices * p.m * padded * 4 > kMaxScratchBytes / 2) slices = ceil_div(slices, 2);
+  float *g = nullptr, *partial = nullptr;
+  const auto lay_out = [&](void* base) {
+    Carver memory(base);
+    g = memory.take<float>(p.m * padded);
+    partial = memory.take<float>(slices * p.m * padded);
+    return memory.used();
+  };
+  lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
+  if (slices) lora_g<T>(pool, p, partial, slices, g);
+  const int64_t chunks = ceil_div(p.w.k, kChunk), grain = ceil_div(kWorthThreads, kChunk * p.w.n * p.m);
+#if QLORA_INT_DX
+  if constexpr (sizeof(T) == 2) {
+    if (IntDx<T>::takes(p)) {
+      IntDx<T> body(p, g);
+      pool(chunks, grain, body);
+      return;
+    }
+  }
+#endif
+  FloatDx<T> body(p, g);
+  pool(chunks, grain, body);
+}
 
 bool linear_small(const Pool& pool, const LinearProblem& p) {
   if (p.m == 0 || p.m > kSmallRows || p.w.n == 0 || p.w.k == 0) return false;
@@ -38,9 +69,11 @@ bool linear_dx_small(const Pool& pool, const LinearDxProblem& p) {
     case DType::kFloat32:
       return false;
     case DType::kBFloat16:
-      return backward<bfloat16>(pool, p);
+      backward<bfloat16>(pool, p);
+      return true;
     case DType::kFloat16:
-      return backward<float16>(pool, p);
+      backward<float16>(pool, p);
+      return true;
     case DType::kFloat64:
       return false;
   }

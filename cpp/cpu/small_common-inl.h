@@ -18,8 +18,8 @@ struct Rows {
 // Scales one float a *granule*: the part of a quantization block that one chunk can hold.
 class ScaleReader {
  public:
-  explicit ScaleReader(const Scales& scales) : scales_(scales) {
-    for (granule_ = 32; granule_ < scales.block_size && granule_ < kChunk;) granule_ *= 2;
+  explicit ScaleReader(const Scales& scales, int64_t largest_granule = kChunk) : scales_(scales) {
+    for (granule_ = 32; granule_ < scales.block_size && granule_ < largest_granule;) granule_ *= 2;
     log2_granule_ = __builtin_ctzll(static_cast<uint64_t>(granule_));
     log2_split_ = __builtin_ctzll(static_cast<uint64_t>(scales.block_size / granule_));
   }
@@ -27,20 +27,15 @@ class ScaleReader {
   int log2_granule() const { return log2_granule_; }
 
   // out[i] = the scale of granule first + i; each is followed by kLanes zeros, so that a whole vector may be loaded.
-  void read(int64_t first, int64_t count, float* out) {
+  // Not for the vectorizer: it would gather with a dozen moves between register files an element.
+  [[gnu::noinline, gnu::optimize("no-tree-vectorize")]] void read(int64_t first, int64_t count, float* out) {
     if (scales_.absmax) {
       for (int64_t i = 0; i < count; ++i) out[i] = scales_.absmax[(first + i) >> log2_split_];
     } else if (log2_split_ == 0) {
       for (int64_t done = 0; done < count;) {
         select_group(first + done);
         const int64_t last = last_of_group(first + count) - first;
-        for (; done + 4 <= last; done += 4) {
-          // Four codes at a time, as integers: what GCC makes of the plain loop gathers them one by one in vectors.
-          uint32_t code;
-          __builtin_memcpy(&code, scales_.codes + first + done, 4);
-          for (int i = 0; i < 4; ++i) copy_bits(&table_[(code >> 8 * i) & 255], out + done + i);
-        }
-        for (; done < last; ++done) copy_bits(&table_[scales_.codes[first + done]], out + done);
+        for (; done < last; ++done) out[done] = table_[scales_.codes[first + done]];
       }
     } else {
       for (int64_t i = 0; i < count; ++i) {
@@ -52,13 +47,25 @@ class ScaleReader {
     store(out + count, zero());
   }
 
- private:
-  static void copy_bits(const float* from, float* to) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, from, 4);
-    __builtin_memcpy(to, &bits, 4);
+  // No scale of granules first .. first + count - 1 is larger. NaN if one of them, or of their nested scales, is.
+  float largest(int64_t first, int64_t count) const {
+    const int64_t begin = first >> log2_split_, last = (first + count - 1) >> log2_split_;
+    uint32_t bits = 0;
+    const auto see = [&](float x) {
+      const uint32_t magnitude = float_bits(x) & 0x7FFFFFFFu;
+      bits = magnitude > bits ? magnitude : bits;
+    };
+    if (scales_.absmax) {
+      for (int64_t block = begin; block <= last; ++block) see(scales_.absmax[block]);
+    } else {
+      const int64_t nested = scales_.nested_block_size;
+      for (int64_t group = begin / nested; group <= last / nested; ++group) see(scales_.nested_absmax[group]);
+      return bits_float(bits) + bits_float(float_bits(*scales_.nested_offset) & 0x7FFFFFFFu);
+    }
+    return bits_float(bits);
   }
 
+ private:
   // Makes the 256 scales that the codes of a block's nested group stand for.
   void select_group(int64_t block) {
     const int64_t group = block / scales_.nested_block_size;

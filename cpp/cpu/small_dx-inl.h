@@ -15,7 +15,7 @@ struct DxStrip {
 
 // dx += mask ∘ (g · a) · keep_scale, and the one rounding.
 template <class T>
-void finish_strip(const LinearDxProblem& p, const float* g, const DxStrip& strip, int64_t first_row, float* column) {
+void finish_strip(const LinearDxProblem& p, const float* g, const DxStrip& strip, float* column) {
   const int64_t rank = p.lora.rank, k = p.w.k;
   const Dropout& dropout = p.lora.dropout;
   const Floats keep_scale = splat(static_cast<float>(dropout.keep_scale));
@@ -34,7 +34,7 @@ void finish_strip(const LinearDxProblem& p, const float* g, const DxStrip& strip
           float value[kLanes];
           store(value, mul(lora, keep_scale));
           for (int64_t l = 0; l < here; ++l) {
-            const uint64_t at = static_cast<uint64_t>((first_row + i) * k + strip.first + c + l);
+            const uint64_t at = static_cast<uint64_t>(i * k + strip.first + c + l);
             if (!dropout.keeps(philox4x32_10(dropout.seed, at >> 2).lane[at & 3])) value[l] = 0.0f;
           }
           lora = load(value);
@@ -50,10 +50,8 @@ void finish_strip(const LinearDxProblem& p, const float* g, const DxStrip& strip
 template <class T>
 class FloatDx {
  public:
-  FloatDx(const LinearDxProblem& p, const float* g, int64_t first_row)
-      : p_(p), rows_(p.w.k), g_(g), first_row_(first_row) {}
+  FloatDx(const LinearDxProblem& p, const float* g) : p_(p), rows_(p.w.k), g_(g) {}
 
-  static int64_t chunks(int64_t k) { return ceil_div(k, kChunk); }
   // Chunks of a strip: as many as keep the sums within half of the scratch.
   int64_t strip_chunks() const {
     const int64_t fit = kMaxScratchBytes / 2 / (4 * rows_.period * p_.m * kChunk) - 1;
@@ -95,12 +93,12 @@ class FloatDx {
     DxStrip out{begin * kChunk, 0, (end - begin) * kChunk, memory.natural};
     out.count = p_.w.k - out.first < out.stride ? p_.w.k - out.first : out.stride;
     gather(count, memory, out);
-    finish_strip<T>(p_, g_, out, first_row_, memory.column);
+    finish_strip<T>(p_, g_, out, memory.column);
   }
 
   // Rows n, n + period, ... of W, chunks first .. first + count - 1.
-  void tile(int64_t n, int64_t first, int64_t count, ScaleReader& reader, int64_t scale_stride,
-            const Memory& memory) const {
+  [[gnu::flatten]] void tile(int64_t n, int64_t first, int64_t count, ScaleReader& reader, int64_t scale_stride,
+                             const Memory& memory) const {
     const int64_t period = rows_.period, left = ceil_div(p_.w.n - n, period), weights = p_.w.k + rows_.shift(n);
     const int64_t tile_rows = left < kDxTileRows ? left : kDxTileRows;
     const int64_t first_weight = first * kChunk;
@@ -142,14 +140,14 @@ class FloatDx {
                                        float* sums) const {
     FloatCodes codes[kRows];
     Floats scales[kRows];
-    unroll<kRows>([&](auto r) __attribute__((always_inline)) {
+    unroll<kRows>([&](auto r) {
       codes[r] = codes_of(t + r);
       scales[r] = scales_of(t + r);
     });
     for (int64_t i = 0; i < p_.m; ++i) {
       Floats by[kRows];
       unroll<kRows>([&](auto r) { by[r] = mul(scales[r], splat(dy[i * kDxTileRows + t + r])); });
-      unroll<8>([&](auto s) __attribute__((always_inline)) {
+      unroll<8>([&](auto s) {
         float* to = sums + i * kChunk + s * kLanes;
         Floats sum = load(to);
         unroll<kRows>([&](auto r) { sum = fma(codes[r].v[s], by[r], sum); });
@@ -179,57 +177,4 @@ class FloatDx {
   const LinearDxProblem& p_;
   const Rows rows_;
   const float* g_;
-  const int64_t first_row_;
 };
-
-// g = round(scaling · dy · b), [m, padded rank]. Rows of b are summed in slices whose bounds depend on the shape alone.
-template <class T>
-void lora_g(const Pool& pool, const LinearDxProblem& p, float* partial, int64_t slices, float* g) {
-  const int64_t n = p.w.n, rank = p.lora.rank, padded = padded_rank(rank), per_slice = ceil_div(n, slices);
-  auto body = [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) {
-      float* sums = partial + s * p.m * padded;
-      for (int64_t i = 0; i < p.m * padded; i += kLanes) store(sums + i, zero());
-      const int64_t last = (s + 1) * per_slice < n ? (s + 1) * per_slice : n;
-      for (int64_t row = s * per_slice; row < last; row += 4) {
-        const int64_t rows = last - row < 4 ? last - row : 4;
-        for (int64_t j = 0; j < rank; j += kLanes) {
-          Floats b[4];
-          for (int64_t r = 0; r < 4; ++r)
-            b[r] = r < rows ? load(static_cast<const T*>(p.lora.b) + (row + r) * rank + j, rank - j) : zero();
-          for (int64_t i = 0; i < p.m; ++i) {
-            const T* dy = static_cast<const T*>(p.dy) + i * n + row;
-            Floats sum = load(sums + i * padded + j);
-            for (int64_t r = 0; r < rows; ++r) sum = fma(splat(to_float(dy[r])), b[r], sum);
-            store(sums + i * padded + j, sum);
-          }
-        }
-      }
-    }
-  };
-  run(pool, p.m * n * rank > kWorthThreads, slices, 1, body);
-  for (int64_t i = 0; i < p.m * padded; ++i) {
-    float sum = 0.0f;
-    for (int64_t s = 0; s < slices; ++s) sum += partial[s * p.m * padded + i];
-    g[i] = rounded<T>(sum * static_cast<float>(p.lora.scaling));
-  }
-}
-
-template <class T>
-bool backward(const Pool& pool, const LinearDxProblem& p) {
-  const int64_t padded = padded_rank(p.lora.rank);
-  int64_t slices = p.lora.rank ? ceil_div(p.w.n, 512) : 0;
-  while (slices > 8 && slices * p.m * padded * 4 > kMaxScratchBytes / 2) slices = ceil_div(slices, 2);
-  float *g = nullptr, *partial = nullptr;
-  const auto lay_out = [&](void* base) {
-    Carver memory(base);
-    g = memory.take<float>(p.m * padded);
-    partial = memory.take<float>(slices * p.m * padded);
-    return memory.used();
-  };
-  lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
-  if (slices) lora_g<T>(pool, p, partial, slices, g);
-  FloatDx<T> body(p, g, 0);
-  pool(FloatDx<T>::chunks(p.w.k), ceil_div(kWorthThreads, kChunk * p.w.n * p.m), body);
-  return true;
-}

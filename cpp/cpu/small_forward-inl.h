@@ -159,7 +159,7 @@ template <class P, int kRows>
                                               const typename P::X* x, const float* scale_of_x, float* sums) {
   Floats acc[kRows];
   unroll<kRows>([&](auto i) { acc[i] = zero(); });
-  const auto meet = [&](auto codes, Floats scale) __attribute__((always_inline)) {
+  const auto meet = [&](auto codes, Floats scale) {
     if constexpr (P::kScalesCodes) {
       P::scale(codes, scale);
       unroll<kRows>([&](auto i) { acc[i] = add(P::product(codes, x + i * kChunk), acc[i]); });
@@ -219,8 +219,8 @@ class Forward {
  private:
   // Rows n, n + period, ... (`count` of them) of W against one group of rows of x.
   template <int kRows>
-  void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const float* scales,
-            int64_t first_granule, float* sums) const {
+  [[gnu::flatten]] void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const float* scales,
+                             int64_t first_granule, float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k, m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n), copy = shift * static_cast<int>(period) / 8;
     const typename P::X* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;

@@ -43,3 +43,36 @@ void lora_h(const Lora& l, const T* x, int64_t m, int64_t k, int64_t row_group, 
     });
   });
 }
+
+// g = round(scaling · dy · b), [m, padded rank]. Rows of b are summed in slices whose bounds depend on the shape alone.
+template <class T>
+void lora_g(const Pool& pool, const LinearDxProblem& p, float* partial, int64_t slices, float* g) {
+  const int64_t n = p.w.n, rank = p.lora.rank, padded = padded_rank(rank), per_slice = ceil_div(n, slices);
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) {
+      float* sums = partial + s * p.m * padded;
+      for (int64_t i = 0; i < p.m * padded; i += kLanes) store(sums + i, zero());
+      const int64_t last = (s + 1) * per_slice < n ? (s + 1) * per_slice : n;
+      for (int64_t row = s * per_slice; row < last; row += 4) {
+        const int64_t rows = last - row < 4 ? last - row : 4;
+        for (int64_t j = 0; j < rank; j += kLanes) {
+          Floats b[4];
+          for (int64_t r = 0; r < 4; ++r)
+            b[r] = r < rows ? load(static_cast<const T*>(p.lora.b) + (row + r) * rank + j, rank - j) : zero();
+          for (int64_t i = 0; i < p.m; ++i) {
+            const T* dy = static_cast<const T*>(p.dy) + i * n + row;
+            Floats sum = load(sums + i * padded + j);
+            for (int64_t r = 0; r < rows; ++r) sum = fma(splat(to_float(dy[r])), b[r], sum);
+            store(sums + i * padded + j, sum);
+          }
+        }
+      }
+    }
+  };
+  run(pool, p.m * n * rank > kWorthThreads, slices, 1, body);
+  for (int64_t i = 0; i < p.m * padded; ++i) {
+    float sum = 0.0f;
+    for (int64_t s = 0; s < slices; ++s) sum += partial[s * p.m * padded + i];
+    g[i] = rounded<T>(sum * static_cast<float>(p.lora.scaling));
+  }
+}

@@ -56,7 +56,11 @@ inline void store(float16* p, Floats x, int64_t count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-inline Ints load_chunk(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline Ints load_chunk(const uint8_t* p) {
+  Ints chunk = _mm512_loadu_si512(p);
+  asm("" : "+v"(chunk));  // or GCC reads the memory again for each shift
+  return chunk;
+}
 inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
   return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1, p);
 }
@@ -117,6 +121,30 @@ inline Ints dot(Ints acc, Ints a, Ints b) {
 #endif
 }
 inline Ints load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+
+// Two rows' 64 weights: word 2l of the result is word l of `upper`, word 2l + 1 that of `lower`.
+#define QLORA_INT_DX 1
+inline Ints load_row_pair(const uint8_t* upper, const uint8_t* lower) {
+  alignas(64) static constexpr uint8_t kInterleave[64] = {
+      0,  1,  32, 33, 2,  3,  34, 35, 4,  5,  36, 37, 6,  7,  38, 39, 8,  9,  40, 41, 10, 11,
+      42, 43, 12, 13, 44, 45, 14, 15, 46, 47, 16, 17, 48, 49, 18, 19, 50, 51, 20, 21, 52, 53,
+      22, 23, 54, 55, 24, 25, 56, 57, 26, 27, 58, 59, 28, 29, 60, 61, 30, 31, 62, 63};
+  const Ints both =
+      _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(upper))),
+                         _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower)), 1);
+  return _mm512_permutexvar_epi8(_mm512_load_si512(kInterleave), both);
+}
+// Nibble s of every word: weight row_pair_weight(s, l) of both rows in lane l.
+constexpr int row_pair_weight(int s, int lane) { return 4 * lane + (s ^ 1); }
+template <int s>
+inline Ints decode_nibble(Ints words, const IntCodebook& book) {
+  return _mm512_permutexvar_epi16(s ? _mm512_srli_epi16(words, 4 * s) : words, book.values);
+}
+inline Ints no_ints() { return _mm512_setzero_si512(); }
+inline Ints splat_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
+inline void store_pairs(int32_t* p, Ints low, Ints high) {
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAAu, low, _mm512_slli_epi32(high, 16)));
+}
 
 // out[j] = sum over lanes of rows[j], for kLanes rows: each step adds halves of two vectors into one.
 inline Floats sums_of(const float* rows) {
