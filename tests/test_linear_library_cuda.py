@@ -1,4 +1,4 @@
-"""Many tokens on CUDA: the weight is decoded into a workspace and torch's library multiplies; the answer is the same."""
+"""Many tokens on CUDA: the weight is decoded into a workspace and a library multiplies; the answer is the same."""
 
 from __future__ import annotations
 
