@@ -139,11 +139,12 @@ def main_loop(body: list[tuple[int, str, str]]) -> dict[str, int]:
     if not loops:
         return count_classes(body)
     counts = {loop: count_classes([i for i in body if loop[0] <= i[0] <= loop[1]]) for loop in loops}
-    most = max(c["HMMA"] for c in counts.values())
-    if most:
-        return min((c for c in counts.values() if 2 * c["HMMA"] >= most), key=lambda c: c["all"])
-    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    return max((counts[a] for a in inner), key=lambda c: (c["LDS"] + c["LDG"], c["all"]))
+    for wanted in (("HMMA", "LDS"), ("HMMA",), ()):
+        fit = [loop for loop in loops if all(counts[loop][name] for name in wanted)]
+        inner = [a for a in fit if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in fit)]
+        if inner:
+            return max((counts[a] for a in inner), key=lambda c: (c["HMMA"], c["LDS"] + c["LDG"], c["all"]))
+    raise AssertionError("some loop is innermost")
 
 
 def count_classes(body: list[tuple[int, str, str]]) -> dict[str, int]:
@@ -219,9 +220,9 @@ def main() -> None:
     ]
     lines += [
         "CTAs an SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of",
-        "the smallest loop that has at least half of any loop's HMMA (where there is none, of the innermost loop with",
-        "most loads), and how many are of a class; a kernel without a loop is counted whole. One pass decodes a stage",
-        "of the pipeline, so it is the ratios that compare.",
+        "the innermost loop with both HMMA and shared loads (where there is none, with HMMA, or with most loads), and",
+        "how many are of a class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline, so",
+        "it is the ratios that compare.",
     ]
     for arch in arguments.arch:
         lines += ["", f"## sm_{arch}", "", *table([k for k in kernels if k.arch == arch], names)]
