@@ -221,8 +221,8 @@ def main() -> None:
     lines += [
         "CTAs an SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of",
         "the innermost loop with both HMMA and shared loads (where there is none, with HMMA, or with most loads), and",
-        "how many are of a class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline, so",
-        "it is the ratios that compare.",
+        "how many are of a class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline,",
+        "so it is the ratios that compare.",
     ]
     for arch in arguments.arch:
         lines += ["", f"## sm_{arch}", "", *table([k for k in kernels if k.arch == arch], names)]
