@@ -156,3 +156,15 @@ def test_manual_seed_reproduces_dropout_and_draws_differ() -> None:
     torch.manual_seed(1)
     assert torch.equal(draw(), first)
     assert not torch.equal(first, second)
+
+
+def test_a_drawn_seed_compiles_in_one_graph() -> None:
+    s = linear_sample(m=3, requires_grad=True)
+    compiled = torch.compile(
+        lambda: qlora_ext.linear_nf4(s.x, s.w4, s.bias, s.lora_a, s.lora_b, s.scaling, 0.5), fullgraph=True
+    )
+    torch.manual_seed(3)
+    first = gradients(compiled, s)
+    assert not torch.equal(compiled(), first[0])
+    torch.manual_seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(compiled, s), strict=True))
