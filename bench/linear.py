@@ -1,0 +1,137 @@
+"""linear_nf4 and its input gradient on the CPU, against what a user has today.
+
+    python bench/linear.py [--seconds 3] [--threads 2] [--dtype bfloat16]
+
+Every ratio is a time over the time of torch's `F.linear` (dX: `dy @ w`) on the dense weight in the same dtype, round
+by round: lower is better. Ours has LoRA of rank 16 and double quantization in it; beside it stand `F.linear` with LoRA as
+two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them) and bitsandbytes' training
+path (`pip install bitsandbytes`), without LoRA. Operands are rotated out of the caches. With one thread, CPU time is
+measured, so that other processes disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+
+import harness
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+import qlora_ext
+
+SHAPES = [(1536, 576), (4096, 4096), (14336, 4096)]
+TOKENS = [1, 4, 16, 64, 256, 1024]
+RANK, SCALING = 16, 2.0
+
+
+def lora(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return functional.linear(functional.linear(x, a), b) * SCALING
+
+
+class Bench:
+    def __init__(self, report: harness.Report, seconds: float, dtype: torch.dtype) -> None:
+        self.report, self.seconds, self.dtype = report, seconds, dtype
+        self.clock = harness.thread_clock if torch.get_num_threads() == 1 else harness.wall_clock
+        self.bnb = None
+        if importlib.util.find_spec("bitsandbytes"):
+            import bitsandbytes
+
+            self.bnb = bitsandbytes
+
+    def shape(self, n: int, k: int) -> None:
+        w = (torch.randn(n, k) * 0.02).to(self.dtype)
+        a, b = (torch.randn(RANK, k) * 0.02).to(self.dtype), (torch.randn(n, RANK) * 0.02).to(self.dtype)
+        w4 = qlora_ext.quantize_nf4(w)
+        dense = w4.dequantize(self.dtype)
+        count = len(harness.cold(lambda: None, dense.nbytes))
+        weights = harness.Ring(dense.clone() for _ in range(count))
+        packs = harness.Ring((w4.packed.clone(), *w4.packed_args()[1:]) for _ in range(count))
+        bnb_packs = None
+        if self.bnb is not None and k % 64 == 0:
+            packed, state = self.bnb.functional.quantize_4bit(w, compress_statistics=True, quant_type="nf4")
+            bnb_packs = harness.Ring((packed.clone(), state) for _ in range(count))
+        for m in TOKENS:
+            if m * n * k <= 2**35:
+                self.forward(m, weights, packs, bnb_packs, a, b)
+                self.gradient(m, weights, packs, bnb_packs, a, b)
+
+    def forward(self, m, weights, packs, bnb_packs, a: Tensor, b: Tensor) -> None:
+        n, k = weights.at(0).shape
+        x = torch.randn(m, k).to(self.dtype)
+
+        def ours(i: int) -> Tensor:
+            return torch.ops.qlora.linear_nf4(x, *packs.at(i), n, None, a, b, SCALING, 0.0, 0)
+
+        a32, b32 = a.float(), b.float()
+        calls = {
+            "F.linear": lambda i: functional.linear(x, weights.at(i)),
+            "ours": ours,
+            "F.linear + LoRA": lambda i: functional.linear(x, weights.at(i)) + lora(x, a, b),
+            "F.linear + float32 LoRA": lambda i: (
+                functional.linear(x, weights.at(i)) + lora(x.float(), a32, b32).to(self.dtype)
+            ),
+        }
+        if bnb_packs is not None:
+            calls["bitsandbytes"] = lambda i: self.bnb.matmul_4bit(
+                x, bnb_packs.at(i)[0].t(), quant_state=bnb_packs.at(i)[1]
+            )
+        expected = x.double() @ weights.at(0).double().T + SCALING * (x.double() @ a.double().T) @ b.double().T
+        harness.check_equal(ours(0), expected, "linear_nf4", 1e-2)
+        self.run("forward", m, n, k, calls, "F.linear")
+
+    def gradient(self, m, weights, packs, bnb_packs, a: Tensor, b: Tensor) -> None:
+        n, k = weights.at(0).shape
+        dy = torch.randn(m, n).to(self.dtype)
+
+        def ours(i: int) -> Tensor:
+            return torch.ops.qlora.linear_nf4_dx(dy, *packs.at(i), k, a, b, SCALING, 0.0, 0)
+
+        calls = {
+            "dy @ w": lambda i: dy @ weights.at(i),
+            "ours": ours,
+            "dy @ w + LoRA": lambda i: dy @ weights.at(i) + (dy @ b) @ a * SCALING,
+        }
+        if bnb_packs is not None:
+            decode = self.bnb.functional.dequantize_4bit
+            calls["bitsandbytes"] = lambda i: dy @ decode(*bnb_packs.at(i)).to(self.dtype)
+        expected = dy.double() @ weights.at(0).double() + SCALING * (dy.double() @ b.double()) @ a.double()
+        harness.check_equal(ours(0), expected, "linear_nf4_dx", 1e-2)
+        self.run("dX", m, n, k, calls, "dy @ w")
+
+    def run(self, op: str, m: int, n: int, k: int, calls: dict[str, harness.Call], base: str) -> None:
+        times = harness.interleave(calls, seconds=self.seconds, clock=self.clock)
+        row = {"op": op, "N x K": f"{n}x{k}", "M": m, "torch us": round(times.median(base) * 1e6)}
+        for name in times:
+            if name != base:
+                row[name.replace("F.linear", "torch").replace("dy @ w", "torch")] = times.ratio(name, base)
+        self.report.add(**row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=3.0, help="time for each row (default 3)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    harness.keep_freed_memory()
+    torch.manual_seed(0)
+    report = harness.Report(
+        f"linear_{arguments.dtype}_{arguments.threads}_threads",
+        f"The fused linear layer and its input gradient on the CPU, {arguments.dtype}",
+        [
+            "Time over that of torch's F.linear (dX: dy @ w) on the dense weight, median (10th to 90th percentile),",
+            "lower is better. Ours includes LoRA of rank 16 and double quantization.",
+        ],
+    )
+    bench = Bench(report, arguments.seconds, getattr(torch, arguments.dtype))
+    for n, k in SHAPES:
+        bench.shape(n, k)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
