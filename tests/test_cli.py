@@ -456,3 +456,34 @@ def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
         assert not list(small.rglob("*.safetensors"))
     finally:
         subprocess.run(["umount", small], check=True)
+
+
+def test_packed_rows_do_not_see_each_other(paths: Paths) -> None:
+    """The loss over packed rows is that over the rows one by one, with the transformers model's own loss."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import qlora_ext
+    from qlora_ext.cli.data import encode, pack, read_examples
+    from qlora_ext.cli.loss import learnt_loss
+    from qlora_ext.cli.training import collate
+
+    tokenizer = AutoTokenizer.from_pretrained(paths["model"])
+    model = AutoModelForCausalLM.from_pretrained(
+        paths["model"], dtype=torch.float32, quantization_config=qlora_ext.QLoRAConfig()
+    )
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    rows = list(encode(tokenizer, read_examples(str(paths["data"])), 48))[:7]
+    packed = pack(rows, 100)
+    assert len(packed) < len(rows)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            learnt = sum(label != -100 for label in row["labels"][1:])
+            alone = {key: torch.tensor([value]) for key, value in row.items()}
+            total += float(model(**alone).loss) * learnt
+            count += learnt
+        together = float(learnt_loss(model, collate(packed), None, chunked=False))
+        chunked = float(learnt_loss(model, collate(packed), None, chunked=True))
+    assert together == pytest.approx(total / count, rel=1e-5)
+    assert chunked == pytest.approx(together, rel=1e-5)

@@ -224,25 +224,47 @@ def encode(tokenizer: Any, examples: Iterable[Example], seq_len: int) -> Iterato
                 yield row
 
 
+Row: TypeAlias = "dict[str, list[int]]"
+
+
+def pack(rows: Iterable[Row], seq_len: int) -> list[Row]:
+    """Lays short rows end to end, up to ``seq_len``; ``position_ids`` begin anew with each, which keeps them apart.
+
+    transformers reads those positions and lets no token attend to another row's.
+    """
+    packed: list[Row] = []
+    for row in rows:
+        size = len(row["input_ids"])
+        if not packed or len(packed[-1]["input_ids"]) + size > seq_len:
+            packed.append({"input_ids": [], "labels": [], "position_ids": []})
+        packed[-1]["input_ids"] += row["input_ids"]
+        packed[-1]["labels"] += [-100, *row["labels"][1:]]  # nothing before it predicts a first token
+        packed[-1]["position_ids"] += range(size)
+    return packed
+
+
 def split(
     tokenizer: Any, examples: list[Example], seq_len: int, train_rows: int, held_out_rows: int, seed: int
-) -> tuple[list[dict[str, list[int]]], list[dict[str, list[int]]]]:
-    """Shuffled rows to train on, and others held out: at most as many as asked for, a tenth held out if data is short.
+) -> tuple[list[Row], list[Row]]:
+    """Packed rows to train on, and single ones held out, in an order drawn by ``seed``.
 
-    Encoding stops as soon as there are enough.
+    There are at most as many as asked for; where the data is short, a tenth of it is held out. Encoding stops as soon
+    as there is enough.
     """
-    if all(isinstance(example, str) for example in examples):
-        rows = list(encode(tokenizer, examples, seq_len))
-        random.Random(seed).shuffle(rows)
+    shuffled = list(examples)
+    random.Random(seed).shuffle(shuffled)
+    rows: list[Row] = []
+    tokens = 0  # of the rows to train on
+    may_stop = all(isinstance(example, list) for example in examples)  # pieces of one text are to be shuffled first
+    for row in encode(tokenizer, shuffled, seq_len):
+        rows.append(row)
+        tokens += len(row["input_ids"]) if len(rows) > held_out_rows else 0
+        if may_stop and tokens >= train_rows * seq_len:
+            break
     else:
-        examples = list(examples)
-        random.Random(seed).shuffle(examples)
-        rows = []
-        for row in encode(tokenizer, examples, seq_len):
-            rows.append(row)
-            if len(rows) == train_rows + held_out_rows:
-                break
+        held_out_rows = min(held_out_rows, max(1, len(rows) // 10))
     if len(rows) < 2:
         raise UserError("--data: too little text: at least two examples (or --seq-len of text twice) are needed")
-    held_out = min(held_out_rows, max(1, len(rows) // 10)) if len(rows) < train_rows + held_out_rows else held_out_rows
-    return rows[held_out : held_out + train_rows], rows[:held_out]
+    if not may_stop:
+        random.Random(seed).shuffle(rows)
+    return pack(rows[held_out_rows:], seq_len)[:train_rows], rows[:held_out_rows]

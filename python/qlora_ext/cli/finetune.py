@@ -23,7 +23,7 @@ from .models import (
     parse_dtype,
     read_json,
     resolve,
-    weight_bytes,
+    weigh,
 )
 from .settings import Settings
 
@@ -178,13 +178,14 @@ def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
     console.print(f"model {run.source.name}\ntext  {run.settings.data} ({len(run.examples)} examples)")
     tokenizer = load_tokenizer(run.source)
     model = load_quantized(run.source, parse_dtype(run.settings.dtype), device, run.settings.block_size)
-    before, after = weight_bytes(model)
+    weights = weigh(model)
     console.print(
-        f"weights {before / 1e6:.1f} MB in {run.settings.dtype} -> {after / 1e6:.1f} MB in 4 bits "
-        f"({before / after:.2f} times smaller, embeddings included)"
+        f"weights {weights.dense_bytes / 1e6:.1f} MB in {run.settings.dtype} -> {weights.bytes / 1e6:.1f} MB in 4 bits "
+        f"({weights.dense_bytes / weights.bytes:.2f} times smaller; embeddings, which stay as they are, included)"
     )
     model = _add_adapter(model, run)
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = weights.parameters + trainable
     console.print(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     return model, tokenizer
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
 import pathlib
@@ -126,7 +128,8 @@ def _load(what: str, source: ModelSource, loader: Any, **options: Any) -> Any:
 
     logging.disable_progress_bar()
     try:
-        return loader.from_pretrained(source.path, **source.options, **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files has a bar of its own
+            return loader.from_pretrained(source.path, **source.options, **options)
     except safetensors.SafetensorError as error:
         raise UserError(f"the weights of {source.name} are truncated or damaged: {first_line(error)}") from error
     except MemoryError as error:
@@ -185,23 +188,35 @@ def load_config(source: ModelSource) -> Any:
     return _load("configuration", source, AutoConfig)
 
 
-def weight_bytes(model: Any) -> tuple[int, int]:
-    """The bytes of all weights before quantization (in the compute dtype) and as they are now, scales included."""
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A model's size: its parameters, their bytes in the compute dtype, and their bytes as they are, with scales."""
+
+    parameters: int
+    dense_bytes: int
+    bytes: int
+
+
+def weigh(model: Any) -> Weights:
+    """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
     from qlora_ext.nn import Linear4bit
 
-    before = after = 0
-    seen: set[int] = set()  # a tied head is one tensor in two modules
+    parameters = dense = held = 0
+    seen: set[int] = set()
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            after += tensor.nbytes
+            held += tensor.nbytes
             if not isinstance(module, Linear4bit) or tensor is module.bias:
-                before += tensor.nbytes
+                parameters += tensor.numel()
+                dense += tensor.nbytes
             elif tensor is module.weight:
-                before += module.in_features * module.out_features * module.compute_dtype.itemsize
-    return before, after
+                count = module.in_features * module.out_features
+                parameters += count
+                dense += count * module.compute_dtype.itemsize
+    return Weights(parameters, dense, held)
 
 
 def read_json(path: pathlib.Path) -> Any:

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from .files import new_directory, staged_directory
-from .models import load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weight_bytes
+from .models import load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weigh
 
 
 def add_parser(commands: Any) -> None:
@@ -41,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
     with staged_directory(output) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    before, after = weight_bytes(model)
-    print(f"{output}: {before / 1e6:.1f} MB in {arguments.dtype} -> {after / 1e6:.1f} MB in 4 bits")
+    weights = weigh(model)
+    print(
+        f"{output}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> {weights.bytes / 1e6:.1f} MB in 4 bits"
+    )
     return 0

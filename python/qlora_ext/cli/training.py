@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .data import Row, pack
 from .errors import UserError, first_line
 from .files import remove, staged_directory
-from .loss import chunked_loss
+from .loss import has_plain_head, learnt_loss
 from .settings import Settings
 
-Row = dict[str, list[int]]
 _KEPT_CHECKPOINTS = 2
 
 
@@ -54,12 +54,23 @@ def training_arguments(settings: Settings, directory: pathlib.Path, device: torc
         raise UserError(f"--optimizer {settings.optimizer}: transformers knows no such optimizer") from error
 
 
-def _scored(labels: torch.Tensor) -> int:
-    return int((labels[:, 1:] != -100).sum())
+def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+    """Pads packed rows to the longest, [B, T] each. The padding counts positions of its own: nothing attends to it."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def padded(key: str, fill: int) -> torch.Tensor:
+        return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+
+    positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
+    return {
+        "input_ids": padded("input_ids", 0),
+        "labels": padded("labels", -100),
+        "position_ids": torch.tensor(positions),
+    }
 
 
 class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
-    """Trains on rows laid end to end without padding, each of which attends to itself alone."""
+    """Trains on packed rows; see ``data.pack``."""
 
     def __init__(
         self,
@@ -71,14 +82,15 @@ class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
         **kw: Any,
     ):
         self.held_out = held_out
-        self._chunked_loss = chunked
+        self._chunked = chunked
+        self._plain_head = has_plain_head(model)
         self._staging: pathlib.Path | None = None
         super().__init__(
             model=model,
             args=args,
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=DataCollatorWithFlattening(),
+            data_collator=collate,
             **kw,
         )
         self.remove_callback(PrinterCallback)
@@ -86,23 +98,23 @@ class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        if not self._chunked_loss:
+        if not self._plain_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return chunked_loss(model, inputs, num_items_in_batch)
+        return learnt_loss(model, inputs, num_items_in_batch, self._chunked and model.training)
 
     def held_out_loss(self) -> float:
         """Mean cross-entropy a learnt token of the held-out rows, in nats. It draws no random number."""
         model, size = self.model, self.args.per_device_train_batch_size
+        rows = pack(self.held_out, max(len(row["input_ids"]) for row in self.held_out))
         was_training = model.training
         model.eval()
         total, count = 0.0, 0
         with torch.no_grad():
-            for start in range(0, len(self.held_out), size):
-                batch = self.data_collator(self.held_out[start : start + size])
-                batch = {key: value.to(self.args.device) for key, value in batch.items()}
-                scored = _scored(batch["labels"])
-                total += float(self.compute_loss(model, batch)) * scored
-                count += scored
+            for start in range(0, len(rows), size):
+                batch = {key: value.to(self.args.device) for key, value in collate(rows[start : start + size]).items()}
+                learnt = int((batch["labels"][:, 1:] != -100).sum())
+                total += float(self.compute_loss(model, batch)) * learnt
+                count += learnt
         model.train(was_training)
         return total / count
 
