@@ -7,6 +7,7 @@ inline constexpr int64_t kStripGrainElements = 16384;
 
 inline constexpr int64_t kLineBytes = 64;
 inline constexpr int64_t kFirstCacheBytes = 8192;  // what a pass over a few blocks may take of it
+inline constexpr int64_t kAheadBytes = 16384;      // 8192 measures the same, 4096 a sixth slower
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -25,12 +26,17 @@ inline float block_absmax(const T* w, int64_t count) {
   return absmax <= 3.40282347e+38f ? absmax : bits_float(0x7FC00000u);
 }
 
-// Encodes a block of whole groups, and fetches what lies `ahead` elements after it.
+// Encodes a block of whole groups, and fetches what lies kAheadBytes after it: the hardware's prefetchers idle between
+// two passes over absmax.
 template <class T>
-inline void encode_block(const T* w, int64_t count, float inverse, uint8_t* packed, int64_t ahead) {
+inline void encode_block(const T* w, int64_t count, float inverse, uint8_t* packed) {
   const Floats scale = splat(inverse);
+  const char* const ahead = reinterpret_cast<const char*>(w) + kAheadBytes;
   for (int64_t i = 0; i < count; i += kGroup) {
-    for (int64_t line = 0; line < kGroup; line += kLineBytes / sizeof(T)) __builtin_prefetch(w + i + ahead + line);
+    const int64_t byte = i * static_cast<int64_t>(sizeof(T));
+    for (int64_t line = 0; line < kGroup * static_cast<int64_t>(sizeof(T)); line += kLineBytes) {
+      __builtin_prefetch(ahead + byte + line);
+    }
     const Pairs group = load_pairs(w + i);
     store_packed(packed + i / 2, encode(mul(group.even, scale)), encode(mul(group.odd, scale)));
   }
@@ -44,7 +50,7 @@ inline void quantize_blocks(const T* w, int64_t blocks, int64_t block_size, uint
   for (int64_t b = 0; b < blocks; ++b) absmax[b] = block_absmax(w + b * block_size, block_size);
   for (int64_t b = 0; b < blocks; ++b) inverse[b] = inverse_absmax(absmax[b]);
   for (int64_t b = 0; b < blocks; ++b) {
-    encode_block(w + b * block_size, block_size, inverse[b], packed + b * block_size / 2, blocks * block_size);
+    encode_block(w + b * block_size, block_size, inverse[b], packed + b * block_size / 2);
   }
   for (int64_t b = 0; b < blocks; ++b) {
     if (is_nan(absmax[b])) clear(packed + b * block_size / 2, block_size / 2);
