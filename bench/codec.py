@@ -70,9 +70,7 @@ class Bench:
         clock = harness.thread_clock if torch.get_num_threads() == 1 else harness.wall_clock
         times = harness.interleave(calls, seconds=self.seconds, clock=clock)
 
-        def ratio_of_rates(other: str) -> harness.Spread | str:
-            if other not in times:
-                return ""
+        def ratio_of_rates(other: str) -> harness.Spread:
             scale = moved / size.get(other, copied)
             low, median, high = (x * scale for x in sorted(times.ratio(other, "ours")))
             return harness.Spread(median, low, high)
@@ -84,7 +82,7 @@ class Bench:
             operands=where,
             median=f"{moved / times.median('ours') / 1e9:.1f} GB/s",
             best=f"{moved / times.best('ours') / 1e9:.1f} GB/s",
-            **{f"ours / {name}": ratio_of_rates(name) for name in OTHERS},
+            **{f"ours / {name}": ratio_of_rates(name) for name in OTHERS if name in times},
         )
 
     def copies(self, weights: harness.Ring[Tensor]) -> dict[str, harness.Call]:
