@@ -3,9 +3,9 @@
     python bench/linear.py [--seconds 3] [--threads 2] [--dtype bfloat16]
 
 Every ratio is a time over the time of torch's `F.linear` (dX: `dy @ w`) on the dense weight in the same dtype, round
-by round: lower is better. Ours has LoRA of rank 16 and double quantization in it; beside it stand `F.linear` with LoRA
-as two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them) and bitsandbytes' training
-path (`pip install bitsandbytes`), without LoRA. Operands are rotated out of the caches. With one thread, CPU time is
+by round: lower is better. Ours has LoRA of rank 16 and double quantization in it. Beside it stand `F.linear` with LoRA
+as two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them) and the training path of
+bitsandbytes, where it is installed, without LoRA. Operands are rotated out of the caches. With one thread, CPU time is
 measured, so that other processes disturb less.
 """
 
