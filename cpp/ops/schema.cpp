@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(qlora, m) {
       "int block_size, int nested_block_size, SymInt in_features, Tensor? lora_a, Tensor? lora_b, "
       "float scaling, float dropout_p, SymInt seed) -> Tensor");
   m.def(
-      "linear_nf4_dlora(Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, SymInt seed) "
+      "linear_nf4_dlora(Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, SymInt "
+      "seed) "
       "-> (Tensor da, Tensor db)");
 }
