@@ -38,6 +38,7 @@ ODD = [  # m, n, k, rank, block size, double quantization, dropout
     (40, 300, 1100, 256, 2048, True, 0.0),
     (530, 770, 72, 16, 64, True, 0.0),
     (96, 40, 128, 7, 64, True, 1.0),
+    (1024, 1536, 576, 16, 64, True, 0.0),  # the largest blocks of the output
 ]
 
 

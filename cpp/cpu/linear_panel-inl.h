@@ -67,7 +67,8 @@ void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int6
 
 template <class W, class T>
 void linear(const Pool& pool, const LinearProblem& p) {
-  constexpr int64_t kMostRows = 384, kMostTokens = 512;
+  constexpr int64_t kMostRows = 360, kMostTokens = 512;
+  static_assert((kStripRows * kDepth + kMostTokens * kDepth + kMostRows * kMostTokens) * 4 <= kTaskBytes);
   const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   T* const h = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
   for (int64_t first = 0; first < p.m; first += some) {
@@ -168,6 +169,7 @@ void backward_block(const LinearDxProblem& p, const T* g, int64_t first_token, i
 template <class W, class T>
 void linear_dx(const Pool& pool, const LinearDxProblem& p) {
   constexpr int64_t kMostColumns = 256, kMostTokens = 512;
+  static_assert((kMostTokens * kDepth + kMostColumns * kDepth + kMostTokens * kMostColumns) * 4 <= kTaskBytes);
   const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   T* const g = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
   for (int64_t first = 0; first < p.m; first += some) {
