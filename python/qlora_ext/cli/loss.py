@@ -31,6 +31,14 @@ def check_chunked_loss(model: Any) -> None:
         raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which it cannot follow")
 
 
+def head_loss(head: Any, hidden: Tensor, labels: Tensor, chunked: bool) -> Tensor:
+    """Mean cross-entropy of the output ``head`` (an nn.Linear) over hidden states [M, K] and their labels [M]."""
+    if chunked:
+        options = torch.nn.LinearCrossEntropyOptions()
+        return functional.linear_cross_entropy(hidden, head.weight, labels, linear_bias=head.bias, options=options)
+    return functional.cross_entropy(head(hidden).float(), labels)
+
+
 def learnt_loss(model: Any, inputs: dict[str, Tensor], num_items: Tensor | int | None, chunked: bool) -> Tensor:
     """The summed cross-entropy of ``model``, a PEFT model, over the learnt tokens, divided by ``num_items``.
 
@@ -48,9 +56,4 @@ def learnt_loss(model: Any, inputs: dict[str, Tensor], num_items: Tensor | int |
     learnt = labels != -100
     hidden, labels = hidden[learnt], labels[learnt]
     share = 1.0 if num_items is None else len(labels) / num_items
-    if chunked:
-        options = torch.nn.LinearCrossEntropyOptions()
-        mean = functional.linear_cross_entropy(hidden, head.weight, labels, linear_bias=head.bias, options=options)
-    else:
-        mean = functional.cross_entropy(head(hidden).float(), labels)
-    return mean.float() * share
+    return head_loss(head, hidden, labels, chunked).float() * share

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from . import finetune, generate, info, merge, quantize
+from . import adapters, finetune, generate, info, merge, plan, quantize
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"qlora_ext {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (finetune, generate, quantize, merge, info):
+    for command in (finetune, generate, quantize, merge, adapters, plan, info):
         command.add_parser(commands)
     return parser
 

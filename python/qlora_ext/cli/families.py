@@ -1,0 +1,83 @@
+"""Sizes of well-known models, for planning without their files: the figures of their published configurations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .errors import UserError
+
+# model_type, vocabulary, hidden size, intermediate size, layers, heads, key-value heads, tied head
+_FAMILIES: dict[str, tuple[str, int, int, int, int, int, int, bool]] = {
+    "llama-7b": ("llama", 32000, 4096, 11008, 32, 32, 32, False),
+    "llama-13b": ("llama", 32000, 5120, 13824, 40, 40, 40, False),
+    "llama-33b": ("llama", 32000, 6656, 17920, 60, 52, 52, False),
+    "llama-65b": ("llama", 32000, 8192, 22016, 80, 64, 64, False),
+    "llama-2-70b": ("llama", 32000, 8192, 28672, 80, 64, 8, False),
+    "llama-3-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, False),
+    "llama-3-70b": ("llama", 128256, 8192, 28672, 80, 64, 8, False),
+    "mistral-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, False),
+    "qwen2.5-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
+    "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, True),
+    "smollm2-1.7b": ("llama", 49152, 2048, 8192, 24, 32, 32, True),
+}
+
+
+def names() -> list[str]:
+    return list(_FAMILIES)
+
+
+def known(name: str) -> bool:
+    return _key(name) in _FAMILIES
+
+
+def _key(name: str) -> str:
+    """A hub-style name without its owner and its variant: meta-llama/Llama-2-70b-hf is llama-2-70b."""
+    key = name.rpartition("/")[2].lower().replace("meta-", "")
+    for suffix in ("-instruct", "-chat", "-hf", "-it"):
+        key = key.replace(suffix, "")
+    for name_, (prefix) in (("llama-2-7b", "llama-7b"), ("llama-2-13b", "llama-13b"), ("llama-30b", "llama-33b")):
+        key = prefix if key == name_ else key
+    return key
+
+
+def config(name: str) -> Any:
+    """The transformers configuration of a known model."""
+    from transformers import AutoConfig
+
+    kind, vocab, hidden, intermediate, layers, heads, kv_heads, tied = _FAMILIES[_key(name)]
+    return AutoConfig.for_model(
+        kind,
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        tie_word_embeddings=tied,
+    )
+
+
+def config_of_sizes(text: str) -> Any:
+    """A Llama of the sizes in ``text``: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]."""
+    from transformers import AutoConfig
+
+    sizes = {"vocab": 32000}
+    for part in text.split(","):
+        key, _, value = part.partition("=")
+        if key.strip() not in ("hidden", "intermediate", "layers", "heads", "kv-heads", "vocab") or not value.isdigit():
+            raise UserError(f"--sizes {text}: expected hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]")
+        sizes[key.strip()] = int(value)
+    missing = [key for key in ("hidden", "intermediate", "layers", "heads") if not sizes.get(key)]
+    if missing:
+        raise UserError(f"--sizes {text}: {', '.join(missing)} is missing or 0")
+    if sizes["hidden"] % sizes["heads"]:
+        raise UserError(f"--sizes {text}: hidden is no multiple of heads")
+    return AutoConfig.for_model(
+        "llama",
+        vocab_size=sizes["vocab"],
+        hidden_size=sizes["hidden"],
+        intermediate_size=sizes["intermediate"],
+        num_hidden_layers=sizes["layers"],
+        num_attention_heads=sizes["heads"],
+        num_key_value_heads=sizes.get("kv-heads", sizes["heads"]),
+    )

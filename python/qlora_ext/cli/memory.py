@@ -1,0 +1,194 @@
+"""Where the bytes of a training step go, found by running the step on tensors that have shapes but no memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .loss import head_loss
+from .models import parse_dtype
+
+# Bytes of optimizer state a trainable parameter: two float32 moments; 8-bit ones carry a scale a block of 256.
+_STATE_BYTES = {"adamw_torch": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0, "paged_adamw_32bit": 0.0}
+OPTIMIZERS = tuple(_STATE_BYTES)
+_ADAPTER_BYTES = 4  # adapters and their gradients are float32
+_SHARDED = ("base weights", "scales", "other weights", "adapters", "gradients", "optimizer state")
+_WHOLE = ("activations", "logits", "workspace")
+# Everything is linear in the number of layers from here on, and two such numbers give the line.
+_FEW, _MORE = 4, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is planned for: the model's configuration and the options of ``finetune`` that cost memory."""
+
+    config: Any
+    rank: int = 16
+    target_modules: str | list[str] = "all-linear"
+    seq_len: int = 512
+    batch_size: int = 1
+    dtype: str = "bfloat16"
+    optimizer: str = "adamw_torch"
+    block_size: int = 64
+    grad_checkpointing: bool = False
+    chunked_loss: bool = False
+    devices: int = 1
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all live storages by the phase that made them, and keeps the split at the highest totals.
+
+    While a model runs backward, activations go and gradients come, layer by layer: the top is at the beginning or at
+    the end, which one depending on the number of layers. So there are two tops: before and after the middle.
+    """
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase = "activations"
+        self.bytes: dict[str, int] = {}
+        self.peaks: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._middle, self._gradients = parameters // 2, 0
+        self._storages: dict[int, tuple[Any, str, int]] = {}
+        self._ignored: set[int] = set()
+
+    def ignore(self, tensors: Any) -> None:
+        """Storages that exist before the step and are counted elsewhere."""
+        self._ignored |= {t.untyped_storage()._cdata for t in tensors}
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages or key in self._ignored:
+            return
+        self._storages[key] = (weakref.ref(storage, lambda _: self._drop(key)), self.phase, storage.nbytes())
+        self.bytes[self.phase] = self.bytes.get(self.phase, 0) + storage.nbytes()
+        peak = self.peaks[self._gradients > self._middle]
+        if sum(self.bytes.values()) > sum(peak.values()):
+            peak.update(self.bytes)
+
+    def _drop(self, key: int) -> None:
+        _, phase, size = self._storages.pop(key)
+        self.bytes[phase] -= size
+
+    def is_gradient(self, parameter: torch.Tensor) -> None:
+        """Moves a parameter's gradient out of the phase in which it was made."""
+        assert parameter.grad is not None
+        self._gradients += 1
+        key = parameter.grad.untyped_storage()._cdata
+        if key in self._storages:
+            reference, phase, size = self._storages[key]
+            self._storages[key] = (reference, "gradients", size)
+            self.bytes[phase] -= size
+            self.bytes["gradients"] = self.bytes.get("gradients", 0) + size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
+        return out
+
+
+def _build(job: Job, layers: int) -> Any:
+    """The adapted 4-bit model with that many layers, on the meta device."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import qlora_ext
+
+    config = copy.deepcopy(job.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    config.use_cache = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(job.dtype))
+        qlora_ext.quantize_model(model, block_size=job.block_size)
+        adapter = LoraConfig(task_type="CAUSAL_LM", r=job.rank, target_modules=job.target_modules)
+        model = get_peft_model(model, adapter)
+    if job.grad_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _static(model: Any) -> dict[str, float]:
+    from qlora_ext.nn import SCALES, Linear4bit
+
+    bytes_: dict[str, float] = dict.fromkeys(("base weights", "scales", "other weights", "adapters"), 0.0)
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            packed = isinstance(module, Linear4bit) and name != "bias"
+            key = "adapters" if tensor.requires_grad else "other weights"
+            key = ("scales" if name in SCALES else "base weights") if packed else key
+            bytes_[key] += tensor.nbytes
+    return bytes_
+
+
+def _step(model: Any, job: Job) -> tuple[dict[str, int], dict[str, int]]:
+    """The splits at the two tops of one forward and backward pass, the parameters not counted."""
+    trainable = sum(parameter.requires_grad for parameter in model.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        ids = torch.zeros((job.batch_size, job.seq_len), dtype=torch.int64)
+        tracker = _Live(trainable)
+        tracker.ignore([*model.parameters(), *model.buffers(), ids])
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(tracker.is_gradient)
+        with tracker:
+            base = model.get_base_model()
+            hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            tracker.phase = "logits"
+            loss = head_loss(base.get_output_embeddings(), hidden.flatten(0, 1), ids.flatten(), job.chunked_loss)
+            del hidden
+            tracker.phase = "workspace"
+            loss.backward()
+    return tracker.peaks
+
+
+def _measure(job: Job, layers: int) -> list[dict[str, float]]:
+    model = _build(job, layers)
+    static = _static(model)
+    return [{**static, **peak} for peak in _step(model, job)]
+
+
+def _line(few: dict[str, float], more: dict[str, float], layers: int) -> dict[str, float]:
+    ahead = (layers - _FEW) / (_MORE - _FEW)
+    return {key: few.get(key, 0) + (more.get(key, 0) - few.get(key, 0)) * ahead for key in {**few, **more}}
+
+
+def tops(job: Job) -> list[dict[str, float]]:
+    """The splits at the two tops of a training step, without optimizer state and on one device."""
+    layers = job.config.get_text_config().num_hidden_layers
+    if layers <= _MORE:
+        return _measure(job, layers)
+    return [_line(*pair, layers) for pair in zip(_measure(job, _FEW), _measure(job, _MORE), strict=True)]
+
+
+def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
+    """Bytes a device, by what they are for, at the highest point of a training step.
+
+    Weights, adapters, gradients and optimizer state are divided by ``devices`` (FSDP2 shards them); the batch is one
+    device's. Every token is taken as learnt. Not in it: what CUDA and Python need for themselves, and fragmentation.
+
+    Args:
+        measured: the ``tops`` of the job, or of one that differs in its optimizer and number of devices alone.
+    """
+    splits = []
+    for top in measured:
+        parts = {key: top.get(key, 0.0) / (job.devices if key in _SHARDED else 1) for key in (*_SHARDED, *_WHOLE)}
+        state = top["adapters"] / _ADAPTER_BYTES * _STATE_BYTES[job.optimizer] / job.devices
+        splits.append({**parts, "optimizer state": state})
+    return max(splits, key=lambda parts: sum(parts.values()))

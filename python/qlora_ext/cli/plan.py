@@ -1,0 +1,193 @@
+"""``qlora-ext plan``: where the memory of a fine-tuning run would go and whether it fits, before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+from .files import staged_file
+from .models import DEFAULT_MODEL, DTYPES, load_config, resolve
+
+if TYPE_CHECKING:
+    from .memory import Job
+
+_UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def add_parser(commands: Any) -> None:
+    from . import families
+
+    parser = commands.add_parser(
+        "plan",
+        help="foresee the memory of a fine-tuning run",
+        description="Runs a training step on tensors without memory and shows where the bytes go, whether they fit, "
+        "and what would help if they do not. Loads no weight. The CUDA context (about 0.5 GB) is not in it.",
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"a model directory, its config.json, a .gguf file, a hub name, package:NAME, or one of "
+        f"{', '.join(families.names())} (default: %(default)s)",
+    )
+    source.add_argument(
+        "--sizes", help="a Llama by numbers: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]"
+    )
+    parser.add_argument("--rank", type=int, default=16, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--target-modules", default="all-linear", help="all-linear, or names separated by commas (default: %(default)s)"
+    )
+    parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="a device (default: %(default)s)")
+    parser.add_argument("--grad-checkpointing", action="store_true", help="as in finetune")
+    parser.add_argument("--chunked-loss", action="store_true", help="as in finetune")
+    parser.add_argument("--optimizer", default="adamw_torch", help="(default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help="that share the weights by FSDP2")
+    parser.add_argument(
+        "--memory", metavar="SIZE", help="of one device, such as 24GB or 40GiB (default: that of this machine's)"
+    )
+    parser.add_argument("--plot", metavar="PNG", help="draw the split to a picture")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON, in bytes")
+    parser.set_defaults(run=run)
+
+
+def _memory(text: str | None) -> tuple[float, str]:
+    """The bytes to fit into, and what they are."""
+    if text is not None:
+        match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text)
+        if not match or match[2].upper() not in _UNITS:
+            raise UserError(f"--memory {text}: expected a size such as 24GB or 40GiB")
+        return float(match[1]) * _UNITS[match[2].upper()], "--memory"
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_properties(0)
+        return float(device.total_memory), str(device.name)
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), "this machine's memory"
+
+
+def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
+    from . import families
+
+    if arguments.sizes is not None:
+        return arguments.sizes, families.config_of_sizes(arguments.sizes)
+    name = str(arguments.model)
+    path = pathlib.Path(name).expanduser()
+    if path.name == "config.json" and path.is_file():
+        return name, load_config(resolve(str(path.parent)))
+    if not path.exists() and families.known(name):
+        return name, families.config(name)
+    return name, load_config(resolve(name))
+
+
+def _job(arguments: argparse.Namespace, config: Any) -> Job:
+    from .memory import OPTIMIZERS, Job
+
+    for name in ("rank", "seq_len", "batch_size", "devices"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected at least 1")
+    if arguments.optimizer not in OPTIMIZERS:
+        raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
+    if arguments.dtype not in DTYPES:
+        raise UserError(f"--dtype {arguments.dtype}: expected bfloat16, float16 or float32")
+    targets = arguments.target_modules
+    return Job(
+        config=config,
+        rank=arguments.rank,
+        target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
+        seq_len=arguments.seq_len,
+        batch_size=arguments.batch_size,
+        dtype=arguments.dtype,
+        optimizer=arguments.optimizer,
+        grad_checkpointing=arguments.grad_checkpointing,
+        chunked_loss=arguments.chunked_loss,
+        devices=arguments.devices,
+    )
+
+
+def advise(job: Job, measured: list[dict[str, float]]) -> list[tuple[str, float]]:
+    """What would lower the total, and by how many bytes: each change alone, the largest first."""
+    from .memory import split, tops
+
+    step: list[tuple[str, dict[str, Any]]] = []  # changes of the step itself, which is then run again
+    if not job.grad_checkpointing:
+        step.append(("--grad-checkpointing", {"grad_checkpointing": True}))
+    if not job.chunked_loss:
+        step.append(("--chunked-loss", {"chunked_loss": True}))
+    if job.batch_size > 1:
+        step.append((f"--batch-size {job.batch_size // 2}", {"batch_size": job.batch_size // 2}))
+    if job.seq_len > 256:
+        step.append((f"--seq-len {job.seq_len // 2}", {"seq_len": job.seq_len // 2}))
+    if job.rank > 8:
+        step.append((f"--rank {job.rank // 2}", {"rank": job.rank // 2}))
+    rest: list[tuple[str, dict[str, Any]]] = [(f"--devices {job.devices * 2}", {"devices": job.devices * 2})]
+    if job.optimizer == "adamw_torch":
+        rest.append(("--optimizer adamw_8bit", {"optimizer": "adamw_8bit"}))
+        rest.append(("--optimizer paged_adamw_8bit (its state may leave the GPU)", {"optimizer": "paged_adamw_8bit"}))
+    total = sum(split(job, measured).values())
+    savings = []
+    for text, change in (*step, *rest):
+        changed = dataclasses.replace(job, **change)
+        new = split(changed, measured if (text, change) in rest else tops(changed))
+        savings.append((text, total - sum(new.values())))
+    return sorted((pair for pair in savings if pair[1] > 0.005 * total), key=lambda pair: -pair[1])
+
+
+def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 2.4), dpi=150, layout="constrained")
+    left = 0.0
+    for i, (name, size) in enumerate(split.items()):
+        axes.barh([0], [size / 1e9], left=left, label=f"{name} {size / 1e9:.2f}", color=f"C{i}")
+        left += size / 1e9
+    axes.axvline(memory / 1e9, color="black", linestyle="--", label=f"available {memory / 1e9:.1f}")
+    axes.set(xlabel="GB", yticks=[], title=title)
+    axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.35))
+    with staged_file(path) as partial:
+        figure.savefig(partial, format="png")
+    pyplot.close(figure)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; see the module's text."""
+    memory, whose = _memory(arguments.memory)
+    name, config = _config(arguments)
+    job = _job(arguments, config)
+    from .memory import split, tops
+
+    try:
+        measured = tops(job)
+    except ValueError as error:
+        raise UserError(
+            f"--target-modules {arguments.target_modules}: no layer of the model has such a name"
+        ) from error
+    parts = split(job, measured)
+    total = sum(parts.values())
+    fits = total <= memory
+    if arguments.plot:
+        _plot(pathlib.Path(arguments.plot), f"{name}: {total / 1e9:.2f} GB", parts, memory)
+    advice = [] if fits else advise(job, measured)
+    if arguments.json:
+        savings = dict(advice)
+        print(
+            json.dumps({"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": savings}, indent=2)
+        )
+        return 0
+    for key, size in parts.items():
+        print(f"{key:<16} {size / 1e9:9.3f} GB  {100 * size / total:5.1f}%")
+    print(f"{'total':<16} {total / 1e9:9.3f} GB a device, at the highest point of a step")
+    print(f"{'fits' if fits else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
+    for text, saving in advice:
+        print(f"  {text} saves {saving / 1e9:.2f} GB{'' if total - saving > memory else ', and then it fits'}")
+    return 0

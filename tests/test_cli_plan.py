@@ -1,0 +1,193 @@
+"""The planner against real peaks of this machine and the QLoRA paper's figures, and the list of adapters."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from qlora_ext.cli import families, main, memory
+from qlora_ext.cli.files import write_json
+
+SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
+
+# One real step of the planned job; prints by how many bytes memory rose above what model and optimizer hold.
+STEP = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM
+from peft import LoraConfig, get_peft_model
+import qlora_ext
+from qlora_ext.cli import families
+from qlora_ext.cli.loss import learnt_loss
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+sizes, options = sys.argv[1], json.loads(sys.argv[2])
+config = families.config_of_sizes(sizes)
+model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+qlora_ext.quantize_model(model)
+model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")).train()
+if options.get("grad_checkpointing"):
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+def step(batch, length):
+    ids = torch.randint(0, 1000, (batch, length))
+    learnt_loss(model, {"input_ids": ids, "labels": ids}, None, options.get("chunked_loss", False)).backward()
+    model.zero_grad(set_to_none=True)
+
+step(1, 32)  # what the libraries set up once
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+step(options["batch_size"], options["seq_len"])
+print(status("VmHWM") - before)
+"""
+
+
+def planned(config: object, **options: object) -> dict[str, float]:
+    job = memory.Job(config=config, **options)
+    return memory.split(job, memory.tops(job))
+
+
+def of_the_step(parts: dict[str, float]) -> float:
+    return sum(parts[key] for key in ("gradients", "activations", "logits", "workspace"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lever", ["none", "grad_checkpointing", "chunked_loss"])
+def test_plan_is_the_measured_peak(lever: str) -> None:
+    """Within 10% of the rise of this process's resident memory, with glibc told to give pages back at once."""
+    if not pathlib.Path("/proc/self/clear_refs").exists():
+        pytest.skip("needs Linux's /proc to measure a peak")
+    options = {"batch_size": 4, "seq_len": 512} | ({lever: True} if lever != "none" else {})
+    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PATH": "/usr/bin:/bin"}
+    run = subprocess.run(
+        [sys.executable, "-c", STEP, SIZES, json.dumps(options)], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    measured = float(run.stdout)
+    foreseen = of_the_step(planned(families.config_of_sizes(SIZES), **options))
+    assert foreseen == pytest.approx(measured, rel=0.1)
+
+
+def test_static_parts_are_those_of_a_real_model() -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    import qlora_ext
+
+    sizes = "hidden=64,intermediate=128,layers=9,heads=4,vocab=200"
+    parts = planned(families.config_of_sizes(sizes), rank=3, seq_len=16)
+    model = AutoModelForCausalLM.from_config(families.config_of_sizes(sizes), dtype=torch.bfloat16)
+    qlora_ext.quantize_model(model)
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert parts["adapters"] == 4 * trainable
+    assert parts["optimizer state"] == 8 * trainable
+    weights = parts["base weights"] + parts["scales"] + parts["other weights"] + parts["adapters"]
+    assert weights == pytest.approx(held, abs=0.5)
+
+
+def test_the_line_through_few_layers_meets_a_deep_model() -> None:
+    config = families.config_of_sizes("hidden=64,intermediate=128,layers=20,heads=4,vocab=200")
+    job = memory.Job(config=config, seq_len=64)
+    direct = memory.split(job, memory._measure(job, 20))
+    assert sum(planned(config, seq_len=64).values()) == pytest.approx(sum(direct.values()), rel=0.01)
+
+
+def test_papers_65b_fits_48_gb() -> None:
+    """Dettmers et al. (2023): a 65B model, rank 64 on all layers, on one 48 GB GPU, with gradient checkpointing."""
+    config = families.config("llama-65b")
+    total = sum(planned(config, rank=64, seq_len=512, grad_checkpointing=True).values())
+    assert 33e9 < total < 48e9
+    assert sum(planned(config, rank=64, seq_len=512).values()) > 48e9
+
+
+def test_double_quantization_costs_0_127_bits() -> None:
+    parts = planned(families.config("llama-7b"), seq_len=16)
+    assert 4 * parts["scales"] / parts["base weights"] == pytest.approx(8 / 64 + 32 / (64 * 256), rel=1e-3)
+
+
+def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    small = ("plan", "--sizes", "hidden=64,intermediate=128,layers=9,heads=4,vocab=200", "--seq-len", "512")
+    told = json.loads(output(capsys, *small, "--json"))
+    assert told["fits"]
+    assert told["total"] == pytest.approx(sum(told["bytes"].values()))
+    picture = tmp_path / "plan.png"
+    tight = output(capsys, *small, "--memory", f"{0.8 * told['total'] / 1e6:.3f}MB", "--plot", picture)
+    assert "does not fit" in tight
+    assert "--grad-checkpointing saves" in tight
+    assert "and then it fits" in tight
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    saved = json.loads(output(capsys, *small, "--json", "--grad-checkpointing"))
+    assert saved["total"] < 0.8 * told["total"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--rank", "0"], "--rank 0"),
+        (["--memory", "lots"], "--memory lots"),
+        (["--optimizer", "sgdd"], "--optimizer sgdd"),
+        (["--dtype", "int4"], "--dtype int4"),
+        (["--sizes", "hidden=64"], "missing"),
+        (["--sizes", "hidden=64,intermediate=128,layers=2,heads=5"], "multiple"),
+        (["--model", "./nowhere"], "./nowhere"),
+        (["--model", "llama-7b", "--target-modules", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_plans(capfd: pytest.CaptureFixture[str], arguments: list[str], named: str) -> None:
+    assert main(["plan", *arguments]) == 2
+    message = capfd.readouterr().err
+    assert named in message
+    assert message.count("\n") == 1
+
+
+def test_hub_style_names() -> None:
+    assert families.known("meta-llama/Llama-2-70b-chat-hf")
+    assert families.known("huggyllama/llama-7b")
+    assert families.known("meta-llama/Meta-Llama-3-8B-Instruct")
+    assert not families.known("some/thing-1b")
+
+
+def test_adapters_are_listed(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    for name, record in (
+        ("first", {"model": "base-a", "date": "2025-01-02T03:04:05+00:00",
+                   "metrics": {"steps": 7, "perplexity_before": 20.0, "perplexity_after": 10.0}}),
+        ("checkpoint-5", {"model": "base-a"}),
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "adapter_config.json", {"r": 16, "lora_alpha": 32})
+        write_json(tmp_path / name / "qlora_base.json", {"fingerprint": "0123456789abcdef", "format_version": 1})
+        write_json(tmp_path / name / "qlora_run.json", record)
+    (tmp_path / "foreign").mkdir()
+    write_json(tmp_path / "foreign" / "adapter_config.json", {"r": 4, "base_model_name_or_path": "base-b"})
+    table = output(capsys, "adapters", tmp_path).splitlines()
+    assert table[0].split() == ["adapter", "base", "fingerprint", "rank", "alpha", "date", "steps", "perplexity"]
+    cells = table[1].split()
+    assert cells == ["first", "base-a", "0123456789ab", "16", "32", "2025-01-02", "03:04", "7", "20.00", "->", "10.00"]
+    assert table[2].startswith("foreign  base-b")
+    assert len(table) == 3
+    records = [json.loads(line) for line in output(capsys, "adapters", tmp_path, "--json").splitlines()]
+    assert [record["fingerprint"] for record in records] == ["0123456789abcdef", None]
+
+
+def test_no_adapter_to_list(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    assert main(["adapters", str(tmp_path)]) == 2
+    assert "no adapter" in capfd.readouterr().err
+    (tmp_path / "adapter_config.json").write_text("[]")
+    assert main(["adapters", str(tmp_path)]) == 2
+    assert main(["adapters", str(tmp_path / "missing")]) == 2
