@@ -196,7 +196,7 @@ def test_killed_again_and_again(paths: Paths, whole_run: pathlib.Path) -> None:
 
     run = paths["root"] / "again"
     moments = random.Random(1)
-    for _ in range(5):
+    for _ in range(3):
         process = start(paths, run, "--resume", "--save-steps", "1")
         deadline = time.monotonic() + 60
         before = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").is_file() else 0

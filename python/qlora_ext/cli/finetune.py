@@ -156,12 +156,17 @@ def _add_adapter(model: Any, run: _Run) -> Any:
 
 
 def _sample(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple[str, str]:
-    """The first held-out row up to where learning begins (a text: its first tokens), and how the model goes on."""
+    """The beginning of a held-out row, and how the model goes on.
+
+    That is the row with the most to say before learning begins; of a plain text, its first tokens.
+    """
     from .generate import complete
 
-    row = rows[0]
-    learnt = next(i for i, label in enumerate(row["labels"]) if label != -100)
-    prompt = row["input_ids"][: learnt or max(1, min(24, len(row["input_ids"]) // 2))]
+    def asked(row: dict[str, list[int]]) -> int:
+        return next(i for i, label in enumerate(row["labels"]) if label != -100)
+
+    row = max(rows, key=asked)
+    prompt = row["input_ids"][: asked(row) or max(1, min(24, len(row["input_ids"]) // 2))]
     return tokenizer.decode(prompt, skip_special_tokens=True), complete(model, tokenizer, prompt, _SAMPLE_TOKENS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import pathlib
 from typing import Any
@@ -22,6 +23,8 @@ _KEPT_CHECKPOINTS = 2
 
 def training_arguments(settings: Settings, directory: pathlib.Path, device: torch.device) -> TrainingArguments:
     """The QLoRA paper's recipe: constant learning rate after 3% warm-up, AdamW with beta2 0.999, clipping at 0.3."""
+    if ("8bit" in settings.optimizer or "paged" in settings.optimizer) and not importlib.util.find_spec("bitsandbytes"):
+        raise UserError(f"--optimizer {settings.optimizer} is bitsandbytes'; install it with: pip install bitsandbytes")
     try:
         return TrainingArguments(
             output_dir=str(directory),
