@@ -41,7 +41,9 @@ class Settings:
                               group="adapter")  # fmt: skip
 
     max_steps: int = _option(50, "optimizer steps", 1, group="training")
-    batch_size: int = _option(4, "examples a forward pass", 1, group="training")
+    batch_size: int = _option(
+        4, "rows of --seq-len tokens a forward pass; short examples share a row", 1, group="training"
+    )
     grad_accum: int = _option(1, "forward passes an optimizer step", 1, group="training")
     lr: float = _option(2e-4, "learning rate (constant after a short warm-up)", 0, group="training")
     optimizer: str = _option(
