@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import math
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from . import adapter as adapters
 from . import settings as options
 from .data import Example, read_examples, split
 from .errors import UserError, first_line
-from .files import need_space, new_directory, remove, staged_directory, write_json
+from .files import need_space, new_directory, remove, staged_directory, write_json, write_json_lines
 from .models import (
     PACKAGE,
     ModelSource,
@@ -197,13 +198,12 @@ def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
 
 def _measure_before(run: _Run, trainer: QLoRATrainer, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Held-out perplexity and a sample of the untrained model: measured once a run, and kept for one that goes on."""
-    import math
-
     if run.before.is_file():
         before: dict[str, Any] = read_json(run.before)
         return before
     prompt, answer = _sample(model, tokenizer, trainer.held_out)
-    before = {"perplexity": math.exp(trainer.held_out_loss()), "prompt": prompt, "sample": answer}
+    loss = trainer.held_out_loss()
+    before = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "prompt": prompt, "sample": answer}
     write_json(run.before, before)
     return before
 
@@ -226,12 +226,10 @@ def _save_adapter(run: _Run, model: Any, metrics: dict[str, Any]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     job = _prepare(arguments)
-    import math
-
     from rich.console import Console
 
     from .loss import check_chunked_loss
-    from .progress import ProgressCallback, plot_loss
+    from .progress import ProgressCallback, measured, plot_loss
     from .training import QLoRATrainer, last_checkpoint, train, training_arguments
 
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
@@ -248,16 +246,16 @@ def run(arguments: argparse.Namespace) -> int:
     # A checkpoint is the adapter and two moments of it; three exist for a moment, and the adapter at the end.
     trainable_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     need_space(job.directory, 10 * trainable_bytes + (4 << 20), "the run's checkpoints")
-    progress = ProgressCallback(console, job.metrics)
     trainer = QLoRATrainer(
         model,
         recipe,
         rows,
         held_out,
         chunked=s.chunked_loss,
-        callbacks=[progress],
     )
     before = _measure_before(job, trainer, model, tokenizer)
+    progress = ProgressCallback(console, job.metrics, measured(0, before["loss"]))
+    trainer.add_callback(progress)
     console.print(f"held-out perplexity before training {before['perplexity']:.2f} ({len(held_out)} examples)")
     _show_sample(console, "before training", before["prompt"], before["sample"])
     checkpoint = last_checkpoint(job.directory) if arguments.resume else None
@@ -271,9 +269,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise KeyboardInterrupt(f"{at}; go on with: qlora-ext finetune --output {job.directory} --resume") from None
     finally:
         progress.close()
-    after = math.exp(trainer.held_out_loss())
-    history = trainer.state.log_history
-    metrics = {"steps": trainer.state.global_step, "perplexity_before": before["perplexity"], "perplexity_after": after}
+    end = measured(trainer.state.global_step, trainer.held_out_loss())
+    after = end["eval_perplexity"]
+    steps = [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]
+    history = [progress.before, *(line for line in steps if "loss" in line or line["step"] < end["step"]), end]
+    write_json_lines(job.metrics, history)
+    metrics = {"steps": end["step"], "perplexity_before": before["perplexity"], "perplexity_after": after}
     _save_adapter(job, model, metrics)
     plot_loss(history, job.directory / "loss.png", f"{pathlib.Path(s.model).name} on {pathlib.Path(s.data).name}")
     console.print(f"held-out perplexity {before['perplexity']:.2f} before -> {after:.2f} after training")

@@ -17,11 +17,15 @@ _LINES = 20  # as many lines of progress a run where the output is no terminal
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """A bar with loss, tokens/s and time left; every logged value also goes to ``metrics.jsonl``, a line a step."""
+    """A bar with loss, tokens/s and time left; every logged value also goes to ``metrics.jsonl``, a line a step.
 
-    def __init__(self, console: Console, metrics: pathlib.Path) -> None:
+    Its first line is ``before``, what was measured before the first step.
+    """
+
+    def __init__(self, console: Console, metrics: pathlib.Path, before: dict[str, Any]) -> None:
         self.console = console
         self.metrics = metrics
+        self.before = before
         self._seen = 0
         self._since = 0.0
         self._bar = Progress(
@@ -38,7 +42,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A run that goes on repeats the steps since its checkpoint: their lines go.
-        write_json_lines(self.metrics, state.log_history)
+        write_json_lines(self.metrics, [self.before, *state.log_history])
         self._begun = self._since = time.monotonic()
         self._first = state.global_step
         self._seen = state.num_input_tokens_seen
@@ -76,6 +80,11 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def close(self) -> None:
         self._bar.stop()
+
+
+def measured(step: int, loss: float) -> dict[str, Any]:
+    """A line of ``metrics.jsonl``: the held-out loss, in nats a token."""
+    return {"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
 
 
 def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:

@@ -16,6 +16,7 @@ from .data import Row, pack
 from .errors import UserError, first_line
 from .files import remove, staged_directory
 from .loss import has_plain_head, learnt_loss
+from .progress import measured
 from .settings import Settings
 
 _KEPT_CHECKPOINTS = 2
@@ -122,8 +123,7 @@ class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
         return total / count
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        loss = self.held_out_loss()
-        metrics = {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+        metrics = measured(self.state.global_step, self.held_out_loss())
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
