@@ -13,15 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+
+from peft import LoraConfig, PeftModel, get_peft_model
+
 from qlora_ext import QLoRAConfig
 from qlora_ext.fingerprint import fingerprint
+from qlora_ext.integrations import peft as integration
 from qlora_ext.nn import Linear4bit, quantize_model
 from tiny_models import FAMILIES, make, same_state, token_ids
-
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
-
-from qlora_ext.integrations import peft as integration  # noqa: E402
 
 IDS = token_ids()
 

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+from transformers import AutoModelForCausalLM
+
 from qlora_ext import QLoRAConfig
 from qlora_ext.nn import Linear4bit, quantize_model
 from tiny_models import FAMILIES, make, same_state, token_ids
-
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-from transformers import AutoModelForCausalLM  # noqa: E402
 
 
 def load(path: Path, *args: Any, **kwargs: Any) -> Any:
