@@ -29,6 +29,7 @@ __all__ = [
 
 # Saved 4-bit models and LoRA on 4-bit layers are recognised without a further import.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
+_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations._counting")
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
 
 

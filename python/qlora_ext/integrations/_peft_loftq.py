@@ -1,0 +1,60 @@
+"""LoftQ (Li et al., 2023) on a model that is 4-bit already: adapters that begin with what quantizing took away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.utils.loftq_utils import _SafetensorLoader
+from torch import Tensor, nn
+
+from ._peft_layers import LoraLinear4bit
+
+
+def _best_of_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A [R, K] and B [N, R] with B · A the nearest to ``error`` [N, K] of all matrices of that rank (Eckart-Young)."""
+    u, s, vh = torch.linalg.svd(error, full_matrices=False)
+    root = s[:rank].sqrt()
+    return root[:, None] * vh[:rank], u[:, :rank] * root
+
+
+@torch.no_grad()
+def replace_lora_weights(
+    peft_model: Any,
+    model_path: str | None = None,
+    adapter_name: str = "default",
+    callback: Callable[[nn.Module, str], bool] | None = None,
+) -> None:
+    """``peft.replace_lora_weights_loftq`` for our layers: scaling · B · A is the nearest to W - dequantize(Q(W)).
+
+    Args:
+        peft_model: a PEFT model with LoRA on 4-bit layers.
+        model_path: the safetensors file, or index, of the weights that were quantized; by default where the
+            model's configuration says.
+        adapter_name: the adapter whose weights are replaced.
+        callback: called with the model and the name of each layer once it is replaced; where it answers False, the
+            layer gets its adapter back.
+
+    Raises:
+        ValueError: a layer's dense weight has another shape than the 4-bit one.
+    """
+    dense_weights = _SafetensorLoader(peft_model, model_path)
+    for path, layer in peft_model.named_modules():
+        if not isinstance(layer, LoraLinear4bit) or adapter_name not in layer.lora_A:
+            continue
+        name = path.removeprefix("base_model.model.")
+        decoded = layer.layer4bit.dequantize(torch.float32)
+        w = dense_weights.get_tensor(f"{name}.weight").to(decoded)
+        if type(layer.layer4bit).__name__ == "Conv1D4bit":
+            w = w.T
+        if w.shape != decoded.shape:
+            raise ValueError(f"{name}: expected a dense weight {list(decoded.shape)}, got {list(w.shape)}")
+        a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
+        before = a.detach().clone(), b.detach().clone()
+        new_a, new_b = _best_of_rank(w - decoded, layer.r[adapter_name])
+        a.copy_(new_a)
+        b.copy_(new_b / layer.scaling[adapter_name])
+        if callback is not None and not callback(peft_model, name):
+            a.copy_(before[0])
+            b.copy_(before[1])
