@@ -1,6 +1,25 @@
 """Frozen modules whose weights are NF4, and ``quantize_model``, which puts them into a model."""
 
-from .linear import SCALES, Linear4bit
-from .model import AFTER_QUANTIZE, CONVERSIONS, paths_to, quantize_model
+from .embedding import Embedding4bit, TiedLinear4bit
+from .experts import Experts4bit, is_fused_experts
+from .linear import Linear4bit
+from .model import AFTER_QUANTIZE, CONVERSIONS, is_dense, paths_to, quantize_model, tied_heads
+from .packed import SCALES, Packed4bit, layers_of, scale_names
 
-__all__ = ["AFTER_QUANTIZE", "CONVERSIONS", "SCALES", "Linear4bit", "paths_to", "quantize_model"]
+__all__ = [
+    "AFTER_QUANTIZE",
+    "CONVERSIONS",
+    "SCALES",
+    "Embedding4bit",
+    "Experts4bit",
+    "Linear4bit",
+    "Packed4bit",
+    "TiedLinear4bit",
+    "is_dense",
+    "is_fused_experts",
+    "layers_of",
+    "paths_to",
+    "quantize_model",
+    "scale_names",
+    "tied_heads",
+]

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from .. import ops
 from ..autograd import call_linear_nf4, draw_seed
-from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
-
-# The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
-SCALES = ("absmax", "nested_absmax", "nested_offset")
+from ..weight import NF4Weight, quantize_nf4
+from .packed import Packed4bit
 
 
-class Linear4bit(nn.Linear):
+class Linear4bit(Packed4bit, nn.Linear):
     """A linear layer over a frozen NF4 weight: y = x · dequantize(weight)ᵀ + bias, fused.
 
     The packed state is ``weight`` (uint8 [N, K/2], a parameter without gradient) and the buffers ``absmax`` and,
@@ -33,6 +27,10 @@ class Linear4bit(nn.Linear):
         device: of the packed state; "meta" allocates nothing.
     """
 
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+
     def __init__(
         self,
         in_features: int,
@@ -45,48 +43,22 @@ class Linear4bit(nn.Linear):
         nested_block_size: int = 256,
     ) -> None:
         nn.Module.__init__(self)
-        _check_block_sizes(block_size, nested_block_size)
         self.in_features, self.out_features = in_features, out_features
-        self.compute_dtype = compute_dtype
-        self.block_size, self.nested_block_size = block_size, nested_block_size
-        self.weight_dtype = compute_dtype
-        numel = in_features * out_features
-        blocks = -(-numel // block_size)
-        packed = torch.zeros(ops.packed_shape((out_features, in_features)), dtype=torch.uint8, device=device)
-        self.weight = nn.Parameter(packed, requires_grad=False)
-        self.absmax: Tensor
-        self.nested_absmax: Tensor | None
-        self.nested_offset: Tensor | None
-        if double_quant:
-            nested = -(-blocks // nested_block_size)
-            self.register_buffer("absmax", torch.zeros(blocks, dtype=torch.uint8, device=device))
-            self.register_buffer("nested_absmax", torch.zeros(nested, dtype=torch.float32, device=device))
-            self.register_buffer("nested_offset", torch.zeros((), dtype=torch.float32, device=device))
-        else:
-            self.register_buffer("absmax", torch.zeros(blocks, dtype=torch.float32, device=device))
-            self.nested_absmax = self.nested_offset = None
+        self._set_form(compute_dtype, block_size, double_quant, nested_block_size)
+        self._register_packed(device)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False)
         else:
             self.register_parameter("bias", None)
 
     @property
-    def double_quant(self) -> bool:
-        return self.nested_absmax is not None
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (self.out_features, self.in_features)}
 
     @property
     def weight4bit(self) -> NF4Weight:
         """The packed state as one value; it shares memory with the module."""
-        return NF4Weight(
-            self.weight.detach(),
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            torch.Size((self.out_features, self.in_features)),
-            self.weight_dtype,
-            self.block_size,
-            self.nested_block_size,
-        )
+        return self.packed_weight()
 
     def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
         """As ``NF4Weight.packed_args``, without making one."""
@@ -103,17 +75,7 @@ class Linear4bit(nn.Linear):
         """Takes ``w4`` (shape [N, K]) as the packed state, with its block sizes, scale form and device."""
         if tuple(w4.shape) != (self.out_features, self.in_features):
             raise ValueError(f"w4: expected shape [{self.out_features}, {self.in_features}], got {list(w4.shape)}")
-        self.weight = nn.Parameter(w4.packed, requires_grad=False)
-        self.block_size, self.nested_block_size = w4.block_size, w4.nested_block_size
-        self.weight_dtype = w4.dtype
-        for name in SCALES:
-            value = getattr(w4, name)
-            self._buffers.pop(name, None)
-            if value is None:
-                setattr(self, name, None)
-            else:
-                self.__dict__.pop(name, None)
-                self.register_buffer(name, value)
+        self._set_packed("weight", w4)
 
     @classmethod
     def from_linear(
@@ -196,72 +158,6 @@ class Linear4bit(nn.Linear):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype), requires_grad=False)
         return linear.train(self.training)
-
-    def reset_parameters(self) -> None:
-        """Nothing to draw: the weight is frozen and comes from a checkpoint or from ``from_linear``."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear4bit:
-        # half(), to(dtype) and the like reach every floating tensor, type() every tensor: the packed state keeps its
-        # bits, and takes only the device that fn would have given it.
-        before = {name: t.detach() for name, t in self._packed_state().items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, kept in before.items():
-            after = getattr(self, name)
-            if after.dtype == kept.dtype:
-                continue
-            if name == "weight":
-                after.data = kept.to(after.device)
-            else:
-                self._buffers[name] = kept.to(after.device)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
-        return self
-
-    def _packed_state(self) -> dict[str, Tensor]:
-        tensors = {"weight": self.weight, **{name: getattr(self, name) for name in SCALES}}
-        return {name: t for name, t in tensors.items() if t is not None}
-
-    def check_form(self, state: dict[str, Tensor] | None = None, prefix: str = "") -> None:
-        """Checks a packed state (default: the module's own) against the layer's shape, block sizes and scale form.
-
-        Args:
-            state: tensors by name, each name beginning with ``prefix``; what it lacks is not checked.
-
-        Raises:
-            ValueError: a dtype or a shape is another; copied in, its scales would be read as something else.
-        """
-        empty = Linear4bit(
-            self.in_features,
-            self.out_features,
-            bias=False,
-            block_size=self.block_size,
-            double_quant=self.double_quant,
-            nested_block_size=self.nested_block_size,
-            device="meta",
-        )._packed_state()
-        form = (
-            f"the packed state of a weight [{self.out_features}, {self.in_features}] with block_size={self.block_size}"
-            f", double_quant={self.double_quant}"
-        )
-        found = {prefix + name: t for name, t in self._packed_state().items()} if state is None else state
-        for name in ("weight", *SCALES):
-            t, expected = found.get(prefix + name), empty.get(name)
-            if t is None:
-                continue
-            if expected is None:
-                raise ValueError(f"{prefix}{name}: expected {form}, got scales that are double quantized")
-            if t.dtype != expected.dtype or t.shape != expected.shape:
-                raise ValueError(
-                    f"{prefix}{name}: expected {expected.dtype} {list(expected.shape)}, {form}; "
-                    f"got {t.dtype} {list(t.shape)}"
-                )
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        try:
-            self.check_form(state_dict, prefix)
-        except ValueError as error:  # refused even where the load is not strict
-            args[-1].append(str(error))
-            return
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return (

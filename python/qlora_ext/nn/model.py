@@ -8,12 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .embedding import Embedding4bit, TiedLinear4bit
+from .experts import Experts4bit, is_fused_experts
 from .linear import Linear4bit
+from .packed import Packed4bit
 
-# The layers that quantize_model replaces, and by what; an integration adds those of its library.
+# The linear layers that quantize_model replaces, and by what; an integration adds those of its library.
 CONVERSIONS: dict[type[nn.Module], type[Linear4bit]] = {nn.Linear: Linear4bit}
 # Called with every model that quantize_model has quantized.
 AFTER_QUANTIZE: list[Callable[[nn.Module], None]] = []
+
+# Where a module stands in a model: its parent, its name there, and its full name.
+_Places = dict[nn.Module, list[tuple[nn.Module, str, str]]]
 
 
 def paths_to(name: str) -> list[str]:
@@ -22,52 +28,104 @@ def paths_to(name: str) -> list[str]:
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
+def is_dense(module: nn.Module) -> bool:
+    """Whether ``module`` is of a kind that can be 4-bit, and is not."""
+    return type(module) in CONVERSIONS or type(module) is nn.Embedding or is_fused_experts(module)
+
+
+def tied_heads(model: nn.Module) -> dict[nn.Embedding, list[nn.Linear]]:
+    """The embeddings of ``model`` that may be 4-bit, each with the linear layers that share its table.
+
+    An embedding whose table is still another module's too is not among them.
+    """
+    owners: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None:
+                owners.setdefault(id(p), []).append(module)
+    heads: dict[nn.Embedding, list[nn.Linear]] = {}
+    for module in model.modules():
+        if type(module) is nn.Embedding:
+            others = [other for other in owners[id(module.weight)] if other is not module]
+            linear = [other for other in others if type(other) is nn.Linear]
+            if len(linear) == len(others):
+                heads[module] = linear
+    return heads
+
+
+def _places(model: nn.Module) -> _Places:
+    places: _Places = {}
+    for parent_name, parent in model.named_modules():
+        for name, child in parent._modules.items():  # named_children() gives a shared one once
+            if child is not None:
+                places.setdefault(child, []).append((parent, name, f"{parent_name}.{name}" if parent_name else name))
+    return places
+
+
 def quantize_model(
     model: nn.Module,
     skip: Iterable[str] = ("lm_head",),
     block_size: int = 64,
     double_quant: bool = True,
+    embeddings: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """Replaces every linear layer of ``model`` by a ``Linear4bit``, in place and one layer at a time.
+    """Replaces the linear layers of ``model`` by ``Linear4bit``, in place and one at a time; the experts too.
 
-    That is every ``nn.Linear`` (no subclass of it) and every ``Conv1D`` of transformers. A transformers model is then
-    one that ``save_pretrained`` saves in 4 bits.
+    That is every ``nn.Linear`` (no subclass of it), every ``Conv1D`` of transformers, and every module of fused
+    experts (``Experts4bit``). A transformers model is then one that ``save_pretrained`` saves in 4 bits.
 
     Args:
         model: its parameters are freed as they are quantized. A module used in several places stays shared, and one
             whose weight is another module's too (an embedding's) is left as it is.
         skip: names of modules to leave alone, with all that is in them: a full dotted name, or its last parts
             (``"lm_head"``, ``"mlp.gate"``).
-        block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear``.
+        block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear`` and
+            its like.
+        embeddings: replace every ``nn.Embedding`` (no subclass of it) by an ``Embedding4bit``. An output head that is
+            tied to one has no weight of its own: it goes with the table, whatever ``skip`` says of the head.
 
     Returns:
-        ``model`` (or its replacement, where ``model`` itself is a linear layer).
+        ``model`` (or its replacement, where ``model`` itself is such a module).
     """
     skip = tuple(skip)
+    options |= {"block_size": block_size, "double_quant": double_quant}
 
     def skipped(name: str) -> bool:
         return any(f".{path}".endswith(f".{s}") for path in paths_to(name) for s in skip)
 
-    def replace(linear: nn.Module) -> Linear4bit:
-        cls = CONVERSIONS[type(linear)]
-        return cls.from_linear(linear, block_size=block_size, double_quant=double_quant, **options)  # type: ignore[arg-type]
+    def quantized(module: nn.Module) -> Packed4bit:
+        if is_fused_experts(module):
+            return Experts4bit.from_experts(module, **options)
+        if isinstance(module, nn.Embedding):
+            return Embedding4bit.from_embedding(module, **options)
+        return CONVERSIONS[type(module)].from_linear(module, **options)  # type: ignore[arg-type]
 
-    if type(model) in CONVERSIONS:
-        return replace(model)
+    if type(model) in CONVERSIONS or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
+        return quantized(model)
+    places = _places(model)
     tied = {id(p) for m in model.modules() if type(m) not in CONVERSIONS for p in m.parameters(recurse=False)}
-    done: dict[nn.Module, Linear4bit] = {}
-    for parent_name, parent in list(model.named_modules()):
-        if skipped(parent_name):
+    heads = tied_heads(model) if embeddings else {}
+    replaced: dict[nn.Module, Packed4bit] = {}
+
+    def replace(module: nn.Module, new: Packed4bit) -> None:
+        for parent, name, _ in places[module]:
+            setattr(parent, name, new)
+        for weight in new.packed_shapes:
+            setattr(module, weight, nn.Parameter(torch.empty(0), requires_grad=False))
+        replaced[module] = new
+
+    for module, at in places.items():
+        if module in replaced or not is_dense(module) or any(skipped(name) for _, _, name in at):
             continue
-        for child_name, child in list(parent._modules.items()):  # named_children() gives a shared one once
-            name = f"{parent_name}.{child_name}" if parent_name else child_name
-            if child is None or type(child) not in CONVERSIONS or skipped(name) or id(child.weight) in tied:
-                continue
-            if child not in done:
-                done[child] = replace(child)
-            setattr(parent, child_name, done[child])
-            child.weight = nn.Parameter(torch.empty(0), requires_grad=False)
+        if isinstance(module, nn.Embedding):
+            if module in heads:
+                table = Embedding4bit.from_embedding(module, **options)
+                replace(module, table)
+                for head in heads[module]:
+                    replace(head, TiedLinear4bit(table, head.bias))
+        elif type(module) not in CONVERSIONS or id(module.weight) not in tied:
+            replace(module, quantized(module))
     for finish in AFTER_QUANTIZE:
         finish(model)
     return model

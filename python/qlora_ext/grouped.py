@@ -1,0 +1,218 @@
+"""A stack of NF4 weights, each over rows of its own: the linear layers of a mixture of experts.
+
+``torch.ops.qlora.grouped_linear_nf4`` and the two operators of its backward run ``linear_nf4``, ``linear_nf4_dx`` and
+``linear_nf4_dlora`` once for every expert that has rows. They are operators so that a compiler sees one call of a known
+shape where there is a loop whose bounds are data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd
+
+assert autograd  # linear_nf4 must be registered
+
+_PACKED = (
+    "Tensor offsets, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
+    "int block_size, int nested_block_size"
+)
+_LORA = "Tensor? lora_a, Tensor? lora_b, float scaling"
+_LIBRARY = torch.library.Library("qlora", "FRAGMENT")
+_LIBRARY.define(f"grouped_linear_nf4(Tensor x, {_PACKED}, SymInt out_features, Tensor? bias, {_LORA}) -> Tensor")
+_LIBRARY.define(f"grouped_linear_nf4_dx(Tensor dy, {_PACKED}, SymInt in_features, {_LORA}) -> Tensor")
+_LIBRARY.define(
+    "grouped_linear_nf4_dlora(Tensor dy, Tensor x, Tensor offsets, Tensor lora_a, Tensor lora_b, float scaling) "
+    "-> (Tensor, Tensor)"
+)
+
+
+def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    """Every expert that has rows, and which: expert e's end at offsets[e]."""
+    begin = 0
+    for expert, end in enumerate(offsets.tolist()):
+        if not begin <= end <= rows:
+            raise ValueError(f"offsets: expected ascending row numbers up to {rows}, got {end} for expert {expert}")
+        if end > begin:
+            yield expert, slice(begin, end)
+        begin = end
+
+
+def _at(stack: Tensor | None, expert: int) -> Tensor | None:
+    return None if stack is None else stack[expert]
+
+
+def _check(name: str, t: Tensor | None, *shape: int) -> None:
+    if t is not None and tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+
+
+def grouped_linear_nf4(
+    x: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    nested_block_size: int,
+    out_features: int,
+    bias: Tensor | None,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """y[i] = x[i] · dequantize(w[e])ᵀ + scaling · x[i] · lora_a[e]ᵀ · lora_b[e]ᵀ + bias[e], e the expert of row i.
+
+    Args:
+        x: [S, K], its rows in the order of their experts.
+        offsets: [E] int64: expert e's rows end at ``offsets[e]``. Rows behind the last one give zeros.
+        packed, absmax, nested_absmax, nested_offset: of E weights [N, K], one stacked on the other: uint8 [E, N, K/2],
+            [E, blocks], and float32 [E, nested blocks] and [E].
+        block_size, nested_block_size: of those weights.
+        out_features: N.
+        bias: [E, N].
+        lora_a, lora_b: [E, R, K] and [E, N, R], both or neither; with ``bias`` in x's dtype.
+
+    Returns:
+        y [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b.
+    """
+    experts = packed.shape[0]
+    _check("offsets", offsets, experts)
+    _check("bias", bias, experts, out_features)
+    y = x.new_zeros(x.shape[0], out_features)
+    with torch.autocast(x.device.type, enabled=False):
+        for e, rows in _groups(offsets, x.shape[0]):
+            y[rows] = torch.ops.qlora.linear_nf4.default(
+                x[rows],
+                packed[e],
+                absmax[e],
+                _at(nested_absmax, e),
+                _at(nested_offset, e),
+                block_size,
+                nested_block_size,
+                out_features,
+                _at(bias, e),
+                _at(lora_a, e),
+                _at(lora_b, e),
+                scaling,
+                0.0,
+                0,
+            )
+    return y
+
+
+def _dx(
+    dy: Tensor,
+    offsets: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    nested_absmax: Tensor | None,
+    nested_offset: Tensor | None,
+    block_size: int,
+    nested_block_size: int,
+    in_features: int,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    dx = dy.new_zeros(dy.shape[0], in_features)
+    for e, rows in _groups(offsets, dy.shape[0]):
+        dx[rows] = torch.ops.qlora.linear_nf4_dx.default(
+            dy[rows],
+            packed[e],
+            absmax[e],
+            _at(nested_absmax, e),
+            _at(nested_offset, e),
+            block_size,
+            nested_block_size,
+            in_features,
+            _at(lora_a, e),
+            _at(lora_b, e),
+            scaling,
+            0.0,
+            0,
+        )
+    return dx
+
+
+def _dlora(
+    dy: Tensor, x: Tensor, offsets: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    da, db = lora_a.new_zeros(lora_a.shape), lora_b.new_zeros(lora_b.shape)
+    for e, rows in _groups(offsets, dy.shape[0]):
+        da[e], db[e] = torch.ops.qlora.linear_nf4_dlora.default(
+            dy[rows], x[rows], lora_a[e], lora_b[e], scaling, 0.0, 0
+        )
+    return da, db
+
+
+class _GroupedLinearNF4(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, lora_a, lora_b = args[0], args[10], args[11]
+        ctx.save_for_backward(x if lora_a is not None else None, lora_a, lora_b, *args[1:6])
+        ctx.block_sizes, ctx.in_features, ctx.scaling = args[6:8], x.shape[-1], args[12]
+        ctx.bias_shape = None if args[9] is None else args[9].shape
+        return _below_autograd(*args)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        x, lora_a, lora_b, offsets, *packed = ctx.saved_tensors
+        needs_dx, needs_dbias, needs_da, needs_db = (ctx.needs_input_grad[i] for i in (0, 9, 10, 11))
+        dy = dy.contiguous()
+        dx = da = db = dbias = None
+        if needs_dx:
+            dx = torch.ops.qlora.grouped_linear_nf4_dx.default(
+                dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, ctx.scaling
+            )
+        if needs_dbias:
+            expert = torch.searchsorted(offsets, torch.arange(dy.shape[0], device=dy.device), right=True)
+            experts, n = ctx.bias_shape
+            dbias = dy.new_zeros(experts + 1, n).index_add(0, expert, dy)[:experts]
+        if needs_da or needs_db:
+            da, db = torch.ops.qlora.grouped_linear_nf4_dlora.default(dy, x, offsets, lora_a, lora_b, ctx.scaling)
+        return (dx, *(None,) * 8, dbias, da if needs_da else None, db if needs_db else None, None)
+
+
+def _below_autograd(*args: Any) -> Tensor:
+    y: Tensor
+    if torch.compiler.is_dynamo_compiling():  # the guard cannot be traced
+        y = torch.ops.qlora.grouped_linear_nf4.default(*args)
+        return y
+    with torch._C._AutoDispatchBelowAutograd():
+        y = torch.ops.qlora.grouped_linear_nf4.default(*args)
+    return y
+
+
+def _differentiable(*args: Any) -> Tensor:
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        y: Tensor = _GroupedLinearNF4.apply(*args)  # type: ignore[no-untyped-call]
+        return y
+    return _below_autograd(*args)
+
+
+_LIBRARY.impl("grouped_linear_nf4", grouped_linear_nf4, "CompositeExplicitAutograd")
+_LIBRARY.impl("grouped_linear_nf4_dx", _dx, "CompositeExplicitAutograd")
+_LIBRARY.impl("grouped_linear_nf4_dlora", _dlora, "CompositeExplicitAutograd")
+_LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
+
+
+@torch.library.register_fake("qlora::grouped_linear_nf4")
+def _(x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty((x.shape[0], args[7]))
+
+
+@torch.library.register_fake("qlora::grouped_linear_nf4_dx")
+def _(dy: Tensor, *args: Any) -> Tensor:
+    return dy.new_empty((dy.shape[0], args[7]))
+
+
+@torch.library.register_fake("qlora::grouped_linear_nf4_dlora")
+def _(dy: Tensor, x: Tensor, offsets: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)

@@ -1,0 +1,213 @@
+"""``Embedding4bit``: an embedding table in NF4, of which only the rows asked for are decoded; and a head tied to it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..weight import NF4Weight
+from .linear import Linear4bit
+from .packed import Packed4bit
+
+
+def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rows [..., D] of a 4-bit table [V, D] that ``rows`` [...] numbers, in ``dtype``, and no other row.
+
+    The bits are those of ``w4.dequantize(dtype)[rows]``. Raises an IndexError for a row that is not there.
+    """
+    count, width = w4.shape
+    index = rows.reshape(-1).long()
+    # A row lies in `span` blocks, whole ones where the width is a multiple of the block size.
+    first = index * width // w4.block_size
+    aligned = width % w4.block_size == 0
+    span = width // w4.block_size if aligned else -(-(width - 1) // w4.block_size) + 1
+    blocks = first.unsqueeze(1) + torch.arange(span, device=index.device)
+    if aligned:
+        packed = w4.packed.index_select(0, index)
+    else:
+        if index.numel() and not torch.compiler.is_compiling() and not index.is_meta:
+            low, high = index.aminmax()
+            if low < 0 or high >= count:
+                raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
+        # A block of an even number of elements begins on a byte. Behind the table's end, anything will do.
+        half = w4.block_size // 2
+        at = (first * half).unsqueeze(1) + torch.arange(span * half, device=index.device)
+        packed = w4.packed.reshape(-1)[at.clamp_max(w4.packed.numel() - 1)]
+        blocks = blocks.clamp_max(w4.absmax.numel() - 1)
+    nested = None if w4.nested_absmax is None else w4.nested_absmax[blocks // w4.nested_block_size].reshape(-1)
+    out: Tensor = torch.ops.qlora.dequantize_nf4(
+        packed,
+        w4.absmax[blocks].reshape(-1),
+        nested,
+        w4.nested_offset,
+        w4.block_size,
+        1,  # every gathered scale brings its own nested scale
+        [index.numel(), span * w4.block_size],
+        dtype,
+    )
+    if not aligned:
+        begin = (index * width - first * w4.block_size).unsqueeze(1)
+        out = out.gather(1, begin + torch.arange(width, device=index.device))
+    return out.reshape(*rows.shape, width)
+
+
+class Embedding4bit(Packed4bit, nn.Embedding):
+    """An embedding over a frozen NF4 table: ids [...] to rows [..., D], of which only those asked for are decoded.
+
+    Its packed state is that of a ``Linear4bit`` whose weight is the table [V, D], with the same names and guarantees.
+    Nothing in it is trained, and no gradient reaches it.
+
+    Args:
+        num_embeddings, embedding_dim: V and D.
+        padding_idx: kept for those who ask; its row is decoded like any other.
+        compute_dtype: of the rows.
+        block_size, double_quant, device, nested_block_size: as in ``Linear4bit``.
+    """
+
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        compute_dtype: torch.dtype = torch.bfloat16,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        nested_block_size: int = 256,
+    ) -> None:
+        nn.Module.__init__(self)
+        if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
+            raise ValueError(f"padding_idx: expected a row of {num_embeddings}, got {padding_idx}")
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx = padding_idx % num_embeddings if padding_idx is not None else None
+        # What a dense table may do besides: read by those who look at it as an nn.Embedding.
+        self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
+        self._set_form(compute_dtype, block_size, double_quant, nested_block_size)
+        self._register_packed(device)
+
+    @property
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        return {"weight": (self.num_embeddings, self.embedding_dim)}
+
+    @property
+    def weight4bit(self) -> NF4Weight:
+        """The packed state as one value; it shares memory with the module."""
+        return self.packed_weight()
+
+    def set_weight(self, w4: NF4Weight) -> None:
+        """Takes ``w4`` (shape [V, D]) as the packed state, with its block sizes, scale form and device."""
+        if tuple(w4.shape) != (self.num_embeddings, self.embedding_dim):
+            raise ValueError(f"w4: expected shape [{self.num_embeddings}, {self.embedding_dim}], got {list(w4.shape)}")
+        self._set_packed("weight", w4)
+
+    @classmethod
+    def from_embedding(
+        cls,
+        embedding: nn.Embedding,
+        compute_dtype: torch.dtype | None = None,
+        block_size: int = 64,
+        double_quant: bool = True,
+        nested_block_size: int = 256,
+    ) -> Embedding4bit:
+        """Quantizes an ``nn.Embedding``. Its dtype is that of the rows by default.
+
+        Raises:
+            TypeError: no ``nn.Embedding``. ValueError: one with ``max_norm``, which changes its table as it is read.
+        """
+        if isinstance(embedding, Embedding4bit) or not isinstance(embedding, nn.Embedding):
+            raise TypeError(f"embedding: expected an nn.Embedding, got {type(embedding).__name__}")
+        if embedding.max_norm is not None:
+            raise ValueError(f"embedding: expected max_norm=None, got {embedding.max_norm}")
+        module = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            compute_dtype or embedding.weight.dtype,
+            block_size,
+            double_quant,
+            device="meta",
+            nested_block_size=nested_block_size,
+        )
+        module.set_weight(module._quantize(embedding.weight))
+        return module.train(embedding.training)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return decode_rows(self.packed_weight(), ids, self.compute_dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded table [V, D], in ``dtype`` or that of the table that was quantized."""
+        return self.weight4bit.dequantize(dtype)
+
+    def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:
+        """A dense embedding in this one's place, with the decoded table or ``weight`` [V, D], without gradient."""
+        weight = self.dequantize(dtype) if weight is None else weight.detach().to(dtype or self.weight_dtype)
+        dense = nn.Embedding(
+            self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=weight.dtype
+        )
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, {padding}"
+            f"block_size={self.block_size}, double_quant={self.double_quant}"
+        )
+
+
+class TiedLinear4bit(Linear4bit):
+    """An output head on the table of an ``Embedding4bit``: logits = x · tableᵀ + bias.
+
+    Its ``weight`` is the table's own parameter, and the scales are those of the table: they are stored once, and in
+    the table's state. Args: the table, and the bias [V] or None.
+    """
+
+    def __init__(self, embedding: Embedding4bit, bias: nn.Parameter | None = None) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
+        self.__dict__["embedding"] = embedding  # beside the submodules: it belongs to another
+        self.compute_dtype = embedding.compute_dtype
+        self.weight = embedding.weight
+        self.register_parameter("bias", bias)
+        self.train(embedding.training)
+
+    @property
+    def embedding(self) -> Embedding4bit:
+        """The module whose table this is."""
+        table: Embedding4bit = self.__dict__["embedding"]
+        return table
+
+    @property
+    def absmax(self) -> Tensor:  # type: ignore[override]
+        return self.embedding.absmax
+
+    @property
+    def nested_absmax(self) -> Tensor | None:  # type: ignore[override]
+        return self.embedding.nested_absmax
+
+    @property
+    def nested_offset(self) -> Tensor | None:  # type: ignore[override]
+        return self.embedding.nested_offset
+
+    @property
+    def block_size(self) -> int:  # type: ignore[override]
+        return self.embedding.block_size
+
+    @property
+    def nested_block_size(self) -> int:  # type: ignore[override]
+        return self.embedding.nested_block_size
+
+    @property
+    def double_quant(self) -> bool:  # type: ignore[override]
+        return self.embedding.double_quant
+
+    @property
+    def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
+        return self.embedding.weight_dtype
+
+    def set_weight(self, w4: NF4Weight) -> None:
+        raise ValueError("w4: expected a layer with a weight of its own, got a head that is tied to an embedding")

@@ -1,0 +1,220 @@
+"""``Experts4bit``: the experts of a mixture-of-experts layer, their stacked weights NF4."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import grouped
+from ..weight import NF4Weight
+from .packed import SCALES, Packed4bit
+
+assert grouped  # the operator must be registered
+
+# What nn.Module keeps for itself in an instance: not to be taken over from another module.
+_MODULE_STATE = frozenset(vars(nn.Module()))
+Lora = tuple[Tensor, Tensor, float]
+
+
+def is_fused_experts(module: nn.Module) -> bool:
+    """Whether ``module`` is what ``Experts4bit`` can replace: see there."""
+    if isinstance(module, Packed4bit) or not hasattr(type(module), "_apply_gate"):
+        return False
+    weights = [module._parameters.get(name) for name in _projections(module)]
+    return all(w is not None and w.ndim == 3 for w in weights)
+
+
+def _projections(module: nn.Module) -> tuple[str, str]:
+    return ("gate_up_proj" if getattr(module, "has_gate", True) else "up_proj", "down_proj")
+
+
+def _hand_over(old: nn.Module, new: nn.Module, attributes: Iterable[str], but: Container[str]) -> None:
+    """Gives ``new`` the attributes, submodules, parameters and buffers of ``old``, ``but`` for some of the latter."""
+    new.__dict__.update({key: old.__dict__[key] for key in attributes})
+    new._modules.update(old._modules)
+    new._parameters.update({name: p for name, p in old._parameters.items() if name not in but})
+    new._buffers.update({name: t for name, t in old._buffers.items() if name not in but})
+
+
+class Experts4bit(Packed4bit):
+    """Stands in for the experts of a mixture-of-experts layer, whose stacked weights are NF4, expert by expert.
+
+    It replaces a module of the kind that transformers (>= 5.0) decorates with ``use_experts_implementation``: with 3-D
+    parameters ``gate_up_proj`` (``up_proj``, where ``has_gate`` is False) and ``down_proj``, of shape [E, N, K] or,
+    where ``is_transposed``, [E, K, N]; with ``_apply_gate`` between them, or ``act_fn``. It takes over everything else
+    of that module: biases, activation, sizes, configuration. Each parameter becomes uint8 [E, N, K/2] of the same name,
+    with the buffers ``gate_up_proj_absmax`` [E, blocks], ``gate_up_proj_nested_absmax`` [E, nested blocks] and
+    ``gate_up_proj_nested_offset`` [E]: expert e's are those of ``quantize_nf4`` of its own [N, K] matrix. A freshly
+    built module holds zeros, until ``load_state_dict``, ``set_weight`` or ``from_experts``.
+
+    Args:
+        experts: the dense module; its weights are neither read nor kept.
+        compute_dtype, block_size, double_quant, device, nested_block_size: as in ``Linear4bit``; the dtype is that of
+            the dense weights by default.
+
+    Raises:
+        TypeError: ``experts`` is no such module.
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        compute_dtype: torch.dtype | None = None,
+        block_size: int = 64,
+        double_quant: bool = True,
+        device: torch.device | str | None = None,
+        nested_block_size: int = 256,
+    ) -> None:
+        super().__init__()
+        if not is_fused_experts(experts):
+            raise TypeError(
+                "experts: expected a module with 3-D parameters gate_up_proj (or up_proj) and down_proj, as "
+                f"transformers' use_experts_implementation decorates, got {type(experts).__name__}"
+            )
+        self.experts_class = type(experts)
+        self.has_gate = bool(getattr(experts, "has_gate", True))
+        self.has_post_expert_norm = bool(getattr(experts, "has_post_expert_norm", False))
+        self.is_transposed = bool(getattr(experts, "is_transposed", False))
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for name in _projections(experts):
+            e, *matrix = getattr(experts, name).shape
+            n, k = reversed(matrix) if self.is_transposed else matrix
+            if k % 2:
+                raise ValueError(f"{name}: expected an even number of in_features, got {k}")
+            self._shapes[name] = (e, n, k)
+        self._taken_over = [key for key in vars(experts) if key not in _MODULE_STATE]
+        _hand_over(experts, self, self._taken_over, but=self._shapes)
+        dtype: torch.dtype = experts.down_proj.dtype  # type: ignore[assignment]
+        self._set_form(compute_dtype or dtype, block_size, double_quant, nested_block_size)
+        self._register_packed(device)
+        self._lora: dict[str, Lora] = {}
+        self.train(experts.training)
+
+    @property
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        return self._shapes
+
+    def dense_shape(self, name: str) -> tuple[int, int, int]:
+        """The shape that the weight ``name`` has in the dense module."""
+        e, n, k = self._shapes[name]
+        return (e, k, n) if self.is_transposed else (e, n, k)
+
+    def set_weight(self, name: str, w4: NF4Weight) -> None:
+        """Takes ``w4``, whose tensors are stacked by expert, as the weight ``name``; see ``quantize``."""
+        if tuple(w4.shape) != self._shapes[name]:
+            raise ValueError(f"w4: expected shape {list(self._shapes[name])}, got {list(w4.shape)}")
+        self._set_packed(name, w4)
+
+    def quantize(self, dense: Tensor) -> NF4Weight:
+        """The 4-bit form of a stack of weights as the dense module has it, expert by expert."""
+        parts = [self._quantize(w.T if self.is_transposed else w) for w in dense.detach()]
+        stacked: dict[str, Any] = {
+            key: None if getattr(parts[0], key) is None else torch.stack([getattr(part, key) for part in parts])
+            for key in ("packed", *SCALES)
+        }
+        return dataclasses.replace(parts[0], **stacked, shape=torch.Size((len(parts), *parts[0].shape)))
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: nn.Module,
+        compute_dtype: torch.dtype | None = None,
+        block_size: int = 64,
+        double_quant: bool = True,
+        nested_block_size: int = 256,
+    ) -> Experts4bit:
+        """Quantizes a dense module; see the class for which."""
+        module = cls(experts, compute_dtype, block_size, double_quant, "meta", nested_block_size)
+        for name in module._shapes:
+            module.set_weight(name, module.quantize(getattr(experts, name)))
+        return module
+
+    def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The decoded weight ``name``, in the dense module's shape."""
+        w4 = self.packed_weight(name)
+        shape = self._shapes[name]
+        out = torch.empty(shape, dtype=dtype or w4.dtype, device=w4.device)
+        for e in range(shape[0]):
+            out[e] = self._expert(w4, e).dequantize(out.dtype)
+        return out.transpose(1, 2).contiguous() if self.is_transposed else out
+
+    @staticmethod
+    def _expert(w4: NF4Weight, e: int) -> NF4Weight:
+        parts: dict[str, Any] = {key: None if (t := getattr(w4, key)) is None else t[e] for key in ("packed", *SCALES)}
+        return dataclasses.replace(w4, **parts, shape=w4.shape[1:])
+
+    def to_experts(self, dtype: torch.dtype | None = None, weights: dict[str, Tensor] | None = None) -> nn.Module:
+        """The dense module in this one's place, in ``dtype`` or that of the weights that were quantized.
+
+        It holds the decoded weights, or those of ``weights`` (adapters merged into them, say) by name.
+        """
+        dtype = dtype or self.weight_dtype
+        dense = self.experts_class.__new__(self.experts_class)
+        nn.Module.__init__(dense)
+        _hand_over(self, dense, self._taken_over, but=self._packed_state())
+        for name in self._shapes:
+            weight = (weights or {}).get(name)
+            weight = self.dequantize(name, dtype) if weight is None else weight.detach().to(dtype)
+            dense.register_parameter(name, nn.Parameter(weight, requires_grad=False))
+        for name, p in dense._parameters.items():
+            if p is not None:
+                dense._parameters[name] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
+        return dense.train(self.training)
+
+    def _project(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
+        w4 = self.packed_weight(name)
+        bias = self._parameters.get(f"{name}_bias")
+        lora_a, lora_b, scaling = self._lora.get(name, (None, None, 1.0))
+        y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
+            x,
+            offsets,
+            *w4.packed_args(),
+            w4.shape[1],
+            *(None if t is None else t.to(x.dtype).contiguous() for t in (bias, lora_a, lora_b)),
+            scaling,
+        )
+        return y
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Every token's chosen experts, weighted and summed up.
+
+        Args:
+            hidden_states: [T, hidden].
+            top_k_index: [T, k], the experts of each token; a number of E or more is nobody's.
+            top_k_weights: [T, k], their weights, or [T, E], those of all experts.
+
+        Returns:
+            [T, hidden] in the dtype of ``hidden_states``; computed in ``compute_dtype``, or autocast's.
+        """
+        tokens, k = top_k_index.shape
+        device_type, cast = hidden_states.device.type, self.compute_dtype
+        if torch.is_autocast_enabled(device_type):
+            cast = torch.get_autocast_dtype(device_type)
+        experts = self._shapes["down_proj"][0]
+        if top_k_weights.shape[-1] != k:
+            top_k_weights = top_k_weights.gather(1, top_k_index)
+        expert, order = top_k_index.reshape(-1).sort(stable=True)
+        offsets = torch.searchsorted(
+            expert, torch.arange(experts, dtype=expert.dtype, device=expert.device), right=True
+        )
+        # Every token k times and then a permutation: the gradients meet in a sum, in one order.
+        x = hidden_states.to(cast).repeat_interleave(k, dim=0).index_select(0, order)
+        first, second = self._shapes
+        h = self._project(first, x, offsets)
+        if self.has_gate:
+            h = self.experts_class._apply_gate(self, h)  # type: ignore[attr-defined]
+        else:
+            h = self.act_fn(h)  # type: ignore[operator]
+        y = self._project(second, h.to(cast), offsets)
+        if self.has_post_expert_norm:
+            y = self.post_expert_norm(y)  # type: ignore[operator]
+        y = torch.zeros_like(y).index_copy(0, order, y).view(tokens, k, y.shape[1])
+        return (y * top_k_weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join(f"{name}={list(shape)}" for name, shape in self._shapes.items())
+        return f"{shapes}, block_size={self.block_size}, double_quant={self.double_quant}"

@@ -1,0 +1,167 @@
+"""``Packed4bit``: what every module with NF4 weights does to keep their bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
+
+# The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
+SCALES = ("absmax", "nested_absmax", "nested_offset")
+Self = TypeVar("Self", bound="Packed4bit")
+
+
+def scale_names(weight: str) -> dict[str, str]:
+    """The buffers that hold the scales of the parameter ``weight``: absmax, or, beside others, gate_up_proj_absmax."""
+    prefix = "" if weight == "weight" else f"{weight}_"
+    return {scale: f"{prefix}{scale}" for scale in SCALES}
+
+
+class Packed4bit(nn.Module):
+    """A module with frozen NF4 weights.
+
+    Each weight named in ``packed_shapes`` is a uint8 parameter without gradient and the buffers ``scale_names``. Moving
+    the module moves them; changing its dtype changes ``compute_dtype`` and whatever else floats, but no packed state;
+    loading a state of another form is refused, strictly or not. A weight of more than two dimensions is a stack of
+    matrices, each quantized by itself.
+    """
+
+    compute_dtype: torch.dtype
+    weight_dtype: torch.dtype
+    block_size: int
+    nested_block_size: int
+    double_quant: bool
+
+    @property
+    def packed_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every 4-bit weight, as if it were dense, by the name of its parameter."""
+        raise NotImplementedError
+
+    def _set_form(
+        self, compute_dtype: torch.dtype, block_size: int, double_quant: bool, nested_block_size: int
+    ) -> None:
+        _check_block_sizes(block_size, nested_block_size)
+        self.compute_dtype = self.weight_dtype = compute_dtype
+        self.block_size, self.double_quant, self.nested_block_size = block_size, double_quant, nested_block_size
+
+    def _empty_state(self, device: torch.device | str | None) -> dict[str, Tensor]:
+        """Zeros in the form of the packed state."""
+        state: dict[str, Tensor] = {}
+        for name, shape in self.packed_shapes.items():
+            *stack, n, k = shape
+            names = scale_names(name)
+            blocks = -(-n * k // self.block_size)
+            nested = -(-blocks // self.nested_block_size)
+            scale_dtype = torch.uint8 if self.double_quant else torch.float32
+            state[name] = torch.zeros((*stack, *ops.packed_shape((n, k))), dtype=torch.uint8, device=device)
+            state[names["absmax"]] = torch.zeros((*stack, blocks), dtype=scale_dtype, device=device)
+            if self.double_quant:
+                state[names["nested_absmax"]] = torch.zeros((*stack, nested), dtype=torch.float32, device=device)
+                state[names["nested_offset"]] = torch.zeros(stack, dtype=torch.float32, device=device)
+        return state
+
+    def _register_packed(self, device: torch.device | str | None) -> None:
+        state = self._empty_state(device)
+        for name in self.packed_shapes:
+            self.register_parameter(name, nn.Parameter(state[name], requires_grad=False))
+            for scale in scale_names(name).values():
+                self.register_buffer(scale, state.get(scale))
+
+    def _set_packed(self, name: str, w4: NF4Weight) -> None:
+        """Takes ``w4`` (whose tensors may be stacks) as the weight ``name``, with its block sizes and scale form."""
+        setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
+        self.block_size, self.nested_block_size, self.double_quant = (
+            w4.block_size,
+            w4.nested_block_size,
+            w4.double_quant,
+        )
+        self.weight_dtype = w4.dtype
+        for scale, buffer in scale_names(name).items():
+            setattr(self, buffer, getattr(w4, scale))
+
+    def packed_weight(self, name: str = "weight") -> NF4Weight:
+        """The 4-bit weight ``name`` as one value; it shares memory with the module."""
+        absmax, nested_absmax, nested_offset = (getattr(self, buffer) for buffer in scale_names(name).values())
+        return NF4Weight(
+            getattr(self, name).detach(),
+            absmax,
+            nested_absmax,
+            nested_offset,
+            torch.Size(self.packed_shapes[name]),
+            self.weight_dtype,
+            self.block_size,
+            self.nested_block_size,
+        )
+
+    def _quantize(self, w: Tensor) -> NF4Weight:
+        return quantize_nf4(w, self.block_size, self.double_quant, self.nested_block_size)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw: the weights are frozen and come from a checkpoint or a dense module."""
+
+    def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # half(), to(dtype) and the like reach every floating tensor, type() every tensor: the packed state keeps its
+        # bits, and takes only the device that fn would have given it.
+        before = {name: t.detach() for name, t in self._packed_state().items()}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, kept in before.items():
+            after = getattr(self, name)
+            if after.dtype == kept.dtype:
+                continue
+            if name in self._parameters:
+                after.data = kept.to(after.device)
+            else:
+                self._buffers[name] = kept.to(after.device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
+
+    def _packed_state(self) -> dict[str, Tensor]:
+        names = [n for name in self.packed_shapes for n in (name, *scale_names(name).values())]
+        tensors = {name: getattr(self, name) for name in names}
+        return {name: t for name, t in tensors.items() if t is not None}
+
+    def check_form(self, state: Mapping[str, Tensor] | None = None, prefix: str = "") -> None:
+        """Checks a packed state (default: the module's own) against the shapes, block sizes and scale form.
+
+        Args:
+            state: tensors by name, each name beginning with ``prefix``; what it lacks is not checked.
+
+        Raises:
+            ValueError: a dtype or a shape is another; copied in, its scales would be read as something else.
+        """
+        empty = self._empty_state("meta")
+        found = {prefix + name: t for name, t in self._packed_state().items()} if state is None else state
+        for weight, shape in self.packed_shapes.items():
+            form = (
+                f"the packed state of a weight {list(shape)} with block_size={self.block_size}"
+                f", double_quant={self.double_quant}"
+            )
+            for name in (weight, *scale_names(weight).values()):
+                t, expected = found.get(prefix + name), empty.get(name)
+                if t is None:
+                    continue
+                if expected is None:
+                    raise ValueError(f"{prefix}{name}: expected {form}, got scales that are double quantized")
+                if t.dtype != expected.dtype or t.shape != expected.shape:
+                    raise ValueError(
+                        f"{prefix}{name}: expected {expected.dtype} {list(expected.shape)}, {form}; "
+                        f"got {t.dtype} {list(t.shape)}"
+                    )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        try:
+            self.check_form(state_dict, prefix)
+        except ValueError as error:  # refused even where the load is not strict
+            args[-1].append(str(error))
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def layers_of(model: nn.Module) -> Iterable[tuple[str, Packed4bit]]:
+    """The 4-bit modules of ``model`` with their names."""
+    return ((name, m) for name, m in model.named_modules() if isinstance(m, Packed4bit))

@@ -1,0 +1,178 @@
+"""Embedding4bit and the head tied to it: the rows of the decoded table, and no more work than that."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_ext
+from qlora_ext.nn import Embedding4bit, Linear4bit, TiedLinear4bit, quantize_model
+
+# Rows of whole blocks, of parts of one, across several at odd places, and of an odd number of elements.
+WIDTHS = [64, 128, 32, 96, 100, 33, 7, 1]
+
+
+def table(width: int = 64, count: int = 50, dtype: torch.dtype = torch.float32, **options) -> Embedding4bit:
+    return Embedding4bit.from_embedding(nn.Embedding(count, width, dtype=dtype), **options)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("block_size", "double_quant"), [(64, True), (64, False), (128, True)])
+def test_rows_are_those_of_the_decoded_table(width: int, block_size: int, double_quant: bool) -> None:
+    embedding = nn.Embedding(1001, width)
+    module = Embedding4bit.from_embedding(embedding, block_size=block_size, double_quant=double_quant)
+    dense = qlora_ext.quantize_nf4(embedding.weight, block_size, double_quant).dequantize(torch.float32)
+    ids = torch.tensor([[0, 1, 1000], [999, 17, 1]])
+    assert torch.equal(module(ids), dense[ids])
+    every = torch.arange(1001)
+    assert torch.equal(module(every), dense)
+    assert torch.equal(module(every.int()), dense)
+    assert module(torch.empty(2, 0, dtype=torch.int64)).shape == (2, 0, width)
+    assert module(torch.tensor(5)).shape == (width,)
+    assert torch.equal(module.dequantize(), dense)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    module = table(dtype=dtype)
+    rows = module(torch.arange(50))
+    assert rows.dtype == dtype
+    assert torch.equal(rows, module.dequantize(dtype))
+    assert module.half()(torch.arange(3)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("width", [64, 100])
+@pytest.mark.parametrize("row", [-1, 50, 2**40])
+def test_a_row_that_is_not_there(width: int, row: int) -> None:
+    with pytest.raises(IndexError):
+        table(width)(torch.tensor([3, row]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.half().bfloat16(),
+        lambda m: m.to(torch.float16).to("cpu"),
+        lambda m: m.type(torch.float16),
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: m.apply(lambda sub: sub.reset_parameters()),
+    ],
+)
+def test_no_change_of_the_module_touches_the_packed_state(change) -> None:
+    module = table()
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    after = change(module).state_dict()
+    assert set(before) == {"weight", "absmax", "nested_absmax", "nested_offset"}
+    assert all(after[name].dtype == t.dtype and torch.equal(after[name], t) for name, t in before.items())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("width", [64, 33])
+def test_state_dict_round_trips_strictly(device: str, width: int) -> None:
+    module = table(width)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    empty = Embedding4bit(50, width, compute_dtype=torch.float32, device=device)
+    empty.load_state_dict(torch.load(buffer), strict=True, assign=device == "meta")
+    ids = torch.arange(50)
+    assert torch.equal(empty(ids), module(ids))
+    with pytest.raises(RuntimeError, match=r"absmax: expected torch.uint8"):
+        Embedding4bit(50, width, block_size=32).load_state_dict(module.state_dict(), strict=False)
+
+
+def test_from_embedding_and_back() -> None:
+    embedding = nn.Embedding(20, 64, padding_idx=3).eval()
+    module = Embedding4bit.from_embedding(embedding)
+    assert (module.padding_idx, module.training) == (3, False)
+    assert torch.equal(module(torch.tensor(3)), torch.zeros(64))
+    dense = module.to_embedding()
+    assert type(dense) is nn.Embedding
+    assert dense.padding_idx == 3
+    assert torch.equal(dense(torch.arange(20)), module(torch.arange(20)))
+    with pytest.raises(ValueError, match="max_norm"):
+        Embedding4bit.from_embedding(nn.Embedding(4, 8, max_norm=1.0))
+    with pytest.raises(TypeError, match="expected an nn.Embedding, got Linear"):
+        Embedding4bit.from_embedding(nn.Linear(4, 8))
+    with pytest.raises(ValueError, match="padding_idx: expected a row of 20, got 20"):
+        Embedding4bit(20, 64, padding_idx=20)
+
+
+def test_only_the_rows_asked_for_are_decoded() -> None:
+    module = table(64, 4096)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if "dequantize_nf4" in str(func):
+                sizes.append(out.numel())
+            return out
+
+    with Watch():
+        module(torch.tensor([7, 4000, 7]))
+    assert sizes == [3 * 64]
+
+
+@pytest.mark.parametrize("width", [64, 100])
+def test_compiles_as_one_graph(width: int) -> None:
+    module = table(width)
+    ids = torch.tensor([[1, 49], [3, 3]])
+    assert torch.equal(torch.compile(module, fullgraph=True, backend="aot_eager")(ids), module(ids))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(96, 64)
+        self.up = nn.Linear(64, 64)
+        self.lm_head = nn.Linear(64, 96)
+        self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(self.up(self.embed(ids)))
+
+
+def test_a_tied_head_runs_on_the_table() -> None:
+    model = quantize_model(Tied(), embeddings=True)
+    assert isinstance(model.embed, Embedding4bit)
+    assert type(model.lm_head) is TiedLinear4bit
+    assert model.lm_head.weight is model.embed.weight
+    x = torch.randn(3, 64, requires_grad=True)
+    expected = nn.functional.linear(x, model.embed.dequantize(), model.lm_head.bias)
+    torch.testing.assert_close(model.lm_head(x), expected, rtol=1e-5, atol=1e-5)
+    model.lm_head(x).sum().backward()
+    assert x.grad is not None
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.to(torch.float32)):
+        assert other.lm_head.weight is other.embed.weight
+        assert other.lm_head.absmax is other.embed.absmax
+        ids = torch.arange(5)
+        assert torch.equal(other(ids), model(ids))
+    assert [name for name in model.state_dict() if name.startswith("lm_head")] == ["lm_head.weight", "lm_head.bias"]
+    with pytest.raises(ValueError, match="tied to an embedding"):
+        model.lm_head.set_weight(model.embed.weight4bit)
+
+
+def test_what_embeddings_leaves_alone() -> None:
+    model = quantize_model(Tied())
+    assert (type(model.embed), type(model.lm_head)) == (nn.Embedding, nn.Linear)
+    model = quantize_model(Tied(), skip=["embed"], embeddings=True)
+    assert (type(model.embed), type(model.lm_head)) == (nn.Embedding, nn.Linear)
+    untied = Tied()
+    untied.lm_head = nn.Linear(64, 96)
+    untied.twin = nn.Embedding(96, 64)
+    untied.other = nn.Embedding(96, 64)
+    untied.other.weight = untied.twin.weight
+    model = quantize_model(untied, embeddings=True)
+    assert (type(model.embed), type(model.lm_head)) == (Embedding4bit, nn.Linear)
+    assert (type(model.twin), type(model.other)) == (nn.Embedding, nn.Embedding)
+    untied = Tied()
+    untied.lm_head = nn.Linear(64, 96)
+    assert type(quantize_model(untied, skip=(), embeddings=True).lm_head) is Linear4bit
+    assert isinstance(quantize_model(nn.Embedding(4, 8), embeddings=True), Embedding4bit)
