@@ -8,17 +8,21 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from .nn import SCALES, Linear4bit
+from .nn import SCALES, TiedLinear4bit, layers_of
+from .weight import NF4Weight
 
 # What PEFT puts around the names of a model's modules.
 _WRAPPER = "base_model.model."
 _WRAPPED = "base_layer"
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
-    for name, module in model.named_modules():
-        if isinstance(module, Linear4bit):
-            yield ".".join(part for part in name.removeprefix(_WRAPPER).split(".") if part != _WRAPPED), module
+def _weights(model: nn.Module) -> Iterator[tuple[str, NF4Weight]]:
+    for name, module in layers_of(model):
+        if isinstance(module, TiedLinear4bit):
+            continue  # its weight is the table's
+        path = ".".join(part for part in name.removeprefix(_WRAPPER).split(".") if part != _WRAPPED)
+        for weight in module.packed_shapes:
+            yield path if weight == "weight" else f"{path}.{weight}", module.packed_weight(weight)
 
 
 def _update(digest: hashlib._Hash, t: Tensor) -> None:
@@ -36,11 +40,10 @@ def fingerprint(model: nn.Module) -> str:
         ValueError: the model has no 4-bit layer.
     """
     digest = hashlib.sha256(b"qlora_ext 4-bit base, 1\n")
-    layers = sorted(_layers(model), key=lambda item: item[0])
-    if not layers:
+    weights = sorted(_weights(model), key=lambda item: item[0])
+    if not weights:
         raise ValueError("model: expected a model with 4-bit layers (see qlora_ext.quantize_model), found none")
-    for name, layer in layers:
-        w4 = layer.weight4bit
+    for name, w4 in weights:
         digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}:".encode())
         for tensor in ("packed", *SCALES):
             t = getattr(w4, tensor)

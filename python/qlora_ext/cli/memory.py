@@ -120,18 +120,19 @@ def _build(job: Job, layers: int) -> Any:
 
 
 def _static(model: Any) -> dict[str, float]:
-    from qlora_ext.nn import SCALES, Linear4bit
+    from qlora_ext.nn import Packed4bit, scale_names
 
     bytes_: dict[str, float] = dict.fromkeys(("base weights", "scales", "other weights", "adapters"), 0.0)
     seen: set[int] = set()
     for module in model.modules():
+        weights = module.packed_shapes if isinstance(module, Packed4bit) else ()
+        scales = {scale for weight in weights for scale in scale_names(weight).values()}
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            packed = isinstance(module, Linear4bit) and name != "bias"
             key = "adapters" if tensor.requires_grad else "other weights"
-            key = ("scales" if name in SCALES else "base weights") if packed else key
+            key = "base weights" if name in weights else "scales" if name in scales else key
             bytes_[key] += tensor.nbytes
     return bytes_
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import importlib.metadata
 import io
 import json
@@ -199,23 +200,22 @@ class Weights:
 
 def weigh(model: Any) -> Weights:
     """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
-    from qlora_ext.nn import Linear4bit
+    from qlora_ext.nn import Packed4bit, scale_names
 
     parameters = dense = held = 0
     seen: set[int] = set()
     for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        shapes = module.packed_shapes if isinstance(module, Packed4bit) else {}
+        scales = {scale for weight in shapes for scale in scale_names(weight).values()}
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
             held += tensor.nbytes
-            if not isinstance(module, Linear4bit) or tensor is module.bias:
-                parameters += tensor.numel()
-                dense += tensor.nbytes
-            elif tensor is module.weight:
-                count = module.in_features * module.out_features
+            if name not in scales:
+                count = math.prod(shapes[name]) if name in shapes else tensor.numel()
                 parameters += count
-                dense += count * module.compute_dtype.itemsize
+                dense += count * (module.compute_dtype.itemsize if name in shapes else tensor.element_size())
     return Weights(parameters, dense, held)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ..nn import SCALES, Linear4bit
+from ..nn import Linear4bit, Packed4bit, TiedLinear4bit, scale_names
 from ..weight import NF4Weight
 from ._mapped_files import drop_pages
 from .bitsandbytes import from_state_dict
@@ -22,13 +22,17 @@ def _one(value: Any) -> Tensor:
     return tensor
 
 
-def _fill(layer: Linear4bit, name: str, w4: NF4Weight, missing: Any) -> dict[str, Tensor]:
-    """Gives ``layer`` its weight, and returns the tensors under the names by which transformers then sets them."""
-    layer.set_weight(w4)
-    prefix = name.removesuffix("weight")
+def _fill(module: Packed4bit, name: str, w4: NF4Weight, missing: Any) -> dict[str, Tensor]:
+    """Gives ``module`` a weight, and returns the tensors under the names by which transformers then sets them."""
+    prefix, _, weight = name.rpartition(".")
+    if isinstance(module, TiedLinear4bit):  # a copy of the table in the checkpoint; the scales are the table's
+        return {name: nn.Parameter(w4.packed, requires_grad=False)}
+    module.set_packed(weight, w4)
+    scales = scale_names(weight).values()
     if missing is not None:  # the form of the scales may be another than the empty layer's
-        missing.difference_update(f"{prefix}{scale}" for scale in SCALES)
-    return {name: layer.weight, **{f"{prefix}{scale}": t for scale, t in layer.named_buffers(recurse=False)}}
+        missing.difference_update(f"{prefix}.{scale}" for scale in scales)
+    tensors = {f"{prefix}.{scale}": getattr(module, scale) for scale in scales}
+    return {name: getattr(module, weight), **{key: t for key, t in tensors.items() if t is not None}}
 
 
 class Quantize(ConversionOps):
@@ -40,9 +44,9 @@ class Quantize(ConversionOps):
     def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         filled: dict[str, Tensor] = {}
         for name, value in input_dict.items():
-            layer, _ = get_module_from_name(model, name)
-            w4 = self.hf_quantizer.quantize(layer, _one(value))
-            filled |= _fill(layer, name, w4, kwargs.get("missing_keys"))
+            module, _ = get_module_from_name(model, name)
+            w4 = self.hf_quantizer.quantize(module, _one(value))
+            filled |= _fill(module, name, w4, kwargs.get("missing_keys"))
         drop_pages(self.hf_quantizer.checkpoint_files)
         return filled
 

@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import nn
 
 from ..fingerprint import fingerprint
-from ..nn import Linear4bit
+from ..nn import Linear4bit, layers_of
 from ._counting import hidden_parameters
 from ._peft_layers import LoraLinear4bit, Over4bit, create_over_4bit
 from ._peft_loftq import replace_lora_weights
@@ -98,7 +98,7 @@ def check_base(
         None where the adapter does not say (PEFT alone wrote it) or the model is not 4-bit.
     """
     path = pathlib.Path(directory) / BASE_FILE
-    if not path.is_file() or not any(isinstance(m, Linear4bit) for m in model.modules()):
+    if not path.is_file() or not _is_4bit(model):
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     if record.get("format_version") != FORMAT_VERSION:
@@ -119,7 +119,7 @@ def check_base(
 
 
 def _is_4bit(model: nn.Module) -> bool:
-    return any(isinstance(m, Linear4bit) for m in model.modules())
+    return any(True for _ in layers_of(model))
 
 
 def _extend(owner: Any, name: str) -> Any:
@@ -165,7 +165,7 @@ def _merge_and_unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
     # The merged layers are dense: so become those that had no adapter, for the model to be of one kind.
     if getattr(model, "hf_quantizer", None) is not None:
         return model.dequantize()
-    from .transformers import dequantize_modules
+    from ._modules import dequantize_modules
 
     return dequantize_modules(model)
 

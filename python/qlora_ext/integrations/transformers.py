@@ -20,8 +20,23 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .. import _library
-from ..nn import AFTER_QUANTIZE, CONVERSIONS, Linear4bit, paths_to
+from ..nn import (
+    AFTER_QUANTIZE,
+    CONVERSIONS,
+    Embedding4bit,
+    Experts4bit,
+    Linear4bit,
+    Packed4bit,
+    TiedLinear4bit,
+    is_dense,
+    is_fused_experts,
+    layers_of,
+    paths_to,
+    places_in,
+    tied_heads,
+)
 from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
+from ._modules import check_loaded, dequantize_modules, record_form, whole_experts
 from .bitsandbytes import COMPANIONS
 
 METHOD = "qlora_ext"
@@ -70,7 +85,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         compute_dtype: of the quantized layers' products and biases; the model's dtype by default.
         skip_modules: names of modules to leave as they are, with all that is in them: full names, last parts of
             them or regular expressions. By default the output head; with ``[]`` every linear layer is quantized.
-            Layers whose weight is tied to another's (an embedding's) are never quantized.
+            Layers whose weight is tied to an embedding's go with that embedding, whatever is said of them.
+        embeddings: whether embeddings are quantized too, each with the output head that is tied to it.
 
     A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
     """
@@ -82,6 +98,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         nested_block_size: int = 256,
         compute_dtype: torch.dtype | str | None = None,
         skip_modules: list[str] | None = None,
+        embeddings: bool = False,
         **saved: Any,
     ) -> None:
         _check_block_sizes(block_size, nested_block_size)
@@ -98,6 +115,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.nested_block_size = nested_block_size
         self.compute_dtype = _dtype_named(compute_dtype)
         self.skip_modules = None if skip_modules is None else list(skip_modules)
+        self.embeddings = embeddings
 
     def to_dict(self) -> dict[str, Any]:
         fields = {key: value for key, value in vars(self).items() if not key.startswith("_")}
@@ -131,8 +149,13 @@ class QLoRAConfig(QuantizationConfigMixin):
     _bitsandbytes_storage: torch.dtype | None = None
 
 
-def _tied_modules(model: nn.Module) -> list[str]:
+def _tied_names(model: nn.Module) -> dict[str, str]:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    return tied
+
+
+def _tied_modules(model: nn.Module) -> list[str]:
+    tied = _tied_names(model)
     return sorted({name.removesuffix(".weight") for name in (*tied.keys(), *tied.values())})
 
 
@@ -145,6 +168,7 @@ class QLoRAQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.checkpoint_files: list[str] = []
+        self.conversions: list[Any] | None = None  # of names and weights, for a model that is dense again
         self.bitsandbytes_storage = quantization_config._bitsandbytes_storage
         quantization_config._bitsandbytes_storage = None  # what is saved from here on is ours
 
@@ -164,7 +188,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, Linear4bit) and name == "weight"
+        return isinstance(module, Packed4bit) and name in module.packed_shapes
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         if self.param_needs_quantization(model, param_name):
@@ -172,37 +196,64 @@ class QLoRAQuantizer(HfQuantizer):
         size: float = super().param_element_size(model, param_name, param)
         return size
 
-    def skipped_modules(self, model: nn.Module) -> list[str]:
+    def _to_convert(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that are to be 4-bit, with their names, but for tied heads, which go with their tables."""
+        config = self.quantization_config
         fp32: list[str] = [*(getattr(model, "_keep_in_fp32_modules", None) or [])]
-        names = self.get_modules_to_not_convert(model, self.quantization_config.skip_modules, fp32)
-        return sorted({*names, *_tied_modules(model)})
+        skipped = {*self.get_modules_to_not_convert(model, config.skip_modules, fp32), *_tied_modules(model)}
+        kept_tables = {*(config.skip_modules or []), *fp32}
+        heads = tied_heads(model, _tied_names(model)) if config.embeddings else {}
+        from_bitsandbytes = self.bitsandbytes_storage is not None  # where linear layers alone are 4-bit
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Embedding:
+                patterns = kept_tables if module in heads and not from_bitsandbytes else None
+            elif type(module) in CONVERSIONS or (is_fused_experts(module) and not from_bitsandbytes):
+                patterns = skipped
+            else:
+                continue
+            if patterns is not None and all(should_convert_module(path, sorted(patterns)) for path in paths_to(name)):
+                yield name, module
+
+    def _empty(self, module: nn.Module, model_dtype: torch.dtype) -> Packed4bit:
+        """The 4-bit module that is to take ``module``'s place, on the meta device."""
+        config = self.quantization_config
+        options: dict[str, Any] = {
+            "compute_dtype": config.compute_dtype or model_dtype,
+            "block_size": config.block_size,
+            "double_quant": config.double_quant,
+            "nested_block_size": config.nested_block_size,
+            "device": "meta",
+        }
+        if isinstance(module, nn.Embedding):
+            return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
+        cls = CONVERSIONS.get(type(module))
+        if cls is None:
+            return Experts4bit(module, **options)
+        n, k = module.weight.shape  # type: ignore[misc]
+        if cls is Conv1D4bit:
+            n, k = k, n
+        return cls(k, n, bias=module.bias is not None, **options)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        config = self.quantization_config
         self.checkpoint_files = list(kwargs.get("checkpoint_files") or [])
         model_dtype: torch.dtype = model.config.dtype
-        skipped = self.skipped_modules(model)
-        for name, module in list(model.named_modules()):
-            cls = CONVERSIONS.get(type(module))
-            if cls is None or not all(should_convert_module(path, skipped) for path in paths_to(name)):
-                continue
-            k, n = module.weight.shape if cls is Conv1D4bit else reversed(module.weight.shape)
-            layer = cls(
-                k,
-                n,
-                bias=module.bias is not None,
-                compute_dtype=config.compute_dtype or model_dtype,
-                block_size=config.block_size,
-                double_quant=config.double_quant,
-                nested_block_size=config.nested_block_size,
-                device="meta",
-            )
-            # transformers < 5.20 casts what it reads to the dtype found here, before it comes to us.
-            as_read = self.bitsandbytes_storage or (None if self.pre_quantized else model_dtype)
-            if as_read is not None:
-                layer.weight = nn.Parameter(layer.weight.to(as_read), requires_grad=False)
-            layer._is_hf_initialized = True  # type: ignore[assignment]  # nothing for transformers to draw at random
-            model.set_submodule(name, layer)
+        # transformers < 5.20 casts what it reads to the dtype found here, before it comes to us.
+        as_read = self.bitsandbytes_storage or (None if self.pre_quantized else model_dtype)
+        places, heads = places_in(model), tied_heads(model, _tied_names(model))
+        for _, module in self._to_convert(model):
+            layer = self._empty(module, model_dtype)
+            for weight in layer.packed_shapes:
+                if as_read is not None:
+                    dense = getattr(layer, weight).to(as_read)
+                    setattr(layer, weight, nn.Parameter(dense, requires_grad=False))
+            new: dict[nn.Module, Packed4bit] = {module: layer}
+            if isinstance(module, nn.Embedding):
+                assert isinstance(layer, Embedding4bit)
+                new |= {head: TiedLinear4bit(layer, head.bias) for head in heads[module]}
+            for old, replacement in new.items():
+                replacement._is_hf_initialized = True  # type: ignore[assignment]  # nothing to draw at random
+                for parent, name, _ in places[old]:
+                    setattr(parent, name, replacement)
 
     def get_quantize_ops(self) -> Any:
         from ._loading import Quantize
@@ -219,24 +270,36 @@ class QLoRAQuantizer(HfQuantizer):
         sources = [*(f"weight.{name}" for name in COMPANIONS), "weight"]
         return [WeightConverter(sources, "weight", operations=[LoadBitsandbytes(self)])]
 
-    def quantize(self, module: Linear4bit, weight: torch.Tensor) -> NF4Weight:
+    def quantize(self, module: Packed4bit, weight: torch.Tensor) -> NF4Weight:
         """The 4-bit form of a checkpoint's dense ``weight`` for ``module``."""
         config = self.quantization_config
+        if isinstance(module, Experts4bit):
+            return module.quantize(weight)
         if isinstance(module, Conv1D4bit):
             weight = weight.T
         return quantize_nf4(weight, config.block_size, config.double_quant, config.nested_block_size)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        _check_loaded(model)
+        check_loaded(model)
         if self.bitsandbytes_storage is not None:
             # The model is saved in our format from now on: bitsandbytes' keys are not to be written again.
             conversions = getattr(model, "_weight_conversions", None) or []
             model._weight_conversions = [c for c in conversions if not _loads_bitsandbytes(c)]
-        _record_form(model, self.quantization_config)
+        self.keep_experts_whole(model)
+        record_form(model, self.quantization_config)
         return model
 
+    def keep_experts_whole(self, model: Any) -> None:
+        """Has ``save_pretrained`` write 4-bit experts as they are, not split into the files' original weights."""
+        self.conversions = getattr(model, "_weight_conversions", None)
+        names = [f"{name}.{w}" for name, m in layers_of(model) if isinstance(m, Experts4bit) for w in m.packed_shapes]
+        if names:
+            model._weight_conversions = whole_experts(model, self.conversions, names)
+
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        return dequantize_modules(model, dtype)
+        model = dequantize_modules(model, dtype)
+        model._weight_conversions = self.conversions
+        return model
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True
@@ -256,65 +319,23 @@ def _loads_bitsandbytes(conversion: Any) -> bool:
     return any(isinstance(op, LoadBitsandbytes) for op in getattr(conversion, "operations", ()))
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, Linear4bit]]:
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit))
-
-
-def _check_loaded(model: nn.Module) -> None:
-    """Refuses a checkpoint that left part of a 4-bit layer unfilled or of another form: no bits can be made up."""
-    for name, layer in _layers(model):
-        if hasattr(layer, "_hf_hook"):
-            continue  # dispatched over several devices: its tensors are where accelerate wants them
-        tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
-        absent = [key for key, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
-        if absent:
-            raise ValueError(
-                f"{name}: the checkpoint holds no {', '.join(absent)} for this 4-bit layer; "
-                "name the layer in QLoRAConfig(skip_modules=[...]) to leave it as it is"
-            )
-        layer.check_form(prefix=f"{name}.")
-
-
-def _record_form(model: nn.Module, config: QLoRAConfig) -> None:
-    """Writes block sizes and scale form of the model's layers, which a checkpoint may have chosen, into ``config``."""
-    forms = {(m.block_size, m.double_quant, m.nested_block_size) for _, m in _layers(model)}
-    if len(forms) > 1:
-        raise ValueError(f"model: expected 4-bit layers of one block size and scale form, got {sorted(forms)}")
-    for config.block_size, config.double_quant, config.nested_block_size in forms:
-        pass
-
-
-def dequantize_modules(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Replaces every ``Linear4bit`` of ``model`` by the dense layer that it decodes to, in place."""
-    for name, layer in list(_layers(model)):
-        hook = getattr(layer, "_hf_hook", None)
-        if getattr(hook, "offload", False):
-            raise ValueError(f"{name}: expected a layer in memory, got one offloaded by accelerate")
-        dense = layer.to_linear(dtype)
-        if hook is not None:
-            from accelerate.hooks import add_hook_to_module
-
-            add_hook_to_module(dense, hook)
-        if name == "":
-            return dense
-        model.set_submodule(name, dense)
-    return model
-
-
 def attach(model: Any) -> None:
     """Makes a transformers model that ``quantize_model`` has quantized save, load and dequantize as a 4-bit one."""
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or not any(_layers(model)):
+    if not isinstance(model, PreTrainedModel) or not any(True for _ in layers_of(model)):
         return
-    config = QLoRAConfig(skip_modules=[name for name, m in model.named_modules() if type(m) in CONVERSIONS])
+    embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
+    dense = [name for name, m in model.named_modules() if is_dense(m) and (embeddings or type(m) is not nn.Embedding)]
+    config = QLoRAConfig(skip_modules=dense, embeddings=embeddings)
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
+    quantizer.keep_experts_whole(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
     model.config.quantization_config = config
     model.config._is_quantized = True
-    _record_form(model, config)
+    record_form(model, config)
 
 
 def _register() -> None:

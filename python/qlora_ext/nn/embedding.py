@@ -100,9 +100,7 @@ class Embedding4bit(Packed4bit, nn.Embedding):
 
     def set_weight(self, w4: NF4Weight) -> None:
         """Takes ``w4`` (shape [V, D]) as the packed state, with its block sizes, scale form and device."""
-        if tuple(w4.shape) != (self.num_embeddings, self.embedding_dim):
-            raise ValueError(f"w4: expected shape [{self.num_embeddings}, {self.embedding_dim}], got {list(w4.shape)}")
-        self._set_packed("weight", w4)
+        self.set_packed("weight", w4)
 
     @classmethod
     def from_embedding(
@@ -150,6 +148,9 @@ class Embedding4bit(Packed4bit, nn.Embedding):
         )
         dense.weight = nn.Parameter(weight, requires_grad=False)
         return dense.train(self.training)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        return self.to_embedding(dtype)
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "

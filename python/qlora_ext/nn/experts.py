@@ -49,7 +49,7 @@ class Experts4bit(Packed4bit):
     of that module: biases, activation, sizes, configuration. Each parameter becomes uint8 [E, N, K/2] of the same name,
     with the buffers ``gate_up_proj_absmax`` [E, blocks], ``gate_up_proj_nested_absmax`` [E, nested blocks] and
     ``gate_up_proj_nested_offset`` [E]: expert e's are those of ``quantize_nf4`` of its own [N, K] matrix. A freshly
-    built module holds zeros, until ``load_state_dict``, ``set_weight`` or ``from_experts``.
+    built module holds zeros, until ``load_state_dict``, ``set_packed`` or ``from_experts``.
 
     Args:
         experts: the dense module; its weights are neither read nor kept.
@@ -103,12 +103,6 @@ class Experts4bit(Packed4bit):
         e, n, k = self._shapes[name]
         return (e, k, n) if self.is_transposed else (e, n, k)
 
-    def set_weight(self, name: str, w4: NF4Weight) -> None:
-        """Takes ``w4``, whose tensors are stacked by expert, as the weight ``name``; see ``quantize``."""
-        if tuple(w4.shape) != self._shapes[name]:
-            raise ValueError(f"w4: expected shape {list(self._shapes[name])}, got {list(w4.shape)}")
-        self._set_packed(name, w4)
-
     def quantize(self, dense: Tensor) -> NF4Weight:
         """The 4-bit form of a stack of weights as the dense module has it, expert by expert."""
         parts = [self._quantize(w.T if self.is_transposed else w) for w in dense.detach()]
@@ -130,7 +124,7 @@ class Experts4bit(Packed4bit):
         """Quantizes a dense module; see the class for which."""
         module = cls(experts, compute_dtype, block_size, double_quant, "meta", nested_block_size)
         for name in module._shapes:
-            module.set_weight(name, module.quantize(getattr(experts, name)))
+            module.set_packed(name, module.quantize(getattr(experts, name)))
         return module
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -164,6 +158,9 @@ class Experts4bit(Packed4bit):
             if p is not None:
                 dense._parameters[name] = nn.Parameter(p.detach().to(dtype), requires_grad=False)
         return dense.train(self.training)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        return self.to_experts(dtype)
 
     def _project(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         w4 = self.packed_weight(name)

@@ -73,9 +73,7 @@ class Linear4bit(Packed4bit, nn.Linear):
 
     def set_weight(self, w4: NF4Weight) -> None:
         """Takes ``w4`` (shape [N, K]) as the packed state, with its block sizes, scale form and device."""
-        if tuple(w4.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"w4: expected shape [{self.out_features}, {self.in_features}], got {list(w4.shape)}")
-        self._set_packed("weight", w4)
+        self.set_packed("weight", w4)
 
     @classmethod
     def from_linear(
@@ -158,6 +156,9 @@ class Linear4bit(Packed4bit, nn.Linear):
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype), requires_grad=False)
         return linear.train(self.training)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        return self.to_linear(dtype)
 
     def extra_repr(self) -> str:
         return (

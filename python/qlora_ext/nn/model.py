@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -33,27 +33,33 @@ def is_dense(module: nn.Module) -> bool:
     return type(module) in CONVERSIONS or type(module) is nn.Embedding or is_fused_experts(module)
 
 
-def tied_heads(model: nn.Module) -> dict[nn.Embedding, list[nn.Linear]]:
+def tied_heads(model: nn.Module, to_be_tied: Mapping[str, str] | None = None) -> dict[nn.Embedding, list[nn.Linear]]:
     """The embeddings of ``model`` that may be 4-bit, each with the linear layers that share its table.
 
-    An embedding whose table is still another module's too is not among them.
+    An embedding whose table is still another module's too is not among them. ``to_be_tied`` maps the names of
+    parameters to those of others with which they will be one, though they are not yet.
     """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    pairs = ((named.get(name), named.get(other)) for name, other in (to_be_tied or {}).items())
+    one = {id(p): id(other) for p, other in pairs if p is not None and other is not None}
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for p in module._parameters.values():
             if p is not None:
-                owners.setdefault(id(p), []).append(module)
+                owners.setdefault(one.get(id(p), id(p)), []).append(module)
     heads: dict[nn.Embedding, list[nn.Linear]] = {}
     for module in model.modules():
         if type(module) is nn.Embedding:
-            others = [other for other in owners[id(module.weight)] if other is not module]
+            weight = id(module.weight)
+            others = [other for other in owners[one.get(weight, weight)] if other is not module]
             linear = [other for other in others if type(other) is nn.Linear]
             if len(linear) == len(others):
                 heads[module] = linear
     return heads
 
 
-def _places(model: nn.Module) -> _Places:
+def places_in(model: nn.Module) -> _Places:
+    """Every place of every module inside ``model``: one that is shared has several."""
     places: _Places = {}
     for parent_name, parent in model.named_modules():
         for name, child in parent._modules.items():  # named_children() gives a shared one once
@@ -103,7 +109,7 @@ def quantize_model(
 
     if type(model) in CONVERSIONS or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
         return quantized(model)
-    places = _places(model)
+    places = places_in(model)
     tied = {id(p) for m in model.modules() if type(m) not in CONVERSIONS for p in m.parameters(recurse=False)}
     heads = tied_heads(model) if embeddings else {}
     replaced: dict[nn.Module, Packed4bit] = {}

@@ -72,8 +72,14 @@ class Packed4bit(nn.Module):
             for scale in scale_names(name).values():
                 self.register_buffer(scale, state.get(scale))
 
-    def _set_packed(self, name: str, w4: NF4Weight) -> None:
-        """Takes ``w4`` (whose tensors may be stacks) as the weight ``name``, with its block sizes and scale form."""
+    def set_packed(self, name: str, w4: NF4Weight) -> None:
+        """Takes ``w4`` as the weight ``name``, with its block sizes, scale form and device.
+
+        Raises:
+            ValueError: its shape is not that of ``packed_shapes``.
+        """
+        if tuple(w4.shape) != self.packed_shapes[name]:
+            raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
         setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
         self.block_size, self.nested_block_size, self.double_quant = (
             w4.block_size,
@@ -100,6 +106,10 @@ class Packed4bit(nn.Module):
 
     def _quantize(self, w: Tensor) -> NF4Weight:
         return quantize_nf4(w, self.block_size, self.double_quant, self.nested_block_size)
+
+    def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The module that this one decodes to, in ``dtype`` or that of the weights that were quantized."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Nothing to draw: the weights are frozen and come from a checkpoint or a dense module."""

@@ -1,0 +1,89 @@
+"""The 4-bit modules of a transformers model: checked after loading, saved whole, made dense again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..nn import Packed4bit, TiedLinear4bit, layers_of, places_in
+
+if TYPE_CHECKING:
+    from .transformers import QLoRAConfig
+
+
+def whole_experts(model: Any, conversions: Any, names: list[str]) -> list[Any]:
+    """``conversions`` (None: the model's default ones) without those that split one of the weights ``names``."""
+    from transformers import core_model_loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if conversions is None:
+        prefixes = getattr(core_model_loading, "PrefixChange", ())  # as transformers does: what was read is not known
+        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, prefixes)]
+
+    def splits(conversion: Any) -> bool:
+        if not isinstance(conversion, core_model_loading.WeightConverter):
+            return False
+        back = conversion.reverse_transform()
+        return any(back.rename_source_key(name)[1] is not None for name in names)
+
+    return [c for c in conversions if not splits(c)]
+
+
+def check_loaded(model: nn.Module) -> None:
+    """Refuses a checkpoint that left part of a 4-bit layer unfilled or of another form: no bits can be made up."""
+    for name, layer in layers_of(model):
+        if hasattr(layer, "_hf_hook"):
+            continue  # dispatched over several devices: its tensors are where accelerate wants them
+        tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
+        absent = [key for key, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+        if absent:
+            raise ValueError(
+                f"{name}: the checkpoint holds no {', '.join(absent)} for this 4-bit layer; "
+                "name the layer in QLoRAConfig(skip_modules=[...]) to leave it as it is"
+            )
+        layer.check_form(prefix=f"{name}.")
+        if isinstance(layer, TiedLinear4bit) and layer.weight is not layer.embedding.weight:
+            if not torch.equal(layer.weight, layer.embedding.weight):
+                raise ValueError(
+                    f"{name}: expected the weight of the embedding that it is tied to, the checkpoint holds another; "
+                    "load with QLoRAConfig(embeddings=False) or tie_word_embeddings=False"
+                )
+            layer.weight = layer.embedding.weight
+
+
+def record_form(model: nn.Module, config: QLoRAConfig) -> None:
+    """Writes block sizes and scale form of the model's layers, which a checkpoint may have chosen, into ``config``."""
+    forms = {(m.block_size, m.double_quant, m.nested_block_size) for _, m in layers_of(model)}
+    if len(forms) > 1:
+        raise ValueError(f"model: expected 4-bit layers of one block size and scale form, got {sorted(forms)}")
+    for config.block_size, config.double_quant, config.nested_block_size in forms:
+        pass
+
+
+def dequantize_modules(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """Replaces every 4-bit module of ``model`` by the dense one that it decodes to, in place."""
+    if isinstance(model, Packed4bit):
+        return model.to_dense(dtype)
+    tables: dict[nn.Module, Any] = {}
+    # A tied head comes after its table, to be tied to the dense one.
+    layers = sorted(layers_of(model), key=lambda item: isinstance(item[1], TiedLinear4bit))
+    places = places_in(model)
+    for name, layer in layers:
+        hook = getattr(layer, "_hf_hook", None)
+        if getattr(hook, "offload", False):
+            raise ValueError(f"{name}: expected a layer in memory, got one offloaded by accelerate")
+        if isinstance(layer, TiedLinear4bit):
+            weight = tables[layer.embedding].weight
+            dense: Any = layer.to_linear(weight=weight)
+            dense.weight = weight
+        else:
+            dense = tables[layer] = layer.to_dense(dtype)
+        if hook is not None:
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(dense, hook)
+        for parent, child, _ in places[layer]:
+            setattr(parent, child, dense)
+    return model
