@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import importlib.metadata
 import io
 import json
+import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any

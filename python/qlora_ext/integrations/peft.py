@@ -32,6 +32,7 @@ from ..nn import Linear4bit, layers_of
 from ._counting import hidden_parameters
 from ._peft_layers import LoraLinear4bit, Over4bit, create_over_4bit
 from ._peft_loftq import replace_lora_weights
+from ._peft_weights import MergesAnew, create_over_weights
 
 BASE_FILE = "qlora_base.json"
 FORMAT_VERSION = 1
@@ -58,20 +59,29 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
     by_layer: dict[str, float] = {}
     error = norm = 0.0
     for name, layer in model.named_modules():
-        if not isinstance(layer, Over4bit):
+        if not isinstance(layer, Over4bit | MergesAnew):
             continue
         if layer.merged_adapters:
             layer.unmerge()
         names = check_adapters_to_merge(layer, None)
         if not names:
             continue
-        dense = layer.merge_dense(names)
-        exact = dense.weight
+        path = name.removeprefix("base_model.model.")
+        if isinstance(layer, MergesAnew):
+            exact = layer.merged_weight(names)
+            layer.requantize(exact)
+            decoded = layer.decoded()
+            if layer.parameter_name != "weight":
+                path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+        else:
+            dense = layer.merge_dense(names)
+            exact = dense.weight
+            layer.set_merged(dense)
+            decoded = layer.layer4bit.dequantize(torch.float32)
         layer.merged_adapters.clear()
-        layer.set_merged(dense)
-        difference = (layer.layer4bit.dequantize(torch.float32) - exact).norm().item() ** 2
+        difference = (decoded - exact).norm().item() ** 2
         size = exact.norm().item() ** 2
-        by_layer[name.removeprefix("base_model.model.")] = (difference / size) ** 0.5 if size else 0.0
+        by_layer[path] = (difference / size) ** 0.5 if size else 0.0
         error, norm = error + difference, norm + size
     base = model.unload()
     return base, MergeError(by_layer, (error / norm) ** 0.5 if norm else 0.0)
@@ -142,7 +152,8 @@ def _extend(owner: Any, name: str) -> Any:
 def _create_new_module(original: Any, lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
     if isinstance(target, Linear4bit):
         return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
-    return original(lora_config, adapter_name, target, **kwargs)
+    over = create_over_weights(target, adapter_name, lora_config, **kwargs)
+    return over if over is not None else original(lora_config, adapter_name, target, **kwargs)
 
 
 def _methods(cls: type[BaseTuner]) -> Iterator[type[BaseTuner]]:
@@ -158,7 +169,7 @@ for _method in set(_methods(BaseTuner)):
 
 @_extend(BaseTuner, "merge_and_unload")
 def _merge_and_unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
-    has_4bit = any(isinstance(m, Over4bit) for m in self.model.modules())
+    has_4bit = any(isinstance(m, Over4bit | MergesAnew) for m in self.model.modules())
     model = original(self, *args, **kwargs)
     if not has_4bit:
         return model

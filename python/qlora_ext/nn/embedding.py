@@ -130,7 +130,7 @@ class Embedding4bit(Packed4bit, nn.Embedding):
             device="meta",
             nested_block_size=nested_block_size,
         )
-        module.set_weight(module._quantize(embedding.weight))
+        module.set_weight(module.quantize(embedding.weight))
         return module.train(embedding.training)
 
     def forward(self, ids: Tensor) -> Tensor:

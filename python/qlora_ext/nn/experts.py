@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ class Experts4bit(Packed4bit):
 
     def quantize(self, dense: Tensor) -> NF4Weight:
         """The 4-bit form of a stack of weights as the dense module has it, expert by expert."""
-        parts = [self._quantize(w.T if self.is_transposed else w) for w in dense.detach()]
+        parts = [super(Experts4bit, self).quantize(w.T if self.is_transposed else w) for w in dense.detach()]
         stacked: dict[str, Any] = {
             key: None if getattr(parts[0], key) is None else torch.stack([getattr(part, key) for part in parts])
             for key in ("packed", *SCALES)
@@ -161,6 +162,16 @@ class Experts4bit(Packed4bit):
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         return self.to_experts(dtype)
+
+    @contextlib.contextmanager
+    def adapted(self, name: str, lora: Lora | None) -> Iterator[None]:
+        """Within it the weight ``name`` has an adapter: A [E, R, K], B [E, N, R] and their scaling; or none."""
+        if lora is not None:
+            self._lora[name] = lora
+        try:
+            yield
+        finally:
+            self._lora.pop(name, None)
 
     def _project(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
         w4 = self.packed_weight(name)

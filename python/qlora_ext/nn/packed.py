@@ -80,7 +80,11 @@ class Packed4bit(nn.Module):
         """
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
-        setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
+        old = self._parameters[name]
+        if old is not None and (old.device, old.dtype, old.shape) == (w4.device, torch.uint8, w4.packed.shape):
+            old.data = w4.packed  # the parameter stays, for those who share it
+        else:
+            setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
         self.block_size, self.nested_block_size, self.double_quant = (
             w4.block_size,
             w4.nested_block_size,
@@ -104,7 +108,8 @@ class Packed4bit(nn.Module):
             self.nested_block_size,
         )
 
-    def _quantize(self, w: Tensor) -> NF4Weight:
+    def quantize(self, w: Tensor) -> NF4Weight:
+        """The 4-bit form that this module gives to a dense weight of its own."""
         return quantize_nf4(w, self.block_size, self.double_quant, self.nested_block_size)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
