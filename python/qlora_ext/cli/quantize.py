@@ -24,6 +24,10 @@ def add_parser(commands: Any) -> None:
         "--block-size", type=int, default=64, choices=(32, 64, 128, 256, 512, 1024, 2048, 4096), metavar="N",
         help="weights that share a scale, a power of two from 32 to 4096 (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--format", default="qlora_ext", choices=("qlora_ext", "bitsandbytes"),
+        help="whose 4-bit directory to write: ours, or one that bitsandbytes loads without us (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in float32")
     parser.add_argument("--dtype", default="bfloat16", help="of the other weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -32,6 +36,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
+    from ..integrations.bitsandbytes import save_pretrained
+
     output = pathlib.Path(arguments.output).expanduser().resolve()
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model)
@@ -39,7 +45,10 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(source)
     model = load_quantized(source, dtype, device, arguments.block_size, not arguments.no_double_quant)
     with staged_directory(output) as partial:
-        model.save_pretrained(partial)
+        if arguments.format == "bitsandbytes":
+            save_pretrained(model, partial)
+        else:
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     weights = weigh(model)
     print(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -153,3 +154,18 @@ def to_state_dict(w4: NF4Weight, prefix: str) -> dict[str, Tensor]:
         tensors[f"{prefix}.nested_quant_map"] = _nested_code_values().to(device, copy=True)
     tensors[f"{prefix}.{STATE_KEY}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
+
+
+def save_pretrained(model: Any, directory: str | os.PathLike[str], **options: Any) -> None:
+    """Saves a 4-bit transformers model as bitsandbytes' own, which needs bitsandbytes (>= 0.50) and not us to load.
+
+    Args:
+        model: a ``PreTrainedModel`` with ``Linear4bit`` layers, as ``QLoRAConfig`` or ``quantize_model`` makes one.
+        directory: to write, as with ``model.save_pretrained``, which takes the ``options``.
+
+    Raises:
+        TypeError: no such model. ValueError: a 4-bit layer of a kind that bitsandbytes lacks.
+    """
+    from ._export import save_pretrained as save
+
+    save(model, directory, **options)
