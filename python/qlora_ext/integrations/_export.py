@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..nn import CONVERSIONS, SCALES, Linear4bit
+from ..nn import CONVERSIONS, SCALES, Linear4bit, TiedLinear4bit, layers_of
 from .bitsandbytes import to_state_dict
 from .transformers import QLoRAQuantizer
 
@@ -34,13 +33,14 @@ def _config(model: nn.Module) -> dict[str, Any]:
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = model.state_dict()
-    for name, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            for key in ("weight", *SCALES):
-                state.pop(f"{name}.{key}", None)
-            state |= to_state_dict(layer.weight4bit, f"{name}.weight")
-        elif any(t.dtype == torch.uint8 for t in layer.parameters(recurse=False)):
-            raise ValueError(f"{name}: bitsandbytes has no 4-bit form of a {type(layer).__name__}")
+    for name, layer in layers_of(model):
+        if not isinstance(layer, Linear4bit) or isinstance(layer, TiedLinear4bit):
+            raise ValueError(
+                f"{name}: expected 4-bit linear layers, which bitsandbytes has; got {type(layer).__name__}"
+            )
+        for key in ("weight", *SCALES):
+            state.pop(f"{name}.{key}", None)
+        state |= to_state_dict(layer.weight4bit, f"{name}.weight")
     return state
 
 
