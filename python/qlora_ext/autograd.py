@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._library import LIBRARY
+from .ops import autocast_linear_nf4_args
 from .weight import NF4Weight
 
 
@@ -30,11 +31,14 @@ class LinearNF4Function(torch.autograd.Function):
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
     lora_b [N, R], scaling, dropout_p, seed. Gradients reach x, bias, lora_a and lora_b; saved for them are x (where
     there are adapters) and references to the packed state and the adapters: never a dequantized weight, nor a
-    dropout mask, which the backward draws again from the seed.
+    dropout mask, which the backward draws again from the seed. Under autocast x, bias and adapters take its dtype.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
+        device_type = args[0].device.type
+        if torch.is_autocast_enabled(device_type):  # what is saved must have the dtype that dy will have
+            args = (*autocast_linear_nf4_args(device_type, args),)
         x, lora_a, lora_b = args[0], args[9], args[10]
         ctx.save_for_backward(x if lora_a is not None else None, lora_a, lora_b, *args[1:5])
         ctx.block_sizes = args[5:7]
@@ -81,7 +85,9 @@ def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
 
 def draw_seed() -> int:
     """A dropout seed from torch's CPU generator: ``torch.manual_seed`` reproduces it, checkpointing replays it."""
-    return int(torch.randint(0, 2**63 - 1, (), dtype=torch.int64).item())
+    # Its device is named, as a default device of CUDA would make the host wait; int() would fix the seed in a graph.
+    seed: int = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item()  # type: ignore[assignment]
+    return seed
 
 
 def linear_nf4(

@@ -7,6 +7,7 @@ travel together: packed, absmax, nested_absmax, nested_offset, block_size, neste
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -80,15 +81,22 @@ def _(
 _DENSE = (0, 8, 9, 10)
 
 
-def _autocast(device_type: str) -> None:
-    """Under autocast x, bias and the adapters take the autocast dtype; the scales stay float32."""
+def autocast_linear_nf4_args(device_type: str, args: Sequence[Any]) -> list[Any]:
+    """The arguments of ``linear_nf4`` as autocast wants them: x, bias and adapters in its dtype, the scales as they are.
 
+    float64, which no autocast touches, stays too.
+    """
+    dtype = torch.get_autocast_dtype(device_type)
+    cast = list(args)
+    for i in _DENSE:
+        if cast[i] is not None and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
+            cast[i] = cast[i].to(dtype)
+    return cast
+
+
+def _autocast(device_type: str) -> None:
     def linear_nf4(*args: Any) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = list(args)
-        for i in _DENSE:
-            if cast[i] is not None and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
-                cast[i] = cast[i].to(dtype)
+        cast = autocast_linear_nf4_args(device_type, args)
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
             torch._C.DispatchKey.AutocastCUDA
         )

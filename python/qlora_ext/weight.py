@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
 
@@ -113,6 +114,11 @@ class NF4Weight:
         return bitsandbytes.to_state_dict(self, prefix)
 
 
+def _has_values(t: Tensor) -> bool:
+    """False on the meta device, in fake tensor mode and while a graph is traced: there is nothing to look at yet."""
+    return not (t.is_meta or isinstance(t, FakeTensor) or torch.compiler.is_compiling())
+
+
 def _refuse_non_finite(w: Tensor, absmax: Tensor, block_size: int) -> None:
     bad = absmax.isnan().nonzero()
     if bad.numel() == 0:
@@ -139,6 +145,8 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
         block_size: elements a scale: a power of two from 32 to 4096.
         double_quant: store the scales themselves in 8 bits, in blocks of ``nested_block_size``.
 
+    In a compiled graph a block with a NaN or an infinity is not refused: it decodes to NaN.
+
     Raises:
         TypeError: ``w`` is no such tensor. ValueError: a bad block size, or a NaN or infinity, with its place.
     """
@@ -149,7 +157,7 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
     _check_block_sizes(block_size, nested_block_size)
     w = w.detach()
     packed, absmax = torch.ops.qlora.quantize_nf4(w, block_size)
-    if not absmax.is_meta:
+    if _has_values(absmax):
         _refuse_non_finite(w, absmax, block_size)
     nested_absmax = nested_offset = None
     if double_quant:
