@@ -139,3 +139,28 @@ def assert_as_exact(out: Tensor, formula: np.ndarray, expected: np.ndarray, fact
     error, allowed = relative_error(out, expected), factor * relative_error(formula, expected)
     # Where the formula happens to be exact, an error of float32's own rounding is none.
     assert error <= max(allowed, 2.0**-23), (error, allowed)
+
+
+def by_operator(s: LinearSample) -> Tensor:
+    return torch.ops.qlora.linear_nf4(*s.args)
+
+
+def by_function(s: LinearSample) -> Tensor:
+    return qlora_ext.autograd.LinearNF4Function.apply(*s.args)
+
+
+def by_python(s: LinearSample) -> Tensor:
+    return qlora_ext.linear_nf4(s.x, s.w4, s.bias, *s.lora_args)
+
+
+# The ways into the layer, which are one.
+WAYS = [by_operator, by_function, by_python]
+
+
+def gradients(run, s: LinearSample) -> list[Tensor]:
+    """y, and the gradients of the sum of its squares."""
+    for t in s.differentiable:
+        t.grad = None
+    y = run()
+    y.square().sum().backward()
+    return [y.detach(), *(t.grad.clone() for t in s.differentiable)]

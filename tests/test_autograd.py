@@ -1,4 +1,4 @@
-"""Gradients: right, for x, bias, lora_a and lora_b only, and the same under compile, autocast and checkpointing."""
+"""Gradients: right, for x, bias, lora_a and lora_b only, and the same under autocast and checkpointing."""
 
 from __future__ import annotations
 
@@ -7,24 +7,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import qlora_ext
-from samples import DEVICES, LinearSample, linear_sample, relative_error
+from samples import DEVICES, WAYS, by_function, by_python, gradients, linear_sample, relative_error
 
 FORMS = [{}, {"rank": None}, {"bias": False}, {"dropout_p": 0.4}, {"rank": 1, "double_quant": False}, {"rank": 0}]
-
-
-def by_operator(s: LinearSample) -> torch.Tensor:
-    return torch.ops.qlora.linear_nf4(*s.args)
-
-
-def by_function(s: LinearSample) -> torch.Tensor:
-    return qlora_ext.autograd.LinearNF4Function.apply(*s.args)
-
-
-def by_python(s: LinearSample) -> torch.Tensor:
-    return qlora_ext.linear_nf4(s.x, s.w4, s.bias, *s.lora_args)
-
-
-WAYS = [by_operator, by_function, by_python]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -83,48 +68,12 @@ def test_a_second_derivative_is_refused() -> None:
         torch.autograd.grad(dx.sum(), s.x)
 
 
-def gradients(run, s: LinearSample) -> list[torch.Tensor]:
-    for t in s.differentiable:
-        t.grad = None
-    y = run()
-    y.square().sum().backward()
-    return [y.detach(), *(t.grad.clone() for t in s.differentiable)]
-
-
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_equals_eager(way, dtype: torch.dtype) -> None:
-    s = linear_sample(m=(2, 3), dtype=dtype, dropout_p=0.25, requires_grad=True)
-    eager = gradients(lambda: way(s), s)
-    compiled = torch.compile(lambda: way(s), fullgraph=True)
-    for a, b in zip(eager, gradients(compiled, s), strict=True):
-        assert relative_error(b, a.double().numpy()) < (1e-6 if dtype == torch.float32 else 1e-2)
-
-
-def test_compiled_with_a_dynamic_batch_does_not_recompile() -> None:
-    s = linear_sample(m=6)
-    graphs = 0
-
-    def count(graph, inputs):
-        nonlocal graphs
-        graphs += 1
-        return graph
-
-    def f(x):
-        return qlora_ext.linear_nf4(x, s.w4, s.bias, *s.lora_args)
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=count)
-    for m in (6, 5, 9):
-        x = torch.randn(m, 64)
-        assert torch.equal(compiled(x), f(x))
-    assert graphs == 1
-
-
 @pytest.mark.parametrize("device", DEVICES)
-def test_autocast_gradients_reach_float32_parameters(device: str) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_autocast_gradients_reach_float32_parameters(way, device: str) -> None:
     s = linear_sample(m=3, device=device, requires_grad=True)
     with torch.autocast(device, dtype=torch.bfloat16):
-        y = by_python(s)
+        y = way(s)
     y.float().sum().backward()
     assert y.dtype == torch.bfloat16
     assert all(t.grad.dtype == torch.float32 for t in s.differentiable)
@@ -156,15 +105,3 @@ def test_manual_seed_reproduces_dropout_and_draws_differ() -> None:
     torch.manual_seed(1)
     assert torch.equal(draw(), first)
     assert not torch.equal(first, second)
-
-
-def test_a_drawn_seed_compiles_in_one_graph() -> None:
-    s = linear_sample(m=3, requires_grad=True)
-    compiled = torch.compile(
-        lambda: qlora_ext.linear_nf4(s.x, s.w4, s.bias, s.lora_a, s.lora_b, s.scaling, 0.5), fullgraph=True
-    )
-    torch.manual_seed(3)
-    first = gradients(compiled, s)
-    assert not torch.equal(compiled(), first[0])
-    torch.manual_seed(3)
-    assert all(torch.equal(a, b) for a, b in zip(first, gradients(compiled, s), strict=True))

@@ -64,6 +64,20 @@ def test_kernels_are_launched_in_launch_only() -> None:
     assert offenders(r"<<<|cudaLaunchKernel", r"cuda/launch/") == []
 
 
+def test_a_cuda_graph_can_capture_every_operator() -> None:
+    """Nothing waits for the device, moves data to or from the host, or takes memory but from torch's allocator."""
+    waits = r"\bcu(da)?(Device|Stream|Event|Ctx)?Synchronize|\bcuda(Stream|Event)\w+\("
+    memory = r"\bcuda(Malloc|Free|Host|MemGetInfo|Memcpy)\w*|\bcudaMemset\("
+    assert offenders(rf"{waits}|{memory}", r"$^") == []
+    launches = [
+        (relative(path), launch)
+        for path in SOURCES
+        for launch in re.findall(r"<<<(.*?)>>>", path.read_text(), flags=re.S)
+    ]
+    assert launches
+    assert [launch for launch in launches if not launch[1].endswith(", stream")] == []
+
+
 def test_the_nf4_values_are_typed_once() -> None:
     digits = r"0?\.6961928|0?\.5250730|0?\.7229568|0?\.1609302"
     assert offenders(digits, r"cpp/format/nf4\.h") == []

@@ -82,9 +82,9 @@ _DENSE = (0, 8, 9, 10)
 
 
 def autocast_linear_nf4_args(device_type: str, args: Sequence[Any]) -> list[Any]:
-    """The arguments of ``linear_nf4`` as autocast wants them: x, bias and adapters in its dtype, the scales as they are.
+    """``linear_nf4``'s arguments as autocast wants them: x, bias and adapters in its dtype (but not out of float64).
 
-    float64, which no autocast touches, stays too.
+    The scales stay float32.
     """
     dtype = torch.get_autocast_dtype(device_type)
     cast = list(args)
