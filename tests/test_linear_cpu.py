@@ -62,13 +62,12 @@ def check(errors, case: tuple, dtype: torch.dtype) -> None:
             pooled.setdefault(i, []).append(result)
         if min(sum(out.numel() for out, _, _ in results) for results in pooled.values()) >= 4000:
             break
-    # Missed targets in float32: torch sums a product with a single column in more parts than a tile here does, and its
-    # error is the smaller one, by up to 1.36 times measured; scalar code is up to 1.09 times behind in da and db.
-    missed = dtype == torch.float32 and (1 in (case[1], case[3]) or FORCED == "scalar")
+    # A missed target: scalar code in float32 is up to 1.07 times behind torch's sums where the rank is 1.
+    missed = dtype == torch.float32 and case[3] == 1 and _C.cpu_isa() == "scalar"
     for results in pooled.values():
         out, formula, expected = zip(*results, strict=True)
         flat = [np.concatenate([np.asarray(a).reshape(-1) for a in part]) for part in (formula, expected)]
-        assert_as_exact(torch.cat([o.reshape(-1) for o in out]), *flat, factor=1.5 if missed else 1.05)
+        assert_as_exact(torch.cat([o.reshape(-1) for o in out]), *flat, factor=1.1 if missed else 1.05)
 
 
 def low_rank(s: LinearSample, dy: torch.Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -51,6 +51,15 @@ class Arena {
 // What h and g of one call may take.
 inline constexpr int64_t kCallBytes = int64_t{704} << 10;
 
+// Low-rank products are summed in three steps, chains, blocks and the whole, for a library does a product with a vector
+// in still shorter chains than one with a matrix. Such a block is a few chains long.
+template <class T>
+inline constexpr int kLowRankChain = sizeof(T) == 4 ? 8 : kDepth;
+inline void add_block(const float* block, int64_t count, float* sums, bool first) {
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(sums + i, first ? load(block + i) : add(load(sums + i), load(block + i)));
+}
+
 // Multiplies by a double: rounding the factor to float32 first would be an error that all results share.
 class Scale {
  public:

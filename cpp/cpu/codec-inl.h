@@ -29,16 +29,14 @@ inline float block_absmax(const T* w, int64_t count) {
 // Encodes a block of whole groups, and fetches what lies kAheadBytes after it: the hardware's prefetchers idle between
 // two passes over absmax.
 template <class T>
-inline void encode_block(const T* w, int64_t count, float inverse, uint8_t* packed) {
+inline void encode_block(const T* w, int64_t bytes, float inverse, uint8_t* packed) {
+  constexpr int64_t kGroupBytes = kGroup * sizeof(T);
   const Floats scale = splat(inverse);
-  const char* const ahead = reinterpret_cast<const char*>(w) + kAheadBytes;
-  for (int64_t i = 0; i < count; i += kGroup) {
-    const int64_t byte = i * static_cast<int64_t>(sizeof(T));
-    for (int64_t line = 0; line < kGroup * static_cast<int64_t>(sizeof(T)); line += kLineBytes) {
-      __builtin_prefetch(ahead + byte + line);
-    }
-    const Pairs group = load_pairs(w + i);
-    store_packed(packed + i / 2, encode(mul(group.even, scale)), encode(mul(group.odd, scale)));
+  const char* ahead = reinterpret_cast<const char*>(w) + kAheadBytes;
+  for (int64_t byte = 0; byte < bytes; byte += kGroup / 2, ahead += kGroupBytes) {
+    for (int64_t line = 0; line < kGroupBytes; line += kLineBytes) __builtin_prefetch(ahead + line);
+    const Pairs group = load_pairs(w + 2 * byte);
+    store_packed(packed + byte, encode(mul(group.even, scale)), encode(mul(group.odd, scale)));
   }
 }
 
@@ -50,7 +48,7 @@ inline void quantize_blocks(const T* w, int64_t blocks, int64_t block_size, uint
   for (int64_t b = 0; b < blocks; ++b) absmax[b] = block_absmax(w + b * block_size, block_size);
   for (int64_t b = 0; b < blocks; ++b) inverse[b] = inverse_absmax(absmax[b]);
   for (int64_t b = 0; b < blocks; ++b) {
-    encode_block(w + b * block_size, block_size, inverse[b], packed + b * block_size / 2);
+    encode_block(w + b * block_size, block_size / 2, inverse[b], packed + b * block_size / 2);
   }
   for (int64_t b = 0; b < blocks; ++b) {
     if (is_nan(absmax[b])) clear(packed + b * block_size / 2, block_size / 2);
@@ -171,17 +169,8 @@ inline float decode_scale(uint8_t code, float nested_absmax, float nested_offset
   return product + nested_offset;
 }
 
-inline float scale_at(const Scales& s, int64_t block) {
-  if (s.absmax) return s.absmax[block];
-  return decode_scale(s.codes[block], s.nested_absmax[block / s.nested_block_size], *s.nested_offset);
-}
-
-// Scales of the blocks [first, first + count).
+// Nested scales of the blocks [first, first + count).
 inline void decode_scales(const Scales& scales, int64_t first, int64_t count, float* out) {
-  if (scales.absmax) {
-    for (int64_t i = 0; i < count; ++i) out[i] = scales.absmax[first + i];
-    return;
-  }
   while (count > 0) {
     const int64_t nested_block = first / scales.nested_block_size;
     const int64_t here = least(count, (nested_block + 1) * scales.nested_block_size - first);
@@ -198,21 +187,30 @@ void dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, fl
   pool(count, 4096, body);
 }
 
+// A block of whole groups.
 template <bool kStream, class T>
-inline void dequantize_groups(float absmax, const uint8_t* packed, int64_t count, T* out) {
+inline void dequantize_block(float absmax, const uint8_t* packed, int64_t bytes, T* out) {
   const Table<T> table = make_table<T>(absmax);
-  for (int64_t i = 0; i < count; i += kGroup) decode<kStream>(table, packed + i / 2, out + i);
+  for (int64_t byte = 0; byte < bytes; byte += kGroup / 2) decode<kStream>(table, packed + byte, out + 2 * byte);
+}
+template <bool kStream, class T>
+inline void dequantize_blocks(const float* absmax, const uint8_t* packed, int64_t blocks, int64_t block_size, T* out) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    dequantize_block<kStream>(absmax[b], packed, block_size / 2, out);
+    packed += block_size / 2;
+    out += block_size;
+  }
 }
 
 // Whole groups of the last block go straight to `out`; the rest by way of a copy.
 template <class T>
 void dequantize_short_block(float absmax, const uint8_t* packed, int64_t count, T* out) {
   const int64_t whole = count / kGroup * kGroup, rest = count - whole;
-  dequantize_groups<false>(absmax, packed, whole, out);
+  dequantize_block<false>(absmax, packed, whole / 2, out);
   uint8_t bytes[kGroup / 2] = {};
   T values[kGroup];
   for (int64_t i = 0; i < packed_bytes(rest); ++i) bytes[i] = packed[whole / 2 + i];
-  dequantize_groups<false>(absmax, bytes, kGroup, values);
+  dequantize_block<false>(absmax, bytes, kGroup / 2, values);
   for (int64_t i = 0; i < rest; ++i) out[whole + i] = values[i];
 }
 
@@ -223,11 +221,11 @@ void dequantize_all(const Pool& pool, const uint8_t* packed, const Scales& scale
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kStripBlocks, count = least(blocks - first, kStripBlocks);
-      float absmax[kStripBlocks];
-      decode_scales(scales, first, count, absmax);
-      for (int64_t b = first; b < least(first + count, whole_blocks); ++b) {
-        dequantize_groups<kStream>(absmax[b - first], packed + b * block_size / 2, block_size, out + b * block_size);
-      }
+      float decoded[kStripBlocks];
+      if (!scales.absmax) decode_scales(scales, first, count, decoded);
+      const float* const absmax = scales.absmax ? scales.absmax + first : decoded;
+      dequantize_blocks<kStream>(absmax, packed + first * block_size / 2, least(count, whole_blocks - first),
+                                 block_size, out + first * block_size);
       if (first + count > whole_blocks) {
         const int64_t start = whole_blocks * block_size;
         dequantize_short_block(absmax[whole_blocks - first], packed + start / 2, numel - start, out + start);

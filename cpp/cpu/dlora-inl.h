@@ -16,14 +16,18 @@ void reduce_tokens(const Matrix<T>& low, int64_t rank, const Matrix<T>& in, int6
   Arena arena;
   Word* const rows = arena.take<Word>(rank * kDepth);
   Word* const lanes = arena.take<Word>(round_up(columns, kLanes) * kDepth);
-  float* const sums = arena.take<float>(rank * round_up(columns, kLanes));
-  if (m == 0) __builtin_memset(sums, 0, static_cast<size_t>(rank * round_up(columns, kLanes)) * sizeof(float));
+  const int64_t count = rank * round_up(columns, kLanes);
+  float* const block = arena.take<float>(count);
+  float* const sums = arena.take<float>(count);
+  if (m == 0) __builtin_memset(sums, 0, static_cast<size_t>(count) * sizeof(float));
   const Cut blocks = cut(m, kDepth * W::kElements, W::kElements);
   for (int64_t t = 0; t < m; t += blocks.size) {
     const int64_t tokens = at_most(blocks.size, m - t);
     load_rows<W>(low, 0, rank, t, tokens, rows);
     load_lanes<W, Order::kMemory>(in, t, tokens, column, columns, columns, lanes);
-    multiply<W, T>(rows, rank, lanes, columns, static_cast<int>(ceil_div(tokens, W::kElements)), sums, t == 0);
+    const int depth = static_cast<int>(ceil_div(tokens, W::kElements));
+    multiply<W, kLowRankChain<T>>(rows, rank, lanes, columns, depth, block, true);
+    add_block(block, count, sums, t == 0);
   }
   store_sums(sums);
 }

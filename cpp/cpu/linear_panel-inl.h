@@ -38,7 +38,8 @@ void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int6
       fill_strip(row + r, some_rows);
       for (int64_t t = 0; t < tokens; t += kTileLanes) {
         const int64_t some = at_most(tokens - t, kTileLanes);
-        multiply<W, T>(strip, some_rows, lanes + t * depth, some, depth, sums + t * rows + r * tile_width(some), first);
+        multiply<W, kChain<T>>(strip, some_rows, lanes + t * depth, some, depth, sums + t * rows + r * tile_width(some),
+                               first);
       }
     }
     first = false;
@@ -130,7 +131,8 @@ void backward_block(const LinearDxProblem& p, const T* g, int64_t first_token, i
     const int64_t ranks = at_most(kDepth * W::kElements, p.lora.rank - r);
     load_rows<W>(low, token - first_token, tokens, r, ranks, gradients);
     load_lanes<W, Order::kDecoded>(a, r, ranks, column, columns, width, lanes);
-    multiply<W, T>(gradients, tokens, lanes, width, static_cast<int>(ceil_div(ranks, W::kElements)), sums, first);
+    multiply<W, kChain<T>>(gradients, tokens, lanes, width, static_cast<int>(ceil_div(ranks, W::kElements)), sums,
+                           first);
   }
   if (p.lora.rank && p.lora.dropout.active()) drop_sums(p.lora.dropout, sums, token, tokens, p.w.k, column, columns);
 
@@ -150,7 +152,8 @@ void backward_block(const LinearDxProblem& p, const T* g, int64_t first_token, i
       for (int64_t c = 0; c < columns; c += pieces.size) {
         const int64_t some = at_most(pieces.size, columns - c), some_lanes = round_up(some, kGroup);
         decode_lanes<W>(p.w, n + s, rows, column + c, some, lanes);
-        multiply<W, T>(gradients + s / W::kElements, tokens, lanes, some_lanes, depth, sums + c * tokens, first);
+        multiply<W, kChain<T>>(gradients + s / W::kElements, tokens, lanes, some_lanes, depth, sums + c * tokens,
+                               first);
       }
     }
   }

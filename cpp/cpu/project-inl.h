@@ -23,6 +23,7 @@ void project_block(const Matrix<T>& in, int64_t features, const Matrix<T>& facto
   Arena arena;
   Word* const rows = arena.take<Word>(tokens * kDepth);
   Word* const lanes = arena.take<Word>(kTileLanes * kDepth);
+  float* const block = arena.take<float>(tokens * kTileLanes);
   float* const sums = arena.take<float>(tokens * round_up(rank, kTileLanes));
   if (features == 0)
     __builtin_memset(sums, 0, static_cast<size_t>(tokens * round_up(rank, kTileLanes)) * sizeof(float));
@@ -38,7 +39,8 @@ void project_block(const Matrix<T>& in, int64_t features, const Matrix<T>& facto
       } else {
         load_lanes<W, Order::kMemory>(factor, f, columns, first_rank + r, ranks, ranks, lanes);
       }
-      multiply<W, T>(rows, tokens, lanes, ranks, depth, sums + r * tokens, f == 0);
+      multiply<W, kLowRankChain<T>>(rows, tokens, lanes, ranks, depth, block, true);
+      add_block(block, tokens * tile_width(ranks), sums + r * tokens, f == 0);
     }
   }
   for (int64_t t = 0; t < tokens; ++t) {

@@ -75,15 +75,15 @@ inline int64_t tile_width(int64_t lanes_left) { return lanes_left > kLanes ? kTi
 // The longest sum of words kept in one register. 16-bit results do not notice its rounding errors; float32 ones should
 // have no larger ones than those of a library that sums in many short chains.
 template <class T>
-inline constexpr int kChain = sizeof(T) == 4 ? 64 : kDepth;
+inline constexpr int kChain = sizeof(T) == 4 ? 32 : kDepth;
 
-template <class W, class T>
+template <class W, int longest_chain>
 void multiply(const typename W::Word* rows_panel, int64_t rows, const typename W::Word* lanes_panel, int64_t lanes,
               int depth, float* sums, bool first) {
   for (int64_t l = 0; l < lanes; l += kTileLanes) {
     const int64_t width = tile_width(lanes - l);
-    for (int d = 0; d < depth; d += kChain<T>) {
-      const int chain = depth - d < kChain<T> ? depth - d : kChain<T>;
+    for (int d = 0; d < depth; d += longest_chain) {
+      const int chain = depth - d < longest_chain ? depth - d : longest_chain;
       const typename W::Word *row = rows_panel + d, *lane = lanes_panel + l * depth + d * width;
       if (width == kTileLanes) {
         multiply_rows<W, 2>(row, rows, lane, chain, sums + l * rows, first && d == 0);
