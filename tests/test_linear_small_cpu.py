@@ -6,6 +6,9 @@ compute dtype with float32 accumulation.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +18,7 @@ import torch
 import reference
 from qlora_ext import _C
 
-ISAS = [isa for isa in _C.cpu_isas() if isa != "scalar"]
+FORCED = os.environ.get("QLORA_CPU_ISA")
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16}
 MARGIN = 1.05
 
@@ -136,6 +139,37 @@ class Problem:
         return (out if self.bias is None else out + self.bias.float()).to(dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 700, 1024), (6, 513, 1027), (16, 300, 2112)], ids=str)
+def test_same_bits_for_any_thread_count(shape: tuple[int, int, int], dtype: str) -> None:
+    p = Problem.make(Case(*shape, dtype, rank=24, dropout=0.1))
+    before = torch.get_num_threads()
+    outputs = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            outputs.append((p.forward(), p.dx()))
+    finally:
+        torch.set_num_threads(before)
+    for y, dx in outputs[1:]:
+        assert torch.equal(y, outputs[0][0])
+        assert torch.equal(dx, outputs[0][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_and_nans_stay_in_their_rows(dtype: str) -> None:
+    p = Problem.make(Case(5, 96, 1100, dtype, rank=0))
+    clean_y, clean_dx = p.forward(), p.dx()
+    p.x[1, 700], p.x[3, 0] = float("nan"), float("inf")
+    p.dy[0, 5], p.dy[4, 95] = float("-inf"), float("nan")
+    y, dx = p.forward(), p.dx()
+    assert not torch.isfinite(y[[1, 3]]).any()
+    assert torch.equal(y[[0, 2, 4]], clean_y[[0, 2, 4]])
+    assert torch.isnan(dx[4]).all()
+    assert not torch.isfinite(dx[0]).all()
+    assert torch.equal(dx[1:4], clean_dx[1:4])
+
+
 def error(out: torch.Tensor, exact: np.ndarray) -> float:
     return float(np.linalg.norm(out.double().numpy() - exact) / np.linalg.norm(exact))
 
@@ -152,3 +186,17 @@ def test_dx(case: Case) -> None:
     p = Problem.make(case)
     exact = p.exact(dx=True)
     assert error(p.dx(), exact) <= MARGIN * error(p.in_torch(dx=True), exact)
+
+
+@pytest.mark.skipif(FORCED is not None, reason="QLORA_CPU_ISA is set: only that instruction set is tested")
+@pytest.mark.parametrize("isa", [isa for isa in _C.cpu_isas() if isa not in ("scalar", _C.cpu_isa())])
+def test_on(isa: str) -> None:
+    """The instruction sets other than this process's own; scalar code has no kernels for few rows."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "QLORA_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]

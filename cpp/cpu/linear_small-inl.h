@@ -55,9 +55,9 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
     case DType::kFloat32:
       return false;
     case DType::kBFloat16:
-      return forward<IntProducts, bfloat16>(pool, p, 0);
+      return forward<bfloat16>(pool, p, 0);
     case DType::kFloat16:
-      return forward<IntProducts, float16>(pool, p, 0);
+      return forward<float16>(pool, p, 0);
     case DType::kFloat64:
       return false;
   }

@@ -7,77 +7,35 @@
 inline constexpr int kTileRows = kLanes;
 inline constexpr int64_t kChunkBytes = kChunk / 2;
 
-// How x and the codes are multiplied. float32 is exact; for the 16-bit types x is rounded to 15 bits of the largest in
-// each of its blocks (a few hundred values) and products are summed exactly in int32 over a lane's eight weights: an
-// error below a tenth of what rounding the weights to bfloat16 would make, and an eighth of a float32 decode's work.
-template <bool kDecodesScaled>
-struct FloatProducts {
-  using X = float;
-  using Codebook = FloatCodebook;
-  static constexpr int kMaxRows = kMaxFloatRows;
-  static constexpr bool kScalesX = false;
-  static constexpr bool kScalesCodes = kDecodesScaled;
-  static Codebook codebook() { return Codebook(kNf4.value); }
+// x is rounded to 15 bits of the largest in each of its blocks (a few hundred values) and multiplied by integer codes,
+// exactly in int32 over a lane's eight weights: an error below a tenth of what rounding the weights to bfloat16 would
+// make, and an eighth of a float32 decode's work.
+inline Floats product(const IntCodes& codes, const int16_t* x) {
+  Ints sum = dot(codes.v[0], load_pairs(x));
+  unroll<3>([&](auto i) { sum = dot(sum, codes.v[i + 1], load_pairs(x + (i + 1) * 2 * kLanes)); });
+  return to_floats(sum);
+}
 
-  static void scale(FloatCodes& codes, Floats by) {
-    unroll<8>([&](auto s) { codes.v[s] = mul(codes.v[s], by); });
+// x of one block, in order -> the order in which the codes come, a chunk every `stride` integers. Returns what sums are
+// to be multiplied by.
+inline float arrange(const float* x, int64_t chunks, int64_t stride, int16_t* out) {
+  Ints seen = round_to_ints(zero());
+  for (int64_t c = 0; c < chunks * kChunk; c += kLanes) seen = max_bits(seen, load(x + c));
+  uint32_t bits[kLanes], largest_bits = 0;
+  __builtin_memcpy(bits, &seen, sizeof(bits));
+  for (uint32_t b : bits) largest_bits = b > largest_bits ? b : largest_bits;
+  if (largest_bits >= 0x7F800000u) return bits_float(0x7FC00000u);  // an infinity or NaN makes the sums NaN
+  // Below the clamp, far under what a 16-bit y can resolve, the reciprocal would overflow.
+  const float largest = bits_float(largest_bits) > 1e-33f ? bits_float(largest_bits) : 1e-33f;
+  const Floats inverse = splat(32767.0f / largest);
+  for (int64_t c = 0; c < chunks; ++c) {
+    Ints rounded_x[kLaneWeights];
+    for (int i = 0; i < kLaneWeights; ++i)
+      rounded_x[i] = round_to_ints(mul(load(x + c * kChunk + i * kLanes), inverse));
+    store_in_code_order(rounded_x, out + c * stride);
   }
-  static Floats product(const FloatCodes& codes, const float* x) {
-    Floats even = mul(codes.v[0], load(x)), odd = mul(codes.v[1], load(x + kLanes));
-    unroll<3>([&](auto i) {
-      even = fma(codes.v[2 * i + 2], load(x + (2 * i + 2) * kLanes), even);
-      odd = fma(codes.v[2 * i + 3], load(x + (2 * i + 3) * kLanes), odd);
-    });
-    return add(even, odd);
-  }
-
-  // x of one block, in order -> the order in which the codes come. Returns what sums are to be multiplied by.
-  static float arrange(const float* x, int64_t chunks, int64_t stride, float* out) {
-    for (int64_t c = 0; c < chunks; ++c)
-      for (int s = 0; s < 8; ++s)
-        for (int i = 0; i < kLanes; ++i) out[c * stride + s * kLanes + i] = x[c * kChunk + i * 8 + (s ^ 1)];
-    return 1.0f;
-  }
-};
-
-struct IntProducts {
-  using X = int16_t;
-  using Codebook = IntCodebook;
-  static constexpr int kMaxRows = kMaxIntRows;
-  static constexpr bool kScalesX = true;
-  static constexpr bool kScalesCodes = false;
-  static Codebook codebook() { return Codebook(kIntCodes.value); }
-
-  static Floats product(const IntCodes& codes, const int16_t* x) {
-    Ints sum = dot(codes.v[0], load_pairs(x));
-    unroll<3>([&](auto i) { sum = dot(sum, codes.v[i + 1], load_pairs(x + (i + 1) * 2 * kLanes)); });
-    return to_floats(sum);
-  }
-
-  static float arrange(const float* x, int64_t chunks, int64_t stride, int16_t* out) {
-    Ints seen = round_to_ints(zero());
-    for (int64_t c = 0; c < chunks * kChunk; c += kLanes) seen = max_bits(seen, load(x + c));
-    uint32_t bits[kLanes], largest_bits = 0;
-    __builtin_memcpy(bits, &seen, sizeof(bits));
-    for (uint32_t b : bits) largest_bits = b > largest_bits ? b : largest_bits;
-    if (largest_bits >= 0x7F800000u) return bits_float(0x7FC00000u);  // an infinity or NaN makes the sums NaN
-    // Below the clamp, far under what a 16-bit y can resolve, the reciprocal would overflow.
-    const float largest = bits_float(largest_bits) > 1e-33f ? bits_float(largest_bits) : 1e-33f;
-    const Floats inverse = splat(32767.0f / largest);
-    for (int64_t c = 0; c < chunks; ++c) {
-      alignas(64) int32_t value[kChunk];
-      for (int i = 0; i < kChunk; i += kLanes) {
-        const Ints rounded_x = round_to_ints(mul(load(x + c * kChunk + i), inverse));
-        __builtin_memcpy(value + i, &rounded_x, sizeof(rounded_x));
-      }
-      for (int s = 0; s < 4; ++s)
-        for (int i = 0; i < kLanes; ++i)
-          for (int half = 0; half < 2; ++half)
-            out[c * stride + s * 2 * kLanes + 2 * i + half] = static_cast<int16_t>(value[8 * i + pair_weight(s, half)]);
-    }
-    return static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
-  }
-};
+  return static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
+}
 
 // Rows of x go through the kernel in groups of equal size, as many as the registers can sum.
 struct RowGroups {
@@ -87,19 +45,17 @@ struct RowGroups {
   int64_t rows(int64_t group) const { return first(group + 1) - first(group); }
 };
 
-template <class P>
 struct ForwardPlan {
-  using X = typename P::X;
   Rows rows;
   RowGroups groups;
   int64_t chunks;        // of a row with the largest shift
   int64_t block_chunks;  // chunks of a block of x: with all rows of a group it takes a third of the L1 cache
   int64_t blocks;
 
-  ForwardPlan(int64_t m, int64_t k) : rows(k), groups(m, P::kMaxRows), chunks(ceil_div(k + rows.max_shift(), kChunk)) {
+  ForwardPlan(int64_t m, int64_t k) : rows(k), groups(m, kMaxIntRows), chunks(ceil_div(k + rows.max_shift(), kChunk)) {
     const int64_t most_rows = ceil_div(m, groups.count);
     int64_t weights = 1024;
-    while (weights > 256 && weights * most_rows * static_cast<int64_t>(sizeof(X)) > 16384) weights /= 2;
+    while (weights > 256 && weights * most_rows * static_cast<int64_t>(sizeof(int16_t)) > 16384) weights /= 2;
     block_chunks = weights / kChunk;
     blocks = ceil_div(chunks, block_chunks);
   }
@@ -108,16 +64,15 @@ struct ForwardPlan {
   int64_t copy_scales() const { return groups.m * blocks; }
 };
 
-template <class P>
 struct PreparedX {
-  typename P::X* x;
+  int16_t* x;
   float* scale;
   float* h;  // [m, padded rank], or null
 };
 
 // Row i of x, arranged for every shift that rows of W have.
-template <class P, class T>
-void prepare_row(const ForwardPlan<P>& plan, const T* x, int64_t i, const PreparedX<P>& out) {
+template <class T>
+void prepare_row(const ForwardPlan& plan, const T* x, int64_t i, const PreparedX& out) {
   int64_t group = 0;
   while (plan.groups.first(group + 1) <= i) ++group;
   const int64_t first = plan.groups.first(group), rows = plan.groups.rows(group), k = plan.rows.k;
@@ -134,60 +89,55 @@ void prepare_row(const ForwardPlan<P>& plan, const T* x, int64_t i, const Prepar
         const int64_t left = k - begin - p;
         store(block + p, left > 0 ? load(x + i * k + begin + p, left) : zero());
       }
-      typename P::X* to =
-          out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * rows + i - first) * kChunk;
+      int16_t* to = out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * rows + i - first) * kChunk;
       out.scale[copy * plan.copy_scales() + first * plan.blocks + b * rows + i - first] =
-          P::arrange(block, chunks, rows * kChunk, to);
+          arrange(block, chunks, rows * kChunk, to);
     }
   }
 }
 
-// Of one row of W and one block of x.
-struct RowSegment {
-  const uint8_t* packed;
-  const float* scales;  // of the granule that the first chunk starts in
-  Ints granules;
-  int64_t granules_per_chunk;
-  int64_t chunks;        // whole ones
+// The blocks of x that go over a row of W before the next row does.
+struct Stretch {
+  int64_t blocks;
+  int64_t block_chunks;
+  int64_t last_chunks;   // whole ones, of the last block
   int64_t tail_weights;  // of a last chunk that is not whole
+  int64_t granules_per_chunk;
   int64_t prefetch_ahead;
 };
 
-// sums[i] += scale_of_x[i] * (segment · x[i]), lane by lane, for kRows rows of x.
-template <class P, int kRows>
-[[gnu::always_inline]] inline void accumulate(const RowSegment& w, const typename P::Codebook& book,
-                                              const typename P::X* x, const float* scale_of_x, float* sums) {
-  Floats acc[kRows];
-  unroll<kRows>([&](auto i) { acc[i] = zero(); });
-  const auto meet = [&](auto codes, Floats scale) {
-    if constexpr (P::kScalesCodes) {
-      P::scale(codes, scale);
-      unroll<kRows>([&](auto i) { acc[i] = add(P::product(codes, x + i * kChunk), acc[i]); });
-    } else {
-      unroll<kRows>([&](auto i) { acc[i] = fma(P::product(codes, x + i * kChunk), scale, acc[i]); });
+// sums[i] += sum over blocks of scale_of_x[block][i] * (row of W · x[i]), lane by lane, for kRows rows of x. The first
+// chunk starts in the granule whose scale comes first.
+template <int kRows>
+[[gnu::always_inline]] inline void accumulate(const Stretch& stretch, const IntCodebook& book, const uint8_t* packed,
+                                              const float* scales, Ints granules, const int16_t* x,
+                                              const float* scale_of_x, float* sums) {
+  for (int64_t blocks_left = stretch.blocks; blocks_left > 0; --blocks_left, scale_of_x += kRows) {
+    Floats acc[kRows];
+    unroll<kRows>([&](auto i) { acc[i] = zero(); });
+    const auto meet = [&](const IntCodes& codes, Floats scale) {
+      unroll<kRows>([&](auto i) { acc[i] = fma(product(codes, x + i * kChunk), scale, acc[i]); });
+    };
+    for (int64_t c = blocks_left == 1 ? stretch.last_chunks : stretch.block_chunks; c > 0; --c) {
+      __builtin_prefetch(packed + stretch.prefetch_ahead, 0, 2);
+      meet(decode(load_chunk(packed), book), lane_scales(scales, granules));
+      packed += kChunkBytes, scales += stretch.granules_per_chunk, x += kRows * kChunk;
     }
-  };
-  const uint8_t* packed = w.packed;
-  const float* scales = w.scales;
-  for (int64_t c = 0; c < w.chunks; ++c) {
-    __builtin_prefetch(packed + w.prefetch_ahead, 0, 2);
-    meet(decode(load_chunk(packed), book), lane_scales(scales, w.granules));
-    packed += kChunkBytes, scales += w.granules_per_chunk, x += kRows * kChunk;
+    if (blocks_left == 1 && stretch.tail_weights) {
+      meet(decode(load_chunk(packed, ceil_div(stretch.tail_weights, 2)), book),
+           lane_scales(scales, granules, ceil_div(stretch.tail_weights, kLaneWeights)));
+    }
+    unroll<kRows>([&](auto i) {
+      float* sum = sums + i * kTileRows * kLanes;
+      store(sum, fma(acc[i], splat(scale_of_x[i]), load(sum)));
+    });
   }
-  if (w.tail_weights) {
-    meet(decode(load_chunk(packed, ceil_div(w.tail_weights, 2)), book),
-         lane_scales(scales, w.granules, ceil_div(w.tail_weights, kLaneWeights)));
-  }
-  unroll<kRows>([&](auto i) {
-    float* sum = sums + i * kTileRows * kLanes;
-    store(sum, P::kScalesX ? fma(acc[i], splat(scale_of_x[i]), load(sum)) : add(acc[i], load(sum)));
-  });
 }
 
-template <class P, class T>
+template <class T>
 class Forward {
  public:
-  Forward(const LinearProblem& p, const ForwardPlan<P>& plan, const PreparedX<P>& x) : p_(p), plan_(plan), x_(x) {}
+  Forward(const LinearProblem& p, const ForwardPlan& plan, const PreparedX& x) : p_(p), plan_(plan), x_(x) {}
 
   static int64_t super_rows(const Rows& rows) { return int64_t{kTileRows} * rows.period; }
   static int64_t scale_floats(const LinearProblem& p, const Rows& rows) {
@@ -197,8 +147,8 @@ class Forward {
   // Super-tiles (`period` tiles whose rows interleave) begin .. end - 1.
   void operator()(int64_t begin, int64_t end) const {
     Carver memory(scratch(ScratchUse::kThread, static_cast<int64_t>(sizeof(float)) *
-                                                   (scale_floats(p_, plan_.rows) + P::kMaxRows * kTileRows * kLanes)));
-    float* sums = memory.take<float>(P::kMaxRows * kTileRows * kLanes);
+                                                   (scale_floats(p_, plan_.rows) + kMaxIntRows * kTileRows * kLanes)));
+    float* sums = memory.take<float>(kMaxIntRows * kTileRows * kLanes);
     float* scales = memory.take<float>(scale_floats(p_, plan_.rows));
     ScaleReader reader(p_.w.scales);
     const int64_t super = super_rows(plan_.rows);
@@ -208,7 +158,7 @@ class Forward {
       const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
       reader.read(first_granule, end_granule - first_granule, scales);
       for (int64_t group = 0; group < plan_.groups.count; ++group) {
-        with_rows<P::kMaxRows>(plan_.groups.rows(group), [&](auto rows) {
+        with_rows<kMaxIntRows>(plan_.groups.rows(group), [&](auto rows) {
           for (int64_t n = first; n < last && n < first + plan_.rows.period; ++n)
             tile<rows>(n, ceil_div(last - n, plan_.rows.period), group, reader, scales, first_granule, sums);
         });
@@ -223,30 +173,35 @@ class Forward {
                              int64_t first_granule, float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k, m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n), copy = shift * static_cast<int>(period) / 8;
-    const typename P::X* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;
+    const int16_t* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;
     const float* scale_of_x = x_.scale + copy * plan_.copy_scales() + m0 * plan_.blocks;
-    const auto book = P::codebook();
+    const IntCodebook book(kIntCodes.value);
     start<kRows>(n, count, m0, sums);
     // As many blocks of x as stay in the L1 cache go over a row of W before the next row.
-    const int64_t block_bytes = kRows * plan_.block_chunks * kChunk * static_cast<int64_t>(sizeof(typename P::X));
-    const int64_t stretch = block_bytes < 12288 ? 24576 / block_bytes : 1;
-    RowSegment w;
-    w.granules_per_chunk = kChunk >> reader.log2_granule();
-    w.prefetch_ahead = Forward::super_rows(plan_.rows) * k / 2;
-    for (int64_t b0 = 0; b0 < plan_.blocks; b0 += stretch) {
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t row_first = plan_.rows.first_weight(n + t * period), weights = shift + k;
-        w.granules = granule_of_lanes(static_cast<int>(row_first & (reader.granule() - 1)), reader.log2_granule());
-        for (int64_t b = b0; b < plan_.blocks && b < b0 + stretch; ++b) {
-          const int64_t chunk = b * plan_.block_chunks, left = weights - chunk * kChunk;
-          if (left <= 0) break;
-          w.packed = p_.w.packed + row_first / 2 + chunk * kChunkBytes;
-          w.scales = scales + ((row_first >> reader.log2_granule()) - first_granule) + chunk * w.granules_per_chunk;
-          const bool last = left < plan_.block_chunks * kChunk;
-          w.chunks = last ? left / kChunk : plan_.block_chunks;
-          w.tail_weights = last ? left % kChunk : 0;
-          accumulate<P, kRows>(w, book, x + chunk * kRows * kChunk, scale_of_x + b * kRows, sums + t * kLanes);
+    const int64_t block_weights = plan_.block_chunks * kChunk, weights = shift + k;
+    const int64_t block_bytes = kRows * block_weights * static_cast<int64_t>(sizeof(int16_t));
+    const int64_t most = block_bytes < 12288 ? 24576 / block_bytes : 1, blocks = ceil_div(weights, block_weights);
+    const bool one_phase = k % reader.granule() == 0;
+    Stretch stretch;
+    stretch.block_chunks = plan_.block_chunks;
+    stretch.granules_per_chunk = kChunk >> reader.log2_granule();
+    stretch.prefetch_ahead = Forward::super_rows(plan_.rows) * k / 2;
+    for (int64_t b = 0; b < blocks; b += most) {
+      stretch.blocks = blocks - b < most ? blocks - b : most;
+      const int64_t left = weights - (b + stretch.blocks - 1) * block_weights;
+      stretch.last_chunks = left < block_weights ? left / kChunk : plan_.block_chunks;
+      stretch.tail_weights = left < block_weights ? left % kChunk : 0;
+      const int64_t chunk = b * plan_.block_chunks;
+      int64_t row_first = plan_.rows.first_weight(n);
+      Ints granules = granule_of_lanes(0, reader.log2_granule());
+      for (int64_t t = 0; t < count; ++t, row_first += period * k) {
+        if (!one_phase) {
+          granules = granule_of_lanes(static_cast<int>(row_first & (reader.granule() - 1)), reader.log2_granule());
         }
+        accumulate<kRows>(
+            stretch, book, p_.w.packed + row_first / 2 + chunk * kChunkBytes,
+            scales + ((row_first >> reader.log2_granule()) - first_granule) + chunk * stretch.granules_per_chunk,
+            granules, x + chunk * kRows * kChunk, scale_of_x + b * kRows, sums + t * kLanes);
       }
     }
     finish(n, count, m0, kRows, sums);
@@ -288,37 +243,37 @@ class Forward {
   }
 
   const LinearProblem& p_;
-  const ForwardPlan<P>& plan_;
-  const PreparedX<P> x_;
+  const ForwardPlan& plan_;
+  const PreparedX x_;
 };
 
-template <class P, class T>
+template <class T>
 bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row) {
-  const ForwardPlan<P> plan(p.m, p.w.k);
+  const ForwardPlan plan(p.m, p.w.k);
   const Rows& rows = plan.rows;
   const int64_t k = p.w.k, rank = p.lora.rank;
   const bool drops = rank && p.lora.dropout.active();
-  PreparedX<P> x{};
+  PreparedX x{};
   T* dropped = nullptr;
   const auto lay_out = [&](void* base) {
     Carver memory(base);
-    x.x = memory.take<typename P::X>(plan.copy_elements() * rows.period);
+    x.x = memory.take<int16_t>(plan.copy_elements() * rows.period);
     x.scale = memory.take<float>(plan.copy_scales() * rows.period);
     x.h = memory.take<float>(p.m * padded_rank(rank));
     dropped = memory.take<T>(drops ? p.m * k : 0);
     return memory.used();
   };
   const int64_t bytes = lay_out(nullptr);
-  if (bytes > kMaxScratchBytes || 4 * Forward<P, T>::scale_floats(p, rows) > kMaxScratchBytes / 2) {
+  if (bytes > kMaxScratchBytes || 4 * Forward<T>::scale_floats(p, rows) > kMaxScratchBytes / 2) {
     if (p.m == 1) return false;
     LinearProblem half = p;
     half.m = p.m / 2;
-    if (!forward<P, T>(pool, half, first_row)) return false;
+    if (!forward<T>(pool, half, first_row)) return false;
     half.x = static_cast<const T*>(p.x) + half.m * k;
     half.y = static_cast<T*>(p.y) + half.m * p.w.n;
     const int64_t done = half.m;
     half.m = p.m - done;
-    return forward<P, T>(pool, half, first_row + done);
+    return forward<T>(pool, half, first_row + done);
   }
   lay_out(scratch(ScratchUse::kCall, bytes));
 
@@ -336,8 +291,8 @@ bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row) {
     }
   };
   run(pool, p.m * k * (rank + 16) > kWorthThreads, dot_groups + p.m, 1, prepare);
-  Forward<P, T> body(p, plan, x);
-  const int64_t super = Forward<P, T>::super_rows(rows);
+  Forward<T> body(p, plan, x);
+  const int64_t super = Forward<T>::super_rows(rows);
   pool(ceil_div(p.w.n, super), ceil_div(kWorthThreads, super * k * p.m), body);
   return true;
 }

@@ -8,7 +8,6 @@ inline constexpr int kLanes = 8;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 8;
-inline constexpr int kMaxFloatRows = 4;
 inline constexpr int kDxRows = 1;
 
 inline Floats zero() { return _mm256_setzero_ps(); }
@@ -145,6 +144,14 @@ inline IntCodes decode(Ints chunk, const IntCodebook& book) {
 inline Ints dot(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 inline Ints dot(Ints acc, Ints a, Ints b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 inline Ints load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store_in_code_order(const Ints (&value)[8], int16_t* out) {
+  int32_t weight[kChunk];
+  __builtin_memcpy(weight, value, sizeof(weight));
+  for (int s = 0; s < 4; ++s)
+    for (int i = 0; i < kLanes; ++i)
+      for (int half = 0; half < 2; ++half)
+        *out++ = static_cast<int16_t>(weight[kLaneWeights * i + pair_weight(s, half)]);
+}
 
 inline Floats sums_of(const float* rows) {
   const Floats a = _mm256_hadd_ps(load(rows), load(rows + 8)), b = _mm256_hadd_ps(load(rows + 16), load(rows + 24));

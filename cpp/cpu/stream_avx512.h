@@ -11,8 +11,7 @@ inline constexpr int kLanes = 16;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 16;  // rows of x whose sums fit the registers beside the decoded codes
-inline constexpr int kMaxFloatRows = 16;
-inline constexpr int kDxRows = 2;  // rows of W that dX holds decoded
+inline constexpr int kDxRows = 2;       // rows of W that dX holds decoded
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
@@ -93,8 +92,7 @@ inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
   return out;
 }
 
-// Codes as int16, two a lane: vector s holds weights pair_weight(s, 0) and pair_weight(s, 1) of each lane.
-constexpr int pair_weight(int s, int half) { return 4 * half + (s ^ 1); }
+// Codes as int16, two a lane: vector s holds weights s ^ 1 and 4 + (s ^ 1) of each lane.
 struct IntCodebook {
   Ints values;
   explicit IntCodebook(const int16_t* value) {
@@ -121,6 +119,27 @@ inline Ints dot(Ints acc, Ints a, Ints b) {
 #endif
 }
 inline Ints load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+// A chunk of values that fit 16 bits -> four vectors of pairs in the order of IntCodes.
+inline void store_in_code_order(const Ints (&value)[8], int16_t* out) {
+  const Ints pairs_of_lane =
+      _mm512_broadcast_i32x4(_mm_setr_epi8(2, 3, 10, 11, 0, 1, 8, 9, 6, 7, 14, 15, 4, 5, 12, 13));
+  Ints lanes[4];  // four lanes each, a lane's pairs side by side
+  unroll<4>([&](auto q) {
+    const Ints words = _mm512_inserti64x4(_mm512_castsi256_si512(_mm512_cvtepi32_epi16(value[2 * q])),
+                                          _mm512_cvtepi32_epi16(value[2 * q + 1]), 1);
+    lanes[q] = _mm512_shuffle_epi8(words, pairs_of_lane);
+  });
+  // Pairs s and s + 1 of the eight lanes of two vectors.
+  const auto of_two = [](Ints a, Ints b, int s) {
+    const Ints from = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 1, 5, 9, 13, 17, 21, 25, 29);
+    return _mm512_permutex2var_epi32(a, _mm512_add_epi32(from, _mm512_set1_epi32(s)), b);
+  };
+  for (int s = 0; s < 4; s += 2) {
+    const Ints low = of_two(lanes[0], lanes[1], s), high = of_two(lanes[2], lanes[3], s);
+    _mm512_storeu_si512(out + s * 2 * kLanes, _mm512_shuffle_i64x2(low, high, 0x44));
+    _mm512_storeu_si512(out + (s + 1) * 2 * kLanes, _mm512_shuffle_i64x2(low, high, 0xEE));
+  }
+}
 
 // Two rows' 64 weights: word 2l of the result is word l of `upper`, word 2l + 1 that of `lower`.
 #define QLORA_INT_DX 1
