@@ -1,27 +1,56 @@
-"""``qlora-ext merge``: the adapter added to its decoded base, as an ordinary model."""
+"""``qlora-ext merge``: the adapter added to its base, as an ordinary model or as a 4-bit one."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 from typing import Any
 
-from .files import new_directory, staged_directory
+from . import adapter as adapters
+from .data import read_examples, split
+from .errors import UserError
+from .files import new_directory, staged_directory, write_json
 from .generate import add_base_options, load_adapted
+from .models import weigh
+from .settings import Settings
+
+ERROR_FILE = "merge_error.json"
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "merge",
-        help="save the adapter and its base as one ordinary model",
+        help="save the adapter and its base as one model",
         description="Decodes the 4-bit base, adds the adapter, and saves the model in --dtype with its tokenizer: a "
-        "directory that needs neither qlora_ext nor PEFT.",
+        "directory that needs neither qlora_ext nor PEFT. With --4bit the sum is quantized again, and what that costs "
+        f"is told, layer by layer in {ERROR_FILE}.",
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the run that made it")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument("--4bit", action="store_true", dest="four_bit", help="save in 4 bits")
+    parser.add_argument(
+        "--evaluate", action="store_true", help="compare the held-out loss of the run, unmerged and merged"
+    )
     add_base_options(parser)
     parser.set_defaults(run=run)
+
+
+def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
+    """The rows that the run held out, and how many it took at a time."""
+    recorded = adapters.record_of(adapters.find(arguments.adapter)).get("settings")
+    if not recorded:
+        raise UserError("--evaluate: the adapter does not say what was held out, as those of qlora-ext finetune do")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    s = Settings(**{key: value for key, value in recorded.items() if key in names})
+    train_rows = s.max_steps * s.batch_size * s.grad_accum
+    examples = read_examples(s.data)
+    return split(tokenizer, examples, s.seq_len, train_rows, s.eval_size, s.seed)[1], s.batch_size
+
+
+def _loss(model: Any, batch: dict[str, Any]) -> Any:
+    return model(**batch, use_cache=False).loss
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,9 +58,32 @@ def run(arguments: argparse.Namespace) -> int:
     output = pathlib.Path(arguments.output).expanduser().resolve()
     new_directory(output, arguments.overwrite)
     model, tokenizer = load_adapted(arguments)
-    merged = model.merge_and_unload()
+    if arguments.evaluate:
+        from .training import held_out_loss
+
+        rows, size = _held_out(arguments, tokenizer)
+        unmerged = held_out_loss(model, rows, size, _loss)
+    merged: Any
+    error = None
+    if arguments.four_bit:
+        from ..integrations.peft import merge_to_4bit
+
+        merged, error = merge_to_4bit(model)
+    else:
+        merged = model.merge_and_unload()
     with staged_directory(output) as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-    print(f"{output}: {sum(p.nbytes for p in merged.parameters()) / 1e6:.1f} MB in {arguments.dtype}")
+        if error is not None:
+            write_json(partial / ERROR_FILE, dataclasses.asdict(error))
+    print(f"{output}: {weigh(merged).bytes / 1e6:.1f} MB in {'4 bits' if error else arguments.dtype}")
+    if error is not None:
+        worst = max(error.by_layer, key=error.by_layer.__getitem__)
+        print(
+            f"error of quantizing again: {error.total:.2%} of the merged weights' norm, "
+            f"at most {error.by_layer[worst]:.2%} in {worst}"
+        )
+    if arguments.evaluate:
+        loss = held_out_loss(merged, rows, size, _loss)
+        print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({loss - unmerged:+.4f})")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,6 +74,26 @@ def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
     }
 
 
+def held_out_loss(model: Any, held_out: list[Row], size: int, loss: Callable[[Any, dict[str, Any]], Any]) -> float:
+    """Mean cross-entropy a learnt token of the held-out rows, in nats. It draws no random number.
+
+    Args:
+        size: rows a batch. loss: of a model and a batch, the mean over its learnt tokens.
+    """
+    rows = pack(held_out, max(len(row["input_ids"]) for row in held_out))
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for start in range(0, len(rows), size):
+            batch = {key: value.to(model.device) for key, value in collate(rows[start : start + size]).items()}
+            learnt = int((batch["labels"][:, 1:] != -100).sum())
+            total += float(loss(model, batch)) * learnt
+            count += learnt
+    model.train(was_training)
+    return total / count
+
+
 class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
     """Trains on packed rows; see ``data.pack``."""
 
@@ -107,20 +128,7 @@ class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
         return learnt_loss(model, inputs, num_items_in_batch, self._chunked and model.training)
 
     def held_out_loss(self) -> float:
-        """Mean cross-entropy a learnt token of the held-out rows, in nats. It draws no random number."""
-        model, size = self.model, self.args.per_device_train_batch_size
-        rows = pack(self.held_out, max(len(row["input_ids"]) for row in self.held_out))
-        was_training = model.training
-        model.eval()
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for start in range(0, len(rows), size):
-                batch = {key: value.to(self.args.device) for key, value in collate(rows[start : start + size]).items()}
-                learnt = int((batch["labels"][:, 1:] != -100).sum())
-                total += float(self.compute_loss(model, batch)) * learnt
-                count += learnt
-        model.train(was_training)
-        return total / count
+        return held_out_loss(self.model, self.held_out, self.args.per_device_train_batch_size, self.compute_loss)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         metrics = measured(self.state.global_step, self.held_out_loss())
