@@ -191,3 +191,28 @@ def test_no_adapter_to_list(capfd: pytest.CaptureFixture[str], tmp_path: pathlib
     (tmp_path / "adapter_config.json").write_text("[]")
     assert main(["adapters", str(tmp_path)]) == 2
     assert main(["adapters", str(tmp_path / "missing")]) == 2
+
+
+def test_experts_and_their_adapters_are_counted() -> None:
+    from transformers import AutoModelForCausalLM, MixtralConfig
+
+    import qlora_ext
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, num_hidden_layers=2, vocab_size=128, num_local_experts=4)
+    parts = planned(config, rank=4, target_modules=["q_proj"], seq_len=16)
+    model = qlora_ext.quantize_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    uint8 = sum(p.nbytes for p in model.parameters() if p.dtype == torch.uint8)
+    scales = sum(t.nbytes for name, t in model.named_buffers() if "absmax" in name or "nested" in name)
+    assert uint8 > 2 * 4 * 3 * 64 * 96 / 2
+    assert (parts["base weights"], parts["scales"]) == (uint8, scales)
+    assert parts["activations"] > 0
+
+
+def test_experts_of_known_families() -> None:
+    from transformers import AutoModelForCausalLM
+
+    for name, billions in (("mistralai/Mixtral-8x7B-v0.1", 46.7), ("Qwen/Qwen3-30B-A3B", 30.5)):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(families.config(name))
+        assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.06)

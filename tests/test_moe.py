@@ -15,6 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 
 from transformers import AutoModelForCausalLM, MixtralConfig, Qwen3MoeConfig
 
+import qlora_ext
 from qlora_ext import QLoRAConfig
 from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, TiedLinear4bit, quantize_model
 from tiny_models import make, same_state, token_ids
@@ -164,3 +165,27 @@ def test_embeddings_are_quantized_where_asked(family: str, skip: list[str] | Non
     torch.testing.assert_close(plain(token_ids()).logits, logits, rtol=0.05, atol=0.05)
     plain.save_pretrained(tmp_path / "again")
     assert same_state(load(tmp_path / "again"), plain)
+
+
+def test_experts_of_a_bitsandbytes_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from safetensors.torch import load_file, save_file
+    from transformers import BitsAndBytesConfig
+
+    moe(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    theirs = load(tmp_path / "dense", quantization_config=config)
+    theirs.save_pretrained(tmp_path / "bnb")
+    model = load(tmp_path / "bnb", quantization_config=QLoRAConfig())
+    assert torch.equal(model.model.layers[1].mlp.experts.down_proj, theirs.model.layers[1].mlp.experts.down_proj)
+    model.save_pretrained(tmp_path / "4bit")
+    assert same_state(load(tmp_path / "4bit"), model)
+
+    # As transformers < 5 had it: every expert a module of its own, and quantized.
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    file = tmp_path / "bnb" / "model.safetensors"
+    state = load_file(file)
+    one = qlora_ext.quantize_nf4(torch.randn(96, 64)).to_bitsandbytes(name)
+    save_file({**{key: t for key, t in state.items() if key != name}, **one}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"expected experts that are stacked.* got .*experts.0.w1"):
+        load(tmp_path / "bnb", quantization_config=QLoRAConfig())

@@ -16,9 +16,23 @@ _FAMILIES: dict[str, tuple[str, int, int, int, int, int, int, bool]] = {
     "llama-3-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, False),
     "llama-3-70b": ("llama", 128256, 8192, 28672, 80, 64, 8, False),
     "mistral-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, False),
+    "mixtral-8x7b": ("mixtral", 32000, 4096, 14336, 32, 32, 8, False),
+    "qwen3-30b-a3b": ("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, False),
     "qwen2.5-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
     "smollm2-135m": ("llama", 49152, 576, 1536, 30, 9, 3, True),
     "smollm2-1.7b": ("llama", 49152, 2048, 8192, 24, 32, 32, True),
+}
+
+# What their experts add to that.
+_EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral-8x7b": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3-30b-a3b": {
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "head_dim": 128,
+        "norm_topk_prob": True,
+    },
 }
 
 
@@ -33,7 +47,7 @@ def known(name: str) -> bool:
 def _key(name: str) -> str:
     """A hub-style name without its owner and its variant: meta-llama/Llama-2-70b-hf is llama-2-70b."""
     key = name.rpartition("/")[2].lower().replace("meta-", "")
-    for suffix in ("-instruct", "-chat", "-hf", "-it"):
+    for suffix in ("-instruct", "-chat", "-hf", "-it", "-v0.1"):
         key = key.replace(suffix, "")
     for name_, (prefix) in (("llama-2-7b", "llama-7b"), ("llama-2-13b", "llama-13b"), ("llama-30b", "llama-33b")):
         key = prefix if key == name_ else key
@@ -54,6 +68,7 @@ def config(name: str) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         tie_word_embeddings=tied,
+        **_EXPERTS.get(_key(name), {}),
     )
 
 

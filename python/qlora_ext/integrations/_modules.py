@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from ..nn import Packed4bit, TiedLinear4bit, layers_of, places_in
+from ..nn import Packed4bit, TiedLinear4bit, is_dense, layers_of, places_in
 
 if TYPE_CHECKING:
     from .transformers import QLoRAConfig
@@ -51,6 +52,31 @@ def check_loaded(model: nn.Module) -> None:
                     "load with QLoRAConfig(embeddings=False) or tie_word_embeddings=False"
                 )
             layer.weight = layer.embedding.weight
+
+
+def dense_names(model: nn.Module, embeddings: bool) -> list[str]:
+    """The modules of ``model`` that could be 4-bit and are not; embeddings only where they count."""
+    return [name for name, m in model.named_modules() if is_dense(m) and (embeddings or type(m) is not nn.Embedding)]
+
+
+def refuse_split_experts(checkpoint_files: list[str]) -> None:
+    """Refuses a checkpoint in which bitsandbytes quantized the experts one by one, as transformers < 5 did.
+
+    Raises:
+        ValueError: there is such an expert. Stacked with the others, its doubly quantized scales would not be exact.
+    """
+    from safetensors import safe_open
+
+    for file in checkpoint_files:
+        if not str(file).endswith(".safetensors"):
+            continue
+        with safe_open(file, framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  # no mapping
+                if re.search(r"\.experts\.\d+\..*\.quant_state\.bitsandbytes__", key):
+                    raise ValueError(
+                        f"{file}: expected experts that are stacked, as transformers >= 5 saves them, got {key}; "
+                        "load the original model with QLoRAConfig() instead"
+                    )
 
 
 def record_form(model: nn.Module, config: QLoRAConfig) -> None:

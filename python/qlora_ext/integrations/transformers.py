@@ -28,7 +28,6 @@ from ..nn import (
     Linear4bit,
     Packed4bit,
     TiedLinear4bit,
-    is_dense,
     is_fused_experts,
     layers_of,
     paths_to,
@@ -36,7 +35,7 @@ from ..nn import (
     tied_heads,
 )
 from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
-from ._modules import check_loaded, dequantize_modules, record_form, whole_experts
+from ._modules import check_loaded, dense_names, dequantize_modules, record_form, refuse_split_experts, whole_experts
 from .bitsandbytes import COMPANIONS
 
 METHOD = "qlora_ext"
@@ -236,6 +235,8 @@ class QLoRAQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         self.checkpoint_files = list(kwargs.get("checkpoint_files") or [])
+        if self.bitsandbytes_storage is not None and any(is_fused_experts(m) for m in model.modules()):
+            refuse_split_experts(self.checkpoint_files)
         model_dtype: torch.dtype = model.config.dtype
         # transformers < 5.20 casts what it reads to the dtype found here, before it comes to us.
         as_read = self.bitsandbytes_storage or (None if self.pre_quantized else model_dtype)
@@ -285,6 +286,8 @@ class QLoRAQuantizer(HfQuantizer):
             # The model is saved in our format from now on: bitsandbytes' keys are not to be written again.
             conversions = getattr(model, "_weight_conversions", None) or []
             model._weight_conversions = [c for c in conversions if not _loads_bitsandbytes(c)]
+            self.quantization_config.skip_modules = dense_names(model, embeddings=False)
+            self.quantization_config.embeddings = False
         self.keep_experts_whole(model)
         record_form(model, self.quantization_config)
         return model
@@ -326,8 +329,7 @@ def attach(model: Any) -> None:
     if not isinstance(model, PreTrainedModel) or not any(True for _ in layers_of(model)):
         return
     embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
-    dense = [name for name, m in model.named_modules() if is_dense(m) and (embeddings or type(m) is not nn.Embedding)]
-    config = QLoRAConfig(skip_modules=dense, embeddings=embeddings)
+    config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
     quantizer.keep_experts_whole(model)
     model.hf_quantizer = quantizer
