@@ -95,7 +95,7 @@ class Embedding4bit(Packed4bit, nn.Embedding):
 
     @property
     def weight4bit(self) -> NF4Weight:
-        """The packed state as one value; it shares memory with the module."""
+        """The packed state as one value; see ``packed_weight``."""
         return self.packed_weight()
 
     def set_weight(self, w4: NF4Weight) -> None:

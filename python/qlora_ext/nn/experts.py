@@ -48,7 +48,7 @@ class Experts4bit(Packed4bit):
     parameters ``gate_up_proj`` (``up_proj``, where ``has_gate`` is False) and ``down_proj``, of shape [E, N, K] or,
     where ``is_transposed``, [E, K, N]; with ``_apply_gate`` between them, or ``act_fn``. It takes over everything else
     of that module: biases, activation, sizes, configuration. Each parameter becomes uint8 [E, N, K/2] of the same name,
-    with the buffers ``gate_up_proj_absmax`` [E, blocks], ``gate_up_proj_nested_absmax`` [E, nested blocks] and
+    with the scales ``gate_up_proj_absmax`` [E, blocks], ``gate_up_proj_nested_absmax`` [E, nested blocks] and
     ``gate_up_proj_nested_offset`` [E]: expert e's are those of ``quantize_nf4`` of its own [N, K] matrix. A freshly
     built module holds zeros, until ``load_state_dict``, ``set_packed`` or ``from_experts``.
 

@@ -13,10 +13,10 @@ from .packed import Packed4bit
 class Linear4bit(Packed4bit, nn.Linear):
     """A linear layer over a frozen NF4 weight: y = x · dequantize(weight)ᵀ + bias, fused.
 
-    The packed state is ``weight`` (uint8 [N, K/2], a parameter without gradient) and the buffers ``absmax`` and,
-    double quantized, ``nested_absmax`` and ``nested_offset``; together they are ``weight4bit``. Moving the module
-    moves them; changing its dtype (``half()``, ``to(dtype)``) changes the bias and ``compute_dtype`` alone. A freshly
-    built module holds zeros, until ``load_state_dict`` or ``set_weight``.
+    The packed state is ``weight`` (uint8 [N, K/2]) and ``absmax``, parameters without gradient, and, double quantized,
+    the buffers ``nested_absmax`` and ``nested_offset``; together they are ``weight4bit``. Moving the module moves them;
+    changing its dtype (``half()``, ``to(dtype)``) changes the bias and ``compute_dtype`` alone. A freshly built module
+    holds zeros, until ``load_state_dict`` or ``set_weight``.
 
     Args:
         in_features, out_features: K and N.
@@ -57,7 +57,7 @@ class Linear4bit(Packed4bit, nn.Linear):
 
     @property
     def weight4bit(self) -> NF4Weight:
-        """The packed state as one value; it shares memory with the module."""
+        """The packed state as one value; see ``packed_weight``."""
         return self.packed_weight()
 
     def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:

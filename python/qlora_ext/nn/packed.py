@@ -17,18 +17,25 @@ Self = TypeVar("Self", bound="Packed4bit")
 
 
 def scale_names(weight: str) -> dict[str, str]:
-    """The buffers that hold the scales of the parameter ``weight``: absmax, or, beside others, gate_up_proj_absmax."""
+    """The names of the scales of the parameter ``weight``: absmax, or, beside others, gate_up_proj_absmax."""
     prefix = "" if weight == "weight" else f"{weight}_"
     return {scale: f"{prefix}{scale}" for scale in SCALES}
+
+
+def whole(t: Tensor) -> Tensor:
+    """``t`` or, of a DTensor, what all ranks hold of it."""
+    gathered: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
+    return gathered
 
 
 class Packed4bit(nn.Module):
     """A module with frozen NF4 weights.
 
-    Each weight named in ``packed_shapes`` is a uint8 parameter without gradient and the buffers ``scale_names``. Moving
-    the module moves them; changing its dtype changes ``compute_dtype`` and whatever else floats, but no packed state;
-    loading a state of another form is refused, strictly or not. A weight of more than two dimensions is a stack of
-    matrices, each quantized by itself.
+    Each weight named in ``packed_shapes`` is uint8, with the scales ``scale_names``. It and its absmax are parameters
+    without gradient, so that FSDP2 shards them; the nested scales, which are small, are buffers. Moving the module
+    moves them; changing its dtype changes ``compute_dtype`` and whatever else floats, but no packed state; loading a
+    state of another form is refused, strictly or not. A weight of more than two dimensions is a stack of matrices, each
+    quantized by itself.
     """
 
     compute_dtype: torch.dtype
@@ -68,9 +75,11 @@ class Packed4bit(nn.Module):
     def _register_packed(self, device: torch.device | str | None) -> None:
         state = self._empty_state(device)
         for name in self.packed_shapes:
-            self.register_parameter(name, nn.Parameter(state[name], requires_grad=False))
-            for scale in scale_names(name).values():
-                self.register_buffer(scale, state.get(scale))
+            absmax, *nested = scale_names(name).values()
+            for parameter in (name, absmax):
+                self.register_parameter(parameter, nn.Parameter(state[parameter], requires_grad=False))
+            for buffer in nested:
+                self.register_buffer(buffer, state.get(buffer))
 
     def set_packed(self, name: str, w4: NF4Weight) -> None:
         """Takes ``w4`` as the weight ``name``, with its block sizes, scale form and device.
@@ -91,15 +100,25 @@ class Packed4bit(nn.Module):
             w4.double_quant,
         )
         self.weight_dtype = w4.dtype
-        for scale, buffer in scale_names(name).items():
-            setattr(self, buffer, getattr(w4, scale))
+        absmax, nested_absmax, nested_offset = scale_names(name).values()
+        setattr(self, absmax, nn.Parameter(w4.absmax, requires_grad=False))
+        setattr(self, nested_absmax, w4.nested_absmax)
+        setattr(self, nested_offset, w4.nested_offset)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds only a part of the packed state (FSDP2, between its uses)."""
+        return any(hasattr(getattr(self, name), "full_tensor") for name in self.packed_shapes)
 
     def packed_weight(self, name: str = "weight") -> NF4Weight:
-        """The 4-bit weight ``name`` as one value; it shares memory with the module."""
-        absmax, nested_absmax, nested_offset = (getattr(self, buffer) for buffer in scale_names(name).values())
+        """The 4-bit weight ``name`` as one value, which shares memory with the module.
+
+        Of a module that FSDP2 has sharded it is the whole, gathered: every rank has to ask for it.
+        """
+        absmax, nested_absmax, nested_offset = (getattr(self, scale) for scale in scale_names(name).values())
         return NF4Weight(
-            getattr(self, name).detach(),
-            absmax,
+            whole(getattr(self, name).detach()),
+            whole(absmax.detach()),
             nested_absmax,
             nested_offset,
             torch.Size(self.packed_shapes[name]),
