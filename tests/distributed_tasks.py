@@ -5,20 +5,30 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import time
+import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from qlora_ext.fingerprint import fingerprint
+from qlora_ext.integrations.peft import check_base, write_base
 from qlora_ext.nn import SCALES, Linear4bit, quantize_model
 
 BATCH = 4  # rows in all, whatever the number of processes
@@ -107,8 +117,12 @@ def adapters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
 def local_bytes(tensors: dict[str, Tensor]) -> int:
-    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
+    return sum(local(t).nbytes for t in tensors.values())
 
 
 def check_computed_on(model: nn.Module, expected: dict[str, Tensor]) -> None:
@@ -127,11 +141,14 @@ def check_computed_on(model: nn.Module, expected: dict[str, Tensor]) -> None:
             layer.register_forward_pre_hook(lambda module, _, path=path: check(module, path))
 
 
-def train(model: nn.Module, rank: int, world: int, steps: int = 3) -> list[float]:
-    """Losses over the whole batch of which this rank sees its share."""
-    ids = torch.randint(0, 99, (BATCH, 12), generator=torch.Generator().manual_seed(1))
-    ids = ids.chunk(world)[rank]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> list[float]:
+    """Losses over the whole batch, of which this rank sees its share."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ids = torch.randint(0, 99, (BATCH, 12), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
     losses = []
     for _ in range(steps):
         loss = model(input_ids=ids, labels=ids).loss
@@ -141,30 +158,169 @@ def train(model: nn.Module, rank: int, world: int, steps: int = 3) -> list[float
         optimizer.zero_grad()
         loss = loss.detach().float()
         if world > 1:
-            dist.all_reduce(loss, dist.ReduceOp.AVG if dist.get_backend() == "nccl" else dist.ReduceOp.SUM)
-            loss = loss / world
+            dist.all_reduce(loss)
+            loss /= world
         losses.append(loss.item())
     return losses
 
 
+def alone(setup: Setup, steps: int = 3) -> list[float]:
+    """The losses of one process that sees the whole batch."""
+    model = make_model(setup)
+    return train(model, make_optimizer(model), steps)
+
+
 def fsdp2(setup: Setup) -> dict[str, Any]:
-    rank, world = dist.get_rank(), dist.get_world_size()
     model = make_model(setup)
     before = copy.deepcopy(packed_state(model))
-    total = local_bytes(before)
-    before_digest = digest(before)
     shard(model, setup)
-    packed = packed_state(model)
-    held = {kind: local_bytes({n: t for n, t in packed.items() if n.endswith(kind)}) for kind in ("weight", "absmax")}
-    gathered = digest(packed)
+    gathered = digest(packed_state(model))
     check_computed_on(model, before)
-    losses = train(model, rank, world)
+    losses = train(model, make_optimizer(model))
     return {
         "losses": losses,
-        "before": before_digest,
-        "gathered": gathered,
-        "after": digest(packed_state(model)),
-        "held": held,
-        "total": total,
+        "packed": {digest(before), gathered, digest(packed_state(model))},
+        "held": local_bytes(packed_state(model)),
+        "total": local_bytes(before),
         "adapters": digest(adapters(model)),
     }
+
+
+def ddp(setup: Setup) -> dict[str, Any]:
+    model = make_model(setup)
+    before = copy.deepcopy(packed_state(model))
+    check_computed_on(model, before)
+    losses = train(DistributedDataParallel(model), make_optimizer(model))
+    return {
+        "losses": losses,
+        "packed": {digest(before), digest(packed_state(model))},
+        "adapters": digest(adapters(model)),
+    }
+
+
+class Odd(nn.Module):
+    """Layers whose bytes are every value there is, of sizes that no number of processes divides."""
+
+    def __init__(self, double_quant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Linear4bit(k, n, double_quant=double_quant) for k, n in ((128, 33), (33, 7), (7, 1)))
+        generator = torch.Generator().manual_seed(0)
+        for layer in self.layers:
+            for t in (layer.weight, layer.absmax):
+                count = t.numel()
+                if t.dtype == torch.uint8:
+                    t.data = torch.arange(count).mul(37).remainder(256).to(torch.uint8).reshape(t.shape)
+                else:
+                    t.data = torch.rand(count, generator=generator)
+            if double_quant:
+                layer.nested_absmax.fill_(0.0123456789)
+                layer.nested_offset.fill_(0.1)
+        self.adapter = nn.Linear(128, 128, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.adapter(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def odd_bytes(double_quant: bool, mixed: bool) -> dict[str, Any]:
+    model = Odd(double_quant)
+    expected = copy.deepcopy(packed_state(model))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    check_computed_on(model, expected)
+    model(torch.randn(3, 128)).float().sum().backward()
+    assert model.adapter.weight.grad is not None
+    return {
+        "packed": {digest(expected), digest(packed_state(model))},
+        "weight": {tuple(bytes_.tolist()) for bytes_ in [local(model.layers[0].weight).unique()]},
+    }
+
+
+def casts_after_sharding(setup: Setup) -> tuple[set[str], bool]:
+    """A sharded model that changes its dtype keeps its bits, and computes in the new dtype."""
+    model = make_model(setup)
+    before = copy.deepcopy(packed_state(model))
+    shard(model, setup)
+    model.to(torch.bfloat16)
+    check_computed_on(model, before)
+    logits = model(input_ids=torch.arange(8)[None]).logits
+    return {digest(before), digest(packed_state(model))}, logits.dtype == torch.bfloat16
+
+
+def save_checkpoint(setup: Setup, directory: str, steps: int) -> dict[str, Any]:
+    model = make_model(setup)
+    shard(model, setup)
+    optimizer = make_optimizer(model)
+    losses = train(model, optimizer, steps)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
+    return {"losses": losses, "packed": digest(packed_state(model)), "adapters": digest(adapters(model))}
+
+
+def resume_checkpoint(setup: Setup, directory: str, steps: int) -> dict[str, Any]:
+    model = make_model(setup)
+    shard(model, setup)
+    optimizer = make_optimizer(model)
+    fresh = digest(packed_state(model))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=directory)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    loaded = {"packed": digest(packed_state(model)), "adapters": digest(adapters(model))}
+    return {"fresh": fresh, **loaded, "losses": train(model, optimizer, steps)}
+
+
+def whole_state(setup: Setup) -> str:
+    """A state dict gathered on the first rank loads into a model of one process, and from there into a sharded one."""
+    model = make_model(setup)
+    before = digest(model.state_dict())
+    shard(model, setup)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        single = make_model(dataclasses.replace(setup, seed=1))
+        assert digest(single.state_dict()) != before
+        single.load_state_dict(state, strict=True)
+        assert digest(single.state_dict()) == before
+    other = make_model(dataclasses.replace(setup, seed=1))
+    shard(other, setup)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, state, options=options)
+    assert digest(other.state_dict()) == before
+    train(other, make_optimizer(other), 1)
+    return before
+
+
+def save_adapter(setup: Setup, directory: str) -> list[str]:
+    """PEFT saves the adapters of a sharded model, and the base is known by its fingerprint."""
+    model = make_model(setup)
+    expected = fingerprint(model)
+    shard(model, setup)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(model, options=options)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model.save_pretrained(directory, state_dict=state, is_main_process=dist.get_rank() == 0)
+    write_base(model, directory)
+    assert fingerprint(model) == expected
+    dist.barrier()
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(8)[None]).logits
+        single = PeftModel.from_pretrained(make_model(setup).unload(), directory)
+        assert check_base(single, directory) is True
+        torch.testing.assert_close(single(input_ids=torch.arange(8)[None]).logits, logits)
+    return [str(w.message) for w in warned]
+
+
+def fails_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 had enough")
+
+
+def hangs_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(3600)

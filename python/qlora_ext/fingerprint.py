@@ -34,7 +34,8 @@ def fingerprint(model: nn.Module) -> str:
     """SHA-256, in 64 hexadecimal digits, over the names, codes and scales of the model's 4-bit layers.
 
     The same for a model before and after PEFT wraps it, on every device and in every compute dtype; an adapter that
-    ``merge_adapter`` has merged in changes it. A module that is not 4-bit takes no part.
+    ``merge_adapter`` has merged in changes it. A module that is not 4-bit takes no part. Of a model that FSDP2 has
+    sharded the parts are gathered, one layer at a time: every rank has to call this.
 
     Raises:
         ValueError: the model has no 4-bit layer.

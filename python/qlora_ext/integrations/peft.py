@@ -88,8 +88,13 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
 
 
 def write_base(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Records beside an adapter which 4-bit base it belongs to."""
+    """Records beside an adapter which 4-bit base it belongs to.
+
+    Of a model that FSDP2 has sharded every rank has to call this, as for ``fingerprint``; the first one writes.
+    """
     record = {"fingerprint": fingerprint(model), "format_version": FORMAT_VERSION}
+    if _is_sharded(model) and torch.distributed.get_rank() != 0:
+        return
     path = pathlib.Path(directory) / BASE_FILE
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -130,6 +135,10 @@ def check_base(
 
 def _is_4bit(model: nn.Module) -> bool:
     return any(True for _ in layers_of(model))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(m, Linear4bit) and m.is_sharded for m in model.modules())
 
 
 def _extend(owner: Any, name: str) -> Any:
@@ -219,7 +228,14 @@ peft.prepare_model_for_kbit_training = prepare_model_for_kbit_training
 @_extend(PeftModel, "save_pretrained")
 def _save_pretrained(original: Any, self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
     saved = original(self, save_directory, *args, **kwargs)
-    if _is_4bit(self) and kwargs.get("is_main_process", True):
+    if _is_sharded(self):
+        # The fingerprint needs every rank, and a sharded model is usually saved by one.
+        warnings.warn(
+            f"{save_directory}: the base is sharded, and its fingerprint is not recorded; to record it, call "
+            "qlora_ext.integrations.peft.write_base(model, directory) on every rank",
+            stacklevel=2,
+        )
+    elif _is_4bit(self) and kwargs.get("is_main_process", True):
         names = kwargs.get("selected_adapters") or list(self.peft_config)
         for name in names:  # PEFT puts every adapter but the default one into a directory of its own
             directory = pathlib.Path(save_directory) / ("" if name == "default" else name)

@@ -56,6 +56,11 @@ class Linear4bit(Packed4bit, nn.Linear):
         return {"weight": (self.out_features, self.in_features)}
 
     @property
+    def is_sharded(self) -> bool:
+        """Whether this process holds a part of the packed state only (FSDP2, between its uses)."""
+        return hasattr(self.weight, "full_tensor")
+
+    @property
     def weight4bit(self) -> NF4Weight:
         """The packed state as one value; see ``packed_weight``."""
         return self.packed_weight()

@@ -127,6 +127,11 @@ class Packed4bit(nn.Module):
             self.nested_block_size,
         )
 
+    def freeze(self) -> None:
+        """Takes the packed state out of training, where code that takes every parameter has put it."""
+        for t in self._packed_state().values():
+            t.requires_grad_(False)
+
     def quantize(self, w: Tensor) -> NF4Weight:
         """The 4-bit form that this module gives to a dense weight of its own."""
         return quantize_nf4(w, self.block_size, self.double_quant, self.nested_block_size)
