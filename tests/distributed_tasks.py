@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import os
 import time
 import warnings
 from typing import Any
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -47,6 +48,7 @@ class Setup:
     mixed_precision: torch.dtype | None = None
     cpu_offload: bool = False
     mesh: tuple[int, ...] | None = None
+    dropout: float = 0.0
     seed: int = 0
 
 
@@ -66,7 +68,14 @@ def make_model(setup: Setup) -> Any:
     )
     model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)
     quantize_model(model, skip=() if setup.quantized_head else ("lm_head",), double_quant=setup.double_quant)
-    lora = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=setup.dropout,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
     model = get_peft_model(model, lora)
     if setup.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -203,7 +212,9 @@ class Odd(nn.Module):
 
     def __init__(self, double_quant: bool) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Linear4bit(k, n, double_quant=double_quant) for k, n in ((128, 33), (33, 7), (7, 1)))
+        self.layers = nn.ModuleList(
+            Linear4bit(k, n, double_quant=double_quant) for k, n in ((128, 33), (33, 7), (7, 1))
+        )
         generator = torch.Generator().manual_seed(0)
         for layer in self.layers:
             for t in (layer.weight, layer.absmax):
@@ -249,6 +260,35 @@ def casts_after_sharding(setup: Setup) -> tuple[set[str], bool]:
     check_computed_on(model, before)
     logits = model(input_ids=torch.arange(8)[None]).logits
     return {digest(before), digest(packed_state(model))}, logits.dtype == torch.bfloat16
+
+
+def checkpointed_dropout(setup: Setup) -> bool:
+    """Whether a checkpointed layer that is gathered again in the backward draws the dropout of its forward again."""
+    ids = torch.arange(24).view(2, 12)
+    gradients = set()
+    for checkpointing in (False, True):
+        model = make_model(dataclasses.replace(setup, checkpointing=checkpointing, dropout=0.5))
+        shard(model, setup)
+        torch.manual_seed(dist.get_rank())
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.add(digest({name: p.grad for name, p in adapters(model).items()}))
+    return len(gradients) == 1
+
+
+def from_meta(setup: Setup) -> dict[str, Any]:
+    """Built and sharded on the meta device, then filled from the first rank's state dict."""
+    source = make_model(setup)
+    with torch.device("meta"):
+        model = make_model(setup)
+    shard(model, setup)
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        if name not in source.state_dict():  # rotary frequencies: not in a checkpoint
+            buffer.copy_(source.get_buffer(name))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, source.state_dict() if dist.get_rank() == 0 else {}, options=options)
+    check_computed_on(model, packed_state(source))
+    return {"losses": train(model, make_optimizer(model)), "packed": {digest(packed_state(m)) for m in (source, model)}}
 
 
 def save_checkpoint(setup: Setup, directory: str, steps: int) -> dict[str, Any]:
@@ -324,3 +364,46 @@ def fails_on_rank_1() -> None:
 def hangs_on_rank_1() -> None:
     if dist.get_rank() == 1:
         time.sleep(3600)
+
+
+def accelerate_prepares(setup: Setup, config: dict[str, Any]) -> dict[str, Any]:
+    """accelerate's FSDP2 on the model. It takes that way on accelerators alone, so its parts are called one by one."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "OMP_NUM_THREADS": "1",
+    }
+    options = {
+        key.removeprefix("fsdp_"): value for key, value in config["fsdp_config"].items() if key != "fsdp_version"
+    }
+    layer = options.pop("transformer_layer_cls_to_wrap")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        transformer_cls_names_to_wrap=[layer],
+        cpu_offload=options.pop("offload_params"),
+        **{key: value.lower() if key == "auto_wrap_policy" else value for key, value in options.items()},
+    )
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = plugin
+    plugin.set_mixed_precision(config["mixed_precision"])
+    model = make_model(setup)
+    before = copy.deepcopy(packed_state(model))
+    if plugin.activation_checkpointing:
+        model = fsdp2_apply_ac(accelerator, model)
+    model = fsdp2_prepare_model(accelerator, model)
+    losses = train(model, make_optimizer(model))
+    wrapper = "_checkpoint_wrapped_module."  # what accelerate's checkpointing puts between a layer and its parent
+    packed = {name.replace(wrapper, ""): t for name, t in packed_state(model).items()}
+    return {
+        "losses": losses,
+        "packed": {digest(before), digest(packed)},
+        "held": local_bytes(packed),
+        "total": local_bytes(before),
+        "sharded_modules": sum(isinstance(m, FSDPModule) for m in model.modules()),
+    }

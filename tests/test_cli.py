@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from qlora_ext.cli import main
+from tiny_models import save_tiny_llama
 
 Paths = dict[str, pathlib.Path]
 COMMAND = [sys.executable, "-c", "import sys; from qlora_ext.cli import main; sys.exit(main())"]
@@ -64,31 +65,6 @@ def adapter_bytes(run: pathlib.Path) -> bytes:
 
 def read_lines(path: pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def save_tiny_llama(directory: pathlib.Path, seed: int) -> None:
-    """A random two-layer Llama with a byte-level tokenizer (257 tokens)."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=256,
-    )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
 
 
 @pytest.fixture(scope="session")

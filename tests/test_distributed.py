@@ -1,4 +1,4 @@
-"""DDP, FSDP2, distributed checkpoints and accelerate over gloo processes on the CPU: torch's own engine, plain user code.
+"""DDP, FSDP2, distributed checkpoints and accelerate over gloo processes on the CPU: torch's own engine.
 
 Losses are compared with those of one process on the whole batch, relative: 1e-5 in float32 (sums in another order) and
 5e-3 where something is bfloat16. Bits are compared as bits.
@@ -7,6 +7,9 @@ Losses are compared with those of one process on the whole batch, relative: 1e-5
 from __future__ import annotations
 
 import functools
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,10 +20,18 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
 import distributed_tasks as tasks
+import qlora_ext
 from distributed_tasks import Setup
+from qlora_ext.integrations.peft import check_base
+from tiny_models import save_tiny_llama
 from workers import Workers
 
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 FLOAT32, BFLOAT16 = 1e-5, 5e-3
 BF16 = torch.bfloat16
 
@@ -125,6 +136,16 @@ def test_a_checkpoint_of_4_resumes_on_2(double_quant: bool, tmp_path, workers: C
         close(saved[0]["losses"] + result["losses"], alone(setup), FLOAT32)
 
 
+def test_a_model_is_built_on_meta_and_filled(workers: Callable[[int], Workers]) -> None:
+    for result in workers(2).run(tasks.from_meta, Setup()):
+        assert len(result["packed"]) == 1
+        close(result["losses"], alone(Setup()), FLOAT32)
+
+
+def test_checkpointing_repeats_dropout(workers: Callable[[int], Workers]) -> None:
+    assert all(workers(2).run(tasks.checkpointed_dropout, Setup()))
+
+
 def test_whole_state_dicts_go_in_and_out(workers: Callable[[int], Workers]) -> None:
     assert len(set(workers(2).run(tasks.whole_state, Setup()))) == 1
 
@@ -132,6 +153,36 @@ def test_whole_state_dicts_go_in_and_out(workers: Callable[[int], Workers]) -> N
 def test_peft_saves_the_adapters_of_a_sharded_model(tmp_path, workers: Callable[[int], Workers]) -> None:
     for messages in workers(2).run(tasks.save_adapter, Setup(), str(tmp_path)):
         assert any("write_base(model, directory) on every rank" in message for message in messages)
+
+
+def test_accelerate_shards_by_the_shown_configuration(workers: Callable[[int], Workers]) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    config = yaml.safe_load((EXAMPLES / "accelerate_fsdp2.yaml").read_text())
+    setup = Setup(dtype=BF16)
+    for result in workers(2).run(tasks.accelerate_prepares, setup, config):
+        close(result["losses"], alone(setup), BFLOAT16)
+        assert len(result["packed"]) == 1
+        assert result["held"] < 1.06 * result["total"] / 2
+        assert result["sharded_modules"] > 2
+
+
+def test_accelerate_launches_the_example(tmp_path: pathlib.Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    save_tiny_llama(tmp_path / "model", seed=0)
+    (tmp_path / "data.txt").write_text("the quick brown fox jumps over the lazy dog. " * 20)
+    launch = ["-m", "accelerate.commands.launch", "--config_file", EXAMPLES / "processes.yaml"]
+    run = [EXAMPLES / "finetune_fsdp2.py", "--steps", "4", "--batch-size", "4", "--seq-len", "32", "--lr", "5e-3"]
+    files = ["--model", tmp_path / "model", "--data", tmp_path / "data.txt", "--output", tmp_path / "out"]
+    done = subprocess.run([sys.executable, *launch, *run, *files], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    losses = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "out" / "state" / ".metadata").is_file()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", quantization_config=qlora_ext.QLoRAConfig())
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert check_base(model, tmp_path / "out") is True
+    assert all(p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
 def test_what_fails_or_hangs_on_a_rank_fails_here(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, Qwen2Config
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
 
 _SIZES = {
     "hidden_size": 64,
@@ -43,6 +45,28 @@ def make(family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int =
         if name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.1)
     return model.eval()
+
+
+def save_tiny_llama(directory: pathlib.Path, seed: int) -> None:
+    """A random two-layer Llama with a byte-level tokenizer (257 tokens)."""
+    letters = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "<eos>"]
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(directory)
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=None,
+        eos_token_id=256,
+    )
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(directory)
 
 
 def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Processes joined by gloo, which run a task on every rank; one that hangs or dies fails its test, and stalls nothing."""
+"""Processes joined by gloo, which run a task on every rank; one that hangs or dies fails its test and stalls nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ import torch.distributed as dist
 # Forked from a server that has imported what is slow to import, and started no thread.
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(
-    ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "transformers.models.llama", "peft", "qlora_ext"]
+    [
+        "torch.distributed.fsdp",
+        "torch.distributed.checkpoint.state_dict",
+        "transformers.models.llama",
+        "peft",
+        "qlora_ext",
+    ]
 )
 
 
@@ -40,7 +46,7 @@ def _work(rank: int, world: int, meeting: str, timeout: float, pipe: Connection)
 class Workers:
     """``world`` processes that start with the first task, and again after a task that failed."""
 
-    def __init__(self, world: int, directory: pathlib.Path, timeout: float = 60.0) -> None:
+    def __init__(self, world: int, directory: pathlib.Path, timeout: float = 180.0) -> None:
         self.world, self.directory, self.timeout = world, directory, timeout
         self._starts = 0
         self._processes: list[Any] = []

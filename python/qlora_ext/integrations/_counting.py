@@ -9,17 +9,24 @@ from typing import Any
 from torch import nn
 from transformers.modeling_utils import PreTrainedModel
 
-from ..nn import Embedding4bit, TiedLinear4bit, layers_of
+from ..nn import Embedding4bit, TiedLinear4bit, layers_of, scale_names
 
 
 def hidden_parameters(model: nn.Module, embeddings: bool = True) -> int:
-    """What ``sum(p.numel() for p in model.parameters())`` misses: the second parameter in each packed byte."""
+    """By how much ``sum(p.numel() for p in model.parameters())`` is short of a 4-bit model's size.
+
+    It misses the second element in each packed byte, and counts the scales. Without ``embeddings`` it did not count
+    their weights.
+    """
     hidden = 0
     for _, module in layers_of(model):
-        if isinstance(module, TiedLinear4bit) or (isinstance(module, Embedding4bit) and not embeddings):
-            continue  # a tied head has no weight of its own
+        if isinstance(module, TiedLinear4bit):
+            continue  # no weight of its own
+        counted = embeddings or not isinstance(module, Embedding4bit)
         for name, shape in module.packed_shapes.items():
-            hidden += math.prod(shape) - getattr(module, name).numel()
+            hidden -= getattr(module, scale_names(name)["absmax"]).numel()
+            if counted:
+                hidden += math.prod(shape) - getattr(module, name).numel()
     return hidden
 
 

@@ -124,6 +124,11 @@ class Over4bit:
 
     def merge_dense(self, names: list[str], safe_merge: bool = False) -> nn.Linear:
         """The decoded layer in float32 with the named adapters merged into it by PEFT."""
+        if self.layer4bit.is_sharded:
+            raise ValueError(
+                "merge: expected a layer that is whole, got one that FSDP2 has sharded; save the adapters, and merge "
+                "them in one process"
+            )
         with self._base_as(_decoded(self.layer4bit)) as dense:
             super().merge(safe_merge=safe_merge, adapter_names=names)  # type: ignore[misc]
         return dense

@@ -15,7 +15,7 @@ import torch
 import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
 from torch import Tensor, nn
 
-from ..nn import SCALES, Linear4bit
+from ..nn import Packed4bit
 
 _init_dtype_attrs = fsdp_param.FSDPParam.init_dtype_attrs
 
@@ -24,8 +24,8 @@ _init_dtype_attrs = fsdp_param.FSDPParam.init_dtype_attrs
 def init_dtype_attrs(self: Any, mp_policy: Any) -> None:
     _init_dtype_attrs(self, mp_policy)
     owner = self._module_info
-    is_scales = isinstance(owner.module, Linear4bit) and owner.param_name in SCALES
-    if is_scales or not self.orig_dtype.is_floating_point:
+    is_packed = isinstance(owner.module, Packed4bit) and owner.param_name in owner.module.packed_state()
+    if is_packed or not self.orig_dtype.is_floating_point:
         self.param_dtype = None  # gathered in the dtype that it is stored in
 
 
@@ -37,5 +37,5 @@ def parameter(data: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
     return nn.Parameter(data, data.is_floating_point() if requires_grad is None else requires_grad)
 
 
-if torch.__version__ < (2, 13):
-    fsdp_param.nn = types.SimpleNamespace(**{**vars(nn), "Parameter": parameter})  # type: ignore[attr-defined]
+if torch.__version__ < "2.13":  # compared as versions
+    fsdp_param.nn = types.SimpleNamespace(**{**vars(nn), "Parameter": parameter})  # type: ignore[assignment]

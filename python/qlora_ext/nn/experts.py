@@ -150,7 +150,7 @@ class Experts4bit(Packed4bit):
         dtype = dtype or self.weight_dtype
         dense = self.experts_class.__new__(self.experts_class)
         nn.Module.__init__(dense)
-        _hand_over(self, dense, self._taken_over, but=self._packed_state())
+        _hand_over(self, dense, self._taken_over, but=self.packed_state())
         for name in self._shapes:
             weight = (weights or {}).get(name)
             weight = self.dequantize(name, dtype) if weight is None else weight.detach().to(dtype)

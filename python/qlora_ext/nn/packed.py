@@ -129,7 +129,7 @@ class Packed4bit(nn.Module):
 
     def freeze(self) -> None:
         """Takes the packed state out of training, where code that takes every parameter has put it."""
-        for t in self._packed_state().values():
+        for t in self.packed_state().values():
             t.requires_grad_(False)
 
     def quantize(self, w: Tensor) -> NF4Weight:
@@ -146,7 +146,7 @@ class Packed4bit(nn.Module):
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # half(), to(dtype) and the like reach every floating tensor, type() every tensor: the packed state keeps its
         # bits, and takes only the device that fn would have given it.
-        before = {name: t.detach() for name, t in self._packed_state().items()}
+        before = {name: t.detach() for name, t in self.packed_state().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, kept in before.items():
             after = getattr(self, name)
@@ -159,7 +159,8 @@ class Packed4bit(nn.Module):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
-    def _packed_state(self) -> dict[str, Tensor]:
+    def packed_state(self) -> dict[str, Tensor]:
+        """The packed weights and their scales by the names that they have in the module."""
         names = [n for name in self.packed_shapes for n in (name, *scale_names(name).values())]
         tensors = {name: getattr(self, name) for name in names}
         return {name: t for name, t in tensors.items() if t is not None}
@@ -174,7 +175,7 @@ class Packed4bit(nn.Module):
             ValueError: a dtype or a shape is another; copied in, its scales would be read as something else.
         """
         empty = self._empty_state("meta")
-        found = {prefix + name: t for name, t in self._packed_state().items()} if state is None else state
+        found = {prefix + name: t for name, t in self.packed_state().items()} if state is None else state
         for weight, shape in self.packed_shapes.items():
             form = (
                 f"the packed state of a weight {list(shape)} with block_size={self.block_size}"
