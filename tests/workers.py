@@ -1,4 +1,4 @@
-"""Processes joined by gloo, which run a task on every rank; one that hangs or dies fails its test and stalls nothing."""
+"""Processes joined by gloo that run a task on every rank; one that hangs or dies fails its test and stalls nothing."""
 
 from __future__ import annotations
 

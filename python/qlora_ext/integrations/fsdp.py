@@ -38,4 +38,4 @@ def parameter(data: Tensor, requires_grad: bool | None = None) -> nn.Parameter:
 
 
 if torch.__version__ < "2.13":  # compared as versions
-    fsdp_param.nn = types.SimpleNamespace(**{**vars(nn), "Parameter": parameter})  # type: ignore[assignment]
+    fsdp_param.nn = types.SimpleNamespace(**{**vars(nn), "Parameter": parameter})  # type: ignore[assignment, attr-defined]
