@@ -26,11 +26,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.peft import check_base, write_base
-from qlora_ext.nn import SCALES, Linear4bit, quantize_model
+from qlora_ext.nn import Linear4bit, Packed4bit, layers_of, quantize_model
 
 BATCH = 4  # rows in all, whatever the number of processes
 
@@ -43,6 +43,8 @@ class Setup:
     double_quant: bool = True
     tied: bool = False
     quantized_head: bool = False
+    experts: bool = False
+    embeddings: bool = False
     checkpointing: bool = False
     reshard_after_forward: bool | int | None = None
     mixed_precision: torch.dtype | None = None
@@ -54,20 +56,21 @@ class Setup:
 
 def make_model(setup: Setup) -> Any:
     torch.manual_seed(setup.seed)
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=90,  # no multiple of 4 processes, nor of a block
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=99,
-        max_position_embeddings=64,
-        attention_bias=True,
-        tie_word_embeddings=setup.tied,
-        use_cache=False,
-    )
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 90,  # no multiple of 4 processes, nor of a block
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 99,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": setup.tied,
+        "use_cache": False,
+    }
+    config = MixtralConfig(**sizes, num_local_experts=4) if setup.experts else LlamaConfig(**sizes, attention_bias=True)
     model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)
-    quantize_model(model, skip=() if setup.quantized_head else ("lm_head",), double_quant=setup.double_quant)
+    skip = () if setup.quantized_head else ("lm_head",)
+    quantize_model(model, skip, double_quant=setup.double_quant, embeddings=setup.embeddings)
     lora = LoraConfig(
         r=4,
         lora_alpha=8,
@@ -100,13 +103,7 @@ def shard(model: Any, setup: Setup) -> None:
 
 
 def packed_state(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        f"{path}.{name}": getattr(layer, name)
-        for path, layer in model.named_modules()
-        if isinstance(layer, Linear4bit)
-        for name in ("weight", *SCALES)
-        if getattr(layer, name) is not None
-    }
+    return {f"{path}.{name}": t for path, layer in layers_of(model) for name, t in layer.packed_state().items()}
 
 
 def whole(t: Tensor) -> Tensor:
@@ -137,17 +134,14 @@ def local_bytes(tensors: dict[str, Tensor]) -> int:
 def check_computed_on(model: nn.Module, expected: dict[str, Tensor]) -> None:
     """From here on every 4-bit layer asserts that it computes on the very bits of ``expected``."""
 
-    def check(layer: nn.Module, path: str) -> None:
-        for name in ("weight", *SCALES):
-            t, bits = getattr(layer, name), expected.get(f"{path}.{name}")
-            assert (t is None) == (bits is None), f"{path}.{name}"
-            if t is not None:
-                assert t.dtype == bits.dtype, f"{path}.{name}: {t.dtype}"
-                assert torch.equal(t.detach(), bits), f"{path}.{name}"
+    def check(layer: Packed4bit, path: str) -> None:
+        for name, t in layer.packed_state().items():
+            bits = expected[f"{path}.{name}"]
+            assert t.dtype == bits.dtype, f"{path}.{name}: {t.dtype}"
+            assert torch.equal(t.detach(), bits), f"{path}.{name}"
 
-    for path, layer in model.named_modules():
-        if isinstance(layer, Linear4bit):
-            layer.register_forward_pre_hook(lambda module, _, path=path: check(module, path))
+    for path, layer in layers_of(model):
+        layer.register_forward_pre_hook(lambda module, _, path=path: check(module, path))
 
 
 def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:

@@ -66,6 +66,8 @@ FSDP2 = {
     "float32_scales": (Setup(double_quant=False), FLOAT32),
     "tied_head": (Setup(tied=True), FLOAT32),
     "quantized_head": (Setup(quantized_head=True), FLOAT32),
+    "experts": (Setup(experts=True), FLOAT32),
+    "tied_4bit_embeddings": (Setup(embeddings=True, tied=True), FLOAT32),
     "checkpointing": (Setup(checkpointing=True), FLOAT32),
     "cpu_offload": (Setup(cpu_offload=True), FLOAT32),
     "mixed_precision": (Setup(mixed_precision=BF16), BFLOAT16),
@@ -78,11 +80,15 @@ FSDP2 = {
 }
 
 
+# What makes another model, not another way to train it.
+KINDS = ("dtype", "double_quant", "tied", "quantized_head", "experts", "embeddings")
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("name", FSDP2)
 def test_fsdp2_trains_as_one_process(name: str, world: int, workers: Callable[[int], Workers]) -> None:
     setup, tolerance = FSDP2[name]
-    one = Setup(setup.dtype, setup.double_quant, setup.tied, setup.quantized_head)
+    one = Setup(**{kind: getattr(setup, kind) for kind in KINDS})
     results = workers(world).run(tasks.fsdp2, setup)
     for result in results:
         close(result["losses"], alone(one), tolerance)
