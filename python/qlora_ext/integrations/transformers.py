@@ -283,7 +283,7 @@ class QLoRAQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         check_loaded(model)
         for _, layer in layers_of(model):
-            layer.freeze()  # transformers takes every floating parameter for a trainable one
+            layer.freeze_packed()  # transformers takes every floating parameter for a trainable one
         if self.bitsandbytes_storage is not None:
             # The model is saved in our format from now on: bitsandbytes' keys are not to be written again.
             conversions = getattr(model, "_weight_conversions", None) or []

@@ -127,7 +127,7 @@ class Packed4bit(nn.Module):
             self.nested_block_size,
         )
 
-    def freeze(self) -> None:
+    def freeze_packed(self) -> None:
         """Takes the packed state out of training, where code that takes every parameter has put it."""
         for t in self.packed_state().values():
             t.requires_grad_(False)
