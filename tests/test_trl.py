@@ -1,0 +1,63 @@
+"""TRL's SFTTrainer runs a QLoRA fine-tune unchanged: the quantization config is all that differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import qlora_ext
+from qlora_ext.integrations.peft import LoraLinear4bit, check_base
+from test_cli import save_tiny_llama
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "gradient_checkpointing": False}], ids=str)
+def test_sft_trainer_runs_unchanged(options: dict[str, Any], tmp_path: Path) -> None:
+    save_tiny_llama(tmp_path / "model", 0)
+    counting = [" ".join(str(i + j) for j in range(6)) for i in range(16)]
+    trainer = trl.SFTTrainer(
+        model=str(tmp_path / "model"),
+        args=trl.SFTConfig(
+            output_dir=str(tmp_path / "run"),
+            max_steps=4,
+            save_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=1e-2,
+            max_length=64,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            model_init_kwargs={"dtype": "bfloat16"},
+            **options,
+        ),
+        train_dataset=Dataset.from_dict({"text": counting}),
+        peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+        quantization_config=qlora_ext.QLoRAConfig(),
+    )
+    assert sum(isinstance(m, LoraLinear4bit) for m in trainer.model.modules()) == 14
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0] - 0.2
+
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    base = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype="bfloat16", quantization_config=qlora_ext.QLoRAConfig()
+    )
+    assert check_base(base, checkpoint, "refuse") is True
+    ids = AutoTokenizer.from_pretrained(tmp_path / "model")(counting[0], return_tensors="pt")["input_ids"]
+    again = PeftModel.from_pretrained(base, checkpoint).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, trainer.model.eval()(ids).logits)
