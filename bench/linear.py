@@ -53,7 +53,7 @@ class Bench:
             packed, state = self.bnb.functional.quantize_4bit(w, compress_statistics=True, quant_type="nf4")
             bnb_packs = harness.Ring((packed.clone(), state) for _ in range(count))
         for m in TOKENS:
-            if m * n * k <= 2**35:
+            if m * n * k <= 2**36:
                 self.forward(m, weights, packs, bnb_packs, a, b)
                 self.gradient(m, weights, packs, bnb_packs, a, b)
 
