@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import qlora_ext
 from qlora_ext.nn import Experts4bit, quantize_model
+from samples import OPCHECKS
 
 
 class Experts(nn.Module):
@@ -224,11 +225,11 @@ def test_operators_pass_opcheck() -> None:
     bias = torch.randn(3, 32, requires_grad=True)
     packed = (offsets, *stacked, 64, 256)
     ops = torch.ops.qlora
-    torch.library.opcheck(ops.grouped_linear_nf4.default, (x, *packed, 32, bias, a, b, 0.5))
+    torch.library.opcheck(ops.grouped_linear_nf4.default, (x, *packed, 32, bias, a, b, 0.5), test_utils=OPCHECKS)
     with torch.no_grad():
         dy = torch.randn(7, 32)
-        torch.library.opcheck(ops.grouped_linear_nf4_dx.default, (dy, *packed, 64, a, b, 0.5))
-        torch.library.opcheck(ops.grouped_linear_nf4_dlora.default, (dy, x, offsets, a, b, 0.5))
+        torch.library.opcheck(ops.grouped_linear_nf4_dx.default, (dy, *packed, 64, a, b, 0.5), test_utils=OPCHECKS)
+        torch.library.opcheck(ops.grouped_linear_nf4_dlora.default, (dy, x, offsets, a, b, 0.5), test_utils=OPCHECKS)
     y = ops.grouped_linear_nf4(x, *packed, 32, bias, a, b, 0.5)
     assert torch.equal(y[6], torch.zeros(32))  # behind the last expert's rows
     for e, rows in ((0, slice(0, 2)), (2, slice(2, 6))):
