@@ -124,7 +124,12 @@ def test_evaluation_changes_nothing(paths: Paths, whole_run: pathlib.Path) -> No
 def start(paths: Paths, run: pathlib.Path, *more: str) -> subprocess.Popen[bytes]:
     arguments = ["finetune", *base(paths), "--output", run, *RUN, *more]
     return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
+        [*COMMAND, *map(str, arguments)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        # Ctrl-C must work whatever these tests inherited: a shell starts what it puts in the background without it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
