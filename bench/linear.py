@@ -7,12 +7,15 @@ by round: lower is better. Ours has LoRA of rank 16 and double quantization in i
 as two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them) and the training path of
 bitsandbytes, where it is installed, without LoRA. Operands are rotated out of the caches. With one thread, CPU time is
 measured, so that other processes disturb less.
+
+Another instruction set: QLORA_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2, for torch's part too.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 
 import harness
 import torch
@@ -119,8 +122,9 @@ def main() -> None:
     torch.set_grad_enabled(False)
     harness.keep_freed_memory()
     torch.manual_seed(0)
+    forced = [os.environ["QLORA_CPU_ISA"]] if "QLORA_CPU_ISA" in os.environ else []
     report = harness.Report(
-        f"linear_{arguments.dtype}_{arguments.threads}_threads",
+        "_".join(["linear", arguments.dtype, str(arguments.threads), "threads", *forced]),
         f"The fused linear layer and its input gradient on the CPU, {arguments.dtype}",
         [
             "Time over that of torch's F.linear (dX: dy @ w) on the dense weight, median (10th to 90th percentile),",
