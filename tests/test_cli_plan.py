@@ -103,6 +103,15 @@ def test_the_line_through_few_layers_meets_a_deep_model() -> None:
     assert sum(planned(config, seq_len=64).values()) == pytest.approx(sum(direct.values()), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("model", "gigabytes"), [("llama-7b", 6.9), ("llama-13b", 11.3), ("llama-33b", 24.7), ("llama-65b", 45.0)]
+)
+def test_papers_footprints(model: str, gigabytes: float) -> None:
+    """Dettmers et al. (2023), figure 6: batch 1, 512 tokens, rank 64 on all layers, gradient checkpointing."""
+    parts = planned(families.config(model), rank=64, batch_size=1, seq_len=512, grad_checkpointing=True)
+    assert sum(parts.values()) / 1e9 == pytest.approx(gigabytes, rel=0.1)
+
+
 def test_papers_65b_fits_48_gb() -> None:
     """Dettmers et al. (2023): a 65B model, rank 64 on all layers, on one 48 GB GPU, with gradient checkpointing."""
     config = families.config("llama-65b")
