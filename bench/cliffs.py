@@ -1,0 +1,61 @@
+"""Shapes that fit no tile, beside ones that do: picoseconds a multiply-add of the fused layer and its input gradient.
+
+    python bench/cliffs.py [--threads 2] [--dtype bfloat16] [--seconds 0.4]
+
+LoRA of rank 16 and double quantization included; operands stay in the caches, for it is the kernels' own work that
+shows a cliff. The best of all rounds is reported. A column is to be compared with the first one.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import harness
+import torch
+
+import qlora_ext
+
+SHAPES = [(1024, 1024), (1023, 1024), (1024, 1000), (1024, 1023)]
+TOKENS = [1, 3, 4, 8, 15, 16, 17, 24, 33, 64, 100, 256]
+RANK = 16
+
+
+def picoseconds(m: int, n: int, k: int, dtype: torch.dtype, seconds: float) -> tuple[float, float]:
+    packed = qlora_ext.quantize_nf4((torch.randn(n, k) * 0.02).to(dtype)).packed_args()
+    a, b = torch.randn(RANK, k).to(dtype), torch.randn(n, RANK).to(dtype)
+    x, dy = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype)
+    times = harness.interleave(
+        {
+            "forward": lambda i: torch.ops.qlora.linear_nf4(x, *packed, n, None, a, b, 2.0, 0.0, 0),
+            "dX": lambda i: torch.ops.qlora.linear_nf4_dx(dy, *packed, k, a, b, 2.0, 0.0, 0),
+        },
+        seconds=seconds,
+    )
+    return times.best("forward") * 1e12 / (m * n * k), times.best("dX") * 1e12 / (m * n * k)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=0.4, help="time for each shape (default 0.4)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    harness.keep_freed_memory()
+    report = harness.Report(
+        f"cliffs_{arguments.dtype}_{arguments.threads}_threads",
+        f"Ragged shapes on the CPU, {arguments.dtype}",
+        ["Picoseconds a multiply-add, forward / dX, N x K in the first row."],
+    )
+    for m in TOKENS:
+        row = {}
+        for n, k in SHAPES:
+            forward, dx = picoseconds(m, n, k, getattr(torch, arguments.dtype), arguments.seconds)
+            row[f"{n}x{k}"] = f"{forward:.1f} / {dx:.1f}"
+        report.add(M=m, **row)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
