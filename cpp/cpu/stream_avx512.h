@@ -55,11 +55,8 @@ inline void store(float16* p, Floats x, int64_t count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-inline Ints load_chunk(const uint8_t* p) {
-  Ints chunk = _mm512_loadu_si512(p);
-  asm("" : "+v"(chunk));  // or GCC reads the memory again for each shift
-  return chunk;
-}
+// volatile, or GCC reads the memory again for each shift
+inline Ints load_chunk(const uint8_t* p) { return *reinterpret_cast<const volatile __m512i_u*>(p); }
 inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
   return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1, p);
 }

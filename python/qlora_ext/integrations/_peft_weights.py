@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import warnings
@@ -18,7 +19,7 @@ from ..nn import Embedding4bit, Experts4bit, Packed4bit
 from ..weight import NF4Weight
 
 
-class MergesAnew:
+class MergesAnew(abc.ABC):
     """Put before a PEFT layer class: merging quantizes the sum of a 4-bit weight and its adapters anew."""
 
     merged_adapters: list[str]
@@ -31,9 +32,9 @@ class MergesAnew:
         layer: Packed4bit = self.get_base_layer()  # type: ignore[attr-defined]
         return layer
 
+    @abc.abstractmethod
     def decoded(self) -> Tensor:
         """The decoded weight in float32, in the dense weight's shape."""
-        raise NotImplementedError
 
     def merged_weight(self, names: list[str], safe_merge: bool = False) -> Tensor:
         """``decoded`` with the named adapters merged into it."""
@@ -55,9 +56,9 @@ class MergesAnew:
         names = check_adapters_to_merge(self, adapter_names)
         return [name for name in names if name in self.adapters()]
 
+    @abc.abstractmethod
     def adapters(self) -> Any:
         """The adapters of this layer by name."""
-        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into the 4-bit weight, which is quantized anew; ``unmerge`` gives back the old bits."""

@@ -28,7 +28,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import nn
 
 from ..fingerprint import fingerprint
-from ..nn import Linear4bit, layers_of
+from ..nn import Linear4bit, Packed4bit, layers_of
 from ._counting import hidden_parameters
 from ._peft_layers import LoraLinear4bit, Over4bit, create_over_4bit
 from ._peft_loftq import replace_lora_weights
@@ -138,7 +138,7 @@ def _is_4bit(model: nn.Module) -> bool:
 
 
 def _is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(m, Linear4bit) and m.is_sharded for m in model.modules())
+    return any(isinstance(m, Packed4bit) and m.is_sharded for m in model.modules())
 
 
 def _extend(owner: Any, name: str) -> Any:

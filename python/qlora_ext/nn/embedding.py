@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..weight import NF4Weight
 from .linear import Linear4bit
-from .packed import Packed4bit
+from .packed import PackedWeight4bit
 
 
 def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -51,7 +51,7 @@ def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     return out.reshape(*rows.shape, width)
 
 
-class Embedding4bit(Packed4bit, nn.Embedding):
+class Embedding4bit(PackedWeight4bit, nn.Embedding):
     """An embedding over a frozen NF4 table: ids [...] to rows [..., D], of which only those asked for are decoded.
 
     Its packed state is that of a ``Linear4bit`` whose weight is the table [V, D], with the same names and guarantees.
@@ -92,15 +92,6 @@ class Embedding4bit(Packed4bit, nn.Embedding):
     @property
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"weight": (self.num_embeddings, self.embedding_dim)}
-
-    @property
-    def weight4bit(self) -> NF4Weight:
-        """The packed state as one value; see ``packed_weight``."""
-        return self.packed_weight()
-
-    def set_weight(self, w4: NF4Weight) -> None:
-        """Takes ``w4`` (shape [V, D]) as the packed state, with its block sizes, scale form and device."""
-        self.set_packed("weight", w4)
 
     @classmethod
     def from_embedding(

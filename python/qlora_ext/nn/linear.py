@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import call_linear_nf4, draw_seed
-from ..weight import NF4Weight, quantize_nf4
-from .packed import Packed4bit
+from ..weight import quantize_nf4
+from .packed import PackedWeight4bit
 
 
-class Linear4bit(Packed4bit, nn.Linear):
+class Linear4bit(PackedWeight4bit, nn.Linear):
     """A linear layer over a frozen NF4 weight: y = x · dequantize(weight)ᵀ + bias, fused.
 
     The packed state is ``weight`` (uint8 [N, K/2]) and ``absmax``, parameters without gradient, and, double quantized,
@@ -55,16 +55,6 @@ class Linear4bit(Packed4bit, nn.Linear):
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"weight": (self.out_features, self.in_features)}
 
-    @property
-    def is_sharded(self) -> bool:
-        """Whether this process holds a part of the packed state only (FSDP2, between its uses)."""
-        return hasattr(self.weight, "full_tensor")
-
-    @property
-    def weight4bit(self) -> NF4Weight:
-        """The packed state as one value; see ``packed_weight``."""
-        return self.packed_weight()
-
     def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
         """As ``NF4Weight.packed_args``, without making one."""
         return (
@@ -75,10 +65,6 @@ class Linear4bit(Packed4bit, nn.Linear):
             self.block_size,
             self.nested_block_size,
         )
-
-    def set_weight(self, w4: NF4Weight) -> None:
-        """Takes ``w4`` (shape [N, K]) as the packed state, with its block sizes, scale form and device."""
-        self.set_packed("weight", w4)
 
     @classmethod
     def from_linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ def whole(t: Tensor) -> Tensor:
     return gathered
 
 
-class Packed4bit(nn.Module):
+class Packed4bit(nn.Module, abc.ABC):
     """A module with frozen NF4 weights.
 
     Each weight named in ``packed_shapes`` is uint8, with the scales ``scale_names``. It and its absmax are parameters
@@ -45,9 +46,9 @@ class Packed4bit(nn.Module):
     double_quant: bool
 
     @property
+    @abc.abstractmethod
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every 4-bit weight, as if it were dense, by the name of its parameter."""
-        raise NotImplementedError
 
     def _set_form(
         self, compute_dtype: torch.dtype, block_size: int, double_quant: bool, nested_block_size: int
@@ -136,9 +137,9 @@ class Packed4bit(nn.Module):
         """The 4-bit form that this module gives to a dense weight of its own."""
         return quantize_nf4(w, self.block_size, self.double_quant, self.nested_block_size)
 
+    @abc.abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The module that this one decodes to, in ``dtype`` or that of the weights that were quantized."""
-        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Nothing to draw: the weights are frozen and come from a checkpoint or a dense module."""
@@ -200,6 +201,19 @@ class Packed4bit(nn.Module):
             args[-1].append(str(error))
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class PackedWeight4bit(Packed4bit):
+    """A module whose one 4-bit weight is ``weight``."""
+
+    @property
+    def weight4bit(self) -> NF4Weight:
+        """The packed state as one value; see ``packed_weight``."""
+        return self.packed_weight()
+
+    def set_weight(self, w4: NF4Weight) -> None:
+        """Takes ``w4``, of the dense weight's shape, as the packed state; see ``set_packed``."""
+        self.set_packed("weight", w4)
 
 
 def layers_of(model: nn.Module) -> Iterable[tuple[str, Packed4bit]]:
