@@ -23,9 +23,12 @@ FORCED = os.environ.get("QLORA_CPU_ISA")
 ODD = [  # m, n, k, rank, block size, double quantization, dropout
     (0, 48, 64, 4, 64, True, 0.0),
     (1, 1, 1, 1, 64, True, 0.0),
+    (2, 130, 333, 16, 64, True, 0.0),
     (7, 1, 640, 1, 4096, True, 0.0),
+    (8, 77, 1030, 5, 64, True, 0.2),
     (16, 65, 200, 8, 32, False, 0.0),
     (17, 33, 63, 5, 32, True, 0.3),
+    (24, 60, 2240, 16, 64, True, 0.2),  # dx in strips wider than a dropout mask is drawn at once
     (33, 100, 100, 1, 64, False, 0.1),
     (63, 70, 192, 64, 128, True, 0.0),
     (64, 192, 256, 16, 64, True, 0.0),

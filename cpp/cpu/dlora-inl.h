@@ -26,7 +26,8 @@ void reduce_tokens(const Matrix<T>& low, int64_t rank, const Matrix<T>& in, int6
     load_rows<W>(low, 0, rank, t, tokens, rows);
     load_lanes<W, Order::kMemory>(in, t, tokens, column, columns, columns, lanes);
     const int depth = static_cast<int>(ceil_div(tokens, W::kElements));
-    multiply<W, kLowRankChain<T>>(rows, rank, lanes, columns, depth, block, true);
+    Ahead nothing;
+    multiply<W, kLowRankChain<T>>(rows, rank, lanes, columns, depth, block, true, nothing);
     add_block(block, count, sums, t == 0);
   }
   store_sums(sums);

@@ -12,6 +12,8 @@ namespace qlora::cpu {
 namespace avx512 {
 namespace {
 
+#include "cpp/cpu/scales-inl.h"
+
 #include "cpp/cpu/codec-inl.h"
 namespace panel {
 #include "cpp/cpu/mma_avx512.h"

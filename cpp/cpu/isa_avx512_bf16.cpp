@@ -14,6 +14,8 @@ namespace qlora::cpu {
 namespace avx512_bf16 {
 namespace {
 
+#include "cpp/cpu/scales-inl.h"
+
 #include "cpp/cpu/codec-inl.h"
 namespace panel {
 #include "cpp/cpu/mma_avx512.h"

@@ -9,6 +9,8 @@ namespace qlora::cpu {
 namespace scalar {
 namespace {
 
+#include "cpp/cpu/scales-inl.h"
+
 #include "cpp/cpu/codec-inl.h"
 namespace panel {
 #include "cpp/cpu/mma_scalar.h"

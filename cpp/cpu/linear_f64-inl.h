@@ -5,9 +5,9 @@
 #include "cpp/cpu/weight-inl.h"
 
 inline double weight_at(const Weight& w, int64_t i) {
-  float scale[2 * kLanes];
-  ScaleCursor(w.scales, i / w.scales.block_size).read(i / w.scales.block_size, 1, scale);
-  return double{kNf4.value[nf4_code_at(w.packed, i)] * scale[0]};
+  float scale;
+  read_scales(w.scales, i / w.scales.block_size, 1, &scale);
+  return double{kNf4.value[nf4_code_at(w.packed, i)] * scale};
 }
 
 inline bool dropped(const Dropout& d, int64_t index) {

@@ -17,6 +17,10 @@ inline int64_t shared_tokens(int64_t tokens, int64_t rank) {
 }
 
 inline constexpr int64_t kStripRows = 24;
+inline constexpr int64_t kStripScales = WeightTile::scale_floats(kStripRows, 2 * kDepth);
+inline constexpr int64_t kMostTokens = 256;  // of a task
+// Floats of a task: with its panels they stay in the second-level cache.
+inline constexpr int64_t kMostSums = 180 * 1024;
 
 // y[token .. token + tokens)[row .. row + rows), with h's first row at `first_token`. Weight rows are the broadcast
 // rows, tokens the lanes.
@@ -28,6 +32,7 @@ void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int6
   Word* const strip = arena.take<Word>(kStripRows * kDepth);
   Word* const lanes = arena.take<Word>(round_up(tokens, kLanes) * kDepth);
   float* const sums = arena.take<float>(rows * round_up(tokens, kLanes));
+  float* const scales = arena.take<float>(kStripScales);
   bool first = true;
 
   // A strip of rows is multiplied with all tokens while it is in the first-level cache.
@@ -35,11 +40,11 @@ void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int6
   const auto multiply_strips = [&](int depth, const auto& fill_strip) {
     for (int64_t r = 0; r < rows; r += strips.size) {
       const int64_t some_rows = at_most(strips.size, rows - r);
-      fill_strip(row + r, some_rows);
+      Ahead ahead = fill_strip(row + r, some_rows);
       for (int64_t t = 0; t < tokens; t += kTileLanes) {
         const int64_t some = at_most(tokens - t, kTileLanes);
         multiply<W, kChain<T>>(strip, some_rows, lanes + t * depth, some, depth, sums + t * rows + r * tile_width(some),
-                               first);
+                               first, ahead);
       }
     }
     first = false;
@@ -49,13 +54,20 @@ void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int6
   for (int64_t c = 0; c < p.w.k; c += blocks.size) {
     const int64_t columns = at_most(blocks.size, p.w.k - c);
     const int depth = transpose_lanes<W, Order::kDecoded>(x, token, tokens, c, columns, lanes);
-    multiply_strips(depth, [&](int64_t r, int64_t n) { decode_rows<W>(p.w, r, n, c, columns, strip); });
+    multiply_strips(depth, [&](int64_t r, int64_t n) {
+      decode_rows<W>(WeightTile(p.w, r, n, c, columns, scales), r, n, c, columns, strip);
+      return r + n < row + rows ? packed_ahead(p.w, r + n, n, c, columns)
+                                : packed_ahead(p.w, row, strips.size, c + columns, columns);
+    });
   }
   const Matrix<T> low{h, p.lora.rank}, b{static_cast<const T*>(p.lora.b), p.lora.rank};
   for (int64_t c = 0; c < p.lora.rank; c += kDepth * W::kElements) {
     const int64_t columns = at_most(kDepth * W::kElements, p.lora.rank - c);
     const int depth = transpose_lanes<W, Order::kMemory>(low, token - first_token, tokens, c, columns, lanes);
-    multiply_strips(depth, [&](int64_t r, int64_t n) { load_rows<W>(b, r, n, c, columns, strip); });
+    multiply_strips(depth, [&](int64_t r, int64_t n) {
+      load_rows<W>(b, r, n, c, columns, strip);
+      return Ahead();
+    });
   }
   if (first) __builtin_memset(sums, 0, static_cast<size_t>(rows * round_up(tokens, kLanes)) * sizeof(float));
   const T* bias = p.bias ? static_cast<const T*>(p.bias) + row : nullptr;
@@ -68,8 +80,7 @@ void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int6
 
 template <class W, class T>
 void linear(const Pool& pool, const LinearProblem& p) {
-  constexpr int64_t kMostRows = 360, kMostTokens = 512;
-  static_assert((kStripRows * kDepth + kMostTokens * kDepth + kMostRows * kMostTokens) * 4 <= kTaskBytes);
+  static_assert((kStripRows * kDepth + kMostTokens * kDepth + kMostSums + kStripScales) * 4 <= kTaskBytes);
   const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   T* const h = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
   for (int64_t first = 0; first < p.m; first += some) {
@@ -80,7 +91,9 @@ void linear(const Pool& pool, const LinearProblem& p) {
       project<W, Factor::kRankByFeature>(pool, x, first, tokens, p.w.k, a, 0, p.lora.rank, p.lora.scaling,
                                          Projected<T>{h, p.lora.rank, 1});
     }
-    const Grid grid = make_grid(pool.threads, p.w.n, kMostRows, kAccumulators / 2, tokens, kMostTokens);
+    constexpr int64_t kUnit = kAccumulators / 2;
+    const int64_t most_rows = kMostSums / at_most(round_up(tokens, kTileLanes), kMostTokens) / kUnit * kUnit;
+    const Grid grid = make_grid(pool.threads, p.w.n, most_rows, kUnit, tokens, kMostTokens);
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
@@ -98,62 +111,83 @@ inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t toke
   const Scale keep_scale(d.keep_scale);
   const F all = splat(1.0f);
   for (int64_t t = 0; t < tokens; ++t) {
-    const Mask mask(d, (token + t) * k + column, columns);
-    for (int64_t c = 0; c < columns; c += kGroup) {
-      F kept[4];
-      unroll<4>([&](auto q) { kept[q.value] = mask(all, c + q.value * kLanes); });
-      memory_to_decoded_order(kept);
-      unroll<4>([&](auto q) {
-        float* s = sums + (c + q.value / 2 * kTileLanes) * tokens + t * kTileLanes + q.value % 2 * kLanes;
-        store(s, keep_scale(mul(load(s), kept[q.value])));
-      });
+    for (int64_t first = 0; first < columns; first += Mask::kMax) {
+      const Mask mask(d, (token + t) * k + column + first, at_most(columns - first, Mask::kMax));
+      for (int64_t c = first; c < columns && c < first + Mask::kMax; c += kGroup) {
+        F kept[4];
+        unroll<4>([&](auto q) { kept[q.value] = mask(all, c - first + q.value * kLanes); });
+        memory_to_decoded_order(kept);
+        unroll<4>([&](auto q) {
+          float* s = sums + (c + q.value / 2 * kTileLanes) * tokens + t * kTileLanes + q.value % 2 * kLanes;
+          store(s, keep_scale(mul(load(s), kept[q.value])));
+        });
+      }
     }
   }
 }
 
+// How many columns a task takes, and the pieces it decodes: with few tokens, as much at a time as the first-level cache
+// holds. With many, decoding hardly counts, and deeper pieces add to the sums less often.
+struct DxShape {
+  int64_t most_columns, piece_columns, piece_depth;
+
+  constexpr int64_t scale_floats() const { return WeightTile::scale_floats(2 * piece_depth, most_columns); }
+  constexpr int64_t floats(int64_t tokens) const {
+    return tokens * kDepth + piece_columns * piece_depth + tokens * most_columns + scale_floats();
+  }
+};
 inline constexpr int64_t kFewTokens = 64;
+inline constexpr DxShape kFewTokensShape{2048, 2 * kGroup, 64}, kManyTokensShape{512, 2 * kGroup, kDepth / 2};
+static_assert(kFewTokensShape.floats(kFewTokens) * 4 <= kTaskBytes);
+static_assert(kManyTokensShape.floats(kMostTokens) * 4 <= kTaskBytes);
 
 // dx[token .. token + tokens)[column .. column + columns), with g's first row at `first_token`. Tokens are the
 // broadcast rows, columns the lanes. The low-rank product comes first, since dropout acts on it alone.
 template <class W, class T>
-void backward_block(const LinearDxProblem& p, const T* g, int64_t first_token, int64_t token, int64_t tokens,
-                    int64_t column, int64_t columns) {
+void backward_block(const LinearDxProblem& p, const DxShape& shape, const T* g, int64_t first_token, int64_t token,
+                    int64_t tokens, int64_t column, int64_t columns) {
   using Word = typename W::Word;
   const int64_t width = round_up(columns, kGroup);
   Arena arena;
   Word* const gradients = arena.take<Word>(tokens * kDepth);
-  Word* const lanes = arena.take<Word>(width * kDepth);
+  Word* const lanes = arena.take<Word>(shape.piece_columns * shape.piece_depth);
   float* const sums = arena.take<float>(tokens * width);
+  float* const scales = arena.take<float>(shape.scale_floats());
   bool first = true;
 
+  const Cut pieces = cut(columns, shape.piece_columns, kGroup);
+  Ahead nothing;
   const Matrix<T> low{g, p.lora.rank}, a{static_cast<const T*>(p.lora.a), p.w.k};
-  for (int64_t r = 0; r < p.lora.rank; r += kDepth * W::kElements, first = false) {
-    const int64_t ranks = at_most(kDepth * W::kElements, p.lora.rank - r);
+  for (int64_t r = 0; r < p.lora.rank; r += shape.piece_depth * W::kElements, first = false) {
+    const int64_t ranks = at_most(shape.piece_depth * W::kElements, p.lora.rank - r);
     load_rows<W>(low, token - first_token, tokens, r, ranks, gradients);
-    load_lanes<W, Order::kDecoded>(a, r, ranks, column, columns, width, lanes);
-    multiply<W, kChain<T>>(gradients, tokens, lanes, width, static_cast<int>(ceil_div(ranks, W::kElements)), sums,
-                           first);
+    for (int64_t c = 0; c < columns; c += pieces.size) {
+      const int64_t some = at_most(pieces.size, columns - c), some_lanes = round_up(some, kGroup);
+      load_lanes<W, Order::kDecoded>(a, r, ranks, column + c, some, some_lanes, lanes);
+      multiply<W, kChain<T>>(gradients, tokens, lanes, some_lanes, static_cast<int>(ceil_div(ranks, W::kElements)),
+                             sums + c * tokens, first, nothing);
+    }
   }
   if (p.lora.rank && p.lora.dropout.active()) drop_sums(p.lora.dropout, sums, token, tokens, p.w.k, column, columns);
 
-  // With few tokens, as much is decoded at a time as the first-level cache holds. With many, decoding hardly counts,
-  // and deeper pieces add to the sums less often.
-  const bool few = tokens <= kFewTokens;
-  const Cut pieces = cut(columns, few ? 2 * kGroup : columns, kGroup);
   const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n};
   const Cut blocks = cut(p.w.n, kDepth * W::kElements, W::kElements);
   for (int64_t n = 0; n < p.w.n; n += blocks.size) {
     const int64_t block_rows = at_most(blocks.size, p.w.n - n);
     load_rows<W>(dy, token, tokens, n, block_rows, gradients);
-    const Cut slices = cut(block_rows, (few ? 64 : kDepth) * W::kElements, W::kElements);
+    const Cut slices = cut(block_rows, shape.piece_depth * W::kElements, W::kElements);
     for (int64_t s = 0; s < block_rows; s += slices.size, first = false) {
       const int64_t rows = at_most(slices.size, block_rows - s);
       const int depth = static_cast<int>(ceil_div(rows, W::kElements));
+      const WeightTile tile(p.w, n + s, rows, column, columns, scales);
       for (int64_t c = 0; c < columns; c += pieces.size) {
         const int64_t some = at_most(pieces.size, columns - c), some_lanes = round_up(some, kGroup);
-        decode_lanes<W>(p.w, n + s, rows, column + c, some, lanes);
-        multiply<W, kChain<T>>(gradients + s / W::kElements, tokens, lanes, some_lanes, depth, sums + c * tokens,
-                               first);
+        decode_lanes<W>(tile, n + s, rows, column + c, some, lanes);
+        Ahead ahead = c + some < columns
+                          ? packed_ahead(p.w, n + s, rows, column + c + some, at_most(some, columns - c - some))
+                          : packed_ahead(p.w, n + s + rows, slices.size, column, pieces.size);
+        multiply<W, kChain<T>>(gradients + s / W::kElements, tokens, lanes, some_lanes, depth, sums + c * tokens, first,
+                               ahead);
       }
     }
   }
@@ -171,8 +205,8 @@ void backward_block(const LinearDxProblem& p, const T* g, int64_t first_token, i
 
 template <class W, class T>
 void linear_dx(const Pool& pool, const LinearDxProblem& p) {
-  constexpr int64_t kMostColumns = 256, kMostTokens = 512;
-  static_assert((kMostTokens * kDepth + kMostColumns * kDepth + kMostTokens * kMostColumns) * 4 <= kTaskBytes);
+  // By the whole problem, not by the task, since the order of the sums depends on it.
+  const DxShape& shape = p.m <= kFewTokens ? kFewTokensShape : kManyTokensShape;
   const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   T* const g = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
   for (int64_t first = 0; first < p.m; first += some) {
@@ -182,11 +216,11 @@ void linear_dx(const Pool& pool, const LinearDxProblem& p) {
       project<W, Factor::kFeatureByRank>(pool, dy, first, tokens, p.w.n, b, 0, p.lora.rank, p.lora.scaling,
                                          Projected<T>{g, p.lora.rank, 1});
     }
-    const Grid grid = make_grid(pool.threads, p.w.k, kMostColumns, kGroup, tokens, kMostTokens);
+    const Grid grid = make_grid(pool.threads, p.w.k, shape.most_columns, kGroup, tokens, kMostTokens);
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-        backward_block<W, T>(p, g, first, first + token, at_most(grid.tokens.size, tokens - token), column,
+        backward_block<W, T>(p, shape, g, first, first + token, at_most(grid.tokens.size, tokens - token), column,
                              at_most(grid.rows.size, p.w.k - column));
       }
     };

@@ -49,11 +49,22 @@ void backward(const Pool& pool, const LinearDxProblem& p) {
   pool(chunks, grain, body);
 }
 
+// The panels are ahead sooner where they multiply bfloat16 in pairs, and dx's where rows of W start inside a lane
+// (bench/cliffs.py).
+inline bool panels_dot([[maybe_unused]] DType dtype) {
+#if QLORA_BF16_DOT
+  return dtype == DType::kBFloat16 && prefers_bf16_dot();
+#else
+  return false;
+#endif
+}
+
 bool linear_small(const Pool& pool, const LinearProblem& p) {
-  if (p.m == 0 || p.m > kSmallRows || p.w.n == 0 || p.w.k == 0) return false;
+  const int64_t most_rows = panels_dot(p.dtype) ? 13 : kSmallRows;
+  if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:
-      return false;
+      return p.m <= kMaxFloatRows && forward<float>(pool, p, 0);
     case DType::kBFloat16:
       return forward<bfloat16>(pool, p, 0);
     case DType::kFloat16:
@@ -64,8 +75,7 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
   return false;
 }
 bool linear_dx_small(const Pool& pool, const LinearDxProblem& p) {
-  // Where rows of W start inside a lane, the panels are the faster ones sooner (bench/cliffs.py).
-  const int64_t most_rows = p.w.k % kLaneWeights == 0 ? kSmallRows : 6;
+  const int64_t most_rows = p.w.k % kLaneWeights || panels_dot(p.dtype) ? 6 : kSmallRows;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:

@@ -140,13 +140,6 @@ inline F lookup(const Table& t, Codes c) {
                           _mm256_castsi256_ps(sign));
 }
 
-// table[codes[i]] for `count` codes; nothing beyond them is read.
-inline F look_up(const float* table, const uint8_t* codes, int count) {
-  float some[kLanes] = {};
-  for (int i = 0; i < count; ++i) some[i] = table[codes[i]];
-  return load(some);
-}
-
 // Elements 4i + j of a group that begins `offset` elements into a block of 2^shift, times the scales of the blocks they
 // lie in; those from `valid` on are zero.
 template <int j>
@@ -198,7 +191,7 @@ struct WordF32 {
 
   // A group of a row, decoded: vector j lane i is element 4i + j, in this order in memory.
   template <class Row>
-  static void decode_row(Row& row, int64_t column, Word* out) {
+  static void decode_row(const Row& row, int64_t column, Word* out) {
     F v[4];
     row.decode(column, v);
     store_decoded_row(v, out);

@@ -134,13 +134,6 @@ inline F lookup(const Table& t, Codes c) {
   return _mm512_permutexvar_ps(nibble<j>(c), t.value);
 }
 
-// table[codes[i]] for `count` codes; nothing beyond them is read.
-inline F look_up(const float* table, const uint8_t* codes, int count) {
-  const __mmask16 these = static_cast<__mmask16>((1u << count) - 1);
-  const U index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(these, codes));
-  return _mm512_mask_i32gather_ps(zero(), these, index, table, 4);
-}
-
 // Elements 4i + j of a group that begins `offset` elements into a block of 2^shift, times the scales of the blocks they
 // lie in; those from `valid` on are zero.
 template <int j>
@@ -193,7 +186,7 @@ struct WordF32 {
 
   // A group of a row, decoded: vector j lane i is element 4i + j, in this order in memory.
   template <class Row>
-  static void decode_row(Row& row, int64_t column, Word* out) {
+  static void decode_row(const Row& row, int64_t column, Word* out) {
     F v[4];
     row.decode(column, v);
     store_decoded_row(v, out);

@@ -12,6 +12,19 @@ struct WordBf16 {
   static Vector broadcast(const Word* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static F multiply_add(Vector a, Vector b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
+  // The words of up to 2 * kLanes elements, bit for bit: of neighbours, or (decoded) of elements 4i, 4i + 2 and 4i + 1,
+  // 4i + 3, as decode_row pairs them.
+  template <bool decoded>
+  static F load_pairs(const bfloat16* p, int64_t count) {
+    const __mmask32 these = count >= 2 * kLanes ? 0xFFFFFFFFu : count > 0 ? (1u << count) - 1 : 0u;
+    U pairs = _mm512_maskz_loadu_epi16(these, p);
+    if constexpr (decoded) {
+      const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+      pairs = _mm512_shuffle_epi8(pairs, _mm512_broadcast_i32x4(order));
+    }
+    return _mm512_castsi512_ps(pairs);
+  }
+
   // Words of an element of `first` and the one of `second` in the same lane, both already bfloat16 values.
   static Vector pair(F first, F second) {
     return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
@@ -27,7 +40,7 @@ struct WordBf16 {
 
   // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
   template <class Row>
-  static void decode_row(Row& row, int64_t column, Word* out) {
+  static void decode_row(const Row& row, int64_t column, Word* out) {
     const F values = row.table(column).value;
     const U table = (U)_mm512_cvtne2ps_pbh(values, values);  // twice, so that bit 4 of an index does not matter
     const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.packed(column))));
@@ -41,7 +54,7 @@ struct WordBf16 {
 
   // Groups of two rows, decoded to words (row, next row) of element 4i + j in vector j, lane i.
   template <class Row>
-  static void decode_two_rows(Row& row, Row& next, int64_t column, Vector (&out)[4]) {
+  static void decode_two_rows(const Row& row, const Row& next, int64_t column, Vector (&out)[4]) {
     const U table = (U)_mm512_cvtne2ps_pbh(next.table(column).value, row.table(column).value);
     const U codes =
         _mm512_or_si512(load_codes(row.packed(column)), _mm512_slli_epi32(load_codes(next.packed(column)), 16));

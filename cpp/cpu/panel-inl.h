@@ -11,9 +11,9 @@
 inline constexpr int kGroup = 4 * kLanes;
 enum class Order { kMemory, kDecoded };
 
-inline int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A row-major matrix, with or without dropout of its elements.
 template <class T>
@@ -67,6 +67,14 @@ void load_rows(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, in
                typename W::Word* panel) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* in = m.at(row + i, column);
+    if constexpr (W::kElements == 2) {
+      if (!m.dropout.active()) {
+        for (int64_t c = 0; c < columns; c += 2 * kLanes)
+          store(reinterpret_cast<float*>(panel + i * kDepth + c / 2),
+                W::template load_pairs<false>(in + c, columns - c));
+        continue;
+      }
+    }
     const Mask mask(m.dropout, (row + i) * m.stride + column, columns);
     for (int64_t c = 0; c < columns; c += kLanes)
       W::store_elements(panel + i * kDepth, c, mask(load_some(in + c, columns - c), c));
@@ -134,39 +142,52 @@ void load_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, i
   }
 }
 
+// A vector of words of a row, as they lie in memory or as a group is decoded: words in memory order, but each of
+// elements that are decoded to one word.
+template <class W, Order order, class T>
+inline F row_words(const T* p, int64_t count) {
+  if constexpr (W::kElements == 1) {
+    return load_some(p, count);
+  } else {
+    return W::template load_pairs<order == Order::kDecoded>(p, count);
+  }
+}
+
+// Where in decoded order word `word` of a group is.
+template <class W>
+constexpr int decoded_word(int word) {
+  constexpr int kVectors = 4 / W::kElements;  // that a group decodes to
+  return word % kVectors * kLanes + word / kVectors;
+}
+
 // Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the rows. The
 // sum is over columns, in `order`. Returns the depth in words: whole vectors or groups, filled with zeros.
 template <class W, Order order, class T>
 int transpose_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     typename W::Word* panel) {
+  constexpr int kStep = kLanes * W::kElements;  // elements a vector of words holds
   const int64_t elements = round_up(columns, order == Order::kDecoded ? kGroup : kLanes);
   const int64_t depth = elements / W::kElements;
   for (int64_t first = 0; first < rows; first += kLanes) {
     const int64_t tile = first & -kTileLanes, width = tile_width(rows - tile);
     typename W::Word* out = panel + tile * depth + (first - tile);
-    for (int64_t c = 0; c < elements; c += kLanes) {
+    for (int64_t c = 0; c < elements; c += kStep) {
       F v[kLanes];
-      if (first + kLanes <= rows && c + kLanes <= columns) {
+      if (first + kLanes <= rows && c + kStep <= columns) {
         const T* in = m.at(row + first, column + c);
-        unroll<kLanes>([&](auto i) { v[i.value] = load(in + i.value * m.stride); });
+        unroll<kLanes>([&](auto i) { v[i.value] = row_words<W, order>(in + i.value * m.stride, kStep); });
       } else {
         for (int i = 0; i < kLanes; ++i)
-          v[i] = first + i < rows ? load_some(m.at(row + first + i, column + c), columns - c) : zero();
+          v[i] = first + i < rows ? row_words<W, order>(m.at(row + first + i, column + c), columns - c) : zero();
       }
       transpose(v);
-      const int64_t group = c & -kGroup, within = c % kGroup;  // elements; c is element `within` of its group
-      unroll<kLanes / W::kElements>([&](auto index) {
-        constexpr int i = index.value * W::kElements;
-        if constexpr (W::kElements == 1) {
-          const int64_t word = order == Order::kMemory ? c + i : group + i % 4 * kLanes + within / 4 + i / 4;
-          W::store(out + word * width, v[i]);
-        } else if constexpr (order == Order::kMemory) {
-          W::store(out + (c + i) / 2 * width, W::pair(v[i], v[i + 1]));
-        } else {  // elements 4i, 4i + 2 of the group in its first vector of words, 4i + 1, 4i + 3 in its second
-          constexpr int e = i & ~3, second = (i >> 1) & 1;
-          const int64_t word = group / 2 + second * kLanes + within / 4 + e / 4;
-          W::store(out + word * width, W::pair(v[e + second], v[e + second + 2]));
-        }
+      const int64_t group = c & -kGroup;
+      const int within = static_cast<int>(c % kGroup) / W::kElements;  // words before c in its group
+      unroll<kLanes>([&](auto i) {
+        const int64_t word = order == Order::kMemory
+                                 ? c / W::kElements + i.value
+                                 : group / W::kElements + decoded_word<W>(i.value) + decoded_word<W>(within);
+        if (word < depth) store(reinterpret_cast<float*>(out + word * width), v[i.value]);
       });
     }
   }

@@ -39,7 +39,8 @@ void project_block(const Matrix<T>& in, int64_t features, const Matrix<T>& facto
       } else {
         load_lanes<W, Order::kMemory>(factor, f, columns, first_rank + r, ranks, ranks, lanes);
       }
-      multiply<W, kLowRankChain<T>>(rows, tokens, lanes, ranks, depth, block, true);
+      Ahead nothing;
+      multiply<W, kLowRankChain<T>>(rows, tokens, lanes, ranks, depth, block, true, nothing);
       add_block(block, tokens * tile_width(ranks), sums + r * tokens, f == 0);
     }
   }

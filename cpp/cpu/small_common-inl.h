@@ -26,23 +26,16 @@ class ScaleReader {
   int64_t granule() const { return granule_; }
   int log2_granule() const { return log2_granule_; }
 
-  // out[i] = the scale of granule first + i; each is followed by kLanes zeros, so that a whole vector may be loaded.
-  // Not for the vectorizer: it would gather with a dozen moves between register files an element.
-  [[gnu::noinline, gnu::optimize("no-tree-vectorize")]] void read(int64_t first, int64_t count, float* out) {
-    if (scales_.absmax) {
-      for (int64_t i = 0; i < count; ++i) out[i] = scales_.absmax[(first + i) >> log2_split_];
-    } else if (log2_split_ == 0) {
-      for (int64_t done = 0; done < count;) {
-        select_group(first + done);
-        const int64_t last = last_of_group(first + count) - first;
-        for (; done < last; ++done) out[done] = table_[scales_.codes[first + done]];
-      }
+  // out[i] = the scale of granule first + i; after them are kLanes zeros, so that a whole vector may be loaded.
+  void read(int64_t first, int64_t count, float* out) const {
+    if (log2_split_ == 0) {
+      read_scales(scales_, first, count, out);
     } else {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t block = (first + i) >> log2_split_;
-        select_group(block);
-        out[i] = table_[scales_.codes[block]];
-      }
+      // Into the end of the same array, from where each is copied to its granules, the last ones last.
+      const int64_t first_block = first >> log2_split_, blocks = ((first + count - 1) >> log2_split_) + 1 - first_block;
+      float* const of_block = out + (count - blocks);
+      if (count) read_scales(scales_, first_block, blocks, of_block);
+      for (int64_t i = 0; i < count; ++i) out[i] = of_block[((first + i) >> log2_split_) - first_block];
     }
     store(out + count, zero());
   }
@@ -66,24 +59,9 @@ class ScaleReader {
   }
 
  private:
-  // Makes the 256 scales that the codes of a block's nested group stand for.
-  void select_group(int64_t block) {
-    const int64_t group = block / scales_.nested_block_size;
-    if (group == group_) return;
-    group_ = group;
-    const Floats scale = splat(scales_.nested_absmax[group]);
-    const Floats offset = splat(*scales_.nested_offset);
-    for (int i = 0; i < 256; i += kLanes) store(table_ + i, add(mul(load(kDynamic8.value + i), scale), offset));
-  }
-  int64_t last_of_group(int64_t end) const {
-    const int64_t last = (group_ + 1) * scales_.nested_block_size;
-    return last < end ? last : end;
-  }
-
   const Scales scales_;
-  int64_t granule_, group_ = -1;
+  int64_t granule_;
   int log2_granule_, log2_split_;
-  alignas(64) float table_[256];
 };
 
 // Carves a scratch buffer into 64-byte aligned arrays. First run it without a buffer to learn the size.

@@ -97,7 +97,7 @@ class FloatDx {
   }
 
   // Rows n, n + period, ... of W, chunks first .. first + count - 1.
-  [[gnu::flatten]] void tile(int64_t n, int64_t first, int64_t count, ScaleReader& reader, int64_t scale_stride,
+  [[gnu::flatten]] void tile(int64_t n, int64_t first, int64_t count, const ScaleReader& reader, int64_t scale_stride,
                              const Memory& memory) const {
     const int64_t period = rows_.period, left = ceil_div(p_.w.n - n, period), weights = p_.w.k + rows_.shift(n);
     const int64_t tile_rows = left < kDxTileRows ? left : kDxTileRows;

@@ -62,7 +62,7 @@ class IntDx {
   }
 
   // Fills pairs, and the value of their unit for each row of dy. The unit depends on whole rows of W, not on the strip.
-  void weigh(int64_t n, int64_t first, int64_t blocks, int64_t stride, ScaleReader& reader,
+  void weigh(int64_t n, int64_t first, int64_t blocks, int64_t stride, const ScaleReader& reader,
              const Memory& memory) const {
     const int64_t rows = p_.w.n - n < kDxTileRows ? p_.w.n - n : kDxTileRows;
     const int64_t scale_stride = stride + kLanes;

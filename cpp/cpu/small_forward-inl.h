@@ -7,35 +7,77 @@
 inline constexpr int kTileRows = kLanes;
 inline constexpr int64_t kChunkBytes = kChunk / 2;
 
-// x is rounded to 15 bits of the largest in each of its blocks (a few hundred values) and multiplied by integer codes,
-// exactly in int32 over a lane's eight weights: an error below a tenth of what rounding the weights to bfloat16 would
-// make, and an eighth of a float32 decode's work.
-inline Floats product(const IntCodes& codes, const int16_t* x) {
-  Ints sum = dot(codes.v[0], load_pairs(x));
-  unroll<3>([&](auto i) { sum = dot(sum, codes.v[i + 1], load_pairs(x + (i + 1) * 2 * kLanes)); });
-  return to_floats(sum);
-}
+// How a chunk of codes meets x, with x arranged in the order in which codes are decoded.
+//
+// For 16-bit types x is rounded to 15 bits of the largest in each of its blocks (a few hundred values) and multiplied
+// by integer codes, exactly in int32 over a lane's eight weights: an error below a tenth of what rounding the weights
+// to bfloat16 would make, and an eighth of a float32 decode's work.
+struct IntProducts {
+  using X = int16_t;
+  static constexpr int kMaxRows = kMaxIntRows;
 
-// x of one block, in order -> the order in which the codes come, a chunk every `stride` integers. Returns what sums are
-// to be multiplied by.
-inline float arrange(const float* x, int64_t chunks, int64_t stride, int16_t* out) {
-  Ints seen = round_to_ints(zero());
-  for (int64_t c = 0; c < chunks * kChunk; c += kLanes) seen = max_bits(seen, load(x + c));
-  uint32_t bits[kLanes], largest_bits = 0;
-  __builtin_memcpy(bits, &seen, sizeof(bits));
-  for (uint32_t b : bits) largest_bits = b > largest_bits ? b : largest_bits;
-  if (largest_bits >= 0x7F800000u) return bits_float(0x7FC00000u);  // an infinity or NaN makes the sums NaN
-  // Below the clamp, far under what a 16-bit y can resolve, the reciprocal would overflow.
-  const float largest = bits_float(largest_bits) > 1e-33f ? bits_float(largest_bits) : 1e-33f;
-  const Floats inverse = splat(32767.0f / largest);
-  for (int64_t c = 0; c < chunks; ++c) {
-    Ints rounded_x[kLaneWeights];
-    for (int i = 0; i < kLaneWeights; ++i)
-      rounded_x[i] = round_to_ints(mul(load(x + c * kChunk + i * kLanes), inverse));
-    store_in_code_order(rounded_x, out + c * stride);
+  IntCodebook book{kIntCodes.value};
+  using Codes = IntCodes;
+  Codes codes(Ints chunk) const { return decode(chunk, book); }
+
+  static Floats product(const Codes& codes, const X* x) {
+    Ints sum = dot(codes.v[0], load_pairs(x));
+    unroll<3>([&](auto i) { sum = dot(sum, codes.v[i + 1], load_pairs(x + (i + 1) * 2 * kLanes)); });
+    return to_floats(sum);
   }
-  return static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
-}
+
+  // x of one block, in memory order -> a chunk every `stride` elements. Returns what sums are to be multiplied by.
+  static float arrange(const float* x, int64_t chunks, int64_t stride, X* out) {
+    Ints seen = round_to_ints(zero());
+    for (int64_t c = 0; c < chunks * kChunk; c += kLanes) seen = max_bits(seen, load(x + c));
+    uint32_t bits[kLanes], largest_bits = 0;
+    __builtin_memcpy(bits, &seen, sizeof(bits));
+    for (uint32_t b : bits) largest_bits = b > largest_bits ? b : largest_bits;
+    if (largest_bits >= 0x7F800000u) return bits_float(0x7FC00000u);  // an infinity or NaN makes the sums NaN
+    // Below the clamp, far under what a 16-bit y can resolve, the reciprocal would overflow.
+    const float largest = bits_float(largest_bits) > 1e-33f ? bits_float(largest_bits) : 1e-33f;
+    const Floats inverse = splat(32767.0f / largest);
+    for (int64_t c = 0; c < chunks; ++c) {
+      Ints rounded_x[kLaneWeights];
+      for (int i = 0; i < kLaneWeights; ++i)
+        rounded_x[i] = round_to_ints(mul(load(x + c * kChunk + i * kLanes), inverse));
+      store_in_code_order(rounded_x, out + c * stride);
+    }
+    return static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
+  }
+};
+
+// For float32, exact products.
+struct FloatProducts {
+  using X = float;
+  static constexpr int kMaxRows = kMaxFloatRows;
+
+  FloatCodebook book{kNf4.value};
+  using Codes = FloatCodes;
+  Codes codes(Ints chunk) const { return decode(chunk, book); }
+
+  static Floats product(const Codes& codes, const X* x) {
+    Floats sum = mul(codes.v[0], load(x));
+    unroll<kLaneWeights - 1>([&](auto i) { sum = fma(codes.v[i + 1], load(x + (i + 1) * kLanes), sum); });
+    return sum;
+  }
+
+  static float arrange(const float* x, int64_t chunks, int64_t stride, X* out) {
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int s = 0; s < kLaneWeights; ++s)
+        for (int lane = 0; lane < kLanes; ++lane)
+          out[c * stride + s * kLanes + lane] = x[c * kChunk + lane * kLaneWeights + (s ^ 1)];
+    return 1.0f;
+  }
+};
+template <class T>
+struct ProductsFor {
+  using type = IntProducts;
+};
+template <>
+struct ProductsFor<float> {
+  using type = FloatProducts;
+};
 
 // Rows of x go through the kernel in groups of equal size, as many as the registers can sum.
 struct RowGroups {
@@ -45,6 +87,7 @@ struct RowGroups {
   int64_t rows(int64_t group) const { return first(group + 1) - first(group); }
 };
 
+template <class Products>
 struct ForwardPlan {
   Rows rows;
   RowGroups groups;
@@ -52,10 +95,12 @@ struct ForwardPlan {
   int64_t block_chunks;  // chunks of a block of x: with all rows of a group it takes a third of the L1 cache
   int64_t blocks;
 
-  ForwardPlan(int64_t m, int64_t k) : rows(k), groups(m, kMaxIntRows), chunks(ceil_div(k + rows.max_shift(), kChunk)) {
+  ForwardPlan(int64_t m, int64_t k)
+      : rows(k), groups(m, Products::kMaxRows), chunks(ceil_div(k + rows.max_shift(), kChunk)) {
     const int64_t most_rows = ceil_div(m, groups.count);
     int64_t weights = 1024;
-    while (weights > 256 && weights * most_rows * static_cast<int64_t>(sizeof(int16_t)) > 16384) weights /= 2;
+    while (weights > 256 && weights * most_rows * static_cast<int64_t>(sizeof(typename Products::X)) > 16384)
+      weights /= 2;
     block_chunks = weights / kChunk;
     blocks = ceil_div(chunks, block_chunks);
   }
@@ -64,15 +109,16 @@ struct ForwardPlan {
   int64_t copy_scales() const { return groups.m * blocks; }
 };
 
+template <class Products>
 struct PreparedX {
-  int16_t* x;
+  typename Products::X* x;
   float* scale;
   float* h;  // [m, padded rank], or null
 };
 
 // Row i of x, arranged for every shift that rows of W have.
-template <class T>
-void prepare_row(const ForwardPlan& plan, const T* x, int64_t i, const PreparedX& out) {
+template <class Products, class T>
+void prepare_row(const ForwardPlan<Products>& plan, const T* x, int64_t i, const PreparedX<Products>& out) {
   int64_t group = 0;
   while (plan.groups.first(group + 1) <= i) ++group;
   const int64_t first = plan.groups.first(group), rows = plan.groups.rows(group), k = plan.rows.k;
@@ -89,9 +135,10 @@ void prepare_row(const ForwardPlan& plan, const T* x, int64_t i, const PreparedX
         const int64_t left = k - begin - p;
         store(block + p, left > 0 ? load(x + i * k + begin + p, left) : zero());
       }
-      int16_t* to = out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * rows + i - first) * kChunk;
+      typename Products::X* to =
+          out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * rows + i - first) * kChunk;
       out.scale[copy * plan.copy_scales() + first * plan.blocks + b * rows + i - first] =
-          arrange(block, chunks, rows * kChunk, to);
+          Products::arrange(block, chunks, rows * kChunk, to);
     }
   }
 }
@@ -108,23 +155,23 @@ struct Stretch {
 
 // sums[i] += sum over blocks of scale_of_x[block][i] * (row of W · x[i]), lane by lane, for kRows rows of x. The first
 // chunk starts in the granule whose scale comes first.
-template <int kRows>
-[[gnu::always_inline]] inline void accumulate(const Stretch& stretch, const IntCodebook& book, const uint8_t* packed,
-                                              const float* scales, Ints granules, const int16_t* x,
+template <int kRows, class Products>
+[[gnu::always_inline]] inline void accumulate(const Stretch& stretch, const Products& products, const uint8_t* packed,
+                                              const float* scales, Ints granules, const typename Products::X* x,
                                               const float* scale_of_x, float* sums) {
   for (int64_t blocks_left = stretch.blocks; blocks_left > 0; --blocks_left, scale_of_x += kRows) {
     Floats acc[kRows];
     unroll<kRows>([&](auto i) { acc[i] = zero(); });
-    const auto meet = [&](const IntCodes& codes, Floats scale) {
-      unroll<kRows>([&](auto i) { acc[i] = fma(product(codes, x + i * kChunk), scale, acc[i]); });
+    const auto meet = [&](const typename Products::Codes& codes, Floats scale) {
+      unroll<kRows>([&](auto i) { acc[i] = fma(Products::product(codes, x + i * kChunk), scale, acc[i]); });
     };
     for (int64_t c = blocks_left == 1 ? stretch.last_chunks : stretch.block_chunks; c > 0; --c) {
       __builtin_prefetch(packed + stretch.prefetch_ahead, 0, 2);
-      meet(decode(load_chunk(packed), book), lane_scales(scales, granules));
+      meet(products.codes(load_chunk(packed)), lane_scales(scales, granules));
       packed += kChunkBytes, scales += stretch.granules_per_chunk, x += kRows * kChunk;
     }
     if (blocks_left == 1 && stretch.tail_weights) {
-      meet(decode(load_chunk(packed, ceil_div(stretch.tail_weights, 2)), book),
+      meet(products.codes(load_chunk(packed, ceil_div(stretch.tail_weights, 2))),
            lane_scales(scales, granules, ceil_div(stretch.tail_weights, kLaneWeights)));
     }
     unroll<kRows>([&](auto i) {
@@ -137,7 +184,9 @@ template <int kRows>
 template <class T>
 class Forward {
  public:
-  Forward(const LinearProblem& p, const ForwardPlan& plan, const PreparedX& x) : p_(p), plan_(plan), x_(x) {}
+  using Products = typename ProductsFor<T>::type;
+  using Plan = ForwardPlan<Products>;
+  Forward(const LinearProblem& p, const Plan& plan, const PreparedX<Products>& x) : p_(p), plan_(plan), x_(x) {}
 
   static int64_t super_rows(const Rows& rows) { return int64_t{kTileRows} * rows.period; }
   static int64_t scale_floats(const LinearProblem& p, const Rows& rows) {
@@ -146,9 +195,10 @@ class Forward {
 
   // Super-tiles (`period` tiles whose rows interleave) begin .. end - 1.
   void operator()(int64_t begin, int64_t end) const {
+    constexpr int kMaxRows = Products::kMaxRows;
     Carver memory(scratch(ScratchUse::kThread, static_cast<int64_t>(sizeof(float)) *
-                                                   (scale_floats(p_, plan_.rows) + kMaxIntRows * kTileRows * kLanes)));
-    float* sums = memory.take<float>(kMaxIntRows * kTileRows * kLanes);
+                                                   (scale_floats(p_, plan_.rows) + kMaxRows * kTileRows * kLanes)));
+    float* sums = memory.take<float>(kMaxRows * kTileRows * kLanes);
     float* scales = memory.take<float>(scale_floats(p_, plan_.rows));
     ScaleReader reader(p_.w.scales);
     const int64_t super = super_rows(plan_.rows);
@@ -158,7 +208,7 @@ class Forward {
       const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
       reader.read(first_granule, end_granule - first_granule, scales);
       for (int64_t group = 0; group < plan_.groups.count; ++group) {
-        with_rows<kMaxIntRows>(plan_.groups.rows(group), [&](auto rows) {
+        with_rows<kMaxRows>(plan_.groups.rows(group), [&](auto rows) {
           for (int64_t n = first; n < last && n < first + plan_.rows.period; ++n)
             tile<rows>(n, ceil_div(last - n, plan_.rows.period), group, reader, scales, first_granule, sums);
         });
@@ -173,13 +223,13 @@ class Forward {
                              int64_t first_granule, float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k, m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n), copy = shift * static_cast<int>(period) / 8;
-    const int16_t* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;
+    const typename Products::X* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;
     const float* scale_of_x = x_.scale + copy * plan_.copy_scales() + m0 * plan_.blocks;
-    const IntCodebook book(kIntCodes.value);
+    const Products products;
     start<kRows>(n, count, m0, sums);
     // As many blocks of x as stay in the L1 cache go over a row of W before the next row.
     const int64_t block_weights = plan_.block_chunks * kChunk, weights = shift + k;
-    const int64_t block_bytes = kRows * block_weights * static_cast<int64_t>(sizeof(int16_t));
+    const int64_t block_bytes = kRows * block_weights * static_cast<int64_t>(sizeof(typename Products::X));
     const int64_t most = block_bytes < 12288 ? 24576 / block_bytes : 1, blocks = ceil_div(weights, block_weights);
     const bool one_phase = k % reader.granule() == 0;
     Stretch stretch;
@@ -199,7 +249,7 @@ class Forward {
           granules = granule_of_lanes(static_cast<int>(row_first & (reader.granule() - 1)), reader.log2_granule());
         }
         accumulate<kRows>(
-            stretch, book, p_.w.packed + row_first / 2 + chunk * kChunkBytes,
+            stretch, products, p_.w.packed + row_first / 2 + chunk * kChunkBytes,
             scales + ((row_first >> reader.log2_granule()) - first_granule) + chunk * stretch.granules_per_chunk,
             granules, x + chunk * kRows * kChunk, scale_of_x + b * kRows, sums + t * kLanes);
       }
@@ -243,21 +293,22 @@ class Forward {
   }
 
   const LinearProblem& p_;
-  const ForwardPlan& plan_;
-  const PreparedX x_;
+  const Plan& plan_;
+  const PreparedX<Products> x_;
 };
 
 template <class T>
 bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row) {
-  const ForwardPlan plan(p.m, p.w.k);
+  using Products = typename Forward<T>::Products;
+  const typename Forward<T>::Plan plan(p.m, p.w.k);
   const Rows& rows = plan.rows;
   const int64_t k = p.w.k, rank = p.lora.rank;
   const bool drops = rank && p.lora.dropout.active();
-  PreparedX x{};
+  PreparedX<Products> x{};
   T* dropped = nullptr;
   const auto lay_out = [&](void* base) {
     Carver memory(base);
-    x.x = memory.take<int16_t>(plan.copy_elements() * rows.period);
+    x.x = memory.take<typename Products::X>(plan.copy_elements() * rows.period);
     x.scale = memory.take<float>(plan.copy_scales() * rows.period);
     x.h = memory.take<float>(p.m * padded_rank(rank));
     dropped = memory.take<T>(drops ? p.m * k : 0);

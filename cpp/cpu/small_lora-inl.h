@@ -15,15 +15,21 @@ void drop(const Dropout& d, const T* x, int64_t m, int64_t k, int64_t first_row,
 // kRows x kColumns dot products of length k.
 template <int kRows, int kColumns, class T>
 void dots(const T* x, const T* a, int64_t k, float factor, float* h, int64_t h_stride) {
+  constexpr int64_t kChain = 8 * kLanes;  // float32 results should have no larger errors than a library's
   Floats sums[kRows][kColumns];
   unroll<kRows>([&](auto i) { unroll<kColumns>([&](auto j) { sums[i][j] = zero(); }); });
-  for (int64_t c = 0; c < k; c += kLanes) {
-    Floats row[kRows];
-    unroll<kRows>([&](auto i) { row[i] = load(x + i * k + c, k - c); });
-    unroll<kColumns>([&](auto j) {
-      const Floats column = load(a + j * k + c, k - c);
-      unroll<kRows>([&](auto i) { sums[i][j] = fma(row[i], column, sums[i][j]); });
-    });
+  for (int64_t first = 0; first < k; first += kChain) {
+    Floats chain[kRows][kColumns];
+    unroll<kRows>([&](auto i) { unroll<kColumns>([&](auto j) { chain[i][j] = zero(); }); });
+    for (int64_t c = first; c < k && c < first + kChain; c += kLanes) {
+      Floats row[kRows];
+      unroll<kRows>([&](auto i) { row[i] = load(x + i * k + c, k - c); });
+      unroll<kColumns>([&](auto j) {
+        const Floats column = load(a + j * k + c, k - c);
+        unroll<kRows>([&](auto i) { chain[i][j] = fma(row[i], column, chain[i][j]); });
+      });
+    }
+    unroll<kRows>([&](auto i) { unroll<kColumns>([&](auto j) { sums[i][j] = add(sums[i][j], chain[i][j]); }); });
   }
   unroll<kRows>(
       [&](auto i) { unroll<kColumns>([&](auto j) { h[i * h_stride + j] = rounded<T>(sum(sums[i][j]) * factor); }); });

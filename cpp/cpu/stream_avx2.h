@@ -8,6 +8,7 @@ inline constexpr int kLanes = 8;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 8;
+inline constexpr int kMaxFloatRows = 4;
 inline constexpr int kDxRows = 1;
 
 inline Floats zero() { return _mm256_setzero_ps(); }

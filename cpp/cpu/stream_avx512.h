@@ -11,7 +11,8 @@ inline constexpr int kLanes = 16;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 16;  // rows of x whose sums fit the registers beside the decoded codes
-inline constexpr int kDxRows = 2;       // rows of W that dX holds decoded
+inline constexpr int kMaxFloatRows = 8;
+inline constexpr int kDxRows = 2;  // rows of W that dX holds decoded
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }

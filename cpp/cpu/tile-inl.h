@@ -10,13 +10,36 @@
 
 inline constexpr int kDepth = 256;  // words; a rows panel is laid out [rows][kDepth]
 
+// Memory that the next panel will be decoded from: `rows` pieces of `bytes`, `stride` apart. It is fetched a line at a
+// time while a tile is multiplied, for all at once is more than a core can have under way.
+class Ahead {
+ public:
+  Ahead() = default;
+  Ahead(const void* first, int64_t rows, int64_t stride, int64_t bytes)
+      : row_(static_cast<const char*>(first)), rows_(bytes > 0 ? rows : 0), stride_(stride), bytes_(bytes) {}
+  void fetch_line() {
+    if (rows_ <= 0) return;
+    __builtin_prefetch(row_ + at_, 0, 2);
+    at_ += 64;
+    if (at_ < bytes_) return;
+    at_ = 0, row_ += stride_, --rows_;
+  }
+
+ private:
+  const char* row_ = nullptr;
+  int64_t rows_ = 0, stride_ = 0, bytes_ = 0, at_ = 0;
+};
+inline constexpr int kStepsALine = 2;
+
 // One tile of `rows` x `vectors` accumulators. Lanes and sums are `vectors` vectors wide in memory.
 template <class W, int rows, int vectors>
-void multiply_tile(const typename W::Word* row, const typename W::Word* lane, int depth, float* sums, bool first) {
+void multiply_tile(const typename W::Word* row, const typename W::Word* lane, int depth, float* sums, bool first,
+                   Ahead& ahead) {
   constexpr int kWidth = vectors * kLanes;
   F sum[rows][vectors];
   unroll<rows>([&](auto r) { unroll<vectors>([&](auto v) { sum[r.value][v.value] = zero(); }); });
   for (int d = 0; d < depth; ++d, ++row, lane += kWidth) {
+    if (d % kStepsALine == 0) ahead.fetch_line();
     typename W::Vector x[vectors];
     unroll<vectors>([&](auto v) { x[v.value] = W::load(lane + v.value * kLanes); });
     unroll<rows>([&](auto r) {
@@ -33,7 +56,7 @@ void multiply_tile(const typename W::Word* row, const typename W::Word* lane, in
 }
 
 template <class W>
-using MultiplyTile = void (*)(const typename W::Word*, const typename W::Word*, int, float*, bool);
+using MultiplyTile = void (*)(const typename W::Word*, const typename W::Word*, int, float*, bool, Ahead&);
 
 // multiply_tile<W, 1 .. kAccumulators / vectors, vectors>
 template <class W, int vectors>
@@ -56,13 +79,13 @@ struct Tiles {
 // would leave most of the accumulators idle.
 template <class W, int vectors>
 void multiply_rows(const typename W::Word* rows_panel, int64_t rows, const typename W::Word* lanes, int depth,
-                   float* sums, bool first) {
+                   float* sums, bool first, Ahead& ahead) {
   static constexpr Tiles<W, vectors> kTiles;
   constexpr int64_t kWidth = vectors * kLanes;
   const int64_t tiles = ceil_div(rows, kTiles.kRows);
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t height = (rows - row) / (tiles - t);
-    kTiles.by_rows[height](rows_panel + row * kDepth, lanes, depth, sums + row * kWidth, first);
+    kTiles.by_rows[height](rows_panel + row * kDepth, lanes, depth, sums + row * kWidth, first, ahead);
     row += height;
   }
 }
@@ -79,16 +102,16 @@ inline constexpr int kChain = sizeof(T) == 4 ? 32 : kDepth;
 
 template <class W, int longest_chain>
 void multiply(const typename W::Word* rows_panel, int64_t rows, const typename W::Word* lanes_panel, int64_t lanes,
-              int depth, float* sums, bool first) {
+              int depth, float* sums, bool first, Ahead& ahead) {
   for (int64_t l = 0; l < lanes; l += kTileLanes) {
     const int64_t width = tile_width(lanes - l);
     for (int d = 0; d < depth; d += longest_chain) {
       const int chain = depth - d < longest_chain ? depth - d : longest_chain;
       const typename W::Word *row = rows_panel + d, *lane = lanes_panel + l * depth + d * width;
       if (width == kTileLanes) {
-        multiply_rows<W, 2>(row, rows, lane, chain, sums + l * rows, first && d == 0);
+        multiply_rows<W, 2>(row, rows, lane, chain, sums + l * rows, first && d == 0, ahead);
       } else {
-        multiply_rows<W, 1>(row, rows, lane, chain, sums + l * rows, first && d == 0);
+        multiply_rows<W, 1>(row, rows, lane, chain, sums + l * rows, first && d == 0, ahead);
       }
     }
   }

@@ -118,6 +118,55 @@ inline void store_dynamic8(uint8_t* codes, Floats q) {
                    _mm512_cvtepi32_epi8(_mm512_srli_epi32(_mm512_add_epi32(entry, low), Cells::kLowBits)));
 }
 
+// Byte p of every value of the dynamic map, in the order of the codes.
+struct Dynamic8Planes {
+  alignas(64) uint8_t byte[4][256] = {};
+
+  constexpr Dynamic8Planes() {
+    for (int code = 0; code < 256; ++code) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, kDynamic8.value[code]);
+      for (int p = 0; p < 4; ++p) byte[p][code] = static_cast<uint8_t>(bits >> (8 * p));
+    }
+  }
+};
+inline constexpr Dynamic8Planes kDynamic8Planes{};
+
+// Decodes 64 nested scales at a time: the four bytes of each value are looked up apart, in tables that vpermi2b holds
+// in registers, for a gather costs a cycle a code.
+#define QLORA_MANY_SCALES 1
+class ScaleDecoder {
+ public:
+  static constexpr int kCodes = 64;
+  ScaleDecoder(float nested_absmax, float nested_offset)
+      : nested_absmax_(_mm512_set1_ps(nested_absmax)), nested_offset_(_mm512_set1_ps(nested_offset)) {}
+
+  void operator()(const uint8_t* codes, float* out) const {
+    // Zipping bytes to words and words to dwords leaves part L of vector j with codes 16L + 4j .. + 3 of its operand.
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i code = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+    const __mmask64 upper = _mm512_movepi8_mask(code);
+    __m512i byte[4];
+    for (int p = 0; p < 4; ++p) {
+      const auto part = [&](int quarter) { return _mm512_load_si512(kDynamic8Planes.byte[p] + 64 * quarter); };
+      byte[p] = _mm512_mask_blend_epi8(upper, _mm512_permutex2var_epi8(part(0), code, part(1)),
+                                       _mm512_permutex2var_epi8(part(2), code, part(3)));
+    }
+    const __m512i low0 = _mm512_unpacklo_epi8(byte[0], byte[1]), low1 = _mm512_unpackhi_epi8(byte[0], byte[1]);
+    const __m512i high0 = _mm512_unpacklo_epi8(byte[2], byte[3]), high1 = _mm512_unpackhi_epi8(byte[2], byte[3]);
+    store_scales(_mm512_unpacklo_epi16(low0, high0), out);
+    store_scales(_mm512_unpackhi_epi16(low0, high0), out + 16);
+    store_scales(_mm512_unpacklo_epi16(low1, high1), out + 32);
+    store_scales(_mm512_unpackhi_epi16(low1, high1), out + 48);
+  }
+
+ private:
+  void store_scales(__m512i value, float* out) const {
+    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(value), nested_absmax_), nested_offset_));
+  }
+
+  __m512 nested_absmax_, nested_offset_;
+};
+
 template <class T>
 class Largest {
  public:

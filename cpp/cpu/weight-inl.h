@@ -9,74 +9,64 @@
 
 #include "cpp/cpu/panel-inl.h"
 
-// What decoding needs of a weight, found once a panel.
-struct Decoder {
-  const Weight& w;
-  Table nf4 = nf4_table();
-  int shift = __builtin_ctzll(static_cast<uint64_t>(w.scales.block_size));
-  int64_t bytes = packed_bytes(w.n * w.k);
-
-  int64_t flat(int64_t row, int64_t column) const { return row * w.k + column; }
-  bool aligned(int64_t row, int64_t column, int64_t columns) const {
-    return (flat(row, column) | columns) % kGroup == 0 && w.scales.block_size >= kGroup;
-  }
-};
-
-// The scales of blocks asked for in ascending order.
-class ScaleCursor {
+// Rows [row, row + rows) and columns [column, column + columns) of a weight, with the scales of the blocks they lie in,
+// which are decoded once for however many panels the tile is decoded to.
+class WeightTile {
  public:
-  ScaleCursor(const Scales& s, int64_t block) : s_(s) {
-    if (s.absmax) return;
-    offset_ = splat(*s.nested_offset);
-    seek(block / s.nested_block_size);
-  }
-  F splat_of(int64_t block) {
-    if (s_.absmax) return splat(s_.absmax[block]);
-    if (block >= end_) seek(block / s_.nested_block_size);
-    return add(mul(splat(kDynamic8.value[s_.codes[block]]), nested_), offset_);
-  }
-  // out[0 .. count) = the scales of blocks first ..; up to kLanes more are written.
-  void read(int64_t first, int64_t count, float* out) {
-    if (s_.absmax) {
-      for (int64_t i = 0; i < count; i += kLanes) store(out + i, load_some(s_.absmax + first + i, count - i));
-      return;
-    }
-    for (int64_t i = 0; i < count;) {
-      if (first + i >= end_) seek((first + i) / s_.nested_block_size);
-      const int64_t some = at_most(at_most(count - i, end_ - (first + i)), kLanes);
-      store(out + i,
-            add(mul(look_up(kDynamic8.value, s_.codes + first + i, static_cast<int>(some)), nested_), offset_));
-      i += some;
+  // `scales` has room for scale_floats(rows, columns).
+  WeightTile(const Weight& w, int64_t row, int64_t rows, int64_t column, int64_t columns, float* scales)
+      : w_(w), row_(row), column_(column), stride_(scale_floats(1, columns)), scales_(scales) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t first = block(row + i, column), last = block(row + i, column + columns - 1);
+      read_scales(w.scales, first, last + 1 - first, scales + i * stride_);
     }
   }
+  // Decoding loads whole vectors of scales.
+  static constexpr int64_t scale_floats(int64_t rows, int64_t columns) {
+    return rows * (columns / kMinBlockSize + 2 + kLanes);
+  }
+
+  const Weight& weight() const { return w_; }
+  const Table& nf4() const { return nf4_; }
+  int shift() const { return shift_; }
+  int64_t flat(int64_t row, int64_t column) const { return row * w_.k + column; }
+  int64_t block(int64_t row, int64_t column) const { return flat(row, column) >> shift_; }
+  // Such that the scale of the row's block b is at [b].
+  const float* scales(int64_t row) const { return scales_ + (row - row_) * stride_ - block(row, column_); }
+
+  // Whether its groups coincide with the packed format.
+  bool aligned() const { return (w_.k | column_) % kGroup == 0 && w_.scales.block_size >= kGroup; }
 
  private:
-  void seek(int64_t nested) {
-    nested_ = splat(s_.nested_absmax[nested]);
-    end_ = (nested + 1) * s_.nested_block_size;
-  }
-
-  const Scales& s_;
-  int64_t end_ = 0;  // of the blocks nested_ is for
-  F nested_ = zero(), offset_ = zero();
+  const Weight& w_;
+  int64_t row_, column_, stride_;
+  const float* scales_;
+  Table nf4_ = nf4_table();
+  int shift_ = __builtin_ctzll(static_cast<uint64_t>(w_.scales.block_size));
 };
 
-// Columns [column, column + columns) of a row that is aligned there.
+// The packed bytes of rows [row, row + rows) and columns [column, column + columns), as far as they exist.
+inline Ahead packed_ahead(const Weight& w, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  return {w.packed + ((row * w.k + column) >> 1), at_most(rows, w.n - row), w.k / 2,
+          at_most(columns, w.k - column) / 2};
+}
+
+// A row of an aligned tile from a column on.
 class AlignedRow {
  public:
-  AlignedRow(const Decoder& d, int64_t row, int64_t column)
-      : packed_(d.w.packed + (d.flat(row, column) >> 1)),
-        flat_(d.flat(row, column)),
-        shift_(d.shift),
-        nf4_(d.nf4),
-        scales_(d.w.scales, flat_ >> shift_) {}
+  AlignedRow(const WeightTile& t, int64_t row, int64_t column)
+      : packed_(t.weight().packed + (t.flat(row, column) >> 1)),
+        flat_(t.flat(row, column)),
+        shift_(t.shift()),
+        nf4_(t.nf4()),
+        scales_(t.scales(row)) {}
 
   const uint8_t* packed(int64_t c) const { return packed_ + (c >> 1); }
   // The values its codes stand for in the group at column c.
-  Table table(int64_t c) { return scaled(nf4_, scales_.splat_of((flat_ + c) >> shift_)); }
+  Table table(int64_t c) const { return scaled(nf4_, splat(scales_[(flat_ + c) >> shift_])); }
 
   // Of the group at column c, vector j lane i is element 4i + j.
-  void decode(int64_t c, F (&v)[4]) {
+  void decode(int64_t c, F (&v)[4]) const {
     const Table t = table(c);
     const Codes codes = load_codes(packed(c));
     unroll<4>([&](auto j) { v[j.value] = lookup<j.value>(t, codes); });
@@ -87,55 +77,44 @@ class AlignedRow {
   int64_t flat_;
   int shift_;
   const Table& nf4_;
-  ScaleCursor scales_;
+  const float* scales_;
 };
 
-// The same of any row.
+// The same of any row, whose elements from `columns` on are zero.
 class RaggedRow {
  public:
-  static constexpr int64_t kMaxElements = 2 * kDepth;
-  RaggedRow(const Decoder& d, int64_t row, int64_t column, int64_t columns)
-      : d_(d), flat_(d.flat(row, column)), columns_(columns), first_block_(flat_ >> d.shift) {
-    ScaleCursor(d.w.scales, first_block_).read(first_block_, block(columns - 1) + 1, scales_);
-  }
+  RaggedRow(const WeightTile& t, int64_t row, int64_t column, int64_t columns)
+      : t_(t), flat_(t.flat(row, column)), columns_(columns), scales_(t.scales(row)) {}
 
   void decode(int64_t c, F (&v)[4]) const {
+    const Weight& w = t_.weight();
     const int64_t begin = flat_ + c;
-    const Codes codes = load_codes(d_.w.packed + (begin >> 1), begin & 1, d_.bytes - (begin >> 1));
-    const F scales = load(scales_ + block(c));
-    const int offset = static_cast<int>(begin & (d_.w.scales.block_size - 1));
+    const Codes codes = load_codes(w.packed + (begin >> 1), begin & 1, packed_bytes(w.n * w.k) - (begin >> 1));
+    const F scales = load(scales_ + (begin >> t_.shift()));
+    const int offset = static_cast<int>(begin & (w.scales.block_size - 1));
     const int valid = static_cast<int>(at_most(columns_ - c, kGroup));
     unroll<4>([&](auto j) {
-      v[j.value] = scale_mixed<j.value>(lookup<j.value>(d_.nf4, codes), scales, offset, d_.shift, valid);
+      v[j.value] = scale_mixed<j.value>(lookup<j.value>(t_.nf4(), codes), scales, offset, t_.shift(), valid);
     });
   }
 
  private:
-  int64_t block(int64_t c) const { return ((flat_ + c) >> d_.shift) - first_block_; }
-
-  const Decoder& d_;
-  int64_t flat_, columns_, first_block_;
-  float scales_[kMaxElements / kMinBlockSize + 1 + 2 * kLanes];
+  const WeightTile& t_;
+  int64_t flat_, columns_;
+  const float* scales_;
 };
 
-// A burst of short pieces of rows, a row apart, is nothing a hardware prefetcher foresees.
-inline void prefetch_piece(const Weight& w, int64_t row, int64_t column, int64_t columns) {
-  constexpr int64_t kRowsAhead = 12, kLine = 64;
-  const uint8_t* p = w.packed + (((row + kRowsAhead) * w.k + column) >> 1);
-  for (int64_t b = 0; b < columns / 2; b += kLine) __builtin_prefetch(p + b);
-}
-
-// Rows [row, row + rows) into a rows panel, in decoded order. Returns the depth in words: whole groups.
+// Rows [row, row + rows) of a tile into a rows panel, in decoded order. Returns the depth in words: whole groups.
 template <class W>
-int decode_rows(const Weight& w, int64_t row, int64_t rows, int64_t column, int64_t columns, typename W::Word* panel) {
-  const Decoder decoder{w};
+int decode_rows(const WeightTile& tile, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                typename W::Word* panel) {
+  const bool aligned = tile.aligned();
   for (int64_t i = 0; i < rows; ++i, panel += kDepth) {
-    prefetch_piece(w, row + i, column, columns);
-    if (decoder.aligned(row + i, column, columns)) {
-      AlignedRow in(decoder, row + i, column);
+    if (aligned) {
+      const AlignedRow in(tile, row + i, column);
       for (int64_t c = 0; c < columns; c += kGroup) W::decode_row(in, c, panel + c / W::kElements);
     } else {
-      const RaggedRow in(decoder, row + i, column, columns);
+      const RaggedRow in(tile, row + i, column, columns);
       for (int64_t c = 0; c < columns; c += kGroup) {
         F v[4];
         in.decode(c, v);
@@ -146,51 +125,50 @@ int decode_rows(const Weight& w, int64_t row, int64_t rows, int64_t column, int6
   return static_cast<int>(round_up(columns, kGroup) / W::kElements);
 }
 
-// Rows [row, row + rows) into a lanes panel whose lanes are the columns, in decoded order, rounded up to whole groups.
-// The sum is over rows.
+// Words of one row, or of two that lie one above the other.
 template <class W>
-void decode_lanes(const Weight& w, int64_t row, int64_t rows, int64_t column, int64_t columns,
+inline void decode_words(const AlignedRow& row, const AlignedRow& next, int64_t c, typename W::Vector (&words)[4]) {
+  if constexpr (W::kElements == 1) {
+    row.decode(c, words);
+  } else {
+    W::decode_two_rows(row, next, c, words);
+  }
+}
+template <class W>
+inline void decode_words(const RaggedRow& row, const RaggedRow* next, int64_t c, typename W::Vector (&words)[4]) {
+  if constexpr (W::kElements == 1) {
+    row.decode(c, words);
+  } else {
+    F v[4], below[4] = {zero(), zero(), zero(), zero()};
+    row.decode(c, v);
+    if (next) next->decode(c, below);
+    unroll<4>([&](auto j) { words[j.value] = W::round_pair(v[j.value], below[j.value]); });
+  }
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of a tile into a lanes panel whose lanes are the
+// columns, in decoded order, rounded up to whole groups. The sum is over rows.
+template <class W>
+void decode_lanes(const WeightTile& tile, int64_t row, int64_t rows, int64_t column, int64_t columns,
                   typename W::Word* panel) {
-  const Decoder decoder{w};
   const int64_t depth = ceil_div(rows, W::kElements);
-  const auto store_words = [&](int64_t c, int64_t d, const typename W::Vector(&v)[4]) {
-    store_whole_group<W>(panel + c * depth + d * kTileLanes, kTileLanes * depth, v);
-  };
+  const bool aligned = tile.aligned();
   for (int64_t d = 0; d < depth; ++d) {
     const int64_t r = row + d * W::kElements;
-    for (int i = 0; i < W::kElements; ++i) prefetch_piece(w, r + i, column, columns);
+    const bool last = r + W::kElements > row + rows;  // of two rows, and the second is not there
+    typename W::Word* out = panel + d * kTileLanes;
     typename W::Vector words[4];
-    if constexpr (W::kElements == 1) {
-      if (decoder.aligned(r, column, columns)) {
-        AlignedRow in(decoder, r, column);
-        for (int64_t c = 0; c < columns; c += kGroup) {
-          in.decode(c, words);
-          store_words(c, d, words);
-        }
-      } else {
-        const RaggedRow in(decoder, r, column, columns);
-        for (int64_t c = 0; c < columns; c += kGroup) {
-          in.decode(c, words);
-          store_words(c, d, words);
-        }
+    if (aligned && !last) {
+      const AlignedRow in(tile, r, column), next(tile, r + W::kElements - 1, column);
+      for (int64_t c = 0; c < columns; c += kGroup) {
+        decode_words<W>(in, next, c, words);
+        store_whole_group<W>(out + c * depth, kTileLanes * depth, words);
       }
     } else {
-      const bool pairs = r + 1 < row + rows;
-      if (pairs && decoder.aligned(r, column, columns) && decoder.aligned(r + 1, column, columns)) {
-        AlignedRow in(decoder, r, column), next(decoder, r + 1, column);
-        for (int64_t c = 0; c < columns; c += kGroup) {
-          W::decode_two_rows(in, next, c, words);
-          store_words(c, d, words);
-        }
-      } else {
-        const RaggedRow in(decoder, r, column, columns), next(decoder, r + (pairs ? 1 : 0), column, columns);
-        for (int64_t c = 0; c < columns; c += kGroup) {
-          F v[4], below[4] = {zero(), zero(), zero(), zero()};
-          in.decode(c, v);
-          if (pairs) next.decode(c, below);
-          unroll<4>([&](auto j) { words[j.value] = W::round_pair(v[j.value], below[j.value]); });
-          store_words(c, d, words);
-        }
+      const RaggedRow in(tile, r, column, columns), next(tile, r + (last ? 0 : W::kElements - 1), column, columns);
+      for (int64_t c = 0; c < columns; c += kGroup) {
+        decode_words<W>(in, last ? nullptr : &next, c, words);
+        store_whole_group<W>(out + c * depth, kTileLanes * depth, words);
       }
     }
   }

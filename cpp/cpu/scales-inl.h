@@ -1,0 +1,37 @@
+// The scales of a weight's blocks as float32, whatever form they are kept in. Included inside an anonymous namespace,
+// once an instruction set, after its vec_*.h.
+#pragma once
+
+inline float decode_scale(uint8_t code, float nested_absmax, float nested_offset) {
+  const float product = kDynamic8.value[code] * nested_absmax;
+  return product + nested_offset;
+}
+
+// Scales of one nested block. The codes' type is volatile, or GCC vectorizes the lookups, with a dozen moves between
+// register files a code.
+inline void decode_scales(const volatile uint8_t* codes, int64_t count, float nested_absmax, float nested_offset,
+                          float* out) {
+  int64_t i = 0;
+#ifdef QLORA_MANY_SCALES
+  const ScaleDecoder decoder(nested_absmax, nested_offset);
+  for (; i + ScaleDecoder::kCodes <= count; i += ScaleDecoder::kCodes)
+    decoder(const_cast<const uint8_t*>(codes) + i, out + i);
+#endif
+  for (; i < count; ++i) out[i] = decode_scale(codes[i], nested_absmax, nested_offset);
+}
+
+// out[i] = the scale of block first + i
+inline void read_scales(const Scales& scales, int64_t first, int64_t count, float* out) {
+  if (scales.absmax) {
+    for (int64_t i = 0; i < count; ++i) out[i] = scales.absmax[first + i];
+    return;
+  }
+  const int64_t size = scales.nested_block_size;
+  const bool shifts = (size & (size - 1)) == 0;  // a division costs as much as a few scales
+  while (count > 0) {
+    const int64_t nested_block = shifts ? first >> __builtin_ctzll(static_cast<uint64_t>(size)) : first / size;
+    const int64_t left = (nested_block + 1) * size - first, here = left < count ? left : count;
+    decode_scales(scales.codes + first, here, scales.nested_absmax[nested_block], *scales.nested_offset, out);
+    first += here, out += here, count -= here;
+  }
+}
