@@ -27,14 +27,25 @@ Call = Callable[[int], object]
 Timer = Callable[[Call, range], float]
 
 
+def processor() -> dict[str, str]:
+    """The first processor's fields of /proc/cpuinfo."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in fields.items()}
+
+
+def processor_name() -> str:
+    """Vendor, family and model, as the name of a folder: amd_25_17."""
+    fields = processor()
+    vendor = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(fields.get("vendor_id", ""), "unknown")
+    return f"{vendor}_{fields.get('cpu family', 'x')}_{fields.get('model', 'x')}"
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on and the reader cannot know."""
     import qlora_ext
 
-    info = qlora_ext.build_info()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
-    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    info, fields = qlora_ext.build_info(), processor()
     caches = {}
     for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         kind = (cache / "type").read_text().strip()
@@ -176,7 +187,7 @@ def check_equal(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance:
 
 
 class Report:
-    """Rows of one bench: printed as Markdown, written to results/NAME.md and results/NAME.json."""
+    """Rows of one bench: printed as Markdown, written to results/PROCESSOR/NAME.md and .json, or results/ for a GPU."""
 
     def __init__(self, name: str, title: str, notes: Sequence[str] = ()) -> None:
         self.name, self.title, self.notes = name, title, list(notes)
@@ -197,11 +208,12 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def write(self) -> None:
-        RESULTS.mkdir(exist_ok=True)
+        folder = RESULTS if self.machine["gpu"] else RESULTS / processor_name()
+        folder.mkdir(parents=True, exist_ok=True)
         rows = [{k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()} for row in self.rows]
         content = {"title": self.title, "notes": self.notes, "machine": self.machine, "rows": rows}
-        (RESULTS / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        (RESULTS / f"{self.name}.md").write_text(self.markdown())
+        (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (folder / f"{self.name}.md").write_text(self.markdown())
         print("\n" + self.markdown())
 
 
