@@ -104,9 +104,12 @@ class FloatDx {
     const int64_t first_weight = first * kChunk;
     if (first_weight >= weights) return;
     const int64_t end_weight = weights - first_weight < count * kChunk ? weights : first_weight + count * kChunk;
+    Ints granules[kDxTileRows];
     for (int64_t t = 0; t < tile_rows; ++t) {
       const int64_t row = rows_.first_weight(n + t * period);
       const int64_t granule = (row + first_weight) >> reader.log2_granule();
+      granules[t] =
+          granule_of_lanes(static_cast<int>((row + first_weight) & (reader.granule() - 1)), reader.log2_granule());
       reader.read(granule, ceil_div(row + end_weight, reader.granule()) - granule, memory.scales + t * scale_stride);
       const T* dy = static_cast<const T*>(p_.dy) + n + t * period;
       for (int64_t i = 0; i < p_.m; ++i) memory.dy[i * kDxTileRows + t] = to_float(dy[i * p_.w.n]);
@@ -123,37 +126,34 @@ class FloatDx {
         return decode(rest < kChunk ? load_chunk(packed, ceil_div(rest, 2)) : load_chunk(packed), book);
       };
       const auto scales_of = [&](int64_t t) {
-        const int64_t row = rows_.first_weight(n + t * period) + first_weight;
-        const Ints granules = granule_of_lanes(static_cast<int>(row & (reader.granule() - 1)), reader.log2_granule());
         const float* scales = memory.scales + t * scale_stride + c * (kChunk >> reader.log2_granule());
-        return lane_scales(scales, granules, ceil_div(rest, kLaneWeights));
+        return lane_scales(scales, granules[t], ceil_div(rest, kLaneWeights));
       };
-      int64_t t = 0;
-      for (; t + kDxRows <= tile_rows; t += kDxRows) add_rows<kDxRows>(t, codes_of, scales_of, memory.dy, sums);
-      for (; t < tile_rows; ++t) add_rows<1>(t, codes_of, scales_of, memory.dy, sums);
+      // Each group of tokens decodes the rows anew: that costs less than taking the sums to memory and back for each.
+      for (int64_t i = 0; i < p_.m; i += kDxTokens) {
+        with_rows<kDxTokens>(p_.m - i < kDxTokens ? p_.m - i : kDxTokens, [&](auto tokens) {
+          add_rows<tokens>(tile_rows, codes_of, scales_of, memory.dy + i * kDxTileRows, sums + i * kChunk);
+        });
+      }
       sums += p_.m * kChunk;
     }
   }
 
-  template <int kRows, class Codes, class Scales>
-  [[gnu::always_inline]] void add_rows(int64_t t, const Codes& codes_of, const Scales& scales_of, const float* dy,
+  // sums [token][8][kLanes] += the products of `rows` rows of W.
+  template <int kTokens, class Codes, class Scales>
+  [[gnu::always_inline]] void add_rows(int64_t rows, const Codes& codes_of, const Scales& scales_of, const float* dy,
                                        float* sums) const {
-    FloatCodes codes[kRows];
-    Floats scales[kRows];
-    unroll<kRows>([&](auto r) {
-      codes[r] = codes_of(t + r);
-      scales[r] = scales_of(t + r);
-    });
-    for (int64_t i = 0; i < p_.m; ++i) {
-      Floats by[kRows];
-      unroll<kRows>([&](auto r) { by[r] = mul(scales[r], splat(dy[i * kDxTileRows + t + r])); });
-      unroll<8>([&](auto s) {
-        float* to = sums + i * kChunk + s * kLanes;
-        Floats sum = load(to);
-        unroll<kRows>([&](auto r) { sum = fma(codes[r].v[s], by[r], sum); });
-        store(to, sum);
+    Floats sum[kTokens][8];
+    unroll<kTokens>([&](auto i) { unroll<8>([&](auto s) { sum[i][s] = load(sums + i * kChunk + s * kLanes); }); });
+    for (int64_t t = 0; t < rows; ++t) {
+      const FloatCodes codes = codes_of(t);
+      const Floats scale = scales_of(t);
+      unroll<kTokens>([&](auto i) {
+        const Floats by = mul(scale, splat(dy[i * kDxTileRows + t]));
+        unroll<8>([&](auto s) { sum[i][s] = fma(codes.v[s], by, sum[i][s]); });
       });
     }
+    unroll<kTokens>([&](auto i) { unroll<8>([&](auto s) { store(sums + i * kChunk + s * kLanes, sum[i][s]); }); });
   }
 
   // From sums by shift, chunk, row, vector and lane to columns in order.

@@ -9,7 +9,8 @@ inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 8;
 inline constexpr int kMaxFloatRows = 4;
-inline constexpr int kDxRows = 1;
+inline constexpr int kDxTokens =
+    4;  // more than fit the registers, where the compiler does as well as a loop over memory
 
 inline Floats zero() { return _mm256_setzero_ps(); }
 inline Floats splat(float x) { return _mm256_set1_ps(x); }

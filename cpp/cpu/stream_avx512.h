@@ -12,7 +12,7 @@ inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 16;  // rows of x whose sums fit the registers beside the decoded codes
 inline constexpr int kMaxFloatRows = 8;
-inline constexpr int kDxRows = 2;  // rows of W that dX holds decoded
+inline constexpr int kDxTokens = 2;  // rows of dy whose sums of a chunk fit there
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }
