@@ -141,17 +141,6 @@ def sum32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (torch.from_numpy(a).float() @ torch.from_numpy(b).float()).numpy()
 
 
-def chain32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b, each sum one chain of float32 fused multiply-adds, as a GPU library's are.
-
-    torch's order of summation on the CPU changes with the processor that the tests run on.
-    """
-    total = np.zeros((a.shape[0], b.shape[1]), np.float32)
-    for column, row in zip(a.T, b, strict=True):
-        total = (total + np.outer(column, row).astype(np.float64)).astype(np.float32)
-    return total
-
-
 def assert_as_exact(out: Tensor, formula: np.ndarray, expected: np.ndarray, factor: float = 1.05) -> None:
     """The error of `out` is at most 1.05 times that of the same formula done in the compute dtype."""
     error, allowed = relative_error(out, expected), factor * relative_error(formula, expected)
