@@ -16,71 +16,154 @@ inline int64_t shared_tokens(int64_t tokens, int64_t rank) {
   return fit < tokens && fit > 2 * kTileLanes ? fit & -kTileLanes : at_most(fit, tokens);
 }
 
-inline constexpr int64_t kStripRows = 24;
-inline constexpr int64_t kStripScales = WeightTile::scale_floats(kStripRows, 2 * kDepth);
 inline constexpr int64_t kMostTokens = 256;  // of a task
-// Floats of a task: with its panels they stay in the second-level cache.
-inline constexpr int64_t kMostSums = 180 * 1024;
+// Words of x's panel, and floats of a task's sums: together they stay in the second-level cache.
+inline constexpr int64_t kMostLaneWords = 64 * 1024, kMostSums = 180 * 1024;
+
+// A strip of weight rows is decoded piece by piece along the summed dimension into a rows panel in the first-level
+// cache. Where a piece is decoded beside the multiplication of the one before it, either has half of the panel.
+struct StripShape {
+  static constexpr int64_t kMostRows = 24, kPanelWords = kMostRows * kDepth;
+  bool beside;
+  int64_t rows, depth, other_half;  // words
+
+  // By the whole problem, not by the task, since the order of the sums depends on it.
+  explicit StripShape(const LinearProblem& p)
+      : beside(kSpareRegisters && aligned(p.w) && rows_begin_blocks(p.w)),
+        rows(kMostRows),
+        depth(kDepth),
+        other_half(0) {
+    if (!beside) return;
+    if (p.m <= kLanes) {
+      depth = other_half = kDepth / 2;
+    } else {
+      rows = kMostRows / 2, other_half = rows * kDepth;
+    }
+  }
+};
+inline constexpr int64_t kStripScales = WeightTile::scale_floats(StripShape::kMostRows, 2 * kMostLaneWords / kLanes);
 
 // y[token .. token + tokens)[row .. row + rows), with h's first row at `first_token`. Weight rows are the broadcast
 // rows, tokens the lanes.
 template <class W, class T>
-void forward_block(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
-                   int64_t rows) {
+class ForwardBlock {
+ public:
   using Word = typename W::Word;
-  Arena arena;
-  Word* const strip = arena.take<Word>(kStripRows * kDepth);
-  Word* const lanes = arena.take<Word>(round_up(tokens, kLanes) * kDepth);
-  float* const sums = arena.take<float>(rows * round_up(tokens, kLanes));
-  float* const scales = arena.take<float>(kStripScales);
-  bool first = true;
+  static constexpr int64_t kBytes = 4 * (StripShape::kPanelWords + kMostLaneWords + kMostSums + 2 * kStripScales);
 
-  // A strip of rows is multiplied with all tokens while it is in the first-level cache.
-  const Cut strips = cut(rows, kStripRows, 1);
-  const auto multiply_strips = [&](int depth, const auto& fill_strip) {
-    for (int64_t r = 0; r < rows; r += strips.size) {
-      const int64_t some_rows = at_most(strips.size, rows - r);
-      Ahead ahead = fill_strip(row + r, some_rows);
-      for (int64_t t = 0; t < tokens; t += kTileLanes) {
-        const int64_t some = at_most(tokens - t, kTileLanes);
-        multiply<W, kChain<T>>(strip, some_rows, lanes + t * depth, some, depth, sums + t * rows + r * tile_width(some),
-                               first, ahead);
-      }
+  ForwardBlock(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
+               int64_t rows)
+      : p_(p), h_(h), first_token_(first_token), token_(token), tokens_(tokens), row_(row), rows_(rows) {
+    Arena arena;
+    strip_ = arena.take<Word>(StripShape::kPanelWords);
+    lanes_ = arena.take<Word>(kMostLaneWords);
+    sums_ = arena.take<float>(rows * round_up(tokens, kLanes));
+    scales_ = arena.take<float>(2 * kStripScales);
+  }
+
+  void operator()() {
+    const int64_t rank = p_.lora.rank;
+    if (p_.w.k == 0 && rank == 0) {
+      __builtin_memset(sums_, 0, static_cast<size_t>(rows_ * round_up(tokens_, kLanes)) * sizeof(float));
     }
-    first = false;
+    const int64_t most_columns = kMostLaneWords / round_up(tokens_, kLanes) * W::kElements;
+    const int64_t columns = at_least(most_columns / pieces_.size, 1) * pieces_.size;
+    for (int64_t c = 0; c < p_.w.k; c += columns) add_columns(c, at_most(columns, p_.w.k - c));
+    for (int64_t r = 0; r < rank; r += kDepth * W::kElements) add_ranks(r, at_most(kDepth * W::kElements, rank - r));
+    const T* bias = p_.bias ? static_cast<const T*>(p_.bias) + row_ : nullptr;
+    for (int64_t t = 0; t < tokens_; t += kTileLanes) {
+      const int64_t some = at_most(tokens_ - t, kTileLanes);
+      store_transposed(sums_ + t * rows_, rows_, tile_width(some), some, bias,
+                       static_cast<T*>(p_.y) + (token_ + t) * p_.w.n + row_, p_.w.n);
+    }
+  }
+
+ private:
+  // Of the weight: rows [row, row + rows) of the block, columns [column, column + columns) of those at hand.
+  struct Piece {
+    int64_t row, rows, column, columns;
   };
-  const Matrix<T> x{static_cast<const T*>(p.x), p.w.k};
-  const Cut blocks = cut(p.w.k, kDepth * W::kElements, kGroup);
-  for (int64_t c = 0; c < p.w.k; c += blocks.size) {
-    const int64_t columns = at_most(blocks.size, p.w.k - c);
-    const int depth = transpose_lanes<W, Order::kDecoded>(x, token, tokens, c, columns, lanes);
-    multiply_strips(depth, [&](int64_t r, int64_t n) {
-      decode_rows<W>(WeightTile(p.w, r, n, c, columns, scales), r, n, c, columns, strip);
-      return r + n < row + rows ? packed_ahead(p.w, r + n, n, c, columns)
-                                : packed_ahead(p.w, row, strips.size, c + columns, columns);
-    });
+
+  void add_columns(int64_t column, int64_t columns) {
+    const Matrix<T> x{static_cast<const T*>(p_.x), p_.w.k};
+    const int lanes_depth = transpose_lanes<W, Order::kDecoded>(x, token_, tokens_, column, columns, lanes_);
+    const auto piece_at = [&](int64_t r, int64_t c) {
+      return Piece{r, at_most(strips_.size, rows_ - r), c, at_most(pieces_.size, columns - c)};
+    };
+    const auto after = [&](const Piece& piece) {
+      const int64_t c = piece.column + piece.columns;
+      return c < columns ? piece_at(piece.row, c) : piece_at(piece.row + piece.rows, 0);
+    };
+    const auto tile_of = [&](const Piece& piece) {
+      float* const scales = scales_ + piece.row / strips_.size % 2 * kStripScales;
+      return WeightTile(p_.w, row_ + piece.row, piece.rows, column, columns, scales);
+    };
+
+    Piece piece = piece_at(0, 0);
+    WeightTile tile = tile_of(piece);
+    decode_rows<W>(tile, row_, piece.rows, column, piece.columns, strip_);
+    for (int half = 0; piece.rows > 0; half ^= 1) {
+      Word* const panel = strip_ + half * shape_.other_half;
+      Word* const other = strip_ + (half ^ 1) * shape_.other_half;
+      const int depth = static_cast<int>(round_up(piece.columns, kGroup) / W::kElements);
+      const Piece next = after(piece);
+      const int64_t row = row_ + next.row, c = column + next.column;
+      const auto multiply_beside = [&](auto&& work) {
+        multiply_strip(panel, piece.row, piece.rows, depth, piece.column / W::kElements, lanes_depth,
+                       column == 0 && piece.column == 0, work);
+      };
+      if (next.rows == 0) {
+        multiply_beside(Ahead());
+      } else {
+        if (next.column == 0) tile = tile_of(next);
+        if (shape_.beside) {
+          const Piece last = after(next);
+          const int64_t distance = ((last.row - next.row) * p_.w.k + last.column - next.column) / 2;
+          DecodeAhead<W> decode(tile, row, next.rows, c, next.columns, other, distance);
+          multiply_beside(decode);
+          decode.finish();
+        } else {
+          multiply_beside(packed_ahead(p_.w, row, next.rows, c, next.columns));
+          decode_rows<W>(tile, row, next.rows, c, next.columns, other);
+        }
+      }
+      piece = next;
+    }
   }
-  const Matrix<T> low{h, p.lora.rank}, b{static_cast<const T*>(p.lora.b), p.lora.rank};
-  for (int64_t c = 0; c < p.lora.rank; c += kDepth * W::kElements) {
-    const int64_t columns = at_most(kDepth * W::kElements, p.lora.rank - c);
-    const int depth = transpose_lanes<W, Order::kMemory>(low, token - first_token, tokens, c, columns, lanes);
-    multiply_strips(depth, [&](int64_t r, int64_t n) {
-      load_rows<W>(b, r, n, c, columns, strip);
-      return Ahead();
-    });
+
+  void add_ranks(int64_t rank, int64_t ranks) {
+    const Matrix<T> low{h_, p_.lora.rank}, b{static_cast<const T*>(p_.lora.b), p_.lora.rank};
+    const int depth = transpose_lanes<W, Order::kMemory>(low, token_ - first_token_, tokens_, rank, ranks, lanes_);
+    for (int64_t r = 0; r < rows_; r += strips_.size) {
+      const int64_t rows = at_most(strips_.size, rows_ - r);
+      load_rows<W>(b, row_ + r, rows, rank, ranks, strip_);
+      multiply_strip(strip_, r, rows, depth, 0, depth, p_.w.k == 0 && rank == 0, Ahead());
+    }
   }
-  if (first) __builtin_memset(sums, 0, static_cast<size_t>(rows * round_up(tokens, kLanes)) * sizeof(float));
-  const T* bias = p.bias ? static_cast<const T*>(p.bias) + row : nullptr;
-  for (int64_t t = 0; t < tokens; t += kTileLanes) {
-    const int64_t some = at_most(tokens - t, kTileLanes);
-    store_transposed(sums + t * rows, rows, tile_width(some), some, bias,
-                     static_cast<T*>(p.y) + (token + t) * p.w.n + row, p.w.n);
+
+  // Adds to the sums of the block's rows [row, row + rows) their panel times the words [at, at + depth) of the lanes.
+  template <class Beside>
+  void multiply_strip(const Word* panel, int64_t row, int64_t rows, int depth, int64_t at, int64_t lanes_depth,
+                      bool first, Beside&& beside) {
+    for (int64_t t = 0; t < tokens_; t += kTileLanes) {
+      const int64_t some = at_most(tokens_ - t, kTileLanes), width = tile_width(some);
+      multiply<W, kChain<T>>(panel, rows, lanes_ + t * lanes_depth + at * width, some, depth,
+                             sums_ + t * rows_ + row * width, first, beside);
+    }
   }
-}
+
+  const LinearProblem& p_;
+  const T* const h_;
+  const int64_t first_token_, token_, tokens_, row_, rows_;
+  const StripShape shape_{p_};
+  const Cut strips_ = cut(rows_, shape_.rows, 1), pieces_ = cut(p_.w.k, shape_.depth* W::kElements, kGroup);
+  Word *strip_, *lanes_;
+  float *sums_, *scales_;
+};
 
 template <class W, class T>
 void linear(const Pool& pool, const LinearProblem& p) {
-  static_assert((kStripRows * kDepth + kMostTokens * kDepth + kMostSums + kStripScales) * 4 <= kTaskBytes);
+  static_assert(ForwardBlock<W, T>::kBytes <= kTaskBytes);
   const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   T* const h = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
   for (int64_t first = 0; first < p.m; first += some) {
@@ -97,8 +180,9 @@ void linear(const Pool& pool, const LinearProblem& p) {
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-        forward_block<W, T>(p, h, first, first + token, at_most(grid.tokens.size, tokens - token), row,
-                            at_most(grid.rows.size, p.w.n - row));
+        ForwardBlock<W, T> block(p, h, first, first + token, at_most(grid.tokens.size, tokens - token), row,
+                                 at_most(grid.rows.size, p.w.n - row));
+        block();
       }
     };
     pool(grid.tasks(), 1, body);

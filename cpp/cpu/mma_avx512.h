@@ -2,7 +2,8 @@
 // The same names exist in mma_scalar.h and mma_avx2.h; `F` is a vector of kLanes floats.
 
 inline constexpr int kLanes = 16;
-inline constexpr int kAccumulators = 24;  // of 32 registers: the rest hold operands
+inline constexpr int kAccumulators = 24;       // of 32 registers: the rest hold operands
+inline constexpr bool kSpareRegisters = true;  // enough to decode weights beside a multiplication
 
 using F = __m512;
 using U = __m512i;
@@ -184,12 +185,11 @@ struct WordF32 {
   static void store(Word* p, Vector v) { _mm512_storeu_ps(p, v); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
 
-  // A group of a row, decoded: vector j lane i is element 4i + j, in this order in memory.
-  template <class Row>
-  static void decode_row(const Row& row, int64_t column, Word* out) {
-    F v[4];
-    row.decode(column, v);
-    store_decoded_row(v, out);
+  // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
+  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+    const Table table = scaled(nf4_table(), splat(scale));
+    const Codes codes = load_codes(packed);
+    unroll<4>([&](auto j) { store(out + j.value * kLanes, lookup<j.value>(table, codes)); });
   }
   static void store_decoded_row(const F (&v)[4], Word* out) {
     unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });

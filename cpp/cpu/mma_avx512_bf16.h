@@ -39,11 +39,10 @@ struct WordBf16 {
   }
 
   // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
-  template <class Row>
-  static void decode_row(const Row& row, int64_t column, Word* out) {
-    const F values = row.table(column).value;
+  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+    const F values = scaled(nf4_table(), splat(scale)).value;
     const U table = (U)_mm512_cvtne2ps_pbh(values, values);  // twice, so that bit 4 of an index does not matter
-    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.packed(column))));
+    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
     store(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
     store(out + 16, _mm512_permutexvar_epi16(bytes, table));
   }

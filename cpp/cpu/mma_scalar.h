@@ -3,6 +3,7 @@
 
 inline constexpr int kLanes = 4;
 inline constexpr int kAccumulators = 12;
+inline constexpr bool kSpareRegisters = false;  // enough to decode weights beside a multiplication
 
 struct F {
   float lane[kLanes];
@@ -122,12 +123,11 @@ struct WordF32 {
   static void store(Word* p, Vector v) { store_first(p, v, kLanes); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
 
-  // A group of a row, decoded: vector j lane i is element 4i + j, in this order in memory.
-  template <class Row>
-  static void decode_row(const Row& row, int64_t column, Word* out) {
-    F v[4];
-    row.decode(column, v);
-    store_decoded_row(v, out);
+  // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
+  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+    const Table table = scaled(nf4_table(), splat(scale));
+    const Codes codes = load_codes(packed);
+    unroll<4>([&](auto j) { store(out + j.value * kLanes, lookup<j.value>(table, codes)); });
   }
   static void store_decoded_row(const F (&v)[4], Word* out) {
     unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });

@@ -14,8 +14,8 @@ inline void decode_scales(const volatile uint8_t* codes, int64_t count, float ne
   int64_t i = 0;
 #ifdef QLORA_MANY_SCALES
   const ScaleDecoder decoder(nested_absmax, nested_offset);
-  for (; i + ScaleDecoder::kCodes <= count; i += ScaleDecoder::kCodes)
-    decoder(const_cast<const uint8_t*>(codes) + i, out + i);
+  for (; count - i >= ScaleDecoder::kWorthwhile; i += ScaleDecoder::kCodes)
+    decoder(const_cast<const uint8_t*>(codes) + i, count - i, out + i);
 #endif
   for (; i < count; ++i) out[i] = decode_scale(codes[i], nested_absmax, nested_offset);
 }

@@ -10,15 +10,18 @@
 
 inline constexpr int kDepth = 256;  // words; a rows panel is laid out [rows][kDepth]
 
+// What a core does beside multiplying, a little at every step along the depth of a tile, so that neither waits for the
+// other. A *task beside* has step() for that.
+
 // Memory that the next panel will be decoded from: `rows` pieces of `bytes`, `stride` apart. It is fetched a line at a
-// time while a tile is multiplied, for all at once is more than a core can have under way.
+// time, for all at once is more than a core can have under way.
 class Ahead {
  public:
   Ahead() = default;
   Ahead(const void* first, int64_t rows, int64_t stride, int64_t bytes)
       : row_(static_cast<const char*>(first)), rows_(bytes > 0 ? rows : 0), stride_(stride), bytes_(bytes) {}
-  void fetch_line() {
-    if (rows_ <= 0) return;
+  void step() {
+    if (rows_ <= 0 || ++step_ % kStepsALine) return;
     __builtin_prefetch(row_ + at_, 0, 2);
     at_ += 64;
     if (at_ < bytes_) return;
@@ -26,43 +29,48 @@ class Ahead {
   }
 
  private:
+  static constexpr int kStepsALine = 2;
   const char* row_ = nullptr;
   int64_t rows_ = 0, stride_ = 0, bytes_ = 0, at_ = 0;
+  int step_ = 0;
 };
-inline constexpr int kStepsALine = 2;
 
 // One tile of `rows` x `vectors` accumulators. Lanes and sums are `vectors` vectors wide in memory.
-template <class W, int rows, int vectors>
+template <class W, int longest_chain, int rows, int vectors, class Beside>
 void multiply_tile(const typename W::Word* row, const typename W::Word* lane, int depth, float* sums, bool first,
-                   Ahead& ahead) {
+                   Beside& beside) {
   constexpr int kWidth = vectors * kLanes;
-  F sum[rows][vectors];
-  unroll<rows>([&](auto r) { unroll<vectors>([&](auto v) { sum[r.value][v.value] = zero(); }); });
-  for (int d = 0; d < depth; ++d, ++row, lane += kWidth) {
-    if (d % kStepsALine == 0) ahead.fetch_line();
-    typename W::Vector x[vectors];
-    unroll<vectors>([&](auto v) { x[v.value] = W::load(lane + v.value * kLanes); });
+  Beside now = beside;  // in registers, as far as they go
+  for (; depth > 0; depth -= longest_chain, first = false) {
+    F sum[rows][vectors];
+    unroll<rows>([&](auto r) { unroll<vectors>([&](auto v) { sum[r.value][v.value] = zero(); }); });
+    for (int d = depth < longest_chain ? depth : longest_chain; d > 0; --d, ++row, lane += kWidth) {
+      now.step();
+      typename W::Vector x[vectors];
+      unroll<vectors>([&](auto v) { x[v.value] = W::load(lane + v.value * kLanes); });
+      unroll<rows>([&](auto r) {
+        const auto w = W::broadcast(row + r.value * kDepth);
+        unroll<vectors>([&](auto v) { sum[r.value][v.value] = W::multiply_add(w, x[v.value], sum[r.value][v.value]); });
+      });
+    }
     unroll<rows>([&](auto r) {
-      const auto w = W::broadcast(row + r.value * kDepth);
-      unroll<vectors>([&](auto v) { sum[r.value][v.value] = W::multiply_add(w, x[v.value], sum[r.value][v.value]); });
+      unroll<vectors>([&](auto v) {
+        float* out = sums + r.value * kWidth + v.value * kLanes;
+        store(out, first ? sum[r.value][v.value] : add(load(out), sum[r.value][v.value]));
+      });
     });
   }
-  unroll<rows>([&](auto r) {
-    unroll<vectors>([&](auto v) {
-      float* out = sums + r.value * kWidth + v.value * kLanes;
-      store(out, first ? sum[r.value][v.value] : add(load(out), sum[r.value][v.value]));
-    });
-  });
+  beside = now;
 }
 
-template <class W>
-using MultiplyTile = void (*)(const typename W::Word*, const typename W::Word*, int, float*, bool, Ahead&);
+template <class W, class Beside>
+using MultiplyTile = void (*)(const typename W::Word*, const typename W::Word*, int, float*, bool, Beside&);
 
-// multiply_tile<W, 1 .. kAccumulators / vectors, vectors>
-template <class W, int vectors>
+// multiply_tile<..., 1 .. kAccumulators / vectors, vectors, ...>
+template <class W, int longest_chain, int vectors, class Beside>
 struct Tiles {
   static constexpr int kRows = kAccumulators / vectors;
-  MultiplyTile<W> by_rows[kRows + 1] = {};
+  MultiplyTile<W, Beside> by_rows[kRows + 1] = {};
   constexpr Tiles() { unroll_constexpr<kRows>(); }
 
  private:
@@ -70,22 +78,22 @@ struct Tiles {
   constexpr void unroll_constexpr() {
     if constexpr (rows > 0) {
       unroll_constexpr<rows - 1>();
-      by_rows[rows] = multiply_tile<W, rows, vectors>;
+      by_rows[rows] = multiply_tile<W, longest_chain, rows, vectors, Beside>;
     }
   }
 };
 
 // Every row of a rows panel against one tile of lanes, in tiles of nearly equal height: a low one for the last rows
 // would leave most of the accumulators idle.
-template <class W, int vectors>
+template <class W, int longest_chain, int vectors, class Beside>
 void multiply_rows(const typename W::Word* rows_panel, int64_t rows, const typename W::Word* lanes, int depth,
-                   float* sums, bool first, Ahead& ahead) {
-  static constexpr Tiles<W, vectors> kTiles;
+                   float* sums, bool first, Beside& beside) {
+  static constexpr Tiles<W, longest_chain, vectors, Beside> kTiles;
   constexpr int64_t kWidth = vectors * kLanes;
   const int64_t tiles = ceil_div(rows, kTiles.kRows);
   for (int64_t t = 0, row = 0; t < tiles; ++t) {
     const int64_t height = (rows - row) / (tiles - t);
-    kTiles.by_rows[height](rows_panel + row * kDepth, lanes, depth, sums + row * kWidth, first, ahead);
+    kTiles.by_rows[height](rows_panel + row * kDepth, lanes, depth, sums + row * kWidth, first, beside);
     row += height;
   }
 }
@@ -100,19 +108,16 @@ inline int64_t tile_width(int64_t lanes_left) { return lanes_left > kLanes ? kTi
 template <class T>
 inline constexpr int kChain = sizeof(T) == 4 ? 32 : kDepth;
 
-template <class W, int longest_chain>
+template <class W, int longest_chain, class Beside>
 void multiply(const typename W::Word* rows_panel, int64_t rows, const typename W::Word* lanes_panel, int64_t lanes,
-              int depth, float* sums, bool first, Ahead& ahead) {
+              int depth, float* sums, bool first, Beside& beside) {
   for (int64_t l = 0; l < lanes; l += kTileLanes) {
-    const int64_t width = tile_width(lanes - l);
-    for (int d = 0; d < depth; d += longest_chain) {
-      const int chain = depth - d < longest_chain ? depth - d : longest_chain;
-      const typename W::Word *row = rows_panel + d, *lane = lanes_panel + l * depth + d * width;
-      if (width == kTileLanes) {
-        multiply_rows<W, 2>(row, rows, lane, chain, sums + l * rows, first && d == 0, ahead);
-      } else {
-        multiply_rows<W, 1>(row, rows, lane, chain, sums + l * rows, first && d == 0, ahead);
-      }
+    if (lanes - l > kLanes) {
+      multiply_rows<W, longest_chain, 2>(rows_panel, rows, lanes_panel + l * depth, depth, sums + l * rows, first,
+                                         beside);
+    } else {
+      multiply_rows<W, longest_chain, 1>(rows_panel, rows, lanes_panel + l * depth, depth, sums + l * rows, first,
+                                         beside);
     }
   }
 }

@@ -131,19 +131,20 @@ struct Dynamic8Planes {
 };
 inline constexpr Dynamic8Planes kDynamic8Planes{};
 
-// Decodes 64 nested scales at a time: the four bytes of each value are looked up apart, in tables that vpermi2b holds
-// in registers, for a gather costs a cycle a code.
+// Decodes up to 64 nested scales at a time: the four bytes of each value are looked up apart, in tables that vpermi2b
+// holds in registers, for a gather costs a cycle a code.
 #define QLORA_MANY_SCALES 1
 class ScaleDecoder {
  public:
   static constexpr int kCodes = 64;
+  static constexpr int kWorthwhile = 16;  // fewer are faster one by one
   ScaleDecoder(float nested_absmax, float nested_offset)
       : nested_absmax_(_mm512_set1_ps(nested_absmax)), nested_offset_(_mm512_set1_ps(nested_offset)) {}
 
-  void operator()(const uint8_t* codes, float* out) const {
+  void operator()(const uint8_t* codes, int64_t count, float* out) const {
     // Zipping bytes to words and words to dwords leaves part L of vector j with codes 16L + 4j .. + 3 of its operand.
     const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    const __m512i code = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(codes));
+    const __m512i code = _mm512_permutexvar_epi32(order, _mm512_maskz_loadu_epi8(first_bits(count), codes));
     const __mmask64 upper = _mm512_movepi8_mask(code);
     __m512i byte[4];
     for (int p = 0; p < 4; ++p) {
@@ -153,15 +154,18 @@ class ScaleDecoder {
     }
     const __m512i low0 = _mm512_unpacklo_epi8(byte[0], byte[1]), low1 = _mm512_unpackhi_epi8(byte[0], byte[1]);
     const __m512i high0 = _mm512_unpacklo_epi8(byte[2], byte[3]), high1 = _mm512_unpackhi_epi8(byte[2], byte[3]);
-    store_scales(_mm512_unpacklo_epi16(low0, high0), out);
-    store_scales(_mm512_unpackhi_epi16(low0, high0), out + 16);
-    store_scales(_mm512_unpacklo_epi16(low1, high1), out + 32);
-    store_scales(_mm512_unpackhi_epi16(low1, high1), out + 48);
+    store_scales(_mm512_unpacklo_epi16(low0, high0), out, count);
+    store_scales(_mm512_unpackhi_epi16(low0, high0), out + 16, count - 16);
+    store_scales(_mm512_unpacklo_epi16(low1, high1), out + 32, count - 32);
+    store_scales(_mm512_unpackhi_epi16(low1, high1), out + 48, count - 48);
   }
 
  private:
-  void store_scales(__m512i value, float* out) const {
-    _mm512_storeu_ps(out, _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(value), nested_absmax_), nested_offset_));
+  static uint64_t first_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+  void store_scales(__m512i value, float* out, int64_t count) const {
+    if (count <= 0) return;
+    const __m512 scale = _mm512_add_ps(_mm512_mul_ps(_mm512_castsi512_ps(value), nested_absmax_), nested_offset_);
+    _mm512_mask_storeu_ps(out, static_cast<__mmask16>(first_bits(count)), scale);
   }
 
   __m512 nested_absmax_, nested_offset_;

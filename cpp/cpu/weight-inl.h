@@ -9,15 +9,21 @@
 
 #include "cpp/cpu/panel-inl.h"
 
+// Whether groups from a multiple of kGroup on coincide with the packed format, and whether rows begin with a block.
+inline bool aligned(const Weight& w) { return w.k % kGroup == 0 && w.scales.block_size >= kGroup; }
+inline bool rows_begin_blocks(const Weight& w) { return (w.k & (w.scales.block_size - 1)) == 0; }
+
 // Rows [row, row + rows) and columns [column, column + columns) of a weight, with the scales of the blocks they lie in,
 // which are decoded once for however many panels the tile is decoded to.
 class WeightTile {
  public:
   // `scales` has room for scale_floats(rows, columns).
   WeightTile(const Weight& w, int64_t row, int64_t rows, int64_t column, int64_t columns, float* scales)
-      : w_(w), row_(row), column_(column), stride_(scale_floats(1, columns)), scales_(scales) {
-    for (int64_t i = 0; i < rows; ++i) {
-      const int64_t first = block(row + i, column), last = block(row + i, column + columns - 1);
+      : w_(&w), row_(row), column_(column), stride_(scale_floats(1, columns)), scales_(scales) {
+    if (columns == w.k) stride_ = 0;
+    const int64_t runs = stride_ ? rows : 1, rows_of_run = stride_ ? 1 : rows;
+    for (int64_t i = 0; i < runs; ++i) {
+      const int64_t first = block(row + i, column), last = block(row + i + rows_of_run - 1, column + columns - 1);
       read_scales(w.scales, first, last + 1 - first, scales + i * stride_);
     }
   }
@@ -26,23 +32,26 @@ class WeightTile {
     return rows * (columns / kMinBlockSize + 2 + kLanes);
   }
 
-  const Weight& weight() const { return w_; }
+  const Weight& weight() const { return *w_; }
   const Table& nf4() const { return nf4_; }
   int shift() const { return shift_; }
-  int64_t flat(int64_t row, int64_t column) const { return row * w_.k + column; }
+  int64_t flat(int64_t row, int64_t column) const { return row * w_->k + column; }
   int64_t block(int64_t row, int64_t column) const { return flat(row, column) >> shift_; }
   // Such that the scale of the row's block b is at [b].
-  const float* scales(int64_t row) const { return scales_ + (row - row_) * stride_ - block(row, column_); }
+  const float* scales(int64_t row) const {
+    return scales_ + (row - row_) * stride_ - block(stride_ ? row : row_, column_);
+  }
 
-  // Whether its groups coincide with the packed format.
-  bool aligned() const { return (w_.k | column_) % kGroup == 0 && w_.scales.block_size >= kGroup; }
+  // From the scale of a row's block to that of the same block of the next row, where rows begin with a block.
+  int64_t row_scales() const { return stride_ ? stride_ : w_->k >> shift_; }
 
  private:
-  const Weight& w_;
-  int64_t row_, column_, stride_;
+  const Weight* w_;
+  int64_t row_, column_;
+  int64_t stride_;  // floats from a row's scales to the next's; 0 if the rows are whole and their blocks one run
   const float* scales_;
   Table nf4_ = nf4_table();
-  int shift_ = __builtin_ctzll(static_cast<uint64_t>(w_.scales.block_size));
+  int shift_ = __builtin_ctzll(static_cast<uint64_t>(w_->scales.block_size));
 };
 
 // The packed bytes of rows [row, row + rows) and columns [column, column + columns), as far as they exist.
@@ -62,8 +71,9 @@ class AlignedRow {
         scales_(t.scales(row)) {}
 
   const uint8_t* packed(int64_t c) const { return packed_ + (c >> 1); }
+  float scale(int64_t c) const { return scales_[(flat_ + c) >> shift_]; }
   // The values its codes stand for in the group at column c.
-  Table table(int64_t c) const { return scaled(nf4_, splat(scales_[(flat_ + c) >> shift_])); }
+  Table table(int64_t c) const { return scaled(nf4_, splat(scale(c))); }
 
   // Of the group at column c, vector j lane i is element 4i + j.
   void decode(int64_t c, F (&v)[4]) const {
@@ -108,11 +118,11 @@ class RaggedRow {
 template <class W>
 int decode_rows(const WeightTile& tile, int64_t row, int64_t rows, int64_t column, int64_t columns,
                 typename W::Word* panel) {
-  const bool aligned = tile.aligned();
+  const bool aligned = panel::aligned(tile.weight());
   for (int64_t i = 0; i < rows; ++i, panel += kDepth) {
     if (aligned) {
       const AlignedRow in(tile, row + i, column);
-      for (int64_t c = 0; c < columns; c += kGroup) W::decode_row(in, c, panel + c / W::kElements);
+      for (int64_t c = 0; c < columns; c += kGroup) W::decode_row(in.packed(c), in.scale(c), panel + c / W::kElements);
     } else {
       const RaggedRow in(tile, row + i, column, columns);
       for (int64_t c = 0; c < columns; c += kGroup) {
@@ -124,6 +134,51 @@ int decode_rows(const WeightTile& tile, int64_t row, int64_t rows, int64_t colum
   }
   return static_cast<int>(round_up(columns, kGroup) / W::kElements);
 }
+
+// Does what decode_rows does beside a multiplication, and fetches the memory `distance` bytes behind, which is to be
+// decoded after it. The tile's groups must coincide with the packed format and its rows begin with a block.
+template <class W>
+class DecodeAhead {
+ public:
+  DecodeAhead(const WeightTile& tile, int64_t row, int64_t rows, int64_t column, int64_t columns,
+              typename W::Word* panel, int64_t distance)
+      : packed_(tile.weight().packed + tile.flat(row, column) / 2),
+        distance_(distance),
+        row_bytes_(tile.weight().k / 2),
+        scales_(tile.scales(row) + tile.block(row, column)),
+        row_scales_(tile.row_scales()),
+        out_(panel),
+        rows_left_(rows),
+        rows_(rows),
+        column_(column),
+        end_(column + columns),
+        shift_(tile.shift()) {}
+
+  void step() {
+    if (rows_left_ == 0) return;
+    __builtin_prefetch(packed_ + distance_, 0, 2);
+    W::decode_row(packed_, *scales_, out_);
+    packed_ += row_bytes_, scales_ += row_scales_, out_ += kDepth;
+    if (--rows_left_ > 0) return;
+    if (column_ + kGroup >= end_) return;
+    packed_ += kGroup / 2 - rows_ * row_bytes_;
+    scales_ += ((column_ + kGroup) >> shift_) - (column_ >> shift_) - rows_ * row_scales_;
+    out_ += kGroup / W::kElements - rows_ * kDepth;
+    rows_left_ = rows_, column_ += kGroup;
+  }
+  void finish() {
+    while (rows_left_ > 0) step();
+  }
+
+ private:
+  const uint8_t* packed_;
+  int64_t distance_, row_bytes_;
+  const float* scales_;
+  int64_t row_scales_;
+  typename W::Word* out_;
+  int64_t rows_left_, rows_, column_, end_;
+  int shift_;
+};
 
 // Words of one row, or of two that lie one above the other.
 template <class W>
@@ -152,7 +207,7 @@ template <class W>
 void decode_lanes(const WeightTile& tile, int64_t row, int64_t rows, int64_t column, int64_t columns,
                   typename W::Word* panel) {
   const int64_t depth = ceil_div(rows, W::kElements);
-  const bool aligned = tile.aligned();
+  const bool aligned = panel::aligned(tile.weight());
   for (int64_t d = 0; d < depth; ++d) {
     const int64_t r = row + d * W::kElements;
     const bool last = r + W::kElements > row + rows;  // of two rows, and the second is not there
