@@ -29,7 +29,7 @@ struct StripShape {
 
   // By the whole problem, not by the task, since the order of the sums depends on it.
   explicit StripShape(const LinearProblem& p)
-      : beside(kSpareRegisters && aligned(p.w) && rows_begin_blocks(p.w)),
+      : beside(kSpareRegisters && WeightTile::aligned(p.w)),
         rows(kMostRows),
         depth(kDepth),
         other_half(0) {
@@ -79,54 +79,39 @@ class ForwardBlock {
   }
 
  private:
-  // Of the weight: rows [row, row + rows) of the block, columns [column, column + columns) of those at hand.
-  struct Piece {
-    int64_t row, rows, column, columns;
-  };
-
+  // Columns [column, column + columns) of x times those of the weight.
   void add_columns(int64_t column, int64_t columns) {
     const Matrix<T> x{static_cast<const T*>(p_.x), p_.w.k};
     const int lanes_depth = transpose_lanes<W, Order::kDecoded>(x, token_, tokens_, column, columns, lanes_);
+    const int64_t end_row = row_ + rows_, end_column = column + columns;
     const auto piece_at = [&](int64_t r, int64_t c) {
-      return Piece{r, at_most(strips_.size, rows_ - r), c, at_most(pieces_.size, columns - c)};
+      return Piece{r, at_most(strips_.size, end_row - r), c, at_most(pieces_.size, end_column - c)};
     };
     const auto after = [&](const Piece& piece) {
       const int64_t c = piece.column + piece.columns;
-      return c < columns ? piece_at(piece.row, c) : piece_at(piece.row + piece.rows, 0);
+      return c < end_column ? piece_at(piece.row, c) : piece_at(piece.row + piece.rows, column);
     };
-    const auto tile_of = [&](const Piece& piece) {
-      float* const scales = scales_ + piece.row / strips_.size % 2 * kStripScales;
-      return WeightTile(p_.w, row_ + piece.row, piece.rows, column, columns, scales);
+    float *scales = scales_, *other_scales = scales_ + kStripScales;
+    const auto tile_of_strip = [&](const Piece& piece) {
+      swap(scales, other_scales);
+      return WeightTile(p_.w, Piece{piece.row, piece.rows, column, columns}, scales);
     };
+    Word *panel = strip_, *other_panel = strip_ + shape_.other_half;
 
-    Piece piece = piece_at(0, 0);
-    WeightTile tile = tile_of(piece);
-    decode_rows<W>(tile, row_, piece.rows, column, piece.columns, strip_);
-    for (int half = 0; piece.rows > 0; half ^= 1) {
-      Word* const panel = strip_ + half * shape_.other_half;
-      Word* const other = strip_ + (half ^ 1) * shape_.other_half;
+    Piece piece = piece_at(row_, column);
+    WeightTile tile = tile_of_strip(piece);
+    decode_rows<W>(tile, piece, panel);
+    while (piece.rows > 0) {
       const int depth = static_cast<int>(round_up(piece.columns, kGroup) / W::kElements);
-      const Piece next = after(piece);
-      const int64_t row = row_ + next.row, c = column + next.column;
-      const auto multiply_beside = [&](auto&& work) {
-        multiply_strip(panel, piece.row, piece.rows, depth, piece.column / W::kElements, lanes_depth,
-                       column == 0 && piece.column == 0, work);
+      const auto multiply_piece = [&](auto& beside) {
+        multiply_strip(panel, piece.row - row_, piece.rows, depth, (piece.column - column) / W::kElements, lanes_depth,
+                       piece.column == 0, beside);
       };
-      if (next.rows == 0) {
-        multiply_beside(Ahead());
-      } else {
-        if (next.column == 0) tile = tile_of(next);
-        if (shape_.beside) {
-          const Piece last = after(next);
-          const int64_t distance = ((last.row - next.row) * p_.w.k + last.column - next.column) / 2;
-          DecodeAhead<W> decode(tile, row, next.rows, c, next.columns, other, distance);
-          multiply_beside(decode);
-          decode.finish();
-        } else {
-          multiply_beside(packed_ahead(p_.w, row, next.rows, c, next.columns));
-          decode_rows<W>(tile, row, next.rows, c, next.columns, other);
-        }
-      }
+      const Piece next = after(piece);
+      if (next.rows > 0 && next.column == column) tile = tile_of_strip(next);
+      multiply_and_decode<W, Becomes::kRows>(multiply_piece, tile, next, after(next), other_panel,
+                                               shape_.beside ? depth * ceil_div(piece.rows, shape_.rows) * ceil_div(tokens_, kTileLanes) : 0);
+      swap(panel, other_panel);
       piece = next;
     }
   }
@@ -137,14 +122,15 @@ class ForwardBlock {
     for (int64_t r = 0; r < rows_; r += strips_.size) {
       const int64_t rows = at_most(strips_.size, rows_ - r);
       load_rows<W>(b, row_ + r, rows, rank, ranks, strip_);
-      multiply_strip(strip_, r, rows, depth, 0, depth, p_.w.k == 0 && rank == 0, Ahead());
+      Ahead nothing;
+      multiply_strip(strip_, r, rows, depth, 0, depth, p_.w.k == 0 && rank == 0, nothing);
     }
   }
 
   // Adds to the sums of the block's rows [row, row + rows) their panel times the words [at, at + depth) of the lanes.
   template <class Beside>
   void multiply_strip(const Word* panel, int64_t row, int64_t rows, int depth, int64_t at, int64_t lanes_depth,
-                      bool first, Beside&& beside) {
+                      bool first, Beside& beside) {
     for (int64_t t = 0; t < tokens_; t += kTileLanes) {
       const int64_t some = at_most(tokens_ - t, kTileLanes), width = tile_width(some);
       multiply<W, kChain<T>>(panel, rows, lanes_ + t * lanes_depth + at * width, some, depth,
@@ -211,86 +197,136 @@ inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t toke
 }
 
 // How many columns a task takes, and the pieces it decodes: with few tokens, as much at a time as the first-level cache
-// holds. With many, decoding hardly counts, and deeper pieces add to the sums less often.
+// holds. With many, decoding hardly counts, and deeper pieces add to the sums less often. A piece decoded beside the
+// multiplication of the one before it has a panel of its own.
 struct DxShape {
+  bool beside;
   int64_t most_columns, piece_columns, piece_depth;
 
+  // By the whole problem, not by the task, since the order of the sums depends on it.
+  explicit DxShape(const LinearDxProblem& p) : DxShape(p.m, kSpareRegisters && WeightTile::aligned(p.w)) {}
+  constexpr DxShape(int64_t m, bool beside_)
+      : beside(beside_),
+        most_columns(m <= kFewTokens ? 2048 : 512),
+        piece_columns(m <= kFewTokens && beside ? kGroup : 2 * kGroup),
+        piece_depth(m <= kFewTokens ? 64 : kDepth / 2) {}
+
+  constexpr int64_t piece_words() const { return piece_columns * piece_depth; }
   constexpr int64_t scale_floats() const { return WeightTile::scale_floats(2 * piece_depth, most_columns); }
-  constexpr int64_t floats(int64_t tokens) const {
-    return tokens * kDepth + piece_columns * piece_depth + tokens * most_columns + scale_floats();
+  constexpr int64_t bytes(int64_t tokens) const {
+    return 4 * (tokens * kDepth + 2 * piece_words() + tokens * most_columns + 2 * scale_floats());
   }
+  static constexpr int64_t kFewTokens = 64;
 };
-inline constexpr int64_t kFewTokens = 64;
-inline constexpr DxShape kFewTokensShape{2048, 2 * kGroup, 64}, kManyTokensShape{512, 2 * kGroup, kDepth / 2};
-static_assert(kFewTokensShape.floats(kFewTokens) * 4 <= kTaskBytes);
-static_assert(kManyTokensShape.floats(kMostTokens) * 4 <= kTaskBytes);
+static_assert(DxShape(DxShape::kFewTokens, true).bytes(DxShape::kFewTokens) <= kTaskBytes);
+static_assert(DxShape(kMostTokens, true).bytes(kMostTokens) <= kTaskBytes);
 
 // dx[token .. token + tokens)[column .. column + columns), with g's first row at `first_token`. Tokens are the
 // broadcast rows, columns the lanes. The low-rank product comes first, since dropout acts on it alone.
 template <class W, class T>
-void backward_block(const LinearDxProblem& p, const DxShape& shape, const T* g, int64_t first_token, int64_t token,
-                    int64_t tokens, int64_t column, int64_t columns) {
+class BackwardBlock {
+ public:
   using Word = typename W::Word;
-  const int64_t width = round_up(columns, kGroup);
-  Arena arena;
-  Word* const gradients = arena.take<Word>(tokens * kDepth);
-  Word* const lanes = arena.take<Word>(shape.piece_columns * shape.piece_depth);
-  float* const sums = arena.take<float>(tokens * width);
-  float* const scales = arena.take<float>(shape.scale_floats());
-  bool first = true;
 
-  const Cut pieces = cut(columns, shape.piece_columns, kGroup);
-  Ahead nothing;
-  const Matrix<T> low{g, p.lora.rank}, a{static_cast<const T*>(p.lora.a), p.w.k};
-  for (int64_t r = 0; r < p.lora.rank; r += shape.piece_depth * W::kElements, first = false) {
-    const int64_t ranks = at_most(shape.piece_depth * W::kElements, p.lora.rank - r);
-    load_rows<W>(low, token - first_token, tokens, r, ranks, gradients);
-    for (int64_t c = 0; c < columns; c += pieces.size) {
-      const int64_t some = at_most(pieces.size, columns - c), some_lanes = round_up(some, kGroup);
-      load_lanes<W, Order::kDecoded>(a, r, ranks, column + c, some, some_lanes, lanes);
-      multiply<W, kChain<T>>(gradients, tokens, lanes, some_lanes, static_cast<int>(ceil_div(ranks, W::kElements)),
-                             sums + c * tokens, first, nothing);
-    }
+  BackwardBlock(const LinearDxProblem& p, const T* g, int64_t first_token, int64_t token, int64_t tokens,
+                int64_t column, int64_t columns)
+      : p_(p),
+        g_(g),
+        first_token_(first_token),
+        token_(token),
+        tokens_(tokens),
+        column_(column),
+        columns_(columns),
+        width_(round_up(columns, kGroup)) {
+    Arena arena;
+    gradients_ = arena.take<Word>(tokens * kDepth);
+    lanes_ = arena.take<Word>(2 * shape_.piece_words());
+    sums_ = arena.take<float>(tokens * width_);
+    scales_ = arena.take<float>(2 * shape_.scale_floats());
   }
-  if (p.lora.rank && p.lora.dropout.active()) drop_sums(p.lora.dropout, sums, token, tokens, p.w.k, column, columns);
 
-  const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n};
-  const Cut blocks = cut(p.w.n, kDepth * W::kElements, W::kElements);
-  for (int64_t n = 0; n < p.w.n; n += blocks.size) {
-    const int64_t block_rows = at_most(blocks.size, p.w.n - n);
-    load_rows<W>(dy, token, tokens, n, block_rows, gradients);
-    const Cut slices = cut(block_rows, shape.piece_depth * W::kElements, W::kElements);
-    for (int64_t s = 0; s < block_rows; s += slices.size, first = false) {
-      const int64_t rows = at_most(slices.size, block_rows - s);
-      const int depth = static_cast<int>(ceil_div(rows, W::kElements));
-      const WeightTile tile(p.w, n + s, rows, column, columns, scales);
-      for (int64_t c = 0; c < columns; c += pieces.size) {
-        const int64_t some = at_most(pieces.size, columns - c), some_lanes = round_up(some, kGroup);
-        decode_lanes<W>(tile, n + s, rows, column + c, some, lanes);
-        Ahead ahead = c + some < columns
-                          ? packed_ahead(p.w, n + s, rows, column + c + some, at_most(some, columns - c - some))
-                          : packed_ahead(p.w, n + s + rows, slices.size, column, pieces.size);
-        multiply<W, kChain<T>>(gradients + s / W::kElements, tokens, lanes, some_lanes, depth, sums + c * tokens, first,
-                               ahead);
+  void operator()() {
+    const int64_t rank = p_.lora.rank;
+    if (p_.w.n == 0 && rank == 0) __builtin_memset(sums_, 0, static_cast<size_t>(tokens_ * width_) * sizeof(float));
+    const int64_t most_ranks = shape_.piece_depth * W::kElements;
+    for (int64_t r = 0; r < rank; r += most_ranks) add_ranks(r, at_most(most_ranks, rank - r));
+    if (rank && p_.lora.dropout.active())
+      drop_sums(p_.lora.dropout, sums_, token_, tokens_, p_.w.k, column_, columns_);
+    add_weight();
+    for (int64_t t = 0; t < tokens_; ++t) {
+      T* const out = static_cast<T*>(p_.dx) + (token_ + t) * p_.w.k + column_;
+      for (int64_t c = 0; c < columns_; c += kGroup) {
+        F v[4];
+        load_sums(sums_, tokens_, t, c, width_, v);
+        decoded_to_memory_order(v);
+        for (int q = 0; q < 4; ++q) store_some(out + c + q * kLanes, v[q], columns_ - c - q * kLanes);
       }
     }
   }
-  if (first) __builtin_memset(sums, 0, static_cast<size_t>(tokens * width) * sizeof(float));
-  for (int64_t t = 0; t < tokens; ++t) {
-    T* const out = static_cast<T*>(p.dx) + (token + t) * p.w.k + column;
-    for (int64_t c = 0; c < columns; c += kGroup) {
-      F v[4];
-      load_sums(sums, tokens, t, c, width, v);
-      decoded_to_memory_order(v);
-      for (int q = 0; q < 4; ++q) store_some(out + c + q * kLanes, v[q], columns - c - q * kLanes);
+
+ private:
+  void add_ranks(int64_t rank, int64_t ranks) {
+    const Matrix<T> low{g_, p_.lora.rank}, a{static_cast<const T*>(p_.lora.a), p_.w.k};
+    load_rows<W>(low, token_ - first_token_, tokens_, rank, ranks, gradients_);
+    for (int64_t c = 0; c < columns_; c += pieces_.size) {
+      const int64_t some = at_most(pieces_.size, columns_ - c), lanes = round_up(some, kGroup);
+      load_lanes<W, Order::kDecoded>(a, rank, ranks, column_ + c, some, lanes, lanes_);
+      Ahead nothing;
+      multiply<W, kChain<T>>(gradients_, tokens_, lanes_, lanes, static_cast<int>(ceil_div(ranks, W::kElements)),
+                             sums_ + c * tokens_, rank == 0, nothing);
     }
   }
-}
+
+  void add_weight() {
+    const Matrix<T> dy{static_cast<const T*>(p_.dy), p_.w.n};
+    const Cut slices = cut(p_.w.n, shape_.piece_depth * W::kElements, W::kElements);
+    const int64_t end_column = column_ + columns_;
+    const auto piece_at = [&](int64_t r, int64_t c) {
+      return Piece{r, at_most(slices.size, p_.w.n - r), c, at_most(pieces_.size, end_column - c)};
+    };
+    const auto after = [&](const Piece& piece) {
+      const int64_t c = piece.column + piece.columns;
+      return c < end_column ? piece_at(piece.row, c) : piece_at(piece.row + piece.rows, column_);
+    };
+    float *scales = scales_, *other_scales = scales_ + shape_.scale_floats();
+    const auto tile_of_slice = [&](const Piece& piece) {
+      swap(scales, other_scales);
+      return WeightTile(p_.w, Piece{piece.row, piece.rows, column_, columns_}, scales);
+    };
+    Word *panel = lanes_, *other_panel = lanes_ + (shape_.beside ? shape_.piece_words() : 0);
+
+    Piece piece = piece_at(0, column_);
+    if (piece.rows == 0) return;
+    WeightTile tile = tile_of_slice(piece);
+    decode_lanes<W>(tile, piece, panel);
+    while (piece.rows > 0) {
+      if (piece.column == column_) load_rows<W>(dy, token_, tokens_, piece.row, piece.rows, gradients_);
+      const auto multiply_piece = [&](auto& beside) {
+        multiply<W, kChain<T>>(gradients_, tokens_, panel, round_up(piece.columns, kGroup),
+                               static_cast<int>(ceil_div(piece.rows, W::kElements)),
+                               sums_ + (piece.column - column_) * tokens_, piece.row == 0 && p_.lora.rank == 0, beside);
+      };
+      const Piece next = after(piece);
+      if (next.rows > 0 && next.column == column_) tile = tile_of_slice(next);
+      multiply_and_decode<W, Becomes::kLanes>(multiply_piece, tile, next, after(next), other_panel,
+           shape_.beside ? piece.rows / W::kElements * ceil_div(tokens_, kAccumulators / 2) * ceil_div(piece.columns, kTileLanes) : 0);
+      swap(panel, other_panel);
+      piece = next;
+    }
+  }
+
+  const LinearDxProblem& p_;
+  const T* const g_;
+  const int64_t first_token_, token_, tokens_, column_, columns_, width_;
+  const DxShape shape_{p_};
+  const Cut pieces_ = cut(columns_, shape_.piece_columns, kGroup);
+  Word *gradients_, *lanes_;
+  float *sums_, *scales_;
+};
 
 template <class W, class T>
 void linear_dx(const Pool& pool, const LinearDxProblem& p) {
-  // By the whole problem, not by the task, since the order of the sums depends on it.
-  const DxShape& shape = p.m <= kFewTokens ? kFewTokensShape : kManyTokensShape;
+  const DxShape shape(p);
   const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
   T* const g = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
   for (int64_t first = 0; first < p.m; first += some) {
@@ -304,8 +340,9 @@ void linear_dx(const Pool& pool, const LinearDxProblem& p) {
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t column = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-        backward_block<W, T>(p, shape, g, first, first + token, at_most(grid.tokens.size, tokens - token), column,
-                             at_most(grid.rows.size, p.w.k - column));
+        BackwardBlock<W, T> block(p, g, first, first + token, at_most(grid.tokens.size, tokens - token), column,
+                                  at_most(grid.rows.size, p.w.k - column));
+        block();
       }
     };
     pool(grid.tasks(), 1, body);

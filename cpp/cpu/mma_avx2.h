@@ -141,14 +141,11 @@ inline F lookup(const Table& t, Codes c) {
                           _mm256_castsi256_ps(sign));
 }
 
-// Elements 4i + j of a group that begins `offset` elements into a block of 2^shift, times the scales of the blocks they
-// lie in; those from `valid` on are zero.
+// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
 template <int j>
-inline F scale_mixed(F code, F scales, int offset, int shift, int valid) {
+inline F joined(int first, F a, F b) {
   const U element = _mm256_add_epi32(_mm256_slli_epi32(iota(), 2), _mm256_set1_epi32(j));
-  const U block = _mm256_srl_epi32(_mm256_add_epi32(element, _mm256_set1_epi32(offset)), _mm_cvtsi32_si128(shift));
-  return _mm256_and_ps(mul(code, _mm256_permutevar8x32_ps(scales, block)),
-                       _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(valid), element)));
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), element)));
 }
 
 // Random bits of elements 4*group .. 4*(group + kLanes) - 1.
@@ -192,12 +189,18 @@ struct WordF32 {
 
   // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
   static void decode_row(const uint8_t* packed, float scale, Word* out) {
-    const Table table = scaled(nf4_table(), splat(scale));
-    const Codes codes = load_codes(packed);
-    unroll<4>([&](auto j) { store(out + j.value * kLanes, lookup<j.value>(table, codes)); });
+    F v[4];
+    decode_lanes(packed, nullptr, scale, 0.0f, v);
+    store_decoded_row(v, out);
   }
   static void store_decoded_row(const F (&v)[4], Word* out) {
     unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
+  }
+  // The words of a group of lanes: of one row, and there is no next one.
+  static void decode_lanes(const uint8_t* packed, const uint8_t*, float scale, float, Vector (&out)[4]) {
+    const Table table = scaled(nf4_table(), splat(scale));
+    const Codes codes = load_codes(packed);
+    unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
   }
   static Vector broadcast(const Word* p) { return _mm256_broadcast_ss(p); }
   static F multiply_add(Vector a, Vector b, F sum) { return _mm256_fmadd_ps(a, b, sum); }

@@ -135,15 +135,12 @@ inline F lookup(const Table& t, Codes c) {
   return _mm512_permutexvar_ps(nibble<j>(c), t.value);
 }
 
-// Elements 4i + j of a group that begins `offset` elements into a block of 2^shift, times the scales of the blocks they
-// lie in; those from `valid` on are zero.
+// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
 template <int j>
-inline F scale_mixed(F code, const F scales, int offset, int shift, int valid) {
+inline F joined(int first, F a, F b) {
   const U element = _mm512_setr_epi32(j, j + 4, j + 8, j + 12, j + 16, j + 20, j + 24, j + 28, j + 32, j + 36, j + 40,
                                       j + 44, j + 48, j + 52, j + 56, j + 60);
-  const U block = _mm512_srl_epi32(_mm512_add_epi32(element, _mm512_set1_epi32(offset)), _mm_cvtsi32_si128(shift));
-  return _mm512_maskz_mul_ps(_mm512_cmplt_epi32_mask(element, _mm512_set1_epi32(valid)), code,
-                             _mm512_permutexvar_ps(block, scales));
+  return _mm512_mask_mov_ps(a, _mm512_cmpge_epi32_mask(element, _mm512_set1_epi32(first)), b);
 }
 
 // Random bits of elements 4*group .. 4*(group + kLanes) - 1.
@@ -187,12 +184,18 @@ struct WordF32 {
 
   // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
   static void decode_row(const uint8_t* packed, float scale, Word* out) {
-    const Table table = scaled(nf4_table(), splat(scale));
-    const Codes codes = load_codes(packed);
-    unroll<4>([&](auto j) { store(out + j.value * kLanes, lookup<j.value>(table, codes)); });
+    F v[4];
+    decode_lanes(packed, nullptr, scale, 0.0f, v);
+    store_decoded_row(v, out);
   }
   static void store_decoded_row(const F (&v)[4], Word* out) {
     unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
+  }
+  // The words of a group of lanes: of one row, and there is no next one.
+  static void decode_lanes(const uint8_t* packed, const uint8_t*, float scale, float, Vector (&out)[4]) {
+    const Table table = scaled(nf4_table(), splat(scale));
+    const Codes codes = load_codes(packed);
+    unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
   }
   static Vector broadcast(const Word* p) { return _mm512_set1_ps(*p); }
   static F multiply_add(Vector a, Vector b, F sum) { return _mm512_fmadd_ps(a, b, sum); }

@@ -51,12 +51,12 @@ struct WordBf16 {
     store(out + 16, round_pair(v[1], v[3]));
   }
 
-  // Groups of two rows, decoded to words (row, next row) of element 4i + j in vector j, lane i.
-  template <class Row>
-  static void decode_two_rows(const Row& row, const Row& next, int64_t column, Vector (&out)[4]) {
-    const U table = (U)_mm512_cvtne2ps_pbh(next.table(column).value, row.table(column).value);
-    const U codes =
-        _mm512_or_si512(load_codes(row.packed(column)), _mm512_slli_epi32(load_codes(next.packed(column)), 16));
+  // The words of a group of lanes, (row, next row): of element 4i + j in vector j, lane i.
+  static void decode_lanes(const uint8_t* packed, const uint8_t* next, float scale, float next_scale,
+                           Vector (&out)[4]) {
+    const Table nf4 = nf4_table();
+    const U table = (U)_mm512_cvtne2ps_pbh(scaled(nf4, splat(next_scale)).value, scaled(nf4, splat(scale)).value);
+    const U codes = _mm512_or_si512(load_codes(packed), _mm512_slli_epi32(load_codes(next), 16));
     const auto words = [&](U shifted) {  // 0xEA: (a & b) | c
       const U index =
           _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA);

@@ -95,15 +95,11 @@ inline F lookup(const Table& t, const Codes& c) {
   return v;
 }
 
-// Elements 4i + j of a group that begins `offset` elements into a block of 2^shift, times the scales of the blocks they
-// lie in; those from `valid` on are zero.
+// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
 template <int j>
-inline F scale_mixed(F code, F scales, int offset, int shift, int valid) {
-  for (int i = 0; i < kLanes; ++i) {
-    const int element = 4 * i + j;
-    code.lane[i] = element < valid ? code.lane[i] * scales.lane[(element + offset) >> shift] : 0.0f;
-  }
-  return code;
+inline F joined(int first, F a, F b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] = 4 * i + j < first ? a.lane[i] : b.lane[i];
+  return a;
 }
 
 // Random bits of elements 4*group .. 4*(group + kLanes) - 1.
@@ -125,12 +121,18 @@ struct WordF32 {
 
   // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
   static void decode_row(const uint8_t* packed, float scale, Word* out) {
-    const Table table = scaled(nf4_table(), splat(scale));
-    const Codes codes = load_codes(packed);
-    unroll<4>([&](auto j) { store(out + j.value * kLanes, lookup<j.value>(table, codes)); });
+    F v[4];
+    decode_lanes(packed, nullptr, scale, 0.0f, v);
+    store_decoded_row(v, out);
   }
   static void store_decoded_row(const F (&v)[4], Word* out) {
     unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
+  }
+  // The words of a group of lanes: of one row, and there is no next one.
+  static void decode_lanes(const uint8_t* packed, const uint8_t*, float scale, float, Vector (&out)[4]) {
+    const Table table = scaled(nf4_table(), splat(scale));
+    const Codes codes = load_codes(packed);
+    unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
   }
   static Vector broadcast(const Word* p) { return splat(*p); }
   static F multiply_add(Vector a, Vector b, F sum) { return add(mul(a, b), sum); }

@@ -13,6 +13,11 @@ enum class Order { kMemory, kDecoded };
 
 constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+template <class T>
+inline void swap(T& a, T& b) {
+  const T old = a;
+  a = b, b = old;
+}
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A row-major matrix, with or without dropout of its elements.

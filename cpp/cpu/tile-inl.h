@@ -13,26 +13,25 @@ inline constexpr int kDepth = 256;  // words; a rows panel is laid out [rows][kD
 // What a core does beside multiplying, a little at every step along the depth of a tile, so that neither waits for the
 // other. A *task beside* has step() for that.
 
-// Memory that the next panel will be decoded from: `rows` pieces of `bytes`, `stride` apart. It is fetched a line at a
-// time, for all at once is more than a core can have under way.
+// Fetches packed weights that the next panel will be decoded from, `rows` runs of `columns` weights that begin `stride`
+// apart. It is done a line at a time, for all at once is more than a core can have under way.
 class Ahead {
  public:
   Ahead() = default;
-  Ahead(const void* first, int64_t rows, int64_t stride, int64_t bytes)
-      : row_(static_cast<const char*>(first)), rows_(bytes > 0 ? rows : 0), stride_(stride), bytes_(bytes) {}
+  Ahead(const uint8_t* packed, int64_t first, int64_t rows, int64_t stride, int64_t columns)
+      : packed_(packed), weight_(first), rows_(columns > 0 ? rows : 0), stride_(stride), columns_(columns) {}
   void step() {
-    if (rows_ <= 0 || ++step_ % kStepsALine) return;
-    __builtin_prefetch(row_ + at_, 0, 2);
-    at_ += 64;
-    if (at_ < bytes_) return;
-    at_ = 0, row_ += stride_, --rows_;
+    if (rows_ <= 0) return;
+    __builtin_prefetch(packed_ + ((weight_ + at_) >> 1), 0, 2);
+    at_ += kLine;
+    if (at_ < columns_ + kLine - 1) return;  // a run may begin inside a line
+    at_ = 0, weight_ += stride_, --rows_;
   }
 
  private:
-  static constexpr int kStepsALine = 2;
-  const char* row_ = nullptr;
-  int64_t rows_ = 0, stride_ = 0, bytes_ = 0, at_ = 0;
-  int step_ = 0;
+  static constexpr int64_t kLine = 128;  // weights
+  const uint8_t* packed_ = nullptr;
+  int64_t weight_ = 0, rows_ = 0, stride_ = 0, columns_ = 0, at_ = 0;
 };
 
 // One tile of `rows` x `vectors` accumulators. Lanes and sums are `vectors` vectors wide in memory.
@@ -40,12 +39,11 @@ template <class W, int longest_chain, int rows, int vectors, class Beside>
 void multiply_tile(const typename W::Word* row, const typename W::Word* lane, int depth, float* sums, bool first,
                    Beside& beside) {
   constexpr int kWidth = vectors * kLanes;
-  Beside now = beside;  // in registers, as far as they go
   for (; depth > 0; depth -= longest_chain, first = false) {
     F sum[rows][vectors];
     unroll<rows>([&](auto r) { unroll<vectors>([&](auto v) { sum[r.value][v.value] = zero(); }); });
     for (int d = depth < longest_chain ? depth : longest_chain; d > 0; --d, ++row, lane += kWidth) {
-      now.step();
+      beside.step();
       typename W::Vector x[vectors];
       unroll<vectors>([&](auto v) { x[v.value] = W::load(lane + v.value * kLanes); });
       unroll<rows>([&](auto r) {
@@ -60,7 +58,6 @@ void multiply_tile(const typename W::Word* row, const typename W::Word* lane, in
       });
     });
   }
-  beside = now;
 }
 
 template <class W, class Beside>
