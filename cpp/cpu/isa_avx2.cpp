@@ -12,6 +12,7 @@ namespace qlora::cpu {
 namespace avx2 {
 namespace {
 
+#include "cpp/cpu/pages-inl.h"
 #include "cpp/cpu/scales-inl.h"
 
 #include "cpp/cpu/codec-inl.h"

@@ -14,6 +14,7 @@ namespace qlora::cpu {
 namespace avx512_bf16 {
 namespace {
 
+#include "cpp/cpu/pages-inl.h"
 #include "cpp/cpu/scales-inl.h"
 
 #include "cpp/cpu/codec-inl.h"

@@ -9,6 +9,7 @@ namespace qlora::cpu {
 namespace scalar {
 namespace {
 
+#include "cpp/cpu/pages-inl.h"
 #include "cpp/cpu/scales-inl.h"
 
 #include "cpp/cpu/codec-inl.h"

@@ -14,15 +14,23 @@ inline constexpr int64_t kChunkBytes = kChunk / 2;
 // to bfloat16 would make, and an eighth of a float32 decode's work.
 struct IntProducts {
   using X = int16_t;
-  static constexpr int kMaxRows = kMaxIntRows;
+  static constexpr int kMaxRows = kMaxIntRows, kMaxPairedRows = kMaxPairedIntRows;
 
   IntCodebook book{kIntCodes.value};
   using Codes = IntCodes;
   Codes codes(Ints chunk) const { return decode(chunk, book); }
 
-  static Floats product(const Codes& codes, const X* x) {
-    Ints sum = dot(codes.v[0], load_pairs(x));
-    unroll<3>([&](auto i) { sum = dot(sum, codes.v[i + 1], load_pairs(x + (i + 1) * 2 * kLanes)); });
+  struct ChunkOfX {
+    Ints v[4];
+  };
+  static ChunkOfX load_x(const X* x) {
+    ChunkOfX out;
+    unroll<4>([&](auto i) { out.v[i] = load_pairs(x + i * 2 * kLanes); });
+    return out;
+  }
+  static Floats product(const Codes& codes, const ChunkOfX& x) {
+    Ints sum = dot(codes.v[0], x.v[0]);
+    unroll<3>([&](auto i) { sum = dot(sum, codes.v[i + 1], x.v[i + 1]); });
     return to_floats(sum);
   }
 
@@ -50,15 +58,23 @@ struct IntProducts {
 // For float32, exact products.
 struct FloatProducts {
   using X = float;
-  static constexpr int kMaxRows = kMaxFloatRows;
+  static constexpr int kMaxRows = kMaxFloatRows, kMaxPairedRows = 0;
 
   FloatCodebook book{kNf4.value};
   using Codes = FloatCodes;
   Codes codes(Ints chunk) const { return decode(chunk, book); }
 
-  static Floats product(const Codes& codes, const X* x) {
-    Floats sum = mul(codes.v[0], load(x));
-    unroll<kLaneWeights - 1>([&](auto i) { sum = fma(codes.v[i + 1], load(x + (i + 1) * kLanes), sum); });
+  struct ChunkOfX {
+    Floats v[kLaneWeights];
+  };
+  static ChunkOfX load_x(const X* x) {
+    ChunkOfX out;
+    unroll<kLaneWeights>([&](auto i) { out.v[i] = load(x + i * kLanes); });
+    return out;
+  }
+  static Floats product(const Codes& codes, const ChunkOfX& x) {
+    Floats sum = mul(codes.v[0], x.v[0]);
+    unroll<kLaneWeights - 1>([&](auto i) { sum = fma(codes.v[i + 1], x.v[i + 1], sum); });
     return sum;
   }
 
@@ -153,30 +169,59 @@ struct Stretch {
   int64_t prefetch_ahead;
 };
 
-// sums[i] += sum over blocks of scale_of_x[block][i] * (row of W · x[i]), lane by lane, for kRows rows of x. The first
-// chunk starts in the granule whose scale comes first.
-template <int kRows, class Products>
-[[gnu::always_inline]] inline void accumulate(const Stretch& stretch, const Products& products, const uint8_t* packed,
-                                              const float* scales, Ints granules, const typename Products::X* x,
-                                              const float* scale_of_x, float* sums) {
+// Where a stretch of one row of W begins, and of which of the granules from `scales` on its lanes are.
+struct StretchOfRow {
+  const uint8_t* packed;
+  const float* scales;
+  Ints granules;
+};
+
+// sums[i] += sum over blocks of scale_of_x[block][i] * (row of W · x[i]), lane by lane, for kRows rows of x and each of
+// kWeightRows rows of W, whose sums lie kLanes apart. A function of its own, or the loop's pointers are kept in memory.
+template <int kRows, int kWeightRows, class Products>
+[[gnu::noinline, gnu::flatten]] void accumulate(const Stretch& stretch, const StretchOfRow (&of_row)[kWeightRows],
+                                                const typename Products::X* x, const float* scale_of_x, float* sums) {
+  const Products products;
+  const uint8_t* packed = of_row[0].packed;
+  const float* scales = of_row[0].scales;
+  const int64_t next_packed = of_row[kWeightRows - 1].packed - packed;
+  const int64_t next_scales = of_row[kWeightRows - 1].scales - scales;
+  const int64_t granules_per_chunk = stretch.granules_per_chunk, prefetch_ahead = stretch.prefetch_ahead;
+  Ints granules[kWeightRows];
+  unroll<kWeightRows>([&](auto w) { granules[w] = of_row[w].granules; });
   for (int64_t blocks_left = stretch.blocks; blocks_left > 0; --blocks_left, scale_of_x += kRows) {
-    Floats acc[kRows];
-    unroll<kRows>([&](auto i) { acc[i] = zero(); });
-    const auto meet = [&](const typename Products::Codes& codes, Floats scale) {
-      unroll<kRows>([&](auto i) { acc[i] = fma(Products::product(codes, x + i * kChunk), scale, acc[i]); });
+    Floats acc[kRows][kWeightRows];
+    unroll<kRows>([&](auto i) { unroll<kWeightRows>([&](auto w) { acc[i][w] = zero(); }); });
+    const auto meet = [&](const typename Products::Codes(&codes)[kWeightRows], const Floats(&scale)[kWeightRows]) {
+      unroll<kRows>([&](auto i) {
+        const auto x_i = Products::load_x(x + i * kChunk);
+        unroll<kWeightRows>([&](auto w) { acc[i][w] = fma(Products::product(codes[w], x_i), scale[w], acc[i][w]); });
+      });
     };
+    typename Products::Codes codes[kWeightRows];
+    Floats scale[kWeightRows];
     for (int64_t c = blocks_left == 1 ? stretch.last_chunks : stretch.block_chunks; c > 0; --c) {
-      __builtin_prefetch(packed + stretch.prefetch_ahead, 0, 2);
-      meet(products.codes(load_chunk(packed)), lane_scales(scales, granules));
-      packed += kChunkBytes, scales += stretch.granules_per_chunk, x += kRows * kChunk;
+      unroll<kWeightRows>([&](auto w) {
+        const uint8_t* const at = packed + w * next_packed;
+        __builtin_prefetch(at + prefetch_ahead, 0, 3);
+        codes[w] = products.codes(load_chunk(at));
+        scale[w] = lane_scales(scales + w * next_scales, granules[w]);
+      });
+      meet(codes, scale);
+      packed += kChunkBytes, scales += granules_per_chunk, x += kRows * kChunk;
     }
     if (blocks_left == 1 && stretch.tail_weights) {
-      meet(products.codes(load_chunk(packed, ceil_div(stretch.tail_weights, 2))),
-           lane_scales(scales, granules, ceil_div(stretch.tail_weights, kLaneWeights)));
+      unroll<kWeightRows>([&](auto w) {
+        codes[w] = products.codes(load_chunk(packed + w * next_packed, ceil_div(stretch.tail_weights, 2)));
+        scale[w] = lane_scales(scales + w * next_scales, granules[w], ceil_div(stretch.tail_weights, kLaneWeights));
+      });
+      meet(codes, scale);
     }
     unroll<kRows>([&](auto i) {
-      float* sum = sums + i * kTileRows * kLanes;
-      store(sum, fma(acc[i], splat(scale_of_x[i]), load(sum)));
+      unroll<kWeightRows>([&](auto w) {
+        float* sum = sums + (i * kTileRows + w) * kLanes;
+        store(sum, fma(acc[i][w], splat(scale_of_x[i]), load(sum)));
+      });
     });
   }
 }
@@ -201,8 +246,10 @@ class Forward {
     float* sums = memory.take<float>(kMaxRows * kTileRows * kLanes);
     float* scales = memory.take<float>(scale_floats(p_, plan_.rows));
     ScaleReader reader(p_.w.scales);
-    const int64_t super = super_rows(plan_.rows);
+    const int64_t super = super_rows(plan_.rows), super_bytes = super * p_.w.k / 2;
+    PagesAhead pages(p_.w.packed, begin * super_bytes, end * super < p_.w.n ? end * super_bytes : p_.w.n * p_.w.k / 2);
     for (int64_t s = begin; s < end; ++s) {
+      pages.reach((s + 2) * super_bytes);  // the lines of a super-tile are fetched while the one before it is worked on
       const int64_t first = s * super, last = first + super < p_.w.n ? first + super : p_.w.n;
       const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
       const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
@@ -219,22 +266,21 @@ class Forward {
  private:
   // Rows n, n + period, ... (`count` of them) of W against one group of rows of x.
   template <int kRows>
-  [[gnu::flatten]] void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const float* scales,
+  void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const float* scales,
                              int64_t first_granule, float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k, m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n), copy = shift * static_cast<int>(period) / 8;
     const typename Products::X* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;
     const float* scale_of_x = x_.scale + copy * plan_.copy_scales() + m0 * plan_.blocks;
-    const Products products;
     start<kRows>(n, count, m0, sums);
     // As many blocks of x as stay in the L1 cache go over a row of W before the next row.
     const int64_t block_weights = plan_.block_chunks * kChunk, weights = shift + k;
     const int64_t block_bytes = kRows * block_weights * static_cast<int64_t>(sizeof(typename Products::X));
     const int64_t most = block_bytes < 12288 ? 24576 / block_bytes : 1, blocks = ceil_div(weights, block_weights);
-    const bool one_phase = k % reader.granule() == 0;
+    const int log2_granule = reader.log2_granule();
     Stretch stretch;
     stretch.block_chunks = plan_.block_chunks;
-    stretch.granules_per_chunk = kChunk >> reader.log2_granule();
+    stretch.granules_per_chunk = kChunk >> log2_granule;
     stretch.prefetch_ahead = Forward::super_rows(plan_.rows) * k / 2;
     for (int64_t b = 0; b < blocks; b += most) {
       stretch.blocks = blocks - b < most ? blocks - b : most;
@@ -242,17 +288,21 @@ class Forward {
       stretch.last_chunks = left < block_weights ? left / kChunk : plan_.block_chunks;
       stretch.tail_weights = left < block_weights ? left % kChunk : 0;
       const int64_t chunk = b * plan_.block_chunks;
-      int64_t row_first = plan_.rows.first_weight(n);
-      Ints granules = granule_of_lanes(0, reader.log2_granule());
-      for (int64_t t = 0; t < count; ++t, row_first += period * k) {
-        if (!one_phase) {
-          granules = granule_of_lanes(static_cast<int>(row_first & (reader.granule() - 1)), reader.log2_granule());
-        }
-        accumulate<kRows>(
-            stretch, products, p_.w.packed + row_first / 2 + chunk * kChunkBytes,
-            scales + ((row_first >> reader.log2_granule()) - first_granule) + chunk * stretch.granules_per_chunk,
-            granules, x + chunk * kRows * kChunk, scale_of_x + b * kRows, sums + t * kLanes);
-      }
+      const auto row = [&](int64_t t) {
+        const int64_t begin = plan_.rows.first_weight(n) + t * period * k, granule = begin >> log2_granule;
+        return StretchOfRow{p_.w.packed + begin / 2 + chunk * kChunkBytes,
+                            scales + granule - first_granule + chunk * stretch.granules_per_chunk,
+                            granule_of_lanes(static_cast<int>(begin - (granule << log2_granule)), log2_granule)};
+      };
+      const auto add = [&](int64_t t, const auto&... rows) {
+        const StretchOfRow of_rows[] = {rows...};
+        accumulate<kRows, sizeof...(rows), Products>(stretch, of_rows, x + chunk * kRows * kChunk,
+                                                     scale_of_x + b * kRows, sums + t * kLanes);
+      };
+      int64_t t = 0;
+      if constexpr (kRows <= Products::kMaxPairedRows)
+        for (; t + 1 < count; t += 2) add(t, row(t), row(t + 1));
+      for (; t < count; ++t) add(t, row(t));
     }
     finish(n, count, m0, kRows, sums);
   }

@@ -11,6 +11,7 @@ inline constexpr int kLanes = 16;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 16;  // rows of x whose sums fit the registers beside the decoded codes
+inline constexpr int kMaxPairedIntRows = 8;  // the same beside the codes of two rows of W
 inline constexpr int kMaxFloatRows = 8;
 inline constexpr int kDxTokens = 2;  // rows of dy whose sums of a chunk fit there
 
