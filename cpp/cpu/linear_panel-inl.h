@@ -30,16 +30,9 @@ struct StripShape {
   // By the whole problem, not by the task, since the order of the sums depends on it.
   explicit StripShape(const LinearProblem& p)
       : beside(kSpareRegisters && WeightTile::aligned(p.w)),
-        rows(kMostRows),
+        rows(beside ? kMostRows / 2 : kMostRows),
         depth(kDepth),
-        other_half(0) {
-    if (!beside) return;
-    if (p.m <= kLanes) {
-      depth = other_half = kDepth / 2;
-    } else {
-      rows = kMostRows / 2, other_half = rows * kDepth;
-    }
-  }
+        other_half(beside ? rows * kDepth : 0) {}
 };
 inline constexpr int64_t kStripScales = WeightTile::scale_floats(StripShape::kMostRows, 2 * kMostLaneWords / kLanes);
 
@@ -57,19 +50,20 @@ class ForwardBlock {
     Arena arena;
     strip_ = arena.take<Word>(StripShape::kPanelWords);
     lanes_ = arena.take<Word>(kMostLaneWords);
-    sums_ = arena.take<float>(rows * round_up(tokens, kLanes));
+    sums_ = arena.take<float>(rows * round_up(token_lanes_, kLanes));
     scales_ = arena.take<float>(2 * kStripScales);
   }
 
   void operator()() {
     const int64_t rank = p_.lora.rank;
     if (p_.w.k == 0 && rank == 0) {
-      __builtin_memset(sums_, 0, static_cast<size_t>(rows_ * round_up(tokens_, kLanes)) * sizeof(float));
+      __builtin_memset(sums_, 0, static_cast<size_t>(rows_ * round_up(token_lanes_, kLanes)) * sizeof(float));
     }
     const int64_t most_columns = kMostLaneWords / round_up(tokens_, kLanes) * W::kElements;
     const int64_t columns = at_least(most_columns / pieces_.size, 1) * pieces_.size;
     for (int64_t c = 0; c < p_.w.k; c += columns) add_columns(c, at_most(columns, p_.w.k - c));
     for (int64_t r = 0; r < rank; r += kDepth * W::kElements) add_ranks(r, at_most(kDepth * W::kElements, rank - r));
+    if constexpr (W::kWords > 1) add_words();
     const T* bias = p_.bias ? static_cast<const T*>(p_.bias) + row_ : nullptr;
     for (int64_t t = 0; t < tokens_; t += kTileLanes) {
       const int64_t some = at_most(tokens_ - t, kTileLanes);
@@ -98,19 +92,29 @@ class ForwardBlock {
     };
     Word *panel = strip_, *other_panel = strip_ + shape_.other_half;
 
+    PageToucher touch_pages;
+    const auto touch_strip = [&](int64_t row) {
+      touch_pages(tile_bytes(p_.w, row, column), columns / 2, at_most(strips_.size, end_row - row), p_.w.k / 2);
+    };
     Piece piece = piece_at(row_, column);
+    touch_strip(row_);
+    touch_strip(row_ + strips_.size);
     WeightTile tile = tile_of_strip(piece);
     decode_rows<W>(tile, piece, panel);
     while (piece.rows > 0) {
-      const int depth = static_cast<int>(round_up(piece.columns, kGroup) / W::kElements);
+      const int depth = static_cast<int>(round_up(piece.columns, kGroup) / kStepElements);
       const auto multiply_piece = [&](auto& beside) {
-        multiply_strip(panel, piece.row - row_, piece.rows, depth, (piece.column - column) / W::kElements, lanes_depth,
+        multiply_strip(panel, piece.row - row_, piece.rows, depth, (piece.column - column) / kStepElements, lanes_depth,
                        piece.column == 0, beside);
       };
       const Piece next = after(piece);
-      if (next.rows > 0 && next.column == column) tile = tile_of_strip(next);
-      multiply_and_decode<W, Becomes::kRows>(multiply_piece, tile, next, after(next), other_panel,
-                                               shape_.beside ? depth * ceil_div(piece.rows, shape_.rows) * ceil_div(tokens_, kTileLanes) : 0);
+      if (next.rows > 0 && next.column == column) {
+        touch_strip(next.row + next.rows);
+        tile = tile_of_strip(next);
+      }
+      multiply_and_decode<W, Becomes::kRows>(
+          multiply_piece, tile, next, after(next), other_panel,
+          shape_.beside ? depth * ceil_div(piece.rows, shape_.rows) * ceil_div(token_lanes_, kTileLanes) : 0);
       swap(panel, other_panel);
       piece = next;
     }
@@ -127,20 +131,30 @@ class ForwardBlock {
     }
   }
 
-  // Adds to the sums of the block's rows [row, row + rows) their panel times the words [at, at + depth) of the lanes.
+  // Adds to the sums of the block's rows [row, row + rows) their panel times the steps [at, at + depth) of the lanes.
   template <class Beside>
   void multiply_strip(const Word* panel, int64_t row, int64_t rows, int depth, int64_t at, int64_t lanes_depth,
                       bool first, Beside& beside) {
-    for (int64_t t = 0; t < tokens_; t += kTileLanes) {
-      const int64_t some = at_most(tokens_ - t, kTileLanes), width = tile_width(some);
-      multiply<W, kChain<T>>(panel, rows, lanes_ + t * lanes_depth + at * width, some, depth,
-                             sums_ + t * rows_ + row * width, first, beside);
+    for (int64_t l = 0; l < token_lanes_; l += kTileLanes) {
+      const int64_t some = at_most(token_lanes_ - l, kTileLanes), width = tile_width(some);
+      multiply<W, kChain<T>>(panel, rows, lanes_ + l * lanes_depth + at * width, some, depth,
+                             sums_ + l * rows_ + row * width, first, beside);
+    }
+  }
+
+  // Leaves one lane a token in the sums.
+  void add_words() {
+    const int64_t width = tile_width(token_lanes_);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const float* const in = sums_ + r * width;
+      store(sums_ + r * kLanes, W::add_neighbours(load(in), width == kTileLanes ? load(in + kLanes) : zero()));
     }
   }
 
   const LinearProblem& p_;
   const T* const h_;
-  const int64_t first_token_, token_, tokens_, row_, rows_;
+  static constexpr int kStepElements = W::kElements * W::kWords;
+  const int64_t first_token_, token_, tokens_, token_lanes_ = tokens_ * W::kWords, row_, rows_;
   const StripShape shape_{p_};
   const Cut strips_ = cut(rows_, shape_.rows, 1), pieces_ = cut(p_.w.k, shape_.depth* W::kElements, kGroup);
   Word *strip_, *lanes_;
@@ -166,9 +180,16 @@ void linear(const Pool& pool, const LinearProblem& p) {
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-        ForwardBlock<W, T> block(p, h, first, first + token, at_most(grid.tokens.size, tokens - token), row,
-                                 at_most(grid.rows.size, p.w.n - row));
-        block();
+        const auto compute = [&](auto word) {
+          ForwardBlock<decltype(word), T> block(p, h, first, first + token, at_most(grid.tokens.size, tokens - token),
+                                                row, at_most(grid.rows.size, p.w.n - row));
+          block();
+        };
+        if (p.m <= kLanes) {
+          compute(typename W::FewTokens{});
+        } else {
+          compute(W{});
+        }
       }
     };
     pool(grid.tasks(), 1, body);
@@ -250,8 +271,7 @@ class BackwardBlock {
     if (p_.w.n == 0 && rank == 0) __builtin_memset(sums_, 0, static_cast<size_t>(tokens_ * width_) * sizeof(float));
     const int64_t most_ranks = shape_.piece_depth * W::kElements;
     for (int64_t r = 0; r < rank; r += most_ranks) add_ranks(r, at_most(most_ranks, rank - r));
-    if (rank && p_.lora.dropout.active())
-      drop_sums(p_.lora.dropout, sums_, token_, tokens_, p_.w.k, column_, columns_);
+    if (rank && p_.lora.dropout.active()) drop_sums(p_.lora.dropout, sums_, token_, tokens_, p_.w.k, column_, columns_);
     add_weight();
     for (int64_t t = 0; t < tokens_; ++t) {
       T* const out = static_cast<T*>(p_.dx) + (token_ + t) * p_.w.k + column_;
@@ -308,8 +328,11 @@ class BackwardBlock {
       };
       const Piece next = after(piece);
       if (next.rows > 0 && next.column == column_) tile = tile_of_slice(next);
-      multiply_and_decode<W, Becomes::kLanes>(multiply_piece, tile, next, after(next), other_panel,
-           shape_.beside ? piece.rows / W::kElements * ceil_div(tokens_, kAccumulators / 2) * ceil_div(piece.columns, kTileLanes) : 0);
+      multiply_and_decode<W, Becomes::kLanes>(
+          multiply_piece, tile, next, after(next), other_panel,
+          shape_.beside
+              ? piece.rows / W::kElements * ceil_div(tokens_, kAccumulators / 2) * ceil_div(piece.columns, kTileLanes)
+              : 0);
       swap(panel, other_panel);
       piece = next;
     }

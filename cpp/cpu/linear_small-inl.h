@@ -50,7 +50,8 @@ void backward(const Pool& pool, const LinearDxProblem& p) {
 }
 
 // The panels are ahead sooner where they multiply bfloat16 in pairs, and dx's where rows of W start inside a lane
-// (bench/cliffs.py).
+// (bench/cliffs.py, and bench/results/cpu_roofline.md for both sides of each bound).
+inline constexpr int64_t kPanelGroup = 64;  // of weights that panels decode at once, where rows of W begin with one
 inline bool panels_dot([[maybe_unused]] DType dtype) {
 #if QLORA_BF16_DOT
   return dtype == DType::kBFloat16 && prefers_bf16_dot();
@@ -60,7 +61,7 @@ inline bool panels_dot([[maybe_unused]] DType dtype) {
 }
 
 bool linear_small(const Pool& pool, const LinearProblem& p) {
-  const int64_t most_rows = panels_dot(p.dtype) ? 13 : kSmallRows;
+  const int64_t most_rows = !panels_dot(p.dtype) ? kSmallRows : p.w.k % kPanelGroup ? 12 : 9;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:
@@ -75,7 +76,7 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
   return false;
 }
 bool linear_dx_small(const Pool& pool, const LinearDxProblem& p) {
-  const int64_t most_rows = p.w.k % kLaneWeights || panels_dot(p.dtype) ? 6 : kSmallRows;
+  const int64_t most_rows = panels_dot(p.dtype) ? 4 : p.w.k % kLaneWeights ? 6 : kSmallRows;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:

@@ -182,7 +182,8 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
 struct WordF32 {
   using Word = float;
   using Vector = F;
-  static constexpr int kElements = 1;
+  static constexpr int kElements = 1, kWords = 1;
+  using FewTokens = WordF32;
   static Vector load(const Word* p) { return _mm256_loadu_ps(p); }
   static void store(Word* p, Vector v) { _mm256_storeu_ps(p, v); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }

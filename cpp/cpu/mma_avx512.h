@@ -173,11 +173,35 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
   for (int q = 0; q < 4; ++q) _mm512_storeu_ps(bits + 16 * q, v[q]);
 }
 
+// Lanes that stand for two words each (tile-inl.h): a broadcast is of two, and sums of both stand side by side.
+template <class W>
+struct TwoWords : W {
+  static constexpr int kWords = 2;
+  static typename W::Vector broadcast(const typename W::Word* p) {
+    double both;
+    __builtin_memcpy(&both, p, sizeof(both));
+    return (typename W::Vector)_mm512_set1_pd(both);
+  }
+  // The lanes of a and b in turn.
+  static void interleave(F a, F b, F& low, F& high) {
+    const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    low = _mm512_permutex2var_ps(a, from, b);
+    high = _mm512_permutex2var_ps(a, _mm512_add_epi32(from, _mm512_set1_epi32(8)), b);
+  }
+  // The sums of neighbours: those of `low` come first.
+  static F add_neighbours(F low, F high) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    return add(_mm512_permutex2var_ps(low, even, high),
+               _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
+  }
+};
+
 // Float32 multiplication: a word of an operand is one element.
 struct WordF32 {
   using Word = float;
   using Vector = F;
-  static constexpr int kElements = 1;
+  static constexpr int kElements = 1, kWords = 1;
+  using FewTokens = TwoWords<WordF32>;
   static Vector load(const Word* p) { return _mm512_loadu_ps(p); }
   static void store(Word* p, Vector v) { _mm512_storeu_ps(p, v); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }

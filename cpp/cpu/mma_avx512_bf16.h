@@ -3,7 +3,8 @@
 struct WordBf16 {
   using Word = uint32_t;
   using Vector = U;
-  static constexpr int kElements = 2;
+  static constexpr int kElements = 2, kWords = 1;
+  using FewTokens = TwoWords<WordBf16>;
   static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
   static void store(Word* p, Vector v) { _mm512_storeu_si512(p, v); }
   static void store_elements(Word* row, int64_t element, F v) {

@@ -114,7 +114,8 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
 struct WordF32 {
   using Word = float;
   using Vector = F;
-  static constexpr int kElements = 1;
+  static constexpr int kElements = 1, kWords = 1;
+  using FewTokens = WordF32;
   static Vector load(const Word* p) { return load_first(p, kLanes); }
   static void store(Word* p, Vector v) { store_first(p, v, kLanes); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }

@@ -165,16 +165,17 @@ constexpr int decoded_word(int word) {
   return word % kVectors * kLanes + word / kVectors;
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the rows. The
-// sum is over columns, in `order`. Returns the depth in words: whole vectors or groups, filled with zeros.
+// Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the rows
+// (with TwoWords, two lanes a row). The sum is over columns, in `order`. Returns the depth in steps: whole vectors or
+// groups, filled with zeros.
 template <class W, Order order, class T>
 int transpose_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     typename W::Word* panel) {
   constexpr int kStep = kLanes * W::kElements;  // elements a vector of words holds
   const int64_t elements = round_up(columns, order == Order::kDecoded ? kGroup : kLanes);
-  const int64_t depth = elements / W::kElements;
+  const int64_t depth = elements / W::kElements / W::kWords;
   for (int64_t first = 0; first < rows; first += kLanes) {
-    const int64_t tile = first & -kTileLanes, width = tile_width(rows - tile);
+    const int64_t tile = first & -kTileLanes, width = tile_width((rows - tile) * W::kWords);
     typename W::Word* out = panel + tile * depth + (first - tile);
     for (int64_t c = 0; c < elements; c += kStep) {
       F v[kLanes];
@@ -192,7 +193,19 @@ int transpose_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t colum
         const int64_t word = order == Order::kMemory
                                  ? c / W::kElements + i.value
                                  : group / W::kElements + decoded_word<W>(i.value) + decoded_word<W>(within);
-        if (word < depth) store(reinterpret_cast<float*>(out + word * width), v[i.value]);
+        float* const to = reinterpret_cast<float*>(out + word / W::kWords * width);
+        if (word >= depth * W::kWords) return;
+        if constexpr (W::kWords == 1) {
+          store(to, v[i.value]);
+        } else {
+          constexpr int kNext = order == Order::kMemory ? 1 : 4 / W::kElements;  // vectors on is the next word
+          if constexpr (i.value / kNext % 2 == 0) {
+            F low, high;
+            W::interleave(v[i.value], v[i.value + kNext], low, high);
+            store(to, low);
+            if (width == kTileLanes) store(to + kLanes, high);
+          }
+        }
       });
     }
   }

@@ -15,8 +15,8 @@ class IntDx {
 
   // Chunks of columns begin .. end - 1.
   void operator()(int64_t begin, int64_t end) const {
-    constexpr int64_t kStripChunks = 16;
-    for (int64_t c = begin; c < end; c += kStripChunks) strip(c, end - c < kStripChunks ? end : c + kStripChunks);
+    const int64_t strip_chunks = p_.m <= 2 ? 32 : 16;  // whose sums stay in the L1 cache
+    for (int64_t c = begin; c < end; c += strip_chunks) strip(c, end - c < strip_chunks ? end : c + strip_chunks);
   }
 
  private:
@@ -66,19 +66,16 @@ class IntDx {
              const Memory& memory) const {
     const int64_t rows = p_.w.n - n < kDxTileRows ? p_.w.n - n : kDxTileRows;
     const int64_t scale_stride = stride + kLanes;
-    float bound[kDxTileRows] = {};
-    for (int64_t t = 0; t < rows; ++t) {
-      const int64_t row_block = (n + t) * row_blocks_;
-      reader.read(row_block + first, blocks, memory.scales + t * scale_stride);
-      bound[t] = reader.largest(row_block, row_blocks_);
-    }
+    const float bound = reader.largest(n * row_blocks_, rows * row_blocks_);
+    for (int64_t t = 0; t < rows; ++t)
+      reader.read((n + t) * row_blocks_ + first, blocks, memory.scales + t * scale_stride);
     for (int64_t i = 0; i < p_.m; ++i) {
       float dy[kDxTileRows] = {};
       const T* row = static_cast<const T*>(p_.dy) + i * p_.w.n + n;
       uint32_t largest_bits = 0;
       for (int64_t t = 0; t < rows; ++t) {
         dy[t] = to_float(row[t]);
-        const uint32_t bits = float_bits(dy[t] * bound[t]) & 0x7FFFFFFFu;
+        const uint32_t bits = float_bits(dy[t] * bound) & 0x7FFFFFFFu;
         largest_bits = bits > largest_bits ? bits : largest_bits;
       }
       const bool finite = largest_bits < 0x7F800000u;
@@ -107,16 +104,17 @@ class IntDx {
     // As many of the four nibbles at a time as the registers can sum for all rows of dy.
     constexpr int kNibbles = kRows <= 5 ? 4 : kRows <= 12 ? 2 : 1;
     const int64_t row_bytes = p_.w.k / 2, left = p_.w.n - n, ahead = kDxTileRows * row_bytes;
-    const int64_t pairs = left < kDxTileRows ? ceil_div(left, 2) : kDxPairs;
+    const int64_t rows = left < kDxTileRows ? left : kDxTileRows, pairs = ceil_div(rows, 2), whole_pairs = rows / 2;
     const IntCodebook book(kIntCodes.value);
     for (int64_t b = 0; b < blocks; ++b) {
       const uint8_t* packed = p_.w.packed + n * row_bytes + (first + b) * (kDxBlock / 2);
       unroll<4 / kNibbles>([&](auto pass) {
         Ints acc[kRows][kNibbles];
         unroll<kRows>([&](auto i) { unroll<kNibbles>([&](auto s) { acc[i][s] = no_ints(); }); });
-        for (int64_t j = 0; j < pairs; ++j) {
-          const uint8_t* upper = packed + 2 * j * row_bytes;
-          const uint8_t* lower = 2 * j + 1 < left ? upper + row_bytes : upper;
+        const uint8_t* upper = packed;
+        const int32_t* dy = memory.pairs + b;
+        for (int64_t j = 0; j < pairs; ++j, upper += 2 * row_bytes, dy += kRows * stride) {
+          const uint8_t* lower = j < whole_pairs ? upper + row_bytes : upper;  // a missing row has dy = 0
           if (pass == 0) {
             __builtin_prefetch(upper + ahead, 0, 2);
             __builtin_prefetch(lower + ahead, 0, 2);
@@ -124,7 +122,6 @@ class IntDx {
           const Ints words = load_row_pair(upper, lower);
           Ints codes[kNibbles];
           unroll<kNibbles>([&](auto s) { codes[s] = decode_nibble<pass * kNibbles + s>(words, book); });
-          const int32_t* dy = memory.pairs + j * kRows * stride + b;
           unroll<kRows>([&](auto i) {
             const Ints pair = splat_pair(dy[i * stride]);
             unroll<kNibbles>([&](auto s) { acc[i][s] = dot(acc[i][s], codes[s], pair); });

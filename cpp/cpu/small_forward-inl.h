@@ -6,6 +6,7 @@
 
 inline constexpr int kTileRows = kLanes;
 inline constexpr int64_t kChunkBytes = kChunk / 2;
+inline constexpr int64_t kBurstBytes = 64 << 10;  // whose pages are touched together
 
 // How a chunk of codes meets x, with x arranged in the order in which codes are decoded.
 //
@@ -247,9 +248,16 @@ class Forward {
     float* scales = memory.take<float>(scale_floats(p_, plan_.rows));
     ScaleReader reader(p_.w.scales);
     const int64_t super = super_rows(plan_.rows), super_bytes = super * p_.w.k / 2;
-    PagesAhead pages(p_.w.packed, begin * super_bytes, end * super < p_.w.n ? end * super_bytes : p_.w.n * p_.w.k / 2);
+    // The lines of a super-tile are fetched while the one before it is worked on; their pages are known before that.
+    const int64_t end_byte = end * super < p_.w.n ? end * super_bytes : p_.w.n * p_.w.k / 2;
+    int64_t known = begin * super_bytes;
+    PageToucher touch_pages;
     for (int64_t s = begin; s < end; ++s) {
-      pages.reach((s + 2) * super_bytes);  // the lines of a super-tile are fetched while the one before it is worked on
+      if (known < (s + 2) * super_bytes && known < end_byte) {
+        const int64_t from = known;
+        known = (s + 2) * super_bytes + kBurstBytes;
+        touch_pages(p_.w.packed + from, p_.w.packed + (known < end_byte ? known : end_byte));
+      }
       const int64_t first = s * super, last = first + super < p_.w.n ? first + super : p_.w.n;
       const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
       const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
@@ -267,7 +275,7 @@ class Forward {
   // Rows n, n + period, ... (`count` of them) of W against one group of rows of x.
   template <int kRows>
   void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const float* scales,
-                             int64_t first_granule, float* sums) const {
+            int64_t first_granule, float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k, m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n), copy = shift * static_cast<int>(period) / 8;
     const typename Products::X* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;

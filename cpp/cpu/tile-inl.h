@@ -3,7 +3,9 @@
 //   sums [rows, lanes] (+)= rows panel [rows, depth] · lanes panel [depth, lanes]
 //
 // in words (WordF32, WordBf16: one or two elements of the summed dimension). A word of the rows panel is broadcast, a
-// vector of the lanes panel is loaded, so neither operand is ever transposed for the other's sake. Sums over at most
+// vector of the lanes panel is loaded, so neither operand is ever transposed for the other's sake. Where the lanes are
+// few, neighbouring lanes take neighbouring words (TwoWords), whose sums are added up in the end: a broadcast then
+// serves twice as many lanes. What is broadcast at once is a *step* of the depth. Sums over at most
 // kChain words start from zero in registers and are added to memory once: rounding errors grow with the chain, not with
 // the whole sum.
 #pragma once
@@ -42,7 +44,7 @@ void multiply_tile(const typename W::Word* row, const typename W::Word* lane, in
   for (; depth > 0; depth -= longest_chain, first = false) {
     F sum[rows][vectors];
     unroll<rows>([&](auto r) { unroll<vectors>([&](auto v) { sum[r.value][v.value] = zero(); }); });
-    for (int d = depth < longest_chain ? depth : longest_chain; d > 0; --d, ++row, lane += kWidth) {
+    for (int d = depth < longest_chain ? depth : longest_chain; d > 0; --d, row += W::kWords, lane += kWidth) {
       beside.step();
       typename W::Vector x[vectors];
       unroll<vectors>([&](auto v) { x[v.value] = W::load(lane + v.value * kLanes); });

@@ -56,6 +56,9 @@ class WeightTile {
   float* scales_;
 };
 
+inline const uint8_t* tile_bytes(const Weight& w, int64_t row, int64_t column) {
+  return w.packed + (row * w.k + column) / 2;
+}
 inline Ahead packed_ahead(const Weight& w, const Piece& piece) {
   return {w.packed, piece.row * w.k + piece.column, piece.rows, w.k, piece.columns};
 }
@@ -75,7 +78,9 @@ class RaggedRow {
     const int block = static_cast<int>(w.scales.block_size);
     int first = block - static_cast<int>(begin & (block - 1));  // of the next block
     const Table table = scaled(nf4_, splat(scale[0])), next = scaled(nf4_, splat(scale[1]));
-    unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, lookup<j.value>(table, codes), lookup<j.value>(next, codes)); });
+    unroll<4>([&](auto j) {
+      v[j.value] = joined<j.value>(first, lookup<j.value>(table, codes), lookup<j.value>(next, codes));
+    });
     while ((first += block) < kGroup) {
       const Table another = scaled(nf4_, splat(*(++scale + 1)));
       unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, v[j.value], lookup<j.value>(another, codes)); });
@@ -117,7 +122,8 @@ void decode_lanes(const WeightTile& tile, const Piece& piece, typename W::Word* 
   for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
     const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
     const bool is_next = next < piece.row + piece.rows;
-    const RaggedRow ragged(tile, row, piece.column, piece.columns), ragged_next(tile, next, piece.column, piece.columns);
+    const RaggedRow ragged(tile, row, piece.column, piece.columns),
+        ragged_next(tile, next, piece.column, piece.columns);
     typename W::Vector words[4];
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
       if (tile.aligned() && is_next) {
