@@ -77,7 +77,7 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
   return false;
 }
 bool linear_dx_small(const Pool& pool, const LinearDxProblem& p) {
-  const int64_t most_rows = panels_dot(p.dtype) ? 4 : p.w.k % kLaneWeights ? 6 : kSmallRows;
+  const int64_t most_rows = panels_dot(p.dtype) ? (p.w.k % 4 ? 3 : 4) : p.w.k % kLaneWeights ? 6 : kSmallRows;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:
