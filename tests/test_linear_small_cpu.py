@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+import qlora_ext
 import reference
 from qlora_ext import _C
 
@@ -169,6 +170,16 @@ def test_infinities_and_nans_stay_in_their_rows(dtype: str) -> None:
     assert torch.isnan(dx[4]).all()
     assert not torch.isfinite(dx[0]).all()
     assert torch.equal(dx[1:4], clean_dx[1:4])
+
+
+def test_dx_of_rows_of_very_different_size() -> None:
+    """Large gradients meet small rows of W, and the other way round: neither decides how the other is rounded."""
+    n, k, m = 32, 256, 2
+    size = torch.where(torch.arange(n) % 2 == 0, 1e3, 1e-3)
+    weight = qlora_ext.quantize_nf4(torch.randn(n, k) * size[:, None], double_quant=False)
+    dy = (torch.randn(m, n) / size).to(torch.bfloat16)
+    out = torch.ops.qlora.linear_nf4_dx(dy, *weight.packed_args(), k, None, None, 1.0, 0.0, 0)
+    assert error(out, dy.double().numpy() @ weight.dequantize().double().numpy()) < 4e-3
 
 
 def error(out: torch.Tensor, exact: np.ndarray) -> float:

@@ -25,13 +25,12 @@ inline constexpr int64_t kMostLaneWords = 64 * 1024, kMostSums = 180 * 1024;
 struct StripShape {
   static constexpr int64_t kMostRows = 24, kPanelWords = kMostRows * kDepth;
   bool beside;
-  int64_t rows, depth, other_half;  // words
+  int64_t rows, other_half;  // words
 
   // By the whole problem, not by the task, since the order of the sums depends on it.
   explicit StripShape(const LinearProblem& p)
       : beside(kSpareRegisters && WeightTile::aligned(p.w)),
         rows(beside ? kMostRows / 2 : kMostRows),
-        depth(kDepth),
         other_half(beside ? rows * kDepth : 0) {}
 };
 inline constexpr int64_t kStripScales = WeightTile::scale_floats(StripShape::kMostRows, 2 * kMostLaneWords / kLanes);
@@ -42,6 +41,7 @@ template <class W, class T>
 class ForwardBlock {
  public:
   using Word = typename W::Word;
+  static constexpr int kStepElements = W::kElements * W::kWords;
   static constexpr int64_t kBytes = 4 * (StripShape::kPanelWords + kMostLaneWords + kMostSums + 2 * kStripScales);
 
   ForwardBlock(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
@@ -77,47 +77,18 @@ class ForwardBlock {
   void add_columns(int64_t column, int64_t columns) {
     const Matrix<T> x{static_cast<const T*>(p_.x), p_.w.k};
     const int lanes_depth = transpose_lanes<W, Order::kDecoded>(x, token_, tokens_, column, columns, lanes_);
-    const int64_t end_row = row_ + rows_, end_column = column + columns;
-    const auto piece_at = [&](int64_t r, int64_t c) {
-      return Piece{r, at_most(strips_.size, end_row - r), c, at_most(pieces_.size, end_column - c)};
-    };
-    const auto after = [&](const Piece& piece) {
-      const int64_t c = piece.column + piece.columns;
-      return c < end_column ? piece_at(piece.row, c) : piece_at(piece.row + piece.rows, column);
-    };
-    float *scales = scales_, *other_scales = scales_ + kStripScales;
-    const auto tile_of_strip = [&](const Piece& piece) {
-      swap(scales, other_scales);
-      return WeightTile(p_.w, Piece{piece.row, piece.rows, column, columns}, scales);
-    };
-    Word *panel = strip_, *other_panel = strip_ + shape_.other_half;
-
-    PageToucher touch_pages;
-    const auto touch_strip = [&](int64_t row) {
-      touch_pages(tile_bytes(p_.w, row, column), columns / 2, at_most(strips_.size, end_row - row), p_.w.k / 2);
-    };
-    Piece piece = piece_at(row_, column);
-    touch_strip(row_);
-    touch_strip(row_ + strips_.size);
-    WeightTile tile = tile_of_strip(piece);
-    decode_rows<W>(tile, piece, panel);
-    while (piece.rows > 0) {
-      const int depth = static_cast<int>(round_up(piece.columns, kGroup) / kStepElements);
-      const auto multiply_piece = [&](auto& beside) {
-        multiply_strip(panel, piece.row - row_, piece.rows, depth, (piece.column - column) / kStepElements, lanes_depth,
-                       piece.column == 0, beside);
-      };
-      const Piece next = after(piece);
-      if (next.rows > 0 && next.column == column) {
-        touch_strip(next.row + next.rows);
-        tile = tile_of_strip(next);
-      }
-      multiply_and_decode<W, Becomes::kRows>(
-          multiply_piece, tile, next, after(next), other_panel,
-          shape_.beside ? depth * ceil_div(piece.rows, shape_.rows) * ceil_div(token_lanes_, kTileLanes) : 0);
-      swap(panel, other_panel);
-      piece = next;
-    }
+    const Pieces pieces{{row_, rows_, column, columns}, strips_.size, pieces_.size};
+    PageToucher touch;
+    touch_pages(touch, p_.w, pieces.strip(row_));
+    touch_pages(touch, p_.w, pieces.strip(row_ + strips_.size));
+    multiply_pieces<W, Becomes::kRows>(
+        p_.w, pieces, strip_, strip_ + shape_.other_half, scales_, scales_ + kStripScales, shape_.beside,
+        [&](const Piece& piece, const Word* panel, auto& beside) {
+          if (pieces.begins_strip(piece)) touch_pages(touch, p_.w, pieces.strip(piece.row + 2 * strips_.size));
+          multiply_strip(panel, piece.row - row_, piece.rows,
+                         static_cast<int>(round_up(piece.columns, kGroup) / kStepElements),
+                         (piece.column - column) / kStepElements, lanes_depth, piece.column == 0, beside);
+        });
   }
 
   void add_ranks(int64_t rank, int64_t ranks) {
@@ -153,10 +124,9 @@ class ForwardBlock {
 
   const LinearProblem& p_;
   const T* const h_;
-  static constexpr int kStepElements = W::kElements * W::kWords;
   const int64_t first_token_, token_, tokens_, token_lanes_ = tokens_ * W::kWords, row_, rows_;
   const StripShape shape_{p_};
-  const Cut strips_ = cut(rows_, shape_.rows, 1), pieces_ = cut(p_.w.k, shape_.depth* W::kElements, kGroup);
+  const Cut strips_ = cut(rows_, shape_.rows, 1), pieces_ = cut(p_.w.k, kDepth* W::kElements, kGroup);
   Word *strip_, *lanes_;
   float *sums_, *scales_;
 };
@@ -300,42 +270,19 @@ class BackwardBlock {
   void add_weight() {
     const Matrix<T> dy{static_cast<const T*>(p_.dy), p_.w.n};
     const Cut slices = cut(p_.w.n, shape_.piece_depth * W::kElements, W::kElements);
-    const int64_t end_column = column_ + columns_;
-    const auto piece_at = [&](int64_t r, int64_t c) {
-      return Piece{r, at_most(slices.size, p_.w.n - r), c, at_most(pieces_.size, end_column - c)};
-    };
-    const auto after = [&](const Piece& piece) {
-      const int64_t c = piece.column + piece.columns;
-      return c < end_column ? piece_at(piece.row, c) : piece_at(piece.row + piece.rows, column_);
-    };
-    float *scales = scales_, *other_scales = scales_ + shape_.scale_floats();
-    const auto tile_of_slice = [&](const Piece& piece) {
-      swap(scales, other_scales);
-      return WeightTile(p_.w, Piece{piece.row, piece.rows, column_, columns_}, scales);
-    };
-    Word *panel = lanes_, *other_panel = lanes_ + (shape_.beside ? shape_.piece_words() : 0);
-
-    Piece piece = piece_at(0, column_);
-    if (piece.rows == 0) return;
-    WeightTile tile = tile_of_slice(piece);
-    decode_lanes<W>(tile, piece, panel);
-    while (piece.rows > 0) {
-      if (piece.column == column_) load_rows<W>(dy, token_, tokens_, piece.row, piece.rows, gradients_);
-      const auto multiply_piece = [&](auto& beside) {
-        multiply<W, kChain<T>>(gradients_, tokens_, panel, round_up(piece.columns, kGroup),
-                               static_cast<int>(ceil_div(piece.rows, W::kElements)),
-                               sums_ + (piece.column - column_) * tokens_, piece.row == 0 && p_.lora.rank == 0, beside);
-      };
-      const Piece next = after(piece);
-      if (next.rows > 0 && next.column == column_) tile = tile_of_slice(next);
-      multiply_and_decode<W, Becomes::kLanes>(
-          multiply_piece, tile, next, after(next), other_panel,
-          shape_.beside
-              ? piece.rows / W::kElements * ceil_div(tokens_, kAccumulators / 2) * ceil_div(piece.columns, kTileLanes)
-              : 0);
-      swap(panel, other_panel);
-      piece = next;
-    }
+    const Pieces pieces{{0, p_.w.n, column_, columns_}, slices.size, pieces_.size};
+    const int64_t steps_a_group = kGroup / kTileLanes * ceil_div(tokens_, kAccumulators / 2);
+    int64_t every = shape_.beside;
+    while (shape_.beside && 2 * every <= steps_a_group) every *= 2;
+    multiply_pieces<W, Becomes::kLanes>(
+        p_.w, pieces, lanes_, lanes_ + (shape_.beside ? shape_.piece_words() : 0), scales_,
+        scales_ + shape_.scale_floats(), every, [&](const Piece& piece, const Word* panel, auto& beside) {
+          if (pieces.begins_strip(piece)) load_rows<W>(dy, token_, tokens_, piece.row, piece.rows, gradients_);
+          multiply<W, kChain<T>>(gradients_, tokens_, panel, round_up(piece.columns, kGroup),
+                                 static_cast<int>(ceil_div(piece.rows, W::kElements)),
+                                 sums_ + (piece.column - column_) * tokens_, piece.row == 0 && p_.lora.rank == 0,
+                                 beside);
+        });
   }
 
   const LinearDxProblem& p_;

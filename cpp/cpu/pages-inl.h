@@ -14,10 +14,6 @@ class PageToucher {
       last_ = page(p);
     }
   }
-  // The same of `rows` runs of `bytes` that begin `stride` bytes apart.
-  void operator()(const uint8_t* first, int64_t bytes, int64_t rows, int64_t stride) {
-    for (; rows > 0; --rows, first += stride) (*this)(first, first + bytes);
-  }
 
  private:
   static constexpr int64_t kPage = 4096;

@@ -20,6 +20,12 @@ inline void decode_scales(const volatile uint8_t* codes, int64_t count, float ne
   for (; i < count; ++i) out[i] = decode_scale(codes[i], nested_absmax, nested_offset);
 }
 
+// The nested block that a block lies in: by a shift, where it can be, for a division costs as much as a few scales.
+inline int64_t nested_block_of(const Scales& scales, int64_t block) {
+  const uint64_t size = static_cast<uint64_t>(scales.nested_block_size);
+  return (size & (size - 1)) == 0 ? block >> __builtin_ctzll(size) : block / scales.nested_block_size;
+}
+
 // out[i] = the scale of block first + i
 inline void read_scales(const Scales& scales, int64_t first, int64_t count, float* out) {
   if (scales.absmax) {
@@ -27,9 +33,8 @@ inline void read_scales(const Scales& scales, int64_t first, int64_t count, floa
     return;
   }
   const int64_t size = scales.nested_block_size;
-  const bool shifts = (size & (size - 1)) == 0;  // a division costs as much as a few scales
   while (count > 0) {
-    const int64_t nested_block = shifts ? first >> __builtin_ctzll(static_cast<uint64_t>(size)) : first / size;
+    const int64_t nested_block = nested_block_of(scales, first);
     const int64_t left = (nested_block + 1) * size - first, here = left < count ? left : count;
     decode_scales(scales.codes + first, here, scales.nested_absmax[nested_block], *scales.nested_offset, out);
     first += here, out += here, count -= here;

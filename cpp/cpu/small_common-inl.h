@@ -51,8 +51,8 @@ class ScaleReader {
     if (scales_.absmax) {
       for (int64_t block = begin; block <= last; ++block) see(scales_.absmax[block]);
     } else {
-      const int64_t nested = scales_.nested_block_size;
-      for (int64_t group = begin / nested; group <= last / nested; ++group) see(scales_.nested_absmax[group]);
+      const int64_t last_nested = nested_block_of(scales_, last);
+      for (int64_t i = nested_block_of(scales_, begin); i <= last_nested; ++i) see(scales_.nested_absmax[i]);
       return bits_float(bits) + bits_float(float_bits(*scales_.nested_offset) & 0x7FFFFFFFu);
     }
     return bits_float(bits);

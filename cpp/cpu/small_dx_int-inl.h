@@ -66,16 +66,19 @@ class IntDx {
              const Memory& memory) const {
     const int64_t rows = p_.w.n - n < kDxTileRows ? p_.w.n - n : kDxTileRows;
     const int64_t scale_stride = stride + kLanes;
-    const float bound = reader.largest(n * row_blocks_, rows * row_blocks_);
-    for (int64_t t = 0; t < rows; ++t)
-      reader.read((n + t) * row_blocks_ + first, blocks, memory.scales + t * scale_stride);
+    float bound[kDxTileRows] = {};
+    for (int64_t t = 0; t < rows; ++t) {
+      const int64_t row_block = (n + t) * row_blocks_;
+      reader.read(row_block + first, blocks, memory.scales + t * scale_stride);
+      bound[t] = reader.largest(row_block, row_blocks_);
+    }
     for (int64_t i = 0; i < p_.m; ++i) {
       float dy[kDxTileRows] = {};
       const T* row = static_cast<const T*>(p_.dy) + i * p_.w.n + n;
       uint32_t largest_bits = 0;
       for (int64_t t = 0; t < rows; ++t) {
         dy[t] = to_float(row[t]);
-        const uint32_t bits = float_bits(dy[t] * bound) & 0x7FFFFFFFu;
+        const uint32_t bits = float_bits(dy[t] * bound[t]) & 0x7FFFFFFFu;
         largest_bits = bits > largest_bits ? bits : largest_bits;
       }
       const bool finite = largest_bits < 0x7F800000u;

@@ -170,7 +170,8 @@ struct Stretch {
   int64_t prefetch_ahead;
 };
 
-// Where a stretch of one row of W begins, and of which of the granules from `scales` on its lanes are.
+// Where a stretch of one row of W begins: its bytes, the scales from its first granule on, and the granule, counted
+// from there, of each lane of a chunk.
 struct StretchOfRow {
   const uint8_t* packed;
   const float* scales;

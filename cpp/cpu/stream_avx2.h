@@ -8,7 +8,7 @@ inline constexpr int kLanes = 8;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 8;
-inline constexpr int kMaxPairedIntRows = 0;
+inline constexpr int kMaxPairedIntRows = 0;  // 16 registers are too few for two rows of W
 inline constexpr int kMaxFloatRows = 4;
 inline constexpr int kDxTokens =
     4;  // more than fit the registers, where the compiler does as well as a loop over memory

@@ -14,6 +14,24 @@ struct Piece {
   int64_t row, rows, column, columns;
 };
 
+// How an area of a weight is cut into pieces: strips of `rows` rows, one below the other, each into `columns` columns.
+struct Pieces {
+  Piece area;
+  int64_t rows, columns;
+
+  Piece at(int64_t row, int64_t column) const {
+    return {row, at_most(rows, area.row + area.rows - row), column,
+            at_most(columns, area.column + area.columns - column)};
+  }
+  Piece first() const { return at(area.row, area.column); }
+  Piece after(const Piece& piece) const {
+    const int64_t column = piece.column + piece.columns;
+    return column < area.column + area.columns ? at(piece.row, column) : at(piece.row + piece.rows, area.column);
+  }
+  bool begins_strip(const Piece& piece) const { return piece.column == area.column; }
+  Piece strip(int64_t row) const { return {row, at(row, area.column).rows, area.column, area.columns}; }
+};
+
 // A piece with the scales of the blocks it lies in, which are decoded once for however many panels it is decoded to.
 class WeightTile {
  public:
@@ -56,11 +74,14 @@ class WeightTile {
   float* scales_;
 };
 
-inline const uint8_t* tile_bytes(const Weight& w, int64_t row, int64_t column) {
-  return w.packed + (row * w.k + column) / 2;
-}
 inline Ahead packed_ahead(const Weight& w, const Piece& piece) {
   return {w.packed, piece.row * w.k + piece.column, piece.rows, w.k, piece.columns};
+}
+inline void touch_pages(PageToucher& touch, const Weight& w, const Piece& piece) {
+  for (int64_t row = piece.row; row < piece.row + piece.rows; ++row) {
+    const int64_t first = row * w.k + piece.column;
+    touch(w.packed + (first >> 1), w.packed + ((first + piece.columns) >> 1));
+  }
 }
 
 // A row of any piece, whose elements from `columns` on are zero.
@@ -143,7 +164,8 @@ void decode_lanes(const WeightTile& tile, const Piece& piece, typename W::Word* 
   }
 }
 
-// Decodes an aligned piece a group at a time, beside a multiplication (tile-inl.h), and fetches the one `after` it.
+// Decodes an aligned piece a group at a time, beside a multiplication (tile-inl.h), and fetches the one `after` it. For
+// lanes, whose groups take several stores, a group every so many steps, a power of two: all in a row would stall both.
 template <class W, Becomes becomes>
 class GroupDecoder {
  public:
@@ -206,26 +228,40 @@ class GroupDecoder {
   int shift_, mask_, turn_ = 0;
 };
 
-// Multiplies, by a call of multiply(beside), and decodes a piece: beside it if it may, else after it.
+// Decodes all pieces, and multiplies each by a call of multiply(piece, panel, beside). Where `every` is not 0, a piece
+// is decoded beside the multiplication of the one before it, to the other one of two panels; else after it. Scales are
+// decoded a strip at a time.
 template <class W, Becomes becomes, class Multiply>
-void multiply_and_decode(const Multiply& multiply, const WeightTile& tile, const Piece& piece, const Piece& after,
-                         typename W::Word* panel, int64_t steps) {
+void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* panel, typename W::Word* other_panel,
+                     float* scales, float* other_scales, int64_t every, const Multiply& multiply) {
   using Decoder = GroupDecoder<W, becomes>;
-  if constexpr (kSpareRegisters) {
-    if (steps && piece.rows % Decoder::kRowsAStep == 0) {
-      const int64_t groups = piece.rows / Decoder::kRowsAStep * (piece.columns / kGroup);
-      int64_t every = 1;
-      while (groups && every * 2 * groups <= steps) every *= 2;
-      Decoder decoder(tile, piece, after, panel, every);
-      multiply(decoder);
-      return decoder.finish();
+  const auto decode = [](const WeightTile& tile, const Piece& piece, typename W::Word* to) {
+    if constexpr (becomes == Becomes::kRows) {
+      decode_rows<W>(tile, piece, to);
+    } else {
+      decode_lanes<W>(tile, piece, to);
     }
-  }
-  Ahead ahead = packed_ahead(tile.weight(), piece);
-  multiply(ahead);
-  if constexpr (becomes == Becomes::kRows) {
-    decode_rows<W>(tile, piece, panel);
-  } else {
-    decode_lanes<W>(tile, piece, panel);
+  };
+  Piece piece = pieces.first();
+  if (piece.rows == 0) return;
+  WeightTile tile(w, pieces.strip(piece.row), scales);
+  decode(tile, piece, panel);
+  while (piece.rows > 0) {
+    const Piece next = pieces.after(piece);
+    if (next.rows > 0 && pieces.begins_strip(next)) {
+      swap(scales, other_scales);
+      tile = WeightTile(w, pieces.strip(next.row), scales);
+    }
+    if (kSpareRegisters && every && next.rows % Decoder::kRowsAStep == 0) {
+      Decoder decoder(tile, next, pieces.after(next), other_panel, every);
+      multiply(piece, panel, decoder);
+      decoder.finish();
+    } else {
+      Ahead ahead = packed_ahead(w, next);
+      multiply(piece, panel, ahead);
+      decode(tile, next, other_panel);
+    }
+    swap(panel, other_panel);
+    piece = next;
   }
 }
