@@ -78,13 +78,9 @@ class ForwardBlock {
     const Matrix<T> x{static_cast<const T*>(p_.x), p_.w.k};
     const int lanes_depth = transpose_lanes<W, Order::kDecoded>(x, token_, tokens_, column, columns, lanes_);
     const Pieces pieces{{row_, rows_, column, columns}, strips_.size, pieces_.size};
-    PageToucher touch;
-    touch_pages(touch, p_.w, pieces.strip(row_));
-    touch_pages(touch, p_.w, pieces.strip(row_ + strips_.size));
     multiply_pieces<W, Becomes::kRows>(
         p_.w, pieces, strip_, strip_ + shape_.other_half, scales_, scales_ + kStripScales, shape_.beside,
         [&](const Piece& piece, const Word* panel, auto& beside) {
-          if (pieces.begins_strip(piece)) touch_pages(touch, p_.w, pieces.strip(piece.row + 2 * strips_.size));
           multiply_strip(panel, piece.row - row_, piece.rows,
                          static_cast<int>(round_up(piece.columns, kGroup) / kStepElements),
                          (piece.column - column) / kStepElements, lanes_depth, piece.column == 0, beside);

@@ -105,7 +105,7 @@ class IntDx {
   template <int kRows>
   [[gnu::flatten]] void add_tile(int64_t n, int64_t first, int64_t blocks, int64_t stride, const Memory& memory) const {
     // As many of the four nibbles at a time as the registers can sum for all rows of dy.
-    constexpr int kNibbles = kRows <= 5 ? 4 : kRows <= 12 ? 2 : 1;
+    constexpr int kNibbles = kRows <= 3 ? 4 : kRows <= 12 ? 2 : 1;
     const int64_t row_bytes = p_.w.k / 2, left = p_.w.n - n, ahead = kDxTileRows * row_bytes;
     const int64_t rows = left < kDxTileRows ? left : kDxTileRows, pairs = ceil_div(rows, 2), whole_pairs = rows / 2;
     const IntCodebook book(kIntCodes.value);

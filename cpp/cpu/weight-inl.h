@@ -166,8 +166,9 @@ void decode_lanes(const WeightTile& tile, const Piece& piece, typename W::Word* 
 
 // Decodes an aligned piece a group at a time, beside a multiplication (tile-inl.h), and fetches the one `after` it. For
 // lanes, whose groups take several stores, a group every so many steps, a power of two: all in a row would stall both.
+// It lies in whole lines, for every step reads most of it.
 template <class W, Becomes becomes>
-class GroupDecoder {
+class alignas(64) GroupDecoder {
  public:
   using Word = typename W::Word;
   static constexpr int kRowsAStep = becomes == Becomes::kLanes ? W::kElements : 1;
@@ -230,7 +231,8 @@ class GroupDecoder {
 
 // Decodes all pieces, and multiplies each by a call of multiply(piece, panel, beside). Where `every` is not 0, a piece
 // is decoded beside the multiplication of the one before it, to the other one of two panels; else after it. Scales are
-// decoded a strip at a time.
+// decoded a strip at a time. The pages of strips of whole rows are touched two strips ahead (pages-inl.h); for strips
+// of a few columns in many rows, which lanes are made of, that has gained nothing.
 template <class W, Becomes becomes, class Multiply>
 void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* panel, typename W::Word* other_panel,
                      float* scales, float* other_scales, int64_t every, const Multiply& multiply) {
@@ -244,11 +246,17 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
   };
   Piece piece = pieces.first();
   if (piece.rows == 0) return;
+  PageToucher touch;
+  if constexpr (becomes == Becomes::kRows) {
+    touch_pages(touch, w, pieces.strip(piece.row));
+    touch_pages(touch, w, pieces.strip(piece.row + pieces.rows));
+  }
   WeightTile tile(w, pieces.strip(piece.row), scales);
   decode(tile, piece, panel);
   while (piece.rows > 0) {
     const Piece next = pieces.after(piece);
     if (next.rows > 0 && pieces.begins_strip(next)) {
+      if constexpr (becomes == Becomes::kRows) touch_pages(touch, w, pieces.strip(next.row + next.rows));
       swap(scales, other_scales);
       tile = WeightTile(w, pieces.strip(next.row), scales);
     }
