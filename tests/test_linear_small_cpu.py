@@ -58,6 +58,9 @@ CASES = [
     *(Case(m, 100, 384, dtype, rank=r) for dtype in DTYPES for m in (1, 7) for r in (0, 1, 5, 64, 256)),
     *(Case(3, 72, k, dtype, dropout=0.3) for dtype in DTYPES for k in (256, 131)),
     Case(9, 31, 9000, "f16", bias=False, rank=0),
+    # dx: rows of W in several slabs, and columns in several ranges
+    *(Case(m, 1100, 640, dtype) for m in (1, 5, 16) for dtype in ("bf16", "f16")),
+    *(Case(16, 530, k, "f16", dropout=0.3) for k in (17000, 17024)),
 ]
 
 
@@ -142,7 +145,7 @@ class Problem:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 700, 1024), (6, 513, 1027), (16, 300, 2112)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 700, 1024), (3, 1300, 576), (6, 513, 1027), (16, 300, 2112)], ids=str)
 def test_same_bits_for_any_thread_count(shape: tuple[int, int, int], dtype: str) -> None:
     p = Problem.make(Case(*shape, dtype, rank=24, dropout=0.1))
     before = torch.get_num_threads()

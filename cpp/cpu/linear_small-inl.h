@@ -26,27 +26,24 @@ void backward(const Pool& pool, const LinearDxProblem& p) {
   const int64_t padded = padded_rank(p.lora.rank);
   int64_t slices = p.lora.rank ? ceil_div(p.w.n, 512) : 0;
   while (slices > 8 && slices * p.m * padded * 4 > kMaxScratchBytes / 2) slices = ceil_div(slices, 2);
-  float *g = nullptr, *partial = nullptr;
-  const auto lay_out = [&](void* base) {
-    Carver memory(base);
-    g = memory.take<float>(p.m * padded);
-    partial = memory.take<float>(slices * p.m * padded);
-    return memory.used();
+  const auto sum_with = [&](const auto& kernel) {
+    Slabs slabs(p, kernel.tile_rows());
+    float *g = nullptr, *partial = nullptr;
+    const auto lay_out = [&](void* base) {
+      Carver memory(base);
+      g = memory.take<float>(p.m * padded);
+      partial = memory.take<float>(slices * p.m * padded);
+      slabs.sums = memory.take<float>(slabs.count * slabs.floats());
+      return memory.used();
+    };
+    lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
+    if (slices) lora_g<T>(pool, p, partial, slices, g);
+    sum_slabs<T>(pool, p, g, kernel, slabs);
   };
-  lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
-  if (slices) lora_g<T>(pool, p, partial, slices, g);
-  const int64_t chunks = ceil_div(p.w.k, kChunk), grain = ceil_div(kWorthThreads, kChunk * p.w.n * p.m);
 #if QLORA_INT_DX
-  if constexpr (sizeof(T) == 2) {
-    if (IntDx<T>::takes(p)) {
-      IntDx<T> body(p, g);
-      pool(chunks, grain, body);
-      return;
-    }
-  }
+  if (IntDx<T>::takes(p)) return sum_with(IntDx<T>(p));
 #endif
-  FloatDx<T> body(p, g);
-  pool(chunks, grain, body);
+  sum_with(FloatDx<T>(p));
 }
 
 // The panels are ahead sooner where they multiply bfloat16 in pairs, and dx's where rows of W start inside a lane
@@ -77,7 +74,9 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
   return false;
 }
 bool linear_dx_small(const Pool& pool, const LinearDxProblem& p) {
-  const int64_t most_rows = panels_dot(p.dtype) ? (p.w.k % 4 ? 3 : 4) : p.w.k % kLaneWeights ? 6 : kSmallRows;
+  const bool whole_blocks = p.w.k % kPanelGroup == 0 && p.w.scales.block_size >= kPanelGroup;
+  int64_t most_rows = p.w.k % kLaneWeights ? 6 : kSmallRows;
+  if (panels_dot(p.dtype)) most_rows = whole_blocks ? 6 : p.w.k % 4 ? 3 : 4;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:

@@ -1,31 +1,54 @@
 // dx = dy · w + mask ∘ (g · a) · keep_scale for few rows of dy. The sum runs over the rows of W, so lanes are outputs:
 // a decoded vector is multiplied by one dy and added to the sums of its columns. Included after small_lora-inl.h.
 //
-// Work is split by columns, in chunks. A strip of chunks goes down W in tiles of kDxTileRows rows of one shift, chunk
-// by chunk, so that the sums of a chunk stay in the L1 cache while a tile passes over them; the bytes of a tile are
-// prefetched while the tile above it is worked on.
+// Rows of W are taken in slabs, whose sums are added in their order: a thread that has a slab to itself reads whole
+// pages one after another. Within a slab a strip of columns, in chunks, goes down W in tiles of kDxTileRows rows of one
+// shift, chunk by chunk, so that the sums of a chunk stay in the L1 cache while a tile passes over them; the bytes of a
+// tile are prefetched while the tile above it is worked on.
 
 inline constexpr int kDxTileRows = 16;
+inline constexpr int64_t kMostSlabs = 8, kLeastSlabTiles = 32;
 
-// Columns first .. first + count - 1 of dx in their order, [m][stride] float32, before LoRA and rounding.
-struct DxStrip {
-  int64_t first, count, stride;
-  float* sums;
+// Slabs of `rows` rows, and columns in ranges of `chunks`, so narrow that the sums of all slabs fit in the scratch.
+// Neither depends on the number of threads.
+struct Slabs {
+  int64_t count, rows, chunks, m;
+  float* sums = nullptr;  // [slab][row of dy][column of the range]
+
+  Slabs(const LinearDxProblem& p, int64_t tile_rows) : m(p.m) {
+    const int64_t fit = kMaxScratchBytes / 2 / (4 * m * kChunk), all = ceil_div(p.w.k, kChunk);
+    chunks = all < fit ? all : fit;
+    const int64_t most = fit / chunks < kMostSlabs ? fit / chunks : kMostSlabs;
+    const int64_t tiles = ceil_div(p.w.n, tile_rows * most);
+    rows = tile_rows * (tiles < kLeastSlabTiles ? kLeastSlabTiles : tiles);
+    count = ceil_div(p.w.n, rows);
+  }
+  int64_t stride() const { return chunks * kChunk; }
+  int64_t floats() const { return m * stride(); }  // of a slab
 };
 
-// dx += mask ∘ (g · a) · keep_scale, and the one rounding.
+// The sums of row i of dy over one slab are at sums + i * stride, columns in their order from `first_column` on.
+struct DxSums {
+  float* sums;
+  int64_t stride, first_column;
+  float* at(int64_t i, int64_t column) const { return sums + i * stride + column - first_column; }
+};
+
+// dx of columns begin .. end - 1: the sum of all slabs + mask ∘ (g · a) · keep_scale, rounded once.
 template <class T>
-void finish_strip(const LinearDxProblem& p, const float* g, const DxStrip& strip, float* column) {
+void finish_dx(const LinearDxProblem& p, const float* g, const Slabs& slabs, int64_t first_column, int64_t begin,
+               int64_t end) {
   const int64_t rank = p.lora.rank, k = p.w.k;
   const Dropout& dropout = p.lora.dropout;
   const Floats keep_scale = splat(static_cast<float>(dropout.keep_scale));
-  for (int64_t c = 0; c < strip.count; c += kLanes) {
-    const int64_t count = strip.count - c;
-    const int64_t here = count < kLanes ? count : kLanes;
-    const T* a = static_cast<const T*>(p.lora.a) + strip.first + c;
-    for (int64_t j = 0; j < rank; ++j) store(column + j * kLanes, load(a + j * k, count));
+  float* column = Carver(scratch(ScratchUse::kThread, rank * kLanes * 4)).take<float>(rank * kLanes);
+  for (int64_t c = begin; c < end; c += kLanes) {
+    const T* a = static_cast<const T*>(p.lora.a) + c;
+    for (int64_t j = 0; j < rank; ++j) store(column + j * kLanes, load(a + j * k, end - c));
     for (int64_t i = 0; i < p.m; ++i) {
-      Floats out = load(strip.sums + i * strip.stride + c);
+      const float* sums = slabs.sums + i * slabs.stride() + c - first_column;
+      Floats out = load(sums);
+      for (int64_t s = 1; s < slabs.count; ++s) out = add(out, load(sums + s * slabs.floats()));
       if (rank) {
         const float* row = g + i * padded_rank(rank);
         Floats lora = zero();
@@ -33,16 +56,42 @@ void finish_strip(const LinearDxProblem& p, const float* g, const DxStrip& strip
         if (dropout.active()) {
           float value[kLanes];
           store(value, mul(lora, keep_scale));
-          for (int64_t l = 0; l < here; ++l) {
-            const uint64_t at = static_cast<uint64_t>(i * k + strip.first + c + l);
+          for (int64_t l = 0; l < kLanes && c + l < end; ++l) {
+            const uint64_t at = static_cast<uint64_t>(i * k + c + l);
             if (!dropout.keeps(philox4x32_10(dropout.seed, at >> 2).lane[at & 3])) value[l] = 0.0f;
           }
           lora = load(value);
         }
         out = add(out, lora);
       }
-      store(static_cast<T*>(p.dx) + i * k + strip.first + c, out, count);
+      store(static_cast<T*>(p.dx) + i * k + c, out, end - c);
     }
+  }
+}
+
+// dx by a kernel that sums a strip of one slab.
+template <class T, class Kernel>
+void sum_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, const Kernel& kernel, const Slabs& slabs) {
+  const int64_t all_chunks = ceil_div(p.w.k, kChunk), chunk_work = kChunk * p.m;
+  for (int64_t first = 0; first < all_chunks; first += slabs.chunks) {
+    const int64_t chunks = all_chunks - first < slabs.chunks ? all_chunks - first : slabs.chunks;
+    // Chunks of the first slab, then those of the next one.
+    auto sum = [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t slab = begin / chunks, chunk = begin % chunks, row = slab * slabs.rows;
+        int64_t count = chunks - chunk < end - begin ? chunks - chunk : end - begin;
+        if (count > kernel.strip_chunks()) count = kernel.strip_chunks();
+        kernel(row, p.w.n - row < slabs.rows ? p.w.n : row + slabs.rows, first + chunk, first + chunk + count,
+               DxSums{slabs.sums + slab * slabs.floats(), slabs.stride(), first * kChunk});
+        begin += count;
+      }
+    };
+    pool(slabs.count * chunks, ceil_div(kWorthThreads, chunk_work * slabs.rows), sum);
+    auto finish = [&](int64_t begin, int64_t end) {
+      const int64_t last = (first + end) * kChunk;
+      finish_dx<T>(p, g, slabs, first * kChunk, (first + begin) * kChunk, last < p.w.k ? last : p.w.k);
+    };
+    pool(chunks, ceil_div(kWorthThreads, chunk_work * (slabs.count + p.lora.rank)), finish);
   }
 }
 
@@ -50,25 +99,17 @@ void finish_strip(const LinearDxProblem& p, const float* g, const DxStrip& strip
 template <class T>
 class FloatDx {
  public:
-  FloatDx(const LinearDxProblem& p, const float* g) : p_(p), rows_(p.w.k), g_(g) {}
+  explicit FloatDx(const LinearDxProblem& p) : p_(p), rows_(p.w.k) {}
 
-  // Chunks of a strip: as many as keep the sums within half of the scratch.
+  // As many as keep the sums within half of the scratch.
   int64_t strip_chunks() const {
     const int64_t fit = kMaxScratchBytes / 2 / (4 * rows_.period * p_.m * kChunk) - 1;
     return fit < 64 ? fit : 64;
   }
+  int64_t tile_rows() const { return int64_t{kDxTileRows} * rows_.period; }
 
-  // Chunks of columns begin .. end - 1.
-  void operator()(int64_t begin, int64_t end) const {
-    for (int64_t c = begin; c < end; c += strip_chunks()) strip(c, end - c < strip_chunks() ? end : c + strip_chunks());
-  }
-
- private:
-  struct Memory {
-    float *sums, *natural, *scales, *dy, *column;
-  };
-
-  void strip(int64_t begin, int64_t end) const {
+  // Chunks begin .. end - 1 of the sums over rows first_row .. last_row - 1.
+  void operator()(int64_t first_row, int64_t last_row, int64_t begin, int64_t end, const DxSums& out) const {
     // Rows with a shift reach into one chunk more.
     const int64_t count = end - begin + (rows_.period > 1), period = rows_.period;
     ScaleReader reader(p_.w.scales);
@@ -78,28 +119,28 @@ class FloatDx {
     const auto lay_out = [&](void* base) {
       Carver carver(base);
       memory.sums = carver.take<float>(sum_count);
-      memory.natural = carver.take<float>(p_.m * (end - begin) * kChunk);
       memory.scales = carver.take<float>(kDxTileRows * scale_stride);
       memory.dy = carver.take<float>(p_.m * kDxTileRows);
-      memory.column = carver.take<float>(p_.lora.rank * kLanes);
       return carver.used();
     };
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     for (int64_t i = 0; i < sum_count; i += kLanes) store(memory.sums + i, zero());
 
-    for (int64_t n = 0; n < p_.w.n; n += kDxTileRows * period)
-      for (int64_t s = 0; s < period && n + s < p_.w.n; ++s) tile(n + s, begin, count, reader, scale_stride, memory);
-
-    DxStrip out{begin * kChunk, 0, (end - begin) * kChunk, memory.natural};
-    out.count = p_.w.k - out.first < out.stride ? p_.w.k - out.first : out.stride;
-    gather(count, memory, out);
-    finish_strip<T>(p_, g_, out, memory.column);
+    for (int64_t n = first_row; n < last_row; n += kDxTileRows * period)
+      for (int64_t s = 0; s < period && n + s < last_row; ++s)
+        tile(n + s, last_row, begin, count, reader, scale_stride, memory);
+    gather(begin, end, count, memory, out);
   }
 
+ private:
+  struct Memory {
+    float *sums, *scales, *dy;
+  };
+
   // Rows n, n + period, ... of W, chunks first .. first + count - 1.
-  [[gnu::flatten]] void tile(int64_t n, int64_t first, int64_t count, const ScaleReader& reader, int64_t scale_stride,
-                             const Memory& memory) const {
-    const int64_t period = rows_.period, left = ceil_div(p_.w.n - n, period), weights = p_.w.k + rows_.shift(n);
+  [[gnu::flatten]] void tile(int64_t n, int64_t last_row, int64_t first, int64_t count, const ScaleReader& reader,
+                             int64_t scale_stride, const Memory& memory) const {
+    const int64_t period = rows_.period, left = ceil_div(last_row - n, period), weights = p_.w.k + rows_.shift(n);
     const int64_t tile_rows = left < kDxTileRows ? left : kDxTileRows;
     const int64_t first_weight = first * kChunk;
     if (first_weight >= weights) return;
@@ -157,17 +198,19 @@ class FloatDx {
   }
 
   // From sums by shift, chunk, row, vector and lane to columns in order.
-  void gather(int64_t count, const Memory& memory, const DxStrip& out) const {
-    for (int64_t i = 0; i < p_.m * out.stride; i += kLanes) store(memory.natural + i, zero());
-    for (int copy = 0; copy < rows_.period; ++copy) {
-      const int64_t shift = copy * (8 / rows_.period);
-      for (int64_t c = 0; c < count; ++c) {
-        for (int64_t i = 0; i < p_.m; ++i) {
+  void gather(int64_t begin, int64_t end, int64_t count, const Memory& memory, const DxSums& out) const {
+    const int64_t columns = (end - begin) * kChunk;
+    for (int64_t i = 0; i < p_.m; ++i) {
+      float* const to = out.at(i, begin * kChunk);
+      for (int64_t c = 0; c < columns; c += kLanes) store(to + c, zero());
+      for (int copy = 0; copy < rows_.period; ++copy) {
+        const int64_t shift = copy * (8 / rows_.period);
+        for (int64_t c = 0; c < count; ++c) {
           const float* sums = memory.sums + ((copy * count + c) * p_.m + i) * kChunk;
           for (int s = 0; s < 8; ++s)
             for (int l = 0; l < kLanes; ++l) {
               const int64_t column = c * kChunk + l * 8 + (s ^ 1) - shift;
-              if (column >= 0 && column < out.count) out.sums[i * out.stride + column] += sums[s * kLanes + l];
+              if (column >= 0 && column < columns) to[column] += sums[s * kLanes + l];
             }
         }
       }
@@ -176,5 +219,4 @@ class FloatDx {
 
   const LinearDxProblem& p_;
   const Rows rows_;
-  const float* g_;
 };

@@ -4,72 +4,145 @@
 
 inline constexpr int64_t kDxBlock = 64;
 inline constexpr int kDxPairs = kDxTileRows / 2;
+inline constexpr int64_t kDxStripBlocks = 64;
+inline constexpr int64_t kFetchAhead = 4096;   // bytes of a strip, beyond the tile that follows
 inline constexpr float kLargestDy = 16383.0f;  // 16 products with 13-bit codes stay inside int32
+
+// Prefetches the bytes that a strip has of each row from `row` on, a line a call. Whole rows, although a tile is used
+// column by column: half of the lines of a page at a time are slower to come from memory.
+class LineFetcher {
+ public:
+  LineFetcher(const uint8_t* row, int64_t bytes, int64_t row_bytes)
+      : line_(row),
+        end_(bytes < row_bytes ? row + bytes : row + 2 * kDxTileRows * row_bytes),
+        gap_(row_bytes - bytes),
+        row_bytes_(row_bytes) {}
+  void operator()() {
+    __builtin_prefetch(line_, 0, 2);
+    line_ += 64;
+    if (line_ >= end_) line_ = end_ + gap_, end_ += row_bytes_;
+  }
+
+ private:
+  const uint8_t *line_, *end_;
+  int64_t gap_, row_bytes_;
+};
+
+// sums [block][row of dy][4][kLanes] += the products of pairs of rows of W, whose lower row lies `to_lower` bytes after
+// the upper one; dy [pair][row of dy][kDxStripBlocks] is dy times the scale of both. A function of its own, and without
+// a loop over pairs, or pointers are kept in memory and sums copied back and forth.
+template <int kRows, int kPairs>
+[[gnu::noinline, gnu::flatten]] void add_pairs(const uint8_t* packed, int64_t row_bytes, int64_t to_lower,
+                                               int64_t blocks, const int32_t* dy, const float* unit, float* sums,
+                                               LineFetcher fetch) {
+  // As many of the four nibbles at a time as the registers can sum for all rows of dy.
+  constexpr int kNibbles = kRows <= 5 ? 4 : kRows <= 12 ? 2 : 1;
+  const IntCodebook book(kIntCodes.value);
+  for (int64_t b = 0; b < blocks; ++b, packed += kDxBlock / 2, ++dy, sums += kRows * kDxBlock) {
+    unroll<4 / kNibbles>([&](auto pass) {
+      Ints acc[kRows][kNibbles];
+      unroll<kRows>([&](auto i) { unroll<kNibbles>([&](auto s) { acc[i][s] = no_ints(); }); });
+      const uint8_t* upper = packed;
+      unroll<kPairs>([&](auto j) {
+        if (pass == 0) fetch();
+        const Ints words = load_row_pair(upper, upper + to_lower);
+        Ints codes[kNibbles];
+        unroll<kNibbles>([&](auto s) { codes[s] = decode_nibble<pass * kNibbles + s>(words, book); });
+        unroll<kRows>([&](auto i) {
+          const Ints pair = splat_pair(dy[(j * kRows + i) * kDxStripBlocks]);
+          unroll<kNibbles>([&](auto s) { acc[i][s] = dot(acc[i][s], codes[s], pair); });
+        });
+        upper += 2 * row_bytes;
+      });
+      unroll<kRows>([&](auto i) {
+        unroll<kNibbles>([&](auto s) {
+          float* sum = sums + i * kDxBlock + (pass * kNibbles + s) * kLanes;
+          store(sum, fma(to_floats(acc[i][s]), splat(unit[i]), load(sum)));
+        });
+      });
+    });
+  }
+}
 
 template <class T>
 class IntDx {
  public:
-  IntDx(const LinearDxProblem& p, const float* g) : p_(p), g_(g), row_blocks_(p.w.k / kDxBlock) {}
+  explicit IntDx(const LinearDxProblem& p) : p_(p), row_blocks_(p.w.k / kDxBlock) {}
 
   static bool takes(const LinearDxProblem& p) { return p.w.k % kDxBlock == 0 && p.w.scales.block_size >= kDxBlock; }
 
-  // Chunks of columns begin .. end - 1.
-  void operator()(int64_t begin, int64_t end) const {
-    const int64_t strip_chunks = p_.m <= 2 ? 32 : 16;  // whose sums stay in the L1 cache
-    for (int64_t c = begin; c < end; c += strip_chunks) strip(c, end - c < strip_chunks ? end : c + strip_chunks);
-  }
+  int64_t strip_chunks() const { return kDxStripBlocks * kDxBlock / kChunk; }
+  int64_t tile_rows() const { return kDxTileRows; }
 
- private:
-  struct Memory {
-    float *sums, *natural, *scales, *dy, *unit, *column;
-    int32_t* pairs;  // [pair][row of dy][block]: dy * scale of two rows of W
-  };
-
-  void strip(int64_t begin, int64_t end) const {
+  // Chunks begin .. end - 1 of the sums over rows first_row .. last_row - 1.
+  void operator()(int64_t first_row, int64_t last_row, int64_t begin, int64_t end, const DxSums& out) const {
     const int64_t first = begin * (kChunk / kDxBlock), last = end * (kChunk / kDxBlock);
-    const int64_t blocks = (last < p_.w.k / kDxBlock ? last : p_.w.k / kDxBlock) - first;
-    const int64_t stride = ceil_div(blocks, kLanes) * kLanes;
+    const int64_t blocks = (last < row_blocks_ ? last : row_blocks_) - first;
     Memory memory;
     const auto lay_out = [&](void* base) {
       Carver carver(base);
       memory.sums = carver.take<float>(blocks * p_.m * kDxBlock);
-      memory.natural = carver.take<float>(p_.m * blocks * kDxBlock);
-      memory.scales = carver.take<float>(kDxTileRows * (stride + kLanes));
+      memory.scales = carver.take<float>(kDxTileRows * kScaleStride);
       memory.dy = carver.take<float>(p_.m * kDxTileRows);
       memory.unit = carver.take<float>(p_.m);
-      memory.column = carver.take<float>(p_.lora.rank * kLanes);
-      memory.pairs = carver.take<int32_t>(kDxPairs * p_.m * stride);
+      memory.pairs = carver.take<int32_t>(kDxPairs * p_.m * kDxStripBlocks);
       return carver.used();
     };
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     for (int64_t i = 0; i < blocks * p_.m * kDxBlock; i += kLanes) store(memory.sums + i, zero());
-
-    ScaleReader reader(p_.w.scales, kDxBlock);
-    with_rows<kSmallRows>(p_.m, [&](auto rows) {
-      for (int64_t n = 0; n < p_.w.n; n += kDxTileRows) {
-        weigh(n, first, blocks, stride, reader, memory);
-        add_tile<rows>(n, first, blocks, stride, memory);
+    with_rows<kSmallRows>(p_.m, [&](auto rows) { add_rows<rows>(first_row, last_row, first, blocks, memory); });
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t i = 0; i < p_.m; ++i) {
+        const float* sums = memory.sums + (b * p_.m + i) * kDxBlock;
+        store_in_order({load(sums), load(sums + kLanes), load(sums + 2 * kLanes), load(sums + 3 * kLanes)},
+                       out.at(i, (first + b) * kDxBlock));
       }
-    });
-    const DxStrip out{first * kDxBlock, blocks * kDxBlock, blocks * kDxBlock, memory.natural};
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int64_t i = 0; i < p_.m; ++i)
-        for (int s = 0; s < 4; ++s)
-          for (int l = 0; l < kLanes; ++l)
-            out.sums[i * out.stride + b * kDxBlock + row_pair_weight(s, l)] =
-                memory.sums[((b * p_.m + i) * 4 + s) * kLanes + l];
-    finish_strip<T>(p_, g_, out, memory.column);
+    }
+  }
+
+ private:
+  static constexpr int64_t kScaleStride = kDxStripBlocks + kLanes;
+
+  struct Memory {
+    float *sums, *scales, *dy, *unit;
+    int32_t* pairs;  // [pair][row of dy][block]: dy * scale of two rows of W
+  };
+
+  template <int kRows>
+  void add_rows(int64_t first_row, int64_t last_row, int64_t first, int64_t blocks, const Memory& memory) const {
+    const int64_t row_bytes = p_.w.k / 2, bytes = blocks * (kDxBlock / 2);
+    const int64_t rows_ahead = kFetchAhead < bytes * kDxTileRows ? ceil_div(kFetchAhead, bytes) : kDxTileRows;
+    const ScaleReader reader(p_.w.scales, kDxBlock);
+    PageToucher touch_pages;
+    for (int64_t n = first_row; n < last_row; n += kDxTileRows) {
+      // Pages are known before a line of them is fetched.
+      const int64_t known = n == first_row ? n : n + 2 * kDxTileRows, next = n + 3 * kDxTileRows;
+      if (known < last_row)
+        touch_pages(p_.w.packed + known * row_bytes, p_.w.packed + (next < last_row ? next : last_row) * row_bytes);
+      weigh(n, last_row, first, blocks, reader, memory);
+      const uint8_t* packed = p_.w.packed + n * row_bytes + first * (kDxBlock / 2);
+      const int64_t fetched = n + kDxTileRows + rows_ahead;
+      const LineFetcher fetch(packed + (fetched < last_row ? fetched - n : 0) * row_bytes, bytes, row_bytes);
+      if (last_row - n >= kDxTileRows) {
+        add_pairs<kRows, kDxPairs>(packed, row_bytes, row_bytes, blocks, memory.pairs, memory.unit, memory.sums, fetch);
+        continue;
+      }
+      for (int64_t t = 0; t < last_row - n; t += 2) {
+        const int64_t to_lower = n + t + 1 < last_row ? row_bytes : 0;  // a missing row has dy = 0
+        add_pairs<kRows, 1>(packed + t * row_bytes, row_bytes, to_lower, blocks,
+                            memory.pairs + t / 2 * kRows * kDxStripBlocks, memory.unit, memory.sums, fetch);
+      }
+    }
   }
 
   // Fills pairs, and the value of their unit for each row of dy. The unit depends on whole rows of W, not on the strip.
-  void weigh(int64_t n, int64_t first, int64_t blocks, int64_t stride, const ScaleReader& reader,
+  void weigh(int64_t n, int64_t last_row, int64_t first, int64_t blocks, const ScaleReader& reader,
              const Memory& memory) const {
-    const int64_t rows = p_.w.n - n < kDxTileRows ? p_.w.n - n : kDxTileRows;
-    const int64_t scale_stride = stride + kLanes;
+    const int64_t rows = last_row - n < kDxTileRows ? last_row - n : kDxTileRows;
     float bound[kDxTileRows] = {};
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t row_block = (n + t) * row_blocks_;
-      reader.read(row_block + first, blocks, memory.scales + t * scale_stride);
+      reader.read(row_block + first, blocks, memory.scales + t * kScaleStride);
       bound[t] = reader.largest(row_block, row_blocks_);
     }
     for (int64_t i = 0; i < p_.m; ++i) {
@@ -88,60 +161,19 @@ class IntDx {
       for (int64_t t = 0; t < kDxTileRows; ++t) memory.dy[i * kDxTileRows + t] = dy[t] * (kLargestDy / largest);
     }
     for (int64_t j = 0; j < kDxPairs && 2 * j < rows; ++j) {
-      const float* upper = memory.scales + 2 * j * scale_stride;
-      const float* lower = 2 * j + 1 < rows ? upper + scale_stride : upper;  // a missing row has dy = 0
+      const float* upper = memory.scales + 2 * j * kScaleStride;
+      const float* lower = 2 * j + 1 < rows ? upper + kScaleStride : upper;  // a missing row has dy = 0
       for (int64_t b = 0; b < blocks; b += kLanes) {
         const Floats upper_scale = load(upper + b), lower_scale = load(lower + b);
         for (int64_t i = 0; i < p_.m; ++i) {
           const float* dy = memory.dy + i * kDxTileRows + 2 * j;
-          store_pairs(memory.pairs + (j * p_.m + i) * stride + b, round_to_ints(mul(upper_scale, splat(dy[0]))),
+          store_pairs(memory.pairs + (j * p_.m + i) * kDxStripBlocks + b, round_to_ints(mul(upper_scale, splat(dy[0]))),
                       round_to_ints(mul(lower_scale, splat(dy[1]))));
         }
       }
     }
   }
 
-  // sums [block][row of dy][4][kLanes] += the tile's products.
-  template <int kRows>
-  [[gnu::flatten]] void add_tile(int64_t n, int64_t first, int64_t blocks, int64_t stride, const Memory& memory) const {
-    // As many of the four nibbles at a time as the registers can sum for all rows of dy.
-    constexpr int kNibbles = kRows <= 3 ? 4 : kRows <= 12 ? 2 : 1;
-    const int64_t row_bytes = p_.w.k / 2, left = p_.w.n - n, ahead = kDxTileRows * row_bytes;
-    const int64_t rows = left < kDxTileRows ? left : kDxTileRows, pairs = ceil_div(rows, 2), whole_pairs = rows / 2;
-    const IntCodebook book(kIntCodes.value);
-    for (int64_t b = 0; b < blocks; ++b) {
-      const uint8_t* packed = p_.w.packed + n * row_bytes + (first + b) * (kDxBlock / 2);
-      unroll<4 / kNibbles>([&](auto pass) {
-        Ints acc[kRows][kNibbles];
-        unroll<kRows>([&](auto i) { unroll<kNibbles>([&](auto s) { acc[i][s] = no_ints(); }); });
-        const uint8_t* upper = packed;
-        const int32_t* dy = memory.pairs + b;
-        for (int64_t j = 0; j < pairs; ++j, upper += 2 * row_bytes, dy += kRows * stride) {
-          const uint8_t* lower = j < whole_pairs ? upper + row_bytes : upper;  // a missing row has dy = 0
-          if (pass == 0) {
-            __builtin_prefetch(upper + ahead, 0, 2);
-            __builtin_prefetch(lower + ahead, 0, 2);
-          }
-          const Ints words = load_row_pair(upper, lower);
-          Ints codes[kNibbles];
-          unroll<kNibbles>([&](auto s) { codes[s] = decode_nibble<pass * kNibbles + s>(words, book); });
-          unroll<kRows>([&](auto i) {
-            const Ints pair = splat_pair(dy[i * stride]);
-            unroll<kNibbles>([&](auto s) { acc[i][s] = dot(acc[i][s], codes[s], pair); });
-          });
-        }
-        float* sums = memory.sums + b * kRows * kDxBlock + pass * kNibbles * kLanes;
-        unroll<kRows>([&](auto i) {
-          unroll<kNibbles>([&](auto s) {
-            float* sum = sums + i * kDxBlock + s * kLanes;
-            store(sum, fma(to_floats(acc[i][s]), splat(memory.unit[i]), load(sum)));
-          });
-        });
-      });
-    }
-  }
-
   const LinearDxProblem& p_;
-  const float* g_;
   const int64_t row_blocks_;
 };

@@ -152,11 +152,28 @@ inline Ints load_row_pair(const uint8_t* upper, const uint8_t* lower) {
                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(lower)), 1);
   return _mm512_permutexvar_epi8(_mm512_load_si512(kInterleave), both);
 }
-// Nibble s of every word: weight row_pair_weight(s, l) of both rows in lane l.
-constexpr int row_pair_weight(int s, int lane) { return 4 * lane + (s ^ 1); }
+// Nibble s of every word: weight 4l + (s ^ 1) of both rows in lane l.
 template <int s>
 inline Ints decode_nibble(Ints words, const IntCodebook& book) {
   return _mm512_permutexvar_epi16(s ? _mm512_srli_epi16(words, 4 * s) : words, book.values);
+}
+// The four nibbles' vectors -> 64 weights in their order.
+inline void store_in_order(const Floats (&of_nibble)[4], float* out) {
+  const Floats a = _mm512_unpacklo_ps(of_nibble[1], of_nibble[0]), b = _mm512_unpackhi_ps(of_nibble[1], of_nibble[0]);
+  const Floats c = _mm512_unpacklo_ps(of_nibble[3], of_nibble[2]), d = _mm512_unpackhi_ps(of_nibble[3], of_nibble[2]);
+  const auto pairs = [](Floats x, Floats y, auto high) {
+    return _mm512_castpd_ps(high ? _mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y))
+                                 : _mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  // Lane l's four weights lie in quarter l / 4 of v[l % 4].
+  const Floats v[] = {pairs(a, c, Index<0>{}), pairs(a, c, Index<1>{}), pairs(b, d, Index<0>{}),
+                      pairs(b, d, Index<1>{})};
+  const Floats e = _mm512_shuffle_f32x4(v[0], v[1], 0x44), f = _mm512_shuffle_f32x4(v[0], v[1], 0xEE);
+  const Floats g = _mm512_shuffle_f32x4(v[2], v[3], 0x44), h = _mm512_shuffle_f32x4(v[2], v[3], 0xEE);
+  store(out, _mm512_shuffle_f32x4(e, g, 0x88));
+  store(out + kLanes, _mm512_shuffle_f32x4(e, g, 0xDD));
+  store(out + 2 * kLanes, _mm512_shuffle_f32x4(f, h, 0x88));
+  store(out + 3 * kLanes, _mm512_shuffle_f32x4(f, h, 0xDD));
 }
 inline Ints no_ints() { return _mm512_setzero_si512(); }
 inline Ints splat_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
