@@ -6,8 +6,8 @@
 // shift, chunk by chunk, so that the sums of a chunk stay in the L1 cache while a tile passes over them; the bytes of a
 // tile are prefetched while the tile above it is worked on.
 
-inline constexpr int kDxTileRows = 16;
-inline constexpr int64_t kMostSlabs = 8, kLeastSlabTiles = 32;
+inline constexpr int kDxTileRows = 16, kDxTokens = 4;
+inline constexpr int64_t kMostSlabs = 8, kLeastSlabRows = 512;
 
 // Slabs of `rows` rows, and columns in ranges of `chunks`, so narrow that the sums of all slabs fit in the scratch.
 // Neither depends on the number of threads.
@@ -19,8 +19,8 @@ struct Slabs {
     const int64_t fit = kMaxScratchBytes / 2 / (4 * m * kChunk), all = ceil_div(p.w.k, kChunk);
     chunks = all < fit ? all : fit;
     const int64_t most = fit / chunks < kMostSlabs ? fit / chunks : kMostSlabs;
-    const int64_t tiles = ceil_div(p.w.n, tile_rows * most);
-    rows = tile_rows * (tiles < kLeastSlabTiles ? kLeastSlabTiles : tiles);
+    const int64_t share = ceil_div(p.w.n, most);
+    rows = tile_rows * ceil_div(share < kLeastSlabRows ? kLeastSlabRows : share, tile_rows);
     count = ceil_div(p.w.n, rows);
   }
   int64_t stride() const { return chunks * kChunk; }
@@ -170,7 +170,6 @@ class FloatDx {
         const float* scales = memory.scales + t * scale_stride + c * (kChunk >> reader.log2_granule());
         return lane_scales(scales, granules[t], ceil_div(rest, kLaneWeights));
       };
-      // Each group of tokens decodes the rows anew: that costs less than taking the sums to memory and back for each.
       for (int64_t i = 0; i < p_.m; i += kDxTokens) {
         with_rows<kDxTokens>(p_.m - i < kDxTokens ? p_.m - i : kDxTokens, [&](auto tokens) {
           add_rows<tokens>(tile_rows, codes_of, scales_of, memory.dy + i * kDxTileRows, sums + i * kChunk);
@@ -180,21 +179,27 @@ class FloatDx {
     }
   }
 
-  // sums [token][8][kLanes] += the products of `rows` rows of W.
+  // sums [token][8][kLanes] += the products of `rows` rows of W. As many of the eight vectors at a time as the
+  // registers can sum for all tokens, for loading and scaling the rows anew costs less than taking sums to memory and
+  // back.
   template <int kTokens, class Codes, class Scales>
   [[gnu::always_inline]] void add_rows(int64_t rows, const Codes& codes_of, const Scales& scales_of, const float* dy,
                                        float* sums) const {
-    Floats sum[kTokens][8];
-    unroll<kTokens>([&](auto i) { unroll<8>([&](auto s) { sum[i][s] = load(sums + i * kChunk + s * kLanes); }); });
-    for (int64_t t = 0; t < rows; ++t) {
-      const FloatCodes codes = codes_of(t);
-      const Floats scale = scales_of(t);
-      unroll<kTokens>([&](auto i) {
-        const Floats by = mul(scale, splat(dy[i * kDxTileRows + t]));
-        unroll<8>([&](auto s) { sum[i][s] = fma(codes.v[s], by, sum[i][s]); });
-      });
-    }
-    unroll<kTokens>([&](auto i) { unroll<8>([&](auto s) { store(sums + i * kChunk + s * kLanes, sum[i][s]); }); });
+    constexpr int kVectors = kTokens * 8 <= kDxSums ? 8 : 4;
+    unroll<8 / kVectors>([&](auto pass) {
+      Floats sum[kTokens][kVectors];
+      const auto at = [&](int i, int s) { return sums + i * kChunk + (pass * kVectors + s) * kLanes; };
+      unroll<kTokens>([&](auto i) { unroll<kVectors>([&](auto s) { sum[i][s] = load(at(i, s)); }); });
+      for (int64_t t = 0; t < rows; ++t) {
+        const FloatCodes codes = codes_of(t);
+        const Floats scale = scales_of(t);
+        unroll<kTokens>([&](auto i) {
+          const Floats by = mul(scale, splat(dy[i * kDxTileRows + t]));
+          unroll<kVectors>([&](auto s) { sum[i][s] = fma(codes.v[pass * kVectors + s], by, sum[i][s]); });
+        });
+      }
+      unroll<kTokens>([&](auto i) { unroll<kVectors>([&](auto s) { store(at(i, s), sum[i][s]); }); });
+    });
   }
 
   // From sums by shift, chunk, row, vector and lane to columns in order.
@@ -204,14 +209,15 @@ class FloatDx {
       float* const to = out.at(i, begin * kChunk);
       for (int64_t c = 0; c < columns; c += kLanes) store(to + c, zero());
       for (int copy = 0; copy < rows_.period; ++copy) {
-        const int64_t shift = copy * (8 / rows_.period);
         for (int64_t c = 0; c < count; ++c) {
           const float* sums = memory.sums + ((copy * count + c) * p_.m + i) * kChunk;
+          float in_order[kChunk];
           for (int s = 0; s < 8; ++s)
-            for (int l = 0; l < kLanes; ++l) {
-              const int64_t column = c * kChunk + l * 8 + (s ^ 1) - shift;
-              if (column >= 0 && column < columns) to[column] += sums[s * kLanes + l];
-            }
+            for (int l = 0; l < kLanes; ++l) in_order[l * 8 + (s ^ 1)] = sums[s * kLanes + l];
+          const int64_t column = c * kChunk - copy * (8 / rows_.period), rest = columns - column;
+          const int64_t last = rest < kChunk ? rest : kChunk;
+          for (int64_t j = column < 0 ? -column : 0; j < last; j += kLanes)
+            store(to + column + j, add(load(to + column + j, last - j), load(in_order + j, last - j)), last - j);
         }
       }
     }

@@ -10,8 +10,7 @@ inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 8;
 inline constexpr int kMaxPairedIntRows = 0;  // 16 registers are too few for two rows of W
 inline constexpr int kMaxFloatRows = 4;
-inline constexpr int kDxTokens =
-    4;  // more than fit the registers, where the compiler does as well as a loop over memory
+inline constexpr int kDxSums = 32;  // of dx: more than fit, where the compiler does as well as a loop over memory
 
 inline Floats zero() { return _mm256_setzero_ps(); }
 inline Floats splat(float x) { return _mm256_set1_ps(x); }
