@@ -22,7 +22,7 @@ inline constexpr int64_t kWorthThreads = int64_t{1} << 18;     // multiply-adds:
 // clang-format on
 
 template <class T>
-void backward(const Pool& pool, const LinearDxProblem& p) {
+bool backward(const Pool& pool, const LinearDxProblem& p) {
   const int64_t padded = padded_rank(p.lora.rank);
   int64_t slices = p.lora.rank ? ceil_div(p.w.n, 512) : 0;
   while (slices > 8 && slices * p.m * padded * 4 > kMaxScratchBytes / 2) slices = ceil_div(slices, 2);
@@ -41,9 +41,15 @@ void backward(const Pool& pool, const LinearDxProblem& p) {
     sum_slabs<T>(pool, p, g, kernel, slabs);
   };
 #if QLORA_INT_DX
-  if (IntDx<T>::takes(p)) return sum_with(IntDx<T>(p));
+  if (IntDx<T>::takes(p)) {
+    sum_with(IntDx<T>(p));
+    return true;
+  }
 #endif
-  sum_with(FloatDx<T>(p));
+  const FloatDx<T> kernel(p);
+  if (4 * kernel.scale_floats() > kMaxScratchBytes / 2) return false;
+  sum_with(kernel);
+  return true;
 }
 
 // The panels are ahead sooner where they multiply bfloat16 in pairs, and dx's where rows of W start inside a lane
@@ -76,17 +82,15 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
 bool linear_dx_small(const Pool& pool, const LinearDxProblem& p) {
   const bool whole_blocks = p.w.k % kPanelGroup == 0 && p.w.scales.block_size >= kPanelGroup;
   int64_t most_rows = p.w.k % kLaneWeights ? 6 : kSmallRows;
-  if (panels_dot(p.dtype)) most_rows = whole_blocks ? 6 : p.w.k % 4 ? 3 : 4;
+  if (panels_dot(p.dtype)) most_rows = whole_blocks ? 6 : 4;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:
       return false;
     case DType::kBFloat16:
-      backward<bfloat16>(pool, p);
-      return true;
+      return backward<bfloat16>(pool, p);
     case DType::kFloat16:
-      backward<float16>(pool, p);
-      return true;
+      return backward<float16>(pool, p);
     case DType::kFloat64:
       return false;
   }

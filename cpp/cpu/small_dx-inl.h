@@ -107,28 +107,35 @@ class FloatDx {
     return fit < 64 ? fit : 64;
   }
   int64_t tile_rows() const { return int64_t{kDxTileRows} * rows_.period; }
+  int64_t scale_floats() const {
+    return ceil_div(tile_rows() * p_.w.k, ScaleReader(p_.w.scales).granule()) + 2 + kLanes;
+  }
 
   // Chunks begin .. end - 1 of the sums over rows first_row .. last_row - 1.
   void operator()(int64_t first_row, int64_t last_row, int64_t begin, int64_t end, const DxSums& out) const {
     // Rows with a shift reach into one chunk more.
     const int64_t count = end - begin + (rows_.period > 1), period = rows_.period;
-    ScaleReader reader(p_.w.scales);
-    const int64_t scale_stride = count * (kChunk >> reader.log2_granule()) + 2 + kLanes;
+    const ScaleReader reader(p_.w.scales);
     const int64_t sum_count = period * count * p_.m * kChunk;
     Memory memory;
     const auto lay_out = [&](void* base) {
       Carver carver(base);
       memory.sums = carver.take<float>(sum_count);
-      memory.scales = carver.take<float>(kDxTileRows * scale_stride);
+      memory.scales = carver.take<float>(scale_floats());
       memory.dy = carver.take<float>(p_.m * kDxTileRows);
       return carver.used();
     };
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     for (int64_t i = 0; i < sum_count; i += kLanes) store(memory.sums + i, zero());
 
-    for (int64_t n = first_row; n < last_row; n += kDxTileRows * period)
-      for (int64_t s = 0; s < period && n + s < last_row; ++s)
-        tile(n + s, last_row, begin, count, reader, scale_stride, memory);
+    for (int64_t n = first_row; n < last_row; n += tile_rows()) {
+      // Of all columns: the scales of whole rows follow each other, and decoding many at once is quick.
+      const int64_t last = n + tile_rows() < last_row ? n + tile_rows() : last_row;
+      const int64_t first_granule = rows_.first_weight(n) >> reader.log2_granule();
+      reader.read(first_granule, ceil_div(last * p_.w.k, reader.granule()) - first_granule, memory.scales);
+      for (int64_t s = 0; s < period && n + s < last; ++s)
+        tile(n + s, last, begin, count, reader, first_granule, memory);
+    }
     gather(begin, end, count, memory, out);
   }
 
@@ -137,21 +144,18 @@ class FloatDx {
     float *sums, *scales, *dy;
   };
 
-  // Rows n, n + period, ... of W, chunks first .. first + count - 1.
-  [[gnu::flatten]] void tile(int64_t n, int64_t last_row, int64_t first, int64_t count, const ScaleReader& reader,
-                             int64_t scale_stride, const Memory& memory) const {
-    const int64_t period = rows_.period, left = ceil_div(last_row - n, period), weights = p_.w.k + rows_.shift(n);
-    const int64_t tile_rows = left < kDxTileRows ? left : kDxTileRows;
-    const int64_t first_weight = first * kChunk;
-    if (first_weight >= weights) return;
-    const int64_t end_weight = weights - first_weight < count * kChunk ? weights : first_weight + count * kChunk;
+  // Rows n, n + period, ... < last of W, chunks first .. first + count - 1. Scales are there from `first_granule` on.
+  [[gnu::flatten]] void tile(int64_t n, int64_t last, int64_t first, int64_t count, const ScaleReader& reader,
+                             int64_t first_granule, const Memory& memory) const {
+    const int64_t period = rows_.period, rows = ceil_div(last - n, period), weights = p_.w.k + rows_.shift(n);
+    const float* scales_of_row[kDxTileRows];
     Ints granules[kDxTileRows];
-    for (int64_t t = 0; t < tile_rows; ++t) {
-      const int64_t row = rows_.first_weight(n + t * period);
-      const int64_t granule = (row + first_weight) >> reader.log2_granule();
+    for (int64_t t = 0; t < rows; ++t) {
+      const int64_t begin = rows_.first_weight(n + t * period) + first * kChunk;
+      const int64_t granule = begin >> reader.log2_granule();
+      scales_of_row[t] = memory.scales + granule - first_granule;
       granules[t] =
-          granule_of_lanes(static_cast<int>((row + first_weight) & (reader.granule() - 1)), reader.log2_granule());
-      reader.read(granule, ceil_div(row + end_weight, reader.granule()) - granule, memory.scales + t * scale_stride);
+          granule_of_lanes(static_cast<int>(begin - (granule << reader.log2_granule())), reader.log2_granule());
       const T* dy = static_cast<const T*>(p_.dy) + n + t * period;
       for (int64_t i = 0; i < p_.m; ++i) memory.dy[i * kDxTileRows + t] = to_float(dy[i * p_.w.n]);
     }
@@ -167,12 +171,12 @@ class FloatDx {
         return decode(rest < kChunk ? load_chunk(packed, ceil_div(rest, 2)) : load_chunk(packed), book);
       };
       const auto scales_of = [&](int64_t t) {
-        const float* scales = memory.scales + t * scale_stride + c * (kChunk >> reader.log2_granule());
-        return lane_scales(scales, granules[t], ceil_div(rest, kLaneWeights));
+        const float* at = scales_of_row[t] + c * (kChunk >> reader.log2_granule());
+        return lane_scales(at, granules[t], ceil_div(rest, kLaneWeights));
       };
       for (int64_t i = 0; i < p_.m; i += kDxTokens) {
         with_rows<kDxTokens>(p_.m - i < kDxTokens ? p_.m - i : kDxTokens, [&](auto tokens) {
-          add_rows<tokens>(tile_rows, codes_of, scales_of, memory.dy + i * kDxTileRows, sums + i * kChunk);
+          add_rows<tokens>(rows, codes_of, scales_of, memory.dy + i * kDxTileRows, sums + i * kChunk);
         });
       }
       sums += p_.m * kChunk;
@@ -212,8 +216,10 @@ class FloatDx {
         for (int64_t c = 0; c < count; ++c) {
           const float* sums = memory.sums + ((copy * count + c) * p_.m + i) * kChunk;
           float in_order[kChunk];
-          for (int s = 0; s < 8; ++s)
-            for (int l = 0; l < kLanes; ++l) in_order[l * 8 + (s ^ 1)] = sums[s * kLanes + l];
+          for (int64_t s = 0; s < 8; ++s) {
+            float* weight = in_order + (s ^ 1);
+            for (int64_t l = 0; l < kLanes; ++l) weight[l * 8] = sums[s * kLanes + l];
+          }
           const int64_t column = c * kChunk - copy * (8 / rows_.period), rest = columns - column;
           const int64_t last = rest < kChunk ? rest : kChunk;
           for (int64_t j = column < 0 ? -column : 0; j < last; j += kLanes)
