@@ -38,7 +38,7 @@ bool backward(const Pool& pool, const LinearDxProblem& p) {
     };
     lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
     if (slices) lora_g<T>(pool, p, partial, slices, g);
-    sum_slabs<T>(pool, p, g, kernel, slabs);
+    dx_by_slabs<T>(pool, p, g, kernel, slabs);
   };
 #if QLORA_INT_DX
   if (IntDx<T>::takes(p)) {

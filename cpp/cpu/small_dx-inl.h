@@ -27,8 +27,8 @@ struct Slabs {
   int64_t floats() const { return m * stride(); }  // of a slab
 };
 
-// The sums of row i of dy over one slab are at sums + i * stride, columns in their order from `first_column` on.
-struct DxSums {
+// Of one slab, [row of dy][column of the range].
+struct SlabSums {
   float* sums;
   int64_t stride, first_column;
   float* at(int64_t i, int64_t column) const { return sums + i * stride + column - first_column; }
@@ -69,9 +69,9 @@ void finish_dx(const LinearDxProblem& p, const float* g, const Slabs& slabs, int
   }
 }
 
-// dx by a kernel that sums a strip of one slab.
+// A kernel sums strips of slabs, each in a call; `strip_chunks` and `tile_rows` say of what size.
 template <class T, class Kernel>
-void sum_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, const Kernel& kernel, const Slabs& slabs) {
+void dx_by_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, const Kernel& kernel, const Slabs& slabs) {
   const int64_t all_chunks = ceil_div(p.w.k, kChunk), chunk_work = kChunk * p.m;
   for (int64_t first = 0; first < all_chunks; first += slabs.chunks) {
     const int64_t chunks = all_chunks - first < slabs.chunks ? all_chunks - first : slabs.chunks;
@@ -82,7 +82,7 @@ void sum_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, const
         int64_t count = chunks - chunk < end - begin ? chunks - chunk : end - begin;
         if (count > kernel.strip_chunks()) count = kernel.strip_chunks();
         kernel(row, p.w.n - row < slabs.rows ? p.w.n : row + slabs.rows, first + chunk, first + chunk + count,
-               DxSums{slabs.sums + slab * slabs.floats(), slabs.stride(), first * kChunk});
+               SlabSums{slabs.sums + slab * slabs.floats(), slabs.stride(), first * kChunk});
         begin += count;
       }
     };
@@ -112,7 +112,7 @@ class FloatDx {
   }
 
   // Chunks begin .. end - 1 of the sums over rows first_row .. last_row - 1.
-  void operator()(int64_t first_row, int64_t last_row, int64_t begin, int64_t end, const DxSums& out) const {
+  void operator()(int64_t first_row, int64_t last_row, int64_t begin, int64_t end, const SlabSums& out) const {
     // Rows with a shift reach into one chunk more.
     const int64_t count = end - begin + (rows_.period > 1), period = rows_.period;
     const ScaleReader reader(p_.w.scales);
@@ -207,7 +207,7 @@ class FloatDx {
   }
 
   // From sums by shift, chunk, row, vector and lane to columns in order.
-  void gather(int64_t begin, int64_t end, int64_t count, const Memory& memory, const DxSums& out) const {
+  void gather(int64_t begin, int64_t end, int64_t count, const Memory& memory, const SlabSums& out) const {
     const int64_t columns = (end - begin) * kChunk;
     for (int64_t i = 0; i < p_.m; ++i) {
       float* const to = out.at(i, begin * kChunk);

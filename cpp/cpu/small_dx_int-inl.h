@@ -75,7 +75,7 @@ class IntDx {
   int64_t tile_rows() const { return kDxTileRows; }
 
   // Chunks begin .. end - 1 of the sums over rows first_row .. last_row - 1.
-  void operator()(int64_t first_row, int64_t last_row, int64_t begin, int64_t end, const DxSums& out) const {
+  void operator()(int64_t first_row, int64_t last_row, int64_t begin, int64_t end, const SlabSums& out) const {
     const int64_t first = begin * (kChunk / kDxBlock), last = end * (kChunk / kDxBlock);
     const int64_t blocks = (last < row_blocks_ ? last : row_blocks_) - first;
     Memory memory;
