@@ -21,18 +21,21 @@ struct IntProducts {
   using Codes = IntCodes;
   Codes codes(Ints chunk) const { return decode(chunk, book); }
 
-  struct ChunkOfX {
-    Ints v[4];
-  };
-  static ChunkOfX load_x(const X* x) {
-    ChunkOfX out;
-    unroll<4>([&](auto i) { out.v[i] = load_pairs(x + i * 2 * kLanes); });
-    return out;
-  }
-  static Floats product(const Codes& codes, const ChunkOfX& x) {
-    Ints sum = dot(codes.v[0], x.v[0]);
-    unroll<3>([&](auto i) { sum = dot(sum, codes.v[i + 1], x.v[i + 1]); });
-    return to_floats(sum);
+  // product[w] = a chunk of row w of W · the same chunk of a row of x, lane by lane
+  template <int kWeightRows>
+  static void multiply(const Codes (&codes)[kWeightRows], const X* x, Floats (&product)[kWeightRows]) {
+    Ints sum[kWeightRows];
+    unroll<4>([&](auto s) {
+      Ints x_s = load_pairs(x + s * 2 * kLanes);
+      if constexpr (kWeightRows > 1) asm("" : "+v"(x_s));  // or GCC reads it again for each row of W
+      unroll<kWeightRows>([&](auto w) {
+        if constexpr (s == 0)
+          sum[w] = dot(codes[w].v[s], x_s);
+        else
+          sum[w] = dot(sum[w], codes[w].v[s], x_s);
+      });
+    });
+    unroll<kWeightRows>([&](auto w) { product[w] = to_floats(sum[w]); });
   }
 
   // x of one block, in memory order -> a chunk every `stride` elements. Returns what sums are to be multiplied by.
@@ -65,18 +68,13 @@ struct FloatProducts {
   using Codes = FloatCodes;
   Codes codes(Ints chunk) const { return decode(chunk, book); }
 
-  struct ChunkOfX {
-    Floats v[kLaneWeights];
-  };
-  static ChunkOfX load_x(const X* x) {
-    ChunkOfX out;
-    unroll<kLaneWeights>([&](auto i) { out.v[i] = load(x + i * kLanes); });
-    return out;
-  }
-  static Floats product(const Codes& codes, const ChunkOfX& x) {
-    Floats sum = mul(codes.v[0], x.v[0]);
-    unroll<kLaneWeights - 1>([&](auto i) { sum = fma(codes.v[i + 1], x.v[i + 1], sum); });
-    return sum;
+  template <int kWeightRows>
+  static void multiply(const Codes (&codes)[kWeightRows], const X* x, Floats (&product)[kWeightRows]) {
+    unroll<kWeightRows>([&](auto w) {
+      product[w] = mul(codes[w].v[0], load(x));
+      unroll<kLaneWeights - 1>(
+          [&](auto s) { product[w] = fma(codes[w].v[s + 1], load(x + (s + 1) * kLanes), product[w]); });
+    });
   }
 
   static float arrange(const float* x, int64_t chunks, int64_t stride, X* out) {
@@ -130,7 +128,7 @@ template <class Products>
 struct PreparedX {
   typename Products::X* x;
   float* scale;
-  float* h;  // [m, padded rank], or null
+  float* h;  // as lora_h lays it out, or null
 };
 
 // Row i of x, arranged for every shift that rows of W have.
@@ -160,71 +158,75 @@ void prepare_row(const ForwardPlan<Products>& plan, const T* x, int64_t i, const
   }
 }
 
-// The blocks of x that go over a row of W before the next row does.
+// The blocks of x that go over a row of W before the next row does, and where the rows of a tile have them.
 struct Stretch {
-  int64_t blocks;
+  const uint8_t* packed;  // of the first row
+  const float* scales;    // a granule's each
+  int64_t first_weight;   // of the first row, counted from the first granule of `scales`
+  int64_t row_weights;    // from a row to the next: whole bytes
+  int log2_granule;
+  int64_t chunks;  // the last may be part of one
   int64_t block_chunks;
-  int64_t last_chunks;   // whole ones, of the last block
-  int64_t tail_weights;  // of a last chunk that is not whole
-  int64_t granules_per_chunk;
-  int64_t prefetch_ahead;
+  int64_t last_weights;    // of the last chunk
+  int64_t prefetch_ahead;  // bytes
 };
 
-// Where a stretch of one row of W begins: its bytes, the scales from its first granule on, and the granule, counted
-// from there, of each lane of a chunk.
-struct StretchOfRow {
-  const uint8_t* packed;
-  const float* scales;
-  Ints granules;
-};
-
-// sums[i] += sum over blocks of scale_of_x[block][i] * (row of W · x[i]), lane by lane, for kRows rows of x and each of
-// kWeightRows rows of W, whose sums lie kLanes apart. A function of its own, or the loop's pointers are kept in memory.
+// sums[i] += sum over blocks of scale_of_x[block][i] * (row of W · x[i]), lane by lane, for kRows rows of x and `rows`
+// rows of W, kWeightRows at a time, whose sums lie kLanes apart. A function of its own, or what its loops need is kept
+// in memory.
 template <int kRows, int kWeightRows, class Products>
-[[gnu::noinline, gnu::flatten]] void accumulate(const Stretch& stretch, const StretchOfRow (&of_row)[kWeightRows],
-                                                const typename Products::X* x, const float* scale_of_x, float* sums) {
+[[gnu::noinline, gnu::flatten]] void accumulate(const Stretch& stretch, int64_t rows, const typename Products::X* x,
+                                                const float* scale_of_x, float* sums) {
   const Products products;
-  const uint8_t* packed = of_row[0].packed;
-  const float* scales = of_row[0].scales;
-  const int64_t next_packed = of_row[kWeightRows - 1].packed - packed;
-  const int64_t next_scales = of_row[kWeightRows - 1].scales - scales;
-  const int64_t granules_per_chunk = stretch.granules_per_chunk, prefetch_ahead = stretch.prefetch_ahead;
-  Ints granules[kWeightRows];
-  unroll<kWeightRows>([&](auto w) { granules[w] = of_row[w].granules; });
-  for (int64_t blocks_left = stretch.blocks; blocks_left > 0; --blocks_left, scale_of_x += kRows) {
-    Floats acc[kRows][kWeightRows];
-    unroll<kRows>([&](auto i) { unroll<kWeightRows>([&](auto w) { acc[i][w] = zero(); }); });
-    const auto meet = [&](const typename Products::Codes(&codes)[kWeightRows], const Floats(&scale)[kWeightRows]) {
-      unroll<kRows>([&](auto i) {
-        const auto x_i = Products::load_x(x + i * kChunk);
-        unroll<kWeightRows>([&](auto w) { acc[i][w] = fma(Products::product(codes[w], x_i), scale[w], acc[i][w]); });
-      });
-    };
-    typename Products::Codes codes[kWeightRows];
-    Floats scale[kWeightRows];
-    for (int64_t c = blocks_left == 1 ? stretch.last_chunks : stretch.block_chunks; c > 0; --c) {
-      unroll<kWeightRows>([&](auto w) {
-        const uint8_t* const at = packed + w * next_packed;
-        __builtin_prefetch(at + prefetch_ahead, 0, 3);
-        codes[w] = products.codes(load_chunk(at));
-        scale[w] = lane_scales(scales + w * next_scales, granules[w]);
-      });
-      meet(codes, scale);
-      packed += kChunkBytes, scales += granules_per_chunk, x += kRows * kChunk;
-    }
-    if (blocks_left == 1 && stretch.tail_weights) {
-      unroll<kWeightRows>([&](auto w) {
-        codes[w] = products.codes(load_chunk(packed + w * next_packed, ceil_div(stretch.tail_weights, 2)));
-        scale[w] = lane_scales(scales + w * next_scales, granules[w], ceil_div(stretch.tail_weights, kLaneWeights));
-      });
-      meet(codes, scale);
-    }
-    unroll<kRows>([&](auto i) {
-      unroll<kWeightRows>([&](auto w) {
-        float* sum = sums + (i * kTileRows + w) * kLanes;
-        store(sum, fma(acc[i][w], splat(scale_of_x[i]), load(sum)));
-      });
+  const int64_t row_bytes = stretch.row_weights / 2, prefetch_ahead = stretch.prefetch_ahead;
+  const int64_t granules_per_chunk = kChunk >> stretch.log2_granule;
+  const uint8_t* first_packed = stretch.packed;
+  int64_t first_weight = stretch.first_weight;
+  for (int64_t t = 0; t + kWeightRows <= rows; t += kWeightRows, sums += kWeightRows * kLanes) {
+    const float* scales[kWeightRows];
+    Ints granules[kWeightRows];
+    unroll<kWeightRows>([&](auto w) {
+      const int64_t weight = first_weight + w * stretch.row_weights, granule = weight >> stretch.log2_granule;
+      scales[w] = stretch.scales + granule;
+      granules[w] =
+          granule_of_lanes(static_cast<int>(weight - (granule << stretch.log2_granule)), stretch.log2_granule);
     });
+    const uint8_t* packed = first_packed;
+    const typename Products::X* block_of_x = x;
+    const float* block_scale = scale_of_x;
+    for (int64_t left = stretch.chunks; left > 0; block_scale += kRows) {
+      Floats acc[kRows][kWeightRows];
+      unroll<kRows>([&](auto i) { unroll<kWeightRows>([&](auto w) { acc[i][w] = zero(); }); });
+      const int64_t left_after = left < stretch.block_chunks ? 0 : left - stretch.block_chunks;
+      for (; left > left_after; --left) {
+        typename Products::Codes codes[kWeightRows];
+        Floats scale[kWeightRows];
+        unroll<kWeightRows>([&](auto w) {
+          const uint8_t* const at = packed + w * row_bytes;
+          __builtin_prefetch(at + prefetch_ahead, 0, 3);
+          const bool whole = left > 1;
+          codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, ceil_div(stretch.last_weights, 2)));
+          scale[w] = whole ? lane_scales(scales[w], granules[w])
+                           : lane_scales(scales[w], granules[w], ceil_div(stretch.last_weights, kLaneWeights));
+          scales[w] += granules_per_chunk;
+        });
+        unroll<kRows>([&](auto i) {
+          Floats product[kWeightRows];
+          Products::multiply(codes, block_of_x + i * kChunk, product);
+          unroll<kWeightRows>([&](auto w) { acc[i][w] = fma(product[w], scale[w], acc[i][w]); });
+        });
+        packed += kChunkBytes, block_of_x += kRows * kChunk;
+      }
+      // Or GCC keeps the sums in registers, of which there are none left, over all blocks.
+      asm volatile("" ::: "memory");
+      unroll<kRows>([&](auto i) {
+        unroll<kWeightRows>([&](auto w) {
+          float* sum = sums + (i * kTileRows + w) * kLanes;
+          store(sum, fma(acc[i][w], splat(block_scale[i]), load(sum)));
+        });
+      });
+    }
+    first_packed += kWeightRows * row_bytes, first_weight += kWeightRows * stretch.row_weights;
   }
 }
 
@@ -283,52 +285,52 @@ class Forward {
     const float* scale_of_x = x_.scale + copy * plan_.copy_scales() + m0 * plan_.blocks;
     start<kRows>(n, count, m0, sums);
     // As many blocks of x as stay in the L1 cache go over a row of W before the next row.
-    const int64_t block_weights = plan_.block_chunks * kChunk, weights = shift + k;
-    const int64_t block_bytes = kRows * block_weights * static_cast<int64_t>(sizeof(typename Products::X));
-    const int64_t most = block_bytes < 12288 ? 24576 / block_bytes : 1, blocks = ceil_div(weights, block_weights);
-    const int log2_granule = reader.log2_granule();
+    const int64_t block_bytes =
+        kRows * plan_.block_chunks * kChunk * static_cast<int64_t>(sizeof(typename Products::X));
+    const int64_t most = block_bytes < 12288 ? 24576 / block_bytes : 1;
+    const int64_t weights = shift + k, chunks = ceil_div(weights, kChunk);
+    const int64_t first_weight = plan_.rows.first_weight(n);
     Stretch stretch;
+    stretch.scales = scales;
+    stretch.row_weights = period * k;
+    stretch.log2_granule = reader.log2_granule();
     stretch.block_chunks = plan_.block_chunks;
-    stretch.granules_per_chunk = kChunk >> log2_granule;
     stretch.prefetch_ahead = Forward::super_rows(plan_.rows) * k / 2;
-    for (int64_t b = 0; b < blocks; b += most) {
-      stretch.blocks = blocks - b < most ? blocks - b : most;
-      const int64_t left = weights - (b + stretch.blocks - 1) * block_weights;
-      stretch.last_chunks = left < block_weights ? left / kChunk : plan_.block_chunks;
-      stretch.tail_weights = left < block_weights ? left % kChunk : 0;
-      const int64_t chunk = b * plan_.block_chunks;
-      const auto row = [&](int64_t t) {
-        const int64_t begin = plan_.rows.first_weight(n) + t * period * k, granule = begin >> log2_granule;
-        return StretchOfRow{p_.w.packed + begin / 2 + chunk * kChunkBytes,
-                            scales + granule - first_granule + chunk * stretch.granules_per_chunk,
-                            granule_of_lanes(static_cast<int>(begin - (granule << log2_granule)), log2_granule)};
-      };
-      const auto add = [&](int64_t t, const auto&... rows) {
-        const StretchOfRow of_rows[] = {rows...};
-        accumulate<kRows, sizeof...(rows), Products>(stretch, of_rows, x + chunk * kRows * kChunk,
-                                                     scale_of_x + b * kRows, sums + t * kLanes);
-      };
+    for (int64_t b = 0; b * plan_.block_chunks < chunks; b += most) {
+      const int64_t chunk = b * plan_.block_chunks, first = first_weight + chunk * kChunk;
+      stretch.packed = p_.w.packed + first / 2;
+      stretch.first_weight = first - (first_granule << reader.log2_granule());
+      const bool is_last = chunks - chunk <= most * plan_.block_chunks;
+      stretch.chunks = is_last ? chunks - chunk : most * plan_.block_chunks;
+      stretch.last_weights = is_last ? weights - (chunks - 1) * kChunk : kChunk;
+      const typename Products::X* x_at = x + chunk * kRows * kChunk;
       int64_t t = 0;
-      if constexpr (kRows <= Products::kMaxPairedRows)
-        for (; t + 1 < count; t += 2) add(t, row(t), row(t + 1));
-      for (; t < count; ++t) add(t, row(t));
+      if constexpr (kRows <= Products::kMaxPairedRows) {
+        accumulate<kRows, 2, Products>(stretch, count, x_at, scale_of_x + b * kRows, sums);
+        t = count & ~int64_t{1};
+        stretch.packed += t * stretch.row_weights / 2;
+        stretch.first_weight += t * stretch.row_weights;
+      }
+      if (t < count)
+        accumulate<kRows, 1, Products>(stretch, count - t, x_at, scale_of_x + b * kRows, sums + t * kLanes);
     }
     finish(n, count, m0, kRows, sums);
   }
 
   // The sums start with the lanes of h · bᵀ.
   template <int kRows>
-  void start(int64_t n, int64_t count, int64_t m0, float* sums) const {
-    const int64_t rank = p_.lora.rank, padded = padded_rank(rank);
-    const T* b = static_cast<const T*>(p_.lora.b);
-    for (int64_t t = 0; t < kTileRows; ++t) {
+  [[gnu::noinline]] void start(int64_t n, int64_t count, int64_t m0, float* sums) const {
+    const int64_t rank = p_.lora.rank, row_stride = plan_.rows.period * rank;
+    const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
+    for (int64_t t = 0; t < kTileRows; ++t, b += row_stride, sums += kLanes) {
       Floats acc[kRows];
       unroll<kRows>([&](auto i) { acc[i] = zero(); });
-      for (int64_t j = 0; t < count && j < rank; j += kLanes) {
-        const Floats row = load(b + (n + t * plan_.rows.period) * rank + j, rank - j);
-        unroll<kRows>([&](auto i) { acc[i] = fma(row, load(x_.h + (m0 + i) * padded + j), acc[i]); });
+      const float* h = x_.h + m0 * kLanes;
+      for (int64_t j = 0; t < count && j < rank; j += kLanes, h += p_.m * kLanes) {
+        const Floats row = load(b + j, rank - j);
+        unroll<kRows>([&](auto i) { acc[i] = fma(row, load(h + i * kLanes), acc[i]); });
       }
-      unroll<kRows>([&](auto i) { store(sums + (i * kTileRows + t) * kLanes, acc[i]); });
+      unroll<kRows>([&](auto i) { store(sums + i * kTileRows * kLanes, acc[i]); });
     }
   }
 

@@ -1,5 +1,6 @@
 // LoRA's skinny products for few rows: h = round(scaling · dropout(x) · aᵀ) and g = round(scaling · dy · b), kept as
-// float32 [m, padded rank] with zeros behind the rank. Included after small_common-inl.h.
+// float32 with zeros behind the rank, h as [padded rank / kLanes, m, kLanes] and g as [m, padded rank]. Included after
+// small_common-inl.h.
 
 inline int64_t padded_rank(int64_t rank) { return ceil_div(rank, kLanes) * kLanes; }
 
@@ -14,7 +15,7 @@ void drop(const Dropout& d, const T* x, int64_t m, int64_t k, int64_t first_row,
 
 // kRows x kColumns dot products of length k.
 template <int kRows, int kColumns, class T>
-void dots(const T* x, const T* a, int64_t k, float factor, float* h, int64_t h_stride) {
+void dots(const T* x, const T* a, int64_t k, float factor, float* h) {
   constexpr int64_t kChain = 8 * kLanes;  // float32 results should have no larger errors than a library's
   Floats sums[kRows][kColumns];
   unroll<kRows>([&](auto i) { unroll<kColumns>([&](auto j) { sums[i][j] = zero(); }); });
@@ -32,7 +33,7 @@ void dots(const T* x, const T* a, int64_t k, float factor, float* h, int64_t h_s
     unroll<kRows>([&](auto i) { unroll<kColumns>([&](auto j) { sums[i][j] = add(sums[i][j], chain[i][j]); }); });
   }
   unroll<kRows>(
-      [&](auto i) { unroll<kColumns>([&](auto j) { h[i * h_stride + j] = rounded<T>(sum(sums[i][j]) * factor); }); });
+      [&](auto i) { unroll<kColumns>([&](auto j) { h[i * kLanes + j] = rounded<T>(sum(sums[i][j]) * factor); }); });
 }
 
 // Row group `i` of kGroup rows and column group `j` of four: the unit in which h is shared out to threads.
@@ -44,8 +45,8 @@ void lora_h(const Lora& l, const T* x, int64_t m, int64_t k, int64_t row_group, 
   const float factor = static_cast<float>(l.scaling * l.dropout.keep_scale);
   with_rows<kDotRows>(m - i < kDotRows ? m - i : kDotRows, [&](auto rows) {
     with_rows<kDotColumns>(l.rank - j < kDotColumns ? l.rank - j : kDotColumns, [&](auto columns) {
-      dots<rows, columns>(x + i * k, static_cast<const T*>(l.a) + j * k, k, factor, h + i * padded_rank(l.rank) + j,
-                          padded_rank(l.rank));
+      dots<rows, columns>(x + i * k, static_cast<const T*>(l.a) + j * k, k, factor,
+                          h + (j / kLanes * m + i) * kLanes + j % kLanes);
     });
   });
 }
