@@ -203,12 +203,12 @@ template <int kRows, int kWeightRows, class Products>
         Floats scale[kWeightRows];
         unroll<kWeightRows>([&](auto w) {
           const uint8_t* const at = packed + w * row_bytes;
-          __builtin_prefetch(at + prefetch_ahead, 0, 3);
           const bool whole = left > 1;
           codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, ceil_div(stretch.last_weights, 2)));
           scale[w] = whole ? lane_scales(scales[w], granules[w])
                            : lane_scales(scales[w], granules[w], ceil_div(stretch.last_weights, kLaneWeights));
           scales[w] += granules_per_chunk;
+          __builtin_prefetch(at + prefetch_ahead, 0, 3);
         });
         unroll<kRows>([&](auto i) {
           Floats product[kWeightRows];
