@@ -5,6 +5,8 @@
 // Loads of several pages, one right after another, wait for their walks together.
 #pragma once
 
+inline constexpr int64_t kBurstBytes = 64 << 10;  // whose pages are touched together
+
 class PageToucher {
  public:
   // Reads a byte of every page that [begin, end) reaches into.

@@ -6,7 +6,6 @@
 
 inline constexpr int kTileRows = kLanes;
 inline constexpr int64_t kChunkBytes = kChunk / 2;
-inline constexpr int64_t kBurstBytes = 64 << 10;  // whose pages are touched together
 
 // How a chunk of codes meets x, with x arranged in the order in which codes are decoded.
 //

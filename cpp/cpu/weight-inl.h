@@ -231,8 +231,8 @@ class alignas(64) GroupDecoder {
 
 // Decodes all pieces, and multiplies each by a call of multiply(piece, panel, beside). Where `every` is not 0, a piece
 // is decoded beside the multiplication of the one before it, to the other one of two panels; else after it. Scales are
-// decoded a strip at a time. The pages of strips of whole rows are touched two strips ahead (pages-inl.h); for strips
-// of a few columns in many rows, which lanes are made of, that has gained nothing.
+// decoded a strip at a time. The pages of strips of whole rows are touched in bursts, at least two strips ahead
+// (pages-inl.h); for strips of a few columns in many rows, which lanes are made of, that has gained nothing.
 template <class W, Becomes becomes, class Multiply>
 void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* panel, typename W::Word* other_panel,
                      float* scales, float* other_scales, int64_t every, const Multiply& multiply) {
@@ -247,16 +247,23 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
   Piece piece = pieces.first();
   if (piece.rows == 0) return;
   PageToucher touch;
-  if constexpr (becomes == Becomes::kRows) {
-    touch_pages(touch, w, pieces.strip(piece.row));
-    touch_pages(touch, w, pieces.strip(piece.row + pieces.rows));
-  }
+  int64_t known = piece.row;  // the first row whose pages are not
+  const auto touch_ahead = [&](int64_t row) {
+    if constexpr (becomes == Becomes::kRows) {
+      const int64_t end = pieces.area.row + pieces.area.rows, needed = at_most(row + 3 * pieces.rows, end);
+      if (known >= needed) return;
+      const int64_t to = at_most(needed + kBurstBytes / at_least(w.k / 2, 1), end);
+      touch_pages(touch, w, {known, to - known, pieces.area.column, pieces.area.columns});
+      known = to;
+    }
+  };
+  touch_ahead(piece.row);
   WeightTile tile(w, pieces.strip(piece.row), scales);
   decode(tile, piece, panel);
   while (piece.rows > 0) {
     const Piece next = pieces.after(piece);
     if (next.rows > 0 && pieces.begins_strip(next)) {
-      if constexpr (becomes == Becomes::kRows) touch_pages(touch, w, pieces.strip(next.row + next.rows));
+      touch_ahead(next.row);
       swap(scales, other_scales);
       tile = WeightTile(w, pieces.strip(next.row), scales);
     }
