@@ -54,7 +54,7 @@ bool backward(const Pool& pool, const LinearDxProblem& p) {
 
 // The panels are ahead sooner where they multiply bfloat16 in pairs, and dx's where rows of W start inside a lane
 // (bench/cliffs.py, and bench/results/cpu_roofline.md for both sides of each bound). Where K is no multiple of 4,
-// forward first arranges x for each of four or eight shifts, which one thread does while another waits.
+// forward first arranges x for each of four or eight shifts.
 inline constexpr int64_t kPanelGroup = 64;  // of weights that panels decode at once, where rows of W begin with one
 inline bool panels_dot([[maybe_unused]] DType dtype) {
 #if QLORA_BF16_DOT
@@ -65,7 +65,7 @@ inline bool panels_dot([[maybe_unused]] DType dtype) {
 }
 
 bool linear_small(const Pool& pool, const LinearProblem& p) {
-  const int64_t most_rows = !panels_dot(p.dtype) ? kSmallRows : p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 9;
+  const int64_t most_rows = !panels_dot(p.dtype) ? kSmallRows : p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:

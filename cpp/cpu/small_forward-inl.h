@@ -25,8 +25,8 @@ struct IntProducts {
   static void multiply(const Codes (&codes)[kWeightRows], const X* x, Floats (&product)[kWeightRows]) {
     Ints sum[kWeightRows];
     unroll<4>([&](auto s) {
-      Ints x_s = load_pairs(x + s * 2 * kLanes);
-      if constexpr (kWeightRows > 1) asm("" : "+v"(x_s));  // or GCC reads it again for each row of W
+      const int16_t* const at = x + s * 2 * kLanes;
+      const Ints x_s = kWeightRows > 1 ? load_pairs_once(at) : load_pairs(at);
       unroll<kWeightRows>([&](auto w) {
         if constexpr (s == 0)
           sum[w] = dot(codes[w].v[s], x_s);
@@ -130,30 +130,28 @@ struct PreparedX {
   float* h;  // as lora_h lays it out, or null
 };
 
-// Row i of x, arranged for every shift that rows of W have.
+// Row i of x, arranged for rows of W of one shift.
 template <class Products, class T>
-void prepare_row(const ForwardPlan<Products>& plan, const T* x, int64_t i, const PreparedX<Products>& out) {
+void prepare_row(const ForwardPlan<Products>& plan, const T* x, int64_t i, int copy, const PreparedX<Products>& out) {
   int64_t group = 0;
   while (plan.groups.first(group + 1) <= i) ++group;
   const int64_t first = plan.groups.first(group), rows = plan.groups.rows(group), k = plan.rows.k;
   alignas(64) float block[1024 + kLanes];
-  for (int copy = 0; copy < plan.rows.period; ++copy) {
-    const int shift = copy * (8 / plan.rows.period);
-    for (int64_t b = 0; b < plan.blocks; ++b) {
-      const int64_t chunk = b * plan.block_chunks;
-      const int64_t chunks = plan.chunks - chunk < plan.block_chunks ? plan.chunks - chunk : plan.block_chunks;
-      // Position p of the shifted row holds x[p - shift]; outside of the row it is 0.
-      const int64_t begin = chunk * kChunk - shift, lead = begin < 0 ? -begin : 0;
-      for (int64_t p = 0; p < lead; p += kLanes) store(block + p, zero());
-      for (int64_t p = lead; p < chunks * kChunk; p += kLanes) {
-        const int64_t left = k - begin - p;
-        store(block + p, left > 0 ? load(x + i * k + begin + p, left) : zero());
-      }
-      typename Products::X* to =
-          out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * rows + i - first) * kChunk;
-      out.scale[copy * plan.copy_scales() + first * plan.blocks + b * rows + i - first] =
-          Products::arrange(block, chunks, rows * kChunk, to);
+  const int shift = copy * (8 / plan.rows.period);
+  for (int64_t b = 0; b < plan.blocks; ++b) {
+    const int64_t chunk = b * plan.block_chunks;
+    const int64_t chunks = plan.chunks - chunk < plan.block_chunks ? plan.chunks - chunk : plan.block_chunks;
+    // Position p of the shifted row holds x[p - shift]; outside of the row it is 0.
+    const int64_t begin = chunk * kChunk - shift, lead = begin < 0 ? -begin : 0;
+    for (int64_t p = 0; p < lead; p += kLanes) store(block + p, zero());
+    for (int64_t p = lead; p < chunks * kChunk; p += kLanes) {
+      const int64_t left = k - begin - p;
+      store(block + p, left > 0 ? load(x + i * k + begin + p, left) : zero());
     }
+    typename Products::X* to =
+        out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * rows + i - first) * kChunk;
+    out.scale[copy * plan.copy_scales() + first * plan.blocks + b * rows + i - first] =
+        Products::arrange(block, chunks, rows * kChunk, to);
   }
 }
 
@@ -217,7 +215,7 @@ template <int kRows, int kWeightRows, class Products>
         packed += kChunkBytes, block_of_x += kRows * kChunk;
       }
       // Or GCC keeps the sums in registers, of which there are none left, over all blocks.
-      asm volatile("" ::: "memory");
+      __atomic_signal_fence(__ATOMIC_SEQ_CST);
       unroll<kRows>([&](auto i) {
         unroll<kWeightRows>([&](auto w) {
           float* sum = sums + (i * kTileRows + w) * kLanes;
@@ -392,16 +390,19 @@ bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row) {
   for (int64_t i = 0; i < p.m * padded_rank(rank); ++i) x.h[i] = 0.0f;
   if (drops) drop(p.lora.dropout, in, p.m, k, first_row, dropped);
   const int64_t column_groups = ceil_div(rank, kDotColumns), dot_groups = ceil_div(p.m, kDotRows) * column_groups;
+  // Dot products and rows of x in turn, so that every thread has its share of both.
+  const int64_t arranged = p.m * rows.period, units = dot_groups + arranged;
   auto prepare = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      if (i < dot_groups) {
-        lora_h(p.lora, drops ? dropped : in, p.m, k, i / column_groups, i % column_groups, x.h);
+      const int64_t dots = i * dot_groups / units, row = i - dots;
+      if ((i + 1) * dot_groups / units > dots) {
+        lora_h(p.lora, drops ? dropped : in, p.m, k, dots / column_groups, dots % column_groups, x.h);
       } else {
-        prepare_row(plan, in, i - dot_groups, x);
+        prepare_row(plan, in, row / rows.period, static_cast<int>(row % rows.period), x);
       }
     }
   };
-  run(pool, p.m * k * (rank + 16) > kWorthThreads, dot_groups + p.m, 1, prepare);
+  run(pool, p.m * k * (rank + 16 * rows.period) > kWorthThreads, units, 1, prepare);
   Forward<T> body(p, plan, x);
   const int64_t super = Forward<T>::super_rows(rows);
   pool(ceil_div(p.w.n, super), ceil_div(kWorthThreads, super * k * p.m), body);

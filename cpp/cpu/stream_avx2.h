@@ -146,6 +146,7 @@ inline IntCodes decode(Ints chunk, const IntCodebook& book) {
 inline Ints dot(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 inline Ints dot(Ints acc, Ints a, Ints b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 inline Ints load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline Ints load_pairs_once(const int16_t* p) { return *reinterpret_cast<const volatile __m256i_u*>(p); }
 inline void store_in_code_order(const Ints (&value)[8], int16_t* out) {
   int32_t weight[kChunk];
   __builtin_memcpy(weight, value, sizeof(weight));

@@ -118,6 +118,8 @@ inline Ints dot(Ints acc, Ints a, Ints b) {
 #endif
 }
 inline Ints load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
+// volatile, or GCC reads the memory again for each use
+inline Ints load_pairs_once(const int16_t* p) { return *reinterpret_cast<const volatile __m512i_u*>(p); }
 // A chunk of values that fit 16 bits -> four vectors of pairs in the order of IntCodes.
 inline void store_in_code_order(const Ints (&value)[8], int16_t* out) {
   const Ints pairs_of_lane =
