@@ -341,12 +341,15 @@ class Forward {
         store(y, out, count);
         continue;
       }
-      float value[kLanes];
-      store(value, out);
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t at = t * plan_.rows.period;
-        from_float(bias ? value[t] + to_float(bias[n + at]) : value[t], &y[at]);
+      const int64_t period = plan_.rows.period;
+      if (bias) {
+        float of_row[kLanes] = {};
+        for (int64_t t = 0; t < count; ++t) of_row[t] = to_float(bias[n + t * period]);
+        out = add(out, load(of_row));
       }
+      T value[kLanes];
+      store(value, out, kLanes);
+      for (int64_t t = 0; t < count; ++t) y[t * period] = value[t];
     }
   }
 
