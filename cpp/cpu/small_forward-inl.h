@@ -205,7 +205,7 @@ template <int kRows, int kWeightRows, class Products>
           scale[w] = whole ? lane_scales(scales[w], granules[w])
                            : lane_scales(scales[w], granules[w], ceil_div(stretch.last_weights, kLaneWeights));
           scales[w] += granules_per_chunk;
-          __builtin_prefetch(at + prefetch_ahead, 0, 3);
+          __builtin_prefetch(at + prefetch_ahead, 0, 3);  // before the loads it would hold them up
         });
         unroll<kRows>([&](auto i) {
           Floats product[kWeightRows];
