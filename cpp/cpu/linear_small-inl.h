@@ -69,11 +69,11 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:
-      return p.m <= kMaxFloatRows && forward<float>(pool, p, 0);
+      return p.m <= kMaxFloatRows && forward<float, FloatProducts>(pool, p);
     case DType::kBFloat16:
-      return forward<bfloat16>(pool, p, 0);
+      return forward_int<bfloat16>(pool, p);
     case DType::kFloat16:
-      return forward<float16>(pool, p, 0);
+      return forward_int<float16>(pool, p);
     case DType::kFloat64:
       return false;
   }

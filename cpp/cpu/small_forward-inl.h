@@ -12,13 +12,14 @@ inline constexpr int64_t kChunkBytes = kChunk / 2;
 // For 16-bit types x is rounded to 15 bits of the largest in each of its blocks (a few hundred values) and multiplied
 // by integer codes, exactly in int32 over a lane's eight weights: an error below a tenth of what rounding the weights
 // to bfloat16 would make, and an eighth of a float32 decode's work.
+template <class Order>
 struct IntProducts {
   using X = int16_t;
   static constexpr int kMaxRows = kMaxIntRows, kMaxPairedRows = kMaxPairedIntRows;
 
   IntCodebook book{kIntCodes.value};
   using Codes = IntCodes;
-  Codes codes(Ints chunk) const { return decode(chunk, book); }
+  Codes codes(Ints chunk) const { return decode(chunk, book, Order{}); }
 
   // product[w] = a chunk of row w of W · the same chunk of a row of x, lane by lane
   template <int kWeightRows>
@@ -52,7 +53,7 @@ struct IntProducts {
       Ints rounded_x[kLaneWeights];
       for (int i = 0; i < kLaneWeights; ++i)
         rounded_x[i] = round_to_ints(mul(load(x + c * kChunk + i * kLanes), inverse));
-      store_in_code_order(rounded_x, out + c * stride);
+      store_in_code_order(rounded_x, out + c * stride, Order{});
     }
     return static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
   }
@@ -83,14 +84,6 @@ struct FloatProducts {
           out[c * stride + s * kLanes + lane] = x[c * kChunk + lane * kLaneWeights + (s ^ 1)];
     return 1.0f;
   }
-};
-template <class T>
-struct ProductsFor {
-  using type = IntProducts;
-};
-template <>
-struct ProductsFor<float> {
-  using type = FloatProducts;
 };
 
 // Rows of x go through the kernel in groups of equal size, as many as the registers can sum.
@@ -227,10 +220,9 @@ template <int kRows, int kWeightRows, class Products>
   }
 }
 
-template <class T>
+template <class T, class Products>
 class Forward {
  public:
-  using Products = typename ProductsFor<T>::type;
   using Plan = ForwardPlan<Products>;
   Forward(const LinearProblem& p, const Plan& plan, const PreparedX<Products>& x) : p_(p), plan_(plan), x_(x) {}
 
@@ -358,10 +350,10 @@ class Forward {
   const PreparedX<Products> x_;
 };
 
-template <class T>
-bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row) {
-  using Products = typename Forward<T>::Products;
-  const typename Forward<T>::Plan plan(p.m, p.w.k);
+template <class T, class Products>
+bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row = 0) {
+  using Body = Forward<T, Products>;
+  const ForwardPlan<Products> plan(p.m, p.w.k);
   const Rows& rows = plan.rows;
   const int64_t k = p.w.k, rank = p.lora.rank;
   const bool drops = rank && p.lora.dropout.active();
@@ -376,16 +368,16 @@ bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row) {
     return memory.used();
   };
   const int64_t bytes = lay_out(nullptr);
-  if (bytes > kMaxScratchBytes || 4 * Forward<T>::scale_floats(p, rows) > kMaxScratchBytes / 2) {
+  if (bytes > kMaxScratchBytes || 4 * Body::scale_floats(p, rows) > kMaxScratchBytes / 2) {
     if (p.m == 1) return false;
     LinearProblem half = p;
     half.m = p.m / 2;
-    if (!forward<T>(pool, half, first_row)) return false;
+    if (!forward<T, Products>(pool, half, first_row)) return false;
     half.x = static_cast<const T*>(p.x) + half.m * k;
     half.y = static_cast<T*>(p.y) + half.m * p.w.n;
     const int64_t done = half.m;
     half.m = p.m - done;
-    return forward<T>(pool, half, first_row + done);
+    return forward<T, Products>(pool, half, first_row + done);
   }
   lay_out(scratch(ScratchUse::kCall, bytes));
 
@@ -406,8 +398,14 @@ bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row) {
     }
   };
   run(pool, p.m * k * (rank + 16 * rows.period) > kWorthThreads, units, 1, prepare);
-  Forward<T> body(p, plan, x);
-  const int64_t super = Forward<T>::super_rows(rows);
+  Body body(p, plan, x);
+  const int64_t super = Body::super_rows(rows);
   pool(ceil_div(p.w.n, super), ceil_div(kWorthThreads, super * k * p.m), body);
   return true;
+}
+
+template <class T>
+bool forward_int(const Pool& pool, const LinearProblem& p) {
+  return p.w.k % kMinBlockSize == 0 ? forward<T, IntProducts<HalfOrder>>(pool, p)
+                                    : forward<T, IntProducts<LaneOrder>>(pool, p);
 }

@@ -125,7 +125,23 @@ inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
   return out;
 }
 
-constexpr int pair_weight(int s, int half) { return 2 * (s & 2) + 2 * half + (1 - (s & 1)); }
+// The bytes in the order in which they are looked up, and the weight that then is word `word` of a lane of vector s.
+struct LaneOrder {
+  static Ints bytes(Ints chunk) {
+    // The first two bytes of every dword of a half, then the last two.
+    return _mm256_shuffle_epi8(
+        chunk, _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15)));
+  }
+  static constexpr int weight(int s, int lane, int word) {
+    return kLaneWeights * lane + 2 * (s & 2) + 2 * word + (1 - (s & 1));
+  }
+};
+struct HalfOrder {
+  static Ints bytes(Ints chunk) { return chunk; }
+  static constexpr int weight(int s, int lane, int word) {
+    return 32 * (lane / 4) + 8 * (s & 2) + 4 * (lane % 4) + 2 * word + (1 - (s & 1));
+  }
+};
 struct IntCodebook {
   Ints plane[2];
   explicit IntCodebook(const int16_t* value) : plane{byte_plane(value, 2, 0), byte_plane(value, 2, 1)} {}
@@ -133,10 +149,9 @@ struct IntCodebook {
 struct IntCodes {
   Ints v[4];
 };
-inline IntCodes decode(Ints chunk, const IntCodebook& book) {
-  // The first two bytes of every dword of a half, then the last two.
-  const Ints split = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
-  const Ints bytes = _mm256_shuffle_epi8(chunk, split);
+template <class Order>
+inline IntCodes decode(Ints chunk, const IntCodebook& book, Order) {
+  const Ints bytes = Order::bytes(chunk);
   const Ints odd = low_nibbles(bytes), even = high_nibbles(bytes);
   const Ints odd0 = _mm256_shuffle_epi8(book.plane[0], odd), odd1 = _mm256_shuffle_epi8(book.plane[1], odd);
   const Ints even0 = _mm256_shuffle_epi8(book.plane[0], even), even1 = _mm256_shuffle_epi8(book.plane[1], even);
@@ -147,13 +162,13 @@ inline Ints dot(Ints a, Ints b) { return _mm256_madd_epi16(a, b); }
 inline Ints dot(Ints acc, Ints a, Ints b) { return _mm256_add_epi32(acc, _mm256_madd_epi16(a, b)); }
 inline Ints load_pairs(const int16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline Ints load_pairs_once(const int16_t* p) { return *reinterpret_cast<const volatile __m256i_u*>(p); }
-inline void store_in_code_order(const Ints (&value)[8], int16_t* out) {
+template <class Order>
+inline void store_in_code_order(const Ints (&value)[8], int16_t* out, Order) {
   int32_t weight[kChunk];
   __builtin_memcpy(weight, value, sizeof(weight));
   for (int s = 0; s < 4; ++s)
     for (int i = 0; i < kLanes; ++i)
-      for (int half = 0; half < 2; ++half)
-        *out++ = static_cast<int16_t>(weight[kLaneWeights * i + pair_weight(s, half)]);
+      for (int word = 0; word < 2; ++word) *out++ = static_cast<int16_t>(weight[Order::weight(s, i, word)]);
 }
 
 inline Floats sums_of(const float* rows) {
