@@ -91,8 +91,8 @@ inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
   return out;
 }
 
-// Which products are summed in a lane: those of the lane's own eight weights, or of any eight of the 32 around it, which
-// is right where quantization blocks begin at such 32 and saves AVX2 (not AVX-512) a shuffle.
+// Which products are summed in a lane: those of the lane's own eight weights, or of any eight of the 32 around it,
+// which is right where quantization blocks begin at such 32 and saves AVX2 (not AVX-512) a shuffle.
 struct LaneOrder {};
 using HalfOrder = LaneOrder;
 
