@@ -6,7 +6,7 @@
 
 namespace small {
 
-inline constexpr int64_t kSmallRows = 16;
+inline constexpr int64_t kSmallDxRows = 16;
 inline constexpr int64_t kMaxScratchBytes = int64_t{1} << 21;  // a thread
 inline constexpr int64_t kWorthThreads = int64_t{1} << 18;     // multiply-adds: about what waking a thread costs
 
@@ -65,7 +65,8 @@ inline bool panels_dot([[maybe_unused]] DType dtype) {
 }
 
 bool linear_small(const Pool& pool, const LinearProblem& p) {
-  const int64_t most_rows = !panels_dot(p.dtype) ? kSmallRows : p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
+  int64_t most_rows = p.w.k % 4 ? 24 : 48;
+  if (panels_dot(p.dtype)) most_rows = p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:
@@ -81,7 +82,7 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
 }
 bool linear_dx_small(const Pool& pool, const LinearDxProblem& p) {
   const bool whole_blocks = p.w.k % kPanelGroup == 0 && p.w.scales.block_size >= kPanelGroup;
-  int64_t most_rows = p.w.k % kLaneWeights ? 6 : kSmallRows;
+  int64_t most_rows = p.w.k % kLaneWeights ? 6 : kSmallDxRows;
 #if QLORA_INT_DX
   if (!whole_blocks && most_rows > 8) most_rows = 8;
 #endif

@@ -90,7 +90,7 @@ class IntDx {
     };
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     for (int64_t i = 0; i < blocks * p_.m * kDxBlock; i += kLanes) store(memory.sums + i, zero());
-    with_rows<kSmallRows>(p_.m, [&](auto rows) { add_rows<rows>(first_row, last_row, first, blocks, memory); });
+    with_rows<kSmallDxRows>(p_.m, [&](auto rows) { add_rows<rows>(first_row, last_row, first, blocks, memory); });
     for (int64_t b = 0; b < blocks; ++b) {
       for (int64_t i = 0; i < p_.m; ++i) {
         const float* sums = memory.sums + (b * p_.m + i) * kDxBlock;
