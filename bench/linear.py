@@ -4,9 +4,10 @@
 
 Every ratio is a time over the time of torch's `F.linear` (dX: `dy @ w`) on the dense weight in the same dtype, round
 by round: lower is better. Ours has LoRA of rank 16 and double quantization in it. Beside it stand `F.linear` with LoRA
-as two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them) and the training path of
-bitsandbytes, where it is installed, without LoRA. Operands are rotated out of the caches. With one thread, CPU time is
-measured, so that other processes disturb less.
+as two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them), the training path of
+bitsandbytes, where it is installed, without LoRA, and two kernels for inference only, in bfloat16 and without LoRA:
+bitsandbytes' over the weight it repacks in eval mode, and ATen's over affine int4 in groups of 64. Operands are rotated
+out of the caches. With one thread, CPU time is measured, so that other processes disturb less.
 
 Another instruction set: QLORA_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2, for torch's part too.
 """
@@ -14,8 +15,11 @@ Another instruction set: QLORA_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from types import ModuleType
 
 import harness
 import torch
@@ -27,10 +31,47 @@ import qlora_ext
 SHAPES = [(1536, 576), (4096, 4096), (14336, 4096)]
 TOKENS = [1, 4, 16, 64, 256, 1024]
 RANK, SCALING = 16, 2.0
+INT4_GROUP = 64
+Kernel = Callable[[Tensor, int], Tensor]  # of x and the turn
 
 
 def lora(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return functional.linear(functional.linear(x, a), b) * SCALING
+
+
+def aten_int4(w: Tensor, count: int) -> Kernel:
+    """ATen's kernel over `count` copies of w, rounded to 15 steps of each group."""
+    n, k = w.shape
+    groups = w.float().reshape(n, k // INT4_GROUP, INT4_GROUP)
+    low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    scale = (high - low) / 15
+    codes = ((groups - low) / scale).round()
+    middle = low + 8 * scale  # a code stands for (code - 8) * scale + middle
+    scale_and_middle = torch.cat([scale, middle], -1).transpose(0, 1).to(w.dtype).contiguous()
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.reshape(n, k).int(), 1)
+    packs = harness.Ring(packed.clone() for _ in range(count))
+
+    def kernel(x: Tensor, i: int) -> Tensor:
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packs.at(i), INT4_GROUP, scale_and_middle)
+
+    x = torch.randn(4, k).to(w.dtype)
+    decoded = ((codes - 8) * scale + middle).reshape(n, k)
+    harness.check_equal(kernel(x, 0), x.double() @ decoded.double().T, "ATen int4", 1e-2)
+    return kernel
+
+
+def repacked_bitsandbytes(bnb: ModuleType, w: Tensor, dense: Tensor, count: int) -> Kernel | None:
+    """The kernel of bitsandbytes' eval mode, where the processor has it, over `count` copies of w."""
+    layer = bnb.nn.Linear4bit(w.shape[1], w.shape[0], bias=False, compute_dtype=w.dtype, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4")
+    layer.to("cpu").eval()
+    x = torch.randn(4, w.shape[1]).to(w.dtype)
+    y, state = layer(x), layer.weight.quant_state
+    if not getattr(state, "packing_format_for_cpu", False):
+        return None
+    harness.check_equal(y, x.double() @ dense.double().T, "bitsandbytes, repacked", 1e-2)
+    packs = harness.Ring(layer.weight.data.clone() for _ in range(count))
+    return lambda x, i: bnb.matmul_4bit(x, packs.at(i), quant_state=state)
 
 
 class Bench:
@@ -55,12 +96,17 @@ class Bench:
         if self.bnb is not None and k % 64 == 0:
             packed, state = self.bnb.functional.quantize_4bit(w, compress_statistics=True, quant_type="nf4")
             bnb_packs = harness.Ring((packed.clone(), state) for _ in range(count))
+        inference: dict[str, Kernel | None] = {}
+        if self.dtype == torch.bfloat16:
+            if bnb_packs is not None:
+                inference["bitsandbytes, repacked"] = repacked_bitsandbytes(self.bnb, w, dense, count)
+            inference["ATen int4"] = aten_int4(w, count)
         for m in TOKENS:
             if m * n * k <= 2**36:
-                self.forward(m, weights, packs, bnb_packs, a, b)
+                self.forward(m, weights, packs, bnb_packs, inference, a, b)
                 self.gradient(m, weights, packs, bnb_packs, a, b)
 
-    def forward(self, m, weights, packs, bnb_packs, a: Tensor, b: Tensor) -> None:
+    def forward(self, m, weights, packs, bnb_packs, inference, a: Tensor, b: Tensor) -> None:
         n, k = weights.at(0).shape
         x = torch.randn(m, k).to(self.dtype)
 
@@ -80,6 +126,9 @@ class Bench:
             calls["bitsandbytes"] = lambda i: self.bnb.matmul_4bit(
                 x, bnb_packs.at(i)[0].t(), quant_state=bnb_packs.at(i)[1]
             )
+        for name, kernel in inference.items():
+            if kernel is not None:
+                calls[name] = functools.partial(kernel, x)
         expected = x.double() @ weights.at(0).double().T + SCALING * (x.double() @ a.double().T) @ b.double().T
         harness.check_equal(ours(0), expected, "linear_nf4", 1e-2)
         self.run("forward", m, n, k, calls, "F.linear")
