@@ -82,10 +82,7 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
 }
 bool linear_dx_small(const Pool& pool, const LinearDxProblem& p) {
   const bool whole_blocks = p.w.k % kPanelGroup == 0 && p.w.scales.block_size >= kPanelGroup;
-  int64_t most_rows = p.w.k % kLaneWeights ? 6 : kSmallDxRows;
-#if QLORA_INT_DX
-  if (!whole_blocks && most_rows > 8) most_rows = 8;
-#endif
+  int64_t most_rows = whole_blocks ? kSmallDxRows : p.w.k % kLaneWeights ? 6 : kRaggedDxRows;
   if (panels_dot(p.dtype)) most_rows = whole_blocks ? 6 : 4;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {

@@ -239,17 +239,11 @@ class Forward {
     float* sums = memory.take<float>(kMaxRows * kTileRows * kLanes);
     float* scales = memory.take<float>(scale_floats(p_, plan_.rows));
     ScaleReader reader(p_.w.scales);
-    const int64_t super = super_rows(plan_.rows), super_bytes = super * p_.w.k / 2;
-    // The lines of a super-tile are fetched while the one before it is worked on; their pages are known before that.
-    const int64_t end_byte = end * super < p_.w.n ? end * super_bytes : p_.w.n * p_.w.k / 2;
-    int64_t known = begin * super_bytes;
-    PageToucher touch_pages;
+    const int64_t super = super_rows(plan_.rows);
+    PagesAhead pages(p_.w, begin * super, end * super < p_.w.n ? end * super : p_.w.n, 0, p_.w.k);
     for (int64_t s = begin; s < end; ++s) {
-      if (known < (s + 2) * super_bytes && known < end_byte) {
-        const int64_t from = known;
-        known = (s + 2) * super_bytes + kBurstBytes;
-        touch_pages(p_.w.packed + from, p_.w.packed + (known < end_byte ? known : end_byte));
-      }
+      // The lines of a super-tile are fetched while the one before it is worked on.
+      pages.know((s + 2) * super);
       const int64_t first = s * super, last = first + super < p_.w.n ? first + super : p_.w.n;
       const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
       const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
@@ -325,15 +319,15 @@ class Forward {
 
   void finish(int64_t n, int64_t count, int64_t m0, int64_t rows, const float* sums) const {
     const T* bias = static_cast<const T*>(p_.bias);
+    const int64_t period = plan_.rows.period;
     for (int64_t i = 0; i < rows; ++i) {
       Floats out = sums_of(sums + i * kTileRows * kLanes);
       T* y = static_cast<T*>(p_.y) + (m0 + i) * p_.w.n + n;
-      if (plan_.rows.period == 1) {
+      if (period == 1) {
         if (bias) out = add(out, load(bias + n, count));
         store(y, out, count);
         continue;
       }
-      const int64_t period = plan_.rows.period;
       if (bias) {
         float of_row[kLanes] = {};
         for (int64_t t = 0; t < count; ++t) of_row[t] = to_float(bias[n + t * period]);

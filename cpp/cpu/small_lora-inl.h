@@ -36,7 +36,7 @@ void dots(const T* x, const T* a, int64_t k, float factor, float* h) {
       [&](auto i) { unroll<kColumns>([&](auto j) { h[i * kLanes + j] = rounded<T>(sum(sums[i][j]) * factor); }); });
 }
 
-// Row group `i` of kGroup rows and column group `j` of four: the unit in which h is shared out to threads.
+// A group of kDotRows rows and one of kDotColumns columns: the unit in which h is shared out to threads.
 inline constexpr int kDotRows = kLanes == 16 ? 4 : 2;
 inline constexpr int kDotColumns = 4;
 template <class T>

@@ -11,6 +11,7 @@ inline constexpr int kMaxIntRows = 8;
 inline constexpr int kMaxPairedIntRows = 0;  // 16 registers are too few for two rows of W
 inline constexpr int kMaxFloatRows = 4;
 inline constexpr int kDxSums = 32;  // of dx: more than fit, where the compiler does as well as a loop over memory
+inline constexpr int kRaggedDxRows = 16;
 
 inline Floats zero() { return _mm256_setzero_ps(); }
 inline Floats splat(float x) { return _mm256_set1_ps(x); }

@@ -13,7 +13,8 @@ inline constexpr int kChunk = kLanes * kLaneWeights;
 inline constexpr int kMaxIntRows = 16;       // rows of x whose sums fit the registers beside the decoded codes
 inline constexpr int kMaxPairedIntRows = 8;  // the same beside the codes of two rows of W
 inline constexpr int kMaxFloatRows = 8;
-inline constexpr int kDxSums = 16;  // of dx that fit there, beside the codes that are met with them
+inline constexpr int kDxSums = 16;       // of dx that fit there, beside the codes that are met with them
+inline constexpr int kRaggedDxRows = 8;  // up to which FloatDx is ahead of the panels
 
 inline Floats zero() { return _mm512_setzero_ps(); }
 inline Floats splat(float x) { return _mm512_set1_ps(x); }

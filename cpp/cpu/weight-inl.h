@@ -77,12 +77,6 @@ class WeightTile {
 inline Ahead packed_ahead(const Weight& w, const Piece& piece) {
   return {w.packed, piece.row * w.k + piece.column, piece.rows, w.k, piece.columns};
 }
-inline void touch_pages(PageToucher& touch, const Weight& w, const Piece& piece) {
-  for (int64_t row = piece.row; row < piece.row + piece.rows; ++row) {
-    const int64_t first = row * w.k + piece.column;
-    touch(w.packed + (first >> 1), w.packed + ((first + piece.columns) >> 1));
-  }
-}
 
 // A row of any piece, whose elements from `columns` on are zero.
 class RaggedRow {
@@ -246,24 +240,18 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
   };
   Piece piece = pieces.first();
   if (piece.rows == 0) return;
-  PageToucher touch;
-  int64_t known = piece.row;  // the first row whose pages are not
-  const auto touch_ahead = [&](int64_t row) {
-    if constexpr (becomes == Becomes::kRows) {
-      const int64_t end = pieces.area.row + pieces.area.rows, needed = at_most(row + 3 * pieces.rows, end);
-      if (known >= needed) return;
-      const int64_t to = at_most(needed + kBurstBytes / at_least(w.k / 2, 1), end);
-      touch_pages(touch, w, {known, to - known, pieces.area.column, pieces.area.columns});
-      known = to;
-    }
+  const Piece& area = pieces.area;
+  PagesAhead pages(w, area.row, area.row + area.rows, area.column, area.columns);
+  const auto know_pages = [&](int64_t row) {
+    if constexpr (becomes == Becomes::kRows) pages.know(row + 3 * pieces.rows);
   };
-  touch_ahead(piece.row);
+  know_pages(piece.row);
   WeightTile tile(w, pieces.strip(piece.row), scales);
   decode(tile, piece, panel);
   while (piece.rows > 0) {
     const Piece next = pieces.after(piece);
     if (next.rows > 0 && pieces.begins_strip(next)) {
-      touch_ahead(next.row);
+      know_pages(next.row);
       swap(scales, other_scales);
       tile = WeightTile(w, pieces.strip(next.row), scales);
     }
