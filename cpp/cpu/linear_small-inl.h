@@ -10,6 +10,15 @@ inline constexpr int64_t kSmallDxRows = 16;
 inline constexpr int64_t kMaxScratchBytes = int64_t{1} << 21;  // a thread
 inline constexpr int64_t kWorthThreads = int64_t{1} << 18;     // multiply-adds: about what waking a thread costs
 
+// Whether bfloat16 is multiplied in pairs, as the panels do it.
+inline bool panels_dot([[maybe_unused]] DType dtype) {
+#if QLORA_BF16_DOT
+  return dtype == DType::kBFloat16 && prefers_bf16_dot();
+#else
+  return false;
+#endif
+}
+
 // clang-format off: each uses the ones before it
 #include QLORA_STREAM
 #include "cpp/cpu/small_common-inl.h"
@@ -56,13 +65,6 @@ bool backward(const Pool& pool, const LinearDxProblem& p) {
 // (bench/cliffs.py, and bench/results/cpu_roofline.md for both sides of each bound). Where K is no multiple of 4,
 // forward first arranges x for each of four or eight shifts.
 inline constexpr int64_t kPanelGroup = 64;  // of weights that panels decode at once, where rows of W begin with one
-inline bool panels_dot([[maybe_unused]] DType dtype) {
-#if QLORA_BF16_DOT
-  return dtype == DType::kBFloat16 && prefers_bf16_dot();
-#else
-  return false;
-#endif
-}
 
 bool linear_small(const Pool& pool, const LinearProblem& p) {
   int64_t most_rows = p.w.k % 4 ? 24 : 48;
@@ -70,11 +72,11 @@ bool linear_small(const Pool& pool, const LinearProblem& p) {
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:
-      return p.m <= kMaxFloatRows && forward<float, FloatProducts>(pool, p);
+      return p.m <= kMaxFloatRows && forward<float, FloatProducts>(pool, p) == Outcome::kDone;
     case DType::kBFloat16:
-      return forward_int<bfloat16>(pool, p);
+      return forward_16_bits<bfloat16>(pool, p);
     case DType::kFloat16:
-      return forward_int<float16>(pool, p);
+      return forward_16_bits<float16>(pool, p);
     case DType::kFloat64:
       return false;
   }

@@ -82,6 +82,13 @@ class Carver {
 };
 
 template <class T>
+inline constexpr int kMantissaBits = 23;
+template <>
+inline constexpr int kMantissaBits<bfloat16> = 7;
+template <>
+inline constexpr int kMantissaBits<float16> = 10;
+
+template <class T>
 inline float rounded(float x) {
   T out;
   from_float(x, &out);

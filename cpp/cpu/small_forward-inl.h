@@ -7,15 +7,38 @@
 inline constexpr int kTileRows = kLanes;
 inline constexpr int64_t kChunkBytes = kChunk / 2;
 
-// How a chunk of codes meets x, with x arranged in the order in which codes are decoded.
+// How a chunk of codes meets x, with x arranged in the order in which codes are decoded. `arrange` takes a block of x,
+// up to 1024 values in memory order, to a chunk every `stride` elements, and says what sums are to be multiplied by.
+// Whatever x is, no product x * w may be off by more than a rounding of w to the dtype of x would make it: arrange
+// returns false where it cannot promise that, and the call is left to another kernel (Outcome::kUneven).
+
+// The largest |x| of a block, by its bits: a NaN counts as larger than everything.
+inline uint32_t largest_bits(const float* x, int64_t count) {
+  Ints seen = round_to_ints(zero());
+  for (int64_t c = 0; c < count; c += kLanes) seen = max_bits(seen, load(x + c));
+  uint32_t bits[kLanes], largest = 0;
+  __builtin_memcpy(bits, &seen, sizeof(bits));
+  for (uint32_t b : bits) largest = b > largest ? b : largest;
+  return largest;
+}
+inline constexpr uint32_t kInfinityBits = 0x7F800000u;
+constexpr uint32_t power_of_two_bits(int exponent) { return static_cast<uint32_t>(127 + exponent) << 23; }
+
+// x rounded to 15 bits of the largest value of its block and multiplied by integer codes, exactly in int32 over a
+// lane's eight weights: an eighth of a float32 decode's work.
 //
-// For 16-bit types x is rounded to 15 bits of the largest in each of its blocks (a few hundred values) and multiplied
-// by integer codes, exactly in int32 over a lane's eight weights: an error below a tenth of what rounding the weights
-// to bfloat16 would make, and an eighth of a float32 decode's work.
-template <class Order>
+// A value is then off by up to largest / 65534, 0.29 of that step in the mean square. In T a product is allowed a
+// rounding of w, 0.42 of a unit 2^-8 (bfloat16) or 2^-11 (float16) of |x w| in the mean square. So it serves where most
+// values are no smaller than largest / kSpread: at the worst, 5/8 of the values that small and the others next to
+// nothing, the two squares are 7.6e-11 and 9.6e-11 of largest² w² a value. Numbers from N(0, 1), the
+// largest of 1024 of which is 3 to 5, are far from it. A block with an outlier goes elsewhere, and so does one whose
+// values are so small or large that factors would leave float32's range.
+template <class T, class Order>
 struct IntProducts {
   using X = int16_t;
   static constexpr int kMaxRows = kMaxIntRows, kMaxPairedRows = kMaxPairedIntRows;
+  static constexpr bool kMayOverflow = true;  // where scales are beyond 2^90, though y is finite
+  static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
 
   IntCodebook book{kIntCodes.value};
   using Codes = IntCodes;
@@ -38,31 +61,81 @@ struct IntProducts {
     unroll<kWeightRows>([&](auto w) { product[w] = to_floats(sum[w]); });
   }
 
-  // x of one block, in memory order -> a chunk every `stride` elements. Returns what sums are to be multiplied by.
-  static float arrange(const float* x, int64_t chunks, int64_t stride, X* out) {
-    Ints seen = round_to_ints(zero());
-    for (int64_t c = 0; c < chunks * kChunk; c += kLanes) seen = max_bits(seen, load(x + c));
-    uint32_t bits[kLanes], largest_bits = 0;
-    __builtin_memcpy(bits, &seen, sizeof(bits));
-    for (uint32_t b : bits) largest_bits = b > largest_bits ? b : largest_bits;
-    if (largest_bits >= 0x7F800000u) return bits_float(0x7FC00000u);  // an infinity or NaN makes the sums NaN
-    // Below the clamp, far under what a 16-bit y can resolve, the reciprocal would overflow.
-    const float largest = bits_float(largest_bits) > 1e-33f ? bits_float(largest_bits) : 1e-33f;
-    const Floats inverse = splat(32767.0f / largest);
+  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+    const uint32_t bits = largest_bits(x, chunks * kChunk);
+    if (bits == 0) {
+      *scale = 0.0f;
+    } else if (bits < power_of_two_bits(-60) || bits > power_of_two_bits(60)) {
+      return false;
+    } else {
+      const float largest = bits_float(bits);
+      int64_t large = 0, nonzero = 0;
+      for (int64_t c = 0; c < chunks * kChunk; c += kLanes) {
+        large += count_at_least(load(x + c), largest / kSpread);
+        nonzero += count_at_least(load(x + c), bits_float(1));
+      }
+      if (8 * large < 5 * nonzero) return false;
+      *scale = static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
+    }
+    const Floats inverse = splat(bits ? 32767.0f / bits_float(bits) : 0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
       Ints rounded_x[kLaneWeights];
       for (int i = 0; i < kLaneWeights; ++i)
         rounded_x[i] = round_to_ints(mul(load(x + c * kChunk + i * kLanes), inverse));
       store_in_code_order(rounded_x, out + c * stride, Order{});
     }
-    return static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
+    return true;
   }
 };
 
-// For float32, exact products.
+#if QLORA_BF16_DOT
+// bfloat16 as it is, times codes rounded to bfloat16: less than rounding w would cost, for every x (int_codes.h).
+struct Bf16Products {
+  using X = int16_t;
+  static constexpr int kMaxRows = kMaxIntRows, kMaxPairedRows = kMaxPairedIntRows;
+  static constexpr bool kMayOverflow = false;
+
+  IntCodebook book{kBf16Codes.value};
+  using Codes = IntCodes;
+  Codes codes(Ints chunk) const { return decode(chunk, book, LaneOrder{}); }
+
+  template <int kWeightRows>
+  static void multiply(const Codes (&codes)[kWeightRows], const X* x, Floats (&product)[kWeightRows]) {
+    unroll<kWeightRows>([&](auto w) { product[w] = zero(); });
+    unroll<4>([&](auto s) {
+      const int16_t* const at = x + s * 2 * kLanes;
+      const Ints x_s = kWeightRows > 1 ? load_pairs_once(at) : load_pairs(at);
+      unroll<kWeightRows>([&](auto w) { product[w] = dot_bf16(product[w], codes[w].v[s], x_s); });
+    });
+  }
+
+  // Multiplied by the power of two that takes the largest value to 2^-8, since the dot product knows no subnormals, and
+  // its sums times a scale of W should not overflow where y does not.
+  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+    const uint32_t bits = largest_bits(x, chunks * kChunk);
+    const bool as_it_is = bits == 0 || bits >= kInfinityBits;
+    int exponent = as_it_is ? 0 : __builtin_ilogbf(bits_float(bits)) + 8;
+    if (exponent > 126) exponent = 126;  // of a float32
+    // In two steps, for the smallest subnormal needs a factor of 2^125 and more.
+    const Floats half = splat(__builtin_ldexpf(1.0f, -(exponent / 2)));
+    const Floats rest = splat(__builtin_ldexpf(1.0f, exponent / 2 - exponent));
+    for (int64_t c = 0; c < chunks; ++c) {
+      Ints halves[kLaneWeights];
+      for (int i = 0; i < kLaneWeights; ++i)
+        halves[i] = upper_halves(mul(mul(load(x + c * kChunk + i * kLanes), half), rest));
+      store_in_code_order(halves, out + c * stride, LaneOrder{});
+    }
+    *scale = static_cast<float>(__builtin_ldexp(1.0 / kBf16Codes.per_one, exponent));
+    return true;
+  }
+};
+#endif
+
+// float32 products, which are exact but for float32's own roundings.
 struct FloatProducts {
   using X = float;
   static constexpr int kMaxRows = kMaxFloatRows, kMaxPairedRows = 0;
+  static constexpr bool kMayOverflow = false;
 
   FloatCodebook book{kNf4.value};
   using Codes = FloatCodes;
@@ -77,12 +150,17 @@ struct FloatProducts {
     });
   }
 
-  static float arrange(const float* x, int64_t chunks, int64_t stride, X* out) {
+  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+    // Eight products are summed before a scale of W makes them small.
+    const uint32_t bits = largest_bits(x, chunks * kChunk);
+    const bool huge = bits > power_of_two_bits(100) && bits < kInfinityBits;
+    const float factor = huge ? 0x1p-20f : 1.0f;
     for (int64_t c = 0; c < chunks; ++c)
       for (int s = 0; s < kLaneWeights; ++s)
         for (int lane = 0; lane < kLanes; ++lane)
-          out[c * stride + s * kLanes + lane] = x[c * kChunk + lane * kLaneWeights + (s ^ 1)];
-    return 1.0f;
+          out[c * stride + s * kLanes + lane] = x[c * kChunk + lane * kLaneWeights + (s ^ 1)] * factor;
+    *scale = 1.0f / factor;
+    return true;
   }
 };
 
@@ -120,8 +198,10 @@ template <class Products>
 struct PreparedX {
   typename Products::X* x;
   float* scale;
-  float* h;  // as lora_h lays it out, or null
+  float* h;      // as lora_h lays it out, or null
+  bool* uneven;  // set by any thread that meets what Products cannot serve
 };
+inline void set(bool* flag) { __atomic_store_n(flag, true, __ATOMIC_RELAXED); }
 
 // Row i of x, arranged for rows of W of one shift.
 template <class Products, class T>
@@ -143,8 +223,8 @@ void prepare_row(const ForwardPlan<Products>& plan, const T* x, int64_t i, int c
     }
     typename Products::X* to =
         out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * rows + i - first) * kChunk;
-    out.scale[copy * plan.copy_scales() + first * plan.blocks + b * rows + i - first] =
-        Products::arrange(block, chunks, rows * kChunk, to);
+    float* const scale = out.scale + copy * plan.copy_scales() + first * plan.blocks + b * rows + i - first;
+    if (!Products::arrange(block, chunks, rows * kChunk, to, scale)) return set(out.uneven);
   }
 }
 
@@ -322,6 +402,7 @@ class Forward {
     const int64_t period = plan_.rows.period;
     for (int64_t i = 0; i < rows; ++i) {
       Floats out = sums_of(sums + i * kTileRows * kLanes);
+      if (Products::kMayOverflow && !all_finite(out)) set(x_.uneven);
       T* y = static_cast<T*>(p_.y) + (m0 + i) * p_.w.n + n;
       if (period == 1) {
         if (bias) out = add(out, load(bias + n, count));
@@ -344,14 +425,19 @@ class Forward {
   const PreparedX<Products> x_;
 };
 
+// Whether a kernel has done a call. If not, what it has written to y counts for nothing.
+enum class Outcome { kDone, kTooLarge, kUneven };
+
 template <class T, class Products>
-bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row = 0) {
+Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_row = 0) {
   using Body = Forward<T, Products>;
   const ForwardPlan<Products> plan(p.m, p.w.k);
   const Rows& rows = plan.rows;
   const int64_t k = p.w.k, rank = p.lora.rank;
   const bool drops = rank && p.lora.dropout.active();
+  bool uneven = false;
   PreparedX<Products> x{};
+  x.uneven = &uneven;
   T* dropped = nullptr;
   const auto lay_out = [&](void* base) {
     Carver memory(base);
@@ -363,10 +449,11 @@ bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row = 0) {
   };
   const int64_t bytes = lay_out(nullptr);
   if (bytes > kMaxScratchBytes || 4 * Body::scale_floats(p, rows) > kMaxScratchBytes / 2) {
-    if (p.m == 1) return false;
+    if (p.m == 1) return Outcome::kTooLarge;
     LinearProblem half = p;
     half.m = p.m / 2;
-    if (!forward<T, Products>(pool, half, first_row)) return false;
+    const Outcome outcome = forward<T, Products>(pool, half, first_row);
+    if (outcome != Outcome::kDone) return outcome;
     half.x = static_cast<const T*>(p.x) + half.m * k;
     half.y = static_cast<T*>(p.y) + half.m * p.w.n;
     const int64_t done = half.m;
@@ -392,14 +479,21 @@ bool forward(const Pool& pool, const LinearProblem& p, int64_t first_row = 0) {
     }
   };
   run(pool, p.m * k * (rank + 16 * rows.period) > kWorthThreads, units, 1, prepare);
+  if (uneven) return Outcome::kUneven;
   Body body(p, plan, x);
   const int64_t super = Body::super_rows(rows);
   pool(ceil_div(p.w.n, super), ceil_div(kWorthThreads, super * k * p.m), body);
-  return true;
+  return uneven ? Outcome::kUneven : Outcome::kDone;
 }
 
+// 16-bit types. Returns whether it has done the call.
 template <class T>
-bool forward_int(const Pool& pool, const LinearProblem& p) {
-  return p.w.k % kMinBlockSize == 0 ? forward<T, IntProducts<HalfOrder>>(pool, p)
-                                    : forward<T, IntProducts<LaneOrder>>(pool, p);
+bool forward_16_bits(const Pool& pool, const LinearProblem& p) {
+#if QLORA_BF16_DOT
+  if (panels_dot(p.dtype)) return forward<T, Bf16Products>(pool, p) == Outcome::kDone;
+#endif
+  const Outcome outcome = p.w.k % kMinBlockSize == 0 ? forward<T, IntProducts<T, HalfOrder>>(pool, p)
+                                                     : forward<T, IntProducts<T, LaneOrder>>(pool, p);
+  if (outcome == Outcome::kUneven && p.m <= kMaxFloatRows) return forward<T, FloatProducts>(pool, p) == Outcome::kDone;
+  return outcome == Outcome::kDone;
 }

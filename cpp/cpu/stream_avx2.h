@@ -30,6 +30,14 @@ inline float sum(Floats x) {
 inline Ints max_bits(Ints seen, Floats x) {
   return _mm256_max_epu32(seen, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7FFFFFFF)));
 }
+inline int count_at_least(Floats x, float bound) {
+  const Floats magnitude = _mm256_andnot_ps(splat(-0.0f), x);
+  return __builtin_popcount(
+      static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(magnitude, splat(bound), _CMP_GE_OQ))));
+}
+inline bool all_finite(Floats x) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(_mm256_sub_ps(x, x), zero(), _CMP_EQ_OQ)) == 0xFF;
+}
 
 inline Ints lane_number() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
 inline Ints first_lanes(int64_t count) {

@@ -30,6 +30,13 @@ inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
 inline Ints max_bits(Ints seen, Floats x) {
   return _mm512_max_epu32(seen, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7FFFFFFF)));
 }
+// How many lanes have |x| >= bound; a NaN has not.
+inline int count_at_least(Floats x, float bound) {
+  return __builtin_popcount(_mm512_cmp_ps_mask(_mm512_abs_ps(x), splat(bound), _CMP_GE_OQ));
+}
+inline bool all_finite(Floats x) {
+  return _mm512_cmp_ps_mask(_mm512_sub_ps(x, x), zero(), _CMP_EQ_OQ) == 0xFFFF;  // inf - inf is NaN
+}
 
 inline __mmask16 first_lanes(int64_t count) {
   return static_cast<__mmask16>(count >= kLanes ? 0xFFFFu : (1u << count) - 1u);
@@ -123,6 +130,11 @@ inline Ints dot(Ints acc, Ints a, Ints b) {
   return _mm512_add_epi32(acc, _mm512_madd_epi16(a, b));
 #endif
 }
+// The same of bfloat16 pairs, in float32; subnormal factors and sums count as zero.
+#if QLORA_BF16_DOT
+inline Floats dot_bf16(Floats acc, Ints a, Ints b) { return _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b); }
+#endif
+inline Ints upper_halves(Floats x) { return _mm512_srli_epi32(_mm512_castps_si512(x), 16); }
 inline Ints load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
 // volatile, or GCC reads the memory again for each use
 inline Ints load_pairs_once(const int16_t* p) { return *reinterpret_cast<const volatile __m512i_u*>(p); }
@@ -182,6 +194,23 @@ inline void store_in_order(const Floats (&of_nibble)[4], float* out) {
   store(out + kLanes, _mm512_shuffle_f32x4(e, g, 0xDD));
   store(out + 2 * kLanes, _mm512_shuffle_f32x4(f, h, 0x88));
   store(out + 3 * kLanes, _mm512_shuffle_f32x4(f, h, 0xDD));
+}
+// The words of one row's 64 weights, one a lane, and their nibbles in float32.
+inline Ints load_words(const uint8_t* p) {
+  return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+template <int s>
+inline Floats decode_nibble(Ints words, const FloatCodebook& book) {
+  return _mm512_permutexvar_ps(s ? _mm512_srli_epi32(words, 4 * s) : words, book.values);
+}
+// The bits of |x| as a number.
+inline Floats magnitude_bits(Floats x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(_mm512_abs_ps(x))); }
+// A bit for each lane where a >= b, which a NaN is not; the first `count` bits; rounded where a lane's bit is set, else
+// 0.
+inline uint32_t lanes_at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+inline uint32_t first_lane_bits(int64_t count) { return first_lanes(count); }
+inline Ints round_to_ints(Floats x, uint32_t lanes) {
+  return _mm512_maskz_cvtps_epi32(static_cast<__mmask16>(lanes), x);
 }
 inline Ints no_ints() { return _mm512_setzero_si512(); }
 inline Ints splat_pair(int32_t pair) { return _mm512_set1_epi32(pair); }
