@@ -1,0 +1,184 @@
+"""What a result may differ from the exact one by: bounds from the operands alone, the same on every processor.
+
+The design's numerics: a weight is rounded once to the compute dtype (unit roundoff u, least subnormal s), so are the
+low-rank products h and g, and the result; sums are float32's, in any order. Two rules follow.
+
+Every entry. A rounding of v is at most max(u |v|, s / 2), and none where v is 0. So
+
+    |out - exact| <= the roundings of w, times |x|  +  those of h, times |b|
+                     + roundings(n) 2^-24 (sum |x| |w| + sum |h| |b| + |bias|)  +  the rounding of the result
+
+for n terms. A term of a float32 sum goes through n roundings at most. They are of either sign, so that more than
+4 sqrt(n) in effect have a probability below 2 exp(-4^2 / 2) (Higham and Mary, 2019, theorem 2.4) even where every
+partial sum is as large as sum |x| |w|; in sums of either sign all are far smaller.
+
+Norms. `formula` has the roundings of w, h and the result, over exact sums: its error is a number that the operands
+alone decide. The error of n float32 additions comes on top, each at most 2^-24 / sqrt(3) (root mean square) of a
+partial sum, which is no larger than the squared terms and the squared result together:
+
+    |out - exact|^2 <= (1.05 |formula - exact|)^2 + |noise|^2,    noise^2 = n / 3 2^-48 (sum (x w)^2 + ... + exact^2)
+
+for every token, for every output over the tokens, and for all, where MANY entries count. An entry counts by its share:
+where few are so large that they alone decide the norm, it is chance. So each norm is taken twice: as it is, and of the
+errors divided by their entries' bounds, by which every entry counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import reference
+
+MARGIN = 1.05
+MANY = 256  # entries whose errors' norm is no chance
+U32 = 2.0**-24
+TINY32 = 2.0**-150  # half of float32's least subnormal
+
+
+def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Rounded once to dtype, as float64."""
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(np.asarray(x, np.float32)).to(dtype).double().numpy()
+
+
+def rounding(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The most that rounding to dtype changes entries of these magnitudes by."""
+    info = torch.finfo(dtype)
+    u, s = info.eps / 2, info.smallest_normal * info.eps
+    return np.where(x == 0, 0.0, np.maximum(u * np.abs(x), s / 2))
+
+
+@dataclasses.dataclass
+class Expected:
+    """float64 [rows, columns]: the exact result, the formula's, the most an entry may be off, float32's noise."""
+
+    exact: np.ndarray
+    formula: np.ndarray
+    bound: np.ndarray
+    noise: np.ndarray
+
+    def rows(self, part: slice) -> Expected:
+        return Expected(*(getattr(self, f.name)[part] for f in dataclasses.fields(self)))
+
+    def failures(self, out: Tensor | np.ndarray) -> list[str]:
+        """What of `out` breaks a rule, in words with figures."""
+        got = out.detach().cpu().double().numpy() if isinstance(out, Tensor) else out
+        got = got.reshape(self.exact.shape)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(got - self.exact)
+        error[~np.isfinite(error)] = np.inf
+        found = []
+        wrong = error > self.bound
+        if wrong.any():
+            ratio = error / np.maximum(self.bound, 1e-300)
+            i, j = np.unravel_index(np.argmax(ratio), ratio.shape)
+            found.append(
+                f"{wrong.sum()} of {wrong.size} entries beyond their bound, the worst [{i}, {j}]: "
+                f"{got[i, j]:.6g}, exact {self.exact[i, j]:.6g}, bound {self.bound[i, j]:.3g}, {ratio[i, j]:.3g} times"
+            )
+        own = np.where(self.bound > 0, self.bound, 1.0)
+        for how, scale in (("", np.max(own, initial=1e-300)), (" (each by its bound)", own)):
+            parts = [e / scale for e in (error, self.formula - self.exact, self.noise, self.bound)]
+            for what, axis in (("rows", 1), ("columns", 0), ("all", None)):
+                of, formula, noise, bound = (np.sum(part**2, axis=axis) for part in parts)
+                counted = bound**2 >= MANY * np.sum(parts[3] ** 4, axis=axis)
+                ratio = np.sqrt(of / np.maximum(MARGIN**2 * formula + noise, 1e-300))
+                failed = counted & (bound > 0) & (ratio > 1)
+                if failed.any():
+                    found.append(
+                        f"{failed.sum()} of {failed.size} {what}{how} beyond {MARGIN} times the formula's error, the "
+                        f"worst [{np.argmax(np.where(failed, ratio, 0))}]: {MARGIN * np.max(ratio[failed]):.4g} times"
+                    )
+        return found
+
+
+def roundings(n: int) -> float:
+    return min(n, 4.0 * n**0.5)
+
+
+@dataclasses.dataclass
+class Operand:
+    """One side of a product: exact, as the formula rounds it, the most it may be off, float32's noise in it."""
+
+    exact: np.ndarray
+    formula: np.ndarray
+    error: np.ndarray | float = 0.0
+    noise: np.ndarray | float = 0.0
+
+    @property
+    def T(self) -> Operand:
+        return Operand(*(np.transpose(getattr(self, f.name)) for f in dataclasses.fields(self)))
+
+
+def given(x: np.ndarray) -> Operand:
+    return Operand(x, x, np.zeros_like(x), np.zeros_like(x))
+
+
+def weight(w: np.ndarray, dtype: torch.dtype) -> Operand:
+    """A decoded weight. In float32 its rounding is that of code times absmax, which may be applied to a sum instead."""
+    return Operand(w, rounded(w, dtype), rounding(w, dtype), np.zeros_like(w))
+
+
+def low_rank(x: np.ndarray, a: np.ndarray, scaling: float, dtype: torch.dtype) -> Operand:
+    """scaling x a, rounded once: h or g."""
+    h = sums([(given(x), given(scaling * a), 1.0)], 0.0, dtype)
+    return Operand(h.exact, h.formula, h.bound, h.noise)
+
+
+def sums(products: list[tuple[Operand, Operand, np.ndarray | float]], added: np.ndarray | float, dtype) -> Expected:
+    """The sum of mask * (a @ b) over the products (a, b, mask), and of what is added, rounded once to dtype."""
+    shape = products[0][0].exact.shape[0], products[0][1].exact.shape[1]
+    exact, formula, magnitude, off, squares, noise = (np.zeros(shape) for _ in range(6))
+    terms = 3  # what is added, the scaling, the mask
+    for a, b, mask in products:
+        size_a, size_b = np.abs(a.exact), np.abs(b.exact)
+        terms += size_b.shape[0]
+        exact += mask * (a.exact @ b.exact)
+        formula += mask * (a.formula @ b.formula)
+        magnitude += mask * (size_a @ size_b)
+        off += mask * (a.error @ (size_b + b.error) + size_a @ b.error)
+        squares += mask**2 * (size_a**2 @ size_b**2)
+        noise += mask**2 * (a.noise**2 @ size_b**2 + size_a**2 @ b.noise**2)
+    exact, formula, magnitude = exact + added, formula + added, magnitude + np.abs(added)
+    squares += np.square(added) + exact**2
+    before = off + roundings(terms) * U32 * magnitude + (magnitude > 0) * terms * TINY32
+    return Expected(
+        exact,
+        rounded(formula, dtype),
+        before + rounding(np.abs(exact) + before, dtype),
+        np.sqrt(noise + terms / 3 * U32**2 * squares) + (magnitude > 0) * terms * TINY32,
+    )
+
+
+def forward(x, w, bias, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> Expected:
+    """y of float64 x [M, K] and the decoded float64 w [N, K]."""
+    products = [(given(x), weight(w, dtype).T, 1.0)]
+    if lora_a is not None:
+        mask = reference.dropout_mask(x.shape, dropout_p, seed)
+        products.append((low_rank(x * mask, lora_a.T, scaling, dtype), given(lora_b.T), 1.0))
+    return sums(products, 0.0 if bias is None else bias, dtype)
+
+
+def dx(dy, w, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> Expected:
+    """dx of float64 dy [M, N]."""
+    products = [(given(dy), weight(w, dtype), 1.0)]
+    if lora_a is not None:
+        mask = reference.dropout_mask((dy.shape[0], w.shape[1]), dropout_p, seed)
+        products.append((low_rank(dy, lora_b, scaling, dtype), given(lora_a), mask))
+    return sums(products, 0.0, dtype)
+
+
+def dlora(dy, x, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> tuple[Expected, Expected]:
+    """da [R, K] and db [N, R]."""
+    dropped = x * reference.dropout_mask(x.shape, dropout_p, seed)
+    g, h = low_rank(dy, lora_b, scaling, dtype), low_rank(dropped, lora_a.T, scaling, dtype)
+    return sums([(g.T, given(dropped), 1.0)], 0.0, dtype), sums([(given(dy.T), h, 1.0)], 0.0, dtype)
+
+
+def assert_accurate(out: Tensor | np.ndarray, expected: Expected) -> None:
+    failures = expected.failures(out)
+    assert not failures, "; ".join(failures)
