@@ -105,7 +105,7 @@ def outlier(size: float, channels: int, beside: float) -> Scenario:
 
 
 def moving_outlier(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One outlier a token, each of another size, in that half of the channels whose weights are small, and not all 0."""
+    """One outlier a token, of different sizes, in that half of the channels whose weights are small, and not all 0."""
     x, w = normal(g, t, i), normal(g, o, i) * 0.05
     small = (i + 1) // 2
     w[:, :small] *= 1e-4
@@ -171,14 +171,14 @@ def permutation_w(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype
     x, w = normal(g, t, i), torch.zeros(o, i, dtype=torch.float64)
     w[torch.arange(o), torch.randperm(max(i, o), generator=g)[:o] % i] = 1.0
     x[:, :: max(i // 8, 1)] *= 1e4
-    return x, w
+    return x.clamp(-65504, 65504), w
 
 
 def w_where_x_is_small(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each second row of W is nonzero only where x is a ten-thousandth of its largest."""
+    """Each second row of W is nonzero only where x is a thousandth of its largest."""
     large = torch.rand(i, generator=g) < 0.25
-    x, w = normal(g, t, i), normal(g, o, i)
-    x[:, large] *= 1e4
+    x, w = normal(g, t, i), normal(g, o, i) * 0.1
+    x[:, large] *= 1e3
     w[::2, large] = 0.0
     return x, w
 
@@ -195,7 +195,7 @@ SCENARIOS: dict[str, Scenario] = {
     "opposite-sizes": opposite_sizes,
     "tiny-x": tiny_x,
     "huge-x": huge_x,
-    "w-1e30": scale_w(1e30, 1e3),
+    "w-1e30": scale_w(1e30, 1e2),
     "w-1e-30": scale_w(1e-30, 1e-3),
     "w-1e-38": scale_w(1e-38, 1e-6),
     "tiny-tokens": tiny_tokens,
@@ -211,7 +211,7 @@ def sweep(p: Problem, groups: list[int]) -> None:
     expected = p.expected()
     failures = {}
     for m in groups:
-        tokens = TOKENS if m >= 8 else 12 * m  # the fewest calls that show each token of a group
+        tokens = min(12 * m, TOKENS)
         if found := expected.rows(slice(tokens)).failures(p.in_groups(m, tokens)):
             failures[m] = "; ".join(found)
     assert not failures, "\n".join(f"{m} tokens: {text}" for m, text in failures.items())
@@ -229,7 +229,8 @@ def test_every_row_and_column(scenario: str, forward: bool, dtype: torch.dtype) 
     turn = list(SCENARIOS).index(scenario) + DTYPES.index(dtype) + 2 * forward
     o, i = SHAPES[turn % len(SHAPES)]
     x, w = SCENARIOS[scenario](seeded(turn), TOKENS, i, o, dtype)
-    sweep(problem(x, w, dtype, forward, nested=turn % 2 == 0, rank=16 * (turn % 4 == 1)), GROUPS)
+    rank = 16 if turn % 4 == 1 and scenario != "huge-x" else 0  # h would not be finite
+    sweep(problem(x, w, dtype, forward, nested=turn % 2 == 0, rank=rank), GROUPS)
 
 
 @pytest.mark.slow
@@ -242,5 +243,5 @@ def test_every_combination(shape: tuple[int, int], scenario: str, forward: bool,
     for seed in range(ATTACK):
         x, w = SCENARIOS[scenario](seeded(seed, o, i), TOKENS, i, o, dtype)
         for nested in (False, True):
-            for rank in (0, 16):
+            for rank in (0, 16) if scenario != "huge-x" else (0,):
                 sweep(problem(x, w, dtype, forward, 32 << seed % 8, nested, rank), GROUPS)
