@@ -8,15 +8,16 @@ Every entry. A rounding of v is at most max(u |v|, s / 2), and none where v is 0
     |out - exact| <= the roundings of w, times |x|  +  those of h, times |b|
                      + roundings(n) 2^-24 (sum |x| |w| + sum |h| |b| + |bias|)  +  the rounding of the result
 
-for n terms. A term of a float32 sum goes through n roundings at most. They are of either sign, so that more than
-4 sqrt(n) in effect have a probability below 2 exp(-4^2 / 2) (Higham and Mary, 2019, theorem 2.4) even where every
-partial sum is as large as sum |x| |w|; in sums of either sign all are far smaller.
+for n terms: so many additions each goes through at most, its own product counted. In one long chain they would be n.
+But a sum is cut into pieces, of 64 terms at most (a quantization block, a stage of CUDA's shared memory) and 32 at
+least, and these are added up: 64 + n / 32.
 
 Norms. `formula` has the roundings of w, h and the result, over exact sums: its error is a number that the operands
-alone decide. The error of n float32 additions comes on top, each at most 2^-24 / sqrt(3) (root mean square) of a
-partial sum, which is no larger than the squared terms and the squared result together:
+alone decide. What float32's additions do comes on top: each rounding is at most 2^-24 / sqrt(3) (root mean square) of a
+partial sum, whose square is no larger than the squared terms and the squared result together:
 
-    |out - exact|^2 <= (1.05 |formula - exact|)^2 + |noise|^2,    noise^2 = n / 3 2^-48 (sum (x w)^2 + ... + exact^2)
+    |out - exact|^2 <= (1.05 |formula - exact|)^2 + |noise|^2,
+    noise^2 = roundings(n) / 3 2^-48 (sum (x w)^2 + ... + exact^2)
 
 for every token, for every output over the tokens, and for all. Two results of the same quality differ by chance: the
 left side may pass the right one by CHANCE standard deviations of their difference, a sum over entries. (That takes
@@ -28,6 +29,7 @@ divided by their entries' bounds, by which all count alike.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -99,7 +101,7 @@ class Expected:
 
 
 def roundings(n: int) -> float:
-    return min(n, 4.0 * n**0.5)
+    return min(n, 64 + n / 32)
 
 
 @dataclasses.dataclass
@@ -158,7 +160,7 @@ def sums(products: list[tuple[Operand, Operand, np.ndarray | float]], added: np.
         exact,
         rounded(formula, dtype),
         before + rounding(np.abs(exact) + before, dtype),
-        np.sqrt(noise + terms / 3 * U32**2 * squares) + (magnitude > 0) * terms * TINY32,
+        np.sqrt(noise + roundings(terms) / 3 * U32**2 * squares) + (magnitude > 0) * terms * TINY32,
     )
 
 
@@ -185,6 +187,16 @@ def dlora(dy, x, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -
     dropped = x * reference.dropout_mask(x.shape, dropout_p, seed)
     g, h = low_rank(dy, lora_b, scaling, dtype), low_rank(dropped, lora_a.T, scaling, dtype)
     return sums([(g.T, given(dropped), 1.0)], 0.0, dtype), sums([(given(dy.T), h, 1.0)], 0.0, dtype)
+
+
+def total(x: np.ndarray, dtype: torch.dtype) -> Expected:
+    """The sum over the rows, [1, columns]."""
+    return sums([(given(np.ones((1, len(x)))), given(x), 1.0)], 0.0, dtype)
+
+
+def concatenate(parts: Sequence[Expected]) -> Expected:
+    """The rows of all."""
+    return Expected(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Expected)))
 
 
 def assert_accurate(out: Tensor | np.ndarray, expected: Expected) -> None:
