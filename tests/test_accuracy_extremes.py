@@ -233,6 +233,54 @@ def test_every_row_and_column(scenario: str, forward: bool, dtype: torch.dtype) 
     sweep(problem(x, w, dtype, forward, nested=turn % 2 == 0, rank=rank), GROUPS)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("beside", [1.0, 6e4])
+def test_infinity_and_nan_reach_their_token_only(
+    beside: float, shape: tuple[int, int], forward: bool, dtype: torch.dtype
+) -> None:
+    """With an outlier beside them or none: an infinity times each weight, and NaN where that weight is zero."""
+    o, i = shape
+    g = seeded(o, i)
+    x, w = normal(g, 64, i), normal(g, o, i) * 0.05
+    x[:, i // 2] *= beside
+    x = x.clamp(-60000, 60000)
+    p = problem(x, w, dtype, forward)
+    clean = {m: p.in_groups(m, 64) for m in GROUPS}
+    bad = torch.tensor([1, 5, 20, 40])
+    p.x[bad, torch.tensor([0, i // 2 + 1, i - 1, 3])] = torch.tensor([torch.inf, -torch.inf, torch.nan, torch.inf]).to(
+        dtype
+    )
+    with np.errstate(invalid="ignore"):
+        expected = to_f64(p.x[bad]) @ (p.w.T if forward else p.w)
+    others = torch.ones(64, dtype=torch.bool)
+    others[bad] = False
+    for m in GROUPS:
+        y = p.in_groups(m, 64)
+        np.testing.assert_array_equal(to_f64(y[bad]), expected, err_msg=f"{m} tokens")
+        assert torch.equal(y[others], clean[m][others]), f"{m} tokens"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_a_scale_that_is_not_finite_reaches_its_outputs_only(value: float, forward: bool, dtype: torch.dtype) -> None:
+    for o, i in SHAPES:
+        g = seeded(o, i)
+        p = problem(normal(g, 64, i), normal(g, o, i) * 0.05, dtype, forward, nested=False)
+        clean = {m: p.in_groups(m, 64) for m in GROUPS}
+        p.w4.absmax[len(p.w4.absmax) // 2] = value
+        first = len(p.w4.absmax) // 2 * 64
+        touched = np.zeros(p.w.size, bool)
+        touched[first : first + 64] = True
+        outputs = torch.from_numpy(touched.reshape(p.w.shape).any(axis=1 if forward else 0))
+        for m in GROUPS:
+            y = p.in_groups(m, 64)
+            assert not y[:, outputs].isfinite().any(), f"{m} tokens"
+            assert torch.equal(y[:, ~outputs], clean[m][:, ~outputs]), f"{m} tokens"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
