@@ -7,8 +7,6 @@ first token apart from all others, gradients of every size.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -35,7 +33,7 @@ PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.dow
 
 
 @pytest.fixture(scope="module")
-def recorded() -> Iterator[dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]]:
+def recorded() -> dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]:
     """By module: its weight, its x [tokens, K] and its dy [tokens, N] times 1024, as a gradient scaler would."""
     source = models.resolve(models.DEFAULT_MODEL)
     model = models.load_quantized(source, torch.float32, torch.device("cpu"))
@@ -49,7 +47,7 @@ def recorded() -> Iterator[dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]
     ids = models.load_tokenizer(source)(TEXT, return_tensors="pt").input_ids
     model.get_input_embeddings().weight.requires_grad_()
     model(input_ids=ids, labels=ids).loss.backward()
-    yield found
+    return found
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 16, 100])
