@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import accuracy
 import qlora_ext
 import reference
 
@@ -75,10 +76,11 @@ class LinearSample:
         arrays = [None if t is None else to_f64(t) for t in (self.lora_a, self.lora_b)]
         return (*arrays, self.scaling, self.dropout_p, self.seed)
 
+    def bias64(self) -> np.ndarray | None:
+        return None if self.bias is None else to_f64(self.bias)
+
     def expected(self) -> np.ndarray:
-        x = rows(self.x)
-        bias = None if self.bias is None else to_f64(self.bias)
-        y = reference.linear(x, self.decoded(), bias, *self.lora64())
+        y = reference.linear(rows(self.x), self.decoded(), self.bias64(), *self.lora64())
         return y.reshape(*self.x.shape[:-1], self.w4.shape[0])
 
     def expected_dx(self, dy: Tensor) -> np.ndarray:
@@ -86,6 +88,15 @@ class LinearSample:
 
     def expected_dlora(self, dy: Tensor) -> tuple[np.ndarray, np.ndarray]:
         return reference.linear_dlora(rows(dy), rows(self.x), *self.lora64())
+
+    def forward_accuracy(self) -> accuracy.Expected:
+        return accuracy.forward(rows(self.x), self.decoded(), self.bias64(), *self.lora64(), self.x.dtype)
+
+    def dx_accuracy(self, dy: Tensor) -> accuracy.Expected:
+        return accuracy.dx(rows(dy), self.decoded(), *self.lora64(), self.x.dtype)
+
+    def dlora_accuracy(self, dy: Tensor) -> tuple[accuracy.Expected, accuracy.Expected]:
+        return accuracy.dlora(rows(dy), rows(self.x), *self.lora64(), self.x.dtype)
 
 
 def linear_sample(
@@ -129,23 +140,6 @@ def relative_error(out: Tensor | np.ndarray, expected: np.ndarray) -> float:
     norm = float(np.linalg.norm(expected))
     difference = float(np.linalg.norm(got - expected))
     return difference / norm if norm else difference
-
-
-def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Rounded once to dtype, as float64."""
-    return torch.from_numpy(np.asarray(x, np.float32)).to(dtype).double().numpy()
-
-
-def sum32(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b summed in float32."""
-    return (torch.from_numpy(a).float() @ torch.from_numpy(b).float()).numpy()
-
-
-def assert_as_exact(out: Tensor, formula: np.ndarray, expected: np.ndarray, factor: float = 1.05) -> None:
-    """The error of `out` is at most 1.05 times that of the same formula done in the compute dtype."""
-    error, allowed = relative_error(out, expected), factor * relative_error(formula, expected)
-    # Where the formula happens to be exact, an error of float32's own rounding is none.
-    assert error <= max(allowed, 2.0**-23), (error, allowed)
 
 
 def by_operator(s: LinearSample) -> Tensor:

@@ -1,15 +1,12 @@
 """Encode and decode on the CPU, bit for bit against the oracle, on every instruction set.
 
-Each test here runs with the instruction set in use; `test_on_isa` runs the whole file again, one process for
-each of them.
+Each test here runs with the instruction set in use; `test_on` runs the whole file again, one process for each other.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,33 +15,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import isas
 import reference
-from qlora_ext import _C
 
 OPS = torch.ops.qlora
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK_SIZES = reference.BLOCK_SIZES
-FORCED = os.environ.get("QLORA_CPU_ISA", "")
 GOLDEN = Path(__file__).parent / "data" / "bitsandbytes_nf4"
-
-
-@pytest.mark.skipif(bool(FORCED), reason="this is already the process of one instruction set")
-@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "avx512_bf16"])
-def test_on_isa(isa: str) -> None:
-    if isa not in _C.cpu_isas():
-        pytest.skip(f"this processor has no {isa}: it has {', '.join(_C.cpu_isas())}")
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"QLORA_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-
-
-@pytest.mark.skipif(not FORCED, reason="no instruction set is forced")
-def test_the_forced_isa_runs() -> None:
-    assert _C.cpu_isa() == FORCED
+test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
 
 
 def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:

@@ -1,8 +1,4 @@
-"""The forward on CUDA against the oracle: every shape, rank, type, block size, form of scales.
-
-An error is measured against float64 and compared with that of the same formula in the compute dtype: weights decoded to
-float32 and rounded once, h rounded once, sums in float32, the result rounded once.
-"""
+"""The forward on CUDA against the oracle: every shape, rank, type, block size, form of scales."""
 
 from __future__ import annotations
 
@@ -12,7 +8,8 @@ import torch
 from torch import Tensor
 
 import reference
-from samples import DTYPES, LinearSample, assert_as_exact, linear_sample, relative_error, rounded, rows, sum32, to_f64
+from accuracy import assert_accurate, rounded
+from samples import DTYPES, LinearSample, linear_sample, relative_error, to_f64
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
@@ -26,19 +23,6 @@ REGULAR += [(63, 56, 320), (64, 136, 64)]
 RAGGED = [(5, 7, 33), (40, 131, 101), (3, 50, 1), (60, 1, 257), (9, 66, 700), (33, 65, 96), (1, 129, 8)]
 
 
-def formula(s: LinearSample) -> np.ndarray:
-    x, dtype = rows(s.x), s.x.dtype
-    y = sum32(x, rounded(s.decoded(), dtype).T)
-    if s.lora_a is not None:
-        mask = reference.dropout_mask(x.shape, s.dropout_p, s.seed)
-        keep_scale = np.float32(mask.max(initial=0.0))
-        h = rounded(s.scaling * keep_scale * sum32(x * (mask > 0), to_f64(s.lora_a).T), dtype)
-        y = y + sum32(h, to_f64(s.lora_b).T)
-    if s.bias is not None:
-        y = y + to_f64(s.bias).astype(np.float32)
-    return rounded(y, dtype)
-
-
 def run(s: LinearSample) -> Tensor:
     return OPS.linear_nf4(*s.args)
 
@@ -47,7 +31,7 @@ def check(s: LinearSample) -> None:
     y = run(s)
     assert y.dtype == s.x.dtype
     assert y.is_cuda
-    assert_as_exact(y, formula(s), s.expected())
+    assert_accurate(y, s.forward_accuracy())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,10 +158,10 @@ def test_infinite_x_stays_in_its_token(m: int, dtype: torch.dtype) -> None:
 def test_codes_lose_half_of_what_rounded_weights_lose(m: int) -> None:
     """bfloat16. Both outputs are rounded the same way, so what that costs is taken off both squared errors."""
     s = linear_sample(m, 256, 512, None, torch.bfloat16, "cuda", bias=False)
-    expected = s.expected()
-    rounding = relative_error(rounded(expected, s.x.dtype), expected) ** 2
-    error = relative_error(run(s), expected) ** 2 - rounding
-    plain = relative_error(formula(s), expected) ** 2 - rounding
+    expected = s.forward_accuracy()
+    rounding = relative_error(rounded(expected.exact, s.x.dtype), expected.exact) ** 2
+    error = relative_error(run(s), expected.exact) ** 2 - rounding
+    plain = relative_error(expected.formula, expected.exact) ** 2 - rounding
     assert plain > 0
     assert error <= plain / 4, (error, plain)
 

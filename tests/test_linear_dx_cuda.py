@@ -1,19 +1,15 @@
-"""The backward on CUDA, dx, da and db, against the oracle: every shape, rank, type, block size, form of scales.
-
-An error is measured against float64 and compared with that of the same formula in the compute dtype: weights decoded to
-float32 and rounded once, g and h rounded once, sums in float32, the result rounded once.
-"""
+"""The backward on CUDA, dx, da and db, against the oracle: every shape, rank, type, block size, form of scales."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import qlora_ext
 import reference
-from samples import DTYPES, LinearSample, assert_as_exact, linear_sample, rounded, rows, sum32, to_f64
+from accuracy import assert_accurate, concatenate, total
+from samples import DTYPES, LinearSample, linear_sample, rows
 
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
@@ -33,27 +29,6 @@ REGULAR = [
 RAGGED = [(5, 7, 33), (40, 131, 101), (3, 50, 1), (3, 1, 257), (9, 66, 700), (33, 65, 96), (1, 129, 8)]
 
 
-def formula_g(s: LinearSample, dy: Tensor) -> np.ndarray:
-    return rounded(s.scaling * sum32(rows(dy), to_f64(s.lora_b)), dy.dtype)
-
-
-def formula_dx(s: LinearSample, dy: Tensor) -> np.ndarray:
-    dx = sum32(rows(dy), rounded(s.decoded(), dy.dtype))
-    if s.lora_a is not None:
-        mask = reference.dropout_mask(dx.shape, s.dropout_p, s.seed).astype(np.float32)
-        dx = dx + mask * sum32(formula_g(s, dy), to_f64(s.lora_a))
-    return rounded(dx, dy.dtype)
-
-
-def formula_dlora(s: LinearSample, dy: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    x = rows(s.x)
-    mask = reference.dropout_mask(x.shape, s.dropout_p, s.seed)
-    kept, keep_scale = x * (mask > 0), np.float32(mask.max(initial=1.0))
-    h = rounded(s.scaling * keep_scale * sum32(kept, to_f64(s.lora_a).T), dy.dtype)
-    da = keep_scale * sum32(formula_g(s, dy).T, kept)
-    return rounded(da, dy.dtype), rounded(sum32(rows(dy).T, h), dy.dtype)
-
-
 def gradient(s: LinearSample) -> Tensor:
     generator = torch.Generator().manual_seed(7)
     return torch.randn(*s.x.shape[:-1], s.w4.shape[0], generator=generator).to(s.x.device, s.x.dtype)
@@ -63,25 +38,23 @@ def run_dx(s: LinearSample, dy: Tensor) -> Tensor:
     return OPS.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args)
 
 
-def check_dx(*samples: LinearSample, factor: float = 1.05) -> None:
-    """Holds the rule over all samples together."""
+def check_dx(*samples: LinearSample) -> None:
+    """Over all samples together."""
     results = []
     for s in samples:
         dy = gradient(s)
         dx = run_dx(s, dy)
         assert dx.dtype == dy.dtype
         assert dx.shape == s.x.shape
-        results.append((dx, formula_dx(s, dy), s.expected_dx(dy)))
-    dx, formula, expected = zip(*results, strict=True)
-    assert_as_exact(torch.cat(dx), np.concatenate(formula), np.concatenate(expected), factor)
+        results.append((dx, s.dx_accuracy(dy)))
+    dx, expected = zip(*results, strict=True)
+    assert_accurate(torch.cat(dx), concatenate(expected))
 
 
 def check_dlora(s: LinearSample) -> None:
     dy = gradient(s)
-    for got, formula, expected in zip(
-        OPS.linear_nf4_dlora(dy, s.x, *s.lora_args), formula_dlora(s, dy), s.expected_dlora(dy), strict=True
-    ):
-        assert_as_exact(got, formula, expected)
+    for got, expected in zip(OPS.linear_nf4_dlora(dy, s.x, *s.lora_args), s.dlora_accuracy(dy), strict=True):
+        assert_accurate(got, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -95,12 +68,7 @@ def test_dx(m: int, n: int, k: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("rank", [None, 0, 1, 5, 64, 256])
 @pytest.mark.parametrize(("m", "n", "k"), [(17, 72, 96), (17, 71, 95)])
 def test_dx_of_any_rank_with_dropout(m: int, n: int, k: int, rank: int | None, dtype: torch.dtype) -> None:
-    # A missed target: at rank 256 float32 sums have up to 1.14 times the error of torch's on an AMD processor, where
-    # torch sums in shorter chains than on Intel's.
-    missed = dtype == torch.float32 and rank == 256
-    check_dx(
-        linear_sample(m, n, k, rank=rank, dtype=dtype, device="cuda", dropout_p=0.3), factor=1.15 if missed else 1.05
-    )
+    check_dx(linear_sample(m, n, k, rank=rank, dtype=dtype, device="cuda", dropout_p=0.3))
 
 
 @pytest.mark.parametrize("m", [4, 12, 24, 64])
@@ -174,12 +142,11 @@ def test_backward_of_the_layer(options: dict, dtype: torch.dtype) -> None:
     y = qlora_ext.autograd.LinearNF4Function.apply(*s.args)
     dy = gradient(s)
     y.backward(dy)
-    assert_as_exact(s.x.grad, formula_dx(s, dy).reshape(s.x.shape), s.expected_dx(dy))
-    assert_as_exact(s.bias.grad, rounded(rows(dy).sum(0), dtype), rows(dy).sum(0))
+    assert_accurate(s.x.grad, s.dx_accuracy(dy))
+    assert_accurate(s.bias.grad, total(rows(dy), dtype))
     if s.lora_a is not None:
-        grads = (s.lora_a.grad, s.lora_b.grad)
-        for got, formula, expected in zip(grads, formula_dlora(s, dy), s.expected_dlora(dy), strict=True):
-            assert_as_exact(got, formula, expected)
+        for got, expected in zip((s.lora_a.grad, s.lora_b.grad), s.dlora_accuracy(dy), strict=True):
+            assert_accurate(got, expected)
 
 
 @pytest.mark.parametrize("lead", [(0,), (2, 0, 3)])

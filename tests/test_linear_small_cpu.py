@@ -1,27 +1,22 @@
-"""The CPU kernels for few rows (M <= 16) against the float64 oracle, on every instruction set this machine has.
-
-The rule (accuracy): ||out - exact|| / ||exact|| is at most 1.05 times that of the same formula done in torch in the
-compute dtype with float32 accumulation.
-"""
+"""The CPU kernels for few rows (M <= 16) against the float64 oracle, on every instruction set this machine has."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
+import accuracy
+import isas
 import qlora_ext
 import reference
-from qlora_ext import _C
+from accuracy import assert_accurate
+from samples import to_f64
 
-FORCED = os.environ.get("QLORA_CPU_ISA")
+test_on = isas.test_on
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32}
-MARGIN = 1.05
 
 
 @dataclass
@@ -48,7 +43,7 @@ CASES = [
     *(Case(m, n, k) for m in (1, 3, 16) for n, k in ((33, 576), (48, 64), (257, 96), (40, 32), (64, 4096), (19, 2112))),
     *(
         Case(m, n, k, dtype)
-        for dtype in ("bf16", "f16")  # float32's errors in so few values are chance: test_linear_cpu.py averages them
+        for dtype in DTYPES
         for m in (1, 5, 16)
         for n, k in ((130, 100), (77, 333), (61, 1030), (150, 33), (90, 7), (1, 2049), (1, 192), (513, 1))
     ),
@@ -98,7 +93,7 @@ class Problem:
         return cls(
             case,
             (torch.from_numpy(packed).reshape(shape), *scales, case.block, 256),
-            w,
+            w.astype(np.float64),
             random(case.m, case.k),
             random(case.m, case.n),
             random(case.n) if case.bias else None,
@@ -115,33 +110,17 @@ class Problem:
     def dx(self) -> torch.Tensor:
         return torch.ops.qlora.linear_nf4_dx(self.dy, *self.packed, self.case.k, *self.lora_args())
 
-    def exact(self, dx: bool) -> np.ndarray:
-        def wide(t: torch.Tensor | None) -> np.ndarray | None:
-            return None if t is None else t.double().numpy()
+    def forward_accuracy(self) -> accuracy.Expected:
+        return accuracy.forward(to_f64(self.x), self.w, *self.wide(self.bias), *self.lora64(), self.x.dtype)
 
-        lora = wide(self.lora_a), wide(self.lora_b), self.scaling, self.case.dropout, self.seed
-        if dx:
-            return reference.linear_dx(wide(self.dy), self.w.astype(np.float64), *lora)
-        return reference.linear(wide(self.x), self.w.astype(np.float64), wide(self.bias), *lora)
+    def dx_accuracy(self) -> accuracy.Expected:
+        return accuracy.dx(to_f64(self.dy), self.w, *self.lora64(), self.x.dtype)
 
-    def in_torch(self, dx: bool) -> torch.Tensor:
-        """The same formula: operands in the compute dtype, sums in float32, rounded where the operator rounds."""
-        dtype = DTYPES[self.case.dtype]
-        w = torch.from_numpy(self.w).to(dtype).float()
-        mask = torch.from_numpy(
-            reference.dropout_mask((self.case.m, self.case.k), self.case.dropout, self.seed)
-        ).float()
-        if dx:
-            out = self.dy.float() @ w
-            if self.lora_a is not None:
-                g = (self.scaling * (self.dy.float() @ self.lora_b.float())).to(dtype)
-                out = out + mask * (g.float() @ self.lora_a.float())
-            return out.to(dtype)
-        out = self.x.float() @ w.T
-        if self.lora_a is not None:
-            h = (self.scaling * ((self.x.float() * mask) @ self.lora_a.float().T)).to(dtype)
-            out = out + h.float() @ self.lora_b.float().T
-        return (out if self.bias is None else out + self.bias.float()).to(dtype)
+    def lora64(self) -> tuple:
+        return *self.wide(self.lora_a, self.lora_b), *self.lora_args()[2:]
+
+    def wide(self, *tensors: torch.Tensor | None) -> list[np.ndarray | None]:
+        return [None if t is None else to_f64(t) for t in tensors]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -182,36 +161,17 @@ def test_dx_of_rows_of_very_different_size() -> None:
     weight = qlora_ext.quantize_nf4(torch.randn(n, k) * size[:, None], double_quant=False)
     dy = (torch.randn(m, n) / size).to(torch.bfloat16)
     out = torch.ops.qlora.linear_nf4_dx(dy, *weight.packed_args(), k, None, None, 1.0, 0.0, 0)
-    assert error(out, dy.double().numpy() @ weight.dequantize().double().numpy()) < 4e-3
-
-
-def error(out: torch.Tensor, exact: np.ndarray) -> float:
-    return float(np.linalg.norm(out.double().numpy() - exact) / np.linalg.norm(exact))
+    w = to_f64(weight.dequantize())
+    assert_accurate(out, accuracy.dx(to_f64(dy), w, None, None, 1.0, 0.0, 0, dy.dtype))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_forward(case: Case) -> None:
     p = Problem.make(case)
-    exact = p.exact(dx=False)
-    assert error(p.forward(), exact) <= MARGIN * error(p.in_torch(dx=False), exact)
+    assert_accurate(p.forward(), p.forward_accuracy())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_dx(case: Case) -> None:
     p = Problem.make(case)
-    exact = p.exact(dx=True)
-    assert error(p.dx(), exact) <= MARGIN * error(p.in_torch(dx=True), exact)
-
-
-@pytest.mark.skipif(FORCED is not None, reason="QLORA_CPU_ISA is set: only that instruction set is tested")
-@pytest.mark.parametrize("isa", [isa for isa in _C.cpu_isas() if isa not in ("scalar", _C.cpu_isa())])
-def test_on(isa: str) -> None:
-    """The instruction sets other than this process's own; scalar code has no kernels for few rows."""
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "QLORA_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    assert_accurate(p.dx(), p.dx_accuracy())

@@ -1,0 +1,204 @@
+"""What a result may differ from the exact one by: bounds from the operands alone, the same on every processor.
+
+The design's numerics: a weight is rounded once to the compute dtype (unit roundoff u, least subnormal s), so are the
+low-rank products h and g, and the result; sums are float32's, in any order. Two rules follow.
+
+Every entry. A rounding of v is at most max(u |v|, s / 2), and none where v is 0. So
+
+    |out - exact| <= the roundings of w, times |x|  +  those of h, times |b|
+                     + roundings(n) 2^-24 (sum |x| |w| + sum |h| |b| + |bias|)  +  the rounding of the result
+
+for n terms: so many additions each goes through at most, its own product counted. In one long chain they would be n.
+But a sum is cut into pieces, of 64 terms at most (a quantization block, a stage of CUDA's shared memory) and 32 at
+least, and these are added up: 64 + n / 32.
+
+Norms. `formula` has the roundings of w, h and the result, over exact sums: its error is a number that the operands
+alone decide. What float32's additions do comes on top: each rounding is at most 2^-24 / sqrt(3) (root mean square) of a
+partial sum, whose square is no larger than the squared terms and the squared result together:
+
+    |out - exact|^2 <= (1.05 |formula - exact|)^2 + |noise|^2,
+    noise^2 = roundings(n) / 3 2^-48 (sum (x w)^2 + ... + exact^2)
+
+for every token, for every output over the tokens, and for all. Two results of the same quality differ by chance: the
+left side may pass the right one by CHANCE standard deviations of their difference, a sum over entries. (That takes
+at least CHANCE^2 entries; over 256 of like size, 1.2 times the formula's error is found, over 10^4 1.06 times.) A
+norm that few large entries decide says nothing of the rest. So each norm is taken twice: as it is, and of the errors
+divided by their entries' bounds, by which all count alike.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import reference
+
+MARGIN = 1.05
+CHANCE = 3.0  # standard deviations
+U32 = 2.0**-24
+TINY32 = 2.0**-150  # half of float32's least subnormal
+
+
+def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """Rounded once to dtype, as float64."""
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(np.asarray(x, np.float32)).to(dtype).double().numpy()
+
+
+def rounding(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The most that rounding to dtype changes entries of these magnitudes by."""
+    info = torch.finfo(dtype)
+    u, s = info.eps / 2, info.smallest_normal * info.eps
+    return np.where(x == 0, 0.0, np.maximum(u * np.abs(x), s / 2))
+
+
+@dataclasses.dataclass
+class Expected:
+    """float64 [rows, columns]: the exact result, the formula's, the most an entry may be off, float32's noise."""
+
+    exact: np.ndarray
+    formula: np.ndarray
+    bound: np.ndarray
+    noise: np.ndarray
+
+    def rows(self, part: slice) -> Expected:
+        return Expected(self.exact[part], self.formula[part], self.bound[part], self.noise[part])
+
+    def failures(self, out: Tensor | np.ndarray) -> list[str]:
+        """What of `out` breaks a rule, in words with figures."""
+        got = out.detach().cpu().double().numpy() if isinstance(out, Tensor) else out
+        got = got.reshape(self.exact.shape)
+        with np.errstate(invalid="ignore"):
+            error = np.abs(got - self.exact)
+        error[~np.isfinite(error)] = np.inf
+        found = []
+        wrong = error > self.bound
+        if wrong.any():
+            ratio = error / np.maximum(self.bound, 1e-300)
+            i, j = np.unravel_index(np.argmax(ratio), ratio.shape)
+            found.append(
+                f"{wrong.sum()} of {wrong.size} entries beyond their bound, the worst [{i}, {j}]: "
+                f"{got[i, j]:.6g}, exact {self.exact[i, j]:.6g}, bound {self.bound[i, j]:.3g}, {ratio[i, j]:.3g} times"
+            )
+        own = np.where(self.bound > 0, self.bound, 1.0)
+        for how, scale in (("", np.max(own, initial=1e-300)), (" (each by its bound)", own)):
+            of, formula, noise = (np.square(e / scale) for e in (error, self.formula - self.exact, self.noise))
+            of = np.minimum(of, 1e100)  # infinity is among the entries beyond their bound
+            excess = of - MARGIN**2 * formula - noise
+            for what, axis in (("rows", 1), ("columns", 0), ("all", None)):
+                failed = np.sum(excess, axis) > CHANCE * np.sqrt(np.sum(np.square(excess), axis))
+                if failed.any():
+                    ratio = np.sqrt(np.sum(of, axis) / np.maximum(np.sum(formula + noise, axis), 1e-300))
+                    found.append(
+                        f"{failed.sum()} of {failed.size} {what}{how} beyond {MARGIN} times the formula's error, "
+                        f"the worst [{np.argmax(np.where(failed, ratio, 0))}]: {np.max(ratio[failed]):.4g} times"
+                    )
+        return found
+
+
+def roundings(n: int) -> float:
+    return min(n, 64 + n / 32)
+
+
+@dataclasses.dataclass
+class Operand:
+    """One side of a product: exact, as the formula rounds it, the most that it may be off, float32's noise in it."""
+
+    exact: np.ndarray
+    formula: np.ndarray
+    error: np.ndarray | None = None
+    noise: np.ndarray | None = None
+
+    @property
+    def T(self) -> Operand:
+        return Operand(*(None if a is None else a.T for a in (self.exact, self.formula, self.error, self.noise)))
+
+
+def given(x: np.ndarray) -> Operand:
+    return Operand(x, x)
+
+
+def weight(w: np.ndarray, dtype: torch.dtype) -> Operand:
+    """A decoded weight. In float32 its rounding is that of code times absmax, which may be applied to a sum instead."""
+    return Operand(w, rounded(w, dtype), rounding(w, dtype))
+
+
+def low_rank(x: np.ndarray, a: np.ndarray, scaling: float, dtype: torch.dtype) -> Operand:
+    """scaling x a, rounded once: h or g."""
+    h = sums([(given(x), given(scaling * a), 1.0)], 0.0, dtype)
+    return Operand(h.exact, h.formula, h.bound, h.noise)
+
+
+def sums(products: list[tuple[Operand, Operand, np.ndarray | float]], added: np.ndarray | float, dtype) -> Expected:
+    """The sum of mask * (a @ b) over the products (a, b, mask), and of what is added, rounded once to dtype."""
+    shape = products[0][0].exact.shape[0], products[0][1].exact.shape[1]
+    exact, formula, magnitude, off, squares, noise = (np.zeros(shape) for _ in range(6))
+    terms = 3  # what is added, the scaling, the mask
+    for a, b, mask in products:
+        size_a, size_b = np.abs(a.exact), np.abs(b.exact)
+        terms += size_b.shape[0]
+        exact += mask * (a.exact @ b.exact)
+        formula += mask * (a.formula @ b.formula)
+        magnitude += mask * (size_a @ size_b)
+        squares += mask**2 * (size_a**2 @ size_b**2)
+        if a.error is not None:
+            off += mask * (a.error @ size_b)
+        if b.error is not None:
+            off += mask * (size_a @ b.error)
+        if a.noise is not None:
+            noise += mask**2 * (a.noise**2 @ size_b**2)
+        if b.noise is not None:
+            noise += mask**2 * (size_a**2 @ b.noise**2)
+    exact, formula, magnitude = exact + added, formula + added, magnitude + np.abs(added)
+    squares += np.square(added) + exact**2
+    before = off + roundings(terms) * U32 * magnitude + (magnitude > 0) * terms * TINY32
+    return Expected(
+        exact,
+        rounded(formula, dtype),
+        before + rounding(np.abs(exact) + before, dtype),
+        np.sqrt(noise + roundings(terms) / 3 * U32**2 * squares) + (magnitude > 0) * terms * TINY32,
+    )
+
+
+def forward(x, w, bias, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> Expected:
+    """y of float64 x [M, K] and the decoded float64 w [N, K]."""
+    products = [(given(x), weight(w, dtype).T, 1.0)]
+    if lora_a is not None:
+        mask = reference.dropout_mask(x.shape, dropout_p, seed)
+        products.append((low_rank(x * mask, lora_a.T, scaling, dtype), given(lora_b.T), 1.0))
+    return sums(products, 0.0 if bias is None else bias, dtype)
+
+
+def dx(dy, w, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> Expected:
+    """dx of float64 dy [M, N]."""
+    products = [(given(dy), weight(w, dtype), 1.0)]
+    if lora_a is not None:
+        mask = reference.dropout_mask((dy.shape[0], w.shape[1]), dropout_p, seed)
+        products.append((low_rank(dy, lora_b, scaling, dtype), given(lora_a), mask))
+    return sums(products, 0.0, dtype)
+
+
+def dlora(dy, x, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> tuple[Expected, Expected]:
+    """da [R, K] and db [N, R]."""
+    dropped = x * reference.dropout_mask(x.shape, dropout_p, seed)
+    g, h = low_rank(dy, lora_b, scaling, dtype), low_rank(dropped, lora_a.T, scaling, dtype)
+    return sums([(g.T, given(dropped), 1.0)], 0.0, dtype), sums([(given(dy.T), h, 1.0)], 0.0, dtype)
+
+
+def total(x: np.ndarray, dtype: torch.dtype) -> Expected:
+    """The sum over the rows, [1, columns]."""
+    return sums([(given(np.ones((1, len(x)))), given(x), 1.0)], 0.0, dtype)
+
+
+def concatenate(parts: Sequence[Expected]) -> Expected:
+    """The rows of all."""
+    return Expected(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(Expected)))
+
+
+def assert_accurate(out: Tensor | np.ndarray, expected: Expected) -> None:
+    failures = expected.failures(out)
+    assert not failures, "; ".join(failures)
