@@ -6,6 +6,7 @@
 
 namespace small {
 
+inline constexpr int64_t kMostFewTokens = 48;  // of the forward
 inline constexpr int64_t kSmallDxRows = 16;
 inline constexpr int64_t kMaxScratchBytes = int64_t{1} << 21;  // a thread
 inline constexpr int64_t kWorthThreads = int64_t{1} << 18;     // multiply-adds: about what waking a thread costs
@@ -67,12 +68,12 @@ bool backward(const Pool& pool, const LinearDxProblem& p) {
 inline constexpr int64_t kPanelGroup = 64;  // of weights that panels decode at once, where rows of W begin with one
 
 bool linear_small(const Pool& pool, const LinearProblem& p) {
-  int64_t most_rows = p.w.k % 4 ? 24 : 48;
+  int64_t most_rows = p.w.k % 4 ? kMostFewTokens / 2 : kMostFewTokens;
   if (panels_dot(p.dtype)) most_rows = p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
   if (p.m == 0 || p.m > most_rows || p.w.n == 0 || p.w.k == 0) return false;
   switch (p.dtype) {
     case DType::kFloat32:
-      return p.m <= kMaxFloatRows && forward<float, FloatProducts>(pool, p) == Outcome::kDone;
+      return p.m <= kMaxFloatRows && forward_float32(pool, p);
     case DType::kBFloat16:
       return forward_16_bits<bfloat16>(pool, p);
     case DType::kFloat16:

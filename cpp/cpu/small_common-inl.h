@@ -5,6 +5,9 @@
 // a lane: its *shift* is the number of weights of the lane that come before it, and rows a *period* apart have the same
 // shift.
 
+inline constexpr uint32_t kInfinityBits = 0x7F800000u;
+constexpr uint32_t power_of_two_bits(int exponent) { return static_cast<uint32_t>(127 + exponent) << 23; }
+
 struct Rows {
   int64_t k;
   int period;  // 1, 2, 4 or 8
@@ -40,13 +43,13 @@ class ScaleReader {
     store(out + count, zero());
   }
 
-  // No scale of granules first .. first + count - 1 is larger. NaN if one of them, or of their nested scales, is.
+  // No finite scale of granules first .. first + count - 1 is larger.
   float largest(int64_t first, int64_t count) const {
     const int64_t begin = first >> log2_split_, last = (first + count - 1) >> log2_split_;
     uint32_t bits = 0;
     const auto see = [&](float x) {
       const uint32_t magnitude = float_bits(x) & 0x7FFFFFFFu;
-      bits = magnitude > bits ? magnitude : bits;
+      bits = magnitude > bits && magnitude < kInfinityBits ? magnitude : bits;
     };
     if (scales_.absmax) {
       for (int64_t block = begin; block <= last; ++block) see(scales_.absmax[block]);

@@ -120,7 +120,7 @@ class IntDx {
   struct Memory {
     float *sums, *scales, *unit;
     int32_t* pairs;     // [pair][row of dy][block]: dy * scale of two rows of W, or 0 where that is uneven
-    float* log2_scale;  // [block]: the mean over the rows of a tile
+    float* log2_scale;  // [block]: the mean over the rows of a tile, -infinity if one is not finite
     uint16_t* even;     // [row of dy][kMaskWords]: a bit a block
   };
 
@@ -164,9 +164,15 @@ class IntDx {
       bound[t] = reader.largest(row_block, row_blocks_);
     }
     for (int64_t b = 0; b < blocks; b += kLanes) {
-      Floats bits = zero();
-      for (int64_t t = 0; t < rows; ++t) bits = add(bits, magnitude_bits(load(memory.scales + t * kScaleStride + b)));
-      store(memory.log2_scale + b, fma(bits, splat(0x1p-23f / static_cast<float>(rows)), splat(-127.0f)));
+      Floats sum = zero();
+      Ints largest = no_ints();
+      for (int64_t t = 0; t < rows; ++t) {
+        const Ints bits = magnitude_bits(load(memory.scales + t * kScaleStride + b));
+        largest = max_ints(largest, bits);
+        sum = add(sum, to_floats(bits));
+      }
+      const Floats mean = fma(sum, splat(0x1p-23f / static_cast<float>(rows)), splat(-127.0f));
+      store(memory.log2_scale + b, where_less(largest, kInfinityBits, mean));
     }
     uint32_t uneven = 0;
     for (int64_t i = 0; i < p_.m; ++i) uneven |= weigh_row(i, n, rows, blocks, bound, memory);

@@ -9,8 +9,8 @@ inline constexpr int64_t kChunkBytes = kChunk / 2;
 
 // How a chunk of codes meets x, with x arranged in the order in which codes are decoded. `arrange` takes a block of x,
 // up to 1024 values in memory order, to a chunk every `stride` elements, and says what sums are to be multiplied by.
-// Whatever x is, no product x * w may be off by more than a rounding of w to the dtype of x would make it: arrange
-// returns false where it cannot promise that, and the call is left to another kernel (Outcome::kUneven).
+// Whatever x is, its products with w must be no further off, in the mean square, than a rounding of w to the dtype of x
+// makes them: arrange returns false where it cannot promise that, and the token is left to another kernel.
 
 // The largest |x| of a block, by its bits: a NaN counts as larger than everything.
 inline uint32_t largest_bits(const float* x, int64_t count) {
@@ -21,8 +21,6 @@ inline uint32_t largest_bits(const float* x, int64_t count) {
   for (uint32_t b : bits) largest = b > largest ? b : largest;
   return largest;
 }
-inline constexpr uint32_t kInfinityBits = 0x7F800000u;
-constexpr uint32_t power_of_two_bits(int exponent) { return static_cast<uint32_t>(127 + exponent) << 23; }
 
 // x rounded to 15 bits of the largest value of its block and multiplied by integer codes, exactly in int32 over a
 // lane's eight weights: an eighth of a float32 decode's work.
@@ -37,7 +35,7 @@ template <class T, class Order>
 struct IntProducts {
   using X = int16_t;
   static constexpr int kMaxRows = kMaxIntRows, kMaxPairedRows = kMaxPairedIntRows;
-  static constexpr bool kMayOverflow = true;  // where scales are beyond 2^90, though y is finite
+  static constexpr bool kMayOverflow = true;  // where scales are beyond kHugeScale, though y is finite
   static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
 
   IntCodebook book{kIntCodes.value};
@@ -194,18 +192,35 @@ struct ForwardPlan {
   int64_t copy_scales() const { return groups.m * blocks; }
 };
 
+// The tokens of a call, up to 64, that its Products cannot serve. Any thread adds to it.
+class TokenSet {
+ public:
+  void add(int64_t token) { __atomic_fetch_or(&bits_, uint64_t{1} << token, __ATOMIC_RELAXED); }
+  bool holds(int64_t token) const { return bits_ >> token & 1; }
+  bool holds_all(int64_t first, int64_t count) const {
+    for (int64_t i = first; i < first + count; ++i)
+      if (!holds(i)) return false;
+    return true;
+  }
+
+ private:
+  static_assert(kMostFewTokens <= 64);
+  uint64_t bits_ = 0;
+};
+inline constexpr float kHugeScale = 0x1p90f;
+
 template <class Products>
 struct PreparedX {
   typename Products::X* x;
   float* scale;
-  float* h;      // as lora_h lays it out, or null
-  bool* uneven;  // set by any thread that meets what Products cannot serve
+  float* h;  // as lora_h lays it out, or null
+  TokenSet* uneven;
 };
-inline void set(bool* flag) { __atomic_store_n(flag, true, __ATOMIC_RELAXED); }
 
 // Row i of x, arranged for rows of W of one shift.
 template <class Products, class T>
-void prepare_row(const ForwardPlan<Products>& plan, const T* x, int64_t i, int copy, const PreparedX<Products>& out) {
+void prepare_row(const ForwardPlan<Products>& plan, const T* x, int64_t i, int copy, int64_t first_token,
+                 const PreparedX<Products>& out) {
   int64_t group = 0;
   while (plan.groups.first(group + 1) <= i) ++group;
   const int64_t first = plan.groups.first(group), rows = plan.groups.rows(group), k = plan.rows.k;
@@ -224,7 +239,7 @@ void prepare_row(const ForwardPlan<Products>& plan, const T* x, int64_t i, int c
     typename Products::X* to =
         out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * rows + i - first) * kChunk;
     float* const scale = out.scale + copy * plan.copy_scales() + first * plan.blocks + b * rows + i - first;
-    if (!Products::arrange(block, chunks, rows * kChunk, to, scale)) return set(out.uneven);
+    if (!Products::arrange(block, chunks, rows * kChunk, to, scale)) return out.uneven->add(first_token + i);
   }
 }
 
@@ -304,7 +319,8 @@ template <class T, class Products>
 class Forward {
  public:
   using Plan = ForwardPlan<Products>;
-  Forward(const LinearProblem& p, const Plan& plan, const PreparedX<Products>& x) : p_(p), plan_(plan), x_(x) {}
+  Forward(const LinearProblem& p, const Plan& plan, int64_t first_token, const PreparedX<Products>& x)
+      : p_(p), plan_(plan), first_token_(first_token), x_(x) {}
 
   static int64_t super_rows(const Rows& rows) { return int64_t{kTileRows} * rows.period; }
   static int64_t scale_floats(const LinearProblem& p, const Rows& rows) {
@@ -327,21 +343,27 @@ class Forward {
       const int64_t first = s * super, last = first + super < p_.w.n ? first + super : p_.w.n;
       const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
       const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
-      reader.read(first_granule, end_granule - first_granule, scales);
+      const Granules of_rows{scales, first_granule, end_granule - first_granule};
+      reader.read(of_rows.first, of_rows.count, scales);
       for (int64_t group = 0; group < plan_.groups.count; ++group) {
         with_rows<kMaxRows>(plan_.groups.rows(group), [&](auto rows) {
           for (int64_t n = first; n < last && n < first + plan_.rows.period; ++n)
-            tile<rows>(n, ceil_div(last - n, plan_.rows.period), group, reader, scales, first_granule, sums);
+            tile<rows>(n, ceil_div(last - n, plan_.rows.period), group, reader, of_rows, sums);
         });
       }
     }
   }
 
  private:
+  struct Granules {
+    const float* scale;
+    int64_t first, count;
+  };
+
   // Rows n, n + period, ... (`count` of them) of W against one group of rows of x.
   template <int kRows>
-  void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const float* scales,
-            int64_t first_granule, float* sums) const {
+  void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const Granules& scales,
+            float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k, m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n), copy = shift * static_cast<int>(period) / 8;
     const typename Products::X* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;
@@ -354,7 +376,7 @@ class Forward {
     const int64_t weights = shift + k, chunks = ceil_div(weights, kChunk);
     const int64_t first_weight = plan_.rows.first_weight(n);
     Stretch stretch;
-    stretch.scales = scales;
+    stretch.scales = scales.scale;
     stretch.row_weights = period * k;
     stretch.log2_granule = reader.log2_granule();
     stretch.block_chunks = plan_.block_chunks;
@@ -362,7 +384,7 @@ class Forward {
     for (int64_t b = 0; b * plan_.block_chunks < chunks; b += most) {
       const int64_t chunk = b * plan_.block_chunks, first = first_weight + chunk * kChunk;
       stretch.packed = p_.w.packed + first / 2;
-      stretch.first_weight = first - (first_granule << reader.log2_granule());
+      stretch.first_weight = first - (scales.first << reader.log2_granule());
       const bool is_last = chunks - chunk <= most * plan_.block_chunks;
       stretch.chunks = is_last ? chunks - chunk : most * plan_.block_chunks;
       stretch.last_weights = is_last ? weights - (chunks - 1) * kChunk : kChunk;
@@ -377,7 +399,7 @@ class Forward {
       if (t < count)
         accumulate<kRows, 1, Products>(stretch, count - t, x_at, scale_of_x + b * kRows, sums + t * kLanes);
     }
-    finish(n, count, m0, kRows, sums);
+    finish(n, count, m0, kRows, scales, sums);
   }
 
   // The sums start with the lanes of h · bᵀ.
@@ -397,12 +419,12 @@ class Forward {
     }
   }
 
-  void finish(int64_t n, int64_t count, int64_t m0, int64_t rows, const float* sums) const {
+  void finish(int64_t n, int64_t count, int64_t m0, int64_t rows, const Granules& scales, const float* sums) const {
     const T* bias = static_cast<const T*>(p_.bias);
     const int64_t period = plan_.rows.period;
     for (int64_t i = 0; i < rows; ++i) {
       Floats out = sums_of(sums + i * kTileRows * kLanes);
-      if (Products::kMayOverflow && !all_finite(out)) set(x_.uneven);
+      if (Products::kMayOverflow && !all_finite(out) && any_huge(scales)) x_.uneven->add(first_token_ + m0 + i);
       T* y = static_cast<T*>(p_.y) + (m0 + i) * p_.w.n + n;
       if (period == 1) {
         if (bias) out = add(out, load(bias + n, count));
@@ -420,24 +442,31 @@ class Forward {
     }
   }
 
+  static bool any_huge(const Granules& scales) {
+    for (int64_t i = 0; i < scales.count; ++i) {
+      const uint32_t bits = float_bits(scales.scale[i]) & 0x7FFFFFFFu;
+      if (bits > float_bits(kHugeScale) && bits < kInfinityBits) return true;
+    }
+    return false;
+  }
+
   const LinearProblem& p_;
   const Plan& plan_;
+  const int64_t first_token_;
   const PreparedX<Products> x_;
 };
 
-// Whether a kernel has done a call. If not, what it has written to y counts for nothing.
-enum class Outcome { kDone, kTooLarge, kUneven };
-
+// Returns whether it has done the call: not if it needs too much scratch. What it has written for the tokens that it
+// adds to `uneven`, counted with the problem's first as `first_token`, counts for nothing.
 template <class T, class Products>
-Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_row = 0) {
+bool forward(const Pool& pool, const LinearProblem& p, int64_t first_token, TokenSet* uneven) {
   using Body = Forward<T, Products>;
   const ForwardPlan<Products> plan(p.m, p.w.k);
   const Rows& rows = plan.rows;
   const int64_t k = p.w.k, rank = p.lora.rank;
   const bool drops = rank && p.lora.dropout.active();
-  bool uneven = false;
   PreparedX<Products> x{};
-  x.uneven = &uneven;
+  x.uneven = uneven;
   T* dropped = nullptr;
   const auto lay_out = [&](void* base) {
     Carver memory(base);
@@ -449,22 +478,21 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_row = 0)
   };
   const int64_t bytes = lay_out(nullptr);
   if (bytes > kMaxScratchBytes || 4 * Body::scale_floats(p, rows) > kMaxScratchBytes / 2) {
-    if (p.m == 1) return Outcome::kTooLarge;
+    if (p.m == 1) return false;
     LinearProblem half = p;
     half.m = p.m / 2;
-    const Outcome outcome = forward<T, Products>(pool, half, first_row);
-    if (outcome != Outcome::kDone) return outcome;
+    if (!forward<T, Products>(pool, half, first_token, uneven)) return false;
     half.x = static_cast<const T*>(p.x) + half.m * k;
     half.y = static_cast<T*>(p.y) + half.m * p.w.n;
     const int64_t done = half.m;
     half.m = p.m - done;
-    return forward<T, Products>(pool, half, first_row + done);
+    return forward<T, Products>(pool, half, first_token + done, uneven);
   }
   lay_out(scratch(ScratchUse::kCall, bytes));
 
   const T* in = static_cast<const T*>(p.x);
   for (int64_t i = 0; i < p.m * padded_rank(rank); ++i) x.h[i] = 0.0f;
-  if (drops) drop(p.lora.dropout, in, p.m, k, first_row, dropped);
+  if (drops) drop(p.lora.dropout, in, p.m, k, first_token, dropped);
   const int64_t column_groups = ceil_div(rank, kDotColumns), dot_groups = ceil_div(p.m, kDotRows) * column_groups;
   // Dot products and rows of x in turn, so that every thread has its share of both.
   const int64_t arranged = p.m * rows.period, units = dot_groups + arranged;
@@ -474,26 +502,44 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_row = 0)
       if ((i + 1) * dot_groups / units > dots) {
         lora_h(p.lora, drops ? dropped : in, p.m, k, dots / column_groups, dots % column_groups, x.h);
       } else {
-        prepare_row(plan, in, row / rows.period, static_cast<int>(row % rows.period), x);
+        prepare_row(plan, in, row / rows.period, static_cast<int>(row % rows.period), first_token, x);
       }
     }
   };
   run(pool, p.m * k * (rank + 16 * rows.period) > kWorthThreads, units, 1, prepare);
-  if (uneven) return Outcome::kUneven;
-  Body body(p, plan, x);
+  if (uneven->holds_all(first_token, p.m)) return true;
+  Body body(p, plan, first_token, x);
   const int64_t super = Body::super_rows(rows);
   pool(ceil_div(p.w.n, super), ceil_div(kWorthThreads, super * k * p.m), body);
-  return uneven ? Outcome::kUneven : Outcome::kDone;
+  return true;
 }
 
-// 16-bit types. Returns whether it has done the call.
+inline bool forward_float32(const Pool& pool, const LinearProblem& p) {
+  TokenSet none;
+  return forward<float, FloatProducts>(pool, p, 0, &none);
+}
+
+// The same for 16-bit types.
 template <class T>
 bool forward_16_bits(const Pool& pool, const LinearProblem& p) {
+  TokenSet uneven;
 #if QLORA_BF16_DOT
-  if (panels_dot(p.dtype)) return forward<T, Bf16Products>(pool, p) == Outcome::kDone;
+  if (panels_dot(p.dtype)) return forward<T, Bf16Products>(pool, p, 0, &uneven);
 #endif
-  const Outcome outcome = p.w.k % kMinBlockSize == 0 ? forward<T, IntProducts<T, HalfOrder>>(pool, p)
-                                                     : forward<T, IntProducts<T, LaneOrder>>(pool, p);
-  if (outcome == Outcome::kUneven && p.m <= kMaxFloatRows) return forward<T, FloatProducts>(pool, p) == Outcome::kDone;
-  return outcome == Outcome::kDone;
+  const bool done = p.w.k % kMinBlockSize == 0 ? forward<T, IntProducts<T, HalfOrder>>(pool, p, 0, &uneven)
+                                               : forward<T, IntProducts<T, LaneOrder>>(pool, p, 0, &uneven);
+  if (!done) return false;
+  // Tokens do not depend on each other's values: each run of uneven ones is a problem of its own.
+  for (int64_t first = 0, end; first < p.m; first = end) {
+    end = first + 1;
+    if (!uneven.holds(first)) continue;
+    while (end < p.m && uneven.holds(end)) ++end;
+    LinearProblem run = p;
+    run.m = end - first;
+    run.x = static_cast<const T*>(p.x) + first * p.w.k;
+    run.y = static_cast<T*>(p.y) + first * p.w.n;
+    TokenSet none;
+    if (!forward<T, FloatProducts>(pool, run, first, &none)) return false;
+  }
+  return true;
 }

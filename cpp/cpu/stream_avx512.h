@@ -203,8 +203,13 @@ template <int s>
 inline Floats decode_nibble(Ints words, const FloatCodebook& book) {
   return _mm512_permutexvar_ps(s ? _mm512_srli_epi32(words, 4 * s) : words, book.values);
 }
-// The bits of |x| as a number.
-inline Floats magnitude_bits(Floats x) { return _mm512_cvtepi32_ps(_mm512_castps_si512(_mm512_abs_ps(x))); }
+inline Ints magnitude_bits(Floats x) { return _mm512_castps_si512(_mm512_abs_ps(x)); }
+inline Ints max_ints(Ints a, Ints b) { return _mm512_max_epi32(a, b); }
+// x where number < limit, else -infinity.
+inline Floats where_less(Ints number, uint32_t limit, Floats x) {
+  const __mmask16 less = _mm512_cmplt_epi32_mask(number, _mm512_set1_epi32(static_cast<int>(limit)));
+  return _mm512_mask_mov_ps(splat(-__builtin_inff()), less, x);
+}
 // A bit for each lane where a >= b, which a NaN is not; the first `count` bits; rounded where a lane's bit is set, else
 // 0.
 inline uint32_t lanes_at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
