@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from qlora_ext import QLoRAConfig
 from tiny_models import CONFIGS, make, same_state
@@ -51,7 +51,7 @@ def test_a_state_that_the_caller_keeps_is_left_as_it_is(saved: pathlib.Path) -> 
     for t in state.values():
         t.mul_(2.0)
     expected = {name: t.clone() for name, t in state.items()}
-    model = AutoModelForCausalLM.from_pretrained(
+    model = LlamaForCausalLM.from_pretrained(
         None, config=CONFIGS["llama"](), state_dict=state, quantization_config=QLoRAConfig(), dtype=torch.bfloat16
     )
     assert all(torch.equal(t, expected[name]) for name, t in state.items())
