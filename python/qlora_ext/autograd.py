@@ -46,7 +46,7 @@ class LinearNF4Function(torch.autograd.Function):
     lora_b [N, R], scaling, dropout_p, seed. Gradients reach x, bias, lora_a and lora_b; saved for them are x (where
     there are adapters) and references to the packed state and the adapters: never a dequantized weight, nor a
     dropout mask, which the backward draws again from the seed. Under autocast x, bias and adapters take its dtype.
-    Forward-mode AD reaches x and bias; a tangent of an adapter is refused with a NotImplementedError.
+    Forward-mode AD is refused with a NotImplementedError here; the operator has it, by x and bias.
     """
 
     @staticmethod
@@ -59,26 +59,11 @@ class LinearNF4Function(torch.autograd.Function):
         ctx.block_sizes = args[5:7]
         ctx.in_features = x.shape[-1]
         ctx.lora_numbers = args[11:]
-        y = _below_autograd(*args)
-        if forward_ad._current_level >= 0:
-            ctx.save_for_forward(y, *args[1:5], lora_a, lora_b)
-        return y
+        return _below_autograd(*args)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        x, bias, lora_a, lora_b = (tangents[i] for i in (0, 8, 9, 10))
-        for name, tangent in (("lora_a", lora_a), ("lora_b", lora_b)):
-            if tangent is not None:
-                raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives by x and bias alone")
-        y, *packed, lora_a, lora_b = ctx.saved_tensors
-        bias = None if bias is None else bias.to(y.dtype)
-        if x is None:
-            assert bias is not None  # or there would be no tangent at all
-            return y.new_zeros(y.shape) + bias
-        # The layer is linear in x: its own operator, with the tangent of the bias in the place of the bias.
-        return differentiable_linear_nf4(
-            x.to(y.dtype), *packed, *ctx.block_sizes, y.shape[-1], bias, lora_a, lora_b, *ctx.lora_numbers
-        )
+        raise NotImplementedError("LinearNF4Function has no forward-mode derivative: call torch.ops.qlora.linear_nf4")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -101,11 +86,30 @@ class LinearNF4Function(torch.autograd.Function):
 
 def differentiable_linear_nf4(*args: Any) -> Tensor:
     """``torch.ops.qlora.linear_nf4`` with its gradient, at the price of a graph only where one is needed."""
-    needs_grad = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args)
-    if needs_grad or has_tangent(args):
+    if has_tangent(args):
+        return _with_tangent(args)
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         y: Tensor = LinearNF4Function.apply(*args)  # type: ignore[no-untyped-call]
         return y
     return _below_autograd(*args)
+
+
+def _with_tangent(args: tuple[Any, ...]) -> Tensor:
+    """The layer is linear in x and bias: its tangent is the layer again, with their tangents in their places."""
+    duals = [forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
+    x_tangent, bias_tangent = duals[0][1], duals[8][1]
+    for name, (_, tangent) in zip(("lora_a", "lora_b"), duals[9:11], strict=True):
+        if tangent is not None:
+            raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives by x and bias alone")
+    primals = [primal for primal, _ in duals]
+    y = differentiable_linear_nf4(*primals)
+    if x_tangent is None:
+        assert bias_tangent is not None  # or there would be no tangent at all
+        tangent = torch.zeros_like(y) + bias_tangent
+    else:
+        tangent = differentiable_linear_nf4(x_tangent, *primals[1:8], bias_tangent, *primals[9:])
+    dual: Tensor = forward_ad.make_dual(y, tangent)
+    return dual
 
 
 LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
