@@ -46,7 +46,8 @@ class LinearNF4Function(torch.autograd.Function):
     lora_b [N, R], scaling, dropout_p, seed. Gradients reach x, bias, lora_a and lora_b; saved for them are x (where
     there are adapters) and references to the packed state and the adapters: never a dequantized weight, nor a
     dropout mask, which the backward draws again from the seed. Under autocast x, bias and adapters take its dtype.
-    Forward-mode AD is refused with a NotImplementedError here; the operator has it, by x and bias.
+    Forward-mode AD is refused with a NotImplementedError here (dynamo traces no Function with a ``jvp``); the operator
+    has it, by x and bias.
     """
 
     @staticmethod
@@ -60,10 +61,6 @@ class LinearNF4Function(torch.autograd.Function):
         ctx.in_features = x.shape[-1]
         ctx.lora_numbers = args[11:]
         return _below_autograd(*args)
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise NotImplementedError("LinearNF4Function has no forward-mode derivative: call torch.ops.qlora.linear_nf4")
 
     @staticmethod
     @torch.autograd.function.once_differentiable
