@@ -19,7 +19,7 @@ def _torch() -> list[str]:
         root = pathlib.Path(sysconfig.get_paths()[key]) / "torch"
         if (root / "version.py").is_file():
             return []  # CMakeLists.txt checks its version
-    return ["torch>=2.11"]
+    return ["torch>=2.11,<3"]
 
 
 def _require_compiler() -> None:

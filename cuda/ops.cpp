@@ -43,11 +43,12 @@ void check_launch(const char* op, cudaError_t error) {
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size) {
   const DType dtype = checks::storage_dtype("w", w_arg.scalar_type());
   checks::block_size("block_size", block_size);
+  const int64_t numel = checks::numel("w", w_arg);
   const OnDevice device(w_arg);
   const Tensor w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
   Tensor packed = stable::new_empty(w, checks::packed_shape(w), ScalarType::Byte);
-  Tensor absmax = stable::new_empty(w, {ceil_div(w.numel(), block_size)}, ScalarType::Float);
-  check_launch("quantize_nf4", cuda::launch_quantize_nf4(dtype, w.const_data_ptr(), w.numel(), block_size,
+  Tensor absmax = stable::new_empty(w, {ceil_div(numel, block_size)}, ScalarType::Float);
+  check_launch("quantize_nf4", cuda::launch_quantize_nf4(dtype, w.const_data_ptr(), numel, block_size,
                                                          packed.mutable_data_ptr<uint8_t>(),
                                                          absmax.mutable_data_ptr<float>(), device.stream()));
   return {packed, absmax};
@@ -56,9 +57,9 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size)
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int64_t nested_block_size) {
   checks::has_dtype("absmax", absmax_arg, ScalarType::Float);
   checks::nested_block_size(nested_block_size);
+  const int64_t count = checks::numel("absmax", absmax_arg);
   const OnDevice device(absmax_arg);
   const Tensor absmax = absmax_arg.is_contiguous() ? absmax_arg : stable::contiguous(absmax_arg);
-  const int64_t count = absmax.numel();
   Tensor codes = stable::new_empty(absmax, {count}, ScalarType::Byte);
   Tensor nested_absmax = stable::new_empty(absmax, {ceil_div(count, nested_block_size)});
   Tensor nested_offset = stable::new_empty(absmax, {});
@@ -187,6 +188,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, O
                   int64_t seed) {
   const LinearCall call(x, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, out_features,
                         bias, lora_a, lora_b, scaling, dropout_p, seed);
+  if (call.is_empty()) return call.y;
   const OnDevice device(x);
   const auto& p = call.problem;
   if (library_is_ahead(p.dtype, p.m, p.w)) {
@@ -205,6 +207,7 @@ Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
                      OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed) {
   const LinearDxCall call(dy, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
                           in_features, lora_a, lora_b, scaling, dropout_p, seed);
+  if (call.is_empty()) return call.dx;
   const OnDevice device(dy);
   const auto& p = call.problem;
   if (library_is_ahead(p.dtype, p.m, p.w) && cuda::library_takes_dx(p.w.n, p.w.k, p.dtype)) {
@@ -221,6 +224,7 @@ Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
 std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
                                             const Tensor& lora_b, double scaling, double dropout_p, int64_t seed) {
   const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed);
+  if (call.is_empty()) return {call.da, call.db};
   const OnDevice device(dy);
   int64_t bytes = 0;
   check_launch("linear_nf4_dlora", cuda::linear_nf4_dlora_workspace_bytes(call.problem, &bytes));

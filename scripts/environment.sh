@@ -44,7 +44,7 @@ install_qlora_ext() {
   "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed"
   [[ -x $venv/bin/python ]] || "$base_python" -m venv "$venv"
   echo "installing into $venv (the first time brings PyTorch: minutes)"
-  "$venv/bin/python" -m pip install --quiet --upgrade pip
-  "$venv/bin/python" -m pip install --quiet "torch>=2.11"
+  "$venv/bin/python" -m pip install --quiet --upgrade "pip<27"
+  "$venv/bin/python" -m pip install --quiet "torch>=2.11,<3"
   "$venv/bin/python" -m pip install --quiet "$@" ".[$extra]"
 }

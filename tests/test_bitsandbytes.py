@@ -114,3 +114,123 @@ def test_refuses_parts_that_do_not_fit() -> None:
         NF4Weight.from_bitsandbytes({**state, f"{PREFIX}.quant_map": torch.linspace(-1, 1, 16)}, PREFIX)
     with pytest.raises(ValueError, match=r"expected JSON in a uint8 tensor"):
         NF4Weight.from_bitsandbytes({**state, STATE: torch.tensor([123], dtype=torch.uint8)}, PREFIX)
+
+
+def encoded(text: str | bytes) -> Tensor:
+    return torch.tensor(list(text.encode() if isinstance(text, str) else text), dtype=torch.uint8)
+
+
+MALFORMED: dict[str, dict[str, Any]] = {
+    # the JSON
+    "empty": {STATE: encoded("")},
+    "no object": {STATE: encoded("[1, 2]")},
+    "a number": {STATE: encoded("5")},
+    "null": {STATE: encoded("null")},
+    "deeply nested": {STATE: encoded("[" * 30000 + "]" * 30000)},
+    "deeply nested objects": {STATE: encoded('{"a":' * 10000 + "1" + "}" * 10000)},
+    "endless digits": {STATE: encoded('{"shape": [' + "9" * 50000 + "]}")},
+    "too long": {STATE: encoded(" " * 70000)},
+    "no UTF-8": {STATE: encoded(bytes([0xFF, 0xFE, 0x80]))},
+    "floats": {STATE: torch.rand(50)},
+    "wide bytes": {STATE: torch.full((50,), 123, dtype=torch.int64)},
+    "two dimensions": {STATE: encoded("{}").reshape(1, 2)},
+    "meta": {STATE: torch.empty(50, dtype=torch.uint8, device="meta")},
+    "no tensor": {STATE: b"{}"},
+    # what is in it
+    **{
+        f"shape {str(shape)[:30]}": {"shape": shape}
+        for shape in (
+            5,
+            "4x64",
+            {"0": 4},
+            [4.0, 64],
+            [True, 256],
+            [-4, -64],
+            [-1, 64],
+            [2**63, 64],
+            [2**62, 4],
+            [2**31] * 3,
+            [10**400],
+            [0, 2**62, 2**62],
+            [4, [64]],
+            [4, None],
+            [2**63 - 1, 0],
+        )
+    },
+    **{
+        f"blocksize {str(size)[:30]}": {"blocksize": size}
+        for size in (0, -64, 63, 64.0, "64", [64], {}, True, 2**63, 10**400)
+    },
+    **{
+        f"nested_blocksize {str(size)[:30]}": {"nested_blocksize": size}
+        for size in (0, -256, 256.0, "256", None, [], True, 2**20 + 1, 2**63 - 1, 2**63, 10**400, 1)
+    },
+    **{
+        f"nested_offset {str(offset)[:30]}": {"nested_offset": offset}
+        for offset in (float("nan"), float("inf"), -float("inf"), 1e300, 10**400, "0.1", None, [0.1], True, {})
+    },
+    **{
+        f"dtype {str(dtype)[:30]}": {"dtype": dtype}
+        for dtype in ("int8", "uint8", "float64", "complex64", "bits8", "nn", "__class__", "", 5, ["float32"], {})
+    },
+    **{f"quant_type {kind}": {"quant_type": kind} for kind in ("fp4", "", 4, ["nf4"], True)},
+    # the tensors
+    "packed of another size": {PREFIX: torch.zeros(127, 1, dtype=torch.uint8)},
+    "packed sparse": {PREFIX: torch.zeros(128, 1, dtype=torch.uint8).to_sparse()},
+    "packed None": {PREFIX: None},
+    "packed meta": {PREFIX: torch.empty(128, 1, dtype=torch.uint8, device="meta")},
+    "absmax float": {f"{PREFIX}.absmax": torch.rand(4)},
+    "absmax int64": {f"{PREFIX}.absmax": torch.ones(4, dtype=torch.int64)},
+    "absmax of another size": {f"{PREFIX}.absmax": torch.zeros(5, dtype=torch.uint8)},
+    "absmax list": {f"{PREFIX}.absmax": [1, 2, 3, 4]},
+    "quant_map int": {f"{PREFIX}.quant_map": torch.arange(16)},
+    "quant_map complex": {f"{PREFIX}.quant_map": torch.zeros(16, dtype=torch.complex64)},
+    "quant_map NaN": {f"{PREFIX}.quant_map": torch.full((16,), float("nan"))},
+    "quant_map short": {f"{PREFIX}.quant_map": torch.zeros(15)},
+    "quant_map backwards": {f"{PREFIX}.quant_map": torch.linspace(1, -1, 16)},
+    "nested_quant_map ramp": {f"{PREFIX}.nested_quant_map": torch.linspace(-1, 1, 256)},
+    "nested_quant_map bytes": {f"{PREFIX}.nested_quant_map": torch.arange(256).byte()},
+    "nested_absmax NaN": {f"{PREFIX}.nested_absmax": torch.tensor([float("nan")])},
+    "nested_absmax infinite": {f"{PREFIX}.nested_absmax": torch.tensor([float("inf")])},
+    "nested_absmax negative": {f"{PREFIX}.nested_absmax": torch.tensor([-1.0])},
+    "nested_absmax bytes": {f"{PREFIX}.nested_absmax": torch.ones(1, dtype=torch.uint8)},
+    "nested_absmax of another size": {f"{PREFIX}.nested_absmax": torch.ones(2)},
+    "nested_absmax empty": {f"{PREFIX}.nested_absmax": torch.ones(0)},
+}
+
+
+@pytest.mark.parametrize("what", MALFORMED)
+def test_a_malformed_state_is_refused_in_a_sentence(what: str) -> None:
+    state = saved_by_bitsandbytes(torch.randn(4, 64))
+    changes = MALFORMED[what]
+    inside = {key: value for key, value in changes.items() if not key.startswith(PREFIX)}
+    if inside:
+        changes = {STATE: rewrite(state, **inside)[STATE]}
+    with pytest.raises(ValueError, match=r"expected") as error:
+        NF4Weight.from_bitsandbytes({**state, **changes}, PREFIX)
+    assert len(str(error.value)) < 400
+
+
+@pytest.mark.parametrize("absent", ["quant_type", "blocksize", "dtype", "shape", "nested_offset"])
+def test_a_state_without_one_of_its_fields_is_refused(absent: str) -> None:
+    state = saved_by_bitsandbytes(torch.randn(4, 64))
+    fields = json.loads(bytes(state[STATE].tolist()))
+    del fields[absent]
+    with pytest.raises(ValueError, match=f"expected {absent} in it"):
+        NF4Weight.from_bitsandbytes({**state, STATE: encoded(json.dumps(fields))}, PREFIX)
+
+
+@pytest.mark.parametrize(
+    "absmax", [torch.full((4,), float("nan")), -torch.ones(4), torch.ones(4).byte(), torch.ones(3)]
+)
+def test_malformed_scales_without_double_quantization(absmax: Tensor) -> None:
+    state = saved_by_bitsandbytes(torch.randn(4, 64), double_quant=False)
+    with pytest.raises(ValueError, match=r"absmax"):
+        NF4Weight.from_bitsandbytes({**state, f"{PREFIX}.absmax": absmax}, PREFIX)
+
+
+def test_a_shape_of_more_than_64_dimensions_is_no_trouble() -> None:
+    w = torch.randn(4, 64)
+    state = saved_by_bitsandbytes(w)
+    w4 = NF4Weight.from_bitsandbytes(rewrite(state, shape=[1] * 80 + [4, 64]), PREFIX)
+    assert torch.equal(w4.dequantize().reshape(4, 64), NF4Weight.from_bitsandbytes(state, PREFIX).dequantize())

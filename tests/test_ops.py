@@ -139,7 +139,7 @@ BAD = [
     ("quantize_nf4", "block_size", 8192, "got 8192"),
     ("quantize_nf4", "w", torch.zeros(4, 64, dtype=torch.int32), "got Int"),
     ("quantize_nf4", "w", torch.zeros(4, 64, dtype=torch.float64), "got Double"),
-    ("quantize_absmax", "nested_block_size", 0, "positive number, got 0"),
+    ("quantize_absmax", "nested_block_size", 0, "from 1 to 1048576, got 0"),
     ("quantize_absmax", "absmax", torch.zeros(4, dtype=torch.bfloat16), "expected Float, got BFloat16"),
     ("dequantize_absmax", "codes", torch.zeros(300), "expected Byte, got Float"),
     ("dequantize_absmax", "nested_absmax", torch.zeros(3), "expected 2 elements"),

@@ -250,7 +250,10 @@ def resident():
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
 
-load = lambda path: AutoModelForCausalLM.from_pretrained(path, quantization_config=qlora_ext.QLoRAConfig())
+def load(path):
+    config = qlora_ext.QLoRAConfig()
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
+
 load(sys.argv[2])  # whatever is loaded and allocated once
 before, peak, done = resident(), 0, threading.Event()
 
@@ -269,13 +272,14 @@ print(max(peak, resident()) - before, model.get_memory_footprint())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-def test_loading_peaks_near_the_4bit_size(saved: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_loading_peaks_near_the_4bit_size(saved: Path, tmp_path: Path, stored: torch.dtype) -> None:
     config = transformers.LlamaConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=6, num_attention_heads=8, vocab_size=128
     )
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "big")
+    AutoModelForCausalLM.from_config(config, dtype=stored).save_pretrained(tmp_path / "big")
     dense = sum(f.stat().st_size for f in (tmp_path / "big").glob("*.safetensors"))
-    largest_layer = 1024 * 4096 * 2
+    largest_layer = 1024 * 4096 * stored.itemsize
     run = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path / "big"), str(saved)], capture_output=True, text=True, check=True
     )

@@ -33,8 +33,9 @@ void check_block_size(int64_t block_size) {
 }
 
 void check_nested_block_size(int64_t nested_block_size) {
-  require(nested_block_size >= 1,
-          "nested_block_size: expected a positive number, got " + std::to_string(nested_block_size));
+  require(is_nested_block_size(nested_block_size), "nested_block_size: expected an integer from 1 to " +
+                                                       std::to_string(kMaxNestedBlockSize) + ", got " +
+                                                       std::to_string(nested_block_size));
 }
 
 void check_count(const char* name, int64_t got, int64_t expected) {

@@ -41,9 +41,15 @@ inline constexpr Nf4Table kNf4{};
 
 inline constexpr int64_t kMinBlockSize = 32;
 inline constexpr int64_t kMaxBlockSize = 4096;
+inline constexpr int64_t kMaxNestedBlockSize = int64_t{1} << 20;
+// What a tensor may count, the sizes of an empty one included: no product of a size, an element's bytes and a tile
+// wraps.
+inline constexpr int64_t kMaxElements = int64_t{1} << 48;
 
 constexpr bool is_block_size(int64_t n) { return n >= kMinBlockSize && n <= kMaxBlockSize && (n & (n - 1)) == 0; }
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr bool is_nested_block_size(int64_t n) { return n >= 1 && n <= kMaxNestedBlockSize; }
+// For a positive b. The sum of both, which may wrap, is never formed.
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
 constexpr int64_t packed_bytes(int64_t numel) { return ceil_div(numel, 2); }
 
 // What a block's values are multiplied by before they are encoded. A NaN absmax stays NaN, so that every code of the

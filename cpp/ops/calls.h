@@ -9,8 +9,7 @@ namespace qlora {
 // packed holds rows x cols elements, of which `given` (x's or dy's last dimension) and `named` (an argument) are sizes.
 inline void check_packed_fits(const Tensor& packed, const char* name, int64_t given, const char* given_is,
                               const char* named, int64_t size) {
-  checks::require(size >= 0, named, ": expected a size, got ", size);
-  const int64_t bytes = packed_bytes(given * size);
+  const int64_t bytes = packed_bytes(checks::area(named, given, size));
   if (packed.numel() != bytes) {
     checks::require(false, name, ": its last dimension (", given_is, ") is ", given, ", which with ", named, " = ",
                     size, " needs ", bytes, " packed bytes, got packed ", checks::shape_text(packed));
@@ -36,12 +35,15 @@ struct LinearCall {
                       "] (out_features), got ", checks::shape_text(*bias_arg));
       problem.bias = checks::operand("bias", *bias_arg, "x", x_arg, &bias);
     }
-    lora = checks::lora(lora_a, lora_b, out_features, k, scaling, dropout_p, seed, "x", x_arg);
+    lora = checks::lora(lora_a, lora_b, out_features, k, scaling, dropout_p, seed, "x", x_arg, problem.m);
     problem.lora = lora.lora;
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
-    y = empty(x_arg, checks::with_last(x_arg, out_features), x_arg.scalar_type());
+    y = empty(x_arg, checks::with_last(x_arg, "out_features", out_features), x_arg.scalar_type());
     problem.y = y.mutable_data_ptr();
   }
+
+  // Nothing to compute, however large the other sizes of an empty x are.
+  bool is_empty() const { return problem.m == 0 || problem.w.n == 0; }
 };
 
 struct LinearDxCall {
@@ -58,12 +60,14 @@ struct LinearDxCall {
     checks::same_device("packed", packed.packed, "dy", dy_arg);
     check_packed_fits(packed.packed, "dy", n, "out_features", "in_features", in_features);
     problem.w = checks::weight(packed, n, in_features);
-    lora = checks::lora(lora_a, lora_b, n, in_features, scaling, dropout_p, seed, "dy", dy_arg);
+    lora = checks::lora(lora_a, lora_b, n, in_features, scaling, dropout_p, seed, "dy", dy_arg, problem.m);
     problem.lora = lora.lora;
     problem.dy = checks::operand("dy", dy_arg, "dy", dy_arg, &dy);
-    dx = empty(dy_arg, checks::with_last(dy_arg, in_features), dy_arg.scalar_type());
+    dx = empty(dy_arg, checks::with_last(dy_arg, "in_features", in_features), dy_arg.scalar_type());
     problem.dx = dx.mutable_data_ptr();
   }
+
+  bool is_empty() const { return problem.m == 0 || problem.w.k == 0; }
 };
 
 struct LoraGradCall {
@@ -80,7 +84,7 @@ struct LoraGradCall {
       checks::require(false, "dy: expected the leading dimensions of x ", checks::shape_text(x_arg), ", got shape ",
                       checks::shape_text(dy_arg));
     }
-    lora = checks::lora(lora_a, lora_b, problem.n, problem.k, scaling, dropout_p, seed, "x", x_arg);
+    lora = checks::lora(lora_a, lora_b, problem.n, problem.k, scaling, dropout_p, seed, "x", x_arg, problem.m);
     problem.lora = lora.lora;
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
     problem.dy = checks::operand("dy", dy_arg, "x", x_arg, &dy);
@@ -89,6 +93,8 @@ struct LoraGradCall {
     problem.da = da.mutable_data_ptr();
     problem.db = db.mutable_data_ptr();
   }
+
+  bool is_empty() const { return problem.lora.rank == 0 || (problem.n == 0 && problem.k == 0); }
 };
 
 }  // namespace qlora

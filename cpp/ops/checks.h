@@ -2,6 +2,8 @@
 // else, for CPU and CUDA alike; the message names the argument, what was expected and what came.
 #pragma once
 
+#include <cmath>
+#include <limits>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -100,7 +102,45 @@ inline void block_size(const char* name, int64_t n) {
   require(is_block_size(n), name, ": expected a power of two from ", kMinBlockSize, " to ", kMaxBlockSize, ", got ", n);
 }
 
-inline void nested_block_size(int64_t n) { require(n >= 1, "nested_block_size: expected a positive number, got ", n); }
+inline void nested_block_size(int64_t n) {
+  require(is_nested_block_size(n), "nested_block_size: expected an integer from 1 to ", kMaxNestedBlockSize, ", got ",
+          n);
+}
+
+// The product of sizes, one after the other, none of which is below 0 or takes it past kMaxElements. A size of 0 leaves
+// the bound on the others in place, because an empty tensor's strides are made of them.
+class Count {
+ public:
+  explicit Count(const char* name) : name_(name) {}
+
+  void times(int64_t size) {
+    require(size >= 0, name_, ": expected sizes of 0 or more, got ", size);
+    empty_ |= size == 0;
+    int64_t product = 0;
+    const bool wraps = __builtin_mul_overflow(product_, size > 1 ? size : 1, &product);
+    require(!wraps && product <= kMaxElements, name_, ": expected at most 2^48 elements, got ", product_, " * ", size);
+    product_ = product;
+  }
+  int64_t value() const { return empty_ ? 0 : product_; }
+
+ private:
+  const char* name_;
+  int64_t product_ = 1;
+  bool empty_ = false;
+};
+
+inline int64_t area(const char* name, int64_t rows, int64_t cols) {
+  Count count(name);
+  count.times(rows);
+  count.times(cols);
+  return count.value();
+}
+
+inline int64_t numel(const char* name, const Tensor& t) {
+  Count count(name);
+  for (int64_t i = 0; i < t.dim(); ++i) count.times(t.size(i));
+  return count.value();
+}
 
 // 8-bit codes of absmax with their nested scales.
 inline Scales nested_scales(const char* name, const Tensor& codes, const Tensor& nested_absmax,
@@ -140,6 +180,7 @@ inline Scales scales(const PackedArgs& p, int64_t blocks) {
   has_numel("absmax", p.absmax, blocks, "one a block");
   require(p.nested_absmax || !p.nested_offset, "nested_absmax: expected with nested_offset, got None");
   require(p.nested_offset || !p.nested_absmax, "nested_offset: expected with nested_absmax, got None");
+  nested_block_size(p.nested_block_size);
   Scales s;
   if (p.nested_absmax) {
     s = nested_scales("absmax", p.absmax, *p.nested_absmax, *p.nested_offset, p.nested_block_size);
@@ -155,26 +196,24 @@ inline Scales scales(const PackedArgs& p, int64_t blocks) {
 inline Weight weight(const PackedArgs& p, int64_t n, int64_t k) {
   has_dtype("packed", p.packed, ScalarType::Byte);
   is_contiguous("packed", p.packed);
-  if (p.packed.numel() != packed_bytes(n * k)) {
-    require(false, "packed: expected ", packed_bytes(n * k), " bytes for ", n * k, " elements, got ", p.packed.numel(),
+  const int64_t numel = area("packed", n, k);
+  if (p.packed.numel() != packed_bytes(numel)) {
+    require(false, "packed: expected ", packed_bytes(numel), " bytes for ", numel, " elements, got ", p.packed.numel(),
             " in shape ", shape_text(p.packed));
   }
   block_size("block_size", p.block_size);
   Weight w;
   w.n = n;
   w.k = k;
-  w.scales = scales(p, ceil_div(n * k, p.block_size));
+  w.scales = scales(p, ceil_div(numel, p.block_size));
   w.packed = p.packed.const_data_ptr<uint8_t>();
   return w;
 }
 
 inline int64_t shape_numel(const std::vector<int64_t>& shape) {
-  int64_t numel = 1;
-  for (const int64_t d : shape) {
-    require(d >= 0, "shape: expected sizes of 0 or more, got ", d);
-    numel *= d;
-  }
-  return numel;
+  Count count("shape");
+  for (const int64_t size : shape) count.times(size);
+  return count.value();
 }
 
 inline Dropout dropout(double p, int64_t seed) {
@@ -191,22 +230,26 @@ inline const void* operand(const char* name, const Tensor& t, const char* like_n
   return keep->const_data_ptr();
 }
 
-// LoRA's operands with the tensors that own them. lora_a [r, k] and lora_b [n, r] come together; r may be 0.
+// LoRA's operands with the tensors that own them, for m tokens. lora_a [r, k] and lora_b [n, r] come together; r may be
+// 0.
 struct LoraArgs {
   Lora lora;
   Tensor a, b;
 };
 
 inline LoraArgs lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k, double scaling,
-                     double dropout_p, int64_t seed, const char* like_name, const Tensor& like) {
+                     double dropout_p, int64_t seed, const char* like_name, const Tensor& like, int64_t m) {
   LoraArgs out;
   out.lora.dropout = dropout(dropout_p, seed);
+  require(std::abs(scaling) <= std::numeric_limits<float>::max(),
+          "scaling: expected a finite number within float32's range, got ", scaling);
   out.lora.scaling = scaling;
   require(a.has_value() || !b, "lora_a: expected with lora_b, got None");
   require(b.has_value() || !a, "lora_b: expected with lora_a, got None");
   if (!a) return out;
   require(a->dim() == 2, "lora_a: expected shape [rank, in_features], got ", shape_text(*a));
   out.lora.rank = a->size(0);
+  for (const int64_t size : {m, n, k}) area("lora_a", out.lora.rank, size);
   is_matrix("lora_a", *a, out.lora.rank, k, "rank, in_features");
   is_matrix("lora_b", *b, n, out.lora.rank, "out_features, rank");
   out.lora.a = operand("lora_a", *a, like_name, like, &out.a);
@@ -218,22 +261,27 @@ inline LoraArgs lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n
 inline int64_t rows_of(const char* name, const Tensor& x, int64_t* last) {
   require(x.dim() >= 1, name, ": expected at least one dimension, got a scalar");
   *last = x.size(x.dim() - 1);
-  int64_t m = 1;
-  for (int64_t i = 0; i + 1 < x.dim(); ++i) m *= x.size(i);
-  return m;
+  Count count(name);
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) count.times(x.size(i));
+  const int64_t rows = count.value();
+  count.times(*last);
+  return rows;
 }
 
-inline std::vector<int64_t> with_last(const Tensor& x, int64_t last) {
+// The shape of x with another last dimension, which is the argument `name`.
+inline std::vector<int64_t> with_last(const Tensor& x, const char* name, int64_t last) {
+  Count count(name);
   std::vector<int64_t> shape;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) shape.push_back(x.size(i));
   shape.push_back(last);
+  for (const int64_t size : shape) count.times(size);
   return shape;
 }
 
 // The shape of w's codes: [..., K/2] so that dim 0 can be sharded; flat where the last dimension is odd.
 inline std::vector<int64_t> packed_shape(const Tensor& w) {
   const int64_t dims = w.dim();
-  if (dims >= 1 && w.size(dims - 1) % 2 == 0) return with_last(w, w.size(dims - 1) / 2);
+  if (dims >= 1 && w.size(dims - 1) % 2 == 0) return with_last(w, "w", w.size(dims - 1) / 2);
   return {packed_bytes(w.numel())};
 }
 

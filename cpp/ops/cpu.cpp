@@ -20,10 +20,11 @@ cpu::Pool pool() {
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size) {
   const DType dtype = checks::storage_dtype("w", w_arg.scalar_type());
   checks::block_size("block_size", block_size);
+  const int64_t numel = checks::numel("w", w_arg);
   const Tensor w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
   Tensor packed = empty(w, checks::packed_shape(w), ScalarType::Byte);
-  Tensor absmax = empty(w, {ceil_div(w.numel(), block_size)}, ScalarType::Float);
-  cpu::quantize_nf4(pool(), dtype, w.const_data_ptr(), w.numel(), block_size, packed.mutable_data_ptr<uint8_t>(),
+  Tensor absmax = empty(w, {ceil_div(numel, block_size)}, ScalarType::Float);
+  cpu::quantize_nf4(pool(), dtype, w.const_data_ptr(), numel, block_size, packed.mutable_data_ptr<uint8_t>(),
                     absmax.mutable_data_ptr<float>());
   return {packed, absmax};
 }
@@ -31,8 +32,8 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size)
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int64_t nested_block_size) {
   checks::has_dtype("absmax", absmax_arg, ScalarType::Float);
   checks::nested_block_size(nested_block_size);
+  const int64_t count = checks::numel("absmax", absmax_arg);
   const Tensor absmax = absmax_arg.is_contiguous() ? absmax_arg : stable::contiguous(absmax_arg);
-  const int64_t count = absmax.numel();
   Tensor codes = empty(absmax, {count}, ScalarType::Byte);
   Tensor nested_absmax = empty(absmax, {ceil_div(count, nested_block_size)}, ScalarType::Float);
   Tensor nested_offset = empty(absmax, std::vector<int64_t>{}, ScalarType::Float);
@@ -68,7 +69,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, O
                   int64_t seed) {
   const LinearCall call(x, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, out_features,
                         bias, lora_a, lora_b, scaling, dropout_p, seed);
-  cpu::linear_nf4(pool(), call.problem);
+  if (!call.is_empty()) cpu::linear_nf4(pool(), call.problem);
   return call.y;
 }
 
@@ -77,14 +78,14 @@ Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
                      OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed) {
   const LinearDxCall call(dy, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
                           in_features, lora_a, lora_b, scaling, dropout_p, seed);
-  cpu::linear_nf4_dx(pool(), call.problem);
+  if (!call.is_empty()) cpu::linear_nf4_dx(pool(), call.problem);
   return call.dx;
 }
 
 std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
                                             const Tensor& lora_b, double scaling, double dropout_p, int64_t seed) {
   const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed);
-  cpu::linear_nf4_dlora(pool(), call.problem);
+  if (!call.is_empty()) cpu::linear_nf4_dlora(pool(), call.problem);
   return {call.da, call.db};
 }
 

@@ -43,10 +43,11 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An uninitialised contiguous tensor on the device of `like`. Straight through the shim: stable::new_empty goes the
-// boxed way through the dispatcher, which costs a small layer more than its matmul.
+// An uninitialised contiguous tensor on the device of `like`, of sizes that checks::count has passed. Straight through
+// the shim: stable::new_empty goes the boxed way through the dispatcher, which costs a small layer more than its
+// matmul.
 inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
-  int64_t strides[64];
+  std::vector<int64_t> strides(static_cast<size_t>(dims));
   int64_t stride = 1;
   for (int64_t i = dims - 1; i >= 0; --i) {
     strides[i] = stride;
@@ -58,7 +59,7 @@ inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, Scal
   dtype_code = stable::detail::to<int32_t>(stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dims, sizes, strides, dtype_code, device_type, device_index, &handle));
+      aoti_torch_empty_strided(dims, sizes, strides.data(), dtype_code, device_type, device_index, &handle));
   return Tensor(handle);
 }
 

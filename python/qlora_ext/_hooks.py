@@ -5,46 +5,52 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 
-class _Watcher(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Stands in for the loader of the watched modules: runs the real one, then imports what waits for the module."""
+class _Loader(importlib.abc.Loader):
+    """Runs the module as ``loader`` does, and then the integration that waits for it; in all else it is ``loader``."""
 
-    def __init__(self) -> None:
-        self.waiting: dict[str, str] = {}
-        self._loaders: dict[str, importlib.abc.Loader] = {}
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in self.waiting or fullname in self._loaders:
-            return None
-        self._loaders[fullname] = self  # marks the lookup below as ours, which must not come back here
-        try:
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            del self._loaders[fullname]
-        if spec is None or spec.loader is None:
-            return None
-        self._loaders[fullname] = spec.loader
-        spec.loader = self
-        return spec
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loaders[spec.name].create_module(spec)
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
 
     def exec_module(self, module: ModuleType) -> None:
         spec = module.__spec__
         assert spec is not None
-        loader = self._loaders.pop(spec.name)
-        spec.loader = module.__loader__ = loader
-        loader.exec_module(module)
-        _integrate(spec.name, self.waiting.pop(spec.name))
+        spec.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        integration = _WATCHER.waiting.pop(spec.name, None)
+        if integration is not None:
+            _integrate(spec.name, integration)
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Finds the modules that integrations wait for as the other finders do; being asked changes nothing in it."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[str, str] = {}
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname not in self.waiting:
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((s for finder in others if (s := finder.find_spec(fullname, path, target)) is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader)
+        return spec
 
 
 def _integrate(module: str, integration: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._library import LIBRARY
 from .ops import autocast_linear_nf4_args
@@ -24,6 +25,19 @@ def _below_autograd(*args: Any) -> Tensor:
     return y
 
 
+def has_tangent(args: tuple[Any, ...]) -> bool:
+    """Whether forward-mode AD (``torch.func.jvp``, ``forward_ad.make_dual``) runs and reaches one of ``args``."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
+
+
+def refuse_tangent(operator: str, *args: Any) -> None:
+    """Raises a NotImplementedError where forward-mode AD reaches ``args``, whose tangents would be lost."""
+    if has_tangent(args):
+        raise NotImplementedError(f"{operator}: forward-mode AD is not supported here; use reverse mode (backward)")
+
+
 class LinearNF4Function(torch.autograd.Function):
     """y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias over a packed, frozen W (QLoRA, Dettmers et al., 2023).
 
@@ -32,6 +46,8 @@ class LinearNF4Function(torch.autograd.Function):
     lora_b [N, R], scaling, dropout_p, seed. Gradients reach x, bias, lora_a and lora_b; saved for them are x (where
     there are adapters) and references to the packed state and the adapters: never a dequantized weight, nor a
     dropout mask, which the backward draws again from the seed. Under autocast x, bias and adapters take its dtype.
+    Forward-mode AD is refused with a NotImplementedError here (dynamo traces no Function with a ``jvp``); the operator
+    has it, by x and bias.
     """
 
     @staticmethod
@@ -49,6 +65,7 @@ class LinearNF4Function(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_tangent("the backward of linear_nf4", dy)
         x, lora_a, lora_b, *packed = ctx.saved_tensors
         needs_dx, needs_dbias, needs_da, needs_db = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
         dx = da = db = dbias = None
@@ -66,10 +83,30 @@ class LinearNF4Function(torch.autograd.Function):
 
 def differentiable_linear_nf4(*args: Any) -> Tensor:
     """``torch.ops.qlora.linear_nf4`` with its gradient, at the price of a graph only where one is needed."""
+    if has_tangent(args):
+        return _with_tangent(args)
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         y: Tensor = LinearNF4Function.apply(*args)  # type: ignore[no-untyped-call]
         return y
     return _below_autograd(*args)
+
+
+def _with_tangent(args: tuple[Any, ...]) -> Tensor:
+    """The layer is linear in x and bias: its tangent is the layer again, with their tangents in their places."""
+    duals = [forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
+    x_tangent, bias_tangent = duals[0][1], duals[8][1]
+    for name, (_, tangent) in zip(("lora_a", "lora_b"), duals[9:11], strict=True):
+        if tangent is not None:
+            raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives by x and bias alone")
+    primals = [primal for primal, _ in duals]
+    y = differentiable_linear_nf4(*primals)
+    if x_tangent is None:
+        assert bias_tangent is not None  # or there would be no tangent at all
+        tangent = torch.zeros_like(y) + bias_tangent
+    else:
+        tangent = differentiable_linear_nf4(x_tangent, *primals[1:8], bias_tangent, *primals[9:])
+    dual: Tensor = forward_ad.make_dual(y, tangent)
+    return dual
 
 
 LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
@@ -109,7 +146,8 @@ def linear_nf4(
         lora_a, lora_b: [R, K] and [N, R], dtype of x; both or neither.
         scaling: lora_alpha / R.
         dropout_p: probability of dropping an element of x on the LoRA branch, 0 to 1.
-        seed: of dropout's Philox stream. None draws one from torch's generator where ``dropout_p`` > 0.
+        seed: of dropout's Philox stream, an integer of 64 bits. None draws one from torch's generator where
+            ``dropout_p`` > 0.
 
     Returns:
         y [..., N] in x's dtype, differentiable in x, bias, lora_a and lora_b. Under autocast the dense arguments
@@ -125,6 +163,8 @@ def linear_nf4(
         raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
     if x.ndim == 0 or x.shape[-1] != w4.shape[1]:
         raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an integer of 64 bits, from -2^63 to 2^63 - 1, got {seed}")
     if seed is None:
         seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
     return call_linear_nf4(

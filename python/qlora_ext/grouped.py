@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
-
-assert autograd  # linear_nf4 must be registered
+from . import ops
+from .autograd import refuse_tangent
 
 _PACKED = (
     "Tensor offsets, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
@@ -163,6 +162,7 @@ class _GroupedLinearNF4(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_tangent("the backward of grouped_linear_nf4", dy)
         x, lora_a, lora_b, offsets, *packed = ctx.saved_tensors
         needs_dx, needs_dbias, needs_da, needs_db = (ctx.needs_input_grad[i] for i in (0, 9, 10, 11))
         dy = dy.contiguous()
@@ -191,6 +191,7 @@ def _below_autograd(*args: Any) -> Tensor:
 
 
 def _differentiable(*args: Any) -> Tensor:
+    refuse_tangent("grouped_linear_nf4", *args)
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
         y: Tensor = _GroupedLinearNF4.apply(*args)  # type: ignore[no-untyped-call]
         return y
@@ -205,11 +206,15 @@ _LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
 
 @torch.library.register_fake("qlora::grouped_linear_nf4")
 def _(x: Tensor, *args: Any) -> Tensor:
+    ops.check_block_sizes(*args[5:7])
+    ops.check_lora_numbers(args[11], 0.0)
     return x.new_empty((x.shape[0], args[7]))
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dx")
 def _(dy: Tensor, *args: Any) -> Tensor:
+    ops.check_block_sizes(*args[5:7])
+    ops.check_lora_numbers(args[10], 0.0)
     return dy.new_empty((dy.shape[0], args[7]))
 
 

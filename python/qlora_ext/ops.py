@@ -7,6 +7,7 @@ travel together: packed, absmax, nested_absmax, nested_offset, block_size, neste
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,40 @@ import torch
 from torch import Tensor
 
 from ._library import LIBRARY
+
+MAX_NESTED_BLOCK_SIZE = 2**20
+MAX_ELEMENTS = 2**48  # cpp/format/nf4.h has the reason
+
+
+def check_block_sizes(block_size: Any = 64, nested_block_size: Any = 256) -> None:
+    """Refuses with a ValueError what is no block size of the format."""
+    if not _is_integer(block_size) or block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
+        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {reprlib.repr(block_size)}")
+    if not _is_integer(nested_block_size) or not 1 <= nested_block_size <= MAX_NESTED_BLOCK_SIZE:
+        raise ValueError(
+            f"nested_block_size: expected an integer from 1 to {MAX_NESTED_BLOCK_SIZE}, "
+            f"got {reprlib.repr(nested_block_size)}"
+        )
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_shape(name: str, shape: Any) -> None:
+    """Refuses with a ValueError what is no list of sizes, or more elements than an operator takes."""
+    if not isinstance(shape, Sequence) or not all(_is_integer(size) and size >= 0 for size in shape):
+        raise ValueError(f"{name}: expected a list of integers of 0 or more, got {reprlib.repr(shape)}")
+    if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
+        raise ValueError(f"{name}: expected at most 2^48 elements, got {reprlib.repr(list(shape))}")
+
+
+def check_lora_numbers(scaling: float, dropout_p: float) -> None:
+    """Refuses with a ValueError what cannot be LoRA's scaling, or no probability."""
+    if not abs(scaling) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"scaling: expected a finite number within float32's range, got {scaling}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
@@ -25,6 +60,7 @@ def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
 
 @torch.library.register_fake("qlora::quantize_nf4")
 def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    check_block_sizes(block_size)
     blocks = (w.numel() + block_size - 1) // block_size
     return (
         w.new_empty(packed_shape(w.shape), dtype=torch.uint8),
@@ -34,6 +70,7 @@ def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("qlora::quantize_absmax")
 def _(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    check_block_sizes(nested_block_size=nested_block_size)
     count = absmax.numel()
     nested = (count + nested_block_size - 1) // nested_block_size
     return absmax.new_empty((count,), dtype=torch.uint8), absmax.new_empty((nested,)), absmax.new_empty(())
@@ -41,6 +78,7 @@ def _(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("qlora::dequantize_absmax")
 def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, nested_block_size: int) -> Tensor:
+    check_block_sizes(nested_block_size=nested_block_size)
     return codes.new_empty((codes.numel(),), dtype=torch.float32)
 
 
@@ -55,17 +93,22 @@ def _(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    check_block_sizes(block_size, nested_block_size)
     return packed.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("qlora::linear_nf4")
 def _(x: Tensor, *args: Any) -> Tensor:
+    check_block_sizes(*args[4:6])
+    check_lora_numbers(*args[10:12])
     out_features = args[6]
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @torch.library.register_fake("qlora::linear_nf4_dx")
 def _(dy: Tensor, *args: Any) -> Tensor:
+    check_block_sizes(*args[4:6])
+    check_lora_numbers(*args[9:11])
     in_features = args[6]
     return dy.new_empty((*dy.shape[:-1], in_features))
 
@@ -74,6 +117,7 @@ def _(dy: Tensor, *args: Any) -> Tensor:
 def _(
     dy: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
+    check_lora_numbers(scaling, dropout_p)
     return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 
 

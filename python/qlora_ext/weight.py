@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import ops
-
-assert ops  # the operators must be registered
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -101,7 +98,7 @@ class NF4Weight:
             prefix: name of the weight, e.g. ``"model.layers.0.mlp.up_proj.weight"``.
 
         Raises:
-            KeyError: a key is missing. ValueError: not NF4, or its parts do not fit together.
+            KeyError: a key is missing. ValueError: not NF4, or its parts are no such tensors, or do not fit together.
         """
         from .integrations import bitsandbytes
 
@@ -144,17 +141,19 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
         w: any shape; float32, bfloat16 or float16; CPU or CUDA; finite.
         block_size: elements a scale: a power of two from 32 to 4096.
         double_quant: store the scales themselves in 8 bits, in blocks of ``nested_block_size``.
+        nested_block_size: scales a nested scale: from 1 to 2^20; bitsandbytes' are 256.
 
     In a compiled graph a block with a NaN or an infinity is not refused: it decodes to NaN.
 
     Raises:
-        TypeError: ``w`` is no such tensor. ValueError: a bad block size, or a NaN or infinity, with its place.
+        TypeError: ``w`` is no such tensor. ValueError: a bad block size or nested block size, or a NaN or infinity,
+            with its place.
     """
     if not isinstance(w, Tensor):
         raise TypeError(f"w: expected a torch.Tensor, got {type(w).__name__}")
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w: expected float32, bfloat16 or float16, got {w.dtype}")
-    _check_block_sizes(block_size, nested_block_size)
+    ops.check_block_sizes(block_size, nested_block_size)
     w = w.detach()
     packed, absmax = torch.ops.qlora.quantize_nf4(w, block_size)
     if _has_values(absmax):
@@ -163,13 +162,6 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
     if double_quant:
         absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, nested_block_size)
     return NF4Weight(packed, absmax, nested_absmax, nested_offset, w.shape, w.dtype, block_size, nested_block_size)
-
-
-def _check_block_sizes(block_size: Any, nested_block_size: Any) -> None:
-    if not isinstance(block_size, int) or block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {block_size!r}")
-    if not isinstance(nested_block_size, int) or nested_block_size < 1:
-        raise ValueError(f"nested_block_size: expected a positive integer, got {nested_block_size!r}")
 
 
 def dequantize_nf4(w4: NF4Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:

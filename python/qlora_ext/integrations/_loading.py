@@ -10,7 +10,6 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ..nn import Linear4bit, Packed4bit, TiedLinear4bit, scale_names
 from ..weight import NF4Weight
-from ._mapped_files import drop_pages
 from .bitsandbytes import from_state_dict
 
 if TYPE_CHECKING:
@@ -45,9 +44,9 @@ class Quantize(ConversionOps):
         filled: dict[str, Tensor] = {}
         for name, value in input_dict.items():
             module, _ = get_module_from_name(model, name)
-            w4 = self.hf_quantizer.quantize(module, _one(value))
-            filled |= _fill(module, name, w4, kwargs.get("missing_keys"))
-        drop_pages(self.hf_quantizer.checkpoint_files)
+            dense = _one(value)
+            filled |= _fill(module, name, self.hf_quantizer.quantize(module, dense), kwargs.get("missing_keys"))
+            self.hf_quantizer.mapped_files.release(dense)
         return filled
 
 

@@ -1,14 +1,18 @@
-"""Gives back the memory that reading a memory-mapped checkpoint occupies."""
+"""Gives back the memory that reading a memory-mapped checkpoint occupies, and nothing that anybody has written."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import mmap
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
-_MADV_DONTNEED = 4  # asm-generic/mman-common.h
+from torch import Tensor
+
+_MADV_DONTNEED, _MADV_PAGEOUT = 4, 21  # asm-generic/mman-common.h
+_Range = tuple[int, int]
 
 
 @functools.cache
@@ -18,25 +22,53 @@ def _libc() -> ctypes.CDLL:
     return libc
 
 
-def _mappings(paths: Iterable[str]) -> Iterator[tuple[int, int]]:
-    wanted = {os.path.realpath(path) for path in paths}
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            fields = line.rstrip("\n").split(maxsplit=5)
-            if len(fields) == 6 and fields[5] in wanted:
-                begin, _, end = fields[0].partition("-")
-                yield int(begin, 16), int(end, 16)
+def _advise(begin: int, end: int, advice: int) -> None:
+    if begin < end:
+        _libc().madvise(begin, end - begin, advice)  # a refusal costs memory, nothing else
 
 
-def drop_pages(paths: Iterable[str]) -> None:
-    """Unmaps what has been read so far of the files ``paths``, wherever this process has them mapped (Linux).
+class MappedFiles:
+    """The files ``paths`` of a checkpoint, about to be mapped and read by one load (Linux; elsewhere nothing is done).
 
     What safetensors has read of a checkpoint counts as this process's memory until the file is closed, so that
-    quantizing while loading would hold the whole dense model all the same. The pages are unmodified: whoever looks at
-    them again gets them from the file. Only to be called while nothing has written to a tensor read from there.
+    quantizing while loading would hold the whole dense model all the same. A mapping is private and may be written to,
+    and other models of the process may live in mappings of the same files, now or from another thread: only a tensor
+    that the load is done with may lose what is in it.
     """
-    if sys.platform != "linux":
-        return
-    for begin, end in _mappings(paths):
-        # A refusal costs memory, nothing else.
-        _libc().madvise(begin, end - begin, _MADV_DONTNEED)
+
+    def __init__(self, paths: Iterable[str]) -> None:
+        self._paths = {os.path.realpath(path) for path in paths}
+        self._older = self._mappings()  # they belong to others
+
+    def _new_mappings(self) -> list[_Range]:
+        return [(b, e) for b, e in self._mappings() if not any(b < end and begin < e for begin, end in self._older)]
+
+    def _mappings(self) -> list[_Range]:
+        if sys.platform != "linux" or not self._paths:
+            return []
+        found = []
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            for line in maps:
+                fields = line.rstrip("\n").split(maxsplit=5)
+                if len(fields) == 6 and fields[5] in self._paths:
+                    begin, _, end = fields[0].partition("-")
+                    found.append((int(begin, 16), int(end, 16)))
+        return found
+
+    def release(self, tensor: Tensor) -> None:
+        """Gives back the pages of ``tensor``, which the load has read and nobody will look at again.
+
+        Those that lie wholly within it are unmapped, where it is itself a piece of a mapping. Of a copy (cast, or
+        merged of several tensors) the source is not known: then the kernel pages out what has been mapped of the files
+        since the load began, which keeps every content, but means reading from the disk for whoever comes next. What
+        was copied to another device is left to the kernel.
+        """
+        if tensor.device.type != "cpu":
+            return
+        mappings, begin, page = self._new_mappings(), tensor.data_ptr(), mmap.PAGESIZE
+        end = begin + tensor.nbytes
+        if tensor.is_contiguous() and any(b <= begin and end <= e for b, e in mappings):
+            _advise(-(-begin // page) * page, end // page * page, _MADV_DONTNEED)
+        else:
+            for mapping in mappings:
+                _advise(*mapping, _MADV_PAGEOUT)

@@ -12,6 +12,7 @@ import functools
 import json
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..weight import NF4Weight, _check_block_sizes
+from ..weight import NF4Weight
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
 # Every key that may follow a weight's name, the longer ones first as they are matched in this order.
@@ -31,6 +32,10 @@ COMPANIONS = (
     "quant_map",
     "absmax",
 )
+
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MAX_JSON_BYTES = 65536  # bitsandbytes writes some 200
 
 
 @functools.cache
@@ -51,34 +56,71 @@ def _nested_code_values() -> Tensor:
 
 def _take(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
     try:
-        return state_dict[name]
+        t = state_dict[name]
     except KeyError:
         raise KeyError(f"{name}: missing from the bitsandbytes state") from None
+    if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_meta or t.is_quantized:
+        raise ValueError(f"{name}: expected a dense tensor with its values, got {reprlib.repr(t)}")
+    return t.detach()
+
+
+def _take_scales(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    t = _take(state_dict, name).reshape(-1)
+    if not t.is_floating_point():
+        raise ValueError(f"{name}: expected float32 scales, got {t.dtype}")
+    if not bool(((t >= 0) & t.isfinite()).all()):
+        raise ValueError(f"{name}: expected finite scales of 0 or more, got others among them")
+    return t.float()
 
 
 def _check_code(name: str, found: Tensor, expected: Tensor) -> None:
-    if found.shape != expected.shape or not torch.equal(found.to("cpu", torch.float32), expected):
+    if (
+        not found.is_floating_point()
+        or found.shape != expected.shape
+        or not torch.equal(found.to("cpu", torch.float32), expected)
+    ):
         raise ValueError(f"{name}: expected bitsandbytes' own code values, got others; they cannot be represented here")
 
 
 def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     for key in state_dict:
         if key.startswith(f"{prefix}.quant_state.bitsandbytes__") and key != f"{prefix}.{STATE_KEY}":
-            kind = key.rpartition("__")[2]
+            kind = key.rpartition("__")[2][:20]
             raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got {kind.upper()}, not supported")
     if f"{prefix}.SCB" in state_dict or f"{prefix.rpartition('.')[0]}.SCB" in state_dict:
         raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got int8 (LLM.int8()), which is not supported")
-    raw = _take(state_dict, f"{prefix}.{STATE_KEY}")
+    name = f"{prefix}.{STATE_KEY}"
+    raw = _take(state_dict, name)
+    if raw.dtype != torch.uint8 or raw.ndim != 1 or raw.numel() > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"{name}: expected JSON in a uint8 tensor of one dimension and at most {_MAX_JSON_BYTES} bytes, "
+            f"got {raw.dtype} {list(raw.shape)}"
+        )
     try:
-        state = json.loads(bytes(raw.to("cpu", torch.uint8).tolist()))
-    except ValueError as error:
-        raise ValueError(f"{prefix}.{STATE_KEY}: expected JSON in a uint8 tensor, got {error}") from error
+        state = json.loads(bytes(raw.tolist()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected JSON in a uint8 tensor, got {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {type(state).__name__}")
     absent = [key for key in ("quant_type", "blocksize", "dtype", "shape") if state.get(key) is None]
     if absent:
-        raise ValueError(f"{prefix}.{STATE_KEY}: expected {', '.join(absent)} in it, got {sorted(state)}")
+        raise ValueError(f"{name}: expected {', '.join(absent)} in it, got {reprlib.repr(sorted(state))}")
     if state["quant_type"] != "nf4":
-        raise ValueError(f"{prefix}: expected quant_type 'nf4', got {state['quant_type']!r}, which is not supported")
-    return dict(state)
+        found = reprlib.repr(state["quant_type"])
+        raise ValueError(f"{prefix}: expected quant_type 'nf4', got {found}, which is not supported")
+    if not isinstance(state["dtype"], str) or state["dtype"] not in _DTYPES:
+        found = reprlib.repr(state["dtype"])
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16 as dtype, got {found}")
+    ops.check_shape(f"{name}: shape", state["shape"])
+    return state
+
+
+def _offset(name: str, value: Any, device: torch.device) -> Tensor:
+    """``nested_offset`` as the scalar tensor that it is in the packed state."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a finite float32 number as nested_offset, got {reprlib.repr(value)}")
+    return torch.tensor(value, dtype=torch.float32, device=device)
 
 
 def from_state_dict(state_dict: Mapping[str, Tensor], prefix: str) -> NF4Weight:
@@ -88,43 +130,43 @@ def from_state_dict(state_dict: Mapping[str, Tensor], prefix: str) -> NF4Weight:
     device they are on.
 
     Raises:
-        KeyError: a key is missing. ValueError: FP4, int8 or another code, or parts that do not fit together.
+        KeyError: a key is missing. ValueError: FP4, int8 or another code; JSON, dtypes or values that no such state
+            has; parts that do not fit together.
     """
     state = _read_state(state_dict, prefix)
     shape, block_size = torch.Size(state["shape"]), state["blocksize"]
     nested_block_size = state.get("nested_blocksize", 256)
-    _check_block_sizes(block_size, nested_block_size)
+    ops.check_block_sizes(block_size, nested_block_size)
     _check_code(f"{prefix}.quant_map", _take(state_dict, f"{prefix}.quant_map"), _code_values())
 
-    packed = _take(state_dict, prefix).detach().contiguous().reshape(-1).view(torch.uint8)
+    packed = _take(state_dict, prefix).contiguous().reshape(-1).view(torch.uint8)
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
-    absmax = _take(state_dict, f"{prefix}.absmax").reshape(-1)
     nested_absmax = nested_offset = None
     if "nested_offset" in state or f"{prefix}.nested_absmax" in state_dict:
-        nested_absmax = _take(state_dict, f"{prefix}.nested_absmax").reshape(-1).float()
+        absmax = _take(state_dict, f"{prefix}.absmax").reshape(-1)
+        if absmax.dtype != torch.uint8:
+            raise ValueError(f"{prefix}.absmax: expected uint8 codes of nested scales, got {absmax.dtype}")
+        nested_absmax = _take_scales(state_dict, f"{prefix}.nested_absmax")
         nested_map = _take(state_dict, f"{prefix}.nested_quant_map")
         _check_code(f"{prefix}.nested_quant_map", nested_map, _nested_code_values())
         if "nested_offset" not in state:
-            raise ValueError(f"{prefix}.{STATE_KEY}: expected nested_offset in it, got {sorted(state)}")
-        nested_offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=absmax.device)
+            raise ValueError(f"{prefix}.{STATE_KEY}: expected nested_offset in it, got {reprlib.repr(sorted(state))}")
+        nested_offset = _offset(f"{prefix}.{STATE_KEY}", state["nested_offset"], absmax.device)
         expected = {"absmax": (absmax, blocks), "nested_absmax": (nested_absmax, -(-blocks // nested_block_size))}
     else:
-        absmax = absmax.float()
+        absmax = _take_scales(state_dict, f"{prefix}.absmax")
         expected = {"absmax": (absmax, blocks)}
     for name, (found, count) in {"packed bytes": (packed, (numel + 1) // 2), **expected}.items():
         if found.numel() != count:
             raise ValueError(f"{prefix}: expected {count} {name} for shape {list(shape)}, got {found.numel()}")
-    dtype = getattr(torch, state["dtype"], None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{prefix}.{STATE_KEY}: expected the name of a torch dtype, got {state['dtype']!r}")
     return NF4Weight(
         packed.reshape(ops.packed_shape(shape)),
         absmax,
         nested_absmax,
         nested_offset,
         shape,
-        dtype,
+        _DTYPES[state["dtype"]],
         block_size,
         nested_block_size,
     )

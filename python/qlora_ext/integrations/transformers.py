@@ -8,6 +8,7 @@ as transformers loads its own quantizers, so that ``import qlora_ext`` is enough
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .. import _library
+from .. import _library, ops
 from ..nn import (
     AFTER_QUANTIZE,
     CONVERSIONS,
@@ -34,7 +35,8 @@ from ..nn import (
     places_in,
     tied_heads,
 )
-from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
+from ..weight import NF4Weight, quantize_nf4
+from ._mapped_files import MappedFiles
 from ._modules import check_loaded, dense_names, dequantize_modules, record_form, refuse_split_experts, whole_experts
 from .bitsandbytes import COMPANIONS
 
@@ -81,6 +83,7 @@ class QLoRAConfig(QuantizationConfigMixin):
     Args:
         block_size: elements a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are themselves held in 8 bits, in blocks of ``nested_block_size``.
+        nested_block_size: scales a nested scale: from 1 to 2^20.
         compute_dtype: of the quantized layers' products and biases; the model's dtype by default.
         skip_modules: names of modules to leave as they are, with all that is in them: full names, last parts of
             them or regular expressions. By default the output head; with ``[]`` every linear layer is quantized.
@@ -88,6 +91,9 @@ class QLoRAConfig(QuantizationConfigMixin):
         embeddings: whether embeddings are quantized too, each with the output head that is tied to it.
 
     A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
+
+    Raises:
+        ValueError: an argument is not of the kind or outside of the bounds given here. TypeError: there is no such one.
     """
 
     def __init__(
@@ -100,7 +106,12 @@ class QLoRAConfig(QuantizationConfigMixin):
         embeddings: bool = False,
         **saved: Any,
     ) -> None:
-        _check_block_sizes(block_size, nested_block_size)
+        ops.check_block_sizes(block_size, nested_block_size)
+        for name, flag in (("double_quant", double_quant), ("embeddings", embeddings)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name}: expected True or False, got {reprlib.repr(flag)}")
+        if isinstance(skip_modules, str) or not all(isinstance(name, str) for name in skip_modules or ()):
+            raise ValueError(f"skip_modules: expected a list of names, got {reprlib.repr(skip_modules)}")
         if saved.pop("quant_method", METHOD) != METHOD:
             raise ValueError("quant_method: expected a configuration that qlora_ext saved")
         if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
@@ -136,12 +147,17 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise ValueError("quantization_config: expected a bitsandbytes NF4 checkpoint, got int8 (LLM.int8())")
         kind = saved.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
         if kind != "nf4":
-            raise ValueError(f"quantization_config: expected a bitsandbytes NF4 checkpoint, got {kind.upper()}")
+            shown = str(kind).upper()[:20]
+            raise ValueError(f"quantization_config: expected a bitsandbytes NF4 checkpoint, got {shown}")
+        storage = getattr(torch, str(saved.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch."), None)
+        if not isinstance(storage, torch.dtype):
+            found = reprlib.repr(saved["bnb_4bit_quant_storage"])
+            raise ValueError(f"quantization_config: expected a torch dtype as bnb_4bit_quant_storage, got {found}")
         config = cls(
             double_quant=bool(saved.get("bnb_4bit_use_double_quant", False)),
             skip_modules=saved.get("llm_int8_skip_modules"),
         )
-        config._bitsandbytes_storage = getattr(torch, saved.get("bnb_4bit_quant_storage") or "uint8")
+        config._bitsandbytes_storage = storage
         return config
 
     # The dtype that the packed bytes pose as in the checkpoint, where bitsandbytes wrote it.
@@ -166,7 +182,7 @@ class QLoRAQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.checkpoint_files: list[str] = []
+        self.mapped_files = MappedFiles([])  # of the checkpoint that is being loaded
         self.conversions: list[Any] | None = None  # of names and weights, for a model that is dense again
         self.bitsandbytes_storage = quantization_config._bitsandbytes_storage
         quantization_config._bitsandbytes_storage = None  # what is saved from here on is ours
@@ -234,9 +250,10 @@ class QLoRAQuantizer(HfQuantizer):
         return cls(k, n, bias=module.bias is not None, **options)
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        self.checkpoint_files = list(kwargs.get("checkpoint_files") or [])
+        checkpoint_files = list(kwargs.get("checkpoint_files") or [])
+        self.mapped_files = MappedFiles(checkpoint_files)
         if self.bitsandbytes_storage is not None and any(is_fused_experts(m) for m in model.modules()):
-            refuse_split_experts(self.checkpoint_files)
+            refuse_split_experts(checkpoint_files)
         model_dtype: torch.dtype = model.config.dtype
         # transformers < 5.20 casts what it reads to the dtype found here, before it comes to us.
         as_read = self.bitsandbytes_storage or (None if self.pre_quantized else model_dtype)

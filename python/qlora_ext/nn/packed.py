@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..weight import NF4Weight, _check_block_sizes, quantize_nf4
+from ..weight import NF4Weight, quantize_nf4
 
 # The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
 SCALES = ("absmax", "nested_absmax", "nested_offset")
@@ -53,7 +53,9 @@ class Packed4bit(nn.Module, abc.ABC):
     def _set_form(
         self, compute_dtype: torch.dtype, block_size: int, double_quant: bool, nested_block_size: int
     ) -> None:
-        _check_block_sizes(block_size, nested_block_size)
+        ops.check_block_sizes(block_size, nested_block_size)
+        for name, shape in self.packed_shapes.items():
+            ops.check_shape(name, shape)
         self.compute_dtype = self.weight_dtype = compute_dtype
         self.block_size, self.double_quant, self.nested_block_size = block_size, double_quant, nested_block_size
 
@@ -86,22 +88,34 @@ class Packed4bit(nn.Module, abc.ABC):
         """Takes ``w4`` as the weight ``name``, with its block sizes, scale form and device.
 
         Raises:
-            ValueError: its shape is not that of ``packed_shapes``.
+            ValueError: its shape is not that of ``packed_shapes``, or its parts do not fit together.
         """
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
-        old = self._parameters[name]
-        if old is not None and (old.device, old.dtype, old.shape) == (w4.device, torch.uint8, w4.packed.shape):
-            old.data = w4.packed  # the parameter stays, for those who share it
-        else:
-            setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
+        form = self.block_size, self.nested_block_size, self.double_quant
         self.block_size, self.nested_block_size, self.double_quant = (
             w4.block_size,
             w4.nested_block_size,
             w4.double_quant,
         )
-        self.weight_dtype = w4.dtype
         absmax, nested_absmax, nested_offset = scale_names(name).values()
+        parts = {
+            name: w4.packed,
+            absmax: w4.absmax,
+            nested_absmax: w4.nested_absmax,
+            nested_offset: w4.nested_offset,
+        }
+        try:
+            self.check_form({key: t for key, t in parts.items() if t is not None})
+        except ValueError:
+            self.block_size, self.nested_block_size, self.double_quant = form
+            raise
+        old = self._parameters[name]
+        if old is not None and (old.device, old.dtype, old.shape) == (w4.device, torch.uint8, w4.packed.shape):
+            old.data = w4.packed  # the parameter stays, for those who share it
+        else:
+            setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
+        self.weight_dtype = w4.dtype
         setattr(self, absmax, nn.Parameter(w4.absmax, requires_grad=False))
         setattr(self, nested_absmax, w4.nested_absmax)
         setattr(self, nested_offset, w4.nested_offset)

@@ -1,0 +1,70 @@
+"""How the package is built: hardened binaries, and tools of versions that were seen to work."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from qlora_ext import _C, _library
+
+ROOT = pathlib.Path(__file__).parent.parent
+BINARIES = [_C.__file__, *filter(None, (_library._find(f"libqlora_{part}.so") for part in ("cpu", "cuda")))]
+
+
+def readelf(*options: str) -> str:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf (binutils) is not installed")
+    return subprocess.run(["readelf", "-W", *options], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda path: pathlib.Path(path).name)
+def test_binaries_are_hardened(binary: str) -> None:
+    segments = readelf("--segments", binary)
+    assert "GNU_RELRO" in segments
+    assert re.search(r"GNU_STACK .* RW ", segments)  # not executable
+    assert re.search(r"FLAGS.*\bNOW\b|BIND_NOW", readelf("--dynamic", binary))  # the rest of RELRO: no lazy binding
+    symbols = readelf("--dyn-syms", binary)
+    if "__asan_init" in symbols:
+        pytest.skip("a sanitized build: it has checks of its own in the place of the stack protector")
+    assert "__stack_chk_fail" in symbols
+
+
+# Where requirements stand in each file: what pip is given, and what is asked for to build, check or format.
+PLACES = {
+    "pyproject.toml": r"^(?:requires|dev) = \[((?:.|\n)*?)\]$",
+    "_build_backend/qlora_backend.py": r"return (\[\"torch.*?\])",
+    ".ci/run": r"pip install (.*)",
+    "scripts/environment.sh": r"pip install (.*)",
+    "scripts/test": r"pip install (.*)",
+    "scripts/finetune": r"pip install (.*)",
+}
+
+
+def requirements(path: str) -> list[str]:
+    """The requirements in ``path``, quoted or not; this project itself is none."""
+    if not (ROOT / path).exists():
+        pytest.skip(f"{path} is not in this tree")
+    text = re.sub(r" +#.*", "", (ROOT / path).read_text())
+    found: list[str] = []
+    for place in re.findall(PLACES[path], text, re.MULTILINE):
+        quoted = re.findall(r'"([^"]*)"', place)
+        bare = [word for word in re.sub(r'"[^"]*"', "", place).split() if word[0].isalpha()]
+        found += [r for r in quoted + bare if r[0].isalpha() and "$" not in r and not r.startswith("qlora_ext[")]
+    return found
+
+
+@pytest.mark.parametrize("path", PLACES)
+def test_what_builds_and_checks_has_upper_bounds(path: str) -> None:
+    found = requirements(path)
+    assert found
+    assert [r for r in found if not re.search(r"<|==", r)] == []
+
+
+def test_lint_versions_agree() -> None:
+    pinned = {r for r in requirements("pyproject.toml") if "==" in r}
+    assert pinned
+    assert pinned <= set(requirements(".ci/run"))
