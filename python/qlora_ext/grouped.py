@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import autograd
+from . import autograd, ops
 
 assert autograd  # linear_nf4 must be registered
 
@@ -60,10 +60,8 @@ def _check(name: str, t: Tensor | None, *shape: int | None) -> None:
 
 def _check_offsets(offsets: Tensor, experts: int) -> None:
     _check("offsets", offsets, experts)
-    if offsets.dtype != torch.int64:
-        raise ValueError(f"offsets: expected int64, got {offsets.dtype}")
-    if offsets.is_meta:
-        raise ValueError("offsets: expected row numbers, got a tensor on the meta device")
+    if offsets.dtype != torch.int64 or offsets.layout != torch.strided:
+        raise ValueError(f"offsets: expected a dense int64 tensor, got {offsets.dtype} ({offsets.layout})")
 
 
 def _check_stack(offsets: Tensor, packed: Tensor, given: int, name: str, size: int, **others: Tensor | None) -> None:
@@ -249,14 +247,17 @@ _LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
 
 @torch.library.register_fake("qlora::grouped_linear_nf4")
 def _(x: Tensor, *args: Any) -> Tensor:
+    ops.check_one_device("grouped_linear_nf4", x, *args, but="offsets")
     return x.new_empty((x.shape[0], args[7]))
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dx")
 def _(dy: Tensor, *args: Any) -> Tensor:
+    ops.check_one_device("grouped_linear_nf4_dx", dy, *args, but="offsets")
     return dy.new_empty((dy.shape[0], args[7]))
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dlora")
 def _(dy: Tensor, x: Tensor, offsets: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    ops.check_one_device("grouped_linear_nf4_dlora", dy, x, offsets, lora_a, lora_b, but="offsets")
     return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)

@@ -23,6 +23,22 @@ def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     return ((math.prod(shape) + 1) // 2,)
 
 
+def check_one_device(operator: str, *args: Any, but: str | None = None) -> None:
+    """Refuses tensors of several devices (that of ``but`` is free), as the kernels do.
+
+    torch runs a fake kernel also where one tensor alone is on the meta device, and would give its answer, which nobody
+    has written to, for the result.
+    """
+    names = [a.name for a in getattr(torch.ops.qlora, operator).default._schema.arguments]
+    tensors = {name: a for name, a in zip(names, args, strict=False) if isinstance(a, Tensor) and name != but}
+    first, *others = tensors
+    for name in others:
+        if tensors[name].device != tensors[first].device:
+            raise ValueError(
+                f"{name}: expected on the device of {first} ({tensors[first].device}), got {tensors[name].device}"
+            )
+
+
 @torch.library.register_fake("qlora::quantize_nf4")
 def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     blocks = (w.numel() + block_size - 1) // block_size
@@ -41,6 +57,7 @@ def _(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.register_fake("qlora::dequantize_absmax")
 def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, nested_block_size: int) -> Tensor:
+    check_one_device("dequantize_absmax", codes, nested_absmax, nested_offset)
     return codes.new_empty((codes.numel(),), dtype=torch.float32)
 
 
@@ -55,17 +72,20 @@ def _(
     shape: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
+    check_one_device("dequantize_nf4", packed, absmax, nested_absmax, nested_offset)
     return packed.new_empty(shape, dtype=dtype)
 
 
 @torch.library.register_fake("qlora::linear_nf4")
 def _(x: Tensor, *args: Any) -> Tensor:
+    check_one_device("linear_nf4", x, *args)
     out_features = args[6]
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @torch.library.register_fake("qlora::linear_nf4_dx")
 def _(dy: Tensor, *args: Any) -> Tensor:
+    check_one_device("linear_nf4_dx", dy, *args)
     in_features = args[6]
     return dy.new_empty((*dy.shape[:-1], in_features))
 
@@ -74,6 +94,7 @@ def _(dy: Tensor, *args: Any) -> Tensor:
 def _(
     dy: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
+    check_one_device("linear_nf4_dlora", dy, x, lora_a, lora_b)
     return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 
 

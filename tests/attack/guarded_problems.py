@@ -24,7 +24,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
 NESTED_BLOCK_SIZES = [256, 256, 1, 2, 3, 64, 100, 255, 1000, 4096, 1 << 20]
 RANKS = [None, None, 0, 1, 2, 3, 5, 8, 15, 16, 16, 17, 32, 33, 64, 100, 256]
-MOST_PRODUCTS = 30_000_000  # of a problem, but for one in sixteen, which may have eight times as many
+MOST_PRODUCTS = 3_000_000  # of a problem, but for one in sixteen, which may have sixteen times as many
 
 
 class Draw:
@@ -59,7 +59,7 @@ class Draw:
 
     def matrix(self, m: int) -> tuple[int, int]:
         """n and k, either of them up to 20000, of no more than MOST_PRODUCTS products with m rows."""
-        most = MOST_PRODUCTS * (8 if self.rng.random() < 1 / 16 else 1) // max(m, 1)
+        most = MOST_PRODUCTS * (16 if self.rng.random() < 1 / 16 else 1) // max(m, 1)
         first = self.size(min(20000, most))
         second = self.size(min(20000, most // max(first, 1)))
         return (first, second) if self.rng.random() < 0.5 else (second, first)
