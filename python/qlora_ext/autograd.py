@@ -121,12 +121,16 @@ def linear_nf4(
     """
     if not isinstance(w4, NF4Weight):
         raise TypeError(f"w4: expected an NF4Weight (see qlora_ext.quantize_nf4), got {type(w4).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if len(w4.shape) != 2:
         raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
     if x.ndim == 0 or x.shape[-1] != w4.shape[1]:
         raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
     if seed is None:
         seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
+    elif isinstance(seed, int) and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected 64 bits with a sign, got {seed}")
     return call_linear_nf4(
         x.device.type, x, *w4.packed_args(), w4.shape[0], bias, lora_a, lora_b, scaling, dropout_p, seed
     )

@@ -34,8 +34,8 @@ NUMBERS += [(1 << 53) + 1, 1 << 61, 1 << 62, (1 << 63) - 1, (1 << 63) - 63, -(1 
 FLOATS = [0.0, -0.0, 0.5, 1.0, 1.5, -1.0, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324, 1e-45, 1 + 1e-16]
 THINGS = [None, True, "64", "x", b"", 1.5, 2 + 1j, [], [1, 2], {}, object(), torch.tensor(64), torch.float32, slice(3)]
 
-# Exceptions of torch's own that know no name: of memory, and of kinds of tensors and of dtypes that no kernel is for.
-NAMELESS = "alloc|memory|Storage size|Could not run '(qlora|aten)::|There were no tensor arguments|Not yet supported"
+# Exceptions of torch's own that know no name: of memory, kinds of tensors, and dtypes that no kernel is for.
+NAMELESS = "alloc|memory|Storage size|NestedTensor|Could not run '(qlora|aten)::|no tensor arguments|Not yet supported"
 
 
 def one_of(rng: random.Random, *makers: Callable[[], Any]) -> Any:
@@ -160,7 +160,7 @@ def good_arguments(rng: random.Random) -> dict[str, Any]:
     good |= {"lora_a": randn(rank, k), "lora_b": randn(n, rank), "scaling": 0.5, "seed": 12}
     good |= {"dropout_p": rng.choice([0.0, 0.3]), "w4": w4, "codes": codes.absmax, "_codes": codes}
     good |= {"offsets": torch.tensor(sorted(rng.randint(0, m) for _ in range(experts)))}
-    good |= {"_experts": experts, "compute_dtype": dtype, "double_quant": double_quant, "device": None}
+    good |= {"_experts": experts, "compute_dtype": dtype, "double_quant": double_quant}
     good |= {"ids": torch.randint(0, n, (m,)), "linear": nn.Linear(k, n, dtype=dtype), "skip": ("lm_head",)}
     return good | {
         "model": nn.Sequential(nn.Linear(k, n)),
@@ -201,21 +201,18 @@ def dequantize(w4: qlora_ext.NF4Weight, dtype: torch.dtype) -> Tensor:
     return w4.dequantize(dtype)
 
 
-def moved(w4: qlora_ext.NF4Weight, device: Any) -> Any:
-    return w4.to(device)
-
-
 FORM = ["block_size", "double_quant", "nested_block_size"]
+# What stays good: a module calls methods of its input, as torch's do.
+ALWAYS_GOOD = {("Linear4bit", "x"), ("Embedding4bit", "ids")}
 PYTHON: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "qlora_ext.quantize_nf4": (qlora_ext.quantize_nf4, ["w", *FORM]),
     "qlora_ext.dequantize_nf4": (qlora_ext.dequantize_nf4, ["w4", "dtype"]),
     "NF4Weight.dequantize": (dequantize, ["w4", "dtype"]),
-    "NF4Weight.to": (moved, ["w4", "device"]),
     "qlora_ext.linear_nf4": (
         qlora_ext.linear_nf4,
         ["x", "w4", "bias", "lora_a", "lora_b", "scaling", "dropout_p", "seed"],
     ),
-    "Linear4bit": (linear4bit, ["x", "in_features", "out_features", "compute_dtype", *FORM, "device"]),
+    "Linear4bit": (linear4bit, ["x", "in_features", "out_features", "compute_dtype", *FORM]),
     "Linear4bit.from_linear": (Linear4bit.from_linear, ["linear", "compute_dtype", *FORM]),
     "Embedding4bit": (embedding4bit, ["ids", "num_embeddings", "embedding_dim", "padding_idx", "compute_dtype", *FORM]),
     "quantize_model": (qlora_ext.quantize_model, ["model", "skip", "block_size", "double_quant", "embeddings"]),
@@ -248,6 +245,8 @@ def described(value: Any) -> str:
 
 def wrong_exception(error: Exception, names: list[str]) -> str | None:
     text = str(error)
+    if isinstance(error, IndexError) and text.startswith("rows: "):  # as an nn.Embedding does
+        return None
     said = f"{type(error).__name__}: {text[:500]}"
     if not isinstance(error, EXPECTED):
         return f"raised {said}"
@@ -261,7 +260,7 @@ def calls(make: Callable[[random.Random, str], tuple[Callable[..., Any], dict[st
         name = rng.choice(names)
         function, arguments = make(rng, name)
         for _ in range(rng.choice([1, 1, 1, 2])):
-            changed = rng.choice(list(arguments))
+            changed = rng.choice([a for a in arguments if (name, a) not in ALWAYS_GOOD])
             try:
                 arguments[changed] = odd(rng, changed, arguments[changed])
             except (RuntimeError, TypeError, ValueError, IndexError):  # torch makes no such tensor
@@ -273,7 +272,7 @@ def calls(make: Callable[[random.Random, str], tuple[Callable[..., Any], dict[st
                 out = function(**arguments)
             except Exception as error:
                 fields = qlora_ext.NF4Weight.__dataclass_fields__ if "w4" in arguments else ()
-                return wrong_exception(error, [*arguments, *fields])
+                return wrong_exception(error, [*arguments, *fields, "weight", "dtype"])
             return disagreement(name, arguments, out)
 
         return f"{name}({text})", run

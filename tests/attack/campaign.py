@@ -29,7 +29,7 @@ Problem = tuple[str, Callable[[], str | None]]
 
 def count(problems: int) -> int:
     """That many problems by default, and QLORA_ATTACK times as many where it is set."""
-    return round(problems * float(os.environ.get("QLORA_ATTACK", "1")))
+    return problems * int(os.environ.get("QLORA_ATTACK", "1"))
 
 
 def serve(problems: Mapping[str, Callable[[random.Random], Problem]]) -> None:
@@ -53,11 +53,12 @@ class Report:
 
 def attack(script: str, kind: str, problems: int, **environment: str) -> Report:
     """Runs a campaign, each child from the problem on that comes after the one which killed the last."""
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     first, faults = 0, []
     while first < problems and len(faults) < ENOUGH_FAULTS:
         child = subprocess.run(
             [sys.executable, str(HERE / script), kind, str(SEED), str(first), str(problems)],
-            env={**os.environ, **environment},
+            env={**os.environ, "PYTHONPATH": path, **environment},
             capture_output=True,
             text=True,
             errors="replace",

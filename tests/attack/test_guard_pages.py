@@ -15,7 +15,7 @@ from campaign import assert_survived, attack, count
 from qlora_ext import _C
 
 SCRIPT = "guarded_problems.py"
-PROBLEMS = 120  # for an instruction set: 6 seconds
+PROBLEMS = 80  # for an instruction set
 
 
 def checked_malloc() -> dict[str, str]:
