@@ -58,8 +58,17 @@ def _check(name: str, t: Tensor | None, *shape: int | None) -> None:
         raise ValueError(f"{name}: expected shape [{expected}], got {list(t.shape)}")
 
 
+def _require(**tensors: Tensor | None) -> None:
+    """torch hands None over for a tensor, too."""
+    for name, t in tensors.items():
+        if t is None:
+            raise ValueError(f"{name}: expected a tensor, got None")
+
+
 def _check_offsets(offsets: Tensor, experts: int) -> None:
     _check("offsets", offsets, experts)
+    if offsets.is_meta:
+        raise ValueError("offsets: expected row numbers, got a tensor on the meta device")
     if offsets.dtype != torch.int64 or offsets.layout != torch.strided:
         raise ValueError(f"offsets: expected a dense int64 tensor, got {offsets.dtype} ({offsets.layout})")
 
@@ -113,6 +122,7 @@ def grouped_linear_nf4(
     Returns:
         y [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b.
     """
+    _require(x=x, offsets=offsets, packed=packed, absmax=absmax)
     _check("x", x, None, None)
     state = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
     _check_stack(
@@ -154,6 +164,7 @@ def _dx(
     lora_b: Tensor | None,
     scaling: float,
 ) -> Tensor:
+    _require(dy=dy, offsets=offsets, packed=packed, absmax=absmax)
     _check("dy", dy, None, None)
     state = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
     _check_stack(offsets, packed, dy.shape[1], "in_features", in_features, **state, lora_a=lora_a, lora_b=lora_b)
@@ -180,6 +191,7 @@ def _dx(
 def _dlora(
     dy: Tensor, x: Tensor, offsets: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
+    _require(dy=dy, x=x, offsets=offsets, lora_a=lora_a, lora_b=lora_b)
     _check("x", x, None, None)
     _check("dy", dy, x.shape[0], None)
     _check("lora_a", lora_a, None, None, x.shape[1])

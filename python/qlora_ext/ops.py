@@ -24,19 +24,18 @@ def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_one_device(operator: str, *args: Any, but: str | None = None) -> None:
-    """Refuses tensors of several devices (that of ``but`` is free), as the kernels do.
+    """Refuses tensors of several devices, as the kernels do; ``but`` may be on another, if neither is the meta device.
 
     torch runs a fake kernel also where one tensor alone is on the meta device, and would give its answer, which nobody
     has written to, for the result.
     """
     names = [a.name for a in getattr(torch.ops.qlora, operator).default._schema.arguments]
-    tensors = {name: a for name, a in zip(names, args, strict=False) if isinstance(a, Tensor) and name != but}
-    first, *others = tensors
+    devices = {name: a.device for name, a in zip(names, args, strict=False) if isinstance(a, Tensor)}
+    first, *others = devices
     for name in others:
-        if tensors[name].device != tensors[first].device:
-            raise ValueError(
-                f"{name}: expected on the device of {first} ({tensors[first].device}), got {tensors[name].device}"
-            )
+        both = {devices[first], devices[name]}
+        if len(both) > 1 and not (name == but and torch.device("meta") not in both):
+            raise ValueError(f"{name}: expected on the device of {first} ({devices[first]}), got {devices[name]}")
 
 
 @torch.library.register_fake("qlora::quantize_nf4")

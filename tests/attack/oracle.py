@@ -127,9 +127,12 @@ def disagreement(name: str, a: dict[str, Any], out: Any) -> str | None:
     tensors = [v for v in a.values() if isinstance(v, Tensor)]
     if any(t.is_meta for t in tensors):
         return None if all(t.is_meta for t in outs) else "a meta tensor among the arguments, and an answer with values"
+    if any(isinstance(v, torch.dtype) for key, v in a.items() if key != "dtype"):
+        return None  # torch takes a dtype for its number
     if not all(of_fitting_size(t) for t in (*tensors, *outs)) or not all(map(tame, (*tensors, a.get("scaling", 0)))):
         return None
     a = {key: v.detach().resolve_neg() if isinstance(v, Tensor) else v for key, v in a.items()}
+    a |= {key: int(v) for key, v in a.items() if isinstance(v, bool)}
     expected = grouped(one, a, outs) if name.startswith("grouped") else one(a)
     exact = len(outs) > 1 and name.startswith("quantize")
     for i, (got, answer) in enumerate(zip(outs, expected, strict=True)):
