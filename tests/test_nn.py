@@ -188,16 +188,9 @@ def test_to_linear_is_the_decoded_layer(bias: bool) -> None:
         (lambda: qlora_ext.nn.Linear4bit(4, 4, compute_dtype=torch.int8), "compute_dtype: expected a floating-point"),
         (lambda: qlora_ext.nn.Linear4bit(4, 4, compute_dtype="bfloat16"), "compute_dtype: .* got 'bfloat16'"),
         (lambda: qlora_ext.nn.Embedding4bit(4, 64, padding_idx=1.5), "padding_idx: expected a row number, got 1.5"),
-        (lambda: qlora_ext.QLoRAConfig(skip_modules="lm_head"), "skip_modules: expected a list of names of modules"),
         (lambda: qlora_ext.linear_nf4(3, qlora_ext.quantize_nf4(torch.zeros(4, 4))), "x: expected a torch.Tensor, got"),
     ],
 )
 def test_a_wrong_argument_is_named(call: Callable[[], object], text: str) -> None:
     with pytest.raises(TypeError, match=text):
         call()
-
-
-def test_a_seed_has_64_bits() -> None:
-    w4 = qlora_ext.quantize_nf4(torch.zeros(4, 4))
-    with pytest.raises(ValueError, match="seed: expected 64 bits with a sign, got 9223372036854775808"):
-        qlora_ext.linear_nf4(torch.zeros(4), w4, seed=2**63)

@@ -129,8 +129,6 @@ def linear_nf4(
         raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
     if seed is None:
         seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
-    elif isinstance(seed, int) and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected 64 bits with a sign, got {seed}")
     return call_linear_nf4(
         x.device.type, x, *w4.packed_args(), w4.shape[0], bias, lora_a, lora_b, scaling, dropout_p, seed
     )

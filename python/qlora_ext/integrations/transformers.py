@@ -105,10 +105,6 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise ValueError("quant_method: expected a configuration that qlora_ext saved")
         if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
             raise ValueError("format_version: this checkpoint needs a newer qlora_ext")
-        if skip_modules is not None and not (
-            isinstance(skip_modules, (list, tuple)) and all(isinstance(name, str) for name in skip_modules)
-        ):
-            raise TypeError(f"skip_modules: expected a list of names of modules, got {skip_modules!r}")
         if saved:
             raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}")
         self.quant_method = METHOD
