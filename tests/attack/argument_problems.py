@@ -35,7 +35,10 @@ FLOATS = [0.0, -0.0, 0.5, 1.0, 1.5, -1.0, float("nan"), float("inf"), -float("in
 THINGS = [None, True, "64", "x", b"", 1.5, 2 + 1j, [], [1, 2], {}, object(), torch.tensor(64), torch.float32, slice(3)]
 
 # Exceptions of torch's own that know no name: of memory, kinds of tensors, and dtypes that no kernel is for.
-NAMELESS = "alloc|memory|Storage size|NestedTensor|Could not run '(qlora|aten)::|no tensor arguments|Not yet supported|unsupported scalarType|autocast"
+NAMELESS = (
+    "alloc|memory|Storage size|NestedTensor|Could not run '(qlora|aten)::|no tensor arguments|Not yet supported|"
+    "unsupported scalarType|autocast"
+)
 
 
 def one_of(rng: random.Random, *makers: Callable[[], Any]) -> Any:
