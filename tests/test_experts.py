@@ -63,6 +63,7 @@ class Ungated(Experts):
     has_gate = False
 
 
+NESTED = ("nested_absmax", "nested_offset")
 KINDS = [Experts, Transposed, Ungated]
 
 
@@ -238,6 +239,74 @@ def test_operators_pass_opcheck() -> None:
         ops.grouped_linear_nf4(x, torch.tensor([2, 2, 9]), *packed[1:], 32, None, None, None, 1.0)
     with pytest.raises(ValueError, match=r"offsets: expected shape \[3\], got \[2\]"):
         ops.grouped_linear_nf4(x, offsets[:2], *packed[1:], 32, None, None, None, 1.0)
+
+
+BAD_STACKS = [
+    ("x", torch.zeros(7, 1, 64), r"x: expected shape \[any, any\], got \[7, 1, 64\]"),
+    ("offsets", torch.tensor([2.0, 2.0, 6.0]), "offsets: expected a dense int64 tensor, got torch.float32"),
+    ("offsets", torch.tensor([2, 2, 6]).to_sparse(), "offsets: expected a dense int64 tensor, got .*sparse"),
+    (
+        "offsets",
+        torch.tensor([2, 1, 6]),
+        "offsets: expected ascending row numbers up to (7, got 1|0, got 2) for expert",
+    ),
+    ("packed", torch.zeros((), dtype=torch.uint8), r"packed: expected a stack of weights, 1024 bytes each"),
+    ("packed", torch.zeros(3, 31, 32, dtype=torch.uint8), r"packed: .*1024 bytes each \(out_features = 32 by 64\)"),
+    ("packed", None, "packed: expected a tensor, got None"),
+    ("absmax", None, "absmax: expected a tensor, got None"),
+    ("offsets", torch.tensor([2, 2, 6], device="meta"), "offsets: expected on the device of x"),
+    ("absmax", torch.zeros(2, 32, dtype=torch.uint8), "absmax: expected 3 slices, one an expert"),
+    ("nested_absmax", torch.zeros(()), "nested_absmax: expected 3 slices"),
+    ("nested_offset", torch.zeros(1), "nested_offset: expected 3 slices"),
+    ("out_features", -1, "out_features: expected a size, got -1"),
+    ("out_features", 32 + 2**58, "packed: expected a stack of weights"),
+    ("bias", torch.zeros(3, 31), r"bias: expected shape \[32\]"),
+    ("lora_a", torch.zeros(4, 64), "lora_a: expected 3 slices"),
+    ("lora_b", torch.zeros(3, 32, 5), r"lora_b: expected shape \[32, 4\]"),
+    ("lora_b", None, "lora_b: expected with lora_a, got None"),
+    ("lora_a", torch.zeros(3, 4, 64, device="meta"), "lora_a: expected on the device of x"),
+]
+
+
+@pytest.mark.parametrize("rows", [7, 0])
+@pytest.mark.parametrize(("name", "value", "text"), BAD_STACKS, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD_STACKS)])
+def test_a_wrong_argument_of_the_stack_is_named(name: str, value: object, text: str, rows: int) -> None:
+    """Even where no expert has a row."""
+    w4 = [qlora_ext.quantize_nf4(torch.randn(32, 64)) for _ in range(3)]
+    good = {key: torch.stack([getattr(w, key) for w in w4]) for key in ("packed", "absmax", *NESTED)}
+    good |= {"x": torch.randn(rows, 64), "offsets": torch.tensor([2, 2, 6]).clamp(max=rows), "bias": None}
+    good |= {"block_size": 64, "nested_block_size": 256, "out_features": 32, "scaling": 0.5}
+    good |= {"lora_a": torch.zeros(3, 4, 64), "lora_b": torch.zeros(3, 32, 4)}
+    operator = torch.ops.qlora.grouped_linear_nf4
+    assert operator(**good).shape == (rows, 32)
+    if (
+        rows == 0
+        and name == "offsets"
+        and isinstance(value, torch.Tensor)
+        and value.dtype == torch.int64
+        and not value.is_meta
+    ):
+        text = "offsets: expected (ascending row numbers up to 0|a dense int64)"
+    with pytest.raises(ValueError, match=text):
+        operator(**{**good, name: value})
+
+
+def test_wrong_arguments_of_the_gradients_are_named() -> None:
+    a, b, offsets = torch.zeros(3, 4, 64), torch.zeros(3, 32, 4), torch.tensor([2, 2, 6])
+    dlora = torch.ops.qlora.grouped_linear_nf4_dlora
+    for dy, x, rows, la, lb, text in (
+        (torch.zeros(6, 32), torch.zeros(7, 64), offsets, a, b, r"dy: expected shape \[7, any\], got \[6, 32\]"),
+        (torch.zeros(7, 32), torch.zeros(7, 64), offsets[:2], a, b, r"offsets: expected shape \[3\], got \[2\]"),
+        (torch.zeros(7, 32), torch.zeros(7, 64), offsets, a[0], b, r"lora_a: expected shape \[any, any, 64\]"),
+        (torch.zeros(7, 32), torch.zeros(7, 64), offsets, a, b[:2], r"lora_b: expected shape \[3, 32, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            dlora(dy, x, rows, la, lb, 0.5)
+    packed = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(3, 32)
+    with pytest.raises(ValueError, match="packed: expected a stack of weights, 1040 bytes each"):
+        torch.ops.qlora.grouped_linear_nf4_dx(
+            torch.zeros(7, 32), offsets, *packed, None, None, 64, 256, 65, None, None, 0.5
+        )
 
 
 def test_compiles_as_one_graph() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -175,3 +176,21 @@ def test_to_linear_is_the_decoded_layer(bias: bool) -> None:
     assert torch.equal(dense.weight, module.dequantize(torch.float32))
     x = torch.randn(5, 64)
     torch.testing.assert_close(dense(x), module(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: qlora_ext.quantize_model(3), "model: expected an nn.Module, got int"),
+        (lambda: qlora_ext.quantize_model(nn.Linear(4, 4), skip="lm_head"), "skip: expected names of modules, got 'lm"),
+        (lambda: qlora_ext.quantize_model(nn.Linear(4, 4), skip=3), "skip: expected names of modules, got 3"),
+        (lambda: qlora_ext.quantize_model(nn.Linear(4, 4), skip=[3]), r"skip: expected names of modules, got \(3,\)"),
+        (lambda: qlora_ext.nn.Linear4bit(4, 4, compute_dtype=torch.int8), "compute_dtype: expected a floating-point"),
+        (lambda: qlora_ext.nn.Linear4bit(4, 4, compute_dtype="bfloat16"), "compute_dtype: .* got 'bfloat16'"),
+        (lambda: qlora_ext.nn.Embedding4bit(4, 64, padding_idx=1.5), "padding_idx: expected a row number, got 1.5"),
+        (lambda: qlora_ext.linear_nf4(3, qlora_ext.quantize_nf4(torch.zeros(4, 4))), "x: expected a torch.Tensor, got"),
+    ],
+)
+def test_a_wrong_argument_is_named(call: Callable[[], object], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        call()

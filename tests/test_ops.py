@@ -213,6 +213,15 @@ def test_meta_tensors_give_shapes_alone() -> None:
     assert qlora_ext.quantize_nf4(torch.empty(48, 64, device="meta")).packed.shape == (48, 32)
 
 
+@pytest.mark.parametrize("name", [name for name in OP_NAMES if not name.startswith("quantize")])
+def test_one_meta_tensor_among_others_is_named(name: str) -> None:
+    """torch asks the fake kernel then, whose answer nobody has written to."""
+    tensors = [argument for argument, value in named(name, "cpu").items() if isinstance(value, torch.Tensor)]
+    for argument in tensors:
+        with pytest.raises(ValueError, match=r"\w+: expected on the device of \w+ \((cpu|meta)\), got (cpu|meta)"):
+            changed(name, **{argument: named(name, "cpu")[argument].to("meta")})
+
+
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
     s = linear_sample(m=70, n=130, k=200, rank=5, dtype=torch.bfloat16, dropout_p=0.1)
     before = torch.get_num_threads()

@@ -159,6 +159,8 @@ def linear_nf4(
     """
     if not isinstance(w4, NF4Weight):
         raise TypeError(f"w4: expected an NF4Weight (see qlora_ext.quantize_nf4), got {type(w4).__name__}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
     if len(w4.shape) != 2:
         raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
     if x.ndim == 0 or x.shape[-1] != w4.shape[1]:

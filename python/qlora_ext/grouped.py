@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import refuse_tangent
+from .autograd import refuse_tangent  # and linear_nf4 is registered
 
 _PACKED = (
     "Tensor offsets, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
@@ -31,12 +31,15 @@ _LIBRARY.define(
 
 
 def _groups(offsets: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
-    """Every expert that has rows, and which: expert e's end at offsets[e]."""
+    """Every expert that has rows, and which: expert e's end at offsets[e].
+
+    The first comes in any case: the operator that it is handed to checks the arguments.
+    """
     begin = 0
     for expert, end in enumerate(offsets.tolist()):
         if not begin <= end <= rows:
             raise ValueError(f"offsets: expected ascending row numbers up to {rows}, got {end} for expert {expert}")
-        if end > begin:
+        if end > begin or expert == 0:
             yield expert, slice(begin, end)
         begin = end
 
@@ -45,9 +48,47 @@ def _at(stack: Tensor | None, expert: int) -> Tensor | None:
     return None if stack is None else stack[expert]
 
 
-def _check(name: str, t: Tensor | None, *shape: int) -> None:
-    if t is not None and tuple(t.shape) != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(t.shape)}")
+def _check(name: str, t: Tensor | None, *shape: int | None) -> None:
+    """``shape`` has None where any size will do."""
+    if t is not None and not (
+        t.ndim == len(shape) and all(b in (None, a) for a, b in zip(t.shape, shape, strict=True))
+    ):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(t.shape)}")
+
+
+def _require(**tensors: Tensor | None) -> None:
+    """torch hands None over for a tensor, too."""
+    for name, t in tensors.items():
+        if t is None:
+            raise ValueError(f"{name}: expected a tensor, got None")
+
+
+def _check_offsets(offsets: Tensor, experts: int) -> None:
+    _check("offsets", offsets, experts)
+    if offsets.is_meta:
+        raise ValueError("offsets: expected row numbers, got a tensor on the meta device")
+    if offsets.dtype != torch.int64 or offsets.layout != torch.strided:
+        raise ValueError(f"offsets: expected a dense int64 tensor, got {offsets.dtype} ({offsets.layout})")
+
+
+def _check_stack(offsets: Tensor, packed: Tensor, given: int, name: str, size: int, **others: Tensor | None) -> None:
+    """That packed holds ``given`` x ``size`` (the argument ``name``) codes an expert, and all others one slice each.
+
+    What is in a slice the operator checks.
+    """
+    if size < 0:
+        raise ValueError(f"{name}: expected a size, got {size}")
+    experts = packed.shape[0] if packed.ndim else 0
+    if packed.numel() != experts * ((given * size + 1) // 2) or packed.ndim == 0:
+        raise ValueError(
+            f"packed: expected a stack of weights, {(given * size + 1) // 2} bytes each ({name} = {size} by {given}), "
+            f"got shape {list(packed.shape)}"
+        )
+    _check_offsets(offsets, experts)
+    for other, t in others.items():
+        if t is not None and (t.ndim == 0 or t.shape[0] != experts):
+            raise ValueError(f"{other}: expected {experts} slices, one an expert, got shape {list(t.shape)}")
 
 
 def grouped_linear_nf4(
@@ -80,9 +121,12 @@ def grouped_linear_nf4(
     Returns:
         y [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b.
     """
-    experts = packed.shape[0]
-    _check("offsets", offsets, experts)
-    _check("bias", bias, experts, out_features)
+    _require(x=x, offsets=offsets, packed=packed, absmax=absmax)
+    _check("x", x, None, None)
+    state = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    _check_stack(
+        offsets, packed, x.shape[1], "out_features", out_features, **state, bias=bias, lora_a=lora_a, lora_b=lora_b
+    )
     y = x.new_zeros(x.shape[0], out_features)
     with torch.autocast(x.device.type, enabled=False):
         for e, rows in _groups(offsets, x.shape[0]):
@@ -119,6 +163,10 @@ def _dx(
     lora_b: Tensor | None,
     scaling: float,
 ) -> Tensor:
+    _require(dy=dy, offsets=offsets, packed=packed, absmax=absmax)
+    _check("dy", dy, None, None)
+    state = {"absmax": absmax, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
+    _check_stack(offsets, packed, dy.shape[1], "in_features", in_features, **state, lora_a=lora_a, lora_b=lora_b)
     dx = dy.new_zeros(dy.shape[0], in_features)
     for e, rows in _groups(offsets, dy.shape[0]):
         dx[rows] = torch.ops.qlora.linear_nf4_dx.default(
@@ -142,6 +190,12 @@ def _dx(
 def _dlora(
     dy: Tensor, x: Tensor, offsets: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
+    _require(dy=dy, x=x, offsets=offsets, lora_a=lora_a, lora_b=lora_b)
+    _check("x", x, None, None)
+    _check("dy", dy, x.shape[0], None)
+    _check("lora_a", lora_a, None, None, x.shape[1])
+    _check("lora_b", lora_b, lora_a.shape[0], dy.shape[1], lora_a.shape[1])
+    _check_offsets(offsets, lora_a.shape[0])
     da, db = lora_a.new_zeros(lora_a.shape), lora_b.new_zeros(lora_b.shape)
     for e, rows in _groups(offsets, dy.shape[0]):
         da[e], db[e] = torch.ops.qlora.linear_nf4_dlora.default(
@@ -208,6 +262,7 @@ _LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
 def _(x: Tensor, *args: Any) -> Tensor:
     ops.check_block_sizes(*args[5:7])
     ops.check_lora_numbers(args[11], 0.0)
+    ops.check_one_device("grouped_linear_nf4", x, *args, but="offsets")
     return x.new_empty((x.shape[0], args[7]))
 
 
@@ -215,9 +270,11 @@ def _(x: Tensor, *args: Any) -> Tensor:
 def _(dy: Tensor, *args: Any) -> Tensor:
     ops.check_block_sizes(*args[5:7])
     ops.check_lora_numbers(args[10], 0.0)
+    ops.check_one_device("grouped_linear_nf4_dx", dy, *args, but="offsets")
     return dy.new_empty((dy.shape[0], args[7]))
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dlora")
 def _(dy: Tensor, x: Tensor, offsets: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    ops.check_one_device("grouped_linear_nf4_dlora", dy, x, offsets, lora_a, lora_b, but="offsets")
     return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)

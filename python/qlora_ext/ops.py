@@ -58,6 +58,21 @@ def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     return ((math.prod(shape) + 1) // 2,)
 
 
+def check_one_device(operator: str, *args: Any, but: str | None = None) -> None:
+    """Refuses tensors of several devices, as the kernels do; ``but`` may be on another, if neither is the meta device.
+
+    torch runs a fake kernel also where one tensor alone is on the meta device, and would give its answer, which nobody
+    has written to, for the result.
+    """
+    names = [a.name for a in getattr(torch.ops.qlora, operator).default._schema.arguments]
+    devices = {name: a.device for name, a in zip(names, args, strict=False) if isinstance(a, Tensor)}
+    first, *others = devices
+    for name in others:
+        both = {devices[first], devices[name]}
+        if len(both) > 1 and not (name == but and torch.device("meta") not in both):
+            raise ValueError(f"{name}: expected on the device of {first} ({devices[first]}), got {devices[name]}")
+
+
 @torch.library.register_fake("qlora::quantize_nf4")
 def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     check_block_sizes(block_size)
@@ -79,6 +94,7 @@ def _(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
 @torch.library.register_fake("qlora::dequantize_absmax")
 def _(codes: Tensor, nested_absmax: Tensor, nested_offset: Tensor, nested_block_size: int) -> Tensor:
     check_block_sizes(nested_block_size=nested_block_size)
+    check_one_device("dequantize_absmax", codes, nested_absmax, nested_offset)
     return codes.new_empty((codes.numel(),), dtype=torch.float32)
 
 
@@ -94,6 +110,7 @@ def _(
     dtype: torch.dtype,
 ) -> Tensor:
     check_block_sizes(block_size, nested_block_size)
+    check_one_device("dequantize_nf4", packed, absmax, nested_absmax, nested_offset)
     return packed.new_empty(shape, dtype=dtype)
 
 
@@ -101,6 +118,7 @@ def _(
 def _(x: Tensor, *args: Any) -> Tensor:
     check_block_sizes(*args[4:6])
     check_lora_numbers(*args[10:12])
+    check_one_device("linear_nf4", x, *args)
     out_features = args[6]
     return x.new_empty((*x.shape[:-1], out_features))
 
@@ -109,6 +127,7 @@ def _(x: Tensor, *args: Any) -> Tensor:
 def _(dy: Tensor, *args: Any) -> Tensor:
     check_block_sizes(*args[4:6])
     check_lora_numbers(*args[9:11])
+    check_one_device("linear_nf4_dx", dy, *args)
     in_features = args[6]
     return dy.new_empty((*dy.shape[:-1], in_features))
 
@@ -118,6 +137,7 @@ def _(
     dy: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float, seed: int
 ) -> tuple[Tensor, Tensor]:
     check_lora_numbers(scaling, dropout_p)
+    check_one_device("linear_nf4_dlora", dy, x, lora_a, lora_b)
     return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 
 

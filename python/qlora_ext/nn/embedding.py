@@ -80,13 +80,15 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         nested_block_size: int = 256,
     ) -> None:
         nn.Module.__init__(self)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self._set_form(compute_dtype, block_size, double_quant, nested_block_size)
+        if padding_idx is not None and not isinstance(padding_idx, int):
+            raise TypeError(f"padding_idx: expected a row number, got {padding_idx!r}")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(f"padding_idx: expected a row of {num_embeddings}, got {padding_idx}")
-        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.padding_idx = padding_idx % num_embeddings if padding_idx is not None else None
         # What a dense table may do besides: read by those who look at it as an nn.Embedding.
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        self._set_form(compute_dtype, block_size, double_quant, nested_block_size)
         self._register_packed(device)
 
     @property

@@ -93,8 +93,17 @@ def quantize_model(
 
     Returns:
         ``model`` (or its replacement, where ``model`` itself is such a module).
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``, or ``skip`` holds no names.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(skip, (str, torch.Tensor)) or not isinstance(skip, Iterable):
+        raise TypeError(f"skip: expected names of modules, got {skip!r}")
     skip = tuple(skip)
+    if not all(isinstance(name, str) for name in skip):
+        raise TypeError(f"skip: expected names of modules, got {skip!r}")
     options |= {"block_size": block_size, "double_quant": double_quant}
 
     def skipped(name: str) -> bool:

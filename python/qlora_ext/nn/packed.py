@@ -56,6 +56,8 @@ class Packed4bit(nn.Module, abc.ABC):
         ops.check_block_sizes(block_size, nested_block_size)
         for name, shape in self.packed_shapes.items():
             ops.check_shape(name, shape)
+        if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
+            raise TypeError(f"compute_dtype: expected a floating-point torch.dtype, got {compute_dtype!r}")
         self.compute_dtype = self.weight_dtype = compute_dtype
         self.block_size, self.double_quant, self.nested_block_size = block_size, double_quant, nested_block_size
 

@@ -1,0 +1,84 @@
+"""Campaigns of random problems in child processes: what kills one is reported with its problem, and the rest goes on.
+
+A child is a script that calls ``serve``: it names every problem before it runs it. QLORA_ATTACK (default 1) multiplies
+the number of problems, QLORA_ATTACK_SEED (default 0) draws others. A problem depends on the seed, its number and the
+name of the campaign alone: ``python tests/attack/guarded_problems.py guarded 7 12 13`` repeats number 12 of seed 7.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import faulthandler
+import os
+import pathlib
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+
+HERE = pathlib.Path(__file__).parent
+SEED = int(os.environ.get("QLORA_ATTACK_SEED", "0"))
+SECONDS_A_PROBLEM = 120
+ENOUGH_FAULTS = 40
+
+# What a problem is, in words, and what runs it: its answer is what is wrong, or None.
+Problem = tuple[str, Callable[[], str | None]]
+
+
+def count(problems: int) -> int:
+    """That many problems by default, and QLORA_ATTACK times as many where it is set."""
+    return problems * int(os.environ.get("QLORA_ATTACK", "1"))
+
+
+def serve(problems: Mapping[str, Callable[[random.Random], Problem]]) -> None:
+    """The child: runs the problems from number ``first`` up to ``last``, of those that its arguments name."""
+    kind, seed, first, last = sys.argv[1], *map(int, sys.argv[2:5])
+    for i in range(first, last):
+        name, run = problems[kind](random.Random(f"{kind} {seed} {i}"))
+        print(f"problem {i} of seed {seed}: {name}", flush=True)
+        faulthandler.dump_traceback_later(SECONDS_A_PROBLEM, exit=True)
+        wrong = run()
+        faulthandler.cancel_dump_traceback_later()
+        if wrong:
+            print(f"wrong: {wrong}", flush=True)
+
+
+@dataclasses.dataclass
+class Report:
+    problems: int
+    faults: list[str]
+
+
+def attack(script: str, kind: str, problems: int, **environment: str) -> Report:
+    """Runs a campaign, each child from the problem on that comes after the one which killed the last."""
+    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    first, faults = 0, []
+    while first < problems and len(faults) < ENOUGH_FAULTS:
+        child = subprocess.run(
+            [sys.executable, str(HERE / script), kind, str(SEED), str(first), str(problems)],
+            env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        current = None
+        for line in child.stdout.splitlines():
+            if line.startswith("problem "):
+                current = line
+            elif line.startswith("wrong: "):
+                faults.append(f"{current}\n  {line}")
+        if child.returncode == 0:
+            return Report(problems, faults)
+        end = signal.Signals(-child.returncode).name if child.returncode < 0 else f"exit status {child.returncode}"
+        if current is None:
+            raise AssertionError(f"{script} did not start: {end}\n{child.stderr}")
+        faults.append(f"{current}\n  died: {end}\n{child.stderr[-3000:]}")
+        first = int(re.match(r"problem (\d+)", current)[1]) + 1
+    return Report(first, faults)
+
+
+def assert_survived(report: Report) -> None:
+    assert report.problems > 0
+    assert not report.faults, f"{len(report.faults)} faults in {report.problems} problems:\n" + "\n".join(report.faults)

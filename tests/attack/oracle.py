@@ -1,0 +1,146 @@
+"""Whether what an operator gave for unusual arguments is what the oracle says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import reference
+
+# Relative to the norm of the answer: several roundings of the dtype.
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+MOST_ELEMENTS = 1 << 20
+
+
+def floats(t: Tensor | None) -> np.ndarray | None:
+    return None if t is None else t.detach().double().numpy()
+
+
+def flat(t: Tensor) -> np.ndarray:
+    return t.detach().reshape(-1).numpy()
+
+
+def rows(t: Tensor) -> np.ndarray:
+    return floats(t.reshape(t.shape[:-1].numel(), t.shape[-1]))
+
+
+def scales(a: dict[str, Any]) -> np.ndarray:
+    if a["nested_absmax"] is None:
+        return flat(a["absmax"])
+    nested = flat(a["nested_absmax"])
+    offset = np.float32(a["nested_offset"].item())
+    return reference.dequantize_absmax(
+        flat(a["absmax"]), nested, offset, min(a["nested_block_size"], a["absmax"].numel() + 1)
+    )
+
+
+def decoded(a: dict[str, Any], n: int, k: int) -> np.ndarray:
+    return reference.dequantize_nf4(flat(a["packed"]), scales(a), n * k, a["block_size"]).reshape(n, k)
+
+
+def lora(a: dict[str, Any]) -> tuple:
+    return floats(a["lora_a"]), floats(a["lora_b"]), float(a["scaling"]), a.get("dropout_p", 0.0), a.get("seed", 0)
+
+
+def linear(a: dict[str, Any]) -> list[np.ndarray]:
+    x = rows(a["x"])
+    w = decoded(a, a["out_features"], x.shape[1]).astype(np.float64)
+    return [reference.linear(x, w, floats(a["bias"]), *lora(a))]
+
+
+def linear_dx(a: dict[str, Any]) -> list[np.ndarray]:
+    dy = rows(a["dy"])
+    w = decoded(a, dy.shape[1], a["in_features"]).astype(np.float64)
+    return [reference.linear_dx(dy, w, *lora(a))]
+
+
+def linear_dlora(a: dict[str, Any]) -> list[np.ndarray]:
+    return list(reference.linear_dlora(rows(a["dy"]), rows(a["x"]), *lora(a)))
+
+
+PER_EXPERT = ("packed", "absmax", "nested_absmax", "nested_offset", "bias", "lora_a", "lora_b")
+
+
+def grouped(one: Callable[[dict[str, Any]], list[np.ndarray]], a: dict[str, Any], out: tuple[Tensor, ...]) -> list:
+    expected = [np.zeros(tuple(t.shape)) for t in out]
+    by_expert = len(expected) == 2
+    begin = 0
+    for e, end in enumerate(a["offsets"].tolist()):
+        part = {key: v[e] if key in PER_EXPERT and v is not None else v for key, v in a.items()}
+        part |= {key: a[key][begin:end] for key in ("x", "dy") if key in a}
+        if end > begin:
+            for whole, answer in zip(expected, one(part), strict=True):
+                whole[e if by_expert else slice(begin, end)] = answer
+        begin = end
+    return expected
+
+
+def quantize_nf4(a: dict[str, Any]) -> list[np.ndarray]:
+    return list(reference.quantize_nf4(flat(a["w"].float()), a["block_size"]))
+
+
+def quantize_absmax(a: dict[str, Any]) -> list[np.ndarray]:
+    absmax = flat(a["absmax"])
+    return list(reference.quantize_absmax(absmax, min(a["nested_block_size"], absmax.size + 1)))
+
+
+def dequantize_absmax(a: dict[str, Any]) -> list[np.ndarray]:
+    return [scales({**a, "absmax": a["codes"]})]
+
+
+def dequantize_nf4(a: dict[str, Any]) -> list[np.ndarray]:
+    return [decoded(a, 1, int(np.prod([int(d) for d in a["shape"]])))]
+
+
+ORACLE = {
+    "quantize_nf4": quantize_nf4,
+    "quantize_absmax": quantize_absmax,
+    "dequantize_absmax": dequantize_absmax,
+    "dequantize_nf4": dequantize_nf4,
+    "linear_nf4": linear,
+    "linear_nf4_dx": linear_dx,
+    "linear_nf4_dlora": linear_dlora,
+}
+
+
+def of_fitting_size(t: Tensor) -> bool:
+    return t.layout == torch.strided and not t.is_nested and t.numel() <= MOST_ELEMENTS
+
+
+def tame(value: Any) -> bool:
+    """Whether sums of products with it stay finite in every dtype: the rest is for the sweeps of magnitudes."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or not value.numel() or bool((flat(value.double().abs()) < 1e3).all())
+    return abs(float(value)) < 1e3
+
+
+def disagreement(name: str, a: dict[str, Any], out: Any) -> str | None:
+    """What is wrong with ``out``, the answer to the operator ``name`` of the arguments ``a``; None for others."""
+    one = ORACLE.get(name.removeprefix("grouped_"))
+    if one is None:
+        return None
+    outs = (out,) if isinstance(out, Tensor) else tuple(out)
+    tensors = [v for v in a.values() if isinstance(v, Tensor)]
+    if any(t.is_meta for t in tensors):
+        return None if all(t.is_meta for t in outs) else "a meta tensor among the arguments, and an answer with values"
+    if any(isinstance(v, torch.dtype) for key, v in a.items() if key != "dtype"):
+        return None  # torch takes a dtype for its number
+    if not all(of_fitting_size(t) for t in (*tensors, *outs)) or not all(map(tame, (*tensors, a.get("scaling", 0)))):
+        return None
+    a = {key: v.detach().resolve_neg() if isinstance(v, Tensor) else v for key, v in a.items()}
+    a |= {key: int(v) for key, v in a.items() if isinstance(v, bool)}
+    expected = grouped(one, a, outs) if name.startswith("grouped") else one(a)
+    exact = len(outs) > 1 and name.startswith("quantize")
+    for i, (got, answer) in enumerate(zip(outs, expected, strict=True)):
+        values = flat(got.double())
+        answer = np.asarray(answer, np.float64).reshape(-1)
+        if values.shape != answer.shape:
+            return f"output {i}: expected {answer.size} elements, got {list(got.shape)}"
+        error = float(np.linalg.norm(values - answer))
+        if not error <= (0.0 if exact else TOLERANCE[got.dtype] * float(np.linalg.norm(answer)) + 1e-30):
+            return f"output {i}: {error:.3g} off an answer of norm {float(np.linalg.norm(answer)):.3g}"
+    return None
