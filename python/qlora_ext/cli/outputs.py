@@ -81,18 +81,16 @@ def _check_input(path: pathlib.Path, option: str, name: str) -> None:
 
 def _check_ours(path: pathlib.Path) -> None:
     """Refuses a directory in which there is anything that the command did not write."""
-    advice = "; name another directory, or delete it yourself"
+    advice = "--overwrite does not delete it; name another directory, or delete it yourself"
     if not (path / MARKER).is_file():
-        raise UserError(
-            f"--output {path}: not written by qlora-ext (it has no {MARKER}), and --overwrite does not delete it{advice}"
-        )
+        raise UserError(f"--output {path}: not written by qlora-ext (it has no {MARKER}); {advice}")
     marker = read_marker(path)
     if marker.get("command") == "finetune":
         foreign = [p.name for p in contents(path) if not _RUN.fullmatch(p.name)]
     else:
         written = marker.get("files")
         if not isinstance(written, list):
-            raise UserError(f"--output {path}: {MARKER} is damaged, and --overwrite does not delete it{advice}")
+            raise UserError(f"--output {path}: {MARKER} is damaged; {advice}")
         files = (p for top in contents(path) for p in (top, *(top.rglob("*") if top.is_dir() else ())))
         names = (p.relative_to(path).as_posix() for p in files if p.is_symlink() or not p.is_dir())
         foreign = [name for name in names if name not in {*written, MARKER}]
