@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+import re
 from typing import Any
 
 from .errors import UserError, first_line
@@ -34,7 +35,8 @@ def _damage(checkpoint: pathlib.Path) -> str | None:
         manifest = read_json(checkpoint / MANIFEST)
     except UserError:
         return f"{MANIFEST} cannot be read"
-    if not isinstance(manifest, dict) or "trainer_state.json" not in manifest:
+    names = manifest if isinstance(manifest, dict) else {}
+    if "trainer_state.json" not in names or not all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in names):
         return f"{MANIFEST} is no list of its files"
     for name, recorded in manifest.items():
         path = checkpoint / name
@@ -57,7 +59,7 @@ def step_of(checkpoint: pathlib.Path) -> int:
 
 def checkpoints(run: pathlib.Path) -> list[pathlib.Path]:
     """The checkpoints of a run, oldest first."""
-    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
+    found = [path for path in run.iterdir() if re.fullmatch(r"checkpoint-[0-9]{1,18}", path.name) and path.is_dir()]
     return sorted(found, key=step_of)
 
 

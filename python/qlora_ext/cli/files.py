@@ -15,6 +15,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,18 +33,25 @@ _ENTRANCES = ("config.json", "settings.json")
 _CANNOT_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)
 
 
-def _fsync(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+def _fsync(path: pathlib.Path, mode: int | None = None) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
+        if mode is not None:
+            os.fchmod(descriptor, mode)
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def _fsync_tree(root: pathlib.Path) -> None:
+    """Brings a directory that this process made onto the disk, its files with the mode that the umask gives.
+
+    safetensors lets nobody but the owner read what it writes; the directory's own mode tells the umask.
+    """
+    mode = stat.S_IMODE(root.stat().st_mode) & 0o666
     for directory, _, names in os.walk(root):
         for name in names:
-            _fsync(pathlib.Path(directory, name))
+            _fsync(pathlib.Path(directory, name), mode)
         _fsync(pathlib.Path(directory))
 
 
@@ -203,26 +211,31 @@ def _temporaries(folder: pathlib.Path, kind: str, name: str | None) -> list[path
     return found
 
 
+def _shown(path: pathlib.Path) -> str:
+    """A path to print: others may have named it."""
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
 def _recover_in(folder: pathlib.Path, name: str | None) -> list[str]:
     told = []
     for placing in _temporaries(folder, "placing", name):
         _finish_placing(placing, folder)
-        told.append(f"finished replacing {folder}, in which a command was stopped")
+        told.append(f"finished replacing {_shown(folder)}, in which a command was stopped")
     for old in _temporaries(folder, "old", name):
         final = _TEMPORARY.fullmatch(old.name)[2]  # type: ignore[index]
         if final == _INSIDE:
             _move_entries(old, folder)
             old.rmdir()
-            told.append(f"put back {folder}, which a command that was stopped had set aside")
+            told.append(f"put back {_shown(folder)}, which a command that was stopped had set aside")
         elif not (folder / final).exists():
             old.rename(folder / final)
-            told.append(f"put back {folder / final}, which a command that was stopped had set aside")
+            told.append(f"put back {_shown(folder / final)}, which a command that was stopped had set aside")
         else:
             _discard(old)
-            told.append(f"removed {old}, which a command that was stopped had replaced")
+            told.append(f"removed {_shown(old)}, which a command that was stopped had replaced")
     for rest in (*_temporaries(folder, "new", name), *_temporaries(folder, "gone", name)):
         _delete(rest)
-        told.append(f"removed {rest}, which a command that was stopped had left")
+        told.append(f"removed {_shown(rest)}, which a command that was stopped had left")
     if told:
         _fsync(folder)
     return told

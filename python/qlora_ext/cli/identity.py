@@ -6,6 +6,7 @@ import array
 import hashlib
 import json
 import pathlib
+import re
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -57,7 +58,7 @@ def check_same(run: pathlib.Path, what: str, recorded: Any, found: str, force: b
     """
     if recorded == found:
         return
-    if isinstance(recorded, str):
+    if isinstance(recorded, str) and re.fullmatch("[0-9a-f]{64}", recorded):
         problem = f"{what} is not what the run {run} was begun with ({found[:12]}, recorded is {recorded[:12]})"
     else:
         problem = f"the run {run} does not say over which {what.split()[0].lstrip('-')} it was begun"

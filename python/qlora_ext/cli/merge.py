@@ -58,7 +58,8 @@ def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
     output.protect("--adapter", arguments.adapter, str(adapter))
     output.protect("--model", arguments.model, input_of(adapters.base_of(adapter, arguments.model)))
     if arguments.evaluate:
-        output.protect("--data", adapters.record_of(adapter).get("settings", {}).get("data"))
+        settings = adapters.record_of(adapter).get("settings")
+        output.protect("--data", str(settings["data"]) if isinstance(settings, dict) and "data" in settings else None)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -103,7 +103,10 @@ def _check_ours(path: pathlib.Path) -> None:
 
 def _check_place(path: pathlib.Path) -> None:
     for what, name in (("working", "."), ("home", "~")):
-        place = pathlib.Path(os.path.realpath(os.path.expanduser(name)))
+        try:
+            place = pathlib.Path(os.path.realpath(os.path.expanduser(name)))
+        except FileNotFoundError:
+            continue  # a working directory that somebody deleted
         if path.exists() and _identity(path) in {_identity(p) for p in (place, *place.parents)}:
             raise UserError(f"--output {path} is the {what} directory or one above it; name a directory of its own")
 
