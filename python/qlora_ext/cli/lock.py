@@ -30,7 +30,7 @@ def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A holder that ends removes the file: a lock on a file without a name holds nobody off.
-            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+            if os.path.samestat(os.fstat(descriptor), file.lstat()):
                 return descriptor
         except FileNotFoundError:
             pass
