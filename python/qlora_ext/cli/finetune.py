@@ -55,7 +55,7 @@ def add_parser(commands: Any) -> None:
         "--output", default=DEFAULT_OUTPUT, metavar="DIR", help="directory of the run (default: %(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
         "--force",
         action="store_true",

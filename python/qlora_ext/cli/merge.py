@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the run that made it")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument("--4bit", action="store_true", dest="four_bit", help="save in 4 bits")
     parser.add_argument(
         "--evaluate", action="store_true", help="compare the held-out loss of the run, unmerged and merged"
