@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from .training import QLoRATrainer
 
 DEFAULT_OUTPUT = "qlora-run"
+_SETTINGS = "settings.json"
 _SAMPLE_TOKENS = 40
 
 
@@ -93,9 +94,6 @@ class _Run:
     @property
     def metrics(self) -> pathlib.Path:
         return self.directory / "metrics.jsonl"
-
-
-_SETTINGS = "settings.json"
 
 
 def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
