@@ -25,7 +25,8 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, NF4Weight]]:
             yield path if weight == "weight" else f"{path}.{weight}", module.packed_weight(weight)
 
 
-def _update(digest: hashlib._Hash, t: Tensor) -> None:
+def update(digest: hashlib._Hash, t: Tensor) -> None:
+    """Adds dtype, shape and bytes of a tensor to a digest."""
     digest.update(f"{t.dtype} {list(t.shape)};".encode())
     digest.update(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
@@ -49,5 +50,5 @@ def fingerprint(model: nn.Module) -> str:
         for tensor in ("packed", *SCALES):
             t = getattr(w4, tensor)
             if t is not None:
-                _update(digest, t)
+                update(digest, t)
     return digest.hexdigest()

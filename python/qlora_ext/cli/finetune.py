@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from . import adapter as adapters
 from . import settings as options
+from .checkpoints import checkpoints, newest_checkpoint, step_of
 from .data import Example, read_examples, split
 from .errors import UserError, first_line
-from .files import need_space, new_directory, remove, staged_directory, write_json, write_json_lines
+from .files import need_space, staged_directory, write_json, write_json_lines
+from .identity import check_same, digest_of_examples, digest_of_model, digest_of_rows
 from .models import (
     PACKAGE,
     ModelSource,
@@ -26,6 +28,7 @@ from .models import (
     resolve,
     weigh,
 )
+from .outputs import Output, claim, input_of, read_marker
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from .training import QLoRATrainer
 
 DEFAULT_OUTPUT = "qlora-run"
+_SETTINGS = "settings.json"
 _SAMPLE_TOKENS = 40
 
 
@@ -45,13 +49,19 @@ def add_parser(commands: Any) -> None:
         description="Quantizes a language model to 4 bits (NF4, double quantization), trains LoRA adapters on it, and "
         "saves them as a PEFT adapter. With no options: SmolLM2-135M-Instruct on human conversations.",
         epilog="A run that was stopped, in whatever way, goes on from its last checkpoint with --resume (other "
-        "options need not be repeated) and ends with the same adapter, bit for bit.",
+        "options need not be repeated) and ends with the same adapter, bit for bit. --overwrite replaces what "
+        "qlora-ext wrote, and nothing else.",
     )
     parser.add_argument(
         "--output", default=DEFAULT_OUTPUT, metavar="DIR", help="directory of the run (default: %(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="with --resume: go on over another base or other data than it was begun with",
+    )
     options.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -60,15 +70,18 @@ def add_parser(commands: Any) -> None:
 class _Run:
     """A run directory: ``settings.json``, checkpoints, ``metrics.jsonl``, ``loss.png`` and ``adapter/``."""
 
-    directory: pathlib.Path
+    output: Output
     settings: Settings
     source: ModelSource
     examples: list[Example]
     resume: bool
+    force: bool
+    checkpoint: pathlib.Path | None
+    digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
-    def begun(self) -> pathlib.Path:
-        return self.directory / "settings.json"
+    def directory(self) -> pathlib.Path:
+        return self.output.path
 
     @property
     def before(self) -> pathlib.Path:
@@ -83,38 +96,53 @@ class _Run:
         return self.directory / "metrics.jsonl"
 
 
-def _prepare(arguments: argparse.Namespace) -> _Run:
+def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
     """Checks everything that can be checked before the model is loaded."""
-    directory = pathlib.Path(arguments.output).expanduser().resolve()
+    directory = output.path
     typed = options.given(arguments)
+    begun = (directory / _SETTINGS).is_file()
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume and --overwrite ask for opposite things")
-    resume = arguments.resume and (directory / "settings.json").is_file()
+    if arguments.force and not arguments.resume:
+        raise UserError("--force goes with --resume: it accepts another base or other data")
+    resume = arguments.resume and begun
     if resume:
-        settings = options.resumed(read_json(directory / "settings.json"), typed)
+        settings = options.resumed(read_json(directory / _SETTINGS), typed)
     else:
         settings = Settings(**typed)
-        if (directory / "settings.json").is_file() and not arguments.overwrite:
+        if begun and not arguments.overwrite:
             raise UserError(
                 f"--output {directory} holds a run already; add --resume to go on with it, or --overwrite to start anew"
             )
-        new_directory(directory, arguments.overwrite)
     parse_device(settings.device)
     source = resolve(settings.model)
-    examples = read_examples(settings.data)
-    return _Run(directory, settings, source, examples, resume)
+    output.protect("--model", settings.model, input_of(source))
+    output.protect("--data", settings.data)
+    if not resume:
+        output.check()
+    checkpoint = newest_checkpoint(directory) if resume else None
+    run = _Run(output, settings, source, read_examples(settings.data), resume, arguments.force, checkpoint)
+    _identify(run, "data", digest_of_examples(run.examples), f"--data {settings.data}")
+    return run
+
+
+def _identify(run: _Run, what: str, digest: str, name: str) -> None:
+    """Notes what a new run begins with, and checks that one that goes on has the same."""
+    if run.resume:
+        check_same(run.directory, name, read_marker(run.directory).get(what), digest, run.force)
+    else:
+        run.digests[what] = digest
 
 
 def _begin(run: _Run) -> None:
     """Makes the run directory, once nothing but training is left that could be refused."""
     if run.resume:
         return
-    remove(run.directory)
     recorded = {**dataclasses.asdict(run.settings), "model": run.source.name}
     if not run.settings.data.startswith(PACKAGE):
         recorded["data"] = str(pathlib.Path(run.settings.data).expanduser().resolve())
-    with staged_directory(run.directory) as partial:
-        write_json(partial / run.begun.name, recorded)
+    with run.output.written("finetune", **run.digests) as partial:
+        write_json(partial / _SETTINGS, recorded)
 
 
 def _check_targets(model: Any, targets: str) -> str | list[str]:
@@ -184,6 +212,7 @@ def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
     console.print(f"model {run.source.name}\ntext  {run.settings.data} ({len(run.examples)} examples)")
     tokenizer = load_tokenizer(run.source)
     model = load_quantized(run.source, parse_dtype(run.settings.dtype), device, run.settings.block_size)
+    _identify(run, "base", digest_of_model(model), f"--model {run.source.name}")
     weights = weigh(model)
     console.print(
         f"weights {weights.dense_bytes / 1e6:.1f} MB in {run.settings.dtype} -> {weights.bytes / 1e6:.1f} MB in 4 bits "
@@ -225,14 +254,18 @@ def _save_adapter(run: _Run, model: Any, metrics: dict[str, Any]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    job = _prepare(arguments)
+    with claim(arguments.output, arguments.overwrite) as output:
+        return _run(_prepare(arguments, output), arguments.resume)
+
+
+def _run(job: _Run, may_resume: bool) -> int:
     from rich.console import Console
 
     from .loss import check_chunked_loss
     from .progress import ProgressCallback, measured, plot_loss
-    from .training import QLoRATrainer, last_checkpoint, train, training_arguments
+    from .training import QLoRATrainer, train, training_arguments
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     s = job.settings
     device = parse_device(s.device)
     model, tokenizer = _load(job, console, device)
@@ -241,6 +274,9 @@ def run(arguments: argparse.Namespace) -> int:
     recipe = training_arguments(s, job.directory, device)
     rows, held_out = split(
         tokenizer, job.examples, s.seq_len, s.max_steps * s.batch_size * s.grad_accum, s.eval_size, s.seed
+    )
+    _identify(
+        job, "rows", digest_of_rows(rows, held_out), f"tokens that --model {job.source.name} makes of --data {s.data}"
     )
     _begin(job)
     # A checkpoint is the adapter and two moments of it; three exist for a moment, and the adapter at the end.
@@ -258,14 +294,15 @@ def run(arguments: argparse.Namespace) -> int:
     trainer.add_callback(progress)
     console.print(f"held-out perplexity before training {before['perplexity']:.2f} ({len(held_out)} examples)")
     _show_sample(console, "before training", before["prompt"], before["sample"])
-    checkpoint = last_checkpoint(job.directory) if arguments.resume else None
-    if arguments.resume:
-        console.print(f"going on after step {checkpoint[1]}" if checkpoint else "no checkpoint yet: starting at step 0")
+    if job.checkpoint:
+        console.print(f"going on after step {step_of(job.checkpoint)}")
+    elif may_resume:
+        console.print("no checkpoint yet: starting at step 0")
     try:
-        train(trainer, checkpoint and checkpoint[0])
+        train(trainer, job.checkpoint)
     except KeyboardInterrupt:
-        kept = last_checkpoint(job.directory)
-        at = f"step {kept[1]} is saved" if kept else "no checkpoint was due yet"
+        kept = checkpoints(job.directory)
+        at = f"step {step_of(kept[-1])} is saved" if kept else "no checkpoint was due yet"
         raise KeyboardInterrupt(f"{at}; go on with: qlora-ext finetune --output {job.directory} --resume") from None
     finally:
         progress.close()

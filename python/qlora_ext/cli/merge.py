@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import pathlib
 from typing import Any
 
 from . import adapter as adapters
 from .data import read_examples, split
 from .errors import UserError
-from .files import new_directory, staged_directory, write_json
+from .files import write_json
 from .generate import add_base_options, load_adapted
 from .models import weigh
+from .outputs import Output, claim, input_of
 from .settings import Settings
 
 ERROR_FILE = "merge_error.json"
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the run that made it")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument("--4bit", action="store_true", dest="four_bit", help="save in 4 bits")
     parser.add_argument(
         "--evaluate", action="store_true", help="compare the held-out loss of the run, unmerged and merged"
@@ -53,10 +53,24 @@ def _loss(model: Any, batch: dict[str, Any]) -> Any:
     return model(**batch, use_cache=False).loss
 
 
+def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
+    adapter = adapters.find(arguments.adapter)
+    output.protect("--adapter", arguments.adapter, str(adapter))
+    output.protect("--model", arguments.model, input_of(adapters.base_of(adapter, arguments.model)))
+    if arguments.evaluate:
+        settings = adapters.record_of(adapter).get("settings")
+        output.protect("--data", str(settings["data"]) if isinstance(settings, dict) and "data" in settings else None)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    output = pathlib.Path(arguments.output).expanduser().resolve()
-    new_directory(output, arguments.overwrite)
+    with claim(arguments.output, arguments.overwrite) as output:
+        return _run(arguments, output)
+
+
+def _run(arguments: argparse.Namespace, output: Output) -> int:
+    _protect_inputs(arguments, output)
+    output.check()
     model, tokenizer = load_adapted(arguments)
     if arguments.evaluate:
         from .training import held_out_loss
@@ -71,12 +85,12 @@ def run(arguments: argparse.Namespace) -> int:
         merged, error = merge_to_4bit(model)
     else:
         merged = model.merge_and_unload()
-    with staged_directory(output) as partial:
+    with output.written("merge") as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if error is not None:
             write_json(partial / ERROR_FILE, dataclasses.asdict(error))
-    print(f"{output}: {weigh(merged).bytes / 1e6:.1f} MB in {'4 bits' if error else arguments.dtype}")
+    print(f"{output.path}: {weigh(merged).bytes / 1e6:.1f} MB in {'4 bits' if error else arguments.dtype}")
     if error is not None:
         worst = max(error.by_layer, key=error.by_layer.__getitem__)
         print(

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 from typing import Any
 
-from .files import new_directory, staged_directory
 from .models import load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weigh
+from .outputs import Output, claim, input_of
 
 
 def add_parser(commands: Any) -> None:
@@ -19,7 +18,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--model", required=True, help="a model directory, a .gguf file, a hub name, or package:NAME")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
         "--block-size", type=int, default=64, choices=(32, 64, 128, 256, 512, 1024, 2048, 4096), metavar="N",
         help="weights that share a scale, a power of two from 32 to 4096 (default: %(default)s)",
@@ -36,15 +35,20 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
+    with claim(arguments.output, arguments.overwrite) as output:
+        return _run(arguments, output)
+
+
+def _run(arguments: argparse.Namespace, output: Output) -> int:
     from ..integrations.bitsandbytes import save_pretrained
 
-    output = pathlib.Path(arguments.output).expanduser().resolve()
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model)
-    new_directory(output, arguments.overwrite)
+    output.protect("--model", arguments.model, input_of(source))
+    output.check()
     tokenizer = load_tokenizer(source)
     model = load_quantized(source, dtype, device, arguments.block_size, not arguments.no_double_quant)
-    with staged_directory(output) as partial:
+    with output.written("quantize") as partial:
         if arguments.format == "bitsandbytes":
             save_pretrained(model, partial)
         else:
@@ -52,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
         tokenizer.save_pretrained(partial)
     weights = weigh(model)
     print(
-        f"{output}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> {weights.bytes / 1e6:.1f} MB in 4 bits"
+        f"{output.path}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> "
+        f"{weights.bytes / 1e6:.1f} MB in 4 bits"
     )
     return 0

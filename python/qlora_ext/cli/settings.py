@@ -21,12 +21,14 @@ def _option(default: Any, text: str, least: float | None = None, below: float | 
 class Settings:
     """The options of ``qlora-ext finetune``. Defaults follow the QLoRA paper (Dettmers et al., 2023, appendix B)."""
 
-    model: str = _option(DEFAULT_MODEL, "a model directory, a .gguf file, a hub name, or package:NAME", group="what")
+    model: str = _option(DEFAULT_MODEL, "a model directory, a .gguf file, a hub name, or package:NAME", group="what",
+                         free=True)  # fmt: skip
     data: str = _option(
         DEFAULT_DATA,
         "a .jsonl file (lines with text, messages, or a pair such as prompt and completion), a .txt file, "
         "a dictd dictionary (.dict.dz), package:chitchat-dataset (PyPI) or package:dict-jargon (Debian)",
         group="what",
+        free=True,
     )
     seq_len: int = _option(256, "tokens an example is cut to", 2, group="what")
     eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
@@ -118,6 +120,8 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def resumed(recorded: dict[str, Any], typed: dict[str, Any]) -> Settings:
     """The settings of a run that goes on: those recorded when it began, and what may change without changing it.
+
+    The model and the data may have moved: that they are the same is known by their digests.
 
     Raises:
         UserError: an option asks for another run than the recorded one.

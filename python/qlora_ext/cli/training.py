@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoints import checkpoints, step_of, write_manifest
 from .data import Row, pack
 from .errors import UserError, first_line
 from .files import remove, staged_directory
@@ -152,19 +152,9 @@ class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
             for path in (partial / name).iterdir():
                 path.rename(partial / path.name)
             (partial / name).rmdir()
-        for old in _checkpoints(run)[:-_KEPT_CHECKPOINTS]:
+            write_manifest(partial)
+        for old in checkpoints(run)[:-_KEPT_CHECKPOINTS]:
             remove(old)
-
-
-def _checkpoints(run: pathlib.Path) -> list[pathlib.Path]:
-    found = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def last_checkpoint(run: pathlib.Path) -> tuple[pathlib.Path, int] | None:
-    """The newest checkpoint of a run and its step."""
-    path = get_last_checkpoint(str(run))
-    return None if path is None else (pathlib.Path(path), int(path.rpartition("-")[2]))
 
 
 def train(trainer: QLoRATrainer, checkpoint: pathlib.Path | None) -> None:
@@ -173,7 +163,7 @@ def train(trainer: QLoRATrainer, checkpoint: pathlib.Path | None) -> None:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     try:
-        if checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) >= trainer.args.max_steps:
+        if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
             # Nothing is left to train, which the Trainer would only notice after one step too many.
             set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))

@@ -1,0 +1,187 @@
+"""Commands killed with SIGKILL at random moments: old or new stays whole, and ``--resume`` ends with the same bits.
+
+``QLORA_ATTACK`` is the number of kills a campaign, ``QLORA_ATTACK_SEED`` repeats one. Half of the kills come at a
+random time, half before a random change of the file system, where the short moments lie that time seldom meets.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import pytest
+import torch
+from tqdm import tqdm
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+from qlora_ext.cli import main
+from qlora_ext.cli.checkpoints import newest_checkpoint
+from test_cli import SMALL, Paths, adapter_bytes, base, here, paths, read_lines
+
+__all__ = ["paths"]  # a fixture
+
+pytestmark = pytest.mark.slow
+
+KILLS = int(os.environ.get("QLORA_ATTACK", "6"))
+SEED = int(os.environ.get("QLORA_ATTACK_SEED", random.SystemRandom().randrange(1 << 32)))
+RUN = [*SMALL, "--max-steps", "4", "--save-steps", "1"]
+_CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree", "open"}
+
+
+class Victim:
+    """Runs commands in copies of this process, which has loaded all that they need."""
+
+    def __init__(self, campaign: str, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.moments: dict[object, tuple[float, int]] = {}
+        self.random = random.Random(f"{campaign} {SEED}")
+        print(f"{campaign}: {KILLS} kills, QLORA_ATTACK_SEED={SEED}")
+
+    def _run(self, arguments: list[str], die_at: int | None) -> None:
+        """In the copy: runs the command; writes the number of its changes below the folder, or dies before one."""
+        changes = 0
+
+        def hook(event: str, details: tuple[object, ...]) -> None:
+            nonlocal changes
+            if event in _CHANGES and str(details[0]).startswith(str(self.folder)):
+                if changes == die_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                changes += 1
+
+        with pathlib.Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        torch.set_num_threads(1)  # the other threads were not copied
+        tqdm.set_lock(threading.RLock())  # its own is shared with all copies, one of which died with it
+        signal.alarm(120)
+        sys.addaudithook(hook)
+        status = main(arguments)
+        os.write(self.pipe[1], f"{changes}".encode())
+        os._exit(status)
+
+    def _start(self, arguments: list[object], die_at: int | None = None) -> int:
+        child = os.fork()
+        if child == 0:
+            try:
+                self._run([str(argument) for argument in arguments], die_at)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(99)
+        return child
+
+    def measure(self, arguments: list[object]) -> None:
+        """Lets a command end, and keeps its seconds and its number of changes: the range of moments to kill at."""
+        self.pipe = os.pipe()
+        begun = time.monotonic()
+        assert os.waitpid(self._start(arguments), 0)[1] == 0
+        self.moments[arguments[0]] = time.monotonic() - begun, int(os.read(self.pipe[0], 20))
+
+    def kill(self, arguments: list[object]) -> str:
+        """Runs a command and kills it; tells when. It may also have ended before."""
+        seconds, changes = self.moments[arguments[0]]
+        if self.random.random() < 0.5:
+            die_at = self.random.randrange(changes)
+            child, moment = self._start(arguments, die_at), f"before change {die_at} of {changes}"
+        else:
+            delay = self.random.uniform(0, seconds)
+            child, moment = self._start(arguments), f"after {delay:.3f} s"
+            time.sleep(delay)
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL), f"exit {status} {moment}, seed {SEED}"
+        return f"{arguments[0]} killed {moment}, seed {SEED}"
+
+
+def files_of(root: pathlib.Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def runs(paths: Paths) -> dict[str, pathlib.Path]:
+    """Two finished runs that differ in their seed."""
+    made = {}
+    for seed in ("0", "1"):
+        made[seed] = paths["root"] / f"attacked-{seed}"
+        here("finetune", *base(paths), "--output", made[seed], *RUN, "--seed", seed)
+    assert adapter_bytes(made["0"]) != adapter_bytes(made["1"])
+    return made
+
+
+def test_training(paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    victim = Victim("training", tmp_path)
+    arguments = ["finetune", *base(paths), *RUN, "--resume", "--output"]
+    victim.measure([*arguments, tmp_path / "whole"])
+    run = tmp_path / "run"
+    for _ in range(KILLS):
+        told = victim.kill([*arguments, run])
+        if run.exists():
+            newest_checkpoint(run)  # raises where it is not whole
+            assert (run / "settings.json").is_file(), told
+            if (run / "before.json").exists():
+                assert json.loads((run / "before.json").read_text()), told
+            if (run / "loss.png").exists():
+                assert (run / "loss.png").read_bytes().endswith(b"IEND\xaeB`\x82"), told
+            if (run / "metrics.jsonl").exists():
+                assert read_lines(run / "metrics.jsonl"), told
+            if (run / "adapter").exists():
+                assert adapter_bytes(run) == adapter_bytes(runs["0"]), told
+    here(*arguments, run)
+    assert adapter_bytes(run) == adapter_bytes(runs["0"]), f"seed {SEED}"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
+    assert not list(run.rglob(".partial*"))
+
+
+def test_a_run_overwritten_by_a_run(paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib.Path) -> None:
+    victim = Victim("run over run", tmp_path)
+    run = pathlib.Path(shutil.copytree(runs["0"], tmp_path / "run"))
+    arguments = ["finetune", *base(paths), *RUN, "--seed", "1", "--overwrite", "--output", run]
+    victim.measure(arguments)
+    for _ in range(KILLS):
+        shutil.rmtree(run)
+        shutil.copytree(runs["0"], run)
+        told = victim.kill(arguments)
+        here("finetune", "--output", run, "--resume")
+        assert adapter_bytes(run) in (adapter_bytes(runs["0"]), adapter_bytes(runs["1"])), told
+        assert [path.name for path in tmp_path.iterdir()] == ["run"], told
+        assert not list(run.rglob(".partial*")), told
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["renamed", "filled"])
+def test_a_model_overwritten_by_a_model(
+    paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """quantize and merge, each over what the other wrote; as at a mount point too."""
+    from qlora_ext.cli import files, lock
+
+    output = tmp_path / "output"
+    if inside:
+        for module in (files, lock):
+            monkeypatch.setattr(module, "filled_from_inside", lambda path: path == output and path.is_dir())
+    victim = Victim("model over model", tmp_path)
+    commands = {
+        "quantize": ["quantize", "--model", paths["model"], "--output", output, "--overwrite"],
+        "merge": ["merge", "--adapter", runs["0"], "--output", output, "--overwrite"],
+    }
+    whole = {}
+    for name, arguments in commands.items():
+        victim.measure(arguments)
+        whole[name] = files_of(output)
+    present = "merge"
+    for _ in range(KILLS):
+        attempted = "quantize" if present == "merge" else "merge"
+        told = victim.kill(commands[attempted])
+        # The next command, whatever it is, cleans up; this one is then refused.
+        assert main(["quantize", "--model", str(paths["model"]), "--output", str(output)]) == 2
+        assert files_of(output) in whole.values(), told
+        present = next(name for name, content in whole.items() if content == files_of(output))
+        assert [path.name for path in tmp_path.iterdir()] == ["output"], told

@@ -1,0 +1,239 @@
+"""Files and directories that are whole or absent: a kill before every single step, modes, planted links, mounts."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qlora_ext.cli import files
+from qlora_ext.cli.errors import UserError
+
+# What changes a directory, as Python's audit events call it.
+_STEPS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree", "open"}
+
+
+def fill(directory: pathlib.Path, content: str) -> None:
+    (directory / "config.json").write_text(content)
+    (directory / "weights").write_text(content * 1000)
+    (directory / "deep").mkdir()
+    (directory / "deep" / "file").write_text(content)
+
+
+def whole(directory: pathlib.Path) -> str:
+    """The content that ``fill`` gave the directory, which must be all that is in it."""
+    content = (directory / "config.json").read_text()
+    assert (directory / "weights").read_text() == content * 1000
+    assert (directory / "deep" / "file").read_text() == content
+    assert sorted(path.name for path in directory.iterdir()) == ["config.json", "deep", "weights"]
+    return content
+
+
+def replace(path: pathlib.Path) -> None:
+    with files.staged_directory(path) as partial:
+        fill(partial, "new")
+
+
+def killed_at(step: int, action: Callable[[], None]) -> bool:
+    """Runs ``action`` in a copy of this process that dies by SIGKILL before its step-th change; whether it did."""
+    child = os.fork()
+    if child == 0:
+        left = step
+
+        def hook(event: str, arguments: tuple[object, ...]) -> None:
+            nonlocal left
+            if event in _STEPS:
+                left -= 1
+                if left < 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        with contextlib.suppress(BaseException):
+            sys.addaudithook(hook)
+            action()
+            os._exit(0)
+        os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WIFSIGNALED(status)
+
+
+@pytest.fixture(params=["beside", "inside", "fallback"])
+def place(request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    """A directory that can be renamed, one that is known to be none, and one of which that shows when it is tried."""
+    path = tmp_path / "out"
+    if request.param == "inside":
+        monkeypatch.setattr(files, "filled_from_inside", lambda directory: directory == path)
+    if request.param == "fallback":
+        refuse_to_rename(path, errno.EBUSY, monkeypatch)
+    return path
+
+
+def refuse_to_rename(path: pathlib.Path, error: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(rename: Callable[..., None]) -> Callable[..., None]:
+        def renamed(source: os.PathLike[str], target: os.PathLike[str], **options: object) -> None:
+            if path in (pathlib.Path(source), pathlib.Path(target)):
+                raise OSError(error, os.strerror(error), str(source))
+            rename(source, target, **options)
+
+        return renamed
+
+    monkeypatch.setattr(os, "rename", refusing(os.rename))
+    monkeypatch.setattr(os, "replace", refusing(os.replace))
+
+
+def test_killed_at_every_step_the_old_or_the_new_is_whole(place: pathlib.Path) -> None:
+    seen = set()
+    step = 0
+    while True:
+        place.mkdir()
+        fill(place, "old")
+        killed = killed_at(step, lambda: replace(place))
+        told = files.recover(place)
+        seen.add(whole(place))
+        assert [path.name for path in place.parent.iterdir()] == ["out"]
+        assert files.recover(place) == []
+        if not killed:
+            break
+        assert all(str(place.parent) in sentence for sentence in told)
+        subprocess.run(["rm", "-r", place], check=True)
+        step += 1
+    assert step > 10
+    assert seen == {"old", "new"}
+    assert whole(place) == "new"
+
+
+@pytest.mark.slow
+def test_killed_while_it_recovers(place: pathlib.Path) -> None:
+    """Of two kills, the second in the recovery from the first, nothing is lost either."""
+    first = 0
+    while True:
+        second = 0
+        while True:
+            place.mkdir()
+            fill(place, "old")
+            ended = not killed_at(first, lambda: replace(place))
+            killed = killed_at(second, lambda: files.recover(place) and None)
+            files.recover(place)
+            assert whole(place) in ("old", "new")
+            assert [path.name for path in place.parent.iterdir()] == ["out"]
+            subprocess.run(["rm", "-r", place], check=True)
+            if not killed:
+                break
+            second += 1
+        if ended:
+            break
+        first += 3
+    assert first > 10
+
+
+def test_a_directory_set_aside_comes_back_on_an_error(place: pathlib.Path) -> None:
+    place.mkdir()
+    fill(place, "old")
+
+    def failing() -> None:
+        with files.staged_directory(place) as partial:
+            fill(partial, "new")
+            (partial / "deep").symlink_to("nowhere")
+
+    with pytest.raises(UserError, match="cannot write"):
+        failing()
+    assert whole(place) == "old"
+    assert [path.name for path in place.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("error", [errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM])
+def test_a_directory_that_cannot_be_renamed_is_filled(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    path = tmp_path / "out"
+    refuse_to_rename(path, error, monkeypatch)
+    path.mkdir()
+    for _ in range(2):
+        replace(path)
+        assert whole(path) == "new"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+def test_another_error_of_renaming_loses_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "out"
+    path.mkdir()
+    fill(path, "old")
+    refuse_to_rename(path, errno.EIO, monkeypatch)
+    with pytest.raises(UserError, match="cannot write"):
+        replace(path)
+    assert whole(path) == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+
+
+@contextlib.contextmanager
+def umask(mask: int) -> Iterator[None]:
+    former = os.umask(mask)
+    try:
+        yield
+    finally:
+        os.umask(former)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077, 0o027])
+def test_modes_follow_the_umask(tmp_path: pathlib.Path, mask: int) -> None:
+    with umask(mask):
+        replace(tmp_path / "out")
+        files.write_json(tmp_path / "file.json", {})
+        files.append_json_line(tmp_path / "lines.jsonl", {})
+    for path in tmp_path.rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o777 if path.is_dir() else 0o666) & ~mask, path
+
+
+def test_a_private_directory_stays_private(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "out").mkdir(mode=0o700)
+    replace(tmp_path / "out")
+    assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o700
+
+
+def test_a_planted_link_is_not_followed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even by the one name that will be taken, could somebody foresee it."""
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("kept")
+    for name in ("out", "file.json"):
+        (tmp_path / f".partial-new-{name}-00000000").symlink_to(victim)
+    with pytest.raises(UserError, match="exists"):
+        replace(tmp_path / "out")
+    for name in ("out", "file.json"):
+        (tmp_path / f".partial-new-{name}-00000000").unlink(missing_ok=True)
+    (tmp_path / ".partial-new-file.json-00000000").symlink_to(victim / "precious")
+    with pytest.raises(UserError, match="exists"):
+        files.write_json(tmp_path / "file.json", {})
+    (tmp_path / ".partial-old-out-00000001").symlink_to(victim)
+    (tmp_path / ".partial-gone-out-00000002").symlink_to(victim)
+    (tmp_path / "out").mkdir()
+    files.recover(tmp_path / "out")
+    (tmp_path / "lines.jsonl").symlink_to(victim / "precious")
+    with pytest.raises(UserError):
+        files.append_json_line(tmp_path / "lines.jsonl", {})
+    assert [path.name for path in victim.iterdir()] == ["precious"]
+    assert (victim / "precious").read_text() == "kept"
+
+
+def test_recovery_touches_no_other_name(tmp_path: pathlib.Path) -> None:
+    kept = [
+        ".partial-new-out-1-12345678",
+        ".partial-new-out-1234567",
+        ".partial-new-other-12345678",
+        ".partial-mine",
+        "out.bak",
+    ]
+    for name in kept:
+        (tmp_path / name).mkdir()
+    (tmp_path / ".partial-new-out-12345678").mkdir()
+    assert len(files.recover(tmp_path / "out")) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
