@@ -9,8 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
 
-# What a value must be: a type, one of several, a list of such a thing, or an object with such fields. A field whose name
-# ends in "?" may be absent or null; ``float`` means any number, and no bool is a number.
+# What a value must be: a type, one of several, a list of such a thing, or an object with such fields. A field whose
+# name ends in "?" may be absent or null; ``float`` means any number, and no bool is a number.
 Schema: TypeAlias = "type | tuple[type, ...] | list[Any] | Mapping[str, Any]"
 
 _MAX_BYTES = 256 << 20  # the largest tokenizers known are a tenth of that

@@ -9,6 +9,8 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from .._outside import excerpt
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -17,9 +19,40 @@ class UserError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an exception without the lines that follow the first, and with its type if it has no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".:") if lines else type(error).__name__
+    """The message of an exception without the lines that follow the first, and with its type if it has no message.
+
+    A first line that ends in a colon brings the second along. All is cut to what a sentence can hold: a library's
+    message may quote a file from end to end.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    line = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return excerpt(line.rstrip(".:"), 400)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an exception stands for a failed assertion of a library in Rust, which is no ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
+def path_named(name: str, option: str) -> pathlib.Path:
+    """The path that ``option`` names, whether or not there is anything.
+
+    Raises:
+        UserError: no file can have that name: it is empty, too long or holds a NUL; or nobody may look there.
+    """
+    if not name:
+        raise UserError(f"{option}: the name is empty")
+    try:
+        path = pathlib.Path(name).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UserError(f"{option} {excerpt(name)}: {reason}") from error
+    return path
 
 
 def _is_full(directory: pathlib.Path) -> bool:

@@ -10,11 +10,14 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .._outside import Schema, printable, read_json
 from . import adapter as adapters
 from . import settings as options
+from . import whole
 from .data import Example, read_examples, split
-from .errors import UserError, first_line
+from .errors import UserError, first_line, path_named
 from .files import need_space, new_directory, remove, staged_directory, write_json, write_json_lines
+from .generate import add_trust_option
 from .models import (
     PACKAGE,
     ModelSource,
@@ -22,7 +25,6 @@ from .models import (
     load_tokenizer,
     parse_device,
     parse_dtype,
-    read_json,
     resolve,
     weigh,
 )
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT = "qlora-run"
 _SAMPLE_TOKENS = 40
+_BEFORE: Schema = {"loss": float, "perplexity": float, "prompt": str, "sample": str}
 
 
 def add_parser(commands: Any) -> None:
@@ -52,6 +55,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
+    add_trust_option(parser)  # not one of the settings: it is to be said of every run, resumed ones too
     options.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -85,13 +89,13 @@ class _Run:
 
 def _prepare(arguments: argparse.Namespace) -> _Run:
     """Checks everything that can be checked before the model is loaded."""
-    directory = pathlib.Path(arguments.output).expanduser().resolve()
+    directory = path_named(arguments.output, "--output").resolve()
     typed = options.given(arguments)
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume and --overwrite ask for opposite things")
     resume = arguments.resume and (directory / "settings.json").is_file()
     if resume:
-        settings = options.resumed(read_json(directory / "settings.json"), typed)
+        settings = options.resumed(options.read(directory / "settings.json"), typed)
     else:
         settings = Settings(**typed)
         if (directory / "settings.json").is_file() and not arguments.overwrite:
@@ -100,7 +104,7 @@ def _prepare(arguments: argparse.Namespace) -> _Run:
             )
         new_directory(directory, arguments.overwrite)
     parse_device(settings.device)
-    source = resolve(settings.model)
+    source = resolve(settings.model, arguments.trust_remote_code)
     examples = read_examples(settings.data)
     return _Run(directory, settings, source, examples, resume)
 
@@ -175,13 +179,14 @@ def _show_sample(console: Console, title: str, prompt: str, answer: str) -> None
     from rich.panel import Panel
     from rich.text import Text
 
-    text = Text(prompt.strip()[-300:], style="dim")
-    text.append("\n" + answer.strip(), style="not dim")
+    text = Text(printable(prompt.strip()[-300:], lines=True), style="dim")
+    text.append("\n" + printable(answer.strip(), lines=True), style="not dim")
     console.print(Panel(text, title=title, title_align="left"))
 
 
 def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
-    console.print(f"model {run.source.name}\ntext  {run.settings.data} ({len(run.examples)} examples)")
+    text = f"{printable(run.settings.data)} ({len(run.examples)} examples)"
+    console.print(f"model {printable(run.source.name)}\ntext  {text}")
     tokenizer = load_tokenizer(run.source)
     model = load_quantized(run.source, parse_dtype(run.settings.dtype), device, run.settings.block_size)
     weights = weigh(model)
@@ -199,7 +204,7 @@ def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
 def _measure_before(run: _Run, trainer: QLoRATrainer, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Held-out perplexity and a sample of the untrained model: measured once a run, and kept for one that goes on."""
     if run.before.is_file():
-        before: dict[str, Any] = read_json(run.before)
+        before: dict[str, Any] = read_json(run.before, _BEFORE)
         return before
     prompt, answer = _sample(model, tokenizer, trainer.held_out)
     loss = trainer.held_out_loss()
@@ -232,7 +237,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import ProgressCallback, measured, plot_loss
     from .training import QLoRATrainer, last_checkpoint, train, training_arguments
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
     s = job.settings
     device = parse_device(s.device)
     model, tokenizer = _load(job, console, device)
@@ -242,6 +247,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows, held_out = split(
         tokenizer, job.examples, s.seq_len, s.max_steps * s.batch_size * s.grad_accum, s.eval_size, s.seed
     )
+    whole.check_tokens(model, [row["input_ids"] for row in (*rows, *held_out)])
     _begin(job)
     # A checkpoint is the adapter and two moments of it; three exist for a moment, and the adapter at the end.
     trainable_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import pathlib
 from typing import Any
 
+from .errors import path_named
 from .files import new_directory, staged_directory
-from .models import load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weigh
+from .generate import add_trust_option
+from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weigh
 
 
 def add_parser(commands: Any) -> None:
@@ -18,10 +19,11 @@ def add_parser(commands: Any) -> None:
         "with AutoModelForCausalLM.from_pretrained after `import qlora_ext`, and as --model here.",
     )
     parser.add_argument("--model", required=True, help="a model directory, a .gguf file, a hub name, or package:NAME")
+    add_trust_option(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what is in --output")
     parser.add_argument(
-        "--block-size", type=int, default=64, choices=(32, 64, 128, 256, 512, 1024, 2048, 4096), metavar="N",
+        "--block-size", type=int, default=64, choices=BLOCK_SIZES, metavar="N",
         help="weights that share a scale, a power of two from 32 to 4096 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -38,9 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     from ..integrations.bitsandbytes import save_pretrained
 
-    output = pathlib.Path(arguments.output).expanduser().resolve()
+    output = path_named(arguments.output, "--output").resolve()
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
-    source = resolve(arguments.model)
+    source = resolve(arguments.model, arguments.trust_remote_code)
     new_directory(output, arguments.overwrite)
     tokenizer = load_tokenizer(source)
     model = load_quantized(source, dtype, device, arguments.block_size, not arguments.no_double_quant)
