@@ -21,7 +21,11 @@ _NAMES = {dict: "an object", list: "a list", str: "a text", int: "an integer", f
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-class FileError(ValueError):
+class UserError(Exception):
+    """A mistake in what was asked for, or a machine that cannot do it: its text is all that the user has to read."""
+
+
+class FileError(UserError, ValueError):
     """A file from outside that is damaged or is not what it is taken for: the text says which, and what is wrong."""
 
 

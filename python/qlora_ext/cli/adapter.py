@@ -21,7 +21,7 @@ RECORD_SCHEMA: Schema = {
     "settings?": {"block_size?": int},
     "metrics?": _METRICS,
 }
-CONFIG_SCHEMA: Schema = {"peft_type": str, "base_model_name_or_path?": str, "r?": int, "lora_alpha?": float}
+CONFIG_SCHEMA: Schema = {"peft_type?": str, "base_model_name_or_path?": str, "r?": int, "lora_alpha?": float}
 
 
 def find(name: str) -> pathlib.Path:
@@ -73,7 +73,7 @@ def _check_files(model: Any, adapter: pathlib.Path) -> None:
 
     path = adapter / "adapter_config.json"
     config = config_of(adapter)
-    takes_layers = config["peft_type"] == "LORA" or "target_modules" in config  # prompt tuning has none
+    takes_layers = config.get("peft_type") == "LORA" or "target_modules" in config  # prompt tuning has none
     if takes_layers and not (config.get("target_modules") or config.get("target_parameters")):
         raise UserError(f"{printable(path)}: expected target_modules in it, the layers with an adapter; found none")
     if config.get("megatron_config"):

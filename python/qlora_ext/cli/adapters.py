@@ -9,7 +9,7 @@ import pathlib
 import sys
 from typing import Any
 
-from .._outside import FileError, printable, read_json
+from .._outside import printable, read_json
 from .adapter import config_of, record_of
 from .errors import UserError, path_named
 
@@ -33,7 +33,7 @@ def describe(adapter: pathlib.Path) -> dict[str, Any]:
     """What the files of one adapter say about it; None for what they do not say.
 
     Raises:
-        FileError: one of them is damaged.
+        UserError: one of them is damaged.
     """
     from ..integrations.peft import BASE_FILE
 
@@ -83,13 +83,13 @@ def run(arguments: argparse.Namespace) -> int:
     for path in find_all(root):
         try:
             adapters.append(describe(path))
-        except (FileError, OSError) as error:
-            damaged.append(error)
+        except (UserError, OSError) as error:
+            damaged.append(str(error))
     if not adapters and not damaged:
         raise UserError(f"{arguments.directory}: there is no adapter in that directory")
     _show(adapters, root, arguments.json)
-    for error in damaged:
-        print(f"qlora-ext adapters: {printable(error)}", file=sys.stderr)
+    for message in damaged:
+        print(f"qlora-ext adapters: {printable(message)}", file=sys.stderr)
     return 2 if damaged else 0
 
 

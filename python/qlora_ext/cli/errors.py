@@ -9,13 +9,10 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from .._outside import UserError as UserError
 from .._outside import excerpt
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-class UserError(Exception):
-    """A mistake in what was asked for, or a machine that cannot do it: its text is all that the user has to read."""
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from . import adapter as adapters
 from . import settings as options
 from . import whole
 from .data import Example, read_examples, split
-from .errors import UserError, first_line, path_named
+from .errors import UserError, first_line
 from .files import need_space, new_directory, remove, staged_directory, write_json, write_json_lines
 from .generate import add_trust_option
 from .models import (
@@ -89,7 +89,7 @@ class _Run:
 
 def _prepare(arguments: argparse.Namespace) -> _Run:
     """Checks everything that can be checked before the model is loaded."""
-    directory = path_named(arguments.output, "--output").resolve()
+    directory = pathlib.Path(arguments.output).expanduser().resolve()
     typed = options.given(arguments)
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume and --overwrite ask for opposite things")
@@ -237,7 +237,7 @@ def run(arguments: argparse.Namespace) -> int:
     from .progress import ProgressCallback, measured, plot_loss
     from .training import QLoRATrainer, last_checkpoint, train, training_arguments
 
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not sys.stdout.isatty())
+    console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     s = job.settings
     device = parse_device(s.device)
     model, tokenizer = _load(job, console, device)

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from .._outside import FileError, printable
+from .._outside import printable
 from . import adapters, finetune, generate, info, merge, plan, quantize
 from .errors import UserError, first_line
 
@@ -60,7 +60,7 @@ def _quiet_libraries() -> Iterator[None]:
 
 def _tell(error: Exception) -> tuple[int, str]:
     """The exit code and the sentence for what went wrong."""
-    if isinstance(error, UserError | FileError):
+    if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, OSError) and error.strerror:
         return 2, f"{error.filename}: {error.strerror}" if error.filename else error.strerror

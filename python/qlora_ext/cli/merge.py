@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pathlib
 from typing import Any
 
 from . import adapter as adapters
 from .data import read_examples, split
-from .errors import UserError, path_named
+from .errors import UserError
 from .files import new_directory, staged_directory, write_json
 from .generate import add_base_options, load_adapted
 from .models import weigh
@@ -54,7 +55,7 @@ def _loss(model: Any, batch: dict[str, Any]) -> Any:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    output = path_named(arguments.output, "--output").resolve()
+    output = pathlib.Path(arguments.output).expanduser().resolve()
     new_directory(output, arguments.overwrite)
     model, tokenizer = load_adapted(arguments)
     if arguments.evaluate:

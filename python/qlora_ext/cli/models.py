@@ -11,7 +11,8 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from .._outside import FileError, excerpt, printable, read_json
+from .._outside import FileError, excerpt, printable
+from .._outside import read_json as read_json
 from . import gguf_file, whole
 from .errors import UserError, first_line, is_panic, path_named
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 from typing import Any
 
-from .errors import path_named
 from .files import new_directory, staged_directory
 from .generate import add_trust_option
 from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weigh
@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     from ..integrations.bitsandbytes import save_pretrained
 
-    output = path_named(arguments.output, "--output").resolve()
+    output = pathlib.Path(arguments.output).expanduser().resolve()
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model, arguments.trust_remote_code)
     new_directory(output, arguments.overwrite)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .data import Row, pack
@@ -167,24 +167,40 @@ def last_checkpoint(run: pathlib.Path) -> tuple[pathlib.Path, int] | None:
     return None if path is None else (pathlib.Path(path), int(path.rpartition("-")[2]))
 
 
+class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Knows when a checkpoint has been read."""
+
+    done = False
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.done = True
+
+
 def train(trainer: QLoRATrainer, checkpoint: pathlib.Path | None) -> None:
     """Trains to the last step, from ``checkpoint`` on if there is one."""
-    import safetensors
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from .adapter import entire
 
+    loading = _Loading()
+    trainer.add_callback(loading)
     try:
         if checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) >= trainer.args.max_steps:
             # Nothing is left to train, which the Trainer would only notice after one step too many.
-            set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+            with entire():
+                trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (safetensors.SafetensorError, EOFError) as error:
-        raise UserError(f"the checkpoint {checkpoint} is damaged: {first_line(error)}; delete it to use the one "
-                        "before it") from error  # fmt: skip
+        with entire():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
         raise UserError(
             "not enough GPU memory; try --grad-checkpointing, --chunked-loss, a smaller --batch-size or --seq-len"
         ) from error
     except FloatingPointError as error:
         raise UserError(first_line(error)) from error
+    except Exception as error:
+        # Before the first step it is the checkpoint that is read, and a damaged one fails in any way whatever.
+        if checkpoint is None or loading.done:
+            raise
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged: {first_line(error)}; delete it to use the one before it"
+        ) from error
