@@ -281,11 +281,24 @@ def test_names_that_no_file_has(refused, paths: Paths, tmp_path: pathlib.Path, n
     assert not output.exists()
 
 
-@pytest.mark.parametrize("plan", [["--rank", str(10**30)], ["--seq-len", str(2**40)], ["--sizes", "hidden=²,layers=1"],
-    ["--sizes", "hidden=64,intermediate=64,layers=1,heads=4,kv-heads=0"], ["--sizes", f"hidden={10**20},intermediate=1,layers=1,heads=1"],
-    ["--memory", "9" * 400], ["--devices", str(10**30)], ["--batch-size", str(2**31)]], ids=str)  # fmt: skip
-def test_plans_out_of_range(refused, plan: list[str]) -> None:
-    assert plan[0] in refused("plan", *([] if "--sizes" in plan else ["--model", "smollm2-135m"]), *plan)
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--rank", 10**30),
+        ("--seq-len", 2**40),
+        ("--devices", 10**30),
+        ("--batch-size", 2**31),
+        ("--memory", "9" * 400),
+        ("--memory", "0"),
+        ("--sizes", "hidden=²,layers=1"),
+        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,kv-heads=0"),
+        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,kv-heads=3"),
+        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,vocab=0"),
+        ("--sizes", f"hidden={10**20},intermediate=1,layers=1,heads=1"),
+    ],
+)
+def test_plans_out_of_range(refused, option: str, value: object) -> None:
+    assert option in refused("plan", *([] if option == "--sizes" else ["--model", "smollm2-135m"]), option, value)
 
 
 def test_a_resumed_run_needs_a_whole_adapter(refused, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
