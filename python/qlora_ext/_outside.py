@@ -10,15 +10,23 @@ from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
 
 # What a value must be: a type, one of several, a list of such a thing, or an object with such fields. A field whose
-# name ends in "?" may be absent or null; ``float`` means any number, and no bool is a number.
+# name ends in "?" may be absent or null; ``int`` means one of 64 bits, ``float`` any number, and no bool is a number.
 Schema: TypeAlias = "type | tuple[type, ...] | list[Any] | Mapping[str, Any]"
 
 _MAX_BYTES = 256 << 20  # the largest tokenizers known are a tenth of that
 _MAX_DEPTH = 64
-_MAX_DIGITS = 18  # of an integer: what follows must fit into 64 bits
-_NAMES = {dict: "an object", list: "a list", str: "a text", int: "an integer", float: "a number", bool: "true or false"}
+_MAX_DIGITS = 300  # of an integer, for it to be a float; tokenizers write 10^30 for "no limit"
+_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "an integer of 64 bits",
+    float: "a number",
+    bool: "true or false",
+}
 # Control characters, halves of surrogate pairs, and what reverses the order of the characters around it.
 _ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class UserError(Exception):
@@ -52,27 +60,29 @@ def excerpt(value: object, limit: int = 80) -> str:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS + 1:
+    if len(digits) > _MAX_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
 
 
-def _check_depth(value: Any, source: str) -> None:
+def _check_form(value: Any, source: str) -> None:
+    """Refuses deep nesting, and halves of surrogate pairs, which JSON can write and UTF-8 cannot."""
     level, depth = [value], 0
     while level:
         if depth > _MAX_DEPTH:
             raise FileError(f"{source}: expected JSON of at most {_MAX_DEPTH} levels, it is nested deeper")
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, dict | list)
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
+        for text in level:
+            if isinstance(text, str) and _SURROGATE.search(text):
+                raise FileError(f"{source}: half of a surrogate pair in {excerpt(text)}, which is no character")
+        inner = [(*outer, *outer.values()) if isinstance(outer, dict) else outer for outer in level]
+        level = [part for parts in inner if isinstance(parts, tuple | list) for part in parts]
         depth += 1
 
 
 def _is(value: Any, kind: type) -> bool:
     if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
         return False
     return isinstance(value, (int, float) if kind is float else kind)
 
@@ -113,7 +123,7 @@ def parse_json(text: str, source: str, schema: Schema | None = None) -> Any:
     """The value of JSON ``text`` that was read from ``source``, held to a schema.
 
     Raises:
-        FileError: no JSON, nested too deeply, or not as the schema says.
+        FileError: no JSON, nested too deeply, not UTF-8, or not as the schema says.
     """
     try:
         value = json.loads(text, parse_int=_integer)
@@ -121,7 +131,7 @@ def parse_json(text: str, source: str, schema: Schema | None = None) -> Any:
         raise FileError(f"{source}: expected JSON of at most {_MAX_DEPTH} levels, it is nested deeper") from None
     except ValueError as error:
         raise FileError(f"{source}: not JSON ({excerpt(str(error))})") from error
-    _check_depth(value, source)
+    _check_form(value, source)
     if schema is not None:
         check(value, schema, source)
     return value

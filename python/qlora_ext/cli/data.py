@@ -66,12 +66,6 @@ def _from_record(record: Any) -> Example | None:
     return None
 
 
-def _encodable(example: Example) -> bool:
-    """Whether there is no half of a surrogate pair in it, which JSON can write and no tokenizer takes."""
-    texts = [example] if isinstance(example, str) else [part for turn in example for part in turn.values()]
-    return not any("\ud800" <= character <= "\udfff" for text in texts for character in text)
-
-
 def _read_jsonl(path: pathlib.Path) -> Iterator[Example]:
     # JSON's own lines: other characters that end a line may stand in a text.
     for number, line in enumerate(read_text(path, _MAX_BYTES).split("\n"), 1):
@@ -84,8 +78,6 @@ def _read_jsonl(path: pathlib.Path) -> Iterator[Example]:
                 f'{source}: expected an object with "text", "messages", or a pair such as "prompt" and "completion", '
                 f"got {excerpt(line)}"
             )
-        if not _encodable(example):
-            raise UserError(f"{source}: half of a surrogate pair in it, which is no character")
         yield example
 
 

@@ -32,6 +32,14 @@ DTYPES = {
 }
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MAX_LAYERS = 10_000
+# Of a model directory, what is read by parsers that take it at its word, and saved again.
+_TEXTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +106,9 @@ def resolve(name: str, trust_remote_code: bool = False) -> ModelSource:
             raise UserError(f"--model {name}: there is no config.json in that directory")
         if (path / "adapter_config.json").is_file():  # transformers would load the base which that file names
             raise UserError(f"--model {name}: that directory holds an adapter too; a model has one of its own")
+        for file in _TEXTS:
+            if (path / file).is_file():
+                read_json(path / file, dict)
         return ModelSource(str(path.resolve()), str(path.resolve()), None, trust_remote_code)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such file or directory")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .._outside import Schema, read_json
 from .data import Row, pack
 from .errors import UserError, first_line
 from .files import remove, staged_directory
@@ -21,6 +22,12 @@ from .progress import measured
 from .settings import Settings
 
 _KEPT_CHECKPOINTS = 2
+_STATE: Schema = {
+    "global_step": int,
+    "max_steps": int,
+    "num_input_tokens_seen": int,
+    "log_history": [{"step": int, "loss?": float, "eval_loss?": float}],
+}
 
 
 def training_arguments(settings: Settings, directory: pathlib.Path, device: torch.device) -> TrainingArguments:
@@ -180,6 +187,8 @@ def train(trainer: QLoRATrainer, checkpoint: pathlib.Path | None) -> None:
     """Trains to the last step, from ``checkpoint`` on if there is one."""
     from .adapter import entire
 
+    if checkpoint is not None:
+        read_json(checkpoint / "trainer_state.json", _STATE)
     loading = _Loading()
     trainer.add_callback(loading)
     try:
