@@ -1,7 +1,7 @@
 """Every reader of files, fed with damaged ones: it succeeds with a right result, or says in a sentence what is wrong.
 
 ``QLORA_ATTACK`` is the number of mutations a file (4 if it is not set) and ``QLORA_ATTACK_SEED`` their seed (0); a
-failure prints both, and the number of the mutation.
+failure prints both, and the number of the mutation. More than 4 are marked slow.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ __all__ = ["paths", "tiny_gguf", "whole_run"]  # fixtures
 
 COUNT = int(os.environ.get("QLORA_ATTACK", "4"))
 SEED = os.environ.get("QLORA_ATTACK_SEED", "0")
+pytestmark = [pytest.mark.slow] if COUNT > 4 else []
 SECONDS = 60  # beyond which a command hangs
 Mutate = Callable[[random.Random, bytes], bytes]
 

@@ -33,6 +33,33 @@ def is_panic(error: BaseException) -> bool:
     return type(error).__name__ == "PanicException"
 
 
+@contextlib.contextmanager
+def reading(what: str, name: str) -> Iterator[None]:
+    """Turns whatever a library does over the files of a model into a ``UserError``: they are damaged, or unknown to it.
+
+    Args:
+        what: is read. name: of the model.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"not enough memory to load {name}") from error
+    except BaseException as error:
+        # A damaged model file makes the parsers below fail in any way whatever; a healthy one in none.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name} needs Python code that comes with it, which is not run by itself; "
+                "read it, and add --trust-remote-code if you trust it"
+            ) from error
+        if type(error).__name__ == "SafetensorError":  # not imported for its name alone
+            raise UserError(f"the weights of {name} are truncated or damaged: {first_line(error)}") from error
+        raise UserError(f"cannot load the {what} of {name}: {first_line(error)}") from error
+
+
 def path_named(name: str, option: str) -> pathlib.Path:
     """The path that ``option`` names, whether or not there is anything.
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .._outside import FileError, excerpt, printable
 from .._outside import read_json as read_json
 from . import gguf_file, whole
-from .errors import UserError, first_line, is_panic, path_named
+from .errors import UserError, first_line, path_named, reading
 
 if TYPE_CHECKING:
     import torch
@@ -148,27 +148,12 @@ def parse_device(name: str) -> torch.device:
 
 def _load(what: str, source: ModelSource, loader: Any, **options: Any) -> Any:
     import gguf  # noqa: F401  # transformers' own message for its absence spans a screen
-    import safetensors
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files has a bar of its own
-            return loader.from_pretrained(source.path, **source.options, **options)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"the weights of {source.name} are truncated or damaged: {first_line(error)}") from error
-    except MemoryError as error:
-        raise UserError(f"not enough memory to load {source.name}") from error
-    except BaseException as error:
-        # A damaged model file makes the parsers below fail in any way whatever; a healthy one in none.
-        if not isinstance(error, Exception) and not is_panic(error):
-            raise
-        if "trust_remote_code" in str(error):
-            raise UserError(
-                f"{source.name} needs Python code that comes with it, which is not run by itself; "
-                "read it, and add --trust-remote-code if you trust it"
-            ) from error
-        raise UserError(f"cannot load the {what} of {source.name}: {first_line(error)}") from error
+    # The reader of GGUF files has a bar of its own.
+    with reading(what, source.name), contextlib.redirect_stderr(io.StringIO()):
+        return loader.from_pretrained(source.path, **source.options, **options)
 
 
 def load_tokenizer(source: ModelSource) -> Any:

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from .._outside import excerpt, printable
-from .errors import UserError, path_named
+from .errors import UserError, path_named, reading
 from .files import staged_file
 from .generate import add_trust_option
 from .models import DEFAULT_MODEL, DTYPES, load_config, resolve
@@ -174,12 +174,15 @@ def run(arguments: argparse.Namespace) -> int:
     job = _job(arguments, config)
     from .memory import split, tops
 
-    try:
-        measured = tops(job)
-    except ValueError as error:
-        raise UserError(
-            f"--target-modules {arguments.target_modules}: no layer of the model has such a name"
-        ) from error
+    with reading("configuration", name):
+        try:
+            measured = tops(job)
+        except ValueError as error:
+            if "arget modules" not in str(error):
+                raise
+            raise UserError(
+                f"--target-modules {arguments.target_modules}: no layer of the model has such a name"
+            ) from error
     parts = split(job, measured)
     total = sum(parts.values())
     fits = total <= memory

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .._outside import check, excerpt, parse_json, printable, read_json
-from .errors import UserError
+from .errors import UserError, reading
 
 if TYPE_CHECKING:
     from .models import ModelSource
@@ -85,7 +85,7 @@ def check_room(source: ModelSource, config: Any) -> None:
         raise UserError(
             f"{source.name} is not whole: {layers} layers in config.json, {len(found)} weights in its files"
         )
-    with torch.device("meta"):
+    with reading("configuration", source.name), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     needed = sum(tensor.numel() for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     tied = sum(p.numel() for p in (model.get_output_embeddings() or torch.nn.Module()).parameters())
