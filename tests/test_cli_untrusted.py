@@ -15,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from qlora_ext.cli import main
-from test_cli import RUN, SMALL, Paths, base, here, paths, refused, whole_run
+from test_cli import SMALL, Paths, base, here, paths, refused, whole_run
 from test_cli_whole import adapter, change_json, model
 
 __all__ = ["adapter", "model", "paths", "refused", "whole_run"]  # fixtures
@@ -307,4 +307,3 @@ def test_a_resumed_run_needs_a_whole_adapter(refused, whole_run: pathlib.Path, t
     run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
     change_weights(run / "checkpoint-11", lambda w: w.pop(next(iter(w))))
     assert "checkpoint-11" in refused("finetune", "--output", run, "--resume")
-    assert RUN
