@@ -1,19 +1,32 @@
-"""The adapter directory: PEFT's files, and beside them ``run.json``, the base it needs and how it came about."""
+"""The adapter directory: PEFT's files, and beside them ``qlora_run.json``, how it came about."""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
-from .errors import UserError, first_line
-from .models import ModelSource, read_json, resolve
+from .._outside import FileError, Schema, excerpt, printable, read_json
+from . import whole
+from .errors import UserError, first_line, path_named
+from .models import ModelSource, resolve
 
 RECORD = "qlora_run.json"
+_METRICS: Schema = {"steps?": int, "perplexity_before?": float, "perplexity_after?": float}
+RECORD_SCHEMA: Schema = {
+    "model?": str,
+    "date?": str,
+    "settings?": {"block_size?": int},
+    "metrics?": _METRICS,
+}
+CONFIG_SCHEMA: Schema = {"peft_type?": str, "base_model_name_or_path?": str, "r?": int, "lora_alpha?": float}
 
 
 def find(name: str) -> pathlib.Path:
     """The adapter directory that a user named, or that lies inside the run directory that they named."""
-    directory = pathlib.Path(name).expanduser()
+    directory = path_named(name, "--adapter")
     for path in (directory, directory / "adapter"):
         if (path / "adapter_config.json").is_file():
             if not (path / "adapter_model.safetensors").is_file():
@@ -27,31 +40,79 @@ def find(name: str) -> pathlib.Path:
 def record_of(adapter: pathlib.Path) -> dict[str, Any]:
     """What ``finetune`` noted down; empty for an adapter that other software trained."""
     path = adapter / RECORD
-    if not path.is_file():
-        return {}
-    record = read_json(path)
-    if not isinstance(record, dict):
-        raise UserError(f"cannot read {path}: expected an object")
+    record: dict[str, Any] = read_json(path, RECORD_SCHEMA) if path.is_file() else {}
     return record
 
 
-def base_of(adapter: pathlib.Path, model: str | None) -> ModelSource:
-    """The base model: the one that the user names, or that the adapter was trained on."""
-    name = (
-        model
-        or record_of(adapter).get("model")
-        or read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
-    )
+def config_of(adapter: pathlib.Path) -> dict[str, Any]:
+    """PEFT's configuration of the adapter."""
+    config: dict[str, Any] = read_json(adapter / "adapter_config.json", CONFIG_SCHEMA)
+    return config
+
+
+def base_of(adapter: pathlib.Path, model: str | None, trust_remote_code: bool = False) -> ModelSource:
+    """The base model: the one that the user names, or that the adapter was trained on.
+
+    Raises:
+        UserError: there is none; or its code is to be run, which the user has to name it for: an adapter may come from
+            anybody, and so may the directory that it names.
+    """
+    name = model or record_of(adapter).get("model") or config_of(adapter).get("base_model_name_or_path")
     if not name:
         raise UserError(f"--adapter {adapter}: it does not say which model it belongs to; name it with --model")
-    return resolve(str(name))
+    if trust_remote_code and not model:
+        raise UserError(
+            f"--trust-remote-code: the adapter names {excerpt(name)} as its base; name the model yourself, with --model"
+        )
+    return resolve(name, trust_remote_code)
+
+
+def _check_files(model: Any, adapter: pathlib.Path) -> None:
+    """Refuses an adapter whose files speak of no layers, or would write over the 4-bit base."""
+    from ..nn import layers_of
+
+    path = adapter / "adapter_config.json"
+    config = config_of(adapter)
+    takes_layers = config.get("peft_type") == "LORA" or "target_modules" in config  # prompt tuning has none
+    if takes_layers and not (config.get("target_modules") or config.get("target_parameters")):
+        raise UserError(f"{printable(path)}: expected target_modules in it, the layers with an adapter; found none")
+    if config.get("megatron_config"):
+        raise UserError(f"{printable(path)}: it asks for Megatron's layers, which are not used here")
+    names = whole.shapes(adapter / "adapter_model.safetensors")
+    if not names:
+        raise UserError(f"the adapter {adapter} is not whole: there is no weight in its adapter_model.safetensors")
+    packed = {name for name, _ in layers_of(model)}
+    base = [
+        name
+        for name in names
+        if name.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".")[0] in packed
+    ]
+    if base:
+        raise UserError(f"the adapter {adapter} would write over {len(base)} weights of its base: {whole.named(base)}")
+
+
+@contextlib.contextmanager
+def entire() -> Iterator[None]:
+    """Has an adapter that is not whole, or does not fit, refused while it loads.
+
+    Raises:
+        UserError: so it is; the text names what is missing, and counts it.
+    """
+    from ..integrations.peft import IncompleteAdapterWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IncompleteAdapterWarning)
+        try:
+            yield
+        except IncompleteAdapterWarning as warning:
+            raise UserError(first_line(warning)) from warning
 
 
 def load(model: Any, adapter: pathlib.Path, force: bool) -> Any:
     """Puts the adapter on its 4-bit base.
 
     Raises:
-        UserError: it was trained on another base (unless ``force``), or its files are damaged.
+        UserError: it was trained on another base (unless ``force``), or its files are damaged or incomplete.
     """
     import safetensors
     from peft import PeftModel
@@ -60,15 +121,22 @@ def load(model: Any, adapter: pathlib.Path, force: bool) -> Any:
 
     try:
         check_base(model, adapter, "ignore" if force else "refuse")
+    except FileError:
+        raise
     except ValueError as error:
         raise UserError(f"{first_line(error)}; add --force to use it all the same") from error
+    _check_files(model, adapter)
     try:
-        return PeftModel.from_pretrained(model, str(adapter))
+        with entire():  # on the meta device first: a rank of 10^9 in a damaged file costs nothing
+            return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
     except safetensors.SafetensorError as error:
         raise UserError(
             f"{adapter / 'adapter_model.safetensors'} is truncated or damaged: {first_line(error)}"
         ) from error
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except UserError:
+        raise
+    except Exception as error:
+        # PEFT takes what its files say at their word: a damaged one fails in any way whatever, a healthy one in none.
         raise UserError(
             f"the adapter {adapter} does not fit {model.config.name_or_path}: {first_line(error)}"
         ) from error

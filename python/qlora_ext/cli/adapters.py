@@ -6,11 +6,12 @@ import argparse
 import datetime
 import json
 import pathlib
+import sys
 from typing import Any
 
-from .adapter import RECORD
-from .errors import UserError
-from .models import read_json
+from .._outside import printable, read_json
+from .adapter import config_of, record_of
+from .errors import UserError, path_named
 
 _COLUMNS = ("adapter", "base", "fingerprint", "rank", "alpha", "date", "steps", "perplexity")
 
@@ -20,26 +21,26 @@ def add_parser(commands: Any) -> None:
         "adapters",
         help="list adapters",
         description="Lists the adapters below a directory, without those in a run's checkpoints: the base, the "
-        "beginning of its 4-bit fingerprint, rank, alpha, date, steps, held-out perplexity before and after.",
+        "beginning of its 4-bit fingerprint, rank, alpha, date, steps, held-out perplexity before and after. Those "
+        "whose files are damaged are named on stderr, with exit code 2.",
     )
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument("--json", action="store_true", help="print one JSON object an adapter, in full")
     parser.set_defaults(run=run)
 
 
-def _optional(path: pathlib.Path) -> dict[str, Any]:
-    found = read_json(path) if path.is_file() else {}
-    if not isinstance(found, dict):
-        raise UserError(f"cannot read {path}: expected an object")
-    return found
-
-
 def describe(adapter: pathlib.Path) -> dict[str, Any]:
-    """What the files of one adapter say about it; None for what they do not say."""
+    """What the files of one adapter say about it; None for what they do not say.
+
+    Raises:
+        UserError: one of them is damaged.
+    """
     from ..integrations.peft import BASE_FILE
 
-    config, base, record = (_optional(adapter / name) for name in ("adapter_config.json", BASE_FILE, RECORD))
-    metrics = record.get("metrics", {})
+    config, record = config_of(adapter), record_of(adapter)
+    path = adapter / BASE_FILE
+    base = read_json(path, {"fingerprint?": str, "format_version?": int}) if path.is_file() else {}
+    metrics = record.get("metrics") or {}
     saved = datetime.datetime.fromtimestamp((adapter / "adapter_config.json").stat().st_mtime, datetime.timezone.utc)
     return {
         "adapter": str(adapter),
@@ -68,25 +69,38 @@ def _cells(adapter: dict[str, Any], root: pathlib.Path) -> list[str]:
         "adapter": str(pathlib.Path(adapter["adapter"]).relative_to(root)),
         "fingerprint": (adapter["fingerprint"] or "")[:12],
         "date": adapter["date"][:16].replace("T", " "),
-        "perplexity": "" if after is None else f"{before:.2f} -> {after:.2f}",
+        "perplexity": " -> ".join(f"{x:.2f}" for x in (before, after) if x is not None),
     }
-    return ["" if shown[column] is None else str(shown[column]) for column in _COLUMNS]
+    return ["" if shown[column] is None else printable(shown[column]) for column in _COLUMNS]
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    root = pathlib.Path(arguments.directory).expanduser()
+    root = path_named(arguments.directory, "DIR")
     if not root.is_dir():
         raise UserError(f"{arguments.directory}: no such directory")
-    adapters = [describe(path) for path in find_all(root)]
-    if not adapters:
+    adapters, damaged = [], []
+    for path in find_all(root):
+        try:
+            adapters.append(describe(path))
+        except (UserError, OSError) as error:
+            damaged.append(str(error))
+    if not adapters and not damaged:
         raise UserError(f"{arguments.directory}: there is no adapter in that directory")
-    if arguments.json:
+    _show(adapters, root, arguments.json)
+    for message in damaged:
+        print(f"qlora-ext adapters: {printable(message)}", file=sys.stderr)
+    return 2 if damaged else 0
+
+
+def _show(adapters: list[dict[str, Any]], root: pathlib.Path, as_json: bool) -> None:
+    if as_json:
         for adapter in adapters:
             print(json.dumps(adapter))
-        return 0
+        return
+    if not adapters:
+        return
     rows = [list(_COLUMNS), *(_cells(adapter, root) for adapter in adapters)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    return 0

@@ -6,15 +6,17 @@ and "assistant"), of which the assistant's words alone are.
 
 from __future__ import annotations
 
+import contextlib
 import gzip
-import json
 import pathlib
 import random
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
-from .errors import UserError, first_line
+from .._outside import FileError, Schema, check, excerpt, parse_json, printable, read_text
+from .errors import UserError, first_line, is_panic, path_named
 from .models import PACKAGE, package_files
 
 Message: TypeAlias = dict[str, str]
@@ -24,6 +26,8 @@ DEFAULT_DATA = f"{PACKAGE}chitchat-dataset"
 # The columns by which published datasets call a question and its answer.
 _PAIRS = (("prompt", "completion"), ("prompt", "response"), ("instruction", "output"), ("question", "answer"))
 _ROLES = {"human": "user", "gpt": "assistant"}
+_MAX_BYTES = 16 << 30  # of a file of text, which is read whole
+_CHITCHAT: Schema = {"messages": [[{"text": str}]]}
 
 
 def _pair(question: str, answer: str) -> list[Message]:
@@ -54,38 +58,31 @@ def _from_record(record: Any) -> Example | None:
         return str(record["text"])
     for question, answer in _PAIRS:
         if isinstance(record.get(question), str) and isinstance(record.get(answer), str):
-            asked = "\n\n".join(filter(None, (record[question], record.get("input"))))
+            more = record.get("input")
+            if not isinstance(more, str | None):
+                return None
+            asked = "\n\n".join(filter(None, (record[question], more)))
             return _pair(asked, record[answer])
     return None
 
 
-def _read_text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"--data {path}: not UTF-8 text (byte {error.start})") from error
-    except OSError as error:
-        raise UserError(f"--data {path}: {error.strerror}") from error
-
-
 def _read_jsonl(path: pathlib.Path) -> Iterator[Example]:
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    # JSON's own lines: other characters that end a line may stand in a text.
+    for number, line in enumerate(read_text(path, _MAX_BYTES).split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            example = _from_record(json.loads(line))
-        except ValueError as error:
-            raise UserError(f"--data {path}, line {number}: not JSON ({first_line(error)})") from error
+        source = f"--data {printable(path)}, line {number}"
+        example = _from_record(parse_json(line, source))
         if example is None:
             raise UserError(
-                f'--data {path}, line {number}: expected an object with "text", "messages", '
-                'or a pair such as "prompt" and "completion"'
+                f'{source}: expected an object with "text", "messages", or a pair such as "prompt" and "completion", '
+                f"got {excerpt(line)}"
             )
         yield example
 
 
 def _read_txt(path: pathlib.Path) -> Iterator[Example]:
-    text = _read_text(path)
+    text = read_text(path, _MAX_BYTES)
     if text.strip():
         yield text
 
@@ -96,7 +93,9 @@ def _chitchat() -> Iterator[Example]:
     path = next((p for p in paths if p.name == "dataset.json"), None)
     if path is None or not path.is_file():
         raise UserError(f"--data {DEFAULT_DATA}: the package carries no dataset.json")
-    for conversation in json.loads(_read_text(path)).values():
+    found = parse_json(read_text(path), printable(path), dict)
+    for name, conversation in found.items():
+        check(conversation, _CHITCHAT, printable(path), excerpt(name))
         turns = [" ".join(line["text"] for line in turn) for turn in conversation["messages"]]
         if len(turns) > 1:
             yield [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
@@ -110,17 +109,33 @@ def _dictd_number(digits: str) -> int:
     return value
 
 
+def _dictd_entry(line: str) -> tuple[int, int]:
+    """Where an entry begins and how long it is, from a line of the index: the term, offset and size."""
+    _, start, size = line.split("\t")[:3]
+    if not (start and size):
+        raise ValueError(line)
+    return _dictd_number(start), _dictd_number(size)
+
+
 def _read_dictd(path: pathlib.Path) -> Iterator[Example]:
     """A dictd dictionary (.dict.dz beside its .index): a term is the question, its definition the answer."""
     index = path.with_name(path.name.removesuffix(".dz").removesuffix(".dict") + ".index")
     try:
-        body = gzip.decompress(path.read_bytes())
-        entries = sorted({tuple(line.split("\t")[1:]) for line in _read_text(index).splitlines()})
-    except (OSError, EOFError) as error:
+        with gzip.open(path) as file:
+            body = file.read(_MAX_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"--data {path}: no readable dictionary ({first_line(error)})") from error
-    for start, size in entries:
-        offset = _dictd_number(start)
-        entry = body[offset : offset + _dictd_number(size)].decode("utf-8", "replace")
+    entries = set()
+    for number, line in enumerate(read_text(index).splitlines(), 1):
+        try:
+            offset, size = _dictd_entry(line)
+        except ValueError:
+            raise UserError(f"--data {index}, line {number}: no entry of a dictd index: {excerpt(line)}") from None
+        if offset + size > len(body):
+            raise UserError(f"--data {index}, line {number}: its entry lies beyond the end of {path.name}")
+        entries.add((offset, size))
+    for offset, size in sorted(entries):
+        entry = body[offset : offset + size].decode("utf-8", "replace")
         term, _, definition = entry.partition("\n")
         definition = re.sub(r"\s+", " ", definition).strip()
         if definition and not term.startswith("00-database"):
@@ -153,20 +168,36 @@ def read_examples(name: str) -> list[Example]:
             raise UserError(f"--data {name}: unknown package; known are {known}, or name a .jsonl or .txt file")
         examples = list(_PACKAGES[package]())
     else:
-        path = pathlib.Path(name).expanduser()
+        path = path_named(name, "--data")
         if not path.is_file():
             raise UserError(f"--data {name}: no such file")
-        if path.name.endswith(".dict.dz"):
-            examples = list(_read_dictd(path))
-        elif path.suffix == ".jsonl":
-            examples = list(_read_jsonl(path))
-        elif path.suffix == ".txt":
-            examples = list(_read_txt(path))
-        else:
+        readers = {".dict.dz": _read_dictd, ".jsonl": _read_jsonl, ".txt": _read_txt}
+        reader = next((readers[end] for end in readers if path.name.endswith(end)), None)
+        if reader is None:
             raise UserError(f"--data {name}: expected a name that ends in .jsonl, .txt or .dict.dz")
+        try:
+            examples = list(reader(path))
+        except FileError as error:
+            raise UserError(str(error) if "--data" in str(error) else f"--data {error}") from error
     if not examples:
         raise UserError(f"--data {name}: the dataset is empty")
     return examples
+
+
+@contextlib.contextmanager
+def tokenizing(what: str) -> Iterator[None]:
+    """Turns what goes wrong in a tokenizer or its chat template into a ``UserError`` about ``what``.
+
+    Both are programs that a model's files bring along, and fail in any way whatever.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise UserError(f"{what}: the model's tokenizer cannot encode it ({first_line(error)})") from error
 
 
 def as_question(tokenizer: Any, prompt: str) -> str:
@@ -219,7 +250,9 @@ def _encode(tokenizer: Any, example: Example, seq_len: int) -> Iterator[dict[str
 def encode(tokenizer: Any, examples: Iterable[Example], seq_len: int) -> Iterator[dict[str, list[int]]]:
     """Token ids and labels (-100: not learnt), at most ``seq_len`` long; what has nothing to learn is left out."""
     for example in examples:
-        for row in _encode(tokenizer, example, seq_len):
+        with tokenizing("--data"):
+            rows = list(_encode(tokenizer, example, seq_len))
+        for row in rows:
             if any(label != -100 for label in row["labels"][1:]):
                 yield row
 

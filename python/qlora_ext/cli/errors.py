@@ -9,17 +9,74 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from .._outside import UserError as UserError
+from .._outside import excerpt
+
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
-class UserError(Exception):
-    """A mistake in what was asked for, or a machine that cannot do it: its text is all that the user has to read."""
-
-
 def first_line(error: BaseException) -> str:
-    """The message of an exception without the lines that follow the first, and with its type if it has no message."""
-    lines = str(error).strip().splitlines()
-    return lines[0].strip().rstrip(".:") if lines else type(error).__name__
+    """The message of an exception without the lines that follow the first, and with its type if it has no message.
+
+    A first line that ends in a colon brings the second along. All is cut to what a sentence can hold: a library's
+    message may quote a file from end to end.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    line = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return excerpt(line.rstrip(".:"), 400)
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether an exception stands for a failed assertion of a library in Rust, which is no ``Exception``."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def reading(what: str, name: str) -> Iterator[None]:
+    """Turns whatever a library does over the files of a model into a ``UserError``: they are damaged, or unknown to it.
+
+    Args:
+        what: is read. name: of the model.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except MemoryError as error:
+        raise UserError(f"not enough memory to load {name}") from error
+    except BaseException as error:
+        # A damaged model file makes the parsers below fail in any way whatever; a healthy one in none.
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{name} needs Python code that comes with it, which is not run by itself; "
+                "read it, and add --trust-remote-code if you trust it"
+            ) from error
+        if type(error).__name__ == "SafetensorError":  # not imported for its name alone
+            raise UserError(f"the weights of {name} are truncated or damaged: {first_line(error)}") from error
+        raise UserError(f"cannot load the {what} of {name}: {first_line(error)}") from error
+
+
+def path_named(name: str, option: str) -> pathlib.Path:
+    """The path that ``option`` names, whether or not there is anything.
+
+    Raises:
+        UserError: no file can have that name: it is empty, too long or holds a NUL; or nobody may look there.
+    """
+    if not name:
+        raise UserError(f"{option}: the name is empty")
+    try:
+        path = pathlib.Path(name).expanduser()
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else first_line(error)
+        raise UserError(f"{option} {excerpt(name)}: {reason}") from error
+    return path
 
 
 def _is_full(directory: pathlib.Path) -> bool:

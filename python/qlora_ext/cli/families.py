@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from .._outside import excerpt
 from .errors import UserError
 
 # model_type, vocabulary, hidden size, intermediate size, layers, heads, key-value heads, tied head
@@ -79,14 +81,18 @@ def config_of_sizes(text: str) -> Any:
     sizes = {"vocab": 32000}
     for part in text.split(","):
         key, _, value = part.partition("=")
-        if key.strip() not in ("hidden", "intermediate", "layers", "heads", "kv-heads", "vocab") or not value.isdigit():
+        known = key.strip() in ("hidden", "intermediate", "layers", "heads", "kv-heads", "vocab")
+        if not known or not re.fullmatch("[0-9]+", value):
             raise UserError(f"--sizes {text}: expected hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]")
+        if len(value) > 6:
+            raise UserError(f"--sizes {excerpt(text)}: expected numbers below a million")
         sizes[key.strip()] = int(value)
-    missing = [key for key in ("hidden", "intermediate", "layers", "heads") if not sizes.get(key)]
+    missing = [key for key in ("hidden", "intermediate", "layers", "heads") if key not in sizes]
+    missing += [key for key, size in sizes.items() if not size]
     if missing:
         raise UserError(f"--sizes {text}: {', '.join(missing)} is missing or 0")
-    if sizes["hidden"] % sizes["heads"]:
-        raise UserError(f"--sizes {text}: hidden is no multiple of heads")
+    if sizes["hidden"] % sizes["heads"] or sizes["heads"] % sizes.get("kv-heads", 1):
+        raise UserError(f"--sizes {text}: hidden is no multiple of heads, or heads none of kv-heads")
     return AutoConfig.for_model(
         "llama",
         vocab_size=sizes["vocab"],

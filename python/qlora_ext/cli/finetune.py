@@ -10,12 +10,15 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
+from .._outside import Schema, printable, read_json
 from . import adapter as adapters
 from . import settings as options
+from . import whole
 from .checkpoints import checkpoints, newest_checkpoint, step_of
 from .data import Example, read_examples, split
 from .errors import UserError, first_line
 from .files import need_space, staged_directory, write_json, write_json_lines
+from .generate import add_trust_option
 from .identity import check_same, digest_of_examples, digest_of_model, digest_of_rows
 from .models import (
     PACKAGE,
@@ -24,7 +27,6 @@ from .models import (
     load_tokenizer,
     parse_device,
     parse_dtype,
-    read_json,
     resolve,
     weigh,
 )
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT = "qlora-run"
 _SETTINGS = "settings.json"
 _SAMPLE_TOKENS = 40
+_BEFORE: Schema = {"loss": float, "perplexity": float, "prompt": str, "sample": str}
 
 
 def add_parser(commands: Any) -> None:
@@ -62,6 +65,7 @@ def add_parser(commands: Any) -> None:
         action="store_true",
         help="with --resume: go on over another base or other data than it was begun with",
     )
+    add_trust_option(parser)  # not one of the settings: it is to be said of every run, resumed ones too
     options.add_options(parser)
     parser.set_defaults(run=run)
 
@@ -107,7 +111,7 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
         raise UserError("--force goes with --resume: it accepts another base or other data")
     resume = arguments.resume and begun
     if resume:
-        settings = options.resumed(read_json(directory / _SETTINGS), typed)
+        settings = options.resumed(options.read(directory / _SETTINGS), typed)
     else:
         settings = Settings(**typed)
         if begun and not arguments.overwrite:
@@ -115,7 +119,7 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
                 f"--output {directory} holds a run already; add --resume to go on with it, or --overwrite to start anew"
             )
     parse_device(settings.device)
-    source = resolve(settings.model)
+    source = resolve(settings.model, arguments.trust_remote_code)
     output.protect("--model", settings.model, input_of(source))
     output.protect("--data", settings.data)
     if not resume:
@@ -203,13 +207,14 @@ def _show_sample(console: Console, title: str, prompt: str, answer: str) -> None
     from rich.panel import Panel
     from rich.text import Text
 
-    text = Text(prompt.strip()[-300:], style="dim")
-    text.append("\n" + answer.strip(), style="not dim")
+    text = Text(printable(prompt.strip()[-300:], lines=True), style="dim")
+    text.append("\n" + printable(answer.strip(), lines=True), style="not dim")
     console.print(Panel(text, title=title, title_align="left"))
 
 
 def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
-    console.print(f"model {run.source.name}\ntext  {run.settings.data} ({len(run.examples)} examples)")
+    text = f"{printable(run.settings.data)} ({len(run.examples)} examples)"
+    console.print(f"model {printable(run.source.name)}\ntext  {text}")
     tokenizer = load_tokenizer(run.source)
     model = load_quantized(run.source, parse_dtype(run.settings.dtype), device, run.settings.block_size)
     _identify(run, "base", digest_of_model(model), f"--model {run.source.name}")
@@ -228,7 +233,7 @@ def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
 def _measure_before(run: _Run, trainer: QLoRATrainer, model: Any, tokenizer: Any) -> dict[str, Any]:
     """Held-out perplexity and a sample of the untrained model: measured once a run, and kept for one that goes on."""
     if run.before.is_file():
-        before: dict[str, Any] = read_json(run.before)
+        before: dict[str, Any] = read_json(run.before, _BEFORE)
         return before
     prompt, answer = _sample(model, tokenizer, trainer.held_out)
     loss = trainer.held_out_loss()
@@ -275,6 +280,7 @@ def _run(job: _Run, may_resume: bool) -> int:
     rows, held_out = split(
         tokenizer, job.examples, s.seq_len, s.max_steps * s.batch_size * s.grad_accum, s.eval_size, s.seed
     )
+    whole.check_tokens(model, [row["input_ids"] for row in (*rows, *held_out)])
     _identify(
         job, "rows", digest_of_rows(rows, held_out), f"tokens that --model {job.source.name} makes of --data {s.data}"
     )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
+from .._outside import printable
 from . import adapter as adapters
-from .data import as_question
+from . import whole
+from .data import as_question, tokenizing
 from .errors import UserError
-from .models import load_quantized, load_tokenizer, parse_device, parse_dtype
+from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype
+
+_MAX_NEW_TOKENS = 1_000_000
 
 
 def add_parser(commands: Any) -> None:
@@ -30,17 +35,26 @@ def add_parser(commands: Any) -> None:
 def add_base_options(parser: argparse.ArgumentParser) -> None:
     """The options of every command that puts an adapter on its base."""
     parser.add_argument("--model", help="the base model, if not where the adapter says")
+    add_trust_option(parser)
     parser.add_argument("--force", action="store_true", help="accept an adapter that was trained on another 4-bit base")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
 
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that comes with the model named by --model"
+    )
+
+
 def load_adapted(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The 4-bit base with the adapter on it, and its tokenizer."""
     path = adapters.find(arguments.adapter)
-    source = adapters.base_of(path, arguments.model)
+    source = adapters.base_of(path, arguments.model, arguments.trust_remote_code)
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
-    block_size = adapters.record_of(path).get("settings", {}).get("block_size", 64)
+    block_size = (adapters.record_of(path).get("settings") or {}).get("block_size", 64)
+    if block_size not in BLOCK_SIZES:
+        raise UserError(f"{path / adapters.RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
     tokenizer = load_tokenizer(source)
     model = load_quantized(source, dtype, device, block_size)
     return adapters.load(model, path, arguments.force), tokenizer
@@ -70,19 +84,27 @@ def complete(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int,
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
-    if arguments.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
-    if not arguments.temperature >= 0:
-        raise UserError(f"--temperature {arguments.temperature}: expected at least 0")
+    if not 1 <= arguments.max_new_tokens <= _MAX_NEW_TOKENS:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected 1 to {_MAX_NEW_TOKENS}")
+    temperature = arguments.temperature
+    if temperature and not (math.isfinite(temperature) and 1e-3 <= temperature <= 1e3):
+        raise UserError(f"--temperature {temperature}: expected 0, or 0.001 to 1000")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed {arguments.seed}: expected 0 to 4294967295")
     if not arguments.prompt:
         raise UserError("--prompt: the prompt is empty")
     model, tokenizer = load_adapted(arguments)
     from transformers import set_seed
 
-    if arguments.raw:
-        prompt = tokenizer(arguments.prompt)["input_ids"]
-    else:
-        prompt = tokenizer(as_question(tokenizer, arguments.prompt), add_special_tokens=False)["input_ids"]
+    with tokenizing("--prompt"):
+        if arguments.raw:
+            prompt = tokenizer(arguments.prompt)["input_ids"]
+        else:
+            prompt = tokenizer(as_question(tokenizer, arguments.prompt), add_special_tokens=False)["input_ids"]
+    if not prompt:
+        raise UserError("--prompt: there is no token in it")
+    whole.check_tokens(model, [prompt])
     set_seed(arguments.seed)
-    print(complete(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature).strip())
+    answer = complete(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature).strip()
+    print(printable(answer, lines=True))
     return 0

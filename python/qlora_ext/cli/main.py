@@ -6,21 +6,25 @@ import argparse
 import contextlib
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from .._outside import printable
 from . import adapters, finetune, generate, info, merge, plan, quantize
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
+# torch's messages, which are RuntimeErrors.
+_OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -58,6 +62,10 @@ def _tell(error: Exception) -> tuple[int, str]:
     """The exit code and the sentence for what went wrong."""
     if isinstance(error, UserError):
         return 2, str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return 2, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return 2, "not enough memory for that"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "qlora_ext":
         return 2, f"{first_line(error)}; install what the command needs with: pip install 'qlora_ext[cli]'"
     return 1, f"unexpected {type(error).__name__}: {first_line(error)} ({_TRACEBACK}=1 shows where)"
@@ -71,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             status: int = arguments.run(arguments)
             return status
     except KeyboardInterrupt as stop:
-        print(f"qlora-ext: interrupted{f': {stop}' if str(stop) else ''}", file=sys.stderr)
+        print(printable(f"qlora-ext: interrupted{f': {stop}' if str(stop) else ''}"), file=sys.stderr)
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
@@ -80,5 +88,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get(_TRACEBACK) == "1":
             traceback.print_exc()
         status, message = _tell(error)
-        print(f"qlora-ext: {message}", file=sys.stderr)
+        print(f"qlora-ext: {printable(message)}", file=sys.stderr)
         return status

@@ -13,7 +13,7 @@ from .files import write_json
 from .generate import add_base_options, load_adapted
 from .models import weigh
 from .outputs import Output, claim, input_of
-from .settings import Settings
+from .settings import recorded
 
 ERROR_FILE = "merge_error.json"
 
@@ -39,11 +39,11 @@ def add_parser(commands: Any) -> None:
 
 def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
     """The rows that the run held out, and how many it took at a time."""
-    recorded = adapters.record_of(adapters.find(arguments.adapter)).get("settings")
-    if not recorded:
+    adapter = adapters.find(arguments.adapter)
+    values = adapters.record_of(adapter).get("settings")
+    if not values:
         raise UserError("--evaluate: the adapter does not say what was held out, as those of qlora-ext finetune do")
-    names = {field.name for field in dataclasses.fields(Settings)}
-    s = Settings(**{key: value for key, value in recorded.items() if key in names})
+    s = recorded(values, adapter / adapters.RECORD)
     train_rows = s.max_steps * s.batch_size * s.grad_accum
     examples = read_examples(s.data)
     return split(tokenizer, examples, s.seq_len, train_rows, s.eval_size, s.seed)[1], s.batch_size

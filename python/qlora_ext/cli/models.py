@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import io
-import json
 import math
 import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, first_line
+from .._outside import FileError, excerpt, printable
+from .._outside import read_json as read_json
+from . import gguf_file, whole
+from .errors import UserError, first_line, path_named, reading
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +30,16 @@ DTYPES = {
     "float32": "float32",
     "fp32": "float32",
 }
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_MAX_LAYERS = 10_000
+# Of a model directory, what is read by parsers that take it at its word, and saved again.
+_TEXTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +49,7 @@ class ModelSource:
     name: str
     path: str
     gguf_file: str | None = None
+    trust_remote_code: bool = False
 
     @property
     def local(self) -> bool:
@@ -44,7 +57,8 @@ class ModelSource:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        return {"trust_remote_code": self.trust_remote_code, **gguf}
 
 
 def package_files(package: str, what: str) -> list[pathlib.Path]:
@@ -62,33 +76,43 @@ def package_files(package: str, what: str) -> list[pathlib.Path]:
     return [pathlib.Path(str(file.locate())) for file in files]
 
 
-def _gguf(name: str, path: pathlib.Path) -> ModelSource:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"--model {name}: {path.name} is no GGUF file, or is damaged")
-    return ModelSource(name, str(path.parent), path.name)
+def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool) -> ModelSource:
+    try:
+        gguf_file.check(path)
+    except FileError as error:
+        raise UserError(f"--model {name}: {error}") from error
+    return ModelSource(name, str(path.parent), path.name, trust_remote_code)
 
 
-def resolve(name: str) -> ModelSource:
-    """Finds the model that a user named, without reading its weights."""
+def resolve(name: str, trust_remote_code: bool = False) -> ModelSource:
+    """Finds the model that a user named, without reading its weights.
+
+    Args:
+        trust_remote_code: run Python code that comes with the model, where it needs that.
+    """
     if name.startswith(PACKAGE):
         files = package_files(name.removeprefix(PACKAGE), "the model")
         ggufs = [path for path in files if path.suffix == ".gguf" and path.is_file()]
         if not ggufs:
             raise UserError(f"--model {name}: that package carries no GGUF file")
-        return _gguf(name, ggufs[0])
-    path = pathlib.Path(name).expanduser()
+        return _gguf(name, ggufs[0], trust_remote_code)
+    path = path_named(name, "--model")
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"--model {name}: expected a model directory, a .gguf file or a hub name, got a file")
-        return _gguf(str(path.resolve()), path.resolve())
+        return _gguf(str(path.resolve()), path.resolve(), trust_remote_code)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"--model {name}: there is no config.json in that directory")
-        return ModelSource(str(path.resolve()), str(path.resolve()))
+        if (path / "adapter_config.json").is_file():  # transformers would load the base which that file names
+            raise UserError(f"--model {name}: that directory holds an adapter too; a model has one of its own")
+        for file in _TEXTS:
+            if (path / file).is_file():
+                read_json(path / file, dict)
+        return ModelSource(str(path.resolve()), str(path.resolve()), None, trust_remote_code)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"--model {name}: no such file or directory")
-    return ModelSource(name, name)
+    return ModelSource(name, name, None, trust_remote_code)
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -124,26 +148,25 @@ def parse_device(name: str) -> torch.device:
 
 def _load(what: str, source: ModelSource, loader: Any, **options: Any) -> Any:
     import gguf  # noqa: F401  # transformers' own message for its absence spans a screen
-    import safetensors
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the reader of GGUF files has a bar of its own
-            return loader.from_pretrained(source.path, **source.options, **options)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"the weights of {source.name} are truncated or damaged: {first_line(error)}") from error
-    except MemoryError as error:
-        raise UserError(f"not enough memory to load {source.name}") from error
-    except Exception as error:
-        # A damaged model file makes the parsers below fail in any way whatever; a healthy one in none.
-        raise UserError(f"cannot load the {what} of {source.name}: {first_line(error)}") from error
+    # The reader of GGUF files has a bar of its own.
+    with reading(what, source.name), contextlib.redirect_stderr(io.StringIO()):
+        return loader.from_pretrained(source.path, **source.options, **options)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
+    """The model's tokenizer, with a token to pad with.
+
+    Raises:
+        UserError: there is none, or its files are damaged.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _load("tokenizer", source, AutoTokenizer)
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise UserError(f"cannot load the tokenizer of {source.name}: it has no token; are its files there?")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -156,37 +179,56 @@ def load_quantized(
     block_size: int = 64,
     double_quant: bool = True,
 ) -> Any:
-    """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``."""
+    """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``.
+
+    Raises:
+        UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
+    """
     from transformers import AutoModelForCausalLM
 
     import qlora_ext
 
     form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
-    if source.gguf_file is None:
-        model = _load(
-            "model",
-            source,
-            AutoModelForCausalLM,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=qlora_ext.QLoRAConfig(**form),
-        )
-    else:  # transformers combines no quantization with a GGUF file
-        model = _load("model", source, AutoModelForCausalLM, dtype=dtype)
+    whole.check_room(source, load_config(source))
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    if source.gguf_file is None:  # transformers combines no quantization with a GGUF file
+        options |= {"device_map": {"": device}, "quantization_config": qlora_ext.QLoRAConfig(**form)}
+    model, report = _load("model", source, AutoModelForCausalLM, **options)
+    whole.check_report(source, model, report)
+    if source.gguf_file is not None:
         try:
             qlora_ext.quantize_model(model, **form)
         except ValueError as error:  # a NaN, with its place
             raise UserError(f"cannot quantize {source.name}: {first_line(error)}") from error
         model.to(device)
+    whole.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
     return model
 
 
 def load_config(source: ModelSource) -> Any:
-    """The model's transformers configuration, before its weights are read."""
+    """The model's transformers configuration, before its weights are read.
+
+    Raises:
+        UserError: it is damaged, of a size that no model has, or names code to be fetched.
+    """
     from transformers import AutoConfig
 
+    if source.local and source.gguf_file is None:
+        _check_config(read_json(pathlib.Path(source.path) / "config.json", dict), printable(source.name))
     return _load("configuration", source, AutoConfig)
+
+
+def _check_config(config: dict[str, Any], name: str) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_config(value, name)
+        elif isinstance(value, int) and "layers" in key and value > _MAX_LAYERS:
+            raise UserError(f"{name}: config.json has {key} {value}, expected at most {_MAX_LAYERS}")
+        elif "implementation" in key and "/" in str(
+            value
+        ):  # kernels of the hub, which transformers would fetch and run
+            raise UserError(f"{name}: config.json has {key} {excerpt(value)}, expected one of transformers' own")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,10 +259,3 @@ def weigh(model: Any) -> Weights:
                 parameters += count
                 dense += count * (module.compute_dtype.itemsize if name in shapes else tensor.element_size())
     return Weights(parameters, dense, held)
-
-
-def read_json(path: pathlib.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {first_line(error)}") from error

@@ -10,13 +10,16 @@ import pathlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from .._outside import excerpt, printable
+from .errors import UserError, path_named, reading
 from .files import staged_file
+from .generate import add_trust_option
 from .models import DEFAULT_MODEL, DTYPES, load_config, resolve
 
 if TYPE_CHECKING:
     from .memory import Job
 
+_MOST = 1_000_000  # of anything that is counted here
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
@@ -36,6 +39,7 @@ def add_parser(commands: Any) -> None:
         help=f"a model directory, its config.json, a .gguf file, a hub name, package:NAME, or one of "
         f"{', '.join(families.names())} (default: %(default)s)",
     )
+    add_trust_option(parser)
     source.add_argument(
         "--sizes", help="a Llama by numbers: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]"
     )
@@ -64,7 +68,10 @@ def _memory(text: str | None) -> tuple[float, str]:
         match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text)
         if not match or match[2].upper() not in _UNITS:
             raise UserError(f"--memory {text}: expected a size such as 24GB or 40GiB")
-        return float(match[1]) * _UNITS[match[2].upper()], "--memory"
+        size = float(match[1]) * _UNITS[match[2].upper()]
+        if not 0 < size < float("inf"):
+            raise UserError(f"--memory {excerpt(text)}: expected the memory of a device")
+        return size, "--memory"
     import torch
 
     if torch.cuda.is_available():
@@ -79,20 +86,21 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
     if arguments.sizes is not None:
         return arguments.sizes, families.config_of_sizes(arguments.sizes)
     name = str(arguments.model)
-    path = pathlib.Path(name).expanduser()
+    path = path_named(name, "--model")
     if path.name == "config.json" and path.is_file():
-        return name, load_config(resolve(str(path.parent)))
+        return name, load_config(resolve(str(path.parent), arguments.trust_remote_code))
     if not path.exists() and families.known(name):
         return name, families.config(name)
-    return name, load_config(resolve(name))
+    return name, load_config(resolve(name, arguments.trust_remote_code))
 
 
 def _job(arguments: argparse.Namespace, config: Any) -> Job:
     from .memory import OPTIMIZERS, Job
 
     for name in ("rank", "seq_len", "batch_size", "devices"):
-        if getattr(arguments, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected at least 1")
+        if not 1 <= getattr(arguments, name) <= _MOST:
+            value = excerpt(getattr(arguments, name))
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 to {_MOST}")
     if arguments.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     if arguments.dtype not in DTYPES:
@@ -166,17 +174,20 @@ def run(arguments: argparse.Namespace) -> int:
     job = _job(arguments, config)
     from .memory import split, tops
 
-    try:
-        measured = tops(job)
-    except ValueError as error:
-        raise UserError(
-            f"--target-modules {arguments.target_modules}: no layer of the model has such a name"
-        ) from error
+    with reading("configuration", name):
+        try:
+            measured = tops(job)
+        except ValueError as error:
+            if "arget modules" not in str(error):
+                raise
+            raise UserError(
+                f"--target-modules {arguments.target_modules}: no layer of the model has such a name"
+            ) from error
     parts = split(job, measured)
     total = sum(parts.values())
     fits = total <= memory
     if arguments.plot:
-        _plot(pathlib.Path(arguments.plot), f"{name}: {total / 1e9:.2f} GB", parts, memory)
+        _plot(path_named(arguments.plot, "--plot"), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory)
     advice = [] if fits else advise(job, measured)
     if arguments.json:
         savings = dict(advice)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .models import load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weigh
+from .generate import add_trust_option
+from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weigh
 from .outputs import Output, claim, input_of
 
 
@@ -17,10 +18,11 @@ def add_parser(commands: Any) -> None:
         "with AutoModelForCausalLM.from_pretrained after `import qlora_ext`, and as --model here.",
     )
     parser.add_argument("--model", required=True, help="a model directory, a .gguf file, a hub name, or package:NAME")
+    add_trust_option(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
-        "--block-size", type=int, default=64, choices=(32, 64, 128, 256, 512, 1024, 2048, 4096), metavar="N",
+        "--block-size", type=int, default=64, choices=BLOCK_SIZES, metavar="N",
         help="weights that share a scale, a power of two from 32 to 4096 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
@@ -43,7 +45,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     from ..integrations.bitsandbytes import save_pretrained
 
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
-    source = resolve(arguments.model)
+    source = resolve(arguments.model, arguments.trust_remote_code)
     output.protect("--model", arguments.model, input_of(source))
     output.check()
     tokenizer = load_tokenizer(source)

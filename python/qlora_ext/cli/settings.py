@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import pathlib
 from typing import Any
 
+from .._outside import check, printable, read_json
 from .data import DEFAULT_DATA
 from .errors import UserError
-from .models import DEFAULT_MODEL, DTYPES
+from .models import BLOCK_SIZES, DEFAULT_MODEL, DTYPES
+
+_LARGEST = 2**31  # what an integer stays below that has no other limit
+_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
 
 def _option(default: Any, text: str, least: float | None = None, below: float | None = None, **more: Any) -> Any:
@@ -34,26 +39,25 @@ class Settings:
     eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
 
     rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
-    alpha: float = _option(32.0, "LoRA's scaling is alpha / rank", 0, group="adapter")
+    alpha: float = _option(32.0, "LoRA's scaling is alpha / rank", 0, 1e6, group="adapter")
     dropout: float = _option(0.05, "LoRA dropout", 0, 1, group="adapter")
     target_modules: str = _option(
         "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
     )
-    block_size: int = _option(64, "weights that share a scale", choices=(32, 64, 128, 256, 512, 1024, 2048, 4096),
-                              group="adapter")  # fmt: skip
+    block_size: int = _option(64, "weights that share a scale", choices=BLOCK_SIZES, group="adapter")
 
     max_steps: int = _option(50, "optimizer steps", 1, group="training")
     batch_size: int = _option(
         4, "rows of --seq-len tokens a forward pass; short examples share a row", 1, group="training"
     )
     grad_accum: int = _option(1, "forward passes an optimizer step", 1, group="training")
-    lr: float = _option(2e-4, "learning rate (constant after a short warm-up)", 0, group="training")
+    lr: float = _option(2e-4, "learning rate (constant after a short warm-up)", 0, 1e6, group="training")
     optimizer: str = _option(
         "adamw_torch",
         "an optimizer of transformers' Trainer; adamw_8bit and paged_adamw_8bit (with bitsandbytes) save memory",
         group="training",
     )
-    seed: int = _option(0, "of the adapter's initial values, the data order and dropout", 0, group="training")
+    seed: int = _option(0, "of the adapter's initial values, the data order and dropout", 0, 2**32, group="training")
     save_steps: int = _option(20, "steps from one checkpoint to the next", 1, group="training", free=True)
     eval_steps: int = _option(
         0, "steps from one measurement of held-out perplexity to the next (0: before and after only)", 0,
@@ -70,6 +74,10 @@ class Settings:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least, below = getattr(self, field.name), field.metadata["least"], field.metadata["below"]
+            below = _LARGEST if below is None and field.type == "int" else below
+            choices = field.metadata.get("choices")
+            if choices and value not in choices:
+                raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, choices))}")
             if (least is not None and not value >= least) or (below is not None and not value < below):
                 upper = "" if below is None else f" and below {below}"
                 raise UserError(f"{flag(field.name)} {value}: expected a value of at least {least}{upper}")
@@ -78,6 +86,34 @@ class Settings:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype}: expected bfloat16, float16 or float32")
+
+
+def schema() -> dict[str, Any]:
+    """What the fields of a recorded ``Settings`` must be; any may be left out."""
+    return {f"{field.name}?": _TYPES[str(field.type)] for field in dataclasses.fields(Settings)}
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """The settings that a run was begun with, from its ``settings.json``.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    return {name: value for name, value in read_json(path, schema()).items() if value is not None}
+
+
+def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
+    """The settings among the ``values`` that ``path`` holds, of which it may have others too.
+
+    Raises:
+        FileError, UserError: a value is of a wrong type, or out of its limits.
+    """
+    check(values, schema(), printable(path), "settings")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    try:
+        return Settings(**{name: value for name, value in values.items() if name in names and value is not None})
+    except UserError as error:
+        raise UserError(f"{printable(path)}: {error}") from error
 
 
 def flag(name: str) -> str:
@@ -100,7 +136,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         if field.type == "bool":
             group.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
             continue
-        kind = {"int": int, "float": float, "str": str}[str(field.type)]
+        kind = _TYPES[str(field.type)]
         metavar = {"int": "N", "float": "X", "str": field.name.upper()}[str(field.type)]
         group.add_argument(
             flag(field.name),

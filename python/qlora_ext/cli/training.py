@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
+from .._outside import Schema, read_json
 from .checkpoints import checkpoints, step_of, write_manifest
 from .data import Row, pack
 from .errors import UserError, first_line
@@ -21,6 +22,12 @@ from .progress import measured
 from .settings import Settings
 
 _KEPT_CHECKPOINTS = 2
+_STATE: Schema = {
+    "global_step": int,
+    "max_steps": int,
+    "num_input_tokens_seen": int,
+    "log_history": [{"step": int, "loss?": float, "eval_loss?": float}],
+}
 
 
 def training_arguments(settings: Settings, directory: pathlib.Path, device: torch.device) -> TrainingArguments:
@@ -157,24 +164,42 @@ class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
             remove(old)
 
 
+class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Knows when a checkpoint has been read."""
+
+    done = False
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.done = True
+
+
 def train(trainer: QLoRATrainer, checkpoint: pathlib.Path | None) -> None:
     """Trains to the last step, from ``checkpoint`` on if there is one."""
-    import safetensors
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from .adapter import entire
 
+    if checkpoint is not None:
+        read_json(checkpoint / "trainer_state.json", _STATE)
+    loading = _Loading()
+    trainer.add_callback(loading)
     try:
         if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
             # Nothing is left to train, which the Trainer would only notice after one step too many.
-            set_peft_model_state_dict(trainer.model, load_peft_weights(str(checkpoint), device="cpu"))
+            with entire():
+                trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (safetensors.SafetensorError, EOFError) as error:
-        raise UserError(f"the checkpoint {checkpoint} is damaged: {first_line(error)}; delete it to use the one "
-                        "before it") from error  # fmt: skip
+        with entire():
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
         raise UserError(
             "not enough GPU memory; try --grad-checkpointing, --chunked-loss, a smaller --batch-size or --seq-len"
         ) from error
     except FloatingPointError as error:
         raise UserError(first_line(error)) from error
+    except Exception as error:
+        # Before the first step it is the checkpoint that is read, and a damaged one fails in any way whatever.
+        if checkpoint is None or loading.done:
+            raise
+        raise UserError(
+            f"the checkpoint {checkpoint} is damaged: {first_line(error)}; delete it to use the one before it"
+        ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
@@ -45,7 +46,15 @@ class Quantize(ConversionOps):
         for name, value in input_dict.items():
             module, _ = get_module_from_name(model, name)
             dense = _one(value)
-            filled |= _fill(module, name, self.hf_quantizer.quantize(module, dense), kwargs.get("missing_keys"))
+            try:
+                w4 = self.hf_quantizer.quantize(module, dense)
+            except ValueError as error:
+                if dense.isfinite().all():
+                    raise
+                # transformers would say no more than that something failed: it is told when all weights are read.
+                self.hf_quantizer.not_finite[name] = str(error)
+                w4 = self.hf_quantizer.quantize(module, torch.zeros_like(dense))
+            filled |= _fill(module, name, w4, kwargs.get("missing_keys"))
             self.hf_quantizer.mapped_files.release(dense)
         return filled
 

@@ -34,16 +34,21 @@ def whole_experts(model: Any, conversions: Any, names: list[str]) -> list[Any]:
 
 def check_loaded(model: nn.Module) -> None:
     """Refuses a checkpoint that left part of a 4-bit layer unfilled or of another form: no bits can be made up."""
-    for name, layer in layers_of(model):
-        if hasattr(layer, "_hf_hook"):
-            continue  # dispatched over several devices: its tensors are where accelerate wants them
+    layers = {name: m for name, m in layers_of(model) if not hasattr(m, "_hf_hook")}  # else they are accelerate's
+    absent = {}
+    for name, layer in layers.items():
         tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
-        absent = [key for key, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
-        if absent:
-            raise ValueError(
-                f"{name}: the checkpoint holds no {', '.join(absent)} for this 4-bit layer; "
-                "name the layer in QLoRAConfig(skip_modules=[...]) to leave it as it is"
-            )
+        unfilled = [key for key, t in tensors.items() if not getattr(t, "_is_hf_initialized", False)]
+        if unfilled:
+            absent[name] = unfilled
+    if absent:
+        name, unfilled = next(iter(absent.items()))
+        raise ValueError(
+            f"{name}: the checkpoint holds no {', '.join(unfilled)} for this 4-bit layer "
+            f"({len(absent)} of {len(layers)} layers lack something); "
+            "name the layer in QLoRAConfig(skip_modules=[...]) to leave it as it is"
+        )
+    for name, layer in layers.items():
         layer.check_form(prefix=f"{name}.")
         if isinstance(layer, TiedLinear4bit) and layer.weight is not layer.embedding.weight:
             if not torch.equal(layer.weight, layer.embedding.weight):

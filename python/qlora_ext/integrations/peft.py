@@ -27,6 +27,7 @@ from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import nn
 
+from .._outside import FileError, excerpt, printable, read_json
 from ..fingerprint import fingerprint
 from ..nn import Linear4bit, Packed4bit, layers_of
 from ._counting import hidden_parameters
@@ -40,6 +41,10 @@ FORMAT_VERSION = 1
 OnMismatch = Literal["refuse", "warn", "ignore"]
 # What loading an adapter that was trained on another 4-bit base does, where the caller does not say.
 on_base_mismatch: OnMismatch = "warn"
+
+
+class IncompleteAdapterWarning(UserWarning):
+    """An adapter was put on a 4-bit base though its files lack weights, or hold NaN, or some found no place."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,19 +116,22 @@ def check_base(
 
     Returns:
         None where the adapter does not say (PEFT alone wrote it) or the model is not 4-bit.
+
+    Raises:
+        ValueError: another base, with "refuse"; or the file is damaged or of a newer version.
     """
     path = pathlib.Path(directory) / BASE_FILE
     if not path.is_file() or not _is_4bit(model):
         return None
-    record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: expected format_version {FORMAT_VERSION}, got {record.get('format_version')!r}")
+    record = read_json(path, {"fingerprint": str, "format_version": int})
+    if record["format_version"] != FORMAT_VERSION:
+        raise FileError(f"{path}: expected format_version {FORMAT_VERSION}, got {record['format_version']}")
     found = fingerprint(model)
     if found == record["fingerprint"]:
         return True
     message = (
         f"{directory}: this adapter was trained on another 4-bit base: expected fingerprint "
-        f"{record['fingerprint'][:12]}, got {found[:12]}"
+        f"{excerpt(record['fingerprint'][:12])}, got {found[:12]}"
     )
     action = on_mismatch or on_base_mismatch
     if action == "refuse":
@@ -244,7 +252,27 @@ def _save_pretrained(original: Any, self: Any, save_directory: str, *args: Any, 
     return saved
 
 
+def _incomplete(model: Any, adapter: str, result: Any) -> Iterator[str]:
+    """What is wrong with an adapter that was just loaded: a sentence each, with a count and a few names."""
+    weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    missing = {name.replace(f".{adapter}.", ".") for name in result.missing_keys}  # as they are in the file
+    faults = {
+        "are missing": missing | {name for name, t in weights.items() if t.is_meta},
+        "belong to no layer of the model": set(result.unexpected_keys),
+        "hold NaN or infinity": {n for n, t in weights.items() if not t.is_meta and not t.isfinite().all()},
+    }
+    for fault, names in faults.items():
+        if names:
+            few = ", ".join(excerpt(name) for name in sorted(names)[:3])
+            yield f"{len(names)} weights (of the {len(weights)} that it needs) {fault}, such as {few}"
+
+
 @_extend(PeftModel, "load_adapter")
-def _load_adapter(original: Any, self: Any, model_id: str, *args: Any, **kwargs: Any) -> Any:
+def _load_adapter(original: Any, self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
     check_base(self, pathlib.Path(model_id) / (kwargs.get("subfolder") or ""))
-    return original(self, model_id, *args, **kwargs)
+    result = original(self, model_id, adapter_name, *args, **kwargs)
+    if _is_4bit(self):
+        for fault in _incomplete(self, adapter_name, result):
+            message = f"the adapter {printable(model_id)} is not whole: {fault}"
+            warnings.warn(message, IncompleteAdapterWarning, stacklevel=2)
+    return result

@@ -183,6 +183,7 @@ class QLoRAQuantizer(HfQuantizer):
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.mapped_files = MappedFiles([])  # of the checkpoint that is being loaded
+        self.not_finite: dict[str, str] = {}  # weights with NaN or infinity, and where
         self.conversions: list[Any] | None = None  # of names and weights, for a model that is dense again
         self.bitsandbytes_storage = quantization_config._bitsandbytes_storage
         quantization_config._bitsandbytes_storage = None  # what is saved from here on is ours
@@ -298,6 +299,10 @@ class QLoRAQuantizer(HfQuantizer):
         return quantize_nf4(weight, config.block_size, config.double_quant, config.nested_block_size)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.not_finite:
+            name, where = next(iter(self.not_finite.items()))
+            more = f" ({len(self.not_finite)} weights are such)" if len(self.not_finite) > 1 else ""
+            raise ValueError(f"{name}: {where.removeprefix('w: ')}{more}")
         check_loaded(model)
         for _, layer in layers_of(model):
             layer.freeze_packed()  # transformers takes every floating parameter for a trainable one
