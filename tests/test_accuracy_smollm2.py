@@ -7,6 +7,7 @@ first token apart from all others, gradients of every size.
 from __future__ import annotations
 
 import importlib.util
+
 import pytest
 import torch
 from torch import Tensor
