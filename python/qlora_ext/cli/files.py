@@ -19,6 +19,7 @@ import stat
 from collections.abc import Iterator
 from typing import Any
 
+from .._outside import printable
 from .errors import UserError, writing
 
 # Names of what is not finished begin with this; nothing but ``recover`` ever reads them.
@@ -211,31 +212,26 @@ def _temporaries(folder: pathlib.Path, kind: str, name: str | None) -> list[path
     return found
 
 
-def _shown(path: pathlib.Path) -> str:
-    """A path to print: others may have named it."""
-    return str(path) if str(path).isprintable() else ascii(str(path))
-
-
 def _recover_in(folder: pathlib.Path, name: str | None) -> list[str]:
     told = []
     for placing in _temporaries(folder, "placing", name):
         _finish_placing(placing, folder)
-        told.append(f"finished replacing {_shown(folder)}, in which a command was stopped")
+        told.append(f"finished replacing {printable(folder)}, in which a command was stopped")
     for old in _temporaries(folder, "old", name):
         final = _TEMPORARY.fullmatch(old.name)[2]  # type: ignore[index]
         if final == _INSIDE:
             _move_entries(old, folder)
             old.rmdir()
-            told.append(f"put back {_shown(folder)}, which a command that was stopped had set aside")
+            told.append(f"put back {printable(folder)}, which a command that was stopped had set aside")
         elif not (folder / final).exists():
             old.rename(folder / final)
-            told.append(f"put back {_shown(folder / final)}, which a command that was stopped had set aside")
+            told.append(f"put back {printable(folder / final)}, which a command that was stopped had set aside")
         else:
             _discard(old)
-            told.append(f"removed {_shown(old)}, which a command that was stopped had replaced")
+            told.append(f"removed {printable(old)}, which a command that was stopped had replaced")
     for rest in (*_temporaries(folder, "new", name), *_temporaries(folder, "gone", name)):
         _delete(rest)
-        told.append(f"removed {_shown(rest)}, which a command that was stopped had left")
+        told.append(f"removed {printable(rest)}, which a command that was stopped had left")
     if told:
         _fsync(folder)
     return told

@@ -56,7 +56,8 @@ def _loss(model: Any, batch: dict[str, Any]) -> Any:
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
     adapter = adapters.find(arguments.adapter)
     output.protect("--adapter", arguments.adapter, str(adapter))
-    output.protect("--model", arguments.model, input_of(adapters.base_of(adapter, arguments.model)))
+    base = adapters.base_of(adapter, arguments.model, arguments.trust_remote_code)
+    output.protect("--model", arguments.model, input_of(base))
     if arguments.evaluate:
         settings = adapters.record_of(adapter).get("settings")
         output.protect("--data", str(settings["data"]) if isinstance(settings, dict) and "data" in settings else None)

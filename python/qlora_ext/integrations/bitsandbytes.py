@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from .._outside import parse_json
 from ..weight import NF4Weight
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
@@ -96,10 +97,7 @@ def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]
             f"{name}: expected JSON in a uint8 tensor of one dimension and at most {_MAX_JSON_BYTES} bytes, "
             f"got {raw.dtype} {list(raw.shape)}"
         )
-    try:
-        state = json.loads(bytes(raw.tolist()))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: expected JSON in a uint8 tensor, got {error}") from error
+    state = parse_json(bytes(raw.tolist()).decode(errors="replace"), name)
     if not isinstance(state, dict):
         raise ValueError(f"{name}: expected a JSON object, got {type(state).__name__}")
     absent = [key for key in ("quant_type", "blocksize", "dtype", "shape") if state.get(key) is None]
