@@ -1,6 +1,9 @@
-"""Shared fixtures. Tests marked `cuda` run on a GPU or under the kernel simulator, and say why they are skipped."""
+"""Shared fixtures. Tests marked `cuda` run on a GPU or under the kernel simulator, those marked `campaign` by
+scripts/attack; both say why they are skipped."""
 
 from __future__ import annotations
+
+import os
 
 import pytest
 import torch
@@ -9,6 +12,10 @@ import qlora_ext
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "QLORA_ATTACK" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("campaign"):
+                item.add_marker(pytest.mark.skip(reason="a campaign of minutes to hours: scripts/attack runs it"))
     info = qlora_ext.build_info()
     if info["cuda_available"]:
         return

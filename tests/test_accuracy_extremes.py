@@ -284,7 +284,7 @@ def test_a_scale_that_is_not_finite_reaches_its_outputs_only(value: float, forwa
             assert torch.equal(y[:, ~outputs], clean[m][:, ~outputs]), f"{m} tokens"
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -14,7 +14,7 @@ import qlora_ext
 import reference
 from samples import relative_error, to_f64
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 OPS = torch.ops.qlora
 N, K, EXPERTS = 8192, 8192, 33  # 2^26 elements each
 BLOCK = 64
