@@ -53,8 +53,8 @@ def test_any_seed_will_do(value: int) -> None:
     assert torch.equal(qlora_ext.linear_nf4(s.x, s.w4, s.bias, *s.lora_args), OPS.linear_nf4(*s.args))
 
 
-@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**64])
-def test_a_seed_beyond_64_bits_is_refused(value: int) -> None:
+@pytest.mark.parametrize("value", [2**63, -(2**63) - 1, 2**64, [1], "1", 1.5])
+def test_a_seed_beyond_64_bits_is_refused(value: object) -> None:
     s = linear_sample(dropout_p=0.5)
     with pytest.raises(ValueError, match="seed: expected an integer of 64 bits"):
         qlora_ext.linear_nf4(s.x, s.w4, s.bias, s.lora_a, s.lora_b, 1.0, 0.5, seed=value)

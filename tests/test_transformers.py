@@ -204,6 +204,9 @@ def test_a_4bit_checkpoint_with_a_hole_is_refused(saved: Path, tmp_path: Path) -
 def test_config_refuses_what_it_cannot_mean() -> None:
     with pytest.raises(ValueError, match="block_size"):
         QLoRAConfig(block_size=48)
+    for skip in (3, "lm_head", ["lm_head", 1]):
+        with pytest.raises(ValueError, match="skip_modules: expected a list of names"):
+            QLoRAConfig(skip_modules=skip)
     with pytest.raises(ValueError, match="compute_dtype"):
         QLoRAConfig(compute_dtype="uint8")
     with pytest.raises(TypeError, match="'bits'"):

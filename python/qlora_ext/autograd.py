@@ -3,6 +3,7 @@ function people call."""
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import torch
@@ -165,8 +166,8 @@ def linear_nf4(
         raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
     if x.ndim == 0 or x.shape[-1] != w4.shape[1]:
         raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer of 64 bits, from -2^63 to 2^63 - 1, got {seed}")
+    if seed is not None and (not isinstance(seed, int | torch.SymInt) or not -(2**63) <= seed < 2**63):
+        raise ValueError(f"seed: expected an integer of 64 bits, from -2^63 to 2^63 - 1, got {reprlib.repr(seed)}")
     if seed is None:
         seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
     return call_linear_nf4(

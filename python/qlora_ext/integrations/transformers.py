@@ -110,7 +110,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         for name, flag in (("double_quant", double_quant), ("embeddings", embeddings)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}: expected True or False, got {reprlib.repr(flag)}")
-        if isinstance(skip_modules, str) or not all(isinstance(name, str) for name in skip_modules or ()):
+        names = skip_modules if isinstance(skip_modules, list | tuple | set) else [] if skip_modules is None else [None]
+        if not all(isinstance(name, str) for name in names):
             raise ValueError(f"skip_modules: expected a list of names, got {reprlib.repr(skip_modules)}")
         if saved.pop("quant_method", METHOD) != METHOD:
             raise ValueError("quant_method: expected a configuration that qlora_ext saved")
