@@ -5,7 +5,7 @@
 #include <string>
 
 #include "build_info.h"
-#include "cpp/cpu/isa.h"
+#include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/format/dynamic8.h"
 

@@ -1,6 +1,6 @@
 #include "cpp/cpu/dispatch.h"
 
-#include "cpp/cpu/isa.h"
+#include "cpp/cpu/isa/isa.h"
 
 namespace qlora::cpu {
 namespace {

@@ -1,27 +1,27 @@
 // The CPU kernels compiled for avx512 (flags: CMakeLists.txt).
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/dynamic8_cells.h"
-#include "cpp/cpu/int_codes.h"
-#include "cpp/cpu/scratch.h"
-#include "cpp/cpu/unroll.h"
-#include "cpp/cpu/vec_avx512.h"
+#include "cpp/cpu/codec/dynamic8_cells.h"
+#include "cpp/cpu/few_tokens/code_tables.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/isa/avx512/codec.h"
 
-#define QLORA_STREAM "cpp/cpu/stream_avx512.h"
+#define QLORA_STREAM "cpp/cpu/isa/avx512/stream.h"
 
 namespace qlora::cpu {
 namespace avx512 {
 namespace {
 
-#include "cpp/cpu/pages-inl.h"
-#include "cpp/cpu/scales-inl.h"
+#include "cpp/cpu/shared/pages-inl.h"
+#include "cpp/cpu/codec/scales-inl.h"
 
-#include "cpp/cpu/codec-inl.h"
+#include "cpp/cpu/codec/codec-inl.h"
 namespace panel {
-#include "cpp/cpu/mma_avx512.h"
+#include "cpp/cpu/isa/avx512/panel.h"
 }  // namespace panel
-#include "cpp/cpu/linear_small-inl.h"
+#include "cpp/cpu/few_tokens/linear-inl.h"
 
-#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
+#include "cpp/cpu/many_tokens/linear-inl.h"  // for what the small kernels leave
 
 }  // namespace
 }  // namespace avx512

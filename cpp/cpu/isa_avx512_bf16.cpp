@@ -1,30 +1,30 @@
 // The CPU kernels compiled for avx512_bf16 (flags: CMakeLists.txt).
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/dynamic8_cells.h"
-#include "cpp/cpu/int_codes.h"
-#include "cpp/cpu/isa.h"
-#include "cpp/cpu/scratch.h"
-#include "cpp/cpu/unroll.h"
-#include "cpp/cpu/vec_avx512.h"
+#include "cpp/cpu/codec/dynamic8_cells.h"
+#include "cpp/cpu/few_tokens/code_tables.h"
+#include "cpp/cpu/isa/isa.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/isa/avx512/codec.h"
 
 #define QLORA_BF16_DOT 1  // vdpbf16ps is there
-#define QLORA_STREAM "cpp/cpu/stream_avx512.h"
+#define QLORA_STREAM "cpp/cpu/isa/avx512/stream.h"
 
 namespace qlora::cpu {
 namespace avx512_bf16 {
 namespace {
 
-#include "cpp/cpu/pages-inl.h"
-#include "cpp/cpu/scales-inl.h"
+#include "cpp/cpu/shared/pages-inl.h"
+#include "cpp/cpu/codec/scales-inl.h"
 
-#include "cpp/cpu/codec-inl.h"
+#include "cpp/cpu/codec/codec-inl.h"
 namespace panel {
-#include "cpp/cpu/mma_avx512.h"
-#include "cpp/cpu/mma_avx512_bf16.h"
+#include "cpp/cpu/isa/avx512/panel.h"
+#include "cpp/cpu/isa/avx512_bf16/panel.h"
 }  // namespace panel
-#include "cpp/cpu/linear_small-inl.h"
+#include "cpp/cpu/few_tokens/linear-inl.h"
 
-#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
+#include "cpp/cpu/many_tokens/linear-inl.h"  // for what the small kernels leave
 
 }  // namespace
 }  // namespace avx512_bf16

@@ -1,24 +1,24 @@
 // The CPU kernels compiled for scalar (flags: CMakeLists.txt).
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/dynamic8_cells.h"
-#include "cpp/cpu/scratch.h"
-#include "cpp/cpu/unroll.h"
-#include "cpp/cpu/vec_scalar.h"
+#include "cpp/cpu/codec/dynamic8_cells.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/isa/scalar/codec.h"
 
 namespace qlora::cpu {
 namespace scalar {
 namespace {
 
-#include "cpp/cpu/pages-inl.h"
-#include "cpp/cpu/scales-inl.h"
+#include "cpp/cpu/shared/pages-inl.h"
+#include "cpp/cpu/codec/scales-inl.h"
 
-#include "cpp/cpu/codec-inl.h"
+#include "cpp/cpu/codec/codec-inl.h"
 namespace panel {
-#include "cpp/cpu/mma_scalar.h"
+#include "cpp/cpu/isa/scalar/panel.h"
 }  // namespace panel
-#include "cpp/cpu/linear_small-inl.h"
+#include "cpp/cpu/few_tokens/linear-inl.h"
 
-#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
+#include "cpp/cpu/many_tokens/linear-inl.h"  // for what the small kernels leave
 
 }  // namespace
 }  // namespace scalar

@@ -3,9 +3,9 @@
 
 namespace panel {
 
-#include "cpp/cpu/dlora-inl.h"
-#include "cpp/cpu/linear_f64-inl.h"
-#include "cpp/cpu/linear_panel-inl.h"
+#include "cpp/cpu/many_tokens/dlora-inl.h"
+#include "cpp/cpu/float64/linear-inl.h"
+#include "cpp/cpu/many_tokens/forward-inl.h"
 
 #if QLORA_BF16_DOT
 // The multiplication of bfloat16 in pairs takes subnormal factors, products and sums for zero. None that matters is

@@ -1,4 +1,4 @@
-#include "cpp/cpu/scratch.h"
+#include "cpp/cpu/shared/scratch.h"
 
 #include <memory>
 #include <new>

@@ -2,7 +2,7 @@
 // the kernels' anonymous namespace, after weight-inl.h.
 #pragma once
 
-#include "cpp/cpu/weight-inl.h"
+#include "cpp/cpu/many_tokens/weight-inl.h"
 
 inline double weight_at(const Weight& w, int64_t i) {
   float scale;

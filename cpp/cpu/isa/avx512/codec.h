@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/dynamic8_cells.h"
+#include "cpp/cpu/codec/dynamic8_cells.h"
 #include "cpp/format/dtypes.h"
 #include "cpp/format/nf4.h"
 

@@ -6,7 +6,7 @@
 // call holds of all tokens, and at least one.
 #pragma once
 
-#include "cpp/cpu/project-inl.h"
+#include "cpp/cpu/many_tokens/low_rank-inl.h"
 
 // sums[rank][column .. column + columns) of low [rank, m] · in [m, features], handed to `store_sums`.
 template <class W, class T, class Store>

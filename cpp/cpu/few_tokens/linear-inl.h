@@ -21,12 +21,12 @@ inline bool panels_dot([[maybe_unused]] DType dtype) {
 
 // clang-format off: each uses the ones before it
 #include QLORA_STREAM
-#include "cpp/cpu/small_common-inl.h"
-#include "cpp/cpu/small_lora-inl.h"
-#include "cpp/cpu/small_forward-inl.h"
-#include "cpp/cpu/small_dx-inl.h"
+#include "cpp/cpu/few_tokens/common-inl.h"
+#include "cpp/cpu/few_tokens/low_rank-inl.h"
+#include "cpp/cpu/few_tokens/forward-inl.h"
+#include "cpp/cpu/few_tokens/dx_float-inl.h"
 #if QLORA_INT_DX
-#include "cpp/cpu/small_dx_int-inl.h"
+#include "cpp/cpu/few_tokens/dx_int-inl.h"
 #endif
 // clang-format on
 

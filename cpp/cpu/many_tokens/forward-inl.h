@@ -6,8 +6,8 @@
 // so the result does not depend on the number of threads.
 #pragma once
 
-#include "cpp/cpu/project-inl.h"
-#include "cpp/cpu/weight-inl.h"
+#include "cpp/cpu/many_tokens/low_rank-inl.h"
+#include "cpp/cpu/many_tokens/weight-inl.h"
 
 // Tokens of which h or g, [tokens, rank], fits the scratch of a call.
 template <class T>

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpp/cpu/dynamic8_cells.h"
+#include "cpp/cpu/codec/dynamic8_cells.h"
 #include "cpp/format/dtypes.h"
 #include "cpp/format/nf4.h"
 

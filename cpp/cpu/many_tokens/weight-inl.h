@@ -7,7 +7,7 @@
 // same bits.
 #pragma once
 
-#include "cpp/cpu/panel-inl.h"
+#include "cpp/cpu/many_tokens/dense-inl.h"
 
 // Rows [row, row + rows) and columns [column, column + columns) of a weight.
 struct Piece {

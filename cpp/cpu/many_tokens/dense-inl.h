@@ -6,7 +6,7 @@
 // (Order::kDecoded). Where no packed weight takes part, they stay as they are in memory (Order::kMemory).
 #pragma once
 
-#include "cpp/cpu/tile-inl.h"
+#include "cpp/cpu/many_tokens/multiply-inl.h"
 
 inline constexpr int kGroup = 4 * kLanes;
 enum class Order { kMemory, kDecoded };

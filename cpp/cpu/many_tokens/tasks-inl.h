@@ -2,7 +2,7 @@
 // namespace.
 #pragma once
 
-#include "cpp/cpu/panel-inl.h"
+#include "cpp/cpu/many_tokens/dense-inl.h"
 
 // `count` pieces of `size` (the last may be shorter) that cover n: of at most `most`, nearly equal, multiples of
 // `unit`.

@@ -5,7 +5,7 @@
 // factor is ever rearranged.
 #pragma once
 
-#include "cpp/cpu/blocks-inl.h"
+#include "cpp/cpu/many_tokens/tasks-inl.h"
 
 enum class Factor { kRankByFeature, kFeatureByRank };  // A [r, k], B [n, r]
 

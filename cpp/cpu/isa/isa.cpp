@@ -1,4 +1,4 @@
-#include "cpp/cpu/isa.h"
+#include "cpp/cpu/isa/isa.h"
 
 #include <cctype>
 #include <cstdlib>
