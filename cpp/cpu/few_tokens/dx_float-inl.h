@@ -1,101 +1,32 @@
-// dx = dy · w + mask ∘ (g · a) · keep_scale for few rows of dy. The sum runs over the rows of W, so lanes are outputs:
-// a decoded vector is multiplied by one dy and added to the sums of its columns. Included after small_lora-inl.h.
-//
-// Rows of W are taken in slabs, whose sums are added in their order: a thread that has a slab to itself reads whole
-// pages one after another. Within a slab a strip of columns, in chunks, goes down W in tiles of kDxTileRows rows of one
-// shift, chunk by chunk, so that the sums of a chunk stay in the L1 cache while a tile passes over them; the bytes of a
-// tile are prefetched while the tile above it is worked on.
+// few_tokens_float: the sums of dx in exact float32 products, for any shape.
+#pragma once
 
-inline constexpr int kDxTileRows = 16, kDxTokens = 4;
-inline constexpr int64_t kMostSlabs = 8, kLeastSlabRows = 512;
+#include <cstdint>
 
-// Slabs of `rows` rows, and columns in ranges of `chunks`, so narrow that the sums of all slabs fit in the scratch.
-// Neither depends on the number of threads.
-struct Slabs {
-  int64_t count, rows, chunks, m;
-  float* sums = nullptr;  // [slab][row of dy][column of the range]
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/budget-inl.h"
+#include "cpp/cpu/few_tokens/low_rank-inl.h"
+#include "cpp/cpu/few_tokens/slabs-inl.h"
+#include "cpp/cpu/few_tokens/weight-inl.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/shared/dropout.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/nf4.h"
+#include "cpp/format/problem.h"
 
-  Slabs(const LinearDxProblem& p, int64_t tile_rows) : m(p.m) {
-    const int64_t fit = kMaxScratchBytes / 2 / (4 * m * kChunk), all = ceil_div(p.w.k, kChunk);
-    chunks = all < fit ? all : fit;
-    const int64_t most = fit / chunks < kMostSlabs ? fit / chunks : kMostSlabs;
-    const int64_t share = ceil_div(p.w.n, most);
-    rows = tile_rows * ceil_div(share < kLeastSlabRows ? kLeastSlabRows : share, tile_rows);
-    count = ceil_div(p.w.n, rows);
-  }
-  int64_t stride() const { return chunks * kChunk; }
-  int64_t floats() const { return m * stride(); }  // of a slab
-};
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
 
-// Of one slab, [row of dy][column of the range].
-struct SlabSums {
-  float* sums;
-  int64_t stride, first_column;
-  float* at(int64_t i, int64_t column) const { return sums + i * stride + column - first_column; }
-};
+using namespace stream;
 
-// dx of columns begin .. end - 1: the sum of all slabs + mask ∘ (g · a) · keep_scale, rounded once.
-template <class T>
-void finish_dx(const LinearDxProblem& p, const float* g, const Slabs& slabs, int64_t first_column, int64_t begin,
-               int64_t end) {
-  const int64_t rank = p.lora.rank, k = p.w.k;
-  const Dropout& dropout = p.lora.dropout;
-  const Floats keep_scale = splat(static_cast<float>(dropout.keep_scale));
-  float* column = Carver(scratch(ScratchUse::kThread, rank * kLanes * 4)).take<float>(rank * kLanes);
-  for (int64_t c = begin; c < end; c += kLanes) {
-    const T* a = static_cast<const T*>(p.lora.a) + c;
-    for (int64_t j = 0; j < rank; ++j) store(column + j * kLanes, load(a + j * k, end - c));
-    for (int64_t i = 0; i < p.m; ++i) {
-      const float* sums = slabs.sums + i * slabs.stride() + c - first_column;
-      Floats out = load(sums);
-      for (int64_t s = 1; s < slabs.count; ++s) out = add(out, load(sums + s * slabs.floats()));
-      if (rank) {
-        const float* row = g + i * padded_rank(rank);
-        Floats lora = zero();
-        for (int64_t j = 0; j < rank; ++j) lora = fma(splat(row[j]), load(column + j * kLanes), lora);
-        if (dropout.active()) {
-          float value[kLanes];
-          store(value, mul(lora, keep_scale));
-          for (int64_t l = 0; l < kLanes && c + l < end; ++l) {
-            const uint64_t at = static_cast<uint64_t>(i * k + c + l);
-            if (!dropout.keeps(philox4x32_10(dropout.seed, at >> 2).lane[at & 3])) value[l] = 0.0f;
-          }
-          lora = load(value);
-        }
-        out = add(out, lora);
-      }
-      store(static_cast<T*>(p.dx) + i * k + c, out, end - c);
-    }
-  }
-}
+inline constexpr int kDxTokens = 4;  // that a pass over a tile sums
 
-// A kernel sums strips of slabs, each in a call; `strip_chunks` and `tile_rows` say of what size.
-template <class T, class Kernel>
-void dx_by_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, const Kernel& kernel, const Slabs& slabs) {
-  const int64_t all_chunks = ceil_div(p.w.k, kChunk), chunk_work = kChunk * p.m;
-  for (int64_t first = 0; first < all_chunks; first += slabs.chunks) {
-    const int64_t chunks = all_chunks - first < slabs.chunks ? all_chunks - first : slabs.chunks;
-    // Chunks of the first slab, then those of the next one.
-    auto sum = [&](int64_t begin, int64_t end) {
-      while (begin < end) {
-        const int64_t slab = begin / chunks, chunk = begin % chunks, row = slab * slabs.rows;
-        int64_t count = chunks - chunk < end - begin ? chunks - chunk : end - begin;
-        if (count > kernel.strip_chunks()) count = kernel.strip_chunks();
-        kernel(row, p.w.n - row < slabs.rows ? p.w.n : row + slabs.rows, first + chunk, first + chunk + count,
-               SlabSums{slabs.sums + slab * slabs.floats(), slabs.stride(), first * kChunk});
-        begin += count;
-      }
-    };
-    pool(slabs.count * chunks, ceil_div(kWorthThreads, chunk_work * slabs.rows), sum);
-    auto finish = [&](int64_t begin, int64_t end) {
-      const int64_t last = (first + end) * kChunk;
-      finish_dx<T>(p, g, slabs, first * kChunk, (first + begin) * kChunk, last < p.w.k ? last : p.w.k);
-    };
-    pool(chunks, ceil_div(kWorthThreads, chunk_work * (slabs.count + p.lora.rank)), finish);
-  }
-}
-
-// Exact float32 products, for any shape.
 template <class T>
 class FloatDx {
  public:
@@ -175,7 +106,7 @@ class FloatDx {
         return lane_scales(at, granules[t], ceil_div(rest, kLaneWeights));
       };
       for (int64_t i = 0; i < p_.m; i += kDxTokens) {
-        with_rows<kDxTokens>(p_.m - i < kDxTokens ? p_.m - i : kDxTokens, [&](auto tokens) {
+        with_count<kDxTokens>(p_.m - i < kDxTokens ? p_.m - i : kDxTokens, [&](auto tokens) {
           add_rows<tokens>(rows, codes_of, scales_of, memory.dy + i * kDxTileRows, sums + i * kChunk);
         });
       }
@@ -183,9 +114,9 @@ class FloatDx {
     }
   }
 
-  // sums [token][8][kLanes] += the products of `rows` rows of W. As many of the eight vectors at a time as the
-  // registers can sum for all tokens, for loading and scaling the rows anew costs less than taking sums to memory and
-  // back.
+  // sums [token][8][kLanes] += the products of `rows` rows of W. A pass takes as many of the eight vectors as registers
+  // can sum for all tokens: decoding and scaling the rows anew in the next pass costs less than taking sums to memory
+  // and back.
   template <int kTokens, class Codes, class Scales>
   [[gnu::always_inline]] void add_rows(int64_t rows, const Codes& codes_of, const Scales& scales_of, const float* dy,
                                        float* sums) const {
@@ -206,7 +137,7 @@ class FloatDx {
     });
   }
 
-  // From sums by shift, chunk, row, vector and lane to columns in order.
+  // From sums [shift][chunk][token][vector][lane] to columns in memory order.
   void gather(int64_t begin, int64_t end, int64_t count, const Memory& memory, const SlabSums& out) const {
     const int64_t columns = (end - begin) * kChunk;
     for (int64_t i = 0; i < p_.m; ++i) {
@@ -230,5 +161,20 @@ class FloatDx {
   }
 
   const LinearDxProblem& p_;
-  const Rows rows_;
+  const WeightRows rows_;
 };
+
+template <class T>
+Outcome dx_float_as(const Pool& pool, const LinearDxProblem& p) {
+  const FloatDx<T> kernel(p);
+  if (4 * kernel.scale_floats() > kMaxScratchBytes / 2) return Outcome::kTooLarge;
+  dx_with<T>(pool, p, kernel);
+  return Outcome::kDone;
+}
+inline Outcome dx_float(const Pool& pool, const LinearDxProblem& p) {
+  return p.dtype == DType::kBFloat16 ? dx_float_as<bfloat16>(pool, p) : dx_float_as<float16>(pool, p);
+}
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -7,7 +7,33 @@
 namespace qlora::cpu {
 namespace {
 
-// Case and '_' or '-' do not matter: AVX512-BF16 is avx512_bf16.
+uint32_t processor_features() {
+  uint32_t features = 0;
+#if QLORA_X86
+  const auto add = [&](Feature feature, int has) { features |= has ? feature : 0u; };
+  add(kAvx2, __builtin_cpu_supports("avx2"));
+  add(kFma, __builtin_cpu_supports("fma"));
+  add(kF16c, __builtin_cpu_supports("f16c"));
+  add(kAvx512f, __builtin_cpu_supports("avx512f"));
+  add(kAvx512bw, __builtin_cpu_supports("avx512bw"));
+  add(kAvx512vl, __builtin_cpu_supports("avx512vl"));
+  add(kAvx512dq, __builtin_cpu_supports("avx512dq"));
+  add(kAvx512vbmi, __builtin_cpu_supports("avx512vbmi"));
+  add(kAvx512bf16, __builtin_cpu_supports("avx512bf16"));
+  add(kAvx512vnni, __builtin_cpu_supports("avx512vnni"));
+#endif
+  return features;
+}
+
+bool is_intel() {
+#if QLORA_X86
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// AVX512-BF16 is avx512_bf16.
 std::string canonical(const char* name) {
   std::string out;
   for (; *name; ++name)
@@ -15,68 +41,57 @@ std::string canonical(const char* name) {
   return out;
 }
 
-struct Choice {
-  Isa isa = best_isa();
+const Isa& best_isa() {
+  for (const Isa* isa : kIsas)
+    if (supported(*isa)) return *isa;
+  return kScalarIsa;
+}
+
+struct Selection {
+  const Isa* isa = &best_isa();
   bool forced = false;
   std::string error;
 };
 
-const Choice& choice() {
-  static const Choice chosen = [] {
-    Choice c;
-    const char* forced = std::getenv("QLORA_CPU_ISA");
-    if (!forced || !*forced) return c;
-    for (int i = 0; i < kIsaCount; ++i) {
-      const Isa isa = static_cast<Isa>(i);
-      if (canonical(forced) != canonical(isa_name(isa))) continue;
-      if (isa > c.isa) {
-        c.error =
-            std::string("QLORA_CPU_ISA: this processor has no ") + isa_name(isa) + "; its best is " + isa_name(c.isa);
-      }
-      c.isa = isa > c.isa ? c.isa : isa;
-      c.forced = true;
-      return c;
+const Selection& selection() {
+  static const Selection selected = [] {
+    Selection s;
+    const char* name = std::getenv("QLORA_CPU_ISA");
+    if (!name || !*name) return s;
+    const Isa* const isa = find_isa(name);
+    if (!isa) {
+      s.error = std::string("QLORA_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16, got ") + name;
+    } else if (!supported(*isa)) {
+      s.error = std::string("QLORA_CPU_ISA: this processor has no ") + isa->name + "; its best is " + s.isa->name;
+    } else {
+      s.isa = isa;
+      s.forced = true;
     }
-    c.error = std::string("QLORA_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16, got ") + forced;
-    return c;
+    return s;
   }();
-  return chosen;
+  return selected;
 }
 
 }  // namespace
 
-const char* isa_name(Isa isa) {
-  constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16"};
-  return kNames[static_cast<int>(isa)];
+bool supported(const Isa& isa) {
+  static const uint32_t features = processor_features();
+  return (isa.needs & ~features) == 0;
 }
 
-Isa best_isa() {
-#if QLORA_X86
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) {
-    return Isa::kScalar;
-  }
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq") ||
-      !__builtin_cpu_supports("avx512vbmi")) {
-    return Isa::kAvx2;
-  }
-  const bool bf16 = __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-  return bf16 ? Isa::kAvx512Bf16 : Isa::kAvx512;
-#else
-  return Isa::kScalar;
-#endif
+const Isa* find_isa(const char* name) {
+  for (const Isa* isa : kIsas)
+    if (canonical(isa->name) == canonical(name)) return isa;
+  return nullptr;
 }
 
-Isa current_isa() { return choice().isa; }
+const Isa& current_isa() { return *selection().isa; }
 
-bool prefers_bf16_dot() {
-#if QLORA_X86
-  return choice().isa == Isa::kAvx512Bf16 && (choice().forced || !__builtin_cpu_is("intel"));
-#else
-  return false;
-#endif
+const char* isa_error() { return selection().error.empty() ? nullptr : selection().error.c_str(); }
+
+const Cpu& current_cpu() {
+  static const Cpu cpu = {current_isa().needs, is_intel(), selection().forced};
+  return cpu;
 }
-
-const char* isa_error() { return choice().error.empty() ? nullptr : choice().error.c_str(); }
 
 }  // namespace qlora::cpu

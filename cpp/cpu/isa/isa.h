@@ -1,23 +1,55 @@
-// Which instruction set the CPU kernels run with.
+// Which instruction set the CPU kernels run with: one of a list, each a set of features that a processor has or has
+// not.
 #pragma once
+
+#include <cstdint>
 
 namespace qlora::cpu {
 
-// In order of preference; each includes the ones before it. kAvx2 means AVX2 + FMA + F16C, kAvx512 means F + BW + VL +
-// DQ + VBMI, kAvx512Bf16 adds AVX512_BF16 and VNNI.
-enum class Isa { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-inline constexpr int kIsaCount = 4;
+enum Feature : uint32_t {
+  kAvx2 = 1u << 0,
+  kFma = 1u << 1,
+  kF16c = 1u << 2,
+  kAvx512f = 1u << 3,
+  kAvx512bw = 1u << 4,
+  kAvx512vl = 1u << 5,
+  kAvx512dq = 1u << 6,
+  kAvx512vbmi = 1u << 7,
+  kAvx512bf16 = 1u << 8,
+  kAvx512vnni = 1u << 9,
+};
 
-const char* isa_name(Isa);  // "scalar", "avx2", "avx512", "avx512_bf16"
-Isa best_isa();             // the best this processor has
+// A set of features that kernels are compiled for, and its name: of the folder in isa/, of the file isa_<name>.cpp, of
+// the namespace, and in QLORA_CPU_ISA.
+struct Isa {
+  const char* name;
+  uint32_t needs;  // Features, or-ed
+};
+inline constexpr Isa kScalarIsa = {"scalar", 0};
+inline constexpr Isa kAvx2Isa = {"avx2", kAvx2 | kFma | kF16c};
+inline constexpr Isa kAvx512Isa = {"avx512",
+                                   kAvx2Isa.needs | kAvx512f | kAvx512bw | kAvx512vl | kAvx512dq | kAvx512vbmi};
+inline constexpr Isa kAvx512Bf16Isa = {"avx512_bf16", kAvx512Isa.needs | kAvx512bf16 | kAvx512vnni};
 
-// The one in use: best_isa(), or the one named by the environment variable QLORA_CPU_ISA when first asked.
-// `isa_error()` is null, or says why that name cannot be honoured (unknown, or not on this processor).
-Isa current_isa();
+// The best come first: the first one that a processor supports is used.
+inline constexpr const Isa* kIsas[] = {&kAvx512Bf16Isa, &kAvx512Isa, &kAvx2Isa, &kScalarIsa};
+
+bool supported(const Isa&);             // whether this processor has what it needs
+const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter
+
+// The one in use: the first supported one, or the one named by the environment variable QLORA_CPU_ISA when first asked.
+// isa_error() is null, or says why that name cannot be honoured (unknown, or not on this processor).
+const Isa& current_isa();
 const char* isa_error();
 
-// Whether large bfloat16 products should use vdpbf16ps: on Intel's cores it issues every second cycle, which makes it
-// half as fast as widening to float32 and fma; on AMD's it is twice as fast. QLORA_CPU_ISA=avx512_bf16 insists on it.
-bool prefers_bf16_dot();
+// What the choice of a kernel depends on (tuning.h).
+struct Cpu {
+  uint32_t features;  // of the instruction set in use
+  bool intel;         // whose vdpbf16ps is slow
+  bool isa_forced;    // by name: every instruction of the set is wanted
+
+  constexpr bool has(Feature feature) const { return features & feature; }
+};
+const Cpu& current_cpu();
 
 }  // namespace qlora::cpu

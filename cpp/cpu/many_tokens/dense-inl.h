@@ -1,24 +1,34 @@
-// Bringing dense operands into panels (tile-inl.h). Included inside the kernels' anonymous namespace.
+// Bringing dense operands (x, dy and the low-rank factors) into panels.
 //
 // A matrix product does not care about the order of the summed elements as long as both operands agree, nor about the
 // order of the lanes until the result is stored. Packed weights are therefore left in the order their nibbles are
-// decoded in, group by group: element 4i + j of a group of kGroup stands at j*kLanes + i, and dense operands follow
-// (Order::kDecoded). Where no packed weight takes part, they stay as they are in memory (Order::kMemory).
+// decoded in, group by group, and where they take part dense operands follow (Order::kDecoded). Where no packed weight
+// does, both stay as they are in memory (Order::kMemory). Of a group, with 16 lanes:
+//
+// clang-format off
+//   in memory    0  1  2  3 |  4  5  6  7 |  8  9 .. |    ..    | 60 61 62 63      element 4i + j
+//   decoded      0  4  8 .. 60 |  1  5  9 .. 61 |  2  6 .. 62 |  3  7 .. 63       stands at j * kLanes + i
+//                    j = 0            j = 1          j = 2         j = 3
+// clang-format on
 #pragma once
 
+#include <cstdint>
+
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/many_tokens/dropout_mask-inl.h"
 #include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/philox.h"
 
-inline constexpr int kGroup = 4 * kLanes;
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
 enum class Order { kMemory, kDecoded };
-
-constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-template <class T>
-inline void swap(T& a, T& b) {
-  const T old = a;
-  a = b, b = old;
-}
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // A row-major matrix, with or without dropout of its elements.
 template <class T>
@@ -28,29 +38,6 @@ struct Matrix {
   Dropout dropout = {};
 
   const T* at(int64_t row, int64_t column) const { return data + row * stride + column; }
-};
-
-// The dropout decisions of up to kMax consecutive elements, drawn a group of lanes at a time.
-class Mask {
- public:
-  static constexpr int kMax = 2 * kDepth;
-  Mask(const Dropout& d, int64_t first, int64_t count) : threshold_(d.threshold) {
-    if (!d.active()) return;
-    skew_ = static_cast<int>(first & 3);
-    for (int64_t i = 0; i < count + skew_; i += kGroup)
-      philox(d.seed, (static_cast<uint64_t>(first) >> 2) + static_cast<uint64_t>(i / 4), bits_ + i);
-  }
-  // v, elements i .. i + kLanes - 1 after `first`, without the dropped ones.
-  F operator()(F v, int64_t i) const {
-    if (threshold_ == 0) return v;
-    if (threshold_ >> 32) return zero();
-    return keep_from(v, bits_ + skew_ + i, static_cast<uint32_t>(threshold_));
-  }
-
- private:
-  uint64_t threshold_;
-  int skew_ = 0;
-  uint32_t bits_[kMax + 2 * kGroup];
 };
 
 template <class T>
@@ -66,10 +53,11 @@ inline void store_some(T* p, F v, int64_t count) {
   }
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of `m` into a rows panel; zeros fill the last vector.
+// Rows [row, row + rows) and columns [column, column + columns) of `m` into a broadcast panel; zeros fill the last
+// vector of a row.
 template <class W, class T>
-void load_rows(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
-               typename W::Word* panel) {
+void load_broadcast(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
+                    typename W::Word* panel) {
   for (int64_t i = 0; i < rows; ++i) {
     const T* in = m.at(row + i, column);
     if constexpr (W::kElements == 2) {
@@ -165,9 +153,21 @@ constexpr int decoded_word(int word) {
   return word % kVectors * kLanes + word / kVectors;
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the rows
-// (with TwoWords, two lanes a row). The sum is over columns, in `order`. Returns the depth in steps: whole vectors or
-// groups, filled with zeros.
+// Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the rows. The
+// sum is over columns, in `order`. Each square of kLanes rows and as many words is transposed in registers:
+//
+// clang-format off
+//   m, a word = kElements columns            panel, one tile of lanes
+//        c0  c1  c2  c3 ..                        r0  r1  r2  r3 ..
+//   r0 [ a0  a1  a2  a3   ]              word 0 [ a0  b0  c0  d0   ]
+//   r1 [ b0  b1  b2  b3   ]       ->     word 1 [ a1  b1  c1  d1   ]
+//   r2 [ c0  c1  c2  c3   ]              word 2 [ a2  b2  c2  d2   ]
+//
+//   with TwoWords, two lanes a row:      step 0 [ a0 a1  b0 b1  c0 c1 .. ]
+//                                        step 1 [ a2 a3  b2 b3  c2 c3 .. ]
+// clang-format on
+//
+// Returns the depth in steps: whole vectors (memory order) or whole groups (decoded order), filled with zeros.
 template <class W, Order order, class T>
 int transpose_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     typename W::Word* panel) {
@@ -211,3 +211,7 @@ int transpose_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t colum
   }
   return static_cast<int>(depth);
 }
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,13 +1,34 @@
-// Decoding packed weights into panels (tile-inl.h), a group of kGroup elements at a time. Included inside the kernels'
-// anonymous namespace.
+// Decoding packed weights into panels (multiply-inl.h), a group of kGroup elements at a time.
 //
-// Where groups coincide with the packed format (they begin at multiples of kGroup and lie in one block), a group's
-// scale multiplies the 16 code values once, not every weight. Anything else (k no multiple of kGroup, blocks smaller
-// than a group) multiplies each element by its own block's scale and zeroes what lies beyond the row. Both give the
-// same bits.
+// Where groups coincide with the packed format (they begin at multiples of kGroup and lie in one quantization block), a
+// group's scale multiplies the 16 code values once, not every weight: the weight is *aligned*. Anything else (k no
+// multiple of kGroup, blocks smaller than a group) is *ragged*: each element is multiplied by its own block's scale,
+// and what lies beyond the row is zeroed. Both give the same bits.
 #pragma once
 
-#include "cpp/cpu/many_tokens/dense-inl.h"
+#include <cstdint>
+
+#include "cpp/cpu/codec/scales-inl.h"
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/many_tokens/dropout_mask-inl.h"
+#include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/pages-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
+template <class T>
+inline void swap(T& a, T& b) {
+  const T old = a;
+  a = b, b = old;
+}
 
 // Rows [row, row + rows) and columns [column, column + columns) of a weight.
 struct Piece {
@@ -20,8 +41,7 @@ struct Pieces {
   int64_t rows, columns;
 
   Piece at(int64_t row, int64_t column) const {
-    return {row, at_most(rows, area.row + area.rows - row), column,
-            at_most(columns, area.column + area.columns - column)};
+    return {row, min(rows, area.row + area.rows - row), column, min(columns, area.column + area.columns - column)};
   }
   Piece first() const { return at(area.row, area.column); }
   Piece after(const Piece& piece) const {
@@ -32,12 +52,15 @@ struct Pieces {
   Piece strip(int64_t row) const { return {row, at(row, area.column).rows, area.column, area.columns}; }
 };
 
-// A piece with the scales of the blocks it lies in, which are decoded once for however many panels it is decoded to.
+// A piece with the scales of the quantization blocks it lies in, which are decoded once for however many panels it is
+// decoded to.
 class WeightTile {
  public:
   // `scales` has room for scale_floats(rows, columns).
   WeightTile(const Weight& w, const Piece& piece, float* scales) : w_(&w) {
     const bool one_run = piece.columns == w.k;  // of blocks, in all rows
+    // Rows of a run share their scales' places. Others are set apart by what a row may need, less what the flat number
+    // of its first block has moved on by.
     row_scales_ = one_run ? 0 : piece.columns / kMinBlockSize + 2 + kLanes - (w.k >> shift_);
     scales_ = scales - block(piece.row, piece.column) - piece.row * row_scales_;
     for (int64_t row = piece.row, step = one_run ? piece.rows : 1; row < piece.row + piece.rows; row += step) {
@@ -54,14 +77,14 @@ class WeightTile {
   const Weight& weight() const { return *w_; }
   int shift() const { return shift_; }
   int64_t flat(int64_t row, int64_t column) const { return row * w_->k + column; }
-  // Such that the scale of the row's block b is at [b], and from a row's to the next's.
+  // Where the scale of flat block b is at [b], if the row has a part of it.
   const float* scales(int64_t row) const { return scales_ + row * row_scales_; }
-  int64_t row_scales() const { return row_scales_; }
+  int64_t row_scales() const { return row_scales_; }  // from scales(row) to scales(row + 1)
 
   // Whether its groups coincide with the packed format, from a multiple of kGroup on.
   bool aligned() const { return aligned(*w_); }
   static bool aligned(const Weight& w) { return w.k % kGroup == 0 && w.scales.block_size >= kGroup; }
-  // Of such a group, the packed bytes and the scale.
+  // Of such a group that begins at (row, column), the packed bytes and the scale.
   const uint8_t* packed(int64_t row, int64_t column) const { return w_->packed + (flat(row, column) >> 1); }
   float scale(int64_t row, int64_t column) const { return scales(row)[block(row, column)]; }
 
@@ -74,7 +97,7 @@ class WeightTile {
   float* scales_;
 };
 
-inline Ahead packed_ahead(const Weight& w, const Piece& piece) {
+inline PrefetchAhead prefetch_ahead(const Weight& w, const Piece& piece) {
   return {w.packed, piece.row * w.k + piece.column, piece.rows, w.k, piece.columns};
 }
 
@@ -111,12 +134,13 @@ class RaggedRow {
   const float* scales_;
 };
 
-// What becomes of a piece, in decoded order and with its columns rounded up to whole groups: the rows of a panel, or
-// lanes from the columns, words along the rows.
-enum class Becomes { kRows, kLanes };
+// What becomes of a piece, in decoded order and with its columns rounded up to whole groups: a broadcast panel, whose
+// rows are the piece's and whose depth its columns; or a lanes panel, whose lanes are the columns and whose depth the
+// rows.
+enum class Becomes { kBroadcast, kLanes };
 
 template <class W>
-void decode_rows(const WeightTile& tile, const Piece& piece, typename W::Word* panel) {
+void decode_broadcast(const WeightTile& tile, const Piece& piece, typename W::Word* panel) {
   for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
     const RaggedRow ragged(tile, row, piece.column, piece.columns);
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
@@ -158,16 +182,17 @@ void decode_lanes(const WeightTile& tile, const Piece& piece, typename W::Word* 
   }
 }
 
-// Decodes an aligned piece a group at a time, beside a multiplication (tile-inl.h), and fetches the one `after` it. For
-// lanes, whose groups take several stores, a group every so many steps, a power of two: all in a row would stall both.
-// It lies in whole lines, for every step reads most of it.
+// Decodes an aligned piece group by group, as a task interleaved with a multiplication (multiply-inl.h), and fetches
+// the packed bytes of the piece `after` it. A group of lanes takes several stores, which would stall both if every step
+// had them: with `steps_between` > 1, a power of two, only every so many steps decode a group. The object lies in whole
+// cache lines, for every step reads most of it.
 template <class W, Becomes becomes>
 class alignas(64) GroupDecoder {
  public:
   using Word = typename W::Word;
-  static constexpr int kRowsAStep = becomes == Becomes::kLanes ? W::kElements : 1;
+  static constexpr int kRowsPerStep = becomes == Becomes::kLanes ? W::kElements : 1;
 
-  GroupDecoder(const WeightTile& tile, const Piece& piece, const Piece& after, Word* panel, int64_t every)
+  GroupDecoder(const WeightTile& tile, const Piece& piece, const Piece& after, Word* panel, int64_t steps_between)
       : packed_(tile.weight().packed),
         flat_(tile.flat(piece.row, piece.column)),
         k_(tile.weight().k),
@@ -175,11 +200,11 @@ class alignas(64) GroupDecoder {
         scales_(tile.scales(piece.row)),
         row_scales_(tile.row_scales()),
         out_(panel),
-        steps_(piece.rows / kRowsAStep),
+        steps_(piece.rows / kRowsPerStep),
         left_(steps_),
         columns_(piece.columns),
         shift_(tile.shift()),
-        mask_(static_cast<int>(every) - 1) {}
+        mask_(static_cast<int>(steps_between) - 1) {}
 
   void step() {
     if (left_ == 0) return;
@@ -189,21 +214,22 @@ class alignas(64) GroupDecoder {
     const uint8_t* const packed = packed_ + (flat_ >> 1);
     __builtin_prefetch(packed + distance_, 0, 2);
     const float scale = scales_[flat_ >> shift_];
-    if constexpr (becomes == Becomes::kRows) {
+    if constexpr (becomes == Becomes::kBroadcast) {
       W::decode_row(packed, scale, out_);
     } else {
-      const uint8_t* const next = packed + (k_ >> 1) * (kRowsAStep - 1);
-      const float next_scale = scales_[row_scales_ * (kRowsAStep - 1) + ((flat_ + k_ * (kRowsAStep - 1)) >> shift_)];
-      if (kRowsAStep > 1) __builtin_prefetch(next + distance_, 0, 2);
+      const uint8_t* const next = packed + (k_ >> 1) * (kRowsPerStep - 1);
+      const float next_scale =
+          scales_[row_scales_ * (kRowsPerStep - 1) + ((flat_ + k_ * (kRowsPerStep - 1)) >> shift_)];
+      if (kRowsPerStep > 1) __builtin_prefetch(next + distance_, 0, 2);
       typename W::Vector words[4];
       W::decode_lanes(packed, next, scale, next_scale, words);
       store_whole_group<W>(out_, kTileLanes * steps_, words);
     }
-    flat_ += k_ * kRowsAStep, scales_ += row_scales_ * kRowsAStep, out_ += kOutStep;
+    flat_ += k_ * kRowsPerStep, scales_ += row_scales_ * kRowsPerStep, out_ += kOutStep;
     if (--left_ > 0 || (columns_ -= kGroup) <= 0) return;
-    flat_ += kGroup - steps_ * kRowsAStep * k_;
-    scales_ -= steps_ * kRowsAStep * row_scales_;
-    out_ += (becomes == Becomes::kRows ? kGroup / W::kElements : kGroup * steps_) - steps_ * kOutStep;
+    flat_ += kGroup - steps_ * kRowsPerStep * k_;
+    scales_ -= steps_ * kRowsPerStep * row_scales_;
+    out_ += (becomes == Becomes::kBroadcast ? kGroup / W::kElements : kGroup * steps_) - steps_ * kOutStep;
     left_ = steps_;
   }
   void finish() {
@@ -212,7 +238,7 @@ class alignas(64) GroupDecoder {
   }
 
  private:
-  static constexpr int64_t kOutStep = becomes == Becomes::kRows ? kDepth : kTileLanes;
+  static constexpr int64_t kOutStep = becomes == Becomes::kBroadcast ? kDepth : kTileLanes;
 
   const uint8_t* packed_;
   int64_t flat_, k_, distance_;
@@ -223,17 +249,21 @@ class alignas(64) GroupDecoder {
   int shift_, mask_, turn_ = 0;
 };
 
-// Decodes all pieces, and multiplies each by a call of multiply(piece, panel, beside). Where `every` is not 0, a piece
-// is decoded beside the multiplication of the one before it, to the other one of two panels; else after it. Scales are
-// decoded a strip at a time. The pages of strips of whole rows are touched in bursts, at least two strips ahead
-// (pages-inl.h); for strips of a few columns in many rows, which lanes are made of, that has gained nothing.
+// Decodes all pieces, and multiplies each by a call of multiply(piece, panel, interleaved).
+//
+// Where steps_between is 0, a piece is decoded after the multiplication of the one before it, during which its bytes
+// are fetched. Otherwise it is decoded during that multiplication, to the other one of two panels, and the bytes of the
+// one after it are fetched. Scales are decoded a strip at a time.
+//
+// Of strips of whole rows, which become a broadcast panel, the pages are touched in bursts, at least two strips ahead
+// (pages-inl.h). For strips of a few columns in many rows, which become lanes, that has gained nothing.
 template <class W, Becomes becomes, class Multiply>
 void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* panel, typename W::Word* other_panel,
-                     float* scales, float* other_scales, int64_t every, const Multiply& multiply) {
+                     float* scales, float* other_scales, int64_t steps_between, const Multiply& multiply) {
   using Decoder = GroupDecoder<W, becomes>;
   const auto decode = [](const WeightTile& tile, const Piece& piece, typename W::Word* to) {
-    if constexpr (becomes == Becomes::kRows) {
-      decode_rows<W>(tile, piece, to);
+    if constexpr (becomes == Becomes::kBroadcast) {
+      decode_broadcast<W>(tile, piece, to);
     } else {
       decode_lanes<W>(tile, piece, to);
     }
@@ -242,29 +272,33 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
   if (piece.rows == 0) return;
   const Piece& area = pieces.area;
   PagesAhead pages(w, area.row, area.row + area.rows, area.column, area.columns);
-  const auto know_pages = [&](int64_t row) {
-    if constexpr (becomes == Becomes::kRows) pages.know(row + 3 * pieces.rows);
+  const auto touch_pages = [&](int64_t row) {
+    if constexpr (becomes == Becomes::kBroadcast) pages.touch_before(row + 3 * pieces.rows);
   };
-  know_pages(piece.row);
+  touch_pages(piece.row);
   WeightTile tile(w, pieces.strip(piece.row), scales);
   decode(tile, piece, panel);
   while (piece.rows > 0) {
     const Piece next = pieces.after(piece);
     if (next.rows > 0 && pieces.begins_strip(next)) {
-      know_pages(next.row);
+      touch_pages(next.row);
       swap(scales, other_scales);
       tile = WeightTile(w, pieces.strip(next.row), scales);
     }
-    if (kSpareRegisters && every && next.rows % Decoder::kRowsAStep == 0) {
-      Decoder decoder(tile, next, pieces.after(next), other_panel, every);
+    if (kSpareRegisters && steps_between && next.rows % Decoder::kRowsPerStep == 0) {
+      Decoder decoder(tile, next, pieces.after(next), other_panel, steps_between);
       multiply(piece, panel, decoder);
       decoder.finish();
     } else {
-      Ahead ahead = packed_ahead(w, next);
-      multiply(piece, panel, ahead);
+      PrefetchAhead prefetch = prefetch_ahead(w, next);
+      multiply(piece, panel, prefetch);
       decode(tile, next, other_panel);
     }
     swap(panel, other_panel);
     piece = next;
   }
 }
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,9 +1,19 @@
-// Page translations brought in before they are needed. Included inside an anonymous namespace, once an instruction set.
+// Page translations brought in before they are needed.
 //
-// A software prefetch retires only when its address has been translated, so one that begins a page holds up all behind
-// it for a page walk (400 cycles in a virtual machine on Zen 5: a third of what streaming packed weights took there).
-// Loads of several pages, one right after another, wait for their walks together.
+// Packed weights are streamed with software prefetches, and a prefetch whose page has no translation at hand waits for
+// a page walk and holds up every load behind it: 400 cycles in a virtual machine on Zen 5, a third of what streaming
+// took there. Walks of several pages overlap when plain loads ask for them one right after another. So a kernel touches
+// the pages of rows that it will come to, many in a burst, and prefetches lines of them later.
 #pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
 
 class PageToucher {
  public:
@@ -16,33 +26,37 @@ class PageToucher {
   }
 
  private:
-  static constexpr int64_t kPage = 4096;
+  static constexpr int64_t kPage = 4096;  // bytes
   static const uint8_t* page(const uint8_t* p) { return p - reinterpret_cast<uintptr_t>(p) % kPage; }
   const uint8_t* last_ = nullptr;
 };
 
-// Touches the pages of some columns of a weight's rows [row, end), many in a burst, before they are needed.
+// Touches the pages in which a weight has the columns [column, column + columns) of its rows [row, end), in order, a
+// burst of rows at a time.
 class PagesAhead {
  public:
   PagesAhead(const Weight& w, int64_t row, int64_t end, int64_t column, int64_t columns)
-      : w_(w), known_(row), end_(end), column_(column), columns_(columns) {}
+      : w_(w), touched_(row), end_(end), column_(column), columns_(columns) {}
 
-  // After it those of all rows before `row` are known.
-  void know(int64_t row) {
-    if (known_ >= row || known_ >= end_) return;
-    const int64_t burst = 2 * kBurstBytes / (w_.k > 0 ? w_.k : 1);
-    row = row + burst < end_ ? row + burst : end_;
-    const int64_t step = columns_ == w_.k ? row - known_ : 1;  // whole rows follow each other
-    for (; known_ < row; known_ += step) {
-      const int64_t first = known_ * w_.k + column_, last = first + (step - 1) * w_.k + columns_;
+  // Sees to it that the pages of all rows before `row` have been touched, and then touches those of a burst more.
+  void touch_before(int64_t row) {
+    if (touched_ >= row || touched_ >= end_) return;
+    const int64_t burst = 2 * kBurstBytes / max(w_.k, 1);  // rows
+    row = min(row + burst, end_);
+    const int64_t step = columns_ == w_.k ? row - touched_ : 1;  // whole rows follow each other in memory
+    for (; touched_ < row; touched_ += step) {
+      const int64_t first = touched_ * w_.k + column_, last = first + (step - 1) * w_.k + columns_;
       touch_(w_.packed + (first >> 1), w_.packed + (last >> 1));
     }
   }
 
  private:
-  static constexpr int64_t kBurstBytes = 64 << 10;
+  static constexpr int64_t kBurstBytes = 64 << 10;  // of packed weights
 
   const Weight& w_;
-  int64_t known_, end_, column_, columns_;
+  int64_t touched_, end_, column_, columns_;
   PageToucher touch_;
 };
+
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,16 +1,19 @@
-// The vector vocabulary of codec-inl.h for AVX2 + FMA + F16C. vec_scalar.h says what each name means.
+// The vocabulary codec:: for AVX2 + FMA + F16C. scalar/codec.h says what each name means.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-#include "cpp/cpu/codec/dynamic8_cells.h"
+#include "cpp/cpu/isa/avx2/bfloat16.h"
+#include "cpp/cpu/isa/dynamic8_cells.h"
+#include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/dtypes.h"
 #include "cpp/format/nf4.h"
 
-namespace qlora::cpu {
+namespace qlora::cpu::QLORA_ISA {
 namespace {
+namespace codec {
 
 inline constexpr int kLanes = 16;
 inline constexpr int kGroup = 2 * kLanes;
@@ -157,15 +160,7 @@ class Largest {
 
 // from_float of 16 lanes, as words.
 inline __m256i round_to_bfloat16(Floats x) {
-  const auto round = [](__m256 lanes) {
-    const __m256i bits = _mm256_castps_si256(lanes), high = _mm256_srli_epi32(bits, 16);
-    const __m256i tie_to_even = _mm256_and_si256(high, _mm256_set1_epi32(1));
-    const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), tie_to_even);
-    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(lanes, lanes, _CMP_UNORD_Q));
-    const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
-    return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), quiet, nan);
-  };
-  return _mm256_permute4x64_epi64(_mm256_packus_epi32(round(x.low), round(x.high)), 0xD8);
+  return _mm256_permute4x64_epi64(_mm256_packus_epi32(bfloat16_bits(x.low), bfloat16_bits(x.high)), 0xD8);
 }
 inline __m256i round_to_float16(Floats x) {
   return _mm256_set_m128i(_mm256_cvtps_ph(x.high, _MM_FROUND_TO_NEAREST_INT),
@@ -238,5 +233,8 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
 }
 inline void finish_streaming() { _mm_sfence(); }
 
+inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
+
+}  // namespace codec
 }  // namespace
-}  // namespace qlora::cpu
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,9 +1,22 @@
-// What the matrix kernels ask of AVX2 + FMA + F16C. Included inside the kernels' anonymous namespace, after
-// vec_avx2.h. The same names exist in mma_scalar.h and mma_avx512.h; `F` is a vector of kLanes floats.
+// The vocabulary panel:: for AVX2 + FMA + F16C. scalar/panel.h says what each name means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/avx2/bfloat16.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace panel {
 
 inline constexpr int kLanes = 8;
-inline constexpr int kAccumulators = 12;        // of 16 registers: the rest hold operands
-inline constexpr bool kSpareRegisters = false;  // enough to decode weights beside a multiplication
+inline constexpr int kAccumulators = 12;  // of 16 registers: the rest hold operands
+inline constexpr bool kSpareRegisters = false;
 
 using F = __m256;
 using U = __m256i;
@@ -12,6 +25,7 @@ inline F zero() { return _mm256_setzero_ps(); }
 inline F splat(float x) { return _mm256_set1_ps(x); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 inline F load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
 
@@ -23,16 +37,7 @@ inline F widen(const bfloat16*, __m128i bits) {
 }
 inline F widen(const float16*, __m128i bits) { return _mm256_cvtph_ps(bits); }
 
-// To nearest even in integers, NaN kept and quiet.
-inline __m128i narrow(const bfloat16*, F v) {
-  const U u = _mm256_castps_si256(v);
-  const U odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-  const U rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
-  const U quiet_nan = _mm256_or_si256(u, _mm256_set1_epi32(0x400000));
-  const U unordered = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  const U high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet_nan, unordered), 16);
-  return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
-}
+inline __m128i narrow(const bfloat16*, F v) { return round_to_bfloat16(v); }
 inline __m128i narrow(const float16*, F v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
 template <class T>
@@ -178,31 +183,9 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
   for (int q = 0; q < 4; ++q) _mm256_storeu_ps(reinterpret_cast<float*>(bits) + 8 * q, v[q]);
 }
 
-// Float32 multiplication: a word of an operand is one element.
-struct WordF32 {
-  using Word = float;
-  using Vector = F;
-  static constexpr int kElements = 1, kWords = 1;
-  using FewTokens = WordF32;
-  static Vector load(const Word* p) { return _mm256_loadu_ps(p); }
-  static void store(Word* p, Vector v) { _mm256_storeu_ps(p, v); }
-  static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
+template <class W>
+using TwoWords = W;
 
-  // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
-  static void decode_row(const uint8_t* packed, float scale, Word* out) {
-    F v[4];
-    decode_lanes(packed, nullptr, scale, 0.0f, v);
-    store_decoded_row(v, out);
-  }
-  static void store_decoded_row(const F (&v)[4], Word* out) {
-    unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
-  }
-  // The words of a group of lanes: of one row, and there is no next one.
-  static void decode_lanes(const uint8_t* packed, const uint8_t*, float scale, float, Vector (&out)[4]) {
-    const Table table = scaled(nf4_table(), splat(scale));
-    const Codes codes = load_codes(packed);
-    unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
-  }
-  static Vector broadcast(const Word* p) { return _mm256_broadcast_ss(p); }
-  static F multiply_add(Vector a, Vector b, F sum) { return _mm256_fmadd_ps(a, b, sum); }
-};
+}  // namespace panel
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

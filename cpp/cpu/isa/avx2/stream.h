@@ -1,5 +1,20 @@
-// The vector vocabulary of the small-M kernels for AVX2 with FMA and F16C. stream_avx512.h says what each name means;
-// the difference is that codes are looked up a byte at a time (vpshufb) and interleaved to int16 or float32.
+// The vocabulary stream:: for AVX2 + FMA + F16C. scalar/stream.h says what each name means. vpshufb looks up 32 codes a
+// byte of their values at a time; the bytes are then interleaved to int16 or float32.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/avx2/bfloat16.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace stream {
 
 using Floats = __m256;
 using Ints = __m256i;
@@ -7,11 +22,10 @@ using Ints = __m256i;
 inline constexpr int kLanes = 8;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
-inline constexpr int kMaxIntRows = 8;
-inline constexpr int kMaxPairedIntRows = 0;  // 16 registers are too few for two rows of W
-inline constexpr int kMaxFloatRows = 4;
-inline constexpr int kDxSums = 32;  // of dx: more than fit, where the compiler does as well as a loop over memory
-inline constexpr int kRaggedDxRows = 16;
+inline constexpr int kMaxIntTokens = 8;
+inline constexpr int kMaxPairedIntTokens = 0;
+inline constexpr int kMaxFloatTokens = 4;
+inline constexpr int kDxSums = 32;  // more than 16 registers hold, but GCC spills them as well as a loop would
 
 inline Floats zero() { return _mm256_setzero_ps(); }
 inline Floats splat(float x) { return _mm256_set1_ps(x); }
@@ -63,15 +77,7 @@ inline Floats load(const bfloat16* p, int64_t count) {
 }
 inline Floats load(const float16* p, int64_t count) { return _mm256_cvtph_ps(load_words(p, count)); }
 inline void store(float* p, Floats x, int64_t count) { _mm256_maskstore_ps(p, first_lanes(count), x); }
-inline void store(bfloat16* p, Floats x, int64_t count) {
-  const Ints bits = _mm256_castps_si256(x);
-  const Ints odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const Ints rounded = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd), 16);
-  const Ints quiet = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
-  const Ints is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-  const Ints out = _mm256_blendv_epi8(rounded, quiet, is_nan);
-  store_words(p, _mm_packus_epi32(_mm256_castsi256_si128(out), _mm256_extracti128_si256(out, 1)), count);
-}
+inline void store(bfloat16* p, Floats x, int64_t count) { store_words(p, round_to_bfloat16(x), count); }
 inline void store(float16* p, Floats x, int64_t count) {
   store_words(p, _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), count);
 }
@@ -134,7 +140,7 @@ inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
   return out;
 }
 
-// The bytes in the order in which they are looked up, and the weight that then is word `word` of a lane of vector s.
+// The bytes in the order in which they are looked up, and which weight is then word `word` of a lane of vector s.
 struct LaneOrder {
   static Ints bytes(Ints chunk) {
     // The first two bytes of every dword of a half, then the last two.
@@ -187,3 +193,7 @@ inline Floats sums_of(const float* rows) {
   const Floats low = _mm256_hadd_ps(a, b), high = _mm256_hadd_ps(c, d);
   return add(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 }
+
+}  // namespace stream
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,17 +1,20 @@
-// The vector vocabulary of codec-inl.h for AVX-512 (F, BW, VL, DQ, VBMI; BF16 where the file is compiled with it).
-// vec_scalar.h says what each name means.
+// The vocabulary codec:: for AVX-512 (F, BW, VL, DQ, VBMI; BF16 where the set has it). scalar/codec.h says what each
+// name means.
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
 
-#include "cpp/cpu/codec/dynamic8_cells.h"
+#include "cpp/cpu/isa/avx512/bfloat16.h"
+#include "cpp/cpu/isa/dynamic8_cells.h"
+#include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/dtypes.h"
 #include "cpp/format/nf4.h"
 
-namespace qlora::cpu {
+namespace qlora::cpu::QLORA_ISA {
 namespace {
+namespace codec {
 
 inline constexpr int kLanes = 16;
 inline constexpr int kGroup = 2 * kLanes;
@@ -133,7 +136,6 @@ inline constexpr Dynamic8Planes kDynamic8Planes{};
 
 // Decodes up to 64 nested scales at a time: the four bytes of each value are looked up apart, in tables that vpermi2b
 // holds in registers, for a gather costs a cycle a code.
-#define QLORA_MANY_SCALES 1
 class ScaleDecoder {
  public:
   static constexpr int kCodes = 64;
@@ -171,6 +173,14 @@ class ScaleDecoder {
   __m512 nested_absmax_, nested_offset_;
 };
 
+inline int64_t decode_many_scales(const uint8_t* codes, int64_t count, float nested_absmax, float nested_offset,
+                                  float* out) {
+  const ScaleDecoder decoder(nested_absmax, nested_offset);
+  int64_t i = 0;
+  for (; count - i >= ScaleDecoder::kWorthwhile; i += ScaleDecoder::kCodes) decoder(codes + i, count - i, out + i);
+  return i;
+}
+
 template <class T>
 class Largest {
  public:
@@ -206,15 +216,6 @@ struct Table {
   __m512i v;
 };
 inline __m512 scaled_code(float absmax) { return _mm512_mul_ps(_mm512_loadu_ps(kNf4.value), _mm512_set1_ps(absmax)); }
-
-// from_float of each lane.
-inline __m256i round_to_bfloat16(__m512 x) {
-  const __m512i bits = _mm512_castps_si512(x), high = _mm512_srli_epi32(bits, 16);
-  const __m512i tie_to_even = _mm512_and_si512(high, _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), tie_to_even);
-  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(_mm512_srli_epi32(sum, 16), nan, high, _mm512_set1_epi32(0x40)));
-}
 
 template <class T>
 Table<T> make_table(float absmax);
@@ -275,5 +276,6 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
 }
 inline void finish_streaming() { _mm_sfence(); }
 
+}  // namespace codec
 }  // namespace
-}  // namespace qlora::cpu
+}  // namespace qlora::cpu::QLORA_ISA

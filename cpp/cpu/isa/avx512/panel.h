@@ -1,9 +1,22 @@
-// What the matrix kernels ask of AVX-512. Included inside the kernels' anonymous namespace, after vec_avx512.h.
-// The same names exist in mma_scalar.h and mma_avx2.h; `F` is a vector of kLanes floats.
+// The vocabulary panel:: for AVX-512. scalar/panel.h says what each name means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/avx512/bfloat16.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace panel {
 
 inline constexpr int kLanes = 16;
-inline constexpr int kAccumulators = 24;       // of 32 registers: the rest hold operands
-inline constexpr bool kSpareRegisters = true;  // enough to decode weights beside a multiplication
+inline constexpr int kAccumulators = 24;  // of 32 registers: the rest hold operands
+inline constexpr bool kSpareRegisters = true;
 
 using F = __m512;
 using U = __m512i;
@@ -12,6 +25,7 @@ inline F zero() { return _mm512_setzero_ps(); }
 inline F splat(float x) { return _mm512_set1_ps(x); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+inline F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 
@@ -25,21 +39,14 @@ inline F load_first(const float16* p, int count) {
   return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
 }
 
-// To nearest even in integers: vcvtneps2bf16 would flush subnormals, and is not everywhere.
-inline __m256i narrow_bf16(F v) {
-  const U u = _mm512_castps_si512(v);
-  const U odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-  const U rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-  const U quiet_nan = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
-  const U result = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet_nan);
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(result, 16));
-}
-inline void store(bfloat16* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
+inline void store(bfloat16* p, F v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), round_to_bfloat16(v)); }
 inline void store(float16* p, F v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 inline void store_first(float* p, F v, int count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, v); }
-inline void store_first(bfloat16* p, F v, int count) { _mm256_mask_storeu_epi16(p, (1u << count) - 1, narrow_bf16(v)); }
+inline void store_first(bfloat16* p, F v, int count) {
+  _mm256_mask_storeu_epi16(p, (1u << count) - 1, round_to_bfloat16(v));
+}
 inline void store_first(float16* p, F v, int count) {
   _mm256_mask_storeu_epi16(p, (1u << count) - 1, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -196,31 +203,6 @@ struct TwoWords : W {
   }
 };
 
-// Float32 multiplication: a word of an operand is one element.
-struct WordF32 {
-  using Word = float;
-  using Vector = F;
-  static constexpr int kElements = 1, kWords = 1;
-  using FewTokens = TwoWords<WordF32>;
-  static Vector load(const Word* p) { return _mm512_loadu_ps(p); }
-  static void store(Word* p, Vector v) { _mm512_storeu_ps(p, v); }
-  static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
-
-  // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
-  static void decode_row(const uint8_t* packed, float scale, Word* out) {
-    F v[4];
-    decode_lanes(packed, nullptr, scale, 0.0f, v);
-    store_decoded_row(v, out);
-  }
-  static void store_decoded_row(const F (&v)[4], Word* out) {
-    unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
-  }
-  // The words of a group of lanes: of one row, and there is no next one.
-  static void decode_lanes(const uint8_t* packed, const uint8_t*, float scale, float, Vector (&out)[4]) {
-    const Table table = scaled(nf4_table(), splat(scale));
-    const Codes codes = load_codes(packed);
-    unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
-  }
-  static Vector broadcast(const Word* p) { return _mm512_set1_ps(*p); }
-  static F multiply_add(Vector a, Vector b, F sum) { return _mm512_fmadd_ps(a, b, sum); }
-};
+}  // namespace panel
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,10 +1,19 @@
-// vdpbf16ps, on top of mma_avx512.h: a word of an operand is two bfloat16 elements.
+// The vocabulary panel:: for AVX-512 with BF16: that of AVX-512, and WordBf16 for vdpbf16ps.
+#pragma once
 
+#include "cpp/cpu/isa/avx512/panel.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace panel {
+
+// bfloat16 multiplication in pairs: a word of an operand is two elements. The sums are float32, and subnormal factors,
+// products and sums count as zero.
 struct WordBf16 {
   using Word = uint32_t;
   using Vector = U;
   static constexpr int kElements = 2, kWords = 1;
-  using FewTokens = TwoWords<WordBf16>;
+  using FewLanes = TwoWords<WordBf16>;  // what to multiply with where lanes are few
   static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
   static void store(Word* p, Vector v) { _mm512_storeu_si512(p, v); }
   static void store_elements(Word* row, int64_t element, F v) {
@@ -69,3 +78,7 @@ struct WordBf16 {
     out[3] = words(_mm512_srli_epi16(codes, 8));
   }
 };
+
+}  // namespace panel
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,16 +1,18 @@
-// The vector vocabulary of codec-inl.h in plain C++: the meaning that vec_avx2.h and vec_avx512.h must reproduce bit
-// for bit. Everything comes in groups of 32 weights (16 packed bytes), the smallest block.
+// The vocabulary codec:: in plain C++, the definition that the other sets' codec.h reproduce bit for bit. Everything
+// comes in groups of 32 weights (16 packed bytes), which is the smallest quantization block.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
-#include "cpp/cpu/codec/dynamic8_cells.h"
+#include "cpp/cpu/isa/dynamic8_cells.h"
+#include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/dtypes.h"
 #include "cpp/format/nf4.h"
 
-namespace qlora::cpu {
+namespace qlora::cpu::QLORA_ISA {
 namespace {
+namespace codec {
 
 inline constexpr int kLanes = 16;
 inline constexpr int kGroup = 2 * kLanes;
@@ -119,7 +121,7 @@ class Largest {
   Bits bits_ = 0;
 };
 
-// What the 16 codes of a block decode to.
+// What the 16 codes decode to under one scale.
 template <class T>
 struct Table {
   T value[kCodes];
@@ -143,5 +145,9 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
 }
 inline void finish_streaming() {}
 
+// Decodes as many of the first nested scales as the set decodes faster together than one by one, and returns how many.
+inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
+
+}  // namespace codec
 }  // namespace
-}  // namespace qlora::cpu
+}  // namespace qlora::cpu::QLORA_ISA

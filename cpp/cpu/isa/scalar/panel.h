@@ -1,9 +1,21 @@
-// What the matrix kernels ask of a vector unit, in plain C++: the meaning of mma_avx2.h and mma_avx512.h. Included
-// inside the kernels' anonymous namespace. `F` is a vector of kLanes floats.
+// The vocabulary panel:: in plain C++, the definition of what the kernels for many tokens ask of a vector unit. `F` is
+// a vector of kLanes floats.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+#include "cpp/format/philox.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace panel {
 
 inline constexpr int kLanes = 4;
-inline constexpr int kAccumulators = 12;
-inline constexpr bool kSpareRegisters = false;  // enough to decode weights beside a multiplication
+inline constexpr int kAccumulators = 12;        // vectors of sums that a tile of outputs keeps in registers
+inline constexpr bool kSpareRegisters = false;  // whether enough are left to decode weights between multiplications
 
 struct F {
   float lane[kLanes];
@@ -19,6 +31,8 @@ inline F mul(F a, F b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
   return a;
 }
+// a * b + c, in one rounding where the set has an instruction for that; here in two.
+inline F multiply_add(F a, F b, F c) { return add(mul(a, b), c); }
 
 // `count` elements, zeros after them; nothing beyond them is touched.
 template <class T>
@@ -110,31 +124,11 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
   }
 }
 
-// Float32 multiplication: a word of an operand is one element.
-struct WordF32 {
-  using Word = float;
-  using Vector = F;
-  static constexpr int kElements = 1, kWords = 1;
-  using FewTokens = WordF32;
-  static Vector load(const Word* p) { return load_first(p, kLanes); }
-  static void store(Word* p, Vector v) { store_first(p, v, kLanes); }
-  static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
+// Lanes that stand for two words each (many_tokens/multiply-inl.h), where the set has them (avx512/panel.h); here a
+// lane stands for one.
+template <class W>
+using TwoWords = W;
 
-  // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
-  static void decode_row(const uint8_t* packed, float scale, Word* out) {
-    F v[4];
-    decode_lanes(packed, nullptr, scale, 0.0f, v);
-    store_decoded_row(v, out);
-  }
-  static void store_decoded_row(const F (&v)[4], Word* out) {
-    unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
-  }
-  // The words of a group of lanes: of one row, and there is no next one.
-  static void decode_lanes(const uint8_t* packed, const uint8_t*, float scale, float, Vector (&out)[4]) {
-    const Table table = scaled(nf4_table(), splat(scale));
-    const Codes codes = load_codes(packed);
-    unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
-  }
-  static Vector broadcast(const Word* p) { return splat(*p); }
-  static F multiply_add(Vector a, Vector b, F sum) { return add(mul(a, b), sum); }
-};
+}  // namespace panel
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,36 +1,24 @@
-// The linear layer and its gradients in float64, for gradcheck: plain loops over the same definitions. Included inside
-// the kernels' anonymous namespace, after weight-inl.h.
-#pragma once
+#define QLORA_ISA scalar  // compiled without flags of a set
 
-#include "cpp/cpu/many_tokens/weight-inl.h"
+#include "cpp/cpu/float64/linear.h"
 
-inline double weight_at(const Weight& w, int64_t i) {
+#include <vector>
+
+#include "cpp/cpu/codec/scales-inl.h"
+#include "cpp/cpu/shared/dropout.h"
+
+namespace qlora::cpu::float64 {
+namespace {
+
+double weight_at(const Weight& w, int64_t i) {
   float scale;
-  read_scales(w.scales, i / w.scales.block_size, 1, &scale);
+  scalar::read_scales(w.scales, i / w.scales.block_size, 1, &scale);
   return double{kNf4.value[nf4_code_at(w.packed, i)] * scale};
 }
 
-inline bool dropped(const Dropout& d, int64_t index) {
-  return d.active() && !d.keeps(philox4x32_10(d.seed, static_cast<uint64_t>(index) >> 2).lane[index & 3]);
-}
-
-// [m, r] doubles, freed with the object.
-class LowRank {
- public:
-  LowRank(int64_t m, int64_t r)
-      : data_(static_cast<double*>(__builtin_malloc(static_cast<size_t>(at_least(m * r, 1)) * sizeof(double)))) {}
-  ~LowRank() { __builtin_free(data_); }
-  LowRank(const LowRank&) = delete;
-  LowRank& operator=(const LowRank&) = delete;
-  double* data() const { return data_; }
-
- private:
-  double* data_;
-};
-
 // out [m, r] = factor · dropout(in) · aᵀ, element (j, c) of a at a[j * a_row + c * a_column].
-inline void project_f64(const Pool& pool, const double* in, int64_t m, int64_t k, const void* a, int64_t r,
-                        int64_t a_row, int64_t a_column, double factor, const Dropout& d, double* out) {
+void low_rank(const Pool& pool, const double* in, int64_t m, int64_t k, const void* a, int64_t r, int64_t a_row,
+              int64_t a_column, double factor, const Dropout& d, double* out) {
   const double* weights = static_cast<const double*>(a);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -45,13 +33,15 @@ inline void project_f64(const Pool& pool, const double* in, int64_t m, int64_t k
   pool(m, 1, body);
 }
 
-inline void linear_f64(const Pool& pool, const LinearProblem& p) {
+}  // namespace
+
+Outcome forward(const Pool& pool, const LinearProblem& p) {
   const int64_t n = p.w.n, k = p.w.k, r = p.lora.rank;
   const double *x = static_cast<const double*>(p.x), *b = static_cast<const double*>(p.lora.b);
   const double* bias = static_cast<const double*>(p.bias);
   double* y = static_cast<double*>(p.y);
-  const LowRank h(p.m, r);
-  project_f64(pool, x, p.m, k, p.lora.a, r, k, 1, p.lora.scaling, p.lora.dropout, h.data());
+  std::vector<double> h(static_cast<size_t>(p.m * r));
+  low_rank(pool, x, p.m, k, p.lora.a, r, k, 1, p.lora.scaling, p.lora.dropout, h.data());
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       for (int64_t i = 0; i < p.m; ++i) {
@@ -63,14 +53,15 @@ inline void linear_f64(const Pool& pool, const LinearProblem& p) {
     }
   };
   pool(n, 8, body);
+  return Outcome::kDone;
 }
 
-inline void linear_dx_f64(const Pool& pool, const LinearDxProblem& p) {
+Outcome dx(const Pool& pool, const LinearDxProblem& p) {
   const int64_t n = p.w.n, k = p.w.k, r = p.lora.rank;
   const double *dy = static_cast<const double*>(p.dy), *a = static_cast<const double*>(p.lora.a);
-  double* dx = static_cast<double*>(p.dx);
-  const LowRank g(p.m, r);
-  project_f64(pool, dy, p.m, n, p.lora.b, r, 1, r, p.lora.scaling, Dropout{}, g.data());
+  double* out = static_cast<double*>(p.dx);
+  std::vector<double> g(static_cast<size_t>(p.m * r));
+  low_rank(pool, dy, p.m, n, p.lora.b, r, 1, r, p.lora.scaling, Dropout{}, g.data());
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t i = 0; i < p.m; ++i) {
@@ -78,21 +69,22 @@ inline void linear_dx_f64(const Pool& pool, const LinearDxProblem& p) {
         for (int64_t q = 0; q < r; ++q) sum += g.data()[i * r + q] * a[q * k + c];
         sum = dropped(p.lora.dropout, i * k + c) ? 0 : sum * p.lora.dropout.keep_scale;
         for (int64_t j = 0; j < n; ++j) sum += dy[i * n + j] * weight_at(p.w, j * k + c);
-        dx[i * k + c] = sum;
+        out[i * k + c] = sum;
       }
     }
   };
   pool(k, 8, body);
+  return Outcome::kDone;
 }
 
-inline void lora_gradients_f64(const Pool& pool, const LoraGradProblem& p) {
+Outcome dlora(const Pool& pool, const LoraGradProblem& p) {
   const int64_t m = p.m, n = p.n, k = p.k, r = p.lora.rank;
   const Dropout& drop = p.lora.dropout;
   const double *x = static_cast<const double*>(p.x), *dy = static_cast<const double*>(p.dy);
   double *da = static_cast<double*>(p.da), *db = static_cast<double*>(p.db);
-  const LowRank h(m, r), g(m, r);
-  project_f64(pool, x, m, k, p.lora.a, r, k, 1, p.lora.scaling, drop, h.data());
-  project_f64(pool, dy, m, n, p.lora.b, r, 1, r, p.lora.scaling, Dropout{}, g.data());
+  std::vector<double> h(static_cast<size_t>(m * r)), g(static_cast<size_t>(m * r));
+  low_rank(pool, x, m, k, p.lora.a, r, k, 1, p.lora.scaling, drop, h.data());
+  low_rank(pool, dy, m, n, p.lora.b, r, 1, r, p.lora.scaling, Dropout{}, g.data());
   auto columns = [&](int64_t begin, int64_t end) {
     for (int64_t q = 0; q < r; ++q) {
       for (int64_t c = begin; c < end; ++c) {
@@ -114,4 +106,7 @@ inline void lora_gradients_f64(const Pool& pool, const LoraGradProblem& p) {
     }
   };
   pool(n, 16, rows);
+  return Outcome::kDone;
 }
+
+}  // namespace qlora::cpu::float64

@@ -1,21 +1,41 @@
-// What the small-M kernels share: scales of a run of weights, LoRA's skinny products, and how rows lie in the packed
-// bytes. Included inside an anonymous namespace, once an instruction set that has stream_*.h.
+// How weight rows lie in the packed bytes that the kernels of this folder stream, and which scales go with them.
 //
 // A lane is eight consecutive weights, a dword of packed bytes. When K is not a multiple of eight, a row starts inside
-// a lane: its *shift* is the number of weights of the lane that come before it, and rows a *period* apart have the same
-// shift.
+// a lane: its *shift* is the number of weights of that lane that come before it, and rows a *period* apart have the
+// same shift. With K = 12, for instance, the period is 2:
+//
+// clang-format off
+//   lanes     | 0 .. 7  | 8 .. 15     | 16 .. 23 | 24 .. 31 | 32 .. 39    | 40 .. 47 |
+//   rows      | 0       | 0    | 1    | 1        | 2        | 2    | 3    | 3        |
+//   shift       0              4                   0               4
+// clang-format on
+#pragma once
 
-struct Rows {
+#include <cstdint>
+
+#include "cpp/cpu/codec/scales-inl.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+struct WeightRows {
   int64_t k;
-  int period;  // 1, 2, 4 or 8
+  int period;  // rows of W: 1, 2, 4 or 8
 
-  explicit Rows(int64_t k_) : k(k_), period(k_ % 8 == 0 ? 1 : k_ % 4 == 0 ? 2 : k_ % 2 == 0 ? 4 : 8) {}
+  explicit WeightRows(int64_t k_) : k(k_), period(k_ % 8 == 0 ? 1 : k_ % 4 == 0 ? 2 : k_ % 2 == 0 ? 4 : 8) {}
   int shift(int64_t row) const { return static_cast<int>((row * k) & 7); }
   int64_t first_weight(int64_t row) const { return (row * k) & ~int64_t{7}; }
   int max_shift() const { return 8 - 8 / period; }
 };
 
-// Scales one float a *granule*: the part of a quantization block that one chunk can hold.
+// Hands out scales one float a *granule*, which is the part of a quantization block that one chunk can hold.
 class ScaleReader {
  public:
   explicit ScaleReader(const Scales& scales, int64_t largest_granule = kChunk) : scales_(scales) {
@@ -45,7 +65,7 @@ class ScaleReader {
     const int64_t begin = first >> log2_split_, last = (first + count - 1) >> log2_split_;
     uint32_t bits = 0;
     const auto see = [&](float x) {
-      const uint32_t magnitude = float_bits(x) & 0x7FFFFFFFu;
+      const uint32_t magnitude = float_bits(x) & kMagnitudeBits;
       bits = magnitude > bits ? magnitude : bits;
     };
     if (scales_.absmax) {
@@ -64,52 +84,6 @@ class ScaleReader {
   int log2_granule_, log2_split_;
 };
 
-// Carves a scratch buffer into 64-byte aligned arrays. First run it without a buffer to learn the size.
-class Carver {
- public:
-  explicit Carver(void* base) : base_(static_cast<char*>(base)) {}
-  template <class T>
-  T* take(int64_t count) {
-    const int64_t at = used_;
-    used_ += (count * static_cast<int64_t>(sizeof(T)) + 63) & ~int64_t{63};
-    return base_ ? reinterpret_cast<T*>(base_ + at) : nullptr;
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* base_;
-  int64_t used_ = 0;
-};
-
-template <class T>
-inline constexpr int kMantissaBits = 23;
-template <>
-inline constexpr int kMantissaBits<bfloat16> = 7;
-template <>
-inline constexpr int kMantissaBits<float16> = 10;
-
-template <class T>
-inline float rounded(float x) {
-  T out;
-  from_float(x, &out);
-  return to_float(out);
-}
-
-// body(Index<rows>) for rows in 1 .. kMax
-template <int kMax, class Body>
-inline void with_rows(int64_t rows, const Body& body) {
-  if constexpr (kMax > 1) {
-    if (rows < kMax) return with_rows<kMax - 1>(rows, body);
-  }
-  body(Index<kMax>{});
-}
-
-// Runs `body` over [0, count) in the pool, or right here where that is not worth waking a thread.
-template <class Body>
-inline void run(const Pool& pool, bool worthwhile, int64_t count, int64_t grain, Body& body) {
-  if (worthwhile) {
-    pool(count, grain, body);
-  } else {
-    body(int64_t{0}, count);
-  }
-}
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA
