@@ -10,10 +10,23 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = [p for d in ("cpp", "cuda") for p in (ROOT / d).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
 
-# Folder -> what its files may include of ours. Includes point one way.
+CPU_GROUND = ("cpp/cpu/shared/", "cpp/cpu/isa/", "cpp/cpu/kernels.h")
+CPU_CONTRACTS = ("cpp/cpu/kernels.h", "cpp/cpu/dispatch.h", "cpp/cpu/tuning.h")
+CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "float64")
+
+# Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
 MAY_INCLUDE = {
     "cpp/format": ("cpp/format",),
-    "cpp/cpu": ("cpp/format", "cpp/cpu"),
+    "cpp/cpu/shared/": ("cpp/format", "cpp/cpu/shared/"),
+    "cpp/cpu/isa/": ("cpp/format", "cpp/cpu/shared/", "cpp/cpu/isa/"),
+    "cpp/cpu/codec/": ("cpp/format", *CPU_GROUND, "cpp/cpu/codec/"),
+    "cpp/cpu/few_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/few_tokens/"),
+    "cpp/cpu/many_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/many_tokens/"),
+    "cpp/cpu/float64/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/float64/"),
+    "cpp/cpu/kernels.h": ("cpp/format",),
+    "cpp/cpu/tuning.h": ("cpp/format", "cpp/cpu/isa/isa.h"),
+    "cpp/cpu/dispatch": ("cpp/format", "cpp/cpu/isa/isa.h", *CPU_CONTRACTS),
+    "cpp/cpu/isa_": ("cpp/cpu/dispatch.h", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS)),
     "cpp/ops": ("cpp/format", "cpp/cpu", "cpp/ops"),
     "cpp/bindings": ("cpp/format", "cpp/cpu", "build_info.h"),
     "cuda/ptx": ("cpp/format", "cuda/ptx"),
@@ -44,6 +57,27 @@ def test_includes_point_one_way(path: pathlib.Path) -> None:
     folder = next(f for f in MAY_INCLUDE if relative(path).startswith(f))
     for include in re.findall(r'#include "([^"]+)"', path.read_text()):
         assert include.startswith(MAY_INCLUDE[folder]), f"{relative(path)} includes {include}"
+
+
+def test_fragments_see_no_standard_library() -> None:
+    """A template of it compiled for a newer processor could be the copy that the linker keeps."""
+    for path in (ROOT / "cpp/cpu").rglob("*.h"):
+        if path.parent.name not in {"shared", *CPU_ROOMS} and path.parent.parent.name != "isa":
+            continue
+        for include in re.findall(r"#include <([^>]+)>", path.read_text()):
+            assert include in {"cstdint", "cstring", "immintrin.h"}, f"{relative(path)} includes <{include}>"
+
+
+def test_functions_of_the_format_are_always_inlined() -> None:
+    for path in (ROOT / "cpp/format").glob("*.h"):
+        plain = re.findall(r"^(?:inline |constexpr )+(?!constexpr)[\w:<> ]+\w\(.*$", path.read_text(), re.M)
+        assert plain == [], f"{relative(path)}: not QLORA_INLINE"
+
+
+def test_every_instruction_set_has_the_same_vocabularies() -> None:
+    for folder in sorted(p for p in (ROOT / "cpp/cpu/isa").iterdir() if p.is_dir()):
+        assert {"codec.h", "stream.h", "panel.h"} <= {p.name for p in folder.glob("*.h")}, folder.name
+        assert (ROOT / f"cpp/cpu/isa_{folder.name}.cpp").is_file()
 
 
 def test_torch_is_seen_by_the_operators_only() -> None:

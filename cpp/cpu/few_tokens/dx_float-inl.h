@@ -32,7 +32,7 @@ class FloatDx {
  public:
   explicit FloatDx(const LinearDxProblem& p) : p_(p), rows_(p.w.k) {}
 
-  // As many as keep the sums within half of the scratch.
+  // A strip has as many chunks as keep its sums within half of the scratch.
   int64_t strip_chunks() const {
     const int64_t fit = kMaxScratchBytes / 2 / (4 * rows_.period * p_.m * kChunk) - 1;
     return fit < 64 ? fit : 64;
@@ -60,7 +60,8 @@ class FloatDx {
     for (int64_t i = 0; i < sum_count; i += kLanes) store(memory.sums + i, zero());
 
     for (int64_t n = first_row; n < last_row; n += tile_rows()) {
-      // Of all columns: the scales of whole rows follow each other, and decoding many at once is quick.
+      // The scales of all columns are read, not the strip's alone: those of whole rows follow each other, and decoding
+      // many at once is quick.
       const int64_t last = n + tile_rows() < last_row ? n + tile_rows() : last_row;
       const int64_t first_granule = rows_.first_weight(n) >> reader.log2_granule();
       reader.read(first_granule, ceil_div(last * p_.w.k, reader.granule()) - first_granule, memory.scales);

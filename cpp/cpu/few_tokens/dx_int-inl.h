@@ -6,10 +6,10 @@
 //
 // Rounding dy · scale is no worse than rounding w where the 16 products of a column are of a size. That is seen from
 // logarithms: for a token and a group of columns, the largest |dy · scale| of the tile over the geometric mean of the
-// 16 must not exceed 2^kMostSpread. What 14 bits cost, in mean squares: 0.29 of a step of largest / 16383 a product,
-// where a rounding of w makes 0.42 * 2^-8 of it (bfloat16; float16: 2^-11). Spreads of 2^7 and 2^4 keep the first
-// below 1.4 of the second, and their sum below the two roundings (w, dx) of the same formula in that type, as codes
-// have next to no error here. N(0, 1) has a spread of 2^2.
+// 16 must not exceed 2^kMostSpread. What 14 bits cost, as root mean squares: 0.29 steps of largest / 16383 a
+// product, where a rounding of w makes 0.42 * 2^-8 of it (bfloat16; float16: 2^-11). Spreads of 2^7 and 2^4 keep the
+// first below 1.4 of the second, and their sum below the two roundings (w, dx) of the same formula in that type, as
+// codes have next to no error here. N(0, 1) has a spread of 2^2.
 //
 // A token, tile and group that exceed it are *uneven* (outliers in dy, weight rows of very different size, NaN, numbers
 // at the ends of float32's range) and are summed in float32, for themselves alone.
@@ -52,8 +52,9 @@ inline constexpr float kLargestDy = 16383.0f;     // 16 products with 13-bit cod
 // log2 |x| from the bits of x, less than 0.1 too small: linear between powers of two.
 inline float approximate_log2(double bits) { return static_cast<float>(bits * 0x1p-23 - 127.0); }
 
-// Prefetches the bytes that a strip has of each row from `row` on, a line a call. Whole rows, although a tile is used
-// column by column: half of the lines of a page at a time are slower to come from memory.
+// Prefetches the bytes that a strip has of each row from `row` on, one line in a call. It goes along whole rows,
+// although a tile is used column by column: the lines of a page come slower from memory when they are fetched in two
+// halves.
 class LineFetcher {
  public:
   LineFetcher(const uint8_t* row, int64_t bytes, int64_t row_bytes)
@@ -72,14 +73,14 @@ class LineFetcher {
   int64_t gap_, row_bytes_;
 };
 
-// sums [group][token][4][kLanes] += the products of pairs of rows of W, whose lower row lies `to_lower` bytes after
-// the upper one; dy [pair][token][kDxStripGroups] is dy times the scale of both. A function of its own, and without
-// a loop over pairs, or pointers are kept in memory and sums copied back and forth.
+// sums [group][token][4][kLanes] += the products of pairs of rows of W, whose lower row lies `to_lower` bytes after the
+// upper one; dy [pair][token][kDxStripGroups] is dy times the scale of both. This is a function of its own, and has no
+// loop over pairs, or GCC keeps pointers in memory and copies sums back and forth.
 template <int kTokens, int kPairs>
 [[gnu::noinline, gnu::flatten]] void add_pairs(const uint8_t* packed, int64_t row_bytes, int64_t to_lower,
                                                int64_t groups, const int32_t* dy, const float* unit, float* sums,
                                                LineFetcher fetch) {
-  // As many of the four nibbles at a time as the registers can sum for all tokens.
+  // A pass takes as many of the four nibbles as registers can sum for all tokens.
   constexpr int kNibbles = kTokens <= 5 ? 4 : kTokens <= 12 ? 2 : 1;
   const IntCodebook book(kIntCodes.value);
   for (int64_t b = 0; b < groups; ++b, packed += kDxColumns / 2, ++dy, sums += kTokens * kDxColumns) {

@@ -190,7 +190,7 @@ class Forward {
     const int64_t super = super_rows(plan_.rows);
     PagesAhead pages(p_.w, begin * super, end * super < p_.w.n ? end * super : p_.w.n, 0, p_.w.k);
     for (int64_t s = begin; s < end; ++s) {
-      // The lines of a super-tile are fetched while the one before it is worked on.
+      // The lines of a super-tile are fetched while the one before it is worked on, and its pages touched before that.
       pages.touch_before((s + 2) * super);
       const int64_t first = s * super, last = first + super < p_.w.n ? first + super : p_.w.n;
       const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();

@@ -22,11 +22,10 @@ using namespace stream;
 // x is rounded to 15 bits of the largest value of its segment and multiplied by 13-bit integer codes, exactly in int32
 // over a lane's eight weights: an eighth of the work of decoding to float32.
 //
-// What that costs in accuracy, as mean squares of the error of one product x w:
+// What that costs in accuracy, as the root mean square of the error of one product x w:
 //
-//   allowed    a rounding of w to T: 0.42 units of 2^-8 (bfloat16) or 2^-11 (float16), relative to |x w|
-//   here       0.29 of a step of largest / 32767 in x, relative to |w| alone: the larger `largest` is beside x, the
-//   worse
+//   allowed    a rounding of w to T, which is 0.42 units of 2^-8 (bfloat16) or 2^-11 (float16) of |x w|
+//   here       0.29 steps of largest / 32767 in x, times |w|: the same for a small x as for a large one
 //
 // The rounding of x is therefore good enough where most values are no smaller than largest / kSpread. At the worst
 // arrange lets pass, 5/8 of the values are just that small and the others next to nothing: then a segment's squares are

@@ -135,8 +135,8 @@ void load_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, i
   }
 }
 
-// A vector of words of a row, as they lie in memory or as a group is decoded: words in memory order, but each of
-// elements that are decoded to one word.
+// A vector of words of a row, the first of them from *p on. Words follow each other as they do in memory; what one word
+// holds is neighbours (Order::kMemory), or elements that decoding puts into one word (Order::kDecoded).
 template <class W, Order order, class T>
 inline F row_words(const T* p, int64_t count) {
   if constexpr (W::kElements == 1) {
@@ -146,7 +146,7 @@ inline F row_words(const T* p, int64_t count) {
   }
 }
 
-// Where in decoded order word `word` of a group is.
+// The place in decoded order of word `word` of a group, which row_words counts in memory order.
 template <class W>
 constexpr int decoded_word(int word) {
   constexpr int kVectors = 4 / W::kElements;  // that a group decodes to
@@ -157,14 +157,14 @@ constexpr int decoded_word(int word) {
 // sum is over columns, in `order`. Each square of kLanes rows and as many words is transposed in registers:
 //
 // clang-format off
-//   m, a word = kElements columns            panel, one tile of lanes
-//        c0  c1  c2  c3 ..                        r0  r1  r2  r3 ..
-//   r0 [ a0  a1  a2  a3   ]              word 0 [ a0  b0  c0  d0   ]
-//   r1 [ b0  b1  b2  b3   ]       ->     word 1 [ a1  b1  c1  d1   ]
-//   r2 [ c0  c1  c2  c3   ]              word 2 [ a2  b2  c2  d2   ]
+//   m, in words of kElements columns         panel, one tile of lanes
 //
-//   with TwoWords, two lanes a row:      step 0 [ a0 a1  b0 b1  c0 c1 .. ]
-//                                        step 1 [ a2 a3  b2 b3  c2 c3 .. ]
+//   row a [ a0  a1  a2  a3 .. ]              step 0 [ a0  b0  c0  d0 .. ]
+//   row b [ b0  b1  b2  b3 .. ]      ->      step 1 [ a1  b1  c1  d1 .. ]
+//   row c [ c0  c1  c2  c3 .. ]              step 2 [ a2  b2  c2  d2 .. ]
+//
+//   with TwoWords, two lanes a row:          step 0 [ a0 a1  b0 b1  c0 c1 .. ]
+//                                            step 1 [ a2 a3  b2 b3  c2 c3 .. ]
 // clang-format on
 //
 // Returns the depth in steps: whole vectors (memory order) or whole groups (decoded order), filled with zeros.

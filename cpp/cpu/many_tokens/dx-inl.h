@@ -59,7 +59,7 @@ struct DxShape {
   int64_t most_columns, piece_columns, piece_depth;
 
   // By the whole problem, not by the task, since the order of the sums depends on it.
-  explicit DxShape(const LinearDxProblem& p) : DxShape(p.m, kSpareRegisters && WeightTile::aligned(p.w)) {}
+  explicit DxShape(const LinearDxProblem& p) : DxShape(p.m, kSpareRegisters && ScaledPiece::aligned(p.w)) {}
   constexpr DxShape(int64_t m, bool interleaved_)
       : interleaved(interleaved_),
         most_columns(m <= kFewTokens ? 2048 : 512),
@@ -67,7 +67,7 @@ struct DxShape {
         piece_depth(m <= kFewTokens ? 64 : kDepth / 2) {}
 
   constexpr int64_t piece_words() const { return piece_columns * piece_depth; }
-  constexpr int64_t scale_floats() const { return WeightTile::scale_floats(2 * piece_depth, most_columns); }
+  constexpr int64_t scale_floats() const { return ScaledPiece::scale_floats(2 * piece_depth, most_columns); }
   constexpr int64_t bytes(int64_t tokens) const {
     return 4 * (tokens * kDepth + 2 * piece_words() + tokens * most_columns + 2 * scale_floats());
   }

@@ -41,11 +41,11 @@ struct StripShape {
 
   // By the whole problem, not by the task, since the order of the sums depends on it.
   explicit StripShape(const LinearProblem& p)
-      : interleaved(kSpareRegisters && WeightTile::aligned(p.w)),
+      : interleaved(kSpareRegisters && ScaledPiece::aligned(p.w)),
         rows(interleaved ? kMostRows / 2 : kMostRows),
         other_half(interleaved ? rows * kDepth : 0) {}
 };
-inline constexpr int64_t kStripScales = WeightTile::scale_floats(StripShape::kMostRows, 2 * kMostLaneWords / kLanes);
+inline constexpr int64_t kStripScales = ScaledPiece::scale_floats(StripShape::kMostRows, 2 * kMostLaneWords / kLanes);
 
 // y of tokens [token, token + tokens) and weight rows [row, row + rows). Weight rows are broadcast, tokens are the
 // lanes. `h` begins at token `first_token`.

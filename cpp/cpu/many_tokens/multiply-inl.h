@@ -7,12 +7,11 @@
 // vector of the lanes panel, so neither operand is ever transposed for the other's sake:
 //
 // clang-format off
-//                                  lanes panel
-//                                d [ l0 l1 .. l15 | l16 .. l31 ]      two vectors, loaded
-//      broadcast panel               *               *
-//   0  [ .. w .. ]       ->  w w w w w .. w     w w .. w          +=  sum[0][0], sum[0][1]
-//   1  [ .. w .. ]       ->  w w w w w .. w     w w .. w          +=  sum[1][0], sum[1][1]
-//           d                ... `height` rows of accumulators, which stay in registers
+//                                lanes panel, step d:  [ l0 .. l15 ] [ l16 .. l31 ]     loaded, two vectors
+//
+//   broadcast panel, row 0:  .. w0 ..     w0 w0 .. w0  *  [ l0 .. l15 ] [ l16 .. l31 ]   ->  sum[0][0], sum[0][1]
+//                    row 1:  .. w1 ..     w1 w1 .. w1  *  [ l0 .. l15 ] [ l16 .. l31 ]   ->  sum[1][0], sum[1][1]
+//                            word d       `height` rows of sums, which stay in registers along the depth
 // clang-format on
 //
 // Where lanes are few, neighbouring lanes take neighbouring words (TwoWords): a broadcast of two words then serves

@@ -54,13 +54,13 @@ struct Pieces {
 
 // A piece with the scales of the quantization blocks it lies in, which are decoded once for however many panels it is
 // decoded to.
-class WeightTile {
+class ScaledPiece {
  public:
   // `scales` has room for scale_floats(rows, columns).
-  WeightTile(const Weight& w, const Piece& piece, float* scales) : w_(&w) {
+  ScaledPiece(const Weight& w, const Piece& piece, float* scales) : w_(&w) {
     const bool one_run = piece.columns == w.k;  // of blocks, in all rows
-    // Rows of a run share their scales' places. Others are set apart by what a row may need, less what the flat number
-    // of its first block has moved on by.
+    // A run has one place for each of its scales. Where there are gaps between rows, each row has places of its own, as
+    // many as it may need; from scales(row) that is less by what the number of its first block grows with each row.
     row_scales_ = one_run ? 0 : piece.columns / kMinBlockSize + 2 + kLanes - (w.k >> shift_);
     scales_ = scales - block(piece.row, piece.column) - piece.row * row_scales_;
     for (int64_t row = piece.row, step = one_run ? piece.rows : 1; row < piece.row + piece.rows; row += step) {
@@ -77,7 +77,7 @@ class WeightTile {
   const Weight& weight() const { return *w_; }
   int shift() const { return shift_; }
   int64_t flat(int64_t row, int64_t column) const { return row * w_->k + column; }
-  // Where the scale of flat block b is at [b], if the row has a part of it.
+  // scales(row)[b] is the scale of block b, numbered through the whole weight, for the blocks that the row lies in.
   const float* scales(int64_t row) const { return scales_ + row * row_scales_; }
   int64_t row_scales() const { return row_scales_; }  // from scales(row) to scales(row + 1)
 
@@ -104,7 +104,7 @@ inline PrefetchAhead prefetch_ahead(const Weight& w, const Piece& piece) {
 // A row of any piece, whose elements from `columns` on are zero.
 class RaggedRow {
  public:
-  RaggedRow(const WeightTile& t, int64_t row, int64_t column, int64_t columns)
+  RaggedRow(const ScaledPiece& t, int64_t row, int64_t column, int64_t columns)
       : t_(t), flat_(t.flat(row, column)), columns_(columns), scales_(t.scales(row)) {}
 
   // Of the group at column c, vector j lane i is element 4i + j.
@@ -128,7 +128,7 @@ class RaggedRow {
   }
 
  private:
-  const WeightTile& t_;
+  const ScaledPiece& t_;
   const Table nf4_ = nf4_table();
   int64_t flat_, columns_;
   const float* scales_;
@@ -140,12 +140,13 @@ class RaggedRow {
 enum class Becomes { kBroadcast, kLanes };
 
 template <class W>
-void decode_broadcast(const WeightTile& tile, const Piece& piece, typename W::Word* panel) {
+void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
   for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
-    const RaggedRow ragged(tile, row, piece.column, piece.columns);
+    const RaggedRow ragged(source, row, piece.column, piece.columns);
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
-      if (tile.aligned()) {
-        W::decode_row(tile.packed(row, piece.column + c), tile.scale(row, piece.column + c), panel + c / W::kElements);
+      if (source.aligned()) {
+        W::decode_row(source.packed(row, piece.column + c), source.scale(row, piece.column + c),
+                      panel + c / W::kElements);
       } else {
         F v[4];
         ragged.decode(c, v);
@@ -156,19 +157,19 @@ void decode_broadcast(const WeightTile& tile, const Piece& piece, typename W::Wo
 }
 
 template <class W>
-void decode_lanes(const WeightTile& tile, const Piece& piece, typename W::Word* panel) {
+void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
   const int64_t depth = ceil_div(piece.rows, W::kElements);
   for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
     const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
     const bool is_next = next < piece.row + piece.rows;
-    const RaggedRow ragged(tile, row, piece.column, piece.columns),
-        ragged_next(tile, next, piece.column, piece.columns);
+    const RaggedRow ragged(source, row, piece.column, piece.columns),
+        ragged_next(source, next, piece.column, piece.columns);
     typename W::Vector words[4];
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
-      if (tile.aligned() && is_next) {
+      if (source.aligned() && is_next) {
         const int64_t column = piece.column + c;
-        W::decode_lanes(tile.packed(row, column), tile.packed(next, column), tile.scale(row, column),
-                        tile.scale(next, column), words);
+        W::decode_lanes(source.packed(row, column), source.packed(next, column), source.scale(row, column),
+                        source.scale(next, column), words);
       } else if constexpr (W::kElements == 1) {
         ragged.decode(c, words);
       } else {
@@ -192,18 +193,18 @@ class alignas(64) GroupDecoder {
   using Word = typename W::Word;
   static constexpr int kRowsPerStep = becomes == Becomes::kLanes ? W::kElements : 1;
 
-  GroupDecoder(const WeightTile& tile, const Piece& piece, const Piece& after, Word* panel, int64_t steps_between)
-      : packed_(tile.weight().packed),
-        flat_(tile.flat(piece.row, piece.column)),
-        k_(tile.weight().k),
-        distance_((tile.flat(after.row, after.column) - flat_) / 2),
-        scales_(tile.scales(piece.row)),
-        row_scales_(tile.row_scales()),
+  GroupDecoder(const ScaledPiece& source, const Piece& piece, const Piece& after, Word* panel, int64_t steps_between)
+      : packed_(source.weight().packed),
+        flat_(source.flat(piece.row, piece.column)),
+        k_(source.weight().k),
+        distance_((source.flat(after.row, after.column) - flat_) / 2),
+        scales_(source.scales(piece.row)),
+        row_scales_(source.row_scales()),
         out_(panel),
         steps_(piece.rows / kRowsPerStep),
         left_(steps_),
         columns_(piece.columns),
-        shift_(tile.shift()),
+        shift_(source.shift()),
         mask_(static_cast<int>(steps_between) - 1) {}
 
   void step() {
@@ -261,11 +262,11 @@ template <class W, Becomes becomes, class Multiply>
 void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* panel, typename W::Word* other_panel,
                      float* scales, float* other_scales, int64_t steps_between, const Multiply& multiply) {
   using Decoder = GroupDecoder<W, becomes>;
-  const auto decode = [](const WeightTile& tile, const Piece& piece, typename W::Word* to) {
+  const auto decode = [](const ScaledPiece& source, const Piece& piece, typename W::Word* to) {
     if constexpr (becomes == Becomes::kBroadcast) {
-      decode_broadcast<W>(tile, piece, to);
+      decode_broadcast<W>(source, piece, to);
     } else {
-      decode_lanes<W>(tile, piece, to);
+      decode_lanes<W>(source, piece, to);
     }
   };
   Piece piece = pieces.first();
@@ -276,23 +277,23 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
     if constexpr (becomes == Becomes::kBroadcast) pages.touch_before(row + 3 * pieces.rows);
   };
   touch_pages(piece.row);
-  WeightTile tile(w, pieces.strip(piece.row), scales);
-  decode(tile, piece, panel);
+  ScaledPiece source(w, pieces.strip(piece.row), scales);
+  decode(source, piece, panel);
   while (piece.rows > 0) {
     const Piece next = pieces.after(piece);
     if (next.rows > 0 && pieces.begins_strip(next)) {
       touch_pages(next.row);
       swap(scales, other_scales);
-      tile = WeightTile(w, pieces.strip(next.row), scales);
+      source = ScaledPiece(w, pieces.strip(next.row), scales);
     }
     if (kSpareRegisters && steps_between && next.rows % Decoder::kRowsPerStep == 0) {
-      Decoder decoder(tile, next, pieces.after(next), other_panel, steps_between);
+      Decoder decoder(source, next, pieces.after(next), other_panel, steps_between);
       multiply(piece, panel, decoder);
       decoder.finish();
     } else {
       PrefetchAhead prefetch = prefetch_ahead(w, next);
       multiply(piece, panel, prefetch);
-      decode(tile, next, other_panel);
+      decode(source, next, other_panel);
     }
     swap(panel, other_panel);
     piece = next;
