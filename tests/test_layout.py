@@ -59,6 +59,21 @@ def test_includes_point_one_way(path: pathlib.Path) -> None:
         assert include.startswith(MAY_INCLUDE[folder]), f"{relative(path)} includes {include}"
 
 
+def test_includes_make_no_circle() -> None:
+    of = {relative(p): re.findall(r'#include "(c[^"]+)"', p.read_text()) for p in SOURCES}
+    done: set[str] = set()
+
+    def visit(path: str, above: tuple[str, ...]) -> None:
+        assert path not in above, " -> ".join([*above[above.index(path) :], path])
+        if path not in done:
+            for include in of.get(path, []):
+                visit(include, (*above, path))
+            done.add(path)
+
+    for path in of:
+        visit(path, ())
+
+
 def test_fragments_see_no_standard_library() -> None:
     """A template of it compiled for a newer processor could be the copy that the linker keeps."""
     for path in (ROOT / "cpp/cpu").rglob("*.h"):
@@ -85,9 +100,7 @@ def test_torch_is_seen_by_the_operators_only() -> None:
 
 
 def test_intrinsics_stand_in_the_vocabulary_headers_only() -> None:
-    assert (
-        offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/isa/(avx2|avx512|avx512_bf16)/") == []
-    )
+    assert offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/isa/(avx2|avx512|avx512_bf16)/") == []
 
 
 def test_assembly_stands_in_ptx_only() -> None:

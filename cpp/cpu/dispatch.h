@@ -11,7 +11,7 @@ namespace qlora::cpu {
 // goes to the next kernel of its choice. All but kTooLarge are found in the data, which no choice has seen.
 enum class Outcome {
   kDone,
-  kTooLarge,    // for the scratch that the kernel may use
+  kTooLarge,    // for the scratch that the kernel may use, or its registers
   kUneven,      // its values differ too much in size to share a unit
   kOutOfRange,  // its values are so small that a multiplication which takes subnormals for zero would lose them
 };

@@ -33,7 +33,6 @@
 #include "cpp/cpu/shared/pages-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
-#include "cpp/cpu/tuning.h"
 #include "cpp/format/nf4.h"
 #include "cpp/format/problem.h"
 
@@ -134,7 +133,7 @@ class IntDx {
     };
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     for (int64_t i = 0; i < groups * p_.m * kDxColumns; i += kLanes) store(memory.sums + i, zero());
-    with_count<kMostDxIntTokens>(
+    with_count<kMaxDxTokens>(
         p_.m, [&](auto tokens) { add_tile_sums<tokens>(first_row, last_row, first, groups, memory); });
     for (int64_t b = 0; b < groups; ++b) {
       for (int64_t i = 0; i < p_.m; ++i) {
@@ -275,6 +274,7 @@ class IntDx {
 };
 
 inline Outcome dx_int(const Pool& pool, const LinearDxProblem& p) {
+  if (p.m > kMaxDxTokens) return Outcome::kTooLarge;
   if (p.dtype == DType::kBFloat16) {
     dx_with<bfloat16>(pool, p, IntDx<bfloat16>(p));
   } else {

@@ -7,6 +7,8 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace stream {
 
+inline constexpr int kMaxDxTokens = 16;
+
 inline Ints load_row_pair(const uint8_t* upper, const uint8_t* lower) {
   alignas(64) static constexpr uint8_t kInterleave[64] = {
       0,  1,  32, 33, 2,  3,  34, 35, 4,  5,  36, 37, 6,  7,  38, 39, 8,  9,  40, 41, 10, 11,
