@@ -133,8 +133,8 @@ class IntDx {
     };
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     for (int64_t i = 0; i < groups * p_.m * kDxColumns; i += kLanes) store(memory.sums + i, zero());
-    with_count<kMaxDxTokens>(
-        p_.m, [&](auto tokens) { add_tile_sums<tokens>(first_row, last_row, first, groups, memory); });
+    with_count<kMaxDxTokens>(p_.m,
+                             [&](auto tokens) { add_tile_sums<tokens>(first_row, last_row, first, groups, memory); });
     for (int64_t b = 0; b < groups; ++b) {
       for (int64_t i = 0; i < p_.m; ++i) {
         const float* sums = memory.sums + (b * p_.m + i) * kDxColumns;
