@@ -10,10 +10,23 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 SOURCES = [p for d in ("cpp", "cuda") for p in (ROOT / d).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
 
-# Folder -> what its files may include of ours. Includes point one way.
+CPU_GROUND = ("cpp/cpu/shared/", "cpp/cpu/isa/", "cpp/cpu/kernels.h")
+CPU_CONTRACTS = ("cpp/cpu/kernels.h", "cpp/cpu/dispatch.h", "cpp/cpu/tuning.h")
+CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "float64")
+
+# Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
 MAY_INCLUDE = {
     "cpp/format": ("cpp/format",),
-    "cpp/cpu": ("cpp/format", "cpp/cpu"),
+    "cpp/cpu/shared/": ("cpp/format", "cpp/cpu/shared/"),
+    "cpp/cpu/isa/": ("cpp/format", "cpp/cpu/shared/", "cpp/cpu/isa/"),
+    "cpp/cpu/codec/": ("cpp/format", *CPU_GROUND, "cpp/cpu/codec/"),
+    "cpp/cpu/few_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/few_tokens/"),
+    "cpp/cpu/many_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/many_tokens/"),
+    "cpp/cpu/float64/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/float64/"),
+    "cpp/cpu/kernels.h": ("cpp/format",),
+    "cpp/cpu/tuning.h": ("cpp/format", "cpp/cpu/isa/isa.h"),
+    "cpp/cpu/dispatch": ("cpp/format", "cpp/cpu/isa/isa.h", *CPU_CONTRACTS),
+    "cpp/cpu/isa_": ("cpp/cpu/dispatch.h", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS)),
     "cpp/ops": ("cpp/format", "cpp/cpu", "cpp/ops"),
     "cpp/bindings": ("cpp/format", "cpp/cpu", "build_info.h"),
     "cuda/ptx": ("cpp/format", "cuda/ptx"),
@@ -46,18 +59,52 @@ def test_includes_point_one_way(path: pathlib.Path) -> None:
         assert include.startswith(MAY_INCLUDE[folder]), f"{relative(path)} includes {include}"
 
 
+def test_includes_make_no_circle() -> None:
+    of = {relative(p): re.findall(r'#include "(c[^"]+)"', p.read_text()) for p in SOURCES}
+    done: set[str] = set()
+
+    def visit(path: str, above: tuple[str, ...]) -> None:
+        assert path not in above, " -> ".join([*above[above.index(path) :], path])
+        if path not in done:
+            for include in of.get(path, []):
+                visit(include, (*above, path))
+            done.add(path)
+
+    for path in of:
+        visit(path, ())
+
+
+def test_fragments_see_no_standard_library() -> None:
+    """A template of it compiled for a newer processor could be the copy that the linker keeps."""
+    for path in (ROOT / "cpp/cpu").rglob("*.h"):
+        if path.parent.name not in {"shared", *CPU_ROOMS} and path.parent.parent.name != "isa":
+            continue
+        for include in re.findall(r"#include <([^>]+)>", path.read_text()):
+            assert include in {"cstdint", "cstring", "immintrin.h"}, f"{relative(path)} includes <{include}>"
+
+
+def test_functions_of_the_format_are_always_inlined() -> None:
+    for path in (ROOT / "cpp/format").glob("*.h"):
+        plain = re.findall(r"^(?:inline |constexpr )+(?!constexpr)[\w:<> ]+\w\(.*$", path.read_text(), re.M)
+        assert plain == [], f"{relative(path)}: not QLORA_INLINE"
+
+
+def test_every_instruction_set_has_the_same_vocabularies() -> None:
+    for folder in sorted(p for p in (ROOT / "cpp/cpu/isa").iterdir() if p.is_dir()):
+        assert {"codec.h", "stream.h", "panel.h"} <= {p.name for p in folder.glob("*.h")}, folder.name
+        assert (ROOT / f"cpp/cpu/isa_{folder.name}.cpp").is_file()
+
+
 def test_torch_is_seen_by_the_operators_only() -> None:
     assert offenders(r"#include *<(torch|ATen|c10)/", r"cpp/ops/|cuda/ops\.cpp") == []
 
 
 def test_intrinsics_stand_in_the_vocabulary_headers_only() -> None:
-    assert (
-        offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/(vec|mma|stream)_(avx2|avx512|avx512_bf16)\w*\.h") == []
-    )
+    assert offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/isa/(avx2|avx512|avx512_bf16)/") == []
 
 
 def test_assembly_stands_in_ptx_only() -> None:
-    assert offenders(r"\basm\b", r"cuda/ptx/|cpp/cpu/(vec|mma|stream)_") == []
+    assert offenders(r"\basm\b", r"cuda/ptx/|cpp/cpu/isa/") == []
 
 
 def test_kernels_are_launched_in_launch_only() -> None:

@@ -1,12 +1,16 @@
 // `_C`: build info, the CPU kernels in use, and the format on numpy arrays. No torch in here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
+#include <utility>
 
 #include "build_info.h"
-#include "cpp/cpu/isa.h"
+#include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
+#include "cpp/cpu/tuning.h"
 #include "cpp/format/dynamic8.h"
 
 namespace py = pybind11;
@@ -103,13 +107,56 @@ py::dict build_info() {
 
 py::list cpu_isas() {
   py::list names;
-  for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i) names.append(cpu::isa_name(static_cast<cpu::Isa>(i)));
+  for (const cpu::Isa* isa : cpu::kIsas)
+    if (cpu::supported(*isa)) names.insert(0, isa->name);
   return names;
 }
 
 const char* cpu_isa() {
   if (const char* error = cpu::isa_error()) throw py::value_error(error);
-  return cpu::isa_name(cpu::current_isa());
+  return cpu::current_isa().name;
+}
+
+cpu::Cpu cpu_of(const std::optional<std::string>& isa) {
+  if (!isa) {
+    cpu_isa();
+    return cpu::current_cpu();
+  }
+  const cpu::Isa* const found = cpu::find_isa(isa->c_str());
+  require(found, "isa: expected scalar, avx2, avx512 or avx512_bf16, got " + *isa);
+  return {found->needs, cpu::current_cpu().intel, true};
+}
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  require(name == "float64", "dtype: expected float32, bfloat16, float16 or float64, got " + name);
+  return DType::kFloat64;
+}
+
+py::list choose_cpu(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k,
+                    int64_t block_size, const std::optional<std::string>& isa) {
+  check_block_size(block_size);
+  for (const auto& [name, count] : {std::pair{"m", m}, {"n", n}, {"k", k}})
+    require(count >= 0, std::string(name) + ": expected 0 or more, got " + std::to_string(count));
+  const cpu::Cpu cpu = cpu_of(isa);
+  const auto choice = [&](auto problem) {
+    problem.dtype = dtype_of(dtype);
+    problem.m = m;
+    if constexpr (requires { problem.w; }) {
+      problem.w.n = n, problem.w.k = k, problem.w.scales.block_size = block_size;
+    } else {
+      problem.n = n, problem.k = k;
+    }
+    py::list names;
+    for (const cpu::Kernel kernel : cpu::choose(problem, cpu)) names.append(cpu::kernel_name(kernel));
+    return names;
+  };
+  if (op == "linear_nf4") return choice(LinearProblem{});
+  if (op == "linear_nf4_dx") return choice(LinearDxProblem{});
+  require(op == "linear_nf4_dlora", "op: expected linear_nf4, linear_nf4_dx or linear_nf4_dlora, got " + op);
+  return choice(LoraGradProblem{});
 }
 
 Array<float> table(const float* values, int64_t count) {
@@ -126,6 +173,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu_isas, "Names of the instruction sets this processor can run the kernels with, worst first.");
   m.def("cpu_isa", &cpu_isa,
         "The instruction set in use: the best, or QLORA_CPU_ISA. ValueError if that is not to be had.");
+  m.def("choose_cpu", &choose_cpu, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("block_size") = 64, py::arg("isa") = py::none(),
+        "Names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
+        "\"linear_nf4_dlora\") on "
+        "x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its data. `isa`: as if "
+        "QLORA_CPU_ISA forced that instruction set; by default the one in use.");
   m.def("nf4_code", [] { return table(kNf4.value, kCodes); }, "The 16 NF4 values, float32.");
   m.def("dynamic8_code", [] { return table(kDynamic8.value, 256); }, "The 256 values of the 8-bit scale map, float32.");
   m.def("quantize_nf4", &quantize_nf4, py::arg("w").noconvert(), py::arg("block_size") = 64,

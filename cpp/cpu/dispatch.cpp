@@ -1,24 +1,119 @@
 #include "cpp/cpu/dispatch.h"
 
-#include "cpp/cpu/isa.h"
+#include <cstdio>
+#include <cstdlib>
+#include <mutex>
+#include <set>
+#include <stdexcept>
+#include <string>
+
+#include "cpp/cpu/tuning.h"
 
 namespace qlora::cpu {
 namespace {
 
 const Kernels& table() {
+  static const Kernels* const in_use = [] {
 #if QLORA_X86
-  switch (current_isa()) {
-    case Isa::kAvx512Bf16:
-      return kAvx512Bf16Kernels;
-    case Isa::kAvx512:
-      return kAvx512Kernels;
-    case Isa::kAvx2:
-      return kAvx2Kernels;
-    case Isa::kScalar:
+    for (const Kernels* kernels : {&kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels})
+      if (kernels->isa == &current_isa()) return kernels;
+#endif
+    return &kScalarKernels;
+  }();
+  return *in_use;
+}
+
+template <class Problem>
+auto run_of(const KernelsFor<Problem>& kernels, Kernel kernel) {
+  switch (kernel) {
+    case Kernel::kFewTokensInt:
+      return kernels.few_tokens_int;
+    case Kernel::kFewTokensBf16:
+      return kernels.few_tokens_bf16;
+    case Kernel::kFewTokensFloat:
+      return kernels.few_tokens_float;
+    case Kernel::kManyTokensBf16:
+      return kernels.many_tokens_bf16;
+    case Kernel::kManyTokensFloat:
+      return kernels.many_tokens_float;
+    case Kernel::kFloat64:
       break;
   }
-#endif
-  return kScalarKernels;
+  return kernels.float64;
+}
+
+const char* text(Outcome outcome) {
+  constexpr const char* kTexts[] = {"done", "too large for its scratch", "out of its range"};
+  return kTexts[static_cast<int>(outcome)];
+}
+
+std::string describe(DType dtype, int64_t m, int64_t n, int64_t k, int64_t rank) {
+  constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16", "float64"};
+  return "m=" + std::to_string(m) + " n=" + std::to_string(n) + " k=" + std::to_string(k) +
+         " rank=" + std::to_string(rank) + " " + kDTypes[static_cast<int>(dtype)];
+}
+template <class Problem>
+std::string describe(const Problem& p) {
+  return describe(p.dtype, p.m, p.w.n, p.w.k, p.lora.rank) + " block_size=" + std::to_string(p.w.scales.block_size);
+}
+std::string describe(const LoraGradProblem& p) { return describe(p.dtype, p.m, p.n, p.k, p.lora.rank); }
+
+// The kernel that QLORA_CPU_KERNEL asks for, or null. Where the variable is not there at the first call it is never
+// looked at again, so that no call pays for it; where it is (be it empty), each call reads it anew, so that a test can
+// go from one kernel to the next.
+const Kernel* forced_kernel() {
+  static const bool looks = std::getenv("QLORA_CPU_KERNEL");
+  if (!looks) return nullptr;
+  const char* const name = std::getenv("QLORA_CPU_KERNEL");
+  if (!name || !*name) return nullptr;
+  std::string names;
+  for (const Kernel& kernel : kKernels) {
+    if (std::string(name) == kernel_name(kernel)) return &kernel;
+    names += (names.empty() ? "" : ", ") + std::string(kernel_name(kernel));
+  }
+  throw std::invalid_argument("QLORA_CPU_KERNEL: expected one of " + names + ", got " + name);
+}
+
+// One line on stderr for each distinct one, where QLORA_PRINT_KERNELS=1.
+void report(const std::string& line) {
+  static std::mutex mutex;
+  static std::set<std::string> seen;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (seen.insert(line).second) std::fprintf(stderr, "%s\n", line.c_str());
+}
+bool reports() {
+  static const bool on = [] {
+    const char* const value = std::getenv("QLORA_PRINT_KERNELS");
+    return value && std::string(value) == "1";
+  }();
+  return on;
+}
+
+template <class Problem>
+void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
+  Choice choice;
+  const Kernel* const forced = forced_kernel();
+  if (!forced) {
+    choice = choose(p, current_cpu());
+  } else if (run_of(kernels, *forced) && accepts(*forced, p)) {
+    choice.add(*forced);
+  } else {
+    throw std::invalid_argument(std::string("QLORA_CPU_KERNEL: ") + kernel_name(*forced) + " of " + current_isa().name +
+                                " does not take " + name + " of " + describe(p));
+  }
+  std::string tried;
+  for (const Kernel kernel : choice) {
+    const Outcome outcome = run_of(kernels, kernel)(pool, p);
+    if (reports() || forced) tried += std::string(tried.empty() ? "" : ", ") + kernel_name(kernel);
+    if (outcome == Outcome::kDone) {
+      if (reports())
+        report("qlora_ext " + std::string(name) + " cpu " + current_isa().name + " " + describe(p) + ": " + tried);
+      return;
+    }
+    if (reports() || forced) tried += std::string(" (") + text(outcome) + ")";
+  }
+  throw std::invalid_argument(std::string("QLORA_CPU_KERNEL: ") + name + " of " + describe(p) + " was not served by " +
+                              tried);
 }
 
 }  // namespace
@@ -38,8 +133,8 @@ void dequantize_nf4(const Pool& pool, const uint8_t* packed, const Scales& scale
                     void* out) {
   table().dequantize_nf4(pool, packed, scales, numel, dtype, out);
 }
-void linear_nf4(const Pool& pool, const LinearProblem& p) { table().linear_nf4(pool, p); }
-void linear_nf4_dx(const Pool& pool, const LinearDxProblem& p) { table().linear_nf4_dx(pool, p); }
-void linear_nf4_dlora(const Pool& pool, const LoraGradProblem& p) { table().linear_nf4_dlora(pool, p); }
+void linear_nf4(const Pool& pool, const LinearProblem& p) { run("linear_nf4", table().forward, pool, p); }
+void linear_nf4_dx(const Pool& pool, const LinearDxProblem& p) { run("linear_nf4_dx", table().dx, pool, p); }
+void linear_nf4_dlora(const Pool& pool, const LoraGradProblem& p) { run("linear_nf4_dlora", table().dlora, pool, p); }
 
 }  // namespace qlora::cpu

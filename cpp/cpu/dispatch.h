@@ -1,19 +1,42 @@
-// One table of kernels an instruction set. isa_<name>.cpp compiles the *-inl.h sources with that set's flags and fills
-// its table; dispatch.cpp sends each call of kernels.h to the table in use.
+// One table of kernels an instruction set. isa_<name>.cpp compiles the fragments with that set's flags and fills its
+// table; dispatch.cpp sends each call of kernels.h to the table in use, and there to the kernel that tuning.h chooses.
 #pragma once
 
+#include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
 
 namespace qlora::cpu {
 
+// How a kernel's attempt at a call has ended. If not with kDone, what it has written counts for nothing, and the call
+// goes to the next kernel of its choice. All but kTooLarge are found in the data, which no choice has seen.
+enum class Outcome {
+  kDone,
+  kTooLarge,    // for the scratch that the kernel may use, or its registers
+  kOutOfRange,  // its values are so small that a multiplication which takes subnormals for zero would lose them
+};
+
+// The kernels of an instruction set for one operator, by the names of tuning.h. Null: the set has none, or the
+// operator.
+template <class Problem>
+struct KernelsFor {
+  using Run = Outcome (*)(const Pool&, const Problem&);
+  Run few_tokens_int = nullptr;
+  Run few_tokens_bf16 = nullptr;
+  Run few_tokens_float = nullptr;
+  Run many_tokens_bf16 = nullptr;
+  Run many_tokens_float = nullptr;
+  Run float64 = nullptr;
+};
+
 struct Kernels {
+  const Isa* isa;
   decltype(&cpu::quantize_nf4) quantize_nf4;
   decltype(&cpu::quantize_absmax) quantize_absmax;
   decltype(&cpu::dequantize_absmax) dequantize_absmax;
   decltype(&cpu::dequantize_nf4) dequantize_nf4;
-  decltype(&cpu::linear_nf4) linear_nf4;
-  decltype(&cpu::linear_nf4_dx) linear_nf4_dx;
-  decltype(&cpu::linear_nf4_dlora) linear_nf4_dlora;
+  KernelsFor<LinearProblem> forward;
+  KernelsFor<LinearDxProblem> dx;
+  KernelsFor<LoraGradProblem> dlora;
 };
 
 extern const Kernels kScalarKernels;

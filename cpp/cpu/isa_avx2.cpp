@@ -1,32 +1,41 @@
-// The CPU kernels compiled for avx2 (flags: CMakeLists.txt).
-#include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/dynamic8_cells.h"
-#include "cpp/cpu/int_codes.h"
-#include "cpp/cpu/scratch.h"
-#include "cpp/cpu/unroll.h"
-#include "cpp/cpu/vec_avx2.h"
+// The kernels compiled for AVX2 + FMA + F16C (flags: CMakeLists.txt).
+#define QLORA_ISA avx2
 
-#define QLORA_STREAM "cpp/cpu/stream_avx2.h"
+#include "cpp/cpu/codec/dequantize-inl.h"
+#include "cpp/cpu/codec/quantize-inl.h"
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/dx_float-inl.h"
+#include "cpp/cpu/few_tokens/forward_float-inl.h"
+#include "cpp/cpu/few_tokens/forward_int-inl.h"
+#include "cpp/cpu/float64/linear.h"
+#include "cpp/cpu/many_tokens/linear_float-inl.h"
 
 namespace qlora::cpu {
-namespace avx2 {
-namespace {
 
-#include "cpp/cpu/pages-inl.h"
-#include "cpp/cpu/scales-inl.h"
-
-#include "cpp/cpu/codec-inl.h"
-namespace panel {
-#include "cpp/cpu/mma_avx2.h"
-}  // namespace panel
-#include "cpp/cpu/linear_small-inl.h"
-
-#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
-
-}  // namespace
-}  // namespace avx2
-
-const Kernels kAvx2Kernels = {avx2::quantize_nf4, avx2::quantize_absmax, avx2::dequantize_absmax, avx2::dequantize_nf4,
-                              avx2::linear_nf4,   avx2::linear_nf4_dx,   avx2::linear_nf4_dlora};
+const Kernels kAvx2Kernels = {
+    .isa = &kAvx2Isa,
+    .quantize_nf4 = avx2::quantize_nf4,
+    .quantize_absmax = avx2::quantize_absmax,
+    .dequantize_absmax = avx2::dequantize_absmax,
+    .dequantize_nf4 = avx2::dequantize_nf4,
+    .forward =
+        {
+            .few_tokens_int = avx2::few_tokens::forward_int,
+            .few_tokens_float = avx2::few_tokens::forward_float,
+            .many_tokens_float = avx2::many_tokens::forward_float,
+            .float64 = float64::forward,
+        },
+    .dx =
+        {
+            .few_tokens_float = avx2::few_tokens::dx_float,
+            .many_tokens_float = avx2::many_tokens::dx_float,
+            .float64 = float64::dx,
+        },
+    .dlora =
+        {
+            .many_tokens_float = avx2::many_tokens::dlora_float,
+            .float64 = float64::dlora,
+        },
+};
 
 }  // namespace qlora::cpu

@@ -1,33 +1,43 @@
-// The CPU kernels compiled for avx512 (flags: CMakeLists.txt).
-#include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/dynamic8_cells.h"
-#include "cpp/cpu/int_codes.h"
-#include "cpp/cpu/scratch.h"
-#include "cpp/cpu/unroll.h"
-#include "cpp/cpu/vec_avx512.h"
+// The kernels compiled for AVX-512 (F, BW, VL, DQ, VBMI) (flags: CMakeLists.txt).
+#define QLORA_ISA avx512
 
-#define QLORA_STREAM "cpp/cpu/stream_avx512.h"
+#include "cpp/cpu/codec/dequantize-inl.h"
+#include "cpp/cpu/codec/quantize-inl.h"
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/dx_float-inl.h"
+#include "cpp/cpu/few_tokens/dx_int-inl.h"
+#include "cpp/cpu/few_tokens/forward_float-inl.h"
+#include "cpp/cpu/few_tokens/forward_int-inl.h"
+#include "cpp/cpu/float64/linear.h"
+#include "cpp/cpu/many_tokens/linear_float-inl.h"
 
 namespace qlora::cpu {
-namespace avx512 {
-namespace {
 
-#include "cpp/cpu/pages-inl.h"
-#include "cpp/cpu/scales-inl.h"
-
-#include "cpp/cpu/codec-inl.h"
-namespace panel {
-#include "cpp/cpu/mma_avx512.h"
-}  // namespace panel
-#include "cpp/cpu/linear_small-inl.h"
-
-#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
-
-}  // namespace
-}  // namespace avx512
-
-const Kernels kAvx512Kernels = {avx512::quantize_nf4,    avx512::quantize_absmax, avx512::dequantize_absmax,
-                                avx512::dequantize_nf4,  avx512::linear_nf4,      avx512::linear_nf4_dx,
-                                avx512::linear_nf4_dlora};
+const Kernels kAvx512Kernels = {
+    .isa = &kAvx512Isa,
+    .quantize_nf4 = avx512::quantize_nf4,
+    .quantize_absmax = avx512::quantize_absmax,
+    .dequantize_absmax = avx512::dequantize_absmax,
+    .dequantize_nf4 = avx512::dequantize_nf4,
+    .forward =
+        {
+            .few_tokens_int = avx512::few_tokens::forward_int,
+            .few_tokens_float = avx512::few_tokens::forward_float,
+            .many_tokens_float = avx512::many_tokens::forward_float,
+            .float64 = float64::forward,
+        },
+    .dx =
+        {
+            .few_tokens_int = avx512::few_tokens::dx_int,
+            .few_tokens_float = avx512::few_tokens::dx_float,
+            .many_tokens_float = avx512::many_tokens::dx_float,
+            .float64 = float64::dx,
+        },
+    .dlora =
+        {
+            .many_tokens_float = avx512::many_tokens::dlora_float,
+            .float64 = float64::dlora,
+        },
+};
 
 }  // namespace qlora::cpu

@@ -1,30 +1,43 @@
-// The CPU kernels compiled for scalar (flags: CMakeLists.txt).
+// The kernels compiled for plain C++ (flags: CMakeLists.txt).
+#define QLORA_ISA scalar
+
+#include "cpp/cpu/codec/dequantize-inl.h"
+#include "cpp/cpu/codec/quantize-inl.h"
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/dynamic8_cells.h"
-#include "cpp/cpu/scratch.h"
-#include "cpp/cpu/unroll.h"
-#include "cpp/cpu/vec_scalar.h"
+#include "cpp/cpu/few_tokens/dx_float-inl.h"
+#include "cpp/cpu/few_tokens/dx_int-inl.h"
+#include "cpp/cpu/few_tokens/forward_float-inl.h"
+#include "cpp/cpu/few_tokens/forward_int-inl.h"
+#include "cpp/cpu/float64/linear.h"
+#include "cpp/cpu/many_tokens/linear_float-inl.h"
 
 namespace qlora::cpu {
-namespace scalar {
-namespace {
 
-#include "cpp/cpu/pages-inl.h"
-#include "cpp/cpu/scales-inl.h"
-
-#include "cpp/cpu/codec-inl.h"
-namespace panel {
-#include "cpp/cpu/mma_scalar.h"
-}  // namespace panel
-#include "cpp/cpu/linear_small-inl.h"
-
-#include "cpp/cpu/linear-inl.h"  // for what the small kernels leave
-
-}  // namespace
-}  // namespace scalar
-
-const Kernels kScalarKernels = {scalar::quantize_nf4,    scalar::quantize_absmax, scalar::dequantize_absmax,
-                                scalar::dequantize_nf4,  scalar::linear_nf4,      scalar::linear_nf4_dx,
-                                scalar::linear_nf4_dlora};
+const Kernels kScalarKernels = {
+    .isa = &kScalarIsa,
+    .quantize_nf4 = scalar::quantize_nf4,
+    .quantize_absmax = scalar::quantize_absmax,
+    .dequantize_absmax = scalar::dequantize_absmax,
+    .dequantize_nf4 = scalar::dequantize_nf4,
+    .forward =
+        {
+            .few_tokens_int = scalar::few_tokens::forward_int,
+            .few_tokens_float = scalar::few_tokens::forward_float,
+            .many_tokens_float = scalar::many_tokens::forward_float,
+            .float64 = float64::forward,
+        },
+    .dx =
+        {
+            .few_tokens_int = scalar::few_tokens::dx_int,
+            .few_tokens_float = scalar::few_tokens::dx_float,
+            .many_tokens_float = scalar::many_tokens::dx_float,
+            .float64 = float64::dx,
+        },
+    .dlora =
+        {
+            .many_tokens_float = scalar::many_tokens::dlora_float,
+            .float64 = float64::dlora,
+        },
+};
 
 }  // namespace qlora::cpu

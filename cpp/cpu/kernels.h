@@ -1,5 +1,6 @@
-// The CPU kernels, free of torch. Each call checks nothing (cpp/ops/checks.h has), splits its work over `pool`, and
-// gives the same bits for every number of threads.
+// The CPU kernels, free of torch. A call checks nothing of its arguments (cpp/ops/checks.h has), splits its work over
+// `pool`, and gives the same bits for every number of threads. Pointers need their elements' alignment only; an empty
+// tensor may be null.
 #pragma once
 
 #include <cstdint>
@@ -21,12 +22,22 @@ struct Pool {
   }
 };
 
+// w [numel] of `dtype` -> packed [ceil(numel / 2)], absmax [ceil(numel / block_size)]. Of float64 there is no codec.
 void quantize_nf4(const Pool&, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
                   float* absmax);
+
+// absmax [count] -> codes [count], nested_absmax [ceil(count / nested_block_size)], nested_offset [1].
 void quantize_absmax(const Pool&, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                      float* nested_absmax, float* nested_offset);
+
+// Scales of `count` blocks -> absmax [count]. Every size is valid.
 void dequantize_absmax(const Pool&, const Scales&, int64_t count, float* absmax);
+
+// packed [ceil(numel / 2)], scales [ceil(numel / block_size)] -> out [numel] of `dtype`, aligned to its elements.
 void dequantize_nf4(const Pool&, const uint8_t* packed, const Scales&, int64_t numel, DType dtype, void* out);
+
+// y [m, n], dx [m, k], and da [r, k] with db [n, r], of a problem whose shapes cpp/format/problem.h gives. Which kernel
+// serves it is chosen by tuning.h. Throws std::invalid_argument where QLORA_CPU_KERNEL asks for one that cannot.
 void linear_nf4(const Pool&, const LinearProblem&);
 void linear_nf4_dx(const Pool&, const LinearDxProblem&);
 void linear_nf4_dlora(const Pool&, const LoraGradProblem&);

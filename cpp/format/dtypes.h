@@ -4,11 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpp/format/portable.h"
+
 namespace qlora {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 
-constexpr int64_t dtype_bytes(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
+QLORA_INLINE constexpr int64_t dtype_bytes(DType t) { return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2; }
 
 struct bfloat16 {
   uint16_t bits;
@@ -17,20 +19,20 @@ struct float16 {
   uint16_t bits;
 };
 
-inline uint32_t float_bits(float x) {
+QLORA_INLINE uint32_t float_bits(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
   return u;
 }
-inline float bits_float(uint32_t u) {
+QLORA_INLINE float bits_float(uint32_t u) {
   float x;
   std::memcpy(&x, &u, 4);
   return x;
 }
 
-inline float to_float(bfloat16 x) { return bits_float(uint32_t{x.bits} << 16); }
-inline float to_float(float x) { return x; }
-inline float to_float(float16 x) {
+QLORA_INLINE float to_float(bfloat16 x) { return bits_float(uint32_t{x.bits} << 16); }
+QLORA_INLINE float to_float(float x) { return x; }
+QLORA_INLINE float to_float(float16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, exponent = (x.bits >> 10) & 31u, mantissa = x.bits & 1023u;
   if (exponent == 31) return bits_float(sign | 0x7F800000u | (mantissa << 13));
   if (exponent) return bits_float(sign | ((exponent + 112u) << 23) | (mantissa << 13));
@@ -38,12 +40,12 @@ inline float to_float(float16 x) {
   return sign ? -magnitude : magnitude;
 }
 
-inline void from_float(float x, float* out) { *out = x; }
-inline void from_float(float x, bfloat16* out) {
+QLORA_INLINE void from_float(float x, float* out) { *out = x; }
+QLORA_INLINE void from_float(float x, bfloat16* out) {
   const uint32_t u = float_bits(x);
   out->bits = static_cast<uint16_t>(x != x ? (u >> 16) | 0x40u : (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
 }
-inline void from_float(float x, float16* out) {
+QLORA_INLINE void from_float(float x, float16* out) {
   const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
   uint32_t h;
   if (magnitude > 0x7F800000u) {

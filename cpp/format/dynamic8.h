@@ -44,7 +44,7 @@ struct Dynamic8Table {
 inline constexpr Dynamic8Table kDynamic8{};
 
 // The number of boundaries below q (binary search): a tie goes to the lower entry, NaN to entry 0.
-inline int dynamic8_encode(float q) {
+QLORA_INLINE int dynamic8_encode(float q) {
   int code = 0;
   for (int step = 128; step; step >>= 1)
     if (code + step <= 255 && q > kDynamic8.boundary[code + step - 1]) code += step;

@@ -46,18 +46,20 @@ inline constexpr int64_t kMaxNestedBlockSize = int64_t{1} << 20;
 // wraps.
 inline constexpr int64_t kMaxElements = int64_t{1} << 48;
 
-constexpr bool is_block_size(int64_t n) { return n >= kMinBlockSize && n <= kMaxBlockSize && (n & (n - 1)) == 0; }
-constexpr bool is_nested_block_size(int64_t n) { return n >= 1 && n <= kMaxNestedBlockSize; }
+QLORA_INLINE constexpr bool is_block_size(int64_t n) {
+  return n >= kMinBlockSize && n <= kMaxBlockSize && (n & (n - 1)) == 0;
+}
+QLORA_INLINE constexpr bool is_nested_block_size(int64_t n) { return n >= 1 && n <= kMaxNestedBlockSize; }
 // For a positive b. The sum of both, which may wrap, is never formed.
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
-constexpr int64_t packed_bytes(int64_t numel) { return ceil_div(numel, 2); }
+QLORA_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return a / b + (a % b > 0); }
+QLORA_INLINE constexpr int64_t packed_bytes(int64_t numel) { return ceil_div(numel, 2); }
 
 // What a block's values are multiplied by before they are encoded. A NaN absmax stays NaN, so that every code of the
 // block is 0 and every decoded value NaN.
 QLORA_HD float inverse_absmax(float absmax) { return 1.0f / (absmax < 1e-38f ? 1e-38f : absmax); }
 
 // The number of boundaries below q: a tie goes to the lower code, NaN to code 0.
-inline int nf4_encode(float q) {
+QLORA_INLINE int nf4_encode(float q) {
   int code = 0;
   for (int i = 0; i + 1 < kCodes; ++i) code += q > kNf4.boundary[i];
   return code;

@@ -39,7 +39,7 @@ struct Dropout {
   QLORA_HD bool keeps(uint32_t bits) const { return bits >= threshold; }
 };
 
-inline Dropout make_dropout(double p, uint64_t seed) {
+QLORA_INLINE Dropout make_dropout(double p, uint64_t seed) {
   Dropout d;
   d.threshold = static_cast<uint64_t>(p * 4294967296.0 + 0.5);
   d.keep_scale = p < 1.0 ? 1.0 / (1.0 - p) : 0.0;

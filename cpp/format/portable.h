@@ -1,8 +1,16 @@
-// Marks what host and device code share, without asking for a CUDA header.
+// Marks what host and device code share, without asking for a CUDA header; and what is always inlined.
 #pragma once
+
+// Functions of headers that files compiled for different processors include (cpp/cpu/isa_*.cpp): were a call of one not
+// inlined, the linker would keep one copy for all callers, perhaps that of a newer processor than the one at hand.
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#define QLORA_INLINE [[gnu::always_inline]] inline
+#else
+#define QLORA_INLINE inline
+#endif
 
 #if defined(__CUDACC__)
 #define QLORA_HD __host__ __device__ __forceinline__
 #else
-#define QLORA_HD inline
+#define QLORA_HD QLORA_INLINE
 #endif

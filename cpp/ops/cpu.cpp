@@ -1,7 +1,7 @@
 // The operators on the CPU: tensors -> views -> kernels.
 #include <tuple>
 
-#include "cpp/cpu/isa.h"
+#include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/ops/calls.h"
 

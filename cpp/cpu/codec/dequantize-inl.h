@@ -1,0 +1,99 @@
+// Decoding of the packed format (cpp/format), on the vocabulary codec::.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/codec/scales-inl.h"
+#include "cpp/cpu/isa/codec.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+
+inline constexpr int64_t kDecodeGrainElements = 16384;
+inline constexpr int64_t kDecodedBlocks = 64;  // whose scales are decoded together
+
+void dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, float* absmax) {
+  auto body = [&](int64_t begin, int64_t end) { read_scales(scales, begin, end - begin, absmax + begin); };
+  pool(count, 4096, body);
+}
+
+// A block of whole groups.
+template <bool kStream, class T>
+inline void dequantize_block(float absmax, const uint8_t* packed, int64_t bytes, T* out) {
+  const codec::Table<T> table = codec::make_table<T>(absmax);
+  for (int64_t byte = 0; byte < bytes; byte += codec::kGroup / 2)
+    codec::decode<kStream>(table, packed + byte, out + 2 * byte);
+}
+template <bool kStream, class T>
+inline void dequantize_blocks(const float* absmax, const uint8_t* packed, int64_t blocks, int64_t block_size, T* out) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    dequantize_block<kStream>(absmax[b], packed, block_size / 2, out);
+    packed += block_size / 2;
+    out += block_size;
+  }
+}
+
+// Whole groups of the last block, which is short, go straight to `out`; the rest by way of a copy.
+template <class T>
+void dequantize_short_block(float absmax, const uint8_t* packed, int64_t count, T* out) {
+  const int64_t whole = count / codec::kGroup * codec::kGroup, rest = count - whole;
+  dequantize_block<false>(absmax, packed, whole / 2, out);
+  uint8_t bytes[codec::kGroup / 2] = {};
+  T values[codec::kGroup];
+  for (int64_t i = 0; i < packed_bytes(rest); ++i) bytes[i] = packed[whole / 2 + i];
+  dequantize_block<false>(absmax, bytes, codec::kGroup / 2, values);
+  for (int64_t i = 0; i < rest; ++i) out[whole + i] = values[i];
+}
+
+template <bool kStream, class T>
+void dequantize_all(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, T* out) {
+  const int64_t block_size = scales.block_size;
+  const int64_t blocks = ceil_div(numel, block_size), whole_blocks = numel / block_size;
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t strip = begin; strip < end; ++strip) {
+      const int64_t first = strip * kDecodedBlocks, count = min(blocks - first, kDecodedBlocks);
+      float decoded[kDecodedBlocks];
+      if (!scales.absmax) read_scales(scales, first, count, decoded);
+      const float* const absmax = scales.absmax ? scales.absmax + first : decoded;
+      dequantize_blocks<kStream>(absmax, packed + first * block_size / 2, min(count, whole_blocks - first), block_size,
+                                 out + first * block_size);
+      if (first + count > whole_blocks) {
+        const int64_t start = whole_blocks * block_size;
+        dequantize_short_block(absmax[whole_blocks - first], packed + start / 2, numel - start, out + start);
+      }
+    }
+    if (kStream) codec::finish_streaming();
+  };
+  pool(ceil_div(blocks, kDecodedBlocks), ceil_div(kDecodeGrainElements, kDecodedBlocks * block_size), body);
+}
+
+// What does not fit in the caches is written past them: a line that will be evicted before it is read again need not be
+// fetched first.
+inline constexpr int64_t kStreamBytes = 16 << 20;
+template <class T>
+void dequantize_as(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, T* out) {
+  const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+  if (aligned && numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes) {
+    dequantize_all<true>(pool, packed, scales, numel, out);
+  } else {
+    dequantize_all<false>(pool, packed, scales, numel, out);
+  }
+}
+
+void dequantize_nf4(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype,
+                    void* out) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return dequantize_as(pool, packed, scales, numel, static_cast<bfloat16*>(out));
+    case DType::kFloat16:
+      return dequantize_as(pool, packed, scales, numel, static_cast<float16*>(out));
+    default:
+      return dequantize_as(pool, packed, scales, numel, static_cast<float*>(out));
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

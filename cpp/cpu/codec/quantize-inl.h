@@ -1,0 +1,180 @@
+// Encoding to the packed format (cpp/format), on the vocabulary codec::.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/codec.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/dynamic8.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+
+// Threads share the work by strips of blocks: whole cache lines of absmax and of packed bytes.
+inline constexpr int64_t kStripBlocks = codec::kLanes;
+inline constexpr int64_t kEncodeGrainElements = 16384;
+
+inline constexpr int64_t kLineBytes = 64;
+inline constexpr int64_t kPassBytes = 8192;    // of w in one pass: a part of the first-level cache
+inline constexpr int64_t kAheadBytes = 16384;  // 8192 measures the same, 4096 a sixth slower
+
+inline bool is_nan(float x) { return x != x; }
+
+inline void clear(uint8_t* bytes, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) bytes[i] = 0;
+}
+
+// max |w| over whole groups; NaN if there is any NaN or infinity.
+template <class T>
+inline float block_absmax(const T* w, int64_t count) {
+  codec::Largest<T> largest;
+  for (int64_t i = 0; i < count; i += codec::kGroup) largest.see(w + i);
+  const float absmax = largest.magnitude();
+  return absmax <= 3.40282347e+38f ? absmax : bits_float(0x7FC00000u);
+}
+
+// Encodes a block of whole groups, and fetches what lies kAheadBytes after it: the hardware's prefetchers idle while a
+// pass encodes, because the pass before it has read the same memory.
+template <class T>
+inline void encode_block(const T* w, int64_t bytes, float inverse, uint8_t* packed) {
+  constexpr int64_t kGroupBytes = codec::kGroup * sizeof(T);
+  const codec::Floats scale = codec::splat(inverse);
+  const char* ahead = reinterpret_cast<const char*>(w) + kAheadBytes;
+  for (int64_t byte = 0; byte < bytes; byte += codec::kGroup / 2, ahead += kGroupBytes) {
+    for (int64_t line = 0; line < kGroupBytes; line += kLineBytes) __builtin_prefetch(ahead + line);
+    const codec::Pairs group = codec::load_pairs(w + 2 * byte);
+    codec::store_packed(packed + byte, codec::encode(codec::mul(group.even, scale)),
+                        codec::encode(codec::mul(group.odd, scale)));
+  }
+}
+
+// A few blocks of whole groups, which fit in the first-level cache. Each pass goes over all of them: a block's codes
+// wait for its absmax, and that wait would fill the processor's window were there no other block to work on.
+template <class T>
+inline void quantize_blocks(const T* w, int64_t blocks, int64_t block_size, uint8_t* packed, float* absmax) {
+  float inverse[kStripBlocks];
+  for (int64_t b = 0; b < blocks; ++b) absmax[b] = block_absmax(w + b * block_size, block_size);
+  for (int64_t b = 0; b < blocks; ++b) inverse[b] = inverse_absmax(absmax[b]);
+  for (int64_t b = 0; b < blocks; ++b) {
+    encode_block(w + b * block_size, block_size / 2, inverse[b], packed + b * block_size / 2);
+  }
+  for (int64_t b = 0; b < blocks; ++b) {
+    if (is_nan(absmax[b])) clear(packed + b * block_size / 2, block_size / 2);
+  }
+}
+
+// The last block, where it is short. The zeros it is filled up with change no absmax.
+template <class T>
+void quantize_short_block(const T* w, int64_t count, uint8_t* packed, float* absmax) {
+  T filled[kMaxBlockSize] = {};
+  uint8_t bytes[kMaxBlockSize / 2];
+  for (int64_t i = 0; i < count; ++i) filled[i] = w[i];
+  quantize_blocks(filled, 1, ceil_div(count, codec::kGroup) * codec::kGroup, bytes, absmax);
+  for (int64_t i = 0; i < packed_bytes(count); ++i) packed[i] = bytes[i];
+  if (count & 1) packed[count / 2] = static_cast<uint8_t>((packed[count / 2] & 0xF0) | kZeroCode);
+}
+
+template <class T>
+void quantize_all(const Pool& pool, const T* w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax) {
+  const int64_t blocks = ceil_div(numel, block_size), whole_blocks = numel / block_size;
+  const int64_t step = min(kStripBlocks, ceil_div(kPassBytes, block_size * static_cast<int64_t>(sizeof(T))));
+  auto body = [=](int64_t begin, int64_t end) {
+    const int64_t last = min(end * kStripBlocks, whole_blocks);
+    for (int64_t b = begin * kStripBlocks; b < last; b += step) {
+      quantize_blocks(w + b * block_size, min(step, last - b), block_size, packed + b * block_size / 2, absmax + b);
+    }
+    if (whole_blocks < blocks && end * kStripBlocks >= blocks) {
+      const int64_t first = whole_blocks * block_size;
+      quantize_short_block(w + first, numel - first, packed + first / 2, absmax + whole_blocks);
+    }
+  };
+  pool(ceil_div(blocks, kStripBlocks), ceil_div(kEncodeGrainElements, kStripBlocks * block_size), body);
+}
+
+void quantize_nf4(const Pool& pool, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
+                  float* absmax) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return quantize_all(pool, static_cast<const bfloat16*>(w), numel, block_size, packed, absmax);
+    case DType::kFloat16:
+      return quantize_all(pool, static_cast<const float16*>(w), numel, block_size, packed, absmax);
+    default:
+      return quantize_all(pool, static_cast<const float*>(w), numel, block_size, packed, absmax);
+  }
+}
+
+// The sum of a chunk in the format's own order (dynamic8.h).
+inline double chunk_sum(const float* x, int64_t count) {
+  double partial[kMeanLanes] = {};
+  const int64_t whole = count / codec::kLanes * codec::kLanes;
+  for (int64_t i = 0; i < whole; i += codec::kLanes) codec::accumulate(partial + i % kMeanLanes, codec::load(x + i));
+  for (int64_t i = whole; i < count; ++i) partial[i % kMeanLanes] += static_cast<double>(x[i]);
+  for (int64_t half = kMeanLanes / 2; half; half /= 2)
+    for (int64_t p = 0; p < half; ++p) partial[p] += partial[p + half];
+  return partial[0];
+}
+
+// Chunks are summed side by side, and their sums added in order.
+inline float mean(const Pool& pool, const float* x, int64_t count) {
+  constexpr int64_t kChunksAtOnce = 256;
+  double sum = 0.0;
+  for (int64_t first = 0; first < count; first += kChunksAtOnce * kMeanChunk) {
+    const float* part = x + first;
+    const int64_t part_count = min(count - first, kChunksAtOnce * kMeanChunk);
+    double sums[kChunksAtOnce];
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        sums[c] = chunk_sum(part + c * kMeanChunk, min(part_count - c * kMeanChunk, kMeanChunk));
+      }
+    };
+    pool(ceil_div(part_count, kMeanChunk), 1, body);
+    for (int64_t c = 0; c < ceil_div(part_count, kMeanChunk); ++c) sum += sums[c];
+  }
+  return count ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
+}
+
+// One nested block: codes of (absmax - offset), whose largest magnitude is left in nested_absmax.
+inline void quantize_nested_block(const float* absmax, int64_t count, float offset, uint8_t* codes,
+                                  float* nested_absmax) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t magnitude = float_bits(absmax[i] - offset) & 0x7FFFFFFFu;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  if (largest >= 0x7F800000u) {  // a NaN or an infinity is among them
+    *nested_absmax = bits_float(0x7FC00000u);
+    return clear(codes, count);
+  }
+  *nested_absmax = bits_float(largest);
+  const float inverse = inverse_absmax(*nested_absmax);
+  const auto scaled = [&](const float* x) {
+    return codec::mul(codec::sub(codec::load(x), codec::splat(offset)), codec::splat(inverse));
+  };
+  const int64_t whole = count / codec::kLanes * codec::kLanes;
+  for (int64_t i = 0; i < whole; i += codec::kLanes) codec::store_dynamic8(codes + i, scaled(absmax + i));
+  if (whole < count) {
+    float filled[codec::kLanes] = {};
+    uint8_t last[codec::kLanes];
+    for (int64_t i = whole; i < count; ++i) filled[i - whole] = absmax[i];
+    codec::store_dynamic8(last, scaled(filled));
+    for (int64_t i = whole; i < count; ++i) codes[i] = last[i - whole];
+  }
+}
+
+void quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
+                     float* nested_absmax, float* nested_offset) {
+  const float offset = *nested_offset = mean(pool, absmax, count);
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * nested_block_size;
+      quantize_nested_block(absmax + first, min(count - first, nested_block_size), offset, codes + first,
+                            nested_absmax + b);
+    }
+  };
+  pool(ceil_div(count, nested_block_size), ceil_div(4096, nested_block_size), body);
+}
+
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,68 @@
+// few_tokens_float: the forward in float32.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/forward-inl.h"
+#include "cpp/cpu/few_tokens/products-inl.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/nf4.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+// float32 products, which are exact but for float32's own roundings.
+struct FloatProducts {
+  using X = float;
+  static constexpr int kMaxTokens = kMaxFloatTokens, kMaxPairedTokens = 0;
+  static constexpr bool kMayOverflow = false;
+
+  FloatCodebook book{kNf4.value};
+  using Codes = FloatCodes;
+  Codes codes(Ints chunk) const { return decode(chunk, book); }
+
+  template <int kRows>
+  static void multiply(const Codes (&codes)[kRows], const X* x, Floats (&product)[kRows]) {
+    unroll<kRows>([&](auto w) {
+      product[w] = mul(codes[w].v[0], load(x));
+      unroll<kLaneWeights - 1>(
+          [&](auto s) { product[w] = fma(codes[w].v[s + 1], load(x + (s + 1) * kLanes), product[w]); });
+    });
+  }
+
+  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+    // Eight products are summed before a scale of W makes them small.
+    const uint32_t bits = largest_bits(x, chunks * kChunk);
+    const bool huge = bits > power_of_two_bits(100) && bits < kInfinityBits;
+    const float factor = huge ? 0x1p-20f : 1.0f;
+    for (int64_t c = 0; c < chunks; ++c)
+      for (int s = 0; s < kLaneWeights; ++s)
+        for (int lane = 0; lane < kLanes; ++lane)
+          out[c * stride + s * kLanes + lane] = x[c * kChunk + lane * kLaneWeights + (s ^ 1)] * factor;
+    *scale = 1.0f / factor;
+    return true;
+  }
+};
+
+inline Outcome forward_float(const Pool& pool, const LinearProblem& p) {
+  switch (p.dtype) {
+    case DType::kBFloat16:
+      return forward<bfloat16, FloatProducts>(pool, p);
+    case DType::kFloat16:
+      return forward<float16, FloatProducts>(pool, p);
+    default:
+      return forward<float, FloatProducts>(pool, p);
+  }
+}
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,115 @@
+// few_tokens_int: the forward in integers, and for tokens that these cannot serve in float32.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/code_tables.h"
+#include "cpp/cpu/few_tokens/forward-inl.h"
+#include "cpp/cpu/few_tokens/forward_float-inl.h"
+#include "cpp/cpu/few_tokens/products-inl.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+// x is rounded to 15 bits of the largest value of its segment and multiplied by 13-bit integer codes, exactly in int32
+// over a lane's eight weights: an eighth of the work of decoding to float32.
+//
+// What that costs in accuracy, as the root mean square of the error of one product x w:
+//
+//   allowed    a rounding of w to T, which is 0.42 units of 2^-8 (bfloat16) or 2^-11 (float16) of |x w|
+//   here       0.29 steps of largest / 32767 in x, times |w|: the same for a small x as for a large one
+//
+// The rounding of x is therefore good enough where most values are no smaller than largest / kSpread. At the worst
+// arrange lets pass, 5/8 of the values are just that small and the others next to nothing: then a segment's squares are
+// 7.6e-11 here and 9.6e-11 allowed, in units of largest² w² a value. Numbers from N(0, 1), the largest of 1024 of which
+// is 3 to 5, are far from that. A segment with an outlier is refused, and so is one whose values are so small or large
+// that factors would leave float32's range.
+template <class T, class Order>
+struct IntProducts {
+  using X = int16_t;
+  static constexpr int kMaxTokens = kMaxIntTokens, kMaxPairedTokens = kMaxPairedIntTokens;
+  static constexpr bool kMayOverflow = true;  // where a scale of W is above kHugeScale
+  static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
+
+  IntCodebook book{kIntCodes.value};
+  using Codes = IntCodes;
+  Codes codes(Ints chunk) const { return decode(chunk, book, Order{}); }
+
+  template <int kRows>
+  static void multiply(const Codes (&codes)[kRows], const X* x, Floats (&product)[kRows]) {
+    Ints sum[kRows];
+    unroll<4>([&](auto s) {
+      const int16_t* const at = x + s * 2 * kLanes;
+      const Ints x_s = kRows > 1 ? load_pairs_once(at) : load_pairs(at);
+      unroll<kRows>([&](auto w) {
+        if constexpr (s == 0)
+          sum[w] = dot(codes[w].v[s], x_s);
+        else
+          sum[w] = dot(sum[w], codes[w].v[s], x_s);
+      });
+    });
+    unroll<kRows>([&](auto w) { product[w] = to_floats(sum[w]); });
+  }
+
+  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+    const uint32_t bits = largest_bits(x, chunks * kChunk);
+    if (bits == 0) {
+      *scale = 0.0f;
+    } else if (bits < power_of_two_bits(-60) || bits > power_of_two_bits(60)) {
+      return false;
+    } else {
+      const float largest = bits_float(bits);
+      int64_t large = 0, nonzero = 0;
+      for (int64_t c = 0; c < chunks * kChunk; c += kLanes) {
+        large += count_at_least(load(x + c), largest / kSpread);
+        nonzero += count_at_least(load(x + c), bits_float(1));
+      }
+      if (8 * large < 5 * nonzero) return false;
+      *scale = static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
+    }
+    const Floats inverse = splat(bits ? 32767.0f / bits_float(bits) : 0.0f);
+    for (int64_t c = 0; c < chunks; ++c) {
+      Ints rounded_x[kLaneWeights];
+      for (int i = 0; i < kLaneWeights; ++i)
+        rounded_x[i] = round_to_ints(mul(load(x + c * kChunk + i * kLanes), inverse));
+      store_in_code_order(rounded_x, out + c * stride, Order{});
+    }
+    return true;
+  }
+};
+
+// Tokens do not depend on each other's values: each run of uneven ones is a problem of its own.
+template <class T>
+Outcome forward_int_as(const Pool& pool, const LinearProblem& p) {
+  TokenSet uneven;
+  Outcome outcome = p.w.k % kMinBlockSize == 0 ? forward<T, IntProducts<T, HalfOrder>>(pool, p, 0, &uneven)
+                                               : forward<T, IntProducts<T, LaneOrder>>(pool, p, 0, &uneven);
+  for (int64_t first = 0, end; outcome == Outcome::kDone && first < p.m; first = end) {
+    end = first + 1;
+    if (!uneven.holds(first)) continue;
+    while (end < p.m && uneven.holds(end)) ++end;
+    LinearProblem run = p;
+    run.m = end - first;
+    run.x = static_cast<const T*>(p.x) + first * p.w.k;
+    run.y = static_cast<T*>(p.y) + first * p.w.n;
+    outcome = forward<T, FloatProducts>(pool, run, first);
+  }
+  return outcome;
+}
+inline Outcome forward_int(const Pool& pool, const LinearProblem& p) {
+  if (p.m > TokenSet::kMost) return Outcome::kTooLarge;
+  return p.dtype == DType::kBFloat16 ? forward_int_as<bfloat16>(pool, p) : forward_int_as<float16>(pool, p);
+}
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

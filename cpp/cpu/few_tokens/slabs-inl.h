@@ -1,0 +1,151 @@
+// dx = dy · w + mask ∘ (g · a) · keep_scale for few tokens, but for the sums over weight rows, which are a kernel's
+// (dx_int-inl.h, dx_float-inl.h). The sum runs over the rows of W, so lanes are outputs: a decoded vector is multiplied
+// by one element of dy and added to the sums of its columns.
+//
+// Rows of W are taken in *slabs*, whose sums are added in their order: a thread that has a slab to itself reads whole
+// pages one after another. Within a slab a *strip* of columns, in chunks, goes down W in tiles of kDxTileRows rows of
+// one shift, chunk by chunk, so that the sums of a chunk stay in the first-level cache while a tile passes over them;
+// the bytes of a tile are prefetched while the tile above it is worked on:
+//
+// clang-format off
+//                 strip           strip
+//              chunk  chunk    chunk  chunk
+//   slab 0   [ tile | tile  |  tile | tile ]      kDxTileRows * period rows
+//            [ tile | tile  |  tile | tile ]      ...
+//   slab 1   [ tile | tile  |  tile | tile ]
+// clang-format on
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/budget-inl.h"
+#include "cpp/cpu/few_tokens/low_rank-inl.h"
+#include "cpp/cpu/few_tokens/weight-inl.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/shared/dropout.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+inline constexpr int kDxTileRows = 16;
+inline constexpr int64_t kMostSlabs = 8, kLeastSlabRows = 512;
+
+// Slabs of `rows` rows, and columns in ranges of `chunks`, so narrow that the sums of all slabs fit in the scratch.
+// Neither depends on the number of threads.
+struct Slabs {
+  int64_t count, rows, chunks, m;
+  float* sums = nullptr;  // [slab][token][column of the range]
+
+  Slabs(const LinearDxProblem& p, int64_t tile_rows) : m(p.m) {
+    const int64_t fit = kMaxScratchBytes / 2 / (4 * m * kChunk), all = ceil_div(p.w.k, kChunk);
+    chunks = all < fit ? all : fit;
+    const int64_t most = fit / chunks < kMostSlabs ? fit / chunks : kMostSlabs;
+    const int64_t share = ceil_div(p.w.n, most);
+    rows = tile_rows * ceil_div(share < kLeastSlabRows ? kLeastSlabRows : share, tile_rows);
+    count = ceil_div(p.w.n, rows);
+  }
+  int64_t stride() const { return chunks * kChunk; }
+  int64_t floats() const { return m * stride(); }  // of a slab
+};
+
+// Of one slab, [token][column of the range].
+struct SlabSums {
+  float* sums;
+  int64_t stride, first_column;
+  float* at(int64_t i, int64_t column) const { return sums + i * stride + column - first_column; }
+};
+
+// dx of columns begin .. end - 1: the sum of all slabs + mask ∘ (g · a) · keep_scale, rounded once.
+template <class T>
+void finish_dx(const LinearDxProblem& p, const float* g, const Slabs& slabs, int64_t first_column, int64_t begin,
+               int64_t end) {
+  const int64_t rank = p.lora.rank, k = p.w.k;
+  const Dropout& dropout = p.lora.dropout;
+  const Floats keep_scale = splat(static_cast<float>(dropout.keep_scale));
+  float* column = Carver(scratch(ScratchUse::kThread, rank * kLanes * 4)).take<float>(rank * kLanes);
+  for (int64_t c = begin; c < end; c += kLanes) {
+    const T* a = static_cast<const T*>(p.lora.a) + c;
+    for (int64_t j = 0; j < rank; ++j) store(column + j * kLanes, load(a + j * k, end - c));
+    for (int64_t i = 0; i < p.m; ++i) {
+      const float* sums = slabs.sums + i * slabs.stride() + c - first_column;
+      Floats out = load(sums);
+      for (int64_t s = 1; s < slabs.count; ++s) out = add(out, load(sums + s * slabs.floats()));
+      if (rank) {
+        const float* row = g + i * padded_rank(rank);
+        Floats lora = zero();
+        for (int64_t j = 0; j < rank; ++j) lora = fma(splat(row[j]), load(column + j * kLanes), lora);
+        if (dropout.active()) {
+          float value[kLanes];
+          store(value, mul(lora, keep_scale));
+          for (int64_t l = 0; l < kLanes && c + l < end; ++l) {
+            if (dropped(dropout, i * k + c + l)) value[l] = 0.0f;
+          }
+          lora = load(value);
+        }
+        out = add(out, lora);
+      }
+      store(static_cast<T*>(p.dx) + i * k + c, out, end - c);
+    }
+  }
+}
+
+// dx by a kernel that sums one strip of one slab in a call.
+template <class T, class Kernel>
+void dx_by_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, const Kernel& kernel, const Slabs& slabs) {
+  const int64_t all_chunks = ceil_div(p.w.k, kChunk), chunk_work = kChunk * p.m;
+  for (int64_t first = 0; first < all_chunks; first += slabs.chunks) {
+    const int64_t chunks = all_chunks - first < slabs.chunks ? all_chunks - first : slabs.chunks;
+    // Chunks of the first slab, then those of the next one.
+    auto sum = [&](int64_t begin, int64_t end) {
+      while (begin < end) {
+        const int64_t slab = begin / chunks, chunk = begin % chunks, row = slab * slabs.rows;
+        int64_t count = chunks - chunk < end - begin ? chunks - chunk : end - begin;
+        if (count > kernel.strip_chunks()) count = kernel.strip_chunks();
+        kernel(row, p.w.n - row < slabs.rows ? p.w.n : row + slabs.rows, first + chunk, first + chunk + count,
+               SlabSums{slabs.sums + slab * slabs.floats(), slabs.stride(), first * kChunk});
+        begin += count;
+      }
+    };
+    pool(slabs.count * chunks, ceil_div(kWorthThreads, chunk_work * slabs.rows), sum);
+    auto finish = [&](int64_t begin, int64_t end) {
+      const int64_t last = (first + end) * kChunk;
+      finish_dx<T>(p, g, slabs, first * kChunk, (first + begin) * kChunk, last < p.w.k ? last : p.w.k);
+    };
+    pool(chunks, ceil_div(kWorthThreads, chunk_work * (slabs.count + p.lora.rank)), finish);
+  }
+}
+
+// dx by a kernel whose tiles have tile_rows() rows and whose strips have at most strip_chunks() chunks.
+template <class T, class Kernel>
+void dx_with(const Pool& pool, const LinearDxProblem& p, const Kernel& kernel) {
+  const int64_t padded = padded_rank(p.lora.rank);
+  int64_t slices = p.lora.rank ? ceil_div(p.w.n, 512) : 0;
+  while (slices > 8 && slices * p.m * padded * 4 > kMaxScratchBytes / 2) slices = ceil_div(slices, 2);
+  Slabs slabs(p, kernel.tile_rows());
+  float *g = nullptr, *partial = nullptr;
+  const auto lay_out = [&](void* base) {
+    Carver memory(base);
+    g = memory.take<float>(p.m * padded);
+    partial = memory.take<float>(slices * p.m * padded);
+    slabs.sums = memory.take<float>(slabs.count * slabs.floats());
+    return memory.used();
+  };
+  lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
+  if (slices) low_rank_g<T>(pool, p, partial, slices, g);
+  dx_by_slabs<T>(pool, p, g, kernel, slabs);
+}
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

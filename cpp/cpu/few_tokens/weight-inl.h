@@ -1,0 +1,89 @@
+// How weight rows lie in the packed bytes that the kernels of this folder stream, and which scales go with them.
+//
+// A lane is eight consecutive weights, a dword of packed bytes. When K is not a multiple of eight, a row starts inside
+// a lane: its *shift* is the number of weights of that lane that come before it, and rows a *period* apart have the
+// same shift. With K = 12, for instance, the period is 2:
+//
+// clang-format off
+//   lanes     | 0 .. 7  | 8 .. 15     | 16 .. 23 | 24 .. 31 | 32 .. 39    | 40 .. 47 |
+//   rows      | 0       | 0    | 1    | 1        | 2        | 2    | 3    | 3        |
+//   shift       0              4                   0               4
+// clang-format on
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/codec/scales-inl.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+struct WeightRows {
+  int64_t k;
+  int period;  // rows of W: 1, 2, 4 or 8
+
+  explicit WeightRows(int64_t k_) : k(k_), period(k_ % 8 == 0 ? 1 : k_ % 4 == 0 ? 2 : k_ % 2 == 0 ? 4 : 8) {}
+  int shift(int64_t row) const { return static_cast<int>((row * k) & 7); }
+  int64_t first_weight(int64_t row) const { return (row * k) & ~int64_t{7}; }
+  int max_shift() const { return 8 - 8 / period; }
+};
+
+// Hands out scales one float a *granule*, which is the part of a quantization block that one chunk can hold.
+class ScaleReader {
+ public:
+  explicit ScaleReader(const Scales& scales, int64_t largest_granule = kChunk) : scales_(scales) {
+    for (granule_ = 32; granule_ < scales.block_size && granule_ < largest_granule;) granule_ *= 2;
+    log2_granule_ = __builtin_ctzll(static_cast<uint64_t>(granule_));
+    log2_split_ = __builtin_ctzll(static_cast<uint64_t>(scales.block_size / granule_));
+  }
+  int64_t granule() const { return granule_; }
+  int log2_granule() const { return log2_granule_; }
+
+  // out[i] = the scale of granule first + i; after them are kLanes zeros, so that a whole vector may be loaded.
+  void read(int64_t first, int64_t count, float* out) const {
+    if (log2_split_ == 0) {
+      read_scales(scales_, first, count, out);
+    } else {
+      // Into the end of the same array, from where each is copied to its granules, the last ones last.
+      const int64_t first_block = first >> log2_split_, blocks = ((first + count - 1) >> log2_split_) + 1 - first_block;
+      float* const of_block = out + (count - blocks);
+      if (count) read_scales(scales_, first_block, blocks, of_block);
+      for (int64_t i = 0; i < count; ++i) out[i] = of_block[((first + i) >> log2_split_) - first_block];
+    }
+    store(out + count, zero());
+  }
+
+  // No finite scale of granules first .. first + count - 1 is larger.
+  float largest(int64_t first, int64_t count) const {
+    const int64_t begin = first >> log2_split_, last = (first + count - 1) >> log2_split_;
+    uint32_t bits = 0;
+    const auto see = [&](float x) {
+      const uint32_t magnitude = float_bits(x) & kMagnitudeBits;
+      bits = magnitude > bits && magnitude < kInfinityBits ? magnitude : bits;
+    };
+    if (scales_.absmax) {
+      for (int64_t block = begin; block <= last; ++block) see(scales_.absmax[block]);
+    } else {
+      const int64_t last_nested = nested_block_of(scales_, last);
+      for (int64_t i = nested_block_of(scales_, begin); i <= last_nested; ++i) see(scales_.nested_absmax[i]);
+      return bits_float(bits) + bits_float(float_bits(*scales_.nested_offset) & 0x7FFFFFFFu);
+    }
+    return bits_float(bits);
+  }
+
+ private:
+  const Scales scales_;
+  int64_t granule_;
+  int log2_granule_, log2_split_;
+};
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,191 @@
+// The vocabulary panel:: for AVX2 + FMA + F16C. scalar/panel.h says what each name means.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/avx2/bfloat16.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace panel {
+
+inline constexpr int kLanes = 8;
+inline constexpr int kAccumulators = 12;  // of 16 registers: the rest hold operands
+inline constexpr bool kSpareRegisters = false;
+
+using F = __m256;
+using U = __m256i;
+
+inline F zero() { return _mm256_setzero_ps(); }
+inline F splat(float x) { return _mm256_set1_ps(x); }
+inline F add(F a, F b) { return _mm256_add_ps(a, b); }
+inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+inline F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+inline F load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, F v) { _mm256_storeu_ps(p, v); }
+
+inline U iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+inline U first_lanes(int count) { return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), iota()); }
+
+inline F widen(const bfloat16*, __m128i bits) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline F widen(const float16*, __m128i bits) { return _mm256_cvtph_ps(bits); }
+
+inline __m128i narrow(const bfloat16*, F v) { return round_to_bfloat16(v); }
+inline __m128i narrow(const float16*, F v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+template <class T>
+inline F load(const T* p) {
+  return widen(p, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+template <class T>
+inline void store(T* p, F v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
+}
+
+// `count` elements, zeros after them; nothing beyond them is touched.
+inline F load_first(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes(count)); }
+inline void store_first(float* p, F v, int count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
+template <class T>
+inline F load_first(const T* p, int count) {
+  T some[kLanes] = {};
+  __builtin_memcpy(some, p, static_cast<size_t>(count) * sizeof(T));
+  return load(some);
+}
+template <class T>
+inline void store_first(T* p, F v, int count) {
+  T all[kLanes];
+  store(all, v);
+  __builtin_memcpy(p, all, static_cast<size_t>(count) * sizeof(T));
+}
+
+// v with the lanes zeroed whose random bits are below `threshold`.
+inline F keep_from(F v, const uint32_t* bits, uint32_t threshold) {
+  const U b = _mm256_loadu_si256(reinterpret_cast<const U*>(bits)), t = _mm256_set1_epi32(static_cast<int>(threshold));
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(b, t), b)));
+}
+
+// v[i][j] <-> v[j][i]
+inline void transpose(F (&v)[kLanes]) {
+  F quad[8];  // quad[4q + c], 128-bit part b: column 4b + c of rows 4q .. 4q+3
+  for (int q = 0; q < 2; ++q) {
+    const F lo01 = _mm256_unpacklo_ps(v[4 * q], v[4 * q + 1]), hi01 = _mm256_unpackhi_ps(v[4 * q], v[4 * q + 1]);
+    const F lo23 = _mm256_unpacklo_ps(v[4 * q + 2], v[4 * q + 3]),
+            hi23 = _mm256_unpackhi_ps(v[4 * q + 2], v[4 * q + 3]);
+    quad[4 * q + 0] = _mm256_shuffle_ps(lo01, lo23, 0x44);
+    quad[4 * q + 1] = _mm256_shuffle_ps(lo01, lo23, 0xEE);
+    quad[4 * q + 2] = _mm256_shuffle_ps(hi01, hi23, 0x44);
+    quad[4 * q + 3] = _mm256_shuffle_ps(hi01, hi23, 0xEE);
+  }
+  for (int c = 0; c < 4; ++c) {
+    v[c] = _mm256_permute2f128_ps(quad[c], quad[4 + c], 0x20);
+    v[4 + c] = _mm256_permute2f128_ps(quad[c], quad[4 + c], 0x31);
+  }
+}
+
+// Between the order of a group in memory (element 4i + j) and the order nibbles are decoded in (vector j, lane i).
+inline void decoded_to_memory_order(F (&v)[4]) {
+  const F lo01 = _mm256_unpacklo_ps(v[0], v[1]), hi01 = _mm256_unpackhi_ps(v[0], v[1]);
+  const F lo23 = _mm256_unpacklo_ps(v[2], v[3]), hi23 = _mm256_unpackhi_ps(v[2], v[3]);
+  const F c0 = _mm256_shuffle_ps(lo01, lo23, 0x44), c1 = _mm256_shuffle_ps(lo01, lo23, 0xEE);
+  const F c2 = _mm256_shuffle_ps(hi01, hi23, 0x44), c3 = _mm256_shuffle_ps(hi01, hi23, 0xEE);
+  v[0] = _mm256_permute2f128_ps(c0, c1, 0x20);
+  v[1] = _mm256_permute2f128_ps(c2, c3, 0x20);
+  v[2] = _mm256_permute2f128_ps(c0, c1, 0x31);
+  v[3] = _mm256_permute2f128_ps(c2, c3, 0x31);
+}
+inline void memory_to_decoded_order(F (&v)[4]) {
+  const F c0 = _mm256_permute2f128_ps(v[0], v[2], 0x20), c1 = _mm256_permute2f128_ps(v[0], v[2], 0x31);
+  const F c2 = _mm256_permute2f128_ps(v[1], v[3], 0x20), c3 = _mm256_permute2f128_ps(v[1], v[3], 0x31);
+  const F lo01 = _mm256_unpacklo_ps(c0, c1), hi01 = _mm256_unpackhi_ps(c0, c1);
+  const F lo23 = _mm256_unpacklo_ps(c2, c3), hi23 = _mm256_unpackhi_ps(c2, c3);
+  v[0] = _mm256_shuffle_ps(lo01, lo23, 0x44);
+  v[1] = _mm256_shuffle_ps(lo01, lo23, 0xEE);
+  v[2] = _mm256_shuffle_ps(hi01, hi23, 0x44);
+  v[3] = _mm256_shuffle_ps(hi01, hi23, 0xEE);
+}
+
+// Four consecutive codes of a packed buffer in each lane: element 4i + j of the group is nibble j of lane i, in the
+// order high, low, high, low of two bytes.
+using Codes = U;
+inline Codes load_codes(const uint8_t* packed) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+}
+// The same from the low nibble of *packed on (odd), or with only `bytes` readable.
+inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
+  uint8_t some[32] = {};
+  if (bytes >= 17) {
+    __builtin_memcpy(some, packed, 17);
+  } else {
+    __builtin_memcpy(some, packed, static_cast<size_t>(bytes));
+  }
+  const __m128i here = _mm_loadu_si128(reinterpret_cast<const __m128i*>(some));
+  if (!odd) return _mm256_cvtepu16_epi32(here);
+  const __m128i next = _mm_loadu_si128(reinterpret_cast<const __m128i*>(some + 1)), low = _mm_set1_epi8(15);
+  return _mm256_cvtepu16_epi32(
+      _mm_or_si128(_mm_slli_epi16(_mm_and_si128(here, low), 4), _mm_and_si128(_mm_srli_epi16(next, 4), low)));
+}
+
+// The code values, scaled, and what code j of each lane stands for.
+struct Table {
+  F low, high;  // codes 0..7 and 8..15
+};
+inline Table nf4_table() { return {_mm256_loadu_ps(kNf4.value), _mm256_loadu_ps(kNf4.value + 8)}; }
+inline Table scaled(const Table& t, F scale) { return {mul(t.low, scale), mul(t.high, scale)}; }
+template <int j>
+inline F lookup(const Table& t, Codes c) {
+  constexpr int kShift[4] = {4, 0, 12, 8};
+  const U code = _mm256_srli_epi32(c, kShift[j]), sign = _mm256_slli_epi32(c, 28 - kShift[j]);
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.low, code), _mm256_permutevar8x32_ps(t.high, code),
+                          _mm256_castsi256_ps(sign));
+}
+
+// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
+template <int j>
+inline F joined(int first, F a, F b) {
+  const U element = _mm256_add_epi32(_mm256_slli_epi32(iota(), 2), _mm256_set1_epi32(j));
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(first), element)));
+}
+
+// Random bits of elements 4*group .. 4*(group + kLanes) - 1.
+inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
+  const uint64_t last_without_carry = 0xFFFFFFFFu - (group & 0xFFFFFFFFu);
+  const U low = _mm256_set1_epi32(static_cast<int>(group));
+  const U carry =
+      _mm256_cmpgt_epi32(iota(), _mm256_set1_epi32(static_cast<int>(last_without_carry < 8 ? last_without_carry : 8)));
+  U c0 = _mm256_add_epi32(low, iota()), c2 = _mm256_setzero_si256(), c3 = _mm256_setzero_si256();
+  U c1 = _mm256_sub_epi32(_mm256_set1_epi32(static_cast<int>(group >> 32)), carry);
+  const auto multiply = [](U c, uint32_t by, U* high) {
+    const U m = _mm256_set1_epi32(static_cast<int>(by));
+    const U even = _mm256_mul_epu32(c, m), odd = _mm256_mul_epu32(_mm256_srli_epi64(c, 32), m);
+    *high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xAA);
+    return _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xAA);
+  };
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    U h0, h1;
+    const U l0 = multiply(c0, 0xD2511F53u, &h0), l1 = multiply(c2, 0xCD9E8D57u, &h1);
+    c0 = _mm256_xor_si256(_mm256_xor_si256(h1, c1), _mm256_set1_epi32(static_cast<int>(k0)));
+    c2 = _mm256_xor_si256(_mm256_xor_si256(h0, c3), _mm256_set1_epi32(static_cast<int>(k1)));
+    c1 = l1;
+    c3 = l0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  F v[4] = {_mm256_castsi256_ps(c0), _mm256_castsi256_ps(c1), _mm256_castsi256_ps(c2), _mm256_castsi256_ps(c3)};
+  decoded_to_memory_order(v);
+  for (int q = 0; q < 4; ++q) _mm256_storeu_ps(reinterpret_cast<float*>(bits) + 8 * q, v[q]);
+}
+
+template <class W>
+using TwoWords = W;
+
+}  // namespace panel
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,84 @@
+// The vocabulary panel:: for AVX-512 with BF16: that of AVX-512, and WordBf16 for vdpbf16ps.
+#pragma once
+
+#include "cpp/cpu/isa/avx512/panel.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace panel {
+
+// bfloat16 multiplication in pairs: a word of an operand is two elements. The sums are float32, and subnormal factors,
+// products and sums count as zero.
+struct WordBf16 {
+  using Word = uint32_t;
+  using Vector = U;
+  static constexpr int kElements = 2, kWords = 1;
+  using FewLanes = TwoWords<WordBf16>;  // what to multiply with where lanes are few
+  static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
+  static void store(Word* p, Vector v) { _mm512_storeu_si512(p, v); }
+  static void store_elements(Word* row, int64_t element, F v) {
+    panel::store(reinterpret_cast<bfloat16*>(row) + element, v);
+  }
+  static Vector broadcast(const Word* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+  static F multiply_add(Vector a, Vector b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
+
+  // The words of up to 2 * kLanes elements, bit for bit: of neighbours, or (decoded) of elements 4i, 4i + 2 and 4i + 1,
+  // 4i + 3, as decode_row pairs them.
+  template <bool decoded>
+  static F load_pairs(const bfloat16* p, int64_t count) {
+    const __mmask32 these = count >= 2 * kLanes ? 0xFFFFFFFFu : count > 0 ? (1u << count) - 1 : 0u;
+    U pairs = _mm512_maskz_loadu_epi16(these, p);
+    if constexpr (decoded) {
+      const __m128i order = _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15);
+      pairs = _mm512_shuffle_epi8(pairs, _mm512_broadcast_i32x4(order));
+    }
+    return _mm512_castsi512_ps(pairs);
+  }
+
+  // Words of an element of `first` and the one of `second` in the same lane, both already bfloat16 values.
+  static Vector pair(F first, F second) {
+    return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
+                                   _mm512_castps_si512(second));
+  }
+  // The same, rounded here; subnormals become zero, as the multiplication would make them anyway.
+  static Vector round_pair(F first, F second) {
+    const U both = (U)_mm512_cvtne2ps_pbh(second, first);  // lanes of first, then lanes of second
+    const U order = _mm512_setr_epi32(0x100000, 0x110001, 0x120002, 0x130003, 0x140004, 0x150005, 0x160006, 0x170007,
+                                      0x180008, 0x190009, 0x1A000A, 0x1B000B, 0x1C000C, 0x1D000D, 0x1E000E, 0x1F000F);
+    return _mm512_permutexvar_epi16(order, both);
+  }
+
+  // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
+  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+    const F values = scaled(nf4_table(), splat(scale)).value;
+    const U table = (U)_mm512_cvtne2ps_pbh(values, values);  // twice, so that bit 4 of an index does not matter
+    const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    store(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
+    store(out + 16, _mm512_permutexvar_epi16(bytes, table));
+  }
+  static void store_decoded_row(const F (&v)[4], Word* out) {
+    store(out, round_pair(v[0], v[2]));
+    store(out + 16, round_pair(v[1], v[3]));
+  }
+
+  // The words of a group of lanes, (row, next row): of element 4i + j in vector j, lane i.
+  static void decode_lanes(const uint8_t* packed, const uint8_t* next, float scale, float next_scale,
+                           Vector (&out)[4]) {
+    const Table nf4 = nf4_table();
+    const U table = (U)_mm512_cvtne2ps_pbh(scaled(nf4, splat(next_scale)).value, scaled(nf4, splat(scale)).value);
+    const U codes = _mm512_or_si512(load_codes(packed), _mm512_slli_epi32(load_codes(next), 16));
+    const auto words = [&](U shifted) {  // 0xEA: (a & b) | c
+      const U index =
+          _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA);
+      return _mm512_permutexvar_epi16(index, table);
+    };
+    out[0] = words(_mm512_srli_epi16(codes, 4));
+    out[1] = words(codes);
+    out[2] = words(_mm512_srli_epi16(codes, 12));
+    out[3] = words(_mm512_srli_epi16(codes, 8));
+  }
+};
+
+}  // namespace panel
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

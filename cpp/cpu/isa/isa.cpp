@@ -1,0 +1,97 @@
+#include "cpp/cpu/isa/isa.h"
+
+#include <cctype>
+#include <cstdlib>
+#include <string>
+
+namespace qlora::cpu {
+namespace {
+
+uint32_t processor_features() {
+  uint32_t features = 0;
+#if QLORA_X86
+  const auto add = [&](Feature feature, int has) { features |= has ? feature : 0u; };
+  add(kAvx2, __builtin_cpu_supports("avx2"));
+  add(kFma, __builtin_cpu_supports("fma"));
+  add(kF16c, __builtin_cpu_supports("f16c"));
+  add(kAvx512f, __builtin_cpu_supports("avx512f"));
+  add(kAvx512bw, __builtin_cpu_supports("avx512bw"));
+  add(kAvx512vl, __builtin_cpu_supports("avx512vl"));
+  add(kAvx512dq, __builtin_cpu_supports("avx512dq"));
+  add(kAvx512vbmi, __builtin_cpu_supports("avx512vbmi"));
+  add(kAvx512bf16, __builtin_cpu_supports("avx512bf16"));
+  add(kAvx512vnni, __builtin_cpu_supports("avx512vnni"));
+#endif
+  return features;
+}
+
+bool is_intel() {
+#if QLORA_X86
+  return __builtin_cpu_is("intel");
+#else
+  return false;
+#endif
+}
+
+// AVX512-BF16 is avx512_bf16.
+std::string canonical(const char* name) {
+  std::string out;
+  for (; *name; ++name)
+    if (*name != '_' && *name != '-') out += static_cast<char>(std::tolower(static_cast<unsigned char>(*name)));
+  return out;
+}
+
+const Isa& best_isa() {
+  for (const Isa* isa : kIsas)
+    if (supported(*isa)) return *isa;
+  return kScalarIsa;
+}
+
+struct Selection {
+  const Isa* isa = &best_isa();
+  bool forced = false;
+  std::string error;
+};
+
+const Selection& selection() {
+  static const Selection selected = [] {
+    Selection s;
+    const char* name = std::getenv("QLORA_CPU_ISA");
+    if (!name || !*name) return s;
+    const Isa* const isa = find_isa(name);
+    if (!isa) {
+      s.error = std::string("QLORA_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16, got ") + name;
+    } else if (!supported(*isa)) {
+      s.error = std::string("QLORA_CPU_ISA: this processor has no ") + isa->name + "; its best is " + s.isa->name;
+    } else {
+      s.isa = isa;
+      s.forced = true;
+    }
+    return s;
+  }();
+  return selected;
+}
+
+}  // namespace
+
+bool supported(const Isa& isa) {
+  static const uint32_t features = processor_features();
+  return (isa.needs & ~features) == 0;
+}
+
+const Isa* find_isa(const char* name) {
+  for (const Isa* isa : kIsas)
+    if (canonical(isa->name) == canonical(name)) return isa;
+  return nullptr;
+}
+
+const Isa& current_isa() { return *selection().isa; }
+
+const char* isa_error() { return selection().error.empty() ? nullptr : selection().error.c_str(); }
+
+const Cpu& current_cpu() {
+  static const Cpu cpu = {current_isa().needs, is_intel(), selection().forced};
+  return cpu;
+}
+
+}  // namespace qlora::cpu

@@ -1,0 +1,55 @@
+// Which instruction set the CPU kernels run with: one of a list, each a set of features that a processor has or has
+// not.
+#pragma once
+
+#include <cstdint>
+
+namespace qlora::cpu {
+
+enum Feature : uint32_t {
+  kAvx2 = 1u << 0,
+  kFma = 1u << 1,
+  kF16c = 1u << 2,
+  kAvx512f = 1u << 3,
+  kAvx512bw = 1u << 4,
+  kAvx512vl = 1u << 5,
+  kAvx512dq = 1u << 6,
+  kAvx512vbmi = 1u << 7,
+  kAvx512bf16 = 1u << 8,
+  kAvx512vnni = 1u << 9,
+};
+
+// A set of features that kernels are compiled for, and its name: of the folder in isa/, of the file isa_<name>.cpp, of
+// the namespace, and in QLORA_CPU_ISA.
+struct Isa {
+  const char* name;
+  uint32_t needs;  // Features, or-ed
+};
+inline constexpr Isa kScalarIsa = {"scalar", 0};
+inline constexpr Isa kAvx2Isa = {"avx2", kAvx2 | kFma | kF16c};
+inline constexpr Isa kAvx512Isa = {"avx512",
+                                   kAvx2Isa.needs | kAvx512f | kAvx512bw | kAvx512vl | kAvx512dq | kAvx512vbmi};
+inline constexpr Isa kAvx512Bf16Isa = {"avx512_bf16", kAvx512Isa.needs | kAvx512bf16 | kAvx512vnni};
+
+// The best come first: the first one that a processor supports is used.
+inline constexpr const Isa* kIsas[] = {&kAvx512Bf16Isa, &kAvx512Isa, &kAvx2Isa, &kScalarIsa};
+
+bool supported(const Isa&);             // whether this processor has what it needs
+const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter
+
+// The one in use: the first supported one, or the one named by the environment variable QLORA_CPU_ISA when first asked.
+// isa_error() is null, or says why that name cannot be honoured (unknown, or not on this processor).
+const Isa& current_isa();
+const char* isa_error();
+
+// What the choice of a kernel depends on (tuning.h).
+struct Cpu {
+  uint32_t features;  // of the instruction set in use
+  bool intel;         // whose vdpbf16ps is slow
+  bool isa_forced;    // by name: every instruction of the set is wanted
+
+  constexpr bool has(Feature feature) const { return features & feature; }
+};
+const Cpu& current_cpu();
+
+}  // namespace qlora::cpu

@@ -1,0 +1,153 @@
+// The vocabulary codec:: in plain C++, the definition that the other sets' codec.h reproduce bit for bit. Everything
+// comes in groups of 32 weights (16 packed bytes), which is the smallest quantization block.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpp/cpu/isa/dynamic8_cells.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace codec {
+
+inline constexpr int kLanes = 16;
+inline constexpr int kGroup = 2 * kLanes;
+
+struct Floats {
+  float lane[kLanes];
+};
+
+inline Floats splat(float x) {
+  Floats r;
+  for (float& lane : r.lane) lane = x;
+  return r;
+}
+inline Floats load(const float* p) {
+  Floats r;
+  std::memcpy(r.lane, p, sizeof r.lane);
+  return r;
+}
+inline void store(float* p, const Floats& x) { std::memcpy(p, x.lane, sizeof x.lane); }
+inline Floats add(Floats a, const Floats& b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+  return a;
+}
+inline Floats sub(Floats a, const Floats& b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] -= b.lane[i];
+  return a;
+}
+inline Floats mul(Floats a, const Floats& b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
+  return a;
+}
+
+// sums[0..16) += x, widened.
+inline void accumulate(double* sums, const Floats& x) {
+  for (int i = 0; i < kLanes; ++i) sums[i] += static_cast<double>(x.lane[i]);
+}
+
+// A group as floats, split so that a packed byte is one lane of each.
+struct Pairs {
+  Floats even, odd;
+};
+template <class T>
+inline Pairs load_pairs(const T* p) {
+  Pairs r;
+  for (int i = 0; i < kLanes; ++i) {
+    r.even.lane[i] = to_float(p[2 * i]);
+    r.odd.lane[i] = to_float(p[2 * i + 1]);
+  }
+  return r;
+}
+
+// nf4_encode of each lane.
+struct Codes {
+  uint8_t lane[kLanes];
+};
+inline Codes encode(const Floats& q) {
+  Codes r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<uint8_t>(nf4_encode(q.lane[i]));
+  return r;
+}
+inline void store_packed(uint8_t* packed, const Codes& even, const Codes& odd) {
+  for (int i = 0; i < kLanes; ++i) packed[i] = static_cast<uint8_t>(even.lane[i] << 4 | odd.lane[i]);
+}
+
+// dynamic8_encode of each lane; no lane is NaN.
+inline void store_dynamic8(uint8_t* codes, const Floats& q) {
+  using Cells = Dynamic8Cells;
+  for (int i = 0; i < kLanes; ++i) {
+    const int32_t bits = static_cast<int32_t>(float_bits(q.lane[i])), sign = bits >> 31;
+    int32_t place = (bits & INT32_MAX) - Cells::kLeastBits;
+    place = place < 0 ? 0 : place < Cells::kRange ? place : Cells::kRange;
+    const int32_t entry = kDynamic8Cells.entry[(place >> Cells::kLowBits) + (sign & Cells::kCells)];
+    codes[i] = static_cast<uint8_t>((entry + ((place & Cells::kLowMask) ^ sign)) >> Cells::kLowBits);
+  }
+}
+
+// The largest magnitude among the groups shown to it. Bits without the sign order as the magnitudes do, and NaN is
+// above infinity, so one integer maximum serves every type and loses no NaN.
+template <class T>
+struct BitsOf {
+  using type = uint16_t;
+};
+template <>
+struct BitsOf<float> {
+  using type = uint32_t;
+};
+template <class T>
+class Largest {
+ public:
+  void see(const T* group) {
+    for (int i = 0; i < kGroup; ++i) {
+      Bits bits;
+      std::memcpy(&bits, group + i, sizeof bits);
+      bits &= static_cast<Bits>(~Bits{0}) >> 1;
+      bits_ = bits > bits_ ? bits : bits_;
+    }
+  }
+  float magnitude() const {
+    T x;
+    std::memcpy(&x, &bits_, sizeof x);
+    return to_float(x);
+  }
+
+ private:
+  using Bits = typename BitsOf<T>::type;
+  Bits bits_ = 0;
+};
+
+// What the 16 codes decode to under one scale.
+template <class T>
+struct Table {
+  T value[kCodes];
+};
+template <class T>
+inline Table<T> make_table(float absmax) {
+  // Volatile, or the compiler makes a negation of the product with -1, which flips the sign of a NaN.
+  const volatile float* code = kNf4.value;
+  Table<T> r;
+  for (int i = 0; i < kCodes; ++i) from_float(code[i] * absmax, &r.value[i]);
+  return r;
+}
+
+// Decodes a group. kStream asks for stores that bypass the caches; `out` must then be aligned to 64 bytes.
+template <bool kStream, class T>
+inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
+  for (int i = 0; i < kLanes; ++i) {
+    out[2 * i] = table.value[packed[i] >> 4];
+    out[2 * i + 1] = table.value[packed[i] & 15];
+  }
+}
+inline void finish_streaming() {}
+
+// Decodes as many of the first nested scales as the set decodes faster together than one by one, and returns how many.
+inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
+
+}  // namespace codec
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,134 @@
+// The vocabulary panel:: in plain C++, the definition of what the kernels for many tokens ask of a vector unit. `F` is
+// a vector of kLanes floats.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+#include "cpp/format/philox.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace panel {
+
+inline constexpr int kLanes = 4;
+inline constexpr int kAccumulators = 12;        // vectors of sums that a tile of outputs keeps in registers
+inline constexpr bool kSpareRegisters = false;  // whether enough are left to decode weights between multiplications
+
+struct F {
+  float lane[kLanes];
+};
+
+inline F zero() { return {}; }
+inline F splat(float x) { return {{x, x, x, x}}; }
+inline F add(F a, F b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
+  return a;
+}
+inline F mul(F a, F b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
+  return a;
+}
+// a * b + c, in one rounding where the set has an instruction for that; here in two.
+inline F multiply_add(F a, F b, F c) { return add(mul(a, b), c); }
+
+// `count` elements, zeros after them; nothing beyond them is touched.
+template <class T>
+inline F load_first(const T* p, int count) {
+  F v = {};
+  for (int i = 0; i < count; ++i) v.lane[i] = to_float(p[i]);
+  return v;
+}
+template <class T>
+inline F load(const T* p) {
+  return load_first(p, kLanes);
+}
+template <class T>
+inline void store_first(T* p, F v, int count) {
+  for (int i = 0; i < count; ++i) from_float(v.lane[i], &p[i]);
+}
+template <class T>
+inline void store(T* p, F v) {
+  store_first(p, v, kLanes);
+}
+
+// v with the lanes zeroed whose random bits are below `threshold`.
+inline F keep_from(F v, const uint32_t* bits, uint32_t threshold) {
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = bits[i] < threshold ? 0.0f : v.lane[i];
+  return v;
+}
+
+// v[i][j] <-> v[j][i]
+inline void transpose(F (&v)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float t = v[i].lane[j];
+      v[i].lane[j] = v[j].lane[i];
+      v[j].lane[i] = t;
+    }
+  }
+}
+
+// Between the order of a group in memory (element 4i + j) and the order nibbles are decoded in (vector j, lane i).
+inline void decoded_to_memory_order(F (&v)[4]) { transpose(v); }
+inline void memory_to_decoded_order(F (&v)[4]) { transpose(v); }
+
+// Four consecutive codes of a packed buffer in each lane: element 4i + j of the group is code j of lane i.
+struct Codes {
+  uint8_t code[4][kLanes];
+};
+// From the low nibble of *packed on (odd), with only `bytes` readable.
+inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
+  Codes c = {};
+  for (int64_t e = 0; e < 4 * kLanes && (e + odd) / 2 < bytes; ++e)
+    c.code[e % 4][e / 4] = static_cast<uint8_t>(nf4_code_at(packed, e + odd));
+  return c;
+}
+inline Codes load_codes(const uint8_t* packed) { return load_codes(packed, false, 2 * kLanes); }
+
+// The code values, scaled, and what code j of each lane stands for.
+struct Table {
+  float value[kCodes];
+};
+inline Table scaled(const Table& t, F scale) {
+  Table out;
+  for (int i = 0; i < kCodes; ++i) out.value[i] = t.value[i] * scale.lane[0];
+  return out;
+}
+inline Table nf4_table() {
+  Table t;
+  for (int i = 0; i < kCodes; ++i) t.value[i] = kNf4.value[i];
+  return t;
+}
+template <int j>
+inline F lookup(const Table& t, const Codes& c) {
+  F v;
+  for (int i = 0; i < kLanes; ++i) v.lane[i] = t.value[c.code[j][i]];
+  return v;
+}
+
+// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
+template <int j>
+inline F joined(int first, F a, F b) {
+  for (int i = 0; i < kLanes; ++i) a.lane[i] = 4 * i + j < first ? a.lane[i] : b.lane[i];
+  return a;
+}
+
+// Random bits of elements 4*group .. 4*(group + kLanes) - 1.
+inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
+  for (int i = 0; i < kLanes; ++i) {
+    const Philox4 random = philox4x32_10(seed, group + static_cast<uint64_t>(i));
+    for (int j = 0; j < 4; ++j) bits[4 * i + j] = random.lane[j];
+  }
+}
+
+// Lanes that stand for two words each (many_tokens/multiply-inl.h), where the set has them (avx512/panel.h); here a
+// lane stands for one.
+template <class W>
+using TwoWords = W;
+
+}  // namespace panel
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

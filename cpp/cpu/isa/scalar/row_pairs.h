@@ -1,0 +1,78 @@
+// stream::'s words for weight rows in pairs, in plain C++.
+//
+// dx sums over weight rows, so two of them are what a lane multiplies and adds up: of the same 64 columns of an upper
+// and a lower row, a lane holds four columns of both, in a word each.
+//
+// clang-format off
+//   lane l          | high word: row `lower`  | low word: row `upper`   |
+//   nibble s        |   3     2     1     0   |   3     2     1     0   |
+//   column 4l +     |   2     3     0     1   |   2     3     0     1   |
+// clang-format on
+#pragma once
+
+#include "cpp/cpu/isa/scalar/stream.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace stream {
+
+inline constexpr int kMaxDxTokens = 2;  // that a kernel sums at once; few, to keep the code small
+
+inline int32_t word_of(const uint8_t* row, int i) { return row[2 * i] | row[2 * i + 1] << 8; }
+
+[[gnu::noinline]] inline Ints load_row_pair(const uint8_t* upper, const uint8_t* lower) {
+  return each_lane<Ints>([&](int i) { return pair(word_of(upper, i), word_of(lower, i)); });
+}
+// Nibble s of every word, looked up: a pair of int16, of the upper row in the low half.
+template <int s>
+[[gnu::noinline]] inline Ints decode_nibble(const Ints& words, const IntCodebook& book) {
+  return each_lane<Ints>(
+      [&](int i) { return pair(book.values[nibble(words, i, s)], book.values[nibble(words, i, 4 + s)]); });
+}
+// of_nibble[s] has column 4l + (s ^ 1) in lane l -> the 64 columns in memory order.
+[[gnu::noinline]] inline void store_in_order(const Floats (&of_nibble)[4], float* out) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int s = 0; s < 4; ++s) out[4 * i + (s ^ 1)] = of_nibble[s].lane[i];
+}
+// The words of one row, a lane each, and nibble s of each as float32.
+[[gnu::noinline]] inline Ints load_words(const uint8_t* row) {
+  return each_lane<Ints>([&](int i) { return word_of(row, i); });
+}
+template <int s>
+[[gnu::noinline]] inline Floats decode_nibble(const Ints& words, const FloatCodebook& book) {
+  return each_lane<Floats>([&](int i) { return book.values[nibble(words, i, s)]; });
+}
+
+// The bits of |x|, taken for an integer: it grows as log2 |x| does.
+[[gnu::noinline]] inline Ints magnitude_bits(const Floats& x) {
+  return each_lane<Ints>([&](int i) { return static_cast<int32_t>(magnitude_of_lane(x, i)); });
+}
+[[gnu::noinline]] inline Ints max_ints(const Ints& a, const Ints& b) {
+  return each_lane<Ints>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
+// x where number < limit, else -infinity.
+[[gnu::noinline]] inline Floats where_less(const Ints& number, uint32_t limit, const Floats& x) {
+  return each_lane<Floats>(
+      [&](int i) { return number.lane[i] < static_cast<int32_t>(limit) ? x.lane[i] : -__builtin_inff(); });
+}
+// A bit for each lane where a >= b, which a NaN is not.
+[[gnu::noinline]] inline uint32_t lanes_at_least(const Floats& a, const Floats& b) {
+  uint32_t lanes = 0;
+  for (int i = 0; i < kLanes; ++i) lanes |= static_cast<uint32_t>(a.lane[i] >= b.lane[i]) << i;
+  return lanes;
+}
+inline uint32_t first_lane_bits(int64_t count) { return count >= kLanes ? 0xFFFFu : (1u << count) - 1u; }
+// Rounded in the lanes whose bit is set, 0 in the others.
+[[gnu::noinline]] inline Ints round_to_ints(const Floats& x, uint32_t lanes) {
+  return each_lane<Ints>([&](int i) { return lanes >> i & 1 ? static_cast<int32_t>(__builtin_lrintf(x.lane[i])) : 0; });
+}
+[[gnu::noinline]] inline Ints splat_pair(int32_t pair) {
+  return each_lane<Ints>([&](int) { return pair; });
+}
+[[gnu::noinline]] inline void store_pairs(int32_t* p, const Ints& low, const Ints& high) {
+  for (int i = 0; i < kLanes; ++i) p[i] = pair(low.lane[i], high.lane[i]);
+}
+
+}  // namespace stream
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,103 @@
+// The gradients of the low-rank factors, dA = gᵀ · dropout(x) and dB = dyᵀ · h.
+//
+// Both sum over tokens: the rank is broadcast, from g and h kept as [rank, tokens], and the features are the lanes,
+// from x and dy as they lie in memory. g and h are recomputed for as many ranks at a time as the scratch of a call
+// holds of all tokens, and at least one.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/dense-inl.h"
+#include "cpp/cpu/many_tokens/low_rank-inl.h"
+#include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/many_tokens/tasks-inl.h"
+#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
+// Columns [column, column + columns) of low [rank, m] · in [m, features], handed to `store_sums` as a product leaves
+// its sums (multiply-inl.h).
+template <class W, class T, class Store>
+void reduce_tokens(const Matrix<T>& low, int64_t rank, const Matrix<T>& in, int64_t m, int64_t column, int64_t columns,
+                   const Store& store_sums) {
+  using Word = typename W::Word;
+  Carver memory(scratch(ScratchUse::kThread, kTaskBytes));
+  Word* const broadcast = memory.take<Word>(rank * kDepth);
+  Word* const lanes = memory.take<Word>(round_up(columns, kLanes) * kDepth);
+  const int64_t count = rank * round_up(columns, kLanes);
+  float* const slice = memory.take<float>(count);
+  float* const sums = memory.take<float>(count);
+  if (m == 0) __builtin_memset(sums, 0, static_cast<size_t>(count) * sizeof(float));
+  const Cut slices = cut(m, kDepth * W::kElements, W::kElements);
+  for (int64_t t = 0; t < m; t += slices.size) {
+    const int64_t tokens = min(slices.size, m - t);
+    load_broadcast<W>(low, 0, rank, t, tokens, broadcast);
+    load_lanes<W, Order::kMemory>(in, t, tokens, column, columns, columns, lanes);
+    const int depth = static_cast<int>(ceil_div(tokens, W::kElements));
+    PrefetchAhead nothing;
+    multiply<W, kLowRankChain<T>>(broadcast, rank, lanes, columns, depth, slice, true, nothing);
+    add_slice(slice, count, sums, t == 0);
+  }
+  store_sums(sums);
+}
+
+template <class W, class T>
+void dlora(const Pool& pool, const LoraGradProblem& p) {
+  constexpr int64_t kMostColumns = 256, kMostRanks = 256;
+  const int64_t r = p.lora.rank, m = p.m;
+  const Matrix<T> x{static_cast<const T*>(p.x), p.k, p.lora.dropout}, dy{static_cast<const T*>(p.dy), p.n};
+  const Matrix<T> a{static_cast<const T*>(p.lora.a), p.k}, b{static_cast<const T*>(p.lora.b), r};
+  const int64_t fit = kCallBytes / static_cast<int64_t>(2 * sizeof(T)) / max(m, 1);
+  const int64_t some = max(min(min(fit, kMostRanks), r), 1);
+  const Cut ks = cut(p.k, kMostColumns, kLanes), ns = cut(p.n, kMostColumns, kLanes);
+  T* const h = static_cast<T*>(scratch(ScratchUse::kCall, 2 * m * some * static_cast<int64_t>(sizeof(T))));
+  const Scale keep_scale(p.lora.dropout.keep_scale);
+  for (int64_t first = 0; first < r; first += some) {
+    const int64_t ranks = min(some, r - first);
+    T* const g = h + m * ranks;
+    low_rank<W, Factor::kRankByFeature>(pool, x, 0, m, p.k, a, first, ranks, p.lora.scaling, LowRankOut<T>{h, 1, m});
+    low_rank<W, Factor::kFeatureByRank>(pool, dy, 0, m, p.n, b, first, ranks, p.lora.scaling, LowRankOut<T>{g, 1, m});
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (i < ks.count) {
+          const int64_t column = i * ks.size, columns = min(ks.size, p.k - column);
+          reduce_tokens<W>(Matrix<T>{g, m}, ranks, x, m, column, columns, [&](const float* sums) {
+            for (int64_t q = 0; q < ranks; ++q) {
+              T* const out = static_cast<T*>(p.da) + (first + q) * p.k + column;
+              for (int64_t c = 0; c < columns; c += kGroup) {
+                F v[4];
+                load_sums(sums, ranks, q, c, columns, v);
+                for (int s = 0; s < 4; ++s)
+                  store_some(out + c + s * kLanes, keep_scale(v[s]), columns - c - s * kLanes);
+              }
+            }
+          });
+        } else {
+          const int64_t row = (i - ks.count) * ns.size, rows = min(ns.size, p.n - row);
+          reduce_tokens<W>(Matrix<T>{h, m}, ranks, dy, m, row, rows, [&](const float* sums) {
+            for (int64_t l = 0; l < rows; l += kTileLanes) {
+              const int64_t lanes = min(rows - l, kTileLanes);
+              store_transposed<T>(sums + l * ranks, ranks, tile_width(lanes), lanes, nullptr,
+                                  static_cast<T*>(p.db) + (row + l) * r + first, r);
+            }
+          });
+        }
+      }
+    };
+    pool(ks.count + ns.count, 1, body);
+  }
+}
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,188 @@
+// The input gradient of the fused linear layer for many tokens, dx = dy · w + mask ∘ (g · a) · keep_scale.
+//
+// Each task owns a rectangle of the output and sums it in float32 scratch: a piece of the packed weight is decoded into
+// a panel that stays in the second-level cache and is multiplied with all tokens of the task, then the next along the
+// summed dimension; the low-rank product is one more of them. An element's sum has the same order whatever the tasks,
+// so the result does not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/dense-inl.h"
+#include "cpp/cpu/many_tokens/dropout_mask-inl.h"
+#include "cpp/cpu/many_tokens/low_rank-inl.h"
+#include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/many_tokens/tasks-inl.h"
+#include "cpp/cpu/many_tokens/weight-inl.h"
+#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
+// The dropout of dx's low-rank part, in place on sums whose lanes are columns in decoded order.
+inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t tokens, int64_t k, int64_t column,
+                      int64_t columns) {
+  const Scale keep_scale(d.keep_scale);
+  const F all = splat(1.0f);
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t first = 0; first < columns; first += Mask::kMax) {
+      const Mask mask(d, (token + t) * k + column + first, min(columns - first, Mask::kMax));
+      for (int64_t c = first; c < columns && c < first + Mask::kMax; c += kGroup) {
+        F kept[4];
+        unroll<4>([&](auto q) { kept[q.value] = mask(all, c - first + q.value * kLanes); });
+        memory_to_decoded_order(kept);
+        unroll<4>([&](auto q) {
+          float* s = sums + (c + q.value / 2 * kTileLanes) * tokens + t * kTileLanes + q.value % 2 * kLanes;
+          store(s, keep_scale(mul(load(s), kept[q.value])));
+        });
+      }
+    }
+  }
+}
+
+// How many columns a task takes, and the pieces it decodes: with few tokens, as much at a time as the first-level cache
+// holds. With many, decoding hardly counts, and deeper pieces add to the sums less often. A piece that is decoded
+// during the multiplication of the one before it has a panel of its own.
+struct DxShape {
+  bool interleaved;
+  int64_t most_columns, piece_columns, piece_depth;
+
+  // By the whole problem, not by the task, since the order of the sums depends on it.
+  explicit DxShape(const LinearDxProblem& p) : DxShape(p.m, kSpareRegisters && ScaledPiece::aligned(p.w)) {}
+  constexpr DxShape(int64_t m, bool interleaved_)
+      : interleaved(interleaved_),
+        most_columns(m <= kFewTokens ? 2048 : 512),
+        piece_columns(m <= kFewTokens && interleaved ? kGroup : 2 * kGroup),
+        piece_depth(m <= kFewTokens ? 64 : kDepth / 2) {}
+
+  constexpr int64_t piece_words() const { return piece_columns * piece_depth; }
+  constexpr int64_t scale_floats() const { return ScaledPiece::scale_floats(2 * piece_depth, most_columns); }
+  constexpr int64_t bytes(int64_t tokens) const {
+    return 4 * (tokens * kDepth + 2 * piece_words() + tokens * most_columns + 2 * scale_floats());
+  }
+  static constexpr int64_t kFewTokens = 64;
+};
+static_assert(DxShape(DxShape::kFewTokens, true).bytes(DxShape::kFewTokens) <= kTaskBytes);
+static_assert(DxShape(kMostTokens, true).bytes(kMostTokens) <= kTaskBytes);
+
+// dx of tokens [token, token + tokens) and columns [column, column + columns). Tokens are broadcast, columns are the
+// lanes. `g` begins at token `first_token`. The low-rank product comes first, since dropout acts on it alone.
+template <class W, class T>
+class DxTask {
+ public:
+  using Word = typename W::Word;
+
+  DxTask(const LinearDxProblem& p, const T* g, int64_t first_token, int64_t token, int64_t tokens, int64_t column,
+         int64_t columns)
+      : p_(p),
+        g_(g),
+        first_token_(first_token),
+        token_(token),
+        tokens_(tokens),
+        column_(column),
+        columns_(columns),
+        width_(round_up(columns, kGroup)) {
+    Carver memory(scratch(ScratchUse::kThread, kTaskBytes));
+    broadcast_ = memory.take<Word>(tokens * kDepth);
+    lanes_ = memory.take<Word>(2 * shape_.piece_words());
+    sums_ = memory.take<float>(tokens * width_);
+    scales_ = memory.take<float>(2 * shape_.scale_floats());
+  }
+
+  void operator()() {
+    const int64_t rank = p_.lora.rank;
+    if (p_.w.n == 0 && rank == 0) __builtin_memset(sums_, 0, static_cast<size_t>(tokens_ * width_) * sizeof(float));
+    const int64_t most_ranks = shape_.piece_depth * W::kElements;
+    for (int64_t r = 0; r < rank; r += most_ranks) add_ranks(r, min(most_ranks, rank - r));
+    if (rank && p_.lora.dropout.active()) drop_sums(p_.lora.dropout, sums_, token_, tokens_, p_.w.k, column_, columns_);
+    add_weight();
+    for (int64_t t = 0; t < tokens_; ++t) {
+      T* const out = static_cast<T*>(p_.dx) + (token_ + t) * p_.w.k + column_;
+      for (int64_t c = 0; c < columns_; c += kGroup) {
+        F v[4];
+        load_sums(sums_, tokens_, t, c, width_, v);
+        decoded_to_memory_order(v);
+        for (int q = 0; q < 4; ++q) store_some(out + c + q * kLanes, v[q], columns_ - c - q * kLanes);
+      }
+    }
+  }
+
+ private:
+  void add_ranks(int64_t rank, int64_t ranks) {
+    const Matrix<T> low{g_, p_.lora.rank}, a{static_cast<const T*>(p_.lora.a), p_.w.k};
+    load_broadcast<W>(low, token_ - first_token_, tokens_, rank, ranks, broadcast_);
+    for (int64_t c = 0; c < columns_; c += pieces_.size) {
+      const int64_t some = min(pieces_.size, columns_ - c), lanes = round_up(some, kGroup);
+      load_lanes<W, Order::kDecoded>(a, rank, ranks, column_ + c, some, lanes, lanes_);
+      PrefetchAhead nothing;
+      multiply<W, kChain<T>>(broadcast_, tokens_, lanes_, lanes, static_cast<int>(ceil_div(ranks, W::kElements)),
+                             sums_ + c * tokens_, rank == 0, nothing);
+    }
+  }
+
+  void add_weight() {
+    const Matrix<T> dy{static_cast<const T*>(p_.dy), p_.w.n};
+    const Cut slices = cut(p_.w.n, shape_.piece_depth * W::kElements, W::kElements);
+    const Pieces pieces{{0, p_.w.n, column_, columns_}, slices.size, pieces_.size};
+    const int64_t steps_per_group = kGroup / kTileLanes * ceil_div(tokens_, kAccumulators / 2);
+    int64_t steps_between = shape_.interleaved;
+    while (shape_.interleaved && 2 * steps_between <= steps_per_group) steps_between *= 2;
+    multiply_pieces<W, Becomes::kLanes>(
+        p_.w, pieces, lanes_, lanes_ + (shape_.interleaved ? shape_.piece_words() : 0), scales_,
+        scales_ + shape_.scale_floats(), steps_between, [&](const Piece& piece, const Word* panel, auto& interleaved) {
+          if (pieces.begins_strip(piece)) load_broadcast<W>(dy, token_, tokens_, piece.row, piece.rows, broadcast_);
+          multiply<W, kChain<T>>(broadcast_, tokens_, panel, round_up(piece.columns, kGroup),
+                                 static_cast<int>(ceil_div(piece.rows, W::kElements)),
+                                 sums_ + (piece.column - column_) * tokens_, piece.row == 0 && p_.lora.rank == 0,
+                                 interleaved);
+        });
+  }
+
+  const LinearDxProblem& p_;
+  const T* const g_;
+  const int64_t first_token_, token_, tokens_, column_, columns_, width_;
+  const DxShape shape_{p_};
+  const Cut pieces_ = cut(columns_, shape_.piece_columns, kGroup);
+  Word *broadcast_, *lanes_;
+  float *sums_, *scales_;
+};
+
+template <class W, class T>
+void dx(const Pool& pool, const LinearDxProblem& p) {
+  const DxShape shape(p);
+  const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
+  T* const g = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
+  for (int64_t first = 0; first < p.m; first += some) {
+    const int64_t tokens = min(some, p.m - first);
+    if (p.lora.rank) {
+      const Matrix<T> dy{static_cast<const T*>(p.dy), p.w.n}, b{static_cast<const T*>(p.lora.b), p.lora.rank};
+      low_rank<W, Factor::kFeatureByRank>(pool, dy, first, tokens, p.w.n, b, 0, p.lora.rank, p.lora.scaling,
+                                          LowRankOut<T>{g, p.lora.rank, 1});
+    }
+    const Grid grid = make_grid(pool.threads, p.w.k, shape.most_columns, kGroup, tokens, kMostTokens);
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t column = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+        DxTask<W, T> task(p, g, first, first + token, min(grid.tokens.size, tokens - token), column,
+                          min(grid.rows.size, p.w.k - column));
+        task();
+      }
+    };
+    pool(grid.tasks(), 1, body);
+  }
+}
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,179 @@
+// The fused linear layer for many tokens, y = x · wᵀ + h · bᵀ + bias.
+//
+// Each task owns a rectangle of the output and sums it in float32 scratch: a piece of the packed weight is decoded into
+// a panel that stays in the second-level cache and is multiplied with all tokens of the task, then the next along the
+// summed dimension; the low-rank product is one more of them. An element's sum has the same order whatever the tasks,
+// so the result does not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/dense-inl.h"
+#include "cpp/cpu/many_tokens/low_rank-inl.h"
+#include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/many_tokens/tasks-inl.h"
+#include "cpp/cpu/many_tokens/weight-inl.h"
+#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
+// Words of x's panel, and floats of a task's sums: together they stay in the second-level cache.
+inline constexpr int64_t kMostLaneWords = 64 * 1024, kMostSums = 180 * 1024;
+
+// A strip of weight rows is decoded piece by piece along the summed dimension into a broadcast panel in the first-level
+// cache. Where a piece is decoded during the multiplication of the one before it, either has half of the panel.
+struct StripShape {
+  static constexpr int64_t kMostRows = 24, kPanelWords = kMostRows * kDepth;
+  bool interleaved;
+  int64_t rows, other_half;  // words
+
+  // By the whole problem, not by the task, since the order of the sums depends on it.
+  explicit StripShape(const LinearProblem& p)
+      : interleaved(kSpareRegisters && ScaledPiece::aligned(p.w)),
+        rows(interleaved ? kMostRows / 2 : kMostRows),
+        other_half(interleaved ? rows * kDepth : 0) {}
+};
+inline constexpr int64_t kStripScales = ScaledPiece::scale_floats(StripShape::kMostRows, 2 * kMostLaneWords / kLanes);
+
+// y of tokens [token, token + tokens) and weight rows [row, row + rows). Weight rows are broadcast, tokens are the
+// lanes. `h` begins at token `first_token`.
+template <class W, class T>
+class ForwardTask {
+ public:
+  using Word = typename W::Word;
+  static constexpr int kStepElements = W::kElements * W::kWords;
+  static constexpr int64_t kBytes = 4 * (StripShape::kPanelWords + kMostLaneWords + kMostSums + 2 * kStripScales);
+
+  ForwardTask(const LinearProblem& p, const T* h, int64_t first_token, int64_t token, int64_t tokens, int64_t row,
+              int64_t rows)
+      : p_(p), h_(h), first_token_(first_token), token_(token), tokens_(tokens), row_(row), rows_(rows) {
+    Carver memory(scratch(ScratchUse::kThread, kTaskBytes));
+    strip_ = memory.take<Word>(StripShape::kPanelWords);
+    lanes_ = memory.take<Word>(kMostLaneWords);
+    sums_ = memory.take<float>(rows * round_up(token_lanes_, kLanes));
+    scales_ = memory.take<float>(2 * kStripScales);
+  }
+
+  void operator()() {
+    const int64_t rank = p_.lora.rank;
+    if (p_.w.k == 0 && rank == 0) {
+      __builtin_memset(sums_, 0, static_cast<size_t>(rows_ * round_up(token_lanes_, kLanes)) * sizeof(float));
+    }
+    const int64_t most_columns = kMostLaneWords / round_up(tokens_, kLanes) * W::kElements;
+    const int64_t columns = max(most_columns / pieces_.size, 1) * pieces_.size;
+    for (int64_t c = 0; c < p_.w.k; c += columns) add_columns(c, min(columns, p_.w.k - c));
+    for (int64_t r = 0; r < rank; r += kDepth * W::kElements) add_ranks(r, min(kDepth * W::kElements, rank - r));
+    if constexpr (W::kWords > 1) add_words();
+    const T* bias = p_.bias ? static_cast<const T*>(p_.bias) + row_ : nullptr;
+    for (int64_t t = 0; t < tokens_; t += kTileLanes) {
+      const int64_t some = min(tokens_ - t, kTileLanes);
+      store_transposed(sums_ + t * rows_, rows_, tile_width(some), some, bias,
+                       static_cast<T*>(p_.y) + (token_ + t) * p_.w.n + row_, p_.w.n);
+    }
+  }
+
+ private:
+  // Columns [column, column + columns) of x times those of the weight.
+  void add_columns(int64_t column, int64_t columns) {
+    const Matrix<T> x{static_cast<const T*>(p_.x), p_.w.k};
+    const int lanes_depth = transpose_lanes<W, Order::kDecoded>(x, token_, tokens_, column, columns, lanes_);
+    const Pieces pieces{{row_, rows_, column, columns}, strips_.size, pieces_.size};
+    multiply_pieces<W, Becomes::kBroadcast>(
+        p_.w, pieces, strip_, strip_ + shape_.other_half, scales_, scales_ + kStripScales, shape_.interleaved,
+        [&](const Piece& piece, const Word* panel, auto& interleaved) {
+          multiply_strip(panel, piece.row - row_, piece.rows,
+                         static_cast<int>(round_up(piece.columns, kGroup) / kStepElements),
+                         (piece.column - column) / kStepElements, lanes_depth, piece.column == 0, interleaved);
+        });
+  }
+
+  void add_ranks(int64_t rank, int64_t ranks) {
+    const Matrix<T> low{h_, p_.lora.rank}, b{static_cast<const T*>(p_.lora.b), p_.lora.rank};
+    const int depth = transpose_lanes<W, Order::kMemory>(low, token_ - first_token_, tokens_, rank, ranks, lanes_);
+    for (int64_t r = 0; r < rows_; r += strips_.size) {
+      const int64_t rows = min(strips_.size, rows_ - r);
+      load_broadcast<W>(b, row_ + r, rows, rank, ranks, strip_);
+      PrefetchAhead nothing;
+      multiply_strip(strip_, r, rows, depth, 0, depth, p_.w.k == 0 && rank == 0, nothing);
+    }
+  }
+
+  // Adds to the sums of the task's rows [row, row + rows) their panel times the steps [at, at + depth) of the lanes.
+  template <class Interleaved>
+  void multiply_strip(const Word* panel, int64_t row, int64_t rows, int depth, int64_t at, int64_t lanes_depth,
+                      bool first, Interleaved& interleaved) {
+    for (int64_t l = 0; l < token_lanes_; l += kTileLanes) {
+      const int64_t some = min(token_lanes_ - l, kTileLanes), width = tile_width(some);
+      multiply<W, kChain<T>>(panel, rows, lanes_ + l * lanes_depth + at * width, some, depth,
+                             sums_ + l * rows_ + row * width, first, interleaved);
+    }
+  }
+
+  // Adds up the two lanes that a token has with TwoWords.
+  void add_words() {
+    const int64_t width = tile_width(token_lanes_);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const float* const in = sums_ + r * width;
+      store(sums_ + r * kLanes, W::add_neighbours(load(in), width == kTileLanes ? load(in + kLanes) : zero()));
+    }
+  }
+
+  const LinearProblem& p_;
+  const T* const h_;
+  const int64_t first_token_, token_, tokens_, token_lanes_ = tokens_ * W::kWords, row_, rows_;
+  const StripShape shape_{p_};
+  const Cut strips_ = cut(rows_, shape_.rows, 1), pieces_ = cut(p_.w.k, kDepth* W::kElements, kGroup);
+  Word *strip_, *lanes_;
+  float *sums_, *scales_;
+};
+
+template <class W, class T>
+void forward(const Pool& pool, const LinearProblem& p) {
+  static_assert(ForwardTask<W, T>::kBytes <= kTaskBytes);
+  const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
+  T* const h = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
+  for (int64_t first = 0; first < p.m; first += some) {
+    const int64_t tokens = min(some, p.m - first);
+    if (p.lora.rank) {
+      const Matrix<T> x{static_cast<const T*>(p.x), p.w.k, p.lora.dropout};
+      const Matrix<T> a{static_cast<const T*>(p.lora.a), p.w.k};
+      low_rank<W, Factor::kRankByFeature>(pool, x, first, tokens, p.w.k, a, 0, p.lora.rank, p.lora.scaling,
+                                          LowRankOut<T>{h, p.lora.rank, 1});
+    }
+    constexpr int64_t kUnit = kAccumulators / 2;
+    const int64_t most_rows = kMostSums / min(round_up(tokens, kTileLanes), kMostTokens) / kUnit * kUnit;
+    const Grid grid = make_grid(pool.threads, p.w.n, most_rows, kUnit, tokens, kMostTokens);
+    auto body = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+        const auto compute = [&](auto word) {
+          ForwardTask<decltype(word), T> task(p, h, first, first + token, min(grid.tokens.size, tokens - token), row,
+                                              min(grid.rows.size, p.w.n - row));
+          task();
+        };
+        if (p.m <= kLanes) {
+          compute(typename W::FewLanes{});
+        } else {
+          compute(W{});
+        }
+      }
+    };
+    pool(grid.tasks(), 1, body);
+  }
+}
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

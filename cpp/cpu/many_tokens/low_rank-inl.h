@@ -1,0 +1,92 @@
+// The low-rank intermediates, h = round(scaling · dropout(x) · Aᵀ) and g = round(scaling · dy · B).
+//
+// Tokens are broadcast and the rank is the lanes: x and dy are read as they lie in memory, and only the small factor is
+// ever rearranged.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/dense-inl.h"
+#include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/many_tokens/tasks-inl.h"
+#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
+enum class Factor { kRankByFeature, kFeatureByRank };  // A [r, k], B [n, r]
+
+// Where h or g goes: that of token i and rank j, counted from the first ones asked for, to
+// out[i * token_stride + j * rank_stride].
+template <class T>
+struct LowRankOut {
+  T* out;
+  int64_t token_stride, rank_stride;
+};
+
+template <class W, Factor layout, class T>
+void low_rank_task(const Matrix<T>& in, int64_t features, const Matrix<T>& factor, int64_t first_rank, int64_t rank,
+                   double scale, int64_t first_token, int64_t token, int64_t tokens, const LowRankOut<T>& to) {
+  using Word = typename W::Word;
+  Carver memory(scratch(ScratchUse::kThread, kTaskBytes));
+  Word* const broadcast = memory.take<Word>(tokens * kDepth);
+  Word* const lanes = memory.take<Word>(kTileLanes * kDepth);
+  float* const slice = memory.take<float>(tokens * kTileLanes);
+  float* const sums = memory.take<float>(tokens * round_up(rank, kTileLanes));
+  if (features == 0)
+    __builtin_memset(sums, 0, static_cast<size_t>(tokens * round_up(rank, kTileLanes)) * sizeof(float));
+  const Cut slices = cut(features, kDepth * W::kElements, kGroup);
+  for (int64_t f = 0; f < features; f += slices.size) {
+    const int64_t columns = min(slices.size, features - f);
+    load_broadcast<W>(in, first_token + token, tokens, f, columns, broadcast);
+    for (int64_t r = 0; r < rank; r += kTileLanes) {
+      const int64_t ranks = min(rank - r, kTileLanes);
+      int depth = static_cast<int>(ceil_div(columns, W::kElements));
+      if constexpr (layout == Factor::kRankByFeature) {
+        depth = transpose_lanes<W, Order::kMemory>(factor, first_rank + r, ranks, f, columns, lanes);
+      } else {
+        load_lanes<W, Order::kMemory>(factor, f, columns, first_rank + r, ranks, ranks, lanes);
+      }
+      PrefetchAhead nothing;
+      multiply<W, kLowRankChain<T>>(broadcast, tokens, lanes, ranks, depth, slice, true, nothing);
+      add_slice(slice, tokens * tile_width(ranks), sums + r * tokens, f == 0);
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    for (int64_t r = 0; r < rank; ++r) {
+      const int64_t tile = r / kTileLanes * kTileLanes, width = tile_width(rank - tile);
+      from_float(static_cast<float>(sums[tile * tokens + t * width + r - tile] * scale),
+                 &to.out[(token + t) * to.token_stride + r * to.rank_stride]);
+    }
+  }
+}
+
+template <class W, Factor layout, class T>
+void low_rank(const Pool& pool, const Matrix<T>& in, int64_t first_token, int64_t tokens, int64_t features,
+              const Matrix<T>& factor, int64_t first_rank, int64_t rank, double scaling, const LowRankOut<T>& to) {
+  constexpr int64_t kMostTokens = 128, kMostSums = 128 << 10;  // of a task
+  const int64_t most = max(min(kMostTokens, kMostSums / round_up(rank, kTileLanes)), 1);
+  const int64_t tasks = max(ceil_div(tokens, most), min(pool.threads, ceil_div(tokens, 8)));
+  const Cut c = cut_by_count(tokens, tasks, 1);
+  const double scale = scaling * in.dropout.keep_scale;
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t t = b * c.size;
+      low_rank_task<W, layout>(in, features, factor, first_rank, rank, scale, first_token, t, min(c.size, tokens - t),
+                               to);
+    }
+  };
+  pool(c.count, 1, body);
+}
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,305 @@
+// Decoding packed weights into panels (multiply-inl.h), a group of kGroup elements at a time.
+//
+// Where groups coincide with the packed format (they begin at multiples of kGroup and lie in one quantization block), a
+// group's scale multiplies the 16 code values once, not every weight: the weight is *aligned*. Anything else (k no
+// multiple of kGroup, blocks smaller than a group) is *ragged*: each element is multiplied by its own block's scale,
+// and what lies beyond the row is zeroed. Both give the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/codec/scales-inl.h"
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/many_tokens/dropout_mask-inl.h"
+#include "cpp/cpu/many_tokens/multiply-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/pages-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
+template <class T>
+inline void swap(T& a, T& b) {
+  const T old = a;
+  a = b, b = old;
+}
+
+// Rows [row, row + rows) and columns [column, column + columns) of a weight.
+struct Piece {
+  int64_t row, rows, column, columns;
+};
+
+// How an area of a weight is cut into pieces: strips of `rows` rows, one below the other, each into `columns` columns.
+struct Pieces {
+  Piece area;
+  int64_t rows, columns;
+
+  Piece at(int64_t row, int64_t column) const {
+    return {row, min(rows, area.row + area.rows - row), column, min(columns, area.column + area.columns - column)};
+  }
+  Piece first() const { return at(area.row, area.column); }
+  Piece after(const Piece& piece) const {
+    const int64_t column = piece.column + piece.columns;
+    return column < area.column + area.columns ? at(piece.row, column) : at(piece.row + piece.rows, area.column);
+  }
+  bool begins_strip(const Piece& piece) const { return piece.column == area.column; }
+  Piece strip(int64_t row) const { return {row, at(row, area.column).rows, area.column, area.columns}; }
+};
+
+// A piece with the scales of the quantization blocks it lies in, which are decoded once for however many panels it is
+// decoded to.
+class ScaledPiece {
+ public:
+  // `scales` has room for scale_floats(rows, columns).
+  ScaledPiece(const Weight& w, const Piece& piece, float* scales) : w_(&w) {
+    const bool one_run = piece.columns == w.k;  // of blocks, in all rows
+    // A run has one place for each of its scales. Where there are gaps between rows, each row has places of its own, as
+    // many as it may need; from scales(row) that is less by what the number of its first block grows with each row.
+    row_scales_ = one_run ? 0 : piece.columns / kMinBlockSize + 2 + kLanes - (w.k >> shift_);
+    scales_ = scales - block(piece.row, piece.column) - piece.row * row_scales_;
+    for (int64_t row = piece.row, step = one_run ? piece.rows : 1; row < piece.row + piece.rows; row += step) {
+      const int64_t first = block(row, piece.column);
+      const int64_t last = block(row + step - 1, piece.column + piece.columns - 1);
+      read_scales(w.scales, first, last + 1 - first, scales_ + row * row_scales_ + first);
+    }
+  }
+  // Decoding loads whole vectors of scales.
+  static constexpr int64_t scale_floats(int64_t rows, int64_t columns) {
+    return rows * (columns / kMinBlockSize + 3 + kLanes);
+  }
+
+  const Weight& weight() const { return *w_; }
+  int shift() const { return shift_; }
+  int64_t flat(int64_t row, int64_t column) const { return row * w_->k + column; }
+  // scales(row)[b] is the scale of block b, numbered through the whole weight, for the blocks that the row lies in.
+  const float* scales(int64_t row) const { return scales_ + row * row_scales_; }
+  int64_t row_scales() const { return row_scales_; }  // from scales(row) to scales(row + 1)
+
+  // Whether its groups coincide with the packed format, from a multiple of kGroup on.
+  bool aligned() const { return aligned(*w_); }
+  static bool aligned(const Weight& w) { return w.k % kGroup == 0 && w.scales.block_size >= kGroup; }
+  // Of such a group that begins at (row, column), the packed bytes and the scale.
+  const uint8_t* packed(int64_t row, int64_t column) const { return w_->packed + (flat(row, column) >> 1); }
+  float scale(int64_t row, int64_t column) const { return scales(row)[block(row, column)]; }
+
+ private:
+  int64_t block(int64_t row, int64_t column) const { return flat(row, column) >> shift_; }
+
+  const Weight* w_;
+  int shift_ = __builtin_ctzll(static_cast<uint64_t>(w_->scales.block_size));
+  int64_t row_scales_;
+  float* scales_;
+};
+
+inline PrefetchAhead prefetch_ahead(const Weight& w, const Piece& piece) {
+  return {w.packed, piece.row * w.k + piece.column, piece.rows, w.k, piece.columns};
+}
+
+// A row of any piece, whose elements from `columns` on are zero.
+class RaggedRow {
+ public:
+  RaggedRow(const ScaledPiece& t, int64_t row, int64_t column, int64_t columns)
+      : t_(t), flat_(t.flat(row, column)), columns_(columns), scales_(t.scales(row)) {}
+
+  // Of the group at column c, vector j lane i is element 4i + j.
+  void decode(int64_t c, F (&v)[4]) const {
+    const Weight& w = t_.weight();
+    const int64_t begin = flat_ + c;
+    const Codes codes = load_codes(w.packed + (begin >> 1), begin & 1, packed_bytes(w.n * w.k) - (begin >> 1));
+    const float* scale = scales_ + (begin >> t_.shift());
+    const int block = static_cast<int>(w.scales.block_size);
+    int first = block - static_cast<int>(begin & (block - 1));  // of the next block
+    const Table table = scaled(nf4_, splat(scale[0])), next = scaled(nf4_, splat(scale[1]));
+    unroll<4>([&](auto j) {
+      v[j.value] = joined<j.value>(first, lookup<j.value>(table, codes), lookup<j.value>(next, codes));
+    });
+    while ((first += block) < kGroup) {
+      const Table another = scaled(nf4_, splat(*(++scale + 1)));
+      unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, v[j.value], lookup<j.value>(another, codes)); });
+    }
+    if (columns_ - c >= kGroup) return;
+    unroll<4>([&](auto j) { v[j.value] = joined<j.value>(static_cast<int>(columns_ - c), v[j.value], zero()); });
+  }
+
+ private:
+  const ScaledPiece& t_;
+  const Table nf4_ = nf4_table();
+  int64_t flat_, columns_;
+  const float* scales_;
+};
+
+// What becomes of a piece, in decoded order and with its columns rounded up to whole groups: a broadcast panel, whose
+// rows are the piece's and whose depth its columns; or a lanes panel, whose lanes are the columns and whose depth the
+// rows.
+enum class Becomes { kBroadcast, kLanes };
+
+template <class W>
+void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
+    const RaggedRow ragged(source, row, piece.column, piece.columns);
+    for (int64_t c = 0; c < piece.columns; c += kGroup) {
+      if (source.aligned()) {
+        W::decode_row(source.packed(row, piece.column + c), source.scale(row, piece.column + c),
+                      panel + c / W::kElements);
+      } else {
+        F v[4];
+        ragged.decode(c, v);
+        W::store_decoded_row(v, panel + c / W::kElements);
+      }
+    }
+  }
+}
+
+template <class W>
+void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  const int64_t depth = ceil_div(piece.rows, W::kElements);
+  for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
+    const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
+    const bool is_next = next < piece.row + piece.rows;
+    const RaggedRow ragged(source, row, piece.column, piece.columns),
+        ragged_next(source, next, piece.column, piece.columns);
+    typename W::Vector words[4];
+    for (int64_t c = 0; c < piece.columns; c += kGroup) {
+      if (source.aligned() && is_next) {
+        const int64_t column = piece.column + c;
+        W::decode_lanes(source.packed(row, column), source.packed(next, column), source.scale(row, column),
+                        source.scale(next, column), words);
+      } else if constexpr (W::kElements == 1) {
+        ragged.decode(c, words);
+      } else {
+        F v[4], below[4] = {zero(), zero(), zero(), zero()};
+        ragged.decode(c, v);
+        if (is_next) ragged_next.decode(c, below);
+        unroll<4>([&](auto j) { words[j.value] = W::round_pair(v[j.value], below[j.value]); });
+      }
+      store_whole_group<W>(panel + c * depth, kTileLanes * depth, words);
+    }
+  }
+}
+
+// Decodes an aligned piece group by group, as a task interleaved with a multiplication (multiply-inl.h), and fetches
+// the packed bytes of the piece `after` it. A group of lanes takes several stores, which would stall both if every step
+// had them: with `steps_between` > 1, a power of two, only every so many steps decode a group. The object lies in whole
+// cache lines, for every step reads most of it.
+template <class W, Becomes becomes>
+class alignas(64) GroupDecoder {
+ public:
+  using Word = typename W::Word;
+  static constexpr int kRowsPerStep = becomes == Becomes::kLanes ? W::kElements : 1;
+
+  GroupDecoder(const ScaledPiece& source, const Piece& piece, const Piece& after, Word* panel, int64_t steps_between)
+      : packed_(source.weight().packed),
+        flat_(source.flat(piece.row, piece.column)),
+        k_(source.weight().k),
+        distance_((source.flat(after.row, after.column) - flat_) / 2),
+        scales_(source.scales(piece.row)),
+        row_scales_(source.row_scales()),
+        out_(panel),
+        steps_(piece.rows / kRowsPerStep),
+        left_(steps_),
+        columns_(piece.columns),
+        shift_(source.shift()),
+        mask_(static_cast<int>(steps_between) - 1) {}
+
+  void step() {
+    if (left_ == 0) return;
+    if constexpr (becomes == Becomes::kLanes) {
+      if (++turn_ & mask_) return;
+    }
+    const uint8_t* const packed = packed_ + (flat_ >> 1);
+    __builtin_prefetch(packed + distance_, 0, 2);
+    const float scale = scales_[flat_ >> shift_];
+    if constexpr (becomes == Becomes::kBroadcast) {
+      W::decode_row(packed, scale, out_);
+    } else {
+      const uint8_t* const next = packed + (k_ >> 1) * (kRowsPerStep - 1);
+      const float next_scale =
+          scales_[row_scales_ * (kRowsPerStep - 1) + ((flat_ + k_ * (kRowsPerStep - 1)) >> shift_)];
+      if (kRowsPerStep > 1) __builtin_prefetch(next + distance_, 0, 2);
+      typename W::Vector words[4];
+      W::decode_lanes(packed, next, scale, next_scale, words);
+      store_whole_group<W>(out_, kTileLanes * steps_, words);
+    }
+    flat_ += k_ * kRowsPerStep, scales_ += row_scales_ * kRowsPerStep, out_ += kOutStep;
+    if (--left_ > 0 || (columns_ -= kGroup) <= 0) return;
+    flat_ += kGroup - steps_ * kRowsPerStep * k_;
+    scales_ -= steps_ * kRowsPerStep * row_scales_;
+    out_ += (becomes == Becomes::kBroadcast ? kGroup / W::kElements : kGroup * steps_) - steps_ * kOutStep;
+    left_ = steps_;
+  }
+  void finish() {
+    mask_ = 0;
+    while (left_ > 0) step();
+  }
+
+ private:
+  static constexpr int64_t kOutStep = becomes == Becomes::kBroadcast ? kDepth : kTileLanes;
+
+  const uint8_t* packed_;
+  int64_t flat_, k_, distance_;
+  const float* scales_;
+  int64_t row_scales_;
+  Word* out_;
+  int64_t steps_, left_, columns_;  // steps down the columns of a group, and columns left
+  int shift_, mask_, turn_ = 0;
+};
+
+// Decodes all pieces, and multiplies each by a call of multiply(piece, panel, interleaved).
+//
+// Where steps_between is 0, a piece is decoded after the multiplication of the one before it, during which its bytes
+// are fetched. Otherwise it is decoded during that multiplication, to the other one of two panels, and the bytes of the
+// one after it are fetched. Scales are decoded a strip at a time.
+//
+// Of strips of whole rows, which become a broadcast panel, the pages are touched in bursts, at least two strips ahead
+// (pages-inl.h). For strips of a few columns in many rows, which become lanes, that has gained nothing.
+template <class W, Becomes becomes, class Multiply>
+void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* panel, typename W::Word* other_panel,
+                     float* scales, float* other_scales, int64_t steps_between, const Multiply& multiply) {
+  using Decoder = GroupDecoder<W, becomes>;
+  const auto decode = [](const ScaledPiece& source, const Piece& piece, typename W::Word* to) {
+    if constexpr (becomes == Becomes::kBroadcast) {
+      decode_broadcast<W>(source, piece, to);
+    } else {
+      decode_lanes<W>(source, piece, to);
+    }
+  };
+  Piece piece = pieces.first();
+  if (piece.rows == 0) return;
+  const Piece& area = pieces.area;
+  PagesAhead pages(w, area.row, area.row + area.rows, area.column, area.columns);
+  const auto touch_pages = [&](int64_t row) {
+    if constexpr (becomes == Becomes::kBroadcast) pages.touch_before(row + 3 * pieces.rows);
+  };
+  touch_pages(piece.row);
+  ScaledPiece source(w, pieces.strip(piece.row), scales);
+  decode(source, piece, panel);
+  while (piece.rows > 0) {
+    const Piece next = pieces.after(piece);
+    if (next.rows > 0 && pieces.begins_strip(next)) {
+      touch_pages(next.row);
+      swap(scales, other_scales);
+      source = ScaledPiece(w, pieces.strip(next.row), scales);
+    }
+    if (kSpareRegisters && steps_between && next.rows % Decoder::kRowsPerStep == 0) {
+      Decoder decoder(source, next, pieces.after(next), other_panel, steps_between);
+      multiply(piece, panel, decoder);
+      decoder.finish();
+    } else {
+      PrefetchAhead prefetch = prefetch_ahead(w, next);
+      multiply(piece, panel, prefetch);
+      decode(source, next, other_panel);
+    }
+    swap(panel, other_panel);
+    piece = next;
+  }
+}
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

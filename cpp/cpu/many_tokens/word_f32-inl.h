@@ -1,0 +1,46 @@
+// Float32 multiplication: a word of an operand is one element.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/panel.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/unroll.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens {
+
+using namespace panel;
+
+struct WordF32 {
+  using Word = float;
+  using Vector = F;
+  static constexpr int kElements = 1, kWords = 1;
+  using FewLanes = TwoWords<WordF32>;  // what to multiply with where lanes are few
+  static Vector load(const Word* p) { return panel::load(p); }
+  static void store(Word* p, Vector v) { panel::store(p, v); }
+  static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
+
+  // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
+  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+    F v[4];
+    decode_lanes(packed, nullptr, scale, 0.0f, v);
+    store_decoded_row(v, out);
+  }
+  static void store_decoded_row(const F (&v)[4], Word* out) {
+    unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
+  }
+  // The words of a group of lanes: of one weight row, and there is no next one.
+  static void decode_lanes(const uint8_t* packed, const uint8_t*, float scale, float, Vector (&out)[4]) {
+    const Table table = scaled(nf4_table(), splat(scale));
+    const Codes codes = load_codes(packed);
+    unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
+  }
+  static Vector broadcast(const Word* p) { return splat(*p); }
+  static F multiply_add(Vector a, Vector b, F sum) { return panel::multiply_add(a, b, sum); }
+};
+
+}  // namespace many_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,15 @@
+// Dropout of one element at a time. Where many are dropped, many_tokens/dropout_mask-inl.h draws a vector of them.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/philox.h"
+
+namespace qlora::cpu {
+
+// Whether dropout takes element `index`, the row-major index in x [M, K].
+QLORA_INLINE bool dropped(const Dropout& d, int64_t index) {
+  return d.active() && !d.keeps(philox4x32_10(d.seed, static_cast<uint64_t>(index) >> 2).lane[index & 3]);
+}
+
+}  // namespace qlora::cpu

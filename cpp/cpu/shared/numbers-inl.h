@@ -1,0 +1,38 @@
+// Least, largest and rounded numbers, for code that includes nothing of the standard library.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+
+constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
+
+// Bits of a T after its leading one.
+template <class T>
+inline constexpr int kMantissaBits = 23;
+template <>
+inline constexpr int kMantissaBits<bfloat16> = 7;
+template <>
+inline constexpr int kMantissaBits<float16> = 10;
+
+template <class T>
+inline float rounded(float x) {
+  T out;
+  from_float(x, &out);
+  return to_float(out);
+}
+
+// Of non-negative floats the bits order as the numbers do, and a NaN's are above infinity's.
+inline constexpr uint32_t kInfinityBits = 0x7F800000u;
+inline constexpr uint32_t kMagnitudeBits = 0x7FFFFFFFu;
+constexpr uint32_t power_of_two_bits(int exponent) { return static_cast<uint32_t>(127 + exponent) << 23; }
+
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

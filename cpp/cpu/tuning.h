@@ -1,0 +1,167 @@
+// Which kernel a problem runs with: pure functions of the problem's types and sizes and of the processor, so that they
+// can be read and tested anywhere. Each bound says where it comes from; "measured" is bench/cliffs.py, whose numbers on
+// both sides of a bound stand in bench/results/cpu_roofline.md. The twin for CUDA is cuda/tuning.h.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/isa.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu {
+
+enum class Kernel {
+  kFewTokensInt,     // codes as integers, sums exact in int32; what is uneven, in float32 (few_tokens/*_int-inl.h)
+  kFewTokensBf16,    // codes as bfloat16, multiplied in pairs (few_tokens/forward_bf16-inl.h)
+  kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
+  kManyTokensBf16,   // panels of bfloat16 pairs (many_tokens/linear_bf16-inl.h)
+  kManyTokensFloat,  // panels of float32 (many_tokens/linear_float-inl.h)
+  kFloat64,          // plain loops (float64/)
+};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt,   Kernel::kFewTokensBf16,   Kernel::kFewTokensFloat,
+                                      Kernel::kManyTokensBf16, Kernel::kManyTokensFloat, Kernel::kFloat64};
+
+constexpr const char* kernel_name(Kernel kernel) {
+  constexpr const char* kNames[] = {"few_tokens_int",   "few_tokens_bf16",   "few_tokens_float",
+                                    "many_tokens_bf16", "many_tokens_float", "float64"};
+  return kNames[static_cast<int>(kernel)];
+}
+
+// The kernels that a problem goes to, one after the other until one serves it: a kernel may find out from the data,
+// which no choice sees, that it cannot (Outcome, dispatch.h). The last one always can.
+struct Choice {
+  Kernel kernels[4];
+  int count = 0;
+
+  constexpr void add(Kernel kernel) { kernels[count++] = kernel; }
+  constexpr const Kernel* begin() const { return kernels; }
+  constexpr const Kernel* end() const { return kernels + count; }
+};
+
+constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
+
+// ---- what a kernel can serve at all ----
+
+// Tokens. The integer kernel of dx keeps all of them in registers; in the other one a strip of sums must fit half of
+// the scratch, whatever the shift of the rows of W.
+inline constexpr int64_t kMostDxIntTokens = 16, kMostDxFloatTokens = 64;
+inline constexpr int64_t kMostForwardIntTokens = 64;  // of which it notes in a word which are uneven
+inline constexpr int64_t kDxIntColumns = 64;          // that must have one scale: four nibbles of 16 lanes
+
+constexpr bool accepts_type(Kernel kernel, DType dtype) {
+  switch (kernel) {
+    case Kernel::kFewTokensInt:
+      return is_16_bit(dtype);
+    case Kernel::kFewTokensBf16:
+    case Kernel::kManyTokensBf16:
+      return dtype == DType::kBFloat16;
+    case Kernel::kFewTokensFloat:
+    case Kernel::kManyTokensFloat:
+      return dtype != DType::kFloat64;
+    case Kernel::kFloat64:
+      return dtype == DType::kFloat64;
+  }
+  return false;
+}
+constexpr bool is_few_tokens(Kernel kernel) {
+  return kernel == Kernel::kFewTokensInt || kernel == Kernel::kFewTokensBf16 || kernel == Kernel::kFewTokensFloat;
+}
+
+constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
+  if (!accepts_type(kernel, p.dtype)) return false;
+  if (!is_few_tokens(kernel)) return true;
+  return p.m > 0 && p.w.n > 0 && p.w.k > 0 && (kernel != Kernel::kFewTokensInt || p.m <= kMostForwardIntTokens);
+}
+constexpr bool has_one_scale_per_64_columns(const Weight& w) {
+  return w.k % kDxIntColumns == 0 && w.scales.block_size >= kDxIntColumns;
+}
+constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
+  if (!accepts_type(kernel, p.dtype)) return false;
+  if (!is_few_tokens(kernel)) return true;
+  if (!is_16_bit(p.dtype) || p.m == 0 || p.w.n == 0 || p.w.k == 0) return false;
+  if (kernel == Kernel::kFewTokensInt) return p.m <= kMostDxIntTokens && has_one_scale_per_64_columns(p.w);
+  return kernel == Kernel::kFewTokensFloat && p.m <= kMostDxFloatTokens;
+}
+constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
+  return accepts_type(kernel, p.dtype) && !is_few_tokens(kernel);
+}
+
+// ---- which of them is chosen ----
+
+// bfloat16 is multiplied in pairs where the processor does that well. On Intel's cores vdpbf16ps issues every second
+// cycle, half as fast as widening to float32 and fma; on AMD's (Zen 4, Zen 5) it is twice as fast. Asking for the
+// instruction set by name insists on it.
+constexpr bool multiplies_pairs(DType dtype, const Cpu& cpu) {
+  return dtype == DType::kBFloat16 && cpu.has(kAvx512bf16) && (cpu.isa_forced || !cpu.intel);
+}
+
+// The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
+// sum; the former are ahead from some number of tokens on, and sooner where they multiply pairs. Plain C++ has no
+// look-up worth decoding in registers for.
+//
+// Forward, measured on Zen 5 with AVX-512: without pairs up to 48 tokens (1024x1024 in float16, one thread, 48 tokens:
+// 351 us against 434), but half as many where K is no multiple of 4, for x is then arranged for four or eight shifts
+// first. With pairs, 10 tokens (8 tokens 0.92 ms against 1.20, 10: 1.22 against 1.30, 12: 1.48 against 1.31), 12 where
+// panels decode ragged rows, and 6 where there are four or eight shifts.
+constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
+  constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group
+  if (!cpu.has(kAvx2)) return 0;
+  if (!multiplies_pairs(p.dtype, cpu)) return p.w.k % 4 ? 24 : 48;
+  return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
+}
+
+// One group of tokens of the float32 kernel: with two, which decode W twice, panels are ahead (kMaxFloatTokens of
+// isa/<set>/stream.h).
+constexpr int64_t most_float_tokens(const Cpu& cpu) { return cpu.has(kAvx512f) ? 8 : 4; }
+
+// dx, measured likewise. Float32 has no kernel for few tokens. Up to 16 tokens where columns can be taken 64 at a time,
+// with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8 tokens and
+// AVX2 up to 16, with pairs 4; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight
+// shifts.
+constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
+  if (!cpu.has(kAvx2) || !is_16_bit(p.dtype)) return 0;
+  const bool whole_groups = has_one_scale_per_64_columns(p.w);
+  if (multiplies_pairs(p.dtype, cpu)) return whole_groups ? 6 : 4;
+  if (whole_groups) return 16;
+  return p.w.k % 8 ? 6 : cpu.has(kAvx512f) ? 8 : 16;
+}
+
+// The kernels for many tokens, which take everything; those in pairs leave what is out of their range to the others.
+constexpr void add_many_tokens(DType dtype, const Cpu& cpu, Choice* c) {
+  if (dtype == DType::kFloat64) return c->add(Kernel::kFloat64);
+  if (multiplies_pairs(dtype, cpu)) c->add(Kernel::kManyTokensBf16);
+  c->add(Kernel::kManyTokensFloat);
+}
+
+constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
+  Choice c;
+  if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
+    const bool pairs = multiplies_pairs(p.dtype, cpu);
+    if (pairs) c.add(Kernel::kFewTokensBf16);
+    if (!pairs && is_16_bit(p.dtype)) c.add(Kernel::kFewTokensInt);
+    if (p.dtype == DType::kFloat32 && p.m <= most_float_tokens(cpu)) c.add(Kernel::kFewTokensFloat);
+  }
+  add_many_tokens(p.dtype, cpu, &c);
+  return c;
+}
+
+constexpr Choice choose(const LinearDxProblem& p, const Cpu& cpu) {
+  Choice c;
+  if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
+    if (cpu.has(kAvx512vbmi) && accepts(Kernel::kFewTokensInt, p)) {
+      c.add(Kernel::kFewTokensInt);
+      return c;
+    }
+    c.add(Kernel::kFewTokensFloat);
+  }
+  add_many_tokens(p.dtype, cpu, &c);
+  return c;
+}
+
+constexpr Choice choose(const LoraGradProblem& p, const Cpu& cpu) {
+  Choice c;
+  add_many_tokens(p.dtype, cpu, &c);
+  return c;
+}
+
+}  // namespace qlora::cpu

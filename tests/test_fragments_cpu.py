@@ -1,0 +1,71 @@
+"""Every fragment of cpp/cpu (a file that is compiled once an instruction set) is whole: it can be compiled alone."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+CPU = ROOT / "cpp/cpu"
+ISAS = sorted(p.stem.removeprefix("isa_") for p in CPU.glob("isa_*.cpp"))
+
+
+def flags(isa: str) -> list[str]:
+    """The set's compiler flags, as CMakeLists.txt has them."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    lists = dict(re.findall(r"^set\((_avx\w+) (.*)\)$", text, re.M))
+    options = re.search(rf'isa_{isa}\.cpp PROPERTIES COMPILE_OPTIONS "(.*)"', text)
+    names = options[1].replace(";", " ") if options else ""
+    while "$" in names:
+        names = re.sub(r"\$\{(\w+)\}", lambda match: lists[match[1]], names)
+    return names.split()
+
+
+def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
+    """Our headers that a file includes when it is compiled for `isa`."""
+    text = path.read_text()
+    names = re.findall(r'^#include "(cpp/[^"]+)"', text, re.M)
+    names += [f"cpp/cpu/isa/{isa}/{name}" for name in re.findall(r"^#include QLORA_ISA_HEADER\((.+)\)", text, re.M)]
+    return [ROOT / name for name in names]
+
+
+@functools.cache
+def fragments(isa: str) -> list[pathlib.Path]:
+    """What isa_<isa>.cpp includes, directly or not, of cpp/cpu."""
+    found: set[pathlib.Path] = set()
+    waiting = [CPU / f"isa_{isa}.cpp"]
+    while waiting:
+        new = [p for p in includes(waiting.pop(), isa) if p not in found and p.is_relative_to(CPU)]
+        found.update(new)
+        waiting += new
+    return sorted(found)
+
+
+def compile_alone(path: pathlib.Path, isa: str) -> str:
+    """What g++ says of the fragment as a translation unit of its own."""
+    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function"]
+    command += [f"-I{ROOT}", "-DQLORA_X86=1", *flags(isa), "-include", str(path), "-x", "c++", "/dev/null"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if run.returncode == 0 else f"{path.relative_to(ROOT)} for {isa}:\n{run.stderr[:2000]}"
+
+
+def test_every_fragment_is_compiled_for_some_set() -> None:
+    used = {p for isa in ISAS for p in fragments(isa)}
+    assert [p.relative_to(ROOT) for p in CPU.rglob("*-inl.h") if p not in used] == []
+
+
+@pytest.mark.parametrize("isa", [i if i == "scalar" else pytest.param(i, marks=pytest.mark.slow) for i in ISAS])
+def test_every_fragment_compiles_alone(isa: str) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++")
+    paths = fragments(isa)
+    assert len(paths) > 20
+    with ThreadPoolExecutor(2) as pool:
+        failures = [text for text in pool.map(lambda path: compile_alone(path, isa), paths) if text]
+    assert not failures, "\n".join(failures)
