@@ -22,13 +22,15 @@ def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     aligned = width % w4.block_size == 0
     span = width // w4.block_size if aligned else -(-(width - 1) // w4.block_size) + 1
     blocks = first.unsqueeze(1) + torch.arange(span, device=index.device)
+    # index_select checks for itself, on a GPU without making the host wait.
+    checked = index.is_cpu or (not aligned and not index.is_meta)
+    if checked and index.numel() and not torch.compiler.is_compiling():
+        low, high = index.aminmax()
+        if low < 0 or high >= count:
+            raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
     if aligned:
         packed = w4.packed.index_select(0, index)
     else:
-        if index.numel() and not torch.compiler.is_compiling() and not index.is_meta:
-            low, high = index.aminmax()
-            if low < 0 or high >= count:
-                raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
         # A block of an even number of elements begins on a byte. Behind the table's end, anything will do.
         half = w4.block_size // 2
         at = (first * half).unsqueeze(1) + torch.arange(span * half, device=index.device)
