@@ -14,10 +14,8 @@ namespace {
 
 const Kernels& table() {
   static const Kernels* const in_use = [] {
-#if QLORA_X86
-    for (const Kernels* kernels : {&kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels})
+    for (const Kernels* kernels : kTables)
       if (kernels->isa == &current_isa()) return kernels;
-#endif
     return &kScalarKernels;
   }();
   return *in_use;

@@ -39,11 +39,13 @@ struct Kernels {
   KernelsFor<LoraGradProblem> dlora;
 };
 
-extern const Kernels kScalarKernels;
+// The tables of a build, of which the one of current_isa() is in use.
 #if QLORA_X86
-extern const Kernels kAvx2Kernels;
-extern const Kernels kAvx512Kernels;
-extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
+inline constexpr const Kernels* kTables[] = {&kScalarKernels, &kAvx2Kernels, &kAvx512Kernels, &kAvx512Bf16Kernels};
+#else
+extern const Kernels kScalarKernels;
+inline constexpr const Kernels* kTables[] = {&kScalarKernels};
 #endif
 
 }  // namespace qlora::cpu

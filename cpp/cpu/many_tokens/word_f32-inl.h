@@ -37,7 +37,7 @@ struct WordF32 {
     const Codes codes = load_codes(packed);
     unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
   }
-  static Vector broadcast(const Word* p) { return splat(*p); }
+  static Vector broadcast(const Word* p) { return panel::broadcast(p); }
   static F multiply_add(Vector a, Vector b, F sum) { return panel::multiply_add(a, b, sum); }
 };
 

@@ -23,6 +23,7 @@ struct F {
 
 inline F zero() { return {}; }
 inline F splat(float x) { return {{x, x, x, x}}; }
+inline F broadcast(const float* p) { return splat(*p); }
 inline F add(F a, F b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
   return a;
