@@ -242,7 +242,7 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, c
   const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed);
   if (call.is_empty()) return {call.da, call.db};
   const OnDevice device(dy);
-  print_choice("linear_nf4_dlora", call.problem, cuda::linear_nf4_dlora_choice);
+  if (call.problem.m > 0) print_choice("linear_nf4_dlora", call.problem, cuda::linear_nf4_dlora_choice);
   int64_t bytes = 0;
   check_launch("linear_nf4_dlora", cuda::linear_nf4_dlora_workspace_bytes(call.problem, &bytes));
   Tensor scratch = workspace(dy, bytes);
