@@ -21,7 +21,7 @@
 
 namespace qlora::kernels {
 
-inline constexpr int kDequantizeRun = 2;
+inline constexpr int kDequantizeRun = 2;  // chunks that a warp takes one after the other
 
 template <class T, int kChunk>
 struct DequantizeTile {
@@ -92,8 +92,8 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
   }
 }
 
-// Grid-stride, so that the tables are staged once a CTA however large the tensor is; a warp takes kDequantizeRun chunks
-// in a row, most of which share one nested block.
+// Grid-stride, so that the tables are staged once a CTA however large the tensor is; a warp takes kDequantizeRun
+// neighbouring chunks, most of which share one nested block.
 template <class T, int kChunk, int kThreads>
 __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
                                                                   const __grid_constant__ tile::ScaleView scales,

@@ -76,7 +76,7 @@ __device__ __forceinline__ void stage_scales(const tile::ScaleView& view, int64_
   }
 }
 
-// Where a lane's operands lie, less the stage and segment.
+// The shared addresses of a lane's operands in slot 0, segment 0.
 template <class Tile>
 struct LaneAddresses {
   uint32_t table, lane_offset;

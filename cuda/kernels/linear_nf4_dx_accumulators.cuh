@@ -164,7 +164,7 @@ class DxAccumulators {
   }
 
  private:
-  // mma kPair: columns 2 kPair and 2 kPair + 1 of the lane's eight.
+  // acc += mma kPair of the four of a step, whose A has columns 2 kPair and 2 kPair + 1 of the lane's eight.
   template <int kPair, class S>
   __device__ __forceinline__ void add_pair_of_columns(uint32_t table, uint32_t copy, uint32_t even01, uint32_t odd01,
                                                       uint32_t even23, uint32_t odd23, const S& s,
@@ -213,7 +213,7 @@ class DxAccumulators {
     return four;
   }
 
-  // The mask of four token tiles is drawn in a loop that stays one (Philox is long), then applied.
+  // The mask of up to four token tiles is drawn in a loop that is not unrolled, since Philox is long, and then applied.
   __device__ __forceinline__ void apply_dropout(const DxArgs& args, const DxTile& tile) {
     const float keep_scale = static_cast<float>(args.dropout.keep_scale);
     constexpr int kAtOnce = kTokenTiles < 4 ? kTokenTiles : 4;

@@ -94,10 +94,10 @@ class DxLoader {
   const uint8_t* w_;
   const T* dy_;
   char* scale_target_;
-  int64_t scale_element_;  // first of the column group in this thread's first row
+  int64_t scale_element_;  // the first weight, by flat index, of this thread's column group in its first row
   uint32_t w_target_, dy_target_;
-  int w_rows_, dy_rows_, scale_rows_, tokens_;  // left from this thread's first
-  int scale_step_;
+  int w_rows_, dy_rows_, scale_rows_, tokens_;  // how many are left, from this thread's first on
+  int scale_step_;                              // rows from one of this thread's scales to the next
   float offset_;
   tile::RawScale raw_[kScalesPerThread];
 };

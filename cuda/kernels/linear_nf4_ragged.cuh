@@ -29,9 +29,9 @@ struct RaggedLinearArgs {
   int64_t token_tiles;
 };
 
-inline constexpr int kRaggedRows = 64;
+inline constexpr int kRaggedRows = 64;  // of w, per CTA
 inline constexpr int kRaggedThreads = 256;
-inline constexpr int kRaggedStageK = 32;
+inline constexpr int kRaggedStageK = 32;  // k per stage
 
 inline constexpr int kRaggedRun = 8;  // consecutive weights that a thread decodes
 
@@ -59,21 +59,22 @@ __device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::Sc
 template <class T, int kTokens>
 __global__ void __launch_bounds__(kRaggedThreads)
     linear_nf4_ragged_kernel(const __grid_constant__ RaggedLinearArgs<T> p) {
-  constexpr int kColumns = kRaggedRows / 4, kLines = kTokens / 4, kSlices = kRaggedThreads / (kColumns * kLines);
+  constexpr int kRowThreads = kRaggedRows / 4, kTokenThreads = kTokens / 4;  // of 4 rows and 4 tokens each
+  constexpr int kSlices = kRaggedThreads / (kRowThreads * kTokenThreads);    // that share out a stage's k
   constexpr int kSliceK = kRaggedStageK / kSlices, kRunsPerRow = kRaggedStageK / kRaggedRun;
   static_assert(kRaggedRows * kRunsPerRow == kRaggedThreads);
   __shared__ float dynamic8[256], code[kCodes];
   __shared__ float w_stage[kRaggedStageK][kRaggedRows + 1], x_stage[kRaggedStageK][kTokens + 1];
   __shared__ float sums[kSlices][kTokens][kRaggedRows];
-  const int column = threadIdx.x % kColumns, line = threadIdx.x / kColumns % kLines;
-  const int slice = threadIdx.x / (kColumns * kLines);
+  const int row_thread = threadIdx.x % kRowThreads, token_thread = threadIdx.x / kRowThreads % kTokenThreads;
+  const int slice = threadIdx.x / (kRowThreads * kTokenThreads);
   const int64_t n0 = blockIdx.x / p.token_tiles * kRaggedRows, token0 = blockIdx.x % p.token_tiles * kTokens;
 
   tile::fill_dynamic8<kRaggedThreads>(dynamic8);
   if (threadIdx.x < kCodes) code[threadIdx.x] = tile::c_nf4.value[threadIdx.x];
   const float offset = tile::nested_offset(p.scales);
 
-  float acc[4][4] = {};  // [i][j]: row column + kColumns i, token line + kLines j
+  float acc[4][4] = {};  // [i][j]: row row_thread + kRowThreads i, token token_thread + kTokenThreads j
   // acc += sum over k < count of w(row, k) · x[token][k]; load_w(row, k, count, w) gives a run of k.
   const auto accumulate = [&](int64_t count, const T* x, auto load_w) {
     const int row = threadIdx.x / kRunsPerRow, run = threadIdx.x % kRunsPerRow * kRaggedRun;
@@ -95,7 +96,8 @@ __global__ void __launch_bounds__(kRaggedThreads)
       for (int k = slice * kSliceK; k < (slice + 1) * kSliceK; ++k) {
         float a[4], b[4];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) a[i] = w_stage[k][column + kColumns * i], b[i] = x_stage[k][line + kLines * i];
+        for (int i = 0; i < 4; ++i)
+          a[i] = w_stage[k][row_thread + kRowThreads * i], b[i] = x_stage[k][token_thread + kTokenThreads * i];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
 #pragma unroll
@@ -119,7 +121,7 @@ __global__ void __launch_bounds__(kRaggedThreads)
 #pragma unroll
   for (int i = 0; i < 4; ++i)
 #pragma unroll
-    for (int j = 0; j < 4; ++j) sums[slice][line + kLines * j][column + kColumns * i] = acc[i][j];
+    for (int j = 0; j < 4; ++j) sums[slice][token_thread + kTokenThreads * j][row_thread + kRowThreads * i] = acc[i][j];
   __syncthreads();
   for (int i = threadIdx.x; i < kTokens * kRaggedRows; i += kRaggedThreads) {
     const int64_t token = token0 + i / kRaggedRows, n = n0 + i % kRaggedRows;
