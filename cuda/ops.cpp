@@ -3,14 +3,16 @@
 
 #include <tuple>
 
+#include "cpp/format/print_kernels.h"
 #include "cpp/ops/calls.h"
+#include "cuda/launch/choice.h"
 #include "cuda/launch/codec.h"
 #include "cuda/launch/device.h"
 #include "cuda/launch/dropout.h"
 #include "cuda/launch/linear_nf4.h"
 #include "cuda/launch/linear_nf4_dlora.h"
 #include "cuda/launch/linear_nf4_dx.h"
-#include "cuda/launch/skinny.h"
+#include "cuda/launch/low_rank.h"
 #include "cuda/tuning.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
@@ -38,6 +40,16 @@ void check_launch(const char* op, cudaError_t error) {
     return;
   throw std::runtime_error(std::string(op) + ": CUDA launch failed: " + cudaGetErrorName(error) + " (" +
                            cudaGetErrorString(error) + ")");
+}
+
+// A launcher's choice, printed where QLORA_PRINT_KERNELS asks for it.
+template <class Problem>
+void print_choice(const char* op, const Problem& problem, cudaError_t (*choice)(const Problem&, std::string*)) {
+  print_kernel(op, "cuda", problem, [&] {
+    std::string text;
+    check_launch(op, choice(problem, &text));
+    return text;
+  });
 }
 
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size) {
@@ -115,14 +127,14 @@ void multiply(const Tensor& out, const Tensor& a, const Tensor& b, bool add) {
   }
 }
 
-// LoRA's inner product [m, rank] at the end of the workspace: h of the forward, g of the backward.
-void inner_product(const char* op, cuda::SkinnyProblem problem, DType dtype, const Lora& lora, void* out,
-                   cudaStream_t stream) {
+// LoRA's low-rank product [m, rank], written to `out`: h of the forward, g of the backward.
+void low_rank(const char* op, cuda::LowRankProblem problem, DType dtype, const Lora& lora, void* out,
+              cudaStream_t stream) {
   problem.dtype = dtype;
   problem.rank = lora.rank;
   problem.scaling = lora.scaling;
   problem.out = out;
-  check_launch(op, cuda::launch_skinny(problem, stream));
+  check_launch(op, cuda::launch_low_rank(problem, stream));
 }
 
 // Many tokens: w is decoded a panel of rows at a time into one workspace, and multiplied by torch's library. Bias and
@@ -132,6 +144,8 @@ void linear_by_library(const LinearCall& call, cudaStream_t stream) {
   const auto& [dtype, m, x_data, w, bias_data, lora, y_data] = call.problem;
   const int64_t n = w.n, k = w.k, element = dtype_bytes(dtype);
   const int64_t panel_rows = cuda::library_panel_rows(n, k, dtype);
+  print_kernel(kOp, "cuda", call.problem,
+               [&] { return cuda::describe(cuda::Kernel::kLibrary, {{"panel_rows", panel_rows}}); });
   Tensor workspace = stable::new_empty(call.x, {panel_rows * k + m * lora.rank});
   uint8_t* const panel = static_cast<uint8_t*>(workspace.mutable_data_ptr());
 
@@ -140,8 +154,7 @@ void linear_by_library(const LinearCall& call, cudaStream_t stream) {
   if (bias_data) stable::copy_(y, matrix(bias_data, m, n, 0, 1, call.x));
   if (has_lora) {
     void* const h_data = panel + panel_rows * k * element;
-    inner_product(kOp, {.m = m, .k = k, .x = x_data, .a = lora.a, .dropout = lora.dropout}, dtype, lora, h_data,
-                  stream);
+    low_rank(kOp, {.m = m, .k = k, .x = x_data, .a = lora.a, .dropout = lora.dropout}, dtype, lora, h_data, stream);
     multiply(y, matrix(h_data, m, lora.rank, lora.rank, 1, call.x), matrix(lora.b, lora.rank, n, 1, lora.rank, call.x),
              bias_data != nullptr);
   }
@@ -159,6 +172,7 @@ void linear_dx_by_library(const LinearDxCall& call, cudaStream_t stream) {
   constexpr const char* kOp = "linear_nf4_dx";
   const auto& [dtype, m, dy_data, w, lora, dx_data] = call.problem;
   const int64_t n = w.n, k = w.k;
+  print_kernel(kOp, "cuda", call.problem, [] { return cuda::describe(cuda::Kernel::kLibrary); });
   Tensor workspace = stable::new_empty(call.dy, {n * k + m * lora.rank});
   uint8_t* const decoded = static_cast<uint8_t*>(workspace.mutable_data_ptr());
   check_launch(kOp, cuda::launch_dequantize_nf4(w.packed, w.scales, 0, n * k, dtype, decoded, stream));
@@ -168,7 +182,7 @@ void linear_dx_by_library(const LinearDxCall& call, cudaStream_t stream) {
   const Tensor weight = matrix(decoded, n, k, k, 1, call.dy);
   if (lora.rank > 0) {
     void* const g_data = decoded + n * k * dtype_bytes(dtype);
-    inner_product(kOp, {.m = m, .k = n, .x = dy_data, .a = lora.b, .transposed = true}, dtype, lora, g_data, stream);
+    low_rank(kOp, {.m = m, .k = n, .x = dy_data, .a = lora.b, .transposed = true}, dtype, lora, g_data, stream);
     multiply(dx, matrix(g_data, m, lora.rank, lora.rank, 1, call.dy), matrix(lora.a, lora.rank, k, k, 1, call.dy),
              false);
     check_launch(kOp, cuda::launch_dropout(dtype, dx_data, m * k, lora.dropout, stream));
@@ -195,6 +209,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, O
     linear_by_library(call, device.stream());
     return call.y;
   }
+  print_choice("linear_nf4", p, cuda::linear_nf4_choice);
   int64_t bytes = 0;
   check_launch("linear_nf4", cuda::linear_nf4_workspace_bytes(p, &bytes));
   Tensor scratch = workspace(x, bytes);
@@ -214,6 +229,7 @@ Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
     linear_dx_by_library(call, device.stream());
     return call.dx;
   }
+  print_choice("linear_nf4_dx", p, cuda::linear_nf4_dx_choice);
   int64_t bytes = 0;
   check_launch("linear_nf4_dx", cuda::linear_nf4_dx_workspace_bytes(p, &bytes));
   Tensor scratch = workspace(dy, bytes);
@@ -226,6 +242,7 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, c
   const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed);
   if (call.is_empty()) return {call.da, call.db};
   const OnDevice device(dy);
+  if (call.problem.m > 0) print_choice("linear_nf4_dlora", call.problem, cuda::linear_nf4_dlora_choice);
   int64_t bytes = 0;
   check_launch("linear_nf4_dlora", cuda::linear_nf4_dlora_workspace_bytes(call.problem, &bytes));
   Tensor scratch = workspace(dy, bytes);

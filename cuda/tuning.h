@@ -13,10 +13,28 @@ namespace qlora::cuda {
 // What the choices depend on.
 struct Device {
   int sm_count = 0;
-  int arch = 0;              // 10 * major + minor
-  int shared_per_block = 0;  // bytes a CTA may opt in to
-  int shared_per_sm = 0;     // bytes
+  int arch = 0;            // 10 * major + minor
+  int shared_per_cta = 0;  // bytes a CTA may opt in to
+  int shared_per_sm = 0;   // bytes
 };
+
+// What a linear operator runs with. QLORA_PRINT_KERNELS=1 shows it, with the parameters below.
+enum class Kernel {
+  kTensorCores,  // bfloat16 and float16 of regular shape and alignment
+  kRagged,       // bfloat16 and float16 of any other: the forward without tensor cores, dX and LoRA's gradients on them
+  kExact,        // float32: every product a float32 FMA, any shape
+  kLibrary,      // many tokens: w is decoded, and torch's library multiplies
+};
+
+constexpr const char* kernel_name(Kernel kernel) {
+  constexpr const char* kNames[] = {"tensor_cores", "ragged", "exact", "library"};
+  return kNames[static_cast<int>(kernel)];
+}
+
+// Without the library. What is `ragged` differs from operator to operator; their launchers say.
+constexpr Kernel fused_kernel(DType dtype, bool ragged) {
+  return dtype == DType::kFloat32 ? Kernel::kExact : ragged ? Kernel::kRagged : Kernel::kTensorCores;
+}
 
 // The codec's kernels: enough CTAs to fill the device, and no more, because a CTA stages its tables once and then
 // strides over the tensor.
@@ -35,7 +53,7 @@ struct DxConfig {
   static constexpr int kStageRows = 64;  // rows_per_split is a multiple of it
   static constexpr int kRaggedTokens = 32;
 
-  bool ragged = false;
+  Kernel kernel = Kernel::kTensorCores;
   int tokens = 0, columns = 0;
   int64_t splits = 1, rows_per_split = 0;
 };
@@ -47,10 +65,11 @@ struct DxConfig {
 // split of 64 tokens x 256 columns (64 KB from L2, 64 bytes a cycle) in 1000, of fewer tokens in proportion. The fewest
 // splits within a twentieth of the best are taken: the model is no better than that, and each split is more work in
 // all.
-inline DxConfig dx_config(int64_t m, int64_t n, int64_t k, bool exact, bool ragged, const Device& device) {
+inline DxConfig dx_config(int64_t m, int64_t n, int64_t k, Kernel kernel, const Device& device) {
   constexpr int64_t kStageCycles = 640, kSplitCycles = 1000;
+  const bool exact = kernel == Kernel::kExact, ragged = kernel == Kernel::kRagged;
   DxConfig c;
-  c.ragged = ragged && !exact;
+  c.kernel = kernel;
   c.columns = exact ? 128 : 256;
   c.tokens = exact ? 16 : ragged ? DxConfig::kRaggedTokens : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
   const int64_t tiles = ceil_div(m, c.tokens) * ceil_div(k, c.columns);
@@ -72,15 +91,17 @@ inline DxConfig dx_config(int64_t m, int64_t n, int64_t k, bool exact, bool ragg
 
 // LoRA's weight gradients: a CTA makes 64 columns x `ranks`, the sum over tokens split over `splits` CTAs.
 struct DLoraConfig {
+  Kernel kernel = Kernel::kTensorCores;
   int64_t ranks = 16, splits = 1, tokens_per_split = 0;
 };
 
 // Ranks: few enough for the accumulators (64 ranks are 128 registers), many enough to read x and dy once. Splits: what
 // fills the device, two CTAs an SM, as long as each of a CTA's eight warps has eight steps of 16 tokens.
-inline DLoraConfig dlora_config(int64_t m, int64_t n, int64_t k, int64_t rank, bool exact, const Device& device) {
+inline DLoraConfig dlora_config(int64_t m, int64_t n, int64_t k, int64_t rank, Kernel kernel, const Device& device) {
   constexpr int64_t kTokens = 8 * 16;  // that the warps of a CTA take at once
   DLoraConfig c;
-  c.ranks = exact || rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
+  c.kernel = kernel;
+  c.ranks = kernel == Kernel::kExact || rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
   const int64_t tiles = (ceil_div(k, 64) + ceil_div(n, 64)) * ceil_div(rank, c.ranks);
   const int64_t to_fill = std::max<int64_t>(2 * device.sm_count / std::max<int64_t>(tiles, 1), 1);
   const int64_t splits = std::clamp<int64_t>(ceil_div(m, 8 * kTokens), 1, to_fill);
@@ -142,7 +163,7 @@ constexpr int64_t library_panel_rows(int64_t n, int64_t k, DType dtype) {
 // dx sums over rows of w, so that panels would round the sum once each: only a whole weight goes to the library.
 constexpr bool library_takes_dx(int64_t n, int64_t k, DType dtype) { return library_panel_rows(n, k, dtype) >= n; }
 
-// The forward's tiles, named by how many tokens they take (cuda/launch/linear_nf4.cu has their shapes).
+// The forward's tiles on tensor cores, named by how many tokens they take (cuda/launch/linear_nf4.cu has their shapes).
 enum class LinearTileSize { k8, k16, k32, k64 };
 
 // The widest tile, which wants 137 KB of shared memory, where a device has it: then w is decoded once for 64 tokens.
@@ -151,11 +172,15 @@ inline constexpr int kShared64 = 137 * 1024;
 constexpr LinearTileSize linear_tile_size(int64_t m, const Device& device) {
   if (m <= 8) return LinearTileSize::k8;
   if (m <= 16) return LinearTileSize::k16;
-  return m <= 32 || device.shared_per_block < kShared64 ? LinearTileSize::k32 : LinearTileSize::k64;
+  return m <= 32 || device.shared_per_cta < kShared64 ? LinearTileSize::k32 : LinearTileSize::k64;
 }
 
-// k is split until the CTAs fill the device once, but never below 16 segments (1024 k), where staging the tables would
-// cost as much as the work. Roofline model, to be replaced by measurements on a card.
+// Tokens of the forward's other tile, which takes ragged shapes and float32: the smallest of three that holds m, so
+// that few products are with tokens that do not exist. 4 is what one thread multiplies. Not measured on a card.
+constexpr int linear_ragged_tokens(int64_t m) { return m <= 4 ? 4 : m <= 16 ? 16 : 64; }
+
+// On tensor cores k is split until the CTAs fill the device once, but never below 16 segments (1024 k), where staging
+// the tables would cost as much as the work. Roofline model, to be replaced by measurements on a card.
 inline constexpr int64_t kMinSplitSegments = 16;
 
 // Segments of k a CTA takes, a multiple of `stage_segments`.

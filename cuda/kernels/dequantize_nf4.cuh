@@ -1,9 +1,9 @@
 // dequantize_nf4: packed codes and scales -> values, float32(code) * absmax rounded once, nested scales decoded on the
 // way.
 //
-// A warp takes a chunk of kRows rows of 32 lanes; a lane decodes 16 bytes of output a row. A chunk has at most 32
-// blocks, so that lane i loads and decodes the scale of block i, once and in whole sectors, and the others get it by
-// shuffle.
+// A warp takes a chunk of kSweeps sweeps; in a sweep each of its 32 lanes decodes 16 bytes of output. A chunk has at
+// most 32 quantization blocks, so that lane i loads and decodes the scale of block i, once and in whole sectors, and
+// the others get it by shuffle.
 #pragma once
 
 #include <cstdint>
@@ -21,13 +21,13 @@
 
 namespace qlora::kernels {
 
-inline constexpr int kDequantizeRun = 2;
+inline constexpr int kDequantizeRun = 2;  // chunks that a warp takes one after the other
 
 template <class T, int kChunk>
 struct DequantizeTile {
   static constexpr int kPerLane = tile::LaneValues<T>::kCount;
-  static constexpr int kRow = tile::kWarp * kPerLane;
-  static constexpr int kRows = kChunk / kRow;
+  static constexpr int kSweep = tile::kWarp * kPerLane;  // values
+  static constexpr int kSweeps = kChunk / kSweep;
 };
 
 template <class T>
@@ -55,9 +55,9 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   using Tile = DequantizeTile<T, kChunk>;
   const int lane = threadIdx.x % tile::kWarp;
   const uint8_t* const in = packed + ((first + lane * Tile::kPerLane) >> 1);
-  uint32_t word[Tile::kRows];
-  tile::unroll<Tile::kRows>([&](auto r) {
-    constexpr int kOffset = r * Tile::kRow / 2;
+  uint32_t word[Tile::kSweeps];
+  tile::unroll<Tile::kSweeps>([&](auto r) {
+    constexpr int kOffset = r * Tile::kSweep / 2;
     if constexpr (Tile::kPerLane == 8) {
       word[r] = ptx::load_stream_u32<kOffset>(in);
     } else {
@@ -71,8 +71,8 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
 
   const uint32_t table = ptx::shared_address(state.nf4);
   T* const to = out + lane * Tile::kPerLane;
-  tile::unroll<Tile::kRows>([&](auto r) {
-    const int in_chunk = r * Tile::kRow + lane * Tile::kPerLane;
+  tile::unroll<Tile::kSweeps>([&](auto r) {
+    const int in_chunk = r * Tile::kSweep + lane * Tile::kPerLane;
     const float scale = __shfl_sync(0xFFFFFFFFu, own, in_chunk >> scales.block_shift);
     float value[Tile::kPerLane];
     tile::decode_nf4(value, word[r], scale, table);
@@ -92,8 +92,8 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
   }
 }
 
-// Grid-stride, so that the tables are staged once a CTA however large the tensor is; a warp takes kDequantizeRun chunks
-// in a row, most of which share one nested block.
+// Grid-stride, so that the tables are staged once a CTA however large the tensor is; a warp takes kDequantizeRun
+// neighbouring chunks, most of which share one nested block.
 template <class T, int kChunk, int kThreads>
 __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
                                                                   const __grid_constant__ tile::ScaleView scales,

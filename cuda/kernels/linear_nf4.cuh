@@ -76,7 +76,7 @@ __device__ __forceinline__ void stage_scales(const tile::ScaleView& view, int64_
   }
 }
 
-// Where a lane's operands lie, less the stage and segment.
+// The shared addresses of a lane's operands in slot 0, segment 0.
 template <class Tile>
 struct LaneAddresses {
   uint32_t table, lane_offset;
@@ -89,7 +89,7 @@ struct LaneAddresses {
     packed = shared + Tile::kPacked + warp_row * Tile::kStageSegments * tile::kSegmentPackedBytes + 8 * t;
     x_low = shared + Tile::kX + Tile::x_offset(g, 0, 2 * t);
     x_high = shared + Tile::kX + Tile::x_offset(g, 0, 2 * t + 1);
-    scales = shared + Tile::kScales + warp_row * tile::kPairTableRowBytes;
+    scales = shared + Tile::kScales + warp_row * tile::kPairTableEntryBytes;
   }
 };
 
@@ -108,7 +108,7 @@ __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane
   tile::unroll<2 * Tile::kRowTiles>([&](auto half) {  // rows g, then rows g + 8 of each tile
     constexpr int i = half / 2, upper = half % 2, row = 8 * half;
     const uint2 bytes = ptx::load_shared_v2<row * Tile::kStageSegments * tile::kSegmentPackedBytes>(packed);
-    scale[i][upper] = ptx::load_shared_f32<row * tile::kPairTableRowBytes>(scales);
+    scale[i][upper] = ptx::load_shared_f32<row * tile::kPairTableEntryBytes>(scales);
     w[i][0][upper] = tile::lookup_pair<0>(lane.table, lane.lane_offset, bytes.x);
     w[i][0][upper + 2] = tile::lookup_pair<1>(lane.table, lane.lane_offset, bytes.x);
     w[i][1][upper] = tile::lookup_pair<2>(lane.table, lane.lane_offset, bytes.x);

@@ -1,11 +1,11 @@
 // LoRA's weight gradients, da = gᵀ · mask(x) · keep_scale [r, k] and db = dyᵀ · h [n, r]: two sums over the tokens, of
-// columns of x or dy (the wide operand) with columns of g or h (the thin one), in one launch.
+// columns of x or dy (the wide operand) with columns of g or h (the low-rank one), in one launch.
 //
 // A CTA makes 64 columns x 16 kRankTiles ranks from its share of the tokens; its eight warps take turns at 16 tokens.
 // The wide operand is the mma's A, as W is in linear_nf4_dx_kernel: a lane loads 8 columns 8g..8g+7 of tokens 4t..4t+3
 // (16 bytes each) and pairs tokens with prmt; mma i of four has columns 8g + 2i and 8g + 2i + 1 as rows g and g + 8.
-// The thin operand is B: a lane loads ranks 2g, 2g+1 of the same four tokens, which pair up to the column g of two mma:
-// even ranks and odd ones. So acc[i][2j + o][e], [2 + e] are columns 8g + 2i, + 1 of rank 16j + 4t + 2e + o.
+// The low-rank operand is B: a lane loads ranks 2g, 2g+1 of the same four tokens, which pair up to the column g of two
+// mma: even ranks and odd ones. So acc[i][2j + o][e], [2 + e] are columns 8g + 2i, + 1 of rank 16j + 4t + 2e + o.
 #pragma once
 
 #include <cstdint>
@@ -39,10 +39,10 @@ __device__ __forceinline__ uint4 load_wide(const DLoraSide& side, const Dropout&
 
 // Ranks rank, rank + 1 (rank is even) of a token as a pair; zeros past the end.
 template <class T>
-__device__ __forceinline__ uint32_t load_thin(const DLoraSide& side, int64_t m, int64_t tokens, int64_t rank,
-                                              int64_t ranks) {
+__device__ __forceinline__ uint32_t load_low_rank(const DLoraSide& side, int64_t m, int64_t tokens, int64_t rank,
+                                                  int64_t ranks) {
   if (m >= tokens || rank >= ranks) return 0;
-  const T* from = static_cast<const T*>(side.thin) + m * ranks + rank;
+  const T* from = static_cast<const T*>(side.low_rank) + m * ranks + rank;
   if (ranks % 2 == 0) return __ldg(reinterpret_cast<const uint32_t*>(from));
   return from[0].bits | (rank + 1 < ranks ? uint32_t{from[1].bits} << 16 : 0u);
 }
@@ -59,22 +59,22 @@ __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_kernel(const D
 #pragma unroll 2
   for (int64_t m0 = blockIdx.z * args.tokens_per_split + 16 * warp; m0 < end; m0 += 16 * kDLoraGroups) {
     uint4 wide[4];
-    uint32_t thin[kRankTiles][4];
+    uint32_t low_rank[kRankTiles][4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t m = m0 + 4 * t + i;
       wide[i] = load_wide<T, kRagged>(tile.side, args.dropout, m, args.m, column);
 #pragma unroll
       for (int j = 0; j < kRankTiles; ++j)
-        thin[j][i] = load_thin<T>(tile.side, m, args.m, tile.rank0 + 16 * j + 2 * g, args.rank);
+        low_rank[j][i] = load_low_rank<T>(tile.side, m, args.m, tile.rank0 + 16 * j + 2 * g, args.rank);
     }
     uint32_t b[2 * kRankTiles][2];
 #pragma unroll
     for (int j = 0; j < kRankTiles; ++j) {
-      b[2 * j][0] = ptx::prmt<0x5410>(thin[j][0], thin[j][1]);
-      b[2 * j][1] = ptx::prmt<0x5410>(thin[j][2], thin[j][3]);
-      b[2 * j + 1][0] = ptx::prmt<0x7632>(thin[j][0], thin[j][1]);
-      b[2 * j + 1][1] = ptx::prmt<0x7632>(thin[j][2], thin[j][3]);
+      b[2 * j][0] = ptx::prmt<0x5410>(low_rank[j][0], low_rank[j][1]);
+      b[2 * j][1] = ptx::prmt<0x5410>(low_rank[j][2], low_rank[j][3]);
+      b[2 * j + 1][0] = ptx::prmt<0x7632>(low_rank[j][0], low_rank[j][1]);
+      b[2 * j + 1][1] = ptx::prmt<0x7632>(low_rank[j][2], low_rank[j][3]);
     }
     const auto add_columns = [&](int i, uint32_t w0, uint32_t w1, uint32_t w2, uint32_t w3) {
       const uint32_t a0 = ptx::prmt<0x5410>(w0, w1), a1 = ptx::prmt<0x7632>(w0, w1);

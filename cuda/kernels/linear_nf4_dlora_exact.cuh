@@ -24,10 +24,10 @@ __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_exact_kernel(c
     const uint32_t keep = tile.side.masked ? tile::keep_mask_8(args.dropout, index) : 3u;
     const float w0 = column < tile.side.columns && keep & 1 ? wide[0] : 0.0f;
     const float w1 = column + 1 < tile.side.columns && keep & 2 ? wide[1] : 0.0f;
-    const float* thin = static_cast<const float*>(tile.side.thin) + m * args.rank + tile.rank0;
+    const float* low_rank = static_cast<const float*>(tile.side.low_rank) + m * args.rank + tile.rank0;
 #pragma unroll
     for (int r = 0; r < kDLoraRanks; ++r) {
-      const float p = r < ranks ? thin[r] : 0.0f;
+      const float p = r < ranks ? low_rank[r] : 0.0f;
       acc[0][r] = fmaf(w0, p, acc[0][r]);
       acc[1][r] = fmaf(w1, p, acc[1][r]);
     }

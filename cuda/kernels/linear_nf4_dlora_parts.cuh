@@ -11,18 +11,18 @@
 namespace qlora::kernels {
 
 inline constexpr int kDLoraThreads = 256;
-inline constexpr int kDLoraGroups = 8;    // that share out the tokens; each leaves a sum
-inline constexpr int kDLoraColumns = 64;  // of a CTA
-inline constexpr int kDLoraRanks = 16;    // finished at once
+inline constexpr int kDLoraGroups = 8;    // warps, which share out the tokens; each leaves a sum
+inline constexpr int kDLoraColumns = 64;  // of x or dy, per CTA
+inline constexpr int kDLoraRanks = 16;    // per chunk, which is what is summed up and stored at once
 inline constexpr int kDLoraChunk = kDLoraRanks * kDLoraColumns;
 
-// One of the two gradients. da: wide = x, thin = g. db: wide = dy, thin = h.
+// One of the two gradients. da: wide = x, low_rank = g. db: wide = dy, low_rank = h.
 struct DLoraSide {
-  const void* wide;  // [m, columns]
-  const void* thin;  // [m, rank]
-  void* out;         // [rank, columns], or [columns, rank] if `columns_first`
+  const void* wide;      // [m, columns]
+  const void* low_rank;  // [m, rank]
+  void* out;             // [rank, columns], or [columns, rank] if `columns_first`
   int64_t columns;
-  float factor;  // of the sum
+  float factor;  // that the sum is multiplied by
   bool columns_first;
   bool masked;  // dropout's mask is on `wide`
 };

@@ -64,7 +64,7 @@ class DxAccumulators {
   // acc += [g | a] over `rank`, masked and scaled as dropout asks; before anything else is added.
   template <bool kRagged>
   __device__ __forceinline__ void add_lora(const DxArgs& args, const DxTile& tile, int64_t rank) {
-    // Without this the zeros are set twice, once for each way past the loop.
+    // Without hold() the compiler sets the zeros twice, once for each way past the loop.
 #pragma unroll
     for (int i = 0; i < 4 * kTokenTiles; ++i) ptx::hold(acc_[i / kTokenTiles][i % kTokenTiles]);
 #pragma unroll 1
@@ -102,10 +102,10 @@ class DxAccumulators {
 #pragma unroll
     for (int u = 0; u < kSteps; ++u) {
       const int step = kSteps * tile.group + u, row = tile::kDxStepRows * step;
-      const uint32_t w_step = w_lane + row * tile::kPairF32RowBytes;
-      const uint32_t w[4] = {ptx::load_shared_u32<0>(w_step), ptx::load_shared_u32<tile::kPairF32RowBytes>(w_step),
-                             ptx::load_shared_u32<2 * tile::kPairF32RowBytes>(w_step),
-                             ptx::load_shared_u32<3 * tile::kPairF32RowBytes>(w_step)};
+      const uint32_t w_step = w_lane + row * tile::kPairF32EntryBytes;
+      const uint32_t w[4] = {ptx::load_shared_u32<0>(w_step), ptx::load_shared_u32<tile::kPairF32EntryBytes>(w_step),
+                             ptx::load_shared_u32<2 * tile::kPairF32EntryBytes>(w_step),
+                             ptx::load_shared_u32<3 * tile::kPairF32EntryBytes>(w_step)};
       constexpr uint32_t kHigh = 0xF0F0F0F0u;
       // Byte c of even01 joins column 2c's nibbles of rows 4t and 4t + 1; odd01 column 2c + 1's.
       const uint32_t even01 = ptx::select_bits(kHigh, w[0], w[1] >> 4);
@@ -117,7 +117,7 @@ class DxAccumulators {
       const char* dy_step = dy_lane + ((step ^ (tile.g & 3)) << 5);
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
-        const uint2 pair = *reinterpret_cast<const uint2*>(dy_step + j * 8 * tile::kDxDyRowBytes);
+        const uint2 pair = *reinterpret_cast<const uint2*>(dy_step + j * 8 * tile::kDxDyTokenBytes);
         b[j][0] = pair.x;
         b[j][1] = pair.y;
       }
@@ -164,7 +164,7 @@ class DxAccumulators {
   }
 
  private:
-  // mma kPair: columns 2 kPair and 2 kPair + 1 of the lane's eight.
+  // acc += mma kPair of the four of a step, whose A has columns 2 kPair and 2 kPair + 1 of the lane's eight.
   template <int kPair, class S>
   __device__ __forceinline__ void add_pair_of_columns(uint32_t table, uint32_t copy, uint32_t even01, uint32_t odd01,
                                                       uint32_t even23, uint32_t odd23, const S& s,
@@ -213,7 +213,7 @@ class DxAccumulators {
     return four;
   }
 
-  // The mask of four token tiles is drawn in a loop that stays one (Philox is long), then applied.
+  // The mask of up to four token tiles is drawn in a loop that is not unrolled, since Philox is long, and then applied.
   __device__ __forceinline__ void apply_dropout(const DxArgs& args, const DxTile& tile) {
     const float keep_scale = static_cast<float>(args.dropout.keep_scale);
     constexpr int kAtOnce = kTokenTiles < 4 ? kTokenTiles : 4;

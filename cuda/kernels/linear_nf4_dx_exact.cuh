@@ -12,10 +12,10 @@
 
 namespace qlora::kernels {
 
-inline constexpr int kDxExactTokens = 16;
-inline constexpr int kDxExactColumns = 128;
+inline constexpr int kDxExactTokens = 16;    // per CTA
+inline constexpr int kDxExactColumns = 128;  // of w, per CTA
 inline constexpr int kDxExactThreads = 2 * kDxExactColumns;
-inline constexpr int kDxExactStageRows = 32;
+inline constexpr int kDxExactStageRows = 32;  // of w, per stage
 
 __device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, int64_t column) {
   const float* g = static_cast<const float*>(args.g) + m * args.rank;

@@ -47,13 +47,13 @@ class DxLoader {
 #pragma unroll
     for (int i = 0; i < kWCopies; ++i) {
       ptx::cp_async_16(
-          w_target_ + slot * (tile::kDxStageRows * tile::kPairF32RowBytes) + i * kWRows * tile::kPairF32RowBytes,
+          w_target_ + slot * (tile::kDxStageRows * tile::kPairF32EntryBytes) + i * kWRows * tile::kPairF32EntryBytes,
           w_ + i * (kWRows / 2) * args_.k, i * kWRows < w_rows_ ? 16 : 0);
     }
 #pragma unroll
     for (int i = 0; i < kDyCopies; ++i) {
       if (kWRows > Layout::kTokens && threadIdx.x >= 8 * Layout::kTokens) break;
-      ptx::cp_async_16(dy_target_ + slot * Layout::kDyStageBytes + i * kWRows * tile::kDxDyRowBytes,
+      ptx::cp_async_16(dy_target_ + slot * Layout::kDyStageBytes + i * kWRows * tile::kDxDyTokenBytes,
                        dy_ + i * kWRows * args_.n, dy_rows_ > 0 && i * kWRows < tokens_ ? 16 : 0);
     }
     w_ += (tile::kDxStageRows / 2) * args_.k;
@@ -94,10 +94,10 @@ class DxLoader {
   const uint8_t* w_;
   const T* dy_;
   char* scale_target_;
-  int64_t scale_element_;  // first of the column group in this thread's first row
+  int64_t scale_element_;  // the first weight, by flat index, of this thread's column group in its first row
   uint32_t w_target_, dy_target_;
-  int w_rows_, dy_rows_, scale_rows_, tokens_;  // left from this thread's first
-  int scale_step_;
+  int w_rows_, dy_rows_, scale_rows_, tokens_;  // how many are left, from this thread's first on
+  int scale_step_;                              // rows from one of this thread's scales to the next
   float offset_;
   tile::RawScale raw_[kScalesPerThread];
 };

@@ -1,4 +1,4 @@
-// What the tensor-core dX kernel starts from: its arguments and the tile that a CTA and a lane have.
+// What the dX kernels start from: their arguments, and the tile that a CTA and a lane of the tensor-core kernel have.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +26,9 @@ struct DxArgs {
 
 // Grid: x = column tile * token_tiles + token tile, so that neighbours share W in the cache; y = split.
 struct DxTile {
-  int64_t token0, column0, row0;  // of the CTA
-  int64_t column;                 // first of this lane's eight
-  int rows, stages;               // of the split
+  int64_t token0, column0, row0;  // the CTA's first
+  int64_t column;                 // the first of this lane's eight
+  int rows, stages;               // the CTA's share of W's rows, and the stages that they take
   int group, slab, lane, g, t;
 };
 

@@ -1,8 +1,8 @@
 // quantize_nf4: w -> packed codes and absmax, bit for bit as cpp/format/nf4.h says.
 //
-// A warp takes four rows of 32 lanes x 16 bytes of w: consecutive, so that each load and each packed store of the warp
-// is one run of whole sectors. A block is kGroup neighbouring lanes of a row, whole rows, or several whole warps of a
-// CTA.
+// A warp takes four sweeps of w; a sweep is 16 bytes a lane, consecutive over the 32 lanes, so that each load and each
+// packed store of the warp is one run of whole sectors. A quantization block is kGroup neighbouring lanes of a sweep,
+// whole sweeps, or several whole warps of a CTA.
 #pragma once
 
 #include <cstdint>
@@ -23,13 +23,13 @@ namespace qlora::kernels {
 template <class T, int kBlock>
 struct QuantizeTile {
   static constexpr int kPerLane = tile::LaneValues<T>::kCount;
-  static constexpr int kRow = tile::kWarp * kPerLane;
-  static constexpr int kRows = 4;               // 16-byte loads a lane has in flight
-  static constexpr int kValues = kRows * kRow;  // a warp's share
-  static constexpr int kGroup = kBlock < kRow ? kBlock / kPerLane : tile::kWarp;
-  static constexpr int kBlocksPerRow = tile::kWarp / kGroup;
-  static constexpr int kRowsPerBlock = kBlock <= kRow ? 1 : kBlock < kValues ? kBlock / kRow : kRows;
-  static constexpr int kSpans = kRows / kRowsPerBlock;  // absmax values a lane sees
+  static constexpr int kSweep = tile::kWarp * kPerLane;  // values
+  static constexpr int kSweeps = 4;                      // 16-byte loads a lane has in flight
+  static constexpr int kValues = kSweeps * kSweep;       // a warp's share
+  static constexpr int kGroup = kBlock < kSweep ? kBlock / kPerLane : tile::kWarp;
+  static constexpr int kBlocksPerSweep = tile::kWarp / kGroup;
+  static constexpr int kSweepsPerBlock = kBlock <= kSweep ? 1 : kBlock < kValues ? kBlock / kSweep : kSweeps;
+  static constexpr int kSpans = kSweeps / kSweepsPerBlock;  // absmax values a lane sees
   static constexpr int kWarpsPerBlock = kBlock > kValues ? kBlock / kValues : 1;
 };
 
@@ -53,7 +53,7 @@ __device__ __forceinline__ uint32_t encode_lane(const tile::LaneValues<T>& value
 // The absmax of each span's block, in every lane of the block; a block with a NaN or an infinity in it gets NaN.
 // `across_warps` is shared memory of a word a warp. Call from all threads of the CTA.
 template <class T, int kBlock>
-__device__ __forceinline__ void block_absmax(const tile::LaneValues<T> (&values)[QuantizeTile<T, kBlock>::kRows],
+__device__ __forceinline__ void block_absmax(const tile::LaneValues<T> (&values)[QuantizeTile<T, kBlock>::kSweeps],
                                              float (&absmax)[QuantizeTile<T, kBlock>::kSpans], uint32_t* across_warps) {
   using Tile = QuantizeTile<T, kBlock>;
   constexpr uint32_t kInfinity = 0x7F800000u, kNaN = 0x7FC00000u;
@@ -61,8 +61,8 @@ __device__ __forceinline__ void block_absmax(const tile::LaneValues<T> (&values)
   for (int s = 0; s < Tile::kSpans; ++s) {
     uint32_t magnitude = 0;
 #pragma unroll
-    for (int r = 0; r < Tile::kRowsPerBlock; ++r) {
-      magnitude = max(magnitude, values[s * Tile::kRowsPerBlock + r].max_magnitude());
+    for (int r = 0; r < Tile::kSweepsPerBlock; ++r) {
+      magnitude = max(magnitude, values[s * Tile::kSweepsPerBlock + r].max_magnitude());
     }
 #pragma unroll
     for (int step = Tile::kGroup / 2; step; step /= 2) {
@@ -109,12 +109,12 @@ __global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restr
   const int64_t begin = first + lane * Tile::kPerLane;
   const bool whole = first + Tile::kValues <= numel && tile::is_aligned<16>(w) && tile::is_aligned<4>(packed);
 
-  tile::LaneValues<T> values[Tile::kRows];
-  tile::unroll<Tile::kRows>([&](auto r) {
+  tile::LaneValues<T> values[Tile::kSweeps];
+  tile::unroll<Tile::kSweeps>([&](auto r) {
     if (whole) {
       values[r].template load<r * tile::kWarp * 16>(w + begin);
     } else {
-      values[r].load_tail(w + begin + r * Tile::kRow, numel - begin - r * Tile::kRow);
+      values[r].load_tail(w + begin + r * Tile::kSweep, numel - begin - r * Tile::kSweep);
     }
   });
   float scale[Tile::kSpans];
@@ -122,13 +122,13 @@ __global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restr
 
   const uint32_t table = ptx::shared_address(&encode);
   uint8_t* const out = packed + (begin >> 1);
-  tile::unroll<Tile::kRows>([&](auto r) {
-    constexpr int kOffset = r * Tile::kRow / 2;
-    const float own = scale[r / Tile::kRowsPerBlock];
+  tile::unroll<Tile::kSweeps>([&](auto r) {
+    constexpr int kOffset = r * Tile::kSweep / 2;
+    const float own = scale[r / Tile::kSweepsPerBlock];
     uint32_t codes = encode_lane<T>(values[r], inverse_absmax(own), table);
     codes = own == own ? codes : 0;  // NaN in, code 0 throughout
     if (!whole) {
-      store_codes_tail<Tile::kPerLane>(out + kOffset, codes, numel - begin - r * Tile::kRow);
+      store_codes_tail<Tile::kPerLane>(out + kOffset, codes, numel - begin - r * Tile::kSweep);
     } else if constexpr (Tile::kPerLane == 8) {
       ptx::store_stream_u32<kOffset>(out, codes);
     } else {
@@ -138,7 +138,7 @@ __global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restr
 
   // Each lane of a group writes another span's absmax, so that one store covers the warp's blocks without gaps.
   const int span = lane % Tile::kGroup;
-  const int64_t block = first / kBlock + span * Tile::kBlocksPerRow + lane / Tile::kGroup;
+  const int64_t block = first / kBlock + span * Tile::kBlocksPerSweep + lane / Tile::kGroup;
   float mine = scale[0];
 #pragma unroll
   for (int s = 1; s < Tile::kSpans; ++s) mine = span == s ? scale[s] : mine;

@@ -20,7 +20,7 @@ cudaError_t launch(const uint8_t* packed, const tile::ScaleView& scales, int64_t
   return cudaGetLastError();
 }
 
-// A chunk has at most one block a lane.
+// A chunk has at most one quantization block per lane.
 template <class T>
 cudaError_t launch_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first, int64_t count, void* out,
                          cudaStream_t stream) {

@@ -15,7 +15,7 @@ cudaError_t query(int index, Device* device) {
       {&device->sm_count, cudaDevAttrMultiProcessorCount},
       {&major, cudaDevAttrComputeCapabilityMajor},
       {&minor, cudaDevAttrComputeCapabilityMinor},
-      {&device->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+      {&device->shared_per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin},
       {&device->shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
   };
   for (const auto& w : wanted) {

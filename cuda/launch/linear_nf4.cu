@@ -3,19 +3,19 @@
 #include <algorithm>
 
 #include "cuda/kernels/linear_nf4.cuh"
-#include "cuda/kernels/linear_nf4_exact.cuh"
+#include "cuda/kernels/linear_nf4_ragged.cuh"
+#include "cuda/launch/choice.h"
 #include "cuda/launch/device.h"
-#include "cuda/launch/skinny.h"
+#include "cuda/launch/low_rank.h"
 
 namespace qlora::cuda {
 namespace {
 
 bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-bool fits_tensor_cores(const LinearProblem& p) {
-  return p.dtype != DType::kFloat32 && p.w.k > 0 && p.w.k % tile::kSegment == 0 &&
-         p.w.scales.block_size >= tile::kSegment && aligned(p.x, 16) && aligned(p.w.packed, 16) && aligned(p.y, 8) &&
-         aligned(p.lora.a, 2);
+bool is_ragged(const LinearProblem& p) {
+  return p.w.k == 0 || p.w.k % tile::kSegment != 0 || p.w.scales.block_size < tile::kSegment || !aligned(p.x, 16) ||
+         !aligned(p.w.packed, 16) || !aligned(p.y, 8) || !aligned(p.lora.a, 2);
 }
 
 // The parts of the workspace, as offsets in bytes.
@@ -37,18 +37,18 @@ tile::ScaleView scale_view(const Weight& w) {
 }
 
 cudaError_t launch_h(const LinearProblem& p, void* h, uint32_t* clear, int64_t clear_count, cudaStream_t stream) {
-  return launch_skinny({.dtype = p.dtype,
-                        .m = p.m,
-                        .k = p.w.k,
-                        .rank = p.lora.rank,
-                        .x = p.x,
-                        .a = p.lora.a,
-                        .scaling = p.lora.scaling,
-                        .dropout = p.lora.dropout,
-                        .out = h,
-                        .clear = clear,
-                        .clear_count = clear_count},
-                       stream);
+  return launch_low_rank({.dtype = p.dtype,
+                          .m = p.m,
+                          .k = p.w.k,
+                          .rank = p.lora.rank,
+                          .x = p.x,
+                          .a = p.lora.a,
+                          .scaling = p.lora.scaling,
+                          .dropout = p.lora.dropout,
+                          .out = h,
+                          .clear = clear,
+                          .clear_count = clear_count},
+                         stream);
 }
 
 template <class Tile_>
@@ -68,6 +68,10 @@ struct TensorCorePlan {
             linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kSharedBytes, device)),
         splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
         workspace(p, splits > 1 ? tiles : 0, splits > 1 ? tiles * splits * Tile::kTokens * Tile::kRows : 0) {}
+
+  std::string choice() const {
+    return describe(Kernel::kTensorCores, {{"tokens", Tile::kTokens}, {"rows", Tile::kRows}, {"splits", splits}});
+  }
 
   cudaError_t launch(void* memory, cudaStream_t stream) const {
     T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
@@ -101,38 +105,49 @@ struct TensorCorePlan {
 };
 
 template <class T>
-struct ExactPlan {
+struct RaggedPlan {
   const LinearProblem& p;
   Workspace workspace;
 
-  explicit ExactPlan(const LinearProblem& problem) : p(problem), workspace(p, 0, 0) {}
+  explicit RaggedPlan(const LinearProblem& problem) : p(problem), workspace(p, 0, 0) {}
 
   template <int kTokens>
   cudaError_t launch_tokens(const T* h, cudaStream_t stream) const {
     const int64_t token_tiles = ceil_div(p.m, kTokens);
-    const kernels::ExactLinearArgs<T> args{.x = static_cast<const T*>(p.x),
-                                           .packed = p.w.packed,
-                                           .scales = scale_view(p.w),
-                                           .m = p.m,
-                                           .n = p.w.n,
-                                           .k = p.w.k,
-                                           .h = h,
-                                           .lora_b = static_cast<const T*>(p.lora.b),
-                                           .rank = p.lora.rank,
-                                           .bias = static_cast<const T*>(p.bias),
-                                           .y = static_cast<T*>(p.y),
-                                           .token_tiles = token_tiles};
-    const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, kernels::kExactRows));
-    kernels::linear_nf4_exact_kernel<T, kTokens><<<grid, kernels::kExactThreads, 0, stream>>>(args);
+    const kernels::RaggedLinearArgs<T> args{.x = static_cast<const T*>(p.x),
+                                            .packed = p.w.packed,
+                                            .scales = scale_view(p.w),
+                                            .m = p.m,
+                                            .n = p.w.n,
+                                            .k = p.w.k,
+                                            .h = h,
+                                            .lora_b = static_cast<const T*>(p.lora.b),
+                                            .rank = p.lora.rank,
+                                            .bias = static_cast<const T*>(p.bias),
+                                            .y = static_cast<T*>(p.y),
+                                            .token_tiles = token_tiles};
+    const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, kernels::kRaggedRows));
+    kernels::linear_nf4_ragged_kernel<T, kTokens><<<grid, kernels::kRaggedThreads, 0, stream>>>(args);
     return cudaGetLastError();
+  }
+
+  std::string choice() const {
+    return describe(fused_kernel(p.dtype, true),
+                    {{"tokens", linear_ragged_tokens(p.m)}, {"rows", kernels::kRaggedRows}});
   }
 
   cudaError_t launch(void* memory, cudaStream_t stream) const {
     T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
     const cudaError_t error = launch_h(p, h, nullptr, 0, stream);
     if (error != cudaSuccess) return error;
-    if (p.m <= 4) return launch_tokens<4>(h, stream);
-    return p.m <= 16 ? launch_tokens<16>(h, stream) : launch_tokens<64>(h, stream);
+    switch (linear_ragged_tokens(p.m)) {
+      case 4:
+        return launch_tokens<4>(h, stream);
+      case 16:
+        return launch_tokens<16>(h, stream);
+      default:
+        return launch_tokens<64>(h, stream);
+    }
   }
 };
 
@@ -152,7 +167,7 @@ static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64);
 template <class T, class Use>
 cudaError_t with_typed_plan(const LinearProblem& p, const Device& device, const Use& use) {
   if constexpr (sizeof(T) == 2) {
-    if (fits_tensor_cores(p)) {
+    if (!is_ragged(p)) {
       switch (linear_tile_size(p.m, device)) {
         case LinearTileSize::k8:
           return use(TensorCorePlan<Tile8<T>>(p, device));
@@ -165,7 +180,7 @@ cudaError_t with_typed_plan(const LinearProblem& p, const Device& device, const 
       }
     }
   }
-  return use(ExactPlan<T>(p));
+  return use(RaggedPlan<T>(p));
 }
 
 template <class Use>
@@ -190,6 +205,13 @@ cudaError_t with_plan(const LinearProblem& p, const Use& use) {
 cudaError_t linear_nf4_workspace_bytes(const LinearProblem& problem, int64_t* bytes) {
   return with_plan(problem, [&](const auto& plan) {
     *bytes = plan.workspace.end;
+    return cudaSuccess;
+  });
+}
+
+cudaError_t linear_nf4_choice(const LinearProblem& problem, std::string* choice) {
+  return with_plan(problem, [&](const auto& plan) {
+    *choice = plan.choice();
     return cudaSuccess;
   });
 }

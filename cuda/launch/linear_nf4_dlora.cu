@@ -2,8 +2,9 @@
 
 #include "cuda/kernels/linear_nf4_dlora.cuh"
 #include "cuda/kernels/linear_nf4_dlora_exact.cuh"
+#include "cuda/launch/choice.h"
 #include "cuda/launch/device.h"
-#include "cuda/launch/skinny.h"
+#include "cuda/launch/low_rank.h"
 
 namespace qlora::cuda {
 namespace {
@@ -20,7 +21,7 @@ struct Plan {
   int64_t g, counters, partials, end;  // h lies at 0
 
   Plan(const LoraGradProblem& p, const Device& device)
-      : config(dlora_config(p.m, p.n, p.k, p.lora.rank, p.dtype == DType::kFloat32, device)) {
+      : config(dlora_config(p.m, p.n, p.k, p.lora.rank, fused_kernel(p.dtype, is_ragged(p)), device)) {
     a_tiles = ceil_div(p.k, kernels::kDLoraColumns);
     column_tiles = a_tiles + ceil_div(p.n, kernels::kDLoraColumns);
     rank_tiles = ceil_div(p.lora.rank, config.ranks);
@@ -36,7 +37,7 @@ struct Plan {
 };
 
 cudaError_t launch_h_and_g(const LoraGradProblem& p, const Plan& plan, char* workspace, cudaStream_t stream) {
-  SkinnyProblem h;
+  LowRankProblem h;
   h.dtype = p.dtype;
   h.m = p.m;
   h.k = p.k;
@@ -48,9 +49,9 @@ cudaError_t launch_h_and_g(const LoraGradProblem& p, const Plan& plan, char* wor
   h.out = workspace;
   h.clear = reinterpret_cast<uint32_t*>(workspace + plan.counters);
   h.clear_count = plan.config.splits > 1 ? plan.tiles() : 0;
-  if (const cudaError_t error = launch_skinny(h, stream); error != cudaSuccess) return error;
+  if (const cudaError_t error = launch_low_rank(h, stream); error != cudaSuccess) return error;
 
-  SkinnyProblem g;
+  LowRankProblem g;
   g.dtype = p.dtype;
   g.m = p.m;
   g.k = p.n;
@@ -60,7 +61,7 @@ cudaError_t launch_h_and_g(const LoraGradProblem& p, const Plan& plan, char* wor
   g.transposed = true;
   g.scaling = p.lora.scaling;
   g.out = workspace + plan.g;
-  return launch_skinny(g, stream);
+  return launch_low_rank(g, stream);
 }
 
 kernels::DLoraArgs make_args(const LoraGradProblem& p, const Plan& plan, char* workspace) {
@@ -97,19 +98,19 @@ void launch_ranks(const kernels::DLoraArgs& args, int64_t ranks, dim3 grid, cuda
 }
 
 template <class T>
-void launch(const kernels::DLoraArgs& args, bool ragged, int64_t ranks, dim3 grid, cudaStream_t stream) {
-  if (ragged) {
-    launch_ranks<T, true>(args, ranks, grid, stream);
+void launch(const kernels::DLoraArgs& args, const DLoraConfig& config, dim3 grid, cudaStream_t stream) {
+  if (config.kernel == Kernel::kRagged) {
+    launch_ranks<T, true>(args, config.ranks, grid, stream);
   } else {
-    launch_ranks<T, false>(args, ranks, grid, stream);
+    launch_ranks<T, false>(args, config.ranks, grid, stream);
   }
 }
 
 // The sums over no tokens.
 cudaError_t clear(const LoraGradProblem& p, cudaStream_t stream) {
-  const int64_t row = p.lora.rank * dtype_bytes(p.dtype);
-  const cudaError_t error = p.k > 0 ? cudaMemsetAsync(p.da, 0, row * p.k, stream) : cudaSuccess;
-  return error == cudaSuccess && p.n > 0 ? cudaMemsetAsync(p.db, 0, row * p.n, stream) : error;
+  const int64_t column = p.lora.rank * dtype_bytes(p.dtype);  // bytes of da per column of x, and of db per column of dy
+  const cudaError_t error = p.k > 0 ? cudaMemsetAsync(p.da, 0, column * p.k, stream) : cudaSuccess;
+  return error == cudaSuccess && p.n > 0 ? cudaMemsetAsync(p.db, 0, column * p.n, stream) : error;
 }
 
 }  // namespace
@@ -120,6 +121,14 @@ cudaError_t linear_nf4_dlora_workspace_bytes(const LoraGradProblem& p, int64_t* 
   Device device;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   *bytes = Plan(p, device).end;
+  return cudaSuccess;
+}
+
+cudaError_t linear_nf4_dlora_choice(const LoraGradProblem& p, std::string* choice) {
+  Device device;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  const DLoraConfig c = Plan(p, device).config;
+  *choice = describe(c.kernel, {{"ranks", c.ranks}, {"columns", kernels::kDLoraColumns}, {"splits", c.splits}});
   return cudaSuccess;
 }
 
@@ -140,10 +149,10 @@ cudaError_t launch_linear_nf4_dlora(const LoraGradProblem& p, void* workspace, c
       kernels::linear_nf4_dlora_exact_kernel<<<grid, kernels::kDLoraThreads, 0, stream>>>(args);
       break;
     case DType::kBFloat16:
-      launch<bfloat16>(args, is_ragged(p), plan.config.ranks, grid, stream);
+      launch<bfloat16>(args, plan.config, grid, stream);
       break;
     case DType::kFloat16:
-      launch<float16>(args, is_ragged(p), plan.config.ranks, grid, stream);
+      launch<float16>(args, plan.config, grid, stream);
       break;
     case DType::kFloat64:
       return cudaErrorInvalidValue;

@@ -2,8 +2,9 @@
 
 #include "cuda/kernels/linear_nf4_dx.cuh"
 #include "cuda/kernels/linear_nf4_dx_exact.cuh"
+#include "cuda/launch/choice.h"
 #include "cuda/launch/device.h"
-#include "cuda/launch/skinny.h"
+#include "cuda/launch/low_rank.h"
 
 namespace qlora::cuda {
 namespace {
@@ -22,7 +23,7 @@ struct Plan {
   int64_t counters, partials, end;
 
   Plan(const LinearDxProblem& p, const Device& device)
-      : config(dx_config(p.m, p.w.n, p.w.k, p.dtype == DType::kFloat32, is_ragged(p), device)) {
+      : config(dx_config(p.m, p.w.n, p.w.k, fused_kernel(p.dtype, is_ragged(p)), device)) {
     token_tiles = ceil_div(p.m, config.tokens);
     tiles = token_tiles * ceil_div(p.w.k, config.columns);
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
@@ -59,7 +60,7 @@ cudaError_t launch_g(const LinearDxProblem& p, const Plan& plan, char* workspace
   if (p.lora.rank == 0) {
     return counters ? cudaMemsetAsync(workspace + plan.counters, 0, 4 * counters, stream) : cudaSuccess;
   }
-  SkinnyProblem g;
+  LowRankProblem g;
   g.dtype = p.dtype;
   g.m = p.m;
   g.k = p.w.n;
@@ -71,7 +72,7 @@ cudaError_t launch_g(const LinearDxProblem& p, const Plan& plan, char* workspace
   g.out = workspace;
   g.clear = reinterpret_cast<uint32_t*>(workspace + plan.counters);
   g.clear_count = counters;
-  return launch_skinny(g, stream);
+  return launch_low_rank(g, stream);
 }
 
 template <class T, int kTokenTiles, bool kRagged>
@@ -86,7 +87,7 @@ cudaError_t launch_tiles(const kernels::DxArgs& args, dim3 grid, cudaStream_t st
 
 template <class T>
 cudaError_t launch(const kernels::DxArgs& args, const DxConfig& config, dim3 grid, cudaStream_t stream) {
-  if (config.ragged) return launch_tiles<T, DxConfig::kRaggedTokens / 8, true>(args, grid, stream);
+  if (config.kernel == Kernel::kRagged) return launch_tiles<T, DxConfig::kRaggedTokens / 8, true>(args, grid, stream);
   switch (config.tokens) {
     case 8:
       return launch_tiles<T, 1, false>(args, grid, stream);
@@ -107,6 +108,14 @@ cudaError_t linear_nf4_dx_workspace_bytes(const LinearDxProblem& p, int64_t* byt
   Device device;
   if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   *bytes = Plan(p, device).end;
+  return cudaSuccess;
+}
+
+cudaError_t linear_nf4_dx_choice(const LinearDxProblem& p, std::string* choice) {
+  Device device;
+  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+  const DxConfig c = Plan(p, device).config;
+  *choice = describe(c.kernel, {{"tokens", c.tokens}, {"columns", c.columns}, {"splits", c.splits}});
   return cudaSuccess;
 }
 

@@ -5,24 +5,11 @@
 
 namespace qlora::ptx {
 
-// 16 bytes, both addresses 16-byte aligned; cached in L2 only, since each byte is staged once.
-__device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
-}
-
-// As above, but only the first `bytes` (0..16) are read; the rest of the 16 is filled with zeros. With bytes = 0 the
-// address is not read at all.
+// 16 bytes, both addresses 16-byte aligned; cached in L2 only, since each byte is staged once. Only the first `bytes`
+// (0..16) are read; the rest of the 16 is filled with zeros. With bytes = 0 the address is not read at all.
 template <int kOffset = 0>
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes), "n"(kOffset)
-               : "memory");
-}
-
-// 4 or 8 bytes, aligned to their size, zero-filled past `bytes`: for rows that are not 16-byte aligned.
-template <int kBytes>
-__device__ __forceinline__ void cp_async_small(uint32_t shared, const void* global, uint32_t bytes) {
-  static_assert(kBytes == 4 || kBytes == 8);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared), "l"(global), "n"(kBytes), "r"(bytes)
                : "memory");
 }
 

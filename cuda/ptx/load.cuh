@@ -21,15 +21,6 @@ __device__ __forceinline__ uint32_t load_stream_u16(const void* p) {
 }
 
 template <int kOffset = 0>
-__device__ __forceinline__ uint2 load_stream_v2(const void* p) {
-  uint2 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2 + %3];"
-               : "=r"(v.x), "=r"(v.y)
-               : "l"(p), "n"(kOffset));
-  return v;
-}
-
-template <int kOffset = 0>
 __device__ __forceinline__ uint4 load_stream_v4(const void* p) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"

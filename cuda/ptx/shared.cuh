@@ -44,11 +44,6 @@ __device__ __forceinline__ float2 load_shared_v2_f32(uint32_t address) {
 }
 
 template <int kOffset = 0>
-__device__ __forceinline__ void store_shared_u32(uint32_t address, uint32_t v) {
-  asm volatile("st.shared.u32 [%0 + %1], %2;" ::"r"(address), "n"(kOffset), "r"(v) : "memory");
-}
-
-template <int kOffset = 0>
 __device__ __forceinline__ void store_shared_f32(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0 + %1], %2;" ::"r"(address), "n"(kOffset), "f"(v) : "memory");
 }

@@ -17,11 +17,6 @@ __device__ __forceinline__ void store_stream_u16(void* p, uint32_t v) {
 }
 
 template <int kOffset = 0>
-__device__ __forceinline__ void store_stream_v2(void* p, uint2 v) {
-  asm volatile("st.global.cs.v2.u32 [%0 + %1], {%2, %3};" ::"l"(p), "n"(kOffset), "r"(v.x), "r"(v.y) : "memory");
-}
-
-template <int kOffset = 0>
 __device__ __forceinline__ void store_stream_v4(void* p, uint4 v) {
   asm volatile("st.global.cs.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"l"(p), "n"(kOffset), "r"(v.x), "r"(v.y), "r"(v.z),
                "r"(v.w)

@@ -25,26 +25,25 @@ inline constexpr int kLineBytes = 128;     // a token's or row's worth: 64 value
 template <class T_, int kRowTiles_, int kTokenTiles_, int kWarpsN_, int kWarpsK_, int kStageSegments_, int kStages_>
 struct LinearTile {
   using T = T_;
-  static constexpr int kRowTiles = kRowTiles_;      // of 16 rows, a warp
-  static constexpr int kTokenTiles = kTokenTiles_;  // of 8 tokens, a warp and the CTA
-  static constexpr int kWarpsN = kWarpsN_;
-  static constexpr int kWarpsK = kWarpsK_;
+  static constexpr int kRowTiles = kRowTiles_;      // of 16 rows, per warp
+  static constexpr int kTokenTiles = kTokenTiles_;  // of 8 tokens, per warp and per CTA
+  static constexpr int kWarpsN = kWarpsN_;          // that share out a CTA's rows
+  static constexpr int kWarpsK = kWarpsK_;          // groups of kWarpsN warps that share out its segments
   static constexpr int kStageSegments = kStageSegments_;
-  static constexpr int kStages = kStages_;
+  static constexpr int kStages = kStages_;  // buffers, of which all but one are being filled
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kRowTiles * kWarpsN;
   static constexpr int kTokens = 8 * kTokenTiles;
-  static constexpr int kStageK = kSegment * kStageSegments;
   static constexpr int kStagesPerScales = kScaleSegments / kStageSegments;
   static_assert(kStageSegments % kWarpsK == 0 && kScaleSegments % kStageSegments == 0);
   static_assert(kStageSegments == 2 || kStageSegments == 4, "the swizzle of w is made for these");
 
-  // The pair table leaves half of each 256-byte row free. The scales of row r lie in the free half of row r, and x,
-  // too, lies in free halves where it fits.
+  // The pair table leaves half of each 256-byte entry free. The scales of w's row r lie in the free half of entry r,
+  // and x, too, lies in free halves where it fits.
   static constexpr int kStageXLines = kTokens * kStageSegments;
   static constexpr bool kXInTable = kRows + kStages * kStageXLines <= 256;
-  static constexpr int kXLineStride = kXInTable ? kPairTableRowBytes : kLineBytes;
+  static constexpr int kXLineStride = kXInTable ? kPairTableEntryBytes : kLineBytes;
   static constexpr int kStageXBytes = kStageXLines * kXLineStride;
   static constexpr int kStagePackedBytes = kRows * kStageSegments * kSegmentPackedBytes;
 
@@ -53,7 +52,7 @@ struct LinearTile {
   static constexpr int kDynamic8 = kTable + kPairTableBytes;
   static constexpr int kPacked = kDynamic8 + 1024;
   static constexpr int kPackedEnd = kPacked + kStages * kStagePackedBytes;
-  static constexpr int kX = kXInTable ? kScales + kRows * kPairTableRowBytes : kPackedEnd;
+  static constexpr int kX = kXInTable ? kScales + kRows * kPairTableEntryBytes : kPackedEnd;
   static constexpr int kSharedBytes = kXInTable ? kPackedEnd : kX + kStages * kStageXBytes;
   static_assert(kRows <= 256);
 
@@ -77,7 +76,7 @@ struct LinearTile {
 
   // Where the scale of a row and segment lies: the 8 rows g read together fall into different banks.
   __device__ static constexpr int scale_offset(int row, int segment) {
-    return row * kPairTableRowBytes + (segment ^ ((row & 7) << 2)) * 4;
+    return row * kPairTableEntryBytes + (segment ^ ((row & 7) << 2)) * 4;
   }
 };
 

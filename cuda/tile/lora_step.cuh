@@ -8,17 +8,17 @@
 
 namespace qlora::tile {
 
-// Elements [column, column + 4) of a row of `columns`, zeros beyond it. kVector: columns % 4 == 0 and rows 8-byte
-// aligned.
+// Ranks first .. first + 3 of the `rank` that `of` points to, a token's h or a row's lora_b; zeros beyond them and
+// unless `valid`. kVector: rank % 4 == 0, and h and lora_b are 8-byte aligned.
 template <class T, bool kVector>
-__device__ __forceinline__ uint2 load_row4(const T* row, int64_t column, int64_t columns, bool valid) {
+__device__ __forceinline__ uint2 load_4_ranks(const T* of, int64_t first, int64_t rank, bool valid) {
   if constexpr (kVector) {
-    return valid && column < columns ? __ldg(reinterpret_cast<const uint2*>(row + column)) : make_uint2(0, 0);
+    return valid && first < rank ? __ldg(reinterpret_cast<const uint2*>(of + first)) : make_uint2(0, 0);
   } else {
     uint32_t v[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      v[i] = valid && column + i < columns ? __ldg(reinterpret_cast<const uint16_t*>(row + column + i)) : 0u;
+      v[i] = valid && first + i < rank ? __ldg(reinterpret_cast<const uint16_t*>(of + first + i)) : 0u;
     return make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
   }
 }
@@ -36,17 +36,17 @@ template <class T, bool kVector, int kRowTiles, int kTokenTiles>
 __device__ __forceinline__ void lora_step(const LoraOperands<T>& p, int64_t row0, int64_t token0, int64_t step,
                                           float (&acc)[kRowTiles][kTokenTiles][4]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int64_t column = 16 * step + 4 * t;
+  const int64_t first = 16 * step + 4 * t;
   uint2 b[kRowTiles][2];
 #pragma unroll
   for (int i = 0; i < 2 * kRowTiles; ++i) {
     const int64_t row = row0 + 8 * i + g;
-    b[i / 2][i % 2] = load_row4<T, kVector>(p.b + row * p.rank, column, p.rank, row < p.n);
+    b[i / 2][i % 2] = load_4_ranks<T, kVector>(p.b + row * p.rank, first, p.rank, row < p.n);
   }
 #pragma unroll
   for (int j = 0; j < kTokenTiles; ++j) {
     const int64_t token = token0 + 8 * j + g;
-    const uint2 h = load_row4<T, kVector>(p.h + token * p.rank, column, p.rank, token < p.m);
+    const uint2 h = load_4_ranks<T, kVector>(p.h + token * p.rank, first, p.rank, token < p.m);
 #pragma unroll
     for (int i = 0; i < kRowTiles; ++i)
       ptx::mma_m16n8k16<T>(acc[i][j], b[i][0].x, b[i][1].x, b[i][0].y, b[i][1].y, h.x, h.y);

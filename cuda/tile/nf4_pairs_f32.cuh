@@ -4,7 +4,7 @@
 // Table: entry e of 256 holds (value[e >> 4], value[e & 15]), in 16 copies of 8 bytes, so that the 16 lanes of a half
 // warp, each with a copy of its own, never conflict. Entries lie 256 bytes apart and fill the first 128 bytes: the
 // address of (entry, copy) is then `entry << 8 | copy * 8`, which one prmt builds from the byte that holds the entry.
-// The other 128 bytes of an entry's row are the user's.
+// The other 128 bytes of an entry are the user's.
 #pragma once
 
 #include <cstdint>
@@ -18,23 +18,23 @@
 namespace qlora::tile {
 
 inline constexpr int kPairF32Entries = 256;
-inline constexpr int kPairF32RowBytes = 256;
+inline constexpr int kPairF32EntryBytes = 256;
 inline constexpr int kPairF32CopiesBytes = 128;
-inline constexpr int kPairF32Bytes = kPairF32Entries * kPairF32RowBytes;
+inline constexpr int kPairF32Bytes = kPairF32Entries * kPairF32EntryBytes;
 
 // Whole CTA; the caller synchronises.
 template <int kThreads>
 __device__ __forceinline__ void fill_pairs_f32(char* table) {
-  constexpr int kStores = kPairF32CopiesBytes / 16;  // 16-byte stores to a row, two copies each
-  constexpr int kRows = kThreads / kStores;          // rows that the CTA fills at once
-  static_assert(kThreads % kStores == 0 && kRows % kCodes == 0 && kPairF32Entries % kRows == 0);
-  const int row = threadIdx.x / kStores;
-  const float low = c_nf4.value[row % kCodes];
-  float4* to = reinterpret_cast<float4*>(table + row * kPairF32RowBytes) + threadIdx.x % kStores;
+  constexpr int kStores = kPairF32CopiesBytes / 16;  // 16-byte stores to an entry, two copies each
+  constexpr int kAtOnce = kThreads / kStores;        // entries that the CTA fills at once
+  static_assert(kThreads % kStores == 0 && kAtOnce % kCodes == 0 && kPairF32Entries % kAtOnce == 0);
+  const int entry = threadIdx.x / kStores;
+  const float low = c_nf4.value[entry % kCodes];
+  float4* to = reinterpret_cast<float4*>(table + entry * kPairF32EntryBytes) + threadIdx.x % kStores;
 #pragma unroll
-  for (int i = 0; i < kPairF32Entries / kRows; ++i) {
-    const float high = c_nf4.value[row / kCodes + i * (kRows / kCodes)];
-    to[i * kRows * (kPairF32RowBytes / 16)] = make_float4(high, low, high, low);
+  for (int i = 0; i < kPairF32Entries / kAtOnce; ++i) {
+    const float high = c_nf4.value[entry / kCodes + i * (kAtOnce / kCodes)];
+    to[i * kAtOnce * (kPairF32EntryBytes / 16)] = make_float4(high, low, high, low);
   }
 }
 

@@ -1,10 +1,10 @@
 // Decoding packed NF4 by a table of pairs in shared memory: one prmt and one load yield two weights as the two halves
 // of a register, ready to be an operand of mma.
 //
-// Row v (0..255) is the pair that byte v packs: its high nibble's value in the lower half, its low nibble's in the
-// upper. Rows are 256 bytes apart, so the address is the packed byte moved one byte up (prmt), with the lane in the
-// lowest byte. A row holds 32 copies, one a lane, so 32 lanes looking up 32 different bytes never meet in a bank. The
-// second 128 bytes of each row are not touched.
+// Entry v (0..255) is the pair that byte v packs: its high nibble's value in the lower half, its low nibble's in the
+// upper. Entries are 256 bytes apart, so the address is the packed byte moved one byte up (prmt), with the lane in the
+// lowest byte. An entry holds 32 copies, one a lane, so 32 lanes looking up 32 different bytes never meet in a bank.
+// The second 128 bytes of each entry are not touched.
 //
 // What is stored is round(value * factor), not the value itself: with the factors below the 16 codes happen to lie
 // close to numbers of the 16-bit type, which makes the error of the weight half as large (bfloat16) as rounding value *
@@ -20,8 +20,8 @@
 
 namespace qlora::tile {
 
-inline constexpr int kPairTableRowBytes = 256;
-inline constexpr int kPairTableBytes = 256 * kPairTableRowBytes;
+inline constexpr int kPairTableEntryBytes = 256;
+inline constexpr int kPairTableBytes = 256 * kPairTableEntryBytes;
 
 // The factor in [1, 2) that minimises the root mean square error of the codes over normally distributed weights.
 template <class T>
@@ -35,10 +35,11 @@ inline constexpr float kPairFactor<float16> = 1.3662f;  // 8.0e-5; factor 1: 1.8
 // synchronise.
 template <class T, int kThreads>
 __device__ __forceinline__ void fill_pair_table(uint32_t table) {
-  for (int row = threadIdx.x; row < 256; row += kThreads) {
-    const uint32_t pair = ptx::pack2<T>(c_nf4.value[row >> 4] * kPairFactor<T>, c_nf4.value[row & 15] * kPairFactor<T>);
-    // Neighbouring threads write different 16-byte pieces of their rows at a time, for the sake of the banks.
-    const uint32_t first = table + row * kPairTableRowBytes + (row & 7) * 16;
+  for (int entry = threadIdx.x; entry < 256; entry += kThreads) {
+    const uint32_t pair =
+        ptx::pack2<T>(c_nf4.value[entry >> 4] * kPairFactor<T>, c_nf4.value[entry & 15] * kPairFactor<T>);
+    // Neighbouring threads write different 16-byte pieces of their entries at a time, for the sake of the banks.
+    const uint32_t first = table + entry * kPairTableEntryBytes + (entry & 7) * 16;
 #pragma unroll
     for (int piece = 0; piece < 8; ++piece)
       ptx::store_shared_v4(first ^ (piece * 16), make_uint4(pair, pair, pair, pair));

@@ -1,8 +1,8 @@
-#include "cuda/launch/skinny.h"
+#include "cuda/launch/low_rank.h"
 
 #include <algorithm>
 
-#include "cuda/kernels/skinny.cuh"
+#include "cuda/kernels/low_rank.cuh"
 
 namespace qlora::cuda {
 namespace {
@@ -13,15 +13,16 @@ constexpr int64_t kManyTokens = 512;
 bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
-cudaError_t launch_tiles(const kernels::SkinnyArgs<T>& args, cudaStream_t stream) {
+cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
                   static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));
-  kernels::skinny_kernel<T, kTransposed, kRankTiles, kTokenTiles><<<grid, kernels::kSkinnyThreads, 0, stream>>>(args);
+  kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles>
+      <<<grid, kernels::kLowRankThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 template <class T, bool kTransposed>
-cudaError_t launch_mma(const kernels::SkinnyArgs<T>& args, cudaStream_t stream) {
+cudaError_t launch_mma(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
   const bool many = args.m >= kManyTokens;
   if (args.rank <= 16)
     return many ? launch_tiles<T, kTransposed, 1, 4>(args, stream) : launch_tiles<T, kTransposed, 1, 1>(args, stream);
@@ -29,29 +30,29 @@ cudaError_t launch_mma(const kernels::SkinnyArgs<T>& args, cudaStream_t stream) 
 }
 
 template <class T, bool kTransposed>
-cudaError_t launch_scalar(const kernels::SkinnyArgs<T>& args, cudaStream_t stream) {
-  constexpr int64_t kRanks = kernels::kSkinnyScalarThreads / 32 * kernels::kSkinnyScalarRanks;
+cudaError_t launch_scalar(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
+  constexpr int64_t kRanks = kernels::kLowRankScalarThreads / 32 * kernels::kLowRankScalarRanks;
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(args.m, 1 << 20)),
                   static_cast<unsigned>(ceil_div(args.rank, kRanks)));
-  kernels::skinny_scalar_kernel<T, kTransposed><<<grid, kernels::kSkinnyScalarThreads, 0, stream>>>(args);
+  kernels::low_rank_scalar_kernel<T, kTransposed><<<grid, kernels::kLowRankScalarThreads, 0, stream>>>(args);
   return cudaGetLastError();
 }
 
 template <class T>
-cudaError_t launch(const SkinnyProblem& problem, cudaStream_t stream) {
-  const kernels::SkinnyArgs<T> args{static_cast<const T*>(problem.x),
-                                    static_cast<const T*>(problem.a),
-                                    static_cast<T*>(problem.out),
-                                    problem.m,
-                                    problem.k,
-                                    problem.rank,
-                                    static_cast<float>(problem.scaling * problem.dropout.keep_scale),
-                                    problem.dropout,
-                                    problem.clear,
-                                    problem.clear_count};
+cudaError_t launch(const LowRankProblem& problem, cudaStream_t stream) {
+  const kernels::LowRankArgs<T> args{static_cast<const T*>(problem.x),
+                                     static_cast<const T*>(problem.a),
+                                     static_cast<T*>(problem.out),
+                                     problem.m,
+                                     problem.k,
+                                     problem.rank,
+                                     static_cast<float>(problem.scaling * problem.dropout.keep_scale),
+                                     problem.dropout,
+                                     problem.clear,
+                                     problem.clear_count};
   if constexpr (sizeof(T) == 2) {
-    const bool rows_fit = problem.transposed ? problem.rank % 2 == 0 && aligned(problem.a, 4) : aligned(problem.a, 16);
-    if (problem.k % 8 == 0 && aligned(problem.x, 16) && rows_fit)
+    const bool a_fits = problem.transposed ? problem.rank % 2 == 0 && aligned(problem.a, 4) : aligned(problem.a, 16);
+    if (problem.k % 8 == 0 && aligned(problem.x, 16) && a_fits)
       return problem.transposed ? launch_mma<T, true>(args, stream) : launch_mma<T, false>(args, stream);
   }
   return problem.transposed ? launch_scalar<T, true>(args, stream) : launch_scalar<T, false>(args, stream);
@@ -59,7 +60,7 @@ cudaError_t launch(const SkinnyProblem& problem, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t launch_skinny(const SkinnyProblem& problem, cudaStream_t stream) {
+cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream) {
   if (problem.m == 0 || problem.rank == 0) return cudaSuccess;
   switch (problem.dtype) {
     case DType::kFloat32:

@@ -1,6 +1,5 @@
-// The skinny products of LoRA: out = round(factor · mask(x) · aᵀ) with x [m, k] and few columns `rank`, where a is
-// [rank, k] (forward: h = scaling · dropout(x) · lora_aᵀ) or, transposed, [k, rank] (backward: g = scaling · dy ·
-// lora_b).
+// LoRA's low-rank products, h of the forward and g of the backward: out [m, rank] = round(factor · mask(x) · aᵀ), where
+// a is [rank, k] (h = scaling · dropout(x) · lora_aᵀ) or, transposed, [k, rank] (g = scaling · dy · lora_b).
 //
 // On tensor cores the ranks are the 16 rows of the mma and the tokens its 8 columns. A sum does not care about the
 // order of k, so a lane takes 8 consecutive k of its row with one 16-byte load and feeds them as the k of two mma; no
@@ -16,13 +15,13 @@
 
 namespace qlora::kernels {
 
-inline constexpr int kSkinnyWarps = 16;
-inline constexpr int kSkinnyThreads = 32 * kSkinnyWarps;
-inline constexpr int kSkinnyScalarRanks = 4;
-inline constexpr int kSkinnyScalarThreads = 128;
+inline constexpr int kLowRankWarps = 16;
+inline constexpr int kLowRankThreads = 32 * kLowRankWarps;
+inline constexpr int kLowRankScalarRanks = 4;  // per warp
+inline constexpr int kLowRankScalarThreads = 128;
 
 template <class T>
-struct SkinnyArgs {
+struct LowRankArgs {
   const T* x;
   const T* a;
   T* out;  // [m, rank]
@@ -48,10 +47,10 @@ __device__ __forceinline__ void drop8(const Dropout& dropout, int64_t index, uin
   x.w = drop_pair(dropout, x.w, high.lane[2], high.lane[3]);
 }
 
-// The `a` operand of both steps for 16 ranks from `rank0` and this lane's 8 k from `k0` (zeros unless `valid`). From
-// [rank, k]: mma row i is rank rank0 + i.
+// The mma's A operand, of both mma that take this lane's 8 k from `k0` on, for the 16 ranks from `rank0` on (zeros
+// unless `valid`). From [rank, k]: mma row i is rank rank0 + i.
 template <class T>
-__device__ __forceinline__ void load_ranks(const SkinnyArgs<T>& p, int64_t rank0, int64_t k0, bool valid, int g,
+__device__ __forceinline__ void load_ranks(const LowRankArgs<T>& p, int64_t rank0, int64_t k0, bool valid, int g,
                                            uint32_t (&f)[8]) {
   const uint4 zero = make_uint4(0, 0, 0, 0);
   const T* row = p.a + (rank0 + g) * p.k + k0;
@@ -64,7 +63,7 @@ __device__ __forceinline__ void load_ranks(const SkinnyArgs<T>& p, int64_t rank0
 // The same from [k, rank]: a lane loads the ranks (2g, 2g+1) of its 8 rows k and pairs rows, so that mma row g is rank
 // rank0 + 2g and row g + 8 is rank rank0 + 2g + 1.
 template <class T>
-__device__ __forceinline__ void load_ranks_transposed(const SkinnyArgs<T>& p, int64_t rank0, int64_t k0, bool valid,
+__device__ __forceinline__ void load_ranks_transposed(const LowRankArgs<T>& p, int64_t rank0, int64_t k0, bool valid,
                                                       int g, uint32_t (&f)[8]) {
   const int64_t rank = rank0 + 2 * g;
   uint32_t row[8] = {};
@@ -88,9 +87,9 @@ __device__ __forceinline__ void clear_words(uint32_t* words, int64_t count) {
 // Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks. Needs k % 8 == 0 and x, a 16-byte aligned; transposed
 // also an even rank.
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
-__global__ void __launch_bounds__(kSkinnyThreads) skinny_kernel(const __grid_constant__ SkinnyArgs<T> p) {
+__global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_constant__ LowRankArgs<T> p) {
   constexpr int kFragment = 128 * kTokenTiles;  // sums of a warp for 16 ranks
-  __shared__ float4 partial[kSkinnyWarps][kFragment / 4];
+  __shared__ float4 partial[kLowRankWarps][kFragment / 4];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t token0 = int64_t{blockIdx.x} * (8 * kTokenTiles);
   const int64_t rank0 = int64_t{blockIdx.y} * (16 * kRankTiles);
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kSkinnyThreads) skinny_kernel(const __grid_con
 
   float acc[kRankTiles][kTokenTiles][4] = {};
 #pragma unroll(kRankTiles* kTokenTiles > 4 ? 1 : 2)
-  for (int64_t segment = 32 * warp; segment < p.k; segment += 32 * kSkinnyWarps) {
+  for (int64_t segment = 32 * warp; segment < p.k; segment += 32 * kLowRankWarps) {
     const int64_t k0 = segment + 8 * t;
     const bool valid = k0 < p.k;
     uint4 x[kTokenTiles];
@@ -130,11 +129,12 @@ __global__ void __launch_bounds__(kSkinnyThreads) skinny_kernel(const __grid_con
     for (int j = 0; j < kTokenTiles; ++j)
       partial[warp][32 * j + lane] = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
     __syncthreads();
-    for (int e = threadIdx.x; e < kFragment; e += kSkinnyThreads) {
+    for (int e = threadIdx.x; e < kFragment; e += kLowRankThreads) {
       float sum = 0.0f;
 #pragma unroll
-      for (int w = 0; w < kSkinnyWarps; ++w) sum += reinterpret_cast<const float*>(partial[w])[e];
-      // Sum e is value c of the fragment of lane (row, 2·column pair) in token tile e / 128.
+      for (int w = 0; w < kLowRankWarps; ++w) sum += reinterpret_cast<const float*>(partial[w])[e];
+      // Sum e is value e % 4 of lane e / 4 % 32 = (g, t) in token tile e / 128: mma row g or g + 8, column 2t or 2t
+      // + 1.
       const int row = e / 16 % 8, c = e % 4;
       const int64_t token = token0 + e / 128 * 8 + e / 4 % 4 * 2 + c % 2;
       const int64_t rank = rank0 + 16 * i + (kTransposed ? 2 * row + c / 2 : row + c / 2 * 8);
@@ -143,26 +143,27 @@ __global__ void __launch_bounds__(kSkinnyThreads) skinny_kernel(const __grid_con
   }
 }
 
-// Any type, shape and alignment: a warp sums up one token's kSkinnyScalarRanks ranks in float32, its lanes striding
-// over k. Grid: x over tokens, y over 4·kSkinnyScalarRanks ranks.
+// Any type, shape and alignment: a warp sums up one token's kLowRankScalarRanks ranks in float32, its lanes striding
+// over k. Grid: x over tokens, y over 4·kLowRankScalarRanks ranks.
 template <class T, bool kTransposed>
-__global__ void __launch_bounds__(kSkinnyScalarThreads) skinny_scalar_kernel(const __grid_constant__ SkinnyArgs<T> p) {
+__global__ void __launch_bounds__(kLowRankScalarThreads)
+    low_rank_scalar_kernel(const __grid_constant__ LowRankArgs<T> p) {
   const int lane = threadIdx.x % 32;
   clear_words(p.clear, p.clear_count);
-  const int64_t rank0 = (int64_t{blockIdx.y} * (kSkinnyScalarThreads / 32) + threadIdx.x / 32) * kSkinnyScalarRanks;
+  const int64_t rank0 = (int64_t{blockIdx.y} * (kLowRankScalarThreads / 32) + threadIdx.x / 32) * kLowRankScalarRanks;
   for (int64_t token = blockIdx.x; token < p.m; token += gridDim.x) {
-    float acc[kSkinnyScalarRanks] = {};
+    float acc[kLowRankScalarRanks] = {};
     for (int64_t k = lane; k < p.k; k += 32) {
       const int64_t index = token * p.k + k;
       float x = tile::widen(p.x[index]);
       if (p.dropout.active() && !p.dropout.keeps(philox4x32_10(p.dropout.seed, index / 4).lane[index % 4])) x = 0.0f;
 #pragma unroll
-      for (int i = 0; i < kSkinnyScalarRanks; ++i)
+      for (int i = 0; i < kLowRankScalarRanks; ++i)
         if (rank0 + i < p.rank)
           acc[i] = fmaf(x, tile::widen(p.a[kTransposed ? k * p.rank + rank0 + i : (rank0 + i) * p.k + k]), acc[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kSkinnyScalarRanks; ++i) {
+    for (int i = 0; i < kLowRankScalarRanks; ++i) {
       for (int offset = 16; offset > 0; offset /= 2) acc[i] += __shfl_xor_sync(0xFFFFFFFFu, acc[i], offset);
       if (lane == 0 && rank0 + i < p.rank) p.out[token * p.rank + rank0 + i] = tile::narrow<T>(acc[i] * p.factor);
     }

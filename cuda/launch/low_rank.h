@@ -1,5 +1,5 @@
-// LoRA's skinny products, out = round(scaling · dropout(x) · aᵀ): h of the forward and g = scaling · dy · lora_b of the
-// backward.
+// LoRA's low-rank products, out = round(scaling · dropout(x) · aᵀ): h of the forward, and g = round(scaling · dy ·
+// lora_b) of the backward.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@
 
 namespace qlora::cuda {
 
-struct SkinnyProblem {
+struct LowRankProblem {
   DType dtype = DType::kFloat32;  // of x, a, out
   int64_t m = 0, k = 0, rank = 0;
   const void* x = nullptr;  // [m, k]
@@ -24,6 +24,6 @@ struct SkinnyProblem {
 };
 
 // Sums in float32 in a fixed order. Nothing is launched, and nothing cleared, when m or rank is 0.
-cudaError_t launch_skinny(const SkinnyProblem& problem, cudaStream_t stream);
+cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream);
 
 }  // namespace qlora::cuda

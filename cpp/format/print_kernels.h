@@ -1,0 +1,56 @@
+// QLORA_PRINT_KERNELS=1 prints to stderr which kernel a linear operator runs with, one line for each distinct problem:
+//   qlora: linear_nf4 cpu m=1 n=4096 k=4096 rank=16 bfloat16 -> few_tokens_bf16
+// CPU and CUDA share the form; what follows the arrow, a kernel's name and its parameters, is the device's own.
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "cpp/format/problem.h"
+
+namespace qlora {
+
+// The environment is read once.
+inline bool prints_kernels() {
+  static const bool prints = [] {
+    const char* value = std::getenv("QLORA_PRINT_KERNELS");
+    return value != nullptr && std::strcmp(value, "1") == 0;
+  }();
+  return prints;
+}
+
+constexpr const char* dtype_name(DType dtype) {
+  constexpr const char* kNames[] = {"float32", "bfloat16", "float16", "float64"};
+  return kNames[static_cast<int>(dtype)];
+}
+
+// n and k.
+inline std::pair<int64_t, int64_t> weight_shape(const LoraGradProblem& p) { return {p.n, p.k}; }
+template <class Problem>
+std::pair<int64_t, int64_t> weight_shape(const Problem& p) {
+  return {p.w.n, p.w.k};
+}
+
+// `describe()` gives the text after the arrow, and is not called unless it is printed.
+template <class Problem, class Describe>
+void print_kernel(const char* op, const char* device, const Problem& p, const Describe& describe) {
+  if (!prints_kernels()) [[likely]]
+    return;
+  const auto [n, k] = weight_shape(p);
+  const auto size = [](const char* name, int64_t value) { return std::string(name) + std::to_string(value); };
+  const std::string line = std::string("qlora: ") + op + " " + device + size(" m=", p.m) + size(" n=", n) +
+                           size(" k=", k) + size(" rank=", p.lora.rank) + " " + dtype_name(p.dtype) + " -> " +
+                           describe();
+  static std::mutex mutex;
+  static std::set<std::string> printed;
+  const std::lock_guard lock(mutex);
+  if (printed.insert(line).second) std::fprintf(stderr, "%s\n", line.c_str());
+}
+
+}  // namespace qlora

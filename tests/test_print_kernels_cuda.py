@@ -1,0 +1,69 @@
+"""QLORA_PRINT_KERNELS=1 on CUDA: a line for each distinct problem, and none without it. Runs in processes of its own,
+since the environment is read once."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.cuda
+
+# (m, n, k, dtype): the kernels of forward, dX and LoRA's gradients. Without tokens none runs.
+PROBLEMS = {
+    (5, 24, 64, "bfloat16"): ("tensor_cores", "tensor_cores", "tensor_cores"),
+    (5, 7, 33, "float16"): ("ragged", "ragged", "ragged"),
+    (5, 24, 64, "float32"): ("exact", "exact", "exact"),
+    (1100, 8, 64, "bfloat16"): ("library", "library", "tensor_cores"),
+    (0, 24, 64, "bfloat16"): (),
+}
+OPERATORS = ("linear_nf4", "linear_nf4_dx", "linear_nf4_dlora")
+RANK = 4
+
+
+def run_problems() -> None:
+    from samples import linear_sample
+
+    ops = torch.ops.qlora
+    for m, n, k, dtype in PROBLEMS:
+        s = linear_sample(m, n, k, RANK, getattr(torch, dtype), "cuda")
+        for _ in range(2):
+            y = ops.linear_nf4(*s.args)
+            ops.linear_nf4_dx(y, *s.w4.packed_args(), k, *s.lora_args)
+            ops.linear_nf4_dlora(y, s.x, *s.lora_args)
+
+
+def printed(value: str | None) -> list[str]:
+    """The lines that `run_problems` prints with QLORA_PRINT_KERNELS=value."""
+    environment = {name: v for name, v in os.environ.items() if name != "QLORA_PRINT_KERNELS"}
+    if value is not None:
+        environment["QLORA_PRINT_KERNELS"] = value
+    run = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [line for line in run.stderr.splitlines() if line.startswith("qlora: ")]
+
+
+def test_one_line_for_each_problem() -> None:
+    expected = []
+    for (m, n, k, dtype), kernels in PROBLEMS.items():
+        for operator, kernel in zip(OPERATORS, kernels, strict=False):
+            parameters = r"( [a-z_]+=\d+)" + ("*" if kernel == "library" else "+")
+            sizes = f"m={m} n={n} k={k} rank={RANK} {dtype}"
+            expected.append(f"qlora: {operator} cuda {sizes} -> {kernel}{parameters}")
+    lines = printed("1")
+    assert len(lines) == len(expected), lines
+    for line, pattern in zip(lines, expected, strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+
+
+@pytest.mark.parametrize("value", [None, "", "0"])
+def test_nothing_is_printed_unasked(value: str | None) -> None:
+    assert printed(value) == []
+
+
+if __name__ == "__main__":
+    run_problems()
