@@ -230,7 +230,7 @@ def test_kernels_are_printed_once_a_problem() -> None:
     )
     env = os.environ | {"QLORA_PRINT_KERNELS": "1", "QLORA_CPU_KERNEL": ""}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
-    lines = [line for line in run.stderr.splitlines() if line.startswith("qlora_ext ")]
-    problem = f"qlora_ext linear_nf4 cpu {_C.cpu_isa()} m={{}} n=96 k=320 rank=0 float16 block_size=64: {{}}"
+    lines = [line for line in run.stderr.splitlines() if line.startswith("qlora: ")]
+    problem = f"qlora: linear_nf4 cpu m={{}} n=96 k=320 rank=0 float16 -> {{}} isa={_C.cpu_isa()}"
     first = _C.choose_cpu("linear_nf4", "float16", 3, 96, 320)[0]
     assert lines == [problem.format(3, first), problem.format(200, "many_tokens_float")]

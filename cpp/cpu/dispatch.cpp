@@ -1,13 +1,11 @@
 #include "cpp/cpu/dispatch.h"
 
-#include <cstdio>
 #include <cstdlib>
-#include <mutex>
-#include <set>
 #include <stdexcept>
 #include <string>
 
 #include "cpp/cpu/tuning.h"
+#include "cpp/format/print_kernels.h"
 
 namespace qlora::cpu {
 namespace {
@@ -45,17 +43,6 @@ const char* text(Outcome outcome) {
   return kTexts[static_cast<int>(outcome)];
 }
 
-std::string describe(DType dtype, int64_t m, int64_t n, int64_t k, int64_t rank) {
-  constexpr const char* kDTypes[] = {"float32", "bfloat16", "float16", "float64"};
-  return "m=" + std::to_string(m) + " n=" + std::to_string(n) + " k=" + std::to_string(k) +
-         " rank=" + std::to_string(rank) + " " + kDTypes[static_cast<int>(dtype)];
-}
-template <class Problem>
-std::string describe(const Problem& p) {
-  return describe(p.dtype, p.m, p.w.n, p.w.k, p.lora.rank) + " block_size=" + std::to_string(p.w.scales.block_size);
-}
-std::string describe(const LoraGradProblem& p) { return describe(p.dtype, p.m, p.n, p.k, p.lora.rank); }
-
 // The kernel that QLORA_CPU_KERNEL asks for, or null. Where the variable is not there at the first call it is never
 // looked at again, so that no call pays for it; where it is (be it empty), each call reads it anew, so that a test can
 // go from one kernel to the next.
@@ -72,21 +59,6 @@ const Kernel* forced_kernel() {
   throw std::invalid_argument("QLORA_CPU_KERNEL: expected one of " + names + ", got " + name);
 }
 
-// One line on stderr for each distinct one, where QLORA_PRINT_KERNELS=1.
-void report(const std::string& line) {
-  static std::mutex mutex;
-  static std::set<std::string> seen;
-  const std::lock_guard<std::mutex> lock(mutex);
-  if (seen.insert(line).second) std::fprintf(stderr, "%s\n", line.c_str());
-}
-bool reports() {
-  static const bool on = [] {
-    const char* const value = std::getenv("QLORA_PRINT_KERNELS");
-    return value && std::string(value) == "1";
-  }();
-  return on;
-}
-
 template <class Problem>
 void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
   Choice choice;
@@ -97,21 +69,20 @@ void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool,
     choice.add(*forced);
   } else {
     throw std::invalid_argument(std::string("QLORA_CPU_KERNEL: ") + kernel_name(*forced) + " of " + current_isa().name +
-                                " does not take " + name + " of " + describe(p));
+                                " does not take " + name + " of " + problem_text(p));
   }
   std::string tried;
   for (const Kernel kernel : choice) {
     const Outcome outcome = run_of(kernels, kernel)(pool, p);
-    if (reports() || forced) tried += std::string(tried.empty() ? "" : ", ") + kernel_name(kernel);
     if (outcome == Outcome::kDone) {
-      if (reports())
-        report("qlora_ext " + std::string(name) + " cpu " + current_isa().name + " " + describe(p) + ": " + tried);
+      print_kernel(name, "cpu", p, [&] { return tried + kernel_name(kernel) + " isa=" + current_isa().name; });
       return;
     }
-    if (reports() || forced) tried += std::string(" (") + text(outcome) + ")";
+    tried += std::string(kernel_name(kernel)) + " (" + text(outcome) + "), ";
   }
-  throw std::invalid_argument(std::string("QLORA_CPU_KERNEL: ") + name + " of " + describe(p) + " was not served by " +
-                              tried);
+  tried.resize(tried.size() - 2);
+  throw std::invalid_argument(std::string("QLORA_CPU_KERNEL: ") + name + " of " + problem_text(p) +
+                              " was not served by " + tried);
 }
 
 }  // namespace

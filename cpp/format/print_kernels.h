@@ -37,16 +37,19 @@ std::pair<int64_t, int64_t> weight_shape(const Problem& p) {
   return {p.w.n, p.w.k};
 }
 
+template <class Problem>
+std::string problem_text(const Problem& p) {
+  const auto [n, k] = weight_shape(p);
+  const auto size = [](const char* name, int64_t value) { return std::string(name) + std::to_string(value); };
+  return size("m=", p.m) + size(" n=", n) + size(" k=", k) + size(" rank=", p.lora.rank) + " " + dtype_name(p.dtype);
+}
+
 // `describe()` gives the text after the arrow, and is not called unless it is printed.
 template <class Problem, class Describe>
 void print_kernel(const char* op, const char* device, const Problem& p, const Describe& describe) {
   if (!prints_kernels()) [[likely]]
     return;
-  const auto [n, k] = weight_shape(p);
-  const auto size = [](const char* name, int64_t value) { return std::string(name) + std::to_string(value); };
-  const std::string line = std::string("qlora: ") + op + " " + device + size(" m=", p.m) + size(" n=", n) +
-                           size(" k=", k) + size(" rank=", p.lora.rank) + " " + dtype_name(p.dtype) + " -> " +
-                           describe();
+  const std::string line = std::string("qlora: ") + op + " " + device + " " + problem_text(p) + " -> " + describe();
   static std::mutex mutex;
   static std::set<std::string> printed;
   const std::lock_guard lock(mutex);
