@@ -1,4 +1,4 @@
-"""What bench/run.py times on a card: our operators and their peers on the same operands, each with its right answer."""
+"""What bench/cuda_operators.py times: our operators and their peers on the same operands, each with its answer."""
 
 from __future__ import annotations
 

@@ -70,6 +70,16 @@ def rows(args: argparse.Namespace) -> torch.Tensor:
     return ids.repeat(-(-needed // len(ids)))[:needed].view(-1, args.seq_len)
 
 
+def train_on(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> torch.Tensor:
+    """One optimizer step, of which this process has the rows ``ids`` [B, T]. Returns their loss."""
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.detach().float()
+
+
 def main() -> None:
     args = parse()
     torch.manual_seed(0)
@@ -94,13 +104,7 @@ def main() -> None:
 
     batches = rows(args).view(args.steps, world, -1, args.seq_len)
     for step in range(start, args.steps):
-        ids = batches[step, rank].to(device)
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-        optimizer.step()
-        optimizer.zero_grad()
-        mean = loss.detach().float()
+        mean = train_on(model, optimizer, batches[step, rank].to(device))
         dist.all_reduce(mean)
         if rank == 0:
             print(f"step {step + 1} loss {mean.item() / world:.4f}", flush=True)

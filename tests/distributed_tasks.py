@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import hashlib
 import os
+import pathlib
+import sys
 import time
 import warnings
 from typing import Any
@@ -31,6 +33,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.peft import check_base, write_base
 from qlora_ext.nn import Linear4bit, Packed4bit, layers_of, quantize_model
+
+sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
+from finetune_fsdp2 import train_on
 
 BATCH = 4  # rows in all, whatever the number of processes
 
@@ -154,12 +159,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
     ids = torch.randint(0, 99, (BATCH, 12), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
     losses = []
     for _ in range(steps):
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-        optimizer.step()
-        optimizer.zero_grad()
-        loss = loss.detach().float()
+        loss = train_on(model, optimizer, ids)
         if world > 1:
             dist.all_reduce(loss)
             loss /= world

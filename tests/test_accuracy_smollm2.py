@@ -24,7 +24,7 @@ pytestmark = [
 ]
 test_on = isas.test_on
 
-from qlora_ext.cli import models
+from qlora_ext.cli import models, sources
 
 TEXT = """The old lighthouse keeper counted 1,204 steps every evening. "Why do you climb?" asked the girl, and he
 said: because def f(x): return x**2 is easier to read in the dark. \n\n\nIn 1969, three people went to the Moon; two
@@ -36,7 +36,7 @@ PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.dow
 @pytest.fixture(scope="module")
 def recorded() -> dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]:
     """By module: its weight, its x [tokens, K] and its dy [tokens, N] times 1024, as a gradient scaler would."""
-    source = models.resolve(models.DEFAULT_MODEL)
+    source = sources.resolve(sources.DEFAULT_MODEL)
     model = models.load_quantized(source, torch.float32, torch.device("cpu"))
     found: dict[str, list] = {}
     for layer in LAYERS:

@@ -88,7 +88,7 @@ def test_escapes_are_not_printed(
         "finetune", "--model", paths["model"], "--data", f"{tmp_path}/{ESCAPE}", "--output", tmp_path / "run"
     )
     told += refused("generate", "--adapter", ESCAPE, "--prompt", "1", f"--no-such{ESCAPE}")
-    monkeypatch.setattr("qlora_ext.cli.generate.complete", lambda *a, **k: f"said {ESCAPE}\nmore")
+    monkeypatch.setattr("qlora_ext.cli.commands.generate.complete", lambda *a, **k: f"said {ESCAPE}\nmore")
     here("generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1")
     said = capfd.readouterr().out
     assert said.endswith("\nmore\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import pathlib
 import re
 
@@ -143,3 +145,61 @@ def test_nothing_ends_the_process() -> None:
 def test_files_stay_short() -> None:
     code = [*SOURCES, *(p for d in ("python", "tests", "bench") for p in (ROOT / d).rglob("*.py"))]
     assert {relative(p): n for p in code if (n := len(p.read_text().splitlines())) > 500} == {}
+
+
+PACKAGE = ROOT / "python" / "qlora_ext"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Room of the package -> the only rooms or files that may import from it.
+IMPORTED_BY = {
+    "cli/commands/": ("cli/main.py",),
+    "cli/": ("cli/",),
+    "integrations/": ("integrations/", "cli/", "__init__.py"),
+    "nn/": ("nn/", "fingerprint.py", "integrations/", "cli/", "__init__.py"),
+}
+
+
+def imports_of(path: pathlib.Path) -> set[pathlib.Path]:
+    """The modules of the package that ``path`` imports, wherever in it the import stands.
+
+    Imports inside functions and for annotations count as all others: they are there to put off optional or slow
+    libraries, which are not ours, and would hide a circle as well.
+    """
+    found: set[pathlib.Path | None] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = path.parents[node.level - 1] if node.level else PACKAGE.parent
+            base = base.joinpath(*(node.module or "").split("."))
+            found |= {module_at(base / alias.name) or module_at(base) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {module_at(PACKAGE.parent.joinpath(*alias.name.split("."))) for alias in node.names}
+    return {module for module in found if module is not None} - {path}
+
+
+def module_at(path: pathlib.Path) -> pathlib.Path | None:
+    files = (path.with_name(f"{path.name}.py"), path.with_name(f"{path.name}.pyi"), path / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def test_python_imports_go_in_no_circle() -> None:
+    graph = {path: imports_of(path) for path in MODULES}
+    assert sum(map(len, graph.values())) > 100  # it has been read
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(relative(path) for path in error.args[1]))
+
+
+@pytest.mark.parametrize("room", IMPORTED_BY)
+def test_python_imports_point_one_way(room: str) -> None:
+    names = {path: path.relative_to(PACKAGE).as_posix() for path in MODULES}
+    inside = {path for path, name in names.items() if name.startswith(room)}
+    allowed = (room, *IMPORTED_BY[room])
+    assert {n for path, n in names.items() if imports_of(path) & inside and not n.startswith(allowed)} == set()
+
+
+def test_the_list_of_patches_is_what_is_patched() -> None:
+    patches = PACKAGE / "integrations" / "_patches.py"
+    listed = re.findall(r'Patch\(\s*"([^"]+)"', patches.read_text())
+    code = "".join(path.read_text() for path in MODULES if path != patches)
+    assert sorted(re.findall(r'\bextend\(\s*"([^"]+)"', code)) == sorted(listed)

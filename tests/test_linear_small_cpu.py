@@ -1,4 +1,4 @@
-"""The CPU kernels for few rows (M <= 16) against the float64 oracle, on every instruction set this machine has."""
+"""The CPU kernels for few tokens against the float64 oracle, on every instruction set this machine has."""
 
 from __future__ import annotations
 

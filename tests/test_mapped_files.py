@@ -61,10 +61,10 @@ def test_a_state_that_the_caller_keeps_is_left_as_it_is(saved: pathlib.Path) -> 
 def test_a_model_that_another_thread_loads_meanwhile_keeps_its_changes(
     saved: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_ext.integrations import _mapped_files
+    from qlora_ext.integrations.transformers import mapped_files
 
     others: list[Any] = []
-    release = _mapped_files.MappedFiles.release
+    release = mapped_files.MappedFiles.release
 
     def load_another(self: Any, tensor: torch.Tensor) -> None:
         if not others:  # as if by another thread, since this load began
@@ -75,7 +75,7 @@ def test_a_model_that_another_thread_loads_meanwhile_keeps_its_changes(
             others.append({name: t.clone() for name, t in others[0].state_dict().items()})
         release(self, tensor)
 
-    monkeypatch.setattr(_mapped_files.MappedFiles, "release", load_another)
+    monkeypatch.setattr(mapped_files.MappedFiles, "release", load_another)
     load(saved, quantization_config=QLoRAConfig())
     other, expected = others
     assert [name for name, t in other.state_dict().items() if not torch.equal(t, expected[name])] == []

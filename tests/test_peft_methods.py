@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from qlora_ext import QLoRAConfig
-from qlora_ext.integrations._peft_layers import create_over_4bit
+from qlora_ext.integrations.peft.methods import create_over_4bit
 from qlora_ext.nn import Linear4bit, quantize_model
 from tiny_models import FAMILIES, make, token_ids
 

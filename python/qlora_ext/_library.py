@@ -21,10 +21,8 @@ OPERATORS = (
 
 
 def _find(name: str) -> str | None:
-    # The package has two directories in an editable install.
-    from . import __path__
-
-    return next((str(p) for d in __path__ if (p := pathlib.Path(d) / name).is_file()), None)
+    library = pathlib.Path(_C.__file__).with_name(name)  # the package has two directories in an editable install
+    return str(library) if library.is_file() else None
 
 
 def _require_torch() -> None:

@@ -1,29 +1,35 @@
 """Gradients of the fused layer: a ``torch.autograd.Function``, the operator made differentiable by it, and the
-function people call."""
+function people call. What every differentiable operator needs (``below_autograd``, ``differentiable``) is here once."""
 
 from __future__ import annotations
 
 import reprlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from ._library import LIBRARY
-from .ops import autocast_linear_nf4_args
+from .ops import LINEAR_NF4, autocast_linear_nf4_args
 from .weight import NF4Weight
 
 
-def _below_autograd(*args: Any) -> Tensor:
+def below_autograd(operator: OpOverload) -> Callable[..., Tensor]:
     """The kernel itself. The guard saves a second trip through Python, half of a small layer's time."""
-    y: Tensor
-    if torch.compiler.is_dynamo_compiling():  # the guard cannot be traced, and a traced call costs nothing
-        y = torch.ops.qlora.linear_nf4.default(*args)
+
+    def kernel(*args: Any) -> Tensor:
+        y: Tensor
+        if torch.compiler.is_dynamo_compiling():  # the guard cannot be traced, and a traced call costs nothing
+            y = operator(*args)
+            return y
+        with torch._C._AutoDispatchBelowAutograd():
+            y = operator(*args)
         return y
-    with torch._C._AutoDispatchBelowAutograd():
-        y = torch.ops.qlora.linear_nf4.default(*args)
-    return y
+
+    return kernel
 
 
 def has_tangent(args: tuple[Any, ...]) -> bool:
@@ -33,10 +39,42 @@ def has_tangent(args: tuple[Any, ...]) -> bool:
     return any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args)
 
 
+def no_tangent(operator: str) -> NoReturn:
+    """Raises a NotImplementedError: ``operator`` knows no forward-mode AD."""
+    raise NotImplementedError(f"{operator}: forward-mode AD is not supported here; use reverse mode (backward)")
+
+
 def refuse_tangent(operator: str, *args: Any) -> None:
     """Raises a NotImplementedError where forward-mode AD reaches ``args``, whose tangents would be lost."""
     if has_tangent(args):
-        raise NotImplementedError(f"{operator}: forward-mode AD is not supported here; use reverse mode (backward)")
+        no_tangent(operator)
+
+
+def differentiable(
+    kernel: Callable[..., Tensor],
+    function: type[torch.autograd.Function],
+    with_tangent: Callable[[tuple[Any, ...]], Tensor],
+) -> Callable[..., Tensor]:
+    """An operator with its gradient, at the price of a graph only where one is needed.
+
+    Args:
+        kernel: of ``below_autograd``.
+        function: has the gradient.
+        with_tangent: called instead with all arguments where forward-mode AD reaches one.
+    """
+
+    def call(*args: Any) -> Tensor:
+        if has_tangent(args):
+            return with_tangent(args)
+        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            y: Tensor = function.apply(*args)
+            return y
+        return kernel(*args)
+
+    return call
+
+
+_kernel = below_autograd(torch.ops.qlora.linear_nf4.default)
 
 
 class LinearNF4Function(torch.autograd.Function):
@@ -56,60 +94,51 @@ class LinearNF4Function(torch.autograd.Function):
         device_type = args[0].device.type
         if torch.is_autocast_enabled(device_type):  # what is saved must have the dtype that dy will have
             args = (*autocast_linear_nf4_args(device_type, args),)
-        x, lora_a, lora_b = args[0], args[9], args[10]
-        ctx.save_for_backward(x if lora_a is not None else None, lora_a, lora_b, *args[1:5])
-        ctx.block_sizes = args[5:7]
-        ctx.in_features = x.shape[-1]
-        ctx.lora_numbers = args[11:]
-        return _below_autograd(*args)
+        a = LINEAR_NF4(*args)
+        x = a.x if a.lora_a is not None else None
+        ctx.save_for_backward(x, a.lora_a, a.lora_b, a.packed, a.absmax, a.nested_absmax, a.nested_offset)
+        ctx.block_sizes = a.block_size, a.nested_block_size
+        ctx.in_features = a.x.shape[-1]
+        ctx.lora_numbers = a.scaling, a.dropout_p, a.seed
+        return _kernel(*args)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of linear_nf4", dy)
         x, lora_a, lora_b, *packed = ctx.saved_tensors
-        needs_dx, needs_dbias, needs_da, needs_db = (ctx.needs_input_grad[i] for i in (0, 8, 9, 10))
+        needs = LINEAR_NF4(*ctx.needs_input_grad)
         dx = da = db = dbias = None
-        if needs_dx:
+        if needs.x:
             dx = torch.ops.qlora.linear_nf4_dx.default(
                 dy, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, *ctx.lora_numbers
             )
-        if needs_dbias:
+        if needs.bias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        if needs_da or needs_db:
+        if needs.lora_a or needs.lora_b:
             da, db = torch.ops.qlora.linear_nf4_dlora.default(dy, x, lora_a, lora_b, *ctx.lora_numbers)
-        frozen = (None,) * 7
-        return (dx, *frozen, dbias, da if needs_da else None, db if needs_db else None, None, None, None)
-
-
-def differentiable_linear_nf4(*args: Any) -> Tensor:
-    """``torch.ops.qlora.linear_nf4`` with its gradient, at the price of a graph only where one is needed."""
-    if has_tangent(args):
-        return _with_tangent(args)
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        y: Tensor = LinearNF4Function.apply(*args)  # type: ignore[no-untyped-call]
-        return y
-    return _below_autograd(*args)
+        da, db = da if needs.lora_a else None, db if needs.lora_b else None
+        return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db),)
 
 
 def _with_tangent(args: tuple[Any, ...]) -> Tensor:
     """The layer is linear in x and bias: its tangent is the layer again, with their tangents in their places."""
     duals = [forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
-    x_tangent, bias_tangent = duals[0][1], duals[8][1]
-    for name, (_, tangent) in zip(("lora_a", "lora_b"), duals[9:11], strict=True):
-        if tangent is not None:
+    primals, tangents = (LINEAR_NF4(*parts) for parts in zip(*duals, strict=True))
+    for name in ("lora_a", "lora_b"):
+        if getattr(tangents, name) is not None:
             raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives by x and bias alone")
-    primals = [primal for primal, _ in duals]
     y = differentiable_linear_nf4(*primals)
-    if x_tangent is None:
-        assert bias_tangent is not None  # or there would be no tangent at all
-        tangent = torch.zeros_like(y) + bias_tangent
+    if tangents.x is None:
+        assert tangents.bias is not None  # or there would be no tangent at all
+        tangent = torch.zeros_like(y) + tangents.bias
     else:
-        tangent = differentiable_linear_nf4(x_tangent, *primals[1:8], bias_tangent, *primals[9:])
+        tangent = differentiable_linear_nf4(*primals._replace(x=tangents.x, bias=tangents.bias))
     dual: Tensor = forward_ad.make_dual(y, tangent)
     return dual
 
 
+differentiable_linear_nf4 = differentiable(_kernel, LinearNF4Function, _with_tangent)
 LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .autograd import refuse_tangent  # and linear_nf4 is registered
+from .arguments import arguments_of
+from .autograd import below_autograd, differentiable, no_tangent, refuse_tangent  # and linear_nf4 is registered
 
 _PACKED = (
     "Tensor offsets, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
@@ -204,54 +205,46 @@ def _dlora(
     return da, db
 
 
+_GROUPED = arguments_of(torch.ops.qlora.grouped_linear_nf4.default)
+_GROUPED_DX = arguments_of(torch.ops.qlora.grouped_linear_nf4_dx.default)
+_kernel = below_autograd(torch.ops.qlora.grouped_linear_nf4.default)
+
+
 class _GroupedLinearNF4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        x, lora_a, lora_b = args[0], args[10], args[11]
-        ctx.save_for_backward(x if lora_a is not None else None, lora_a, lora_b, *args[1:6])
-        ctx.block_sizes, ctx.in_features, ctx.scaling = args[6:8], x.shape[-1], args[12]
-        ctx.bias_shape = None if args[9] is None else args[9].shape
-        return _below_autograd(*args)
+        a = _GROUPED(*args)
+        x = a.x if a.lora_a is not None else None
+        packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
+        ctx.save_for_backward(x, a.lora_a, a.lora_b, a.offsets, *packed)
+        ctx.block_sizes = a.block_size, a.nested_block_size
+        ctx.in_features, ctx.scaling = a.x.shape[-1], a.scaling
+        ctx.bias_shape = None if a.bias is None else a.bias.shape
+        return _kernel(*args)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of grouped_linear_nf4", dy)
         x, lora_a, lora_b, offsets, *packed = ctx.saved_tensors
-        needs_dx, needs_dbias, needs_da, needs_db = (ctx.needs_input_grad[i] for i in (0, 9, 10, 11))
+        needs = _GROUPED(*ctx.needs_input_grad)
         dy = dy.contiguous()
         dx = da = db = dbias = None
-        if needs_dx:
+        if needs.x:
             dx = torch.ops.qlora.grouped_linear_nf4_dx.default(
                 dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, ctx.scaling
             )
-        if needs_dbias:
+        if needs.bias:
             expert = torch.searchsorted(offsets, torch.arange(dy.shape[0], device=dy.device), right=True)
             experts, n = ctx.bias_shape
             dbias = dy.new_zeros(experts + 1, n).index_add(0, expert, dy)[:experts]
-        if needs_da or needs_db:
+        if needs.lora_a or needs.lora_b:
             da, db = torch.ops.qlora.grouped_linear_nf4_dlora.default(dy, x, offsets, lora_a, lora_b, ctx.scaling)
-        return (dx, *(None,) * 8, dbias, da if needs_da else None, db if needs_db else None, None)
+        da, db = da if needs.lora_a else None, db if needs.lora_b else None
+        return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db),)
 
 
-def _below_autograd(*args: Any) -> Tensor:
-    y: Tensor
-    if torch.compiler.is_dynamo_compiling():  # the guard cannot be traced
-        y = torch.ops.qlora.grouped_linear_nf4.default(*args)
-        return y
-    with torch._C._AutoDispatchBelowAutograd():
-        y = torch.ops.qlora.grouped_linear_nf4.default(*args)
-    return y
-
-
-def _differentiable(*args: Any) -> Tensor:
-    refuse_tangent("grouped_linear_nf4", *args)
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-        y: Tensor = _GroupedLinearNF4.apply(*args)  # type: ignore[no-untyped-call]
-        return y
-    return _below_autograd(*args)
-
-
+_differentiable = differentiable(_kernel, _GroupedLinearNF4, lambda args: no_tangent("grouped_linear_nf4"))
 _LIBRARY.impl("grouped_linear_nf4", grouped_linear_nf4, "CompositeExplicitAutograd")
 _LIBRARY.impl("grouped_linear_nf4_dx", _dx, "CompositeExplicitAutograd")
 _LIBRARY.impl("grouped_linear_nf4_dlora", _dlora, "CompositeExplicitAutograd")
@@ -259,19 +252,23 @@ _LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4")
-def _(x: Tensor, *args: Any) -> Tensor:
-    ops.check_block_sizes(*args[5:7])
-    ops.check_lora_numbers(args[11], 0.0)
-    ops.check_one_device("grouped_linear_nf4", x, *args, but="offsets")
-    return x.new_empty((x.shape[0], args[7]))
+def _(*args: Any) -> Tensor:
+    a = _GROUPED(*args)
+    ops.check_block_sizes(a.block_size, a.nested_block_size)
+    ops.check_lora_numbers(a.scaling, 0.0)
+    ops.check_one_device("grouped_linear_nf4", *args, but="offsets")
+    y: Tensor = a.x.new_empty((a.x.shape[0], a.out_features))
+    return y
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dx")
-def _(dy: Tensor, *args: Any) -> Tensor:
-    ops.check_block_sizes(*args[5:7])
-    ops.check_lora_numbers(args[10], 0.0)
-    ops.check_one_device("grouped_linear_nf4_dx", dy, *args, but="offsets")
-    return dy.new_empty((dy.shape[0], args[7]))
+def _(*args: Any) -> Tensor:
+    a = _GROUPED_DX(*args)
+    ops.check_block_sizes(a.block_size, a.nested_block_size)
+    ops.check_lora_numbers(a.scaling, 0.0)
+    ops.check_one_device("grouped_linear_nf4_dx", *args, but="offsets")
+    dx: Tensor = a.dy.new_empty((a.dy.shape[0], a.in_features))
+    return dx
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dlora")

@@ -15,6 +15,10 @@ import torch
 from torch import Tensor
 
 from ._library import LIBRARY
+from .arguments import arguments_of
+
+LINEAR_NF4 = arguments_of(torch.ops.qlora.linear_nf4.default)
+LINEAR_NF4_DX = arguments_of(torch.ops.qlora.linear_nf4_dx.default)
 
 MAX_NESTED_BLOCK_SIZE = 2**20
 MAX_ELEMENTS = 2**48  # cpp/format/nf4.h has the reason
@@ -115,21 +119,23 @@ def _(
 
 
 @torch.library.register_fake("qlora::linear_nf4")
-def _(x: Tensor, *args: Any) -> Tensor:
-    check_block_sizes(*args[4:6])
-    check_lora_numbers(*args[10:12])
-    check_one_device("linear_nf4", x, *args)
-    out_features = args[6]
-    return x.new_empty((*x.shape[:-1], out_features))
+def _(*args: Any) -> Tensor:
+    a = LINEAR_NF4(*args)
+    check_block_sizes(a.block_size, a.nested_block_size)
+    check_lora_numbers(a.scaling, a.dropout_p)
+    check_one_device("linear_nf4", *args)
+    y: Tensor = a.x.new_empty((*a.x.shape[:-1], a.out_features))
+    return y
 
 
 @torch.library.register_fake("qlora::linear_nf4_dx")
-def _(dy: Tensor, *args: Any) -> Tensor:
-    check_block_sizes(*args[4:6])
-    check_lora_numbers(*args[9:11])
-    check_one_device("linear_nf4_dx", dy, *args)
-    in_features = args[6]
-    return dy.new_empty((*dy.shape[:-1], in_features))
+def _(*args: Any) -> Tensor:
+    a = LINEAR_NF4_DX(*args)
+    check_block_sizes(a.block_size, a.nested_block_size)
+    check_lora_numbers(a.scaling, a.dropout_p)
+    check_one_device("linear_nf4_dx", *args)
+    dx: Tensor = a.dy.new_empty((*a.dy.shape[:-1], a.in_features))
+    return dx
 
 
 @torch.library.register_fake("qlora::linear_nf4_dlora")
@@ -141,8 +147,8 @@ def _(
     return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
 
 
-# Where linear_nf4's dense arguments stand: x, bias, lora_a, lora_b. The rest is packed state and numbers.
-_DENSE = (0, 8, 9, 10)
+# linear_nf4's dense arguments. The rest is packed state and numbers.
+_DENSE = ("x", "bias", "lora_a", "lora_b")
 
 
 def autocast_linear_nf4_args(device_type: str, args: Sequence[Any]) -> list[Any]:
@@ -151,11 +157,13 @@ def autocast_linear_nf4_args(device_type: str, args: Sequence[Any]) -> list[Any]
     The scales stay float32.
     """
     dtype = torch.get_autocast_dtype(device_type)
-    cast = list(args)
-    for i in _DENSE:
-        if cast[i] is not None and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
-            cast[i] = cast[i].to(dtype)
-    return cast
+
+    def cast(name: str, value: Any) -> Any:
+        if name in _DENSE and value is not None and value.is_floating_point() and value.dtype != torch.float64:
+            return value.to(dtype)
+        return value
+
+    return [cast(name, value) for name, value in zip(LINEAR_NF4._fields, args, strict=True)]
 
 
 def _autocast(device_type: str) -> None:

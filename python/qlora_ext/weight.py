@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import ops
+from . import bitsandbytes_state, ops
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,15 +101,12 @@ class NF4Weight:
         Raises:
             KeyError: a key is missing. ValueError: not NF4, or its parts are no such tensors, or do not fit together.
         """
-        from .integrations import bitsandbytes
-
-        return bitsandbytes.from_state_dict(state_dict, prefix)
+        return cls(**bitsandbytes_state.read(state_dict, prefix))
 
     def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
         """The tensors, keys and bytes that bitsandbytes saves for this weight under the name ``prefix``."""
-        from .integrations import bitsandbytes
-
-        return bitsandbytes.to_state_dict(self, prefix)
+        fields: Any = vars(self)
+        return bitsandbytes_state.write(fields, prefix)
 
 
 def _has_values(t: Tensor) -> bool:

@@ -189,9 +189,10 @@ def test_configuration_for_a_plan(paths: Paths, tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_adapters(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
-    from qlora_ext.cli import adapter as adapters
+    from qlora_ext.cli.adapter_files import find, load
     from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.models import load_quantized, resolve
+    from qlora_ext.cli.models import load_quantized
+    from qlora_ext.cli.sources import resolve
 
     adapter = pathlib.Path(shutil.copytree(whole_run / "adapter", tmp_path / "adapter"))
     ask = ["generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1", "--max-new-tokens", "1"]
@@ -205,7 +206,7 @@ def test_adapters(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path,
             torch.manual_seed(seed)
             base = load_quantized(resolve(str(paths["model"])), torch.bfloat16, torch.device("cpu"))
             with contextlib.suppress(UserError):
-                found.append(adapters.load(base, adapters.find(str(adapter)), False).state_dict())
+                found.append(load(base, find(str(adapter)), False).state_dict())
         assert len(found) == 2
         assert found[0].keys() == found[1].keys()
         assert all(torch.equal(t, found[1][key]) for key, t in found[0].items())
@@ -232,7 +233,8 @@ def lines(draw: random.Random, data: bytes) -> bytes:
 def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
     from qlora_ext.cli.data import encode, read_examples
     from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.models import load_tokenizer, resolve
+    from qlora_ext.cli.models import load_tokenizer
+    from qlora_ext.cli.sources import resolve
 
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (PAIR, TALK, {"text": "t"}) * 4))
     (tmp_path / "data.txt").write_text("some text, é\n" * 40, encoding="utf-8")

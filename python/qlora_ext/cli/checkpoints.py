@@ -7,9 +7,9 @@ import pathlib
 import re
 from typing import Any
 
+from .._outside import read_json
 from .errors import UserError, first_line
 from .files import write_json
-from .models import read_json
 
 MANIFEST = "manifest.json"
 

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 from .._outside import FileError, Schema, check, excerpt, parse_json, printable, read_text
 from .errors import UserError, first_line, is_panic, path_named
-from .models import PACKAGE, package_files
+from .sources import PACKAGE, package_files
 
 Message: TypeAlias = dict[str, str]
 Example: TypeAlias = "str | list[Message]"

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from .._outside import printable
-from . import adapters, finetune, generate, info, merge, plan, quantize
+from .commands import adapters, finetune, generate, info, merge, plan, quantize
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"

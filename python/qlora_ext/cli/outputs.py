@@ -9,10 +9,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from .._outside import read_json
 from .errors import UserError, first_line, writing
 from .files import contents, recover, staged_directory, write_json
 from .lock import locked
-from .models import ModelSource, read_json
+from .sources import ModelSource
 
 # In every directory that the command writes: which command, and what it wrote or what it was begun with.
 MARKER = "qlora_output.json"
@@ -63,7 +64,8 @@ def _on_the_way(path: pathlib.Path) -> set[tuple[int, int] | None]:
 
 def input_of(source: ModelSource) -> str | None:
     """The directory or file of a model on this machine, to be protected from ``--overwrite``."""
-    return os.path.join(source.path, source.gguf_file or "") if source.local else None
+    path = os.path.join(source.path, source.gguf_file or "")
+    return path if os.path.exists(path) else None
 
 
 def _check_input(path: pathlib.Path, option: str, name: str) -> None:

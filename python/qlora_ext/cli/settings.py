@@ -10,7 +10,8 @@ from typing import Any
 from .._outside import check, printable, read_json
 from .data import DEFAULT_DATA
 from .errors import UserError
-from .models import BLOCK_SIZES, DEFAULT_MODEL, DTYPES
+from .models import BLOCK_SIZES, DTYPES
+from .sources import DEFAULT_MODEL
 
 _LARGEST = 2**31  # what an integer stays below that has no other limit
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
@@ -93,7 +94,7 @@ def schema() -> dict[str, Any]:
     return {f"{field.name}?": _TYPES[str(field.type)] for field in dataclasses.fields(Settings)}
 
 
-def read(path: pathlib.Path) -> dict[str, Any]:
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
     """The settings that a run was begun with, from its ``settings.json``.
 
     Raises:

@@ -175,7 +175,7 @@ class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 def train(trainer: QLoRATrainer, checkpoint: pathlib.Path | None) -> None:
     """Trains to the last step, from ``checkpoint`` on if there is one."""
-    from .adapter import entire
+    from .adapter_files import entire
 
     if checkpoint is not None:
         read_json(checkpoint / "trainer_state.json", _STATE)

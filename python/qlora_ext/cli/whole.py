@@ -7,13 +7,11 @@ import re
 import struct
 import sys
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .._outside import check, excerpt, parse_json, printable, read_json
 from .errors import UserError, reading
-
-if TYPE_CHECKING:
-    from .models import ModelSource
+from .sources import ModelSource
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # safetensors' own limit, in bytes
@@ -75,7 +73,7 @@ def check_room(source: ModelSource, config: Any) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    files = weight_files(pathlib.Path(source.path)) if source.local and source.gguf_file is None else []
+    files = weight_files(source.directory) if source.directory is not None else []
     if not files:
         return
     found = {name: shape for file in files for name, shape in shapes(file).items()}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
+from ..form import Form
 from ..weight import NF4Weight
 from .linear import Linear4bit
 from .packed import PackedWeight4bit
@@ -83,7 +86,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self._set_form(compute_dtype, block_size, double_quant, nested_block_size)
+        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size))
         if padding_idx is not None and not isinstance(padding_idx, int):
             raise TypeError(f"padding_idx: expected a row number, got {padding_idx!r}")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
@@ -115,16 +118,9 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
             raise TypeError(f"embedding: expected an nn.Embedding, got {type(embedding).__name__}")
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected max_norm=None, got {embedding.max_norm}")
-        module = cls(
-            embedding.num_embeddings,
-            embedding.embedding_dim,
-            embedding.padding_idx,
-            compute_dtype or embedding.weight.dtype,
-            block_size,
-            double_quant,
-            device="meta",
-            nested_block_size=nested_block_size,
-        )
+        form = Form(compute_dtype or embedding.weight.dtype, block_size, double_quant, nested_block_size)
+        sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
+        module = cls(*sizes, device="meta", **vars(form))
         module.set_weight(module.quantize(embedding.weight))
         return module.train(embedding.training)
 
@@ -166,7 +162,7 @@ class TiedLinear4bit(Linear4bit):
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.__dict__["embedding"] = embedding  # beside the submodules: it belongs to another
-        self.compute_dtype = embedding.compute_dtype
+        self._compute_dtype = embedding.compute_dtype
         self.weight = embedding.weight
         self.register_parameter("bias", bias)
         self.train(embedding.training)
@@ -190,16 +186,12 @@ class TiedLinear4bit(Linear4bit):
         return self.embedding.nested_offset
 
     @property
-    def block_size(self) -> int:  # type: ignore[override]
-        return self.embedding.block_size
+    def form(self) -> Form:
+        return dataclasses.replace(self.embedding.form, compute_dtype=self._compute_dtype)
 
-    @property
-    def nested_block_size(self) -> int:  # type: ignore[override]
-        return self.embedding.nested_block_size
-
-    @property
-    def double_quant(self) -> bool:  # type: ignore[override]
-        return self.embedding.double_quant
+    @form.setter
+    def form(self, form: Form) -> None:
+        self._compute_dtype = form.compute_dtype  # the rest is the table's
 
     @property
     def weight_dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import grouped
+from ..form import Form
 from ..weight import NF4Weight
 from .packed import SCALES, Packed4bit
 
@@ -90,7 +91,7 @@ class Experts4bit(Packed4bit):
         self._taken_over = [key for key in vars(experts) if key not in _MODULE_STATE]
         _hand_over(experts, self, self._taken_over, but=self._shapes)
         dtype: torch.dtype = experts.down_proj.dtype  # type: ignore[assignment]
-        self._set_form(compute_dtype or dtype, block_size, double_quant, nested_block_size)
+        self._set_form(Form(compute_dtype or dtype, block_size, double_quant, nested_block_size))
         self._register_packed(device)
         self._lora: dict[str, Lora] = {}
         self.train(experts.training)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autograd import call_linear_nf4, draw_seed
-from ..weight import quantize_nf4
+from ..form import Form
 from .packed import PackedWeight4bit
 
 
@@ -44,7 +44,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._set_form(compute_dtype, block_size, double_quant, nested_block_size)
+        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size))
         self._register_packed(device)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False)
@@ -78,18 +78,9 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         """Quantizes an ``nn.Linear``. Its dtype is the compute dtype by default; its bias is kept as it is."""
         if isinstance(linear, Linear4bit) or not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        w4 = quantize_nf4(linear.weight, block_size, double_quant, nested_block_size)
-        module = cls(
-            linear.in_features,
-            linear.out_features,
-            bias=False,
-            compute_dtype=compute_dtype or linear.weight.dtype,
-            block_size=block_size,
-            double_quant=double_quant,
-            device="meta",
-            nested_block_size=nested_block_size,
-        )
-        module.set_weight(w4)
+        form = Form(compute_dtype or linear.weight.dtype, block_size, double_quant, nested_block_size)
+        module = cls(linear.in_features, linear.out_features, bias=False, device="meta", **vars(form))
+        module.set_weight(module.quantize(linear.weight))
         if linear.bias is not None:
             module.bias = nn.Parameter(
                 linear.bias.detach().to(module.compute_dtype), requires_grad=linear.bias.requires_grad

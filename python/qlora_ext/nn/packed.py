@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..form import Form
 from ..weight import NF4Weight, quantize_nf4
 
 # The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
@@ -39,27 +41,39 @@ class Packed4bit(nn.Module, abc.ABC):
     quantized by itself.
     """
 
-    compute_dtype: torch.dtype
+    form: Form
     weight_dtype: torch.dtype
-    block_size: int
-    nested_block_size: int
-    double_quant: bool
 
     @property
     @abc.abstractmethod
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every 4-bit weight, as if it were dense, by the name of its parameter."""
 
-    def _set_form(
-        self, compute_dtype: torch.dtype, block_size: int, double_quant: bool, nested_block_size: int
-    ) -> None:
-        ops.check_block_sizes(block_size, nested_block_size)
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.form.compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype: torch.dtype) -> None:
+        self.form = dataclasses.replace(self.form, compute_dtype=dtype)
+
+    @property
+    def block_size(self) -> int:
+        return self.form.block_size
+
+    @property
+    def double_quant(self) -> bool:
+        return self.form.double_quant
+
+    @property
+    def nested_block_size(self) -> int:
+        return self.form.nested_block_size
+
+    def _set_form(self, form: Form) -> None:
         for name, shape in self.packed_shapes.items():
             ops.check_shape(name, shape)
-        if not isinstance(compute_dtype, torch.dtype) or not compute_dtype.is_floating_point:
-            raise TypeError(f"compute_dtype: expected a floating-point torch.dtype, got {compute_dtype!r}")
-        self.compute_dtype = self.weight_dtype = compute_dtype
-        self.block_size, self.double_quant, self.nested_block_size = block_size, double_quant, nested_block_size
+        self.form = form
+        self.weight_dtype = form.compute_dtype
 
     def _empty_state(self, device: torch.device | str | None) -> dict[str, Tensor]:
         """Zeros in the form of the packed state."""
@@ -94,12 +108,8 @@ class Packed4bit(nn.Module, abc.ABC):
         """
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
-        form = self.block_size, self.nested_block_size, self.double_quant
-        self.block_size, self.nested_block_size, self.double_quant = (
-            w4.block_size,
-            w4.nested_block_size,
-            w4.double_quant,
-        )
+        form = self.form
+        self.form = Form(form.compute_dtype, w4.block_size, w4.double_quant, w4.nested_block_size)
         absmax, nested_absmax, nested_offset = scale_names(name).values()
         parts = {
             name: w4.packed,
@@ -110,7 +120,7 @@ class Packed4bit(nn.Module, abc.ABC):
         try:
             self.check_form({key: t for key, t in parts.items() if t is not None})
         except ValueError:
-            self.block_size, self.nested_block_size, self.double_quant = form
+            self.form = form
             raise
         old = self._parameters[name]
         if old is not None and (old.device, old.dtype, old.shape) == (w4.device, torch.uint8, w4.packed.shape):

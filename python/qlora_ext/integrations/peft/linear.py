@@ -1,27 +1,19 @@
-"""PEFT's layers over a ``Linear4bit``: LoRA as one fused operator, and every other method by PEFT's own code."""
+"""PEFT's layers over a ``Linear4bit``, and its LoRA layer, which is one fused operator."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as DenseLoraLinear
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..nn import Linear4bit
-from ..weight import NF4Weight, quantize_nf4
-
-try:
-    from peft.utils.quantization_utils import QuantizationBackend
-except ImportError:  # PEFT 0.19
-    QuantizationBackend = object
+from ...nn import Linear4bit
+from .merge import Over4bit
 
 
 class _Decoding(nn.Linear):
@@ -47,7 +39,7 @@ class _Decoding(nn.Linear):
         return y
 
 
-def _decoded(layer: Linear4bit) -> nn.Linear:
+def decoded(layer: Linear4bit) -> nn.Linear:
     """The layer decoded to a float32 ``nn.Linear``: [N, K], also where the model's own kind is a Conv1D."""
     dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
     # Not registered: PEFT's low_cpu_mem_usage has every parameter that is registered put on the meta device.
@@ -57,22 +49,23 @@ def _decoded(layer: Linear4bit) -> nn.Linear:
     return dense.train(layer.training)
 
 
-class Over4bit:
+class OverLinear4bit(Over4bit):
     """Put before a PEFT layer class: the layer with a ``Linear4bit`` as its base.
 
     PEFT's code meets a decoded weight wherever it reads one. What it writes to the weight is quantized anew.
     """
 
     base_layer: nn.Module
-    merged_adapters: list[str]
-    # What merge found: the packed weight and the bias.
-    _unmerged: tuple[NF4Weight, Tensor | None] | None = None
 
     @property
     def layer4bit(self) -> Linear4bit:
         layer = self.base_layer
         assert isinstance(layer, Linear4bit)
         return layer
+
+    @property
+    def bias4bit(self) -> Tensor | None:
+        return self.layer4bit.bias
 
     @contextlib.contextmanager
     def _base_as(self, stand_in: nn.Linear) -> Iterator[nn.Linear]:
@@ -83,14 +76,8 @@ class Over4bit:
         finally:
             self.base_layer = layer
 
-    def requantize(self, weight: Tensor) -> None:
-        """Makes ``weight`` [N, K] the 4-bit weight, in the form that it has."""
-        layer = self.layer4bit
-        w4 = quantize_nf4(weight, layer.block_size, layer.double_quant, layer.nested_block_size)
-        layer.set_weight(dataclasses.replace(w4, dtype=layer.weight_dtype))
-
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        with self._base_as(_decoded(self.layer4bit)) as dense:
+        with self._base_as(decoded(self.layer4bit)) as dense:
             before = dense.weight.detach().clone()
             super().update_layer(*args, **kwargs)  # type: ignore[misc]
         if not torch.equal(dense.weight, before):  # PiSSA and its kin keep what they took out of the base
@@ -101,67 +88,19 @@ class Over4bit:
             y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
         return y
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters into the 4-bit weight, which is quantized anew; ``unmerge`` gives back the old bits."""
-        names = check_adapters_to_merge(self, adapter_names)
-        if not names:
-            return
-        names = [*self.merged_adapters, *names]
-        if self.merged_adapters:
-            self.unmerge()
-        layer = self.layer4bit
-        kept = layer.weight4bit, None if layer.bias is None else layer.bias.detach().clone()
-        dense = self.merge_dense(names, safe_merge)
-        self._unmerged = kept
-        self.set_merged(dense)
+    def decoded(self) -> Tensor:
+        return self.layer4bit.dequantize(torch.float32)
 
-    def set_merged(self, dense: nn.Linear) -> None:
-        """Quantizes what ``merge_dense`` gave, in the place of the weight that there is."""
-        self.requantize(dense.weight)
-        bias = self.layer4bit.bias
+    def _merge_weights(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
+        with self._base_as(decoded(self.layer4bit)) as dense:
+            # PEFT's own merge, which stands behind Over4bit's.
+            super(Over4bit, self).merge(safe_merge=safe_merge, adapter_names=names)  # type: ignore[misc]
+        return dense.weight, dense.bias
+
+    def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        merged = self.layer4bit.to_linear(weight=weight)
         if bias is not None:
-            bias.data = dense.bias.detach().to(bias.dtype)
-
-    def merge_dense(self, names: list[str], safe_merge: bool = False) -> nn.Linear:
-        """The decoded layer in float32 with the named adapters merged into it by PEFT."""
-        if self.layer4bit.is_sharded:
-            raise ValueError(
-                "merge: expected a layer that is whole, got one that FSDP2 has sharded; save the adapters, and merge "
-                "them in one process"
-            )
-        with self._base_as(_decoded(self.layer4bit)) as dense:
-            super().merge(safe_merge=safe_merge, adapter_names=names)  # type: ignore[misc]
-        return dense
-
-    def unmerge(self) -> None:
-        if not self.merged_adapters or self._unmerged is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        layer = self.layer4bit
-        w4, bias = self._unmerged
-        layer.set_weight(w4.to(layer.weight.device))
-        if bias is not None:
-            layer.bias.data = bias.to(layer.bias)
-        self._unmerged = None
-        self.merged_adapters.clear()
-
-    def unload_and_optionally_merge_module(
-        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> nn.Module:
-        """The layer without its adapters: 4-bit as it was or, merged, dense in the dtype of the quantized weight."""
-        layer = self.layer4bit
-        if not merge:
-            return layer
-        names = list(self.merged_adapters)
-        if self.merged_adapters:
-            self.unmerge()
-        names += [name for name in check_adapters_to_merge(self, adapter_names) if name not in names]
-        if not names:
-            return layer
-        dense = self.merge_dense(names, safe_merge)
-        merged = layer.to_linear(weight=dense.weight)
-        if dense.bias is not None:
-            merged.bias = nn.Parameter(dense.bias.detach().to(layer.weight_dtype), requires_grad=False)
+            merged.bias = nn.Parameter(bias.detach().to(self.layer4bit.weight_dtype), requires_grad=False)
         self.base_layer = merged  # PEFT gives the module that it puts in our place the parameters found here
         return merged
 
@@ -169,7 +108,7 @@ class Over4bit:
         return f"{super().__repr__()}".removeprefix("lora.")
 
 
-class LoraLinear4bit(Over4bit, DenseLoraLinear):
+class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
     One plain active adapter runs as the one operator y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias. Whatever else
@@ -214,51 +153,3 @@ class LoraLinear4bit(Over4bit, DenseLoraLinear):
             return super().forward(x, *args, **kwargs)
         y: Tensor = DenseLoraLinear.forward(self, x, *args, **kwargs)
         return y
-
-
-class _Backend(QuantizationBackend):
-    """By what PEFT (>= 0.20) tells that a layer is quantized, where its methods know of such things."""
-
-    supports_merge = True
-    backend_name = "qlora_ext NF4"
-    layer_type = "linear"
-
-    def get_base_weight(self, base_layer: Any) -> Tensor:
-        weight: Tensor = base_layer.dequantize() if isinstance(base_layer, Linear4bit) else base_layer.weight.data
-        return weight
-
-    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
-        base_layer = peft_layer.get_base_layer()
-        if isinstance(base_layer, Linear4bit):
-            peft_layer.requantize(weight_data)
-        else:
-            base_layer.weight.data = weight_data
-
-
-@functools.cache
-def _over_4bit(cls: Any) -> Any:
-    return type(f"{cls.__name__}4bit", (Over4bit, cls), {"quantization_backend": _Backend()})
-
-
-def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
-    """Around the ``_create_and_replace`` of a PEFT method: a 4-bit target is built over as its decoded twin.
-
-    Raises:
-        TypeError: the method keeps no base layer to put the 4-bit one back into.
-    """
-    if not isinstance(target, Linear4bit):
-        original(self, config, name, target, *args, **kwargs)
-        return
-    target_name, parent = args[0], args[1]
-    dense = _decoded(target)
-    before = dense.weight.detach().clone()
-    original(self, config, name, dense, *args, **kwargs)
-    layer = getattr(parent, target_name)
-    if not isinstance(layer, BaseTunerLayer) or getattr(layer, "base_layer", None) is not dense:
-        setattr(parent, target_name, target)
-        raise TypeError(f"target_modules: {type(self).__name__} cannot train over 4-bit layers ({target_name})")
-    layer.base_layer = target
-    kind: Any = type(layer)
-    layer.__class__ = _over_4bit(kind)
-    if not torch.equal(dense.weight, before):
-        layer.requantize(dense.weight)

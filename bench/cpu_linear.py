@@ -1,6 +1,6 @@
 """linear_nf4 and its input gradient on the CPU, against what a user has today.
 
-    python bench/linear.py [--seconds 3] [--threads 2] [--dtype bfloat16]
+    python bench/cpu_linear.py [--seconds 3] [--threads 2] [--dtype bfloat16]
 
 Every ratio is a time over the time of torch's `F.linear` (dX: `dy @ w`) on the dense weight in the same dtype, round
 by round: lower is better. Ours has LoRA of rank 16 and double quantization in it. Beside it stand `F.linear` with LoRA

@@ -1,6 +1,6 @@
 """Times every CUDA operator on this machine's card, beside its peers, and writes one table.
 
-    python bench/run.py --device cuda [--tiny] [--minutes 7.5]
+    python bench/cuda_operators.py [--tiny] [--minutes 7.5]
 
 Results are checked before anything is timed. Weights rotate through more memory than the L2 holds. Contenders are
 captured into CUDA graphs, so that what is timed is the card and not Python, and replayed in turn; "x the time" is the
@@ -98,12 +98,11 @@ def cases(layer: Layer, tiny: bool) -> list[Callable[[], Case]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cuda"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="two small shapes: does it work at all")
     parser.add_argument("--minutes", type=float, default=7.5, help="what does not fit is reported as not measured")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("no CUDA device: bench/codec.py and bench/linear.py time the CPU")
+        sys.exit("no CUDA device: bench/cpu_codec.py and bench/cpu_linear.py time the CPU")
 
     start = time.perf_counter()
     torch.manual_seed(0)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 from torch import nn
-from transformers.modeling_utils import PreTrainedModel
 
-from ..nn import Embedding4bit, TiedLinear4bit, layers_of, scale_names
+from ...nn import Embedding4bit, TiedLinear4bit, layers_of, scale_names
+from .._patches import extend
 
 
 def hidden_parameters(model: nn.Module, embeddings: bool = True) -> int:
@@ -30,15 +29,7 @@ def hidden_parameters(model: nn.Module, embeddings: bool = True) -> int:
     return hidden
 
 
-def _register() -> None:
-    count = PreTrainedModel.num_parameters
-
-    @functools.wraps(count)
-    def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        counted: int = count(self, only_trainable, exclude_embeddings)
-        return counted if only_trainable else counted + hidden_parameters(self, not exclude_embeddings)
-
-    PreTrainedModel.num_parameters = num_parameters
-
-
-_register()
+@extend("transformers.modeling_utils:PreTrainedModel.num_parameters")
+def num_parameters(original: Any, self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    counted: int = original(self, only_trainable, exclude_embeddings)
+    return counted if only_trainable else counted + hidden_parameters(self, not exclude_embeddings)

@@ -10,21 +10,22 @@ import pathlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from .._outside import excerpt, printable
-from .errors import UserError, path_named, reading
-from .files import staged_file
-from .generate import add_trust_option
-from .models import DEFAULT_MODEL, DTYPES, load_config, resolve
+from ..._outside import excerpt, printable
+from ..errors import UserError, path_named, reading
+from ..files import staged_file
+from ..models import DTYPES, load_config
+from ..options import add_trust_option
+from ..sources import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
-    from .memory import Job
+    from ..memory import Job
 
 _MOST = 1_000_000  # of anything that is counted here
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def add_parser(commands: Any) -> None:
-    from . import families
+    from .. import families
 
     parser = commands.add_parser(
         "plan",
@@ -81,7 +82,7 @@ def _memory(text: str | None) -> tuple[float, str]:
 
 
 def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
-    from . import families
+    from .. import families
 
     if arguments.sizes is not None:
         return arguments.sizes, families.config_of_sizes(arguments.sizes)
@@ -95,7 +96,7 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _job(arguments: argparse.Namespace, config: Any) -> Job:
-    from .memory import OPTIMIZERS, Job
+    from ..memory import OPTIMIZERS, Job
 
     for name in ("rank", "seq_len", "batch_size", "devices"):
         if not 1 <= getattr(arguments, name) <= _MOST:
@@ -122,7 +123,7 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
 
 def advise(job: Job, measured: list[dict[str, float]]) -> list[tuple[str, float]]:
     """What would lower the total, and by how many bytes: each change alone, the largest first."""
-    from .memory import split, tops
+    from ..memory import split, tops
 
     step: list[tuple[str, dict[str, Any]]] = []  # changes of the step itself, which is then run again
     if not job.grad_checkpointing:
@@ -172,7 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
     memory, whose = _memory(arguments.memory)
     name, config = _config(arguments)
     job = _job(arguments, config)
-    from .memory import split, tops
+    from ..memory import split, tops
 
     with reading("configuration", name):
         try:

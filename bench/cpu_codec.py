@@ -1,7 +1,7 @@
 """quantize_nf4 + quantize_absmax and dequantize_nf4 on the CPU, against bitsandbytes, torch's copy and a copy whose
 stores bypass the caches.
 
-    python bench/codec.py [--seconds 4] [--threads 2]
+    python bench/cpu_codec.py [--seconds 4] [--threads 2]
 
 Rates are GB/s of input for quantize and of input and output for dequantize; a ratio is of rates, above 1 where we are
 faster. bitsandbytes and the NT copy need `pip install bitsandbytes` and a C++ compiler; without them their columns are

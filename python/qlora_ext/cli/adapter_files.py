@@ -1,7 +1,8 @@
-"""The adapter directory: PEFT's files, and beside them ``qlora_run.json``, how it came about."""
+"""Adapter directories: found, read (PEFT's files, and ``finetune``'s ``qlora_run.json``), checked, put on a base."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import pathlib
 import warnings
@@ -11,7 +12,8 @@ from typing import Any
 from .._outside import FileError, Schema, excerpt, printable, read_json
 from . import whole
 from .errors import UserError, first_line, path_named
-from .models import ModelSource, resolve
+from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype
+from .sources import ModelSource, resolve
 
 RECORD = "qlora_run.json"
 _METRICS: Schema = {"steps?": int, "perplexity_before?": float, "perplexity_after?": float}
@@ -140,3 +142,16 @@ def load(model: Any, adapter: pathlib.Path, force: bool) -> Any:
         raise UserError(
             f"the adapter {adapter} does not fit {model.config.name_or_path}: {first_line(error)}"
         ) from error
+
+
+def load_adapted(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The 4-bit base with the adapter on it, and its tokenizer, by the options of ``add_base_options``."""
+    path = find(arguments.adapter)
+    source = base_of(path, arguments.model, arguments.trust_remote_code)
+    dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
+    block_size = (record_of(path).get("settings") or {}).get("block_size", 64)
+    if block_size not in BLOCK_SIZES:
+        raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
+    tokenizer = load_tokenizer(source)
+    model = load_quantized(source, dtype, device, block_size)
+    return load(model, path, arguments.force), tokenizer

@@ -10,34 +10,32 @@ import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from .._outside import Schema, printable, read_json
-from . import adapter as adapters
-from . import settings as options
-from . import whole
-from .checkpoints import checkpoints, newest_checkpoint, step_of
-from .data import Example, read_examples, split
-from .errors import UserError, first_line
-from .files import need_space, staged_directory, write_json, write_json_lines
-from .generate import add_trust_option
-from .identity import check_same, digest_of_examples, digest_of_model, digest_of_rows
-from .models import (
-    PACKAGE,
-    ModelSource,
+from ..._outside import Schema, printable, read_json
+from .. import whole
+from ..adapter_files import RECORD
+from ..checkpoints import checkpoints, newest_checkpoint, step_of
+from ..data import Example, read_examples, split
+from ..errors import UserError, first_line
+from ..files import need_space, staged_directory, write_json, write_json_lines
+from ..identity import check_same, digest_of_examples, digest_of_model, digest_of_rows
+from ..models import (
+    complete,
     load_quantized,
     load_tokenizer,
     parse_device,
     parse_dtype,
-    resolve,
     weigh,
 )
-from .outputs import Output, claim, input_of, read_marker
-from .settings import Settings
+from ..options import add_trust_option
+from ..outputs import Output, claim, input_of, read_marker
+from ..settings import Settings, add_options, given, read_settings, resumed
+from ..sources import PACKAGE, ModelSource, resolve
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from .training import QLoRATrainer
+    from ..training import QLoRATrainer
 
 DEFAULT_OUTPUT = "qlora-run"
 _SETTINGS = "settings.json"
@@ -66,7 +64,7 @@ def add_parser(commands: Any) -> None:
         help="with --resume: go on over another base or other data than it was begun with",
     )
     add_trust_option(parser)  # not one of the settings: it is to be said of every run, resumed ones too
-    options.add_options(parser)
+    add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -103,7 +101,7 @@ class _Run:
 def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
     """Checks everything that can be checked before the model is loaded."""
     directory = output.path
-    typed = options.given(arguments)
+    typed = given(arguments)
     begun = (directory / _SETTINGS).is_file()
     if arguments.resume and arguments.overwrite:
         raise UserError("--resume and --overwrite ask for opposite things")
@@ -111,7 +109,7 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
         raise UserError("--force goes with --resume: it accepts another base or other data")
     resume = arguments.resume and begun
     if resume:
-        settings = options.resumed(options.read(directory / _SETTINGS), typed)
+        settings = resumed(read_settings(directory / _SETTINGS), typed)
     else:
         settings = Settings(**typed)
         if begun and not arguments.overwrite:
@@ -193,7 +191,6 @@ def _sample(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tup
 
     That is the row with the most to say before learning begins; of a plain text, its first tokens.
     """
-    from .generate import complete
 
     def asked(row: dict[str, list[int]]) -> int:
         return next(i for i, label in enumerate(row["labels"]) if label != -100)
@@ -243,7 +240,7 @@ def _measure_before(run: _Run, trainer: QLoRATrainer, model: Any, tokenizer: Any
 
 
 def _save_adapter(run: _Run, model: Any, metrics: dict[str, Any]) -> None:
-    from .. import __version__
+    from ... import __version__
 
     record = {
         "model": run.source.name,
@@ -254,7 +251,7 @@ def _save_adapter(run: _Run, model: Any, metrics: dict[str, Any]) -> None:
     }
     with staged_directory(run.adapter) as partial:
         model.save_pretrained(str(partial))
-        write_json(partial / adapters.RECORD, record)
+        write_json(partial / RECORD, record)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -266,9 +263,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(job: _Run, may_resume: bool) -> int:
     from rich.console import Console
 
-    from .loss import check_chunked_loss
-    from .progress import ProgressCallback, measured, plot_loss
-    from .training import QLoRATrainer, train, training_arguments
+    from ..loss import check_chunked_loss
+    from ..progress import ProgressCallback, measured, plot_loss
+    from ..training import QLoRATrainer, train, training_arguments
 
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     s = job.settings

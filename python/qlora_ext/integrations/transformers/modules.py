@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..nn import Packed4bit, TiedLinear4bit, is_dense, layers_of, places_in
-
-if TYPE_CHECKING:
-    from .transformers import QLoRAConfig
+from ...form import Form
+from ...nn import Packed4bit, TiedLinear4bit, is_dense, layers_of, places_in
 
 
 def whole_experts(model: Any, conversions: Any, names: list[str]) -> list[Any]:
@@ -84,13 +82,12 @@ def refuse_split_experts(checkpoint_files: list[str]) -> None:
                     )
 
 
-def record_form(model: nn.Module, config: QLoRAConfig) -> None:
-    """Writes block sizes and scale form of the model's layers, which a checkpoint may have chosen, into ``config``."""
-    forms = {(m.block_size, m.double_quant, m.nested_block_size) for _, m in layers_of(model)}
+def form_of(model: nn.Module) -> Form | None:
+    """The form of the model's 4-bit layers, which are of one block size and scale form; None where there is none."""
+    forms = {(m.block_size, m.double_quant, m.nested_block_size): m.form for _, m in layers_of(model)}
     if len(forms) > 1:
         raise ValueError(f"model: expected 4-bit layers of one block size and scale form, got {sorted(forms)}")
-    for config.block_size, config.double_quant, config.nested_block_size in forms:
-        pass
+    return next(iter(forms.values()), None)
 
 
 def dequantize_modules(model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 from typing import Any
 
-from . import adapter as adapters
-from .data import read_examples, split
-from .errors import UserError
-from .files import write_json
-from .generate import add_base_options, load_adapted
-from .models import weigh
-from .outputs import Output, claim, input_of
-from .settings import recorded
+from ..adapter_files import RECORD, base_of, find, load_adapted, record_of
+from ..data import read_examples, split
+from ..errors import UserError
+from ..files import write_json
+from ..models import weigh
+from ..options import add_base_options
+from ..outputs import Output, claim, input_of
+from ..settings import recorded
 
 ERROR_FILE = "merge_error.json"
 
@@ -39,11 +39,11 @@ def add_parser(commands: Any) -> None:
 
 def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
     """The rows that the run held out, and how many it took at a time."""
-    adapter = adapters.find(arguments.adapter)
-    values = adapters.record_of(adapter).get("settings")
+    adapter = find(arguments.adapter)
+    values = record_of(adapter).get("settings")
     if not values:
         raise UserError("--evaluate: the adapter does not say what was held out, as those of qlora-ext finetune do")
-    s = recorded(values, adapter / adapters.RECORD)
+    s = recorded(values, adapter / RECORD)
     train_rows = s.max_steps * s.batch_size * s.grad_accum
     examples = read_examples(s.data)
     return split(tokenizer, examples, s.seq_len, train_rows, s.eval_size, s.seed)[1], s.batch_size
@@ -54,12 +54,12 @@ def _loss(model: Any, batch: dict[str, Any]) -> Any:
 
 
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
-    adapter = adapters.find(arguments.adapter)
+    adapter = find(arguments.adapter)
     output.protect("--adapter", arguments.adapter, str(adapter))
-    base = adapters.base_of(adapter, arguments.model, arguments.trust_remote_code)
+    base = base_of(adapter, arguments.model, arguments.trust_remote_code)
     output.protect("--model", arguments.model, input_of(base))
     if arguments.evaluate:
-        settings = adapters.record_of(adapter).get("settings")
+        settings = record_of(adapter).get("settings")
         output.protect("--data", str(settings["data"]) if isinstance(settings, dict) and "data" in settings else None)
 
 
@@ -74,14 +74,14 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     output.check()
     model, tokenizer = load_adapted(arguments)
     if arguments.evaluate:
-        from .training import held_out_loss
+        from ..training import held_out_loss
 
         rows, size = _held_out(arguments, tokenizer)
         unmerged = held_out_loss(model, rows, size, _loss)
     merged: Any
     error = None
     if arguments.four_bit:
-        from ..integrations.peft import merge_to_4bit
+        from ...integrations.peft import merge_to_4bit
 
         merged, error = merge_to_4bit(model)
     else:

@@ -1,6 +1,6 @@
 """Shapes that fit no tile, beside ones that do: picoseconds a multiply-add of the fused layer and its input gradient.
 
-    python bench/cliffs.py [--threads 2] [--dtype bfloat16] [--seconds 0.4]
+    python bench/cpu_ragged.py [--threads 2] [--dtype bfloat16] [--seconds 0.4]
 
 LoRA of rank 16 and double quantization included; operands stay in the caches, for it is the kernels' own work that
 shows a cliff. The best of all rounds is reported. A column is to be compared with the first one.
@@ -44,7 +44,7 @@ def main() -> None:
     torch.set_grad_enabled(False)
     harness.keep_freed_memory()
     report = harness.Report(
-        f"cliffs_{arguments.dtype}_{arguments.threads}_threads",
+        f"ragged_{arguments.dtype}_{arguments.threads}_threads",
         f"Ragged shapes on the CPU, {arguments.dtype}",
         ["Picoseconds a multiply-add, forward / dX, N x K in the first row."],
     )

@@ -9,9 +9,9 @@ import pathlib
 import sys
 from typing import Any
 
-from .._outside import printable, read_json
-from .adapter import config_of, record_of
-from .errors import UserError, path_named
+from ..._outside import printable, read_json
+from ..adapter_files import config_of, record_of
+from ..errors import UserError, path_named
 
 _COLUMNS = ("adapter", "base", "fingerprint", "rank", "alpha", "date", "steps", "perplexity")
 
@@ -35,7 +35,7 @@ def describe(adapter: pathlib.Path) -> dict[str, Any]:
     Raises:
         UserError: one of them is damaged.
     """
-    from ..integrations.peft import BASE_FILE
+    from ...integrations.peft import BASE_FILE
 
     config, record = config_of(adapter), record_of(adapter)
     path = adapter / BASE_FILE

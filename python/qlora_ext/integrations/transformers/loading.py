@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ..nn import Linear4bit, Packed4bit, TiedLinear4bit, scale_names
-from ..weight import NF4Weight
-from .bitsandbytes import from_state_dict
-
-if TYPE_CHECKING:
-    from .transformers import QLoRAQuantizer
+from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, scale_names
+from ...weight import NF4Weight
 
 
 def _one(value: Any) -> Tensor:
@@ -36,10 +33,21 @@ def _fill(module: Packed4bit, name: str, w4: NF4Weight, missing: Any) -> dict[st
 
 
 class Quantize(ConversionOps):
-    """A dense weight, just read, becomes the 4-bit state of its layer; the dense one is freed before the next."""
+    """A dense weight, just read, becomes the 4-bit state of its layer; the dense one is freed before the next.
 
-    def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
-        self.hf_quantizer = hf_quantizer
+    Args:
+        quantize: the 4-bit form of a checkpoint's dense weight for a module.
+        release: called with each dense weight, at which nobody will look again.
+        not_finite: takes the names of weights with NaN or infinity, and where.
+    """
+
+    def __init__(
+        self,
+        quantize: Callable[[Packed4bit, Tensor], NF4Weight],
+        release: Callable[[Tensor], None],
+        not_finite: dict[str, str],
+    ) -> None:
+        self._quantize, self._release, self._not_finite = quantize, release, not_finite
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         filled: dict[str, Tensor] = {}
@@ -47,22 +55,25 @@ class Quantize(ConversionOps):
             module, _ = get_module_from_name(model, name)
             dense = _one(value)
             try:
-                w4 = self.hf_quantizer.quantize(module, dense)
+                w4 = self._quantize(module, dense)
             except ValueError as error:
                 if dense.isfinite().all():
                     raise
                 # transformers would say no more than that something failed: it is told when all weights are read.
-                self.hf_quantizer.not_finite[name] = str(error)
-                w4 = self.hf_quantizer.quantize(module, torch.zeros_like(dense))
+                self._not_finite[name] = str(error)
+                w4 = self._quantize(module, torch.zeros_like(dense))
             filled |= _fill(module, name, w4, kwargs.get("missing_keys"))
-            self.hf_quantizer.mapped_files.release(dense)
+            self._release(dense)
         return filled
 
 
 class LoadBitsandbytes(ConversionOps):
-    """The tensors that bitsandbytes saved for one weight become the 4-bit state of its layer, bit for bit."""
+    """The tensors that bitsandbytes saved for one weight become the 4-bit state of its layer, bit for bit.
 
-    def __init__(self, hf_quantizer: QLoRAQuantizer) -> None:
+    By the attribute ``hf_quantizer`` transformers knows that this takes the tensors as they are in the file, uncast.
+    """
+
+    def __init__(self, hf_quantizer: Any) -> None:
         self.hf_quantizer = hf_quantizer
 
     def convert(
@@ -72,5 +83,5 @@ class LoadBitsandbytes(ConversionOps):
         if not isinstance(layer, Linear4bit):
             # Every weight of the checkpoint comes by here: this one was never quantized.
             return {full_layer_name: _one(input_dict["weight"]).to(getattr(layer, name).dtype)}
-        w4 = from_state_dict({key: _one(value) for key, value in input_dict.items()}, "weight")
+        w4 = NF4Weight.from_bitsandbytes({key: _one(value) for key, value in input_dict.items()}, "weight")
         return _fill(layer, full_layer_name, w4, kwargs.get("missing_keys"))

@@ -9,7 +9,9 @@ import torch
 from peft.utils.loftq_utils import _SafetensorLoader
 from torch import Tensor, nn
 
-from ._peft_layers import LoraLinear4bit
+from .._patches import extend
+from ..transformers import Conv1D4bit
+from .linear import LoraLinear4bit
 
 
 def _best_of_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -46,7 +48,7 @@ def replace_lora_weights(
         name = path.removeprefix("base_model.model.")
         decoded = layer.layer4bit.dequantize(torch.float32)
         w = dense_weights.get_tensor(f"{name}.weight").to(decoded)
-        if type(layer.layer4bit).__name__ == "Conv1D4bit":
+        if isinstance(layer.layer4bit, Conv1D4bit):
             w = w.T
         if w.shape != decoded.shape:
             raise ValueError(f"{name}: expected a dense weight {list(decoded.shape)}, got {list(w.shape)}")
@@ -58,3 +60,10 @@ def replace_lora_weights(
         if callback is not None and not callback(peft_model, name):
             a.copy_(before[0])
             b.copy_(before[1])
+
+
+@extend("peft.utils.loftq_utils:replace_lora_weights_loftq")
+def _replace_lora_weights_loftq(original: Any, peft_model: Any, *args: Any, **kwargs: Any) -> Any:
+    if any(isinstance(m, LoraLinear4bit) for m in peft_model.modules()):
+        return replace_lora_weights(peft_model, *args, **kwargs)
+    return original(peft_model, *args, **kwargs)

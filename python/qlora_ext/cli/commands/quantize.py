@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .generate import add_trust_option
-from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, resolve, weigh
-from .outputs import Output, claim, input_of
+from ..models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, weigh
+from ..options import add_trust_option
+from ..outputs import Output, claim, input_of
+from ..sources import resolve
 
 
 def add_parser(commands: Any) -> None:
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, output: Output) -> int:
-    from ..integrations.bitsandbytes import save_pretrained
+    from ...integrations.bitsandbytes import save_pretrained
 
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model, arguments.trust_remote_code)

@@ -1,0 +1,206 @@
+"""bitsandbytes' 4-bit state, read and written: its keys, its JSON, its bytes.
+
+For a weight named ``prefix`` bitsandbytes saves ``prefix`` (the packed codes, in any storage dtype), ``prefix.absmax``,
+``prefix.quant_map`` (the 16 code values), ``prefix.quant_state.bitsandbytes__nf4`` (JSON as a uint8 tensor) and, double
+quantized, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the 256 values of its 8-bit code). Nothing here
+needs bitsandbytes itself, nor knows ``NF4Weight``: a weight comes and goes as its fields.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from . import ops
+from ._outside import parse_json
+
+STATE_KEY = "quant_state.bitsandbytes__nf4"
+# Every key that may follow a weight's name, the longer ones first as they are matched in this order.
+COMPANIONS = (
+    STATE_KEY,
+    "quant_state.bitsandbytes__fp4",
+    "nested_quant_map",
+    "nested_absmax",
+    "quant_map",
+    "absmax",
+)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_MAX_JSON_BYTES = 65536  # bitsandbytes writes some 200
+
+
+class Fields(TypedDict):
+    """The fields of an ``NF4Weight``, which describes them."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    nested_offset: Tensor | None
+    shape: torch.Size
+    dtype: torch.dtype
+    block_size: int
+    nested_block_size: int
+
+
+@functools.cache
+def _code_values() -> Tensor:
+    """The 16 NF4 values, decoded from the codes themselves at scale 1."""
+    packed = torch.arange(0, 16, 2, dtype=torch.uint8) * 16 + torch.arange(1, 16, 2, dtype=torch.uint8)
+    values: Tensor = torch.ops.qlora.dequantize_nf4(packed, torch.ones(1), None, None, 64, 256, [16], torch.float32)
+    return values
+
+
+@functools.cache
+def _nested_code_values() -> Tensor:
+    """The 256 values of the 8-bit code of double-quantized scales, decoded likewise."""
+    codes = torch.arange(256).to(torch.uint8)
+    values: Tensor = torch.ops.qlora.dequantize_absmax(codes, torch.ones(1), torch.zeros(()), 256)
+    return values
+
+
+def _take(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    try:
+        t = state_dict[name]
+    except KeyError:
+        raise KeyError(f"{name}: missing from the bitsandbytes state") from None
+    if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_meta or t.is_quantized:
+        raise ValueError(f"{name}: expected a dense tensor with its values, got {reprlib.repr(t)}")
+    return t.detach()
+
+
+def _take_scales(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
+    t = _take(state_dict, name).reshape(-1)
+    if not t.is_floating_point():
+        raise ValueError(f"{name}: expected float32 scales, got {t.dtype}")
+    if not bool(((t >= 0) & t.isfinite()).all()):
+        raise ValueError(f"{name}: expected finite scales of 0 or more, got others among them")
+    return t.float()
+
+
+def _check_code(name: str, found: Tensor, expected: Tensor) -> None:
+    if (
+        not found.is_floating_point()
+        or found.shape != expected.shape
+        or not torch.equal(found.to("cpu", torch.float32), expected)
+    ):
+        raise ValueError(f"{name}: expected bitsandbytes' own code values, got others; they cannot be represented here")
+
+
+def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    for key in state_dict:
+        if key.startswith(f"{prefix}.quant_state.bitsandbytes__") and key != f"{prefix}.{STATE_KEY}":
+            kind = key.rpartition("__")[2][:20]
+            raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got {kind.upper()}, not supported")
+    if f"{prefix}.SCB" in state_dict or f"{prefix.rpartition('.')[0]}.SCB" in state_dict:
+        raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got int8 (LLM.int8()), which is not supported")
+    name = f"{prefix}.{STATE_KEY}"
+    raw = _take(state_dict, name)
+    if raw.dtype != torch.uint8 or raw.ndim != 1 or raw.numel() > _MAX_JSON_BYTES:
+        raise ValueError(
+            f"{name}: expected JSON in a uint8 tensor of one dimension and at most {_MAX_JSON_BYTES} bytes, "
+            f"got {raw.dtype} {list(raw.shape)}"
+        )
+    state = parse_json(bytes(raw.tolist()).decode(errors="replace"), f"{name}: expected JSON in a uint8 tensor")
+    if not isinstance(state, dict):
+        raise ValueError(f"{name}: expected a JSON object, got {type(state).__name__}")
+    absent = [key for key in ("quant_type", "blocksize", "dtype", "shape") if state.get(key) is None]
+    if absent:
+        raise ValueError(f"{name}: expected {', '.join(absent)} in it, got {reprlib.repr(sorted(state))}")
+    if state["quant_type"] != "nf4":
+        found = reprlib.repr(state["quant_type"])
+        raise ValueError(f"{prefix}: expected quant_type 'nf4', got {found}, which is not supported")
+    if not isinstance(state["dtype"], str) or state["dtype"] not in _DTYPES:
+        found = reprlib.repr(state["dtype"])
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16 as dtype, got {found}")
+    ops.check_shape(f"{name}: shape", state["shape"])
+    return state
+
+
+def _offset(name: str, value: Any, device: torch.device) -> Tensor:
+    """``nested_offset`` as the scalar tensor that it is in the packed state."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a finite float32 number as nested_offset, got {reprlib.repr(value)}")
+    return torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def read(state_dict: Mapping[str, Tensor], prefix: str) -> Fields:
+    """The weight that bitsandbytes (>= 0.41) saved under the name ``prefix``; see ``NF4Weight.from_bitsandbytes``.
+
+    The codes may lie in any storage dtype (``bnb_4bit_quant_storage``): their bytes are what counts. Scales keep the
+    device they are on.
+
+    Raises:
+        KeyError: a key is missing. ValueError: FP4, int8 or another code; JSON, dtypes or values that no such state
+            has; parts that do not fit together.
+    """
+    state = _read_state(state_dict, prefix)
+    shape, block_size = torch.Size(state["shape"]), state["blocksize"]
+    nested_block_size = state.get("nested_blocksize", 256)
+    ops.check_block_sizes(block_size, nested_block_size)
+    _check_code(f"{prefix}.quant_map", _take(state_dict, f"{prefix}.quant_map"), _code_values())
+
+    packed = _take(state_dict, prefix).contiguous().reshape(-1).view(torch.uint8)
+    numel = math.prod(shape)
+    blocks = -(-numel // block_size)
+    nested_absmax = nested_offset = None
+    if "nested_offset" in state or f"{prefix}.nested_absmax" in state_dict:
+        absmax = _take(state_dict, f"{prefix}.absmax").reshape(-1)
+        if absmax.dtype != torch.uint8:
+            raise ValueError(f"{prefix}.absmax: expected uint8 codes of nested scales, got {absmax.dtype}")
+        nested_absmax = _take_scales(state_dict, f"{prefix}.nested_absmax")
+        nested_map = _take(state_dict, f"{prefix}.nested_quant_map")
+        _check_code(f"{prefix}.nested_quant_map", nested_map, _nested_code_values())
+        if "nested_offset" not in state:
+            raise ValueError(f"{prefix}.{STATE_KEY}: expected nested_offset in it, got {reprlib.repr(sorted(state))}")
+        nested_offset = _offset(f"{prefix}.{STATE_KEY}", state["nested_offset"], absmax.device)
+        expected = {"absmax": (absmax, blocks), "nested_absmax": (nested_absmax, -(-blocks // nested_block_size))}
+    else:
+        absmax = _take_scales(state_dict, f"{prefix}.absmax")
+        expected = {"absmax": (absmax, blocks)}
+    for name, (found, count) in {"packed bytes": (packed, (numel + 1) // 2), **expected}.items():
+        if found.numel() != count:
+            raise ValueError(f"{prefix}: expected {count} {name} for shape {list(shape)}, got {found.numel()}")
+    return {
+        "packed": packed.reshape(ops.packed_shape(shape)),
+        "absmax": absmax,
+        "nested_absmax": nested_absmax,
+        "nested_offset": nested_offset,
+        "shape": shape,
+        "dtype": _DTYPES[state["dtype"]],
+        "block_size": block_size,
+        "nested_block_size": nested_block_size,
+    }
+
+
+def write(weight: Fields, prefix: str) -> dict[str, Tensor]:
+    """What bitsandbytes saves for ``weight`` under the name ``prefix``, key by key and byte by byte."""
+    device, nested_absmax, nested_offset = (weight["packed"].device, weight["nested_absmax"], weight["nested_offset"])
+    state: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": weight["block_size"],
+        "dtype": str(weight["dtype"]).removeprefix("torch."),
+        "shape": list(weight["shape"]),
+    }
+    tensors = {
+        prefix: weight["packed"].reshape(-1, 1),
+        f"{prefix}.absmax": weight["absmax"],
+        f"{prefix}.quant_map": _code_values().to(device, copy=True),
+    }
+    if nested_absmax is not None and nested_offset is not None:
+        state |= {
+            "nested_blocksize": weight["nested_block_size"],
+            "nested_dtype": "float32",
+            "nested_offset": nested_offset.item(),
+        }
+        tensors[f"{prefix}.nested_absmax"] = nested_absmax
+        tensors[f"{prefix}.nested_quant_map"] = _nested_code_values().to(device, copy=True)
+    tensors[f"{prefix}.{STATE_KEY}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    return tensors

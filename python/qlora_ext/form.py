@@ -1,0 +1,34 @@
+"""``Form``: how a 4-bit weight is quantized, and in which dtype a module computes with it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from . import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """What all 4-bit weights of a module have in common; checked as it is made.
+
+    Attributes:
+        compute_dtype: of the products, biases and decoded rows.
+        block_size: elements a scale: a power of two from 32 to 4096.
+        double_quant: whether the scales are 8-bit codes themselves.
+        nested_block_size: scales a nested scale: from 1 to 2^20.
+
+    Raises:
+        ValueError: no block size of the format. TypeError: ``compute_dtype`` is no floating-point dtype.
+    """
+
+    compute_dtype: torch.dtype
+    block_size: int = 64
+    double_quant: bool = True
+    nested_block_size: int = 256
+
+    def __post_init__(self) -> None:
+        ops.check_block_sizes(self.block_size, self.nested_block_size)
+        if not isinstance(self.compute_dtype, torch.dtype) or not self.compute_dtype.is_floating_point:
+            raise TypeError(f"compute_dtype: expected a floating-point torch.dtype, got {self.compute_dtype!r}")

@@ -1,0 +1,108 @@
+"""PEFT (>= 0.19): LoRA on ``Linear4bit`` as one fused operator, with PEFT's own adapters, files and switches.
+
+``get_peft_model`` and ``PeftModel.from_pretrained`` put a ``LoraLinear4bit`` where they find a ``Linear4bit``, and
+PEFT's other methods run over one by their own code. This package is imported by itself as soon as PEFT is;
+``integrations/_patches.py`` lists what it changes there.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import peft
+from torch import nn
+
+from ..._outside import excerpt, printable
+from .._patches import extend
+from ..transformers.counting import hidden_parameters
+from . import loftq as loftq
+from . import methods as methods
+from .base_file import BASE_FILE, FORMAT_VERSION, OnMismatch, compare_base, is_4bit, write_base
+from .linear import LoraLinear4bit
+from .merge import MergeError, merge_to_4bit
+
+__all__ = [
+    "BASE_FILE",
+    "FORMAT_VERSION",
+    "IncompleteAdapterWarning",
+    "LoraLinear4bit",
+    "MergeError",
+    "OnMismatch",
+    "check_base",
+    "merge_to_4bit",
+    "on_base_mismatch",
+    "write_base",
+]
+
+# What loading an adapter that was trained on another 4-bit base does, where the caller does not say.
+on_base_mismatch: OnMismatch = "warn"
+
+
+class IncompleteAdapterWarning(UserWarning):
+    """An adapter was put on a 4-bit base though its files lack weights, or hold NaN, or some found no place."""
+
+
+def check_base(
+    model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch | None = None
+) -> bool | None:
+    """Whether ``model`` is the 4-bit base that the adapter in ``directory`` was trained on.
+
+    Args:
+        on_mismatch: "refuse" raises a ValueError, "warn" warns, "ignore" only answers; ``on_base_mismatch`` if None.
+
+    Returns:
+        None where the adapter does not say (PEFT alone wrote it) or the model is not 4-bit.
+
+    Raises:
+        ValueError: another base, with "refuse"; or the file is damaged or of a newer version.
+    """
+    return compare_base(model, directory, on_mismatch or on_base_mismatch)
+
+
+@extend("peft.peft_model:PeftModel.get_nb_trainable_parameters")
+@extend("peft.mixed_model:PeftMixedModel.get_nb_trainable_parameters")
+def _get_nb_trainable_parameters(original: Any, self: Any) -> tuple[int, int]:
+    trainable, total = original(self)
+    return trainable, total + hidden_parameters(self)
+
+
+@extend("peft.utils.other:prepare_model_for_kbit_training")
+def _prepare_model_for_kbit_training(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+    model = original(model, *args, **kwargs)
+    # PEFT turns gradient checkpointing on for the kinds of 4-bit model that it knows.
+    if is_4bit(model) and (args[0] if args else kwargs.get("use_gradient_checkpointing", True)):
+        options = (args[1] if len(args) > 1 else kwargs.get("gradient_checkpointing_kwargs")) or {}
+        if options.get("use_reentrant", True):
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    return model
+
+
+def _incomplete(model: Any, adapter: str, result: Any) -> Iterator[str]:
+    """What is wrong with an adapter that was just loaded: a sentence each, with a count and a few names."""
+    weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    missing = {name.replace(f".{adapter}.", ".") for name in result.missing_keys}  # as they are in the file
+    faults = {
+        "are missing": missing | {name for name, t in weights.items() if t.is_meta},
+        "belong to no layer of the model": set(result.unexpected_keys),
+        "hold NaN or infinity": {n for n, t in weights.items() if not t.is_meta and not t.isfinite().all()},
+    }
+    for fault, names in faults.items():
+        if names:
+            few = ", ".join(excerpt(name) for name in sorted(names)[:3])
+            yield f"{len(names)} weights (of the {len(weights)} that it needs) {fault}, such as {few}"
+
+
+@extend("peft.peft_model:PeftModel.load_adapter")
+def _load_adapter(original: Any, self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+    check_base(self, pathlib.Path(model_id) / (kwargs.get("subfolder") or ""))
+    result = original(self, model_id, adapter_name, *args, **kwargs)
+    if is_4bit(self):
+        for fault in _incomplete(self, adapter_name, result):
+            message = f"the adapter {printable(model_id)} is not whole: {fault}"
+            warnings.warn(message, IncompleteAdapterWarning, stacklevel=2)
+    return result

@@ -1,0 +1,95 @@
+"""``qlora_base.json``, beside an adapter: on which 4-bit base it was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import warnings
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..._outside import FileError, excerpt, read_json
+from ...fingerprint import fingerprint
+from ...nn import Packed4bit, layers_of
+from .._patches import extend
+
+BASE_FILE = "qlora_base.json"
+FORMAT_VERSION = 1
+
+OnMismatch = Literal["refuse", "warn", "ignore"]
+
+
+def is_4bit(model: nn.Module) -> bool:
+    return any(True for _ in layers_of(model))
+
+
+def _is_sharded(model: nn.Module) -> bool:
+    return any(isinstance(m, Packed4bit) and m.is_sharded for m in model.modules())
+
+
+def write_base(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Records beside an adapter which 4-bit base it belongs to.
+
+    Of a model that FSDP2 has sharded every rank has to call this, as for ``fingerprint``; the first one writes.
+    """
+    record = {"fingerprint": fingerprint(model), "format_version": FORMAT_VERSION}
+    if _is_sharded(model) and torch.distributed.get_rank() != 0:
+        return
+    path = pathlib.Path(directory) / BASE_FILE
+    partial = path.with_suffix(".tmp")
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch) -> bool | None:
+    """Whether ``model`` is the 4-bit base that the adapter in ``directory`` was trained on.
+
+    Args:
+        on_mismatch: "refuse" raises a ValueError, "warn" warns, "ignore" only answers.
+
+    Returns:
+        None where the adapter does not say (PEFT alone wrote it) or the model is not 4-bit.
+
+    Raises:
+        ValueError: another base, with "refuse"; or the file is damaged or of a newer version.
+    """
+    path = pathlib.Path(directory) / BASE_FILE
+    if not path.is_file() or not is_4bit(model):
+        return None
+    record = read_json(path, {"fingerprint": str, "format_version": int})
+    if record["format_version"] != FORMAT_VERSION:
+        raise FileError(f"{path}: expected format_version {FORMAT_VERSION}, got {record['format_version']}")
+    found = fingerprint(model)
+    if found == record["fingerprint"]:
+        return True
+    message = (
+        f"{directory}: this adapter was trained on another 4-bit base: expected fingerprint "
+        f"{excerpt(record['fingerprint'][:12])}, got {found[:12]}"
+    )
+    if on_mismatch == "refuse":
+        raise ValueError(message)
+    if on_mismatch == "warn":
+        warnings.warn(message, stacklevel=3)
+    return False
+
+
+@extend("peft.peft_model:PeftModel.save_pretrained")
+def _save_pretrained(original: Any, self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+    saved = original(self, save_directory, *args, **kwargs)
+    if _is_sharded(self):
+        # The fingerprint needs every rank, and a sharded model is usually saved by one.
+        warnings.warn(
+            f"{save_directory}: the base is sharded, and its fingerprint is not recorded; to record it, call "
+            "qlora_ext.integrations.peft.write_base(model, directory) on every rank",
+            stacklevel=2,
+        )
+    elif is_4bit(self) and kwargs.get("is_main_process", True):
+        names = kwargs.get("selected_adapters") or list(self.peft_config)
+        for name in names:  # PEFT puts every adapter but the default one into a directory of its own
+            directory = pathlib.Path(save_directory) / ("" if name == "default" else name)
+            if (directory / "adapter_config.json").is_file():
+                write_base(self, directory)
+    return saved

@@ -1,0 +1,25 @@
+"""PEFT's LoRA over an ``Embedding4bit``."""
+
+from __future__ import annotations
+
+import torch
+from peft.tuners.lora.layer import Embedding as DenseLoraEmbedding
+from torch import Tensor, nn
+
+from ...nn import Embedding4bit
+from .merge import Over4bit
+
+
+class LoraEmbedding4bit(Over4bit, DenseLoraEmbedding):
+    """PEFT's LoRA over an ``Embedding4bit``, by PEFT's own code but for what writes to the table."""
+
+    @property
+    def layer4bit(self) -> Embedding4bit:
+        layer: Embedding4bit = self.get_base_layer()
+        return layer
+
+    def decoded(self) -> Tensor:
+        return self.layer4bit.dequantize(torch.float32)
+
+    def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        return self.layer4bit.to_embedding(weight=weight)

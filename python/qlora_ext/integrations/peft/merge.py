@@ -1,0 +1,172 @@
+"""Adapters over 4-bit weights: merged into them, which are then quantized anew, and taken out of them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ...nn import Packed4bit
+from ...weight import NF4Weight
+from .._patches import extend
+from ..transformers.modules import dequantize_modules
+
+
+class Over4bit:
+    """Put before a PEFT layer class: the layer with a 4-bit module as its base.
+
+    Merging quantizes the sum of a weight and its adapters anew; unmerging gives back the old bits.
+    """
+
+    merged_adapters: list[str]
+    parameter_name = "weight"
+    # What merge found: the packed weight and the bias.
+    _unmerged: tuple[NF4Weight, Tensor | None] | None = None
+
+    @property
+    def layer4bit(self) -> Packed4bit:
+        """The 4-bit module."""
+        layer = self.get_base_layer()  # type: ignore[attr-defined]
+        assert isinstance(layer, Packed4bit)
+        return layer
+
+    @property
+    def bias4bit(self) -> Tensor | None:
+        """The module's bias, where adapters can have a share in it."""
+        return None
+
+    def decoded(self) -> Tensor:
+        """The decoded weight in float32, in the dense weight's shape."""
+        raise NotImplementedError  # no ABC: the class of a layer changes to one with this before it
+
+    def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
+        """The dense module, in the dtype of the quantized weight, with what ``merged_weights`` gave in it."""
+        raise NotImplementedError
+
+    def requantize(self, weight: Tensor) -> None:
+        """Makes ``weight`` the 4-bit weight, in the form that it has."""
+        layer = self.layer4bit
+        w4 = layer.quantize(weight)
+        layer.set_packed(self.parameter_name, dataclasses.replace(w4, dtype=layer.weight_dtype))
+
+    def names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        """Of those adapters (None: the active ones) the ones that this layer has and that are not merged."""
+        here = self._get_available_adapters()  # type: ignore[attr-defined]
+        return [name for name in check_adapters_to_merge(self, adapter_names) if name in here]
+
+    def merged_weights(self, names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The decoded weight and the bias in float32 with the named adapters, merged from here on, in them."""
+        if self.layer4bit.is_sharded:
+            raise ValueError(
+                "merge: expected a layer that is whole, got one that FSDP2 has sharded; save the adapters, and merge "
+                "them in one process"
+            )
+        return self._merge_weights(names, safe_merge)
+
+    def _merge_weights(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
+        weight = self.decoded()
+        for name in names:
+            weight += self.get_delta_weight(name).to(weight)  # type: ignore[attr-defined]
+            if safe_merge and not weight.isfinite().all():
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
+        self.merged_adapters.extend(names)
+        return weight, None
+
+    def set_merged(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Quantizes what ``merged_weights`` gave, in the place of the weight that there is."""
+        self.requantize(weight)
+        if self.bias4bit is not None and bias is not None:
+            self.bias4bit.data = bias.detach().to(self.bias4bit.dtype)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merges adapters into the 4-bit weight, which is quantized anew; ``unmerge`` gives back the old bits."""
+        names = self.names_to_merge(adapter_names)
+        if not names:
+            return
+        names = [*self.merged_adapters, *names]
+        if self.merged_adapters:
+            self.unmerge()
+        bias = self.bias4bit
+        kept = self.layer4bit.packed_weight(self.parameter_name), None if bias is None else bias.detach().clone()
+        merged = self.merged_weights(names, safe_merge)
+        self._unmerged = kept
+        self.set_merged(*merged)
+
+    def unmerge(self) -> None:
+        if not self.merged_adapters or self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        w4, bias = self._unmerged
+        self.layer4bit.set_packed(self.parameter_name, w4.to(getattr(self.layer4bit, self.parameter_name).device))
+        if self.bias4bit is not None and bias is not None:
+            self.bias4bit.data = bias.to(self.bias4bit)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def take_merged(self, safe_merge: bool, adapter_names: list[str] | None) -> tuple[Tensor, Tensor | None] | None:
+        """``merged_weights`` of the adapters merged already and those to merge, None where there are none; unmerges."""
+        names = list(self.merged_adapters)
+        if self.merged_adapters:
+            self.unmerge()
+        names += [name for name in self.names_to_merge(adapter_names) if name not in names]
+        return self.merged_weights(names, safe_merge) if names else None
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The module without its adapters: 4-bit as it was or, merged, dense in the dtype of the quantized weight."""
+        merged = self.take_merged(safe_merge, adapter_names) if merge else None
+        return self.layer4bit if merged is None else self.to_dense(*merged)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeError:
+    """What quantizing the merged weights to 4 bits again costs: ‖Q(W + ΔW) - (W + ΔW)‖ / ‖W + ΔW‖."""
+
+    by_layer: dict[str, float]
+    total: float
+
+
+def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
+    """Merges the active adapters of a PEFT model into its 4-bit weights, and drops them.
+
+    Returns:
+        The base model, still 4-bit, and the relative error that each layer and all of them together took on.
+    """
+    by_layer: dict[str, float] = {}
+    error = norm = 0.0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, Over4bit):
+            continue
+        if layer.merged_adapters:
+            layer.unmerge()
+        names = layer.names_to_merge(None)
+        if not names:
+            continue
+        exact, bias = layer.merged_weights(names)
+        layer.set_merged(exact, bias)
+        layer.merged_adapters.clear()
+        path = name.removeprefix("base_model.model.")
+        if layer.parameter_name != "weight":
+            path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
+        difference = (layer.decoded() - exact).norm().item() ** 2
+        size = exact.norm().item() ** 2
+        by_layer[path] = (difference / size) ** 0.5 if size else 0.0
+        error, norm = error + difference, norm + size
+    base = model.unload()
+    return base, MergeError(by_layer, (error / norm) ** 0.5 if norm else 0.0)
+
+
+@extend("peft.tuners.tuners_utils:BaseTuner.merge_and_unload")
+def _merge_and_unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    has_4bit = any(isinstance(m, Over4bit) for m in self.model.modules())
+    model = original(self, *args, **kwargs)
+    if not has_4bit:
+        return model
+    # The merged layers are dense: so become those that had no adapter, for the model to be of one kind.
+    if getattr(model, "hf_quantizer", None) is not None:
+        return model.dequantize()
+    return dequantize_modules(model)

@@ -1,0 +1,105 @@
+"""Every other method of PEFT over a ``Linear4bit``, by PEFT's own code; and the choice of the layer for LoRA."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from ...nn import Embedding4bit, Experts4bit, Linear4bit
+from .._patches import extend
+from .embedding import LoraEmbedding4bit
+from .experts import LoraExperts4bit
+from .linear import LoraLinear4bit, OverLinear4bit, decoded
+
+try:
+    from peft.utils.quantization_utils import QuantizationBackend
+except ImportError:  # PEFT 0.19
+    QuantizationBackend = object
+
+
+class _Backend(QuantizationBackend):
+    """By what PEFT (>= 0.20) tells that a layer is quantized, where its methods know of such things."""
+
+    supports_merge = True
+    backend_name = "qlora_ext NF4"
+    layer_type = "linear"
+
+    def get_base_weight(self, base_layer: Any) -> Tensor:
+        weight: Tensor = base_layer.dequantize() if isinstance(base_layer, Linear4bit) else base_layer.weight.data
+        return weight
+
+    def set_base_weight(self, peft_layer: Any, weight_data: Tensor) -> None:
+        base_layer = peft_layer.get_base_layer()
+        if isinstance(base_layer, Linear4bit):
+            peft_layer.requantize(weight_data)
+        else:
+            base_layer.weight.data = weight_data
+
+
+@functools.cache
+def _over_4bit(cls: Any) -> Any:
+    return type(f"{cls.__name__}4bit", (OverLinear4bit, cls), {"quantization_backend": _Backend()})
+
+
+def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
+    """Around the ``_create_and_replace`` of a PEFT method: a 4-bit target is built over as its decoded twin.
+
+    Raises:
+        TypeError: the method keeps no base layer to put the 4-bit one back into.
+    """
+    if not isinstance(target, Linear4bit):
+        original(self, config, name, target, *args, **kwargs)
+        return
+    target_name, parent = args[0], args[1]
+    dense = decoded(target)
+    before = dense.weight.detach().clone()
+    original(self, config, name, dense, *args, **kwargs)
+    layer = getattr(parent, target_name)
+    if not isinstance(layer, BaseTunerLayer) or getattr(layer, "base_layer", None) is not dense:
+        setattr(parent, target_name, target)
+        raise TypeError(f"target_modules: {type(self).__name__} cannot train over 4-bit layers ({target_name})")
+    layer.base_layer = target
+    kind: Any = type(layer)
+    layer.__class__ = _over_4bit(kind)
+    if not torch.equal(dense.weight, before):
+        layer.requantize(dense.weight)
+
+
+def _create_over_weights(target: nn.Module, name: str, config: Any, **kwargs: Any) -> nn.Module | None:
+    """PEFT's layer over ``target`` where that is 4-bit experts or a 4-bit embedding, adapted already or not."""
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    if isinstance(base, Experts4bit) and kwargs.get("parameter_name") is not None:
+        return LoraExperts4bit(target, name, config=config, **kwargs)
+    if isinstance(target, Embedding4bit) and kwargs.get("parameter_name") is None:
+        if config.use_dora or (isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"):
+            raise ValueError(
+                "target_modules: a 4-bit embedding takes plain LoRA, got "
+                f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r}"
+            )
+        return LoraEmbedding4bit(target, name, config=config, **kwargs)
+    return None
+
+
+def _methods(cls: type[BaseTuner]) -> Iterator[type[BaseTuner]]:
+    for method in cls.__subclasses__():
+        yield method
+        yield from _methods(method)
+
+
+for _method in set(_methods(BaseTuner)):
+    if "_create_and_replace" in vars(_method) and _method is not LoraModel:
+        extend("peft.tuners.tuners_utils:BaseTuner._create_and_replace", owner=_method)(create_over_4bit)
+
+
+@extend("peft.tuners.lora:LoraModel._create_new_module")
+def _create_new_module(original: Any, lora_config: Any, adapter_name: str, target: Any, **kwargs: Any) -> Any:
+    if isinstance(target, Linear4bit):
+        return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
+    over = _create_over_weights(target, adapter_name, lora_config, **kwargs)
+    return over if over is not None else original(lora_config, adapter_name, target, **kwargs)
