@@ -19,10 +19,11 @@ import traceback
 
 import pytest
 import torch
-from tqdm import tqdm
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
+
+from tqdm import tqdm
 
 from qlora_ext.cli import main
 from qlora_ext.cli.checkpoints import newest_checkpoint
