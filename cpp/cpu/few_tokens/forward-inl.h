@@ -52,7 +52,8 @@ struct ForwardPlan {
     int64_t weights = 1024;
     while (weights > 256 && weights * most_tokens * static_cast<int64_t>(sizeof(typename Products::X)) > 16384)
       weights /= 2;
-    segment_chunks = weights / kChunk;
+    // Of nearly equal size: a last one of few values would have its largest be far above most of them by chance alone.
+    segment_chunks = ceil_div(chunks, ceil_div(chunks, weights / kChunk));
     segments = ceil_div(chunks, segment_chunks);
   }
   // A copy of x, arranged for weight rows of one shift, is x [group][chunk][token in group][kChunk] and the multipliers
