@@ -262,6 +262,19 @@ def test_merge_adapter_in_place_is_undone_to_the_bit() -> None:
     assert torch.equal(logits(model), expected)
 
 
+def test_merging_leaves_layers_without_that_adapter_alone() -> None:
+    model = adapted()
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    before = copy.deepcopy(model.state_dict())
+    model.set_adapter("second")
+    model.merge_adapter()
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed
+    assert all(".q_proj." in name for name in changed)
+    model.unmerge_adapter()
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
 def test_merge_to_4bit_reports_its_error() -> None:
     model = adapted()
     expected = logits(model)

@@ -1,1 +1,4 @@
-"""Adapters to the libraries around: transformers, PEFT, bitsandbytes' files. Imported only where they are used."""
+"""Adapters to the libraries around, a room each: transformers, PEFT, bitsandbytes' directories, torch's FSDP2.
+
+Each is imported only where its library is used. What they change in those libraries is listed in ``_patches``.
+"""

@@ -15,7 +15,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """A foreign function: ``module:attribute``, the ``versions`` in which it is changed, ``why``, and its aliases."""
+    """A foreign ``function`` (``module:attribute``) that we change.
+
+    Attributes:
+        versions: of its library, in which we change it.
+        why: what it does of itself.
+        aliases: further names under which people import it.
+    """
 
     function: str
     versions: str
