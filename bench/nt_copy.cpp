@@ -1,5 +1,5 @@
-// The ceiling of bench/cpu_codec.py: a copy whose stores bypass the caches, on the threads of the OpenMP runtime that torch
-// has loaded. Pointers are aligned to 64 bytes.
+// The ceiling of bench/cpu_codec.py: a copy whose stores bypass the caches, on the threads of the OpenMP runtime that
+// torch has loaded. Pointers are aligned to 64 bytes.
 #include <emmintrin.h>
 
 #include <cstdint>
