@@ -210,10 +210,10 @@ CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
 @pytest.mark.parametrize("choice", CHOICES, ids=lambda c: "-".join(map(str, c[:-1])))
 def test_the_choice(choice: tuple) -> None:
     op, dtype, m, n, k, block_size, isa, kernels = choice
-    assert _C.choose_cpu(op, dtype, m, n, k, block_size, isa) == kernels
+    assert _C.choose(op, dtype, m, n, k, block_size, isa) == kernels
 
 
-def test_what_choose_cpu_does_not_know_is_named() -> None:
+def test_what_choose_does_not_know_is_named() -> None:
     for args, text in (
         (("linear", "float32", 1, 1, 1), "op: expected linear_nf4, .* got linear"),
         (("linear_nf4", "int8", 1, 1, 1), "dtype: expected .* got int8"),
@@ -222,7 +222,7 @@ def test_what_choose_cpu_does_not_know_is_named() -> None:
         (("linear_nf4", "float32", 1, 1, 1, 64, "sse9"), "isa: expected .* got sse9"),
     ):
         with pytest.raises(ValueError, match=text):
-            _C.choose_cpu(*args)
+            _C.choose(*args)
 
 
 def test_kernels_are_printed_once_a_problem() -> None:
@@ -234,5 +234,5 @@ def test_kernels_are_printed_once_a_problem() -> None:
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     lines = [line for line in run.stderr.splitlines() if line.startswith("qlora: ")]
     problem = f"qlora: linear_nf4 cpu m={{}} n=96 k=320 rank=0 float16 -> {{}} isa={_C.cpu_isa()}"
-    first = _C.choose_cpu("linear_nf4", "float16", 3, 96, 320)[0]
+    first = _C.choose("linear_nf4", "float16", 3, 96, 320)[0]
     assert lines == [problem.format(3, first), problem.format(200, "many_tokens_float")]

@@ -135,8 +135,8 @@ DType dtype_of(const std::string& name) {
   return DType::kFloat64;
 }
 
-py::list choose_cpu(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k,
-                    int64_t block_size, const std::optional<std::string>& isa) {
+py::list choose(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k, int64_t block_size,
+                const std::optional<std::string>& isa) {
   check_block_size(block_size);
   for (const auto& [name, count] : {std::pair{"m", m}, {"n", n}, {"k", k}})
     require(count >= 0, std::string(name) + ": expected 0 or more, got " + std::to_string(count));
@@ -173,7 +173,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu_isas, "Names of the instruction sets this processor can run the kernels with, worst first.");
   m.def("cpu_isa", &cpu_isa,
         "The instruction set in use: the best, or QLORA_CPU_ISA. ValueError if that is not to be had.");
-  m.def("choose_cpu", &choose_cpu, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
+  m.def("choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("block_size") = 64, py::arg("isa") = py::none(),
         "Names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
         "\"linear_nf4_dlora\") on "
