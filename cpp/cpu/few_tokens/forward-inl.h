@@ -136,6 +136,8 @@ template <int kTokens, int kRows, class Products>
   const Products products;
   const int64_t row_bytes = stretch.row_weights / 2, prefetch_ahead = stretch.prefetch_ahead;
   const int64_t granules_per_chunk = kChunk >> stretch.log2_granule;
+  const int64_t last_bytes = ceil_div(stretch.last_weights, 2);
+  const int64_t last_lanes = ceil_div(stretch.last_weights, kLaneWeights);
   const uint8_t* first_packed = stretch.packed;
   int64_t first_weight = stretch.first_weight;
   for (int64_t t = 0; t + kRows <= rows; t += kRows, sums += kRows * kLanes) {
@@ -160,9 +162,8 @@ template <int kTokens, int kRows, class Products>
         unroll<kRows>([&](auto w) {
           const uint8_t* const at = packed + w * row_bytes;
           const bool whole = left > 1;
-          codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, ceil_div(stretch.last_weights, 2)));
-          scale[w] = whole ? lane_scales(scales[w], granules[w])
-                           : lane_scales(scales[w], granules[w], ceil_div(stretch.last_weights, kLaneWeights));
+          codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, last_bytes));
+          scale[w] = whole ? lane_scales(scales[w], granules[w]) : lane_scales(scales[w], granules[w], last_lanes);
           scales[w] += granules_per_chunk;
           __builtin_prefetch(at + prefetch_ahead, 0, 3);  // last, for a prefetch may hold up the loads behind it
         });
