@@ -21,7 +21,6 @@ template <class Problem>
 struct KernelsFor {
   using Run = Outcome (*)(const Pool&, const Problem&);
   Run few_tokens_int = nullptr;
-  Run few_tokens_bf16 = nullptr;
   Run few_tokens_float = nullptr;
   Run many_tokens_bf16 = nullptr;
   Run many_tokens_float = nullptr;

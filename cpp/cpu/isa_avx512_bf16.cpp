@@ -6,7 +6,6 @@
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/few_tokens/dx_float-inl.h"
 #include "cpp/cpu/few_tokens/dx_int-inl.h"
-#include "cpp/cpu/few_tokens/forward_bf16-inl.h"
 #include "cpp/cpu/few_tokens/forward_float-inl.h"
 #include "cpp/cpu/few_tokens/forward_int-inl.h"
 #include "cpp/cpu/float64/linear.h"
@@ -24,7 +23,6 @@ const Kernels kAvx512Bf16Kernels = {
     .forward =
         {
             .few_tokens_int = avx512_bf16::few_tokens::forward_int,
-            .few_tokens_bf16 = avx512_bf16::few_tokens::forward_bf16,
             .few_tokens_float = avx512_bf16::few_tokens::forward_float,
             .many_tokens_bf16 = avx512_bf16::many_tokens::forward_bf16,
             .many_tokens_float = avx512_bf16::many_tokens::forward_float,

@@ -1,6 +1,6 @@
 // Which kernel a problem runs with: pure functions of the problem's types and sizes and of the processor, so that they
-// can be read and tested anywhere. Each bound says where it comes from; "measured" is bench/cliffs.py, whose numbers on
-// both sides of a bound stand in bench/results/cpu_roofline.md. The twin for CUDA is cuda/tuning.h.
+// can be read and tested anywhere. Each bound says where it comes from; "measured" is bench/cpu_ragged.py, whose
+// numbers on both sides of a bound stand in bench/results/cpu_roofline.md. The twin for CUDA is cuda/tuning.h.
 #pragma once
 
 #include <cstdint>
@@ -12,18 +12,17 @@ namespace qlora::cpu {
 
 enum class Kernel {
   kFewTokensInt,     // codes as integers, sums exact in int32; what is uneven, in float32 (few_tokens/*_int-inl.h)
-  kFewTokensBf16,    // codes as bfloat16, multiplied in pairs (few_tokens/forward_bf16-inl.h)
   kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
   kManyTokensBf16,   // panels of bfloat16 pairs (many_tokens/linear_bf16-inl.h)
   kManyTokensFloat,  // panels of float32 (many_tokens/linear_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt,   Kernel::kFewTokensBf16,   Kernel::kFewTokensFloat,
-                                      Kernel::kManyTokensBf16, Kernel::kManyTokensFloat, Kernel::kFloat64};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt, Kernel::kFewTokensFloat, Kernel::kManyTokensBf16,
+                                      Kernel::kManyTokensFloat, Kernel::kFloat64};
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens_int",   "few_tokens_bf16",   "few_tokens_float",
-                                    "many_tokens_bf16", "many_tokens_float", "float64"};
+  constexpr const char* kNames[] = {"few_tokens_int", "few_tokens_float", "many_tokens_bf16", "many_tokens_float",
+                                    "float64"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -52,7 +51,6 @@ constexpr bool accepts_type(Kernel kernel, DType dtype) {
   switch (kernel) {
     case Kernel::kFewTokensInt:
       return is_16_bit(dtype);
-    case Kernel::kFewTokensBf16:
     case Kernel::kManyTokensBf16:
       return dtype == DType::kBFloat16;
     case Kernel::kFewTokensFloat:
@@ -64,7 +62,7 @@ constexpr bool accepts_type(Kernel kernel, DType dtype) {
   return false;
 }
 constexpr bool is_few_tokens(Kernel kernel) {
-  return kernel == Kernel::kFewTokensInt || kernel == Kernel::kFewTokensBf16 || kernel == Kernel::kFewTokensFloat;
+  return kernel == Kernel::kFewTokensInt || kernel == Kernel::kFewTokensFloat;
 }
 
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
@@ -136,9 +134,7 @@ constexpr void add_many_tokens(DType dtype, const Cpu& cpu, Choice* c) {
 constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
   Choice c;
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
-    const bool pairs = multiplies_pairs(p.dtype, cpu);
-    if (pairs) c.add(Kernel::kFewTokensBf16);
-    if (!pairs && is_16_bit(p.dtype)) c.add(Kernel::kFewTokensInt);
+    if (is_16_bit(p.dtype)) c.add(Kernel::kFewTokensInt);
     if (p.dtype == DType::kFloat32 && p.m <= most_float_tokens(cpu)) c.add(Kernel::kFewTokensFloat);
   }
   add_many_tokens(p.dtype, cpu, &c);

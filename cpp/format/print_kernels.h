@@ -1,5 +1,5 @@
 // QLORA_PRINT_KERNELS=1 prints to stderr which kernel a linear operator runs with, one line for each distinct problem:
-//   qlora: linear_nf4 cpu m=1 n=4096 k=4096 rank=16 bfloat16 -> few_tokens_bf16
+//   qlora: linear_nf4 cpu m=1 n=4096 k=4096 rank=16 bfloat16 -> few_tokens_int isa=avx512
 // CPU and CUDA share the form; what follows the arrow, a kernel's name and its parameters, is the device's own.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The NF4 values in 16 bits, for instructions that multiply pairs of such factors: as integers and as bfloat16.
+// The NF4 values as integers of 16 bits, for instructions that multiply pairs of such factors.
 #pragma once
 
 #include "cpp/format/nf4.h"
@@ -36,21 +36,5 @@ struct IntCodeTable {
   }
 };
 inline constexpr IntCodeTable kIntCodes{};
-
-// bfloat16, by its bits: value ~ code / kBf16Codes.per_one. Of the multipliers that leave 0, 1 and -1 exact this one
-// fits the weights of a normal distribution best: they are 8.9e-4 off (root mean square, of the norm of the weights),
-// where rounding each decoded weight makes it 1.65e-3. No code is further off than 1.9e-3 of its value.
-struct Bf16CodeTable {
-  static constexpr float per_one = 143.0f / 128;
-  int16_t value[kCodes] = {};
-
-  constexpr Bf16CodeTable() {
-    for (int i = 0; i < kCodes; ++i) {
-      const uint32_t bits = __builtin_bit_cast(uint32_t, kNf4.value[i] * per_one);
-      value[i] = static_cast<int16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
-    }
-  }
-};
-inline constexpr Bf16CodeTable kBf16Codes{};
 
 }  // namespace qlora::cpu
