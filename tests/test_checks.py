@@ -44,6 +44,15 @@ def test_every_integer_is_bounded(name: str, argument: str, value: int, device: 
             call(name, device, **{argument: value})
 
 
+TENSOR_ARGUMENTS = [(name, a) for name in OP_NAMES for a in kinds(name, "Tensor")[1:]]
+
+
+@pytest.mark.parametrize(("name", "argument"), TENSOR_ARGUMENTS)
+def test_none_is_no_tensor(name: str, argument: str) -> None:
+    with pytest.raises(ValueError, match=f"^{argument}: expected a tensor, got None"):
+        call(name, "cpu", **{argument: None})
+
+
 @pytest.mark.parametrize("value", INTEGERS)
 def test_any_seed_will_do(value: int) -> None:
     for name in ("linear_nf4", "linear_nf4_dx", "linear_nf4_dlora"):

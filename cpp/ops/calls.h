@@ -84,6 +84,8 @@ struct LoraGradCall {
       checks::require(false, "dy: expected the leading dimensions of x ", checks::shape_text(x_arg), ", got shape ",
                       checks::shape_text(dy_arg));
     }
+    checks::is_given("lora_a", lora_a);
+    checks::is_given("lora_b", lora_b);
     lora = checks::lora(lora_a, lora_b, problem.n, problem.k, scaling, dropout_p, seed, "x", x_arg, problem.m);
     problem.lora = lora.lora;
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);

@@ -50,7 +50,11 @@ inline DType float_dtype(const char* name, ScalarType t) {
 }
 
 // float64 exists for gradcheck, on the CPU only.
+// Python passes None for a tensor on, where another argument tells the dispatcher the device.
+inline void is_given(const char* name, const Tensor& t) { require(t.defined(), name, ": expected a tensor, got None"); }
+
 inline DType compute_dtype(const char* name, const Tensor& t) {
+  is_given(name, t);
   const DType dtype = float_dtype(name, t.scalar_type());
   require(dtype != DType::kFloat64 || t.is_cpu(), name, ": float64 is supported on the CPU only");
   return dtype;
@@ -67,6 +71,7 @@ inline std::string device_text(const Tensor& t) {
 }
 
 inline void same_device(const char* name, const Tensor& t, const char* like_name, const Tensor& like) {
+  is_given(name, t);
   const bool same =
       t.is_cpu() ? like.is_cpu()
                  : t.is_cuda() == like.is_cuda() && !like.is_cpu() && t.get_device_index() == like.get_device_index();
@@ -76,6 +81,7 @@ inline void same_device(const char* name, const Tensor& t, const char* like_name
 }
 
 inline void has_dtype(const char* name, const Tensor& t, ScalarType dtype) {
+  is_given(name, t);
   require(t.scalar_type() == dtype, name, ": expected ", dtype_text(dtype), ", got ", dtype_text(t.scalar_type()));
 }
 
