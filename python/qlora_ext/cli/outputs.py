@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from .._outside import read_json
+from .._outside import Schema, read_json
 from .errors import UserError, first_line, writing
 from .files import contents, recover, staged_directory, write_json
 from .lock import locked
@@ -17,6 +17,7 @@ from .sources import ModelSource
 
 # In every directory that the command writes: which command, and what it wrote or what it was begun with.
 MARKER = "qlora_output.json"
+_MARKER: Schema = {"command?": str, "files?": [str]}
 _RUN = re.compile(r"settings\.json|before\.json|metrics\.jsonl|loss\.png|adapter|checkpoint-\d+|" + re.escape(MARKER))
 
 
@@ -91,7 +92,7 @@ def _check_ours(path: pathlib.Path) -> None:
         foreign = [p.name for p in contents(path) if not _RUN.fullmatch(p.name)]
     else:
         written = marker.get("files")
-        if not isinstance(written, list):
+        if written is None:
             raise UserError(f"--output {path}: {MARKER} is damaged; {advice}")
         files = (p for top in contents(path) for p in (top, *(top.rglob("*") if top.is_dir() else ())))
         names = (p.relative_to(path).as_posix() for p in files if p.is_symlink() or not p.is_dir())
@@ -205,7 +206,5 @@ def read_marker(directory: pathlib.Path) -> dict[str, Any]:
         UserError: it is damaged.
     """
     path = directory / MARKER
-    marker = read_json(path) if path.is_file() else {}
-    if not isinstance(marker, dict):
-        raise UserError(f"cannot read {path}: expected an object")
+    marker: dict[str, Any] = read_json(path, _MARKER) if path.is_file() else {}
     return marker
