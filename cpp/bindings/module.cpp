@@ -12,6 +12,7 @@
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/tuning.h"
 #include "cpp/format/dynamic8.h"
+#include "cpp/format/print_kernels.h"
 
 namespace py = pybind11;
 using namespace qlora;
@@ -128,11 +129,9 @@ cpu::Cpu cpu_of(const std::optional<std::string>& isa) {
 }
 
 DType dtype_of(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float16") return DType::kFloat16;
-  require(name == "float64", "dtype: expected float32, bfloat16, float16 or float64, got " + name);
-  return DType::kFloat64;
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
+    if (name == dtype_name(dtype)) return dtype;
+  throw py::value_error("dtype: expected float32, bfloat16, float16 or float64, got " + name);
 }
 
 py::list choose(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k, int64_t block_size,
@@ -176,8 +175,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("block_size") = 64, py::arg("isa") = py::none(),
         "Names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
-        "\"linear_nf4_dlora\") on "
-        "x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its data. `isa`: as if "
+        "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its "
+        "data. `isa`: as if "
         "QLORA_CPU_ISA forced that instruction set; by default the one in use.");
   m.def("nf4_code", [] { return table(kNf4.value, kCodes); }, "The 16 NF4 values, float32.");
   m.def("dynamic8_code", [] { return table(kDynamic8.value, 256); }, "The 256 values of the 8-bit scale map, float32.");

@@ -43,7 +43,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An uninitialised contiguous tensor on the device of `like`, of sizes that checks::count has passed. Straight through
+// An uninitialised contiguous tensor on the device of `like`, of sizes that checks::Count has passed. Straight through
 // the shim: stable::new_empty goes the boxed way through the dispatcher, which costs a small layer more than its
 // matmul.
 inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
