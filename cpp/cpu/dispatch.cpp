@@ -12,6 +12,9 @@ namespace {
 
 const Kernels& table() {
   static const Kernels* const in_use = [] {
+#if QLORA_X86
+    if (&current_isa() == &kAmxBf16Isa) return &amx_bf16_kernels();
+#endif
     for (const Kernels* kernels : kTables)
       if (kernels->isa == &current_isa()) return kernels;
     return &kScalarKernels;
@@ -26,6 +29,8 @@ auto run_of(const KernelsFor<Problem>& kernels, Kernel kernel) {
       return kernels.few_tokens_int;
     case Kernel::kFewTokensFloat:
       return kernels.few_tokens_float;
+    case Kernel::kManyTokensTiles:
+      return kernels.many_tokens_tiles;
     case Kernel::kManyTokensBf16:
       return kernels.many_tokens_bf16;
     case Kernel::kManyTokensFloat:

@@ -22,6 +22,7 @@ struct KernelsFor {
   using Run = Outcome (*)(const Pool&, const Problem&);
   Run few_tokens_int = nullptr;
   Run few_tokens_float = nullptr;
+  Run many_tokens_tiles = nullptr;
   Run many_tokens_bf16 = nullptr;
   Run many_tokens_float = nullptr;
   Run float64 = nullptr;
@@ -42,6 +43,7 @@ struct Kernels {
 #if QLORA_X86
 extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
 inline constexpr const Kernels* kTables[] = {&kScalarKernels, &kAvx2Kernels, &kAvx512Kernels, &kAvx512Bf16Kernels};
+const Kernels& amx_bf16_kernels();  // kAvx512Bf16Kernels, and those of the tile unit
 #else
 extern const Kernels kScalarKernels;
 inline constexpr const Kernels* kTables[] = {&kScalarKernels};

@@ -13,16 +13,17 @@ namespace qlora::cpu {
 enum class Kernel {
   kFewTokensInt,     // codes as integers, sums exact in int32; what is uneven, in float32 (few_tokens/*_int-inl.h)
   kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
+  kManyTokensTiles,  // bfloat16 in a tile unit (many_tokens_tiles/)
   kManyTokensBf16,   // panels of bfloat16 pairs (many_tokens/linear_bf16-inl.h)
   kManyTokensFloat,  // panels of float32 (many_tokens/linear_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt, Kernel::kFewTokensFloat, Kernel::kManyTokensBf16,
-                                      Kernel::kManyTokensFloat, Kernel::kFloat64};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt, Kernel::kFewTokensFloat, Kernel::kManyTokensTiles,
+                                      Kernel::kManyTokensBf16, Kernel::kManyTokensFloat, Kernel::kFloat64};
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens_int", "few_tokens_float", "many_tokens_bf16", "many_tokens_float",
-                                    "float64"};
+  constexpr const char* kNames[] = {"few_tokens_int", "few_tokens_float", "many_tokens_tiles", "many_tokens_bf16",
+                                    "many_tokens_float", "float64"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -51,6 +52,7 @@ constexpr bool accepts_type(Kernel kernel, DType dtype) {
   switch (kernel) {
     case Kernel::kFewTokensInt:
       return is_16_bit(dtype);
+    case Kernel::kManyTokensTiles:
     case Kernel::kManyTokensBf16:
       return dtype == DType::kBFloat16;
     case Kernel::kFewTokensFloat:
@@ -93,6 +95,9 @@ constexpr bool multiplies_pairs(DType dtype, const Cpu& cpu) {
   return dtype == DType::kBFloat16 && cpu.has(kAvx512bf16) && (cpu.isa_forced || !cpu.intel);
 }
 
+// bfloat16 is multiplied by tiles where there is a tile unit.
+constexpr bool has_tiles(DType dtype, const Cpu& cpu) { return dtype == DType::kBFloat16 && cpu.has(kAmxBf16); }
+
 // The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
 // sum; the former are ahead from some number of tokens on, and sooner where they multiply pairs. Plain C++ has no
 // look-up worth decoding in registers for.
@@ -104,6 +109,7 @@ constexpr bool multiplies_pairs(DType dtype, const Cpu& cpu) {
 constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group
   if (!cpu.has(kAvx2)) return 0;
+  if (has_tiles(p.dtype, cpu)) return 4;
   if (!multiplies_pairs(p.dtype, cpu)) return p.w.k % 4 ? 24 : 48;
   return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
 }
@@ -119,6 +125,7 @@ constexpr int64_t most_float_tokens(const Cpu& cpu) { return cpu.has(kAvx512f) ?
 constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (!cpu.has(kAvx2) || !is_16_bit(p.dtype)) return 0;
   const bool whole_groups = has_one_scale_per_64_columns(p.w);
+  if (has_tiles(p.dtype, cpu)) return 4;
   if (multiplies_pairs(p.dtype, cpu)) return whole_groups ? 6 : 4;
   if (whole_groups) return 16;
   return p.w.k % 8 ? 6 : cpu.has(kAvx512f) ? 8 : 16;
@@ -127,6 +134,7 @@ constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
 // The kernels for many tokens, which take everything; those in pairs leave what is out of their range to the others.
 constexpr void add_many_tokens(DType dtype, const Cpu& cpu, Choice* c) {
   if (dtype == DType::kFloat64) return c->add(Kernel::kFloat64);
+  if (has_tiles(dtype, cpu)) c->add(Kernel::kManyTokensTiles);
   if (multiplies_pairs(dtype, cpu)) c->add(Kernel::kManyTokensBf16);
   c->add(Kernel::kManyTokensFloat);
 }

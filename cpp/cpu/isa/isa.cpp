@@ -4,8 +4,30 @@
 #include <cstdlib>
 #include <string>
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace qlora::cpu {
 namespace {
+
+// Whether the processor has AMX-TILE and AMX-BF16, and the system lets this process use tiles. It has to be asked, once a
+// process: until then the first tile instruction ends the process. What it answers holds for all threads, running or
+// not yet.
+bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;  // of EDX, leaf 7
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
+  if ((edx & (kAmxBf16Bit | kAmxTileBit)) != (kAmxBf16Bit | kAmxTileBit)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h since Linux 5.16
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 
 uint32_t processor_features() {
   uint32_t features = 0;
@@ -21,6 +43,7 @@ uint32_t processor_features() {
   add(kAvx512vbmi, __builtin_cpu_supports("avx512vbmi"));
   add(kAvx512bf16, __builtin_cpu_supports("avx512bf16"));
   add(kAvx512vnni, __builtin_cpu_supports("avx512vnni"));
+  add(kAmxBf16, may_use_tiles());
 #endif
   return features;
 }

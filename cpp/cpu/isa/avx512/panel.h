@@ -83,6 +83,13 @@ inline void transpose(F (&v)[kLanes]) {
   }
 }
 
+// Of neighbouring lanes of a and then b, the first and the second ones.
+inline void unzip(F a, F b, F& even, F& odd) {
+  const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  even = _mm512_permutex2var_ps(a, from, b);
+  odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(from, _mm512_set1_epi32(1)), b);
+}
+
 // Between the order of a group in memory (element 4i + j) and the order nibbles are decoded in (vector j, lane i).
 inline void decoded_to_memory_order(F (&v)[4]) {
   const F lo01 = _mm512_unpacklo_ps(v[0], v[1]), hi01 = _mm512_unpackhi_ps(v[0], v[1]);
@@ -198,9 +205,9 @@ struct TwoWords : W {
   }
   // The sums of neighbours: those of `low` come first.
   static F add_neighbours(F low, F high) {
-    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    return add(_mm512_permutex2var_ps(low, even, high),
-               _mm512_permutex2var_ps(low, _mm512_add_epi32(even, _mm512_set1_epi32(1)), high));
+    F even, odd;
+    unzip(low, high, even, odd);
+    return add(even, odd);
   }
 };
 

@@ -20,6 +20,9 @@ struct WordBf16 {
     panel::store(reinterpret_cast<bfloat16*>(row) + element, v);
   }
   static Vector broadcast(const Word* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
+  // The same bits.
+  static F as_floats(Vector words) { return _mm512_castsi512_ps(words); }
+  static Vector as_words(F floats) { return _mm512_castps_si512(floats); }
   static F multiply_add(Vector a, Vector b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
   // The words of up to 2 * kLanes elements, bit for bit: of neighbours, or (decoded) of elements 4i, 4i + 2 and 4i + 1,
@@ -49,12 +52,18 @@ struct WordBf16 {
   }
 
   // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
-  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+  static void decode_row(const uint8_t* packed, float scale, Vector (&out)[2]) {
     const F values = scaled(nf4_table(), splat(scale)).value;
     const U table = (U)_mm512_cvtne2ps_pbh(values, values);  // twice, so that bit 4 of an index does not matter
     const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
-    store(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
-    store(out + 16, _mm512_permutexvar_epi16(bytes, table));
+    out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
+    out[1] = _mm512_permutexvar_epi16(bytes, table);
+  }
+  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+    Vector words[2];
+    decode_row(packed, scale, words);
+    store(out, words[0]);
+    store(out + 16, words[1]);
   }
   static void store_decoded_row(const F (&v)[4], Word* out) {
     store(out, round_pair(v[0], v[2]));
@@ -76,6 +85,39 @@ struct WordBf16 {
     out[1] = words(codes);
     out[2] = words(_mm512_srli_epi16(codes, 12));
     out[3] = words(_mm512_srli_epi16(codes, 8));
+  }
+
+  // Half a group of two rows, decoded to words (row, next row) of columns 2i and 2i + 1 in lane i of two vectors.
+  static U row_table(float scale, float next_scale) {
+    const Table nf4 = nf4_table();
+    return (U)_mm512_cvtne2ps_pbh(scaled(nf4, splat(next_scale)).value, scaled(nf4, splat(scale)).value);
+  }
+  static void decode_columns(const uint8_t* packed, const uint8_t* next, U table, Vector (&out)[2]) {
+    const auto load_bytes = [](const uint8_t* p) {
+      return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    };
+    const U codes = _mm512_or_si512(load_bytes(packed), _mm512_slli_epi32(load_bytes(next), 16));
+    const auto words = [&](U shifted) {  // 0xEA: (a & b) | c
+      const U index =
+          _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA);
+      return _mm512_permutexvar_epi16(index, table);
+    };
+    out[0] = words(_mm512_srli_epi32(codes, 4));
+    out[1] = words(codes);
+  }
+  // Of two rows as they lie in memory, up to 32 elements of each: the words (row, next row) of elements 2i and 2i + 1.
+  static void pair_rows(F row, F next, Vector (&out)[2]) {
+    const U a = _mm512_castps_si512(row), b = _mm512_castps_si512(next);
+    out[0] = _mm512_mask_blend_epi16(0xAAAAAAAAu, a, _mm512_slli_epi32(b, 16));
+    out[1] = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(a, 16), b);
+  }
+  // Up to 2 * kLanes elements from words of elements 2i and 2i + 1.
+  static void store_pairs(bfloat16* p, Vector words, int64_t count) {
+    if (count >= 2 * kLanes) {
+      _mm512_storeu_si512(p, words);
+    } else if (count > 0) {
+      _mm512_mask_storeu_epi16(p, (1u << count) - 1, words);
+    }
   }
 };
 

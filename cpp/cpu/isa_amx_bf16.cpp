@@ -1,0 +1,21 @@
+// The kernels compiled for AMX with BF16 (flags: CMakeLists.txt): those of the tile unit. All others are AVX-512's.
+#define QLORA_ISA amx_bf16
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/many_tokens_tiles/linear-inl.h"
+
+namespace qlora::cpu {
+
+const Kernels& amx_bf16_kernels() {
+  static const Kernels kernels = [] {
+    Kernels k = kAvx512Bf16Kernels;
+    k.isa = &kAmxBf16Isa;
+    k.forward.many_tokens_tiles = amx_bf16::many_tokens_tiles::forward_tiles;
+    k.dx.many_tokens_tiles = amx_bf16::many_tokens_tiles::dx_tiles;
+    (void)amx_bf16::many_tokens_tiles::dlora_tiles;
+    return k;
+  }();
+  return kernels;
+}
+
+}  // namespace qlora::cpu

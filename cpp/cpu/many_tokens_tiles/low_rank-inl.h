@@ -1,0 +1,144 @@
+// The low-rank intermediates, h = round(scaling · dropout(x) · Aᵀ) and g = round(scaling · dy · B): products like the
+// large one, with a factor in the place of W. Each becomes the tiles of one more step of the dense operand.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/many_tokens/tasks-inl.h"
+#include "cpp/cpu/many_tokens_tiles/multiply-inl.h"
+#include "cpp/cpu/many_tokens_tiles/operands-inl.h"
+#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens_tiles {
+
+using many_tokens::Scale;
+
+// Dense operand of a chunk of tokens: tiles by slice, pair of tokens and step, so that what a block multiplies is one
+// stream, and a slice of all tokens another. The last pair has one tile a step where its tokens fill no second.
+struct DensePanel {
+  char* tiles;
+  int64_t tokens;
+
+  int64_t token_tiles() const { return ceil_div(tokens, kTileRows); }
+  int64_t pairs() const { return ceil_div(tokens, kPair); }
+  int64_t tiles_of(int64_t pair) const { return min(2, token_tiles() - 2 * pair); }
+  char* piece(const Slice& s, int64_t pair) const {
+    return tiles + (token_tiles() * s.steps_before + 2 * pair * s.steps) * kTileBytes;
+  }
+};
+
+// The elements of tokens with some of them dropped, in memory order, as rows of kMost elements.
+inline void drop(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64_t begin, int64_t size,
+                 bfloat16* out) {
+  for (int64_t t = 0; t < tokens; ++t, out += Slices::kMostAlone) {
+    for (int64_t first = 0; first < size; first += Mask::kMax) {
+      const bfloat16* const row = m.at(token + t, begin + first);
+      const int64_t count = min(size - first, Mask::kMax);
+      const Mask mask(m.dropout, (token + t) * m.stride + begin + first, count);
+      for (int64_t c = 0; c < count; c += kLanes)
+        store(out + first + c, mask(many_tokens::load_some(row + c, count - c), c));
+    }
+  }
+}
+
+// A strip of 32 ranks of a factor, over all slices: A as a, or B as b.
+template <WeightIs weight_is>
+void fill_factor(const Matrix<bfloat16>& factor, int64_t first_rank, int64_t ranks, const Slice& s, char* out) {
+  if constexpr (weight_is == WeightIs::kA) {
+    fill_rows<many_tokens::Order::kDecoded>(factor, first_rank, ranks, s.begin, s.size, out);
+  } else {
+    fill_columns(factor, s.begin, s.size, first_rank, ranks, out);
+    const int64_t filled = ceil_div(s.size, kStep), steps = s.element_steps();
+    if (filled < steps) __builtin_memset(out + filled * 2 * kTileBytes, 0, static_cast<size_t>(2 * kTileBytes));
+  }
+}
+
+// A strip of 32 ranks of the tokens of a pair: sums over all slices in `sums`, a block. The dense pieces are those of
+// `panel` or, where it is null, filled from `in` here.
+template <WeightIs weight_is>
+void low_rank_sums(const Matrix<bfloat16>& in, int64_t first_token, const DensePanel& panel, int64_t pair,
+                   const Slices& slices, const char* factor, char* dense, bfloat16* dropped, char* sums) {
+  const int64_t token = pair * kPair, tokens = min(kPair, panel.tokens - token);
+  bool first = true;
+  for (int64_t i = 0; i < slices.element_slices(); ++i) {
+    const Slice s = slices[slices.rank_slices_first() + i];
+    const char* piece = panel.tiles ? panel.piece(s, pair) : dense;
+    if (!panel.tiles && in.dropout.active()) {
+      drop(in, first_token + token, tokens, s.begin, s.size, dropped);
+      fill_dense_pair<weight_is>({dropped, Slices::kMostAlone}, 0, tokens, 0, s.size, dense);
+    } else if (!panel.tiles) {
+      fill_dense_pair<weight_is>(in, first_token + token, tokens, s.begin, s.size, dense);
+    }
+    Nothing nothing;
+    multiply_block<weight_is>(panel.tiles_of(pair), factor, piece, s.element_steps(), sums, first, sums, nothing);
+    factor += s.element_steps() * 2 * kTileBytes;
+    first = false;
+  }
+}
+
+// Of a block of sums of 32 ranks, the tiles of one step of the dense operand, `step` of a piece of `tiles` tiles a step.
+template <WeightIs weight_is>
+void fill_low_rank(const char* sums, int64_t tiles, double scale, char* step) {
+  const Scale scaled(scale);
+  for (int64_t t = 0; t < tiles; ++t) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const char* row = nullptr;
+      const char* next = nullptr;
+      if constexpr (weight_is == WeightIs::kA) {  // sums of rank by token: pairs of ranks
+        row = sums + (2 * r / kTileRows * tiles + t) * kTileBytes + 2 * r % kTileRows * kRowBytes;
+        next = row + kRowBytes;
+      } else {  // of token by rank, the even ranks and the odd ones
+        row = sums + t * kTileBytes + r * kRowBytes;
+        next = row + tiles * kTileBytes;
+      }
+      store_row(step + t * kTileBytes + r * kRowBytes, Words::round_pair(scaled(load_row(row)), scaled(load_row(next))));
+    }
+  }
+}
+
+// h or g of the tokens of a chunk, from `first_token` of `in` on, to the rank steps of `panel`.
+template <WeightIs weight_is>
+void add_low_rank(const Pool& pool, const Matrix<bfloat16>& in, int64_t first_token, const Matrix<bfloat16>& factor,
+                  const Lora& lora, const Slices& slices, const DensePanel& panel, char* factor_tiles) {
+  const double scale = lora.scaling * in.dropout.keep_scale;
+  const DensePanel source{in.dropout.active() ? nullptr : panel.tiles, panel.tokens};
+  for (int64_t r = 0; r < lora.rank; r += kPair) {
+    auto fill = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Slice s = slices[slices.rank_slices_first() + i];
+        fill_factor<weight_is>(factor, r, min(kPair, lora.rank - r), s,
+                               factor_tiles + s.begin / kStep * 2 * kTileBytes);
+      }
+    };
+    pool(slices.element_slices(), 1, fill);
+    auto body = [&](int64_t begin, int64_t end) {
+      const tiles::Session session;
+      Carver memory(scratch(ScratchUse::kThread, many_tokens::kTaskBytes));
+      char* const sums = memory.take<char>(kBlockBytes);
+      char* const dense = memory.take<char>(Slices::kMostAlone / kStep * 2 * kTileBytes);
+      bfloat16* const dropped = memory.take<bfloat16>(kPair * Slices::kMostAlone);
+      for (int64_t pair = begin; pair < end; ++pair) {
+        low_rank_sums<weight_is>(in, first_token, source, pair, slices, factor_tiles, dense, dropped, sums);
+        // The slice that these ranks are in, and the step of it.
+        for (int64_t i = 0; i < slices.count(); ++i) {
+          const Slice s = slices[i];
+          if (r < s.first_rank || r >= s.first_rank + s.ranks) continue;
+          const int64_t tiles = panel.tiles_of(pair), step = s.element_steps() + (r - s.first_rank) / kStep;
+          fill_low_rank<weight_is>(sums, tiles, scale, panel.piece(s, pair) + step * tiles * kTileBytes);
+        }
+      }
+    };
+    pool(panel.pairs(), 1, body);
+  }
+}
+
+}  // namespace many_tokens_tiles
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA
