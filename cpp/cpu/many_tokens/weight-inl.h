@@ -56,8 +56,10 @@ struct Pieces {
 // decoded to.
 class ScaledPiece {
  public:
-  // `scales` has room for scale_floats(rows, columns).
-  ScaledPiece(const Weight& w, const Piece& piece, float* scales) : w_(&w) {
+  ScaledPiece() = default;
+  // `scales` has room for scale_floats(rows, columns), or of whole rows for run_floats(w, rows).
+  ScaledPiece(const Weight& w, const Piece& piece, float* scales)
+      : w_(&w), shift_(__builtin_ctzll(static_cast<uint64_t>(w.scales.block_size))) {
     const bool one_run = piece.columns == w.k;  // of blocks, in all rows
     // A run has one place for each of its scales. Where there are gaps between rows, each row has places of its own, as
     // many as it may need; from scales(row) that is less by what the number of its first block grows with each row.
@@ -72,6 +74,9 @@ class ScaledPiece {
   // Decoding loads whole vectors of scales.
   static constexpr int64_t scale_floats(int64_t rows, int64_t columns) {
     return rows * (columns / kMinBlockSize + 3 + kLanes);
+  }
+  static int64_t run_floats(const Weight& w, int64_t rows) {
+    return ceil_div(rows * w.k, w.scales.block_size) + 2 + kLanes;
   }
 
   const Weight& weight() const { return *w_; }
@@ -91,10 +96,10 @@ class ScaledPiece {
  private:
   int64_t block(int64_t row, int64_t column) const { return flat(row, column) >> shift_; }
 
-  const Weight* w_;
-  int shift_ = __builtin_ctzll(static_cast<uint64_t>(w_->scales.block_size));
-  int64_t row_scales_;
-  float* scales_;
+  const Weight* w_ = nullptr;
+  int shift_ = 0;
+  int64_t row_scales_ = 0;
+  float* scales_ = nullptr;
 };
 
 inline PrefetchAhead prefetch_ahead(const Weight& w, const Piece& piece) {

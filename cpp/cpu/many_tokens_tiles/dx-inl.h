@@ -1,112 +1,59 @@
-// The input gradient by tiles, dx = dy · w + mask ∘ (g · a) · keep_scale.
+// The input gradient by tiles, dx = dy · w + mask ∘ (g · a) · keep_scale: W is b.
 #pragma once
 
 #include <cstdint>
 
 #include "cpp/cpu/kernels.h"
-#include "cpp/cpu/many_tokens_tiles/low_rank-inl.h"
 #include "cpp/cpu/many_tokens_tiles/multiply-inl.h"
 #include "cpp/cpu/many_tokens_tiles/operands-inl.h"
-#include "cpp/cpu/many_tokens_tiles/tasks-inl.h"
-#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/many_tokens_tiles/product-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
-#include "cpp/cpu/shared/scratch.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace many_tokens_tiles {
 
-// dx of columns [column, column + columns) of W, from a multiple of 64 on, and pairs [pair, pair + pairs) of the panel's
-// tokens. Columns are taken 64 at a time, which become two pieces.
-class DxTask {
+class Dx {
  public:
-  static constexpr int64_t kColumns = 64;
+  using Decoder = ColumnsDecoder;
+  static constexpr WeightIs kWeightIs = WeightIs::kB;
+  static constexpr bool kScalesOfSlice = true;
 
-  DxTask(const LinearDxProblem& p, const Slices& slices, const DensePanel& panel, int64_t first_token, int64_t column,
-         int64_t columns, int64_t pair, int64_t pairs)
-      : p_(p),
-        slices_(slices),
-        panel_(panel),
-        first_token_(first_token),
-        column_(column),
-        columns_(columns),
-        pair_(pair),
-        pairs_(pairs) {
-    Carver memory(scratch(ScratchUse::kThread, many_tokens::kTaskBytes));
-    weight_ = memory.take<char>(2 * kPieceBytes);
-    done_[0] = memory.take<char>(kBlockBytes);
-    done_[1] = memory.take<char>(kBlockBytes);
-    scales_ = memory.take<float>(ScaledPiece::scale_floats(Slices::kMostAlone, columns));
-    if (slices.count() > 1) sums_ = memory.take<char>(ceil_div(columns, kPair) * pairs * kBlockBytes);
+  explicit Dx(const LinearDxProblem& p) : p_(p) {}
+  Dx of_chunk(const DensePanel& panel, int64_t first_token) const {
+    Dx d(p_);
+    d.panel_ = panel, d.first_token_ = first_token;
+    return d;
   }
 
-  void operator()() {
-    for (int64_t i = 0; i < slices_.count(); ++i) {
-      const Slice s = slices_[i];
-      const bool first = i == 0, last = i == slices_.count() - 1;
-      if (i == slices_.rank_slices_first() && i > 0) drop_sums();
-      const ScaledPiece source(p_.w, {s.begin, s.size, column_, columns_}, scales_);
-      char* sums = sums_;
-      for (int64_t c = 0; c < columns_; c += kColumns) {
-        const int64_t column = column_ + c;
-        const Fetch all = fetch_after(s, c);
-        Fetch fetch = all;
-        decode_columns(source, s.begin, s.size, column, columns_ - c, weight_, kPieceBytes);
-        for (int64_t h = 0; h < kColumns && c + h < columns_; h += kPair) {
-          char* const piece = weight_ + h / kPair * kPieceBytes;
-          const int64_t columns = min(kPair, columns_ - c - h);
-          char* const ranks = piece + s.element_steps() * 2 * kTileBytes;
-          if (s.ranks) fill_columns(a_, s.first_rank, s.ranks, column + h, columns, ranks);
-          for (int64_t q = 0; q < pairs_; ++q, sums += kBlockBytes) {
-            const int64_t pair = pair_ + q;
-            char* const out = last ? done_[0] : sums;
-            multiply_block<WeightIs::kB>(panel_.tiles_of(pair), piece, panel_.piece(s, pair), s.steps, sums, first, out,
-                                         fetch);
-            if (last) {
-              finish();
-              finished_ = {done_[0], column + h, columns, pair};
-              char* const other = done_[1];
-              done_[1] = done_[0], done_[0] = other;
-            }
-          }
-        }
-      }
-    }
-    finish();
+  // As many columns as the second-level cache keeps sums of, beside one slice of the panel.
+  int64_t group(const Slices&, const Part& part) const {
+    const int64_t columns = min(max(kSumBytes / (part.pairs * kBlockBytes), 1) * kPair, kMostColumns);
+    return min(columns, round_up(part.size, kPair));
   }
 
- private:
-  static constexpr int64_t kPieceBytes = Slices::kMostSteps * 2 * kTileBytes;
-  static constexpr int64_t kFetched = 128;  // columns: a line of packed weights
-  struct Block {
-    const char* sums;
-    int64_t column, columns, pair;
-  };
-
-  // The packed weights of the columns that come next.
-  Fetch fetch_after(const Slice& s, int64_t c) const {
-    if (c % kFetched) return {};
-    const int64_t next = c + kFetched;
-    const int64_t steps = 2 * min(pairs_ * s.steps, 1 << 20);
-    if (next < columns_)
-      return Fetch(p_.w, s.begin * p_.w.k + column_ + next, s.size, min(kFetched, columns_ - next), steps);
-    const int64_t row = s.begin + s.size;
-    return Fetch(p_.w, row * p_.w.k + column_, min(s.size, p_.w.n - row), min(kFetched, columns_), steps);
+  int64_t scale_floats(int64_t columns) const { return ScaledPiece::scale_floats(Slices::kMostAlone, columns + kPair); }
+  ScaledPiece source(int64_t column, int64_t columns, const Slice& s, float* scales) const {
+    const int64_t within = column % Slices::kGroup;
+    return ScaledPiece(p_.w, {s.begin, s.size, column - within, columns + within}, scales);
   }
-
+  void fill_ranks(int64_t column, int64_t columns, const Slice& s, char* out) const {
+    const Matrix<bfloat16> a{static_cast<const bfloat16*>(p_.lora.a), p_.w.k};
+    fill_columns(a, s.first_rank, s.ranks, column, columns, out);
+  }
   // The dropout of the low-rank part, which is all that is summed so far.
-  void drop_sums() {
+  void drop(char* sums, const Part& part) const {
+    if (!p_.lora.dropout.active()) return;
     const Scale keep_scale(p_.lora.dropout.keep_scale);
     const F all = splat(1.0f);
-    char* sums = sums_;
-    for (int64_t c = 0; c < columns_; c += kPair) {
-      const int64_t columns = min(kPair, columns_ - c);
-      for (int64_t q = 0; q < pairs_; ++q, sums += kBlockBytes) {
-        const int64_t tiles = panel_.tiles_of(pair_ + q), token = (pair_ + q) * kPair;
+    for (int64_t c = 0; c < part.size; c += kPair) {
+      const int64_t columns = min(kPair, part.size - c);
+      for (int64_t q = 0; q < part.pairs; ++q, sums += kBlockBytes) {
+        const int64_t tiles = panel_.tiles_of(part.pair + q), token = (part.pair + q) * kPair;
         for (int64_t t = 0; t < min(kPair, panel_.tokens - token); ++t) {
-          const Mask mask(p_.lora.dropout, (first_token_ + token + t) * p_.w.k + column_ + c, columns);
+          const Mask mask(p_.lora.dropout, (first_token_ + token + t) * p_.w.k + part.begin + c, columns);
           F kept[2];
           unzip(mask(all, 0), mask(all, kLanes), kept[0], kept[1]);
           for (int64_t w = 0; w < 2; ++w) {
@@ -118,63 +65,44 @@ class DxTask {
     }
   }
 
-  // Writes the block that was summed before the last one: by now the tile unit has it ready.
-  void finish() {
-    if (!finished_.sums) return;
-    const Block& b = finished_;
-    const int64_t tiles = panel_.tiles_of(b.pair), token = b.pair * kPair;
-    bfloat16* out = static_cast<bfloat16*>(p_.dx) + (first_token_ + token) * p_.w.k + b.column;
-    for (int64_t t = 0; t < min(kPair, panel_.tokens - token); ++t, out += p_.w.k) {
-      const char* const row = b.sums + t / kTileRows * kTileBytes + t % kTileRows * kRowBytes;
-      Words::store_pairs(out, Words::round_pair(load_row(row), load_row(row + tiles * kTileBytes)), b.columns);
-    }
-    finished_.sums = nullptr;
+  // The next slice's part of the group, row by row: a share of it for each piece.
+  Fetch fetch(int64_t group, int64_t columns, int64_t column, const Slices& slices, int64_t slice, int64_t pairs) const {
+    const int64_t k = p_.w.k, steps = pairs * slices[slice].steps, pieces = ceil_div(columns, kPair);
+    const int64_t piece = (column - group) / kPair;
+    if (++slice == slices.count()) slice = slices.rank_slices_first(), group += columns;
+    const Slice s = slices[slice];
+    const int64_t share = ceil_div(s.size, pieces), row = s.begin + piece * share;
+    const int64_t rows = min(share, s.begin + s.size - row);
+    if (group >= k || rows <= 0) return {};
+    return Fetch(p_.w.packed + (row * k + group) / 2, rows, min(columns, k - group) / 2, k / 2, steps);
   }
 
+  char* output(int64_t column, int64_t pair) const {
+    return reinterpret_cast<char*>(static_cast<bfloat16*>(p_.dx) + (first_token_ + pair * kPair) * p_.w.k + column);
+  }
+  int64_t output_stride() const { return p_.w.k * 2; }
+  // Rounds and writes tile `t` of the tokens of a block.
+  void finish(const Block& b, int64_t t) const {
+    const int64_t tiles = panel_.tiles_of(b.pair), token = b.pair * kPair + t * kTileRows;
+    if (t >= tiles) return;
+    bfloat16* out = static_cast<bfloat16*>(p_.dx) + (first_token_ + token) * p_.w.k + b.outer;
+    const char* row = b.sums + t * kTileBytes;
+    for (int64_t i = 0; i < min(kTileRows, panel_.tokens - token); ++i, out += p_.w.k, row += kRowBytes)
+      Words::store_pairs(out, Words::round_pair(load_row(row), load_row(row + tiles * kTileBytes)), b.count);
+  }
+
+ private:
+  static constexpr int64_t kSumBytes = int64_t{512} << 10, kMostColumns = 2048;
   const LinearDxProblem& p_;
-  const Slices& slices_;
-  const DensePanel& panel_;
-  const int64_t first_token_, column_, columns_, pair_, pairs_;
-  const Matrix<bfloat16> a_{static_cast<const bfloat16*>(p_.lora.a), p_.w.k};
-  char *weight_, *sums_ = nullptr, *done_[2];
-  float* scales_;
-  Block finished_ = {};
+  DensePanel panel_ = {};
+  int64_t first_token_ = 0;
 };
 
 inline void dx(const Pool& pool, const LinearDxProblem& p) {
-  const int64_t n = p.w.n, rank = p.lora.rank;
-  const Slices slices(n, rank, p.lora.dropout.active());
-  const Cut chunk = chunks(p.m, n);
-  const Matrix<bfloat16> dy{static_cast<const bfloat16*>(p.dy), n}, b{static_cast<const bfloat16*>(p.lora.b), rank};
-  for (int64_t first = 0; first < p.m; first += chunk.size) {
-    DensePanel panel{nullptr, min(chunk.size, p.m - first)};
-    const int64_t panel_bytes = panel.token_tiles() * slices.steps() * kTileBytes;
-    const int64_t factor_bytes = rank ? slices.steps() * 2 * kTileBytes : 0;
-    panel.tiles = static_cast<char*>(scratch(ScratchUse::kCall, panel_bytes + factor_bytes));
-    auto pack = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Slice s = slices[slices.rank_slices_first() + i / panel.pairs()];
-        const int64_t pair = i % panel.pairs();
-        fill_dense_pair<WeightIs::kB>(dy, first + pair * kPair, min(kPair, panel.tokens - pair * kPair), s.begin, s.size,
-                                      panel.piece(s, pair));
-      }
-    };
-    pool(slices.element_slices() * panel.pairs(), 1, pack);
-    if (rank) add_low_rank<WeightIs::kB>(pool, dy, first, b, p.lora, slices, panel, panel.tiles + panel_bytes);
-    const int64_t pairs = panel.pairs();
-    const int64_t most_columns = min(max((512 << 10) / (pairs * kBlockBytes) * kPair, 512) & -128, 2048);
-    const Grid grid = many_tokens::make_grid(pool.threads, p.w.k, most_columns, DxTask::kColumns, panel.tokens, panel.tokens);
-    auto body = [&](int64_t begin, int64_t end) {
-      const tiles::Session session;
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t column = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-        DxTask task(p, slices, panel, first, column, min(grid.rows.size, p.w.k - column), token / kPair,
-                    ceil_div(min(grid.tokens.size, panel.tokens - token), kPair));
-        task();
-      }
-    };
-    pool(grid.tasks(), 1, body);
-  }
+  const Slices slices(p.w.n, p.lora.rank, p.lora.dropout.active());
+  const Matrix<bfloat16> dy{static_cast<const bfloat16*>(p.dy), p.w.n};
+  const Matrix<bfloat16> b{static_cast<const bfloat16*>(p.lora.b), p.lora.rank};
+  run(pool, Dx(p), p.m, dy, b, p.lora, slices, p.w.k);
 }
 
 }  // namespace many_tokens_tiles

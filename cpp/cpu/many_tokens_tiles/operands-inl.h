@@ -134,80 +134,123 @@ inline void fill_columns(const Matrix<bfloat16>& m, int64_t begin, int64_t size,
 
 // ---- W ----
 
-// Row `row` of W and columns [begin, begin + size), zeros to the end of the last group, to a row of two tiles a group.
-inline void decode_row(const ScaledPiece& source, int64_t row, int64_t begin, int64_t size, char* out) {
-  if (source.aligned()) {
-    const uint8_t* packed = source.packed(row, begin);
-    for (int64_t c = 0; c < size; c += Slices::kGroup, packed += Slices::kGroup / 2, out += 4 * kTileBytes) {
-      Vector words[2];
-      Words::decode_row(packed, source.scale(row, begin + c), words);
-      store_row(out, words[0]);
-      store_row(out + 2 * kTileBytes, words[1]);
-    }
-  } else {
-    const RaggedRow ragged(source, row, begin, size);
-    for (int64_t c = 0; c < size; c += Slices::kGroup, out += 4 * kTileBytes) {
-      F v[4];
-      ragged.decode(c, v);
-      store_row(out, Words::round_pair(v[0], v[2]));
-      store_row(out + 2 * kTileBytes, Words::round_pair(v[1], v[3]));
-    }
+// Decodes 32 rows of W and the columns of a slice as a, half a group of columns at each step: 16 rows of it. What it has
+// written after step j lies in the tiles of steps 0 .. j + 1, so a piece can be decoded to the place of one that is being
+// multiplied, from its second step on.
+class RowsDecoder {
+ public:
+  static constexpr int64_t kLag = 1;  // steps
+  RowsDecoder() = default;
+  RowsDecoder(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out)
+      : source_(&source), row_(row), rows_(rows), begin_(s.begin), size_(s.size), left_(s.element_steps()), out_(out) {}
+  void step() {
+    if (left_ > 0) decode();
   }
-}
+  void finish() {
+    while (left_ > 0) decode();
+  }
 
-// Rows [row, row + rows), at most 32, as a.
-inline void decode_rows(const ScaledPiece& source, int64_t row, int64_t rows, int64_t begin, int64_t size, char* out) {
-  for (int64_t r = 0; r < kPair; ++r) {
-    char* to = out + r / kTileRows * kTileBytes + r % kTileRows * kRowBytes;
-    if (r < rows) {
-      decode_row(source, row + r, begin, size, to);
+ private:
+  void decode() {
+    const int64_t count = min(kTileRows, rows_ - half_ * kTileRows), row = row_ + half_ * kTileRows;
+    char* out = out_ + half_ * kTileBytes;
+    if (source_->aligned()) {
+      const uint8_t* packed = count > 0 ? source_->packed(row, begin_ + column_) : nullptr;
+      const float* scales = source_->scales(row);
+      const int64_t k = source_->weight().k, row_scales = source_->row_scales();
+      const int shift = source_->shift();
+      int64_t flat = source_->flat(row, begin_ + column_);
+      for (int64_t r = 0; r < count; ++r, out += kRowBytes) {
+        Vector words[2];
+        Words::decode_row(packed, scales[flat >> shift], words);
+        packed += k / 2, flat += k, scales += row_scales;
+        store_row(out, words[0]);
+        store_row(out + 2 * kTileBytes, words[1]);
+      }
     } else {
-      for (int64_t c = 0; c < size; c += kStep, to += 2 * kTileBytes) store_row(to, Words::as_words(zero()));
+      for (int64_t r = 0; r < count; ++r, out += kRowBytes) {
+        F v[4];
+        RaggedRow(*source_, row + r, begin_, size_).decode(column_, v);
+        store_row(out, Words::round_pair(v[0], v[2]));
+        store_row(out + 2 * kTileBytes, Words::round_pair(v[1], v[3]));
+      }
     }
+    for (int64_t r = max(count, 0); r < kTileRows; ++r, out += kRowBytes) {
+      store_row(out, Words::as_words(zero()));
+      store_row(out + 2 * kTileBytes, Words::as_words(zero()));
+    }
+    --left_;
+    half_ ^= 1;
+    if (half_ == 0) column_ += Slices::kGroup, out_ += 4 * kTileBytes;
   }
-}
 
-// Rows [row, row + 1] and the 64 columns from `column` on, as b: a row of two tiles of one piece, and of those of another
-// one, `piece_bytes` after it. `columns` and `rows` are left.
-inline void decode_row_pair(const ScaledPiece& source, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                            char* out, int64_t piece_bytes) {
-  Vector words[4];
-  if (source.aligned() && rows > 1) {
-    const uint8_t *const packed = source.packed(row, column), *const next = source.packed(row + 1, column);
-    const Vector table = Words::row_table(source.scale(row, column), source.scale(row + 1, column));
-    Vector half[2];
-    Words::decode_columns(packed, next, table, half);
-    words[0] = half[0], words[1] = half[1];
-    Words::decode_columns(packed + kStep / 2, next + kStep / 2, table, half);
-    words[2] = half[0], words[3] = half[1];
-  } else {
-    F v[4] = {zero(), zero(), zero(), zero()}, next[4] = {zero(), zero(), zero(), zero()};
-    if (rows > 0) RaggedRow(source, row, column, columns).decode(0, v);
-    if (rows > 1) RaggedRow(source, row + 1, column, columns).decode(0, next);
-    decoded_to_memory_order(v);
-    decoded_to_memory_order(next);
-    for (int half = 0; half < 2; ++half) {
+  const ScaledPiece* source_ = nullptr;
+  int64_t row_ = 0, rows_ = 0, begin_ = 0, size_ = 0, left_ = 0, column_ = 0, half_ = 0;
+  char* out_ = nullptr;
+};
+
+// Decodes 32 columns of W, from a multiple of 32 on, and the rows of a slice as b: 32 rows at each step, the tiles of
+// that step.
+class ColumnsDecoder {
+ public:
+  static constexpr int64_t kLag = 0;
+  ColumnsDecoder() = default;
+  ColumnsDecoder(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out)
+      : source_(&source),
+        column_(column),
+        columns_(columns),
+        row_(s.begin),
+        rows_(s.size),
+        left_(s.element_steps()),
+        out_(out) {}
+  void step() {
+    if (left_ > 0) decode();
+  }
+  void finish() {
+    while (left_ > 0) decode();
+  }
+
+ private:
+  void decode() {
+    char* out = out_;
+    int64_t r = 0;
+    if (source_->aligned()) {
+      const uint8_t* packed = source_->packed(row_, column_);
+      const float* scales = source_->scales(row_);
+      const int64_t k = source_->weight().k, row_scales = source_->row_scales();
+      const int shift = source_->shift();
+      int64_t flat = source_->flat(row_, column_);
+      for (; r < min(kStep, rows_ - 1); r += 2, out += kRowBytes) {
+        Vector words[2];
+        const Vector table = Words::row_table(scales[flat >> shift], scales[row_scales + ((flat + k) >> shift)]);
+        Words::decode_columns(packed, packed + k / 2, table, words);
+        packed += k, flat += 2 * k, scales += 2 * row_scales;
+        store_row(out, words[0]);
+        store_row(out + kTileBytes, words[1]);
+      }
+    }
+    for (; r < kStep; r += 2, out += kRowBytes) {
       F even, odd, next_even, next_odd;
-      unzip(v[2 * half], v[2 * half + 1], even, odd);
-      unzip(next[2 * half], next[2 * half + 1], next_even, next_odd);
-      words[2 * half] = Words::round_pair(even, next_even);
-      words[2 * half + 1] = Words::round_pair(odd, next_odd);
+      decode_half_group(r, even, odd);
+      decode_half_group(r + 1, next_even, next_odd);
+      store_row(out, Words::round_pair(even, next_even));
+      store_row(out + kTileBytes, Words::round_pair(odd, next_odd));
     }
+    row_ += kStep, rows_ -= kStep, out_ += 2 * kTileBytes, --left_;
   }
-  store_row(out, words[0]);
-  store_row(out + kTileBytes, words[1]);
-  store_row(out + piece_bytes, words[2]);
-  store_row(out + piece_bytes + kTileBytes, words[3]);
-}
+  // The even and odd columns of a row, zeros where there is none.
+  void decode_half_group(int64_t r, F& even, F& odd) const {
+    F v[4] = {zero(), zero(), zero(), zero()};
+    const int64_t within = column_ % Slices::kGroup;
+    if (r < rows_) RaggedRow(*source_, row_ + r, column_ - within, columns_ + within).decode(0, v);
+    decoded_to_memory_order(v);
+    unzip(v[within / kLanes], v[within / kLanes + 1], even, odd);
+  }
 
-// Rows [row, row + rows) and the 64 columns from `column` on as b, to two pieces.
-inline void decode_columns(const ScaledPiece& source, int64_t row, int64_t rows, int64_t column, int64_t columns,
-                           char* out, int64_t piece_bytes) {
-  for (int64_t r = 0; r < round_up(rows, Slices::kGroup); r += 2) {
-    char* const to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
-    decode_row_pair(source, row + r, rows - r, column, columns, to, piece_bytes);
-  }
-}
+  const ScaledPiece* source_ = nullptr;
+  int64_t column_ = 0, columns_ = 0, row_ = 0, rows_ = 0, left_ = 0;
+  char* out_ = nullptr;
+};
 
 }  // namespace many_tokens_tiles
 }  // namespace

@@ -1,0 +1,254 @@
+// The loop that both products are: pieces of W are decoded one after the other and multiplied with all pairs of tokens.
+//
+//   for each group of pieces along the outer dimension of W (y: rows, dx: columns), whose sums stay in the cache
+//     for each slice of the summed dimension
+//       for each piece of the group, 32 rows or columns
+//         for each pair of tokens: a block
+//
+// A core that multiplies tiles has its vector unit free, but looks ahead no further than a few steps. So all other work
+// is done in small parts between the steps of a block (Chores): the next piece is decoded to the place of this one while
+// the last pair still reads it, the block before this one is rounded and written, and what comes next is fetched.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/many_tokens_tiles/low_rank-inl.h"
+#include "cpp/cpu/many_tokens_tiles/multiply-inl.h"
+#include "cpp/cpu/many_tokens_tiles/operands-inl.h"
+#include "cpp/cpu/shared/carver-inl.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace many_tokens_tiles {
+
+// Asks for the lines of runs of bytes, some at each step.
+class Fetch {
+ public:
+  static constexpr int64_t kLine = 64;
+  Fetch() = default;
+  // `runs` of `bytes`, `stride` bytes apart, in `steps`.
+  Fetch(const void* first, int64_t runs, int64_t bytes, int64_t stride, int64_t steps)
+      : at_(static_cast<const char*>(first)), runs_(runs), bytes_(bytes), stride_(stride) {
+    if (bytes <= 0) runs_ = 0;
+    each_ = ceil_div(runs_ * ceil_div(bytes, kLine), max(steps, 1));
+  }
+  void step() {
+    for (int64_t i = 0; i < each_ && runs_ > 0; ++i) {
+      __builtin_prefetch(at_ + done_, 0, 2);
+      done_ += kLine;
+      if (done_ >= bytes_) done_ = 0, at_ += stride_, --runs_;
+    }
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t runs_ = 0, bytes_ = 0, stride_ = 0, done_ = 0, each_ = 0;
+};
+
+// A block whose sums are complete, in `sums`.
+struct Block {
+  const char* sums = nullptr;
+  int64_t outer, count, pair;  // of W's rows or columns, from `outer` on; and of the panel's tokens
+};
+
+// What is done between the steps of a block. Op is Forward or Dx.
+template <class Op>
+class Chores {
+ public:
+  Chores(const Op& op) : op_(op) {}
+
+  void begin_block(const char* next_sums, char* output, int64_t output_stride) {
+    step_ = 0, next_sums_ = next_sums, output_ = output, output_stride_ = output_stride;
+  }
+  void step() {
+    if (next_sums_) {
+      for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(next_sums_ + i * Fetch::kLine, 0, 3);
+      next_sums_ += 4 * Fetch::kLine;
+    }
+    if (output_) {
+      __builtin_prefetch(output_, 1, 3);
+      __builtin_prefetch(output_ + output_stride_, 1, 3);
+      output_ += 2 * output_stride_;
+    }
+    fetch.step();
+    if (step_ >= Op::Decoder::kLag) decoder.step();
+    ++step_;
+    if (block.sums && (step_ == kFirstTile || step_ == kSecondTile)) op_.finish(block, step_ == kSecondTile);
+  }
+  void end_block() {
+    decoder.finish();
+    if (!block.sums) return;
+    if (step_ < kFirstTile) op_.finish(block, 0);
+    if (step_ < kSecondTile) op_.finish(block, 1);
+    block.sums = nullptr;
+  }
+
+  Fetch fetch;
+  typename Op::Decoder decoder;
+  Block block;  // to be written
+
+ private:
+  static constexpr int64_t kFirstTile = 4, kSecondTile = 10;  // steps after which a tile of tokens of `block` is written
+  const Op& op_;
+  int64_t step_ = 0, output_stride_ = 0;
+  const char* next_sums_ = nullptr;
+  char* output_ = nullptr;
+};
+
+// A product's part of `size` rows or columns of W, from `begin` on, and of pairs [pair, pair + pairs).
+struct Part {
+  int64_t begin, size, pair, pairs;
+};
+
+template <class Op>
+class Product {
+ public:
+  // Groups of `group` rows or columns.
+  Product(const Op& op, const Slices& slices, const DensePanel& panel, const Part& part, int64_t group)
+      : op_(op), slices_(slices), panel_(panel), part_(part), group_(group), chores_(op) {
+    Carver memory(scratch(ScratchUse::kThread, bytes(op, slices, group, part.pairs)));
+    carve(memory);
+  }
+
+  void operator()() {
+    Place place{part_.begin, 0, part_.begin};
+    decode_begins(place);
+    chores_.decoder.finish();
+    fill_ranks(place);
+    while (place.piece < end()) place = multiply(place);
+    chores_.begin_block(nullptr, nullptr, 0);  // for the last block
+    chores_.end_block();
+  }
+
+ private:
+  struct Place {
+    int64_t group, slice, piece;  // first row or column of the group, and of the piece
+  };
+  int64_t end() const { return part_.begin + part_.size; }
+  int64_t count(int64_t begin, int64_t most) const { return min(most, end() - begin); }
+  Place after(Place p) const {
+    p.piece += kPair;
+    if (p.piece < min(p.group + group_, end())) return p;
+    p.piece = p.group;
+    if (++p.slice < slices_.count()) return p;
+    p.slice = 0;
+    p.group += group_;
+    return {p.group, 0, p.group};
+  }
+
+  static int64_t bytes(const Op& op, const Slices& slices, int64_t group, int64_t pairs) {
+    return kPieceBytes + 2 * kBlockBytes + op.scale_floats(group) * 4 + 64 +
+           (slices.count() > 1 ? ceil_div(group, kPair) * pairs * kBlockBytes : 0);
+  }
+  void carve(Carver& memory) {
+    piece_ = memory.take<char>(kPieceBytes);
+    done_ = memory.take<char>(kBlockBytes);
+    other_done_ = memory.take<char>(kBlockBytes);
+    scales_ = memory.take<float>(op_.scale_floats(group_));
+    sums_ = memory.take<char>(slices_.count() > 1 ? ceil_div(group_, kPair) * part_.pairs * kBlockBytes : 0);
+  }
+
+  // Has the piece decoded at the next steps.
+  void decode_begins(const Place& p) {
+    const Slice s = slices_[p.slice];
+    if (p.piece == p.group && (p.slice == 0 || Op::kScalesOfSlice))
+      source_ = op_.source(p.group, count(p.group, group_), s, scales_);
+    chores_.decoder = typename Op::Decoder(source_, p.piece, count(p.piece, kPair), s, piece_);
+  }
+  void fill_ranks(const Place& p) {
+    const Slice s = slices_[p.slice];
+    if (s.ranks) op_.fill_ranks(p.piece, count(p.piece, kPair), s, piece_ + s.element_steps() * 2 * kTileBytes);
+  }
+
+  Place multiply(const Place& p) {
+    const Slice s = slices_[p.slice];
+    const Place next = after(p);
+    const bool first = p.slice == 0, last = p.slice == slices_.count() - 1;
+    if (p.piece == p.group && p.slice == slices_.rank_slices_first() && p.slice > 0)
+      op_.drop(sums_, {p.group, count(p.group, group_), part_.pair, part_.pairs});
+    char* sums = sums_ + (p.piece - p.group) / kPair * part_.pairs * kBlockBytes;
+    chores_.fetch = op_.fetch(p.group, count(p.group, group_), p.piece, slices_, p.slice, part_.pairs);
+    for (int64_t q = 0; q < part_.pairs; ++q, sums += kBlockBytes) {
+      const int64_t pair = part_.pair + q;
+      const bool last_pair = q == part_.pairs - 1;
+      if (last_pair && next.piece < end()) decode_begins(next);
+      chores_.begin_block(first ? nullptr : sums + kBlockBytes, last ? op_.output(p.piece, pair) : nullptr,
+                          op_.output_stride());
+      multiply_block<Op::kWeightIs>(panel_.tiles_of(pair), piece_, panel_.piece(s, pair), s.steps, sums, first,
+                                    last ? done_ : sums, chores_);
+      chores_.end_block();
+      if (last) {
+        chores_.block = {done_, p.piece, count(p.piece, kPair), pair};
+        char* const other = other_done_;
+        other_done_ = done_, done_ = other;
+      }
+    }
+    if (next.piece < end()) fill_ranks(next);
+    return next;
+  }
+
+  static constexpr int64_t kPieceBytes = Slices::kMostSteps * 2 * kTileBytes;
+
+  const Op& op_;
+  const Slices& slices_;
+  const DensePanel& panel_;
+  const Part part_;
+  const int64_t group_;
+  Chores<Op> chores_;
+  ScaledPiece source_;
+  char *piece_, *sums_, *done_, *other_done_;
+  float* scales_;
+};
+
+// Tokens that share a dense panel. W is decoded anew for each such chunk.
+inline many_tokens::Cut chunks(int64_t tokens, int64_t depth) {
+  constexpr int64_t kPanelBytes = int64_t{1280} << 10, kLeast = 256;
+  const int64_t fit = kPanelBytes / (2 * max(depth, 1)) & -kPair;
+  return many_tokens::cut(tokens, max(fit, kLeast), kPair);
+}
+
+// Runs a product chunk by chunk: `in` is its dense operand [m, depth], `factor` that of its low-rank intermediate.
+template <class Op>
+void run(const Pool& pool, const Op& op, int64_t m, const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor,
+         const Lora& lora, const Slices& slices, int64_t outer) {
+  const many_tokens::Cut chunk = chunks(m, in.stride);
+  const Matrix<bfloat16> all{in.data, in.stride};
+  for (int64_t first = 0; first < m; first += chunk.size) {
+    DensePanel panel{nullptr, min(chunk.size, m - first)};
+    const int64_t panel_bytes = panel.token_tiles() * slices.steps() * kTileBytes;
+    const int64_t factor_bytes = lora.rank ? slices.steps() * 2 * kTileBytes : 0;
+    panel.tiles = static_cast<char*>(scratch(ScratchUse::kCall, panel_bytes + factor_bytes));
+    auto pack = [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Slice s = slices[slices.rank_slices_first() + i / panel.pairs()];
+        const int64_t pair = i % panel.pairs(), token = pair * kPair;
+        fill_dense_pair<Op::kWeightIs>(all, first + token, min(kPair, panel.tokens - token), s.begin, s.size,
+                                       panel.piece(s, pair));
+      }
+    };
+    pool(slices.element_slices() * panel.pairs(), 1, pack);
+    if (lora.rank)
+      add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes);
+    const Op of_chunk = op.of_chunk(panel, first);
+    const many_tokens::Grid grid =
+        many_tokens::make_grid(pool.threads, outer, outer, kPair, panel.tokens, panel.tokens);
+    auto body = [&](int64_t begin, int64_t end) {
+      const tiles::Session session;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+        const Part part{row, min(grid.rows.size, outer - row), token / kPair,
+                        ceil_div(min(grid.tokens.size, panel.tokens - token), kPair)};
+        Product<Op> product(of_chunk, slices, panel, part, of_chunk.group(slices, part));
+        product();
+      }
+    };
+    pool(grid.tasks(), 1, body);
+  }
+}
+
+}  // namespace many_tokens_tiles
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA
