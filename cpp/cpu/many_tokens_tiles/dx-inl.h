@@ -17,9 +17,9 @@ namespace many_tokens_tiles {
 
 class Dx {
  public:
-  using Decoder = ColumnsDecoder;
   static constexpr WeightIs kWeightIs = WeightIs::kB;
   static constexpr bool kScalesOfSlice = true;
+  static constexpr int64_t kTogether = 4;
 
   explicit Dx(const LinearDxProblem& p) : p_(p) {}
   Dx of_chunk(const DensePanel& panel, int64_t first_token) const {
@@ -65,16 +65,22 @@ class Dx {
     }
   }
 
-  // The next slice's part of the group, row by row: a share of it for each piece.
-  Fetch fetch(int64_t group, int64_t columns, int64_t column, const Slices& slices, int64_t slice, int64_t pairs) const {
-    const int64_t k = p_.w.k, steps = pairs * slices[slice].steps, pieces = ceil_div(columns, kPair);
-    const int64_t piece = (column - group) / kPair;
-    if (++slice == slices.count()) slice = slices.rank_slices_first(), group += columns;
+  template <class Fetch>
+  void decode(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
+              int64_t piece_bytes, Fetch& fetch) const {
+    decode_columns<kTogether>(source, column, columns, s, out, piece_bytes, fetch);
+  }
+  // A share of the group's part of the next slice, row by row.
+  Fetch fetch(const Part& group, int64_t column, const Slices& slices, int64_t slice) const {
+    const int64_t k = p_.w.k, pieces = ceil_div(group.size, kPair), piece = (column - group.begin) / kPair;
+    const int64_t steps = group.pairs * slices[slice].steps + (piece % kTogether == 0 ? slices[slice].steps * 2 : 0);
+    int64_t first = group.begin;
+    if (++slice == slices.count()) slice = slices.rank_slices_first(), first += group.size;
     const Slice s = slices[slice];
     const int64_t share = ceil_div(s.size, pieces), row = s.begin + piece * share;
-    const int64_t rows = min(share, s.begin + s.size - row);
-    if (group >= k || rows <= 0) return {};
-    return Fetch(p_.w.packed + (row * k + group) / 2, rows, min(columns, k - group) / 2, k / 2, steps);
+    const int64_t rows = min(share, s.begin + s.size - row), columns = min(group.size, k - first);
+    if (rows <= 0 || columns <= 0) return {};
+    return Fetch(p_.w.packed + (row * k + first) / 2, rows, columns / 2, k / 2, steps);
   }
 
   char* output(int64_t column, int64_t pair) const {
@@ -99,7 +105,7 @@ class Dx {
 };
 
 inline void dx(const Pool& pool, const LinearDxProblem& p) {
-  const Slices slices(p.w.n, p.lora.rank, p.lora.dropout.active());
+  const Slices slices(p.w.n, p.m <= 64 ? 128 : Slices::kMost, p.lora.rank, p.lora.dropout.active());
   const Matrix<bfloat16> dy{static_cast<const bfloat16*>(p.dy), p.w.n};
   const Matrix<bfloat16> b{static_cast<const bfloat16*>(p.lora.b), p.lora.rank};
   run(pool, Dx(p), p.m, dy, b, p.lora, slices, p.w.k);

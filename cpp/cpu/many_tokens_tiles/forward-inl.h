@@ -17,9 +17,9 @@ namespace many_tokens_tiles {
 
 class Forward {
  public:
-  using Decoder = RowsDecoder;
   static constexpr WeightIs kWeightIs = WeightIs::kA;
   static constexpr bool kScalesOfSlice = false;
+  static constexpr int64_t kTogether = 1;
 
   explicit Forward(const LinearProblem& p) : p_(p) {}
   Forward of_chunk(const DensePanel& panel, int64_t first_token) const {
@@ -47,23 +47,23 @@ class Forward {
   }
   void drop(char*, const Part&) const {}
 
-  // Strip by strip, all of W is one stream: a part of it for each piece, some pieces ahead. Slice by slice, the piece
-  // after the next one.
-  Fetch fetch(int64_t group, int64_t rows, int64_t row, const Slices& slices, int64_t slice, int64_t pairs) const {
-    const int64_t k = p_.w.k, steps = pairs * slices[slice].steps;
-    const char* const packed = reinterpret_cast<const char*>(p_.w.packed);
-    if (rows <= kPair) {
-      const int64_t bytes = kPair * k / 2 / slices.count();
-      const int64_t at = row * k / 2 + (slice + slices.count() + kPiecesAhead) * bytes;
-      return Fetch(packed + at, 1, min(bytes, p_.w.n * k / 2 - at), 0, steps);
+  template <class Fetch>
+  void decode(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out, int64_t,
+              Fetch& fetch) const {
+    decode_rows(source, row, rows, s, out, fetch);
+  }
+  // The piece after the next one.
+  Fetch fetch(const Part& group, int64_t row, const Slices& slices, int64_t slice) const {
+    const int64_t steps = kPair + group.pairs * slices[slice].steps, end = group.begin + group.size;
+    for (int i = 0; i < 2; ++i) {
+      row += kPair;
+      if (row < end) continue;
+      row = group.begin;
+      if (++slice == slices.count()) slice = 0, row = end;
     }
-    int64_t next = row + 2 * kPair;
-    if (next >= group + rows) {
-      next = min(next - rows, p_.w.n - 1);
-      if (++slice == slices.count()) slice = 0, next += rows;
-    }
+    if (row >= p_.w.n) return {};
     const Slice s = slices[slice];
-    return Fetch(packed + (next * k + s.begin) / 2, min(kPair, p_.w.n - next), s.size / 2, k / 2, steps);
+    return Fetch(p_.w.packed + (row * p_.w.k + s.begin) / 2, min(kPair, p_.w.n - row), s.size / 2, p_.w.k / 2, steps);
   }
 
   char* output(int64_t row, int64_t pair) const {
@@ -94,14 +94,14 @@ class Forward {
 
  private:
   static constexpr int64_t kPanelBytes = int64_t{1280} << 10, kSumBytes = int64_t{512} << 10, kMostRows = 512;
-  static constexpr int64_t kMostScales = int64_t{64} << 10, kPiecesAhead = 2;
+  static constexpr int64_t kMostScales = int64_t{64} << 10;
   const LinearProblem& p_;
   DensePanel panel_ = {};
   int64_t first_token_ = 0;
 };
 
 inline void forward(const Pool& pool, const LinearProblem& p) {
-  const Slices slices(p.w.k, p.lora.rank, false);
+  const Slices slices(p.w.k, Slices::kMost, p.lora.rank, false);
   const Matrix<bfloat16> x{static_cast<const bfloat16*>(p.x), p.w.k, p.lora.dropout};
   const Matrix<bfloat16> a{static_cast<const bfloat16*>(p.lora.a), p.w.k};
   run(pool, Forward(p), p.m, x, a, p.lora, slices, p.w.n);

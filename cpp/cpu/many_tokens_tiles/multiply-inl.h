@@ -101,9 +101,10 @@ class Slices {
   static constexpr int64_t kMost = 512, kMostAlone = 640, kGroup = 64;  // elements: a piece of W of 32 KB
   static constexpr int64_t kMostRanksBeside = 64, kMostSteps = kMostAlone / kStep + kMostRanksBeside / kStep;
 
-  // `rank_first` has slices of ranks alone come before all others.
-  Slices(int64_t depth, int64_t rank, bool rank_first) : depth_(depth), rank_(rank), rank_first_(rank_first) {
-    elements_ = depth <= kMostAlone ? 1 : ceil_div(depth, kMost);
+  // Slices of at most `most` elements. `rank_first` has slices of ranks alone come before all others.
+  Slices(int64_t depth, int64_t most, int64_t rank, bool rank_first)
+      : depth_(depth), rank_(rank), rank_first_(rank_first) {
+    elements_ = depth <= kMostAlone && most == kMost ? 1 : ceil_div(depth, most);
     size_ = max(round_up(ceil_div(depth, elements_), kGroup), kGroup);
     elements_ = max(ceil_div(depth, size_), 1);
     beside_ = !rank_first && rank <= kMostRanksBeside;

@@ -134,123 +134,107 @@ inline void fill_columns(const Matrix<bfloat16>& m, int64_t begin, int64_t size,
 
 // ---- W ----
 
-// Decodes 32 rows of W and the columns of a slice as a, half a group of columns at each step: 16 rows of it. What it has
-// written after step j lies in the tiles of steps 0 .. j + 1, so a piece can be decoded to the place of one that is being
-// multiplied, from its second step on.
-class RowsDecoder {
- public:
-  static constexpr int64_t kLag = 1;  // steps
-  RowsDecoder() = default;
-  RowsDecoder(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out)
-      : source_(&source), row_(row), rows_(rows), begin_(s.begin), size_(s.size), left_(s.element_steps()), out_(out) {}
-  void step() {
-    if (left_ > 0) decode();
-  }
-  void finish() {
-    while (left_ > 0) decode();
-  }
-
- private:
-  void decode() {
-    const int64_t count = min(kTileRows, rows_ - half_ * kTileRows), row = row_ + half_ * kTileRows;
-    char* out = out_ + half_ * kTileBytes;
-    if (source_->aligned()) {
-      const uint8_t* packed = count > 0 ? source_->packed(row, begin_ + column_) : nullptr;
-      const float* scales = source_->scales(row);
-      const int64_t k = source_->weight().k, row_scales = source_->row_scales();
-      const int shift = source_->shift();
-      int64_t flat = source_->flat(row, begin_ + column_);
-      for (int64_t r = 0; r < count; ++r, out += kRowBytes) {
+// Rows [row, row + rows), at most 32, and the columns of a slice as a. `fetch` makes a step with each row.
+template <class Fetch>
+void decode_rows(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out, Fetch& fetch) {
+  for (int64_t r = 0; r < kPair; ++r) {
+    char* to = out + r / kTileRows * kTileBytes + r % kTileRows * kRowBytes;
+    fetch.step();
+    if (r >= rows) {
+      for (int64_t i = s.element_steps(); i > 0; --i, to += 2 * kTileBytes) store_row(to, Words::as_words(zero()));
+    } else if (source.aligned()) {
+      const uint8_t* packed = source.packed(row + r, s.begin);
+      const float* const scales = source.scales(row + r);
+      const int shift = source.shift();
+      int64_t flat = source.flat(row + r, s.begin);
+      for (const int64_t end = flat + s.size; flat < end; flat += Slices::kGroup, packed += Slices::kGroup / 2) {
         Vector words[2];
         Words::decode_row(packed, scales[flat >> shift], words);
-        packed += k / 2, flat += k, scales += row_scales;
-        store_row(out, words[0]);
-        store_row(out + 2 * kTileBytes, words[1]);
+        store_row(to, words[0]);
+        store_row(to + 2 * kTileBytes, words[1]);
+        to += 4 * kTileBytes;
       }
     } else {
-      for (int64_t r = 0; r < count; ++r, out += kRowBytes) {
+      const RaggedRow ragged(source, row + r, s.begin, s.size);
+      for (int64_t c = 0; c < s.size; c += Slices::kGroup, to += 4 * kTileBytes) {
         F v[4];
-        RaggedRow(*source_, row + r, begin_, size_).decode(column_, v);
-        store_row(out, Words::round_pair(v[0], v[2]));
-        store_row(out + 2 * kTileBytes, Words::round_pair(v[1], v[3]));
+        ragged.decode(c, v);
+        store_row(to, Words::round_pair(v[0], v[2]));
+        store_row(to + 2 * kTileBytes, Words::round_pair(v[1], v[3]));
       }
     }
-    for (int64_t r = max(count, 0); r < kTileRows; ++r, out += kRowBytes) {
-      store_row(out, Words::as_words(zero()));
-      store_row(out + 2 * kTileBytes, Words::as_words(zero()));
+  }
+}
+
+// The even and odd ones of 32 columns of a row, from a multiple of 32 on.
+inline void decode_half_group(const ScaledPiece& source, int64_t row, int64_t column, int64_t columns, F& even, F& odd) {
+  F v[4];
+  const int64_t within = column % Slices::kGroup;
+  RaggedRow(source, row, column - within, columns + within).decode(0, v);
+  decoded_to_memory_order(v);
+  unzip(v[within / kLanes], v[within / kLanes + 1], even, odd);
+}
+
+// Columns [column, column + columns), 32 to each piece and from a multiple of 32 on, and the rows of a slice as b: of a
+// weight whose groups coincide with the packed format, an even number of rows.
+template <int kPieces, class Fetch>
+void decode_whole_columns(const ScaledPiece& source, int64_t column, const Slice& s, char* out, int64_t piece_bytes,
+                          Fetch& fetch) {
+  const int64_t k = source.weight().k, row_scales = source.row_scales();
+  const int shift = source.shift();
+  const bool second_half = column % Slices::kGroup != 0;  // of a group is the first piece
+  const uint8_t* packed = source.packed(s.begin, column);
+  const float* scales = source.scales(s.begin);
+  int64_t flat = source.flat(s.begin, column);
+  for (int64_t r = 0; r < s.size; r += 2, packed += k, flat += 2 * k, scales += 2 * row_scales) {
+    char* const to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
+    if (r % kTileRows == 0) fetch.step();
+    Vector table = {}, words[2];
+    unroll<kPieces>([&](auto i) {
+      constexpr int64_t c = i.value * kPair;
+      if (i.value == 0 || (i.value % 2 == 0) != second_half)
+        table = Words::row_table(scales[(flat + c) >> shift], scales[row_scales + ((flat + c + k) >> shift)]);
+      Words::decode_columns(packed + c / 2, packed + (c + k) / 2, table, words);
+      store_row(to + i.value * piece_bytes, words[0]);
+      store_row(to + i.value * piece_bytes + kTileBytes, words[1]);
+    });
+  }
+  for (int64_t r = s.size; r < s.element_steps() * kStep; r += 2) {
+    char* const to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
+    for (int i = 0; i < kPieces; ++i) {
+      store_row(to + i * piece_bytes, Words::as_words(zero()));
+      store_row(to + i * piece_bytes + kTileBytes, Words::as_words(zero()));
     }
-    --left_;
-    half_ ^= 1;
-    if (half_ == 0) column_ += Slices::kGroup, out_ += 4 * kTileBytes;
   }
+}
 
-  const ScaledPiece* source_ = nullptr;
-  int64_t row_ = 0, rows_ = 0, begin_ = 0, size_ = 0, left_ = 0, column_ = 0, half_ = 0;
-  char* out_ = nullptr;
-};
-
-// Decodes 32 columns of W, from a multiple of 32 on, and the rows of a slice as b: 32 rows at each step, the tiles of
-// that step.
-class ColumnsDecoder {
- public:
-  static constexpr int64_t kLag = 0;
-  ColumnsDecoder() = default;
-  ColumnsDecoder(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out)
-      : source_(&source),
-        column_(column),
-        columns_(columns),
-        row_(s.begin),
-        rows_(s.size),
-        left_(s.element_steps()),
-        out_(out) {}
-  void step() {
-    if (left_ > 0) decode();
-  }
-  void finish() {
-    while (left_ > 0) decode();
-  }
-
- private:
-  void decode() {
-    char* out = out_;
-    int64_t r = 0;
-    if (source_->aligned()) {
-      const uint8_t* packed = source_->packed(row_, column_);
-      const float* scales = source_->scales(row_);
-      const int64_t k = source_->weight().k, row_scales = source_->row_scales();
-      const int shift = source_->shift();
-      int64_t flat = source_->flat(row_, column_);
-      for (; r < min(kStep, rows_ - 1); r += 2, out += kRowBytes) {
-        Vector words[2];
-        const Vector table = Words::row_table(scales[flat >> shift], scales[row_scales + ((flat + k) >> shift)]);
-        Words::decode_columns(packed, packed + k / 2, table, words);
-        packed += k, flat += 2 * k, scales += 2 * row_scales;
-        store_row(out, words[0]);
-        store_row(out + kTileBytes, words[1]);
-      }
+// The same of any weight.
+inline void decode_ragged_columns(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
+                                  int64_t piece_bytes) {
+  for (int64_t r = 0; r < s.element_steps() * kStep; r += 2) {
+    char* const to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
+    for (int64_t c = 0; c < columns; c += kPair) {
+      F even = zero(), odd = zero(), next_even = zero(), next_odd = zero();
+      if (r < s.size) decode_half_group(source, s.begin + r, column + c, columns - c, even, odd);
+      if (r + 1 < s.size) decode_half_group(source, s.begin + r + 1, column + c, columns - c, next_even, next_odd);
+      store_row(to + c / kPair * piece_bytes, Words::round_pair(even, next_even));
+      store_row(to + c / kPair * piece_bytes + kTileBytes, Words::round_pair(odd, next_odd));
     }
-    for (; r < kStep; r += 2, out += kRowBytes) {
-      F even, odd, next_even, next_odd;
-      decode_half_group(r, even, odd);
-      decode_half_group(r + 1, next_even, next_odd);
-      store_row(out, Words::round_pair(even, next_even));
-      store_row(out + kTileBytes, Words::round_pair(odd, next_odd));
-    }
-    row_ += kStep, rows_ -= kStep, out_ += 2 * kTileBytes, --left_;
   }
-  // The even and odd columns of a row, zeros where there is none.
-  void decode_half_group(int64_t r, F& even, F& odd) const {
-    F v[4] = {zero(), zero(), zero(), zero()};
-    const int64_t within = column_ % Slices::kGroup;
-    if (r < rows_) RaggedRow(*source_, row_ + r, column_ - within, columns_ + within).decode(0, v);
-    decoded_to_memory_order(v);
-    unzip(v[within / kLanes], v[within / kLanes + 1], even, odd);
-  }
+}
 
-  const ScaledPiece* source_ = nullptr;
-  int64_t column_ = 0, columns_ = 0, row_ = 0, rows_ = 0, left_ = 0;
-  char* out_ = nullptr;
-};
+// `fetch` makes a step with each 16 rows, where it can.
+template <int kMostPieces, class Fetch>
+void decode_columns(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
+                    int64_t piece_bytes, Fetch& fetch) {
+  if (source.aligned() && columns % kPair == 0 && s.size % 2 == 0) {
+    with_count<kMostPieces>(columns / kPair, [&](auto pieces) {
+      decode_whole_columns<pieces.value>(source, column, s, out, piece_bytes, fetch);
+    });
+  } else {
+    decode_ragged_columns(source, column, columns, s, out, piece_bytes);
+  }
+}
 
 }  // namespace many_tokens_tiles
 }  // namespace

@@ -51,7 +51,7 @@ class Fetch {
 // A block whose sums are complete, in `sums`.
 struct Block {
   const char* sums = nullptr;
-  int64_t outer, count, pair;  // of W's rows or columns, from `outer` on; and of the panel's tokens
+  int64_t outer = 0, count = 0, pair = 0;  // of W's rows or columns, from `outer` on; and of the panel's tokens
 };
 
 // What is done between the steps of a block. Op is Forward or Dx.
@@ -74,12 +74,10 @@ class Chores {
       output_ += 2 * output_stride_;
     }
     fetch.step();
-    if (step_ >= Op::Decoder::kLag) decoder.step();
     ++step_;
     if (block.sums && (step_ == kFirstTile || step_ == kSecondTile)) op_.finish(block, step_ == kSecondTile);
   }
   void end_block() {
-    decoder.finish();
     if (!block.sums) return;
     if (step_ < kFirstTile) op_.finish(block, 0);
     if (step_ < kSecondTile) op_.finish(block, 1);
@@ -87,7 +85,6 @@ class Chores {
   }
 
   Fetch fetch;
-  typename Op::Decoder decoder;
   Block block;  // to be written
 
  private:
@@ -115,9 +112,6 @@ class Product {
 
   void operator()() {
     Place place{part_.begin, 0, part_.begin};
-    decode_begins(place);
-    chores_.decoder.finish();
-    fill_ranks(place);
     while (place.piece < end()) place = multiply(place);
     chores_.begin_block(nullptr, nullptr, 0);  // for the last block
     chores_.end_block();
@@ -140,44 +134,43 @@ class Product {
   }
 
   static int64_t bytes(const Op& op, const Slices& slices, int64_t group, int64_t pairs) {
-    return kPieceBytes + 2 * kBlockBytes + op.scale_floats(group) * 4 + 64 +
+    return Op::kTogether * kPieceBytes + 2 * kBlockBytes + op.scale_floats(group) * 4 + 64 +
            (slices.count() > 1 ? ceil_div(group, kPair) * pairs * kBlockBytes : 0);
   }
   void carve(Carver& memory) {
-    piece_ = memory.take<char>(kPieceBytes);
+    pieces_ = memory.take<char>(Op::kTogether * kPieceBytes);
     done_ = memory.take<char>(kBlockBytes);
     other_done_ = memory.take<char>(kBlockBytes);
     scales_ = memory.take<float>(op_.scale_floats(group_));
     sums_ = memory.take<char>(slices_.count() > 1 ? ceil_div(group_, kPair) * part_.pairs * kBlockBytes : 0);
   }
 
-  // Has the piece decoded at the next steps.
-  void decode_begins(const Place& p) {
-    const Slice s = slices_[p.slice];
+  void decode(const Place& p, const Slice& s) {
     if (p.piece == p.group && (p.slice == 0 || Op::kScalesOfSlice))
       source_ = op_.source(p.group, count(p.group, group_), s, scales_);
-    chores_.decoder = typename Op::Decoder(source_, p.piece, count(p.piece, kPair), s, piece_);
-  }
-  void fill_ranks(const Place& p) {
-    const Slice s = slices_[p.slice];
-    if (s.ranks) op_.fill_ranks(p.piece, count(p.piece, kPair), s, piece_ + s.element_steps() * 2 * kTileBytes);
+    const int64_t together = min(count(p.piece, Op::kTogether * kPair), p.group + group_ - p.piece);
+    op_.decode(source_, p.piece, together, s, pieces_, kPieceBytes, chores_.fetch);
+    for (int64_t i = 0; s.ranks && i < together; i += kPair) {
+      char* const ranks = pieces_ + i / kPair * kPieceBytes + s.element_steps() * 2 * kTileBytes;
+      op_.fill_ranks(p.piece + i, min(kPair, together - i), s, ranks);
+    }
   }
 
   Place multiply(const Place& p) {
     const Slice s = slices_[p.slice];
-    const Place next = after(p);
     const bool first = p.slice == 0, last = p.slice == slices_.count() - 1;
     if (p.piece == p.group && p.slice == slices_.rank_slices_first() && p.slice > 0)
       op_.drop(sums_, {p.group, count(p.group, group_), part_.pair, part_.pairs});
     char* sums = sums_ + (p.piece - p.group) / kPair * part_.pairs * kBlockBytes;
-    chores_.fetch = op_.fetch(p.group, count(p.group, group_), p.piece, slices_, p.slice, part_.pairs);
+    chores_.fetch = op_.fetch({p.group, count(p.group, group_), part_.pair, part_.pairs}, p.piece, slices_, p.slice);
+    const int64_t of_pieces = (p.piece - p.group) / kPair % Op::kTogether;
+    if (of_pieces == 0) decode(p, s);
+    const char* const piece = pieces_ + of_pieces * kPieceBytes;
     for (int64_t q = 0; q < part_.pairs; ++q, sums += kBlockBytes) {
       const int64_t pair = part_.pair + q;
-      const bool last_pair = q == part_.pairs - 1;
-      if (last_pair && next.piece < end()) decode_begins(next);
       chores_.begin_block(first ? nullptr : sums + kBlockBytes, last ? op_.output(p.piece, pair) : nullptr,
                           op_.output_stride());
-      multiply_block<Op::kWeightIs>(panel_.tiles_of(pair), piece_, panel_.piece(s, pair), s.steps, sums, first,
+      multiply_block<Op::kWeightIs>(panel_.tiles_of(pair), piece, panel_.piece(s, pair), s.steps, sums, first,
                                     last ? done_ : sums, chores_);
       chores_.end_block();
       if (last) {
@@ -186,8 +179,7 @@ class Product {
         other_done_ = done_, done_ = other;
       }
     }
-    if (next.piece < end()) fill_ranks(next);
-    return next;
+    return after(p);
   }
 
   static constexpr int64_t kPieceBytes = Slices::kMostSteps * 2 * kTileBytes;
@@ -199,7 +191,7 @@ class Product {
   const int64_t group_;
   Chores<Op> chores_;
   ScaledPiece source_;
-  char *piece_, *sums_, *done_, *other_done_;
+  char *pieces_, *sums_, *done_, *other_done_;
   float* scales_;
 };
 
