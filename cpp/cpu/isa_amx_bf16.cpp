@@ -12,7 +12,7 @@ const Kernels& amx_bf16_kernels() {
     k.isa = &kAmxBf16Isa;
     k.forward.many_tokens_tiles = amx_bf16::many_tokens_tiles::forward_tiles;
     k.dx.many_tokens_tiles = amx_bf16::many_tokens_tiles::dx_tiles;
-    (void)amx_bf16::many_tokens_tiles::dlora_tiles;
+    k.dlora.many_tokens_tiles = amx_bf16::many_tokens_tiles::dlora_tiles;
     return k;
   }();
   return kernels;

@@ -41,7 +41,7 @@ class Dx {
   }
   void fill_ranks(int64_t column, int64_t columns, const Slice& s, char* out) const {
     const Matrix<bfloat16> a{static_cast<const bfloat16*>(p_.lora.a), p_.w.k};
-    fill_columns(a, s.first_rank, s.ranks, column, columns, out);
+    fill_columns(a, s.first_rank, s.ranks, column, columns, out, 0);
   }
   // The dropout of the low-rank part, which is all that is summed so far.
   void drop(char* sums, const Part& part) const {

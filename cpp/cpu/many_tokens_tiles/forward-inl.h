@@ -52,9 +52,15 @@ class Forward {
               Fetch& fetch) const {
     decode_rows(source, row, rows, s, out, fetch);
   }
-  // The piece after the next one.
+  // Strip by strip, all of W is one stream, of which a part is fetched with each piece, some pieces ahead. Slice by slice,
+  // the piece after the next one.
   Fetch fetch(const Part& group, int64_t row, const Slices& slices, int64_t slice) const {
-    const int64_t steps = kPair + group.pairs * slices[slice].steps, end = group.begin + group.size;
+    const int64_t steps = kPair + group.pairs * slices[slice].steps, end = group.begin + group.size, k = p_.w.k;
+    if (group.size <= kPair) {
+      const int64_t bytes = kPair * k / 2 / slices.count();
+      const int64_t at = row * k / 2 + (slice + slices.count() + kPiecesAhead) * bytes;
+      return Fetch(p_.w.packed + at, 1, min(bytes, p_.w.n * k / 2 - at), 0, steps);
+    }
     for (int i = 0; i < 2; ++i) {
       row += kPair;
       if (row < end) continue;
@@ -63,7 +69,7 @@ class Forward {
     }
     if (row >= p_.w.n) return {};
     const Slice s = slices[slice];
-    return Fetch(p_.w.packed + (row * p_.w.k + s.begin) / 2, min(kPair, p_.w.n - row), s.size / 2, p_.w.k / 2, steps);
+    return Fetch(p_.w.packed + (row * k + s.begin) / 2, min(kPair, p_.w.n - row), s.size / 2, k / 2, steps);
   }
 
   char* output(int64_t row, int64_t pair) const {
@@ -94,7 +100,7 @@ class Forward {
 
  private:
   static constexpr int64_t kPanelBytes = int64_t{1280} << 10, kSumBytes = int64_t{512} << 10, kMostRows = 512;
-  static constexpr int64_t kMostScales = int64_t{64} << 10;
+  static constexpr int64_t kMostScales = int64_t{64} << 10, kPiecesAhead = 2;
   const LinearProblem& p_;
   DensePanel panel_ = {};
   int64_t first_token_ = 0;

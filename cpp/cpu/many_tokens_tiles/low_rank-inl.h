@@ -54,30 +54,57 @@ void fill_factor(const Matrix<bfloat16>& factor, int64_t first_rank, int64_t ran
   if constexpr (weight_is == WeightIs::kA) {
     fill_rows<many_tokens::Order::kDecoded>(factor, first_rank, ranks, s.begin, s.size, out);
   } else {
-    fill_columns(factor, s.begin, s.size, first_rank, ranks, out);
+    fill_columns(factor, s.begin, s.size, first_rank, ranks, out, 0);
     const int64_t filled = ceil_div(s.size, kStep), steps = s.element_steps();
     if (filled < steps) __builtin_memset(out + filled * 2 * kTileBytes, 0, static_cast<size_t>(2 * kTileBytes));
   }
 }
 
-// A strip of 32 ranks of the tokens of a pair: sums over all slices in `sums`, a block. The dense pieces are those of
+// The same of all slices, one behind the other.
+template <WeightIs weight_is>
+void fill_factor(const Pool& pool, const Matrix<bfloat16>& factor, int64_t first_rank, int64_t ranks,
+                 const Slices& slices, char* out) {
+  auto fill = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Slice s = slices[slices.rank_slices_first() + i];
+      fill_factor<weight_is>(factor, first_rank, ranks, s, out + s.begin / kStep * 2 * kTileBytes);
+    }
+  };
+  pool(slices.element_slices(), 1, fill);
+}
+
+// What a thread needs for low_rank_sums.
+struct LowRankScratch {
+  char *sums, *dense;
+  bfloat16* dropped;
+
+  LowRankScratch() {
+    Carver memory(scratch(ScratchUse::kThread, many_tokens::kTaskBytes));
+    sums = memory.take<char>(kBlockBytes);
+    dense = memory.take<char>(Slices::kMostAlone / kStep * 2 * kTileBytes);
+    dropped = memory.take<bfloat16>(kPair * Slices::kMostAlone);
+  }
+};
+
+// A strip of 32 ranks of the tokens of a pair: sums over all slices in `memory.sums`, a block. The dense pieces are those of
 // `panel` or, where it is null, filled from `in` here.
 template <WeightIs weight_is>
 void low_rank_sums(const Matrix<bfloat16>& in, int64_t first_token, const DensePanel& panel, int64_t pair,
-                   const Slices& slices, const char* factor, char* dense, bfloat16* dropped, char* sums) {
+                   const Slices& slices, const char* factor, const LowRankScratch& memory) {
   const int64_t token = pair * kPair, tokens = min(kPair, panel.tokens - token);
   bool first = true;
   for (int64_t i = 0; i < slices.element_slices(); ++i) {
     const Slice s = slices[slices.rank_slices_first() + i];
-    const char* piece = panel.tiles ? panel.piece(s, pair) : dense;
+    const char* piece = panel.tiles ? panel.piece(s, pair) : memory.dense;
     if (!panel.tiles && in.dropout.active()) {
-      drop(in, first_token + token, tokens, s.begin, s.size, dropped);
-      fill_dense_pair<weight_is>({dropped, Slices::kMostAlone}, 0, tokens, 0, s.size, dense);
+      drop(in, first_token + token, tokens, s.begin, s.size, memory.dropped);
+      fill_dense_pair<weight_is>({memory.dropped, Slices::kMostAlone}, 0, tokens, 0, s.size, memory.dense);
     } else if (!panel.tiles) {
-      fill_dense_pair<weight_is>(in, first_token + token, tokens, s.begin, s.size, dense);
+      fill_dense_pair<weight_is>(in, first_token + token, tokens, s.begin, s.size, memory.dense);
     }
     Nothing nothing;
-    multiply_block<weight_is>(panel.tiles_of(pair), factor, piece, s.element_steps(), sums, first, sums, nothing);
+    multiply_block<weight_is>(panel.tiles_of(pair), factor, piece, s.element_steps(), memory.sums, first,
+                              memory.sums, nothing);
     factor += s.element_steps() * 2 * kTileBytes;
     first = false;
   }
@@ -110,28 +137,18 @@ void add_low_rank(const Pool& pool, const Matrix<bfloat16>& in, int64_t first_to
   const double scale = lora.scaling * in.dropout.keep_scale;
   const DensePanel source{in.dropout.active() ? nullptr : panel.tiles, panel.tokens};
   for (int64_t r = 0; r < lora.rank; r += kPair) {
-    auto fill = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Slice s = slices[slices.rank_slices_first() + i];
-        fill_factor<weight_is>(factor, r, min(kPair, lora.rank - r), s,
-                               factor_tiles + s.begin / kStep * 2 * kTileBytes);
-      }
-    };
-    pool(slices.element_slices(), 1, fill);
+    fill_factor<weight_is>(pool, factor, r, min(kPair, lora.rank - r), slices, factor_tiles);
     auto body = [&](int64_t begin, int64_t end) {
       const tiles::Session session;
-      Carver memory(scratch(ScratchUse::kThread, many_tokens::kTaskBytes));
-      char* const sums = memory.take<char>(kBlockBytes);
-      char* const dense = memory.take<char>(Slices::kMostAlone / kStep * 2 * kTileBytes);
-      bfloat16* const dropped = memory.take<bfloat16>(kPair * Slices::kMostAlone);
+      const LowRankScratch memory;
       for (int64_t pair = begin; pair < end; ++pair) {
-        low_rank_sums<weight_is>(in, first_token, source, pair, slices, factor_tiles, dense, dropped, sums);
+        low_rank_sums<weight_is>(in, first_token, source, pair, slices, factor_tiles, memory);
         // The slice that these ranks are in, and the step of it.
         for (int64_t i = 0; i < slices.count(); ++i) {
           const Slice s = slices[i];
           if (r < s.first_rank || r >= s.first_rank + s.ranks) continue;
           const int64_t tiles = panel.tiles_of(pair), step = s.element_steps() + (r - s.first_rank) / kStep;
-          fill_low_rank<weight_is>(sums, tiles, scale, panel.piece(s, pair) + step * tiles * kTileBytes);
+          fill_low_rank<weight_is>(memory.sums, tiles, scale, panel.piece(s, pair) + step * tiles * kTileBytes);
         }
       }
     };

@@ -118,17 +118,20 @@ void fill_rows(const Matrix<bfloat16>& m, int64_t row, int64_t rows, int64_t beg
   }
 }
 
-// Elements [begin, begin + size), rows of m, and columns [column, column + columns), at most 32, to two tiles a step:
-// pairs of rows, as W is b.
+// Rows [begin, begin + size) of m and columns [column, column + columns) to two tiles a step and 32 columns, pairs of rows
+// as W is b; zeros to the end of the last step. The tiles of the next 32 columns begin `piece_bytes` on.
 inline void fill_columns(const Matrix<bfloat16>& m, int64_t begin, int64_t size, int64_t column, int64_t columns,
-                         char* out) {
-  for (int64_t e = 0; e < round_up(size, kStep); e += 2) {
-    char* const to = out + e / kStep * 2 * kTileBytes + e % kStep / 2 * kRowBytes;
-    Vector words[2];
-    Words::pair_rows(load_words<false>(m.at(begin + e, column), columns, e < size),
-                     load_words<false>(m.at(begin + e + 1, column), columns, e + 1 < size), words);
-    store_row(to, words[0]);
-    store_row(to + kTileBytes, words[1]);
+                         char* out, int64_t piece_bytes) {
+  for (int64_t r = 0; r < round_up(size, kStep); r += 2) {
+    char* to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
+    const bfloat16 *const row = m.at(begin + r, column), *const next = m.at(begin + r + 1, column);
+    for (int64_t c = 0; c < columns; c += kPair, to += piece_bytes) {
+      Vector words[2];
+      Words::pair_rows(load_words<false>(row + c, columns - c, r < size),
+                       load_words<false>(next + c, columns - c, r + 1 < size), words);
+      store_row(to, words[0]);
+      store_row(to + kTileBytes, words[1]);
+    }
   }
 }
 
