@@ -195,49 +195,69 @@ class Product {
   float* scales_;
 };
 
-// Tokens that share a dense panel. W is decoded anew for each such chunk.
-inline many_tokens::Cut chunks(int64_t tokens, int64_t depth) {
-  constexpr int64_t kPanelBytes = int64_t{1280} << 10, kLeast = 256;
-  const int64_t fit = kPanelBytes / (2 * max(depth, 1)) & -kPair;
-  return many_tokens::cut(tokens, max(fit, kLeast), kPair);
+// A pool of the calling thread alone.
+inline const Pool kThisThread = {[](int64_t count, int64_t, Pool::Body body, void* context) {
+                                   if (count > 0) body(context, 0, count);
+                                 },
+                                 1};
+
+// A product of the tokens [first, first + tokens): `in` is its dense operand [m, depth], `factor` that of its low-rank
+// intermediate, `outer` the rows or columns of W that are not summed.
+template <class Op>
+void run_chunk(const Pool& pool, const Op& op, int64_t first, int64_t tokens, const Matrix<bfloat16>& in,
+               const Matrix<bfloat16>& factor, const Lora& lora, const Slices& slices, int64_t outer) {
+  const Matrix<bfloat16> all{in.data, in.stride};
+  DensePanel panel{nullptr, tokens};
+  const int64_t panel_bytes = panel.token_tiles() * slices.steps() * kTileBytes;
+  const int64_t factor_bytes = lora.rank ? slices.steps() * 2 * kTileBytes : 0;
+  panel.tiles = static_cast<char*>(scratch(ScratchUse::kCall, panel_bytes + factor_bytes));
+  auto pack = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Slice s = slices[slices.rank_slices_first() + i / panel.pairs()];
+      const int64_t pair = i % panel.pairs(), token = pair * kPair;
+      fill_dense_pair<Op::kWeightIs>(all, first + token, min(kPair, tokens - token), s.begin, s.size,
+                                     panel.piece(s, pair));
+    }
+  };
+  pool(slices.element_slices() * panel.pairs(), 1, pack);
+  if (lora.rank) add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes);
+  const Op of_chunk = op.of_chunk(panel, first);
+  const many_tokens::Grid grid = many_tokens::make_grid(pool.threads, outer, outer, kPair, tokens, tokens);
+  auto body = [&](int64_t begin, int64_t end) {
+    const tiles::Session session;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
+      const Part part{row, min(grid.rows.size, outer - row), token / kPair,
+                      ceil_div(min(grid.tokens.size, tokens - token), kPair)};
+      Product<Op> product(of_chunk, slices, panel, part, of_chunk.group(slices, part));
+      product();
+    }
+  };
+  pool(grid.tasks(), 1, body);
 }
 
-// Runs a product chunk by chunk: `in` is its dense operand [m, depth], `factor` that of its low-rank intermediate.
+// Where there are tokens enough, each thread takes chunks of them for itself, whose panels then stay in its cache;
+// otherwise all threads share a chunk, each with some rows or columns of W. W is decoded anew for each chunk.
 template <class Op>
 void run(const Pool& pool, const Op& op, int64_t m, const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor,
          const Lora& lora, const Slices& slices, int64_t outer) {
-  const many_tokens::Cut chunk = chunks(m, in.stride);
-  const Matrix<bfloat16> all{in.data, in.stride};
-  for (int64_t first = 0; first < m; first += chunk.size) {
-    DensePanel panel{nullptr, min(chunk.size, m - first)};
-    const int64_t panel_bytes = panel.token_tiles() * slices.steps() * kTileBytes;
-    const int64_t factor_bytes = lora.rank ? slices.steps() * 2 * kTileBytes : 0;
-    panel.tiles = static_cast<char*>(scratch(ScratchUse::kCall, panel_bytes + factor_bytes));
-    auto pack = [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const Slice s = slices[slices.rank_slices_first() + i / panel.pairs()];
-        const int64_t pair = i % panel.pairs(), token = pair * kPair;
-        fill_dense_pair<Op::kWeightIs>(all, first + token, min(kPair, panel.tokens - token), s.begin, s.size,
-                                       panel.piece(s, pair));
-      }
-    };
-    pool(slices.element_slices() * panel.pairs(), 1, pack);
-    if (lora.rank)
-      add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes);
-    const Op of_chunk = op.of_chunk(panel, first);
-    const many_tokens::Grid grid =
-        many_tokens::make_grid(pool.threads, outer, outer, kPair, panel.tokens, panel.tokens);
+  constexpr int64_t kPanelBytes = int64_t{1280} << 10, kLeast = 256, kSmallWeight = 1 << 20;
+  const int64_t fit = max(kPanelBytes / (2 * max(in.stride, 1)) & -kPair, kLeast);
+  const int64_t least_alone = in.stride * outer <= kSmallWeight ? kLeast / 2 : kLeast;
+  if (m >= pool.threads * least_alone) {
+    const int64_t rounds = ceil_div(m, pool.threads * fit);
+    const many_tokens::Cut chunk = many_tokens::cut_by_count(m, pool.threads * rounds, kPair);
     auto body = [&](int64_t begin, int64_t end) {
-      const tiles::Session session;
       for (int64_t i = begin; i < end; ++i) {
-        const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-        const Part part{row, min(grid.rows.size, outer - row), token / kPair,
-                        ceil_div(min(grid.tokens.size, panel.tokens - token), kPair)};
-        Product<Op> product(of_chunk, slices, panel, part, of_chunk.group(slices, part));
-        product();
+        const int64_t first = i * chunk.size;
+        run_chunk(kThisThread, op, first, min(chunk.size, m - first), in, factor, lora, slices, outer);
       }
     };
-    pool(grid.tasks(), 1, body);
+    pool(chunk.count, 1, body);
+  } else {
+    const many_tokens::Cut chunk = many_tokens::cut(m, fit, kPair);
+    for (int64_t first = 0; first < m; first += chunk.size)
+      run_chunk(pool, op, first, min(chunk.size, m - first), in, factor, lora, slices, outer);
   }
 }
 
