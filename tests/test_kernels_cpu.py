@@ -21,19 +21,23 @@ from test_linear_cpu import check, dlora, dx, forward, make
 
 test_on = isas.test_on
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-SETS = ("scalar", "avx2", "avx512", "avx512_bf16")
-PAIRS = ("avx512_bf16",)  # the sets that multiply bfloat16 in pairs
+SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+PAIRS = ("avx512_bf16", "amx_bf16")  # the sets that multiply bfloat16 in pairs
+TILES = ("amx_bf16",)  # and in tiles, which test_tiles_cpu.py does everywhere
 
 # Operator, kernel -> the sets that have it and the types it takes.
 KERNELS = {
     ("linear_nf4", "few_tokens_int"): (SETS, (BF16, F16)),
     ("linear_nf4", "few_tokens_float"): (SETS, (F32, BF16, F16)),
+    ("linear_nf4", "many_tokens_tiles"): (TILES, (BF16,)),
     ("linear_nf4", "many_tokens_bf16"): (PAIRS, (BF16,)),
     ("linear_nf4", "many_tokens_float"): (SETS, (F32, BF16, F16)),
-    ("linear_nf4_dx", "few_tokens_int"): (("scalar", "avx512", "avx512_bf16"), (BF16, F16)),
+    ("linear_nf4_dx", "few_tokens_int"): (("scalar", "avx512", "avx512_bf16", "amx_bf16"), (BF16, F16)),
     ("linear_nf4_dx", "few_tokens_float"): (SETS, (BF16, F16)),
+    ("linear_nf4_dx", "many_tokens_tiles"): (TILES, (BF16,)),
     ("linear_nf4_dx", "many_tokens_bf16"): (PAIRS, (BF16,)),
     ("linear_nf4_dx", "many_tokens_float"): (SETS, (F32, BF16, F16)),
+    ("linear_nf4_dlora", "many_tokens_tiles"): (TILES, (BF16,)),
     ("linear_nf4_dlora", "many_tokens_bf16"): (PAIRS, (BF16,)),
     ("linear_nf4_dlora", "many_tokens_float"): (SETS, (F32, BF16, F16)),
 }
@@ -126,6 +130,7 @@ def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callab
 REFUSED = [  # operator, kernel, case, type: what no set takes
     ("linear_nf4", "few_tokens_int", (4, *SHAPES[0]), F32),
     ("linear_nf4", "many_tokens_bf16", (4, *SHAPES[0]), F16),
+    ("linear_nf4_dx", "many_tokens_tiles", (4, *SHAPES[0]), F16),
     ("linear_nf4", "float64", (4, *SHAPES[0]), BF16),
     ("linear_nf4", "few_tokens_int", (65, *SHAPES[0]), BF16),
     ("linear_nf4_dx", "few_tokens_int", (17, *SHAPES[0]), BF16),
@@ -201,6 +206,12 @@ CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
     ("linear_nf4_dx", "bfloat16", 7, 96, 320, 64, "avx512_bf16", MANY_BF16),
     ("linear_nf4_dlora", "bfloat16", 4, 96, 320, 64, "avx512_bf16", MANY_BF16),
     ("linear_nf4_dlora", "float16", 4, 96, 320, 64, "avx512_bf16", ["many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 6, 96, 320, 64, "amx_bf16", ["few_tokens_int", "many_tokens_tiles", *MANY_BF16]),
+    ("linear_nf4", "bfloat16", 7, 96, 320, 64, "amx_bf16", ["many_tokens_tiles", *MANY_BF16]),
+    ("linear_nf4", "float16", 48, 96, 320, 64, "amx_bf16", ["few_tokens_int", "many_tokens_float"]),
+    ("linear_nf4_dx", "bfloat16", 8, 96, 320, 64, "amx_bf16", ["few_tokens_int"]),
+    ("linear_nf4_dx", "bfloat16", 9, 96, 320, 64, "amx_bf16", ["many_tokens_tiles", *MANY_BF16]),
+    ("linear_nf4_dlora", "bfloat16", 4, 96, 320, 64, "amx_bf16", ["many_tokens_tiles", *MANY_BF16]),
 ]
 
 

@@ -14,7 +14,7 @@ SOURCES = [p for d in ("cpp", "cuda") for p in (ROOT / d).rglob("*") if p.suffix
 
 CPU_GROUND = ("cpp/cpu/shared/", "cpp/cpu/isa/", "cpp/cpu/kernels.h")
 CPU_CONTRACTS = ("cpp/cpu/kernels.h", "cpp/cpu/dispatch.h", "cpp/cpu/tuning.h")
-CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "float64")
+CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64")
 
 # Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
 MAY_INCLUDE = {
@@ -24,6 +24,14 @@ MAY_INCLUDE = {
     "cpp/cpu/codec/": ("cpp/format", *CPU_GROUND, "cpp/cpu/codec/"),
     "cpp/cpu/few_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/few_tokens/"),
     "cpp/cpu/many_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/many_tokens/"),
+    "cpp/cpu/many_tokens_tiles/": (
+        "cpp/format",
+        *CPU_GROUND,
+        *CPU_CONTRACTS,
+        "cpp/cpu/codec/",
+        "cpp/cpu/many_tokens/",
+        "cpp/cpu/many_tokens_tiles/",
+    ),
     "cpp/cpu/float64/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/float64/"),
     "cpp/cpu/kernels.h": ("cpp/format",),
     "cpp/cpu/tuning.h": ("cpp/format", "cpp/cpu/isa/isa.h"),
@@ -104,7 +112,7 @@ def test_torch_is_seen_by_the_operators_only() -> None:
 
 
 def test_intrinsics_stand_in_the_vocabulary_headers_only() -> None:
-    assert offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/isa/(avx2|avx512|avx512_bf16)/") == []
+    assert offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/isa/(avx2|avx512|avx512_bf16|amx_bf16)/") == []
 
 
 def test_assembly_stands_in_ptx_only() -> None:

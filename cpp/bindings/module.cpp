@@ -124,7 +124,7 @@ cpu::Cpu cpu_of(const std::optional<std::string>& isa) {
     return cpu::current_cpu();
   }
   const cpu::Isa* const found = cpu::find_isa(isa->c_str());
-  require(found, "isa: expected scalar, avx2, avx512 or avx512_bf16, got " + *isa);
+  require(found, "isa: expected " + std::string(cpu::isa_names()) + ", got " + *isa);
   return {found->needs, cpu::current_cpu().intel, true};
 }
 

@@ -12,12 +12,9 @@ namespace {
 
 const Kernels& table() {
   static const Kernels* const in_use = [] {
-#if QLORA_X86
-    if (&current_isa() == &kAmxBf16Isa) return &amx_bf16_kernels();
-#endif
-    for (const Kernels* kernels : kTables)
-      if (kernels->isa == &current_isa()) return kernels;
-    return &kScalarKernels;
+    for (const auto kernels : kTables)
+      if (kernels().isa == &current_isa()) return &kernels();
+    return &scalar_kernels();
   }();
   return *in_use;
 }

@@ -40,13 +40,16 @@ struct Kernels {
 };
 
 // The tables of a build, of which the one of current_isa() is in use.
+const Kernels& scalar_kernels();
 #if QLORA_X86
-extern const Kernels kScalarKernels, kAvx2Kernels, kAvx512Kernels, kAvx512Bf16Kernels;
-inline constexpr const Kernels* kTables[] = {&kScalarKernels, &kAvx2Kernels, &kAvx512Kernels, &kAvx512Bf16Kernels};
-const Kernels& amx_bf16_kernels();  // kAvx512Bf16Kernels, and those of the tile unit
+const Kernels& avx2_kernels();
+const Kernels& avx512_kernels();
+const Kernels& avx512_bf16_kernels();
+const Kernels& amx_bf16_kernels();  // those of avx512_bf16, and of the tile unit
+inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels,
+                                                  amx_bf16_kernels};
 #else
-extern const Kernels kScalarKernels;
-inline constexpr const Kernels* kTables[] = {&kScalarKernels};
+inline constexpr const Kernels& (*kTables[])() = {scalar_kernels};
 #endif
 
 }  // namespace qlora::cpu

@@ -8,7 +8,7 @@ namespace qlora::cpu {
 
 const Kernels& amx_bf16_kernels() {
   static const Kernels kernels = [] {
-    Kernels k = kAvx512Bf16Kernels;
+    Kernels k = avx512_bf16_kernels();
     k.isa = &kAmxBf16Isa;
     k.forward.many_tokens_tiles = amx_bf16::many_tokens_tiles::forward_tiles;
     k.dx.many_tokens_tiles = amx_bf16::many_tokens_tiles::dx_tiles;

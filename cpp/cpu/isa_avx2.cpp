@@ -12,30 +12,33 @@
 
 namespace qlora::cpu {
 
-const Kernels kAvx2Kernels = {
-    .isa = &kAvx2Isa,
-    .quantize_nf4 = avx2::quantize_nf4,
-    .quantize_absmax = avx2::quantize_absmax,
-    .dequantize_absmax = avx2::dequantize_absmax,
-    .dequantize_nf4 = avx2::dequantize_nf4,
-    .forward =
-        {
-            .few_tokens_int = avx2::few_tokens::forward_int,
-            .few_tokens_float = avx2::few_tokens::forward_float,
-            .many_tokens_float = avx2::many_tokens::forward_float,
-            .float64 = float64::forward,
-        },
-    .dx =
-        {
-            .few_tokens_float = avx2::few_tokens::dx_float,
-            .many_tokens_float = avx2::many_tokens::dx_float,
-            .float64 = float64::dx,
-        },
-    .dlora =
-        {
-            .many_tokens_float = avx2::many_tokens::dlora_float,
-            .float64 = float64::dlora,
-        },
-};
+const Kernels& avx2_kernels() {
+  static constexpr Kernels kernels = {
+      .isa = &kAvx2Isa,
+      .quantize_nf4 = avx2::quantize_nf4,
+      .quantize_absmax = avx2::quantize_absmax,
+      .dequantize_absmax = avx2::dequantize_absmax,
+      .dequantize_nf4 = avx2::dequantize_nf4,
+      .forward =
+          {
+              .few_tokens_int = avx2::few_tokens::forward_int,
+              .few_tokens_float = avx2::few_tokens::forward_float,
+              .many_tokens_float = avx2::many_tokens::forward_float,
+              .float64 = float64::forward,
+          },
+      .dx =
+          {
+              .few_tokens_float = avx2::few_tokens::dx_float,
+              .many_tokens_float = avx2::many_tokens::dx_float,
+              .float64 = float64::dx,
+          },
+      .dlora =
+          {
+              .many_tokens_float = avx2::many_tokens::dlora_float,
+              .float64 = float64::dlora,
+          },
+  };
+  return kernels;
+}
 
 }  // namespace qlora::cpu

@@ -13,31 +13,34 @@
 
 namespace qlora::cpu {
 
-const Kernels kAvx512Kernels = {
-    .isa = &kAvx512Isa,
-    .quantize_nf4 = avx512::quantize_nf4,
-    .quantize_absmax = avx512::quantize_absmax,
-    .dequantize_absmax = avx512::dequantize_absmax,
-    .dequantize_nf4 = avx512::dequantize_nf4,
-    .forward =
-        {
-            .few_tokens_int = avx512::few_tokens::forward_int,
-            .few_tokens_float = avx512::few_tokens::forward_float,
-            .many_tokens_float = avx512::many_tokens::forward_float,
-            .float64 = float64::forward,
-        },
-    .dx =
-        {
-            .few_tokens_int = avx512::few_tokens::dx_int,
-            .few_tokens_float = avx512::few_tokens::dx_float,
-            .many_tokens_float = avx512::many_tokens::dx_float,
-            .float64 = float64::dx,
-        },
-    .dlora =
-        {
-            .many_tokens_float = avx512::many_tokens::dlora_float,
-            .float64 = float64::dlora,
-        },
-};
+const Kernels& avx512_kernels() {
+  static constexpr Kernels kernels = {
+      .isa = &kAvx512Isa,
+      .quantize_nf4 = avx512::quantize_nf4,
+      .quantize_absmax = avx512::quantize_absmax,
+      .dequantize_absmax = avx512::dequantize_absmax,
+      .dequantize_nf4 = avx512::dequantize_nf4,
+      .forward =
+          {
+              .few_tokens_int = avx512::few_tokens::forward_int,
+              .few_tokens_float = avx512::few_tokens::forward_float,
+              .many_tokens_float = avx512::many_tokens::forward_float,
+              .float64 = float64::forward,
+          },
+      .dx =
+          {
+              .few_tokens_int = avx512::few_tokens::dx_int,
+              .few_tokens_float = avx512::few_tokens::dx_float,
+              .many_tokens_float = avx512::many_tokens::dx_float,
+              .float64 = float64::dx,
+          },
+      .dlora =
+          {
+              .many_tokens_float = avx512::many_tokens::dlora_float,
+              .float64 = float64::dlora,
+          },
+  };
+  return kernels;
+}
 
 }  // namespace qlora::cpu

@@ -14,34 +14,37 @@
 
 namespace qlora::cpu {
 
-const Kernels kAvx512Bf16Kernels = {
-    .isa = &kAvx512Bf16Isa,
-    .quantize_nf4 = avx512_bf16::quantize_nf4,
-    .quantize_absmax = avx512_bf16::quantize_absmax,
-    .dequantize_absmax = avx512_bf16::dequantize_absmax,
-    .dequantize_nf4 = avx512_bf16::dequantize_nf4,
-    .forward =
-        {
-            .few_tokens_int = avx512_bf16::few_tokens::forward_int,
-            .few_tokens_float = avx512_bf16::few_tokens::forward_float,
-            .many_tokens_bf16 = avx512_bf16::many_tokens::forward_bf16,
-            .many_tokens_float = avx512_bf16::many_tokens::forward_float,
-            .float64 = float64::forward,
-        },
-    .dx =
-        {
-            .few_tokens_int = avx512_bf16::few_tokens::dx_int,
-            .few_tokens_float = avx512_bf16::few_tokens::dx_float,
-            .many_tokens_bf16 = avx512_bf16::many_tokens::dx_bf16,
-            .many_tokens_float = avx512_bf16::many_tokens::dx_float,
-            .float64 = float64::dx,
-        },
-    .dlora =
-        {
-            .many_tokens_bf16 = avx512_bf16::many_tokens::dlora_bf16,
-            .many_tokens_float = avx512_bf16::many_tokens::dlora_float,
-            .float64 = float64::dlora,
-        },
-};
+const Kernels& avx512_bf16_kernels() {
+  static constexpr Kernels kernels = {
+      .isa = &kAvx512Bf16Isa,
+      .quantize_nf4 = avx512_bf16::quantize_nf4,
+      .quantize_absmax = avx512_bf16::quantize_absmax,
+      .dequantize_absmax = avx512_bf16::dequantize_absmax,
+      .dequantize_nf4 = avx512_bf16::dequantize_nf4,
+      .forward =
+          {
+              .few_tokens_int = avx512_bf16::few_tokens::forward_int,
+              .few_tokens_float = avx512_bf16::few_tokens::forward_float,
+              .many_tokens_bf16 = avx512_bf16::many_tokens::forward_bf16,
+              .many_tokens_float = avx512_bf16::many_tokens::forward_float,
+              .float64 = float64::forward,
+          },
+      .dx =
+          {
+              .few_tokens_int = avx512_bf16::few_tokens::dx_int,
+              .few_tokens_float = avx512_bf16::few_tokens::dx_float,
+              .many_tokens_bf16 = avx512_bf16::many_tokens::dx_bf16,
+              .many_tokens_float = avx512_bf16::many_tokens::dx_float,
+              .float64 = float64::dx,
+          },
+      .dlora =
+          {
+              .many_tokens_bf16 = avx512_bf16::many_tokens::dlora_bf16,
+              .many_tokens_float = avx512_bf16::many_tokens::dlora_float,
+              .float64 = float64::dlora,
+          },
+  };
+  return kernels;
+}
 
 }  // namespace qlora::cpu

@@ -13,31 +13,34 @@
 
 namespace qlora::cpu {
 
-const Kernels kScalarKernels = {
-    .isa = &kScalarIsa,
-    .quantize_nf4 = scalar::quantize_nf4,
-    .quantize_absmax = scalar::quantize_absmax,
-    .dequantize_absmax = scalar::dequantize_absmax,
-    .dequantize_nf4 = scalar::dequantize_nf4,
-    .forward =
-        {
-            .few_tokens_int = scalar::few_tokens::forward_int,
-            .few_tokens_float = scalar::few_tokens::forward_float,
-            .many_tokens_float = scalar::many_tokens::forward_float,
-            .float64 = float64::forward,
-        },
-    .dx =
-        {
-            .few_tokens_int = scalar::few_tokens::dx_int,
-            .few_tokens_float = scalar::few_tokens::dx_float,
-            .many_tokens_float = scalar::many_tokens::dx_float,
-            .float64 = float64::dx,
-        },
-    .dlora =
-        {
-            .many_tokens_float = scalar::many_tokens::dlora_float,
-            .float64 = float64::dlora,
-        },
-};
+const Kernels& scalar_kernels() {
+  static constexpr Kernels kernels = {
+      .isa = &kScalarIsa,
+      .quantize_nf4 = scalar::quantize_nf4,
+      .quantize_absmax = scalar::quantize_absmax,
+      .dequantize_absmax = scalar::dequantize_absmax,
+      .dequantize_nf4 = scalar::dequantize_nf4,
+      .forward =
+          {
+              .few_tokens_int = scalar::few_tokens::forward_int,
+              .few_tokens_float = scalar::few_tokens::forward_float,
+              .many_tokens_float = scalar::many_tokens::forward_float,
+              .float64 = float64::forward,
+          },
+      .dx =
+          {
+              .few_tokens_int = scalar::few_tokens::dx_int,
+              .few_tokens_float = scalar::few_tokens::dx_float,
+              .many_tokens_float = scalar::many_tokens::dx_float,
+              .float64 = float64::dx,
+          },
+      .dlora =
+          {
+              .many_tokens_float = scalar::many_tokens::dlora_float,
+              .float64 = float64::dlora,
+          },
+  };
+  return kernels;
+}
 
 }  // namespace qlora::cpu

@@ -18,12 +18,12 @@ enum class Kernel {
   kManyTokensFloat,  // panels of float32 (many_tokens/linear_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt, Kernel::kFewTokensFloat, Kernel::kManyTokensTiles,
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt,   Kernel::kFewTokensFloat,  Kernel::kManyTokensTiles,
                                       Kernel::kManyTokensBf16, Kernel::kManyTokensFloat, Kernel::kFloat64};
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens_int", "few_tokens_float", "many_tokens_tiles", "many_tokens_bf16",
-                                    "many_tokens_float", "float64"};
+  constexpr const char* kNames[] = {"few_tokens_int",   "few_tokens_float",  "many_tokens_tiles",
+                                    "many_tokens_bf16", "many_tokens_float", "float64"};
   return kNames[static_cast<int>(kernel)];
 }
 
@@ -95,7 +95,7 @@ constexpr bool multiplies_pairs(DType dtype, const Cpu& cpu) {
   return dtype == DType::kBFloat16 && cpu.has(kAvx512bf16) && (cpu.isa_forced || !cpu.intel);
 }
 
-// bfloat16 is multiplied by tiles where there is a tile unit.
+// bfloat16 is multiplied by tiles where there is a tile unit, which takes 16 tokens at the cost of one.
 constexpr bool has_tiles(DType dtype, const Cpu& cpu) { return dtype == DType::kBFloat16 && cpu.has(kAmxBf16); }
 
 // The kernels for many tokens decode W once for all tokens, and those for few once for each group that registers can
@@ -105,11 +105,12 @@ constexpr bool has_tiles(DType dtype, const Cpu& cpu) { return dtype == DType::k
 // Forward, measured on Zen 5 with AVX-512: without pairs up to 48 tokens (1024x1024 in float16, one thread, 48 tokens:
 // 351 us against 434), but half as many where K is no multiple of 4, for x is then arranged for four or eight shifts
 // first. With pairs, 10 tokens (8 tokens 0.92 ms against 1.20, 10: 1.22 against 1.30, 12: 1.48 against 1.31), 12 where
-// panels decode ragged rows, and 6 where there are four or eight shifts.
+// panels decode ragged rows, and 6 where there are four or eight shifts. Against tiles 6, and 12 of ragged rows (Intel,
+// two threads, 4096x4096, 6 tokens 0.90 ms against 0.93, 8: 1.00 against 0.91; 1024x1000, 12: 127 us against 142).
 constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group
   if (!cpu.has(kAvx2)) return 0;
-  if (has_tiles(p.dtype, cpu)) return 4;
+  if (has_tiles(p.dtype, cpu)) return p.w.k % 4 ? 8 : p.w.k % kPanelGroup ? 12 : 6;
   if (!multiplies_pairs(p.dtype, cpu)) return p.w.k % 4 ? 24 : 48;
   return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
 }
@@ -120,12 +121,13 @@ constexpr int64_t most_float_tokens(const Cpu& cpu) { return cpu.has(kAvx512f) ?
 
 // dx, measured likewise. Float32 has no kernel for few tokens. Up to 16 tokens where columns can be taken 64 at a time,
 // with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8 tokens and
-// AVX2 up to 16, with pairs 4; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight
+// AVX2 up to 16, with pairs 4; against tiles 8 (1536x576, 8 tokens 108 us against 115, 12: 141 against 114), and 16 of
+// ragged rows; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight
 // shifts.
 constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (!cpu.has(kAvx2) || !is_16_bit(p.dtype)) return 0;
   const bool whole_groups = has_one_scale_per_64_columns(p.w);
-  if (has_tiles(p.dtype, cpu)) return 4;
+  if (has_tiles(p.dtype, cpu)) return whole_groups ? 8 : p.w.k % 8 ? 6 : 16;
   if (multiplies_pairs(p.dtype, cpu)) return whole_groups ? 6 : 4;
   if (whole_groups) return 16;
   return p.w.k % 8 ? 6 : cpu.has(kAvx512f) ? 8 : 16;

@@ -2,6 +2,7 @@
 
 #include <cctype>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -13,8 +14,8 @@
 namespace qlora::cpu {
 namespace {
 
-// Whether the processor has AMX-TILE and AMX-BF16, and the system lets this process use tiles. It has to be asked, once a
-// process: until then the first tile instruction ends the process. What it answers holds for all threads, running or
+// Whether the processor has AMX-TILE and AMX-BF16, and the system lets this process use tiles. It has to be asked, once
+// a process: until then the first tile instruction ends the process. What it answers holds for all threads, running or
 // not yet.
 bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
@@ -83,7 +84,7 @@ const Selection& selection() {
     if (!name || !*name) return s;
     const Isa* const isa = find_isa(name);
     if (!isa) {
-      s.error = std::string("QLORA_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16, got ") + name;
+      s.error = std::string("QLORA_CPU_ISA: expected ") + isa_names() + ", got " + name;
     } else if (!supported(*isa)) {
       s.error = std::string("QLORA_CPU_ISA: this processor has no ") + isa->name + "; its best is " + s.isa->name;
     } else {
@@ -106,6 +107,16 @@ const Isa* find_isa(const char* name) {
   for (const Isa* isa : kIsas)
     if (canonical(isa->name) == canonical(name)) return isa;
   return nullptr;
+}
+
+const char* isa_names() {
+  static const std::string names = [] {
+    std::string out = kIsas[0]->name;
+    const char* before = " or ";
+    for (size_t i = 1; i < std::size(kIsas); ++i, before = ", ") out.insert(0, kIsas[i]->name + std::string(before));
+    return out;
+  }();
+  return names.c_str();
 }
 
 const Isa& current_isa() { return *selection().isa; }

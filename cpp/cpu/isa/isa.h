@@ -38,6 +38,7 @@ inline constexpr const Isa* kIsas[] = {&kAmxBf16Isa, &kAvx512Bf16Isa, &kAvx512Is
 
 bool supported(const Isa&);             // whether this processor has what it needs
 const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter
+const char* isa_names();                // "scalar, .. or .."
 
 // The one in use: the first supported one, or the one named by the environment variable QLORA_CPU_ISA when first asked.
 // isa_error() is null, or says why that name cannot be honoured (unknown, or not on this processor).

@@ -1,5 +1,5 @@
-// The gradients of the low-rank factors by tiles, dA = gᵀ · dropout(x) and dB = dyᵀ · h, as dBᵀ = hᵀ · dy: both sum over
-// tokens, with the low-rank operand as a and pairs of tokens of x or dy as b.
+// The gradients of the low-rank factors by tiles, dA = gᵀ · dropout(x) and dB = dyᵀ · h, as dBᵀ = hᵀ · dy: both sum
+// over tokens, with the low-rank operand as a and pairs of tokens of x or dy as b.
 #pragma once
 
 #include <cstdint>
@@ -52,7 +52,7 @@ void fill_low_rank_strip(const Matrix<bfloat16>& in, int64_t pair, int64_t m, co
 class TokenSum {
  public:
   static constexpr int64_t kColumns = 4 * kPair;  // at a time: whole lines of a row
-  static constexpr int64_t kSteps = 8;            // of a slice: with four pieces of columns, half of the first-level cache
+  static constexpr int64_t kSteps = 8;  // of a slice: with four pieces of columns, half of the first-level cache
 
   TokenSum() {
     Carver memory(scratch(ScratchUse::kThread, many_tokens::kTaskBytes));
@@ -93,7 +93,8 @@ inline void dlora(const Pool& pool, const LoraGradProblem& p) {
   const int64_t rank = p.lora.rank, m = p.m, pairs = ceil_div(m, kPair);
   const Matrix<bfloat16> x{static_cast<const bfloat16*>(p.x), p.k, p.lora.dropout};
   const Matrix<bfloat16> dy{static_cast<const bfloat16*>(p.dy), p.n};
-  const Matrix<bfloat16> a{static_cast<const bfloat16*>(p.lora.a), p.k}, b{static_cast<const bfloat16*>(p.lora.b), rank};
+  const Matrix<bfloat16> a{static_cast<const bfloat16*>(p.lora.a), p.k},
+      b{static_cast<const bfloat16*>(p.lora.b), rank};
   const Slices of_k(p.k, Slices::kMost, 0, false), of_n(p.n, Slices::kMost, 0, false);
   Carver sizes(nullptr);
   const auto carve = [&](Carver& memory, char*(&out)[4]) {

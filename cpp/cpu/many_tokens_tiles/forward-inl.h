@@ -28,8 +28,8 @@ class Forward {
     return f;
   }
 
-  // As many rows as the second-level cache keeps sums of, beside one slice of the panel; but where it has room for all of
-  // the panel, one strip after the other, which reads W as it lies in memory.
+  // As many rows as the second-level cache keeps sums of, beside one slice of the panel; but where it has room for all
+  // of the panel, one strip after the other, which reads W as it lies in memory.
   int64_t group(const Slices& slices, const Part& part) const {
     if (panel_.token_tiles() * slices.steps() * kTileBytes <= kPanelBytes) return kPair;
     int64_t rows = min(kSumBytes / (part.pairs * kBlockBytes), kMostRows / kPair) * kPair;
@@ -52,8 +52,8 @@ class Forward {
               Fetch& fetch) const {
     decode_rows(source, row, rows, s, out, fetch);
   }
-  // Strip by strip, all of W is one stream, of which a part is fetched with each piece, some pieces ahead. Slice by slice,
-  // the piece after the next one.
+  // Strip by strip, all of W is one stream, of which a part is fetched with each piece, some pieces ahead. Slice by
+  // slice, the piece after the next one.
   Fetch fetch(const Part& group, int64_t row, const Slices& slices, int64_t slice) const {
     const int64_t steps = kPair + group.pairs * slices[slice].steps, end = group.begin + group.size, k = p_.w.k;
     if (group.size <= kPair) {

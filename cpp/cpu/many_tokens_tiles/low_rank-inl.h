@@ -35,8 +35,7 @@ struct DensePanel {
 };
 
 // The elements of tokens with some of them dropped, in memory order, as rows of kMost elements.
-inline void drop(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64_t begin, int64_t size,
-                 bfloat16* out) {
+inline void drop(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64_t begin, int64_t size, bfloat16* out) {
   for (int64_t t = 0; t < tokens; ++t, out += Slices::kMostAlone) {
     for (int64_t first = 0; first < size; first += Mask::kMax) {
       const bfloat16* const row = m.at(token + t, begin + first);
@@ -86,8 +85,8 @@ struct LowRankScratch {
   }
 };
 
-// A strip of 32 ranks of the tokens of a pair: sums over all slices in `memory.sums`, a block. The dense pieces are those of
-// `panel` or, where it is null, filled from `in` here.
+// A strip of 32 ranks of the tokens of a pair: sums over all slices in `memory.sums`, a block. The dense pieces are
+// those of `panel` or, where it is null, filled from `in` here.
 template <WeightIs weight_is>
 void low_rank_sums(const Matrix<bfloat16>& in, int64_t first_token, const DensePanel& panel, int64_t pair,
                    const Slices& slices, const char* factor, const LowRankScratch& memory) {
@@ -103,14 +102,15 @@ void low_rank_sums(const Matrix<bfloat16>& in, int64_t first_token, const DenseP
       fill_dense_pair<weight_is>(in, first_token + token, tokens, s.begin, s.size, memory.dense);
     }
     Nothing nothing;
-    multiply_block<weight_is>(panel.tiles_of(pair), factor, piece, s.element_steps(), memory.sums, first,
-                              memory.sums, nothing);
+    multiply_block<weight_is>(panel.tiles_of(pair), factor, piece, s.element_steps(), memory.sums, first, memory.sums,
+                              nothing);
     factor += s.element_steps() * 2 * kTileBytes;
     first = false;
   }
 }
 
-// Of a block of sums of 32 ranks, the tiles of one step of the dense operand, `step` of a piece of `tiles` tiles a step.
+// Of a block of sums of 32 ranks, the tiles of one step of the dense operand, `step` of a piece of `tiles` tiles a
+// step.
 template <WeightIs weight_is>
 void fill_low_rank(const char* sums, int64_t tiles, double scale, char* step) {
   const Scale scaled(scale);
@@ -125,7 +125,8 @@ void fill_low_rank(const char* sums, int64_t tiles, double scale, char* step) {
         row = sums + t * kTileBytes + r * kRowBytes;
         next = row + tiles * kTileBytes;
       }
-      store_row(step + t * kTileBytes + r * kRowBytes, Words::round_pair(scaled(load_row(row)), scaled(load_row(next))));
+      store_row(step + t * kTileBytes + r * kRowBytes,
+                Words::round_pair(scaled(load_row(row)), scaled(load_row(next))));
     }
   }
 }
@@ -143,13 +144,9 @@ void add_low_rank(const Pool& pool, const Matrix<bfloat16>& in, int64_t first_to
       const LowRankScratch memory;
       for (int64_t pair = begin; pair < end; ++pair) {
         low_rank_sums<weight_is>(in, first_token, source, pair, slices, factor_tiles, memory);
-        // The slice that these ranks are in, and the step of it.
-        for (int64_t i = 0; i < slices.count(); ++i) {
-          const Slice s = slices[i];
-          if (r < s.first_rank || r >= s.first_rank + s.ranks) continue;
-          const int64_t tiles = panel.tiles_of(pair), step = s.element_steps() + (r - s.first_rank) / kStep;
-          fill_low_rank<weight_is>(memory.sums, tiles, scale, panel.piece(s, pair) + step * tiles * kTileBytes);
-        }
+        const Slice s = slices.of_rank(r);
+        const int64_t tiles = panel.tiles_of(pair), step = s.element_steps() + (r - s.first_rank) / kStep;
+        fill_low_rank<weight_is>(memory.sums, tiles, scale, panel.piece(s, pair) + step * tiles * kTileBytes);
       }
     };
     pool(panel.pairs(), 1, body);

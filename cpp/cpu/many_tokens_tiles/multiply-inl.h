@@ -3,8 +3,8 @@
 //   sums (+)= a · b, with W in a and the tokens in b (y = W · xᵀ), or the tokens in a and W in b (dx = dy · W)
 //
 // A tile is 16 rows of 64 bytes, 1 KB. A *step* is 32 elements of the summed dimension: two tiles of W and two (or one)
-// of the tokens, which make four (two) tiles of sums, a *block*. Every step of a block lies behind the one before it, so
-// that both pieces are read as streams:
+// of the tokens, which make four (two) tiles of sums, a *block*. Every step of a block lies behind the one before it,
+// so that both pieces are read as streams:
 //
 // clang-format off
 //   piece of W      [ step 0: w0 w1 ][ step 1: w0 w1 ] ..      32 KB of 16 steps, from the first-level cache
@@ -90,8 +90,8 @@ struct Nothing {
 // summed in the tile unit. A slice begins at a whole group of kGroup weights. By the problem alone, since the order of
 // the sums depends on it.
 struct Slice {
-  int64_t begin, size;         // elements
-  int64_t first_rank, ranks;   // after them
+  int64_t begin, size;          // elements
+  int64_t first_rank, ranks;    // after them
   int64_t steps_before, steps;  // of all slices before this one, and of this one
   int64_t element_steps() const { return steps - rank_steps(); }
   int64_t rank_steps() const { return ceil_div(ranks, kStep); }
@@ -121,15 +121,22 @@ class Slices {
     if (e >= 0 && e < elements_) {
       const int64_t begin = e * size_, size = min(size_, depth_ - begin);
       const int64_t ranks = beside_ && e == elements_ - 1 ? rank_ : 0;
-      return {begin, size, 0, ranks, (rank_first_ ? rank_steps : 0) + e * steps_of_slice,
+      return {begin,
+              size,
+              0,
+              ranks,
+              (rank_first_ ? rank_steps : 0) + e * steps_of_slice,
               round_up(size, kGroup) / kStep + ceil_div(ranks, kStep)};
     }
     const int64_t r = rank_first_ ? i : i - elements_;
     const int64_t ranks = min(kMost, rank_ - r * kMost);
     return {0, 0, r * kMost, ranks, (rank_first_ ? 0 : element_steps()) + r * (kMost / kStep), ceil_div(ranks, kStep)};
   }
-  // The step, counted through all slices, at which ranks begin.
-  int64_t rank_step() const { return rank_first_ ? 0 : element_steps(); }
+  // The slice that a rank is in.
+  Slice of_rank(int64_t rank) const {
+    if (beside_) return (*this)[elements_ - 1];
+    return (*this)[(rank_first_ ? 0 : elements_) + rank / kMost];
+  }
 
  private:
   int64_t element_steps() const { return round_up(depth_, kGroup) / kStep; }

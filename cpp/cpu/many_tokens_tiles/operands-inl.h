@@ -1,9 +1,10 @@
 // Filling tiles: of dense operands (x, dy, the low-rank factors) and of packed weights.
 //
 // Both sides of a product must agree on the order of the summed elements, and nothing else depends on it, so W stays in
-// the order in which its nibbles are decoded. Where W is a, a tile holds 16 of its rows, and of a group of 64 columns the
-// even ones are one step, the odd ones the next. Where W is b, a tile holds 16 pairs of rows, and of 32 columns the even
-// ones are one tile, the odd ones the other. Either way a row of a tile is one table look-up, and nothing is shuffled:
+// the order in which its nibbles are decoded. Where W is a, a tile holds 16 of its rows, and of a group of 64 columns
+// the even ones are one step, the odd ones the next. Where W is b, a tile holds 16 pairs of rows, and of 32 columns the
+// even ones are one tile, the odd ones the other. Either way a row of a tile is one table look-up, and nothing is
+// shuffled:
 //
 // clang-format off
 //   W is a:   group of a row   0  1  2  3  4  5 .. 63      step 2g    0 2 4 6 .. 62      row of a tile
@@ -118,8 +119,8 @@ void fill_rows(const Matrix<bfloat16>& m, int64_t row, int64_t rows, int64_t beg
   }
 }
 
-// Rows [begin, begin + size) of m and columns [column, column + columns) to two tiles a step and 32 columns, pairs of rows
-// as W is b; zeros to the end of the last step. The tiles of the next 32 columns begin `piece_bytes` on.
+// Rows [begin, begin + size) of m and columns [column, column + columns) to two tiles a step and 32 columns, pairs of
+// rows as W is b; zeros to the end of the last step. The tiles of the next 32 columns begin `piece_bytes` on.
 inline void fill_columns(const Matrix<bfloat16>& m, int64_t begin, int64_t size, int64_t column, int64_t columns,
                          char* out, int64_t piece_bytes) {
   for (int64_t r = 0; r < round_up(size, kStep); r += 2) {
@@ -169,15 +170,6 @@ void decode_rows(const ScaledPiece& source, int64_t row, int64_t rows, const Sli
   }
 }
 
-// The even and odd ones of 32 columns of a row, from a multiple of 32 on.
-inline void decode_half_group(const ScaledPiece& source, int64_t row, int64_t column, int64_t columns, F& even, F& odd) {
-  F v[4];
-  const int64_t within = column % Slices::kGroup;
-  RaggedRow(source, row, column - within, columns + within).decode(0, v);
-  decoded_to_memory_order(v);
-  unzip(v[within / kLanes], v[within / kLanes + 1], even, odd);
-}
-
 // Columns [column, column + columns), 32 to each piece and from a multiple of 32 on, and the rows of a slice as b: of a
 // weight whose groups coincide with the packed format, an even number of rows.
 template <int kPieces, class Fetch>
@@ -214,14 +206,24 @@ void decode_whole_columns(const ScaledPiece& source, int64_t column, const Slice
 // The same of any weight.
 inline void decode_ragged_columns(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
                                   int64_t piece_bytes) {
+  const int64_t first_group = column & -Slices::kGroup, end = column + columns;
   for (int64_t r = 0; r < s.element_steps() * kStep; r += 2) {
     char* const to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
-    for (int64_t c = 0; c < columns; c += kPair) {
-      F even = zero(), odd = zero(), next_even = zero(), next_odd = zero();
-      if (r < s.size) decode_half_group(source, s.begin + r, column + c, columns - c, even, odd);
-      if (r + 1 < s.size) decode_half_group(source, s.begin + r + 1, column + c, columns - c, next_even, next_odd);
-      store_row(to + c / kPair * piece_bytes, Words::round_pair(even, next_even));
-      store_row(to + c / kPair * piece_bytes + kTileBytes, Words::round_pair(odd, next_odd));
+    for (int64_t group = first_group; group < end; group += Slices::kGroup) {
+      F v[2][4];  // of both rows, in memory order
+      for (int64_t i = 0; i < 2; ++i) {
+        for (F& vector : v[i]) vector = zero();
+        if (r + i < s.size) RaggedRow(source, s.begin + r + i, group, end - group).decode(0, v[i]);
+        decoded_to_memory_order(v[i]);
+      }
+      for (int64_t half = 0; half < 2; ++half) {
+        const int64_t c = group + half * kPair - column;
+        if (c < 0 || c >= columns) continue;
+        F even[2], odd[2];
+        for (int64_t i = 0; i < 2; ++i) unzip(v[i][2 * half], v[i][2 * half + 1], even[i], odd[i]);
+        store_row(to + c / kPair * piece_bytes, Words::round_pair(even[0], even[1]));
+        store_row(to + c / kPair * piece_bytes + kTileBytes, Words::round_pair(odd[0], odd[1]));
+      }
     }
   }
 }

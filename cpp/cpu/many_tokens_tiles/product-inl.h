@@ -5,9 +5,10 @@
 //       for each piece of the group, 32 rows or columns
 //         for each pair of tokens: a block
 //
-// A core that multiplies tiles has its vector unit free, but looks ahead no further than a few steps. So all other work
-// is done in small parts between the steps of a block (Chores): the next piece is decoded to the place of this one while
-// the last pair still reads it, the block before this one is rounded and written, and what comes next is fetched.
+// A core that multiplies tiles has its vector unit free, but looks ahead no further than a few steps: a row of a tile
+// is a load, and a step has 64. So what can be done in small parts is done between the steps of a block (Chores): the
+// block before this one is rounded and written, and what comes next is asked for. Decoding is not: done between the
+// steps, too (measured), it held the tiles up for as long as it takes.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +25,8 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace many_tokens_tiles {
 
-// Asks for the lines of runs of bytes, some at each step.
+// Asks for the lines of runs of bytes, some at each step: a core has few requests under way at a time, and tiles that
+// come from the second-level cache need them, too.
 class Fetch {
  public:
   static constexpr int64_t kLine = 64;
@@ -88,7 +90,8 @@ class Chores {
   Block block;  // to be written
 
  private:
-  static constexpr int64_t kFirstTile = 4, kSecondTile = 10;  // steps after which a tile of tokens of `block` is written
+  static constexpr int64_t kFirstTile = 4,
+                           kSecondTile = 10;  // steps after which a tile of tokens of `block` is written
   const Op& op_;
   int64_t step_ = 0, output_stride_ = 0;
   const char* next_sums_ = nullptr;
@@ -236,13 +239,16 @@ void run_chunk(const Pool& pool, const Op& op, int64_t first, int64_t tokens, co
   pool(grid.tasks(), 1, body);
 }
 
-// Where there are tokens enough, each thread takes chunks of them for itself, whose panels then stay in its cache;
-// otherwise all threads share a chunk, each with some rows or columns of W. W is decoded anew for each chunk.
+// Where there are tokens enough, each thread takes chunks of them for itself, whose panels then stay in its cache, and
+// no thread waits for another; otherwise all threads share a chunk, each with some rows or columns of W. W is decoded
+// anew for each chunk, so the chunk of a thread should not be smaller than a shared one, unless W is small itself.
 template <class Op>
 void run(const Pool& pool, const Op& op, int64_t m, const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor,
          const Lora& lora, const Slices& slices, int64_t outer) {
-  constexpr int64_t kPanelBytes = int64_t{1280} << 10, kLeast = 256, kSmallWeight = 1 << 20;
-  const int64_t fit = max(kPanelBytes / (2 * max(in.stride, 1)) & -kPair, kLeast);
+  constexpr int64_t kPanelBytes = int64_t{1280} << 10, kMostBytes = int64_t{16} << 20;  // wanted, allowed
+  constexpr int64_t kLeast = 256, kSmallWeight = 1 << 20;
+  const int64_t depth = max(in.stride, 1);
+  const int64_t fit = max(min(max(kPanelBytes / (2 * depth), kLeast), kMostBytes / (2 * depth)) & -kPair, kPair);
   const int64_t least_alone = in.stride * outer <= kSmallWeight ? kLeast / 2 : kLeast;
   if (m >= pool.threads * least_alone) {
     const int64_t rounds = ceil_div(m, pool.threads * fit);

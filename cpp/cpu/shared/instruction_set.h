@@ -8,7 +8,9 @@
 #pragma once
 
 #ifndef QLORA_ISA
-#if defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#define QLORA_ISA amx_bf16
+#elif defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
 #define QLORA_ISA avx512_bf16
 #elif defined(__AVX512VBMI__)
 #define QLORA_ISA avx512

@@ -42,7 +42,9 @@ inline void zero() {
 }
 template <int tile>
 inline void load(const void* p) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(p), "r"(int64_t{64}), "i"(tile), "m"(*static_cast<const Tile*>(p)));
+  asm volatile("tileloadd (%0,%1,1), %%tmm%c2"
+               :
+               : "r"(p), "r"(int64_t{64}), "i"(tile), "m"(*static_cast<const Tile*>(p)));
 }
 // The same for what is read once from the second-level cache: it leaves the first to what is read again.
 template <int tile>
@@ -55,8 +57,8 @@ template <int tile>
 inline void store(void* p) {
   asm volatile("tilestored %%tmm%c3, (%1,%2,1)" : "=m"(*static_cast<Tile*>(p)) : "r"(p), "r"(int64_t{64}), "i"(tile));
 }
-// sums += a · b, of bfloat16 pairs: sums[i][j] += a[i][2p] * b[p][2j] + a[i][2p + 1] * b[p][2j + 1]. Subnormals count as
-// zero.
+// sums += a · b, of bfloat16 pairs: sums[i][j] += a[i][2p] * b[p][2j] + a[i][2p + 1] * b[p][2j + 1]. Subnormals count
+// as zero.
 template <int sums, int a, int b>
 inline void dot() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sums), "i"(a), "i"(b));

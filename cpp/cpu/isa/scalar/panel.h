@@ -13,7 +13,10 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace panel {
 
-inline constexpr int kLanes = 4;
+#ifndef QLORA_PLAIN_LANES
+#define QLORA_PLAIN_LANES 4  // tests compile it with 16, for kernels that ask for those
+#endif
+inline constexpr int kLanes = QLORA_PLAIN_LANES;
 inline constexpr int kAccumulators = 12;        // vectors of sums that a tile of outputs keeps in registers
 inline constexpr bool kSpareRegisters = false;  // whether enough are left to decode weights between multiplications
 
@@ -22,7 +25,11 @@ struct F {
 };
 
 inline F zero() { return {}; }
-inline F splat(float x) { return {{x, x, x, x}}; }
+inline F splat(float x) {
+  F v;
+  for (float& lane : v.lane) lane = x;
+  return v;
+}
 inline F broadcast(const float* p) { return splat(*p); }
 inline F add(F a, F b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
@@ -61,6 +68,14 @@ inline F keep_from(F v, const uint32_t* bits, uint32_t threshold) {
   return v;
 }
 
+// Of neighbouring lanes of a and then b, the first and the second ones.
+inline void unzip(F a, F b, F& even, F& odd) {
+  for (int i = 0; i < kLanes; ++i) {
+    even.lane[i] = 2 * i < kLanes ? a.lane[2 * i] : b.lane[2 * i - kLanes];
+    odd.lane[i] = 2 * i < kLanes ? a.lane[2 * i + 1] : b.lane[2 * i + 1 - kLanes];
+  }
+}
+
 // v[i][j] <-> v[j][i]
 inline void transpose(F (&v)[kLanes]) {
   for (int i = 0; i < kLanes; ++i) {
@@ -73,8 +88,16 @@ inline void transpose(F (&v)[kLanes]) {
 }
 
 // Between the order of a group in memory (element 4i + j) and the order nibbles are decoded in (vector j, lane i).
-inline void decoded_to_memory_order(F (&v)[4]) { transpose(v); }
-inline void memory_to_decoded_order(F (&v)[4]) { transpose(v); }
+inline void decoded_to_memory_order(F (&v)[4]) {
+  F out[4];
+  for (int e = 0; e < 4 * kLanes; ++e) out[e / kLanes].lane[e % kLanes] = v[e % 4].lane[e / 4];
+  for (int j = 0; j < 4; ++j) v[j] = out[j];
+}
+inline void memory_to_decoded_order(F (&v)[4]) {
+  F out[4];
+  for (int e = 0; e < 4 * kLanes; ++e) out[e % 4].lane[e / 4] = v[e / kLanes].lane[e % kLanes];
+  for (int j = 0; j < 4; ++j) v[j] = out[j];
+}
 
 // Four consecutive codes of a packed buffer in each lane: element 4i + j of the group is code j of lane i.
 struct Codes {

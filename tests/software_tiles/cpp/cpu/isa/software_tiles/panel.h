@@ -1,0 +1,80 @@
+// The vocabulary panel:: in plain C++ with the lanes that kernels for tiles ask for, and the multiplication in pairs,
+// of which they use the words.
+#pragma once
+
+#define QLORA_PLAIN_LANES 16
+#include "cpp/cpu/isa/scalar/panel.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace panel {
+
+struct WordBf16 {
+  using Word = uint32_t;
+  struct Vector {
+    uint32_t lane[kLanes];
+  };
+
+  static void store(Word* p, Vector v) { __builtin_memcpy(p, v.lane, sizeof(v)); }
+  static F as_floats(Vector words) { return __builtin_bit_cast(F, words); }
+  static Vector as_words(F floats) { return __builtin_bit_cast(Vector, floats); }
+
+  static uint32_t word(uint16_t first, uint16_t second) { return first | static_cast<uint32_t>(second) << 16; }
+  static uint16_t rounded(float x) {
+    bfloat16 out;
+    from_float(x, &out);
+    return (out.bits & 0x7F80u) == 0 ? out.bits & 0x8000u : out.bits;  // subnormals become zero
+  }
+
+  template <bool decoded>
+  static F load_pairs(const bfloat16* p, int64_t count) {
+    Vector out;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t first = decoded ? i / 2 * 4 + i % 2 : 2 * i, second = first + (decoded ? 2 : 1);
+      out.lane[i] = word(first < count ? p[first].bits : 0, second < count ? p[second].bits : 0);
+    }
+    return as_floats(out);
+  }
+  static Vector round_pair(F first, F second) {
+    Vector out;
+    for (int i = 0; i < kLanes; ++i) out.lane[i] = word(rounded(first.lane[i]), rounded(second.lane[i]));
+    return out;
+  }
+  static void decode_row(const uint8_t* packed, float scale, Vector (&out)[2]) {
+    const auto value = [&](int e) { return rounded(kNf4.value[nf4_code_at(packed, e)] * scale); };
+    for (int i = 0; i < kLanes; ++i) {
+      out[0].lane[i] = word(value(4 * i), value(4 * i + 2));
+      out[1].lane[i] = word(value(4 * i + 1), value(4 * i + 3));
+    }
+  }
+  static Vector row_table(float scale, float next_scale) {
+    Vector out;
+    for (int i = 0; i < kCodes; ++i)
+      out.lane[i] = word(rounded(kNf4.value[i] * scale), rounded(kNf4.value[i] * next_scale));
+    return out;
+  }
+  static void decode_columns(const uint8_t* packed, const uint8_t* next, Vector table, Vector (&out)[2]) {
+    for (int i = 0; i < kLanes; ++i) {
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t first = table.lane[nf4_code_at(packed, 2 * i + j)];
+        const uint32_t second = table.lane[nf4_code_at(next, 2 * i + j)];
+        out[j].lane[i] = (first & 0xFFFFu) | (second & 0xFFFF0000u);
+      }
+    }
+  }
+  static void pair_rows(F row, F next, Vector (&out)[2]) {
+    const Vector a = as_words(row), b = as_words(next);
+    for (int i = 0; i < kLanes; ++i) {
+      out[0].lane[i] = (a.lane[i] & 0xFFFFu) | b.lane[i] << 16;
+      out[1].lane[i] = a.lane[i] >> 16 | (b.lane[i] & 0xFFFF0000u);
+    }
+  }
+  static void store_pairs(bfloat16* p, Vector words, int64_t count) {
+    for (int64_t e = 0; e < 2 * kLanes && e < count; ++e)
+      p[e].bits = static_cast<uint16_t>(words.lane[e / 2] >> (e % 2 * 16));
+  }
+};
+
+}  // namespace panel
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

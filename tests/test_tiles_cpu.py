@@ -1,0 +1,54 @@
+"""The kernels for a tile unit, on a vocabulary of tiles in plain C++ that checks how it is used, and on the hardware.
+
+tests/software_tiles/problems.cpp compares them with plain float64 loops; every request for scratch gets memory of just
+its size and full of NaNs, so that what reads beyond its operands, or what nobody wrote, is seen.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+from qlora_ext import _C
+from test_fragments_cpu import flags
+
+ROOT = pathlib.Path(__file__).parents[1]
+SOURCES = ["tests/software_tiles/problems.cpp", "cpp/cpu/float64/linear.cpp", "cpp/cpu/isa/isa.cpp"]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the problems with")
+
+
+def build(to: pathlib.Path, isa: str, *options: str) -> pathlib.Path:
+    command = ["g++", "-std=c++20", "-O2", "-pthread", "-ffp-contract=off", f"-DTILES={isa}", "-DQLORA_X86=1"]
+    command += [f"-I{ROOT}", f"-I{ROOT / 'tests/software_tiles'}", *options, *(str(ROOT / s) for s in SOURCES)]
+    run = subprocess.run([*command, "-o", str(to / "problems")], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[:4000]
+    return to / "problems"
+
+
+def check(problems: pathlib.Path, seed: int) -> None:
+    run = subprocess.run([problems, str(seed)], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr[:4000]
+    assert run.stdout.endswith(" problems\n")
+
+
+@pytest.mark.slow
+def test_software_tiles(tmp_path: pathlib.Path) -> None:
+    check(build(tmp_path, "software_tiles"), 0)
+
+
+@pytest.mark.slow
+def test_software_tiles_under_sanitizers(tmp_path: pathlib.Path) -> None:
+    check(build(tmp_path, "software_tiles", *SANITIZERS), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("amx_bf16" not in _C.cpu_isas(), reason="this processor has no tile unit, or the system keeps it")
+def test_hardware_tiles(tmp_path: pathlib.Path) -> None:
+    problems = build(tmp_path, "amx_bf16", *flags("amx_bf16"))
+    for seed in range(8):
+        check(problems, seed)
