@@ -17,9 +17,10 @@ namespace many_tokens_tiles {
 
 class Dx {
  public:
+  static constexpr int64_t kTogether = 4;  // pieces, whose columns are a line of packed weights
+  using Decoder = ColumnsDecoder<kTogether>;
   static constexpr WeightIs kWeightIs = WeightIs::kB;
   static constexpr bool kScalesOfSlice = true;
-  static constexpr int64_t kTogether = 4;
 
   explicit Dx(const LinearDxProblem& p) : p_(p) {}
   Dx of_chunk(const DensePanel& panel, int64_t first_token) const {
@@ -65,15 +66,10 @@ class Dx {
     }
   }
 
-  template <class Fetch>
-  void decode(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
-              int64_t piece_bytes, Fetch& fetch) const {
-    decode_columns<kTogether>(source, column, columns, s, out, piece_bytes, fetch);
-  }
   // A share of the group's part of the next slice, row by row.
   Fetch fetch(const Part& group, int64_t column, const Slices& slices, int64_t slice) const {
     const int64_t k = p_.w.k, pieces = ceil_div(group.size, kPair), piece = (column - group.begin) / kPair;
-    const int64_t steps = group.pairs * slices[slice].steps + (piece % kTogether == 0 ? slices[slice].steps * 2 : 0);
+    const int64_t steps = group.pairs * slices[slice].steps;
     int64_t first = group.begin;
     if (++slice == slices.count()) slice = slices.rank_slices_first(), first += group.size;
     const Slice s = slices[slice];

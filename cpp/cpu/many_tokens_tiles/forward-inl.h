@@ -17,6 +17,7 @@ namespace many_tokens_tiles {
 
 class Forward {
  public:
+  using Decoder = RowsDecoder;
   static constexpr WeightIs kWeightIs = WeightIs::kA;
   static constexpr bool kScalesOfSlice = false;
   static constexpr int64_t kTogether = 1;
@@ -47,15 +48,10 @@ class Forward {
   }
   void drop(char*, const Part&) const {}
 
-  template <class Fetch>
-  void decode(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out, int64_t,
-              Fetch& fetch) const {
-    decode_rows(source, row, rows, s, out, fetch);
-  }
   // Strip by strip, all of W is one stream, of which a part is fetched with each piece, some pieces ahead. Slice by
   // slice, the piece after the next one.
   Fetch fetch(const Part& group, int64_t row, const Slices& slices, int64_t slice) const {
-    const int64_t steps = kPair + group.pairs * slices[slice].steps, end = group.begin + group.size, k = p_.w.k;
+    const int64_t steps = group.pairs * slices[slice].steps, end = group.begin + group.size, k = p_.w.k;
     if (group.size <= kPair) {
       const int64_t bytes = kPair * k / 2 / slices.count();
       const int64_t at = row * k / 2 + (slice + slices.count() + kPiecesAhead) * bytes;

@@ -138,108 +138,134 @@ inline void fill_columns(const Matrix<bfloat16>& m, int64_t begin, int64_t size,
 
 // ---- W ----
 
-// Rows [row, row + rows), at most 32, and the columns of a slice as a. `fetch` makes a step with each row.
-template <class Fetch>
-void decode_rows(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out, Fetch& fetch) {
-  for (int64_t r = 0; r < kPair; ++r) {
-    char* to = out + r / kTileRows * kTileBytes + r % kTileRows * kRowBytes;
-    fetch.step();
-    if (r >= rows) {
-      for (int64_t i = s.element_steps(); i > 0; --i, to += 2 * kTileBytes) store_row(to, Words::as_words(zero()));
-    } else if (source.aligned()) {
-      const uint8_t* packed = source.packed(row + r, s.begin);
-      const float* const scales = source.scales(row + r);
-      const int shift = source.shift();
-      int64_t flat = source.flat(row + r, s.begin);
-      for (const int64_t end = flat + s.size; flat < end; flat += Slices::kGroup, packed += Slices::kGroup / 2) {
-        Vector words[2];
-        Words::decode_row(packed, scales[flat >> shift], words);
-        store_row(to, words[0]);
-        store_row(to + 2 * kTileBytes, words[1]);
-        to += 4 * kTileBytes;
-      }
+// Decodes W a part at a time. What step s of a piece reads is ready once kFirst + s parts have been decoded.
+
+// Rows [row, row + rows), at most 32, and the columns of a slice, as a: of 16 rows a group is a part.
+class RowsDecoder {
+ public:
+  static constexpr int64_t kFirst = 2;
+  RowsDecoder() = default;
+  RowsDecoder(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out, int64_t)
+      : source_(&source), row_(row), rows_(rows), begin_(s.begin), size_(s.size), left_(s.element_steps()), out_(out) {}
+  void step() {
+    if (left_ == 0) return;
+    const int64_t first = half_ * kTileRows, rows = min(kTileRows, rows_ - first);
+    char* out = out_ + half_ * kTileBytes;
+    if (source_->aligned()) {
+      decode_aligned(row_ + first, rows, out);
     } else {
-      const RaggedRow ragged(source, row + r, s.begin, s.size);
-      for (int64_t c = 0; c < s.size; c += Slices::kGroup, to += 4 * kTileBytes) {
+      for (int64_t r = 0; r < rows; ++r) {
         F v[4];
-        ragged.decode(c, v);
-        store_row(to, Words::round_pair(v[0], v[2]));
-        store_row(to + 2 * kTileBytes, Words::round_pair(v[1], v[3]));
+        RaggedRow(*source_, row_ + first + r, begin_, size_).decode(column_, v);
+        store_row(out + r * kRowBytes, Words::round_pair(v[0], v[2]));
+        store_row(out + r * kRowBytes + 2 * kTileBytes, Words::round_pair(v[1], v[3]));
+      }
+    }
+    for (int64_t r = max(rows, 0); r < kTileRows; ++r) {
+      store_row(out + r * kRowBytes, Words::as_words(zero()));
+      store_row(out + r * kRowBytes + 2 * kTileBytes, Words::as_words(zero()));
+    }
+    --left_;
+    half_ ^= 1;
+    if (half_ == 0) column_ += Slices::kGroup, out_ += 4 * kTileBytes;
+  }
+
+ private:
+  void decode_aligned(int64_t row, int64_t rows, char* out) const {
+    const int64_t k = source_->weight().k, row_scales = source_->row_scales();
+    const int shift = source_->shift();
+    int64_t flat = source_->flat(row, begin_ + column_);
+    const uint8_t* packed = source_->weight().packed + (flat >> 1);
+    const float* scales = source_->scales(row);
+    for (int64_t r = 0; r < rows; ++r, packed += k / 2, flat += k, scales += row_scales, out += kRowBytes) {
+      Vector words[2];
+      Words::decode_row(packed, scales[flat >> shift], words);
+      store_row(out, words[0]);
+      store_row(out + 2 * kTileBytes, words[1]);
+    }
+  }
+
+  const ScaledPiece* source_ = nullptr;
+  int64_t row_ = 0, rows_ = 0, begin_ = 0, size_ = 0, left_ = 0, column_ = 0, half_ = 0;
+  char* out_ = nullptr;
+};
+
+// Columns [column, column + columns), 32 to each of up to kMostPieces pieces and from a multiple of 32 on, and the rows
+// of a slice, as b: 32 rows are a part.
+template <int kMostPieces>
+class ColumnsDecoder {
+ public:
+  static constexpr int64_t kFirst = 1;
+  ColumnsDecoder() = default;
+  ColumnsDecoder(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
+                 int64_t piece_bytes)
+      : source_(&source),
+        column_(column),
+        columns_(columns),
+        row_(s.begin),
+        rows_(s.size),
+        left_(s.element_steps()),
+        piece_bytes_(piece_bytes),
+        out_(out) {}
+  void step() {
+    if (left_ == 0) return;
+    if (source_->aligned() && columns_ % kPair == 0 && rows_ >= kStep) {
+      with_count<kMostPieces>(columns_ / kPair, [&](auto pieces) { decode_whole<pieces.value>(); });
+    } else {
+      decode_ragged();
+    }
+    row_ += kStep, rows_ -= kStep, out_ += 2 * kTileBytes, --left_;
+  }
+
+ private:
+  template <int kPieces>
+  void decode_whole() const {
+    const int64_t k = source_->weight().k, row_scales = source_->row_scales();
+    const int shift = source_->shift();
+    const bool second_half = column_ % Slices::kGroup != 0;  // of a group is the first piece
+    int64_t flat = source_->flat(row_, column_);
+    const uint8_t* packed = source_->weight().packed + (flat >> 1);
+    const float* scales = source_->scales(row_);
+    char* to = out_;
+    for (int64_t r = 0; r < kStep; r += 2, packed += k, flat += 2 * k, scales += 2 * row_scales, to += kRowBytes) {
+      Vector table = {}, words[2];
+      unroll<kPieces>([&](auto i) {
+        constexpr int64_t c = i.value * kPair;
+        if (i.value == 0 || (i.value % 2 == 0) != second_half)
+          table = Words::row_table(scales[(flat + c) >> shift], scales[row_scales + ((flat + c + k) >> shift)]);
+        Words::decode_columns(packed + c / 2, packed + (c + k) / 2, table, words);
+        store_row(to + i.value * piece_bytes_, words[0]);
+        store_row(to + i.value * piece_bytes_ + kTileBytes, words[1]);
+      });
+    }
+  }
+  void decode_ragged() const {
+    const int64_t first_group = column_ & -Slices::kGroup, end = column_ + columns_;
+    char* to = out_;
+    for (int64_t r = 0; r < kStep; r += 2, to += kRowBytes) {
+      for (int64_t group = first_group; group < end; group += Slices::kGroup) {
+        F v[2][4];  // of both rows, in memory order
+        for (int64_t i = 0; i < 2; ++i) {
+          for (F& vector : v[i]) vector = zero();
+          if (r + i < rows_) RaggedRow(*source_, row_ + r + i, group, end - group).decode(0, v[i]);
+          decoded_to_memory_order(v[i]);
+        }
+        for (int64_t half = 0; half < 2; ++half) {
+          const int64_t c = group + half * kPair - column_;
+          if (c < 0 || c >= columns_) continue;
+          F even[2], odd[2];
+          for (int64_t i = 0; i < 2; ++i) unzip(v[i][2 * half], v[i][2 * half + 1], even[i], odd[i]);
+          store_row(to + c / kPair * piece_bytes_, Words::round_pair(even[0], even[1]));
+          store_row(to + c / kPair * piece_bytes_ + kTileBytes, Words::round_pair(odd[0], odd[1]));
+        }
       }
     }
   }
-}
 
-// Columns [column, column + columns), 32 to each piece and from a multiple of 32 on, and the rows of a slice as b: of a
-// weight whose groups coincide with the packed format, an even number of rows.
-template <int kPieces, class Fetch>
-void decode_whole_columns(const ScaledPiece& source, int64_t column, const Slice& s, char* out, int64_t piece_bytes,
-                          Fetch& fetch) {
-  const int64_t k = source.weight().k, row_scales = source.row_scales();
-  const int shift = source.shift();
-  const bool second_half = column % Slices::kGroup != 0;  // of a group is the first piece
-  const uint8_t* packed = source.packed(s.begin, column);
-  const float* scales = source.scales(s.begin);
-  int64_t flat = source.flat(s.begin, column);
-  for (int64_t r = 0; r < s.size; r += 2, packed += k, flat += 2 * k, scales += 2 * row_scales) {
-    char* const to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
-    if (r % kTileRows == 0) fetch.step();
-    Vector table = {}, words[2];
-    unroll<kPieces>([&](auto i) {
-      constexpr int64_t c = i.value * kPair;
-      if (i.value == 0 || (i.value % 2 == 0) != second_half)
-        table = Words::row_table(scales[(flat + c) >> shift], scales[row_scales + ((flat + c + k) >> shift)]);
-      Words::decode_columns(packed + c / 2, packed + (c + k) / 2, table, words);
-      store_row(to + i.value * piece_bytes, words[0]);
-      store_row(to + i.value * piece_bytes + kTileBytes, words[1]);
-    });
-  }
-  for (int64_t r = s.size; r < s.element_steps() * kStep; r += 2) {
-    char* const to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
-    for (int i = 0; i < kPieces; ++i) {
-      store_row(to + i * piece_bytes, Words::as_words(zero()));
-      store_row(to + i * piece_bytes + kTileBytes, Words::as_words(zero()));
-    }
-  }
-}
-
-// The same of any weight.
-inline void decode_ragged_columns(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
-                                  int64_t piece_bytes) {
-  const int64_t first_group = column & -Slices::kGroup, end = column + columns;
-  for (int64_t r = 0; r < s.element_steps() * kStep; r += 2) {
-    char* const to = out + r / kStep * 2 * kTileBytes + r % kStep / 2 * kRowBytes;
-    for (int64_t group = first_group; group < end; group += Slices::kGroup) {
-      F v[2][4];  // of both rows, in memory order
-      for (int64_t i = 0; i < 2; ++i) {
-        for (F& vector : v[i]) vector = zero();
-        if (r + i < s.size) RaggedRow(source, s.begin + r + i, group, end - group).decode(0, v[i]);
-        decoded_to_memory_order(v[i]);
-      }
-      for (int64_t half = 0; half < 2; ++half) {
-        const int64_t c = group + half * kPair - column;
-        if (c < 0 || c >= columns) continue;
-        F even[2], odd[2];
-        for (int64_t i = 0; i < 2; ++i) unzip(v[i][2 * half], v[i][2 * half + 1], even[i], odd[i]);
-        store_row(to + c / kPair * piece_bytes, Words::round_pair(even[0], even[1]));
-        store_row(to + c / kPair * piece_bytes + kTileBytes, Words::round_pair(odd[0], odd[1]));
-      }
-    }
-  }
-}
-
-// `fetch` makes a step with each 16 rows, where it can.
-template <int kMostPieces, class Fetch>
-void decode_columns(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
-                    int64_t piece_bytes, Fetch& fetch) {
-  if (source.aligned() && columns % kPair == 0 && s.size % 2 == 0) {
-    with_count<kMostPieces>(columns / kPair, [&](auto pieces) {
-      decode_whole_columns<pieces.value>(source, column, s, out, piece_bytes, fetch);
-    });
-  } else {
-    decode_ragged_columns(source, column, columns, s, out, piece_bytes);
-  }
-}
+  const ScaledPiece* source_ = nullptr;
+  int64_t column_ = 0, columns_ = 0, row_ = 0, rows_ = 0, left_ = 0, piece_bytes_ = 0;
+  char* out_ = nullptr;
+};
 
 }  // namespace many_tokens_tiles
 }  // namespace

@@ -76,6 +76,7 @@ class Chores {
       output_ += 2 * output_stride_;
     }
     fetch.step();
+    decoder.step();
     ++step_;
     if (block.sums && (step_ == kFirstTile || step_ == kSecondTile)) op_.finish(block, step_ == kSecondTile);
   }
@@ -87,7 +88,8 @@ class Chores {
   }
 
   Fetch fetch;
-  Block block;  // to be written
+  typename Op::Decoder decoder;  // of the piece that is multiplied first
+  Block block;                   // to be written
 
  private:
   static constexpr int64_t kFirstTile = 4,
@@ -152,7 +154,8 @@ class Product {
     if (p.piece == p.group && (p.slice == 0 || Op::kScalesOfSlice))
       source_ = op_.source(p.group, count(p.group, group_), s, scales_);
     const int64_t together = min(count(p.piece, Op::kTogether * kPair), p.group + group_ - p.piece);
-    op_.decode(source_, p.piece, together, s, pieces_, kPieceBytes, chores_.fetch);
+    chores_.decoder = typename Op::Decoder(source_, p.piece, together, s, pieces_, kPieceBytes);
+    for (int64_t i = 0; i < Op::Decoder::kFirst; ++i) chores_.decoder.step();
     for (int64_t i = 0; s.ranks && i < together; i += kPair) {
       char* const ranks = pieces_ + i / kPair * kPieceBytes + s.element_steps() * 2 * kTileBytes;
       op_.fill_ranks(p.piece + i, min(kPair, together - i), s, ranks);
