@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import qlora_ext
+from qlora_ext import _C
 
 SHAPES = [(1536, 576), (4096, 4096), (14336, 4096)]
 TOKENS = [1, 4, 16, 64, 256, 1024]
@@ -154,7 +155,9 @@ class Bench:
 
     def run(self, op: str, m: int, n: int, k: int, calls: dict[str, harness.Call], base: str) -> None:
         times = harness.interleave(calls, seconds=self.seconds, clock=self.clock)
-        row = {"op": op, "N x K": f"{n}x{k}", "M": m, "torch us": round(times.median(base) * 1e6)}
+        operator = {"forward": "linear_nf4", "dX": "linear_nf4_dx"}[op]
+        kernel = _C.choose(operator, str(self.dtype).removeprefix("torch."), m, n, k)[0]
+        row = {"op": op, "N x K": f"{n}x{k}", "M": m, "kernel": kernel, "torch us": round(times.median(base) * 1e6)}
         for name in times:
             if name != base:
                 row[name.replace("F.linear", "torch").replace("dy @ w", "torch")] = times.ratio(name, base)

@@ -212,7 +212,8 @@ int run_all(unsigned seed) {
       {3, 64, 65, 600, 64, true, false, 0.1},    {130, 576, 1536, 16, 64, true, false, 0.0},
       {600, 40, 192, 16, 64, true, false, 0.1},  {33, 64, 128, 0, 64, false, true, 0.0},
       {20, 32, 64, 33, 64, true, false, 1.0},    {0, 32, 64, 16, 64, true, false, 0.0},
-      {300, 1100, 130, 4, 64, true, true, 0.1},
+      {300, 1100, 130, 4, 64, true, true, 0.1},  {257, 100, 2752, 16, 64, true, true, 0.0},
+      {257, 2700, 96, 70, 64, true, false, 0.2},  // beyond a cache's panel
   };
   const auto some = [](int64_t most) { return 1 + static_cast<int64_t>(random_bits() % static_cast<unsigned>(most)); };
   for (int i = 0; i < 24; ++i) {

@@ -95,7 +95,7 @@ class Forward {
   }
 
  private:
-  static constexpr int64_t kPanelBytes = int64_t{1280} << 10, kSumBytes = int64_t{512} << 10, kMostRows = 512;
+  static constexpr int64_t kSumBytes = int64_t{512} << 10, kMostRows = 512;
   static constexpr int64_t kMostScales = int64_t{64} << 10, kPiecesAhead = 2;
   const LinearProblem& p_;
   DensePanel panel_ = {};

@@ -20,6 +20,8 @@ namespace many_tokens_tiles {
 
 using many_tokens::Scale;
 
+inline constexpr int64_t kPanelBytes = int64_t{1280} << 10;  // that the second-level cache keeps beside all else
+
 // Dense operand of a chunk of tokens: tiles by slice, pair of tokens and step, so that what a block multiplies is one
 // stream, and a slice of all tokens another. The last pair has one tile a step where its tokens fill no second.
 struct DensePanel {
@@ -34,7 +36,7 @@ struct DensePanel {
   }
 };
 
-// The elements of tokens with some of them dropped, in memory order, as rows of kMost elements.
+// The elements of tokens with some of them dropped, in memory order, in rows of kMostAlone.
 inline void drop(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64_t begin, int64_t size, bfloat16* out) {
   for (int64_t t = 0; t < tokens; ++t, out += Slices::kMostAlone) {
     for (int64_t first = 0; first < size; first += Mask::kMax) {
@@ -47,7 +49,7 @@ inline void drop(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64
   }
 }
 
-// A strip of 32 ranks of a factor, over all slices: A as a, or B as b.
+// A strip of 32 ranks of a factor, over a slice: A as a, or B as b.
 template <WeightIs weight_is>
 void fill_factor(const Matrix<bfloat16>& factor, int64_t first_rank, int64_t ranks, const Slice& s, char* out) {
   if constexpr (weight_is == WeightIs::kA) {

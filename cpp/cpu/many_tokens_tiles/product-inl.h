@@ -92,8 +92,7 @@ class Chores {
   Block block;                   // to be written
 
  private:
-  static constexpr int64_t kFirstTile = 4,
-                           kSecondTile = 10;  // steps after which a tile of tokens of `block` is written
+  static constexpr int64_t kFirstTile = 4, kSecondTile = 10;  // steps before a tile of tokens of `block` is written
   const Op& op_;
   int64_t step_ = 0, output_stride_ = 0;
   const char* next_sums_ = nullptr;
@@ -111,7 +110,9 @@ class Product {
   // Groups of `group` rows or columns.
   Product(const Op& op, const Slices& slices, const DensePanel& panel, const Part& part, int64_t group)
       : op_(op), slices_(slices), panel_(panel), part_(part), group_(group), chores_(op) {
-    Carver memory(scratch(ScratchUse::kThread, bytes(op, slices, group, part.pairs)));
+    Carver sizes(nullptr);
+    carve(sizes);
+    Carver memory(scratch(ScratchUse::kThread, sizes.used()));
     carve(memory);
   }
 
@@ -138,10 +139,6 @@ class Product {
     return {p.group, 0, p.group};
   }
 
-  static int64_t bytes(const Op& op, const Slices& slices, int64_t group, int64_t pairs) {
-    return Op::kTogether * kPieceBytes + 2 * kBlockBytes + op.scale_floats(group) * 4 + 64 +
-           (slices.count() > 1 ? ceil_div(group, kPair) * pairs * kBlockBytes : 0);
-  }
   void carve(Carver& memory) {
     pieces_ = memory.take<char>(Op::kTogether * kPieceBytes);
     done_ = memory.take<char>(kBlockBytes);
@@ -248,8 +245,7 @@ void run_chunk(const Pool& pool, const Op& op, int64_t first, int64_t tokens, co
 template <class Op>
 void run(const Pool& pool, const Op& op, int64_t m, const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor,
          const Lora& lora, const Slices& slices, int64_t outer) {
-  constexpr int64_t kPanelBytes = int64_t{1280} << 10, kMostBytes = int64_t{16} << 20;  // wanted, allowed
-  constexpr int64_t kLeast = 256, kSmallWeight = 1 << 20;
+  constexpr int64_t kLeast = 256, kSmallWeight = 1 << 20, kMostBytes = int64_t{16} << 20;  // of a panel
   const int64_t depth = max(in.stride, 1);
   const int64_t fit = max(min(max(kPanelBytes / (2 * depth), kLeast), kMostBytes / (2 * depth)) & -kPair, kPair);
   const int64_t least_alone = in.stride * outer <= kSmallWeight ? kLeast / 2 : kLeast;
