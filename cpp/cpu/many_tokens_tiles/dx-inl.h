@@ -17,17 +17,14 @@ namespace many_tokens_tiles {
 
 class Dx {
  public:
+  using Problem = LinearDxProblem;
   static constexpr int64_t kTogether = 4;  // pieces, whose columns are a line of packed weights
   using Decoder = ColumnsDecoder<kTogether>;
   static constexpr WeightIs kWeightIs = WeightIs::kB;
   static constexpr bool kScalesOfSlice = true;
 
-  explicit Dx(const LinearDxProblem& p) : p_(p) {}
-  Dx of_chunk(const DensePanel& panel, int64_t first_token) const {
-    Dx d(p_);
-    d.panel_ = panel, d.first_token_ = first_token;
-    return d;
-  }
+  Dx(const Problem& p, const Chunk& chunk) : p_(p), chunk_(chunk) {}
+  const Chunk& chunk() const { return chunk_; }
 
   // As many columns as the second-level cache keeps sums of, beside one slice of the panel.
   int64_t group(const Slices&, const Part& part) const {
@@ -52,9 +49,9 @@ class Dx {
     for (int64_t c = 0; c < part.size; c += kPair) {
       const int64_t columns = min(kPair, part.size - c);
       for (int64_t q = 0; q < part.pairs; ++q, sums += kBlockBytes) {
-        const int64_t tiles = panel_.tiles_of(part.pair + q), token = (part.pair + q) * kPair;
-        for (int64_t t = 0; t < min(kPair, panel_.tokens - token); ++t) {
-          const Mask mask(p_.lora.dropout, (first_token_ + token + t) * p_.w.k + part.begin + c, columns);
+        const int64_t tiles = chunk_.panel.tiles_of(part.pair + q), token = (part.pair + q) * kPair;
+        for (int64_t t = 0; t < min(kPair, chunk_.panel.tokens - token); ++t) {
+          const Mask mask(p_.lora.dropout, (chunk_.first_token + token + t) * p_.w.k + part.begin + c, columns);
           F kept[2];
           unzip(mask(all, 0), mask(all, kLanes), kept[0], kept[1]);
           for (int64_t w = 0; w < 2; ++w) {
@@ -79,32 +76,27 @@ class Dx {
     return Fetch(p_.w.packed + (row * k + first) / 2, rows, columns / 2, k / 2, steps);
   }
 
-  char* output(int64_t column, int64_t pair) const {
-    return reinterpret_cast<char*>(static_cast<bfloat16*>(p_.dx) + (first_token_ + pair * kPair) * p_.w.k + column);
-  }
-  int64_t output_stride() const { return p_.w.k * 2; }
   // Rounds and writes tile `t` of the tokens of a block.
   void finish(const Block& b, int64_t t) const {
-    const int64_t tiles = panel_.tiles_of(b.pair), token = b.pair * kPair + t * kTileRows;
+    const int64_t tiles = chunk_.panel.tiles_of(b.pair), token = b.pair * kPair + t * kTileRows;
     if (t >= tiles) return;
-    bfloat16* out = static_cast<bfloat16*>(p_.dx) + (first_token_ + token) * p_.w.k + b.outer;
+    bfloat16* out = chunk_.at(token, b.outer);
     const char* row = b.sums + t * kTileBytes;
-    for (int64_t i = 0; i < min(kTileRows, panel_.tokens - token); ++i, out += p_.w.k, row += kRowBytes)
+    for (int64_t i = 0; i < min(kTileRows, chunk_.panel.tokens - token); ++i, out += p_.w.k, row += kRowBytes)
       Words::store_pairs(out, Words::round_pair(load_row(row), load_row(row + tiles * kTileBytes)), b.count);
   }
 
  private:
   static constexpr int64_t kSumBytes = int64_t{512} << 10, kMostColumns = 2048;
-  const LinearDxProblem& p_;
-  DensePanel panel_ = {};
-  int64_t first_token_ = 0;
+  const Problem& p_;
+  const Chunk chunk_;
 };
 
 inline void dx(const Pool& pool, const LinearDxProblem& p) {
   const Slices slices(p.w.n, p.m <= 64 ? 128 : Slices::kMost, p.lora.rank, p.lora.dropout.active());
   const Matrix<bfloat16> dy{static_cast<const bfloat16*>(p.dy), p.w.n};
   const Matrix<bfloat16> b{static_cast<const bfloat16*>(p.lora.b), p.lora.rank};
-  run(pool, Dx(p), p.m, dy, b, p.lora, slices, p.w.k);
+  run<Dx>(pool, p, dy, b, slices, p.dx, p.w.k);
 }
 
 }  // namespace many_tokens_tiles

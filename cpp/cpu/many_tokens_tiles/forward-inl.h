@@ -17,22 +17,19 @@ namespace many_tokens_tiles {
 
 class Forward {
  public:
+  using Problem = LinearProblem;
   using Decoder = RowsDecoder;
   static constexpr WeightIs kWeightIs = WeightIs::kA;
   static constexpr bool kScalesOfSlice = false;
   static constexpr int64_t kTogether = 1;
 
-  explicit Forward(const LinearProblem& p) : p_(p) {}
-  Forward of_chunk(const DensePanel& panel, int64_t first_token) const {
-    Forward f(p_);
-    f.panel_ = panel, f.first_token_ = first_token;
-    return f;
-  }
+  Forward(const Problem& p, const Chunk& chunk) : p_(p), chunk_(chunk) {}
+  const Chunk& chunk() const { return chunk_; }
 
   // As many rows as the second-level cache keeps sums of, beside one slice of the panel; but where it has room for all
   // of the panel, one strip after the other, which reads W as it lies in memory.
   int64_t group(const Slices& slices, const Part& part) const {
-    if (panel_.token_tiles() * slices.steps() * kTileBytes <= kPanelBytes) return kPair;
+    if (chunk_.panel.token_tiles() * slices.steps() * kTileBytes <= kPanelBytes) return kPair;
     int64_t rows = min(kSumBytes / (part.pairs * kBlockBytes), kMostRows / kPair) * kPair;
     while (rows > kPair && scale_floats(rows) > kMostScales) rows -= kPair;
     return min(max(rows, kPair), round_up(part.size, kPair));
@@ -68,13 +65,9 @@ class Forward {
     return Fetch(p_.w.packed + (row * k + s.begin) / 2, min(kPair, p_.w.n - row), s.size / 2, k / 2, steps);
   }
 
-  char* output(int64_t row, int64_t pair) const {
-    return reinterpret_cast<char*>(static_cast<bfloat16*>(p_.y) + (first_token_ + pair * kPair) * p_.w.n + row);
-  }
-  int64_t output_stride() const { return p_.w.n * 2; }
   // Rounds and writes tile `t` of the tokens of a block, transposed.
   void finish(const Block& b, int64_t t) const {
-    const int64_t tiles = panel_.tiles_of(b.pair), token = b.pair * kPair + t * kTileRows;
+    const int64_t tiles = chunk_.panel.tiles_of(b.pair), token = b.pair * kPair + t * kTileRows;
     if (t >= tiles) return;
     const bfloat16* const bias = p_.bias ? static_cast<const bfloat16*>(p_.bias) + b.outer : nullptr;
     F v[kLanes];
@@ -89,24 +82,23 @@ class Forward {
       v[i.value] = Words::as_floats(Words::round_pair(row, next));
     });
     transpose(v);
-    bfloat16* const out = static_cast<bfloat16*>(p_.y) + (first_token_ + token) * p_.w.n + b.outer;
-    const int64_t tokens = min(kTileRows, panel_.tokens - token);
+    bfloat16* const out = chunk_.at(token, b.outer);
+    const int64_t tokens = min(kTileRows, chunk_.panel.tokens - token);
     for (int64_t i = 0; i < tokens; ++i) Words::store_pairs(out + i * p_.w.n, Words::as_words(v[i]), b.count);
   }
 
  private:
   static constexpr int64_t kSumBytes = int64_t{512} << 10, kMostRows = 512;
   static constexpr int64_t kMostScales = int64_t{64} << 10, kPiecesAhead = 2;
-  const LinearProblem& p_;
-  DensePanel panel_ = {};
-  int64_t first_token_ = 0;
+  const Problem& p_;
+  const Chunk chunk_;
 };
 
 inline void forward(const Pool& pool, const LinearProblem& p) {
   const Slices slices(p.w.k, Slices::kMost, p.lora.rank, false);
   const Matrix<bfloat16> x{static_cast<const bfloat16*>(p.x), p.w.k, p.lora.dropout};
   const Matrix<bfloat16> a{static_cast<const bfloat16*>(p.lora.a), p.w.k};
-  run(pool, Forward(p), p.m, x, a, p.lora, slices, p.w.n);
+  run<Forward>(pool, p, x, a, slices, p.y, p.w.n);
 }
 
 }  // namespace many_tokens_tiles

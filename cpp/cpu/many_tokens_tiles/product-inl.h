@@ -6,9 +6,9 @@
 //         for each pair of tokens: a block
 //
 // A core that multiplies tiles has its vector unit free, but looks ahead no further than a few steps: a row of a tile
-// is a load, and a step has 64. So what can be done in small parts is done between the steps of a block (Chores): the
-// block before this one is rounded and written, and what comes next is asked for. Decoding is not: done between the
-// steps, too (measured), it held the tiles up for as long as it takes.
+// is a load, and a step has 64. So other work is done in small parts between the steps of a block (Chores): the first
+// block that reads a piece decodes it a step ahead, the block before this one is rounded and written, and what comes
+// next is asked for.
 #pragma once
 
 #include <cstdint>
@@ -56,15 +56,24 @@ struct Block {
   int64_t outer = 0, count = 0, pair = 0;  // of W's rows or columns, from `outer` on; and of the panel's tokens
 };
 
+// The tokens that a product is of, [first_token, first_token + panel.tokens), and where it goes.
+struct Chunk {
+  DensePanel panel;
+  int64_t first_token;
+  bfloat16* output;        // of all tokens, row by row
+  int64_t output_columns;  // in a row
+
+  // That of the panel's token `token` and W's row or column `outer`.
+  bfloat16* at(int64_t token, int64_t outer) const { return output + (first_token + token) * output_columns + outer; }
+};
+
 // What is done between the steps of a block. Op is Forward or Dx.
 template <class Op>
 class Chores {
  public:
   Chores(const Op& op) : op_(op) {}
 
-  void begin_block(const char* next_sums, char* output, int64_t output_stride) {
-    step_ = 0, next_sums_ = next_sums, output_ = output, output_stride_ = output_stride;
-  }
+  void begin_block(const char* next_sums, bfloat16* output) { step_ = 0, next_sums_ = next_sums, output_ = output; }
   void step() {
     if (next_sums_) {
       for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(next_sums_ + i * Fetch::kLine, 0, 3);
@@ -72,8 +81,8 @@ class Chores {
     }
     if (output_) {
       __builtin_prefetch(output_, 1, 3);
-      __builtin_prefetch(output_ + output_stride_, 1, 3);
-      output_ += 2 * output_stride_;
+      __builtin_prefetch(output_ + op_.chunk().output_columns, 1, 3);
+      output_ += 2 * op_.chunk().output_columns;
     }
     fetch.step();
     decoder.step();
@@ -94,9 +103,9 @@ class Chores {
  private:
   static constexpr int64_t kFirstTile = 4, kSecondTile = 10;  // steps before a tile of tokens of `block` is written
   const Op& op_;
-  int64_t step_ = 0, output_stride_ = 0;
+  int64_t step_ = 0;
   const char* next_sums_ = nullptr;
-  char* output_ = nullptr;
+  bfloat16* output_ = nullptr;
 };
 
 // A product's part of `size` rows or columns of W, from `begin` on, and of pairs [pair, pair + pairs).
@@ -107,9 +116,8 @@ struct Part {
 template <class Op>
 class Product {
  public:
-  // Groups of `group` rows or columns.
-  Product(const Op& op, const Slices& slices, const DensePanel& panel, const Part& part, int64_t group)
-      : op_(op), slices_(slices), panel_(panel), part_(part), group_(group), chores_(op) {
+  Product(const Op& op, const Slices& slices, const Part& part)
+      : op_(op), slices_(slices), part_(part), group_(op.group(slices, part)), chores_(op) {
     Carver sizes(nullptr);
     carve(sizes);
     Carver memory(scratch(ScratchUse::kThread, sizes.used()));
@@ -119,7 +127,7 @@ class Product {
   void operator()() {
     Place place{part_.begin, 0, part_.begin};
     while (place.piece < end()) place = multiply(place);
-    chores_.begin_block(nullptr, nullptr, 0);  // for the last block
+    chores_.begin_block(nullptr, nullptr);  // for the last block
     chores_.end_block();
   }
 
@@ -171,9 +179,9 @@ class Product {
     const char* const piece = pieces_ + of_pieces * kPieceBytes;
     for (int64_t q = 0; q < part_.pairs; ++q, sums += kBlockBytes) {
       const int64_t pair = part_.pair + q;
-      chores_.begin_block(first ? nullptr : sums + kBlockBytes, last ? op_.output(p.piece, pair) : nullptr,
-                          op_.output_stride());
-      multiply_block<Op::kWeightIs>(panel_.tiles_of(pair), piece, panel_.piece(s, pair), s.steps, sums, first,
+      const Chunk& chunk = op_.chunk();
+      chores_.begin_block(first ? nullptr : sums + kBlockBytes, last ? chunk.at(pair * kPair, p.piece) : nullptr);
+      multiply_block<Op::kWeightIs>(chunk.panel.tiles_of(pair), piece, chunk.panel.piece(s, pair), s.steps, sums, first,
                                     last ? done_ : sums, chores_);
       chores_.end_block();
       if (last) {
@@ -189,9 +197,8 @@ class Product {
 
   const Op& op_;
   const Slices& slices_;
-  const DensePanel& panel_;
   const Part part_;
-  const int64_t group_;
+  const int64_t group_;  // rows or columns of a group
   Chores<Op> chores_;
   ScaledPiece source_;
   char *pieces_, *sums_, *done_, *other_done_;
@@ -204,11 +211,13 @@ inline const Pool kThisThread = {[](int64_t count, int64_t, Pool::Body body, voi
                                  },
                                  1};
 
-// A product of the tokens [first, first + tokens): `in` is its dense operand [m, depth], `factor` that of its low-rank
-// intermediate, `outer` the rows or columns of W that are not summed.
+// A product of the tokens [first, first + tokens) of `p`: `in` is its dense operand [m, depth], `factor` that of its
+// low-rank intermediate, `out` [m, outer] its output, whose columns are the rows or columns of W that are not summed.
 template <class Op>
-void run_chunk(const Pool& pool, const Op& op, int64_t first, int64_t tokens, const Matrix<bfloat16>& in,
-               const Matrix<bfloat16>& factor, const Lora& lora, const Slices& slices, int64_t outer) {
+void run_chunk(const Pool& pool, const typename Op::Problem& p, int64_t first, int64_t tokens,
+               const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor, const Slices& slices, bfloat16* out,
+               int64_t outer) {
+  const Lora& lora = p.lora;
   const Matrix<bfloat16> all{in.data, in.stride};
   DensePanel panel{nullptr, tokens};
   const int64_t panel_bytes = panel.token_tiles() * slices.steps() * kTileBytes;
@@ -224,7 +233,7 @@ void run_chunk(const Pool& pool, const Op& op, int64_t first, int64_t tokens, co
   };
   pool(slices.element_slices() * panel.pairs(), 1, pack);
   if (lora.rank) add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes);
-  const Op of_chunk = op.of_chunk(panel, first);
+  const Op op(p, {panel, first, out, outer});
   const many_tokens::Grid grid = many_tokens::make_grid(pool.threads, outer, outer, kPair, tokens, tokens);
   auto body = [&](int64_t begin, int64_t end) {
     const tiles::Session session;
@@ -232,7 +241,7 @@ void run_chunk(const Pool& pool, const Op& op, int64_t first, int64_t tokens, co
       const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
       const Part part{row, min(grid.rows.size, outer - row), token / kPair,
                       ceil_div(min(grid.tokens.size, tokens - token), kPair)};
-      Product<Op> product(of_chunk, slices, panel, part, of_chunk.group(slices, part));
+      Product<Op> product(op, slices, part);
       product();
     }
   };
@@ -243,8 +252,10 @@ void run_chunk(const Pool& pool, const Op& op, int64_t first, int64_t tokens, co
 // no thread waits for another; otherwise all threads share a chunk, each with some rows or columns of W. W is decoded
 // anew for each chunk, so the chunk of a thread should not be smaller than a shared one, unless W is small itself.
 template <class Op>
-void run(const Pool& pool, const Op& op, int64_t m, const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor,
-         const Lora& lora, const Slices& slices, int64_t outer) {
+void run(const Pool& pool, const typename Op::Problem& p, const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor,
+         const Slices& slices, void* output, int64_t outer) {
+  bfloat16* const out = static_cast<bfloat16*>(output);
+  const int64_t m = p.m;
   constexpr int64_t kLeast = 256, kSmallWeight = 1 << 20, kMostBytes = int64_t{16} << 20;  // of a panel
   const int64_t depth = max(in.stride, 1);
   const int64_t fit = max(min(max(kPanelBytes / (2 * depth), kLeast), kMostBytes / (2 * depth)) & -kPair, kPair);
@@ -255,14 +266,14 @@ void run(const Pool& pool, const Op& op, int64_t m, const Matrix<bfloat16>& in, 
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t first = i * chunk.size;
-        run_chunk(kThisThread, op, first, min(chunk.size, m - first), in, factor, lora, slices, outer);
+        run_chunk<Op>(kThisThread, p, first, min(chunk.size, m - first), in, factor, slices, out, outer);
       }
     };
     pool(chunk.count, 1, body);
   } else {
     const many_tokens::Cut chunk = many_tokens::cut(m, fit, kPair);
     for (int64_t first = 0; first < m; first += chunk.size)
-      run_chunk(pool, op, first, min(chunk.size, m - first), in, factor, lora, slices, outer);
+      run_chunk<Op>(pool, p, first, min(chunk.size, m - first), in, factor, slices, out, outer);
   }
 }
 

@@ -19,19 +19,22 @@ namespace tiles {
 // the same threads, and clears it in the end: tiles that stay in use make every context switch save them.
 class Session {
  public:
-  Session() {
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } const config;
-    static_assert(sizeof(config) == 64);
-    _tile_loadconfig(&config);
-  }
+  Session() { _tile_loadconfig(&kConfig); }
   ~Session() { _tile_release(); }
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette = 1, start_row = 0, reserved[14] = {};
+    uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  static_assert(sizeof(Config) == 64);
+  // Never a local: GCC's intrinsic says that it reads the first 8 bytes, and stores to the others could be left out.
+  static const Config kConfig;
 };
+inline constexpr Session::Config Session::kConfig = {};
 
 // In assembly: the macros of GCC 12 want a literal for a tile's number, and hold up every other access to memory.
 using Tile = char[1024];

@@ -70,40 +70,37 @@ struct WordBf16 {
     store(out + 16, round_pair(v[1], v[3]));
   }
 
-  // The words of a group of lanes, (row, next row): of element 4i + j in vector j, lane i.
-  static void decode_lanes(const uint8_t* packed, const uint8_t* next, float scale, float next_scale,
-                           Vector (&out)[4]) {
-    const Table nf4 = nf4_table();
-    const U table = (U)_mm512_cvtne2ps_pbh(scaled(nf4, splat(next_scale)).value, scaled(nf4, splat(scale)).value);
-    const U codes = _mm512_or_si512(load_codes(packed), _mm512_slli_epi32(load_codes(next), 16));
-    const auto words = [&](U shifted) {  // 0xEA: (a & b) | c
-      const U index =
-          _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA);
-      return _mm512_permutexvar_epi16(index, table);
-    };
-    out[0] = words(_mm512_srli_epi16(codes, 4));
-    out[1] = words(codes);
-    out[2] = words(_mm512_srli_epi16(codes, 12));
-    out[3] = words(_mm512_srli_epi16(codes, 8));
-  }
-
-  // Half a group of two rows, decoded to words (row, next row) of columns 2i and 2i + 1 in lane i of two vectors.
+  // What the codes of a row and of the next one stand for, and the words (row, next row) of codes in the low four bits
+  // of each half of a lane.
   static U row_table(float scale, float next_scale) {
     const Table nf4 = nf4_table();
     return (U)_mm512_cvtne2ps_pbh(scaled(nf4, splat(next_scale)).value, scaled(nf4, splat(scale)).value);
   }
+  static U row_words(U codes, U table) {  // 0xEA: (a & b) | c
+    const U index =
+        _mm512_ternarylogic_epi32(codes, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA);
+    return _mm512_permutexvar_epi16(index, table);
+  }
+
+  // The words of a group of lanes, (row, next row): of element 4i + j in vector j, lane i.
+  static void decode_lanes(const uint8_t* packed, const uint8_t* next, float scale, float next_scale,
+                           Vector (&out)[4]) {
+    const U table = row_table(scale, next_scale);
+    const U codes = _mm512_or_si512(load_codes(packed), _mm512_slli_epi32(load_codes(next), 16));
+    out[0] = row_words(_mm512_srli_epi16(codes, 4), table);
+    out[1] = row_words(codes, table);
+    out[2] = row_words(_mm512_srli_epi16(codes, 12), table);
+    out[3] = row_words(_mm512_srli_epi16(codes, 8), table);
+  }
+
+  // Half a group of two rows, decoded to words (row, next row) of columns 2i and 2i + 1 in lane i of two vectors.
   static void decode_columns(const uint8_t* packed, const uint8_t* next, U table, Vector (&out)[2]) {
     const auto load_bytes = [](const uint8_t* p) {
       return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     };
     const U codes = _mm512_or_si512(load_bytes(packed), _mm512_slli_epi32(load_bytes(next), 16));
-    const auto words = [&](U shifted) {  // 0xEA: (a & b) | c
-      const U index =
-          _mm512_ternarylogic_epi32(shifted, _mm512_set1_epi32(0x000F000F), _mm512_set1_epi32(0x00100000), 0xEA);
-      return _mm512_permutexvar_epi16(index, table);
-    };
-    out[0] = words(_mm512_srli_epi32(codes, 4));
-    out[1] = words(codes);
+    out[0] = row_words(_mm512_srli_epi32(codes, 4), table);
+    out[1] = row_words(codes, table);
   }
   // Of two rows as they lie in memory, up to 32 elements of each: the words (row, next row) of elements 2i and 2i + 1.
   static void pair_rows(F row, F next, Vector (&out)[2]) {
