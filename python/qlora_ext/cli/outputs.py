@@ -26,7 +26,8 @@ def _resolved(name: str) -> pathlib.Path:
         raise UserError("--output: expected the name of a directory, got an empty one")
     try:
         path = pathlib.Path(name).expanduser().resolve()
-        path.exists()  # a name that is too long says so here
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()  # here says so a name that is too long, or a circle of links, which Python 3.13 resolves
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"--output {name[:80]!r}: no directory can have that name ({reason})") from error
