@@ -5,6 +5,7 @@
 
 #include "cpp/format/print_kernels.h"
 #include "cpp/ops/calls.h"
+#include "cpp/ops/value_error.h"
 #include "cuda/launch/choice.h"
 #include "cuda/launch/codec.h"
 #include "cuda/launch/device.h"
@@ -255,11 +256,11 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, c
 }  // namespace qlora
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
-  m.impl("quantize_nf4", TORCH_BOX(&qlora::quantize_nf4));
-  m.impl("quantize_absmax", TORCH_BOX(&qlora::quantize_absmax));
-  m.impl("dequantize_absmax", TORCH_BOX(&qlora::dequantize_absmax));
-  m.impl("dequantize_nf4", TORCH_BOX(&qlora::dequantize_nf4));
-  m.impl("linear_nf4", TORCH_BOX(&qlora::linear_nf4));
-  m.impl("linear_nf4_dx", TORCH_BOX(&qlora::linear_nf4_dx));
-  m.impl("linear_nf4_dlora", TORCH_BOX(&qlora::linear_nf4_dlora));
+  m.impl("quantize_nf4", QLORA_BOX(&qlora::quantize_nf4));
+  m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
+  m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
+  m.impl("dequantize_nf4", QLORA_BOX(&qlora::dequantize_nf4));
+  m.impl("linear_nf4", QLORA_BOX(&qlora::linear_nf4));
+  m.impl("linear_nf4_dx", QLORA_BOX(&qlora::linear_nf4_dx));
+  m.impl("linear_nf4_dlora", QLORA_BOX(&qlora::linear_nf4_dlora));
 }

@@ -4,6 +4,7 @@
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/ops/calls.h"
+#include "cpp/ops/value_error.h"
 
 namespace qlora {
 namespace {
@@ -93,11 +94,11 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, c
 }  // namespace qlora
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
-  m.impl("quantize_nf4", TORCH_BOX(&qlora::quantize_nf4));
-  m.impl("quantize_absmax", TORCH_BOX(&qlora::quantize_absmax));
-  m.impl("dequantize_absmax", TORCH_BOX(&qlora::dequantize_absmax));
-  m.impl("dequantize_nf4", TORCH_BOX(&qlora::dequantize_nf4));
-  m.impl("linear_nf4", TORCH_BOX(&qlora::linear_nf4));
-  m.impl("linear_nf4_dx", TORCH_BOX(&qlora::linear_nf4_dx));
-  m.impl("linear_nf4_dlora", TORCH_BOX(&qlora::linear_nf4_dlora));
+  m.impl("quantize_nf4", QLORA_BOX(&qlora::quantize_nf4));
+  m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
+  m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
+  m.impl("dequantize_nf4", QLORA_BOX(&qlora::dequantize_nf4));
+  m.impl("linear_nf4", QLORA_BOX(&qlora::linear_nf4));
+  m.impl("linear_nf4_dx", QLORA_BOX(&qlora::linear_nf4_dx));
+  m.impl("linear_nf4_dlora", QLORA_BOX(&qlora::linear_nf4_dlora));
 }

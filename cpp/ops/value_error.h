@@ -1,0 +1,45 @@
+// A wrong argument as Python's ValueError, for an operator of any supported torch: QLORA_BOX(&f) is TORCH_BOX(&f) that
+// does so. std::invalid_argument became a ValueError where pybind11 called the operator; torch 2.15 calls it without,
+// and knows of what it did not throw itself only pybind11's exceptions. They are recognised by their names, so this
+// declares the one that is needed, without pybind11 and Python in a library that programs without Python load too:
+// hence the weak references.
+#pragma once
+
+#include <stdexcept>
+
+#include "cpp/ops/stable.h"
+
+struct _object;
+extern "C" __attribute__((weak)) _object* PyExc_ValueError;
+extern "C" __attribute__((weak)) void PyErr_SetString(_object* type, const char* text);
+
+namespace pybind11 {
+
+class __attribute__((visibility("default"))) builtin_exception : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+  virtual void set_error() const = 0;  // called by torch, with the GIL held
+};
+
+}  // namespace pybind11
+
+namespace qlora {
+
+class ValueError final : public pybind11::builtin_exception {
+ public:
+  using builtin_exception::builtin_exception;
+  void set_error() const override { PyErr_SetString(PyExc_ValueError, what()); }
+};
+
+template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>
+void with_value_errors(StableIValue* stack, uint64_t arguments, uint64_t outputs) {
+  try {
+    boxed(stack, arguments, outputs);
+  } catch (const std::invalid_argument& error) {
+    throw ValueError(error.what());
+  }
+}
+
+}  // namespace qlora
+
+#define QLORA_BOX(implementation) &qlora::with_value_errors<&TORCH_BOX(implementation)>
