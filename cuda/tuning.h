@@ -12,10 +12,11 @@ namespace qlora::cuda {
 
 // What the choices depend on.
 struct Device {
+  int index = 0;
   int sm_count = 0;
   int arch = 0;            // 10 * major + minor
   int shared_per_cta = 0;  // bytes a CTA may opt in to
-  int shared_per_sm = 0;   // bytes
+  int l2_bytes = 0;
 };
 
 // What a linear operator runs with. QLORA_PRINT_KERNELS=1 shows it, with the parameters below.
@@ -36,16 +37,24 @@ constexpr Kernel fused_kernel(DType dtype, bool ragged) {
   return dtype == DType::kFloat32 ? Kernel::kExact : ragged ? Kernel::kRagged : Kernel::kTensorCores;
 }
 
-// The codec's kernels: enough CTAs to fill the device, and no more, because a CTA stages its tables once and then
-// strides over the tensor.
-struct CodecConfig {
-  static constexpr int kThreads = 256;
-  static constexpr int kCtasPerSm = 8;  // 2048 threads an SM at 32 registers a thread; CTAs that do not fit queue
-};
+// The codec's kernels: as many CTAs as the device holds at once, because a CTA stages its tables once and then strides
+// over the tensor.
+inline constexpr int kCodecThreads = 256;
 
 // CTAs for `work` CTA-sized pieces.
-constexpr int64_t codec_grid(int64_t work, const Device& device) {
-  return std::min<int64_t>(work, int64_t{device.sm_count} * CodecConfig::kCtasPerSm);
+constexpr int64_t codec_grid(int64_t work, int ctas_per_sm, const Device& device) {
+  return std::min<int64_t>(work, int64_t{device.sm_count} * ctas_per_sm);
+}
+
+// The fewest parts that a sum is split into whose `cost(parts)` is within a twentieth of the best of 1 .. limit: the
+// models below are no better than that, and each part is more work in all.
+template <class Cost>
+constexpr int64_t cheapest_splits(int64_t limit, const Cost& cost) {
+  int64_t best = cost(1);
+  for (int64_t s = 2; s <= limit; ++s) best = std::min(best, cost(s));
+  int64_t splits = 1;
+  while (20 * cost(splits) > 21 * best) ++splits;
+  return splits;
 }
 
 // dX: tiles of `tokens` x `columns` outputs, the sum over rows split over `splits` CTAs.
@@ -59,30 +68,32 @@ struct DxConfig {
 };
 
 // Tile: the fewest tokens that hold m, to decode each weight once up to 64.
-//
-// Splits: as many as the device holds CTAs, if that pays. A model of an H100, not a measurement: a stage of 64 rows
-// takes a CTA 640 cycles (issue: 8 warps x 320 instructions over 4 schedulers), and the last CTA of a tile adds up a
-// split of 64 tokens x 256 columns (64 KB from L2, 64 bytes a cycle) in 1000, of fewer tokens in proportion. The fewest
-// splits within a twentieth of the best are taken: the model is no better than that, and each split is more work in
-// all.
-inline DxConfig dx_config(int64_t m, int64_t n, int64_t k, Kernel kernel, const Device& device) {
-  constexpr int64_t kStageCycles = 640, kSplitCycles = 1000;
-  const bool exact = kernel == Kernel::kExact, ragged = kernel == Kernel::kRagged;
+constexpr DxConfig dx_tile(int64_t m, Kernel kernel) {
   DxConfig c;
   c.kernel = kernel;
-  c.columns = exact ? 128 : 256;
-  c.tokens = exact ? 16 : ragged ? DxConfig::kRaggedTokens : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64;
+  c.columns = kernel == Kernel::kExact ? 128 : 256;
+  c.tokens = kernel == Kernel::kExact    ? 16
+             : kernel == Kernel::kRagged ? DxConfig::kRaggedTokens
+             : m <= 8                    ? 8
+             : m <= 16                   ? 16
+             : m <= 32                   ? 32
+                                         : 64;
+  return c;
+}
+
+// Splits of a tile's sum, where an SM holds `ctas_per_sm` of its CTAs. A model of an H100, not a measurement: a stage
+// of 64 rows takes a CTA 640 cycles (issue: 8 warps x 320 instructions over 4 schedulers), its tables another one; CTAs
+// come in waves of as many as the device holds; and the last CTA of a tile adds up a split of 64 tokens x 256 columns
+// (64 KB from L2, 64 bytes a cycle) in 1000, of fewer tokens in proportion.
+constexpr DxConfig dx_config(DxConfig c, int64_t m, int64_t n, int64_t k, int ctas_per_sm, const Device& device) {
+  constexpr int64_t kStageCycles = 640, kSplitCycles = 1000;
   const int64_t tiles = ceil_div(m, c.tokens) * ceil_div(k, c.columns);
   const int64_t stages = std::max<int64_t>(ceil_div(n, DxConfig::kStageRows), 1);
-  const int64_t ctas_per_sm = exact ? 3 : c.tokens <= 16 ? 2 : 1;
-  const int64_t to_fill = std::clamp<int64_t>(device.sm_count * ctas_per_sm / std::max<int64_t>(tiles, 1), 1, stages);
-  const auto cycles = [&](int64_t splits) {
-    return ceil_div(stages, splits) * kStageCycles + (splits > 1 ? splits * kSplitCycles * c.tokens / 64 : 0);
-  };
-  int64_t best = cycles(1);
-  for (int64_t s = 2; s <= to_fill; ++s) best = std::min(best, cycles(s));
-  int64_t splits = 1;
-  while (20 * cycles(splits) > 21 * best) ++splits;
+  const int64_t slots = std::max<int64_t>(int64_t{device.sm_count} * ctas_per_sm, 1);
+  const int64_t splits = cheapest_splits(std::min(stages, slots), [&](int64_t s) {
+    return ceil_div(tiles * s, slots) * (ceil_div(stages, s) + 1) * kStageCycles +
+           (s > 1 ? s * kSplitCycles * c.tokens / 64 : 0);
+  });
   const int64_t stages_per_split = ceil_div(stages, splits);
   c.rows_per_split = stages_per_split * DxConfig::kStageRows;
   c.splits = ceil_div(stages, stages_per_split);
@@ -95,15 +106,22 @@ struct DLoraConfig {
   int64_t ranks = 16, splits = 1, tokens_per_split = 0;
 };
 
-// Ranks: few enough for the accumulators (64 ranks are 128 registers), many enough to read x and dy once. Splits: what
-// fills the device, two CTAs an SM, as long as each of a CTA's eight warps has eight steps of 16 tokens.
-inline DLoraConfig dlora_config(int64_t m, int64_t n, int64_t k, int64_t rank, Kernel kernel, const Device& device) {
+// Few enough for the accumulators (64 ranks are 128 registers), many enough to read x and dy once.
+constexpr int64_t dlora_ranks(int64_t rank, Kernel kernel) {
+  return kernel == Kernel::kExact || rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
+}
+
+// Splits: what fills the device, where an SM holds `ctas_per_sm`, as long as each of a CTA's eight warps has eight
+// steps of 16 tokens.
+constexpr DLoraConfig dlora_config(int64_t m, int64_t n, int64_t k, int64_t rank, Kernel kernel, int ctas_per_sm,
+                                   const Device& device) {
   constexpr int64_t kTokens = 8 * 16;  // that the warps of a CTA take at once
   DLoraConfig c;
   c.kernel = kernel;
-  c.ranks = kernel == Kernel::kExact || rank <= 16 ? 16 : rank <= 32 ? 32 : 64;
+  c.ranks = dlora_ranks(rank, kernel);
   const int64_t tiles = (ceil_div(k, 64) + ceil_div(n, 64)) * ceil_div(rank, c.ranks);
-  const int64_t to_fill = std::max<int64_t>(2 * device.sm_count / std::max<int64_t>(tiles, 1), 1);
+  const int64_t slots = int64_t{device.sm_count} * ctas_per_sm;
+  const int64_t to_fill = std::max<int64_t>(slots / std::max<int64_t>(tiles, 1), 1);
   const int64_t splits = std::clamp<int64_t>(ceil_div(m, 8 * kTokens), 1, to_fill);
   c.tokens_per_split = ceil_div(ceil_div(m, splits), kTokens) * kTokens;
   c.splits = ceil_div(m, c.tokens_per_split);
@@ -112,56 +130,50 @@ inline DLoraConfig dlora_config(int64_t m, int64_t n, int64_t k, int64_t rank, K
 
 // ---- fused kernel, or dequantize and a library GEMM ----
 //
-// Roofline model, not measured on a card. Both ways cost a time in proportion to n * k. Fused, each token costs its
-// multiply-adds at what a kernel on mma.sync reaches; the library costs one decode of the weight besides (2.63 bytes an
-// element, block 64 with nested scales, 16-bit out), but its tokens are cheaper. They meet at
-//   m = decode_time / (fused_time_per_token - library_time_per_token).
-struct Ceiling {
-  int arch;                 // of this one and above, up to the next row
-  double bytes_per_second;  // memory, from the vendor's data sheet
-  double mma_flops;         // dense bfloat16 with mma.sync: the data sheet's, or two thirds of it where wgmma is needed
-  double library_flops;     // dense bfloat16, data sheet
+// Both ways cost a time in proportion to n * k. Fused, each token costs its multiply-adds at what mma.sync reaches; the
+// library costs one decode of the weight besides, but its tokens are cheaper. None of these numbers was measured with
+// these kernels: each lies between two others, and says which.
+struct Crossover {
+  int arch;        // of this one and above, up to the next row
+  int64_t tokens;  // from which the library is chosen
+};
+inline constexpr int64_t kNever = INT64_MAX;
+
+// `model`: decoding 2.63 bytes an element at 0.9 of the data sheet's memory rate, against the difference of a token's
+// multiply-adds at 0.6 of the mma.sync rate and at 0.75 of the dense rate. `bnb`: where bitsandbytes 0.50 leaves its
+// own mma.sync kernel, by its calibration on cards (its dispatch table), at many CTAs.
+inline constexpr Crossover kCrossovers[] = {
+    {80, 256},      // A100: bnb 128, model 640
+    {86, kNever},   // A40, RTX 3090, 4090, L40S: the tensor cores are the bound and hide the decode; bnb 256
+    {90, 128},      // H100: bnb 64, model 320
+    {100, 64},      // B200, B300: bnb 32, model 64
+    {110, 512},     // Thor: model 1000 at its memory's rate; bnb 256 on GB10
+    {120, kNever},  // RTX 5090, RTX PRO 6000: as the 4090, model 1200
 };
 
-inline constexpr Ceiling kCeilings[] = {
-    {80, 2.0e12, 312e12, 312e12},    // A100 80 GB
-    {90, 3.35e12, 660e12, 989e12},   // H100 SXM
-    {100, 8.0e12, 740e12, 2250e12},  // B200
-    {120, 1.8e12, 500e12, 500e12},   // RTX PRO 6000
-};
-
-constexpr int64_t roofline_crossover(const Ceiling& c) {
-  constexpr double kMemoryShare = 0.9, kFusedShare = 0.6, kLibraryShare = 0.75, kBytesDecoded = 2.63;
-  const double decode = kBytesDecoded / (kMemoryShare * c.bytes_per_second);
-  const double per_token = 2.0 / (kFusedShare * c.mma_flops) - 2.0 / (kLibraryShare * c.library_flops);
-  return static_cast<int64_t>(decode / per_token) / 64 * 64;
-}
-
-// Tokens from which the library is chosen. Shapes and types that the tensor core kernels do not take (float32, k that
-// is no multiple of 64, blocks of 32) decode for every 64 tokens again with plain arithmetic: the library is ahead as
-// soon as that happens twice.
+// Shapes and types that the tensor core kernels do not take (float32, k that is no multiple of 64, blocks of 32) decode
+// for every 64 tokens again with plain arithmetic: the library is ahead as soon as that happens twice.
 constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device) {
   constexpr int64_t kTokensPerDecode = 64;
   if (dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64) return kTokensPerDecode + 1;
-  const Ceiling* best = kCeilings;
-  for (const Ceiling& c : kCeilings) {
+  const Crossover* best = kCrossovers;
+  for (const Crossover& c : kCrossovers) {
     if (device.arch >= c.arch) best = &c;
   }
-  return roofline_crossover(*best);
+  return best->tokens;
 }
 
-// Rows of w [n, k] that are decoded at a time for the library: as many as the workspace's bound allows, in steps that
-// keep the first element of each panel a multiple of the largest block.
-inline constexpr int64_t kLibraryWorkspaceBytes = int64_t{512} << 20;  // a whole (28672, 8192) in 16 bits
-
-constexpr int64_t library_panel_rows(int64_t n, int64_t k, DType dtype) {
-  const int64_t step = kMaxBlockSize / std::gcd(kMaxBlockSize, std::max<int64_t>(k, 1));
-  const int64_t fit = kLibraryWorkspaceBytes / (std::max<int64_t>(k, 1) * dtype_bytes(dtype)) / step * step;
-  return std::min(n, std::max(fit, step));
+// For the library the weight is decoded a panel at a time, as much of it as stays in half of L2 beside the panel's
+// float32 sums, where there are such: nothing but outputs then has to go to memory. `columns` of the output, `inner`
+// terms each. A panel has 512 columns at least, because a GEMM's own tiles (128 x 256) no longer fill a device with
+// fewer, and a multiple of `step`; panels are equal, so that the last is no remainder.
+constexpr int64_t library_panel_columns(int64_t m, int64_t inner, int64_t columns, int64_t step, bool float32_sums,
+                                        DType dtype, const Device& device) {
+  const int64_t a_column = std::max<int64_t>(inner * dtype_bytes(dtype) + (float32_sums ? 4 * m : 0), 1);
+  const int64_t fit = std::max<int64_t>(device.l2_bytes / 2 / a_column, 512);
+  const int64_t each = ceil_div(columns, std::max<int64_t>(ceil_div(columns, fit), 1));
+  return std::min(columns, ceil_div(each, step) * step);
 }
-
-// dx sums over rows of w, so that panels would round the sum once each: only a whole weight goes to the library.
-constexpr bool library_takes_dx(int64_t n, int64_t k, DType dtype) { return library_panel_rows(n, k, dtype) >= n; }
 
 // The forward's tiles on tensor cores, named by how many tokens they take (cuda/launch/linear_nf4.cu has their shapes).
 enum class LinearTileSize { k8, k16, k32, k64 };
@@ -179,17 +191,18 @@ constexpr LinearTileSize linear_tile_size(int64_t m, const Device& device) {
 // that few products are with tokens that do not exist. 4 is what one thread multiplies. Not measured on a card.
 constexpr int linear_ragged_tokens(int64_t m) { return m <= 4 ? 4 : m <= 16 ? 16 : 64; }
 
-// On tensor cores k is split until the CTAs fill the device once, but never below 16 segments (1024 k), where staging
-// the tables would cost as much as the work. Roofline model, to be replaced by measurements on a card.
-inline constexpr int64_t kMinSplitSegments = 16;
-
-// Segments of k a CTA takes, a multiple of `stage_segments`.
-constexpr int64_t linear_split_segments(int64_t tiles, int64_t segments, int64_t stage_segments, int shared_bytes,
-                                        const Device& device) {
-  const int64_t ctas_per_sm = std::clamp<int64_t>(device.shared_per_sm / (shared_bytes + 1024), 1, 2);
-  const int64_t wanted = std::max<int64_t>(device.sm_count * ctas_per_sm / std::max<int64_t>(tiles, 1), 1);
-  const int64_t each = std::max(ceil_div(segments, wanted), kMinSplitSegments);
-  return ceil_div(each, stage_segments) * stage_segments;
+// Segments of k that a CTA of the forward's tensor-core tile takes, a multiple of `stage_segments`, where the device
+// holds `slots` CTAs at once. Roofline model, to be replaced by measurements on a card: a CTA's tables cost it as much
+// as 16 segments (1024 k), so it takes no fewer; CTAs come in waves; and the last CTA of a tile adds up 64 tokens of a
+// split in the time of a segment.
+constexpr int64_t linear_split_segments(int64_t tiles, int64_t segments, int64_t stage_segments, int64_t tokens,
+                                        int64_t slots) {
+  constexpr int64_t kTables = 16;
+  const auto each = [&](int64_t s) { return ceil_div(ceil_div(segments, s), stage_segments) * stage_segments; };
+  const int64_t limit = std::clamp<int64_t>(segments / kTables, 1, std::max<int64_t>(slots, 1));
+  return each(cheapest_splits(limit, [&](int64_t s) {
+    return 64 * ceil_div(tiles * s, slots) * (each(s) + kTables) + (s > 1 ? s * tokens : 0);
+  }));
 }
 
 }  // namespace qlora::cuda

@@ -1,8 +1,8 @@
 // dequantize_nf4: packed codes and scales -> values, float32(code) * absmax rounded once, nested scales decoded on the
 // way.
 //
-// A warp takes a chunk of kSweeps sweeps; in a sweep each of its 32 lanes decodes 16 bytes of output. A chunk has at
-// most 32 quantization blocks, so that lane i loads and decodes the scale of block i, once and in whole sectors, and
+// A warp takes a chunk of kSweeps sweeps; in a sweep each of its 32 lanes decodes 16 bytes of output. A chunk touches
+// at most 32 quantization blocks, so that lane i loads and decodes the scale of block i, once and in whole sectors, and
 // the others get it by shuffle.
 #pragma once
 
@@ -48,8 +48,14 @@ struct DequantizeState {
   tile::RawScale raw;
 };
 
-// The kChunk elements from `first` on, to out[0] and on. Vector accesses fit.
-template <class T, int kChunk>
+// Whether the kChunk elements from `first` on touch no more quantization blocks than a warp has lanes.
+template <int kChunk>
+__device__ __forceinline__ bool a_lane_a_block(const tile::ScaleView& scales, int64_t first) {
+  return (first + kChunk - 1 >> scales.block_shift) - (first >> scales.block_shift) < tile::kWarp;
+}
+
+// The kChunk elements from `first` on, to out[0] and on. Vector accesses fit, and a_lane_a_block.
+template <class T, int kChunk, bool kReadSoon>
 __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
                                                  T* out, DequantizeState& state) {
   using Tile = DequantizeTile<T, kChunk>;
@@ -71,12 +77,15 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
 
   const uint32_t table = ptx::shared_address(state.nf4);
   T* const to = out + lane * Tile::kPerLane;
+  const int in_block = static_cast<int>(first & ((int64_t{1} << scales.block_shift) - 1)) + lane * Tile::kPerLane;
   tile::unroll<Tile::kSweeps>([&](auto r) {
-    const int in_chunk = r * Tile::kSweep + lane * Tile::kPerLane;
-    const float scale = __shfl_sync(0xFFFFFFFFu, own, in_chunk >> scales.block_shift);
+    const float scale = __shfl_sync(0xFFFFFFFFu, own, (in_block + r * Tile::kSweep) >> scales.block_shift);
     float value[Tile::kPerLane];
     tile::decode_nf4(value, word[r], scale, table);
-    ptx::store_stream_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
+    if constexpr (kReadSoon)
+      reinterpret_cast<uint4*>(to)[r * tile::kWarp] = round_lane<T>(value);
+    else
+      ptx::store_stream_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
   });
 }
 
@@ -92,12 +101,19 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
   }
 }
 
+// What is decoded: `rows` pieces of `columns` elements, the first from element `first` on, each `stride` further; a
+// piece is `chunks` chunks, the last of which may be short.
+struct DequantizePieces {
+  int64_t first, rows, columns, stride, chunks;
+};
+
 // Grid-stride, so that the tables are staged once a CTA however large the tensor is; a warp takes kDequantizeRun
 // neighbouring chunks, most of which share one nested block.
-template <class T, int kChunk, int kThreads>
+template <class T, int kChunk, int kThreads, bool kReadSoon>
 __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
                                                                   const __grid_constant__ tile::ScaleView scales,
-                                                                  int64_t begin, int64_t end, T* __restrict__ out) {
+                                                                  const __grid_constant__ DequantizePieces pieces,
+                                                                  T* __restrict__ out) {
   __shared__ __align__(tile::kNf4DecodeAlign) float nf4[kCodes];
   __shared__ float dynamic8[256];
   __shared__ float shared_offset;
@@ -106,18 +122,22 @@ __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t*
   if (threadIdx.x == 0) shared_offset = tile::nested_offset(scales);
   __syncthreads();
 
+  constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
   DequantizeState state{nf4, dynamic8, shared_offset, {}};
-  const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out);
+  const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
+                       (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0));
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
 #pragma unroll 1
-  for (int64_t chunk = warp * kDequantizeRun; begin + chunk * kChunk < end;) {
-    const int64_t first = begin + chunk * kChunk;
-    T* const to = out + chunk * kChunk;
-    if (aligned && first + kChunk <= end) {
-      dequantize_chunk<T, kChunk>(packed, scales, first, to, state);
+  for (int64_t chunk = warp * kDequantizeRun; chunk < pieces.rows * pieces.chunks;) {
+    const int64_t row = pieces.rows == 1 ? 0 : chunk / pieces.chunks;
+    const int64_t column = (chunk - row * pieces.chunks) * kChunk, first = pieces.first + row * pieces.stride + column;
+    T* const to = out + row * pieces.columns + column;
+    if (aligned && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
+      dequantize_chunk<T, kChunk, kReadSoon>(packed, scales, first, to, state);
     } else {
-      dequantize_elements<T>(packed, scales, first, min(first + kChunk, end), to, state);
+      const int64_t count = min(pieces.columns - column, int64_t{kChunk});
+      dequantize_elements<T>(packed, scales, first, first + count, to, state);
     }
     ++chunk;
     if (chunk % kDequantizeRun == 0) chunk += (warps - 1) * kDequantizeRun;

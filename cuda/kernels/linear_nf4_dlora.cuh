@@ -34,7 +34,7 @@ __device__ __forceinline__ uint4 load_wide(const DLoraSide& side, const Dropout&
   } else {
     v = __ldg(reinterpret_cast<const uint4*>(from));
   }
-  return side.masked ? tile::keep_8(v, tile::keep_mask_8(dropout, index)) : v;
+  return side.masked ? tile::keep_8(v, tile::keep_mask(dropout, index)) : v;
 }
 
 // Ranks rank, rank + 1 (rank is even) of a token as a pair; zeros past the end.

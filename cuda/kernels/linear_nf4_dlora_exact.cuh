@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_exact_kernel(c
   for (int64_t m = blockIdx.z * args.tokens_per_split + group; m < end; m += kDLoraGroups) {
     const int64_t index = m * tile.side.columns + column;
     const float* wide = static_cast<const float*>(tile.side.wide) + index;
-    const uint32_t keep = tile.side.masked ? tile::keep_mask_8(args.dropout, index) : 3u;
+    const uint32_t keep = tile.side.masked ? tile::keep_mask(args.dropout, index) : 3u;
     const float w0 = column < tile.side.columns && keep & 1 ? wide[0] : 0.0f;
     const float w1 = column + 1 < tile.side.columns && keep & 2 ? wide[1] : 0.0f;
     const float* low_rank = static_cast<const float*>(tile.side.low_rank) + m * args.rank + tile.rank0;

@@ -223,7 +223,7 @@ class DxAccumulators {
 #pragma unroll 1
       for (int i = 0; i < 2 * kAtOnce; ++i) {
         const int64_t m = tile.token0 + 8 * (j0 + i / 2) + 2 * tile.t + i % 2;
-        keep |= uint64_t{tile::keep_mask_8(args.dropout, m * args.k + tile.column)} << (8 * i);
+        keep |= uint64_t{tile::keep_mask(args.dropout, m * args.k + tile.column)} << (8 * i);
       }
 #pragma unroll
       for (int j = 0; j < kAtOnce; ++j) {

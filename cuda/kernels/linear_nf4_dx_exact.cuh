@@ -23,7 +23,7 @@ __device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, in
   float sum = 0.0f;
   for (int64_t r = 0; r < args.rank; ++r) sum = fmaf(g[r], a[r * args.k], sum);
   if (!args.dropout.active()) return sum;
-  const bool keep = tile::keep_mask_8(args.dropout, m * args.k + column) & 1;
+  const bool keep = tile::keep_mask(args.dropout, m * args.k + column) & 1;
   return keep ? sum * static_cast<float>(args.dropout.keep_scale) : 0.0f;
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cpp/format/problem.h"
+#include "cuda/launch/device.h"
 
 namespace qlora::cuda {
 
@@ -23,11 +24,19 @@ cudaError_t launch_quantize_absmax(const float* absmax, int64_t count, int64_t n
                                    float* nested_absmax, float* nested_offset, double* workspace, cudaStream_t stream);
 
 // scales.codes [count] -> absmax [count].
-cudaError_t launch_dequantize_absmax(const Scales& scales, int64_t count, float* absmax, cudaStream_t stream);
+cudaError_t launch_dequantize_absmax(const Scales& scales, int64_t count, float* absmax, const Device& device,
+                                     cudaStream_t stream);
 
-// Elements first .. first + count - 1 of a packed tensor -> out [count] (float32, bfloat16 or float16); `first` is a
-// multiple of kMaxBlockSize. Nested scales are decoded in the same launch.
-cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& scales, int64_t first, int64_t count,
-                                  DType dtype, void* out, cudaStream_t stream);
+// A part of the packed tensor: `rows` pieces of `columns` elements, the first from element `first` on, each `stride`
+// further.
+struct PackedPart {
+  int64_t first = 0, rows = 1, columns = 0, stride = 0;
+};
+
+// That part -> out [rows, columns] (float32, bfloat16 or float16), nested scales decoded in the same launch. For whole
+// speed a single piece begins at a multiple of kMaxBlockSize, and several have a stride and columns that are multiples
+// of 8. `read_soon`: what is written stays in L2 as long as it can, for the kernel that follows.
+cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& scales, const PackedPart& part, DType dtype,
+                                  void* out, bool read_soon, const Device& device, cudaStream_t stream);
 
 }  // namespace qlora::cuda

@@ -1,46 +1,58 @@
 #include "cuda/kernels/dequantize_nf4.cuh"
 
 #include "cuda/launch/codec.h"
-#include "cuda/launch/device.h"
+#include "cuda/launch/launch.h"
 #include "cuda/tuning.h"
 
 namespace qlora::cuda {
 namespace {
 
-template <class T, int kChunk>
-cudaError_t launch(const uint8_t* packed, const tile::ScaleView& scales, int64_t first, int64_t count, void* out,
-                   cudaStream_t stream) {
-  constexpr int kThreads = CodecConfig::kThreads;
-  Device device;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  const int64_t grid =
-      codec_grid(ceil_div(count, int64_t{kChunk} * kernels::kDequantizeRun * (kThreads / tile::kWarp)), device);
-  kernels::dequantize_nf4_kernel<T, kChunk, kThreads><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(
-      packed, scales, first, first + count, static_cast<T*>(out));
-  return cudaGetLastError();
+struct Call {
+  const uint8_t* packed;
+  tile::ScaleView scales;
+  PackedPart part;
+  void* out;
+  const Device& device;
+  cudaStream_t stream;
+};
+
+template <class T, int kChunk, bool kReadSoon>
+cudaError_t launch(const Call& call) {
+  constexpr int kThreads = kCodecThreads;
+  constexpr auto kKernel = kernels::dequantize_nf4_kernel<T, kChunk, kThreads, kReadSoon>;
+  int ctas = 0;
+  if (const cudaError_t error = ctas_per_sm<kKernel>(call.device, kThreads, 0, &ctas); error != cudaSuccess)
+    return error;
+  const auto& [first, rows, columns, stride] = call.part;
+  const kernels::DequantizePieces pieces{first, rows, columns, stride, ceil_div(columns, int64_t{kChunk})};
+  const int64_t work = ceil_div(rows * pieces.chunks, int64_t{kernels::kDequantizeRun} * (kThreads / tile::kWarp));
+  return launch_kernel(kKernel, static_cast<unsigned>(codec_grid(work, ctas, call.device)), kThreads, 0, call.stream,
+                       call.packed, call.scales, pieces, static_cast<T*>(call.out));
 }
 
-// A chunk has at most one quantization block per lane.
+// A chunk of a single piece has at most one quantization block per lane; rows of a panel are cut into smaller ones, so
+// that little of a row is left over, and blocks may begin anywhere in them.
 template <class T>
-cudaError_t launch_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first, int64_t count, void* out,
-                         cudaStream_t stream) {
-  return scales.scales.block_size < 64 ? launch<T, 1024>(packed, scales, first, count, out, stream)
-                                       : launch<T, 2048>(packed, scales, first, count, out, stream);
+cudaError_t launch_chunk(const Call& call, bool read_soon) {
+  if (call.part.rows > 1) return launch<T, 256, true>(call);
+  if (call.scales.scales.block_size < 64) return read_soon ? launch<T, 1024, true>(call) : launch<T, 1024, false>(call);
+  return read_soon ? launch<T, 2048, true>(call) : launch<T, 2048, false>(call);
 }
 
 }  // namespace
 
-cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& s, int64_t first, int64_t count, DType dtype,
-                                  void* out, cudaStream_t stream) {
-  if (count == 0) return cudaSuccess;
-  const tile::ScaleView scales = tile::make_scale_view(s, ceil_div(first + count, s.block_size));
+cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& s, const PackedPart& part, DType dtype,
+                                  void* out, bool read_soon, const Device& device, cudaStream_t stream) {
+  if (part.rows == 0 || part.columns == 0) return cudaSuccess;
+  const int64_t end = part.first + (part.rows - 1) * part.stride + part.columns;
+  const Call call{packed, tile::make_scale_view(s, ceil_div(end, s.block_size)), part, out, device, stream};
   switch (dtype) {
     case DType::kFloat32:
-      return launch_chunk<float>(packed, scales, first, count, out, stream);
+      return launch_chunk<float>(call, read_soon);
     case DType::kBFloat16:
-      return launch_chunk<bfloat16>(packed, scales, first, count, out, stream);
+      return launch_chunk<bfloat16>(call, read_soon);
     case DType::kFloat16:
-      return launch_chunk<float16>(packed, scales, first, count, out, stream);
+      return launch_chunk<float16>(call, read_soon);
     default:
       return cudaErrorInvalidValue;
   }

@@ -1,6 +1,6 @@
 #include "cuda/launch/device.h"
 
-#include <map>
+#include <array>
 #include <mutex>
 
 namespace qlora::cuda {
@@ -16,31 +16,27 @@ cudaError_t query(int index, Device* device) {
       {&major, cudaDevAttrComputeCapabilityMajor},
       {&minor, cudaDevAttrComputeCapabilityMinor},
       {&device->shared_per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-      {&device->shared_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor},
+      {&device->l2_bytes, cudaDevAttrL2CacheSize},
   };
   for (const auto& w : wanted) {
     if (const cudaError_t error = cudaDeviceGetAttribute(w.out, w.attribute, index); error != cudaSuccess) return error;
   }
+  device->index = index;
   device->arch = 10 * major + minor;
   return cudaSuccess;
 }
 
 }  // namespace
 
-cudaError_t current_device(Device* device) {
-  static std::mutex mutex;
-  static std::map<int, Device> known;
-  int index = 0;
-  if (const cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return error;
-  const std::lock_guard lock(mutex);
-  auto found = known.find(index);
-  if (found == known.end()) {
-    Device fresh;
-    if (const cudaError_t error = query(index, &fresh); error != cudaSuccess) return error;
-    found = known.emplace(index, fresh).first;
-  }
-  *device = found->second;
-  return cudaSuccess;
+cudaError_t device_at(int index, const Device** device) {
+  static std::array<Device, kMaxDevices> known;
+  static std::array<std::once_flag, kMaxDevices> asked;
+  if (index < 0 || index >= kMaxDevices) return cudaErrorInvalidDevice;
+  const auto i = static_cast<size_t>(index);
+  cudaError_t error = cudaSuccess;
+  std::call_once(asked[i], [&] { error = query(index, &known[i]); });
+  *device = &known[i];
+  return known[i].arch == 0 && error == cudaSuccess ? cudaErrorInvalidDevice : error;
 }
 
 }  // namespace qlora::cuda

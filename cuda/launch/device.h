@@ -1,4 +1,4 @@
-// The attributes of the current device that tuning.h asks for, read once a device.
+// The attributes of a device that tuning.h asks for, read once a device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,6 +7,9 @@
 
 namespace qlora::cuda {
 
-cudaError_t current_device(Device* device);
+inline constexpr int kMaxDevices = 128;
+
+// `*device` lives as long as the process. cudaErrorInvalidDevice beyond kMaxDevices.
+cudaError_t device_at(int index, const Device** device);
 
 }  // namespace qlora::cuda

@@ -5,7 +5,7 @@
 #include "cuda/kernels/linear_nf4.cuh"
 #include "cuda/kernels/linear_nf4_ragged.cuh"
 #include "cuda/launch/choice.h"
-#include "cuda/launch/device.h"
+#include "cuda/launch/launch.h"
 #include "cuda/launch/low_rank.h"
 
 namespace qlora::cuda {
@@ -60,12 +60,13 @@ struct TensorCorePlan {
   int64_t token_tiles, tiles, segments_per_split, splits;
   Workspace workspace;
 
-  TensorCorePlan(const LinearProblem& problem, const Device& device)
+  // `slots`: CTAs that the device holds at once.
+  TensorCorePlan(const LinearProblem& problem, int64_t slots)
       : p(problem),
         token_tiles(ceil_div(p.m, Tile::kTokens)),
         tiles(token_tiles * ceil_div(p.w.n, Tile::kRows)),
         segments_per_split(
-            linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kSharedBytes, device)),
+            linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kTokens, slots)),
         splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
         workspace(p, splits > 1 ? tiles : 0, splits > 1 ? tiles * splits * Tile::kTokens * Tile::kRows : 0) {}
 
@@ -95,12 +96,8 @@ struct TensorCorePlan {
                                               reinterpret_cast<float*>(at(memory, workspace.partials)), tickets},
                                       .token_tiles = token_tiles,
                                       .segments_per_split = segments_per_split};
-    const auto kernel = kernels::linear_nf4_kernel<Tile>;
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, Tile::kSharedBytes);
-    if (error != cudaSuccess) return error;
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
-    kernel<<<grid, Tile::kThreads, Tile::kSharedBytes, stream>>>(args);
-    return cudaGetLastError();
+    return launch_kernel(kernels::linear_nf4_kernel<Tile>, grid, Tile::kThreads, Tile::kSharedBytes, stream, args);
   }
 };
 
@@ -127,8 +124,7 @@ struct RaggedPlan {
                                             .y = static_cast<T*>(p.y),
                                             .token_tiles = token_tiles};
     const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, kernels::kRaggedRows));
-    kernels::linear_nf4_ragged_kernel<T, kTokens><<<grid, kernels::kRaggedThreads, 0, stream>>>(args);
-    return cudaGetLastError();
+    return launch_kernel(kernels::linear_nf4_ragged_kernel<T, kTokens>, grid, kernels::kRaggedThreads, 0, stream, args);
   }
 
   std::string choice() const {
@@ -164,19 +160,27 @@ using Tile64 = tile::LinearTile<T, 2, 8, 4, 2, 2, 3>;
 static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64);
 
 // use(plan) with the plan for this problem and device.
+template <class Tile, class Use>
+cudaError_t with_tile(const LinearProblem& p, const Device& device, const Use& use) {
+  int ctas = 0;
+  const cudaError_t error =
+      ctas_per_sm<kernels::linear_nf4_kernel<Tile>>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);
+  return error == cudaSuccess ? use(TensorCorePlan<Tile>(p, int64_t{device.sm_count} * ctas)) : error;
+}
+
 template <class T, class Use>
 cudaError_t with_typed_plan(const LinearProblem& p, const Device& device, const Use& use) {
   if constexpr (sizeof(T) == 2) {
     if (!is_ragged(p)) {
       switch (linear_tile_size(p.m, device)) {
         case LinearTileSize::k8:
-          return use(TensorCorePlan<Tile8<T>>(p, device));
+          return with_tile<Tile8<T>>(p, device, use);
         case LinearTileSize::k16:
-          return use(TensorCorePlan<Tile16<T>>(p, device));
+          return with_tile<Tile16<T>>(p, device, use);
         case LinearTileSize::k32:
-          return use(TensorCorePlan<Tile32<T>>(p, device));
+          return with_tile<Tile32<T>>(p, device, use);
         case LinearTileSize::k64:
-          return use(TensorCorePlan<Tile64<T>>(p, device));
+          return with_tile<Tile64<T>>(p, device, use);
       }
     }
   }
@@ -184,9 +188,7 @@ cudaError_t with_typed_plan(const LinearProblem& p, const Device& device, const 
 }
 
 template <class Use>
-cudaError_t with_plan(const LinearProblem& p, const Use& use) {
-  Device device;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+cudaError_t with_plan(const LinearProblem& p, const Device& device, const Use& use) {
   switch (p.dtype) {
     case DType::kFloat32:
       return with_typed_plan<float>(p, device, use);
@@ -202,23 +204,18 @@ cudaError_t with_plan(const LinearProblem& p, const Use& use) {
 
 }  // namespace
 
-cudaError_t linear_nf4_workspace_bytes(const LinearProblem& problem, int64_t* bytes) {
-  return with_plan(problem, [&](const auto& plan) {
-    *bytes = plan.workspace.end;
-    return cudaSuccess;
-  });
-}
-
-cudaError_t linear_nf4_choice(const LinearProblem& problem, std::string* choice) {
-  return with_plan(problem, [&](const auto& plan) {
+cudaError_t linear_nf4_choice(const LinearProblem& problem, const Device& device, std::string* choice) {
+  return with_plan(problem, device, [&](const auto& plan) {
     *choice = plan.choice();
     return cudaSuccess;
   });
 }
 
-cudaError_t launch_linear_nf4(const LinearProblem& problem, void* workspace, cudaStream_t stream) {
+cudaError_t launch_linear_nf4(const LinearProblem& problem, const Device& device, const Allocator& allocate,
+                              cudaStream_t stream) {
   if (problem.m == 0 || problem.w.n == 0) return cudaSuccess;
-  return with_plan(problem, [&](const auto& plan) { return plan.launch(workspace, stream); });
+  return with_plan(problem, device,
+                   [&](const auto& plan) { return plan.launch(allocate(plan.workspace.end), stream); });
 }
 
 }  // namespace qlora::cuda

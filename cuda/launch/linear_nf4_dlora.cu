@@ -3,7 +3,7 @@
 #include "cuda/kernels/linear_nf4_dlora.cuh"
 #include "cuda/kernels/linear_nf4_dlora_exact.cuh"
 #include "cuda/launch/choice.h"
-#include "cuda/launch/device.h"
+#include "cuda/launch/launch.h"
 #include "cuda/launch/low_rank.h"
 
 namespace qlora::cuda {
@@ -14,14 +14,54 @@ bool is_ragged(const LoraGradProblem& p) {
   return p.k % 8 != 0 || p.n % 8 != 0 || !aligned(p.x) || !aligned(p.dy);
 }
 
+// One of the kernels, and what the device makes of it.
+struct DLoraKernel {
+  void (*kernel)(const kernels::DLoraArgs);
+  cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
+};
+
+template <auto kKernel>
+constexpr DLoraKernel a_kernel() {
+  return {kKernel, ctas_per_sm<kKernel>};
+}
+
+template <class T, bool kRagged>
+DLoraKernel on_tensor_cores(int64_t ranks) {
+  switch (ranks) {
+    case 16:
+      return a_kernel<kernels::linear_nf4_dlora_kernel<T, 1, kRagged>>();
+    case 32:
+      return a_kernel<kernels::linear_nf4_dlora_kernel<T, 2, kRagged>>();
+    default:
+      return a_kernel<kernels::linear_nf4_dlora_kernel<T, 4, kRagged>>();
+  }
+}
+
+template <class T>
+DLoraKernel on_tensor_cores(Kernel kernel, int64_t ranks) {
+  return kernel == Kernel::kRagged ? on_tensor_cores<T, true>(ranks) : on_tensor_cores<T, false>(ranks);
+}
+
+DLoraKernel dlora_kernel(DType dtype, Kernel kernel, int64_t ranks) {
+  if (dtype == DType::kBFloat16) return on_tensor_cores<bfloat16>(kernel, ranks);
+  if (dtype == DType::kFloat16) return on_tensor_cores<float16>(kernel, ranks);
+  return a_kernel<kernels::linear_nf4_dlora_exact_kernel>();
+}
+
 // The launch's shape, and where the parts of the workspace begin, in bytes.
 struct Plan {
+  DLoraKernel kernel;
   DLoraConfig config;
   int64_t a_tiles, column_tiles, rank_tiles;
   int64_t g, counters, partials, end;  // h lies at 0
+  cudaError_t error;
 
-  Plan(const LoraGradProblem& p, const Device& device)
-      : config(dlora_config(p.m, p.n, p.k, p.lora.rank, fused_kernel(p.dtype, is_ragged(p)), device)) {
+  Plan(const LoraGradProblem& p, const Device& device) {
+    const Kernel kind = fused_kernel(p.dtype, is_ragged(p));
+    kernel = dlora_kernel(p.dtype, kind, dlora_ranks(p.lora.rank, kind));
+    int ctas = 0;
+    error = kernel.ctas_per_sm(device, kernels::kDLoraThreads, 0, &ctas);
+    config = dlora_config(p.m, p.n, p.k, p.lora.rank, kind, ctas, device);
     a_tiles = ceil_div(p.k, kernels::kDLoraColumns);
     column_tiles = a_tiles + ceil_div(p.n, kernels::kDLoraColumns);
     rank_tiles = ceil_div(p.lora.rank, config.ranks);
@@ -82,30 +122,6 @@ kernels::DLoraArgs make_args(const LoraGradProblem& p, const Plan& plan, char* w
   return args;
 }
 
-template <class T, bool kRagged>
-void launch_ranks(const kernels::DLoraArgs& args, int64_t ranks, dim3 grid, cudaStream_t stream) {
-  switch (ranks) {
-    case 16:
-      kernels::linear_nf4_dlora_kernel<T, 1, kRagged><<<grid, kernels::kDLoraThreads, 0, stream>>>(args);
-      break;
-    case 32:
-      kernels::linear_nf4_dlora_kernel<T, 2, kRagged><<<grid, kernels::kDLoraThreads, 0, stream>>>(args);
-      break;
-    default:
-      kernels::linear_nf4_dlora_kernel<T, 4, kRagged><<<grid, kernels::kDLoraThreads, 0, stream>>>(args);
-      break;
-  }
-}
-
-template <class T>
-void launch(const kernels::DLoraArgs& args, const DLoraConfig& config, dim3 grid, cudaStream_t stream) {
-  if (config.kernel == Kernel::kRagged) {
-    launch_ranks<T, true>(args, config.ranks, grid, stream);
-  } else {
-    launch_ranks<T, false>(args, config.ranks, grid, stream);
-  }
-}
-
 // The sums over no tokens.
 cudaError_t clear(const LoraGradProblem& p, cudaStream_t stream) {
   const int64_t column = p.lora.rank * dtype_bytes(p.dtype);  // bytes of da per column of x, and of db per column of dy
@@ -115,49 +131,24 @@ cudaError_t clear(const LoraGradProblem& p, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t linear_nf4_dlora_workspace_bytes(const LoraGradProblem& p, int64_t* bytes) {
-  *bytes = 0;
-  if (p.lora.rank == 0 || p.m == 0) return cudaSuccess;
-  Device device;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  *bytes = Plan(p, device).end;
-  return cudaSuccess;
-}
-
-cudaError_t linear_nf4_dlora_choice(const LoraGradProblem& p, std::string* choice) {
-  Device device;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  const DLoraConfig c = Plan(p, device).config;
+cudaError_t linear_nf4_dlora_choice(const LoraGradProblem& p, const Device& device, std::string* choice) {
+  const Plan plan(p, device);
+  const DLoraConfig& c = plan.config;
   *choice = describe(c.kernel, {{"ranks", c.ranks}, {"columns", kernels::kDLoraColumns}, {"splits", c.splits}});
-  return cudaSuccess;
+  return plan.error;
 }
 
-cudaError_t launch_linear_nf4_dlora(const LoraGradProblem& p, void* workspace, cudaStream_t stream) {
+cudaError_t launch_linear_nf4_dlora(const LoraGradProblem& p, const Device& device, const Allocator& allocate,
+                                    cudaStream_t stream) {
   if (p.lora.rank == 0 || p.n + p.k == 0) return cudaSuccess;
   if (p.m == 0) return clear(p, stream);
-  Device device;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
   const Plan plan(p, device);
-  char* const bytes = static_cast<char*>(workspace);
-  if (const cudaError_t error = launch_h_and_g(p, plan, bytes, stream); error != cudaSuccess) return error;
-
-  const kernels::DLoraArgs args = make_args(p, plan, bytes);
+  if (plan.error != cudaSuccess) return plan.error;
+  char* const workspace = static_cast<char*>(allocate(plan.end));
+  if (const cudaError_t error = launch_h_and_g(p, plan, workspace, stream); error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.column_tiles), static_cast<unsigned>(plan.rank_tiles),
                   static_cast<unsigned>(plan.config.splits));
-  switch (p.dtype) {
-    case DType::kFloat32:
-      kernels::linear_nf4_dlora_exact_kernel<<<grid, kernels::kDLoraThreads, 0, stream>>>(args);
-      break;
-    case DType::kBFloat16:
-      launch<bfloat16>(args, plan.config, grid, stream);
-      break;
-    case DType::kFloat16:
-      launch<float16>(args, plan.config, grid, stream);
-      break;
-    case DType::kFloat64:
-      return cudaErrorInvalidValue;
-  }
-  return cudaGetLastError();
+  return launch_kernel(plan.kernel.kernel, grid, kernels::kDLoraThreads, 0, stream, make_args(p, plan, workspace));
 }
 
 }  // namespace qlora::cuda

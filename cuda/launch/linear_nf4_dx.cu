@@ -3,7 +3,7 @@
 #include "cuda/kernels/linear_nf4_dx.cuh"
 #include "cuda/kernels/linear_nf4_dx_exact.cuh"
 #include "cuda/launch/choice.h"
-#include "cuda/launch/device.h"
+#include "cuda/launch/launch.h"
 #include "cuda/launch/low_rank.h"
 
 namespace qlora::cuda {
@@ -16,14 +16,55 @@ bool is_ragged(const LinearDxProblem& p) {
          !aligned_16(p.lora.a);
 }
 
+// One of the kernels, and how it is launched.
+struct DxKernel {
+  void (*kernel)(const kernels::DxArgs);
+  cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
+  int threads, shared_bytes;
+};
+
+template <class T, int kTokenTiles, bool kRagged>
+constexpr DxKernel on_tensor_cores() {
+  constexpr auto kKernel = kernels::linear_nf4_dx_kernel<T, kTokenTiles, kRagged>;
+  return {kKernel, ctas_per_sm<kKernel>, tile::kDxThreads, tile::DxLayout<kTokenTiles>::kBytes};
+}
+
+template <class T>
+DxKernel on_tensor_cores(const DxConfig& config) {
+  if (config.kernel == Kernel::kRagged) return on_tensor_cores<T, DxConfig::kRaggedTokens / 8, true>();
+  switch (config.tokens) {
+    case 8:
+      return on_tensor_cores<T, 1, false>();
+    case 16:
+      return on_tensor_cores<T, 2, false>();
+    case 32:
+      return on_tensor_cores<T, 4, false>();
+    default:
+      return on_tensor_cores<T, 8, false>();
+  }
+}
+
+DxKernel dx_kernel(DType dtype, const DxConfig& config) {
+  if (dtype == DType::kBFloat16) return on_tensor_cores<bfloat16>(config);
+  if (dtype == DType::kFloat16) return on_tensor_cores<float16>(config);
+  constexpr auto kExact = kernels::linear_nf4_dx_exact_kernel;
+  return {kExact, ctas_per_sm<kExact>, kernels::kDxExactThreads, 0};
+}
+
 // The launch's shape, and where the parts of the workspace begin, in bytes.
 struct Plan {
+  DxKernel kernel;
   DxConfig config;
   int64_t token_tiles, tiles;
   int64_t counters, partials, end;
+  cudaError_t error;
 
-  Plan(const LinearDxProblem& p, const Device& device)
-      : config(dx_config(p.m, p.w.n, p.w.k, fused_kernel(p.dtype, is_ragged(p)), device)) {
+  Plan(const LinearDxProblem& p, const Device& device) {
+    config = dx_tile(p.m, fused_kernel(p.dtype, is_ragged(p)));
+    kernel = dx_kernel(p.dtype, config);
+    int ctas = 0;
+    error = kernel.ctas_per_sm(device, kernel.threads, kernel.shared_bytes, &ctas);
+    config = dx_config(config, p.m, p.w.n, p.w.k, ctas, device);
     token_tiles = ceil_div(p.m, config.tokens);
     tiles = token_tiles * ceil_div(p.w.k, config.columns);
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
@@ -75,72 +116,25 @@ cudaError_t launch_g(const LinearDxProblem& p, const Plan& plan, char* workspace
   return launch_low_rank(g, stream);
 }
 
-template <class T, int kTokenTiles, bool kRagged>
-cudaError_t launch_tiles(const kernels::DxArgs& args, dim3 grid, cudaStream_t stream) {
-  const auto kernel = kernels::linear_nf4_dx_kernel<T, kTokenTiles, kRagged>;
-  constexpr int kBytes = tile::DxLayout<kTokenTiles>::kBytes;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  if (error != cudaSuccess) return error;
-  kernel<<<grid, tile::kDxThreads, kBytes, stream>>>(args);
-  return cudaGetLastError();
-}
-
-template <class T>
-cudaError_t launch(const kernels::DxArgs& args, const DxConfig& config, dim3 grid, cudaStream_t stream) {
-  if (config.kernel == Kernel::kRagged) return launch_tiles<T, DxConfig::kRaggedTokens / 8, true>(args, grid, stream);
-  switch (config.tokens) {
-    case 8:
-      return launch_tiles<T, 1, false>(args, grid, stream);
-    case 16:
-      return launch_tiles<T, 2, false>(args, grid, stream);
-    case 32:
-      return launch_tiles<T, 4, false>(args, grid, stream);
-    default:
-      return launch_tiles<T, 8, false>(args, grid, stream);
-  }
-}
-
 }  // namespace
 
-cudaError_t linear_nf4_dx_workspace_bytes(const LinearDxProblem& p, int64_t* bytes) {
-  *bytes = 0;
-  if (p.m == 0 || p.w.k == 0) return cudaSuccess;
-  Device device;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  *bytes = Plan(p, device).end;
-  return cudaSuccess;
-}
-
-cudaError_t linear_nf4_dx_choice(const LinearDxProblem& p, std::string* choice) {
-  Device device;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
-  const DxConfig c = Plan(p, device).config;
-  *choice = describe(c.kernel, {{"tokens", c.tokens}, {"columns", c.columns}, {"splits", c.splits}});
-  return cudaSuccess;
-}
-
-cudaError_t launch_linear_nf4_dx(const LinearDxProblem& p, void* workspace, cudaStream_t stream) {
-  if (p.m == 0 || p.w.k == 0) return cudaSuccess;
-  Device device;
-  if (const cudaError_t error = current_device(&device); error != cudaSuccess) return error;
+cudaError_t linear_nf4_dx_choice(const LinearDxProblem& p, const Device& device, std::string* choice) {
   const Plan plan(p, device);
-  char* const bytes = static_cast<char*>(workspace);
-  if (const cudaError_t error = launch_g(p, plan, bytes, stream); error != cudaSuccess) return error;
+  const DxConfig& c = plan.config;
+  *choice = describe(c.kernel, {{"tokens", c.tokens}, {"columns", c.columns}, {"splits", c.splits}});
+  return plan.error;
+}
 
-  const kernels::DxArgs args = make_args(p, plan, bytes);
+cudaError_t launch_linear_nf4_dx(const LinearDxProblem& p, const Device& device, const Allocator& allocate,
+                                 cudaStream_t stream) {
+  if (p.m == 0 || p.w.k == 0) return cudaSuccess;
+  const Plan plan(p, device);
+  if (plan.error != cudaSuccess) return plan.error;
+  char* const workspace = static_cast<char*>(allocate(plan.end));
+  if (const cudaError_t error = launch_g(p, plan, workspace, stream); error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.config.splits));
-  switch (p.dtype) {
-    case DType::kFloat32:
-      kernels::linear_nf4_dx_exact_kernel<<<grid, kernels::kDxExactThreads, 0, stream>>>(args);
-      return cudaGetLastError();
-    case DType::kBFloat16:
-      return launch<bfloat16>(args, plan.config, grid, stream);
-    case DType::kFloat16:
-      return launch<float16>(args, plan.config, grid, stream);
-    case DType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return launch_kernel(plan.kernel.kernel, grid, plan.kernel.threads, plan.kernel.shared_bytes, stream,
+                       make_args(p, plan, workspace));
 }
 
 }  // namespace qlora::cuda

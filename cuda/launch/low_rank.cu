@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/kernels/low_rank.cuh"
+#include "cuda/launch/launch.h"
 
 namespace qlora::cuda {
 namespace {
@@ -16,9 +17,8 @@ template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
                   static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));
-  kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles>
-      <<<grid, kernels::kLowRankThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles>, grid,
+                       kernels::kLowRankThreads, 0, stream, args);
 }
 
 template <class T, bool kTransposed>
@@ -34,8 +34,8 @@ cudaError_t launch_scalar(const kernels::LowRankArgs<T>& args, cudaStream_t stre
   constexpr int64_t kRanks = kernels::kLowRankScalarThreads / 32 * kernels::kLowRankScalarRanks;
   const dim3 grid(static_cast<unsigned>(std::min<int64_t>(args.m, 1 << 20)),
                   static_cast<unsigned>(ceil_div(args.rank, kRanks)));
-  kernels::low_rank_scalar_kernel<T, kTransposed><<<grid, kernels::kLowRankScalarThreads, 0, stream>>>(args);
-  return cudaGetLastError();
+  return launch_kernel(kernels::low_rank_scalar_kernel<T, kTransposed>, grid, kernels::kLowRankScalarThreads, 0, stream,
+                       args);
 }
 
 template <class T>

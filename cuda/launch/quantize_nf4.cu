@@ -1,6 +1,7 @@
 #include "cuda/kernels/quantize_nf4.cuh"
 
 #include "cuda/launch/codec.h"
+#include "cuda/launch/launch.h"
 #include "cuda/tuning.h"
 
 namespace qlora::cuda {
@@ -8,12 +9,11 @@ namespace {
 
 template <class T, int kBlock>
 cudaError_t launch(const void* w, int64_t numel, uint8_t* packed, float* absmax, cudaStream_t stream) {
-  constexpr int kThreads = CodecConfig::kThreads;
+  constexpr int kThreads = kCodecThreads;
   constexpr int64_t kPerCta = int64_t{kernels::QuantizeTile<T, kBlock>::kValues} * (kThreads / tile::kWarp);
-  kernels::quantize_nf4_kernel<T, kBlock, kThreads>
-      <<<static_cast<unsigned>(ceil_div(numel, kPerCta)), kThreads, 0, stream>>>(static_cast<const T*>(w), numel,
-                                                                                 packed, absmax);
-  return cudaGetLastError();
+  return launch_kernel(kernels::quantize_nf4_kernel<T, kBlock, kThreads>,
+                       static_cast<unsigned>(ceil_div(numel, kPerCta)), kThreads, 0, stream, static_cast<const T*>(w),
+                       numel, packed, absmax);
 }
 
 template <class T>

@@ -1,4 +1,4 @@
-// The dropout mask of eight consecutive elements.
+// The dropout mask of consecutive elements.
 #pragma once
 
 #include <cstdint>
@@ -7,11 +7,12 @@
 
 namespace qlora::tile {
 
-// Bit j is set where element index + j is kept.
-__device__ __forceinline__ uint32_t keep_mask_8(const Dropout& dropout, int64_t index) {
+// Bit j is set where element index + j is kept, j < kCount, a multiple of 4.
+template <int kCount = 8>
+__device__ __forceinline__ uint32_t keep_mask(const Dropout& dropout, int64_t index) {
   const int phase = static_cast<int>(index & 3);
   uint32_t mask = 0;
-  const int groups = phase == 0 ? 2 : 3;
+  const int groups = kCount / 4 + (phase == 0 ? 0 : 1);
 #pragma unroll 1
   for (int i = 0; i < groups; ++i) {
     const Philox4 random = philox4x32_10(dropout.seed, static_cast<uint64_t>(index >> 2) + i);
@@ -20,7 +21,7 @@ __device__ __forceinline__ uint32_t keep_mask_8(const Dropout& dropout, int64_t 
     for (int j = 0; j < 4; ++j) four |= static_cast<uint32_t>(dropout.keeps(random.lane[j])) << j;
     mask |= four << (4 * i);
   }
-  return mask >> phase & 0xFFu;
+  return mask >> phase & ((1u << kCount) - 1);
 }
 
 // Eight 16-bit elements, zeroed where `mask` has no bit.
