@@ -8,8 +8,30 @@ import sys
 import numpy as np
 import pytest
 
+import qlora_ext
 import reference
 from qlora_ext import _C
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "expected"),
+    [
+        ("80-real;90-virtual", (7, 5), False),  # T4
+        ("80-real;90-virtual", (8, 0), True),
+        ("80-real;90-virtual", (8, 9), True),
+        ("80-real;90-virtual", (9, 0), True),
+        ("80-real;90-virtual", (12, 1), True),
+        ("80-real;90-real", (10, 0), False),
+        ("80-real;90a-real;100-real", (9, 0), True),
+        ("90a-real;90a-virtual", (10, 0), False),
+        ("100f-real", (10, 3), True),
+        ("100f-real", (11, 0), False),
+        ("90", (9, 0), True),
+        ("", (9, 0), False),
+    ],
+)
+def test_which_devices_a_build_serves(archs: str, capability: tuple[int, int], expected: bool) -> None:
+    assert qlora_ext._library.serves(archs, capability) is expected
 
 
 def test_tables() -> None:

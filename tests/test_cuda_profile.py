@@ -84,11 +84,23 @@ def run_cases(profile: Path) -> dict[str, Any]:
             rounded = torch.from_numpy(expected.exact).to(torch.bfloat16)
             cases[f"errors {m} {n} {k}"] = [relative_error(t, expected.exact) for t in (y, _plain(s), rounded)]
     n, k = SHAPES[0]
+    s = linear_sample(80, n, k, RANK, torch.bfloat16, "cuda", bias=False)
+    record("aligned", ops.linear_nf4, *s.args)
+    for name in ("x", "lora_a", "lora_b"):
+        setattr(s, name, unaligned(getattr(s, name)))
+    record("unaligned", ops.linear_nf4, *s.args)
     w = (torch.randn(n, k) * 0.02).to("cuda", torch.bfloat16)
     packed, absmax = record("quantize", ops.quantize_nf4, w, 64)
     scales = ops.quantize_absmax(absmax, 256)
     record("dequantize", ops.dequantize_nf4, packed, *scales, 64, 256, [n, k], torch.bfloat16)
     return cases
+
+
+def unaligned(t: torch.Tensor) -> torch.Tensor:
+    """The same values, contiguous, from one element beyond 16 bytes on."""
+    moved = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view_as(t).copy_(t)
+    assert moved.data_ptr() % 16 != 0
+    return moved
 
 
 def _plain(s: Any) -> torch.Tensor:
@@ -136,6 +148,11 @@ def test_quantize(cases: dict[str, Any]) -> None:
     assert launch.moved <= 1.02
     assert launch.slots <= 16 * n * k
     assert launch.conflicts == 0
+
+
+def test_unaligned_operands_run_with_the_same_kernels(cases: dict[str, Any]) -> None:
+    assert [launch["kernel"] for launch in cases["unaligned"]] == [launch["kernel"] for launch in cases["aligned"]]
+    assert sum(launch.slots for launch in cases["unaligned"]) <= 1.05 * sum(launch.slots for launch in cases["aligned"])
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)

@@ -1,4 +1,4 @@
-"""Many tokens on CUDA: the weight is decoded a panel at a time and a library multiplies; what is rounded is the total."""
+"""Many tokens on CUDA: a panel of the weight is decoded and a library multiplies; what is rounded is the total."""
 
 from __future__ import annotations
 

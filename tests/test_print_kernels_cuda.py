@@ -13,12 +13,16 @@ import torch
 
 pytestmark = pytest.mark.cuda
 
-# (m, n, k, dtype): the kernels of forward, dX and LoRA's gradients. Without tokens none runs.
+# (m, n, k, dtype): the kernels of forward, dX and LoRA's gradients. Without tokens none runs. cuda/tuning.h keeps
+# GeForce cards from the library where tensor cores take the shape.
+STAYS_FUSED = torch.cuda.is_available() and torch.cuda.get_device_capability() in [(8, 6), (8, 9), (12, 0), (12, 1)]
+MANY = "tensor_cores" if STAYS_FUSED else "library"
 PROBLEMS = {
     (5, 24, 64, "bfloat16"): ("tensor_cores", "tensor_cores", "tensor_cores"),
     (5, 7, 33, "float16"): ("ragged", "ragged", "ragged"),
     (5, 24, 64, "float32"): ("exact", "exact", "exact"),
-    (1100, 8, 64, "bfloat16"): ("library", "library", "tensor_cores"),
+    (1100, 8, 64, "bfloat16"): (MANY, MANY, "tensor_cores"),
+    (1100, 8, 64, "float32"): ("library", "library", "exact"),
     (0, 24, 64, "bfloat16"): (),
 }
 OPERATORS = ("linear_nf4", "linear_nf4_dx", "linear_nf4_dlora")
@@ -51,7 +55,7 @@ def test_one_line_for_each_problem() -> None:
     expected = []
     for (m, n, k, dtype), kernels in PROBLEMS.items():
         for operator, kernel in zip(OPERATORS, kernels, strict=False):
-            parameters = r"( [a-z_]+=\d+)" + ("*" if kernel == "library" else "+")
+            parameters = r"( [a-z_]+=\d+)+"
             sizes = f"m={m} n={n} k={k} rank={RANK} {dtype}"
             expected.append(f"qlora: {operator} cuda {sizes} -> {kernel}{parameters}")
     lines = printed("1")

@@ -71,18 +71,50 @@ if cuda_error is not None:
     _explain_on_cuda(cuda_error)
 
 
+def serves(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether kernels compiled for CMake's list ``archs`` ("80-real;90-virtual") run on a device of that capability.
+
+    Machine code runs on later devices of its major version, PTX on all later ones, and code for an architecture's own
+    features ("90a") on that one alone.
+    """
+
+    def one(arch: str) -> bool:
+        name, _, kind = arch.partition("-")
+        number = int(name.rstrip("af"))
+        built = divmod(number, 10)
+        if name.endswith("a"):
+            return built == capability
+        same_major = built[0] == capability[0] and built <= capability
+        return same_major if kind == "real" or name.endswith("f") else built <= capability
+
+    return any(one(arch) for arch in archs.split(";") if arch)
+
+
+def _why_not_here(archs: str) -> str | None:
+    """Why the kernels that were loaded do not run on the current device; None where they do, or there is none."""
+    if not torch.cuda.is_available():
+        return None
+    capability = torch.cuda.get_device_capability()
+    if serves(archs, capability):
+        return None
+    return f"the CUDA kernels here are for {archs}, this device has compute capability {'%d.%d' % capability}"
+
+
 def build_info() -> dict[str, Any]:
     """What this package is: version, compilers, torch headers, CUDA architectures, and what it runs with here.
 
     Keys: ``version``, ``compiler``, ``torch_headers`` (version built against), ``torch`` (version in use),
-    ``cuda_built``, ``cuda_archs``, ``nvcc``, ``cuda_available``, ``cuda_error`` (why the CUDA kernels are absent, or
-    None), ``cpu_isa`` (in use) and ``cpu_isas`` (to choose from with the environment variable ``QLORA_CPU_ISA``).
+    ``cuda_built``, ``cuda_archs`` (CMake's list), ``nvcc``, ``cuda_available`` (the kernels run on the current device),
+    ``cuda_error`` (why there are none for it, or None), ``cpu_isa`` (in use) and ``cpu_isas`` (to choose from with the
+    environment variable ``QLORA_CPU_ISA``).
     """
+    built = _C.build_info()
+    error = cuda_error or _why_not_here(built["cuda_archs"])
     return {
-        **_C.build_info(),
+        **built,
         "torch": torch.__version__,
-        "cuda_error": cuda_error,
-        "cuda_available": cuda_error is None and torch.cuda.is_available(),
+        "cuda_error": error,
+        "cuda_available": error is None and torch.cuda.is_available(),
         "cpu_isa": _C.cpu_isa(),
         "cpu_isas": _C.cpu_isas(),
     }
