@@ -14,10 +14,14 @@ import qlora_ext
 
 OPS = torch.ops.qlora
 BF16 = torch.bfloat16
-COLD_BYTES = 256 << 20  # five times the largest L2
 RANK, SCALING = 16, 2.0
 
 Call = Callable[[int], object]
+
+
+def cold_bytes() -> int:
+    """Operands rotate through five times the L2."""
+    return 5 * torch.cuda.get_device_properties(0).L2_cache_size
 
 
 def peer() -> object | None:
@@ -45,9 +49,9 @@ class Case:
 
 
 class Layer:
-    """One linear layer's weights, enough copies of them that each is cold when its turn comes."""
+    """One linear layer's weights and adapters, enough copies of them that each is cold when its turn comes."""
 
-    def __init__(self, n: int, k: int, cold_bytes: int = COLD_BYTES) -> None:
+    def __init__(self, n: int, k: int, cold_bytes: int) -> None:
         self.n, self.k = n, k
         self.bnb = peer()
         self.dense: Ring[Tensor] = cold(lambda: _normal(n, k) * 0.02, 2 * n * k, cold_bytes)
@@ -60,18 +64,19 @@ class Layer:
             for w4 in self.ours:
                 w = w4.dequantize(BF16)
                 self.theirs.append(quantize(w, blocksize=64, quant_type="nf4", compress_statistics=True))
-        self.lora_a = _normal(RANK, k) * k**-0.5
-        self.lora_b = _normal(n, RANK) * 0.02
+        self.lora = Ring((_normal(RANK, k) * k**-0.5, _normal(n, RANK) * 0.02) for _ in self.ours)
 
     @property
     def turns(self) -> int:
         return len(self.ours)
 
-    def add_lora(self, y: Tensor, x: Tensor) -> Tensor:
-        return y.addmm_(x @ self.lora_a.T, self.lora_b.T, alpha=SCALING)
+    def add_lora(self, i: int, y: Tensor, x: Tensor) -> Tensor:
+        a, b = (t.to(y.dtype) for t in self.lora.at(i))
+        return y.addmm_(x @ a.T, b.T, alpha=SCALING)
 
-    def add_lora_dx(self, dx: Tensor, dy: Tensor) -> Tensor:
-        return dx.addmm_(dy @ self.lora_b, self.lora_a, alpha=SCALING)
+    def add_lora_dx(self, i: int, dx: Tensor, dy: Tensor) -> Tensor:
+        a, b = (t.to(dx.dtype) for t in self.lora.at(i))
+        return dx.addmm_(dy @ b, a, alpha=SCALING)
 
     def _bytes(self, m: int) -> float:
         return self.ours[0].nbytes + 2 * (m * (self.n + self.k) + RANK * (self.n + self.k))
@@ -91,21 +96,20 @@ class Layer:
         x = self._operands(m, self.k)
         calls: dict[str, Call] = {
             "ours": lambda i: OPS.linear_nf4(
-                x.at(i), *self.ours.at(i).packed_args(), self.n, None, self.lora_a, self.lora_b, SCALING, 0.0, 0
+                x.at(i), *self.ours.at(i).packed_args(), self.n, None, *self.lora.at(i), SCALING, 0.0, 0
             ),
-            "bf16": lambda i: self.add_lora(F.linear(x.at(i), self.dense.at(i)), x.at(i)),
+            "bf16": lambda i: self.add_lora(i, F.linear(x.at(i), self.dense.at(i)), x.at(i)),
             "dequantize + cuBLAS": lambda i: self.add_lora(
-                F.linear(x.at(i), self.ours.at(i).dequantize(BF16)), x.at(i)
+                i, F.linear(x.at(i), self.ours.at(i).dequantize(BF16)), x.at(i)
             ),
         }
         if self.bnb is not None:
             base = self._their_base(x)
-            calls["bitsandbytes"] = lambda i: self.add_lora(base(i), x.at(i))
+            calls["bitsandbytes"] = lambda i: self.add_lora(i, base(i), x.at(i))
             calls["bitsandbytes, no LoRA"] = base
 
         def expected(i: int) -> Tensor:
-            y = x.at(i).float() @ self.ours.at(i).dequantize(torch.float32).T
-            return y.addmm_(x.at(i).float() @ self.lora_a.float().T, self.lora_b.float().T, alpha=SCALING)
+            return self.add_lora(i, x.at(i).float() @ self.ours.at(i).dequantize(torch.float32).T, x.at(i).float())
 
         return self._case("linear_nf4", m, calls, expected)
 
@@ -116,18 +120,17 @@ class Layer:
         dy = self._operands(m, self.n)
         calls: dict[str, Call] = {
             "ours": lambda i: OPS.linear_nf4_dx(
-                dy.at(i), *self.ours.at(i).packed_args(), self.k, self.lora_a, self.lora_b, SCALING, 0.0, 0
+                dy.at(i), *self.ours.at(i).packed_args(), self.k, *self.lora.at(i), SCALING, 0.0, 0
             ),
-            "bf16": lambda i: self.add_lora_dx(dy.at(i) @ self.dense.at(i), dy.at(i)),
-            "dequantize + cuBLAS": lambda i: self.add_lora_dx(dy.at(i) @ self.ours.at(i).dequantize(BF16), dy.at(i)),
+            "bf16": lambda i: self.add_lora_dx(i, dy.at(i) @ self.dense.at(i), dy.at(i)),
+            "dequantize + cuBLAS": lambda i: self.add_lora_dx(i, dy.at(i) @ self.ours.at(i).dequantize(BF16), dy.at(i)),
         }
         if self.bnb is not None:
             decode = self.bnb.functional.dequantize_4bit
-            calls["bitsandbytes"] = lambda i: self.add_lora_dx(dy.at(i) @ decode(*self.theirs.at(i)), dy.at(i))
+            calls["bitsandbytes"] = lambda i: self.add_lora_dx(i, dy.at(i) @ decode(*self.theirs.at(i)), dy.at(i))
 
         def expected(i: int) -> Tensor:
-            dx = dy.at(i).float() @ self.ours.at(i).dequantize(torch.float32)
-            return dx.addmm_(dy.at(i).float() @ self.lora_b.float(), self.lora_a.float(), alpha=SCALING)
+            return self.add_lora_dx(i, dy.at(i).float() @ self.ours.at(i).dequantize(torch.float32), dy.at(i).float())
 
         return self._case("linear_nf4_dx", m, calls, expected)
 
@@ -135,16 +138,17 @@ class Layer:
         """Forward, and backward to x, lora_a and lora_b; what a call returns is x's gradient."""
         x = Ring(t.requires_grad_() for t in self._operands(m, self.k))
         dy = _normal(m, self.n)
-        a, b = self.lora_a.detach().requires_grad_(), self.lora_b.detach().requires_grad_()
+        adapters = Ring(tuple(t.detach().requires_grad_() for t in pair) for pair in self.lora)
 
         def step(y: Callable[[int], Tensor]) -> Call:
-            return lambda i: torch.autograd.grad(y(i), (x.at(i), a, b), dy)[0]
+            return lambda i: torch.autograd.grad(y(i), (x.at(i), *adapters.at(i)), dy)[0]
 
         def lora(i: int) -> Tensor:
+            a, b = adapters.at(i)
             return F.linear(F.linear(x.at(i), a), b) * SCALING
 
         calls = {
-            "ours": step(lambda i: qlora_ext.linear_nf4(x.at(i), self.ours.at(i), None, a, b, SCALING)),
+            "ours": step(lambda i: qlora_ext.linear_nf4(x.at(i), self.ours.at(i), None, *adapters.at(i), SCALING)),
             "bf16": step(lambda i: F.linear(x.at(i), self.dense.at(i)) + lora(i)),
         }
         if self.bnb is not None:
@@ -152,8 +156,7 @@ class Layer:
             calls["bitsandbytes"] = step(lambda i: base(i) + lora(i))
 
         def expected(i: int) -> Tensor:
-            dx = dy.float() @ self.ours.at(i).dequantize(torch.float32)
-            return dx.addmm_(dy.float() @ self.lora_b.float(), self.lora_a.float(), alpha=SCALING)
+            return self.add_lora_dx(i, dy.float() @ self.ours.at(i).dequantize(torch.float32), dy.float())
 
         case = self._case("training step", m, calls, expected)
         return dataclasses.replace(

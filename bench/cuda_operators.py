@@ -2,7 +2,7 @@
 
     python bench/cuda_operators.py [--tiny] [--minutes 7.5]
 
-Results are checked before anything is timed. Weights rotate through more memory than the L2 holds. Contenders are
+Results are checked before anything is timed. Weights and adapters rotate through five times the L2. Contenders are
 captured into CUDA graphs, so that what is timed is the card and not Python, and replayed in turn; "x the time" is the
 median over rounds of a peer's time divided by ours, with its 10th and 90th percentile. Writes
 bench/results/cuda_CARD.json and .md. Under the kernel simulator everything runs and is checked, and nothing is timed.
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from cuda_cases import Case, Layer
+from cuda_cases import Case, Layer, cold_bytes
 from harness import Report, check_equal, cuda_clock, interleave
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))  # Llama 3 8B and 70B
@@ -118,7 +118,7 @@ def main() -> None:
     per_layer = len(TOKENS) * 2 + len(TRAINING_TOKENS) + 2
     seconds = 0.45 * arguments.minutes * 60 / (len(shapes) * per_layer)  # the rest is for checks and captures
     for n, k in shapes:
-        layer = Layer(n, k, 1) if arguments.tiny else Layer(n, k)
+        layer = Layer(n, k, 1 if arguments.tiny else cold_bytes())
         for make in cases(layer, arguments.tiny):
             case = make()
             check(case)

@@ -158,10 +158,11 @@ std::string library_choice(const Problem& problem, const cuda::Device& device) {
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
                   OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
                   OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
-                  int64_t seed) {
+                  int64_t seed, OptionalTensor seed_tensor) {
   const Tensor aligned = on_16_bytes(packed);
   const LinearCall call(on_16_bytes(x), {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-                        out_features, bias, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed);
+                        out_features, bias, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed,
+                        seed_tensor);
   if (call.is_empty()) return call.y;
   OnDevice on(call.x);
   const auto& p = call.problem;
@@ -177,11 +178,12 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, O
 
 Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
                      OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
-                     OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed) {
+                     OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                     OptionalTensor seed_tensor) {
   const Tensor aligned = on_16_bytes(packed);
   const LinearDxCall call(on_16_bytes(dy),
                           {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, in_features,
-                          on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed);
+                          on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor);
   if (call.is_empty()) return call.dx;
   OnDevice on(call.dy);
   const auto& p = call.problem;
@@ -197,9 +199,10 @@ Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
 }
 
 std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
-                                            const Tensor& lora_b, double scaling, double dropout_p, int64_t seed) {
+                                            const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
+                                            OptionalTensor seed_tensor) {
   const LoraGradCall call(on_16_bytes(dy), on_16_bytes(x), on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p,
-                          seed);
+                          seed, seed_tensor);
   if (call.is_empty()) return {call.da, call.db};
   OnDevice on(dy);
   if (call.problem.m > 0) print_choice("linear_nf4_dlora", call.problem, on.device(), cuda::linear_nf4_dlora_choice);

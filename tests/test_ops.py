@@ -55,7 +55,8 @@ def test_schemas_are_those_of_the_design() -> None:
         "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int block_size, "
         "int nested_block_size"
     )
-    lora = "Tensor? lora_a, Tensor? lora_b, float scaling, float dropout_p, SymInt seed"
+    seed = "float dropout_p, SymInt seed, Tensor? seed_tensor=None"
+    lora = f"Tensor? lora_a, Tensor? lora_b, float scaling, {seed}"
     expected = {
         "quantize_nf4": "(Tensor w, int block_size) -> (Tensor packed, Tensor absmax)",
         "quantize_absmax": "(Tensor absmax, int nested_block_size) -> "

@@ -34,7 +34,9 @@ struct Dropout {
   uint64_t threshold = 0;   // 0: no dropout; 2^32: everything is dropped
   double keep_scale = 1.0;  // 0 when everything is dropped
   uint64_t seed = 0;
+  const int64_t* device_seed = nullptr;  // CUDA: where the seed lies in the device's memory; null: it is `seed`
 
+  QLORA_HD uint64_t key() const { return device_seed != nullptr ? static_cast<uint64_t>(*device_seed) : seed; }
   QLORA_HD bool active() const { return threshold != 0; }
   QLORA_HD bool keeps(uint32_t bits) const { return bits >= threshold; }
 };

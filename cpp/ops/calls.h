@@ -23,7 +23,7 @@ struct LinearCall {
 
   LinearCall(const Tensor& x_arg, const checks::PackedArgs& packed, int64_t out_features,
              const OptionalTensor& bias_arg, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
-             double dropout_p, int64_t seed) {
+             double dropout_p, int64_t seed, const OptionalTensor& seed_tensor) {
     problem.dtype = checks::compute_dtype("x", x_arg);
     int64_t k = 0;
     problem.m = checks::rows_of("x", x_arg, &k);
@@ -35,7 +35,7 @@ struct LinearCall {
                       "] (out_features), got ", checks::shape_text(*bias_arg));
       problem.bias = checks::operand("bias", *bias_arg, "x", x_arg, &bias);
     }
-    lora = checks::lora(lora_a, lora_b, out_features, k, scaling, dropout_p, seed, "x", x_arg, problem.m);
+    lora = checks::lora(lora_a, lora_b, out_features, k, scaling, dropout_p, seed, seed_tensor, "x", x_arg, problem.m);
     problem.lora = lora.lora;
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
     y = empty(x_arg, checks::with_last(x_arg, "out_features", out_features), x_arg.scalar_type());
@@ -53,14 +53,14 @@ struct LinearDxCall {
 
   LinearDxCall(const Tensor& dy_arg, const checks::PackedArgs& packed, int64_t in_features,
                const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling, double dropout_p,
-               int64_t seed) {
+               int64_t seed, const OptionalTensor& seed_tensor) {
     problem.dtype = checks::compute_dtype("dy", dy_arg);
     int64_t n = 0;
     problem.m = checks::rows_of("dy", dy_arg, &n);
     checks::same_device("packed", packed.packed, "dy", dy_arg);
     check_packed_fits(packed.packed, "dy", n, "out_features", "in_features", in_features);
     problem.w = checks::weight(packed, n, in_features);
-    lora = checks::lora(lora_a, lora_b, n, in_features, scaling, dropout_p, seed, "dy", dy_arg, problem.m);
+    lora = checks::lora(lora_a, lora_b, n, in_features, scaling, dropout_p, seed, seed_tensor, "dy", dy_arg, problem.m);
     problem.lora = lora.lora;
     problem.dy = checks::operand("dy", dy_arg, "dy", dy_arg, &dy);
     dx = empty(dy_arg, checks::with_last(dy_arg, "in_features", in_features), dy_arg.scalar_type());
@@ -76,7 +76,7 @@ struct LoraGradCall {
   LoraGradProblem problem;
 
   LoraGradCall(const Tensor& dy_arg, const Tensor& x_arg, const Tensor& lora_a, const Tensor& lora_b, double scaling,
-               double dropout_p, int64_t seed) {
+               double dropout_p, int64_t seed, const OptionalTensor& seed_tensor) {
     problem.dtype = checks::compute_dtype("x", x_arg);
     problem.m = checks::rows_of("x", x_arg, &problem.k);
     const int64_t dy_rows = checks::rows_of("dy", dy_arg, &problem.n);
@@ -86,7 +86,8 @@ struct LoraGradCall {
     }
     checks::is_given("lora_a", lora_a);
     checks::is_given("lora_b", lora_b);
-    lora = checks::lora(lora_a, lora_b, problem.n, problem.k, scaling, dropout_p, seed, "x", x_arg, problem.m);
+    lora = checks::lora(lora_a, lora_b, problem.n, problem.k, scaling, dropout_p, seed, seed_tensor, "x", x_arg,
+                        problem.m);
     problem.lora = lora.lora;
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
     problem.dy = checks::operand("dy", dy_arg, "x", x_arg, &dy);

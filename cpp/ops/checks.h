@@ -222,9 +222,23 @@ inline int64_t shape_numel(const std::vector<int64_t>& shape) {
   return count.value();
 }
 
-inline Dropout dropout(double p, int64_t seed) {
+// The seed is what `seed_tensor` holds, where that is given. CUDA reads it when the kernel runs: nobody waits for it,
+// and a captured graph draws anew at each replay.
+inline Dropout dropout(double p, int64_t seed, const OptionalTensor& seed_tensor, const char* like_name,
+                       const Tensor& like) {
   require(p >= 0.0 && p <= 1.0, "dropout_p: expected a probability from 0 to 1, got ", p);
-  return make_dropout(p, static_cast<uint64_t>(seed));
+  Dropout out = make_dropout(p, static_cast<uint64_t>(seed));
+  if (!seed_tensor) return out;
+  same_device("seed_tensor", *seed_tensor, like_name, like);
+  require(seed_tensor->scalar_type() == ScalarType::Long && seed_tensor->dim() == 0,
+          "seed_tensor: expected a 0-dim int64 tensor, got ", dtype_text(seed_tensor->scalar_type()), " of shape ",
+          shape_text(*seed_tensor));
+  const int64_t* const at = seed_tensor->const_data_ptr<int64_t>();
+  if (like.is_cpu())
+    out.seed = static_cast<uint64_t>(*at);
+  else
+    out.device_seed = at;
+  return out;
 }
 
 // A dense operand in the dtype and on the device of `like`, made contiguous if it is not (`keep` owns the data).
@@ -244,9 +258,10 @@ struct LoraArgs {
 };
 
 inline LoraArgs lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k, double scaling,
-                     double dropout_p, int64_t seed, const char* like_name, const Tensor& like, int64_t m) {
+                     double dropout_p, int64_t seed, const OptionalTensor& seed_tensor, const char* like_name,
+                     const Tensor& like, int64_t m) {
   LoraArgs out;
-  out.lora.dropout = dropout(dropout_p, seed);
+  out.lora.dropout = dropout(dropout_p, seed, seed_tensor, like_name, like);
   require(std::abs(scaling) <= std::numeric_limits<float>::max(),
           "scaling: expected a finite number within float32's range, got ", scaling);
   out.lora.scaling = scaling;

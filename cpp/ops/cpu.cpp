@@ -67,25 +67,27 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor
 Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
                   OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
                   OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
-                  int64_t seed) {
+                  int64_t seed, OptionalTensor seed_tensor) {
   const LinearCall call(x, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, out_features,
-                        bias, lora_a, lora_b, scaling, dropout_p, seed);
+                        bias, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
   if (!call.is_empty()) cpu::linear_nf4(pool(), call.problem);
   return call.y;
 }
 
 Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
                      OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
-                     OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed) {
+                     OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                     OptionalTensor seed_tensor) {
   const LinearDxCall call(dy, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-                          in_features, lora_a, lora_b, scaling, dropout_p, seed);
+                          in_features, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
   if (!call.is_empty()) cpu::linear_nf4_dx(pool(), call.problem);
   return call.dx;
 }
 
 std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
-                                            const Tensor& lora_b, double scaling, double dropout_p, int64_t seed) {
-  const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed);
+                                            const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
+                                            OptionalTensor seed_tensor) {
+  const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
   if (!call.is_empty()) cpu::linear_nf4_dlora(pool(), call.problem);
   return {call.da, call.db};
 }

@@ -39,8 +39,8 @@ __device__ __forceinline__ uint32_t drop_pair(const Dropout& dropout, uint32_t p
 
 // Applies dropout to the 8 elements from row-major index `index`, a multiple of 4.
 __device__ __forceinline__ void drop8(const Dropout& dropout, int64_t index, uint4& x) {
-  const Philox4 low = philox4x32_10(dropout.seed, static_cast<uint64_t>(index) / 4);
-  const Philox4 high = philox4x32_10(dropout.seed, static_cast<uint64_t>(index) / 4 + 1);
+  const Philox4 low = philox4x32_10(dropout.key(), static_cast<uint64_t>(index) / 4);
+  const Philox4 high = philox4x32_10(dropout.key(), static_cast<uint64_t>(index) / 4 + 1);
   x.x = drop_pair(dropout, x.x, low.lane[0], low.lane[1]);
   x.y = drop_pair(dropout, x.y, low.lane[2], low.lane[3]);
   x.z = drop_pair(dropout, x.z, high.lane[0], high.lane[1]);
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kLowRankScalarThreads)
     for (int64_t k = lane; k < p.k; k += 32) {
       const int64_t index = token * p.k + k;
       float x = tile::widen(p.x[index]);
-      if (p.dropout.active() && !p.dropout.keeps(philox4x32_10(p.dropout.seed, index / 4).lane[index % 4])) x = 0.0f;
+      if (p.dropout.active() && !p.dropout.keeps(philox4x32_10(p.dropout.key(), index / 4).lane[index % 4])) x = 0.0f;
 #pragma unroll
       for (int i = 0; i < kLowRankScalarRanks; ++i)
         if (rank0 + i < p.rank)

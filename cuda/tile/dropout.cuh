@@ -15,7 +15,7 @@ __device__ __forceinline__ uint32_t keep_mask(const Dropout& dropout, int64_t in
   const int groups = kCount / 4 + (phase == 0 ? 0 : 1);
 #pragma unroll 1
   for (int i = 0; i < groups; ++i) {
-    const Philox4 random = philox4x32_10(dropout.seed, static_cast<uint64_t>(index >> 2) + i);
+    const Philox4 random = philox4x32_10(dropout.key(), static_cast<uint64_t>(index >> 2) + i);
     uint32_t four = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) four |= static_cast<uint32_t>(dropout.keeps(random.lane[j])) << j;

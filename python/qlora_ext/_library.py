@@ -97,7 +97,7 @@ def _why_not_here(archs: str) -> str | None:
     capability = torch.cuda.get_device_capability()
     if serves(archs, capability):
         return None
-    return f"the CUDA kernels here are for {archs}, this device has compute capability {'%d.%d' % capability}"
+    return f"the CUDA kernels here are for {archs}, this device has compute capability {capability[0]}.{capability[1]}"
 
 
 def build_info() -> dict[str, Any]:

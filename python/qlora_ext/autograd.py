@@ -82,7 +82,7 @@ class LinearNF4Function(torch.autograd.Function):
 
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
-    lora_b [N, R], scaling, dropout_p, seed. Gradients reach x, bias, lora_a and lora_b; saved for them are x (where
+    lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device). Gradients reach x, bias, lora_a and lora_b; saved for them are x (where
     there are adapters) and references to the packed state and the adapters: never a dequantized weight, nor a
     dropout mask, which the backward draws again from the seed. Under autocast x, bias and adapters take its dtype.
     Forward-mode AD is refused with a NotImplementedError here (dynamo traces no Function with a ``jvp``); the operator
@@ -96,7 +96,8 @@ class LinearNF4Function(torch.autograd.Function):
             args = (*autocast_linear_nf4_args(device_type, args),)
         a = LINEAR_NF4(*args)
         x = a.x if a.lora_a is not None else None
-        ctx.save_for_backward(x, a.lora_a, a.lora_b, a.packed, a.absmax, a.nested_absmax, a.nested_offset)
+        packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
+        ctx.save_for_backward(x, a.lora_a, a.lora_b, a.seed_tensor, *packed)
         ctx.block_sizes = a.block_size, a.nested_block_size
         ctx.in_features = a.x.shape[-1]
         ctx.lora_numbers = a.scaling, a.dropout_p, a.seed
@@ -106,19 +107,19 @@ class LinearNF4Function(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of linear_nf4", dy)
-        x, lora_a, lora_b, *packed = ctx.saved_tensors
+        x, lora_a, lora_b, seed_tensor, *packed = ctx.saved_tensors
         needs = LINEAR_NF4(*ctx.needs_input_grad)
         dx = da = db = dbias = None
         if needs.x:
             dx = torch.ops.qlora.linear_nf4_dx.default(
-                dy, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, *ctx.lora_numbers
+                dy, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, *ctx.lora_numbers, seed_tensor
             )
         if needs.bias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if needs.lora_a or needs.lora_b:
-            da, db = torch.ops.qlora.linear_nf4_dlora.default(dy, x, lora_a, lora_b, *ctx.lora_numbers)
+            da, db = torch.ops.qlora.linear_nf4_dlora.default(dy, x, lora_a, lora_b, *ctx.lora_numbers, seed_tensor)
         da, db = da if needs.lora_a else None, db if needs.lora_b else None
-        return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db),)
+        return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
 
 def _with_tangent(args: tuple[Any, ...]) -> Tensor:
@@ -150,11 +151,12 @@ def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
     return differentiable_linear_nf4(*args)
 
 
-def draw_seed() -> int:
-    """A dropout seed from torch's CPU generator: ``torch.manual_seed`` reproduces it, checkpointing replays it."""
-    # Its device is named, as a default device of CUDA would make the host wait; int() would fix the seed in a graph.
-    seed: int = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cpu").item()  # type: ignore[assignment]
-    return seed
+def draw_seed(device: torch.device) -> Tensor:
+    """A dropout seed from the device's generator: ``torch.manual_seed`` reproduces it, checkpointing replays it.
+
+    It stays a tensor there: nobody waits for it, no compiled graph breaks at it, a captured one draws anew.
+    """
+    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
 
 def linear_nf4(
@@ -165,7 +167,7 @@ def linear_nf4(
     lora_b: Tensor | None = None,
     scaling: float = 1.0,
     dropout_p: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
 ) -> Tensor:
     """The fused QLoRA layer: y = x · dequantize(w4)ᵀ + scaling · dropout(x) · lora_aᵀ · lora_bᵀ + bias.
 
@@ -176,8 +178,8 @@ def linear_nf4(
         lora_a, lora_b: [R, K] and [N, R], dtype of x; both or neither.
         scaling: lora_alpha / R.
         dropout_p: probability of dropping an element of x on the LoRA branch, 0 to 1.
-        seed: of dropout's Philox stream, an integer of 64 bits. None draws one from torch's generator where
-            ``dropout_p`` > 0.
+        seed: of dropout's Philox stream: an integer of 64 bits, or a 0-dim int64 tensor on x's device that holds it.
+            None draws one from that device's generator where ``dropout_p`` > 0.
 
     Returns:
         y [..., N] in x's dtype, differentiable in x, bias, lora_a and lora_b. Under autocast the dense arguments
@@ -195,10 +197,12 @@ def linear_nf4(
         raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
     if x.ndim == 0 or x.shape[-1] != w4.shape[1]:
         raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
-    if seed is not None and (not isinstance(seed, int | torch.SymInt) or not -(2**63) <= seed < 2**63):
+    if seed is None and dropout_p > 0.0 and lora_a is not None:
+        seed = draw_seed(x.device)
+    seed_tensor = seed if isinstance(seed, Tensor) else None
+    if seed is None or seed_tensor is not None:
+        seed = 0
+    elif not isinstance(seed, int | torch.SymInt) or not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed: expected an integer of 64 bits, from -2^63 to 2^63 - 1, got {reprlib.repr(seed)}")
-    if seed is None:
-        seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
-    return call_linear_nf4(
-        x.device.type, x, *w4.packed_args(), w4.shape[0], bias, lora_a, lora_b, scaling, dropout_p, seed
-    )
+    lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
+    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora)

@@ -19,6 +19,7 @@ from .arguments import arguments_of
 
 LINEAR_NF4 = arguments_of(torch.ops.qlora.linear_nf4.default)
 LINEAR_NF4_DX = arguments_of(torch.ops.qlora.linear_nf4_dx.default)
+LINEAR_NF4_DLORA = arguments_of(torch.ops.qlora.linear_nf4_dlora.default)
 
 MAX_NESTED_BLOCK_SIZE = 2**20
 MAX_ELEMENTS = 2**48  # cpp/format/nf4.h has the reason
@@ -53,6 +54,14 @@ def check_lora_numbers(scaling: float, dropout_p: float) -> None:
         raise ValueError(f"scaling: expected a finite number within float32's range, got {scaling}")
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"dropout_p: expected a probability from 0 to 1, got {dropout_p}")
+
+
+def check_seed_tensor(seed_tensor: Tensor | None) -> None:
+    """Refuses with a ValueError what cannot hold dropout's seed."""
+    if seed_tensor is not None and (seed_tensor.dtype != torch.int64 or seed_tensor.ndim != 0):
+        raise ValueError(
+            f"seed_tensor: expected a 0-dim int64 tensor, got {seed_tensor.dtype} of shape {list(seed_tensor.shape)}"
+        )
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
@@ -123,6 +132,7 @@ def _(*args: Any) -> Tensor:
     a = LINEAR_NF4(*args)
     check_block_sizes(a.block_size, a.nested_block_size)
     check_lora_numbers(a.scaling, a.dropout_p)
+    check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4", *args)
     y: Tensor = a.x.new_empty((*a.x.shape[:-1], a.out_features))
     return y
@@ -133,18 +143,19 @@ def _(*args: Any) -> Tensor:
     a = LINEAR_NF4_DX(*args)
     check_block_sizes(a.block_size, a.nested_block_size)
     check_lora_numbers(a.scaling, a.dropout_p)
+    check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4_dx", *args)
     dx: Tensor = a.dy.new_empty((*a.dy.shape[:-1], a.in_features))
     return dx
 
 
 @torch.library.register_fake("qlora::linear_nf4_dlora")
-def _(
-    dy: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dropout_p: float, seed: int
-) -> tuple[Tensor, Tensor]:
-    check_lora_numbers(scaling, dropout_p)
-    check_one_device("linear_nf4_dlora", dy, x, lora_a, lora_b)
-    return lora_a.new_empty(lora_a.shape), lora_b.new_empty(lora_b.shape)
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    a = LINEAR_NF4_DLORA(*args)
+    check_lora_numbers(a.scaling, a.dropout_p)
+    check_seed_tensor(a.seed_tensor)
+    check_one_device("linear_nf4_dlora", *args)
+    return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)
 
 
 # linear_nf4's dense arguments. The rest is packed state and numbers.
@@ -163,7 +174,7 @@ def autocast_linear_nf4_args(device_type: str, args: Sequence[Any]) -> list[Any]
             return value.to(dtype)
         return value
 
-    return [cast(name, value) for name, value in zip(LINEAR_NF4._fields, args, strict=True)]
+    return [cast(name, value) for name, value in LINEAR_NF4(*args)._asdict().items()]
 
 
 def _autocast(device_type: str) -> None:

@@ -103,7 +103,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 
         Computed in ``compute_dtype`` and returned in x's dtype; under autocast, both are the autocast dtype.
         """
-        seed = draw_seed() if dropout_p > 0.0 and lora_a is not None else 0
+        seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
         device_type, dtype, cast = x.device.type, x.dtype, self.compute_dtype
         if torch.is_autocast_enabled(device_type):
             dtype = cast = torch.get_autocast_dtype(device_type)
@@ -117,7 +117,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             None if lora_b is None else lora_b.to(cast),
             scaling,
             dropout_p,
-            seed,
+            0,
+            seed_tensor,
         )
         return y.to(dtype)
 

@@ -1,0 +1,114 @@
+"""Dropout's seed as a tensor on the device: the same masks as by number, one graph, and new ones at each replay of one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import qlora_ext
+from samples import DEVICES, OPCHECKS, linear_sample
+
+OPS = torch.ops.qlora
+SEEDS = [0, 1234, -5, 2**63 - 1]
+
+
+def seed_on(device: str, value: int = 1234) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.int64, device=device)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("m", [3, 200])
+def test_every_operator_draws_the_mask_of_the_number(m: int, seed: int, device: str) -> None:
+    s = dataclasses.replace(linear_sample(m, 48, 64, device=device, dropout_p=0.4), seed=seed)
+    dy = torch.randn(m, 48, device=device)
+    packed = s.w4.packed_args()
+    number, tensor = (*s.lora_args,), (*s.lora_args[:-1], 77, seed_on(device, seed))
+    by_number = OPS.linear_nf4(*s.args)
+    assert torch.equal(by_number, OPS.linear_nf4(s.x, *packed, 48, s.bias, *tensor))
+    assert not torch.equal(by_number, OPS.linear_nf4(s.x, *packed, 48, s.bias, *tensor[:-1]))
+    assert torch.equal(OPS.linear_nf4_dx(dy, *packed, 64, *number), OPS.linear_nf4_dx(dy, *packed, 64, *tensor))
+    by_number, by_tensor = OPS.linear_nf4_dlora(dy, s.x, *number), OPS.linear_nf4_dlora(dy, s.x, *tensor)
+    assert all(torch.equal(a, b) for a, b in zip(by_number, by_tensor, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_and_opcheck(device: str) -> None:
+    s = linear_sample(5, device=device, dropout_p=0.3, requires_grad=True)
+
+    def gradients(seed: int | torch.Tensor) -> list[torch.Tensor]:
+        y = qlora_ext.linear_nf4(s.x, s.w4, s.bias, s.lora_a, s.lora_b, s.scaling, s.dropout_p, seed)
+        return [y, *torch.autograd.grad(y.square().sum(), s.differentiable)]
+
+    for a, b in zip(gradients(s.seed), gradients(seed_on(device, s.seed)), strict=True):
+        assert torch.equal(a, b)
+    torch.library.opcheck(OPS.linear_nf4.default, (*s.args, seed_on(device)), test_utils=OPCHECKS)
+    dy = torch.randn(5, 48, device=device)
+    dx = (dy, *s.w4.packed_args(), 64, *s.lora_args, seed_on(device))
+    torch.library.opcheck(OPS.linear_nf4_dx.default, dx, test_utils=OPCHECKS)
+    torch.library.opcheck(OPS.linear_nf4_dlora.default, (dy, s.x, *s.lora_args, seed_on(device)), test_utils=OPCHECKS)
+
+
+@pytest.mark.parametrize("device", ["meta", *DEVICES])
+@pytest.mark.parametrize("wrong", [torch.tensor(1.0), torch.tensor([1, 2]), torch.tensor([1])])
+def test_what_is_no_seed_is_refused(wrong: torch.Tensor, device: str) -> None:
+    s = linear_sample(2, device="cpu", dropout_p=0.5)
+    args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in (*s.args, wrong)]
+    with pytest.raises(ValueError, match="^seed_tensor: expected a 0-dim int64 tensor, got"):
+        OPS.linear_nf4(*args)
+
+
+def test_a_seed_on_another_device_is_refused() -> None:
+    s = linear_sample(2, dropout_p=0.5)
+    with pytest.raises(ValueError, match=r"seed_tensor: expected on the device of x \(cpu\), got meta"):
+        OPS.linear_nf4(*s.args, seed_on("meta"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_manual_seed_reproduces_a_layer_whose_graph_has_no_break(device: str) -> None:
+    torch._dynamo.reset()
+    layer = qlora_ext.nn.Linear4bit.from_linear(torch.nn.Linear(64, 48)).to(device)
+    lora_a, lora_b = torch.randn(4, 64, device=device), torch.randn(48, 4, device=device)
+    x = torch.randn(3, 64, device=device)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return layer.fused_forward(x, lora_a, lora_b, 1.0, 0.5)
+
+    explained = torch._dynamo.explain(run)(x)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    torch.manual_seed(1)
+    first, second = run(x), run(x)
+    torch.manual_seed(1)
+    assert torch.equal(run(x), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("m", [3, 200])
+def test_a_captured_step_draws_anew_at_each_replay(m: int) -> None:
+    """Forward and backward of one replay share a mask: y is linear in x, so <dy, y> = <dx, x>."""
+    s = linear_sample(m, 48, 64, device="cuda", bias=False, dropout_p=0.5)
+    x = s.x.clone().requires_grad_()
+    dy = torch.randn(m, 48, device="cuda")
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        y = qlora_ext.linear_nf4(x, s.w4, None, s.lora_a, s.lora_b, 1.0, 0.5)
+        return y, torch.autograd.grad(y, x, dy)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()  # as PyTorch asks: work before a capture happens on a side stream
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y, dx = step()
+    seen = []
+    for _ in range(3):
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.allclose((dy * y).sum(), (dx * x).sum(), rtol=1e-4, atol=1e-3)
+        seen.append(y.clone())
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
