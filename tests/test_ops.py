@@ -15,6 +15,7 @@ OPS = torch.ops.qlora
 
 def op_calls(device: str) -> dict[str, tuple]:
     s = linear_sample(m=(2, 3), device=device, dropout_p=0.25)
+    seed = torch.tensor(1234, device=device)
     w = torch.randn(48, 64, device=device)
     absmax = torch.rand(300, device=device)
     codes = OPS.quantize_absmax(absmax, 256)
@@ -24,9 +25,9 @@ def op_calls(device: str) -> dict[str, tuple]:
         "quantize_absmax": (absmax, 256),
         "dequantize_absmax": (*codes, 256),
         "dequantize_nf4": (*s.w4.packed_args(), [48, 64], torch.bfloat16),
-        "linear_nf4": s.args,
-        "linear_nf4_dx": (dy, *s.w4.packed_args(), 64, *s.lora_args),
-        "linear_nf4_dlora": (dy, s.x, *s.lora_args),
+        "linear_nf4": (*s.args, seed),
+        "linear_nf4_dx": (dy, *s.w4.packed_args(), 64, *s.lora_args, seed),
+        "linear_nf4_dlora": (dy, s.x, *s.lora_args, seed),
     }
 
 

@@ -197,12 +197,17 @@ def linear_nf4(
         raise ValueError(f"w4: expected a weight of shape [N, K], got {list(w4.shape)}")
     if x.ndim == 0 or x.shape[-1] != w4.shape[1]:
         raise ValueError(f"x: expected shape [..., {w4.shape[1]}] (in_features of w4), got {list(x.shape)}")
-    if seed is None and dropout_p > 0.0 and lora_a is not None:
-        seed = draw_seed(x.device)
-    seed_tensor = seed if isinstance(seed, Tensor) else None
-    if seed is None or seed_tensor is not None:
-        seed = 0
-    elif not isinstance(seed, int | torch.SymInt) or not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed: expected an integer of 64 bits, from -2^63 to 2^63 - 1, got {reprlib.repr(seed)}")
+    if seed is None:
+        seed = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else 0
+    if not isinstance(seed, Tensor):
+        fits = isinstance(seed, int | torch.SymInt) and -(2**63) <= seed < 2**63
+    else:
+        fits = seed.dtype == torch.int64 and seed.ndim == 0
+    if not fits:
+        raise ValueError(
+            "seed: expected an integer of 64 bits, from -2^63 to 2^63 - 1, or a 0-dim int64 tensor, "
+            f"got {reprlib.repr(seed)}"
+        )
+    seed, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
     return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora)

@@ -166,6 +166,7 @@ def good_arguments(rng: random.Random) -> dict[str, Any]:
     good |= {"block_size": block, "nested_block_size": nested_block, "out_features": n, "in_features": k}
     good |= {"w": randn(n, k), "x": randn(m, k), "dy": randn(m, n), "bias": randn(n), "shape": [n, k], "dtype": dtype}
     good |= {"lora_a": randn(rank, k), "lora_b": randn(n, rank), "scaling": 0.5, "seed": 12}
+    good["seed_tensor"] = rng.choice([None, torch.tensor(-12)])
     good |= {"dropout_p": rng.choice([0.0, 0.3]), "w4": w4, "codes": codes.absmax, "_codes": codes}
     good |= {"offsets": torch.tensor(sorted(rng.randint(0, m) for _ in range(experts)))}
     good |= {"_experts": experts, "compute_dtype": dtype, "double_quant": double_quant}

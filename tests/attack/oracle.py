@@ -52,7 +52,8 @@ def identity(x: np.ndarray) -> np.ndarray:
 
 def lora(a: dict[str, Any], of: Of) -> tuple:
     dense = [None if a[key] is None else of(floats(a[key])) for key in ("lora_a", "lora_b")]
-    return (*dense, float(of(np.asarray(float(a["scaling"])))), a.get("dropout_p", 0.0), a.get("seed", 0))
+    seed = a.get("seed", 0) if a.get("seed_tensor") is None else int(a["seed_tensor"])
+    return (*dense, float(of(np.asarray(float(a["scaling"])))), a.get("dropout_p", 0.0), seed)
 
 
 def linear(a: dict[str, Any], of: Of = identity) -> list[np.ndarray]:
