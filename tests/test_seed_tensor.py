@@ -1,4 +1,4 @@
-"""Dropout's seed as a tensor on the device: the same masks as by number, one graph, and new ones at each replay of one."""
+"""Dropout's seed as a tensor on the device: the masks that its number gives, and new ones at each replay of a graph."""
 
 from __future__ import annotations
 

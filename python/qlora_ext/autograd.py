@@ -82,9 +82,10 @@ class LinearNF4Function(torch.autograd.Function):
 
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
-    lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device). Gradients reach x, bias, lora_a and lora_b; saved for them are x (where
-    there are adapters) and references to the packed state and the adapters: never a dequantized weight, nor a
-    dropout mask, which the backward draws again from the seed. Under autocast x, bias and adapters take its dtype.
+    lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device). Gradients reach x,
+    bias, lora_a and lora_b; saved for them are x (where there are adapters) and references to the packed state, the
+    adapters and the seed: never a dequantized weight, nor a dropout mask, which the backward draws again from the seed.
+    Under autocast x, bias and adapters take its dtype.
     Forward-mode AD is refused with a NotImplementedError here (dynamo traces no Function with a ``jvp``); the operator
     has it, by x and bias.
     """
