@@ -31,6 +31,14 @@ TOLERANCE = {"quantize": 2e-3, "dequantize": 4e-3}  # bfloat16 rounds to 2^-9; p
 LINEAR_TOLERANCE = 1e-2
 
 
+def card_name() -> tuple[str, str]:
+    """The card, and what the names of its results end in."""
+    if SIMULATED:
+        return "no card, kernel simulator", ""
+    name = torch.cuda.get_device_name()
+    return name, "_" + re.sub(r"\W+", "_", name).lower()
+
+
 def captured(call: Callable[[int], object], turns: int) -> Callable[[int], object]:
     """One replay of a CUDA graph of calls 0 .. turns - 1."""
     stream = torch.cuda.Stream()
@@ -107,9 +115,8 @@ def main() -> None:
     start = time.perf_counter()
     torch.manual_seed(0)
     shapes = TINY if arguments.tiny else SHAPES
-    card = "no card, kernel simulator" if SIMULATED else torch.cuda.get_device_name()
-    name = "cuda" if SIMULATED else "cuda_" + re.sub(r"\W+", "_", card).lower()
-    report = Report(name, f"CUDA operators on {card}", [__doc__.split("\n\n")[2].replace("\n", " ")])
+    card, suffix = card_name()
+    report = Report(f"cuda{suffix}", f"CUDA operators on {card}", [__doc__.split("\n\n")[2].replace("\n", " ")])
     report.machine["gpu"] = card
     ceiling = {} if SIMULATED else ceilings()
     if ceiling:

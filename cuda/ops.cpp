@@ -1,6 +1,8 @@
 // The operators on CUDA: tensors -> views -> launchers, on the tensors' device and torch's current stream.
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
+#include <string>
 #include <tuple>
 
 #include "cpp/format/print_kernels.h"
@@ -146,8 +148,21 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor
   return out;
 }
 
+// What QLORA_CUDA_KERNEL asks for, which tests and bench/cuda_crossover.py do: "fused" or "library". As
+// QLORA_CPU_KERNEL it is read at each call where it is there at the first, and never looked at again where it is not.
+std::string forced_kernel() {
+  static const bool looks = std::getenv("QLORA_CUDA_KERNEL");
+  const char* const name = looks ? std::getenv("QLORA_CUDA_KERNEL") : nullptr;
+  const std::string forced = name ? name : "";
+  checks::require(forced.empty() || forced == "fused" || forced == "library",
+                  "QLORA_CUDA_KERNEL: expected fused or library, got ", forced);
+  return forced;
+}
+
 bool library_is_ahead(DType dtype, int64_t m, const Weight& w, const cuda::Device& device) {
-  return w.n > 0 && w.k > 0 && m >= cuda::library_crossover(dtype, w.k, w.scales.block_size, device);
+  if (w.n == 0 || w.k == 0) return false;
+  if (const std::string forced = forced_kernel(); !forced.empty()) return forced == "library";
+  return m >= cuda::library_crossover(dtype, w.k, w.scales.block_size, device);
 }
 
 template <class Problem>

@@ -12,6 +12,7 @@ import qlora_ext
 
 # There before the first call, so that each call reads it (test_kernels_cpu.py goes from one kernel to the next).
 os.environ.setdefault("QLORA_CPU_KERNEL", "")
+os.environ.setdefault("QLORA_CUDA_KERNEL", "")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

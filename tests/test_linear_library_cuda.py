@@ -93,6 +93,22 @@ def test_sums_are_float32_whatever_torch_allows(dtype: torch.dtype) -> None:
     torch.mm(a, a)  # torch's own products still run with torch's settings: no exception, no state left behind
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "kernel"), [(3, "library"), (300, "fused")])
+@pytest.mark.parametrize(("n", "k"), [(72, 192), (41, 95)])
+def test_either_way_may_be_asked_for(
+    n: int, k: int, m: int, kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", kernel)
+    check(linear_sample(m, n, k, 16, dtype, "cuda", dropout_p=0.2))
+
+
+def test_another_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "tensor_cores")
+    with pytest.raises(ValueError, match="QLORA_CUDA_KERNEL: expected fused or library, got tensor_cores"):
+        OPS.linear_nf4(*linear_sample(3, device="cuda").args)
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_no_outputs_or_terms(rows: int) -> None:
     s = linear_sample(MANY, rows, 64, None, torch.bfloat16, "cuda")

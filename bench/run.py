@@ -1,0 +1,101 @@
+"""Everything that this machine can tell: checks first, then every bench, one after the other.
+
+    python bench/run.py --device cuda [--minutes 10] [--tiny]
+    python bench/run.py --device cpu
+
+On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sanitizer's four tools on a slice of them,
+the operators beside their peers (captured into CUDA graphs), and the calibration of the crossover to the library, which
+ends in a row for cuda/tuning.h. Results go to bench/results/, named after the card. A step that fails or takes too long
+is named at the end, the others still run, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCH = ROOT / "bench"
+TESTS = ROOT / "tests"
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+SLICE = "test_dropout_in_every_tile or test_a_long_sum"  # every tile, splits and their tickets, dropout
+
+
+@dataclasses.dataclass
+class Step:
+    """A program, and the part of the time that it may take."""
+
+    name: str
+    command: list[str]
+    share: float = 1.0
+    missing: str | None = None  # why it cannot run here
+
+
+def python(script: Path, *arguments: str) -> list[str]:
+    return [sys.executable, str(script), *arguments]
+
+
+def pytest(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "cuda", *arguments]
+
+
+def cuda_steps(minutes: float, tiny: bool) -> list[Step]:
+    small = ["--tiny"] if tiny else []
+    strict = [str(path) for path in sorted(TESTS.glob("test_linear*cuda.py"))]
+    steps = [Step("strict tests", pytest(*strict), 0.25)]
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in SANITIZERS:
+        options = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "all"]
+        command = [sanitizer or "", *options, *pytest(str(TESTS / "test_linear_cuda.py"), "-k", SLICE)]
+        missing = None if sanitizer else "compute-sanitizer is not on PATH (the CUDA toolkit has it)"
+        steps.append(Step(f"compute-sanitizer {tool}", command, 0.08, missing))
+    crossover = python(BENCH / "cuda_crossover.py", "--minutes", f"{0.2 * minutes:.2f}", *small)
+    operators = python(BENCH / "cuda_operators.py", "--minutes", f"{0.5 * minutes:.2f}", *small)
+    return [*steps, Step("crossover", crossover, 0.4), Step("operators and peers", operators, 0.9)]
+
+
+def cpu_steps() -> list[Step]:
+    return [Step(name, python(BENCH / f"{name}.py")) for name in ("cpu_codec", "cpu_linear", "cpu_ragged", "step")]
+
+
+def run(step: Step, seconds: float | None) -> str | None:
+    """Why the step counts as failed; None where it is well."""
+    if step.missing is not None:
+        return f"not run: {step.missing}"
+    try:
+        status = subprocess.run(step.command, cwd=ROOT, timeout=seconds, check=False).returncode
+    except subprocess.TimeoutExpired:
+        return f"stopped after {seconds:.0f} s"
+    return None if status == 0 else f"exit status {status}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--minutes", type=float, default=10.0, help="of the CUDA run, roughly (default 10)")
+    parser.add_argument("--tiny", action="store_true", help="CUDA: two small shapes, to see whether all of it works")
+    arguments = parser.parse_args()
+    cuda = arguments.device == "cuda"
+    steps = cuda_steps(arguments.minutes, arguments.tiny) if cuda else cpu_steps()
+    simulated = "CUDASIM_TORCH_LIBRARY" in os.environ  # where a minute of a card is more than an hour
+    start, failed = time.perf_counter(), []
+    for step in steps:
+        print(f"\n== {step.name} ({time.perf_counter() - start:.0f} s)", flush=True)
+        seconds = step.share * arguments.minutes * 60 if cuda and not simulated else None
+        if (why := run(step, seconds)) is not None:
+            failed.append(f"{step.name}: {why}")
+            print(failed[-1], flush=True)
+    print(f"\n== {len(steps) - len(failed)} of {len(steps)} steps passed in {time.perf_counter() - start:.0f} s")
+    for line in failed:
+        print(f"   {line}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
