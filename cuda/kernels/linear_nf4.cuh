@@ -151,17 +151,15 @@ __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int6
   }
 }
 
-// Grid: x over token tiles (fastest) and row tiles, y over splits of k. Needs k % 64 == 0, a block size of at least 64,
-// x and packed aligned to 16 bytes.
+// The tile of rows n0.. of w and tokens token0.. of x, a whole CTA's work: split blockIdx.y of k. Needs k % 64 == 0, a
+// block size of at least 64, x and packed aligned to 16 bytes.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
+__device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
   float* const dynamic8 = reinterpret_cast<float*>(shared_memory + Tile::kDynamic8);
   const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN;
   const int warp_row = warp % Tile::kWarpsN * (16 * Tile::kRowTiles);
-  const int64_t n0 = blockIdx.x / p.token_tiles * Tile::kRows, token0 = blockIdx.x % p.token_tiles * Tile::kTokens;
   const int64_t segment0 = blockIdx.y * p.segments_per_split;
   const int64_t segments_left = p.k / tile::kSegment - segment0;
   const int segments = static_cast<int>(segments_left < p.segments_per_split ? segments_left : p.segments_per_split);
@@ -206,6 +204,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   tile::store_sums<Tile>(shared, warp_row, group, acc);
   __syncthreads();
   tile::finish<Tile>(p.out, reinterpret_cast<const float*>(shared_memory), token0, p.m, n0, p.n);
+}
+
+// Grid: x over token tiles (fastest) and row tiles, y over splits of k.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
+  linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens);
 }
 
 }  // namespace qlora::kernels

@@ -47,17 +47,18 @@ __device__ __forceinline__ uint32_t load_low_rank(const DLoraSide& side, int64_t
   return from[0].bits | (rank + 1 < ranks ? uint32_t{from[1].bits} << 16 : 0u);
 }
 
+// The sum over tokens [begin, end) of the tile of column tile `column_tile` and ranks blockIdx.y, a whole CTA's work.
 template <class T, int kRankTiles, bool kRagged>
-__global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_kernel(const DLoraArgs args) {
+__device__ __forceinline__ void linear_nf4_dlora_tile(const DLoraArgs& args, int64_t column_tile, int64_t begin,
+                                                      int64_t end) {
   __shared__ DLoraSums sums;
-  const DLoraTile tile = make_dlora_tile<16 * kRankTiles>(args);
+  const DLoraTile tile = make_dlora_tile<16 * kRankTiles>(args, column_tile);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int64_t column = tile.column0 + 8 * g;
 
   float acc[4][2 * kRankTiles][4] = {};
-  const int64_t end = min(args.m, (blockIdx.z + 1) * args.tokens_per_split);
 #pragma unroll 2
-  for (int64_t m0 = blockIdx.z * args.tokens_per_split + 16 * warp; m0 < end; m0 += 16 * kDLoraGroups) {
+  for (int64_t m0 = begin + 16 * warp; m0 < end; m0 += 16 * kDLoraGroups) {
     uint4 wide[4];
     uint32_t low_rank[kRankTiles][4];
 #pragma unroll
@@ -103,6 +104,13 @@ __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_kernel(const D
     finish_dlora<T>(args, tile, sums, j, kRankTiles);
   }
   if (args.splits > 1) add_dlora_splits<T>(args, tile, kRankTiles);
+}
+
+// Grid: x = column tile, y = ranks, z = split.
+template <class T, int kRankTiles, bool kRagged>
+__global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_kernel(const DLoraArgs args) {
+  linear_nf4_dlora_tile<T, kRankTiles, kRagged>(args, blockIdx.x, blockIdx.z * args.tokens_per_split,
+                                                min(args.m, (blockIdx.z + 1) * args.tokens_per_split));
 }
 
 }  // namespace qlora::kernels

@@ -8,17 +8,18 @@
 
 namespace qlora::kernels {
 
-__global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_exact_kernel(const DLoraArgs args) {
+// The sum over tokens [begin, end) of the tile of column tile `column_tile` and ranks blockIdx.y, a whole CTA's work.
+__device__ __forceinline__ void linear_nf4_dlora_exact_tile(const DLoraArgs& args, int64_t column_tile, int64_t begin,
+                                                            int64_t end) {
   __shared__ DLoraSums sums;
-  const DLoraTile tile = make_dlora_tile<kDLoraRanks>(args);
+  const DLoraTile tile = make_dlora_tile<kDLoraRanks>(args, column_tile);
   const int group = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int64_t column = tile.column0 + 2 * lane;
   const int ranks = static_cast<int>(min(args.rank - tile.rank0, int64_t{kDLoraRanks}));
 
   float acc[2][kDLoraRanks] = {};
-  const int64_t end = min(args.m, (blockIdx.z + 1) * args.tokens_per_split);
 #pragma unroll 2
-  for (int64_t m = blockIdx.z * args.tokens_per_split + group; m < end; m += kDLoraGroups) {
+  for (int64_t m = begin + group; m < end; m += kDLoraGroups) {
     const int64_t index = m * tile.side.columns + column;
     const float* wide = static_cast<const float*>(tile.side.wide) + index;
     const uint32_t keep = tile.side.masked ? tile::keep_mask(args.dropout, index) : 3u;
@@ -41,6 +42,12 @@ __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_exact_kernel(c
   __syncthreads();
   finish_dlora<float>(args, tile, sums, 0, 1);
   if (args.splits > 1) add_dlora_splits<float>(args, tile, 1);
+}
+
+// Grid: x = column tile, y = ranks, z = split.
+inline __global__ void __launch_bounds__(kDLoraThreads) linear_nf4_dlora_exact_kernel(const DLoraArgs args) {
+  linear_nf4_dlora_exact_tile(args, blockIdx.x, blockIdx.z * args.tokens_per_split,
+                              min(args.m, (blockIdx.z + 1) * args.tokens_per_split));
 }
 
 }  // namespace qlora::kernels

@@ -38,21 +38,21 @@ struct DLoraArgs {
   uint32_t* counters;  // [tiles], zero before the launch; unused with one split
 };
 
-// Grid: x = column tile, y = ranks, z = split.
 struct DLoraTile {
   DLoraSide side;
   int64_t column0, rank0;
   int64_t index;
 };
 
+// The tile of column tile `column_tile` and ranks blockIdx.y.
 template <int kRanks>
-__device__ __forceinline__ DLoraTile make_dlora_tile(const DLoraArgs& args) {
+__device__ __forceinline__ DLoraTile make_dlora_tile(const DLoraArgs& args, int64_t column_tile) {
   DLoraTile tile;
-  const bool is_a = blockIdx.x < args.a_tiles;
+  const bool is_a = column_tile < args.a_tiles;
   tile.side = is_a ? args.a : args.b;
-  tile.column0 = (int64_t{blockIdx.x} - (is_a ? 0 : args.a_tiles)) * kDLoraColumns;
+  tile.column0 = (column_tile - (is_a ? 0 : args.a_tiles)) * kDLoraColumns;
   tile.rank0 = int64_t{blockIdx.y} * kRanks;
-  tile.index = int64_t{blockIdx.y} * gridDim.x + blockIdx.x;
+  tile.index = int64_t{blockIdx.y} * gridDim.x + column_tile;
   return tile;
 }
 

@@ -21,12 +21,13 @@
 
 namespace qlora::kernels {
 
+// The tile of tokens token0.. and columns column0.., a whole CTA's work: split blockIdx.y of the rows.
 template <class T, int kTokenTiles, bool kRagged>
-__global__ void __launch_bounds__(tile::kDxThreads, kTokenTiles <= 2 ? 2 : 1) linear_nf4_dx_kernel(const DxArgs args) {
+__device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t token0, int64_t column0) {
   using Layout = tile::DxLayout<kTokenTiles>;
   constexpr int kAhead = Layout::kStages - 1;
   extern __shared__ __align__(256) char shared[];
-  const DxTile tile = make_dx_tile<kTokenTiles>(args);
+  const DxTile tile = make_dx_tile(args, token0, column0);
   std::conditional_t<kRagged, DxRaggedLoader<T, kTokenTiles>, DxLoader<T, kTokenTiles>> loader(args, tile, shared);
 
   for (int stage = 0; stage < kAhead; ++stage) {
@@ -62,6 +63,16 @@ __global__ void __launch_bounds__(tile::kDxThreads, kTokenTiles <= 2 ? 2 : 1) li
   ptx::cp_async_wait<0>();
   __syncthreads();
   acc.template finish<kRagged>(args, tile, shared);
+}
+
+constexpr int dx_ctas_per_sm(int token_tiles) { return token_tiles <= 2 ? 2 : 1; }
+
+// Grid: x = column tile * token_tiles + token tile, so that neighbours share W in the cache; y = split.
+template <class T, int kTokenTiles, bool kRagged>
+__global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles))
+    linear_nf4_dx_kernel(const DxArgs args) {
+  linear_nf4_dx_tile<T, kTokenTiles, kRagged>(args, int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles),
+                                              int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns);
 }
 
 }  // namespace qlora::kernels

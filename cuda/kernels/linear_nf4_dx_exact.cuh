@@ -27,16 +27,14 @@ __device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, in
   return keep ? sum * static_cast<float>(args.dropout.keep_scale) : 0.0f;
 }
 
-// Grid as linear_nf4_dx_kernel's, with the tile above.
-__global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(const DxArgs args) {
+// The tile of tokens token0.. and columns column0.., a whole CTA's work: split blockIdx.y of the rows.
+__device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int64_t token0, int64_t column0) {
   __shared__ float values[kCodes], dynamic8[256];
   __shared__ float dy[kDxExactStageRows][kDxExactTokens];
   __shared__ float sums[kDxExactTokens][kDxExactColumns];
   if (threadIdx.x < kCodes) values[threadIdx.x] = tile::c_nf4.value[threadIdx.x];
   tile::fill_dynamic8<kDxExactThreads>(dynamic8);
 
-  const int64_t token0 = int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens;
-  const int64_t column0 = int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns;
   const int64_t row0 = blockIdx.y * args.rows_per_split, row_end = min(args.n, row0 + args.rows_per_split);
   const int column_in_tile = threadIdx.x % kDxExactColumns, half = threadIdx.x / kDxExactColumns;
   const int64_t column = column0 + column_in_tile;
@@ -99,6 +97,12 @@ __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(co
     }
     static_cast<float*>(args.dx)[(token0 + i) * args.k + column] = sum + dx_lora_exact(args, token0 + i, column);
   }
+}
+
+// Grid as linear_nf4_dx_kernel's, with the tile above.
+inline __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(const DxArgs args) {
+  linear_nf4_dx_exact_tile(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
+                           int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);
 }
 
 }  // namespace qlora::kernels

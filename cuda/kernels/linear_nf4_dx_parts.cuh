@@ -24,7 +24,6 @@ struct DxArgs {
   Dropout dropout;
 };
 
-// Grid: x = column tile * token_tiles + token tile, so that neighbours share W in the cache; y = split.
 struct DxTile {
   int64_t token0, column0, row0;  // the CTA's first
   int64_t column;                 // the first of this lane's eight
@@ -32,8 +31,8 @@ struct DxTile {
   int group, slab, lane, g, t;
 };
 
-template <int kTokenTiles>
-__device__ __forceinline__ DxTile make_dx_tile(const DxArgs& args) {
+// Split blockIdx.y of the tile of tokens token0.. and columns column0...
+__device__ __forceinline__ DxTile make_dx_tile(const DxArgs& args, int64_t token0, int64_t column0) {
   DxTile tile;
   const int warp = threadIdx.x / 32;
   tile.lane = threadIdx.x % 32;
@@ -41,8 +40,8 @@ __device__ __forceinline__ DxTile make_dx_tile(const DxArgs& args) {
   tile.t = tile.lane % 4;
   tile.slab = warp % tile::kDxSlabs;
   tile.group = warp / tile::kDxSlabs;
-  tile.token0 = int64_t{blockIdx.x % args.token_tiles} * (8 * kTokenTiles);
-  tile.column0 = int64_t{blockIdx.x / args.token_tiles} * tile::kDxColumns;
+  tile.token0 = token0;
+  tile.column0 = column0;
   tile.column = tile.column0 + tile.slab * tile::kDxSlabColumns + 8 * tile.g;
   tile.row0 = blockIdx.y * args.rows_per_split;
   tile.rows = static_cast<int>(min(args.rows_per_split, args.n - tile.row0));

@@ -56,9 +56,9 @@ __device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::Sc
   }
 }
 
+// The tile of rows n0.. of w and tokens token0.. of x, a whole CTA's work.
 template <class T, int kTokens>
-__global__ void __launch_bounds__(kRaggedThreads)
-    linear_nf4_ragged_kernel(const __grid_constant__ RaggedLinearArgs<T> p) {
+__device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>& p, int64_t n0, int64_t token0) {
   constexpr int kRowThreads = kRaggedRows / 4, kTokenThreads = kTokens / 4;  // of 4 rows and 4 tokens each
   constexpr int kSlices = kRaggedThreads / (kRowThreads * kTokenThreads);    // that share out a stage's k
   constexpr int kSliceK = kRaggedStageK / kSlices, kRunsPerRow = kRaggedStageK / kRaggedRun;
@@ -68,7 +68,6 @@ __global__ void __launch_bounds__(kRaggedThreads)
   __shared__ float sums[kSlices][kTokens][kRaggedRows];
   const int row_thread = threadIdx.x % kRowThreads, token_thread = threadIdx.x / kRowThreads % kTokenThreads;
   const int slice = threadIdx.x / (kRowThreads * kTokenThreads);
-  const int64_t n0 = blockIdx.x / p.token_tiles * kRaggedRows, token0 = blockIdx.x % p.token_tiles * kTokens;
 
   tile::fill_dynamic8<kRaggedThreads>(dynamic8);
   if (threadIdx.x < kCodes) code[threadIdx.x] = tile::c_nf4.value[threadIdx.x];
@@ -131,6 +130,12 @@ __global__ void __launch_bounds__(kRaggedThreads)
     for (int s = 0; s < kSlices; ++s) sum += sums[s][i / kRaggedRows][i % kRaggedRows];
     p.y[token * p.n + n] = tile::narrow<T>(sum + (p.bias != nullptr ? tile::widen(p.bias[n]) : 0.0f));
   }
+}
+
+template <class T, int kTokens>
+__global__ void __launch_bounds__(kRaggedThreads)
+    linear_nf4_ragged_kernel(const __grid_constant__ RaggedLinearArgs<T> p) {
+  linear_nf4_ragged_tile<T, kTokens>(p, blockIdx.x / p.token_tiles * kRaggedRows, blockIdx.x % p.token_tiles * kTokens);
 }
 
 }  // namespace qlora::kernels

@@ -84,16 +84,13 @@ __device__ __forceinline__ void clear_words(uint32_t* words, int64_t count) {
   for (int64_t i = cta * blockDim.x + threadIdx.x; i < count; i += ctas * blockDim.x) words[i] = 0;
 }
 
-// Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks. Needs k % 8 == 0 and x, a 16-byte aligned; transposed
-// also an even rank.
+// Tokens token0.. and ranks rank0.., 8·kTokenTiles and 16·kRankTiles of them, a whole CTA's work. Needs k % 8 == 0 and
+// x, a 16-byte aligned; transposed also an even rank.
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
-__global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_constant__ LowRankArgs<T> p) {
+__device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t token0, int64_t rank0) {
   constexpr int kFragment = 128 * kTokenTiles;  // sums of a warp for 16 ranks
   __shared__ float4 partial[kLowRankWarps][kFragment / 4];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  const int64_t token0 = int64_t{blockIdx.x} * (8 * kTokenTiles);
-  const int64_t rank0 = int64_t{blockIdx.y} * (16 * kRankTiles);
-  clear_words(p.clear, p.clear_count);
 
   float acc[kRankTiles][kTokenTiles][4] = {};
 #pragma unroll(kRankTiles* kTokenTiles > 4 ? 1 : 2)
@@ -143,31 +140,43 @@ __global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_
   }
 }
 
+// Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks.
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
+__global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_constant__ LowRankArgs<T> p) {
+  clear_words(p.clear, p.clear_count);
+  low_rank_tile<T, kTransposed, kRankTiles, kTokenTiles>(p, int64_t{blockIdx.x} * (8 * kTokenTiles),
+                                                         int64_t{blockIdx.y} * (16 * kRankTiles));
+}
+
 // Any type, shape and alignment: a warp sums up one token's kLowRankScalarRanks ranks in float32, its lanes striding
-// over k. Grid: x over tokens, y over 4·kLowRankScalarRanks ranks.
+// over k. A CTA takes those of blockIdx.y.
+template <class T, bool kTransposed>
+__device__ __forceinline__ void low_rank_token(const LowRankArgs<T>& p, int64_t token) {
+  const int lane = threadIdx.x % 32;
+  const int64_t rank0 = (int64_t{blockIdx.y} * (kLowRankScalarThreads / 32) + threadIdx.x / 32) * kLowRankScalarRanks;
+  float acc[kLowRankScalarRanks] = {};
+  for (int64_t k = lane; k < p.k; k += 32) {
+    const int64_t index = token * p.k + k;
+    float x = tile::widen(p.x[index]);
+    if (p.dropout.active() && !p.dropout.keeps(philox4x32_10(p.dropout.key(), index / 4).lane[index % 4])) x = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kLowRankScalarRanks; ++i)
+      if (rank0 + i < p.rank)
+        acc[i] = fmaf(x, tile::widen(p.a[kTransposed ? k * p.rank + rank0 + i : (rank0 + i) * p.k + k]), acc[i]);
+  }
+#pragma unroll
+  for (int i = 0; i < kLowRankScalarRanks; ++i) {
+    for (int offset = 16; offset > 0; offset /= 2) acc[i] += __shfl_xor_sync(0xFFFFFFFFu, acc[i], offset);
+    if (lane == 0 && rank0 + i < p.rank) p.out[token * p.rank + rank0 + i] = tile::narrow<T>(acc[i] * p.factor);
+  }
+}
+
+// Grid: x over tokens, y over 4·kLowRankScalarRanks ranks.
 template <class T, bool kTransposed>
 __global__ void __launch_bounds__(kLowRankScalarThreads)
     low_rank_scalar_kernel(const __grid_constant__ LowRankArgs<T> p) {
-  const int lane = threadIdx.x % 32;
   clear_words(p.clear, p.clear_count);
-  const int64_t rank0 = (int64_t{blockIdx.y} * (kLowRankScalarThreads / 32) + threadIdx.x / 32) * kLowRankScalarRanks;
-  for (int64_t token = blockIdx.x; token < p.m; token += gridDim.x) {
-    float acc[kLowRankScalarRanks] = {};
-    for (int64_t k = lane; k < p.k; k += 32) {
-      const int64_t index = token * p.k + k;
-      float x = tile::widen(p.x[index]);
-      if (p.dropout.active() && !p.dropout.keeps(philox4x32_10(p.dropout.key(), index / 4).lane[index % 4])) x = 0.0f;
-#pragma unroll
-      for (int i = 0; i < kLowRankScalarRanks; ++i)
-        if (rank0 + i < p.rank)
-          acc[i] = fmaf(x, tile::widen(p.a[kTransposed ? k * p.rank + rank0 + i : (rank0 + i) * p.k + k]), acc[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kLowRankScalarRanks; ++i) {
-      for (int offset = 16; offset > 0; offset /= 2) acc[i] += __shfl_xor_sync(0xFFFFFFFFu, acc[i], offset);
-      if (lane == 0 && rank0 + i < p.rank) p.out[token * p.rank + rank0 + i] = tile::narrow<T>(acc[i] * p.factor);
-    }
-  }
+  for (int64_t token = blockIdx.x; token < p.m; token += gridDim.x) low_rank_token<T, kTransposed>(p, token);
 }
 
 }  // namespace qlora::kernels
