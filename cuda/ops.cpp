@@ -7,9 +7,13 @@
 
 #include "cpp/format/print_kernels.h"
 #include "cpp/ops/calls.h"
+#include "cpp/ops/grouped_calls.h"
 #include "cpp/ops/value_error.h"
 #include "cuda/launch/choice.h"
 #include "cuda/launch/codec.h"
+#include "cuda/launch/grouped_linear_nf4.h"
+#include "cuda/launch/grouped_linear_nf4_dlora.h"
+#include "cuda/launch/grouped_linear_nf4_dx.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/linear_library.h"
 #include "cuda/launch/linear_nf4.h"
@@ -226,6 +230,53 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, c
   return {call.da, call.db};
 }
 
+Tensor grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
+                          OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
+                          int64_t nested_block_size, int64_t out_features, OptionalTensor bias, OptionalTensor lora_a,
+                          OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                          OptionalTensor seed_tensor) {
+  const Tensor aligned = on_16_bytes(packed);
+  const GroupedLinearCall call(
+      on_16_bytes(x), offsets, {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
+      out_features, bias, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor);
+  if (call.is_empty()) return call.y;
+  OnDevice on(call.x);
+  print_choice("grouped_linear_nf4", call.problem, on.device(), cuda::grouped_linear_nf4_choice);
+  check_launch("grouped_linear_nf4",
+               cuda::launch_grouped_linear_nf4(call.problem, on.device(), on.allocator(), on.stream()));
+  return call.y;
+}
+
+Tensor grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
+                             OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
+                             int64_t nested_block_size, int64_t in_features, OptionalTensor lora_a,
+                             OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                             OptionalTensor seed_tensor) {
+  const Tensor aligned = on_16_bytes(packed);
+  const GroupedLinearDxCall call(
+      on_16_bytes(dy), offsets, {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
+      in_features, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor);
+  if (call.is_empty()) return call.dx;
+  OnDevice on(call.dy);
+  print_choice("grouped_linear_nf4_dx", call.problem, on.device(), cuda::grouped_linear_nf4_dx_choice);
+  check_launch("grouped_linear_nf4_dx",
+               cuda::launch_grouped_linear_nf4_dx(call.problem, on.device(), on.allocator(), on.stream()));
+  return call.dx;
+}
+
+std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& offsets,
+                                                    const Tensor& lora_a, const Tensor& lora_b, double scaling,
+                                                    double dropout_p, int64_t seed, OptionalTensor seed_tensor) {
+  const GroupedLoraGradCall call(on_16_bytes(dy), on_16_bytes(x), offsets, on_16_bytes(lora_a), on_16_bytes(lora_b),
+                                 scaling, dropout_p, seed, seed_tensor);
+  if (call.is_empty()) return {call.da, call.db};
+  OnDevice on(call.x);
+  print_choice("grouped_linear_nf4_dlora", call.problem, on.device(), cuda::grouped_linear_nf4_dlora_choice);
+  check_launch("grouped_linear_nf4_dlora",
+               cuda::launch_grouped_linear_nf4_dlora(call.problem, on.device(), on.allocator(), on.stream()));
+  return {call.da, call.db};
+}
+
 }  // namespace
 }  // namespace qlora
 
@@ -237,4 +288,7 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("linear_nf4", QLORA_BOX(&qlora::linear_nf4));
   m.impl("linear_nf4_dx", QLORA_BOX(&qlora::linear_nf4_dx));
   m.impl("linear_nf4_dlora", QLORA_BOX(&qlora::linear_nf4_dlora));
+  m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4));
+  m.impl("grouped_linear_nf4_dx", QLORA_BOX(&qlora::grouped_linear_nf4_dx));
+  m.impl("grouped_linear_nf4_dlora", QLORA_BOX(&qlora::grouped_linear_nf4_dlora));
 }

@@ -205,4 +205,10 @@ constexpr int64_t linear_split_segments(int64_t tiles, int64_t segments, int64_t
   }));
 }
 
+// Tokens that a tile is chosen for where `experts` have `tokens` together, how many each only the device knows: twice
+// the average, since the experts that most tokens go to have more than it. Not measured on a card.
+constexpr int64_t grouped_tile_tokens(int64_t tokens, int64_t experts) {
+  return std::min(tokens, ceil_div(2 * tokens, std::max<int64_t>(experts, 1)));
+}
+
 }  // namespace qlora::cuda

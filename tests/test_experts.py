@@ -243,8 +243,8 @@ def test_operators_pass_opcheck() -> None:
 
 BAD_STACKS = [
     ("x", torch.zeros(7, 1, 64), r"x: expected shape \[any, any\], got \[7, 1, 64\]"),
-    ("offsets", torch.tensor([2.0, 2.0, 6.0]), "offsets: expected a dense int64 tensor, got torch.float32"),
-    ("offsets", torch.tensor([2, 2, 6]).to_sparse(), "offsets: expected a dense int64 tensor, got .*sparse"),
+    ("offsets", torch.tensor([2.0, 2.0, 6.0]), "offsets: expected a dense int64 tensor, got Float"),
+    ("offsets", torch.tensor([2, 2, 6]).to_sparse(), "offsets: expected a dense tensor, got a sparse one"),
     (
         "offsets",
         torch.tensor([2, 1, 6]),
@@ -258,11 +258,13 @@ BAD_STACKS = [
     ("absmax", torch.zeros(2, 32, dtype=torch.uint8), "absmax: expected 3 slices, one an expert"),
     ("nested_absmax", torch.zeros(()), "nested_absmax: expected 3 slices"),
     ("nested_offset", torch.zeros(1), "nested_offset: expected 3 slices"),
+    ("nested_offset", torch.zeros(1).expand(3), "nested_offset: expected a contiguous tensor"),
+    ("packed", torch.zeros(1, dtype=torch.uint8).expand(3, 32, 32), "packed: expected a contiguous tensor"),
     ("out_features", -1, "out_features: expected a size, got -1"),
-    ("out_features", 32 + 2**58, "packed: expected a stack of weights"),
-    ("bias", torch.zeros(3, 31), r"bias: expected shape \[32\]"),
+    ("out_features", 32 + 2**58, r"out_features: expected at most 2\^48 elements"),
+    ("bias", torch.zeros(3, 31), r"bias: expected shape \[3, 32\]"),
     ("lora_a", torch.zeros(4, 64), "lora_a: expected 3 slices"),
-    ("lora_b", torch.zeros(3, 32, 5), r"lora_b: expected shape \[32, 4\]"),
+    ("lora_b", torch.zeros(3, 32, 5), r"lora_b: expected shape \[3, 32, 4\]"),
     ("lora_b", None, "lora_b: expected with lora_a, got None"),
     ("lora_a", torch.zeros(3, 4, 64, device="meta"), "lora_a: expected on the device of x"),
 ]
@@ -286,7 +288,7 @@ def test_a_wrong_argument_of_the_stack_is_named(name: str, value: object, text: 
         and value.dtype == torch.int64
         and not value.is_meta
     ):
-        text = "offsets: expected (ascending row numbers up to 0|a dense int64)"
+        text = "offsets: expected (ascending row numbers up to 0|a dense)"
     with pytest.raises(ValueError, match=text):
         operator(**{**good, name: value})
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import qlora_ext
+from grouped_samples import grouped_sample
 from qlora_ext import _library
 from samples import DEVICES, DTYPES, OPCHECKS, linear_sample, relative_error
 
@@ -20,6 +21,7 @@ def op_calls(device: str) -> dict[str, tuple]:
     absmax = torch.rand(300, device=device)
     codes = OPS.quantize_absmax(absmax, 256)
     dy = torch.randn(2, 3, 48, device=device)
+    g = grouped_sample([2, 0, 3], device=device, dropout_p=0.3)
     return {
         "quantize_nf4": (w, 64),
         "quantize_absmax": (absmax, 256),
@@ -28,6 +30,9 @@ def op_calls(device: str) -> dict[str, tuple]:
         "linear_nf4": (*s.args, seed),
         "linear_nf4_dx": (dy, *s.w4.packed_args(), 64, *s.lora_args, seed),
         "linear_nf4_dlora": (dy, s.x, *s.lora_args, seed),
+        "grouped_linear_nf4": (g.x, g.offsets, *g.packed, g.n, g.bias, *g.lora_args, seed),
+        "grouped_linear_nf4_dx": (g.dy(), g.offsets, *g.packed, g.k, *g.lora_args, seed),
+        "grouped_linear_nf4_dlora": (g.dy(), g.x, g.offsets, *g.lora_args, seed),
     }
 
 
@@ -58,6 +63,8 @@ def test_schemas_are_those_of_the_design() -> None:
     )
     seed = "float dropout_p, SymInt seed, Tensor? seed_tensor=None"
     lora = f"Tensor? lora_a, Tensor? lora_b, float scaling, {seed}"
+    grouped = f"Tensor offsets, {packed}"
+    defaults = lora.replace("dropout_p,", "dropout_p=0.,").replace("SymInt seed,", "SymInt seed=0,")
     expected = {
         "quantize_nf4": "(Tensor w, int block_size) -> (Tensor packed, Tensor absmax)",
         "quantize_absmax": "(Tensor absmax, int nested_block_size) -> "
@@ -67,6 +74,8 @@ def test_schemas_are_those_of_the_design() -> None:
         "dequantize_nf4": f"({packed}, SymInt[] shape, ScalarType dtype) -> Tensor",
         "linear_nf4": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}) -> Tensor",
         "linear_nf4_dx": f"(Tensor dy, {packed}, SymInt in_features, {lora}) -> Tensor",
+        "grouped_linear_nf4": f"(Tensor x, {grouped}, SymInt out_features, Tensor? bias, {defaults}) -> Tensor",
+        "grouped_linear_nf4_dx": f"(Tensor dy, {grouped}, SymInt in_features, {defaults}) -> Tensor",
     }
     for name, schema in expected.items():
         assert str(getattr(OPS, name).default._schema) == f"qlora::{name}{schema}"

@@ -25,11 +25,17 @@ PROBLEMS = {
     (1100, 8, 64, "float32"): ("library", "library", "exact"),
     (0, 24, 64, "bfloat16"): (),
 }
+OF_EXPERTS = {  # (experts, all their rows, n, k, dtype)
+    (3, 5, 24, 64, "bfloat16"): ("tensor_cores", "tensor_cores", "tensor_cores"),
+    (3, 5, 7, 33, "bfloat16"): ("ragged", "ragged", "ragged"),
+    (3, 5, 24, 64, "float32"): ("exact", "exact", "exact"),
+}
 OPERATORS = ("linear_nf4", "linear_nf4_dx", "linear_nf4_dlora")
 RANK = 4
 
 
 def run_problems() -> None:
+    from grouped_samples import grouped_sample
     from samples import linear_sample
 
     ops = torch.ops.qlora
@@ -39,6 +45,13 @@ def run_problems() -> None:
             y = ops.linear_nf4(*s.args)
             ops.linear_nf4_dx(y, *s.w4.packed_args(), k, *s.lora_args)
             ops.linear_nf4_dlora(y, s.x, *s.lora_args)
+    for experts, m, n, k, dtype in OF_EXPERTS:
+        counts = [m, *[0] * (experts - 1)]
+        g = grouped_sample(counts, n, k, RANK, getattr(torch, dtype), "cuda", nobodys=0)
+        for _ in range(2):
+            dy = g.forward()
+            g.dx(dy)
+            g.dlora(dy)
 
 
 def printed(value: str | None) -> list[str]:
@@ -53,11 +66,15 @@ def printed(value: str | None) -> list[str]:
 
 def test_one_line_for_each_problem() -> None:
     expected = []
-    for (m, n, k, dtype), kernels in PROBLEMS.items():
+    single = {(f"m={m} n={n} k={k}", "", dtype): kernels for (m, n, k, dtype), kernels in PROBLEMS.items()}
+    grouped = {
+        (f"experts={experts} m={m} n={n} k={k}", "grouped_", dtype): kernels
+        for (experts, m, n, k, dtype), kernels in OF_EXPERTS.items()
+    }
+    for (sizes, prefix, dtype), kernels in (single | grouped).items():
         for operator, kernel in zip(OPERATORS, kernels, strict=False):
             parameters = r"( [a-z_]+=\d+)+"
-            sizes = f"m={m} n={n} k={k} rank={RANK} {dtype}"
-            expected.append(f"qlora: {operator} cuda {sizes} -> {kernel}{parameters}")
+            expected.append(f"qlora: {prefix}{operator} cuda {sizes} rank={RANK} {dtype} -> {kernel}{parameters}")
     lines = printed("1")
     assert len(lines) == len(expected), lines
     for line, pattern in zip(lines, expected, strict=True):

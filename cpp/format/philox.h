@@ -35,6 +35,7 @@ struct Dropout {
   double keep_scale = 1.0;  // 0 when everything is dropped
   uint64_t seed = 0;
   const int64_t* device_seed = nullptr;  // CUDA: where the seed lies in the device's memory; null: it is `seed`
+  int64_t first = 0;                     // the CPU kernels' element 0 is this one: rows of a larger x have its mask
 
   QLORA_HD uint64_t key() const { return device_seed != nullptr ? static_cast<uint64_t>(*device_seed) : seed; }
   QLORA_HD bool active() const { return threshold != 0; }

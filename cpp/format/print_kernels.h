@@ -12,7 +12,7 @@
 #include <string>
 #include <utility>
 
-#include "cpp/format/problem.h"
+#include "cpp/format/grouped.h"
 
 namespace qlora {
 
@@ -42,6 +42,11 @@ std::string problem_text(const Problem& p) {
   const auto [n, k] = weight_shape(p);
   const auto size = [](const char* name, int64_t value) { return std::string(name) + std::to_string(value); };
   return size("m=", p.m) + size(" n=", n) + size(" k=", k) + size(" rank=", p.lora.rank) + " " + dtype_name(p.dtype);
+}
+
+template <class Problem>
+std::string problem_text(const Grouped<Problem>& p) {
+  return "experts=" + std::to_string(p.experts) + " " + problem_text(p.stack);
 }
 
 // `describe()` gives the text after the arrow, and is not called unless it is printed.

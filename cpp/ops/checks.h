@@ -148,9 +148,9 @@ inline int64_t numel(const char* name, const Tensor& t) {
   return count.value();
 }
 
-// 8-bit codes of absmax with their nested scales.
+// 8-bit codes of absmax with their nested scales, of so many weights.
 inline Scales nested_scales(const char* name, const Tensor& codes, const Tensor& nested_absmax,
-                            const Tensor& nested_offset, int64_t nested_block) {
+                            const Tensor& nested_offset, int64_t nested_block, int64_t weights = 1) {
   has_dtype(name, codes, ScalarType::Byte);
   is_contiguous(name, codes);
   nested_block_size(nested_block);
@@ -159,8 +159,10 @@ inline Scales nested_scales(const char* name, const Tensor& codes, const Tensor&
   has_dtype("nested_absmax", nested_absmax, ScalarType::Float);
   has_dtype("nested_offset", nested_offset, ScalarType::Float);
   is_contiguous("nested_absmax", nested_absmax);
-  has_numel("nested_absmax", nested_absmax, ceil_div(codes.numel(), nested_block), "one a nested block");
-  has_numel("nested_offset", nested_offset, 1, "a scalar");
+  is_contiguous("nested_offset", nested_offset);
+  const int64_t blocks = weights == 0 ? 0 : codes.numel() / weights;  // of each
+  has_numel("nested_absmax", nested_absmax, weights * ceil_div(blocks, nested_block), "one a nested block");
+  has_numel("nested_offset", nested_offset, weights, weights == 1 ? "a scalar" : "one a weight");
   Scales s;
   s.nested_block_size = nested_block;
   s.codes = codes.const_data_ptr<uint8_t>();
@@ -179,17 +181,17 @@ struct PackedArgs {
   int64_t nested_block_size;
 };
 
-// `absmax` is float32, or uint8 codes with both nested tensors.
-inline Scales scales(const PackedArgs& p, int64_t blocks) {
+// `absmax` is float32, or uint8 codes with both nested tensors; each of so many weights has `blocks` of them.
+inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
   same_device("absmax", p.absmax, "packed", p.packed);
   is_contiguous("absmax", p.absmax);
-  has_numel("absmax", p.absmax, blocks, "one a block");
+  has_numel("absmax", p.absmax, weights * blocks, "one a block");
   require(p.nested_absmax || !p.nested_offset, "nested_absmax: expected with nested_offset, got None");
   require(p.nested_offset || !p.nested_absmax, "nested_offset: expected with nested_absmax, got None");
   nested_block_size(p.nested_block_size);
   Scales s;
   if (p.nested_absmax) {
-    s = nested_scales("absmax", p.absmax, *p.nested_absmax, *p.nested_offset, p.nested_block_size);
+    s = nested_scales("absmax", p.absmax, *p.nested_absmax, *p.nested_offset, p.nested_block_size, weights);
   } else {
     require(p.absmax.scalar_type() == ScalarType::Float, "absmax: expected Float (Byte codes come with nested_absmax ",
             "and nested_offset), got ", dtype_text(p.absmax.scalar_type()));
@@ -199,19 +201,20 @@ inline Scales scales(const PackedArgs& p, int64_t blocks) {
   return s;
 }
 
-inline Weight weight(const PackedArgs& p, int64_t n, int64_t k) {
+// The weight [n, k], or the first of so many, stacked as cpp/format/grouped.h says.
+inline Weight weight(const PackedArgs& p, int64_t n, int64_t k, int64_t weights = 1) {
   has_dtype("packed", p.packed, ScalarType::Byte);
   is_contiguous("packed", p.packed);
   const int64_t numel = area("packed", n, k);
-  if (p.packed.numel() != packed_bytes(numel)) {
-    require(false, "packed: expected ", packed_bytes(numel), " bytes for ", numel, " elements, got ", p.packed.numel(),
-            " in shape ", shape_text(p.packed));
+  if (p.packed.numel() != weights * packed_bytes(numel)) {
+    require(false, "packed: expected ", weights * packed_bytes(numel), " bytes for ", weights * numel,
+            " elements, got ", p.packed.numel(), " in shape ", shape_text(p.packed));
   }
   block_size("block_size", p.block_size);
   Weight w;
   w.n = n;
   w.k = k;
-  w.scales = scales(p, ceil_div(numel, p.block_size));
+  w.scales = scales(p, ceil_div(numel, p.block_size), weights);
   w.packed = p.packed.const_data_ptr<uint8_t>();
   return w;
 }

@@ -1,22 +1,13 @@
 // The operators on the CPU: tensors -> views -> kernels.
 #include <tuple>
 
-#include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/ops/calls.h"
+#include "cpp/ops/pool.h"
 #include "cpp/ops/value_error.h"
 
 namespace qlora {
 namespace {
-
-// torch's own thread pool, so that torch.set_num_threads() holds for us too.
-cpu::Pool pool() {
-  if (const char* error = cpu::isa_error()) checks::require(false, error);
-  return {[](int64_t count, int64_t grain, cpu::Pool::Body body, void* context) {
-            stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
-          },
-          static_cast<int>(stable::get_num_threads())};
-}
 
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size) {
   const DType dtype = checks::storage_dtype("w", w_arg.scalar_type());

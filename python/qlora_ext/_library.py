@@ -17,6 +17,9 @@ OPERATORS = (
     "linear_nf4",
     "linear_nf4_dx",
     "linear_nf4_dlora",
+    "grouped_linear_nf4",
+    "grouped_linear_nf4_dx",
+    "grouped_linear_nf4_dlora",
 )
 
 

@@ -71,8 +71,8 @@ def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
     return ((math.prod(shape) + 1) // 2,)
 
 
-def check_one_device(operator: str, *args: Any, but: str | None = None) -> None:
-    """Refuses tensors of several devices, as the kernels do; ``but`` may be on another, if neither is the meta device.
+def check_one_device(operator: str, *args: Any) -> None:
+    """Refuses tensors of several devices, as the kernels do.
 
     torch runs a fake kernel also where one tensor alone is on the meta device, and would give its answer, which nobody
     has written to, for the result.
@@ -81,8 +81,7 @@ def check_one_device(operator: str, *args: Any, but: str | None = None) -> None:
     devices = {name: a.device for name, a in zip(names, args, strict=False) if isinstance(a, Tensor)}
     first, *others = devices
     for name in others:
-        both = {devices[first], devices[name]}
-        if len(both) > 1 and not (name == but and torch.device("meta") not in both):
+        if devices[name] != devices[first]:
             raise ValueError(f"{name}: expected on the device of {first} ({devices[first]}), got {devices[name]}")
 
 

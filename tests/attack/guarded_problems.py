@@ -122,13 +122,13 @@ def grouped(d: Draw, name: str) -> list[Any]:
     stack = (experts,)
     if name == "grouped_linear_nf4_dlora":
         dy, x = d.randn(s, n, dtype=dtype), d.randn(s, k, dtype=dtype)
-        return [dy, x, offsets, *d.lora(n, k, dtype, rank or 0, stack), 0.5]
+        return [dy, x, offsets, *d.lora(n, k, dtype, rank or 0, stack), *d.numbers()]
     packed = d.packed_args(n, k, stack)
     lora = d.lora(n, k, dtype, rank, stack)
     if name == "grouped_linear_nf4_dx":
-        return [d.randn(s, n, dtype=dtype), offsets, *packed, k, *lora, 0.5]
+        return [d.randn(s, n, dtype=dtype), offsets, *packed, k, *lora, *d.numbers()]
     bias = d.randn(experts, n, dtype=dtype) if d.rng.random() < 0.5 else None
-    return [d.randn(s, k, dtype=dtype), offsets, *packed, n, bias, *lora, 0.5]
+    return [d.randn(s, k, dtype=dtype), offsets, *packed, n, bias, *lora, *d.numbers()]
 
 
 def codec(d: Draw, name: str) -> list[Any]:

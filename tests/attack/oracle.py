@@ -77,15 +77,19 @@ PER_EXPERT = ("packed", "absmax", "nested_absmax", "nested_offset", "bias", "lor
 
 
 def grouped(one: Callable[..., list[np.ndarray]], a: dict[str, Any], out: tuple[Tensor, ...], *of: Of) -> list:
+    """Every expert over all rows, since dropout goes by their numbers; only its own count."""
     expected = [np.zeros(tuple(t.shape)) for t in out]
     by_expert = len(expected) == 2
     begin = 0
     for e, end in enumerate(a["offsets"].tolist()):
         part = {key: v[e] if key in PER_EXPERT and v is not None else v for key, v in a.items()}
-        part |= {key: a[key][begin:end] for key in ("x", "dy") if key in a}
+        own = slice(begin, end)
+        if by_expert:
+            part["dy"] = torch.zeros_like(a["dy"])
+            part["dy"][own] = a["dy"][own]
         if end > begin:
             for whole, answer in zip(expected, one(part, *of), strict=True):
-                whole[e if by_expert else slice(begin, end)] = answer
+                whole[e if by_expert else own] = answer if by_expert else answer[own]
         begin = end
     return expected
 

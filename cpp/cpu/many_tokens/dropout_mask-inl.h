@@ -22,6 +22,7 @@ class Mask {
   static constexpr int kMax = 2 * kDepth;  // elements
   Mask(const Dropout& d, int64_t first, int64_t count) : threshold_(d.threshold) {
     if (!d.active()) return;
+    first += d.first;
     skew_ = static_cast<int>(first & 3);
     for (int64_t i = 0; i < count + skew_; i += kGroup)
       philox(d.seed, (static_cast<uint64_t>(first) >> 2) + static_cast<uint64_t>(i / 4), bits_ + i);

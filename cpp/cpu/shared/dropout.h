@@ -9,7 +9,8 @@ namespace qlora::cpu {
 
 // Whether dropout takes element `index`, the row-major index in x [M, K].
 QLORA_INLINE bool dropped(const Dropout& d, int64_t index) {
-  return d.active() && !d.keeps(philox4x32_10(d.seed, static_cast<uint64_t>(index) >> 2).lane[index & 3]);
+  const uint64_t at = static_cast<uint64_t>(d.first + index);
+  return d.active() && !d.keeps(philox4x32_10(d.seed, at >> 2).lane[at & 3]);
 }
 
 }  // namespace qlora::cpu

@@ -1,0 +1,176 @@
+// The arguments of the operators over experts, checked, as cpp/ops/calls.h does for a single weight. What the offsets
+// hold is not looked at here: the CPU does that, while on CUDA they stay on the device.
+#pragma once
+
+#include <algorithm>
+#include <initializer_list>
+
+#include "cpp/format/grouped.h"
+#include "cpp/ops/checks.h"
+
+namespace qlora {
+namespace checks {
+
+inline constexpr int64_t kAnySize = -1;
+
+// Sizes of `shape` may be kAnySize.
+inline void has_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape) {
+  is_given(name, t);
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  std::string expected;
+  int64_t i = 0;
+  for (const int64_t size : shape) {
+    fits = fits && (size == kAnySize || t.size(i) == size);
+    expected += (i++ ? ", " : "") + (size == kAnySize ? "any" : std::to_string(size));
+  }
+  require(fits, name, ": expected shape [", expected, "], got ", shape_text(t));
+}
+
+// A slice of `t` for each of the experts.
+inline void is_stack(const char* name, const OptionalTensor& t, int64_t experts) {
+  if (!t) return;
+  is_given(name, *t);
+  require(t->dim() > 0 && t->size(0) == experts, name, ": expected ", experts, " slices, one an expert, got shape ",
+          shape_text(*t));
+}
+
+inline const int64_t* offsets(const Tensor& t, int64_t experts, const char* like_name, const Tensor& like,
+                              Tensor* keep) {
+  has_shape("offsets", t, {experts});
+  require(t.scalar_type() == ScalarType::Long, "offsets: expected a dense int64 tensor, got ",
+          dtype_text(t.scalar_type()));
+  same_device("offsets", t, like_name, like);
+  *keep = t.is_contiguous() ? t : stable::contiguous(t);
+  return keep->const_data_ptr<int64_t>();
+}
+
+// The experts' weights [n, k], where x or dy gives one of the sizes and the argument `named` the other, `size`.
+inline Weight stacked_weight(const PackedArgs& p, const char* named, int64_t size, int64_t given, int64_t n, int64_t k,
+                             int64_t* experts) {
+  is_given("packed", p.packed);
+  is_given("absmax", p.absmax);
+  require(size >= 0, named, ": expected a size, got ", size);
+  *experts = p.packed.dim() > 0 ? p.packed.size(0) : 0;
+  const int64_t bytes = packed_bytes(area(named, given, size));
+  int64_t all = 0;
+  const bool wraps = __builtin_mul_overflow(*experts, bytes, &all);
+  require(p.packed.dim() > 0 && !wraps && p.packed.numel() == all, "packed: expected a stack of weights, ", bytes,
+          " bytes each (", named, " = ", size, " by ", given, "), got shape ", shape_text(p.packed));
+  is_stack("absmax", p.absmax, *experts);
+  is_stack("nested_absmax", p.nested_absmax, *experts);
+  is_stack("nested_offset", p.nested_offset, *experts);
+  return weight(p, n, k, *experts);
+}
+
+// The same as checks::lora, of all experts.
+inline LoraArgs stacked_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t experts, int64_t n, int64_t k,
+                             double scaling, double dropout_p, int64_t seed, const OptionalTensor& seed_tensor,
+                             const char* like_name, const Tensor& like) {
+  LoraArgs out = lora({}, {}, n, k, scaling, dropout_p, seed, seed_tensor, like_name, like, 0);
+  require(a.has_value() || !b, "lora_a: expected with lora_b, got None");
+  require(b.has_value() || !a, "lora_b: expected with lora_a, got None");
+  if (!a) return out;
+  is_stack("lora_a", a, experts);
+  has_shape("lora_a", *a, {experts, kAnySize, k});
+  out.lora.rank = a->size(1);
+  area("lora_a", out.lora.rank, std::max({like.size(0), n, k}));
+  has_shape("lora_b", *b, {experts, n, out.lora.rank});
+  out.lora.a = operand("lora_a", *a, like_name, like, &out.a);
+  out.lora.b = operand("lora_b", *b, like_name, like, &out.b);
+  return out;
+}
+
+}  // namespace checks
+
+struct GroupedLinearCall {
+  Tensor x, offsets, bias, y;
+  checks::LoraArgs lora;
+  Grouped<LinearProblem> problem;
+
+  GroupedLinearCall(const Tensor& x_arg, const Tensor& offsets_arg, const checks::PackedArgs& packed,
+                    int64_t out_features, const OptionalTensor& bias_arg, const OptionalTensor& lora_a,
+                    const OptionalTensor& lora_b, double scaling, double dropout_p, int64_t seed,
+                    const OptionalTensor& seed_tensor) {
+    LinearProblem& p = problem.stack;
+    p.dtype = checks::compute_dtype("x", x_arg);
+    checks::has_shape("x", x_arg, {checks::kAnySize, checks::kAnySize});
+    int64_t k = 0;
+    p.m = checks::rows_of("x", x_arg, &k);
+    p.w = checks::stacked_weight(packed, "out_features", out_features, k, out_features, k, &problem.experts);
+    checks::same_device("packed", packed.packed, "x", x_arg);
+    problem.offsets = checks::offsets(offsets_arg, problem.experts, "x", x_arg, &offsets);
+    if (bias_arg) {
+      checks::has_shape("bias", *bias_arg, {problem.experts, out_features});
+      p.bias = checks::operand("bias", *bias_arg, "x", x_arg, &bias);
+    }
+    lora = checks::stacked_lora(lora_a, lora_b, problem.experts, out_features, k, scaling, dropout_p, seed, seed_tensor,
+                                "x", x_arg);
+    p.lora = lora.lora;
+    p.x = checks::operand("x", x_arg, "x", x_arg, &x);
+    y = empty(x_arg, checks::with_last(x_arg, "out_features", out_features), x_arg.scalar_type());
+    p.y = y.mutable_data_ptr();
+  }
+
+  bool is_empty() const { return problem.stack.m == 0 || problem.stack.w.n == 0; }
+};
+
+struct GroupedLinearDxCall {
+  Tensor dy, offsets, dx;
+  checks::LoraArgs lora;
+  Grouped<LinearDxProblem> problem;
+
+  GroupedLinearDxCall(const Tensor& dy_arg, const Tensor& offsets_arg, const checks::PackedArgs& packed,
+                      int64_t in_features, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
+                      double dropout_p, int64_t seed, const OptionalTensor& seed_tensor) {
+    LinearDxProblem& p = problem.stack;
+    p.dtype = checks::compute_dtype("dy", dy_arg);
+    checks::has_shape("dy", dy_arg, {checks::kAnySize, checks::kAnySize});
+    int64_t n = 0;
+    p.m = checks::rows_of("dy", dy_arg, &n);
+    p.w = checks::stacked_weight(packed, "in_features", in_features, n, n, in_features, &problem.experts);
+    checks::same_device("packed", packed.packed, "dy", dy_arg);
+    problem.offsets = checks::offsets(offsets_arg, problem.experts, "dy", dy_arg, &offsets);
+    lora = checks::stacked_lora(lora_a, lora_b, problem.experts, n, in_features, scaling, dropout_p, seed, seed_tensor,
+                                "dy", dy_arg);
+    p.lora = lora.lora;
+    p.dy = checks::operand("dy", dy_arg, "dy", dy_arg, &dy);
+    dx = empty(dy_arg, checks::with_last(dy_arg, "in_features", in_features), dy_arg.scalar_type());
+    p.dx = dx.mutable_data_ptr();
+  }
+
+  bool is_empty() const { return problem.stack.m == 0 || problem.stack.w.k == 0; }
+};
+
+struct GroupedLoraGradCall {
+  Tensor x, dy, offsets, da, db;
+  checks::LoraArgs lora;
+  Grouped<LoraGradProblem> problem;
+
+  GroupedLoraGradCall(const Tensor& dy_arg, const Tensor& x_arg, const Tensor& offsets_arg, const Tensor& lora_a,
+                      const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
+                      const OptionalTensor& seed_tensor) {
+    LoraGradProblem& p = problem.stack;
+    p.dtype = checks::compute_dtype("x", x_arg);
+    checks::has_shape("x", x_arg, {checks::kAnySize, checks::kAnySize});
+    p.m = checks::rows_of("x", x_arg, &p.k);
+    checks::has_shape("dy", dy_arg, {p.m, checks::kAnySize});
+    checks::rows_of("dy", dy_arg, &p.n);
+    checks::is_given("lora_b", lora_b);
+    checks::has_shape("lora_a", lora_a, {checks::kAnySize, checks::kAnySize, p.k});
+    problem.experts = lora_a.size(0);
+    lora = checks::stacked_lora(lora_a, lora_b, problem.experts, p.n, p.k, scaling, dropout_p, seed, seed_tensor, "x",
+                                x_arg);
+    problem.offsets = checks::offsets(offsets_arg, problem.experts, "x", x_arg, &offsets);
+    p.lora = lora.lora;
+    p.x = checks::operand("x", x_arg, "x", x_arg, &x);
+    p.dy = checks::operand("dy", dy_arg, "x", x_arg, &dy);
+    da = empty(x_arg, {problem.experts, p.lora.rank, p.k}, x_arg.scalar_type());
+    db = empty(x_arg, {problem.experts, p.n, p.lora.rank}, x_arg.scalar_type());
+    p.da = da.mutable_data_ptr();
+    p.db = db.mutable_data_ptr();
+  }
+
+  bool is_empty() const { return da.numel() == 0 && db.numel() == 0; }
+};
+
+}  // namespace qlora

@@ -1,0 +1,204 @@
+// The operators over experts on the CPU: the rows of each are a problem of their own.
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <tuple>
+#include <vector>
+
+#include "cpp/cpu/kernels.h"
+#include "cpp/ops/grouped_calls.h"
+#include "cpp/ops/pool.h"
+#include "cpp/ops/value_error.h"
+
+namespace qlora {
+namespace {
+
+// The rows [begin, end) of all that are an expert's.
+struct Part {
+  int64_t expert, begin, end;
+};
+
+std::vector<Part> parts(const int64_t* offsets, int64_t experts, int64_t rows) {
+  std::vector<Part> found;
+  int64_t begin = 0;
+  for (int64_t e = 0; e < experts; begin = offsets[e++]) {
+    checks::require(begin <= offsets[e] && offsets[e] <= rows, "offsets: expected ascending row numbers up to ", rows,
+                    ", got ", offsets[e], " for expert ", e);
+    found.push_back({e, begin, offsets[e]});
+  }
+  return found;
+}
+
+const void* at(const void* p, int64_t bytes) { return p ? static_cast<const char*>(p) + bytes : nullptr; }
+void* at(void* p, int64_t bytes) { return p ? static_cast<char*>(p) + bytes : nullptr; }
+
+Weight weight_of(Weight w, int64_t expert) {
+  const WeightStride stride = weight_stride(w);
+  w.packed += expert * stride.packed_bytes;
+  w.scales = expert_scales(w.scales, stride, expert);
+  return w;
+}
+
+// `bytes` to an element; dropout's elements are those of x [.., k].
+Lora lora_of(Lora lora, const Part& part, int64_t n, int64_t k, int64_t bytes) {
+  lora.a = at(lora.a, part.expert * lora.rank * k * bytes);
+  lora.b = at(lora.b, part.expert * n * lora.rank * bytes);
+  lora.dropout.first = part.begin * k;
+  return lora;
+}
+
+LinearProblem problem_of(const LinearProblem& stack, const Part& part) {
+  const int64_t n = stack.w.n, k = stack.w.k, bytes = dtype_bytes(stack.dtype);
+  LinearProblem p = stack;
+  p.m = part.end - part.begin;
+  p.x = at(stack.x, part.begin * k * bytes);
+  p.w = weight_of(stack.w, part.expert);
+  p.bias = at(stack.bias, part.expert * n * bytes);
+  p.lora = lora_of(stack.lora, part, n, k, bytes);
+  p.y = at(stack.y, part.begin * n * bytes);
+  return p;
+}
+
+LinearDxProblem problem_of(const LinearDxProblem& stack, const Part& part) {
+  const int64_t n = stack.w.n, k = stack.w.k, bytes = dtype_bytes(stack.dtype);
+  LinearDxProblem p = stack;
+  p.m = part.end - part.begin;
+  p.dy = at(stack.dy, part.begin * n * bytes);
+  p.w = weight_of(stack.w, part.expert);
+  p.lora = lora_of(stack.lora, part, n, k, bytes);
+  p.dx = at(stack.dx, part.begin * k * bytes);
+  return p;
+}
+
+LoraGradProblem problem_of(const LoraGradProblem& stack, const Part& part) {
+  const int64_t n = stack.n, k = stack.k, r = stack.lora.rank, bytes = dtype_bytes(stack.dtype);
+  LoraGradProblem p = stack;
+  p.m = part.end - part.begin;
+  p.x = at(stack.x, part.begin * k * bytes);
+  p.dy = at(stack.dy, part.begin * n * bytes);
+  p.lora = lora_of(stack.lora, part, n, k, bytes);
+  p.da = at(stack.da, part.expert * r * k * bytes);
+  p.db = at(stack.db, part.expert * n * r * bytes);
+  return p;
+}
+
+constexpr cpu::Pool kOneThread{
+    [](int64_t count, int64_t, cpu::Pool::Body body, void* context) { body(context, 0, count); }, 1};
+
+// An expert with more rows than a thread's share of them has all threads; the others have one each, if there are as
+// many of them as threads.
+template <class Problem>
+void run(const std::vector<Part>& parts, const Problem& stack, void (*kernel)(const cpu::Pool&, const Problem&)) {
+  const cpu::Pool threads = pool();
+  std::vector<Problem> large, small;
+  for (const Part& part : parts)
+    ((part.end - part.begin) * threads.threads > stack.m ? large : small).push_back(problem_of(stack, part));
+  if (static_cast<int>(small.size()) < threads.threads) {
+    large.insert(large.end(), small.begin(), small.end());
+    small.clear();
+  }
+  for (const Problem& p : large) kernel(threads, p);
+  if (small.empty()) return;
+  std::atomic<size_t> next{0};
+  auto body = [&](int64_t, int64_t) {
+    for (size_t i; (i = next++) < small.size();) kernel(kOneThread, small[i]);
+  };
+  threads(threads.threads, 1, body);
+}
+
+// For an output [m, columns] whose rows belong to experts: those that have any, after zeros for the rows of nobody.
+std::vector<Part> with_rows(std::vector<Part> parts, void* out, int64_t m, int64_t row_bytes) {
+  const int64_t end = parts.empty() ? 0 : parts.back().end;
+  if (end < m) std::memset(at(out, end * row_bytes), 0, (m - end) * row_bytes);
+  std::erase_if(parts, [](const Part& part) { return part.begin == part.end; });
+  return parts;
+}
+
+struct Argument {
+  const char* name;
+  OptionalTensor value;
+};
+
+// The dispatcher sends every kind of tensor here that no other kernel is for.
+void are_dense_on_cpu(std::initializer_list<Argument> arguments) {
+  for (const auto& [name, t] : arguments) {
+    if (!t || !t->defined()) continue;
+    int32_t layout = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t->get(), &layout));
+    checks::require(layout == aoti_torch_layout_strided(), name, ": expected a dense tensor, got a sparse one");
+    checks::require(t->is_cpu(), name, ": expected a tensor on the CPU, got ", checks::device_text(*t));
+  }
+}
+
+Tensor grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
+                          OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
+                          int64_t nested_block_size, int64_t out_features, OptionalTensor bias, OptionalTensor lora_a,
+                          OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                          OptionalTensor seed_tensor) {
+  are_dense_on_cpu({{"x", x},
+                    {"offsets", offsets},
+                    {"packed", packed},
+                    {"absmax", absmax},
+                    {"nested_absmax", nested_absmax},
+                    {"nested_offset", nested_offset},
+                    {"bias", bias},
+                    {"lora_a", lora_a},
+                    {"lora_b", lora_b},
+                    {"seed_tensor", seed_tensor}});
+  const GroupedLinearCall call(x, offsets,
+                               {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
+                               out_features, bias, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+  const auto& [p, ends, experts] = call.problem;
+  const std::vector<Part> all = parts(ends, experts, p.m);
+  if (!call.is_empty()) run(with_rows(all, p.y, p.m, p.w.n * dtype_bytes(p.dtype)), p, cpu::linear_nf4);
+  return call.y;
+}
+
+Tensor grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
+                             OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
+                             int64_t nested_block_size, int64_t in_features, OptionalTensor lora_a,
+                             OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                             OptionalTensor seed_tensor) {
+  are_dense_on_cpu({{"dy", dy},
+                    {"offsets", offsets},
+                    {"packed", packed},
+                    {"absmax", absmax},
+                    {"nested_absmax", nested_absmax},
+                    {"nested_offset", nested_offset},
+                    {"lora_a", lora_a},
+                    {"lora_b", lora_b},
+                    {"seed_tensor", seed_tensor}});
+  const GroupedLinearDxCall call(dy, offsets,
+                                 {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
+                                 in_features, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+  const auto& [p, ends, experts] = call.problem;
+  const std::vector<Part> all = parts(ends, experts, p.m);
+  if (!call.is_empty()) run(with_rows(all, p.dx, p.m, p.w.k * dtype_bytes(p.dtype)), p, cpu::linear_nf4_dx);
+  return call.dx;
+}
+
+std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& offsets,
+                                                    const Tensor& lora_a, const Tensor& lora_b, double scaling,
+                                                    double dropout_p, int64_t seed, OptionalTensor seed_tensor) {
+  are_dense_on_cpu({{"dy", dy},
+                    {"x", x},
+                    {"offsets", offsets},
+                    {"lora_a", lora_a},
+                    {"lora_b", lora_b},
+                    {"seed_tensor", seed_tensor}});
+  const GroupedLoraGradCall call(dy, x, offsets, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+  const auto& [p, ends, experts] = call.problem;
+  const std::vector<Part> all = parts(ends, experts, p.m);
+  if (!call.is_empty()) run(all, p, cpu::linear_nf4_dlora);  // sums over no rows are zeros
+  return {call.da, call.db};
+}
+
+}  // namespace
+}  // namespace qlora
+
+// For every kind of tensor but those on CUDA, so that a wrong one is named.
+STABLE_TORCH_LIBRARY_IMPL(qlora, CompositeExplicitAutograd, m) {
+  m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4));
+  m.impl("grouped_linear_nf4_dx", QLORA_BOX(&qlora::grouped_linear_nf4_dx));
+  m.impl("grouped_linear_nf4_dlora", QLORA_BOX(&qlora::grouped_linear_nf4_dlora));
+}

@@ -1,0 +1,19 @@
+// The thread pool that the CPU operators hand to their kernels.
+#pragma once
+
+#include "cpp/cpu/isa/isa.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/ops/checks.h"
+
+namespace qlora {
+
+// torch's own, so that torch.set_num_threads() holds for us too.
+inline cpu::Pool pool() {
+  if (const char* error = cpu::isa_error()) checks::require(false, error);
+  return {[](int64_t count, int64_t grain, cpu::Pool::Body body, void* context) {
+            stable::parallel_for(0, count, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+          },
+          static_cast<int>(stable::get_num_threads())};
+}
+
+}  // namespace qlora

@@ -1,0 +1,152 @@
+#include "cuda/launch/grouped_linear_nf4.h"
+
+#include "cuda/kernels/grouped_linear_nf4.cuh"
+#include "cuda/launch/choice.h"
+#include "cuda/launch/grouped_low_rank.h"
+#include "cuda/launch/launch.h"
+
+namespace qlora::cuda {
+namespace {
+
+bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Whether tensor cores do not take it. What holds of the first expert's pointers holds of all, since k does.
+bool is_ragged(const LinearProblem& p) {
+  return p.w.k == 0 || p.w.k % tile::kSegment != 0 || p.w.scales.block_size < tile::kSegment || !aligned(p.x, 16) ||
+         !aligned(p.w.packed, 16) || !aligned(p.y, 8);
+}
+
+// A kernel for a problem: its grid, and what it is called.
+template <class T, class Tile_>
+struct TensorCores {
+  using Tile = Tile_;
+  static constexpr int kTokens = Tile::kTokens, kRows = Tile::kRows, kThreads = Tile::kThreads;
+  static constexpr int kSharedBytes = Tile::kSharedBytes;
+  static constexpr auto kKernel = kernels::grouped_linear_nf4_kernel<Tile>;
+
+  static kernels::LinearArgs<T> args(const LinearProblem& p, T* h, tile::ScaleView scales, int64_t token_tiles) {
+    return {.x = static_cast<const T*>(p.x),
+            .packed = p.w.packed,
+            .scales = scales,
+            .m = p.m,
+            .n = p.w.n,
+            .k = p.w.k,
+            .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
+            .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias), nullptr, nullptr},
+            .token_tiles = token_tiles,
+            .segments_per_split = p.w.k / tile::kSegment};
+  }
+};
+
+template <class T, int kTokens_>
+struct Ragged {
+  static constexpr int kTokens = kTokens_, kRows = kernels::kRaggedRows, kThreads = kernels::kRaggedThreads;
+  static constexpr int kSharedBytes = 0;
+  static constexpr auto kKernel = kernels::grouped_linear_nf4_ragged_kernel<T, kTokens>;
+
+  static kernels::RaggedLinearArgs<T> args(const LinearProblem& p, T* h, tile::ScaleView scales, int64_t token_tiles) {
+    return {.x = static_cast<const T*>(p.x),
+            .packed = p.w.packed,
+            .scales = scales,
+            .m = p.m,
+            .n = p.w.n,
+            .k = p.w.k,
+            .h = h,
+            .lora_b = static_cast<const T*>(p.lora.b),
+            .rank = p.lora.rank,
+            .bias = static_cast<const T*>(p.bias),
+            .y = static_cast<T*>(p.y),
+            .token_tiles = token_tiles};
+  }
+};
+
+// The tiles of cuda/launch/linear_nf4.cu, with k in one piece: splits of it would gain nothing where experts are many,
+// and little where they are few (8 rows of 8 experts of 1536x2048, by a model of an H100: 8.7 to 8.5 us).
+template <class T, int kTokenTiles, int kStages>
+using Tile = TensorCores<T, tile::LinearTile<T, 2, kTokenTiles, 4, 2, 2, kStages>>;
+
+// use(kernel) with the kernel for this problem and device.
+template <class T, class Use>
+cudaError_t with_kernel(const Grouped<LinearProblem>& problem, const Device& device, const Use& use) {
+  const int64_t tokens = grouped_tile_tokens(problem.stack.m, problem.experts);
+  if constexpr (sizeof(T) == 2) {
+    if (!is_ragged(problem.stack)) {
+      switch (linear_tile_size(tokens, device)) {
+        case LinearTileSize::k8:
+          return use(Tile<T, 1, 4>());
+        case LinearTileSize::k16:
+          return use(Tile<T, 2, 4>());
+        case LinearTileSize::k32:
+          return use(Tile<T, 4, 2>());
+        case LinearTileSize::k64:
+          return use(Tile<T, 8, 3>());
+      }
+    }
+  }
+  return linear_ragged_tokens(tokens) == 64 ? use(Ragged<T, 64>()) : use(Ragged<T, 16>());
+}
+
+template <class Use>
+cudaError_t with_typed_kernel(const Grouped<LinearProblem>& problem, const Device& device, const Use& use) {
+  switch (problem.stack.dtype) {
+    case DType::kFloat32:
+      return with_kernel<float>(problem, device, [&](auto kernel) { return use(float{}, kernel); });
+    case DType::kBFloat16:
+      return with_kernel<bfloat16>(problem, device, [&](auto kernel) { return use(bfloat16{}, kernel); });
+    case DType::kFloat16:
+      return with_kernel<float16>(problem, device, [&](auto kernel) { return use(float16{}, kernel); });
+    case DType::kFloat64:
+      break;
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <class T, class Kernel>
+cudaError_t launch(const Grouped<LinearProblem>& problem, const Device& device, T* h, cudaStream_t stream) {
+  const LinearProblem& p = problem.stack;
+  const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, Kernel::kTokens);
+  const tile::ScaleView scales = tile::make_scale_view(p.w.scales, ceil_div(p.w.n * p.w.k, p.w.scales.block_size));
+  const kernels::GroupedLinearArgs args{
+      Kernel::args(p, h, scales, token_tiles), {problem.offsets, problem.experts, p.m}, weight_stride(p.w)};
+  int ctas = 0;  // of no interest: the grid is what the rows may need
+  const cudaError_t error = ctas_per_sm<Kernel::kKernel>(device, Kernel::kThreads, Kernel::kSharedBytes, &ctas);
+  if (error != cudaSuccess) return error;
+  const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, Kernel::kRows));
+  return launch_kernel(Kernel::kKernel, grid, Kernel::kThreads, Kernel::kSharedBytes, stream, args);
+}
+
+}  // namespace
+
+cudaError_t grouped_linear_nf4_choice(const Grouped<LinearProblem>& problem, const Device& device,
+                                      std::string* choice) {
+  return with_typed_kernel(problem, device, [&](auto, auto kernel) {
+    *choice = describe(fused_kernel(problem.stack.dtype, is_ragged(problem.stack)),
+                       {{"tokens", kernel.kTokens}, {"rows", kernel.kRows}});
+    return cudaSuccess;
+  });
+}
+
+cudaError_t launch_grouped_linear_nf4(const Grouped<LinearProblem>& problem, const Device& device,
+                                      const Allocator& allocate, cudaStream_t stream) {
+  const LinearProblem& p = problem.stack;
+  if (p.m == 0 || p.w.n == 0) return cudaSuccess;
+  void* const workspace = allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
+  const Grouped<LowRankProblem> h{{.dtype = p.dtype,
+                                   .m = p.m,
+                                   .k = p.w.k,
+                                   .rank = p.lora.rank,
+                                   .x = p.x,
+                                   .a = p.lora.a,
+                                   .scaling = p.lora.scaling,
+                                   .dropout = p.lora.dropout,
+                                   .out = workspace},
+                                  problem.offsets,
+                                  problem.experts};
+  if (const cudaError_t error = launch_grouped_low_rank(h, stream); error != cudaSuccess) return error;
+  return with_typed_kernel(problem, device, [&](auto element, auto kernel) {
+    using T = decltype(element);
+    return launch<T, decltype(kernel)>(problem, device, static_cast<T*>(workspace), stream);
+  });
+}
+
+}  // namespace qlora::cuda

@@ -1,0 +1,128 @@
+#include "cuda/launch/grouped_linear_nf4_dlora.h"
+
+#include "cuda/kernels/grouped_linear_nf4_dlora.cuh"
+#include "cuda/launch/choice.h"
+#include "cuda/launch/grouped_low_rank.h"
+#include "cuda/launch/launch.h"
+
+namespace qlora::cuda {
+namespace {
+
+// What holds of the first expert's rows holds of all, since n and k do.
+bool is_ragged(const LoraGradProblem& p) {
+  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
+  return p.k % 8 != 0 || p.n % 8 != 0 || !aligned(p.x) || !aligned(p.dy);
+}
+
+Kernel kernel_of(const LoraGradProblem& p) { return fused_kernel(p.dtype, is_ragged(p)); }
+
+// h lies at 0, and g where it ends.
+int64_t low_rank_bytes(const LoraGradProblem& p) { return ceil_div(p.m * p.lora.rank * dtype_bytes(p.dtype), 16) * 16; }
+
+cudaError_t launch_h_and_g(const Grouped<LoraGradProblem>& problem, char* workspace, cudaStream_t stream) {
+  const LoraGradProblem& p = problem.stack;
+  const Grouped<LowRankProblem> h{{.dtype = p.dtype,
+                                   .m = p.m,
+                                   .k = p.k,
+                                   .rank = p.lora.rank,
+                                   .x = p.x,
+                                   .a = p.lora.a,
+                                   .scaling = p.lora.scaling,
+                                   .dropout = p.lora.dropout,
+                                   .out = workspace},
+                                  problem.offsets,
+                                  problem.experts};
+  if (const cudaError_t error = launch_grouped_low_rank(h, stream); error != cudaSuccess) return error;
+  const Grouped<LowRankProblem> g{{.dtype = p.dtype,
+                                   .m = p.m,
+                                   .k = p.n,
+                                   .rank = p.lora.rank,
+                                   .x = p.dy,
+                                   .a = p.lora.b,
+                                   .transposed = true,
+                                   .scaling = p.lora.scaling,
+                                   .out = workspace + low_rank_bytes(p)},
+                                  problem.offsets,
+                                  problem.experts};
+  return launch_grouped_low_rank(g, stream);
+}
+
+kernels::GroupedDLoraArgs make_args(const Grouped<LoraGradProblem>& problem, const char* workspace) {
+  const LoraGradProblem& p = problem.stack;
+  const Dropout& dropout = p.lora.dropout;
+  kernels::GroupedDLoraArgs args{};
+  args.stack.a = {.wide = p.x,
+                  .low_rank = workspace + low_rank_bytes(p),
+                  .out = p.da,
+                  .columns = p.k,
+                  .factor = dropout.active() ? static_cast<float>(dropout.keep_scale) : 1.0f,
+                  .columns_first = false,
+                  .masked = dropout.active()};
+  args.stack.b = {.wide = p.dy,
+                  .low_rank = workspace,
+                  .out = p.db,
+                  .columns = p.n,
+                  .factor = 1.0f,
+                  .columns_first = true,
+                  .masked = false};
+  args.stack.a_tiles = ceil_div(p.k, kernels::kDLoraColumns);
+  args.stack.m = p.m;
+  args.stack.rank = p.lora.rank;
+  args.stack.splits = 1;
+  args.stack.dropout = dropout;
+  args.groups = {problem.offsets, problem.experts, p.m};
+  args.column_tiles = static_cast<uint32_t>(args.stack.a_tiles + ceil_div(p.n, kernels::kDLoraColumns));
+  return args;
+}
+
+using GroupedDLoraKernel = void (*)(const kernels::GroupedDLoraArgs);
+
+template <class T, bool kRagged>
+GroupedDLoraKernel on_tensor_cores(int64_t ranks) {
+  switch (ranks) {
+    case 16:
+      return kernels::grouped_linear_nf4_dlora_kernel<T, 1, kRagged>;
+    case 32:
+      return kernels::grouped_linear_nf4_dlora_kernel<T, 2, kRagged>;
+    default:
+      return kernels::grouped_linear_nf4_dlora_kernel<T, 4, kRagged>;
+  }
+}
+
+template <class T>
+GroupedDLoraKernel on_tensor_cores(Kernel kernel, int64_t ranks) {
+  return kernel == Kernel::kRagged ? on_tensor_cores<T, true>(ranks) : on_tensor_cores<T, false>(ranks);
+}
+
+GroupedDLoraKernel dlora_kernel(DType dtype, Kernel kernel, int64_t ranks) {
+  if (dtype == DType::kBFloat16) return on_tensor_cores<bfloat16>(kernel, ranks);
+  if (dtype == DType::kFloat16) return on_tensor_cores<float16>(kernel, ranks);
+  return kernels::grouped_linear_nf4_dlora_exact_kernel;
+}
+
+}  // namespace
+
+cudaError_t grouped_linear_nf4_dlora_choice(const Grouped<LoraGradProblem>& problem, const Device&,
+                                            std::string* choice) {
+  const LoraGradProblem& p = problem.stack;
+  const Kernel kernel = kernel_of(p);
+  *choice = describe(kernel, {{"ranks", dlora_ranks(p.lora.rank, kernel)}, {"columns", kernels::kDLoraColumns}});
+  return cudaSuccess;
+}
+
+cudaError_t launch_grouped_linear_nf4_dlora(const Grouped<LoraGradProblem>& problem, const Device&,
+                                            const Allocator& allocate, cudaStream_t stream) {
+  const LoraGradProblem& p = problem.stack;
+  if (problem.experts == 0 || p.lora.rank == 0 || p.n + p.k == 0) return cudaSuccess;
+  char* const workspace = static_cast<char*>(allocate(2 * low_rank_bytes(p)));
+  if (const cudaError_t error = launch_h_and_g(problem, workspace, stream); error != cudaSuccess) return error;
+
+  const kernels::GroupedDLoraArgs args = make_args(problem, workspace);
+  const Kernel kernel = kernel_of(p);
+  const int64_t ranks = dlora_ranks(p.lora.rank, kernel);
+  const dim3 grid(static_cast<unsigned>(args.column_tiles * problem.experts),
+                  static_cast<unsigned>(ceil_div(p.lora.rank, ranks)));
+  return launch_kernel(dlora_kernel(p.dtype, kernel, ranks), grid, kernels::kDLoraThreads, 0, stream, args);
+}
+
+}  // namespace qlora::cuda
