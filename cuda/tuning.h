@@ -176,12 +176,13 @@ constexpr int64_t library_panel_columns(int64_t m, int64_t inner, int64_t column
 }
 
 // The forward's tiles on tensor cores, named by how many tokens they take (cuda/launch/linear_nf4.cu has their shapes).
-enum class LinearTileSize { k8, k16, k32, k64 };
+enum class LinearTileSize { k4, k8, k16, k32, k64 };
 
 // The widest tile, which wants 137 KB of shared memory, where a device has it: then w is decoded once for 64 tokens.
 inline constexpr int kShared64 = 137 * 1024;
 
 constexpr LinearTileSize linear_tile_size(int64_t m, const Device& device) {
+  if (m <= 4) return LinearTileSize::k4;
   if (m <= 8) return LinearTileSize::k8;
   if (m <= 16) return LinearTileSize::k16;
   return m <= 32 || device.shared_per_cta < kShared64 ? LinearTileSize::k32 : LinearTileSize::k64;
@@ -194,12 +195,12 @@ constexpr int linear_ragged_tokens(int64_t m) { return m <= 4 ? 4 : m <= 16 ? 16
 // Segments of k that a CTA of the forward's tensor-core tile takes, a multiple of `stage_segments`, where the device
 // holds `slots` CTAs at once. Roofline model, to be replaced by measurements on a card: a CTA's tables cost it as much
 // as 16 segments (1024 k), so it takes no fewer; CTAs come in waves; and the last CTA of a tile adds up 64 tokens of a
-// split in the time of a segment.
+// split in the time of a segment. No more than `most` splits.
 constexpr int64_t linear_split_segments(int64_t tiles, int64_t segments, int64_t stage_segments, int64_t tokens,
-                                        int64_t slots) {
+                                        int64_t slots, int64_t most = INT64_MAX) {
   constexpr int64_t kTables = 16;
   const auto each = [&](int64_t s) { return ceil_div(ceil_div(segments, s), stage_segments) * stage_segments; };
-  const int64_t limit = std::clamp<int64_t>(segments / kTables, 1, std::max<int64_t>(slots, 1));
+  const int64_t limit = std::clamp<int64_t>(segments / kTables, 1, std::max<int64_t>(std::min(slots, most), 1));
   return each(cheapest_splits(limit, [&](int64_t s) {
     return 64 * ceil_div(tiles * s, slots) * (each(s) + kTables) + (s > 1 ? s * tokens : 0);
   }));

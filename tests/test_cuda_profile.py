@@ -27,8 +27,11 @@ pytestmark = [
 
 RANK = 16
 SHAPES = [(1024, 1024), (1024, 2048)]  # the sum over k of the second is split over two CTAs
-FORWARD_SLOTS = {1: 5, 4: 5, 16: 6, 64: 9}  # tokens: issue slots per weight, at most
+FEW_TOKENS = 16  # which take one launch, LoRA included
+FORWARD_SLOTS = {1: 5, 4: 5, 8: 5, 16: 6, 64: 9}  # tokens: issue slots per weight, at most
 DX_SLOTS = 10
+ONE_TOKEN_WAVEFRONTS = 360  # of shared memory, for 16384 weights
+STEADY_N, STEADY_K = 8576, (1024, 2048)  # 67 tiles of 128 rows: no device has CTAs for two splits of each
 
 
 class Launch(dict):
@@ -83,6 +86,8 @@ def run_cases(profile: Path) -> dict[str, Any]:
             expected = s.forward_accuracy()
             rounded = torch.from_numpy(expected.exact).to(torch.bfloat16)
             cases[f"errors {m} {n} {k}"] = [relative_error(t, expected.exact) for t in (y, _plain(s), rounded)]
+    for k in STEADY_K:
+        record(f"steady {k}", ops.linear_nf4, *_one_token(STEADY_N, k))
     n, k = SHAPES[0]
     s = linear_sample(80, n, k, RANK, torch.bfloat16, "cuda", bias=False)
     record("aligned", ops.linear_nf4, *s.args)
@@ -101,6 +106,19 @@ def unaligned(t: torch.Tensor) -> torch.Tensor:
     moved = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view_as(t).copy_(t)
     assert moved.data_ptr() % 16 != 0
     return moved
+
+
+def _one_token(n: int, k: int) -> tuple[Any, ...]:
+    """Arguments of linear_nf4 that cost little to make."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random_bytes(*shape: int) -> torch.Tensor:
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).cuda()
+
+    blocks = n * k // 64
+    scales = random_bytes(blocks), torch.rand(-(-blocks // 256)).cuda(), torch.tensor(0.5).cuda(), 64, 256
+    x, lora_a, lora_b = (torch.randn(*shape).to("cuda", torch.bfloat16) for shape in ((1, k), (RANK, k), (n, RANK)))
+    return x, random_bytes(n, k // 2), *scales, n, None, lora_a, lora_b, 1.0, 0.0, 0
 
 
 def _plain(s: Any) -> torch.Tensor:
@@ -158,18 +176,36 @@ def test_unaligned_operands_run_with_the_same_kernels(cases: dict[str, Any]) -> 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("m", FORWARD_SLOTS)
 def test_forward(cases: dict[str, Any], m: int, n: int, k: int) -> None:
-    h, y = cases[f"linear_nf4 {m} {n} {k}"]
+    *h, y = cases[f"linear_nf4 {m} {n} {k}"]
     tile = cases[f"tile linear_nf4 {m} {n} {k}"]
-    check_main_launch(h, y, FORWARD_SLOTS[m], m, n, k)
-    if m == 1:
-        assert y.moved <= 1.1
-
-    # The packed bytes once, and codes (two splits may share a sector of them) and lora_b; again for each tile of rows,
-    # x and, by its warps, h; and the sums of the splits.
     row_tiles, splits = -(-n // tile["rows"]), tile["splits"]
+    check_work([*h, y], FORWARD_SLOTS[m] * n * k)
+
+    # The packed bytes and lora_b once, and codes (two splits may share a sector of them); again for each tile of rows x
+    # and, where h is its own launch, by warps h, else lora_a and by warps the few nested scales; and the sums of the
+    # splits.
     once = n * k // 2 + splits * n * k // 64 + 2 * n * RANK
-    again = row_tiles * 2 * m * (k + y.warps * RANK) + (4 * m * n * splits if splits > 1 else 0)
-    assert y.bytes_read <= 1.05 * once + again
+    again = 2 * m * k + 4 * m * tile["rows"] * splits * (splits > 1)
+    if m <= FEW_TOKENS:
+        assert h == []
+        again += 2 * RANK * k + splits * y.warps * 1024
+        columns = 2 * tile["tokens"]  # of the mma: a token has one for each of two segments
+        assert y["mma_flops"] <= 1.02 * 2 * n * k * columns + 2 * row_tiles * 16 * k * max(tile["tokens"], 8)
+    else:
+        (low_rank,) = h
+        assert "low_rank" in low_rank["kernel"]
+        again += 2 * m * y.warps * RANK
+        assert y["mma_flops"] <= 1.1 * 2 * m * (n * k + RANK * n)
+    assert y.bytes_read <= 1.05 * once + row_tiles * again
+
+
+def test_one_token_in_a_long_slice(cases: dict[str, Any]) -> None:
+    """What a CTA does beyond its tables, per 16384 weights."""
+    short, long = (cases[f"steady {k}"] for k in STEADY_K)
+    assert [len(short), len(long)] == [1, 1]
+    assert short[0]["grid"] == long[0]["grid"] == [STEADY_N // 128, 1, 1]
+    weights = STEADY_N * (STEADY_K[1] - STEADY_K[0]) / 16384
+    assert long[0]["shared_wavefronts"] - short[0]["shared_wavefronts"] <= ONE_TOKEN_WAVEFRONTS * weights
 
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
@@ -185,7 +221,10 @@ def test_forward_loses_half_of_what_rounded_weights_lose(cases: dict[str, Any], 
 def test_dx(cases: dict[str, Any], m: int, n: int, k: int) -> None:
     g, dx = cases[f"linear_nf4_dx {m} {n} {k}"]
     tile = cases[f"tile linear_nf4_dx {m} {n} {k}"]
-    check_main_launch(g, dx, DX_SLOTS, m, n, k)
+    assert "low_rank" in g["kernel"]
+    check_work([g, dx], DX_SLOTS * n * k)
+    tokens = -(-m // 16) * 16  # an mma takes no fewer than 8, and 16 may be its other side
+    assert dx["mma_flops"] <= 1.1 * 2 * tokens * (n * k + RANK * max(n, k))
 
     # The packed bytes and lora_a once; dy, codes and, by its warps, g again for each tile of columns; and the sums of
     # the splits, of whole tiles of tokens.
@@ -196,14 +235,11 @@ def test_dx(cases: dict[str, Any], m: int, n: int, k: int) -> None:
     assert dx.bytes_read <= 1.05 * (n * k // 2 + 2 * k * RANK + again)
 
 
-def check_main_launch(low_rank: Launch, launch: Launch, slots: float, m: int, n: int, k: int) -> None:
-    """One launch for the low-rank product, and one that reads the packed weight, without spills and bank conflicts."""
-    assert "low_rank" in low_rank["kernel"]
-    assert launch["local_bytes"] == 0
-    assert low_rank.slots + launch.slots <= slots * n * k
-    assert launch.conflicts <= 0.05
-    tokens = -(-m // 16) * 16  # an mma takes no fewer than 8, and 16 may be its other side
-    assert launch["mma_flops"] <= 1.1 * 2 * tokens * (n * k + RANK * max(n, k))
+def check_work(launches: list[Launch], slots: float) -> None:
+    """Of a call's launches, of which the last reads the packed weight: no spills, no bank conflicts."""
+    assert launches[-1]["local_bytes"] == 0
+    assert sum(launch.slots for launch in launches) <= slots
+    assert launches[-1].conflicts <= 0.05
 
 
 if __name__ == "__main__":

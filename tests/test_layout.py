@@ -128,11 +128,11 @@ def test_a_cuda_graph_can_capture_every_operator() -> None:
     waits = r"\bcu(da)?(Device|Stream|Event|Ctx)?Synchronize|\bcuda(Stream|Event)\w+\("
     memory = r"\bcuda(Malloc|Free|Host|MemGetInfo|Memcpy)\w*|\bcudaMemset\("
     assert offenders(rf"{waits}|{memory}", r"$^") == []
-    assert offenders(r"<<<[^>]", r"$^") == []  # launch_kernel is the one way, and takes the stream
+    assert offenders(r"<<<[^>]", r"$^") == []  # these two are the ways, and take the stream
     launches = [
         (relative(path), launch)
         for path in SOURCES
-        for launch in re.findall(r"\blaunch_kernel\((.*?)\);", path.read_text(), flags=re.S)
+        for launch in re.findall(r"\blaunch_(?:kernel|cluster)\((.*?)\);", path.read_text(), flags=re.S)
     ]
     assert launches
     assert [launch for launch in launches if not re.search(r"\b(call\.)?stream\b", launch[1])] == []

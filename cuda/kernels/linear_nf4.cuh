@@ -10,11 +10,11 @@
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/shared.cuh"
-#include "cuda/tile/block_scale.cuh"
 #include "cuda/tile/linear_copy.cuh"
 #include "cuda/tile/linear_sum.cuh"
 #include "cuda/tile/linear_tile.cuh"
 #include "cuda/tile/lora_step.cuh"
+#include "cuda/tile/scale_stage.cuh"
 #include "cuda/tile/unroll.cuh"
 
 namespace qlora::kernels {
@@ -30,51 +30,6 @@ struct LinearArgs {
   int64_t token_tiles;         // CTAs along m
   int64_t segments_per_split;  // a multiple of the tile's kStageSegments
 };
-
-// Decodes the scales of `count` <= kScaleSegments segments from `segment0` for the CTA's rows. A warp takes consecutive
-// rows, and in one load as many of them as fill it, so that sectors of codes are read once and a nested absmax rarely
-// again.
-template <class Tile, bool kNested>
-__device__ __forceinline__ void stage_scales(const tile::ScaleView& view, int64_t n0, int64_t n, int64_t k,
-                                             int64_t segment0, int count, float offset, const float* dynamic8,
-                                             uint32_t scales) {
-  constexpr int kWarpRows = Tile::kRows / (Tile::kThreads / 32), kInFlight = 4;
-  constexpr float kUnfactor = 1.0f / tile::kPairFactor<typename Tile::T>;
-  const int width = 32 - __clz(count - 1);  // log2 of the lanes a row gets
-  const int lane = threadIdx.x % 32, segment = lane & ((1 << width) - 1), row_step = 32 >> width;
-  if (segment >= count) return;
-  const int64_t rows_left = n - n0;
-  int row = threadIdx.x / 32 * kWarpRows + (lane >> width);
-  const int row_end = threadIdx.x / 32 * kWarpRows + kWarpRows;
-  int64_t element = (n0 + row) * k + (segment0 + segment) * tile::kSegment, nested_held = -1;
-  float nested_absmax = 0.0f;
-  while (row < row_end) {
-    float absmax[kInFlight];
-    uint32_t code[kInFlight];
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j, element += row_step * k) {
-      absmax[j] = 0.0f, code[j] = kDynamic8ZeroCode;
-      const int64_t block = element >> view.block_shift;
-      if (const int r = row + j * row_step; r >= row_end || r >= rows_left) continue;
-      if constexpr (!kNested) {
-        absmax[j] = __ldg(view.scales.absmax + block);
-      } else {
-        code[j] = __ldg(view.scales.codes + block);
-        if (const int64_t nested = tile::nested_block(view, block); nested != nested_held) {
-          nested_held = nested;
-          nested_absmax = __ldg(view.scales.nested_absmax + nested);
-        }
-        absmax[j] = nested_absmax;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kInFlight; ++j, row += row_step) {
-      if (row >= row_end) break;
-      const float scale = kNested ? __fadd_rn(__fmul_rn(dynamic8[code[j]], absmax[j]), offset) : absmax[j];
-      ptx::store_shared_f32(scales + Tile::scale_offset(row, segment), scale * kUnfactor);
-    }
-  }
-}
 
 // The shared addresses of a lane's operands in slot 0, segment 0.
 template <class Tile>
@@ -168,9 +123,10 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
+  tile::ScaleStage<Tile, tile::kScaleSegments> scales(p.scales, n0, p.n, p.k);
+  scales.load(segment0, segments);
   tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable);
   tile::fill_dynamic8<Tile::kThreads>(dynamic8);
-  const float offset = tile::nested_offset(p.scales);
   Accumulators<Tile> acc = {};
   add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);
 
@@ -179,14 +135,9 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   for (int stage = 0; stage < stages; ++stage) {
     if (stage % Tile::kStagesPerScales == 0) {
       __syncthreads();  // the tables are complete, and the last scales are no longer used
-      const int first = stage * Tile::kStageSegments;
-      const int count = min(segments - first, tile::kScaleSegments);
-      if (p.scales.scales.codes != nullptr)
-        stage_scales<Tile, true>(p.scales, n0, p.n, p.k, segment0 + first, count, offset, dynamic8,
-                                 shared + Tile::kScales);
-      else
-        stage_scales<Tile, false>(p.scales, n0, p.n, p.k, segment0 + first, count, offset, dynamic8,
-                                  shared + Tile::kScales);
+      scales.store(shared + Tile::kScales, dynamic8);
+      const int after = stage * Tile::kStageSegments + tile::kScaleSegments;
+      if (after < segments) scales.load(segment0 + after, segments - after);
     }
     ptx::cp_async_wait<Tile::kStages - 2>();
     __syncthreads();  // this stage is complete, and the buffer of the one before is free
@@ -203,7 +154,7 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
 
   tile::store_sums<Tile>(shared, warp_row, group, acc);
   __syncthreads();
-  tile::finish<Tile>(p.out, reinterpret_cast<const float*>(shared_memory), token0, p.m, n0, p.n);
+  tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), token0, p.m, n0, p.n);
 }
 
 // Grid: x over token tiles (fastest) and row tiles, y over splits of k.

@@ -3,8 +3,10 @@
 #include <algorithm>
 
 #include "cuda/kernels/linear_nf4.cuh"
+#include "cuda/kernels/linear_nf4_few.cuh"
 #include "cuda/kernels/linear_nf4_ragged.cuh"
 #include "cuda/launch/choice.h"
+#include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/low_rank.h"
 
@@ -58,17 +60,22 @@ struct TensorCorePlan {
 
   const LinearProblem& p;
   int64_t token_tiles, tiles, segments_per_split, splits;
+  bool cluster;
   Workspace workspace;
 
-  // `slots`: CTAs that the device holds at once.
-  TensorCorePlan(const LinearProblem& problem, int64_t slots)
+  // `slots`: CTAs that the device holds at once; `cluster_ctas`: how many a cluster may have.
+  TensorCorePlan(const LinearProblem& problem, int64_t slots, int64_t cluster_ctas)
       : p(problem),
         token_tiles(ceil_div(p.m, Tile::kTokens)),
         tiles(token_tiles * ceil_div(p.w.n, Tile::kRows)),
         segments_per_split(
-            linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kTokens, slots)),
+            linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kTokens, slots,
+                                  cluster_ctas > 1 ? cluster_ctas : slots)),
         splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
-        workspace(p, splits > 1 ? tiles : 0, splits > 1 ? tiles * splits * Tile::kTokens * Tile::kRows : 0) {}
+        cluster(splits > 1 && cluster_ctas > 1),
+        workspace(p, ticket_count(), ticket_count() * splits * Tile::kTokens * Tile::kRows) {}
+
+  int64_t ticket_count() const { return splits > 1 && !cluster ? tiles : 0; }
 
   std::string choice() const {
     return describe(Kernel::kTensorCores, {{"tokens", Tile::kTokens}, {"rows", Tile::kRows}, {"splits", splits}});
@@ -77,27 +84,85 @@ struct TensorCorePlan {
   cudaError_t launch(void* memory, cudaStream_t stream) const {
     T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
     uint32_t* const tickets = reinterpret_cast<uint32_t*>(at(memory, workspace.tickets));
-    const int64_t ticket_count = splits > 1 ? tiles : 0;
     cudaError_t error = cudaSuccess;
     if (p.lora.rank > 0)
-      error = launch_h(p, h, tickets, ticket_count, stream);
-    else if (ticket_count > 0)
-      error = cudaMemsetAsync(tickets, 0, ticket_count * sizeof(uint32_t), stream);
+      error = launch_h(p, h, tickets, ticket_count(), stream);
+    else if (ticket_count() > 0)
+      error = cudaMemsetAsync(tickets, 0, ticket_count() * sizeof(uint32_t), stream);
     if (error != cudaSuccess) return error;
 
-    const kernels::LinearArgs<T> args{.x = static_cast<const T*>(p.x),
-                                      .packed = p.w.packed,
-                                      .scales = scale_view(p.w),
-                                      .m = p.m,
-                                      .n = p.w.n,
-                                      .k = p.w.k,
-                                      .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
-                                      .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias),
-                                              reinterpret_cast<float*>(at(memory, workspace.partials)), tickets},
-                                      .token_tiles = token_tiles,
-                                      .segments_per_split = segments_per_split};
+    const kernels::LinearArgs<T> args{
+        .x = static_cast<const T*>(p.x),
+        .packed = p.w.packed,
+        .scales = scale_view(p.w),
+        .m = p.m,
+        .n = p.w.n,
+        .k = p.w.k,
+        .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
+        .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias),
+                reinterpret_cast<float*>(at(memory, workspace.partials)), cluster ? nullptr : tickets},
+        .token_tiles = token_tiles,
+        .segments_per_split = segments_per_split};
     const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
-    return launch_kernel(kernels::linear_nf4_kernel<Tile>, grid, Tile::kThreads, Tile::kSharedBytes, stream, args);
+    return launch_cluster(kernels::linear_nf4_kernel<Tile>, grid, dim3(1, cluster ? grid.y : 1), Tile::kThreads,
+                          Tile::kSharedBytes, stream, args);
+  }
+};
+
+// Few tokens: one launch, unless h is a launch of its own, or the splits are CTAs of a device without clusters.
+template <class Tile_>
+struct FewPlan {
+  using Tile = Tile_;
+  using T = typename Tile::T;
+
+  const LinearProblem& p;
+  int64_t tiles, segments_per_split, splits;
+  bool folds, cluster;
+  Workspace workspace;
+
+  FewPlan(const LinearProblem& problem, int64_t slots, int64_t cluster_ctas)
+      : p(problem),
+        tiles(ceil_div(p.w.n, Tile::kRows)),
+        segments_per_split(
+            linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kRoundSegments, Tile::kTokens, slots,
+                                  cluster_ctas > 1 ? cluster_ctas : slots)),
+        splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
+        folds(p.lora.rank > 0 && p.lora.rank <= Tile::kFoldedRanks && aligned(p.lora.a, 16)),
+        cluster(splits > 1 && cluster_ctas > 1),
+        workspace(p, ticket_count(), ticket_count() * splits * Tile::kTokens * Tile::kRows) {}
+
+  int64_t ticket_count() const { return splits > 1 && !cluster ? tiles : 0; }
+
+  std::string choice() const {
+    return describe(Kernel::kTensorCores, {{"tokens", Tile::kTokens}, {"rows", Tile::kRows}, {"splits", splits}});
+  }
+
+  cudaError_t launch(void* memory, cudaStream_t stream) const {
+    T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
+    uint32_t* const tickets = reinterpret_cast<uint32_t*>(at(memory, workspace.tickets));
+    cudaError_t error = cudaSuccess;
+    if (p.lora.rank > 0 && !folds)
+      error = launch_h(p, h, tickets, ticket_count(), stream);
+    else if (ticket_count() > 0)
+      error = cudaMemsetAsync(tickets, 0, ticket_count() * sizeof(uint32_t), stream);
+    if (error != cudaSuccess) return error;
+
+    const Lora& lora = p.lora;
+    const kernels::FewLinearArgs<T> args{
+        .x = static_cast<const T*>(p.x),
+        .packed = p.w.packed,
+        .scales = scale_view(p.w),
+        .m = p.m,
+        .n = p.w.n,
+        .k = p.w.k,
+        .lora = {folds ? static_cast<const T*>(lora.a) : nullptr, h, static_cast<const T*>(lora.b), lora.rank,
+                 static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
+        .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias),
+                reinterpret_cast<float*>(at(memory, workspace.partials)), cluster ? nullptr : tickets},
+        .segments_per_split = segments_per_split};
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
+    return launch_cluster(kernels::linear_nf4_few_kernel<Tile>, grid, dim3(1, cluster ? grid.y : 1), Tile::kThreads,
+                          Tile::kSharedBytes, stream, args);
   }
 };
 
@@ -150,37 +215,46 @@ struct RaggedPlan {
 // Rows and tokens a warp and a CTA take were chosen by counting instructions and shared memory passes under the
 // simulator; 16-bit types only.
 template <class T>
-using Tile8 = tile::LinearTile<T, 2, 1, 4, 2, 2, 4>;
-template <class T>
-using Tile16 = tile::LinearTile<T, 2, 2, 4, 2, 2, 4>;
-template <class T>
 using Tile32 = tile::LinearTile<T, 2, 4, 4, 2, 2, 2>;
 template <class T>
 using Tile64 = tile::LinearTile<T, 2, 8, 4, 2, 2, 3>;
 static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64);
 
-// use(plan) with the plan for this problem and device.
-template <class Tile, class Use>
+// use(Plan<Tile>) for this problem and device, whose kernel is kKernel.
+template <template <class> class Plan, class Tile, auto kKernel, class Use>
 cudaError_t with_tile(const LinearProblem& p, const Device& device, const Use& use) {
-  int ctas = 0;
-  const cudaError_t error =
-      ctas_per_sm<kernels::linear_nf4_kernel<Tile>>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);
-  return error == cudaSuccess ? use(TensorCorePlan<Tile>(p, int64_t{device.sm_count} * ctas)) : error;
+  int ctas = 0, cluster_ctas = 1;
+  cudaError_t error = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);
+  if (error == cudaSuccess) error = ctas_per_cluster<kKernel>(device, &cluster_ctas);
+  return error == cudaSuccess ? use(Plan<Tile>(p, int64_t{device.sm_count} * ctas, cluster_ctas)) : error;
 }
 
+template <class Tile, class Use>
+cudaError_t with_tensor_core_tile(const LinearProblem& p, const Device& device, const Use& use) {
+  return with_tile<TensorCorePlan, Tile, kernels::linear_nf4_kernel<Tile>>(p, device, use);
+}
+
+template <class Tile, class Use>
+cudaError_t with_few_tile(const LinearProblem& p, const Device& device, const Use& use) {
+  return with_tile<FewPlan, Tile, kernels::linear_nf4_few_kernel<Tile>>(p, device, use);
+}
+
+// use(plan) with the plan for this problem and device.
 template <class T, class Use>
 cudaError_t with_typed_plan(const LinearProblem& p, const Device& device, const Use& use) {
   if constexpr (sizeof(T) == 2) {
     if (!is_ragged(p)) {
       switch (linear_tile_size(p.m, device)) {
+        case LinearTileSize::k4:
+          return with_few_tile<tile::FewTile<T, 1>>(p, device, use);
         case LinearTileSize::k8:
-          return with_tile<Tile8<T>>(p, device, use);
+          return with_few_tile<tile::FewTile<T, 2>>(p, device, use);
         case LinearTileSize::k16:
-          return with_tile<Tile16<T>>(p, device, use);
+          return with_few_tile<tile::FewTile<T, 4>>(p, device, use);
         case LinearTileSize::k32:
-          return with_tile<Tile32<T>>(p, device, use);
+          return with_tensor_core_tile<Tile32<T>>(p, device, use);
         case LinearTileSize::k64:
-          return with_tile<Tile64<T>>(p, device, use);
+          return with_tensor_core_tile<Tile64<T>>(p, device, use);
       }
     }
   }

@@ -29,4 +29,17 @@ __device__ __forceinline__ uint4 load_stream_v4(const void* p) {
   return v;
 }
 
+// The same for what several CTAs or warps read in neighbouring pieces: the whole 128-byte line comes to L2 at once.
+template <int kOffset = 0>
+__device__ __forceinline__ uint4 load_stream_line_v4(const void* p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p), "n"(kOffset));
+  return v;
+}
+
+// Brings the line of `p` to L2, where a load will find it later. The address must be valid.
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 }  // namespace qlora::ptx

@@ -44,6 +44,15 @@ __device__ __forceinline__ float2 load_shared_v2_f32(uint32_t address) {
 }
 
 template <int kOffset = 0>
+__device__ __forceinline__ float4 load_shared_v4_f32(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4 + %5];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address), "n"(kOffset));
+  return v;
+}
+
+template <int kOffset = 0>
 __device__ __forceinline__ void store_shared_f32(uint32_t address, float v) {
   asm volatile("st.shared.f32 [%0 + %1], %2;" ::"r"(address), "n"(kOffset), "f"(v) : "memory");
 }

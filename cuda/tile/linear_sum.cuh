@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/shared.cuh"
+#include "cuda/tile/cluster_sum.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/linear_tile.cuh"
 #include "cuda/tile/split.cuh"
@@ -16,9 +17,10 @@ template <class T>
 struct LinearOutput {
   T* y;           // [m, n]
   const T* bias;  // [n] or null
-  // Only where k is split over gridDim.y > 1 CTAs; indexed by blockIdx.x, the number of the tile.
+  // Only where k is split over gridDim.y > 1 CTAs that are not a cluster; indexed by blockIdx.x, the number of the
+  // tile.
   float* partials;    // [tiles][splits][kTokens][kRows]
-  uint32_t* tickets;  // [tiles], zero when the kernel starts
+  uint32_t* tickets;  // [tiles], zero when the kernel starts; null for a cluster
 };
 
 // Spreads a warp's accumulators over shared memory as [group][token][row].
@@ -35,10 +37,6 @@ __device__ __forceinline__ void store_sums(uint32_t shared, int warp_row, int gr
       });
     });
   });
-}
-
-__device__ __forceinline__ float4 add(float4 a, float4 b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
 // Four neighbouring columns n..n+3 of y: a thread's share of a token's row.
@@ -81,9 +79,23 @@ class OutputQuad {
   float bias_[4] = {};
 };
 
+// The CTAs of a cluster hold, each in the place of its first group, the sums of their splits. They share out the tile.
+template <class Tile>
+__device__ __forceinline__ void finish_cluster(const LinearOutput<typename Tile::T>& out, const float* sums,
+                                               int64_t token0, int tokens, int64_t n0, int64_t n) {
+  constexpr int kQuads = Tile::kRows / 4;
+  ptx::cluster_sync();
+  for (unsigned i = blockIdx.y * Tile::kThreads + threadIdx.x; i < tokens * kQuads; i += gridDim.y * Tile::kThreads) {
+    const int token = i / kQuads, quad = i % kQuads;
+    const float4* part = reinterpret_cast<const float4*>(sums + token * Tile::kSumStride + 4 * quad);
+    OutputQuad<typename Tile::T>(out, n0 + 4 * quad, n).store(token0 + token, cluster_sum(part, gridDim.y));
+  }
+  ptx::cluster_sync();  // no CTA ends while another reads its sums
+}
+
 // `sums` is what store_sums left. A thread adds up and stores four columns of every kTokenStep-th token.
 template <class Tile>
-__device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out, const float* sums, int64_t token0,
+__device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out, float* sums, int64_t token0,
                                        int64_t m, int64_t n0, int64_t n) {
   constexpr int kQuads = Tile::kRows / 4, kTokenStep = Tile::kThreads / kQuads;
   static_assert(Tile::kThreads % kQuads == 0);
@@ -104,6 +116,11 @@ __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out
     for (int token = first; token < tokens; token += kTokenStep) output.store(token0 + token, sum_of(token));
   };
   if (gridDim.y == 1) return store_all(group_sum);
+  if (out.tickets == nullptr) {
+    for (int token = first; token < tokens; token += kTokenStep)
+      *reinterpret_cast<float4*>(sums + token * Tile::kSumStride + 4 * quad) = group_sum(token);
+    return finish_cluster<Tile>(out, sums, token0, tokens, n0, n);
+  }
 
   constexpr int kSplitQuads = Tile::kTokens * kQuads;
   float4* const partials =

@@ -1,0 +1,49 @@
+// Launches in thread block clusters, whose CTAs see each other's shared memory.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+
+#include "cuda/launch/device.h"
+
+namespace qlora::cuda {
+
+// How many CTAs a cluster of kKernel may have on the device, asked once a device: 8, as many as every device with
+// clusters can run, or 1 where the device has none, or where a build lacks code for it and it runs an older device's.
+template <auto kKernel>
+cudaError_t ctas_per_cluster(const Device& device, int* ctas) {
+  static std::array<std::atomic<int>, kMaxDevices> known{};
+  std::atomic<int>& here = known[static_cast<size_t>(device.index)];
+  *ctas = here.load(std::memory_order_acquire);
+  if (*ctas != 0) return cudaSuccess;
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel));
+  if (error != cudaSuccess) return error;
+  *ctas = device.arch >= 90 && attributes.ptxVersion >= 90 ? 8 : 1;
+  here.store(*ctas, std::memory_order_release);
+  return cudaSuccess;
+}
+
+// As launch_kernel. `cluster` divides `grid`; of one CTA it is none, which every device can do.
+template <class Args>
+cudaError_t launch_cluster(void (*kernel)(Args), dim3 grid, dim3 cluster, int threads, int shared_bytes,
+                           cudaStream_t stream, const Args& args) {
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster.x;
+  attribute.val.clusterDim.y = cluster.y;
+  attribute.val.clusterDim.z = cluster.z;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster.x * cluster.y * cluster.z > 1 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, args);
+}
+
+}  // namespace qlora::cuda
