@@ -212,4 +212,12 @@ constexpr int64_t grouped_tile_tokens(int64_t tokens, int64_t experts) {
   return std::min(tokens, ceil_div(2 * tokens, std::max<int64_t>(experts, 1)));
 }
 
+// CTAs, at most `most`, that share the k of LoRA's low-rank products, where `ctas` would make them without: few tokens
+// leave the device empty. The 16 warps of a CTA take 512 k at a time; a split of less than two such turns would cost
+// more in all than it saves in waiting.
+constexpr int64_t low_rank_splits(int64_t ctas, int64_t k, int64_t most, const Device& device) {
+  constexpr int64_t kTwoTurns = 1024;
+  return std::clamp<int64_t>(std::min(ceil_div(k, kTwoTurns), device.sm_count / std::max<int64_t>(ctas, 1)), 1, most);
+}
+
 }  // namespace qlora::cuda

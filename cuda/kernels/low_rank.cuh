@@ -3,7 +3,8 @@
 //
 // On tensor cores the ranks are the 16 rows of the mma and the tokens its 8 columns. A sum does not care about the
 // order of k, so a lane takes 8 consecutive k of its row with one 16-byte load and feeds them as the k of two mma; no
-// operand passes through shared memory. The warps of a CTA share out k, and their sums are added in a fixed order.
+// operand passes through shared memory. The warps of a CTA share out k, and so do the CTAs of a cluster; their sums are
+// added in a fixed order.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include "cpp/format/philox.h"
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/prmt.cuh"
+#include "cuda/tile/cluster_sum.cuh"
 #include "cuda/tile/element.cuh"
 
 namespace qlora::kernels {
@@ -54,8 +56,8 @@ __device__ __forceinline__ void load_ranks(const LowRankArgs<T>& p, int64_t rank
                                            uint32_t (&f)[8]) {
   const uint4 zero = make_uint4(0, 0, 0, 0);
   const T* row = p.a + (rank0 + g) * p.k + k0;
-  const uint4 low = valid && rank0 + g < p.rank ? *reinterpret_cast<const uint4*>(row) : zero;
-  const uint4 high = valid && rank0 + g + 8 < p.rank ? *reinterpret_cast<const uint4*>(row + 8 * p.k) : zero;
+  const uint4 low = valid && rank0 + g < p.rank ? __ldg(reinterpret_cast<const uint4*>(row)) : zero;
+  const uint4 high = valid && rank0 + g + 8 < p.rank ? __ldg(reinterpret_cast<const uint4*>(row + 8 * p.k)) : zero;
   f[0] = low.x, f[1] = high.x, f[2] = low.y, f[3] = high.y;
   f[4] = low.z, f[5] = high.z, f[6] = low.w, f[7] = high.w;
 }
@@ -70,7 +72,7 @@ __device__ __forceinline__ void load_ranks_transposed(const LowRankArgs<T>& p, i
   if (valid && rank < p.rank) {
     const T* from = p.a + k0 * p.rank + rank;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) row[i] = *reinterpret_cast<const uint32_t*>(from + i * p.rank);
+    for (int i = 0; i < 8; ++i) row[i] = __ldg(reinterpret_cast<const uint32_t*>(from + i * p.rank));
   }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -80,44 +82,88 @@ __device__ __forceinline__ void load_ranks_transposed(const LowRankArgs<T>& p, i
 }
 
 __device__ __forceinline__ void clear_words(uint32_t* words, int64_t count) {
-  const int64_t cta = int64_t{blockIdx.y} * gridDim.x + blockIdx.x, ctas = int64_t{gridDim.x} * gridDim.y;
+  const int64_t row = int64_t{blockIdx.z} * gridDim.y + blockIdx.y, rows = int64_t{gridDim.z} * gridDim.y;
+  const int64_t cta = row * gridDim.x + blockIdx.x, ctas = rows * gridDim.x;
   for (int64_t i = cta * blockDim.x + threadIdx.x; i < count; i += ctas * blockDim.x) words[i] = 0;
 }
 
-// Tokens token0.. and ranks rank0.., 8·kTokenTiles and 16·kRankTiles of them, a whole CTA's work. Needs k % 8 == 0 and
-// x, a 16-byte aligned; transposed also an even rank.
-template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
-__device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t token0, int64_t rank0) {
-  constexpr int kFragment = 128 * kTokenTiles;  // sums of a warp for 16 ranks
-  __shared__ float4 partial[kLowRankWarps][kFragment / 4];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+// Stores four sums for the 16 ranks from rank0 on. `quad` is 32 times the token tile, plus the lane (g, t) whose
+// accumulators they are: mma rows g and g + 8, columns 2t and 2t + 1.
+template <bool kTransposed, class T>
+__device__ __forceinline__ void store_low_rank(const LowRankArgs<T>& p, int64_t token0, int64_t rank0, int quad,
+                                               float4 sum) {
+  const int g = quad / 4 % 8;
+  const int64_t token = token0 + quad / 32 * 8 + quad % 4 * 2;
+  const int64_t low = rank0 + (kTransposed ? 2 * g : g), high = rank0 + (kTransposed ? 2 * g + 1 : g + 8);
+  const auto store = [&](int64_t at_token, int64_t rank, float v) {
+    if (at_token < p.m && rank < p.rank) p.out[at_token * p.rank + rank] = tile::narrow<T>(v * p.factor);
+  };
+  store(token, low, sum.x), store(token + 1, low, sum.y);
+  store(token, high, sum.z), store(token + 1, high, sum.w);
+}
 
-  float acc[kRankTiles][kTokenTiles][4] = {};
-#pragma unroll(kRankTiles* kTokenTiles > 4 ? 1 : 2)
-  for (int64_t segment = 32 * warp; segment < p.k; segment += 32 * kLowRankWarps) {
-    const int64_t k0 = segment + 8 * t;
-    const bool valid = k0 < p.k;
-    uint4 x[kTokenTiles];
+// acc += the part of one warp of many, which take turns at 32 k: this one begins at k = `first` and goes on by `step`.
+// Several turns are loaded before the first is multiplied, as many as registers hold.
+template <bool kDropout, bool kTransposed, class T, int kRankTiles, int kTokenTiles>
+__device__ __forceinline__ void add_low_rank(const LowRankArgs<T>& p, int64_t token0, int64_t rank0, int64_t first,
+                                             int64_t step, float (&acc)[kRankTiles][kTokenTiles][4]) {
+  constexpr int kTurns = kRankTiles * kTokenTiles > 1 ? 1 : 4;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+  for (int64_t k = first; k < p.k; k += kTurns * step) {
+    uint4 x[kTurns][kTokenTiles];
+    uint32_t a[kTurns][kRankTiles][8];
 #pragma unroll
-    for (int j = 0; j < kTokenTiles; ++j) {
-      const int64_t token = token0 + 8 * j + g, index = token * p.k + k0;
-      x[j] = valid && token < p.m ? *reinterpret_cast<const uint4*>(p.x + index) : make_uint4(0, 0, 0, 0);
-      if (p.dropout.active()) drop8(p.dropout, index, x[j]);
-    }
-#pragma unroll
-    for (int i = 0; i < kRankTiles; ++i) {
-      uint32_t a[8];
-      if constexpr (kTransposed)
-        load_ranks_transposed(p, rank0 + 16 * i, k0, valid, g, a);
-      else
-        load_ranks(p, rank0 + 16 * i, k0, valid, g, a);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (k + turn * step >= p.k) break;
+      const int64_t k0 = k + turn * step + 8 * t;
+      const bool valid = k0 < p.k;
 #pragma unroll
       for (int j = 0; j < kTokenTiles; ++j) {
-        ptx::mma_m16n8k16<T>(acc[i][j], a[0], a[1], a[2], a[3], x[j].x, x[j].y);
-        ptx::mma_m16n8k16<T>(acc[i][j], a[4], a[5], a[6], a[7], x[j].z, x[j].w);
+        const int64_t token = token0 + 8 * j + g;
+        x[turn][j] = make_uint4(0, 0, 0, 0);
+        if (valid && token < p.m) x[turn][j] = __ldg(reinterpret_cast<const uint4*>(p.x + token * p.k + k0));
+      }
+#pragma unroll
+      for (int i = 0; i < kRankTiles; ++i) {
+        if constexpr (kTransposed)
+          load_ranks_transposed(p, rank0 + 16 * i, k0, valid, g, a[turn][i]);
+        else
+          load_ranks(p, rank0 + 16 * i, k0, valid, g, a[turn][i]);
+      }
+    }
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (k + turn * step >= p.k) break;
+#pragma unroll
+      for (int j = 0; j < kTokenTiles; ++j) {
+        uint4& v = x[turn][j];
+        if constexpr (kDropout) drop8(p.dropout, (token0 + 8 * j + g) * p.k + k + turn * step + 8 * t, v);
+#pragma unroll
+        for (int i = 0; i < kRankTiles; ++i) {
+          const uint32_t (&f)[8] = a[turn][i];
+          ptx::mma_m16n8k16<T>(acc[i][j], f[0], f[1], f[2], f[3], v.x, v.y);
+          ptx::mma_m16n8k16<T>(acc[i][j], f[4], f[5], f[6], f[7], v.z, v.w);
+        }
       }
     }
   }
+}
+
+// Tokens token0.. and ranks rank0.., 8·kTokenTiles and 16·kRankTiles of them, the work of a whole CTA or, along
+// gridDim.z, cluster. Needs k % 8 == 0 and x, a 16-byte aligned; transposed also an even rank.
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
+__device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t token0, int64_t rank0) {
+  constexpr int kQuads = 32 * kTokenTiles;  // of sums for 16 ranks
+  __shared__ float4 partial[kLowRankWarps][kQuads];
+  __shared__ float4 sums[kRankTiles][kQuads];  // of the CTA
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+
+  float acc[kRankTiles][kTokenTiles][4] = {};
+  const int64_t first = 32 * (int64_t{blockIdx.z} * kLowRankWarps + warp), step = 32 * kLowRankWarps * gridDim.z;
+  if (p.dropout.active())
+    add_low_rank<true, kTransposed>(p, token0, rank0, first, step, acc);
+  else
+    add_low_rank<false, kTransposed>(p, token0, rank0, first, step, acc);
 
 #pragma unroll
   for (int i = 0; i < kRankTiles; ++i) {
@@ -126,21 +172,22 @@ __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t t
     for (int j = 0; j < kTokenTiles; ++j)
       partial[warp][32 * j + lane] = make_float4(acc[i][j][0], acc[i][j][1], acc[i][j][2], acc[i][j][3]);
     __syncthreads();
-    for (int e = threadIdx.x; e < kFragment; e += kLowRankThreads) {
+    for (int e = threadIdx.x; e < 4 * kQuads; e += kLowRankThreads) {
       float sum = 0.0f;
 #pragma unroll
       for (int w = 0; w < kLowRankWarps; ++w) sum += reinterpret_cast<const float*>(partial[w])[e];
-      // Sum e is value e % 4 of lane e / 4 % 32 = (g, t) in token tile e / 128: mma row g or g + 8, column 2t or 2t
-      // + 1.
-      const int row = e / 16 % 8, c = e % 4;
-      const int64_t token = token0 + e / 128 * 8 + e / 4 % 4 * 2 + c % 2;
-      const int64_t rank = rank0 + 16 * i + (kTransposed ? 2 * row + c / 2 : row + c / 2 * 8);
-      if (token < p.m && rank < p.rank) p.out[token * p.rank + rank] = tile::narrow<T>(sum * p.factor);
+      reinterpret_cast<float*>(sums[i])[e] = sum;
     }
   }
+  ptx::cluster_sync();
+  for (int i = blockIdx.z * kLowRankThreads + threadIdx.x; i < kRankTiles * kQuads; i += gridDim.z * kLowRankThreads) {
+    const int tile = i / kQuads, quad = i % kQuads;
+    store_low_rank<kTransposed>(p, token0, rank0 + 16 * tile, quad, tile::cluster_sum(&sums[tile][quad], gridDim.z));
+  }
+  ptx::cluster_sync();  // no CTA ends while another reads its sums
 }
 
-// Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks.
+// Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks, z, a cluster if more than one, over k.
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 __global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_constant__ LowRankArgs<T> p) {
   clear_words(p.clear, p.clear_count);

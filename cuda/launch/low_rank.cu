@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cuda/kernels/low_rank.cuh"
+#include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 
 namespace qlora::cuda {
@@ -15,10 +16,17 @@ bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t
 
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
-                  static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));
-  return launch_kernel(kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles>, grid,
-                       kernels::kLowRankThreads, 0, stream, args);
+  constexpr auto kKernel = kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles>;
+  int index = 0, cluster_ctas = 1;
+  const Device* device = nullptr;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess) error = device_at(index, &device);
+  if (error == cudaSuccess) error = ctas_per_cluster<kKernel>(*device, &cluster_ctas);
+  if (error != cudaSuccess) return error;
+  dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
+            static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));
+  grid.z = static_cast<unsigned>(low_rank_splits(int64_t{grid.x} * grid.y, args.k, cluster_ctas, *device));
+  return launch_cluster(kKernel, grid, dim3(1, 1, grid.z), kernels::kLowRankThreads, 0, stream, args);
 }
 
 template <class T, bool kTransposed>
