@@ -4,7 +4,8 @@
 
 Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
 kernel simulator's list of launches, one JSON object a line: from it come the sizes of dynamic shared memory. Writes
-bench/results/cuda_static.md and .json, and fails if a kernel spills or uses local memory.
+bench/results/cuda_static.md and .json, and fails if a kernel spills or uses local memory, or if one of the forward on
+tensor cores waits for memory more often before its first product than it must.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ CLASSES = {
     "PRMT": r"PRMT",
     "SHFL": r"SHFL",
 }
+# Times that a warp may wait for global loads, one after another, before the main loop's first product.
+WAITS = {"linear_nf4_few_kernel<": 2}
 
 
 @dataclasses.dataclass
@@ -53,6 +56,7 @@ class Kernel:
     stack: int = 0
     spills: int = 0
     instructions: int = 0
+    waits: int = 0
     loop: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
@@ -112,43 +116,97 @@ def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
         kernels[name].threads = int(threads)
     for name, body in sass_functions(cubin).items():
         if name in kernels:
-            kernels[name].instructions = sum(i[1] != "NOP" for i in body)
-            kernels[name].loop = main_loop(body)
+            kernels[name].instructions = sum(i.opcode != "NOP" for i in body)
+            first, last = main_loop(body)
+            kernels[name].loop = count_classes([i for i in body if first <= i.address <= last])
+            kernels[name].waits = loads_in_a_row(before_work(body, first, last))
     return kernels
 
 
-def sass_functions(cubin: Path) -> dict[str, list[tuple[int, str, str]]]:
-    """Function -> (address, opcode, operands)."""
-    functions: dict[str, list[tuple[int, str, str]]] = {}
-    body: list[tuple[int, str, str]] = []
+@dataclasses.dataclass
+class Instruction:
+    address: int
+    predicated: bool
+    opcode: str
+    operands: str
+
+    @property
+    def target(self) -> int | None:
+        """Where it branches to."""
+        match = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
+        return int(match[1], 16) if match else None
+
+    @property
+    def registers(self) -> list[int]:
+        return [int(r) for r in re.findall(r"\bR(\d+)", self.operands)]
+
+
+def sass_functions(cubin: Path) -> dict[str, list[Instruction]]:
+    functions: dict[str, list[Instruction]] = {}
+    body: list[Instruction] = []
     for line in run(tool("cuobjdump"), "-sass", cubin).splitlines():
         if match := re.search(r"Function : (\S+)", line):
             body = functions[match[1]] = []
-        elif match := re.search(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?([A-Z]\S*)\s*([^;]*);", line):
-            body.append((int(match[1], 16), match[2], match[3]))
+        elif match := re.search(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+ )?([A-Z]\S*)\s*([^;]*);", line):
+            body.append(Instruction(int(match[1], 16), match[2] is not None, match[3], match[4]))
     return functions
 
 
-def main_loop(body: list[tuple[int, str, str]]) -> dict[str, int]:
-    """Instructions by class of the loop that does the work."""
-    loops = []
-    for address, opcode, operands in body:
-        target = re.search(r"0x([0-9a-f]+)", operands) if opcode.startswith("BRA") else None
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
+def main_loop(body: list[Instruction]) -> tuple[int, int]:
+    """First and last address of the loop that does the work, or of all."""
+    loops = [(i.target, i.address) for i in body if i.target is not None and i.target < i.address]
     if not loops:
-        return count_classes(body)
-    counts = {loop: count_classes([i for i in body if loop[0] <= i[0] <= loop[1]]) for loop in loops}
+        return body[0].address, body[-1].address
+    counts = {loop: count_classes([i for i in body if loop[0] <= i.address <= loop[1]]) for loop in loops}
     for wanted in (("HMMA", "LDS"), ("HMMA",), ()):
         fit = [loop for loop in loops if all(counts[loop][name] for name in wanted)]
         inner = [a for a in fit if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in fit)]
         if inner:
-            return max((counts[a] for a in inner), key=lambda c: (c["HMMA"], c["LDS"] + c["LDG"], c["all"]))
+            return max(inner, key=lambda a: (counts[a]["HMMA"], counts[a]["LDS"] + counts[a]["LDG"], counts[a]["all"]))
     raise AssertionError("some loop is innermost")
 
 
-def count_classes(body: list[tuple[int, str, str]]) -> dict[str, int]:
-    opcodes = [opcode for _, opcode, _ in body if opcode != "NOP"]
+def before_work(body: list[Instruction], first: int, last: int) -> list[Instruction]:
+    """What comes before the first product of the main loop, which may begin with what it does rarely."""
+    start = next((i.address for i in body if first <= i.address <= last and i.opcode.startswith("HMMA")), first)
+    return [i for i in body if i.address < start]
+
+
+def loads_in_a_row(body: list[Instruction]) -> int:
+    """The most global loads on any way through `body`, without its loops, of which each is issued after an instruction
+    that uses what the one before has loaded, and is used itself: so often a warp waits for memory."""
+    entered: dict[int, tuple[int, dict[int, int]]] = {}  # address -> as below, over the branches to it
+    passed = 0  # loads in a row that have been waited for
+    loaded: dict[int, int] = {}  # register -> loads in a row up to the one that it still waits for
+    reached = True
+    for i in body:
+        if i.address in entered:
+            more, registers = entered[i.address]
+            passed = max(passed, more) if reached else more
+            loaded = {r: max(loaded.get(r, 0), registers.get(r, 0)) for r in {*(loaded if reached else ()), *registers}}
+            reached = True
+        if not reached:
+            continue
+        registers = i.registers
+        is_load = re.match(r"LDG?\.", i.opcode) is not None
+        used = registers[1:] if is_load else registers
+        passed = max([passed, *(loaded.get(r, 0) for r in used)])
+        if not i.opcode.startswith(("ST", "BRA")):
+            loaded.pop(registers[0] if registers else -1, None)
+        if is_load:
+            width = {".128": 4, ".64": 2}.get(next(iter(re.findall(r"\.(?:128|64)\b", i.opcode)), ""), 1)
+            loaded.update(dict.fromkeys(range(registers[0], registers[0] + width), passed + 1))
+        if i.target is not None and i.target > i.address:
+            more, others = entered.get(i.target, (0, {}))
+            merged = {r: max(loaded.get(r, 0), others.get(r, 0)) for r in {*loaded, *others}}
+            entered[i.target] = max(passed, more), merged
+        if i.opcode.startswith(("BRA", "EXIT", "RET")) and not i.predicated:
+            reached = False
+    return passed
+
+
+def count_classes(body: list[Instruction]) -> dict[str, int]:
+    opcodes = [i.opcode for i in body if i.opcode != "NOP"]
     counts = {name: sum(bool(re.match(p, opcode)) for opcode in opcodes) for name, p in CLASSES.items()}
     return {"all": len(opcodes)} | counts
 
@@ -183,6 +241,7 @@ def table(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
         "CTAs an SM",
         "local",
         "SASS",
+        "waits",
         "main loop",
         *CLASSES,
     ]
@@ -190,7 +249,7 @@ def table(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
     for k in sorted(kernels, key=lambda k: names[k.name]):
         dynamic = "not known" if k.dynamic_shared is None else k.dynamic_shared
         cells = [f"`{names[k.name]}`", k.threads, k.registers, f"{k.static_shared} + {dynamic}", k.occupancy, k.stack]
-        cells += [k.instructions, k.loop["all"], *(k.loop[c] for c in CLASSES)]
+        cells += [k.instructions, k.waits, k.loop["all"], *(k.loop[c] for c in CLASSES)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
 
@@ -222,7 +281,7 @@ def main() -> None:
         "CTAs an SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of",
         "the innermost loop with both HMMA and shared loads (where there is none, with HMMA, or with most loads), and",
         "how many are of a class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline,",
-        "so it is the ratios that compare.",
+        "so it is the ratios that compare. Waits: for global loads before its first product, one after another.",
     ]
     for arch in arguments.arch:
         lines += ["", f"## sm_{arch}", "", *table([k for k in kernels if k.arch == arch], names)]
@@ -233,6 +292,10 @@ def main() -> None:
     bad = [f"{names[k.name]} (sm_{k.arch})" for k in kernels if k.stack or k.spills]
     if bad:
         sys.exit("spills or local memory: " + ", ".join(bad))
+    for pattern, most in WAITS.items():
+        waiting = [f"{names[k.name]} (sm_{k.arch}): {k.waits}" for k in kernels if re.match(pattern, names[k.name])]
+        if late := [text for text in waiting if int(text.rsplit(" ", 1)[1]) > most]:
+            sys.exit(f"more than {most} global loads in a row before the first product: " + ", ".join(late))
     print(f"{len(kernels)} kernels, none spills or uses local memory: {RESULTS / 'cuda_static.md'}")
 
 
