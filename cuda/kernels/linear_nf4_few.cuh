@@ -13,6 +13,7 @@
 #include "cuda/tile/few_lora.cuh"
 #include "cuda/tile/few_tile.cuh"
 #include "cuda/tile/linear_sum.cuh"
+#include "cuda/tile/pair_registers.cuh"
 #include "cuda/tile/scale_stage.cuh"
 #include "cuda/tile/unroll.cuh"
 
@@ -63,9 +64,25 @@ class XUnit {
   int left_;  // tokens from this lane's first on
 };
 
+// How a lane turns packed bytes into weights: by the table in shared memory, but for one word of eight, which brings
+// the passes over shared memory to where an H100's other limits are.
+template <class T>
+struct Decoder {
+  uint32_t table, lane_offset;
+  tile::PairRegisters<T> registers;
+
+  template <bool kInRegisters>
+  __device__ __forceinline__ void decode(uint32_t word, uint32_t (&pairs)[4]) const {
+    if constexpr (kInRegisters)
+      registers.decode(word, pairs);
+    else
+      tile::unroll<4>([&](auto i) { pairs[i] = tile::lookup_pair<i>(table, lane_offset, word); });
+  }
+};
+
 // acc of tile `kTile` of 16 rows += the unit's product. `scales` is the address of row g's first scale.
 template <class Tile, int kTile>
-__device__ __forceinline__ void multiply_rows(uint32_t table, uint32_t lane_offset, const uint4 (&w)[2],
+__device__ __forceinline__ void multiply_rows(const Decoder<typename Tile::T>& decoder, const uint4 (&w)[2],
                                               const XUnit<Tile>& x, uint32_t scales, FewAccumulators<Tile>& acc) {
   using T = typename Tile::T;
   constexpr int kRowBytes = Tile::kStageSegments * 4;
@@ -76,18 +93,16 @@ __device__ __forceinline__ void multiply_rows(uint32_t table, uint32_t lane_offs
     const uint4 &w0 = w[0], &w1 = w[1];
     const uint32_t bytes0 = q == 0 ? w0.x : q == 1 ? w0.y : q == 2 ? w0.z : w0.w;
     const uint32_t bytes1 = q == 0 ? w1.x : q == 1 ? w1.y : q == 2 ? w1.z : w1.w;
-    const auto pair = [&](auto byte, uint32_t bytes) { return tile::lookup_pair<byte>(table, lane_offset, bytes); };
-    tile::unroll<2>([&](auto half) {
-      const tile::Index<2 * half> even;
-      const tile::Index<2 * half + 1> odd;
-      const uint32_t a0 = pair(even, bytes0), a1 = pair(even, bytes1), a2 = pair(odd, bytes0), a3 = pair(odd, bytes1);
-      tile::unroll<Tile::kTokenTiles>([&](auto j) {
-        const uint4& v = x.value[j][q];
-        if constexpr (q == 0 && half == 0)
-          ptx::mma_m16n8k16_first<T>(sum[j], a0, a1, a2, a3, v.x, v.y);
-        else
-          ptx::mma_m16n8k16<T>(sum[j], a0, a1, a2, a3, half == 0 ? v.x : v.z, half == 0 ? v.y : v.w);
-      });
+    uint32_t row0[4], row1[4];  // the pairs of rows g and g + 8
+    decoder.template decode<false>(bytes0, row0);
+    decoder.template decode<q == 3>(bytes1, row1);
+    tile::unroll<Tile::kTokenTiles>([&](auto j) {
+      const uint4& v = x.value[j][q];
+      if constexpr (q == 0)
+        ptx::mma_m16n8k16_first<T>(sum[j], row0[0], row1[0], row0[1], row1[1], v.x, v.y);
+      else
+        ptx::mma_m16n8k16<T>(sum[j], row0[0], row1[0], row0[1], row1[1], v.x, v.y);
+      ptx::mma_m16n8k16<T>(sum[j], row0[2], row1[2], row0[3], row1[3], v.z, v.w);
     });
   });
 #pragma unroll
@@ -177,10 +192,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   FewAccumulators<Tile> acc = {};
   XUnit<Tile> x(tokens);
   tile::HSums<Tile> h(p.lora, p.k, segment0, segments, tokens, part);
-  const uint32_t table = shared + Tile::kTable;
-  uint32_t lane_offset = 4 * (threadIdx.x % 32);
+  Decoder<typename Tile::T> decoder{shared + Tile::kTable, 4 * (threadIdx.x % 32), {}};
   uint32_t lane_scales = shared + Tile::kScales + Tile::scale_offset(warp_row + threadIdx.x % 32 / 4, unit0);
-  ptx::hold(lane_offset), ptx::hold(lane_scales);
+  ptx::hold(decoder.lane_offset), ptx::hold(lane_scales);
   int buffer = 0;
   for (int first = 0; first < segments; first += Tile::kStageSegments, buffer ^= 1) {
     const int after = first + Tile::kStageSegments;
@@ -200,7 +214,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       h.load(first + unit + part);
       x.load(unit_x);
       tile::unroll<Tile::kRowTiles>([&](auto i) {
-        multiply_rows<Tile, i>(table, lane_offset, w[i], x, stage_scales + (unit - unit0) * 4, acc);
+        multiply_rows<Tile, i>(decoder, w[i], x, stage_scales + (unit - unit0) * 4, acc);
         units.template load<i>(w[i]);
       });
       h.multiply(unit_x, first + unit + part);

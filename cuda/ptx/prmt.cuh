@@ -13,4 +13,10 @@ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high) {
   return d;
 }
 
+__device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t d;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));
+  return d;
+}
+
 }  // namespace qlora::ptx

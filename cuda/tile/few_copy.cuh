@@ -16,15 +16,15 @@ namespace qlora::tile {
 template <class Tile>
 __device__ __forceinline__ void fetch_x(uint32_t buffer, const typename Tile::T* x, int tokens, int64_t k,
                                         int64_t segment0, int count) {
-  constexpr int kTokenChunks = Tile::kStageSegments * kSegmentXBytes / 16;
-  const int segment = threadIdx.x % kTokenChunks / 8, chunk = threadIdx.x % 8;
-  const uint32_t bytes = segment < count ? 16 : 0;
-  const auto* from = x + (segment0 + segment) * kSegment + chunk * 8;
-#pragma unroll
-  for (int i = 0; i < Tile::kTokens * kTokenChunks / Tile::kThreads; ++i) {
-    const int token = threadIdx.x / kTokenChunks + i * (Tile::kThreads / kTokenChunks);
-    if (token < tokens) ptx::cp_async_16(buffer + Tile::x_offset(token, segment, chunk), from + token * k, bytes);
-  }
+  constexpr int kTokenChunks = Tile::kStageSegments * kSegmentXBytes / 16, kStep = Tile::kThreads / kTokenChunks;
+  static_assert(kStep % 2 == 0, "a thread's tokens have the same swizzle");
+  const int segment = threadIdx.x % kTokenChunks / 8, chunk = threadIdx.x % 8, first = threadIdx.x / kTokenChunks;
+  const uint32_t bytes = segment < count ? 16 : 0, to = buffer + Tile::x_offset(first, segment, chunk);
+  const auto* from = x + first * k + (segment0 + segment) * kSegment + chunk * 8;
+  unroll<Tile::kTokens / kStep>([&](auto i) {
+    if (first + i * kStep < tokens) ptx::cp_async_16<i * kStep * kPairTableEntryBytes>(to, from, bytes);
+    from += kStep * k;
+  });
 }
 
 // A lane's packed bytes of a unit: rows g and g + 8 of each 16.
