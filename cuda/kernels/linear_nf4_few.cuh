@@ -112,8 +112,8 @@ __device__ __forceinline__ void multiply_rows(const Decoder<typename Tile::T>& d
   }
 }
 
-// acc += h · lora_bᵀ, a tile of 16 rows by each of the groups; row0 is the first of this one's. `h` is where h lies, if
-// this kernel made it, or not all of it but the sum's part of this slice. Else the splits share out the ranks.
+// acc += h · lora_bᵀ, a tile of 16 rows by each of the groups; row0 is the first of this one's. A kernel that makes h
+// has its slice's part of it at `h`. Where h is given, the splits share out the ranks.
 template <class Tile>
 __device__ __forceinline__ void add_lora(const FewLinearArgs<typename Tile::T>& p, uint32_t h, int64_t row0, int group,
                                          FewAccumulators<Tile>& acc) {

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -11,18 +12,28 @@
 
 namespace qlora::cuda {
 
-// How many CTAs a cluster of kKernel may have on the device, asked once a device: 8, as many as every device with
-// clusters can run, or 1 where the device has none, or where a build lacks code for it and it runs an older device's.
+// How many CTAs a cluster of kKernel may have on the device, asked once a device: up to 8, which need not fit on one of
+// a small device's groups of SMs, and 1 where the device has no clusters, or where a build lacks code for it and it
+// runs an older device's. The kernel has been given its dynamic shared memory (ctas_per_sm) if that is beyond 48 KB.
 template <auto kKernel>
-cudaError_t ctas_per_cluster(const Device& device, int* ctas) {
+cudaError_t ctas_per_cluster(const Device& device, int threads, int shared_bytes, int* ctas) {
   static std::array<std::atomic<int>, kMaxDevices> known{};
   std::atomic<int>& here = known[static_cast<size_t>(device.index)];
   *ctas = here.load(std::memory_order_acquire);
   if (*ctas != 0) return cudaSuccess;
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel));
+  cudaError_t error = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kKernel));
   if (error != cudaSuccess) return error;
-  *ctas = device.arch >= 90 && attributes.ptxVersion >= 90 ? 8 : 1;
+  *ctas = 1;
+  if (device.arch >= 90 && attributes.ptxVersion >= 90) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(8);
+    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+    error = cudaOccupancyMaxPotentialClusterSize(ctas, kKernel, &config);
+    if (error != cudaSuccess) return error;
+    *ctas = std::clamp(*ctas, 1, 8);
+  }
   here.store(*ctas, std::memory_order_release);
   return cudaSuccess;
 }

@@ -68,9 +68,8 @@ struct TensorCorePlan {
       : p(problem),
         token_tiles(ceil_div(p.m, Tile::kTokens)),
         tiles(token_tiles * ceil_div(p.w.n, Tile::kRows)),
-        segments_per_split(
-            linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kTokens, slots,
-                                  cluster_ctas > 1 ? cluster_ctas : slots)),
+        segments_per_split(linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kTokens,
+                                                 slots, cluster_ctas > 1 ? cluster_ctas : slots)),
         splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
         cluster(splits > 1 && cluster_ctas > 1),
         workspace(p, ticket_count(), ticket_count() * splits * Tile::kTokens * Tile::kRows) {}
@@ -123,11 +122,11 @@ struct FewPlan {
   FewPlan(const LinearProblem& problem, int64_t slots, int64_t cluster_ctas)
       : p(problem),
         tiles(ceil_div(p.w.n, Tile::kRows)),
-        segments_per_split(
-            linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kRoundSegments, Tile::kTokens, slots,
-                                  cluster_ctas > 1 ? cluster_ctas : slots)),
+        segments_per_split(linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kRoundSegments, Tile::kTokens,
+                                                 slots, cluster_ctas > 1 ? cluster_ctas : slots)),
         splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
-        folds(p.lora.rank > 0 && p.lora.rank <= Tile::kFoldedRanks && aligned(p.lora.a, 16)),
+        folds(p.lora.rank > 0 && p.lora.rank <= Tile::kFoldedRanks && aligned(p.lora.a, 16) &&
+              p.w.k < tile::kMostFoldedK),
         cluster(splits > 1 && cluster_ctas > 1),
         workspace(p, ticket_count(), ticket_count() * splits * Tile::kTokens * Tile::kRows) {}
 
@@ -225,7 +224,8 @@ template <template <class> class Plan, class Tile, auto kKernel, class Use>
 cudaError_t with_tile(const LinearProblem& p, const Device& device, const Use& use) {
   int ctas = 0, cluster_ctas = 1;
   cudaError_t error = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);
-  if (error == cudaSuccess) error = ctas_per_cluster<kKernel>(device, &cluster_ctas);
+  if (error == cudaSuccess)
+    error = ctas_per_cluster<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &cluster_ctas);
   return error == cudaSuccess ? use(Plan<Tile>(p, int64_t{device.sm_count} * ctas, cluster_ctas)) : error;
 }
 

@@ -21,7 +21,7 @@ cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, cudaStream_t strea
   const Device* device = nullptr;
   cudaError_t error = cudaGetDevice(&index);
   if (error == cudaSuccess) error = device_at(index, &device);
-  if (error == cudaSuccess) error = ctas_per_cluster<kKernel>(*device, &cluster_ctas);
+  if (error == cudaSuccess) error = ctas_per_cluster<kKernel>(*device, kernels::kLowRankThreads, 0, &cluster_ctas);
   if (error != cudaSuccess) return error;
   dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
             static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));

@@ -19,6 +19,9 @@
 
 namespace qlora::tile {
 
+// lora_a is indexed by 32 bits, in chunks of 8: k is less, with up to 32 ranks.
+inline constexpr int64_t kMostFoldedK = int64_t{1} << 30;
+
 template <class T>
 struct FewLora {
   const T* a;  // [rank, k], or null where h is given
@@ -76,7 +79,7 @@ class HSums {
         uint4 v = make_uint4(0, 0, 0, 0);
         if (8 * j < tokens_left_) v = ptx::load_shared_v4<8 * j * kPairTableEntryBytes>(from ^ (i * 64));
         if (lora_.dropout.active()) {
-          const int64_t index = (8 * j + g()) * k_ + k0_ + segment * kSegment + 32 * i;
+          const int64_t index = (8 * j + g()) * k_ + k0_ + int64_t{segment} * kSegment + 32 * i;
           v = keep_8(v, keep_mask(lora_.dropout, index));
         }
         unroll<kRankTiles>([&](auto r) {
