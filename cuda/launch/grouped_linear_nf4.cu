@@ -72,6 +72,7 @@ cudaError_t with_kernel(const Grouped<LinearProblem>& problem, const Device& dev
   if constexpr (sizeof(T) == 2) {
     if (!is_ragged(problem.stack)) {
       switch (linear_tile_size(tokens, device)) {
+        case LinearTileSize::k4:
         case LinearTileSize::k8:
           return use(Tile<T, 1, 4>());
         case LinearTileSize::k16:
