@@ -32,7 +32,7 @@ SM_LIMITS = {
     120: (1536, 24, 100 << 10),
 }
 CLASSES = {
-    "HMMA": r"HMMA",
+    "HMMA": r"HG?MMA",
     "LDS": r"LDS\b",
     "LDG": r"LDG|LDGSTS",
     "STS": r"STS\b",
@@ -50,7 +50,8 @@ class Kernel:
     name: str
     arch: int
     threads: int = 0
-    registers: int = 0
+    registers: int = 0  # a thread, of those that it is launched with
+    moved_registers: int = 0  # the most that a thread then has, where warpgroups hand them over
     static_shared: int = 0
     dynamic_shared: int | None = None
     stack: int = 0
@@ -114,6 +115,8 @@ def compile_kernels(source: Path, arch: int, folder: Path) -> dict[str, Kernel]:
     ptx = next(folder.glob("*.ptx")).read_text()
     for name, threads in re.findall(r"\.entry (\w+)\([^)]*\)\s*\.maxntid (\d+)", ptx):
         kernels[name].threads = int(threads)
+    for name, body in re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", ptx, flags=re.S):
+        kernels[name].moved_registers = max(map(int, re.findall(r"setmaxnreg\.inc\S* (\d+)", body)), default=0)
     for name, body in sass_functions(cubin).items():
         if name in kernels:
             kernels[name].instructions = sum(i.opcode != "NOP" for i in body)
@@ -248,7 +251,8 @@ def table(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for k in sorted(kernels, key=lambda k: names[k.name]):
         dynamic = "not known" if k.dynamic_shared is None else k.dynamic_shared
-        cells = [f"`{names[k.name]}`", k.threads, k.registers, f"{k.static_shared} + {dynamic}", k.occupancy, k.stack]
+        registers = f"{k.registers}, then {k.moved_registers}" if k.moved_registers else k.registers
+        cells = [f"`{names[k.name]}`", k.threads, registers, f"{k.static_shared} + {dynamic}", k.occupancy, k.stack]
         cells += [k.instructions, k.waits, k.loop["all"], *(k.loop[c] for c in CLASSES)]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return lines
@@ -264,6 +268,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for arch in arguments.arch:
             for source in sorted((ROOT / "cuda" / "launch").glob("*.cu")):
+                if source.stem.endswith("_sm90") and arch != 90:
+                    continue
                 print(f"sm_{arch} {source.name}", flush=True)
                 kernels += compile_kernels(source, arch, Path(scratch) / f"{arch}_{source.stem}").values()
     names = demangled(sorted({k.name for k in kernels}))

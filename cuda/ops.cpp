@@ -19,7 +19,10 @@
 #include "cuda/launch/linear_nf4.h"
 #include "cuda/launch/linear_nf4_dlora.h"
 #include "cuda/launch/linear_nf4_dx.h"
+#include "cuda/launch/linear_nf4_dx_sm90.h"
+#include "cuda/launch/linear_nf4_sm90.h"
 #include "cuda/tuning.h"
+#include "cuda/tuning_sm90.h"
 
 namespace qlora {
 namespace {
@@ -163,10 +166,12 @@ std::string forced_kernel() {
   return forced;
 }
 
-bool library_is_ahead(DType dtype, int64_t m, const Weight& w, const cuda::Device& device) {
-  if (w.n == 0 || w.k == 0) return false;
+template <class Problem>
+bool library_is_ahead(const Problem& p, const cuda::Device& device) {
+  if (p.w.n == 0 || p.w.k == 0) return false;
   if (const std::string forced = forced_kernel(); !forced.empty()) return forced == "library";
-  return m >= cuda::library_crossover(dtype, w.k, w.scales.block_size, device);
+  if (cuda::sm90_takes(p, device)) return p.m >= cuda::Sm90Config::kLibraryTokens;
+  return p.m >= cuda::library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device);
 }
 
 template <class Problem>
@@ -185,7 +190,7 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, O
   if (call.is_empty()) return call.y;
   OnDevice on(call.x);
   const auto& p = call.problem;
-  if (library_is_ahead(p.dtype, p.m, p.w, on.device())) {
+  if (library_is_ahead(p, on.device())) {
     print_kernel("linear_nf4", "cuda", p, [&] { return library_choice(p, on.device()); });
     check_launch("linear_nf4", cuda::launch_linear_by_library(p, on.device(), on.blas(), on.allocator(), on.stream()));
   } else {
@@ -206,7 +211,7 @@ Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
   if (call.is_empty()) return call.dx;
   OnDevice on(call.dy);
   const auto& p = call.problem;
-  if (library_is_ahead(p.dtype, p.m, p.w, on.device())) {
+  if (library_is_ahead(p, on.device())) {
     print_kernel("linear_nf4_dx", "cuda", p, [&] { return library_choice(p, on.device()); });
     check_launch("linear_nf4_dx",
                  cuda::launch_linear_dx_by_library(p, on.device(), on.blas(), on.allocator(), on.stream()));

@@ -22,13 +22,14 @@ struct Device {
 // What a linear operator runs with. QLORA_PRINT_KERNELS=1 shows it, with the parameters below.
 enum class Kernel {
   kTensorCores,  // bfloat16 and float16 of regular shape and alignment
+  kHopper,       // the same, on compute capability 9.0 (cuda/tuning_sm90.h)
   kRagged,       // bfloat16 and float16 of any other: the forward without tensor cores, dX and LoRA's gradients on them
   kExact,        // float32: every product a float32 FMA, any shape
   kLibrary,      // many tokens: w is decoded, and torch's library multiplies
 };
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"tensor_cores", "ragged", "exact", "library"};
+  constexpr const char* kNames[] = {"tensor_cores", "sm90", "ragged", "exact", "library"};
   return kNames[static_cast<int>(kernel)];
 }
 

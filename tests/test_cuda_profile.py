@@ -128,7 +128,7 @@ def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     assert run.returncode == 0, run.stderr[-4000:]
     found = json.loads(run.stdout.splitlines()[-1])
     found = {name: v if name.startswith("errors") else [Launch(launch) for launch in v] for name, v in found.items()}
-    line = r"^qlora: (\w+) cuda m=(\d+) n=(\d+) k=(\d+) .*-> tensor_cores (.*)$"
+    line = r"^qlora: (\w+) cuda m=(\d+) n=(\d+) k=(\d+) .*-> (?:tensor_cores|sm90) (.*)$"
     for *name, tile in re.findall(line, run.stderr, flags=re.M):
         parameters = dict(parameter.split("=") for parameter in tile.split())
         found["tile " + " ".join(name)] = {key: int(value) for key, value in parameters.items()}
@@ -161,6 +161,8 @@ def test_unaligned_operands_run_with_the_same_kernels(cases: dict[str, Any]) -> 
 @pytest.mark.parametrize("m", FORWARD_SLOTS)
 def test_forward(cases: dict[str, Any], m: int, n: int, k: int) -> None:
     *h, y = cases[f"linear_nf4 {m} {n} {k}"]
+    if "sm90" in y["kernel"]:
+        pytest.skip("another kernel, whose work is in test_cuda_profile_sm90.py")
     tile = cases[f"tile linear_nf4 {m} {n} {k}"]
     row_tiles, splits = -(-n // tile["rows"]), tile["splits"]
     check_work([*h, y], FORWARD_SLOTS[m] * n * k)
@@ -197,6 +199,8 @@ def test_forward_loses_half_of_what_rounded_weights_lose(cases: dict[str, Any], 
 @pytest.mark.parametrize("m", FORWARD_SLOTS)
 def test_dx(cases: dict[str, Any], m: int, n: int, k: int) -> None:
     g, dx = cases[f"linear_nf4_dx {m} {n} {k}"]
+    if "sm90" in dx["kernel"]:
+        pytest.skip("another kernel, whose work is in test_cuda_profile_sm90.py")
     tile = cases[f"tile linear_nf4_dx {m} {n} {k}"]
     assert "low_rank" in g["kernel"]
     check_work([g, dx], DX_SLOTS * n * k)

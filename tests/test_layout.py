@@ -42,9 +42,10 @@ MAY_INCLUDE = {
     "cuda/ptx": ("cpp/format", "cuda/ptx"),
     "cuda/tile": ("cpp/format", "cuda/ptx", "cuda/tile"),
     "cuda/kernels": ("cpp/format", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/tuning.h"),
-    "cuda/launch": ("cpp/format", "cuda/tile", "cuda/kernels", "cuda/launch", "cuda/tuning.h"),
+    "cuda/launch": ("cpp/format", "cuda/tile", "cuda/kernels", "cuda/launch", "cuda/tuning.h", "cuda/tuning_sm90.h"),
     "cuda/tuning.h": ("cpp/format",),
-    "cuda/ops.cpp": ("cpp/format", "cpp/ops", "cuda/launch", "cuda/tuning.h"),
+    "cuda/tuning_sm90.h": ("cpp/format", "cuda/tuning.h"),
+    "cuda/ops.cpp": ("cpp/format", "cpp/ops", "cuda/launch", "cuda/tuning.h", "cuda/tuning_sm90.h"),
 }
 
 

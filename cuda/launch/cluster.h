@@ -39,9 +39,9 @@ cudaError_t ctas_per_cluster(const Device& device, int threads, int shared_bytes
 }
 
 // As launch_kernel. `cluster` divides `grid`; of one CTA it is none, which every device can do.
-template <class Args>
-cudaError_t launch_cluster(void (*kernel)(Args), dim3 grid, dim3 cluster, int threads, int shared_bytes,
-                           cudaStream_t stream, const Args& args) {
+template <class... Parameters, class... Arguments>
+cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, int threads, int shared_bytes,
+                           cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim.x = cluster.x;
@@ -54,7 +54,7 @@ cudaError_t launch_cluster(void (*kernel)(Args), dim3 grid, dim3 cluster, int th
   config.stream = stream;
   config.attrs = &attribute;
   config.numAttrs = cluster.x * cluster.y * cluster.z > 1 ? 1 : 0;
-  return cudaLaunchKernelEx(&config, kernel, args);
+  return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
 }  // namespace qlora::cuda

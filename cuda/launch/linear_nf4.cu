@@ -8,6 +8,7 @@
 #include "cuda/launch/choice.h"
 #include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/linear_nf4_sm90.h"
 #include "cuda/launch/low_rank.h"
 
 namespace qlora::cuda {
@@ -279,6 +280,7 @@ cudaError_t with_plan(const LinearProblem& p, const Device& device, const Use& u
 }  // namespace
 
 cudaError_t linear_nf4_choice(const LinearProblem& problem, const Device& device, std::string* choice) {
+  if (sm90_takes(problem, device)) return *choice = linear_nf4_sm90_choice(problem, device), cudaSuccess;
   return with_plan(problem, device, [&](const auto& plan) {
     *choice = plan.choice();
     return cudaSuccess;
@@ -288,6 +290,7 @@ cudaError_t linear_nf4_choice(const LinearProblem& problem, const Device& device
 cudaError_t launch_linear_nf4(const LinearProblem& problem, const Device& device, const Allocator& allocate,
                               cudaStream_t stream) {
   if (problem.m == 0 || problem.w.n == 0) return cudaSuccess;
+  if (sm90_takes(problem, device)) return launch_linear_nf4_sm90(problem, device, allocate, stream);
   return with_plan(problem, device,
                    [&](const auto& plan) { return plan.launch(allocate(plan.workspace.end), stream); });
 }

@@ -4,6 +4,7 @@
 #include "cuda/kernels/linear_nf4_dx_exact.cuh"
 #include "cuda/launch/choice.h"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/linear_nf4_dx_sm90.h"
 #include "cuda/launch/low_rank.h"
 
 namespace qlora::cuda {
@@ -119,6 +120,7 @@ cudaError_t launch_g(const LinearDxProblem& p, const Plan& plan, char* workspace
 }  // namespace
 
 cudaError_t linear_nf4_dx_choice(const LinearDxProblem& p, const Device& device, std::string* choice) {
+  if (sm90_takes(p, device)) return *choice = linear_nf4_dx_sm90_choice(p, device), cudaSuccess;
   const Plan plan(p, device);
   const DxConfig& c = plan.config;
   *choice = describe(c.kernel, {{"tokens", c.tokens}, {"columns", c.columns}, {"splits", c.splits}});
@@ -128,6 +130,7 @@ cudaError_t linear_nf4_dx_choice(const LinearDxProblem& p, const Device& device,
 cudaError_t launch_linear_nf4_dx(const LinearDxProblem& p, const Device& device, const Allocator& allocate,
                                  cudaStream_t stream) {
   if (p.m == 0 || p.w.k == 0) return cudaSuccess;
+  if (sm90_takes(p, device)) return launch_linear_nf4_dx_sm90(p, device, allocate, stream);
   const Plan plan(p, device);
   if (plan.error != cudaSuccess) return plan.error;
   char* const workspace = static_cast<char*>(allocate(plan.end));

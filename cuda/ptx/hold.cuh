@@ -17,5 +17,6 @@ template <class T>
 __device__ __forceinline__ void hold(T*& v) {
   asm volatile("" : "+l"(v));
 }
+__device__ __forceinline__ void hold(uint64_t& v) { asm volatile("" : "+l"(v)); }
 
 }  // namespace qlora::ptx

@@ -1,5 +1,5 @@
-// Loads of global memory that is constant while the kernel runs (ld.global.nc) and is used once: L1 is not filled, so
-// that it keeps what is reused. kOffset bytes are added by the instruction itself.
+// Loads of global memory that is constant while the kernel runs (ld.global.nc). Streams are used once: they do not fill
+// L1, so that it keeps what is reused. kOffset bytes are added by the instruction itself.
 #pragma once
 
 #include <cstdint>
@@ -41,5 +41,12 @@ __device__ __forceinline__ uint4 load_stream_line_v4(const void* p) {
 
 // Brings the line of `p` to L2, where a load will find it later. The address must be valid.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+// Two bytes whose neighbours are wanted soon: cached in L1.
+__device__ __forceinline__ uint32_t load_cached_u16(const void* p) {
+  uint32_t v;
+  asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
 
 }  // namespace qlora::ptx

@@ -13,6 +13,7 @@ __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high) {
   return d;
 }
 
+// The same with a selector that differs from lane to lane.
 __device__ __forceinline__ uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
   uint32_t d;
   asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(low), "r"(high), "r"(selector));

@@ -58,6 +58,16 @@ __device__ __forceinline__ void store_shared_f32(uint32_t address, float v) {
 }
 
 template <int kOffset = 0>
+__device__ __forceinline__ void store_shared_u32(uint32_t address, uint32_t v) {
+  asm volatile("st.shared.u32 [%0 + %1], %2;" ::"r"(address), "n"(kOffset), "r"(v) : "memory");
+}
+
+template <int kOffset = 0>
+__device__ __forceinline__ void store_shared_v2_f32(uint32_t address, float2 v) {
+  asm volatile("st.shared.v2.f32 [%0 + %1], {%2, %3};" ::"r"(address), "n"(kOffset), "f"(v.x), "f"(v.y) : "memory");
+}
+
+template <int kOffset = 0>
 __device__ __forceinline__ void store_shared_v4(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(address), "n"(kOffset), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)

@@ -1,0 +1,92 @@
+// The two sides of the ring of stages of Hopper's kernels, and their beginning.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/ptx/mbarrier.cuh"
+#include "cuda/ptx/tma.cuh"
+
+namespace qlora::tile {
+
+// One thread; the caller synchronises the CTA.
+template <class Layout>
+__device__ __forceinline__ void start_ring(uint32_t base, const CUtensorMap& tokens, const CUtensorMap& packed) {
+  for (int slot = 0; slot < Layout::kStages; ++slot) {
+    ptx::mbarrier_init(base + Layout::full(slot), Layout::kFullArrivals);
+    ptx::mbarrier_init(base + Layout::empty(slot), Layout::kEmptyArrivals);
+  }
+  ptx::mbarrier_init_fence();
+  ptx::tma_prefetch(tokens);
+  ptx::tma_prefetch(packed);
+}
+
+// Slots are tile::Index.
+template <class Layout>
+struct Sm90Producer {
+  uint32_t base, parity = 1;
+  bool issues = threadIdx.x == 0, arrives = threadIdx.x % 32 == 0;
+
+  template <class Slot>
+  __device__ __forceinline__ void wait(Slot slot) const {
+    ptx::mbarrier_wait<Layout::empty(slot)>(base, parity);
+  }
+
+  // The issuing thread arrives before `publish`; where it starts copies, with the bytes that they bring.
+  template <class Slot>
+  __device__ __forceinline__ void arrive_without_copies(Slot slot) const {
+    ptx::mbarrier_arrive<Layout::full(slot)>(base, issues);
+  }
+
+  // What this thread wrote to the slot is there for the consumers.
+  template <class Slot>
+  __device__ __forceinline__ void publish(Slot slot) const {
+    __syncwarp();
+    ptx::mbarrier_arrive<Layout::full(slot)>(base, arrives);
+  }
+
+  template <class Slot>
+  __device__ __forceinline__ void pass(Slot slot) const {
+    wait(slot);
+    arrive_without_copies(slot);
+    publish(slot);
+  }
+};
+
+template <class Layout>
+struct Sm90Consumer {
+  uint32_t base, parity = 0;
+  bool arrives = threadIdx.x % 32 == 0;
+
+  template <class Slot>
+  __device__ __forceinline__ void wait(Slot slot) const {
+    ptx::mbarrier_wait<Layout::full(slot)>(base, parity);
+  }
+
+  // `slot` follows the one that `wait` was for.
+  template <class Slot>
+  __device__ __forceinline__ void wait_next(Slot slot) const {
+    ptx::mbarrier_wait<Layout::full(slot)>(base, slot == 0 ? parity ^ 1 : parity);
+  }
+
+  template <class Slot>
+  __device__ __forceinline__ void release(Slot slot) const {
+    __syncwarp();
+    ptx::mbarrier_arrive<Layout::empty(slot)>(base, arrives);
+  }
+
+  // The slot of the last of `stages` stages.
+  __device__ __forceinline__ void release_last(int stages) const {
+    __syncwarp();
+    ptx::mbarrier_arrive<0>(base + Layout::empty((stages - 1) % Layout::kStages), arrives);
+  }
+
+  template <class Slot>
+  __device__ __forceinline__ void pass(Slot slot) const {
+    wait(slot);
+    release(slot);
+  }
+};
+
+}  // namespace qlora::tile

@@ -1,0 +1,102 @@
+"""The work of Hopper's own kernels, from the kernel simulator's counters: what one more block costs a tile. In the
+forward that is 64 k of 128 rows for 128 tokens, in dX 64 rows of 128 columns for 256 tokens. bfloat16, nested
+scales.
+
+The simulator counts the warps' own loads and stores of shared memory. What wgmma reads and TMA writes comes on top:
+tokens are read by both warpgroups and written once, packed bytes written once, 128 bytes a pass.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from test_cuda_profile import Launch
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif("CUDASIM_TORCH_LIBRARY" not in os.environ, reason="counters come from the kernel simulator"),
+]
+
+FORWARD = [(256, 5120, 2048), (256, 5120, 3072)]  # 2 x 40 tiles, one CTA each
+DX = [(256, 1024, 4224), (256, 2048, 4224)]  # 33 tiles, four CTAs each
+FORWARD_BLOCKS = 80 * (3072 - 2048) // 64
+DX_BLOCKS = 33 * (2048 - 1024) // 64
+
+
+def run_cases() -> None:
+    from samples import linear_sample
+    from test_linear_dx_cuda import gradient, run_dx
+
+    for m, n, k in FORWARD:
+        torch.ops.qlora.linear_nf4(*linear_sample(m, n, k, None, torch.bfloat16, "cuda", bias=False).args)
+    for m, n, k in DX:
+        s = linear_sample(m, n, k, None, torch.bfloat16, "cuda", bias=False)
+        run_dx(s, gradient(s))
+
+
+@pytest.fixture(scope="module")
+def launches(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
+    profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
+    simulator = {"CUDASIM_ARCH": "90", "CUDASIM_PROFILE": str(profile), "CUDASIM_CHECK": ""}
+    command = [sys.executable, __file__]
+    run = subprocess.run(command, env={**os.environ, **simulator}, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-4000:]
+    found = [json.loads(line) for line in profile.read_text().splitlines()]
+    found = [launch for launch in found if "sm90" in launch["kernel"]]
+    assert len(found) == len(FORWARD + DX)
+    assert not any(launch["local_bytes"] for launch in found)
+    return [Launch(launch) for launch in found]
+
+
+def block_of(short: Launch, long: Launch, blocks: int) -> Launch:
+    """The counters of one block: those of two launches, subtracted."""
+    assert short["grid"] == long["grid"]
+    numbers = {name: value for name, value in long.items() if isinstance(value, int)}
+    return Launch({name: (value - short[name]) / blocks for name, value in numbers.items()})
+
+
+@pytest.fixture(scope="module")
+def forward(launches: list[Launch]) -> Launch:
+    return block_of(*launches[:2], FORWARD_BLOCKS)
+
+
+@pytest.fixture(scope="module")
+def dx(launches: list[Launch]) -> Launch:
+    return block_of(*launches[2:], DX_BLOCKS)
+
+
+def test_issue(forward: Launch, dx: Launch) -> None:
+    """Slots of each of a multiprocessor's four schedulers; the tensor cores need 512 clocks and 1024."""
+    assert forward["warp_instructions"] / 4 <= 252
+    assert dx["warp_instructions"] / 4 <= 400
+
+
+def test_shared_memory(forward: Launch, dx: Launch) -> None:
+    assert forward.conflicts <= 0.02
+    assert forward["shared_wavefronts"] <= 280
+    assert forward["shared_wavefronts"] + 3 * 128 + 32 <= 700
+    assert dx.conflicts <= 0.02
+    assert dx["shared_wavefronts"] <= 460
+    assert dx["shared_wavefronts"] + 3 * 256 + 32 <= 1280
+
+
+def test_each_byte_is_read_once_a_tile(forward: Launch, dx: Launch) -> None:
+    """Tokens and packed bytes by TMA. Of the scales, warps read the sectors of their rows again for every stage."""
+    packed = 128 * 64 // 2
+    assert forward.bytes_read <= 1.05 * (128 * 64 * 2 + packed + 128 * 32 // 2)
+    assert dx.bytes_read <= 1.05 * (256 * 64 * 2 + packed + 128 * (32 + 32))
+
+
+def test_products(forward: Launch, dx: Launch) -> None:
+    assert forward["mma_flops"] == 2 * 128 * 128 * 64
+    assert dx["mma_flops"] == 2 * 256 * 128 * 64
+
+
+if __name__ == "__main__":
+    run_cases()
