@@ -27,18 +27,27 @@ struct Sm90Config {
   int64_t clusters = 0;
 };
 
+// Clusters of `splits` CTAs, one a multiprocessor, that are sure to run at once: a cluster lies within a GPC, which has
+// 16 multiprocessors or a few more.
+inline int64_t sm90_clusters(int splits, const Device& device) {
+  constexpr int64_t kGpc = 16;
+  const int64_t clusters = splits == 1 ? device.sm_count : device.sm_count / kGpc * (kGpc / splits);
+  return std::max<int64_t>(clusters, 1);
+}
+
 // The fewest cycles by a model of an H100, not a measurement: a stage takes `stage_cycles(tokens)`, and a tile besides
 // what it takes to start and to store it, and adding up splits two exchanges.
 template <class StageCycles>
 Sm90Config sm90_config(int64_t m, int64_t outputs, int64_t stages, std::initializer_list<int> tile_tokens,
                        const StageCycles& stage_cycles, const Device& device) {
   constexpr int64_t kTileCycles = 2500, kSplitCycles = 1000;
+  constexpr int kMostSplits = 8;  // the largest cluster that every device takes
   Sm90Config best;
   int64_t fewest = std::numeric_limits<int64_t>::max();
   for (const int tokens : tile_tokens) {
     const int64_t tiles = ceil_div(m, tokens) * ceil_div(outputs, Sm90Config::kOutputs);
-    for (const int splits : {1, 2, 4, 8}) {
-      const int64_t fit = std::max<int64_t>(device.sm_count / splits, 1), per_split = ceil_div(stages, splits);
+    for (int splits = 1; splits <= kMostSplits; ++splits) {
+      const int64_t fit = sm90_clusters(splits, device), per_split = ceil_div(stages, splits);
       if (per_split * (splits - 1) >= stages) continue;  // the last one would have nothing to do
       const int64_t tile_cycles = per_split * stage_cycles(tokens) + kTileCycles + (splits > 1 ? kSplitCycles : 0);
       const int64_t cycles = ceil_div(tiles, fit) * tile_cycles;

@@ -29,13 +29,13 @@ HALF = [torch.bfloat16, torch.float16]
 SHAPES = {
     (64, 128, 128): (64, 1),
     (33, 56, 64): (64, 1),
-    (65, 264, 320): (64, 2),
+    (65, 264, 320): (64, 5),
     (200, 8, 192): (64, 1),
     (70, 1000, 64): (64, 8),
     (129, 72, 8448): (128, 1),
     (257, 136, 8384): (256, 1),
-    (193, 520, 4160): (128, 2),
-    (300, 328, 4160): (256, 2),
+    (193, 520, 4160): (256, 3),
+    (290, 456, 4032): (256, 2),
 }
 
 
@@ -92,6 +92,27 @@ def test_infinite_dy_stays_in_its_token(dtype: torch.dtype) -> None:
     dx = to_f64(run_dx(s, dy))
     assert not np.isfinite(dx[2]).any()
     assert np.array_equal(np.delete(dx, 2, 0), np.delete(expected, 2, 0))
+
+
+def test_a_seed_on_the_device_draws_the_same_mask() -> None:
+    s = linear_sample(40, 72, 128, 4, torch.bfloat16, "cuda", dropout_p=0.5)
+    dy = gradient(s)
+    *lora, seed = s.lora_args
+    on_device = torch.tensor(seed, device="cuda")
+    dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), 128, *lora, 0, on_device)
+    assert torch.equal(dx, run_dx(s, dy))
+
+
+def test_a_captured_graph_replays() -> None:
+    s = linear_sample(40, 1032, 64, 4, torch.bfloat16, "cuda", dropout_p=0.5)
+    dy = gradient(s)
+    expected = run_dx(s, dy)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        dx = run_dx(s, dy)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(dx, expected)
 
 
 def run_shapes() -> None:

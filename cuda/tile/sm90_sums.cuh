@@ -40,13 +40,14 @@ __device__ __forceinline__ void store_part(const Sm90Sums<Layout>& acc, int part
 template <class Layout>
 __device__ __forceinline__ void finish_part(const Sm90Work<Layout>& work, int64_t token0, int64_t m,
                                             const OutputQuad<typename Layout::T>& output, uint32_t base) {
-  const int thread = threadIdx.x - Layout::kProducers, tokens = Layout::kPartTokens / work.plan.splits;
-  const int first = work.split * tokens,
-            end = static_cast<int>(m - token0 < first + tokens ? m - token0 : first + tokens);
+  const int thread = threadIdx.x - Layout::kProducers, splits = work.plan.splits;
+  const int share = (Layout::kPartTokens + splits - 1) / splits, first = work.split * share;
+  const int tokens = static_cast<int>(m - token0 < Layout::kPartTokens ? m - token0 : Layout::kPartTokens);
+  const int end = min(first + share, tokens);
   for (int token = first + thread / 32; token < end; token += Layout::kConsumers / 32) {
     const uint32_t sums = base + Layout::kSums + (token * Layout::kSumStride + thread % 32 * 4) * 4;
     float4 sum = ptx::load_cluster_v4_f32(sums, 0);
-    for (int split = 1; split < work.plan.splits; ++split) sum = add(sum, ptx::load_cluster_v4_f32(sums, split));
+    for (int split = 1; split < splits; ++split) sum = add(sum, ptx::load_cluster_v4_f32(sums, split));
     output.store(token0 + token, sum);
   }
 }

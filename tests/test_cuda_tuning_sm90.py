@@ -1,0 +1,79 @@
+"""What cuda/tuning_sm90.h chooses, on the host: it is plain C++, so a program of a few lines prints it for any card."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+PROGRAM = r"""
+#include <cstdio>
+#include "cuda/tuning_sm90.h"
+using namespace qlora;
+using namespace qlora::cuda;
+
+int main() {
+  const char* comma = "[";
+  for (int sms : {78, 114, 132})
+    for (int m : {33, 64, 100, 256, 1000, 4096})
+      for (int outputs : {1, 128, 4096, 11008, 128256})
+        for (int inner : {64, 1024, 4096, 14336}) {
+          Device card;
+          card.arch = 90, card.sm_count = sms;
+          const auto print = [&](const char* what, int stage, const Sm90Config& c) {
+            std::printf("%s[\"%s\", %d, %d, %d, %d, %d, %d, %ld, %ld]", comma, what, sms, m, outputs,
+                        (inner + stage - 1) / stage, c.tokens, c.splits, long(c.stages_per_split), long(c.clusters));
+            comma = ", ";
+          };
+          print("forward", 128, linear_sm90_config(m, outputs, inner, card));
+          print("dx", 64, dx_sm90_config(m, inner, outputs, card));
+        }
+  std::printf("]\n");
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> list:
+    folder = tmp_path_factory.mktemp("tuning")
+    (folder / "print.cpp").write_text(PROGRAM)
+    program = folder / "print"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}", folder / "print.cpp", "-o", program],
+        check=True,
+    )
+    return json.loads(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def test_splits_cover_the_sum_and_fit_the_device(chosen: list) -> None:
+    for what, sms, m, outputs, stages, tokens, splits, each, clusters in chosen:
+        case = (what, sms, m, outputs, stages)
+        assert splits * each >= stages > (splits - 1) * each, case
+        assert 1 <= splits <= 8, case
+        assert 1 <= clusters <= ceil(m, tokens) * ceil(outputs, 128), case
+        assert clusters * splits <= sms, case
+
+
+def test_the_device_is_full_or_the_sum_short(chosen: list) -> None:
+    """Most multiprocessors have work in every wave but the last, and in one wave, if there is enough."""
+    for what, sms, m, outputs, stages, tokens, splits, _, clusters in chosen:
+        tiles = ceil(m, tokens) * ceil(outputs, 128)
+        if tiles > clusters or (stages >= 32 and tiles * 8 >= sms):
+            assert clusters * splits >= 0.65 * sms, (what, sms, m, outputs, stages, tokens, splits)
+
+
+def test_a_weight_is_decoded_for_as_many_tokens_as_there_are(chosen: list) -> None:
+    most = {"forward": 128, "dx": 256}
+    for what, _, m, outputs, *_, tokens, _, _, _ in chosen:
+        if m >= 1000 and outputs >= 4096:
+            assert tokens == most[what]
