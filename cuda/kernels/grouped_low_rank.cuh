@@ -31,8 +31,9 @@ __global__ void __launch_bounds__(kLowRankThreads)
     grouped_low_rank_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
   const tile::GroupTile tile = tile::find_group_tile<8>(p.groups, blockIdx.x);
   if (!tile.exists || tile.group.expert == p.groups.count) return;
-  low_rank_tile<T, kTransposed, kRankTiles, 1>(expert_args(p, tile.group), tile.row0,
-                                               int64_t{blockIdx.y} * (16 * kRankTiles));
+  constexpr int kTurns = kRankTiles > 1 ? 1 : 2;  // an expert's arguments take registers, too
+  low_rank_tile<T, kTransposed, kRankTiles, 1, kTurns>(expert_args(p, tile.group), tile.row0,
+                                                       int64_t{blockIdx.y} * (16 * kRankTiles));
 }
 
 // Grid: x over tokens, y over 4·kLowRankScalarRanks ranks.

@@ -103,11 +103,10 @@ __device__ __forceinline__ void store_low_rank(const LowRankArgs<T>& p, int64_t 
 }
 
 // acc += the part of one warp of many, which take turns at 32 k: this one begins at k = `first` and goes on by `step`.
-// Several turns are loaded before the first is multiplied, as many as registers hold.
-template <bool kDropout, bool kTransposed, class T, int kRankTiles, int kTokenTiles>
+// kTurns of them are loaded before the first is multiplied: as many as registers hold.
+template <bool kDropout, bool kTransposed, int kTurns, class T, int kRankTiles, int kTokenTiles>
 __device__ __forceinline__ void add_low_rank(const LowRankArgs<T>& p, int64_t token0, int64_t rank0, int64_t first,
                                              int64_t step, float (&acc)[kRankTiles][kTokenTiles][4]) {
-  constexpr int kTurns = kRankTiles * kTokenTiles > 1 ? 1 : 4;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   for (int64_t k = first; k < p.k; k += kTurns * step) {
     uint4 x[kTurns][kTokenTiles];
@@ -151,7 +150,8 @@ __device__ __forceinline__ void add_low_rank(const LowRankArgs<T>& p, int64_t to
 
 // Tokens token0.. and ranks rank0.., 8·kTokenTiles and 16·kRankTiles of them, the work of a whole CTA or, along
 // gridDim.z, cluster. Needs k % 8 == 0 and x, a 16-byte aligned; transposed also an even rank.
-template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles,
+          int kTurns = (kRankTiles * kTokenTiles > 1 ? 1 : 4)>
 __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t token0, int64_t rank0) {
   constexpr int kQuads = 32 * kTokenTiles;  // of sums for 16 ranks
   __shared__ float4 partial[kLowRankWarps][kQuads];
@@ -161,9 +161,9 @@ __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t t
   float acc[kRankTiles][kTokenTiles][4] = {};
   const int64_t first = 32 * (int64_t{blockIdx.z} * kLowRankWarps + warp), step = 32 * kLowRankWarps * gridDim.z;
   if (p.dropout.active())
-    add_low_rank<true, kTransposed>(p, token0, rank0, first, step, acc);
+    add_low_rank<true, kTransposed, kTurns>(p, token0, rank0, first, step, acc);
   else
-    add_low_rank<false, kTransposed>(p, token0, rank0, first, step, acc);
+    add_low_rank<false, kTransposed, kTurns>(p, token0, rank0, first, step, acc);
 
 #pragma unroll
   for (int i = 0; i < kRankTiles; ++i) {
