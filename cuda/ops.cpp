@@ -170,7 +170,7 @@ template <class Problem>
 bool library_is_ahead(const Problem& p, const cuda::Device& device) {
   if (p.w.n == 0 || p.w.k == 0) return false;
   if (const std::string forced = forced_kernel(); !forced.empty()) return forced == "library";
-  if (cuda::sm90_takes(p, device)) return p.m >= cuda::Sm90Config::kLibraryTokens;
+  if (cuda::sm90_takes(p, device)) return false;
   return p.m >= cuda::library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device);
 }
 

@@ -154,13 +154,16 @@ def test_unaligned_tensors(dtype: torch.dtype, device: str) -> None:
 @every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_dropout_it_is_the_loop(dtype: torch.dtype, device: str) -> None:
-    """Bit for bit, as the sums are too short for CUDA to split them: n of 64 at most, k of 1024."""
-    s = grouped_sample([0, 3, 0, 17, 1, 40], 56, 192, 16, dtype, device)
+    """Bit for bit, but for CUDA's forward, which makes h within the sum for few tokens.
+
+    Sums are too short for CUDA to split them (n of 64 at most), and no expert has tokens enough for Hopper's kernels.
+    """
+    s = grouped_sample([0, 3, 0, 17, 1, 30], 56, 192, 16, dtype, device)
     dy = s.dy()
     y, dx, (da, db) = s.forward(), s.dx(dy), s.dlora(dy)
     for e, rows in s.parts():
         one = s.of_expert(e, s.x[rows])
-        if device == "cpu" or dtype != torch.float32:  # whose tile splits k by the number of tokens
+        if device == "cpu":
             assert torch.equal(y[rows], OPS.linear_nf4(*one.args))
         assert torch.equal(dx[rows], OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), s.k, *one.lora_args))
         gradients = OPS.linear_nf4_dlora(dy[rows], one.x, *one.lora_args)
