@@ -4,17 +4,10 @@
 #include "cuda/launch/choice.h"
 #include "cuda/launch/grouped_low_rank.h"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/ragged.h"
 
 namespace qlora::cuda {
 namespace {
-
-bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
-// Whether tensor cores do not take it. What holds of the first expert's pointers holds of all, since k does.
-bool is_ragged(const LinearProblem& p) {
-  return p.w.k == 0 || p.w.k % tile::kSegment != 0 || p.w.scales.block_size < tile::kSegment || !aligned(p.x, 16) ||
-         !aligned(p.w.packed, 16) || !aligned(p.y, 8);
-}
 
 // A kernel for a problem: its grid, and what it is called.
 template <class T, class Tile_>

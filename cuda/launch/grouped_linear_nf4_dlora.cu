@@ -4,15 +4,10 @@
 #include "cuda/launch/choice.h"
 #include "cuda/launch/grouped_low_rank.h"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/ragged.h"
 
 namespace qlora::cuda {
 namespace {
-
-// What holds of the first expert's rows holds of all, since n and k do.
-bool is_ragged(const LoraGradProblem& p) {
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  return p.k % 8 != 0 || p.n % 8 != 0 || !aligned(p.x) || !aligned(p.dy);
-}
 
 Kernel kernel_of(const LoraGradProblem& p) { return fused_kernel(p.dtype, is_ragged(p)); }
 

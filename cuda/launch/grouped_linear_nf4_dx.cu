@@ -2,53 +2,19 @@
 
 #include "cuda/kernels/grouped_linear_nf4_dx.cuh"
 #include "cuda/launch/choice.h"
+#include "cuda/launch/dx_kernels.h"
 #include "cuda/launch/grouped_low_rank.h"
-#include "cuda/launch/launch.h"
+#include "cuda/launch/ragged.h"
 
 namespace qlora::cuda {
 namespace {
 
-// What holds of the first expert's pointers holds of all, since n and k do.
-bool is_ragged(const LinearDxProblem& p) {
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  return p.w.k % 32 != 0 || p.w.n % 8 != 0 || !aligned(p.dy) || !aligned(p.w.packed) || !aligned(p.dx) ||
-         !aligned(p.lora.a);
-}
-
-// One of the kernels, and how it is launched.
-struct GroupedDxKernel {
-  void (*kernel)(const kernels::GroupedDxArgs);
-  cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
-  int threads, shared_bytes;
+struct Experts {
+  using Args = kernels::GroupedDxArgs;
+  template <class T, int kTokenTiles, bool kRagged>
+  static constexpr auto kKernel = kernels::grouped_linear_nf4_dx_kernel<T, kTokenTiles, kRagged>;
+  static constexpr auto kExact = kernels::grouped_linear_nf4_dx_exact_kernel;
 };
-
-template <class T, int kTokenTiles, bool kRagged>
-constexpr GroupedDxKernel on_tensor_cores() {
-  constexpr auto kKernel = kernels::grouped_linear_nf4_dx_kernel<T, kTokenTiles, kRagged>;
-  return {kKernel, ctas_per_sm<kKernel>, tile::kDxThreads, tile::DxLayout<kTokenTiles>::kBytes};
-}
-
-template <class T>
-GroupedDxKernel on_tensor_cores(const DxConfig& config) {
-  if (config.kernel == Kernel::kRagged) return on_tensor_cores<T, DxConfig::kRaggedTokens / 8, true>();
-  switch (config.tokens) {
-    case 8:
-      return on_tensor_cores<T, 1, false>();
-    case 16:
-      return on_tensor_cores<T, 2, false>();
-    case 32:
-      return on_tensor_cores<T, 4, false>();
-    default:
-      return on_tensor_cores<T, 8, false>();
-  }
-}
-
-GroupedDxKernel dx_kernel(DType dtype, const DxConfig& config) {
-  if (dtype == DType::kBFloat16) return on_tensor_cores<bfloat16>(config);
-  if (dtype == DType::kFloat16) return on_tensor_cores<float16>(config);
-  constexpr auto kExact = kernels::grouped_linear_nf4_dx_exact_kernel;
-  return {kExact, ctas_per_sm<kExact>, kernels::kDxExactThreads, 0};
-}
 
 // The tile of a CTA, with rows n in one piece: experts fill the device.
 DxConfig tile_of(const Grouped<LinearDxProblem>& problem) {
@@ -105,7 +71,7 @@ cudaError_t launch_grouped_linear_nf4_dx(const Grouped<LinearDxProblem>& problem
   if (const cudaError_t error = launch_grouped_low_rank(g, stream); error != cudaSuccess) return error;
 
   const DxConfig config = tile_of(problem);
-  const GroupedDxKernel kernel = dx_kernel(p.dtype, config);
+  const DxKernel kernel = DxKernels<Experts>::of(p.dtype, config);
   int ctas = 0;  // of no interest: the grid is what the rows may need
   const cudaError_t error = kernel.ctas_per_sm(device, kernel.threads, kernel.shared_bytes, &ctas);
   if (error != cudaSuccess) return error;

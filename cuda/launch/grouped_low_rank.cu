@@ -8,8 +8,6 @@
 namespace qlora::cuda {
 namespace {
 
-bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 template <class T, bool kTransposed, int kRankTiles>
 cudaError_t launch_tiles(const kernels::GroupedLowRankArgs<T>& args, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(tile::most_group_tiles(args.groups.rows, args.groups.count, 8)),
@@ -35,8 +33,7 @@ cudaError_t launch(const Grouped<LowRankProblem>& problem, cudaStream_t stream) 
        static_cast<float>(p.scaling * p.dropout.keep_scale), p.dropout, nullptr, 0},
       {problem.offsets, problem.experts, p.m}};
   if constexpr (sizeof(T) == 2) {
-    const bool a_fits = kTransposed ? p.rank % 2 == 0 && aligned(p.a, 4) : aligned(p.a, 16);
-    if (p.k % 8 == 0 && aligned(p.x, 16) && a_fits)
+    if (p.k % 8 == 0 && (!kTransposed || p.rank % 2 == 0))
       return p.rank <= 16 ? launch_tiles<T, kTransposed, 1>(args, stream)
                           : launch_tiles<T, kTransposed, 4>(args, stream);
   }

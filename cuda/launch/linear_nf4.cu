@@ -10,16 +10,10 @@
 #include "cuda/launch/launch.h"
 #include "cuda/launch/linear_nf4_sm90.h"
 #include "cuda/launch/low_rank.h"
+#include "cuda/launch/ragged.h"
 
 namespace qlora::cuda {
 namespace {
-
-bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
-bool is_ragged(const LinearProblem& p) {
-  return p.w.k == 0 || p.w.k % tile::kSegment != 0 || p.w.scales.block_size < tile::kSegment || !aligned(p.x, 16) ||
-         !aligned(p.w.packed, 16) || !aligned(p.y, 8) || !aligned(p.lora.a, 2);
-}
 
 // The parts of the workspace, as offsets in bytes.
 struct Workspace {
@@ -126,8 +120,7 @@ struct FewPlan {
         segments_per_split(linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kRoundSegments, Tile::kTokens,
                                                  slots, cluster_ctas > 1 ? cluster_ctas : slots)),
         splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
-        folds(p.lora.rank > 0 && p.lora.rank <= Tile::kFoldedRanks && aligned(p.lora.a, 16) &&
-              p.w.k < tile::kMostFoldedK),
+        folds(p.lora.rank > 0 && p.lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK),
         cluster(splits > 1 && cluster_ctas > 1),
         workspace(p, ticket_count(), ticket_count() * splits * Tile::kTokens * Tile::kRows) {}
 

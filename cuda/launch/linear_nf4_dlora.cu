@@ -5,14 +5,10 @@
 #include "cuda/launch/choice.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/low_rank.h"
+#include "cuda/launch/ragged.h"
 
 namespace qlora::cuda {
 namespace {
-
-bool is_ragged(const LoraGradProblem& p) {
-  const auto aligned = [](const void* at) { return reinterpret_cast<uintptr_t>(at) % 16 == 0; };
-  return p.k % 8 != 0 || p.n % 8 != 0 || !aligned(p.x) || !aligned(p.dy);
-}
 
 // One of the kernels, and what the device makes of it.
 struct DLoraKernel {

@@ -1,60 +1,24 @@
 #include "cuda/launch/linear_nf4_dx.h"
 
-#include "cuda/kernels/linear_nf4_dx.cuh"
-#include "cuda/kernels/linear_nf4_dx_exact.cuh"
 #include "cuda/launch/choice.h"
-#include "cuda/launch/launch.h"
+#include "cuda/launch/dx_kernels.h"
 #include "cuda/launch/linear_nf4_dx_sm90.h"
 #include "cuda/launch/low_rank.h"
+#include "cuda/launch/ragged.h"
 
 namespace qlora::cuda {
 namespace {
 
-bool aligned_16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-bool is_ragged(const LinearDxProblem& p) {
-  return p.w.k % 32 != 0 || p.w.n % 8 != 0 || !aligned_16(p.dy) || !aligned_16(p.w.packed) || !aligned_16(p.dx) ||
-         !aligned_16(p.lora.a);
-}
-
-// One of the kernels, and how it is launched.
-struct DxKernel {
-  void (*kernel)(const kernels::DxArgs);
-  cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
-  int threads, shared_bytes;
+struct OneWeight {
+  using Args = kernels::DxArgs;
+  template <class T, int kTokenTiles, bool kRagged>
+  static constexpr auto kKernel = kernels::linear_nf4_dx_kernel<T, kTokenTiles, kRagged>;
+  static constexpr auto kExact = kernels::linear_nf4_dx_exact_kernel;
 };
-
-template <class T, int kTokenTiles, bool kRagged>
-constexpr DxKernel on_tensor_cores() {
-  constexpr auto kKernel = kernels::linear_nf4_dx_kernel<T, kTokenTiles, kRagged>;
-  return {kKernel, ctas_per_sm<kKernel>, tile::kDxThreads, tile::DxLayout<kTokenTiles>::kBytes};
-}
-
-template <class T>
-DxKernel on_tensor_cores(const DxConfig& config) {
-  if (config.kernel == Kernel::kRagged) return on_tensor_cores<T, DxConfig::kRaggedTokens / 8, true>();
-  switch (config.tokens) {
-    case 8:
-      return on_tensor_cores<T, 1, false>();
-    case 16:
-      return on_tensor_cores<T, 2, false>();
-    case 32:
-      return on_tensor_cores<T, 4, false>();
-    default:
-      return on_tensor_cores<T, 8, false>();
-  }
-}
-
-DxKernel dx_kernel(DType dtype, const DxConfig& config) {
-  if (dtype == DType::kBFloat16) return on_tensor_cores<bfloat16>(config);
-  if (dtype == DType::kFloat16) return on_tensor_cores<float16>(config);
-  constexpr auto kExact = kernels::linear_nf4_dx_exact_kernel;
-  return {kExact, ctas_per_sm<kExact>, kernels::kDxExactThreads, 0};
-}
 
 // The launch's shape, and where the parts of the workspace begin, in bytes.
 struct Plan {
-  DxKernel kernel;
+  DxKernel<kernels::DxArgs> kernel;
   DxConfig config;
   int64_t token_tiles, tiles;
   int64_t counters, partials, end;
@@ -62,7 +26,7 @@ struct Plan {
 
   Plan(const LinearDxProblem& p, const Device& device) {
     config = dx_tile(p.m, fused_kernel(p.dtype, is_ragged(p)));
-    kernel = dx_kernel(p.dtype, config);
+    kernel = DxKernels<OneWeight>::of(p.dtype, config);
     int ctas = 0;
     error = kernel.ctas_per_sm(device, kernel.threads, kernel.shared_bytes, &ctas);
     config = dx_config(config, p.m, p.w.n, p.w.k, ctas, device);

@@ -12,8 +12,6 @@ namespace {
 // Tokens from which a CTA takes several tiles of 8: enough CTAs remain, and `a` is read less often.
 constexpr int64_t kManyTokens = 512;
 
-bool aligned(const void* p, uintptr_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
   constexpr auto kKernel = kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles>;
@@ -59,8 +57,7 @@ cudaError_t launch(const LowRankProblem& problem, cudaStream_t stream) {
                                      problem.clear,
                                      problem.clear_count};
   if constexpr (sizeof(T) == 2) {
-    const bool a_fits = problem.transposed ? problem.rank % 2 == 0 && aligned(problem.a, 4) : aligned(problem.a, 16);
-    if (problem.k % 8 == 0 && aligned(problem.x, 16) && a_fits)
+    if (problem.k % 8 == 0 && (!problem.transposed || problem.rank % 2 == 0))
       return problem.transposed ? launch_mma<T, true>(args, stream) : launch_mma<T, false>(args, stream);
   }
   return problem.transposed ? launch_scalar<T, true>(args, stream) : launch_scalar<T, false>(args, stream);

@@ -13,7 +13,7 @@ namespace qlora::cuda {
 struct LowRankProblem {
   DType dtype = DType::kFloat32;  // of x, a, out
   int64_t m = 0, k = 0, rank = 0;
-  const void* x = nullptr;  // [m, k]
+  const void* x = nullptr;  // [m, k]; as `a`, it begins at a multiple of 16 bytes
   const void* a = nullptr;  // [rank, k], or [k, rank] if transposed
   bool transposed = false;
   double scaling = 1.0;

@@ -14,14 +14,12 @@
 
 namespace qlora::cuda {
 
-// What both operators ask of a problem with m tokens `x`: whole groups of 64 k with one scale, sizes within the
-// coordinates of TMA, and what it reads at multiples of 16 bytes.
-inline bool sm90_takes(DType dtype, int64_t m, const void* x, const Weight& w, const Device& device) {
+// What both operators ask of a problem with m tokens: whole groups of 64 k with one scale, and sizes within the
+// coordinates of TMA.
+inline bool sm90_takes(DType dtype, int64_t m, const Weight& w, const Device& device) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   return device.arch == 90 && (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && m >= Sm90Config::kMinTokens &&
-         w.n > 0 && w.k > 0 && w.k % 64 == 0 && w.scales.block_size >= 64 && m <= kMost && w.n <= kMost &&
-         w.k <= kMost && aligned(x) && aligned(w.packed);
+         w.n > 0 && w.k > 0 && w.k % 64 == 0 && w.scales.block_size >= 64 && m <= kMost && w.n <= kMost && w.k <= kMost;
 }
 
 // Lines of 64 values of x or dy [rows, columns], of kTokens tokens at a time.
