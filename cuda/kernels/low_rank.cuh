@@ -13,6 +13,7 @@
 #include "cuda/ptx/mma.cuh"
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/tile/cluster_sum.cuh"
+#include "cuda/tile/dropout.cuh"
 #include "cuda/tile/element.cuh"
 
 namespace qlora::kernels {
@@ -205,7 +206,7 @@ __device__ __forceinline__ void low_rank_token(const LowRankArgs<T>& p, int64_t 
   for (int64_t k = lane; k < p.k; k += 32) {
     const int64_t index = token * p.k + k;
     float x = tile::widen(p.x[index]);
-    if (p.dropout.active() && !p.dropout.keeps(philox4x32_10(p.dropout.key(), index / 4).lane[index % 4])) x = 0.0f;
+    if (p.dropout.active() && !(tile::keep_mask<4>(p.dropout, index / 4 * 4) >> (index % 4) & 1)) x = 0.0f;
 #pragma unroll
     for (int i = 0; i < kLowRankScalarRanks; ++i)
       if (rank0 + i < p.rank)
