@@ -48,6 +48,14 @@ cudaError_t launch_h(const LinearProblem& p, void* h, uint32_t* clear, int64_t c
                          stream);
 }
 
+// What comes before the main launch: h, if it has a launch of its own, and zeros for the tickets, which h's launch can
+// clear.
+cudaError_t launch_before(const LinearProblem& p, bool makes_h, void* h, uint32_t* tickets, int64_t ticket_count,
+                          cudaStream_t stream) {
+  if (makes_h) return launch_h(p, h, tickets, ticket_count, stream);
+  return ticket_count > 0 ? cudaMemsetAsync(tickets, 0, ticket_count * sizeof(uint32_t), stream) : cudaSuccess;
+}
+
 template <class Tile_>
 struct TensorCorePlan {
   using Tile = Tile_;
@@ -78,11 +86,7 @@ struct TensorCorePlan {
   cudaError_t launch(void* memory, cudaStream_t stream) const {
     T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
     uint32_t* const tickets = reinterpret_cast<uint32_t*>(at(memory, workspace.tickets));
-    cudaError_t error = cudaSuccess;
-    if (p.lora.rank > 0)
-      error = launch_h(p, h, tickets, ticket_count(), stream);
-    else if (ticket_count() > 0)
-      error = cudaMemsetAsync(tickets, 0, ticket_count() * sizeof(uint32_t), stream);
+    const cudaError_t error = launch_before(p, p.lora.rank > 0, h, tickets, ticket_count(), stream);
     if (error != cudaSuccess) return error;
 
     const kernels::LinearArgs<T> args{
@@ -133,11 +137,7 @@ struct FewPlan {
   cudaError_t launch(void* memory, cudaStream_t stream) const {
     T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
     uint32_t* const tickets = reinterpret_cast<uint32_t*>(at(memory, workspace.tickets));
-    cudaError_t error = cudaSuccess;
-    if (p.lora.rank > 0 && !folds)
-      error = launch_h(p, h, tickets, ticket_count(), stream);
-    else if (ticket_count() > 0)
-      error = cudaMemsetAsync(tickets, 0, ticket_count() * sizeof(uint32_t), stream);
+    const cudaError_t error = launch_before(p, p.lora.rank > 0 && !folds, h, tickets, ticket_count(), stream);
     if (error != cudaSuccess) return error;
 
     const Lora& lora = p.lora;
