@@ -119,14 +119,17 @@ def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
             refuse(" or ".join(_NAMES[kind] for kind in kinds))
 
 
-def parse_json(text: str, source: str, schema: Schema | None = None) -> Any:
+def parse_json(text: str, source: str, schema: Schema | None = None, lenient: bool = False) -> Any:
     """The value of JSON ``text`` that was read from ``source``, held to a schema.
+
+    Args:
+        lenient: take control characters within texts, which JSON has written as escapes.
 
     Raises:
         FileError: no JSON, nested too deeply, not UTF-8, or not as the schema says.
     """
     try:
-        value = json.loads(text, parse_int=_integer)
+        value = json.loads(text, parse_int=_integer, strict=not lenient)
     except RecursionError:
         raise FileError(f"{source}: expected JSON of at most {_MAX_DEPTH} levels, it is nested deeper") from None
     except ValueError as error:

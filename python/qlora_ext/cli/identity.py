@@ -7,6 +7,7 @@ import hashlib
 import json
 import pathlib
 import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -33,20 +34,21 @@ def digest_of_model(model: Any) -> str:
     return digest.hexdigest()
 
 
-def digest_of_examples(examples: list[Example]) -> str:
+def digest_of_examples(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps(example).encode() + b"\n")
     return digest.hexdigest()
 
 
-def digest_of_rows(*parts: list[Row]) -> str:
+def digest_of_rows(*parts: Sequence[Row]) -> str:
     digest = hashlib.sha256()
     for rows in parts:
         digest.update(f"{len(rows)} rows\n".encode())
         for row in rows:
-            for key in ("input_ids", "labels"):
-                digest.update(f"{len(row[key])} ".encode() + array.array("q", row[key]).tobytes())
+            for key in row:
+                if key != "position_ids":  # which packing adds
+                    digest.update(f"{len(row[key])} ".encode() + array.array("q", row[key]).tobytes())
     return digest.hexdigest()
 
 

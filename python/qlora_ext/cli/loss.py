@@ -22,10 +22,14 @@ def has_plain_head(model: Any) -> bool:
     return not changed and isinstance(base.get_output_embeddings(), torch.nn.Linear) and base.base_model is not base
 
 
-def check_chunked_loss(model: Any) -> None:
-    """Refuses --chunked-loss where this torch or the model's head does not allow it."""
+def check_linear_cross_entropy() -> None:
+    """Refuses --chunked-loss where this torch does not have it."""
     if not hasattr(functional, "linear_cross_entropy"):
         raise UserError(f"--chunked-loss needs torch 2.13 or newer, this is {torch.__version__}")
+
+
+def check_chunked_loss(model: Any) -> None:
+    """Refuses --chunked-loss where the model's head does not allow it."""
     if not has_plain_head(model):
         kind = model.config.get_text_config().model_type
         raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which it cannot follow")

@@ -8,11 +8,13 @@ import time
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from transformers import TrainerCallback
 
 from .files import append_json_line, write_json_lines
 
+_WIDE = 70  # columns of a terminal that shows more than the counts, the loss and the time left
 _LINES = 20  # as many lines of progress a run where the output is no terminal
 
 
@@ -28,17 +30,20 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.before = before
         self._seen = 0
         self._since = 0.0
-        self._bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} tokens/s"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        # What counts comes first and keeps its width; the bar takes what is left of the line, and the rest comes where
+        # there is room for it.
+        columns = [
+            TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[loss]}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(elapsed_when_finished=False, table_column=Column(no_wrap=True)),
+        ]
+        if console.width < _WIDE:
+            del columns[3:6]  # the time left stays
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A run that goes on repeats the steps since its checkpoint: their lines go.
@@ -47,12 +52,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self._first = state.global_step
         self._seen = state.num_input_tokens_seen
         self._bar.start()
-        self._task = self._bar.add_task("", total=state.max_steps, completed=self._first, loss=math.nan, rate=math.nan)
+        self._task = self._bar.add_task("", total=state.max_steps, completed=self._first, loss="", rate="")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         record = state.log_history[-1]
-        if "eval_perplexity" in record:
-            self.console.print(f"step {state.global_step}: held-out perplexity {record['eval_perplexity']:.2f}")
+        if "eval_loss" in record:
+            self.console.print(f"step {state.global_step}: held-out {describe(record)}")
         if "loss" in record:
             record["tokens_per_second"] = self._show(state, record["loss"])
             if not math.isfinite(record["loss"]):
@@ -66,7 +71,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         now = time.monotonic()
         rate: float = (state.num_input_tokens_seen - self._seen) / max(now - self._since, 1e-9)
         self._seen, self._since = state.num_input_tokens_seen, now
-        self._bar.update(self._task, completed=state.global_step, loss=loss, rate=rate)
+        self._bar.update(self._task, completed=state.global_step, loss=f"loss {loss:.3f}", rate=f"{rate:.0f} tokens/s")
         step, last = state.global_step, state.max_steps
         if not self.console.is_terminal and (step % max(1, last // _LINES) == 0 or step == last):
             left = (now - self._begun) / (step - self._first) * (last - step)
@@ -82,9 +87,11 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self._bar.stop()
 
 
-def measured(step: int, loss: float) -> dict[str, Any]:
-    """A line of ``metrics.jsonl``: the held-out loss, in nats a token."""
-    return {"step": step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+def describe(measured: dict[str, Any]) -> str:
+    """What was measured on the held-out rows (``RunTrainer.measure``), in words."""
+    if "eval_perplexity" in measured:
+        return f"perplexity {measured['eval_perplexity']:.2f}"
+    return f"loss {measured['eval_loss']:.4f}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked right"
 
 
 def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 from typing import Any
 
@@ -13,6 +14,7 @@ from .errors import UserError
 from .models import BLOCK_SIZES, DTYPES
 from .sources import DEFAULT_MODEL
 
+METHODS = ("auto", "sft", "dpo")
 _LARGEST = 2**31  # what an integer stays below that has no other limit
 _TYPES = {"int": int, "float": float, "str": str, "bool": bool}
 
@@ -31,12 +33,14 @@ class Settings:
                          free=True)  # fmt: skip
     data: str = _option(
         DEFAULT_DATA,
-        "a .jsonl file (lines with text, messages, or a pair such as prompt and completion), a .txt file, "
-        "a dictd dictionary (.dict.dz), package:chitchat-dataset (PyPI) or package:dict-jargon (Debian)",
+        "a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .dict.dz), a directory of such files, a data set of the "
+        "hub (OWNER/NAME or OWNER/NAME:SUBSET), package:chitchat-dataset (PyPI) or package:dict-jargon (Debian); "
+        "of texts, pairs, conversations, or preferences (see docs/data.md)",
         group="what",
         free=True,
     )
-    seq_len: int = _option(256, "tokens an example is cut to", 2, group="what")
+    split: str = _option("train", "what to read of data that have several splits", group="what")
+    seq_len: int = _option(256, "tokens an example is cut to; a longer text makes several", 2, group="what")
     eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
 
     rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
@@ -47,7 +51,17 @@ class Settings:
     )
     block_size: int = _option(64, "weights that share a scale", choices=BLOCK_SIZES, group="adapter")
 
+    method: str = _option(
+        "auto",
+        "sft: learn the answers; dpo (TRL's): learn which of two answers is preferred; auto: by what --data holds",
+        choices=METHODS, group="training",
+    )  # fmt: skip
+    beta: float = _option(0.1, "dpo: the larger, the closer to the base it stays", 0, 1e6, group="training")
     max_steps: int = _option(50, "optimizer steps", 1, group="training")
+    epochs: float = _option(
+        0.0, "passes over the rows to train on, in place of --max-steps (0: as --max-steps says)", 0, 1e6,
+        group="training",
+    )  # fmt: skip
     batch_size: int = _option(
         4, "rows of --seq-len tokens a forward pass; short examples share a row", 1, group="training"
     )
@@ -72,6 +86,21 @@ class Settings:
     )
     chunked_loss: bool = _option(False, "never hold all logits at once (torch's linear_cross_entropy)", group="machine")
 
+    @property
+    def step_rows(self) -> int:
+        """Rows an optimizer step."""
+        return self.batch_size * self.grad_accum
+
+    @property
+    def train_rows(self) -> int | None:
+        """How many rows the run can use; None: all that there are."""
+        return None if self.epochs else self.max_steps * self.step_rows
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps over so many rows to train on. A pass ends with a step, as in transformers' Trainer."""
+        a_pass = math.ceil(math.ceil(rows / self.batch_size) / self.grad_accum)
+        return max(1, math.ceil(self.epochs * a_pass)) if self.epochs else self.max_steps
+
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value, least, below = getattr(self, field.name), field.metadata["least"], field.metadata["below"]
@@ -82,7 +111,7 @@ class Settings:
             if (least is not None and not value >= least) or (below is not None and not value < below):
                 upper = "" if below is None else f" and below {below}"
                 raise UserError(f"{flag(field.name)} {value}: expected a value of at least {least}{upper}")
-        for name in ("alpha", "lr"):
+        for name in ("alpha", "lr", "beta"):
             if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
         if self.dtype not in DTYPES:
@@ -150,9 +179,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the user typed."""
+    """The settings that the user typed.
+
+    Raises:
+        UserError: two of them contradict each other.
+    """
     names = {field.name for field in dataclasses.fields(Settings)}
-    return {name: value for name, value in vars(arguments).items() if name in names}
+    typed = {name: value for name, value in vars(arguments).items() if name in names}
+    if typed.get("epochs") and "max_steps" in typed:
+        raise UserError("--epochs and --max-steps both say how long to train; give one of them")
+    return typed
 
 
 def resumed(recorded: dict[str, Any], typed: dict[str, Any]) -> Settings:

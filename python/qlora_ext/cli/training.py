@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,6 @@ from .data import Row, pack
 from .errors import UserError, first_line
 from .files import remove, staged_directory
 from .loss import has_plain_head, learnt_loss
-from .progress import measured
 from .settings import Settings
 
 _KEPT_CHECKPOINTS = 2
@@ -30,19 +29,30 @@ _STATE: Schema = {
 }
 
 
-def training_arguments(settings: Settings, directory: pathlib.Path, device: torch.device) -> TrainingArguments:
-    """The QLoRA paper's recipe: constant learning rate after 3% warm-up, AdamW with beta2 0.999, clipping at 0.3."""
+def training_arguments(
+    settings: Settings,
+    steps: int,
+    directory: pathlib.Path,
+    device: torch.device,
+    kind: type[TrainingArguments] = TrainingArguments,
+    **more: Any,
+) -> TrainingArguments:
+    """The QLoRA paper's recipe: constant learning rate after 3% warm-up, AdamW with beta2 0.999, clipping at 0.3.
+
+    Args:
+        steps: of the optimizer. kind: the class of a trainer's arguments, which takes ``more``.
+    """
     if ("8bit" in settings.optimizer or "paged" in settings.optimizer) and not importlib.util.find_spec("bitsandbytes"):
         raise UserError(f"--optimizer {settings.optimizer} is bitsandbytes'; install it with: pip install bitsandbytes")
     try:
-        return TrainingArguments(
+        return kind(
             output_dir=str(directory),
-            max_steps=settings.max_steps,
+            max_steps=steps,
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.grad_accum,
             learning_rate=settings.lr,
             lr_scheduler_type="constant_with_warmup",
-            warmup_steps=math.ceil(0.03 * settings.max_steps),
+            warmup_steps=math.ceil(0.03 * steps),
             max_grad_norm=0.3,
             weight_decay=0.0,
             optim=settings.optimizer,
@@ -59,6 +69,7 @@ def training_arguments(settings: Settings, directory: pathlib.Path, device: torc
             remove_unused_columns=False,
             report_to=[],
             disable_tqdm=True,
+            **more,
         )
     except ValueError as error:
         if "OptimizerNames" not in str(error):
@@ -66,7 +77,7 @@ def training_arguments(settings: Settings, directory: pathlib.Path, device: torc
         raise UserError(f"--optimizer {settings.optimizer}: transformers knows no such optimizer") from error
 
 
-def collate(rows: list[Row]) -> dict[str, torch.Tensor]:
+def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Pads packed rows to the longest, [B, T] each. The padding counts positions of its own: nothing attends to it."""
     longest = max(len(row["input_ids"]) for row in rows)
 
@@ -101,44 +112,18 @@ def held_out_loss(model: Any, held_out: list[Row], size: int, loss: Callable[[An
     return total / count
 
 
-class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
-    """Trains on packed rows; see ``data.pack``."""
+class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
+    """What all runs have: checkpoints that are whole or absent, and an evaluation that changes nothing."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        args: TrainingArguments,
-        train: list[Row],
-        held_out: list[Row],
-        chunked: bool = False,
-        **kw: Any,
-    ):
-        self.held_out = held_out
-        self._chunked = chunked
-        self._plain_head = has_plain_head(model)
-        self._staging: pathlib.Path | None = None
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            data_collator=collate,
-            **kw,
-        )
-        self.remove_callback(PrinterCallback)
+    held_out: list[Row]
+    _staging: pathlib.Path | None = None
 
-    def compute_loss(
-        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if not self._plain_head:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        return learnt_loss(model, inputs, num_items_in_batch, self._chunked and model.training)
-
-    def held_out_loss(self) -> float:
-        return held_out_loss(self.model, self.held_out, self.args.per_device_train_batch_size, self.compute_loss)
+    def measure(self) -> dict[str, Any]:
+        """The loss of the held-out rows and what it comes to, as a line of ``metrics.jsonl``; see ``describe``."""
+        raise NotImplementedError
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        metrics = measured(self.state.global_step, self.held_out_loss())
+        metrics = self.measure()
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -164,6 +149,43 @@ class QLoRATrainer(Trainer):  # type: ignore[misc,unused-ignore]
             remove(old)
 
 
+class QLoRATrainer(RunTrainer):
+    """Trains on packed rows; see ``data.pack``."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        train: Sequence[Row],
+        held_out: list[Row],
+        chunked: bool = False,
+        **kw: Any,
+    ):
+        self.held_out = held_out
+        self._chunked = chunked
+        self._plain_head = has_plain_head(model)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=collate,
+            **kw,
+        )
+        self.remove_callback(PrinterCallback)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if not self._plain_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return learnt_loss(model, inputs, num_items_in_batch, self._chunked and model.training)
+
+    def measure(self) -> dict[str, Any]:
+        loss = held_out_loss(self.model, self.held_out, self.args.per_device_train_batch_size, self.compute_loss)
+        return {"step": self.state.global_step, "eval_loss": loss, "eval_perplexity": math.exp(min(loss, 700.0))}
+
+
 class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
     """Knows when a checkpoint has been read."""
 
@@ -173,7 +195,7 @@ class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.done = True
 
 
-def train(trainer: QLoRATrainer, checkpoint: pathlib.Path | None) -> None:
+def train(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     """Trains to the last step, from ``checkpoint`` on if there is one."""
     from .adapter_files import entire
 

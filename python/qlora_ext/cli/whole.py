@@ -64,6 +64,19 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     return [directory / name for name in names]
 
 
+def skeleton(source: ModelSource, config: Any) -> Any:
+    """The model of a configuration without its weights, on the meta device; what is allocated for it is names.
+
+    Raises:
+        UserError: there can be no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with reading("configuration", source.name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+
+
 def check_room(source: ModelSource, config: Any) -> None:
     """Refuses a model directory whose configuration and files are not of one model, before anything is allocated.
 
@@ -71,7 +84,6 @@ def check_room(source: ModelSource, config: Any) -> None:
         UserError: the configuration speaks of more than the files have room for, or of tensors of other shapes.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
     files = weight_files(source.directory) if source.directory is not None else []
     if not files:
@@ -83,8 +95,7 @@ def check_room(source: ModelSource, config: Any) -> None:
         raise UserError(
             f"{source.name} is not whole: {layers} layers in config.json, {len(found)} weights in its files"
         )
-    with reading("configuration", source.name), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    model = skeleton(source, config)
     needed = sum(tensor.numel() for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     tied = sum(p.numel() for p in (model.get_output_embeddings() or torch.nn.Module()).parameters())
     if needed - tied > room:

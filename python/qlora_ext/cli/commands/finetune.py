@@ -5,21 +5,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
-import math
+import importlib.util
 import pathlib
+import shlex
 import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..._outside import Schema, printable, read_json
 from .. import whole
 from ..adapter_files import RECORD
 from ..checkpoints import checkpoints, newest_checkpoint, step_of
-from ..data import Example, read_examples, split
+from ..data import Example, Parts, Row, check_template, is_preference, read_examples, split, told
 from ..errors import UserError, first_line
 from ..files import need_space, staged_directory, write_json, write_json_lines
 from ..identity import check_same, digest_of_examples, digest_of_model, digest_of_rows
 from ..models import (
     complete,
+    load_config,
     load_quantized,
     load_tokenizer,
     parse_device,
@@ -35,12 +38,12 @@ if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from ..training import QLoRATrainer
+    from ..training import RunTrainer
 
 DEFAULT_OUTPUT = "qlora-run"
 _SETTINGS = "settings.json"
 _SAMPLE_TOKENS = 40
-_BEFORE: Schema = {"loss": float, "perplexity": float, "prompt": str, "sample": str}
+_BEFORE: Schema = {"loss": float, "perplexity?": float, "reward_accuracy?": float, "prompt": str, "sample": str}
 
 
 def add_parser(commands: Any) -> None:
@@ -48,7 +51,8 @@ def add_parser(commands: Any) -> None:
         "finetune",
         help="train LoRA adapters on a 4-bit model",
         description="Quantizes a language model to 4 bits (NF4, double quantization), trains LoRA adapters on it, and "
-        "saves them as a PEFT adapter. With no options: SmolLM2-135M-Instruct on human conversations.",
+        "saves them as a PEFT adapter. With no options: SmolLM2-135M-Instruct on human conversations. Of data with "
+        "chosen and rejected answers it learns the preference (DPO, by TRL).",
         epilog="A run that was stopped, in whatever way, goes on from its last checkpoint with --resume (other "
         "options need not be repeated) and ends with the same adapter, bit for bit. --overwrite replaces what "
         "qlora-ext wrote, and nothing else.",
@@ -75,11 +79,16 @@ class _Run:
     output: Output
     settings: Settings
     source: ModelSource
-    examples: list[Example]
+    examples: Sequence[Example]
     resume: bool
     force: bool
     checkpoint: pathlib.Path | None
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def preferences(self) -> bool:
+        """Whether DPO is what the run does."""
+        return self.settings.method != "sft" and is_preference(self.examples[0])
 
     @property
     def directory(self) -> pathlib.Path:
@@ -123,9 +132,25 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
     if not resume:
         output.check()
     checkpoint = newest_checkpoint(directory) if resume else None
-    run = _Run(output, settings, source, read_examples(settings.data), resume, arguments.force, checkpoint)
+    examples = read_examples(settings.data, settings.split)
+    run = _Run(output, settings, source, examples, resume, arguments.force, checkpoint)
+    _check_method(run)
     _identify(run, "data", digest_of_examples(run.examples), f"--data {settings.data}")
     return run
+
+
+def _check_method(run: _Run) -> None:
+    s = run.settings
+    if s.method == "dpo" and not run.preferences:
+        raise UserError(f"--method dpo: expected preferences in --data {s.data}: rows with prompt, chosen and rejected")
+    if run.preferences:
+        if importlib.util.find_spec("trl") is None:
+            raise UserError(
+                f"--data {s.data} holds preferences, which TRL learns (DPO); install it with: pip install 'trl>=1.16', "
+                "or learn the chosen answers alone, with --method sft"
+            )
+        if s.chunked_loss:
+            raise UserError("--chunked-loss: DPO has a loss of its own, which never holds all logits")
 
 
 def _identify(run: _Run, what: str, digest: str, name: str) -> None:
@@ -141,8 +166,9 @@ def _begin(run: _Run) -> None:
     if run.resume:
         return
     recorded = {**dataclasses.asdict(run.settings), "model": run.source.name}
-    if not run.settings.data.startswith(PACKAGE):
-        recorded["data"] = str(pathlib.Path(run.settings.data).expanduser().resolve())
+    path = pathlib.Path(run.settings.data).expanduser()
+    if not run.settings.data.startswith(PACKAGE) and path.exists():
+        recorded["data"] = str(path.resolve())
     with run.output.written("finetune", **run.digests) as partial:
         write_json(partial / _SETTINGS, recorded)
 
@@ -186,17 +212,18 @@ def _add_adapter(model: Any, run: _Run) -> Any:
     return adapted
 
 
-def _sample(model: Any, tokenizer: Any, rows: list[dict[str, list[int]]]) -> tuple[str, str]:
-    """The beginning of a held-out row, and how the model goes on.
+def _asked(row: Row) -> list[int]:
+    """The tokens of a row before learning begins; of a plain text, its first ones."""
+    if "prompt_ids" in row:
+        return row["prompt_ids"]
+    ids = row["input_ids"]
+    learnt = next(i for i, label in enumerate(row["labels"]) if label != -100)
+    return ids[: learnt or max(1, min(24, len(ids) // 2))]
 
-    That is the row with the most to say before learning begins; of a plain text, its first tokens.
-    """
 
-    def asked(row: dict[str, list[int]]) -> int:
-        return next(i for i, label in enumerate(row["labels"]) if label != -100)
-
-    row = max(rows, key=asked)
-    prompt = row["input_ids"][: asked(row) or max(1, min(24, len(row["input_ids"]) // 2))]
+def _sample(model: Any, tokenizer: Any, rows: list[Row]) -> tuple[str, str]:
+    """What the held-out row with the most to say asks, and how the model goes on."""
+    prompt = max(map(_asked, rows), key=len)
     return tokenizer.decode(prompt, skip_special_tokens=True), complete(model, tokenizer, prompt, _SAMPLE_TOKENS)
 
 
@@ -209,10 +236,31 @@ def _show_sample(console: Console, title: str, prompt: str, answer: str) -> None
     console.print(Panel(text, title=title, title_align="left"))
 
 
-def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
-    text = f"{printable(run.settings.data)} ({len(run.examples)} examples)"
-    console.print(f"model {printable(run.source.name)}\ntext  {text}")
+def _encode(run: _Run, console: Console) -> tuple[Any, Parts]:
+    """The tokenizer, and the rows that it makes of the examples."""
+    s = run.settings
+    data = f"--data {s.data}"
+    console.print(
+        f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} "
+        f"{'preferences' if is_preference(run.examples[0]) else 'examples'})"
+    )
     tokenizer = load_tokenizer(run.source)
+    check_template(tokenizer, run.examples, s.data, run.source.name)
+    parts = split(tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences)
+    for reason in told(parts.counts, s.seq_len):
+        console.print(f"      {reason}")
+    steps = s.steps(len(parts.train))
+    kind = "pairs" if run.preferences else f"rows of at most {s.seq_len} tokens"
+    console.print(
+        f"rows  {len(parts.train):,} {kind} to train on, {steps * s.step_rows / len(parts.train):.2f} times in "
+        f"{steps:,} steps; {len(parts.held_out)} examples held out"
+    )
+    digest = digest_of_rows(parts.train, parts.held_out)
+    _identify(run, "rows", digest, f"tokens that --model {run.source.name} makes of {data}")
+    return tokenizer, parts
+
+
+def _load(run: _Run, console: Console, device: torch.device) -> Any:
     model = load_quantized(run.source, parse_dtype(run.settings.dtype), device, run.settings.block_size)
     _identify(run, "base", digest_of_model(model), f"--model {run.source.name}")
     weights = weigh(model)
@@ -224,19 +272,45 @@ def _load(run: _Run, console: Console, device: torch.device) -> tuple[Any, Any]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = weights.parameters + trainable
     console.print(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
-    return model, tokenizer
+    return model
 
 
-def _measure_before(run: _Run, trainer: QLoRATrainer, model: Any, tokenizer: Any) -> dict[str, Any]:
-    """Held-out perplexity and a sample of the untrained model: measured once a run, and kept for one that goes on."""
+def _trainer(run: _Run, recipe: Any, model: Any, tokenizer: Any, parts: Parts) -> RunTrainer:
+    if run.preferences:
+        from ..preferences import PreferenceTrainer
+
+        return PreferenceTrainer(model, recipe, parts.train, parts.held_out, tokenizer)
+    from ..training import QLoRATrainer
+
+    return QLoRATrainer(model, recipe, parts.train, parts.held_out, chunked=run.settings.chunked_loss)
+
+
+def _recipe(run: _Run, steps: int, device: torch.device) -> Any:
+    if run.preferences:
+        from ..preferences import preference_arguments
+
+        return preference_arguments(run.settings, steps, run.directory, device)
+    from ..training import training_arguments
+
+    return training_arguments(run.settings, steps, run.directory, device)
+
+
+def _measure_before(run: _Run, trainer: RunTrainer, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the untrained model measures and says: found once a run, and kept for one that goes on."""
     if run.before.is_file():
         before: dict[str, Any] = read_json(run.before, _BEFORE)
+        if not before.keys() & {"perplexity", "reward_accuracy"}:
+            raise UserError(f"{run.before}: expected a perplexity in it, found none")
         return before
     prompt, answer = _sample(model, tokenizer, trainer.held_out)
-    loss = trainer.held_out_loss()
-    before = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "prompt": prompt, "sample": answer}
+    before = {**_figures(trainer.measure()), "prompt": prompt, "sample": answer}
     write_json(run.before, before)
     return before
+
+
+def _figures(measured: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, under the names that are kept of it."""
+    return {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
 
 
 def _save_adapter(run: _Run, model: Any, metrics: dict[str, Any]) -> None:
@@ -254,6 +328,30 @@ def _save_adapter(run: _Run, model: Any, metrics: dict[str, Any]) -> None:
         write_json(partial / RECORD, record)
 
 
+def _token_ids(parts: Parts) -> Iterator[list[int]]:
+    for rows in (parts.train, parts.held_out):
+        for row in rows:
+            yield from (ids for key, ids in row.items() if key.endswith("_ids") and key != "position_ids")
+
+
+def _try_it(run: _Run, command: str, *options: str) -> str:
+    """A command that asks the adapter, as a shell takes it."""
+    if run.source.trust_remote_code:
+        options = (*options, "--model", run.source.name, "--trust-remote-code")
+    return printable(shlex.join(["qlora-ext", command, "--adapter", str(run.adapter), *options]))
+
+
+def _check_without_weights(run: _Run) -> None:
+    """Refuses what the model's configuration alone shows to be wrong."""
+    from ..loss import check_linear_cross_entropy
+
+    if run.settings.chunked_loss:
+        check_linear_cross_entropy()
+    config = load_config(run.source)
+    whole.check_room(run.source, config)
+    _check_targets(whole.skeleton(run.source, config), run.settings.target_modules)
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     with claim(arguments.output, arguments.overwrite) as output:
@@ -264,38 +362,29 @@ def _run(job: _Run, may_resume: bool) -> int:
     from rich.console import Console
 
     from ..loss import check_chunked_loss
-    from ..progress import ProgressCallback, measured, plot_loss
-    from ..training import QLoRATrainer, train, training_arguments
+    from ..progress import ProgressCallback, describe, plot_loss
+    from ..training import train
 
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     s = job.settings
     device = parse_device(s.device)
-    model, tokenizer = _load(job, console, device)
+    _check_without_weights(job)
+    tokenizer, parts = _encode(job, console)
+    recipe = _recipe(job, s.steps(len(parts.train)), device)
+    model = _load(job, console, device)
     if s.chunked_loss:
         check_chunked_loss(model)
-    recipe = training_arguments(s, job.directory, device)
-    rows, held_out = split(
-        tokenizer, job.examples, s.seq_len, s.max_steps * s.batch_size * s.grad_accum, s.eval_size, s.seed
-    )
-    whole.check_tokens(model, [row["input_ids"] for row in (*rows, *held_out)])
-    _identify(
-        job, "rows", digest_of_rows(rows, held_out), f"tokens that --model {job.source.name} makes of --data {s.data}"
-    )
+    whole.check_tokens(model, _token_ids(parts))
     _begin(job)
     # A checkpoint is the adapter and two moments of it; three exist for a moment, and the adapter at the end.
     trainable_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     need_space(job.directory, 10 * trainable_bytes + (4 << 20), "the run's checkpoints")
-    trainer = QLoRATrainer(
-        model,
-        recipe,
-        rows,
-        held_out,
-        chunked=s.chunked_loss,
-    )
+    trainer = _trainer(job, recipe, model, tokenizer, parts)
     before = _measure_before(job, trainer, model, tokenizer)
-    progress = ProgressCallback(console, job.metrics, measured(0, before["loss"]))
+    start = {"step": 0, **{f"eval_{key}": before[key] for key in before if key not in ("prompt", "sample")}}
+    progress = ProgressCallback(console, job.metrics, start)
     trainer.add_callback(progress)
-    console.print(f"held-out perplexity before training {before['perplexity']:.2f} ({len(held_out)} examples)")
+    console.print(f"held-out {describe(start)} before training ({len(parts.held_out)} examples)")
     _show_sample(console, "before training", before["prompt"], before["sample"])
     if job.checkpoint:
         console.print(f"going on after step {step_of(job.checkpoint)}")
@@ -306,19 +395,23 @@ def _run(job: _Run, may_resume: bool) -> int:
     except KeyboardInterrupt:
         kept = checkpoints(job.directory)
         at = f"step {step_of(kept[-1])} is saved" if kept else "no checkpoint was due yet"
-        raise KeyboardInterrupt(f"{at}; go on with: qlora-ext finetune --output {job.directory} --resume") from None
+        again = shlex.join(["qlora-ext", "finetune", "--output", str(job.directory), "--resume"])
+        raise KeyboardInterrupt(f"{at}; go on with: {again}") from None
     finally:
         progress.close()
-    end = measured(trainer.state.global_step, trainer.held_out_loss())
-    after = end["eval_perplexity"]
+    end = trainer.measure()
     steps = [line for line in trainer.state.log_history if "loss" in line or "eval_loss" in line]
     history = [progress.before, *(line for line in steps if "loss" in line or line["step"] < end["step"]), end]
     write_json_lines(job.metrics, history)
-    metrics = {"steps": end["step"], "perplexity_before": before["perplexity"], "perplexity_after": after}
+    metrics = {"steps": end["step"]}
+    for when, measured in (("before", start), ("after", end)):
+        metrics |= {f"{key}_{when}": value for key, value in _figures(measured).items()}
     _save_adapter(job, model, metrics)
     plot_loss(history, job.directory / "loss.png", f"{pathlib.Path(s.model).name} on {pathlib.Path(s.data).name}")
-    console.print(f"held-out perplexity {before['perplexity']:.2f} before -> {after:.2f} after training")
-    _show_sample(console, "after training", *_sample(model, tokenizer, held_out))
+    console.print(f"held-out {describe(start)} before -> {describe(end)} after training")
+    _show_sample(console, "after training", *_sample(model, tokenizer, parts.held_out))
     console.print(f"adapter {job.adapter}\nmetrics {job.metrics}\ncurve   {job.directory / 'loss.png'}")
-    console.print(f'try it: qlora-ext generate --adapter {job.adapter} --prompt "..."')
+    # A line that the console wraps could not be copied.
+    console.print(f"try it: {_try_it(job, 'generate', '--prompt', 'Hello')}", soft_wrap=True)
+    console.print(f"   or:  {_try_it(job, 'chat')}", soft_wrap=True)
     return 0

@@ -1,0 +1,73 @@
+"""The text to learn: files, directories, data sets of the hub, and packages that carry openly licensed text.
+
+``files``, ``directory``, ``hub`` and ``packages`` give rows, each with its place; ``examples`` says what a row may be;
+``encoding`` makes tokens of it; ``store`` holds what may be larger than memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..._outside import FileError
+from ..errors import UserError, path_named
+from ..sources import PACKAGE
+from . import directory, hub, packages
+from .encoding import Parts as Parts
+from .encoding import Row as Row
+from .encoding import as_prompt as as_prompt
+from .encoding import as_question as as_question
+from .encoding import check_template as check_template
+from .encoding import encode as encode
+from .encoding import pack as pack
+from .encoding import split as split
+from .encoding import tokenizing as tokenizing
+from .encoding import told as told
+from .examples import Example as Example
+from .examples import Message as Message
+from .examples import example_of
+from .examples import is_preference as is_preference
+from .files import READERS, Rows, reader_of
+from .packages import DEFAULT_DATA as DEFAULT_DATA
+from .store import Stored
+
+
+def _rows(name: str, split: str) -> Rows:
+    if name.startswith(PACKAGE):
+        return packages.rows(name)
+    path = path_named(name, "--data")
+    if path.is_dir():
+        return directory.rows(path, split)
+    if path.is_file():
+        reader = reader_of(path)
+        if reader is None:
+            raise UserError(f"--data {name}: expected a name that ends in {', '.join(READERS)} (text also with .gz)")
+        return reader(path, split)
+    if reader_of(path) is None and hub.is_name(name):
+        return hub.rows(name, split)
+    raise UserError(f"--data {name}: no such file or directory")
+
+
+def read_examples(name: str, split: str = "train") -> Sequence[Example]:
+    """All examples of ``--data name``; see docs/data.md.
+
+    Args:
+        split: which is read, where the data have several.
+
+    Raises:
+        UserError: no such data, nothing in them, or a row that is no example; the text says which, and where.
+    """
+    examples: Stored[Example] = Stored()
+    preferences = 0
+    try:
+        for place, record in _rows(name, split):
+            example = example_of(record, place)
+            preferences += is_preference(example)
+            examples.append(example)
+            if preferences not in (0, len(examples)):
+                expected = "no preference" if is_preference(example) else "a preference"
+                raise UserError(f"{place}: expected {expected}, like the rows before it")
+    except FileError as error:
+        raise UserError(str(error) if "--data" in str(error) else f"--data {error}") from error
+    if not examples:
+        raise UserError(f"--data {name}: the dataset is empty")
+    return examples

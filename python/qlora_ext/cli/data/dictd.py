@@ -1,0 +1,57 @@
+"""Dictionaries in the format of dictd: definitions in a gzip file, and an index beside it."""
+
+from __future__ import annotations
+
+import gzip
+import pathlib
+import re
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from ..._outside import excerpt, printable, read_text
+from ..errors import UserError, first_line
+
+_MAX_BYTES = 16 << 30  # of a dictionary, which is read whole
+
+
+def _number(digits: str) -> int:
+    alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    value = 0
+    for digit in digits:
+        value = value * 64 + alphabet.index(digit)
+    return value
+
+
+def _entry(line: str) -> tuple[int, int]:
+    """Where an entry begins and how long it is, from a line of the index: the term, offset and size."""
+    _, start, size = line.split("\t")[:3]
+    if not (start and size):
+        raise ValueError(line)
+    return _number(start), _number(size)
+
+
+def rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """A dictd dictionary (.dict.dz beside its .index): a term is the question, its definition the answer."""
+    index = path.with_name(path.name.removesuffix(".dz").removesuffix(".dict") + ".index")
+    try:
+        with gzip.open(path) as file:
+            body = file.read(_MAX_BYTES)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"--data {path}: no readable dictionary ({first_line(error)})") from error
+    entries = set()
+    # Its own lines: other characters that end a line may stand in a term.
+    for number, line in enumerate(read_text(index).removesuffix("\n").split("\n"), 1):
+        try:
+            offset, size = _entry(line.removesuffix("\r"))
+        except ValueError:
+            raise UserError(f"--data {index}, line {number}: no entry of a dictd index: {excerpt(line)}") from None
+        if offset + size > len(body):
+            raise UserError(f"--data {index}, line {number}: its entry lies beyond the end of {path.name}")
+        entries.add((offset, size))
+    for offset, size in sorted(entries):
+        entry = body[offset : offset + size].decode("utf-8", "replace")
+        term, _, definition = entry.partition("\n")
+        definition = re.sub(r"\s+", " ", definition).strip()
+        if definition and not term.startswith("00-database"):
+            yield f"--data {printable(path)}, byte {offset}", {"question": term.strip(), "answer": definition}

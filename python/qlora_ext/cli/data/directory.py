@@ -1,0 +1,55 @@
+"""A directory of data files: which of them are read."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+from ..._outside import excerpt, printable
+from ..errors import UserError
+from .files import READERS, Rows, reader_of
+
+_SPLITS = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}
+_KNOWN = {"train", "test", "validation", *_SPLITS}
+
+
+def _split_of(path: pathlib.Path) -> str | None:
+    """The split that a file belongs to by its name or its folder's: train-00000-of-00002.parquet to train."""
+    words = [word for part in reversed(path.parts) for word in re.split("[^a-z]+", part.lower())]
+    found = next((word for word in words if word in _KNOWN), None)
+    return found and _SPLITS.get(found, found)
+
+
+def rows(directory: pathlib.Path, split: str) -> Rows:
+    """The rows of all data files in a directory, in the order of their names; where these name splits, of one split.
+
+    Raises:
+        UserError: there is no data file in it, or none of that split.
+    """
+    shown = printable(directory)
+    files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith("."))
+    data = [path for path in files if reader_of(path) is not None]
+    if not data:
+        raise UserError(f"--data {shown}: expected files in it that end in {', '.join(READERS)}; found none")
+    if (directory / "dataset_info.json").is_file() and list(directory.rglob("*.arrow")):
+        raise UserError(
+            f"--data {shown}: written by datasets' save_to_disk; write Parquet or JSON instead (to_parquet)"
+        )
+    splits = {path: _split_of(path.relative_to(directory)) for path in data}
+    named = {name for name in splits.values() if name}
+    if named:
+        wanted = _SPLITS.get(split, split)
+        if wanted not in named:
+            raise UserError(
+                f"--data {shown}: it has no split {excerpt(split)}; --split takes one of {', '.join(sorted(named))}"
+            )
+        data = [path for path in data if splits[path] == wanted]
+    left_out = [printable(path.relative_to(directory)) for path in files if path not in data]
+    print(
+        f"reading {len(data)} files of {shown}"
+        + (f"; left out: {excerpt(', '.join(left_out), 400)}" if left_out else "")
+    )
+    for path in data:
+        reader = reader_of(path)
+        assert reader is not None
+        yield from reader(path, split)

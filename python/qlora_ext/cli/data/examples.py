@@ -1,0 +1,223 @@
+"""What is learnt: a text, a conversation, or a pair of answers of which one is preferred; and how a row says it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn, TypeAlias, TypeGuard
+
+from ..._outside import FileError, excerpt, parse_json
+from ..errors import UserError
+
+Message: TypeAlias = dict[str, Any]  # role and content, and what a chat template knows besides
+# A text, every token of which is learnt; a question and its answer; or an object: a conversation ("messages", and
+# "tools" if it has any), or a preference ("prompt", "chosen" and "rejected", each of messages, and "tools").
+Example: TypeAlias = "str | list[Message] | dict[str, Any]"
+
+# The columns by which published datasets call a question and its answer, and more of the question.
+_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+)
+_MORE = ("input", "context")
+_CONVERSATIONS = ("messages", "conversations")
+_QUESTIONS = ("prompt", "question", "instruction", "input")
+COLUMNS = frozenset(
+    {"text", "chosen", "rejected", "tools", "system", *_MORE, *_CONVERSATIONS, *(name for p in _PAIRS for name in p)}
+)
+EXPECTED = (
+    '"text", "messages", a pair such as "prompt" and "completion", or a preference: "prompt", "chosen" and "rejected"'
+)
+_ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool", "function", "ipython")},
+    "human": "user",
+    "gpt": "assistant",
+}
+_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a message, for the chat template
+
+
+def named(columns: Iterable[str]) -> bool:
+    """Whether rows with such columns may be examples."""
+    names = set(columns)
+    known = ({"text"}, {"chosen", "rejected"}, *({name} for name in _CONVERSATIONS), *map(set, _PAIRS))
+    return any(form <= names for form in known)
+
+
+def is_conversation(example: Example) -> TypeGuard[dict[str, Any]]:
+    return isinstance(example, dict) and "messages" in example
+
+
+def is_preference(example: Example) -> TypeGuard[dict[str, Any]]:
+    return isinstance(example, dict) and "chosen" in example
+
+
+def question(text: str) -> Message:
+    return {"role": "user", "content": text}
+
+
+def answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
+def _refuse(place: str, name: str, expected: str, got: object) -> NoReturn:
+    raise UserError(f"{place}: {name}: expected {expected}, got {excerpt(got)}")
+
+
+def _from_json(value: Any, place: str, name: str) -> Any:
+    """A list or object that a column may also hold as JSON text."""
+    if isinstance(value, str):
+        try:
+            return parse_json(value, place)
+        except FileError as error:
+            raise UserError(f"{place}: {name}: expected a list, or a list written as JSON ({error})") from error
+    return value
+
+
+def _content(value: Any, place: str, name: str) -> str:
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        _refuse(place, name, "a text or a list of text parts", value)
+    texts = []
+    for i, part in enumerate(value):
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            _refuse(place, f"{name}[{i}]", 'a part such as {"type": "text", "text": "..."}', part)
+        texts.append(text)
+    return "".join(texts)
+
+
+def _tool_call(value: Any, place: str, name: str) -> dict[str, Any]:
+    call = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        _refuse(place, name, 'a call such as {"function": {"name": "...", "arguments": {}}}', value)
+    arguments = call.get("arguments")
+    if isinstance(arguments, str):  # as OpenAI writes them; chat templates take an object
+        arguments = _from_json(arguments or "{}", place, f"{name}.arguments")
+    if not isinstance(arguments, dict | None):
+        _refuse(place, f"{name}.arguments", "an object", arguments)
+    identity = {"id": value["id"]} if isinstance(value.get("id"), str) else {}
+    return {"type": "function", **identity, "function": {"name": call["name"], "arguments": arguments or {}}}
+
+
+def _message(turn: Any, place: str, name: str) -> Message:
+    if not isinstance(turn, dict):
+        _refuse(place, name, 'an object with "role" and "content"', turn)
+    turn = {key: value for key, value in turn.items() if value is not None}  # in a table every row has every field
+    role = turn.get("role", turn.get("from"))
+    if not isinstance(role, str) or role not in _ROLES:
+        _refuse(place, f"{name}.role", f"one of {', '.join(_ROLES)}", role)
+    message: Message = {"role": _ROLES[role]}
+    calls = turn.get("tool_calls")
+    content = turn.get("content", turn.get("value", "" if calls else None))
+    message["content"] = _content(content, place, f"{name}.content")
+    if calls:
+        if not isinstance(calls, list):
+            _refuse(place, f"{name}.tool_calls", "a list", calls)
+        message["tool_calls"] = [_tool_call(call, place, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    return message | {key: turn[key] for key in _KEPT if isinstance(turn.get(key), str)}
+
+
+def _messages(value: Any, place: str, name: str) -> list[Message]:
+    turns = _from_json(value, place, name)
+    if not isinstance(turns, list):
+        _refuse(place, name, "a list of messages", turns)
+    return [_message(turn, place, f"{name}[{i}]") for i, turn in enumerate(turns)]
+
+
+def _spoken(value: Any, place: str, name: str, role: str) -> list[Message]:
+    """What a column says: a text of ``role``'s, or messages."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return _messages(value, place, name)
+
+
+def _tools(record: Mapping[str, Any], place: str) -> dict[str, Any]:
+    tools = _from_json(record.get("tools") or None, place, "tools")
+    if not tools:
+        return {}
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        _refuse(place, "tools", "a list of JSON schemas", tools)
+    return {"tools": tools}
+
+
+def _with_system(record: Mapping[str, Any], messages: list[Message], place: str) -> list[Message]:
+    system = record.get("system")
+    if not system or (messages and messages[0]["role"] == "system"):
+        return messages
+    return [{"role": "system", "content": _content(system, place, "system")}, *messages]
+
+
+def _preference(record: Mapping[str, Any], place: str) -> Example:
+    asked = next((name for name in _QUESTIONS if record.get(name) is not None), None)
+    chosen = _spoken(record["chosen"], place, "chosen", "assistant")
+    rejected = _spoken(record["rejected"], place, "rejected", "assistant")
+    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
+    common = sum(1 for _ in same)
+    if common:  # both are whole conversations, which begin with the prompt
+        prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
+    elif asked is None:
+        raise UserError(f'{place}: expected a "prompt" beside "chosen" and "rejected", or conversations that share one')
+    else:
+        prompt = _spoken(record[asked], place, asked, "user")
+    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+        if len(messages) != 1 or messages[0]["role"] != "assistant":
+            _refuse(place, name, "one answer of the assistant", messages)
+    return {
+        "prompt": _with_system(record, prompt, place),
+        "chosen": chosen,
+        "rejected": rejected,
+        **_tools(record, place),
+    }
+
+
+def _pair(record: Mapping[str, Any], names: tuple[str, str], place: str) -> Example:
+    first, second = (record[name] for name in names)
+    if isinstance(first, str) and isinstance(second, str):
+        more = next((record[name] for name in _MORE if name not in names and record.get(name) is not None), None)
+        if not isinstance(more, str | None):
+            _refuse(place, "input", "a text", more)
+        messages = [question("\n\n".join(filter(None, (first, more)))), answer(second)]
+        if not record.get("system") and not record.get("tools"):
+            return messages
+    else:
+        messages = [
+            *_spoken(first, place, names[0], "user"),
+            *_spoken(second, place, names[1], "assistant"),
+        ]
+    return {"messages": _with_system(record, messages, place), **_tools(record, place)}
+
+
+def example_of(record: Any, place: str) -> Example:
+    """The example that a row of ``--data`` holds, whatever file it comes from.
+
+    Args:
+        record: its columns. place: the file and line, for the message.
+
+    Raises:
+        UserError: the columns are unknown, or one holds something else than it should; the text says which.
+    """
+    if isinstance(record, dict):
+        found = {name for name in COLUMNS if record.get(name) is not None}
+        if {"chosen", "rejected"} <= found:
+            return _preference(record, place)
+        for name in _CONVERSATIONS:
+            if name in found:
+                messages = _with_system(record, _messages(record[name], place, name), place)
+                return {"messages": messages, **_tools(record, place)}
+        if "text" in found:
+            if not isinstance(record["text"], str):
+                _refuse(place, "text", "a text", record["text"])
+            return str(record["text"])
+        for names in _PAIRS:
+            if found.issuperset(names):
+                return _pair(record, names, place)
+    got = record
+    if isinstance(record, dict):
+        columns = (f"{name!r}{' (null)' if value is None else ''}" for name, value in record.items())
+        got = f"one with {', '.join(columns) or 'nothing in it'}"
+    raise UserError(f"{place}: expected an object with {EXPECTED}; got {excerpt(got, 160)}")

@@ -1,0 +1,318 @@
+"""The rows of a data file, one after another, each with the place where it stands: file and line, or file and row."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import gzip
+import io
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from ..._outside import excerpt, parse_json, printable
+from ..errors import UserError, first_line
+from . import dictd
+from .examples import COLUMNS, EXPECTED, named
+
+Rows: TypeAlias = Iterator[tuple[str, Any]]  # of place and record
+
+_MAX_LINE = 256 << 20  # bytes of a line, which is read whole
+_MAX_WHOLE = 4 << 30  # bytes of a file that can only be read whole
+_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
+_PIECE = 1 << 20  # characters of a text, about
+
+
+def _at(path: pathlib.Path, line: int) -> str:
+    return f"--data {printable(path)}, line {line}"
+
+
+@contextlib.contextmanager
+def _opened(path: pathlib.Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
+    """The bytes of a file, of what is packed in it where its name ends in .gz.
+
+    Raises:
+        UserError: it cannot be read, or is damaged; or it begins as files of another kind do.
+    """
+    packed = path.suffix == ".gz"
+    try:
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            start = file.read(4)
+            for mark, kind in _MARKS.items():
+                if start.startswith(mark):
+                    raise UserError(f"--data {printable(path)}: expected UTF-8 text, this is {kind}")
+            file.seek(0)
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"--data {printable(path)}: truncated or damaged gzip ({first_line(error)})") from error
+    except OSError as error:
+        raise UserError(f"--data cannot read {printable(path)}: {error.strerror or first_line(error)}") from error
+
+
+def _decoded(raw: bytes, place: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{place}: not UTF-8 text (byte {error.start} of it is {raw[error.start]:#04x})") from error
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """The lines of a UTF-8 file, numbered from 1, with their line feeds. A byte-order mark is left out."""
+    with _opened(path) as file:
+        number = 0
+        while raw := file.readline(_MAX_LINE + 1):
+            number += 1
+            if len(raw) > _MAX_LINE:
+                raise UserError(f"{_at(path, number)}: longer than the {_MAX_LINE} bytes that a line may have")
+            line = _decoded(raw, _at(path, number))
+            yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+def _whole(path: pathlib.Path) -> str:
+    """The text of a UTF-8 file that is read in one piece."""
+    with _opened(path) as file:
+        raw = file.read(_MAX_WHOLE + 1)
+    if len(raw) > _MAX_WHOLE:
+        raise UserError(
+            f"--data {printable(path)}: larger than the {_MAX_WHOLE} bytes that such a file may have; "
+            "write it as .jsonl, a row a line"
+        )
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{_at(path, line)}: not UTF-8 text (byte {error.start} of the file)") from error
+
+
+def _jsonl(path: pathlib.Path, split: str) -> Rows:
+    for number, line in _lines(path):
+        if line.strip():
+            place = _at(path, number)
+            yield place, parse_json(line, place, lenient=True)
+
+
+def _txt(path: pathlib.Path, split: str) -> Rows:
+    """The text in pieces of whole lines, for a tokenizer takes a text in one."""
+    piece: list[str] = []
+    size = first = 0
+    for number, line in _lines(path):
+        first = first if piece else number
+        piece.append(line)
+        size += len(line)
+        if size >= _PIECE:
+            yield _at(path, first), {"text": "".join(piece)}
+            piece, size = [], 0
+    if "".join(piece).strip():
+        yield _at(path, first), {"text": "".join(piece)}
+
+
+class _Json:
+    """A reader of JSON text that stops at each value of an array, so that each has its line, and one is in memory."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self._text = _whole(path)
+        self._at = 0
+        self._line = 1
+        self._counted = 0  # up to where the lines are counted
+        self._decoder = json.JSONDecoder(strict=False, parse_int=float)
+        self.skip_space()
+
+    @property
+    def place(self) -> str:
+        self._line += self._text.count("\n", self._counted, self._at)
+        self._counted = self._at
+        return _at(self._path, self._line)
+
+    def skip_space(self) -> None:
+        while self._text[self._at : self._at + 1] in (" ", "\t", "\r", "\n"):
+            self._at += 1
+
+    def peek(self) -> str:
+        return self._text[self._at : self._at + 1]
+
+    def take(self, expected: str) -> str:
+        """Reads one of the characters ``expected``."""
+        found = self.peek()
+        if not found or found not in expected:
+            shown = excerpt(self._text[self._at : self._at + 40]) if found else "the end of the file"
+            raise UserError(f"{self.place}: not JSON: expected {' or '.join(expected)}, got {shown}")
+        self._at += 1
+        self.skip_space()
+        return found
+
+    def value(self) -> Any:
+        start, place = self._at, self.place
+        try:
+            _, self._at = self._decoder.raw_decode(self._text, start)
+        except ValueError as error:  # it counts lines from the beginning of the file
+            raise UserError(f"{place}: not JSON ({excerpt(str(error))})") from error
+        except RecursionError:
+            self._at = len(self._text)  # parse_json says so
+        found = parse_json(self._text[start : self._at], place, lenient=True)
+        self.skip_space()
+        return found
+
+    def array(self) -> Rows:
+        self.take("[")
+        if self.peek() == "]":
+            self.take("]")
+            return
+        while True:
+            place = self.place
+            yield place, self.value()
+            if self.take(",]") == "]":
+                return
+
+    def member(self, wanted: str) -> Rows:
+        """The array that the object has under the name ``wanted``."""
+        while self.take("{,") and self.peek() != "}":
+            name = self.value()
+            self.take(":")
+            if name == wanted:
+                yield from self.array()
+            else:
+                self.value()
+            if self.peek() == "}":
+                break
+        self.take("}")
+
+    def end(self) -> None:
+        if self.peek():
+            raise UserError(
+                f"{self.place}: not JSON: expected the end of the file, got {excerpt(self._text[self._at :])}"
+            )
+
+
+def _is_json_lines(path: pathlib.Path) -> bool:
+    """Whether a .json file has an object a line, as JSON Lines are often called."""
+    lines = (line for _, line in _lines(path) if line.strip())
+    first, second = next(lines, ""), next(lines, "")
+    try:
+        return isinstance(json.loads(first, strict=False), dict) and bool(second.strip())
+    except (ValueError, RecursionError):
+        return False
+
+
+def _json(path: pathlib.Path, split: str) -> Rows:
+    """An array of rows, an object with such an array a split, one row, or (as people call them too) JSON Lines."""
+    if _is_json_lines(path):
+        yield from _jsonl(path, split)
+        return
+    text = _Json(path)
+    if text.peek() == "[":
+        yield from text.array()
+    elif text.peek() == "{":
+        place, record = text.place, _Json(path).value()
+        arrays = [name for name, value in record.items() if isinstance(value, list) and name not in COLUMNS]
+        wanted = arrays[0] if len(arrays) == 1 else split
+        if not arrays:
+            yield place, text.value()
+        elif wanted in arrays:
+            yield from text.member(wanted)
+        else:
+            known = ", ".join(map(excerpt, arrays))
+            raise UserError(f"{place}: it has no split {excerpt(split)}; --split takes one of {known}")
+    elif text.peek():
+        raise UserError(f"{text.place}: expected an array of rows, or an object with an array a split")
+    text.end()
+
+
+def _columns(path: pathlib.Path, header: list[str]) -> list[str]:
+    names = [name.strip() for name in header]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{_at(path, 1)}: the column {excerpt(twice[0])} is there {names.count(twice[0])} times")
+    if not named(names):
+        raise UserError(
+            f"{_at(path, 1)}: expected a first line with the columns {EXPECTED}; got {excerpt(', '.join(names), 160)}"
+        )
+    return names
+
+
+def _delimiter(path: pathlib.Path) -> str:
+    """What separates the columns: that of , ; and tab by which the first line names the most that are known."""
+    first = next((line for _, line in _lines(path) if line.strip()), "")
+
+    def known(delimiter: str) -> int:
+        return len(COLUMNS.intersection(name.strip(' "\r\n') for name in first.split(delimiter)))
+
+    return max(("\t",) if ".tsv" in path.suffixes else (",", ";", "\t"), key=known)
+
+
+def _csv(path: pathlib.Path, split: str) -> Rows:
+    csv.field_size_limit(_MAX_LINE)  # the module's own is 128 KiB
+    # Python's own ends of lines: those within quotes come together again in the reader.
+    lines = (part for _, line in _lines(path) for part in re.split(r"(?<=\r)(?!\n)", line) if part)
+    reader = csv.reader(lines, delimiter=_delimiter(path), strict=True)
+    names: list[str] | None = None
+    while True:
+        place = _at(path, reader.line_num + 1)
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise UserError(f"{place}: not CSV ({first_line(error)})") from error
+        if fields is None:
+            return
+        if not fields:
+            continue  # an empty line
+        if names is None:
+            names = _columns(path, fields)
+        elif len(fields) != len(names):
+            raise UserError(f"{place}: expected {len(names)} fields ({excerpt(', '.join(names))}), got {len(fields)}")
+        else:
+            yield place, dict(zip(names, fields, strict=True))
+
+
+def _parquet(path: pathlib.Path, split: str) -> Rows:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise UserError(f"--data {printable(path)}: reading Parquet needs pyarrow; pip install pyarrow") from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise UserError(
+                    f"--data {printable(path)}: the column {excerpt(twice[0])} is there {names.count(twice[0])} times"
+                )
+            wanted = [name for name in names if name in COLUMNS]
+            if not named(wanted):
+                raise UserError(
+                    f"--data {printable(path)}: expected the columns {EXPECTED}; got {excerpt(', '.join(names), 160)}"
+                )
+            for batch in file.iter_batches(batch_size=256, columns=wanted):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"--data {printable(path)}, row {number}", record
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data {printable(path)}: damaged, or not Parquet ({first_line(error)})") from error
+
+
+def _dictd(path: pathlib.Path, split: str) -> Rows:
+    return dictd.rows(path)
+
+
+READERS: dict[str, Callable[[pathlib.Path, str], Rows]] = {
+    ".jsonl": _jsonl,
+    ".ndjson": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+    ".txt": _txt,
+    ".dict.dz": _dictd,
+}
+
+
+def reader_of(path: pathlib.Path) -> Callable[[pathlib.Path, str], Rows] | None:
+    """What reads a file of that name, if anything does; text files may be packed with gzip."""
+    name = path.name.lower()
+    packed = name.endswith(".gz")
+    ending = next((ending for ending in READERS if name.removesuffix(".gz").endswith(ending)), None)
+    return None if ending is None or (packed and ending in (".parquet", ".dict.dz")) else READERS[ending]

@@ -1,0 +1,55 @@
+"""Data sets of the Hugging Face hub, streamed by the library ``datasets``; no code of theirs runs."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ..errors import UserError, first_line
+from .files import Rows
+
+_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
+_FIRST_VERSION = 4  # of datasets: those before run Python files that a data set brings along
+_KINDS = ("arrow", "csv", "json", "parquet", "text")  # tables; other kinds hold images, archives and the like
+
+
+def is_name(name: str) -> bool:
+    """Whether ``name`` is written as a data set of the hub is: OWNER/NAME, or OWNER/NAME:SUBSET."""
+    return _NAME.fullmatch(name) is not None
+
+
+def _builder_kind(builder: Any) -> str:
+    modules = [cls.__module__ for cls in type(builder).__mro__ if ".packaged_modules." in cls.__module__]
+    return modules[0].split(".packaged_modules.")[1].partition(".")[0] if modules else type(builder).__name__
+
+
+def rows(name: str, split: str) -> Rows:
+    """The rows of a split of the data set ``name``, one in memory at a time.
+
+    Raises:
+        UserError: there is no such data set, split or library, or the hub is out of reach.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(
+            f"--data {name}: no such file or directory, and data sets of the hub need datasets; "
+            f"install it with: pip install 'datasets>={_FIRST_VERSION}'"
+        ) from error
+    if int(datasets.__version__.partition(".")[0]) < _FIRST_VERSION:
+        raise UserError(f"--data {name}: expected datasets >= {_FIRST_VERSION}, this is {datasets.__version__}")
+    datasets.disable_progress_bars()
+    repository, _, subset = name.partition(":")
+    try:
+        kind = _builder_kind(datasets.load_dataset_builder(repository, subset or None))
+        if kind not in _KINDS:
+            raise UserError(f"--data {name}: expected a data set of {', '.join(_KINDS)} files on the hub, got {kind}")
+        stream = datasets.load_dataset(repository, subset or None, split=split, streaming=True)
+        for number, record in enumerate(stream, 1):
+            yield f"--data {name}, {split} row {number}", record
+    except UserError:
+        raise
+    except Exception as error:  # of the library, of the hub's, or of the network
+        raise UserError(
+            f"--data {name}: no such file or directory, and cannot read it from the hub ({first_line(error)})"
+        ) from error
