@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NoReturn
 
-from .._outside import printable
-from .commands import adapters, finetune, generate, info, merge, plan, quantize
+from .._outside import excerpt, printable
+from .commands import adapters, chat, finetune, generate, info, merge, plan, quantize
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
@@ -22,9 +23,44 @@ _TRACEBACK = "QLORA_TRACEBACK"
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")
 
 
+def _nearest(typed: str, known: Iterable[str]) -> str:
+    found = difflib.get_close_matches(typed, list(known), n=1)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
 class _Parser(argparse.ArgumentParser):
+    """A parser whose errors name its own command's help, and what was probably meant."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # argparse first asks for what is missing, and what is misspelt is missing; and the parser of a command hands
+        # what it does not know up to the one above, which knows less about it.
+        typed = sys.argv[1:] if args is None else list(args)
+        for option in self._options_among(typed):
+            if not any(known.startswith(option) for known in self._option_string_actions):
+                self.error(f"unknown option {excerpt(option)}{_nearest(option, self._option_string_actions)}")
+        parsed, unknown = super().parse_known_args(typed, namespace)
+        if unknown:
+            self.error(f"unexpected argument {excerpt(unknown[0])}")
+        return parsed, unknown
+
+    def _options_among(self, typed: list[str]) -> Iterator[str]:
+        """The long options in ``typed`` that are this parser's, and not those of a command within."""
+        has_command = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
+        for argument in typed:
+            if argument == "--" or (has_command and not argument.startswith("-")):
+                return
+            if argument.startswith("--"):
+                yield argument.partition("=")[0]
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        what = "command" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
+        known = [str(choice) for choice in action.choices]
+        self.error(f"{what} {excerpt(value)}: expected one of {', '.join(known)}{_nearest(str(value), known)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -36,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"`qlora-ext COMMAND --help` explains a command. {_TRACEBACK}=1 shows where an error arose.",
     )
     parser.add_argument("--version", action="version", version=f"qlora_ext {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (finetune, generate, quantize, merge, adapters, plan, info):
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for command in (finetune, generate, chat, quantize, merge, adapters, plan, info):
         command.add_parser(commands)
     return parser
 
@@ -75,7 +111,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The entry point. Returns 0; 2 for what a user can mend, told in one sentence on stderr; 130 after Ctrl-C."""
     try:
         with _quiet_libraries():
-            arguments = _parser().parse_args(argv)
+            parser = _parser()
+            arguments = parser.parse_args(argv)
+            if not hasattr(arguments, "run"):
+                parser.error("expected a command")
             status: int = arguments.run(arguments)
             return status
     except KeyboardInterrupt as stop:
