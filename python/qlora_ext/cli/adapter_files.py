@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import pathlib
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._outside import FileError, Schema, excerpt, printable, read_json
 from . import whole
 from .errors import UserError, first_line, path_named
 from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype
 from .sources import ModelSource, resolve
+
+if TYPE_CHECKING:
+    import torch
 
 RECORD = "qlora_run.json"
 _METRICS: Schema = {"steps?": int, "perplexity_before?": float, "perplexity_after?": float}
@@ -69,10 +73,12 @@ def base_of(adapter: pathlib.Path, model: str | None, trust_remote_code: bool = 
     return resolve(name, trust_remote_code)
 
 
-def _check_files(model: Any, adapter: pathlib.Path) -> None:
-    """Refuses an adapter whose files speak of no layers, or would write over the 4-bit base."""
-    from ..nn import layers_of
+def check_files(adapter: pathlib.Path) -> list[str]:
+    """The names of the adapter's weights, whatever its base is.
 
+    Raises:
+        UserError: its files are damaged, or speak of no layers.
+    """
     path = adapter / "adapter_config.json"
     config = config_of(adapter)
     takes_layers = config.get("peft_type") == "LORA" or "target_modules" in config  # prompt tuning has none
@@ -83,10 +89,17 @@ def _check_files(model: Any, adapter: pathlib.Path) -> None:
     names = whole.shapes(adapter / "adapter_model.safetensors")
     if not names:
         raise UserError(f"the adapter {adapter} is not whole: there is no weight in its adapter_model.safetensors")
+    return list(names)
+
+
+def _check_base_kept(model: Any, adapter: pathlib.Path) -> None:
+    """Refuses an adapter that would write over the 4-bit base."""
+    from ..nn import layers_of
+
     packed = {name for name, _ in layers_of(model)}
     base = [
         name
-        for name in names
+        for name in check_files(adapter)
         if name.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".")[0] in packed
     ]
     if base:
@@ -127,7 +140,7 @@ def load(model: Any, adapter: pathlib.Path, force: bool) -> Any:
         raise
     except ValueError as error:
         raise UserError(f"{first_line(error)}; add --force to use it all the same") from error
-    _check_files(model, adapter)
+    _check_base_kept(model, adapter)
     try:
         with entire():  # on the meta device first: a rank of 10^9 in a damaged file costs nothing
             return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
@@ -144,14 +157,40 @@ def load(model: Any, adapter: pathlib.Path, force: bool) -> Any:
         ) from error
 
 
-def load_adapted(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The 4-bit base with the adapter on it, and its tokenizer, by the options of ``add_base_options``."""
-    path = find(arguments.adapter)
-    source = base_of(path, arguments.model, arguments.trust_remote_code)
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A base and (unless it is None) an adapter, found and checked before a weight of the base is read."""
+
+    adapter: pathlib.Path | None
+    source: ModelSource
+    dtype: torch.dtype
+    device: torch.device
+    block_size: int
+    force: bool
+    tokenizer: Any
+
+    def load(self) -> Any:
+        """The 4-bit base with the adapter on it."""
+        model = load_quantized(self.source, self.dtype, self.device, self.block_size)
+        return model if self.adapter is None else load(model, self.adapter, self.force)
+
+
+def find_adapted(arguments: argparse.Namespace) -> Adapted:
+    """What the options of ``add_base_options`` and ``--adapter`` name.
+
+    Raises:
+        UserError: there is no such thing, or its files are damaged.
+    """
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
-    block_size = (record_of(path).get("settings") or {}).get("block_size", 64)
-    if block_size not in BLOCK_SIZES:
-        raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
-    tokenizer = load_tokenizer(source)
-    model = load_quantized(source, dtype, device, block_size)
-    return load(model, path, arguments.force), tokenizer
+    block_size = 64
+    path = None
+    if arguments.adapter is None:
+        source = resolve(arguments.model, arguments.trust_remote_code)
+    else:
+        path = find(arguments.adapter)
+        source = base_of(path, arguments.model, arguments.trust_remote_code)
+        block_size = (record_of(path).get("settings") or {}).get("block_size", block_size)
+        if block_size not in BLOCK_SIZES:
+            raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
+        check_files(path)
+    return Adapted(path, source, dtype, device, block_size, arguments.force, load_tokenizer(source))

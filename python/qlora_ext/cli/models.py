@@ -175,8 +175,19 @@ def weigh(model: Any) -> Weights:
     return Weights(parameters, dense, held)
 
 
-def complete(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int, temperature: float = 0.0) -> str:
-    """How the model goes on after the token ids ``prompt``. Without temperature it draws no random number."""
+def complete(
+    model: Any,
+    tokenizer: Any,
+    prompt: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> str:
+    """How the model goes on after the token ids ``prompt``. Without temperature it draws no random number.
+
+    Args:
+        streamer: one of transformers', which gets every token as soon as it is there.
+    """
     import torch
 
     was_training = model.training
@@ -190,6 +201,7 @@ def complete(model: Any, tokenizer: Any, prompt: list[int], max_new_tokens: int,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
+            streamer=streamer,
             **sampling,
         )
     model.train(was_training)

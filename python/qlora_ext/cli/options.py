@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
+
+from .errors import UserError
+
+_MAX_NEW_TOKENS = 1_000_000
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
@@ -18,3 +23,27 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run Python code that comes with the model named by --model"
     )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """The options of every command that has a model write."""
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="of an answer (default: %(default)s)"
+    )
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
+
+
+def check_sampling(arguments: argparse.Namespace) -> None:
+    """Holds the options of ``add_sampling_options`` to their limits.
+
+    Raises:
+        UserError: one is beyond them.
+    """
+    if not 1 <= arguments.max_new_tokens <= _MAX_NEW_TOKENS:
+        raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected 1 to {_MAX_NEW_TOKENS}")
+    temperature = arguments.temperature
+    if temperature and not (math.isfinite(temperature) and 1e-3 <= temperature <= 1e3):
+        raise UserError(f"--temperature {temperature}: expected 0, or 0.001 to 1000")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed {arguments.seed}: expected 0 to 4294967295")

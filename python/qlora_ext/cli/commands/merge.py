@@ -6,8 +6,8 @@ import argparse
 import dataclasses
 from typing import Any
 
-from ..adapter_files import RECORD, base_of, find, load_adapted, record_of
-from ..data import read_examples, split
+from ..adapter_files import RECORD, base_of, find, find_adapted, record_of
+from ..data import is_preference, read_examples, split
 from ..errors import UserError
 from ..files import write_json
 from ..models import weigh
@@ -44,9 +44,11 @@ def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[
     if not values:
         raise UserError("--evaluate: the adapter does not say what was held out, as those of qlora-ext finetune do")
     s = recorded(values, adapter / RECORD)
-    train_rows = s.max_steps * s.batch_size * s.grad_accum
-    examples = read_examples(s.data)
-    return split(tokenizer, examples, s.seq_len, train_rows, s.eval_size, s.seed)[1], s.batch_size
+    examples = read_examples(s.data, s.split)
+    if is_preference(examples[0]) and s.method != "sft":
+        raise UserError("--evaluate: the run learnt preferences, of which no loss is compared")
+    parts = split(tokenizer, examples, s.seq_len, s.train_rows, s.eval_size, s.seed)
+    return parts.held_out, s.batch_size
 
 
 def _loss(model: Any, batch: dict[str, Any]) -> Any:
@@ -72,11 +74,14 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, output: Output) -> int:
     _protect_inputs(arguments, output)
     output.check()
-    model, tokenizer = load_adapted(arguments)
+    adapted = find_adapted(arguments)
+    tokenizer = adapted.tokenizer
+    if arguments.evaluate:
+        rows, size = _held_out(arguments, tokenizer)
+    model = adapted.load()
     if arguments.evaluate:
         from ..training import held_out_loss
 
-        rows, size = _held_out(arguments, tokenizer)
         unmerged = held_out_loss(model, rows, size, _loss)
     merged: Any
     error = None

@@ -1,0 +1,97 @@
+"""``qlora-ext chat``: a conversation with a 4-bit model, with an adapter or without."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from typing import Any
+
+from ..._outside import printable
+from ..adapter_files import find_adapted
+from ..errors import UserError
+from ..options import add_base_options, add_sampling_options, check_sampling
+
+_HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="Loads a model in 4 bits, with an adapter if one is named, and answers line by line, with all that "
+        f"was said before in mind. {_HELP}.",
+        epilog="Where the input is no terminal, each line is answered in turn, and nothing but answers is printed.",
+    )
+    parser.add_argument("--adapter", metavar="DIR", help="the adapter, or the run that made it")
+    parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told before everything else")
+    add_sampling_options(parser, max_new_tokens=512)
+    add_base_options(parser)
+    parser.set_defaults(run=run)
+
+
+def _show(text: str) -> None:
+    print(printable(text, lines=True), end="", flush=True)
+
+
+def _read(interactive: bool) -> str | None:
+    """The next line that is not empty; None at the end."""
+    while True:
+        try:
+            line = input("> " if interactive else "").strip()
+        except EOFError:
+            return None
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not {error.encoding.upper()} text") from error
+        if line:
+            return line
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; see the module's text."""
+    check_sampling(arguments)
+    if arguments.adapter is None and arguments.model is None:
+        raise UserError("--adapter: expected an adapter to talk with, or a --model")
+    adapted = find_adapted(arguments)
+    if arguments.system and not adapted.tokenizer.chat_template:
+        raise UserError(f"--system: the tokenizer of {adapted.source.name} has no chat template to write it with")
+    model = adapted.load()
+    from transformers import set_seed
+
+    from ..conversation import Conversation
+
+    set_seed(arguments.seed)
+    talk = Conversation(model, adapted.tokenizer, arguments.system, arguments.max_new_tokens, arguments.temperature)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  # input() then edits its line
+        print(_HELP)
+    while (line := _read(interactive)) is not None:
+        if line == "/exit":
+            break
+        if line == "/reset":
+            talk.reset()
+        elif line == "/help":
+            print(_HELP, file=sys.stderr)
+        else:
+            _answer(talk, line, interactive)
+    return 0
+
+
+def _answer(talk: Any, line: str, interactive: bool) -> None:
+    try:
+        forgotten = talk.answer(line, _show)
+    except KeyboardInterrupt:
+        if not interactive:
+            raise
+        forgotten = 0
+    except UserError as error:
+        if not interactive:
+            raise
+        print(printable(error), file=sys.stderr)
+        return
+    print(flush=True)
+    if forgotten:
+        print(f"(the first {forgotten} questions and their answers are forgotten: the model has no more room)",
+              file=sys.stderr)  # fmt: skip
