@@ -20,6 +20,7 @@ class _Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]
         self._show = show
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        text = text if self.text else text.lstrip()
         self.text += text
         self._show(text)
 

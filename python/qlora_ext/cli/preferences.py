@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
-from torch import nn
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -29,7 +28,7 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc,unused-ign
     """Trains on rows of preferences, encoded as all others are."""
 
     def __init__(
-        self, model: nn.Module, args: DPOConfig, train: Sequence[Row], held_out: list[Row], tokenizer: Any
+        self, model: Any, args: DPOConfig, train: Sequence[Row], held_out: list[Row], tokenizer: Any
     ) -> None:
         self.held_out = held_out
         super().__init__(
@@ -40,6 +39,10 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc,unused-ign
             processing_class=tokenizer,
         )
         self.remove_callback(PrinterCallback)
+        # TRL copies the adapter as it is now for its reference. A new one changes nothing: that is the base alone, which
+        # costs no memory.
+        if "ref" in model.peft_config:
+            model.delete_adapter("ref")
 
     def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
         return dataset  # it holds tokens already

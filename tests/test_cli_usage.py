@@ -1,0 +1,88 @@
+"""What the command says while it is used: of misspelt options, on narrow terminals, and at the end of a run."""
+
+from __future__ import annotations
+
+import io
+import json
+import pathlib
+import shlex
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from test_cli import SMALL, Paths, here, paths, refused, whole_run
+
+__all__ = ["paths", "refused", "whole_run"]  # fixtures
+
+
+@pytest.mark.parametrize(
+    ("typed", "parts"),
+    [
+        ("finetune --rnak 4", ["qlora-ext finetune: unknown option --rnak", "did you mean --rank?", "finetune --help"]),
+        ("finetune --learning-rate=1", ["unknown option --learning-rate", "qlora-ext finetune --help"]),
+        ("generate --adaptr x --prompt y", ["did you mean --adapter?", "qlora-ext generate --help"]),
+        ("chat hello", ["unexpected argument hello", "qlora-ext chat --help"]),
+        ("finetune --rank", ["--rank", "qlora-ext finetune --help"]),
+        ("finetune --method dop", ["--method dop", "did you mean dpo?", "qlora-ext finetune --help"]),
+        ("quantize --model x --output y --format bitandbytes", ["did you mean bitsandbytes?"]),
+        ("finetun", ["command finetun", "did you mean finetune?", "qlora-ext --help"]),
+        ("xyz", ["expected one of finetune, generate, chat", "qlora-ext --help"]),
+        ("--versoin", ["did you mean --version?", "qlora-ext --help"]),
+        ("", ["expected a command", "qlora-ext --help"]),
+    ],
+)
+def test_what_is_misspelt(refused: Any, typed: str, parts: list[str]) -> None:
+    sentence = refused(*shlex.split(typed))
+    for part in parts:
+        assert part in sentence, sentence
+
+
+def test_a_value_may_look_like_an_option(refused: Any, tmp_path: pathlib.Path) -> None:
+    assert "no such directory" in refused("generate", "--adapter", tmp_path / "no", "--prompt=--what")
+
+
+@pytest.mark.parametrize("width", [40, 200])
+def test_the_bar_keeps_its_counts(width: int, tmp_path: pathlib.Path) -> None:
+    from rich.console import Console
+    from transformers import TrainerState
+
+    from qlora_ext.cli.progress import ProgressCallback
+
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=width, color_system=None)
+    progress = ProgressCallback(console, tmp_path / "metrics.jsonl", {"step": 0})
+    state = TrainerState(max_steps=10_000, num_input_tokens_seen=0)
+    progress.on_train_begin(None, state, None)
+    progress._bar.refresh()
+    assert "0/10000" in shown.getvalue()
+    assert "nan" not in shown.getvalue()
+    state.global_step, state.num_input_tokens_seen = 4321, 10**6
+    state.log_history.append({"step": 4321, "loss": 12.3456})
+    progress.on_log(None, state, None)
+    progress._bar.refresh()
+    progress.close()
+    last = [line for line in shown.getvalue().replace("\r", "\n").splitlines() if "/10000" in line][-1]
+    assert "4321/10000" in last
+    assert "loss 12.346" in last
+    assert ("tokens/s" in last) == (width > 100)
+
+
+def test_the_line_to_try_is_one_for_a_shell(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    run = tmp_path / "a run of $HOME, 'quoted'"
+    arguments = ["--model", paths["model"], "--data", paths["data"], "--output", run, *SMALL]
+    here("finetune", *arguments, "--epochs", "0.5")
+    out = capfd.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("try it: ")]
+    command = shlex.split(line.removeprefix("try it: "))
+    assert command[:4] == ["qlora-ext", "generate", "--adapter", str(run / "adapter")]
+    here(*command[1:])
+    assert capfd.readouterr().out.strip()
+    metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
+    rows = int(next(line for line in out.splitlines() if line.startswith("rows ")).split()[1])
+    assert metrics["steps"] == -(-rows // 2 // 2)  # half of the batches of two
