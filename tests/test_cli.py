@@ -221,6 +221,7 @@ def test_generate_quantize_merge(paths: Paths, whole_run: pathlib.Path, capfd: p
     assert len(answer.stdout.strip()) > 1
 
     here("quantize", "--model", paths["model"], "--output", root / "model4")
+    assert "import qlora_ext" in (root / "model4" / "README.md").read_text()
     capfd.readouterr()
     here("generate", "--adapter", whole_run, "--model", root / "model4", *ask)
     assert capfd.readouterr().out == answer.stdout

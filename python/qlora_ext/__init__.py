@@ -30,6 +30,7 @@ __all__ = [
 # Saved 4-bit models, LoRA on 4-bit layers and FSDP2 are provided for without a further import.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.counting")
+_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
 _hooks.after_import("torch.distributed.fsdp._fully_shard._fsdp_param", "qlora_ext.integrations.fsdp")
 

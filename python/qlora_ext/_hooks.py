@@ -30,8 +30,7 @@ class _Loader(importlib.abc.Loader):
         assert spec is not None
         spec.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        integration = _WATCHER.waiting.pop(spec.name, None)
-        if integration is not None:
+        for integration in _WATCHER.waiting.pop(spec.name, ()):
             _integrate(spec.name, integration)
 
 
@@ -39,7 +38,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
     """Finds the modules that integrations wait for as the other finders do; being asked changes nothing in it."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, str] = {}
+        self.waiting: dict[str, list[str]] = {}
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -68,6 +67,6 @@ def after_import(module: str, integration: str) -> None:
     if module in sys.modules:
         _integrate(module, integration)
         return
-    _WATCHER.waiting[module] = integration
+    _WATCHER.waiting.setdefault(module, []).append(integration)
     if _WATCHER not in sys.meta_path:
         sys.meta_path.insert(0, _WATCHER)

@@ -27,9 +27,7 @@ def preference_arguments(settings: Settings, steps: int, directory: pathlib.Path
 class PreferenceTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc,unused-ignore]
     """Trains on rows of preferences, encoded as all others are."""
 
-    def __init__(
-        self, model: Any, args: DPOConfig, train: Sequence[Row], held_out: list[Row], tokenizer: Any
-    ) -> None:
+    def __init__(self, model: Any, args: DPOConfig, train: Sequence[Row], held_out: list[Row], tokenizer: Any) -> None:
         self.held_out = held_out
         super().__init__(
             model=model,
@@ -39,8 +37,8 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc,unused-ign
             processing_class=tokenizer,
         )
         self.remove_callback(PrinterCallback)
-        # TRL copies the adapter as it is now for its reference. A new one changes nothing: that is the base alone, which
-        # costs no memory.
+        # TRL copies the adapter as it is now for its reference. A new one changes nothing: that is the base alone,
+        # which costs no memory.
         if "ref" in model.peft_config:
             model.delete_adapter("ref")
 

@@ -36,6 +36,11 @@ _LIST = (
         "counts the elements of tensors, of which a packed byte holds two; it knows bitsandbytes' class alone",
     ),
     Patch(
+        "transformers.modeling_utils:PreTrainedModel.save_pretrained",
+        "transformers >= 5.0",
+        "writes nothing into the directory that tells people what a 4-bit model needs to load",
+    ),
+    Patch(
         "transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs",
         "transformers >= 5.0",
         "refuses a configuration of another class than the checkpoint's, and ours also reads bitsandbytes'",

@@ -16,7 +16,8 @@ def add_parser(commands: Any) -> None:
         "quantize",
         help="save a model in 4 bits",
         description="Quantizes a model to NF4 while loading it and saves it with its tokenizer. The directory loads "
-        "with AutoModelForCausalLM.from_pretrained after `import qlora_ext`, and as --model here.",
+        "with AutoModelForCausalLM.from_pretrained after `import qlora_ext`, which its config.json and README.md say, "
+        "and as --model here.",
     )
     parser.add_argument("--model", required=True, help="a model directory, a .gguf file, a hub name, or package:NAME")
     add_trust_option(parser)

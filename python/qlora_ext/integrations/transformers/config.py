@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ...form import Form
 
 METHOD = "qlora_ext"
+NEEDS = "import qlora_ext"  # what somebody who has only the saved model has to do before loading it
 FORMAT_VERSION = 1
 
 
@@ -63,6 +64,7 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise ValueError("quant_method: expected a configuration that qlora_ext saved")
         if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
             raise ValueError("format_version: this checkpoint needs a newer qlora_ext")
+        saved.pop("needs", None)
         if saved:
             raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}")
         self.quant_method = METHOD
@@ -87,6 +89,7 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         fields = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        fields["needs"] = NEEDS
         if self.compute_dtype is not None:
             fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return fields

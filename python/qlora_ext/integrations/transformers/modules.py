@@ -90,8 +90,10 @@ def form_of(model: nn.Module) -> Form | None:
     return next(iter(forms.values()), None)
 
 
-def dequantize_modules(model: Any, dtype: torch.dtype | None = None) -> Any:
+def dequantize_modules(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     """Replaces every 4-bit module of ``model`` by the dense one that it decodes to, in place."""
+    if isinstance(dtype, str):  # transformers takes it from the configuration, in which saving leaves its name
+        dtype = getattr(torch, dtype)
     if isinstance(model, Packed4bit):
         return model.to_dense(dtype)
     tables: dict[nn.Module, Any] = {}
