@@ -92,10 +92,10 @@ def form_of(model: nn.Module) -> Form | None:
 
 def dequantize_modules(model: Any, dtype: torch.dtype | str | None = None) -> Any:
     """Replaces every 4-bit module of ``model`` by the dense one that it decodes to, in place."""
-    if isinstance(dtype, str):  # transformers takes it from the configuration, in which saving leaves its name
-        dtype = getattr(torch, dtype)
+    # transformers takes it from the configuration, in which saving leaves a name.
+    wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(model, Packed4bit):
-        return model.to_dense(dtype)
+        return model.to_dense(wanted)
     tables: dict[nn.Module, Any] = {}
     # A tied head comes after its table, to be tied to the dense one.
     layers = sorted(layers_of(model), key=lambda item: isinstance(item[1], TiedLinear4bit))
@@ -109,7 +109,7 @@ def dequantize_modules(model: Any, dtype: torch.dtype | str | None = None) -> An
             dense: Any = layer.to_linear(weight=weight)
             dense.weight = weight
         else:
-            dense = tables[layer] = layer.to_dense(dtype)
+            dense = tables[layer] = layer.to_dense(wanted)
         if hook is not None:
             from accelerate.hooks import add_hook_to_module
 
