@@ -228,7 +228,15 @@ def lines(draw: random.Random, data: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("name", "mutate"),
-    [("data.jsonl", lines), ("data.txt", mutate_bytes), ("data.dict.dz", mutate_bytes), ("data.index", mutate_bytes)],
+    [
+        ("data.jsonl", lines),
+        ("data.json", mutate_json),
+        ("data.csv", mutate_bytes),
+        ("data.parquet", mutate_bytes),
+        ("data.txt", mutate_bytes),
+        ("data.dict.dz", mutate_bytes),
+        ("data.index", mutate_bytes),
+    ],
 )
 def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
     from qlora_ext.cli.data import encode, read_examples
@@ -237,6 +245,13 @@ def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -
     from qlora_ext.cli.sources import resolve
 
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (PAIR, TALK, {"text": "t"}) * 4))
+    (tmp_path / "data.json").write_text(json.dumps({"train": [PAIR, TALK] * 4, "test": [PAIR]}))
+    (tmp_path / "data.csv").write_text('prompt,completion\n"a, ""b""","c\nd"\n' + "e,f\n" * 9)
+    if name == "data.parquet":
+        pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist([TALK] * 9), tmp_path / name)
     (tmp_path / "data.txt").write_text("some text, é\n" * 40, encoding="utf-8")
     (tmp_path / "data.dict.dz").write_bytes(gzip.compress(b"term\n a definition\n" * 20))
     (tmp_path / "data.index").write_text("term\tA\tT\nterm\tT\tT\n" * 10)
