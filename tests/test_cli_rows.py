@@ -190,6 +190,7 @@ def test_finetune_tells_what_it_leaves_out(
         (["--epochs", "1", "--max-steps", "5"], "give one of them"),
         (["--epochs", "-1"], "--epochs -1"),
         (["--beta", "0"], "--beta 0"),
+        (["--beta", "0.2"], "--beta belongs to DPO"),
     ):
         assert part in refused(*arguments, *options)
     assert not (tmp_path / "run").exists()

@@ -45,7 +45,7 @@ class Settings:
 
     rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
     alpha: float = _option(32.0, "LoRA's scaling is alpha / rank", 0, 1e6, group="adapter")
-    dropout: float = _option(0.05, "LoRA dropout", 0, 1, group="adapter")
+    dropout: float = _option(0.05, "LoRA dropout (none in dpo)", 0, 1, group="adapter")
     target_modules: str = _option(
         "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
     )

@@ -53,9 +53,11 @@ def add_parser(commands: Any) -> None:
         description="Quantizes a language model to 4 bits (NF4, double quantization), trains LoRA adapters on it, and "
         "saves them as a PEFT adapter. With no options: SmolLM2-135M-Instruct on human conversations. Of data with "
         "chosen and rejected answers it learns the preference (DPO, by TRL).",
-        epilog="A run that was stopped, in whatever way, goes on from its last checkpoint with --resume (other "
-        "options need not be repeated) and ends with the same adapter, bit for bit. --overwrite replaces what "
-        "qlora-ext wrote, and nothing else.",
+        epilog='A row of --data is {"text": ...}, a pair such as {"prompt": ..., "completion": ...}, a conversation '
+        '{"messages": [{"role": ..., "content": ...}, ...]} or a preference {"prompt": ..., "chosen": ..., "rejected": '
+        "...}; docs/data.md has all forms. A run that was stopped, in whatever way, goes on from its last checkpoint "
+        "with --resume (other options need not be repeated) and ends with the same adapter, bit for bit. --overwrite "
+        "replaces what qlora-ext wrote, and nothing else.",
     )
     parser.add_argument(
         "--output", default=DEFAULT_OUTPUT, metavar="DIR", help="directory of the run (default: %(default)s)"
@@ -134,13 +136,15 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
     checkpoint = newest_checkpoint(directory) if resume else None
     examples = read_examples(settings.data, settings.split)
     run = _Run(output, settings, source, examples, resume, arguments.force, checkpoint)
-    _check_method(run)
+    _check_method(run, typed)
     _identify(run, "data", digest_of_examples(run.examples), f"--data {settings.data}")
     return run
 
 
-def _check_method(run: _Run) -> None:
+def _check_method(run: _Run, typed: dict[str, Any]) -> None:
     s = run.settings
+    if "beta" in typed and not run.preferences:
+        raise UserError("--beta belongs to DPO, and what is learnt here are answers, not preferences")
     if s.method == "dpo" and not run.preferences:
         raise UserError(f"--method dpo: expected preferences in --data {s.data}: rows with prompt, chosen and rejected")
     if run.preferences:

@@ -84,7 +84,7 @@ def _content(value: Any, place: str, name: str) -> str:
         _refuse(place, name, "a text or a list of text parts", value)
     texts = []
     for i, part in enumerate(value):
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        text = part.get("text") if isinstance(part, dict) and (part.get("type") or "text") == "text" else part
         if not isinstance(text, str):
             _refuse(place, f"{name}[{i}]", 'a part such as {"type": "text", "text": "..."}', part)
         texts.append(text)

@@ -262,7 +262,10 @@ def _csv(path: pathlib.Path, split: str) -> Rows:
         if names is None:
             names = _columns(path, fields)
         elif len(fields) != len(names):
-            raise UserError(f"{place}: expected {len(names)} fields ({excerpt(', '.join(names))}), got {len(fields)}")
+            raise UserError(
+                f"{place}: expected {len(names)} fields ({excerpt(', '.join(names))}), got {len(fields)}; a field that "
+                "holds what separates fields, or an end of line, is put in quotes"
+            )
         else:
             yield place, dict(zip(names, fields, strict=True))
 
