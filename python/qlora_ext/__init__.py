@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from . import _hooks, autograd, nn
@@ -11,12 +12,14 @@ from .nn import quantize_model
 from .weight import NF4Weight, dequantize_nf4, quantize_nf4
 
 if TYPE_CHECKING:
+    from .integrations.bitsandbytes.adoption import adopt
     from .integrations.transformers import QLoRAConfig
 
 __version__: str = build_info()["version"]
 __all__ = [
     "NF4Weight",
     "QLoRAConfig",
+    "adopt",
     "autograd",
     "build_info",
     "dequantize_nf4",
@@ -24,6 +27,7 @@ __all__ = [
     "nn",
     "quantize_model",
     "quantize_nf4",
+    "take_over_bitsandbytes",
 ]
 
 
@@ -33,6 +37,22 @@ _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.trans
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
 _hooks.after_import("torch.distributed.fsdp._fully_shard._fsdp_param", "qlora_ext.integrations.fsdp")
+_hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandbytes.adoption")
+
+
+def take_over_bitsandbytes() -> None:
+    """From here on transformers' ``BitsAndBytesConfig`` with NF4 loads our layers; FP4 and int8 stay bitsandbytes'.
+
+    One line on stderr says how many layers of a model are ours. The model keeps its configuration and
+    ``is_loaded_in_4bit``, its layers are instances of ``bnb.nn.Linear4bit``, too, and it is saved as bitsandbytes would
+    save it. The environment variable ``QLORA_EXT_TAKE_OVER=1`` has the same done as ``qlora_ext`` is imported, and the
+    command ``qlora-ext run -- COMMAND`` in programs that do not import it.
+    """
+    _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.bitsandbytes.take_over")
+
+
+if os.environ.get("QLORA_EXT_TAKE_OVER", "") not in ("", "0"):
+    take_over_bitsandbytes()
 
 
 def __getattr__(name: str) -> Any:
@@ -40,4 +60,8 @@ def __getattr__(name: str) -> Any:
         from .integrations.transformers import QLoRAConfig
 
         return QLoRAConfig
+    if name == "adopt":
+        from .integrations.bitsandbytes.adoption import adopt
+
+        return adopt
     raise AttributeError(f"module 'qlora_ext' has no attribute {name!r}")

@@ -3,11 +3,21 @@
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, is_fused_experts
 from .linear import Linear4bit
-from .model import AFTER_QUANTIZE, CONVERSIONS, is_dense, paths_to, places_in, quantize_model, tied_heads
+from .model import (
+    AFTER_QUANTIZE,
+    BEFORE_QUANTIZE,
+    CONVERSIONS,
+    is_dense,
+    paths_to,
+    places_in,
+    quantize_model,
+    tied_heads,
+)
 from .packed import SCALES, Packed4bit, layers_of, scale_names
 
 __all__ = [
     "AFTER_QUANTIZE",
+    "BEFORE_QUANTIZE",
     "CONVERSIONS",
     "SCALES",
     "Embedding4bit",

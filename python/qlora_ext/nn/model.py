@@ -15,7 +15,8 @@ from .packed import Packed4bit
 
 # The linear layers that quantize_model replaces, and by what; an integration adds those of its library.
 CONVERSIONS: dict[type[nn.Module], type[Linear4bit]] = {nn.Linear: Linear4bit}
-# Called with every model that quantize_model has quantized.
+# Called with every model that quantize_model is to quantize, and with every one that it has quantized.
+BEFORE_QUANTIZE: list[Callable[[nn.Module], None]] = []
 AFTER_QUANTIZE: list[Callable[[nn.Module], None]] = []
 
 # Where a module stands in a model: its parent, its name there, and its full name.
@@ -79,7 +80,8 @@ def quantize_model(
     """Replaces the linear layers of ``model`` by ``Linear4bit``, in place and one at a time; the experts too.
 
     That is every ``nn.Linear`` (no subclass of it), every ``Conv1D`` of transformers, and every module of fused
-    experts (``Experts4bit``). A transformers model is then one that ``save_pretrained`` saves in 4 bits.
+    experts (``Experts4bit``). Layers that bitsandbytes has quantized to NF4 become ours with the bits that they have
+    (``qlora_ext.adopt``). A transformers model is then one that ``save_pretrained`` saves in 4 bits.
 
     Args:
         model: its parameters are freed as they are quantized. A module used in several places stays shared, and one
@@ -95,7 +97,8 @@ def quantize_model(
         ``model`` (or its replacement, where ``model`` itself is such a module).
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or ``skip`` holds no names.
+        TypeError: ``model`` is no ``nn.Module``, or ``skip`` holds no names. ValueError: bitsandbytes has quantized
+            layers to int8 or FP4.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -105,6 +108,8 @@ def quantize_model(
     if not all(isinstance(name, str) for name in skip):
         raise TypeError(f"skip: expected names of modules, got {skip!r}")
     options |= {"block_size": block_size, "double_quant": double_quant}
+    for prepare in BEFORE_QUANTIZE:
+        prepare(model)
 
     def skipped(name: str) -> bool:
         return any(f".{path}".endswith(f".{s}") for path in paths_to(name) for s in skip)

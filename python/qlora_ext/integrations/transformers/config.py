@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,12 +16,59 @@ NEEDS = "import qlora_ext"  # what somebody who has only the saved model has to 
 FORMAT_VERSION = 1
 
 
-def _dtype_named(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def _dtype_named(name: str, dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"compute_dtype: expected a floating torch dtype or its name, got {dtype!r}")
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{name}: expected a torch dtype or its name, got {reprlib.repr(dtype)}")
     return dtype
+
+
+def _compute_dtype_named(name: str, dtype: str | torch.dtype | None) -> torch.dtype | None:
+    dtype = _dtype_named(name, dtype)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"{name}: expected a floating torch dtype or its name, got {dtype!r}")
+    return dtype
+
+
+# Arguments of transformers' BitsAndBytesConfig that say the same as ours.
+_SAME = {
+    "bnb_4bit_use_double_quant": "double_quant",
+    "bnb_4bit_compute_dtype": "compute_dtype",
+    "llm_int8_skip_modules": "skip_modules",
+}
+# Those that ask for something else where they have another value than this, and why that is not here.
+_REFUSED = {
+    "load_in_4bit": (True, "QLoRAConfig quantizes to 4 bits; leave it out, and the model dense"),
+    "load_in_8bit": (False, "LLM.int8() is not supported; use transformers' BitsAndBytesConfig for it"),
+    "bnb_4bit_quant_type": ("nf4", "NF4 is the 4-bit format here"),
+    "llm_int8_enable_fp32_cpu_offload": (False, "layers on the CPU are 4-bit, too; name those to keep in skip_modules"),
+}
+# Those that are about LLM.int8(), which bitsandbytes' 4-bit layers pass by as well.
+_WITHOUT_EFFECT = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
+
+
+def _take_bitsandbytes(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Takes BitsAndBytesConfig's arguments out of ``arguments``, and returns what they say by the names of ours.
+
+    Raises:
+        ValueError: one asks for what is not here; the text names it.
+    """
+    if str(arguments.get("quant_method", METHOD)) == "bitsandbytes":  # all fields of such a configuration
+        for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
+            arguments.pop(name, None)
+    for name, (expected, why) in _REFUSED.items():
+        found = arguments.pop(name, expected)
+        if found != expected:
+            raise ValueError(f"{name}: expected {expected!r}, got {reprlib.repr(found)}: {why}")
+    for name in _WITHOUT_EFFECT:
+        arguments.pop(name, None)
+    # The bytes of a packed weight are always stored as bytes: FSDP2, for which others pose as floats, shards them.
+    _dtype_named("bnb_4bit_quant_storage", arguments.pop("bnb_4bit_quant_storage", None))
+    ours = {_SAME[name]: arguments.pop(name) for name in _SAME if name in arguments}
+    if "compute_dtype" in ours:
+        ours["compute_dtype"] = _compute_dtype_named("bnb_4bit_compute_dtype", ours["compute_dtype"])
+    return ours
 
 
 class QLoRAConfig(QuantizationConfigMixin):
@@ -39,8 +86,14 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
 
+    What is typed for transformers' ``BitsAndBytesConfig`` is understood: ``bnb_4bit_use_double_quant``,
+    ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` are ``double_quant``, ``compute_dtype`` and
+    ``skip_modules``; ``load_in_4bit=True``, ``bnb_4bit_quant_type="nf4"``, ``bnb_4bit_quant_storage`` and what is about
+    LLM.int8() alone change nothing. What is left out is as said above, not as there.
+
     Raises:
-        ValueError: an argument is not of the kind or outside of the bounds given here. TypeError: there is no such one.
+        ValueError: an argument is not of the kind or outside of the bounds given here, or asks for what is not here
+            (int8, FP4). TypeError: there is no such one.
     """
 
     def __init__(
@@ -53,6 +106,10 @@ class QLoRAConfig(QuantizationConfigMixin):
         embeddings: bool = False,
         **saved: Any,
     ) -> None:
+        theirs = _take_bitsandbytes(saved)
+        double_quant = theirs.get("double_quant", double_quant)
+        compute_dtype = theirs.get("compute_dtype", compute_dtype)
+        skip_modules = theirs.get("skip_modules", skip_modules)
         Form(torch.float32, block_size, double_quant, nested_block_size)  # the block sizes are checked
         for name, flag in (("double_quant", double_quant), ("embeddings", embeddings)):
             if not isinstance(flag, bool):
@@ -72,7 +129,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.block_size = block_size
         self.double_quant = double_quant
         self.nested_block_size = nested_block_size
-        self.compute_dtype = _dtype_named(compute_dtype)
+        self.compute_dtype = _compute_dtype_named("compute_dtype", compute_dtype)
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.embeddings = embeddings
 
@@ -98,28 +155,33 @@ class QLoRAConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     @classmethod
-    def from_bitsandbytes(cls, saved: dict[str, Any]) -> QLoRAConfig:
-        """The configuration that reads a checkpoint which bitsandbytes quantized, from its ``quantization_config``.
+    def from_bitsandbytes(cls, config: Mapping[str, Any] | QuantizationConfigMixin) -> QLoRAConfig:
+        """The configuration that quantizes as transformers' ``BitsAndBytesConfig`` does, and reads what that has saved.
+
+        Args:
+            config: the ``BitsAndBytesConfig``, or its fields, as in the ``config.json`` of a checkpoint.
 
         Raises:
-            ValueError: an int8 or FP4 checkpoint, which has no NF4 weights.
+            ValueError: int8 or FP4. TypeError: no such configuration.
         """
-        if saved.get("load_in_8bit") or not saved.get("load_in_4bit", True):
+        if isinstance(config, QuantizationConfigMixin):
+            config = config.to_dict()
+        if not isinstance(config, Mapping) or config.get("quant_method", "bitsandbytes") != "bitsandbytes":
+            raise TypeError(f"config: expected a BitsAndBytesConfig or its fields, got {reprlib.repr(config)}")
+        if config.get("load_in_8bit") or not config.get("load_in_4bit", True):
             raise ValueError("quantization_config: expected a bitsandbytes NF4 checkpoint, got int8 (LLM.int8())")
-        kind = saved.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
+        kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
         if kind != "nf4":
             shown = str(kind).upper()[:20]
             raise ValueError(f"quantization_config: expected a bitsandbytes NF4 checkpoint, got {shown}")
-        storage = getattr(torch, str(saved.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch."), None)
-        if not isinstance(storage, torch.dtype):
-            found = reprlib.repr(saved["bnb_4bit_quant_storage"])
-            raise ValueError(f"quantization_config: expected a torch dtype as bnb_4bit_quant_storage, got {found}")
-        config = cls(
-            double_quant=bool(saved.get("bnb_4bit_use_double_quant", False)),
-            skip_modules=saved.get("llm_int8_skip_modules"),
+        storage = _dtype_named("bnb_4bit_quant_storage", config.get("bnb_4bit_quant_storage"))
+        ours = cls(
+            double_quant=bool(config.get("bnb_4bit_use_double_quant", False)),
+            compute_dtype=config.get("bnb_4bit_compute_dtype"),
+            skip_modules=config.get("llm_int8_skip_modules"),
         )
-        config._bitsandbytes_storage = storage
-        return config
+        ours._bitsandbytes_storage = storage or torch.uint8
+        return ours
 
-    # The dtype that the packed bytes pose as in the checkpoint, where bitsandbytes wrote it.
+    # The dtype that the packed bytes pose as where bitsandbytes wrote the checkpoint; None: it wrote none.
     _bitsandbytes_storage: torch.dtype | None = None

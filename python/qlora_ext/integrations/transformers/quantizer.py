@@ -55,7 +55,9 @@ class QLoRAQuantizer(HfQuantizer):
         self.mapped_files = MappedFiles([])  # of the checkpoint that is being loaded
         self.not_finite: dict[str, str] = {}  # weights with NaN or infinity, and where
         self.conversions: list[Any] | None = None  # of names and weights, for a model that is dense again
-        self.bitsandbytes_storage = quantization_config._bitsandbytes_storage
+        self.qlora_config = quantization_config
+        # Of the packed bytes in the checkpoint, where bitsandbytes wrote it.
+        self.bitsandbytes_storage = quantization_config._bitsandbytes_storage if self.pre_quantized else None
         quantization_config._bitsandbytes_storage = None  # what is saved from here on is ours
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
@@ -82,27 +84,40 @@ class QLoRAQuantizer(HfQuantizer):
         size: float = super().param_element_size(model, param_name, param)
         return size
 
+    @property
+    def follows_bitsandbytes(self) -> bool:
+        """Whether just those layers are 4-bit that are so with bitsandbytes."""
+        return self.bitsandbytes_storage is not None
+
     def _to_convert(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The modules that are to be 4-bit, with their names, but for tied heads, which go with their tables."""
-        config = self.quantization_config
+        config = self.qlora_config
         fp32: list[str] = [*(getattr(model, "_keep_in_fp32_modules", None) or [])]
         skipped = {*self.get_modules_to_not_convert(model, config.skip_modules, fp32), *_tied_modules(model)}
+        if self.follows_bitsandbytes:
+            yield from self._linear_layers(model, sorted(skipped))
+            return
         kept_tables = {*(config.skip_modules or []), *fp32}
         heads = tied_heads(model, _tied_names(model)) if config.embeddings else {}
-        from_bitsandbytes = self.bitsandbytes_storage is not None  # where linear layers alone are 4-bit
         for name, module in list(model.named_modules()):
             if type(module) is nn.Embedding:
-                patterns = kept_tables if module in heads and not from_bitsandbytes else None
-            elif type(module) in CONVERSIONS or (is_fused_experts(module) and not from_bitsandbytes):
+                patterns = kept_tables if module in heads else None
+            elif type(module) in CONVERSIONS or is_fused_experts(module):
                 patterns = skipped
             else:
                 continue
             if patterns is not None and all(should_convert_module(path, sorted(patterns)) for path in paths_to(name)):
                 yield name, module
 
+    def _linear_layers(self, model: nn.Module, skipped: list[str]) -> Iterator[tuple[str, nn.Module]]:
+        """The layers that bitsandbytes would make 4-bit, found as transformers finds them for it."""
+        for name, module in list(model.named_modules()):
+            if type(module) in CONVERSIONS and should_convert_module(name, skipped):
+                yield name, module
+
     def _empty(self, module: nn.Module, model_dtype: torch.dtype) -> Packed4bit:
         """The 4-bit module that is to take ``module``'s place, on the meta device."""
-        options: dict[str, Any] = {"device": "meta", **vars(self.quantization_config.form(model_dtype))}
+        options: dict[str, Any] = {"device": "meta", **vars(self.qlora_config.form(model_dtype))}
         if isinstance(module, nn.Embedding):
             return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
         cls = CONVERSIONS.get(type(module))
@@ -165,13 +180,11 @@ class QLoRAQuantizer(HfQuantizer):
         for _, layer in layers_of(model):
             layer.freeze_packed()  # transformers takes every floating parameter for a trainable one
         if self.bitsandbytes_storage is not None:
-            # The model is saved in our format from now on: bitsandbytes' keys are not to be written again.
-            conversions = getattr(model, "_weight_conversions", None) or []
-            model._weight_conversions = [c for c in conversions if not _loads_bitsandbytes(c)]
-            self.quantization_config.skip_modules = dense_names(model, embeddings=False)
-            self.quantization_config.embeddings = False
+            forget_bitsandbytes_keys(model)
+            self.qlora_config.skip_modules = dense_names(model, embeddings=False)
+            self.qlora_config.embeddings = False
         self.keep_experts_whole(model)
-        self.quantization_config.record(form_of(model))
+        self.qlora_config.record(form_of(model))
         return model
 
     def keep_experts_whole(self, model: Any) -> None:
@@ -181,7 +194,9 @@ class QLoRAQuantizer(HfQuantizer):
         if names:
             model._weight_conversions = whole_experts(model, self.conversions, names)
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        if isinstance(dtype, str):  # as which save_pretrained leaves that of the configuration
+            dtype = getattr(torch, dtype)
         model = dequantize_modules(model, dtype)
         model._weight_conversions = self.conversions
         return model
@@ -198,10 +213,15 @@ class QLoRAQuantizer(HfQuantizer):
         return True
 
 
-def _loads_bitsandbytes(conversion: Any) -> bool:
-    from .loading import LoadBitsandbytes
+def forget_bitsandbytes_keys(model: Any) -> None:
+    """Has ``save_pretrained`` take the model's state as it is, where loading put it together of bitsandbytes' keys."""
 
-    return any(isinstance(op, LoadBitsandbytes) for op in getattr(conversion, "operations", ()))
+    def reads_them(conversion: Any) -> bool:
+        return "weight.quant_map" in getattr(conversion, "source_patterns", ())
+
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is not None:
+        model._weight_conversions = [c for c in conversions if not reads_them(c)]
 
 
 def attach(model: Any) -> None:

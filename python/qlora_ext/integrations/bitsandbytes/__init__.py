@@ -1,0 +1,22 @@
+"""bitsandbytes: its layers and models run by our operators, and saved in its own form.
+
+``qlora_ext.adopt`` takes over the layers of a model that is loaded, ``qlora_ext.take_over_bitsandbytes`` has
+``BitsAndBytesConfig`` load ours, and ``save_pretrained`` writes one of our models as bitsandbytes would.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .saving import save_pretrained
+
+__all__ = ["save_pretrained"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "save_pretrained":  # needs transformers, as models of plain torch do not
+        from .saving import save_pretrained
+
+        return save_pretrained
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,224 @@
+"""``adopt``: the layers of a model that bitsandbytes has quantized become ours, in place and without a copy."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...nn import BEFORE_QUANTIZE, CONVERSIONS, Linear4bit
+from ...weight import NF4Weight, quantize_nf4
+
+
+@dataclasses.dataclass(frozen=True)
+class Adoption:
+    """What ``adopt`` has done: the names of the layers that are ours now, and of those that were left, and why."""
+
+    adopted: tuple[str, ...]
+    left: dict[str, str]
+
+    def __str__(self) -> str:
+        reasons: dict[str, int] = {}
+        for why in self.left.values():
+            reasons[why] = reasons.get(why, 0) + 1
+        left = "".join(f"; {count} left: {why}" for why, count in reasons.items())
+        return f"{len(self.adopted)} layers of bitsandbytes adopted{left}"
+
+
+def adopt(model: nn.Module) -> Adoption:
+    """Makes every ``bnb.nn.Linear4bit`` of a model a layer of ours, in place and without a copy.
+
+    The layers stay the modules that they are, with their hooks, names and adapters: packed weight and scales are the
+    memory that bitsandbytes allocated, biases and adapters the same parameters, so that an optimizer made before stays
+    valid. A LoRA layer of PEFT over such a layer becomes the one that runs fused. A model of transformers keeps its
+    configuration and ``is_loaded_in_4bit``, and is saved as bitsandbytes would save it.
+
+    A weight that bitsandbytes has not quantized yet (it does so as a layer is moved) is quantized, to the same bits.
+    One that it has repacked for inference on a CPU is packed back, by its own code and with a copy; the scales have
+    lost precision to bfloat16 then, which nothing gives back.
+
+    Args:
+        model: any module; itself a layer, too.
+
+    Returns:
+        What was adopted, and what was left as it is: int8, FP4, another code, layers without their weights (on the meta
+        device), with an adapter merged into them, under another method of PEFT than LoRA, or of a class of their own.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``. ValueError: FSDP has sharded it; nothing is changed then.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    adopted: list[str] = []
+    left: dict[str, str] = {}
+    if "bitsandbytes" not in sys.modules:
+        return Adoption((), left)
+    theirs = dict(_their_layers(model))
+    for name, layer in theirs.items():
+        _refuse_sharded(name, layer)
+    adapters = _adapters_over(model)
+    for name, layer in theirs.items():
+        try:
+            lora = _lora_over(adapters.get(layer, []))
+            _adopt_layer(layer)
+        except ValueError as error:
+            left[name] = str(error)
+            continue
+        for adapter in lora:
+            _adopt_lora(adapter)
+        adopted.append(name)
+    if adopted and "transformers" in sys.modules:
+        from .quantizer import keep_format
+
+        keep_format(model)
+    return Adoption(tuple(adopted), left)
+
+
+def _their_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The quantized linear layers of bitsandbytes in ``model`` that are not ours already, with their names."""
+    import bitsandbytes as bnb
+
+    for name, module in model.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt) and not isinstance(module, Linear4bit):
+            yield name, module
+
+
+def _refuse_sharded(name: str, layer: nn.Module) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is None or hasattr(weight, "full_tensor"):
+        raise ValueError(f"{name}: expected a whole weight, got one that FSDP has sharded; adopt the model before that")
+
+
+def _unpacked_for_cpu(data: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """A weight as it was before bitsandbytes repacked it for inference on a CPU, by its own inverse."""
+    from bitsandbytes import functional
+
+    scales, was_nested = state.absmax, state.original_nested
+    data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+    if not was_nested:  # the inverse leaves these transposed, and in bfloat16
+        state.absmax = scales.T.reshape(-1).float()
+    return data, state
+
+
+def _weight_of(layer: Any) -> NF4Weight:
+    """The weight of a layer of bitsandbytes, in the same memory.
+
+    Raises:
+        ValueError: why it is none of ours.
+    """
+    import bitsandbytes as bnb
+
+    if isinstance(layer, bnb.nn.Linear8bitLt):
+        raise ValueError("int8 (LLM.int8())")
+    if type(layer).forward is not bnb.nn.Linear4bit.forward:
+        raise ValueError(f"{type(layer).__name__}, whose forward is its own")
+    data: Tensor = layer.weight.detach().as_subclass(torch.Tensor)
+    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
+    kind = getattr(layer.weight if state is None else state, "quant_type", None)
+    if kind != "nf4":
+        raise ValueError(f"{str(kind).upper()}, not NF4")
+    if data.is_meta:
+        raise ValueError("its weight is not here: offloaded, or not loaded yet")
+    if state is None:
+        if layer.weight.bnb_quantized:
+            raise ValueError("its quant_state is lost")
+        w4 = quantize_nf4(data, layer.weight.blocksize, layer.weight.compress_statistics)
+    else:
+        if getattr(state, "packing_format_for_cpu", False):
+            data, state = _unpacked_for_cpu(data, state)
+        tensors = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+        w4 = NF4Weight.from_bitsandbytes({"weight": data, **tensors}, "weight")
+        if state.nested:
+            w4 = dataclasses.replace(w4, nested_offset=state.offset.reshape(()).float())
+    if tuple(w4.shape) != (layer.out_features, layer.in_features):
+        raise ValueError(f"its weight is {list(w4.shape)}, not {[layer.out_features, layer.in_features]}")
+    return w4
+
+
+@contextlib.contextmanager
+def _without_hook(module: Any) -> Iterator[None]:
+    """Takes off the hook of accelerate, which holds on to the forward of a class, while a module changes its class."""
+    hook = getattr(module, "_hf_hook", None)
+    if hook is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    vars(module).pop("forward", None)
+    yield
+    add_hook_to_module(module, hook)
+
+
+def _adopt_layer(layer: Any) -> None:
+    from .layers import ADOPTED
+
+    source = getattr(layer, "source_cls", nn.Linear)
+    if source is not nn.Linear:
+        from . import conv1d as conv1d
+    w4, compute_dtype = _weight_of(layer), layer.compute_dtype
+    with _without_hook(layer):
+        layer.__class__ = ADOPTED[CONVERSIONS[source]]
+        layer.become(w4, compute_dtype)
+
+
+def _adapters_over(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
+    """The layers of PEFT in ``model``, by the layer that they stand over."""
+    over: dict[nn.Module, list[nn.Module]] = {}
+    if "peft" in sys.modules:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                over.setdefault(module.get_base_layer(), []).append(module)
+    return over
+
+
+def _lora_over(adapters: list[Any]) -> list[Any]:
+    """Those adapters, if all are PEFT's LoRA for bitsandbytes' 4-bit layers, and in use.
+
+    Raises:
+        ValueError: why a layer under one of them cannot be ours.
+    """
+    if not adapters:
+        return adapters
+    from peft.tuners.lora.bnb import Linear4bit as TheirLora
+
+    for adapter in adapters:
+        if type(adapter) is not TheirLora:
+            method = type(adapter).__module__.split(".")[-2]
+            raise ValueError(f"under PEFT's {method}, which takes bitsandbytes' layers; adopt the model before that")
+        if adapter.merged:
+            raise ValueError("an adapter is merged into it; unmerge it first")
+    return adapters
+
+
+def _adopt_lora(adapter: Any) -> None:
+    from ..peft.linear import LoraLinear4bit
+
+    with _without_hook(adapter):
+        adapter.__class__ = LoraLinear4bit
+        adapter.fan_in_fan_out = adapter.is_target_conv_1d_layer = False
+
+
+def _adopt_all(model: nn.Module) -> None:
+    """Before ``quantize_model``, which would pass these layers by.
+
+    Raises:
+        ValueError: some cannot be ours; the model would be saved as what it is not.
+    """
+    adoption = adopt(model)
+    if adoption.left:
+        name, why = next(iter(adoption.left.items()))
+        raise ValueError(
+            f"model: expected dense layers, or NF4 ones of bitsandbytes; {len(adoption.left)} are of bitsandbytes and "
+            f"cannot be ours, such as {name} ({why})"
+        )
+
+
+BEFORE_QUANTIZE.append(_adopt_all)

@@ -1,0 +1,134 @@
+"""``BitsandbytesQuantizer``: transformers sees bitsandbytes' configuration and files, and our layers compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import is_bitsandbytes_available
+
+from ...nn import CONVERSIONS, SCALES, Linear4bit, TiedLinear4bit, layers_of
+from ..transformers import QLoRAConfig, QLoRAQuantizer, attach
+from ..transformers.quantizer import forget_bitsandbytes_keys
+
+
+def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
+    """The configuration by which transformers knows which layers of a 4-bit model are so, and how they compute.
+
+    Raises:
+        ValueError: their compute dtypes are not one.
+    """
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    compute_dtypes = {str(layer.compute_dtype).removeprefix("torch.") for layer in layers}
+    if len(compute_dtypes) != 1:
+        raise ValueError(f"model: expected 4-bit layers of one compute dtype, got {sorted(compute_dtypes)}")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=layers[0].double_quant,
+        bnb_4bit_compute_dtype=compute_dtypes.pop(),
+        llm_int8_skip_modules=[name for name, m in model.named_modules() if type(m) in CONVERSIONS],
+    )
+
+
+def bitsandbytes_state(model: nn.Module, storage: torch.dtype) -> dict[str, Tensor]:
+    """The state of a 4-bit model as bitsandbytes would have it.
+
+    Args:
+        storage: the dtype that packed bytes pose as, as in ``bnb_4bit_quant_storage``.
+
+    Raises:
+        ValueError: a 4-bit layer of a kind that bitsandbytes lacks, or a number of bytes that makes no whole elements.
+    """
+    state: dict[str, Tensor] = model.state_dict()
+    for name, layer in layers_of(model):
+        if not isinstance(layer, Linear4bit) or isinstance(layer, TiedLinear4bit):
+            raise ValueError(
+                f"{name}: expected 4-bit linear layers, which bitsandbytes has; got {type(layer).__name__}"
+            )
+        for key in ("weight", *SCALES):
+            state.pop(f"{name}.{key}", None)
+        tensors = layer.weight4bit.to_bitsandbytes(f"{name}.weight")
+        packed = tensors[f"{name}.weight"]
+        if packed.numel() % storage.itemsize:
+            raise ValueError(f"{name}: expected whole elements of {storage}, got {packed.numel()} bytes")
+        state |= tensors | {f"{name}.weight": packed.reshape(-1).view(storage).reshape(-1, 1)}
+    return state
+
+
+class BitsandbytesQuantizer(QLoRAQuantizer):
+    """Loads layers of ours where ``BitsAndBytesConfig`` with NF4 asks for bitsandbytes', and no others.
+
+    The model keeps that configuration, ``is_loaded_in_4bit`` and, saved, bitsandbytes' form: it loads without us, too.
+    """
+
+    quantization_config: Any  # BitsAndBytesConfig
+
+    def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
+        super().__init__(QLoRAConfig.from_bitsandbytes(quantization_config), **kwargs)
+        self.quantization_config = quantization_config
+
+    @property
+    def follows_bitsandbytes(self) -> bool:
+        return True
+
+    def update_device_map(self, device_map: Any) -> Any:
+        device_map = super().update_device_map(device_map)
+        return {"": "cpu"} if device_map is None else device_map
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model = super()._process_model_after_weight_loading(model, **kwargs)
+        stand_in_all(model)
+        return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        return bitsandbytes_state(model, self.quantization_config.bnb_4bit_quant_storage), {}
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
+        model = super()._dequantize(model, dtype)
+        if is_bitsandbytes_available():
+            model = _dequantize_theirs(model, self.quantization_config, dtype)
+        model.is_loaded_in_4bit = False
+        return model
+
+
+def stand_in_all(model: Any) -> None:
+    """Makes the 4-bit layers of ``model`` and itself look like bitsandbytes', where that is installed."""
+    if not is_bitsandbytes_available():
+        return
+    from . import conv1d as conv1d
+    from .layers import stand_in
+
+    for _, layer in layers_of(model):
+        assert isinstance(layer, Linear4bit)
+        stand_in(layer)
+    model.is_loaded_in_4bit = True
+
+
+def _dequantize_theirs(model: Any, config: BitsAndBytesConfig, dtype: torch.dtype | str | None) -> Any:
+    """Decodes the layers that were left to bitsandbytes, if there are any."""
+    import bitsandbytes as bnb
+    from transformers.integrations import dequantize_and_replace
+
+    if not any(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()):
+        return model
+    return dequantize_and_replace(model, quantization_config=config, dtype=dtype)
+
+
+def keep_format(model: nn.Module) -> None:
+    """Has the models of transformers in ``model``, whose layers were adopted, saved as bitsandbytes would save them."""
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel) or module in inside:
+            continue
+        inside.update(module.modules())
+        config = getattr(module.config, "quantization_config", None)
+        if isinstance(config, BitsAndBytesConfig):
+            forget_bitsandbytes_keys(module)
+            quantizer = BitsandbytesQuantizer(config)
+            quantizer.keep_experts_whole(module)
+            module.hf_quantizer = quantizer
+        else:  # not loaded by transformers, which could not have saved it
+            attach(module)
