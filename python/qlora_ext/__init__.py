@@ -48,7 +48,7 @@ def take_over_bitsandbytes() -> None:
     save it. The environment variable ``QLORA_EXT_TAKE_OVER=1`` has the same done as ``qlora_ext`` is imported, and the
     command ``qlora-ext run -- COMMAND`` in programs that do not import it.
     """
-    _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.bitsandbytes.take_over")
+    _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.bitsandbytes.take_over")
 
 
 if os.environ.get("QLORA_EXT_TAKE_OVER", "") not in ("", "0"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Any
 
 import torch
@@ -81,6 +83,9 @@ class BitsandbytesQuantizer(QLoRAQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
         stand_in_all(model)
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes on a machine one speaks for all
+            count = sum(1 for _ in layers_of(model))
+            print(f"qlora_ext: {count} linear layers in NF4 in the place of bitsandbytes'", file=sys.stderr, flush=True)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -23,7 +23,9 @@ def hidden_parameters(model: nn.Module, embeddings: bool = True) -> int:
             continue  # no weight of its own
         counted = embeddings or not isinstance(module, Embedding4bit)
         for name, shape in module.packed_shapes.items():
-            hidden -= getattr(module, scale_names(name)["absmax"]).numel()
+            absmax = module._parameters.get(scale_names(name)["absmax"])
+            if absmax is not None:  # where bitsandbytes is taken over, it is a buffer
+                hidden -= absmax.numel()
             if counted:
                 hidden += math.prod(shape) - getattr(module, name).numel()
     return hidden
