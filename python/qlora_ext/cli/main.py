@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from .._outside import excerpt, printable
-from .commands import adapters, chat, finetune, generate, info, merge, plan, quantize
+from .commands import adapters, chat, finetune, generate, info, merge, plan, quantize, run
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
@@ -72,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"`qlora-ext COMMAND --help` explains a command. {_TRACEBACK}=1 shows where an error arose.",
     )
     parser.add_argument("--version", action="version", version=f"qlora_ext {__version__}")
+    parser.set_defaults(quiet=True)  # but for "run", whose program speaks for itself
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (finetune, generate, chat, quantize, merge, adapters, plan, info):
+    for command in (finetune, generate, chat, quantize, merge, adapters, plan, run, info):
         command.add_parser(commands)
     return parser
 
@@ -110,11 +111,11 @@ def _tell(error: Exception) -> tuple[int, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The entry point. Returns 0; 2 for what a user can mend, told in one sentence on stderr; 130 after Ctrl-C."""
     try:
-        with _quiet_libraries():
-            parser = _parser()
-            arguments = parser.parse_args(argv)
-            if not hasattr(arguments, "run"):
-                parser.error("expected a command")
+        parser = _parser()
+        arguments = parser.parse_args(argv)
+        if not hasattr(arguments, "run"):
+            parser.error("expected a command")
+        with _quiet_libraries() if arguments.quiet else contextlib.nullcontext():
             status: int = arguments.run(arguments)
             return status
     except KeyboardInterrupt as stop:

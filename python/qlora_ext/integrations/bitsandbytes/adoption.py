@@ -118,15 +118,16 @@ def _weight_of(layer: Any) -> NF4Weight:
     if type(layer).forward is not bnb.nn.Linear4bit.forward:
         raise ValueError(f"{type(layer).__name__}, whose forward is its own")
     data: Tensor = layer.weight.detach().as_subclass(torch.Tensor)
-    state = getattr(layer.weight, "quant_state", None) or layer.quant_state
-    kind = getattr(layer.weight if state is None else state, "quant_type", None)
+    is_quantized = getattr(layer.weight, "bnb_quantized", True)  # a parameter that has lost its class, too
+    state = getattr(layer.weight, "quant_state", None) or (layer.quant_state if is_quantized else None)
+    if state is None and is_quantized:
+        raise ValueError("its quant_state is lost")
+    kind = layer.weight.quant_type if state is None else state.quant_type
     if kind != "nf4":
         raise ValueError(f"{str(kind).upper()}, not NF4")
     if data.is_meta:
         raise ValueError("its weight is not here: offloaded, or not loaded yet")
     if state is None:
-        if layer.weight.bnb_quantized:
-            raise ValueError("its quant_state is lost")
         w4 = quantize_nf4(data, layer.weight.blocksize, layer.weight.compress_statistics)
     else:
         if getattr(state, "packing_format_for_cpu", False):

@@ -195,9 +195,8 @@ class QLoRAQuantizer(HfQuantizer):
             model._weight_conversions = whole_experts(model, self.conversions, names)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        if isinstance(dtype, str):  # as which save_pretrained leaves that of the configuration
-            dtype = getattr(torch, dtype)
-        model = dequantize_modules(model, dtype)
+        # save_pretrained leaves the dtype of a model's configuration, which comes here, as a name.
+        model = dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
         model._weight_conversions = self.conversions
         return model
 
@@ -232,6 +231,10 @@ def attach(model: Any) -> None:
         return
     embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
+    form = form_of(model)
+    config.record(form)
+    if form is not None and str(form.compute_dtype) != f"torch.{model.config.dtype}".replace("torch.torch.", "torch."):
+        config.compute_dtype = form.compute_dtype
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
     quantizer.keep_experts_whole(model)
     model.hf_quantizer = quantizer
@@ -239,7 +242,6 @@ def attach(model: Any) -> None:
     model.quantization_method = METHOD
     model.config.quantization_config = config
     model.config._is_quantized = True
-    config.record(form_of(model))
 
 
 @extend("transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs")

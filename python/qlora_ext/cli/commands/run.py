@@ -1,0 +1,42 @@
+"""``qlora-ext run``: any program, in which bitsandbytes' NF4 layers are ours."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import shutil
+import sys
+from typing import Any
+
+from ..errors import UserError
+
+_LAUNCHER = pathlib.Path(__file__).parents[1] / "launcher"
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "run",
+        help="run a program that uses bitsandbytes, unedited, on these kernels",
+        description="Runs COMMAND with its arguments. In every Python that it starts, transformers' BitsAndBytesConfig "
+        "with NF4 loads the layers of qlora_ext, as after qlora_ext.take_over_bitsandbytes(); FP4 and int8 stay "
+        "bitsandbytes'. A line on stderr says how many layers of a model it was.",
+        epilog="Examples: qlora-ext run -- python train.py; qlora-ext run -- trl sft --load_in_4bit ...",
+        usage="qlora-ext run [-h] -- COMMAND ...",
+    )
+    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program and its arguments")
+    parser.set_defaults(run=run, quiet=False)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Becomes the program; see the module's text. Returns only where it cannot."""
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise UserError("expected a command behind --, as in: qlora-ext run -- python train.py")
+    program = shutil.which(command[0])
+    if program is None:
+        raise UserError(f"{command[0]}: there is no such program")
+    paths = [str(_LAUNCHER), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "QLORA_EXT_TAKE_OVER": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    sys.stdout.flush()
+    os.execve(program, command, environment)
