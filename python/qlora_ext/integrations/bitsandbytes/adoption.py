@@ -38,7 +38,7 @@ def adopt(model: nn.Module) -> Adoption:
     valid. A LoRA layer of PEFT over such a layer becomes the one that runs fused. A model of transformers keeps its
     configuration and ``is_loaded_in_4bit``, and is saved as bitsandbytes would save it.
 
-    A weight that bitsandbytes has not quantized yet (it does so as a layer is moved) is quantized, to the same bits.
+    A weight that bitsandbytes has not quantized yet (it does so as a layer is moved) is quantized, to the same codes.
     One that it has repacked for inference on a CPU is packed back, by its own code and with a copy; the scales have
     lost precision to bfloat16 then, which nothing gives back.
 

@@ -54,7 +54,7 @@ def _take_bitsandbytes(arguments: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: one asks for what is not here; the text names it.
     """
-    if str(arguments.get("quant_method", METHOD)) == "bitsandbytes":  # all fields of such a configuration
+    if arguments.get("quant_method") == "bitsandbytes":  # all fields of such a configuration
         for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
             arguments.pop(name, None)
     for name, (expected, why) in _REFUSED.items():

@@ -233,7 +233,8 @@ def attach(model: Any) -> None:
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
     form = form_of(model)
     config.record(form)
-    if form is not None and str(form.compute_dtype) != f"torch.{model.config.dtype}".replace("torch.torch.", "torch."):
+    model_dtype = str(model.config.dtype).removeprefix("torch.")
+    if form is not None and str(form.compute_dtype) != f"torch.{model_dtype}":
         config.compute_dtype = form.compute_dtype
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
     quantizer.keep_experts_whole(model)
