@@ -91,7 +91,7 @@ def test_a_layer_keeps_its_memory_and_its_bits(compress_statistics: bool, storag
 
     adoption = qlora_ext.adopt(layer)
     assert (adoption.adopted, adoption.left) == (("",), {})
-    assert str(adoption) == "1 layers of bitsandbytes adopted"
+    assert str(adoption) == "layers adopted: 1; left to bitsandbytes: 0"
     assert isinstance(layer, Linear4bit)
     assert isinstance(layer, bnb.nn.Linear4bit)
     assert layer.bias is bias
@@ -103,7 +103,7 @@ def test_a_layer_keeps_its_memory_and_its_bits(compress_statistics: bool, storag
     assert error(layer(x), y) < 1e-6
     assert error(torch.autograd.grad(layer(x).sum(), x)[0], dx) < 3e-3  # theirs decodes to bfloat16 here
     assert set(dict(layer.named_parameters())) == {"weight", "bias"}
-    assert str(qlora_ext.adopt(layer)) == "0 layers of bitsandbytes adopted"
+    assert str(qlora_ext.adopt(layer)) == "layers adopted: 0; left to bitsandbytes: 0"
 
 
 @pytest.mark.parametrize(("n", "k"), [(5, 7), (1, 3), (3, 128)])
@@ -191,7 +191,7 @@ def test_what_cannot_be_ours_is_left_and_counted() -> None:
     for name, reason in reasons.items():
         assert reason in adoption.left[name]
         assert (type(model[name]), model[name].weight) == before[name]
-    assert str(adoption).startswith("1 layers of bitsandbytes adopted; 1 left: FP4, not NF4; 1 left: int8")
+    assert str(adoption).startswith("layers adopted: 1; left to bitsandbytes: 1 (FP4, not NF4), 1 (int8 ")
 
 
 def test_a_sharded_model_is_refused_untouched() -> None:

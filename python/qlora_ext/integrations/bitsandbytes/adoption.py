@@ -26,8 +26,8 @@ class Adoption:
         reasons: dict[str, int] = {}
         for why in self.left.values():
             reasons[why] = reasons.get(why, 0) + 1
-        left = "".join(f"; {count} left: {why}" for why, count in reasons.items())
-        return f"{len(self.adopted)} layers of bitsandbytes adopted{left}"
+        left = ", ".join(f"{count} ({why})" for why, count in reasons.items())
+        return f"layers adopted: {len(self.adopted)}; left to bitsandbytes: {left or 0}"
 
 
 def adopt(model: nn.Module) -> Adoption:
@@ -159,12 +159,13 @@ def _without_hook(module: Any) -> Iterator[None]:
 def _adopt_layer(layer: Any) -> None:
     from .layers import ADOPTED
 
-    source = getattr(layer, "source_cls", nn.Linear)
-    if source is not nn.Linear:
+    dense: type[nn.Module] = getattr(layer, "source_cls", nn.Linear)  # transformers notes it, for it may be a Conv1D
+    if not issubclass(dense, nn.Linear):
         from . import conv1d as conv1d
+    ours = next(cls for kind, cls in CONVERSIONS.items() if issubclass(dense, kind))
     w4, compute_dtype = _weight_of(layer), layer.compute_dtype
     with _without_hook(layer):
-        layer.__class__ = ADOPTED[CONVERSIONS[source]]
+        layer.__class__ = ADOPTED[ours]
         layer.become(w4, compute_dtype)
 
 

@@ -74,7 +74,8 @@ def _get_nb_trainable_parameters(original: Any, self: Any) -> tuple[int, int]:
 def _prepare_model_for_kbit_training(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     model = original(model, *args, **kwargs)
     # PEFT turns gradient checkpointing on for the kinds of 4-bit model that it knows.
-    if is_4bit(model) and (args[0] if args else kwargs.get("use_gradient_checkpointing", True)):
+    known = getattr(model, "is_loaded_in_4bit", False)
+    if is_4bit(model) and not known and (args[0] if args else kwargs.get("use_gradient_checkpointing", True)):
         options = (args[1] if len(args) > 1 else kwargs.get("gradient_checkpointing_kwargs")) or {}
         if options.get("use_reentrant", True):
             model.enable_input_require_grads()
