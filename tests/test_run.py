@@ -174,8 +174,8 @@ tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 tokenizer.pad_token = tokenizer.eos_token
 cfg = DictDefault(
     base_model=sys.argv[1], base_model_config=sys.argv[1], tokenizer_config=sys.argv[1], model_config_type="llama",
-    is_llama_derived_model=True, load_in_4bit=True, adapter="qlora", lora_r=4, lora_alpha=8, lora_target_linear=True,
-    sequence_len=64, torch_dtype=torch.bfloat16, bf16=True, device="cpu", device_map="cpu", context_parallel_size=1,
+    is_llama_derived_model=True, load_in_4bit=True, adapter="qlora", lora_r=4, lora_alpha=8, lora_dropout=0.0,
+    lora_target_linear=True, sequence_len=64, torch_dtype=torch.bfloat16, bf16=True, device="cpu", device_map="cpu", context_parallel_size=1,
     tensor_parallel_size=1, attn_implementation="sdpa",
 )
 model, _ = ModelLoader(cfg, tokenizer).load()
