@@ -68,6 +68,7 @@ print(sorted({type(m).__module__ + "." + type(m).__name__ for m in again.modules
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    variables.pop("TOKENIZERS_PARALLELISM", None)  # which commands that ran in this process have set
     return subprocess.run(
         [*COMMAND, *map(str, command)], capture_output=True, text=True, env=variables, timeout=600, check=False
     )
@@ -175,7 +176,8 @@ tokenizer.pad_token = tokenizer.eos_token
 cfg = DictDefault(
     base_model=sys.argv[1], base_model_config=sys.argv[1], tokenizer_config=sys.argv[1], model_config_type="llama",
     is_llama_derived_model=True, load_in_4bit=True, adapter="qlora", lora_r=4, lora_alpha=8, lora_dropout=0.0,
-    lora_target_linear=True, sequence_len=64, torch_dtype=torch.bfloat16, bf16=True, device="cpu", device_map="cpu", context_parallel_size=1,
+    lora_target_linear=True, sequence_len=64,
+    torch_dtype=torch.bfloat16, bf16=True, device="cpu", device_map="cpu", context_parallel_size=1,
     tensor_parallel_size=1, attn_implementation="sdpa",
 )
 model, _ = ModelLoader(cfg, tokenizer).load()
