@@ -90,10 +90,3 @@ def test_from_bitsandbytes_refuses_what_is_no_nf4() -> None:
     for other in (None, "nf4", QLoRAConfig(), {"quant_method": "gptq"}):
         with pytest.raises(TypeError, match="config: expected a BitsAndBytesConfig or its fields"):
             QLoRAConfig.from_bitsandbytes(other)
-
-
-def test_a_saved_4bit_model_is_dequantized_after_it_was_saved(tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=QLoRAConfig())
-    model.save_pretrained(tmp_path / "4bit")  # leaves the dtype of the configuration as a name
-    assert model.dequantize().model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16

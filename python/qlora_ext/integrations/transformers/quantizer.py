@@ -195,8 +195,7 @@ class QLoRAQuantizer(HfQuantizer):
             model._weight_conversions = whole_experts(model, self.conversions, names)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        # save_pretrained leaves the dtype of a model's configuration, which comes here, as a name.
-        model = dequantize_modules(model, getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+        model = dequantize_modules(model, dtype)
         model._weight_conversions = self.conversions
         return model
 
