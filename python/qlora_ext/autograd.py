@@ -95,6 +95,7 @@ class LinearNF4Function(torch.autograd.Function):
         if torch.is_autocast_enabled(device_type):  # what is saved must have the dtype that dy will have
             args = (*autocast_linear_nf4_args(device_type, args),)
         a, needs = LINEAR_NF4(*args), LINEAR_NF4(*ctx.needs_input_grad)
+        y: Tensor
         x = h = None
         if needs.lora_a or needs.lora_b:
             x = a.x

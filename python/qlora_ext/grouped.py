@@ -60,6 +60,7 @@ class _GroupedLinearNF4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         a, needs = _GROUPED(*args), _GROUPED(*ctx.needs_input_grad)
+        y: Tensor
         x = h = None
         if needs.lora_a or needs.lora_b:
             x = a.x
