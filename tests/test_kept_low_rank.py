@@ -32,8 +32,8 @@ def dx_args(s: LinearSample, dy: Tensor) -> tuple:
 
 @every_device
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [0, 1, 5, 16, 40])
-@pytest.mark.parametrize("m", [1, 3, 16, 33, 200, (2, 150)])
+@pytest.mark.parametrize("rank", [1, 16, 40])
+@pytest.mark.parametrize("m", [1, 16, 33, (2, 70)])
 @pytest.mark.parametrize(("n", "k"), [(48, 128), (31, 37)])
 def test_what_is_kept_is_right_and_changes_nothing(n, k, m, rank: int, dtype: torch.dtype, device: str) -> None:
     s = linear_sample(m, n, k, rank, dtype, device, dropout_p=0.3)
@@ -42,9 +42,8 @@ def test_what_is_kept_is_right_and_changes_nothing(n, k, m, rank: int, dtype: to
     dx, g = OPS.linear_nf4_dx_with_g(*dx_args(s, dy))
     assert (h.shape, g.shape) == ((*s.x.shape[:-1], rank), (*s.x.shape[:-1], rank))
     assert h.dtype == g.dtype == dtype
-    if rank:
-        assert_accurate(h, expected_h(s))
-        assert_accurate(g, expected_g(s, dy))
+    assert_accurate(h, expected_h(s))
+    assert_accurate(g, expected_g(s, dy))
     assert_accurate(y, s.forward_accuracy())
     assert torch.equal(dx, OPS.linear_nf4_dx(*dx_args(s, dy)))
     # Up to 16 tokens CUDA does not round h where it keeps none.
@@ -54,8 +53,8 @@ def test_what_is_kept_is_right_and_changes_nothing(n, k, m, rank: int, dtype: to
 
 @every_device
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [0, 1, 5, 16, 40])
-@pytest.mark.parametrize("m", [3, 70, 200, 1300])
+@pytest.mark.parametrize("rank", [1, 16, 40])
+@pytest.mark.parametrize("m", [3, 70, 1300])  # CUDA shares out the sums over more than 1024 tokens
 @pytest.mark.parametrize(("n", "k"), [(48, 128), (31, 37)])
 def test_the_gradients_of_adapters_with_what_is_kept(n, k, m, rank: int, dtype: torch.dtype, device: str) -> None:
     """The same bits as without; but for CPU kernels for few tokens, which sum h and g in another order."""
@@ -73,13 +72,17 @@ def test_the_gradients_of_adapters_with_what_is_kept(n, k, m, rank: int, dtype: 
 
 
 @every_device
-@pytest.mark.parametrize(("n", "k"), [(0, 64), (48, 0)])
-def test_what_nothing_is_computed_for_is_zeros(n: int, k: int, device: str) -> None:
-    s = linear_sample(3, n, k, 2, device=device)
+@pytest.mark.parametrize(("m", "n", "k", "rank"), [(0, 48, 64, 2), (3, 0, 64, 2), (3, 48, 0, 2), (3, 48, 64, 0)])
+def test_what_nothing_is_computed_for_is_zeros(m: int, n: int, k: int, rank: int, device: str) -> None:
+    s = linear_sample(m, n, k, rank, device=device)
     y, h = OPS.linear_nf4_with_h(*s.args)
     _, g = OPS.linear_nf4_dx_with_g(*dx_args(s, y))
     da, db = OPS.linear_nf4_dlora(y, s.x, *s.lora_args, h=h, g=g)
-    assert not any(t.any() for t in (h, g, da, db))
+    assert (h.shape, g.shape, da.shape, db.shape) == ((m, rank), (m, rank), (rank, k), (n, rank))
+    if m == 0 or n == 0:
+        assert not h.any()
+    if m == 0 or k == 0:
+        assert not g.any()
 
 
 @every_device
