@@ -179,15 +179,16 @@ std::string library_choice(const Problem& problem, const cuda::Device& device) {
   return cuda::describe(cuda::Kernel::kLibrary, {{"panel", cuda::library_panel(problem, device)}});
 }
 
-Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
-                  OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
-                  OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
-                  int64_t seed, OptionalTensor seed_tensor) {
+template <bool kWithH>
+auto linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
+                OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
+                int64_t seed, OptionalTensor seed_tensor) {
   const Tensor aligned = on_16_bytes(packed);
   const LinearCall call(on_16_bytes(x), {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
                         out_features, bias, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed,
-                        seed_tensor);
-  if (call.is_empty()) return call.y;
+                        seed_tensor, kWithH);
+  if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
   const auto& p = call.problem;
   if (library_is_ahead(p, on.device())) {
@@ -197,18 +198,19 @@ Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, O
     print_choice("linear_nf4", p, on.device(), cuda::linear_nf4_choice);
     check_launch("linear_nf4", cuda::launch_linear_nf4(p, on.device(), on.allocator(), on.stream()));
   }
-  return call.y;
+  return checks::results<kWithH>(call.y, call.h);
 }
 
-Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
-                     OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
-                     OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                     OptionalTensor seed_tensor) {
+template <bool kWithG>
+auto linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                   OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
+                   OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                   OptionalTensor seed_tensor) {
   const Tensor aligned = on_16_bytes(packed);
   const LinearDxCall call(on_16_bytes(dy),
                           {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, in_features,
-                          on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor);
-  if (call.is_empty()) return call.dx;
+                          on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor, kWithG);
+  if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
   const auto& p = call.problem;
   if (library_is_ahead(p, on.device())) {
@@ -219,14 +221,14 @@ Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
     print_choice("linear_nf4_dx", p, on.device(), cuda::linear_nf4_dx_choice);
     check_launch("linear_nf4_dx", cuda::launch_linear_nf4_dx(p, on.device(), on.allocator(), on.stream()));
   }
-  return call.dx;
+  return checks::results<kWithG>(call.dx, call.g);
 }
 
 std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
                                             const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
-                                            OptionalTensor seed_tensor) {
+                                            OptionalTensor seed_tensor, OptionalTensor h, OptionalTensor g) {
   const LoraGradCall call(on_16_bytes(dy), on_16_bytes(x), on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p,
-                          seed, seed_tensor);
+                          seed, seed_tensor, on_16_bytes(h), on_16_bytes(g));
   if (call.is_empty()) return {call.da, call.db};
   OnDevice on(dy);
   if (call.problem.m > 0) print_choice("linear_nf4_dlora", call.problem, on.device(), cuda::linear_nf4_dlora_choice);
@@ -235,45 +237,47 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, c
   return {call.da, call.db};
 }
 
-Tensor grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
-                          OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
-                          int64_t nested_block_size, int64_t out_features, OptionalTensor bias, OptionalTensor lora_a,
-                          OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                          OptionalTensor seed_tensor) {
+template <bool kWithH>
+auto grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
+                        OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
+                        int64_t nested_block_size, int64_t out_features, OptionalTensor bias, OptionalTensor lora_a,
+                        OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                        OptionalTensor seed_tensor) {
   const Tensor aligned = on_16_bytes(packed);
   const GroupedLinearCall call(
       on_16_bytes(x), offsets, {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-      out_features, bias, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor);
-  if (call.is_empty()) return call.y;
+      out_features, bias, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor, kWithH);
+  if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
   print_choice("grouped_linear_nf4", call.problem, on.device(), cuda::grouped_linear_nf4_choice);
   check_launch("grouped_linear_nf4",
                cuda::launch_grouped_linear_nf4(call.problem, on.device(), on.allocator(), on.stream()));
-  return call.y;
+  return checks::results<kWithH>(call.y, call.h);
 }
 
-Tensor grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
-                             OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
-                             int64_t nested_block_size, int64_t in_features, OptionalTensor lora_a,
-                             OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                             OptionalTensor seed_tensor) {
+template <bool kWithG>
+auto grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
+                           OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
+                           int64_t nested_block_size, int64_t in_features, OptionalTensor lora_a, OptionalTensor lora_b,
+                           double scaling, double dropout_p, int64_t seed, OptionalTensor seed_tensor) {
   const Tensor aligned = on_16_bytes(packed);
   const GroupedLinearDxCall call(
       on_16_bytes(dy), offsets, {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-      in_features, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor);
-  if (call.is_empty()) return call.dx;
+      in_features, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor, kWithG);
+  if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
   print_choice("grouped_linear_nf4_dx", call.problem, on.device(), cuda::grouped_linear_nf4_dx_choice);
   check_launch("grouped_linear_nf4_dx",
                cuda::launch_grouped_linear_nf4_dx(call.problem, on.device(), on.allocator(), on.stream()));
-  return call.dx;
+  return checks::results<kWithG>(call.dx, call.g);
 }
 
 std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& offsets,
                                                     const Tensor& lora_a, const Tensor& lora_b, double scaling,
-                                                    double dropout_p, int64_t seed, OptionalTensor seed_tensor) {
+                                                    double dropout_p, int64_t seed, OptionalTensor seed_tensor,
+                                                    OptionalTensor h, OptionalTensor g) {
   const GroupedLoraGradCall call(on_16_bytes(dy), on_16_bytes(x), offsets, on_16_bytes(lora_a), on_16_bytes(lora_b),
-                                 scaling, dropout_p, seed, seed_tensor);
+                                 scaling, dropout_p, seed, seed_tensor, on_16_bytes(h), on_16_bytes(g));
   if (call.is_empty()) return {call.da, call.db};
   OnDevice on(call.x);
   print_choice("grouped_linear_nf4_dlora", call.problem, on.device(), cuda::grouped_linear_nf4_dlora_choice);
@@ -290,10 +294,14 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
   m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
   m.impl("dequantize_nf4", QLORA_BOX(&qlora::dequantize_nf4));
-  m.impl("linear_nf4", QLORA_BOX(&qlora::linear_nf4));
-  m.impl("linear_nf4_dx", QLORA_BOX(&qlora::linear_nf4_dx));
+  m.impl("linear_nf4", QLORA_BOX(&qlora::linear_nf4<false>));
+  m.impl("linear_nf4_with_h", QLORA_BOX(&qlora::linear_nf4<true>));
+  m.impl("linear_nf4_dx", QLORA_BOX(&qlora::linear_nf4_dx<false>));
+  m.impl("linear_nf4_dx_with_g", QLORA_BOX(&qlora::linear_nf4_dx<true>));
   m.impl("linear_nf4_dlora", QLORA_BOX(&qlora::linear_nf4_dlora));
-  m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4));
-  m.impl("grouped_linear_nf4_dx", QLORA_BOX(&qlora::grouped_linear_nf4_dx));
+  m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4<false>));
+  m.impl("grouped_linear_nf4_with_h", QLORA_BOX(&qlora::grouped_linear_nf4<true>));
+  m.impl("grouped_linear_nf4_dx", QLORA_BOX(&qlora::grouped_linear_nf4_dx<false>));
+  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX(&qlora::grouped_linear_nf4_dx<true>));
   m.impl("grouped_linear_nf4_dlora", QLORA_BOX(&qlora::grouped_linear_nf4_dlora));
 }

@@ -93,6 +93,11 @@ def test_each_byte_is_read_once_a_tile(forward: Launch, dx: Launch) -> None:
     assert dx.bytes_read <= 1.05 * (256 * 64 * 2 + packed + 128 * (32 + 32))
 
 
+def test_outputs_are_written_in_whole_sectors(launches: list[Launch]) -> None:
+    for launch, (m, n, k) in zip(launches, FORWARD + DX, strict=True):
+        assert launch["global_sectors_written"] * 32 == 2 * m * (k if "dx" in launch["kernel"] else n)
+
+
 def test_products(forward: Launch, dx: Launch) -> None:
     assert forward["mma_flops"] == 2 * 128 * 128 * 64
     assert dx["mma_flops"] == 2 * 256 * 128 * 64

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import pathlib
-import shutil
-import subprocess
+from typing import Any
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+from host_programs import needs_compiler, printed_by
+
+pytestmark = needs_compiler
 
 PROGRAM = r"""
 #include <cstdio>
@@ -40,15 +38,8 @@ int main() {
 
 
 @pytest.fixture(scope="module")
-def chosen(tmp_path_factory: pytest.TempPathFactory) -> list:
-    folder = tmp_path_factory.mktemp("tuning")
-    (folder / "print.cpp").write_text(PROGRAM)
-    program = folder / "print"
-    subprocess.run(
-        ["g++", "-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}", folder / "print.cpp", "-o", program],
-        check=True,
-    )
-    return json.loads(subprocess.run([program], check=True, capture_output=True, text=True).stdout)
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return printed_by(PROGRAM, tmp_path_factory.mktemp("tuning"))
 
 
 def ceil(a: int, b: int) -> int:

@@ -22,17 +22,22 @@ def op_calls(device: str) -> dict[str, tuple]:
     codes = OPS.quantize_absmax(absmax, 256)
     dy = torch.randn(2, 3, 48, device=device)
     g = grouped_sample([2, 0, 3], device=device, dropout_p=0.3)
+    h, h_of_experts = torch.randn(2, 3, 4, device=device), torch.randn(len(g.x), 4, device=device)
     return {
         "quantize_nf4": (w, 64),
         "quantize_absmax": (absmax, 256),
         "dequantize_absmax": (*codes, 256),
         "dequantize_nf4": (*s.w4.packed_args(), [48, 64], torch.bfloat16),
         "linear_nf4": (*s.args, seed),
+        "linear_nf4_with_h": (*s.args, seed),
         "linear_nf4_dx": (dy, *s.w4.packed_args(), 64, *s.lora_args, seed),
-        "linear_nf4_dlora": (dy, s.x, *s.lora_args, seed),
+        "linear_nf4_dx_with_g": (dy, *s.w4.packed_args(), 64, *s.lora_args, seed),
+        "linear_nf4_dlora": (dy, s.x, *s.lora_args, seed, h, h),
         "grouped_linear_nf4": (g.x, g.offsets, *g.packed, g.n, g.bias, *g.lora_args, seed),
+        "grouped_linear_nf4_with_h": (g.x, g.offsets, *g.packed, g.n, g.bias, *g.lora_args, seed),
         "grouped_linear_nf4_dx": (g.dy(), g.offsets, *g.packed, g.k, *g.lora_args, seed),
-        "grouped_linear_nf4_dlora": (g.dy(), g.x, g.offsets, *g.lora_args, seed),
+        "grouped_linear_nf4_dx_with_g": (g.dy(), g.offsets, *g.packed, g.k, *g.lora_args, seed),
+        "grouped_linear_nf4_dlora": (g.dy(), g.x, g.offsets, *g.lora_args, seed, h_of_experts, h_of_experts),
     }
 
 
@@ -73,7 +78,11 @@ def test_schemas_are_those_of_the_design() -> None:
         "-> Tensor",
         "dequantize_nf4": f"({packed}, SymInt[] shape, ScalarType dtype) -> Tensor",
         "linear_nf4": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}) -> Tensor",
+        "linear_nf4_with_h": f"(Tensor x, {packed}, SymInt out_features, Tensor? bias, {lora}) -> (Tensor y, Tensor h)",
         "linear_nf4_dx": f"(Tensor dy, {packed}, SymInt in_features, {lora}) -> Tensor",
+        "linear_nf4_dx_with_g": f"(Tensor dy, {packed}, SymInt in_features, {lora}) -> (Tensor dx, Tensor g)",
+        "linear_nf4_dlora": f"(Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, {seed}, "
+        "Tensor? h=None, Tensor? g=None) -> (Tensor da, Tensor db)",
         "grouped_linear_nf4": f"(Tensor x, {grouped}, SymInt out_features, Tensor? bias, {defaults}) -> Tensor",
         "grouped_linear_nf4_dx": f"(Tensor dy, {grouped}, SymInt in_features, {defaults}) -> Tensor",
     }
@@ -185,6 +194,11 @@ BAD = [
     ("linear_nf4_dx", "dy", torch.zeros(3, 47), "out_features. is 47"),
     ("linear_nf4_dx", "in_features", 65, "in_features = 65"),
     ("linear_nf4_dlora", "x", torch.zeros(5, 64), "leading dimensions of x"),
+    ("linear_nf4_dlora", "h", torch.zeros(5, 4), r"expected 6 rows of the rank, 4, got shape \[5, 4\]"),
+    ("linear_nf4_dlora", "g", torch.zeros(2, 3, 5), r"expected 6 rows of the rank, 4, got shape \[2, 3, 5\]"),
+    ("linear_nf4_dlora", "g", torch.zeros(()), "at least one dimension"),
+    ("linear_nf4_dlora", "h", torch.zeros(2, 3, 4, dtype=torch.float16), "dtype of x .Float., got Half"),
+    ("linear_nf4_with_h", "lora_a", None, "expected with lora_b, got None"),
 ]
 
 

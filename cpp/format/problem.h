@@ -48,6 +48,7 @@ struct LinearProblem {
   const void* bias = nullptr;  // [n] or null
   Lora lora;
   void* y = nullptr;
+  void* h = nullptr;  // [m, r], for the backward; null: not wanted
 };
 
 // dx = dy · w + dropout_mask ∘ (g · a), g = round(scaling · dy · b)
@@ -58,15 +59,18 @@ struct LinearDxProblem {
   Weight w;
   Lora lora;
   void* dx = nullptr;  // [m, k]
+  void* g = nullptr;   // [m, r], for the adapters' gradients; null: not wanted
 };
 
-// da = gᵀ · dropout(x) [r, k], db = dyᵀ · h [n, r], with g and h as above, recomputed
+// da = gᵀ · dropout(x) [r, k], db = dyᵀ · h [n, r], with g and h as above, computed here where they are null
 struct LoraGradProblem {
   DType dtype = DType::kFloat32;
   int64_t m = 0, n = 0, k = 0;
   const void* x = nullptr;
   const void* dy = nullptr;
   Lora lora;
+  const void* h = nullptr;  // [m, r]
+  const void* g = nullptr;  // [m, r]
   void* da = nullptr;
   void* db = nullptr;
 };

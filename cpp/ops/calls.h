@@ -17,13 +17,13 @@ inline void check_packed_fits(const Tensor& packed, const char* name, int64_t gi
 }
 
 struct LinearCall {
-  Tensor x, bias, y;
+  Tensor x, bias, y, h;
   checks::LoraArgs lora;
   LinearProblem problem;
 
   LinearCall(const Tensor& x_arg, const checks::PackedArgs& packed, int64_t out_features,
              const OptionalTensor& bias_arg, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
-             double dropout_p, int64_t seed, const OptionalTensor& seed_tensor) {
+             double dropout_p, int64_t seed, const OptionalTensor& seed_tensor, bool keeps_h) {
     problem.dtype = checks::compute_dtype("x", x_arg);
     int64_t k = 0;
     problem.m = checks::rows_of("x", x_arg, &k);
@@ -40,6 +40,7 @@ struct LinearCall {
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
     y = empty(x_arg, checks::with_last(x_arg, "out_features", out_features), x_arg.scalar_type());
     problem.y = y.mutable_data_ptr();
+    if (keeps_h) problem.h = checks::kept_low_rank(x_arg, lora_a, problem.lora.rank, is_empty(), &h);
   }
 
   // Nothing to compute, however large the other sizes of an empty x are.
@@ -47,13 +48,13 @@ struct LinearCall {
 };
 
 struct LinearDxCall {
-  Tensor dy, dx;
+  Tensor dy, dx, g;
   checks::LoraArgs lora;
   LinearDxProblem problem;
 
   LinearDxCall(const Tensor& dy_arg, const checks::PackedArgs& packed, int64_t in_features,
                const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling, double dropout_p,
-               int64_t seed, const OptionalTensor& seed_tensor) {
+               int64_t seed, const OptionalTensor& seed_tensor, bool keeps_g) {
     problem.dtype = checks::compute_dtype("dy", dy_arg);
     int64_t n = 0;
     problem.m = checks::rows_of("dy", dy_arg, &n);
@@ -65,18 +66,20 @@ struct LinearDxCall {
     problem.dy = checks::operand("dy", dy_arg, "dy", dy_arg, &dy);
     dx = empty(dy_arg, checks::with_last(dy_arg, "in_features", in_features), dy_arg.scalar_type());
     problem.dx = dx.mutable_data_ptr();
+    if (keeps_g) problem.g = checks::kept_low_rank(dy_arg, lora_a, problem.lora.rank, is_empty(), &g);
   }
 
   bool is_empty() const { return problem.m == 0 || problem.w.k == 0; }
 };
 
 struct LoraGradCall {
-  Tensor x, dy, da, db;
+  Tensor x, dy, h, g, da, db;
   checks::LoraArgs lora;
   LoraGradProblem problem;
 
   LoraGradCall(const Tensor& dy_arg, const Tensor& x_arg, const Tensor& lora_a, const Tensor& lora_b, double scaling,
-               double dropout_p, int64_t seed, const OptionalTensor& seed_tensor) {
+               double dropout_p, int64_t seed, const OptionalTensor& seed_tensor, const OptionalTensor& h_arg,
+               const OptionalTensor& g_arg) {
     problem.dtype = checks::compute_dtype("x", x_arg);
     problem.m = checks::rows_of("x", x_arg, &problem.k);
     const int64_t dy_rows = checks::rows_of("dy", dy_arg, &problem.n);
@@ -91,6 +94,8 @@ struct LoraGradCall {
     problem.lora = lora.lora;
     problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
     problem.dy = checks::operand("dy", dy_arg, "x", x_arg, &dy);
+    problem.h = checks::given_low_rank("h", h_arg, problem.lora.rank, x_arg, problem.m, &h);
+    problem.g = checks::given_low_rank("g", g_arg, problem.lora.rank, x_arg, problem.m, &g);
     da = empty(x_arg, {problem.lora.rank, problem.k}, x_arg.scalar_type());
     db = empty(x_arg, {problem.n, problem.lora.rank}, x_arg.scalar_type());
     problem.da = da.mutable_data_ptr();

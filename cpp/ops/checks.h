@@ -6,6 +6,7 @@
 #include <limits>
 #include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpp/format/problem.h"
@@ -300,6 +301,37 @@ inline std::vector<int64_t> with_last(const Tensor& x, const char* name, int64_t
   shape.push_back(last);
   for (const int64_t size : shape) count.times(size);
   return shape;
+}
+
+// h or g of x or dy [.., last], to be written by the kernels that make them: [.., rank]. `empty_call`: there are none
+// that run, and what nobody will multiply by is zeros.
+inline void* kept_low_rank(const Tensor& like, const OptionalTensor& lora_a, int64_t rank, bool empty_call,
+                           Tensor* keep) {
+  require(lora_a.has_value(), "lora_a: expected a tensor, got None");
+  *keep = empty(like, with_last(like, "lora_a", rank), like.scalar_type());
+  if (empty_call) stable::zero_(*keep);
+  return keep->mutable_data_ptr();
+}
+
+// The same as an operand, for the m tokens of x; null if it is not given.
+inline const void* given_low_rank(const char* name, const OptionalTensor& t, int64_t rank, const Tensor& x, int64_t m,
+                                  Tensor* keep) {
+  if (!t) return nullptr;
+  is_given(name, *t);
+  int64_t last = 0;
+  const int64_t rows = rows_of(name, *t, &last);
+  require(rows == m && last == rank, name, ": expected ", m, " rows of the rank, ", rank, ", got shape ",
+          shape_text(*t));
+  return operand(name, *t, "x", x, keep);
+}
+
+// What an operator returns: one tensor, or with the one that is kept two.
+template <bool kBoth>
+auto results(const Tensor& out, const Tensor& kept) {
+  if constexpr (kBoth)
+    return std::tuple(out, kept);
+  else
+    return out;
 }
 
 // The shape of w's codes: [..., K/2] so that dim 0 can be sharded; flat where the last dimension is odd.

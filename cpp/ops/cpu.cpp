@@ -55,30 +55,32 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor
   return out;
 }
 
-Tensor linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
-                  OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
-                  OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
-                  int64_t seed, OptionalTensor seed_tensor) {
+template <bool kWithH>
+auto linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
+                OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
+                int64_t seed, OptionalTensor seed_tensor) {
   const LinearCall call(x, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, out_features,
-                        bias, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+                        bias, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, kWithH);
   if (!call.is_empty()) cpu::linear_nf4(pool(), call.problem);
-  return call.y;
+  return checks::results<kWithH>(call.y, call.h);
 }
 
-Tensor linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
-                     OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
-                     OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                     OptionalTensor seed_tensor) {
+template <bool kWithG>
+auto linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
+                   OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
+                   OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                   OptionalTensor seed_tensor) {
   const LinearDxCall call(dy, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-                          in_features, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+                          in_features, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, kWithG);
   if (!call.is_empty()) cpu::linear_nf4_dx(pool(), call.problem);
-  return call.dx;
+  return checks::results<kWithG>(call.dx, call.g);
 }
 
 std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
                                             const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
-                                            OptionalTensor seed_tensor) {
-  const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+                                            OptionalTensor seed_tensor, OptionalTensor h, OptionalTensor g) {
+  const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, h, g);
   if (!call.is_empty()) cpu::linear_nf4_dlora(pool(), call.problem);
   return {call.da, call.db};
 }
@@ -91,7 +93,9 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
   m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
   m.impl("dequantize_nf4", QLORA_BOX(&qlora::dequantize_nf4));
-  m.impl("linear_nf4", QLORA_BOX(&qlora::linear_nf4));
-  m.impl("linear_nf4_dx", QLORA_BOX(&qlora::linear_nf4_dx));
+  m.impl("linear_nf4", QLORA_BOX(&qlora::linear_nf4<false>));
+  m.impl("linear_nf4_with_h", QLORA_BOX(&qlora::linear_nf4<true>));
+  m.impl("linear_nf4_dx", QLORA_BOX(&qlora::linear_nf4_dx<false>));
+  m.impl("linear_nf4_dx_with_g", QLORA_BOX(&qlora::linear_nf4_dx<true>));
   m.impl("linear_nf4_dlora", QLORA_BOX(&qlora::linear_nf4_dlora));
 }

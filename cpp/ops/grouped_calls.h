@@ -83,14 +83,14 @@ inline LoraArgs stacked_lora(const OptionalTensor& a, const OptionalTensor& b, i
 }  // namespace checks
 
 struct GroupedLinearCall {
-  Tensor x, offsets, bias, y;
+  Tensor x, offsets, bias, y, h;
   checks::LoraArgs lora;
   Grouped<LinearProblem> problem;
 
   GroupedLinearCall(const Tensor& x_arg, const Tensor& offsets_arg, const checks::PackedArgs& packed,
                     int64_t out_features, const OptionalTensor& bias_arg, const OptionalTensor& lora_a,
                     const OptionalTensor& lora_b, double scaling, double dropout_p, int64_t seed,
-                    const OptionalTensor& seed_tensor) {
+                    const OptionalTensor& seed_tensor, bool keeps_h) {
     LinearProblem& p = problem.stack;
     p.dtype = checks::compute_dtype("x", x_arg);
     checks::has_shape("x", x_arg, {checks::kAnySize, checks::kAnySize});
@@ -109,19 +109,20 @@ struct GroupedLinearCall {
     p.x = checks::operand("x", x_arg, "x", x_arg, &x);
     y = empty(x_arg, checks::with_last(x_arg, "out_features", out_features), x_arg.scalar_type());
     p.y = y.mutable_data_ptr();
+    if (keeps_h) p.h = checks::kept_low_rank(x_arg, lora_a, p.lora.rank, is_empty(), &h);
   }
 
   bool is_empty() const { return problem.stack.m == 0 || problem.stack.w.n == 0; }
 };
 
 struct GroupedLinearDxCall {
-  Tensor dy, offsets, dx;
+  Tensor dy, offsets, dx, g;
   checks::LoraArgs lora;
   Grouped<LinearDxProblem> problem;
 
   GroupedLinearDxCall(const Tensor& dy_arg, const Tensor& offsets_arg, const checks::PackedArgs& packed,
                       int64_t in_features, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
-                      double dropout_p, int64_t seed, const OptionalTensor& seed_tensor) {
+                      double dropout_p, int64_t seed, const OptionalTensor& seed_tensor, bool keeps_g) {
     LinearDxProblem& p = problem.stack;
     p.dtype = checks::compute_dtype("dy", dy_arg);
     checks::has_shape("dy", dy_arg, {checks::kAnySize, checks::kAnySize});
@@ -136,19 +137,20 @@ struct GroupedLinearDxCall {
     p.dy = checks::operand("dy", dy_arg, "dy", dy_arg, &dy);
     dx = empty(dy_arg, checks::with_last(dy_arg, "in_features", in_features), dy_arg.scalar_type());
     p.dx = dx.mutable_data_ptr();
+    if (keeps_g) p.g = checks::kept_low_rank(dy_arg, lora_a, p.lora.rank, is_empty(), &g);
   }
 
   bool is_empty() const { return problem.stack.m == 0 || problem.stack.w.k == 0; }
 };
 
 struct GroupedLoraGradCall {
-  Tensor x, dy, offsets, da, db;
+  Tensor x, dy, offsets, h, g, da, db;
   checks::LoraArgs lora;
   Grouped<LoraGradProblem> problem;
 
   GroupedLoraGradCall(const Tensor& dy_arg, const Tensor& x_arg, const Tensor& offsets_arg, const Tensor& lora_a,
                       const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
-                      const OptionalTensor& seed_tensor) {
+                      const OptionalTensor& seed_tensor, const OptionalTensor& h_arg, const OptionalTensor& g_arg) {
     LoraGradProblem& p = problem.stack;
     p.dtype = checks::compute_dtype("x", x_arg);
     checks::has_shape("x", x_arg, {checks::kAnySize, checks::kAnySize});
@@ -164,6 +166,8 @@ struct GroupedLoraGradCall {
     p.lora = lora.lora;
     p.x = checks::operand("x", x_arg, "x", x_arg, &x);
     p.dy = checks::operand("dy", dy_arg, "x", x_arg, &dy);
+    p.h = checks::given_low_rank("h", h_arg, p.lora.rank, x_arg, p.m, &h);
+    p.g = checks::given_low_rank("g", g_arg, p.lora.rank, x_arg, p.m, &g);
     da = empty(x_arg, {problem.experts, p.lora.rank, p.k}, x_arg.scalar_type());
     db = empty(x_arg, {problem.experts, p.n, p.lora.rank}, x_arg.scalar_type());
     p.da = da.mutable_data_ptr();

@@ -56,6 +56,7 @@ LinearProblem problem_of(const LinearProblem& stack, const Part& part) {
   p.bias = at(stack.bias, part.expert * n * bytes);
   p.lora = lora_of(stack.lora, part, n, k, bytes);
   p.y = at(stack.y, part.begin * n * bytes);
+  p.h = at(stack.h, part.begin * p.lora.rank * bytes);
   return p;
 }
 
@@ -67,6 +68,7 @@ LinearDxProblem problem_of(const LinearDxProblem& stack, const Part& part) {
   p.w = weight_of(stack.w, part.expert);
   p.lora = lora_of(stack.lora, part, n, k, bytes);
   p.dx = at(stack.dx, part.begin * k * bytes);
+  p.g = at(stack.g, part.begin * p.lora.rank * bytes);
   return p;
 }
 
@@ -77,6 +79,8 @@ LoraGradProblem problem_of(const LoraGradProblem& stack, const Part& part) {
   p.x = at(stack.x, part.begin * k * bytes);
   p.dy = at(stack.dy, part.begin * n * bytes);
   p.lora = lora_of(stack.lora, part, n, k, bytes);
+  p.h = at(stack.h, part.begin * r * bytes);
+  p.g = at(stack.g, part.begin * r * bytes);
   p.da = at(stack.da, part.expert * r * k * bytes);
   p.db = at(stack.db, part.expert * n * r * bytes);
   return p;
@@ -106,10 +110,13 @@ void run(const std::vector<Part>& parts, const Problem& stack, void (*kernel)(co
   threads(threads.threads, 1, body);
 }
 
-// For an output [m, columns] whose rows belong to experts: those that have any, after zeros for the rows of nobody.
-std::vector<Part> with_rows(std::vector<Part> parts, void* out, int64_t m, int64_t row_bytes) {
+// Zeros for the rows of nobody of an output, which may be null.
+void clear_rows_of_nobody(const std::vector<Part>& parts, void* out, int64_t m, int64_t row_bytes) {
   const int64_t end = parts.empty() ? 0 : parts.back().end;
-  if (end < m) std::memset(at(out, end * row_bytes), 0, (m - end) * row_bytes);
+  if (out && end < m) std::memset(at(out, end * row_bytes), 0, (m - end) * row_bytes);
+}
+
+std::vector<Part> with_rows(std::vector<Part> parts) {
   std::erase_if(parts, [](const Part& part) { return part.begin == part.end; });
   return parts;
 }
@@ -130,11 +137,12 @@ void are_dense_on_cpu(std::initializer_list<Argument> arguments) {
   }
 }
 
-Tensor grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
-                          OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
-                          int64_t nested_block_size, int64_t out_features, OptionalTensor bias, OptionalTensor lora_a,
-                          OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                          OptionalTensor seed_tensor) {
+template <bool kWithH>
+auto grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
+                        OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
+                        int64_t nested_block_size, int64_t out_features, OptionalTensor bias, OptionalTensor lora_a,
+                        OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
+                        OptionalTensor seed_tensor) {
   are_dense_on_cpu({{"x", x},
                     {"offsets", offsets},
                     {"packed", packed},
@@ -147,18 +155,22 @@ Tensor grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& 
                     {"seed_tensor", seed_tensor}});
   const GroupedLinearCall call(x, offsets,
                                {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-                               out_features, bias, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+                               out_features, bias, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, kWithH);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
-  if (!call.is_empty()) run(with_rows(all, p.y, p.m, p.w.n * dtype_bytes(p.dtype)), p, cpu::linear_nf4);
-  return call.y;
+  if (!call.is_empty()) {
+    clear_rows_of_nobody(all, p.y, p.m, p.w.n * dtype_bytes(p.dtype));
+    clear_rows_of_nobody(all, p.h, p.m, p.lora.rank * dtype_bytes(p.dtype));
+    run(with_rows(all), p, cpu::linear_nf4);
+  }
+  return checks::results<kWithH>(call.y, call.h);
 }
 
-Tensor grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
-                             OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
-                             int64_t nested_block_size, int64_t in_features, OptionalTensor lora_a,
-                             OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                             OptionalTensor seed_tensor) {
+template <bool kWithG>
+auto grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
+                           OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
+                           int64_t nested_block_size, int64_t in_features, OptionalTensor lora_a, OptionalTensor lora_b,
+                           double scaling, double dropout_p, int64_t seed, OptionalTensor seed_tensor) {
   are_dense_on_cpu({{"dy", dy},
                     {"offsets", offsets},
                     {"packed", packed},
@@ -170,23 +182,30 @@ Tensor grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tens
                     {"seed_tensor", seed_tensor}});
   const GroupedLinearDxCall call(dy, offsets,
                                  {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-                                 in_features, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+                                 in_features, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, kWithG);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
-  if (!call.is_empty()) run(with_rows(all, p.dx, p.m, p.w.k * dtype_bytes(p.dtype)), p, cpu::linear_nf4_dx);
-  return call.dx;
+  if (!call.is_empty()) {
+    clear_rows_of_nobody(all, p.dx, p.m, p.w.k * dtype_bytes(p.dtype));
+    clear_rows_of_nobody(all, p.g, p.m, p.lora.rank * dtype_bytes(p.dtype));
+    run(with_rows(all), p, cpu::linear_nf4_dx);
+  }
+  return checks::results<kWithG>(call.dx, call.g);
 }
 
 std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& offsets,
                                                     const Tensor& lora_a, const Tensor& lora_b, double scaling,
-                                                    double dropout_p, int64_t seed, OptionalTensor seed_tensor) {
+                                                    double dropout_p, int64_t seed, OptionalTensor seed_tensor,
+                                                    OptionalTensor h, OptionalTensor g) {
   are_dense_on_cpu({{"dy", dy},
                     {"x", x},
                     {"offsets", offsets},
                     {"lora_a", lora_a},
                     {"lora_b", lora_b},
-                    {"seed_tensor", seed_tensor}});
-  const GroupedLoraGradCall call(dy, x, offsets, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor);
+                    {"seed_tensor", seed_tensor},
+                    {"h", h},
+                    {"g", g}});
+  const GroupedLoraGradCall call(dy, x, offsets, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, h, g);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
   if (!call.is_empty()) run(all, p, cpu::linear_nf4_dlora);  // sums over no rows are zeros
@@ -198,7 +217,9 @@ std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tens
 
 // For every kind of tensor but those on CUDA, so that a wrong one is named.
 STABLE_TORCH_LIBRARY_IMPL(qlora, CompositeExplicitAutograd, m) {
-  m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4));
-  m.impl("grouped_linear_nf4_dx", QLORA_BOX(&qlora::grouped_linear_nf4_dx));
+  m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4<false>));
+  m.impl("grouped_linear_nf4_with_h", QLORA_BOX(&qlora::grouped_linear_nf4<true>));
+  m.impl("grouped_linear_nf4_dx", QLORA_BOX(&qlora::grouped_linear_nf4_dx<false>));
+  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX(&qlora::grouped_linear_nf4_dx<true>));
   m.impl("grouped_linear_nf4_dlora", QLORA_BOX(&qlora::grouped_linear_nf4_dlora));
 }

@@ -2,6 +2,7 @@
 #include "cpp/ops/stable.h"
 
 STABLE_TORCH_LIBRARY(qlora, m) {
+  const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
   m.def("quantize_nf4(Tensor w, int block_size) -> (Tensor packed, Tensor absmax)");
   m.def(
       "quantize_absmax(Tensor absmax, int nested_block_size) -> "
@@ -10,27 +11,32 @@ STABLE_TORCH_LIBRARY(qlora, m) {
   m.def(
       "dequantize_nf4(Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int block_size, "
       "int nested_block_size, SymInt[] shape, ScalarType dtype) -> Tensor");
-  m.def(
-      "linear_nf4(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
-      "int block_size, int nested_block_size, SymInt out_features, Tensor? bias, Tensor? lora_a, Tensor? lora_b, "
-      "float scaling, float dropout_p, SymInt seed, Tensor? seed_tensor=None) -> Tensor");
-  m.def(
-      "linear_nf4_dx(Tensor dy, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, "
-      "int block_size, int nested_block_size, SymInt in_features, Tensor? lora_a, Tensor? lora_b, "
-      "float scaling, float dropout_p, SymInt seed, Tensor? seed_tensor=None) -> Tensor");
-  m.def(
-      "linear_nf4_dlora(Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, "
-      "SymInt seed, Tensor? seed_tensor=None) -> (Tensor da, Tensor db)");
-  m.def(
-      "grouped_linear_nf4(Tensor x, Tensor offsets, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
-      "Tensor? nested_offset, int block_size, int nested_block_size, SymInt out_features, Tensor? bias, "
-      "Tensor? lora_a, Tensor? lora_b, float scaling, float dropout_p=0.0, SymInt seed=0, Tensor? seed_tensor=None) -> "
-      "Tensor");
-  m.def(
-      "grouped_linear_nf4_dx(Tensor dy, Tensor offsets, Tensor packed, Tensor absmax, Tensor? nested_absmax, "
-      "Tensor? nested_offset, int block_size, int nested_block_size, SymInt in_features, Tensor? lora_a, "
-      "Tensor? lora_b, float scaling, float dropout_p=0.0, SymInt seed=0, Tensor? seed_tensor=None) -> Tensor");
-  m.def(
-      "grouped_linear_nf4_dlora(Tensor dy, Tensor x, Tensor offsets, Tensor lora_a, Tensor lora_b, float scaling, "
-      "float dropout_p=0.0, SymInt seed=0, Tensor? seed_tensor=None) -> (Tensor da, Tensor db)");
+  const std::string packed =
+      "Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_offset, int block_size, "
+      "int nested_block_size";
+  const std::string factors = "Tensor? lora_a, Tensor? lora_b, float scaling";
+  const std::string dropout = "float dropout_p, SymInt seed, Tensor? seed_tensor=None";
+  const std::string defaults = "float dropout_p=0.0, SymInt seed=0, Tensor? seed_tensor=None";
+  const std::string given = "Tensor? h=None, Tensor? g=None";
+
+  const std::string linear =
+      "(Tensor x, " + packed + ", SymInt out_features, Tensor? bias, " + factors + ", " + dropout + ")";
+  const std::string dx = "(Tensor dy, " + packed + ", SymInt in_features, " + factors + ", " + dropout + ")";
+  define("linear_nf4" + linear + " -> Tensor");
+  define("linear_nf4_with_h" + linear + " -> (Tensor y, Tensor h)");
+  define("linear_nf4_dx" + dx + " -> Tensor");
+  define("linear_nf4_dx_with_g" + dx + " -> (Tensor dx, Tensor g)");
+  define("linear_nf4_dlora(Tensor dy, Tensor x, Tensor lora_a, Tensor lora_b, float scaling, " + dropout + ", " +
+         given + ") -> (Tensor da, Tensor db)");
+
+  const std::string grouped_linear = "(Tensor x, Tensor offsets, " + packed + ", SymInt out_features, Tensor? bias, " +
+                                     factors + ", " + defaults + ")";
+  const std::string grouped_dx =
+      "(Tensor dy, Tensor offsets, " + packed + ", SymInt in_features, " + factors + ", " + defaults + ")";
+  define("grouped_linear_nf4" + grouped_linear + " -> Tensor");
+  define("grouped_linear_nf4_with_h" + grouped_linear + " -> (Tensor y, Tensor h)");
+  define("grouped_linear_nf4_dx" + grouped_dx + " -> Tensor");
+  define("grouped_linear_nf4_dx_with_g" + grouped_dx + " -> (Tensor dx, Tensor g)");
+  define("grouped_linear_nf4_dlora(Tensor dy, Tensor x, Tensor offsets, Tensor lora_a, Tensor lora_b, float scaling, " +
+         defaults + ", " + given + ") -> (Tensor da, Tensor db)");
 }

@@ -9,7 +9,9 @@
 
 #include "cpp/format/philox.h"
 #include "cuda/ptx/address.cuh"
+#include "cuda/ptx/barrier.cuh"
 #include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/shared.cuh"
 #include "cuda/ptx/tma.cuh"
 #include "cuda/ptx/wgmma.cuh"
 #include "cuda/tile/block_scale.cuh"
@@ -123,26 +125,35 @@ __device__ __forceinline__ void load_lora_a(const DxSm90Args<T>& p, int64_t colu
   }
 }
 
-// acc's elements of columns `column` and the next, where dropout drops them, become zero; the others are scaled. The
-// mask is drawn in a loop that is not unrolled, since Philox is long. It is applied even where nothing is dropped:
-// ptxas would serialize the wgmma that follow a branch around it.
+// acc's elements of columns `column` and the next, where dropout drops them, become zero; the others are scaled. One
+// Philox draws four columns, of which a lane has two and the same lane of the other warpgroup the others: each of them
+// draws for every other token, and leaves what is the other's in shared memory. That is drawn in a loop that is not
+// unrolled, since Philox is long. It is applied even where nothing is dropped: ptxas would serialize the wgmma that
+// follow a branch around it.
 template <class Tile>
 __device__ __forceinline__ void apply_dropout(const Dropout& dropout, bool active, int64_t token, int64_t column,
-                                              int64_t k, tile::Sm90Sums<Tile>& acc) {
+                                              int64_t k, uint32_t base, tile::Sm90Sums<Tile>& acc) {
   const float keep_scale = active ? static_cast<float>(dropout.keep_scale) : 1.0f;
-  constexpr int kAtOnce = Tile::kTokenTiles < 16 ? Tile::kTokenTiles : 16;
+  constexpr int kAtOnce = Tile::kTokenTiles < 16 ? Tile::kTokenTiles : 16, kHalf = Tile::kConsumers / 2;
+  const int thread = threadIdx.x - Tile::kProducers, half = thread / kHalf;  // of the four columns, and of the tokens
 #pragma unroll
   for (int j0 = 0; j0 < Tile::kTokenTiles; j0 += kAtOnce) {
     const uint64_t seed = dropout.key();
-    uint64_t drop = 0;  // bit 4j + 2e + c: column c of token 8 (j0 + j) + e
+    uint64_t drop = 0, other = 0;  // bit 4j + 2e + c: column c, or the other lane's, of token 8 (j0 + j) + e
 #pragma unroll 1
-    for (int i = 0; active && i < 2 * kAtOnce; ++i) {
-      const int64_t index = (token + 8 * (j0 + i / 2) + i % 2) * k + column;
+    for (int j = 0; active && j < kAtOnce; ++j) {
+      const int64_t index = (token + 8 * (j0 + j) + half) * k + column;
       const Philox4 random = philox4x32_10(seed, static_cast<uint64_t>(index) / 4);
-      const bool upper = index % 4 != 0;
-      drop |= uint64_t{!dropout.keeps(upper ? random.lane[2] : random.lane[0])} << (2 * i);
-      drop |= uint64_t{!dropout.keeps(upper ? random.lane[3] : random.lane[1])} << (2 * i + 1);
+      const uint32_t low = !dropout.keeps(random.lane[0]) | !dropout.keeps(random.lane[1]) << 1;
+      const uint32_t high = !dropout.keeps(random.lane[2]) | !dropout.keeps(random.lane[3]) << 1;
+      drop |= uint64_t{half == 0 ? low : high} << (4 * j + 2 * half);
+      other |= uint64_t{half == 0 ? high : low} << (4 * j + 2 * half);
     }
+    const uint32_t masks = base + Tile::kMasks + j0 / kAtOnce * (Tile::kConsumers * 8);
+    ptx::store_shared_v2(masks + thread * 8, {static_cast<uint32_t>(other), static_cast<uint32_t>(other >> 32)});
+    ptx::barrier_sync<1, Tile::kConsumers>();
+    const uint2 given = ptx::load_shared_v2(masks + (thread ^ kHalf) * 8);
+    drop |= uint64_t{given.y} << 32 | given.x;
 #pragma unroll
     for (int q = 0; q < 4 * kAtOnce; ++q) {
       float& v = acc[j0 + q / 4][q % 4];
@@ -180,7 +191,7 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
       ring.release(slot);
     });
     apply_dropout<Tile>(p.dropout, work.split < work.chunks && p.dropout.active(), token0 + threadIdx.x % 4 * 2,
-                        column0 + lane.column, p.k, acc);
+                        column0 + lane.column, p.k, base, acc);
 
     // A step is decoded while the products of the three before it run.
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {

@@ -12,6 +12,7 @@
 #include "cpp/format/philox.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/store.cuh"
 #include "cuda/tile/dropout.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/lora_step.cuh"
@@ -76,7 +77,7 @@ __device__ __forceinline__ void finish_quad(const LowRankUpdateArgs<T>& p, int64
   }
   if constexpr (sizeof(T) == 2) {
     if (vector) {
-      *reinterpret_cast<uint2*>(out) = make_uint2(ptx::pack2<T>(value[0], value[1]), ptx::pack2<T>(value[2], value[3]));
+      ptx::store_v2(out, make_uint2(ptx::pack2<T>(value[0], value[1]), ptx::pack2<T>(value[2], value[3])));
       return;
     }
   }

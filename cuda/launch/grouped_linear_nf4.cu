@@ -4,6 +4,7 @@
 #include "cuda/launch/choice.h"
 #include "cuda/launch/grouped_low_rank.h"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/linear_tiles.h"
 #include "cuda/launch/ragged.h"
 
 namespace qlora::cuda {
@@ -53,12 +54,9 @@ struct Ragged {
   }
 };
 
-// The tiles of cuda/launch/linear_nf4.cu, with k in one piece: splits of it would gain nothing where experts are many,
-// and little where they are few (8 rows of 8 experts of 1536x2048, by a model of an H100: 8.7 to 8.5 us).
-template <class T, int kTokenTiles, int kStages>
-using Tile = TensorCores<T, tile::LinearTile<T, 2, kTokenTiles, 4, 2, 2, kStages>>;
-
-// use(kernel) with the kernel for this problem and device.
+// use(kernel) with the kernel for this problem and device. k is in one piece: splits of it would gain nothing where
+// experts are many, and little where they are few (8 rows of 8 experts of 1536x2048, by a model of an H100: 8.7 to 8.5
+// us).
 template <class T, class Use>
 cudaError_t with_kernel(const Grouped<LinearProblem>& problem, const Device& device, const Use& use) {
   const int64_t tokens = grouped_tile_tokens(problem.stack.m, problem.experts);
@@ -67,13 +65,13 @@ cudaError_t with_kernel(const Grouped<LinearProblem>& problem, const Device& dev
       switch (linear_tile_size(tokens, device)) {
         case LinearTileSize::k4:
         case LinearTileSize::k8:
-          return use(Tile<T, 1, 4>());
+          return use(TensorCores<T, Tile8<T>>());
         case LinearTileSize::k16:
-          return use(Tile<T, 2, 4>());
+          return use(TensorCores<T, Tile16<T>>());
         case LinearTileSize::k32:
-          return use(Tile<T, 4, 2>());
+          return use(TensorCores<T, Tile32<T>>());
         case LinearTileSize::k64:
-          return use(Tile<T, 8, 3>());
+          return use(TensorCores<T, Tile64<T>>());
       }
     }
   }
@@ -124,22 +122,13 @@ cudaError_t launch_grouped_linear_nf4(const Grouped<LinearProblem>& problem, con
                                       const Allocator& allocate, cudaStream_t stream) {
   const LinearProblem& p = problem.stack;
   if (p.m == 0 || p.w.n == 0) return cudaSuccess;
-  void* const workspace = allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
-  const Grouped<LowRankProblem> h{{.dtype = p.dtype,
-                                   .m = p.m,
-                                   .k = p.w.k,
-                                   .rank = p.lora.rank,
-                                   .x = p.x,
-                                   .a = p.lora.a,
-                                   .scaling = p.lora.scaling,
-                                   .dropout = p.lora.dropout,
-                                   .out = workspace},
-                                  problem.offsets,
-                                  problem.experts};
-  if (const cudaError_t error = launch_grouped_low_rank(h, stream); error != cudaSuccess) return error;
+  void* const h = p.h ? p.h : allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
+  const cudaError_t error = launch_grouped_low_rank(
+      {h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h), problem.offsets, problem.experts}, stream);
+  if (error != cudaSuccess) return error;
   return with_typed_kernel(problem, device, [&](auto element, auto kernel) {
     using T = decltype(element);
-    return launch<T, decltype(kernel)>(problem, device, static_cast<T*>(workspace), stream);
+    return launch<T, decltype(kernel)>(problem, device, static_cast<T*>(h), stream);
   });
 }
 

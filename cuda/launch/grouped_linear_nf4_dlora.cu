@@ -11,55 +11,22 @@ namespace {
 
 Kernel kernel_of(const LoraGradProblem& p) { return fused_kernel(p.dtype, is_ragged(p)); }
 
-// h lies at 0, and g where it ends.
+// Of h or g.
 int64_t low_rank_bytes(const LoraGradProblem& p) { return ceil_div(p.m * p.lora.rank * dtype_bytes(p.dtype), 16) * 16; }
 
-cudaError_t launch_h_and_g(const Grouped<LoraGradProblem>& problem, char* workspace, cudaStream_t stream) {
-  const LoraGradProblem& p = problem.stack;
-  const Grouped<LowRankProblem> h{{.dtype = p.dtype,
-                                   .m = p.m,
-                                   .k = p.k,
-                                   .rank = p.lora.rank,
-                                   .x = p.x,
-                                   .a = p.lora.a,
-                                   .scaling = p.lora.scaling,
-                                   .dropout = p.lora.dropout,
-                                   .out = workspace},
-                                  problem.offsets,
-                                  problem.experts};
-  if (const cudaError_t error = launch_grouped_low_rank(h, stream); error != cudaSuccess) return error;
-  const Grouped<LowRankProblem> g{{.dtype = p.dtype,
-                                   .m = p.m,
-                                   .k = p.n,
-                                   .rank = p.lora.rank,
-                                   .x = p.dy,
-                                   .a = p.lora.b,
-                                   .transposed = true,
-                                   .scaling = p.lora.scaling,
-                                   .out = workspace + low_rank_bytes(p)},
-                                  problem.offsets,
-                                  problem.experts};
-  return launch_grouped_low_rank(g, stream);
-}
-
-kernels::GroupedDLoraArgs make_args(const Grouped<LoraGradProblem>& problem, const char* workspace) {
+kernels::GroupedDLoraArgs make_args(const Grouped<LoraGradProblem>& problem, const void* h, const void* g) {
   const LoraGradProblem& p = problem.stack;
   const Dropout& dropout = p.lora.dropout;
   kernels::GroupedDLoraArgs args{};
   args.stack.a = {.wide = p.x,
-                  .low_rank = workspace + low_rank_bytes(p),
+                  .low_rank = g,
                   .out = p.da,
                   .columns = p.k,
                   .factor = dropout.active() ? static_cast<float>(dropout.keep_scale) : 1.0f,
                   .columns_first = false,
                   .masked = dropout.active()};
-  args.stack.b = {.wide = p.dy,
-                  .low_rank = workspace,
-                  .out = p.db,
-                  .columns = p.n,
-                  .factor = 1.0f,
-                  .columns_first = true,
-                  .masked = false};
+  args.stack.b = {
+      .wide = p.dy, .low_rank = h, .out = p.db, .columns = p.n, .factor = 1.0f, .columns_first = true, .masked = false};
   args.stack.a_tiles = ceil_div(p.k, kernels::kDLoraColumns);
   args.stack.m = p.m;
   args.stack.rank = p.lora.rank;
@@ -109,10 +76,17 @@ cudaError_t launch_grouped_linear_nf4_dlora(const Grouped<LoraGradProblem>& prob
                                             const Allocator& allocate, cudaStream_t stream) {
   const LoraGradProblem& p = problem.stack;
   if (problem.experts == 0 || p.lora.rank == 0 || p.n + p.k == 0) return cudaSuccess;
-  char* const workspace = static_cast<char*>(allocate(2 * low_rank_bytes(p)));
-  if (const cudaError_t error = launch_h_and_g(problem, workspace, stream); error != cudaSuccess) return error;
+  const int64_t bytes = low_rank_bytes(p);
+  char* const workspace = p.h && p.g ? nullptr : static_cast<char*>(allocate(2 * bytes));
+  const auto launch = [&](const LowRankProblem& low_rank) {
+    return launch_grouped_low_rank({low_rank, problem.offsets, problem.experts}, stream);
+  };
+  cudaError_t error = cudaSuccess;
+  if (!p.h) error = launch(h_problem(p.dtype, p.m, p.k, p.x, p.lora, workspace));
+  if (!p.g && error == cudaSuccess) error = launch(g_problem(p.dtype, p.m, p.n, p.dy, p.lora, workspace + bytes));
+  if (error != cudaSuccess) return error;
 
-  const kernels::GroupedDLoraArgs args = make_args(problem, workspace);
+  const kernels::GroupedDLoraArgs args = make_args(problem, p.h ? p.h : workspace, p.g ? p.g : workspace + bytes);
   const Kernel kernel = kernel_of(p);
   const int64_t ranks = dlora_ranks(p.lora.rank, kernel);
   const dim3 grid(static_cast<unsigned>(args.column_tiles * problem.experts),

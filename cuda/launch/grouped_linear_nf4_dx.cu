@@ -56,29 +56,20 @@ cudaError_t launch_grouped_linear_nf4_dx(const Grouped<LinearDxProblem>& problem
                                          const Allocator& allocate, cudaStream_t stream) {
   const LinearDxProblem& p = problem.stack;
   if (p.m == 0 || p.w.k == 0) return cudaSuccess;
-  void* const workspace = allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
-  const Grouped<LowRankProblem> g{{.dtype = p.dtype,
-                                   .m = p.m,
-                                   .k = p.w.n,
-                                   .rank = p.lora.rank,
-                                   .x = p.dy,
-                                   .a = p.lora.b,
-                                   .transposed = true,
-                                   .scaling = p.lora.scaling,
-                                   .out = workspace},
-                                  problem.offsets,
-                                  problem.experts};
-  if (const cudaError_t error = launch_grouped_low_rank(g, stream); error != cudaSuccess) return error;
+  void* const g = p.g ? p.g : allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
+  cudaError_t error = launch_grouped_low_rank(
+      {g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g), problem.offsets, problem.experts}, stream);
+  if (error != cudaSuccess) return error;
 
   const DxConfig config = tile_of(problem);
   const DxKernel kernel = DxKernels<Experts>::of(p.dtype, config);
   int ctas = 0;  // of no interest: the grid is what the rows may need
-  const cudaError_t error = kernel.ctas_per_sm(device, kernel.threads, kernel.shared_bytes, &ctas);
+  error = kernel.ctas_per_sm(device, kernel.threads, kernel.shared_bytes, &ctas);
   if (error != cudaSuccess) return error;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, config.tokens);
   const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.k, config.columns));
   return launch_kernel(kernel.kernel, grid, kernel.threads, kernel.shared_bytes, stream,
-                       make_args(problem, workspace, token_tiles));
+                       make_args(problem, g, token_tiles));
 }
 
 }  // namespace qlora::cuda

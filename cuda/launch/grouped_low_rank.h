@@ -9,7 +9,7 @@
 
 namespace qlora::cuda {
 
-// Rows of nobody are left as they are, and nothing is cleared.
+// Rows of nobody are zeros, and nothing is cleared.
 cudaError_t launch_grouped_low_rank(const Grouped<LowRankProblem>& problem, cudaStream_t stream);
 
 }  // namespace qlora::cuda

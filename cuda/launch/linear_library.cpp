@@ -20,16 +20,18 @@ bool has_sums(const LinearDxProblem& p) { return p.lora.rank > 0; }
 // The memory that all panels use one after the other, and what every panel does after its decode.
 class Panels {
  public:
-  Panels(DType dtype, int64_t m, int64_t inner, int64_t panel, int64_t rank, bool float32_sums,
+  // `low_rank` [m, rank]: where h or g is kept, or null.
+  Panels(DType dtype, int64_t m, int64_t inner, int64_t panel, int64_t rank, void* low_rank, bool float32_sums,
          const Allocator& allocate)
       : dtype_(dtype), m_(m), inner_(inner) {
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
     const int64_t weight = round_up(panel * inner * dtype_bytes(dtype));
     const int64_t sums = float32_sums ? round_up(m * panel * 4) : 0;
-    uint8_t* const memory = static_cast<uint8_t*>(allocate(weight + sums + m * rank * dtype_bytes(dtype)));
+    uint8_t* const memory =
+        static_cast<uint8_t*>(allocate(weight + sums + (low_rank ? 0 : m * rank * dtype_bytes(dtype))));
     weight_ = memory;
     sums_ = float32_sums ? reinterpret_cast<float*>(memory + weight) : nullptr;
-    low_rank_ = memory + weight + sums;
+    low_rank_ = low_rank ? low_rank : memory + weight + sums;
   }
 
   void* weight() const { return weight_; }
@@ -84,17 +86,8 @@ int64_t library_panel(const LinearDxProblem& p, const Device& device) {
 cudaError_t launch_linear_by_library(const LinearProblem& p, const Device& device, void* blas,
                                      const Allocator& allocate, cudaStream_t stream) {
   const int64_t n = p.w.n, k = p.w.k, panel = library_panel(p, device);
-  const Panels panels(p.dtype, p.m, k, panel, p.lora.rank, has_sums(p), allocate);
-  cudaError_t error = launch_low_rank({.dtype = p.dtype,
-                                       .m = p.m,
-                                       .k = k,
-                                       .rank = p.lora.rank,
-                                       .x = p.x,
-                                       .a = p.lora.a,
-                                       .scaling = p.lora.scaling,
-                                       .dropout = p.lora.dropout,
-                                       .out = panels.low_rank()},
-                                      stream);
+  const Panels panels(p.dtype, p.m, k, panel, p.lora.rank, p.h, has_sums(p), allocate);
+  cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, k, p.x, p.lora, panels.low_rank()), stream);
   for (int64_t first = 0; first < n && error == cudaSuccess; first += panel) {
     const int64_t columns = std::min(panel, n - first);
     error = launch_dequantize_nf4(p.w.packed, p.w.scales, {.first = first * k, .columns = columns * k}, p.dtype,
@@ -118,18 +111,8 @@ cudaError_t launch_linear_by_library(const LinearProblem& p, const Device& devic
 cudaError_t launch_linear_dx_by_library(const LinearDxProblem& p, const Device& device, void* blas,
                                         const Allocator& allocate, cudaStream_t stream) {
   const int64_t n = p.w.n, k = p.w.k, panel = library_panel(p, device);
-  const Panels panels(p.dtype, p.m, n, panel, p.lora.rank, has_sums(p), allocate);
-  cudaError_t error = launch_low_rank({.dtype = p.dtype,
-                                       .m = p.m,
-                                       .k = n,
-                                       .rank = p.lora.rank,
-                                       .x = p.dy,
-                                       .a = p.lora.b,
-                                       .transposed = true,
-                                       .scaling = p.lora.scaling,
-                                       .dropout = {},
-                                       .out = panels.low_rank()},
-                                      stream);
+  const Panels panels(p.dtype, p.m, n, panel, p.lora.rank, p.g, has_sums(p), allocate);
+  cudaError_t error = launch_low_rank(g_problem(p.dtype, p.m, n, p.dy, p.lora, panels.low_rank()), stream);
   for (int64_t first = 0; first < k && error == cudaSuccess; first += panel) {
     const int64_t columns = std::min(panel, k - first);
     const PackedPart whole{.columns = n * k}, part{.first = first, .rows = n, .columns = columns, .stride = k};

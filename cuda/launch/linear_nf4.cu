@@ -9,19 +9,20 @@
 #include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/linear_nf4_sm90.h"
+#include "cuda/launch/linear_tiles.h"
 #include "cuda/launch/low_rank.h"
 #include "cuda/launch/ragged.h"
 
 namespace qlora::cuda {
 namespace {
 
-// The parts of the workspace, as offsets in bytes.
+// The parts of the workspace, as offsets in bytes: h, where it is not kept, lies at 0.
 struct Workspace {
-  int64_t h = 0, tickets = 0, partials = 0, end = 0;
+  int64_t tickets = 0, partials = 0, end = 0;
 
   Workspace(const LinearProblem& p, int64_t ticket_count, int64_t partial_count) {
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
-    tickets = h + round_up(p.m * p.lora.rank * dtype_bytes(p.dtype));
+    tickets = p.h ? 0 : round_up(p.m * p.lora.rank * dtype_bytes(p.dtype));
     partials = tickets + round_up(ticket_count * 4);
     end = partials + partial_count * 4;
   }
@@ -34,30 +35,15 @@ tile::ScaleView scale_view(const Weight& w) {
 }
 
 cudaError_t launch_h(const LinearProblem& p, void* h, uint32_t* clear, int64_t clear_count, cudaStream_t stream) {
-  return launch_low_rank({.dtype = p.dtype,
-                          .m = p.m,
-                          .k = p.w.k,
-                          .rank = p.lora.rank,
-                          .x = p.x,
-                          .a = p.lora.a,
-                          .scaling = p.lora.scaling,
-                          .dropout = p.lora.dropout,
-                          .out = h,
-                          .clear = clear,
-                          .clear_count = clear_count},
-                         stream);
+  LowRankProblem problem = h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h);
+  problem.clear = clear;
+  problem.clear_count = clear_count;
+  return launch_low_rank(problem, stream);
 }
 
-// What comes before the main launch: h, if it has a launch of its own, and zeros for the tickets, which h's launch can
-// clear.
-cudaError_t launch_before(const LinearProblem& p, bool makes_h, void* h, uint32_t* tickets, int64_t ticket_count,
-                          cudaStream_t stream) {
-  if (makes_h) return launch_h(p, h, tickets, ticket_count, stream);
-  return ticket_count > 0 ? cudaMemsetAsync(tickets, 0, ticket_count * sizeof(uint32_t), stream) : cudaSuccess;
-}
-
-template <class Tile_>
-struct TensorCorePlan {
+// What the plans of tensor-core tiles have in common: k is split over CTAs in multiples of kUnit segments.
+template <class Tile_, int kUnit>
+struct SplitPlan {
   using Tile = Tile_;
   using T = typename Tile::T;
 
@@ -67,12 +53,12 @@ struct TensorCorePlan {
   Workspace workspace;
 
   // `slots`: CTAs that the device holds at once; `cluster_ctas`: how many a cluster may have.
-  TensorCorePlan(const LinearProblem& problem, int64_t slots, int64_t cluster_ctas)
+  SplitPlan(const LinearProblem& problem, int64_t slots, int64_t cluster_ctas)
       : p(problem),
         token_tiles(ceil_div(p.m, Tile::kTokens)),
         tiles(token_tiles * ceil_div(p.w.n, Tile::kRows)),
-        segments_per_split(linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kStageSegments, Tile::kTokens,
-                                                 slots, cluster_ctas > 1 ? cluster_ctas : slots)),
+        segments_per_split(linear_split_segments(tiles, p.w.k / tile::kSegment, kUnit, Tile::kTokens, slots,
+                                                 cluster_ctas > 1 ? cluster_ctas : slots)),
         splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
         cluster(splits > 1 && cluster_ctas > 1),
         workspace(p, ticket_count(), ticket_count() * splits * Tile::kTokens * Tile::kRows) {}
@@ -83,12 +69,41 @@ struct TensorCorePlan {
     return describe(Kernel::kTensorCores, {{"tokens", Tile::kTokens}, {"rows", Tile::kRows}, {"splits", splits}});
   }
 
-  cudaError_t launch(void* memory, cudaStream_t stream) const {
-    T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
-    uint32_t* const tickets = reinterpret_cast<uint32_t*>(at(memory, workspace.tickets));
-    const cudaError_t error = launch_before(p, p.lora.rank > 0, h, tickets, ticket_count(), stream);
-    if (error != cudaSuccess) return error;
+  T* h(void* memory) const { return static_cast<T*>(p.h ? p.h : memory); }
 
+  tile::LinearOutput<T> output(void* memory) const {
+    return {static_cast<T*>(p.y), static_cast<const T*>(p.bias),
+            reinterpret_cast<float*>(at(memory, workspace.partials)), cluster ? nullptr : tickets(memory)};
+  }
+
+  // What comes before the main launch: h, if it has a launch of its own, and zeros for the tickets, which h's launch
+  // can clear.
+  cudaError_t launch_before(bool makes_h, void* memory, cudaStream_t stream) const {
+    if (makes_h) return launch_h(p, h(memory), tickets(memory), ticket_count(), stream);
+    return ticket_count() > 0 ? cudaMemsetAsync(tickets(memory), 0, ticket_count() * sizeof(uint32_t), stream)
+                              : cudaSuccess;
+  }
+
+  template <class Args>
+  cudaError_t launch_main(void (*kernel)(const Args), const Args& args, cudaStream_t stream) const {
+    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
+    return launch_cluster(kernel, grid, dim3(1, cluster ? grid.y : 1), Tile::kThreads, Tile::kSharedBytes, stream,
+                          args);
+  }
+
+ private:
+  uint32_t* tickets(void* memory) const { return reinterpret_cast<uint32_t*>(at(memory, workspace.tickets)); }
+};
+
+template <class Tile>
+struct TensorCorePlan : SplitPlan<Tile, Tile::kStageSegments> {
+  using SplitPlan<Tile, Tile::kStageSegments>::SplitPlan;
+
+  cudaError_t launch(void* memory, cudaStream_t stream) const {
+    using T = typename Tile::T;
+    const LinearProblem& p = this->p;
+    const cudaError_t error = this->launch_before(p.lora.rank > 0, memory, stream);
+    if (error != cudaSuccess) return error;
     const kernels::LinearArgs<T> args{
         .x = static_cast<const T*>(p.x),
         .packed = p.w.packed,
@@ -96,51 +111,27 @@ struct TensorCorePlan {
         .m = p.m,
         .n = p.w.n,
         .k = p.w.k,
-        .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
-        .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias),
-                reinterpret_cast<float*>(at(memory, workspace.partials)), cluster ? nullptr : tickets},
-        .token_tiles = token_tiles,
-        .segments_per_split = segments_per_split};
-    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
-    return launch_cluster(kernels::linear_nf4_kernel<Tile>, grid, dim3(1, cluster ? grid.y : 1), Tile::kThreads,
-                          Tile::kSharedBytes, stream, args);
+        .lora = {this->h(memory), static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
+        .out = this->output(memory),
+        .token_tiles = this->token_tiles,
+        .segments_per_split = this->segments_per_split};
+    return this->launch_main(kernels::linear_nf4_kernel<Tile>, args, stream);
   }
 };
 
 // Few tokens: one launch, unless h is a launch of its own, or the splits are CTAs of a device without clusters.
-template <class Tile_>
-struct FewPlan {
-  using Tile = Tile_;
-  using T = typename Tile::T;
-
-  const LinearProblem& p;
-  int64_t tiles, segments_per_split, splits;
-  bool folds, cluster;
-  Workspace workspace;
-
-  FewPlan(const LinearProblem& problem, int64_t slots, int64_t cluster_ctas)
-      : p(problem),
-        tiles(ceil_div(p.w.n, Tile::kRows)),
-        segments_per_split(linear_split_segments(tiles, p.w.k / tile::kSegment, Tile::kRoundSegments, Tile::kTokens,
-                                                 slots, cluster_ctas > 1 ? cluster_ctas : slots)),
-        splits(ceil_div(p.w.k / tile::kSegment, segments_per_split)),
-        folds(p.lora.rank > 0 && p.lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK),
-        cluster(splits > 1 && cluster_ctas > 1),
-        workspace(p, ticket_count(), ticket_count() * splits * Tile::kTokens * Tile::kRows) {}
-
-  int64_t ticket_count() const { return splits > 1 && !cluster ? tiles : 0; }
-
-  std::string choice() const {
-    return describe(Kernel::kTensorCores, {{"tokens", Tile::kTokens}, {"rows", Tile::kRows}, {"splits", splits}});
-  }
+template <class Tile>
+struct FewPlan : SplitPlan<Tile, Tile::kRoundSegments> {
+  using SplitPlan<Tile, Tile::kRoundSegments>::SplitPlan;
 
   cudaError_t launch(void* memory, cudaStream_t stream) const {
-    T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
-    uint32_t* const tickets = reinterpret_cast<uint32_t*>(at(memory, workspace.tickets));
-    const cudaError_t error = launch_before(p, p.lora.rank > 0 && !folds, h, tickets, ticket_count(), stream);
-    if (error != cudaSuccess) return error;
-
+    using T = typename Tile::T;
+    const LinearProblem& p = this->p;
     const Lora& lora = p.lora;
+    // Where h is kept, all CTAs' parts of it would have to meet first.
+    const bool folds = !p.h && lora.rank > 0 && lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK;
+    const cudaError_t error = this->launch_before(lora.rank > 0 && !folds, memory, stream);
+    if (error != cudaSuccess) return error;
     const kernels::FewLinearArgs<T> args{
         .x = static_cast<const T*>(p.x),
         .packed = p.w.packed,
@@ -148,14 +139,11 @@ struct FewPlan {
         .m = p.m,
         .n = p.w.n,
         .k = p.w.k,
-        .lora = {folds ? static_cast<const T*>(lora.a) : nullptr, h, static_cast<const T*>(lora.b), lora.rank,
-                 static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
-        .out = {static_cast<T*>(p.y), static_cast<const T*>(p.bias),
-                reinterpret_cast<float*>(at(memory, workspace.partials)), cluster ? nullptr : tickets},
-        .segments_per_split = segments_per_split};
-    const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(splits));
-    return launch_cluster(kernels::linear_nf4_few_kernel<Tile>, grid, dim3(1, cluster ? grid.y : 1), Tile::kThreads,
-                          Tile::kSharedBytes, stream, args);
+        .lora = {folds ? static_cast<const T*>(lora.a) : nullptr, this->h(memory), static_cast<const T*>(lora.b),
+                 lora.rank, static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
+        .out = this->output(memory),
+        .segments_per_split = this->segments_per_split};
+    return this->launch_main(kernels::linear_nf4_few_kernel<Tile>, args, stream);
   }
 };
 
@@ -191,7 +179,7 @@ struct RaggedPlan {
   }
 
   cudaError_t launch(void* memory, cudaStream_t stream) const {
-    T* const h = reinterpret_cast<T*>(at(memory, workspace.h));
+    T* const h = static_cast<T*>(p.h ? p.h : memory);
     const cudaError_t error = launch_h(p, h, nullptr, 0, stream);
     if (error != cudaSuccess) return error;
     switch (linear_ragged_tokens(p.m)) {
@@ -204,14 +192,6 @@ struct RaggedPlan {
     }
   }
 };
-
-// Rows and tokens a warp and a CTA take were chosen by counting instructions and shared memory passes under the
-// simulator; 16-bit types only.
-template <class T>
-using Tile32 = tile::LinearTile<T, 2, 4, 4, 2, 2, 2>;
-template <class T>
-using Tile64 = tile::LinearTile<T, 2, 8, 4, 2, 2, 3>;
-static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64);
 
 // use(Plan<Tile>) for this problem and device, whose kernel is kKernel.
 template <template <class> class Plan, class Tile, auto kKernel, class Use>

@@ -1,5 +1,7 @@
 #include "cuda/launch/linear_nf4_dlora.h"
 
+#include <utility>
+
 #include "cuda/kernels/linear_nf4_dlora.cuh"
 #include "cuda/kernels/linear_nf4_dlora_exact.cuh"
 #include "cuda/launch/choice.h"
@@ -49,7 +51,7 @@ struct Plan {
   DLoraKernel kernel;
   DLoraConfig config;
   int64_t a_tiles, column_tiles, rank_tiles;
-  int64_t g, counters, partials, end;  // h lies at 0
+  int64_t g, counters, partials, end;  // h lies at 0; h and g take none where they are given
   cudaError_t error;
 
   Plan(const LoraGradProblem& p, const Device& device) {
@@ -63,8 +65,9 @@ struct Plan {
     rank_tiles = ceil_div(p.lora.rank, config.ranks);
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
     const bool split = config.splits > 1;
-    g = round_up(p.m * p.lora.rank * dtype_bytes(p.dtype));
-    counters = 2 * g;
+    const int64_t low_rank = round_up(p.m * p.lora.rank * dtype_bytes(p.dtype));
+    g = p.h ? 0 : low_rank;
+    counters = g + (p.g ? 0 : low_rank);
     partials = counters + (split ? round_up(4 * tiles()) : 0);
     end = partials + (split ? tiles() * config.splits * config.ranks * kernels::kDLoraColumns * 4 : 0);
   }
@@ -72,41 +75,29 @@ struct Plan {
   int64_t tiles() const { return column_tiles * rank_tiles; }
 };
 
-cudaError_t launch_h_and_g(const LoraGradProblem& p, const Plan& plan, char* workspace, cudaStream_t stream) {
-  LowRankProblem h;
-  h.dtype = p.dtype;
-  h.m = p.m;
-  h.k = p.k;
-  h.rank = p.lora.rank;
-  h.x = p.x;
-  h.a = p.lora.a;
-  h.scaling = p.lora.scaling;
-  h.dropout = p.lora.dropout;
-  h.out = workspace;
-  h.clear = reinterpret_cast<uint32_t*>(workspace + plan.counters);
-  h.clear_count = plan.config.splits > 1 ? plan.tiles() : 0;
-  if (const cudaError_t error = launch_low_rank(h, stream); error != cudaSuccess) return error;
-
-  LowRankProblem g;
-  g.dtype = p.dtype;
-  g.m = p.m;
-  g.k = p.n;
-  g.rank = p.lora.rank;
-  g.x = p.dy;
-  g.a = p.lora.b;
-  g.transposed = true;
-  g.scaling = p.lora.scaling;
-  g.out = workspace + plan.g;
-  return launch_low_rank(g, stream);
+// h and g, where they are not given, and zeros for the counters of the splits, which the first launch can clear.
+cudaError_t launch_before(const LoraGradProblem& p, const Plan& plan, char* workspace, cudaStream_t stream) {
+  uint32_t* const counters = reinterpret_cast<uint32_t*>(workspace + plan.counters);
+  int64_t to_clear = plan.config.splits > 1 ? plan.tiles() : 0;
+  const auto launch = [&](LowRankProblem problem) {
+    problem.clear = counters;
+    problem.clear_count = std::exchange(to_clear, 0);
+    return launch_low_rank(problem, stream);
+  };
+  cudaError_t error = cudaSuccess;
+  if (!p.h) error = launch(h_problem(p.dtype, p.m, p.k, p.x, p.lora, workspace));
+  if (!p.g && error == cudaSuccess) error = launch(g_problem(p.dtype, p.m, p.n, p.dy, p.lora, workspace + plan.g));
+  return to_clear > 0 && error == cudaSuccess ? cudaMemsetAsync(counters, 0, to_clear * sizeof(uint32_t), stream)
+                                              : error;
 }
 
 kernels::DLoraArgs make_args(const LoraGradProblem& p, const Plan& plan, char* workspace) {
   kernels::DLoraArgs args;
   const bool dropout = p.lora.dropout.active();
-  args.a = {
-      p.x,    workspace + plan.g, p.da, p.k, dropout ? static_cast<float>(p.lora.dropout.keep_scale) : 1.0f, false,
-      dropout};
-  args.b = {p.dy, workspace, p.db, p.n, 1.0f, true, false};
+  const void* const h = p.h ? p.h : workspace;
+  const void* const g = p.g ? p.g : workspace + plan.g;
+  args.a = {p.x, g, p.da, p.k, dropout ? static_cast<float>(p.lora.dropout.keep_scale) : 1.0f, false, dropout};
+  args.b = {p.dy, h, p.db, p.n, 1.0f, true, false};
   args.a_tiles = plan.a_tiles;
   args.m = p.m;
   args.rank = p.lora.rank;
@@ -141,7 +132,7 @@ cudaError_t launch_linear_nf4_dlora(const LoraGradProblem& p, const Device& devi
   const Plan plan(p, device);
   if (plan.error != cudaSuccess) return plan.error;
   char* const workspace = static_cast<char*>(allocate(plan.end));
-  if (const cudaError_t error = launch_h_and_g(p, plan, workspace, stream); error != cudaSuccess) return error;
+  if (const cudaError_t error = launch_before(p, plan, workspace, stream); error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.column_tiles), static_cast<unsigned>(plan.rank_tiles),
                   static_cast<unsigned>(plan.config.splits));
   return launch_kernel(plan.kernel.kernel, grid, kernels::kDLoraThreads, 0, stream, make_args(p, plan, workspace));

@@ -16,7 +16,7 @@ struct OneWeight {
   static constexpr auto kExact = kernels::linear_nf4_dx_exact_kernel;
 };
 
-// The launch's shape, and where the parts of the workspace begin, in bytes.
+// The launch's shape, and where the parts of the workspace begin, in bytes: g, where it is not kept, lies at 0.
 struct Plan {
   DxKernel<kernels::DxArgs> kernel;
   DxConfig config;
@@ -33,19 +33,19 @@ struct Plan {
     token_tiles = ceil_div(p.m, config.tokens);
     tiles = token_tiles * ceil_div(p.w.k, config.columns);
     const auto round_up = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
-    counters = round_up(p.m * p.lora.rank * dtype_bytes(p.dtype));
+    counters = p.g ? 0 : round_up(p.m * p.lora.rank * dtype_bytes(p.dtype));
     partials = counters + (config.splits > 1 ? round_up(4 * tiles) : 0);
     end = partials + (config.splits > 1 ? tiles * config.splits * config.tokens * config.columns * 4 : 0);
   }
 };
 
-kernels::DxArgs make_args(const LinearDxProblem& p, const Plan& plan, char* workspace) {
+kernels::DxArgs make_args(const LinearDxProblem& p, const Plan& plan, const void* g, char* workspace) {
   kernels::DxArgs args;
   args.dy = p.dy;
   args.packed = p.w.packed;
   args.scales = tile::make_scale_view(p.w.scales, ceil_div(p.w.n * p.w.k, p.w.scales.block_size));
   args.lora_a = p.lora.a;
-  args.g = workspace;
+  args.g = g;
   args.dx = p.dx;
   args.partials = reinterpret_cast<float*>(workspace + plan.partials);
   args.counters = reinterpret_cast<uint32_t*>(workspace + plan.counters);
@@ -61,24 +61,15 @@ kernels::DxArgs make_args(const LinearDxProblem& p, const Plan& plan, char* work
 }
 
 // g, and zeroes for the counters of the splits.
-cudaError_t launch_g(const LinearDxProblem& p, const Plan& plan, char* workspace, cudaStream_t stream) {
+cudaError_t launch_g(const LinearDxProblem& p, const Plan& plan, void* g, char* workspace, cudaStream_t stream) {
   const int64_t counters = plan.config.splits > 1 ? plan.tiles : 0;
   if (p.lora.rank == 0) {
     return counters ? cudaMemsetAsync(workspace + plan.counters, 0, 4 * counters, stream) : cudaSuccess;
   }
-  LowRankProblem g;
-  g.dtype = p.dtype;
-  g.m = p.m;
-  g.k = p.w.n;
-  g.rank = p.lora.rank;
-  g.x = p.dy;
-  g.a = p.lora.b;
-  g.transposed = true;
-  g.scaling = p.lora.scaling;
-  g.out = workspace;
-  g.clear = reinterpret_cast<uint32_t*>(workspace + plan.counters);
-  g.clear_count = counters;
-  return launch_low_rank(g, stream);
+  LowRankProblem problem = g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g);
+  problem.clear = reinterpret_cast<uint32_t*>(workspace + plan.counters);
+  problem.clear_count = counters;
+  return launch_low_rank(problem, stream);
 }
 
 }  // namespace
@@ -98,10 +89,11 @@ cudaError_t launch_linear_nf4_dx(const LinearDxProblem& p, const Device& device,
   const Plan plan(p, device);
   if (plan.error != cudaSuccess) return plan.error;
   char* const workspace = static_cast<char*>(allocate(plan.end));
-  if (const cudaError_t error = launch_g(p, plan, workspace, stream); error != cudaSuccess) return error;
+  void* const g = p.g ? p.g : workspace;
+  if (const cudaError_t error = launch_g(p, plan, g, workspace, stream); error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(plan.tiles), static_cast<unsigned>(plan.config.splits));
   return launch_kernel(plan.kernel.kernel, grid, plan.kernel.threads, plan.kernel.shared_bytes, stream,
-                       make_args(p, plan, workspace));
+                       make_args(p, plan, g, workspace));
 }
 
 }  // namespace qlora::cuda

@@ -64,17 +64,9 @@ std::string linear_nf4_dx_sm90_choice(const LinearDxProblem& p, const Device& de
 
 cudaError_t launch_linear_nf4_dx_sm90(const LinearDxProblem& p, const Device& device, const Allocator& allocate,
                                       cudaStream_t stream) {
-  void* const g = p.lora.rank > 0 ? allocate(p.m * p.lora.rank * dtype_bytes(p.dtype)) : nullptr;
-  const cudaError_t error = launch_low_rank({.dtype = p.dtype,
-                                             .m = p.m,
-                                             .k = p.w.n,
-                                             .rank = p.lora.rank,
-                                             .x = p.dy,
-                                             .a = p.lora.b,
-                                             .transposed = true,
-                                             .scaling = p.lora.scaling,
-                                             .out = g},
-                                            stream);
+  void* g = p.g;
+  if (!g && p.lora.rank > 0) g = allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
+  const cudaError_t error = launch_low_rank(g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g), stream);
   if (error != cudaSuccess) return error;
   return p.dtype == DType::kBFloat16 ? launch_tokens<bfloat16>(p, g, device, stream)
                                      : launch_tokens<float16>(p, g, device, stream);

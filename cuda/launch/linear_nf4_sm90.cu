@@ -53,17 +53,9 @@ std::string linear_nf4_sm90_choice(const LinearProblem& p, const Device& device)
 
 cudaError_t launch_linear_nf4_sm90(const LinearProblem& p, const Device& device, const Allocator& allocate,
                                    cudaStream_t stream) {
-  void* const h = p.lora.rank > 0 ? allocate(p.m * p.lora.rank * dtype_bytes(p.dtype)) : nullptr;
-  const cudaError_t error = launch_low_rank({.dtype = p.dtype,
-                                             .m = p.m,
-                                             .k = p.w.k,
-                                             .rank = p.lora.rank,
-                                             .x = p.x,
-                                             .a = p.lora.a,
-                                             .scaling = p.lora.scaling,
-                                             .dropout = p.lora.dropout,
-                                             .out = h},
-                                            stream);
+  void* h = p.h;
+  if (!h && p.lora.rank > 0) h = allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
+  const cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h), stream);
   if (error != cudaSuccess) return error;
   return p.dtype == DType::kBFloat16 ? launch_tokens<bfloat16>(p, h, device, stream)
                                      : launch_tokens<float16>(p, h, device, stream);

@@ -23,6 +23,33 @@ struct LowRankProblem {
   int64_t clear_count = 0;
 };
 
+// h = scaling · dropout(x) · lora_aᵀ of x [m, k].
+inline LowRankProblem h_problem(DType dtype, int64_t m, int64_t k, const void* x, const Lora& lora, void* out) {
+  return {.dtype = dtype,
+          .m = m,
+          .k = k,
+          .rank = lora.rank,
+          .x = x,
+          .a = lora.a,
+          .scaling = lora.scaling,
+          .dropout = lora.dropout,
+          .out = out};
+}
+
+// g = scaling · dy · lora_b of dy [m, n].
+inline LowRankProblem g_problem(DType dtype, int64_t m, int64_t n, const void* dy, const Lora& lora, void* out) {
+  return {.dtype = dtype,
+          .m = m,
+          .k = n,
+          .rank = lora.rank,
+          .x = dy,
+          .a = lora.b,
+          .transposed = true,
+          .scaling = lora.scaling,
+          .dropout = {},
+          .out = out};
+}
+
 // Sums in float32 in a fixed order. Nothing is launched, and nothing cleared, when m or rank is 0.
 cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream);
 

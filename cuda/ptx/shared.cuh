@@ -68,6 +68,11 @@ __device__ __forceinline__ void store_shared_v2_f32(uint32_t address, float2 v) 
 }
 
 template <int kOffset = 0>
+__device__ __forceinline__ void store_shared_v2(uint32_t address, uint2 v) {
+  asm volatile("st.shared.v2.u32 [%0 + %1], {%2, %3};" ::"r"(address), "n"(kOffset), "r"(v.x), "r"(v.y) : "memory");
+}
+
+template <int kOffset = 0>
 __device__ __forceinline__ void store_shared_v4(uint32_t address, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0 + %1], {%2, %3, %4, %5};" ::"r"(address), "n"(kOffset), "r"(v.x), "r"(v.y),
                "r"(v.z), "r"(v.w)

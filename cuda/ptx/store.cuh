@@ -1,10 +1,15 @@
-// Stores of results that this kernel does not read again: st.global.cs, evicted first. kOffset bytes are added by the
+// Stores of results. Those that nobody reads soon are evicted first: st.global.cs. kOffset bytes are added by the
 // instruction itself.
 #pragma once
 
 #include <cstdint>
 
 namespace qlora::ptx {
+
+// nvcc makes two stores of an assignment to a uint2, which write each sector in halves.
+__device__ __forceinline__ void store_v2(void* p, uint2 v) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
+}
 
 template <int kOffset = 0>
 __device__ __forceinline__ void store_stream_u32(void* p, uint32_t v) {

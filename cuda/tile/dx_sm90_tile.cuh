@@ -27,6 +27,11 @@ template <class T, int kTokens>
 struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4> {
   static constexpr int kStageRows = 64;
   static constexpr int kGroupColumns = 64;  // of one scale
+
+  // Where consumers hand each other the masks that they draw: 8 bytes each for 128 tokens, and for those that follow.
+  static constexpr int kMasks = DxSm90Tile::kBarriers + DxSm90Tile::kStages * 16;
+  static constexpr int kMaskBytes = (kTokens + 127) / 128 * DxSm90Tile::kConsumers * 8;
+  static_assert(kMasks % 8 == 0 && kMasks + kMaskBytes <= DxSm90Tile::kTable);
 };
 
 template <class Tile>

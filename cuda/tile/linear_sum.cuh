@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/store.cuh"
 #include "cuda/tile/cluster_sum.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/linear_tile.cuh"
@@ -60,8 +61,8 @@ class OutputQuad {
   __device__ __forceinline__ void store(int64_t token, float4 sum) const {
     T* const y = y_ + token * n_count_;
     if (vector()) {
-      *reinterpret_cast<uint2*>(y) = make_uint2(ptx::pack2<T>(sum.x + bias_[0], sum.y + bias_[1]),
-                                                ptx::pack2<T>(sum.z + bias_[2], sum.w + bias_[3]));
+      ptx::store_v2(y, make_uint2(ptx::pack2<T>(sum.x + bias_[0], sum.y + bias_[1]),
+                                  ptx::pack2<T>(sum.z + bias_[2], sum.w + bias_[3])));
     } else {
       const float value[4] = {sum.x, sum.y, sum.z, sum.w};
 #pragma unroll

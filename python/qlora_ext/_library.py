@@ -15,10 +15,14 @@ OPERATORS = (
     "dequantize_absmax",
     "dequantize_nf4",
     "linear_nf4",
+    "linear_nf4_with_h",
     "linear_nf4_dx",
+    "linear_nf4_dx_with_g",
     "linear_nf4_dlora",
     "grouped_linear_nf4",
+    "grouped_linear_nf4_with_h",
     "grouped_linear_nf4_dx",
+    "grouped_linear_nf4_dx_with_g",
     "grouped_linear_nf4_dlora",
 )
 

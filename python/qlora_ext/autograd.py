@@ -17,17 +17,14 @@ from .ops import LINEAR_NF4, autocast_linear_nf4_args
 from .weight import NF4Weight
 
 
-def below_autograd(operator: OpOverload) -> Callable[..., Tensor]:
+def below_autograd(operator: OpOverload) -> Callable[..., Any]:
     """The kernel itself. The guard saves a second trip through Python, half of a small layer's time."""
 
-    def kernel(*args: Any) -> Tensor:
-        y: Tensor
+    def kernel(*args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # the guard cannot be traced, and a traced call costs nothing
-            y = operator(*args)
-            return y
+            return operator(*args)
         with torch._C._AutoDispatchBelowAutograd():
-            y = operator(*args)
-        return y
+            return operator(*args)
 
     return kernel
 
@@ -75,6 +72,7 @@ def differentiable(
 
 
 _kernel = below_autograd(torch.ops.qlora.linear_nf4.default)
+_kernel_with_h = below_autograd(torch.ops.qlora.linear_nf4_with_h.default)
 
 
 class LinearNF4Function(torch.autograd.Function):
@@ -83,8 +81,9 @@ class LinearNF4Function(torch.autograd.Function):
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
     lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device). Gradients reach x,
-    bias, lora_a and lora_b; saved for them are x (where there are adapters) and references to the packed state, the
-    adapters and the seed: never a dequantized weight, nor a dropout mask, which the backward draws again from the seed.
+    bias, lora_a and lora_b; saved for them are x and h = scaling · dropout(x) · Aᵀ [..., R] where adapters are trained,
+    and references to the packed state, the adapters and the seed: never a dequantized weight, nor a dropout mask, which
+    the backward draws again from the seed.
     Under autocast x, bias and adapters take its dtype.
     Forward-mode AD is refused with a NotImplementedError here (dynamo traces no Function with a ``jvp``); the operator
     has it, by x and bias.
@@ -95,30 +94,39 @@ class LinearNF4Function(torch.autograd.Function):
         device_type = args[0].device.type
         if torch.is_autocast_enabled(device_type):  # what is saved must have the dtype that dy will have
             args = (*autocast_linear_nf4_args(device_type, args),)
-        a = LINEAR_NF4(*args)
-        x = a.x if a.lora_a is not None else None
+        a, needs = LINEAR_NF4(*args), LINEAR_NF4(*ctx.needs_input_grad)
+        y: Tensor
+        x = h = None
+        if needs.lora_a or needs.lora_b:
+            x = a.x
+            y, h = _kernel_with_h(*args)
+        else:
+            y = _kernel(*args)
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
-        ctx.save_for_backward(x, a.lora_a, a.lora_b, a.seed_tensor, *packed)
+        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.seed_tensor, *packed)
         ctx.block_sizes = a.block_size, a.nested_block_size
         ctx.in_features = a.x.shape[-1]
         ctx.lora_numbers = a.scaling, a.dropout_p, a.seed
-        return _kernel(*args)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of linear_nf4", dy)
-        x, lora_a, lora_b, seed_tensor, *packed = ctx.saved_tensors
+        x, h, lora_a, lora_b, seed_tensor, *packed = ctx.saved_tensors
         needs = LINEAR_NF4(*ctx.needs_input_grad)
-        dx = da = db = dbias = None
+        lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
+        dx = g = da = db = dbias = None
         if needs.x:
-            dx = torch.ops.qlora.linear_nf4_dx.default(
-                dy, *packed, *ctx.block_sizes, ctx.in_features, lora_a, lora_b, *ctx.lora_numbers, seed_tensor
-            )
+            dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora
+            if h is None:
+                dx = torch.ops.qlora.linear_nf4_dx.default(*dx_args)
+            else:
+                dx, g = torch.ops.qlora.linear_nf4_dx_with_g.default(*dx_args)
         if needs.bias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        if needs.lora_a or needs.lora_b:
-            da, db = torch.ops.qlora.linear_nf4_dlora.default(dy, x, lora_a, lora_b, *ctx.lora_numbers, seed_tensor)
+        if h is not None:
+            da, db = torch.ops.qlora.linear_nf4_dlora.default(dy, x, *lora, h, g)
         da, db = da if needs.lora_a else None, db if needs.lora_b else None
         return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 

@@ -1,5 +1,6 @@
 """What torch must know of the operators over a stack of NF4 weights, each over rows of its own: the linear layers of a
-mixture of experts. Shapes and gradients of ``torch.ops.qlora.grouped_linear_nf4``, ``_dx`` and ``_dlora``::
+mixture of experts. Shapes and gradients of ``torch.ops.qlora.grouped_linear_nf4``, ``_dx`` and ``_dlora``, and of the
+first two ``_with_h`` and ``_with_g``::
 
     y[i] = x[i] · dequantize(w[e])ᵀ + scaling · dropout(x)[i] · lora_a[e]ᵀ · lora_b[e]ᵀ + bias[e]
 
@@ -19,7 +20,8 @@ with e the expert of row i. Their signatures are in ``cpp/ops/schema.cpp``:
     dropout_p, seed, seed_tensor: of x's elements, as in ``linear_nf4``.
 
 y is [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b; the gradients of an expert without rows are
-zeros.
+zeros. h = scaling · dropout(x) · lora_aᵀ and g = scaling · dy · lora_b are [S, R] in x's dtype; where ``_dlora`` is
+given them, it need not make them again.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ _GROUPED = arguments_of(torch.ops.qlora.grouped_linear_nf4.default)
 _GROUPED_DX = arguments_of(torch.ops.qlora.grouped_linear_nf4_dx.default)
 _GROUPED_DLORA = arguments_of(torch.ops.qlora.grouped_linear_nf4_dlora.default)
 _kernel = below_autograd(torch.ops.qlora.grouped_linear_nf4.default)
+_kernel_with_h = below_autograd(torch.ops.qlora.grouped_linear_nf4_with_h.default)
 
 
 def _lora_numbers(a: Any) -> tuple[float, float, int]:
@@ -56,30 +59,38 @@ def _sums(dy: Tensor, offsets: Tensor) -> Tensor:
 class _GroupedLinearNF4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        a = _GROUPED(*args)
-        x = a.x if a.lora_a is not None else None
+        a, needs = _GROUPED(*args), _GROUPED(*ctx.needs_input_grad)
+        y: Tensor
+        x = h = None
+        if needs.lora_a or needs.lora_b:
+            x = a.x
+            y, h = _kernel_with_h(*args)
+        else:
+            y = _kernel(*args)
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
-        ctx.save_for_backward(x, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *packed)
+        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *packed)
         ctx.block_sizes = a.block_size, a.nested_block_size
         ctx.in_features, ctx.lora_numbers = a.x.shape[-1], _lora_numbers(a)
-        return _kernel(*args)
+        return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         refuse_tangent("the backward of grouped_linear_nf4", dy)
-        x, lora_a, lora_b, offsets, seed_tensor, *packed = ctx.saved_tensors
+        x, h, lora_a, lora_b, offsets, seed_tensor, *packed = ctx.saved_tensors
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         needs = _GROUPED(*ctx.needs_input_grad)
-        dx = da = db = dbias = None
+        dx = g = da = db = dbias = None
         if needs.x:
-            dx = torch.ops.qlora.grouped_linear_nf4_dx.default(
-                dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
-            )
+            dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
+            if h is None:
+                dx = torch.ops.qlora.grouped_linear_nf4_dx.default(*dx_args)
+            else:
+                dx, g = torch.ops.qlora.grouped_linear_nf4_dx_with_g.default(*dx_args)
         if needs.bias:
             dbias = _sums(dy, offsets)
-        if needs.lora_a or needs.lora_b:
-            da, db = torch.ops.qlora.grouped_linear_nf4_dlora.default(dy, x, offsets, *lora)
+        if h is not None:
+            da, db = torch.ops.qlora.grouped_linear_nf4_dlora.default(dy, x, offsets, *lora, h, g)
         da, db = da if needs.lora_a else None, db if needs.lora_b else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
@@ -88,8 +99,7 @@ _differentiable = differentiable(_kernel, _GroupedLinearNF4, lambda args: no_tan
 LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
 
 
-@torch.library.register_fake("qlora::grouped_linear_nf4")
-def _(*args: Any) -> Tensor:
+def _fake_grouped(*args: Any) -> Tensor:
     a = _GROUPED(*args)
     ops.check_block_sizes(a.block_size, a.nested_block_size)
     ops.check_lora_numbers(*_lora_numbers(a)[:2])
@@ -99,8 +109,16 @@ def _(*args: Any) -> Tensor:
     return y
 
 
-@torch.library.register_fake("qlora::grouped_linear_nf4_dx")
-def _(*args: Any) -> Tensor:
+torch.library.register_fake("qlora::grouped_linear_nf4", _fake_grouped)
+
+
+@torch.library.register_fake("qlora::grouped_linear_nf4_with_h")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    a = _GROUPED(*args)
+    return _fake_grouped(*args), ops.low_rank_like(a.x, a.lora_a)
+
+
+def _fake_grouped_dx(*args: Any) -> Tensor:
     a = _GROUPED_DX(*args)
     ops.check_block_sizes(a.block_size, a.nested_block_size)
     ops.check_lora_numbers(*_lora_numbers(a)[:2])
@@ -108,6 +126,15 @@ def _(*args: Any) -> Tensor:
     ops.check_one_device("grouped_linear_nf4_dx", *args)
     dx: Tensor = a.dy.new_empty((a.dy.shape[0], a.in_features))
     return dx
+
+
+torch.library.register_fake("qlora::grouped_linear_nf4_dx", _fake_grouped_dx)
+
+
+@torch.library.register_fake("qlora::grouped_linear_nf4_dx_with_g")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    a = _GROUPED_DX(*args)
+    return _fake_grouped_dx(*args), ops.low_rank_like(a.dy, a.lora_a)
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dlora")

@@ -126,8 +126,15 @@ def _(
     return packed.new_empty(shape, dtype=dtype)
 
 
-@torch.library.register_fake("qlora::linear_nf4")
-def _(*args: Any) -> Tensor:
+def low_rank_like(x: Tensor, lora_a: Tensor | None) -> Tensor:
+    """What an operator keeps of LoRA's product with x: [..., R], for lora_a [R, K] or, of experts, [E, R, K]."""
+    if lora_a is None:
+        raise ValueError("lora_a: expected a tensor, got None")
+    low_rank: Tensor = x.new_empty((*x.shape[:-1], lora_a.shape[-2]))
+    return low_rank
+
+
+def _fake_linear_nf4(*args: Any) -> Tensor:
     a = LINEAR_NF4(*args)
     check_block_sizes(a.block_size, a.nested_block_size)
     check_lora_numbers(a.scaling, a.dropout_p)
@@ -137,8 +144,16 @@ def _(*args: Any) -> Tensor:
     return y
 
 
-@torch.library.register_fake("qlora::linear_nf4_dx")
-def _(*args: Any) -> Tensor:
+torch.library.register_fake("qlora::linear_nf4", _fake_linear_nf4)
+
+
+@torch.library.register_fake("qlora::linear_nf4_with_h")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    a = LINEAR_NF4(*args)
+    return _fake_linear_nf4(*args), low_rank_like(a.x, a.lora_a)
+
+
+def _fake_linear_nf4_dx(*args: Any) -> Tensor:
     a = LINEAR_NF4_DX(*args)
     check_block_sizes(a.block_size, a.nested_block_size)
     check_lora_numbers(a.scaling, a.dropout_p)
@@ -146,6 +161,15 @@ def _(*args: Any) -> Tensor:
     check_one_device("linear_nf4_dx", *args)
     dx: Tensor = a.dy.new_empty((*a.dy.shape[:-1], a.in_features))
     return dx
+
+
+torch.library.register_fake("qlora::linear_nf4_dx", _fake_linear_nf4_dx)
+
+
+@torch.library.register_fake("qlora::linear_nf4_dx_with_g")
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    a = LINEAR_NF4_DX(*args)
+    return _fake_linear_nf4_dx(*args), low_rank_like(a.dy, a.lora_a)
 
 
 @torch.library.register_fake("qlora::linear_nf4_dlora")

@@ -136,6 +136,10 @@ bool same_for_all_pools(Problem p, void* Problem::* out, int64_t count, Run run,
   return true;
 }
 
+bool same(const Bf16& a, const Bf16& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(bfloat16)) == 0);
+}
+
 const char* wrong(const Shape& s) {
   const int64_t numel = s.n * s.k, blocks = ceil_div(numel, s.block);
   std::vector<uint8_t> packed(static_cast<size_t>(packed_bytes(numel))), codes(static_cast<size_t>(blocks));
@@ -166,6 +170,13 @@ const char* wrong(const Shape& s) {
   y.lora = lora;
   if (!same_for_all_pools(y, &LinearProblem::y, s.m * s.n, QLORA_ISA::many_tokens_tiles::forward_tiles, &got))
     return "y differs with the threads";
+  const Bf16 without_h = got;
+  Bf16 h = normal(s.m * s.rank, 1.0f), g = h;
+  y.h = h.data();
+  if (!same_for_all_pools(y, &LinearProblem::y, s.m * s.n, QLORA_ISA::many_tokens_tiles::forward_tiles, &got) ||
+      !same(got, without_h))
+    return "y differs where h is kept";
+  y.h = nullptr;
   Doubles want(static_cast<size_t>(s.m * s.n));
   y.dtype = DType::kFloat64, y.x = x64.data(), y.bias = s.bias ? bias64.data() : nullptr, y.lora = lora64;
   y.y = want.data();
@@ -176,26 +187,41 @@ const char* wrong(const Shape& s) {
   dx.dtype = DType::kBFloat16, dx.m = s.m, dx.dy = dy.data(), dx.w = w, dx.lora = lora;
   if (!same_for_all_pools(dx, &LinearDxProblem::dx, s.m * s.k, QLORA_ISA::many_tokens_tiles::dx_tiles, &got))
     return "dx differs with the threads";
+  const Bf16 without_g = got;
+  dx.g = g.data();
+  if (!same_for_all_pools(dx, &LinearDxProblem::dx, s.m * s.k, QLORA_ISA::many_tokens_tiles::dx_tiles, &got) ||
+      !same(got, without_g))
+    return "dx differs where g is kept";
+  dx.g = nullptr;
   want.assign(static_cast<size_t>(s.m * s.k), 0.0);
   dx.dtype = DType::kFloat64, dx.dy = dy64.data(), dx.lora = lora64, dx.dx = want.data();
   float64::dx(kPools[0], dx);
   if (!near(got, want, s.m, s.k)) return "dx";
 
   if (s.rank == 0) return nullptr;
-  LoraGradProblem g;
-  g.dtype = DType::kBFloat16, g.m = s.m, g.n = s.n, g.k = s.k, g.x = x.data(), g.dy = dy.data(), g.lora = lora;
+  LoraGradProblem p;
+  p.dtype = DType::kBFloat16, p.m = s.m, p.n = s.n, p.k = s.k, p.x = x.data(), p.dy = dy.data(), p.lora = lora;
   Bf16 db(static_cast<size_t>(s.n * s.rank)), da;
-  g.db = db.data();
-  if (!same_for_all_pools(g, &LoraGradProblem::da, s.rank * s.k, QLORA_ISA::many_tokens_tiles::dlora_tiles, &da))
+  p.db = db.data();
+  if (!same_for_all_pools(p, &LoraGradProblem::da, s.rank * s.k, QLORA_ISA::many_tokens_tiles::dlora_tiles, &da))
     return "da differs with the threads";
   Bf16 da_again(da.size());
-  g.da = da_again.data();
-  if (!same_for_all_pools(g, &LoraGradProblem::db, s.n * s.rank, QLORA_ISA::many_tokens_tiles::dlora_tiles, &db))
+  p.da = da_again.data();
+  if (!same_for_all_pools(p, &LoraGradProblem::db, s.n * s.rank, QLORA_ISA::many_tokens_tiles::dlora_tiles, &db))
     return "db differs with the threads";
+  for (const bool gives_h : {false, true}) {
+    Bf16 da_given, db_given(db.size());
+    p.db = db_given.data(), p.h = gives_h ? h.data() : nullptr, p.g = g.data();
+    if (!same_for_all_pools(p, &LoraGradProblem::da, s.rank * s.k, QLORA_ISA::many_tokens_tiles::dlora_tiles,
+                            &da_given) ||
+        !same(da_given, da) || !same(db_given, db))
+      return gives_h ? "da or db differs with a given h" : "da or db differs with a given g";
+  }
+  p.h = p.g = nullptr;
   Doubles da64(da.size()), db64(db.size());
-  g.dtype = DType::kFloat64, g.x = x64.data(), g.dy = dy64.data(), g.lora = lora64, g.da = da64.data(),
-  g.db = db64.data();
-  float64::dlora(kPools[0], g);
+  p.dtype = DType::kFloat64, p.x = x64.data(), p.dy = dy64.data(), p.lora = lora64, p.da = da64.data(),
+  p.db = db64.data();
+  float64::dlora(kPools[0], p);
   if (!near(da, da64, s.rank, s.k)) return "da";
   if (!near(db, db64, s.n, s.rank)) return "db";
   return nullptr;

@@ -339,6 +339,17 @@ class Forward {
   const PreparedX<Products> x_;
 };
 
+// The tokens of p from `first` on.
+template <class T>
+LinearProblem tokens_of(const LinearProblem& p, int64_t first, int64_t count) {
+  LinearProblem part = p;
+  part.m = count;
+  part.x = static_cast<const T*>(p.x) + first * p.w.k;
+  part.y = static_cast<T*>(p.y) + first * p.w.n;
+  if (p.h) part.h = static_cast<T*>(p.h) + first * p.lora.rank;
+  return part;
+}
+
 // Tokens whose arranged copies do not fit the scratch are halved until they do. `first_token` is the token of the call
 // that p.x begins with. What is written for tokens that are added to `uneven` counts for nothing.
 template <class T, class Products>
@@ -362,15 +373,10 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, T
   const int64_t bytes = lay_out(nullptr);
   if (bytes > kMaxScratchBytes || 4 * Body::scale_floats(p, rows) > kMaxScratchBytes / 2) {
     if (p.m == 1) return Outcome::kTooLarge;
-    LinearProblem half = p;
-    half.m = p.m / 2;
-    const Outcome outcome = forward<T, Products>(pool, half, first_token, uneven);
+    const int64_t half = p.m / 2;
+    const Outcome outcome = forward<T, Products>(pool, tokens_of<T>(p, 0, half), first_token, uneven);
     if (outcome != Outcome::kDone) return outcome;
-    half.x = static_cast<const T*>(p.x) + half.m * k;
-    half.y = static_cast<T*>(p.y) + half.m * p.w.n;
-    const int64_t done = half.m;
-    half.m = p.m - done;
-    return forward<T, Products>(pool, half, first_token + done, uneven);
+    return forward<T, Products>(pool, tokens_of<T>(p, half, p.m - half), first_token + half, uneven);
   }
   lay_out(scratch(ScratchUse::kCall, bytes));
 
@@ -391,6 +397,8 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, T
     }
   };
   run(pool, p.m * k * (rank + 16 * rows.period) > kWorthThreads, units, 1, prepare);
+  if (p.h)
+    keep_low_rank<T>(p.m, rank, [&](int64_t i, int64_t j) { return x.h + (j / kLanes * p.m + i) * kLanes; }, p.h);
   if (uneven->holds_all(first_token, p.m)) return Outcome::kDone;
   Body body(p, plan, first_token, x);
   const int64_t super = Body::super_rows(rows);

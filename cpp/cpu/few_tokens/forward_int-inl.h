@@ -97,11 +97,7 @@ Outcome forward_int_as(const Pool& pool, const LinearProblem& p) {
     end = first + 1;
     if (!uneven.holds(first)) continue;
     while (end < p.m && uneven.holds(end)) ++end;
-    LinearProblem run = p;
-    run.m = end - first;
-    run.x = static_cast<const T*>(p.x) + first * p.w.k;
-    run.y = static_cast<T*>(p.y) + first * p.w.n;
-    outcome = forward<T, FloatProducts>(pool, run, first);
+    outcome = forward<T, FloatProducts>(pool, tokens_of<T>(p, first, end - first), first);
   }
   return outcome;
 }

@@ -65,6 +65,13 @@ void low_rank_h(const Lora& l, const T* x, int64_t m, int64_t k, int64_t token_g
   });
 }
 
+// h or g as it is kept for the backward, [m, rank]. The low rank of token i and ranks j, j + 1, .. is at(i, j).
+template <class T, class At>
+void keep_low_rank(int64_t m, int64_t rank, const At& at, void* out) {
+  for (int64_t i = 0; i < m; ++i)
+    for (int64_t j = 0; j < rank; j += kLanes) store(static_cast<T*>(out) + i * rank + j, load(at(i, j)), rank - j);
+}
+
 // g. Weight rows, that is rows of b, are summed in slices whose bounds depend on the shape alone.
 template <class T>
 void low_rank_g(const Pool& pool, const LinearDxProblem& p, float* partial, int64_t slices, float* g) {

@@ -143,6 +143,7 @@ void dx_with(const Pool& pool, const LinearDxProblem& p, const Kernel& kernel) {
   };
   lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
   if (slices) low_rank_g<T>(pool, p, partial, slices, g);
+  if (p.g) keep_low_rank<T>(p.m, p.lora.rank, [&](int64_t i, int64_t j) { return g + i * padded + j; }, p.g);
   dx_by_slabs<T>(pool, p, g, kernel, slabs);
 }
 

@@ -16,9 +16,13 @@ double weight_at(const Weight& w, int64_t i) {
   return double{kNf4.value[nf4_code_at(w.packed, i)] * scale};
 }
 
-// out [m, r] = factor · dropout(in) · aᵀ, element (j, c) of a at a[j * a_row + c * a_column].
-void low_rank(const Pool& pool, const double* in, int64_t m, int64_t k, const void* a, int64_t r, int64_t a_row,
-              int64_t a_column, double factor, const Dropout& d, double* out) {
+// out [m, r] = factor · dropout(in) · aᵀ, element (j, c) of a at a[j * a_row + c * a_column]. `memory` is made to hold
+// it where out is null. Returns out.
+const double* low_rank(const Pool& pool, const double* in, int64_t m, int64_t k, const void* a, int64_t r,
+                       int64_t a_row, int64_t a_column, double factor, const Dropout& d, void* to,
+                       std::vector<double>* memory) {
+  if (!to) memory->resize(static_cast<size_t>(m * r));
+  double* const out = to ? static_cast<double*>(to) : memory->data();
   const double* weights = static_cast<const double*>(a);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -31,6 +35,7 @@ void low_rank(const Pool& pool, const double* in, int64_t m, int64_t k, const vo
     }
   };
   pool(m, 1, body);
+  return out;
 }
 
 }  // namespace
@@ -40,14 +45,14 @@ Outcome forward(const Pool& pool, const LinearProblem& p) {
   const double *x = static_cast<const double*>(p.x), *b = static_cast<const double*>(p.lora.b);
   const double* bias = static_cast<const double*>(p.bias);
   double* y = static_cast<double*>(p.y);
-  std::vector<double> h(static_cast<size_t>(p.m * r));
-  low_rank(pool, x, p.m, k, p.lora.a, r, k, 1, p.lora.scaling, p.lora.dropout, h.data());
+  std::vector<double> memory;
+  const double* const h = low_rank(pool, x, p.m, k, p.lora.a, r, k, 1, p.lora.scaling, p.lora.dropout, p.h, &memory);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) {
       for (int64_t i = 0; i < p.m; ++i) {
         double sum = bias ? bias[j] : 0;
         for (int64_t c = 0; c < k; ++c) sum += x[i * k + c] * weight_at(p.w, j * k + c);
-        for (int64_t q = 0; q < r; ++q) sum += h.data()[i * r + q] * b[j * r + q];
+        for (int64_t q = 0; q < r; ++q) sum += h[i * r + q] * b[j * r + q];
         y[i * n + j] = sum;
       }
     }
@@ -60,13 +65,13 @@ Outcome dx(const Pool& pool, const LinearDxProblem& p) {
   const int64_t n = p.w.n, k = p.w.k, r = p.lora.rank;
   const double *dy = static_cast<const double*>(p.dy), *a = static_cast<const double*>(p.lora.a);
   double* out = static_cast<double*>(p.dx);
-  std::vector<double> g(static_cast<size_t>(p.m * r));
-  low_rank(pool, dy, p.m, n, p.lora.b, r, 1, r, p.lora.scaling, Dropout{}, g.data());
+  std::vector<double> memory;
+  const double* const g = low_rank(pool, dy, p.m, n, p.lora.b, r, 1, r, p.lora.scaling, Dropout{}, p.g, &memory);
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t c = begin; c < end; ++c) {
       for (int64_t i = 0; i < p.m; ++i) {
         double sum = 0;
-        for (int64_t q = 0; q < r; ++q) sum += g.data()[i * r + q] * a[q * k + c];
+        for (int64_t q = 0; q < r; ++q) sum += g[i * r + q] * a[q * k + c];
         sum = dropped(p.lora.dropout, i * k + c) ? 0 : sum * p.lora.dropout.keep_scale;
         for (int64_t j = 0; j < n; ++j) sum += dy[i * n + j] * weight_at(p.w, j * k + c);
         out[i * k + c] = sum;
@@ -82,15 +87,16 @@ Outcome dlora(const Pool& pool, const LoraGradProblem& p) {
   const Dropout& drop = p.lora.dropout;
   const double *x = static_cast<const double*>(p.x), *dy = static_cast<const double*>(p.dy);
   double *da = static_cast<double*>(p.da), *db = static_cast<double*>(p.db);
-  std::vector<double> h(static_cast<size_t>(m * r)), g(static_cast<size_t>(m * r));
-  low_rank(pool, x, m, k, p.lora.a, r, k, 1, p.lora.scaling, drop, h.data());
-  low_rank(pool, dy, m, n, p.lora.b, r, 1, r, p.lora.scaling, Dropout{}, g.data());
+  std::vector<double> h_memory, g_memory;
+  const double *h = static_cast<const double*>(p.h), *g = static_cast<const double*>(p.g);
+  if (!h) h = low_rank(pool, x, m, k, p.lora.a, r, k, 1, p.lora.scaling, drop, nullptr, &h_memory);
+  if (!g) g = low_rank(pool, dy, m, n, p.lora.b, r, 1, r, p.lora.scaling, Dropout{}, nullptr, &g_memory);
   auto columns = [&](int64_t begin, int64_t end) {
     for (int64_t q = 0; q < r; ++q) {
       for (int64_t c = begin; c < end; ++c) {
         double sum = 0;
         for (int64_t i = 0; i < m; ++i)
-          if (!dropped(drop, i * k + c)) sum += g.data()[i * r + q] * x[i * k + c];
+          if (!dropped(drop, i * k + c)) sum += g[i * r + q] * x[i * k + c];
         da[q * k + c] = sum * drop.keep_scale;
       }
     }
@@ -100,7 +106,7 @@ Outcome dlora(const Pool& pool, const LoraGradProblem& p) {
     for (int64_t j = begin; j < end; ++j) {
       for (int64_t q = 0; q < r; ++q) {
         double sum = 0;
-        for (int64_t i = 0; i < m; ++i) sum += dy[i * n + j] * h.data()[i * r + q];
+        for (int64_t i = 0; i < m; ++i) sum += dy[i * n + j] * h[i * r + q];
         db[j * r + q] = sum;
       }
     }

@@ -1,8 +1,8 @@
 // The gradients of the low-rank factors, dA = gᵀ · dropout(x) and dB = dyᵀ · h.
 //
 // Both sum over tokens: the rank is broadcast, from g and h kept as [rank, tokens], and the features are the lanes,
-// from x and dy as they lie in memory. g and h are recomputed for as many ranks at a time as the scratch of a call
-// holds of all tokens, and at least one.
+// from x and dy as they lie in memory. g and h are brought there, or computed where they are not given, for as many
+// ranks at a time as the scratch of a call holds of all tokens, and at least one.
 #pragma once
 
 #include <cstdint>
@@ -51,6 +51,16 @@ void reduce_tokens(const Matrix<T>& low, int64_t rank, const Matrix<T>& in, int6
   store_sums(sums);
 }
 
+// Ranks [first, first + ranks) of a given h or g [m, r], rank by rank.
+template <class T>
+void take_ranks(const Pool& pool, const T* given, int64_t m, int64_t r, int64_t first, int64_t ranks, T* out) {
+  auto body = [&](int64_t begin, int64_t end) {
+    for (int64_t q = 0; q < ranks; ++q)
+      for (int64_t t = begin; t < end; ++t) out[q * m + t] = given[t * r + first + q];
+  };
+  pool(m, 1024, body);
+}
+
 template <class W, class T>
 void dlora(const Pool& pool, const LoraGradProblem& p) {
   constexpr int64_t kMostColumns = 256, kMostRanks = 256;
@@ -65,8 +75,16 @@ void dlora(const Pool& pool, const LoraGradProblem& p) {
   for (int64_t first = 0; first < r; first += some) {
     const int64_t ranks = min(some, r - first);
     T* const g = h + m * ranks;
-    low_rank<W, Factor::kRankByFeature>(pool, x, 0, m, p.k, a, first, ranks, p.lora.scaling, LowRankOut<T>{h, 1, m});
-    low_rank<W, Factor::kFeatureByRank>(pool, dy, 0, m, p.n, b, first, ranks, p.lora.scaling, LowRankOut<T>{g, 1, m});
+    if (p.h) {
+      take_ranks(pool, static_cast<const T*>(p.h), m, r, first, ranks, h);
+    } else {
+      low_rank<W, Factor::kRankByFeature>(pool, x, 0, m, p.k, a, first, ranks, p.lora.scaling, LowRankOut<T>{h, 1, m});
+    }
+    if (p.g) {
+      take_ranks(pool, static_cast<const T*>(p.g), m, r, first, ranks, g);
+    } else {
+      low_rank<W, Factor::kFeatureByRank>(pool, dy, 0, m, p.n, b, first, ranks, p.lora.scaling, LowRankOut<T>{g, 1, m});
+    }
     auto body = [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         if (i < ks.count) {

@@ -161,8 +161,9 @@ class DxTask {
 template <class W, class T>
 void dx(const Pool& pool, const LinearDxProblem& p) {
   const DxShape shape(p);
-  const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
-  T* const g = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
+  const int64_t some = p.lora.rank && !p.g ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
+  const int64_t g_bytes = some * p.lora.rank * static_cast<int64_t>(sizeof(T));
+  T* const g = static_cast<T*>(p.g ? p.g : scratch(ScratchUse::kCall, g_bytes));
   for (int64_t first = 0; first < p.m; first += some) {
     const int64_t tokens = min(some, p.m - first);
     if (p.lora.rank) {

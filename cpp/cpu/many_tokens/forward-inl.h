@@ -142,8 +142,9 @@ class ForwardTask {
 template <class W, class T>
 void forward(const Pool& pool, const LinearProblem& p) {
   static_assert(ForwardTask<W, T>::kBytes <= kTaskBytes);
-  const int64_t some = p.lora.rank ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
-  T* const h = static_cast<T*>(scratch(ScratchUse::kCall, some * p.lora.rank * static_cast<int64_t>(sizeof(T))));
+  const int64_t some = p.lora.rank && !p.h ? shared_tokens<T>(p.m, p.lora.rank) : p.m;
+  const int64_t h_bytes = some * p.lora.rank * static_cast<int64_t>(sizeof(T));
+  T* const h = static_cast<T*>(p.h ? p.h : scratch(ScratchUse::kCall, h_bytes));
   for (int64_t first = 0; first < p.m; first += some) {
     const int64_t tokens = min(some, p.m - first);
     if (p.lora.rank) {

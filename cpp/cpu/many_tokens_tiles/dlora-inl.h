@@ -47,6 +47,24 @@ void fill_low_rank_strip(const Matrix<bfloat16>& in, int64_t pair, int64_t m, co
   fill_low_rank_rows<weight_is>(memory.sums, none.tiles_of(pair), scale, out + pair * 2 * kTileBytes);
 }
 
+// The same of a given h or g, [m, rank].
+inline void take_low_rank_strip(const Matrix<bfloat16>& low, int64_t pair, int64_t m, int64_t first_rank, int64_t ranks,
+                                char* out) {
+  for (int64_t t = 0; t < 2; ++t) {
+    const int64_t token = pair * kPair + t * kTileRows;
+    for (int64_t i = 0; i < 2; ++i) {
+      const int64_t rank = i * kTileRows;
+      F v[kLanes];
+      for (int64_t r = 0; r < kTileRows; ++r)
+        v[r] = token + r < m ? many_tokens::load_some(low.at(token + r, first_rank + rank), ranks - rank) : zero();
+      transpose(v);
+      char* const tile = out + (pair * 2 + i) * kTileBytes;
+      for (int64_t r = 0; r < kTileRows; ++r)
+        store(reinterpret_cast<bfloat16*>(tile + r * kRowBytes) + t * kTileRows, v[r]);
+    }
+  }
+}
+
 // Columns [column, column + columns) of low [32 ranks, m] · in [m, features]: a block of sums for each 32 columns, the
 // even and the odd ones of each 16 ranks.
 class TokenSum {
@@ -95,6 +113,8 @@ inline void dlora(const Pool& pool, const LoraGradProblem& p) {
   const Matrix<bfloat16> dy{static_cast<const bfloat16*>(p.dy), p.n};
   const Matrix<bfloat16> a{static_cast<const bfloat16*>(p.lora.a), p.k},
       b{static_cast<const bfloat16*>(p.lora.b), rank};
+  const Matrix<bfloat16> given_h{static_cast<const bfloat16*>(p.h), rank},
+      given_g{static_cast<const bfloat16*>(p.g), rank};
   const Slices of_k(p.k, Slices::kMost, 0, false), of_n(p.n, Slices::kMost, 0, false);
   Carver sizes(nullptr);
   const auto carve = [&](Carver& memory, char*(&out)[4]) {
@@ -112,14 +132,18 @@ inline void dlora(const Pool& pool, const LoraGradProblem& p) {
   const Scale keep_scale(p.lora.dropout.keep_scale);
   for (int64_t first = 0; first < rank; first += kPair) {
     const int64_t ranks = min(kPair, rank - first);
-    fill_factor<WeightIs::kA>(pool, a, first, ranks, of_k, a_tiles);
-    fill_factor<WeightIs::kB>(pool, b, first, ranks, of_n, b_tiles);
+    if (!p.h) fill_factor<WeightIs::kA>(pool, a, first, ranks, of_k, a_tiles);
+    if (!p.g) fill_factor<WeightIs::kB>(pool, b, first, ranks, of_n, b_tiles);
     auto low_rank = [&](int64_t begin, int64_t end) {
       const tiles::Session session;
       const LowRankScratch scratch;
       for (int64_t i = begin; i < end; ++i) {
-        if (i < pairs) {
+        if (i < pairs && p.h) {
+          take_low_rank_strip(given_h, i, m, first, ranks, h);
+        } else if (i < pairs) {
           fill_low_rank_strip<WeightIs::kA>(x, i, m, of_k, a_tiles, h_scale, scratch, h);
+        } else if (p.g) {
+          take_low_rank_strip(given_g, i - pairs, m, first, ranks, g);
         } else {
           fill_low_rank_strip<WeightIs::kB>(dy, i - pairs, m, of_n, b_tiles, g_scale, scratch, g);
         }

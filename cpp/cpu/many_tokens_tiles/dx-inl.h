@@ -25,6 +25,7 @@ class Dx {
 
   Dx(const Problem& p, const Chunk& chunk) : p_(p), chunk_(chunk) {}
   const Chunk& chunk() const { return chunk_; }
+  static bfloat16* kept(const Problem& p) { return static_cast<bfloat16*>(p.g); }
 
   // As many columns as the second-level cache keeps sums of, beside one slice of the panel.
   int64_t group(const Slices&, const Part& part) const {

@@ -25,6 +25,7 @@ class Forward {
 
   Forward(const Problem& p, const Chunk& chunk) : p_(p), chunk_(chunk) {}
   const Chunk& chunk() const { return chunk_; }
+  static bfloat16* kept(const Problem& p) { return static_cast<bfloat16*>(p.h); }
 
   // As many rows as the second-level cache keeps sums of, beside one slice of the panel; but where it has room for all
   // of the panel, one strip after the other, which reads W as it lies in memory.

@@ -133,10 +133,20 @@ void fill_low_rank(const char* sums, int64_t tiles, double scale, char* step) {
   }
 }
 
-// h or g of the tokens of a chunk, from `first_token` of `in` on, to the rank steps of `panel`.
+// Up to 32 ranks of `tokens` tokens, at most 16, from a tile that fill_low_rank has filled to rows of `out`.
+template <WeightIs weight_is>
+void keep_low_rank(const char* tile, int64_t tokens, int64_t ranks, bfloat16* out, int64_t stride) {
+  F v[kLanes];
+  for (int64_t r = 0; r < kTileRows; ++r) v[r] = load_row(tile + r * kRowBytes);
+  if constexpr (weight_is == WeightIs::kA) transpose(v);
+  for (int64_t t = 0; t < tokens; ++t) Words::store_pairs(out + t * stride, Words::as_words(v[t]), ranks);
+}
+
+// h or g of the tokens of a chunk, from `first_token` of `in` on, to the rank steps of `panel` and, unless it is null,
+// to `kept` [m, rank].
 template <WeightIs weight_is>
 void add_low_rank(const Pool& pool, const Matrix<bfloat16>& in, int64_t first_token, const Matrix<bfloat16>& factor,
-                  const Lora& lora, const Slices& slices, const DensePanel& panel, char* factor_tiles) {
+                  const Lora& lora, const Slices& slices, const DensePanel& panel, char* factor_tiles, bfloat16* kept) {
   const double scale = lora.scaling * in.dropout.keep_scale;
   const DensePanel source{in.dropout.active() ? nullptr : panel.tiles, panel.tokens};
   for (int64_t r = 0; r < lora.rank; r += kPair) {
@@ -148,7 +158,13 @@ void add_low_rank(const Pool& pool, const Matrix<bfloat16>& in, int64_t first_to
         low_rank_sums<weight_is>(in, first_token, source, pair, slices, factor_tiles, memory);
         const Slice s = slices.of_rank(r);
         const int64_t tiles = panel.tiles_of(pair), step = s.element_steps() + (r - s.first_rank) / kStep;
-        fill_low_rank<weight_is>(memory.sums, tiles, scale, panel.piece(s, pair) + step * tiles * kTileBytes);
+        char* const filled = panel.piece(s, pair) + step * tiles * kTileBytes;
+        fill_low_rank<weight_is>(memory.sums, tiles, scale, filled);
+        for (int64_t t = 0; kept && t < tiles; ++t) {
+          const int64_t token = pair * kPair + t * kTileRows;
+          keep_low_rank<weight_is>(filled + t * kTileBytes, min(kTileRows, panel.tokens - token),
+                                   min(kPair, lora.rank - r), kept + (first_token + token) * lora.rank + r, lora.rank);
+        }
       }
     };
     pool(panel.pairs(), 1, body);

@@ -232,7 +232,8 @@ void run_chunk(const Pool& pool, const typename Op::Problem& p, int64_t first, i
     }
   };
   pool(slices.element_slices() * panel.pairs(), 1, pack);
-  if (lora.rank) add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes);
+  if (lora.rank)
+    add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes, Op::kept(p));
   const Op op(p, {panel, first, out, outer});
   const many_tokens::Grid grid = many_tokens::make_grid(pool.threads, outer, outer, kPair, tokens, tokens);
   auto body = [&](int64_t begin, int64_t end) {

@@ -1,0 +1,24 @@
+// The forward's tiles on tensor cores that a single weight and experts share, by how many tokens they take. Rows and
+// tokens a warp and a CTA take were chosen by counting instructions and shared memory passes under the simulator;
+// 16-bit types only.
+#pragma once
+
+#include "cuda/tile/linear_tile.cuh"
+#include "cuda/tuning.h"
+
+namespace qlora::cuda {
+
+template <class T, int kTokens, int kStages>
+using LinearTile = tile::LinearTile<T, 2, kTokens / 8, 4, 2, 2, kStages>;
+
+template <class T>
+using Tile8 = LinearTile<T, 8, 4>;
+template <class T>
+using Tile16 = LinearTile<T, 16, 4>;
+template <class T>
+using Tile32 = LinearTile<T, 32, 2>;
+template <class T>
+using Tile64 = LinearTile<T, 64, 3>;
+static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64);
+
+}  // namespace qlora::cuda
