@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from grouped_samples import GroupedSample, grouped_sample
-from qlora_ext.nn import Experts4bit
+from qlora_ext.nn import Experts4bit, ExpertsLora
 
 pytestmark = pytest.mark.cuda
 
@@ -146,8 +146,8 @@ def test_a_step_of_training_is_that_of_the_dense_layer(layer, dtype: torch.dtype
 
     x, routing, *factors = leaves = as_leaves(*(t.to("cuda", dtype) for t in given))
     (first, second), scaling = module.packed_shapes, 0.5
-    with module.adapted(first, (*factors[:2], scaling)), module.adapted(second, (*factors[2:], scaling)):
-        y = module(x, index.to("cuda"), routing)
+    lora = {first: ExpertsLora(*factors[:2], scaling), second: ExpertsLora(*factors[2:], scaling)}
+    y = module(x, index.to("cuda"), routing, lora)
     got = backward(y, leaves, module)
 
     x, routing, *factors = leaves = as_leaves(*(t.double() for t in given))

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from ._library import LIBRARY
-from .ops import LINEAR_NF4, autocast_linear_nf4_args
+from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args
 from .weight import NF4Weight
 
 
@@ -92,7 +92,7 @@ class LinearNF4Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         device_type = args[0].device.type
-        if torch.is_autocast_enabled(device_type):  # what is saved must have the dtype that dy will have
+        if autocast_dtype(device_type) is not None:  # what is saved must have the dtype that dy will have
             args = (*autocast_linear_nf4_args(device_type, args),)
         a, needs = LINEAR_NF4(*args), LINEAR_NF4(*ctx.needs_input_grad)
         y: Tensor
@@ -154,7 +154,7 @@ LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
 
 def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
     """``torch.ops.qlora.linear_nf4(*args)`` by the shortest way; ``device_type`` is that of x."""
-    if torch.compiler.is_dynamo_compiling() or torch.is_autocast_enabled(device_type):
+    if torch.compiler.is_dynamo_compiling() or autocast_dtype(device_type) is not None:
         y: Tensor = torch.ops.qlora.linear_nf4.default(*args)
         return y
     return differentiable_linear_nf4(*args)

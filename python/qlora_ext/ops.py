@@ -185,6 +185,13 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 _DENSE = ("x", "bias", "lora_a", "lora_b")
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast where it is on for devices of that type, None where it is off or unknown."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch raises if asked about meta
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 def autocast_linear_nf4_args(device_type: str, args: Sequence[Any]) -> list[Any]:
     """``linear_nf4``'s arguments as autocast wants them: x, bias and adapters in its dtype (but not out of float64).
 

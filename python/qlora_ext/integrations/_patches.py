@@ -46,6 +46,11 @@ _LIST = (
         "refuses a configuration of another class than the checkpoint's, and ours also reads bitsandbytes'",
     ),
     Patch(
+        "peft.tuners.lora:LoraModel._create_and_replace",
+        "peft >= 0.19",
+        'refuses lora_dropout where a parameter is a target, which "all-linear" makes of a router',
+    ),
+    Patch(
         "peft.tuners.lora:LoraModel._create_new_module",
         "peft >= 0.19",
         "finds the LoRA layer over a base by the classes that PEFT knows",

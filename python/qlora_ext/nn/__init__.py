@@ -1,7 +1,7 @@
 """Frozen modules whose weights are NF4, and ``quantize_model``, which puts them into a model."""
 
 from .embedding import Embedding4bit, TiedLinear4bit
-from .experts import Experts4bit, is_fused_experts
+from .experts import Experts4bit, ExpertsLora, is_fused_experts
 from .linear import Linear4bit
 from .model import (
     AFTER_QUANTIZE,
@@ -22,6 +22,7 @@ __all__ = [
     "SCALES",
     "Embedding4bit",
     "Experts4bit",
+    "ExpertsLora",
     "Linear4bit",
     "Packed4bit",
     "TiedLinear4bit",

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Container, Iterable, Iterator
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import grouped
+from ..autograd import draw_seed
 from ..form import Form
+from ..ops import autocast_dtype
 from ..weight import NF4Weight
 from .packed import SCALES, Packed4bit
 
@@ -19,7 +20,22 @@ assert grouped  # the operator must be registered
 
 # What nn.Module keeps for itself in an instance: not to be taken over from another module.
 _MODULE_STATE = frozenset(vars(nn.Module()))
-Lora = tuple[Tensor, Tensor, float]
+
+
+class ExpertsLora(NamedTuple):
+    """An adapter on one stack of weights: y += scaling · dropout(x) · a[e]ᵀ · b[e]ᵀ for the tokens of expert e.
+
+    Attributes:
+        a, b: [E, R, K] and [E, N, R], of any floating dtype.
+        scaling: lora_alpha / R.
+        dropout_p: probability of dropping an element of a row of x, 0 to 1. A token's rows, one for each of its
+            experts, are dropped from independently, as by experts that are layers of their own.
+    """
+
+    a: Tensor
+    b: Tensor
+    scaling: float = 1.0
+    dropout_p: float = 0.0
 
 
 def is_fused_experts(module: nn.Module) -> bool:
@@ -93,7 +109,6 @@ class Experts4bit(Packed4bit):
         dtype: torch.dtype = experts.down_proj.dtype  # type: ignore[assignment]
         self._set_form(Form(compute_dtype or dtype, block_size, double_quant, nested_block_size))
         self._register_packed(device)
-        self._lora: dict[str, Lora] = {}
         self.train(experts.training)
 
     @property
@@ -164,45 +179,43 @@ class Experts4bit(Packed4bit):
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         return self.to_experts(dtype)
 
-    @contextlib.contextmanager
-    def adapted(self, name: str, lora: Lora | None) -> Iterator[None]:
-        """Within it the weight ``name`` has an adapter: A [E, R, K], B [E, N, R] and their scaling; or none."""
-        if lora is not None:
-            self._lora[name] = lora
-        try:
-            yield
-        finally:
-            self._lora.pop(name, None)
-
-    def _project(self, name: str, x: Tensor, offsets: Tensor) -> Tensor:
+    def _project(self, name: str, x: Tensor, offsets: Tensor, lora: ExpertsLora | None) -> Tensor:
         w4 = self.packed_weight(name)
-        bias = self._parameters.get(f"{name}_bias")
-        lora_a, lora_b, scaling = self._lora.get(name, (None, None, 1.0))
+        dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else (lora.a, lora.b))
+        scaling, dropout_p = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
         y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
             x,
             offsets,
             *w4.packed_args(),
             w4.shape[1],
-            *(None if t is None else t.to(x.dtype).contiguous() for t in (bias, lora_a, lora_b)),
+            *(None if t is None else t.to(x.dtype).contiguous() for t in dense),
             scaling,
+            dropout_p,
+            0,
+            draw_seed(x.device) if dropout_p > 0.0 else None,
         )
         return y
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        lora: Mapping[str, ExpertsLora] | None = None,
+    ) -> Tensor:
         """Every token's chosen experts, weighted and summed up.
 
         Args:
             hidden_states: [T, hidden].
             top_k_index: [T, k], the experts of each token; a number of E or more is nobody's.
             top_k_weights: [T, k], their weights, or [T, E], those of all experts.
+            lora: adapters by the name of the weight that they adapt.
 
         Returns:
             [T, hidden] in the dtype of ``hidden_states``; computed in ``compute_dtype``, or autocast's.
         """
         tokens, k = top_k_index.shape
-        device_type, cast = hidden_states.device.type, self.compute_dtype
-        if torch.is_autocast_enabled(device_type):
-            cast = torch.get_autocast_dtype(device_type)
+        cast = autocast_dtype(hidden_states.device.type) or self.compute_dtype
         experts = self._shapes["down_proj"][0]
         if top_k_weights.shape[-1] != k:
             top_k_weights = top_k_weights.gather(1, top_k_index)
@@ -213,12 +226,13 @@ class Experts4bit(Packed4bit):
         # Every token k times and then a permutation: the gradients meet in a sum, in one order.
         x = hidden_states.to(cast).repeat_interleave(k, dim=0).index_select(0, order)
         first, second = self._shapes
-        h = self._project(first, x, offsets)
+        lora = lora or {}
+        h = self._project(first, x, offsets, lora.get(first))
         if self.has_gate:
             h = self.experts_class._apply_gate(self, h)  # type: ignore[attr-defined]
         else:
             h = self.act_fn(h)  # type: ignore[operator]
-        y = self._project(second, h.to(cast), offsets)
+        y = self._project(second, h.to(cast), offsets, lora.get(second))
         if self.has_post_expert_norm:
             y = self.post_expert_norm(y)  # type: ignore[operator]
         y = torch.zeros_like(y).index_copy(0, order, y).view(tokens, k, y.shape[1])

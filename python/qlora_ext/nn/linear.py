@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..autograd import call_linear_nf4, draw_seed
 from ..form import Form
+from ..ops import autocast_dtype
 from .packed import PackedWeight4bit
 
 
@@ -105,8 +106,9 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         """
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
         device_type, dtype, cast = x.device.type, x.dtype, self.compute_dtype
-        if torch.is_autocast_enabled(device_type):
-            dtype = cast = torch.get_autocast_dtype(device_type)
+        autocast = autocast_dtype(device_type)
+        if autocast is not None:
+            dtype = cast = autocast
         y = call_linear_nf4(
             device_type,
             x.to(cast),

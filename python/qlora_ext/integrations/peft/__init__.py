@@ -21,7 +21,8 @@ from .._patches import extend
 from ..transformers.counting import hidden_parameters
 from . import loftq as loftq
 from . import methods as methods
-from .base_file import BASE_FILE, FORMAT_VERSION, OnMismatch, compare_base, is_4bit, write_base
+from .base_file import BASE_FILE, FORMAT_VERSION, OnMismatch, compare_base, is_4bit, recorded_dropout, write_base
+from .experts import set_dropout
 from .linear import LoraLinear4bit
 from .merge import MergeError, merge_to_4bit
 
@@ -100,9 +101,13 @@ def _incomplete(model: Any, adapter: str, result: Any) -> Iterator[str]:
 
 @extend("peft.peft_model:PeftModel.load_adapter")
 def _load_adapter(original: Any, self: Any, model_id: str, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-    check_base(self, pathlib.Path(model_id) / (kwargs.get("subfolder") or ""))
+    directory = pathlib.Path(model_id) / (kwargs.get("subfolder") or "")
+    check_base(self, directory)
     result = original(self, model_id, adapter_name, *args, **kwargs)
     if is_4bit(self):
+        lora_dropout = recorded_dropout(directory)
+        if lora_dropout is not None:
+            set_dropout(self, adapter_name, lora_dropout)
         for fault in _incomplete(self, adapter_name, result):
             message = f"the adapter {printable(model_id)} is not whole: {fault}"
             warnings.warn(message, IncompleteAdapterWarning, stacklevel=2)

@@ -1,11 +1,13 @@
-"""``qlora_base.json``, beside an adapter: on which 4-bit base it was trained."""
+"""``qlora_base.json``, beside an adapter: on which 4-bit base it was trained, and what PEFT's own files cannot say."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pathlib
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -30,18 +32,49 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(m, Packed4bit) and m.is_sharded for m in model.modules())
 
 
-def write_base(model: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Records beside an adapter which 4-bit base it belongs to.
+def _hidden_dropout(config: Any) -> float:
+    """The dropout that PEFT would refuse to load, for it has none on parameters: above 0 where there is one."""
+    return getattr(config, "lora_dropout", 0.0) if getattr(config, "target_parameters", None) else 0.0
+
+
+def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str = "default") -> None:
+    """Records beside an adapter which 4-bit base it belongs to, and its dropout where PEFT's file leaves it out.
 
     Of a model that FSDP2 has sharded every rank has to call this, as for ``fingerprint``; the first one writes.
     """
-    record = {"fingerprint": fingerprint(model), "format_version": FORMAT_VERSION}
+    record: dict[str, Any] = {"fingerprint": fingerprint(model), "format_version": FORMAT_VERSION}
+    lora_dropout = _hidden_dropout(getattr(model, "peft_config", {}).get(adapter))
+    if lora_dropout:
+        record["lora_dropout"] = lora_dropout
     if _is_sharded(model) and torch.distributed.get_rank() != 0:
         return
     path = pathlib.Path(directory) / BASE_FILE
     partial = path.with_suffix(".tmp")
     partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def _read(directory: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any] | None]:
+    path = pathlib.Path(directory) / BASE_FILE
+    if not path.is_file():
+        return path, None
+    record: dict[str, Any] = read_json(path, {"fingerprint": str, "format_version": int, "lora_dropout?": float})
+    if record["format_version"] != FORMAT_VERSION:
+        raise FileError(f"{path}: expected format_version {FORMAT_VERSION}, got {record['format_version']}")
+    return path, record
+
+
+def recorded_dropout(directory: str | os.PathLike[str]) -> float | None:
+    """The dropout of the adapter in ``directory`` where its PEFT file leaves it out; see ``write_base``.
+
+    Raises:
+        ValueError: it is no probability, or the file is damaged or of a newer version.
+    """
+    path, record = _read(directory)
+    p: float | None = (record or {}).get("lora_dropout")
+    if p is not None and not 0.0 <= p <= 1.0:
+        raise FileError(f"{path}: expected a probability from 0 to 1 as lora_dropout, got {p}")
+    return p
 
 
 def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch) -> bool | None:
@@ -56,12 +89,11 @@ def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatc
     Raises:
         ValueError: another base, with "refuse"; or the file is damaged or of a newer version.
     """
-    path = pathlib.Path(directory) / BASE_FILE
-    if not path.is_file() or not is_4bit(model):
+    if not is_4bit(model):
         return None
-    record = read_json(path, {"fingerprint": str, "format_version": int})
-    if record["format_version"] != FORMAT_VERSION:
-        raise FileError(f"{path}: expected format_version {FORMAT_VERSION}, got {record['format_version']}")
+    _, record = _read(directory)
+    if record is None:
+        return None
     found = fingerprint(model)
     if found == record["fingerprint"]:
         return True
@@ -76,9 +108,23 @@ def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatc
     return False
 
 
+@contextlib.contextmanager
+def _without_hidden_dropout(configs: Iterable[Any]) -> Iterator[None]:
+    """Has adapters with dropout on experts saved as ones without: it means nothing outside of training."""
+    hidden = [(config, p) for config in configs if (p := _hidden_dropout(config))]
+    for config, _ in hidden:
+        config.lora_dropout = 0.0
+    try:
+        yield
+    finally:
+        for config, p in hidden:
+            config.lora_dropout = p
+
+
 @extend("peft.peft_model:PeftModel.save_pretrained")
 def _save_pretrained(original: Any, self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-    saved = original(self, save_directory, *args, **kwargs)
+    with _without_hidden_dropout(self.peft_config.values()):
+        saved = original(self, save_directory, *args, **kwargs)
     if _is_sharded(self):
         # The fingerprint needs every rank, and a sharded model is usually saved by one.
         warnings.warn(
@@ -91,5 +137,5 @@ def _save_pretrained(original: Any, self: Any, save_directory: str, *args: Any, 
         for name in names:  # PEFT puts every adapter but the default one into a directory of its own
             directory = pathlib.Path(save_directory) / ("" if name == "default" else name)
             if (directory / "adapter_config.json").is_file():
-                write_base(self, directory)
+                write_base(self, directory, name)
     return saved

@@ -16,6 +16,20 @@ from ...nn import Linear4bit
 from .merge import Over4bit
 
 
+def active_dropout(dropout: nn.Module) -> float:
+    """The probability of dropping that a module of PEFT's ``lora_dropout`` has just now."""
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
+
+
+def fold_scaling(b: Tensor, scaling: float | Tensor) -> tuple[Tensor, float]:
+    """B and the scaling as the operators take it, a number.
+
+    PEFT makes it a tensor (``prepare_model_for_compiled_hotswap``) for a compiled graph to serve adapters of every
+    scaling. It is multiplied into B then.
+    """
+    return (b * scaling, 1.0) if isinstance(scaling, Tensor) else (b, scaling)
+
+
 class _Decoding(nn.Linear):
     """Stands for a 4-bit layer where code also reads its weight, which is decoded at the first look and not before.
 
@@ -29,10 +43,13 @@ class _Decoding(nn.Linear):
         self.__dict__["bias"] = layer.bias
         self._layer: Callable[[], Linear4bit] = lambda: layer  # a submodule it is not
         self._dtype = dtype
+        self._decoded: list[nn.Parameter] = []
 
-    @functools.cached_property
+    @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
-        return nn.Parameter(self._layer().dequantize(self._dtype), requires_grad=False)
+        if not self._decoded:
+            self._decoded.append(nn.Parameter(self._layer().dequantize(self._dtype), requires_grad=False))
+        return self._decoded[0]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self._layer()(x)
@@ -84,8 +101,13 @@ class OverLinear4bit(Over4bit):
             self.requantize(dense.weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        with self._base_as(_Decoding(self.layer4bit, x.dtype)):
-            y: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        if self.disable_adapters and self.merged:  # type: ignore[attr-defined]
+            self.unmerge()
+        # PEFT's code runs on a twin that shares all but the base: another thread may be in this very layer.
+        twin = object.__new__(type(self))
+        modules = {**self._modules, "base_layer": _Decoding(self.layer4bit, x.dtype)}  # type: ignore[attr-defined]
+        twin.__dict__.update(self.__dict__, _modules=modules)
+        y: Tensor = super(OverLinear4bit, twin).forward(x, *args, **kwargs)  # type: ignore[misc]
         return y
 
     def decoded(self) -> Tensor:
@@ -145,10 +167,9 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self._fused_adapter(kwargs)
         if adapter is not None:
-            dropout = self.lora_dropout[adapter]
-            p = dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
-            a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            return self.layer4bit.fused_forward(x, a, b, self.scaling[adapter], p)
+            b, scaling = fold_scaling(self.lora_B[adapter].weight, self.scaling[adapter])
+            dropout_p = active_dropout(self.lora_dropout[adapter])
+            return self.layer4bit.fused_forward(x, self.lora_A[adapter].weight, b, scaling, dropout_p)
         if self.lora_variant and not self.disable_adapters and not self.merged:
             return super().forward(x, *args, **kwargs)
         y: Tensor = DenseLoraLinear.forward(self, x, *args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
 from .._patches import extend
+from .base_file import is_4bit
 from .embedding import LoraEmbedding4bit
-from .experts import LoraExperts4bit
+from .experts import LoraExperts4bit, without_dropout
 from .linear import LoraLinear4bit, OverLinear4bit, decoded
 
 try:
@@ -71,10 +73,14 @@ def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: A
         layer.requantize(dense.weight)
 
 
+def _base_of(target: nn.Module) -> nn.Module:
+    base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return base
+
+
 def _create_over_weights(target: nn.Module, name: str, config: Any, **kwargs: Any) -> nn.Module | None:
     """PEFT's layer over ``target`` where that is 4-bit experts or a 4-bit embedding, adapted already or not."""
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if isinstance(base, Experts4bit) and kwargs.get("parameter_name") is not None:
+    if isinstance(_base_of(target), Experts4bit) and kwargs.get("parameter_name") is not None:
         return LoraExperts4bit(target, name, config=config, **kwargs)
     if isinstance(target, Embedding4bit) and kwargs.get("parameter_name") is None:
         if config.use_dora or (isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"):
@@ -103,3 +109,19 @@ def _create_new_module(original: Any, lora_config: Any, adapter_name: str, targe
         return LoraLinear4bit(target, adapter_name, config=lora_config, **kwargs)
     over = _create_over_weights(target, adapter_name, lora_config, **kwargs)
     return over if over is not None else original(lora_config, adapter_name, target, **kwargs)
+
+
+@extend("peft.tuners.lora:LoraModel._create_and_replace")
+def _create_and_replace(
+    original: Any, self: Any, config: Any, name: str, target: nn.Module, *args: Any, **kwargs: Any
+) -> None:
+    parameter = kwargs.get("parameter_name")
+    base = _base_of(target)
+    if parameter is not None and config.lora_dropout and not isinstance(base, Experts4bit) and is_4bit(self.model):
+        warnings.warn(
+            f"lora_dropout={config.lora_dropout}: without effect on {type(base).__name__}.{parameter}, a dense "
+            "parameter, for which PEFT has no dropout",
+            stacklevel=2,
+        )
+        config = without_dropout(config)
+    original(self, config, name, target, *args, **kwargs)
