@@ -25,6 +25,7 @@ EXPERTS = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate
 KINDS: dict[str, tuple[Any, Any]] = {
     "lora": (make, lambda: LoraConfig(target_modules=TARGETS)),
     "experts": (moe, lambda: LoraConfig(**EXPERTS)),
+    "experts_and_router": (moe, lambda: LoraConfig(target_modules="all-linear")),
     "embedding": (make, lambda: LoraConfig(target_modules=["embed_tokens", "q_proj"])),
     "dora": (make, lambda: LoraConfig(target_modules=TARGETS, use_dora=True)),
     "lora_bias": (make, lambda: LoraConfig(target_modules=TARGETS, lora_bias=True)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraModel
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from .base_file import is_4bit
 from .embedding import LoraEmbedding4bit
 from .experts import LoraExperts4bit, without_dropout
 from .linear import LoraLinear4bit, OverLinear4bit, decoded
+from .parameter import LoraParameter
 
 try:
     from peft.utils.quantization_utils import QuantizationBackend
@@ -113,15 +115,26 @@ def _create_new_module(original: Any, lora_config: Any, adapter_name: str, targe
 
 @extend("peft.tuners.lora:LoraModel._create_and_replace")
 def _create_and_replace(
-    original: Any, self: Any, config: Any, name: str, target: nn.Module, *args: Any, **kwargs: Any
+    original: Any,
+    self: Any,
+    config: Any,
+    name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    **kwargs: Any,
 ) -> None:
-    parameter = kwargs.get("parameter_name")
-    base = _base_of(target)
-    if parameter is not None and config.lora_dropout and not isinstance(base, Experts4bit) and is_4bit(self.model):
+    parameter, base = kwargs.get("parameter_name"), _base_of(target)
+    if parameter is None or isinstance(base, Experts4bit) or not is_4bit(self.model):
+        original(self, config, name, target, target_name, parent, **kwargs)
+        return
+    if config.lora_dropout:
         warnings.warn(
             f"lora_dropout={config.lora_dropout}: without effect on {type(base).__name__}.{parameter}, a dense "
             "parameter, for which PEFT has no dropout",
             stacklevel=2,
         )
-        config = without_dropout(config)
-    original(self, config, name, target, *args, **kwargs)
+    original(self, without_dropout(config), name, target, target_name, parent, **kwargs)
+    layer = getattr(parent, target_name)
+    if type(layer) is ParamWrapper:
+        layer.__class__ = LoraParameter
