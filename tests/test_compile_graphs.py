@@ -1,0 +1,102 @@
+"""Where torch.compile may break a graph, a model with LoRA stays one: with dropout, experts and hot-swapping."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+
+from graphs import CountingBackend, largest_error
+from qlora_ext.nn import quantize_model
+from test_compile_models import language_step
+from test_moe import moe
+from test_peft_experts import EXPERTS, draw
+from tiny_models import make, token_ids
+
+IDS = token_ids(2, 6)
+LINEAR = {"target_modules": "all-linear"}
+MODELS = {
+    "llama": (lambda: make("llama", torch.float32), LINEAR),
+    "llama_bfloat16": (lambda: make("llama", torch.bfloat16), LINEAR),
+    "phi3": (lambda: make("phi3", torch.float32), LINEAR),
+    "mixtral": (lambda: moe("mixtral"), LINEAR),
+    "qwen3_moe": (lambda: moe("qwen3_moe"), {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> None:
+    torch.compiler.reset()
+
+
+def adapted(name: str, **options: Any) -> Any:
+    build, targets = MODELS[name]
+    torch.manual_seed(2)
+    return draw(get_peft_model(quantize_model(build()), LoraConfig(r=4, **targets, **options)))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dropout_breaks_no_graph(name: str) -> None:
+    model, backend = adapted(name, lora_dropout=0.1).train(), CountingBackend()
+    compiled = torch.compile(model, backend=backend)  # as the Trainer has it: breaks are allowed
+    tolerance = 5e-2 if model.dtype == torch.bfloat16 else 1e-5  # a graph rounds to bfloat16 elsewhere
+    assert largest_error(language_step(model, compiled, IDS), language_step(model, model, IDS)) < tolerance
+    assert (backend.forward, backend.backward) == (1, 1)
+    explained = torch._dynamo.explain(model)(input_ids=IDS, labels=IDS, use_cache=False)
+    assert (explained.graph_count, explained.graph_break_count) == (1, 0)
+    first, second = (compiled(input_ids=IDS, use_cache=False).logits for _ in range(2))
+    assert not torch.equal(first, second)  # each call draws its masks
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=IDS, use_cache=False).logits
+    return out
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_a_compiled_model_swaps_adapters_without_compiling_anew(name: str, tmp_path: pathlib.Path) -> None:
+    # Ranks of experts are no Linear's, which alone PEFT pads to a common rank.
+    ranks = {"first": 4, "second": 4 if name == "qwen3_moe" else 7}
+    expected = {}
+    for adapter, rank in ranks.items():
+        build, targets = MODELS[name]
+        torch.manual_seed(rank)
+        config = LoraConfig(r=rank, lora_alpha=rank * (2 if adapter == "first" else 5), **targets)
+        model = draw(get_peft_model(quantize_model(build()), config)).eval()
+        expected[adapter] = logits(model)
+        model.save_pretrained(tmp_path / adapter)
+
+    model = PeftModel.from_pretrained(quantize_model(MODELS[name][0]()), tmp_path / "first").eval()
+    prepare_model_for_compiled_hotswap(model, target_rank=max(ranks.values()), config=model.peft_config)
+    assert all(isinstance(m.scaling["default"], Tensor) for m in model.modules() if hasattr(m, "lora_A"))
+    backend = CountingBackend()
+    compiled = torch.compile(model, backend=backend)
+    torch.testing.assert_close(logits(compiled), expected["first"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected["first"], rtol=1e-4, atol=1e-5)  # and uncompiled
+    graphs = backend.forward
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for adapter in ("second", "first", "second"):
+            hotswap_adapter(model, tmp_path / adapter, adapter_name="default")
+            torch.testing.assert_close(logits(compiled), expected[adapter], rtol=1e-4, atol=1e-5)
+    assert backend.forward == graphs == 1
+    assert not torch.allclose(expected["first"], expected["second"], atol=1e-2)
+
+
+def test_a_tensor_as_scaling_trains_as_its_number() -> None:
+    gradients = []
+    for tensor in (False, True):
+        model = adapted("llama", lora_alpha=12).train()
+        if tensor:
+            prepare_model_for_compiled_hotswap(model)
+        gradients.append(language_step(model, model, IDS))
+    assert largest_error(*gradients) < 1e-5
