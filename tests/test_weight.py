@@ -146,3 +146,13 @@ def test_moved_to_the_device_and_back() -> None:
     there = w4.to("cuda")
     assert there.device.type == "cuda"
     assert torch.equal(there.dequantize().cpu(), w4.dequantize())
+
+
+def test_torch_load_takes_a_weight_with_weights_only(tmp_path) -> None:
+    for double_quant in (True, False):
+        w4 = qlora_ext.quantize_nf4(torch.randn(48, 64, dtype=torch.bfloat16), double_quant=double_quant)
+        torch.save({"weights": [w4]}, tmp_path / "weight.pt")
+        (loaded,) = torch.load(tmp_path / "weight.pt", weights_only=True)["weights"]
+        assert isinstance(loaded, qlora_ext.NF4Weight)
+        assert torch.equal(loaded.dequantize(), w4.dequantize())
+        assert (loaded.shape, loaded.dtype, loaded.block_size) == (w4.shape, w4.dtype, w4.block_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from . import _hooks, autograd, nn
+from . import _hooks, autograd, nn, transforms
 from ._library import build_info
 from .autograd import linear_nf4
 from .nn import quantize_model
@@ -30,12 +30,14 @@ __all__ = [
     "take_over_bitsandbytes",
 ]
 
+assert transforms  # their rules must be registered
 
-# Saved 4-bit models, LoRA on 4-bit layers and FSDP2 are provided for without a further import.
+# Saved 4-bit models, LoRA on 4-bit layers, counts of operations and FSDP2 are provided for without a further import.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.counting")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
+_hooks.after_import("torch.utils.flop_counter", "qlora_ext.flops")
 _hooks.after_import("torch.distributed.fsdp._fully_shard._fsdp_param", "qlora_ext.integrations.fsdp")
 _hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandbytes.adoption")
 

@@ -8,7 +8,11 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+import torch._C._functorch as functorch
 from torch import Tensor
+from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
+    enable_single_level_autograd_function,
+)
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
@@ -47,6 +51,24 @@ def refuse_tangent(operator: str, *args: Any) -> None:
         no_tangent(operator)
 
 
+def refuse_second_derivative(args: tuple[Any, ...]) -> None:
+    """Raises a NotImplementedError where ``torch.func.grad`` is itself differentiated, which would give zeros."""
+
+    def innermost(a: Tensor) -> Tensor:
+        while functorch.is_functorch_wrapped_tensor(a):
+            a = functorch.get_unwrapped(a)
+        return a
+
+    levels = [level.key() for level in functorch.get_interpreter_stack() or ()]
+    gradients = levels.count(functorch.TransformType.Grad)
+    around = forward_ad._current_level >= 0 or any(isinstance(a, Tensor) and innermost(a).requires_grad for a in args)
+    if gradients > 1 or (gradients == 1 and around):
+        raise NotImplementedError(
+            "torch.func.grad: 4-bit layers have first derivatives alone; do not differentiate the gradient, and detach "
+            "what requires a gradient outside of it"
+        )
+
+
 def differentiable(
     kernel: Callable[..., Tensor],
     function: type[torch.autograd.Function],
@@ -64,7 +86,14 @@ def differentiable(
         if has_tangent(args):
             return with_tangent(args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
-            y: Tensor = function.apply(*args)
+            y: Tensor
+            if torch._C._are_functorch_transforms_active():
+                refuse_second_derivative(args)
+                # The dispatcher is at one of torch.func's levels, where the Function is an operator's gradient.
+                with enable_single_level_autograd_function():
+                    y = super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+            else:
+                y = function.apply(*args)
             return y
         return kernel(*args)
 
@@ -135,8 +164,8 @@ def _with_tangent(args: tuple[Any, ...]) -> Tensor:
     """The layer is linear in x and bias: its tangent is the layer again, with their tangents in their places."""
     duals = [forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
     primals, tangents = (LINEAR_NF4(*parts) for parts in zip(*duals, strict=True))
-    for name in ("lora_a", "lora_b"):
-        if getattr(tangents, name) is not None:
+    for name, tangent in tangents._asdict().items():
+        if tangent is not None and name not in ("x", "bias"):
             raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives by x and bias alone")
     y = differentiable_linear_nf4(*primals)
     if tangents.x is None:
@@ -154,7 +183,8 @@ LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
 
 def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
     """``torch.ops.qlora.linear_nf4(*args)`` by the shortest way; ``device_type`` is that of x."""
-    if torch.compiler.is_dynamo_compiling() or autocast_dtype(device_type) is not None:
+    by_dispatcher = torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active()
+    if by_dispatcher or autocast_dtype(device_type) is not None:
         y: Tensor = torch.ops.qlora.linear_nf4.default(*args)
         return y
     return differentiable_linear_nf4(*args)

@@ -109,6 +109,10 @@ class NF4Weight:
         return bitsandbytes_state.write(fields, prefix)
 
 
+# A pickle of one holds tensors and numbers, and runs nothing: torch.load takes it with weights_only=True.
+torch.serialization.add_safe_globals([NF4Weight])
+
+
 def _has_values(t: Tensor) -> bool:
     """False on the meta device, in fake tensor mode and while a graph is traced: there is nothing to look at yet."""
     return not (t.is_meta or isinstance(t, FakeTensor) or torch.compiler.is_compiling())

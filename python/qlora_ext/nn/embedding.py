@@ -25,9 +25,12 @@ def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     aligned = width % w4.block_size == 0
     span = width // w4.block_size if aligned else -(-(width - 1) // w4.block_size) + 1
     blocks = first.unsqueeze(1) + torch.arange(span, device=index.device)
+    wrapped = not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(index)
+    if wrapped:  # torch.func lets nobody look at it; index_select refuses a row that is not there
+        index = torch.arange(count, device=index.device).index_select(0, index)
     # index_select checks for itself, on a GPU without making the host wait.
     checked = index.is_cpu or (not aligned and not index.is_meta)
-    if checked and index.numel() and not torch.compiler.is_compiling():
+    if checked and index.numel() and not (wrapped or torch.compiler.is_compiling()):
         low, high = index.aminmax()
         if low < 0 or high >= count:
             raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
