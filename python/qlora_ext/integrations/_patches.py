@@ -76,6 +76,11 @@ _LIST = (
         "counts as transformers' num_parameters does",
     ),
     Patch(
+        "peft.utils.other:ModulesToSaveWrapper.check_module",
+        "peft >= 0.19",
+        "asks for a gradient of packed bytes",
+    ),
+    Patch(
         "peft.peft_model:PeftModel.save_pretrained",
         "peft >= 0.19",
         "does not record which 4-bit base an adapter was trained on",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -18,6 +18,42 @@ CONVERSIONS: dict[type[nn.Module], type[Linear4bit]] = {nn.Linear: Linear4bit}
 # Called with every model that quantize_model is to quantize, and with every one that it has quantized.
 BEFORE_QUANTIZE: list[Callable[[nn.Module], None]] = []
 AFTER_QUANTIZE: list[Callable[[nn.Module], None]] = []
+
+# Names of output heads: of language models, of classifiers, and of those that answer questions.
+HEADS = ("lm_head", "score", "classifier", "qa_outputs")
+
+
+class KeptDense(NamedTuple):
+    """Full names of modules that are left dense, with all that is in them.
+
+    Attributes:
+        heads: by default: they are small, often new, and then trained whole.
+        towers: by default: the encoders of images and sounds, and their projectors.
+        always: the model's own code reads their weights.
+    """
+
+    heads: list[str]
+    towers: list[str]
+    always: list[str]
+
+
+def _by_names(model: nn.Module) -> KeptDense:
+    heads = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
+    # Mamba and its kin hand these to their scan, or multiply with them themselves.
+    mixers = [name for name, m in model.named_modules() if "A_log" in m._parameters]
+    read = [f"{mixer}.{name}" if mixer else name for mixer in mixers for name in ("dt_proj", "x_proj", "out_proj")]
+    return KeptDense(heads, [], read)
+
+
+# Each is asked what to keep dense of a model; an integration adds what it knows of its library's models.
+KEPT_DENSE: list[Callable[[nn.Module], KeptDense]] = [_by_names]
+
+
+def kept_dense(model: nn.Module) -> KeptDense:
+    """What all of ``KEPT_DENSE`` say together."""
+    answers = [find(model) for find in KEPT_DENSE]
+    return KeptDense(*(sorted({name for names in parts for name in names}) for parts in zip(*answers, strict=True)))
+
 
 # Where a module stands in a model: its parent, its name there, and its full name.
 _Places = dict[nn.Module, list[tuple[nn.Module, str, str]]]
@@ -71,10 +107,11 @@ def places_in(model: nn.Module) -> _Places:
 
 def quantize_model(
     model: nn.Module,
-    skip: Iterable[str] = ("lm_head",),
+    skip: Iterable[str] | None = None,
     block_size: int = 64,
     double_quant: bool = True,
     embeddings: bool = False,
+    towers: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Replaces the linear layers of ``model`` by ``Linear4bit``, in place and one at a time; the experts too.
@@ -87,11 +124,17 @@ def quantize_model(
         model: its parameters are freed as they are quantized. A module used in several places stays shared, and one
             whose weight is another module's too (an embedding's) is left as it is.
         skip: names of modules to leave alone, with all that is in them: a full dotted name, or its last parts
-            (``"lm_head"``, ``"mlp.gate"``).
+            (``"lm_head"``, ``"mlp.gate"``). By default the output heads: those named ``lm_head``, ``score``,
+            ``classifier`` or ``qa_outputs``, and in a transformers model all that is not in its base model.
         block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear`` and
             its like.
         embeddings: replace every ``nn.Embedding`` (no subclass of it) by an ``Embedding4bit``. An output head that is
             tied to one has no weight of its own: it goes with the table, whatever ``skip`` says of the head.
+        towers: of a transformers model of several modalities, replace layers outside of its language model too: those
+            of vision and audio towers, and of projectors.
+
+    Layers whose weights the model's own code reads are left alone in any case: those of a state-space mixer (Mamba)
+    but its ``in_proj``, and those that transformers keeps in float32 (T5's ``wo``).
 
     Returns:
         ``model`` (or its replacement, where ``model`` itself is such a module).
@@ -102,6 +145,9 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    kept = kept_dense(model)
+    full_names = {*kept.always, *(kept.heads if skip is None else ()), *(() if towers else kept.towers)}
+    skip = () if skip is None else skip
     if isinstance(skip, (str, torch.Tensor)) or not isinstance(skip, Iterable):
         raise TypeError(f"skip: expected names of modules, got {skip!r}")
     skip = tuple(skip)
@@ -112,7 +158,8 @@ def quantize_model(
         prepare(model)
 
     def skipped(name: str) -> bool:
-        return any(f".{path}".endswith(f".{s}") for path in paths_to(name) for s in skip)
+        paths = paths_to(name)
+        return not full_names.isdisjoint(paths) or any(f".{path}".endswith(f".{s}") for path in paths for s in skip)
 
     def quantized(module: nn.Module) -> Packed4bit:
         if is_fused_experts(module):

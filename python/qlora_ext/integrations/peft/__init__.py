@@ -84,6 +84,17 @@ def _prepare_model_for_kbit_training(original: Any, model: Any, *args: Any, **kw
     return model
 
 
+@extend("peft.utils.other:ModulesToSaveWrapper.check_module")
+def _check_module(original: Any, self: Any) -> None:
+    original(self)
+    module = self.original_module
+    if is_4bit(module):
+        raise ValueError(
+            f"modules_to_save: {type(module).__name__}({module.extra_repr()}) is 4-bit; to train it whole, name it in "
+            "QLoRAConfig(skip_modules=[...]) or quantize_model(skip=...)"
+        )
+
+
 def _incomplete(model: Any, adapter: str, result: Any) -> Iterator[str]:
     """What is wrong with an adapter that was just loaded: a sentence each, with a count and a few names."""
     weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)

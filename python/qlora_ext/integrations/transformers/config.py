@@ -80,9 +80,12 @@ class QLoRAConfig(QuantizationConfigMixin):
         nested_block_size: scales a nested scale: from 1 to 2^20.
         compute_dtype: of the quantized layers' products and biases; the model's dtype by default.
         skip_modules: names of modules to leave as they are, with all that is in them: full names, last parts of
-            them or regular expressions. By default the output head; with ``[]`` every linear layer is quantized.
-            Layers whose weight is tied to an embedding's go with that embedding, whatever is said of them.
+            them or regular expressions. By default the output heads: the language model's, and those of classifiers
+            and of models that answer questions. With ``[]`` every linear layer is quantized, but for towers. Layers
+            whose weight is tied to an embedding's go with that embedding, whatever is said of them.
         embeddings: whether embeddings are quantized too, each with the output head that is tied to it.
+        towers: whether, in a model of several modalities, layers outside of its language model are quantized too:
+            those of vision and audio towers, and of projectors.
 
     A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
 
@@ -104,6 +107,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         compute_dtype: torch.dtype | str | None = None,
         skip_modules: list[str] | None = None,
         embeddings: bool = False,
+        towers: bool = False,
         **saved: Any,
     ) -> None:
         theirs = _take_bitsandbytes(saved)
@@ -111,7 +115,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         compute_dtype = theirs.get("compute_dtype", compute_dtype)
         skip_modules = theirs.get("skip_modules", skip_modules)
         Form(torch.float32, block_size, double_quant, nested_block_size)  # the block sizes are checked
-        for name, flag in (("double_quant", double_quant), ("embeddings", embeddings)):
+        for name, flag in (("double_quant", double_quant), ("embeddings", embeddings), ("towers", towers)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}: expected True or False, got {reprlib.repr(flag)}")
         names = skip_modules if isinstance(skip_modules, list | tuple | set) else [] if skip_modules is None else [None]
@@ -132,6 +136,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.compute_dtype = _compute_dtype_named("compute_dtype", compute_dtype)
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.embeddings = embeddings
+        self.towers = towers
 
     def form(self, model_dtype: torch.dtype) -> Form:
         """The form of the 4-bit modules of a model of that dtype."""

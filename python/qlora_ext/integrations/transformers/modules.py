@@ -3,13 +3,59 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ...form import Form
-from ...nn import Packed4bit, TiedLinear4bit, is_dense, layers_of, places_in
+from ...nn import KEPT_DENSE, KeptDense, Packed4bit, TiedLinear4bit, is_dense, layers_of, paths_to, places_in
+
+
+def _outside(module: nn.Module, inside: set[nn.Module], name: str = "") -> Iterator[str]:
+    """The outermost submodules of ``module``, called ``name``, that have nothing of ``inside`` in them."""
+    for child_name, child in module.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        if child in inside:
+            continue
+        if inside.isdisjoint(child.modules()):
+            yield path
+        else:
+            yield from _outside(child, inside, path)
+
+
+def _towers(model: PreTrainedModel) -> Iterator[str]:
+    """What the body of a model of several modalities holds beside its language model."""
+    text_config: Any = getattr(model.config, "text_config", None)
+    body = model.base_model
+    language = {m for m in body.modules() if isinstance(m, PreTrainedModel) and type(m.config) is type(text_config)}
+    if text_config is None or not language or body in language:
+        return
+    heads = {model.get_output_embeddings()} if body is model else set()
+    names = {m: name for name, m in model.named_modules()}
+    yield from (name for name in _outside(body, language, names[body]) if model.get_submodule(name) not in heads)
+
+
+def kept_dense(model: nn.Module) -> KeptDense:
+    """The heads of the transformers models in ``model``, their towers, and what they keep in float32."""
+    kept = KeptDense([], [], [])
+    outermost: list[str] = []
+    for name, m in model.named_modules():
+        if not isinstance(m, PreTrainedModel) or not set(outermost).isdisjoint(["", *paths_to(name)]):
+            continue
+        outermost.append(name)
+        prefix = f"{name}." if name else ""
+        if m.base_model is not m:
+            kept.heads.extend(prefix + head for head in _outside(m, {m.base_model}))
+        kept.towers.extend(prefix + tower for tower in _towers(m))
+        float32 = {*(m._keep_in_fp32_modules or ()), *(m._keep_in_fp32_modules_strict or ())}
+        kept.always.extend(prefix + path for path, _ in m.named_modules() if path.rpartition(".")[2] in float32)
+    return kept
+
+
+KEPT_DENSE.append(kept_dense)
 
 
 def whole_experts(model: Any, conversions: Any, names: list[str]) -> list[Any]:
@@ -58,8 +104,16 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def dense_names(model: nn.Module, embeddings: bool) -> list[str]:
-    """The modules of ``model`` that could be 4-bit and are not; embeddings only where they count."""
-    return [name for name, m in model.named_modules() if is_dense(m) and (embeddings or type(m) is not nn.Embedding)]
+    """The outermost modules of ``model`` in which something could be 4-bit, and nothing is.
+
+    Embeddings count only with ``embeddings``.
+    """
+
+    def counts(module: nn.Module) -> bool:
+        return is_dense(module) and (embeddings or type(module) is not nn.Embedding)
+
+    packed: set[nn.Module] = {m for _, m in layers_of(model)}
+    return [name for name in _outside(model, packed) if any(map(counts, model.get_submodule(name).modules()))]
 
 
 def refuse_split_experts(checkpoint_files: list[str]) -> None:

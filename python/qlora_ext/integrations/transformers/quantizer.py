@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from ...nn import (
     Packed4bit,
     TiedLinear4bit,
     is_fused_experts,
+    kept_dense,
     layers_of,
     paths_to,
     places_in,
@@ -51,14 +53,14 @@ class QLoRAQuantizer(HfQuantizer):
     quantization_config: QLoRAConfig
 
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(copy.copy(quantization_config), **kwargs)  # what a model records there is its own
         self.mapped_files = MappedFiles([])  # of the checkpoint that is being loaded
         self.not_finite: dict[str, str] = {}  # weights with NaN or infinity, and where
         self.conversions: list[Any] | None = None  # of names and weights, for a model that is dense again
-        self.qlora_config = quantization_config
+        self.qlora_config = self.quantization_config
         # Of the packed bytes in the checkpoint, where bitsandbytes wrote it.
-        self.bitsandbytes_storage = quantization_config._bitsandbytes_storage if self.pre_quantized else None
-        quantization_config._bitsandbytes_storage = None  # what is saved from here on is ours
+        self.bitsandbytes_storage = self.qlora_config._bitsandbytes_storage if self.pre_quantized else None
+        self.qlora_config._bitsandbytes_storage = None  # what is saved from here on is ours
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
@@ -98,6 +100,10 @@ class QLoRAQuantizer(HfQuantizer):
             yield from self._linear_layers(model, sorted(skipped))
             return
         kept_tables = {*(config.skip_modules or []), *fp32}
+        kept = kept_dense(model)
+        dense = {*kept.always}
+        if not self.pre_quantized:  # else the configuration names all that is dense
+            dense |= {*(kept.heads if config.skip_modules is None else ()), *(() if config.towers else kept.towers)}
         heads = tied_heads(model, _tied_names(model)) if config.embeddings else {}
         for name, module in list(model.named_modules()):
             if type(module) is nn.Embedding:
@@ -106,7 +112,10 @@ class QLoRAQuantizer(HfQuantizer):
                 patterns = skipped
             else:
                 continue
-            if patterns is not None and all(should_convert_module(path, sorted(patterns)) for path in paths_to(name)):
+            paths = paths_to(name)
+            if patterns is None or not dense.isdisjoint(paths):
+                continue
+            if all(should_convert_module(path, sorted(patterns)) for path in paths):
                 yield name, module
 
     def _linear_layers(self, model: nn.Module, skipped: list[str]) -> Iterator[tuple[str, nn.Module]]:
@@ -181,8 +190,8 @@ class QLoRAQuantizer(HfQuantizer):
             layer.freeze_packed()  # transformers takes every floating parameter for a trainable one
         if self.bitsandbytes_storage is not None:
             forget_bitsandbytes_keys(model)
-            self.qlora_config.skip_modules = dense_names(model, embeddings=False)
             self.qlora_config.embeddings = False
+        self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
         self.keep_experts_whole(model)
         self.qlora_config.record(form_of(model))
         return model
