@@ -44,6 +44,7 @@ TASKS = {
     "TokenClassification": ("TOKEN_CLS", {"score", "classifier"}),
     "QuestionAnswering": ("QUESTION_ANS", {"qa_outputs"}),
 }
+ATTENTION = r".*(q_proj|query|query_proj|q_lin|c_attn)"
 cases = pytest.mark.parametrize(("family", "task"), [(family, task) for family in CONFIGS for task in TASKS])
 
 
@@ -73,9 +74,7 @@ def test_heads_are_dense_and_peft_trains_them(family: str, task: str) -> None:
     check_heads(model, task)
     task_type = TASKS[task][0]
     head = next(name for name, m in model.named_children() if name in ("score", "classifier", "qa_outputs"))
-    config = LoraConfig(
-        task_type=task_type, target_modules="all-linear", exclude_modules=[head], modules_to_save=[head]
-    )
+    config = LoraConfig(task_type=task_type, target_modules=ATTENTION, modules_to_save=[head])
     model = get_peft_model(model, config).train()
     before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     assert any(head in name for name in before)
@@ -103,7 +102,7 @@ def test_a_classifier_loads_in_4_bits_and_is_saved_as_it_is(family: str, tmp_pat
     all_of_it.save_pretrained(tmp_path / "all")
     assert same_state(load(tmp_path / "all"), all_of_it)
 
-    lora = LoraConfig(task_type="SEQ_CLS", target_modules=r".*(q_proj|query|query_proj|q_lin|c_attn)")
+    lora = LoraConfig(task_type="SEQ_CLS", target_modules=ATTENTION)
     adapted = get_peft_model(model, lora).eval()
     nn.init.normal_(next(p for name, p in adapted.named_parameters() if "modules_to_save" in name))
     adapted.save_pretrained(tmp_path / "adapter")

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ...form import Form
 from ...nn import KEPT_DENSE, KeptDense, Packed4bit, TiedLinear4bit, is_dense, layers_of, paths_to, places_in
@@ -26,12 +25,13 @@ def _outside(module: nn.Module, inside: set[nn.Module], name: str = "") -> Itera
             yield from _outside(child, inside, path)
 
 
-def _towers(model: PreTrainedModel) -> Iterator[str]:
+def _towers(model: Any) -> Iterator[str]:
     """What the body of a model of several modalities holds beside its language model."""
-    text_config: Any = getattr(model.config, "text_config", None)
-    body = model.base_model
-    language = {m for m in body.modules() if isinstance(m, PreTrainedModel) and type(m.config) is type(text_config)}
-    if text_config is None or not language or body in language:
+    text_config, body = getattr(model.config, "text_config", None), model.base_model
+    if text_config is None:
+        return
+    language = {m for m in body.modules() if type(getattr(m, "config", None)) is type(text_config)}
+    if not language or body in language:
         return
     heads = {model.get_output_embeddings()} if body is model else set()
     names = {m: name for name, m in model.named_modules()}
@@ -40,6 +40,8 @@ def _towers(model: PreTrainedModel) -> Iterator[str]:
 
 def kept_dense(model: nn.Module) -> KeptDense:
     """The heads of the transformers models in ``model``, their towers, and what they keep in float32."""
+    from transformers import PreTrainedModel  # of which this module's own import may be a part
+
     kept = KeptDense([], [], [])
     outermost: list[str] = []
     for name, m in model.named_modules():
