@@ -188,3 +188,42 @@ def test_lora_plus_trains(tmp_path: Path) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.2
+
+
+MIXED = {
+    "lora": lambda targets: LoraConfig(target_modules=targets, init_lora_weights=False),
+    "loha": lambda targets: peft.LoHaConfig(target_modules=targets, init_weights=False),
+    "lokr": lambda targets: peft.LoKrConfig(target_modules=targets, init_weights=False),
+    "adalora": lambda targets: peft.AdaLoraConfig(target_modules=targets, init_lora_weights=False, total_step=10),
+}
+
+
+@pytest.mark.parametrize(("first", "second"), [(a, b) for a in MIXED for b in MIXED if a != b])
+def test_mixed_methods_have_layers_of_their_own(first: str, second: str) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(base(), MIXED[first](["q_proj"]), "first", mixed=True)
+    model.add_adapter("second", MIXED[second](["up_proj"]))
+    model.set_adapter(["first", "second"])
+    both = logits(model.eval())
+    model.set_adapter("first")
+    assert error(logits(model), both) > 1e-3
+    model.set_adapter(["first", "second"])
+    twin = get_peft_model(base().dequantize(), MIXED[first](["q_proj"]), "first", mixed=True)
+    twin.add_adapter("second", MIXED[second](["up_proj"]))
+    twin.set_adapter(["first", "second"])
+    adapters = {name: p for name, p in model.named_parameters() if p.is_floating_point() and "base_layer" not in name}
+    assert not twin.load_state_dict(adapters, strict=False).unexpected_keys
+    assert error(both, logits(twin.eval())) < 1e-5
+
+    model = get_peft_model(base(), MIXED[first](["q_proj"]), "first", mixed=True)
+    with pytest.raises(ValueError, match=r"q_proj is a 4-bit layer with adapters of \w+, and takes none of \w+ beside"):
+        model.add_adapter("second", MIXED[second](["q_proj"]))
+
+
+@pytest.mark.parametrize("method", MIXED)
+def test_a_second_adapter_of_a_method_is_no_mixture(method: str) -> None:
+    model = get_peft_model(base(), MIXED[method](["q_proj"]), "first", mixed=True)
+    if method != "adalora":  # PEFT has one of these to train
+        model.add_adapter("second", MIXED[method](["q_proj", "up_proj"]))
+        model.set_adapter(["first", "second"])
+    assert logits(model.eval()).isfinite().all()

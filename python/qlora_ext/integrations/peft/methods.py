@@ -8,9 +8,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import PeftType
 from torch import Tensor, nn
 
 from ...nn import Embedding4bit, Experts4bit, Linear4bit
@@ -51,16 +54,36 @@ def _over_4bit(cls: Any) -> Any:
     return type(f"{cls.__name__}4bit", (OverLinear4bit, cls), {"quantization_backend": _Backend()})
 
 
+def _base_of(target: nn.Module) -> nn.Module:
+    base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    return base
+
+
+def _refuse_mixture(config: Any, target: nn.Module, target_name: str) -> None:
+    """Raises a ValueError where a 4-bit layer that has adapters of one method is to get those of another too."""
+    if not isinstance(target, BaseTunerLayer) or not isinstance(_base_of(target), Linear4bit):
+        return
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
+    same = any(name.startswith(prefix) for name in target.adapter_layer_names)
+    if not same or isinstance(target, AdaLoraLayer) != (config.peft_type == PeftType.ADALORA):
+        raise ValueError(
+            f"target_modules: {target_name} is a 4-bit layer with adapters of {type(target).__name__}, and takes none "
+            f"of {config.peft_type.value} beside them; give the methods of a PeftMixedModel layers of their own"
+        )
+
+
 def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
     """Around the ``_create_and_replace`` of a PEFT method: a 4-bit target is built over as its decoded twin.
 
     Raises:
-        TypeError: the method keeps no base layer to put the 4-bit one back into.
+        TypeError: the method keeps no base layer to put the 4-bit one back into. ValueError: the layer has adapters of
+            another method.
     """
+    target_name, parent = args[0], args[1]
+    _refuse_mixture(config, target, target_name)
     if not isinstance(target, Linear4bit):
         original(self, config, name, target, *args, **kwargs)
         return
-    target_name, parent = args[0], args[1]
     dense = decoded(target)
     before = dense.weight.detach().clone()
     original(self, config, name, dense, *args, **kwargs)
@@ -73,11 +96,6 @@ def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: A
     layer.__class__ = _over_4bit(kind)
     if not torch.equal(dense.weight, before):
         layer.requantize(dense.weight)
-
-
-def _base_of(target: nn.Module) -> nn.Module:
-    base: nn.Module = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    return base
 
 
 def _create_over_weights(target: nn.Module, name: str, config: Any, **kwargs: Any) -> nn.Module | None:
@@ -124,6 +142,7 @@ def _create_and_replace(
     parent: nn.Module,
     **kwargs: Any,
 ) -> None:
+    _refuse_mixture(config, target, target_name)
     parameter, base = kwargs.get("parameter_name"), _base_of(target)
     if parameter is None or isinstance(base, Experts4bit) or not is_4bit(self.model):
         original(self, config, name, target, target_name, parent, **kwargs)
