@@ -322,3 +322,10 @@ def test_compiles_as_one_graph() -> None:
     module(x, index, weights).sum().backward()
     assert grad is not None
     torch.testing.assert_close(grad, x.grad)
+
+
+def test_on_the_meta_device_there_are_shapes() -> None:
+    module = Experts4bit.from_experts(Experts()).to("meta")
+    index, weights = (t.to("meta") for t in routing())
+    y = module(torch.empty(11, 64, device="meta"), index, weights)
+    assert (y.shape, y.device.type) == ((11, 64), "meta")

@@ -194,3 +194,18 @@ def test_to_linear_is_the_decoded_layer(bias: bool) -> None:
 def test_a_wrong_argument_is_named(call: Callable[[], object], text: str) -> None:
     with pytest.raises(TypeError, match=text):
         call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_the_meta_device_there_are_shapes(dtype: torch.dtype) -> None:
+    x = torch.empty(2, 3, 64, dtype=dtype, device="meta", requires_grad=True)
+    for layer in (Linear4bit(64, 48, device="meta"), Linear4bit.from_linear(nn.Linear(64, 48)).to("meta")):
+        a, b = torch.empty(4, 64, device="meta", requires_grad=True), torch.empty(48, 4, device="meta")
+        y = layer.fused_forward(x, a, b, dropout_p=0.5)
+        assert (y.shape, y.dtype, y.device.type) == ((2, 3, 48), dtype, "meta")
+        y.sum().backward()
+        assert (x.grad.shape, a.grad.shape) == (x.shape, a.shape)
+    with pytest.raises(ValueError, match=r"packed: expected on the device of x \(meta\), got cpu"):
+        Linear4bit.from_linear(nn.Linear(64, 48))(x)
+    with pytest.raises(ValueError, match=r"packed: expected on the device of x \(cpu\), got meta"):
+        layer(torch.randn(2, 64))
