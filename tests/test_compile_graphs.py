@@ -26,8 +26,6 @@ IDS = token_ids(2, 6)
 LINEAR = {"target_modules": "all-linear"}
 MODELS = {
     "llama": (lambda: make("llama", torch.float32), LINEAR),
-    "llama_bfloat16": (lambda: make("llama", torch.bfloat16), LINEAR),
-    "phi3": (lambda: make("phi3", torch.float32), LINEAR),
     "mixtral": (lambda: moe("mixtral"), LINEAR),
     "qwen3_moe": (lambda: moe("qwen3_moe"), {"target_modules": ["q_proj"], "target_parameters": EXPERTS}),
 }
@@ -48,8 +46,7 @@ def adapted(name: str, **options: Any) -> Any:
 def test_dropout_breaks_no_graph(name: str) -> None:
     model, backend = adapted(name, lora_dropout=0.1).train(), CountingBackend()
     compiled = torch.compile(model, backend=backend)  # as the Trainer has it: breaks are allowed
-    tolerance = 5e-2 if model.dtype == torch.bfloat16 else 1e-5  # a graph rounds to bfloat16 elsewhere
-    assert largest_error(language_step(model, compiled, IDS), language_step(model, model, IDS)) < tolerance
+    assert largest_error(language_step(model, compiled, IDS), language_step(model, model, IDS)) < 1e-5
     assert (backend.forward, backend.backward) == (1, 1)
     explained = torch._dynamo.explain(model)(input_ids=IDS, labels=IDS, use_cache=False)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
