@@ -16,11 +16,13 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_ext
+from qlora_ext.integrations.bitsandbytes import state_dict
 from qlora_ext.integrations.peft import LoraLinear4bit
-from qlora_ext.nn import Linear4bit
+from qlora_ext.nn import Embedding4bit, Linear4bit
 from tiny_models import FAMILIES, make, token_ids
 
 IDS = token_ids()
@@ -152,6 +154,105 @@ def test_without_a_compute_dtype_it_is_that_of_the_first_input() -> None:
     qlora_ext.adopt(given)
     given(torch.randn(2, 64))
     assert given.compute_dtype == torch.float16
+
+
+@pytest.mark.parametrize("compress_statistics", [True, False])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+def test_a_state_of_bitsandbytes_loads(compress_statistics: bool, storage: torch.dtype) -> None:
+    options = {"compress_statistics": compress_statistics, "quant_storage": storage}
+    source, other = bare(64, 128, **options), bare(64, 128, **options)
+    other.weight = bnb.nn.Params4bit(torch.randn(64, 128), quant_type="nf4", **options).to("cpu")
+    model, state = nn.Sequential(other), nn.Sequential(source).state_dict()
+    qlora_ext.adopt(model)
+    weight, memory = other.weight, other.weight.data_ptr()
+    assert other.dequantize().dtype == torch.float32
+    model.load_state_dict(state)
+    assert torch.equal(other.dequantize(), decoded(source))  # in its dtype, too
+    assert torch.equal(other.bias, source.bias)
+    assert (other.weight is weight, other.weight.data_ptr()) == (True, memory)
+
+    copied = copy.deepcopy(model)
+    assert copied.load_state_dict(state, assign=True) == ([], [])
+    for kept in (copied.state_dict(), model.state_dict()):  # our own form
+        model.load_state_dict(kept)
+        assert torch.equal(other.dequantize(), decoded(source))
+
+
+@pytest.mark.parametrize(
+    ("other", "dropped", "message"),
+    [
+        ({"quant_type": "fp4"}, None, "expected a bitsandbytes NF4 weight, got FP4"),
+        ({"compress_statistics": False}, None, "1.absmax: expected torch.uint8"),
+        ({"n": 7, "k": 5}, None, r"1.weight: expected shape \[5, 7\], got \[7, 5\]"),
+        ({}, "1.weight.absmax", "1.weight.absmax: missing from the bitsandbytes state"),
+        ({}, "1.weight.quant_state.bitsandbytes__nf4", "1.weight: expected torch.uint8"),
+    ],
+)
+def test_a_state_of_another_form_is_refused(other: dict[str, Any], dropped: str | None, message: str) -> None:
+    model = nn.Sequential(nn.Identity(), bare(5, 7, bias=False))
+    state = nn.Sequential(nn.Identity(), bare(**{"n": 5, "k": 7, "bias": False} | other)).state_dict()
+    state.pop(dropped, None)
+    qlora_ext.adopt(model)
+    before = model[1].dequantize()
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(state, strict=strict)
+        assert torch.equal(model[1].dequantize(), before)
+
+
+@pytest.mark.parametrize("compress_statistics", [True, False])
+def test_a_layer_has_a_quant_state_over_its_memory(compress_statistics: bool) -> None:
+    layer = bare(compress_statistics=compress_statistics)
+    expected = layer.weight.quant_state
+    qlora_ext.adopt(layer)
+    for one in (layer, copy.deepcopy(layer)):
+        found = one.quant_state
+        assert found == expected
+        assert found.absmax.data_ptr() == one.absmax.data_ptr()
+        if compress_statistics:
+            assert found.state2.absmax.data_ptr() == one.nested_absmax.data_ptr()
+            assert found.offset.data_ptr() == one.nested_offset.data_ptr()
+        assert torch.equal(bnb.functional.dequantize_4bit(one.weight.reshape(-1, 1), found), layer.dequantize())
+    assert layer.to("meta").quant_state is None
+
+
+@pytest.mark.parametrize("compress_statistics", [True, False])
+@pytest.mark.parametrize("storage", [torch.uint8, torch.float32])
+def test_a_state_is_written_as_bitsandbytes_would(compress_statistics: bool, storage: torch.dtype) -> None:
+    options = {"compress_statistics": compress_statistics, "quant_storage": storage}
+    shared = bare(5, 128, bias=False, **options)
+    model = nn.Sequential(bare(64, 96, **options), nn.Linear(4, 4), shared, shared)
+    expected = [copy.deepcopy(module).state_dict() for module in (model, model[0])]
+    qlora_ext.adopt(model)
+    for module, theirs_state in zip((model, model[0]), expected, strict=True):
+        found = state_dict(module, storage)
+        assert found.keys() == theirs_state.keys()
+        for key, t in theirs_state.items():
+            assert (found[key].dtype, found[key].shape) == (t.dtype, t.shape)
+            assert torch.equal(found[key].view(torch.uint8), t.view(torch.uint8))
+
+
+def test_a_state_that_bitsandbytes_has_not_is_refused() -> None:
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got str"):
+        state_dict("model")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="storage: expected a torch.dtype, got str"):
+        state_dict(nn.Sequential(), "bfloat16")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0: expected 4-bit linear layers, which bitsandbytes has; got Embedding4bit"):
+        state_dict(nn.Sequential(Embedding4bit.from_embedding(nn.Embedding(4, 64))))
+    with pytest.raises(ValueError, match="model: expected whole elements of torch.float32, got 2 bytes"):
+        state_dict(Linear4bit(3, 1), torch.float32)
+
+
+def test_the_layers_own_state_is_one_of_plain_parameters() -> None:
+    """Accelerate offloads and torch's checkpoints gather by it: names and shapes have to be the parameters'."""
+    hooks = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model, x = nn.Sequential(bare(compute_dtype=torch.float32)), torch.randn(2, 64)
+    qlora_ext.adopt(model)
+    expected = model(x)
+    assert get_model_state_dict(model).keys() == model.state_dict().keys()
+    hooks.cpu_offload(model, torch.device("cpu"))
+    assert model[0].weight.is_meta
+    assert torch.equal(model(x), expected)
 
 
 def test_what_cannot_be_ours_is_left_and_counted() -> None:

@@ -6,11 +6,18 @@ from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from ...form import Form
-from ...nn import Linear4bit
+from ...nn import SCALES, Linear4bit
 from ...weight import NF4Weight
+
+
+def _packed_state(w4: NF4Weight, prefix: str) -> dict[str, Tensor]:
+    """The packed state of a layer with this weight, as in the ``state_dict`` of one of ours."""
+    tensors = {"weight": w4.packed, **{scale: getattr(w4, scale) for scale in SCALES}}
+    return {prefix + name: t for name, t in tensors.items() if t is not None}
 
 
 class FromBitsandbytes(Linear4bit):
@@ -32,6 +39,47 @@ class FromBitsandbytes(Linear4bit):
         self.set_weight(w4)
         self.compute_type_is_set = compute_dtype is not None
 
+    @property
+    def quant_state(self) -> QuantState | None:
+        """The scales as bitsandbytes has them, in the memory of this layer's own; None while they are on "meta".
+
+        With ``weight.reshape(-1, 1)`` they are what bitsandbytes' functions take.
+        """
+        if self.absmax.is_meta:
+            return None
+        tensors = self.weight4bit.to_bitsandbytes("weight")
+        del tensors["weight"]
+        state = QuantState.from_dict(tensors, device=self.absmax.device)
+        if state.nested:
+            state.offset = self.nested_offset
+        return state
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        weight = f"{prefix}weight"
+        if any(key.startswith(f"{weight}.quant_state.") for key in state_dict):
+            try:
+                w4 = self._read(state_dict, prefix)
+            except (KeyError, ValueError) as error:  # refused even where the load is not strict
+                args[-1].append(error.args[0])
+                return
+            others = {key: t for key, t in state_dict.items() if not key.startswith(f"{weight}.")}
+            state_dict = others | _packed_state(w4, prefix)
+            self.weight_dtype = w4.dtype
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _read(self, state_dict: dict[str, Any], prefix: str) -> NF4Weight:
+        """This layer's weight in a state of bitsandbytes.
+
+        Raises:
+            KeyError, ValueError: there is none, or it has another form.
+        """
+        w4 = NF4Weight.from_bitsandbytes(state_dict, f"{prefix}weight")
+        expected = self.packed_shapes["weight"]
+        if tuple(w4.shape) != expected:
+            raise ValueError(f"{prefix}weight: expected shape {list(expected)}, got {list(w4.shape)}")
+        self.check_form(_packed_state(w4, prefix), prefix)
+        return w4
+
     def fused_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not self.compute_type_is_set:
             self.compute_dtype, self.compute_type_is_set = x.dtype, True
@@ -52,7 +100,8 @@ class AdoptedLinear4bit(FromBitsandbytes, bnb.nn.Linear4bit):
     """A ``Linear4bit`` of ours in the place of a ``bnb.nn.Linear4bit``, of which it is an instance, too.
 
     So scripts that look for bitsandbytes' layers by their class find it. Its weight is uint8 [N, K/2] as in all our
-    layers, and has no ``quant_state``: ``weight4bit`` has the scales, and ``dequantize()`` gives the decoded weight.
+    layers, and a plain parameter without a ``quant_state``: the layer has that, and ``dequantize()`` gives the decoded
+    weight. It loads bitsandbytes' state as well as its own, and its own is what ``state_dict()`` gives.
     """
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import is_bitsandbytes_available
 
-from ...nn import CONVERSIONS, SCALES, Linear4bit, TiedLinear4bit, layers_of
+from ...nn import CONVERSIONS, Linear4bit, layers_of
 from ..transformers import QLoRAConfig, QLoRAQuantizer, attach
 from ..transformers.quantizer import forget_bitsandbytes_keys
+from .state import state_dict
 
 
 def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
@@ -33,31 +34,6 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
         bnb_4bit_compute_dtype=compute_dtypes.pop(),
         llm_int8_skip_modules=[name for name, m in model.named_modules() if type(m) in CONVERSIONS],
     )
-
-
-def bitsandbytes_state(model: nn.Module, storage: torch.dtype) -> dict[str, Tensor]:
-    """The state of a 4-bit model as bitsandbytes would have it.
-
-    Args:
-        storage: the dtype that packed bytes pose as, as in ``bnb_4bit_quant_storage``.
-
-    Raises:
-        ValueError: a 4-bit layer of a kind that bitsandbytes lacks, or a number of bytes that makes no whole elements.
-    """
-    state: dict[str, Tensor] = model.state_dict()
-    for name, layer in layers_of(model):
-        if not isinstance(layer, Linear4bit) or isinstance(layer, TiedLinear4bit):
-            raise ValueError(
-                f"{name}: expected 4-bit linear layers, which bitsandbytes has; got {type(layer).__name__}"
-            )
-        for key in ("weight", *SCALES):
-            state.pop(f"{name}.{key}", None)
-        tensors = layer.weight4bit.to_bitsandbytes(f"{name}.weight")
-        packed = tensors[f"{name}.weight"]
-        if packed.numel() % storage.itemsize:
-            raise ValueError(f"{name}: expected whole elements of {storage}, got {packed.numel()} bytes")
-        state |= tensors | {f"{name}.weight": packed.reshape(-1).view(storage).reshape(-1, 1)}
-    return state
 
 
 class BitsandbytesQuantizer(QLoRAQuantizer):
@@ -89,7 +65,7 @@ class BitsandbytesQuantizer(QLoRAQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        return bitsandbytes_state(model, self.quantization_config.bnb_4bit_quant_storage), {}
+        return state_dict(model, self.quantization_config.bnb_4bit_quant_storage), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = super()._dequantize(model, dtype)
