@@ -102,6 +102,9 @@ def differentiable(
 
 _kernel = below_autograd(torch.ops.qlora.linear_nf4.default)
 _kernel_with_h = below_autograd(torch.ops.qlora.linear_nf4_with_h.default)
+_dx = below_autograd(torch.ops.qlora.linear_nf4_dx.default)
+_dx_with_g = below_autograd(torch.ops.qlora.linear_nf4_dx_with_g.default)
+_dlora = below_autograd(torch.ops.qlora.linear_nf4_dlora.default)
 
 
 class LinearNF4Function(torch.autograd.Function):
@@ -149,13 +152,13 @@ class LinearNF4Function(torch.autograd.Function):
         if needs.x:
             dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora
             if h is None:
-                dx = torch.ops.qlora.linear_nf4_dx.default(*dx_args)
+                dx = _dx(*dx_args)
             else:
-                dx, g = torch.ops.qlora.linear_nf4_dx_with_g.default(*dx_args)
+                dx, g = _dx_with_g(*dx_args)
         if needs.bias:
             dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
         if h is not None:
-            da, db = torch.ops.qlora.linear_nf4_dlora.default(dy, x, *lora, h, g)
+            da, db = _dlora(dy, x, *lora, h, g)
         da, db = da if needs.lora_a else None, db if needs.lora_b else None
         return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 

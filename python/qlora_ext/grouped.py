@@ -41,6 +41,9 @@ _GROUPED_DX = arguments_of(torch.ops.qlora.grouped_linear_nf4_dx.default)
 _GROUPED_DLORA = arguments_of(torch.ops.qlora.grouped_linear_nf4_dlora.default)
 _kernel = below_autograd(torch.ops.qlora.grouped_linear_nf4.default)
 _kernel_with_h = below_autograd(torch.ops.qlora.grouped_linear_nf4_with_h.default)
+_dx = below_autograd(torch.ops.qlora.grouped_linear_nf4_dx.default)
+_dx_with_g = below_autograd(torch.ops.qlora.grouped_linear_nf4_dx_with_g.default)
+_dlora = below_autograd(torch.ops.qlora.grouped_linear_nf4_dlora.default)
 
 
 def _lora_numbers(a: Any) -> tuple[float, float, int]:
@@ -84,13 +87,13 @@ class _GroupedLinearNF4(torch.autograd.Function):
         if needs.x:
             dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
             if h is None:
-                dx = torch.ops.qlora.grouped_linear_nf4_dx.default(*dx_args)
+                dx = _dx(*dx_args)
             else:
-                dx, g = torch.ops.qlora.grouped_linear_nf4_dx_with_g.default(*dx_args)
+                dx, g = _dx_with_g(*dx_args)
         if needs.bias:
             dbias = _sums(dy, offsets)
         if h is not None:
-            da, db = torch.ops.qlora.grouped_linear_nf4_dlora.default(dy, x, offsets, *lora, h, g)
+            da, db = _dlora(dy, x, offsets, *lora, h, g)
         da, db = da if needs.lora_a else None, db if needs.lora_b else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
