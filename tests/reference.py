@@ -104,6 +104,83 @@ def dequantize_nf4(packed: np.ndarray, absmax: np.ndarray, numel: int, block: in
     return NF4[unpack(packed, numel)] * np.repeat(absmax.astype(F32), block)[:numel]
 
 
+def inverse_scale(scale: np.ndarray) -> np.ndarray:
+    scale = np.asarray(scale, F32)
+    nothing = np.abs(scale) < F32(1e-38)
+    return np.where(nothing, F32(0), F32(1) / np.where(nothing, F32(1), scale)).astype(F32)
+
+
+def _lane_sums(x: np.ndarray) -> np.ndarray:
+    """Of each row, over 16 lanes, one after the other, and then halves added to halves."""
+    lanes = np.zeros((len(x), 16), F32)
+    for part in np.split(x, x.shape[1] // 16, axis=1):
+        lanes = lanes + part
+    while lanes.shape[1] > 1:
+        half = lanes.shape[1] // 2
+        lanes = lanes[:, :half] + lanes[:, half:]
+    return lanes[:, 0]
+
+
+def search_absmax_nf4(w: np.ndarray, importance: np.ndarray, block: int = 64) -> np.ndarray:
+    """The scale of each block of w [N, K] among the candidates, by the weighted error of its codes."""
+    rows = pad_to_blocks(w.astype(F32).reshape(-1), block)
+    weights = pad_to_blocks(np.tile(importance.astype(F32), w.shape[0]), block)
+    absmax = block_absmax(rows)
+    rows = np.where((absmax > 0)[:, None], rows, F32(0))
+
+    def values(scale):
+        with np.errstate(over="ignore"):
+            q = rows * inverse_scale(scale)[:, None]
+        return q, NF4[encode(q.reshape(-1), NF4)].reshape(q.shape)
+
+    def error(scale):
+        q, v = values(scale)
+        return _lane_sums((q - v) * (q - v) * weights) * scale * scale
+
+    best = np.where(absmax > 0, absmax, F32(0))
+    least = error(best)
+
+    def consider(scale, allowed):
+        nonlocal best, least
+        found = error(scale)
+        better = allowed & (found < least)
+        best, least = np.where(better, scale, best), np.where(better, found, least)
+
+    for step in range(26):
+        consider(np.where(absmax > 0, absmax, F32(0)) * (F32(1.06) - F32(0.02) * F32(step)), absmax > 0)
+    for _ in range(2):
+        _, v = values(best)
+        products, squares = _lane_sums(v * weights * rows), _lane_sums(v * weights * v)
+        scale = np.where(squares > 0, products / np.where(squares > 0, squares, F32(1)), F32(0)).astype(F32)
+        consider(scale, (absmax > 0) & (scale > 0))
+    return np.where(absmax > 0, best, absmax).astype(F32)
+
+
+def encode_nf4(w: np.ndarray, absmax: np.ndarray, block: int = 64) -> np.ndarray:
+    """Packed bytes (flat) of w under given scales."""
+    flat = w.astype(F32).reshape(-1)
+    with np.errstate(over="ignore"):
+        codes = encode(flat * np.repeat(inverse_scale(absmax), block)[: flat.size], NF4)
+    if flat.size % 2:
+        codes = np.append(codes, np.uint8(7))
+    return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8)
+
+
+def encode_with_feedback(w, absmax, feedback, order, block: int = 64) -> np.ndarray:
+    """Codes [N, K] of w by GPTQ (Frantar et al., 2022, algorithm 1), column by column, in float32."""
+    n, k = w.shape
+    scales = np.repeat(absmax.astype(F32), block)[: n * k].reshape(n, k)
+    left = w.astype(F32)[:, order].copy()
+    codes = np.zeros((n, k), np.uint8)
+    for place, column in enumerate(order):
+        scale = scales[:, column]
+        codes[:, column] = encode(left[:, place] * inverse_scale(scale), NF4)
+        rounded = NF4[codes[:, column]] * scale
+        error = (left[:, place] - rounded) * (F32(1) / feedback[place, place])
+        left[:, place + 1 :] -= error[:, None] * feedback[place, place + 1 :]
+    return codes
+
+
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
     """uint16: float32 rounded to nearest even; a NaN keeps its sign and the top of its payload, and is quiet."""
     u = np.asarray(x, dtype=F32).view(np.uint32).astype(np.uint64)

@@ -91,6 +91,18 @@ void quantize_nf4(const Pool& pool, DType dtype, const void* w, int64_t numel, i
                   float* absmax) {
   table().quantize_nf4(pool, dtype, w, numel, block_size, packed, absmax);
 }
+void search_absmax_nf4(const Pool& pool, DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
+                       int64_t block_size, float* absmax) {
+  table().search_absmax_nf4(pool, dtype, w, importance, numel, k, block_size, absmax);
+}
+void encode_nf4(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
+                uint8_t* packed) {
+  table().encode_nf4(pool, dtype, w, absmax, numel, block_size, packed);
+}
+void encode_nf4_with_feedback(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,
+                              int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
+  table().encode_nf4_with_feedback(pool, dtype, w, absmax, n, k, block_size, feedback, order, packed);
+}
 void quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                      float* nested_absmax, float* nested_offset) {
   table().quantize_absmax(pool, absmax, count, nested_block_size, codes, nested_absmax, nested_offset);

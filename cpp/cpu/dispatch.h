@@ -31,6 +31,9 @@ struct KernelsFor {
 struct Kernels {
   const Isa* isa;
   decltype(&cpu::quantize_nf4) quantize_nf4;
+  decltype(&cpu::search_absmax_nf4) search_absmax_nf4;
+  decltype(&cpu::encode_nf4) encode_nf4;
+  decltype(&cpu::encode_nf4_with_feedback) encode_nf4_with_feedback;
   decltype(&cpu::quantize_absmax) quantize_absmax;
   decltype(&cpu::dequantize_absmax) dequantize_absmax;
   decltype(&cpu::dequantize_nf4) dequantize_nf4;

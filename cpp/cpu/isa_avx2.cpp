@@ -2,7 +2,9 @@
 #define QLORA_ISA avx2
 
 #include "cpp/cpu/codec/dequantize-inl.h"
+#include "cpp/cpu/codec/encode-inl.h"
 #include "cpp/cpu/codec/quantize-inl.h"
+#include "cpp/cpu/codec/search_absmax-inl.h"
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/few_tokens/dx_float-inl.h"
 #include "cpp/cpu/few_tokens/forward_float-inl.h"
@@ -16,6 +18,9 @@ const Kernels& avx2_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kAvx2Isa,
       .quantize_nf4 = avx2::quantize_nf4,
+      .search_absmax_nf4 = avx2::search_absmax_nf4,
+      .encode_nf4 = avx2::encode_nf4,
+      .encode_nf4_with_feedback = avx2::encode_nf4_with_feedback,
       .quantize_absmax = avx2::quantize_absmax,
       .dequantize_absmax = avx2::dequantize_absmax,
       .dequantize_nf4 = avx2::dequantize_nf4,

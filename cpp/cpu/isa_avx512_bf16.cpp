@@ -2,7 +2,9 @@
 #define QLORA_ISA avx512_bf16
 
 #include "cpp/cpu/codec/dequantize-inl.h"
+#include "cpp/cpu/codec/encode-inl.h"
 #include "cpp/cpu/codec/quantize-inl.h"
+#include "cpp/cpu/codec/search_absmax-inl.h"
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/few_tokens/dx_float-inl.h"
 #include "cpp/cpu/few_tokens/dx_int-inl.h"
@@ -18,6 +20,9 @@ const Kernels& avx512_bf16_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kAvx512Bf16Isa,
       .quantize_nf4 = avx512_bf16::quantize_nf4,
+      .search_absmax_nf4 = avx512_bf16::search_absmax_nf4,
+      .encode_nf4 = avx512_bf16::encode_nf4,
+      .encode_nf4_with_feedback = avx512_bf16::encode_nf4_with_feedback,
       .quantize_absmax = avx512_bf16::quantize_absmax,
       .dequantize_absmax = avx512_bf16::dequantize_absmax,
       .dequantize_nf4 = avx512_bf16::dequantize_nf4,

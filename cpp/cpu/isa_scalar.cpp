@@ -2,7 +2,9 @@
 #define QLORA_ISA scalar
 
 #include "cpp/cpu/codec/dequantize-inl.h"
+#include "cpp/cpu/codec/encode-inl.h"
 #include "cpp/cpu/codec/quantize-inl.h"
+#include "cpp/cpu/codec/search_absmax-inl.h"
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/few_tokens/dx_float-inl.h"
 #include "cpp/cpu/few_tokens/dx_int-inl.h"
@@ -17,6 +19,9 @@ const Kernels& scalar_kernels() {
   static constexpr Kernels kernels = {
       .isa = &kScalarIsa,
       .quantize_nf4 = scalar::quantize_nf4,
+      .search_absmax_nf4 = scalar::search_absmax_nf4,
+      .encode_nf4 = scalar::encode_nf4,
+      .encode_nf4_with_feedback = scalar::encode_nf4_with_feedback,
       .quantize_absmax = scalar::quantize_absmax,
       .dequantize_absmax = scalar::dequantize_absmax,
       .dequantize_nf4 = scalar::dequantize_nf4,

@@ -26,6 +26,21 @@ struct Pool {
 void quantize_nf4(const Pool&, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
                   float* absmax);
 
+// The scale of each block for which the squared errors of its codes, each times the importance [k] of its column, sum to
+// the least: w [numel] in rows of k -> absmax [ceil(numel / block_size)]. cpp/cpu/codec/search_absmax-inl.h has the search.
+void search_absmax_nf4(const Pool&, DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
+                       int64_t block_size, float* absmax);
+
+// Codes under given scales: w [numel], absmax [ceil(numel / block_size)] -> packed [ceil(numel / 2)].
+void encode_nf4(const Pool&, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
+                uint8_t* packed);
+
+// The same for w [n, k], where each rounding error is made good by the columns that are rounded later: GPTQ (Frantar et
+// al., 2022). Columns are rounded in `order` [k]; `feedback` [k, k] is the upper Cholesky factor of the inverse of the
+// inputs' second moments, rows and columns in that order.
+void encode_nf4_with_feedback(const Pool&, DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,
+                              int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed);
+
 // absmax [count] -> codes [count], nested_absmax [ceil(count / nested_block_size)], nested_offset [1].
 void quantize_absmax(const Pool&, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                      float* nested_absmax, float* nested_offset);

@@ -4,6 +4,10 @@
 STABLE_TORCH_LIBRARY(qlora, m) {
   const auto define = [&](const std::string& schema) { m.def(schema.c_str()); };
   m.def("quantize_nf4(Tensor w, int block_size) -> (Tensor packed, Tensor absmax)");
+  m.def("search_absmax_nf4(Tensor w, Tensor importance, int block_size) -> Tensor absmax");
+  m.def(
+      "encode_nf4(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None) -> "
+      "Tensor packed");
   m.def(
       "quantize_absmax(Tensor absmax, int nested_block_size) -> "
       "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)");

@@ -11,6 +11,8 @@ from . import _C
 
 OPERATORS = (
     "quantize_nf4",
+    "search_absmax_nf4",
+    "encode_nf4",
     "quantize_absmax",
     "dequantize_absmax",
     "dequantize_nf4",

@@ -95,6 +95,22 @@ def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     )
 
 
+@torch.library.register_fake("qlora::search_absmax_nf4")
+def _(w: Tensor, importance: Tensor, block_size: int) -> Tensor:
+    check_block_sizes(block_size)
+    check_one_device("search_absmax_nf4", w, importance)
+    return w.new_empty(((w.numel() + block_size - 1) // block_size,), dtype=torch.float32)
+
+
+@torch.library.register_fake("qlora::encode_nf4")
+def _(
+    w: Tensor, absmax: Tensor, block_size: int, feedback: Tensor | None = None, order: Tensor | None = None
+) -> Tensor:
+    check_block_sizes(block_size)
+    check_one_device("encode_nf4", w, absmax, block_size, feedback, order)
+    return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
+
+
 @torch.library.register_fake("qlora::quantize_absmax")
 def _(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     check_block_sizes(nested_block_size=nested_block_size)

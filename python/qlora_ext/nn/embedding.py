@@ -200,5 +200,8 @@ class TiedLinear4bit(Linear4bit):
     def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.embedding.weight_dtype
 
+    def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
+        return {}  # the table's
+
     def set_weight(self, w4: NF4Weight) -> None:
         raise ValueError("w4: expected a layer with a weight of its own, got a head that is tied to an embedding")

@@ -129,6 +129,10 @@ class Experts4bit(Packed4bit):
         }
         return dataclasses.replace(parts[0], **stacked, shape=torch.Size((len(parts), *parts[0].shape)))
 
+    def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
+        weights = {name: getattr(dense, name).detach() for name in self._shapes}
+        return {name: w.transpose(1, 2) if self.is_transposed else w for name, w in weights.items()}
+
     @classmethod
     def from_experts(
         cls,

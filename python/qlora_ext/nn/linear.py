@@ -89,6 +89,10 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         module.train(linear.training)
         return module
 
+    def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
+        weight: Tensor = dense.weight  # type: ignore[assignment]
+        return {"weight": weight.detach()}
+
     def forward(self, x: Tensor) -> Tensor:
         return self.fused_forward(x)
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ..calibration import Calibration, Calibrator
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, is_fused_experts
 from .linear import Linear4bit
@@ -112,6 +113,7 @@ def quantize_model(
     double_quant: bool = True,
     embeddings: bool = False,
     towers: bool = False,
+    calibration: Any = None,
     **options: Any,
 ) -> nn.Module:
     """Replaces the linear layers of ``model`` by ``Linear4bit``, in place and one at a time; the experts too.
@@ -132,6 +134,9 @@ def quantize_model(
             tied to one has no weight of its own: it goes with the table, whatever ``skip`` says of the head.
         towers: of a transformers model of several modalities, replace layers outside of its language model too: those
             of vision and audio towers, and of projectors.
+        calibration: choose scales and codes for the inputs that the layers get, which costs time and no bytes: a
+            ``qlora_ext.Calibration``, or its ``inputs``: "self", token ids [B, T], or batches of the model's inputs.
+            ``calibration_of(model)`` tells how each layer fared.
 
     Layers whose weights the model's own code reads are left alone in any case: those of a state-space mixer (Mamba)
     but its ``in_proj``, and those that transformers keeps in float32 (T5's ``wo``).
@@ -169,13 +174,35 @@ def quantize_model(
         return CONVERSIONS[type(module)].from_linear(module, **options)  # type: ignore[arg-type]
 
     if type(model) in CONVERSIONS or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
+        if calibration is not None:
+            raise ValueError(f"calibration: expected a model with layers in it, got a {type(model).__name__} alone")
         return quantized(model)
     places = places_in(model)
     tied = {id(p) for m in model.modules() if type(m) not in CONVERSIONS for p in m.parameters(recurse=False)}
     heads = tied_heads(model) if embeddings else {}
     replaced: dict[nn.Module, Packed4bit] = {}
 
+    def chosen(module: nn.Module, at: list[tuple[nn.Module, str, str]]) -> bool:
+        if not is_dense(module) or any(skipped(name) for _, _, name in at):
+            return False
+        if isinstance(module, nn.Embedding):
+            return module in heads
+        return type(module) not in CONVERSIONS or id(module.weight) not in tied
+
+    calibrator = None
+    if calibration is not None:
+        layers = {
+            at[0][2]: module
+            for module, at in places.items()
+            if chosen(module, at) and not isinstance(module, nn.Embedding)  # a table is looked up: it has no inputs
+        }
+        calibrator = Calibrator(model, layers, Calibration.of(calibration))
+
     def replace(module: nn.Module, new: Packed4bit) -> None:
+        if calibrator is not None:
+            for weight, dense in new.matrices_of(module).items():
+                w4 = calibrator.refine(places[module][0][2], weight, dense, new.packed_weight(weight))
+                new.set_packed(weight, w4)
         for parent, name, _ in places[module]:
             setattr(parent, name, new)
         for weight in new.packed_shapes:
@@ -183,16 +210,13 @@ def quantize_model(
         replaced[module] = new
 
     for module, at in places.items():
-        if module in replaced or not is_dense(module) or any(skipped(name) for _, _, name in at):
+        if module in replaced or not chosen(module, at):
             continue
-        if isinstance(module, nn.Embedding):
-            if module in heads:
-                table = Embedding4bit.from_embedding(module, **options)
-                replace(module, table)
-                for head in heads[module]:
-                    replace(head, TiedLinear4bit(table, head.bias))
-        elif type(module) not in CONVERSIONS or id(module.weight) not in tied:
-            replace(module, quantized(module))
+        new = quantized(module)
+        replace(module, new)
+        if isinstance(new, Embedding4bit):
+            for head in heads[module]:  # type: ignore[index]
+                replace(head, TiedLinear4bit(new, head.bias))
     for finish in AFTER_QUANTIZE:
         finish(model)
     return model

@@ -163,6 +163,10 @@ class Packed4bit(nn.Module, abc.ABC):
         """The 4-bit form that this module gives to a dense weight of its own."""
         return quantize_nf4(w, self.block_size, self.double_quant, self.nested_block_size)
 
+    def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
+        """The weights of the module that this one replaces, as they are quantized, that can be calibrated."""
+        return {}
+
     @abc.abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The module that this one decodes to, in ``dtype`` or that of the weights that were quantized."""

@@ -32,6 +32,11 @@ inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm
 inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 
+inline __m256 clamp_to_one(__m256 x) {
+  return _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(1.0f)), _mm256_set1_ps(-1.0f));
+}
+inline Floats clamp_to_one(Floats x) { return {clamp_to_one(x.low), clamp_to_one(x.high)}; }
+
 inline void accumulate(double* sums, Floats x) {
   const __m128 quarter[4] = {_mm256_castps256_ps128(x.low), _mm256_extractf128_ps(x.low, 1),
                              _mm256_castps256_ps128(x.high), _mm256_extractf128_ps(x.high, 1)};
@@ -103,6 +108,13 @@ inline void store_bytes(uint8_t* p, __m256i low, __m256i high) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
+inline void store_codes(uint8_t* codes, Codes c) { store_bytes(codes, c.low, c.high); }
+inline __m256 values(__m256i code) {
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4.value), code);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4.value + 8), code);
+  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+}
+inline Floats values(Codes c) { return {values(c.low), values(c.high)}; }
 inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
   store_bytes(packed, _mm256_or_si256(_mm256_slli_epi32(even.low, 4), odd.low),
               _mm256_or_si256(_mm256_slli_epi32(even.high, 4), odd.high));

@@ -30,6 +30,10 @@ inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 
+inline Floats clamp_to_one(Floats x) {
+  return {_mm512_max_ps(_mm512_min_ps(x.v, _mm512_set1_ps(1.0f)), _mm512_set1_ps(-1.0f))};
+}
+
 inline void accumulate(double* sums, Floats x) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x.v, 1));
@@ -96,6 +100,12 @@ inline Codes encode(Floats q) {
   const __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(q.v, _mm512_set1_ps(kFixedOne)));
   const __m512 cell = _mm512_fmadd_ps(q.v, _mm512_set1_ps(kCellsPerOne), _mm512_set1_ps(kCellRounder));
   return {_mm512_add_epi32(fixed, _mm512_permutex2var_epi32(low, _mm512_castps_si512(cell), high))};
+}
+inline void store_codes(uint8_t* codes, Codes c) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(_mm512_srli_epi32(c.v, 28)));
+}
+inline Floats values(Codes c) {
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(c.v, 28), _mm512_loadu_ps(kNf4.value))};
 }
 inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
   constexpr int kSelect = 0xCA;  // first ? second : third, bit by bit

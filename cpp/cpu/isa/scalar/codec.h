@@ -64,13 +64,25 @@ inline Pairs load_pairs(const T* p) {
   return r;
 }
 
-// nf4_encode of each lane.
+inline Floats clamp_to_one(Floats x) {
+  for (float& lane : x.lane) lane = lane > 1.0f ? 1.0f : lane < -1.0f ? -1.0f : lane;
+  return x;
+}
+
+// nf4_encode of each lane, which lies in [-1, 1].
 struct Codes {
   uint8_t lane[kLanes];
 };
 inline Codes encode(const Floats& q) {
   Codes r;
   for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<uint8_t>(nf4_encode(q.lane[i]));
+  return r;
+}
+inline void store_codes(uint8_t* codes, const Codes& c) { std::memcpy(codes, c.lane, sizeof c.lane); }
+// The value that each code stands for.
+inline Floats values(const Codes& c) {
+  Floats r;
+  for (int i = 0; i < kLanes; ++i) r.lane[i] = kNf4.value[c.lane[i]];
   return r;
 }
 inline void store_packed(uint8_t* packed, const Codes& even, const Codes& odd) {

@@ -24,6 +24,9 @@ class Conv1D4bit(Linear4bit):
         dense.bias = linear.bias
         return super().from_linear(dense.train(linear.training), *args, **options)
 
+    def matrices_of(self, dense: torch.nn.Module) -> dict[str, torch.Tensor]:
+        return {name: weight.T for name, weight in super().matrices_of(dense).items()}
+
     def to_linear(self, dtype: torch.dtype | None = None, weight: torch.Tensor | None = None) -> Any:
         dense = super().to_linear(dtype, weight)
         with torch.device("meta"):

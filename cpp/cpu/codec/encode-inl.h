@@ -1,0 +1,182 @@
+// Codes under scales that are given, without and with feedback of the rounding errors, on the vocabulary codec::.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/codec.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/scratch.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+
+inline codec::Codes encode_under(codec::Floats w, codec::Floats inverse) {
+  return codec::encode(codec::clamp_to_one(codec::mul(w, inverse)));
+}
+
+template <class T>
+inline void encode_group(const T* group, float inverse, uint8_t* packed) {
+  const codec::Pairs pairs = codec::load_pairs(group);
+  const codec::Floats scale = codec::splat(inverse);
+  codec::store_packed(packed, encode_under(pairs.even, scale), encode_under(pairs.odd, scale));
+}
+
+// Whole groups straight from w; what is left over by way of a copy that zeros, of code 7, fill up.
+template <class T>
+inline void encode_block_under(const T* w, int64_t count, float scale, uint8_t* packed) {
+  const float inverse = inverse_scale(scale);
+  const int64_t whole = count / codec::kGroup * codec::kGroup, rest = count - whole;
+  for (int64_t i = 0; i < whole; i += codec::kGroup) encode_group(w + i, inverse, packed + i / 2);
+  if (rest == 0) return;
+  T filled[codec::kGroup] = {};
+  uint8_t bytes[codec::kGroup / 2];
+  for (int64_t i = 0; i < rest; ++i) filled[i] = w[whole + i];
+  encode_group(filled, inverse, bytes);
+  for (int64_t i = 0; i < packed_bytes(rest); ++i) packed[whole / 2 + i] = bytes[i];
+}
+
+template <class T>
+void encode_as(const Pool& pool, const T* w, const float* absmax, int64_t numel, int64_t block_size, uint8_t* packed) {
+  auto body = [=](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * block_size;
+      encode_block_under(w + first, min(block_size, numel - first), absmax[b], packed + first / 2);
+    }
+  };
+  pool(ceil_div(numel, block_size), ceil_div(int64_t{16384}, block_size), body);
+}
+
+void encode_nf4(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
+                uint8_t* packed) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return encode_as(pool, static_cast<const bfloat16*>(w), absmax, numel, block_size, packed);
+    case DType::kFloat16:
+      return encode_as(pool, static_cast<const float16*>(w), absmax, numel, block_size, packed);
+    default:
+      return encode_as(pool, static_cast<const float*>(w), absmax, numel, block_size, packed);
+  }
+}
+
+// Rows are independent: 16 of them are the lanes of a stripe, which one thread takes from its first column to its last.
+//
+//     place        0 .......... batch .......... k      a place is a column in the order of rounding
+//     weights  [k][16]   rounded | being | to be        float32, changed by the errors of all places before
+//     errors   [kBatch][16]      | these |              what the rounding of a place leaves, over feedback's diagonal
+//
+// The errors of a batch reach its own places one by one, and all places after it together, which sum in registers.
+inline constexpr int64_t kStripeRows = codec::kLanes;
+inline constexpr int64_t kFeedbackBatch = 32;
+inline constexpr int64_t kPlacesAtOnce = 8;
+
+struct Stripe {
+  float* weights;   // [k][16]
+  float* errors;    // [kFeedbackBatch][16]
+  uint8_t* codes;   // [k][16], by column
+};
+
+// Rounds the places [first, last), and takes each one's error on to those after it.
+inline void round_batch(const Stripe& stripe, int64_t row, int64_t rows, const float* absmax, int64_t k, int shift,
+                        int64_t first, int64_t last, const float* feedback, const int64_t* order) {
+  for (int64_t place = first; place < last; ++place) {
+    const int64_t column = order[place];
+    float scale[kStripeRows], inverse[kStripeRows];
+    for (int64_t r = 0; r < kStripeRows; ++r) scale[r] = r < rows ? absmax[((row + r) * k + column) >> shift] : 1.0f;
+    for (int64_t r = 0; r < kStripeRows; ++r) inverse[r] = inverse_scale(scale[r]);
+    const codec::Floats w = codec::load(stripe.weights + place * kStripeRows);
+    const codec::Codes codes = encode_under(w, codec::load(inverse));
+    codec::store_codes(stripe.codes + column * kStripeRows, codes);
+    const codec::Floats rounded = codec::mul(codec::values(codes), codec::load(scale));
+    const float* const factors = feedback + place * k;
+    const codec::Floats error = codec::mul(codec::sub(w, rounded), codec::splat(1.0f / factors[place]));
+    codec::store(stripe.errors + (place - first) * kStripeRows, error);
+    for (int64_t later = place + 1; later < last; ++later) {
+      float* const weights = stripe.weights + later * kStripeRows;
+      codec::store(weights, codec::sub(codec::load(weights), codec::mul(error, codec::splat(factors[later]))));
+    }
+  }
+}
+
+// weights[later ..) -= errors of the places [first, last), each times its factor.
+template <int64_t kPlaces>
+inline void feed_back(const Stripe& stripe, int64_t k, int64_t first, int64_t last, int64_t later,
+                      const float* feedback) {
+  float* const weights = stripe.weights + later * kStripeRows;
+  codec::Floats sum[kPlaces];
+  for (int64_t i = 0; i < kPlaces; ++i) sum[i] = codec::load(weights + i * kStripeRows);
+  for (int64_t place = first; place < last; ++place) {
+    const codec::Floats error = codec::load(stripe.errors + (place - first) * kStripeRows);
+    const float* const factors = feedback + place * k + later;
+    for (int64_t i = 0; i < kPlaces; ++i) sum[i] = codec::sub(sum[i], codec::mul(error, codec::splat(factors[i])));
+  }
+  for (int64_t i = 0; i < kPlaces; ++i) codec::store(weights + i * kStripeRows, sum[i]);
+}
+
+// Codes of `rows` rows from element `row` * k on, which is even.
+inline void pack_stripe(const Stripe& stripe, int64_t row, int64_t rows, int64_t k, uint8_t* packed) {
+  uint8_t* out = packed + row * k / 2;
+  uint8_t high = 0;
+  int64_t element = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t column = 0; column < k; ++column, ++element) {
+      const uint8_t code = stripe.codes[column * kStripeRows + r];
+      if (element % 2 == 0) {
+        high = static_cast<uint8_t>(code << 4);
+      } else {
+        *out++ = high | code;
+      }
+    }
+  }
+  if (element % 2) *out = high | kZeroCode;
+}
+
+template <class T>
+void encode_with_feedback_as(const Pool& pool, const T* w, const float* absmax, int64_t n, int64_t k,
+                             int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
+  const int shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
+  auto body = [=](int64_t begin, int64_t end) {
+    const int64_t floats = (k + kFeedbackBatch) * kStripeRows;
+    auto* const memory = static_cast<float*>(
+        scratch(ScratchUse::kThread, floats * static_cast<int64_t>(sizeof(float)) + k * kStripeRows));
+    const Stripe stripe = {memory, memory + k * kStripeRows, reinterpret_cast<uint8_t*>(memory + floats)};
+    for (int64_t s = begin; s < end; ++s) {
+      const int64_t rows = min(kStripeRows, n - s * kStripeRows);
+      for (int64_t place = 0; place < k; ++place) {
+        const T* const column = w + s * kStripeRows * k + order[place];
+        float* const weights = stripe.weights + place * kStripeRows;
+        for (int64_t r = 0; r < kStripeRows; ++r) weights[r] = r < rows ? to_float(column[r * k]) : 0.0f;
+      }
+      for (int64_t first = 0; first < k; first += kFeedbackBatch) {
+        const int64_t last = min(first + kFeedbackBatch, k);
+        round_batch(stripe, s * kStripeRows, rows, absmax, k, shift, first, last, feedback, order);
+        int64_t later = last;
+        for (; later + kPlacesAtOnce <= k; later += kPlacesAtOnce) {
+          feed_back<kPlacesAtOnce>(stripe, k, first, last, later, feedback);
+        }
+        for (; later < k; ++later) feed_back<1>(stripe, k, first, last, later, feedback);
+      }
+      pack_stripe(stripe, s * kStripeRows, rows, k, packed);
+    }
+  };
+  pool(ceil_div(n, kStripeRows), 1, body);
+}
+
+void encode_nf4_with_feedback(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,
+                              int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return encode_with_feedback_as(pool, static_cast<const bfloat16*>(w), absmax, n, k, block_size, feedback, order,
+                                     packed);
+    case DType::kFloat16:
+      return encode_with_feedback_as(pool, static_cast<const float16*>(w), absmax, n, k, block_size, feedback, order,
+                                     packed);
+    default:
+      return encode_with_feedback_as(pool, static_cast<const float*>(w), absmax, n, k, block_size, feedback, order,
+                                     packed);
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

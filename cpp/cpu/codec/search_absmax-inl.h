@@ -1,0 +1,128 @@
+// Scales that suit a weight's inputs: the search of search_absmax_nf4 (kernels.h), on the vocabulary codec::.
+//
+// A block's scale s is sought that makes the weighted error
+//
+//     sum over j of importance[j] * (w[j] - s * value[code(w[j] / s)])^2
+//
+// the least: among the products of the block's absmax with kSearchSteps factors, and then twice at the s that is best for
+// the codes of the best so far, sum(importance * w * value) / sum(importance * value^2). Sums are over 16 lanes each, so
+// that every instruction set finds the same bits.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/codec.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/search_absmax.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+
+inline constexpr int64_t kSearchGrainElements = 4096;
+
+// A block as float32, filled up with zeros of no importance to whole groups.
+struct WeightedBlock {
+  alignas(64) float w[kMaxBlockSize];
+  alignas(64) float importance[kMaxBlockSize];
+  int64_t count;
+};
+
+// The lanes' sum, halves added to halves.
+inline float sum_of_lanes(codec::Floats lanes) {
+  float sum[codec::kLanes];
+  codec::store(sum, lanes);
+  for (int half = codec::kLanes / 2; half; half /= 2)
+    for (int i = 0; i < half; ++i) sum[i] += sum[i + half];
+  return sum[0];
+}
+
+inline float weighted_error(const WeightedBlock& block, float scale) {
+  const codec::Floats inverse = codec::splat(inverse_scale(scale));
+  codec::Floats sum = codec::splat(0.0f);
+  for (int64_t i = 0; i < block.count; i += codec::kLanes) {
+    const codec::Floats q = codec::mul(codec::load(block.w + i), inverse);
+    const codec::Floats error = codec::sub(q, codec::values(codec::encode(codec::clamp_to_one(q))));
+    sum = codec::add(sum, codec::mul(codec::mul(error, error), codec::load(block.importance + i)));
+  }
+  return sum_of_lanes(sum) * scale * scale;
+}
+
+// The best scale for the codes that `scale` gives; 0 where all of them that count are zeros.
+inline float fitted_scale(const WeightedBlock& block, float scale) {
+  const codec::Floats inverse = codec::splat(inverse_scale(scale));
+  codec::Floats products = codec::splat(0.0f), squares = codec::splat(0.0f);
+  for (int64_t i = 0; i < block.count; i += codec::kLanes) {
+    const codec::Floats w = codec::load(block.w + i);
+    const codec::Floats value = codec::values(codec::encode(codec::clamp_to_one(codec::mul(w, inverse))));
+    const codec::Floats weighted = codec::mul(value, codec::load(block.importance + i));
+    products = codec::add(products, codec::mul(weighted, w));
+    squares = codec::add(squares, codec::mul(weighted, value));
+  }
+  const float square = sum_of_lanes(squares);
+  return square > 0.0f ? sum_of_lanes(products) / square : 0.0f;
+}
+
+inline float best_scale(const WeightedBlock& block, float absmax) {
+  float best = absmax, least = weighted_error(block, absmax);
+  const auto consider = [&](float scale) {
+    const float error = weighted_error(block, scale);
+    if (!(error < least)) return;
+    best = scale;
+    least = error;
+  };
+  for (int step = 0; step < kSearchSteps; ++step) consider(absmax * search_factor(step));
+  for (int fit = 0; fit < kSearchFits; ++fit) {
+    const float scale = fitted_scale(block, best);
+    if (scale > 0.0f) consider(scale);
+  }
+  return best;
+}
+
+// Of a block that lies at `first` among rows of k. Returns its absmax; NaN if there is any NaN or infinity.
+template <class T>
+inline float load_block(const T* w, const float* importance, int64_t first, int64_t count, int64_t k,
+                        WeightedBlock* block) {
+  uint32_t largest = 0;
+  int64_t column = first % k;
+  for (int64_t i = 0; i < count; ++i) {
+    block->w[i] = to_float(w[first + i]);
+    block->importance[i] = importance[column];
+    const uint32_t magnitude = float_bits(block->w[i]) & kMagnitudeBits;
+    largest = magnitude > largest ? magnitude : largest;
+    column = column + 1 == k ? 0 : column + 1;
+  }
+  block->count = round_up(count, codec::kLanes);
+  for (int64_t i = count; i < block->count; ++i) block->w[i] = block->importance[i] = 0.0f;
+  return largest < kInfinityBits ? bits_float(largest) : bits_float(0x7FC00000u);
+}
+
+template <class T>
+void search_absmax_as(const Pool& pool, const T* w, const float* importance, int64_t numel, int64_t k,
+                      int64_t block_size, float* absmax) {
+  auto body = [=](int64_t begin, int64_t end) {
+    WeightedBlock block;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * block_size;
+      const float largest = load_block(w, importance, first, min(block_size, numel - first), k, &block);
+      absmax[b] = largest > 0.0f ? best_scale(block, largest) : largest;
+    }
+  };
+  pool(ceil_div(numel, block_size), ceil_div(kSearchGrainElements, block_size), body);
+}
+
+void search_absmax_nf4(const Pool& pool, DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
+                       int64_t block_size, float* absmax) {
+  switch (dtype) {
+    case DType::kBFloat16:
+      return search_absmax_as(pool, static_cast<const bfloat16*>(w), importance, numel, k, block_size, absmax);
+    case DType::kFloat16:
+      return search_absmax_as(pool, static_cast<const float16*>(w), importance, numel, k, block_size, absmax);
+    default:
+      return search_absmax_as(pool, static_cast<const float*>(w), importance, numel, k, block_size, absmax);
+  }
+}
+
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

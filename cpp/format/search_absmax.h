@@ -1,0 +1,14 @@
+// What the search for scales that suit a weight's inputs tries, on every device.
+#pragma once
+
+#include "cpp/format/portable.h"
+
+namespace qlora {
+
+// Factors of a block's absmax: 1.06, 1.04, ... 0.56. Scales below clip the largest weight by more than importance ever
+// asks for.
+inline constexpr int kSearchSteps = 26;
+inline constexpr int kSearchFits = 2;
+QLORA_HD float search_factor(int step) { return 1.06f - 0.02f * static_cast<float>(step); }
+
+}  // namespace qlora

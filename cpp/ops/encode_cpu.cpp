@@ -1,0 +1,56 @@
+// The operators that choose scales, and codes under given scales, on the CPU.
+#include <vector>
+
+#include "cpp/cpu/kernels.h"
+#include "cpp/ops/encode_calls.h"
+#include "cpp/ops/pool.h"
+#include "cpp/ops/value_error.h"
+
+namespace qlora {
+namespace {
+
+Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size) {
+  const SearchAbsmaxCall call(w, importance, block_size);
+  cpu::search_absmax_nf4(pool(), call.dtype, call.w.const_data_ptr(), call.importance.const_data_ptr<float>(),
+                         call.numel, call.k, block_size, call.absmax.mutable_data_ptr<float>());
+  return call.absmax;
+}
+
+// Each column has its place, and the error of each can be taken on.
+void check_feedback(const EncodeCall& call) {
+  const auto* const order = call.order.const_data_ptr<int64_t>();
+  const auto* const feedback = call.feedback.const_data_ptr<float>();
+  std::vector<bool> seen(static_cast<size_t>(call.k));
+  for (int64_t place = 0; place < call.k; ++place) {
+    const int64_t column = order[place];
+    checks::require(column >= 0 && column < call.k && !seen[column], "order: expected each column from 0 to ",
+                    call.k - 1, " once, got ", column, " at ", place);
+    seen[column] = true;
+    const float factor = feedback[place * call.k + place];
+    checks::require(factor > 0.0f && factor <= std::numeric_limits<float>::max(),
+                    "feedback: expected a positive diagonal, got ", factor, " at ", place);
+  }
+}
+
+Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
+                  OptionalTensor order) {
+  const EncodeCall call(w, absmax, block_size, feedback, order);
+  auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
+  const auto* const scales = call.absmax.const_data_ptr<float>();
+  if (!feedback) {
+    cpu::encode_nf4(pool(), call.dtype, call.w.const_data_ptr(), scales, call.numel, block_size, packed);
+    return call.packed;
+  }
+  check_feedback(call);
+  cpu::encode_nf4_with_feedback(pool(), call.dtype, call.w.const_data_ptr(), scales, call.n, call.k, block_size,
+                                call.feedback.const_data_ptr<float>(), call.order.const_data_ptr<int64_t>(), packed);
+  return call.packed;
+}
+
+}  // namespace
+}  // namespace qlora
+
+STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
+  m.impl("search_absmax_nf4", QLORA_BOX(&qlora::search_absmax_nf4));
+  m.impl("encode_nf4", QLORA_BOX(&qlora::encode_nf4));
+}

@@ -1,0 +1,299 @@
+"""``Calibration``: what a model is calibrated on, and how; ``Calibrator``: doing it while layers are quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..weight import NF4Weight
+from . import self_text
+from .encoder import Encoded, Feedback, encode
+from .moments import ExpertMoments, Gathering, Moments
+from .stages import Stack, forward, stacks_of, without_cache
+from .store import Store
+
+# Second moments of one layer's inputs are K² floats; those of a block are gathered together up to so many bytes.
+_TOGETHER_BYTES = 2 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """How one weight was encoded.
+
+    Attributes:
+        name: of the weight's module, with the weight's own where the module has several.
+        method: "feedback", "scales" or "absmax".
+        error, absmax_error: relative errors of the outputs on the calibration's tokens, and those of plain NF4.
+        tokens: that reached the layer.
+        note: why it is plain NF4, where something stood in the way; else empty.
+    """
+
+    name: str
+    method: str
+    error: float
+    absmax_error: float
+    tokens: int
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What a model is calibrated on, and how.
+
+    Attributes:
+        inputs: "self" (the model writes its own text), token ids int64 [B, T], or batches of the model's inputs, each a
+            tensor, a tuple or a mapping as the model's forward takes it.
+        method: "feedback" (weighted scales and GPTQ's error feedback) or "scales" (weighted scales alone).
+        tokens, length: of the text that the model writes: in all, and a sequence.
+        seed: of that text.
+        damping: of the second moments, a share of their mean.
+        batch_size: sequences of ``inputs`` that run at a time.
+        directory: where to keep the layers that are done; a calibration that was stopped goes on from there.
+        progress: called with the weights done, their number, and the name of the last one's layer.
+
+    Raises:
+        TypeError, ValueError: an attribute is none of these.
+    """
+
+    inputs: Any = "self"
+    method: str = "feedback"
+    tokens: int = 12288
+    length: int = 512
+    seed: int = 0
+    damping: float = 0.01
+    batch_size: int = 8
+    directory: str | os.PathLike[str] | None = None
+    progress: Callable[[int, int, str], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in ("feedback", "scales"):
+            raise ValueError(f"method: expected 'feedback' or 'scales', got {self.method!r}")
+        if isinstance(self.inputs, str) and self.inputs != "self":
+            raise ValueError(f"inputs: expected 'self', token ids or batches of inputs, got {self.inputs!r}")
+        if not 0 < self.damping <= 1:
+            raise ValueError(f"damping: expected a share above 0 and up to 1, got {self.damping}")
+        for name in ("tokens", "length", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a number of 1 or more, got {value!r}")
+        if self.length < 8 or self.tokens < self.length:
+            raise ValueError(
+                f"length: expected 8 tokens or more a sequence and no more than tokens, got length={self.length}, "
+                f"tokens={self.tokens}"
+            )
+
+    def key(self, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """By what a calibration knows its own results again: what is calibrated, on what, and how.
+
+        Of each weight the first row counts, as a sample; of batches that are no tensor, nothing but their number can.
+        """
+        sample = hashlib.sha256()
+        for name, layer in layers.items():
+            for weight, p in layer.named_parameters(recurse=False):
+                row = p.detach()[..., :1, :] if p.ndim > 1 else p.detach()
+                sample.update(f"{name}.{weight} {list(p.shape)} {row.dtype}".encode())
+                sample.update(row.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+        key = {name: getattr(self, name) for name in ("method", "tokens", "length", "seed", "damping")}
+        inputs = self.inputs
+        if isinstance(inputs, Tensor):
+            inputs = hashlib.sha256(inputs.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+            inputs = f"{list(self.inputs.shape)} {inputs.hexdigest()}"
+        elif not isinstance(inputs, str):
+            inputs = f"{len(inputs)} batches" if isinstance(inputs, Sequence) else "batches"
+        return {**key, "inputs": inputs, "weights": sample.hexdigest()}
+
+    @classmethod
+    def of(cls, calibration: Any) -> Calibration:
+        """``calibration`` itself, or one with these ``inputs``."""
+        return calibration if isinstance(calibration, Calibration) else cls(calibration)
+
+    def batches(self, model: Any, store: Store | None = None) -> list[Any]:
+        """What the model is run on, batch by batch; a text that it wrote before is in ``store``."""
+        inputs = self.inputs
+        if isinstance(inputs, str):
+            inputs = None if store is None else store.tokens()
+            if inputs is None:
+                inputs = self_text.write(model, max(1, self.tokens // self.length), self.length, self.seed)
+                if store is not None:
+                    store.save_tokens(inputs)
+            inputs = inputs.to(model.device)
+        if isinstance(inputs, Tensor):
+            if inputs.ndim < 2 or inputs.numel() == 0:
+                raise ValueError(f"inputs: expected token ids [B, T], got a tensor of shape {list(inputs.shape)}")
+            return list(inputs.split(self.batch_size))
+        if not isinstance(inputs, Iterable) or isinstance(inputs, Mapping):
+            raise TypeError(f"inputs: expected 'self', token ids or batches of inputs, got {type(inputs).__name__}")
+        batches = list(inputs)
+        if not batches:
+            raise ValueError("inputs: expected at least one batch, got none")
+        return batches
+
+
+class Calibrator:
+    """Refines layers as they are quantized, in the model's order.
+
+    A block's layers are calibrated on what the blocks before it, quantized by then, hand on (as GPTQ does), one block
+    at a time: of the second moments only those of a block are held, and of the inputs only its own.
+
+    Args:
+        model: dense.
+        layers: the layers that will be quantized, by name, in the order in which ``refine`` gets them.
+        calibration: what to run the model on.
+    """
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
+        self.model, self.settings = model, calibration
+        self.report: list[LayerReport] = []
+        self._layers = dict(layers)
+        self._store = None
+        if calibration.directory is not None:
+            self._store = Store(calibration.directory, calibration.key(layers))
+        self._batches = calibration.batches(model, self._store)
+        self._moments: dict[tuple[str, str], Moments | ExpertMoments] = {}
+        self._feedback: tuple[Moments, Feedback] | None = None
+        self._stacks = {name: Stack(name, blocks) for name, blocks in stacks_of(model, layers).items()}
+        self._watch()
+        self._groups = self._groups_of(list(layers))
+        self._gathered: list[str] = []
+
+    def _watch(self) -> None:
+        """One run of the dense model: how its blocks are called."""
+        handles = [handle for stack in self._stacks.values() for handle in stack.watch()]
+        try:
+            self._run_model(lambda: None)
+        finally:
+            for handle in handles:
+                handle.remove()
+        for stack in self._stacks.values():
+            stack.finish_watching(len(self._batches))
+
+    @torch.no_grad()
+    def _run_model(self, before_batch: Callable[[], None]) -> None:
+        with without_cache(self.model):
+            for batch in self._batches:
+                before_batch()
+                forward(self.model, batch)
+
+    def _place(self, name: str) -> tuple[Stack, int] | None:
+        """The block of a chained stack that the layer ``name`` is in."""
+        for stack in self._stacks.values():
+            if stack.chained and name.startswith(f"{stack.name}."):
+                return stack, int(name.removeprefix(f"{stack.name}.").split(".")[0])
+        return None
+
+    def _groups_of(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """Layers whose moments are gathered in one run, by each one's name: of one block, within the memory for it."""
+        groups: dict[str, list[str]] = {}
+        group: list[str] = []
+        size, place = 0, None
+        for name in names:
+            bytes_ = _moments_bytes(self._layers[name])
+            if self._place(name) != place or size + bytes_ > _TOGETHER_BYTES:
+                group, size, place = [], 0, self._place(name)
+            group.append(name)
+            size += bytes_
+            groups[name] = group
+        return groups
+
+    def _gather(self, name: str) -> None:
+        self._moments.clear()
+        self._gathered = self._groups[name]
+        gathering = Gathering({other: self._layers[other] for other in self._gathered if other in self._layers})
+        place = self._place(name)
+        try:
+            if place is None:
+                self._run_model(gathering.next_batch)
+            else:
+                stack, block = place
+                with without_cache(self.model):
+                    while stack.at < block:
+                        stack.advance()
+                    stack.run(gathering.next_batch)
+        finally:
+            gathering.stop()
+        self._moments = gathering.found
+
+    def refine(self, name: str, weight: str, w: Tensor, plain: NF4Weight) -> NF4Weight:
+        """The weight ``weight`` of the layer ``name`` in the form of ``plain``, which it is without calibration.
+
+        Args:
+            w: dense, [N, K] or a stack of such matrices [E, N, K].
+        """
+        kept = None if self._store is None else self._store.load(name, weight, plain)
+        if kept is not None:
+            w4, report = kept[0], LayerReport(**kept[1])
+        else:
+            if self._gathered is not self._groups[name]:
+                self._gather(name)
+            w4, report = self._encoded(name, w, plain, self._moments.pop((name, weight), None))
+            if weight != "weight":
+                report = dataclasses.replace(report, name=f"{name}.{weight}")
+            if self._store is not None:
+                self._store.save(name, weight, w4, vars(report))
+        self.report.append(report)
+        self._layers.pop(name, None)
+        if self.settings.progress is not None:
+            done = len(self.report)
+            self.settings.progress(done, done + len(self._layers), name)
+        return w4
+
+    def _encoded(
+        self, name: str, w: Tensor, plain: NF4Weight, moments: Moments | ExpertMoments | None
+    ) -> tuple[NF4Weight, LayerReport]:
+        if moments is None:
+            return plain, LayerReport(name, "absmax", 0.0, 0.0, 0, "no token reached it")
+        if isinstance(moments, Moments):
+            return self._matrix(name, w, plain, moments)
+        parts = [self._matrix(name, w[e], _expert(plain, e), moments.of(e)) for e in range(len(w))]
+        methods = [report.method for _, report in parts]
+        others = [f"{methods.count(m)} experts by {m}" for m in ("scales", "absmax") if m in methods]
+        report = LayerReport(
+            name,
+            max(set(methods), key=methods.count),
+            max(report.error for _, report in parts),
+            max(report.absmax_error for _, report in parts),
+            moments.all.tokens,
+            "; ".join(others),
+        )
+        stacked: dict[str, Any] = {
+            field: None if getattr(plain, field) is None else torch.stack([getattr(w4, field) for w4, _ in parts])
+            for field in ("packed", "absmax", "nested_absmax", "nested_offset")
+        }
+        return dataclasses.replace(plain, **stacked), report
+
+    def _matrix(self, name: str, w: Tensor, plain: NF4Weight, moments: Moments) -> tuple[NF4Weight, LayerReport]:
+        mean = moments.mean
+        try:
+            if self._feedback is None or self._feedback[0] is not moments:
+                with_factor = self.settings.method == "feedback"
+                self._feedback = moments, Feedback.of(mean, self.settings.damping, with_factor)
+        except ValueError as error:
+            return plain, LayerReport(name, "absmax", 0.0, 0.0, moments.tokens, str(error))
+        feedback = self._feedback[1]
+        encoded = encode(w, mean, feedback, plain)
+        return encoded.weight, LayerReport(
+            name, encoded.method, encoded.error, encoded.absmax_error, moments.tokens, self._note(encoded, feedback)
+        )
+
+    def _note(self, encoded: Encoded, feedback: Feedback) -> str:
+        if feedback.factor is None and self.settings.method == "feedback":
+            return "its inputs' second moments cannot be factorized"
+        return "plain NF4 was the best on its inputs" if encoded.method == "absmax" else ""
+
+
+def _expert(w4: NF4Weight, e: int) -> NF4Weight:
+    fields = ("packed", "absmax", "nested_absmax", "nested_offset")
+    parts: dict[str, Any] = {field: None if (t := getattr(w4, field)) is None else t[e] for field in fields}
+    return dataclasses.replace(w4, **parts, shape=w4.shape[1:])
+
+
+def _moments_bytes(layer: nn.Module) -> int:
+    """At most, for the moments of all inputs of ``layer``."""
+    matrices = [p for p in layer.parameters(recurse=False) if p.ndim >= 2]
+    return sum(4 * max(p.shape[-2:]) ** 2 * (p.shape[0] if p.ndim == 3 else 1) for p in matrices)

@@ -1,0 +1,124 @@
+"""The second moments of what flows into a model's layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# As many tokens of a layer's average kind are mixed into those that an expert has seen: one that few were routed to is
+# not fitted to their noise, and one that none was routed to is like the others.
+_PRIOR_TOKENS = 64
+
+
+@dataclasses.dataclass
+class Moments:
+    """The sum of x xᵀ over ``tokens`` rows x [K], in float32."""
+
+    sum: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, size: int, device: torch.device) -> Moments:
+        return cls(torch.zeros(size, size, dtype=torch.float32, device=device))
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        self.sum.addmm_(rows.T, rows)
+        self.tokens += len(rows)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / max(self.tokens, 1)
+
+
+class ExpertMoments:
+    """The moments of the inputs of each expert of a layer, and of all of them."""
+
+    def __init__(self, experts: int, size: int, device: torch.device) -> None:
+        self.all = Moments.empty(size, device)
+        self.own = [Moments.empty(size, device) for _ in range(experts)]
+
+    def add(self, expert: int, x: Tensor) -> None:
+        self.own[expert].add(x)
+        self.all.add(x)
+
+    def of(self, expert: int) -> Moments:
+        """What expert ``expert`` is calibrated on."""
+        own = self.own[expert]
+        return Moments(own.sum + self.all.mean * _PRIOR_TOKENS, own.tokens + _PRIOR_TOKENS)
+
+
+class Gathering:
+    """Hooks that gather the moments of layers' inputs while batches run through a model.
+
+    Layers that read the very same tensor share its moments.
+
+    Attributes:
+        found: by the name of the layer and of its weight; a layer that no batch reached has none.
+    """
+
+    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+        self.found: dict[tuple[str, str], Moments | ExpertMoments] = {}
+        self._this_batch: list[tuple[Tensor, Moments]] = []
+        self._handles = [
+            module.register_forward_pre_hook(
+                self._experts(name) if hasattr(module, "down_proj") else self._linear(name), with_kwargs=True
+            )
+            for name, module in layers.items()
+        ]
+
+    def next_batch(self) -> None:
+        """To be called before each batch."""
+        self._this_batch.clear()
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._this_batch.clear()
+
+    def _linear(self, name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))
+            for tensor, moments in self._this_batch:
+                if tensor is x:
+                    self.found.setdefault((name, "weight"), moments)
+                    return
+            own = self.found.setdefault((name, "weight"), Moments.empty(x.shape[-1], x.device))
+            assert isinstance(own, Moments)
+            own.add(x)
+            self._this_batch.append((x, own))
+
+        return see
+
+    def _experts(self, name: str) -> Callable[..., None]:
+        """Of transformers' stacked experts, which are called with hidden_states, top_k_index and top_k_weights."""
+
+        def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
+            hidden, index = given["hidden_states"], given["top_k_index"]
+            first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
+            weight, bias = getattr(module, first), getattr(module, f"{first}_bias", None)
+            transposed = bool(getattr(module, "is_transposed", False))
+            for expert in index.unique().tolist():
+                if expert >= len(weight):
+                    continue  # nobody's
+                x = hidden[(index == expert).any(-1)]
+                w = weight[expert].T if transposed else weight[expert]
+                h = nn.functional.linear(x.to(w.dtype), w, None if bias is None else bias[expert])
+                h = module._apply_gate(h) if first == "gate_up_proj" else module.act_fn(h)
+                for projection, rows in ((first, x), ("down_proj", h)):
+                    self._of_experts(name, projection, len(weight), rows).add(expert, rows)
+
+        return see
+
+    def _of_experts(self, name: str, projection: str, experts: int, x: Tensor) -> ExpertMoments:
+        key = (name, projection)
+        if key not in self.found:
+            self.found[key] = ExpertMoments(experts, x.shape[-1], x.device)
+        found = self.found[key]
+        assert isinstance(found, ExpertMoments)
+        return found

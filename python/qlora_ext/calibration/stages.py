@@ -1,0 +1,135 @@
+"""A model run block by block: each block's layers are calibrated on what the quantized blocks before it hand on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """A transformers model keeps no keys and values within it, and drops nothing out."""
+    config, was_training = getattr(model, "config", None), model.training
+    before = getattr(config, "use_cache", None)
+    if before is not None:
+        config.use_cache = False  # type: ignore[union-attr]
+    model.eval()
+    try:
+        yield
+    finally:
+        if before is not None:
+            config.use_cache = before  # type: ignore[union-attr]
+        model.train(was_training)
+
+
+def forward(model: nn.Module, batch: Any) -> None:
+    """Runs one batch: a tensor, a tuple of positional inputs, or a mapping of named ones."""
+    if isinstance(batch, Mapping):
+        model(**batch)
+    elif isinstance(batch, tuple):
+        model(*batch)
+    else:
+        model(batch)
+
+
+def stacks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.ModuleList]:
+    """The outermost lists of blocks that hold the named layers, such as ``model.layers``, by their names."""
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
+    found: dict[str, nn.ModuleList] = {}
+    for layer in layers:
+        parts = layer.split(".")
+        for i in range(1, len(parts)):
+            name = ".".join(parts[:i])
+            if name in lists:
+                found.setdefault(name, lists[name])
+                break
+    return found
+
+
+@dataclasses.dataclass
+class _Call:
+    """What a block was called with beside the hidden states, which are ``args[0]`` or named."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    named: bool
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        if self.named:
+            out = _hidden(block(*self.args, hidden_states=hidden, **self.kwargs))
+        else:
+            out = _hidden(block(hidden, *self.args, **self.kwargs))
+        assert isinstance(out, Tensor)
+        return out
+
+
+def _hidden(out: Any) -> Any:
+    return out[0] if isinstance(out, (tuple, list)) else out
+
+
+class Stack:
+    """Blocks each of which takes the hidden states of the one before, as they were called with every batch.
+
+    Attributes:
+        chained: whether what a block returns is what the next one takes; where not, blocks cannot be run one by one.
+        hidden: of every batch, the hidden states that reach block ``at``.
+    """
+
+    def __init__(self, name: str, blocks: nn.ModuleList) -> None:
+        self.name, self.blocks = name, blocks
+        self.chained, self.at = True, 0
+        self.hidden: list[Tensor] = []
+        self._calls: list[list[_Call]] = [[] for _ in blocks]
+        self._last: Any = None
+
+    def watch(self) -> list[Any]:
+        """Hooks that record every call of every block; to be removed after the batches were run."""
+        handles = []
+        for i, block in enumerate(self.blocks):
+            handles.append(block.register_forward_pre_hook(self._before(i), with_kwargs=True))
+            handles.append(block.register_forward_hook(self._after))
+        return handles
+
+    def _before(self, i: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = not args
+            hidden = kwargs.get("hidden_states") if named else args[0]
+            if not isinstance(hidden, Tensor) or (i > 0 and hidden is not self._last):
+                self.chained = False
+                return
+            rest = {key: value for key, value in kwargs.items() if not (named and key == "hidden_states")}
+            self._calls[i].append(_Call(args[1:], rest, named))
+            if i == 0:
+                self.hidden.append(hidden)
+
+        return see
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        self._last = _hidden(out)
+
+    def finish_watching(self, batches: int) -> None:
+        """Finds out whether each block was called once with each batch."""
+        self._last = None
+        self.chained &= all(len(calls) == batches for calls in self._calls)
+        if not self.chained:
+            self.hidden, self._calls = [], []
+
+    @torch.no_grad()
+    def run(self, before_batch: Callable[[], None]) -> None:
+        """Runs all batches through block ``at``; its outputs are dropped."""
+        for call, hidden in zip(self._calls[self.at], self.hidden, strict=True):
+            before_batch()
+            call(self.blocks[self.at], hidden)
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Goes on to the next block: its hidden states are what block ``at`` makes of its own, as it is by now."""
+        for i, call in enumerate(self._calls[self.at]):
+            self.hidden[i] = call(self.blocks[self.at], self.hidden[i])
+        self._calls[self.at] = []
+        self.at += 1

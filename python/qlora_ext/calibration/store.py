@@ -1,0 +1,92 @@
+"""What a calibration has done so far, in a directory: one that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..weight import NF4Weight
+
+_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset")
+
+
+class Store:
+    """A directory with the tokens of a calibration and one safetensors file a finished layer.
+
+    Every file is written under another name first, and is there whole or not at all. ``key`` says what was calibrated
+    on what, and how: files of another key are refused, never mixed in.
+
+    Raises:
+        ValueError: the directory holds a calibration of another key.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], key: dict[str, Any]) -> None:
+        self.path = pathlib.Path(directory)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._key = json.dumps(key, sort_keys=True)
+        record = self.path / "calibration.json"
+        if not record.exists():
+            self._replace(record, self._key.encode())
+        elif record.read_text() != self._key:
+            raise ValueError(
+                f"directory: expected an empty one, or one of this very calibration, got {self.path}, "
+                f"which holds another: {record.read_text()}"
+            )
+
+    def _replace(self, path: pathlib.Path, data: bytes) -> None:
+        partial = path.with_name(f"{path.name}.partial")
+        with partial.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+
+    def _file(self, name: str, weight: str) -> pathlib.Path:
+        digest = hashlib.sha256(f"{name}/{weight}".encode()).hexdigest()[:16]
+        return self.path / f"{digest}.safetensors"
+
+    def save(self, name: str, weight: str, w4: NF4Weight, report: dict[str, Any]) -> None:
+        """Keeps the weight ``weight`` of the layer ``name``, and what is to be told of it."""
+        from safetensors.torch import save
+
+        tensors = {field: t.contiguous().cpu() for field in _FIELDS if (t := getattr(w4, field)) is not None}
+        metadata = {"name": f"{name}/{weight}", "report": json.dumps(report)}
+        self._replace(self._file(name, weight), save(tensors, metadata))
+
+    def load(self, name: str, weight: str, plain: NF4Weight) -> tuple[NF4Weight, dict[str, Any]] | None:
+        """What ``save`` kept, in the form and on the device of ``plain``; None where there is nothing yet."""
+        from safetensors import safe_open
+
+        file = self._file(name, weight)
+        if not file.exists():
+            return None
+        with safe_open(str(file), framework="pt") as opened:
+            metadata = opened.metadata()
+            parts: dict[str, Any] = {field: opened.get_tensor(field) for field in opened.keys()}  # noqa: SIM118
+        for field in _FIELDS:
+            expected = getattr(plain, field)
+            got = parts.get(field)
+            same = (got is None) == (expected is None)
+            if not same or (got is not None and (got.shape, got.dtype) != (expected.shape, expected.dtype)):
+                raise ValueError(f"{file}: expected {name}/{weight} in the form of this model, got another")
+        moved: dict[str, Any] = {field: parts[field].to(plain.device) if field in parts else None for field in _FIELDS}
+        return dataclasses.replace(plain, **moved), json.loads(metadata["report"])
+
+    def tokens(self) -> Tensor | None:
+        """The text that the model wrote, where it did so before."""
+        from safetensors.torch import load_file
+
+        file = self.path / "tokens.safetensors"
+        return load_file(str(file))["tokens"] if file.exists() else None
+
+    def save_tokens(self, tokens: Tensor) -> None:
+        from safetensors.torch import save
+
+        self._replace(self.path / "tokens.safetensors", save({"tokens": tokens.cpu().to(torch.int64)}))

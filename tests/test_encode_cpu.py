@@ -1,0 +1,143 @@
+"""Scales for importances and codes under given scales: the oracle's bits, on every instruction set."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import isas
+import reference
+from test_codec_cpu import assert_bits
+
+OPS = torch.ops.qlora
+test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
+
+SHAPES = [(1, 64), (3, 64), (16, 192), (17, 96), (5, 100), (2, 1), (33, 31), (4, 7), (2, 1024)]
+
+
+def weight(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    w = torch.randn(n, k)
+    w[:, 0] *= 20  # a column that sets the scale of its block
+    return w.to(dtype)
+
+
+def moments(k: int) -> torch.Tensor:
+    x = torch.randn(4 * k + 3, k) * torch.rand(k).exp()
+    x[:, k // 2] = 0
+    return x.T @ x / len(x) + 0.01 * torch.eye(k)
+
+
+def feedback_of(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    order = h.diagonal().argsort(descending=True)
+    inverse = torch.linalg.inv(h[order][:, order].double())
+    return torch.linalg.cholesky(inverse, upper=True).float().contiguous(), order
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [32, 64, 512])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_scales_are_the_oracles(n: int, k: int, block: int, dtype: torch.dtype) -> None:
+    w, importance = weight(n, k, dtype), torch.rand(k) ** 4
+    importance[::3] = 0
+    got = OPS.search_absmax_nf4(w, importance, block)
+    assert_bits(got, reference.search_absmax_nf4(w.float().numpy(), importance.numpy(), block), "absmax")
+
+
+def test_scales_lower_the_weighted_error() -> None:
+    w, importance = weight(64, 512), torch.rand(512) ** 8
+    errors = []
+    for absmax in (OPS.quantize_nf4(w, 64)[1], OPS.search_absmax_nf4(w, importance, 64)):
+        packed = OPS.encode_nf4(w, absmax, 64)
+        decoded = OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [64, 512], torch.float32)
+        errors.append((((decoded - w) ** 2) * importance).sum().item())
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_scales_of_nothing_and_of_no_number() -> None:
+    w = torch.zeros(2, 128)
+    w[1, 3], w[1, 100] = float("inf"), 1.0
+    absmax = OPS.search_absmax_nf4(w, torch.ones(128), 64)
+    assert absmax[:2].tolist() == [0.0, 0.0]
+    assert absmax[2].isnan()
+    assert absmax[3] == 1.0
+    assert OPS.search_absmax_nf4(torch.ones(1, 64), torch.zeros(64), 64).item() == 1.0  # nothing matters: plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [32, 64, 512])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_codes_under_scales(n: int, k: int, block: int, dtype: torch.dtype) -> None:
+    w = weight(n, k, dtype)
+    absmax = OPS.quantize_nf4(w, block)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
+    absmax[0] *= -1
+    absmax[-1] = 0 if absmax.numel() > 1 else absmax[-1]
+    assert_bits(
+        OPS.encode_nf4(w, absmax, block), reference.encode_nf4(w.float().numpy(), absmax.numpy(), block), "codes"
+    )
+
+
+def test_plain_scales_give_plain_codes() -> None:
+    w = weight(7, 100)
+    packed, absmax = OPS.quantize_nf4(w, 64)
+    assert torch.equal(OPS.encode_nf4(w, absmax, 64), packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("block", [32, 64, 512])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_feedback_is_the_oracles(n: int, k: int, block: int, dtype: torch.dtype) -> None:
+    w = weight(n, k, dtype)
+    absmax = OPS.quantize_nf4(w, block)[1] * 0.9
+    feedback, order = feedback_of(moments(k))
+    packed = OPS.encode_nf4(w, absmax, block, feedback, order)
+    expected = reference.encode_with_feedback(w.float().numpy(), absmax.numpy(), feedback.numpy(), order.numpy(), block)
+    got = reference.unpack(packed.numpy(), n * k).reshape(n, k)
+    assert np.array_equal(got, expected)
+
+
+def test_feedback_lowers_the_error_of_outputs() -> None:
+    w = weight(48, 256)
+    correlated = torch.randn(1000, 24) @ torch.randn(24, 256) + 0.3 * torch.randn(1000, 256)
+    h = correlated.T @ correlated / 1000
+    x = torch.linalg.cholesky(h)
+    absmax = OPS.quantize_nf4(w, 64)[1]
+    errors = []
+    for extra in ((), feedback_of(h)):
+        packed = OPS.encode_nf4(w, absmax, 64, *extra)
+        decoded = OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [48, 256], torch.float32)
+        errors.append(((decoded - w) @ x).norm().item())
+    assert errors[1] < 0.7 * errors[0]
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_change_nothing(threads: int) -> None:
+    w, importance, (feedback, order) = weight(70, 320), torch.rand(320), feedback_of(moments(320))
+    before = torch.get_num_threads()
+    results = []
+    for count in (before, threads):
+        torch.set_num_threads(count)
+        absmax = OPS.search_absmax_nf4(w, importance, 64)
+        results.append((absmax, OPS.encode_nf4(w, absmax, 64), OPS.encode_nf4(w, absmax, 64, feedback, order)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    w, absmax = weight(4, 64), torch.ones(4)
+    feedback, order = torch.eye(64), torch.arange(64)
+    refused = [
+        (lambda: OPS.search_absmax_nf4(w, torch.ones(63), 64), "importance: expected shape"),
+        (lambda: OPS.search_absmax_nf4(w, torch.ones(64).double(), 64), "importance: expected Float"),
+        (lambda: OPS.encode_nf4(w, torch.ones(3), 64), "absmax: expected 4 elements"),
+        (lambda: OPS.encode_nf4(w, absmax, 64, feedback, None), "order: expected with feedback"),
+        (lambda: OPS.encode_nf4(w, absmax, 64, None, order), "feedback: expected with order"),
+        (lambda: OPS.encode_nf4(w, absmax, 64, feedback[:63], order), "feedback: expected shape"),
+        (lambda: OPS.encode_nf4(w, absmax, 64, feedback, order + 1), "order: expected each column"),
+        (lambda: OPS.encode_nf4(w, absmax, 64, feedback, order * 0), "order: expected each column"),
+        (lambda: OPS.encode_nf4(w, absmax, 64, -feedback, order), "feedback: expected a positive diagonal"),
+        (lambda: OPS.encode_nf4(w.reshape(-1), absmax, 64, feedback, order), "w: expected shape"),
+    ]
+    for call, text in refused:
+        with pytest.raises(ValueError, match=text):
+            call()
