@@ -5,7 +5,7 @@ encodes each layer so that the error of its outputs on them is small: scales wei
 codes whose rounding errors are made good by the codes after them (GPTQ, Frantar et al., 2022).
 """
 
-from .calibrator import Calibration, Calibrator, LayerReport
+from .calibrator import Calibration, Calibrator, LayerReport, calibration_of
 from .encoder import Encoded, Feedback, encode
 
-__all__ = ["Calibration", "Calibrator", "Encoded", "Feedback", "LayerReport", "encode"]
+__all__ = ["Calibration", "Calibrator", "Encoded", "Feedback", "LayerReport", "calibration_of", "encode"]

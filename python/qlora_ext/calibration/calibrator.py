@@ -20,6 +20,7 @@ from .store import Store
 
 # Second moments of one layer's inputs are K² floats; those of a block are gathered together up to so many bytes.
 _TOGETHER_BYTES = 2 << 30
+_REPORT = "_qlora_calibration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +136,11 @@ class Calibration:
         return batches
 
 
+def calibration_of(model: nn.Module) -> list[LayerReport]:
+    """How each weight of ``model`` was encoded; empty where ``quantize_model`` got no calibration."""
+    return list(getattr(model, _REPORT, ()))
+
+
 class Calibrator:
     """Refines layers as they are quantized, in the model's order.
 
@@ -150,6 +156,7 @@ class Calibrator:
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
         self.model, self.settings = model, calibration
         self.report: list[LayerReport] = []
+        vars(model)[_REPORT] = self.report
         self._layers = dict(layers)
         self._store = None
         if calibration.directory is not None:
@@ -160,7 +167,8 @@ class Calibrator:
         self._stacks = {name: Stack(name, blocks) for name, blocks in stacks_of(model, layers).items()}
         self._watch()
         self._groups = self._groups_of(list(layers))
-        self._gathered: list[str] = []
+        self._group: list[str] = []
+        self._kept = False
 
     def _watch(self) -> None:
         """One run of the dense model: how its blocks are called."""
@@ -201,10 +209,20 @@ class Calibrator:
             groups[name] = group
         return groups
 
+    def _enter_group(self, name: str) -> None:
+        """Before the first layer of a group: the one before it is done, and this one was done before or is gathered.
+
+        One that was stopped halfway begins anew: its other layers saw the moments of a group that was all dense.
+        """
+        if self._store is not None and self._group:
+            self._store.finish(self._group[0])
+        self._group = self._groups[name]
+        self._kept = self._store is not None and self._store.is_finished(self._group[0])
+        if not self._kept:
+            self._gather(name)
+
     def _gather(self, name: str) -> None:
-        self._moments.clear()
-        self._gathered = self._groups[name]
-        gathering = Gathering({other: self._layers[other] for other in self._gathered if other in self._layers})
+        gathering = Gathering({other: self._layers[other] for other in self._group})
         place = self._place(name)
         try:
             if place is None:
@@ -225,12 +243,12 @@ class Calibrator:
         Args:
             w: dense, [N, K] or a stack of such matrices [E, N, K].
         """
-        kept = None if self._store is None else self._store.load(name, weight, plain)
-        if kept is not None:
-            w4, report = kept[0], LayerReport(**kept[1])
+        if self._groups[name] is not self._group:
+            self._enter_group(name)
+        if self._store is not None and self._kept:
+            w4, kept = self._store.load(name, weight, plain)
+            report = LayerReport(**kept)
         else:
-            if self._gathered is not self._groups[name]:
-                self._gather(name)
             w4, report = self._encoded(name, w, plain, self._moments.pop((name, weight), None))
             if weight != "weight":
                 report = dataclasses.replace(report, name=f"{name}.{weight}")

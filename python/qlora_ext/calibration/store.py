@@ -60,13 +60,22 @@ class Store:
         metadata = {"name": f"{name}/{weight}", "report": json.dumps(report)}
         self._replace(self._file(name, weight), save(tensors, metadata))
 
-    def load(self, name: str, weight: str, plain: NF4Weight) -> tuple[NF4Weight, dict[str, Any]] | None:
-        """What ``save`` kept, in the form and on the device of ``plain``; None where there is nothing yet."""
+    def finish(self, group: str) -> None:
+        """Notes that the group of layers which begins with ``group`` is done."""
+        self._replace(self._file(group, "").with_suffix(".done"), group.encode())
+
+    def is_finished(self, group: str) -> bool:
+        return self._file(group, "").with_suffix(".done").exists()
+
+    def load(self, name: str, weight: str, plain: NF4Weight) -> tuple[NF4Weight, dict[str, Any]]:
+        """What ``save`` kept, in the form and on the device of ``plain``.
+
+        Raises:
+            ValueError: it has another form.
+        """
         from safetensors import safe_open
 
         file = self._file(name, weight)
-        if not file.exists():
-            return None
         with safe_open(str(file), framework="pt") as opened:
             metadata = opened.metadata()
             parts: dict[str, Any] = {field: opened.get_tensor(field) for field in opened.keys()}  # noqa: SIM118

