@@ -154,6 +154,8 @@ class Calibrator:
     """
 
     def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
+        if not layers:
+            raise ValueError("calibration: expected a model with dense layers to quantize, found none")
         self.model, self.settings = model, calibration
         self.report: list[LayerReport] = []
         vars(model)[_REPORT] = self.report

@@ -16,6 +16,8 @@ from .sources import ModelSource
 if TYPE_CHECKING:
     import torch
 
+    from ..calibration import Calibration
+
 DTYPES = {
     "bfloat16": "bfloat16",
     "bf16": "bfloat16",
@@ -92,8 +94,11 @@ def load_quantized(
     device: torch.device,
     block_size: int = 64,
     double_quant: bool = True,
+    calibration: Calibration | None = None,
 ) -> Any:
     """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``.
+
+    One that is to be calibrated is loaded dense: it has to run.
 
     Raises:
         UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
@@ -105,13 +110,17 @@ def load_quantized(
     form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
     whole.check_room(source, load_config(source))
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    if source.gguf_file is None:  # transformers combines no quantization with a GGUF file
+    # transformers combines no quantization with a GGUF file
+    while_loading = source.gguf_file is None and calibration is None
+    if while_loading:
         options |= {"device_map": {"": device}, "quantization_config": qlora_ext.QLoRAConfig(**form)}
     model, report = _load("model", source, AutoModelForCausalLM, **options)
     whole.check_report(source, model, report)
-    if source.gguf_file is not None:
+    if not while_loading:
         try:
-            qlora_ext.quantize_model(model, **form)
+            if calibration is not None:
+                model.to(device)
+            qlora_ext.quantize_model(model, calibration=calibration, **form)
         except ValueError as error:  # a NaN, with its place
             raise UserError(f"cannot quantize {source.name}: {first_line(error)}") from error
         model.to(device)

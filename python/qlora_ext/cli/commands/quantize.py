@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from .. import calibrate
+from ..files import write_json
 from ..models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, weigh
 from ..options import add_trust_option
 from ..outputs import Output, claim, input_of
@@ -34,6 +36,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in float32")
     parser.add_argument("--dtype", default="bfloat16", help="of the other weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    calibrate.add_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -44,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, output: Output) -> int:
+    from ...calibration import calibration_of
     from ...integrations.bitsandbytes import save_pretrained
 
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
@@ -51,13 +55,19 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     output.protect("--model", arguments.model, input_of(source))
     output.check()
     tokenizer = load_tokenizer(source)
-    model = load_quantized(source, dtype, device, arguments.block_size, not arguments.no_double_quant)
+    with calibrate.calibration(arguments, tokenizer, output.path) as calibration:
+        model = load_quantized(source, dtype, device, arguments.block_size, not arguments.no_double_quant, calibration)
+    report = calibration_of(model)
     with output.written("quantize") as partial:
+        if report:
+            write_json(partial / "calibration.json", calibrate.record(arguments, report))
         if arguments.format == "bitsandbytes":
             save_pretrained(model, partial)
         else:
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+    for line in calibrate.told(report):
+        print(line)
     weights = weigh(model)
     print(
         f"{output.path}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> "
