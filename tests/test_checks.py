@@ -44,6 +44,12 @@ def test_every_integer_is_bounded(name: str, argument: str, value: int, device: 
             call(name, device, **{argument: value})
 
 
+@pytest.mark.parametrize("value", [*INTEGERS, 2**63 - 63, 40, 60, 200])
+def test_a_number_that_is_no_dtype_is_refused(value: int) -> None:
+    with pytest.raises(REFUSED):
+        call("dequantize_nf4", "cpu", dtype=value)
+
+
 TENSOR_ARGUMENTS = [(name, a) for name in OP_NAMES for a in kinds(name, "Tensor")[1:]]
 
 

@@ -25,6 +25,14 @@ def op_calls(device: str) -> dict[str, tuple]:
     h, h_of_experts = torch.randn(2, 3, 4, device=device), torch.randn(len(g.x), 4, device=device)
     return {
         "quantize_nf4": (w, 64),
+        "search_absmax_nf4": (w, torch.rand(64, device=device), 64),
+        "encode_nf4": (
+            w,
+            OPS.quantize_nf4(w, 64)[1],
+            64,
+            torch.eye(64, device=device),
+            torch.arange(64, device=device),
+        ),
         "quantize_absmax": (absmax, 256),
         "dequantize_absmax": (*codes, 256),
         "dequantize_nf4": (*s.w4.packed_args(), [48, 64], torch.bfloat16),
@@ -72,6 +80,9 @@ def test_schemas_are_those_of_the_design() -> None:
     defaults = lora.replace("dropout_p,", "dropout_p=0.,").replace("SymInt seed,", "SymInt seed=0,")
     expected = {
         "quantize_nf4": "(Tensor w, int block_size) -> (Tensor packed, Tensor absmax)",
+        "search_absmax_nf4": "(Tensor w, Tensor importance, int block_size) -> Tensor absmax",
+        "encode_nf4": "(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None) "
+        "-> Tensor packed",
         "quantize_absmax": "(Tensor absmax, int nested_block_size) -> "
         "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)",
         "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset, int nested_block_size) "

@@ -68,8 +68,12 @@ def _vmap_rule(name: str, operator: OpOverload) -> Callable[..., Any]:
     return rule
 
 
+# torch crashes as it hands a number that is no dtype to a kernel in Python. Of its arguments only scales could have a
+# gradient.
+_WITH_DTYPE = ("dequantize_nf4",)
+
 for _name in OPERATORS:
     _operator = getattr(torch.ops.qlora, _name).default
-    if _name not in _DIFFERENTIABLE:
+    if _name not in (*_DIFFERENTIABLE, *_WITH_DTYPE):
         LIBRARY.impl(_name, _without_derivative(_name, _operator), "Autograd")
     torch.library.register_vmap(f"qlora::{_name}", _vmap_rule(_name, _operator), lib=LIBRARY)

@@ -6,6 +6,7 @@ with the oracle where that applies, or to raise an exception of a kind that is e
 
 from __future__ import annotations
 
+import math
 import pathlib
 import random
 import re
@@ -166,6 +167,8 @@ def good_arguments(rng: random.Random) -> dict[str, Any]:
     good |= {"block_size": block, "nested_block_size": nested_block, "out_features": n, "in_features": k}
     good |= {"w": randn(n, k), "x": randn(m, k), "dy": randn(m, n), "bias": randn(n), "shape": [n, k], "dtype": dtype}
     good |= {"lora_a": randn(rank, k), "lora_b": randn(n, rank), "scaling": 0.5, "seed": 12}
+    good |= {"h": None, "g": None, "importance": torch.rand(k)}
+    good |= {"feedback": torch.eye(k), "order": torch.randperm(k)}
     good["seed_tensor"] = rng.choice([None, torch.tensor(-12)])
     good |= {"dropout_p": rng.choice([0.0, 0.3]), "w4": w4, "codes": codes.absmax, "_codes": codes}
     good |= {"offsets": torch.tensor(sorted(rng.randint(0, m) for _ in range(experts)))}
@@ -189,6 +192,8 @@ def operator_call(rng: random.Random, name: str) -> tuple[Callable[..., Any], di
     names = [a.name for a in operator._schema.arguments]
     if name == "quantize_absmax":
         good["absmax"] = torch.rand(rng.choice([1, 48, 300]))
+    if name == "encode_nf4":
+        good["absmax"] = torch.rand(math.ceil(good["w"].numel() / good["block_size"]))
     if name == "dequantize_absmax":
         good["nested_absmax"], good["nested_offset"] = good["_codes"].nested_absmax, good["_codes"].nested_offset
     call = {a: good[a] for a in names}
@@ -228,7 +233,7 @@ PYTHON: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "QLoRAConfig": (qlora_ext.QLoRAConfig, [*FORM, "compute_dtype", "skip_modules", "embeddings"]),
 }
 OPERATORS = [
-    *("quantize_nf4", "quantize_absmax", "dequantize_absmax", "dequantize_nf4"),
+    *("search_absmax_nf4", "encode_nf4", "quantize_nf4", "quantize_absmax", "dequantize_absmax", "dequantize_nf4"),
     *("linear_nf4", "linear_nf4_dx", "linear_nf4_dlora"),
     *("grouped_linear_nf4", "grouped_linear_nf4_dx", "grouped_linear_nf4_dlora"),
 ]
