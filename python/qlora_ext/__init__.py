@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import _hooks, autograd, nn, transforms
 from ._library import build_info
 from .autograd import linear_nf4
+from .calibration import Calibration
 from .nn import quantize_model
 from .weight import NF4Weight, dequantize_nf4, quantize_nf4
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __version__: str = build_info()["version"]
 __all__ = [
+    "Calibration",
     "NF4Weight",
     "QLoRAConfig",
     "adopt",

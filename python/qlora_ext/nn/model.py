@@ -136,7 +136,7 @@ def quantize_model(
             of vision and audio towers, and of projectors.
         calibration: choose scales and codes for the inputs that the layers get, which costs time and no bytes: a
             ``qlora_ext.Calibration``, or its ``inputs``: "self", token ids [B, T], or batches of the model's inputs.
-            ``calibration_of(model)`` tells how each layer fared.
+            ``qlora_ext.calibration.calibration_of(model)`` tells how each layer fared.
 
     Layers whose weights the model's own code reads are left alone in any case: those of a state-space mixer (Mamba)
     but its ``in_proj``, and those that transformers keeps in float32 (T5's ``wo``).
