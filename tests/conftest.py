@@ -15,7 +15,15 @@ os.environ.setdefault("QLORA_CPU_KERNEL", "")
 os.environ.setdefault("QLORA_CUDA_KERNEL", "")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests: every N-th")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = (int(number) for number in config.getoption("part").split("/"))
+    if not 1 <= part <= parts:
+        raise pytest.UsageError(f"--part: expected I/N with I from 1 to N, got {part}/{parts}")
+    items[:] = items[part - 1 :: parts]
     if "QLORA_ATTACK" not in os.environ:
         for item in items:
             if item.get_closest_marker("campaign"):
