@@ -19,7 +19,8 @@ from tiny_models import save_tiny_llama
 
 
 @pytest.fixture
-def model(tmp_path: pathlib.Path) -> pathlib.Path:
+def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    monkeypatch.setattr("qlora_ext.cli.calibrate.LENGTH", 64)  # a text of many short sequences is written sooner
     save_tiny_llama(tmp_path / "model", seed=3)
     return tmp_path / "model"
 
@@ -78,9 +79,9 @@ def test_a_killed_calibration_goes_on(
             raise KeyboardInterrupt
         return refine(self, name, *args)
 
-    monkeypatch.setattr(Calibrator, "refine", killed)
-    assert quantize(model, tmp_path / "out", "--calibrate", "self") not in (0, 2)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibrator, "refine", killed)
+        assert quantize(model, tmp_path / "out", "--calibrate", "self") not in (0, 2)
     assert (tmp_path / "out.calibration" / "tokens.safetensors").exists()
     assert not (tmp_path / "out").exists()
     assert quantize(model, tmp_path / "out", "--calibrate", "self", "--calibration-seed", "1") == 2
