@@ -26,8 +26,9 @@ struct Pool {
 void quantize_nf4(const Pool&, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
                   float* absmax);
 
-// The scale of each block for which the squared errors of its codes, each times the importance [k] of its column, sum to
-// the least: w [numel] in rows of k -> absmax [ceil(numel / block_size)]. cpp/cpu/codec/search_absmax-inl.h has the search.
+// The scale of each block for which the squared errors of its codes, each times the importance [k] of its column, sum
+// to the least: w [numel] in rows of k -> absmax [ceil(numel / block_size)]. cpp/cpu/codec/search_absmax-inl.h has the
+// search.
 void search_absmax_nf4(const Pool&, DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
                        int64_t block_size, float* absmax);
 

@@ -58,8 +58,8 @@ QLORA_INLINE constexpr int64_t packed_bytes(int64_t numel) { return ceil_div(num
 // block is 0 and every decoded value NaN.
 QLORA_HD float inverse_absmax(float absmax) { return 1.0f / (absmax < 1e-38f ? 1e-38f : absmax); }
 
-// The same under a scale that was not taken from these values: doubly quantized, it may be below zero, which mirrors the
-// codes, or nothing, under which only code 7 is right.
+// The same under a scale that was not taken from these values: doubly quantized, it may be below zero, which mirrors
+// the codes, or nothing, under which only code 7 is right.
 QLORA_HD float inverse_scale(float scale) {
   const bool is_nothing = scale < 1e-38f && scale > -1e-38f;
   return is_nothing ? 0.0f : 1.0f / scale;

@@ -72,9 +72,9 @@ inline constexpr int64_t kFeedbackBatch = 32;
 inline constexpr int64_t kPlacesAtOnce = 8;
 
 struct Stripe {
-  float* weights;   // [k][16]
-  float* errors;    // [kFeedbackBatch][16]
-  uint8_t* codes;   // [k][16], by column
+  float* weights;  // [k][16]
+  float* errors;   // [kFeedbackBatch][16]
+  uint8_t* codes;  // [k][16], by column
 };
 
 // Rounds the places [first, last), and takes each one's error on to those after it.

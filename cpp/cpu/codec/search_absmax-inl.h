@@ -4,9 +4,9 @@
 //
 //     sum over j of importance[j] * (w[j] - s * value[code(w[j] / s)])^2
 //
-// the least: among the products of the block's absmax with kSearchSteps factors, and then twice at the s that is best for
-// the codes of the best so far, sum(importance * w * value) / sum(importance * value^2). Sums are over 16 lanes each, so
-// that every instruction set finds the same bits.
+// the least: among the products of the block's absmax with kSearchSteps factors, and then twice at the s that is best
+// for the codes of the best so far, sum(importance * w * value) / sum(importance * value^2). Sums are over 16 lanes
+// each, so that every instruction set finds the same bits.
 #pragma once
 
 #include <cstdint>
