@@ -11,21 +11,10 @@ from peft import LoraConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+import tiny_models
 from qlora_ext.nn import Experts4bit, Packed4bit, quantize_model
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "num_experts_per_tok": 2,
-}
+SIZES = {**tiny_models.SIZES, "intermediate_size": 96, "num_experts_per_tok": 2}
 DEEPSEEK = {
     "moe_intermediate_size": 48,
     "n_routed_experts": 4,

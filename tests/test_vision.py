@@ -15,20 +15,9 @@ from transformers import AutoModelForImageTextToText
 
 from qlora_ext import QLoRAConfig
 from qlora_ext.nn import Linear4bit, quantize_model
-from tiny_models import same_state
+from tiny_models import SIZES, same_state
 
-TEXT = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 128,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+TEXT = {**SIZES, "intermediate_size": 96, "max_position_embeddings": 128}
 IMAGE = 5  # the token in whose place a patch goes
 QWEN_TEXT = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 QWEN_VISION = {"depth": 2, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Phi3Config, PreTrainedTokenizerFast, Qwen2Config
 
-_SIZES = {
+SIZES = {
     "hidden_size": 64,
     "intermediate_size": 192,
     "num_hidden_layers": 2,
@@ -27,9 +27,9 @@ _SIZES = {
 }
 
 CONFIGS: dict[str, Any] = {
-    "llama": lambda: LlamaConfig(**_SIZES),
-    "qwen2": lambda: Qwen2Config(**_SIZES, tie_word_embeddings=True),  # biases on q, k, v
-    "phi3": lambda: Phi3Config(**_SIZES),  # fused qkv and gate_up
+    "llama": lambda: LlamaConfig(**SIZES),
+    "qwen2": lambda: Qwen2Config(**SIZES, tie_word_embeddings=True),  # biases on q, k, v
+    "phi3": lambda: Phi3Config(**SIZES),  # fused qkv and gate_up
     "gpt2": lambda: GPT2Config(
         n_embd=64, n_layer=2, n_head=4, vocab_size=128, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0
     ),  # Conv1D: transposed weights

@@ -100,11 +100,42 @@ def differentiable(
     return call
 
 
-_kernel = below_autograd(torch.ops.qlora.linear_nf4.default)
-_kernel_with_h = below_autograd(torch.ops.qlora.linear_nf4_with_h.default)
-_dx = below_autograd(torch.ops.qlora.linear_nf4_dx.default)
-_dx_with_g = below_autograd(torch.ops.qlora.linear_nf4_dx_with_g.default)
-_dlora = below_autograd(torch.ops.qlora.linear_nf4_dlora.default)
+class LinearKernels:
+    """The kernels of a linear operator and of its gradients, by which LoRA's low-rank products are computed once.
+
+    Args:
+        name: "linear_nf4" or "grouped_linear_nf4".
+    """
+
+    def __init__(self, name: str) -> None:
+        def kernel(suffix: str) -> Callable[..., Any]:
+            return below_autograd(getattr(torch.ops.qlora, name + suffix).default)
+
+        self.alone, self._with_h = kernel(""), kernel("_with_h")
+        self._dx, self._dx_with_g, self._dlora = kernel("_dx"), kernel("_dx_with_g"), kernel("_dlora")
+
+    def forward(self, args: tuple[Any, ...], needs: Any) -> tuple[Tensor, Tensor | None]:
+        """y, and h where adapters are trained."""
+        if needs.lora_a or needs.lora_b:
+            y, h = self._with_h(*args)
+            return y, h
+        return self.alone(*args), None
+
+    def backward(
+        self, needs: Any, h: Tensor | None, dx_args: tuple[Any, ...], dlora_args: tuple[Any, ...]
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of x, lora_a and lora_b that are needed; ``h`` is what ``forward`` gave."""
+        dx = g = da = db = None
+        if needs.x and h is None:
+            dx = self._dx(*dx_args)
+        elif needs.x:
+            dx, g = self._dx_with_g(*dx_args)
+        if h is not None:
+            da, db = self._dlora(*dlora_args, h, g)
+        return dx, da if needs.lora_a else None, db if needs.lora_b else None
+
+
+_kernels = LinearKernels("linear_nf4")
 
 
 class LinearNF4Function(torch.autograd.Function):
@@ -127,13 +158,8 @@ class LinearNF4Function(torch.autograd.Function):
         if autocast_dtype(device_type) is not None:  # what is saved must have the dtype that dy will have
             args = (*autocast_linear_nf4_args(device_type, args),)
         a, needs = LINEAR_NF4(*args), LINEAR_NF4(*ctx.needs_input_grad)
-        y: Tensor
-        x = h = None
-        if needs.lora_a or needs.lora_b:
-            x = a.x
-            y, h = _kernel_with_h(*args)
-        else:
-            y = _kernel(*args)
+        y, h = _kernels.forward(args, needs)
+        x = None if h is None else a.x
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
         ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.seed_tensor, *packed)
         ctx.block_sizes = a.block_size, a.nested_block_size
@@ -148,18 +174,9 @@ class LinearNF4Function(torch.autograd.Function):
         x, h, lora_a, lora_b, seed_tensor, *packed = ctx.saved_tensors
         needs = LINEAR_NF4(*ctx.needs_input_grad)
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
-        dx = g = da = db = dbias = None
-        if needs.x:
-            dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora
-            if h is None:
-                dx = _dx(*dx_args)
-            else:
-                dx, g = _dx_with_g(*dx_args)
-        if needs.bias:
-            dbias = dy.reshape(-1, dy.shape[-1]).sum(0)
-        if h is not None:
-            da, db = _dlora(dy, x, *lora, h, g)
-        da, db = da if needs.lora_a else None, db if needs.lora_b else None
+        dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora
+        dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora))
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs.bias else None
         return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
 
@@ -180,7 +197,7 @@ def _with_tangent(args: tuple[Any, ...]) -> Tensor:
     return dual
 
 
-differentiable_linear_nf4 = differentiable(_kernel, LinearNF4Function, _with_tangent)
+differentiable_linear_nf4 = differentiable(_kernels.alone, LinearNF4Function, _with_tangent)
 LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
 
 

@@ -34,16 +34,12 @@ from torch import Tensor
 from . import ops
 from ._library import LIBRARY
 from .arguments import arguments_of
-from .autograd import below_autograd, differentiable, no_tangent, refuse_tangent
+from .autograd import LinearKernels, differentiable, no_tangent, refuse_tangent
 
 _GROUPED = arguments_of(torch.ops.qlora.grouped_linear_nf4.default)
 _GROUPED_DX = arguments_of(torch.ops.qlora.grouped_linear_nf4_dx.default)
 _GROUPED_DLORA = arguments_of(torch.ops.qlora.grouped_linear_nf4_dlora.default)
-_kernel = below_autograd(torch.ops.qlora.grouped_linear_nf4.default)
-_kernel_with_h = below_autograd(torch.ops.qlora.grouped_linear_nf4_with_h.default)
-_dx = below_autograd(torch.ops.qlora.grouped_linear_nf4_dx.default)
-_dx_with_g = below_autograd(torch.ops.qlora.grouped_linear_nf4_dx_with_g.default)
-_dlora = below_autograd(torch.ops.qlora.grouped_linear_nf4_dlora.default)
+_kernels = LinearKernels("grouped_linear_nf4")
 
 
 def _lora_numbers(a: Any) -> tuple[float, float, int]:
@@ -63,13 +59,8 @@ class _GroupedLinearNF4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         a, needs = _GROUPED(*args), _GROUPED(*ctx.needs_input_grad)
-        y: Tensor
-        x = h = None
-        if needs.lora_a or needs.lora_b:
-            x = a.x
-            y, h = _kernel_with_h(*args)
-        else:
-            y = _kernel(*args)
+        y, h = _kernels.forward(args, needs)
+        x = None if h is None else a.x
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
         ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *packed)
         ctx.block_sizes = a.block_size, a.nested_block_size
@@ -83,22 +74,13 @@ class _GroupedLinearNF4(torch.autograd.Function):
         x, h, lora_a, lora_b, offsets, seed_tensor, *packed = ctx.saved_tensors
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         needs = _GROUPED(*ctx.needs_input_grad)
-        dx = g = da = db = dbias = None
-        if needs.x:
-            dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
-            if h is None:
-                dx = _dx(*dx_args)
-            else:
-                dx, g = _dx_with_g(*dx_args)
-        if needs.bias:
-            dbias = _sums(dy, offsets)
-        if h is not None:
-            da, db = _dlora(dy, x, offsets, *lora, h, g)
-        da, db = da if needs.lora_a else None, db if needs.lora_b else None
+        dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
+        dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora))
+        dbias = _sums(dy, offsets) if needs.bias else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
 
-_differentiable = differentiable(_kernel, _GroupedLinearNF4, lambda args: no_tangent("grouped_linear_nf4"))
+_differentiable = differentiable(_kernels.alone, _GroupedLinearNF4, lambda args: no_tangent("grouped_linear_nf4"))
 LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
 
 

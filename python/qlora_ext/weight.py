@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,10 +45,15 @@ class NF4Weight:
         return self.packed.device
 
     @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The packed codes and the scales that there are, by the names of their attributes."""
+        names = ("packed", "absmax", "nested_absmax", "nested_offset")
+        return {name: t for name in names if (t := getattr(self, name)) is not None}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the packed codes and all scales."""
-        tensors = (self.packed, self.absmax, self.nested_absmax, self.nested_offset)
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(t.nbytes for t in self.tensors.values())
 
     @property
     def bits_per_param(self) -> float:
@@ -74,13 +80,20 @@ class NF4Weight:
         """The same bits on another device. The format has no other dtype: a dtype is refused with a TypeError."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: expected a device, got {device}; use dequantize(dtype) for the decoded tensor")
-        return dataclasses.replace(
-            self,
-            packed=self.packed.to(device),
-            absmax=self.absmax.to(device),
-            nested_absmax=None if self.nested_absmax is None else self.nested_absmax.to(device),
-            nested_offset=None if self.nested_offset is None else self.nested_offset.to(device),
-        )
+        moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors.items()}
+        return dataclasses.replace(self, **moved)
+
+    def matrix(self, e: int) -> NF4Weight:
+        """Matrix ``e`` [N, K] of a stack [E, N, K], whose matrices are quantized one by one; a view of it."""
+        parts: dict[str, Any] = {name: t[e] for name, t in self.tensors.items()}
+        return dataclasses.replace(self, **parts, shape=self.shape[1:])
+
+    @classmethod
+    def stack(cls, matrices: Sequence[NF4Weight]) -> NF4Weight:
+        """The stack [E, N, K] of matrices [N, K] of one form."""
+        first, tensors = matrices[0], [matrix.tensors for matrix in matrices]
+        parts: dict[str, Any] = {name: torch.stack([t[name] for t in tensors]) for name in first.tensors}
+        return dataclasses.replace(first, **parts, shape=torch.Size((len(matrices), *first.shape)))
 
     def __repr__(self) -> str:
         return (

@@ -270,7 +270,7 @@ class Calibrator:
             return plain, LayerReport(name, "absmax", 0.0, 0.0, 0, "no token reached it")
         if isinstance(moments, Moments):
             return self._matrix(name, w, plain, moments)
-        parts = [self._matrix(name, w[e], _expert(plain, e), moments.of(e)) for e in range(len(w))]
+        parts = [self._matrix(name, w[e], plain.matrix(e), moments.of(e)) for e in range(len(w))]
         methods = [report.method for _, report in parts]
         others = [f"{methods.count(m)} experts by {m}" for m in ("scales", "absmax") if m in methods]
         report = LayerReport(
@@ -281,11 +281,7 @@ class Calibrator:
             moments.all.tokens,
             "; ".join(others),
         )
-        stacked: dict[str, Any] = {
-            field: None if getattr(plain, field) is None else torch.stack([getattr(w4, field) for w4, _ in parts])
-            for field in ("packed", "absmax", "nested_absmax", "nested_offset")
-        }
-        return dataclasses.replace(plain, **stacked), report
+        return NF4Weight.stack([w4 for w4, _ in parts]), report
 
     def _matrix(self, name: str, w: Tensor, plain: NF4Weight, moments: Moments) -> tuple[NF4Weight, LayerReport]:
         mean = moments.mean
@@ -305,12 +301,6 @@ class Calibrator:
         if feedback.factor is None and self.settings.method == "feedback":
             return "its inputs' second moments cannot be factorized"
         return "plain NF4 was the best on its inputs" if encoded.method == "absmax" else ""
-
-
-def _expert(w4: NF4Weight, e: int) -> NF4Weight:
-    fields = ("packed", "absmax", "nested_absmax", "nested_offset")
-    parts: dict[str, Any] = {field: None if (t := getattr(w4, field)) is None else t[e] for field in fields}
-    return dataclasses.replace(w4, **parts, shape=w4.shape[1:])
 
 
 def _moments_bytes(layer: nn.Module) -> int:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ..weight import NF4Weight
 
-_FIELDS = ("packed", "absmax", "nested_absmax", "nested_offset")
-
 
 class Store:
     """A directory with the tokens of a calibration and one safetensors file a finished layer.
@@ -56,7 +54,7 @@ class Store:
         """Keeps the weight ``weight`` of the layer ``name``, and what is to be told of it."""
         from safetensors.torch import save
 
-        tensors = {field: t.contiguous().cpu() for field in _FIELDS if (t := getattr(w4, field)) is not None}
+        tensors = {field: t.contiguous().cpu() for field, t in w4.tensors.items()}
         metadata = {"name": f"{name}/{weight}", "report": json.dumps(report)}
         self._replace(self._file(name, weight), save(tensors, metadata))
 
@@ -79,13 +77,10 @@ class Store:
         with safe_open(str(file), framework="pt") as opened:
             metadata = opened.metadata()
             parts: dict[str, Any] = {field: opened.get_tensor(field) for field in opened.keys()}  # noqa: SIM118
-        for field in _FIELDS:
-            expected = getattr(plain, field)
-            got = parts.get(field)
-            same = (got is None) == (expected is None)
-            if not same or (got is not None and (got.shape, got.dtype) != (expected.shape, expected.dtype)):
-                raise ValueError(f"{file}: expected {name}/{weight} in the form of this model, got another")
-        moved: dict[str, Any] = {field: parts[field].to(plain.device) if field in parts else None for field in _FIELDS}
+        forms = [{field: (t.shape, t.dtype) for field, t in tensors.items()} for tensors in (parts, plain.tensors)]
+        if forms[0] != forms[1]:
+            raise ValueError(f"{file}: expected {name}/{weight} in the form of this model, got another")
+        moved: dict[str, Any] = {field: t.to(plain.device) for field, t in parts.items()}
         return dataclasses.replace(plain, **moved), json.loads(metadata["report"])
 
     def tokens(self) -> Tensor | None:

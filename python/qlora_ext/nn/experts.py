@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Container, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from ..autograd import draw_seed
 from ..form import Form
 from ..ops import autocast_dtype
 from ..weight import NF4Weight
-from .packed import SCALES, Packed4bit
+from .packed import Packed4bit
 
 assert grouped  # the operator must be registered
 
@@ -123,11 +122,7 @@ class Experts4bit(Packed4bit):
     def quantize(self, dense: Tensor) -> NF4Weight:
         """The 4-bit form of a stack of weights as the dense module has it, expert by expert."""
         parts = [super(Experts4bit, self).quantize(w.T if self.is_transposed else w) for w in dense.detach()]
-        stacked: dict[str, Any] = {
-            key: None if getattr(parts[0], key) is None else torch.stack([getattr(part, key) for part in parts])
-            for key in ("packed", *SCALES)
-        }
-        return dataclasses.replace(parts[0], **stacked, shape=torch.Size((len(parts), *parts[0].shape)))
+        return NF4Weight.stack(parts)
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         weights = {name: getattr(dense, name).detach() for name in self._shapes}
@@ -154,13 +149,8 @@ class Experts4bit(Packed4bit):
         shape = self._shapes[name]
         out = torch.empty(shape, dtype=dtype or w4.dtype, device=w4.device)
         for e in range(shape[0]):
-            out[e] = self._expert(w4, e).dequantize(out.dtype)
+            out[e] = w4.matrix(e).dequantize(out.dtype)
         return out.transpose(1, 2).contiguous() if self.is_transposed else out
-
-    @staticmethod
-    def _expert(w4: NF4Weight, e: int) -> NF4Weight:
-        parts: dict[str, Any] = {key: None if (t := getattr(w4, key)) is None else t[e] for key in ("packed", *SCALES)}
-        return dataclasses.replace(w4, **parts, shape=w4.shape[1:])
 
     def to_experts(self, dtype: torch.dtype | None = None, weights: dict[str, Tensor] | None = None) -> nn.Module:
         """The dense module in this one's place, in ``dtype`` or that of the weights that were quantized.
