@@ -107,8 +107,10 @@ def test_a_stopped_calibration_goes_on(after: int, tmp_path: Any) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
-    with pytest.raises(ValueError, match=r"directory: expected an empty one, or one of this very calibration"):
-        qlora_ext.quantize_model(Chain(), calibration=Calibration([x], directory=tmp_path))
+    for other, inputs in ((Chain(), x), (copy.deepcopy(dense), x + 1)):
+        calibration = Calibration(iter([inputs]), directory=tmp_path)
+        with pytest.raises(ValueError, match=r"directory: expected an empty one, or one of this very calibration"):
+            qlora_ext.quantize_model(other, calibration=calibration)
 
 
 def test_dead_inputs_and_layers_without_tokens() -> None:

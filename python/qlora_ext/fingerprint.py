@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .nn import SCALES, TiedLinear4bit, layers_of
+from .digest import update
+from .nn import TiedLinear4bit, layers_of
 from .weight import NF4Weight
 
 # What PEFT puts around the names of a model's modules.
@@ -23,12 +23,6 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, NF4Weight]]:
         path = ".".join(part for part in name.removeprefix(_WRAPPER).split(".") if part != _WRAPPED)
         for weight in module.packed_shapes:
             yield path if weight == "weight" else f"{path}.{weight}", module.packed_weight(weight)
-
-
-def update(digest: hashlib._Hash, t: Tensor) -> None:
-    """Adds dtype, shape and bytes of a tensor to a digest."""
-    digest.update(f"{t.dtype} {list(t.shape)};".encode())
-    digest.update(t.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -47,8 +41,6 @@ def fingerprint(model: nn.Module) -> str:
         raise ValueError("model: expected a model with 4-bit layers (see qlora_ext.quantize_model), found none")
     for name, w4 in weights:
         digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}:".encode())
-        for tensor in ("packed", *SCALES):
-            t = getattr(w4, tensor)
-            if t is not None:
-                update(digest, t)
+        for tensor in w4.tensors.values():
+            update(digest, tensor)
     return digest.hexdigest()

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import digest
 from ..weight import NF4Weight
 from . import self_text
 from .encoder import Encoded, Feedback, encode
@@ -89,41 +90,38 @@ class Calibration:
                 f"tokens={self.tokens}"
             )
 
-    def key(self, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    def key(self, layers: Mapping[str, nn.Module], given: Sequence[Any] | None) -> dict[str, Any]:
         """By what a calibration knows its own results again: what is calibrated, on what, and how.
 
-        Of each weight the first row counts, as a sample; of batches that are no tensor, nothing but their number can.
+        Of a weight some rows count, as a sample.
+
+        Args:
+            given: what ``given_batches`` returns.
         """
-        sample = hashlib.sha256()
+        weights, inputs = hashlib.sha256(), hashlib.sha256()
         for name, layer in layers.items():
             for weight, p in layer.named_parameters(recurse=False):
-                row = p.detach()[..., :1, :] if p.ndim > 1 else p.detach()
-                sample.update(f"{name}.{weight} {list(p.shape)} {row.dtype}".encode())
-                sample.update(row.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+                rows = p.detach().reshape(-1, p.shape[-1])
+                weights.update(f"{name}.{weight} {list(p.shape)}".encode())
+                digest.update(weights, rows[:: max(1, len(rows) // 8)])
+        digest.update(inputs, given)
         key = {name: getattr(self, name) for name in ("method", "tokens", "length", "seed", "damping")}
-        inputs = self.inputs
-        if isinstance(inputs, Tensor):
-            inputs = hashlib.sha256(inputs.contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-            inputs = f"{list(self.inputs.shape)} {inputs.hexdigest()}"
-        elif not isinstance(inputs, str):
-            inputs = f"{len(inputs)} batches" if isinstance(inputs, Sequence) else "batches"
-        return {**key, "inputs": inputs, "weights": sample.hexdigest()}
+        return {**key, "inputs": inputs.hexdigest() if given else "self", "weights": weights.hexdigest()}
 
     @classmethod
     def of(cls, calibration: Any) -> Calibration:
         """``calibration`` itself, or one with these ``inputs``."""
         return calibration if isinstance(calibration, Calibration) else cls(calibration)
 
-    def batches(self, model: Any, store: Store | None = None) -> list[Any]:
-        """What the model is run on, batch by batch; a text that it wrote before is in ``store``."""
+    def given_batches(self) -> list[Any] | None:
+        """``inputs``, batch by batch; None for "self".
+
+        Raises:
+            TypeError, ValueError: they are no batches, or none.
+        """
         inputs = self.inputs
         if isinstance(inputs, str):
-            inputs = None if store is None else store.tokens()
-            if inputs is None:
-                inputs = self_text.write(model, max(1, self.tokens // self.length), self.length, self.seed)
-                if store is not None:
-                    store.save_tokens(inputs)
-            inputs = inputs.to(model.device)
+            return None
         if isinstance(inputs, Tensor):
             if inputs.ndim < 2 or inputs.numel() == 0:
                 raise ValueError(f"inputs: expected token ids [B, T], got a tensor of shape {list(inputs.shape)}")
@@ -134,6 +132,15 @@ class Calibration:
         if not batches:
             raise ValueError("inputs: expected at least one batch, got none")
         return batches
+
+    def written_batches(self, model: Any, store: Store | None) -> list[Tensor]:
+        """A text that ``model`` writes, batch by batch; one that it wrote before is in ``store``."""
+        text = None if store is None else store.tokens()
+        if text is None:
+            text = self_text.write(model, max(1, self.tokens // self.length), self.length, self.seed)
+            if store is not None:
+                store.save_tokens(text)
+        return list(text.to(model.device).split(self.batch_size))
 
 
 def calibration_of(model: nn.Module) -> list[LayerReport]:
@@ -160,10 +167,11 @@ class Calibrator:
         self.report: list[LayerReport] = []
         vars(model)[_REPORT] = self.report
         self._layers = dict(layers)
+        given = calibration.given_batches()
         self._store = None
         if calibration.directory is not None:
-            self._store = Store(calibration.directory, calibration.key(layers))
-        self._batches = calibration.batches(model, self._store)
+            self._store = Store(calibration.directory, calibration.key(layers, given))
+        self._batches = given or calibration.written_batches(model, self._store)
         self._moments: dict[tuple[str, str], Moments | ExpertMoments] = {}
         self._feedback: tuple[Moments, Feedback] | None = None
         self._stacks = {name: Stack(name, blocks) for name, blocks in stacks_of(model, layers).items()}

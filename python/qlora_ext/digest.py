@@ -1,0 +1,26 @@
+"""Tensors in a digest, by which weights and inputs are known again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def update(digest: hashlib._Hash, value: Any) -> None:
+    """Adds dtype, shape and bytes of a tensor to a digest; of a mapping or a list, of all that are in it, in order."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype} {list(value.shape)};".encode())
+        digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            digest.update(f"{key}:".encode())
+            update(digest, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            update(digest, item)
+    else:
+        digest.update(f"{value!r};".encode())
