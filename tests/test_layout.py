@@ -165,7 +165,7 @@ IMPORTED_BY = {
     "cli/commands/": ("cli/main.py",),
     "cli/": ("cli/",),
     "integrations/": ("integrations/", "cli/", "__init__.py"),
-    "calibration/": ("calibration/", "nn/", "cli/", "__init__.py"),
+    "calibration/": ("calibration/", "nn/", "integrations/", "cli/", "__init__.py"),
     "nn/": ("nn/", "fingerprint.py", "integrations/", "cli/", "__init__.py"),
 }
 

@@ -7,5 +7,6 @@ codes whose rounding errors are made good by the codes after them (GPTQ, Frantar
 
 from .calibrator import Calibration, Calibrator, LayerReport, calibration_of
 from .encoder import Encoded, Feedback, encode
+from .init_lora import InitLora, initial_lora_of
 
-__all__ = ["Calibration", "Calibrator", "Encoded", "Feedback", "LayerReport", "calibration_of", "encode"]
+__all__ = ["Calibration", "Calibrator", "Encoded", "Feedback", "InitLora", "LayerReport", "calibration_of", "encode", "initial_lora_of"]

@@ -15,6 +15,7 @@ from .. import digest
 from ..weight import NF4Weight
 from . import self_text
 from .encoder import Encoded, Feedback, encode
+from .init_lora import InitLora, LowRank, keep_initial_lora, weighted
 from .moments import ExpertMoments, Gathering, Moments
 from .stages import Stack, forward, stacks_of, without_cache
 from .store import Store
@@ -90,7 +91,9 @@ class Calibration:
                 f"tokens={self.tokens}"
             )
 
-    def key(self, layers: Mapping[str, nn.Module], given: Sequence[Any] | None) -> dict[str, Any]:
+    def key(
+        self, layers: Mapping[str, nn.Module], given: Sequence[Any] | None, init_lora: InitLora | None
+    ) -> dict[str, Any]:
         """By what a calibration knows its own results again: what is calibrated, on what, and how.
 
         Of a weight some rows count, as a sample.
@@ -106,7 +109,8 @@ class Calibration:
                 digest.update(weights, rows[:: max(1, len(rows) // 8)])
         digest.update(inputs, given)
         key = {name: getattr(self, name) for name in ("method", "tokens", "length", "seed", "damping")}
-        return {**key, "inputs": inputs.hexdigest() if given else "self", "weights": weights.hexdigest()}
+        key |= {"inputs": inputs.hexdigest() if given else "self", "weights": weights.hexdigest()}
+        return key if init_lora is None else {**key, "init_lora": vars(init_lora)}
 
     @classmethod
     def of(cls, calibration: Any) -> Calibration:
@@ -158,11 +162,25 @@ class Calibrator:
         model: dense.
         layers: the layers that will be quantized, by name, in the order in which ``refine`` gets them.
         calibration: what to run the model on.
+        init_lora: adapters to begin with that are wanted beside, of which experts have none.
+
+    Raises:
+        ValueError: there is nothing to quantize, or ``init_lora`` wants the weights fitted to the adapters.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], calibration: Calibration) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        calibration: Calibration,
+        init_lora: InitLora | None = None,
+    ) -> None:
         if not layers:
             raise ValueError("calibration: expected a model with dense layers to quantize, found none")
+        if init_lora is not None and init_lora.iterations > 1:
+            raise ValueError("iterations: expected 1 with a calibration, whose weights are not fitted to adapters")
+        self._init_lora = init_lora
+        self._initial = keep_initial_lora(model)
         self.model, self.settings = model, calibration
         self.report: list[LayerReport] = []
         vars(model)[_REPORT] = self.report
@@ -170,7 +188,7 @@ class Calibrator:
         given = calibration.given_batches()
         self._store = None
         if calibration.directory is not None:
-            self._store = Store(calibration.directory, calibration.key(layers, given))
+            self._store = Store(calibration.directory, calibration.key(layers, given, init_lora))
         self._batches = given or calibration.written_batches(model, self._store)
         self._moments: dict[tuple[str, str], Moments | ExpertMoments] = {}
         self._feedback: tuple[Moments, Feedback] | None = None
@@ -256,20 +274,30 @@ class Calibrator:
         if self._groups[name] is not self._group:
             self._enter_group(name)
         if self._store is not None and self._kept:
-            w4, kept = self._store.load(name, weight, plain)
+            w4, initial, kept = self._store.load(name, weight, plain)
             report = LayerReport(**kept)
         else:
-            w4, report = self._encoded(name, w, plain, self._moments.pop((name, weight), None))
+            moments = self._moments.pop((name, weight), None)
+            w4, report = self._encoded(name, w, plain, moments)
+            initial = self._initial_lora(w, w4, moments) if weight == "weight" else None
             if weight != "weight":
                 report = dataclasses.replace(report, name=f"{name}.{weight}")
             if self._store is not None:
-                self._store.save(name, weight, w4, vars(report))
+                self._store.save(name, weight, w4, initial, vars(report))
+        if initial is not None:
+            self._initial[name] = initial
         self.report.append(report)
         self._layers.pop(name, None)
         if self.settings.progress is not None:
             done = len(self.report)
             self.settings.progress(done, done + len(self._layers), name)
         return w4
+
+    def _initial_lora(self, w: Tensor, w4: NF4Weight, moments: Moments | ExpertMoments | None) -> LowRank | None:
+        if self._init_lora is None:
+            return None
+        known = self._feedback is not None and self._feedback[0] is moments
+        return weighted(w, w4, self._feedback[1] if self._feedback and known else None, self._init_lora)
 
     def _encoded(
         self, name: str, w: Tensor, plain: NF4Weight, moments: Moments | ExpertMoments | None

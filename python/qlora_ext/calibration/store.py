@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 
 from ..weight import NF4Weight
+from .init_lora import LowRank
+
+_LORA = ("lora_a", "lora_b")
 
 
 class Store:
@@ -50,11 +53,12 @@ class Store:
         digest = hashlib.sha256(f"{name}/{weight}".encode()).hexdigest()[:16]
         return self.path / f"{digest}.safetensors"
 
-    def save(self, name: str, weight: str, w4: NF4Weight, report: dict[str, Any]) -> None:
-        """Keeps the weight ``weight`` of the layer ``name``, and what is to be told of it."""
+    def save(self, name: str, weight: str, w4: NF4Weight, initial: LowRank | None, report: dict[str, Any]) -> None:
+        """Keeps the weight ``weight`` of the layer ``name``, its initial adapter, and what is to be told of it."""
         from safetensors.torch import save
 
-        tensors = {field: t.contiguous().cpu() for field, t in w4.tensors.items()}
+        lora = {} if initial is None else dict(zip(_LORA, initial, strict=True))
+        tensors = {field: t.contiguous().cpu() for field, t in (w4.tensors | lora).items()}
         metadata = {"name": f"{name}/{weight}", "report": json.dumps(report)}
         self._replace(self._file(name, weight), save(tensors, metadata))
 
@@ -65,7 +69,7 @@ class Store:
     def is_finished(self, group: str) -> bool:
         return self._file(group, "").with_suffix(".done").exists()
 
-    def load(self, name: str, weight: str, plain: NF4Weight) -> tuple[NF4Weight, dict[str, Any]]:
+    def load(self, name: str, weight: str, plain: NF4Weight) -> tuple[NF4Weight, LowRank | None, dict[str, Any]]:
         """What ``save`` kept, in the form and on the device of ``plain``.
 
         Raises:
@@ -77,11 +81,13 @@ class Store:
         with safe_open(str(file), framework="pt") as opened:
             metadata = opened.metadata()
             parts: dict[str, Any] = {field: opened.get_tensor(field) for field in opened.keys()}  # noqa: SIM118
+        lora = [parts.pop(field).to(plain.device) for field in _LORA if field in parts]
         forms = [{field: (t.shape, t.dtype) for field, t in tensors.items()} for tensors in (parts, plain.tensors)]
         if forms[0] != forms[1]:
             raise ValueError(f"{file}: expected {name}/{weight} in the form of this model, got another")
         moved: dict[str, Any] = {field: t.to(plain.device) for field, t in parts.items()}
-        return dataclasses.replace(plain, **moved), json.loads(metadata["report"])
+        w4 = dataclasses.replace(plain, **moved)
+        return w4, (lora[0], lora[1]) if lora else None, json.loads(metadata["report"])
 
     def tokens(self) -> Tensor | None:
         """The text that the model wrote, where it did so before."""

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..calibration import Calibration, Calibrator
+from ..calibration import Calibration, Calibrator, InitLora
+from ..calibration.init_lora import keep_initial_lora, loftq
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, is_fused_experts
 from .linear import Linear4bit
@@ -114,6 +115,7 @@ def quantize_model(
     embeddings: bool = False,
     towers: bool = False,
     calibration: Any = None,
+    init_lora: Any = None,
     **options: Any,
 ) -> nn.Module:
     """Replaces the linear layers of ``model`` by ``Linear4bit``, in place and one at a time; the experts too.
@@ -137,6 +139,9 @@ def quantize_model(
         calibration: choose scales and codes for the inputs that the layers get, which costs time and no bytes: a
             ``qlora_ext.Calibration``, or its ``inputs``: "self", token ids [B, T], or batches of the model's inputs.
             ``qlora_ext.calibration.calibration_of(model)`` tells how each layer fared.
+        init_lora: find adapters that begin with what quantizing takes away of the linear layers: "svd" (with a
+            calibration: the best for its inputs), "loftq", or a ``qlora_ext.calibration.InitLora``, which has their
+            rank. ``qlora_ext.integrations.peft.initialize_lora`` puts them into a PEFT model.
 
     Layers whose weights the model's own code reads are left alone in any case: those of a state-space mixer (Mamba)
     but its ``in_proj``, and those that transformers keeps in float32 (T5's ``wo``).
@@ -146,7 +151,7 @@ def quantize_model(
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``skip`` holds no names. ValueError: bitsandbytes has quantized
-            layers to int8 or FP4.
+            layers to int8 or FP4; ``init_lora`` is "svd" and there is no calibration.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -159,6 +164,9 @@ def quantize_model(
     if not all(isinstance(name, str) for name in skip):
         raise TypeError(f"skip: expected names of modules, got {skip!r}")
     options |= {"block_size": block_size, "double_quant": double_quant}
+    lora = None if init_lora is None else InitLora.of(init_lora)
+    if lora is not None and lora.method == "svd" and calibration is None:
+        raise ValueError("init_lora: expected a calibration with 'svd', which weighs errors by the layers' inputs")
     for prepare in BEFORE_QUANTIZE:
         prepare(model)
 
@@ -196,12 +204,16 @@ def quantize_model(
             for module, at in places.items()
             if chosen(module, at) and not isinstance(module, nn.Embedding)  # a table is looked up: it has no inputs
         }
-        calibrator = Calibrator(model, layers, Calibration.of(calibration))
+        calibrator = Calibrator(model, layers, Calibration.of(calibration), lora)
+    initial = keep_initial_lora(model) if lora is not None and calibrator is None else {}
 
     def replace(module: nn.Module, new: Packed4bit) -> None:
-        if calibrator is not None:
-            for weight, dense in new.matrices_of(module).items():
-                w4 = calibrator.refine(places[module][0][2], weight, dense, new.packed_weight(weight))
+        for weight, dense in new.matrices_of(module).items():
+            at, w4 = places[module][0][2], new.packed_weight(weight)
+            if calibrator is not None:
+                new.set_packed(weight, calibrator.refine(at, weight, dense, w4))
+            elif lora is not None and weight == "weight":
+                w4, initial[at] = loftq(dense, w4, new.quantize, lora)
                 new.set_packed(weight, w4)
         for parent, name, _ in places[module]:
             setattr(parent, name, new)

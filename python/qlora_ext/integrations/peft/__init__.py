@@ -23,6 +23,7 @@ from . import loftq as loftq
 from . import methods as methods
 from .base_file import BASE_FILE, FORMAT_VERSION, OnMismatch, compare_base, is_4bit, recorded_dropout, write_base
 from .experts import set_dropout
+from .initial import initialize_lora
 from .linear import LoraLinear4bit
 from .merge import MergeError, merge_to_4bit
 
@@ -34,6 +35,7 @@ __all__ = [
     "MergeError",
     "OnMismatch",
     "check_base",
+    "initialize_lora",
     "merge_to_4bit",
     "on_base_mismatch",
     "write_base",

@@ -7,18 +7,12 @@ from typing import Any
 
 import torch
 from peft.utils.loftq_utils import _SafetensorLoader
-from torch import Tensor, nn
+from torch import nn
 
+from ...low_rank import nearest_of_rank
 from .._patches import extend
 from ..transformers import Conv1D4bit
 from .linear import LoraLinear4bit
-
-
-def _best_of_rank(error: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [R, K] and B [N, R] with B · A the nearest to ``error`` [N, K] of all matrices of that rank (Eckart-Young)."""
-    u, s, vh = torch.linalg.svd(error, full_matrices=False)
-    root = s[:rank].sqrt()
-    return root[:, None] * vh[:rank], u[:, :rank] * root
 
 
 @torch.no_grad()
@@ -54,7 +48,7 @@ def replace_lora_weights(
             raise ValueError(f"{name}: expected a dense weight {list(decoded.shape)}, got {list(w.shape)}")
         a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         before = a.detach().clone(), b.detach().clone()
-        new_a, new_b = _best_of_rank(w - decoded, layer.r[adapter_name])
+        new_a, new_b = nearest_of_rank(w - decoded, layer.r[adapter_name])
         a.copy_(new_a)
         b.copy_(new_b / layer.scaling[adapter_name])
         if callback is not None and not callback(peft_model, name):

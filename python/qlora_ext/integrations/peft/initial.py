@@ -1,0 +1,36 @@
+"""Adapters that begin with what quantizing took away, as ``quantize_model(init_lora=...)`` found it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ...calibration import initial_lora_of
+from .linear import LoraLinear4bit
+
+
+@torch.no_grad()
+def initialize_lora(peft_model: Any, adapter_name: str = "default") -> None:
+    """Gives the adapters on 4-bit linear layers the values that ``quantize_model(init_lora=...)`` found for them.
+
+    Saved by ``peft_model.save_pretrained`` they are an adapter like any other, for PEFT alone too. An adapter of a
+    lower rank than was found gets the best of that rank.
+
+    Raises:
+        ValueError: nothing was found for this model, or for one of its layers, or of a lower rank than the adapter's.
+    """
+    found = initial_lora_of(peft_model.get_base_model())
+    if not found:
+        raise ValueError("peft_model: expected a base of quantize_model(init_lora=...), got one without such values")
+    for path, layer in peft_model.named_modules():
+        if not isinstance(layer, LoraLinear4bit) or adapter_name not in layer.lora_A:
+            continue
+        name, rank = path.removeprefix("base_model.model."), layer.r[adapter_name]
+        if name not in found:
+            raise ValueError(f"{name}: expected a layer that quantize_model quantized, got one that was 4-bit before")
+        a, b = found[name]
+        if rank > len(a):
+            raise ValueError(f"{name}: expected an adapter of a rank of at most {len(a)}, which was found, got {rank}")
+        layer.lora_A[adapter_name].weight.copy_(a[:rank])
+        layer.lora_B[adapter_name].weight.copy_(b[:, :rank] / layer.scaling[adapter_name])
