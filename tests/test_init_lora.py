@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_calibration import Chain, correlated
 from torch import nn
 
 import qlora_ext
 from qlora_ext.calibration import Calibration, InitLora, initial_lora_of
 from qlora_ext.low_rank import nearest_of_rank
+from test_calibration import Chain, correlated
 
 peft = pytest.importorskip("peft")
 
@@ -25,7 +25,8 @@ def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition() -> None:
         best = singular[8:].square().sum().sqrt().item()
         assert (matrix - b @ a).norm().item() <= 1.01 * best
     a, b = nearest_of_rank(torch.randn(4, 64), 8)  # of a rank that the matrix cannot have
-    assert (a[4:] == 0).all() and (b[:, 4:] == 0).all()
+    assert (a[4:] == 0).all()
+    assert (b[:, 4:] == 0).all()
 
 
 def test_finding_it_draws_no_random_number() -> None:
@@ -59,7 +60,8 @@ def test_weighed_by_the_inputs_the_outputs_come_nearest(method: str) -> None:
         lost(models[how], dense, x, "embed", with_lora)
         for how, with_lora in (("svd", False), ("svd", True), ("loftq", True))
     )
-    assert svd < 0.8 * before and svd < loftq
+    assert svd < 0.8 * before
+    assert svd < loftq
 
 
 def test_loftq_fits_weights_and_adapters_in_turns() -> None:

@@ -9,4 +9,14 @@ from .calibrator import Calibration, Calibrator, LayerReport, calibration_of
 from .encoder import Encoded, Feedback, encode
 from .init_lora import InitLora, initial_lora_of
 
-__all__ = ["Calibration", "Calibrator", "Encoded", "Feedback", "InitLora", "LayerReport", "calibration_of", "encode", "initial_lora_of"]
+__all__ = [
+    "Calibration",
+    "Calibrator",
+    "Encoded",
+    "Feedback",
+    "InitLora",
+    "LayerReport",
+    "calibration_of",
+    "encode",
+    "initial_lora_of",
+]

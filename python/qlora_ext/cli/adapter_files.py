@@ -30,17 +30,17 @@ RECORD_SCHEMA: Schema = {
 CONFIG_SCHEMA: Schema = {"peft_type?": str, "base_model_name_or_path?": str, "r?": int, "lora_alpha?": float}
 
 
-def find(name: str) -> pathlib.Path:
-    """The adapter directory that a user named, or that lies inside the run directory that they named."""
-    directory = path_named(name, "--adapter")
+def find(name: str, option: str = "--adapter") -> pathlib.Path:
+    """The adapter directory that a user named with ``option``, or that lies inside the run that they named."""
+    directory = path_named(name, option)
     for path in (directory, directory / "adapter"):
         if (path / "adapter_config.json").is_file():
             if not (path / "adapter_model.safetensors").is_file():
-                raise UserError(f"--adapter {name}: there is no adapter_model.safetensors in {path}")
+                raise UserError(f"{option} {name}: there is no adapter_model.safetensors in {path}")
             return path
     if not directory.is_dir():
-        raise UserError(f"--adapter {name}: no such directory")
-    raise UserError(f"--adapter {name}: there is no adapter_config.json in that directory")
+        raise UserError(f"{option} {name}: no such directory")
+    raise UserError(f"{option} {name}: there is no adapter_config.json in that directory")
 
 
 def record_of(adapter: pathlib.Path) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def entire() -> Iterator[None]:
             raise UserError(first_line(warning)) from warning
 
 
-def load(model: Any, adapter: pathlib.Path, force: bool) -> Any:
+def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False) -> Any:
     """Puts the adapter on its 4-bit base.
 
     Raises:
@@ -143,7 +143,7 @@ def load(model: Any, adapter: pathlib.Path, force: bool) -> Any:
     _check_base_kept(model, adapter)
     try:
         with entire():  # on the meta device first: a rank of 10^9 in a damaged file costs nothing
-            return PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True)
+            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=True)
     except safetensors.SafetensorError as error:
         raise UserError(
             f"{adapter / 'adapter_model.safetensors'} is truncated or damaged: {first_line(error)}"

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from .errors import UserError
 
 if TYPE_CHECKING:
-    from ..calibration import Calibration, LayerReport
+    from ..calibration import Calibration, InitLora, LayerReport
 
 LENGTH = 512
+INITIAL_ADAPTER = "initial_adapter"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,68 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-seed", type=int, default=0, metavar="N", help="of the text it writes (default: %(default)s)"
     )
+
+
+def add_init_lora_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--init-lora", choices=("svd", "loftq"),
+        help=f"write an adapter too, into OUTPUT/{INITIAL_ADAPTER}, that begins with what quantizing takes away: the "
+        "best for the outputs on the text of --calibrate (svd), or for the weights (loftq); finetune "
+        "--init-adapter goes on from it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--init-rank", type=int, default=16, metavar="N", help="rank of that adapter (default: %(default)s)"
+    )
+
+
+def init_lora(arguments: argparse.Namespace) -> InitLora | None:
+    """What those options ask for.
+
+    Raises:
+        UserError: there is no such rank, or nothing to weigh errors by.
+    """
+    from ..calibration import InitLora
+
+    if arguments.init_lora is None:
+        return None
+    if arguments.init_rank < 1:
+        raise UserError(f"--init-rank {arguments.init_rank}: expected 1 or more")
+    if arguments.init_lora == "svd" and arguments.calibrate == "none":
+        raise UserError("--init-lora svd: what a layer loses is weighed by its inputs; add --calibrate self, or a text")
+    return InitLora(arguments.init_lora, arguments.init_rank)
+
+
+def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Path, base: str) -> None:
+    """Saves the adapter that was found with ``model``, which stays as it is, in PEFT's form.
+
+    Args:
+        base: the name under which the model will be found.
+
+    Raises:
+        UserError: nothing was found: there was no dense layer.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    from ..calibration import initial_lora_of
+    from ..integrations.peft import initialize_lora
+
+    found = initial_lora_of(model)
+    if not found:
+        raise UserError(
+            "--init-lora: the model is 4-bit already, and what that took away is not to be had; name the "
+            "model that it was made from"
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.rank,
+        target_modules=sorted(found),
+    )
+    adapted = get_peft_model(model, config)
+    initialize_lora(adapted)
+    adapted.peft_config["default"].base_model_name_or_path = base
+    adapted.save_pretrained(str(directory))
+    adapted.unload()
 
 
 def _tokens_of(name: str, tokenizer: Any, count: int) -> Any:

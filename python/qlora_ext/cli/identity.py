@@ -34,6 +34,16 @@ def digest_of_model(model: Any) -> str:
     return digest.hexdigest()
 
 
+def digest_of_adapter(adapter: pathlib.Path) -> str:
+    """SHA-256 over an adapter's configuration and weights, as the files hold them."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with (adapter / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
 def digest_of_examples(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for example in examples:

@@ -16,7 +16,7 @@ from .sources import ModelSource
 if TYPE_CHECKING:
     import torch
 
-    from ..calibration import Calibration
+    from ..calibration import Calibration, InitLora
 
 DTYPES = {
     "bfloat16": "bfloat16",
@@ -95,10 +95,11 @@ def load_quantized(
     block_size: int = 64,
     double_quant: bool = True,
     calibration: Calibration | None = None,
+    init_lora: InitLora | None = None,
 ) -> Any:
     """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``.
 
-    One that is to be calibrated is loaded dense: it has to run.
+    One that is to be calibrated is loaded dense: it has to run. So is one for which adapters are to be found.
 
     Raises:
         UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
@@ -111,7 +112,7 @@ def load_quantized(
     whole.check_room(source, load_config(source))
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     # transformers combines no quantization with a GGUF file
-    while_loading = source.gguf_file is None and calibration is None
+    while_loading = source.gguf_file is None and calibration is None and init_lora is None
     if while_loading:
         options |= {"device_map": {"": device}, "quantization_config": qlora_ext.QLoRAConfig(**form)}
     model, report = _load("model", source, AutoModelForCausalLM, **options)
@@ -120,7 +121,7 @@ def load_quantized(
         try:
             if calibration is not None:
                 model.to(device)
-            qlora_ext.quantize_model(model, calibration=calibration, **form)
+            qlora_ext.quantize_model(model, calibration=calibration, init_lora=init_lora, **form)
         except ValueError as error:  # a NaN, with its place
             raise UserError(f"cannot quantize {source.name}: {first_line(error)}") from error
         model.to(device)

@@ -50,6 +50,10 @@ class Settings:
         "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
     )
     block_size: int = _option(64, "weights that share a scale", choices=BLOCK_SIZES, group="adapter")
+    init_adapter: str = _option(
+        "", "an adapter to go on from, such as quantize --init-lora writes; its rank, alpha and layers are its own",
+        group="adapter", free=True,
+    )  # fmt: skip
 
     method: str = _option(
         "auto",

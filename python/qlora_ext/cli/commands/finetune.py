@@ -12,14 +12,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..._outside import Schema, printable, read_json
+from ..._outside import Schema, excerpt, printable, read_json
 from .. import whole
-from ..adapter_files import RECORD
+from ..adapter_files import RECORD, check_files, config_of, find
+from ..adapter_files import load as load_adapter
 from ..checkpoints import checkpoints, newest_checkpoint, step_of
 from ..data import Example, Parts, Row, check_template, is_preference, read_examples, split, told
 from ..errors import UserError, first_line
 from ..files import need_space, staged_directory, write_json, write_json_lines
-from ..identity import check_same, digest_of_examples, digest_of_model, digest_of_rows
+from ..identity import check_same, digest_of_adapter, digest_of_examples, digest_of_model, digest_of_rows
 from ..models import (
     complete,
     load_config,
@@ -31,7 +32,7 @@ from ..models import (
 )
 from ..options import add_trust_option
 from ..outputs import Output, claim, input_of, read_marker
-from ..settings import Settings, add_options, given, read_settings, resumed
+from ..settings import Settings, add_options, flag, given, read_settings, resumed
 from ..sources import PACKAGE, ModelSource, resolve
 
 if TYPE_CHECKING:
@@ -137,6 +138,7 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
     examples = read_examples(settings.data, settings.split)
     run = _Run(output, settings, source, examples, resume, arguments.force, checkpoint)
     _check_method(run, typed)
+    _check_init_adapter(run, typed)
     _identify(run, "data", digest_of_examples(run.examples), f"--data {settings.data}")
     return run
 
@@ -157,6 +159,23 @@ def _check_method(run: _Run, typed: dict[str, Any]) -> None:
             raise UserError("--chunked-loss: DPO has a loss of its own, which never holds all logits")
 
 
+def _check_init_adapter(run: _Run, typed: dict[str, Any]) -> None:
+    """Finds the adapter to go on from, which says itself what is trained."""
+    name = run.settings.init_adapter
+    if not name:
+        return
+    if own := [flag(key) for key in ("rank", "alpha", "target_modules") if key in typed]:
+        raise UserError(f"{own[0]}: the adapter of --init-adapter has its own; leave the option out")
+    path = find(name, "--init-adapter")
+    run.output.protect("--init-adapter", name, str(path))
+    config = config_of(path)
+    if config.get("peft_type") != "LORA":
+        kind = excerpt(str(config.get("peft_type")))
+        raise UserError(f"--init-adapter {name}: expected an adapter of PEFT's LoRA, got one of {kind}")
+    check_files(path)
+    _identify(run, "adapter", digest_of_adapter(path), f"--init-adapter {name}")
+
+
 def _identify(run: _Run, what: str, digest: str, name: str) -> None:
     """Notes what a new run begins with, and checks that one that goes on has the same."""
     if run.resume:
@@ -173,6 +192,8 @@ def _begin(run: _Run) -> None:
     path = pathlib.Path(run.settings.data).expanduser()
     if not run.settings.data.startswith(PACKAGE) and path.exists():
         recorded["data"] = str(path.resolve())
+    if run.settings.init_adapter:
+        recorded["init_adapter"] = str(find(run.settings.init_adapter).resolve())
     with run.output.written("finetune", **run.digests) as partial:
         write_json(partial / _SETTINGS, recorded)
 
@@ -199,7 +220,14 @@ def _add_adapter(model: Any, run: _Run) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import set_seed
 
+    from ...integrations.peft import set_dropout
+
     s = run.settings
+    if s.init_adapter:
+        set_seed(s.seed)
+        adapted = load_adapter(model, find(s.init_adapter, "--init-adapter"), run.force, trainable=True)
+        set_dropout(adapted, "default", s.dropout)
+        return adapted
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=s.rank,

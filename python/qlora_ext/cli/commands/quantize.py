@@ -37,6 +37,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--dtype", default="bfloat16", help="of the other weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     calibrate.add_options(parser)
+    calibrate.add_init_lora_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -54,9 +55,12 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     source = resolve(arguments.model, arguments.trust_remote_code)
     output.protect("--model", arguments.model, input_of(source))
     output.check()
+    init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
     with calibrate.calibration(arguments, tokenizer, output.path) as calibration:
-        model = load_quantized(source, dtype, device, arguments.block_size, not arguments.no_double_quant, calibration)
+        model = load_quantized(
+            source, dtype, device, arguments.block_size, not arguments.no_double_quant, calibration, init_lora
+        )
     report = calibration_of(model)
     with output.written("quantize") as partial:
         if report:
@@ -66,6 +70,9 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         else:
             model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        if init_lora is not None:
+            base = str(output.path.resolve())
+            calibrate.write_initial_adapter(model, init_lora, partial / calibrate.INITIAL_ADAPTER, base)
     for line in calibrate.told(report):
         print(line)
     weights = weigh(model)

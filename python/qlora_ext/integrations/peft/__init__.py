@@ -38,6 +38,7 @@ __all__ = [
     "initialize_lora",
     "merge_to_4bit",
     "on_base_mismatch",
+    "set_dropout",
     "write_base",
 ]
 
