@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 LENGTH = 512
 INITIAL_ADAPTER = "initial_adapter"
+RECORD = "calibration.json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -64,7 +64,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     report = calibration_of(model)
     with output.written("quantize") as partial:
         if report:
-            write_json(partial / "calibration.json", calibrate.record(arguments, report))
+            write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
         if arguments.format == "bitsandbytes":
             save_pretrained(model, partial)
         else:

@@ -25,7 +25,7 @@ from .base_file import BASE_FILE, FORMAT_VERSION, OnMismatch, compare_base, is_4
 from .experts import set_dropout
 from .initial import initialize_lora
 from .linear import LoraLinear4bit
-from .merge import MergeError, merge_to_4bit
+from .merge import MergeError, merge_calibrated, merge_to_4bit
 
 __all__ = [
     "BASE_FILE",
@@ -36,6 +36,7 @@ __all__ = [
     "OnMismatch",
     "check_base",
     "initialize_lora",
+    "merge_calibrated",
     "merge_to_4bit",
     "on_base_mismatch",
     "set_dropout",
