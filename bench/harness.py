@@ -8,12 +8,13 @@ page costs more than most kernels do.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -208,13 +209,31 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def write(self) -> None:
-        folder = RESULTS if self.machine["gpu"] else RESULTS / processor_name()
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = results_folder()
         rows = [{k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()} for row in self.rows]
         content = {"title": self.title, "notes": self.notes, "machine": self.machine, "rows": rows}
         (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
         (folder / f"{self.name}.md").write_text(self.markdown())
         print("\n" + self.markdown())
+
+
+def results_folder() -> Path:
+    """Where this machine's results are written."""
+    folder = RESULTS if torch.cuda.is_available() else RESULTS / processor_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def picture(name: str) -> Iterator[Any]:
+    """Axes of matplotlib to draw on; saved beside the results as NAME.svg."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = name  # the same figures give the same file
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    yield axes
+    figure.savefig(results_folder() / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
 
 
 def _text(value: Any) -> str:

@@ -141,3 +141,45 @@ def test_what_does_not_fit_is_refused() -> None:
     for call, text in refused:
         with pytest.raises(ValueError, match=text):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block", [32, 64, 512])
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+def test_stochastic_codes_are_the_oracles(n: int, k: int, block: int, dtype: torch.dtype) -> None:
+    w = weight(n, k, dtype)
+    absmax = OPS.quantize_nf4(w, block)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
+    absmax[0] *= -1
+    for seed in (0, -1, 2**40 + 5):
+        got = OPS.encode_nf4_stochastic(w, absmax, block, seed)
+        assert_bits(got, reference.encode_nf4_stochastic(w.float().numpy(), absmax.numpy(), block, seed), "codes")
+
+
+def test_stochastic_rounding_keeps_what_is_a_value_already() -> None:
+    w4 = OPS.quantize_nf4(weight(64, 512), 64)
+    decoded = OPS.dequantize_nf4(*w4, None, None, 64, 256, [64, 512], torch.float32)
+    for seed in range(3):
+        assert torch.equal(OPS.encode_nf4_stochastic(decoded, w4[1], 64, seed), w4[0])
+
+
+def test_stochastic_rounding_is_right_on_the_average() -> None:
+    w = weight(64, 512)
+    absmax = OPS.quantize_nf4(w, 64)[1]
+    total = torch.zeros_like(w)
+    for seed in range(200):
+        packed = OPS.encode_nf4_stochastic(w, absmax, 64, seed)
+        total += OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [64, 512], torch.float32)
+    step = absmax.repeat_interleave(64).reshape(64, 512) * 0.31  # the widest between two values
+    assert ((total / 200 - w).abs() < 5 * 0.5 * step / 200**0.5).all()
+    other = OPS.encode_nf4_stochastic(w, absmax, 64, 1)
+    assert not torch.equal(OPS.encode_nf4_stochastic(w, absmax, 64, 0), other)
+
+
+def test_stochastic_codes_of_no_number_and_the_arguments_that_are_refused() -> None:
+    w = torch.full((1, 64), float("nan"))
+    assert (OPS.encode_nf4_stochastic(w, torch.ones(1), 64, 0) == 0).all()
+    assert OPS.encode_nf4_stochastic(torch.zeros(0, 64), torch.zeros(0), 64, 0).shape == (0, 32)
+    with pytest.raises(ValueError, match="absmax: expected 1 element"):
+        OPS.encode_nf4_stochastic(torch.zeros(1, 64), torch.ones(2), 64, 0)
+    with pytest.raises(ValueError, match="block_size: expected a power of two"):
+        OPS.encode_nf4_stochastic(torch.zeros(1, 64), torch.ones(1), 48, 0)

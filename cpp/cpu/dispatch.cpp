@@ -103,6 +103,10 @@ void encode_nf4_with_feedback(const Pool& pool, DType dtype, const void* w, cons
                               int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
   table().encode_nf4_with_feedback(pool, dtype, w, absmax, n, k, block_size, feedback, order, packed);
 }
+void encode_nf4_stochastic(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel,
+                           int64_t block_size, uint64_t seed, uint8_t* packed) {
+  table().encode_nf4_stochastic(pool, dtype, w, absmax, numel, block_size, seed, packed);
+}
 void quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                      float* nested_absmax, float* nested_offset) {
   table().quantize_absmax(pool, absmax, count, nested_block_size, codes, nested_absmax, nested_offset);

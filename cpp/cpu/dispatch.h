@@ -34,6 +34,7 @@ struct Kernels {
   decltype(&cpu::search_absmax_nf4) search_absmax_nf4;
   decltype(&cpu::encode_nf4) encode_nf4;
   decltype(&cpu::encode_nf4_with_feedback) encode_nf4_with_feedback;
+  decltype(&cpu::encode_nf4_stochastic) encode_nf4_stochastic;
   decltype(&cpu::quantize_absmax) quantize_absmax;
   decltype(&cpu::dequantize_absmax) dequantize_absmax;
   decltype(&cpu::dequantize_nf4) dequantize_nf4;

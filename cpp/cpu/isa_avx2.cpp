@@ -3,6 +3,7 @@
 
 #include "cpp/cpu/codec/dequantize-inl.h"
 #include "cpp/cpu/codec/encode-inl.h"
+#include "cpp/cpu/codec/encode_stochastic-inl.h"
 #include "cpp/cpu/codec/quantize-inl.h"
 #include "cpp/cpu/codec/search_absmax-inl.h"
 #include "cpp/cpu/dispatch.h"
@@ -21,6 +22,7 @@ const Kernels& avx2_kernels() {
       .search_absmax_nf4 = avx2::search_absmax_nf4,
       .encode_nf4 = avx2::encode_nf4,
       .encode_nf4_with_feedback = avx2::encode_nf4_with_feedback,
+      .encode_nf4_stochastic = avx2::encode_nf4_stochastic,
       .quantize_absmax = avx2::quantize_absmax,
       .dequantize_absmax = avx2::dequantize_absmax,
       .dequantize_nf4 = avx2::dequantize_nf4,

@@ -3,6 +3,7 @@
 
 #include "cpp/cpu/codec/dequantize-inl.h"
 #include "cpp/cpu/codec/encode-inl.h"
+#include "cpp/cpu/codec/encode_stochastic-inl.h"
 #include "cpp/cpu/codec/quantize-inl.h"
 #include "cpp/cpu/codec/search_absmax-inl.h"
 #include "cpp/cpu/dispatch.h"
@@ -22,6 +23,7 @@ const Kernels& avx512_kernels() {
       .search_absmax_nf4 = avx512::search_absmax_nf4,
       .encode_nf4 = avx512::encode_nf4,
       .encode_nf4_with_feedback = avx512::encode_nf4_with_feedback,
+      .encode_nf4_stochastic = avx512::encode_nf4_stochastic,
       .quantize_absmax = avx512::quantize_absmax,
       .dequantize_absmax = avx512::dequantize_absmax,
       .dequantize_nf4 = avx512::dequantize_nf4,

@@ -3,6 +3,7 @@
 
 #include "cpp/cpu/codec/dequantize-inl.h"
 #include "cpp/cpu/codec/encode-inl.h"
+#include "cpp/cpu/codec/encode_stochastic-inl.h"
 #include "cpp/cpu/codec/quantize-inl.h"
 #include "cpp/cpu/codec/search_absmax-inl.h"
 #include "cpp/cpu/dispatch.h"
@@ -23,6 +24,7 @@ const Kernels& avx512_bf16_kernels() {
       .search_absmax_nf4 = avx512_bf16::search_absmax_nf4,
       .encode_nf4 = avx512_bf16::encode_nf4,
       .encode_nf4_with_feedback = avx512_bf16::encode_nf4_with_feedback,
+      .encode_nf4_stochastic = avx512_bf16::encode_nf4_stochastic,
       .quantize_absmax = avx512_bf16::quantize_absmax,
       .dequantize_absmax = avx512_bf16::dequantize_absmax,
       .dequantize_nf4 = avx512_bf16::dequantize_nf4,

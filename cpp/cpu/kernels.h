@@ -36,7 +36,11 @@ void search_absmax_nf4(const Pool&, DType dtype, const void* w, const float* imp
 void encode_nf4(const Pool&, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
                 uint8_t* packed);
 
-// The same for w [n, k], where each rounding error is made good by the columns that are rounded later: GPTQ (Frantar et
+// The same by stochastic rounding: a code's value is w over its scale on the average, the same for the same `seed`.
+void encode_nf4_stochastic(const Pool&, DType dtype, const void* w, const float* absmax, int64_t numel,
+                           int64_t block_size, uint64_t seed, uint8_t* packed);
+
+// Codes for w [n, k], where each rounding error is made good by the columns that are rounded later: GPTQ (Frantar et
 // al., 2022). Columns are rounded in `order` [k]; `feedback` [k, k] is the upper Cholesky factor of the inverse of the
 // inputs' second moments, rows and columns in that order.
 void encode_nf4_with_feedback(const Pool&, DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,

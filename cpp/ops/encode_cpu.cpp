@@ -47,10 +47,19 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
   return call.packed;
 }
 
+Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed) {
+  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt);
+  cpu::encode_nf4_stochastic(pool(), call.dtype, call.w.const_data_ptr(), call.absmax.const_data_ptr<float>(),
+                             call.numel, block_size, static_cast<uint64_t>(seed),
+                             call.packed.mutable_data_ptr<uint8_t>());
+  return call.packed;
+}
+
 }  // namespace
 }  // namespace qlora
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CPU, m) {
   m.impl("search_absmax_nf4", QLORA_BOX(&qlora::search_absmax_nf4));
   m.impl("encode_nf4", QLORA_BOX(&qlora::encode_nf4));
+  m.impl("encode_nf4_stochastic", QLORA_BOX(&qlora::encode_nf4_stochastic));
 }

@@ -8,6 +8,7 @@ STABLE_TORCH_LIBRARY(qlora, m) {
   m.def(
       "encode_nf4(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None) -> "
       "Tensor packed");
+  m.def("encode_nf4_stochastic(Tensor w, Tensor absmax, int block_size, int seed) -> Tensor packed");
   m.def(
       "quantize_absmax(Tensor absmax, int nested_block_size) -> "
       "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)");

@@ -13,6 +13,7 @@ OPERATORS = (
     "quantize_nf4",
     "search_absmax_nf4",
     "encode_nf4",
+    "encode_nf4_stochastic",
     "quantize_absmax",
     "dequantize_absmax",
     "dequantize_nf4",

@@ -111,6 +111,13 @@ def _(
     return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
 
 
+@torch.library.register_fake("qlora::encode_nf4_stochastic")
+def _(w: Tensor, absmax: Tensor, block_size: int, seed: int) -> Tensor:
+    check_block_sizes(block_size)
+    check_one_device("encode_nf4_stochastic", w, absmax)
+    return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
+
+
 @torch.library.register_fake("qlora::quantize_absmax")
 def _(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor]:
     check_block_sizes(nested_block_size=nested_block_size)

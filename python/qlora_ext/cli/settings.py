@@ -55,6 +55,13 @@ class Settings:
         group="adapter", free=True,
     )  # fmt: skip
 
+    merge_aware: bool = _option(
+        False,
+        "train over the 4-bit weights that merge --4bit makes of the adapter, which then loses nothing (a longer step; "
+        "without dropout)",
+        group="adapter",
+    )
+
     method: str = _option(
         "auto",
         "sft: learn the answers; dpo (TRL's): learn which of two answers is preferred; auto: by what --data holds",
@@ -118,6 +125,8 @@ class Settings:
         for name in ("alpha", "lr", "beta"):
             if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
+        if self.merge_aware and self.dropout:
+            raise UserError(f"--merge-aware: merged weights have no dropout; add --dropout 0 (it is {self.dropout})")
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype}: expected bfloat16, float16 or float32")
 
@@ -192,6 +201,8 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
     typed = {name: value for name, value in vars(arguments).items() if name in names}
     if typed.get("epochs") and "max_steps" in typed:
         raise UserError("--epochs and --max-steps both say how long to train; give one of them")
+    if typed.get("merge_aware"):
+        typed.setdefault("dropout", 0.0)  # the default is for adapters that stay beside their base
     return typed
 
 

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from ..autograd import call_linear_nf4, draw_seed
 from ..form import Form
+from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
+from ..weight import NF4Weight
 from .packed import PackedWeight4bit
 
 
@@ -109,12 +111,9 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         Computed in ``compute_dtype`` and returned in x's dtype; under autocast, both are the autocast dtype.
         """
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
-        device_type, dtype, cast = x.device.type, x.dtype, self.compute_dtype
-        autocast = autocast_dtype(device_type)
-        if autocast is not None:
-            dtype = cast = autocast
+        cast, dtype = self._dtypes(x)
         y = call_linear_nf4(
-            device_type,
+            x.device.type,
             x.to(cast),
             *self.packed_args(),
             self.out_features,
@@ -127,6 +126,23 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             seed_tensor,
         )
         return y.to(dtype)
+
+    def merged_forward(
+        self, x: Tensor, merged: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
+    ) -> Tensor:
+        """The layer with an adapter [R, K] and [N, R] merged into its weight; see ``qlora_ext.merged``.
+
+        Args:
+            merged: what ``merged_weight`` makes of this layer's weight and the adapter.
+        """
+        cast, dtype = self._dtypes(x)
+        bias = None if self.bias is None else self.bias.to(cast)
+        return merged_linear_nf4(x.to(cast), merged, bias, lora_a.to(cast), lora_b.to(cast), scaling).to(dtype)
+
+    def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """In which dtype the layer computes, and which one its output has."""
+        autocast = autocast_dtype(x.device.type)
+        return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight [N, K], in ``dtype`` or that of the weight that was quantized."""

@@ -227,7 +227,7 @@ def _add_adapter(model: Any, run: _Run) -> Any:
         set_seed(s.seed)
         adapted = load_adapter(model, find(s.init_adapter, "--init-adapter"), run.force, trainable=True)
         set_dropout(adapted, "default", s.dropout)
-        return adapted
+        return _made_merge_aware(adapted, s)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=s.rank,
@@ -241,6 +241,17 @@ def _add_adapter(model: Any, run: _Run) -> Any:
     except ValueError as error:
         raise UserError(f"--target-modules {s.target_modules}: {first_line(error)}") from error
     adapted.peft_config["default"].base_model_name_or_path = run.source.name
+    return _made_merge_aware(adapted, s)
+
+
+def _made_merge_aware(adapted: Any, settings: Settings) -> Any:
+    from ...integrations.peft import set_merge_aware
+
+    if settings.merge_aware:
+        try:
+            set_merge_aware(adapted)
+        except ValueError as error:
+            raise UserError(f"--merge-aware: {first_line(error)}") from error
     return adapted
 
 

@@ -24,9 +24,9 @@ def add_parser(commands: Any) -> None:
         "merge",
         help="save the adapter and its base as one model",
         description="Decodes the 4-bit base, adds the adapter, and saves the model in --dtype with its tokenizer: a "
-        "directory that needs neither qlora_ext nor PEFT. With --4bit the sum is quantized again, and what that costs "
-        f"is told, layer by layer in {ERROR_FILE}. What an adapter learnt is mostly less than a step between two codes "
-        "wide, and lost by that; --calibrate keeps most of it.",
+        "directory that needs neither qlora_ext nor PEFT. With --4bit the sum is rounded "
+        "to the codes of the base, up or down at random, so that they hold what the adapter adds, most of which is "
+        f"narrower than the way from one code to the next; what that costs is told, layer by layer in {ERROR_FILE}.",
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the run that made it")
     parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
@@ -115,8 +115,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     if error is not None:
         worst = max(error.by_layer, key=error.by_layer.__getitem__)
         print(
-            f"error of quantizing again: {error.total:.2%} of the merged weights' norm, "
-            f"at most {error.by_layer[worst]:.2%} in {worst}"
+            f"the codes hold {error.kept:.1%} of what the adapter adds; error of quantizing again: {error.total:.2%} "
+            f"of the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
         loss = held_out_loss(merged, rows, size, _loss)

@@ -21,11 +21,21 @@ from .._patches import extend
 from ..transformers.counting import hidden_parameters
 from . import loftq as loftq
 from . import methods as methods
-from .base_file import BASE_FILE, FORMAT_VERSION, OnMismatch, compare_base, is_4bit, recorded_dropout, write_base
+from .base_file import (
+    BASE_FILE,
+    FORMAT_VERSION,
+    OnMismatch,
+    compare_base,
+    is_4bit,
+    recorded_dropout,
+    recorded_merge_aware,
+    write_base,
+)
 from .experts import set_dropout
 from .initial import initialize_lora
 from .linear import LoraLinear4bit
 from .merge import MergeError, merge_calibrated, merge_to_4bit
+from .merge_aware import set_merge_aware
 
 __all__ = [
     "BASE_FILE",
@@ -40,6 +50,7 @@ __all__ = [
     "merge_to_4bit",
     "on_base_mismatch",
     "set_dropout",
+    "set_merge_aware",
     "write_base",
 ]
 
@@ -123,6 +134,8 @@ def _load_adapter(original: Any, self: Any, model_id: str, adapter_name: str, *a
         lora_dropout = recorded_dropout(directory)
         if lora_dropout is not None:
             set_dropout(self, adapter_name, lora_dropout)
+        if recorded_merge_aware(directory):
+            set_merge_aware(self, adapter_name=adapter_name)
         for fault in _incomplete(self, adapter_name, result):
             message = f"the adapter {printable(model_id)} is not whole: {fault}"
             warnings.warn(message, IncompleteAdapterWarning, stacklevel=2)

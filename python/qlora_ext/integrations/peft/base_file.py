@@ -13,13 +13,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..._outside import FileError, excerpt, read_json
+from ..._outside import FileError, Schema, excerpt, read_json
 from ...fingerprint import fingerprint
 from ...nn import Packed4bit, layers_of
 from .._patches import extend
+from .merge_aware import is_merge_aware
 
 BASE_FILE = "qlora_base.json"
 FORMAT_VERSION = 1
+_SCHEMA: Schema = {"fingerprint": str, "format_version": int, "lora_dropout?": float, "merge_aware?": bool}
 
 OnMismatch = Literal["refuse", "warn", "ignore"]
 
@@ -46,6 +48,8 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
     lora_dropout = _hidden_dropout(getattr(model, "peft_config", {}).get(adapter))
     if lora_dropout:
         record["lora_dropout"] = lora_dropout
+    if is_merge_aware(model, adapter):
+        record["merge_aware"] = True
     if _is_sharded(model) and torch.distributed.get_rank() != 0:
         return
     path = pathlib.Path(directory) / BASE_FILE
@@ -58,7 +62,7 @@ def _read(directory: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, An
     path = pathlib.Path(directory) / BASE_FILE
     if not path.is_file():
         return path, None
-    record: dict[str, Any] = read_json(path, {"fingerprint": str, "format_version": int, "lora_dropout?": float})
+    record: dict[str, Any] = read_json(path, _SCHEMA)
     if record["format_version"] != FORMAT_VERSION:
         raise FileError(f"{path}: expected format_version {FORMAT_VERSION}, got {record['format_version']}")
     return path, record
@@ -75,6 +79,16 @@ def recorded_dropout(directory: str | os.PathLike[str]) -> float | None:
     if p is not None and not 0.0 <= p <= 1.0:
         raise FileError(f"{path}: expected a probability from 0 to 1 as lora_dropout, got {p}")
     return p
+
+
+def recorded_merge_aware(directory: str | os.PathLike[str]) -> bool:
+    """Whether the adapter in ``directory`` was trained over the weights that merging makes of it.
+
+    Raises:
+        ValueError: the file is damaged or of a newer version.
+    """
+    _, record = _read(directory)
+    return bool((record or {}).get("merge_aware"))
 
 
 def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatch: OnMismatch) -> bool | None:

@@ -12,7 +12,9 @@ import torch
 from peft.tuners.lora.layer import Linear as DenseLoraLinear
 from torch import Tensor, nn
 
+from ...merged import merged_weight
 from ...nn import Linear4bit
+from ...weight import NF4Weight
 from .merge import Over4bit
 
 
@@ -164,12 +166,45 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
         plain = type(self.lora_A[active[0]]) is nn.Linear and type(self.lora_B[active[0]]) is nn.Linear
         return active[0] if plain and self.lora_B[active[0]].bias is None else None
 
+    # Adapters that run, and are trained, as they will be once merged; ``set_merge_aware`` says which.
+    merge_aware: frozenset[str] = frozenset()
+    # In inference: the merged weight, and of what it was made.
+    _kept: tuple[tuple[Any, ...], NF4Weight] | None = None
+
+    @property
+    def trained_as_merged(self) -> bool:
+        return bool(self.merged_adapters) and self.merge_aware.issuperset(self.merged_adapters)
+
+    def _merged_weight(self, adapter: str) -> NF4Weight:
+        layer, a, b = self.layer4bit, self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        scaling = self.scaling[adapter]
+        if self.training or torch.is_grad_enabled() or isinstance(scaling, Tensor):
+            self._kept = None
+            return merged_weight(layer.weight4bit, a, *fold_scaling(b, scaling))
+        made_of = scaling, *((id(t), t.data_ptr(), t.dtype, t._version) for t in (layer.weight, a, b))
+        if self._kept is None or self._kept[0] != made_of:
+            self._kept = made_of, merged_weight(layer.weight4bit, a, b, scaling)
+        return self._kept[1]
+
+    def _as_merged(self, x: Tensor, adapter: str) -> Tensor:
+        dropout_p = active_dropout(self.lora_dropout[adapter])
+        if dropout_p > 0.0:
+            raise ValueError(f"lora_dropout: expected 0, for a merged adapter has none, got {dropout_p}")
+        b, scaling = fold_scaling(self.lora_B[adapter].weight, self.scaling[adapter])
+        return self.layer4bit.merged_forward(x, self._merged_weight(adapter), self.lora_A[adapter].weight, b, scaling)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self._fused_adapter(kwargs)
+        if adapter is not None and adapter in self.merge_aware:
+            return self._as_merged(x, adapter)
         if adapter is not None:
             b, scaling = fold_scaling(self.lora_B[adapter].weight, self.scaling[adapter])
             dropout_p = active_dropout(self.lora_dropout[adapter])
             return self.layer4bit.fused_forward(x, self.lora_A[adapter].weight, b, scaling, dropout_p)
+        if not self.disable_adapters and not self.merged and self.merge_aware.intersection(self.active_adapters):
+            raise ValueError(
+                f"adapters: expected a plain LoRA alone where one runs as merged, got {', '.join(self.active_adapters)}"
+            )
         if self.lora_variant and not self.disable_adapters and not self.merged:
             return super().forward(x, *args, **kwargs)
         y: Tensor = DenseLoraLinear.forward(self, x, *args, **kwargs)

@@ -10,16 +10,21 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...form import Form
+from ...merged import kept_of, with_update
 from ...nn import Packed4bit, is_dense, quantize_model
 from ...weight import NF4Weight
 from .._patches import extend
 from ..transformers.modules import dequantize_modules
 
+# What the nearest codes have to hold of an update, for nothing to be gained by rounding at random, which has the larger
+# errors.
+_HELD_BY_THE_NEAREST = 0.95
+
 
 class Over4bit:
     """Put before a PEFT layer class: the layer with a 4-bit module as its base.
 
-    Merging quantizes the sum of a weight and its adapters anew; unmerging gives back the old bits.
+    Merging rounds the sum of a weight and its adapters to 4 bits again; unmerging gives back the old bits.
     """
 
     merged_adapters: list[str]
@@ -35,6 +40,11 @@ class Over4bit:
         return layer
 
     @property
+    def trained_as_merged(self) -> bool:
+        """Whether the merged adapters saw the codes that merging gives while they were trained."""
+        return False
+
+    @property
     def bias4bit(self) -> Tensor | None:
         """The module's bias, where adapters can have a share in it."""
         return None
@@ -48,7 +58,7 @@ class Over4bit:
         raise NotImplementedError
 
     def requantize(self, weight: Tensor) -> None:
-        """Makes ``weight`` the 4-bit weight, in the form that it has."""
+        """Makes ``weight``, rounded to the nearest codes, the 4-bit weight, in the form that it has."""
         layer = self.layer4bit
         w4 = layer.quantize(weight)
         layer.set_packed(self.parameter_name, dataclasses.replace(w4, dtype=layer.weight_dtype))
@@ -77,13 +87,22 @@ class Over4bit:
         return weight, None
 
     def set_merged(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Quantizes what ``merged_weights`` gave, in the place of the weight that there is."""
+        """Takes what ``merged_weights`` gave, in 4 bits, in the place of the weight that there is.
+
+        Where the adapters move the weights so far that the nearest codes hold the update, the sum is quantized like any
+        weight. Else it is rounded under the old scales so that the codes hold it (``qlora_ext.merged``).
+        """
+        layer, before = self.layer4bit, self.decoded()
+        w4 = layer.packed_weight(self.parameter_name)
         self.requantize(weight)
+        held, whole = kept_of(weight - before, before, self.decoded())
+        if self.trained_as_merged or held < _HELD_BY_THE_NEAREST * whole:
+            layer.set_packed(self.parameter_name, with_update(w4, weight))
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.detach().to(self.bias4bit.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters into the 4-bit weight, which is quantized anew; ``unmerge`` gives back the old bits."""
+        """Merges adapters into the 4-bit weight, see ``set_merged``; ``unmerge`` gives back the old bits."""
         names = self.names_to_merge(adapter_names)
         if not names:
             return
@@ -125,10 +144,18 @@ class Over4bit:
 
 @dataclasses.dataclass(frozen=True)
 class MergeError:
-    """What quantizing the merged weights to 4 bits again costs: ‖Q(W + ΔW) - (W + ΔW)‖ / ‖W + ΔW‖."""
+    """What it costs that a merged weight has 4 bits again, Q(W + ΔW).
+
+    Attributes:
+        by_layer: ‖Q(W + ΔW) - (W + ΔW)‖ / ‖W + ΔW‖ of each layer.
+        total: the same of all layers together.
+        kept: how much of the update the codes hold: ⟨Q(W + ΔW) - W, ΔW⟩ / ‖ΔW‖² of all layers together. Rounding errors
+            beside the update, which average out over a row, do not count.
+    """
 
     by_layer: dict[str, float]
     total: float
+    kept: float
 
 
 def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
@@ -138,7 +165,7 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
         The base model, still 4-bit, and the relative error that each layer and all of them together took on.
     """
     by_layer: dict[str, float] = {}
-    error = norm = 0.0
+    error = norm = held = whole = 0.0
     for name, layer in model.named_modules():
         if not isinstance(layer, Over4bit):
             continue
@@ -147,25 +174,29 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
         names = layer.names_to_merge(None)
         if not names:
             continue
+        before = layer.decoded()
         exact, bias = layer.merged_weights(names)
         layer.set_merged(exact, bias)
         layer.merged_adapters.clear()
         path = name.removeprefix("base_model.model.")
         if layer.parameter_name != "weight":
             path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
-        difference = (layer.decoded() - exact).norm().item() ** 2
+        after = layer.decoded()
+        kept, update = kept_of(exact - before, before, after)
+        held, whole = held + kept, whole + update
+        difference = (after - exact).norm().item() ** 2
         size = exact.norm().item() ** 2
         by_layer[path] = (difference / size) ** 0.5 if size else 0.0
         error, norm = error + difference, norm + size
     base = model.unload()
-    return base, MergeError(by_layer, (error / norm) ** 0.5 if norm else 0.0)
+    return base, MergeError(by_layer, (error / norm) ** 0.5 if norm else 0.0, held / whole if whole else 1.0)
 
 
 def merge_calibrated(model: Any, calibration: Any) -> nn.Module:
     """Merges the active adapters of a PEFT model, and quantizes the sums for the inputs that their layers get.
 
-    Rounded by itself, a weight that an adapter moves by less than half a step between two codes stays where it was.
-    Calibration makes good with one weight what the rounding of another has lost, and so keeps most of what was learnt.
+    ``merge_to_4bit`` keeps the scales, and rounds at random. This looks for scales and codes by which the outputs are
+    right on the calibration's tokens: better for large updates, and worse for those far below a step between codes.
 
     Args:
         calibration: as ``quantize_model`` takes it.

@@ -1,0 +1,90 @@
+"""How much of what an adapter learnt is left once it is merged into 4 bits.
+
+    python bench/merging.py --model DIR [--steps 30] [--seeds 3]        (of bench/small_model.py)
+
+A model over bytes is fine-tuned on conversations that it has not seen (package chitchat-dataset), and the adapter
+merged into a 4-bit model again: each sum rounded to the nearest code under scales of its own, as a merge and a
+quantization do; by `merge_to_4bit`; by `merge_calibrated` on 48 rows of the text that was learnt; and by
+`merge_to_4bit` where training saw the merged weights (`set_merge_aware`). What is left is the share of the held-out
+loss that training gained, over seeds: mean and least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from typing import Any
+
+import finetuning
+import harness
+import small_model
+import texts
+import torch
+from peft import LoraConfig, get_peft_model
+
+import qlora_ext
+from qlora_ext.calibration import Calibration
+from qlora_ext.integrations.peft import merge_calibrated, merge_to_4bit, set_merge_aware
+
+RANKS, RATES = (4, 16, 64), (3e-5, 3e-4)
+
+
+def adapted(path: str, rank: int, seed: int) -> Any:
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(qlora_ext.quantize_model(finetuning.load(path)), config)
+
+
+def nearest(model: Any) -> Any:
+    return qlora_ext.quantize_model(model.merge_and_unload())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, metavar="DIR")
+    parser.add_argument("--steps", type=int, default=30, help="default %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
+    arguments = parser.parse_args()
+    ids, held_out = small_model.split(texts.conversations())
+    held_out = held_out[:48]
+    learnt = small_model.drawn(ids, 48, torch.Generator().manual_seed(7))
+    ways = {
+        "nearest": nearest,
+        "merge_to_4bit": lambda model: merge_to_4bit(model)[0],
+        "merge_calibrated": lambda model: merge_calibrated(model, Calibration(learnt)),
+    }
+    before = finetuning.loss_of(qlora_ext.quantize_model(finetuning.load(arguments.model)), held_out)
+    report = harness.Report(
+        "merging",
+        "What an adapter learnt, merged into 4 bits",
+        [
+            f"Share of the held-out gain that is left, mean (least) of {arguments.seeds} seeds; 1 is the adapter",
+            "beside its base. A model over bytes that never saw 4 bits (bench/small_model.py),",
+            f"{arguments.steps} steps of {finetuning.BATCH} x {small_model.LENGTH} bytes of conversations; the loss",
+            f"before training is {before:.4f} nats a byte.",
+        ],
+    )
+    for rank in RANKS:
+        for lr in RATES:
+            left: dict[str, list[float]] = {name: [] for name in (*ways, "merge-aware")}
+            gains = []
+            for seed in range(arguments.seeds):
+                model = adapted(arguments.model, rank, seed)
+                finetuning.train(model, ids, arguments.steps, lr, seed)
+                gain = before - finetuning.loss_of(model.eval(), held_out)
+                gains.append(gain)
+                aware = adapted(arguments.model, rank, seed)
+                set_merge_aware(aware)
+                finetuning.train(aware, ids, arguments.steps, lr, seed)
+                merged = {name: merge(copy.deepcopy(model)) for name, merge in ways.items()}
+                merged["merge-aware"] = merge_to_4bit(aware.eval())[0]
+                for name, other in merged.items():
+                    left[name].append((before - finetuning.loss_of(other, held_out)) / gain)
+            shares = {name: f"{statistics.fmean(of):.3f} ({min(of):.3f})" for name, of in left.items()}
+            report.add(rank=rank, **{"learning rate": lr, "gain": statistics.fmean(gains)}, **shares)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""A 4-bit layer as it is once its adapter is merged into it, and training that sees it so.
+
+An adapter moves most weights by less than the way to the next code's value. Rounded to the nearest value they stay
+where they were, and what was learnt is lost. Rounded up or down at random, with the chance that makes the value right
+on the average, the codes hold the whole update: a share of the weights makes the step, and the sums over a row hardly
+differ. The scales are the old ones, so that a weight that is not moved keeps its code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .autograd import LinearKernels, refuse_tangent
+from .weight import NF4Weight
+
+_kernels = LinearKernels("linear_nf4")
+_NO_LORA = None, None, 1.0, 0.0, 0
+# Of the random numbers by which all layers are rounded: a merged model is the same wherever and whenever it is made.
+_SEED = 0
+
+
+def scales_of(w4: NF4Weight) -> Tensor:
+    """The scales of ``w4`` as they decode, float32, one a block."""
+    if not w4.double_quant:
+        return w4.absmax
+    scales: Tensor = torch.ops.qlora.dequantize_absmax(
+        w4.absmax, w4.nested_absmax, w4.nested_offset, w4.nested_block_size
+    )
+    return scales
+
+
+def with_update(w4: NF4Weight, moved: Tensor) -> NF4Weight:
+    """``moved``, W and what an adapter adds to it, in 4 bits under the scales of W: the same codes at every call.
+
+    Args:
+        w4: W, [N, K] or a stack of such matrices [E, N, K].
+        moved: float32, of that shape.
+    """
+    if moved.ndim == 3:
+        return NF4Weight.stack([with_update(w4.matrix(e), moved[e]) for e in range(len(moved))])
+    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales_of(w4), w4.block_size, _SEED)
+    return dataclasses.replace(w4, packed=packed)
+
+
+def kept_of(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float]:
+    """⟨after - before, update⟩ and ‖update‖²: over each other, how much of an update the weights hold."""
+    return ((after - before) * update).sum().item(), update.square().sum().item()
+
+
+@torch.no_grad()
+def merged_weight(w4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> NF4Weight:
+    """W + scaling · B · A in 4 bits, by ``with_update``; the sum is float32."""
+    w = w4.dequantize(torch.float32)
+    return with_update(w4, w.addmm_(lora_b.float(), lora_a.float(), alpha=scaling))
+
+
+class MergedLinearNF4Function(torch.autograd.Function):
+    """y = x · Ŵᵀ + bias with Ŵ = ``merged_weight``, and the gradients that A and B have where Ŵ is W + scaling · B · A.
+
+    Rounding is passed straight through (Bengio et al., 2013). ``apply`` takes x [..., K], bias [N] or None,
+    lora_a [R, K], lora_b [N, R], scaling, and the six packed arguments of Ŵ.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, *packed_args: Any
+    ) -> Tensor:
+        *packed, block_size, nested_block_size = packed_args
+        ctx.save_for_backward(x, lora_a, lora_b, *packed)
+        ctx.numbers = scaling, block_size, nested_block_size
+        y: Tensor = _kernels.alone(x, *packed_args, lora_b.shape[0], bias, *_NO_LORA)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        refuse_tangent("the backward of a layer that is trained as merged", dy)
+        x, lora_a, lora_b, *packed = ctx.saved_tensors
+        scaling, *block_sizes = ctx.numbers
+        needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
+        dx = da = db = None
+        if needs_x:
+            dx = torch.ops.qlora.linear_nf4_dx(dy, *packed, *block_sizes, x.shape[-1], *_NO_LORA)
+        if needs_a or needs_b:
+            da, db = torch.ops.qlora.linear_nf4_dlora(dy, x, lora_a, lora_b, scaling, 0.0, 0)
+        dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None
+        nothing = (None,) * (1 + len(packed) + len(block_sizes))
+        return dx, dbias, da if needs_a else None, db if needs_b else None, *nothing
+
+
+def merged_linear_nf4(
+    x: Tensor, merged: NF4Weight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> Tensor:
+    """The layer over ``merged``, which is ``merged_weight(w4, lora_a, lora_b, scaling)``.
+
+    Args:
+        x: [..., K]; its dtype is that of bias [N], lora_a [R, K] and lora_b [N, R], too.
+
+    Returns:
+        y [..., N], differentiable in x, bias, lora_a and lora_b, once.
+    """
+    y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
+        x, bias, lora_a, lora_b, scaling, *merged.packed_args()
+    )
+    return y

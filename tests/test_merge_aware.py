@@ -1,0 +1,202 @@
+"""Merging into 4 bits keeps an adapter's update, and training over the merged weights is to the bit what is merged."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+import qlora_ext
+from qlora_ext.integrations import peft as integration
+from qlora_ext.merged import kept_of, merged_linear_nf4, merged_weight, scales_of, with_update
+from tiny_models import make, token_ids
+
+IDS = token_ids(4, 24)
+
+
+def adapted(size: float = 0.03, **config: Any) -> Any:
+    """Adapters that move no weight as far as the middle between two codes."""
+    options = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False, **config}
+    model = peft.get_peft_model(
+        qlora_ext.quantize_model(make("llama", torch.float32)), peft.LoraConfig(task_type="CAUSAL_LM", **options)
+    )
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=size)
+    return model.eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = model(input_ids=IDS).logits
+    return out
+
+
+def random_layer(double_quant: bool = True) -> tuple[qlora_ext.NF4Weight, Tensor, Tensor]:
+    w4 = qlora_ext.quantize_nf4(torch.randn(96, 128), double_quant=double_quant)
+    return w4, 0.04 * torch.randn(8, 128), 0.04 * torch.randn(96, 8)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_codes_hold_the_update(double_quant: bool) -> None:
+    w4, a, b = random_layer(double_quant)
+    update = 2.0 * (b @ a)
+    w = w4.dequantize(torch.float32)
+    nearest = torch.ops.qlora.encode_nf4(w + update, scales_of(w4), 64)
+    assert torch.equal(nearest, w4.packed)  # each by itself, nothing would be left of it
+    merged = merged_weight(w4, a, b, 2.0)
+    assert merged.tensors.keys() == w4.tensors.keys()
+    assert all(torch.equal(merged.tensors[key], w4.tensors[key]) for key in w4.tensors if key != "packed")
+    stepped = merged.dequantize(torch.float32) - w
+    kept = ((stepped * update).sum() / update.square().sum()).item()
+    assert 0.8 < kept < 1.2
+    assert torch.equal(merged_weight(w4, a, b, 2.0).packed, merged.packed)
+    assert torch.equal(merged_weight(w4, a, torch.zeros_like(b), 2.0).packed, w4.packed)
+
+
+def test_stacks_are_rounded_matrix_by_matrix() -> None:
+    parts = [qlora_ext.quantize_nf4(torch.randn(8, 40)) for _ in range(3)]
+    stack = qlora_ext.NF4Weight.stack(parts)
+    moved = stack.dequantize(torch.float32) + 0.01 * torch.randn(3, 8, 40)
+    merged = with_update(stack, moved)
+    for e, part in enumerate(parts):
+        assert torch.equal(merged.matrix(e).packed, with_update(part, moved[e]).packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_pass_the_rounding(dtype: torch.dtype) -> None:
+    w4, a, b = random_layer()
+    x, bias, dy = torch.randn(7, 128).to(dtype), torch.randn(96).to(dtype), torch.randn(7, 96).to(dtype)
+    merged = merged_weight(w4, a, b, 2.0)
+    leaves = [t.to(dtype).requires_grad_() for t in (x, bias, a, b)]
+    y = merged_linear_nf4(leaves[0], merged, *leaves[1:], 2.0)
+    assert torch.equal(y, qlora_ext.linear_nf4(x, merged, bias))
+    y.backward(dy)
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    w = merged.dequantize(torch.float32).double()
+    update = 2.0 * exact[3] @ exact[2]
+    (exact[0] @ (w + update - update.detach()).T + exact[1]).backward(dy.double())
+    for leaf, other in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None
+        assert other.grad is not None
+        error = (leaf.grad.double() - other.grad).norm() / other.grad.norm()
+        assert error < (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_a_merged_model_is_the_one_that_was_trained(tmp_path: Path) -> None:
+    model = adapted()
+    beside = logits(model)
+    integration.set_merge_aware(model)
+    assert not torch.equal(logits(model), beside)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss = model.train()(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    expected = logits(model.eval())
+    assert torch.equal(logits(model), expected)  # out of what was kept of the first time
+    with torch.no_grad():
+        trainable[0].mul_(3.0)
+    assert not torch.equal(logits(model), expected)
+    with torch.no_grad():
+        trainable[0].div_(3.0)
+    expected = logits(model)
+
+    model.save_pretrained(tmp_path)
+    other = peft.PeftModel.from_pretrained(qlora_ext.quantize_model(make("llama", torch.float32)), tmp_path).eval()
+    assert torch.equal(logits(other), expected)
+    other.merge_adapter()
+    assert torch.equal(logits(other), expected)
+    other.unmerge_adapter()
+    assert torch.equal(logits(other), expected)
+    merged, error = integration.merge_to_4bit(model)
+    assert torch.equal(logits(merged), expected)
+    assert 0.8 < error.kept < 1.2
+
+
+def test_checkpointing_and_accumulation_give_the_same_gradients() -> None:
+    model = adapted()
+    integration.set_merge_aware(model)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.train()(input_ids=IDS, labels=IDS).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_outputs_move_by_what_was_learnt() -> None:
+    """On the average of many inputs: by rounding to the nearest codes they would hardly move."""
+    w4 = qlora_ext.quantize_nf4(torch.randn(64, 1024))
+    x = torch.randn(256, 1024) + 1.0  # of a mean, as activations have it
+    a, b = torch.full((1, 1024), 0.01), torch.ones(64, 1)
+    w = w4.dequantize(torch.float32)
+    expected = (x @ (b @ a).T).mean()
+    moved = {
+        "nearest": qlora_ext.quantize_nf4(w + b @ a).dequantize(torch.float32),
+        "merged": merged_weight(w4, a, b, 1.0).dequantize(torch.float32),
+    }
+    share = {name: ((x @ (after - w).T).mean() / expected).item() for name, after in moved.items()}
+    assert abs(share["merged"] - 1.0) < 0.15
+    assert abs(share["nearest"]) < 0.4, share
+
+
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_the_codes_of_small_and_of_large_updates(size: float) -> None:
+    """Small ones are rounded at random, under the old scales; large ones to the nearest, under scales of their own."""
+    model = adapted(size=size)
+    scales = [p.clone() for n, p in model.named_parameters() if n.endswith("absmax")]
+    merged, error = integration.merge_to_4bit(model)
+    after = [p for n, p in merged.named_parameters() if n.endswith("absmax")]
+    assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True)) == (size < 1.0)
+    assert 0.9 < error.kept < 1.1
+    assert error.total < 0.12
+
+
+def test_kept_is_a_share_of_the_update() -> None:
+    before, update = torch.randn(8, 8), torch.randn(8, 8)
+    for share in (0.0, 0.5, 1.0):
+        held, whole = kept_of(update, before, before + share * update)
+        assert held / whole == pytest.approx(share, abs=1e-5)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lora_dropout: expected 0, for a merged adapter has none, got 0.1"):
+        integration.set_merge_aware(adapted(lora_dropout=0.1))
+    with pytest.raises(ValueError, match=r"adapter_name: expected plain LoRA, got 'default'"):
+        integration.set_merge_aware(adapted(use_dora=True))
+    with pytest.raises(ValueError, match=r"adapter_name: expected an adapter on 4-bit linear layers, got 'other'"):
+        integration.set_merge_aware(adapted(), adapter_name="other")
+    from moe_families import adapted as adapted_moe
+
+    with pytest.raises(ValueError, match=r"peft_model: expected LoRA on linear layers alone, got some on experts'"):
+        integration.set_merge_aware(adapted_moe("Mixtral"))
+    model = adapted()
+    integration.set_merge_aware(model)
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"adapters: expected a plain LoRA alone where one runs as merged"):
+        logits(model)
+    with model.disable_adapter():
+        logits(model)
+
+
+def test_what_merging_reports_is_complete() -> None:
+    _, error = integration.merge_to_4bit(adapted())
+    assert {field.name for field in dataclasses.fields(error)} == {"by_layer", "total", "kept"}
+    assert len(error.by_layer) == 14
