@@ -20,6 +20,13 @@ __device__ __forceinline__ uint32_t fma_to_bits(float a, float b, float c) {
   return d;
 }
 
+// a * b + c, rounded once, then clamped to [0, 1]; 0 for NaN.
+__device__ __forceinline__ float fma_saturated(float a, float b, float c) {
+  float d;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+  return d;
+}
+
 // All ones where a > b, else 0.
 __device__ __forceinline__ uint32_t greater_mask(float a, float b) {
   uint32_t d;
