@@ -135,10 +135,17 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
                                                        block_size, packed, on.stream()));
     return call.packed;
   }
-  check_launch("encode_nf4", cuda::launch_encode_nf4_with_feedback(
-                                 call.dtype, call.w.const_data_ptr(), scales, call.n, call.k, block_size,
-                                 call.feedback.const_data_ptr<float>(), call.order.const_data_ptr<int64_t>(), packed,
-                                 on.device(), on.allocator(), on.stream()));
+  const cuda::FeedbackProblem problem = {call.dtype,
+                                         call.w.const_data_ptr(),
+                                         scales,
+                                         call.n,
+                                         call.k,
+                                         block_size,
+                                         call.feedback.const_data_ptr<float>(),
+                                         call.order.const_data_ptr<int64_t>(),
+                                         packed};
+  check_launch("encode_nf4",
+               cuda::launch_encode_nf4_with_feedback(problem, on.device(), on.allocator(), on.stream()));
   return call.packed;
 }
 

@@ -80,8 +80,9 @@ struct FeedbackStripe {
 
   const FeedbackArgs<T>& args;
   FeedbackShared& shared;
-  int64_t row;  // the stripe's first
-  float* errors;
+  int64_t row;     // the stripe's first
+  float* errors;   // of the stripe
+  int64_t stride;  // of its rows
   uint8_t* codes;
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % tile::kWarp; }
@@ -100,29 +101,30 @@ struct FeedbackStripe {
     }
   }
 
-  // Starts the copies of a chunk's factors for the batch's places, zeros beyond k, and of the errors of a chunk before
-  // the batch.
-  __device__ __forceinline__ void stage_chunk(int chunk, int first, bool aligned) const {
-    constexpr int kWidth = 4;  // floats of 16 bytes
+  // Starts the copies of a chunk: its factors for the batch's places, zeros beyond k, by all warps, and of a chunk before
+  // the batch the errors of each warp's rows by itself.
+  template <bool kAligned>
+  __device__ __forceinline__ void stage_chunk(int chunk, int first) const {
+    constexpr int kFloats = 4;  // of 16 bytes
     const int stage = chunk % Tile::kStages, place = chunk * Tile::kChunk;
-    const int width = aligned ? kWidth : 1, across = Tile::kBatch / width;
-    for (int i = threadIdx.x; i < Tile::kChunk * across; i += blockDim.x) {
-      const int p = i / across, at = i % across * width;
-      const bool inside = place + p < args.k && first + at < args.k;
-      const float* const from = args.feedback + (inside ? int64_t{place + p} * args.k + first + at : 0);
-      const uint32_t to = ptx::shared_address(&shared.factors[stage][p][at]);
-      if (aligned) {
-        ptx::cp_async_16(to, from, inside ? 16 : 0);
+    for (int p = warp(); p < Tile::kChunk; p += blockDim.x / tile::kWarp) {
+      const float* const from = args.feedback + int64_t{place + p} * args.k + first;
+      const auto inside = [&](int at) { return place + p < args.k && first + at < args.k; };
+      if constexpr (kAligned) {
+        const int at = lane() * kFloats;
+        ptx::cp_async_16(ptx::shared_address(&shared.factors[stage][p][at]), from + at, inside(at) ? 16 : 0);
       } else {
-        ptx::cp_async_4(to, from, inside ? 4 : 0);
+#pragma unroll
+        for (int at = lane(); at < Tile::kBatch; at += tile::kWarp) {
+          ptx::cp_async_4(ptx::shared_address(&shared.factors[stage][p][at]), from + at, inside(at) ? 4 : 0);
+        }
       }
     }
-    if (place >= first) return;
-    constexpr int kPieces = Tile::kChunk / kWidth;
-    for (int i = threadIdx.x; i < rows() * kPieces; i += blockDim.x) {
-      const int r = i / kPieces, at = i % kPieces * kWidth;
-      ptx::cp_async_16(ptx::shared_address(&shared.errors[stage][r][at]),
-                       errors + r * padded_places(args.k) + place + at, 16);
+    constexpr int kPieces = Tile::kChunk / kFloats;
+    static_assert(Tile::kRows * kPieces <= tile::kWarp);
+    if (place < first && lane() < Tile::kRows * kPieces) {
+      const int r = warp() * Tile::kRows + lane() / kPieces, at = lane() % kPieces * kFloats;
+      ptx::cp_async_16(ptx::shared_address(&shared.errors[stage][r][at]), errors + r * stride + place + at, 16);
     }
   }
 
@@ -223,17 +225,18 @@ struct FeedbackStripe {
   __device__ __forceinline__ void store_errors(const FeedbackWeights& weights, int first) const {
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      float* const to = errors + (warp() * Tile::kRows + r) * padded_places(args.k) + first + lane() * Tile::kPerLane;
+      float* const to = errors + (warp() * Tile::kRows + r) * stride + first + lane() * Tile::kPerLane;
       *reinterpret_cast<float4*>(to) = make_float4(weights[r][0], weights[r][1], weights[r][2], weights[r][3]);
     }
   }
 
-  __device__ __forceinline__ void round_batch(int first, bool aligned, uint32_t table) const {
+  template <bool kAligned>
+  __device__ __forceinline__ void round_batch(int first, uint32_t table) const {
     const int chunks = ceil_div(min(first + Tile::kBatch, args.k), Tile::kChunk);
     __syncthreads();  // the batch before has left shared memory, and written its errors
     stage_places(first);
     for (int chunk = 0; chunk < Tile::kStages - 1; ++chunk) {
-      if (chunk < chunks) stage_chunk(chunk, first, aligned);
+      if (chunk < chunks) stage_chunk<kAligned>(chunk, first);
       ptx::cp_async_commit();
     }
     __syncthreads();
@@ -243,7 +246,7 @@ struct FeedbackStripe {
     for (int chunk = 0; chunk < chunks; ++chunk) {
       ptx::cp_async_wait<Tile::kStages - 2>();
       __syncthreads();
-      if (chunk + Tile::kStages - 1 < chunks) stage_chunk(chunk + Tile::kStages - 1, first, aligned);
+      if (chunk + Tile::kStages - 1 < chunks) stage_chunk<kAligned>(chunk + Tile::kStages - 1, first);
       ptx::cp_async_commit();
       const int place = chunk * Tile::kChunk;
       if (place < first) {
@@ -281,20 +284,23 @@ struct FeedbackStripe {
   }
 };
 
-template <class T>
-__global__ __launch_bounds__(FeedbackTile::kMaxWarps* tile::kWarp,
-                             2) void encode_nf4_feedback_kernel(const FeedbackArgs<T> args) {
+// kAligned: rows of the factors begin at multiples of 16 bytes.
+template <class T, bool kAligned>
+__global__ __launch_bounds__(FeedbackTile::kMaxWarps* tile::kWarp, 2) void encode_nf4_feedback_kernel(
+    const FeedbackArgs<T> args) {
   extern __shared__ __align__(tile::Nf4EncodeTable::kBytes) unsigned char memory[];
   FeedbackShared& shared = *reinterpret_cast<FeedbackShared*>(memory);
   tile::stage_nf4_round(&shared.table);
   const uint32_t table = ptx::shared_address(&shared.table);
-  const bool aligned = args.k % 4 == 0 && tile::is_aligned<16>(args.feedback);
   const int warps = blockDim.x / tile::kWarp, rows = warps * FeedbackTile::kRows;
-  float* const errors = args.errors + int64_t{blockIdx.x} * rows * padded_places(args.k);
+  const int64_t stride = padded_places(args.k);
+  float* const errors = args.errors + int64_t{blockIdx.x} * rows * stride;
   uint8_t* const codes = args.codes + blockIdx.x * stripe_codes(args.k, warps);
   for (int64_t row = int64_t{blockIdx.x} * rows; row < args.n; row += int64_t{gridDim.x} * rows) {
-    const FeedbackStripe<T> stripe = {args, shared, row, errors, codes};
-    for (int first = 0; first < args.k; first += FeedbackTile::kBatch) stripe.round_batch(first, aligned, table);
+    const FeedbackStripe<T> stripe = {args, shared, row, errors, stride, codes};
+    for (int first = 0; first < args.k; first += FeedbackTile::kBatch) {
+      stripe.template round_batch<kAligned>(first, table);
+    }
     __syncthreads();
     stripe.pack();
   }

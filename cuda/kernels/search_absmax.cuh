@@ -33,7 +33,7 @@ struct BlockLane {
     for (int i = first; i < count; i += kSearchLanes) {
       body(tile::widen(w[i]), importance[at]);
       at += kSearchLanes;
-      if (at >= k) at %= k;
+      while (at >= k) at -= k;
     }
   }
 };

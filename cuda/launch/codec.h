@@ -26,12 +26,19 @@ cudaError_t launch_search_absmax_nf4(DType dtype, const void* w, const float* im
 cudaError_t launch_encode_nf4(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
                               uint8_t* packed, cudaStream_t stream);
 
-// The same for w [n, k], where each rounding error is made good by the columns that are rounded later: in `order` [k],
-// with the factors feedback [k, k] (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of order
-// that is no column stands for column 0, and codes that nothing was rounded to are any.
-cudaError_t launch_encode_nf4_with_feedback(DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,
-                                            int64_t block_size, const float* feedback, const int64_t* order,
-                                            uint8_t* packed, const Device& device, const Allocator& allocate,
+// The same where each rounding error is made good by the columns that are rounded later: in `order`, with the factors
+// `feedback` (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of order that is no column stands
+// for column 0, and codes that nothing was rounded to are any.
+struct FeedbackProblem {
+  DType dtype;
+  const void* w;        // [n, k]
+  const float* absmax;  // [ceil(n * k / block_size)]
+  int64_t n, k, block_size;
+  const float* feedback;  // [k, k]
+  const int64_t* order;   // [k]
+  uint8_t* packed;        // [ceil(n * k / 2)]
+};
+cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,
                                             cudaStream_t stream);
 
 // Doubles of scratch that launch_quantize_absmax wants for `count` values.

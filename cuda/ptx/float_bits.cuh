@@ -34,4 +34,13 @@ __device__ __forceinline__ uint32_t greater_mask(float a, float b) {
   return d;
 }
 
+// sum + kTerm where a > b, else sum.
+template <uint32_t kTerm>
+__device__ __forceinline__ uint32_t add_where_greater(float a, float b, uint32_t sum) {
+  asm("{\n\t.reg .pred p;\n\tsetp.gt.f32 p, %1, %2;\n\t@p add.u32 %0, %0, %3;\n\t}"
+      : "+r"(sum)
+      : "f"(a), "f"(b), "n"(kTerm));
+  return sum;
+}
+
 }  // namespace qlora::ptx

@@ -11,7 +11,6 @@
 #include "cpp/format/nf4.h"
 #include "cuda/ptx/float_bits.cuh"
 #include "cuda/ptx/lop3.cuh"
-#include "cuda/ptx/mad.cuh"
 #include "cuda/ptx/shared.cuh"
 #include "cuda/tile/code_tables.cuh"
 
@@ -40,7 +39,7 @@ __device__ __forceinline__ uint32_t nf4_round(float q, uint32_t table) {
   const float unit = ptx::fma_saturated(q, 0.5f, 0.5f);  // [-1, 1] -> [0, 1]
   const uint32_t j = ptx::fma_to_bits(unit, 2.0f * Nf4EncodeTable::kSlope, 8388608.0f);
   const uint32_t cell = ptx::and_or(j, Nf4EncodeTable::kOffsetMask, table);
-  return ptx::mad<uint32_t(-4)>(ptx::greater_mask(q, ptx::load_shared_f32(cell)), cell);
+  return ptx::add_where_greater<4>(q, ptx::load_shared_f32(cell), cell);
 }
 __device__ __forceinline__ uint32_t nf4_code(uint32_t place) {
   return ptx::load_shared_u32<Nf4EncodeTable::kCells * 4>(place);
