@@ -10,7 +10,7 @@
 // The batch starts from w, subtracts the errors of all places before it times their factors, and is then rounded place
 // by place: its error goes to the places after it within the batch, and takes the weight's own register. So a weight is
 // read once and changed in one register only, in the order of the places, each product and difference rounded by
-// itself. The factors, and the errors of the CTA's rows, stream through shared memory in chunks of 16 places.
+// itself. The factors, and the errors of the CTA's rows, stream through shared memory in chunks of 32 places.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +30,8 @@ struct FeedbackTile {
   static constexpr int kRows = 4;     // of a warp
   static constexpr int kPerLane = 4;  // places
   static constexpr int kBatch = tile::kWarp * kPerLane;
-  static constexpr int kChunk = 16;
-  static constexpr int kStages = 3;
+  static constexpr int kChunk = 32;
+  static constexpr int kStages = 2;
   static constexpr int kMaxWarps = cuda::kFeedbackWarps;
 };
 
@@ -101,24 +101,28 @@ struct FeedbackStripe {
     }
   }
 
-  // Starts the copies of a chunk: its factors for the batch's places, zeros beyond k, by all warps, and of a chunk before
-  // the batch the errors of each warp's rows by itself.
+  // Starts the copies of a chunk: its factors for the batch's places, zeros beyond k, by all warps, and of a chunk
+  // before the batch the errors of each warp's rows by itself.
   template <bool kAligned>
   __device__ __forceinline__ void stage_chunk(int chunk, int first) const {
     constexpr int kFloats = 4;  // of 16 bytes
     const int stage = chunk % Tile::kStages, place = chunk * Tile::kChunk;
-    for (int p = warp(); p < Tile::kChunk; p += blockDim.x / tile::kWarp) {
-      const float* const from = args.feedback + int64_t{place + p} * args.k + first;
-      const auto inside = [&](int at) { return place + p < args.k && first + at < args.k; };
-      if constexpr (kAligned) {
-        const int at = lane() * kFloats;
-        ptx::cp_async_16(ptx::shared_address(&shared.factors[stage][p][at]), from + at, inside(at) ? 16 : 0);
-      } else {
-#pragma unroll
-        for (int at = lane(); at < Tile::kBatch; at += tile::kWarp) {
-          ptx::cp_async_4(ptx::shared_address(&shared.factors[stage][p][at]), from + at, inside(at) ? 4 : 0);
+    constexpr int kWidth = kAligned ? kFloats : 1, kSteps = Tile::kPerLane / kWidth;
+    const int warps = blockDim.x / tile::kWarp, at = first + lane() * kWidth, rows_left = args.k - place;
+    const float* from = args.feedback + int64_t{place + warp()} * args.k + at;
+    uint32_t to = ptx::shared_address(&shared.factors[stage][warp()][lane() * kWidth]);
+    for (int p = warp(); p < Tile::kChunk; p += warps) {
+      tile::unroll<kSteps>([&](auto step) {
+        constexpr int kFurther = step * tile::kWarp * kWidth;
+        const bool inside = p < rows_left && at + kFurther < args.k;
+        if constexpr (kAligned) {
+          ptx::cp_async_16(to, from, inside ? 16 : 0);
+        } else {
+          ptx::cp_async_4(to + kFurther * 4, from + kFurther, inside ? 4 : 0);
         }
-      }
+      });
+      from += int64_t{warps} * args.k;
+      to += warps * sizeof(shared.factors[0][0]);
     }
     constexpr int kPieces = Tile::kChunk / kFloats;
     static_assert(Tile::kRows * kPieces <= tile::kWarp);
@@ -286,8 +290,8 @@ struct FeedbackStripe {
 
 // kAligned: rows of the factors begin at multiples of 16 bytes.
 template <class T, bool kAligned>
-__global__ __launch_bounds__(FeedbackTile::kMaxWarps* tile::kWarp, 2) void encode_nf4_feedback_kernel(
-    const FeedbackArgs<T> args) {
+__global__ __launch_bounds__(FeedbackTile::kMaxWarps* tile::kWarp,
+                             2) void encode_nf4_feedback_kernel(const FeedbackArgs<T> args) {
   extern __shared__ __align__(tile::Nf4EncodeTable::kBytes) unsigned char memory[];
   FeedbackShared& shared = *reinterpret_cast<FeedbackShared*>(memory);
   tile::stage_nf4_round(&shared.table);
