@@ -80,9 +80,9 @@ struct FeedbackStripe {
 
   const FeedbackArgs<T>& args;
   FeedbackShared& shared;
-  int64_t row;     // the stripe's first
-  float* errors;   // of the stripe
-  int64_t stride;  // of its rows
+  int64_t row;    // the stripe's first
+  float* errors;  // of the stripe
+  int stride;     // of its rows
   uint8_t* codes;
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % tile::kWarp; }
@@ -128,7 +128,7 @@ struct FeedbackStripe {
     static_assert(Tile::kRows * kPieces <= tile::kWarp);
     if (place < first && lane() < Tile::kRows * kPieces) {
       const int r = warp() * Tile::kRows + lane() / kPieces, at = lane() % kPieces * kFloats;
-      ptx::cp_async_16(ptx::shared_address(&shared.errors[stage][r][at]), errors + r * stride + place + at, 16);
+      ptx::cp_async_16(ptx::shared_address(&shared.errors[stage][r][at]), errors + int64_t{r} * stride + place + at, 16);
     }
   }
 
@@ -155,7 +155,7 @@ struct FeedbackStripe {
   __device__ __forceinline__ void subtract(FeedbackWeights& weights, int stage) const {
     const auto& factors = shared.factors[stage];
     const auto* const own = &shared.errors[stage][warp() * Tile::kRows];
-#pragma unroll
+#pragma unroll 4
     for (int place = 0; place < Tile::kChunk; place += 4) {
       float error[Tile::kRows][4];
 #pragma unroll
@@ -229,7 +229,7 @@ struct FeedbackStripe {
   __device__ __forceinline__ void store_errors(const FeedbackWeights& weights, int first) const {
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
-      float* const to = errors + (warp() * Tile::kRows + r) * stride + first + lane() * Tile::kPerLane;
+      float* const to = errors + int64_t{warp() * Tile::kRows + r} * stride + first + lane() * Tile::kPerLane;
       *reinterpret_cast<float4*>(to) = make_float4(weights[r][0], weights[r][1], weights[r][2], weights[r][3]);
     }
   }
@@ -297,7 +297,7 @@ __global__ __launch_bounds__(FeedbackTile::kMaxWarps* tile::kWarp,
   tile::stage_nf4_round(&shared.table);
   const uint32_t table = ptx::shared_address(&shared.table);
   const int warps = blockDim.x / tile::kWarp, rows = warps * FeedbackTile::kRows;
-  const int64_t stride = padded_places(args.k);
+  const int stride = static_cast<int>(padded_places(args.k));
   float* const errors = args.errors + int64_t{blockIdx.x} * rows * stride;
   uint8_t* const codes = args.codes + blockIdx.x * stripe_codes(args.k, warps);
   for (int64_t row = int64_t{blockIdx.x} * rows; row < args.n; row += int64_t{gridDim.x} * rows) {
