@@ -144,8 +144,7 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
                                          call.feedback.const_data_ptr<float>(),
                                          call.order.const_data_ptr<int64_t>(),
                                          packed};
-  check_launch("encode_nf4",
-               cuda::launch_encode_nf4_with_feedback(problem, on.device(), on.allocator(), on.stream()));
+  check_launch("encode_nf4", cuda::launch_encode_nf4_with_feedback(problem, on.device(), on.allocator(), on.stream()));
   return call.packed;
 }
 

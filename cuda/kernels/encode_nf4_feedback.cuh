@@ -128,7 +128,8 @@ struct FeedbackStripe {
     static_assert(Tile::kRows * kPieces <= tile::kWarp);
     if (place < first && lane() < Tile::kRows * kPieces) {
       const int r = warp() * Tile::kRows + lane() / kPieces, at = lane() % kPieces * kFloats;
-      ptx::cp_async_16(ptx::shared_address(&shared.errors[stage][r][at]), errors + int64_t{r} * stride + place + at, 16);
+      ptx::cp_async_16(ptx::shared_address(&shared.errors[stage][r][at]), errors + int64_t{r} * stride + place + at,
+                       16);
     }
   }
 

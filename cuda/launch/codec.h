@@ -27,8 +27,8 @@ cudaError_t launch_encode_nf4(DType dtype, const void* w, const float* absmax, i
                               uint8_t* packed, cudaStream_t stream);
 
 // The same where each rounding error is made good by the columns that are rounded later: in `order`, with the factors
-// `feedback` (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of order that is no column stands
-// for column 0, and codes that nothing was rounded to are any.
+// `feedback` (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of order that is no column
+// stands for column 0, and codes that nothing was rounded to are any.
 struct FeedbackProblem {
   DType dtype;
   const void* w;        // [n, k]
