@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from samples import DTYPES
-from test_codec_cuda import assert_bits
+from test_codec_cuda import assert_bits, free_memory
 from test_encode_cpu import feedback_of, moments, weight
 
 pytestmark = pytest.mark.cuda
@@ -225,3 +225,18 @@ def test_wrong_arguments_are_named() -> None:
     for message, call in _wrong().items():
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(free_memory() < 9 << 30, reason="needs 9 GB of free memory")
+def test_codes_of_more_than_2_to_the_31_elements() -> None:
+    numel, tail = (1 << 31) + 4096 + 33, 8192 + 33
+    w = torch.zeros(numel, dtype=torch.bfloat16, device="cuda")
+    end = weight(1, tail, torch.bfloat16).reshape(-1)
+    w[-tail:] = end
+    absmax = torch.ones(-(-numel // 64), device="cuda")
+    scales = torch.rand(-(-tail // 64)) + 0.5
+    absmax[-len(scales) :] = scales
+    packed = OPS.encode_nf4(w, absmax, 64)
+    assert_bits(packed[(numel - tail) // 2 :], OPS.encode_nf4(end, scales, 64), "codes")
+    assert packed[: (numel - tail) // 2].eq(119).all()

@@ -263,8 +263,8 @@ struct FeedbackStripe {
     store_errors(weights, first);
   }
 
-  // The stripe's codes, which begin with a whole byte, and as many stripes as there are with a whole word. The low half
-  // of an odd last byte is the zero code.
+  // The stripe's codes. Stripes are of 8 rows at least, so that each begins at a whole word of packed codes; the low
+  // half of an odd last byte is the zero code.
   __device__ __forceinline__ void pack() const {
     constexpr int kAtOnce = 8;
     const int64_t count = min(int64_t{rows()}, args.n - row) * args.k;
