@@ -7,6 +7,7 @@
 
 #include "cpp/format/print_kernels.h"
 #include "cpp/ops/calls.h"
+#include "cpp/ops/encode_calls.h"
 #include "cpp/ops/grouped_calls.h"
 #include "cpp/ops/value_error.h"
 #include "cuda/launch/choice.h"
@@ -110,6 +111,41 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size)
                                                          packed.mutable_data_ptr<uint8_t>(),
                                                          absmax.mutable_data_ptr<float>(), on.stream()));
   return {packed, absmax};
+}
+
+Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size) {
+  const SearchAbsmaxCall call(w, importance, block_size);
+  const OnDevice on(call.w);
+  check_launch("search_absmax_nf4",
+               cuda::launch_search_absmax_nf4(call.dtype, call.w.const_data_ptr(),
+                                              call.importance.const_data_ptr<float>(), call.numel, call.k, block_size,
+                                              call.absmax.mutable_data_ptr<float>(), on.stream()));
+  return call.absmax;
+}
+
+// What order and feedback hold is not checked as on the CPU: the host would have to wait for it.
+Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
+                  OptionalTensor order) {
+  const EncodeCall call(w, absmax, block_size, feedback, order);
+  OnDevice on(call.w);
+  auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
+  const auto* const scales = call.absmax.const_data_ptr<float>();
+  if (!feedback) {
+    check_launch("encode_nf4", cuda::launch_encode_nf4(call.dtype, call.w.const_data_ptr(), scales, call.numel,
+                                                       block_size, packed, on.stream()));
+    return call.packed;
+  }
+  const cuda::FeedbackProblem problem = {call.dtype,
+                                         call.w.const_data_ptr(),
+                                         scales,
+                                         call.n,
+                                         call.k,
+                                         block_size,
+                                         call.feedback.const_data_ptr<float>(),
+                                         call.order.const_data_ptr<int64_t>(),
+                                         packed};
+  check_launch("encode_nf4", cuda::launch_encode_nf4_with_feedback(problem, on.device(), on.allocator(), on.stream()));
+  return call.packed;
 }
 
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int64_t nested_block_size) {
@@ -291,6 +327,8 @@ std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("quantize_nf4", QLORA_BOX(&qlora::quantize_nf4));
+  m.impl("search_absmax_nf4", QLORA_BOX(&qlora::search_absmax_nf4));
+  m.impl("encode_nf4", QLORA_BOX(&qlora::encode_nf4));
   m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
   m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
   m.impl("dequantize_nf4", QLORA_BOX(&qlora::dequantize_nf4));

@@ -64,6 +64,13 @@ int main() {
             std::printf("%s[%d, %d, %d, %d, %d, %ld]", comma, l2, m, inner, columns, sums, long(panel));
             comma = ", ";
           }
+  std::printf("], \"feedback\": [");
+  comma = "";
+  for (int sms : {1, 108, 132})
+    for (int n : {1, 31, 1024, 4096, 14336}) {
+      std::printf("%s[%d, %d, %d]", comma, sms, n, feedback_warps(n, 4, card(90, sms, 50)));
+      comma = ", ";
+    }
   std::printf("]}\n");
 }
 """
@@ -130,3 +137,10 @@ def test_panels_stay_in_half_of_l2(chosen: dict) -> None:
             assert panel % 256 == 0
             a_column = 2 * inner + 4 * m * sums
             assert panel * a_column <= max(l2 << 19, 512 * a_column) + 256 * a_column, (l2, m, inner, columns, sums)
+
+
+def test_feedback_shares_factors_where_every_sm_has_rows(chosen: dict) -> None:
+    for sms, n, warps in chosen["feedback"]:
+        assert warps in (2, 4, 8)  # a stripe of 4 rows a warp fills whole words of codes
+        assert warps == 2 or n > sms * 4 * warps / 2, (sms, n)
+        assert warps == 8 or n <= sms * 4 * warps, (sms, n)

@@ -77,6 +77,21 @@ def test_codes_under_scales(n: int, k: int, block: int, dtype: torch.dtype) -> N
     )
 
 
+@pytest.mark.parametrize("scale", [1.0, -2.0, 0.0, 1e-39, float("inf"), float("nan")])
+def test_codes_of_what_is_not_finite(scale: float) -> None:
+    w = weight(6, 64)
+    w[0, 3], w[1, 4], w[2, 5] = float("nan"), float("inf"), -float("inf")
+    absmax = torch.full((6,), scale)
+    with np.errstate(invalid="ignore"):
+        expected = reference.encode_nf4(w.numpy(), absmax.numpy(), 64)
+    assert_bits(OPS.encode_nf4(w, absmax, 64), expected, "codes")
+    feedback, order = feedback_of(moments(64))
+    with np.errstate(invalid="ignore"):
+        codes = reference.encode_with_feedback(w.numpy(), absmax.numpy(), feedback.numpy(), order.numpy(), 64)
+    packed = OPS.encode_nf4(w, absmax, 64, feedback, order)
+    assert np.array_equal(reference.unpack(packed.numpy(), w.numel()).reshape(6, 64), codes)
+
+
 def test_plain_scales_give_plain_codes() -> None:
     w = weight(7, 100)
     packed, absmax = OPS.quantize_nf4(w, 64)

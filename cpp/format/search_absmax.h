@@ -9,6 +9,6 @@ namespace qlora {
 // asks for.
 inline constexpr int kSearchSteps = 26;
 inline constexpr int kSearchFits = 2;
-QLORA_HD float search_factor(int step) { return 1.06f - 0.02f * static_cast<float>(step); }
+QLORA_HD constexpr float search_factor(int step) { return 1.06f - 0.02f * static_cast<float>(step); }
 
 }  // namespace qlora

@@ -9,12 +9,37 @@
 
 #include "cpp/format/problem.h"
 #include "cuda/launch/device.h"
+#include "cuda/launch/launch.h"
 
 namespace qlora::cuda {
 
 // w [numel] (float32, bfloat16 or float16) -> packed [ceil(numel / 2)] and absmax [ceil(numel / block_size)].
 cudaError_t launch_quantize_nf4(DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
                                 float* absmax, cudaStream_t stream);
+
+// w [numel] in rows of k, importance [k] -> absmax [ceil(numel / block_size)] for which the squared errors of the
+// codes, each times the importance of its column, sum to the least.
+cudaError_t launch_search_absmax_nf4(DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
+                                     int64_t block_size, float* absmax, cudaStream_t stream);
+
+// w [numel] under the scales absmax [ceil(numel / block_size)] -> packed [ceil(numel / 2)].
+cudaError_t launch_encode_nf4(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
+                              uint8_t* packed, cudaStream_t stream);
+
+// The same where each rounding error is made good by the columns that are rounded later: in `order`, with the factors
+// `feedback` (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of order that is no column
+// stands for column 0, and codes that nothing was rounded to are any.
+struct FeedbackProblem {
+  DType dtype;
+  const void* w;        // [n, k]
+  const float* absmax;  // [ceil(n * k / block_size)]
+  int64_t n, k, block_size;
+  const float* feedback;  // [k, k]
+  const int64_t* order;   // [k]
+  uint8_t* packed;        // [ceil(n * k / 2)]
+};
+cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,
+                                            cudaStream_t stream);
 
 // Doubles of scratch that launch_quantize_absmax wants for `count` values.
 int64_t quantize_absmax_workspace(int64_t count);

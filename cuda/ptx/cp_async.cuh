@@ -13,6 +13,12 @@ __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// 4 bytes, both addresses 4-byte aligned, for what has no better alignment; with bytes = 0 a zero, and the address is
+// not read.
+__device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, uint32_t bytes) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+
 // Closes the group of copies started since the last commit.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

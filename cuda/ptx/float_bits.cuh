@@ -20,11 +20,27 @@ __device__ __forceinline__ uint32_t fma_to_bits(float a, float b, float c) {
   return d;
 }
 
+// a * b + c, rounded once, then clamped to [0, 1]; 0 for NaN.
+__device__ __forceinline__ float fma_saturated(float a, float b, float c) {
+  float d;
+  asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+  return d;
+}
+
 // All ones where a > b, else 0.
 __device__ __forceinline__ uint32_t greater_mask(float a, float b) {
   uint32_t d;
   asm("set.gt.u32.f32 %0, %1, %2;" : "=r"(d) : "f"(a), "f"(b));
   return d;
+}
+
+// sum + kTerm where a > b, else sum.
+template <uint32_t kTerm>
+__device__ __forceinline__ uint32_t add_where_greater(float a, float b, uint32_t sum) {
+  asm("{\n\t.reg .pred p;\n\tsetp.gt.f32 p, %1, %2;\n\t@p add.u32 %0, %0, %3;\n\t}"
+      : "+r"(sum)
+      : "f"(a), "f"(b), "n"(kTerm));
+  return sum;
 }
 
 }  // namespace qlora::ptx

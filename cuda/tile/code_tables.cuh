@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "cpp/format/dynamic8.h"
 #include "cpp/format/nf4.h"
@@ -30,7 +31,7 @@ struct Nf4EncodeTable {
 
   constexpr Nf4EncodeTable() {
     for (int cell = 0; cell < kCells; ++cell) {
-      boundary[cell] = 2.0f;  // above every q
+      boundary[cell] = std::numeric_limits<float>::infinity();  // which no q is above
       for (float b : kNf4.boundary) {
         base[cell] += cell_of(b) < cell;
         if (cell_of(b) == cell) boundary[cell] = b;

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._library import LIBRARY, cuda_error
+from ._library import LIBRARY
 from .arguments import arguments_of
 
 LINEAR_NF4 = arguments_of(torch.ops.qlora.linear_nf4.default)
@@ -202,23 +202,6 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4_dlora", *args)
     return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)
-
-
-def _on_the_cpu(name: str) -> None:
-    """An operator of which there is a CPU kernel alone: CUDA tensors go there and back."""
-    operator = getattr(torch.ops.qlora, name).default
-
-    def call(*args: Any) -> Tensor:
-        check_one_device(name, *args)
-        out: Tensor = operator(*(a.cpu() if isinstance(a, Tensor) else a for a in args))
-        return out.to(args[0].device)
-
-    LIBRARY.impl(name, call, "CUDA")
-
-
-if cuda_error is None:
-    for _name in ("search_absmax_nf4", "encode_nf4"):
-        _on_the_cpu(_name)
 
 
 # linear_nf4's dense arguments. The rest is packed state and numbers.

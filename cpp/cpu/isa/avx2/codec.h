@@ -33,7 +33,8 @@ inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
 
 inline __m256 clamp_to_one(__m256 x) {
-  return _mm256_max_ps(_mm256_min_ps(x, _mm256_set1_ps(1.0f)), _mm256_set1_ps(-1.0f));
+  // The maximum with a NaN is its second operand: -1, whose code is NaN's.
+  return _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-1.0f)), _mm256_set1_ps(1.0f));
 }
 inline Floats clamp_to_one(Floats x) { return {clamp_to_one(x.low), clamp_to_one(x.high)}; }
 

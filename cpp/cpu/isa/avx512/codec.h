@@ -31,7 +31,8 @@ inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 
 inline Floats clamp_to_one(Floats x) {
-  return {_mm512_max_ps(_mm512_min_ps(x.v, _mm512_set1_ps(1.0f)), _mm512_set1_ps(-1.0f))};
+  // The maximum with a NaN is its second operand: -1, whose code is NaN's.
+  return {_mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-1.0f)), _mm512_set1_ps(1.0f))};
 }
 
 inline void accumulate(double* sums, Floats x) {

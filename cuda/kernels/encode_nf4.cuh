@@ -1,0 +1,74 @@
+// encode_nf4: w under scales that are given -> packed codes. A warp's sweeps lie as those of quantize_nf4.cuh; what a
+// lane loads lies in one block, whose scale it reads itself.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/nf4.h"
+#include "cuda/kernels/quantize_nf4.cuh"
+#include "cuda/ptx/address.cuh"
+#include "cuda/ptx/float_bits.cuh"
+#include "cuda/ptx/mad.cuh"
+#include "cuda/ptx/store.cuh"
+#include "cuda/tile/lane_values.cuh"
+#include "cuda/tile/nf4_round.cuh"
+#include "cuda/tile/unroll.cuh"
+
+namespace qlora::kernels {
+
+inline constexpr int kEncodeSweeps = 4;
+
+// As encode_lane, for scales that bound nothing.
+template <class T>
+__device__ __forceinline__ uint32_t encode_lane_under(const tile::LaneValues<T>& values, float scale, uint32_t table) {
+  const float inverse = inverse_scale(scale);
+  uint32_t codes = 0;
+#pragma unroll
+  for (int nibble = tile::LaneValues<T>::kCount - 1; nibble >= 0; --nibble) {
+    const float q = ptx::mul_bits(values.float_bits(nibble ^ 1), inverse);
+    codes = ptx::mad<kCodes>(codes, tile::nf4_code(tile::nf4_round(q, table)));
+  }
+  return codes;
+}
+
+template <class T, int kThreads>
+__global__ __launch_bounds__(kThreads) void encode_nf4_kernel(const T* __restrict__ w, const float* __restrict__ absmax,
+                                                              int64_t numel, int block_shift,
+                                                              uint8_t* __restrict__ packed) {
+  constexpr int kPerLane = tile::LaneValues<T>::kCount, kSweep = tile::kWarp * kPerLane;
+  __shared__ tile::Nf4RoundTable shared;
+  tile::stage_nf4_round(&shared);
+  __syncthreads();
+  const uint32_t table = ptx::shared_address(&shared);
+
+  const int64_t warp = int64_t{blockIdx.x} * (kThreads / tile::kWarp) + threadIdx.x / tile::kWarp;
+  const int64_t first = warp * kEncodeSweeps * kSweep;
+  const int64_t begin = first + threadIdx.x % tile::kWarp * kPerLane;
+  const bool whole = first + kEncodeSweeps * kSweep <= numel && tile::is_aligned<16>(w) && tile::is_aligned<4>(packed);
+
+  tile::LaneValues<T> values[kEncodeSweeps];
+  float scale[kEncodeSweeps];
+  tile::unroll<kEncodeSweeps>([&](auto r) {
+    const int64_t i = begin + r * kSweep;
+    if (whole) {
+      values[r].template load<r * tile::kWarp * 16>(w + begin);
+    } else {
+      values[r].load_tail(w + i, numel - i);
+    }
+    scale[r] = i < numel ? absmax[i >> block_shift] : 0.0f;
+  });
+  uint8_t* const out = packed + (begin >> 1);
+  tile::unroll<kEncodeSweeps>([&](auto r) {
+    constexpr int kOffset = r * kSweep / 2;
+    const uint32_t codes = encode_lane_under<T>(values[r], scale[r], table);
+    if (!whole) {
+      store_codes_tail<kPerLane>(out + kOffset, codes, numel - begin - r * kSweep);
+    } else if constexpr (kPerLane == 8) {
+      ptx::store_stream_u32<kOffset>(out, codes);
+    } else {
+      ptx::store_stream_u16<kOffset>(out, codes);
+    }
+  });
+}
+
+}  // namespace qlora::kernels
