@@ -65,7 +65,7 @@ def test_codes_hold_the_update(double_quant: bool) -> None:
 def test_stacks_are_rounded_matrix_by_matrix() -> None:
     parts = [qlora_ext.quantize_nf4(torch.randn(8, 40)) for _ in range(3)]
     stack = qlora_ext.NF4Weight.stack(parts)
-    moved = stack.dequantize(torch.float32) + 0.01 * torch.randn(3, 8, 40)
+    moved = torch.stack([part.dequantize(torch.float32) for part in parts]) + 0.01 * torch.randn(3, 8, 40)
     merged = with_update(stack, moved)
     for e, part in enumerate(parts):
         assert torch.equal(merged.matrix(e).packed, with_update(part, moved[e]).packed)
