@@ -33,6 +33,7 @@ def op_calls(device: str) -> dict[str, tuple]:
             torch.eye(64, device=device),
             torch.arange(64, device=device),
         ),
+        "encode_nf4_stochastic": (w, OPS.quantize_nf4(w, 64)[1], 64, 5),
         "quantize_absmax": (absmax, 256),
         "dequantize_absmax": (*codes, 256),
         "dequantize_nf4": (*s.w4.packed_args(), [48, 64], torch.bfloat16),
@@ -83,6 +84,7 @@ def test_schemas_are_those_of_the_design() -> None:
         "search_absmax_nf4": "(Tensor w, Tensor importance, int block_size) -> Tensor absmax",
         "encode_nf4": "(Tensor w, Tensor absmax, int block_size, Tensor? feedback=None, Tensor? order=None) "
         "-> Tensor packed",
+        "encode_nf4_stochastic": "(Tensor w, Tensor absmax, int block_size, int seed) -> Tensor packed",
         "quantize_absmax": "(Tensor absmax, int nested_block_size) -> "
         "(Tensor codes, Tensor nested_absmax, Tensor nested_offset)",
         "dequantize_absmax": "(Tensor codes, Tensor nested_absmax, Tensor nested_offset, int nested_block_size) "
