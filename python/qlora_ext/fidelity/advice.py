@@ -32,7 +32,7 @@ def advice_on(check: ModelCheck) -> list[str]:
             f"calibrate: the layers are plain NF4, which costs {check.increase.nats:.3f} nats a token here; quantize "
             "--calibrate self makes a better model of the same size"
         )
-    kept = check.keep(BUDGET)
+    kept = check.chosen(BUDGET)
     whole = sum(layer.loss for layer in check.layers)
     share = sum(layer.loss for layer in kept) / whole if whole > 0 else 0.0
     if kept and share >= _WORTH:

@@ -80,8 +80,8 @@ class ModelCheck:
         nearer = sum(layer.error < (1 - _OTHER) * layer.plain_error for layer in self.layers)
         return 2 * nearer > len(self.layers)
 
-    def keep(self, budget: int | str) -> list[LayerCost]:
-        """The layers to leave dense; see ``Sensitivity.keep``."""
+    def chosen(self, budget: int | str) -> list[LayerCost]:
+        """The layers to leave dense; see ``Sensitivity.chosen``."""
         return choose(self.layers, self.bytes, budget)
 
 
@@ -104,7 +104,7 @@ def check_model(
             of the loss are not measured.
         inputs: token ids int64 [B, T], B >= 2; or "self", a text of 4,096 tokens that the dense model writes itself (or
             the 4-bit one, where that is alone).
-        curve: budgets, as of ``Sensitivity.keep``: how much the loss rises with so many layers left dense.
+        curve: budgets, as of ``Sensitivity.chosen``: how much the loss rises with so many layers left dense.
         seed: of the text and of the labels that are drawn.
         progress: called with the sequences done, of those that run through the layers, and their number.
 
@@ -136,16 +136,14 @@ def check_model(
     layers = measure(base, candidates, ids, seed, progress)
     del candidates
     points = [_point(model, dense, choose(layers, size, budget), budget, ids, before) for budget in curve]
-    return ModelCheck(
-        [], ids.numel(), size, loss, before.mean().item(), Increase.of(losses, before), layers, points
-    )
+    return ModelCheck([], ids.numel(), size, loss, before.mean().item(), Increase.of(losses, before), layers, points)
 
 
 def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
     """The modules of ``base`` in whose places the 4-bit ones of ``model`` are, by name."""
     found = {}
     modules = dict(base.named_modules(remove_duplicate=False))
-    for name, layer in layers_of(model):
+    for name, _ in layers_of(model):
         dense = modules.get(name)
         if dense is None or not is_dense(dense):
             kind = "no such module" if dense is None else type(dense).__name__

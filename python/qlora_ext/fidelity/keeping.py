@@ -9,7 +9,9 @@ from .layers import LayerCost
 
 
 def _expected(budget: object) -> ValueError:
-    return ValueError(f"budget: expected a number of layers, a share such as '5%' or a size such as '200MB', got {budget!r}")
+    return ValueError(
+        f"budget: expected a number of layers, a share such as '5%' or a size such as '200MB', got {budget!r}"
+    )
 
 
 def allowance(budget: int | str, whole: int) -> tuple[int | None, float]:

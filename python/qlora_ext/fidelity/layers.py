@@ -87,7 +87,8 @@ class _Watched:
             self._add("packed", change)
             if self.candidate.plain is not None:
                 self._add("plain", self.candidate.plain(*args, **kwargs) - y)
-        return y + self.scale * change
+        moved: Tensor = y + self.scale * change
+        return moved
 
     def _add(self, name: str, t: Tensor) -> None:
         self._sums[name] += t.float().square().sum().item()

@@ -27,17 +27,21 @@ class Sensitivity:
     layers: list[LayerCost]
     bytes: int
 
-    def keep(self, budget: int | str) -> list[str]:
-        """The names of the layers to leave dense, those first that cost the most loss a byte.
+    def chosen(self, budget: int | str) -> list[LayerCost]:
+        """The layers to leave dense, those first that cost the most loss a byte.
 
         Args:
-            budget: a number of layers, or what they may take more than in 4 bits: a share of ``bytes`` ("5%"), or a size
-                ("200MB").
+            budget: a number of layers, or what they may take more than in 4 bits: a share of ``bytes`` ("5%"), or a
+                size ("200MB").
 
         Raises:
             ValueError: it is none of these.
         """
-        return [layer.name for layer in choose(self.layers, self.bytes, budget)]
+        return choose(self.layers, self.bytes, budget)
+
+    def keep(self, budget: int | str) -> list[str]:
+        """The names of the layers that ``chosen`` gives."""
+        return [layer.name for layer in self.chosen(budget)]
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -115,10 +115,10 @@ def names_of(what: str, names: Any) -> tuple[str, ...]:
     """
     if isinstance(names, (str, torch.Tensor)) or not isinstance(names, Iterable):
         raise TypeError(f"{what}: expected names of modules, got {names!r}")
-    names = tuple(names)
-    if not all(isinstance(name, str) for name in names):
-        raise TypeError(f"{what}: expected names of modules, got {names!r}")
-    return names
+    found: tuple[str, ...] = tuple(names)
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{what}: expected names of modules, got {found!r}")
+    return found
 
 
 def to_be_quantized(
