@@ -122,6 +122,7 @@ def check_model(
     problems, size = problems_of(model), held_bytes(model)
     if problems:
         return ModelCheck(problems, ids.numel(), size)
+    candidates = {dense[name]: _candidate(name, layer, dense[name]) for name, layer in layers_of(model) if dense}
     losses = block_losses(model, ids)
     before = None if base is None else block_losses(base, ids)
     for what, found in (("model", losses), ("base", before)):
@@ -132,7 +133,6 @@ def check_model(
     loss = losses.mean().item()
     if base is None or before is None:
         return ModelCheck([], ids.numel(), size, loss)
-    candidates = {dense[name]: _candidate(name, layer, dense[name]) for name, layer in layers_of(model)}
     layers = measure(base, candidates, ids, seed, progress)
     del candidates
     points = [_point(model, dense, choose(layers, size, budget), budget, ids, before) for budget in curve]

@@ -132,7 +132,9 @@ def run(arguments: argparse.Namespace) -> int:
         ids = self_text.write(base or model, arguments.tokens // length, length, arguments.seed)
     else:
         ids = held_out.blocks(text, tokenizer, arguments.tokens, longest)
-    check_tokens(model, ids.tolist())
+    for compared in (model, base):
+        if compared is not None:
+            check_tokens(compared, ids.tolist())
     with counted("comparing layers") as progress:
         try:
             found = check_model(
