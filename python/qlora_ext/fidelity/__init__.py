@@ -4,7 +4,7 @@ from .advice import advice_on
 from .check import CurvePoint, ModelCheck, check_model, perplexity
 from .keeping import allowance
 from .layers import LayerCost
-from .loss import Increase
+from .loss import Increase, block_losses
 from .sensitivity import Sensitivity, sensitivity
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Sensitivity",
     "advice_on",
     "allowance",
+    "block_losses",
     "check_model",
     "perplexity",
     "sensitivity",
