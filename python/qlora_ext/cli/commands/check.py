@@ -132,9 +132,14 @@ def run(arguments: argparse.Namespace) -> int:
         ids = self_text.write(base or model, arguments.tokens // length, length, arguments.seed)
     else:
         ids = held_out.blocks(text, tokenizer, arguments.tokens, longest)
-    for compared in (model, base):
-        if compared is not None:
-            check_tokens(compared, ids.tolist())
+    check_tokens(model, ids.tolist())
+    if base is not None:
+        known = [m.get_input_embeddings().num_embeddings for m in (base, model)]
+        if known[0] != known[1]:
+            raise UserError(
+                f"{arguments.base or arguments.model}: expected the dense model that model was quantized from, got one "
+                f"of {known[0]} tokens for one of {known[1]}"
+            )
     with counted("comparing layers") as progress:
         try:
             found = check_model(
