@@ -91,6 +91,14 @@ def test_a_calibrated_model(made: pathlib.Path, check: Checked, tmp_path: pathli
     assert all(layer["error"] < 0.9 * layer["plain_error"] for layer in check.json["layers"])
 
 
+def test_a_4bit_model_saved_in_another_form(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path) -> None:
+    arguments = ["quantize", "--model", str(made / "qlora_ext"), "--output", str(tmp_path / "out")]
+    assert main([*arguments, "--format", "bitsandbytes"]) == 0
+    assert check(tmp_path / "out", data=made / "text.txt") == 0
+    assert check.json["base"] == str(made / "dense")
+    assert main([*arguments[:3], "--output", str(tmp_path / "other"), "--keep", "2"]) == 2
+
+
 def test_without_the_dense_model(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path) -> None:
     model = shutil.copytree(made / "qlora_ext", tmp_path / "model")
     record = model / "quantization.json"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .._outside import excerpt, printable, read_json
 from . import whole
 from .errors import UserError, first_line, reading
-from .sources import ModelSource
+from .sources import PROVENANCE, ModelSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -158,6 +158,20 @@ def load_dense(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
 def is_4bit(source: ModelSource) -> bool:
     """Whether the files of the model are quantized already."""
     return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
+
+
+def dense_name(source: ModelSource) -> str | None:
+    """The dense model that ``source`` is, or was quantized from, by its name; None where it does not say.
+
+    Raises:
+        UserError: what it says is damaged.
+    """
+    if not is_4bit(source):
+        return source.name
+    path = None if source.directory is None else source.directory / PROVENANCE
+    record = read_json(path, {"model?": str}) if path is not None and path.is_file() else {}
+    name: str | None = record.get("model")
+    return name
 
 
 def load_config(source: ModelSource) -> Any:

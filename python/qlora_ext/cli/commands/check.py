@@ -6,15 +6,15 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ..._outside import excerpt, printable, read_json
+from ..._outside import excerpt, printable
 from .. import held_out
 from ..bars import counted
 from ..data import DEFAULT_DATA
 from ..errors import UserError, first_line, path_named
 from ..files import write_json
-from ..models import is_4bit, load_dense, load_quantized, load_tokenizer, parse_device, parse_dtype
+from ..models import dense_name, is_4bit, load_dense, load_quantized, load_tokenizer, parse_device, parse_dtype
 from ..options import add_trust_option
-from ..sources import PROVENANCE, ModelSource, resolve
+from ..sources import ModelSource, resolve
 from ..whole import check_tokens
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSour
         return base, ""
     if not is_4bit(source):
         return source, ""
-    record = None if source.directory is None else source.directory / PROVENANCE
-    name = read_json(record, {"model?": str}).get("model") if record is not None and record.is_file() else None
+    name = dense_name(source)
     if name is None:
         return None, "it does not say which dense model it is from; name that with --base"
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import calibrate, keep
 from ..files import write_json
-from ..models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, weigh
+from ..models import BLOCK_SIZES, dense_name, load_quantized, load_tokenizer, parse_device, parse_dtype, weigh
 from ..options import add_trust_option
 from ..outputs import Output, claim, input_of
 from ..sources import PROVENANCE, resolve
@@ -64,7 +64,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         model = load_quantized(source, dtype, device, *form, calibration, init_lora, keeper)
     report = calibration_of(model)
     with output.written("quantize") as partial:
-        write_json(partial / PROVENANCE, {"model": source.name, "kept": None if keeper is None else keeper.record()})
+        kept = None if keeper is None else keeper.record()
+        write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": kept})
         if report:
             write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
         if arguments.format == "bitsandbytes":
