@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .data import DEFAULT_DATA, Example, Row, encode, in_order, read_examples
+from .data.store import Stored
 from .errors import UserError
 from .sources import PACKAGE
 
@@ -30,7 +31,9 @@ def _rows(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Row]:
     rows = encode(tokenizer, shuffled, LENGTH, preferences=False)
     if not any(isinstance(example, str) for example in examples):
         return rows
-    pieces = list(rows)
+    pieces: Stored[Row] = Stored()
+    for row in rows:
+        pieces.append(row)
     return (pieces[i] for i in in_order(pieces, 0))
 
 

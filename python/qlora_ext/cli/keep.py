@@ -69,7 +69,7 @@ class Keeper:
         return {
             "budget": self.budget,
             "inputs": self.text,
-            "tokens": TOKENS,
+            "tokens": TOKENS if isinstance(self.inputs, str) else self.inputs.numel(),
             "seed": self.seed,
             "extra_bytes": sum(layer.extra_bytes for layer in kept),
             "dense": [layer.name for layer in kept],

@@ -107,7 +107,7 @@ def places_in(model: nn.Module) -> _Places:
     return places
 
 
-def names_of(what: str, names: Any) -> tuple[str, ...]:
+def _names_of(what: str, names: Any) -> tuple[str, ...]:
     """``names``, of modules, as the argument ``what`` gives them.
 
     Raises:
@@ -138,7 +138,7 @@ def to_be_quantized(
     """
     kept = kept_dense(model)
     full_names = {*kept.always, *(kept.heads if skip is None else ()), *(() if towers else kept.towers)}
-    keep, skip = names_of("keep", keep), () if skip is None else names_of("skip", skip)
+    keep, skip = _names_of("keep", keep), () if skip is None else _names_of("skip", skip)
     unknown = {*keep} - {name for name, _ in model.named_modules(remove_duplicate=False)}
     if unknown:
         raise ValueError(f"keep: expected full names of modules of the model, got {min(unknown)!r}")
@@ -225,7 +225,7 @@ def quantize_model(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    skip, keep = None if skip is None else names_of("skip", skip), names_of("keep", keep)
+    skip, keep = None if skip is None else _names_of("skip", skip), _names_of("keep", keep)
     options |= {"block_size": block_size, "double_quant": double_quant}
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
