@@ -165,8 +165,9 @@ IMPORTED_BY = {
     "cli/commands/": ("cli/main.py",),
     "cli/": ("cli/",),
     "integrations/": ("integrations/", "cli/", "__init__.py"),
-    "calibration/": ("calibration/", "nn/", "integrations/", "cli/", "__init__.py"),
-    "nn/": ("nn/", "fingerprint.py", "integrations/", "cli/", "__init__.py"),
+    "fidelity/": ("fidelity/", "cli/", "__init__.py"),
+    "calibration/": ("calibration/", "nn/", "fidelity/", "integrations/", "cli/", "__init__.py"),
+    "nn/": ("nn/", "fingerprint.py", "fidelity/", "integrations/", "cli/", "__init__.py"),
 }
 
 

@@ -9,6 +9,7 @@ from . import _hooks, autograd, nn, transforms
 from ._library import build_info
 from .autograd import linear_nf4
 from .calibration import Calibration
+from .fidelity import check_model, sensitivity
 from .nn import quantize_model
 from .weight import NF4Weight, dequantize_nf4, quantize_nf4
 
@@ -24,11 +25,13 @@ __all__ = [
     "adopt",
     "autograd",
     "build_info",
+    "check_model",
     "dequantize_nf4",
     "linear_nf4",
     "nn",
     "quantize_model",
     "quantize_nf4",
+    "sensitivity",
     "take_over_bitsandbytes",
 ]
 

@@ -97,15 +97,19 @@ def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Pat
     adapted.unload()
 
 
-def _tokens_of(name: str, tokenizer: Any, count: int) -> Any:
-    """The first ``count`` tokens of the data ``name``, in sequences of LENGTH."""
+def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
+    """The first ``count`` tokens of the data ``name`` of --calibrate, int64 [B, length]; of a short text, one sequence.
+
+    Raises:
+        UserError: there is no such text, or too little of it.
+    """
     import torch
 
     from .data import encode, read_examples
 
-    rows = encode(tokenizer, read_examples(name), LENGTH, preferences=False)
+    rows = encode(tokenizer, read_examples(name), length, preferences=False)
     ids = list(itertools.islice((i for row in rows for i in row["input_ids"]), count))
-    length = min(LENGTH, len(ids))
+    length = min(length, len(ids))
     if length < 8:
         raise UserError(f"--calibrate {name}: expected a text of 8 tokens or more, got {len(ids)}")
     return torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
@@ -133,7 +137,7 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.P
         raise UserError(f"--calibration-tokens {arguments.calibration_tokens}: expected {LENGTH} or more")
     inputs = None
     if arguments.calibrate != "self":
-        inputs = _tokens_of(arguments.calibrate, tokenizer, arguments.calibration_tokens)
+        inputs = tokens_of(arguments.calibrate, tokenizer, arguments.calibration_tokens, LENGTH)
     directory = output.with_name(f"{output.name}.calibration")
     columns = (
         TextColumn("calibrating"),

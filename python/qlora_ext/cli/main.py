@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from .._outside import excerpt, printable
-from .commands import adapters, chat, finetune, generate, info, merge, plan, quantize, run
+from .commands import adapters, chat, check, finetune, generate, info, merge, plan, quantize, run
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"qlora_ext {__version__}")
     parser.set_defaults(quiet=True)  # but for "run", whose program speaks for itself
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (finetune, generate, chat, quantize, merge, adapters, plan, run, info):
+    for command in (finetune, generate, chat, quantize, check, merge, adapters, plan, run, info):
         command.add_parser(commands)
     return parser
 
@@ -109,7 +109,10 @@ def _tell(error: Exception) -> tuple[int, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The entry point. Returns 0; 2 for what a user can mend, told in one sentence on stderr; 130 after Ctrl-C."""
+    """The entry point. Returns 0; 2 for what a user can mend, told in one sentence on stderr; 130 after Ctrl-C.
+
+    ``check`` returns 3 for a model that it found wanting.
+    """
     try:
         parser = _parser()
         arguments = parser.parse_args(argv)

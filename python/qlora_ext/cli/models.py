@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from .._outside import excerpt, printable, read_json
 from . import whole
 from .errors import UserError, first_line, reading
-from .sources import ModelSource
+from .sources import PROVENANCE, ModelSource
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import torch
 
     from ..calibration import Calibration, InitLora
@@ -96,10 +98,15 @@ def load_quantized(
     double_quant: bool = True,
     calibration: Calibration | None = None,
     init_lora: InitLora | None = None,
+    keep: Callable[[Any], list[str]] | None = None,
 ) -> Any:
     """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``.
 
-    One that is to be calibrated is loaded dense: it has to run. So is one for which adapters are to be found.
+    One that is to be calibrated, or of which layers are to be chosen, is loaded dense: it has to run. So is one for
+    which adapters are to be found.
+
+    Args:
+        keep: names the layers of the dense model that stay dense.
 
     Raises:
         UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
@@ -112,22 +119,59 @@ def load_quantized(
     whole.check_room(source, load_config(source))
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     # transformers combines no quantization with a GGUF file
-    while_loading = source.gguf_file is None and calibration is None and init_lora is None
+    dense_first = calibration is not None or init_lora is not None or keep is not None
+    while_loading = source.gguf_file is None and not dense_first
     if while_loading:
         options |= {"device_map": {"": device}, "quantization_config": qlora_ext.QLoRAConfig(**form)}
     model, report = _load("model", source, AutoModelForCausalLM, **options)
     whole.check_report(source, model, report)
     if not while_loading:
         try:
-            if calibration is not None:
+            if calibration is not None or keep is not None:
                 model.to(device)
-            qlora_ext.quantize_model(model, calibration=calibration, init_lora=init_lora, **form)
+            kept = () if keep is None else keep(model)
+            qlora_ext.quantize_model(model, calibration=calibration, init_lora=init_lora, keep=kept, **form)
         except ValueError as error:  # a NaN, with its place
             raise UserError(f"cannot quantize {source.name}: {first_line(error)}") from error
         model.to(device)
     whole.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
     return model
+
+
+def load_dense(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model as it is, in ``dtype``.
+
+    Raises:
+        UserError: as for ``load_quantized``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    whole.check_room(source, load_config(source))
+    model, report = _load("model", source, AutoModelForCausalLM, dtype=dtype, output_loading_info=True)
+    whole.check_report(source, model, report)
+    whole.check_finite(source, model.state_dict().items())
+    model.config.use_cache = False
+    return model.eval().to(device)
+
+
+def is_4bit(source: ModelSource) -> bool:
+    """Whether the files of the model are quantized already."""
+    return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
+
+
+def dense_name(source: ModelSource) -> str | None:
+    """The dense model that ``source`` is, or was quantized from, by its name; None where it does not say.
+
+    Raises:
+        UserError: what it says is damaged.
+    """
+    if not is_4bit(source):
+        return source.name
+    path = None if source.directory is None else source.directory / PROVENANCE
+    record = read_json(path, {"model?": str}) if path is not None and path.is_file() else {}
+    name: str | None = record.get("model")
+    return name
 
 
 def load_config(source: ModelSource) -> Any:

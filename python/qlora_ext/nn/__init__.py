@@ -14,7 +14,9 @@ from .model import (
     paths_to,
     places_in,
     quantize_model,
+    quantized,
     tied_heads,
+    to_be_quantized,
 )
 from .packed import SCALES, Packed4bit, layers_of, scale_names
 
@@ -38,6 +40,8 @@ __all__ = [
     "paths_to",
     "places_in",
     "quantize_model",
+    "quantized",
     "scale_names",
     "tied_heads",
+    "to_be_quantized",
 ]

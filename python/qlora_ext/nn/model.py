@@ -107,6 +107,72 @@ def places_in(model: nn.Module) -> _Places:
     return places
 
 
+def _names_of(what: str, names: Any) -> tuple[str, ...]:
+    """``names``, of modules, as the argument ``what`` gives them.
+
+    Raises:
+        TypeError: they are no names.
+    """
+    if isinstance(names, (str, torch.Tensor)) or not isinstance(names, Iterable):
+        raise TypeError(f"{what}: expected names of modules, got {names!r}")
+    found: tuple[str, ...] = tuple(names)
+    if not all(isinstance(name, str) for name in found):
+        raise TypeError(f"{what}: expected names of modules, got {found!r}")
+    return found
+
+
+def to_be_quantized(
+    model: nn.Module,
+    skip: Iterable[str] | None = None,
+    embeddings: bool = False,
+    towers: bool = False,
+    keep: Iterable[str] = (),
+) -> dict[nn.Module, str]:
+    """The modules that ``quantize_model`` replaces with these arguments, with their names, in the order of the model.
+
+    One that stands in several places has the name of the first. A head that is tied to an embedding goes with it, and
+    is not among them.
+
+    Raises:
+        TypeError: ``skip`` or ``keep`` holds no names. ValueError: ``model`` has no module of a name in ``keep``.
+    """
+    kept = kept_dense(model)
+    full_names = {*kept.always, *(kept.heads if skip is None else ()), *(() if towers else kept.towers)}
+    keep, skip = _names_of("keep", keep), () if skip is None else _names_of("skip", skip)
+    unknown = {*keep} - {name for name, _ in model.named_modules(remove_duplicate=False)}
+    if unknown:
+        raise ValueError(f"keep: expected full names of modules of the model, got {min(unknown)!r}")
+    full_names |= {*keep}
+    tied = {id(p) for m in model.modules() if type(m) not in CONVERSIONS for p in m.parameters(recurse=False)}
+    heads = tied_heads(model) if embeddings else {}
+
+    def skipped(name: str) -> bool:
+        paths = paths_to(name)
+        return not full_names.isdisjoint(paths) or any(f".{path}".endswith(f".{s}") for path in paths for s in skip)
+
+    def chosen(module: nn.Module, at: list[tuple[nn.Module, str, str]]) -> bool:
+        if not is_dense(module) or any(skipped(name) for _, _, name in at):
+            return False
+        if isinstance(module, nn.Embedding):
+            return module in heads
+        return type(module) not in CONVERSIONS or id(module.weight) not in tied
+
+    return {module: at[0][2] for module, at in places_in(model).items() if chosen(module, at)}
+
+
+def quantized(module: nn.Module, **options: Any) -> Packed4bit:
+    """The 4-bit module that takes the place of ``module``, one of those for which ``is_dense`` holds.
+
+    Args:
+        options: as in ``Linear4bit.from_linear`` and its like.
+    """
+    if is_fused_experts(module):
+        return Experts4bit.from_experts(module, **options)
+    if isinstance(module, nn.Embedding):
+        return Embedding4bit.from_embedding(module, **options)
+    return CONVERSIONS[type(module)].from_linear(module, **options)  # type: ignore[arg-type]
+
+
 def quantize_model(
     model: nn.Module,
     skip: Iterable[str] | None = None,
@@ -116,6 +182,7 @@ def quantize_model(
     towers: bool = False,
     calibration: Any = None,
     init_lora: Any = None,
+    keep: Iterable[str] = (),
     **options: Any,
 ) -> nn.Module:
     """Replaces the linear layers of ``model`` by ``Linear4bit``, in place and one at a time; the experts too.
@@ -142,6 +209,8 @@ def quantize_model(
         init_lora: find adapters that begin with what quantizing takes away of the linear layers: "svd" (with a
             calibration: the best for its inputs), "loftq", or a ``qlora_ext.calibration.InitLora``, which has their
             rank. ``qlora_ext.integrations.peft.initialize_lora`` puts them into a PEFT model.
+        keep: full names of modules to leave dense beside those of ``skip``, which keeps its default: the layers that
+            4 bits cost the most, as ``qlora_ext.sensitivity(model).keep("5%")`` names them.
 
     Layers whose weights the model's own code reads are left alone in any case: those of a state-space mixer (Mamba)
     but its ``in_proj``, and those that transformers keeps in float32 (T5's ``wo``).
@@ -150,19 +219,13 @@ def quantize_model(
         ``model`` (or its replacement, where ``model`` itself is such a module).
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or ``skip`` holds no names. ValueError: bitsandbytes has quantized
-            layers to int8 or FP4; ``init_lora`` is "svd" and there is no calibration.
+        TypeError: ``model`` is no ``nn.Module``, or ``skip`` or ``keep`` holds no names. ValueError: bitsandbytes has
+            quantized layers to int8 or FP4; ``init_lora`` is "svd" and there is no calibration; or ``model`` has no
+            module of a name in ``keep``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    kept = kept_dense(model)
-    full_names = {*kept.always, *(kept.heads if skip is None else ()), *(() if towers else kept.towers)}
-    skip = () if skip is None else skip
-    if isinstance(skip, (str, torch.Tensor)) or not isinstance(skip, Iterable):
-        raise TypeError(f"skip: expected names of modules, got {skip!r}")
-    skip = tuple(skip)
-    if not all(isinstance(name, str) for name in skip):
-        raise TypeError(f"skip: expected names of modules, got {skip!r}")
+    skip, keep = None if skip is None else _names_of("skip", skip), _names_of("keep", keep)
     options |= {"block_size": block_size, "double_quant": double_quant}
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
@@ -170,46 +233,23 @@ def quantize_model(
     for prepare in BEFORE_QUANTIZE:
         prepare(model)
 
-    def skipped(name: str) -> bool:
-        paths = paths_to(name)
-        return not full_names.isdisjoint(paths) or any(f".{path}".endswith(f".{s}") for path in paths for s in skip)
-
-    def quantized(module: nn.Module) -> Packed4bit:
-        if is_fused_experts(module):
-            return Experts4bit.from_experts(module, **options)
-        if isinstance(module, nn.Embedding):
-            return Embedding4bit.from_embedding(module, **options)
-        return CONVERSIONS[type(module)].from_linear(module, **options)  # type: ignore[arg-type]
-
     if type(model) in CONVERSIONS or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
         if calibration is not None:
             raise ValueError(f"calibration: expected a model with layers in it, got a {type(model).__name__} alone")
-        return quantized(model)
+        return quantized(model, **options)
     places = places_in(model)
-    tied = {id(p) for m in model.modules() if type(m) not in CONVERSIONS for p in m.parameters(recurse=False)}
+    chosen = to_be_quantized(model, skip, embeddings, towers, keep)
     heads = tied_heads(model) if embeddings else {}
-    replaced: dict[nn.Module, Packed4bit] = {}
-
-    def chosen(module: nn.Module, at: list[tuple[nn.Module, str, str]]) -> bool:
-        if not is_dense(module) or any(skipped(name) for _, _, name in at):
-            return False
-        if isinstance(module, nn.Embedding):
-            return module in heads
-        return type(module) not in CONVERSIONS or id(module.weight) not in tied
-
     calibrator = None
     if calibration is not None:
-        layers = {
-            at[0][2]: module
-            for module, at in places.items()
-            if chosen(module, at) and not isinstance(module, nn.Embedding)  # a table is looked up: it has no inputs
-        }
+        # A table is looked up: it has no inputs.
+        layers = {name: module for module, name in chosen.items() if not isinstance(module, nn.Embedding)}
         calibrator = Calibrator(model, layers, Calibration.of(calibration), lora)
     initial = keep_initial_lora(model) if lora is not None and calibrator is None else {}
 
     def replace(module: nn.Module, new: Packed4bit) -> None:
         for weight, dense in new.matrices_of(module).items():
-            at, w4 = places[module][0][2], new.packed_weight(weight)
+            at, w4 = chosen[module], new.packed_weight(weight)
             if calibrator is not None:
                 new.set_packed(weight, calibrator.refine(at, weight, dense, w4))
             elif lora is not None and weight == "weight":
@@ -219,12 +259,9 @@ def quantize_model(
             setattr(parent, name, new)
         for weight in new.packed_shapes:
             setattr(module, weight, nn.Parameter(torch.empty(0), requires_grad=False))
-        replaced[module] = new
 
-    for module, at in places.items():
-        if module in replaced or not chosen(module, at):
-            continue
-        new = quantized(module)
+    for module in chosen:
+        new = quantized(module, **options)
         replace(module, new)
         if isinstance(new, Embedding4bit):
             for head in heads[module]:  # type: ignore[index]

@@ -7,10 +7,10 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 from typing import TYPE_CHECKING, Any
 
 from ..._outside import excerpt, printable
+from ...sizes import parse_size
 from ..errors import UserError, path_named, reading
 from ..files import staged_file
 from ..models import DTYPES, load_config
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from ..memory import Job
 
 _MOST = 1_000_000  # of anything that is counted here
-_UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def add_parser(commands: Any) -> None:
@@ -66,10 +65,9 @@ def add_parser(commands: Any) -> None:
 def _memory(text: str | None) -> tuple[float, str]:
     """The bytes to fit into, and what they are."""
     if text is not None:
-        match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text)
-        if not match or match[2].upper() not in _UNITS:
+        size = parse_size(text)
+        if size is None:
             raise UserError(f"--memory {text}: expected a size such as 24GB or 40GiB")
-        size = float(match[1]) * _UNITS[match[2].upper()]
         if not 0 < size < float("inf"):
             raise UserError(f"--memory {excerpt(text)}: expected the memory of a device")
         return size, "--memory"

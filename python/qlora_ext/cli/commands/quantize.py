@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .. import calibrate
+from .. import calibrate, keep
 from ..files import write_json
-from ..models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, weigh
+from ..models import BLOCK_SIZES, dense_name, load_quantized, load_tokenizer, parse_device, parse_dtype, weigh
 from ..options import add_trust_option
 from ..outputs import Output, claim, input_of
-from ..sources import resolve
+from ..sources import PROVENANCE, resolve
 
 
 def add_parser(commands: Any) -> None:
@@ -38,6 +38,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     calibrate.add_options(parser)
     calibrate.add_init_lora_options(parser)
+    keep.add_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -57,12 +58,14 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     output.check()
     init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
+    form = arguments.block_size, not arguments.no_double_quant
+    keeper = keep.keeper(arguments, tokenizer, *form)
     with calibrate.calibration(arguments, tokenizer, output.path) as calibration:
-        model = load_quantized(
-            source, dtype, device, arguments.block_size, not arguments.no_double_quant, calibration, init_lora
-        )
+        model = load_quantized(source, dtype, device, *form, calibration, init_lora, keeper)
     report = calibration_of(model)
     with output.written("quantize") as partial:
+        kept = None if keeper is None else keeper.record()
+        write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": kept})
         if report:
             write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
         if arguments.format == "bitsandbytes":
@@ -75,6 +78,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             calibrate.write_initial_adapter(model, init_lora, partial / calibrate.INITIAL_ADAPTER, base)
     for line in calibrate.told(report):
         print(line)
+    if keeper is not None:
+        print(keeper.told())
     weights = weigh(model)
     print(
         f"{output.path}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> "

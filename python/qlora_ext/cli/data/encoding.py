@@ -260,7 +260,7 @@ def told(counts: collections.Counter[str], seq_len: int) -> list[str]:
     return [f"{count:,} {names[key]}" for key, count in counts.most_common() if count]
 
 
-def _in_order(rows: Sequence[Any], seed: int) -> array.array[int]:
+def in_order(rows: Sequence[Any], seed: int) -> array.array[int]:
     """Numbers of rows, in an order drawn by ``seed``."""
     order = array.array("Q", range(len(rows)))
     random.Random(seed).shuffle(order)
@@ -289,7 +289,7 @@ def split(
     size = 0  # of what there is to train on: rows, of --seq-len tokens each where they are packed
     wanted = None if train_rows is None else train_rows * (1 if preferences else seq_len)
     whole = not any(isinstance(example, str) for example in examples)  # pieces of one text are to be shuffled first
-    shuffled = (examples[i] for i in _in_order(examples, seed))
+    shuffled = (examples[i] for i in in_order(examples, seed))
     for row in encode(tokenizer, shuffled, seq_len, counts, preferences):
         rows.append(row)
         if len(rows) > held_out_rows:
@@ -304,7 +304,7 @@ def split(
             f"--data: too little text: {len(rows)} of {len(examples)} examples can be learnt from, at least two (or "
             f"--seq-len of text twice) are needed{left_out}"
         )
-    order = range(len(rows)) if whole else _in_order(rows, seed)
+    order = range(len(rows)) if whole else in_order(rows, seed)
     held_out = [rows[i] for i in order[:held_out_rows]]
     train = (rows[i] for i in order[held_out_rows:])
     if not preferences:

@@ -1,0 +1,241 @@
+"""``qlora-ext check``: whether a 4-bit model is sound, what its 4 bits cost, and what would help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from ..._outside import excerpt, printable
+from .. import held_out
+from ..bars import counted
+from ..data import DEFAULT_DATA
+from ..errors import UserError, first_line, path_named
+from ..files import write_json
+from ..models import dense_name, is_4bit, load_dense, load_quantized, load_tokenizer, parse_device, parse_dtype
+from ..options import add_trust_option
+from ..sources import ModelSource, resolve
+from ..whole import check_tokens
+
+if TYPE_CHECKING:
+    from ...fidelity import ModelCheck
+
+# Nats a token: a perplexity 1.35 times as high. Plain NF4 costs a small model (SmolLM2-135M) 0.19 to 0.25, a large one
+# a tenth of that: what is above is damaged, or of no use.
+MAX_INCREASE = 0.3
+FOUND_WANTING = 3
+CURVE = ("0%", "1%", "2%", "5%", "10%", "20%")
+_SHOWN = 10
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="what 4 bits cost a model",
+        description="Checks a 4-bit model: that its scales and forms are sound, how much its loss on a text is above "
+        "that of the dense model, which layers cost the most, and what would help. A dense model is checked as "
+        f"quantize would make it. Exit code 0: good; {FOUND_WANTING}: the loss rises by more than --max-increase, or "
+        "the model's weights or logits are damaged; 2: it cannot be loaded, or an option is wrong.",
+    )
+    parser.add_argument(
+        "--model", required=True, help="a model directory, 4-bit (ours or bitsandbytes') or dense, a .gguf file, a hub "
+        "name, or package:NAME",
+    )  # fmt: skip
+    add_trust_option(parser)
+    parser.add_argument(
+        "--base", metavar="MODEL", help="the dense model to compare with, if not the one that --model says it is from"
+    )
+    parser.add_argument(
+        "--data", metavar="DATA|self",
+        help="the text: what finetune's --data takes, or self, which the dense model writes (default: "
+        f"{DEFAULT_DATA}, and self where that is not installed)",
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of that text (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of a text that it writes, and of the labels that are drawn"
+    )
+    parser.add_argument(
+        "--max-increase", type=float, metavar="X",
+        help=f"how much the loss may rise, in nats a token, for exit code 0 (default: {MAX_INCREASE})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--curve", action="store_true",
+        help="measure it with the costliest layers in 16 bits too, under budgets of --keep from 1%% to 20%%",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="FILE", help="write all figures to a file")
+    parser.add_argument("--dtype", default="bfloat16", help="of the computation (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    parser.set_defaults(run=run)
+
+
+def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSource | None, str]:
+    """The dense model to compare with, or why there is none.
+
+    What a 4-bit directory says of itself is followed on this machine only, and no code comes along with it.
+    """
+    if arguments.base is not None:
+        base = resolve(arguments.base, arguments.trust_remote_code, "--base")
+        if is_4bit(base):
+            raise UserError(f"--base {arguments.base}: expected a dense model, that one is quantized")
+        return base, ""
+    if not is_4bit(source):
+        return source, ""
+    name = dense_name(source)
+    if name is None:
+        return None, "it does not say which dense model it is from; name that with --base"
+    try:
+        base = resolve(name)
+        if _is_here(base) and not is_4bit(base):
+            return base, ""
+    except UserError:
+        pass
+    return None, f"the dense model that it is from, {excerpt(name)}, is not on this machine; name it with --base"
+
+
+def _is_here(source: ModelSource) -> bool:
+    return source.directory is not None or source.gguf_file is not None
+
+
+def _check_options(arguments: argparse.Namespace) -> None:
+    if arguments.tokens < 2 * held_out.LENGTH:
+        raise UserError(f"--tokens {arguments.tokens}: expected {2 * held_out.LENGTH} or more")
+    if not 0 <= arguments.seed < 2**32:
+        raise UserError(f"--seed {arguments.seed}: expected 0 to 4294967295")
+    if arguments.max_increase is not None and not 0 <= arguments.max_increase < float("inf"):
+        raise UserError(f"--max-increase {arguments.max_increase}: expected 0 or more, in nats a token")
+    if arguments.json is not None:
+        directory = path_named(arguments.json, "--json").absolute().parent
+        if not directory.is_dir():
+            raise UserError(f"--json {arguments.json}: there is no directory {directory}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Runs the command; see the module's text."""
+    from ...calibration import self_text
+    from ...fidelity import check_model
+
+    _check_options(arguments)
+    dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
+    source = resolve(arguments.model, arguments.trust_remote_code)
+    base_source, reason = _base(arguments, source)
+    if base_source is None and (arguments.curve or arguments.max_increase is not None):
+        option = "--curve" if arguments.curve else "--max-increase"
+        raise UserError(f"{option}: {arguments.model} has nothing to be compared with: {reason}")
+    tokenizer = load_tokenizer(source)
+    text = arguments.data or held_out.default_text()
+    model = load_quantized(source, dtype, device)
+    base = None if base_source is None else load_dense(base_source, dtype, device)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or held_out.LENGTH
+    if text == "self":
+        length = min(held_out.LENGTH, longest)
+        ids = self_text.write(base or model, arguments.tokens // length, length, arguments.seed)
+    else:
+        ids = held_out.blocks(text, tokenizer, arguments.tokens, longest)
+    check_tokens(model, ids.tolist())
+    if base is not None:
+        known = [m.get_input_embeddings().num_embeddings for m in (base, model)]
+        if known[0] != known[1]:
+            raise UserError(
+                f"{arguments.base or arguments.model}: expected the dense model that model was quantized from, got one "
+                f"of {known[0]} tokens for one of {known[1]}"
+            )
+    with counted("comparing layers") as progress:
+        try:
+            found = check_model(
+                model, base, ids, curve=CURVE if arguments.curve else (), seed=arguments.seed, progress=progress
+            )
+        except ValueError as error:
+            if not str(error).startswith(("base:", "model:")):
+                raise
+            raise UserError(f"{arguments.base or arguments.model}: {first_line(error)}") from error
+    limit = MAX_INCREASE if arguments.max_increase is None else arguments.max_increase
+    good = not found.problems and (found.increase is None or found.increase.nats <= limit)
+    _tell(found, text, reason, limit)
+    if arguments.json is not None:
+        write_json(path_named(arguments.json, "--json"), _record(found, arguments, base_source, text, limit, good))
+    return 0 if good else FOUND_WANTING
+
+
+def _record(
+    found: ModelCheck,
+    arguments: argparse.Namespace,
+    base: ModelSource | None,
+    text: str,
+    limit: float,
+    good: bool,
+) -> dict[str, Any]:
+    from ...fidelity import advice_on
+
+    return {
+        "model": arguments.model,
+        "base": None if base is None else base.name,
+        "data": text,
+        "max_increase": limit,
+        "good": good,
+        **dataclasses.asdict(found),
+        "advice": advice_on(found),
+    }
+
+
+def _tell(found: ModelCheck, text: str, reason: str, limit: float) -> None:
+    from rich.console import Console
+
+    from ...fidelity import advice_on, perplexity
+
+    console = Console(highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        console.print(printable(line), markup=False)
+
+    for problem in found.problems:
+        say(f"damaged: {problem}")
+    if found.loss is not None:
+        before = "" if found.base_loss is None else f", {perplexity(found.base_loss):.2f} dense"
+        say(f"perplexity on {found.tokens:,} tokens of {text}: {perplexity(found.loss):.2f} in 4 bits{before}")
+    if found.increase is not None:
+        above = "" if found.increase.nats <= limit else f", which is above the {limit:g} of --max-increase"
+        say(f"the loss rises by {found.increase} nats a token{above}")
+    elif reason:
+        say(f"not compared: {reason}")
+    if found.layers:
+        console.print(_layer_table(found))
+    if found.curve:
+        console.print(_curve_table(found))
+    for advice in advice_on(found):
+        say(f"advice: {advice}")
+
+
+def _layer_table(found: ModelCheck) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    title = (
+        f"the {min(_SHOWN, len(found.layers))} costliest of {len(found.layers)} layers: relative error of the outputs "
+        "(of plain NF4), estimated cost in nats a token, MB more in 16 bits"
+    )
+    table = Table(title=title, box=box.SIMPLE)
+    table.add_column("layer", overflow="fold")
+    for name in ("error", "(plain)", "cost", "MB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for layer in found.worst[:_SHOWN]:
+        cells = (
+            f"{layer.error:.3f}",
+            f"({layer.plain_error:.3f})",
+            f"{layer.loss:.2g}",
+            f"{layer.extra_bytes / 1e6:.2g}",
+        )
+        table.add_row(printable(layer.name), *cells)
+    return table
+
+
+def _curve_table(found: ModelCheck) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, title="with the costliest layers in 16 bits")
+    for name in ("--keep", "layers", "MB", "loss rises by"):
+        table.add_column(name, justify="right")
+    for point in found.curve:
+        size = (found.bytes + point.extra_bytes) / 1e6
+        table.add_row(str(point.budget), str(point.kept), f"{size:.1f}", str(point.increase))
+    return table

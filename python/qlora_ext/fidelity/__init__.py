@@ -1,0 +1,22 @@
+"""What 4 bits cost a model, layer by layer and on a text: ``check_model`` after quantizing, ``sensitivity`` before."""
+
+from .advice import advice_on
+from .check import CurvePoint, ModelCheck, check_model, perplexity
+from .keeping import allowance
+from .layers import LayerCost
+from .loss import Increase, block_losses
+from .sensitivity import Sensitivity, sensitivity
+
+__all__ = [
+    "CurvePoint",
+    "Increase",
+    "LayerCost",
+    "ModelCheck",
+    "Sensitivity",
+    "advice_on",
+    "allowance",
+    "block_losses",
+    "check_model",
+    "perplexity",
+    "sensitivity",
+]

@@ -1,0 +1,45 @@
+"""What would make a 4-bit model better, by what was measured of it."""
+
+from __future__ import annotations
+
+from .check import ModelCheck
+
+# As advice: a budget, and the share of the loss's estimated rise that it has to win back to be worth its bytes.
+BUDGET, _WORTH = "5%", 0.1
+# An increase that is not told from none, in its standard errors; or too small to look for, in nats a token.
+_ERRORS, _SMALL = 2.0, 0.005
+
+
+def advice_on(check: ModelCheck) -> list[str]:
+    """Sentences about what to do, each with the figures that it rests on; the options are those of ``qlora-ext``."""
+    if check.problems:
+        return ["the model is damaged: quantize it again, or fetch it again"]
+    if check.increase is None:
+        return []
+    said = []
+    worse = check.worse_than_plain
+    if worse:
+        layer = worse[0]
+        said.append(
+            f"quantize again: {len(worse)} of {len(check.layers)} layers are farther off than plain NF4 of the dense "
+            f"model, most of all {layer.name} (error {layer.error:.3f}, plain NF4 {layer.plain_error:.3f}): its codes "
+            "or scales are another model's, or damaged"
+        )
+    if check.increase.nats < max(_SMALL, _ERRORS * check.increase.error):
+        return said or ["nothing: the increase of the loss is small, or not told from none on this text"]
+    if not worse and not check.is_calibrated:
+        said.append(
+            f"calibrate: the layers are plain NF4, which costs {check.increase.nats:.3f} nats a token here; quantize "
+            "--calibrate self makes a better model of the same size"
+        )
+    kept = check.chosen(BUDGET)
+    whole = sum(layer.loss for layer in check.layers)
+    share = sum(layer.loss for layer in kept) / whole if whole > 0 else 0.0
+    if kept and share >= _WORTH:
+        size = sum(layer.extra_bytes for layer in kept)
+        said.append(
+            f"keep {len(kept)} layers in 16 bits: quantize --keep {BUDGET} adds {size / 1e6:.1f} MB, and they make an "
+            f"estimated {share:.0%} of what 4 bits cost: {', '.join(layer.name for layer in kept[:3])}"
+            + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+        )
+    return said or ["nothing: the layers cost about the same each, and are calibrated"]

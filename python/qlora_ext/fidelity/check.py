@@ -1,0 +1,204 @@
+"""``check_model``: whether a 4-bit model is sound, what its 4 bits cost, where they cost it, and what would help."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration import self_text
+from ..nn import Packed4bit, is_dense, layers_of, places_in, quantized
+from .integrity import problems_of
+from .keeping import choose
+from .layers import Candidate, LayerCost, measure
+from .loss import Increase, block_losses, check_ids
+from .sensitivity import held_bytes
+
+# Of the errors of a layer's outputs and of plain NF4's, what is called another one.
+_OTHER = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class CurvePoint:
+    """The model with some of its layers dense again.
+
+    Attributes:
+        budget: what was allowed for them.
+        kept: the number of these layers.
+        extra_bytes: that they take more.
+        increase: of the loss over the dense model's.
+    """
+
+    budget: int | str
+    kept: int
+    extra_bytes: int
+    increase: Increase
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCheck:
+    """What ``check_model`` found.
+
+    Attributes:
+        problems: what is damaged, a sentence each; empty where all is sound.
+        tokens: of the text.
+        bytes: of the 4-bit model.
+        loss, base_loss: of it and of the dense model on the text, nats a token; None where there is no dense model, or
+            something is damaged.
+        increase: of the one over the other.
+        layers: what each 4-bit layer costs, in the order of the model; empty without a dense model.
+        curve: with layers dense again, those first that cost the most a byte.
+    """
+
+    problems: list[str]
+    tokens: int
+    bytes: int
+    loss: float | None = None
+    base_loss: float | None = None
+    increase: Increase | None = None
+    layers: list[LayerCost] = dataclasses.field(default_factory=list)
+    curve: list[CurvePoint] = dataclasses.field(default_factory=list)
+
+    @property
+    def worst(self) -> list[LayerCost]:
+        """The layers by falling estimate of what they cost the loss."""
+        return sorted(self.layers, key=lambda layer: layer.loss, reverse=True)
+
+    @property
+    def worse_than_plain(self) -> list[LayerCost]:
+        """The layers whose outputs are farther off than those of plain NF4 of the dense model, the worst first."""
+        found = [layer for layer in self.layers if layer.error > (1 + _OTHER) * layer.plain_error]
+        return sorted(found, key=lambda layer: layer.error - layer.plain_error, reverse=True)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether most layers' outputs are nearer than those of plain NF4."""
+        nearer = sum(layer.error < (1 - _OTHER) * layer.plain_error for layer in self.layers)
+        return 2 * nearer > len(self.layers)
+
+    def chosen(self, budget: int | str) -> list[LayerCost]:
+        """The layers to leave dense; see ``Sensitivity.chosen``."""
+        return choose(self.layers, self.bytes, budget)
+
+
+def check_model(
+    model: nn.Module,
+    base: nn.Module | None = None,
+    inputs: Tensor | str = "self",
+    curve: Iterable[int | str] = (),
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> ModelCheck:
+    """Checks a 4-bit language model: its scales and forms, its loss on a text, and each layer against the dense one.
+
+    Both models are in memory, and where layers are not plain NF4 the 4-bit weights once more; the activations are those
+    of one sequence. Neither model is changed.
+
+    Args:
+        model: with 4-bit layers, as ``quantize_model`` or ``from_pretrained`` makes it.
+        base: the dense model that it was quantized from, on the same device; without one, its layers and the increase
+            of the loss are not measured.
+        inputs: token ids int64 [B, T], B >= 2; or "self", a text of 4,096 tokens that the dense model writes itself (or
+            the 4-bit one, where that is alone).
+        curve: budgets, as of ``Sensitivity.chosen``: how much the loss rises with so many layers left dense.
+        seed: of the text and of the labels that are drawn.
+        progress: called with the sequences done, of those that run through the layers, and their number.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these, ``model`` has no 4-bit layer, or ``base`` is another model.
+    """
+    if not any(True for _ in layers_of(model)):
+        raise ValueError("model: expected one with 4-bit layers (see qlora_ext.quantize_model), found none")
+    if isinstance(inputs, str):
+        if inputs != "self":
+            raise ValueError(f"inputs: expected 'self' or token ids [B, T], got {inputs!r}")
+        inputs = self_text.write(base or model, 16, 256, seed)
+    ids = check_ids(inputs, least=2).to(next(model.parameters()).device)
+    dense = {} if base is None else _dense_modules(model, base)
+    problems, size = problems_of(model), held_bytes(model)
+    if problems:
+        return ModelCheck(problems, ids.numel(), size)
+    candidates = {dense[name]: _candidate(name, layer, dense[name]) for name, layer in layers_of(model) if dense}
+    losses = block_losses(model, ids)
+    before = None if base is None else block_losses(base, ids)
+    for what, found in (("model", losses), ("base", before)):
+        if found is not None and not found.isfinite().all():
+            problems.append(f"{what}: its logits hold NaN or infinity on {int((~found.isfinite()).sum())} sequences")
+    if problems:
+        return ModelCheck(problems, ids.numel(), size)
+    loss = losses.mean().item()
+    if base is None or before is None:
+        return ModelCheck([], ids.numel(), size, loss)
+    layers = measure(base, candidates, ids, seed, progress)
+    del candidates
+    points = [_point(model, dense, choose(layers, size, budget), budget, ids, before) for budget in curve]
+    return ModelCheck([], ids.numel(), size, loss, before.mean().item(), Increase.of(losses, before), layers, points)
+
+
+def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
+    """The modules of ``base`` in whose places the 4-bit ones of ``model`` are, by name."""
+    found = {}
+    modules = dict(base.named_modules(remove_duplicate=False))
+    for name, _ in layers_of(model):
+        dense = modules.get(name)
+        if dense is None or not is_dense(dense):
+            kind = "no such module" if dense is None else type(dense).__name__
+            raise ValueError(f"base: expected the dense model that model was quantized from, got {kind} for {name}")
+        found[name] = dense
+    return found
+
+
+def _candidate(name: str, layer: Packed4bit, dense: nn.Module) -> Candidate:
+    plain = quantized(dense, **vars(layer.form))
+    if dict(plain.packed_shapes) != dict(layer.packed_shapes):
+        raise ValueError(
+            f"base: expected the dense model that model was quantized from, got {name} with weights "
+            f"{_sizes(plain)} for {_sizes(layer)}"
+        )
+    pairs = [(plain.packed_weight(w).tensors, layer.packed_weight(w).tensors) for w in layer.packed_shapes]
+    same = all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
+    return Candidate(name, layer, None if same else plain)
+
+
+def _sizes(layer: Packed4bit) -> str:
+    return ", ".join(str(list(shape)) for shape in layer.packed_shapes.values())
+
+
+@contextlib.contextmanager
+def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """``model`` with other modules in the places of the named ones, wherever these stand."""
+    places = places_in(model)
+    old = {name: model.get_submodule(name) for name in modules}
+
+    def put(new: Mapping[str, nn.Module]) -> None:
+        for name, module in new.items():
+            for parent, child, _ in places[old[name]]:
+                setattr(parent, child, module)
+
+    put(modules)
+    try:
+        yield
+    finally:
+        put(old)
+
+
+def _point(
+    model: nn.Module,
+    dense: Mapping[str, nn.Module],
+    kept: list[LayerCost],
+    budget: int | str,
+    ids: Tensor,
+    before: Tensor,
+) -> CurvePoint:
+    with _replaced(model, {layer.name: dense[layer.name] for layer in kept}):
+        losses = block_losses(model, ids)
+    return CurvePoint(budget, len(kept), sum(layer.extra_bytes for layer in kept), Increase.of(losses, before))
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats a token."""
+    return math.exp(min(loss, 700.0))

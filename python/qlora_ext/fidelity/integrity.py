@@ -1,0 +1,55 @@
+"""Whether the 4-bit state of a model can be what somebody quantized: forms, scales and what they decode to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import Packed4bit, TiedLinear4bit, layers_of
+from ..weight import NF4Weight
+
+
+def problems_of(model: nn.Module) -> list[str]:
+    """A sentence for every 4-bit weight of ``model`` that is damaged, and for every other that is not finite."""
+    found = []
+    packed: set[int] = set()
+    for name, layer in layers_of(model):
+        packed |= {id(t) for t in layer.packed_state().values()}
+        found += [f"{name}: {problem}" for problem in _of_layer(layer)]
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if id(t) not in packed and t.is_floating_point() and not t.isfinite().all():
+            found.append(f"{name}: holds NaN or infinity")
+    return found
+
+
+def _of_layer(layer: Packed4bit) -> Iterator[str]:
+    if isinstance(layer, TiedLinear4bit):
+        return  # its weight is the table's
+    try:
+        layer.check_form()
+    except ValueError as error:
+        yield str(error)
+        return
+    for weight in layer.packed_shapes:
+        w4 = layer.packed_weight(weight)
+        prefix = "" if weight == "weight" else f"{weight}: "
+        scales = _scales(w4)
+        bad = int((~scales.isfinite()).sum())
+        if bad:
+            yield f"{prefix}{bad} of {scales.numel()} scales are NaN or infinite"
+        elif not scales.any():
+            yield f"{prefix}every scale is zero: nothing was loaded into it"
+
+
+def _scales(w4: NF4Weight) -> Tensor:
+    """The scales as they decode, float32 [blocks], or [E, blocks] of a stack."""
+    if not w4.double_quant:
+        return w4.absmax
+    if len(w4.shape) > 2:
+        return torch.stack([_scales(w4.matrix(e)) for e in range(w4.shape[0])])
+    scales: Tensor = torch.ops.qlora.dequantize_absmax(
+        w4.absmax, w4.nested_absmax, w4.nested_offset, w4.nested_block_size
+    )
+    return scales

@@ -1,0 +1,77 @@
+"""The loss of a language model on a text, and how much more of it one model has than another."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.stages import without_cache
+
+# Logits are made of as many tokens at a time: of a vocabulary of 150,000, half a gigabyte.
+_TOKENS_AT_A_TIME = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Increase:
+    """How much a loss is above another on the same blocks of text.
+
+    Attributes:
+        nats: a token, on average; below zero where it is lower.
+        error: the standard error of that over the blocks, each paired with itself.
+    """
+
+    nats: float
+    error: float
+
+    @classmethod
+    def of(cls, losses: Tensor, before: Tensor) -> Increase:
+        """From the mean losses of the same blocks [B], at least two of them."""
+        more = (losses - before).double()
+        return cls(more.mean().item(), (more.std() / math.sqrt(len(more))).item())
+
+    def __str__(self) -> str:
+        return f"{self.nats:+.4f} ± {self.error:.4f}"
+
+
+def check_ids(ids: Any, least: int) -> Tensor:
+    """``ids`` as the token ids [B, T] that they have to be.
+
+    Raises:
+        TypeError, ValueError: they are none, or fewer than ``least`` sequences of two tokens.
+    """
+    if not isinstance(ids, Tensor) or ids.is_floating_point():
+        raise TypeError(f"inputs: expected token ids [B, T], got {type(ids).__name__}")
+    if ids.ndim != 2 or ids.shape[0] < least or ids.shape[1] < 2:
+        raise ValueError(f"inputs: expected token ids [B, T] with B >= {least} and T >= 2, got {list(ids.shape)}")
+    return ids
+
+
+def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits [B, T, V] of token ids [B, T], in float32.
+
+    Raises:
+        TypeError: ``model`` gives something else.
+    """
+    out = model(ids)
+    logits = getattr(out, "logits", out)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
+        raise TypeError(
+            f"model: expected one that makes logits [B, T, V] of token ids [B, T], got {type(out).__name__}"
+        )
+    return logits.float()
+
+
+@torch.no_grad()
+def block_losses(model: nn.Module, ids: Tensor) -> Tensor:
+    """The mean loss a token of each sequence of token ids [B, T], float64 [B] on the CPU."""
+    found = []
+    with without_cache(model):
+        for rows in ids.split(max(1, _TOKENS_AT_A_TIME // ids.shape[1])):
+            logits = logits_of(model, rows)[:, :-1]
+            losses = nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
+            found.append(losses.double().mean(1).cpu())
+    return torch.cat(found)

@@ -1,0 +1,96 @@
+"""``sensitivity``: how much of a model's loss quantizing each layer costs, before anything is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..calibration import self_text
+from ..nn import quantized, to_be_quantized
+from .keeping import choose
+from .layers import Candidate, LayerCost, measure
+from .loss import check_ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """What plain NF4 would cost each layer of a model.
+
+    Attributes:
+        layers: in the order of the model.
+        bytes: of the model with all of them in 4 bits.
+    """
+
+    layers: list[LayerCost]
+    bytes: int
+
+    def chosen(self, budget: int | str) -> list[LayerCost]:
+        """The layers to leave dense, those first that cost the most loss a byte.
+
+        Args:
+            budget: a number of layers, or what they may take more than in 4 bits: a share of ``bytes`` ("5%"), or a
+                size ("200MB").
+
+        Raises:
+            ValueError: it is none of these.
+        """
+        return choose(self.layers, self.bytes, budget)
+
+    def keep(self, budget: int | str) -> list[str]:
+        """The names of the layers that ``chosen`` gives."""
+        return [layer.name for layer in self.chosen(budget)]
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers of ``model``; a tensor that several modules share counts once."""
+    return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
+
+
+def sensitivity(
+    model: nn.Module,
+    inputs: Tensor | str = "self",
+    skip: Iterable[str] | None = None,
+    block_size: int = 64,
+    double_quant: bool = True,
+    towers: bool = False,
+    tokens: int = 4096,
+    length: int = 128,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Sensitivity:
+    """Estimates, for every layer that ``quantize_model`` would quantize, how much the loss rises by that layer alone.
+
+    The estimate is to second order, by the Fisher information of the layer's outputs; see ``fidelity/layers.py``. It
+    takes the dense model, a 4-bit copy of its layers and the activations of one sequence; in time, about six forward
+    passes over the tokens. ``quantize_model(model, keep=sensitivity(model).keep("5%"))`` is what it is for.
+
+    Args:
+        model: dense, a language model: token ids [B, T] to logits [B, T, V]. It is left as it is.
+        inputs: "self" (a transformers model writes its own text), or token ids int64 [B, T].
+        skip, block_size, double_quant, towers: as in ``quantize_model``.
+        tokens, length: of the text that the model writes: in all, and a sequence.
+        seed: of that text, and of the labels that are drawn.
+        progress: called with the sequences done, and their number.
+
+    Raises:
+        TypeError, ValueError: an argument is none of these, or the model has no layer to quantize.
+    """
+    layers = to_be_quantized(model, skip, towers=towers)
+    if not layers:
+        raise ValueError("model: expected one with dense layers to quantize, found none")
+    if isinstance(inputs, str):
+        if inputs != "self":
+            raise ValueError(f"inputs: expected 'self' or token ids [B, T], got {inputs!r}")
+        inputs = self_text.write(model, max(1, tokens // length), length, seed)
+    ids = check_ids(inputs, least=1).to(_device(model))
+    form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
+    candidates = {module: Candidate(name, quantized(module, **form)) for module, name in layers.items()}
+    costs = measure(model, candidates, ids, seed, progress)
+    return Sensitivity(costs, held_bytes(model) - sum(cost.extra_bytes for cost in costs))
+
+
+def _device(model: nn.Module) -> Any:
+    return next(model.parameters()).device
