@@ -196,7 +196,7 @@ def test_q_k_and_v_share_their_moments() -> None:
 
     model, ids = tiny(), torch.randint(0, 97, (2, 8))
     attention = model.model.layers[0].self_attn
-    gathering = Gathering({name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")})
+    gathering = Gathering({name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}, [None])
     with torch.no_grad():
         model(ids)
         gathering.next_batch()
@@ -250,3 +250,19 @@ def test_what_is_no_calibration_is_refused(given: Any, error: type[Exception], t
 def test_settings_are_checked(field: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"{field}: expected"):
         Calibration(**{field: value})
+
+
+def test_padding_does_not_count() -> None:
+    from tiny_models import make, token_ids
+
+    ids = token_ids(4, 24)
+    padded = torch.nn.functional.pad(ids, (0, 8), value=7)
+    mask = torch.nn.functional.pad(torch.ones_like(ids), (0, 8))
+    found = []
+    for inputs in ({"input_ids": ids}, {"input_ids": padded, "attention_mask": mask}, {"input_ids": padded}):
+        model = qlora_ext.quantize_model(make("llama", torch.float32), calibration=[inputs])
+        found.append((calibration_of(model)[3], model.get_submodule("model.layers.0.self_attn.o_proj").weight))
+    (plain, weight), (masked, same), (unmasked, _) = found
+    assert plain.tokens == masked.tokens == ids.numel() != unmasked.tokens
+    assert plain.error == pytest.approx(masked.error, rel=1e-3)
+    assert (weight != same).float().mean() < 0.02

@@ -51,7 +51,8 @@ class Calibration:
 
     Attributes:
         inputs: "self" (the model writes its own text), token ids int64 [B, T], or batches of the model's inputs, each a
-            tensor, a tuple or a mapping as the model's forward takes it.
+            tensor, a tuple or a mapping as the model's forward takes it; what the "attention_mask" [B, T] of a mapping
+            leaves out does not count.
         method: "feedback" (weighted scales and GPTQ's error feedback) or "scales" (weighted scales alone).
         tokens, length: of the text that the model writes: in all, and a sequence.
         seed: of that text.
@@ -250,7 +251,7 @@ class Calibrator:
             self._gather(name)
 
     def _gather(self, name: str) -> None:
-        gathering = Gathering({other: self._layers[other] for other in self._group})
+        gathering = Gathering({other: self._layers[other] for other in self._group}, map(_counted, self._batches))
         place = self._place(name)
         try:
             if place is None:
@@ -337,6 +338,12 @@ class Calibrator:
         if feedback.factor is None and self.settings.method == "feedback":
             return "its inputs' second moments cannot be factorized"
         return "plain NF4 was the best on its inputs" if encoded.method == "absmax" else ""
+
+
+def _counted(batch: Any) -> Tensor | None:
+    """Which tokens of a batch are no padding, bool [B, T]; None where it does not say."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _moments_bytes(layer: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,11 +57,17 @@ class Gathering:
 
     Layers that read the very same tensor share its moments.
 
+    Args:
+        layers: by name.
+        counted: of each batch which tokens count, bool [B, T], or None where all do: padding is nobody's input.
+
     Attributes:
         found: by the name of the layer and of its weight; a layer that no batch reached has none.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module]) -> None:
+    def __init__(self, layers: Mapping[str, nn.Module], counted: Iterable[Tensor | None]) -> None:
+        self._counted = iter(counted)
+        self._of_batch: Tensor | None = None
         self.found: dict[tuple[str, str], Moments | ExpertMoments] = {}
         self._this_batch: list[tuple[Tensor, Moments]] = []
         self._handles = [
@@ -74,6 +80,13 @@ class Gathering:
     def next_batch(self) -> None:
         """To be called before each batch."""
         self._this_batch.clear()
+        counted = next(self._counted)
+        self._of_batch = None if counted is None else counted.flatten()
+
+    def _counting(self, rows: Tensor) -> Tensor | None:
+        """Which of a layer's rows count; None: all, as where they are no tokens of the batch."""
+        counted = self._of_batch
+        return counted if counted is not None and len(counted) == len(rows) else None
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -89,7 +102,9 @@ class Gathering:
                     return
             own = self.found.setdefault((name, "weight"), Moments.empty(x.shape[-1], x.device))
             assert isinstance(own, Moments)
-            own.add(x)
+            rows = x.detach().reshape(-1, x.shape[-1])
+            counted = self._counting(rows)
+            own.add(rows if counted is None else rows[counted.to(rows.device)])
             self._this_batch.append((x, own))
 
         return see
@@ -103,10 +118,12 @@ class Gathering:
             first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
             weight, bias = getattr(module, first), getattr(module, f"{first}_bias", None)
             transposed = bool(getattr(module, "is_transposed", False))
+            counted = self._counting(hidden)
             for expert in index.unique().tolist():
                 if expert >= len(weight):
                     continue  # nobody's
-                x = hidden[(index == expert).any(-1)]
+                routed = (index == expert).any(-1)
+                x = hidden[routed if counted is None else routed & counted.to(routed.device)]
                 w = weight[expert].T if transposed else weight[expert]
                 h = nn.functional.linear(x.to(w.dtype), w, None if bias is None else bias[expert])
                 h = module._apply_gate(h) if first == "gate_up_proj" else module.act_fn(h)
