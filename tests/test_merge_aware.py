@@ -175,6 +175,20 @@ def test_kept_is_a_share_of_the_update() -> None:
         assert held / whole == pytest.approx(share, abs=1e-5)
 
 
+def test_it_compiles_as_one_graph() -> None:
+    import torch._dynamo
+
+    model = adapted()
+    integration.set_merge_aware(model)
+    found = []
+    for compiled in (model, torch.compile(model, backend="aot_eager", fullgraph=True)):
+        compiled.train()(input_ids=IDS, labels=IDS).loss.backward()
+        found.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert torch._dynamo.explain(model.eval())(input_ids=IDS).graph_count == 1
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lora_dropout: expected 0, for a merged adapter has none, got 0.1"):
         integration.set_merge_aware(adapted(lora_dropout=0.1))

@@ -178,7 +178,8 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     def _merged_weight(self, adapter: str) -> NF4Weight:
         layer, a, b = self.layer4bit, self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling = self.scaling[adapter]
-        if self.training or torch.is_grad_enabled() or isinstance(scaling, Tensor):
+        may_change = self.training or torch.is_grad_enabled() or isinstance(scaling, Tensor)
+        if may_change or torch.compiler.is_compiling():
             self._kept = None
             return merged_weight(layer.weight4bit, a, *fold_scaling(b, scaling))
         made_of = scaling, *((id(t), t.data_ptr(), t.dtype, t._version) for t in (layer.weight, a, b))
