@@ -31,8 +31,9 @@ def test_the_codes_are_the_cpus(double_quant: bool) -> None:
 
 
 def test_stacks_on_cuda() -> None:
-    stack = qlora_ext.NF4Weight.stack([qlora_ext.quantize_nf4(torch.randn(8, 40)) for _ in range(3)])
-    moved = stack.dequantize(torch.float32) + 0.01 * torch.randn(3, 8, 40)
+    parts = [qlora_ext.quantize_nf4(torch.randn(8, 40)) for _ in range(3)]
+    stack = qlora_ext.NF4Weight.stack(parts)
+    moved = torch.stack([part.dequantize(torch.float32) for part in parts]) + 0.01 * torch.randn(3, 8, 40)
     assert_bits(with_update(stack.to("cuda"), moved.cuda()).packed, with_update(stack, moved).packed, "codes")
 
 
