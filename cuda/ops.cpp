@@ -148,6 +148,16 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
   return call.packed;
 }
 
+Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed) {
+  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt);
+  const OnDevice on(call.w);
+  check_launch("encode_nf4_stochastic",
+               cuda::launch_encode_nf4_stochastic(
+                   call.dtype, call.w.const_data_ptr(), call.absmax.const_data_ptr<float>(), call.numel, block_size,
+                   static_cast<uint64_t>(seed), call.packed.mutable_data_ptr<uint8_t>(), on.stream()));
+  return call.packed;
+}
+
 std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int64_t nested_block_size) {
   checks::has_dtype("absmax", absmax_arg, ScalarType::Float);
   checks::nested_block_size(nested_block_size);
@@ -329,6 +339,7 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("quantize_nf4", QLORA_BOX(&qlora::quantize_nf4));
   m.impl("search_absmax_nf4", QLORA_BOX(&qlora::search_absmax_nf4));
   m.impl("encode_nf4", QLORA_BOX(&qlora::encode_nf4));
+  m.impl("encode_nf4_stochastic", QLORA_BOX(&qlora::encode_nf4_stochastic));
   m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
   m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
   m.impl("dequantize_nf4", QLORA_BOX(&qlora::dequantize_nf4));

@@ -166,20 +166,30 @@ def encode_nf4(w: np.ndarray, absmax: np.ndarray, block: int = 64) -> np.ndarray
     return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8)
 
 
-def encode_nf4_stochastic(w: np.ndarray, absmax: np.ndarray, block: int, seed: int) -> np.ndarray:
-    """Packed bytes (flat) of w under given scales, each weight rounded up or down by a random number of its own."""
-    flat = w.astype(F32).reshape(-1)
+def stochastic_bounds(first: int, count: int, seed: int) -> np.ndarray:
+    """[count, 15]: what q is above of at elements ``first`` and on, where it has the code behind."""
     u32 = np.uint32
-    with np.errstate(over="ignore", invalid="ignore"):
-        q = flat * np.repeat(inverse_scale(absmax), block)[: flat.size]
-        x = np.arange(flat.size, dtype=np.uint32) * u32(0x9E3779B1)
+    index = np.arange(first, first + count, dtype=np.uint64)
+    low, high = index.astype(u32), (index >> np.uint64(32)).astype(u32)
+    with np.errstate(over="ignore"):
+        x = low * u32(0x9E3779B1) + high * u32(0x85EBCA77)
         x ^= u32(seed & 0xFFFFFFFF) + u32(seed >> 32 & 0xFFFFFFFF) * u32(0xC2B2AE3D)
         x = (x ^ (x >> u32(16))) * u32(0x85EBCA6B)
         x = (x ^ (x >> u32(13))) * u32(0xC2B2AE35)
         x ^= x >> u32(16)
     threshold = ((x >> u32(16)).astype(F32) + F32(0.5)) * F32(2**-16)
-    bounds = NF4[:-1] + threshold[:, None] * (NF4[1:] - NF4[:-1])
-    codes = (q[:, None] > bounds).sum(1).astype(np.uint8)
+    return NF4[:-1] + threshold[:, None] * (NF4[1:] - NF4[:-1])
+
+
+def encode_nf4_stochastic(w: np.ndarray, absmax: np.ndarray, block: int, seed: int, first: int = 0) -> np.ndarray:
+    """Packed bytes (flat) of w under given scales, each weight rounded up or down by a random number of its own.
+
+    ``first`` is the place of w's first element in a larger tensor.
+    """
+    flat = w.astype(F32).reshape(-1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        q = flat * np.repeat(inverse_scale(absmax), block)[: flat.size]
+    codes = (q[:, None] > stochastic_bounds(first, flat.size, seed)).sum(1).astype(np.uint8)
     if flat.size % 2:
         codes = np.append(codes, np.uint8(7))
     return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8)

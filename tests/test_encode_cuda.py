@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import reference
 from samples import DTYPES
 from test_codec_cuda import assert_bits, free_memory
 from test_encode_cpu import feedback_of, moments, weight
@@ -16,7 +17,9 @@ pytestmark = pytest.mark.cuda
 
 OPS = torch.ops.qlora
 SHAPES = [(1, 64), (3, 64), (17, 96), (5, 100), (2, 1), (33, 31), (40, 7), (2, 1024)]
+ODD_SCALES = [0.0, -0.0, 1e-45, -1e-39, 1.1e-38, -2.0, 3e38, float("inf"), -float("inf"), float("nan")]
 # Beyond 128 places, which are rounded together: whole ones and a rest, of any alignment; more rows than a CTA has.
+SEEDS = [0, -1, 2**40 + 5]
 FEEDBACK_SHAPES = [(1, 64), (17, 96), (2, 1), (33, 31), (5, 130), (9, 256), (6, 293), (70, 20)]
 
 
@@ -34,6 +37,28 @@ def encode(w: Tensor, absmax: Tensor, block: int, *feedback: Tensor) -> Tensor:
     assert packed.shape == expected.shape
     assert_bits(packed, expected, f"codes of {tuple(w.shape)} in blocks of {block}")
     return packed
+
+
+def encode_stochastic(w: Tensor, absmax: Tensor, block: int, seed: int) -> Tensor:
+    """The same, rounded at random."""
+    packed = OPS.encode_nf4_stochastic(w.cuda(), absmax.cuda(), block, seed)
+    expected = OPS.encode_nf4_stochastic(w, absmax, block, seed)
+    assert packed.shape == expected.shape
+    assert_bits(packed, expected, f"codes of {tuple(w.shape)} in blocks of {block} by seed {seed}")
+    return packed
+
+
+def scales(w: Tensor, block: int) -> Tensor:
+    """Larger and smaller than the blocks' magnitudes, below zero and zero."""
+    absmax: Tensor = OPS.quantize_nf4(w, block)[1] * torch.linspace(0.3, 1.3, -(-w.numel() // block))
+    absmax[0] *= -1
+    absmax[-1] = 0 if absmax.numel() > 1 else absmax[-1]
+    return absmax
+
+
+def near(points: Tensor, ulps: int) -> Tensor:
+    """[len(points), 2 ulps + 1]: each float32 (none is 0) with its neighbours."""
+    return (points.view(torch.int32)[:, None] + torch.arange(-ulps, ulps + 1, dtype=torch.int32)).view(torch.float32)
 
 
 def with_specials(w: Tensor) -> Tensor:
@@ -78,10 +103,7 @@ def test_codes(dtype: torch.dtype) -> None:
     for n, k in SHAPES:
         for block in (32, 64, 512):
             w = weight(n, k, dtype)
-            absmax = OPS.quantize_nf4(w, block)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
-            absmax[0] *= -1
-            absmax[-1] = 0 if absmax.numel() > 1 else absmax[-1]
-            encode(w, absmax, block)
+            encode(w, scales(w, block), block)
     w = weight(41, 999, dtype)
     for block in (32, 256, 4096):
         encode(w, torch.rand(-(-w.numel() // block)) + 0.5, block)
@@ -91,11 +113,10 @@ def test_codes(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_codes_of_what_is_not_finite(dtype: torch.dtype) -> None:
     w = with_specials(weight(10, 128, dtype))
-    scales = [0.0, -0.0, 1e-45, -1e-39, 1.1e-38, -2.0, 3e38, float("inf"), -float("inf"), float("nan")]
-    for scale in scales:
+    for scale in ODD_SCALES:
         encode(w, torch.full((20,), scale), 64)
     feedback, order = feedback_of(moments(128))
-    for absmax in (torch.tensor(scales * 2), torch.rand(20) + 0.5):
+    for absmax in (torch.tensor(ODD_SCALES * 2), torch.rand(20) + 0.5):
         encode(w, absmax, 64, feedback, order)
 
 
@@ -105,9 +126,45 @@ def test_codes_at_every_boundary() -> None:
         torch.arange(16, dtype=torch.uint8) * 17, torch.ones(1), None, None, 32, 256, [32], torch.float32
     )[::2]
     points = torch.cat([(value[1:] + value[:-1]) / 2, value[value != 0]])
-    near = (points.view(torch.int32)[:, None] + torch.arange(-40, 41, dtype=torch.int32)).view(torch.float32)
-    w = torch.cat([near.reshape(-1), torch.tensor([2.0, -2.0, 1e30, -1e30])])
+    w = torch.cat([near(points, 40).reshape(-1), torch.tensor([2.0, -2.0, 1e30, -1e30])])
     encode(w, torch.ones(-(-w.numel() // 32)), 32)
+    encode_stochastic(w, torch.ones(-(-w.numel() // 32)), 32, 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stochastic_codes(dtype: torch.dtype) -> None:
+    for n, k in SHAPES:
+        for block, seed in zip((32, 64, 512), SEEDS, strict=True):
+            w = weight(n, k, dtype)
+            encode_stochastic(w, scales(w, block), block, seed)
+    w = weight(41, 999, dtype)
+    for block, seed in zip((32, 256, 4096), SEEDS, strict=True):
+        encode_stochastic(w, scales(w, block), block, seed)
+    encode_stochastic(w.T, torch.rand(-(-w.numel() // 64)) + 0.5, 64, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_stochastic_codes_of_what_is_not_finite(dtype: torch.dtype) -> None:
+    w = with_specials(weight(10, 128, dtype))
+    for scale in ODD_SCALES:
+        encode_stochastic(w, torch.full((20,), scale), 64, 0)
+    assert encode_stochastic(torch.full((1, 64), float("nan"), dtype=dtype), torch.ones(1), 64, 0).eq(0).all()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stochastic_codes_at_every_bound(seed: int) -> None:
+    """Each weight at one of its own fifteen bounds, or a step to either side of it: a sum rounded once differs."""
+    numel = 15 * 3 * 512
+    bounds = torch.from_numpy(reference.stochastic_bounds(0, numel, seed))
+    element = torch.arange(numel)
+    w = near(bounds[element, element % 15], 1)[element, element // 15 % 3]
+    encode_stochastic(w, torch.ones(numel // 64), 64, seed)
+
+
+def test_stochastic_codes_keep_what_is_a_value_already() -> None:
+    packed, absmax = OPS.quantize_nf4(weight(16, 512).cuda(), 64)
+    decoded = OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [16, 512], torch.float32)
+    assert torch.equal(OPS.encode_nf4_stochastic(decoded, absmax, 64, 3), packed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -117,6 +174,8 @@ def test_data_at_any_address(dtype: torch.dtype) -> None:
     absmax = torch.rand(-(-numel // 64)) + 0.5
     packed = OPS.encode_nf4(w.cuda()[3:], absmax.cuda(), 64)
     assert_bits(packed, OPS.encode_nf4(w[3:], absmax, 64), "codes")
+    packed = OPS.encode_nf4_stochastic(w.cuda()[3:], absmax.cuda(), 64, 0)
+    assert_bits(packed, OPS.encode_nf4_stochastic(w[3:], absmax, 64, 0), "stochastic codes")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,6 +214,7 @@ def test_nothing() -> None:
         w, absmax = torch.empty(n, k), torch.empty(0)
         search(w, torch.ones(k), 64)
         encode(w, absmax, 64)
+        encode_stochastic(w, absmax, 64, 0)
         encode(w, absmax, 64, torch.eye(k), torch.arange(k))
 
 
@@ -174,7 +234,12 @@ def test_a_cuda_graph_repeats_them() -> None:
 
     def calibrate() -> list[Tensor]:
         absmax = OPS.search_absmax_nf4(w, importance, 64)
-        return [absmax, OPS.encode_nf4(w, absmax, 64), OPS.encode_nf4(w, absmax, 64, feedback, order)]
+        return [
+            absmax,
+            OPS.encode_nf4(w, absmax, 64),
+            OPS.encode_nf4_stochastic(w, absmax, 64, 5),
+            OPS.encode_nf4(w, absmax, 64, feedback, order),
+        ]
 
     calibrate()
     graph = torch.cuda.CUDAGraph()
@@ -198,10 +263,11 @@ def test_two_streams() -> None:
     results = []
     for args, stream in zip(given, [torch.cuda.Stream() for _ in inputs], strict=True):
         with torch.cuda.stream(stream):
-            results.append(OPS.encode_nf4(*args))
+            results.append((OPS.encode_nf4(*args), OPS.encode_nf4_stochastic(*args[:3], 0)))
     torch.cuda.synchronize()
-    for (w, absmax), packed in zip(inputs, results, strict=True):
+    for (w, absmax), (packed, stochastic) in zip(inputs, results, strict=True):
         assert_bits(packed, OPS.encode_nf4(w, absmax, 64, feedback, order), "codes")
+        assert_bits(stochastic, OPS.encode_nf4_stochastic(w, absmax, 64, 0), "stochastic codes")
 
 
 def _wrong() -> dict[str, Callable[[], Tensor]]:
@@ -221,6 +287,17 @@ def _wrong() -> dict[str, Callable[[], Tensor]]:
     }
 
 
+def test_wrong_arguments_of_stochastic_codes_are_named() -> None:
+    w, absmax = torch.zeros(4, 64, device="cuda"), torch.ones(4, device="cuda")
+    for args, message in (
+        ((w, absmax[1:], 64, 0), "absmax: expected 4 elements"),
+        ((w, absmax.cpu(), 64, 0), "absmax: expected on the device of w"),
+        ((w, absmax, 48, 0), "block_size: expected a power of two"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            OPS.encode_nf4_stochastic(*args)
+
+
 def test_wrong_arguments_are_named() -> None:
     for message, call in _wrong().items():
         with pytest.raises(ValueError, match=message):
@@ -235,8 +312,12 @@ def test_codes_of_more_than_2_to_the_31_elements() -> None:
     end = weight(1, tail, torch.bfloat16).reshape(-1)
     w[-tail:] = end
     absmax = torch.ones(-(-numel // 64), device="cuda")
-    scales = torch.rand(-(-tail // 64)) + 0.5
-    absmax[-len(scales) :] = scales
-    packed = OPS.encode_nf4(w, absmax, 64)
-    assert_bits(packed[(numel - tail) // 2 :], OPS.encode_nf4(end, scales, 64), "codes")
-    assert packed[: (numel - tail) // 2].eq(119).all()
+    of_end = torch.rand(-(-tail // 64)) + 0.5
+    absmax[-len(of_end) :] = of_end
+    stochastic = reference.encode_nf4_stochastic(end.float().numpy(), of_end.numpy(), 64, 1, first=numel - tail)
+    for packed, expected in (
+        (OPS.encode_nf4(w, absmax, 64), OPS.encode_nf4(end, of_end, 64)),
+        (OPS.encode_nf4_stochastic(w, absmax, 64, 1), stochastic),
+    ):
+        assert_bits(packed[(numel - tail) // 2 :], expected, "codes")
+        assert packed[: (numel - tail) // 2].eq(119).all()

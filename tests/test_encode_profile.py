@@ -27,6 +27,7 @@ BATCH = 128  # places that are rounded together, in registers
 ROWS = 8  # of a CTA, for so few rows
 SEARCH_SLOTS = 800  # issue slots a weight, for 31 looks at it
 ENCODE_SLOTS = 16
+STOCHASTIC_SLOTS = 40
 
 
 def run_cases(profile: Path) -> dict[str, Any]:
@@ -37,6 +38,7 @@ def run_cases(profile: Path) -> dict[str, Any]:
     calls = {
         "search": lambda: ops.search_absmax_nf4(w, torch.rand(K).cuda(), BLOCK),
         "encode": lambda: ops.encode_nf4(w, absmax, BLOCK),
+        "stochastic": lambda: ops.encode_nf4_stochastic(w, absmax, BLOCK, 0),
         "feedback": lambda: ops.encode_nf4(w, absmax, BLOCK, factors, torch.arange(K).cuda()),
     }
     cases: dict[str, Any] = {}
@@ -61,7 +63,7 @@ def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return {name: Launch(launches[0]) for name, launches in found.items()}
 
 
-@pytest.mark.parametrize("name", ["search", "encode", "feedback"])
+@pytest.mark.parametrize("name", ["search", "encode", "stochastic", "feedback"])
 def test_no_local_memory_and_no_bank_conflicts(cases: dict[str, Launch], name: str) -> None:
     assert cases[name]["local_bytes"] == 0
     assert cases[name].conflicts <= 0.01
@@ -73,9 +75,10 @@ def test_search(cases: dict[str, Launch]) -> None:
     assert launch["global_sectors_read"] <= 1.02 * launch["global_sectors_read_ideal"]
 
 
-def test_encode(cases: dict[str, Launch]) -> None:
-    launch = cases["encode"]
-    assert launch.slots <= ENCODE_SLOTS * N * K
+@pytest.mark.parametrize(("name", "slots"), [("encode", ENCODE_SLOTS), ("stochastic", STOCHASTIC_SLOTS)])
+def test_encode(cases: dict[str, Launch], name: str, slots: int) -> None:
+    launch = cases[name]
+    assert launch.slots <= slots * N * K
     assert launch.bytes_read <= 1.1 * N * K * (2 + 4 / BLOCK * 4)  # a block's scale comes with each of its loads
     assert launch["global_sectors_written"] * 32 <= 1.02 * launch["unique_bytes_written"]
 

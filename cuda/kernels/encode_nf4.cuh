@@ -1,10 +1,11 @@
-// encode_nf4: w under scales that are given -> packed codes. A warp's sweeps lie as those of quantize_nf4.cuh; what a
-// lane loads lies in one block, whose scale it reads itself.
+// encode_nf4 and encode_nf4_stochastic: w under scales that are given -> packed codes. A warp's sweeps lie as those of
+// quantize_nf4.cuh; what a lane loads lies in one block, whose scale it reads itself.
 #pragma once
 
 #include <cstdint>
 
 #include "cpp/format/nf4.h"
+#include "cpp/format/stochastic.h"
 #include "cuda/kernels/quantize_nf4.cuh"
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/float_bits.cuh"
@@ -12,32 +13,55 @@
 #include "cuda/ptx/store.cuh"
 #include "cuda/tile/lane_values.cuh"
 #include "cuda/tile/nf4_round.cuh"
+#include "cuda/tile/nf4_stochastic.cuh"
 #include "cuda/tile/unroll.cuh"
 
 namespace qlora::kernels {
 
 inline constexpr int kEncodeSweeps = 4;
 
-// As encode_lane, for scales that bound nothing.
-template <class T>
-__device__ __forceinline__ uint32_t encode_lane_under(const tile::LaneValues<T>& values, float scale, uint32_t table) {
+// The two ways to round: the code of q, element `index` of w. `table` is the shared address of the Table.
+struct NearestCode {
+  using Table = tile::Nf4RoundTable;
+  static __device__ __forceinline__ void stage(Table* shared) { tile::stage_nf4_round(shared); }
+
+  __device__ __forceinline__ uint32_t operator()(float q, int64_t, uint32_t table) const {
+    return tile::nf4_code(tile::nf4_round(q, table));
+  }
+};
+
+struct StochasticCode {
+  using Table = tile::Nf4StochasticTable;
+  static __device__ __forceinline__ void stage(Table* shared) { tile::stage_nf4_stochastic(shared); }
+
+  __device__ __forceinline__ uint32_t operator()(float q, int64_t index, uint32_t table) const {
+    return tile::nf4_stochastic_code(q, rounding_threshold(seed, static_cast<uint64_t>(index)), table);
+  }
+
+  uint64_t seed;
+};
+
+// As encode_lane, for scales that bound nothing. `index` is that of the lane's first value.
+template <class T, class Code>
+__device__ __forceinline__ uint32_t encode_lane_under(const tile::LaneValues<T>& values, float scale, int64_t index,
+                                                      const Code& code, uint32_t table) {
   const float inverse = inverse_scale(scale);
   uint32_t codes = 0;
 #pragma unroll
   for (int nibble = tile::LaneValues<T>::kCount - 1; nibble >= 0; --nibble) {
     const float q = ptx::mul_bits(values.float_bits(nibble ^ 1), inverse);
-    codes = ptx::mad<kCodes>(codes, tile::nf4_code(tile::nf4_round(q, table)));
+    codes = ptx::mad<kCodes>(codes, code(q, index + (nibble ^ 1), table));
   }
   return codes;
 }
 
-template <class T, int kThreads>
+template <class T, class Code, int kThreads>
 __global__ __launch_bounds__(kThreads) void encode_nf4_kernel(const T* __restrict__ w, const float* __restrict__ absmax,
-                                                              int64_t numel, int block_shift,
+                                                              int64_t numel, int block_shift, Code code,
                                                               uint8_t* __restrict__ packed) {
   constexpr int kPerLane = tile::LaneValues<T>::kCount, kSweep = tile::kWarp * kPerLane;
-  __shared__ tile::Nf4RoundTable shared;
-  tile::stage_nf4_round(&shared);
+  __shared__ typename Code::Table shared;
+  Code::stage(&shared);
   __syncthreads();
   const uint32_t table = ptx::shared_address(&shared);
 
@@ -60,7 +84,7 @@ __global__ __launch_bounds__(kThreads) void encode_nf4_kernel(const T* __restric
   uint8_t* const out = packed + (begin >> 1);
   tile::unroll<kEncodeSweeps>([&](auto r) {
     constexpr int kOffset = r * kSweep / 2;
-    const uint32_t codes = encode_lane_under<T>(values[r], scale[r], table);
+    const uint32_t codes = encode_lane_under<T>(values[r], scale[r], begin + r * kSweep, code, table);
     if (!whole) {
       store_codes_tail<kPerLane>(out + kOffset, codes, numel - begin - r * kSweep);
     } else if constexpr (kPerLane == 8) {

@@ -26,9 +26,13 @@ cudaError_t launch_search_absmax_nf4(DType dtype, const void* w, const float* im
 cudaError_t launch_encode_nf4(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
                               uint8_t* packed, cudaStream_t stream);
 
-// The same where each rounding error is made good by the columns that are rounded later: in `order`, with the factors
-// `feedback` (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of order that is no column
-// stands for column 0, and codes that nothing was rounded to are any.
+// The same, rounded up or down at random (cpp/format/stochastic.h).
+cudaError_t launch_encode_nf4_stochastic(DType dtype, const void* w, const float* absmax, int64_t numel,
+                                         int64_t block_size, uint64_t seed, uint8_t* packed, cudaStream_t stream);
+
+// Rounded to the nearest codes, where each rounding error is made good by the columns that are rounded later: in
+// `order`, with the factors `feedback` (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of
+// order that is no column stands for column 0, and codes that nothing was rounded to are any.
 struct FeedbackProblem {
   DType dtype;
   const void* w;        // [n, k]

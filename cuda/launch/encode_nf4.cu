@@ -15,13 +15,30 @@ int shift_of(int64_t block_size) {
   return shift;
 }
 
-template <class T>
-cudaError_t launch(const void* w, const float* absmax, int64_t numel, int64_t block_size, uint8_t* packed,
-                   cudaStream_t stream) {
+template <class T, class Code>
+cudaError_t launch(const void* w, const float* absmax, int64_t numel, int64_t block_size, const Code& code,
+                   uint8_t* packed, cudaStream_t stream) {
   constexpr int kThreads = kCodecThreads;
   constexpr int64_t kPerCta = int64_t{kernels::kEncodeSweeps} * tile::LaneValues<T>::kCount * kThreads;
-  return launch_kernel(kernels::encode_nf4_kernel<T, kThreads>, static_cast<unsigned>(ceil_div(numel, kPerCta)),
-                       kThreads, 0, stream, static_cast<const T*>(w), absmax, numel, shift_of(block_size), packed);
+  return launch_kernel(kernels::encode_nf4_kernel<T, Code, kThreads>, static_cast<unsigned>(ceil_div(numel, kPerCta)),
+                       kThreads, 0, stream, static_cast<const T*>(w), absmax, numel, shift_of(block_size), code,
+                       packed);
+}
+
+template <class Code>
+cudaError_t launch_as(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
+                      const Code& code, uint8_t* packed, cudaStream_t stream) {
+  if (numel == 0) return cudaSuccess;
+  switch (dtype) {
+    case DType::kFloat32:
+      return launch<float>(w, absmax, numel, block_size, code, packed, stream);
+    case DType::kBFloat16:
+      return launch<bfloat16>(w, absmax, numel, block_size, code, packed, stream);
+    case DType::kFloat16:
+      return launch<float16>(w, absmax, numel, block_size, code, packed, stream);
+    default:
+      return cudaErrorInvalidValue;
+  }
 }
 
 template <class T, bool kAligned>
@@ -64,17 +81,12 @@ cudaError_t launch_feedback(const FeedbackProblem& p, const Device& device, cons
 
 cudaError_t launch_encode_nf4(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
                               uint8_t* packed, cudaStream_t stream) {
-  if (numel == 0) return cudaSuccess;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch<float>(w, absmax, numel, block_size, packed, stream);
-    case DType::kBFloat16:
-      return launch<bfloat16>(w, absmax, numel, block_size, packed, stream);
-    case DType::kFloat16:
-      return launch<float16>(w, absmax, numel, block_size, packed, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return launch_as(dtype, w, absmax, numel, block_size, kernels::NearestCode{}, packed, stream);
+}
+
+cudaError_t launch_encode_nf4_stochastic(DType dtype, const void* w, const float* absmax, int64_t numel,
+                                         int64_t block_size, uint64_t seed, uint8_t* packed, cudaStream_t stream) {
+  return launch_as(dtype, w, absmax, numel, block_size, kernels::StochasticCode{seed}, packed, stream);
 }
 
 cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,

@@ -29,12 +29,15 @@ struct Nf4EncodeTable {
   float boundary[kCells] = {};
   uint32_t base[kCells] = {};
 
-  constexpr Nf4EncodeTable() {
+  constexpr Nf4EncodeTable() : Nf4EncodeTable(kNf4.boundary, kCodes - 1) {}
+
+  // The same for other places at which codes change, in (-1, 1).
+  constexpr Nf4EncodeTable(const float* boundaries, int count) {
     for (int cell = 0; cell < kCells; ++cell) {
       boundary[cell] = std::numeric_limits<float>::infinity();  // which no q is above
-      for (float b : kNf4.boundary) {
-        base[cell] += cell_of(b) < cell;
-        if (cell_of(b) == cell) boundary[cell] = b;
+      for (int i = 0; i < count; ++i) {
+        base[cell] += cell_of(boundaries[i]) < cell;
+        if (cell_of(boundaries[i]) == cell) boundary[cell] = boundaries[i];
       }
     }
   }
@@ -42,16 +45,16 @@ struct Nf4EncodeTable {
   static constexpr int cell_of(float q) { return static_cast<int>(62.0 * q + 62.0 + 0.5) >> 2; }
 
   // No boundary shares its cell with another, or lies so near a cell's edge that its cell depends on how j is rounded.
-  static constexpr bool is_exact() {
-    for (int i = 0; i + 1 < kCodes; ++i) {
-      const double j = 62.0 * kNf4.boundary[i] + 62.0;
+  static constexpr bool is_exact(const float* boundaries, int count) {
+    for (int i = 0; i < count; ++i) {
+      const double j = 62.0 * boundaries[i] + 62.0;
       if (static_cast<int>(j + 0.501) != static_cast<int>(j + 0.499)) return false;
-      if (i && cell_of(kNf4.boundary[i]) == cell_of(kNf4.boundary[i - 1])) return false;
+      if (i && cell_of(boundaries[i]) == cell_of(boundaries[i - 1])) return false;
     }
     return true;
   }
 };
-static_assert(sizeof(Nf4EncodeTable) == Nf4EncodeTable::kBytes && Nf4EncodeTable::is_exact());
+static_assert(sizeof(Nf4EncodeTable) == Nf4EncodeTable::kBytes && Nf4EncodeTable::is_exact(kNf4.boundary, kCodes - 1));
 
 static __constant__ Nf4EncodeTable c_nf4_encode{};
 

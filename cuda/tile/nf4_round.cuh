@@ -20,7 +20,7 @@ struct alignas(Nf4EncodeTable::kBytes) Nf4RoundTable {
   Nf4EncodeTable encode;
   float value[Nf4EncodeTable::kCells] = {};  // of the code below the cell's boundary
 
-  constexpr Nf4RoundTable() {
+  explicit constexpr Nf4RoundTable(const Nf4EncodeTable& cells = {}) : encode(cells) {
     for (int cell = 0; cell < Nf4EncodeTable::kCells; ++cell) value[cell] = kNf4.value[encode.base[cell]];
   }
 };
@@ -28,10 +28,10 @@ static_assert(kNf4.boundary[kCodes - 2] < 1.0f && Nf4EncodeTable().boundary[Nf4E
 
 static __constant__ Nf4RoundTable c_nf4_round{};
 
-__device__ __forceinline__ void stage_nf4_round(Nf4RoundTable* shared) {
-  stage_table(shared->encode.boundary, c_nf4_round.encode.boundary);
-  stage_table(shared->encode.base, c_nf4_round.encode.base);
-  stage_table(shared->value, c_nf4_round.value);
+__device__ __forceinline__ void stage_nf4_round(Nf4RoundTable* shared, const Nf4RoundTable& table = c_nf4_round) {
+  stage_table(shared->encode.boundary, table.encode.boundary);
+  stage_table(shared->encode.base, table.encode.base);
+  stage_table(shared->value, table.value);
 }
 
 // Where q's code and value are found. `table` is the shared address of the Nf4RoundTable.
