@@ -166,8 +166,9 @@ IMPORTED_BY = {
     "cli/": ("cli/",),
     "integrations/": ("integrations/", "cli/", "__init__.py"),
     "fidelity/": ("fidelity/", "cli/", "__init__.py"),
-    "calibration/": ("calibration/", "nn/", "fidelity/", "integrations/", "cli/", "__init__.py"),
-    "nn/": ("nn/", "fingerprint.py", "fidelity/", "integrations/", "cli/", "__init__.py"),
+    "calibration/": ("calibration/", "nn/", "streaming/", "fidelity/", "integrations/", "cli/", "__init__.py"),
+    "streaming/": ("streaming/", "integrations/", "cli/", "__init__.py"),
+    "nn/": ("nn/", "streaming/", "fingerprint.py", "fidelity/", "integrations/", "cli/", "__init__.py"),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from . import _hooks, autograd, nn, transforms
+from . import _hooks, autograd, nn, streaming, transforms
 from ._library import build_info
 from .autograd import linear_nf4
 from .calibration import Calibration
@@ -32,6 +32,7 @@ __all__ = [
     "quantize_model",
     "quantize_nf4",
     "sensitivity",
+    "streaming",
     "take_over_bitsandbytes",
 ]
 

@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
 from ._library import LIBRARY
+from .lending import lender_of
 from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args
 from .weight import NF4Weight
 
@@ -145,8 +146,8 @@ class LinearNF4Function(torch.autograd.Function):
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
     lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device). Gradients reach x,
     bias, lora_a and lora_b; saved for them are x and h = scaling · dropout(x) · Aᵀ [..., R] where adapters are trained,
-    and references to the packed state, the adapters and the seed: never a dequantized weight, nor a dropout mask, which
-    the backward draws again from the seed.
+    and references to the packed state (where it is lent, to the lender), the adapters and the seed: never a dequantized
+    weight, nor a dropout mask, which the backward draws again from the seed.
     Under autocast x, bias and adapters take its dtype.
     Forward-mode AD is refused with a NotImplementedError here (dynamo traces no Function with a ``jvp``); the operator
     has it, by x and bias.
@@ -161,7 +162,8 @@ class LinearNF4Function(torch.autograd.Function):
         y, h = _kernels.forward(args, needs)
         x = None if h is None else a.x
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
-        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.seed_tensor, *packed)
+        ctx.lender = lender_of(a.packed)
+        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.seed_tensor, *(packed if ctx.lender is None else ()))
         ctx.block_sizes = a.block_size, a.nested_block_size
         ctx.in_features = a.x.shape[-1]
         ctx.lora_numbers = a.scaling, a.dropout_p, a.seed
@@ -173,6 +175,8 @@ class LinearNF4Function(torch.autograd.Function):
         refuse_tangent("the backward of linear_nf4", dy)
         x, h, lora_a, lora_b, seed_tensor, *packed = ctx.saved_tensors
         needs = LINEAR_NF4(*ctx.needs_input_grad)
+        if ctx.lender is not None and needs.x:
+            packed = ctx.lender()
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora
         dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora))

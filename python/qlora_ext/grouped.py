@@ -35,6 +35,7 @@ from . import ops
 from ._library import LIBRARY
 from .arguments import arguments_of
 from .autograd import LinearKernels, differentiable, no_tangent, refuse_tangent
+from .lending import lender_of
 
 _GROUPED = arguments_of(torch.ops.qlora.grouped_linear_nf4.default)
 _GROUPED_DX = arguments_of(torch.ops.qlora.grouped_linear_nf4_dx.default)
@@ -62,7 +63,9 @@ class _GroupedLinearNF4(torch.autograd.Function):
         y, h = _kernels.forward(args, needs)
         x = None if h is None else a.x
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
-        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *packed)
+        ctx.lender = lender_of(a.packed)
+        kept = packed if ctx.lender is None else ()
+        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *kept)
         ctx.block_sizes = a.block_size, a.nested_block_size
         ctx.in_features, ctx.lora_numbers = a.x.shape[-1], _lora_numbers(a)
         return y
@@ -74,6 +77,8 @@ class _GroupedLinearNF4(torch.autograd.Function):
         x, h, lora_a, lora_b, offsets, seed_tensor, *packed = ctx.saved_tensors
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         needs = _GROUPED(*ctx.needs_input_grad)
+        if ctx.lender is not None and needs.x:
+            packed = ctx.lender()
         dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
         dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora))
         dbias = _sums(dy, offsets) if needs.bias else None

@@ -174,7 +174,11 @@ class Experts4bit(Packed4bit):
         return self.to_experts(dtype)
 
     def _project(self, name: str, x: Tensor, offsets: Tensor, lora: ExpertsLora | None) -> Tensor:
-        w4 = self.packed_weight(name)
+        call = Experts4bit._grouped if self.residency is None else _grouped_eagerly
+        return call(self, name, x, offsets, lora)
+
+    def _grouped(self, name: str, x: Tensor, offsets: Tensor, lora: ExpertsLora | None) -> Tensor:
+        w4 = self.working_weight(name)
         dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else (lora.a, lora.b))
         scaling, dropout_p = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
         y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
@@ -235,3 +239,6 @@ class Experts4bit(Packed4bit):
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(shape)}" for name, shape in self._shapes.items())
         return f"{shapes}, block_size={self.block_size}, double_quant={self.double_quant}"
+
+
+_grouped_eagerly = torch.compiler.disable(Experts4bit._grouped)  # as in a Linear4bit

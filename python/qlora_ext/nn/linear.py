@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..autograd import call_linear_nf4, draw_seed
 from ..form import Form
+from ..lending import PackedTensors
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import NF4Weight
@@ -59,15 +60,12 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         return {"weight": (self.out_features, self.in_features)}
 
     def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-        """As ``NF4Weight.packed_args``, without making one."""
-        return (
-            self.weight,
-            self.absmax,
-            self.nested_absmax,
-            self.nested_offset,
-            self.block_size,
-            self.nested_block_size,
-        )
+        """As ``NF4Weight.packed_args`` of ``working_weight()``, without making one."""
+        if self.residency is None:
+            tensors: PackedTensors = self.weight, self.absmax, self.nested_absmax, self.nested_offset
+        else:
+            tensors = self.residency.lend("weight")
+        return *tensors, self.block_size, self.nested_block_size
 
     @classmethod
     def from_linear(
@@ -110,6 +108,12 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 
         Computed in ``compute_dtype`` and returned in x's dtype; under autocast, both are the autocast dtype.
         """
+        call = Linear4bit._fused if self.residency is None else _fused_eagerly
+        return call(self, x, lora_a, lora_b, scaling, dropout_p)
+
+    def _fused(
+        self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float
+    ) -> Tensor:
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
         cast, dtype = self._dtypes(x)
         y = call_linear_nf4(
@@ -170,3 +174,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"block_size={self.block_size}, double_quant={self.double_quant}"
         )
+
+
+# Which memory a streamed weight is in is known when it is used, and no graph may keep it.
+_fused_eagerly = torch.compiler.disable(Linear4bit._fused)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import ops
 from ..form import Form
+from ..lending import PackedTensors
 from ..weight import NF4Weight, quantize_nf4
 
 # The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
@@ -31,6 +33,23 @@ def whole(t: Tensor) -> Tensor:
     return gathered
 
 
+class Residency(Protocol):
+    """Who has the packed weights of a module whose parameters are not where it computes; see ``streaming``."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module computes."""
+
+    def lend(self, weight: str) -> PackedTensors:
+        """The packed tensors of ``weight`` on ``device``, for the operator that is called next."""
+
+    def read(self, weight: str) -> dict[str, Tensor]:
+        """Copies of them, which stay, by the names of their attributes."""
+
+    def check(self) -> None:
+        """Raises an error where the parameters can no longer be read."""
+
+
 class Packed4bit(nn.Module, abc.ABC):
     """A module with frozen NF4 weights.
 
@@ -43,6 +62,7 @@ class Packed4bit(nn.Module, abc.ABC):
 
     form: Form
     weight_dtype: torch.dtype
+    residency: Residency | None = None
 
     @property
     @abc.abstractmethod
@@ -106,6 +126,8 @@ class Packed4bit(nn.Module, abc.ABC):
         Raises:
             ValueError: its shape is not that of ``packed_shapes``, or its parts do not fit together.
         """
+        if self.residency is not None:
+            w4 = w4.to(getattr(self, name).device)
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
         form = self.form
@@ -140,12 +162,26 @@ class Packed4bit(nn.Module, abc.ABC):
     def packed_weight(self, name: str = "weight") -> NF4Weight:
         """The 4-bit weight ``name`` as one value, which shares memory with the module.
 
-        Of a module that FSDP2 has sharded it is the whole, gathered: every rank has to ask for it.
+        Of a module that FSDP2 has sharded it is the whole, gathered: every rank has to ask for it. Of a module that is
+        streamed it is a copy, on the device that computes.
         """
-        absmax, nested_absmax, nested_offset = (getattr(self, scale) for scale in scale_names(name).values())
+        names = name, *scale_names(name).values()
+        if self.residency is not None:
+            copies = self.residency.read(name)
+            return self._as_weight(name, copies[name], *(copies.get(scale) for scale in names[1:]))  # type: ignore[arg-type]
+        packed, absmax, *nested = (getattr(self, part) for part in names)
+        return self._as_weight(name, whole(packed.detach()), whole(absmax.detach()), *nested)
+
+    def working_weight(self, name: str = "weight") -> NF4Weight:
+        """The 4-bit weight ``name`` for the operator that is called next: of a module that is streamed, it is lent."""
+        return self.packed_weight(name) if self.residency is None else self._as_weight(name, *self.residency.lend(name))
+
+    def _as_weight(
+        self, name: str, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None
+    ) -> NF4Weight:
         return NF4Weight(
-            whole(getattr(self, name).detach()),
-            whole(absmax.detach()),
+            packed,
+            absmax,
             nested_absmax,
             nested_offset,
             torch.Size(self.packed_shapes[name]),
@@ -177,6 +213,11 @@ class Packed4bit(nn.Module, abc.ABC):
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # half(), to(dtype) and the like reach every floating tensor, type() every tensor: the packed state keeps its
         # bits, and takes only the device that fn would have given it.
+        if self.residency is not None:  # the packed state is where it is to be
+            with self._packed_aside():
+                super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+            return self
         before = {name: t.detach() for name, t in self.packed_state().items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, kept in before.items():
@@ -189,6 +230,19 @@ class Packed4bit(nn.Module, abc.ABC):
                 self._buffers[name] = kept.to(after.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
+
+    @contextlib.contextmanager
+    def _packed_aside(self) -> Iterator[None]:
+        kept: list[tuple[dict[str, Any], str, Tensor]] = []
+        for name in self.packed_state():
+            own: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
+            kept.append((own, name, own[name]))
+            own[name] = None  # its place in the order stays
+        try:
+            yield
+        finally:
+            for own, name, tensor in kept:
+                own[name] = tensor
 
     def packed_state(self) -> dict[str, Tensor]:
         """The packed weights and their scales by the names that they have in the module."""
@@ -223,6 +277,11 @@ class Packed4bit(nn.Module, abc.ABC):
                         f"{prefix}{name}: expected {expected.dtype} {list(expected.shape)}, {form}; "
                         f"got {t.dtype} {list(t.shape)}"
                     )
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        if self.residency is not None:
+            self.residency.check()
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         try:

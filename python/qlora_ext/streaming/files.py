@@ -1,0 +1,125 @@
+"""Where in which file the tensors of a memory-mapped checkpoint lie, and their bytes, read without the mapping.
+
+A mapping of a file that somebody cuts short kills whoever looks at it, and a disk's error does the same: there is no
+exception for a read that is a processor's. Reading into memory of one's own has both as errors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+
+from .._outside import FileError, printable
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """``nbytes`` bytes of a file, from ``offset`` on."""
+
+    file: File
+    offset: int
+    nbytes: int
+
+
+def _identity(descriptor: int) -> tuple[int, int, int, int]:
+    status = os.fstat(descriptor)
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+class File:
+    """A file that stays open, and must stay as it is.
+
+    Another file that takes its name is no matter: the one that is open is read on.
+
+    Args:
+        path: as it is named. inode: what is expected there.
+
+    Raises:
+        FileError: it is gone, or another one by now.
+    """
+
+    def __init__(self, path: str, inode: int) -> None:
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise FileError(f"cannot read {printable(path)}: {error.strerror}") from error
+        weakref.finalize(self, os.close, self._descriptor)
+        self._known = _identity(self._descriptor)
+        if self._known[1] != inode:
+            raise FileError(f"{printable(path)}: another file has taken its name since the model was loaded")
+
+    def check(self) -> None:
+        """Raises a FileError where the file has changed since it was opened."""
+        size, modified = _identity(self._descriptor)[2:]
+        if size < self._known[2]:
+            raise FileError(
+                f"{printable(self.path)}: cut short while it was in use: {size} of {self._known[2]} bytes are left; "
+                "restore it, and resume"
+            )
+        if (size, modified) != self._known[2:]:
+            raise FileError(f"{printable(self.path)}: changed while it was in use; restore it, and resume")
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """Fills ``into`` with what stands at ``offset``.
+
+        Raises:
+            FileError: the file is shorter, or the disk does not give it.
+        """
+        done = 0
+        while done < len(into):
+            try:
+                count = os.preadv(self._descriptor, [into[done:]], offset + done)
+            except OSError as error:
+                raise FileError(
+                    f"cannot read {printable(self.path)} at byte {offset + done}: {error.strerror}"
+                ) from error
+            if count == 0:
+                self.check()
+                raise FileError(
+                    f"{printable(self.path)}: ends at byte {offset + done}, expected more"
+                )
+            done += count
+
+
+def _file_mappings() -> list[tuple[int, int, int, int, str]]:
+    """Begin, end, offset in the file, inode and path of every mapping of a file in this process."""
+    found = []
+    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+        for line in maps:
+            fields = line.rstrip("\n").split(maxsplit=5)
+            if len(fields) == 6 and fields[5].startswith("/"):
+                begin, _, end = fields[0].partition("-")
+                found.append((int(begin, 16), int(end, 16), int(fields[2], 16), int(fields[4]), fields[5]))
+    return found
+
+
+def extents_of(tensors: Iterable[Tensor]) -> list[Extent | None]:
+    """Where each tensor lies in the file that it is mapped from; None of one that is not mapped from any.
+
+    Raises:
+        FileError: a file is gone, or another one by now. OSError: this is no Linux.
+    """
+    if sys.platform != "linux":
+        raise OSError("source='disk' needs Linux, whose /proc tells which files are mapped")
+    mappings = _file_mappings()
+    files: dict[tuple[str, int], File] = {}
+    found: list[Extent | None] = []
+    for tensor in tensors:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        inside = (m for m in mappings if m[0] <= begin and end <= m[1])
+        mapping: Any = next(inside, None) if tensor.device.type == "cpu" and tensor.is_contiguous() else None
+        if mapping is None:
+            found.append(None)
+            continue
+        first, _, offset, inode, path = mapping
+        if (path, inode) not in files:
+            files[path, inode] = File(path, inode)
+        found.append(Extent(files[path, inode], offset + begin - first, tensor.nbytes))
+    return found

@@ -1,0 +1,289 @@
+"""``stream``: has the frozen base of a model come in block by block, from host memory or from its files."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..lending import PackedTensors, mark_lent
+from ..nn import Packed4bit, layers_of, scale_names
+from .blocks import Block, Part, blocks_of
+from .ring import CopyingFiller, Filler, ReadingFiller, Slot, StagingFiller
+from .schedule import upcoming
+from .sizes import parse_size
+from .sources import FileSource, PinnedSource
+
+SOURCES = ("ram", "disk")
+_FEWEST = 2  # slots: one is computed with while the other is filled
+
+
+class Streaming:
+    """The blocks of one model, and the slots in which they take turns; made by ``stream``.
+
+    One pass at a time may run: what one thread computes with, another would exchange.
+
+    Attributes:
+        blocks: what is streamed, in the order of the forward pass.
+        device: that computes.
+        slots: of the ring.
+        fills: how many blocks have been asked for since the beginning.
+    """
+
+    def __init__(
+        self, model: nn.Module, blocks: list[Block], source: FileSource | PinnedSource, device: torch.device, slots: int
+    ) -> None:
+        self.blocks, self.device, self.fills = blocks, device, 0
+        self._model, self._source = model, source
+        size = max(block.nbytes for block in blocks)
+        with torch.inference_mode(False):
+            self.slots = [Slot(torch.empty(size, dtype=torch.uint8, device=device)) for _ in range(slots)]
+        self._filler: Filler
+        if isinstance(source, PinnedSource):
+            self._filler = CopyingFiller(source, device)
+        elif device.type == "cuda":
+            self._filler = StagingFiller(source, device, size)
+        else:
+            self._filler = ReadingFiller(source)
+        self._at: int | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes that all blocks take together, wherever they are."""
+        return sum(block.nbytes for block in self.blocks)
+
+    @property
+    def ring_bytes(self) -> int:
+        return sum(slot.memory.nbytes for slot in self.slots)
+
+    def check(self) -> None:
+        """Raises a FileError where the files that the blocks are read from have changed."""
+        self._source.check()
+
+    def lend(self, index: int, module: Packed4bit, weight: str) -> PackedTensors:
+        """The packed tensors of a weight, on ``device``, until another block is asked for.
+
+        Raises:
+            FileError: they cannot be read, or have changed.
+        """
+        with self._lock:
+            slot = self._use(index)
+            if slot.lent is None:
+                slot.lent = self._views(index, slot)
+            tensors: PackedTensors = slot.lent[module, weight]
+            return tensors
+
+    def _views(self, index: int, slot: Slot) -> dict[tuple[Packed4bit, str], PackedTensors]:
+        views = self.blocks[index].views(slot.memory)
+        for (module, weight), tensors in views.items():
+            mark_lent(tensors[0], functools.partial(self.lend, index, module, weight))
+        return views
+
+    def _use(self, index: int) -> Slot:
+        """The slot with block ``index`` in it, once more of those needed next are on their way."""
+        block, held = self.blocks[index], self._held()
+        slot = held.get(index)
+        if index == self._at and slot is not None and slot.state == block.state:
+            self._filler.wait(slot)
+            return slot
+        if self._at in held:
+            self._filler.retire(held[self._at])
+        self._at = index
+        # Recomputed activations ask within a backward pass, too.
+        backward = torch._C._current_graph_task_id() != -1
+        wanted = [*upcoming(index, len(self.blocks), backward, self._model.training)][: len(self.slots)]
+        for number in wanted:
+            self._bring(number, wanted)
+        slot = self._held()[index]
+        try:
+            self._filler.wait(slot)
+        except BaseException:
+            slot.block, self._at = None, None  # who asks again has it read again
+            raise
+        return slot
+
+    def _held(self) -> dict[int | None, Slot]:
+        numbers = {id(block): i for i, block in enumerate(self.blocks)}
+        return {numbers[id(slot.block)]: slot for slot in self.slots if slot.block is not None}
+
+    def _bring(self, number: int, wanted: list[int]) -> None:
+        """Has block ``number`` come into a slot whose block is not among those wanted, if it is in none as it is."""
+        block, held = self.blocks[number], self._held()
+        slot, state = held.get(number), block.state
+        if slot is not None and slot.state == state:
+            return
+        if slot is None:
+            slot = next(s for s in self.slots if s not in (held.get(other) for other in wanted))
+        slot.block, slot.state, slot.lent = block, state, None
+        torch.autograd.graph.increment_version(slot.memory)  # whoever has kept a tensor of it learns so in the backward
+        self._filler.fill(slot, block)
+        self.fills += 1
+
+    def read(self, module: Packed4bit, weight: str) -> dict[str, Tensor]:
+        """Copies of a weight's packed tensors on ``device``, which stay, by the names of their attributes."""
+        names = (weight, *scale_names(weight).values())
+        found: dict[str, Tensor] = {}
+        for part in self._parts[module]:
+            if part.name in names:
+                copy = torch.empty(part.nbytes, dtype=torch.uint8)
+                self._source.read_part(part, copy.numpy().data)
+                found[part.name] = copy.view(part.dtype).view(part.shape).to(self.device)
+        return found
+
+    @functools.cached_property
+    def _parts(self) -> dict[Packed4bit, list[Part]]:
+        parts: dict[Packed4bit, list[Part]] = {}
+        for block in self.blocks:
+            for part in block.parts:
+                parts.setdefault(part.module, []).append(part)
+        return parts
+
+
+class _Residency:
+    """What a module of block ``index`` asks for its packed weights; see ``nn.packed.Residency``."""
+
+    def __init__(self, streaming: Streaming, index: int, module: Packed4bit) -> None:
+        self.streaming, self._index, self._module = streaming, index, module
+
+    @property
+    def device(self) -> torch.device:
+        return self.streaming.device
+
+    def lend(self, weight: str) -> PackedTensors:
+        return self.streaming.lend(self._index, self._module, weight)
+
+    def read(self, weight: str) -> dict[str, Tensor]:
+        return self.streaming.read(self._module, weight)
+
+    def check(self) -> None:
+        self.streaming.check()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        """A copy of the model is not streamed: its weights are its own."""
+
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+
+def streaming_of(model: nn.Module) -> Streaming | None:
+    """How ``model``, or the one that it wraps, is streamed; None where it is not."""
+    residencies = (layer.residency for _, layer in layers_of(model))
+    return next((r.streaming for r in residencies if isinstance(r, _Residency)), None)
+
+
+def _make_resident(model: nn.Module, streamed: set[int], device: torch.device) -> int:
+    """Moves all but the tensors ``streamed``, by id, to ``device``, out of mapped files; returns their bytes."""
+    moved: dict[int, Tensor] = {}
+
+    def own(tensor: Tensor) -> Tensor:
+        key = tensor.data_ptr() if tensor.numel() else id(tensor)
+        if key not in moved or moved[key].shape != tensor.shape:
+            moved[key] = tensor.to(device, copy=True) if tensor.device != device or device.type == "cpu" else tensor
+        return moved[key]
+
+    for module in model.modules():
+        for p in module._parameters.values():
+            if p is not None and id(p) not in streamed and not p.is_meta:
+                streamed.add(id(p))  # once, though several modules may have it
+                p.data = own(p.data)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and id(buffer) not in streamed and not buffer.is_meta:
+                module._buffers[name] = own(buffer)
+    return sum(tensor.nbytes for tensor in moved.values())
+
+
+def _default_device(model: nn.Module, streamed: set[int]) -> torch.device:
+    others = (p.device for p in model.parameters() if id(p) not in streamed)
+    return next(others, torch.device("cpu"))
+
+
+def stream(
+    model: Any, resident: str | int | None = None, source: str = "ram", device: torch.device | str | None = None
+) -> Any:
+    """Keeps the frozen 4-bit weights of a model's blocks elsewhere, and has each come in just before it is used.
+
+    What is computed is the same, bit for bit. Embeddings, heads, norms, biases and adapters stay on the device. The
+    blocks, such as a decoder's layers, take turns in a ring of buffers there; the next ones come in while one is
+    computed with, in the order of the forward pass and, backward, in reverse. The fused operators read the ring itself.
+    With gradient checkpointing a block comes in once for its recomputation and its backward. Call it before or after
+    adapters are added.
+
+    Args:
+        model: with 4-bit layers, by ``QLoRAConfig`` or ``quantize_model``, whole on one device or on the CPU.
+        resident: the memory that the model's weights may take on the device, such as "6GB" or a number of bytes. What
+            is not streamed is taken off, and the ring has as many buffers as fit into the rest, but never less than
+            two. On the CPU they are two: what else of the files fits into memory the system keeps in its page cache,
+            and gives up when others need it. None: as little as possible.
+        source: where the blocks are kept. "ram": in pinned host memory (computing on the CPU, they stay where they
+            are). "disk": in the safetensors files that the model was loaded from, of which nothing is held in memory.
+        device: that computes; by default the one on which the embeddings are.
+
+    Returns:
+        ``model``, changed in place.
+
+    Raises:
+        TypeError: ``model`` is no ``nn.Module``. ValueError: it has no 4-bit layer or is streamed already, an argument
+            is none of the above, the weights are not mapped from files for "disk", or they are sharded (FSDP2 has its
+            own ``CPUOffloadPolicy``) or offloaded by accelerate.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if source not in SOURCES:
+        raise ValueError(f"source: expected 'ram' or 'disk', got {source!r}")
+    allowed = None if resident is None else parse_size("resident", resident)
+    if streaming_of(model) is not None:
+        raise ValueError("model: expected one that is not streamed, got one that is already")
+    blocks = blocks_of(model)
+    if not blocks:
+        raise ValueError("model: expected 4-bit layers (see qlora_ext.quantize_model), found none")
+    _refuse_others(model)
+    streamed = {id(getattr(part.module, part.name)) for block in blocks for part in block.parts}
+    where = torch.device(device) if device is not None else _default_device(model, streamed)
+    if where.type == "cuda" and where.index is None:
+        where = torch.device("cuda", torch.cuda.current_device())
+    if where.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected 'cpu' or 'cuda', got {where}")
+    if source == "ram" and where.type == "cpu":
+        return model  # they are at home where they are used
+    files = FileSource(blocks) if source == "disk" else None
+    rest = _make_resident(model, streamed, where)
+    largest = max(block.nbytes for block in blocks)
+    slots = _slots(allowed, rest, largest, len(blocks), where)
+    streaming = Streaming(model, blocks, files or PinnedSource(blocks), where, slots)
+    for i, block in enumerate(blocks):
+        for module in block.modules:
+            module.residency = _Residency(streaming, i, module)
+    return model
+
+
+def _refuse_others(model: nn.Module) -> None:
+    for name, layer in layers_of(model):
+        if layer.is_sharded:
+            raise ValueError(
+                f"model: {name} is sharded by FSDP2, which keeps weights in host memory itself "
+                "(fully_shard(offload_policy=CPUOffloadPolicy())); stream a model that is whole"
+            )
+        if hasattr(layer, "_hf_hook"):
+            raise ValueError(
+                f"model: {name} is moved about by accelerate (device_map over several devices); load it on the CPU"
+            )
+        if any(t.is_meta for t in layer.packed_state().values()):
+            raise ValueError(f"model: {name} is on the meta device; load its weights first")
+
+
+def _slots(allowed: int | None, rest: int, largest: int, blocks: int, device: torch.device) -> int:
+    least = rest + _FEWEST * largest
+    if allowed is not None and allowed < least:
+        warnings.warn(
+            f"resident: {allowed} bytes are less than the {least} of what is not streamed ({rest}) and two blocks; "
+            "two blocks it is",
+            stacklevel=3,
+        )
+    if allowed is None or device.type == "cpu":
+        return min(_FEWEST, blocks)
+    return min(blocks, max(_FEWEST, (allowed - rest) // largest))
