@@ -103,7 +103,8 @@ class Streaming:
         try:
             self._filler.wait(slot)
         except BaseException:
-            slot.block, self._at = None, None  # who asks again has it read again
+            for slot in self.slots:  # who asks again has it read again, and what was asked for with it
+                slot.block = None
             raise
         return slot
 

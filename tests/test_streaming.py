@@ -1,0 +1,354 @@
+"""Streamed models compute the same bits as resident ones, from the checkpoint's files, in memory for two blocks."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import moe_families
+import qlora_ext
+from qlora_ext._outside import FileError
+from qlora_ext.streaming import parse_size, stream, streaming_of
+from qlora_ext.streaming.schedule import upcoming
+from tiny_models import CONFIGS, make, same_state, token_ids
+
+LAYERS = 5
+
+
+def save(family: str, path: pathlib.Path) -> pathlib.Path:
+    sizes = {"n_layer" if family == "gpt2" else "num_hidden_layers": LAYERS}
+    if family in CONFIGS:
+        config = type(CONFIGS[family]())(**{**CONFIGS[family]().to_diff_dict(), **sizes, "layer_types": None})
+    else:
+        name, options = moe_families.FAMILIES[family]
+        config = getattr(transformers, name)(**{**moe_families.SIZES, **options, **sizes})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    qlora_ext.quantize_model(model, skip=("lm_head",)).save_pretrained(path, max_shard_size="60KB")
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return save("llama", tmp_path_factory.mktemp("llama"))
+
+
+def load(path: pathlib.Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def adapted(model: Any, dropout: float = 0.1, **options: Any) -> Any:
+    torch.manual_seed(0)
+    options = {"target_modules": "all-linear", **options}
+    model = get_peft_model(model, LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False, **options))
+    return model.train()
+
+
+def checkpointed(model: Any, reentrant: bool) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+
+
+def trained(model: Any, steps: int = 3, device: str = "cpu") -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The losses of some steps, and the adapters after them."""
+    torch.manual_seed(1)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
+    ids, losses = token_ids().to(device), []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, {name: p.detach().clone() for name, p in parameters.items()}
+
+
+def assert_same(found: tuple[list[float], dict[str, Any]], expected: tuple[list[float], dict[str, Any]]) -> None:
+    assert found[0] == expected[0]
+    assert found[0][0] != found[0][-1]
+    assert [name for name, t in expected[1].items() if not torch.equal(t, found[1][name])] == []
+
+
+@pytest.mark.parametrize("checkpointing", [None, False, True], ids=["plain", "checkpointed", "reentrant"])
+def test_training_is_bit_equal(llama: pathlib.Path, checkpointing: bool | None) -> None:
+    runs = []
+    for streamed in (False, True):
+        model = load(llama)
+        if streamed:
+            assert stream(model, source="disk") is model
+            assert len(streaming_of(model).slots) == 2
+        model = adapted(model)
+        if checkpointing is not None:
+            checkpointed(model, checkpointing)
+        runs.append(trained(model))
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
+def test_other_families_are_bit_equal(family: str, tmp_path: pathlib.Path) -> None:
+    path = save(family, tmp_path)
+    assert_same(trained(adapted(stream(load(path), source="disk"))), trained(adapted(load(path))))
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "Qwen3-MoE", "DeepSeek-V3", "GPT-OSS"])
+def test_experts_with_adapters_are_bit_equal(family: str, tmp_path: pathlib.Path) -> None:
+    path = save(family, tmp_path)
+    experts = [n for n, m in load(path).named_modules() if isinstance(m, qlora_ext.nn.Experts4bit)]
+    targets = [f"{'.'.join(experts[0].split('.')[-2:])}.{w}" for w in ("gate_up_proj", "down_proj")]
+    runs = []
+    for streamed in (True, False):
+        model = load(path)
+        if streamed:
+            stream(model, source="disk")
+        runs.append(trained(adapted(model, target_modules=["q_proj", "o_proj"], target_parameters=targets)))
+    assert_same(*runs)
+
+
+def test_blocks_are_read_once_a_pass_and_once_less_at_each_turn(llama: pathlib.Path) -> None:
+    model = adapted(stream(load(llama), source="disk"))
+    checkpointed(model, False)
+    trained(model, steps=1)
+    streaming = streaming_of(model)
+    before = streaming.fills
+    trained(model, steps=4)
+    # Of a forward and a backward pass, two blocks each are there already.
+    assert streaming.fills - before == 4 * 2 * (LAYERS - 2)
+
+
+def test_the_order_of_use() -> None:
+    assert list(upcoming(1, 4, backward=False, training=True)) == [1, 2, 3, 0]
+    assert list(upcoming(2, 4, backward=False, training=True)) == [2, 3, 1, 0]
+    assert list(upcoming(2, 4, backward=True, training=True)) == [2, 1, 0, 3]
+    assert list(upcoming(3, 4, backward=False, training=False)) == [3, 0, 1, 2]
+
+
+def test_generation_evaluation_and_merging_in_between(llama: pathlib.Path) -> None:
+    def run(model: Any) -> list[Any]:
+        model = adapted(model, dropout=0.0)
+        found: list[Any] = [trained(model, steps=1)[0]]
+        model.eval()
+        with torch.no_grad():
+            found.append(model(input_ids=token_ids()).logits)
+        found.append(model.generate(input_ids=token_ids(), max_new_tokens=4, do_sample=False))
+        model.merge_adapter()
+        with torch.inference_mode():
+            found.append(model(input_ids=token_ids()).logits.clone())
+        model.unmerge_adapter()
+        found.append(trained(model.train(), steps=1)[0])
+        found.append(qlora_ext.fingerprint.fingerprint(model))
+        return [*found, model.merge_and_unload().state_dict()]
+
+    streamed, resident = run(stream(load(llama), source="disk")), run(load(llama))
+    for a, b in zip(streamed[:-1], resident[:-1], strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    assert [name for name, t in resident[-1].items() if not torch.equal(t, streamed[-1][name])] == []
+
+
+def test_adapters_made_before_are_streamed_too(llama: pathlib.Path) -> None:
+    assert_same(trained(stream(adapted(load(llama)), source="disk")), trained(adapted(load(llama))))
+
+
+def test_under_autocast(llama: pathlib.Path) -> None:
+    def run(model: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return trained(adapted(model))
+
+    assert_same(run(stream(load(llama), source="disk")), run(load(llama)))
+
+
+def test_a_compiled_layer(llama: pathlib.Path) -> None:
+    model, expected = adapted(stream(load(llama), source="disk")), trained(adapted(load(llama)), steps=2)
+    layer = model.get_base_model().model.layers[1]
+    layer.forward = torch.compile(layer.forward, backend="aot_eager")
+    losses, _ = trained(model, steps=2)
+    assert losses == pytest.approx(expected[0], abs=1e-2)
+
+
+def test_the_packed_state_stays_where_it_is(llama: pathlib.Path) -> None:
+    model = stream(load(llama), source="disk")
+    before = [(n, t.data_ptr()) for n, t in model.named_parameters() if t.dtype == torch.uint8]
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in load(llama).named_parameters()]
+    model.model.layers.float()
+    assert [(n, t.data_ptr()) for n, t in model.named_parameters() if t.dtype == torch.uint8] == before
+    assert model.model.layers[0].self_attn.q_proj.compute_dtype == torch.float32
+    assert model.model.layers[0].input_layernorm.weight.dtype == torch.float32
+
+
+def test_what_is_streamed_saves_and_copies_as_itself(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model = stream(load(llama), source="disk")
+    model.save_pretrained(tmp_path)
+    assert same_state(load(tmp_path), load(llama))
+    twin = copy.deepcopy(model)
+    assert streaming_of(twin) is None
+    assert torch.equal(twin(token_ids()).logits, model(token_ids()).logits)
+
+
+def test_a_loaded_state_is_what_is_computed_with(llama: pathlib.Path) -> None:
+    model = stream(load(llama), source="disk")
+    model(token_ids())
+    torch.manual_seed(5)
+    other = qlora_ext.quantize_model(AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16))
+    model.load_state_dict(other.state_dict())
+    assert torch.equal(model(token_ids()).logits, other(token_ids()).logits)
+
+
+def test_a_lent_tensor_that_somebody_keeps_is_no_wrong_gradient(llama: pathlib.Path) -> None:
+    layers = stream(load(llama), source="disk").model.layers
+    lent = layers[0].self_attn.q_proj.working_weight().packed
+    saved = torch.ones(32, requires_grad=True) * lent.view_as(lent)  # of which nothing says that it is lent
+    for layer in layers:
+        layer.self_attn.q_proj(torch.randn(3, 64).bfloat16())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+
+
+def test_nothing_is_copied_from_the_mapping(llama: pathlib.Path) -> None:
+    """What a pass leaves of the files in this process's memory is nothing."""
+    model = adapted(stream(load(llama), source="disk"))
+    trained(model, steps=1)
+    mapped = resident = 0
+    with open("/proc/self/smaps") as file:
+        of_it = False
+        for line in file:
+            fields = line.split()
+            if "-" in fields[0] and not fields[0].endswith(":"):
+                of_it = str(llama) in line
+            elif of_it and fields[0] == "Rss:":
+                mapped, resident = mapped + 1, resident + int(fields[1])
+    assert mapped > 0
+    assert resident <= mapped * 64  # headers, and what was read around them
+
+
+@pytest.fixture
+def own(llama: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[pathlib.Path]:
+    copied = tmp_path / "own"
+    copied.mkdir()
+    for file in llama.iterdir():
+        (copied / file.name).write_bytes(file.read_bytes())
+    return copied
+
+
+def test_a_file_that_is_cut_short_is_a_clear_error(own: pathlib.Path) -> None:
+    model = adapted(stream(load(own), source="disk"))
+    trained(model, steps=1)
+    file = sorted(own.glob("*.safetensors"))[-1]
+    whole = file.read_bytes()
+    os.truncate(file, 100)
+    with pytest.raises(FileError, match=f"{file.name}: cut short while it was in use: 100 of {len(whole)} bytes"):
+        trained(model, steps=1)
+    with pytest.raises(FileError, match="cut short"):
+        model.state_dict()
+    expected = trained(adapted(load_from(whole, file)), steps=1)
+    assert_losses_again(own, expected)
+
+
+def load_from(whole: bytes, file: pathlib.Path) -> Any:
+    file.write_bytes(whole)
+    return load(file.parent)
+
+
+def assert_losses_again(path: pathlib.Path, expected: Any) -> None:
+    assert trained(adapted(stream(load(path), source="disk")), steps=1)[0] == expected[0]
+
+
+def test_a_file_that_changes_is_a_clear_error(own: pathlib.Path) -> None:
+    model = stream(load(own), source="disk")
+    file = sorted(own.glob("*.safetensors"))[-1]
+    with file.open("r+b") as opened:
+        opened.seek(-10, os.SEEK_END)
+        opened.write(b"changed")
+    with pytest.raises(FileError, match=f"{file.name}: changed while it was in use"):
+        model(token_ids())
+
+
+def test_a_file_that_is_replaced_is_read_on(own: pathlib.Path) -> None:
+    model, expected = stream(load(own), source="disk"), load(own)(token_ids()).logits
+    for file in own.glob("*.safetensors"):
+        (own / "other").write_bytes(b"\0" * file.stat().st_size)
+        (own / "other").replace(file)
+    assert torch.equal(model(token_ids()).logits, expected)
+
+
+def test_a_read_error_is_a_clear_error_and_the_next_pass_reads_again(
+    llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = stream(load(llama), source="disk"), load(llama)(token_ids()).logits
+    preadv = os.preadv
+
+    def broken(*args: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(FileError, match=r"cannot read .*safetensors at byte \d+: Input/output error"):
+        model(token_ids())
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert torch.equal(model(token_ids()).logits, expected)
+
+
+def test_a_short_read_goes_on(llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, preadv = load(llama)(token_ids()).logits, os.preadv
+    monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:100]], at))
+    assert torch.equal(stream(load(llama), source="disk")(token_ids()).logits, expected)
+
+
+def test_what_cannot_be_streamed_is_refused(llama: pathlib.Path) -> None:
+    with pytest.raises(TypeError, match="model: expected an nn.Module, got str"):
+        stream("model")
+    with pytest.raises(ValueError, match="found none"):
+        stream(torch.nn.Linear(4, 4), source="disk")
+    with pytest.raises(ValueError, match="source: expected 'ram' or 'disk', got 'tape'"):
+        stream(load(llama), source="tape")
+    with pytest.raises(ValueError, match="resident: expected a size such as 24GB"):
+        stream(load(llama), resident="lots", source="disk")
+    with pytest.raises(ValueError, match="is in memory"):
+        stream(qlora_ext.quantize_model(make()), source="disk")
+    with pytest.raises(ValueError, match="one that is not streamed"):
+        stream(stream(load(llama), source="disk"), source="disk")
+    with pytest.raises(ValueError, match="device: expected 'cpu' or 'cuda'"):
+        stream(load(llama), source="disk", device="meta")
+    with pytest.warns(UserWarning, match="resident: 1000 bytes are less than"):
+        stream(load(llama), resident=1000, source="disk")
+
+
+def test_from_ram_on_the_cpu_nothing_moves(llama: pathlib.Path) -> None:
+    model = load(llama)
+    before = model.model.layers[0].mlp.up_proj.weight.data_ptr()
+    assert stream(model, resident="1GB", source="ram") is model
+    assert model.model.layers[0].mlp.up_proj.weight.data_ptr() == before
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("6GB", 6 * 10**9), ("1.5 GiB", 3 * 2**29), (4096, 4096), ("7e9", 7 * 10**9)]
+)
+def test_sizes(text: str | int, size: int) -> None:
+    assert parse_size("resident", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "6 parsecs", 0, True, float("nan"), float("inf"), None])
+def test_no_sizes(text: Any) -> None:
+    with pytest.raises(ValueError, match="resident: expected a size"):
+        parse_size("resident", text)
+
+
+def test_an_adapter_saved_over_a_streamed_base_loads_over_a_resident_one(
+    llama: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    model = adapted(stream(load(llama), source="disk"))
+    trained(model, steps=1)
+    model.save_pretrained(tmp_path)
+    resident = PeftModel.from_pretrained(load(llama), tmp_path)
+    assert torch.equal(resident.eval()(token_ids()).logits, model.eval()(token_ids()).logits)
