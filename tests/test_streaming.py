@@ -47,7 +47,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def load(path: pathlib.Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path)
+    return AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
 
 
 def adapted(model: Any, dropout: float = 0.1, **options: Any) -> Any:

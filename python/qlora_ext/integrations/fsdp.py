@@ -18,8 +18,13 @@ from ._patches import extend
 
 @extend("torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs")
 def init_dtype_attrs(original: Any, self: Any, mp_policy: Any) -> None:
-    original(self, mp_policy)
     owner = self._module_info
+    if isinstance(owner.module, Packed4bit) and owner.module.residency is not None:
+        raise ValueError(
+            "fully_shard: expected a model that is not streamed (qlora_ext.streaming); FSDP2 keeps weights in host "
+            "memory by itself: fully_shard(offload_policy=CPUOffloadPolicy())"
+        )
+    original(self, mp_policy)
     is_packed = isinstance(owner.module, Packed4bit) and owner.param_name in owner.module.packed_state()
     if is_packed or not self.orig_dtype.is_floating_point:
         self.param_dtype = None  # gathered in the dtype that it is stored in

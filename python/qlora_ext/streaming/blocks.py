@@ -39,7 +39,7 @@ class Part:
     def state(self) -> tuple[int, int]:
         """What changes whenever somebody gives the module another tensor, or writes to the one that it has."""
         tensor = getattr(self.module, self.name)
-        return tensor.data_ptr(), tensor._version
+        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
     def move_home(self, tensor: Tensor) -> None:
         """Has the module keep ``tensor``, which holds the same, in place of its own."""

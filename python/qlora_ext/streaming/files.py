@@ -82,9 +82,7 @@ class File:
                 ) from error
             if count == 0:
                 self.check()
-                raise FileError(
-                    f"{printable(self.path)}: ends at byte {offset + done}, expected more"
-                )
+                raise FileError(f"{printable(self.path)}: ends at byte {offset + done}, expected more")
             done += count
 
 

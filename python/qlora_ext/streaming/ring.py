@@ -96,6 +96,7 @@ class CopyingFiller(Filler):
         self._copy(slot, self._source.memory(block))
 
     def _copy(self, slot: Slot, pinned: Tensor) -> None:
+        """By whatever thread: has the block follow what is done with the one before it in ``slot``."""
         for event in slot.done:
             self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
@@ -105,6 +106,8 @@ class CopyingFiller(Filler):
 
     def wait(self, slot: Slot) -> None:
         stream = torch.cuda.current_stream(slot.memory.device)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("a streamed model cannot be captured in a CUDA graph: its weights come from the host")
         if stream not in slot.users:
             stream.wait_event(slot.filled)
             slot.users.add(stream)

@@ -34,9 +34,9 @@ class FileSource:
         for part, extent in zip(parts, extents_of([part.home for part in parts]), strict=True):
             if extent is None:
                 raise ValueError(
-                    "source: expected a model whose 4-bit weights are mapped from its files for 'disk', as a saved "
-                    f"4-bit model's are that was loaded on the CPU; {part.name} of {type(part.module).__name__} is in "
-                    "memory (save the model in 4 bits and load that, or use 'ram')"
+                    "source: 'disk' expects 4-bit weights that are mapped from the model's files, as they are where a "
+                    "saved 4-bit model is loaded with device_map='cpu'; "
+                    f"{part.name} of {type(part.module).__name__} is in memory (save and load the model, or use 'ram')"
                 )
             self._extents[part] = extent, part.state
         self._files = {extent.file for extent, _ in self._extents.values()}

@@ -74,7 +74,8 @@ class Streaming:
         with self._lock:
             slot = self._use(index)
             if slot.lent is None:
-                slot.lent = self._views(index, slot)
+                with torch.inference_mode(False):
+                    slot.lent = self._views(index, slot)
             tensors: PackedTensors = slot.lent[module, weight]
             return tensors
 
@@ -94,6 +95,11 @@ class Streaming:
         if self._at in held:
             self._filler.retire(held[self._at])
         self._at = index
+        with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the call
+            return self._switch(index)
+
+    def _switch(self, index: int) -> Slot:
+        """Has block ``index`` come in and, behind it, those that are needed next."""
         # Recomputed activations ask within a backward pass, too.
         backward = torch._C._current_graph_task_id() != -1
         wanted = [*upcoming(index, len(self.blocks), backward, self._model.training)][: len(self.slots)]

@@ -6,6 +6,7 @@ import dataclasses
 import warnings
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -48,6 +49,15 @@ class Over4bit:
     def bias4bit(self) -> Tensor | None:
         """The module's bias, where adapters can have a share in it."""
         return None
+
+    def move_adapter(self, name: str, device: torch.device) -> None:
+        """Moves the modules of an adapter to ``device``, but for those that are on the meta device."""
+        for names in (self.adapter_layer_names, self.other_param_names):  # type: ignore[attr-defined]
+            for container in (getattr(self, attribute, None) for attribute in names):
+                if isinstance(container, nn.ModuleDict) and name in container:
+                    module = container[name]
+                    if not any(p.is_meta for p in module.parameters()):
+                        module.to(device)
 
     def decoded(self) -> Tensor:
         """The decoded weight in float32, in the dense weight's shape."""
@@ -110,7 +120,9 @@ class Over4bit:
         if self.merged_adapters:
             self.unmerge()
         bias = self.bias4bit
-        kept = self.layer4bit.packed_weight(self.parameter_name), None if bias is None else bias.detach().clone()
+        w4 = self.layer4bit.packed_weight(self.parameter_name)
+        home = getattr(self.layer4bit, self.parameter_name).device  # of a streamed weight, the host
+        kept = w4.to(home), None if bias is None else bias.detach().clone()
         merged = self.merged_weights(names, safe_merge)
         self._unmerged = kept
         self.set_merged(*merged)

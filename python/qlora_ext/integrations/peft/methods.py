@@ -22,6 +22,7 @@ from .base_file import is_4bit
 from .embedding import LoraEmbedding4bit
 from .experts import LoraExperts4bit, without_dropout
 from .linear import LoraLinear4bit, OverLinear4bit, decoded
+from .merge import Over4bit
 from .parameter import LoraParameter
 
 try:
@@ -146,6 +147,9 @@ def _create_and_replace(
     parameter, base = kwargs.get("parameter_name"), _base_of(target)
     if parameter is None or isinstance(base, Experts4bit) or not is_4bit(self.model):
         original(self, config, name, target, target_name, parent, **kwargs)
+        for layer in getattr(parent, target_name).modules():  # PEFT moves what one wraps, too, to where the weight is
+            if isinstance(layer, Over4bit) and layer.layer4bit.residency is not None:
+                layer.move_adapter(name, layer.layer4bit.residency.device)
         return
     if config.lora_dropout:
         warnings.warn(
