@@ -324,6 +324,13 @@ def test_what_cannot_be_streamed_is_refused(llama: pathlib.Path) -> None:
         stream(load(llama), resident=1000, source="disk")
 
 
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_beside_what_keeps_weights_itself(llama: pathlib.Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(ValueError, match=f"{name} is in use"):
+        stream(load(llama), source="disk")
+
+
 def test_from_ram_on_the_cpu_nothing_moves(llama: pathlib.Path) -> None:
     model = load(llama)
     before = model.model.layers[0].mlp.up_proj.weight.data_ptr()
@@ -352,3 +359,27 @@ def test_an_adapter_saved_over_a_streamed_base_loads_over_a_resident_one(
     model.save_pretrained(tmp_path)
     resident = PeftModel.from_pretrained(load(llama), tmp_path)
     assert torch.equal(resident.eval()(token_ids()).logits, model.eval()(token_ids()).logits)
+
+
+def test_by_the_configuration(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = qlora_ext.QLoRAConfig(stream="disk", resident="1GB")
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, device_map="cpu")
+    assert len(streaming_of(model).blocks) == LAYERS
+    assert torch.equal(model(token_ids()).logits, load(llama)(token_ids()).logits)
+    model.save_pretrained(tmp_path)
+    assert "stream" not in (tmp_path / "config.json").read_text()
+
+
+def test_what_the_configuration_refuses(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = qlora_ext.QLoRAConfig
+    with pytest.raises(ValueError, match="stream: expected 'ram', 'disk' or None, got 'tape'"):
+        config(stream="tape")
+    with pytest.raises(ValueError, match="resident: expected stream="):
+        config(resident="1GB")
+    with pytest.raises(ValueError, match="resident: expected a size"):
+        config(stream="disk", resident="much")
+    make().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="stream: 'disk' reads the files of a model that qlora_ext saved in 4 bits"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config(stream="disk"))
+    with pytest.raises(ValueError, match="device_map: expected one device"):
+        AutoModelForCausalLM.from_pretrained(llama, quantization_config=config(stream="disk"), device_map="auto")

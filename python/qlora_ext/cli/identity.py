@@ -24,10 +24,11 @@ def digest_of_model(model: Any) -> str:
     import torch
 
     from ..digest import update
+    from ..streaming import state_of
 
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in state_of(model):
         if isinstance(tensor, torch.Tensor):
             digest.update(f"\n{name}:".encode())
             update(digest, tensor)

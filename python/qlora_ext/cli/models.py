@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import io
 import math
+import sys
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from .._outside import excerpt, printable, read_json
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..calibration import Calibration, InitLora
+    from ..integrations.transformers.spill import Spill
 
 DTYPES = {
     "bfloat16": "bfloat16",
@@ -64,13 +67,14 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def _load(what: str, source: ModelSource, loader: Any, **options: Any) -> Any:
+def _load(what: str, source: ModelSource, loader: Any, shown: bool = False, **options: Any) -> Any:
     import gguf  # noqa: F401  # transformers' own message for its absence spans a screen
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    shown = shown and sys.stderr.isatty()
+    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     # The reader of GGUF files has a bar of its own.
-    with reading(what, source.name), contextlib.redirect_stderr(io.StringIO()):
+    with reading(what, source.name), contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
         return loader.from_pretrained(source.path, **source.options, **options)
 
 
@@ -99,6 +103,9 @@ def load_quantized(
     calibration: Calibration | None = None,
     init_lora: InitLora | None = None,
     keep: Callable[[Any], list[str]] | None = None,
+    stream: str | None = None,
+    resident: str | None = None,
+    spill: Spill | None = None,
 ) -> Any:
     """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``.
 
@@ -107,6 +114,8 @@ def load_quantized(
 
     Args:
         keep: names the layers of the dense model that stay dense.
+        stream, resident: as in ``QLoRAConfig``.
+        spill: takes the weights as they are quantized; then ``device`` is the CPU.
 
     Raises:
         UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
@@ -115,6 +124,9 @@ def load_quantized(
 
     import qlora_ext
 
+    from .. import streaming
+    from ..integrations.transformers.spill import spilling
+
     form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
     whole.check_room(source, load_config(source))
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -122,10 +134,17 @@ def load_quantized(
     dense_first = calibration is not None or init_lora is not None or keep is not None
     while_loading = source.gguf_file is None and not dense_first
     if while_loading:
-        options |= {"device_map": {"": device}, "quantization_config": qlora_ext.QLoRAConfig(**form)}
-    model, report = _load("model", source, AutoModelForCausalLM, **options)
+        config = qlora_ext.QLoRAConfig(**form, stream=stream, resident=resident)
+        if spill is not None:
+            config = spilling(config, spill)
+        options |= {"device_map": {"": device}, "quantization_config": config}
+    with warnings.catch_warnings():
+        # A saved 4-bit model keeps its own form, which is known here.
+        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+        model, report = _load("model", source, AutoModelForCausalLM, shown=spill is not None, **options)
     whole.check_report(source, model, report)
     if not while_loading:
+        streamed = stream is not None and device.type != "cpu"
         try:
             if calibration is not None or keep is not None:
                 model.to(device)
@@ -133,7 +152,10 @@ def load_quantized(
             qlora_ext.quantize_model(model, calibration=calibration, init_lora=init_lora, keep=kept, **form)
         except ValueError as error:  # a NaN, with its place
             raise UserError(f"cannot quantize {source.name}: {first_line(error)}") from error
-        model.to(device)
+        if streamed:
+            streaming.stream(model, resident, "ram", device)
+        else:
+            model.to(device)
     whole.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
     return model

@@ -9,6 +9,7 @@ import pathlib
 from typing import Any
 
 from .._outside import check, printable, read_json
+from ..streaming import parse_size
 from .data import DEFAULT_DATA
 from .errors import UserError
 from .models import BLOCK_SIZES, DTYPES
@@ -96,6 +97,16 @@ class Settings:
         False, "compute activations again in the backward pass: less memory, more time", group="machine"
     )
     chunked_loss: bool = _option(False, "never hold all logits at once (torch's linear_cross_entropy)", group="machine")
+    stream: str = _option(
+        "none",
+        "keep the frozen layers elsewhere, and have each come in before it is used: ram (pinned host memory, for a "
+        "GPU) or disk (the files of a 4-bit model; any other is quantized first, to OUTPUT-base)",
+        choices=("none", "ram", "disk"), group="machine", free=True,
+    )  # fmt: skip
+    resident: str = _option(
+        "", "with --stream: the memory that the weights may take where they are used, such as 6GB (default: the least)",
+        group="machine", free=True,
+    )  # fmt: skip
 
     @property
     def step_rows(self) -> int:
@@ -127,6 +138,15 @@ class Settings:
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
         if self.merge_aware and self.dropout:
             raise UserError(f"--merge-aware: merged weights have no dropout; add --dropout 0 (it is {self.dropout})")
+        if self.merge_aware and self.stream != "none":
+            raise UserError("--merge-aware makes 4-bit weights of its own for every layer, which --stream cannot keep away")
+        if self.resident and self.stream == "none":
+            raise UserError(f"--resident {self.resident} belongs to --stream ram or --stream disk")
+        if self.resident:
+            try:
+                parse_size("--resident", self.resident)
+            except ValueError as error:
+                raise UserError(str(error)) from error
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype}: expected bfloat16, float16 or float32")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -134,13 +136,18 @@ class Streaming:
     def read(self, module: Packed4bit, weight: str) -> dict[str, Tensor]:
         """Copies of a weight's packed tensors on ``device``, which stay, by the names of their attributes."""
         names = (weight, *scale_names(weight).values())
-        found: dict[str, Tensor] = {}
-        for part in self._parts[module]:
-            if part.name in names:
-                copy = torch.empty(part.nbytes, dtype=torch.uint8)
-                self._source.read_part(part, copy.numpy().data)
-                found[part.name] = copy.view(part.dtype).view(part.shape).to(self.device)
-        return found
+        parts = (part for part in self._parts[module] if part.name in names)
+        return {part.name: self.read_part(part).to(self.device) for part in parts}
+
+    def read_part(self, part: Part) -> Tensor:
+        """A copy of one tensor, on the host."""
+        copy = torch.empty(part.nbytes, dtype=torch.uint8)
+        self._source.read_part(part, copy.numpy().data)
+        return copy.view(part.dtype).view(part.shape)
+
+    def homes(self) -> dict[int, Part]:
+        """All parts by the address at which their modules keep them."""
+        return {part.home.data_ptr(): part for parts in self._parts.values() for part in parts}
 
     @functools.cached_property
     def _parts(self) -> dict[Packed4bit, list[Part]]:
@@ -181,6 +188,15 @@ def streaming_of(model: nn.Module) -> Streaming | None:
     """How ``model``, or the one that it wraps, is streamed; None where it is not."""
     residencies = (layer.residency for _, layer in layers_of(model))
     return next((r.streaming for r in residencies if isinstance(r, _Residency)), None)
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The items of ``model.state_dict()``, sorted by name. Streamed weights are read as they are asked for."""
+    streaming = streaming_of(model)
+    homes = {} if streaming is None else streaming.homes()
+    for name, tensor in sorted(model.state_dict().items()):
+        part = homes.get(tensor.data_ptr()) if isinstance(tensor, Tensor) else None
+        yield name, tensor if streaming is None or part is None else streaming.read_part(part)
 
 
 def _make_resident(model: nn.Module, streamed: set[int], device: torch.device) -> int:
@@ -269,6 +285,9 @@ def stream(
 
 
 def _refuse_others(model: nn.Module) -> None:
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "on"):  # by `accelerate launch`
+            raise ValueError(f"stream: {name} is in use, which keeps weights in host memory by itself; use one of both")
     for name, layer in layers_of(model):
         if layer.is_sharded:
             raise ValueError(

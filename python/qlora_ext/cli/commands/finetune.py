@@ -17,6 +17,7 @@ from .. import whole
 from ..adapter_files import RECORD, check_files, config_of, find
 from ..adapter_files import load as load_adapter
 from ..checkpoints import checkpoints, newest_checkpoint, step_of
+from ..conversion import Recipe, four_bit_directory, is_quantized
 from ..data import Example, Parts, Row, check_template, is_preference, read_examples, split, told
 from ..errors import UserError, first_line
 from ..files import need_space, staged_directory, write_json, write_json_lines
@@ -304,7 +305,15 @@ def _encode(run: _Run, console: Console) -> tuple[Any, Parts]:
 
 
 def _load(run: _Run, console: Console, device: torch.device) -> Any:
-    model = load_quantized(run.source, parse_dtype(run.settings.dtype), device, run.settings.block_size)
+    s = run.settings
+    dtype, source = parse_dtype(s.dtype), run.source
+    streamed: dict[str, Any] = {}
+    if s.stream != "none":
+        streamed = {"stream": s.stream, "resident": s.resident or None}
+    if s.stream == "disk" and not is_quantized(load_config(source)):
+        beside = run.directory.with_name(f"{run.directory.name}-base")
+        source = four_bit_directory(Recipe(source, dtype, s.block_size), beside)
+    model = load_quantized(source, dtype, device, s.block_size, **streamed)
     _identify(run, "base", digest_of_model(model), f"--model {run.source.name}")
     weights = weigh(model)
     console.print(

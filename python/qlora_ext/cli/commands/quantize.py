@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import Any
 
 from .. import calibrate, keep
+from ..conversion import SHARD_SIZE, Recipe, spilled
 from ..files import write_json
 from ..models import BLOCK_SIZES, dense_name, load_quantized, load_tokenizer, parse_device, parse_dtype, weigh
 from ..options import add_trust_option
@@ -60,22 +62,27 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     tokenizer = load_tokenizer(source)
     form = arguments.block_size, not arguments.no_double_quant
     keeper = keep.keeper(arguments, tokenizer, *form)
-    with calibrate.calibration(arguments, tokenizer, output.path) as calibration:
-        model = load_quantized(source, dtype, device, *form, calibration, init_lora, keeper)
-    report = calibration_of(model)
-    with output.written("quantize") as partial:
-        kept = None if keeper is None else keeper.record()
-        write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": kept})
-        if report:
-            write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
-        if arguments.format == "bitsandbytes":
-            save_pretrained(model, partial)
-        else:
-            model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        if init_lora is not None:
-            base = str(output.path.resolve())
-            calibrate.write_initial_adapter(model, init_lora, partial / calibrate.INITIAL_ADAPTER, base)
+    dense_first = arguments.calibrate != "none" or init_lora is not None or keeper is not None
+    with contextlib.ExitStack() as stack:
+        spill = None
+        if not dense_first and device.type == "cpu":
+            spill = stack.enter_context(spilled(Recipe(source, dtype, *form), output.path))
+        with calibrate.calibration(arguments, tokenizer, output.path) as calibration:
+            model = load_quantized(source, dtype, device, *form, calibration, init_lora, keeper, spill=spill)
+        report = calibration_of(model)
+        with output.written("quantize") as partial:
+            kept = None if keeper is None else keeper.record()
+            write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": kept})
+            if report:
+                write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
+            if arguments.format == "bitsandbytes":
+                save_pretrained(model, partial)
+            else:
+                model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+            tokenizer.save_pretrained(partial)
+            if init_lora is not None:
+                base = str(output.path.resolve())
+                calibrate.write_initial_adapter(model, init_lora, partial / calibrate.INITIAL_ADAPTER, base)
     for line in calibrate.told(report):
         print(line)
     if keeper is not None:

@@ -10,6 +10,7 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...form import Form
+from ...streaming import SOURCES, parse_size
 
 METHOD = "qlora_ext"
 NEEDS = "import qlora_ext"  # what somebody who has only the saved model has to do before loading it
@@ -86,7 +87,11 @@ class QLoRAConfig(QuantizationConfigMixin):
         embeddings: whether embeddings are quantized too, each with the output head that is tied to it.
         towers: whether, in a model of several modalities, layers outside of its language model are quantized too:
             those of vision and audio towers, and of projectors.
+        stream: "ram" or "disk": the frozen blocks are not kept on the device that computes, but come in as they are
+            needed; see ``qlora_ext.streaming.stream``. "disk" needs a checkpoint that is 4-bit already.
+        resident: with ``stream``: the memory that the weights may take on that device, such as "6GB".
 
+    ``stream`` and ``resident`` are about a machine, and are not saved.
     A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
 
     What is typed for transformers' ``BitsAndBytesConfig`` is understood: ``bnb_4bit_use_double_quant``,
@@ -108,6 +113,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         skip_modules: list[str] | None = None,
         embeddings: bool = False,
         towers: bool = False,
+        stream: str | None = None,
+        resident: str | int | None = None,
         **saved: Any,
     ) -> None:
         theirs = _take_bitsandbytes(saved)
@@ -121,6 +128,12 @@ class QLoRAConfig(QuantizationConfigMixin):
         names = skip_modules if isinstance(skip_modules, list | tuple | set) else [] if skip_modules is None else [None]
         if not all(isinstance(name, str) for name in names):
             raise ValueError(f"skip_modules: expected a list of names, got {reprlib.repr(skip_modules)}")
+        if stream not in (None, *SOURCES):
+            raise ValueError(f"stream: expected 'ram', 'disk' or None, got {reprlib.repr(stream)}")
+        if resident is not None and stream is None:
+            raise ValueError("resident: expected stream='ram' or 'disk' with it, got None")
+        if resident is not None:
+            parse_size("resident", resident)
         if saved.pop("quant_method", METHOD) != METHOD:
             raise ValueError("quant_method: expected a configuration that qlora_ext saved")
         if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
@@ -137,6 +150,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.embeddings = embeddings
         self.towers = towers
+        self.stream = stream
+        self.resident = resident
 
     def form(self, model_dtype: torch.dtype) -> Form:
         """The form of the 4-bit modules of a model of that dtype."""
@@ -150,7 +165,7 @@ class QLoRAConfig(QuantizationConfigMixin):
             self.nested_block_size = form.nested_block_size
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {key: value for key, value in vars(self).items() if not key.startswith("_")}
+        fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("stream", "resident")}
         fields["needs"] = NEEDS
         if self.compute_dtype is not None:
             fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
@@ -190,3 +205,5 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     # The dtype that the packed bytes pose as where bitsandbytes wrote the checkpoint; None: it wrote none.
     _bitsandbytes_storage: torch.dtype | None = None
+    # A ``Spill`` that takes the weights as they are quantized.
+    _spill: Any = None

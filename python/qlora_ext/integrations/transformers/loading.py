@@ -12,6 +12,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, scale_names
 from ...weight import NF4Weight
+from .spill import Spill
 
 
 def _one(value: Any) -> Tensor:
@@ -39,6 +40,7 @@ class Quantize(ConversionOps):
         quantize: the 4-bit form of a checkpoint's dense weight for a module.
         release: called with each dense weight, at which nobody will look again.
         not_finite: takes the names of weights with NaN or infinity, and where.
+        spill: where the quantized weights go, and may be already.
     """
 
     def __init__(
@@ -46,25 +48,35 @@ class Quantize(ConversionOps):
         quantize: Callable[[Packed4bit, Tensor], NF4Weight],
         release: Callable[[Tensor], None],
         not_finite: dict[str, str],
+        spill: Spill | None = None,
     ) -> None:
-        self._quantize, self._release, self._not_finite = quantize, release, not_finite
+        self._quantize, self._release, self._not_finite, self._spill = quantize, release, not_finite, spill
 
     def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         filled: dict[str, Tensor] = {}
+        if self._spill is not None and self._spill.error is not None:
+            raise self._spill.error  # nothing more can be written
         for name, value in input_dict.items():
             module, _ = get_module_from_name(model, name)
             dense = _one(value)
-            try:
-                w4 = self._quantize(module, dense)
-            except ValueError as error:
-                if dense.isfinite().all():
-                    raise
-                # transformers would say no more than that something failed: it is told when all weights are read.
-                self._not_finite[name] = str(error)
-                w4 = self._quantize(module, torch.zeros_like(dense))
+            w4 = None if self._spill is None else self._spill.get(name)
+            if w4 is None:
+                w4 = self._quantized(module, name, dense)
+                if self._spill is not None and name not in self._not_finite:
+                    w4 = self._spill.put(name, w4)
             filled |= _fill(module, name, w4, kwargs.get("missing_keys"))
             self._release(dense)
         return filled
+
+    def _quantized(self, module: Packed4bit, name: str, dense: Tensor) -> NF4Weight:
+        try:
+            return self._quantize(module, dense)
+        except ValueError as error:
+            if dense.isfinite().all():
+                raise
+            # transformers would say no more than that something failed: it is told when all weights are read.
+            self._not_finite[name] = str(error)
+            return self._quantize(module, torch.zeros_like(dense))
 
 
 class LoadBitsandbytes(ConversionOps):

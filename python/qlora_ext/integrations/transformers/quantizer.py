@@ -28,6 +28,7 @@ from ...nn import (
     places_in,
     tied_heads,
 )
+from ...streaming import stream
 from ...weight import NF4Weight
 from .._patches import extend
 from .config import METHOD, QLoRAConfig
@@ -61,6 +62,7 @@ class QLoRAQuantizer(HfQuantizer):
         # Of the packed bytes in the checkpoint, where bitsandbytes wrote it.
         self.bitsandbytes_storage = self.qlora_config._bitsandbytes_storage if self.pre_quantized else None
         self.qlora_config._bitsandbytes_storage = None  # what is saved from here on is ours
+        self.streaming_device: Any = None  # where a model that is to be streamed computes; it loads on the CPU
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
@@ -69,8 +71,24 @@ class QLoRAQuantizer(HfQuantizer):
                 "device_map: expected no layers on disk, where transformers looks for them in the checkpoint as it is; "
                 "load and save the model in 4 bits first"
             )
+        if self.qlora_config.stream is None:
+            return
+        if self.qlora_config.stream == "disk" and (not self.pre_quantized or self.bitsandbytes_storage is not None):
+            raise ValueError(
+                "stream: 'disk' reads the files of a model that qlora_ext saved in 4 bits, and this is another; "
+                "run `qlora-ext quantize` first, or use stream='ram'"
+            )
 
     def update_device_map(self, device_map: Any) -> Any:
+        if self.qlora_config.stream is not None:
+            devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
+            if len(devices) > 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
+                raise ValueError(f"device_map: expected one device for a streamed model, got {device_map}")
+            self.streaming_device = devices.pop()
+            if self.streaming_device is None:
+                on_cuda = _library.cuda_error is None and torch.cuda.is_available()
+                self.streaming_device = torch.cuda.current_device() if on_cuda else "cpu"
+            return {"": "cpu"}
         # As for bitsandbytes: on a machine with a GPU, that is where a quantized model is wanted.
         if device_map is None and _library.cuda_error is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
@@ -164,7 +182,7 @@ class QLoRAQuantizer(HfQuantizer):
     def get_quantize_ops(self) -> Any:
         from .loading import Quantize
 
-        return Quantize(self.quantize, self.mapped_files.release, self.not_finite)
+        return Quantize(self.quantize, self.mapped_files.release, self.not_finite, self.qlora_config._spill)
 
     def get_weight_conversions(self) -> list[Any]:
         if self.bitsandbytes_storage is None:
@@ -194,6 +212,9 @@ class QLoRAQuantizer(HfQuantizer):
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
         self.keep_experts_whole(model)
         self.qlora_config.record(form_of(model))
+        if self.qlora_config.stream is not None:
+            stream(model, self.qlora_config.resident, self.qlora_config.stream, self.streaming_device)
+            model.hf_device_map = {"": self.streaming_device}
         return model
 
     def keep_experts_whole(self, model: Any) -> None:
@@ -261,7 +282,11 @@ def merge_quantization_configs(original: Any, quantization_config: Any, quantiza
         if saved.get("quant_method", "bitsandbytes") == "bitsandbytes":
             config = QLoRAConfig.from_bitsandbytes(saved)
             config.compute_dtype = quantization_config_from_args.compute_dtype
-            return config
+        else:
+            config = original(quantization_config, quantization_config_from_args)
+        config.stream = quantization_config_from_args.stream
+        config.resident = quantization_config_from_args.resident
+        return config
     return original(quantization_config, quantization_config_from_args)
 
 

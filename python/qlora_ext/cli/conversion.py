@@ -1,0 +1,156 @@
+"""A model on disk becomes a 4-bit directory without ever being whole in memory, and goes on after a kill."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .._outside import printable, read_json
+from . import whole
+from .errors import UserError, writing
+from .files import filled_from_inside, remove, write_json
+from .models import load_quantized, load_tokenizer
+from .outputs import claim, input_of
+from .sources import ModelSource
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..integrations.transformers.spill import Spill
+
+# A shard is put together in memory before it is written.
+SHARD_SIZE = "500MB"
+_ORIGIN = "quantized_from.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a 4-bit directory is made of, and how."""
+
+    source: ModelSource
+    dtype: torch.dtype
+    block_size: int = 64
+    double_quant: bool = True
+
+    def origin(self) -> dict[str, Any]:
+        """By what the same recipe over the same files is known again."""
+        from .. import __version__
+
+        files = whole.weight_files(self.source.directory) if self.source.directory is not None else []
+        found = input_of(self.source)
+        files = files or ([pathlib.Path(found)] if found is not None and self.source.gguf_file else [])
+        return {
+            "model": self.source.name,
+            "files": [[file.name, (status := file.stat()).st_size, status.st_mtime_ns] for file in files],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "block_size": self.block_size,
+            "double_quant": self.double_quant,
+            "version": __version__,
+        }
+
+
+@contextlib.contextmanager
+def spilled(recipe: Recipe, output: pathlib.Path) -> Iterator[Spill | None]:
+    """Where quantized weights wait, beside ``output``, until it is complete: deleted at the end, kept after an error.
+
+    None where they have no place: nothing can be put beside a mount point.
+
+    Raises:
+        UserError: the disk is full; what was quantized is kept, and the next run goes on there.
+    """
+    if filled_from_inside(output) or recipe.source.gguf_file is not None:
+        yield None
+        return
+    from ..integrations.transformers.spill import Spill
+
+    directory = output.with_name(f"{output.name}.weights")
+    origin = recipe.origin()
+    with writing(output):
+        if directory.is_dir() and _read_origin(directory) != origin:
+            remove(directory)
+        spill = Spill(directory)
+        if _read_origin(directory) is None:
+            write_json(directory / _ORIGIN, origin)
+    waiting = len(list(directory.glob("*.safetensors")))
+    if waiting:
+        print(f"going on after {waiting} weights that a command that was stopped had quantized", flush=True)
+    try:
+        yield spill
+    except Exception as error:
+        if spill.error is not None:
+            _explain(spill.error, directory, error)
+        raise
+    remove(directory)
+
+
+def _explain(error: Exception, directory: pathlib.Path, cause: Exception) -> None:
+    try:
+        with writing(directory):
+            raise error
+    except UserError as told:
+        free = shutil.disk_usage(directory).free
+        raise UserError(
+            f"{str(told).partition(';')[0]} ({free / 1e6:.1f} MB free); what was quantized until then is kept, and the "
+            "same command goes on with it"
+        ) from cause
+
+
+def _read_origin(directory: pathlib.Path) -> dict[str, Any] | None:
+    """How ``directory`` was made, as far as it says so."""
+    try:
+        found: dict[str, Any] = read_json(directory / _ORIGIN, dict)
+    except UserError:
+        return None
+    return found
+
+
+def is_quantized(config: Any) -> bool:
+    """Whether the weights of a model with that configuration are 4-bit in the form of ``qlora_ext``."""
+    quantization = getattr(config, "quantization_config", None)
+    if quantization is None:
+        return False
+    fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
+    return bool(fields.get("quant_method") == "qlora_ext")
+
+
+def four_bit_directory(recipe: Recipe, directory: pathlib.Path) -> ModelSource:
+    """The model of ``recipe`` in 4 bits at ``directory``, made there unless it is there already.
+
+    Raises:
+        UserError: there is something else; or the model cannot be loaded, or not be written.
+    """
+    origin = json.loads(json.dumps(recipe.origin()))
+    with claim(str(directory), overwrite=False) as output:
+        if _read_origin(output.path) != origin:
+            output.protect("--model", recipe.source.name, input_of(recipe.source))
+            output.check()
+            print(f"quantizing {printable(recipe.source.name)} to {printable(output.path)}, to be streamed from there")
+            tokenizer = load_tokenizer(recipe.source)
+            with spilled(recipe, output.path) as spill:
+                model = load_on_cpu(recipe, spill)
+                with output.written("quantize") as partial:
+                    model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
+                    tokenizer.save_pretrained(partial)
+                    write_json(partial / _ORIGIN, origin)
+                del model  # which is mapped from the files that go now
+    return ModelSource(recipe.source.name, os.fspath(output.path), None, recipe.source.trust_remote_code)
+
+
+def load_on_cpu(recipe: Recipe, spill: Spill | None) -> Any:
+    """The model in 4 bits, its weights in the files of ``spill``, with a bar of progress."""
+    import torch
+
+    return load_quantized(
+        recipe.source,
+        recipe.dtype,
+        torch.device("cpu"),
+        recipe.block_size,
+        recipe.double_quant,
+        spill=spill,
+    )

@@ -1,0 +1,104 @@
+"""Weights that are written to files as soon as they are quantized, so that loading holds no model, dense or 4-bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...weight import NF4Weight
+from .config import QLoRAConfig
+
+
+class Spill:
+    """A directory with a safetensors file for each quantized weight, whole or absent, by the weight's name.
+
+    What is there of an earlier load that was stopped is not quantized again; that it belongs to the same checkpoint
+    and form is for the caller to see to.
+
+    Args:
+        directory: made if it is not there.
+
+    Attributes:
+        found: how many weights were there already.
+        error: by which writing failed; transformers, which calls us, says no more than that something did.
+    """
+
+    def __init__(self, directory: pathlib.Path) -> None:
+        directory.mkdir(exist_ok=True)
+        self.directory, self.found = directory, 0
+        self.error: Exception | None = None
+
+    def _path(self, name: str) -> pathlib.Path:
+        return self.directory / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def get(self, name: str) -> NF4Weight | None:
+        """The weight ``name``, mapped from its file; None where there is none, or a damaged one."""
+        try:
+            with safe_open(self._path(name), framework="pt") as file:
+                fields = json.loads((file.metadata() or {}).get("weight", "{}"))
+                tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError):
+            return None
+        if fields.pop("name", None) != name:
+            return None
+        self.found += 1
+        return _weight(fields, tensors)
+
+    def put(self, name: str, w4: NF4Weight) -> NF4Weight:
+        """Writes a weight and gives it back mapped from its file; the one given is needed no more.
+
+        Raises:
+            OSError, SafetensorError: it cannot be written.
+        """
+        try:
+            return self._put(name, w4)
+        except (OSError, SafetensorError) as error:
+            self.error = error
+            raise
+
+    def _put(self, name: str, w4: NF4Weight) -> NF4Weight:
+        path = self._path(name)
+        partial = path.with_suffix(".partial")
+        fields = {
+            "name": name,
+            "shape": list(w4.shape),
+            "dtype": str(w4.dtype).removeprefix("torch."),
+            "block_size": w4.block_size,
+            "nested_block_size": w4.nested_block_size,
+        }
+        save_file({key: t.contiguous() for key, t in w4.tensors.items()}, partial, {"weight": json.dumps(fields)})
+        descriptor = os.open(partial, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        partial.replace(path)
+        with safe_open(path, framework="pt") as file:
+            return _weight(fields, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+
+def _weight(fields: dict[str, Any], tensors: dict[str, Tensor]) -> NF4Weight:
+    return NF4Weight(
+        tensors["packed"],
+        tensors["absmax"],
+        tensors.get("nested_absmax"),
+        tensors.get("nested_offset"),
+        torch.Size(fields["shape"]),
+        getattr(torch, fields["dtype"]),
+        fields["block_size"],
+        fields["nested_block_size"],
+    )
+
+
+def spilling(config: QLoRAConfig, spill: Spill) -> QLoRAConfig:
+    """``config``, by which a model that is loaded on the CPU has its weights in the files of ``spill``."""
+    config._spill = spill
+    return config
