@@ -36,6 +36,9 @@ class Spill:
         self.directory, self.found = directory, 0
         self.error: Exception | None = None
 
+    def __deepcopy__(self, memo: Any) -> Spill:
+        return self  # transformers copies configurations, and a directory is one
+
     def _path(self, name: str) -> pathlib.Path:
         return self.directory / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
