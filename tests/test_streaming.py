@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 import moe_families
 import qlora_ext
 from qlora_ext._outside import FileError
-from qlora_ext.streaming import parse_size, stream, streaming_of
+from qlora_ext.streaming import chunk_mlp, parse_size, stream, streaming_of
 from qlora_ext.streaming.schedule import upcoming
 from tiny_models import CONFIGS, make, same_state, token_ids
 
@@ -383,3 +383,38 @@ def test_what_the_configuration_refuses(llama: pathlib.Path, tmp_path: pathlib.P
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config(stream="disk"))
     with pytest.raises(ValueError, match="device_map: expected one device"):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=config(stream="disk"), device_map="auto")
+
+
+def test_the_mlp_in_chunks_of_tokens(llama: pathlib.Path) -> None:
+    ids = torch.randint(3, 128, (2, 24))
+
+    def run(tokens: int | None) -> tuple[float, dict[str, torch.Tensor], int]:
+        model = adapted(load(llama), dropout=0.0)
+        if tokens is not None:
+            assert chunk_mlp(model, tokens) is model
+        kept: dict[int, int] = {}
+
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return loss.item(), gradients, sum(kept.values())
+
+    whole, gradients, kept = run(None)
+    for tokens in (24, 100):  # as many as there are, or more: nothing is done
+        assert run(tokens)[0] == whole
+    loss, others, less = run(5)
+    assert loss == pytest.approx(whole, rel=1e-3)
+    assert all(torch.allclose(g, others[name], rtol=0.1, atol=2e-3) for name, g in gradients.items())
+    assert kept - less > LAYERS * 3 * ids.numel() * 192 * 2  # gate, up and their product
+
+
+def test_what_cannot_be_chunked(llama: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="tokens: expected a positive integer, got 0"):
+        chunk_mlp(load(llama), 0)
+    with pytest.raises(ValueError, match="expected one with dense MLPs"):
+        chunk_mlp(torch.nn.Linear(2, 2), 4)

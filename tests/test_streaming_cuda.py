@@ -16,8 +16,8 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 import qlora_ext
 from qlora_ext.nn import Experts4bit
-from qlora_ext.streaming import stream, streaming_of
-from test_streaming import adapted, assert_same, checkpointed, load, save, trained
+from qlora_ext.streaming import offload_checkpoints, stream, streaming_of
+from test_streaming import LAYERS, adapted, assert_same, checkpointed, load, save, trained
 from tiny_models import token_ids
 
 pytestmark = pytest.mark.cuda
@@ -187,3 +187,35 @@ def test_generation_evaluation_and_merging_in_between(llama: pathlib.Path) -> No
 def test_the_fingerprint_is_that_of_a_resident_model(llama: pathlib.Path) -> None:
     fingerprint = qlora_ext.fingerprint.fingerprint
     assert fingerprint(stream(load(llama), source="disk", device="cuda")) == fingerprint(load(llama))
+
+
+def test_inputs_of_checkpointed_layers_on_the_host(llama: pathlib.Path) -> None:
+    ids = torch.randint(3, 128, (4, 64), generator=torch.Generator().manual_seed(1)).cuda()
+
+    def run(offloaded: bool, reentrant: bool) -> tuple[float, dict[str, Any], int]:
+        gc.collect()
+        model = adapted(resident(llama))
+        checkpointed(model, reentrant)
+        if offloaded:
+            assert offload_checkpoints(model) is model
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        torch.manual_seed(1)
+        loss = model.get_base_model().model(input_ids=ids).last_hidden_state.float().square().mean()
+        held = torch.cuda.memory_allocated() - start
+        loss.backward()
+        return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, held
+
+    hidden = ids.numel() * 64 * 2
+    for reentrant in (False, True):
+        loss, gradients, held = run(True, reentrant)
+        expected, others, all_held = run(False, reentrant)
+        assert loss == expected
+        assert gradients.keys() == others.keys()
+        assert all(torch.equal(g, others[name]) for name, g in gradients.items())
+        assert all_held - held >= (LAYERS - 1) * hidden
+
+
+def test_without_checkpointing_there_is_nothing_to_keep(llama: pathlib.Path) -> None:
+    with pytest.raises(ValueError, match="expected one with gradient checkpointing"):
+        offload_checkpoints(load(llama))

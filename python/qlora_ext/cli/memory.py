@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..streaming import chunk_mlp
 from .loss import head_loss
 from .models import parse_dtype
 
@@ -22,7 +23,7 @@ _ADAPTER_BYTES = 4  # adapters and their gradients are float32
 _SHARDED = ("base weights", "scales", "other weights", "adapters", "gradients", "optimizer state")
 _WHOLE = ("activations", "logits", "workspace")
 # Everything is linear in the number of layers from here on, and two such numbers give the line.
-_FEW, _MORE = 4, 8
+FEW, MORE = 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Job:
     grad_checkpointing: bool = False
     chunked_loss: bool = False
     devices: int = 1
+    mlp_chunk: int = 0
+    offload_checkpoints: bool = False
 
 
 class _Live(TorchDispatchMode):
@@ -96,7 +99,7 @@ class _Live(TorchDispatchMode):
         return out
 
 
-def _build(job: Job, layers: int) -> Any:
+def build(job: Job, layers: int) -> Any:
     """The adapted 4-bit model with that many layers, on the meta device."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -116,6 +119,8 @@ def _build(job: Job, layers: int) -> Any:
         model = get_peft_model(model, adapter)
     if job.grad_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if job.mlp_chunk:
+        chunk_mlp(model, job.mlp_chunk)
     return model.train()
 
 
@@ -160,22 +165,29 @@ def _step(model: Any, job: Job) -> tuple[dict[str, int], dict[str, int]]:
 
 
 def _measure(job: Job, layers: int) -> list[dict[str, float]]:
-    model = _build(job, layers)
+    model = build(job, layers)
     static = _static(model)
     return [{**static, **peak} for peak in _step(model, job)]
 
 
 def _line(few: dict[str, float], more: dict[str, float], layers: int) -> dict[str, float]:
-    ahead = (layers - _FEW) / (_MORE - _FEW)
+    ahead = (layers - FEW) / (MORE - FEW)
     return {key: few.get(key, 0) + (more.get(key, 0) - few.get(key, 0)) * ahead for key in {**few, **more}}
 
 
 def tops(job: Job) -> list[dict[str, float]]:
     """The splits at the two tops of a training step, without optimizer state and on one device."""
     layers = job.config.get_text_config().num_hidden_layers
-    if layers <= _MORE:
+    if layers <= MORE:
         return _measure(job, layers)
-    return [_line(*pair, layers) for pair in zip(_measure(job, _FEW), _measure(job, _MORE), strict=True)]
+    return [_line(*pair, layers) for pair in zip(_measure(job, FEW), _measure(job, MORE), strict=True)]
+
+
+def checkpoint_bytes(job: Job) -> float:
+    """Bytes of checkpointed layer inputs that ``offload_checkpoints`` keeps on the host: of all layers but two."""
+    text = job.config.get_text_config()
+    tokens = job.batch_size * job.seq_len
+    return float(max(text.num_hidden_layers - 2, 0) * tokens * text.hidden_size * parse_dtype(job.dtype).itemsize)
 
 
 def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
@@ -191,5 +203,7 @@ def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
     for top in measured:
         parts = {key: top.get(key, 0.0) / (job.devices if key in _SHARDED else 1) for key in (*_SHARDED, *_WHOLE)}
         state = top["adapters"] / _ADAPTER_BYTES * _STATE_BYTES[job.optimizer] / job.devices
+        if job.grad_checkpointing and job.offload_checkpoints:
+            parts["activations"] = max(parts["activations"] - checkpoint_bytes(job), 0.0)
         splits.append({**parts, "optimizer state": state})
     return max(splits, key=lambda parts: sum(parts.values()))

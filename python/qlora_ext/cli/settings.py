@@ -97,6 +97,13 @@ class Settings:
         False, "compute activations again in the backward pass: less memory, more time", group="machine"
     )
     chunked_loss: bool = _option(False, "never hold all logits at once (torch's linear_cross_entropy)", group="machine")
+    offload_checkpoints: bool = _option(
+        False, "with --grad-checkpointing on a GPU: keep the layers' inputs in host memory until the backward pass",
+        group="machine",
+    )  # fmt: skip
+    mlp_chunk: int = _option(
+        0, "tokens that the MLPs work on at a time, and again in the backward pass (0: all)", 0, group="machine"
+    )
     stream: str = _option(
         "none",
         "keep the frozen layers elsewhere, and have each come in before it is used: ram (pinned host memory, for a "
@@ -139,7 +146,9 @@ class Settings:
         if self.merge_aware and self.dropout:
             raise UserError(f"--merge-aware: merged weights have no dropout; add --dropout 0 (it is {self.dropout})")
         if self.merge_aware and self.stream != "none":
-            raise UserError("--merge-aware makes 4-bit weights of its own for every layer, which --stream cannot keep away")
+            raise UserError("--merge-aware makes 4-bit weights of its own for every layer; --stream cannot keep them away")
+        if self.offload_checkpoints and not self.grad_checkpointing:
+            raise UserError("--offload-checkpoints belongs to --grad-checkpointing")
         if self.resident and self.stream == "none":
             raise UserError(f"--resident {self.resident} belongs to --stream ram or --stream disk")
         if self.resident:

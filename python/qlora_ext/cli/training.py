@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from .._outside import Schema, read_json
+from ..streaming import offload_checkpoints
 from .checkpoints import checkpoints, step_of, write_manifest
 from .data import Row, pack
 from .errors import UserError, first_line
@@ -193,6 +194,13 @@ class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.done = True
+
+
+class OffloadCheckpoints(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Keeps the inputs of checkpointed layers on the host; the Trainer turns checkpointing on as it begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        offload_checkpoints(model)
 
 
 def train(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:

@@ -1,6 +1,17 @@
 """Models larger than memory: the frozen 4-bit base streams in, block by block."""
 
+from .checkpoints import offload_checkpoints
+from .mlp import chunk_mlp
 from .sizes import parse_size
 from .streaming import SOURCES, Streaming, state_of, stream, streaming_of
 
-__all__ = ["SOURCES", "Streaming", "parse_size", "state_of", "stream", "streaming_of"]
+__all__ = [
+    "SOURCES",
+    "Streaming",
+    "chunk_mlp",
+    "offload_checkpoints",
+    "parse_size",
+    "state_of",
+    "stream",
+    "streaming_of",
+]

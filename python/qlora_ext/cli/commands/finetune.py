@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..._outside import Schema, excerpt, printable, read_json
+from ...streaming import chunk_mlp
 from .. import whole
 from ..adapter_files import RECORD, check_files, config_of, find
 from ..adapter_files import load as load_adapter
@@ -415,7 +416,7 @@ def _run(job: _Run, may_resume: bool) -> int:
 
     from ..loss import check_chunked_loss
     from ..progress import ProgressCallback, describe, plot_loss
-    from ..training import train
+    from ..training import OffloadCheckpoints, train
 
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     s = job.settings
@@ -424,6 +425,8 @@ def _run(job: _Run, may_resume: bool) -> int:
     tokenizer, parts = _encode(job, console)
     recipe = _recipe(job, s.steps(len(parts.train)), device)
     model = _load(job, console, device)
+    if s.mlp_chunk:
+        chunk_mlp(model, s.mlp_chunk)
     if s.chunked_loss:
         check_chunked_loss(model)
     whole.check_tokens(model, _token_ids(parts))
@@ -436,6 +439,8 @@ def _run(job: _Run, may_resume: bool) -> int:
     start = {"step": 0, **{f"eval_{key}": before[key] for key in before if key not in ("prompt", "sample")}}
     progress = ProgressCallback(console, job.metrics, start)
     trainer.add_callback(progress)
+    if s.offload_checkpoints:
+        trainer.add_callback(OffloadCheckpoints())
     console.print(f"held-out {describe(start)} before training ({len(parts.held_out)} examples)")
     _show_sample(console, "before training", before["prompt"], before["sample"])
     if job.checkpoint:

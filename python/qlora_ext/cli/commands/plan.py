@@ -10,7 +10,8 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from ..._outside import excerpt, printable
-from ...sizes import parse_size
+from ...streaming import parse_size
+from .. import search
 from ..errors import UserError, path_named, reading
 from ..files import staged_file
 from ..models import DTYPES, load_config
@@ -51,26 +52,50 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="a device (default: %(default)s)")
     parser.add_argument("--grad-checkpointing", action="store_true", help="as in finetune")
     parser.add_argument("--chunked-loss", action="store_true", help="as in finetune")
+    parser.add_argument("--offload-checkpoints", action="store_true", help="as in finetune")
+    parser.add_argument("--mlp-chunk", type=int, default=0, metavar="N", help="as in finetune (default: %(default)s)")
     parser.add_argument("--optimizer", default="adamw_torch", help="(default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="that share the weights by FSDP2")
     parser.add_argument(
         "--memory", metavar="SIZE", help="of one device, such as 24GB or 40GiB (default: that of this machine's)"
     )
+    parser.add_argument(
+        "--stream", default="none", choices=("none", "ram", "disk"), help="as in finetune: the layers come in in turn"
+    )
+    parser.add_argument("--resident", metavar="SIZE", help="as in finetune: what the weights may take on the device")
+    parser.add_argument(
+        "--link", default="25GB/s", metavar="RATE",
+        help="from where the layers come to the device (default: %(default)s, PCIe 4)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--flops", default="150e12", metavar="X", help="operations a second of the device (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-memory", metavar="SIZE",
+        help="find the switches with which the run fits into so much, the longest context, and the largest known model",
+    )  # fmt: skip
     parser.add_argument("--plot", metavar="PNG", help="draw the split to a picture")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, in bytes")
     parser.set_defaults(run=run)
 
 
+def _size(option: str, text: str) -> float:
+    try:
+        return float(parse_size(option, text))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _rate(option: str, text: str) -> float:
+    """A number a second, which may be written as a size."""
+    return _size(option, re.sub(r"/s$", "", text.strip()))
+
+
 def _memory(text: str | None) -> tuple[float, str]:
     """The bytes to fit into, and what they are."""
     if text is not None:
-        size = parse_size(text)
-        if size is None:
-            raise UserError(f"--memory {text}: expected a size such as 24GB or 40GiB")
-        if not 0 < size < float("inf"):
-            raise UserError(f"--memory {excerpt(text)}: expected the memory of a device")
-        return size, "--memory"
+        return _size("--memory", text), "--memory"
     import torch
 
     if torch.cuda.is_available():
@@ -100,6 +125,10 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
         if not 1 <= getattr(arguments, name) <= _MOST:
             value = excerpt(getattr(arguments, name))
             raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 to {_MOST}")
+    if not 0 <= arguments.mlp_chunk <= _MOST:
+        raise UserError(f"--mlp-chunk {excerpt(arguments.mlp_chunk)}: expected 0 to {_MOST}")
+    if arguments.offload_checkpoints and not arguments.grad_checkpointing:
+        raise UserError("--offload-checkpoints belongs to --grad-checkpointing")
     if arguments.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     if arguments.dtype not in DTYPES:
@@ -116,6 +145,8 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
         grad_checkpointing=arguments.grad_checkpointing,
         chunked_loss=arguments.chunked_loss,
         devices=arguments.devices,
+        mlp_chunk=arguments.mlp_chunk,
+        offload_checkpoints=arguments.offload_checkpoints,
     )
 
 
@@ -168,10 +199,18 @@ def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
+    if arguments.resident and arguments.stream == "none":
+        raise UserError(f"--resident {arguments.resident} belongs to --stream ram or --stream disk")
+    resident = None if arguments.resident is None else _size("--resident", arguments.resident)
+    link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
     memory, whose = _memory(arguments.memory)
     name, config = _config(arguments)
     job = _job(arguments, config)
+    if arguments.max_memory is not None:
+        with reading("configuration", name):
+            return search.run(job, _size("--max-memory", arguments.max_memory), link, flops, arguments.json)
     from ..memory import split, tops
+    from ..streamed import place, streamed
 
     with reading("configuration", name):
         try:
@@ -183,20 +222,54 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--target-modules {arguments.target_modules}: no layer of the model has such a name"
             ) from error
     parts = split(job, measured)
+    streaming: dict[str, Any] = {}
+    if arguments.stream != "none":
+        blocks = streamed(job)
+        parts, slots = place(parts, blocks, resident)
+        every_pass, step = blocks.free_tokens(link, flops, job.grad_checkpointing)
+        streaming = {
+            "source": arguments.stream,
+            "slots": slots,
+            "block_bytes": blocks.total / blocks.blocks,
+            "device_bytes": sum(parts.values()),
+            "host_bytes": blocks.host_bytes(arguments.stream),
+            "disk_bytes": blocks.total if arguments.stream == "disk" else 0,
+            "step_bytes": blocks.step_bytes(slots),
+            "free_tokens": every_pass,
+            "free_tokens_of_the_step": step,
+        }
     total = sum(parts.values())
     fits = total <= memory
     if arguments.plot:
         _plot(path_named(arguments.plot, "--plot"), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory)
-    advice = [] if fits else advise(job, measured)
+    advice = [] if fits or streaming else advise(job, measured)
+    if not fits and not streaming:
+        streamable = place(parts, streamed(job), None)[0]
+        advice.append(("--stream ram", total - sum(streamable.values())))
+        advice.sort(key=lambda pair: -pair[1])
     if arguments.json:
         savings = dict(advice)
         print(
-            json.dumps({"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": savings}, indent=2)
+            json.dumps(
+                {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": savings}
+                | ({"streaming": streaming} if streaming else {}),
+                indent=2,
+            )
         )
         return 0
     for key, size in parts.items():
         print(f"{key:<16} {size / 1e9:9.3f} GB  {100 * size / total:5.1f}%")
     print(f"{'total':<16} {total / 1e9:9.3f} GB a device, at the highest point of a step")
+    if streaming:
+        print(
+            f"streamed from {arguments.stream}: {streaming['slots']} buffers of "
+            f"{streaming['block_bytes'] / 1e9:.3f} GB, {streaming['host_bytes'] / 1e9:.2f} GB pinned on the host, "
+            f"{streaming['step_bytes'] / 1e9:.2f} GB a step"
+        )
+        print(
+            f"free from {streaming['free_tokens']:,} tokens a step at {link / 1e9:.0f} GB/s and {flops / 1e12:.0f} "
+            f"Tflop/s (from {streaming['free_tokens_of_the_step']:,} the copies take no longer than the whole step)"
+        )
     print(f"{'fits' if fits else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
     for text, saving in advice:
         print(f"  {text} saves {saving / 1e9:.2f} GB{'' if total - saving > memory else ', and then it fits'}")

@@ -1,0 +1,47 @@
+"""The MLP in chunks of tokens: its widest tensors are those of a chunk."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+_NAMES = ("mlp", "feed_forward")
+
+
+def chunk_mlp(model: Any, tokens: int) -> Any:
+    """Has every dense MLP of ``model`` run on at most ``tokens`` tokens of a row at a time, and again in the backward.
+
+    Between forward and backward nothing is kept of what is in it, and there it is as large as a chunk needs: of the
+    4 x tokens x intermediate size that a gated MLP takes, the share of the chunk. The price is one more forward pass of
+    the MLP. Dropout draws other masks than it would for all tokens at once. Mixtures of experts are left as they are.
+
+    Returns:
+        ``model``, changed in place.
+
+    Raises:
+        ValueError: ``tokens`` is no positive integer, or the model has no dense MLP.
+    """
+    if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+        raise ValueError(f"tokens: expected a positive integer, got {tokens!r}")
+    named = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in _NAMES]
+    found = [module for _, module in named if not hasattr(module, "experts")]
+    if not isinstance(model, nn.Module) or not found:
+        raise ValueError(f"model: expected one with dense MLPs (modules named {' or '.join(_NAMES)}), found none")
+    for module in found:
+        module.forward = functools.partial(_chunked, module.forward, tokens)
+    return model
+
+
+def _chunked(forward: Callable[[Tensor], Tensor], tokens: int, x: Tensor) -> Tensor:
+    if x.shape[-2] <= tokens:
+        return forward(x)
+    if torch.is_grad_enabled():
+        parts = [checkpoint(forward, part, use_reentrant=False) for part in x.split(tokens, dim=-2)]
+    else:
+        parts = [forward(part) for part in x.split(tokens, dim=-2)]
+    return torch.cat(parts, dim=-2)
