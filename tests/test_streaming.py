@@ -418,3 +418,31 @@ def test_what_cannot_be_chunked(llama: pathlib.Path) -> None:
         chunk_mlp(load(llama), 0)
     with pytest.raises(ValueError, match="expected one with dense MLPs"):
         chunk_mlp(torch.nn.Linear(2, 2), 4)
+
+
+@pytest.mark.parametrize("family", ["Mixtral", "GPT-OSS"])
+def test_of_few_tokens_only_the_experts_that_they_go_to_are_read(family: str, tmp_path: pathlib.Path) -> None:
+    path = save(family, tmp_path)
+    model, expected = stream(load(path), source="disk"), load(path)
+    streaming = streaming_of(model)
+    assert all(0 < block.shared < block.nbytes for block in streaming.blocks)
+    ids = token_ids()
+    with torch.no_grad():
+        for tokens in (ids[:1, :1], ids[:1, 3:4], ids, ids[:1, :1]):  # one, another, many, one again
+            assert torch.equal(model(tokens).logits, expected(tokens).logits)
+        model(ids[:1, :1])
+        assert {slot.size for slot in streaming.slots} == {block.shared for block in streaming.blocks}
+    found = model.generate(input_ids=ids[:1], max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, expected.generate(input_ids=ids[:1], max_new_tokens=4, do_sample=False))
+
+
+def test_adapters_learn_from_a_single_token_as_well(tmp_path: pathlib.Path) -> None:
+    path = save("Mixtral", tmp_path)
+    runs = []
+    for streamed in (True, False):
+        model = stream(load(path), source="disk") if streamed else load(path)
+        targets = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        model = adapted(model, dropout=0.0, target_modules=["q_proj"], target_parameters=targets)
+        model(input_ids=token_ids()[:1, :1]).logits.float().square().mean().backward()
+        runs.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert all((g is None and runs[1][name] is None) or torch.equal(g, runs[1][name]) for name, g in runs[0].items())

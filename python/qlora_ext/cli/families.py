@@ -17,6 +17,7 @@ _FAMILIES: dict[str, tuple[str, int, int, int, int, int, int, bool]] = {
     "llama-2-70b": ("llama", 32000, 8192, 28672, 80, 64, 8, False),
     "llama-3-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, False),
     "llama-3-70b": ("llama", 128256, 8192, 28672, 80, 64, 8, False),
+    "llama-3.1-405b": ("llama", 128256, 16384, 53248, 126, 128, 8, False),
     "mistral-7b": ("mistral", 32000, 4096, 14336, 32, 32, 8, False),
     "mixtral-8x7b": ("mixtral", 32000, 4096, 14336, 32, 32, 8, False),
     "qwen3-30b-a3b": ("qwen3_moe", 151936, 2048, 6144, 48, 32, 4, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Container, Iterable, Mapping
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from ..autograd import draw_seed
 from ..form import Form
 from ..ops import autocast_dtype
 from ..weight import NF4Weight
-from .packed import Packed4bit
+from .packed import Packed4bit, scale_names
 
 assert grouped  # the operator must be registered
 
@@ -178,8 +179,15 @@ class Experts4bit(Packed4bit):
         return call(self, name, x, offsets, lora)
 
     def _grouped(self, name: str, x: Tensor, offsets: Tensor, lora: ExpertsLora | None) -> Tensor:
-        w4 = self.working_weight(name)
         dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else (lora.a, lora.b))
+        if self.residency is not None and x.shape[0] < offsets.shape[0]:  # some have no token, and need not come
+            before = torch.cat([offsets.new_zeros(1), offsets[:-1]])
+            chosen = (offsets > before).nonzero().squeeze(1)
+            offsets = offsets[chosen]
+            dense = tuple(None if t is None else t.index_select(0, chosen) for t in dense)
+            w4 = self._some_experts(name, chosen.tolist())
+        else:
+            w4 = self.working_weight(name)
         scaling, dropout_p = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
         y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
             x,
@@ -193,6 +201,14 @@ class Experts4bit(Packed4bit):
             draw_seed(x.device) if dropout_p > 0.0 else None,
         )
         return y
+
+    def _some_experts(self, name: str, experts: list[int]) -> NF4Weight:
+        """The weights of those experts alone, stacked, of a module that is streamed."""
+        assert self.residency is not None
+        scales = scale_names(name).values()
+        copies = self.residency.read_experts(name, experts)
+        w4 = self._as_weight(name, copies[name], *(copies.get(scale) for scale in scales))  # type: ignore[arg-type]
+        return dataclasses.replace(w4, shape=torch.Size((len(experts), *w4.shape[1:])))
 
     def forward(
         self,

@@ -46,6 +46,9 @@ class Residency(Protocol):
     def read(self, weight: str) -> dict[str, Tensor]:
         """Copies of them, which stay, by the names of their attributes."""
 
+    def read_experts(self, weight: str, experts: list[int]) -> dict[str, Tensor]:
+        """The same of some matrices of a stack, stacked."""
+
     def check(self) -> None:
         """Raises an error where the parameters can no longer be read."""
 

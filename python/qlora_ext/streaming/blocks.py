@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..calibration.stages import stacks_of
 from ..lending import PackedTensors
-from ..nn import Embedding4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
+from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
 
 _ALIGNMENT = 256  # of every tensor in a block: what cudaMalloc gives, and more than any kernel asks for
 
@@ -59,12 +59,14 @@ class Block:
 
     Attributes:
         nbytes: of memory that holds the parts, with what aligns them.
+        shared: of these, the ones that every token needs: stacks of experts come last.
     """
 
     name: str
     modules: tuple[Packed4bit, ...]
     parts: tuple[Part, ...]
     nbytes: int
+    shared: int
 
     @property
     def state(self) -> tuple[tuple[int, int], ...]:
@@ -84,13 +86,16 @@ class Block:
 
 def _block(name: str, modules: list[Packed4bit]) -> Block:
     parts: list[Part] = []
-    end = 0
+    end = shared = 0
+    modules = sorted(modules, key=lambda module: isinstance(module, Experts4bit))  # else in their order
     for module in modules:
         for attribute, tensor in module.packed_state().items():
             part = Part(module, attribute, end, tensor.shape, tensor.dtype)
             parts.append(part)
             end = -(-(end + part.nbytes) // _ALIGNMENT) * _ALIGNMENT
-    return Block(name, tuple(modules), tuple(parts), end)
+        if not isinstance(module, Experts4bit):
+            shared = end
+    return Block(name, tuple(modules), tuple(parts), end, shared)
 
 
 def blocks_of(model: nn.Module) -> list[Block]:

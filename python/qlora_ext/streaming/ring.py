@@ -20,6 +20,7 @@ class Slot:
 
     Attributes:
         block: what it holds, or is being filled with; None: nothing.
+        size: bytes of the block that it holds, from the first on.
         state: that of the block as it was read; see ``Block.state``.
         lent: the block's tensors, made at its first use.
         filling: the read that is under way or done, by a thread of its own.
@@ -30,6 +31,7 @@ class Slot:
 
     memory: Tensor
     block: Block | None = None
+    size: int = 0
     state: Any = None
     lent: Any = None
     filling: concurrent.futures.Future[None] | None = None
@@ -42,8 +44,11 @@ class Filler(abc.ABC):
     """Fills slots. What is asked for first is there first."""
 
     @abc.abstractmethod
-    def fill(self, slot: Slot, block: Block) -> None:
-        """Begins to fill ``slot``; what was asked of it before is finished or will not matter."""
+    def fill(self, slot: Slot, block: Block, size: int) -> None:
+        """Begins to fill ``slot`` with the first ``size`` bytes of ``block``.
+
+        What was asked of it before is finished or will not matter.
+        """
 
     @abc.abstractmethod
     def wait(self, slot: Slot) -> None:
@@ -65,10 +70,10 @@ class ReadingFiller(Filler):
         self._source = source
         self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="qlora_ext-reader")
 
-    def fill(self, slot: Slot, block: Block) -> None:
+    def fill(self, slot: Slot, block: Block, size: int) -> None:
         if slot.filling is not None:
             slot.filling.cancel()  # or it is under way, and comes to its end before the next read begins
-        slot.filling = self._reader.submit(self._source.read, block, slot.memory)
+        slot.filling = self._reader.submit(self._source.read, block, slot.memory, size)
 
     def wait(self, slot: Slot) -> None:
         assert slot.filling is not None
@@ -88,12 +93,12 @@ class CopyingFiller(Filler):
         self._source = source
         self._stream = torch.cuda.Stream(device)
 
-    def fill(self, slot: Slot, block: Block) -> None:
+    def fill(self, slot: Slot, block: Block, size: int) -> None:
         assert self._source is not None
         if not self._source.is_current(block):
             self._stream.synchronize()  # a copy of what the block was may be under way
             self._source.update(block)
-        self._copy(slot, self._source.memory(block))
+        self._copy(slot, self._source.memory(block)[:size])
 
     def _copy(self, slot: Slot, pinned: Tensor) -> None:
         """By whatever thread: has the block follow what is done with the one before it in ``slot``."""
@@ -132,18 +137,18 @@ class StagingFiller(CopyingFiller):
         self._copied: list[Any] = [None, None]
         self._turn = 0
 
-    def fill(self, slot: Slot, block: Block) -> None:
+    def fill(self, slot: Slot, block: Block, size: int) -> None:
         if slot.filling is not None:
             slot.filling.cancel()
-        slot.filling = self._reader.submit(self._read_and_copy, slot, block)
+        slot.filling = self._reader.submit(self._read_and_copy, slot, block, size)
 
-    def _read_and_copy(self, slot: Slot, block: Block) -> None:
+    def _read_and_copy(self, slot: Slot, block: Block, size: int) -> None:
         self._turn = 1 - self._turn
         staging, copied = self._staging[self._turn], self._copied[self._turn]
         if copied is not None:
             copied.synchronize()  # this thread waits for its own copy; nobody who computes does
-        self._files.read(block, staging)
-        self._copy(slot, staging[: block.nbytes])
+        self._files.read(block, staging, size)
+        self._copy(slot, staging[:size])
         self._copied[self._turn] = slot.filled
 
     def wait(self, slot: Slot) -> None:

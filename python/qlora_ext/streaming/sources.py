@@ -46,24 +46,25 @@ class FileSource:
         for file in self._files:
             file.check()
 
-    def read(self, block: Block, memory: Tensor) -> None:
-        """Fills ``memory`` on the host, uint8 and as large as the block.
+    def read(self, block: Block, memory: Tensor, size: int) -> None:
+        """Fills the first ``size`` bytes of the block into ``memory`` on the host, uint8.
 
         Raises:
             FileError: a file has changed or cannot be read.
         """
         self.check()
         for part in block.parts:
-            self.read_part(part, _bytes_of(memory, part))
+            if part.offset < size:
+                self.read_part(part, _bytes_of(memory, part))
         self.check()  # what was changed meanwhile may have been read in part
 
-    def read_part(self, part: Part, into: memoryview) -> None:
-        """Fills ``into`` with one tensor. One that the module was given since is taken from the module."""
+    def read_part(self, part: Part, into: memoryview, begin: int = 0) -> None:
+        """Fills ``into`` with a tensor's bytes from ``begin`` on; what the module was given since is taken from it."""
         extent, state = self._extents[part]
         if part.state == state:
-            extent.file.read(extent.offset, into)
+            extent.file.read(extent.offset + begin, into)
         else:
-            into[:] = raw(part.home)
+            into[:] = raw(part.home)[begin : begin + len(into)]
 
 
 class PinnedSource:
@@ -92,9 +93,9 @@ class PinnedSource:
                 view.copy_(part.home)
                 part.move_home(view)
 
-    def read_part(self, part: Part, into: memoryview) -> None:
-        """Fills ``into`` with one tensor."""
-        into[:] = raw(part.home)
+    def read_part(self, part: Part, into: memoryview, begin: int = 0) -> None:
+        """Fills ``into`` with a tensor's bytes from ``begin`` on."""
+        into[:] = raw(part.home)[begin : begin + len(into)]
 
     def check(self) -> None:
         """Nothing can have changed."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..lending import PackedTensors, mark_lent
-from ..nn import Packed4bit, layers_of, scale_names
+from ..nn import Experts4bit, Packed4bit, layers_of, scale_names
 from .blocks import Block, Part, blocks_of
 from .ring import CopyingFiller, Filler, ReadingFiller, Slot, StagingFiller
 from .schedule import upcoming
@@ -52,6 +52,7 @@ class Streaming:
         else:
             self._filler = ReadingFiller(source)
         self._at: int | None = None
+        self._apart: set[int] = set()  # blocks of which single experts are read, as they were when last used
         self._lock = threading.Lock()
 
     @property
@@ -74,6 +75,8 @@ class Streaming:
             FileError: they cannot be read, or have changed.
         """
         with self._lock:
+            if isinstance(module, Experts4bit):
+                self._apart.discard(index)
             slot = self._use(index)
             if slot.lent is None:
                 with torch.inference_mode(False):
@@ -89,9 +92,9 @@ class Streaming:
 
     def _use(self, index: int) -> Slot:
         """The slot with block ``index`` in it, once more of those needed next are on their way."""
-        block, held = self.blocks[index], self._held()
+        held = self._held()
         slot = held.get(index)
-        if index == self._at and slot is not None and slot.state == block.state:
+        if index == self._at and slot is not None and self._is_whole(slot, index):
             self._filler.wait(slot)
             return slot
         if self._at in held:
@@ -123,15 +126,44 @@ class Streaming:
     def _bring(self, number: int, wanted: list[int]) -> None:
         """Has block ``number`` come into a slot whose block is not among those wanted, if it is in none as it is."""
         block, held = self.blocks[number], self._held()
-        slot, state = held.get(number), block.state
-        if slot is not None and slot.state == state:
+        slot = held.get(number)
+        if slot is not None and self._is_whole(slot, number):
             return
         if slot is None:
             slot = next(s for s in self.slots if s not in (held.get(other) for other in wanted))
-        slot.block, slot.state, slot.lent = block, state, None
+        slot.block, slot.size, slot.state, slot.lent = block, self._size(number), block.state, None
         torch.autograd.graph.increment_version(slot.memory)  # whoever has kept a tensor of it learns so in the backward
-        self._filler.fill(slot, block)
+        if slot.size:
+            self._filler.fill(slot, block, slot.size)
         self.fills += 1
+
+    def _size(self, number: int) -> int:
+        """Bytes of a block that come into the ring."""
+        block = self.blocks[number]
+        return block.shared if number in self._apart else block.nbytes
+
+    def _is_whole(self, slot: Slot, number: int) -> bool:
+        """Whether ``slot``, which has block ``number``, has what is needed of it, and as the modules have it now."""
+        return slot.size >= self._size(number) and slot.state == self.blocks[number].state
+
+    def read_experts(self, index: int, module: Packed4bit, weight: str, experts: list[int]) -> dict[str, Tensor]:
+        """Copies of some experts' packed tensors, stacked, on ``device``, by the names of their attributes.
+
+        From here on the block's stacks do not come into the ring, until they are asked for as a whole.
+        """
+        with self._lock:
+            self._apart.add(index)
+        names = (weight, *scale_names(weight).values())
+        found: dict[str, Tensor] = {}
+        for part in self._parts[module]:
+            if part.name not in names:
+                continue
+            size = part.nbytes // part.shape[0]
+            copy = torch.empty(len(experts), size, dtype=torch.uint8)
+            for row, expert in zip(copy, experts, strict=True):
+                self._source.read_part(part, row.numpy().data, expert * size)
+            found[part.name] = copy.view(part.dtype).view(len(experts), *part.shape[1:]).to(self.device)
+        return found
 
     def read(self, module: Packed4bit, weight: str) -> dict[str, Tensor]:
         """Copies of a weight's packed tensors on ``device``, which stay, by the names of their attributes."""
@@ -173,6 +205,9 @@ class _Residency:
 
     def read(self, weight: str) -> dict[str, Tensor]:
         return self.streaming.read(self._module, weight)
+
+    def read_experts(self, weight: str, experts: list[int]) -> dict[str, Tensor]:
+        return self.streaming.read_experts(self._index, self._module, weight, experts)
 
     def check(self) -> None:
         self.streaming.check()
