@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..streaming import chunk_mlp
+from ..streaming import chunk_mlp, dense_mlps
 from .loss import head_loss
 from .models import parse_dtype
 
@@ -119,7 +119,7 @@ def build(job: Job, layers: int) -> Any:
         model = get_peft_model(model, adapter)
     if job.grad_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if job.mlp_chunk:
+    if job.mlp_chunk and dense_mlps(model):
         chunk_mlp(model, job.mlp_chunk)
     return model.train()
 

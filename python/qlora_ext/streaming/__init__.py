@@ -1,7 +1,7 @@
 """Models larger than memory: the frozen 4-bit base streams in, block by block."""
 
 from .checkpoints import offload_checkpoints
-from .mlp import chunk_mlp
+from .mlp import chunk_mlp, dense_mlps
 from .sizes import parse_size
 from .streaming import SOURCES, Streaming, state_of, stream, streaming_of
 
@@ -9,6 +9,7 @@ __all__ = [
     "SOURCES",
     "Streaming",
     "chunk_mlp",
+    "dense_mlps",
     "offload_checkpoints",
     "parse_size",
     "state_of",

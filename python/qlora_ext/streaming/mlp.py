@@ -13,6 +13,12 @@ from torch.utils.checkpoint import checkpoint
 _NAMES = ("mlp", "feed_forward")
 
 
+def dense_mlps(model: nn.Module) -> list[nn.Module]:
+    """The MLPs of ``model`` that are no mixtures of experts."""
+    named = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in _NAMES]
+    return [module for _, module in named if not hasattr(module, "experts")]
+
+
 def chunk_mlp(model: Any, tokens: int) -> Any:
     """Has every dense MLP of ``model`` run on at most ``tokens`` tokens of a row at a time, and again in the backward.
 
@@ -28,9 +34,8 @@ def chunk_mlp(model: Any, tokens: int) -> Any:
     """
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"tokens: expected a positive integer, got {tokens!r}")
-    named = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in _NAMES]
-    found = [module for _, module in named if not hasattr(module, "experts")]
-    if not isinstance(model, nn.Module) or not found:
+    found = dense_mlps(model)
+    if not found:
         raise ValueError(f"model: expected one with dense MLPs (modules named {' or '.join(_NAMES)}), found none")
     for module in found:
         module.forward = functools.partial(_chunked, module.forward, tokens)

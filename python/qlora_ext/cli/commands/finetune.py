@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..._outside import Schema, excerpt, printable, read_json
-from ...streaming import chunk_mlp
+from ...streaming import chunk_mlp, dense_mlps
 from .. import whole
 from ..adapter_files import RECORD, check_files, config_of, find
 from ..adapter_files import load as load_adapter
@@ -426,6 +426,8 @@ def _run(job: _Run, may_resume: bool) -> int:
     recipe = _recipe(job, s.steps(len(parts.train)), device)
     model = _load(job, console, device)
     if s.mlp_chunk:
+        if not dense_mlps(model):
+            raise UserError("--mlp-chunk: the model has no dense MLP, only mixtures of experts or none that is known")
         chunk_mlp(model, s.mlp_chunk)
     if s.chunked_loss:
         check_chunked_loss(model)
