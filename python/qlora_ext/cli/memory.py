@@ -190,6 +190,13 @@ def checkpoint_bytes(job: Job) -> float:
     return float(max(text.num_hidden_layers - 2, 0) * tokens * text.hidden_size * parse_dtype(job.dtype).itemsize)
 
 
+def _offloaded(job: Job, activations: float) -> float:
+    """What stays of the activations: two inputs at least, of those that a top of the backward pass has left."""
+    layers = job.config.get_text_config().num_hidden_layers
+    two = 2 * checkpoint_bytes(job) / max(layers - 2, 1)
+    return max(activations - checkpoint_bytes(job), min(activations, two))
+
+
 def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
     """Bytes a device, by what they are for, at the highest point of a training step.
 
@@ -204,6 +211,6 @@ def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
         parts = {key: top.get(key, 0.0) / (job.devices if key in _SHARDED else 1) for key in (*_SHARDED, *_WHOLE)}
         state = top["adapters"] / _ADAPTER_BYTES * _STATE_BYTES[job.optimizer] / job.devices
         if job.grad_checkpointing and job.offload_checkpoints:
-            parts["activations"] = max(parts["activations"] - checkpoint_bytes(job), 0.0)
+            parts["activations"] = _offloaded(job, parts["activations"])
         splits.append({**parts, "optimizer state": state})
     return max(splits, key=lambda parts: sum(parts.values()))
