@@ -194,7 +194,8 @@ def _offloaded(job: Job, activations: float) -> float:
     """What stays of the activations: two inputs at least, of those that a top of the backward pass has left."""
     layers = job.config.get_text_config().num_hidden_layers
     two = 2 * checkpoint_bytes(job) / max(layers - 2, 1)
-    return max(activations - checkpoint_bytes(job), min(activations, two))
+    left: float = max(activations - checkpoint_bytes(job), min(activations, two))
+    return left
 
 
 def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:

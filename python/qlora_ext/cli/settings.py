@@ -146,7 +146,7 @@ class Settings:
         if self.merge_aware and self.dropout:
             raise UserError(f"--merge-aware: merged weights have no dropout; add --dropout 0 (it is {self.dropout})")
         if self.merge_aware and self.stream != "none":
-            raise UserError("--merge-aware makes 4-bit weights of its own for every layer; --stream cannot keep them away")
+            raise UserError("--merge-aware makes weights of its own for every layer, which --stream cannot keep away")
         if self.offload_checkpoints and not self.grad_checkpointing:
             raise UserError("--offload-checkpoints belongs to --grad-checkpointing")
         if self.resident and self.stream == "none":

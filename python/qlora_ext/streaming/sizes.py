@@ -1,14 +1,10 @@
-"""Sizes of memory as people write them."""
+"""Sizes of memory that are given as arguments."""
 
 from __future__ import annotations
 
-import re
 import reprlib
 
-UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
+from .. import sizes
 
 
 def parse_size(name: str, size: str | int | float) -> int:
@@ -21,12 +17,10 @@ def parse_size(name: str, size: str | int | float) -> int:
         ValueError: no positive size.
     """
     number: float | None = None
-    if isinstance(size, (int, float)) and not isinstance(size, bool):
+    if isinstance(size, str):
+        number = sizes.parse_size(size.strip())
+    elif isinstance(size, (int, float)) and not isinstance(size, bool):
         number = float(size)
-    elif isinstance(size, str):
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)\s*", size)
-        if match and match[2].upper() in UNITS:
-            number = float(match[1]) * UNITS[match[2].upper()]
     if number is None or not 1 <= number < float("inf"):
         raise ValueError(f"{name}: expected a size such as 24GB, 40GiB or a number of bytes, got {reprlib.repr(size)}")
     return int(number)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from typing import TYPE_CHECKING, Any
 
 from ..._outside import excerpt, printable
