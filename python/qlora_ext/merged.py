@@ -19,7 +19,7 @@ from .weight import NF4Weight
 
 _kernels = LinearKernels("linear_nf4")
 _NO_LORA = None, None, 1.0, 0.0, 0
-# Of the random numbers by which all layers are rounded: a merged model is the same wherever and whenever it is made.
+# Of the random numbers by which all layers are rounded: an adapter merged twice gives the same model.
 _SEED = 0
 
 
