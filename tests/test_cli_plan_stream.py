@@ -98,9 +98,9 @@ def test_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     ("options", "message"),
     [
         (("--resident", "1GB"), "--resident 1GB belongs to --stream"),
-        (("--link", "fast"), "--link: expected a size"),
-        (("--flops", "-1"), "--flops: expected a size"),
-        (("--max-memory", "0GB"), "--max-memory: expected a size"),
+        (("--link", "fast"), "--link fast: expected a size"),
+        (("--flops", "-1"), "--flops -1: expected a size"),
+        (("--max-memory", "0GB"), "--max-memory 0GB: expected a size"),
         (("--offload-checkpoints",), "belongs to --grad-checkpointing"),
         (("--mlp-chunk", "-1"), "--mlp-chunk -1: expected"),
     ],

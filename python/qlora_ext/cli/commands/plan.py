@@ -84,8 +84,8 @@ def add_parser(commands: Any) -> None:
 def _size(option: str, text: str) -> float:
     try:
         return float(parse_size(option, text))
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    except ValueError:
+        raise UserError(f"{option} {excerpt(text)}: expected a size such as 24GB or 40GiB") from None
 
 
 def _rate(option: str, text: str) -> float:
