@@ -96,6 +96,19 @@ def test_a_resumed_run_may_stream(dense: pathlib.Path, data: pathlib.Path, tmp_p
     assert same(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), expected)
 
 
+def test_the_switches_of_long_contexts_change_no_result(
+    dense: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    plain = "--dtype", "float32", "--dropout", "0"
+    expected = tuned(dense, data, tmp_path / "plain", *plain)
+    offloaded = tuned(dense, data, tmp_path / "off", *plain, "--grad-checkpointing", "--offload-checkpoints")
+    assert same(offloaded, expected)
+    chunked = tuned(dense, data, tmp_path / "chunked", *plain, "--mlp-chunk", "8")
+    assert chunked.keys() == expected.keys()
+    for name, t in expected.items():  # the gradients of the adapters are summed chunk by chunk
+        torch.testing.assert_close(chunked[name], t, rtol=1e-3, atol=1e-5)
+
+
 def test_options_that_make_no_sense(
     dense: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
