@@ -162,11 +162,11 @@ def test_a_model_overwritten_by_a_model(
     paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     """quantize and merge, each over what the other wrote; as at a mount point too."""
-    from qlora_ext.cli import files, lock
+    from qlora_ext.cli import conversion, files, lock
 
     output = tmp_path / "output"
     if inside:
-        for module in (files, lock):
+        for module in (conversion, files, lock):
             monkeypatch.setattr(module, "filled_from_inside", lambda path: path == output and path.is_dir())
     victim = Victim("model over model", tmp_path)
     commands = {
@@ -185,4 +185,10 @@ def test_a_model_overwritten_by_a_model(
         assert main(["quantize", "--model", str(paths["model"]), "--output", str(output)]) == 2
         assert files_of(output) in whole.values(), told
         present = next(name for name, content in whole.items() if content == files_of(output))
-        assert [path.name for path in tmp_path.iterdir()] == ["output"], told
+        left = {path.name for path in tmp_path.iterdir()}
+        # What a quantize that was killed had done waits for it to go on.
+        assert left - {"output.weights"} == {"output"}, told
+        assert not (inside and len(left) > 1), told
+    assert main([str(argument) for argument in commands["quantize"]]) == 0
+    assert files_of(output) == whole["quantize"]
+    assert [path.name for path in tmp_path.iterdir()] == ["output"]

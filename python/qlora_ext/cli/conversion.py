@@ -57,7 +57,9 @@ class Recipe:
 
 @contextlib.contextmanager
 def spilled(recipe: Recipe, output: pathlib.Path) -> Iterator[Spill | None]:
-    """Where quantized weights wait, beside ``output``, until it is complete: deleted at the end, kept after an error.
+    """Where quantized weights wait, beside ``output``, until it is complete.
+
+    They are deleted at the end, and where the command is refused; kept where it was stopped, or the disk was full.
 
     None where they have no place: nothing can be put beside a mount point.
 
@@ -85,6 +87,7 @@ def spilled(recipe: Recipe, output: pathlib.Path) -> Iterator[Spill | None]:
     except Exception as error:
         if spill.error is not None:
             _explain(spill.error, directory, error)
+        remove(directory)
         raise
     remove(directory)
 
