@@ -304,7 +304,7 @@ def test_wrong_arguments_are_named() -> None:
             call()
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.skipif(free_memory() < 9 << 30, reason="needs 9 GB of free memory")
 def test_codes_of_more_than_2_to_the_31_elements() -> None:
     numel, tail = (1 << 31) + 4096 + 33, 8192 + 33
