@@ -34,9 +34,9 @@ def load(path: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
 
 
-def with_lora(model: Any, seed: int) -> Any:
+def with_lora(model: Any, seed: int, rank: int = RANK) -> Any:
     torch.manual_seed(seed)
-    config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config)
 
 
@@ -70,12 +70,17 @@ def loss_after(model: Any, ids: Tensor, held_out: Tensor, steps: int, lr: float,
     return loss_of(model.eval(), held_out)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parsed(description: str | None, steps: int) -> argparse.Namespace:
+    """The options of a bench that trains a model over bytes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=40, help="default %(default)s")
+    parser.add_argument("--steps", type=int, default=steps, help="default %(default)s")
     parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parsed(__doc__, 40)
     path = arguments.model
     text = small_model.drawn(small_model.split(texts.bible())[0], 48, torch.Generator().manual_seed(7))
     methods: dict[str, tuple[Callable[[int], Any], tuple[float, ...]]] = {

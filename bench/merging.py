@@ -11,7 +11,6 @@ loss that training gained, over seeds: mean and least.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import statistics
 from typing import Any
@@ -21,7 +20,6 @@ import harness
 import small_model
 import texts
 import torch
-from peft import LoraConfig, get_peft_model
 
 import qlora_ext
 from qlora_ext.calibration import Calibration
@@ -31,9 +29,7 @@ RANKS, RATES = (4, 16, 64), (3e-5, 3e-4)
 
 
 def adapted(path: str, rank: int, seed: int) -> Any:
-    torch.manual_seed(seed)
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    return get_peft_model(qlora_ext.quantize_model(finetuning.load(path)), config)
+    return finetuning.with_lora(qlora_ext.quantize_model(finetuning.load(path)), seed, rank)
 
 
 def nearest(model: Any) -> Any:
@@ -41,11 +37,7 @@ def nearest(model: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="DIR")
-    parser.add_argument("--steps", type=int, default=30, help="default %(default)s")
-    parser.add_argument("--seeds", type=int, default=3, help="default %(default)s")
-    arguments = parser.parse_args()
+    arguments = finetuning.parsed(__doc__, 30)
     ids, held_out = small_model.split(texts.conversations())
     held_out = held_out[:48]
     learnt = small_model.drawn(ids, 48, torch.Generator().manual_seed(7))

@@ -133,6 +133,12 @@ def linear_sample(
     )
 
 
+def layer_and_adapter(double_quant: bool = True) -> tuple[qlora_ext.NF4Weight, Tensor, Tensor]:
+    """A weight [96, 128] and an adapter of rank 8 that moves each of its elements by less than the way to a code."""
+    w4 = qlora_ext.quantize_nf4(torch.randn(96, 128), double_quant=double_quant)
+    return w4, 0.04 * torch.randn(8, 128), 0.04 * torch.randn(96, 8)
+
+
 def relative_error(out: Tensor | np.ndarray, expected: np.ndarray) -> float:
     """‖out - expected‖ / ‖expected‖ in float64; 0 where both are empty or zero."""
     got = to_f64(out) if isinstance(out, Tensor) else out

@@ -9,21 +9,17 @@ scales, LoRA of rank 16.
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif("CUDASIM_TORCH_LIBRARY" not in os.environ, reason="counters come from the kernel simulator"),
-]
+from cuda_profiles import Launch, Recorder, cases_printed, needs_counters, simulated
+
+pytestmark = needs_counters
 
 RANK = 16
 SHAPES = [(1024, 1024), (1024, 2048)]  # the sum over k of the second is split over two CTAs
@@ -33,47 +29,11 @@ DX_SLOTS = 10
 ONE_TOKEN_WAVEFRONTS = 360 / 16384  # of shared memory, per weight
 
 
-class Launch(dict):
-    """One launch's counters."""
-
-    @property
-    def slots(self) -> float:
-        return self["warp_instructions"] * 32
-
-    @property
-    def bytes_read(self) -> int:
-        return self["global_sectors_read"] * 32
-
-    @property
-    def moved(self) -> float:
-        """Sectors moved over the least there could be."""
-        sectors = self["global_sectors_read"] + self["global_sectors_written"]
-        return sectors * 32 / (self["unique_bytes_read"] + self["unique_bytes_written"])
-
-    @property
-    def conflicts(self) -> float:
-        """Share of shared memory wavefronts due to bank conflicts."""
-        return 1 - self["shared_wavefronts_ideal"] / max(self["shared_wavefronts"], 1)
-
-    @property
-    def warps(self) -> int:
-        x, y, z = self["block"]
-        return x * y * z // 32
-
-
 def run_cases(profile: Path) -> dict[str, Any]:
     from samples import linear_sample, relative_error
 
     ops = torch.ops.qlora
-    cases: dict[str, Any] = {}
-    profile.touch()
-
-    def record(name: str, operator: Callable[..., Any], *args: object) -> Any:
-        before = len(profile.read_text().splitlines())
-        out = operator(*args)
-        cases[name] = [json.loads(line) for line in profile.read_text().splitlines()[before:]]
-        return out
-
+    record = Recorder(profile)
     for n, k in SHAPES:
         s = linear_sample(max(FORWARD_SLOTS), n, k, RANK, torch.bfloat16, "cuda", bias=False)
         x = s.x
@@ -84,7 +44,7 @@ def run_cases(profile: Path) -> dict[str, Any]:
             record(f"linear_nf4_dx {m} {n} {k}", ops.linear_nf4_dx, dy, *s.w4.packed_args(), k, *s.lora_args)
             expected = s.forward_accuracy()
             rounded = torch.from_numpy(expected.exact).to(torch.bfloat16)
-            cases[f"errors {m} {n} {k}"] = [relative_error(t, expected.exact) for t in (y, _plain(s), rounded)]
+            record.cases[f"errors {m} {n} {k}"] = [relative_error(t, expected.exact) for t in (y, _plain(s), rounded)]
     n, k = SHAPES[0]
     s = linear_sample(80, n, k, RANK, torch.bfloat16, "cuda", bias=False)
     record("aligned", ops.linear_nf4, *s.args)
@@ -95,7 +55,7 @@ def run_cases(profile: Path) -> dict[str, Any]:
     packed, absmax = record("quantize", ops.quantize_nf4, w, 64)
     scales = ops.quantize_absmax(absmax, 256)
     record("dequantize", ops.dequantize_nf4, packed, *scales, 64, 256, [n, k], torch.bfloat16)
-    return cases
+    return record.cases
 
 
 def unaligned(t: torch.Tensor) -> torch.Tensor:
@@ -118,15 +78,8 @@ def _plain(s: Any) -> torch.Tensor:
 def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Name -> launches, errors or, for `tile <name>`, the parameters of the kernel that was chosen."""
     profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
-    simulator = {"CUDASIM_ARCH": request.param, "CUDASIM_PROFILE": str(profile), "CUDASIM_CHECK": ""}
-    run = subprocess.run(
-        [sys.executable, __file__, str(profile)],
-        env={**os.environ, **simulator, "QLORA_PRINT_KERNELS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    run = simulated(__file__, request.param, profile, QLORA_PRINT_KERNELS="1")
+    found = cases_printed(run)
     found = {name: v if name.startswith("errors") else [Launch(launch) for launch in v] for name, v in found.items()}
     line = r"^qlora: (\w+) cuda m=(\d+) n=(\d+) k=(\d+) .*-> (?:tensor_cores|sm90) (.*)$"
     for *name, tile in re.findall(line, run.stderr, flags=re.M):

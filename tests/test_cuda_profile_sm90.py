@@ -8,20 +8,12 @@ tokens are read by both warpgroups and written once, packed bytes written once, 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
-from test_cuda_profile import Launch
+from cuda_profiles import Launch, launches_in, needs_counters, simulated
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif("CUDASIM_TORCH_LIBRARY" not in os.environ, reason="counters come from the kernel simulator"),
-]
+pytestmark = needs_counters
 
 FORWARD = [(256, 8192, 1024), (256, 8192, 2048)]  # 2 x 64 tiles, one CTA each
 DX = [(256, 1024, 4224), (256, 2048, 4224)]  # 33 tiles, three CTAs each
@@ -43,15 +35,11 @@ def run_cases() -> None:
 @pytest.fixture(scope="module")
 def launches(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
     profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
-    simulator = {"CUDASIM_ARCH": "90", "CUDASIM_PROFILE": str(profile), "CUDASIM_CHECK": ""}
-    command = [sys.executable, __file__]
-    run = subprocess.run(command, env={**os.environ, **simulator}, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = [json.loads(line) for line in profile.read_text().splitlines()]
-    found = [launch for launch in found if "sm90" in launch["kernel"]]
+    simulated(__file__, "90", profile)
+    found = [launch for launch in launches_in(profile) if "sm90" in launch["kernel"]]
     assert len(found) == len(FORWARD + DX)
     assert not any(launch["local_bytes"] for launch in found)
-    return [Launch(launch) for launch in found]
+    return found
 
 
 def block_of(short: Launch, long: Launch, blocks: int) -> Launch:

@@ -7,21 +7,15 @@ and its sums stay in L2, so there are as many panels as that makes it.
 
 from __future__ import annotations
 
-import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
-from typing import Any
+from pathlib import Path
 
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif("CUDASIM_TORCH_LIBRARY" not in os.environ, reason="counters come from the kernel simulator"),
-]
+from cuda_profiles import Launch, launches_in, needs_counters, simulated
+
+pytestmark = needs_counters
 
 RANK = 16
 M = N = K = 4096
@@ -35,18 +29,15 @@ def run_step() -> None:
     torch.autograd.grad(y, s.differentiable, torch.ones_like(y))
 
 
-def launches_of_a_step(arch: str, profile: pathlib.Path) -> list[dict[str, Any]]:
+def launches_of_a_step(arch: str, profile: Path) -> list[Launch]:
     """Our kernels; the library's are not the simulator's to count."""
-    simulator = {"CUDASIM_ARCH": arch, "CUDASIM_PROFILE": str(profile), "CUDASIM_CHECK": ""}
-    command = [sys.executable, __file__]
-    run = subprocess.run(command, env={**os.environ, **simulator}, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr[-4000:]
-    launches = [json.loads(line) for line in profile.read_text().splitlines()]
+    simulated(__file__, arch, profile)
     preparation = re.compile("quantize_nf4_kernel|quantize_absmax|absmax_sum")
+    launches = launches_in(profile)
     return [launch for launch in launches if not preparation.search(launch["kernel"].replace("dequantize_nf4", ""))]
 
 
-def written(launches: list[dict[str, Any]]) -> int:
+def written(launches: list[Launch]) -> int:
     return sum(launch["unique_bytes_written"] for launch in launches)
 
 

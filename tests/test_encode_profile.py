@@ -5,8 +5,6 @@ test_cuda_profile.py, the cases run in one process of this file, which prints wh
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,9 @@ import pytest
 import torch
 
 import qlora_ext  # noqa: F401  (its operators)
-from test_cuda_profile import Launch
+from cuda_profiles import Launch, Recorder, cases_printed, needs_counters, simulated
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif("CUDASIM_TORCH_LIBRARY" not in os.environ, reason="counters come from the kernel simulator"),
-]
+pytestmark = needs_counters
 
 N, K, BLOCK = 64, 512, 64
 BATCH = 128  # places that are rounded together, in registers
@@ -41,24 +36,16 @@ def run_cases(profile: Path) -> dict[str, Any]:
         "stochastic": lambda: ops.encode_nf4_stochastic(w, absmax, BLOCK, 0),
         "feedback": lambda: ops.encode_nf4(w, absmax, BLOCK, factors, torch.arange(K).cuda()),
     }
-    cases: dict[str, Any] = {}
-    profile.touch()
+    record = Recorder(profile)
     for name, call in calls.items():
-        before = len(profile.read_text().splitlines())
-        call()
-        cases[name] = [json.loads(line) for line in profile.read_text().splitlines()[before:]]
-    return cases
+        record(name, call)
+    return record.cases
 
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Launch]:
     profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
-    simulator = {"CUDASIM_ARCH": request.param, "CUDASIM_PROFILE": str(profile), "CUDASIM_CHECK": ""}
-    run = subprocess.run(
-        [sys.executable, __file__, str(profile)], env={**os.environ, **simulator}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = cases_printed(simulated(__file__, request.param, profile))
     assert all(len(launches) == 1 for launches in found.values())
     return {name: Launch(launches[0]) for name, launches in found.items()}
 

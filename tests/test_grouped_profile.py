@@ -5,8 +5,6 @@ more without. As in test_cuda_profile.py, the cases run in one process of this f
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from test_cuda_profile import Launch
+from cuda_profiles import Launch, Recorder, cases_printed, needs_counters, simulated
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif("CUDASIM_TORCH_LIBRARY" not in os.environ, reason="counters come from the kernel simulator"),
-]
+pytestmark = needs_counters
 
 EXPERTS = [8, 64, 128]
 ROWS = {1: 5, 3: 12, 6: 40}  # of the experts that have any
@@ -31,28 +26,20 @@ OPERATORS = {"forward": 2, "dx": 2, "dlora": 3}  # and their launches
 def run_cases(profile: Path) -> dict[str, Any]:
     from grouped_samples import grouped_sample
 
-    cases: dict[str, Any] = {}
-    profile.touch()
+    record = Recorder(profile)
     for experts in EXPERTS:
         counts = [ROWS.get(e, 0) for e in range(experts)]
         s = grouped_sample(counts, N, K, RANK, torch.bfloat16, "cuda", dropout_p=0.1, nobodys=0)
         dy = s.dy()
         for name, run, args in (("forward", s.forward, ()), ("dx", s.dx, (dy,)), ("dlora", s.dlora, (dy,))):
-            before = len(profile.read_text().splitlines())
-            run(*args)
-            cases[f"{name} {experts}"] = [json.loads(line) for line in profile.read_text().splitlines()[before:]]
-    return cases
+            record(f"{name} {experts}", run, *args)
+    return record.cases
 
 
 @pytest.fixture(scope="module", params=["80", "90"])
 def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launch]]:
     profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
-    simulator = {"CUDASIM_ARCH": request.param, "CUDASIM_PROFILE": str(profile), "CUDASIM_CHECK": ""}
-    run = subprocess.run(
-        [sys.executable, __file__, str(profile)], env={**os.environ, **simulator}, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    found = json.loads(run.stdout.splitlines()[-1])
+    found = cases_printed(simulated(__file__, request.param, profile))
     return {name: [Launch(launch) for launch in launches] for name, launches in found.items()}
 
 

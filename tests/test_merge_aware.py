@@ -16,6 +16,7 @@ transformers = pytest.importorskip("transformers")
 import qlora_ext
 from qlora_ext.integrations import peft as integration
 from qlora_ext.merged import kept_of, merged_linear_nf4, merged_weight, scales_of, with_update
+from samples import layer_and_adapter
 from tiny_models import make, token_ids
 
 IDS = token_ids(4, 24)
@@ -40,14 +41,9 @@ def logits(model: Any) -> Tensor:
     return out
 
 
-def random_layer(double_quant: bool = True) -> tuple[qlora_ext.NF4Weight, Tensor, Tensor]:
-    w4 = qlora_ext.quantize_nf4(torch.randn(96, 128), double_quant=double_quant)
-    return w4, 0.04 * torch.randn(8, 128), 0.04 * torch.randn(96, 8)
-
-
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_codes_hold_the_update(double_quant: bool) -> None:
-    w4, a, b = random_layer(double_quant)
+    w4, a, b = layer_and_adapter(double_quant)
     update = 2.0 * (b @ a)
     w = w4.dequantize(torch.float32)
     nearest = torch.ops.qlora.encode_nf4(w + update, scales_of(w4), 64)
@@ -73,7 +69,7 @@ def test_stacks_are_rounded_matrix_by_matrix() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_pass_the_rounding(dtype: torch.dtype) -> None:
-    w4, a, b = random_layer()
+    w4, a, b = layer_and_adapter()
     x, bias, dy = torch.randn(7, 128).to(dtype), torch.randn(96).to(dtype), torch.randn(7, 96).to(dtype)
     merged = merged_weight(w4, a, b, 2.0)
     leaves = [t.to(dtype).requires_grad_() for t in (x, bias, a, b)]

@@ -8,19 +8,15 @@ from torch import Tensor
 
 import qlora_ext
 from qlora_ext.merged import merged_linear_nf4, merged_weight, with_update
+from samples import layer_and_adapter
 from test_codec_cuda import assert_bits
 
 pytestmark = pytest.mark.cuda
 
 
-def random_layer(double_quant: bool = True) -> tuple[qlora_ext.NF4Weight, Tensor, Tensor]:
-    w4 = qlora_ext.quantize_nf4(torch.randn(96, 128), double_quant=double_quant)
-    return w4, 0.04 * torch.randn(8, 128), 0.04 * torch.randn(96, 8)
-
-
 @pytest.mark.parametrize("double_quant", [True, False])
 def test_the_codes_are_the_cpus(double_quant: bool) -> None:
-    w4, a, b = random_layer(double_quant)
+    w4, a, b = layer_and_adapter(double_quant)
     moved = w4.dequantize(torch.float32) + 2.0 * (b @ a)
     expected = with_update(w4, moved)
     assert not torch.equal(expected.packed, w4.packed)
@@ -39,7 +35,7 @@ def test_stacks_on_cuda() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_gradients_are_the_cpus(dtype: torch.dtype) -> None:
-    w4, a, b = random_layer()
+    w4, a, b = layer_and_adapter()
     merged = merged_weight(w4, a, b, 2.0)
     inputs = [t.to(dtype) for t in (torch.randn(7, 128), torch.randn(96), a, b)]
     dy = torch.randn(7, 96).to(dtype)

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 import moe_families
 import qlora_ext
 from qlora_ext._outside import FileError
-from qlora_ext.streaming import chunk_mlp, parse_size, stream, streaming_of
+from qlora_ext.sizes import parse_size
+from qlora_ext.streaming import chunk_mlp, stream, streaming_of
 from qlora_ext.streaming.schedule import upcoming
 from tiny_models import CONFIGS, make, same_state, token_ids
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 
 _UNITS = {
     "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -10,9 +11,28 @@ _UNITS = {
 }  # fmt: skip
 
 
-def parse_size(text: str) -> float | None:
+def bytes_of(text: str) -> float | None:
     """The bytes that ``text`` says; None where it is no size."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text)
     if not match or match[2].upper() not in _UNITS:
         return None
     return float(match[1]) * _UNITS[match[2].upper()]
+
+
+def parse_size(name: str, size: str | int | float) -> int:
+    """The bytes of a size such as "6GB", "512MiB" or 6e9.
+
+    Args:
+        name: of the argument, for the error.
+
+    Raises:
+        ValueError: no positive size.
+    """
+    number: float | None = None
+    if isinstance(size, str):
+        number = bytes_of(size.strip())
+    elif isinstance(size, (int, float)) and not isinstance(size, bool):
+        number = float(size)
+    if number is None or not 1 <= number < float("inf"):
+        raise ValueError(f"{name}: expected a size such as 24GB, 40GiB or a number of bytes, got {reprlib.repr(size)}")
+    return int(number)

@@ -7,12 +7,16 @@ from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
-def counted(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar with the name of what is done, which the function that it yields moves: to so many, of so many."""
+def counted(what: str, now: str = "") -> Iterator[Callable[..., None]]:
+    """A bar with the name of what is done, which the function that it yields moves.
+
+    That takes how many are done, of how many and, optionally, what is ``now`` at hand.
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    at_hand = TextColumn("{task.fields[now]}")
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), at_hand)
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, of: bar.update(task, completed=done, total=of)
+        task = bar.add_task(what, total=None, now=now)
+        yield lambda done, of, now="": bar.update(task, completed=done, total=of, now=now)

@@ -127,10 +127,8 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.P
     if arguments.calibrate == "none":
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from ..calibration import Calibration
+    from .bars import counted
     from .files import remove
 
     if arguments.calibration_tokens < LENGTH:
@@ -139,22 +137,14 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.P
     if arguments.calibrate != "self":
         inputs = tokens_of(arguments.calibrate, tokenizer, arguments.calibration_tokens, LENGTH)
     directory = output.with_name(f"{output.name}.calibration")
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[layer]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("calibrating", total=None, layer="writing a text" if inputs is None else "")
+    with counted("calibrating", "writing a text" if inputs is None else "") as progress:
         yield Calibration(
             "self" if inputs is None else inputs,
             tokens=arguments.calibration_tokens,
             length=LENGTH,
             seed=arguments.calibration_seed,
             directory=directory,
-            progress=lambda done, of, layer: bar.update(task, completed=done, total=of, layer=layer),
+            progress=progress,
         )
     remove(directory)
 

@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from .._outside import check, printable, read_json
-from ..streaming import parse_size
+from ..sizes import parse_size
 from .data import DEFAULT_DATA
 from .errors import UserError
 from .models import BLOCK_SIZES, DTYPES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..sizes import parse_size
+from ..sizes import bytes_of
 from .layers import LayerCost
 
 
@@ -31,11 +31,11 @@ def allowance(budget: int | str, whole: int) -> tuple[int | None, float]:
     if text.isdecimal():
         return int(text), float("inf")
     if text.endswith("%"):
-        share = parse_size(text[:-1].strip())
+        share = bytes_of(text[:-1].strip())
         if share is None or text[:-1].strip()[-1].isalpha():
             raise _expected(budget)
         return None, share / 100 * whole
-    size = parse_size(text)
+    size = bytes_of(text)
     if size is None or not text[-1].isalpha():
         raise _expected(budget)
     return None, size

@@ -2,7 +2,6 @@
 
 from .checkpoints import offload_checkpoints
 from .mlp import chunk_mlp, dense_mlps
-from .sizes import parse_size
 from .streaming import SOURCES, Streaming, state_of, stream, streaming_of
 
 __all__ = [
@@ -11,7 +10,6 @@ __all__ = [
     "chunk_mlp",
     "dense_mlps",
     "offload_checkpoints",
-    "parse_size",
     "state_of",
     "stream",
     "streaming_of",

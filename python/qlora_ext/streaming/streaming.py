@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..lending import PackedTensors, mark_lent
 from ..nn import Experts4bit, Packed4bit, layers_of, scale_names
+from ..sizes import parse_size
 from .blocks import Block, Part, blocks_of
 from .ring import CopyingFiller, Filler, ReadingFiller, Slot, StagingFiller
 from .schedule import upcoming
-from .sizes import parse_size
 from .sources import FileSource, PinnedSource
 
 SOURCES = ("ram", "disk")

@@ -11,7 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from ..._outside import excerpt, printable
-from ...streaming import parse_size
+from ...sizes import parse_size
 from .. import search
 from ..errors import UserError, path_named, reading
 from ..files import staged_file

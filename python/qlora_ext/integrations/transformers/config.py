@@ -10,7 +10,8 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ...form import Form
-from ...streaming import SOURCES, parse_size
+from ...sizes import parse_size
+from ...streaming import SOURCES
 
 METHOD = "qlora_ext"
 NEEDS = "import qlora_ext"  # what somebody who has only the saved model has to do before loading it
