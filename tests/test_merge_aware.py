@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 import qlora_ext
 from qlora_ext.integrations import peft as integration
+from qlora_ext.integrations.peft.experts import LoraExperts4bit
 from qlora_ext.merged import kept_of, merged_linear_nf4, merged_weight, scales_of, with_update
 from samples import layer_and_adapter
 from tiny_models import make, token_ids
@@ -162,6 +163,33 @@ def test_the_codes_of_small_and_of_large_updates(size: float) -> None:
     assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True)) == (size < 1.0)
     assert 0.9 < error.kept < 1.1
     assert error.total < 0.12
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_small_updates_of_experts_are_kept(family: str) -> None:
+    """Those of GPT-OSS are stored the other way round than they are quantized."""
+    from test_moe import moe
+    from test_peft_experts import adapted as adapted_experts
+    from test_peft_experts import gpt_oss
+
+    dense = gpt_oss() if family == "gpt_oss" else moe(family)
+    model = adapted_experts(qlora_ext.quantize_model(dense))
+    torch.manual_seed(1)
+    for name, p in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(p, std=0.02)
+    layer = next(m for m in model.modules() if isinstance(m, LoraExperts4bit))
+    before, scales = layer.decoded(), layer.layer4bit.packed_weight(layer.parameter_name).absmax.clone()
+    update = layer.get_delta_weight("default")
+    layer.merge()
+    assert torch.equal(layer.layer4bit.packed_weight(layer.parameter_name).absmax, scales)
+    stepped = layer.decoded() - before
+    largest = before.abs().amax() * 0.31  # no step is wider
+    assert stepped.abs().amax() <= largest
+    held, whole = kept_of(update, before, layer.decoded())
+    assert 0.7 < held / whole < 1.3
+    layer.unmerge()
+    assert torch.equal(layer.decoded(), before)
 
 
 def test_kept_is_a_share_of_the_update() -> None:

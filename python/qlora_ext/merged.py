@@ -39,7 +39,12 @@ def with_update(w4: NF4Weight, moved: Tensor) -> NF4Weight:
     Args:
         w4: W, [N, K] or a stack of such matrices [E, N, K].
         moved: float32, of that shape.
+
+    Raises:
+        ValueError: it has another shape.
     """
+    if moved.shape != w4.shape:
+        raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
     if moved.ndim == 3:
         return NF4Weight.stack([with_update(w4.matrix(e), moved[e]) for e in range(len(moved))])
     packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales_of(w4), w4.block_size, _SEED)

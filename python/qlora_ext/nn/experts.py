@@ -122,12 +122,13 @@ class Experts4bit(Packed4bit):
 
     def quantize(self, dense: Tensor) -> NF4Weight:
         """The 4-bit form of a stack of weights as the dense module has it, expert by expert."""
-        parts = [super(Experts4bit, self).quantize(w.T if self.is_transposed else w) for w in dense.detach()]
-        return NF4Weight.stack(parts)
+        return NF4Weight.stack([super(Experts4bit, self).quantize(w) for w in self.as_quantized(dense.detach())])
+
+    def as_quantized(self, dense: Tensor) -> Tensor:
+        return dense.transpose(1, 2) if self.is_transposed else dense
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
-        weights = {name: getattr(dense, name).detach() for name in self._shapes}
-        return {name: w.transpose(1, 2) if self.is_transposed else w for name, w in weights.items()}
+        return {name: self.as_quantized(getattr(dense, name).detach()) for name in self._shapes}
 
     @classmethod
     def from_experts(

@@ -202,6 +202,10 @@ class Packed4bit(nn.Module, abc.ABC):
         """The 4-bit form that this module gives to a dense weight of its own."""
         return quantize_nf4(w, self.block_size, self.double_quant, self.nested_block_size)
 
+    def as_quantized(self, dense: Tensor) -> Tensor:
+        """A dense weight of this module in the shape of ``packed_shapes``, the other way round or as it is."""
+        return dense
+
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         """The weights of the module that this one replaces, as they are quantized, that can be calibrated."""
         return {}

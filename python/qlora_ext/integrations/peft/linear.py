@@ -139,6 +139,11 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     PEFT can do (several active adapters, adapters by sample, DoRA and its kin, biases on B) runs by PEFT's own code.
     """
 
+    # Adapters that run, and are trained, as they will be once merged; ``set_merge_aware`` says which.
+    merge_aware: frozenset[str] = frozenset()
+    # In inference: the merged weight, and of what it was made.
+    _kept: tuple[tuple[Any, ...], NF4Weight] | None = None
+
     def __init__(self, base_layer: Linear4bit, adapter_name: str, config: Any, **kwargs: Any) -> None:
         if config.fan_in_fan_out:  # GPT-2's Conv1D is an ordinary [N, K] once it is 4-bit
             config = copy.copy(config)
@@ -165,11 +170,6 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
             return None
         plain = type(self.lora_A[active[0]]) is nn.Linear and type(self.lora_B[active[0]]) is nn.Linear
         return active[0] if plain and self.lora_B[active[0]].bias is None else None
-
-    # Adapters that run, and are trained, as they will be once merged; ``set_merge_aware`` says which.
-    merge_aware: frozenset[str] = frozenset()
-    # In inference: the merged weight, and of what it was made.
-    _kept: tuple[tuple[Any, ...], NF4Weight] | None = None
 
     @property
     def trained_as_merged(self) -> bool:

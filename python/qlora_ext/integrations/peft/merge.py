@@ -102,14 +102,17 @@ class Over4bit:
         Where the adapters move the weights so far that the nearest codes hold the update, the sum is quantized like any
         weight. Else it is rounded under the old scales so that the codes hold it (``qlora_ext.merged``).
         """
-        layer, before = self.layer4bit, self.decoded()
-        w4 = layer.packed_weight(self.parameter_name)
-        self.requantize(weight)
-        held, whole = kept_of(weight - before, before, self.decoded())
-        if self.trained_as_merged or held < _HELD_BY_THE_NEAREST * whole:
-            layer.set_packed(self.parameter_name, with_update(w4, weight))
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.detach().to(self.bias4bit.dtype)
+        layer = self.layer4bit
+        w4 = layer.packed_weight(self.parameter_name)
+        if not self.trained_as_merged:
+            before = self.decoded()
+            self.requantize(weight)
+            held, whole = kept_of(weight - before, before, self.decoded())
+            if held >= _HELD_BY_THE_NEAREST * whole:
+                return
+        layer.set_packed(self.parameter_name, with_update(w4, layer.as_quantized(weight)))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into the 4-bit weight, see ``set_merged``; ``unmerge`` gives back the old bits."""
