@@ -104,6 +104,8 @@ def test_what_is_refused() -> None:
         qlora_ext.quantize_model(Chain(), init_lora="svd")
     with pytest.raises(ValueError, match=r"init_lora: expected 'svd' or 'loftq', got 'pissa'"):
         qlora_ext.quantize_model(Chain(), init_lora="pissa")
+    with pytest.raises(ValueError, match=r"init_lora: expected a model with layers in it, got a Linear alone"):
+        qlora_ext.quantize_model(nn.Linear(64, 64), init_lora="loftq")
     with pytest.raises(ValueError, match=r"iterations: expected 1 with a calibration"):
         qlora_ext.quantize_model(Chain(), calibration=[correlated(64)], init_lora=InitLora("loftq", iterations=2))
     for wrong in ({"rank": 0}, {"iterations": 0}, {"iterations": 2}):

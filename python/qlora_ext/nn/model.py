@@ -234,8 +234,9 @@ def quantize_model(
         prepare(model)
 
     if type(model) in CONVERSIONS or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
-        if calibration is not None:
-            raise ValueError(f"calibration: expected a model with layers in it, got a {type(model).__name__} alone")
+        for name, wanted in (("calibration", calibration), ("init_lora", lora)):
+            if wanted is not None:
+                raise ValueError(f"{name}: expected a model with layers in it, got a {type(model).__name__} alone")
         return quantized(model, **options)
     places = places_in(model)
     chosen = to_be_quantized(model, skip, embeddings, towers, keep)
