@@ -111,13 +111,9 @@ def _under_scales(w: Tensor, absmax: Tensor, plain: NF4Weight, feedback: Feedbac
     return dataclasses.replace(plain, packed=packed, **parts)
 
 
-def output_error(w: Tensor, w4: NF4Weight, moments: Tensor) -> float:
-    """‖X · (Ŵ - W)ᵀ‖ / ‖X · Wᵀ‖ for inputs of the second moments [K, K]; 0 where both are."""
-    exact = w.float()
-    difference = w4.dequantize(torch.float32) - exact
-    lost = ((difference @ moments) * difference).double().sum().item()
-    whole = ((exact @ moments) * exact).double().sum().item()
-    return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
+def _energy(w: Tensor, moments: Tensor) -> float:
+    """‖X · Wᵀ‖² a token, for inputs X of the second moments [K, K]."""
+    return ((w @ moments) * w).double().sum().item()
 
 
 def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: NF4Weight) -> Encoded:
@@ -133,7 +129,14 @@ def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: NF4Weight) -> 
         plain: ``w`` as ``quantize_nf4`` encodes it, in the form that is wanted.
     """
     w = w.detach().contiguous()
-    absmax_error = output_error(w, plain, moments)
+    exact = w.float()
+    whole = _energy(exact, moments)
+
+    def error_of(w4: NF4Weight) -> float:
+        lost = _energy(w4.dequantize(torch.float32) - exact, moments)
+        return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
+
+    absmax_error = error_of(plain)
     best = Encoded(plain, "absmax", absmax_error, absmax_error)
     absmax = torch.ops.qlora.search_absmax_nf4(w, feedback.importance, plain.block_size)
     attempts: list[tuple[str, Feedback | None]] = [("scales", None)]
@@ -141,7 +144,7 @@ def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: NF4Weight) -> 
         attempts.append(("feedback", feedback))
     for method, given in attempts:
         w4 = _under_scales(w, absmax, plain, given)
-        error = output_error(w, w4, moments)
+        error = error_of(w4)
         if error < best.error:
             best = Encoded(w4, method, error, absmax_error)
     return best
