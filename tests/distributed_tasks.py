@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from qlora_ext.fingerprint import fingerprint
 from qlora_ext.integrations.peft import check_base, write_base
 from qlora_ext.nn import Linear4bit, Packed4bit, layers_of, quantize_model
+from qlora_ext.streaming import stream
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "examples"))
 from finetune_fsdp2 import train_on
@@ -198,6 +199,25 @@ def ddp(setup: Setup) -> dict[str, Any]:
         "losses": losses,
         "packed": {digest(before), digest(packed_state(model))},
         "adapters": digest(adapters(model)),
+    }
+
+
+def streamed_ddp(path: pathlib.Path, streamed: bool) -> dict[str, Any]:
+    """A saved 4-bit model under DDP, its layers perhaps from the files."""
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
+    if streamed:
+        stream(model, source="disk")
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    versions = {name: t._version for name, t in packed_state(model).items()}
+    wrapped = DistributedDataParallel(model)
+    losses = train(wrapped, make_optimizer(model))
+    return {
+        "losses": losses,
+        "adapters": digest(adapters(model)),
+        "ignored": set(wrapped.parameters_to_ignore) & set(model.state_dict()),
+        "packed": set(packed_state(model)),
+        "written": [name for name, t in packed_state(model).items() if t._version != versions[name]],
     }
 
 

@@ -115,6 +115,20 @@ def test_ddp_trains_as_one_process(world: int, checkpointing: bool, workers: Cal
     assert len({result["adapters"] for result in results}) == 1
 
 
+def test_ddp_leaves_streamed_layers_where_they_are(tmp_path: pathlib.Path, workers: Callable[[int], Workers]) -> None:
+    """It would broadcast them into memory, and on CUDA refuse a model that is on two devices."""
+    tasks.make_model(Setup()).unload().save_pretrained(tmp_path)
+    resident = workers(2).run(tasks.streamed_ddp, tmp_path, False)
+    streamed = workers(2).run(tasks.streamed_ddp, tmp_path, True)
+    assert {r["adapters"] for r in streamed} == {r["adapters"] for r in resident}
+    for found, expected in zip(streamed, resident, strict=True):
+        assert found["losses"] == expected["losses"]
+        assert found["losses"][-1] < found["losses"][0]
+        assert found["ignored"] == found["packed"] != set()
+        assert not found["written"]
+        assert not expected["ignored"]
+
+
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("mixed", [True, False])

@@ -99,6 +99,20 @@ def test_training_is_bit_equal(llama: pathlib.Path, checkpointing: bool | None) 
     assert_same(*runs)
 
 
+def test_the_ring_has_as_many_blocks_as_are_allowed(llama: pathlib.Path) -> None:
+    expected = trained(adapted(load(llama)), steps=2)
+    least = streaming_of(stream(load(llama), source="disk"))
+    block = least.ring_bytes // 2
+    packed = sum(part.nbytes for streamed in least.blocks for part in streamed.parts)
+    whole = load(llama)
+    rest = sum(t.nbytes for t in (*whole.parameters(), *whole.buffers())) - packed
+    for slots in (2, 3, LAYERS):
+        model = stream(load(llama), resident=rest + slots * block + 4096, source="disk")
+        assert len(streaming_of(model).slots) == slots
+        assert_same(trained(adapted(model), steps=2), expected)
+    assert streaming_of(model).fills == LAYERS  # where all fit, each is read once
+
+
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
 def test_other_families_are_bit_equal(family: str, tmp_path: pathlib.Path) -> None:
     path = save(family, tmp_path)

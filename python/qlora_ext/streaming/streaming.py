@@ -94,10 +94,10 @@ class Streaming:
         """The slot with block ``index`` in it, once more of those needed next are on their way."""
         held = self._held()
         slot = held.get(index)
-        if index == self._at and slot is not None and self._is_whole(slot, index):
+        if index == self._at and slot is not None and slot.size >= self._size(index) and self._is_current(slot):
             self._filler.wait(slot)
             return slot
-        if self._at in held:
+        if self._at is not None and self._at in held:
             self._filler.retire(held[self._at])
         self._at = index
         with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the call
@@ -108,29 +108,32 @@ class Streaming:
         # Recomputed activations ask within a backward pass, too.
         backward = torch._C._current_graph_task_id() != -1
         wanted = [*upcoming(index, len(self.blocks), backward, self._model.training)][: len(self.slots)]
+        held = self._held()
+        kept = {held[number] for number in wanted if number in held}
+        free = (slot for slot in self.slots if slot not in kept)
         for number in wanted:
-            self._bring(number, wanted)
-        slot = self._held()[index]
+            if number not in held:
+                held[number] = next(free)
+                self._fill(held[number], number)
+            elif held[number].size < self._size(number) or (number == index and not self._is_current(held[number])):
+                self._fill(held[number], number)
         try:
-            self._filler.wait(slot)
+            self._filler.wait(held[index])
         except BaseException:
             for slot in self.slots:  # who asks again has it read again, and what was asked for with it
                 slot.block = None
             raise
-        return slot
+        return held[index]
 
-    def _held(self) -> dict[int | None, Slot]:
-        numbers = {id(block): i for i, block in enumerate(self.blocks)}
-        return {numbers[id(slot.block)]: slot for slot in self.slots if slot.block is not None}
+    def _held(self) -> dict[int, Slot]:
+        return {self._numbers[id(slot.block)]: slot for slot in self.slots if slot.block is not None}
 
-    def _bring(self, number: int, wanted: list[int]) -> None:
-        """Has block ``number`` come into a slot whose block is not among those wanted, if it is in none as it is."""
-        block, held = self.blocks[number], self._held()
-        slot = held.get(number)
-        if slot is not None and self._is_whole(slot, number):
-            return
-        if slot is None:
-            slot = next(s for s in self.slots if s not in (held.get(other) for other in wanted))
+    @functools.cached_property
+    def _numbers(self) -> dict[int, int]:
+        return {id(block): number for number, block in enumerate(self.blocks)}
+
+    def _fill(self, slot: Slot, number: int) -> None:
+        block = self.blocks[number]
         slot.block, slot.size, slot.state, slot.lent = block, self._size(number), block.state, None
         torch.autograd.graph.increment_version(slot.memory)  # whoever has kept a tensor of it learns so in the backward
         if slot.size:
@@ -142,9 +145,10 @@ class Streaming:
         block = self.blocks[number]
         return block.shared if number in self._apart else block.nbytes
 
-    def _is_whole(self, slot: Slot, number: int) -> bool:
-        """Whether ``slot``, which has block ``number``, has what is needed of it, and as the modules have it now."""
-        return slot.size >= self._size(number) and slot.state == self.blocks[number].state
+    @staticmethod
+    def _is_current(slot: Slot) -> bool:
+        """Whether the modules still have the tensors that were read into ``slot``; asked when they are used."""
+        return slot.block is not None and slot.state == slot.block.state
 
     def read_experts(self, index: int, module: Packed4bit, weight: str, experts: list[int]) -> dict[str, Tensor]:
         """Copies of some experts' packed tensors, stacked, on ``device``, by the names of their attributes.
@@ -219,6 +223,25 @@ class _Residency:
         return type(None), ()
 
 
+class _LeftToStreaming:
+    """The names of the streamed tensors, for DistributedDataParallel, which leaves them alone then.
+
+    Every process reads its own, and on CUDA they are not where the rest of the model is. The names are found when they
+    are asked for, since adapters rename modules, and are given once more as PEFT's wrapper has them, of which
+    DistributedDataParallel asks the same and which passes the question on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __iter__(self) -> Iterator[str]:
+        for path, layer in layers_of(self.model):
+            if isinstance(layer.residency, _Residency):
+                for tensor in layer.packed_state():
+                    name = f"{path}.{tensor}" if path else tensor
+                    yield from (name, f"base_model.model.{name}")
+
+
 def streaming_of(model: nn.Module) -> Streaming | None:
     """How ``model``, or the one that it wraps, is streamed; None where it is not."""
     residencies = (layer.residency for _, layer in layers_of(model))
@@ -275,8 +298,8 @@ def stream(
         model: with 4-bit layers, by ``QLoRAConfig`` or ``quantize_model``, whole on one device or on the CPU.
         resident: the memory that the model's weights may take on the device, such as "6GB" or a number of bytes. What
             is not streamed is taken off, and the ring has as many buffers as fit into the rest, but never less than
-            two. On the CPU they are two: what else of the files fits into memory the system keeps in its page cache,
-            and gives up when others need it. None: as little as possible.
+            two. None: two. What else of the files fits into the host's memory is in the system's page cache, which it
+            gives up when others need it.
         source: where the blocks are kept. "ram": in pinned host memory (computing on the CPU, they stay where they
             are). "disk": in the safetensors files that the model was loaded from, of which nothing is held in memory.
         device: that computes; by default the one on which the embeddings are.
@@ -311,11 +334,12 @@ def stream(
     files = FileSource(blocks) if source == "disk" else None
     rest = _make_resident(model, streamed, where)
     largest = max(block.nbytes for block in blocks)
-    slots = _slots(allowed, rest, largest, len(blocks), where)
+    slots = _slots(allowed, rest, largest, len(blocks))
     streaming = Streaming(model, blocks, files or PinnedSource(blocks), where, slots)
     for i, block in enumerate(blocks):
         for module in block.modules:
             module.residency = _Residency(streaming, i, module)
+    vars(model)["_ddp_params_and_buffers_to_ignore"] = _LeftToStreaming(model)
     return model
 
 
@@ -337,7 +361,7 @@ def _refuse_others(model: nn.Module) -> None:
             raise ValueError(f"model: {name} is on the meta device; load its weights first")
 
 
-def _slots(allowed: int | None, rest: int, largest: int, blocks: int, device: torch.device) -> int:
+def _slots(allowed: int | None, rest: int, largest: int, blocks: int) -> int:
     least = rest + _FEWEST * largest
     if allowed is not None and allowed < least:
         warnings.warn(
@@ -345,6 +369,6 @@ def _slots(allowed: int | None, rest: int, largest: int, blocks: int, device: to
             "two blocks it is",
             stacklevel=3,
         )
-    if allowed is None or device.type == "cpu":
+    if allowed is None:
         return min(_FEWEST, blocks)
     return min(blocks, max(_FEWEST, (allowed - rest) // largest))
