@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
-import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -271,73 +270,3 @@ def test_python_users_are_warned(paths: Paths, adapter: pathlib.Path) -> None:
         PeftModel.from_pretrained(base(), adapter)
     told = [str(warning.message) for warning in caught if warning.category is IncompleteAdapterWarning]
     assert len(told) == 2  # what is missing, and what found no place
-
-
-def gguf_of(model: Any, path: pathlib.Path, tokens: int) -> None:
-    """A tiny Llama as a GGUF file."""
-    import gguf
-
-    config = model.config
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(["t", "1", "t1", *(f"<{i}>" for i in range(3, tokens))])
-    writer.add_token_types([1] * tokens)
-    writer.add_token_merges(["t 1"])
-    writer.add_eos_token_id(2)
-    short = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v"}
-    short |= {"self_attn.o_proj": "attn_output", "input_layernorm": "attn_norm", "mlp.gate_proj": "ffn_gate"}
-    short |= {"mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "post_attention_layernorm": "ffn_norm"}
-    for name, tensor in model.state_dict().items():
-        name = name.replace("model.layers.", "blk.").replace("model.embed_tokens", "token_embd")
-        name = name.replace("model.norm", "output_norm").replace("lm_head", "output")
-        for long, gguf_name in short.items():
-            name = name.replace(long, gguf_name)
-        writer.add_tensor(name, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-@pytest.fixture(scope="session")
-def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    gguf_of(make("llama"), path, 128)
-    return path
-
-
-def test_gguf_files_that_are_not_whole(refused, tiny_gguf: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    path, output = tmp_path / "changed.gguf", tmp_path / "out"
-    whole = tiny_gguf.read_bytes()
-    count = struct.unpack_from("<Q", whole, 8)[0]
-    assert count == 21
-    blocks = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
-    norm = whole.index(b"output_norm.weight")
-    cases = {
-        **{f"{n} tensors": (8, struct.pack("<Q", n)) for n in (0, 1, count - 1, count + 1, 2**40)},
-        "1 layer": (blocks, struct.pack("<I", 1)),
-        "3 layers": (blocks, struct.pack("<I", 3)),
-        "no norm": (norm, b"output_nomr.weight"),
-        "metadata": (16, struct.pack("<Q", 2**60)),
-        "version": (4, struct.pack("<I", 99)),
-    }
-    for name, (at, change) in cases.items():
-        path.write_bytes(whole[:at] + change + whole[at + len(change) :])
-        assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), name
-    for size in (len(whole) - 64, len(whole) // 2, 200, 24, 5, 0):
-        path.write_bytes(whole[:size])
-        assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), size
-    assert not output.exists()
-
-
-def test_a_whole_gguf_file_loads(tiny_gguf: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    assert main(["quantize", "--model", str(tiny_gguf), "--output", str(tmp_path / "out")]) == 0

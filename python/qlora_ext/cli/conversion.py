@@ -66,7 +66,7 @@ def spilled(recipe: Recipe, output: pathlib.Path) -> Iterator[Spill | None]:
     Raises:
         UserError: the disk is full; what was quantized is kept, and the next run goes on there.
     """
-    if filled_from_inside(output) or recipe.source.gguf_file is not None:
+    if filled_from_inside(output):
         yield None
         return
     from ..integrations.transformers.spill import Spill

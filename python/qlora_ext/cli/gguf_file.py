@@ -1,7 +1,8 @@
-"""Whether a GGUF file is whole, from its header alone: nothing else looks before it reads the weights."""
+"""The header of a GGUF file, and whether the file is whole: nothing else looks before it reads the weights."""
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import pathlib
 import re
@@ -13,6 +14,30 @@ from .._outside import FileError, excerpt, printable
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _MAX_DIMENSIONS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies.
+
+    Attributes:
+        shape: as in torch, where the last dimension is the one that lies together. kind: GGML's number of its type.
+        begin, nbytes: of its data, in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    begin: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself: llama.cpp's name of its architecture, and its tensors."""
+
+    architecture: str
+    tensors: list[TensorInfo]
 
 
 class _Reader:
@@ -67,18 +92,17 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
     return found
 
 
-def _tensors(reader: _Reader, count: int, alignment: int) -> tuple[set[str], int]:
-    """The names of the tensors and the bytes of their data, which lie one behind the other in the header's order."""
+def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, TensorInfo]:
+    """The tensors, of which each ``begin`` is one in the data. They lie one behind the other in the header's order."""
     import gguf
 
-    names: set[str] = set()
+    found: dict[str, TensorInfo] = {}
     end = 0
     for _ in range(count):
         name = reader.string()
         dimensions = reader.scalar("I")
-        if name in names or dimensions > _MAX_DIMENSIONS:
+        if name in found or dimensions > _MAX_DIMENSIONS:
             raise FileError(f"{reader.source}: damaged: tensor {excerpt(name)} twice, or of {dimensions} dimensions")
-        names.add(name)
         shape = [reader.scalar("Q") for _ in range(dimensions)]
         kind, offset = reader.scalar("I"), reader.scalar("Q")
         try:
@@ -94,27 +118,29 @@ def _tensors(reader: _Reader, count: int, alignment: int) -> tuple[set[str], int
                 f"{reader.source}: damaged: tensor {excerpt(name)} of shape {shape} at byte {offset} of the data, "
                 f"expected at byte {start}"
             )
-        end = start + elements // block * size
-    return names, end
+        found[name] = TensorInfo(name, tuple(reversed(shape)), kind, start, elements // block * size)
+        end = start + found[name].nbytes
+    return found
 
 
-def check(path: pathlib.Path) -> None:
-    """Refuses a GGUF file that is truncated, or whose header does not account for every byte and every layer of it.
+def read(path: pathlib.Path) -> Header:
+    """The header of a GGUF file.
 
     Raises:
-        FileError: so it is; the text says where.
+        FileError: the file is truncated, or its header does not account for every byte and every layer of it; the text
+            says where.
     """
     source = printable(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            _check(_Reader(data, source), len(data))
+            return _read(_Reader(data, source), len(data))
     except (OSError, ValueError) as error:
         if isinstance(error, FileError):
             raise
         raise FileError(f"cannot read {source}: {error}") from error  # an empty file is a ValueError of mmap
 
 
-def _check(reader: _Reader, size: int) -> None:
+def _read(reader: _Reader, size: int) -> Header:
     source = reader.source
     if reader.data[reader.skip(4) : 4] != b"GGUF":
         raise FileError(f"{source}: no GGUF file, or damaged")
@@ -126,16 +152,20 @@ def _check(reader: _Reader, size: int) -> None:
     alignment = metadata.get("general.alignment", 32)
     if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise FileError(f"{source}: damaged: general.alignment is {excerpt(alignment)}, expected a power of two")
-    names, end = _tensors(reader, tensors, alignment)
+    found = _tensors(reader, tensors, alignment)
+    end = max((tensor.begin + tensor.nbytes for tensor in found.values()), default=0)
     data = -(-reader.at // alignment) * alignment
     if not data + end <= size <= data + -(-end // alignment) * alignment:
         raise FileError(
             f"{source}: truncated or damaged: its {tensors} tensors end at byte {data + end}, the file at byte {size}"
         )
-    layers = metadata.get(f"{metadata.get('general.architecture')}.block_count")
-    beyond = [name for name in names if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= (layers or 0)]
+    architecture = metadata.get("general.architecture")
+    layers = metadata.get(f"{architecture}.block_count")
+    beyond = [name for name in found if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= (layers or 0)]
     if isinstance(layers, int) and beyond:
         raise FileError(
             f"{source}: damaged: its metadata has {layers} layers, {len(beyond)} of its {tensors} tensors belong to "
             f"others, such as {excerpt(min(beyond))}"
         )
+    placed = [dataclasses.replace(tensor, begin=data + tensor.begin) for tensor in found.values()]
+    return Header(str(architecture), placed)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import math
+import pathlib
 import sys
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -16,12 +17,13 @@ from .errors import UserError, first_line, reading
 from .sources import PROVENANCE, ModelSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     import torch
 
     from ..calibration import Calibration, InitLora
     from ..integrations.transformers.spill import Spill
+    from .gguf_weights import GGUFWeights
 
 DTYPES = {
     "bfloat16": "bfloat16",
@@ -67,7 +69,9 @@ def parse_device(name: str) -> torch.device:
     return device
 
 
-def _load(what: str, source: ModelSource, loader: Any, shown: bool = False, **options: Any) -> Any:
+@contextlib.contextmanager
+def _loading(what: str, source: ModelSource, shown: bool) -> Iterator[None]:
+    """transformers' bar of progress is shown or not, and what it raises is a UserError."""
     import gguf  # noqa: F401  # transformers' own message for its absence spans a screen
     from transformers.utils import logging
 
@@ -75,7 +79,26 @@ def _load(what: str, source: ModelSource, loader: Any, shown: bool = False, **op
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     # The reader of GGUF files has a bar of its own.
     with reading(what, source.name), contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def _load(what: str, source: ModelSource, loader: Any, shown: bool = False, **options: Any) -> Any:
+    with _loading(what, source, shown):
         return loader.from_pretrained(source.path, **source.options, **options)
+
+
+def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
+    """The weights of a GGUF file one by one; None of another source, or where transformers reads it whole only."""
+    from .gguf_weights import GGUFWeights
+
+    if source.gguf_file is None:
+        return None
+    skeleton = whole.skeleton(source, config)
+    with _loading("model", source, False):
+        try:
+            return GGUFWeights(pathlib.Path(source.path) / source.gguf_file, skeleton)
+        except NotImplementedError:
+            return None
 
 
 def load_tokenizer(source: ModelSource) -> Any:
@@ -128,11 +151,13 @@ def load_quantized(
     from ..integrations.transformers.spill import spilling
 
     form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
-    whole.check_room(source, load_config(source))
+    model_config = load_config(source)
+    whole.check_room(source, model_config)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    # transformers combines no quantization with a GGUF file
     dense_first = calibration is not None or init_lora is not None or keep is not None
-    while_loading = source.gguf_file is None and not dense_first
+    weights = None if dense_first else _gguf_weights(source, model_config)
+    # transformers combines no quantization with a GGUF file that it reads itself.
+    while_loading = not dense_first and (source.gguf_file is None or weights is not None)
     if while_loading:
         config = qlora_ext.QLoRAConfig(**form, stream=stream, resident=resident)
         if spill is not None:
@@ -141,7 +166,12 @@ def load_quantized(
     with warnings.catch_warnings():
         # A saved 4-bit model keeps its own form, which is known here.
         warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        model, report = _load("model", source, AutoModelForCausalLM, shown=spill is not None, **options)
+        if weights is None:
+            model, report = _load("model", source, AutoModelForCausalLM, shown=spill is not None, **options)
+        else:
+            with _loading("model", source, shown=spill is not None):
+                model, report = weights.load(**options)
+            report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
     whole.check_report(source, model, report)
     if not while_loading:
         streamed = stream is not None and device.type != "cpu"

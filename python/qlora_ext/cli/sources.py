@@ -62,7 +62,7 @@ def package_files(package: str, what: str) -> list[pathlib.Path]:
 
 def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool, option: str) -> ModelSource:
     try:
-        gguf_file.check(path)
+        gguf_file.read(path)
     except FileError as error:
         raise UserError(f"{option} {name}: {error}") from error
     return ModelSource(name, str(path.parent), path.name, trust_remote_code)

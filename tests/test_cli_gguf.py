@@ -1,0 +1,171 @@
+"""GGUF files: those that are not whole are refused, and the others are quantized one weight at a time."""
+
+from __future__ import annotations
+
+import pathlib
+import struct
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
+
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+import qlora_ext
+from qlora_ext.cli import gguf_weights, main
+from qlora_ext.cli.models import load_quantized
+from qlora_ext.cli.sources import resolve
+from test_cli import Paths, paths, refused, whole_run
+from test_cli_stream import KILLED
+from tiny_models import SIZES, make, same_state
+
+__all__ = ["Paths", "paths", "refused", "whole_run"]  # fixtures
+
+SHORT = {
+    "model.layers.": "blk.",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate.": "ffn_gate_inp.",
+}
+
+
+def tensors_of(model: Any) -> dict[str, Any]:
+    """The weights as a GGUF file has them, of experts one stack for gate and one for up."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        for long, short in SHORT.items():
+            name = name.replace(long, short)
+        values = tensor.float().numpy()
+        if name.endswith("mlp.experts.gate_up_proj"):
+            stem = name.removesuffix("mlp.experts.gate_up_proj")
+            found[f"{stem}ffn_gate_exps.weight"], found[f"{stem}ffn_up_exps.weight"] = np.split(values, 2, axis=1)
+        else:
+            found[name.replace("mlp.experts.down_proj", "ffn_down_exps.weight")] = values
+    return found
+
+
+def write(model: Any, path: pathlib.Path, architecture: str, more: dict[str, Any] | None = None) -> None:
+    """The model as a GGUF file in which matrices have the types of quantized files in turn."""
+    config, tokens = model.config, 128
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if getattr(config, "num_experts", 0):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["t", "1", "t1", *(f"<{i}>" for i in range(3, tokens))])
+    writer.add_token_types([1] * tokens)
+    writer.add_token_merges(["t 1"])
+    writer.add_eos_token_id(2)
+    kinds = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0")]
+    for i, (name, values) in enumerate((tensors_of(model) | (more or {})).items()):
+        kind = kinds[i % len(kinds)] if values.ndim > 1 else kinds[0]
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def mixture() -> Any:
+    # Experts of any other size transformers does not read of a file's header.
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+    config = Qwen3MoeConfig(**SIZES, head_dim=16, **experts)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def llama_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write(make("llama"), path, "llama")
+    return path
+
+
+def test_files_that_are_not_whole(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "changed.gguf", tmp_path / "out"
+    whole = llama_file.read_bytes()
+    count = struct.unpack_from("<Q", whole, 8)[0]
+    assert count == 21
+    blocks = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    norm = whole.index(b"output_norm.weight")
+    cases = {
+        **{f"{n} tensors": (8, struct.pack("<Q", n)) for n in (0, 1, count - 1, count + 1, 2**40)},
+        "1 layer": (blocks, struct.pack("<I", 1)),
+        "3 layers": (blocks, struct.pack("<I", 3)),
+        "no norm": (norm, b"output_nomr.weight"),
+        "metadata": (16, struct.pack("<Q", 2**60)),
+        "version": (4, struct.pack("<I", 99)),
+    }
+    for name, (at, change) in cases.items():
+        path.write_bytes(whole[:at] + change + whole[at + len(change) :])
+        assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), name
+    for size in (len(whole) - 64, len(whole) // 2, 200, 24, 5, 0):
+        path.write_bytes(whole[:size])
+        assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), size
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+def test_weights_one_by_one_are_those_of_the_whole(
+    architecture: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write(make("llama") if architecture == "llama" else mixture(), path, architecture)
+    decoded: list[str] = []
+    decode = gguf_weights.GGUFWeights.decode
+    monkeypatch.setattr(
+        gguf_weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1]
+    )
+    found = load_quantized(resolve(str(path)), torch.bfloat16, torch.device("cpu"))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
+    assert sorted(decoded) == sorted(expected.state_dict())
+    assert same_state(found, qlora_ext.quantize_model(expected))
+
+
+def test_a_killed_quantize_goes_on(
+    llama_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", "--model", str(llama_file), "--output"]
+    assert subprocess.run([sys.executable, "-c", KILLED, *command, str(tmp_path / "out")]).returncode == -9
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert "going on after 5 weights" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    load = AutoModelForCausalLM.from_pretrained
+    assert same_state(load(tmp_path / "out"), load(tmp_path / "whole"))
+
+
+def test_what_finds_no_place_is_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(make("llama"), tmp_path / "more.gguf", "llama", {"rope_freqs.weight": np.ones(8, np.float32)})
+    assert main(["quantize", "--model", str(tmp_path / "more.gguf"), "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert "1 weights in its files are no part of a LlamaForCausalLM and were left out: rope_freqs.weight" in told
