@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -21,8 +22,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from qlora_ext.cli import main
+from qlora_ext.cli import families, fitting, main, search
 from qlora_ext.cli.commands import finetune
+from qlora_ext.cli.memory import job_of, split, tops
+from qlora_ext.cli.settings import Settings
+from qlora_ext.cli.streamed import place, streamed
 from qlora_ext.integrations.transformers import spill
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
@@ -150,7 +154,7 @@ def test_quantize_leaves_nothing_but_the_model(dense: pathlib.Path, tmp_path: pa
 
 KILLED = """
 import os, signal, sys
-from qlora_ext.cli import main
+from qlora_ext.cli import families, fitting, main, search
 from qlora_ext.integrations.transformers import spill
 put = spill.Spill.put
 count = 0
@@ -252,3 +256,73 @@ def finetune_trainer() -> Any:
     from qlora_ext.cli.training import RunTrainer
 
     return RunTrainer
+
+
+def test_a_run_fits_itself_into_the_memory(
+    dense: pathlib.Path,
+    data: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
+    expected = tuned(dense, data, tmp_path / "as_it_is")
+    roomy = tuned(dense, data, tmp_path / "roomy", "--max-memory", "10GB")
+    assert "fits into 10GB (0.00 GB of it taken by Python and its libraries) with no switch" in capsys.readouterr().out
+    assert same(roomy, expected)
+    sizes = [
+        json.loads(plan_of(dense, capsys, *options))["total"]
+        for options in ((), ("--chunked-loss",), ("--chunked-loss", "--grad-checkpointing"))
+    ]
+    assert sizes[0] > sizes[2]
+    allowed = str(int(sizes[2] * 1.01 + 1e6))
+    narrow = tuned(dense, data, tmp_path / "narrow", "--max-memory", allowed)
+    told = capsys.readouterr().out
+    assert f"fits into {allowed}" in told
+    settings = json.loads((tmp_path / "narrow" / "settings.json").read_text())
+    assert settings["grad_checkpointing"]
+    assert settings["stream"] == "none"
+    assert narrow.keys() == expected.keys()
+    assert main(["finetune", "--output", str(tmp_path / "narrow"), "--resume"]) == 0  # without choosing again
+    assert "fits into" not in capsys.readouterr().out
+
+
+def plan_of(model: pathlib.Path, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    sizes = ("--seq-len", "32", "--batch-size", "2")
+    assert main(["plan", "--model", str(model), *sizes, "--json", *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_a_run_that_cannot_fit_says_what_would(
+    dense: pathlib.Path,
+    data: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
+    command = ["finetune", "--model", str(dense), "--data", str(data), "--output", str(tmp_path / "run"), *OPTIONS]
+    assert main([*command, "--max-memory", "1500KB"]) != 0
+    told = capsys.readouterr().err
+    assert "--max-memory 1500KB" in told
+    assert "2 rows of 32 tokens take 0.00 GB at least (" in told
+    assert "--stream disk" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_ring_takes_what_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
+    config = families.config_of_sizes("hidden=256,intermediate=768,layers=10,heads=4,kv-heads=2,vocab=512")
+    options = {"seq_len": 64, "batch_size": 1, "rank": 2, "grad_checkpointing": True, "chunked_loss": True}
+    settings = Settings(max_memory="1GB", **options)
+    resident = search.total(job_of(settings, config), None)
+    layer = streamed(job_of(settings, config)).largest
+    for memory, stream in ((resident + 1, "none"), (resident - 3 * layer, "disk")):
+        asked = dataclasses.replace(settings, max_memory=str(int(memory + 1e6)))
+        fitted, told = fitting.fit(asked, config, torch.device("cpu"))
+        assert fitted.stream == stream
+        assert ("--stream disk" in told) == (stream == "disk")
+    job = job_of(fitted, config)
+    parts, slots = place(split(job, tops(job)), streamed(job), float(fitted.resident))
+    assert slots == 6  # not 7, for the space between tensors in the ring
+    assert memory - layer < sum(parts.values()) <= memory

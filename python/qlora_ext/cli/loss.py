@@ -14,17 +14,28 @@ from .errors import UserError
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
+def changes_logits(config: Any) -> bool:
+    """Whether a model of that configuration changes its logits after the head."""
+    return any(getattr(config.get_text_config(), name, None) for name in _AFTER_HEAD)
+
+
 def has_plain_head(model: Any) -> bool:
     """Whether the logits of ``model`` (a PEFT model) are its output head times its last hidden state, and no more."""
     base = model.get_base_model()
-    config = base.config.get_text_config()
-    changed = any(getattr(config, name, None) for name in _AFTER_HEAD)
-    return not changed and isinstance(base.get_output_embeddings(), torch.nn.Linear) and base.base_model is not base
+    return (
+        not changes_logits(base.config)
+        and isinstance(base.get_output_embeddings(), torch.nn.Linear)
+        and base.base_model is not base
+    )
+
+
+def has_linear_cross_entropy() -> bool:
+    return hasattr(functional, "linear_cross_entropy")
 
 
 def check_linear_cross_entropy() -> None:
     """Refuses --chunked-loss where this torch does not have it."""
-    if not hasattr(functional, "linear_cross_entropy"):
+    if not has_linear_cross_entropy():
         raise UserError(f"--chunked-loss needs torch 2.13 or newer, this is {torch.__version__}")
 
 

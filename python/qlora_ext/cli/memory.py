@@ -43,6 +43,17 @@ class Job:
     devices: int = 1
     mlp_chunk: int = 0
     offload_checkpoints: bool = False
+    stream: str = "none"
+
+
+def job_of(options: Any, config: Any) -> Job:
+    """The job of a command's ``options``, which have the names of its fields."""
+    named = {field.name for field in dataclasses.fields(Job)} & set(vars(options))
+    targets = options.target_modules
+    values = {name: getattr(options, name) for name in named}
+    if targets != "all-linear":
+        values["target_modules"] = [name.strip() for name in targets.split(",")]
+    return Job(**{**values, "config": config})
 
 
 class _Live(TorchDispatchMode):
@@ -173,6 +184,14 @@ def _measure(job: Job, layers: int) -> list[dict[str, float]]:
 def _line(few: dict[str, float], more: dict[str, float], layers: int) -> dict[str, float]:
     ahead = (layers - FEW) / (MORE - FEW)
     return {key: few.get(key, 0) + (more.get(key, 0) - few.get(key, 0)) * ahead for key in {**few, **more}}
+
+
+def still(job: Job) -> dict[str, float]:
+    """The split before the first step: weights, adapters and their optimizer's state."""
+    layers = job.config.get_text_config().num_hidden_layers
+    if layers <= MORE:
+        return split(job, [_static(build(job, layers))])
+    return split(job, [_line(_static(build(job, FEW)), _static(build(job, MORE)), layers)])
 
 
 def tops(job: Job) -> list[dict[str, float]]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from . import families
-from .memory import Job, split, tops
+from .memory import Job, split, still, tops
 from .settings import flag
 from .streamed import Streamed, place, streamed
 
 # From what costs nothing to what costs time, each with those before it: the fields of Job that are changed.
-_CHANGES: tuple[dict[str, Any], ...] = (
+CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"chunked_loss": True},
     {"grad_checkpointing": True},
@@ -23,82 +24,99 @@ _CHANGES: tuple[dict[str, Any], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class _Switched:
-    """A job with switches, as an option a switch; ``blocks`` where its layers are streamed."""
+class Switched:
+    """A job with some of its fields changed; ``blocks`` where its layers are streamed."""
 
-    switches: str
+    changes: dict[str, Any]
     job: Job
     blocks: Streamed | None
 
+    @property
+    def switches(self) -> str:
+        """The changes, as an option each."""
+        options = (flag(name) if value is True else f"{flag(name)} {value}" for name, value in self.changes.items())
+        return " ".join(options) or "no switch"
 
-def _switched(job: Job, count: int) -> _Switched:
-    """``job`` with the first ``count`` of the changes."""
-    changes: dict[str, Any] = {}
-    for more in _CHANGES[:count]:
-        changes |= more
-    options = [flag(name) if value is True else f"{flag(name)} {value}" for name, value in changes.items()]
-    streams = changes.pop("stream", None)
-    changed = dataclasses.replace(job, **changes)
-    return _Switched(" ".join(options) or "no switch", changed, streamed(changed) if streams else None)
+
+def switched(job: Job, changes: Sequence[dict[str, Any]]) -> Switched:
+    """``job`` with all of the changes."""
+    merged = {name: value for change in changes for name, value in change.items()}
+    changed = dataclasses.replace(job, **merged)
+    return Switched(merged, changed, streamed(changed) if changed.stream != "none" else None)
 
 
 _LONGEST = 2**20
+# Tokens a row of which memory is measured: from the first on, what works in chunks of tokens has several.
+_MEASURED = ((4096, 8192), (256, 512))
 
 
 def total(job: Job, blocks: Streamed | None) -> float:
     """Bytes on the device at the highest point of a step."""
-    parts = split(job, tops(job))
+    return max(_heights(job, blocks))
+
+
+def _heights(job: Job, blocks: Streamed | None) -> list[float]:
+    """The bytes on the device at each of the two tops of a step."""
+    return [_placed(split(job, [top]), blocks) for top in tops(job)]
+
+
+def _placed(parts: dict[str, float], blocks: Streamed | None) -> float:
     return sum((parts if blocks is None else place(parts, blocks, None)[0]).values())
 
 
 def longest_context(job: Job, blocks: Streamed | None, memory: float) -> int:
     """The most tokens a row with which the job fits into ``memory`` bytes; 0 where none does.
 
-    Memory grows in proportion to the tokens (attention is torch's, which holds no scores), so that two sizes give a
-    line, and a third one, at its end, corrects it.
+    Each top grows in proportion to the tokens (attention is torch's, which holds no scores): two sizes give its line.
     """
-    short, long = 512, 1024
-    low = total(dataclasses.replace(job, seq_len=short), blocks)
-    high = total(dataclasses.replace(job, seq_len=long), blocks)
-    for _ in range(2):
-        slope = max((high - low) / (long - short), 1.0)
-        found = int(min(_LONGEST, short + (memory - low) / slope))
-        if found < 1:
-            return 0
-        if found <= long:
+    found = 0
+    for short, long in _MEASURED:
+        low, high = (_heights(dataclasses.replace(job, seq_len=n), blocks) for n in (short, long))
+        slopes = [max((b - a) / (long - short), 1.0) for a, b in zip(low, high, strict=True)]
+        found = int(min(short + (memory - a) / slope for a, slope in zip(low, slopes, strict=True)))
+        if found >= short:
             break
-        long, high = found, total(dataclasses.replace(job, seq_len=found), blocks)
-        if high <= memory:
-            break
+    found = min(max(found, 0), _LONGEST)
     return found // 64 * 64 or found
 
 
-def choose(job: Job, memory: float) -> tuple[_Switched, float] | None:
-    """The first switches, in the order of what they cost, with which ``job`` fits, and the bytes that it then takes."""
-    for count in range(1, len(_CHANGES) + 1):
-        switched = _switched(job, count)
-        size = total(switched.job, switched.blocks)
+def choose(job: Job, memory: float, changes: Sequence[dict[str, Any]] = CHANGES) -> tuple[Switched, float] | None:
+    """The first switches, in the order of what they cost, with which ``job`` fits, and the bytes that it then takes.
+
+    With every switch it takes as much as without, or less: the first that fits is found by halving.
+    """
+    fitting = None
+    fewest, most = 0, len(changes)
+    while fewest < most:
+        count = (fewest + most) // 2
+        found = switched(job, changes[: count + 1])
+        size = total(found.job, found.blocks)
         if size <= memory:
-            return switched, size
-    return None
+            fitting, most = (found, size), count
+        else:
+            fewest = count + 1
+    return fitting
 
 
 def largest_model(job: Job, memory: float) -> str | None:
     """The known model of the most streamed bytes that fits with every switch, all else being as in ``job``."""
-    found: list[tuple[float, str]] = []
+    candidates = []
     for name in families.names():
         other = dataclasses.replace(job, config=families.config(name), target_modules="all-linear")
-        switched = _switched(other, len(_CHANGES))
-        assert switched.blocks is not None
-        if total(switched.job, switched.blocks) <= memory:
-            found.append((switched.blocks.total, name))
-    return max(found)[1] if found else None
+        found = switched(other, CHANGES)
+        assert found.blocks is not None
+        candidates.append((found.blocks.total, name, found))
+    for _, name, found in sorted(candidates, key=lambda candidate: -candidate[0]):
+        # Before the step, which takes seconds: what is there without one.
+        if _placed(still(found.job), found.blocks) <= memory >= total(found.job, found.blocks):
+            return name
+    return None
 
 
 def run(job: Job, memory: float, link: float, flops: float, as_json: bool) -> int:
     """Prints what is found; see ``plan --help``."""
     chosen = choose(job, memory)
-    best, size = chosen or (_switched(job, len(_CHANGES)), float("nan"))
+    best, size = chosen or (switched(job, CHANGES), float("nan"))
     blocks = best.blocks
     context = longest_context(best.job, blocks, memory)
     largest = largest_model(job, memory)

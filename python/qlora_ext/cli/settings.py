@@ -115,6 +115,13 @@ class Settings:
         group="machine", free=True,
     )  # fmt: skip
 
+    max_memory: str = _option(
+        "",
+        "choose among --chunked-loss, --grad-checkpointing, --offload-checkpoints, --stream and --mlp-chunk what lets "
+        "the run fit into so much memory of the GPU (on the CPU: of the process), such as 8GB",
+        group="machine",
+    )
+
     @property
     def step_rows(self) -> int:
         """Rows an optimizer step."""
@@ -151,11 +158,14 @@ class Settings:
             raise UserError("--offload-checkpoints belongs to --grad-checkpointing")
         if self.resident and self.stream == "none":
             raise UserError(f"--resident {self.resident} belongs to --stream ram or --stream disk")
-        if self.resident:
-            try:
-                parse_size("--resident", self.resident)
-            except ValueError as error:
-                raise UserError(str(error)) from error
+        if self.max_memory and self.merge_aware:
+            raise UserError("--max-memory: the planner does not know --merge-aware")
+        for name in ("resident", "max_memory"):
+            if size := getattr(self, name):
+                try:
+                    parse_size(flag(name), size)
+                except ValueError as error:
+                    raise UserError(str(error)) from error
         if self.dtype not in DTYPES:
             raise UserError(f"--dtype {self.dtype}: expected bfloat16, float16 or float32")
 

@@ -89,8 +89,7 @@ def streamed(job: Job) -> Streamed:
 
 def place(parts: dict[str, float], blocks: Streamed, resident: float | None) -> tuple[dict[str, float], int]:
     """The split of a resident run as it is with the blocks streamed, and the number of buffers in the ring."""
-    rest = parts["base weights"] + parts["scales"] + parts["other weights"] - blocks.total
-    slots = blocks.slots(resident, max(rest, 0.0))
     # What of the 4-bit weights is in no block, such as a quantized head, stays; both kinds lie in the ring.
     left = max(parts["base weights"] + parts["scales"] - blocks.total, 0.0)
+    slots = blocks.slots(resident, left + parts["other weights"])
     return {**parts, "base weights": left, "scales": 0.0, "ring": slots * blocks.largest}, slots

@@ -157,6 +157,8 @@ def _check_method(run: _Run, typed: dict[str, Any]) -> None:
                 f"--data {s.data} holds preferences, which TRL learns (DPO); install it with: pip install 'trl>=1.16', "
                 "or learn the chosen answers alone, with --method sft"
             )
+        if s.max_memory:
+            raise UserError("--max-memory: the planner knows runs that learn answers, not DPO")
         if s.chunked_loss:
             raise UserError("--chunked-loss: DPO has a loss of its own, which never holds all logits")
 
@@ -394,8 +396,8 @@ def _try_it(run: _Run, command: str, *options: str) -> str:
     return printable(shlex.join(["qlora-ext", command, "--adapter", str(run.adapter), *options]))
 
 
-def _check_without_weights(run: _Run) -> None:
-    """Refuses what the model's configuration alone shows to be wrong."""
+def _check_without_weights(run: _Run) -> Any:
+    """Refuses what the model's configuration, which it returns, alone shows to be wrong."""
     from ..loss import check_linear_cross_entropy
 
     if run.settings.chunked_loss:
@@ -403,6 +405,16 @@ def _check_without_weights(run: _Run) -> None:
     config = load_config(run.source)
     whole.check_room(run.source, config)
     _check_targets(whole.skeleton(run.source, config), run.settings.target_modules)
+    return config
+
+
+def _fit(run: _Run, config: Any, device: torch.device, console: Console) -> None:
+    """Chooses the switches of a new run that is to fit into ``--max-memory``; one that goes on has its own."""
+    from ..fitting import fit
+
+    if run.settings.max_memory and not run.resume:
+        run.settings, told = fit(run.settings, config, device)
+        console.print(told)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -419,9 +431,9 @@ def _run(job: _Run, may_resume: bool) -> int:
     from ..training import OffloadCheckpoints, train
 
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
+    device = parse_device(job.settings.device)
+    _fit(job, _check_without_weights(job), device, console)
     s = job.settings
-    device = parse_device(s.device)
-    _check_without_weights(job)
     tokenizer, parts = _encode(job, console)
     recipe = _recipe(job, s.steps(len(parts.train)), device)
     model = _load(job, console, device)

@@ -120,7 +120,7 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _job(arguments: argparse.Namespace, config: Any) -> Job:
-    from ..memory import OPTIMIZERS, Job
+    from ..memory import OPTIMIZERS, job_of
 
     for name in ("rank", "seq_len", "batch_size", "devices"):
         if not 1 <= getattr(arguments, name) <= _MOST:
@@ -134,21 +134,7 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
         raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     if arguments.dtype not in DTYPES:
         raise UserError(f"--dtype {arguments.dtype}: expected bfloat16, float16 or float32")
-    targets = arguments.target_modules
-    return Job(
-        config=config,
-        rank=arguments.rank,
-        target_modules=targets if targets == "all-linear" else [t.strip() for t in targets.split(",")],
-        seq_len=arguments.seq_len,
-        batch_size=arguments.batch_size,
-        dtype=arguments.dtype,
-        optimizer=arguments.optimizer,
-        grad_checkpointing=arguments.grad_checkpointing,
-        chunked_loss=arguments.chunked_loss,
-        devices=arguments.devices,
-        mlp_chunk=arguments.mlp_chunk,
-        offload_checkpoints=arguments.offload_checkpoints,
-    )
+    return job_of(arguments, config)
 
 
 def advise(job: Job, measured: list[dict[str, float]]) -> list[tuple[str, float]]:
