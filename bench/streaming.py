@@ -181,8 +181,8 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
     bytes_in = {path: sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (dense, packed)}
     own = quantizing(tiny_dense)
     report.notes.append(
-        f"`quantize`: {(quantizing(dense) - own) / 1e6:.0f} MB at most beside the {own / 1e6:.0f} MB with a model of no "
-        f"size, of a dense model of {bytes_in[dense] / 1e6:.0f} MB ({bytes_in[packed] / 1e6:.0f} MB in 4 "
+        f"`quantize`: {(quantizing(dense) - own) / 1e6:.0f} MB at most beside the {own / 1e6:.0f} MB with a model of "
+        f"no size, of a dense model of {bytes_in[dense] / 1e6:.0f} MB ({bytes_in[packed] / 1e6:.0f} MB in 4 "
         f"bits) whose largest weight is {largest / 1e6:.0f} MB, with embeddings and head of {table / 1e6:.0f} MB each."
     )
     job = Job(config=model.config, rank=RANK, seq_len=tokens, grad_checkpointing=True, chunked_loss=bool(chunked))
