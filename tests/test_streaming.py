@@ -385,6 +385,13 @@ def test_by_the_configuration(llama: pathlib.Path, tmp_path: pathlib.Path) -> No
     assert "stream" not in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}], ids=str)
+def test_any_one_device_is_right(llama: pathlib.Path, device_map: Any) -> None:
+    config = qlora_ext.QLoRAConfig(stream="disk")
+    model = AutoModelForCausalLM.from_pretrained(llama, quantization_config=config, device_map=device_map)
+    assert streaming_of(model) is not None
+
+
 def test_what_the_configuration_refuses(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = qlora_ext.QLoRAConfig
     with pytest.raises(ValueError, match="stream: expected 'ram', 'disk' or None, got 'tape'"):
@@ -397,7 +404,7 @@ def test_what_the_configuration_refuses(llama: pathlib.Path, tmp_path: pathlib.P
     with pytest.raises(ValueError, match="stream: 'disk' reads the files of a model that qlora_ext saved in 4 bits"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config(stream="disk"))
     with pytest.raises(ValueError, match="device_map: expected one device"):
-        AutoModelForCausalLM.from_pretrained(llama, quantization_config=config(stream="disk"), device_map="auto")
+        AutoModelForCausalLM.from_pretrained(llama, quantization_config=config(stream="disk"), device_map="balanced")
 
 
 def test_the_mlp_in_chunks_of_tokens(llama: pathlib.Path) -> None:

@@ -82,10 +82,10 @@ class QLoRAQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         if self.qlora_config.stream is not None:
             devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
-            if len(devices) > 1 or devices & {"auto", "balanced", "balanced_low_0", "sequential", "disk"}:
+            if len(devices) > 1 or devices & {"balanced", "balanced_low_0", "sequential", "disk"}:
                 raise ValueError(f"device_map: expected one device for a streamed model, got {device_map}")
             self.streaming_device = devices.pop()
-            if self.streaming_device is None:
+            if self.streaming_device in (None, "auto"):  # nothing needs to be spread over several
                 on_cuda = _library.cuda_error is None and torch.cuda.is_available()
                 self.streaming_device = torch.cuda.current_device() if on_cuda else "cpu"
             return {"": "cpu"}
