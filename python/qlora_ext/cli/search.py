@@ -47,7 +47,7 @@ def switched(job: Job, changes: Sequence[dict[str, Any]]) -> Switched:
 
 _LONGEST = 2**20
 # Tokens a row of which memory is measured: from the first on, what works in chunks of tokens has several.
-_MEASURED = ((4096, 8192), (256, 512))
+_MEASURED = ((2048, 4096, 8192), (128, 256, 512))
 
 
 def total(job: Job, blocks: Streamed | None) -> float:
@@ -67,17 +67,27 @@ def _placed(parts: dict[str, float], blocks: Streamed | None) -> float:
 def longest_context(job: Job, blocks: Streamed | None, memory: float) -> int:
     """The most tokens a row with which the job fits into ``memory`` bytes; 0 where none does.
 
-    Each top grows in proportion to the tokens (attention is torch's, which holds no scores): two sizes give its line.
+    Each top is a polynomial of the tokens: activations grow with them, the masks of attention with their square. Three
+    sizes give its coefficients.
     """
     found = 0
-    for short, long in _MEASURED:
-        low, high = (_heights(dataclasses.replace(job, seq_len=n), blocks) for n in (short, long))
-        slopes = [max((b - a) / (long - short), 1.0) for a, b in zip(low, high, strict=True)]
-        found = int(min(short + (memory - a) / slope for a, slope in zip(low, slopes, strict=True)))
-        if found >= short:
+    for sizes in _MEASURED:
+        heights = zip(*(_heights(dataclasses.replace(job, seq_len=n), blocks) for n in sizes), strict=True)
+        found = min(_largest_below(sizes, top, memory) for top in heights)
+        if found >= sizes[0]:
             break
-    found = min(max(found, 0), _LONGEST)
     return found // 64 * 64 or found
+
+
+def _largest_below(sizes: Sequence[int], values: Sequence[float], limit: float) -> int:
+    """The largest number up to which the polynomial through the points is at most ``limit``; 0 where none is."""
+    import numpy as np
+
+    polynomial = np.polynomial.Polynomial.fit(sizes, values, len(sizes) - 1)
+    beyond = [root.real for root in (polynomial - limit).roots() if abs(root.imag) < 1e-6 and root.real > 0]
+    if polynomial(0) > limit:
+        return 0
+    return int(min([*beyond, _LONGEST]))
 
 
 def choose(job: Job, memory: float, changes: Sequence[dict[str, Any]] = CHANGES) -> tuple[Switched, float] | None:
