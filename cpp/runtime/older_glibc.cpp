@@ -12,8 +12,8 @@ char __libc_single_threaded = 0;
 
 #ifdef DLFO_STRUCT_HAS_EH_DBASE  // this compiler's glibc is 2.35 or newer, and its unwinder asks it by this function
 
-// The object whose code `address` is in, for the unwinder; 0 where there is one. As the GNU C Library manual has it, "Dynamic
-// Linker Introspection".
+// The object whose code `address` is in, for the unwinder; 0 where there is one. As the GNU C Library manual has it,
+// "Dynamic Linker Introspection".
 int _dl_find_object(void* address, dl_find_object* result) {
   struct Search {
     uintptr_t address;

@@ -130,7 +130,7 @@ def make_libraries(
 def make_wheel(
     pure: pathlib.Path, libraries: pathlib.Path, arch: str, python: str, work: pathlib.Path, out: pathlib.Path
 ) -> pathlib.Path:
-    """Puts the libraries of one Python into the pure wheel, and has it checked and renamed by auditwheel."""
+    """Puts the libraries of one Python into the pure wheel, and has auditwheel look at it."""
     tag = "cp" + python.replace(".", "")
     folder = work / arch / tag
     shutil.rmtree(folder, ignore_errors=True)
@@ -144,18 +144,18 @@ def make_wheel(
     version = info.name.split("-")[1]
     wheel = (info / "WHEEL").read_text()
     wheel = wheel.replace("Root-Is-Purelib: true", "Root-Is-Purelib: false")
-    (info / "WHEEL").write_text(re.sub(r"Tag: .*", f"Tag: {tag}-{tag}-linux_{arch}", wheel))
-    (info / "sboms").mkdir()
+    platform = f"manylinux_{glibc.VERSION.replace('.', '_')}_{arch}"
+    (info / "WHEEL").write_text(re.sub(r"Tag: .*", f"Tag: {tag}-{tag}-{platform}", wheel))
     bill = sbom.document(version, sbom.compiled_in(compiler(arch), torch_root()))
     (info / "sboms" / "qlora_ext.cdx.json").write_text(bill)
-    (work / arch / "linux").mkdir(exist_ok=True)
-    run(sys.executable, "-m", "wheel", "pack", folder, "--dest-dir", work / arch / "linux")
-    [packed] = (work / arch / "linux").glob(f"*-{tag}-{tag}-*.whl")
+    packed = work / arch / "packed"
+    packed.mkdir(exist_ok=True)
+    run(sys.executable, "-m", "wheel", "pack", folder, "--dest-dir", packed)
+    [made] = packed.glob(f"*-{tag}-{tag}-*.whl")
+    # It knows the platforms of this machine's architecture alone by name; so it keeps the one that the wheel has.
     exclude = [f"--exclude={name}" for name in ("libtorch.so", "libcudart.so.*")]
-    platform = f"manylinux_{glibc.VERSION.replace('.', '_')}_{arch}"
-    run(sys.executable, "-m", "auditwheel", "repair", "--plat", platform, *exclude, "--wheel-dir", out, packed)
-    [repaired] = out.glob(f"*-{tag}-{tag}-*{platform}*.whl")
-    return repaired
+    run(sys.executable, "-m", "auditwheel", "repair", "--no-update-tags", *exclude, "--wheel-dir", out, made)
+    return out / made.name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
