@@ -10,6 +10,10 @@ extern "C" {
 // glibc 2.32: whether counts need no atomic instructions. To say that there may be threads is always right.
 char __libc_single_threaded = 0;
 
+// glibc 2.38: strtoul that knows C23's binary numbers, too; libstdc++ reads a setting with it.
+unsigned long older_strtoul(const char* text, char** end, int base) __asm__("strtoul");
+unsigned long __isoc23_strtoul(const char* text, char** end, int base) { return older_strtoul(text, end, base); }
+
 #ifdef DLFO_STRUCT_HAS_EH_DBASE  // this compiler's glibc is 2.35 or newer, and its unwinder asks it by this function
 
 // The object whose code `address` is in, for the unwinder; 0 where there is one. As the GNU C Library manual has it,
