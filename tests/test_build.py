@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import pathlib
 import re
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from qlora_ext import _C, _library
 
@@ -73,6 +75,19 @@ assert module.dequantize_nf4(packed, absmax, 64)[-1] == 1
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_errors_are_thrown_by_the_runtime_that_catches_them() -> None:
+    """Were it another, it would count an exception that has begun and never ends, or the process would end."""
+    try:
+        runtime = ctypes.CDLL("libstdc++.so.6")  # torch's, which is loaded
+    except OSError:
+        pytest.skip("torch's C++ runtime is not GCC's")
+    w = torch.zeros(64)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="block_size"):
+            torch.ops.qlora.quantize_nf4(w, 65)
+    assert runtime._ZSt19uncaught_exceptionsv() == 0
 
 
 # Where requirements stand in each file: what pip is given, and what is asked for to build, check or format.
