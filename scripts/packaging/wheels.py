@@ -36,10 +36,6 @@ def run(*command: object, cwd: pathlib.Path | None = None) -> str:
     return done.stdout
 
 
-def tool(name: str) -> pathlib.Path:
-    return pathlib.Path(sys.executable).parent / name
-
-
 def find_headers(version: str) -> pathlib.Path | None:
     """The directory of that Python's Python.h: of an interpreter on PATH, of pyenv or of the manylinux images."""
     query = "import sysconfig; print(sysconfig.get_paths()['include'])"
@@ -115,15 +111,14 @@ def make_libraries(
         "QLORA_PYTHON_HEADERS": ";".join(map(str, headers)),
         "QLORA_TORCH_ROOT": torch_root(),
         "pybind11_DIR": run(sys.executable, "-m", "pybind11", "--cmakedir").strip(),
-        "CMAKE_MAKE_PROGRAM": tool("ninja"),
     }
     if arch != os.uname().machine:
         options |= {"CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": arch}
         options |= {"CMAKE_C_COMPILER": compiler(arch).replace("g++", "gcc"), "CMAKE_CXX_COMPILER": compiler(arch)}
     settings = [f"-D{name}={value}" for name, value in options.items()]
-    run(tool("cmake"), "-S", source, "-B", build, "-G", "Ninja", *settings)
-    run(tool("cmake"), "--build", build)
-    run(tool("cmake"), "--install", build, "--strip")
+    run("cmake", "-S", source, "-B", build, "-G", "Ninja", *settings)
+    run("cmake", "--build", build)
+    run("cmake", "--install", build, "--strip")
     return install / "qlora_ext"
 
 
@@ -147,6 +142,7 @@ def make_wheel(
     platform = f"manylinux_{glibc.VERSION.replace('.', '_')}_{arch}"
     (info / "WHEEL").write_text(re.sub(r"Tag: .*", f"Tag: {tag}-{tag}-{platform}", wheel))
     bill = sbom.document(version, sbom.compiled_in(compiler(arch), torch_root()))
+    (info / "sboms").mkdir()
     (info / "sboms" / "qlora_ext.cdx.json").write_text(bill)
     packed = work / arch / "packed"
     packed.mkdir(exist_ok=True)
