@@ -60,7 +60,8 @@ def main() -> None:
         if wheels.run("git", "status", "--porcelain", cwd=ROOT):
             sys.exit("there are changes that are not committed")
     assert version is not None
-    shutil.rmtree(arguments.out, ignore_errors=True)
+    if arguments.out.is_dir() and any(arguments.out.iterdir()):
+        sys.exit(f"{arguments.out} is not empty: move what is there, it is no part of this release")
     made, skipped = wheels.make_all(arguments)
     if skipped and not arguments.draft:
         sys.exit(f"no headers of Python {', '.join(skipped)}")
@@ -72,6 +73,8 @@ def main() -> None:
         different = [a.name for a, b in zip(made, made_again, strict=True) if not filecmp.cmp(a, b, shallow=False)]
         if different:
             sys.exit(f"two builds differ in {', '.join(different)}: compare {arguments.out} with {again.out}")
+        shutil.rmtree(again.work)
+        shutil.rmtree(again.out)
         print("two builds in different directories: equal")
 
     changelog = (ROOT / "CHANGELOG.md").read_text()
