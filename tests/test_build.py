@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import pathlib
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
+import torch
 
 from qlora_ext import _C, _library
 
 ROOT = pathlib.Path(__file__).parent.parent
-BINARIES = [_C.__file__, *filter(None, (_library._find(f"libqlora_{part}.so") for part in ("cpu", "cuda")))]
+BINARIES = [_C.__file__, *filter(None, (_library._find(f"libqlora_{part}") for part in ("kernels", "cpu", "cuda")))]
 
 
 def readelf(*options: str) -> str:
@@ -33,12 +36,68 @@ def test_binaries_are_hardened(binary: str) -> None:
     assert "__stack_chk_fail" in symbols
 
 
+def exported(binary: str) -> set[str]:
+    return set(
+        re.findall(r"(?:FUNC|OBJECT) +(?:GLOBAL|WEAK|UNIQUE) +DEFAULT +\d+ (\S+)", readelf("--dyn-syms", binary))
+    )
+
+
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda path: pathlib.Path(path).name)
+def test_libraries_show_what_is_theirs_alone(binary: str) -> None:
+    """A template of the standard library that two libraries show is one, whatever either was compiled with."""
+    allowed = {"_C": "PyInit__C", "libqlora_kernels": "_ZN5qlora3cpu.*"}
+    pattern = allowed.get(pathlib.Path(binary).name.split(".")[0], "$^")
+    assert [symbol for symbol in sorted(exported(binary)) if not re.fullmatch(pattern, symbol)] == []
+
+
+def test_the_kernels_are_there_once() -> None:
+    kernels = _library._find("libqlora_kernels")
+    assert kernels is not None
+    for name in ("linear_nf4", "quantize_nf4", "current_isa"):
+        mangled = f"_ZN5qlora3cpu{len(name)}{name}"
+        assert any(symbol.startswith(mangled) for symbol in exported(kernels))
+    for user in (_C.__file__, _library._find("libqlora_cpu")):
+        dynamic = readelf("--dynamic", user)
+        assert "[libqlora_kernels.so]" in dynamic
+        assert "[$ORIGIN]" in dynamic
+        assert pathlib.Path(user).stat().st_size < pathlib.Path(kernels).stat().st_size / 2
+
+
+def test_the_bindings_need_no_torch() -> None:
+    code = f"""
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+packed, absmax = module.quantize_nf4(np.linspace(-1, 1, 64, dtype=np.float32))
+assert module.dequantize_nf4(packed, absmax, 64)[-1] == 1
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_errors_are_thrown_by_the_runtime_that_catches_them() -> None:
+    """Were it another, it would count an exception that has begun and never ends, or the process would end."""
+    try:
+        runtime = ctypes.CDLL("libstdc++.so.6")  # torch's, which is loaded
+    except OSError:
+        pytest.skip("torch's C++ runtime is not GCC's")
+    w = torch.zeros(64)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="block_size"):
+            torch.ops.qlora.quantize_nf4(w, 65)
+    assert runtime._ZSt19uncaught_exceptionsv() == 0
+
+
 # Where requirements stand in each file: what pip is given, and what is asked for to build, check or format.
 PLACES = {
     "pyproject.toml": r"^(?:requires|dev) = \[((?:.|\n)*?)\]$",
     "_build_backend/qlora_backend.py": r"return (\[\"torch.*?\])",
     ".ci/run": r"pip install (.*)",
     "scripts/environment.sh": r"pip install (.*)",
+    "scripts/packaging/tools.sh": r"pip install (.*(?:\\\n.*)?)",
+    "scripts/test_wheels": r"pip install (.*)",
     "scripts/test": r"pip install (.*)",
     "scripts/finetune": r"pip install (.*)",
 }

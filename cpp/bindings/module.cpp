@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "build_info.h"
+#include "cpp/cpu/check.h"
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/tuning.h"
@@ -25,6 +26,7 @@ using Array = py::array_t<T, py::array::c_style>;
 // numpy users have no torch pool: one thread.
 const cpu::Pool kOneThread = {[](int64_t count, int64_t, cpu::Pool::Body body, void* context) {
                                 if (count) body(context, 0, count);
+                                return true;
                               },
                               1};
 
@@ -52,8 +54,8 @@ py::tuple quantize_nf4(const Array<float>& w, int64_t block_size) {
   check_block_size(block_size);
   Array<uint8_t> packed(packed_bytes(w.size()));
   Array<float> absmax(ceil_div(w.size(), block_size));
-  cpu::quantize_nf4(kOneThread, DType::kFloat32, w.data(), w.size(), block_size, packed.mutable_data(),
-                    absmax.mutable_data());
+  cpu::check(cpu::quantize_nf4(kOneThread, DType::kFloat32, w.data(), w.size(), block_size, packed.mutable_data(),
+                               absmax.mutable_data()));
   return py::make_tuple(packed, absmax);
 }
 
@@ -67,7 +69,7 @@ Array<float> dequantize_nf4(const Array<uint8_t>& packed, const Array<float>& ab
   Scales scales;
   scales.absmax = absmax.data();
   scales.block_size = block_size;
-  cpu::dequantize_nf4(kOneThread, packed.data(), scales, numel, DType::kFloat32, out.mutable_data());
+  cpu::check(cpu::dequantize_nf4(kOneThread, packed.data(), scales, numel, DType::kFloat32, out.mutable_data()));
   return out;
 }
 
@@ -76,8 +78,8 @@ py::tuple quantize_absmax(const Array<float>& absmax, int64_t nested_block_size)
   Array<uint8_t> codes(absmax.size());
   Array<float> nested_absmax(ceil_div(absmax.size(), nested_block_size));
   float offset = 0.0f;
-  cpu::quantize_absmax(kOneThread, absmax.data(), absmax.size(), nested_block_size, codes.mutable_data(),
-                       nested_absmax.mutable_data(), &offset);
+  cpu::check(cpu::quantize_absmax(kOneThread, absmax.data(), absmax.size(), nested_block_size, codes.mutable_data(),
+                                  nested_absmax.mutable_data(), &offset));
   return py::make_tuple(codes, nested_absmax, py::float_(offset));
 }
 
@@ -91,7 +93,7 @@ Array<float> dequantize_absmax(const Array<uint8_t>& codes, const Array<float>& 
   scales.nested_absmax = nested_absmax.data();
   scales.nested_offset = &nested_offset;
   scales.nested_block_size = nested_block_size;
-  cpu::dequantize_absmax(kOneThread, scales, codes.size(), absmax.mutable_data());
+  cpu::check(cpu::dequantize_absmax(kOneThread, scales, codes.size(), absmax.mutable_data()));
   return absmax;
 }
 

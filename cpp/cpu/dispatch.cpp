@@ -1,6 +1,9 @@
 #include "cpp/cpu/dispatch.h"
 
+#include <cstdio>
 #include <cstdlib>
+#include <exception>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -85,41 +88,74 @@ void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool,
                               " was not served by " + tried);
 }
 
+Error failed(Error::Kind kind, const char* text) {
+  static thread_local char kept[1024];
+  std::snprintf(kept, sizeof kept, "%s", text);
+  return {kind, kept};
+}
+
+template <class F>
+Error guarded(const F& call) {
+  try {
+    call();
+    return {};
+  } catch (const std::invalid_argument& error) {
+    return failed(Error::kInvalidArgument, error.what());
+  } catch (const std::bad_alloc& error) {
+    return failed(Error::kOutOfMemory, error.what());
+  } catch (const std::exception& error) {
+    return failed(Error::kOther, error.what());
+  }
+}
+
 }  // namespace
 
-void quantize_nf4(const Pool& pool, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
-                  float* absmax) {
-  table().quantize_nf4(pool, dtype, w, numel, block_size, packed, absmax);
+void throw_of_pool(bool finished) {
+  if (finished) throw std::bad_alloc();
+  throw std::runtime_error("the thread pool has failed");
 }
-void search_absmax_nf4(const Pool& pool, DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
-                       int64_t block_size, float* absmax) {
-  table().search_absmax_nf4(pool, dtype, w, importance, numel, k, block_size, absmax);
+
+Error quantize_nf4(const Pool& pool, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
+                   float* absmax) {
+  return guarded([&] { table().quantize_nf4(pool, dtype, w, numel, block_size, packed, absmax); });
 }
-void encode_nf4(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
-                uint8_t* packed) {
-  table().encode_nf4(pool, dtype, w, absmax, numel, block_size, packed);
+Error search_absmax_nf4(const Pool& pool, DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
+                        int64_t block_size, float* absmax) {
+  return guarded([&] { table().search_absmax_nf4(pool, dtype, w, importance, numel, k, block_size, absmax); });
 }
-void encode_nf4_with_feedback(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,
-                              int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
-  table().encode_nf4_with_feedback(pool, dtype, w, absmax, n, k, block_size, feedback, order, packed);
+Error encode_nf4(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
+                 uint8_t* packed) {
+  return guarded([&] { table().encode_nf4(pool, dtype, w, absmax, numel, block_size, packed); });
 }
-void encode_nf4_stochastic(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel,
-                           int64_t block_size, uint64_t seed, uint8_t* packed) {
-  table().encode_nf4_stochastic(pool, dtype, w, absmax, numel, block_size, seed, packed);
+Error encode_nf4_with_feedback(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,
+                               int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
+  return guarded(
+      [&] { table().encode_nf4_with_feedback(pool, dtype, w, absmax, n, k, block_size, feedback, order, packed); });
 }
-void quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
-                     float* nested_absmax, float* nested_offset) {
-  table().quantize_absmax(pool, absmax, count, nested_block_size, codes, nested_absmax, nested_offset);
+Error encode_nf4_stochastic(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel,
+                            int64_t block_size, uint64_t seed, uint8_t* packed) {
+  return guarded([&] { table().encode_nf4_stochastic(pool, dtype, w, absmax, numel, block_size, seed, packed); });
 }
-void dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, float* absmax) {
-  table().dequantize_absmax(pool, scales, count, absmax);
+Error quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
+                      float* nested_absmax, float* nested_offset) {
+  return guarded(
+      [&] { table().quantize_absmax(pool, absmax, count, nested_block_size, codes, nested_absmax, nested_offset); });
 }
-void dequantize_nf4(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype,
-                    void* out) {
-  table().dequantize_nf4(pool, packed, scales, numel, dtype, out);
+Error dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, float* absmax) {
+  return guarded([&] { table().dequantize_absmax(pool, scales, count, absmax); });
 }
-void linear_nf4(const Pool& pool, const LinearProblem& p) { run("linear_nf4", table().forward, pool, p); }
-void linear_nf4_dx(const Pool& pool, const LinearDxProblem& p) { run("linear_nf4_dx", table().dx, pool, p); }
-void linear_nf4_dlora(const Pool& pool, const LoraGradProblem& p) { run("linear_nf4_dlora", table().dlora, pool, p); }
+Error dequantize_nf4(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype,
+                     void* out) {
+  return guarded([&] { table().dequantize_nf4(pool, packed, scales, numel, dtype, out); });
+}
+Error linear_nf4(const Pool& pool, const LinearProblem& p) {
+  return guarded([&] { run("linear_nf4", table().forward, pool, p); });
+}
+Error linear_nf4_dx(const Pool& pool, const LinearDxProblem& p) {
+  return guarded([&] { run("linear_nf4_dx", table().dx, pool, p); });
+}
+Error linear_nf4_dlora(const Pool& pool, const LoraGradProblem& p) {
+  return guarded([&] { run("linear_nf4_dlora", table().dlora, pool, p); });
+}
 
 }  // namespace qlora::cpu

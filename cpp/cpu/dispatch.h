@@ -28,16 +28,20 @@ struct KernelsFor {
   Run float64 = nullptr;
 };
 
+// What a set has for a function of kernels.h: the same arguments, but it throws its error.
+template <class... Arguments>
+auto throwing(Error (*)(Arguments...)) -> void (*)(Arguments...);
+
 struct Kernels {
   const Isa* isa;
-  decltype(&cpu::quantize_nf4) quantize_nf4;
-  decltype(&cpu::search_absmax_nf4) search_absmax_nf4;
-  decltype(&cpu::encode_nf4) encode_nf4;
-  decltype(&cpu::encode_nf4_with_feedback) encode_nf4_with_feedback;
-  decltype(&cpu::encode_nf4_stochastic) encode_nf4_stochastic;
-  decltype(&cpu::quantize_absmax) quantize_absmax;
-  decltype(&cpu::dequantize_absmax) dequantize_absmax;
-  decltype(&cpu::dequantize_nf4) dequantize_nf4;
+  decltype(throwing(&cpu::quantize_nf4)) quantize_nf4;
+  decltype(throwing(&cpu::search_absmax_nf4)) search_absmax_nf4;
+  decltype(throwing(&cpu::encode_nf4)) encode_nf4;
+  decltype(throwing(&cpu::encode_nf4_with_feedback)) encode_nf4_with_feedback;
+  decltype(throwing(&cpu::encode_nf4_stochastic)) encode_nf4_stochastic;
+  decltype(throwing(&cpu::quantize_absmax)) quantize_absmax;
+  decltype(throwing(&cpu::dequantize_absmax)) dequantize_absmax;
+  decltype(throwing(&cpu::dequantize_nf4)) dequantize_nf4;
   KernelsFor<LinearProblem> forward;
   KernelsFor<LinearDxProblem> dx;
   KernelsFor<LoraGradProblem> dlora;

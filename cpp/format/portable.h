@@ -1,4 +1,5 @@
-// Marks what host and device code share, without asking for a CUDA header; and what is always inlined.
+// Marks what host and device code share, without asking for a CUDA header; what is always inlined; and what a library
+// shows to others, all else being hidden (CMakeLists.txt).
 #pragma once
 
 // Functions of headers that files compiled for different processors include (cpp/cpu/isa_*.cpp): were a call of one not
@@ -7,6 +8,12 @@
 #define QLORA_INLINE [[gnu::always_inline]] inline
 #else
 #define QLORA_INLINE inline
+#endif
+
+#if defined(__GNUC__)
+#define QLORA_EXPORT __attribute__((visibility("default")))
+#else
+#define QLORA_EXPORT
 #endif
 
 #if defined(__CUDACC__)

@@ -1,6 +1,7 @@
 // The operators on the CPU: tensors -> views -> kernels.
 #include <tuple>
 
+#include "cpp/cpu/check.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/ops/calls.h"
 #include "cpp/ops/pool.h"
@@ -16,8 +17,8 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size)
   const Tensor w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
   Tensor packed = empty(w, checks::packed_shape(w), ScalarType::Byte);
   Tensor absmax = empty(w, {ceil_div(numel, block_size)}, ScalarType::Float);
-  cpu::quantize_nf4(pool(), dtype, w.const_data_ptr(), numel, block_size, packed.mutable_data_ptr<uint8_t>(),
-                    absmax.mutable_data_ptr<float>());
+  cpu::check(cpu::quantize_nf4(pool(), dtype, w.const_data_ptr(), numel, block_size, packed.mutable_data_ptr<uint8_t>(),
+                               absmax.mutable_data_ptr<float>()));
   return {packed, absmax};
 }
 
@@ -29,9 +30,9 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int
   Tensor codes = empty(absmax, {count}, ScalarType::Byte);
   Tensor nested_absmax = empty(absmax, {ceil_div(count, nested_block_size)}, ScalarType::Float);
   Tensor nested_offset = empty(absmax, std::vector<int64_t>{}, ScalarType::Float);
-  cpu::quantize_absmax(pool(), absmax.const_data_ptr<float>(), count, nested_block_size,
-                       codes.mutable_data_ptr<uint8_t>(), nested_absmax.mutable_data_ptr<float>(),
-                       nested_offset.mutable_data_ptr<float>());
+  cpu::check(cpu::quantize_absmax(pool(), absmax.const_data_ptr<float>(), count, nested_block_size,
+                                  codes.mutable_data_ptr<uint8_t>(), nested_absmax.mutable_data_ptr<float>(),
+                                  nested_offset.mutable_data_ptr<float>()));
   return {codes, nested_absmax, nested_offset};
 }
 
@@ -39,7 +40,7 @@ Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const
                          int64_t nested_block_size) {
   const Scales scales = checks::nested_scales("codes", codes, nested_absmax, nested_offset, nested_block_size);
   Tensor absmax = empty(codes, {codes.numel()}, ScalarType::Float);
-  cpu::dequantize_absmax(pool(), scales, codes.numel(), absmax.mutable_data_ptr<float>());
+  cpu::check(cpu::dequantize_absmax(pool(), scales, codes.numel(), absmax.mutable_data_ptr<float>()));
   return absmax;
 }
 
@@ -51,7 +52,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor
   const Weight w =
       checks::weight({packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, 1, numel);
   Tensor out = empty(packed, shape, dtype);
-  cpu::dequantize_nf4(pool(), w.packed, w.scales, numel, out_dtype, out.mutable_data_ptr());
+  cpu::check(cpu::dequantize_nf4(pool(), w.packed, w.scales, numel, out_dtype, out.mutable_data_ptr()));
   return out;
 }
 
@@ -62,7 +63,7 @@ auto linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, Opt
                 int64_t seed, OptionalTensor seed_tensor) {
   const LinearCall call(x, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, out_features,
                         bias, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, kWithH);
-  if (!call.is_empty()) cpu::linear_nf4(pool(), call.problem);
+  if (!call.is_empty()) cpu::check(cpu::linear_nf4(pool(), call.problem));
   return checks::results<kWithH>(call.y, call.h);
 }
 
@@ -73,7 +74,7 @@ auto linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax,
                    OptionalTensor seed_tensor) {
   const LinearDxCall call(dy, {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
                           in_features, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, kWithG);
-  if (!call.is_empty()) cpu::linear_nf4_dx(pool(), call.problem);
+  if (!call.is_empty()) cpu::check(cpu::linear_nf4_dx(pool(), call.problem));
   return checks::results<kWithG>(call.dx, call.g);
 }
 
@@ -81,7 +82,7 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, c
                                             const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
                                             OptionalTensor seed_tensor, OptionalTensor h, OptionalTensor g) {
   const LoraGradCall call(dy, x, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, h, g);
-  if (!call.is_empty()) cpu::linear_nf4_dlora(pool(), call.problem);
+  if (!call.is_empty()) cpu::check(cpu::linear_nf4_dlora(pool(), call.problem));
   return {call.da, call.db};
 }
 

@@ -1,6 +1,7 @@
 // The operators that choose scales, and codes under given scales, on the CPU.
 #include <vector>
 
+#include "cpp/cpu/check.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/ops/encode_calls.h"
 #include "cpp/ops/pool.h"
@@ -11,8 +12,9 @@ namespace {
 
 Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size) {
   const SearchAbsmaxCall call(w, importance, block_size);
-  cpu::search_absmax_nf4(pool(), call.dtype, call.w.const_data_ptr(), call.importance.const_data_ptr<float>(),
-                         call.numel, call.k, block_size, call.absmax.mutable_data_ptr<float>());
+  cpu::check(cpu::search_absmax_nf4(pool(), call.dtype, call.w.const_data_ptr(),
+                                    call.importance.const_data_ptr<float>(), call.numel, call.k, block_size,
+                                    call.absmax.mutable_data_ptr<float>()));
   return call.absmax;
 }
 
@@ -38,20 +40,21 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
   auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
   const auto* const scales = call.absmax.const_data_ptr<float>();
   if (!feedback) {
-    cpu::encode_nf4(pool(), call.dtype, call.w.const_data_ptr(), scales, call.numel, block_size, packed);
+    cpu::check(cpu::encode_nf4(pool(), call.dtype, call.w.const_data_ptr(), scales, call.numel, block_size, packed));
     return call.packed;
   }
   check_feedback(call);
-  cpu::encode_nf4_with_feedback(pool(), call.dtype, call.w.const_data_ptr(), scales, call.n, call.k, block_size,
-                                call.feedback.const_data_ptr<float>(), call.order.const_data_ptr<int64_t>(), packed);
+  cpu::check(cpu::encode_nf4_with_feedback(pool(), call.dtype, call.w.const_data_ptr(), scales, call.n, call.k,
+                                           block_size, call.feedback.const_data_ptr<float>(),
+                                           call.order.const_data_ptr<int64_t>(), packed));
   return call.packed;
 }
 
 Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed) {
   const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt);
-  cpu::encode_nf4_stochastic(pool(), call.dtype, call.w.const_data_ptr(), call.absmax.const_data_ptr<float>(),
-                             call.numel, block_size, static_cast<uint64_t>(seed),
-                             call.packed.mutable_data_ptr<uint8_t>());
+  cpu::check(cpu::encode_nf4_stochastic(pool(), call.dtype, call.w.const_data_ptr(),
+                                        call.absmax.const_data_ptr<float>(), call.numel, block_size,
+                                        static_cast<uint64_t>(seed), call.packed.mutable_data_ptr<uint8_t>()));
   return call.packed;
 }
 

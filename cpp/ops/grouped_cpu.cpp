@@ -5,6 +5,7 @@
 #include <tuple>
 #include <vector>
 
+#include "cpp/cpu/check.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/ops/grouped_calls.h"
 #include "cpp/ops/pool.h"
@@ -86,13 +87,16 @@ LoraGradProblem problem_of(const LoraGradProblem& stack, const Part& part) {
   return p;
 }
 
-constexpr cpu::Pool kOneThread{
-    [](int64_t count, int64_t, cpu::Pool::Body body, void* context) { body(context, 0, count); }, 1};
+constexpr cpu::Pool kOneThread{[](int64_t count, int64_t, cpu::Pool::Body body, void* context) {
+                                 body(context, 0, count);
+                                 return true;
+                               },
+                               1};
 
 // An expert with more rows than a thread's share of them has all threads; the others have one each, if there are as
 // many of them as threads.
 template <class Problem>
-void run(const std::vector<Part>& parts, const Problem& stack, void (*kernel)(const cpu::Pool&, const Problem&)) {
+void run(const std::vector<Part>& parts, const Problem& stack, cpu::Error (*kernel)(const cpu::Pool&, const Problem&)) {
   const cpu::Pool threads = pool();
   std::vector<Problem> large, small;
   for (const Part& part : parts)
@@ -101,13 +105,13 @@ void run(const std::vector<Part>& parts, const Problem& stack, void (*kernel)(co
     large.insert(large.end(), small.begin(), small.end());
     small.clear();
   }
-  for (const Problem& p : large) kernel(threads, p);
+  for (const Problem& p : large) cpu::check(kernel(threads, p));
   if (small.empty()) return;
   std::atomic<size_t> next{0};
   auto body = [&](int64_t, int64_t) {
-    for (size_t i; (i = next++) < small.size();) kernel(kOneThread, small[i]);
+    for (size_t i; (i = next++) < small.size();) cpu::check(kernel(kOneThread, small[i]));
   };
-  threads(threads.threads, 1, body);
+  stable::parallel_for(0, threads.threads, 1, body);
 }
 
 // Zeros for the rows of nobody of an output, which may be null.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import sys
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ OPERATORS = (
 
 
 def _find(name: str) -> str | None:
-    library = pathlib.Path(_C.__file__).with_name(name)  # the package has two directories in an editable install
+    suffix = ".dll" if sys.platform == "win32" else ".so"  # on macOS, too, for what is loaded by its path
+    # Beside _C, not beside this file: the package has two directories in an editable install.
+    library = pathlib.Path(_C.__file__).with_name(name + suffix)
     return str(library) if library.is_file() else None
 
 
@@ -43,9 +46,9 @@ def _require_torch() -> None:
 
 def _load_cpu() -> None:
     _C.cpu_isa()  # refuses a QLORA_CPU_ISA that cannot be honoured, before anything runs
-    library = _find("libqlora_cpu.so")
+    library = _find("libqlora_cpu")
     if library is None:
-        raise ImportError("qlora_ext: libqlora_cpu.so is missing; reinstall the package")
+        raise ImportError("qlora_ext: libqlora_cpu is missing beside _C; reinstall the package")
     torch.ops.load_library(library)
 
 
@@ -53,7 +56,7 @@ def _load_cuda() -> str | None:
     """Why there are no CUDA kernels here; None where they were loaded."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
-    library = _find("libqlora_cuda.so")
+    library = _find("libqlora_cuda")
     if library is None:
         return "qlora_ext was built without nvcc"
     try:

@@ -69,11 +69,12 @@ bool is_scratch(const void* p, int64_t bytes) {
 namespace {
 
 template <int threads>
-void run_threads(int64_t count, int64_t grain, Pool::Body body, void* context) {
+bool run_threads(int64_t count, int64_t grain, Pool::Body body, void* context) {
   const int64_t share = std::max(grain, (count + threads - 1) / threads);
   std::vector<std::thread> running;
   for (int64_t i = 0; i < count; i += share) running.emplace_back(body, context, i, std::min(count, i + share));
   for (std::thread& thread : running) thread.join();
+  return true;
 }
 const Pool kPools[] = {{run_threads<1>, 1}, {run_threads<2>, 2}, {run_threads<5>, 5}};
 

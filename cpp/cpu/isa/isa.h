@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "cpp/format/portable.h"
+
 namespace qlora::cpu {
 
 enum Feature : uint32_t {
@@ -36,14 +38,14 @@ inline constexpr Isa kAmxBf16Isa = {"amx_bf16", kAvx512Bf16Isa.needs | kAmxBf16}
 // The best come first: the first one that a processor supports is used.
 inline constexpr const Isa* kIsas[] = {&kAmxBf16Isa, &kAvx512Bf16Isa, &kAvx512Isa, &kAvx2Isa, &kScalarIsa};
 
-bool supported(const Isa&);             // whether this processor has what it needs
-const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter
-const char* isa_names();                // "scalar, .. or .."
+QLORA_EXPORT bool supported(const Isa&);             // whether this processor has what it needs
+QLORA_EXPORT const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter
+QLORA_EXPORT const char* isa_names();                // "scalar, .. or .."
 
 // The one in use: the first supported one, or the one named by the environment variable QLORA_CPU_ISA when first asked.
 // isa_error() is null, or says why that name cannot be honoured (unknown, or not on this processor).
-const Isa& current_isa();
-const char* isa_error();
+QLORA_EXPORT const Isa& current_isa();
+QLORA_EXPORT const char* isa_error();
 
 // What the choice of a kernel depends on (tuning.h).
 struct Cpu {
@@ -53,6 +55,6 @@ struct Cpu {
 
   constexpr bool has(Feature feature) const { return features & feature; }
 };
-const Cpu& current_cpu();
+QLORA_EXPORT const Cpu& current_cpu();
 
 }  // namespace qlora::cpu

@@ -208,6 +208,7 @@ class Product {
 // A pool of the calling thread alone.
 inline const Pool kThisThread = {[](int64_t count, int64_t, Pool::Body body, void* context) {
                                    if (count > 0) body(context, 0, count);
+                                   return true;
                                  },
                                  1};
 

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+
+if sys.platform == "win32":  # files are locked, and made to last, in POSIX's way
+    raise ImportError(
+        "the command qlora-ext needs Linux or macOS; on Windows, run it in the Windows Subsystem for Linux"
+    )
+
 from .main import main
 
 __all__ = ["main"]

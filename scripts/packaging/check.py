@@ -1,0 +1,86 @@
+"""What must hold of the libraries in a wheel, read with binutils' readelf, which reads every architecture's."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+import glibc
+
+MAX_EXTENSION = 1 << 20  # bytes: _C does not hold the kernels
+KERNELS = r"libqlora_kernels\.so"
+# What any library may ask the system for; and what each one of ours besides.
+SYSTEM = r"lib(c|m|pthread|dl)\.so\.\d|ld-linux-.*"
+NEEDS = {
+    "_C": KERNELS,
+    "libqlora_kernels": "",
+    "libqlora_cpu": rf"{KERNELS}|libtorch\.so",
+    "libqlora_cuda": r"libtorch\.so|libcudart\.so\.\d+",
+}
+# Symbols that nobody is named for. libtorch.so brings its own libraries, and with them the C++ runtime that exceptions
+# are thrown with (CMakeLists.txt).
+_TORCH = r"(aoti_)?torch_\w+|__cxa_\w+|__gxx_personality_v0|_Unwind_\w+|_ZSt\w+|_ZNSt15__exception_ptr\w+"
+BROUGHT = {"_C": r"_?Py\w+", "libqlora_kernels": "", "libqlora_cpu": _TORCH, "libqlora_cuda": _TORCH}
+
+
+def readelf(*arguments: str | pathlib.Path) -> str:
+    return subprocess.run(["readelf", "-W", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def libraries(wheel: pathlib.Path) -> list[zipfile.ZipInfo]:
+    with zipfile.ZipFile(wheel) as archive:
+        return [entry for entry in archive.infolist() if entry.filename.endswith(".so")]
+
+
+def needed(library: pathlib.Path) -> list[str]:
+    return re.findall(r"\(NEEDED\).*\[(.*)\]", readelf("--dynamic", library))
+
+
+def newest_glibc(library: pathlib.Path) -> tuple[int, ...]:
+    versions = re.findall(r"GLIBC_(\d+)\.(\d+)", readelf("--version-info", library))
+    return max((int(major), int(minor)) for major, minor in versions)
+
+
+def unnamed(library: pathlib.Path) -> list[str]:
+    """Symbols that it needs of no version and so of no library that is known; weak ones it can do without."""
+    symbols = re.findall(r" GLOBAL +DEFAULT +UND (\S+)", readelf("--dyn-syms", library))
+    kernels = r"_ZNK?5qlora3cpu.*"
+    return sorted(symbol for symbol in symbols if "@" not in symbol and not re.fullmatch(kernels, symbol))
+
+
+def problems(library: pathlib.Path) -> list[str]:
+    """Why that library is not fit for a wheel."""
+    kind = library.name.split(".")[0]
+    found = []
+    newest = newest_glibc(library)
+    if newest > tuple(map(int, glibc.VERSION.split("."))):
+        found.append(f"needs glibc {'.'.join(map(str, newest))}")
+    wanted = needed(library)
+    found += [f"needs {name}" for name in wanted if not re.fullmatch(f"{SYSTEM}|{NEEDS[kind]}", name)]
+    if any(re.fullmatch(KERNELS, name) for name in wanted) and "[$ORIGIN]" not in readelf("--dynamic", library):
+        found.append("does not look for the kernels beside itself")
+    symbols = unnamed(library)
+    found += [f"needs {symbol}, which nobody has" for symbol in symbols if not re.fullmatch(BROUGHT[kind], symbol)]
+    if "libtorch.so" in wanted and "_Unwind_Resume" not in symbols:
+        found.append("has an unwinder of its own, whose exceptions would not reach torch")
+    if kind == "_C" and library.stat().st_size > MAX_EXTENSION:
+        found.append(f"has {library.stat().st_size} bytes: the kernels once more?")
+    return found
+
+
+def check_wheel(wheel: pathlib.Path) -> list[str]:
+    """What is wrong with the libraries of ``wheel``."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        for entry in libraries(wheel):
+            path = pathlib.Path(archive.extract(entry, folder))
+            found += [f"{wheel.name}: {entry.filename} {problem}" for problem in problems(path)]
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit("\n".join(line for argument in sys.argv[1:] for line in check_wheel(pathlib.Path(argument))) or None)
