@@ -52,6 +52,10 @@ const Kernels& avx512_bf16_kernels();
 const Kernels& amx_bf16_kernels();  // those of avx512_bf16, and of the tile unit
 inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels,
                                                   amx_bf16_kernels};
+#elif QLORA_ARM64
+const Kernels& neon_kernels();
+const Kernels& neon_bf16_kernels();
+inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, neon_kernels};
 #else
 inline constexpr const Kernels& (*kTables[])() = {scalar_kernels};
 #endif

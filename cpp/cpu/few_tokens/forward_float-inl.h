@@ -27,7 +27,7 @@ struct FloatProducts {
 
   FloatCodebook book{kNf4.value};
   using Codes = FloatCodes;
-  Codes codes(Ints chunk) const { return decode(chunk, book); }
+  Codes codes(Chunk chunk) const { return decode(chunk, book); }
 
   template <int kRows>
   static void multiply(const Codes (&codes)[kRows], const X* x, Floats (&product)[kRows]) {

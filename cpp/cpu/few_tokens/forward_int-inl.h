@@ -42,14 +42,14 @@ struct IntProducts {
 
   IntCodebook book{kIntCodes.value};
   using Codes = IntCodes;
-  Codes codes(Ints chunk) const { return decode(chunk, book, Order{}); }
+  Codes codes(Chunk chunk) const { return decode(chunk, book, Order{}); }
 
   template <int kRows>
   static void multiply(const Codes (&codes)[kRows], const X* x, Floats (&product)[kRows]) {
     Ints sum[kRows];
     unroll<4>([&](auto s) {
       const int16_t* const at = x + s * 2 * kLanes;
-      const Ints x_s = kRows > 1 ? load_pairs_once(at) : load_pairs(at);
+      const Pairs x_s = kRows > 1 ? load_pairs_once(at) : load_pairs(at);
       unroll<kRows>([&](auto w) {
         if constexpr (s == 0)
           sum[w] = dot(codes[w].v[s], x_s);
