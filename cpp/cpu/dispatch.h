@@ -21,6 +21,7 @@ template <class Problem>
 struct KernelsFor {
   using Run = Outcome (*)(const Pool&, const Problem&);
   Run few_tokens_int = nullptr;
+  Run few_tokens_bf16 = nullptr;
   Run few_tokens_float = nullptr;
   Run many_tokens_tiles = nullptr;
   Run many_tokens_bf16 = nullptr;
@@ -55,7 +56,7 @@ inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, avx2_kernels, 
 #elif QLORA_ARM64
 const Kernels& neon_kernels();
 const Kernels& neon_bf16_kernels();
-inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, neon_kernels};
+inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, neon_kernels, neon_bf16_kernels};
 #else
 inline constexpr const Kernels& (*kTables[])() = {scalar_kernels};
 #endif

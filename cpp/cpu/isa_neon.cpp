@@ -1,4 +1,4 @@
-// The kernels compiled for NEON (flags: CMakeLists.txt).
+// The kernels compiled for NEON (flags: sources.cmake).
 #define QLORA_ISA neon
 
 #include "cpp/cpu/codec/dequantize-inl.h"

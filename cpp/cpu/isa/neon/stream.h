@@ -27,7 +27,7 @@ struct Ints {
 inline constexpr int kLanes = 8;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;
-inline constexpr int kMaxIntTokens = 4;
+inline constexpr int kMaxIntTokens = 2;
 inline constexpr int kMaxPairedIntTokens = 0;
 inline constexpr int kMaxFloatTokens = 4;
 inline constexpr int kDxSums = 8;
@@ -169,19 +169,16 @@ inline FloatCodes decode(Chunk chunk, const FloatCodebook& book) {
   return out;
 }
 
-// The bytes in the order in which they are looked up, and which weight is then word `word` of a lane of vector s. A
-// pair's words lie in the two halves of a register, where SMLAL and SMLAL2 take them from.
+// The bytes of a register in the order in which they are looked up, and which of its weights is then element i of
+// vector s. SMLAL and SMLAL2 sum elements i and 4 + i in lane i.
+constexpr int weight_of_byte(int s, int byte) { return 2 * byte + (1 - (s & 1)); }
 struct LaneOrder {
   static uint8x16_t bytes(uint8x16_t lanes) { return transpose_bytes(lanes); }
-  static constexpr int weight(int s, int lane, int word) {
-    return kLaneWeights * lane + 2 * (s & 2) + 2 * word + (1 - (s & 1));
-  }
+  static constexpr int weight(int s, int i) { return weight_of_byte(s, 4 * (i % 4) + (s & 2) + i / 4); }
 };
 struct HalfOrder {
   static uint8x16_t bytes(uint8x16_t lanes) { return lanes; }
-  static constexpr int weight(int s, int lane, int word) {
-    return 32 * (lane / 4) + 8 * (s & 2) + 8 * word + 2 * (lane % 4) + (1 - (s & 1));
-  }
+  static constexpr int weight(int s, int i) { return weight_of_byte(s, 4 * (s & 2) + i); }
 };
 struct IntCodebook {
   WordTable table;
@@ -189,7 +186,7 @@ struct IntCodebook {
       : table(word_table(vreinterpretq_u16_s16(vld1q_s16(value)), vreinterpretq_u16_s16(vld1q_s16(value + 8)))) {}
 };
 struct Pairs {
-  int16x8_t low, high;  // of lanes 0..3 and 4..7: the first words of four pairs, then the second ones
+  int16x8_t low, high;  // of lanes 0..3 and 4..7
 };
 struct IntCodes {
   Pairs v[4];
@@ -223,9 +220,8 @@ inline void store_in_code_order(const Ints (&value)[8], int16_t* out, Order) {
   int32_t weight[kChunk];
   __builtin_memcpy(weight, value, sizeof(weight));
   for (int s = 0; s < 4; ++s)
-    for (int half = 0; half < kLanes; half += 4)
-      for (int word = 0; word < 2; ++word)
-        for (int i = 0; i < 4; ++i) *out++ = static_cast<int16_t>(weight[Order::weight(s, half + i, word)]);
+    for (int half = 0; half < kChunk; half += kChunk / 2)
+      for (int i = 0; i < 8; ++i) *out++ = static_cast<int16_t>(weight[half + Order::weight(s, i)]);
 }
 
 inline Floats sums_of(const float* rows) {
