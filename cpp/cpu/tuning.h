@@ -19,9 +19,9 @@ enum class Kernel {
   kManyTokensFloat,  // panels of float32 (many_tokens/linear_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
-inline constexpr Kernel kKernels[] = {
-    Kernel::kFewTokensInt,   Kernel::kFewTokensBf16,   Kernel::kFewTokensFloat, Kernel::kManyTokensTiles,
-    Kernel::kManyTokensBf16, Kernel::kManyTokensFloat, Kernel::kFloat64};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt,    Kernel::kFewTokensBf16,  Kernel::kFewTokensFloat,
+                                      Kernel::kManyTokensTiles, Kernel::kManyTokensBf16, Kernel::kManyTokensFloat,
+                                      Kernel::kFloat64};
 
 constexpr const char* kernel_name(Kernel kernel) {
   constexpr const char* kNames[] = {"few_tokens_int",   "few_tokens_bf16",   "few_tokens_float", "many_tokens_tiles",
@@ -48,7 +48,7 @@ constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtyp
 // the scratch, whatever the shift of the rows of W.
 inline constexpr int64_t kMostDxIntTokens = 16, kMostDxFloatTokens = 64;
 inline constexpr int64_t kMostForwardTokens = 64;  // of which a kernel notes in a word which it refuses
-inline constexpr int64_t kDxIntColumns = 64;          // that must have one scale: four nibbles of 16 lanes
+inline constexpr int64_t kDxIntColumns = 64;       // that must have one scale: four nibbles of 16 lanes
 
 constexpr bool accepts_type(Kernel kernel, DType dtype) {
   switch (kernel) {

@@ -16,6 +16,7 @@ namespace {
 using cpu::Kernels;
 using Bytes = std::vector<uint8_t>;
 
+constexpr int64_t kMostSearched = 5000;  // weights: a search encodes each some seventy times
 constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
 template <class T>
@@ -82,8 +83,10 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
       keep(out);
     }
   }
-  set.search_absmax_nf4(pool, dtype, w.data(), importance.data(), numel, s.columns, s.block_size, searched.data());
-  keep(searched);
+  if (numel <= kMostSearched) {
+    set.search_absmax_nf4(pool, dtype, w.data(), importance.data(), numel, s.columns, s.block_size, searched.data());
+    keep(searched);
+  }
   // Scales that were not taken from these values: of either sign, and none.
   std::vector<float> scales = decoded_absmax;
   for (int64_t b = 0; b < blocks; ++b) scales[b] *= b % 5 == 3 ? -1.0f : b % 5 == 4 ? 0.0f : 1.0f;

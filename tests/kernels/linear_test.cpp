@@ -77,7 +77,9 @@ class PackedWeights {
 
 double magnitude(Inputs inputs, DType dtype) {
   const bool is_float16 = dtype == DType::kFloat16;
-  return inputs == Inputs::kTiny ? (is_float16 ? 1e-6 : 1e-37) : inputs == Inputs::kHuge ? (is_float16 ? 1e3 : 1e34) : 1;
+  return inputs == Inputs::kTiny   ? (is_float16 ? 1e-6 : 1e-37)
+         : inputs == Inputs::kHuge ? (is_float16 ? 1e3 : 1e34)
+                                   : 1;
 }
 
 Matrix inputs(const LinearShape& s, int64_t rows, int64_t columns, DType dtype, Random& random) {
@@ -183,8 +185,8 @@ class LinearTest {
       bool right = true;
       for (int64_t i = 0; i < s.m; ++i)
         for (int64_t j = 0; j < s.n; ++j) right &= std::isfinite(out.at(i, j)) == (i % 2 == 0);
-      report_->check(right, std::string("NaN and infinity of linear_nf4 by ") + kernel_name(kernel) + ", " +
-                                dtype_name(dtype));
+      report_->check(
+          right, std::string("NaN and infinity of linear_nf4 by ") + kernel_name(kernel) + ", " + dtype_name(dtype));
     }
   }
 

@@ -1,6 +1,7 @@
 // Tests an instruction set's kernels, without Python and torch, so that it can be compiled for another processor and
 // emulated:
 //
+//   kernels_test --sets       prints the sets that this processor has
 //   kernels_test SET          the set is used where QLORA_CPU_ISA asks for it, and its kernels give what they should
 //   kernels_test --best SET   it is the one in use by default
 //   kernels_test --lacks SET  this processor has it not, and says so
@@ -26,8 +27,13 @@ int fail(const char* text, const char* name) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  if (argc == 2 && std::strcmp(argv[1], "--sets") == 0) {
+    for (const Isa* isa : kIsas)
+      if (supported(*isa)) std::printf("%s\n", isa->name);
+    return 0;
+  }
   const char* const option = argc == 3 ? argv[1] : "";
-  if (argc < 2 || argc > 3) return fail("expected a set, --best SET or --lacks SET", argv[0]);
+  if (argc < 2 || argc > 3) return fail("expected --sets, a set, --best SET or --lacks SET", argv[0]);
   const char* const name = argv[argc - 1];
   if (std::strcmp(option, "--best") != 0) setenv("QLORA_CPU_ISA", name, 1);
   if (std::strcmp(option, "--lacks") == 0) return isa_error() ? 0 : fail("it is there", name);

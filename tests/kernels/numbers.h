@@ -79,7 +79,10 @@ inline double rounding(double x, DType dtype) {
 class Tensor {
  public:
   Tensor(DType dtype, int64_t rows, int64_t columns)
-      : dtype_(dtype), rows_(rows), columns_(columns), bytes_(rows * columns * dtype_bytes(dtype) + kFence, kUntouched) {}
+      : dtype_(dtype),
+        rows_(rows),
+        columns_(columns),
+        bytes_(rows * columns * dtype_bytes(dtype) + kFence, kUntouched) {}
   Tensor(DType dtype, const Matrix& m) : Tensor(dtype, m.rows, m.columns) {
     for (size_t i = 0; i < m.value.size(); ++i) set(i, m.value[i]);
   }

@@ -57,9 +57,9 @@ inline constexpr LinearShape kLinearShapes[] = {
 struct CodecShape {
   int64_t rows, columns, block_size, nested_block_size;
 };
-inline constexpr CodecShape kCodecShapes[] = {
-    {1, 1, 32, 256},   {1, 31, 32, 256},  {3, 33, 64, 256},   {7, 64, 32, 16},    {64, 65, 64, 256},
-    {5, 333, 128, 3},  {40, 256, 64, 64}, {17, 1024, 256, 1}, {9, 1500, 512, 20}, {3, 4097, 4096, 256},
-    {33, 96, 64, 256}, {2, 2050, 1024, 2}};
+inline constexpr CodecShape kCodecShapes[] = {{1, 1, 32, 256},      {1, 31, 32, 256},   {3, 33, 64, 256},
+                                              {7, 64, 32, 16},      {64, 65, 64, 256},  {5, 333, 128, 3},
+                                              {40, 256, 64, 64},    {17, 1024, 256, 1}, {9, 1500, 512, 20},
+                                              {3, 4097, 4096, 256}, {33, 96, 64, 256},  {2, 2050, 1024, 2}};
 
 }  // namespace kernels_test

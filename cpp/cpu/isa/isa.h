@@ -38,8 +38,8 @@ inline constexpr Isa kNeonIsa = {"neon", kAsimd};
 inline constexpr Isa kNeonBf16Isa = {"neon_bf16", kNeonIsa.needs | kArmBf16};
 
 // The best come first: the first one that a processor supports is used.
-inline constexpr const Isa* kIsas[] = {&kNeonBf16Isa,   &kNeonIsa,   &kAmxBf16Isa, &kAvx512Bf16Isa,
-                                       &kAvx512Isa,     &kAvx2Isa,   &kScalarIsa};
+inline constexpr const Isa* kIsas[] = {&kNeonBf16Isa, &kNeonIsa, &kAmxBf16Isa, &kAvx512Bf16Isa,
+                                       &kAvx512Isa,   &kAvx2Isa, &kScalarIsa};
 
 bool supported(const Isa&);             // whether this processor has what it needs
 const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter

@@ -133,10 +133,9 @@ inline Codes encode(const Floats& q) {
   const uint8x16_t b2 = of_cell(kNf4Cells.boundary[2]), b3 = of_cell(kNf4Cells.boundary[3]);
   const auto zip1 = [](uint8x16_t a, uint8x16_t b) { return vreinterpretq_u16_u8(vzip1q_u8(a, b)); };
   const auto zip2 = [](uint8x16_t a, uint8x16_t b) { return vreinterpretq_u16_u8(vzip2q_u8(a, b)); };
-  const Floats boundary = {{floats_of(vzip1q_u16(zip1(b0, b1), zip1(b2, b3))),
-                            floats_of(vzip2q_u16(zip1(b0, b1), zip1(b2, b3))),
-                            floats_of(vzip1q_u16(zip2(b0, b1), zip2(b2, b3))),
-                            floats_of(vzip2q_u16(zip2(b0, b1), zip2(b2, b3)))}};
+  const Floats boundary = {
+      {floats_of(vzip1q_u16(zip1(b0, b1), zip1(b2, b3))), floats_of(vzip2q_u16(zip1(b0, b1), zip1(b2, b3))),
+       floats_of(vzip1q_u16(zip2(b0, b1), zip2(b2, b3))), floats_of(vzip2q_u16(zip2(b0, b1), zip2(b2, b3)))}};
   const uint8x16_t above = low_bytes(vcgtq_f32(q.q[0], boundary.q[0]), vcgtq_f32(q.q[1], boundary.q[1]),
                                      vcgtq_f32(q.q[2], boundary.q[2]), vcgtq_f32(q.q[3], boundary.q[3]));
   return vsubq_u8(of_cell(kNf4Cells.code), above);  // true is -1

@@ -35,9 +35,7 @@ inline F multiply_add(F a, F b, F c) { return {vfmaq_f32(c.low, a.low, b.low), v
 // As one lane, which FMLA multiplies all lanes by.
 using Broadcast = float;
 inline Broadcast broadcast(const float* p) { return *p; }
-inline F multiply_add(Broadcast a, F b, F c) {
-  return {vfmaq_n_f32(c.low, b.low, a), vfmaq_n_f32(c.high, b.high, a)};
-}
+inline F multiply_add(Broadcast a, F b, F c) { return {vfmaq_n_f32(c.low, b.low, a), vfmaq_n_f32(c.high, b.high, a)}; }
 
 inline F load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
 inline F load(const bfloat16* p) {

@@ -48,9 +48,7 @@ inline Floats to_floats(Ints x) { return {vcvtq_f32_s32(x.low), vcvtq_f32_s32(x.
 inline Ints round_to_ints(Floats x) { return {vcvtnq_s32_f32(x.low), vcvtnq_s32_f32(x.high)}; }
 inline float sum(Floats x) { return vaddvq_f32(vaddq_f32(x.low, x.high)); }
 
-inline uint32x4_t magnitude(float32x4_t x) {
-  return vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x7FFFFFFF));
-}
+inline uint32x4_t magnitude(float32x4_t x) { return vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0x7FFFFFFF)); }
 inline Ints max_bits(Ints seen, Floats x) {
   const auto larger = [](int32x4_t before, float32x4_t now) {
     return vreinterpretq_s32_u32(vmaxq_u32(vreinterpretq_u32_s32(before), magnitude(now)));
@@ -133,7 +131,8 @@ inline Granules granule_of_lanes(int phase, int log2_granule) {
 }
 inline Floats lane_scales(const float* scales, Granules granules) {
   const uint8x16_t table = vreinterpretq_u8_f32(vld1q_f32(scales));
-  return {vreinterpretq_f32_u8(vqtbl1q_u8(table, granules.low)), vreinterpretq_f32_u8(vqtbl1q_u8(table, granules.high))};
+  return {vreinterpretq_f32_u8(vqtbl1q_u8(table, granules.low)),
+          vreinterpretq_f32_u8(vqtbl1q_u8(table, granules.high))};
 }
 inline Floats lane_scales(const float* scales, Granules granules, int64_t lanes) {
   static constexpr int32_t kLane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
@@ -227,7 +226,8 @@ inline void store_in_code_order(const Ints (&value)[8], int16_t* out, Order) {
 inline Floats sums_of(const float* rows) {
   const auto half_sums = [&](int row) { return vaddq_f32(vld1q_f32(rows + 8 * row), vld1q_f32(rows + 8 * row + 4)); };
   const auto sums_of_four = [&](int row) {
-    return vpaddq_f32(vpaddq_f32(half_sums(row), half_sums(row + 1)), vpaddq_f32(half_sums(row + 2), half_sums(row + 3)));
+    return vpaddq_f32(vpaddq_f32(half_sums(row), half_sums(row + 1)),
+                      vpaddq_f32(half_sums(row + 2), half_sums(row + 3)));
   };
   return {sums_of_four(0), sums_of_four(4)};
 }

@@ -17,9 +17,8 @@ using Bf16LaneOrder = LaneOrder;
 [[gnu::noinline]] inline Floats dot(const Floats& acc, const Pairs& a, const Pairs& b) {
   const auto low = [](int32_t pair) { return to_float(bfloat16{static_cast<uint16_t>(pair)}); };
   const auto high = [](int32_t pair) { return bits_float(static_cast<uint32_t>(pair) & 0xFFFF0000u); };
-  return each_lane<Floats>([&](int i) {
-    return acc.lane[i] + low(a.lane[i]) * low(b.lane[i]) + high(a.lane[i]) * high(b.lane[i]);
-  });
+  return each_lane<Floats>(
+      [&](int i) { return acc.lane[i] + low(a.lane[i]) * low(b.lane[i]) + high(a.lane[i]) * high(b.lane[i]); });
 }
 // The upper 16 bits of each lane: of a bfloat16, all that are not 0.
 [[gnu::noinline]] inline Ints upper_halves(const Floats& x) {
