@@ -96,7 +96,8 @@ def cycles(body: list[str], model: str) -> tuple[float, float]:
     text = ".Lloop:\n" + "\n".join(lines) + "\n"
     run = subprocess.run(command, input=text, check=True, capture_output=True, text=True)
     total, bound = re.search(r"Total Cycles:\s+(\d+)", run.stdout), re.search(r"RThroughput:\s+([\d.]+)", run.stdout)
-    assert total and bound, run.stdout
+    assert total is not None, run.stdout
+    assert bound is not None, run.stdout
     return int(total[1]) / ITERATIONS, float(bound[1])
 
 
@@ -132,9 +133,8 @@ def main() -> None:
     print("# ARM kernels, not measured on hardware\n")
     compiler, mca = version(COMPILER, "aarch64.*"), version(MCA, "LLVM version [0-9.]+")
     print(f"Inner loops as {compiler} compiles them; cycles by llvm-mca, {mca}.")
-    print(
-        "A weight of a loop over tokens is counted once for each of them. Cycles: simulated (bound by the units alone).\n"
-    )
+    print("A weight of a loop over tokens is counted once for each of them.")
+    print("Cycles: simulated (bound by the units alone).\n")
     print("| loop | what it does | tokens | instructions / weights | a weight | " + " | ".join(MODELS) + " |")
     print("|" + " --- |" * (5 + len(MODELS)))
     assembly = {isa: compiled(isa) for isa in ("neon", "neon_bf16")}
