@@ -39,7 +39,7 @@ Tensor weights(const CodecShape& s, DType dtype, Values values, Random& random) 
     } else if (values == Values::kAtBoundaries) {
       float at = i % static_cast<size_t>(s.block_size) ? kNf4.boundary[random.bits() % 15] : 1.0f;
       if (i % 3) at = std::nextafter(at, i % 3 == 1 ? -2.0f : 2.0f);
-      x = at * 0.75;
+      x = at * 0.5;  // whose scale divides without rounding
     } else {
       x = random.normal() * 0.05;
     }

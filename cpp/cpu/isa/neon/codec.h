@@ -127,7 +127,8 @@ inline Codes encode(const Floats& q) {
   };
   const uint8x16_t cell = low_bytes(cell_of(q.q[0]), cell_of(q.q[1]), cell_of(q.q[2]), cell_of(q.q[3]));
   const auto of_cell = [cell](const uint8_t* table) {
-    return vqtbl2q_u8({{vld1q_u8(table), vld1q_u8(table + 16)}}, cell);
+    const uint8x16x2_t entries = {{vld1q_u8(table), vld1q_u8(table + 16)}};
+    return vqtbl2q_u8(entries, cell);
   };
   const uint8x16_t b0 = of_cell(kNf4Cells.boundary[0]), b1 = of_cell(kNf4Cells.boundary[1]);
   const uint8x16_t b2 = of_cell(kNf4Cells.boundary[2]), b3 = of_cell(kNf4Cells.boundary[3]);

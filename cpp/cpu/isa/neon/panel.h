@@ -196,7 +196,8 @@ inline void philox4(uint64_t seed, uint64_t group, uint32_t* bits) {
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }
-  vst4q_u32(bits, {{c0, c1, c2, c3}});
+  const uint32x4x4_t words = {{c0, c1, c2, c3}};
+  vst4q_u32(bits, words);
 }
 inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
   philox4(seed, group, bits);
