@@ -84,7 +84,7 @@ def test_a_forced_isa_is_the_one_in_use(isa: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [("sse9", "expected scalar, avx2, avx512, avx512_bf16 or amx_bf16, got sse9")]
+    ("value", "text"), [("sse9", "expected scalar, avx2, avx512, avx512_bf16, amx_bf16, neon or neon_bf16, got sse9")]
 )
 def test_an_isa_that_does_not_exist_is_refused(value: str, text: str) -> None:
     run = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -17,11 +18,9 @@ ISAS = sorted(p.stem.removeprefix("isa_") for p in CPU.glob("isa_*.cpp"))
 
 
 def flags(isa: str) -> list[str]:
-    """The set's compiler flags, as CMakeLists.txt has them."""
-    text = (ROOT / "CMakeLists.txt").read_text()
-    lists = dict(re.findall(r"^set\((_avx\w+) (.*)\)$", text, re.M))
-    options = re.search(rf'isa_{isa}\.cpp PROPERTIES COMPILE_OPTIONS "(.*)"', text)
-    names = options[1].replace(";", " ") if options else ""
+    """The set's compiler flags, as sources.cmake has them."""
+    lists = dict(re.findall(r"^set\((_\w+) (-.*|\$.*)\)$", (CPU / "sources.cmake").read_text(), re.M))
+    names = lists.get(f"_{isa}", "")
     while "$" in names:
         names = re.sub(r"\$\{(\w+)\}", lambda match: lists[match[1]], names)
     return names.split()
@@ -47,10 +46,16 @@ def fragments(isa: str) -> list[pathlib.Path]:
     return sorted(found)
 
 
+def compiler(isa: str) -> str:
+    """Of the processors that have the set."""
+    processor = "aarch64" if isa.startswith("neon") else "x86_64" if isa != "scalar" else platform.machine()
+    return "g++" if processor == platform.machine() else f"{processor}-linux-gnu-g++"
+
+
 def compile_alone(path: pathlib.Path, isa: str) -> str:
-    """What g++ says of the fragment as a translation unit of its own."""
-    command = ["g++", "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function"]
-    command += [f"-I{ROOT}", "-DQLORA_X86=1", *flags(isa), "-include", str(path), "-x", "c++", "/dev/null"]
+    """What the compiler says of the fragment as a translation unit of its own."""
+    command = [compiler(isa), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function"]
+    command += [f"-I{ROOT}", f"-DQLORA_ISA={isa}", *flags(isa), "-include", str(path), "-x", "c++", "/dev/null"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     return "" if run.returncode == 0 else f"{path.relative_to(ROOT)} for {isa}:\n{run.stderr[:2000]}"
 
@@ -62,8 +67,8 @@ def test_every_fragment_is_compiled_for_some_set() -> None:
 
 @pytest.mark.parametrize("isa", [i if i == "scalar" else pytest.param(i, marks=pytest.mark.slow) for i in ISAS])
 def test_every_fragment_compiles_alone(isa: str) -> None:
-    if shutil.which("g++") is None:
-        pytest.skip("there is no g++")
+    if shutil.which(compiler(isa)) is None:
+        pytest.skip(f"there is no {compiler(isa)}")
     paths = fragments(isa)
     assert len(paths) > 20
     with ThreadPoolExecutor(2) as pool:

@@ -21,13 +21,14 @@ from test_linear_cpu import check, dlora, dx, forward, make
 
 test_on = isas.test_on
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-PAIRS = ("avx512_bf16", "amx_bf16")  # the sets that multiply bfloat16 in pairs
+SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon", "neon_bf16")
+PAIRS = ("avx512_bf16", "amx_bf16", "neon_bf16")  # the sets that multiply bfloat16 in pairs
 TILES = ("amx_bf16",)  # and in tiles, which test_tiles_cpu.py does everywhere
 
 # Operator, kernel -> the sets that have it and the types it takes.
 KERNELS = {
     ("linear_nf4", "few_tokens_int"): (SETS, (BF16, F16)),
+    ("linear_nf4", "few_tokens_bf16"): (("scalar", "neon_bf16"), (BF16,)),
     ("linear_nf4", "few_tokens_float"): (SETS, (F32, BF16, F16)),
     ("linear_nf4", "many_tokens_tiles"): (TILES, (BF16,)),
     ("linear_nf4", "many_tokens_bf16"): (PAIRS, (BF16,)),
@@ -133,6 +134,7 @@ REFUSED = [  # operator, kernel, case, type: what no set takes
     ("linear_nf4_dx", "many_tokens_tiles", (4, *SHAPES[0]), F16),
     ("linear_nf4", "float64", (4, *SHAPES[0]), BF16),
     ("linear_nf4", "few_tokens_int", (65, *SHAPES[0]), BF16),
+    ("linear_nf4", "few_tokens_bf16", (4, *SHAPES[0]), F16),
     ("linear_nf4_dx", "few_tokens_int", (17, *SHAPES[0]), BF16),
     ("linear_nf4_dx", "few_tokens_int", (4, *SHAPES[1]), BF16),
     ("linear_nf4_dx", "few_tokens_float", (65, *SHAPES[0]), BF16),
@@ -171,7 +173,7 @@ def test_a_kernel_that_finds_it_cannot_serve_says_so(force: Callable) -> None:
 
 def test_a_kernel_that_does_not_exist_is_refused(force: Callable) -> None:
     force("few_token")
-    with pytest.raises(ValueError, match="expected one of few_tokens_int, few_tokens_float, .*float64, got few_token"):
+    with pytest.raises(ValueError, match="expected one of few_tokens_int, few_tokens_bf16, .*float64, got few_token"):
         call("linear_nf4", *make((1, *SHAPES[0]), BF16))
 
 
@@ -212,6 +214,17 @@ CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
     ("linear_nf4_dx", "bfloat16", 8, 96, 320, 64, "amx_bf16", ["few_tokens_int"]),
     ("linear_nf4_dx", "bfloat16", 9, 96, 320, 64, "amx_bf16", ["many_tokens_tiles", *MANY_BF16]),
     ("linear_nf4_dlora", "bfloat16", 4, 96, 320, 64, "amx_bf16", ["many_tokens_tiles", *MANY_BF16]),
+    ("linear_nf4", "bfloat16", 2, 96, 320, 64, "neon", ["few_tokens_int", "many_tokens_float"]),
+    ("linear_nf4", "float16", 4, 96, 333, 64, "neon", ["few_tokens_float", "many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 5, 96, 320, 64, "neon", ["many_tokens_float"]),
+    ("linear_nf4", "float32", 4, 96, 320, 64, "neon", ["few_tokens_float", "many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 12, 96, 320, 64, "neon_bf16", ["few_tokens_bf16", *MANY_BF16]),
+    ("linear_nf4", "bfloat16", 13, 96, 320, 64, "neon_bf16", MANY_BF16),
+    ("linear_nf4", "float16", 1, 96, 320, 64, "neon_bf16", ["few_tokens_int", "many_tokens_float"]),
+    ("linear_nf4_dx", "bfloat16", 3, 96, 320, 64, "neon", ["few_tokens_float", "many_tokens_float"]),
+    ("linear_nf4_dx", "bfloat16", 4, 96, 320, 64, "neon", ["many_tokens_float"]),
+    ("linear_nf4_dx", "bfloat16", 2, 96, 320, 64, "neon_bf16", MANY_BF16),
+    ("linear_nf4_dlora", "bfloat16", 4, 96, 320, 64, "neon_bf16", MANY_BF16),
 ]
 
 

@@ -93,7 +93,9 @@ def test_fragments_see_no_standard_library() -> None:
         if path.parent.name not in {"shared", *CPU_ROOMS} and path.parent.parent.name != "isa":
             continue
         for include in re.findall(r"#include <([^>]+)>", path.read_text()):
-            assert include in {"cstdint", "cstring", "immintrin.h"}, f"{relative(path)} includes <{include}>"
+            assert include in {"cstdint", "cstring", "immintrin.h", "arm_neon.h"}, (
+                f"{relative(path)} includes <{include}>"
+            )
 
 
 def test_functions_of_the_format_are_always_inlined() -> None:
@@ -116,6 +118,7 @@ def test_torch_is_seen_by_the_operators_only() -> None:
 
 def test_intrinsics_stand_in_the_vocabulary_headers_only() -> None:
     assert offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/isa/(avx2|avx512|avx512_bf16|amx_bf16)/") == []
+    assert offenders(r"\bv[a-z0-9]+q?(_\w+)?_[usf](8|16|32|64)\b|arm_neon", r"cpp/cpu/isa/neon(_bf16)?/") == []
 
 
 def test_assembly_stands_in_ptx_only() -> None:

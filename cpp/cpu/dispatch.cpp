@@ -27,6 +27,8 @@ auto run_of(const KernelsFor<Problem>& kernels, Kernel kernel) {
   switch (kernel) {
     case Kernel::kFewTokensInt:
       return kernels.few_tokens_int;
+    case Kernel::kFewTokensBf16:
+      return kernels.few_tokens_bf16;
     case Kernel::kFewTokensFloat:
       return kernels.few_tokens_float;
     case Kernel::kManyTokensTiles:

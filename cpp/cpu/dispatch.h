@@ -21,6 +21,7 @@ template <class Problem>
 struct KernelsFor {
   using Run = Outcome (*)(const Pool&, const Problem&);
   Run few_tokens_int = nullptr;
+  Run few_tokens_bf16 = nullptr;
   Run few_tokens_float = nullptr;
   Run many_tokens_tiles = nullptr;
   Run many_tokens_bf16 = nullptr;
@@ -56,6 +57,10 @@ const Kernels& avx512_bf16_kernels();
 const Kernels& amx_bf16_kernels();  // those of avx512_bf16, and of the tile unit
 inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels,
                                                   amx_bf16_kernels};
+#elif QLORA_ARM64
+const Kernels& neon_kernels();
+const Kernels& neon_bf16_kernels();
+inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, neon_kernels, neon_bf16_kernels};
 #else
 inline constexpr const Kernels& (*kTables[])() = {scalar_kernels};
 #endif

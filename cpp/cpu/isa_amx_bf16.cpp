@@ -1,4 +1,4 @@
-// The kernels compiled for AMX with BF16 (flags: CMakeLists.txt): those of the tile unit. All others are AVX-512's.
+// The kernels compiled for AMX with BF16 (flags: sources.cmake): those of the tile unit. All others are AVX-512's.
 #define QLORA_ISA amx_bf16
 
 #include "cpp/cpu/dispatch.h"

@@ -1,4 +1,4 @@
-// The kernels compiled for AVX2 + FMA + F16C (flags: CMakeLists.txt).
+// The kernels compiled for AVX2 + FMA + F16C (flags: sources.cmake).
 #define QLORA_ISA avx2
 
 #include "cpp/cpu/codec/dequantize-inl.h"

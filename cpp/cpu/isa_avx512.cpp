@@ -1,4 +1,4 @@
-// The kernels compiled for AVX-512 (F, BW, VL, DQ, VBMI) (flags: CMakeLists.txt).
+// The kernels compiled for AVX-512 (F, BW, VL, DQ, VBMI) (flags: sources.cmake).
 #define QLORA_ISA avx512
 
 #include "cpp/cpu/codec/dequantize-inl.h"

@@ -1,4 +1,4 @@
-// The kernels compiled for AVX-512 with BF16 and VNNI (flags: CMakeLists.txt).
+// The kernels compiled for AVX-512 with BF16 and VNNI (flags: sources.cmake).
 #define QLORA_ISA avx512_bf16
 
 #include "cpp/cpu/codec/dequantize-inl.h"

@@ -1,4 +1,4 @@
-// The kernels compiled for plain C++ (flags: CMakeLists.txt).
+// The kernels compiled for plain C++ (flags: sources.cmake).
 #define QLORA_ISA scalar
 
 #include "cpp/cpu/codec/dequantize-inl.h"
@@ -9,6 +9,7 @@
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/few_tokens/dx_float-inl.h"
 #include "cpp/cpu/few_tokens/dx_int-inl.h"
+#include "cpp/cpu/few_tokens/forward_bf16-inl.h"
 #include "cpp/cpu/few_tokens/forward_float-inl.h"
 #include "cpp/cpu/few_tokens/forward_int-inl.h"
 #include "cpp/cpu/float64/linear.h"
@@ -30,6 +31,7 @@ const Kernels& scalar_kernels() {
       .forward =
           {
               .few_tokens_int = scalar::few_tokens::forward_int,
+              .few_tokens_bf16 = scalar::few_tokens::forward_bf16,
               .few_tokens_float = scalar::few_tokens::forward_float,
               .many_tokens_float = scalar::many_tokens::forward_float,
               .float64 = float64::forward,

@@ -12,17 +12,19 @@ namespace qlora::cpu {
 
 enum class Kernel {
   kFewTokensInt,     // codes as integers, sums exact in int32; what is uneven, in float32 (few_tokens/*_int-inl.h)
+  kFewTokensBf16,    // codes as bfloat16, multiplied in pairs (few_tokens/forward_bf16-inl.h)
   kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
   kManyTokensTiles,  // bfloat16 in a tile unit (many_tokens_tiles/)
   kManyTokensBf16,   // panels of bfloat16 pairs (many_tokens/linear_bf16-inl.h)
   kManyTokensFloat,  // panels of float32 (many_tokens/linear_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt,   Kernel::kFewTokensFloat,  Kernel::kManyTokensTiles,
-                                      Kernel::kManyTokensBf16, Kernel::kManyTokensFloat, Kernel::kFloat64};
+inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt,    Kernel::kFewTokensBf16,  Kernel::kFewTokensFloat,
+                                      Kernel::kManyTokensTiles, Kernel::kManyTokensBf16, Kernel::kManyTokensFloat,
+                                      Kernel::kFloat64};
 
 constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens_int",   "few_tokens_float",  "many_tokens_tiles",
+  constexpr const char* kNames[] = {"few_tokens_int",   "few_tokens_bf16",   "few_tokens_float", "many_tokens_tiles",
                                     "many_tokens_bf16", "many_tokens_float", "float64"};
   return kNames[static_cast<int>(kernel)];
 }
@@ -45,13 +47,14 @@ constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtyp
 // Tokens. The integer kernel of dx keeps all of them in registers; in the other one a strip of sums must fit half of
 // the scratch, whatever the shift of the rows of W.
 inline constexpr int64_t kMostDxIntTokens = 16, kMostDxFloatTokens = 64;
-inline constexpr int64_t kMostForwardIntTokens = 64;  // of which it notes in a word which are uneven
-inline constexpr int64_t kDxIntColumns = 64;          // that must have one scale: four nibbles of 16 lanes
+inline constexpr int64_t kMostForwardTokens = 64;  // of which a kernel notes in a word which it refuses
+inline constexpr int64_t kDxIntColumns = 64;       // that must have one scale: four nibbles of 16 lanes
 
 constexpr bool accepts_type(Kernel kernel, DType dtype) {
   switch (kernel) {
     case Kernel::kFewTokensInt:
       return is_16_bit(dtype);
+    case Kernel::kFewTokensBf16:
     case Kernel::kManyTokensTiles:
     case Kernel::kManyTokensBf16:
       return dtype == DType::kBFloat16;
@@ -64,13 +67,13 @@ constexpr bool accepts_type(Kernel kernel, DType dtype) {
   return false;
 }
 constexpr bool is_few_tokens(Kernel kernel) {
-  return kernel == Kernel::kFewTokensInt || kernel == Kernel::kFewTokensFloat;
+  return kernel == Kernel::kFewTokensInt || kernel == Kernel::kFewTokensBf16 || kernel == Kernel::kFewTokensFloat;
 }
 
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!accepts_type(kernel, p.dtype)) return false;
   if (!is_few_tokens(kernel)) return true;
-  return p.m > 0 && p.w.n > 0 && p.w.k > 0 && (kernel != Kernel::kFewTokensInt || p.m <= kMostForwardIntTokens);
+  return p.m > 0 && p.w.n > 0 && p.w.k > 0 && (kernel == Kernel::kFewTokensFloat || p.m <= kMostForwardTokens);
 }
 constexpr bool has_one_scale_per_64_columns(const Weight& w) {
   return w.k % kDxIntColumns == 0 && w.scales.block_size >= kDxIntColumns;
@@ -90,9 +93,10 @@ constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
 
 // bfloat16 is multiplied in pairs where the processor does that well. On Intel's cores vdpbf16ps issues every second
 // cycle, half as fast as widening to float32 and fma; on AMD's (Zen 4, Zen 5) it is twice as fast. Asking for the
-// instruction set by name insists on it.
+// instruction set by name insists on it. ARM's BFDOT issues as often as FMLA, and does twice as much.
 constexpr bool multiplies_pairs(DType dtype, const Cpu& cpu) {
-  return dtype == DType::kBFloat16 && cpu.has(kAvx512bf16) && (cpu.isa_forced || !cpu.intel);
+  if (dtype != DType::kBFloat16) return false;
+  return cpu.has(kArmBf16) || (cpu.has(kAvx512bf16) && (cpu.isa_forced || !cpu.intel));
 }
 
 // bfloat16 is multiplied by tiles where there is a tile unit, which takes 16 tokens at the cost of one.
@@ -107,12 +111,26 @@ constexpr bool has_tiles(DType dtype, const Cpu& cpu) { return dtype == DType::k
 // first. With pairs, 10 tokens (8 tokens 0.92 ms against 1.20, 10: 1.22 against 1.30, 12: 1.48 against 1.31), 12 where
 // panels decode ragged rows, and 6 where there are four or eight shifts. Against tiles 6, and 12 of ragged rows (Intel,
 // two threads, 4096x4096, 6 tokens 0.90 ms against 0.93, 8: 1.00 against 0.91; 1024x1000, 12: 127 us against 142).
+//
+// On ARM nothing has been measured. The bounds are from cycles of the inner loops by llvm-mca for Neoverse N1 and V2
+// (bench/results/arm_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
+// cost in registers. So one group of 4 tokens; with pairs, whose groups are of 6 tokens and half as dear, two groups.
 constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
+  if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 12 : 4;
   constexpr int64_t kPanelGroup = 64;  // weights that AVX-512 panels decode at once, in rows that begin with a group
   if (!cpu.has(kAvx2)) return 0;
   if (has_tiles(p.dtype, cpu)) return p.w.k % 4 ? 8 : p.w.k % kPanelGroup ? 12 : 6;
   if (!multiplies_pairs(p.dtype, cpu)) return p.w.k % 4 ? 24 : 48;
   return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
+}
+
+// Of 16-bit types: integers, or on ARM pairs of bfloat16. SMLAL multiplies half as fast as FMLA, and beyond 2 tokens
+// that costs more than decoding to float32 does (V2: 64 weights and 2 tokens 20 cycles against 24, 3: 31 against 28).
+constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
+  if (p.dtype == DType::kFloat32) return Kernel::kFewTokensFloat;
+  if (!cpu.has(kAsimd)) return Kernel::kFewTokensInt;
+  if (multiplies_pairs(p.dtype, cpu)) return Kernel::kFewTokensBf16;
+  return p.m <= 2 ? Kernel::kFewTokensInt : Kernel::kFewTokensFloat;
 }
 
 // One group of tokens of the float32 kernel: with two, which decode W twice, panels are ahead (kMaxFloatTokens of
@@ -123,9 +141,11 @@ constexpr int64_t most_float_tokens(const Cpu& cpu) { return cpu.has(kAvx512f) ?
 // with pairs 6 (6 tokens 0.83 ms against 0.87, 8: 1.10 against 0.97). Elsewhere AVX-512 is ahead up to 8 tokens and
 // AVX2 up to 16, with pairs 4; against tiles 8 (1536x576, 8 tokens 108 us against 115, 12: 141 against 114), and 16 of
 // ragged rows; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight
-// shifts.
+// shifts. On ARM, from llvm-mca as above: 3 tokens, and 1 with pairs.
 constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
-  if (!cpu.has(kAvx2) || !is_16_bit(p.dtype)) return 0;
+  if (!is_16_bit(p.dtype)) return 0;
+  if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 1 : 3;
+  if (!cpu.has(kAvx2)) return 0;
   const bool whole_groups = has_one_scale_per_64_columns(p.w);
   if (has_tiles(p.dtype, cpu)) return whole_groups ? 8 : p.w.k % 8 ? 6 : 16;
   if (multiplies_pairs(p.dtype, cpu)) return whole_groups ? 6 : 4;
@@ -144,8 +164,7 @@ constexpr void add_many_tokens(DType dtype, const Cpu& cpu, Choice* c) {
 constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
   Choice c;
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
-    if (is_16_bit(p.dtype)) c.add(Kernel::kFewTokensInt);
-    if (p.dtype == DType::kFloat32 && p.m <= most_float_tokens(cpu)) c.add(Kernel::kFewTokensFloat);
+    if (is_16_bit(p.dtype) || p.m <= most_float_tokens(cpu)) c.add(few_tokens_kernel(p, cpu));
   }
   add_many_tokens(p.dtype, cpu, &c);
   return c;

@@ -81,7 +81,7 @@ class FloatDx {
                              int64_t first_granule, const Memory& memory) const {
     const int64_t period = rows_.period, rows = ceil_div(last - n, period), weights = p_.w.k + rows_.shift(n);
     const float* scales_of_row[kDxTileRows];
-    Ints granules[kDxTileRows];
+    Granules granules[kDxTileRows];
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t begin = rows_.first_weight(n + t * period) + first * kChunk;
       const int64_t granule = begin >> reader.log2_granule();

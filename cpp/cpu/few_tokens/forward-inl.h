@@ -145,7 +145,7 @@ template <int kTokens, int kRows, class Products>
   int64_t first_weight = stretch.first_weight;
   for (int64_t t = 0; t + kRows <= rows; t += kRows, sums += kRows * kLanes) {
     const float* scales[kRows];
-    Ints granules[kRows];
+    Granules granules[kRows];
     unroll<kRows>([&](auto w) {
       const int64_t weight = first_weight + w * stretch.row_weights, granule = weight >> stretch.log2_granule;
       scales[w] = stretch.scales + granule;

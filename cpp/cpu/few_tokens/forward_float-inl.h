@@ -27,7 +27,7 @@ struct FloatProducts {
 
   FloatCodebook book{kNf4.value};
   using Codes = FloatCodes;
-  Codes codes(Ints chunk) const { return decode(chunk, book); }
+  Codes codes(Chunk chunk) const { return decode(chunk, book); }
 
   template <int kRows>
   static void multiply(const Codes (&codes)[kRows], const X* x, Floats (&product)[kRows]) {
@@ -61,6 +61,22 @@ inline Outcome forward_float(const Pool& pool, const LinearProblem& p) {
     default:
       return forward<float, FloatProducts>(pool, p);
   }
+}
+
+// The forward with Products that may refuse a token, and in float32 for those that they refuse. Tokens do not depend on
+// each other's values: each run of refused ones is a problem of its own.
+template <class T, class Products>
+Outcome forward_else_float(const Pool& pool, const LinearProblem& p) {
+  if (p.m > TokenSet::kMost) return Outcome::kTooLarge;
+  TokenSet uneven;
+  Outcome outcome = forward<T, Products>(pool, p, 0, &uneven);
+  for (int64_t first = 0, end; outcome == Outcome::kDone && first < p.m; first = end) {
+    end = first + 1;
+    if (!uneven.holds(first)) continue;
+    while (end < p.m && uneven.holds(end)) ++end;
+    outcome = forward<T, FloatProducts>(pool, tokens_of<T>(p, first, end - first), first);
+  }
+  return outcome;
 }
 
 }  // namespace few_tokens

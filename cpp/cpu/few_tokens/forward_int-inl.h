@@ -42,14 +42,14 @@ struct IntProducts {
 
   IntCodebook book{kIntCodes.value};
   using Codes = IntCodes;
-  Codes codes(Ints chunk) const { return decode(chunk, book, Order{}); }
+  Codes codes(Chunk chunk) const { return decode(chunk, book, Order{}); }
 
   template <int kRows>
   static void multiply(const Codes (&codes)[kRows], const X* x, Floats (&product)[kRows]) {
     Ints sum[kRows];
     unroll<4>([&](auto s) {
       const int16_t* const at = x + s * 2 * kLanes;
-      const Ints x_s = kRows > 1 ? load_pairs_once(at) : load_pairs(at);
+      const Pairs x_s = kRows > 1 ? load_pairs_once(at) : load_pairs(at);
       unroll<kRows>([&](auto w) {
         if constexpr (s == 0)
           sum[w] = dot(codes[w].v[s], x_s);
@@ -87,22 +87,12 @@ struct IntProducts {
   }
 };
 
-// Tokens do not depend on each other's values: each run of uneven ones is a problem of its own.
 template <class T>
 Outcome forward_int_as(const Pool& pool, const LinearProblem& p) {
-  TokenSet uneven;
-  Outcome outcome = p.w.k % kMinBlockSize == 0 ? forward<T, IntProducts<T, HalfOrder>>(pool, p, 0, &uneven)
-                                               : forward<T, IntProducts<T, LaneOrder>>(pool, p, 0, &uneven);
-  for (int64_t first = 0, end; outcome == Outcome::kDone && first < p.m; first = end) {
-    end = first + 1;
-    if (!uneven.holds(first)) continue;
-    while (end < p.m && uneven.holds(end)) ++end;
-    outcome = forward<T, FloatProducts>(pool, tokens_of<T>(p, first, end - first), first);
-  }
-  return outcome;
+  if (p.w.k % kMinBlockSize == 0) return forward_else_float<T, IntProducts<T, HalfOrder>>(pool, p);
+  return forward_else_float<T, IntProducts<T, LaneOrder>>(pool, p);
 }
 inline Outcome forward_int(const Pool& pool, const LinearProblem& p) {
-  if (p.m > TokenSet::kMost) return Outcome::kTooLarge;
   return p.dtype == DType::kBFloat16 ? forward_int_as<bfloat16>(pool, p) : forward_int_as<float16>(pool, p);
 }
 

@@ -9,6 +9,11 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace qlora::cpu {
@@ -17,7 +22,7 @@ namespace {
 // Whether the processor has AMX-TILE and AMX-BF16, and the system lets this process use tiles. It has to be asked, once
 // a process: until then the first tile instruction ends the process. What it answers holds for all threads, running or
 // not yet.
-bool may_use_tiles() {
+[[maybe_unused]] bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;  // of EDX, leaf 7
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -30,8 +35,28 @@ bool may_use_tiles() {
 #endif
 }
 
+// Whether an AArch64 processor multiplies bfloat16 (BFDOT, BFMMLA).
+[[maybe_unused]] bool has_arm_bf16() {
+#if defined(__aarch64__) && defined(__linux__)
+#ifndef HWCAP2_BF16  // headers before Linux 5.6
+#define HWCAP2_BF16 (1 << 14)
+#endif
+  return getauxval(AT_HWCAP2) & HWCAP2_BF16;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  int has = 0;
+  size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
+#else
+  return false;
+#endif
+}
+
 uint32_t processor_features() {
   uint32_t features = 0;
+#if QLORA_ARM64
+  features |= kAsimd;
+  if (has_arm_bf16()) features |= kArmBf16;
+#endif
 #if QLORA_X86
   const auto add = [&](Feature feature, int has) { features |= has ? feature : 0u; };
   add(kAvx2, __builtin_cpu_supports("avx2"));

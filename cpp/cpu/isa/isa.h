@@ -20,6 +20,8 @@ enum Feature : uint32_t {
   kAvx512bf16 = 1u << 8,
   kAvx512vnni = 1u << 9,
   kAmxBf16 = 1u << 10,  // with AMX-TILE, and the system's permission to use tiles
+  kAsimd = 1u << 11,    // Advanced SIMD of ARMv8.0, which every AArch64 processor has
+  kArmBf16 = 1u << 12,
 };
 
 // A set of features that kernels are compiled for, and its name: of the folder in isa/, of the file isa_<name>.cpp, of
@@ -34,9 +36,12 @@ inline constexpr Isa kAvx512Isa = {"avx512",
                                    kAvx2Isa.needs | kAvx512f | kAvx512bw | kAvx512vl | kAvx512dq | kAvx512vbmi};
 inline constexpr Isa kAvx512Bf16Isa = {"avx512_bf16", kAvx512Isa.needs | kAvx512bf16 | kAvx512vnni};
 inline constexpr Isa kAmxBf16Isa = {"amx_bf16", kAvx512Bf16Isa.needs | kAmxBf16};
+inline constexpr Isa kNeonIsa = {"neon", kAsimd};
+inline constexpr Isa kNeonBf16Isa = {"neon_bf16", kNeonIsa.needs | kArmBf16};
 
 // The best come first: the first one that a processor supports is used.
-inline constexpr const Isa* kIsas[] = {&kAmxBf16Isa, &kAvx512Bf16Isa, &kAvx512Isa, &kAvx2Isa, &kScalarIsa};
+inline constexpr const Isa* kIsas[] = {&kNeonBf16Isa, &kNeonIsa, &kAmxBf16Isa, &kAvx512Bf16Isa,
+                                       &kAvx512Isa,   &kAvx2Isa, &kScalarIsa};
 
 QLORA_EXPORT bool supported(const Isa&);             // whether this processor has what it needs
 QLORA_EXPORT const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter

@@ -37,8 +37,8 @@ struct WordF32 {
     const Codes codes = load_codes(packed);
     unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
   }
-  static Vector broadcast(const Word* p) { return panel::broadcast(p); }
-  static F multiply_add(Vector a, Vector b, F sum) { return panel::multiply_add(a, b, sum); }
+  static Broadcast broadcast(const Word* p) { return panel::broadcast(p); }
+  static F multiply_add(Broadcast a, Vector b, F sum) { return panel::multiply_add(a, b, sum); }
 };
 
 }  // namespace many_tokens

@@ -16,6 +16,10 @@
 #define QLORA_ISA avx512
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #define QLORA_ISA avx2
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define QLORA_ISA neon_bf16
+#elif defined(__aarch64__)
+#define QLORA_ISA neon
 #else
 #define QLORA_ISA scalar
 #endif

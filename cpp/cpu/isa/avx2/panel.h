@@ -24,7 +24,8 @@ using U = __m256i;
 inline F zero() { return _mm256_setzero_ps(); }
 inline F splat(float x) { return _mm256_set1_ps(x); }
 // With splat(*p) GCC makes a quarter more instructions of a tile of outputs.
-inline F broadcast(const float* p) { return _mm256_broadcast_ss(p); }
+using Broadcast = F;
+inline Broadcast broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 inline F multiply_add(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

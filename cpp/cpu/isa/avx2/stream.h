@@ -18,6 +18,9 @@ namespace stream {
 
 using Floats = __m256;
 using Ints = __m256i;
+using Chunk = Ints;
+using Granules = Ints;
+using Pairs = Ints;
 
 inline constexpr int kLanes = 8;
 inline constexpr int kLaneWeights = 8;

@@ -23,7 +23,8 @@ using U = __m512i;
 
 inline F zero() { return _mm512_setzero_ps(); }
 inline F splat(float x) { return _mm512_set1_ps(x); }
-inline F broadcast(const float* p) { return _mm512_set1_ps(*p); }
+using Broadcast = F;
+inline Broadcast broadcast(const float* p) { return _mm512_set1_ps(*p); }
 inline F add(F a, F b) { return _mm512_add_ps(a, b); }
 inline F mul(F a, F b) { return _mm512_mul_ps(a, b); }
 inline F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }

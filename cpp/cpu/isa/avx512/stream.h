@@ -18,6 +18,9 @@ namespace stream {
 
 using Floats = __m512;
 using Ints = __m512i;
+using Chunk = Ints;
+using Granules = Ints;
+using Pairs = Ints;
 
 inline constexpr int kLanes = 16;
 inline constexpr int kLaneWeights = 8;

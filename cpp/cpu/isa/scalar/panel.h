@@ -30,7 +30,9 @@ inline F splat(float x) {
   for (float& lane : v.lane) lane = x;
   return v;
 }
-inline F broadcast(const float* p) { return splat(*p); }
+// *p in every lane, in the form in which it is multiplied.
+using Broadcast = F;
+inline Broadcast broadcast(const float* p) { return splat(*p); }
 inline F add(F a, F b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] += b.lane[i];
   return a;

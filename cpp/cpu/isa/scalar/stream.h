@@ -45,6 +45,11 @@ struct Floats {
 struct Ints {
   int32_t lane[kLanes];
 };
+// Ints by what they hold, which a set may keep in another form: a chunk of packed bytes, where its lanes find their
+// scales, two int16 a lane.
+using Chunk = Ints;
+using Granules = Ints;
+using Pairs = Ints;
 template <class Result, class Function>
 inline Result each_lane(const Function& function) {
   Result r;
@@ -111,21 +116,21 @@ template <class T>
   for (int i = 0; i < kLanes && i < count; ++i) from_float(x.lane[i], &p[i]);
 }
 
-[[gnu::noinline]] inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
-  Ints chunk = {};
+[[gnu::noinline]] inline Chunk load_chunk(const uint8_t* p, int64_t bytes) {
+  Chunk chunk = {};
   std::memcpy(chunk.lane, p, static_cast<size_t>(bytes < kChunk / 2 ? bytes : kChunk / 2));
   return chunk;
 }
-[[gnu::noinline]] inline Ints load_chunk(const uint8_t* p) { return load_chunk(p, kChunk / 2); }
-inline uint32_t nibble(const Ints& chunk, int lane, int s) {
+[[gnu::noinline]] inline Chunk load_chunk(const uint8_t* p) { return load_chunk(p, kChunk / 2); }
+inline uint32_t nibble(const Chunk& chunk, int lane, int s) {
   return static_cast<uint32_t>(chunk.lane[lane]) >> (4 * s) & 15u;
 }
 
 // Which of the granules from `scales` on each lane lies in, when the chunk starts `phase` weights into the first.
-[[gnu::noinline]] inline Ints granule_of_lanes(int phase, int log2_granule) {
-  return each_lane<Ints>([&](int i) { return (kLaneWeights * i + phase) >> log2_granule; });
+[[gnu::noinline]] inline Granules granule_of_lanes(int phase, int log2_granule) {
+  return each_lane<Granules>([&](int i) { return (kLaneWeights * i + phase) >> log2_granule; });
 }
-[[gnu::noinline]] inline Floats lane_scales(const float* scales, const Ints& granules, int64_t lanes = kLanes) {
+[[gnu::noinline]] inline Floats lane_scales(const float* scales, const Granules& granules, int64_t lanes = kLanes) {
   return each_lane<Floats>([&](int i) { return i < lanes ? scales[granules.lane[i]] : 0.0f; });
 }
 
@@ -137,7 +142,7 @@ struct FloatCodebook {
 struct FloatCodes {
   Floats v[8];
 };
-[[gnu::noinline]] inline FloatCodes decode(const Ints& chunk, const FloatCodebook& book) {
+[[gnu::noinline]] inline FloatCodes decode(const Chunk& chunk, const FloatCodebook& book) {
   FloatCodes out;
   for (int s = 0; s < 8; ++s) out.v[s] = each_lane<Floats>([&](int i) { return book.values[nibble(chunk, i, s)]; });
   return out;
@@ -155,21 +160,21 @@ struct IntCodebook {
   explicit IntCodebook(const int16_t* value) : values(value) {}
 };
 struct IntCodes {
-  Ints v[4];
+  Pairs v[4];
 };
 inline int32_t pair(int32_t low, int32_t high) {
   return static_cast<int32_t>((static_cast<uint32_t>(low) & 0xFFFFu) | static_cast<uint32_t>(high) << 16);
 }
-[[gnu::noinline]] inline IntCodes decode(const Ints& chunk, const IntCodebook& book, LaneOrder) {
+[[gnu::noinline]] inline IntCodes decode(const Chunk& chunk, const IntCodebook& book, LaneOrder) {
   IntCodes out;
   for (int s = 0; s < 4; ++s) {
-    out.v[s] = each_lane<Ints>(
+    out.v[s] = each_lane<Pairs>(
         [&](int i) { return pair(book.values[nibble(chunk, i, s)], book.values[nibble(chunk, i, 4 + s)]); });
   }
   return out;
 }
 // acc + a.low * b.low + a.high * b.high in each lane
-[[gnu::noinline]] inline Ints dot(const Ints& acc, const Ints& a, const Ints& b) {
+[[gnu::noinline]] inline Ints dot(const Ints& acc, const Pairs& a, const Pairs& b) {
   const auto low = [](int32_t x) { return int32_t{static_cast<int16_t>(x)}; };
   return each_lane<Ints>(
       [&](int i) { return acc.lane[i] + low(a.lane[i]) * low(b.lane[i]) + (a.lane[i] >> 16) * (b.lane[i] >> 16); });
@@ -177,13 +182,13 @@ inline int32_t pair(int32_t low, int32_t high) {
 [[gnu::noinline]] inline Ints no_ints() {
   return each_lane<Ints>([](int) { return 0; });
 }
-[[gnu::noinline]] inline Ints dot(const Ints& a, const Ints& b) { return dot(no_ints(), a, b); }
-[[gnu::noinline]] inline Ints load_pairs(const int16_t* p) {
-  Ints r;
+[[gnu::noinline]] inline Ints dot(const Pairs& a, const Pairs& b) { return dot(no_ints(), a, b); }
+[[gnu::noinline]] inline Pairs load_pairs(const int16_t* p) {
+  Pairs r;
   std::memcpy(r.lane, p, sizeof r.lane);
   return r;
 }
-[[gnu::noinline]] inline Ints load_pairs_once(const int16_t* p) {
+[[gnu::noinline]] inline Pairs load_pairs_once(const int16_t* p) {
   return load_pairs(p);
 }  // for reuse, where a compiler would load anew
 // A chunk of values that fit 16 bits, in memory order -> four vectors of pairs in the order of IntCodes.

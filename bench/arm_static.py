@@ -1,0 +1,149 @@
+"""What can be said of the ARM kernels' speed without an ARM machine: instructions, and cycles by llvm-mca.
+
+    python bench/arm_static.py [--peer FILE.s FUNCTION WEIGHTS NAME]...
+
+The inner loops of `arm_loops.cpp` are compiled with aarch64-linux-gnu-g++ and the flags of their set, and taken from
+the assembly; so are those of other libraries, from a listing (-S) of theirs: of the functions that match the regular
+expression FUNCTION the loop with the most vector instructions, which does WEIGHTS weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMPILER = "aarch64-linux-gnu-g++"
+MCA = "llvm-mca-19"
+MODELS = ("neoverse-n1", "neoverse-v1", "neoverse-v2")
+ITERATIONS = 200
+VECTOR = r"(fml|smlal|smull|bf|sdot|tbl|zip|uzp|fmul|ushr|ushll|shll?\s)"
+
+# Function of arm_loops.cpp, set -> weights that an iteration decodes or takes, tokens, what it does.
+LOOPS = [
+    ("few_tokens_int_1", "neon", 64, 1, "decode and multiply, int16"),
+    ("few_tokens_int_2", "neon", 64, 2, "the same"),
+    ("few_tokens_float_1", "neon", 64, 1, "decode and multiply, float32"),
+    ("few_tokens_float_4", "neon", 64, 4, "the same"),
+    ("few_tokens_bf16_1", "neon_bf16", 64, 1, "decode and multiply, bfloat16"),
+    ("few_tokens_bf16_6", "neon_bf16", 64, 6, "the same"),
+    ("decode_float", "neon", 32, 0, "many tokens: decode to a panel of float32"),
+    ("multiply_float", "neon", 6, 16, "many tokens: multiply float32"),
+    ("decode_bf16", "neon_bf16", 32, 0, "many tokens: decode to a panel of bfloat16, table of a scale included"),
+    ("multiply_bf16", "neon_bf16", 12, 16, "many tokens: multiply bfloat16"),
+    ("dequantize_float", "neon", 32, 0, "dequantize to float32"),
+    ("dequantize_16", "neon", 32, 0, "dequantize to bfloat16 or float16"),
+]
+
+
+def flags(isa: str) -> list[str]:
+    """Of cpp/cpu/sources.cmake, with GCC."""
+    text = (ROOT / "cpp/cpu/sources.cmake").read_text()
+    found = re.findall(rf"(?:set\(|APPEND )_{isa} (-[^)]*)\)", text)
+    return " ".join(found).split()
+
+
+def compiled(isa: str) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder, "loops.s")
+        command = [COMPILER, "-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-ffp-contract=off", f"-I{ROOT}", "-S"]
+        command += [f"-DQLORA_ISA={isa}", *flags(isa), str(ROOT / "bench/arm_loops.cpp"), "-o", str(out)]
+        subprocess.run(command, check=True)
+        return out.read_text()
+
+
+def loops(assembly: str) -> Iterator[tuple[str, list[str]]]:
+    """Function, body of each innermost loop in it."""
+    function, lines, labels, last = "", [], {}, -1
+    for raw in assembly.splitlines():
+        label = re.match(r"([^\s:]+):", raw)
+        if label:
+            if label[1].startswith("."):
+                labels[label[1]] = len(lines)
+            else:
+                function, lines, labels, last = label[1], [], {}, -1
+            continue
+        line = raw.split("//")[0].strip()
+        if not line or line.startswith("."):
+            continue
+        lines.append(line)
+        branch = re.match(r"(?:b\.?\w+|cbn?z|tbn?z)\s.*?(\.L\w+)$", line)
+        if branch and branch[1] in labels:
+            start = labels[branch[1]]
+            if start > last:
+                yield function, lines[start:]
+            last = max(last, start)
+
+
+def inner_loop(assembly: str, function: str) -> list[str]:
+    """The one with the most vector instructions of the functions that match, and of such the shortest."""
+    found = [body for name, body in loops(assembly) if re.search(function, name)]
+    if not found:
+        raise SystemExit(f"no loop in a function that matches {function}")
+    vectors = [sum(1 for line in body if re.match(VECTOR, line)) for body in found]
+    return min((b for b, v in zip(found, vectors, strict=True) if v == max(vectors)), key=len)
+
+
+def cycles(body: list[str], model: str) -> tuple[float, float]:
+    """Of an iteration: simulated in a row, and bound by the units alone."""
+    lines = [re.sub(r"^(adrp\s+\w+,).*", r"\1 0", line) for line in body]
+    lines = [re.sub(r"#?:\w+:[\w.+]+", "0", re.sub(r"\.L\w+$", ".Lloop", line)) for line in lines]
+    command = [MCA, "-march=aarch64", f"-mcpu={model}", "-mattr=+bf16", f"-iterations={ITERATIONS}"]
+    text = ".Lloop:\n" + "\n".join(lines) + "\n"
+    run = subprocess.run(command, input=text, check=True, capture_output=True, text=True)
+    total, bound = re.search(r"Total Cycles:\s+(\d+)", run.stdout), re.search(r"RThroughput:\s+([\d.]+)", run.stdout)
+    assert total is not None, run.stdout
+    assert bound is not None, run.stdout
+    return int(total[1]) / ITERATIONS, float(bound[1])
+
+
+def row(name: str, what: str, body: list[str], weights: int, tokens: int) -> str:
+    work = weights * max(tokens, 1)
+    cells = [name, what, str(tokens or ""), f"{len(body)} / {weights}", f"{len(body) / work:.2f}"]
+    for model in MODELS:
+        total, bound = cycles(body, model)
+        cells.append(f"{total / work:.3f} ({bound / work:.3f})")
+    return "| " + " | ".join(cells) + " |"
+
+
+def symbol(name: str) -> str:
+    """Where the loop stands: in the function itself, or in the template that it calls."""
+    kind, _, tokens = name.removeprefix("few_tokens_").partition("_")
+    if name.startswith("few_tokens"):
+        return rf"accumulateILi{tokens}E.*{kind.capitalize()}Products"
+    return {"multiply_float": "multiply_tile.*WordF32", "multiply_bf16": "multiply_tile.*WordBf16"}.get(
+        name, rf"^{name}$"
+    )
+
+
+def version(command: str, pattern: str) -> str:
+    out = subprocess.run([command, "--version"], check=True, capture_output=True, text=True).stdout
+    found = re.search(pattern, out)
+    return found[0] if found else out.splitlines()[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer", nargs=4, action="append", default=[], metavar=("FILE", "FUNCTION", "WEIGHTS", "NAME"))
+    args = parser.parse_args()
+    print("# ARM kernels, not measured on hardware\n")
+    compiler, mca = version(COMPILER, "aarch64.*"), version(MCA, "LLVM version [0-9.]+")
+    print(f"Inner loops as {compiler} compiles them; cycles by llvm-mca, {mca}.")
+    print("A weight of a loop over tokens is counted once for each of them.")
+    print("Cycles: simulated (bound by the units alone).\n")
+    print("| loop | what it does | tokens | instructions / weights | a weight | " + " | ".join(MODELS) + " |")
+    print("|" + " --- |" * (5 + len(MODELS)))
+    assembly = {isa: compiled(isa) for isa in ("neon", "neon_bf16")}
+    for name, isa, weights, tokens, what in LOOPS:
+        print(row(f"{isa}: {name}", what, inner_loop(assembly[isa], symbol(name)), weights, tokens))
+    for file, function, weights, name in args.peer:
+        body = inner_loop(pathlib.Path(file).read_text(), function)
+        print(row(name, "", body, int(weights), 0))
+
+
+if __name__ == "__main__":
+    main()

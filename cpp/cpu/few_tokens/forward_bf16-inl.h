@@ -1,0 +1,66 @@
+// few_tokens_bf16: the forward in products of bfloat16, for processors that multiply these in pairs.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/code_tables.h"
+#include "cpp/cpu/few_tokens/forward-inl.h"
+#include "cpp/cpu/few_tokens/forward_float-inl.h"
+#include "cpp/cpu/few_tokens/products-inl.h"
+#include "cpp/cpu/isa/bf16_pairs.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+// x is bfloat16 as it comes, and the codes are rounded to it (Bf16CodeTable). A lane's eight products are summed before
+// a scale of W multiplies them. A token is refused whose values are so small that products could be subnormal, or so
+// large that sums could leave float32's range.
+template <class Order>
+struct Bf16Products {
+  using X = int16_t;  // the bits
+  static constexpr int kMaxTokens = kMaxBf16Tokens, kMaxPairedTokens = 0;
+  static constexpr bool kMayOverflow = true;  // where a scale of W is above kHugeScale
+
+  IntCodebook book{kBf16Codes.bits};
+  using Codes = IntCodes;
+  Codes codes(Chunk chunk) const { return decode(chunk, book, Order{}); }
+
+  template <int kRows>
+  static void multiply(const Codes (&codes)[kRows], const X* x, Floats (&product)[kRows]) {
+    unroll<kRows>([&](auto w) { product[w] = zero(); });
+    unroll<4>([&](auto s) {
+      const Pairs x_s = load_pairs(x + s * 2 * kLanes);
+      unroll<kRows>([&](auto w) { product[w] = dot(product[w], codes[w].v[s], x_s); });
+    });
+  }
+
+  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+    const uint32_t bits = largest_bits(x, chunks * kChunk);
+    if (bits && (bits < power_of_two_bits(-60) || bits > power_of_two_bits(60))) return false;
+    *scale = static_cast<float>(1.0 / kBf16Codes.per_one);
+    for (int64_t c = 0; c < chunks; ++c) {
+      Ints x_bits[kLaneWeights];
+      for (int i = 0; i < kLaneWeights; ++i) x_bits[i] = upper_halves(load(x + c * kChunk + i * kLanes));
+      store_in_code_order(x_bits, out + c * stride, Order{});
+    }
+    return true;
+  }
+};
+
+inline Outcome forward_bf16(const Pool& pool, const LinearProblem& p) {
+  if (p.w.k % kMinBlockSize == 0) return forward_else_float<bfloat16, Bf16Products<HalfOrder>>(pool, p);
+  return forward_else_float<bfloat16, Bf16Products<Bf16LaneOrder>>(pool, p);
+}
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

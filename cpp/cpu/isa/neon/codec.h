@@ -1,0 +1,246 @@
+// The vocabulary codec:: for NEON (ARMv8.0 Advanced SIMD). scalar/codec.h says what each name means.
+#pragma once
+
+#include <arm_neon.h>
+
+#include <cstdint>
+
+#include "cpp/cpu/isa/dynamic8_cells.h"
+#include "cpp/cpu/isa/neon/bfloat16.h"
+#include "cpp/cpu/isa/neon/tables.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/dtypes.h"
+#include "cpp/format/nf4.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace codec {
+
+inline constexpr int kLanes = 16;
+inline constexpr int kGroup = 2 * kLanes;
+
+using Floats = SixteenFloats;
+
+// operation(quarter of a, of b), for each of the four quarters.
+template <class Operation>
+inline Floats quarters(const Floats& a, const Floats& b, Operation operation) {
+  return {{operation(a.q[0], b.q[0]), operation(a.q[1], b.q[1]), operation(a.q[2], b.q[2]), operation(a.q[3], b.q[3])}};
+}
+
+inline Floats splat(float x) { return {{vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x), vdupq_n_f32(x)}}; }
+inline Floats load(const float* p) { return {{vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12)}}; }
+inline void store(float* p, const Floats& x) {
+  for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, x.q[i]);
+}
+inline Floats add(const Floats& a, const Floats& b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vaddq_f32(x, y); });
+}
+inline Floats sub(const Floats& a, const Floats& b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vsubq_f32(x, y); });
+}
+inline Floats mul(const Floats& a, const Floats& b) {
+  return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vmulq_f32(x, y); });
+}
+
+inline Floats clamp_to_one(const Floats& x) {
+  // The greater number of a NaN and -1 is -1, whose code is NaN's.
+  const Floats at_least = quarters(x, splat(-1.0f), [](float32x4_t a, float32x4_t b) { return vmaxnmq_f32(a, b); });
+  return quarters(at_least, splat(1.0f), [](float32x4_t a, float32x4_t b) { return vminnmq_f32(a, b); });
+}
+
+inline void accumulate(double* sums, const Floats& x) {
+  for (int i = 0; i < 4; ++i, sums += 4) {
+    vst1q_f64(sums, vaddq_f64(vld1q_f64(sums), vcvt_f64_f32(vget_low_f32(x.q[i]))));
+    vst1q_f64(sums + 2, vaddq_f64(vld1q_f64(sums + 2), vcvt_high_f64_f32(x.q[i])));
+  }
+}
+
+struct Pairs {
+  Floats even, odd;
+};
+inline Pairs load_pairs(const float* p) {
+  const float32x4x2_t a = vld2q_f32(p), b = vld2q_f32(p + 8), c = vld2q_f32(p + 16), d = vld2q_f32(p + 24);
+  return {{{a.val[0], b.val[0], c.val[0], d.val[0]}}, {{a.val[1], b.val[1], c.val[1], d.val[1]}}};
+}
+inline const uint16_t* words(const void* p) { return static_cast<const uint16_t*>(p); }
+inline Pairs load_pairs(const bfloat16* p) {
+  Pairs r;
+  for (int i = 0; i < 4; ++i) {
+    const uint32x4_t both = vreinterpretq_u32_u16(vld1q_u16(words(p + 8 * i)));
+    r.even.q[i] = vreinterpretq_f32_u32(vshlq_n_u32(both, 16));
+    r.odd.q[i] = vreinterpretq_f32_u32(vandq_u32(both, vdupq_n_u32(0xFFFF0000u)));
+  }
+  return r;
+}
+inline Pairs load_pairs(const float16* p) {
+  Pairs r;
+  for (int i = 0; i < 4; i += 2) {
+    const uint16x8x2_t both = vld2q_u16(words(p + 8 * i));
+    const float16x8_t even = vreinterpretq_f16_u16(both.val[0]), odd = vreinterpretq_f16_u16(both.val[1]);
+    r.even.q[i] = vcvt_f32_f16(vget_low_f16(even)), r.even.q[i + 1] = vcvt_high_f32_f16(even);
+    r.odd.q[i] = vcvt_f32_f16(vget_low_f16(odd)), r.odd.q[i + 1] = vcvt_high_f32_f16(odd);
+  }
+  return r;
+}
+
+// The low byte of each of 16 dwords.
+inline uint8x16_t low_bytes(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t d) {
+  const auto word = [](uint32x4_t x) { return vreinterpretq_u16_u32(x); };
+  const uint16x8_t low = vuzp1q_u16(word(a), word(b)), high = vuzp1q_u16(word(c), word(d));
+  return vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high));
+}
+
+// Codes by table and one comparison. [-1, 1] is cut into 31 cells of 1/15, so narrow that a cell holds at most one
+// decision boundary: TBL looks up the code at the lower end of a cell and the boundary in it, which is out of reach
+// where there is none.
+inline constexpr float kCellsPerOne = 15.0f;
+inline constexpr float kCellRounder = 8388608.0f + 16.0f;  // adding it leaves round(x) + 16 in the low bits
+struct Nf4Cells {
+  uint8_t code[32] = {};
+  uint8_t boundary[4][32] = {};  // byte p of each
+  bool separate = true;  // no cell holds two boundaries, and none is so near an edge that rounding could move it across
+
+  constexpr Nf4Cells() {
+    for (int cell = 0; cell < 32; ++cell) {
+      const double low = (cell - 16.5) / kCellsPerOne, high = (cell - 15.5) / kCellsPerOne;
+      int below = 0;
+      while (below < kCodes - 1 && kNf4.boundary[below] < low) ++below;
+      float inside = 2.0f;
+      if (below < kCodes - 1 && kNf4.boundary[below] < high) {
+        inside = kNf4.boundary[below];
+        separate &= inside - low > 1e-4 && high - inside > 1e-4;
+        separate &= below + 1 == kCodes - 1 || kNf4.boundary[below + 1] > high;
+      }
+      code[cell] = static_cast<uint8_t>(below);
+      for (int p = 0; p < 4; ++p)
+        boundary[p][cell] = static_cast<uint8_t>(__builtin_bit_cast(uint32_t, inside) >> (8 * p));
+    }
+  }
+};
+inline constexpr Nf4Cells kNf4Cells{};
+static_assert(kNf4Cells.separate);
+
+using Codes = uint8x16_t;
+inline Codes encode(const Floats& q) {
+  const auto cell_of = [](float32x4_t x) {
+    return vreinterpretq_u32_f32(vfmaq_f32(vdupq_n_f32(kCellRounder), x, vdupq_n_f32(kCellsPerOne)));
+  };
+  const uint8x16_t cell = low_bytes(cell_of(q.q[0]), cell_of(q.q[1]), cell_of(q.q[2]), cell_of(q.q[3]));
+  const auto of_cell = [cell](const uint8_t* table) {
+    const uint8x16x2_t entries = {{vld1q_u8(table), vld1q_u8(table + 16)}};
+    return vqtbl2q_u8(entries, cell);
+  };
+  const uint8x16_t b0 = of_cell(kNf4Cells.boundary[0]), b1 = of_cell(kNf4Cells.boundary[1]);
+  const uint8x16_t b2 = of_cell(kNf4Cells.boundary[2]), b3 = of_cell(kNf4Cells.boundary[3]);
+  const auto zip1 = [](uint8x16_t a, uint8x16_t b) { return vreinterpretq_u16_u8(vzip1q_u8(a, b)); };
+  const auto zip2 = [](uint8x16_t a, uint8x16_t b) { return vreinterpretq_u16_u8(vzip2q_u8(a, b)); };
+  const Floats boundary = {
+      {floats_of(vzip1q_u16(zip1(b0, b1), zip1(b2, b3))), floats_of(vzip2q_u16(zip1(b0, b1), zip1(b2, b3))),
+       floats_of(vzip1q_u16(zip2(b0, b1), zip2(b2, b3))), floats_of(vzip2q_u16(zip2(b0, b1), zip2(b2, b3)))}};
+  const uint8x16_t above = low_bytes(vcgtq_f32(q.q[0], boundary.q[0]), vcgtq_f32(q.q[1], boundary.q[1]),
+                                     vcgtq_f32(q.q[2], boundary.q[2]), vcgtq_f32(q.q[3], boundary.q[3]));
+  return vsubq_u8(of_cell(kNf4Cells.code), above);  // true is -1
+}
+inline void store_codes(uint8_t* codes, Codes c) { vst1q_u8(codes, c); }
+inline Floats values(Codes c) { return look_up(float_table(kNf4.value), c); }
+inline void store_packed(uint8_t* packed, Codes even, Codes odd) { vst1q_u8(packed, vsliq_n_u8(odd, even, 4)); }
+
+inline void store_dynamic8(uint8_t* codes, const Floats& q) {
+  using Cells = Dynamic8Cells;
+  uint32x4_t code[4];
+  for (int i = 0; i < 4; ++i) {
+    const int32x4_t bits = vreinterpretq_s32_f32(q.q[i]), sign = vshrq_n_s32(bits, 31);
+    const int32x4_t magnitude = vandq_s32(bits, vdupq_n_s32(INT32_MAX));
+    const int32x4_t above_least = vsubq_s32(magnitude, vdupq_n_s32(Cells::kLeastBits));
+    const int32x4_t place = vminq_s32(vmaxq_s32(above_least, vdupq_n_s32(0)), vdupq_n_s32(Cells::kRange));
+    int32_t cell[4], entry[4];
+    vst1q_s32(cell, vaddq_s32(vshrq_n_s32(place, Cells::kLowBits), vandq_s32(sign, vdupq_n_s32(Cells::kCells))));
+    for (int l = 0; l < 4; ++l) entry[l] = kDynamic8Cells.entry[cell[l]];
+    const int32x4_t low = veorq_s32(vandq_s32(place, vdupq_n_s32(Cells::kLowMask)), sign);
+    code[i] = vreinterpretq_u32_s32(vshrq_n_s32(vaddq_s32(vld1q_s32(entry), low), Cells::kLowBits));
+  }
+  vst1q_u8(codes, low_bytes(code[0], code[1], code[2], code[3]));
+}
+
+template <class T>
+class Largest {
+ public:
+  void see(const T* group) {
+    if constexpr (sizeof(T) == 4) {
+      for (int i = 0; i < kGroup; i += 4) {
+        const uint32x4_t bits = vreinterpretq_u32_f32(vld1q_f32(group + i));
+        dwords_ = vmaxq_u32(dwords_, vandq_u32(bits, vdupq_n_u32(0x7FFFFFFF)));
+      }
+    } else {
+      for (int i = 0; i < kGroup; i += 8) {
+        words_ = vmaxq_u16(words_, vandq_u16(vld1q_u16(words(group + i)), vdupq_n_u16(0x7FFF)));
+      }
+    }
+  }
+  float magnitude() const {
+    if constexpr (sizeof(T) == 4) {
+      return bits_float(vmaxvq_u32(dwords_));
+    } else {
+      return to_float(T{vmaxvq_u16(words_)});
+    }
+  }
+
+ private:
+  uint32x4_t dwords_ = vdupq_n_u32(0);
+  uint16x8_t words_ = vdupq_n_u16(0);
+};
+
+// As planes of bytes: four of them, or two of 16-bit values.
+template <class T>
+struct Table {
+  WordTable words;
+};
+template <>
+struct Table<float> {
+  FloatTable floats;
+};
+inline Floats scaled_code(float absmax) { return mul(load(kNf4.value), splat(absmax)); }
+template <class T>
+Table<T> make_table(float absmax);
+template <>
+inline Table<float> make_table(float absmax) {
+  const Floats x = scaled_code(absmax);
+  return {float_table(x.q[0], x.q[1], x.q[2], x.q[3])};
+}
+template <>
+inline Table<float16> make_table(float absmax) {
+  const Floats x = scaled_code(absmax);
+  const auto round = [](float32x4_t low, float32x4_t high) {
+    return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(low), high));
+  };
+  return {word_table(round(x.q[0], x.q[1]), round(x.q[2], x.q[3]))};
+}
+template <>
+inline Table<bfloat16> make_table(float absmax) {
+  const Floats x = scaled_code(absmax);
+  return {word_table(round_to_bfloat16(x.q[0], x.q[1]), round_to_bfloat16(x.q[2], x.q[3]))};
+}
+
+// Plain stores, whatever kStream asks for: a core that sees whole lines written one after another stops fetching them
+// first by itself.
+template <bool kStream, class T>
+inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
+  const uint8x16_t bytes = vld1q_u8(packed), high = high_nibbles(bytes), low = low_nibbles(bytes);
+  const uint8x16_t codes[2] = {vzip1q_u8(high, low), vzip2q_u8(high, low)};
+  for (int half = 0; half < 2; ++half, out += kLanes) {
+    if constexpr (sizeof(T) == 4) {
+      store(out, look_up(table.floats, codes[half]));
+    } else {
+      const Words words = look_up(table.words, codes[half]);
+      vst1q_u16(reinterpret_cast<uint16_t*>(out), words.low);
+      vst1q_u16(reinterpret_cast<uint16_t*>(out) + 8, words.high);
+    }
+  }
+}
+inline void finish_streaming() {}
+
+inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
+
+}  // namespace codec
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

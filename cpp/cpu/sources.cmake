@@ -1,0 +1,35 @@
+# What the CPU kernels are compiled from, for whoever compiles them: QLORA_CPU_SOURCES, each with its instruction set's
+# flags, and QLORA_CPU_DEFINITIONS.
+set(_cpu "${CMAKE_CURRENT_LIST_DIR}")
+file(GLOB QLORA_CPU_SOURCES CONFIGURE_DEPENDS "${_cpu}/*.cpp" "${_cpu}/*/*.cpp")
+set(_x86 0)
+set(_arm64 0)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
+  set(_x86 1)
+elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
+  set(_arm64 1)
+endif()
+if(NOT _x86)
+  list(FILTER QLORA_CPU_SOURCES EXCLUDE REGEX "isa_a[mv]x.*\\.cpp$")
+endif()
+if(NOT _arm64)
+  list(FILTER QLORA_CPU_SOURCES EXCLUDE REGEX "isa_neon.*\\.cpp$")
+endif()
+set(QLORA_CPU_DEFINITIONS QLORA_X86=${_x86} QLORA_ARM64=${_arm64})
+
+# The flags of each instruction set, which only its own file is compiled with. isa_*.cpp include intrinsics and our own
+# headers only: weak copies of std or torch templates compiled for a newer processor could be the ones the linker keeps.
+set(_avx2 -mavx2 -mfma -mf16c)
+set(_avx512 ${_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mprefer-vector-width=512)
+set(_avx512_bf16 ${_avx512} -mavx512bf16 -mavx512vnni)
+set(_amx_bf16 ${_avx512_bf16} -mamx-tile -mamx-bf16)
+set(_neon)
+set(_neon_bf16 -march=armv8-a+bf16)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+  # Before it allocates registers GCC moves loads to the head of a loop: where all are used, some are spilled for that.
+  list(APPEND _neon -fno-schedule-insns)
+  list(APPEND _neon_bf16 -fno-schedule-insns)
+endif()
+foreach(_isa avx2 avx512 avx512_bf16 amx_bf16 neon neon_bf16)
+  set_source_files_properties("${_cpu}/isa_${_isa}.cpp" PROPERTIES COMPILE_OPTIONS "${_${_isa}}")
+endforeach()

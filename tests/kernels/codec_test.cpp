@@ -1,0 +1,134 @@
+#include "tests/kernels/codec_test.h"
+
+#include <cmath>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "cpp/format/print_kernels.h"
+#include "tests/kernels/numbers.h"
+#include "tests/kernels/pools.h"
+#include "tests/kernels/problems.h"
+
+namespace kernels_test {
+namespace {
+
+using cpu::Kernels;
+using Bytes = std::vector<uint8_t>;
+
+constexpr int64_t kMostSearched = 5000;  // weights: a search encodes each some seventy times
+constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+
+template <class T>
+Bytes bytes_of(const std::vector<T>& values) {
+  const auto* first = reinterpret_cast<const uint8_t*>(values.data());
+  return Bytes(first, first + values.size() * sizeof(T));
+}
+
+enum class Values { kNormal, kWide, kAtBoundaries, kWithNonFinite };
+
+// Weights whose blocks are ordinary; of magnitudes all over the type's range, with blocks of zeros; on the codes'
+// decision boundaries and beside them; or with a NaN, a signalling NaN and infinities among them.
+Tensor weights(const CodecShape& s, DType dtype, Values values, Random& random) {
+  Matrix w(s.rows, s.columns);
+  for (size_t i = 0; i < w.value.size(); ++i) {
+    double& x = w.value[i];
+    const bool zero_block = i / static_cast<size_t>(s.block_size) % 3 == 1;
+    if (values == Values::kWide) {
+      x = zero_block ? 0 : random.normal() * std::exp2(80 * random.uniform() * (dtype == DType::kFloat16 ? -0.2 : -1));
+    } else if (values == Values::kAtBoundaries) {
+      float at = i % static_cast<size_t>(s.block_size) ? kNf4.boundary[random.bits() % 15] : 1.0f;
+      if (i % 3) at = std::nextafter(at, i % 3 == 1 ? -2.0f : 2.0f);
+      x = at * 0.5;  // whose scale divides without rounding
+    } else {
+      x = random.normal() * 0.05;
+    }
+    if (values == Values::kWithNonFinite && random.bits() % 97 == 0) {
+      const double strange[] = {INFINITY, -INFINITY, NAN, std::numeric_limits<float>::signaling_NaN()};
+      x = strange[random.bits() % 4];
+    }
+  }
+  return Tensor(dtype, w);
+}
+
+// Everything that a set's codec makes of a weight, one after the other.
+Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s, DType dtype, const Tensor& w,
+                 const std::vector<float>& importance, const std::vector<float>& feedback) {
+  const int64_t numel = s.rows * s.columns, blocks = ceil_div(numel, s.block_size);
+  const int64_t nested_blocks = ceil_div(blocks, s.nested_block_size);
+  Bytes all;
+  const auto keep = [&all](const auto& values) {
+    const Bytes some = bytes_of(values);
+    all.insert(all.end(), some.begin(), some.end());
+  };
+  Bytes packed(packed_bytes(numel));
+  std::vector<float> absmax(blocks), searched(blocks), decoded_absmax(blocks), nested_absmax(nested_blocks);
+  Bytes codes(blocks);
+  float nested_offset = 0;
+  set.quantize_nf4(pool, dtype, w.data(), numel, s.block_size, packed.data(), absmax.data());
+  keep(packed), keep(absmax);
+  set.quantize_absmax(pool, absmax.data(), blocks, s.nested_block_size, codes.data(), nested_absmax.data(),
+                      &nested_offset);
+  keep(codes), keep(nested_absmax), keep(std::vector<float>{nested_offset});
+  Scales plain, nested;
+  plain.absmax = absmax.data();
+  nested.codes = codes.data(), nested.nested_absmax = nested_absmax.data(), nested.nested_offset = &nested_offset;
+  plain.block_size = nested.block_size = s.block_size, nested.nested_block_size = s.nested_block_size;
+  set.dequantize_absmax(pool, nested, blocks, decoded_absmax.data());
+  keep(decoded_absmax);
+  for (const DType to : kTypes) {
+    for (const Scales* scales : {&plain, &nested}) {
+      Bytes out(numel * dtype_bytes(to));
+      set.dequantize_nf4(pool, packed.data(), *scales, numel, to, out.data());
+      keep(out);
+    }
+  }
+  if (numel <= kMostSearched) {
+    set.search_absmax_nf4(pool, dtype, w.data(), importance.data(), numel, s.columns, s.block_size, searched.data());
+    keep(searched);
+  }
+  // Scales that were not taken from these values: of either sign, and none.
+  std::vector<float> scales = decoded_absmax;
+  for (int64_t b = 0; b < blocks; ++b) scales[b] *= b % 5 == 3 ? -1.0f : b % 5 == 4 ? 0.0f : 1.0f;
+  set.encode_nf4(pool, dtype, w.data(), scales.data(), numel, s.block_size, packed.data());
+  keep(packed);
+  set.encode_nf4_stochastic(pool, dtype, w.data(), scales.data(), numel, s.block_size, 1234, packed.data());
+  keep(packed);
+  if (!feedback.empty()) {
+    std::vector<int64_t> order(s.columns);
+    std::iota(order.rbegin(), order.rend(), 0);
+    set.encode_nf4_with_feedback(pool, dtype, w.data(), scales.data(), s.rows, s.columns, s.block_size, feedback.data(),
+                                 order.data(), packed.data());
+    keep(packed);
+  }
+  return all;
+}
+
+}  // namespace
+
+void test_codec(const Kernels& set, Report* report) {
+  Random random(1);
+  for (const CodecShape& s : kCodecShapes) {
+    std::vector<float> importance(s.columns), feedback;
+    for (float& x : importance) x = static_cast<float>(random.uniform());
+    if (s.columns <= 400) {
+      feedback.resize(s.columns * s.columns);
+      for (int64_t i = 0; i < s.columns; ++i)
+        for (int64_t j = i; j < s.columns; ++j)
+          feedback[i * s.columns + j] = static_cast<float>(i == j ? 1 + random.uniform() : 0.1 * random.normal());
+    }
+    for (const DType dtype : kTypes) {
+      for (const Values values : {Values::kNormal, Values::kWide, Values::kAtBoundaries, Values::kWithNonFinite}) {
+        const Tensor w = weights(s, dtype, values, random);
+        const Bytes plain = everything(cpu::scalar_kernels(), kOneThread, s, dtype, w, importance, feedback);
+        const std::string what = "codec of " + std::to_string(s.rows) + " x " + std::to_string(s.columns) + " " +
+                                 dtype_name(dtype) + " in blocks of " + std::to_string(s.block_size) + ", values " +
+                                 std::to_string(static_cast<int>(values));
+        report->check(everything(set, kOneThread, s, dtype, w, importance, feedback) == plain, what);
+        report->check(everything(set, kPieces, s, dtype, w, importance, feedback) == plain, what + ", in pieces");
+      }
+    }
+  }
+}
+
+}  // namespace kernels_test

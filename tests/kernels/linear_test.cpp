@@ -1,0 +1,275 @@
+#include "tests/kernels/linear_test.h"
+
+#include <cmath>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cpp/cpu/check.h"
+#include "cpp/cpu/shared/dropout.h"
+#include "cpp/cpu/tuning.h"
+#include "cpp/format/grouped.h"
+#include "cpp/format/print_kernels.h"
+#include "tests/kernels/accuracy.h"
+#include "tests/kernels/numbers.h"
+#include "tests/kernels/pools.h"
+#include "tests/kernels/problems.h"
+
+namespace kernels_test {
+namespace {
+
+using cpu::Kernel;
+using cpu::Kernels;
+using cpu::KernelsFor;
+using cpu::Outcome;
+
+constexpr int64_t kRowsBefore = 5;  // of the first expert, where the problem is the second one's
+constexpr double kScaling = 0.5;
+
+// A stack of two packed weights, of which a problem has one.
+class PackedWeights {
+ public:
+  PackedWeights(const LinearShape& s, Random& random) {
+    const cpu::Kernels& plain = cpu::scalar_kernels();
+    const int64_t numel = s.n * s.k, blocks = ceil_div(numel, s.block_size);
+    const int64_t nested_blocks = ceil_div(blocks, kNestedBlockSize);
+    packed_.resize(2 * packed_bytes(numel)), absmax_.resize(2 * blocks), codes_.resize(2 * blocks);
+    nested_absmax_.resize(2 * nested_blocks), nested_offset_.resize(2);
+    for (int expert = 0; expert < 2; ++expert) {
+      std::vector<float> w(numel);
+      for (float& x : w) x = static_cast<float>(random.normal() * 0.05);
+      float* const absmax = absmax_.data() + expert * blocks;
+      plain.quantize_nf4(kOneThread, DType::kFloat32, w.data(), numel, s.block_size,
+                         packed_.data() + expert * packed_bytes(numel), absmax);
+      plain.quantize_absmax(kOneThread, absmax, blocks, kNestedBlockSize, codes_.data() + expert * blocks,
+                            nested_absmax_.data() + expert * nested_blocks, &nested_offset_[expert]);
+    }
+    weight_.n = s.n, weight_.k = s.k, weight_.packed = packed_.data();
+    weight_.scales.block_size = s.block_size, weight_.scales.nested_block_size = kNestedBlockSize;
+    if (s.double_quant) {
+      weight_.scales.codes = codes_.data(), weight_.scales.nested_absmax = nested_absmax_.data();
+      weight_.scales.nested_offset = nested_offset_.data();
+    } else {
+      weight_.scales.absmax = absmax_.data();
+    }
+    const WeightStride stride = weight_stride(weight_);
+    const int expert = s.second_expert;
+    weight_.packed += expert * stride.packed_bytes;
+    weight_.scales = expert_scales(weight_.scales, stride, expert);
+  }
+  PackedWeights(const PackedWeights&) = delete;
+
+  const Weight& weight() const { return weight_; }
+  Matrix decoded() const {
+    std::vector<float> w(weight_.n * weight_.k);
+    cpu::scalar_kernels().dequantize_nf4(kOneThread, weight_.packed, weight_.scales, static_cast<int64_t>(w.size()),
+                                         DType::kFloat32, w.data());
+    Matrix m(weight_.n, weight_.k);
+    for (size_t i = 0; i < w.size(); ++i) m.value[i] = w[i];
+    return m;
+  }
+
+ private:
+  static constexpr int64_t kNestedBlockSize = 16;
+  std::vector<uint8_t> packed_, codes_;
+  std::vector<float> absmax_, nested_absmax_, nested_offset_;
+  Weight weight_;
+};
+
+double magnitude(Inputs inputs, DType dtype) {
+  const bool is_float16 = dtype == DType::kFloat16;
+  return inputs == Inputs::kTiny   ? (is_float16 ? 1e-6 : 1e-37)
+         : inputs == Inputs::kHuge ? (is_float16 ? 1e3 : 1e34)
+                                   : 1;
+}
+
+Matrix inputs(const LinearShape& s, int64_t rows, int64_t columns, DType dtype, Random& random) {
+  Matrix m(rows, columns);
+  for (size_t i = 0; i < m.value.size(); ++i) {
+    m.value[i] = random.normal() * magnitude(s.inputs, dtype);
+    if (s.inputs == Inputs::kOutliers && random.bits() % 61 == 0) m.value[i] *= 1e4;
+    m.value[i] = rounded(m.value[i], dtype);
+  }
+  return m;
+}
+
+Matrix factor(int64_t rows, int64_t columns, double size, DType dtype, Random& random) {
+  Matrix m(rows, columns);
+  for (double& x : m.value) x = rounded(random.normal() * size, dtype);
+  return m;
+}
+
+class LinearTest {
+ public:
+  LinearTest(const Kernels& set, Report* report) : set_(set), report_(report) {}
+
+  void run(const LinearShape& s, DType dtype) {
+    Random random(static_cast<uint64_t>(s.m * 1000003 + s.n * 1009 + s.k));
+    const PackedWeights weights(s, random);
+    const int64_t m = s.m, n = s.n, k = s.k, r = s.rank;
+    const double grow = s.inputs == Inputs::kNormal || s.inputs == Inputs::kOutliers ? 1 : magnitude(s.inputs, dtype);
+    const Matrix x = inputs(s, m, k, dtype, random), dy = inputs(s, m, n, dtype, random);
+    const Matrix a = factor(r, k, 1 / std::sqrt(static_cast<double>(k)), dtype, random);
+    const Matrix b = factor(n, r, 0.2, dtype, random), bias = factor(1, n, grow, dtype, random);
+    Lora lora;
+    const Tensor a_tensor(dtype, a), b_tensor(dtype, b), bias_tensor(dtype, bias);
+    lora.a = a_tensor.data(), lora.b = b_tensor.data(), lora.rank = r, lora.scaling = kScaling;
+    lora.dropout = make_dropout(s.dropout, 77);
+    lora.dropout.first = s.second_expert ? kRowsBefore * k : 0;
+    Matrix mask(m, k), dropped_x = x;
+    for (int64_t i = 0; i < m * k; ++i) {
+      mask.value[i] = r && cpu::dropped(lora.dropout, i) ? 0 : lora.dropout.keep_scale;
+      dropped_x.value[i] *= mask.value[i];
+    }
+    const Operand w = weight(weights.decoded(), dtype);
+    const Operand h = as_operand(low_rank(dropped_x, transposed(a), kScaling, dtype));
+    const Operand g = as_operand(low_rank(dy, b, kScaling, dtype));
+
+    LinearProblem forward;
+    const Tensor x_tensor(dtype, x), dy_tensor(dtype, dy);
+    forward.dtype = dtype, forward.m = m, forward.x = x_tensor.data(), forward.w = weights.weight();
+    forward.bias = s.bias ? bias_tensor.data() : nullptr, forward.lora = lora;
+    std::vector<Product> products = {{given(x), transposed(w), {}}};
+    if (r) products.push_back({h, given(transposed(b)), {}});
+    check("linear_nf4", set_.forward, cpu::linear_nf4, forward,
+          {{m, n, sums(products, s.bias ? bias.value : std::vector<double>{}, dtype)}, {m, r, expected(h)}},
+          [](LinearProblem* p, std::vector<Tensor>& out) { p->y = out[0].data(), p->h = out[1].data(); });
+
+    LinearDxProblem dx;
+    dx.dtype = dtype, dx.m = m, dx.dy = dy_tensor.data(), dx.w = weights.weight(), dx.lora = lora;
+    products = {{given(dy), w, {}}};
+    if (r) products.push_back({g, given(a), mask});
+    check("linear_nf4_dx", set_.dx, cpu::linear_nf4_dx, dx, {{m, k, sums(products, {}, dtype)}, {m, r, expected(g)}},
+          [](LinearDxProblem* p, std::vector<Tensor>& out) { p->dx = out[0].data(), p->g = out[1].data(); });
+
+    if (r == 0) return;
+    LoraGradProblem dlora;
+    dlora.dtype = dtype, dlora.m = m, dlora.n = n, dlora.k = k, dlora.x = x_tensor.data(), dlora.dy = dy_tensor.data();
+    dlora.lora = lora;
+    const auto set_out = [](LoraGradProblem* p, std::vector<Tensor>& out) {
+      p->da = out[0].data(), p->db = out[1].data();
+    };
+    // A gradient is a product of two of them, which float16 does not hold.
+    if (s.inputs == Inputs::kHuge || (s.inputs == Inputs::kOutliers && dtype == DType::kFloat16)) return;
+    check("linear_nf4_dlora", set_.dlora, cpu::linear_nf4_dlora, dlora,
+          {{r, k, sums({{transposed(g), given(dropped_x), {}}}, {}, dtype)},
+           {n, r, sums({{given(transposed(dy)), h, {}}}, {}, dtype)}},
+          set_out);
+    const Matrix given_h = factor(m, r, 1, dtype, random), given_g = factor(m, r, 1, dtype, random);
+    const Tensor h_tensor(dtype, given_h), g_tensor(dtype, given_g);
+    dlora.h = h_tensor.data(), dlora.g = g_tensor.data();
+    check("linear_nf4_dlora of given h and g", set_.dlora, cpu::linear_nf4_dlora, dlora,
+          {{r, k, sums({{given(transposed(given_g)), given(dropped_x), {}}}, {}, dtype)},
+           {n, r, sums({{given(transposed(dy)), given(given_h), {}}}, {}, dtype)}},
+          set_out);
+  }
+
+  // A NaN or an infinity among x reaches its own token and no other.
+  void run_non_finite(DType dtype) {
+    const LinearShape s = {4, 40, 192, 4, 64, true, 0.0, true, false};
+    Random random(5);
+    const PackedWeights weights(s, random);
+    Matrix x = inputs(s, s.m, s.k, dtype, random);
+    x.at(1, 70) = NAN, x.at(3, 5) = INFINITY;
+    const Matrix a = factor(s.rank, s.k, 0.1, dtype, random), b = factor(s.n, s.rank, 0.2, dtype, random);
+    const Tensor x_tensor(dtype, x), a_tensor(dtype, a), b_tensor(dtype, b);
+    LinearProblem p;
+    p.dtype = dtype, p.m = s.m, p.x = x_tensor.data(), p.w = weights.weight();
+    p.lora.a = a_tensor.data(), p.lora.b = b_tensor.data(), p.lora.rank = s.rank;
+    for (const Kernel kernel : cpu::kKernels) {
+      const auto run = run_of(set_.forward, kernel);
+      if (!run || !accepts(kernel, p)) continue;
+      Tensor y(dtype, s.m, s.n);
+      p.y = y.data();
+      if (run(kOneThread, p) != Outcome::kDone) continue;
+      const Matrix out = y.matrix();
+      bool right = true;
+      for (int64_t i = 0; i < s.m; ++i)
+        for (int64_t j = 0; j < s.n; ++j) right &= std::isfinite(out.at(i, j)) == (i % 2 == 0);
+      report_->check(
+          right, std::string("NaN and infinity of linear_nf4 by ") + kernel_name(kernel) + ", " + dtype_name(dtype));
+    }
+  }
+
+  // How many results each kernel has given, by operator and name.
+  const std::map<std::string, int>& served() const { return served_; }
+
+ private:
+  struct Output {
+    int64_t rows, columns;
+    Expected expected;
+  };
+
+  static Expected expected(const Operand& o) { return {o.exact, o.formula, o.error, o.noise}; }
+
+  template <class Problem>
+  static typename KernelsFor<Problem>::Run run_of(const KernelsFor<Problem>& kernels, Kernel kernel) {
+    switch (kernel) {
+      case Kernel::kFewTokensInt:
+        return kernels.few_tokens_int;
+      case Kernel::kFewTokensBf16:
+        return kernels.few_tokens_bf16;
+      case Kernel::kFewTokensFloat:
+        return kernels.few_tokens_float;
+      case Kernel::kManyTokensTiles:
+        return kernels.many_tokens_tiles;
+      case Kernel::kManyTokensBf16:
+        return kernels.many_tokens_bf16;
+      case Kernel::kManyTokensFloat:
+        return kernels.many_tokens_float;
+      case Kernel::kFloat64:
+        break;
+    }
+    return kernels.float64;
+  }
+
+  template <class Problem, class SetOut>
+  void check(const std::string& op, const KernelsFor<Problem>& kernels,
+             cpu::Error (*chosen)(const cpu::Pool&, const Problem&), Problem p, const std::vector<Output>& outputs,
+             const SetOut& set_out) {
+    const auto attempt = [&](const std::string& name, const auto& run) {
+      std::vector<Tensor> whole, pieces;
+      for (const Output& o : outputs) {
+        whole.emplace_back(p.dtype, o.rows, o.columns);
+        pieces.emplace_back(p.dtype, o.rows, o.columns);
+      }
+      set_out(&p, whole);
+      if (run(kOneThread) != Outcome::kDone) return;
+      set_out(&p, pieces);
+      run(kPieces);
+      const std::string what = op + " of " + problem_text(p) + " by " + name;
+      for (size_t i = 0; i < outputs.size(); ++i) {
+        const std::string wrong = failure(whole[i].matrix(), outputs[i].expected);
+        report_->check(wrong.empty(), what + ", output " + std::to_string(i) + ": " + wrong);
+        report_->check(whole[i] == pieces[i], what + ": its bits depend on how the work is cut");
+        report_->check(whole[i].intact() && pieces[i].intact(), what + " writes beyond its output");
+      }
+      ++served_[op + " by " + name];
+    };
+    for (const Kernel kernel : cpu::kKernels) {
+      const auto run = run_of(kernels, kernel);
+      if (run && accepts(kernel, p)) attempt(kernel_name(kernel), [&](const cpu::Pool& pool) { return run(pool, p); });
+    }
+    attempt("choice", [&](const cpu::Pool& pool) {
+      cpu::check(chosen(pool, p));
+      return Outcome::kDone;
+    });
+  }
+
+  const Kernels& set_;
+  Report* report_;
+  std::map<std::string, int> served_;
+};
+
+}  // namespace
+
+void test_linear(const Kernels& set, Report* report) {
+  LinearTest test(set, report);
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const LinearShape& s : kLinearShapes) test.run(s, dtype);
+    test.run_non_finite(dtype);
+  }
+  for (const auto& [name, count] : test.served()) std::printf("  %s: %d problems\n", name.c_str(), count);
+}
+
+}  // namespace kernels_test

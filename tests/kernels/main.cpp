@@ -1,0 +1,53 @@
+// Tests an instruction set's kernels, without Python and torch, so that it can be compiled for another processor and
+// emulated:
+//
+//   kernels_test --sets       prints the sets that this processor has
+//   kernels_test SET          the set is used where QLORA_CPU_ISA asks for it, and its kernels give what they should
+//   kernels_test --best SET   it is the one in use by default
+//   kernels_test --lacks SET  this processor has it not, and says so
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/isa/isa.h"
+#include "tests/kernels/codec_test.h"
+#include "tests/kernels/linear_test.h"
+#include "tests/kernels/report.h"
+
+namespace {
+
+using namespace qlora::cpu;
+
+int fail(const char* text, const char* name) {
+  std::printf("FAILED %s: %s\n", name, text);
+  return 1;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2 && std::strcmp(argv[1], "--sets") == 0) {
+    for (const Isa* isa : kIsas)
+      if (supported(*isa)) std::printf("%s\n", isa->name);
+    return 0;
+  }
+  const char* const option = argc == 3 ? argv[1] : "";
+  if (argc < 2 || argc > 3) return fail("expected --sets, a set, --best SET or --lacks SET", argv[0]);
+  const char* const name = argv[argc - 1];
+  if (std::strcmp(option, "--best") != 0) setenv("QLORA_CPU_ISA", name, 1);
+  if (std::strcmp(option, "--lacks") == 0) return isa_error() ? 0 : fail("it is there", name);
+  if (const char* error = isa_error()) return fail(error, name);
+  if (std::strcmp(current_isa().name, name) != 0) return fail("another set is in use", name);
+  if (*option) return 0;
+
+  const Kernels* set = nullptr;
+  for (const auto table : kTables)
+    if (table().isa == &current_isa()) set = &table();
+  if (!set) return fail("it has no table of kernels", name);
+  kernels_test::Report report;
+  test_codec(*set, &report);
+  test_linear(*set, &report);
+  std::printf("%s: %d checks, %d failed\n", name, report.checks, report.failures);
+  return report.failures ? 1 : 0;
+}
