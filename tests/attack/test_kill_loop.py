@@ -25,11 +25,9 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 from tqdm import tqdm
 
+from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
 from qlora_ext.cli import main
 from qlora_ext.cli.checkpoints import newest_checkpoint
-from test_cli import SMALL, Paths, adapter_bytes, base, here, paths, read_lines
-
-__all__ = ["paths"]  # a fixture
 
 pytestmark = pytest.mark.slow
 

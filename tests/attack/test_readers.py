@@ -24,12 +24,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from commands import Paths
 from mutations import mutate_bytes, mutate_json
 from qlora_ext.cli import main
-from test_cli import Paths, paths, whole_run
 from test_cli_whole import tiny_gguf
 
-__all__ = ["paths", "tiny_gguf", "whole_run"]  # fixtures
+__all__ = ["tiny_gguf"]  # fixtures
 
 COUNT = int(os.environ.get("QLORA_ATTACK", "4"))
 SEED = os.environ.get("QLORA_ATTACK_SEED", "0")
