@@ -31,7 +31,7 @@ from qlora_ext.cli.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("QLORA_ATTACK", "6"))
+KILLS = int(os.environ.get("QLORA_ATTACK", "4"))
 SEED = int(os.environ.get("QLORA_ATTACK_SEED", random.SystemRandom().randrange(1 << 32)))
 RUN = [*SMALL, "--max-steps", "4", "--save-steps", "1"]
 _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree", "open"}
