@@ -16,6 +16,7 @@ from torch import Tensor
 import reference
 from accuracy import assert_accurate, rounded
 from samples import LinearSample, linear_sample, relative_error, to_f64
+from test_linear_dx_sm90_cuda import of_each_tile
 
 pytestmark = [
     pytest.mark.cuda,
@@ -51,8 +52,7 @@ def check(s: LinearSample) -> None:
     assert_accurate(y, s.forward_accuracy())
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize(("m", "n", "k"), SHAPES)
+@pytest.mark.parametrize(("m", "n", "k", "dtype"), of_each_tile(SHAPES))
 def test_shapes(m: int, n: int, k: int, dtype: torch.dtype) -> None:
     check(linear_sample(m, n, k, 16, dtype, "cuda", dropout_p=0.1))
 
