@@ -25,14 +25,14 @@ CONTEXT.set_forkserver_preload(
 
 
 def _run(arguments: list[str], told: list[str], before: Callable[[], object] | None) -> None:
-    import torch
-
-    from qlora_ext.cli import main
-
     for number, path in enumerate(told, start=1):
         file = os.open(path, os.O_WRONLY)
         os.dup2(file, number)
         os.close(file)
+    import torch
+
+    from qlora_ext.cli import main
+
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it puts in the background
     torch.set_num_threads(1)  # a step of a tiny model is too short to share, least of all on a busy machine
     if before is not None:
