@@ -63,7 +63,7 @@ def test_every_rank_with_dropout(m: int, rank: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("m", [4, 16])
 def test_a_wide_model_without_a_split(m: int) -> None:
     """More rows than there are multiprocessors for: every CTA goes through several stages."""
-    s = linear_sample(m, 128 * 140, 1280, rank=4, dtype=torch.bfloat16, device="cuda", block_size=128)
+    s = linear_sample(m, 128 * 140, 640, rank=4, dtype=torch.bfloat16, device="cuda", block_size=128)
     y, expected = run(s), s.forward_accuracy()
     assert_accurate(y, expected)
 
