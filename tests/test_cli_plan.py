@@ -19,7 +19,7 @@ from qlora_ext.cli.files import write_json
 SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
 
 LEVERS = ["none", "chunked_loss", "grad_checkpointing"]
-BATCH = {"batch_size": 4, "seq_len": 512}
+BATCH = {"batch_size": 2, "seq_len": 512}
 
 # A real step of the planned job with each lever; prints by how many bytes memory rose above what model and optimizer
 # hold.
