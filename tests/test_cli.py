@@ -1,15 +1,14 @@
-"""The console command, driven as a process on a tiny random Llama and text of our own."""
+"""The console command on a tiny random Llama and text of our own."""
 
 from __future__ import annotations
 
+import functools
 import json
-import os
 import pathlib
 import random
 import resource
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -18,75 +17,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from commands import RUN, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
 from qlora_ext.cli import main
-from tiny_models import save_tiny_llama
-
-Paths = dict[str, pathlib.Path]
-COMMAND = [sys.executable, "-c", "import sys; from qlora_ext.cli import main; sys.exit(main())"]
-# Adapters of rank 2 on short texts; more than one epoch, dropout, and steps that no checkpoint falls on.
-SMALL = ["--rank", "2", "--seq-len", "48", "--batch-size", "2", "--lr", "0.003", "--dropout", "0.1", "--eval-size", "4"]
-RUN = [*SMALL, "--max-steps", "11", "--save-steps", "4"]
-
-
-def environment() -> dict[str, str]:
-    # One thread: a step of the tiny model is too short to share, least of all on a busy machine.
-    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment(), timeout=300, **options
-    )
-
-
-def here(*arguments: object) -> None:
-    """The command in this process, for where a process of its own would only cost time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        assert main([str(argument) for argument in arguments]) == 0
-    finally:
-        torch.set_num_threads(threads)
-
-
-def base(paths: Paths) -> list[object]:
-    return ["--model", paths["model"], "--data", paths["data"]]
-
-
-def finetune(paths: Paths, output: pathlib.Path, *more: object) -> subprocess.CompletedProcess[str]:
-    return command("finetune", *base(paths), "--output", output, *more)
-
-
-def adapter_bytes(run: pathlib.Path) -> bytes:
-    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def read_lines(path: pathlib.Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-@pytest.fixture(scope="session")
-def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    """A model, another of the same shape, and pairs to learn: counting on from a number."""
-    root = tmp_path_factory.mktemp("cli")
-    save_tiny_llama(root / "model", 0)
-    save_tiny_llama(root / "other", 1)
-    numbers = random.Random(0)
-    with (root / "pairs.jsonl").open("w") as file:
-        for i in range(18):
-            counted = " ".join(str(i + j) for j in range(numbers.randint(3, 9)))
-            file.write(json.dumps({"prompt": f"count {i}", "completion": counted}) + "\n")
-    return {"root": root, "model": root / "model", "other": root / "other", "data": root / "pairs.jsonl"}
-
-
-@pytest.fixture(scope="session")
-def whole_run(paths: Paths) -> pathlib.Path:
-    """A run that nothing interrupted."""
-    run = paths["root"] / "whole"
-    result = finetune(paths, run, *RUN)
-    assert result.returncode == 0, result.stderr
-    (run / "stdout.txt").write_text(result.stdout)
-    return run
 
 
 def test_finetune_tells_what_it_did(whole_run: pathlib.Path) -> None:
@@ -121,34 +53,11 @@ def test_evaluation_changes_nothing(paths: Paths, whole_run: pathlib.Path) -> No
     assert adapter_bytes(run) == adapter_bytes(whole_run)
 
 
-def start(paths: Paths, run: pathlib.Path, *more: str) -> subprocess.Popen[bytes]:
-    arguments = ["finetune", *base(paths), "--output", run, *RUN, *more]
-    return subprocess.Popen(
-        [*COMMAND, *map(str, arguments)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        env=environment(),
-        # Ctrl-C must work whatever these tests inherited: a shell starts what it puts in the background without it.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def wait_for_step(process: subprocess.Popen[bytes], run: pathlib.Path, step: int) -> None:
-    deadline = time.monotonic() + 120
-    metrics = run / "metrics.jsonl"
-    while time.monotonic() < deadline and process.poll() is None:
-        if metrics.is_file() and max(line["step"] for line in read_lines(metrics)) >= step:
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"step {step} was not reached (exit code {process.poll()})")
-
-
 def test_killed_and_resumed_gives_the_same_adapter(paths: Paths, whole_run: pathlib.Path) -> None:
     run = paths["root"] / "killed"
     process = start(paths, run)
     wait_for_step(process, run, 6)
     process.kill()
-    process.communicate()
     assert not (run / "adapter").exists()
     result = command("finetune", "--output", run, "--resume")
     assert result.returncode == 0, result.stderr
@@ -162,12 +71,12 @@ def test_ctrl_c_says_how_to_go_on(paths: Paths) -> None:
     run = paths["root"] / "interrupted"
     process = start(paths, run)
     wait_for_step(process, run, 5)
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "step 4 is saved" in stderr.decode() or "step 8 is saved" in stderr.decode()
-    assert f"--output {run} --resume" in stderr.decode()
-    assert b"Traceback" not in stderr
+    process.send(signal.SIGINT)
+    result = process.wait(60)
+    assert result.returncode == 130
+    assert "step 4 is saved" in result.stderr or "step 8 is saved" in result.stderr
+    assert f"--output {run} --resume" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.slow
@@ -187,7 +96,6 @@ def test_killed_again_and_again(paths: Paths, whole_run: pathlib.Path) -> None:
             time.sleep(0.002)
         time.sleep(moments.uniform(0.0, 0.8))
         process.kill()
-        process.communicate()
         for checkpoint in run.glob("checkpoint-*"):
             safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
             torch.load(checkpoint / "optimizer.pt", weights_only=True)
@@ -257,25 +165,6 @@ def test_help_names_every_command() -> None:
     assert result.returncode == 0
     for name in ("finetune", "generate", "quantize", "merge", "info"):
         assert name in result.stdout
-
-
-@pytest.fixture
-def refused(capfd: pytest.CaptureFixture[str]):
-    """Runs the command in this process; it must end with exit code 2 and one sentence, which is returned."""
-
-    def run(*arguments: object) -> str:
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as stop:  # argparse
-            status = stop.code
-        out, err = capfd.readouterr()
-        assert status == 2, err
-        assert err.count("\n") == 1, err
-        assert err.startswith("qlora-ext")
-        assert "Traceback" not in out + err
-        return err
-
-    return run
 
 
 def test_bad_numbers_and_names(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
@@ -399,13 +288,6 @@ def test_a_run_is_not_overwritten(refused, paths: Paths, whole_run: pathlib.Path
     assert adapter_bytes(whole_run) == before
 
 
-def limit_file_size(size: int):
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-    return limit
-
-
 @pytest.mark.parametrize("step", ["adapter", "model"])
 def test_a_write_that_fails_leaves_nothing(paths: Paths, tmp_path: pathlib.Path, step: str) -> None:
     """A limit on file sizes stands for a disk that fills up while a large file is written."""
@@ -414,7 +296,8 @@ def test_a_write_that_fails_leaves_nothing(paths: Paths, tmp_path: pathlib.Path,
         arguments = ["finetune", "--model", paths["model"], "--data", paths["data"], "--output", output, *RUN]
     else:
         arguments = ["quantize", "--model", paths["model"], "--output", output]
-    result = command(*arguments, preexec_fn=limit_file_size(10_000))
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    result = command(*arguments, before=limit)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
     assert str(output) in result.stderr
@@ -434,7 +317,7 @@ def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
         assert result.returncode == 2, result.stderr
         assert "full" in result.stderr
         assert not list(small.iterdir())
-        result = finetune(paths, small / "run", *RUN)
+        result = command("finetune", *base(paths), "--output", small / "run", *RUN)
         assert result.returncode == 2, result.stderr
         assert "full" in result.stderr
         assert not list(small.rglob("*.safetensors"))

@@ -20,10 +20,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import chat_templates
+from commands import COMMAND, Paths, environment
 from qlora_ext.cli import main
-from test_cli import COMMAND, Paths, environment, paths, refused, whole_run
-
-__all__ = ["paths", "refused", "whole_run"]  # fixtures
 
 
 @pytest.fixture(scope="module")

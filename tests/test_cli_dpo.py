@@ -15,9 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("trl", reason="TRL is not installed")
 
-from test_cli import Paths, adapter_bytes, here, paths, read_lines, refused
-
-__all__ = ["paths", "refused"]  # fixtures
+from commands import Paths, adapter_bytes, here, read_lines
 
 RUN = ["--rank", "4", "--seq-len", "64", "--batch-size", "4", "--lr", "0.01", "--eval-size", "4", "--max-steps", "6"]
 

@@ -130,7 +130,7 @@ def test_killed_while_it_recovers(place: pathlib.Path) -> None:
             second += 1
         if ended:
             break
-        first += 3
+        first += 5
     assert first > 10
 
 

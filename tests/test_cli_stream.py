@@ -7,8 +7,6 @@ import json
 import os
 import pathlib
 import signal
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
+from forks import Command
 from qlora_ext.cli import families, fitting, main, search
 from qlora_ext.cli.commands import finetune
 from qlora_ext.cli.memory import job_of, split, tops
@@ -152,30 +151,24 @@ def test_quantize_leaves_nothing_but_the_model(dense: pathlib.Path, tmp_path: pa
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), resident(dense))
 
 
-KILLED = """
-import os, signal, sys
-from qlora_ext.cli import families, fitting, main, search
-from qlora_ext.integrations.transformers import spill
-put = spill.Spill.put
-count = 0
-def killing(self, name, w4):
-    global count
-    count += 1
-    if count == 6:
-        (self.directory / "half.partial").write_bytes(b"half")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return put(self, name, w4)
-spill.Spill.put = killing
-main(sys.argv[1:])
-"""
+def killed_at_the_sixth_weight() -> None:
+    """Has this process die before it keeps the sixth weight, half of which it has written."""
+    put, kept = spill.Spill.put, []
+
+    def killing(self: Any, name: str, w4: Any) -> None:
+        if len(kept) == 5:
+            (self.directory / "half.partial").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        kept.append(put(self, name, w4))
+
+    spill.Spill.put = killing
 
 
 def test_a_killed_quantize_goes_on(
     dense: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = quantize(dense, tmp_path / "out")
-    killed = subprocess.run([sys.executable, "-c", KILLED, *command], env=os.environ)
-    assert killed.returncode == -signal.SIGKILL
+    assert Command(*command, before=killed_at_the_sixth_weight).wait().returncode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     made: list[str] = []
     put = spill.Spill.put
@@ -192,7 +185,7 @@ def test_what_was_left_of_another_checkpoint_is_not_taken(dense: pathlib.Path, t
     other.mkdir()
     save_tiny_llama(other, seed=1)
     command = quantize(dense, tmp_path / "out")
-    subprocess.run([sys.executable, "-c", KILLED, *command], env=os.environ)
+    Command(*command, before=killed_at_the_sixth_weight).wait()
     assert (tmp_path / "out.weights").is_dir()
     assert main(quantize(other, tmp_path / "out")) == 0
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), resident(other))
@@ -221,7 +214,7 @@ def test_a_full_disk_keeps_what_is_done(
 
 def test_a_damaged_weight_is_quantized_again(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     command = quantize(dense, tmp_path / "out")
-    subprocess.run([sys.executable, "-c", KILLED, *command], env=os.environ)
+    Command(*command, before=killed_at_the_sixth_weight).wait()
     for file in (tmp_path / "out.weights").glob("*.safetensors"):
         os.truncate(file, file.stat().st_size - 1)
     assert main(command) == 0

@@ -14,11 +14,11 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from commands import SMALL, Paths, base, here
 from qlora_ext.cli import main
-from test_cli import SMALL, Paths, base, here, paths, refused, whole_run
 from test_cli_whole import adapter, change_json, model
 
-__all__ = ["adapter", "model", "paths", "refused", "whole_run"]  # fixtures
+__all__ = ["adapter", "model"]  # fixtures
 
 ESCAPE = "\x1b[2J\x1b]0;owned\x07"
 DEEP = "[" * 100_000

@@ -13,9 +13,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from test_cli import SMALL, Paths, here, paths, refused, whole_run
-
-__all__ = ["paths", "refused", "whole_run"]  # fixtures
+from commands import SMALL, Paths, here
 
 
 @pytest.mark.parametrize(

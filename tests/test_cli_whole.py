@@ -16,11 +16,9 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file, save_file
 
+from commands import Paths
 from qlora_ext.cli import main
-from test_cli import Paths, paths, refused, whole_run
 from tiny_models import make
-
-__all__ = ["paths", "refused", "whole_run"]  # fixtures
 
 
 def change_weights(directory: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import qlora_ext
 from qlora_ext.integrations.peft import LoraLinear4bit, check_base
 from qlora_ext.streaming import streaming_of
-from test_cli import save_tiny_llama
+from tiny_models import save_tiny_llama
 
 COUNTING = [" ".join(str(i + j) for j in range(6)) for i in range(16)]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import multiprocessing.connection
 import os
 import pathlib
@@ -16,17 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Forked from a server that has imported what is slow to import, and started no thread.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    [
-        "torch.distributed.fsdp",
-        "torch.distributed.checkpoint.state_dict",
-        "transformers.models.llama",
-        "peft",
-        "qlora_ext",
-    ]
-)
+from forks import CONTEXT
 
 
 def _work(rank: int, world: int, meeting: str, timeout: float, pipe: Connection) -> None:
@@ -56,8 +45,8 @@ class Workers:
         meeting = self.directory / f"world_{self.world}_{self._starts}"
         self._starts += 1
         for rank in range(self.world):
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(
+            ours, theirs = CONTEXT.Pipe()
+            process = CONTEXT.Process(
                 target=_work, args=(rank, self.world, str(meeting), self.timeout, theirs), daemon=True
             )
             process.start()

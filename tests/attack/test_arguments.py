@@ -9,4 +9,4 @@ from campaign import assert_survived, attack, count
 
 @pytest.mark.parametrize("kind", ["operators", "python"])
 def test_a_call_works_or_says_why_not(kind: str) -> None:
-    assert_survived(attack("argument_problems.py", kind, count(600)))
+    assert_survived(attack("argument_problems.py", kind, count(400)))

@@ -25,15 +25,13 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 
 from tqdm import tqdm
 
+from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
 from qlora_ext.cli import main
 from qlora_ext.cli.checkpoints import newest_checkpoint
-from test_cli import SMALL, Paths, adapter_bytes, base, here, paths, read_lines
-
-__all__ = ["paths"]  # a fixture
 
 pytestmark = pytest.mark.slow
 
-KILLS = int(os.environ.get("QLORA_ATTACK", "6"))
+KILLS = int(os.environ.get("QLORA_ATTACK", "4"))
 SEED = int(os.environ.get("QLORA_ATTACK_SEED", random.SystemRandom().randrange(1 << 32)))
 RUN = [*SMALL, "--max-steps", "4", "--save-steps", "1"]
 _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "shutil.rmtree", "open"}

@@ -24,12 +24,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from commands import Paths
 from mutations import mutate_bytes, mutate_json
 from qlora_ext.cli import main
-from test_cli import Paths, paths, whole_run
-from test_cli_whole import tiny_gguf
+from test_cli_gguf import llama_file
 
-__all__ = ["paths", "tiny_gguf", "whole_run"]  # fixtures
+__all__ = ["llama_file"]  # a fixture
 
 COUNT = int(os.environ.get("QLORA_ATTACK", "4"))
 SEED = os.environ.get("QLORA_ATTACK_SEED", "0")
@@ -169,8 +169,8 @@ def test_index_of_shards(paths: Paths, names: set[str], tmp_path: pathlib.Path) 
     attack(index, mutate_json, lambda: quantized_alike(model, tmp_path / "out", names))
 
 
-def test_gguf(tiny_gguf: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    model = pathlib.Path(shutil.copy(tiny_gguf, tmp_path / "model.gguf"))
+def test_gguf(llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model = pathlib.Path(shutil.copy(llama_file, tmp_path / "model.gguf"))
     attack(model, gguf_header, lambda: quantized_alike(model, tmp_path / "out", set()), 3 * COUNT)
 
 

@@ -1,0 +1,123 @@
+"""The console command for tests, in this process or another; a tiny random Llama, text and a finished run for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from forks import Command
+
+Paths = dict[str, pathlib.Path]
+COMMAND = [sys.executable, "-c", "import sys; from qlora_ext.cli import main; sys.exit(main())"]
+# Adapters of rank 2 on short texts; more than one epoch, dropout, and steps that no checkpoint falls on.
+SMALL = ["--rank", "2", "--seq-len", "48", "--batch-size", "2", "--lr", "0.003", "--dropout", "0.1", "--eval-size", "4"]
+RUN = [*SMALL, "--max-steps", "11", "--save-steps", "4"]
+
+
+def environment() -> dict[str, str]:
+    # One thread: a step of the tiny model is too short to share, least of all on a busy machine.
+    return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def as_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command as a user's shell starts it, which takes ten seconds to import what a fork has."""
+    everything = [*COMMAND, *map(str, arguments)]
+    return subprocess.run(everything, capture_output=True, text=True, env=environment(), timeout=300)
+
+
+def command(*arguments: object, before: Callable[[], object] | None = None) -> subprocess.CompletedProcess[str]:
+    """The command in a fork."""
+    return Command(*arguments, before=before).wait()
+
+
+def here(*arguments: object) -> None:
+    """The command in this process, for where another would only cost time."""
+    from qlora_ext.cli import main
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main([str(argument) for argument in arguments]) == 0
+    finally:
+        torch.set_num_threads(threads)
+
+
+def base(paths: Paths) -> list[object]:
+    return ["--model", paths["model"], "--data", paths["data"]]
+
+
+def start(paths: Paths, run: pathlib.Path, *more: str) -> Command:
+    return Command("finetune", *base(paths), "--output", run, *RUN, *more)
+
+
+def wait_for_step(process: Command, run: pathlib.Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    metrics = run / "metrics.jsonl"
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.is_file() and max(line["step"] for line in read_lines(metrics)) >= step:
+            return
+        time.sleep(0.002)
+    raise AssertionError(f"step {step} was not reached (exit code {process.poll()})")
+
+
+def adapter_bytes(run: pathlib.Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def read_lines(path: pathlib.Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="session")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
+    """A model, another of the same shape, and pairs to learn: counting on from a number."""
+    from tiny_models import save_tiny_llama
+
+    root = tmp_path_factory.mktemp("cli")
+    save_tiny_llama(root / "model", 0)
+    save_tiny_llama(root / "other", 1)
+    numbers = random.Random(0)
+    with (root / "pairs.jsonl").open("w") as file:
+        for i in range(18):
+            counted = " ".join(str(i + j) for j in range(numbers.randint(3, 9)))
+            file.write(json.dumps({"prompt": f"count {i}", "completion": counted}) + "\n")
+    return {"root": root, "model": root / "model", "other": root / "other", "data": root / "pairs.jsonl"}
+
+
+@pytest.fixture(scope="session")
+def whole_run(paths: Paths) -> pathlib.Path:
+    """A run that nothing interrupted, which tests copy before they change it."""
+    run = paths["root"] / "whole"
+    result = as_process("finetune", *base(paths), "--output", run, *RUN)
+    assert result.returncode == 0, result.stderr
+    (run / "stdout.txt").write_text(result.stdout)
+    return run
+
+
+@pytest.fixture
+def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command in this process; it must end with exit code 2 and one sentence, which is returned."""
+    from qlora_ext.cli import main
+
+    def run(*arguments: object) -> str:
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        out, err = capfd.readouterr()
+        assert status == 2, err
+        assert err.count("\n") == 1, err
+        assert err.startswith("qlora-ext")
+        assert "Traceback" not in out + err
+        return err
+
+    return run
