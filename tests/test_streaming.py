@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import os
 import pathlib
 from collections.abc import Iterator
@@ -318,6 +319,28 @@ def test_a_short_read_goes_on(llama: pathlib.Path, monkeypatch: pytest.MonkeyPat
     expected, preadv = load(llama)(token_ids()).logits, os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:100]], at))
     assert torch.equal(stream(load(llama), source="disk")(token_ids()).logits, expected)
+
+
+def forward_in(connection: Any, model: Any) -> None:
+    try:
+        model(token_ids())
+    except RuntimeError as error:
+        connection.send(str(error))
+    connection.close()
+
+
+def test_a_forked_process_is_told_that_its_reader_is_not_there(llama: pathlib.Path) -> None:
+    model = stream(load(llama), source="disk")
+    model(token_ids())
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=forward_in, args=(sender, model))
+    child.start()
+    sender.close()
+    child.join(60)
+    hangs = child.is_alive()
+    child.kill()
+    assert not hangs
+    assert "forked from the one that streams it" in receiver.recv()
 
 
 def test_what_cannot_be_streamed_is_refused(llama: pathlib.Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import abc
 import concurrent.futures
 import dataclasses
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,21 +65,46 @@ class Filler(abc.ABC):
         """Notes that the block in ``slot`` is not used any more, but by what is under way."""
 
 
+class _Reader:
+    """A thread that does one read after the other."""
+
+    def __init__(self) -> None:
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="qlora_ext-reader")
+        self._process = os.getpid()
+
+    def begin(self, slot: Slot, read: Callable[..., None], *arguments: Any) -> None:
+        """Has ``read(*arguments)`` fill ``slot``, in place of what was asked for it before."""
+        self._check_process()
+        if slot.filling is not None:
+            slot.filling.cancel()  # or it is under way, and comes to its end before the next read begins
+        slot.filling = self._thread.submit(read, *arguments)
+
+    def wait(self, slot: Slot) -> None:
+        """Until ``slot`` is filled; raises what its read raised."""
+        self._check_process()
+        assert slot.filling is not None
+        slot.filling.result()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:  # where the thread is not, and a wait for it would have no end
+            raise RuntimeError(
+                "a model that is streamed from files was used in a process forked from the one that streams it; load "
+                "it in that process, as with multiprocessing's start method 'spawn'"
+            )
+
+
 class ReadingFiller(Filler):
     """From files to slots that are in the host's memory."""
 
     def __init__(self, source: FileSource) -> None:
         self._source = source
-        self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="qlora_ext-reader")
+        self._reader = _Reader()
 
     def fill(self, slot: Slot, block: Block, size: int) -> None:
-        if slot.filling is not None:
-            slot.filling.cancel()  # or it is under way, and comes to its end before the next read begins
-        slot.filling = self._reader.submit(self._source.read, block, slot.memory, size)
+        self._reader.begin(slot, self._source.read, block, slot.memory, size)
 
     def wait(self, slot: Slot) -> None:
-        assert slot.filling is not None
-        slot.filling.result()
+        self._reader.wait(slot)
 
     def retire(self, slot: Slot) -> None:
         pass  # nothing is under way when a call on the CPU has returned
@@ -131,16 +158,14 @@ class StagingFiller(CopyingFiller):
     def __init__(self, source: FileSource, device: torch.device, nbytes: int) -> None:
         super().__init__(None, device)
         self._files = source
-        self._reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="qlora_ext-reader")
+        self._reader = _Reader()
         # Two: one is read into while the other is copied from.
         self._staging = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
         self._copied: list[Any] = [None, None]
         self._turn = 0
 
     def fill(self, slot: Slot, block: Block, size: int) -> None:
-        if slot.filling is not None:
-            slot.filling.cancel()
-        slot.filling = self._reader.submit(self._read_and_copy, slot, block, size)
+        self._reader.begin(slot, self._read_and_copy, slot, block, size)
 
     def _read_and_copy(self, slot: Slot, block: Block, size: int) -> None:
         self._turn = 1 - self._turn
@@ -152,6 +177,5 @@ class StagingFiller(CopyingFiller):
         self._copied[self._turn] = slot.filled
 
     def wait(self, slot: Slot) -> None:
-        assert slot.filling is not None
-        slot.filling.result()
+        self._reader.wait(slot)
         super().wait(slot)
