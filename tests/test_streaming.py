@@ -6,6 +6,7 @@ import copy
 import multiprocessing
 import os
 import pathlib
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,7 @@ from qlora_ext._outside import FileError
 from qlora_ext.sizes import parse_size
 from qlora_ext.streaming import chunk_mlp, stream, streaming_of
 from qlora_ext.streaming.schedule import upcoming
+from qlora_ext.streaming.streaming import Streaming
 from tiny_models import CONFIGS, make, same_state, token_ids
 
 LAYERS = 5
@@ -202,6 +204,23 @@ def test_the_packed_state_stays_where_it_is(llama: pathlib.Path) -> None:
     assert [(n, t.data_ptr()) for n, t in model.named_parameters() if t.dtype == torch.uint8] == before
     assert model.model.layers[0].self_attn.q_proj.compute_dtype == torch.float32
     assert model.model.layers[0].input_layernorm.weight.dtype == torch.float32
+
+
+def test_saving_an_adapter_holds_one_weight_at_a_time(
+    llama: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(stream(load(llama), source="disk"))
+    read_part, alive, most = Streaming.read_part, weakref.WeakSet(), 0
+
+    def counted(self: Streaming, part: Any) -> torch.Tensor:
+        nonlocal most
+        alive.add(copied := read_part(self, part))
+        most = max(most, len(alive))
+        return copied
+
+    monkeypatch.setattr(Streaming, "read_part", counted)
+    model.save_pretrained(tmp_path)
+    assert 0 < most <= 2 * 4  # a weight has four tensors, and the one before it goes when the next one is there
 
 
 def test_what_is_streamed_saves_and_copies_as_itself(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:

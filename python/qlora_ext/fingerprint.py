@@ -8,21 +8,21 @@ from collections.abc import Iterator
 from torch import nn
 
 from .digest import update
-from .nn import TiedLinear4bit, layers_of
-from .weight import NF4Weight
+from .nn import Packed4bit, TiedLinear4bit, layers_of
 
 # What PEFT puts around the names of a model's modules.
 _WRAPPER = "base_model.model."
 _WRAPPED = "base_layer"
 
 
-def _weights(model: nn.Module) -> Iterator[tuple[str, NF4Weight]]:
+def _weights(model: nn.Module) -> Iterator[tuple[str, Packed4bit, str]]:
+    """Names by which weights go into the digest, their modules, and what those call them."""
     for name, module in layers_of(model):
         if isinstance(module, TiedLinear4bit):
             continue  # its weight is the table's
         path = ".".join(part for part in name.removeprefix(_WRAPPER).split(".") if part != _WRAPPED)
         for weight in module.packed_shapes:
-            yield path if weight == "weight" else f"{path}.{weight}", module.packed_weight(weight)
+            yield path if weight == "weight" else f"{path}.{weight}", module, weight
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -39,7 +39,8 @@ def fingerprint(model: nn.Module) -> str:
     weights = sorted(_weights(model), key=lambda item: item[0])
     if not weights:
         raise ValueError("model: expected a model with 4-bit layers (see qlora_ext.quantize_model), found none")
-    for name, w4 in weights:
+    for name, module, weight in weights:
+        w4 = module.packed_weight(weight)  # one at a time: of a streamed or sharded model each is a copy
         digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}:".encode())
         for tensor in w4.tensors.values():
             update(digest, tensor)
