@@ -3,7 +3,7 @@
     python bench/streaming.py [--layers 8] [--hidden 1024] [--tokens 1024] [--directory DIR]
 
 First tokens a second of a training step (LoRA of rank 16 on all linear layers, AdamW, gradient checkpointing, chunked
-loss where torch has it), streamed over resident, round by round: with the files in the page cache, and with every layer
+loss), streamed over resident, round by round: with the files in the page cache, and with every layer
 read from the disk (its part of the cache is dropped behind each read), beside the rate at which the disk gives a layer.
 Then, in a process each, the peak of resident memory above what Python and its libraries take, of `quantize` on the
 dense model in shards, and of a streamed run of `finetune` beside what `plan` foresees.
@@ -29,7 +29,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
-from qlora_ext.cli.loss import has_linear_cross_entropy, learnt_loss
+from qlora_ext.cli.loss import learnt_loss
 from qlora_ext.cli.memory import Job, split, tops
 from qlora_ext.cli.streamed import place, streamed
 from qlora_ext.streaming import stream, streaming_of
@@ -101,7 +101,7 @@ def step_of(model: Any, tokens: int) -> Callable[[int], Any]:
     def step(turn: int) -> float:
         ids = torch.randint(0, VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(turn))
         inputs = {"input_ids": ids, "labels": ids, "position_ids": positions}
-        loss = learnt_loss(model, inputs, None, has_linear_cross_entropy())
+        loss = learnt_loss(model, inputs, None, chunked=True)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -165,7 +165,6 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
     data, turns = dense.with_name("data.jsonl"), iter(range(4))
     words = " ".join(f"{i}" for i in range(2 * tokens))
     data.write_text("".join(json.dumps({"text": f"{i} {words}"}) + "\n" for i in range(8)))
-    chunked = ["--chunked-loss"] if has_linear_cross_entropy() else []
     sizes = ["--seq-len", str(tokens), "--batch-size", "1", "--eval-size", "1", "--max-steps", "5"]
 
     def quantizing(path: pathlib.Path) -> int:
@@ -173,7 +172,7 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
 
     def tuning(path: pathlib.Path) -> int:
         files = ["--model", str(path), "--data", str(data), "--output", str(dense.with_name(f"out{next(turns)}"))]
-        return peak_of("finetune", *files, *sizes, *chunked, "--grad-checkpointing", "--stream", "disk")
+        return peak_of("finetune", *files, *sizes, "--chunked-loss", "--grad-checkpointing", "--stream", "disk")
 
     model = AutoModelForCausalLM.from_pretrained(dense)
     largest = max(t.nbytes for t in model.parameters())
@@ -185,7 +184,7 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
         f"no size, of a dense model of {bytes_in[dense] / 1e6:.0f} MB ({bytes_in[packed] / 1e6:.0f} MB in 4 "
         f"bits) whose largest weight is {largest / 1e6:.0f} MB, with embeddings and head of {table / 1e6:.0f} MB each."
     )
-    job = Job(config=model.config, rank=RANK, seq_len=tokens, grad_checkpointing=True, chunked_loss=bool(chunked))
+    job = Job(config=model.config, rank=RANK, seq_len=tokens, grad_checkpointing=True, chunked_loss=True)
     parts, _ = place(split(job, tops(job)), streamed(job), None)
     own = tuning(tiny)
     report.notes.append(
@@ -227,7 +226,7 @@ def main() -> None:
         "A streamed base against a resident one, on the CPU",
         [
             f"A random Llama of {arguments.layers} layers of {arguments.hidden}, bfloat16, LoRA of rank {RANK} on all",
-            "linear layers, gradient checkpointing, chunked loss where torch has it, ring of two layers. Ratio: tokens",
+            "linear layers, gradient checkpointing, chunked loss, ring of two layers. Ratio: tokens",
             "a second streamed over resident, round by round (median, 10th and 90th percentile).",
         ],
     )

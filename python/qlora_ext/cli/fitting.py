@@ -10,7 +10,7 @@ from ..sizes import parse_size
 from ..streaming import dense_mlps
 from . import search
 from .errors import UserError
-from .loss import changes_logits, has_linear_cross_entropy
+from .loss import changes_logits
 from .memory import FEW, OPTIMIZERS, Job, build, job_of, still
 from .settings import Settings
 from .streamed import place, streamed
@@ -30,11 +30,11 @@ def _overhead(device: torch.device) -> float:
 
 
 def _possible(job: Job, device: torch.device) -> list[dict[str, Any]]:
-    """Of the planner's changes, those that the model, torch and the device have, and the user has not made."""
+    """Of the planner's changes, those that the model and the device have, and the user has not made."""
     import psutil
 
     out: set[str] = set()
-    if not has_linear_cross_entropy() or changes_logits(job.config):
+    if changes_logits(job.config):
         out.add("chunked_loss")
     if device.type != "cuda":
         out.add("offload_checkpoints")

@@ -29,16 +29,6 @@ def has_plain_head(model: Any) -> bool:
     )
 
 
-def has_linear_cross_entropy() -> bool:
-    return hasattr(functional, "linear_cross_entropy")
-
-
-def check_linear_cross_entropy() -> None:
-    """Refuses --chunked-loss where this torch does not have it."""
-    if not has_linear_cross_entropy():
-        raise UserError(f"--chunked-loss needs torch 2.13 or newer, this is {torch.__version__}")
-
-
 def check_chunked_loss(model: Any) -> None:
     """Refuses --chunked-loss where the model's head does not allow it."""
     if not has_plain_head(model):
@@ -46,11 +36,49 @@ def check_chunked_loss(model: Any) -> None:
         raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which it cannot follow")
 
 
+# Logits that are held at once, or as many as there are hidden values: 32 MB in float32.
+_LOGITS = 1 << 23
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of a frozen head, which holds the logits of some tokens at a time, and the gradient of hidden.
+
+    The gradient is made while the logits are there, so that the backward pass computes none anew.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+        rows = max(1, max(_LOGITS, hidden.numel()) // len(weight))
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden if wanted else hidden[:0])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for begin in range(0, len(hidden), rows):
+            part = slice(begin, begin + rows)
+            found = labels[part, None]
+            logits = functional.linear(hidden[part], weight, bias).float()
+            normalizer = logits.logsumexp(1, keepdim=True)
+            total += (normalizer - logits.gather(1, found)).sum()
+            if wanted:
+                slope = logits.sub_(normalizer).exp_()
+                slope.scatter_add_(1, found, slope.new_full((), -1.0).expand_as(found))
+                torch.mm(slope.to(hidden.dtype), weight, out=gradient[part])
+        ctx.save_for_backward(gradient)
+        return total / len(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grad / len(gradient)), None, None, None
+
+
 def head_loss(head: Any, hidden: Tensor, labels: Tensor, chunked: bool) -> Tensor:
-    """Mean cross-entropy of the output ``head`` (an nn.Linear) over hidden states [M, K] and their labels [M]."""
+    """Mean cross-entropy, float32, of the output ``head`` (an nn.Linear) over hidden states [M, K] and labels [M].
+
+    Args:
+        chunked: never hold the logits of all tokens. The head has to be frozen.
+    """
     if chunked:
-        options = torch.nn.LinearCrossEntropyOptions()
-        return functional.linear_cross_entropy(hidden, head.weight, labels, linear_bias=head.bias, options=options)
+        return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, labels)  # type: ignore[no-any-return,no-untyped-call]
     return functional.cross_entropy(head(hidden).float(), labels)
 
 
@@ -60,8 +88,7 @@ def learnt_loss(model: Any, inputs: dict[str, Tensor], num_items: Tensor | int |
     Args:
         inputs: input_ids, labels (-100: not learnt) and position_ids, each [B, T].
         num_items: learnt tokens of the whole optimizer step; those of ``inputs`` if None.
-        chunked: use torch's linear_cross_entropy, which never holds all logits. In bfloat16 it returns a loss of
-            three digits; its gradient is as good as that of the logits.
+        chunked: never hold the logits of all tokens; the loss is the same but for the order of its sums.
     """
     base = model.get_base_model()
     head = base.get_output_embeddings()
@@ -71,4 +98,4 @@ def learnt_loss(model: Any, inputs: dict[str, Tensor], num_items: Tensor | int |
     learnt = labels != -100
     hidden, labels = hidden[learnt], labels[learnt]
     share = 1.0 if num_items is None else len(labels) / num_items
-    return head_loss(head, hidden, labels, chunked).float() * share
+    return head_loss(head, hidden, labels, chunked) * share

@@ -96,7 +96,7 @@ class Settings:
     grad_checkpointing: bool = _option(
         False, "compute activations again in the backward pass: less memory, more time", group="machine"
     )
-    chunked_loss: bool = _option(False, "never hold all logits at once (torch's linear_cross_entropy)", group="machine")
+    chunked_loss: bool = _option(False, "never hold the logits of all tokens at once", group="machine")
     offload_checkpoints: bool = _option(
         False, "with --grad-checkpointing on a GPU: keep the layers' inputs in host memory until the backward pass",
         group="machine",

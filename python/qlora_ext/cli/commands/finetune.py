@@ -398,10 +398,6 @@ def _try_it(run: _Run, command: str, *options: str) -> str:
 
 def _check_without_weights(run: _Run) -> Any:
     """Refuses what the model's configuration, which it returns, alone shows to be wrong."""
-    from ..loss import check_linear_cross_entropy
-
-    if run.settings.chunked_loss:
-        check_linear_cross_entropy()
     config = load_config(run.source)
     whole.check_room(run.source, config)
     _check_targets(whole.skeleton(run.source, config), run.settings.target_modules)
