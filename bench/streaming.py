@@ -5,8 +5,8 @@
 First tokens a second of a training step (LoRA of rank 16 on all linear layers, AdamW, gradient checkpointing, chunked
 loss), streamed over resident, round by round: with the files in the page cache, and with every layer
 read from the disk (its part of the cache is dropped behind each read), beside the rate at which the disk gives a layer.
-Then, in a process each, the peak of resident memory above what Python and its libraries take, of `quantize` on the
-dense model in shards, and of a streamed run of `finetune` beside what `plan` foresees.
+Then, in a process each, the peak of resident memory of `quantize` on the dense model in shards, above what Python and
+its libraries take, and of a streamed run of `finetune` beside what `plan` foresees.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 from qlora_ext.cli.loss import learnt_loss
-from qlora_ext.cli.memory import Job, split, tops
-from qlora_ext.cli.streamed import place, streamed
 from qlora_ext.streaming import stream, streaming_of
 from qlora_ext.streaming.files import File
 
@@ -142,6 +140,7 @@ def speed(report: harness.Report, packed: pathlib.Path, tokens: int, seconds: fl
     )
 
 
+_MAIN = "import sys; from qlora_ext.cli import main; sys.exit(main(sys.argv[1:]))"
 # Prints the most memory that the command had resident, in bytes.
 _MEASURED = """
 import pathlib, re, sys
@@ -160,19 +159,20 @@ def peak_of(*command: str) -> int:
 
 
 def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, tokens: int) -> None:
-    """Peaks of commands over a model, less those of the same commands over one of next to no size."""
-    tiny_dense, tiny = save(LlamaConfig(**TINY, max_position_embeddings=tokens), dense.with_name("tiny"))
+    """Peaks of commands: of `quantize` above that over a model of next to no size, of `finetune` beside the plan."""
+    tiny_dense, _ = save(LlamaConfig(**TINY, max_position_embeddings=tokens), dense.with_name("tiny"))
     data, turns = dense.with_name("data.jsonl"), iter(range(4))
     words = " ".join(f"{i}" for i in range(2 * tokens))
     data.write_text("".join(json.dumps({"text": f"{i} {words}"}) + "\n" for i in range(8)))
-    sizes = ["--seq-len", str(tokens), "--batch-size", "1", "--eval-size", "1", "--max-steps", "5"]
+    sizes = ["--seq-len", str(tokens), "--batch-size", "1"]
+    switches = ["--chunked-loss", "--grad-checkpointing", "--stream", "disk"]
 
     def quantizing(path: pathlib.Path) -> int:
         return peak_of("quantize", "--model", str(path), "--output", str(dense.with_name(f"out{next(turns)}")))
 
     def tuning(path: pathlib.Path) -> int:
         files = ["--model", str(path), "--data", str(data), "--output", str(dense.with_name(f"out{next(turns)}"))]
-        return peak_of("finetune", *files, *sizes, "--chunked-loss", "--grad-checkpointing", "--stream", "disk")
+        return peak_of("finetune", *files, *sizes, *switches, "--eval-size", "1", "--max-steps", "5")
 
     model = AutoModelForCausalLM.from_pretrained(dense)
     largest = max(t.nbytes for t in model.parameters())
@@ -184,13 +184,13 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
         f"no size, of a dense model of {bytes_in[dense] / 1e6:.0f} MB ({bytes_in[packed] / 1e6:.0f} MB in 4 "
         f"bits) whose largest weight is {largest / 1e6:.0f} MB, with embeddings and head of {table / 1e6:.0f} MB each."
     )
-    job = Job(config=model.config, rank=RANK, seq_len=tokens, grad_checkpointing=True, chunked_loss=True)
-    parts, _ = place(split(job, tops(job)), streamed(job), None)
-    own = tuning(tiny)
+    plan = [sys.executable, "-c", _MAIN, "plan", "--model", str(packed), *sizes, *switches, "--device", "cpu", "--json"]
+    planned = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
+    found = tuning(packed)
     report.notes.append(
-        f"`finetune --stream disk`, {tokens} tokens a step: {(tuning(packed) - own) / 1e6:.0f} MB at most beside the "
-        f"{own / 1e6:.0f} MB with a model of no size, {sum(parts.values()) / 1e6:.0f} MB by the plan (with a ring of "
-        f"{parts['ring'] / 1e6:.0f} MB)."
+        f"`finetune --stream disk`, {tokens} tokens a step: {found / 1e6:.0f} MB at most, {planned['total'] / 1e6:.0f} MB "
+        f"by `plan --device cpu` ({found / planned['total']:.2f} of it), of which Python and its libraries are "
+        f"{planned['bytes']['process'] / 1e6:.0f} MB and a ring of two layers {planned['bytes']['ring'] / 1e6:.0f} MB."
     )
 
 

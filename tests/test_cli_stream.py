@@ -263,10 +263,10 @@ def test_a_run_fits_itself_into_the_memory(
     roomy = tuned(dense, data, tmp_path / "roomy", "--max-memory", "10GB")
     assert "fits into 10GB (0.00 GB of it taken by Python and its libraries) with no switch" in capsys.readouterr().out
     assert same(roomy, expected)
-    sizes = [
-        json.loads(plan_of(dense, capsys, *options))["total"]
-        for options in ((), ("--chunked-loss",), ("--chunked-loss", "--grad-checkpointing"))
-    ]
+    sizes = []
+    for options in ((), ("--chunked-loss",), ("--chunked-loss", "--grad-checkpointing")):
+        planned = json.loads(plan_of(dense, capsys, "--device", "cpu", *options))
+        sizes.append(planned["total"] - planned["bytes"]["process"])
     assert sizes[0] > sizes[2]
     allowed = str(int(sizes[2] * 1.01 + 1e6))
     narrow = tuned(dense, data, tmp_path / "narrow", "--max-memory", allowed)
@@ -308,14 +308,14 @@ def test_the_ring_takes_what_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> 
     config = families.config_of_sizes("hidden=256,intermediate=768,layers=10,heads=4,kv-heads=2,vocab=512")
     options = {"seq_len": 64, "batch_size": 1, "rank": 2, "grad_checkpointing": True, "chunked_loss": True}
     settings = Settings(max_memory="1GB", **options)
-    resident = search.total(job_of(settings, config), None)
+    resident = search.total(dataclasses.replace(job_of(settings, config), host=True), None)
     layer = streamed(job_of(settings, config)).largest
     for memory, stream in ((resident + 1, "none"), (resident - 3 * layer, "disk")):
         asked = dataclasses.replace(settings, max_memory=str(int(memory + 1e6)))
         fitted, told = fitting.fit(asked, config, torch.device("cpu"))
         assert fitted.stream == stream
         assert ("--stream disk" in told) == (stream == "disk")
-    job = job_of(fitted, config)
+    job = dataclasses.replace(job_of(fitted, config), host=True)
     parts, slots = place(split(job, tops(job)), streamed(job), float(fitted.resident))
     assert slots == 6  # not 7, for the space between tensors in the ring
     assert memory - layer < sum(parts.values()) <= memory

@@ -11,7 +11,7 @@ from ..streaming import dense_mlps
 from . import search
 from .errors import UserError
 from .loss import changes_logits
-from .memory import FEW, OPTIMIZERS, Job, build, job_of, still
+from .memory import FEW, OPTIMIZERS, Job, build, job_of, process_bytes, still
 from .settings import Settings
 from .streamed import place, streamed
 
@@ -24,27 +24,25 @@ _SPARE = 0.8  # of the host's free memory, what is pinned at most
 
 def _overhead(device: torch.device) -> float:
     """Bytes that are taken before there is a model: by CUDA, or by Python and its libraries."""
-    import psutil
-
-    return _CONTEXT if device.type == "cuda" else float(psutil.Process().memory_info().rss)
+    return _CONTEXT if device.type == "cuda" else process_bytes()
 
 
-def _possible(job: Job, device: torch.device) -> list[dict[str, Any]]:
+def _possible(job: Job) -> list[dict[str, Any]]:
     """Of the planner's changes, those that the model and the device have, and the user has not made."""
     import psutil
 
     out: set[str] = set()
     if changes_logits(job.config):
         out.add("chunked_loss")
-    if device.type != "cuda":
-        out.add("offload_checkpoints")
     if job.mlp_chunk or not dense_mlps(build(job, FEW)):
         out.add("mlp_chunk")
     if job.stream != "none":
         out.add("stream")
-    changes = [{k: v for k, v in change.items() if k not in out} for change in search.CHANGES]
-    pinned = device.type == "cuda" and streamed(job).host_bytes("ram") <= _SPARE * psutil.virtual_memory().available
-    return [{"stream": "ram" if pinned else "disk"} if "stream" in change else change for change in changes]
+    known = search.HOST_CHANGES if job.host else search.CHANGES
+    changes = [{k: v for k, v in change.items() if k not in out} for change in known]
+    if job.host or streamed(job).host_bytes("ram") <= _SPARE * psutil.virtual_memory().available:
+        return changes
+    return [{"stream": "disk"} if "stream" in change else change for change in changes]
 
 
 def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings, str]:
@@ -62,11 +60,12 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
         known = ", ".join(OPTIMIZERS)
         raise UserError(f"--max-memory: the planner does not know --optimizer {settings.optimizer}, but {known}")
     allowed = float(parse_size("--max-memory", settings.max_memory))
-    overhead = _overhead(device)
     config = copy.deepcopy(config)
     config.quantization_config = None  # the planner quantizes what it plans
-    job, memory = job_of(settings, config), allowed - overhead
-    changes = _possible(job, device)
+    job = dataclasses.replace(job_of(settings, config), host=device.type == "cpu")
+    changes = _possible(job)
+    overhead = _overhead(device)  # once the libraries that plan are there
+    memory = allowed - overhead
     chosen = search.choose(job, memory, changes)
     before = f"{overhead / 1e9:.2f} GB of it taken by {'CUDA' if device.type == 'cuda' else 'Python and its libraries'}"
     if chosen is None:

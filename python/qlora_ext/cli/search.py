@@ -23,6 +23,12 @@ CHANGES: tuple[dict[str, Any], ...] = (
 )
 
 
+# What of them serves on the CPU, where checkpoints are in the host's memory anyway and so are weights "in RAM".
+HOST_CHANGES = tuple(
+    {"stream": "disk"} if "stream" in change else change for change in CHANGES if "offload_checkpoints" not in change
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Switched:
     """A job with some of its fields changed; ``blocks`` where its layers are streamed."""
@@ -108,12 +114,12 @@ def choose(job: Job, memory: float, changes: Sequence[dict[str, Any]] = CHANGES)
     return fitting
 
 
-def largest_model(job: Job, memory: float) -> str | None:
-    """The known model of the most streamed bytes that fits with every switch, all else being as in ``job``."""
+def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]]) -> str | None:
+    """The known model of the most streamed bytes that fits with all ``changes``, all else being as in ``job``."""
     candidates = []
     for name in families.names():
         other = dataclasses.replace(job, config=families.config(name), target_modules="all-linear")
-        found = switched(other, CHANGES)
+        found = switched(other, changes)
         assert found.blocks is not None
         candidates.append((found.blocks.total, name, found))
     for _, name, found in sorted(candidates, key=lambda candidate: -candidate[0]):
@@ -123,15 +129,21 @@ def largest_model(job: Job, memory: float) -> str | None:
     return None
 
 
-def run(job: Job, memory: float, link: float, flops: float, as_json: bool) -> int:
-    """Prints what is found; see ``plan --help``."""
-    chosen = choose(job, memory)
-    best, size = chosen or (switched(job, CHANGES), float("nan"))
+def run(job: Job, memory: float, process: float, link: float, flops: float, as_json: bool) -> int:
+    """Prints what is found; see ``plan --help``.
+
+    Args:
+        process: of the ``memory``, the bytes that are taken before there is a model.
+    """
+    changes = HOST_CHANGES if job.host else CHANGES
+    chosen = choose(job, memory - process, changes)
+    best, size = chosen or (switched(job, changes), float("nan"))
+    size += process
     blocks = best.blocks
-    context = longest_context(best.job, blocks, memory)
-    largest = largest_model(job, memory)
+    context = longest_context(best.job, blocks, memory - process)
+    largest = largest_model(job, memory - process, changes)
     free = None if blocks is None else blocks.free_tokens(link, flops, best.job.grad_checkpointing)[0]
-    host = 0.0 if blocks is None else blocks.host_bytes("ram")
+    host = 0.0 if blocks is None or job.host else blocks.host_bytes("ram")
     if as_json:
         found = {
             "memory": memory,
@@ -149,7 +161,7 @@ def run(job: Job, memory: float, link: float, flops: float, as_json: bool) -> in
         print(f"rows of {job.seq_len:,} tokens do not fit into {memory / 1e9:.1f} GB with any switch ({best.switches})")
     else:
         print(f"fits into {memory / 1e9:.1f} GB with {best.switches}: {size / 1e9:.2f} GB")
-    if blocks is not None:
+    if host:
         print(f"{host / 1e9:.2f} GB of pinned host memory; free from {free:,} tokens a step")
     print(
         f"the longest context then: {context:,} tokens a row, {job.batch_size} rows a pass"

@@ -32,7 +32,8 @@ def add_parser(commands: Any) -> None:
         "plan",
         help="foresee the memory of a fine-tuning run",
         description="Runs a training step on tensors without memory and shows where the bytes go, whether they fit, "
-        "and what would help if they do not. Loads no weight. The CUDA context (about 0.5 GB) is not in it.",
+        "and what would help if they do not. Loads no weight. The CUDA context (about 0.5 GB) is not in it; with "
+        "--device cpu the process is.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -57,6 +58,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--mlp-chunk", type=int, default=0, metavar="N", help="as in finetune (default: %(default)s)")
     parser.add_argument("--optimizer", default="adamw_torch", help="(default: %(default)s)")
     parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
+    parser.add_argument(
+        "--device", default="cuda", choices=("cuda", "cpu"),
+        help="cpu: a run in the machine's memory, with Python, its libraries and its allocator (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--devices", type=int, default=1, metavar="N", help="that share the weights by FSDP2")
     parser.add_argument(
         "--memory", metavar="SIZE", help="of one device, such as 24GB or 40GiB (default: that of this machine's)"
@@ -93,15 +98,15 @@ def _rate(option: str, text: str) -> float:
     return _size(option, re.sub(r"/s$", "", text.strip()))
 
 
-def _memory(text: str | None) -> tuple[float, str]:
+def _memory(text: str | None, device: str) -> tuple[float, str]:
     """The bytes to fit into, and what they are."""
     if text is not None:
         return _size("--memory", text), "--memory"
     import torch
 
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_properties(0)
-        return float(device.total_memory), str(device.name)
+    if device == "cuda" and torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        return float(card.total_memory), str(card.name)
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")), "this machine's memory"
 
 
@@ -134,7 +139,7 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
         raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     if arguments.dtype not in DTYPES:
         raise UserError(f"--dtype {arguments.dtype}: expected bfloat16, float16 or float32")
-    return job_of(arguments, config)
+    return dataclasses.replace(job_of(arguments, config), host=arguments.device == "cpu")
 
 
 def advise(job: Job, measured: list[dict[str, float]]) -> list[tuple[str, float]]:
@@ -152,9 +157,12 @@ def advise(job: Job, measured: list[dict[str, float]]) -> list[tuple[str, float]
         step.append((f"--seq-len {job.seq_len // 2}", {"seq_len": job.seq_len // 2}))
     if job.rank > 8:
         step.append((f"--rank {job.rank // 2}", {"rank": job.rank // 2}))
-    rest: list[tuple[str, dict[str, Any]]] = [(f"--devices {job.devices * 2}", {"devices": job.devices * 2})]
+    rest: list[tuple[str, dict[str, Any]]] = []
+    if not job.host:
+        rest.append((f"--devices {job.devices * 2}", {"devices": job.devices * 2}))
     if job.optimizer == "adamw_torch":
         rest.append(("--optimizer adamw_8bit", {"optimizer": "adamw_8bit"}))
+    if job.optimizer == "adamw_torch" and not job.host:
         rest.append(("--optimizer paged_adamw_8bit (its state may leave the GPU)", {"optimizer": "paged_adamw_8bit"}))
     total = sum(split(job, measured).values())
     savings = []
@@ -190,15 +198,17 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"--resident {arguments.resident} belongs to --stream ram or --stream disk")
     resident = None if arguments.resident is None else _size("--resident", arguments.resident)
     link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
-    memory, whose = _memory(arguments.memory)
+    memory, whose = _memory(arguments.memory, arguments.device)
     name, config = _config(arguments)
     job = _job(arguments, config)
-    if arguments.max_memory is not None:
-        with reading("configuration", name):
-            return search.run(job, _size("--max-memory", arguments.max_memory), link, flops, arguments.json)
-    from ..memory import split, tops
+    from ..memory import process_bytes, split, tops
     from ..streamed import place, streamed
 
+    if arguments.max_memory is not None:
+        with reading("configuration", name):
+            allowed = _size("--max-memory", arguments.max_memory)
+            process = process_bytes() if job.host else 0.0
+            return search.run(job, allowed, process, link, flops, arguments.json)
     with reading("configuration", name):
         try:
             measured = tops(job)
@@ -225,6 +235,8 @@ def run(arguments: argparse.Namespace) -> int:
             "free_tokens": every_pass,
             "free_tokens_of_the_step": step,
         }
+    if job.host:
+        parts["process"] = process_bytes()
     total = sum(parts.values())
     fits = total <= memory
     if arguments.plot:
@@ -232,7 +244,7 @@ def run(arguments: argparse.Namespace) -> int:
     advice = [] if fits or streaming else advise(job, measured)
     if not fits and not streaming:
         streamable = place(parts, streamed(job), None)[0]
-        advice.append(("--stream ram", total - sum(streamable.values())))
+        advice.append((f"--stream {'disk' if job.host else 'ram'}", total - sum(streamable.values())))
         advice.sort(key=lambda pair: -pair[1])
     if arguments.json:
         savings = dict(advice)
