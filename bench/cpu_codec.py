@@ -153,8 +153,7 @@ def one_and_all_threads(call: harness.Call) -> dict[str, harness.Call]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=4.0, help="time for each row (default 4)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    harness.add_arguments(parser, seconds=4.0)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     harness.keep_freed_memory()

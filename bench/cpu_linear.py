@@ -29,8 +29,8 @@ from torch.nn import functional
 import qlora_ext
 from qlora_ext import _C
 
-SHAPES = [(1536, 576), (4096, 4096), (14336, 4096)]
-TOKENS = [1, 4, 16, 64, 256, 1024]
+SHAPES = "1536x576,4096x4096,14336x4096"
+TOKENS = "1,4,16,64,256,1024"
 RANK, SCALING = 16, 2.0
 INT4_GROUP = 64
 Kernel = Callable[[Tensor, int], Tensor]  # of x and the turn
@@ -76,8 +76,8 @@ def repacked_bitsandbytes(bnb: ModuleType, w: Tensor, dense: Tensor, count: int)
 
 
 class Bench:
-    def __init__(self, report: harness.Report, seconds: float, dtype: torch.dtype) -> None:
-        self.report, self.seconds, self.dtype = report, seconds, dtype
+    def __init__(self, report: harness.Report, seconds: float, dtype: torch.dtype, tokens: list[int]) -> None:
+        self.report, self.seconds, self.dtype, self.tokens = report, seconds, dtype, tokens
         self.clock = harness.thread_clock if torch.get_num_threads() == 1 else harness.wall_clock
         self.bnb = None
         if importlib.util.find_spec("bitsandbytes"):
@@ -102,7 +102,7 @@ class Bench:
             if bnb_packs is not None:
                 inference["bitsandbytes, repacked"] = repacked_bitsandbytes(self.bnb, w, dense, count)
             inference["ATen int4"] = aten_int4(w, count)
-        for m in TOKENS:
+        for m in self.tokens:
             if m * n * k <= 2**36:
                 self.forward(m, weights, packs, bnb_packs, inference, a, b)
                 self.gradient(m, weights, packs, bnb_packs, a, b)
@@ -166,9 +166,10 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="time for each row (default 3)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    harness.add_arguments(parser, seconds=3.0)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    parser.add_argument("--shapes", default=SHAPES, help="N x K of the weights (default %(default)s)")
+    parser.add_argument("--tokens", default=TOKENS, help="default %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
@@ -183,8 +184,10 @@ def main() -> None:
             "lower is better. Ours includes LoRA of rank 16 and double quantization.",
         ],
     )
-    bench = Bench(report, arguments.seconds, getattr(torch, arguments.dtype))
-    for n, k in SHAPES:
+    tokens = [int(part) for part in arguments.tokens.split(",")]
+    bench = Bench(report, arguments.seconds, getattr(torch, arguments.dtype), tokens)
+    for shape in arguments.shapes.split(","):
+        n, k = (int(part) for part in shape.split("x"))
         bench.shape(n, k)
     report.write()
 

@@ -36,8 +36,7 @@ def picoseconds(m: int, n: int, k: int, dtype: torch.dtype, seconds: float) -> t
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.4, help="time for each shape (default 0.4)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    harness.add_arguments(parser, seconds=0.4)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -8,6 +8,7 @@ page costs more than most kernels do.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("QLORA_BENCH_RESULTS", Path(__file__).parent / "results"))
 COLD_BYTES = 512 << 20
 T = TypeVar("T")
 
@@ -116,6 +117,12 @@ def cuda_clock(call: Call, turns: range) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) * 1e-3 / len(turns)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, seconds: float) -> None:
+    """What every bench takes: --seconds, for each of its measurements, and --threads."""
+    parser.add_argument("--seconds", type=float, default=seconds, help="for each measurement (default %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
 
 
 class Spread(NamedTuple):

@@ -1,18 +1,26 @@
-"""Everything that this machine can tell: checks first, then every bench, one after the other.
+"""Everything that this machine can tell: checks first, then every bench, one after the other, then a report.
 
+    python bench/run.py [--quick]
     python bench/run.py --device cuda [--minutes 10] [--tiny]
-    python bench/run.py --device cpu
+
+On the CPU: what the machine can do at most, encode and decode, the linear layer, whole training steps, decoding and
+streaming beside their peers, what 4 bits cost a model (hours). `--quick` ends in about two minutes, with few shapes and
+little time for each, and writes to build/bench.
 
 On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sanitizer's four tools on a slice of them,
 the operators beside their peers (captured into CUDA graphs), and the calibration of the crossover to the library, which
-ends in a row for cuda/tuning.h. Results go to bench/results/, named after the card. A step that fails or takes too long
-is named at the end, the others still run, and the exit status is 1.
+ends in a row for cuda/tuning.h.
+
+Results go to bench/results/, a folder for each processor, or files named after the card; then bench/report.py makes
+one JSON file and one report of a processor's folder. Peers that are not installed are named. A step that fails or takes
+too long is named at the end, the others still run, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -27,7 +35,27 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SLICE = "test_dropout_in_every_tile or test_a_long_sum"  # every tile, splits and their tickets, dropout
 
 
-CPU_BENCHES = ("cpu_codec", "cpu_linear", "cpu_ragged", "step", "quality", "fidelity", "sensitivity")
+CPU_BENCHES = (
+    ("ceiling",),
+    ("cpu_codec",),
+    ("cpu_linear",),
+    ("cpu_ragged",),
+    ("step",),
+    ("step", "--model", "1b", "--tokens", "1x256"),
+    ("decode",),
+    ("decode", "--model", "1b"),
+    ("streaming",),
+    ("quality",),
+    ("fidelity",),
+    ("sensitivity",),
+)
+QUICK_BENCHES = (
+    ("ceiling", "--seconds", "1"),
+    ("cpu_codec", "--seconds", "0.2"),
+    ("cpu_linear", "--seconds", "0.3", "--shapes", "1536x576,4096x4096", "--tokens", "1,16,256"),
+    ("step", "--seconds", "15", "--tokens", "1x256"),
+)
+PEERS = ("bitsandbytes", "torchao", "llama_cpp")
 
 
 @dataclasses.dataclass
@@ -63,8 +91,9 @@ def cuda_steps(minutes: float, tiny: bool) -> list[Step]:
     return [*steps, Step("crossover", crossover, 0.4), Step("operators and peers", operators, 0.9)]
 
 
-def cpu_steps() -> list[Step]:
-    return [Step(name, python(BENCH / f"{name}.py")) for name in CPU_BENCHES]
+def cpu_steps(quick: bool) -> list[Step]:
+    benches = QUICK_BENCHES if quick else CPU_BENCHES
+    return [Step(" ".join(words), python(BENCH / f"{words[0]}.py", *words[1:])) for words in benches]
 
 
 def run(step: Step, seconds: float | None) -> str | None:
@@ -80,12 +109,18 @@ def run(step: Step, seconds: float | None) -> str | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default %(default)s")
+    parser.add_argument("--quick", action="store_true", help="CPU: two minutes, to see what this machine is like")
     parser.add_argument("--minutes", type=float, default=10.0, help="of the CUDA run, roughly (default 10)")
     parser.add_argument("--tiny", action="store_true", help="CUDA: two small shapes, to see whether all of it works")
     arguments = parser.parse_args()
     cuda = arguments.device == "cuda"
-    steps = cuda_steps(arguments.minutes, arguments.tiny) if cuda else cpu_steps()
+    steps = cuda_steps(arguments.minutes, arguments.tiny) if cuda else cpu_steps(arguments.quick)
+    if arguments.quick and not cuda:
+        os.environ["QLORA_BENCH_RESULTS"] = str(ROOT / "build" / "bench")
+    for peer in PEERS:
+        if not importlib.util.find_spec(peer):
+            print(f"absent: {peer} is not installed, and is not compared with")
     simulated = "CUDASIM_TORCH_LIBRARY" in os.environ  # where a minute of a card is more than an hour
     start, failed = time.perf_counter(), []
     for step in steps:
@@ -94,6 +129,11 @@ def main() -> None:
         if (why := run(step, seconds)) is not None:
             failed.append(f"{step.name}: {why}")
             print(failed[-1], flush=True)
+    if not cuda:
+        import harness
+        import report
+
+        report.write(harness.results_folder())
     print(f"\n== {len(steps) - len(failed)} of {len(steps)} steps passed in {time.perf_counter() - start:.0f} s")
     for line in failed:
         print(f"   {line}")

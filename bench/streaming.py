@@ -187,10 +187,11 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
     plan = [sys.executable, "-c", _MAIN, "plan", "--model", str(packed), *sizes, *switches, "--device", "cpu", "--json"]
     planned = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
     found = tuning(packed)
+    total, process, ring = planned["total"], planned["bytes"]["process"], planned["bytes"]["ring"]
     report.notes.append(
-        f"`finetune --stream disk`, {tokens} tokens a step: {found / 1e6:.0f} MB at most, {planned['total'] / 1e6:.0f} MB "
-        f"by `plan --device cpu` ({found / planned['total']:.2f} of it), of which Python and its libraries are "
-        f"{planned['bytes']['process'] / 1e6:.0f} MB and a ring of two layers {planned['bytes']['ring'] / 1e6:.0f} MB."
+        f"`finetune --stream disk`, {tokens} tokens a step: {found / 1e6:.0f} MB at most, {total / 1e6:.0f} MB by "
+        f"`plan --device cpu` ({found / total:.2f} of it), with {process / 1e6:.0f} MB of Python and its libraries "
+        f"and {ring / 1e6:.0f} MB of a ring of two layers."
     )
 
 

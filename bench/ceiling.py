@@ -1,0 +1,44 @@
+"""What this machine can do at most, measured: reading memory, and multiplying dense matrices, on all threads.
+
+    python bench/ceiling.py [--seconds 3] [--threads 2]
+
+The other benches are held against these in bench/report.py. Memory is read by torch's sum over more than the caches
+hold; the products are the fastest that torch's library makes of large square matrices in each dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import harness
+import torch
+
+SIZE = 2048
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    harness.add_arguments(parser, seconds=3.0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    harness.keep_freed_memory()
+    report = harness.Report(
+        f"ceiling_{arguments.threads}_threads",
+        "What the machine can do at most",
+        ["Measured: the 10th percentile of the times. GB/s of reading, Tflop/s of a dense product of torch's library."],
+    )
+    memory = torch.ones(harness.COLD_BYTES // 4)
+    seconds = harness.interleave({"sum": lambda i: memory.sum()}, seconds=arguments.seconds)["sum"]
+    report.add(what="reading memory", unit="GB/s", value=memory.nbytes / harness.spread(seconds).low / 1e9)
+    products = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(SIZE, SIZE).to(dtype) for _ in range(2))
+        products[str(dtype).removeprefix("torch.")] = lambda i, a=a, b=b: a @ b
+    times = harness.interleave(products, seconds=arguments.seconds)
+    for name, seconds in times.items():
+        report.add(what=f"product, {name}", unit="Tflop/s", value=2 * SIZE**3 / harness.spread(seconds).low / 1e12)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()

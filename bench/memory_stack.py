@@ -1,0 +1,48 @@
+"""Where the memory of a QLoRA run goes by model size, by the planner: plain, with checkpointing, and streamed.
+
+    python bench/memory_stack.py
+
+Computed, not measured, for a GPU; writes results/memory_stack.json, of which bench/pictures.py draws.
+"""
+
+from __future__ import annotations
+
+import json
+
+import results_files as files
+
+from qlora_ext.cli import families
+from qlora_ext.cli.memory import Job, split, tops
+from qlora_ext.cli.streamed import place, streamed
+
+MODELS = {"llama-7b": "7B", "llama-13b": "13B", "llama-33b": "33B", "llama-65b": "65B"}
+TOKENS = 2048
+PARTS = {
+    "4-bit weights": ("base weights", "scales", "ring"),
+    "embeddings and head": ("other weights",),
+    "adapters": ("adapters",),
+    "optimizer and gradients": ("optimizer state", "gradients"),
+    "activations": ("activations", "workspace", "logits"),
+}
+
+
+def row(name: str, title: str, stream: bool) -> files.Row:
+    switches = {"grad_checkpointing": True, "chunked_loss": True}
+    job = Job(config=families.config(name), seq_len=TOKENS, stream="ram" if stream else "none", **switches)
+    parts = split(job, tops(job))
+    if stream:
+        parts, _ = place(parts, streamed(job), None)
+    sizes = {part: sum(parts.get(key, 0.0) for key in keys) / 1e9 for part, keys in PARTS.items()}
+    return {"model": title, "how": "streamed" if stream else "resident", **sizes}
+
+
+def main() -> None:
+    rows = [row(name, title, stream) for name, title in MODELS.items() for stream in (False, True)]
+    title = f"Memory of a QLoRA run by the planner, rank 16, {TOKENS} tokens, checkpointing, chunked loss"
+    content = {"title": title, "notes": [], "rows": rows}
+    (files.RESULTS / "memory_stack.json").write_text(json.dumps(content, indent=1) + "\n")
+    print("\n".join(files.table(rows)))
+
+
+if __name__ == "__main__":
+    main()

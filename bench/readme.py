@@ -1,0 +1,102 @@
+"""Writes the tables of README.md that have measured figures, from bench/results.
+
+    python bench/readme.py [--check]
+
+Each stands between two marks that name it. `--check` changes nothing, and fails where README says something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import results_files as files
+
+PAGE = Path(__file__).parents[1] / "README.md"
+FASTEST = ("intel_6_167", "amd_26_2")
+SHOWN = (
+    *(("4096x4096", tokens) for tokens in (1, 4, 16, 64, 256)),
+    ("14336x4096", 1),
+    ("14336x4096", 1024),
+    *(("1536x576", tokens) for tokens in (1, 16, 64, 1024)),
+)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def steps() -> str:
+    """Tokens a second of a training step, on the machines of FASTEST."""
+    rows = []
+    for machine in FASTEST:
+        name = "step_2_threads"
+        found = {row["base"]: row for row in files.sections(machine)[name]["rows"]}
+        cells = [files.MACHINES[machine], f"**{found['qlora_ext']['tokens/s']:.0f}**"]
+        for base in ("bitsandbytes", "dense LoRA"):
+            ratio = files.median(found[base]["time over qlora_ext's"])
+            cells.append(f"{found[base]['tokens/s']:.0f} (ours is {ratio:.2f} times as fast)")
+        rows.append([*cells, f"[step](bench/results/{machine}/{name}.md)"])
+    headings = (
+        "two cores of an",
+        "qlora_ext",
+        "bitsandbytes 0.50.2 + PEFT",
+        "LoRA on the dense bf16 model",
+        "measured",
+    )
+    return table(headings, rows)
+
+
+def operators(machine: str) -> str:
+    """Times of the linear layer over those of torch's dense product."""
+    found = {
+        (row["op"], row["N x K"], row["M"]): row for row in files.sections(machine)["linear_bfloat16_2_threads"]["rows"]
+    }
+    columns = {
+        "forward": ("ours", "torch + LoRA", "torch + float32 LoRA", "bitsandbytes"),
+        "dX": ("ours", "torch + LoRA", "bitsandbytes"),
+    }
+    rows = []
+    for shape, tokens in SHOWN:
+        cells = [shape, str(tokens)]
+        for operator, names in columns.items():
+            values = [f"{files.median(found[operator, shape, tokens][name]):.2f}" for name in names]
+            cells += [f"**{values[0]}**", *values[1:]]
+        rows.append(cells)
+    first = ["forward: ours", *columns["forward"][1:], "dX: ours", *columns["dX"][1:]]
+    return table(["N x K", "tokens", *(name.replace("bitsandbytes", "bitsandbytes 0.50.2") for name in first)], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "steps": steps,
+    "operators on Zen 5": lambda: operators("amd_26_2"),
+    "operators on AMX": lambda: operators("intel_6_167"),
+}
+
+
+def written(page: str) -> str:
+    """The page with its tables as the results have them."""
+    for name, make in TABLES.items():
+        marked = re.compile(rf"(<!-- {name}: by bench/readme.py -->\n).*?(<!-- end of {name} -->\n)", re.DOTALL)
+        page, count = marked.subn(lambda found, make=make: f"{found[1]}\n{make()}\n{found[2]}", page)
+        if count != 1:
+            raise ValueError(f"{PAGE.name}: expected the marks of the table '{name}' once, found them {count} times")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    arguments = parser.parse_args()
+    page = PAGE.read_text()
+    if arguments.check and written(page) != page:
+        sys.exit(f"{PAGE.name}: the results have other figures; run bench/readme.py")
+    PAGE.write_text(written(page))
+
+
+if __name__ == "__main__":
+    main()
