@@ -4,10 +4,11 @@
 
 Every ratio is a time over the time of torch's `F.linear` (dX: `dy @ w`) on the dense weight in the same dtype, round
 by round: lower is better. Ours has LoRA of rank 16 and double quantization in it. Beside it stand `F.linear` with LoRA
-as two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them), the training path of
-bitsandbytes, where it is installed, without LoRA, and two kernels for inference only, in bfloat16 and without LoRA:
-bitsandbytes' over the weight it repacks in eval mode, and ATen's over affine int4 in groups of 64. Operands are rotated
-out of the caches. With one thread, CPU time is measured, so that other processes disturb less.
+as two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them), our own decoding with
+`F.linear` behind it, the training paths of bitsandbytes and torchao's NF4, where they are installed, without LoRA, and
+two kernels for inference only, in bfloat16 and without LoRA: bitsandbytes' over the weight it repacks in eval mode, and
+ATen's over affine int4 in groups of 64. Operands are rotated out of the caches. With one thread, CPU time is measured,
+so that other processes disturb less.
 
 Another instruction set: QLORA_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2, for torch's part too.
 """
@@ -15,6 +16,7 @@ Another instruction set: QLORA_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import os
@@ -75,6 +77,15 @@ def repacked_bitsandbytes(bnb: ModuleType, w: Tensor, dense: Tensor, count: int)
     return lambda x, i: bnb.matmul_4bit(x, packs.at(i), quant_state=state)
 
 
+def torchao_nf4() -> tuple[Callable[[Tensor, int, int], Tensor], Callable[[Tensor, Tensor], Tensor]] | None:
+    """How torchao makes an NF4 tensor, and multiplies with one; None where it is not installed."""
+    for name in ("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", "torchao.dtypes.nf4tensor"):
+        with contextlib.suppress(ImportError):
+            module = importlib.import_module(name)
+            return module.to_nf4, module.linear_nf4
+    return None
+
+
 class Bench:
     def __init__(self, report: harness.Report, seconds: float, dtype: torch.dtype, tokens: list[int]) -> None:
         self.report, self.seconds, self.dtype, self.tokens = report, seconds, dtype, tokens
@@ -84,6 +95,7 @@ class Bench:
             import bitsandbytes
 
             self.bnb = bitsandbytes
+        self.torchao = torchao_nf4()
 
     def shape(self, n: int, k: int) -> None:
         w = (torch.randn(n, k) * 0.02).to(self.dtype)
@@ -97,6 +109,11 @@ class Bench:
         if self.bnb is not None and k % 64 == 0:
             packed, state = self.bnb.functional.quantize_4bit(w, compress_statistics=True, quant_type="nf4")
             bnb_packs = harness.Ring((packed.clone(), state) for _ in range(count))
+        torchao: dict[str, Kernel] = {}
+        if self.torchao is not None:
+            to_nf4, linear_nf4 = self.torchao
+            theirs = to_nf4(w, 64, 256)
+            torchao["torchao NF4"] = lambda x, i: linear_nf4(x, theirs)
         inference: dict[str, Kernel | None] = {}
         if self.dtype == torch.bfloat16:
             if bnb_packs is not None:
@@ -104,15 +121,19 @@ class Bench:
             inference["ATen int4"] = aten_int4(w, count)
         for m in self.tokens:
             if m * n * k <= 2**36:
-                self.forward(m, weights, packs, bnb_packs, inference, a, b)
+                self.forward(m, weights, packs, bnb_packs, torchao | inference, a, b)
                 self.gradient(m, weights, packs, bnb_packs, a, b)
 
-    def forward(self, m, weights, packs, bnb_packs, inference, a: Tensor, b: Tensor) -> None:
+    def forward(self, m, weights, packs, bnb_packs, others, a: Tensor, b: Tensor) -> None:
         n, k = weights.at(0).shape
         x = torch.randn(m, k).to(self.dtype)
 
         def ours(i: int) -> Tensor:
             return torch.ops.qlora.linear_nf4(x, *packs.at(i), n, None, a, b, SCALING, 0.0, 0)
+
+        def decoded(i: int) -> Tensor:
+            packed, *scales = packs.at(i)
+            return torch.ops.qlora.dequantize_nf4(packed, *scales, [n, k], self.dtype)
 
         a32, b32 = a.float(), b.float()
         calls = {
@@ -122,12 +143,13 @@ class Bench:
             "F.linear + float32 LoRA": lambda i: (
                 functional.linear(x, weights.at(i)) + lora(x.float(), a32, b32).to(self.dtype)
             ),
+            "decode + F.linear": lambda i: functional.linear(x, decoded(i)),
         }
         if bnb_packs is not None:
             calls["bitsandbytes"] = lambda i: self.bnb.matmul_4bit(
                 x, bnb_packs.at(i)[0].t(), quant_state=bnb_packs.at(i)[1]
             )
-        for name, kernel in inference.items():
+        for name, kernel in others.items():
             if kernel is not None:
                 calls[name] = functools.partial(kernel, x)
         expected = x.double() @ weights.at(0).double().T + SCALING * (x.double() @ a.double().T) @ b.double().T

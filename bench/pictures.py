@@ -27,6 +27,7 @@ COLOURS = {
     "torch": "#999999",
 }
 NAMES = {"ours": "qlora_ext", "torch + LoRA": "dense LoRA"}
+TRAINING = ("ours", "torch", "torch + LoRA", "torch + float32 LoRA", "bitsandbytes")  # the others are for inference
 Draw = Callable[[Any], None]
 
 
@@ -106,12 +107,11 @@ def ratios(section: files.Section) -> Draw:
 
 
 def _ratios_of(axes: Any, rows: list[files.Row]) -> None:
-    names = [name for name, value in rows[0].items() if isinstance(value, dict)]
-    for name in names:
+    for name in [name for name in TRAINING if name in rows[0]]:
         present = [row for row in rows if isinstance(row.get(name), dict)]
         ours = name == "ours"
         style = {"color": colour(name), "linewidth": 2.5 if ours else 1.2, "marker": "o", "markersize": 4}
-        if name in ("torch + float32 LoRA", "bitsandbytes, repacked"):
+        if name == "torch + float32 LoRA":
             style["linestyle"] = ":"
         axes.plot([r["M"] for r in present], [r[name]["median"] for r in present], label=NAMES.get(name, name), **style)
     axes.axhline(1, color="#999999", linewidth=1)
@@ -126,7 +126,7 @@ def roofline(section: files.Section, ceiling: files.Ceiling) -> Draw:
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
-        found = [p for p in files.points(section) if p.op == "forward" and p.contender != "torch + float32 LoRA"]
+        found = [p for p in files.points(section) if p.op == "forward" and p.contender in TRAINING]
         low, high = (f(p.intensity for p in found) for f in (min, max))
         line = [low / 1.5, ceiling.flops / ceiling.bandwidth, high * 1.5]
         axes.plot(line, [ceiling.at(x) / 1e9 for x in line], color="#999999", linewidth=1.5)
