@@ -1,8 +1,8 @@
-"""Writes the tables of README.md that have measured figures, from bench/results.
+"""Writes the tables of README.md and docs/troubleshooting.md that have measured figures, from bench/results.
 
     python bench/readme.py [--check]
 
-Each stands between two marks that name it. `--check` changes nothing, and fails where README says something else.
+Each stands between two marks that name it. `--check` changes nothing, and fails where a page says something else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 import results_files as files
 
-PAGE = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
 FASTEST = ("intel_6_167", "amd_26_2")
 SHOWN = (
     *(("4096x4096", tokens) for tokens in (1, 4, 16, 64, 256)),
@@ -71,20 +72,34 @@ def operators(machine: str) -> str:
     return table(["N x K", "tokens", *(name.replace("bitsandbytes", "bitsandbytes 0.50.2") for name in first)], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    "steps": steps,
-    "operators on Zen 5": lambda: operators("amd_26_2"),
-    "operators on AMX": lambda: operators("intel_6_167"),
+def runs(part: str) -> str:
+    """Of bench/troubleshooting.py."""
+    found = files.sections("amd_26_2")[f"troubleshooting_{part}"]["rows"]
+    return "\n".join([*files.table(found), ""])
+
+
+Tables = dict[str, Callable[[], str]]
+PAGES: dict[Path, Tables] = {
+    README: {
+        "steps": steps,
+        "operators on Zen 5": lambda: operators("amd_26_2"),
+        "operators on AMX": lambda: operators("intel_6_167"),
+        "switches": lambda: runs("memory"),
+    },
+    TROUBLESHOOTING: {
+        part: lambda part=part: runs(part)  # type: ignore[misc]
+        for part in ("memory", "stability", "rank", "overfitting")
+    },
 }
 
 
-def written(page: str) -> str:
+def written(page: str, tables: Tables) -> str:
     """The page with its tables as the results have them."""
-    for name, make in TABLES.items():
+    for name, make in tables.items():
         marked = re.compile(rf"(<!-- {name}: by bench/readme.py -->\n).*?(<!-- end of {name} -->\n)", re.DOTALL)
         page, count = marked.subn(lambda found, make=make: f"{found[1]}\n{make()}\n{found[2]}", page)
         if count != 1:
-            raise ValueError(f"{PAGE.name}: expected the marks of the table '{name}' once, found them {count} times")
+            raise ValueError(f"expected the marks of the table '{name}' once, found them {count} times")
     return page
 
 
@@ -92,10 +107,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare, write nothing")
     arguments = parser.parse_args()
-    page = PAGE.read_text()
-    if arguments.check and written(page) != page:
-        sys.exit(f"{PAGE.name}: the results have other figures; run bench/readme.py")
-    PAGE.write_text(written(page))
+    for path, tables in PAGES.items():
+        page = path.read_text()
+        if arguments.check and written(page, tables) != page:
+            sys.exit(f"{path.name}: the results have other figures; run bench/readme.py")
+        path.write_text(written(page, tables))
 
 
 if __name__ == "__main__":

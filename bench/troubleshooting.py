@@ -62,6 +62,18 @@ OVERFITTING = tuple(
 )
 
 
+MODEL = "SmolLM2-135M-Instruct on conversations"
+LEARNING = f"{MODEL}, steps of 2 x 128 tokens; losses in nats a token."
+NOTES = {
+    "memory": [f"{MODEL}, 4 steps of 4 x 256 tokens where nothing else is said: peak of the whole process."],
+    "stability": [LEARNING],
+    "rank": [LEARNING],
+    "overfitting": [LEARNING, f"{FEW_EXAMPLES} texts to learn from."],
+}
+# By part: the runs, of which each is some options.
+PARTS = {"memory": MEMORY, "stability": STABILITY, "rank": RANKS, "overfitting": OVERFITTING}
+
+
 class Result(dict[str, Any]):
     """Of a run: peak GB, tokens/s, and the losses by step."""
 
@@ -87,16 +99,16 @@ def told(options: Sequence[str]) -> str:
 def memory(report: harness.Report) -> None:
     for options in MEMORY:
         run = finetune("--max-steps", "4", "--eval-size", "4", *options)
-        report.add(part="memory", options=told(options), **{"peak GB": run["peak"] / 1e9, "tokens/s": run["rate"]})
+        report.add(options=told(options), **{"peak GB": run["peak"] / 1e9, "tokens/s": run["rate"]})
 
 
-def learning(report: harness.Report, part: str, runs: Sequence[Sequence[str]], *common: str) -> None:
+def learning(report: harness.Report, runs: Sequence[Sequence[str]], *common: str) -> None:
     for options in runs:
         run = finetune(*SIZES, *common, *options)
         losses = {"held-out loss before": run["held_out"][0], "held-out loss after": run["held_out"][-1]}
         last = run["learnt"][-5:]
         trained = sum(last) / len(last) if last else math.nan
-        report.add(part=part, options=told(options), **losses, **{"loss of the last 5 steps": trained})
+        report.add(options=told(options), **losses, **{"loss of the last 5 steps": trained})
 
 
 def few_examples(path: pathlib.Path) -> None:
@@ -108,31 +120,21 @@ def few_examples(path: pathlib.Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", default="40", help="of runs that learn (default %(default)s)")
-    parser.add_argument("--part", choices=("memory", "stability", "rank", "overfitting"), help="default: all")
+    parser.add_argument("--part", choices=PARTS, help="default: all")
     arguments = parser.parse_args()
-    report = harness.Report(
-        "troubleshooting" if arguments.part is None else f"troubleshooting_{arguments.part}",
-        "What helps: runs of qlora-ext finetune",
-        [
-            "SmolLM2-135M-Instruct on conversations. Memory: 4 steps of 4 x 256 tokens where nothing else is said;",
-            f"else {arguments.steps} steps of 2 x 128 tokens; overfitting: {FEW_EXAMPLES} texts. Losses in nats",
-            "a token.",
-        ],
-    )
     steps = ("--max-steps", arguments.steps)
     with tempfile.TemporaryDirectory() as directory:
         few = pathlib.Path(directory, "few.jsonl")
         few_examples(few)
-        parts = {
-            "memory": lambda: memory(report),
-            "stability": lambda: learning(report, "stability", STABILITY, *steps),
-            "rank": lambda: learning(report, "rank", RANKS, *steps),
-            "overfitting": lambda: learning(report, "overfitting", OVERFITTING, "--data", str(few)),
-        }
-        for name, run in parts.items():
-            if arguments.part in (None, name):
-                run()
-    report.write()
+        for part in PARTS if arguments.part is None else [arguments.part]:
+            report = harness.Report(f"troubleshooting_{part}", f"Runs of qlora-ext finetune: {part}", NOTES[part])
+            if part == "memory":
+                memory(report)
+            elif part == "overfitting":
+                learning(report, OVERFITTING, "--data", str(few))
+            else:
+                learning(report, PARTS[part], *steps)
+            report.write()
 
 
 if __name__ == "__main__":

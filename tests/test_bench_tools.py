@@ -62,14 +62,15 @@ def test_files_without_a_common_figure_are_no_success(tmp_path: pathlib.Path) ->
     assert compared(tmp_path, section(spread(0.5)), empty) == (2, "the files have no figure in common\n")
 
 
-def test_readme_has_the_figures_of_the_results() -> None:
-    page = readme.PAGE.read_text()
-    assert readme.written(page) == page, "run bench/readme.py"
+@pytest.mark.parametrize("path", readme.PAGES, ids=lambda path: path.name)
+def test_pages_have_the_figures_of_the_results(path: pathlib.Path) -> None:
+    page = path.read_text()
+    assert readme.written(page, readme.PAGES[path]) == page, "run bench/readme.py"
 
 
 def test_a_table_without_its_marks_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected the marks of the table 'steps' once, found them 0 times"):
-        readme.written("no marks here")
+        readme.written("no marks here", readme.PAGES[readme.README])
 
 
 def test_points_under_the_ceiling() -> None:
