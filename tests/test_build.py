@@ -84,10 +84,18 @@ def test_errors_are_thrown_by_the_runtime_that_catches_them() -> None:
     except OSError:
         pytest.skip("torch's C++ runtime is not GCC's")
     w = torch.zeros(64)
-    for _ in range(3):
-        with pytest.raises(ValueError, match="block_size"):
-            torch.ops.qlora.quantize_nf4(w, 65)
-    assert runtime._ZSt19uncaught_exceptionsv() == 0
+    for quantize in (torch.ops.qlora.quantize_nf4, lambda w, size: _C.quantize_nf4(w.numpy(), size)):
+        for _ in range(3):
+            with pytest.raises(ValueError, match="block_size"):
+                quantize(w, 65)
+        assert runtime._ZSt19uncaught_exceptionsv() == 0
+
+
+def test_the_bindings_share_nothing_with_other_modules_of_pybind11() -> None:
+    """Of the same version they would translate our exceptions, and a wheel's have a C++ runtime of their own."""
+    names = re.findall(rb"__pybind11_internals_v\w+", pathlib.Path(_C.__file__).read_bytes())
+    assert names
+    assert [name for name in names if b"_qlora_ext" not in name] == []
 
 
 # Where requirements stand in each file: what pip is given, and what is asked for to build, check or format.
