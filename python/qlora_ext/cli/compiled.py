@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, StaticCache
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import UserError, first_line
@@ -38,6 +39,54 @@ _MOST_ROOM = 1 << 30
 _PACKAGE_FORMAT = 1
 # The wrapper calls kernels, and is most of the code; optimizing it takes long and gains nothing that can be measured.
 _OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one token, in float32: sums that are compiled to a few loops, where torch's own takes far longer.
+
+    Args:
+        query: [1, H, 1, D]; key, value: [1, G, L, D], where G divides H.
+        attention_mask: bool [1, 1, 1, L], True where there is something to see.
+
+    Returns: [1, 1, H, D] in query's dtype, as transformers has it.
+    """
+    if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise NotImplementedError("its attention is not the plain one")
+    _, heads, _, size = query.shape
+    groups = key.shape[1]
+    q = query.float().reshape(1, groups, heads // groups, 1, size) * (size**-0.5 if scaling is None else scaling)
+    scores = (q * key.float()[:, :, None]).sum(-1)  # [1, G, H / G, L]
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, -torch.inf)
+    y = (scores.softmax(-1)[..., None] * value.float()[:, :, None]).sum(-2)
+    return y.reshape(1, 1, heads, value.shape[3]).to(query.dtype), None
+
+
+_ATTENTION = "qlora_ext_one_token"
+AttentionInterface.register(_ATTENTION, _attend)
+AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
+
+
+@contextlib.contextmanager
+def _attention_of_one_token(lm: Any) -> Iterator[None]:
+    """In place of torch's; a model that was given another one keeps it."""
+    usual = lm.config._attn_implementation
+    if usual != "sdpa":
+        yield
+        return
+    lm.set_attn_implementation(_ATTENTION)
+    try:
+        yield
+    finally:
+        lm.set_attn_implementation(usual)
 
 
 class _Slots(StaticLayer):  # type: ignore[misc,unused-ignore]
@@ -183,7 +232,8 @@ def _compile(lm: Any, step: _Step, state: dict[str, Tensor], package: pathlib.Pa
     room = torch.export.Dim("room", min=2, max=_MOST_ROOM)
     shapes = None, None, [{2: room} for _ in caches], {name: None for name in state}
     with torch.no_grad(), _quiet(), tempfile.TemporaryDirectory(dir=package.parent) as partial:
-        exported = torch.export.export(_StepOfState(step), arguments, dynamic_shapes=shapes, strict=False)
+        with _attention_of_one_token(lm):
+            exported = torch.export.export(_StepOfState(step), arguments, dynamic_shapes=shapes, strict=False)
         path = f"{partial}/{package.name}"
         torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=_OPTIONS)
         os.replace(path, package)
