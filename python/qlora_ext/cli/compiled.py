@@ -134,7 +134,7 @@ class _StepOfState(nn.Module):
 
     def __init__(self, step: _Step) -> None:
         super().__init__()
-        self._step = lambda: step  # a submodule it is not
+        self._step: Callable[[], _Step] = lambda: step  # a submodule it is not
 
     def forward(self, token: Tensor, position: Tensor, caches: list[Tensor], state: dict[str, Tensor]) -> Tensor:
         logits: Tensor = torch.func.functional_call(self._step(), state, (token, position, caches))
@@ -172,7 +172,7 @@ def _state(step: _Step) -> dict[str, Tensor]:
 
 
 def _digest(model: Any, state: dict[str, Tensor]) -> str:
-    """What the compiled code depends on: the model's structure and numbers (not its weights), software and processor."""
+    """What compiled code depends on: the model's structure and numbers (not its weights), software and processor."""
     import peft
     import transformers
 
@@ -219,7 +219,8 @@ def _quiet() -> Iterator[None]:
 
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(logging.NOTSET)
@@ -235,7 +236,8 @@ def _compile(lm: Any, step: _Step, state: dict[str, Tensor], package: pathlib.Pa
         with _attention_of_one_token(lm):
             exported = torch.export.export(_StepOfState(step), arguments, dynamic_shapes=shapes, strict=False)
         path = f"{partial}/{package.name}"
-        torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs=_OPTIONS)
+        # A copy of the options: torch adds to them.
+        torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs={**_OPTIONS})
         os.replace(path, package)
 
 
@@ -255,10 +257,8 @@ class Decoder:
     """
 
     def __init__(self, lm: Any, state: dict[str, Tensor], package: pathlib.Path) -> None:
-        from torch._inductor.package import load_package
-
         self.steps = 0  # decoded so far
-        self._run = load_package(str(package)).loader.run
+        self._run = torch._inductor.aoti_load_package(str(package)).loader.run
         self._state = list(state.values())
         self._caches: list[Tensor] = []
         self._eager: Callable[..., Any] = lm.forward
@@ -285,9 +285,7 @@ class Decoder:
             self._take_over([layer.keys for layer in layers] + [layer.values for layer in layers], length)
         with torch._C._AutoDispatchBelowAutograd():  # there are no gradients, but our operators' are Python
             logits: Tensor = self._run([token, torch.tensor([length]), *self._caches, *self._state])[0]
-        for layer, keys, values in zip(
-            layers, self._caches[: len(layers)], self._caches[len(layers) :], strict=True
-        ):
+        for layer, keys, values in zip(layers, self._caches[: len(layers)], self._caches[len(layers) :], strict=True):
             layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
         self.steps += 1
         return logits

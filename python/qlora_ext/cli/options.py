@@ -36,8 +36,8 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
         "--compile",
         choices=("auto", "always", "never"),
         default="auto",
-        help="write through compiled code, which takes a minute or so to make and is kept for later runs: auto where it "
-        "is there already or pays (%(default)s is the default)",
+        help="write by compiled code, which takes a minute or so to make and is kept for later runs; auto: where it is "
+        "there already, or an answer may be long (default: %(default)s)",
     )
 
 
