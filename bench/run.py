@@ -27,7 +27,7 @@ SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SLICE = "test_dropout_in_every_tile or test_a_long_sum"  # every tile, splits and their tickets, dropout
 
 
-CPU_BENCHES = ("cpu_codec", "cpu_linear", "cpu_ragged", "step", "quality", "fidelity", "sensitivity")
+CPU_BENCHES = ("cpu_codec", "cpu_linear", "cpu_ragged", "step", "decode", "quality", "fidelity", "sensitivity")
 
 
 @dataclasses.dataclass
