@@ -253,8 +253,8 @@ def _new_caches(lm: Any, room: int) -> list[Tensor]:
 class Decoder:
     """Takes the place of a model's forward: decodes by a package, and leaves everything else to that forward.
 
-    The model keeps its ``DynamicCache``, whose tensors become the written part of caches with room for more. There is one
-    set of these: a conversation loses them to the next.
+    The model keeps its ``DynamicCache``, whose tensors become the written part of caches with room for more. There is
+    one set of these: a conversation loses them to the next.
     """
 
     def __init__(self, lm: Any, state: dict[str, Tensor], package: pathlib.Path) -> None:
