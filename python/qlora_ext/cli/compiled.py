@@ -34,7 +34,7 @@ from .errors import UserError, first_line
 # As transformers calls a model's cache: the newer of its two names, where it knows that.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 PAYS_FROM = 1000  # tokens: compiling takes about as long as eager decoding takes for so many more than compiled
-_LEAST_ROOM = 256  # tokens in the first caches
+_ROOM = 256  # tokens by which caches grow
 _MOST_ROOM = 1 << 30
 _PACKAGE_FORMAT = 1
 # The wrapper calls kernels, and is most of the code; optimizing it takes long and gains nothing that can be measured.
@@ -228,7 +228,7 @@ def _quiet() -> Iterator[None]:
 
 def _compile(lm: Any, step: _Step, state: dict[str, Tensor], package: pathlib.Path) -> None:
     """Writes the package of a model that decodes, whole or not at all."""
-    caches = _new_caches(lm, _LEAST_ROOM)
+    caches = _new_caches(lm, _ROOM)
     arguments = torch.tensor([[0]]), torch.tensor([1]), caches, state
     room = torch.export.Dim("room", min=2, max=_MOST_ROOM)
     shapes = None, None, [{2: room} for _ in caches], {name: None for name in state}
@@ -292,10 +292,9 @@ class Decoder:
         return logits
 
     def _take_over(self, written: list[Tensor], length: int) -> None:
-        """Copies what a cache holds to caches with room for as much again: a power of two, kept from then on."""
-        room = self._caches[0].shape[2] if self._caches else _LEAST_ROOM
-        room = max(room, 1 << length.bit_length())
-        if not self._caches or room > self._caches[0].shape[2]:
+        """Copies what a cache holds to caches with room for more. Attention goes over all of the room."""
+        room = (length // _ROOM + 1) * _ROOM
+        if not self._caches or self._caches[0].shape[2] != room:
             self._caches = [t.new_zeros((1, t.shape[1], room, t.shape[3])) for t in written]
         for ours, theirs in zip(self._caches, written, strict=True):
             ours[:, :, :length] = theirs
