@@ -48,6 +48,7 @@ CPU_BENCHES = (
     ("quality",),
     ("fidelity",),
     ("sensitivity",),
+    ("troubleshooting",),
 )
 QUICK_BENCHES = (
     ("ceiling", "--seconds", "1"),

@@ -136,7 +136,7 @@ class Terminal:
 
 
 def test_on_a_terminal(paths: Paths) -> None:
-    talk = Terminal("chat", "--model", paths["model"], "--max-new-tokens", "100000")
+    talk = Terminal("chat", "--model", paths["model"], "--max-new-tokens", "100000", "--compile", "never")
     talk.wait_for("> ")
     assert "/reset" in talk.told
     at = talk.type("hello\n")
@@ -167,7 +167,7 @@ def test_ctrl_c_stops_an_answer_and_no_more(
 
     monkeypatch.setattr("qlora_ext.cli.conversation.complete", complete)
     monkeypatch.setattr("sys.stdin", Keyboard("one\ntwo\n"))
-    assert main(["chat", "--model", str(talker)]) == 0
+    assert main(["chat", "--model", str(talker), "--compile", "never"]) == 0
     assert prompts[1] == "<user>one</><assistant>half</><user>two</><assistant>"
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert main(["chat", "--model", str(talker)]) == 130  # nobody is there to ask on

@@ -32,6 +32,13 @@ def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -
     )
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
+    parser.add_argument(
+        "--compile",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="write by compiled code, which takes a minute or so to make and is kept for later runs; auto: where it is "
+        "there already, or an answer may be long (default: %(default)s)",
+    )
 
 
 def check_sampling(arguments: argparse.Namespace) -> None:

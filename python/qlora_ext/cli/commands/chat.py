@@ -55,14 +55,16 @@ def run(arguments: argparse.Namespace) -> int:
     adapted = find_adapted(arguments)
     if arguments.system and not adapted.tokenizer.chat_template:
         raise UserError(f"--system: the tokenizer of {adapted.source.name} has no chat template to write it with")
-    model = adapted.load()
+    model = adapted.load_to_answer()
     from transformers import set_seed
 
+    from ..compiled import PAYS_FROM, compile_decoding
     from ..conversation import Conversation
 
+    interactive = sys.stdin.isatty()
+    compile_decoding(model, arguments.compile, pays=interactive or arguments.max_new_tokens >= PAYS_FROM)
     set_seed(arguments.seed)
     talk = Conversation(model, adapted.tokenizer, arguments.system, arguments.max_new_tokens, arguments.temperature)
-    interactive = sys.stdin.isatty()
     if interactive:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # input() then edits its line

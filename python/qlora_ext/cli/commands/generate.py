@@ -42,10 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
             prompt = tokenizer(as_question(tokenizer, arguments.prompt), add_special_tokens=False)["input_ids"]
     if not prompt:
         raise UserError("--prompt: there is no token in it")
-    model = adapted.load()
+    model = adapted.load_to_answer()
     from transformers import set_seed
 
     whole.check_tokens(model, [prompt])
+    from ..compiled import PAYS_FROM, compile_decoding
+
+    compile_decoding(model, arguments.compile, pays=arguments.max_new_tokens >= PAYS_FROM)
     set_seed(arguments.seed)
     answer = complete(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature).strip()
     print(printable(answer, lines=True))

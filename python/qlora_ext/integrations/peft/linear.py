@@ -171,6 +171,13 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
         plain = type(self.lora_A[active[0]]) is nn.Linear and type(self.lora_B[active[0]]) is nn.Linear
         return active[0] if plain and self.lora_B[active[0]].bias is None else None
 
+    def cast_fused(self) -> None:
+        """Casts the adapter that the one operator runs with to the layer's compute dtype, as each call does."""
+        adapter = self._fused_adapter({})
+        if adapter is not None:
+            self.lora_A[adapter].to(self.layer4bit.compute_dtype)
+            self.lora_B[adapter].to(self.layer4bit.compute_dtype)
+
     @property
     def trained_as_merged(self) -> bool:
         return bool(self.merged_adapters) and self.merge_aware.issuperset(self.merged_adapters)
