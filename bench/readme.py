@@ -72,6 +72,17 @@ def operators(machine: str) -> str:
     return table(["N x K", "tokens", *(name.replace("bitsandbytes", "bitsandbytes 0.50.2") for name in first)], rows)
 
 
+def answers() -> str:
+    """Tokens a second of the prompt and of what is written after it, of every contender of bench/decode.py."""
+    found = files.sections("amd_26_2")["decode_smollm2_2_threads"]["rows"]
+    by_prompt = {length: {row["contender"]: row for row in found if row["prompt"] == length} for length in (8, 512)}
+    rows = []
+    for name, row in by_prompt[512].items():
+        written = [f"{of_it[name]['written tokens/s']:.0f}" for of_it in by_prompt.values()]
+        rows.append([name, f"{row['prompt tokens/s']:.0f}", *written])
+    return table(["", "prompt of 512", "written after 8", "written after 512"], rows)
+
+
 def runs(part: str) -> str:
     """Of bench/troubleshooting.py."""
     found = files.sections("amd_26_2")[f"troubleshooting_{part}"]["rows"]
@@ -85,6 +96,7 @@ PAGES: dict[Path, Tables] = {
         "operators on Zen 5": lambda: operators("amd_26_2"),
         "operators on AMX": lambda: operators("intel_6_167"),
         "switches": lambda: runs("memory"),
+        "answers": answers,
     },
     TROUBLESHOOTING: {
         part: lambda part=part: runs(part)  # type: ignore[misc]
