@@ -72,6 +72,15 @@ def operators(machine: str) -> str:
     return table(["N x K", "tokens", *(name.replace("bitsandbytes", "bitsandbytes 0.50.2") for name in first)], rows)
 
 
+def methods(name: str) -> str:
+    """Of bench/step.py: speed and memory of each way to train."""
+    rows = []
+    for row in files.sections("amd_26_2")[name]["rows"]:
+        ratio = files.text(row["time over qlora_ext's"])
+        rows.append([row["base"], f"{row['tokens/s']:.0f}", ratio, f"{row['peak GB']:.2f} GB"])
+    return table(["", "tokens/s", "time over qlora_ext's", "peak memory"], rows)
+
+
 def answers() -> str:
     """Tokens a second of the prompt and of what is written after it, of every contender of bench/decode.py."""
     found = files.sections("amd_26_2")["decode_smollm2_2_threads"]["rows"]
@@ -96,6 +105,7 @@ PAGES: dict[Path, Tables] = {
         "operators on Zen 5": lambda: operators("amd_26_2"),
         "operators on AMX": lambda: operators("intel_6_167"),
         "switches": lambda: runs("memory"),
+        "1b": lambda: methods("step_1b_2_threads"),
         "answers": answers,
     },
     TROUBLESHOOTING: {

