@@ -94,6 +94,20 @@ def test_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monke
     assert fitting["total"] > 0.9 * 200e6
 
 
+def test_a_run_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
+    card, host = plan(capsys, "--grad-checkpointing"), plan(capsys, "--grad-checkpointing", "--device", "cpu")
+    parts = host["bytes"]
+    assert parts.keys() - card["bytes"].keys() == {"malloc", "process"}
+    assert parts["malloc"] == pytest.approx(0.7 * parts["workspace"])
+    assert 0.4e9 < parts["process"] < 2e9  # Python, torch, transformers and PEFT
+    assert host["total"] == pytest.approx(card["total"] + parts["malloc"] + parts["process"])
+    narrow = plan(capsys, "--device", "cpu", "--max-memory", str(int(parts["process"] + 8e6)))
+    assert "--offload-checkpoints" not in narrow["switches"]
+    assert "--stream ram" not in narrow["switches"]
+    assert plan(capsys, "--device", "cpu", "--max-memory", "300MB")["fits"] is False
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
