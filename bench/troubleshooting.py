@@ -56,17 +56,16 @@ STABILITY = (
 RANKS = tuple(("--rank", str(rank), "--alpha", str(2 * rank)) for rank in (1, 4, 16, 64))
 FEW_EXAMPLES = 32
 OVERFITTING = tuple(
-    ("--max-steps", steps, "--dropout", dropout) for steps in ("20", "80") for dropout in ("0", "0.05", "0.3")
+    ("--max-steps", steps, "--dropout", dropout)
+    for steps, dropout in (("20", "0"), ("80", "0"), ("200", "0"), ("200", "0.3"))
 )
-
-
 MODEL = "SmolLM2-135M-Instruct on conversations"
 LEARNING = f"{MODEL}, steps of 2 x 128 tokens; losses in nats a token."
 NOTES = {
     "memory": [f"{MODEL}, 4 steps of 4 x 256 tokens where nothing else is said: peak of the whole process."],
     "stability": [LEARNING],
     "rank": [LEARNING],
-    "overfitting": [LEARNING, f"{FEW_EXAMPLES} texts to learn from."],
+    "overfitting": [LEARNING, f"{FEW_EXAMPLES} texts to learn from, `--lr 1e-3`."],
 }
 # By part: the runs, of which each is some options.
 PARTS = {"memory": MEMORY, "stability": STABILITY, "rank": RANKS, "overfitting": OVERFITTING}
@@ -128,7 +127,7 @@ def main() -> None:
             if part == "memory":
                 memory(report)
             elif part == "overfitting":
-                learning(report, OVERFITTING, "--data", str(few))
+                learning(report, OVERFITTING, "--data", str(few), "--lr", "1e-3")
             else:
                 learning(report, PARTS[part], *steps)
             report.write()
