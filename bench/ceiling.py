@@ -8,8 +8,6 @@ hold; the products are the fastest that torch's library makes of large square ma
 
 from __future__ import annotations
 
-import argparse
-
 import harness
 import torch
 
@@ -17,8 +15,7 @@ SIZE = 2048
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_arguments(parser, seconds=3.0)
+    parser = harness.parser(__doc__, seconds=3.0)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     harness.keep_freed_memory()

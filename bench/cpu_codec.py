@@ -10,7 +10,6 @@ empty. With one thread, CPU time is measured, so that other processes disturb le
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
 import os
@@ -152,8 +151,7 @@ def one_and_all_threads(call: harness.Call) -> dict[str, harness.Call]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_arguments(parser, seconds=4.0)
+    parser = harness.parser(__doc__, seconds=4.0)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     harness.keep_freed_memory()

@@ -15,7 +15,6 @@ Another instruction set: QLORA_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import importlib.util
@@ -187,8 +186,7 @@ class Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_arguments(parser, seconds=3.0)
+    parser = harness.parser(__doc__, seconds=3.0)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     parser.add_argument("--shapes", default=SHAPES, help="N x K of the weights (default %(default)s)")
     parser.add_argument("--tokens", default=TOKENS, help="default %(default)s")

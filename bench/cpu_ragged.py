@@ -8,8 +8,6 @@ shows a cliff. The best of all rounds is reported. A column is to be compared wi
 
 from __future__ import annotations
 
-import argparse
-
 import harness
 import torch
 
@@ -35,8 +33,7 @@ def picoseconds(m: int, n: int, k: int, dtype: torch.dtype, seconds: float) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    harness.add_arguments(parser, seconds=0.4)
+    parser = harness.parser(__doc__, seconds=0.4)
     parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -10,7 +10,6 @@ without an adapter, as quantized by itself.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.util
 import time
@@ -19,15 +18,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import harness
+import quality
 import torch
 from peft import LoraConfig, get_peft_model
 from shapes import LLAMA_1B, SMOLLM2_135M
 from step import RANK
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 from qlora_ext.cli.compiled import compile_decoding
-from qlora_ext.integrations.peft import LoraLinear4bit
+from qlora_ext.integrations.peft import cast_fused
 
 MODELS = {"smollm2": SMOLLM2_135M, "1b": LLAMA_1B}
 COMPILED = "qlora_ext, compiled"
@@ -57,9 +57,7 @@ def transformers_model(path: str, new: int, quantization: Any = None, merged: bo
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, LoraLinear4bit):
-            module.cast_fused()
+    cast_fused(model)
     if merged:
         model = model.merge_and_unload()
     if compiled:
@@ -160,13 +158,7 @@ def contenders(config: LlamaConfig, folder: str, threads: int, new: int) -> dict
         "bf16 + PEFT": transformers_model(dense, new),
     }
     if importlib.util.find_spec("bitsandbytes"):
-        bnb = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
-        )
-        found["bitsandbytes + PEFT"] = transformers_model(dense, new, bnb)
+        found["bitsandbytes + PEFT"] = transformers_model(dense, new, quality.nf4_of_bitsandbytes(torch.bfloat16))
     if importlib.util.find_spec("llama_cpp"):
         path = Path(folder, "model.gguf")
         write_gguf(path, config)
@@ -176,10 +168,8 @@ def contenders(config: LlamaConfig, folder: str, threads: int, new: int) -> dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, seconds=60.0)
     parser.add_argument("--model", choices=MODELS, default="smollm2", help="default smollm2")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time for each length of prompt (default 60)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
     parser.add_argument("--prompts", default="1,8,64,512", help="lengths in tokens (default 1,8,64,512)")
     parser.add_argument("--new", type=int, default=24, help="tokens written after each prompt (default 24)")
     arguments = parser.parse_args()

@@ -119,10 +119,12 @@ def cuda_clock(call: Call, turns: range) -> float:
     return float(start.elapsed_time(end)) * 1e-3 / len(turns)
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, seconds: float) -> None:
-    """What every bench takes: --seconds, for each of its measurements, and --threads."""
-    parser.add_argument("--seconds", type=float, default=seconds, help="for each measurement (default %(default)s)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+def parser(description: str | None, *, seconds: float) -> argparse.ArgumentParser:
+    """Of a bench that times: with --seconds, for each of its measurements, and --threads."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--seconds", type=float, default=seconds, help="for each measurement (default %(default)s)")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    return made
 
 
 class Spread(NamedTuple):

@@ -46,6 +46,12 @@ def save_dense(source: sources.ModelSource, path: str) -> None:
     dense.save_pretrained(path)
 
 
+def nf4_of_bitsandbytes(dtype: torch.dtype) -> BitsAndBytesConfig:
+    """NF4 with double quantization, computing in ``dtype``."""
+    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **options)
+
+
 def load(path: str, quantization_config: object) -> Any:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, quantization_config=quantization_config)
@@ -102,12 +108,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as path:
         save_dense(source, path)
-        bnb = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        )
+        bnb = nf4_of_bitsandbytes(torch.float32)
         for name, config in (("qlora_ext", qlora_ext.QLoRAConfig()), ("bitsandbytes", bnb)):
             model = load(path, config)
             losses = train(model, batches)

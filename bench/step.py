@@ -28,7 +28,7 @@ import quality
 import torch
 from peft import LoraConfig, get_peft_model
 from shapes import LLAMA_1B
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 from qlora_ext.cli import models, sources
@@ -63,16 +63,13 @@ def with_lora(model: Any) -> Any:
     )
 
 
-def bitsandbytes(path: pathlib.Path) -> Any:
-    options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16, **options)
-    return with_lora(load(path, quantization_config=config))
-
-
 # By name: how its model is made, and its learning rate.
 CONTENDERS: dict[str, tuple[Callable[[pathlib.Path], Any], float]] = {
     OURS: (lambda path: with_lora(load(path, quantization_config=qlora_ext.QLoRAConfig())), 2e-4),
-    "bitsandbytes": (bitsandbytes, 2e-4),
+    "bitsandbytes": (
+        lambda path: with_lora(load(path, quantization_config=quality.nf4_of_bitsandbytes(torch.bfloat16))),
+        2e-4,
+    ),
     "dense LoRA": (lambda path: with_lora(load(path)), 2e-4),
     "full fine-tuning": (load, 2e-5),
 }
@@ -125,12 +122,11 @@ def peak(name: str, path: pathlib.Path, batch: int) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.parser(__doc__, seconds=120.0)
     parser.add_argument("--model", default="smollm2", choices=TITLES, help="default %(default)s")
     parser.add_argument("--tokens", default="4x256", help="batch x sequence length (default %(default)s)")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=pathlib.Path, help=argparse.SUPPRESS)
-    harness.add_arguments(parser, seconds=120.0)
     arguments = parser.parse_args()
     batch, length = (int(part) for part in arguments.tokens.split("x"))
     torch.set_num_threads(arguments.threads)

@@ -176,12 +176,10 @@ class Adapted:
 
     def load_to_answer(self) -> Any:
         """As ``load``, for inference alone: the fused adapters are in the dtype in which each call would cast them."""
-        from ..integrations.peft import LoraLinear4bit
+        from ..integrations.peft import cast_fused
 
         model = self.load().eval().requires_grad_(False)
-        for module in model.modules():
-            if isinstance(module, LoraLinear4bit) and not module.merge_aware:
-                module.cast_fused()
+        cast_fused(model)
         return model
 
 

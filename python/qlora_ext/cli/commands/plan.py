@@ -158,12 +158,13 @@ def advise(job: Job, measured: list[dict[str, float]]) -> list[tuple[str, float]
     if job.rank > 8:
         step.append((f"--rank {job.rank // 2}", {"rank": job.rank // 2}))
     rest: list[tuple[str, dict[str, Any]]] = []
-    if not job.host:
-        rest.append((f"--devices {job.devices * 2}", {"devices": job.devices * 2}))
     if job.optimizer == "adamw_torch":
         rest.append(("--optimizer adamw_8bit", {"optimizer": "adamw_8bit"}))
-    if job.optimizer == "adamw_torch" and not job.host:
-        rest.append(("--optimizer paged_adamw_8bit (its state may leave the GPU)", {"optimizer": "paged_adamw_8bit"}))
+    if not job.host:
+        rest.append((f"--devices {job.devices * 2}", {"devices": job.devices * 2}))
+        if job.optimizer == "adamw_torch":
+            text = "--optimizer paged_adamw_8bit (its state may leave the GPU)"
+            rest.append((text, {"optimizer": "paged_adamw_8bit"}))
     total = sum(split(job, measured).values())
     savings = []
     for text, change in (*step, *rest):

@@ -33,7 +33,7 @@ from .base_file import (
 )
 from .experts import set_dropout
 from .initial import initialize_lora
-from .linear import LoraLinear4bit
+from .linear import LoraLinear4bit, cast_fused
 from .merge import MergeError, merge_calibrated, merge_to_4bit
 from .merge_aware import set_merge_aware
 
@@ -44,6 +44,7 @@ __all__ = [
     "LoraLinear4bit",
     "MergeError",
     "OnMismatch",
+    "cast_fused",
     "check_base",
     "initialize_lora",
     "merge_calibrated",

@@ -174,7 +174,7 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     def cast_fused(self) -> None:
         """Casts the adapter that the one operator runs with to the layer's compute dtype, as each call does."""
         adapter = self._fused_adapter({})
-        if adapter is not None:
+        if adapter is not None and not self.merge_aware:
             self.lora_A[adapter].to(self.layer4bit.compute_dtype)
             self.lora_B[adapter].to(self.layer4bit.compute_dtype)
 
@@ -217,3 +217,10 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
             return super().forward(x, *args, **kwargs)
         y: Tensor = DenseLoraLinear.forward(self, x, *args, **kwargs)
         return y
+
+
+def cast_fused(model: nn.Module) -> None:
+    """Casts the fused adapters of ``model`` to the dtype in which each call would cast them; for inference alone."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear4bit):
+            module.cast_fused()
