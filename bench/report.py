@@ -3,7 +3,8 @@
     python bench/report.py [--results DIRECTORY] MACHINE       (a folder of bench/results, such as amd_26_2)
 
 Writes MACHINE.json, which bench/compare.py reads, and MACHINE.md beside the folder. The linear layer's rows gain the
-share of what the machine can do, where bench/ceiling.py has measured that.
+share of what the machine can do, where bench/ceiling.py has measured that. Last come the counters of
+bench/cuda_counters.py, which are of no machine.
 """
 
 from __future__ import annotations
@@ -66,6 +67,10 @@ def write(machine: Path) -> None:
             rows = _with_shares(section, ceiling)
         facts = ", ".join(f"{key} {section['machine'][key]}" for key in ("date", "threads", "isa", "torch", "load"))
         lines += [f"## {section['title']}", "", *section["notes"], "", f"{facts}.", "", *files.table(rows), ""]
+    if (counters := machine.parent / "cuda_counters.json").exists():
+        section = json.loads(counters.read_text())
+        lines += ["## CUDA, counted under the kernel simulator", "", *section["notes"], ""]
+        lines += [*files.table(section["rows"]), ""]
     machine.with_suffix(".md").write_text("\n".join(lines))
     print(f"written: {machine.with_suffix('.json')}, {machine.with_suffix('.md')}")
 

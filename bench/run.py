@@ -9,7 +9,7 @@ little time for each, and writes to build/bench.
 
 On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sanitizer's four tools on a slice of them,
 the operators beside their peers (captured into CUDA graphs), and the calibration of the crossover to the library, which
-ends in a row for cuda/tuning.h.
+ends in a row for cuda/tuning.h. Under the kernel simulator also what the kernels did, counted.
 
 Results go to bench/results/, a folder for each processor, or files named after the card; then bench/report.py makes
 one JSON file and one report of a processor's folder. Peers that are not installed are named. A step that fails or takes
@@ -31,6 +31,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
 TESTS = ROOT / "tests"
+SIMULATED = "CUDASIM_TORCH_LIBRARY" in os.environ  # where a minute of a card is more than an hour
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SLICE = "test_dropout_in_every_tile or test_a_long_sum"  # every tile, splits and their tickets, dropout
 
@@ -89,7 +90,8 @@ def cuda_steps(minutes: float, tiny: bool) -> list[Step]:
         steps.append(Step(f"compute-sanitizer {tool}", command, 0.08, missing))
     crossover = python(BENCH / "cuda_crossover.py", "--minutes", f"{0.2 * minutes:.2f}", *small)
     operators = python(BENCH / "cuda_operators.py", "--minutes", f"{0.5 * minutes:.2f}", *small)
-    return [*steps, Step("crossover", crossover, 0.4), Step("operators and peers", operators, 0.9)]
+    steps += [Step("crossover", crossover, 0.4), Step("operators and peers", operators, 0.9)]
+    return [*steps, Step("work counters", python(BENCH / "cuda_counters.py"))] if SIMULATED else steps
 
 
 def cpu_steps(quick: bool) -> list[Step]:
@@ -122,11 +124,10 @@ def main() -> None:
     for peer in PEERS:
         if not importlib.util.find_spec(peer):
             print(f"absent: {peer} is not installed, and is not compared with")
-    simulated = "CUDASIM_TORCH_LIBRARY" in os.environ  # where a minute of a card is more than an hour
     start, failed = time.perf_counter(), []
     for step in steps:
         print(f"\n== {step.name} ({time.perf_counter() - start:.0f} s)", flush=True)
-        seconds = step.share * arguments.minutes * 60 if cuda and not simulated else None
+        seconds = step.share * arguments.minutes * 60 if cuda and not SIMULATED else None
         if (why := run(step, seconds)) is not None:
             failed.append(f"{step.name}: {why}")
             print(failed[-1], flush=True)

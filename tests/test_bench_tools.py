@@ -14,6 +14,7 @@ BENCH = pathlib.Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import readme
+import report
 import results_files
 
 
@@ -82,3 +83,25 @@ def test_points_under_the_ceiling() -> None:
     assert ours.intensity == pytest.approx(4e7 / (2e6 * 4.127 / 8 + 2 * 10 * 3000))
     ceiling = results_files.Ceiling(bandwidth=1e9, flops=1e10)
     assert (ceiling.at(2.0), ceiling.at(20.0)) == (2e9, 1e10)
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_the_report_ends_in_the_cuda_counters_where_there_are_any(tmp_path: pathlib.Path, counted: bool) -> None:
+    machine = tmp_path / "amd_0_0"
+    machine.mkdir()
+    facts = dict.fromkeys(("date", "threads", "isa", "torch", "load"), "")
+    (machine / "step.json").write_text(json.dumps({**section(spread(0.5)), "machine": facts}))
+    if counted:
+        rows = [{"operator": "dequantize", "contender": "ours", "launches": 1}]
+        content = {"notes": ["No card was involved."], "rows": rows}
+        (tmp_path / "cuda_counters.json").write_text(json.dumps(content))
+    report.write(machine)
+    end = """## CUDA, counted under the kernel simulator
+
+No card was involved.
+
+| operator | contender | launches |
+|---|---|---|
+| dequantize | ours | 1 |
+"""
+    assert machine.with_suffix(".md").read_text().endswith(end) == counted

@@ -12,12 +12,14 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 import qlora_ext
 import tiny_models
 from qlora_ext.cli import compiled, main
 from qlora_ext.cli.errors import UserError
+from qlora_ext.cli.models import prepare_to_answer
 
 PROMPT = torch.tensor([[5, 9, 17, 40]])
 
@@ -185,3 +187,30 @@ def test_a_directory_that_others_can_write_to_is_not_used(
     path.chmod(0o777)
     with pytest.raises(UserError, match="others can write to it"):
         compiled.compile_decoding(adapted(), "always", pays=True)
+
+
+def test_a_prompt_does_not_copy_the_output_head() -> None:
+    """The last token of a prompt is a slice, for whose strides torch takes a batched product and copies the head."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten.bmm.default):
+                self.elements = max(self.elements, *(t.numel() for t in args if isinstance(t, torch.Tensor)))
+            return func(*args, **(kwargs or {}))
+
+    def largest(model: Any) -> int:
+        with torch.no_grad(), Largest() as mode:
+            model(input_ids=PROMPT, logits_to_keep=1)
+        return mode.elements
+
+    model = adapted(torch.bfloat16)
+    head = model.get_output_embeddings().weight.numel()
+    with torch.no_grad():
+        expected = model(input_ids=PROMPT, logits_to_keep=1).logits
+    assert largest(model) >= head  # without it
+    prepare_to_answer(model)
+    assert largest(model) < head
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=PROMPT, logits_to_keep=1).logits, expected)

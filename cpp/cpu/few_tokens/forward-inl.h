@@ -18,6 +18,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/pages-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/problem.h"
@@ -217,10 +218,14 @@ class Forward {
     ScaleReader reader(p_.w.scales);
     const int64_t super = super_rows(plan_.rows);
     PagesAhead pages(p_.w, begin * super, end * super < p_.w.n ? end * super : p_.w.n, 0, p_.w.k);
+    const auto end_of = [&](int64_t first) { return first + super < p_.w.n ? first + super : p_.w.n; };
+    prefetch(p_.w.packed + begin * super * p_.w.k / 2, (end_of(begin * super) - begin * super) * p_.w.k / 2);
+    prefetch_beside(reader, begin * super, end_of(begin * super));
     for (int64_t s = begin; s < end; ++s) {
       // The lines of a super-tile are fetched while the one before it is worked on, and its pages touched before that.
       pages.touch_before((s + 2) * super);
-      const int64_t first = s * super, last = first + super < p_.w.n ? first + super : p_.w.n;
+      const int64_t first = s * super, last = end_of(first);
+      if (s + 1 < end) prefetch_beside(reader, last, end_of(last));
       const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
       const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
       const Granules of_rows{scales, first_granule, end_granule - first_granule};
@@ -239,6 +244,13 @@ class Forward {
     const float* scale;
     int64_t first, count;
   };
+
+  // Asks for what goes with weight rows first .. last - 1: their scales and their rows of b.
+  void prefetch_beside(const ScaleReader& reader, int64_t first, int64_t last) const {
+    const int64_t row_bytes = p_.lora.rank * static_cast<int64_t>(sizeof(T));
+    if (row_bytes) prefetch(static_cast<const uint8_t*>(p_.lora.b) + first * row_bytes, (last - first) * row_bytes);
+    reader.prefetch_blocks(first * p_.w.k, last * p_.w.k);
+  }
 
   // Weight rows n, n + period, ... (`count` of them) against one group of tokens.
   template <int kTokens>

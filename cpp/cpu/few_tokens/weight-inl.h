@@ -17,6 +17,7 @@
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -58,6 +59,16 @@ class ScaleReader {
       for (int64_t i = 0; i < count; ++i) out[i] = of_block[((first + i) >> log2_split_) - first_block];
     }
     store(out + count, zero());
+  }
+
+  // Asks for the scales of weights begin .. end - 1, as they are stored.
+  void prefetch_blocks(int64_t begin, int64_t end) const {
+    const int64_t first = begin / scales_.block_size, count = ceil_div(end, scales_.block_size) - first;
+    if (scales_.absmax) {
+      prefetch(scales_.absmax + first, count * static_cast<int64_t>(sizeof(float)));
+    } else {
+      prefetch(scales_.codes + first, count);
+    }
   }
 
   // No finite scale of granules first .. first + count - 1 is larger.

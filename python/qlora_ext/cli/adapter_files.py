@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .._outside import FileError, Schema, excerpt, printable, read_json
 from . import whole
 from .errors import UserError, first_line, path_named
-from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype
+from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, prepare_to_answer
 from .sources import ModelSource, resolve
 
 if TYPE_CHECKING:
@@ -175,12 +175,8 @@ class Adapted:
         return model if self.adapter is None else load(model, self.adapter, self.force)
 
     def load_to_answer(self) -> Any:
-        """As ``load``, for inference alone: the fused adapters are in the dtype in which each call would cast them."""
-        from ..integrations.peft import cast_fused
-
-        model = self.load().eval().requires_grad_(False)
-        cast_fused(model)
-        return model
+        """As ``load``, for inference alone."""
+        return prepare_to_answer(self.load())
 
 
 def find_adapted(arguments: argparse.Namespace) -> Adapted:

@@ -36,7 +36,6 @@ _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else 
 PAYS_FROM = 1000  # tokens: compiling takes about as long as eager decoding takes for so many more than compiled
 _ROOM = 256  # tokens by which caches grow
 _MOST_ROOM = 1 << 30
-_PACKAGE_FORMAT = 1
 # The wrapper calls kernels, and is most of the code; optimizing it takes long and gains nothing that can be measured.
 _OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0"}
 
@@ -63,10 +62,15 @@ def _attend(
     _, heads, _, size = query.shape
     groups = key.shape[1]
     q = query.float().reshape(1, groups, heads // groups, 1, size) * (size**-0.5 if scaling is None else scaling)
+    # Inductor computes a view of this kind in memory. Otherwise it has all that q is made of, the sines and cosines of
+    # its rotation among it, in the loop over the keys.
+    q = q.as_strided(q.shape, q.stride())
     scores = (q * key.float()[:, :, None]).sum(-1)  # [1, G, H / G, L]
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
-    y = (scores.softmax(-1)[..., None] * value.float()[:, :, None]).sum(-2)
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    # Divided at the end: D divisions instead of L.
+    y = (weights[..., None] * value.float()[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
     return y.reshape(1, 1, heads, value.shape[3]).to(query.dtype), None
 
 
@@ -87,6 +91,25 @@ def _attention_of_one_token(lm: Any) -> Iterator[None]:
         yield
     finally:
         lm.set_attn_implementation(usual)
+
+
+@contextlib.contextmanager
+def _head_of_one_token(lm: Any) -> Iterator[None]:
+    """The dense output head as sums, in float32: a loop that reads it as fast as memory goes; torch's product does not."""
+    head = lm.get_output_embeddings()
+    if type(head) is not nn.Linear:
+        yield
+        return
+
+    def forward(x: Tensor) -> Tensor:
+        logits = (x.float()[..., None, :] * head.weight.float()).sum(-1)
+        return (logits if head.bias is None else logits + head.bias.float()).to(x.dtype)
+
+    head.forward = forward
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 class _Slots(StaticLayer):  # type: ignore[misc,unused-ignore]
@@ -182,8 +205,7 @@ def _digest(model: Any, state: dict[str, Tensor]) -> str:
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")] if cpuinfo.is_file() else []
     facts = [
-        _PACKAGE_FORMAT,
-        _OPTIONS,
+        pathlib.Path(__file__).read_text(),
         {module.__name__: module.__version__ for module in (torch, transformers, peft, qlora_ext)},
         [sys.version, platform.machine(), *flags[:1]],
         torch.get_num_threads(),  # in the code that Inductor writes
@@ -233,7 +255,7 @@ def _compile(lm: Any, step: _Step, state: dict[str, Tensor], package: pathlib.Pa
     room = torch.export.Dim("room", min=2, max=_MOST_ROOM)
     shapes = None, None, [{2: room} for _ in caches], {name: None for name in state}
     with torch.no_grad(), _quiet(), tempfile.TemporaryDirectory(dir=package.parent) as partial:
-        with _attention_of_one_token(lm):
+        with _attention_of_one_token(lm), _head_of_one_token(lm):
             exported = torch.export.export(_StepOfState(step), arguments, dynamic_shapes=shapes, strict=False)
         path = f"{partial}/{package.name}"
         # A copy of the options: torch adds to them.

@@ -207,6 +207,28 @@ def load_dense(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     return model.eval().to(device)
 
 
+def prepare_to_answer(model: Any) -> Any:
+    """``model``, with an adapter or without, made ready for inference alone.
+
+    The fused adapters are cast to the dtype in which each call would cast them. A dense output head is given the last
+    token of a prompt with the strides of a matrix: those of a slice have torch take a batched product, for which it
+    copies the head (0.34 s for 32,000 x 2048 bfloat16 on two cores, more than all layers take for 8 tokens).
+    """
+    import torch
+
+    from ..integrations.peft import cast_fused
+
+    def as_matrix(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return inputs[0].flatten(0, -2).unflatten(0, inputs[0].shape[:-1]), *inputs[1:]
+
+    model.eval().requires_grad_(False)
+    cast_fused(model)
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear:
+        head.register_forward_pre_hook(as_matrix)
+    return model
+
+
 def is_4bit(source: ModelSource) -> bool:
     """Whether the files of the model are quantized already."""
     return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
