@@ -391,6 +391,9 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, T
     return forward<T, Products>(pool, tokens_of<T>(p, half, p.m - half), first_token + half, uneven);
   }
   lay_out(scratch(ScratchUse::kCall, bytes));
+  // A few rows at a time go through A, too short for the processor to see them coming.
+  constexpr int64_t kMostAhead = 64 << 10;  // bytes
+  prefetch(p.lora.a, min(rank * k * static_cast<int64_t>(sizeof(T)), kMostAhead));
 
   const T* in = static_cast<const T*>(p.x);
   for (int64_t i = 0; i < p.m * padded_rank(rank); ++i) x.h[i] = 0.0f;
