@@ -3,9 +3,10 @@
     python bench/decode.py [--model smollm2|1b] [--seconds 60] [--threads 2] [--prompts 1,8,64,512] [--new 24]
 
 The models have SmolLM2-135M's or Llama-3.2-1B's shapes (with 32,000 tokens) and random weights, bf16 compute, LoRA of
-rank 16 on all linear layers that is not merged, unless it says so. What transformers runs is timed through `generate`,
-token by token, as it comes out. llama.cpp (the package llama-cpp-python, where it is installed) runs the same shapes
-without an adapter, as quantized by itself.
+rank 16 on all linear layers that is not merged, unless it says so. The output head, which is tied to the embeddings, is
+bf16 where nothing else is said. What transformers runs is timed through `generate`, token by token, as it comes out,
+ours as the commands generate and chat prepare it. llama.cpp (the package llama-cpp-python, where it is installed) runs
+the same shapes without an adapter, as quantized by itself.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 from qlora_ext.cli.compiled import compile_decoding
-from qlora_ext.integrations.peft import cast_fused
+from qlora_ext.cli.models import prepare_to_answer
+from qlora_ext.integrations.peft import merge_to_4bit
 
 MODELS = {"smollm2": SMOLLM2_135M, "1b": LLAMA_1B}
 COMPILED = "qlora_ext, compiled"
@@ -57,9 +59,11 @@ def transformers_model(path: str, new: int, quantization: Any = None, merged: bo
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model = get_peft_model(model, config).eval().requires_grad_(False)
-    cast_fused(model)
+    ours = isinstance(quantization, qlora_ext.QLoRAConfig)
     if merged:
-        model = model.merge_and_unload()
+        model = merge_to_4bit(model)[0] if ours else model.merge_and_unload()
+    if ours:
+        prepare_to_answer(model)
     if compiled:
         compile_decoding(model, "always", pays=True)
 
@@ -113,7 +117,8 @@ def write_gguf(path: Path, config: LlamaConfig) -> None:
 
 
 def llama_cpp_model(path: Path, form: str, threads: int, new: int):
-    """Answers of llama.cpp, as of ``transformers_model``; ``form`` is that of its weights."""
+    """Answers of llama.cpp, as of ``transformers_model``, and the form of its output head; the rest is in ``form``."""
+    import gguf
     import llama_cpp as cpp
     import numpy as np
 
@@ -123,6 +128,7 @@ def llama_cpp_model(path: Path, form: str, threads: int, new: int):
     options.nthread = threads
     if cpp.llama_model_quantize(str(path).encode(), str(quantized).encode(), ctypes.byref(options)) != 0:
         raise RuntimeError(f"llama.cpp cannot quantize to {form}")
+    head = next(t for t in gguf.GGUFReader(quantized).tensors if t.name == "token_embd.weight").tensor_type.name
     model = cpp.llama_model_load_from_file(str(quantized).encode(), cpp.llama_model_default_params())
     settings = cpp.llama_context_default_params()
     settings.n_ctx = settings.n_batch = settings.n_ubatch = 1024
@@ -145,14 +151,19 @@ def llama_cpp_model(path: Path, form: str, threads: int, new: int):
             times.append(now() - start)
         return times
 
-    return answer
+    return answer, head
 
 
 def contenders(config: LlamaConfig, folder: str, threads: int, new: int) -> dict[str, Any]:
     dense = f"{folder}/dense"
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(dense)
+    with_head = qlora_ext.QLoRAConfig(embeddings=True)
     found = {
         COMPILED: transformers_model(dense, new, qlora_ext.QLoRAConfig(), compiled=True),
+        f"{COMPILED}, 4-bit head": transformers_model(dense, new, with_head, compiled=True),
+        f"{COMPILED}, 4-bit head, adapter merged": transformers_model(
+            dense, new, with_head, merged=True, compiled=True
+        ),
         "qlora_ext, eager": transformers_model(dense, new, qlora_ext.QLoRAConfig()),
         "bf16, adapter merged": transformers_model(dense, new, merged=True),
         "bf16 + PEFT": transformers_model(dense, new),
@@ -163,7 +174,8 @@ def contenders(config: LlamaConfig, folder: str, threads: int, new: int) -> dict
         path = Path(folder, "model.gguf")
         write_gguf(path, config)
         for form in ("Q4_0", "IQ4_NL"):
-            found[f"llama.cpp {form}, no adapter"] = llama_cpp_model(path, form, threads, new)
+            answer, head = llama_cpp_model(path, form, threads, new)
+            found[f"llama.cpp {form}, {head} head, no adapter"] = answer
     return found
 
 

@@ -8,6 +8,7 @@ Each stands between two marks that name it. `--check` changes nothing, and fails
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -81,15 +82,35 @@ def methods(name: str) -> str:
     return table(["", "tokens/s", "time over qlora_ext's", "peak memory"], rows)
 
 
-def answers() -> str:
-    """Tokens a second of the prompt and of what is written after it, of every contender of bench/decode.py."""
-    found = files.sections("amd_26_2")["decode_smollm2_2_threads"]["rows"]
-    by_prompt = {length: {row["contender"]: row for row in found if row["prompt"] == length} for length in (8, 512)}
+def answers(name: str, prompt: int, lengths: Sequence[int]) -> str:
+    """Of bench/decode.py: tokens a second of a prompt, and of what is written after prompts of these lengths."""
+    found = {(row["prompt"], row["contender"]): row for row in files.sections("amd_26_2")[name]["rows"]}
     rows = []
-    for name, row in by_prompt[512].items():
-        written = [f"{of_it[name]['written tokens/s']:.0f}" for of_it in by_prompt.values()]
-        rows.append([name, f"{row['prompt tokens/s']:.0f}", *written])
-    return table(["", "prompt of 512", "written after 8", "written after 512"], rows)
+    for contender in [contender for length, contender in found if length == prompt]:
+        written = [f"{found[length, contender]['written tokens/s']:.0f}" for length in lengths]
+        rows.append([contender, f"{found[prompt, contender]['prompt tokens/s']:.0f}", *written])
+    return table(["", f"prompt of {prompt}", *(f"written after {length}" for length in lengths)], rows)
+
+
+def counters() -> str:
+    """Of bench/cuda_counters.py: what the kernels of one shape execute and move, ours and bitsandbytes'."""
+    found: dict[tuple[str, ...], dict[str, files.Row]] = {}
+    for row in json.loads((files.RESULTS / "cuda_counters.json").read_text())["rows"]:
+        if row["N x K"] == "4096x4096":
+            found.setdefault((row["operator"], str(row["M"] or ""), row["scales"]), {})[row["contender"]] = row
+    rows = []
+    for key, by in found.items():
+        pair = [by[name] for name in ("ours", "bitsandbytes")]
+        cells = [f"{row[what]:.3g}" for what in ("instructions a weight", "MB moved") for row in pair]
+        rows.append([*key, *cells, pair[1]["not counted"] or ""])
+    headings = [
+        "instructions a weight: ours",
+        "bitsandbytes",
+        "MB moved: ours",
+        "bitsandbytes",
+        "not counted of theirs",
+    ]
+    return table(["4096x4096", "tokens", "scales", *headings], rows)
 
 
 def runs(part: str) -> str:
@@ -106,7 +127,9 @@ PAGES: dict[Path, Tables] = {
         "operators on AMX": lambda: operators("intel_6_167"),
         "switches": lambda: runs("memory"),
         "1b": lambda: methods("step_1b_2_threads"),
-        "answers": answers,
+        "answers": lambda: answers("decode_smollm2_2_threads", 512, (8, 512)),
+        "answers 1b": lambda: answers("decode_1b_2_threads", 8, (8,)),
+        "counters": counters,
     },
     TROUBLESHOOTING: {
         part: lambda part=part: runs(part)  # type: ignore[misc]

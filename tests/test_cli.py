@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import qlora_ext
 from commands import RUN, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
 from qlora_ext.cli import main
 
@@ -143,6 +144,20 @@ def test_generate_quantize_merge(paths: Paths, whole_run: pathlib.Path, capfd: p
     prompt = tokenizer("count 3\n", return_tensors="pt")["input_ids"]
     out = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)
     assert tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip() == answer.stdout.strip()
+
+
+def test_embeddings_in_4_bits(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    here("quantize", "--model", paths["model"], "--output", plain)
+    here("quantize", "--model", paths["model"], "--output", out, "--embeddings")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model.get_input_embeddings()) is qlora_ext.nn.Embedding4bit
+    again = ["--output", tmp_path / "again", "--embeddings"]
+    assert "4 bits already" in refused("quantize", "--model", plain, *again)
+    assert "--format bitsandbytes" in refused("quantize", "--model", paths["model"], *again, "--format", "bitsandbytes")
+    assert not (tmp_path / "again").exists()
 
 
 def test_merge_is_bfloat16_by_default(paths: Paths, whole_run: pathlib.Path) -> None:

@@ -95,15 +95,17 @@ def _attention_of_one_token(lm: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _head_of_one_token(lm: Any) -> Iterator[None]:
-    """The dense output head as sums, in float32: a loop that reads it as fast as memory goes; torch's product does not."""
-    head = lm.get_output_embeddings()
-    if type(head) is not nn.Linear:
+    """The dense output head as sums, in float32: a loop as fast as memory, which torch's product is not."""
+    head: Any = lm.get_output_embeddings()
+    is_dense = type(head) is nn.Linear
+    if not is_dense:
         yield
         return
 
     def forward(x: Tensor) -> Tensor:
         logits = (x.float()[..., None, :] * head.weight.float()).sum(-1)
-        return (logits if head.bias is None else logits + head.bias.float()).to(x.dtype)
+        y: Tensor = (logits if head.bias is None else logits + head.bias.float()).to(x.dtype)
+        return y
 
     head.forward = forward
     try:

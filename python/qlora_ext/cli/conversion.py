@@ -37,6 +37,7 @@ class Recipe:
     dtype: torch.dtype
     block_size: int = 64
     double_quant: bool = True
+    embeddings: bool = False
 
     def origin(self) -> dict[str, Any]:
         """By what the same recipe over the same files is known again."""
@@ -51,6 +52,7 @@ class Recipe:
             "dtype": str(self.dtype).removeprefix("torch."),
             "block_size": self.block_size,
             "double_quant": self.double_quant,
+            "embeddings": self.embeddings,
             "version": __version__,
         }
 

@@ -129,6 +129,7 @@ def load_quantized(
     stream: str | None = None,
     resident: str | None = None,
     spill: Spill | None = None,
+    embeddings: bool = False,
 ) -> Any:
     """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``.
 
@@ -139,6 +140,7 @@ def load_quantized(
         keep: names the layers of the dense model that stay dense.
         stream, resident: as in ``QLoRAConfig``.
         spill: takes the weights as they are quantized; then ``device`` is the CPU.
+        embeddings: embeddings too, each with the output head that is tied to it.
 
     Raises:
         UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
@@ -150,7 +152,7 @@ def load_quantized(
     from .. import streaming
     from ..integrations.transformers.spill import spilling
 
-    form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
+    form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant, "embeddings": embeddings}
     model_config = load_config(source)
     whole.check_room(source, model_config)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -212,11 +214,13 @@ def prepare_to_answer(model: Any) -> Any:
 
     The fused adapters are cast to the dtype in which each call would cast them. A dense output head is given the last
     token of a prompt with the strides of a matrix: those of a slice have torch take a batched product, for which it
-    copies the head (0.34 s for 32,000 x 2048 bfloat16 on two cores, more than all layers take for 8 tokens).
+    copies the head (0.34 s for 32,000 x 2048 bfloat16 on two cores, more than all layers take for 8 tokens). Tensors on
+    the CPU move to huge pages.
     """
     import torch
 
     from ..integrations.peft import cast_fused
+    from .huge_pages import move_to_huge_pages
 
     def as_matrix(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return inputs[0].flatten(0, -2).unflatten(0, inputs[0].shape[:-1]), *inputs[1:]
@@ -226,6 +230,7 @@ def prepare_to_answer(model: Any) -> Any:
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear:
         head.register_forward_pre_hook(as_matrix)
+    move_to_huge_pages(model)
     return model
 
 
