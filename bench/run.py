@@ -55,7 +55,7 @@ QUICK_BENCHES = (
     ("ceiling", "--seconds", "1"),
     ("cpu_codec", "--seconds", "0.2"),
     ("cpu_linear", "--seconds", "0.3", "--shapes", "1536x576,4096x4096", "--tokens", "1,16,256"),
-    ("step", "--seconds", "6", "--tokens", "1x256"),
+    ("step", "--seconds", "2", "--tokens", "1x128"),
 )
 PEERS = ("bitsandbytes", "torchao", "llama_cpp")
 

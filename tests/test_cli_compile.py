@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import pathlib
 from typing import Any
 
@@ -20,7 +19,6 @@ import qlora_ext
 import tiny_models
 from qlora_ext.cli import compiled, main
 from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.huge_pages import move_to_huge_pages
 from qlora_ext.cli.models import prepare_to_answer
 
 PROMPT = torch.tensor([[5, 9, 17, 40]])
@@ -216,20 +214,3 @@ def test_a_prompt_does_not_copy_the_output_head() -> None:
     assert largest(model) < head
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=PROMPT, logits_to_keep=1).logits, expected)
-
-
-def test_tensors_in_huge_pages_are_the_same() -> None:
-    model = adapted(torch.bfloat16)
-    model.register_buffer("large", torch.zeros(3 << 20, dtype=torch.uint8))
-    before = {name: t.clone() for name, t in model.state_dict().items()}
-    strides = {name: t.stride() for name, t in model.state_dict().items()}
-    with torch.no_grad():
-        expected = model(input_ids=PROMPT).logits
-    move_to_huge_pages(model)
-    state = model.state_dict()
-    assert {name: t.stride() for name, t in state.items()} == strides
-    assert all(torch.equal(t, before[name]) for name, t in state.items())
-    pages = {t.untyped_storage().data_ptr() for t in state.values() if t.is_contiguous()}
-    assert len(pages) == 1 or not hasattr(mmap, "MADV_HUGEPAGE")
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=PROMPT).logits, expected)

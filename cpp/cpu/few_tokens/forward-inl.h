@@ -30,6 +30,7 @@ namespace few_tokens {
 using namespace stream;
 
 inline constexpr int kTileRows = kLanes;
+inline constexpr int64_t kMostAhead = 64 << 10;  // bytes that are asked for at once
 inline constexpr int64_t kChunkBytes = kChunk / 2;
 
 // Tokens go through the kernel in groups of equal size, as many at a time as the registers can sum.
@@ -219,7 +220,8 @@ class Forward {
     const int64_t super = super_rows(plan_.rows);
     PagesAhead pages(p_.w, begin * super, end * super < p_.w.n ? end * super : p_.w.n, 0, p_.w.k);
     const auto end_of = [&](int64_t first) { return first + super < p_.w.n ? first + super : p_.w.n; };
-    prefetch(p_.w.packed + begin * super * p_.w.k / 2, (end_of(begin * super) - begin * super) * p_.w.k / 2);
+    const int64_t first_bytes = (end_of(begin * super) - begin * super) * p_.w.k / 2;
+    prefetch(p_.w.packed + begin * super * p_.w.k / 2, min(first_bytes, kMostAhead));
     prefetch_beside(reader, begin * super, end_of(begin * super));
     for (int64_t s = begin; s < end; ++s) {
       // The lines of a super-tile are fetched while the one before it is worked on, and its pages touched before that.
@@ -392,7 +394,6 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, T
   }
   lay_out(scratch(ScratchUse::kCall, bytes));
   // A few rows at a time go through A, too short for the processor to see them coming.
-  constexpr int64_t kMostAhead = 64 << 10;  // bytes
   prefetch(p.lora.a, min(rank * k * static_cast<int64_t>(sizeof(T)), kMostAhead));
 
   const T* in = static_cast<const T*>(p.x);

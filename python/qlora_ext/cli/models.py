@@ -214,13 +214,11 @@ def prepare_to_answer(model: Any) -> Any:
 
     The fused adapters are cast to the dtype in which each call would cast them. A dense output head is given the last
     token of a prompt with the strides of a matrix: those of a slice have torch take a batched product, for which it
-    copies the head (0.34 s for 32,000 x 2048 bfloat16 on two cores, more than all layers take for 8 tokens). Tensors on
-    the CPU move to huge pages.
+    copies the head (0.34 s for 32,000 x 2048 bfloat16 on two cores, more than all layers take for 8 tokens).
     """
     import torch
 
     from ..integrations.peft import cast_fused
-    from .huge_pages import move_to_huge_pages
 
     def as_matrix(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return inputs[0].flatten(0, -2).unflatten(0, inputs[0].shape[:-1]), *inputs[1:]
@@ -230,7 +228,6 @@ def prepare_to_answer(model: Any) -> Any:
     head = model.get_output_embeddings()
     if type(head) is torch.nn.Linear:
         head.register_forward_pre_hook(as_matrix)
-    move_to_huge_pages(model)
     return model
 
 
