@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in float32")
     parser.add_argument(
         "--embeddings", action="store_true",
-        help="embeddings too, and an output head that is tied to them: smaller, and faster to write text with",
+        help="embeddings too, and an output head tied to them: smaller, faster to write with, and less exact",
     )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", help="of the other weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
