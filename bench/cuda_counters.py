@@ -23,18 +23,16 @@ from typing import Any
 
 import torch
 from cuda_cases import BF16, OPS, peer
+from cuda_operators import LINEAR_TOLERANCE, SIMULATED, TOLERANCE
 from harness import Report, check_equal
 from torch import Tensor
 
 import qlora_ext
 
-SIMULATED = "CUDASIM_TORCH_LIBRARY" in os.environ
 PROFILE = "CUDASIM_PROFILE"  # the simulator appends a line for each launch to the file of this name
 SHAPES = "4096x4096,14336x4096"  # of Llama 3 8B
 TOKENS = (1, 16, 256)
 DX_TOKENS = (256,)
-TOLERANCE = {"quantize": 2e-3, "dequantize": 4e-3}  # as bench/cuda_operators.py has them
-LINEAR_TOLERANCE = 1e-2
 SCALES = {False: "float32", True: "8 bits"}
 NO_LORA = (None, None, 1.0, 0.0, 0)
 

@@ -121,7 +121,7 @@ def test_intrinsics_stand_in_the_vocabulary_headers_only() -> None:
     assert offenders(r"\bv[a-z0-9]+q?(_\w+)?_[usf](8|16|32|64)\b|arm_neon", r"cpp/cpu/isa/neon(_bf16)?/") == []
 
 
-def test_assembly_stands_in_ptx_only() -> None:
+def test_assembly_stands_in_ptx_and_the_vocabularies_only() -> None:
     assert offenders(r"\basm\b", r"cuda/ptx/|cpp/cpu/isa/") == []
 
 

@@ -218,16 +218,16 @@ class Forward {
     float* scales = memory.take<float>(scale_floats(p_, plan_.rows));
     ScaleReader reader(p_.w.scales);
     const int64_t super = super_rows(plan_.rows);
-    PagesAhead pages(p_.w, begin * super, end * super < p_.w.n ? end * super : p_.w.n, 0, p_.w.k);
-    const auto end_of = [&](int64_t first) { return first + super < p_.w.n ? first + super : p_.w.n; };
-    const int64_t first_bytes = (end_of(begin * super) - begin * super) * p_.w.k / 2;
-    prefetch(p_.w.packed + begin * super * p_.w.k / 2, min(first_bytes, kMostAhead));
-    prefetch_beside(reader, begin * super, end_of(begin * super));
+    const auto row_of = [&](int64_t super_tile) { return min(super_tile * super, p_.w.n); };
+    PagesAhead pages(p_.w, row_of(begin), row_of(end), 0, p_.w.k);
+    const int64_t first_bytes = (row_of(begin + 1) - row_of(begin)) * p_.w.k / 2;
+    prefetch(p_.w.packed + row_of(begin) * p_.w.k / 2, min(first_bytes, kMostAhead));
+    prefetch_beside(reader, row_of(begin), row_of(begin + 1));
     for (int64_t s = begin; s < end; ++s) {
       // The lines of a super-tile are fetched while the one before it is worked on, and its pages touched before that.
       pages.touch_before((s + 2) * super);
-      const int64_t first = s * super, last = end_of(first);
-      if (s + 1 < end) prefetch_beside(reader, last, end_of(last));
+      const int64_t first = row_of(s), last = row_of(s + 1);
+      if (s + 1 < end) prefetch_beside(reader, last, row_of(s + 2));
       const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
       const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
       const Granules of_rows{scales, first_granule, end_granule - first_granule};
