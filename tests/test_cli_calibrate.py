@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pathlib
 from typing import Any
@@ -14,7 +15,7 @@ pytest.importorskip("peft")
 
 import qlora_ext
 from qlora_ext.calibration import Calibrator
-from qlora_ext.cli import main
+from qlora_ext.cli import calibrate, main
 from tiny_models import save_tiny_llama
 
 
@@ -89,3 +90,19 @@ def test_a_killed_calibration_goes_on(
     whole, resumed = (load(tmp_path / name).state_dict() for name in ("whole", "out"))
     assert all(torch.equal(whole[key], resumed[key]) for key in whole)
     assert not (tmp_path / "out.calibration").exists()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_nothing_waits_beside_a_mount_point(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """Nor beside a directory whose parent cannot be written to."""
+    monkeypatch.setattr("qlora_ext.cli.files.filled_from_inside", lambda path: inside)
+    output, waiting = tmp_path / "out", tmp_path / "out.calibration"
+    options = argparse.Namespace(calibrate="self", calibration_tokens=4096, calibration_seed=0)
+    with calibrate.calibration(options, None, output) as calibration:
+        assert calibration is not None
+        assert calibration.directory == (None if inside else waiting)
+        if not inside:
+            waiting.mkdir()
+    assert not list(tmp_path.iterdir())

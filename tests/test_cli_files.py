@@ -224,6 +224,25 @@ def test_a_planted_link_is_not_followed(tmp_path: pathlib.Path, monkeypatch: pyt
     assert (victim / "precious").read_text() == "kept"
 
 
+def test_killed_while_it_removes_what_waited_beside(tmp_path: pathlib.Path) -> None:
+    """Weights and calibrations that wait beside an output: whole or gone, and no other name is left of them."""
+    output, waiting = tmp_path / "out", tmp_path / "out.weights"
+    seen = set()
+    for step in range(100):
+        waiting.mkdir()
+        fill(waiting, "done")
+        killed = killed_at(step, lambda: files.remove(waiting, output))
+        files.recover(output)
+        left = [path.name for path in tmp_path.iterdir()]
+        assert left in ([], [waiting.name]), step
+        seen.add(whole(waiting) if left else None)
+        subprocess.run(["rm", "-rf", waiting], check=True)
+        if not killed:
+            break
+    assert step > 3
+    assert seen == {"done", None}
+
+
 def test_recovery_touches_no_other_name(tmp_path: pathlib.Path) -> None:
     kept = [
         ".partial-new-out-1-12345678",

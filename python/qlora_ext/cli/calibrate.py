@@ -119,7 +119,8 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
 def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.Path) -> Iterator[Calibration | None]:
     """What the options ask for, with a bar that shows how far it has come; None for ``--calibrate none``.
 
-    The layers that are done lie beside the output until all are: a calibration that was killed goes on there.
+    The layers that are done lie beside the output until all are: a calibration that was killed goes on there. Beside a
+    mount point nothing can be put; there it begins again.
 
     Raises:
         UserError: there is no such text, or too little of it.
@@ -129,14 +130,14 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.P
         return
     from ..calibration import Calibration
     from .bars import counted
-    from .files import remove
+    from .files import filled_from_inside, remove
 
     if arguments.calibration_tokens < LENGTH:
         raise UserError(f"--calibration-tokens {arguments.calibration_tokens}: expected {LENGTH} or more")
     inputs = None
     if arguments.calibrate != "self":
         inputs = tokens_of(arguments.calibrate, tokenizer, arguments.calibration_tokens, LENGTH)
-    directory = output.with_name(f"{output.name}.calibration")
+    directory = None if filled_from_inside(output) else output.with_name(f"{output.name}.calibration")
     with counted("calibrating", "writing a text" if inputs is None else "") as progress:
         yield Calibration(
             "self" if inputs is None else inputs,
@@ -146,7 +147,8 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.P
             directory=directory,
             progress=progress,
         )
-    remove(directory)
+    if directory is not None:
+        remove(directory, output)
 
 
 def record(arguments: argparse.Namespace, report: list[LayerReport]) -> dict[str, Any]:

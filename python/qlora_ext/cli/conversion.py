@@ -77,7 +77,7 @@ def spilled(recipe: Recipe, output: pathlib.Path) -> Iterator[Spill | None]:
     origin = recipe.origin()
     with writing(output):
         if directory.is_dir() and _read_origin(directory) != origin:
-            remove(directory)
+            remove(directory, output)
         spill = Spill(directory)
         if _read_origin(directory) is None:
             write_json(directory / _ORIGIN, origin)
@@ -89,9 +89,9 @@ def spilled(recipe: Recipe, output: pathlib.Path) -> Iterator[Spill | None]:
     except Exception as error:
         if spill.error is not None:
             _explain(spill.error, directory, error)
-        remove(directory)
+        remove(directory, output)
         raise
-    remove(directory)
+    remove(directory, output)
 
 
 def _explain(error: Exception, directory: pathlib.Path, cause: Exception) -> None:

@@ -92,9 +92,12 @@ def _discard(temporary: pathlib.Path) -> None:
     _delete(gone)
 
 
-def remove(path: pathlib.Path) -> None:
-    """Deletes a directory so that it is never seen half deleted."""
-    gone = path.rename(_temporary("gone", path))
+def remove(path: pathlib.Path, output: pathlib.Path) -> None:
+    """Deletes a directory in or beside ``output`` so that it is never seen half deleted.
+
+    What a kill leaves of it goes with ``recover(output)``.
+    """
+    gone = path.rename(_temporary("gone", output, path.parent == output))
     _fsync(gone.parent)
     _delete(gone)
 

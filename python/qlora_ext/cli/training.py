@@ -147,7 +147,7 @@ class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
             (partial / name).rmdir()
             write_manifest(partial)
         for old in checkpoints(run)[:-_KEPT_CHECKPOINTS]:
-            remove(old)
+            remove(old, run)
 
 
 class QLoRATrainer(RunTrainer):
