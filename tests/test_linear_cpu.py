@@ -129,6 +129,7 @@ def test_a_nonfinite_token_stays_alone(dtype: torch.dtype) -> None:
         (64, 300, 320, 8, 64, True, 0.1),
         (300, 5, 130, 3, 64, True, 0.0),
         (80, 300, 64, 8, 64, True, 0.0),  # so few columns that threads share out the tokens of dx
+        (2, 3000, 320, 8, 64, True, 0.0),  # rows of W that threads take from each other
     ],
     ids=name,
 )
@@ -143,7 +144,7 @@ def test_threads_do_not_change_a_bit(case: tuple, dtype: torch.dtype) -> None:
     try:
         torch.set_num_threads(1)
         one = results()
-        for count in (2, 3):
+        for count in (2, 3, 7, 3, 2):
             torch.set_num_threads(count)
             assert all(torch.equal(a, b) for a, b in zip(results(), one, strict=True))
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import pathlib
 import sys
 from typing import Any
@@ -50,6 +51,11 @@ def _load_cpu() -> None:
     if library is None:
         raise ImportError("qlora_ext: libqlora_cpu is missing beside _C; reinstall the package")
     torch.ops.load_library(library)
+
+
+def link_compiled_code() -> None:
+    """Lets code that AOTInductor compiles, or has compiled, call what cpp/ops/c_shims.cpp defines."""
+    ctypes.CDLL(_find("libqlora_cpu"), ctypes.RTLD_GLOBAL)  # loaded already, and until now for nobody else
 
 
 def _load_cuda() -> str | None:

@@ -10,6 +10,7 @@
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/few_tokens/budget-inl.h"
 #include "cpp/cpu/few_tokens/low_rank-inl.h"
+#include "cpp/cpu/few_tokens/shares-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/isa/stream.h"
@@ -30,7 +31,8 @@ namespace few_tokens {
 using namespace stream;
 
 inline constexpr int kTileRows = kLanes;
-inline constexpr int64_t kMostAhead = 64 << 10;  // bytes that are asked for at once
+inline constexpr int64_t kMostAhead = 64 << 10;    // bytes that are asked for at once
+inline constexpr int64_t kWorthTaking = 64 << 10;  // bytes of packed weights: what a thread takes over from another
 inline constexpr int64_t kChunkBytes = kChunk / 2;
 
 // Tokens go through the kernel in groups of equal size, as many at a time as the registers can sum.
@@ -209,8 +211,14 @@ class Forward {
     return ceil_div(super_rows(rows) * p.w.k, ScaleReader(p.w.scales).granule()) + 2 + kLanes;
   }
 
-  // Super-tiles (`period` tiles whose rows interleave) begin .. end - 1.
-  void operator()(int64_t begin, int64_t end) const {
+  // What threads are given at a time: so many super-tiles (`period` tiles whose rows interleave).
+  static int64_t share_tiles(const LinearProblem& p, const WeightRows& rows) {
+    constexpr int64_t kShareBytes = 4 << 10;
+    const int64_t super = super_rows(rows), tiles = ceil_div(p.w.n, super);
+    return max(ceil_div(kShareBytes, max(super * p.w.k / 2, 1)), ceil_div(tiles, Shares::kMostItems));
+  }
+
+  void operator()(Shares& shares, int64_t thread) const {
     constexpr int kMaxTokens = Products::kMaxTokens;
     Carver memory(scratch(ScratchUse::kThread, static_cast<int64_t>(sizeof(float)) *
                                                    (scale_floats(p_, plan_.rows) + kMaxTokens * kTileRows * kLanes)));
@@ -219,24 +227,33 @@ class Forward {
     ScaleReader reader(p_.w.scales);
     const int64_t super = super_rows(plan_.rows);
     const auto row_of = [&](int64_t super_tile) { return min(super_tile * super, p_.w.n); };
-    PagesAhead pages(p_.w, row_of(begin), row_of(end), 0, p_.w.k);
-    const int64_t first_bytes = (row_of(begin + 1) - row_of(begin)) * p_.w.k / 2;
-    prefetch(p_.w.packed + row_of(begin) * p_.w.k / 2, min(first_bytes, kMostAhead));
-    prefetch_beside(reader, row_of(begin), row_of(begin + 1));
-    for (int64_t s = begin; s < end; ++s) {
-      // The lines of a super-tile are fetched while the one before it is worked on, and its pages touched before that.
-      pages.touch_before((s + 2) * super);
-      const int64_t first = row_of(s), last = row_of(s + 1);
-      if (s + 1 < end) prefetch_beside(reader, last, row_of(s + 2));
-      const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
-      const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
-      const Granules of_rows{scales, first_granule, end_granule - first_granule};
-      reader.read(of_rows.first, of_rows.count, scales);
-      for (int64_t group = 0; group < plan_.groups.count; ++group) {
-        with_count<kMaxTokens>(plan_.groups.tokens(group), [&](auto tokens) {
-          for (int64_t n = first; n < last && n < first + plan_.rows.period; ++n)
-            tile<tokens>(n, ceil_div(last - n, plan_.rows.period), group, reader, of_rows, sums);
-        });
+    PagesAhead pages(p_.w, 0, p_.w.k);
+    const int64_t share = share_tiles(p_, plan_.rows);
+    int64_t expected = -1;
+    for (Shares::Range left = shares.next(thread); !left.empty(); left = shares.next(thread)) {
+      const int64_t begin = left.first * share, end = begin + share;
+      if (begin != expected) {
+        pages.go_to(row_of(begin), row_of(left.end * share));
+        const int64_t first_bytes = (row_of(begin + 1) - row_of(begin)) * p_.w.k / 2;
+        prefetch(p_.w.packed + row_of(begin) * p_.w.k / 2, min(first_bytes, kMostAhead));
+        prefetch_beside(reader, row_of(begin), row_of(begin + 1));
+      }
+      expected = end;
+      for (int64_t s = begin; s < end && row_of(s) < p_.w.n; ++s) {
+        // The lines of a super-tile are fetched while the one before it is worked on, its pages touched before that.
+        pages.touch_before((s + 2) * super);
+        const int64_t first = row_of(s), last = row_of(s + 1);
+        if (s + 1 < left.end * share) prefetch_beside(reader, last, row_of(s + 2));
+        const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
+        const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
+        const Granules of_rows{scales, first_granule, end_granule - first_granule};
+        reader.read(of_rows.first, of_rows.count, scales);
+        for (int64_t group = 0; group < plan_.groups.count; ++group) {
+          with_count<kMaxTokens>(plan_.groups.tokens(group), [&](auto tokens) {
+            for (int64_t n = first; n < last && n < first + plan_.rows.period; ++n)
+              tile<tokens>(n, ceil_div(last - n, plan_.rows.period), group, reader, of_rows, sums);
+          });
+        }
       }
     }
   }
@@ -416,9 +433,9 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, T
   if (p.h)
     keep_low_rank<T>(p.m, rank, [&](int64_t i, int64_t j) { return x.h + (j / kLanes * p.m + i) * kLanes; }, p.h);
   if (uneven->holds_all(first_token, p.m)) return Outcome::kDone;
-  Body body(p, plan, first_token, x);
-  const int64_t super = Body::super_rows(rows);
-  pool(ceil_div(p.w.n, super), ceil_div(kWorthThreads, super * k * p.m), body);
+  const int64_t share_rows = Body::share_tiles(p, rows) * Body::super_rows(rows);
+  share_out(pool, ceil_div(p.w.n, share_rows), ceil_div(kWorthThreads, share_rows * k * p.m),
+            max(ceil_div(kWorthTaking, max(share_rows * k / 2, 1)), 2), Body(p, plan, first_token, x));
   return Outcome::kDone;
 }
 

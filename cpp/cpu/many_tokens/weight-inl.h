@@ -277,7 +277,8 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
   Piece piece = pieces.first();
   if (piece.rows == 0) return;
   const Piece& area = pieces.area;
-  PagesAhead pages(w, area.row, area.row + area.rows, area.column, area.columns);
+  PagesAhead pages(w, area.column, area.columns);
+  pages.go_to(area.row, area.row + area.rows);
   const auto touch_pages = [&](int64_t row) {
     if constexpr (becomes == Becomes::kBroadcast) pages.touch_before(row + 3 * pieces.rows);
   };

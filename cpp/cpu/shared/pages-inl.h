@@ -32,12 +32,14 @@ class PageToucher {
   const uint8_t* last_ = nullptr;
 };
 
-// Touches the pages in which a weight has the columns [column, column + columns) of its rows [row, end), in order, a
-// burst of rows at a time.
+// Touches the pages in which a weight has the columns [column, column + columns) of rows, in order, a burst of rows at
+// a time.
 class PagesAhead {
  public:
-  PagesAhead(const Weight& w, int64_t row, int64_t end, int64_t column, int64_t columns)
-      : w_(w), touched_(row), end_(end), column_(column), columns_(columns) {}
+  PagesAhead(const Weight& w, int64_t column, int64_t columns) : w_(w), column_(column), columns_(columns) {}
+
+  // The rows from here on are [row, end).
+  void go_to(int64_t row, int64_t end) { touched_ = row, end_ = end; }
 
   // Sees to it that the pages of all rows before `row` have been touched, and then touches those of a burst more.
   void touch_before(int64_t row) {
@@ -55,7 +57,8 @@ class PagesAhead {
   static constexpr int64_t kBurstBytes = 64 << 10;  // of packed weights
 
   const Weight& w_;
-  int64_t touched_, end_, column_, columns_;
+  int64_t touched_ = 0, end_ = 0;
+  const int64_t column_, columns_;
   PageToucher touch_;
 };
 

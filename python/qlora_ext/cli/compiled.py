@@ -1,8 +1,8 @@
 """Decoding through a compiled model: one token a call, without the Python of a model's layers.
 
-The model's own forward is exported as it decodes one token over caches of fixed size, and compiled by AOTInductor. Its
-weights and caches are arguments of the package, which holds code alone: one serves every adapter of the same shape, and
-is kept in the user's cache directory for the next run. Prompts run eagerly, as does what cannot be compiled.
+The model's own forward is exported as it decodes one token over caches of fixed size, and compiled by AOTInductor. The
+package holds code alone, and is given the weights when it is loaded: one serves every adapter of the same shape, and is
+kept in the user's cache directory for the next run. Prompts run eagerly, as does what cannot be compiled.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .._library import link_compiled_code
 from .errors import UserError, first_line
 
 # As transformers calls a model's cache: the newer of its two names, where it knows that.
@@ -36,8 +37,19 @@ _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else 
 PAYS_FROM = 1000  # tokens: compiling takes about as long as eager decoding takes for so many more than compiled
 _ROOM = 256  # tokens by which caches grow
 _MOST_ROOM = 1 << 30
-# The wrapper calls kernels, and is most of the code; optimizing it takes long and gains nothing that can be measured.
-_OPTIONS = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+# As cpp/ops/c_shims.cpp defines it.
+_LINEAR_NF4 = """
+AOTITorchError aoti_torch_cpu_linear_nf4(
+    AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, const AtenTensorHandle*, const AtenTensorHandle*, int64_t,
+    int64_t, int64_t, const AtenTensorHandle*, const AtenTensorHandle*, const AtenTensorHandle*, double, double,
+    int64_t, const AtenTensorHandle*, AtenTensorHandle*)
+"""
+_OPTIONS = {
+    # Code alone: one package serves every adapter of the same shape, and no weight is written into it as a number.
+    "aot_inductor.package_constants_in_so": False,
+    "always_keep_tensor_constants": True,
+    "aot_inductor.custom_ops_to_c_shims": {torch.ops.qlora.linear_nf4.default: [_LINEAR_NF4]},
+}
 
 
 def _attend(
@@ -154,18 +166,6 @@ class _Step(nn.Module):
         return logits
 
 
-class _StepOfState(nn.Module):
-    """A step whose weights are arguments, for the package to hold none."""
-
-    def __init__(self, step: _Step) -> None:
-        super().__init__()
-        self._step: Callable[[], _Step] = lambda: step  # a submodule it is not
-
-    def forward(self, token: Tensor, position: Tensor, caches: list[Tensor], state: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = torch.func.functional_call(self._step(), state, (token, position, caches))
-        return logits
-
-
 def causal_lm(model: Any) -> Any:
     """The language model inside of PEFT's wrapper, or ``model`` itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
@@ -192,8 +192,8 @@ def obstacle(model: Any) -> str | None:
 
 
 def _state(step: _Step) -> dict[str, Tensor]:
-    """Every tensor of the model, once."""
-    return {**dict(step.named_parameters()), **dict(step.named_buffers())}
+    """Every tensor of the model, by each of its names."""
+    return {**dict(step.named_parameters(remove_duplicate=False)), **dict(step.named_buffers(remove_duplicate=False))}
 
 
 def _digest(model: Any, state: dict[str, Tensor]) -> str:
@@ -250,15 +250,15 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _compile(lm: Any, step: _Step, state: dict[str, Tensor], package: pathlib.Path) -> None:
+def _compile(lm: Any, step: _Step, package: pathlib.Path) -> None:
     """Writes the package of a model that decodes, whole or not at all."""
     caches = _new_caches(lm, _ROOM)
-    arguments = torch.tensor([[0]]), torch.tensor([1]), caches, state
+    arguments = torch.tensor([[0]]), torch.tensor([1]), caches
     room = torch.export.Dim("room", min=2, max=_MOST_ROOM)
-    shapes = None, None, [{2: room} for _ in caches], {name: None for name in state}
+    shapes = None, None, [{2: room} for _ in caches]
     with torch.no_grad(), _quiet(), tempfile.TemporaryDirectory(dir=package.parent) as partial:
         with _attention_of_one_token(lm), _head_of_one_token(lm):
-            exported = torch.export.export(_StepOfState(step), arguments, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
         path = f"{partial}/{package.name}"
         # A copy of the options: torch adds to them.
         torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs={**_OPTIONS})
@@ -283,8 +283,12 @@ class Decoder:
 
     def __init__(self, lm: Any, state: dict[str, Tensor], package: pathlib.Path) -> None:
         self.steps = 0  # decoded so far
-        self._run = torch._inductor.aoti_load_package(str(package)).loader.run
-        self._state = list(state.values())
+        link_compiled_code()
+        loaded = torch._inductor.aoti_load_package(str(package))
+        weights = {name: state[name] for name in loaded.get_constant_fqns()}
+        loaded.load_constants(weights, check_full_update=True, user_managed=True)
+        self._weights = weights  # which the package only points to
+        self._run = loaded.loader.run
         self._caches: list[Tensor] = []
         self._eager: Callable[..., Any] = lm.forward
 
@@ -309,7 +313,7 @@ class Decoder:
         if not held or length == self._caches[0].shape[2]:
             self._take_over([layer.keys for layer in layers] + [layer.values for layer in layers], length)
         with torch._C._AutoDispatchBelowAutograd():  # there are no gradients, but our operators' are Python
-            logits: Tensor = self._run([token, torch.tensor([length]), *self._caches, *self._state])[0]
+            logits: Tensor = self._run([token, torch.tensor([length]), *self._caches])[0]
         for layer, keys, values in zip(layers, self._caches[: len(layers)], self._caches[len(layers) :], strict=True):
             layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
         self.steps += 1
@@ -351,7 +355,7 @@ def compile_decoding(model: Any, mode: str, pays: bool) -> Decoder | None:
                     return None
                 print("compiling the model, once for all adapters of this shape ...", file=sys.stderr)
                 start = time.perf_counter()
-                _compile(lm, step, state, package)
+                _compile(lm, step, package)
                 print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
             return Decoder(lm, state, package)
         except Exception as error:  # whatever a compiler says; the model runs without
