@@ -40,7 +40,7 @@ class Shares {
         const Range left = range(seen);
         if (replace(own, seen, {left.first + 1, left.end})) return left;
       }
-      if (!take_over(own)) return {0, 0};
+      if (!take_over(thread)) return {0, 0};
     }
   }
 
@@ -59,21 +59,24 @@ class Shares {
     return __atomic_compare_exchange_n(&left, &seen, bits(by), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   }
 
-  // Moves the back half of the largest part to `own`, which is empty. False where none is worth it.
-  bool take_over(uint64_t& own) {
+  // Moves the back half of another part, the largest of those that are looked at, to the thread's, which is empty.
+  // False where none is worth it.
+  bool take_over(int64_t thread) {
+    constexpr int64_t kLooksAt = 8;  // all would take as long as the work, where there are many
     for (;;) {
       int64_t victim = 0, most = worth_taking_ - 1;
       uint64_t seen = 0;
-      for (int64_t t = 0; t < threads_; ++t) {
-        const uint64_t left = __atomic_load_n(&parts_[t].left, __ATOMIC_RELAXED);
+      for (int64_t i = 1; i <= kLooksAt && i < threads_; ++i) {
+        const int64_t other = (thread + i) % threads_;
+        const uint64_t left = __atomic_load_n(&parts_[other].left, __ATOMIC_RELAXED);
         const int64_t count = range(left).end - range(left).first;
-        if (count > most) most = count, victim = t, seen = left;
+        if (count > most) most = count, victim = other, seen = left;
       }
       if (seen == 0) return false;
       const Range left = range(seen);
       const int64_t middle = left.end - (most + 1) / 2;
       if (replace(parts_[victim].left, seen, {left.first, middle})) {
-        __atomic_store_n(&own, bits({middle, left.end}), __ATOMIC_RELAXED);
+        __atomic_store_n(&parts_[thread].left, bits({middle, left.end}), __ATOMIC_RELAXED);
         return true;
       }
     }
