@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_a_resumed_run_may_stream(dense: pathlib.Path, data: pathlib.Path, tmp_p
     expected = tuned(dense, data, tmp_path / "resident")
     tuned(dense, data, tmp_path / "run")
     for name in ("adapter", "checkpoint-3"):
-        qlora_ext.cli.files.remove(tmp_path / "run" / name)
+        shutil.rmtree(tmp_path / "run" / name)
     assert main(["finetune", "--output", str(tmp_path / "run"), "--resume", "--stream", "disk"]) == 0
     assert same(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), expected)
 
