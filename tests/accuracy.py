@@ -24,6 +24,10 @@ left side may pass the right one by CHANCE standard deviations of their differen
 at least CHANCE^2 entries; over 256 of like size, 1.2 times the formula's error is found, over 10^4 1.06 times.) A
 norm that few large entries decide says nothing of the rest. So each norm is taken twice: as it is, and of the errors
 divided by their entries' bounds, by which all count alike.
+
+On the CPU few tokens of 16-bit types may be multiplied as integers, in steps of the largest x (docs/security.md). That
+may add forward_steps or dx_steps to an entry's error where the small values of x lie exactly at the weights of a row,
+and nowhere else.
 """
 
 from __future__ import annotations
@@ -64,6 +68,10 @@ class Expected:
     formula: np.ndarray
     bound: np.ndarray
     noise: np.ndarray
+
+    def with_steps(self, steps: np.ndarray) -> Expected:
+        """Of products in integers, whose factors are rounded to fixed steps, with the most that these may add."""
+        return dataclasses.replace(self, bound=self.bound + steps, noise=self.noise + steps)
 
     def rows(self, part: slice) -> Expected:
         return Expected(self.exact[part], self.formula[part], self.bound[part], self.noise[part])
@@ -180,6 +188,21 @@ def dx(dy, w, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> E
         mask = reference.dropout_mask((dy.shape[0], w.shape[1]), dropout_p, seed)
         products.append((low_rank(dy, lora_b, scaling, dtype), given(lora_a), mask))
     return sums(products, 0.0, dtype)
+
+
+def forward_steps(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """[M, N]: what steps of the largest x over 32767 may add to an entry of y, whatever the operands."""
+    return 2.0**-16 * 1.001 * np.abs(x).max(axis=1, keepdims=True) * np.abs(w).sum(axis=1)
+
+
+def dx_steps(dy: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """[M, K]: what steps of the largest dy times scale over 16383 may add to an entry of dx.
+
+    A code is w over its scale: no larger than 1, and 0 where w is 0. Doubly quantized scales are known to a bound that
+    may be twice the largest.
+    """
+    largest = np.abs(dy).max(axis=1, keepdims=True) * np.abs(w).max()
+    return 2.0**-14 * 1.001 * largest * (w != 0).sum(axis=0)
 
 
 def dlora(dy, x, lora_a, lora_b, scaling, dropout_p, seed, dtype: torch.dtype) -> tuple[Expected, Expected]:

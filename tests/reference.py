@@ -173,8 +173,12 @@ def stochastic_bounds(first: int, count: int, seed: int) -> np.ndarray:
     low, high = index.astype(u32), (index >> np.uint64(32)).astype(u32)
     with np.errstate(over="ignore"):
         x = low * u32(0x9E3779B1) + high * u32(0x85EBCA77)
-        x ^= u32(seed & 0xFFFFFFFF) + u32(seed >> 32 & 0xFFFFFFFF) * u32(0xC2B2AE3D)
-        x = (x ^ (x >> u32(16))) * u32(0x85EBCA6B)
+        seed_high = u32(seed >> 32 & 0xFFFFFFFF)
+        x ^= u32(seed & 0xFFFFFFFF) + seed_high * u32(0xC2B2AE3D)
+        behind = (seed_high ^ (seed_high >> u32(16))) * u32(0x85EBCA6B)
+        behind = (behind ^ (behind >> u32(13))) * u32(0xC2B2AE35)
+        behind ^= behind >> u32(16)
+        x = (x ^ (x >> u32(16))) * u32(0x85EBCA6B) + behind
         x = (x ^ (x >> u32(13))) * u32(0xC2B2AE35)
         x ^= x >> u32(16)
     threshold = ((x >> u32(16)).astype(F32) + F32(0.5)) * F32(2**-16)

@@ -19,6 +19,7 @@ import accuracy
 import isas
 import qlora_ext
 import reference
+from grouped_samples import GroupedSample
 from qlora_ext import _C
 from samples import DTYPES, to_f64
 
@@ -184,6 +185,76 @@ def w_where_x_is_small(g: torch.Generator, t: int, i: int, o: int, dtype: torch.
     return x, w
 
 
+def one_weight_a_row(shuffled: bool) -> Scenario:
+    """The identity, as far as O and I are equal, or a permutation of it: y is x."""
+
+    def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        w = torch.zeros(o, i, dtype=torch.float64)
+        w[torch.arange(o), (torch.randperm(max(i, o), generator=g)[:o] if shuffled else torch.arange(o)) % i] = 1.0
+        return normal(g, t, i), w
+
+    return make
+
+
+def pruned(share: float) -> Scenario:
+    """Of the weights, this share is left."""
+
+    def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        return normal(g, t, i), normal(g, o, i) * 0.05 * (torch.rand(o, i, generator=g) < share)
+
+    return make
+
+
+def one_weight_a_block(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    w = torch.zeros(o, i, dtype=torch.float64)
+    for first in range(0, i, 64):
+        w[torch.arange(o), first + torch.randint(min(64, i - first), (o,), generator=g)] = normal(g, o)
+    return normal(g, t, i), w
+
+
+def outlier_in_w(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """One weight a row of 10 to 10^5 times the rest, but in every fourth row."""
+    w, rows = normal(g, o, i) * 1e-3, torch.arange(o) % 4 != 3
+    size = 10.0 ** (1 + 4 * torch.rand(o, generator=g, dtype=torch.float64))
+    w[torch.arange(o)[rows], torch.randint(i, (o,), generator=g)[rows]] = 1e-3 * size[rows]
+    return normal(g, t, i), w
+
+
+def x_in_parts(other: Scenario) -> Scenario:
+    """64 channels at a time of a size of their own, the same for all tokens or different ones."""
+
+    def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x, w = other(g, t, i, o, dtype)
+        parts = -(-i // 64)
+        size = torch.where(
+            torch.arange(t)[:, None] % 2 == 0, torch.rand(1, parts, generator=g), torch.rand(t, parts, generator=g)
+        )
+        return x * (10.0 ** (4 * size.double() - 2)).repeat_interleave(64, 1)[:, :i], w
+
+    return make
+
+
+def sparse_x(share: float, other: Scenario) -> Scenario:
+    def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x, w = other(g, t, i, o, dtype)
+        return x * (torch.rand(t, i, generator=g) < share), w
+
+    return make
+
+
+def w_where_x_is_tiny(share: float) -> Scenario:
+    """This share of the channels of x is a thousandth of the others, and each second row of W reads these alone."""
+
+    def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        tiny = torch.rand(i, generator=g) < share
+        x, w = normal(g, t, i), normal(g, o, i) * 0.1
+        x[:, tiny] *= 1e-3
+        w[::2, ~tiny] = 0.0
+        return x, w
+
+    return make
+
+
 SCENARIOS: dict[str, Scenario] = {
     "normal": lambda g, t, i, o, dtype: (normal(g, t, i), normal(g, o, i) * 0.05),
     **{f"outlier-{s:g}": outlier(s, 1, 1e-3) for s in (1e2, 1e3, 1e4, 6e4)},
@@ -203,6 +274,15 @@ SCENARIOS: dict[str, Scenario] = {
     "one-hot-x": one_hot_x,
     "permutation-w": permutation_w,
     "w-where-x-is-small": w_where_x_is_small,
+    "w-where-x-is-tiny": w_where_x_is_tiny(0.33),
+    "identity-w": one_weight_a_row(False),
+    "shuffled-w": one_weight_a_row(True),
+    **{f"pruned-w-{share:g}": pruned(share) for share in (0.5, 0.1, 0.03, 0.01, 0.002)},
+    "one-weight-a-block": one_weight_a_block,
+    "outlier-in-w": outlier_in_w,
+    "parts-of-x": x_in_parts(pruned(0.02)),
+    "sparse-x": sparse_x(0.02, pruned(1.0)),
+    "sparse-x-and-w": sparse_x(0.5, pruned(0.05)),
 }
 GROUPS = [1, 2, 4, 8, 16, 17, 48, 64, 300]  # tokens a call
 if _C.cpu_isa() == "scalar":
@@ -234,6 +314,36 @@ def test_every_row_and_column(scenario: str, forward: bool, dtype: torch.dtype) 
     x, w = SCENARIOS[scenario](seeded(turn), TOKENS, i, o, dtype)
     rank = 16 if turn % 4 == 1 and scenario != "huge-x" else 0  # h would not be finite
     sweep(problem(x, w, dtype, forward, nested=turn % 2 == 0, rank=rank), GROUPS)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
+def test_tiny_x_exactly_where_rows_have_their_weights(forward: bool, dtype: torch.dtype) -> None:
+    """The exception that docs/security.md names: few tiny values, and rows that read only them."""
+    x, w = w_where_x_is_tiny(0.08)(seeded(8), 64, 1024, 256, dtype)
+    p = problem(x, w, dtype, forward, nested=False)
+    steps = (accuracy.forward_steps if forward else accuracy.dx_steps)(to_f64(p.x), p.w)
+    for m in (m for m in GROUPS if m <= 64):
+        accuracy.assert_accurate(p.in_groups(m, 64), p.expected().with_steps(steps))
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_permutation_gives_x_back(double_quant: bool, dtype: torch.dtype) -> None:
+    """1 to 48 tokens: by W = 1 and by a shuffled W, and by both as experts of a stack."""
+    g = seeded(1)
+    orders = torch.arange(192), torch.randperm(192, generator=g)
+    weights = [qlora_ext.quantize_nf4(torch.eye(192)[order], 64, double_quant) for order in orders]
+    for m in (1, 2, 6, 16, 48):
+        x = normal(g, m, 192).to(dtype)
+        for order, w4 in zip(orders, weights, strict=True):
+            y = OPS.linear_nf4(x, *w4.packed_args(), 192, None, None, None, 1.0, 0.0, 0)
+            assert torch.equal(y, x[:, order])
+            assert torch.equal(OPS.linear_nf4_dx(y, *w4.packed_args(), 192, None, None, 1.0, 0.0, 0), x)
+        experts = GroupedSample(x, [m // 2, m - m // 2], weights, None, None, None, 1.0, 0.0, 0)
+        y = experts.forward()
+        assert torch.equal(y, torch.cat([x[: m // 2], x[m // 2 :, orders[1]]]))
+        assert torch.equal(experts.dx(y), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -144,6 +144,9 @@ def test_what_does_not_fit_is_refused() -> None:
     refused = [
         (lambda: OPS.search_absmax_nf4(w, torch.ones(63), 64), "importance: expected shape"),
         (lambda: OPS.search_absmax_nf4(w, torch.ones(64).double(), 64), "importance: expected Float"),
+        (lambda: OPS.search_absmax_nf4(w, torch.ones(64).index_fill(0, torch.tensor([7]), -0.5), 64), "got -0.5 at 7"),
+        (lambda: OPS.search_absmax_nf4(w, torch.full((64,), torch.nan), 64), "importance: expected finite .* at 0"),
+        (lambda: OPS.search_absmax_nf4(w, torch.full((64,), torch.inf), 64), "importance: expected finite .* got inf"),
         (lambda: OPS.encode_nf4(w, torch.ones(3), 64), "absmax: expected 4 elements"),
         (lambda: OPS.encode_nf4(w, absmax, 64, feedback, None), "order: expected with feedback"),
         (lambda: OPS.encode_nf4(w, absmax, 64, None, order), "feedback: expected with order"),
@@ -165,7 +168,7 @@ def test_stochastic_codes_are_the_oracles(n: int, k: int, block: int, dtype: tor
     w = weight(n, k, dtype)
     absmax = OPS.quantize_nf4(w, block)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
     absmax[0] *= -1
-    for seed in (0, -1, 2**40 + 5):
+    for seed in (0, -1, 2**40 + 5, -(2**62) + 3):
         got = OPS.encode_nf4_stochastic(w, absmax, block, seed)
         assert_bits(got, reference.encode_nf4_stochastic(w.float().numpy(), absmax.numpy(), block, seed), "codes")
 
@@ -188,6 +191,19 @@ def test_stochastic_rounding_is_right_on_the_average() -> None:
     assert ((total / 200 - w).abs() < 5 * 0.5 * step / 200**0.5).all()
     other = OPS.encode_nf4_stochastic(w, absmax, 64, 1)
     assert not torch.equal(OPS.encode_nf4_stochastic(w, absmax, 64, 0), other)
+
+
+def test_all_64_bits_of_a_seed_count() -> None:
+    w = torch.randn(256, 256)
+    absmax = OPS.quantize_nf4(w, 64)[1]
+    folded = ((3 << 32) + 7, 7 + 3 * 0xC2B2AE3D)  # one number, if the halves are added up
+    errors = []
+    for seed in (*folded, 0, 1, 1 << 32, 2 << 32, -1):
+        packed = OPS.encode_nf4_stochastic(w, absmax, 64, seed)
+        errors.append(
+            (OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [256, 256], torch.float32) - w).flatten()
+        )
+    assert (torch.corrcoef(torch.stack(errors)) - torch.eye(len(errors))).abs().max() < 0.03
 
 
 def test_stochastic_codes_of_no_number_and_the_arguments_that_are_refused() -> None:

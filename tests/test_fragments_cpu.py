@@ -1,4 +1,4 @@
-"""Every fragment of cpp/cpu (a file that is compiled once an instruction set) is whole: it can be compiled alone."""
+"""Every fragment of cpp/cpu (a file that is compiled once for each instruction set) can be compiled alone."""
 
 from __future__ import annotations
 
@@ -34,11 +34,18 @@ def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
     return [ROOT / name for name in names]
 
 
+def parts(isa: str) -> list[pathlib.Path]:
+    """What is compiled for the set, as sources.cmake has it."""
+    lists = dict(re.findall(r"^set\((_\w+) (.*)\)$", (CPU / "sources.cmake").read_text(), re.M))
+    names = re.sub(r"\$\{(\w+)\}", lambda match: lists[match[1]], lists[f"_parts_{isa}"])
+    return [CPU / f"parts/{name}-inl.h" for name in names.split()]
+
+
 @functools.cache
 def fragments(isa: str) -> list[pathlib.Path]:
-    """What isa_<isa>.cpp includes, directly or not, of cpp/cpu."""
-    found: set[pathlib.Path] = set()
-    waiting = [CPU / f"isa_{isa}.cpp"]
+    """The parts of the set, and what they include, directly or not, of cpp/cpu."""
+    found = set(parts(isa))
+    waiting = parts(isa)
     while waiting:
         new = [p for p in includes(waiting.pop(), isa) if p not in found and p.is_relative_to(CPU)]
         found.update(new)

@@ -1,5 +1,5 @@
-// One table of kernels an instruction set. isa_<name>.cpp compiles the fragments with that set's flags and fills its
-// table; dispatch.cpp sends each call of kernels.h to the table in use, and there to the kernel that tuning.h chooses.
+// One table of kernels for each instruction set. isa_<name>.cpp fills it from the set's parts (parts/parts.h);
+// dispatch.cpp sends each call of kernels.h to the table in use, and there to the kernel that tuning.h chooses.
 #pragma once
 
 #include "cpp/cpu/isa/isa.h"
@@ -33,8 +33,7 @@ struct KernelsFor {
 template <class... Arguments>
 auto throwing(Error (*)(Arguments...)) -> void (*)(Arguments...);
 
-struct Kernels {
-  const Isa* isa;
+struct Codec {
   decltype(throwing(&cpu::quantize_nf4)) quantize_nf4;
   decltype(throwing(&cpu::search_absmax_nf4)) search_absmax_nf4;
   decltype(throwing(&cpu::encode_nf4)) encode_nf4;
@@ -43,6 +42,11 @@ struct Kernels {
   decltype(throwing(&cpu::quantize_absmax)) quantize_absmax;
   decltype(throwing(&cpu::dequantize_absmax)) dequantize_absmax;
   decltype(throwing(&cpu::dequantize_nf4)) dequantize_nf4;
+};
+
+struct Kernels {
+  const Isa* isa;
+  const Codec* codec;
   KernelsFor<LinearProblem> forward;
   KernelsFor<LinearDxProblem> dx;
   KernelsFor<LoraGradProblem> dlora;

@@ -1,8 +1,8 @@
-// The kernels compiled for AMX with BF16 (flags: sources.cmake): those of the tile unit. All others are AVX-512's.
+// The table of AMX with BF16: AVX-512's, and the kernels of the tile unit.
 #define QLORA_ISA amx_bf16
 
 #include "cpp/cpu/dispatch.h"
-#include "cpp/cpu/many_tokens_tiles/linear-inl.h"
+#include "cpp/cpu/parts/parts.h"
 
 namespace qlora::cpu {
 
@@ -10,9 +10,9 @@ const Kernels& amx_bf16_kernels() {
   static const Kernels kernels = [] {
     Kernels k = avx512_bf16_kernels();
     k.isa = &kAmxBf16Isa;
-    k.forward.many_tokens_tiles = amx_bf16::many_tokens_tiles::forward_tiles;
-    k.dx.many_tokens_tiles = amx_bf16::many_tokens_tiles::dx_tiles;
-    k.dlora.many_tokens_tiles = amx_bf16::many_tokens_tiles::dlora_tiles;
+    k.forward.many_tokens_tiles = amx_bf16::parts::forward_many_tokens_tiles;
+    k.dx.many_tokens_tiles = amx_bf16::parts::dx_many_tokens_tiles;
+    k.dlora.many_tokens_tiles = amx_bf16::parts::dlora_many_tokens_tiles;
     return k;
   }();
   return kernels;

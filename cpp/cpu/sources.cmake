@@ -1,5 +1,5 @@
-# What the CPU kernels are compiled from, for whoever compiles them: QLORA_CPU_SOURCES, each with its instruction set's
-# flags, and QLORA_CPU_DEFINITIONS.
+# What the CPU kernels are compiled from, for whoever compiles them: QLORA_CPU_SOURCES, each part of an instruction set with
+# the set's flags, and QLORA_CPU_DEFINITIONS.
 set(_cpu "${CMAKE_CURRENT_LIST_DIR}")
 file(GLOB QLORA_CPU_SOURCES CONFIGURE_DEPENDS "${_cpu}/*.cpp" "${_cpu}/*/*.cpp")
 set(_x86 0)
@@ -9,16 +9,22 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "x86_64|AMD64")
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "aarch64|arm64|ARM64")
   set(_arm64 1)
 endif()
-if(NOT _x86)
+set(_isas scalar)
+if(_x86)
+  list(APPEND _isas avx2 avx512 avx512_bf16 amx_bf16)
+else()
   list(FILTER QLORA_CPU_SOURCES EXCLUDE REGEX "isa_a[mv]x.*\\.cpp$")
 endif()
-if(NOT _arm64)
+if(_arm64)
+  list(APPEND _isas neon neon_bf16)
+else()
   list(FILTER QLORA_CPU_SOURCES EXCLUDE REGEX "isa_neon.*\\.cpp$")
 endif()
 set(QLORA_CPU_DEFINITIONS QLORA_X86=${_x86} QLORA_ARM64=${_arm64})
 
-# The flags of each instruction set, which only its own file is compiled with. isa_*.cpp include intrinsics and our own
+# The flags of each instruction set, which only its own parts are compiled with. Parts include intrinsics and our own
 # headers only: weak copies of std or torch templates compiled for a newer processor could be the ones the linker keeps.
+set(_scalar)
 set(_avx2 -mavx2 -mfma -mf16c)
 set(_avx512 ${_avx2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mprefer-vector-width=512)
 set(_avx512_bf16 ${_avx512} -mavx512bf16 -mavx512vnni)
@@ -30,6 +36,35 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   list(APPEND _neon -fno-schedule-insns)
   list(APPEND _neon_bf16 -fno-schedule-insns)
 endif()
-foreach(_isa avx2 avx512 avx512_bf16 amx_bf16 neon neon_bf16)
-  set_source_files_properties("${_cpu}/isa_${_isa}.cpp" PROPERTIES COMPILE_OPTIONS "${_${_isa}}")
+
+# The parts of each instruction set (parts/parts.h), which are one file. Where QLORA_CPU_PARTS_APART is set each part is a
+# file of its own, for what the compiler takes for all of them: 3.5 GB, with the checks of QLORA_SANITIZE more than 5 GB.
+# The machine code is not quite the same, since what is inlined depends on all that a file holds.
+set(_few_tokens few_tokens_dx_float few_tokens_forward)
+set(_many_tokens many_tokens_forward many_tokens_dx many_tokens_dlora)
+set(_parts_scalar codec ${_few_tokens} few_tokens_dx_int few_tokens_forward_bf16 ${_many_tokens})
+set(_parts_avx2 codec ${_few_tokens} ${_many_tokens})
+set(_parts_avx512 codec ${_few_tokens} few_tokens_dx_int ${_many_tokens})
+set(_parts_avx512_bf16 codec ${_few_tokens} few_tokens_dx_int many_tokens_bf16 ${_many_tokens})
+set(_parts_amx_bf16 many_tokens_tiles)
+set(_parts_neon codec ${_few_tokens} ${_many_tokens})
+set(_parts_neon_bf16 codec ${_few_tokens} few_tokens_forward_bf16 many_tokens_bf16 ${_many_tokens})
+function(_add_cpu_file name isa)  # and the parts that it has
+  set(_content "#define QLORA_ISA ${isa}\n")
+  foreach(_part IN LISTS ARGN)
+    string(APPEND _content "#include \"cpp/cpu/parts/${_part}-inl.h\"\n")
+  endforeach()
+  set(_file "${CMAKE_CURRENT_BINARY_DIR}/parts/${name}.cpp")
+  file(CONFIGURE OUTPUT "${_file}" CONTENT "${_content}")
+  set_source_files_properties("${_file}" PROPERTIES COMPILE_OPTIONS "${_${isa}}")
+  set(QLORA_CPU_SOURCES ${QLORA_CPU_SOURCES} "${_file}" PARENT_SCOPE)
+endfunction()
+foreach(_isa IN LISTS _isas)
+  if(QLORA_CPU_PARTS_APART)
+    foreach(_part IN LISTS _parts_${_isa})
+      _add_cpu_file(${_isa}_${_part} ${_isa} ${_part})
+    endforeach()
+  else()
+    _add_cpu_file(${_isa} ${_isa} ${_parts_${_isa}})
+  endif()
 endforeach()

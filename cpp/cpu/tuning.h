@@ -16,7 +16,7 @@ enum class Kernel {
   kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
   kManyTokensTiles,  // bfloat16 in a tile unit (many_tokens_tiles/)
   kManyTokensBf16,   // panels of bfloat16 pairs (many_tokens/linear_bf16-inl.h)
-  kManyTokensFloat,  // panels of float32 (many_tokens/linear_float-inl.h)
+  kManyTokensFloat,  // panels of float32 (many_tokens/*_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
 inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt,    Kernel::kFewTokensBf16,  Kernel::kFewTokensFloat,
@@ -124,13 +124,18 @@ constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   return p.w.k % 4 ? 6 : p.w.k % kPanelGroup ? 12 : 10;
 }
 
+// The minimum number of weights in a row (forward) or column (dx) for integer products. With fewer weights, the search
+// for concentrated ones (few_tokens/concentration-inl.h) reads all of them. These thresholds are estimates, not
+// measured.
+inline constexpr int64_t kLeastRowWeights = 128, kLeastColumnWeights = 64;
+
 // Of 16-bit types: integers, or on ARM pairs of bfloat16. SMLAL multiplies half as fast as FMLA, and beyond 2 tokens
 // that costs more than decoding to float32 does (V2: 64 weights and 2 tokens 20 cycles against 24, 3: 31 against 28).
 constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
   if (p.dtype == DType::kFloat32) return Kernel::kFewTokensFloat;
-  if (!cpu.has(kAsimd)) return Kernel::kFewTokensInt;
-  if (multiplies_pairs(p.dtype, cpu)) return Kernel::kFewTokensBf16;
-  return p.m <= 2 ? Kernel::kFewTokensInt : Kernel::kFewTokensFloat;
+  if (cpu.has(kAsimd) && multiplies_pairs(p.dtype, cpu)) return Kernel::kFewTokensBf16;
+  if (p.w.k < kLeastRowWeights || (cpu.has(kAsimd) && p.m > 2)) return Kernel::kFewTokensFloat;
+  return Kernel::kFewTokensInt;
 }
 
 // One group of tokens of the float32 kernel: with two, which decode W twice, panels are ahead (kMaxFloatTokens of
@@ -164,7 +169,8 @@ constexpr void add_many_tokens(DType dtype, const Cpu& cpu, Choice* c) {
 constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
   Choice c;
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
-    if (is_16_bit(p.dtype) || p.m <= most_float_tokens(cpu)) c.add(few_tokens_kernel(p, cpu));
+    const Kernel kernel = few_tokens_kernel(p, cpu);
+    if (kernel != Kernel::kFewTokensFloat || p.m <= most_float_tokens(cpu)) c.add(kernel);
   }
   add_many_tokens(p.dtype, cpu, &c);
   return c;
@@ -173,7 +179,7 @@ constexpr Choice choose(const LinearProblem& p, const Cpu& cpu) {
 constexpr Choice choose(const LinearDxProblem& p, const Cpu& cpu) {
   Choice c;
   if (p.m <= most_few_tokens(p, cpu) && accepts(Kernel::kFewTokensFloat, p)) {
-    if (cpu.has(kAvx512vbmi) && accepts(Kernel::kFewTokensInt, p)) {
+    if (cpu.has(kAvx512vbmi) && p.w.n >= kLeastColumnWeights && accepts(Kernel::kFewTokensInt, p)) {
       c.add(Kernel::kFewTokensInt);
       return c;
     }

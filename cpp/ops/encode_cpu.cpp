@@ -10,8 +10,20 @@
 namespace qlora {
 namespace {
 
+// With a negative importance the search would look for the scale with the largest error. The CUDA operator does not
+// read the values, because that would synchronize; Feedback (calibration/encoder.py) checks them.
+void check_importance(const SearchAbsmaxCall& call) {
+  const auto* const importance = call.importance.const_data_ptr<float>();
+  for (int64_t column = 0; column < call.k; ++column) {
+    const float value = importance[column];
+    checks::require(value >= 0.0f && value <= std::numeric_limits<float>::max(),
+                    "importance: expected finite values of 0 or more, got ", value, " at ", column);
+  }
+}
+
 Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size) {
   const SearchAbsmaxCall call(w, importance, block_size);
+  check_importance(call);
   cpu::check(cpu::search_absmax_nf4(pool(), call.dtype, call.w.const_data_ptr(),
                                     call.importance.const_data_ptr<float>(), call.numel, call.k, block_size,
                                     call.absmax.mutable_data_ptr<float>()));

@@ -65,40 +65,41 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
   std::vector<float> absmax(blocks), searched(blocks), decoded_absmax(blocks), nested_absmax(nested_blocks);
   Bytes codes(blocks);
   float nested_offset = 0;
-  set.quantize_nf4(pool, dtype, w.data(), numel, s.block_size, packed.data(), absmax.data());
+  set.codec->quantize_nf4(pool, dtype, w.data(), numel, s.block_size, packed.data(), absmax.data());
   keep(packed), keep(absmax);
-  set.quantize_absmax(pool, absmax.data(), blocks, s.nested_block_size, codes.data(), nested_absmax.data(),
-                      &nested_offset);
+  set.codec->quantize_absmax(pool, absmax.data(), blocks, s.nested_block_size, codes.data(), nested_absmax.data(),
+                             &nested_offset);
   keep(codes), keep(nested_absmax), keep(std::vector<float>{nested_offset});
   Scales plain, nested;
   plain.absmax = absmax.data();
   nested.codes = codes.data(), nested.nested_absmax = nested_absmax.data(), nested.nested_offset = &nested_offset;
   plain.block_size = nested.block_size = s.block_size, nested.nested_block_size = s.nested_block_size;
-  set.dequantize_absmax(pool, nested, blocks, decoded_absmax.data());
+  set.codec->dequantize_absmax(pool, nested, blocks, decoded_absmax.data());
   keep(decoded_absmax);
   for (const DType to : kTypes) {
     for (const Scales* scales : {&plain, &nested}) {
       Bytes out(numel * dtype_bytes(to));
-      set.dequantize_nf4(pool, packed.data(), *scales, numel, to, out.data());
+      set.codec->dequantize_nf4(pool, packed.data(), *scales, numel, to, out.data());
       keep(out);
     }
   }
   if (numel <= kMostSearched) {
-    set.search_absmax_nf4(pool, dtype, w.data(), importance.data(), numel, s.columns, s.block_size, searched.data());
+    set.codec->search_absmax_nf4(pool, dtype, w.data(), importance.data(), numel, s.columns, s.block_size,
+                                 searched.data());
     keep(searched);
   }
   // Scales that were not taken from these values: of either sign, and none.
   std::vector<float> scales = decoded_absmax;
   for (int64_t b = 0; b < blocks; ++b) scales[b] *= b % 5 == 3 ? -1.0f : b % 5 == 4 ? 0.0f : 1.0f;
-  set.encode_nf4(pool, dtype, w.data(), scales.data(), numel, s.block_size, packed.data());
+  set.codec->encode_nf4(pool, dtype, w.data(), scales.data(), numel, s.block_size, packed.data());
   keep(packed);
-  set.encode_nf4_stochastic(pool, dtype, w.data(), scales.data(), numel, s.block_size, 1234, packed.data());
+  set.codec->encode_nf4_stochastic(pool, dtype, w.data(), scales.data(), numel, s.block_size, 1234, packed.data());
   keep(packed);
   if (!feedback.empty()) {
     std::vector<int64_t> order(s.columns);
     std::iota(order.rbegin(), order.rend(), 0);
-    set.encode_nf4_with_feedback(pool, dtype, w.data(), scales.data(), s.rows, s.columns, s.block_size, feedback.data(),
-                                 order.data(), packed.data());
+    set.codec->encode_nf4_with_feedback(pool, dtype, w.data(), scales.data(), s.rows, s.columns, s.block_size,
+                                        feedback.data(), order.data(), packed.data());
     keep(packed);
   }
   return all;

@@ -26,6 +26,21 @@ using cpu::Outcome;
 constexpr int64_t kRowsBefore = 5;  // of the first expert, where the problem is the second one's
 constexpr double kScaling = 0.5;
 
+std::vector<float> dense_weights(const LinearShape& s, Random& random) {
+  std::vector<float> w(s.n * s.k);
+  for (float& x : w) x = static_cast<float>(random.normal() * 0.05);
+  if (s.weights == Weights::kSparse) {
+    for (float& x : w) x = random.bits() % 40 == 0 ? x : 0.0f;
+  }
+  for (int64_t row = 0; row < s.n; ++row) {
+    const int64_t column = (row * 7 + 3) % s.k;
+    if (s.weights == Weights::kOutliers) w[row * s.k + column] *= 1e5f;
+    if (s.weights != Weights::kPermutation) continue;
+    for (int64_t k = 0; k < s.k; ++k) w[row * s.k + k] = k == column ? 1.0f : 0.0f;
+  }
+  return w;
+}
+
 // A stack of two packed weights, of which a problem has one.
 class PackedWeights {
  public:
@@ -36,13 +51,12 @@ class PackedWeights {
     packed_.resize(2 * packed_bytes(numel)), absmax_.resize(2 * blocks), codes_.resize(2 * blocks);
     nested_absmax_.resize(2 * nested_blocks), nested_offset_.resize(2);
     for (int expert = 0; expert < 2; ++expert) {
-      std::vector<float> w(numel);
-      for (float& x : w) x = static_cast<float>(random.normal() * 0.05);
+      const std::vector<float> w = dense_weights(s, random);
       float* const absmax = absmax_.data() + expert * blocks;
-      plain.quantize_nf4(kOneThread, DType::kFloat32, w.data(), numel, s.block_size,
-                         packed_.data() + expert * packed_bytes(numel), absmax);
-      plain.quantize_absmax(kOneThread, absmax, blocks, kNestedBlockSize, codes_.data() + expert * blocks,
-                            nested_absmax_.data() + expert * nested_blocks, &nested_offset_[expert]);
+      plain.codec->quantize_nf4(kOneThread, DType::kFloat32, w.data(), numel, s.block_size,
+                                packed_.data() + expert * packed_bytes(numel), absmax);
+      plain.codec->quantize_absmax(kOneThread, absmax, blocks, kNestedBlockSize, codes_.data() + expert * blocks,
+                                   nested_absmax_.data() + expert * nested_blocks, &nested_offset_[expert]);
     }
     weight_.n = s.n, weight_.k = s.k, weight_.packed = packed_.data();
     weight_.scales.block_size = s.block_size, weight_.scales.nested_block_size = kNestedBlockSize;
@@ -62,8 +76,8 @@ class PackedWeights {
   const Weight& weight() const { return weight_; }
   Matrix decoded() const {
     std::vector<float> w(weight_.n * weight_.k);
-    cpu::scalar_kernels().dequantize_nf4(kOneThread, weight_.packed, weight_.scales, static_cast<int64_t>(w.size()),
-                                         DType::kFloat32, w.data());
+    cpu::scalar_kernels().codec->dequantize_nf4(kOneThread, weight_.packed, weight_.scales,
+                                                static_cast<int64_t>(w.size()), DType::kFloat32, w.data());
     Matrix m(weight_.n, weight_.k);
     for (size_t i = 0; i < w.size(); ++i) m.value[i] = w[i];
     return m;

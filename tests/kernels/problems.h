@@ -12,6 +12,13 @@ enum class Inputs {
   kHuge,
 };
 
+enum class Weights {
+  kNormal,
+  kPermutation,  // one weight per row, as far as there are enough columns
+  kSparse,       // one in 40 is not zero
+  kOutliers,     // one per row is 10^5 times the rest
+};
+
 struct LinearShape {
   int64_t m, n, k, rank, block_size;
   bool double_quant;
@@ -19,6 +26,7 @@ struct LinearShape {
   bool bias;
   bool second_expert;  // of a stack: a weight, an adapter and dropout that begin in the middle of theirs
   Inputs inputs = Inputs::kNormal;
+  Weights weights = Weights::kNormal;
 };
 
 inline constexpr LinearShape kLinearShapes[] = {
@@ -52,6 +60,13 @@ inline constexpr LinearShape kLinearShapes[] = {
     {2, 5, 2, 0, 64, true, 0.0, true, false},
     {0, 16, 64, 4, 64, true, 0.0, true, false},
     {18, 7, 64, 100, 64, true, 1.0, true, false},  // everything is dropped
+    {2, 192, 192, 0, 64, false, 0.0, false, false, Inputs::kNormal, Weights::kPermutation},
+    {16, 160, 192, 4, 64, true, 0.0, true, true, Inputs::kNormal, Weights::kPermutation},
+    {5, 40, 333, 0, 32, false, 0.0, true, false, Inputs::kNormal, Weights::kPermutation},
+    {3, 130, 1100, 0, 64, true, 0.0, false, false, Inputs::kNormal, Weights::kSparse},
+    {17, 70, 258, 3, 128, false, 0.0, true, false, Inputs::kNormal, Weights::kSparse},
+    {4, 140, 320, 0, 64, true, 0.0, false, false, Inputs::kNormal, Weights::kOutliers},
+    {33, 20, 555, 2, 4096, false, 0.0, true, false, Inputs::kNormal, Weights::kOutliers},
 };
 
 struct CodecShape {

@@ -37,17 +37,17 @@ struct IntCodeTable {
 };
 inline constexpr IntCodeTable kIntCodes{};
 
-// bfloat16, for products summed in float32: value ~ code / kBf16Codes.per_one. Of the multipliers between 1 and 2, the
-// one with which the 16 values are least changed by rounding: their squared errors are a sixth of those that the
-// roundings of decoded weights have on the average, and none is larger than these can be.
+// bfloat16, for products summed in float32: value ~ code / kBf16Codes.per_one. The multiplier is a bfloat16 number, so
+// that the codes of -1 and 1 are exact. Among those between 1 and 2, it minimizes the rounding errors of the 16 values.
+// Their squared errors are a fifth of the average for rounded decoded weights, and none exceeds the maximum for those.
 struct Bf16CodeTable {
   int16_t bits[kCodes] = {};
   double per_one = 0.0;
 
   constexpr Bf16CodeTable() {
     double best = 1e9;
-    for (int i = 0; i < 4096; ++i) {
-      const double multiplier = 1.0 + i / 4096.0;
+    for (int i = 0; i < 128; ++i) {
+      const double multiplier = 1.0 + i / 128.0;
       const double error = squared_error(multiplier) / (multiplier * multiplier);
       if (error < best) best = error, per_one = multiplier;
     }

@@ -12,7 +12,8 @@
 // codes have next to no error here. N(0, 1) has a spread of 2^2.
 //
 // A token, tile and group that exceed it are *uneven* (outliers in dy, weight rows of very different size, NaN, numbers
-// at the ends of float32's range) and are summed in float32, for themselves alone.
+// at the ends of float32's range) and are summed in float32, for themselves alone. So is, for every token, a group with
+// a column of which a few weights decide the sum (column_concentration-inl.h).
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,7 @@
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/few_tokens/budget-inl.h"
 #include "cpp/cpu/few_tokens/code_tables.h"
+#include "cpp/cpu/few_tokens/column_concentration-inl.h"
 #include "cpp/cpu/few_tokens/low_rank-inl.h"
 #include "cpp/cpu/few_tokens/slabs-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
@@ -42,9 +44,7 @@ namespace few_tokens {
 
 using namespace stream;
 
-inline constexpr int64_t kDxColumns = 64;         // of a group
 inline constexpr int kDxPairs = kDxTileRows / 2;  // of rows in a tile
-inline constexpr int64_t kDxStripGroups = 64;     // groups of a strip
 inline constexpr int64_t kFetchAhead = 4096;      // bytes of a strip, beyond the tile that follows
 inline constexpr float kLargestDy = 16383.0f;     // 16 products with 13-bit codes stay inside int32
 
@@ -108,10 +108,16 @@ template <int kTokens, int kPairs>
   }
 }
 
+// What is known about a call before its sums are computed.
+struct DxBefore {
+  uint8_t* concentrated;  // of each group: 1 if it has a concentrated column
+  float* most_dy;         // of each token: the largest |dy| of an even tile
+};
+
 template <class T>
 class IntDx {
  public:
-  explicit IntDx(const LinearDxProblem& p) : p_(p), row_groups_(p.w.k / kDxColumns) {}
+  IntDx(const LinearDxProblem& p, const DxBefore& before) : p_(p), row_groups_(p.w.k / kDxColumns), before_(before) {}
 
   int64_t strip_chunks() const { return kDxStripGroups * kDxColumns / kChunk; }
   int64_t tile_rows() const { return kDxTileRows; }
@@ -133,6 +139,8 @@ class IntDx {
     };
     lay_out(scratch(ScratchUse::kThread, lay_out(nullptr)));
     for (int64_t i = 0; i < groups * p_.m * kDxColumns; i += kLanes) store(memory.sums + i, zero());
+    memory.concentrated = 0;
+    for (int64_t b = 0; b < groups; ++b) memory.concentrated |= uint64_t{before_.concentrated[first + b]} << b;
     with_count<kMaxDxTokens>(p_.m,
                              [&](auto tokens) { add_tile_sums<tokens>(first_row, last_row, first, groups, memory); });
     for (int64_t b = 0; b < groups; ++b) {
@@ -144,16 +152,43 @@ class IntDx {
     }
   }
 
+  // The largest |dy| that a tile may have and be even: with it as the largest of all, is_even holds of a token's dy.
+  static float most_of_tile(const T* dy, int64_t rows) {
+    const float largest = bits_float(largest_bits_within(dy, rows));
+    if (is_even(dy, rows, rows, largest, kSpread)) return largest;
+    return most_of_sorted(dy, rows);
+  }
+
  private:
-  static constexpr int64_t kScaleStride = kDxStripGroups + kLanes;
+  // The same from a histogram of the exponents and the two bits behind them: at most a fifth below the exact value.
+  [[gnu::noinline]] static float most_of_sorted(const T* dy, int64_t rows) {
+    constexpr int kDropped = 21, kBins = 1 << (31 - kDropped);
+    uint32_t count[kBins] = {};
+    for (int64_t n = 0; n < rows; ++n) ++count[(float_bits(to_float(dy[n])) & kMagnitudeBits) >> kDropped];
+    int64_t zeros = 0;
+    for (int64_t n = 0; n < rows; ++n) zeros += to_float(dy[n]) == 0.0f;
+    const int64_t nonzero = rows - zeros;
+    if (4 * nonzero < 3 * rows) return 0.0f;
+    const auto least_of = [&](int64_t eighths) {  // of so many eighths of the nonzero
+      int bin = kBins - 1;
+      for (int64_t seen = count[bin]; 8 * seen < eighths * nonzero && bin > 0; seen += count[bin]) --bin;
+      return bits_float(static_cast<uint32_t>(bin) << kDropped);
+    };
+    const float of_large = least_of(5), of_most = 8 * least_of(7);
+    return kSpread * (of_large < of_most ? of_large : of_most);
+  }
+
+  static constexpr int64_t kScaleStride = kDxScaleStride;
   static constexpr int64_t kMaskWords = kDxStripGroups / kLanes;
   static constexpr float kMostSpread = kMantissaBits<T> == 7 ? 7.0f : 4.0f;
+  static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;  // 2^kMostSpread
 
   struct Memory {
     float *sums, *scales, *unit;
-    int32_t* pairs;     // [pair][token][group]: dy * scale of two rows of W, or 0 where that is uneven
-    float* log2_scale;  // [group]: the mean over the rows of a tile
-    uint16_t* even;     // [token][kMaskWords]: a bit a group
+    int32_t* pairs;         // [pair][token][group]: dy * scale of two rows of W, or 0 where that is uneven
+    float* log2_scale;      // [group]: the mean over the rows of a tile
+    uint64_t concentrated;  // a bit for each group that is uneven for every token
+    uint16_t* even;         // [token][kMaskWords]: a bit a group
   };
 
   template <int kTokens>
@@ -207,6 +242,8 @@ class IntDx {
       const Floats mean = fma(sum, splat(0x1p-23f / static_cast<float>(rows)), splat(-127.0f));
       store(memory.log2_scale + b, where_less(largest, kInfinityBits, mean));
     }
+    for (uint64_t left = memory.concentrated; left; left &= left - 1)
+      memory.log2_scale[__builtin_ctzll(left)] = -bits_float(kInfinityBits);
     uint32_t uneven = 0;
     for (int64_t i = 0; i < p_.m; ++i) uneven |= weigh_token(i, n, rows, groups, bound, memory);
     return !uneven;
@@ -217,15 +254,17 @@ class IntDx {
                        const Memory& memory) const {
     const T* row = static_cast<const T*>(p_.dy) + i * p_.w.n + n;
     float dy[kDxTileRows] = {};
-    uint32_t largest_bits = 0;
+    uint32_t largest_bits = 0, largest_dy_bits = 0;
     int64_t bits_sum = 0, nonzero = 0;
     for (int64_t t = 0; t < rows; ++t) {
       dy[t] = to_float(row[t]);
       const uint32_t dy_bits = float_bits(dy[t]) & kMagnitudeBits, bits = float_bits(dy[t] * bound[t]) & kMagnitudeBits;
       largest_bits = bits > largest_bits ? bits : largest_bits;
+      largest_dy_bits = dy_bits > largest_dy_bits ? dy_bits : largest_dy_bits;
       bits_sum += dy_bits, nonzero += dy_bits != 0;
     }
-    const bool in_range = largest_bits >= power_of_two_bits(-60) && largest_bits <= power_of_two_bits(60);
+    const bool in_range = largest_bits >= power_of_two_bits(-60) && largest_bits <= power_of_two_bits(60) &&
+                          bits_float(largest_dy_bits) <= before_.most_dy[i];
     const float largest = in_range ? bits_float(largest_bits) : 1.0f;
     memory.unit[i] = static_cast<float>(largest / (kLargestDy * kIntCodes.per_one));
     // The least log2_scale of an even group.
@@ -277,16 +316,46 @@ class IntDx {
 
   const LinearDxProblem& p_;
   const int64_t row_groups_;
+  const DxBefore before_;
 };
+
+template <class T>
+Outcome dx_int_as(const Pool& pool, const LinearDxProblem& p) {
+  constexpr int64_t kGroups = 16;  // taken by a thread at a time
+  const int64_t row_groups = p.w.k / kDxColumns;
+  DxBefore before;
+  const auto lay_out = [&](void* base) {
+    Carver memory(base);
+    before.concentrated = memory.take<uint8_t>(row_groups);
+    before.most_dy = memory.take<float>(p.m);
+    return memory.used();
+  };
+  lay_out(scratch(ScratchUse::kBefore, lay_out(nullptr)));
+  const float largest = ScaleReader(p.w.scales, kDxColumns).largest(0, p.w.n * row_groups);
+  auto look = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kGroups, groups = min(row_groups - first, kGroups);
+      ColumnConcentration columns(p.w, first, groups, largest);
+      const auto carve = [&](void* base) {
+        Carver memory(base);
+        columns.take(&memory);
+        return memory.used();
+      };
+      carve(scratch(ScratchUse::kThread, carve(nullptr)));
+      const uint64_t concentrated = columns.groups();
+      for (int64_t b = 0; b < groups; ++b) before.concentrated[first + b] = concentrated >> b & 1;
+    }
+  };
+  run(pool, p.w.n * p.w.k > 8 * kWorthThreads, ceil_div(row_groups, kGroups), 1, look);
+  for (int64_t i = 0; i < p.m; ++i)
+    before.most_dy[i] = IntDx<T>::most_of_tile(static_cast<const T*>(p.dy) + i * p.w.n, p.w.n);
+  dx_with<T>(pool, p, IntDx<T>(p, before));
+  return Outcome::kDone;
+}
 
 inline Outcome dx_int(const Pool& pool, const LinearDxProblem& p) {
   if (p.m > kMaxDxTokens) return Outcome::kTooLarge;
-  if (p.dtype == DType::kBFloat16) {
-    dx_with<bfloat16>(pool, p, IntDx<bfloat16>(p));
-  } else {
-    dx_with<float16>(pool, p, IntDx<float16>(p));
-  }
-  return Outcome::kDone;
+  return p.dtype == DType::kBFloat16 ? dx_int_as<bfloat16>(pool, p) : dx_int_as<float16>(pool, p);
 }
 
 }  // namespace few_tokens

@@ -8,7 +8,10 @@
 #include <cstdint>
 
 #include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/accumulate-inl.h"
 #include "cpp/cpu/few_tokens/budget-inl.h"
+#include "cpp/cpu/few_tokens/concentration-inl.h"
+#include "cpp/cpu/few_tokens/forward_plan-inl.h"
 #include "cpp/cpu/few_tokens/low_rank-inl.h"
 #include "cpp/cpu/few_tokens/shares-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
@@ -30,174 +33,8 @@ namespace few_tokens {
 
 using namespace stream;
 
-inline constexpr int kTileRows = kLanes;
 inline constexpr int64_t kMostAhead = 64 << 10;    // bytes that are asked for at once
 inline constexpr int64_t kWorthTaking = 64 << 10;  // bytes of packed weights: what a thread takes over from another
-inline constexpr int64_t kChunkBytes = kChunk / 2;
-
-// Tokens go through the kernel in groups of equal size, as many at a time as the registers can sum.
-struct TokenGroups {
-  int64_t m, count;
-  TokenGroups(int64_t m_, int max_tokens) : m(m_), count(ceil_div(m_, max_tokens)) {}
-  int64_t first(int64_t group) const { return m * group / count; }
-  int64_t tokens(int64_t group) const { return first(group + 1) - first(group); }
-};
-
-template <class Products>
-struct ForwardPlan {
-  WeightRows rows;
-  TokenGroups groups;
-  int64_t chunks;          // of a row with the largest shift
-  int64_t segment_chunks;  // of x: with all tokens of a group, a segment takes a third of the first-level cache
-  int64_t segments;
-
-  ForwardPlan(int64_t m, int64_t k)
-      : rows(k), groups(m, Products::kMaxTokens), chunks(ceil_div(k + rows.max_shift(), kChunk)) {
-    const int64_t most_tokens = ceil_div(m, groups.count);
-    int64_t weights = 1024;
-    while (weights > 256 && weights * most_tokens * static_cast<int64_t>(sizeof(typename Products::X)) > 16384)
-      weights /= 2;
-    // Of nearly equal size: a last one of few values would have its largest be far above most of them by chance alone.
-    segment_chunks = ceil_div(chunks, ceil_div(chunks, weights / kChunk));
-    segments = ceil_div(chunks, segment_chunks);
-  }
-  // A copy of x, arranged for weight rows of one shift, is x [group][chunk][token in group][kChunk] and the multipliers
-  // of its sums, [group][segment][token in group].
-  int64_t copy_elements() const { return groups.m * chunks * kChunk; }
-  int64_t copy_scales() const { return groups.m * segments; }
-};
-
-// The tokens of a call, up to 64, that its Products cannot serve. Any thread adds to it.
-class TokenSet {
- public:
-  static constexpr int64_t kMost = 64;
-  void add(int64_t token) { __atomic_fetch_or(&bits_, uint64_t{1} << token, __ATOMIC_RELAXED); }
-  bool holds(int64_t token) const { return bits_ >> token & 1; }
-  bool holds_all(int64_t first, int64_t count) const {
-    for (int64_t i = first; i < first + count; ++i)
-      if (!holds(i)) return false;
-    return true;
-  }
-
- private:
-  uint64_t bits_ = 0;
-};
-inline constexpr float kHugeScale = 0x1p90f;  // of W, with which integer sums may overflow though y is finite
-
-template <class Products>
-struct PreparedX {
-  typename Products::X* x;
-  float* scale;
-  float* h;  // as low_rank-inl.h lays it out
-  TokenSet* uneven;
-};
-
-// Arranges token i, which is token first_token + i of the call, for weight rows of one shift.
-template <class Products, class T>
-void prepare_token(const ForwardPlan<Products>& plan, const T* x, int64_t i, int copy, int64_t first_token,
-                   const PreparedX<Products>& out) {
-  int64_t group = 0;
-  while (plan.groups.first(group + 1) <= i) ++group;
-  const int64_t first = plan.groups.first(group), tokens = plan.groups.tokens(group), k = plan.rows.k;
-  alignas(64) float segment[1024 + kLanes];
-  const int shift = copy * (8 / plan.rows.period);
-  for (int64_t s = 0; s < plan.segments; ++s) {
-    const int64_t chunk = s * plan.segment_chunks;
-    const int64_t chunks = plan.chunks - chunk < plan.segment_chunks ? plan.chunks - chunk : plan.segment_chunks;
-    // Position p of the shifted token holds x[p - shift]; outside of the token it is 0.
-    const int64_t begin = chunk * kChunk - shift, lead = begin < 0 ? -begin : 0;
-    for (int64_t p = 0; p < lead; p += kLanes) store(segment + p, zero());
-    for (int64_t p = lead; p < chunks * kChunk; p += kLanes) {
-      const int64_t left = k - begin - p;
-      store(segment + p, left > 0 ? load(x + i * k + begin + p, left) : zero());
-    }
-    typename Products::X* to =
-        out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * tokens + i - first) * kChunk;
-    float* const scale = out.scale + copy * plan.copy_scales() + first * plan.segments + s * tokens + i - first;
-    if (!Products::arrange(segment, chunks, tokens * kChunk, to, scale)) return out.uneven->add(first_token + i);
-  }
-}
-
-// A part of a tile's weight rows, as long as the segments of x that stay in the first-level cache: these go over a row
-// before the next row begins.
-struct Stretch {
-  const uint8_t* packed;   // of the first row
-  const float* scales;     // one a granule
-  int64_t first_weight;    // of the first row, counted from the first granule of `scales`
-  int64_t row_weights;     // from a row to the next: whole bytes
-  int log2_granule;        // of weights
-  int64_t chunks;          // of a row; the last may be part of one
-  int64_t segment_chunks;  // of a segment of x
-  int64_t last_weights;    // of the last chunk
-  int64_t prefetch_ahead;  // bytes
-  bool prefetch_to_second_level;
-};
-
-// sums[i] += sum over segments s of scale_of_x[s][i] * (weight row · token i in s), lane by lane, for kTokens tokens
-// and `rows` weight rows. Rows are taken kRows at a time, and their sums lie kLanes apart. This is a function of its
-// own, or what its loops need is kept in memory.
-template <int kTokens, int kRows, class Products>
-[[gnu::noinline, gnu::flatten]] void accumulate(const Stretch& stretch, int64_t rows, const typename Products::X* x,
-                                                const float* scale_of_x, float* sums) {
-  const Products products;
-  const int64_t row_bytes = stretch.row_weights / 2, prefetch_ahead = stretch.prefetch_ahead;
-  const bool to_second_level = stretch.prefetch_to_second_level;
-  const int64_t granules_per_chunk = kChunk >> stretch.log2_granule;
-  const int64_t last_bytes = ceil_div(stretch.last_weights, 2);
-  const int64_t last_lanes = ceil_div(stretch.last_weights, kLaneWeights);
-  const uint8_t* first_packed = stretch.packed;
-  int64_t first_weight = stretch.first_weight;
-  for (int64_t t = 0; t + kRows <= rows; t += kRows, sums += kRows * kLanes) {
-    const float* scales[kRows];
-    Granules granules[kRows];
-    unroll<kRows>([&](auto w) {
-      const int64_t weight = first_weight + w * stretch.row_weights, granule = weight >> stretch.log2_granule;
-      scales[w] = stretch.scales + granule;
-      granules[w] =
-          granule_of_lanes(static_cast<int>(weight - (granule << stretch.log2_granule)), stretch.log2_granule);
-    });
-    const uint8_t* packed = first_packed;
-    const typename Products::X* segment_of_x = x;
-    const float* segment_scale = scale_of_x;
-    for (int64_t left = stretch.chunks; left > 0; segment_scale += kTokens) {
-      Floats acc[kTokens][kRows];
-      unroll<kTokens>([&](auto i) { unroll<kRows>([&](auto w) { acc[i][w] = zero(); }); });
-      const int64_t left_after = left < stretch.segment_chunks ? 0 : left - stretch.segment_chunks;
-      for (; left > left_after; --left) {
-        typename Products::Codes codes[kRows];
-        Floats scale[kRows];
-        unroll<kRows>([&](auto w) {
-          const uint8_t* const at = packed + w * row_bytes;
-          const bool whole = left > 1;
-          codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, last_bytes));
-          scale[w] = whole ? lane_scales(scales[w], granules[w]) : lane_scales(scales[w], granules[w], last_lanes);
-          scales[w] += granules_per_chunk;
-          // Last, for a prefetch may hold up the loads behind it.
-          if (to_second_level) {
-            __builtin_prefetch(at + prefetch_ahead, 0, 2);
-          } else {
-            __builtin_prefetch(at + prefetch_ahead, 0, 3);
-          }
-        });
-        unroll<kTokens>([&](auto i) {
-          Floats product[kRows];
-          Products::multiply(codes, segment_of_x + i * kChunk, product);
-          unroll<kRows>([&](auto w) { acc[i][w] = fma(product[w], scale[w], acc[i][w]); });
-        });
-        packed += kChunkBytes, segment_of_x += kTokens * kChunk;
-      }
-      // Without the fence GCC keeps the sums of all segments in registers, of which there are none left.
-      __atomic_signal_fence(__ATOMIC_SEQ_CST);
-      unroll<kTokens>([&](auto i) {
-        unroll<kRows>([&](auto w) {
-          float* sum = sums + (i * kTileRows + w) * kLanes;
-          store(sum, fma(acc[i][w], splat(segment_scale[i]), load(sum)));
-        });
-      });
-    }
-    first_packed += kRows * row_bytes, first_weight += kRows * stretch.row_weights;
-  }
-}
 
 template <class T, class Products>
 class Forward {
@@ -246,12 +83,14 @@ class Forward {
         if (s + 1 < left.end * share) prefetch_beside(reader, last, row_of(s + 2));
         const int64_t first_granule = plan_.rows.first_weight(first) >> reader.log2_granule();
         const int64_t end_granule = ceil_div(last * p_.w.k, reader.granule());
-        const Granules of_rows{scales, first_granule, end_granule - first_granule};
+        const GranuleScales of_rows{scales, first_granule, end_granule - first_granule};
         reader.read(of_rows.first, of_rows.count, scales);
+        RowBits concentrated[8];  // of each shift, a bit per row of its tile
         for (int64_t group = 0; group < plan_.groups.count; ++group) {
           with_count<kMaxTokens>(plan_.groups.tokens(group), [&](auto tokens) {
             for (int64_t n = first; n < last && n < first + plan_.rows.period; ++n)
-              tile<tokens>(n, ceil_div(last - n, plan_.rows.period), group, reader, of_rows, sums);
+              tile<tokens>(n, ceil_div(last - n, plan_.rows.period), group, reader, of_rows, concentrated + (n - first),
+                           sums);
           });
         }
       }
@@ -259,10 +98,8 @@ class Forward {
   }
 
  private:
-  struct Granules {
-    const float* scale;
-    int64_t first, count;
-  };
+  using RowBits = uint32_t;
+  static_assert(kTileRows <= 32);
 
   // Asks for what goes with weight rows first .. last - 1: their scales and their rows of b.
   void prefetch_beside(const ScaleReader& reader, int64_t first, int64_t last) const {
@@ -273,13 +110,14 @@ class Forward {
 
   // Weight rows n, n + period, ... (`count` of them) against one group of tokens.
   template <int kTokens>
-  void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const Granules& scales,
-            float* sums) const {
+  void tile(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const GranuleScales& scales,
+            RowBits* concentrated, float* sums) const {
     const int64_t period = plan_.rows.period, k = p_.w.k, m0 = plan_.groups.first(group);
     const int shift = plan_.rows.shift(n), copy = shift * static_cast<int>(period) / 8;
     const typename Products::X* x = x_.x + copy * plan_.copy_elements() + m0 * plan_.chunks * kChunk;
     const float* scale_of_x = x_.scale + copy * plan_.copy_scales() + m0 * plan_.segments;
-    start<kTokens>(n, count, m0, sums);
+    const bool empty = p_.lora.rank == 0 && count == kTileRows;
+    if (!empty) start<kTokens>(n, count, m0, sums);
     // As many segments of x as stay in the first-level cache go over a weight row before the next row.
     const int64_t segment_bytes =
         kTokens * plan_.segment_chunks * kChunk * static_cast<int64_t>(sizeof(typename Products::X));
@@ -295,6 +133,9 @@ class Forward {
     // Intel's first level does not keep the 32 KB until they are read: 4096x4096, two threads, one token 540 us, and
     // 440 from the second (4 tokens 607 and 567). AMD's numbers in bench/results/ are with the first.
     stretch.prefetch_to_second_level = current_cpu().intel;
+    FirstChunks first_chunks;
+    first_chunks.start();
+    const bool looks = !Products::kServesEveryRow && group == 0 && weights >= kChunk;
     for (int64_t s = 0; s * plan_.segment_chunks < chunks; s += most) {
       const int64_t chunk = s * plan_.segment_chunks, first = first_weight + chunk * kChunk;
       stretch.packed = p_.w.packed + first / 2;
@@ -303,17 +144,62 @@ class Forward {
       stretch.chunks = is_last ? chunks - chunk : most * plan_.segment_chunks;
       stretch.last_weights = is_last ? weights - (chunks - 1) * kChunk : kChunk;
       const typename Products::X* x_at = x + chunk * kTokens * kChunk;
+      stretch.starts_sums = empty && s == 0;
+      FirstChunks* const look = looks && s == 0 ? &first_chunks : nullptr;
       int64_t t = 0;
       if constexpr (kTokens <= Products::kMaxPairedTokens) {
-        accumulate<kTokens, 2, Products>(stretch, count, x_at, scale_of_x + s * kTokens, sums);
+        accumulate<kTokens, 2, Products>(stretch, count, x_at, scale_of_x + s * kTokens, look, sums);
         t = count & ~int64_t{1};
         stretch.packed += t * stretch.row_weights / 2;
         stretch.first_weight += t * stretch.row_weights;
       }
       if (t < count)
-        accumulate<kTokens, 1, Products>(stretch, count - t, x_at, scale_of_x + s * kTokens, sums + t * kLanes);
+        accumulate<kTokens, 1, Products>(stretch, count - t, x_at, scale_of_x + s * kTokens, look, sums + t * kLanes);
+    }
+    if (!Products::kServesEveryRow && group == 0) {
+      *concentrated = 0;
+      const bool none = looks && first_chunks.suffice(reader.largest(scales.first, scales.count), ceil_div(shift, 2));
+      if (!none) *concentrated = concentrated_rows(n, count, reader, scales);
+    }
+    for (RowBits left = Products::kServesEveryRow ? 0 : *concentrated; left; left &= left - 1) {
+      const int64_t t = __builtin_ctz(left);
+      sum_in_float(n + t * period, m0, kTokens, reader, scales, sums + t * kLanes);
     }
     finish(n, count, m0, kTokens, scales, sums);
+  }
+
+  // One bit for each of the `count` weight rows n, n + period, ..., set if the row is concentrated.
+  [[gnu::noinline]] RowBits concentrated_rows(int64_t n, int64_t count, const ScaleReader& reader,
+                                              const GranuleScales& scales) const {
+    const RowConcentration concentration(p_.w, reader, scales);
+    RowBits rows = 0;
+    for (int64_t t = 0; t < count; ++t) rows |= RowBits{concentration.holds(n + t * plan_.rows.period)} << t;
+    return rows;
+  }
+
+  // Replaces the sums of the concentrated weight row n by sums of float32 products.
+  [[gnu::noinline]] void sum_in_float(int64_t n, int64_t m0, int64_t tokens, const ScaleReader& reader,
+                                      const GranuleScales& scales, float* sums) const {
+    const int64_t rank = p_.lora.rank, k = p_.w.k;
+    const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
+    for (int64_t i = 0; i < tokens; ++i) {
+      Floats acc = zero();
+      for (int64_t j = 0; j < rank; j += kLanes)
+        acc = fma(load(b + j, rank - j), load(x_.h + (j / kLanes * p_.m + m0 + i) * kLanes), acc);
+      store(sums + i * kTileRows * kLanes, acc);
+    }
+    WeightPieces pieces(p_.w, reader, scales);
+    for (int64_t begin = 0; begin < k; begin += WeightPieces::kWeights) {
+      const int64_t count = min(k - begin, WeightPieces::kWeights);
+      const float* w = pieces.decode(n * k + begin, n * k + begin + count);
+      for (int64_t i = 0; i < tokens; ++i) {
+        const T* x = static_cast<const T*>(p_.x) + (m0 + i) * k + begin;
+        Floats acc = zero();
+        for (int64_t j = 0; j < count; j += kLanes) acc = fma(load(w + j, count - j), load(x + j, count - j), acc);
+        float* const sum = sums + i * kTileRows * kLanes;
+        store(sum, add(load(sum), acc));
+      }
+    }
   }
 
   // The sums start with the lanes of h · bᵀ.
@@ -333,7 +219,8 @@ class Forward {
     }
   }
 
-  void finish(int64_t n, int64_t count, int64_t m0, int64_t tokens, const Granules& scales, const float* sums) const {
+  void finish(int64_t n, int64_t count, int64_t m0, int64_t tokens, const GranuleScales& scales,
+              const float* sums) const {
     const T* bias = static_cast<const T*>(p_.bias);
     const int64_t period = plan_.rows.period;
     for (int64_t i = 0; i < tokens; ++i) {
@@ -356,7 +243,7 @@ class Forward {
     }
   }
 
-  static bool any_huge(const Granules& scales) {
+  static bool any_huge(const GranuleScales& scales) {
     for (int64_t i = 0; i < scales.count; ++i) {
       const uint32_t bits = float_bits(scales.scale[i]) & kMagnitudeBits;
       if (bits > float_bits(kHugeScale) && bits < kInfinityBits) return true;

@@ -28,6 +28,7 @@ template <class Order>
 struct Bf16Products {
   using X = int16_t;  // the bits
   static constexpr int kMaxTokens = kMaxBf16Tokens, kMaxPairedTokens = 0;
+  static constexpr bool kServesEveryRow = true;
   static constexpr bool kMayOverflow = true;  // where a scale of W is above kHugeScale
 
   IntCodebook book{kBf16Codes.bits};
@@ -43,7 +44,9 @@ struct Bf16Products {
     });
   }
 
-  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+  static bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) {
+    const float* const x = segment.x;
+    const int64_t chunks = segment.chunks;
     const uint32_t bits = largest_bits(x, chunks * kChunk);
     if (bits && (bits < power_of_two_bits(-60) || bits > power_of_two_bits(60))) return false;
     *scale = static_cast<float>(1.0 / kBf16Codes.per_one);

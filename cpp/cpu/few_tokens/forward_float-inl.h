@@ -23,6 +23,7 @@ using namespace stream;
 struct FloatProducts {
   using X = float;
   static constexpr int kMaxTokens = kMaxFloatTokens, kMaxPairedTokens = 0;
+  static constexpr bool kServesEveryRow = true;
   static constexpr bool kMayOverflow = false;
 
   FloatCodebook book{kNf4.value};
@@ -38,7 +39,9 @@ struct FloatProducts {
     });
   }
 
-  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+  static bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) {
+    const float* const x = segment.x;
+    const int64_t chunks = segment.chunks;
     // Eight products are summed before a scale of W makes them small.
     const uint32_t bits = largest_bits(x, chunks * kChunk);
     const bool huge = bits > power_of_two_bits(100) && bits < kInfinityBits;

@@ -29,14 +29,18 @@ using namespace stream;
 //   here       0.29 steps of largest / 32767 in x, times |w|: the same for a small x as for a large one
 //
 // The rounding of x is therefore good enough where most values are no smaller than largest / kSpread. At the worst
-// arrange lets pass, 5/8 of the values are just that small and the others next to nothing: then a segment's squares are
+// is_even lets pass, 5/8 of the values are just that small and the others next to nothing: then a segment's squares are
 // 7.6e-11 here and 9.6e-11 allowed, in units of largest² w² a value. Numbers from N(0, 1), the largest of 1024 of which
 // is 3 to 5, are far from that. A segment with an outlier is refused, and so is one whose values are so small or large
 // that factors would leave float32's range.
+//
+// These are sums over many products. A weight row of which a few weights decide the sum may meet small x with just
+// these, and is left out (concentration-inl.h). README.md has what is promised of a single entry.
 template <class T, class Order>
 struct IntProducts {
   using X = int16_t;
   static constexpr int kMaxTokens = kMaxIntTokens, kMaxPairedTokens = kMaxPairedIntTokens;
+  static constexpr bool kServesEveryRow = false;
   static constexpr bool kMayOverflow = true;  // where a scale of W is above kHugeScale
   static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
 
@@ -60,21 +64,18 @@ struct IntProducts {
     unroll<kRows>([&](auto w) { product[w] = to_floats(sum[w]); });
   }
 
-  static bool arrange(const float* x, int64_t chunks, int64_t stride, X* out, float* scale) {
+  static bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) {
+    const float* const x = segment.x;
+    const int64_t chunks = segment.chunks;
     const uint32_t bits = largest_bits(x, chunks * kChunk);
-    if (bits == 0) {
+    const uint32_t token_bits = segment.token_largest > bits ? segment.token_largest : bits;
+    if (token_bits == 0) {
       *scale = 0.0f;
     } else if (bits < power_of_two_bits(-60) || bits > power_of_two_bits(60)) {
       return false;
     } else {
-      const float largest = bits_float(bits);
-      int64_t large = 0, nonzero = 0;
-      for (int64_t c = 0; c < chunks * kChunk; c += kLanes) {
-        large += count_at_least(load(x + c), largest / kSpread);
-        nonzero += count_at_least(load(x + c), bits_float(1));
-      }
-      if (8 * large < 5 * nonzero) return false;
-      *scale = static_cast<float>(largest / (32767.0 * kIntCodes.per_one));
+      if (!is_even(x, chunks * kChunk, segment.count, bits_float(token_bits), kSpread)) return false;
+      *scale = static_cast<float>(bits_float(bits) / (32767.0 * kIntCodes.per_one));
     }
     const Floats inverse = splat(bits ? 32767.0f / bits_float(bits) : 0.0f);
     for (int64_t c = 0; c < chunks; ++c) {

@@ -3,14 +3,15 @@
 //
 //   X, Codes, codes(chunk)            what x is arranged as; a chunk's codes, decoded
 //   multiply(codes, x, product)       product[r] = chunk of weight row r · the same chunk of a token, lane by lane
-//   arrange(x, chunks, stride, out, scale)
-//                                     takes a *segment* of x, up to 1024 values in memory order, to the order in which
-//                                     codes are decoded, a chunk every `stride` elements, and sets what the sums over
-//                                     the segment are to be multiplied by
+//   arrange(segment, stride, out, scale)
+//                                     takes a segment to the order in which codes are decoded, a chunk every `stride`
+//                                     elements, and sets what the sums over the segment are to be multiplied by
 //   kMaxTokens, kMaxPairedTokens      how many tokens its sums leave registers for (stream.h)
+//   kServesEveryRow                   whether it serves concentrated rows (concentration-inl.h)
 //
-// Whatever x is, its products with w must be no further off, in the mean square, than a rounding of w to the dtype of x
-// makes them. Where arrange cannot promise that it returns false, and the token is left to other Products.
+// The mean square error of the products must not exceed that of rounding w to the dtype of x. If x alone shows that it
+// would, arrange returns false and other Products take the token. If it depends on w, the weight row is summed in
+// float32.
 #pragma once
 
 #include <cstdint>
@@ -25,15 +26,51 @@ namespace few_tokens {
 
 using namespace stream;
 
-// The largest |x| of a segment, by its bits: a NaN counts as larger than everything.
-inline uint32_t largest_bits(const float* x, int64_t count) {
-  Ints seen = round_to_ints(zero());
-  for (int64_t c = 0; c < count; c += kLanes) seen = max_bits(seen, load(x + c));
+// The largest lane of the maxima from max_bits.
+inline uint32_t largest_lane(Ints seen) {
   uint32_t bits[kLanes], largest = 0;
   __builtin_memcpy(bits, &seen, sizeof(bits));
   for (uint32_t b : bits) largest = b > largest ? b : largest;
   return largest;
 }
+// The largest |x|, by its bits: a NaN counts as larger than everything. Whole vectors are read.
+inline uint32_t largest_bits(const float* x, int64_t count) {
+  Ints seen = round_to_ints(zero());
+  for (int64_t c = 0; c < count; c += kLanes) seen = max_bits(seen, load(x + c));
+  return largest_lane(seen);
+}
+// The same for a token; reads no element beyond its last one.
+template <class T>
+uint32_t largest_bits_within(const T* x, int64_t count) {
+  Ints seen = round_to_ints(zero());
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) seen = max_bits(seen, load(x + c, kLanes));
+  if (c < count) seen = max_bits(seen, load(x + c, count - c));
+  return largest_lane(seen);
+}
+
+// Whether the `count` values of x, none above `largest`, are similar enough in size for one fixed rounding step: 3/4 of
+// them are not zero, and of these 5/8 are no smaller than largest / spread, and 7/8 no smaller than an eighth of that.
+// From `count` to padded_count x is zero. A NaN is too small for all of that.
+template <class T>
+bool is_even(const T* x, int64_t padded_count, int64_t count, float largest, float spread) {
+  int64_t large = 0, not_tiny = 0, nonzero = 0;
+  for (int64_t c = 0; c < padded_count; c += kLanes) {
+    const Floats values = load(x + c, padded_count - c);
+    large += count_at_least(values, largest / spread);
+    not_tiny += count_at_least(values, largest / (8 * spread));
+    nonzero += count_at_least(values, bits_float(1));
+  }
+  return 8 * large >= 5 * nonzero && 8 * not_tiny >= 7 * nonzero && 4 * nonzero >= 3 * count;
+}
+
+// Up to 1024 consecutive values of a token.
+struct Segment {
+  const float* x;
+  int64_t chunks;
+  int64_t count;           // of its values that lie in the token; the others are 0
+  uint32_t token_largest;  // largest_bits of the whole token, or 0 where the segment holds all of it
+};
 
 }  // namespace few_tokens
 }  // namespace

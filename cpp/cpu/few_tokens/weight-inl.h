@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "cpp/cpu/codec/scales-inl.h"
+#include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
@@ -80,6 +81,9 @@ class ScaleReader {
       bits = magnitude > bits && magnitude < kInfinityBits ? magnitude : bits;
     };
     if (scales_.absmax) {
+      bits = largest_bits_within(scales_.absmax + begin, last + 1 - begin);
+      if (bits < kInfinityBits) return bits_float(bits);
+      bits = 0;
       for (int64_t block = begin; block <= last; ++block) see(scales_.absmax[block]);
     } else {
       const int64_t last_nested = nested_block_of(scales_, last);

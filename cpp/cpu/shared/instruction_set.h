@@ -1,6 +1,6 @@
 // Which instruction set is being compiled, as the name QLORA_ISA of the namespace and of the folder in isa/ that belong
-// to it. A translation unit compiles one: isa_<name>.cpp defines QLORA_ISA before anything else; a fragment (*-inl.h)
-// that is opened or compiled alone gets what the compiler's flags allow.
+// to it. A translation unit compiles one: sources.cmake writes files that define QLORA_ISA before anything else. A
+// fragment (*-inl.h) that is opened or compiled alone gets what the compiler's flags allow.
 //
 // A fragment puts its code into
 //   namespace qlora::cpu::QLORA_ISA { namespace { ... } }

@@ -9,6 +9,7 @@ namespace qlora::cpu {
 enum class ScratchUse {
   kCall,    // what the calling thread prepares for all threads of one call
   kThread,  // what each thread works in
+  kBefore,  // what the calling thread computes before it prepares a call
 };
 
 // 64-byte aligned, contents undefined, valid until the thread's next request for the same use.

@@ -37,6 +37,7 @@ inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
+inline Floats min(Floats a, Floats b) { return _mm256_min_ps(a, b); }
 inline Floats to_floats(Ints x) { return _mm256_cvtepi32_ps(x); }
 inline Ints round_to_ints(Floats x) { return _mm256_cvtps_epi32(x); }
 inline float sum(Floats x) {
@@ -91,6 +92,13 @@ inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
   alignas(32) uint8_t byte[32] = {};
   __builtin_memcpy(byte, p, static_cast<size_t>(bytes));
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(byte));
+}
+
+inline int count_large(Ints chunk) {
+  const Ints upper_bits = _mm256_set1_epi8(static_cast<char>(0x88));
+  const Ints differ = _mm256_and_si256(_mm256_xor_si256(chunk, _mm256_slli_epi16(chunk, 1)), upper_bits);
+  const int none = _mm256_movemask_epi8(_mm256_cmpeq_epi8(differ, upper_bits));
+  return kChunk / 2 - __builtin_popcount(static_cast<unsigned>(none));
 }
 
 inline Ints granule_of_lanes(int phase, int log2_granule) {

@@ -37,6 +37,7 @@ inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
 inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+inline Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
 inline Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 inline Ints round_to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
 inline float sum(Floats x) { return _mm512_reduce_add_ps(x); }
@@ -74,6 +75,13 @@ inline void store(float16* p, Floats x, int64_t count) {
 inline Ints load_chunk(const uint8_t* p) { return *reinterpret_cast<const volatile __m512i_u*>(p); }
 inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
   return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1, p);
+}
+
+inline int count_large(Ints chunk) {
+  const Ints upper_bits = _mm512_set1_epi8(static_cast<char>(0x88));
+  // (chunk ^ chunk << 1) & upper_bits
+  const Ints differ = _mm512_ternarylogic_epi32(chunk, _mm512_slli_epi16(chunk, 1), upper_bits, 0x28);
+  return __builtin_popcountll(_mm512_cmpneq_epi8_mask(differ, upper_bits));
 }
 
 inline Ints granule_of_lanes(int phase, int log2_granule) {

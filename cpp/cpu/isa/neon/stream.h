@@ -44,6 +44,7 @@ inline Floats mul(Floats a, Floats b) { return {vmulq_f32(a.low, b.low), vmulq_f
 inline Floats fma(Floats a, Floats b, Floats c) {
   return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)};
 }
+inline Floats min(Floats a, Floats b) { return {vminq_f32(a.low, b.low), vminq_f32(a.high, b.high)}; }
 inline Floats to_floats(Ints x) { return {vcvtq_f32_s32(x.low), vcvtq_f32_s32(x.high)}; }
 inline Ints round_to_ints(Floats x) { return {vcvtnq_s32_f32(x.low), vcvtnq_s32_f32(x.high)}; }
 inline float sum(Floats x) { return vaddvq_f32(vaddq_f32(x.low, x.high)); }
@@ -114,6 +115,15 @@ inline Chunk load_chunk(const uint8_t* p, int64_t bytes) {
   uint8_t byte[kChunk / 2] = {};
   __builtin_memcpy(byte, p, static_cast<size_t>(bytes));
   return load_chunk(byte);
+}
+
+inline int count_large(Chunk chunk) {
+  const uint8x16_t upper_bits = vdupq_n_u8(0x88);
+  const auto none = [upper_bits](uint8x16_t x) {
+    return vceqq_u8(vandq_u8(veorq_u8(x, vshlq_n_u8(x, 1)), upper_bits), upper_bits);
+  };
+  const int8x16_t nones = vreinterpretq_s8_u8(vaddq_u8(none(chunk.low), none(chunk.high)));  // true is -1
+  return kChunk / 2 + vaddvq_s8(nones);
 }
 
 // The three granules, at most, that a chunk lies in are a table of bytes, of which a lane takes four.

@@ -73,6 +73,35 @@ inline uint32_t first_lane_bits(int64_t count) { return count >= kLanes ? 0xFFFF
   for (int i = 0; i < kLanes; ++i) p[i] = pair(low.lane[i], high.lane[i]);
 }
 
+// The integer part of |x|, at most `most`, one byte per lane; 0 for NaN.
+[[gnu::noinline]] inline void store_units(uint8_t* p, const Floats& x, float most) {
+  for (int i = 0; i < kLanes; ++i) {
+    const float magnitude = bits_float(magnitude_of_lane(x, i));
+    p[i] = static_cast<uint8_t>(magnitude < most ? magnitude : magnitude >= most ? most : 0.0f);
+  }
+}
+// Adds `units` to the bytes of those of 64 columns whose code in `row` is large (count_large, stream.h), up to 255. The
+// order of the columns depends on the instruction set.
+[[gnu::noinline]] inline Ints add_where_large(const Ints& sums, const uint8_t* row, uint8_t units) {
+  uint8_t byte[4 * kLanes];
+  std::memcpy(byte, sums.lane, sizeof byte);
+  for (int i = 0; i < 4 * kLanes; ++i) {
+    const int code = i % 2 ? row[i / 2] & 15 : row[i / 2] >> 4;
+    const int sum = byte[i] + (code < 4 || code >= 12 ? units : 0);
+    byte[i] = static_cast<uint8_t>(sum < 255 ? sum : 255);
+  }
+  Ints r;
+  std::memcpy(r.lane, byte, sizeof byte);
+  return r;
+}
+[[gnu::noinline]] inline bool all_bytes_at_least(const Ints& sums, int bound) {
+  uint8_t byte[4 * kLanes];
+  std::memcpy(byte, sums.lane, sizeof byte);
+  for (uint8_t b : byte)
+    if (b < bound) return false;
+  return true;
+}
+
 }  // namespace stream
 }  // namespace
 }  // namespace qlora::cpu::QLORA_ISA

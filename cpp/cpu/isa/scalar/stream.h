@@ -74,6 +74,10 @@ inline Result each_lane(const Function& function) {
 [[gnu::noinline]] inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
   return each_lane<Floats>([&](int i) { return __builtin_fmaf(a.lane[i], b.lane[i], c.lane[i]); });
 }
+// The minimum of a and b. If one is NaN, the result depends on the instruction set.
+[[gnu::noinline]] inline Floats min(const Floats& a, const Floats& b) {
+  return each_lane<Floats>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; });
+}
 [[gnu::noinline]] inline Floats to_floats(const Ints& x) {
   return each_lane<Floats>([&](int i) { return static_cast<float>(x.lane[i]); });
 }
@@ -124,6 +128,17 @@ template <class T>
 [[gnu::noinline]] inline Chunk load_chunk(const uint8_t* p) { return load_chunk(p, kChunk / 2); }
 inline uint32_t nibble(const Chunk& chunk, int lane, int s) {
   return static_cast<uint32_t>(chunk.lane[lane]) >> (4 * s) & 15u;
+}
+
+// How many bytes of a chunk have at least one code whose two upper bits are equal. NF4's codes are in order, so these
+// are the four least and the four greatest values.
+[[gnu::noinline]] inline int count_large(const Chunk& chunk) {
+  int count = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t lane = static_cast<uint32_t>(chunk.lane[i]), differ = (lane ^ lane << 1) & 0x88888888u;
+    for (int b = 0; b < 4; ++b) count += (differ >> 8 * b & 0xFFu) != 0x88u;
+  }
+  return count;
 }
 
 // Which of the granules from `scales` on each lane lies in, when the chunk starts `phase` weights into the first.

@@ -1,0 +1,118 @@
+// The inner loop of the forward: multiplies a part of a tile's weight rows with the tokens of a group.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/few_tokens/concentration-inl.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+inline constexpr int kTileRows = kLanes;
+inline constexpr int64_t kChunkBytes = kChunk / 2;
+
+// A part of a tile's weight rows. Its segments of x stay in the first-level cache, so all of them are multiplied with
+// one row before the next row begins.
+struct Stretch {
+  const uint8_t* packed;   // of the first row
+  const float* scales;     // one a granule
+  int64_t first_weight;    // of the first row, counted from the first granule of `scales`
+  int64_t row_weights;     // from a row to the next: whole bytes
+  int log2_granule;        // of weights
+  int64_t chunks;          // of a row; the last may be part of one
+  int64_t segment_chunks;  // of a segment of x
+  int64_t last_weights;    // of the last chunk
+  int64_t prefetch_ahead;  // bytes
+  bool prefetch_to_second_level;
+  bool starts_sums;  // the first segment overwrites the sums
+};
+
+alignas(64) inline constexpr float kZeros[kLanes] = {};
+
+// sums[i] += sum over segments s of scale_of_x[s][i] * (weight row · token i in s), lane by lane, for kTokens tokens
+// and `rows` weight rows. Rows are taken kRows at a time, and their sums lie kLanes apart. It is a separate function,
+// because inlined its loop variables are spilled to memory.
+template <int kTokens, int kRows, class Products>
+[[gnu::noinline, gnu::flatten]] void accumulate(const Stretch& stretch, int64_t rows, const typename Products::X* x,
+                                                const float* scale_of_x, FirstChunks* first_chunks, float* sums) {
+  const Products products;
+  const int64_t row_bytes = stretch.row_weights / 2, prefetch_ahead = stretch.prefetch_ahead;
+  const bool to_second_level = stretch.prefetch_to_second_level;
+  const int64_t granules_per_chunk = kChunk >> stretch.log2_granule;
+  const int64_t last_bytes = ceil_div(stretch.last_weights, 2);
+  const int64_t last_lanes = ceil_div(stretch.last_weights, kLaneWeights);
+  const uint8_t* first_packed = stretch.packed;
+  int64_t first_weight = stretch.first_weight;
+  // If rows are whole granules apart, the lanes have the same position in all of them.
+  const bool alike = (stretch.row_weights & ((int64_t{1} << stretch.log2_granule) - 1)) == 0;
+  Granules granules[kRows] = {};
+  for (int64_t t = 0; t + kRows <= rows; t += kRows, sums += kRows * kLanes) {
+    const float* scales[kRows];
+    unroll<kRows>([&](auto w) {
+      const int64_t weight = first_weight + w * stretch.row_weights, granule = weight >> stretch.log2_granule;
+      scales[w] = stretch.scales + granule;
+      if (t == 0 || !alike)
+        granules[w] =
+            granule_of_lanes(static_cast<int>(weight - (granule << stretch.log2_granule)), stretch.log2_granule);
+    });
+    if constexpr (!Products::kServesEveryRow) {
+      if (first_chunks)
+        unroll<kRows>([&](auto w) {
+          first_chunks->see(load_chunk(first_packed + w * row_bytes), lane_scales(scales[w], granules[w]));
+        });
+    }
+    const uint8_t* packed = first_packed;
+    const typename Products::X* segment_of_x = x;
+    const float* segment_scale = scale_of_x;
+    bool starts = stretch.starts_sums;
+    for (int64_t left = stretch.chunks; left > 0; segment_scale += kTokens) {
+      Floats acc[kTokens][kRows];
+      unroll<kTokens>([&](auto i) { unroll<kRows>([&](auto w) { acc[i][w] = zero(); }); });
+      const int64_t left_after = left < stretch.segment_chunks ? 0 : left - stretch.segment_chunks;
+      for (; left > left_after; --left) {
+        typename Products::Codes codes[kRows];
+        Floats scale[kRows];
+        unroll<kRows>([&](auto w) {
+          const uint8_t* const at = packed + w * row_bytes;
+          const bool whole = left > 1;
+          codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, last_bytes));
+          scale[w] = whole ? lane_scales(scales[w], granules[w]) : lane_scales(scales[w], granules[w], last_lanes);
+          scales[w] += granules_per_chunk;
+          // The prefetch comes last, because it may delay the loads behind it.
+          if (to_second_level) {
+            __builtin_prefetch(at + prefetch_ahead, 0, 2);
+          } else {
+            __builtin_prefetch(at + prefetch_ahead, 0, 3);
+          }
+        });
+        unroll<kTokens>([&](auto i) {
+          Floats product[kRows];
+          Products::multiply(codes, segment_of_x + i * kChunk, product);
+          unroll<kRows>([&](auto w) { acc[i][w] = fma(product[w], scale[w], acc[i][w]); });
+        });
+        packed += kChunkBytes, segment_of_x += kTokens * kChunk;
+      }
+      // Without the fence GCC keeps the sums of all segments in registers, and runs out of registers.
+      __atomic_signal_fence(__ATOMIC_SEQ_CST);
+      unroll<kTokens>([&](auto i) {
+        unroll<kRows>([&](auto w) {
+          float* sum = sums + (i * kTileRows + w) * kLanes;
+          store(sum, fma(acc[i][w], splat(segment_scale[i]), load(starts ? kZeros : sum)));
+        });
+      });
+      starts = false;
+    }
+    first_packed += kRows * row_bytes, first_weight += kRows * stretch.row_weights;
+  }
+}
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

@@ -1,0 +1,163 @@
+// Finds the weight rows that integer products cannot serve: those whose sum depends on a few weights.
+//
+// Integer products round x to a fixed step of the largest value of its segment (forward_int-inl.h), so a small x has a
+// large relative error. In a sum of many products of like size that error is far below the rounding of a weight to the
+// dtype. In a row of the identity, whose single weight may meet a small x, it is the error of the whole sum. Such rows
+// are *concentrated*:
+//
+//   sum over k of min(|w_k|, m / 8)  <  2 m,   m = the largest |w| of the row
+//
+// In every other row at least 16 weights share at least twice the largest. README.md derives what follows.
+//
+// For most tiles, the first chunks of the rows prove that no row is concentrated: a *large* code stands for at least
+// kLargeCode of its scale. In other tiles each row is examined separately, and decoded if counting all its codes does
+// not suffice.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/few_tokens/products-inl.h"
+#include "cpp/cpu/few_tokens/weight-inl.h"
+#include "cpp/cpu/isa/codec.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/nf4.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+inline constexpr float kMostOfOne = 0.125f;  // what one weight can contribute, in units of the largest
+inline constexpr float kLeastOfAll = 2.0f;   // what all of them must
+
+// Codes whose two upper bits are equal: 0 to 3 and 12 to 15. count_large (stream.h) counts them.
+inline constexpr float kLargeCode = -kNf4.value[3] < kNf4.value[12] ? -kNf4.value[3] : kNf4.value[12];
+
+// Decoded scales of granules first .. first + count - 1.
+struct GranuleScales {
+  const float* scale;
+  int64_t first, count;
+};
+
+// Yields the weights of W piece by piece, as float32 in memory order.
+class WeightPieces {
+ public:
+  static constexpr int64_t kWeights = 32 * kLanes;  // so that a lane sums at most 32 products of a piece
+
+  WeightPieces(const Weight& w, const ScaleReader& reader, const GranuleScales& scales)
+      : packed_(w.packed), packed_end_(w.packed + packed_bytes(w.n * w.k)), reader_(reader), scales_(scales) {}
+
+  // Weights begin .. end - 1, at most kWeights of them. The pointer is valid until the next call.
+  const float* decode(int64_t begin, int64_t end) {
+    constexpr int64_t kGroup = codec::kGroup;
+    const int64_t first = begin / kGroup * kGroup;
+    for (int64_t i = first; i < end; i += kGroup) {
+      const uint8_t* packed = packed_ + i / 2;
+      uint8_t copy[kGroup / 2] = {};
+      if (packed_end_ - packed < kGroup / 2) {
+        for (int64_t b = 0; b < packed_end_ - packed; ++b) copy[b] = packed[b];
+        packed = copy;
+      }
+      const float scale = scales_.scale[(i >> reader_.log2_granule()) - scales_.first];
+      codec::decode<false>(codec::make_table<float>(scale), packed, weights_ + (i - first));
+    }
+    return weights_ + (begin - first);
+  }
+
+ private:
+  const uint8_t *const packed_, *const packed_end_;
+  const ScaleReader& reader_;
+  const GranuleScales scales_;
+  alignas(64) float weights_[kWeights + 2 * codec::kGroup];
+};
+
+// The minimum over a tile's rows of what their first chunks contribute. It takes a dozen instructions per row and no
+// branch.
+class FirstChunks {
+ public:
+  void see(Chunk chunk, Floats scales) {
+    const int count = count_large(chunk);
+    least_count_ = count < least_count_ ? count : least_count_;
+    store(least_scales_, min(scales, load(least_scales_)));
+  }
+  // Whether all rows are shown not to be concentrated, where no scale is above `largest`, which is finite, and up to
+  // `others` bytes of a chunk are the row's before it.
+  bool suffice(float largest, int64_t others) const {
+    const int64_t count = least_count_ - others;
+    if (count < static_cast<int64_t>(kLeastOfAll / kMostOfOne)) return false;
+    const float least = kLeastOfAll * largest / (kLargeCode * static_cast<float>(count));
+    // count_at_least goes by magnitude, so both sides are moved to where they are positive.
+    return count_at_least(add(load(least_scales_), splat(largest)), largest + least) == kLanes;
+  }
+  void start() {
+    least_count_ = kChunk;
+    store(least_scales_, splat(bits_float(kInfinityBits)));
+  }
+
+ private:
+  alignas(64) float least_scales_[kLanes];
+  int least_count_;
+};
+
+class RowConcentration {
+ public:
+  RowConcentration(const Weight& w, const ScaleReader& reader, const GranuleScales& scales)
+      : w_(w), reader_(reader), scales_(scales) {}
+
+  bool holds(int64_t n) const { return holds(n * w_.k, (n + 1) * w_.k); }
+
+ private:
+  // Whether weights begin .. end - 1, a row, are concentrated.
+  bool holds(int64_t begin, int64_t end) const {
+    const int64_t first = begin >> reader_.log2_granule(), last = (end - 1) >> reader_.log2_granule();
+    const float largest = bits_float(largest_bits_within(scales_.scale + (first - scales_.first), last + 1 - first));
+    float sum = 0.0f;
+    for (int64_t i = round_up(begin, kLaneWeights); i + kChunk <= end; i += kChunk) {
+      const int64_t last_granule = (i + kChunk - 1) >> reader_.log2_granule();
+      float large = largest * kMostOfOne;
+      for (int64_t g = i >> reader_.log2_granule(); g <= last_granule; ++g) {
+        const float scale = scales_.scale[g - scales_.first] * kLargeCode;
+        large = scale < large ? scale : large;
+      }
+      sum += static_cast<float>(count_large(load_chunk(w_.packed + i / 2))) * large;
+      if (sum >= kLeastOfAll * largest) return false;
+    }
+    return largest != 0.0f && holds_exactly(begin, end);
+  }
+
+  [[gnu::noinline]] bool holds_exactly(int64_t begin, int64_t end) const {
+    WeightPieces pieces(w_, reader_, scales_);
+    const auto each_vector = [&](const auto& see) {
+      for (int64_t i = begin; i < end; i += WeightPieces::kWeights) {
+        const int64_t count = min(end - i, WeightPieces::kWeights);
+        const float* w = pieces.decode(i, i + count);
+        for (int64_t j = 0; j < count; j += kLanes) see(load(w + j, count - j));
+      }
+    };
+    Ints seen = round_to_ints(zero());
+    each_vector([&](Floats w) { seen = max_bits(seen, w); });
+    const uint32_t most = largest_lane(seen);
+    if (most == 0) return false;
+    // min(|w|, m / 8) from below: a weight of at least m / 8 counts as that, one of at least m / 16 as that, and so on.
+    const float largest = bits_float(most);
+    int64_t eighths = 0, sixteenths = 0, sixty_fourths = 0;
+    each_vector([&](Floats w) {
+      eighths += count_at_least(w, largest * 0.125f), sixteenths += count_at_least(w, largest * 0.0625f);
+      sixty_fourths += count_at_least(w, largest * 0.015625f);
+    });
+    return 4 * eighths + 3 * sixteenths + sixty_fourths < static_cast<int64_t>(64 * kLeastOfAll);
+  }
+
+  const Weight& w_;
+  const ScaleReader& reader_;
+  const GranuleScales scales_;
+};
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

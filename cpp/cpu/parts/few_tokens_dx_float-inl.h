@@ -1,0 +1,15 @@
+// dX of few tokens in float32.
+#pragma once
+
+#include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/dx_float-inl.h"
+#include "cpp/cpu/kernels.h"
+#include "cpp/cpu/parts/parts.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA::parts {
+
+Outcome dx_few_tokens_float(const Pool& pool, const LinearDxProblem& p) { return few_tokens::dx_float(pool, p); }
+
+}  // namespace qlora::cpu::QLORA_ISA::parts
