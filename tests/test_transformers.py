@@ -35,6 +35,7 @@ def saved(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 every_family = pytest.mark.parametrize("saved", FAMILIES, indirect=True)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @every_family
 def test_quantizes_while_loading_as_quantize_model_does(saved: Path) -> None:
     model = load(saved, quantization_config=QLoRAConfig())
@@ -45,6 +46,7 @@ def test_quantizes_while_loading_as_quantize_model_does(saved: Path) -> None:
     assert linears == ["lm_head"]
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 @every_family
 @pytest.mark.parametrize("how", ["from_pretrained", "quantize_model"])
 def test_saves_and_loads_4bit_bit_for_bit(saved: Path, tmp_path: Path, how: str) -> None:

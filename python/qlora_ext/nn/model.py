@@ -3,80 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from ..calibration import Calibration, Calibrator, InitLora
 from ..calibration.init_lora import keep_initial_lora, loftq
+from .conversions import conversion_of
+from .coverage_report import check_something_is_4bit, tell_coverage
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, is_fused_experts
-from .linear import Linear4bit
 from .packed import Packed4bit
+from .staying_dense import is_dense, kept_dense, paths_to
 
-# The linear layers that quantize_model replaces, and by what; an integration adds those of its library.
-CONVERSIONS: dict[type[nn.Module], type[Linear4bit]] = {nn.Linear: Linear4bit}
+Model = TypeVar("Model", bound=nn.Module)  # of any class: a function that returns its model keeps the class
+
 # Called with every model that quantize_model is to quantize, and with every one that it has quantized.
 BEFORE_QUANTIZE: list[Callable[[nn.Module], None]] = []
 AFTER_QUANTIZE: list[Callable[[nn.Module], None]] = []
-
-# Names of output heads: of language models, of classifiers, and of those that answer questions.
-HEADS = ("lm_head", "score", "classifier", "qa_outputs")
-
-
-class KeptDense(NamedTuple):
-    """Full names of modules that are left dense, with all that is in them.
-
-    Attributes:
-        heads: by default: they are small, often new, and then trained whole.
-        towers: by default: the encoders of images and sounds, and their projectors.
-        always: the model's own code reads their weights.
-    """
-
-    heads: list[str]
-    towers: list[str]
-    always: list[str]
-
-
-def _by_names(model: nn.Module) -> KeptDense:
-    heads = [name for name, _ in model.named_modules() if name.rpartition(".")[2] in HEADS]
-    # Mamba and its kin hand these to their scan, or multiply with them themselves.
-    mixers = [name for name, m in model.named_modules() if "A_log" in m._parameters]
-    read = [f"{mixer}.{name}" if mixer else name for mixer in mixers for name in ("dt_proj", "x_proj", "out_proj")]
-    return KeptDense(heads, [], read)
-
-
-# Each is asked what to keep dense of a model; an integration adds what it knows of its library's models.
-KEPT_DENSE: list[Callable[[nn.Module], KeptDense]] = [_by_names]
-
-
-def kept_dense(model: nn.Module) -> KeptDense:
-    """What all of ``KEPT_DENSE`` say together."""
-    answers = [find(model) for find in KEPT_DENSE]
-    return KeptDense(*(sorted({name for names in parts for name in names}) for parts in zip(*answers, strict=True)))
-
 
 # Where a module stands in a model: its parent, its name there, and its full name.
 _Places = dict[nn.Module, list[tuple[nn.Module, str, str]]]
 
 
-def paths_to(name: str) -> list[str]:
-    """The dotted names of the modules from the outermost to ``name`` itself: a, a.b, a.b.c."""
-    parts = name.split(".")
-    return [".".join(parts[: i + 1]) for i in range(len(parts))]
-
-
-def is_dense(module: nn.Module) -> bool:
-    """Whether ``module`` is of a kind that can be 4-bit, and is not."""
-    return type(module) in CONVERSIONS or type(module) is nn.Embedding or is_fused_experts(module)
-
-
-def tied_heads(model: nn.Module, to_be_tied: Mapping[str, str] | None = None) -> dict[nn.Embedding, list[nn.Linear]]:
+def tied_heads(
+    model: nn.Module, to_be_tied: Mapping[str, str] | None = None, dense: Iterable[str] = ()
+) -> dict[nn.Embedding, list[nn.Linear]]:
     """The embeddings of ``model`` that may be 4-bit, each with the linear layers that share its table.
 
-    An embedding whose table is still another module's too is not among them. ``to_be_tied`` maps the names of
-    parameters to those of others with which they will be one, though they are not yet.
+    Embeddings whose table another module still shares are left out, and so are those tied to a layer whose name is in
+    ``dense``. ``to_be_tied`` maps the names of parameters to those of others with which they will be one, though they
+    are not yet.
+
+    Example:
+        >>> model = nn.ModuleDict({"embed": nn.Embedding(100, 64), "head": nn.Linear(64, 100, bias=False)})
+        >>> model["head"].weight = model["embed"].weight
+        >>> qlora_ext.nn.tied_heads(model)[model["embed"]] == [model["head"]]
+        True
     """
     named = dict(model.named_parameters(remove_duplicate=False))
     pairs = ((named.get(name), named.get(other)) for name, other in (to_be_tied or {}).items())
@@ -87,18 +51,25 @@ def tied_heads(model: nn.Module, to_be_tied: Mapping[str, str] | None = None) ->
             if p is not None:
                 owners.setdefault(one.get(id(p), id(p)), []).append(module)
     heads: dict[nn.Embedding, list[nn.Linear]] = {}
+    must_be_dense = {model.get_submodule(name) for name in dense}
     for module in model.modules():
         if type(module) is nn.Embedding:
             weight = id(module.weight)
             others = [other for other in owners[one.get(weight, weight)] if other is not module]
             linear = [other for other in others if type(other) is nn.Linear]
-            if len(linear) == len(others):
+            if len(linear) == len(others) and must_be_dense.isdisjoint(linear):
                 heads[module] = linear
     return heads
 
 
 def places_in(model: nn.Module) -> _Places:
-    """Every place of every module inside ``model``: one that is shared has several."""
+    """Every place of every module inside ``model``: one that is shared has several.
+
+    Example:
+        >>> shared = nn.Linear(4, 4)
+        >>> [name for _, _, name in qlora_ext.nn.places_in(nn.Sequential(shared, shared))[shared]]
+        ['0', '1']
+    """
     places: _Places = {}
     for parent_name, parent in model.named_modules():
         for name, child in parent._modules.items():  # named_children() gives a shared one once
@@ -121,6 +92,12 @@ def _names_of(what: str, names: Any) -> tuple[str, ...]:
     return found
 
 
+def named_in(model: nn.Module, skip: Iterable[str], keep: Iterable[str] = ()) -> list[str]:
+    """The full names of the modules that ``skip`` names by their last parts, with those in ``keep``."""
+    ends = tuple(f".{name}" for name in skip)
+    return [*keep, *(name for name, _ in model.named_modules(remove_duplicate=False) if f".{name}".endswith(ends))]
+
+
 def to_be_quantized(
     model: nn.Module,
     skip: Iterable[str] | None = None,
@@ -135,6 +112,11 @@ def to_be_quantized(
 
     Raises:
         TypeError: ``skip`` or ``keep`` holds no names. ValueError: ``model`` has no module of a name in ``keep``.
+
+    Example:
+        >>> model = nn.ModuleDict({"up": nn.Linear(64, 64), "lm_head": nn.Linear(64, 100)})
+        >>> list(qlora_ext.nn.to_be_quantized(model).values())
+        ['up']
     """
     kept = kept_dense(model)
     full_names = {*kept.always, *(kept.heads if skip is None else ()), *(() if towers else kept.towers)}
@@ -143,19 +125,20 @@ def to_be_quantized(
     if unknown:
         raise ValueError(f"keep: expected full names of modules of the model, got {min(unknown)!r}")
     full_names |= {*keep}
-    tied = {id(p) for m in model.modules() if type(m) not in CONVERSIONS for p in m.parameters(recurse=False)}
-    heads = tied_heads(model) if embeddings else {}
+    tied = {id(p) for m in model.modules() if conversion_of(m) is None for p in m.parameters(recurse=False)}
+    heads = tied_heads(model, dense=kept.always) if embeddings else {}
+
+    full_names |= {*named_in(model, skip)}
 
     def skipped(name: str) -> bool:
-        paths = paths_to(name)
-        return not full_names.isdisjoint(paths) or any(f".{path}".endswith(f".{s}") for path in paths for s in skip)
+        return not full_names.isdisjoint(paths_to(name))
 
     def chosen(module: nn.Module, at: list[tuple[nn.Module, str, str]]) -> bool:
         if not is_dense(module) or any(skipped(name) for _, _, name in at):
             return False
         if isinstance(module, nn.Embedding):
             return module in heads
-        return type(module) not in CONVERSIONS or id(module.weight) not in tied
+        return conversion_of(module) is None or id(module.weight) not in tied
 
     return {module: at[0][2] for module, at in places_in(model).items() if chosen(module, at)}
 
@@ -165,16 +148,22 @@ def quantized(module: nn.Module, **options: Any) -> Packed4bit:
 
     Args:
         options: as in ``Linear4bit.from_linear`` and its like.
+
+    Example:
+        >>> type(qlora_ext.nn.quantized(nn.Linear(64, 48), block_size=32)).__name__
+        'Linear4bit'
     """
     if is_fused_experts(module):
         return Experts4bit.from_experts(module, **options)
     if isinstance(module, nn.Embedding):
         return Embedding4bit.from_embedding(module, **options)
-    return CONVERSIONS[type(module)].from_linear(module, **options)  # type: ignore[arg-type]
+    conversion = conversion_of(module)
+    assert conversion is not None
+    return conversion.from_linear(module, **options)  # type: ignore[arg-type]
 
 
 def quantize_model(
-    model: nn.Module,
+    model: Model,
     skip: Iterable[str] | None = None,
     block_size: int = 64,
     double_quant: bool = True,
@@ -184,12 +173,13 @@ def quantize_model(
     init_lora: Any = None,
     keep: Iterable[str] = (),
     **options: Any,
-) -> nn.Module:
+) -> Model:
     """Replaces the linear layers of ``model`` by ``Linear4bit``, in place and one at a time; the experts too.
 
-    That is every ``nn.Linear`` (no subclass of it), every ``Conv1D`` of transformers, and every module of fused
-    experts (``Experts4bit``). Layers that bitsandbytes has quantized to NF4 become ours with the bits that they have
-    (``qlora_ext.adopt``). A transformers model is then one that ``save_pretrained`` saves in 4 bits.
+    That is every ``nn.Linear``, every subclass of it that computes the same (``nn.conversion_of``), every ``Conv1D`` of
+    transformers, and every module of fused experts (``Experts4bit``). Their hooks move to the 4-bit layers. Layers
+    that bitsandbytes has quantized to NF4 become ours with the bits that they have (``qlora_ext.adopt``).
+    ``save_pretrained`` of a transformers or diffusers model then saves it in 4 bits.
 
     Args:
         model: its parameters are freed as they are quantized. A module used in several places stays shared, and one
@@ -212,8 +202,9 @@ def quantize_model(
         keep: full names of modules to leave dense beside those of ``skip``, which keeps its default: the layers that
             4 bits cost the most, as ``qlora_ext.sensitivity(model).keep("5%")`` names them.
 
-    Layers whose weights the model's own code reads are left alone in any case: those of a state-space mixer (Mamba)
-    but its ``in_proj``, and those that transformers keeps in float32 (T5's ``wo``).
+    Layers whose weights the model's own code reads, instead of calling the layer, always stay dense (Mamba's
+    ``out_proj``, Gemma 3n's ``altup.prediction_coefs``), as do those that transformers (T5's ``wo``) or diffusers
+    (Wan's ``time_embedder``) keep in float32.
 
     Returns:
         ``model`` (or its replacement, where ``model`` itself is such a module).
@@ -222,6 +213,15 @@ def quantize_model(
         TypeError: ``model`` is no ``nn.Module``, or ``skip`` or ``keep`` holds no names. ValueError: bitsandbytes has
             quantized layers to int8 or FP4; ``init_lora`` is "svd" and there is no calibration; or ``model`` has no
             module of a name in ``keep``.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
+        >>> qlora_ext.quantize_model(model, skip=("2",))
+        Sequential(
+          (0): Linear4bit(in_features=64, out_features=48, bias=True, block_size=64, double_quant=True)
+          (1): ReLU()
+          (2): Linear(in_features=48, out_features=10, bias=True)
+        )
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -233,19 +233,23 @@ def quantize_model(
     for prepare in BEFORE_QUANTIZE:
         prepare(model)
 
-    if type(model) in CONVERSIONS or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
+    if conversion_of(model) is not None or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
         for name, wanted in (("calibration", calibration), ("init_lora", lora)):
             if wanted is not None:
                 raise ValueError(f"{name}: expected a model with layers in it, got a {type(model).__name__} alone")
-        return quantized(model, **options)
+        alone = quantized(model, **options)
+        alone.take_hooks(model)
+        return cast(Model, alone)
+    asked = named_in(model, skip or (), keep)
     places = places_in(model)
     chosen = to_be_quantized(model, skip, embeddings, towers, keep)
+    check_something_is_4bit(model, bool(chosen), asked)
     heads = tied_heads(model) if embeddings else {}
     calibrator = None
     if calibration is not None:
         # A table is looked up: it has no inputs.
         layers = {name: module for module, name in chosen.items() if not isinstance(module, nn.Embedding)}
-        calibrator = Calibrator(model, layers, Calibration.of(calibration), lora)
+        calibrator = Calibrator(model, layers, Calibration.of(calibration), options, lora)
     initial = keep_initial_lora(model) if lora is not None and calibrator is None else {}
 
     def replace(module: nn.Module, new: Packed4bit) -> None:
@@ -256,10 +260,13 @@ def quantize_model(
             elif lora is not None and weight == "weight":
                 w4, initial[at] = loftq(dense, w4, new.quantize, lora)
                 new.set_packed(weight, w4)
+        new.take_hooks(module)
         for parent, name, _ in places[module]:
             setattr(parent, name, new)
         for weight in new.packed_shapes:
-            setattr(module, weight, nn.Parameter(torch.empty(0), requires_grad=False))
+            setattr(
+                module, weight, nn.Parameter(torch.empty(0, dtype=torch.float32, device="cpu"), requires_grad=False)
+            )
 
     for module in chosen:
         new = quantized(module, **options)
@@ -267,6 +274,9 @@ def quantize_model(
         if isinstance(new, Embedding4bit):
             for head in heads[module]:  # type: ignore[index]
                 replace(head, TiedLinear4bit(new, head.bias))
+    if calibrator is not None:
+        calibrator.finish()
     for finish in AFTER_QUANTIZE:
         finish(model)
+    tell_coverage(model, asked)
     return model

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import difflib
+import enum
+import inspect
 import reprlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ... import _library
+from ...dtypes import computing_dtype
 from ...form import Form
 from ...sizes import parse_size
 from ...streaming import SOURCES
 
 METHOD = "qlora_ext"
+AUTO = "auto"
 NEEDS = "import qlora_ext"  # what somebody who has only the saved model has to do before loading it
 FORMAT_VERSION = 1
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+class _QuantMethod(str, enum.Enum):
+    """What ``QLoRAConfig.quant_method`` is: equal to ``METHOD``, with the ``value`` that diffusers reads."""
+
+    QLORA_EXT = METHOD
+
+    __str__ = str.__str__
 
 
 def _dtype_named(name: str, dtype: str | torch.dtype | None) -> torch.dtype | None:
     if isinstance(dtype, str):
-        dtype = getattr(torch, dtype.removeprefix("torch."), dtype)
+        dtype = getattr(torch, _SHORT.get(dtype, dtype).removeprefix("torch."), dtype)
     if dtype is not None and not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{name}: expected a torch dtype or its name, got {reprlib.repr(dtype)}")
+        raise ValueError(
+            f"{name}: expected a torch dtype or its name (bfloat16, float16, float32), got {reprlib.repr(dtype)}"
+        )
     return dtype
 
 
@@ -73,14 +90,54 @@ def _take_bitsandbytes(arguments: dict[str, Any]) -> dict[str, Any]:
     return ours
 
 
+def _meant(typed: str) -> str:
+    ours = (name for name in inspect.signature(QLoRAConfig).parameters if name != "saved")
+    known = {name.replace("_", ""): name for name in (*ours, *_SAME)}
+    found = difflib.get_close_matches(typed.replace("_", "").lower(), known, n=1, cutoff=0.75)
+    return f"; did you mean {known[found[0]]}?" if found else ""
+
+
+class _OfInstances:
+    """An attribute of instances. Reading it from the class is an error: the parentheses were forgotten."""
+
+    def __get__(self, instance: object, owner: type) -> NoReturn:
+        raise AttributeError(f"expected a {owner.__name__}, got the class: write {owner.__name__}() with parentheses")
+
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class _MoreArguments(TypedDict, total=False):
+        """Further arguments: those of BitsAndBytesConfig, and the fields of a saved configuration."""
+
+        load_in_4bit: bool
+        load_in_8bit: bool
+        bnb_4bit_quant_type: str
+        bnb_4bit_compute_dtype: torch.dtype | str | None
+        bnb_4bit_use_double_quant: bool
+        bnb_4bit_quant_storage: torch.dtype | str | None
+        llm_int8_skip_modules: list[str] | None
+        llm_int8_threshold: float
+        llm_int8_enable_fp32_cpu_offload: bool
+        llm_int8_has_fp16_weight: bool
+        quant_method: str
+        format_version: int
+        needs: str
+
+
 class QLoRAConfig(QuantizationConfigMixin):
     """Quantize to NF4 while loading: ``from_pretrained(path, quantization_config=QLoRAConfig())``.
+
+    Models of transformers and diffusers take it, and so does diffusers' ``PipelineQuantizationConfig``. In diffusers'
+    models no layer counts as an output head, and ``towers`` has no effect.
 
     Args:
         block_size: elements a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are themselves held in 8 bits, in blocks of ``nested_block_size``.
         nested_block_size: scales a nested scale: from 1 to 2^20.
-        compute_dtype: of the quantized layers' products and biases; the model's dtype by default.
+        compute_dtype: dtype of the quantized layers' products and biases. "auto", the default, is the model's dtype,
+            but float32 for a bfloat16 model on a CPU without bfloat16 arithmetic (AVX512-BF16, AMX, ARM's BF16). On
+            such a CPU, dense bfloat16 layers are slow too: load the model with ``dtype=torch.float32`` there.
         skip_modules: names of modules to leave as they are, with all that is in them: full names, last parts of
             them or regular expressions. By default the output heads: the language model's, and those of classifiers
             and of models that answer questions. With ``[]`` every linear layer is quantized, but for towers. Layers
@@ -89,7 +146,8 @@ class QLoRAConfig(QuantizationConfigMixin):
         towers: whether, in a model of several modalities, layers outside of its language model are quantized too:
             those of vision and audio towers, and of projectors.
         stream: "ram" or "disk": the frozen blocks are not kept on the device that computes, but come in as they are
-            needed; see ``qlora_ext.streaming.stream``. "disk" needs a checkpoint that is 4-bit already.
+            needed; see ``qlora_ext.streaming.stream``. "disk" needs a checkpoint that is 4-bit already. Threads that
+            use such a model concurrently take turns at each layer.
         resident: with ``stream``: the memory that the weights may take on that device, such as "6GB".
 
     ``stream`` and ``resident`` are about a machine, and are not saved.
@@ -103,21 +161,37 @@ class QLoRAConfig(QuantizationConfigMixin):
     Raises:
         ValueError: an argument is not of the kind or outside of the bounds given here, or asks for what is not here
             (int8, FP4). TypeError: there is no such one.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> directory = tempfile.mkdtemp()
+        >>> model.save_pretrained(directory)
+        >>> config = qlora_ext.QLoRAConfig(block_size=128)
+        >>> model = AutoModelForCausalLM.from_pretrained(directory, quantization_config=config)
+        >>> model.model.layers[0].mlp.up_proj.block_size
+        128
     """
+
+    quant_method: Any = _OfInstances()
 
     def __init__(
         self,
         block_size: int = 64,
         double_quant: bool = True,
         nested_block_size: int = 256,
-        compute_dtype: torch.dtype | str | None = None,
+        compute_dtype: torch.dtype | str | None = AUTO,
         skip_modules: list[str] | None = None,
         embeddings: bool = False,
         towers: bool = False,
         stream: str | None = None,
         resident: str | int | None = None,
-        **saved: Any,
+        **more: Unpack[_MoreArguments],
     ) -> None:
+        saved: dict[str, Any] = {**more}
         theirs = _take_bitsandbytes(saved)
         double_quant = theirs.get("double_quant", double_quant)
         compute_dtype = theirs.get("compute_dtype", compute_dtype)
@@ -141,22 +215,31 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise ValueError("format_version: this checkpoint needs a newer qlora_ext")
         saved.pop("needs", None)
         if saved:
-            raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}")
-        self.quant_method = METHOD
+            raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}{_meant(next(iter(saved)))}")
+        self.quant_method = _QuantMethod.QLORA_EXT
         self.format_version = FORMAT_VERSION
         self.block_size = block_size
         self.double_quant = double_quant
         self.nested_block_size = nested_block_size
-        self.compute_dtype = _compute_dtype_named("compute_dtype", compute_dtype)
+        chosen = None if compute_dtype == AUTO else _compute_dtype_named("compute_dtype", compute_dtype)
+        self.compute_dtype: torch.dtype | str = AUTO if chosen is None else chosen
         self.skip_modules = None if skip_modules is None else list(skip_modules)
         self.embeddings = embeddings
         self.towers = towers
         self.stream = stream
         self.resident = resident
 
-    def form(self, model_dtype: torch.dtype) -> Form:
-        """The form of the 4-bit modules of a model of that dtype."""
-        dtype = self.compute_dtype or model_dtype
+    def form(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> Form:
+        """The form of the 4-bit modules of a model in the given dtype.
+
+        Args:
+            device: the device that computes. The default is the GPU if there is one, because models may load on the CPU
+                and move.
+        """
+        if device is None:
+            device = "cuda" if _library.cuda_error is None and torch.cuda.is_available() else "cpu"
+        chosen = self.compute_dtype
+        dtype = chosen if isinstance(chosen, torch.dtype) else computing_dtype(model_dtype, device)
         return Form(dtype, self.block_size, self.double_quant, self.nested_block_size)
 
     def record(self, form: Form | None) -> None:
@@ -167,25 +250,30 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("stream", "resident")}
-        fields["needs"] = NEEDS
-        if self.compute_dtype is not None:
-            fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        fields |= {"quant_method": METHOD, "needs": NEEDS}
+        fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
         return fields
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
     @classmethod
-    def from_bitsandbytes(cls, config: Mapping[str, Any] | QuantizationConfigMixin) -> QLoRAConfig:
-        """The configuration that quantizes as transformers' ``BitsAndBytesConfig`` does, and reads what that has saved.
+    def from_bitsandbytes(cls, config: Any) -> QLoRAConfig:
+        """The configuration that quantizes like a ``BitsAndBytesConfig`` and reads checkpoints saved with it.
 
         Args:
-            config: the ``BitsAndBytesConfig``, or its fields, as in the ``config.json`` of a checkpoint.
+            config: the ``BitsAndBytesConfig`` of transformers or of diffusers, or its fields, as in the ``config.json``
+                of a checkpoint.
 
         Raises:
             ValueError: int8 or FP4. TypeError: no such configuration.
+
+        Example:
+            >>> config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+            >>> ours = QLoRAConfig.from_bitsandbytes(config)
+            >>> unet = diffusers.UNet2DConditionModel.from_pretrained(path, quantization_config=ours)
         """
-        if isinstance(config, QuantizationConfigMixin):
+        if not isinstance(config, Mapping) and hasattr(config, "to_dict"):  # diffusers' class has another base
             config = config.to_dict()
         if not isinstance(config, Mapping) or config.get("quant_method", "bitsandbytes") != "bitsandbytes":
             raise TypeError(f"config: expected a BitsAndBytesConfig or its fields, got {reprlib.repr(config)}")

@@ -51,6 +51,8 @@ def kept_dense(model: nn.Module) -> KeptDense:
         prefix = f"{name}." if name else ""
         if m.base_model is not m:
             kept.heads.extend(prefix + head for head in _outside(m, {m.base_model}))
+        output = m.get_output_embeddings()
+        kept.heads.extend(prefix + path for path, module in m.named_modules() if module is output)
         kept.towers.extend(prefix + tower for tower in _towers(m))
         float32 = {*(m._keep_in_fp32_modules or ()), *(m._keep_in_fp32_modules_strict or ())}
         kept.always.extend(prefix + path for path, _ in m.named_modules() if path.rpartition(".")[2] in float32)
@@ -58,24 +60,6 @@ def kept_dense(model: nn.Module) -> KeptDense:
 
 
 KEPT_DENSE.append(kept_dense)
-
-
-def whole_experts(model: Any, conversions: Any, names: list[str]) -> list[Any]:
-    """``conversions`` (None: the model's default ones) without those that split one of the weights ``names``."""
-    from transformers import core_model_loading
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    if conversions is None:
-        prefixes = getattr(core_model_loading, "PrefixChange", ())  # as transformers does: what was read is not known
-        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, prefixes)]
-
-    def splits(conversion: Any) -> bool:
-        if not isinstance(conversion, core_model_loading.WeightConverter):
-            return False
-        back = conversion.reverse_transform()
-        return any(back.rename_source_key(name)[1] is not None for name in names)
-
-    return [c for c in conversions if not splits(c)]
 
 
 def check_loaded(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from ... import _library
 from ...bitsandbytes_state import COMPANIONS
+from ...form import Form
 from ...nn import (
     AFTER_QUANTIZE,
     CONVERSIONS,
@@ -21,20 +23,30 @@ from ...nn import (
     Experts4bit,
     Packed4bit,
     TiedLinear4bit,
+    check_something_is_4bit,
+    conversion_of,
     is_fused_experts,
     kept_dense,
     layers_of,
     paths_to,
     places_in,
+    tell_coverage,
     tied_heads,
 )
 from ...streaming import stream
 from ...weight import NF4Weight
 from .._patches import extend
+from . import conversions
 from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
-from .modules import check_loaded, dense_names, dequantize_modules, form_of, refuse_split_experts, whole_experts
+from .modules import (
+    check_loaded,
+    dense_names,
+    dequantize_modules,
+    form_of,
+    refuse_split_experts,
+)
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -99,8 +111,10 @@ class QLoRAQuantizer(HfQuantizer):
         return isinstance(module, Packed4bit) and name in module.packed_shapes
 
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
-        if self.param_needs_quantization(model, param_name):
-            return 1  # the packed shape already counts bytes
+        module, name = get_module_from_name(model, param_name)
+        if isinstance(module, Packed4bit) and name in module.packed_shapes:
+            # Half a byte per weight, whether the parameter has the dense shape still or is packed.
+            return math.prod(module.packed_shapes[name]) / 2 / param.numel()
         size: float = super().param_element_size(model, param_name, param)
         return size
 
@@ -112,29 +126,38 @@ class QLoRAQuantizer(HfQuantizer):
     def _to_convert(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The modules that are to be 4-bit, with their names, but for tied heads, which go with their tables."""
         config = self.qlora_config
-        fp32: list[str] = [*(getattr(model, "_keep_in_fp32_modules", None) or [])]
-        skipped = {*self.get_modules_to_not_convert(model, config.skip_modules, fp32), *_tied_modules(model)}
         if self.follows_bitsandbytes:
+            fp32: list[str] = [*(getattr(model, "_keep_in_fp32_modules", None) or [])]
+            skipped = {*self.get_modules_to_not_convert(model, config.skip_modules, fp32), *_tied_modules(model)}
             yield from self._linear_layers(model, sorted(skipped))
             return
-        kept_tables = {*(config.skip_modules or []), *fp32}
+        named = {*(config.skip_modules or ())}
         kept = kept_dense(model)
-        dense = {*kept.always}
-        if not self.pre_quantized:  # else the configuration names all that is dense
-            dense |= {*(kept.heads if config.skip_modules is None else ()), *(() if config.towers else kept.towers)}
-        heads = tied_heads(model, _tied_names(model)) if config.embeddings else {}
+        if self.pre_quantized:  # the configuration names all that is dense, in full
+            dense = named & {name for name, _ in model.named_modules()}
+        else:
+            dense = {*kept.always, *(kept.heads if config.skip_modules is None else ())}
+            dense |= {*(() if config.towers else kept.towers)}
+        patterns = sorted(named - dense if self.pre_quantized else named)
+        heads = tied_heads(model, _tied_names(model), kept.always) if config.embeddings else {}
+        tied = {*_tied_modules(model)}
         for name, module in list(model.named_modules()):
             if type(module) is nn.Embedding:
-                patterns = kept_tables if module in heads else None
-            elif type(module) in CONVERSIONS or is_fused_experts(module):
-                patterns = skipped
+                if module not in heads:
+                    continue
+                full_names = dense
+            elif conversion_of(module) is not None or is_fused_experts(module):
+                full_names = dense | tied
             else:
                 continue
             paths = paths_to(name)
-            if patterns is None or not dense.isdisjoint(paths):
-                continue
-            if all(should_convert_module(path, sorted(patterns)) for path in paths):
+            if full_names.isdisjoint(paths) and all(should_convert_module(path, patterns) for path in paths):
                 yield name, module
+
+    def _asked(self, model: nn.Module) -> list[str]:
+        """The modules of ``model`` that the configuration names as dense."""
+        named = self.qlora_config.skip_modules
+        return [name for name, _ in model.named_modules() if named and not should_convert_module(name, named)]
 
     def _linear_layers(self, model: nn.Module, skipped: list[str]) -> Iterator[tuple[str, nn.Module]]:
         """The layers that bitsandbytes would make 4-bit, found as transformers finds them for it."""
@@ -142,18 +165,21 @@ class QLoRAQuantizer(HfQuantizer):
             if type(module) in CONVERSIONS and should_convert_module(name, skipped):
                 yield name, module
 
-    def _empty(self, module: nn.Module, model_dtype: torch.dtype) -> Packed4bit:
+    def _empty(self, module: nn.Module, form: Form) -> Packed4bit:
         """The 4-bit module that is to take ``module``'s place, on the meta device."""
-        options: dict[str, Any] = {"device": "meta", **vars(self.qlora_config.form(model_dtype))}
+        options: dict[str, Any] = {"device": "meta", **vars(form)}
         if isinstance(module, nn.Embedding):
             return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
-        cls = CONVERSIONS.get(type(module))
+        cls = conversion_of(module)
         if cls is None:
             return Experts4bit(module, **options)
         n, k = module.weight.shape  # type: ignore[misc]
         if cls is Conv1D4bit:
             n, k = k, n
-        return cls(k, n, bias=module.bias is not None, **options)
+        layer = cls(k, n, bias=module.bias is not None, **options)
+        if isinstance(module, nn.Linear):
+            layer.stand_for(module)
+        return layer
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint_files = list(kwargs.get("checkpoint_files") or [])
@@ -164,11 +190,18 @@ class QLoRAQuantizer(HfQuantizer):
         # transformers < 5.20 casts what it reads to the dtype found here, before it comes to us.
         as_read = self.bitsandbytes_storage or (None if self.pre_quantized else model_dtype)
         places, heads = places_in(model), tied_heads(model, _tied_names(model))
-        for _, module in self._to_convert(model):
-            layer = self._empty(module, model_dtype)
+        chosen = list(self._to_convert(model))
+        if not self.follows_bitsandbytes:  # with which transformers warns
+            check_something_is_4bit(model, bool(chosen), self._asked(model))
+        form = self.qlora_config.form(model_dtype, self.streaming_device)
+        for _, module in chosen:
+            layer = self._empty(module, form)
+            layer.weight_dtype = model_dtype
+            # Conversions ask for the shape of a weight that they make; a table's is the tied head's, too.
+            shaped = module if self.bitsandbytes_storage is None and not isinstance(module, nn.Embedding) else layer
             for weight in layer.packed_shapes:
                 if as_read is not None:
-                    dense = getattr(layer, weight).to(as_read)
+                    dense = torch.empty_like(getattr(shaped, weight), dtype=as_read, device="meta")
                     setattr(layer, weight, nn.Parameter(dense, requires_grad=False))
             new: dict[nn.Module, Packed4bit] = {module: layer}
             if isinstance(module, nn.Embedding):
@@ -209,20 +242,26 @@ class QLoRAQuantizer(HfQuantizer):
         if self.bitsandbytes_storage is not None:
             forget_bitsandbytes_keys(model)
             self.qlora_config.embeddings = False
+        if not self.pre_quantized:
+            tell_coverage(model, self._asked(model), stacklevel=2)
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
-        self.keep_experts_whole(model)
+        self.keep_packed_whole(model)
         self.qlora_config.record(form_of(model))
         if self.qlora_config.stream is not None:
             stream(model, self.qlora_config.resident, self.qlora_config.stream, self.streaming_device)
             model.hf_device_map = {"": self.streaming_device}
         return model
 
-    def keep_experts_whole(self, model: Any) -> None:
-        """Has ``save_pretrained`` write 4-bit experts as they are, not split into the files' original weights."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        if self.pre_quantized and self.bitsandbytes_storage is None:
+            weight_conversions = conversions.for_loading(model, weight_conversions)
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return updated
+
+    def keep_packed_whole(self, model: Any) -> None:
+        """Has ``save_pretrained`` write packed weights as they are, under the names that they have in the model."""
         self.conversions = getattr(model, "_weight_conversions", None)
-        names = [f"{name}.{w}" for name, m in layers_of(model) if isinstance(m, Experts4bit) for w in m.packed_shapes]
-        if names:
-            model._weight_conversions = whole_experts(model, self.conversions, names)
+        model._weight_conversions = conversions.for_saving(model, self.conversions)
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
@@ -247,9 +286,9 @@ def forget_bitsandbytes_keys(model: Any) -> None:
     def reads_them(conversion: Any) -> bool:
         return "weight.quant_map" in getattr(conversion, "source_patterns", ())
 
-    conversions = getattr(model, "_weight_conversions", None)
-    if conversions is not None:
-        model._weight_conversions = [c for c in conversions if not reads_them(c)]
+    found = getattr(model, "_weight_conversions", None)
+    if found is not None:
+        model._weight_conversions = [c for c in found if not reads_them(c)]
 
 
 def attach(model: Any) -> None:
@@ -262,11 +301,10 @@ def attach(model: Any) -> None:
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
     form = form_of(model)
     config.record(form)
-    model_dtype = str(model.config.dtype).removeprefix("torch.")
-    if form is not None and str(form.compute_dtype) != f"torch.{model_dtype}":
+    if form is not None and form.compute_dtype != model.config.dtype:
         config.compute_dtype = form.compute_dtype
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
-    quantizer.keep_experts_whole(model)
+    quantizer.keep_packed_whole(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -13,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ... import digest
+from ...atomic import staged_file
 from ...weight import NF4Weight
 from .config import QLoRAConfig
 
@@ -50,8 +51,10 @@ class Spill:
                 tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError):
             return None
-        if fields.pop("name", None) != name:
+        found = fields.pop("sha256", None)
+        if fields.get("name") != name or found != _sha256(tensors, fields):
             return None
+        del fields["name"]
         self.found += 1
         return _weight(fields, tensors)
 
@@ -69,7 +72,6 @@ class Spill:
 
     def _put(self, name: str, w4: NF4Weight) -> NF4Weight:
         path = self._path(name)
-        partial = path.with_suffix(".partial")
         fields = {
             "name": name,
             "shape": list(w4.shape),
@@ -77,15 +79,18 @@ class Spill:
             "block_size": w4.block_size,
             "nested_block_size": w4.nested_block_size,
         }
-        save_file({key: t.contiguous() for key, t in w4.tensors.items()}, partial, {"weight": json.dumps(fields)})
-        descriptor = os.open(partial, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        partial.replace(path)
+        tensors = {key: t.contiguous() for key, t in w4.tensors.items()}
+        record = json.dumps({**fields, "sha256": _sha256(tensors, fields)})
+        with staged_file(path) as partial:
+            save_file(tensors, partial, {"weight": record})
         with safe_open(path, framework="pt") as file:
             return _weight(fields, {key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+
+
+def _sha256(tensors: dict[str, Tensor], fields: dict[str, Any]) -> str:
+    found = hashlib.sha256()
+    digest.update(found, [dict(sorted(tensors.items())), fields])
+    return found.hexdigest()
 
 
 def _weight(fields: dict[str, Any], tensors: dict[str, Tensor]) -> NF4Weight:

@@ -1,0 +1,97 @@
+"""Which of transformers' conversions between files and models leave packed weights as they are.
+
+If the files of a family hold q, k and v in one tensor, or each expert separately, transformers concatenates or splits
+weights while it saves them. It also renames weights. These operations do not handle the scales of packed weights, so
+packed weights are written and read under their names in the model.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+from torch import nn
+
+from ...nn import Packed4bit
+
+
+def _packed_names(model: nn.Module) -> tuple[list[str], list[str]]:
+    """The names of the packed weights in ``model``, and those of all of their tensors.
+
+    Layers whose names differ only in numbers are represented by one, because conversions treat them alike.
+    """
+    layers: dict[str, tuple[str, Packed4bit]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, Packed4bit):
+            layers.setdefault(re.sub(r"\d+", "*", name), (f"{name}." if name else "", module))
+    weights = [prefix + weight for prefix, module in layers.values() for weight in module.packed_shapes]
+    return weights, [prefix + name for prefix, module in layers.values() for name in module.packed_state()]
+
+
+def _is_computed(conversion: Any) -> bool:
+    from transformers.core_model_loading import WeightConverter
+
+    return isinstance(conversion, WeightConverter)
+
+
+def _matches(conversion: Any, names: list[str]) -> bool:
+    return any(conversion.rename_source_key(name)[1] is not None for name in names)
+
+
+def for_saving(model: Any, conversions: list[Any] | None) -> list[Any]:
+    """The ``conversions`` (None: the default ones) for saving ``model``, without those that break packed weights."""
+    from transformers import core_model_loading
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if conversions is None:
+        prefixes = getattr(core_model_loading, "PrefixChange", ())  # as transformers does: what was read is not known
+        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, prefixes)]
+    weights, names = _packed_names(model)
+    fitting = [c for c in conversions if not (_is_computed(c) and _matches(c.reverse_transform(), weights))]
+    return _without_lossy_renamings(fitting, names)
+
+
+def for_loading(model: nn.Module, conversions: list[Any]) -> list[Any]:
+    """The ``conversions`` for loading our checkpoint into ``model``, without those that break packed weights."""
+    weights, names = _packed_names(model)
+    fitting = [c for c in conversions if not (_is_computed(c) and _matches(c, weights))]
+    return _without_lossy_renamings(fitting, names)
+
+
+def _round_trip(name: str, renamings: list[Any]) -> tuple[str, list[int]]:
+    """A name as it is after saving and loading, and which of the ``renamings`` changed it, the last one first."""
+    applied: list[int] = []
+
+    def rename(i: int, renaming: Any) -> None:
+        nonlocal name
+        new, _ = renaming.rename_source_key(name)
+        if new != name:
+            applied.insert(0, i)
+        name = new
+
+    for i in reversed(range(len(renamings))):
+        rename(i, renamings[i].reverse_transform())
+    for i, renaming in enumerate(renamings):
+        rename(i, renaming)
+    return name, applied
+
+
+def _without_lossy_renamings(conversions: list[Any], names: list[str]) -> list[Any]:
+    """``conversions`` without renamings that give one of ``names`` another name once it is saved and loaded.
+
+    So does one of a file's ``proj`` to the model's ``proj.weight``: the scales, ``proj.absmax``, come back as
+    ``proj.weight.absmax``.
+    """
+    kept = list(conversions)
+    for name in names:
+        while True:
+            indices = [i for i, c in enumerate(kept) if not _is_computed(c)]
+            renamings = copy.deepcopy([kept[i] for i in indices])  # for they note that they were used
+            found, applied = _round_trip(name, renamings)
+            if found == name or not applied:
+                break
+            without = {i: renamings[:i] + renamings[i + 1 :] for i in applied}
+            culprit = next((i for i in applied if _round_trip(name, without[i])[0] == name), applied[0])
+            del kept[indices[culprit]]
+    return kept

@@ -1,0 +1,134 @@
+"""The 4-bit share of a model is counted and reported; a model without 4-bit layers is an error."""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qlora_ext
+from qlora_ext.nn import Linear4bit, coverage, quantize_model
+
+WEIGHTS = 64 * 64
+
+
+class Odd(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+def body(**more: nn.Module) -> nn.ModuleDict:
+    return nn.ModuleDict({"body": nn.Linear(64, 64), **more})
+
+
+def test_all_is_counted() -> None:
+    model = body(
+        odd=Odd(64, 64),
+        lm_head=nn.Linear(64, 8),
+        embedding=nn.Embedding(9, 64),
+        convolution=nn.Conv2d(3, 3, 3),
+        attention=nn.MultiheadAttention(64, 4),
+        cell=nn.LSTM(8, 8),
+    )
+    with pytest.warns(UserWarning, match="ModuleDict: 16.3% of the linear weights are 4-bit; dense are attention"):
+        found = coverage(quantize_model(model))
+    cell = 2 * 4 * 8 * 8
+    assert found.quantized == WEIGHTS
+    assert found.by_request == {"lm_head": 64 * 8}
+    assert found.dense == {
+        "odd": WEIGHTS,
+        "attention": 3 * WEIGHTS,
+        "attention.out_proj": WEIGHTS,
+        "cell": cell,
+    }
+    assert found.share == WEIGHTS / (6 * WEIGHTS + cell)
+    assert found.reasons["odd"] == "a Odd, for which there is no 4-bit layer"
+    assert found.reasons["attention.out_proj"] == "the model's own code takes the weight"
+
+
+def test_what_was_asked_for_is_not_told() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        quantize_model(body(other=nn.Linear(64, 64), lm_head=nn.Linear(64, 64)), skip=["other"])
+        quantize_model(body(other=nn.Linear(64, 64)), keep=["other"])
+        quantize_model(body(small=Odd(64, 1)), skip=["small"])
+    with pytest.warns(UserWarning, match=r"dense are odd \(a Odd, for which there is no 4-bit layer\)"):
+        quantize_model(body(odd=Odd(64, 64), other=nn.Linear(64, 64)), skip=["other"])
+
+
+NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "convolutions": (lambda: nn.Sequential(nn.Conv2d(3, 8, 3)), {}, "got a Sequential without any: it has no linear"),
+    "unknown layers": (lambda: nn.ModuleDict({"odd": Odd(64, 64)}), {}, r"its linear weights stay dense: odd \(a Odd,"),
+    "heads": (lambda: nn.ModuleDict({"lm_head": nn.Linear(64, 64)}), {}, "its linear layers are to stay dense"),
+    "skipped": (body, {"skip": ["body"]}, "its linear layers are to stay dense: body"),
+}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_model_of_which_nothing_becomes_4bit_is_refused(case: str) -> None:
+    build, options, message = NOTHING[case]
+    model = build()
+    before = {name: type(m) for name, m in model.named_modules()}
+    with pytest.raises(ValueError, match=message):
+        quantize_model(model, **options)
+    assert {name: type(m) for name, m in model.named_modules()} == before
+
+
+def test_a_4bit_model_is_left_as_it_is() -> None:
+    model = quantize_model(body())
+    layer = model["body"]
+    assert quantize_model(model)["body"] is layer
+    assert coverage(model).share == 1.0
+
+
+def test_adopting_a_model_without_layers_of_bitsandbytes_is_refused() -> None:
+    with pytest.raises(ValueError, match="expected layers that bitsandbytes has quantized, got a ModuleDict"):
+        qlora_ext.adopt(body())
+
+
+def test_from_pretrained_tells_and_refuses(tmp_path: pathlib.Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=8)
+    transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
+    load = transformers.MambaForCausalLM.from_pretrained
+    with pytest.warns(
+        UserWarning, match=r"MambaForCausalLM: .* are 4-bit; dense are .*out_proj \(the model's own code"
+    ):
+        model = load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig())
+    model.save_pretrained(tmp_path / "4bit")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load(tmp_path / "4bit")  # the checkpoint says which layers are dense
+        skip = ["out_proj", "x_proj", "dt_proj"]
+        load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig(skip_modules=skip))
+    with pytest.raises(ValueError, match="got a MambaForCausalLM without any: its linear layers are to stay"):
+        load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig(skip_modules=[*skip, "in_proj", "lm_head"]))
+
+
+def test_an_output_head_keeps_its_namesakes_out_of_it(tmp_path: pathlib.Path) -> None:
+    """GIT's head is called ``output``, as are two modules of each of its layers."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.GitConfig(**sizes, vocab_size=128, vision_config={**sizes, "image_size": 32, "patch_size": 8})
+    transformers.GitForCausalLM(config).save_pretrained(tmp_path / "dense")
+    load = transformers.GitForCausalLM.from_pretrained
+    model = load(tmp_path / "dense", quantization_config=qlora_ext.QLoRAConfig())
+    model.save_pretrained(tmp_path / "4bit")
+    for found in (model, load(tmp_path / "4bit")):
+        assert [name for name, m in found.named_modules() if type(m) is nn.Linear] == ["output"]
+        assert isinstance(found.git.encoder.layer[0].attention.output.dense, Linear4bit)
+
+
+def test_a_tied_embedding_stays_dense_where_the_heads_weight_is_taken() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    config = transformers.MambaConfig(
+        hidden_size=64, num_hidden_layers=1, vocab_size=128, state_size=8, tie_word_embeddings=True
+    )
+    model = transformers.MambaForCausalLM(config).eval()  # casts its hidden states to the dtype of lm_head.weight
+    quantize_model(model, embeddings=True)
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    assert model(torch.arange(4)[None]).logits.isfinite().all()

@@ -1,0 +1,77 @@
+"""docs/families.md is correct: runs families of transformers through every step, against dense models.
+
+By default those in which something once failed, and one of each kind; all of them with the campaigns.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+import peft
+import transformers
+
+import families
+from families import Row
+
+DEFAULT = [
+    "causal/bloom",  # takes weights under a setting that is off
+    "causal/falcon",  # linear layers of a class of their own
+    "causal/gemma3n_text",  # clamps weights in place
+    "causal/git",  # a head with the name of inner layers
+    "causal/inkling2_text",  # files with other names for weights
+    "causal/jamba",  # multiplies with one projection of its mixer and calls the others
+    "causal/lara_mini",  # files with fused weights
+    "causal/llama",
+    "causal/mamba",  # hands weights to a kernel
+    "causal/qwen3_5_moe_text",  # gated delta nets, which call their output projection
+    "causal/qwen3_5_text",
+    "causal/qwen3_next",
+    "causal/rwkv",  # rescales weights in place
+    "encoder/bert",
+    "encoder/gte",  # files with fused weights
+    "encoder/jina_embeddings_v3",
+    "encoder/nomic_bert",
+    "encoder-decoder/t5",  # casts to the dtype of a weight
+    "speech/wavlm",  # hands weights to torch's attention
+    "speech/whisper",
+    "vision/vit",
+    "vision-language/llava",
+    "vision-language/qwen3_vl_moe",  # files whose shapes decide whether weights are transposed
+]
+
+
+def known(names: list[str]) -> list[str]:
+    """Those that the installed transformers has."""
+    return [name for name in names if name in families.families()]
+
+
+@pytest.fixture(scope="module")
+def table() -> dict[str, Row]:
+    return {result.name: result for result in families.rows(known(DEFAULT))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEFAULT)
+def test_every_step_works(name: str, table: dict[str, Row]) -> None:
+    if name not in table:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    result = table[name]
+    assert not result.built, result.built
+    assert not result.faults, result.faults
+    versions = (
+        f"Families of transformers {transformers.__version__} as tiny random models, with PEFT {peft.__version__}."
+    )
+    if versions in families.PAGE.read_text():
+        assert families.line(result) in families.PAGE.read_text().splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.campaign
+def test_every_family_works() -> None:
+    results = families.rows(families.families())
+    assert {result.name: result.faults for result in results if result.faults} == {}
+    built = sum(not result.built for result in results)
+    assert built > 0.5 * len(results), f"{built} of {len(results)} families have a tiny model"
