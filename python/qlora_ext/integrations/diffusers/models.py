@@ -1,0 +1,146 @@
+"""The behaviour of diffusers models with 4-bit layers: sensitive layers stay dense; saving; the model's dtype."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+
+from ...nn import AFTER_QUANTIZE, KEPT_DENSE, KeptDense, Packed4bit, layers_of
+from .._patches import extend
+from ..bitsandbytes.state import state_dict
+from ..transformers import METHOD, QLoRAConfig
+from ..transformers.counting import hidden_parameters
+from ..transformers.modules import form_of
+from .quantizer import DiffusersQLoRAQuantizer, align, forget
+
+# Modules that ask for the dtype of a layer's weight and cast to it, by the name of their class: the layer stays dense.
+_READ = {
+    "AnyFlowDualTimestepTextImageEmbedding": "delta_embedder",
+    "AnyFlowDualTimestepTextImageEmbeddingCausal": "delta_embedder",
+    "ImageProjection": "image_embeds",
+    "_AceStepResidualFSQ": "project_out",
+}
+
+
+def _kept_dense(model: nn.Module) -> KeptDense:
+    """Modules that the diffusers models in ``model`` keep in float32, and layers whose weight their code reads."""
+    always = []
+    for prefix, part in model.named_modules():
+        if type(part).__name__ in _READ:
+            always.append(f"{prefix}.{_READ[type(part).__name__]}".removeprefix("."))
+        if isinstance(part, ModelMixin) and part._keep_in_fp32_modules:
+            kept = part._keep_in_fp32_modules
+            names = {kept} if isinstance(kept, str) else {*kept}
+            inside = (name for name, _ in part.named_modules() if name.rpartition(".")[2] in names)
+            always += [f"{prefix}.{name}".removeprefix(".") for name in inside]
+    return KeptDense([], [], always)
+
+
+def attach(model: Any) -> None:
+    """Enables saving, loading and dequantizing for a diffusers model that ``quantize_model`` has quantized."""
+    if not isinstance(model, ModelMixin) or not any(True for _ in layers_of(model)):
+        return
+    config, form = QLoRAConfig(), form_of(model)
+    if form is not None and form.compute_dtype != model.dtype:
+        config.compute_dtype = form.compute_dtype
+    quantizer = DiffusersQLoRAQuantizer(config, pre_quantized=True)
+    quantizer.describe(model)
+    align(model)
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = quantizer.config.quant_method
+
+
+def saved_config(model: Any) -> dict[str, Any]:
+    """The fields of the ``quantization_config`` of a diffusers model; {} if it has none."""
+    config: Any = getattr(model.config, "quantization_config", None) or {}
+    return dict(config.to_dict() if hasattr(config, "to_dict") else config)
+
+
+@contextlib.contextmanager
+def _as_saved(model: Any) -> Iterator[None]:
+    """Updates the configuration of ``model`` and the state that is saved to its current layers.
+
+    Raises:
+        ValueError: the saved model could not be loaded.
+    """
+    config = saved_config(model)
+    method = config.get("quant_method")
+    if not any(True for _ in layers_of(model)):
+        if method == METHOD:
+            forget(model)
+        yield
+        return
+    adapted = next((name for name, m in model.named_modules() if hasattr(m, "base_layer")), None)
+    if adapted is not None:
+        raise ValueError(
+            f"{adapted}: expected a 4-bit model without adapters, which diffusers would not find again in the files; "
+            "save them by save_lora_adapter() or the pipeline's save_lora_weights(), and unload them first"
+        )
+    if method == "bitsandbytes":
+        state = state_dict(model, getattr(torch, config.get("bnb_4bit_quant_storage", "uint8")))
+        vars(model)["state_dict"] = lambda: state
+        try:
+            yield
+        finally:
+            del vars(model)["state_dict"]
+        return
+    if not isinstance(getattr(model, "hf_quantizer", None), DiffusersQLoRAQuantizer):
+        attach(model)  # only parts of it were given to quantize_model
+    model.hf_quantizer.describe(model)
+    yield
+
+
+@extend("diffusers.models.modeling_utils:ModelMixin.save_pretrained")
+def _save_pretrained(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    with _as_saved(self):
+        return original(self, *args, **kwargs)
+
+
+@extend("diffusers.models.modeling_utils:ModelMixin.to")
+@extend("diffusers.models.modeling_utils:ModelMixin.half")
+@extend("diffusers.models.modeling_utils:ModelMixin.float")
+def _cast(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    if getattr(self, "quantization_method", None) != METHOD:
+        return original(self, *args, **kwargs)
+    self.is_quantized = False  # else diffusers refuses, and the 4-bit layers keep their bits
+    try:
+        return original(self, *args, **kwargs)
+    finally:
+        self.is_quantized = True
+
+
+@extend("diffusers.models.modeling_utils:ModelMixin.num_parameters")
+def _num_parameters(original: Any, self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    counted: int = original(self, only_trainable, exclude_embeddings)
+    return counted if only_trainable else counted + hidden_parameters(self, not exclude_embeddings)
+
+
+@extend("diffusers.models.modeling_utils:get_parameter_dtype")
+def _get_parameter_dtype(original: Any, parameter: nn.Module) -> torch.dtype:
+    dtype: torch.dtype = original(parameter)
+    if not any(True for _ in layers_of(parameter)) or _casts_layerwise(parameter):
+        return dtype
+    # 4-bit layers hold float32 scales, and biases in their compute dtype; adapters have a dtype of their own.
+    others = [m for m in parameter.modules() if isinstance(m, Packed4bit) or hasattr(m, "base_layer")]
+    skipped = {p for module in others for p in module.parameters()}
+    kept = getattr(parameter, "_keep_in_fp32_modules", None) or ()
+    for name, p in parameter.named_parameters():
+        if p.is_floating_point() and p not in skipped and not any(part in name for part in kept):
+            return p.dtype
+    return dtype
+
+
+def _casts_layerwise(model: nn.Module) -> bool:
+    """Whether ``enable_layerwise_casting`` keeps the parameters in another dtype than that of the computation."""
+    registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
+    return any(r is not None and r.get_hook("layerwise_casting") is not None for r in registries)
+
+
+KEPT_DENSE.append(_kept_dense)
+AFTER_QUANTIZE.append(attach)
