@@ -16,7 +16,8 @@ transformers = pytest.importorskip("transformers")
 import qlora_ext
 from qlora_ext.integrations import peft as integration
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
-from qlora_ext.merged import kept_of, merged_linear_nf4, merged_weight, scales_of, with_update
+from qlora_ext.merged import kept_of, merged_linear_nf4, merged_weight, scales_of, seed_of, with_update
+from qlora_ext.nn import layers_of
 from samples import layer_and_adapter
 from tiny_models import make, token_ids
 
@@ -63,9 +64,90 @@ def test_stacks_are_rounded_matrix_by_matrix() -> None:
     parts = [qlora_ext.quantize_nf4(torch.randn(8, 40)) for _ in range(3)]
     stack = qlora_ext.NF4Weight.stack(parts)
     moved = torch.stack([part.dequantize(torch.float32) for part in parts]) + 0.01 * torch.randn(3, 8, 40)
-    merged = with_update(stack, moved)
+    merged = with_update(stack, moved, 5)
     for e, part in enumerate(parts):
-        assert torch.equal(merged.matrix(e).packed, with_update(part, moved[e]).packed)
+        assert torch.equal(merged.matrix(e).packed, with_update(part, moved[e], seed_of(f"5.{e}")).packed)
+
+
+def correlation(errors: list[Tensor]) -> float:
+    """The largest between two of them, each of 20,000 numbers or more."""
+    found = torch.corrcoef(torch.stack([e.flatten() for e in errors]))
+    return (found - torch.eye(len(errors))).abs().max().item()
+
+
+def test_rounding_errors_of_layers_and_experts_are_independent() -> None:
+    model = peft.get_peft_model(
+        qlora_ext.quantize_model(torch.nn.ModuleDict({name: torch.nn.Linear(256, 80) for name in ("q", "k", "v")})),
+        peft.LoraConfig(target_modules=["q", "k", "v"], init_lora_weights=False, r=4),
+    )
+    layers = [m for m in model.modules() if isinstance(m, integration.LoraLinear4bit)]
+    errors = []
+    for layer in layers:
+        torch.nn.init.normal_(layer.lora_A["default"].weight, std=0.01)
+        torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.01)
+        exact = layer.decoded() + layer.get_delta_weight("default")
+        layer.merge()
+        errors.append(layer.decoded() - exact)
+        layer.unmerge()
+    assert correlation(errors) < 0.05
+    w4 = qlora_ext.quantize_nf4(torch.randn(80, 256))
+    exact = torch.stack([w4.dequantize(torch.float32) + 0.01 * torch.randn(80, 256) for _ in range(3)])
+    merged = with_update(qlora_ext.NF4Weight.stack([w4] * 3), exact)
+    errors = [merged.matrix(e).dequantize(torch.float32) - exact[e] for e in range(3)]
+    assert correlation(errors) < 0.05
+
+
+def test_the_name_of_a_layer_rounds_it_whoever_merges(tmp_path: Path) -> None:
+    model = adapted()
+    seeds = {n: m.rounding_seed for n, m in model.named_modules() if isinstance(m, integration.LoraLinear4bit)}
+    assert len({*seeds.values()}) == len(seeds) == 14
+    for name, seed in seeds.items():
+        assert seed == seed_of(f"{name.removeprefix('base_model.model.')}.weight")
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(qlora_ext.quantize_model(make("llama", torch.float32)), tmp_path)
+    again.load_adapter(tmp_path, adapter_name="second")
+    assert seeds == {n: m.rounding_seed for n, m in again.named_modules() if isinstance(m, integration.LoraLinear4bit)}
+    model.merge_adapter()
+    merged, _ = integration.merge_to_4bit(again)
+    expected = {n.removeprefix("base_model.model.").replace(".base_layer", ""): m for n, m in layers_of(model)}
+    for name, layer in layers_of(merged):
+        assert torch.equal(layer.weight, expected[name].weight)  # type: ignore[arg-type]
+
+
+def test_adapters_on_copies_of_a_layer_merge_and_unmerge_by_themselves() -> None:
+    options = {"target_modules": ["q_proj", "v_proj"], "layer_replication": [(0, 2), (0, 2)]}
+    model = adapted(size=0.3, **options)
+    state = {name: [*layer.packed_state().values()] for name, layer in layers_of(model)}
+    bits = {name: [t.clone() for t in tensors] for name, tensors in state.items()}
+    assert len({t[0].data_ptr() for t in state.values()}) < len(state)
+    expected = logits(model)
+    layers = [m for m in model.modules() if isinstance(m, integration.LoraLinear4bit)]
+    for order in (layers, layers[::-1], layers[1::2] + layers[::2]):
+        model.merge_adapter()
+        model.merge_adapter()
+        merged = logits(model)
+        assert (merged - expected).norm() < 0.2 * expected.norm()  # each copy has its own adapter alone
+        for layer in order:
+            layer.unmerge()
+        for name, layer in layers_of(model):
+            for t, kept, before in zip(layer.packed_state().values(), state[name], bits[name], strict=True):
+                assert t is kept
+                assert torch.equal(t, before)
+        assert torch.equal(logits(model), expected)
+    base, _ = integration.merge_to_4bit(model)
+    assert torch.equal(logits(base), merged)
+
+
+@pytest.mark.parametrize("order", [("default", "second"), ("second", "default")])
+def test_two_adapters_leave_the_bits_that_they_found(order: tuple[str, str]) -> None:
+    model = adapted()
+    bits = {name: layer.weight.clone() for name, layer in layers_of(model)}
+    model.add_adapter("second", peft.LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    for names in ([order[0]], [order[1]], [*order]):
+        model.merge_adapter(names)
+    model.unmerge_adapter()
+    for name, layer in layers_of(model):
+        assert torch.equal(layer.weight, bits[name])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -228,7 +310,7 @@ def test_what_is_refused() -> None:
     integration.set_merge_aware(model)
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     model.base_model.set_adapter(["default", "second"])
-    with pytest.raises(ValueError, match=r"adapters: expected a plain LoRA alone where one runs as merged"):
+    with pytest.raises(ValueError, match=r"adapters: merge-aware LoRA runs as the only active adapter"):
         logits(model)
     with model.disable_adapter():
         logits(model)

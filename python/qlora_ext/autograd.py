@@ -3,6 +3,7 @@ function people call. What every differentiable operator needs (``below_autograd
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -127,12 +128,13 @@ class LinearKernels:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients of x, lora_a and lora_b that are needed; ``h`` is what ``forward`` gave."""
         dx = g = da = db = None
-        if needs.x and h is None:
-            dx = self._dx(*dx_args)
-        elif needs.x:
-            dx, g = self._dx_with_g(*dx_args)
-        if h is not None:
-            da, db = self._dlora(*dlora_args, h, g)
+        with torch._C.DisableTorchFunctionSubclass():  # a saved PackedParameter costs what a plain one does
+            if needs.x and h is None:
+                dx = self._dx(*dx_args)
+            elif needs.x:
+                dx, g = self._dx_with_g(*dx_args)
+            if h is not None:
+                da, db = self._dlora(*dlora_args, h, g)
         return dx, da if needs.lora_a else None, db if needs.lora_b else None
 
 
@@ -175,11 +177,11 @@ class LinearNF4Function(torch.autograd.Function):
         refuse_tangent("the backward of linear_nf4", dy)
         x, h, lora_a, lora_b, seed_tensor, *packed = ctx.saved_tensors
         needs = LINEAR_NF4(*ctx.needs_input_grad)
-        if ctx.lender is not None and needs.x:
-            packed = ctx.lender()
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
-        dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora
-        dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora))
+        loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
+        with loan as packed:
+            dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora
+            dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora))
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs.bias else None
         return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 
@@ -251,6 +253,15 @@ def linear_nf4(
     Raises:
         TypeError, ValueError, RuntimeError: an argument does not fit; the message names it, what was expected and
             what came.
+
+    Example:
+        >>> w4 = qlora_ext.quantize_nf4(torch.randn(48, 64))
+        >>> x = torch.randn(3, 64)
+        >>> a, b = torch.randn(8, 64, requires_grad=True), torch.zeros(48, 8, requires_grad=True)
+        >>> y = qlora_ext.linear_nf4(x, w4, lora_a=a, lora_b=b, scaling=2.0)
+        >>> y.sum().backward()
+        >>> y.shape, b.grad.shape
+        (torch.Size([3, 48]), torch.Size([48, 8]))
     """
     if not isinstance(w4, NF4Weight):
         raise TypeError(f"w4: expected an NF4Weight (see qlora_ext.quantize_nf4), got {type(w4).__name__}")

@@ -26,6 +26,7 @@ given them, it need not make them again.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -77,10 +78,10 @@ class _GroupedLinearNF4(torch.autograd.Function):
         x, h, lora_a, lora_b, offsets, seed_tensor, *packed = ctx.saved_tensors
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         needs = _GROUPED(*ctx.needs_input_grad)
-        if ctx.lender is not None and needs.x:
-            packed = ctx.lender()
-        dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
-        dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora))
+        loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
+        with loan as packed:
+            dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
+            dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora))
         dbias = _sums(dy, offsets) if needs.bias else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
 

@@ -9,6 +9,7 @@ differ. The scales are the old ones, so that a weight that is not moved keeps it
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import torch
@@ -19,8 +20,14 @@ from .weight import NF4Weight
 
 _kernels = LinearKernels("linear_nf4")
 _NO_LORA = None, None, 1.0, 0.0, 0
-# Of the random numbers by which all layers are rounded: an adapter merged twice gives the same model.
-_SEED = 0
+
+
+def seed_of(name: str) -> int:
+    """The seed for rounding the weight ``name`` of a model.
+
+    Merging an adapter twice gives the same model. The rounding errors of different weights are independent.
+    """
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
 def scales_of(w4: NF4Weight) -> Tensor:
@@ -33,12 +40,13 @@ def scales_of(w4: NF4Weight) -> Tensor:
     return scales
 
 
-def with_update(w4: NF4Weight, moved: Tensor) -> NF4Weight:
+def with_update(w4: NF4Weight, moved: Tensor, seed: int = 0) -> NF4Weight:
     """``moved``, W and what an adapter adds to it, in 4 bits under the scales of W: the same codes at every call.
 
     Args:
         w4: W, [N, K] or a stack of such matrices [E, N, K].
         moved: float32, of that shape.
+        seed: of the random numbers, ``seed_of`` the weight's name. Matrix e of a stack has ``seed_of(f"{seed}.{e}")``.
 
     Raises:
         ValueError: it has another shape.
@@ -46,8 +54,9 @@ def with_update(w4: NF4Weight, moved: Tensor) -> NF4Weight:
     if moved.shape != w4.shape:
         raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
     if moved.ndim == 3:
-        return NF4Weight.stack([with_update(w4.matrix(e), moved[e]) for e in range(len(moved))])
-    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales_of(w4), w4.block_size, _SEED)
+        parts = (with_update(w4.matrix(e), moved[e], seed_of(f"{seed}.{e}")) for e in range(len(moved)))
+        return NF4Weight.stack([*parts])
+    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales_of(w4), w4.block_size, seed)
     return dataclasses.replace(w4, packed=packed)
 
 
@@ -57,10 +66,10 @@ def kept_of(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float
 
 
 @torch.no_grad()
-def merged_weight(w4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float) -> NF4Weight:
+def merged_weight(w4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float, seed: int = 0) -> NF4Weight:
     """W + scaling · B · A in 4 bits, by ``with_update``; the sum is float32."""
     w = w4.dequantize(torch.float32)
-    return with_update(w4, w.addmm_(lora_b.float(), lora_a.float(), alpha=scaling))
+    return with_update(w4, w.addmm_(lora_b.float(), lora_a.float(), alpha=scaling), seed)
 
 
 class MergedLinearNF4Function(torch.autograd.Function):

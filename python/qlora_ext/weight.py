@@ -12,10 +12,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import bitsandbytes_state, ops
+from .no_arithmetic import NoArithmetic
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NF4Weight:
+class NF4Weight(NoArithmetic):
     """A tensor of shape ``shape`` held in 4 bits an element (QLoRA, Dettmers et al., 2023; bitsandbytes' layout).
 
     Attributes:
@@ -25,6 +26,11 @@ class NF4Weight:
         nested_absmax, nested_offset: float32 scales of those codes, one a ``nested_block_size`` of them, and their
             mean; None without double quantization.
         shape, dtype: of the tensor that was quantized.
+
+    Example:
+        >>> w4 = qlora_ext.quantize_nf4(torch.randn(1024, 1024))
+        >>> w4.shape, w4.nbytes, round(w4.bits_per_param, 3)
+        (torch.Size([1024, 1024]), 540932, 4.127)
     """
 
     packed: Tensor
@@ -163,6 +169,14 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
     Raises:
         TypeError: ``w`` is no such tensor. ValueError: a bad block size or nested block size, or a NaN or infinity,
             with its place.
+
+    Example:
+        >>> w4 = qlora_ext.quantize_nf4(torch.randn(48, 64))
+        >>> w4.packed.shape, w4.packed.dtype
+        (torch.Size([48, 32]), torch.uint8)
+        >>> qlora_ext.quantize_nf4(torch.tensor([1.0, float("nan")]))
+        Traceback (most recent call last):
+        ValueError: w: expected finite values, got nan at index [1] (1 of 1 blocks hold NaN or infinity)
     """
     if not isinstance(w, Tensor):
         raise TypeError(f"w: expected a torch.Tensor, got {type(w).__name__}")
@@ -180,7 +194,14 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
 
 
 def dequantize_nf4(w4: NF4Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The decoded tensor of ``w4`` in ``dtype`` (float32, bfloat16 or float16), rounded once from float32."""
+    """The decoded tensor of ``w4`` in ``dtype`` (float32, bfloat16 or float16), rounded once from float32.
+
+    Example:
+        >>> w = torch.randn(48, 64)
+        >>> decoded = qlora_ext.dequantize_nf4(qlora_ext.quantize_nf4(w), torch.float32)
+        >>> bool((decoded - w).norm() < 0.12 * w.norm())
+        True
+    """
     if not isinstance(w4, NF4Weight):
         raise TypeError(f"w4: expected an NF4Weight, got {type(w4).__name__}")
     return w4.dequantize(dtype)

@@ -46,6 +46,51 @@ _LIST = (
         "refuses a configuration of another class than the checkpoint's, and ours also reads bitsandbytes'",
     ),
     Patch(
+        "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",
+        "diffusers >= 0.35",
+        "takes the checkpoint's configuration, and bitsandbytes' would load bitsandbytes' layers",
+    ),
+    Patch(
+        "diffusers.models.modeling_utils:ModelMixin.save_pretrained",
+        "diffusers >= 0.35",
+        "writes 4-bit layers without a configuration by which they could be loaded, or under an adapter's names",
+    ),
+    Patch(
+        "diffusers.models.modeling_utils:ModelMixin.to",
+        "diffusers >= 0.35",
+        "refuses to cast a quantized model, and our layers keep their bits",
+    ),
+    Patch(
+        "diffusers.models.modeling_utils:ModelMixin.half",
+        "diffusers >= 0.35",
+        "refuses as ModelMixin.to does",
+    ),
+    Patch(
+        "diffusers.models.modeling_utils:ModelMixin.float",
+        "diffusers >= 0.35",
+        "refuses as ModelMixin.to does",
+    ),
+    Patch(
+        "diffusers.models.modeling_utils:ModelMixin.num_parameters",
+        "diffusers >= 0.35",
+        "counts as transformers' num_parameters does",
+    ),
+    Patch(
+        "diffusers.models.modeling_utils:get_parameter_dtype",
+        "diffusers >= 0.35",
+        "takes the first floating parameter for the model's dtype, which may be the float32 scales of a 4-bit layer",
+    ),
+    Patch(
+        "diffusers.loaders.lora_pipeline:FluxLoraLoaderMixin._calculate_module_shape",
+        "diffusers >= 0.35",
+        "takes the shape of the packed bytes for the layer's, and knows bitsandbytes' class alone",
+    ),
+    Patch(
+        "diffusers.loaders.lora_pipeline:_maybe_dequantize_weight_for_expanded_lora",
+        "diffusers >= 0.35",
+        "takes the packed bytes for the weight, and knows bitsandbytes' class alone",
+    ),
+    Patch(
         "peft.tuners.lora:LoraModel._create_and_replace",
         "peft >= 0.19",
         'refuses lora_dropout where a parameter is a target, which "all-linear" makes of a router',
@@ -103,6 +148,54 @@ _LIST = (
         aliases=("peft.utils:prepare_model_for_kbit_training", "peft:prepare_model_for_kbit_training"),
     ),
     Patch(
+        "peft.utils.other:cast_mixed_precision_params",
+        "peft >= 0.19",
+        "casts packed bytes to a floating-point dtype",
+        aliases=("peft.utils:cast_mixed_precision_params", "peft:cast_mixed_precision_params"),
+    ),
+    Patch(
+        "peft.tuners.lora.conversion:convert_to_lora",
+        "peft >= 0.19, where there is one",
+        "reads base weights as dense ones",
+        aliases=("peft.tuners.lora:convert_to_lora", "peft.tuners:convert_to_lora", "peft:convert_to_lora"),
+    ),
+    Patch(
+        "peft.tuners.lora.intruders:reduce_intruder_dimension",
+        "peft >= 0.19, where there is one",
+        "reads base weights as dense ones",
+    ),
+    Patch(
+        "peft.tuners.lora.corda:preprocess_corda",
+        "peft >= 0.19, where it can be imported",
+        "reads base weights as dense ones",
+    ),
+    Patch(
+        "peft.tuners.frod.model:FrodModel._init_frod_projections",
+        "peft >= 0.19, where there is one",
+        "reads base weights as dense ones",
+    ),
+    Patch(
+        "peft.helpers:KappaTuneSelector._compute_kappas",
+        "peft >= 0.19, where there is one",
+        "reads base weights as dense ones",
+    ),
+    Patch(
+        "peft.tuners.lora.loraga:preprocess_loraga",
+        "peft >= 0.19, where there is one",
+        "asks for gradients of packed bytes",
+        aliases=("peft.tuners.lora:preprocess_loraga", "peft.tuners:preprocess_loraga", "peft:preprocess_loraga"),
+    ),
+    Patch(
+        "torch.onnx:export",
+        "torch >= 2.11",
+        "fails for packed layers after pages of errors that do not name them",
+    ),
+    Patch(
+        "torch.optim.swa_utils:AveragedModel.update_parameters",
+        "torch >= 2.11",
+        "averages packed bytes, which are codes and no numbers",
+    ),
+    Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs",
         "torch >= 2.11",
         "casts float32 scales to the dtype of a MixedPrecisionPolicy and, before torch 2.13, packed bytes too",
@@ -123,26 +216,34 @@ def _place(function: str) -> tuple[Any, str]:
     return pkgutil.resolve_name(f"{module}:{owner}" if owner else module), name
 
 
-def extend(function: str, owner: type | None = None) -> Callable[[Any], Any]:
+def extend(function: str, owner: type | None = None, optional: bool = False) -> Callable[[Any], Any]:
     """Has a function of ``PATCHES`` replaced by the decorated one, which takes the original as its first argument.
 
     Args:
         owner: the subclass whose override of the function is meant.
+        optional: some versions of the library lack the function, and nothing is changed there.
     """
     patch = PATCHES[function]
 
     def decorate(replacement: Any) -> Any:
-        found, name = _place(function)
-        holder: Any = owner or found
-        original = getattr(holder, name)
+        try:
+            found, name = _place(function)
+            holder: Any = owner or found
+            original = getattr(holder, name)
+        except (ImportError, AttributeError):
+            if not optional:
+                raise
+            return replacement
 
         @functools.wraps(original, updated=() if isinstance(original, type) else functools.WRAPPER_UPDATES)
         def extended(*args: Any, **kwargs: Any) -> Any:
             return replacement(original, *args, **kwargs)
 
         static = isinstance(holder, type) and isinstance(vars(holder).get(name), staticmethod)
-        for place, attribute in ((holder, name), *map(_place, patch.aliases)):
-            setattr(place, attribute, staticmethod(extended) if static else extended)
+        setattr(holder, name, staticmethod(extended) if static else extended)
+        for place, alias in map(_place, patch.aliases):
+            if vars(place).get(alias) is original:
+                setattr(place, alias, extended)
         return replacement
 
     return decorate

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,30 +17,39 @@ from .packed import PackedWeight4bit
 def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows [..., D] of a 4-bit table [V, D] that ``rows`` [...] numbers, in ``dtype``, and no other row.
 
-    The bits are those of ``w4.dequantize(dtype)[rows]``. Raises an IndexError for a row that is not there.
+    The bits are those of ``w4.dequantize(dtype)[rows]``.
+
+    Raises:
+        IndexError: a row is out of range. Compiled by Inductor, it is the RuntimeError of torch's own embedding; on
+        CUDA
+            it is an assertion on the device. TypeError: ``rows`` is not int32 or int64.
     """
+    if rows.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"rows: expected row numbers, int32 or int64, got {rows.dtype}")
     count, width = w4.shape
     index = rows.reshape(-1).long()
-    # A row lies in `span` blocks, whole ones where the width is a multiple of the block size.
-    first = index * width // w4.block_size
     aligned = width % w4.block_size == 0
-    span = width // w4.block_size if aligned else -(-(width - 1) // w4.block_size) + 1
-    blocks = first.unsqueeze(1) + torch.arange(span, device=index.device)
-    wrapped = not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(index)
-    if wrapped:  # torch.func lets nobody look at it; index_select refuses a row that is not there
-        index = torch.arange(count, device=index.device).index_select(0, index)
-    # index_select checks for itself, on a GPU without making the host wait.
-    checked = index.is_cpu or (not aligned and not index.is_meta)
-    if checked and index.numel() and not (wrapped or torch.compiler.is_compiling()):
+    # While a graph is traced and inside of torch.func nobody can look at the numbers.
+    traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)
+    if index.is_cpu and not traced and index.numel():
         low, high = index.aminmax()
         if low < 0 or high >= count:
             raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
+    elif not aligned:
+        # torch checks the numbers of an embedding everywhere, also in compiled graphs. A table of the row numbers
+        # gives each number back, so that what follows depends on the check.
+        numbers = torch.arange(count, dtype=torch.int64, device=index.device)
+        index = nn.functional.embedding(index, numbers.unsqueeze(1)).squeeze(1)
+    # A row lies in `span` blocks, whole ones where the width is a multiple of the block size.
+    first = index * width // w4.block_size
+    span = width // w4.block_size if aligned else -(-(width - 1) // w4.block_size) + 1
+    blocks = first.unsqueeze(1) + torch.arange(span, dtype=torch.int64, device=index.device)
     if aligned:
-        packed = w4.packed.index_select(0, index)
+        packed = nn.functional.embedding(index, w4.packed)
     else:
         # A block of an even number of elements begins on a byte. Behind the table's end, anything will do.
         half = w4.block_size // 2
-        at = (first * half).unsqueeze(1) + torch.arange(span * half, device=index.device)
+        at = (first * half).unsqueeze(1) + torch.arange(span * half, dtype=torch.int64, device=index.device)
         packed = w4.packed.reshape(-1)[at.clamp_max(w4.packed.numel() - 1)]
         blocks = blocks.clamp_max(w4.absmax.numel() - 1)
     nested = None if w4.nested_absmax is None else w4.nested_absmax[blocks // w4.nested_block_size].reshape(-1)
@@ -55,7 +65,7 @@ def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     )
     if not aligned:
         begin = (index * width - first * w4.block_size).unsqueeze(1)
-        out = out.gather(1, begin + torch.arange(width, device=index.device))
+        out = out.gather(1, begin + torch.arange(width, dtype=torch.int64, device=index.device))
     return out.reshape(*rows.shape, width)
 
 
@@ -70,11 +80,20 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         padding_idx: kept for those who ask; its row is decoded like any other.
         compute_dtype: of the rows.
         block_size, double_quant, device, nested_block_size: as in ``Linear4bit``.
+
+    Example:
+        >>> table = qlora_ext.nn.Embedding4bit.from_embedding(nn.Embedding(1000, 64))
+        >>> table(torch.tensor([[3, 999]])).shape
+        torch.Size([1, 2, 64])
+        >>> table(torch.tensor([1000]))
+        Traceback (most recent call last):
+        IndexError: rows: expected row numbers from 0 to 999, got 1000 to 1000
     """
 
     absmax: Tensor
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
+    packed_is_tied = True
 
     def __init__(
         self,
@@ -127,6 +146,10 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         module.set_weight(module.quantize(embedding.weight))
         return module.train(embedding.training)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, ids: Tensor) -> Tensor: ...
+
     def forward(self, ids: Tensor) -> Tensor:
         return decode_rows(self.packed_weight(), ids, self.compute_dtype)
 
@@ -159,7 +182,15 @@ class TiedLinear4bit(Linear4bit):
 
     Its ``weight`` is the table's own parameter, and the scales are those of the table: they are stored once, and in
     the table's state. Args: the table, and the bias [V] or None.
+
+    Example:
+        >>> table = qlora_ext.nn.Embedding4bit.from_embedding(nn.Embedding(1000, 64))
+        >>> head = qlora_ext.nn.TiedLinear4bit(table)
+        >>> head(torch.randn(3, 64)).shape, head.weight is table.weight
+        (torch.Size([3, 1000]), True)
     """
+
+    packed_is_tied = True
 
     def __init__(self, embedding: Embedding4bit, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)

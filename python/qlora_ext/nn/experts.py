@@ -30,6 +30,11 @@ class ExpertsLora(NamedTuple):
         scaling: lora_alpha / R.
         dropout_p: probability of dropping an element of a row of x, 0 to 1. A token's rows, one for each of its
             experts, are dropped from independently, as by experts that are layers of their own.
+
+    Example:
+        >>> lora = qlora_ext.nn.ExpertsLora(a=torch.randn(4, 8, 64), b=torch.zeros(4, 32, 8), scaling=2.0)
+        >>> lora.dropout_p
+        0.0
     """
 
     a: Tensor
@@ -39,7 +44,12 @@ class ExpertsLora(NamedTuple):
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether ``module`` is what ``Experts4bit`` can replace: see there."""
+    """Whether ``module`` is what ``Experts4bit`` can replace: see there.
+
+    Example:
+        >>> qlora_ext.nn.is_fused_experts(nn.Linear(4, 4))
+        False
+    """
     if isinstance(module, Packed4bit) or not hasattr(type(module), "_apply_gate"):
         return False
     weights = [module._parameters.get(name) for name in _projections(module)]
@@ -76,6 +86,16 @@ class Experts4bit(Packed4bit):
 
     Raises:
         TypeError: ``experts`` is no such module.
+
+    Example:
+        >>> from transformers import MixtralConfig
+        >>> from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+        >>> config = MixtralConfig(hidden_size=64, intermediate_size=32, num_local_experts=4)
+        >>> dense = MixtralExperts(config)
+        >>> parameters = [nn.init.normal_(p) for p in dense.parameters()]
+        >>> experts = qlora_ext.nn.Experts4bit.from_experts(dense)
+        >>> experts(torch.randn(5, 64), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)).shape
+        torch.Size([5, 64])
     """
 
     def __init__(
@@ -176,20 +196,22 @@ class Experts4bit(Packed4bit):
         return self.to_experts(dtype)
 
     def _project(self, name: str, x: Tensor, offsets: Tensor, lora: ExpertsLora | None) -> Tensor:
-        call = Experts4bit._grouped if self.residency is None else _grouped_eagerly
-        return call(self, name, x, offsets, lora)
-
-    def _grouped(self, name: str, x: Tensor, offsets: Tensor, lora: ExpertsLora | None) -> Tensor:
         dense = self._parameters.get(f"{name}_bias"), *((None, None) if lora is None else (lora.a, lora.b))
-        if self.residency is not None and x.shape[0] < offsets.shape[0]:  # some have no token, and need not come
-            before = torch.cat([offsets.new_zeros(1), offsets[:-1]])
-            chosen = (offsets > before).nonzero().squeeze(1)
-            offsets = offsets[chosen]
-            dense = tuple(None if t is None else t.index_select(0, chosen) for t in dense)
-            w4 = self._some_experts(name, chosen.tolist())
-        else:
-            w4 = self.working_weight(name)
-        scaling, dropout_p = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
+        numbers = (1.0, 0.0) if lora is None else (lora.scaling, lora.dropout_p)
+        if self.residency is not None:
+            y: Tensor = _grouped_streamed(self, name, x, offsets, dense, numbers)
+            return y
+        return self._grouped(self.packed_weight(name), x, offsets, dense, numbers)
+
+    def _grouped(
+        self,
+        w4: NF4Weight,
+        x: Tensor,
+        offsets: Tensor,
+        dense: tuple[Tensor | None, ...],
+        numbers: tuple[float, float],
+    ) -> Tensor:
+        scaling, dropout_p = numbers
         y: Tensor = torch.ops.qlora.grouped_linear_nf4.default(
             x,
             offsets,
@@ -222,19 +244,25 @@ class Experts4bit(Packed4bit):
 
         Args:
             hidden_states: [T, hidden].
-            top_k_index: [T, k], the experts of each token; a number of E or more is nobody's.
+            top_k_index: [T, k], the experts of each token; numbers below 0, or of E or more, are ignored.
             top_k_weights: [T, k], their weights, or [T, E], those of all experts.
             lora: adapters by the name of the weight that they adapt.
 
         Returns:
             [T, hidden] in the dtype of ``hidden_states``; computed in ``compute_dtype``, or autocast's.
+
+        Raises:
+            TypeError: ``top_k_index`` holds no integers.
         """
+        if top_k_index.is_floating_point():
+            raise TypeError(f"top_k_index: expected the numbers of experts, integers, got {top_k_index.dtype}")
         tokens, k = top_k_index.shape
         cast = autocast_dtype(hidden_states.device.type) or self.compute_dtype
         experts = self._shapes["down_proj"][0]
         if top_k_weights.shape[-1] != k:
             top_k_weights = top_k_weights.gather(1, top_k_index)
-        expert, order = top_k_index.reshape(-1).sort(stable=True)
+        number = top_k_index.reshape(-1)
+        expert, order = torch.where(number < 0, experts, number).sort(stable=True)
         offsets = torch.searchsorted(
             expert, torch.arange(experts, dtype=expert.dtype, device=expert.device), right=True
         )
@@ -258,4 +286,21 @@ class Experts4bit(Packed4bit):
         return f"{shapes}, block_size={self.block_size}, double_quant={self.double_quant}"
 
 
-_grouped_eagerly = torch.compiler.disable(Experts4bit._grouped)  # as in a Linear4bit
+@torch.compiler.disable  # as in a Linear4bit
+def _grouped_streamed(
+    experts: Experts4bit,
+    name: str,
+    x: Tensor,
+    offsets: Tensor,
+    dense: tuple[Tensor | None, ...],
+    numbers: tuple[float, float],
+) -> Tensor:
+    assert experts.residency is not None
+    if x.shape[0] < offsets.shape[0]:  # some experts have no token, and need not come
+        before = torch.cat([offsets.new_zeros(1), offsets[:-1]])
+        chosen = (offsets > before).nonzero().squeeze(1)
+        w4 = experts._some_experts(name, chosen.tolist())
+        dense = tuple(None if t is None else t.index_select(0, chosen) for t in dense)
+        return experts._grouped(w4, x, offsets[chosen], dense, numbers)
+    with experts.residency.lend(name) as packed:
+        return experts._grouped(experts._as_weight(name, *packed), x, offsets, dense, numbers)

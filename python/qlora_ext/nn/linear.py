@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -29,11 +33,21 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         block_size: elements a scale: a power of two from 32 to 4096.
         double_quant: whether the scales are 8-bit codes themselves.
         device: of the packed state; "meta" allocates nothing.
+
+    Example:
+        >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
+        >>> layer(torch.randn(3, 64)).shape, layer.weight.shape, layer.weight.dtype
+        (torch.Size([3, 48]), torch.Size([48, 32]), torch.uint8)
+        >>> layer.dequantize().shape
+        torch.Size([48, 64])
     """
 
     absmax: Tensor
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
+    # The class of the dense layer in whose place this one stands, and what that has beside the state of an nn.Linear.
+    dense_class: type[nn.Linear] = nn.Linear
+    dense_attributes: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(
         self,
@@ -55,17 +69,13 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         else:
             self.register_parameter("bias", None)
 
+    if TYPE_CHECKING:
+
+        def __call__(self, x: Tensor) -> Tensor: ...
+
     @property
     def packed_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"weight": (self.out_features, self.in_features)}
-
-    def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-        """As ``NF4Weight.packed_args`` of ``working_weight()``, without making one."""
-        if self.residency is None:
-            tensors: PackedTensors = self.weight, self.absmax, self.nested_absmax, self.nested_offset
-        else:
-            tensors = self.residency.lend("weight")
-        return *tensors, self.block_size, self.nested_block_size
 
     @classmethod
     def from_linear(
@@ -86,8 +96,16 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             module.bias = nn.Parameter(
                 linear.bias.detach().to(module.compute_dtype), requires_grad=linear.bias.requires_grad
             )
+        module.stand_for(linear)
         module.train(linear.training)
         return module
+
+    def stand_for(self, linear: nn.Linear) -> None:
+        """Records the class of the dense layer ``linear``, so that ``to_linear`` returns the same class."""
+        if type(linear) is not nn.Linear:
+            known = vars(nn.Linear(1, 1, device="meta"))
+            self.dense_class = type(linear)
+            self.dense_attributes = {key: value for key, value in vars(linear).items() if key not in known}
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         weight: Tensor = dense.weight  # type: ignore[assignment]
@@ -108,28 +126,41 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 
         Computed in ``compute_dtype`` and returned in x's dtype; under autocast, both are the autocast dtype.
         """
-        call = Linear4bit._fused if self.residency is None else _fused_eagerly
-        return call(self, x, lora_a, lora_b, scaling, dropout_p)
+        if self.residency is not None:
+            y: Tensor = _fused_streamed(self, x, lora_a, lora_b, scaling, dropout_p)
+            return y
+        packed = self.weight, self.absmax, self.nested_absmax, self.nested_offset
+        return self._fused(packed, x, lora_a, lora_b, scaling, dropout_p)
 
     def _fused(
-        self, x: Tensor, lora_a: Tensor | None, lora_b: Tensor | None, scaling: float, dropout_p: float
+        self,
+        packed: PackedTensors,
+        x: Tensor,
+        lora_a: Tensor | None,
+        lora_b: Tensor | None,
+        scaling: float,
+        dropout_p: float,
     ) -> Tensor:
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
         cast, dtype = self._dtypes(x)
-        y = call_linear_nf4(
-            x.device.type,
-            x.to(cast),
-            *self.packed_args(),
-            self.out_features,
-            None if self.bias is None else self.bias.to(cast),
-            None if lora_a is None else lora_a.to(cast),
-            None if lora_b is None else lora_b.to(cast),
-            scaling,
-            dropout_p,
-            0,
-            seed_tensor,
-        )
-        return y.to(dtype)
+        bias = self.bias  # looked up once: a parameter is no plain attribute
+        with torch._C.DisableTorchFunctionSubclass():  # a PackedParameter costs what a plain one does
+            y = call_linear_nf4(
+                x.device.type,
+                x.to(cast),
+                *packed,
+                self.block_size,
+                self.nested_block_size,
+                self.out_features,
+                None if bias is None else bias.to(cast),
+                None if lora_a is None else lora_a.to(cast),
+                None if lora_b is None else lora_b.to(cast),
+                scaling,
+                dropout_p,
+                0,
+                seed_tensor,
+            )
+            return y.to(dtype)
 
     def merged_forward(
         self, x: Tensor, merged: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
@@ -164,6 +195,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         linear.weight = nn.Parameter(weight, requires_grad=False)
         if self.bias is not None:
             linear.bias = nn.Parameter(self.bias.detach().to(weight.dtype), requires_grad=False)
+        linear.__class__ = self.dense_class
+        vars(linear).update(self.dense_attributes)
         return linear.train(self.training)
 
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
@@ -176,5 +209,10 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         )
 
 
-# Which memory a streamed weight is in is known when it is used, and no graph may keep it.
-_fused_eagerly = torch.compiler.disable(Linear4bit._fused)
+# Only the call itself can say which memory holds a streamed weight, and no compiled graph may keep that memory.
+@torch.compiler.disable
+def _fused_streamed(layer: Linear4bit, *args: Any) -> Tensor:
+    assert layer.residency is not None
+    with layer.residency.lend("weight") as packed:
+        y: Tensor = layer._fused(packed, *args)
+    return y

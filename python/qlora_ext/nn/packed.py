@@ -13,16 +13,28 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..form import Form
-from ..lending import PackedTensors
+from ..lending import Loan
+from ..no_arithmetic import refuse_arithmetic
 from ..weight import NF4Weight, quantize_nf4
 
 # The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
 SCALES = ("absmax", "nested_absmax", "nested_offset")
+# Where ``nn.Module`` keeps the hooks of forward and backward.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
 Self = TypeVar("Self", bound="Packed4bit")
 
 
 def scale_names(weight: str) -> dict[str, str]:
-    """The names of the scales of the parameter ``weight``: absmax, or, beside others, gate_up_proj_absmax."""
+    """The names of the scales of the parameter ``weight``: absmax, or, beside others, gate_up_proj_absmax.
+
+    Example:
+        >>> qlora_ext.nn.scale_names("up_proj")["absmax"]
+        'up_proj_absmax'
+    """
     prefix = "" if weight == "weight" else f"{weight}_"
     return {scale: f"{prefix}{scale}" for scale in SCALES}
 
@@ -40,8 +52,8 @@ class Residency(Protocol):
     def device(self) -> torch.device:
         """Where the module computes."""
 
-    def lend(self, weight: str) -> PackedTensors:
-        """The packed tensors of ``weight`` on ``device``, for the operator that is called next."""
+    def lend(self, weight: str) -> Loan:
+        """The packed tensors of ``weight`` on ``device``, for the operators that are called until the loan ends."""
 
     def read(self, weight: str) -> dict[str, Tensor]:
         """Copies of them, which stay, by the names of their attributes."""
@@ -59,13 +71,20 @@ class Packed4bit(nn.Module, abc.ABC):
     Each weight named in ``packed_shapes`` is uint8, with the scales ``scale_names``. It and its absmax are parameters
     without gradient, so that FSDP2 shards them; the nested scales, which are small, are buffers. Moving the module
     moves them; changing its dtype changes ``compute_dtype`` and whatever else floats, but no packed state; loading a
-    state of another form is refused, strictly or not. A weight of more than two dimensions is a stack of matrices, each
-    quantized by itself.
+    state of another form is refused, strictly or not. Arithmetic on the parameters is refused too (``no_arithmetic``).
+    A weight of more than two dimensions is a stack of matrices, each quantized by itself.
+
+    Example:
+        >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
+        >>> layer.to(torch.float16).compute_dtype, sorted(layer.packed_state())
+        (torch.float16, ['absmax', 'nested_absmax', 'nested_offset', 'weight'])
     """
 
     form: Form
     weight_dtype: torch.dtype
     residency: Residency | None = None
+    # Whether other modules read the packed state of this one, or this one that of another.
+    packed_is_tied = False
 
     @property
     @abc.abstractmethod
@@ -123,6 +142,19 @@ class Packed4bit(nn.Module, abc.ABC):
             for buffer in nested:
                 self.register_buffer(buffer, state.get(buffer))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        self._guard(name)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in self._parameters:
+            self._guard(name)
+
+    def _guard(self, name: str) -> None:
+        if name in self.packed_shapes or any(name in scale_names(weight).values() for weight in self.packed_shapes):
+            refuse_arithmetic(self._parameters[name])
+
     def set_packed(self, name: str, w4: NF4Weight) -> None:
         """Takes ``w4`` as the weight ``name``, with its block sizes, scale form and device.
 
@@ -157,6 +189,35 @@ class Packed4bit(nn.Module, abc.ABC):
         setattr(self, nested_absmax, w4.nested_absmax)
         setattr(self, nested_offset, w4.nested_offset)
 
+    def packed_parts(self, name: str) -> dict[str, Tensor]:
+        """The parameters and buffers that hold the weight ``name``: the objects, by their names in the module."""
+        state = self.packed_state()
+        return {part: state[part] for part in (name, *scale_names(name).values()) if part in state}
+
+    def unshare(self, name: str) -> None:
+        """Gives the module its own parameter for the weight ``name``, over the same memory.
+
+        What ``set_packed`` puts there is then not seen by others that share the parameter. A module that is streamed,
+        and a table to which a head is tied, keep theirs.
+        """
+        if self.residency is None and not self.packed_is_tied:
+            setattr(self, name, nn.Parameter(self._parameters[name].detach(), requires_grad=False))  # type: ignore[union-attr]
+
+    def put_back(self, name: str, w4: NF4Weight, parts: Mapping[str, Tensor]) -> None:
+        """Undoes ``unshare`` and ``set_packed``.
+
+        Args:
+            w4: the weight as it was before. parts: ``packed_parts`` as they were before: the module shares them again,
+                unless it has moved to another device.
+        """
+        device = getattr(self, name).device
+        if self.residency is None and not self.packed_is_tied and all(t.device == device for t in parts.values()):
+            for part, t in parts.items():
+                own: dict[str, Any] = self._parameters if part in self._parameters else self._buffers
+                own[part] = t
+        else:
+            self.set_packed(name, w4.to(device))
+
     @property
     def is_sharded(self) -> bool:
         """Whether this process holds only a part of the packed state (FSDP2, between its uses)."""
@@ -173,11 +234,8 @@ class Packed4bit(nn.Module, abc.ABC):
             copies = self.residency.read(name)
             return self._as_weight(name, copies[name], *(copies.get(scale) for scale in names[1:]))  # type: ignore[arg-type]
         packed, absmax, *nested = (getattr(self, part) for part in names)
-        return self._as_weight(name, whole(packed.detach()), whole(absmax.detach()), *nested)
-
-    def working_weight(self, name: str = "weight") -> NF4Weight:
-        """The 4-bit weight ``name`` for the operator that is called next: of a module that is streamed, it is lent."""
-        return self.packed_weight(name) if self.residency is None else self._as_weight(name, *self.residency.lend(name))
+        with torch._C.DisableTorchFunctionSubclass():  # an NF4Weight holds plain tensors
+            return self._as_weight(name, whole(packed.detach()), whole(absmax.detach()), *nested)
 
     def _as_weight(
         self, name: str, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None
@@ -206,6 +264,19 @@ class Packed4bit(nn.Module, abc.ABC):
         """A dense weight of this module in the shape of ``packed_shapes``, the other way round or as it is."""
         return dense
 
+    def take_hooks(self, replaced: nn.Module) -> None:
+        """Takes over the hooks of the module that this one replaces; their handles remove them here, too.
+
+        Example:
+            >>> dense = nn.Linear(64, 48)
+            >>> handle = dense.register_forward_hook(lambda module, args, y: -y)
+            >>> layer = qlora_ext.nn.Linear4bit.from_linear(dense)
+            >>> layer.take_hooks(dense)
+            >>> torch.equal(layer(torch.ones(64)), -layer.forward(torch.ones(64)))
+            True
+        """
+        vars(self).update({name: vars(replaced)[name] for name in _HOOKS})
+
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         """The weights of the module that this one replaces, as they are quantized, that can be calibrated."""
         return {}
@@ -223,19 +294,20 @@ class Packed4bit(nn.Module, abc.ABC):
         if self.residency is not None:  # the packed state is where it is to be
             with self._packed_aside():
                 super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+            self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
             return self
-        before = {name: t.detach() for name, t in self.packed_state().items()}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, kept in before.items():
-            after = getattr(self, name)
-            if after.dtype == kept.dtype:
-                continue
-            if name in self._parameters:
-                after.data = kept.to(after.device)
-            else:
-                self._buffers[name] = kept.to(after.device)
-        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        with torch._C.DisableTorchFunctionSubclass():
+            before = {name: t.detach() for name, t in self.packed_state().items()}
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            for name, kept in before.items():
+                after = getattr(self, name)
+                if after.dtype == kept.dtype:
+                    continue
+                if name in self._parameters:
+                    after.data = kept.to(after.device)
+                else:
+                    self._buffers[name] = kept.to(after.device)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
         return self
 
     @contextlib.contextmanager
@@ -313,5 +385,11 @@ class PackedWeight4bit(Packed4bit):
 
 
 def layers_of(model: nn.Module) -> Iterable[tuple[str, Packed4bit]]:
-    """The 4-bit modules of ``model`` with their names."""
+    """The 4-bit modules of ``model`` with their names.
+
+    Example:
+        >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48), nn.ReLU()))
+        >>> [name for name, layer in qlora_ext.nn.layers_of(model)]
+        ['0']
+    """
     return ((name, m) for name, m in model.named_modules() if isinstance(m, Packed4bit))

@@ -32,6 +32,7 @@ from .base_file import (
     write_base,
 )
 from .experts import set_dropout
+from .gradients import inert_adapters
 from .initial import initialize_lora
 from .linear import LoraLinear4bit, cast_fused
 from .merge import MergeError, merge_calibrated, merge_to_4bit
@@ -46,6 +47,7 @@ __all__ = [
     "OnMismatch",
     "cast_fused",
     "check_base",
+    "inert_adapters",
     "initialize_lora",
     "merge_calibrated",
     "merge_to_4bit",
@@ -76,6 +78,19 @@ def check_base(
 
     Raises:
         ValueError: another base, with "refuse"; or the file is damaged or of a newer version.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        >>> from qlora_ext.integrations.peft import check_base
+        >>> directory = tempfile.mkdtemp()
+        >>> model.save_pretrained(directory)
+        >>> check_base(model, directory)
+        True
     """
     return compare_base(model, directory, on_mismatch or on_base_mismatch)
 
@@ -93,6 +108,9 @@ def _prepare_model_for_kbit_training(original: Any, model: Any, *args: Any, **kw
     # PEFT turns gradient checkpointing on for the kinds of 4-bit model that it knows.
     known = getattr(model, "is_loaded_in_4bit", False)
     if is_4bit(model) and not known and (args[0] if args else kwargs.get("use_gradient_checkpointing", True)):
+        if not hasattr(model, "gradient_checkpointing_enable"):  # a model of diffusers, whose checkpoints need no input
+            model.enable_gradient_checkpointing()
+            return model
         options = (args[1] if len(args) > 1 else kwargs.get("gradient_checkpointing_kwargs")) or {}
         if options.get("use_reentrant", True):
             model.enable_input_require_grads()

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..._outside import FileError, Schema, excerpt, read_json
+from ...atomic import staged_file
 from ...fingerprint import fingerprint
 from ...nn import Packed4bit, layers_of
 from .._patches import extend
@@ -52,10 +53,8 @@ def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str
         record["merge_aware"] = True
     if _is_sharded(model) and torch.distributed.get_rank() != 0:
         return
-    path = pathlib.Path(directory) / BASE_FILE
-    partial = path.with_suffix(".tmp")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with staged_file(pathlib.Path(directory) / BASE_FILE) as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def _read(directory: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, Any] | None]:

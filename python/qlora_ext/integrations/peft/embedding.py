@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...nn import Embedding4bit
 from .merge import Over4bit
+from .reading import behind
 
 
 class LoraEmbedding4bit(Over4bit, DenseLoraEmbedding):
@@ -15,7 +16,8 @@ class LoraEmbedding4bit(Over4bit, DenseLoraEmbedding):
 
     @property
     def layer4bit(self) -> Embedding4bit:
-        layer: Embedding4bit = self.get_base_layer()
+        layer = behind(self.get_base_layer())
+        assert isinstance(layer, Embedding4bit)
         return layer
 
     def decoded(self) -> Tensor:

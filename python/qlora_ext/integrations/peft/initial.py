@@ -19,6 +19,16 @@ def initialize_lora(peft_model: Any, adapter_name: str = "default") -> None:
 
     Raises:
         ValueError: nothing was found for this model, or for one of its layers, or of a lower rank than the adapter's.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from qlora_ext.integrations.peft import initialize_lora
+        >>> model = qlora_ext.quantize_model(model, init_lora=qlora_ext.calibration.InitLora("loftq", rank=8))
+        >>> model = get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules="all-linear"))
+        >>> initialize_lora(model)
     """
     found = initial_lora_of(peft_model.get_base_model())
     if not found:

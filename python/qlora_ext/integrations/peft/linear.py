@@ -6,16 +6,29 @@ import contextlib
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.lora.layer import Linear as DenseLoraLinear
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from ...merged import merged_weight
 from ...nn import Linear4bit
 from ...weight import NF4Weight
 from .merge import Over4bit
+from .reading import behind, stand_in
+
+
+def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
+    """Whether calling ``module`` only runs the ``forward`` of its class, without hooks or a replaced ``forward``."""
+    return type(module) in kinds and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def active_dropout(dropout: nn.Module) -> float:
@@ -65,7 +78,26 @@ def decoded(layer: Linear4bit) -> nn.Linear:
     dense._parameters["weight"] = nn.Parameter(layer.dequantize(torch.float32), requires_grad=False)
     if layer.bias is not None:
         dense._parameters["bias"] = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
+    # What PEFT's preparations have left at the layer (CorDA's eigens).
+    dense.__dict__.update({key: value for key, value in vars(layer).items() if key not in vars(dense)})
     return dense.train(layer.training)
+
+
+Self = TypeVar("Self", bound="OverLinear4bit")
+
+# Methods of PEFT's layers that read the base's weight, besides those that are overridden here.
+READERS = ("get_delta_weight", "get_delta_bias", "get_base_weight", "get_merged_weights", "update_scaling")
+
+
+def reader(name: str) -> Callable[..., Any]:
+    """The method ``name`` of a PEFT layer, which reads the decoded weight if ``OverLinear4bit`` is the first base."""
+
+    def method(self: OverLinear4bit, *args: Any, **kwargs: Any) -> Any:
+        over = self._over(stand_in(self.base_layer)) if isinstance(self.base_layer, Linear4bit) else self
+        return getattr(super(OverLinear4bit, over), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
 
 
 class OverLinear4bit(Over4bit):
@@ -78,9 +110,15 @@ class OverLinear4bit(Over4bit):
 
     @property
     def layer4bit(self) -> Linear4bit:
-        layer = self.base_layer
+        layer = behind(self.base_layer)
         assert isinstance(layer, Linear4bit)
         return layer
+
+    def _over(self: Self, base: nn.Module) -> Self:
+        """A copy of this layer over another base. A copy, because another thread may be using this layer."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _modules={**self._modules, "base_layer": base})  # type: ignore[attr-defined]
+        return twin
 
     @property
     def bias4bit(self) -> Tensor | None:
@@ -95,6 +133,19 @@ class OverLinear4bit(Over4bit):
         finally:
             self.base_layer = layer
 
+    def _refuse_offloaded(self, x: Tensor) -> None:
+        """Raises a ValueError if accelerate has offloaded the layer: its adapter would be trained on "meta"."""
+        if not self.layer4bit.weight.is_meta or x.is_meta or not torch.is_grad_enabled():
+            return
+        named: Any = self.named_parameters()  # type: ignore[attr-defined]
+        trained = [name for name, p in named if p.requires_grad and p.is_meta]
+        if trained:
+            raise ValueError(
+                f"device_map: expected layers that are on a device, got an adapter ({trained[0]}) on a layer that is "
+                'offloaded to the CPU or disk, which cannot be trained; load the model with QLoRAConfig(stream="disk") '
+                'or QLoRAConfig(stream="ram") instead'
+            )
+
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
         with self._base_as(decoded(self.layer4bit)) as dense:
             before = dense.weight.detach().clone()
@@ -105,10 +156,8 @@ class OverLinear4bit(Over4bit):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:  # type: ignore[attr-defined]
             self.unmerge()
-        # PEFT's code runs on a twin that shares all but the base: another thread may be in this very layer.
-        twin = object.__new__(type(self))
-        modules = {**self._modules, "base_layer": _Decoding(self.layer4bit, x.dtype)}  # type: ignore[attr-defined]
-        twin.__dict__.update(self.__dict__, _modules=modules)
+        self._refuse_offloaded(x)
+        twin = self._over(_Decoding(self.layer4bit, x.dtype))
         y: Tensor = super(OverLinear4bit, twin).forward(x, *args, **kwargs)  # type: ignore[misc]
         return y
 
@@ -132,11 +181,23 @@ class OverLinear4bit(Over4bit):
         return f"{super().__repr__()}".removeprefix("lora.")
 
 
+class _Adapter(NamedTuple):
+    name: str
+    a: Tensor
+    b: Tensor
+    dropout: nn.Module
+
+
+_ADAPTER_MODULES = "lora_A", "lora_B", "lora_dropout"
+_LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
+
+
 class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
     One plain active adapter runs as the one operator y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias. Whatever else
-    PEFT can do (several active adapters, adapters by sample, DoRA and its kin, biases on B) runs by PEFT's own code.
+    PEFT can do (several active adapters, adapters by sample, DoRA and its kin, biases on B, hooks on the base or on the
+    adapter's modules) runs by PEFT's own code.
     """
 
     # Adapters that run, and are trained, as they will be once merged; ``set_merge_aware`` says which.
@@ -161,66 +222,89 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
         update = super().update_layer if reads_weight else functools.partial(DenseLoraLinear.update_layer, self)
         update(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
-    def _fused_adapter(self, kwargs: dict[str, Any]) -> str | None:
-        """The adapter that the one operator can run, or None."""
+    def _fused_adapter(self, kwargs: dict[str, Any]) -> _Adapter | None:
+        """The adapter that the fused operator can run; if None, PEFT's code calls each module and its hooks."""
         if self.disable_adapters or self.merged or any(value is not None for value in kwargs.values()):
             return None
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if len(active) != 1 or active[0] in self.lora_variant or hasattr(self.base_layer, "_hf_hook"):
+        modules = self._modules  # an attribute that is a module costs a search
+        lora_a: Any = modules["lora_A"]
+        active = [name for name in self.active_adapters if name in lora_a._modules]
+        if len(active) != 1 or active[0] in self.lora_variant or has_global_hook():
             return None
-        plain = type(self.lora_A[active[0]]) is nn.Linear and type(self.lora_B[active[0]]) is nn.Linear
-        return active[0] if plain and self.lora_B[active[0]].bias is None else None
+        (name,) = active
+        base, a, b, dropout = (modules["base_layer"], *(modules[m]._modules[name] for m in _ADAPTER_MODULES))
+        if not (_is_plain(a, _LINEAR) and _is_plain(b, _LINEAR) and _is_plain(dropout, _DROPOUT)):
+            return None
+        if b.bias is not None or not _is_plain(base, (type(base),)):
+            return None
+        return _Adapter(name, a.weight, b.weight, dropout)
 
     def cast_fused(self) -> None:
         """Casts the adapter that the one operator runs with to the layer's compute dtype, as each call does."""
         adapter = self._fused_adapter({})
         if adapter is not None and not self.merge_aware:
-            self.lora_A[adapter].to(self.layer4bit.compute_dtype)
-            self.lora_B[adapter].to(self.layer4bit.compute_dtype)
+            self.lora_A[adapter.name].to(self.layer4bit.compute_dtype)
+            self.lora_B[adapter.name].to(self.layer4bit.compute_dtype)
 
     @property
     def trained_as_merged(self) -> bool:
         return bool(self.merged_adapters) and self.merge_aware.issuperset(self.merged_adapters)
 
-    def _merged_weight(self, adapter: str) -> NF4Weight:
-        layer, a, b = self.layer4bit, self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        scaling = self.scaling[adapter]
+    def _merged_weight(self, adapter: _Adapter) -> NF4Weight:
+        layer, (name, a, b, _) = self.layer4bit, adapter
+        scaling = self.scaling[name]
         may_change = self.training or torch.is_grad_enabled() or isinstance(scaling, Tensor)
         if may_change or torch.compiler.is_compiling():
             self._kept = None
-            return merged_weight(layer.weight4bit, a, *fold_scaling(b, scaling))
-        made_of = scaling, *((id(t), t.data_ptr(), t.dtype, t._version) for t in (layer.weight, a, b))
-        if self._kept is None or self._kept[0] != made_of:
-            self._kept = made_of, merged_weight(layer.weight4bit, a, b, scaling)
-        return self._kept[1]
+            return merged_weight(layer.weight4bit, a, *fold_scaling(b, scaling), self.rounding_seed)
+        made_of = (
+            scaling,
+            self.rounding_seed,
+            *((id(t), t.data_ptr(), t.dtype, t._version) for t in (layer.weight, a, b)),
+        )
+        kept = self._kept  # read once: another thread may exchange it
+        if kept is None or kept[0] != made_of:
+            kept = self._kept = made_of, merged_weight(layer.weight4bit, a, b, scaling, self.rounding_seed)
+        return kept[1]
 
-    def _as_merged(self, x: Tensor, adapter: str) -> Tensor:
-        dropout_p = active_dropout(self.lora_dropout[adapter])
+    def _as_merged(self, x: Tensor, adapter: _Adapter) -> Tensor:
+        dropout_p = active_dropout(adapter.dropout)
         if dropout_p > 0.0:
             raise ValueError(f"lora_dropout: expected 0, for a merged adapter has none, got {dropout_p}")
-        b, scaling = fold_scaling(self.lora_B[adapter].weight, self.scaling[adapter])
-        return self.layer4bit.merged_forward(x, self._merged_weight(adapter), self.lora_A[adapter].weight, b, scaling)
+        b, scaling = fold_scaling(adapter.b, self.scaling[adapter.name])
+        return self.layer4bit.merged_forward(x, self._merged_weight(adapter), adapter.a, b, scaling)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter = self._fused_adapter(kwargs)
-        if adapter is not None and adapter in self.merge_aware:
+        if adapter is not None and adapter.name in self.merge_aware:
             return self._as_merged(x, adapter)
         if adapter is not None:
-            b, scaling = fold_scaling(self.lora_B[adapter].weight, self.scaling[adapter])
-            dropout_p = active_dropout(self.lora_dropout[adapter])
-            return self.layer4bit.fused_forward(x, self.lora_A[adapter].weight, b, scaling, dropout_p)
+            b, scaling = fold_scaling(adapter.b, self.scaling[adapter.name])
+            return self.layer4bit.fused_forward(x, adapter.a, b, scaling, active_dropout(adapter.dropout))
         if not self.disable_adapters and not self.merged and self.merge_aware.intersection(self.active_adapters):
             raise ValueError(
-                f"adapters: expected a plain LoRA alone where one runs as merged, got {', '.join(self.active_adapters)}"
+                "adapters: merge-aware LoRA runs as the only active adapter, without hooks on its modules, "
+                f"got {', '.join(self.active_adapters)}"
             )
         if self.lora_variant and not self.disable_adapters and not self.merged:
             return super().forward(x, *args, **kwargs)
+        self._refuse_offloaded(x)
         y: Tensor = DenseLoraLinear.forward(self, x, *args, **kwargs)
         return y
 
 
 def cast_fused(model: nn.Module) -> None:
-    """Casts the fused adapters of ``model`` to the dtype in which each call would cast them; for inference alone."""
+    """Casts the fused adapters of ``model`` once to the dtype to which each call would cast them; for inference only.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        >>> from qlora_ext.integrations.peft import cast_fused
+        >>> cast_fused(model.bfloat16().eval())
+    """
     for module in model.modules():
         if isinstance(module, LoraLinear4bit):
             module.cast_fused()

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...form import Form
-from ...merged import kept_of, with_update
+from ...merged import kept_of, seed_of, with_update
 from ...nn import Packed4bit, is_dense, quantize_model
 from ...weight import NF4Weight
 from .._patches import extend
@@ -30,8 +30,10 @@ class Over4bit:
 
     merged_adapters: list[str]
     parameter_name = "weight"
-    # What merge found: the packed weight and the bias.
-    _unmerged: tuple[NF4Weight, Tensor | None] | None = None
+    # By which merged weights are rounded, see ``set_name``.
+    rounding_seed = 0
+    # What merge found: the packed weight, the tensors in the module that hold it, and the bias.
+    _unmerged: tuple[NF4Weight, dict[str, Tensor], Tensor | None] | None = None
 
     @property
     def layer4bit(self) -> Packed4bit:
@@ -39,6 +41,10 @@ class Over4bit:
         layer = self.get_base_layer()  # type: ignore[attr-defined]
         assert isinstance(layer, Packed4bit)
         return layer
+
+    def set_name(self, name: str) -> None:
+        """Sets the layer's name in the model, from which the rounding seed of its merged weight is derived."""
+        self.rounding_seed = seed_of(f"{name}.{self.parameter_name}")
 
     @property
     def trained_as_merged(self) -> bool:
@@ -106,13 +112,14 @@ class Over4bit:
             self.bias4bit.data = bias.detach().to(self.bias4bit.dtype)
         layer = self.layer4bit
         w4 = layer.packed_weight(self.parameter_name)
+        layer.unshare(self.parameter_name)  # PEFT's layer_replication: the copies have adapters of their own
         if not self.trained_as_merged:
             before = self.decoded()
             self.requantize(weight)
             held, whole = kept_of(weight - before, before, self.decoded())
             if held >= _HELD_BY_THE_NEAREST * whole:
                 return
-        layer.set_packed(self.parameter_name, with_update(w4, layer.as_quantized(weight)))
+        layer.set_packed(self.parameter_name, with_update(w4, layer.as_quantized(weight), self.rounding_seed))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merges adapters into the 4-bit weight, see ``set_merged``; ``unmerge`` gives back the old bits."""
@@ -123,9 +130,10 @@ class Over4bit:
         if self.merged_adapters:
             self.unmerge()
         bias = self.bias4bit
-        w4 = self.layer4bit.packed_weight(self.parameter_name)
-        home = getattr(self.layer4bit, self.parameter_name).device  # of a streamed weight, the host
-        kept = w4.to(home), None if bias is None else bias.detach().clone()
+        layer = self.layer4bit
+        w4 = layer.packed_weight(self.parameter_name)
+        home = getattr(layer, self.parameter_name).device  # of a streamed weight, the host
+        kept = w4.to(home), layer.packed_parts(self.parameter_name), None if bias is None else bias.detach().clone()
         merged = self.merged_weights(names, safe_merge)
         self._unmerged = kept
         self.set_merged(*merged)
@@ -134,8 +142,8 @@ class Over4bit:
         if not self.merged_adapters or self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        w4, bias = self._unmerged
-        self.layer4bit.set_packed(self.parameter_name, w4.to(getattr(self.layer4bit, self.parameter_name).device))
+        w4, parts, bias = self._unmerged
+        self.layer4bit.put_back(self.parameter_name, w4, parts)
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.to(self.bias4bit)
         self._unmerged = None
@@ -178,6 +186,17 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
 
     Returns:
         The base model, still 4-bit, and the relative error that each layer and all of them together took on.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        >>> from qlora_ext.integrations.peft import merge_to_4bit
+        >>> merged, error = merge_to_4bit(model)
+        >>> type(merged.model.layers[0].mlp.up_proj).__name__
+        'Linear4bit'
     """
     by_layer: dict[str, float] = {}
     error = norm = held = whole = 0.0
@@ -222,6 +241,17 @@ def merge_calibrated(model: Any, calibration: Any) -> nn.Module:
 
     Raises:
         ValueError: no adapter is active on a 4-bit layer; or the layers have several block sizes or scale forms.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        >>> from qlora_ext.integrations.peft import merge_calibrated
+        >>> merged = merge_calibrated(model, torch.randint(0, 128, (4, 32)))
+        >>> len(qlora_ext.calibration.calibration_of(merged))
+        14
     """
     forms: dict[str, Form] = {}
     for name, layer in model.named_modules():

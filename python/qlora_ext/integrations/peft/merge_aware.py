@@ -19,6 +19,15 @@ def set_merge_aware(peft_model: Any, aware: bool = True, adapter_name: str = "de
     Raises:
         ValueError: the adapter has dropout, which merged weights cannot have; is on experts, or on no 4-bit layer; or
             is no plain LoRA.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+        >>> from qlora_ext.integrations.peft import set_merge_aware
+        >>> set_merge_aware(model)
     """
     layers = [m for m in peft_model.modules() if isinstance(m, LoraLinear4bit) and adapter_name in m.lora_A]
     if not layers:

@@ -21,7 +21,7 @@ from .._patches import extend
 from .base_file import is_4bit
 from .embedding import LoraEmbedding4bit
 from .experts import LoraExperts4bit, without_dropout
-from .linear import LoraLinear4bit, OverLinear4bit, decoded
+from .linear import READERS, LoraLinear4bit, OverLinear4bit, decoded, reader
 from .merge import Over4bit
 from .parameter import LoraParameter
 
@@ -52,7 +52,8 @@ class _Backend(QuantizationBackend):
 
 @functools.cache
 def _over_4bit(cls: Any) -> Any:
-    return type(f"{cls.__name__}4bit", (OverLinear4bit, cls), {"quantization_backend": _Backend()})
+    readers = {name: reader(name) for name in READERS if hasattr(cls, name)}
+    return type(f"{cls.__name__}4bit", (OverLinear4bit, cls), {"quantization_backend": _Backend(), **readers})
 
 
 def _base_of(target: nn.Module) -> nn.Module:
@@ -71,6 +72,14 @@ def _refuse_mixture(config: Any, target: nn.Module, target_name: str) -> None:
             f"target_modules: {target_name} is a 4-bit layer with adapters of {type(target).__name__}, and takes none "
             f"of {config.peft_type.value} beside them; give the methods of a PeftMixedModel layers of their own"
         )
+
+
+def _set_names(layer: nn.Module, name: str) -> None:
+    """Sets the name in the model of a layer over a 4-bit one, and of the layers that it wraps."""
+    inner: Any = layer
+    while isinstance(inner, Over4bit):
+        inner.set_name(name.replace(".base_layer", ""))
+        inner = inner.base_layer  # type: ignore[attr-defined]
 
 
 def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
@@ -95,6 +104,7 @@ def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: A
     layer.base_layer = target
     kind: Any = type(layer)
     layer.__class__ = _over_4bit(kind)
+    _set_names(layer, kwargs.get("current_key", target_name))
     if not torch.equal(dense.weight, before):
         layer.requantize(dense.weight)
 
@@ -150,6 +160,7 @@ def _create_and_replace(
         for layer in getattr(parent, target_name).modules():  # PEFT moves what one wraps, too, to where the weight is
             if isinstance(layer, Over4bit) and layer.layer4bit.residency is not None:
                 layer.move_adapter(name, layer.layer4bit.residency.device)
+        _set_names(getattr(parent, target_name), kwargs.get("current_key", target_name))
         return
     if config.lora_dropout:
         warnings.warn(
