@@ -60,6 +60,29 @@ def test_what_is_not_here_is_refused_by_name(arguments: dict[str, Any], message:
         QLoRAConfig(bnb_4bit_colour="red")
 
 
+def test_what_was_meant_is_said() -> None:
+    for typed, meant in (
+        ("blocksize", "block_size"),
+        ("Double_Quant", "double_quant"),
+        ("skip_module", "skip_modules"),
+    ):
+        with pytest.raises(TypeError, match=f"no argument '{typed}'; did you mean {meant}\\?"):
+            QLoRAConfig(**{typed: 1})
+    for name in ("bf16", "fp16", "fp32"):
+        assert QLoRAConfig(compute_dtype=name).compute_dtype.is_floating_point
+    with pytest.raises(ValueError, match=r"compute_dtype: .*bfloat16, float16, float32\), got 'bf17'"):
+        QLoRAConfig(compute_dtype="bf17")
+
+
+def test_the_class_is_no_configuration(tmp_path: Path) -> None:
+    """Parentheses are forgotten easily."""
+    make().save_pretrained(tmp_path)
+    with pytest.raises(AttributeError, match=r"write QLoRAConfig\(\) with parentheses"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QLoRAConfig)
+    assert not hasattr(QLoRAConfig, "quant_method")
+    assert QLoRAConfig().quant_method == "qlora_ext"
+
+
 @pytest.mark.parametrize("as_dict", [False, True])
 def test_from_bitsandbytes_quantizes_a_dense_checkpoint(as_dict: bool, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path / "dense")

@@ -109,7 +109,7 @@ def test_a_stopped_calibration_goes_on(after: int, tmp_path: Any) -> None:
     )
     for other, inputs in ((Chain(), x), (copy.deepcopy(dense), x + 1)):
         calibration = Calibration(iter([inputs]), directory=tmp_path)
-        with pytest.raises(ValueError, match=r"directory: expected an empty one, or one of this very calibration"):
+        with pytest.raises(ValueError, match=r"directory: expected an empty one, or one of this calibration"):
             qlora_ext.quantize_model(other, calibration=calibration)
 
 
@@ -143,6 +143,14 @@ def test_inputs_that_say_nothing_leave_plain_nf4() -> None:
         assert report.method == "absmax"
         assert "moments: expected finite" in report.note
         assert torch.equal(model[0].weight, plain[0].weight)
+
+
+@pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
+def test_importances_that_a_search_cannot_use_are_refused(value: float) -> None:
+    importance = torch.ones(64)
+    importance[7] = value
+    with pytest.raises(ValueError, match=f"importance: expected finite values of 0 or more, got {value:g} at 7"):
+        Feedback(importance, torch.arange(64), None)
 
 
 def test_one_token_is_enough_to_factorize() -> None:

@@ -17,6 +17,11 @@ from qlora_ext.nn import Embedding4bit, Linear4bit, TiedLinear4bit, quantize_mod
 WIDTHS = [64, 128, 32, 96, 100, 33, 7, 1]
 
 
+@pytest.fixture(autouse=True)
+def _no_graphs_of_other_tests() -> None:
+    torch._dynamo.reset()  # each test compiles the one forward anew, and torch bounds how often
+
+
 def table(width: int = 64, count: int = 50, dtype: torch.dtype = torch.float32, **options) -> Embedding4bit:
     return Embedding4bit.from_embedding(nn.Embedding(count, width, dtype=dtype), **options)
 
@@ -51,6 +56,42 @@ def test_dtypes(dtype: torch.dtype) -> None:
 def test_a_row_that_is_not_there(width: int, row: int) -> None:
     with pytest.raises(IndexError):
         table(width)(torch.tensor([3, row]))
+
+
+@pytest.mark.parametrize("width", [64, 100])
+@pytest.mark.parametrize(("backend", "dynamic"), [("aot_eager", None), ("aot_eager", True), ("inductor", True)])
+def test_a_row_that_is_not_there_in_a_compiled_graph(width: int, backend: str, dynamic: bool | None) -> None:
+    """As torch's own embedding: an IndexError by ATen, a RuntimeError by Inductor's code."""
+    module = table(width)
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=backend)
+    assert torch.equal(compiled(torch.tensor([0, 49])), module(torch.tensor([0, 49])))
+    for row in (-1, -50, 50, 2**40):
+        with pytest.raises(
+            IndexError if backend == "aot_eager" else RuntimeError, match=r"index out of (range|bounds)"
+        ):
+            compiled(torch.tensor([3, row]))
+    assert torch.equal(compiled(torch.tensor([0, 49])), module(torch.tensor([0, 49])))
+
+
+@pytest.mark.parametrize("width", [64, 100])
+def test_a_row_that_is_not_there_in_an_exported_graph_and_under_vmap(width: int) -> None:
+    module = table(width)
+    tokens = {"ids": {0: torch.export.Dim("tokens", min=2, max=1024)}}
+    exported = torch.export.export(module, (torch.arange(4),), dynamic_shapes=tokens).module()
+    assert torch.equal(exported(torch.tensor([0, 49, 7])), module(torch.tensor([0, 49, 7])))
+    for row in (-1, 50, 2**40):
+        for call in (exported, torch.func.vmap(module)):
+            with pytest.raises(IndexError):
+                call(torch.tensor([3, row, 7]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_numbers_that_are_no_rows(dtype: torch.dtype, compiled: bool) -> None:
+    """As torch's own embedding, which takes int32 and int64 alone."""
+    module = torch.compile(table(), backend="eager", fullgraph=True) if compiled else table()
+    with pytest.raises((TypeError, RuntimeError), match="expected row numbers, int32 or int64"):
+        module(torch.ones(2, dtype=dtype))
 
 
 @pytest.mark.parametrize(

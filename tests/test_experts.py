@@ -117,6 +117,13 @@ def test_an_expert_that_nobody_chose_and_one_that_does_not_exist() -> None:
     x = torch.randn(3, 64)
     torch.testing.assert_close(module(x, index, weights), module.to_experts()(x, index, weights), rtol=1e-4, atol=1e-4)
     assert module(x[:0], index[:0], weights[:0]).shape == (0, 64)
+    nobody = torch.tensor([[0, -1], [3, 0], [-7, 2**40]])
+    expected = module(x, index, weights)
+    for call in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+        assert torch.equal(call(x, nobody, weights), expected)
+    assert torch.equal(expected[2], torch.zeros(64))
+    with pytest.raises(TypeError, match=r"top_k_index: expected the numbers of experts, integers, got torch\.float32"):
+        module(x, weights, weights)
 
 
 def test_weights_of_all_experts() -> None:

@@ -228,6 +228,7 @@ def test_what_is_streamed_saves_and_copies_as_itself(llama: pathlib.Path, tmp_pa
     assert torch.equal(twin(token_ids()).logits, model(token_ids()).logits)
 
 
+@pytest.mark.usefixtures("native_bfloat16")
 def test_a_loaded_state_is_what_is_computed_with(llama: pathlib.Path) -> None:
     model = stream(load(llama), source="disk")
     model(token_ids())
@@ -239,7 +240,8 @@ def test_a_loaded_state_is_what_is_computed_with(llama: pathlib.Path) -> None:
 
 def test_a_lent_tensor_that_somebody_keeps_is_no_wrong_gradient(llama: pathlib.Path) -> None:
     layers = stream(load(llama), source="disk").model.layers
-    lent = layers[0].self_attn.q_proj.working_weight().packed
+    with layers[0].self_attn.q_proj.residency.lend("weight") as (lent, *_):
+        pass
     saved = torch.ones(32, requires_grad=True) * lent.view_as(lent)  # of which nothing says that it is lent
     for layer in layers:
         layer.self_attn.q_proj(torch.randn(3, 64).bfloat16())

@@ -88,7 +88,7 @@ def test_a_script_of_bitsandbytes(
     model = auto_class.from_pretrained(tmp_path / "dense", quantization_config=CONFIG, device_map="auto")
     count = len(layers(theirs))
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("qlora_ext:")]
-    assert said == [f"qlora_ext: {count} linear layers in NF4 in the place of bitsandbytes'"]
+    assert said == [f"qlora_ext: {count} linear layers in NF4 instead of bitsandbytes'"]
     assert layers(model).keys() == layers(theirs).keys()
     assert all(isinstance(m, Linear4bit) for m in layers(model).values())
     assert model.config.quantization_config.to_dict() == theirs.config.quantization_config.to_dict() == CONFIG.to_dict()

@@ -8,7 +8,6 @@ needs bitsandbytes itself, nor knows ``NF4Weight``: a weight comes and goes as i
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import reprlib
@@ -18,7 +17,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _C, ops
 from ._outside import parse_json
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
@@ -49,20 +48,14 @@ class Fields(TypedDict):
     nested_block_size: int
 
 
-@functools.cache
 def _code_values() -> Tensor:
-    """The 16 NF4 values, decoded from the codes themselves at scale 1."""
-    packed = torch.arange(0, 16, 2, dtype=torch.uint8) * 16 + torch.arange(1, 16, 2, dtype=torch.uint8)
-    values: Tensor = torch.ops.qlora.dequantize_nf4(packed, torch.ones(1), None, None, 64, 256, [16], torch.float32)
-    return values
+    """The 16 NF4 values, float32 on the CPU whatever torch's default dtype and device are."""
+    return torch.from_numpy(_C.nf4_code())
 
 
-@functools.cache
 def _nested_code_values() -> Tensor:
-    """The 256 values of the 8-bit code of double-quantized scales, decoded likewise."""
-    codes = torch.arange(256).to(torch.uint8)
-    values: Tensor = torch.ops.qlora.dequantize_absmax(codes, torch.ones(1), torch.zeros(()), 256)
-    return values
+    """The 256 values of the 8-bit code of double-quantized scales, likewise."""
+    return torch.from_numpy(_C.dynamic8_code())
 
 
 def _take(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
@@ -202,5 +195,5 @@ def write(weight: Fields, prefix: str) -> dict[str, Tensor]:
         }
         tensors[f"{prefix}.nested_absmax"] = nested_absmax
         tensors[f"{prefix}.nested_quant_map"] = _nested_code_values().to(device, copy=True)
-    tensors[f"{prefix}.{STATE_KEY}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+    tensors[f"{prefix}.{STATE_KEY}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
     return tensors

@@ -1,8 +1,12 @@
-"""Packed weights that are lent: in memory that other weights use in turn, so that nobody may keep them."""
+"""Packed weights on loan: other weights reuse their memory, so a borrower may not keep them.
+
+A loan is a context manager. Until it ends, no other thread can refill the memory.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TypeAlias
 
 import torch
@@ -10,7 +14,8 @@ from torch import Tensor
 
 # packed, absmax, nested_absmax, nested_offset
 PackedTensors: TypeAlias = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
-Lender: TypeAlias = Callable[[], PackedTensors]
+Loan: TypeAlias = AbstractContextManager[PackedTensors]
+Lender: TypeAlias = Callable[[], Loan]
 
 _LENDER = "_qlora_lender"
 

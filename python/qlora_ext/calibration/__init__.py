@@ -8,6 +8,7 @@ codes whose rounding errors are made good by the codes after them (GPTQ, Frantar
 from .calibrator import Calibration, Calibrator, LayerReport, calibration_of
 from .encoder import Encoded, Feedback, encode
 from .init_lora import InitLora, initial_lora_of
+from .store import finished_weights
 
 __all__ = [
     "Calibration",
@@ -18,5 +19,6 @@ __all__ = [
     "LayerReport",
     "calibration_of",
     "encode",
+    "finished_weights",
     "initial_lora_of",
 ]

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import digest
+from .._library import build_info
+from .._outside import FileError, printable
 from ..weight import NF4Weight
 from . import self_text
 from .encoder import Encoded, Feedback, encode
 from .init_lora import InitLora, LowRank, keep_initial_lora, weighted
 from .moments import ExpertMoments, Gathering, Moments
 from .stages import Stack, forward, stacks_of, without_cache
-from .store import Store
+from .store import Kept, Store
 
 # Second moments of one layer's inputs are K² floats; those of a block are gathered together up to so many bytes.
 _TOGETHER_BYTES = 2 << 30
@@ -63,6 +65,15 @@ class Calibration:
 
     Raises:
         TypeError, ValueError: an attribute is none of these.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> calibration = qlora_ext.Calibration(tokens=256, length=32)  # that the model writes itself
+        >>> model = qlora_ext.quantize_model(model, calibration=calibration)
+        >>> len(qlora_ext.calibration.calibration_of(model))
+        14
     """
 
     inputs: Any = "self"
@@ -93,24 +104,25 @@ class Calibration:
             )
 
     def key(
-        self, layers: Mapping[str, nn.Module], given: Sequence[Any] | None, init_lora: InitLora | None
+        self,
+        model: nn.Module,
+        layers: Iterable[str],
+        form: Mapping[str, Any],
+        given: Sequence[Any] | None,
+        init_lora: InitLora | None,
     ) -> dict[str, Any]:
         """By what a calibration knows its own results again: what is calibrated, on what, and how.
 
-        Of a weight some rows count, as a sample.
-
         Args:
+            layers: names of those that are calibrated. form: of the 4-bit weights.
             given: what ``given_batches`` returns.
         """
         weights, inputs = hashlib.sha256(), hashlib.sha256()
-        for name, layer in layers.items():
-            for weight, p in layer.named_parameters(recurse=False):
-                rows = p.detach().reshape(-1, p.shape[-1])
-                weights.update(f"{name}.{weight} {list(p.shape)}".encode())
-                digest.update(weights, rows[:: max(1, len(rows) // 8)])
+        digest.update(weights, [list(layers), model.state_dict()])
         digest.update(inputs, given)
         key = {name: getattr(self, name) for name in ("method", "tokens", "length", "seed", "damping")}
         key |= {"inputs": inputs.hexdigest() if given else "self", "weights": weights.hexdigest()}
+        key |= {**{name: str(value) for name, value in form.items()}, "version": build_info()["version"]}
         return key if init_lora is None else {**key, "init_lora": vars(init_lora)}
 
     @classmethod
@@ -149,7 +161,14 @@ class Calibration:
 
 
 def calibration_of(model: nn.Module) -> list[LayerReport]:
-    """How each weight of ``model`` was encoded; empty where ``quantize_model`` got no calibration."""
+    """How each weight of ``model`` was encoded; empty if ``quantize_model`` got no calibration.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 32))
+        >>> model = qlora_ext.quantize_model(model, calibration=[torch.randn(512, 64)])
+        >>> all(layer.error < layer.absmax_error for layer in qlora_ext.calibration.calibration_of(model))
+        True
+    """
     return list(getattr(model, _REPORT, ()))
 
 
@@ -163,6 +182,7 @@ class Calibrator:
         model: dense.
         layers: the layers that will be quantized, by name, in the order in which ``refine`` gets them.
         calibration: what to run the model on.
+        form: of the 4-bit weights, by the names that ``quantize_model`` has for it.
         init_lora: adapters to begin with that are wanted beside, of which experts have none.
 
     Raises:
@@ -174,6 +194,7 @@ class Calibrator:
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         calibration: Calibration,
+        form: Mapping[str, Any],
         init_lora: InitLora | None = None,
     ) -> None:
         if not layers:
@@ -189,7 +210,7 @@ class Calibrator:
         given = calibration.given_batches()
         self._store = None
         if calibration.directory is not None:
-            self._store = Store(calibration.directory, calibration.key(layers, given, init_lora))
+            self._store = Store(calibration.directory, calibration.key(model, layers, form, given, init_lora))
         self._batches = given or calibration.written_batches(model, self._store)
         self._moments: dict[tuple[str, str], Moments | ExpertMoments] = {}
         self._feedback: tuple[Moments, Feedback] | None = None
@@ -197,7 +218,8 @@ class Calibrator:
         self._watch()
         self._groups = self._groups_of(list(layers))
         self._group: list[str] = []
-        self._kept = False
+        self._kept: dict[tuple[str, str], Kept] | None = None  # of the group, if an earlier run finished it
+        self._saved: list[tuple[str, str]] = []  # of the group
 
     def _watch(self) -> None:
         """One run of the dense model: how its blocks are called."""
@@ -243,12 +265,17 @@ class Calibrator:
 
         One that was stopped halfway begins anew: its other layers saw the moments of a group that was all dense.
         """
-        if self._store is not None and self._group:
-            self._store.finish(self._group[0])
+        self.finish()
         self._group = self._groups[name]
-        self._kept = self._store is not None and self._store.is_finished(self._group[0])
-        if not self._kept:
+        self._kept = None if self._store is None else self._store.finished(self._group[0])
+        if self._kept is None:
             self._gather(name)
+
+    def finish(self) -> None:
+        """Notes that the last group is done, of which every layer was refined."""
+        if self._store is not None and self._saved:
+            self._store.finish(self._group[0], self._saved)
+        self._saved = []
 
     def _gather(self, name: str) -> None:
         gathering = Gathering({other: self._layers[other] for other in self._group}, map(_counted, self._batches))
@@ -274,9 +301,8 @@ class Calibrator:
         """
         if self._groups[name] is not self._group:
             self._enter_group(name)
-        if self._store is not None and self._kept:
-            w4, initial, kept = self._store.load(name, weight, plain)
-            report = LayerReport(**kept)
+        if self._kept is not None:
+            w4, initial, report = self._from_store(name, weight, plain)
         else:
             moments = self._moments.pop((name, weight), None)
             w4, report = self._encoded(name, w, plain, moments)
@@ -285,6 +311,7 @@ class Calibrator:
                 report = dataclasses.replace(report, name=f"{name}.{weight}")
             if self._store is not None:
                 self._store.save(name, weight, w4, initial, vars(report))
+                self._saved.append((name, weight))
         if initial is not None:
             self._initial[name] = initial
         self.report.append(report)
@@ -293,6 +320,19 @@ class Calibrator:
             done = len(self.report)
             self.settings.progress(done, done + len(self._layers), name)
         return w4
+
+    def _from_store(self, name: str, weight: str, plain: NF4Weight) -> tuple[NF4Weight, LowRank | None, LayerReport]:
+        assert self._store is not None
+        assert self._kept is not None
+        kept = self._kept.pop((name, weight), None)
+        w4 = None if kept is None else kept.in_form_of(plain)
+        if kept is None or w4 is None:
+            raise FileError(
+                f"directory: {printable(self._store.path)} does not hold {name}/{weight} in the form of this model; "
+                "delete that directory to begin again"
+            )
+        lora = None if kept.initial is None else (kept.initial[0].to(plain.device), kept.initial[1].to(plain.device))
+        return w4, lora, LayerReport(**kept.report)
 
     def _initial_lora(self, w: Tensor, w4: NF4Weight, moments: Moments | ExpertMoments | None) -> LowRank | None:
         if self._init_lora is None:

@@ -32,6 +32,13 @@ class InitLora:
 
     Raises:
         ValueError: an attribute is none of these.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64))
+        >>> init = qlora_ext.calibration.InitLora(method="loftq", rank=8)
+        >>> model = qlora_ext.quantize_model(model, init_lora=init)
+        >>> [a.shape for a, b in qlora_ext.calibration.initial_lora_of(model).values()]
+        [torch.Size([8, 64])]
     """
 
     method: str = "svd"
@@ -58,6 +65,12 @@ def initial_lora_of(model: nn.Module) -> dict[str, LowRank]:
     """A and B of each layer by its name; empty where ``quantize_model`` was not asked for any.
 
     ``qlora_ext.integrations.peft.initialize_lora`` puts them into adapters.
+
+    Example:
+        >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 32)), init_lora="loftq")
+        >>> a, b = qlora_ext.calibration.initial_lora_of(model)["0"]
+        >>> a.shape, b.shape
+        (torch.Size([16, 64]), torch.Size([32, 16]))
     """
     return dict(getattr(model, _INITIAL, {}))
 

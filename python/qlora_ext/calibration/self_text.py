@@ -31,10 +31,11 @@ def write(model: Any, sequences: int, length: int, seed: int) -> Tensor:
     text_config = model.config.get_text_config()
     special = {i for i in _flat(text_config.bos_token_id, text_config.eos_token_id, text_config.pad_token_id)}
     generator = torch.Generator().manual_seed(seed)
-    ordinary = torch.tensor([i for i in range(text_config.vocab_size) if i not in special])
-    first = ordinary[torch.randint(len(ordinary), (sequences, 1), generator=generator)]
+    form: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+    ordinary = torch.tensor([i for i in range(text_config.vocab_size) if i not in special], **form)
+    first = ordinary[torch.randint(len(ordinary), (sequences, 1), generator=generator, **form)]
     bos = _flat(text_config.bos_token_id)[:1]
-    start = torch.cat([torch.full((sequences, len(bos)), bos[0] if bos else 0), first], dim=1).to(device)
+    start = torch.cat([torch.full((sequences, len(bos)), bos[0] if bos else 0, **form), first], dim=1).to(device)
     was_training = model.training
     model.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -7,96 +7,182 @@ import hashlib
 import json
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import digest
+from .._outside import FileError, Schema, printable, read_json
+from ..atomic import PARTIAL, staged_file
 from ..weight import NF4Weight
 from .init_lora import LowRank
 
 _LORA = ("lora_a", "lora_b")
+_RECORD, _TOKENS, _DONE = "calibration.json", "tokens.safetensors", ".done"
+_COMMANDS_MARKER = "qlora_output.json"  # which the command puts into its directories
+_GROUP: Schema = {"key": str, "weights": [[str]]}
+_SAID = {"weights": "another model", "inputs": "another text"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A calibrated weight: its tensors, its initial adapter and its report."""
+
+    tensors: dict[str, Tensor]
+    initial: LowRank | None
+    report: dict[str, Any]
+
+    def in_form_of(self, plain: NF4Weight) -> NF4Weight | None:
+        """The weight, on the device of ``plain``; None if ``plain`` has another form."""
+        forms = [
+            {field: (t.shape, t.dtype) for field, t in tensors.items()} for tensors in (self.tensors, plain.tensors)
+        ]
+        if forms[0] != forms[1]:
+            return None
+        moved: dict[str, Any] = {field: t.to(plain.device) for field, t in self.tensors.items()}
+        return dataclasses.replace(plain, **moved)
+
+
+def finished_weights(directory: str | os.PathLike[str]) -> int:
+    """The number of finished weights in the calibration in ``directory``."""
+    return sum(len(_weights_of(path)) for path in pathlib.Path(directory).glob(f"*{_DONE}"))
+
+
+def _weights_of(done: pathlib.Path, key: str | None = None) -> list[list[str]]:
+    """The weights of a finished group, each with its layer; none if the file is damaged or has another ``key``."""
+    try:
+        record = read_json(done, _GROUP) if done.is_file() else None
+    except FileError:
+        return []
+    return record["weights"] if record and key in (None, record["key"]) else []
+
+
+def _sha256(*parts: Any) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        digest.update(found, part)
+    return found.hexdigest()
 
 
 class Store:
-    """A directory with the tokens of a calibration and one safetensors file a finished layer.
+    """A directory with the tokens of a calibration and one safetensors file per finished weight.
 
-    Every file is written under another name first, and is there whole or not at all. ``key`` says what was calibrated
-    on what, and how: files of another key are refused, never mixed in.
+    Every file appears complete or not at all. It records its calibration, layer and text and a digest of its content. A
+    damaged file, or one that belongs elsewhere, counts as missing.
+
+    Args:
+        key: the settings that identify the calibration: model, text and method.
 
     Raises:
-        ValueError: the directory holds a calibration of another key.
+        FileError: the directory holds something else, or a calibration of another key.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], key: dict[str, Any]) -> None:
+    def __init__(self, directory: str | os.PathLike[str], key: Mapping[str, Any]) -> None:
         self.path = pathlib.Path(directory)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._key = json.dumps(key, sort_keys=True)
-        record = self.path / "calibration.json"
-        if not record.exists():
-            self._replace(record, self._key.encode())
-        elif record.read_text() != self._key:
-            raise ValueError(
-                f"directory: expected an empty one, or one of this very calibration, got {self.path}, "
-                f"which holds another: {record.read_text()}"
+        self._key = _sha256(json.dumps(key, sort_keys=True))
+        record = self.path / _RECORD
+        if os.path.lexists(record):
+            self._check_key(record, json.loads(json.dumps(key)))
+            return
+        names = sorted(path.name for path in self.path.iterdir())
+        foreign = [name for name in names if name != _COMMANDS_MARKER and not name.startswith(PARTIAL)]
+        if foreign:
+            raise self._error(f"which holds {printable(foreign[0])} and no {_RECORD}", "delete it to begin again")
+        self._replace(record, json.dumps(key, sort_keys=True).encode())
+
+    def _error(self, got: str, advice: str) -> FileError:
+        return FileError(
+            f"directory: expected an empty one, or one of this calibration, got {printable(self.path)}, {got}; {advice}"
+        )
+
+    def _check_key(self, record: pathlib.Path, key: dict[str, Any]) -> None:
+        try:
+            found = read_json(record, dict) if record.is_file() else {}
+        except FileError:
+            found = {}
+        if not found:
+            raise self._error(f"of which {_RECORD} is damaged", "delete it to begin again")
+        other = [name for name in sorted({*key, *found}) if key.get(name) != found.get(name)]
+        if other:
+            said = ", ".join(_SAID.get(name, f"another {name}") for name in other)
+            raise self._error(
+                f"which holds one of {said}", "repeat the command that began it, or delete it to begin again"
             )
 
     def _replace(self, path: pathlib.Path, data: bytes) -> None:
-        partial = path.with_name(f"{path.name}.partial")
-        with partial.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        with staged_file(path) as partial:
+            partial.write_bytes(data)
 
     def _file(self, name: str, weight: str) -> pathlib.Path:
         digest = hashlib.sha256(f"{name}/{weight}".encode()).hexdigest()[:16]
         return self.path / f"{digest}.safetensors"
 
-    def save(self, name: str, weight: str, w4: NF4Weight, initial: LowRank | None, report: dict[str, Any]) -> None:
-        """Keeps the weight ``weight`` of the layer ``name``, its initial adapter, and what is to be told of it."""
+    def _write(self, path: pathlib.Path, tensors: dict[str, Tensor], name: str, report: str) -> None:
         from safetensors.torch import save
 
+        tensors = {field: t.contiguous().cpu() for field, t in sorted(tensors.items())}
+        metadata = {"name": name, "report": report, "key": self._key}
+        metadata["sha256"] = _sha256(tensors, metadata)
+        self._replace(path, save(tensors, metadata))
+
+    def _read(self, path: pathlib.Path, name: str) -> tuple[dict[str, Tensor], str] | None:
+        """The tensors and the report that were written under ``name``; None if they are missing or damaged."""
+        from safetensors import SafetensorError, safe_open
+
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(str(path), framework="pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors: dict[str, Tensor] = {field: opened.get_tensor(field) for field in sorted(opened.keys())}
+        except (OSError, SafetensorError):
+            return None
+        found = metadata.pop("sha256", None)
+        expected = {"name": name, "report": metadata.get("report", ""), "key": self._key}
+        return (tensors, expected["report"]) if found == _sha256(tensors, expected) else None
+
+    def save(self, name: str, weight: str, w4: NF4Weight, initial: LowRank | None, report: dict[str, Any]) -> None:
+        """Stores the weight ``weight`` of the layer ``name``, its initial adapter and its report."""
         lora = {} if initial is None else dict(zip(_LORA, initial, strict=True))
-        tensors = {field: t.contiguous().cpu() for field, t in (w4.tensors | lora).items()}
-        metadata = {"name": f"{name}/{weight}", "report": json.dumps(report)}
-        self._replace(self._file(name, weight), save(tensors, metadata))
+        self._write(self._file(name, weight), w4.tensors | lora, f"{name}/{weight}", json.dumps(report))
 
-    def finish(self, group: str) -> None:
-        """Notes that the group of layers which begins with ``group`` is done."""
-        self._replace(self._file(group, "").with_suffix(".done"), group.encode())
+    def _load(self, name: str, weight: str) -> Kept | None:
+        found = self._read(self._file(name, weight), f"{name}/{weight}")
+        if found is None:
+            return None
+        tensors, report = found
+        lora = [tensors.pop(field) for field in _LORA if field in tensors]
+        return Kept(tensors, (lora[0], lora[1]) if lora else None, json.loads(report))
 
-    def is_finished(self, group: str) -> bool:
-        return self._file(group, "").with_suffix(".done").exists()
+    def finish(self, group: str, weights: Sequence[tuple[str, str]]) -> None:
+        """Records that the group of layers which begins with ``group``, with these ``weights``, is done."""
+        record = {"key": self._key, "weights": [list(weight) for weight in weights]}
+        self._replace(self._file(group, "").with_suffix(_DONE), json.dumps(record).encode())
 
-    def load(self, name: str, weight: str, plain: NF4Weight) -> tuple[NF4Weight, LowRank | None, dict[str, Any]]:
-        """What ``save`` kept, in the form and on the device of ``plain``.
+    def finished(self, group: str) -> dict[tuple[str, str], Kept] | None:
+        """All weights of a finished group; None if it is unfinished or a weight is damaged or missing."""
+        kept: dict[tuple[str, str], Kept] = {}
+        for name, weight in _weights_of(self._file(group, "").with_suffix(_DONE), self._key):
+            found = self._load(name, weight)
+            if found is None:
+                return None
+            kept[name, weight] = found
+        return kept or None
 
-        Raises:
-            ValueError: it has another form.
-        """
-        from safetensors import safe_open
-
-        file = self._file(name, weight)
-        with safe_open(str(file), framework="pt") as opened:
-            metadata = opened.metadata()
-            parts: dict[str, Any] = {field: opened.get_tensor(field) for field in opened.keys()}  # noqa: SIM118
-        lora = [parts.pop(field).to(plain.device) for field in _LORA if field in parts]
-        forms = [{field: (t.shape, t.dtype) for field, t in tensors.items()} for tensors in (parts, plain.tensors)]
-        if forms[0] != forms[1]:
-            raise ValueError(f"{file}: expected {name}/{weight} in the form of this model, got another")
-        moved: dict[str, Any] = {field: t.to(plain.device) for field, t in parts.items()}
-        w4 = dataclasses.replace(plain, **moved)
-        return w4, (lora[0], lora[1]) if lora else None, json.loads(metadata["report"])
+    def _on(self, tokens: Tensor) -> Tensor:
+        """Associates everything stored from now on with this text."""
+        self._key = _sha256(self._key, tokens)
+        return tokens
 
     def tokens(self) -> Tensor | None:
         """The text that the model wrote, where it did so before."""
-        from safetensors.torch import load_file
-
-        file = self.path / "tokens.safetensors"
-        return load_file(str(file))["tokens"] if file.exists() else None
+        found = self._read(self.path / _TOKENS, _TOKENS)
+        return None if found is None else self._on(found[0]["tokens"])
 
     def save_tokens(self, tokens: Tensor) -> None:
-        from safetensors.torch import save
-
-        self._replace(self.path / "tokens.safetensors", save({"tokens": tokens.cpu().to(torch.int64)}))
+        tokens = tokens.cpu().to(torch.int64)
+        self._write(self.path / _TOKENS, {"tokens": tokens}, _TOKENS, "")
+        self._on(tokens)

@@ -11,19 +11,29 @@ _ERRORS, _SMALL = 2.0, 0.005
 
 
 def advice_on(check: ModelCheck) -> list[str]:
-    """Sentences about what to do, each with the figures that it rests on; the options are those of ``qlora-ext``."""
+    """Sentences about what to do, each with the figures that it rests on; the options are those of ``qlora-ext``.
+
+    Example:
+        >>> found = qlora_ext.fidelity.ModelCheck(["up: every scale is zero"], tokens=512, bytes=1000)
+        >>> qlora_ext.fidelity.advice_on(found)
+        ['the model is damaged: quantize it again, or fetch it again']
+    """
     if check.problems:
         return ["the model is damaged: quantize it again, or fetch it again"]
     if check.increase is None:
         return []
     said = []
-    worse = check.worse_than_plain
+    worse = check.damaged or check.worse_than_plain
     if worse:
         layer = worse[0]
+        found = (
+            f"{len(worse)} of {len(check.layers)} layers have a larger error than plain NF4 of the dense model, the "
+            f"largest in {layer.name} (error {layer.error:.3f}, plain NF4 {layer.plain_error:.3f})"
+        )
         said.append(
-            f"quantize again: {len(worse)} of {len(check.layers)} layers are farther off than plain NF4 of the dense "
-            f"model, most of all {layer.name} (error {layer.error:.3f}, plain NF4 {layer.plain_error:.3f}): its codes "
-            "or scales are another model's, or damaged"
+            f"quantize again: {found}: its codes or scales are another model's, or damaged"
+            if check.damaged
+            else f"quantize again, unless an adapter was merged into these 4 bits: {found}"
         )
     if check.increase.nats < max(_SMALL, _ERRORS * check.increase.error):
         return said or ["nothing: the increase of the loss is small, or not told from none on this text"]

@@ -20,6 +20,9 @@ from .sensitivity import held_bytes
 
 # Of the errors of a layer's outputs and of plain NF4's, what is called another one.
 _OTHER = 0.02
+# Rounding up or down at random, as merging into 4 bits does, leaves the weights 1.42 times as far from the dense ones
+# as rounding to the nearest code. Errors above this bound do not come from rounding.
+_DAMAGED = 1.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,25 @@ class ModelCheck:
         return sorted(found, key=lambda layer: layer.error - layer.plain_error, reverse=True)
 
     @property
+    def damaged(self) -> list[LayerCost]:
+        """The layers that do not match the dense ones, the worst first.
+
+        Their outputs have larger errors than plain NF4's, and their weights larger errors than any rounding explains.
+        Calibration changes weights too, but improves the outputs.
+        """
+        found = [
+            layer
+            for layer in self.layers
+            if not layer.error <= (1 + _OTHER) * layer.plain_error and not layer.weight_ratio <= _DAMAGED
+        ]
+        return sorted(found, key=lambda layer: math.inf if math.isnan(layer.error) else layer.error, reverse=True)
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether no tensor is damaged and every layer matches the dense one."""
+        return not self.problems and not self.damaged
+
+    @property
     def is_calibrated(self) -> bool:
         """Whether most layers' outputs are nearer than those of plain NF4."""
         nearer = sum(layer.error < (1 - _OTHER) * layer.plain_error for layer in self.layers)
@@ -110,6 +132,16 @@ def check_model(
 
     Raises:
         TypeError, ValueError: an argument is none of these, ``model`` has no 4-bit layer, or ``base`` is another model.
+
+    Example:
+        >>> import copy
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> quantized = qlora_ext.quantize_model(copy.deepcopy(model))
+        >>> found = qlora_ext.check_model(quantized, model, torch.randint(0, 128, (4, 16)))
+        >>> found.is_sound, len(found.layers)
+        (True, 14)
     """
     if not any(True for _ in layers_of(model)):
         raise ValueError("model: expected one with 4-bit layers (see qlora_ext.quantize_model), found none")
@@ -161,7 +193,21 @@ def _candidate(name: str, layer: Packed4bit, dense: nn.Module) -> Candidate:
         )
     pairs = [(plain.packed_weight(w).tensors, layer.packed_weight(w).tensors) for w in layer.packed_shapes]
     same = all(a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a) for a, b in pairs)
-    return Candidate(name, layer, None if same else plain)
+    return Candidate(name, layer) if same else Candidate(name, layer, plain, _weight_ratio(layer, plain, dense))
+
+
+def _weight_ratio(layer: Packed4bit, plain: Packed4bit, dense: nn.Module) -> float:
+    """How many times as far the weights of ``layer`` are from those of ``dense`` as the weights of ``plain`` are."""
+    squares = [0.0, 0.0]
+    weights = {"weight": dense.weight.detach()} if isinstance(dense, nn.Embedding) else layer.matrices_of(dense)
+    for name, weight in weights.items():
+        for i, packed in enumerate((layer.packed_weight(name), plain.packed_weight(name))):
+            stack = [packed] if weight.ndim == 2 else [packed.matrix(e) for e in range(len(weight))]
+            for w4, w in zip(stack, weight.reshape(-1, *weight.shape[-2:]), strict=True):
+                squares[i] += (w4.dequantize(torch.float32) - w).square().sum().item()
+    if squares[1] == 0.0:
+        return 1.0 if squares[0] == 0.0 else math.inf
+    return math.sqrt(squares[0] / squares[1])
 
 
 def _sizes(layer: Packed4bit) -> str:
@@ -200,5 +246,10 @@ def _point(
 
 
 def perplexity(loss: float) -> float:
-    """Of a loss in nats a token."""
+    """The increase of a loss, in nats per token.
+
+    Example:
+        >>> qlora_ext.fidelity.perplexity(0.0)
+        1.0
+    """
     return math.exp(min(loss, 700.0))

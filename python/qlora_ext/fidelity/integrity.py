@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..nn import Packed4bit, TiedLinear4bit, layers_of
 from ..weight import NF4Weight
 
+# The largest float16. The weights of every model are far below it, in any dtype.
+_LARGEST_SCALE = 65504.0
+
 
 def problems_of(model: nn.Module) -> list[str]:
     """A sentence for every 4-bit weight of ``model`` that is damaged, and for every other that is not finite."""
@@ -39,6 +42,12 @@ def _of_layer(layer: Packed4bit) -> Iterator[str]:
         bad = int((~scales.isfinite()).sum())
         if bad:
             yield f"{prefix}{bad} of {scales.numel()} scales are NaN or infinite"
+        elif scales.max() > _LARGEST_SCALE:
+            large = int((scales > _LARGEST_SCALE).sum())
+            yield (
+                f"{prefix}{large} of {scales.numel()} scales are above {_LARGEST_SCALE:.0f}, up to {scales.max():.3g}: "
+                "no model has such weights"
+            )
         elif not scales.any():
             yield f"{prefix}every scale is zero: nothing was loaded into it"
 

@@ -24,6 +24,10 @@ def allowance(budget: int | str, whole: int) -> tuple[int | None, float]:
 
     Raises:
         ValueError: it is none of these.
+
+    Example:
+        >>> qlora_ext.fidelity.allowance("5%", 1000), qlora_ext.fidelity.allowance(3, 1000)
+        ((None, 50.0), (3, inf))
     """
     if isinstance(budget, bool) or not isinstance(budget, (int, str)):
         raise _expected(budget)

@@ -37,6 +37,7 @@ class LayerCost:
         plain_error: the same of plain NF4 in the same block sizes.
         loss: how much the loss rises by this layer alone, all others dense: an estimate to second order, nats a token.
         extra_bytes: what the layer would take more if it were dense; 0 for a head that is tied to an embedding.
+        weight_ratio: how many times as far the weights are from the dense ones as plain NF4's are: 1 for plain NF4.
     """
 
     name: str
@@ -44,6 +45,7 @@ class LayerCost:
     plain_error: float
     loss: float
     extra_bytes: int
+    weight_ratio: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +56,13 @@ class Candidate:
         name: of both.
         packed: the module.
         plain: the same in plain NF4; None where ``packed`` is just that.
+        weight_ratio: see ``LayerCost``.
     """
 
     name: str
     packed: Packed4bit
     plain: Packed4bit | None = None
+    weight_ratio: float = 1.0
 
 
 def extra_bytes(packed: Packed4bit) -> int:
@@ -74,7 +78,7 @@ class _Watched:
 
     def __init__(self, dense: nn.Module, candidate: Candidate, device: torch.device) -> None:
         self.candidate = candidate
-        self.scale = torch.zeros((), device=device, requires_grad=True)
+        self.scale = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
         self.squares = 0.0  # of the derivative, summed up over labels and sequences
         self._sums = {"whole": 0.0, "packed": 0.0, "plain": 0.0}
         self.handle = dense.register_forward_hook(self._see, with_kwargs=True)
@@ -106,6 +110,7 @@ class _Watched:
             error if self.candidate.plain is None else self._relative("plain"),
             self.squares / (2 * samples * tokens),
             extra_bytes(self.candidate.packed),
+            self.candidate.weight_ratio,
         )
 
 

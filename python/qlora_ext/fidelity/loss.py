@@ -22,6 +22,11 @@ class Increase:
     Attributes:
         nats: a token, on average; below zero where it is lower.
         error: the standard error of that over the blocks, each paired with itself.
+
+    Example:
+        >>> increase = qlora_ext.fidelity.Increase.of(torch.tensor([3.2, 3.4, 3.3]), torch.tensor([3.0, 3.2, 3.2]))
+        >>> print(increase)
+        +0.1667 ± 0.0333
     """
 
     nats: float
@@ -67,7 +72,15 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def block_losses(model: nn.Module, ids: Tensor) -> Tensor:
-    """The mean loss a token of each sequence of token ids [B, T], float64 [B] on the CPU."""
+    """The mean loss per token of each sequence of token ids [B, T], float64 [B] on the CPU.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> qlora_ext.fidelity.block_losses(model, torch.randint(0, 128, (4, 16))).shape
+        torch.Size([4])
+    """
     found = []
     with without_cache(model):
         for rows in ids.split(max(1, _TOKENS_AT_A_TIME // ids.shape[1])):

@@ -77,6 +77,15 @@ def sensitivity(
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the model has no layer to quantize.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> costs = qlora_ext.sensitivity(model, torch.randint(0, 128, (4, 16)))
+        >>> model = qlora_ext.quantize_model(model, keep=costs.keep(2))  # the two costliest of 14 layers stay dense
+        >>> sum(isinstance(module, qlora_ext.nn.Linear4bit) for module in model.modules())
+        12
     """
     layers = to_be_quantized(model, skip, towers=towers)
     if not layers:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from ..nn.model import Model
 
 
 class _Kept:
@@ -37,7 +39,7 @@ class _Offload:
             return tensor
         stream, compute = self._stream(tensor.device), torch.cuda.current_stream(tensor.device)
         stream.wait_stream(compute)
-        host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=True)
         with torch.cuda.stream(stream):
             host.copy_(tensor, non_blocking=True)
         tensor.record_stream(stream)  # whose memory is not used for anything else before
@@ -71,7 +73,7 @@ class _Offload:
             kept.arrived = stream.record_event()
 
 
-def offload_checkpoints(model: Any) -> Any:
+def offload_checkpoints(model: Model) -> Model:
     """Keeps the inputs of gradient-checkpointed layers in pinned host memory, between the forward and the backward.
 
     On the device stays one layer's input at a time, and the one that is fetched; on the host it is layers x tokens x
@@ -85,10 +87,17 @@ def offload_checkpoints(model: Any) -> Any:
 
     Raises:
         ValueError: no layer of the model is checkpointed.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> model.gradient_checkpointing_enable()
+        >>> model = qlora_ext.streaming.offload_checkpoints(model)
     """
-    layers = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
-    layers = [m for m in layers if hasattr(m, "_gradient_checkpointing_func")]
-    if not isinstance(model, nn.Module) or not layers:
+    checkpointed = (m for m in model.modules() if getattr(m, "gradient_checkpointing", False))
+    layers: list[Any] = [m for m in checkpointed if hasattr(m, "_gradient_checkpointing_func")]
+    if not layers:
         raise ValueError("model: expected one with gradient checkpointing (gradient_checkpointing_enable), found none")
     offload = _Offload()
     for layer in layers:

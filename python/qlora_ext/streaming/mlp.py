@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..nn.model import Model
+
 _NAMES = ("mlp", "feed_forward")
 
 
 def dense_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLPs of ``model`` that are no mixtures of experts."""
+    """The MLPs of ``model`` that are no mixtures of experts.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> len(qlora_ext.streaming.dense_mlps(model))
+        2
+    """
     named = [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2] in _NAMES]
     return [module for _, module in named if not hasattr(module, "experts")]
 
 
-def chunk_mlp(model: Any, tokens: int) -> Any:
+def chunk_mlp(model: Model, tokens: int) -> Model:
     """Has every dense MLP of ``model`` run on at most ``tokens`` tokens of a row at a time, and again in the backward.
 
     Between forward and backward nothing is kept of what is in it, and there it is as large as a chunk needs: of the
@@ -31,6 +40,14 @@ def chunk_mlp(model: Any, tokens: int) -> Any:
 
     Raises:
         ValueError: ``tokens`` is no positive integer, or the model has no dense MLP.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> model = qlora_ext.streaming.chunk_mlp(model, 8)
+        >>> model(torch.randint(0, 128, (1, 32))).logits.shape
+        torch.Size([1, 32, 128])
     """
     if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
         raise ValueError(f"tokens: expected a positive integer, got {tokens!r}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import concurrent.futures
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -70,27 +69,17 @@ class _Reader:
 
     def __init__(self) -> None:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="qlora_ext-reader")
-        self._process = os.getpid()
 
     def begin(self, slot: Slot, read: Callable[..., None], *arguments: Any) -> None:
         """Has ``read(*arguments)`` fill ``slot``, in place of what was asked for it before."""
-        self._check_process()
         if slot.filling is not None:
             slot.filling.cancel()  # or it is under way, and comes to its end before the next read begins
         slot.filling = self._thread.submit(read, *arguments)
 
     def wait(self, slot: Slot) -> None:
         """Until ``slot`` is filled; raises what its read raised."""
-        self._check_process()
         assert slot.filling is not None
         slot.filling.result()
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._process:  # where the thread is not, and a wait for it would have no end
-            raise RuntimeError(
-                "a model that is streamed from files was used in a process forked from the one that streams it; load "
-                "it in that process, as with multiprocessing's start method 'spawn'"
-            )
 
 
 class ReadingFiller(Filler):
@@ -160,7 +149,7 @@ class StagingFiller(CopyingFiller):
         self._files = source
         self._reader = _Reader()
         # Two: one is read into while the other is copied from.
-        self._staging = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+        self._staging = [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
         self._copied: list[Any] = [None, None]
         self._turn = 0
 

@@ -103,7 +103,7 @@ class PinnedSource:
 
 def _pinned(nbytes: int) -> Tensor:
     """Pinned memory of just that size: torch's own allocator takes the next power of two."""
-    memory = torch.empty(nbytes, dtype=torch.uint8)
+    memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     runtime = torch.cuda.cudart()
     error = runtime.cudaHostRegister(memory.data_ptr(), nbytes, 0)
     if int(error) != 0:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..lending import PackedTensors, mark_lent
+from ..lending import Loan, PackedTensors, mark_lent
 from ..nn import Experts4bit, Packed4bit, layers_of, scale_names
+from ..nn.model import Model
 from ..sizes import parse_size
 from .blocks import Block, Part, blocks_of
 from .ring import CopyingFiller, Filler, ReadingFiller, Slot, StagingFiller
@@ -27,7 +29,8 @@ _FEWEST = 2  # slots: one is computed with while the other is filled
 class Streaming:
     """The blocks of one model, and the slots in which they take turns; made by ``stream``.
 
-    One pass at a time may run: what one thread computes with, another would exchange.
+    Several threads may use the model at once. An operator holds a lock while it uses borrowed weights, so no thread
+    refills a slot that another thread reads.
 
     Attributes:
         blocks: what is streamed, in the order of the forward pass.
@@ -52,8 +55,11 @@ class Streaming:
         else:
             self._filler = ReadingFiller(source)
         self._at: int | None = None
+        self._last: dict[int, int] = {}  # the block that each thread used last; the latest thread comes last
+        self._shared_until = 0  # in fills: so long threads compete, and each keeps a slot
         self._apart: set[int] = set()  # blocks of which single experts are read, as they were when last used
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._process = os.getpid()
 
     @property
     def block_bytes(self) -> int:
@@ -68,12 +74,16 @@ class Streaming:
         """Raises a FileError where the files that the blocks are read from have changed."""
         self._source.check()
 
-    def lend(self, index: int, module: Packed4bit, weight: str) -> PackedTensors:
-        """The packed tensors of a weight, on ``device``, until another block is asked for.
+    @contextlib.contextmanager
+    def lend(self, index: int, module: Packed4bit, weight: str) -> Iterator[PackedTensors]:
+        """The packed tensors of a weight, on ``device``, for the duration of the context. Other threads wait for its
+        end.
 
         Raises:
-            FileError: they cannot be read, or have changed.
+            FileError: they cannot be read, or have changed. RuntimeError: this process was forked from the one that
+                streams the model.
         """
+        self._check_process()
         with self._lock:
             if isinstance(module, Experts4bit):
                 self._apart.discard(index)
@@ -81,8 +91,15 @@ class Streaming:
             if slot.lent is None:
                 with torch.inference_mode(False):
                     slot.lent = self._views(index, slot)
-            tensors: PackedTensors = slot.lent[module, weight]
-            return tensors
+            yield slot.lent[module, weight]
+
+    def _check_process(self) -> None:
+        # A forked process lacks the reading thread, and the thread that may have held the lock.
+        if os.getpid() != self._process:
+            raise RuntimeError(
+                "a streamed model was used in a process forked from the one that streams it; load it in that process, "
+                "as with multiprocessing's start method 'spawn'"
+            )
 
     def _views(self, index: int, slot: Slot) -> dict[tuple[Packed4bit, str], PackedTensors]:
         views = self.blocks[index].views(slot.memory)
@@ -107,8 +124,9 @@ class Streaming:
         """Has block ``index`` come in and, behind it, those that are needed next."""
         # Recomputed activations ask within a backward pass, too.
         backward = torch._C._current_graph_task_id() != -1
-        wanted = [*upcoming(index, len(self.blocks), backward, self._model.training)][: len(self.slots)]
         held = self._held()
+        order = [*upcoming(index, len(self.blocks), backward, self._model.training)]
+        wanted = [*dict.fromkeys([index, *self._of_other_threads(index, held), *order])][: len(self.slots)]
         kept = {held[number] for number in wanted if number in held}
         free = (slot for slot in self.slots if slot not in kept)
         for number in wanted:
@@ -124,6 +142,22 @@ class Streaming:
                 slot.block = None
             raise
         return held[index]
+
+    def _of_other_threads(self, index: int, held: Container[int]) -> list[int]:
+        """The blocks in the ring that competing threads are using, the most recently used first.
+
+        If the block that a thread has just used is gone, another thread has taken its slot. From then on, for two
+        passes, the threads' own blocks get slots before any prefetch. Otherwise every operator would read the same
+        blocks again.
+        """
+        thread = threading.get_ident()
+        if self._last.pop(thread, None) == index and index not in held:
+            self._shared_until = self.fills + 2 * len(self.blocks)
+        others = [block for block in reversed(self._last.values()) if block in held]
+        self._last[thread] = index
+        while len(self._last) > len(self.slots):
+            del self._last[next(iter(self._last))]
+        return others if self.fills < self._shared_until else []
 
     def _held(self) -> dict[int, Slot]:
         return {self._numbers[id(slot.block)]: slot for slot in self.slots if slot.block is not None}
@@ -155,6 +189,7 @@ class Streaming:
 
         From here on the block's stacks do not come into the ring, until they are asked for as a whole.
         """
+        self._check_process()
         with self._lock:
             self._apart.add(index)
         names = (weight, *scale_names(weight).values())
@@ -163,7 +198,7 @@ class Streaming:
             if part.name not in names:
                 continue
             size = part.nbytes // part.shape[0]
-            copy = torch.empty(len(experts), size, dtype=torch.uint8)
+            copy = torch.empty(len(experts), size, dtype=torch.uint8, device="cpu")
             for row, expert in zip(copy, experts, strict=True):
                 self._source.read_part(part, row.numpy().data, expert * size)
             found[part.name] = copy.view(part.dtype).view(len(experts), *part.shape[1:]).to(self.device)
@@ -177,7 +212,7 @@ class Streaming:
 
     def read_part(self, part: Part) -> Tensor:
         """A copy of one tensor, on the host."""
-        copy = torch.empty(part.nbytes, dtype=torch.uint8)
+        copy = torch.empty(part.nbytes, dtype=torch.uint8, device="cpu")
         self._source.read_part(part, copy.numpy().data)
         return copy.view(part.dtype).view(part.shape)
 
@@ -204,7 +239,7 @@ class _Residency:
     def device(self) -> torch.device:
         return self.streaming.device
 
-    def lend(self, weight: str) -> PackedTensors:
+    def lend(self, weight: str) -> Loan:
         return self.streaming.lend(self._index, self._module, weight)
 
     def read(self, weight: str) -> dict[str, Tensor]:
@@ -243,13 +278,23 @@ class _LeftToStreaming:
 
 
 def streaming_of(model: nn.Module) -> Streaming | None:
-    """How ``model``, or the one that it wraps, is streamed; None where it is not."""
+    """The streaming state of ``model``, or of the model that it wraps; None if it is not streamed.
+
+    Example:
+        >>> print(qlora_ext.streaming.streaming_of(nn.Linear(4, 4)))
+        None
+    """
     residencies = (layer.residency for _, layer in layers_of(model))
     return next((r.streaming for r in residencies if isinstance(r, _Residency)), None)
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The items of ``model.state_dict()``, sorted by name. Streamed weights are read as they are asked for."""
+    """The items of ``model.state_dict()``, sorted by name. Streamed weights are read as they are asked for.
+
+    Example:
+        >>> [name for name, tensor in qlora_ext.streaming.state_of(nn.Linear(4, 4))]
+        ['bias', 'weight']
+    """
     streaming = streaming_of(model)
     homes = {} if streaming is None else streaming.homes()
     for name, tensor in sorted(model.state_dict().items()):
@@ -284,15 +329,16 @@ def _default_device(model: nn.Module, streamed: set[int]) -> torch.device:
 
 
 def stream(
-    model: Any, resident: str | int | None = None, source: str = "ram", device: torch.device | str | None = None
-) -> Any:
+    model: Model, resident: str | int | None = None, source: str = "ram", device: torch.device | str | None = None
+) -> Model:
     """Keeps the frozen 4-bit weights of a model's blocks elsewhere, and has each come in just before it is used.
 
     What is computed is the same, bit for bit. Embeddings, heads, norms, biases and adapters stay on the device. The
     blocks, such as a decoder's layers, take turns in a ring of buffers there; the next ones come in while one is
     computed with, in the order of the forward pass and, backward, in reverse. The fused operators read the ring itself.
     With gradient checkpointing a block comes in once for its recomputation and its backward. Call it before or after
-    adapters are added.
+    adapters are added. Several threads may use the model at once and get the same answers, but they take turns at each
+    layer and share the ring, so nothing is prefetched; one pass after the other is faster.
 
     Args:
         model: with 4-bit layers, by ``QLoRAConfig`` or ``quantize_model``, whole on one device or on the CPU.
@@ -311,6 +357,22 @@ def stream(
         TypeError: ``model`` is no ``nn.Module``. ValueError: it has no 4-bit layer or is streamed already, an argument
             is none of the above, the weights are not mapped from files for "disk", or they are sharded (FSDP2 has its
             own ``CPUOffloadPolicy``) or offloaded by accelerate.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import AutoModelForCausalLM
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+        >>> directory = tempfile.mkdtemp()
+        >>> model.save_pretrained(directory)
+        >>> model = AutoModelForCausalLM.from_pretrained(directory, device_map="cpu")
+        >>> model = qlora_ext.streaming.stream(model, source="disk")
+        >>> model(torch.randint(0, 128, (1, 16))).logits.shape
+        torch.Size([1, 16, 128])
+        >>> streaming = qlora_ext.streaming.streaming_of(model)
+        >>> len(streaming.blocks), len(streaming.slots)
+        (2, 2)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn import BEFORE_QUANTIZE, CONVERSIONS, Linear4bit
+from ...nn import BEFORE_QUANTIZE, CONVERSIONS, Linear4bit, Packed4bit, tell_coverage
 from ...weight import NF4Weight, quantize_nf4
 
 
@@ -50,8 +50,27 @@ def adopt(model: nn.Module) -> Adoption:
         device), with an adapter merged into them, under another method of PEFT than LoRA, or of a class of their own.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``. ValueError: FSDP has sharded it; nothing is changed then.
+        TypeError: ``model`` is not an ``nn.Module``. ValueError: it has no bitsandbytes layer, or FSDP has sharded it;
+        the model is unchanged.
+
+    Example:
+        >>> import bitsandbytes as bnb
+        >>> model = nn.Sequential(bnb.nn.Linear4bit(64, 32, quant_type="nf4"), nn.ReLU())
+        >>> print(qlora_ext.adopt(model))
+        layers adopted: 1; left to bitsandbytes: 0
     """
+    adoption = _adopted(model)
+    if adoption.adopted:
+        tell_coverage(model)
+    elif not adoption.left and not any(isinstance(m, Packed4bit) for m in model.modules()):
+        raise ValueError(
+            f"model: expected layers that bitsandbytes has quantized, got a {type(model).__name__} without any; "
+            "quantize_model quantizes dense layers"
+        )
+    return adoption
+
+
+def _adopted(model: nn.Module) -> Adoption:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     adopted: list[str] = []
@@ -76,6 +95,10 @@ def adopt(model: nn.Module) -> Adoption:
         from .quantizer import keep_format
 
         keep_format(model)
+    if adopted and "diffusers.models.modeling_utils" in sys.modules:
+        from ..diffusers.bitsandbytes import keep_diffusers_format
+
+        keep_diffusers_format(model)
     return Adoption(tuple(adopted), left)
 
 
@@ -130,9 +153,10 @@ def _weight_of(layer: Any) -> NF4Weight:
     if state is None:
         w4 = quantize_nf4(data, layer.weight.blocksize, layer.weight.compress_statistics)
     else:
-        if getattr(state, "packing_format_for_cpu", False):
-            data, state = _unpacked_for_cpu(data, state)
-        tensors = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
+        with torch.device("cpu"):  # bitsandbytes makes tensors on the default device
+            if getattr(state, "packing_format_for_cpu", False):
+                data, state = _unpacked_for_cpu(data, state)
+            tensors = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
         w4 = NF4Weight.from_bitsandbytes({"weight": data, **tensors}, "weight")
         if state.nested:
             w4 = dataclasses.replace(w4, nested_offset=state.offset.reshape(()).float())
@@ -214,7 +238,7 @@ def _adopt_all(model: nn.Module) -> None:
     Raises:
         ValueError: some cannot be ours; the model would be saved as what it is not.
     """
-    adoption = adopt(model)
+    adoption = _adopted(model)
     if adoption.left:
         name, why = next(iter(adoption.left.items()))
         raise ValueError(

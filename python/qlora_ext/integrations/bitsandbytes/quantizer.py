@@ -21,9 +21,15 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
     """The configuration by which transformers knows which layers of a 4-bit model are so, and how they compute.
 
     Raises:
-        ValueError: their compute dtypes are not one.
+        ValueError: their compute dtypes differ, or one of them replaces a layer that bitsandbytes leaves dense.
     """
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    for name, layer in model.named_modules():
+        if isinstance(layer, Linear4bit) and layer.dense_class is not nn.Linear:
+            raise ValueError(
+                f"{name}: expected the 4-bit form of an nn.Linear, of which transformers makes a layer of "
+                f"bitsandbytes, got a {layer.dense_class.__name__}; save the model in our own form"
+            )
     compute_dtypes = {str(layer.compute_dtype).removeprefix("torch.") for layer in layers}
     if len(compute_dtypes) != 1:
         raise ValueError(f"model: expected 4-bit layers of one compute dtype, got {sorted(compute_dtypes)}")
@@ -59,9 +65,7 @@ class BitsandbytesQuantizer(QLoRAQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
         stand_in_all(model)
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # of the processes on a machine one speaks for all
-            count = sum(1 for _ in layers_of(model))
-            print(f"qlora_ext: {count} linear layers in NF4 in the place of bitsandbytes'", file=sys.stderr, flush=True)
+        announce(model)
         return model
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -73,6 +77,13 @@ class BitsandbytesQuantizer(QLoRAQuantizer):
             model = _dequantize_theirs(model, self.quantization_config, dtype)
         model.is_loaded_in_4bit = False
         return model
+
+
+def announce(model: nn.Module) -> None:
+    """Prints how many layers of ``model`` are ours, in the first process on the machine only."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        count = sum(1 for _ in layers_of(model))
+        print(f"qlora_ext: {count} linear layers in NF4 instead of bitsandbytes'", file=sys.stderr, flush=True)
 
 
 def stand_in_all(model: Any) -> None:
@@ -109,7 +120,7 @@ def keep_format(model: nn.Module) -> None:
         if isinstance(config, BitsAndBytesConfig):
             forget_bitsandbytes_keys(module)
             quantizer = BitsandbytesQuantizer(config)
-            quantizer.keep_experts_whole(module)
+            quantizer.keep_packed_whole(module)
             module.hf_quantizer = quantizer
         else:  # not loaded by transformers, which could not have saved it
             attach(module)

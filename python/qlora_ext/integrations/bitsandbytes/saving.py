@@ -20,6 +20,14 @@ def save_pretrained(model: Any, directory: str | os.PathLike[str], **options: An
 
     Raises:
         TypeError: no such model. ValueError: a 4-bit layer of a kind that bitsandbytes lacks.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+        >>> from qlora_ext.integrations.bitsandbytes import save_pretrained
+        >>> save_pretrained(model, tempfile.mkdtemp())  # a directory that bitsandbytes loads without us
     """
     if not isinstance(model, PreTrainedModel) or not any(isinstance(m, Linear4bit) for m in model.modules()):
         raise TypeError(f"model: expected a transformers model with 4-bit layers, got {type(model).__name__}")

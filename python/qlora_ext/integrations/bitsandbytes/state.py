@@ -26,6 +26,12 @@ def state_dict(model: nn.Module, storage: torch.dtype = torch.uint8) -> dict[str
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``storage`` no dtype.
         ValueError: a 4-bit layer of a kind that bitsandbytes lacks, or a number of bytes that makes no whole elements.
+
+    Example:
+        >>> from qlora_ext.integrations.bitsandbytes import state_dict
+        >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48)))
+        >>> state_dict(model)["0.weight"].shape
+        torch.Size([1536, 1])
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
