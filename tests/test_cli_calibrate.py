@@ -16,6 +16,8 @@ pytest.importorskip("peft")
 import qlora_ext
 from qlora_ext.calibration import Calibrator
 from qlora_ext.cli import calibrate, main
+from qlora_ext.cli.files import contents
+from qlora_ext.cli.outputs import Output
 from tiny_models import save_tiny_llama
 
 
@@ -96,13 +98,17 @@ def test_a_killed_calibration_goes_on(
 def test_nothing_waits_beside_a_mount_point(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
-    """Nor beside a directory whose parent cannot be written to."""
-    monkeypatch.setattr("qlora_ext.cli.files.filled_from_inside", lambda path: inside)
-    output, waiting = tmp_path / "out", tmp_path / "out.calibration"
+    """Nor beside a directory whose parent cannot be written to: it waits in it."""
+    monkeypatch.setattr("qlora_ext.cli.waiting.filled_from_inside", lambda path: inside)
+    output = tmp_path / "out"
+    output.mkdir()
+    waiting = output / ".partial-calibration" if inside else tmp_path / "out.calibration"
     options = argparse.Namespace(calibrate="self", calibration_tokens=4096, calibration_seed=0)
-    with calibrate.calibration(options, None, output) as calibration:
-        assert calibration is not None
-        assert calibration.directory == (None if inside else waiting)
-        if not inside:
-            waiting.mkdir()
-    assert not list(tmp_path.iterdir())
+    with calibrate.kept_layers(options, Output(output, overwrite=False)) as directory:
+        assert directory == waiting
+        assert waiting.is_dir()
+        assert contents(output) == []
+        with calibrate.calibration(options, None, directory) as calibration:
+            assert calibration is not None
+            assert calibration.directory == directory
+    assert list(tmp_path.rglob("*")) == [output]

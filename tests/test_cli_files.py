@@ -14,8 +14,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from qlora_ext import atomic
 from qlora_ext.cli import files
 from qlora_ext.cli.errors import UserError
+from qlora_ext.cli.ownership import foreign_to
 
 # What changes a directory, as Python's audit events call it.
 _STEPS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree", "open"}
@@ -37,13 +39,19 @@ def whole(directory: pathlib.Path) -> str:
     return content
 
 
+FILLED = foreign_to({"config.json", "weights", "deep/file"})
+
+
 def replace(path: pathlib.Path) -> None:
-    with files.staged_directory(path) as partial:
+    with files.staged_directory(path, FILLED) as partial:
         fill(partial, "new")
 
 
-def killed_at(step: int, action: Callable[[], None]) -> bool:
-    """Runs ``action`` in a copy of this process that dies by SIGKILL before its step-th change; whether it did."""
+def killed_at(step: int, action: Callable[[], None], interrupt: bool = False) -> bool:
+    """Runs ``action`` in a copy of this process that dies by SIGKILL before its step-th change; whether it did.
+
+    With ``interrupt`` it gets Ctrl-C there instead, and cleans up.
+    """
     child = os.fork()
     if child == 0:
         left = step
@@ -52,7 +60,9 @@ def killed_at(step: int, action: Callable[[], None]) -> bool:
             nonlocal left
             if event in _STEPS:
                 left -= 1
-                if left < 0:
+                if left == -1 and interrupt:
+                    raise KeyboardInterrupt
+                if left < 0 and not interrupt:
                     os.kill(os.getpid(), signal.SIGKILL)
 
         with contextlib.suppress(BaseException):
@@ -61,8 +71,8 @@ def killed_at(step: int, action: Callable[[], None]) -> bool:
             os._exit(0)
         os._exit(1)
     status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
+    assert interrupt or os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return status != 0
 
 
 @pytest.fixture(params=["beside", "inside", "fallback"])
@@ -110,6 +120,26 @@ def test_killed_at_every_step_the_old_or_the_new_is_whole(place: pathlib.Path) -
     assert whole(place) == "new"
 
 
+def test_ctrl_c_at_every_step_leaves_the_old_or_the_new(place: pathlib.Path) -> None:
+    """Under its own name, before anything recovers; only where Ctrl-C hits the cleaning up itself is that needed."""
+    place.mkdir()
+    fill(place, "old")
+    for step in range(200):
+        interrupted = killed_at(step, lambda: replace(place), interrupt=True)
+        assert whole_but_for_unfinished(place) in ("old", "new"), step
+        files.recover(place)
+        assert [path.name for path in place.parent.iterdir()] == ["out"]
+        if not interrupted:
+            break
+    assert step > 10
+    assert whole(place) == "new"
+
+
+def whole_but_for_unfinished(directory: pathlib.Path) -> str:
+    assert [path.name for path in files.contents(directory)] == ["config.json", "deep", "weights"]
+    return (directory / "config.json").read_text()
+
+
 @pytest.mark.slow
 def test_killed_while_it_recovers(place: pathlib.Path) -> None:
     """Of two kills, the second in the recovery from the first, nothing is lost either."""
@@ -139,7 +169,7 @@ def test_a_directory_set_aside_comes_back_on_an_error(place: pathlib.Path) -> No
     fill(place, "old")
 
     def failing() -> None:
-        with files.staged_directory(place) as partial:
+        with files.staged_directory(place, FILLED) as partial:
             fill(partial, "new")
             (partial / "deep").symlink_to("nowhere")
 
@@ -200,7 +230,7 @@ def test_a_private_directory_stays_private(tmp_path: pathlib.Path) -> None:
 
 def test_a_planted_link_is_not_followed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even by the one name that will be taken, could somebody foresee it."""
-    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * 2 * size)
+    monkeypatch.setattr(atomic.secrets, "token_hex", lambda size: "0" * 2 * size)
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "precious").write_text("kept")
@@ -231,7 +261,7 @@ def test_killed_while_it_removes_what_waited_beside(tmp_path: pathlib.Path) -> N
     for step in range(100):
         waiting.mkdir()
         fill(waiting, "done")
-        killed = killed_at(step, lambda: files.remove(waiting, output))
+        killed = killed_at(step, lambda: files.delete(waiting, output, FILLED))
         files.recover(output)
         left = [path.name for path in tmp_path.iterdir()]
         assert left in ([], [waiting.name]), step
@@ -256,3 +286,47 @@ def test_recovery_touches_no_other_name(tmp_path: pathlib.Path) -> None:
     (tmp_path / ".partial-new-out-12345678").mkdir()
     assert len(files.recover(tmp_path / "out")) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    # Nor names of others inside.
+    assert files.recover(tmp_path) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+
+
+def test_what_is_foreign_comes_back(place: pathlib.Path) -> None:
+    """What came in while the successor was written: a file, an empty directory, a link, another process's work."""
+    for name, make in {
+        "thesis.tex": pathlib.Path.touch,
+        "deep/notes": pathlib.Path.touch,
+        "empty": pathlib.Path.mkdir,
+        "link": lambda path: path.symlink_to("config.json"),
+        ".partial-new-other-12345678": pathlib.Path.mkdir,
+        ".partial-lock-other": pathlib.Path.touch,
+    }.items():
+        place.mkdir()
+        fill(place, "old")
+
+        def replace_meanwhile(name: str = name, make: Callable[[pathlib.Path], object] = make) -> None:
+            with files.staged_directory(place, FILLED) as partial:
+                fill(partial, "new")
+                make(place / name)
+
+        with pytest.raises(UserError, match="which qlora-ext did not write"):
+            replace_meanwhile()
+        with pytest.raises(UserError, match="which qlora-ext did not write"):
+            files.delete(place, place.parent / "other", FILLED)
+        assert os.path.lexists(place / name)
+        assert (place / "config.json").read_text() == "old"
+        assert [path.name for path in place.parent.iterdir()] == ["out"]
+        subprocess.run(["rm", "-r", place], check=True)
+
+
+def test_what_was_set_aside_is_not_lost_to_another_of_its_name(tmp_path: pathlib.Path) -> None:
+    """A kill between the two renamings, after which somebody else takes the name."""
+    path = tmp_path / "out"
+    for directory in (".partial-old-out-12345678", ".partial-new-out-12345678", "out"):
+        (tmp_path / directory).mkdir()
+        fill(tmp_path / directory, directory)
+    [told, _] = files.recover(path)
+    assert "out.former-1" in told
+    assert whole(path) == "out"
+    assert whole(tmp_path / "out.former-1") == ".partial-old-out-12345678"
+    assert len(list(tmp_path.iterdir())) == 2

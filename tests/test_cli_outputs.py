@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from commands import RUN, Paths, adapter_bytes, base, command, here, start, wait_for_step
+from commands import RUN, Paths, adapter_bytes, base, command, here, listing, start, wait_for_step
 from forks import Command
 from qlora_ext.cli import main
 
@@ -29,15 +29,6 @@ def quantized(paths: Paths, tmp_path: pathlib.Path) -> pathlib.Path:
     output = tmp_path / "outputs" / "quantized"
     here("quantize", "--model", paths["model"], "--output", output)
     return output
-
-
-def listing(root: pathlib.Path) -> dict[str, bytes | str]:
-    """Everything below a directory, with its content."""
-    found = {}
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "directory"
-    return found
 
 
 def test_directories_to_live_in_are_refused(
@@ -231,7 +222,7 @@ def test_a_stopped_overwrite_is_told_and_undone(
     out, err = capfd.readouterr()
     assert status == 2
     assert "not empty" in err
-    assert f"put back {quantized}" in out
+    assert f"restored {quantized}" in out
     assert ".partial-new-quantized-0123abcd" in out
     assert listing(quantized.parent) == {"quantized": "directory", **{f"quantized/{k}": v for k, v in before.items()}}
 

@@ -158,7 +158,7 @@ def killed_at_the_sixth_weight() -> None:
 
     def killing(self: Any, name: str, w4: Any) -> None:
         if len(kept) == 5:
-            (self.directory / "half.partial").write_bytes(b"half")
+            (self.directory / f".partial-new-{'0' * 32}.safetensors-01234567").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
         kept.append(put(self, name, w4))
 
@@ -175,7 +175,7 @@ def test_a_killed_quantize_goes_on(
     put = spill.Spill.put
     monkeypatch.setattr(spill.Spill, "put", lambda self, name, w4: (made.append(name), put(self, name, w4))[1])
     assert main(command) == 0
-    assert "going on after 5 weights" in capsys.readouterr().out
+    assert "has already quantized 5 weights" in capsys.readouterr().out
     assert len(made) == 14 - 5
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), resident(dense))
@@ -206,18 +206,20 @@ def test_a_full_disk_keeps_what_is_done(
     assert main(quantize(dense, tmp_path / "out")) != 0
     told = capsys.readouterr().err
     assert "the disk that holds" in told
-    assert "what was quantized until then is kept" in told
+    assert "what was quantized so far is kept" in told
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(spill, "save_file", save)
     assert main(quantize(dense, tmp_path / "out")) == 0
-    assert "going on after 4 weights" in capsys.readouterr().out
+    assert "has already quantized 4 weights" in capsys.readouterr().out
 
 
 def test_a_damaged_weight_is_quantized_again(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     command = quantize(dense, tmp_path / "out")
     Command(*command, before=killed_at_the_sixth_weight).wait()
-    for file in (tmp_path / "out.weights").glob("*.safetensors"):
-        os.truncate(file, file.stat().st_size - 1)
+    for i, file in enumerate((tmp_path / "out.weights").glob("*.safetensors")):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content if i % 2 else content[:-1])
     assert main(command) == 0
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), resident(dense))
 

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .outputs import Output
+from .waiting import waiting
 
 if TYPE_CHECKING:
     from ..calibration import Calibration, InitLora, LayerReport
@@ -112,15 +114,39 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
     length = min(length, len(ids))
     if length < 8:
         raise UserError(f"--calibrate {name}: expected a text of 8 tokens or more, got {len(ids)}")
-    return torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64, device="cpu").reshape(-1, length)
 
 
 @contextlib.contextmanager
-def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.Path) -> Iterator[Calibration | None]:
+def kept_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathlib.Path | None]:
+    """The directory that retains calibrated layers until the block, which writes the output, ends.
+
+    A command that was interrupted while calibrating or writing resumes with them. None for ``--calibrate none``.
+
+    Raises:
+        UserError: see ``waiting``.
+    """
+    if arguments.calibrate == "none":
+        yield None
+        return
+    from ..calibration import finished_weights
+
+    with waiting(output, "calibration") as found:
+        assert found is not None  # a calibration has a place everywhere
+        count = finished_weights(found.directory)
+        if count:
+            print(f"resuming: an interrupted command has already calibrated {count} weights", flush=True)
+        yield found.directory
+
+
+@contextlib.contextmanager
+def calibration(
+    arguments: argparse.Namespace, tokenizer: Any, directory: pathlib.Path | None
+) -> Iterator[Calibration | None]:
     """What the options ask for, with a bar that shows how far it has come; None for ``--calibrate none``.
 
-    The layers that are done lie beside the output until all are: a calibration that was killed goes on there. Beside a
-    mount point nothing can be put; there it begins again.
+    Args:
+        directory: for the layers that are done; see ``kept_layers``.
 
     Raises:
         UserError: there is no such text, or too little of it.
@@ -130,14 +156,12 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.P
         return
     from ..calibration import Calibration
     from .bars import counted
-    from .files import filled_from_inside, remove
 
     if arguments.calibration_tokens < LENGTH:
         raise UserError(f"--calibration-tokens {arguments.calibration_tokens}: expected {LENGTH} or more")
     inputs = None
     if arguments.calibrate != "self":
         inputs = tokens_of(arguments.calibrate, tokenizer, arguments.calibration_tokens, LENGTH)
-    directory = None if filled_from_inside(output) else output.with_name(f"{output.name}.calibration")
     with counted("calibrating", "writing a text" if inputs is None else "") as progress:
         yield Calibration(
             "self" if inputs is None else inputs,
@@ -147,8 +171,12 @@ def calibration(arguments: argparse.Namespace, tokenizer: Any, output: pathlib.P
             directory=directory,
             progress=progress,
         )
-    if directory is not None:
-        remove(directory, output)
+
+
+def protect(arguments: argparse.Namespace, output: Output) -> None:
+    """Notes that the text of ``--calibrate`` is read."""
+    if arguments.calibrate not in ("none", "self"):
+        output.protect("--calibrate", arguments.calibrate)
 
 
 def record(arguments: argparse.Namespace, report: list[LayerReport]) -> dict[str, Any]:

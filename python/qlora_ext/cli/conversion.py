@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 from .._outside import printable, read_json
 from . import whole
 from .errors import UserError, writing
-from .files import filled_from_inside, remove, write_json
-from .models import load_quantized, load_tokenizer
-from .outputs import claim, input_of
+from .files import contents, write_json
+from .models import load_quantized, load_tokenizer, named, restore_use_cache
+from .outputs import Output, claim, input_of
 from .sources import ModelSource
+from .waiting import waiting
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class Recipe:
         return {
             "model": self.source.name,
             "files": [[file.name, (status := file.stat()).st_size, status.st_mtime_ns] for file in files],
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": named(self.dtype),
             "block_size": self.block_size,
             "double_quant": self.double_quant,
             "embeddings": self.embeddings,
@@ -58,40 +59,33 @@ class Recipe:
 
 
 @contextlib.contextmanager
-def spilled(recipe: Recipe, output: pathlib.Path) -> Iterator[Spill | None]:
-    """Where quantized weights wait, beside ``output``, until it is complete.
+def spilled(recipe: Recipe, output: Output) -> Iterator[Spill | None]:
+    """The directory beside ``output`` that retains quantized weights until ``output`` is complete; see ``waiting``.
 
-    They are deleted at the end, and where the command is refused; kept where it was stopped, or the disk was full.
+    They are deleted if the model is rejected, and retained if the command is interrupted or cannot write the output.
 
     None where they have no place: nothing can be put beside a mount point.
 
     Raises:
         UserError: the disk is full; what was quantized is kept, and the next run goes on there.
     """
-    if filled_from_inside(output):
-        yield None
-        return
-    from ..integrations.transformers.spill import Spill
+    with waiting(output, "weights", recipe.origin()) as found:
+        if found is None:
+            yield None
+            return
+        from ..integrations.transformers.spill import Spill
 
-    directory = output.with_name(f"{output.name}.weights")
-    origin = recipe.origin()
-    with writing(output):
-        if directory.is_dir() and _read_origin(directory) != origin:
-            remove(directory, output)
-        spill = Spill(directory)
-        if _read_origin(directory) is None:
-            write_json(directory / _ORIGIN, origin)
-    waiting = len(list(directory.glob("*.safetensors")))
-    if waiting:
-        print(f"going on after {waiting} weights that a command that was stopped had quantized", flush=True)
-    try:
-        yield spill
-    except Exception as error:
-        if spill.error is not None:
-            _explain(spill.error, directory, error)
-        remove(directory, output)
-        raise
-    remove(directory, output)
+        spill = Spill(found.directory)
+        count = len(list(found.directory.glob("*.safetensors")))
+        if count:
+            print(f"resuming: an interrupted command has already quantized {count} weights", flush=True)
+        try:
+            yield spill
+        except Exception as error:
+            if spill.error is not None:
+                _explain(spill.error, found.directory, error)
+            found.useless = isinstance(error, UserError) and not output.begun
+            raise
 
 
 def _explain(error: Exception, directory: pathlib.Path, cause: Exception) -> None:
@@ -100,16 +94,13 @@ def _explain(error: Exception, directory: pathlib.Path, cause: Exception) -> Non
             raise error
     except UserError as told:
         free = shutil.disk_usage(directory).free
-        raise UserError(
-            f"{str(told).partition(';')[0]} ({free / 1e6:.1f} MB free); what was quantized until then is kept, and the "
-            "same command goes on with it"
-        ) from cause
+        raise UserError(f"{str(told).partition(';')[0]} ({free / 1e6:.1f} MB free)") from cause
 
 
 def _read_origin(directory: pathlib.Path) -> dict[str, Any] | None:
     """How ``directory`` was made, as far as it says so."""
     try:
-        found: dict[str, Any] = read_json(directory / _ORIGIN, dict)
+        found: dict[str, Any] | None = read_json(directory / _ORIGIN, dict) if (directory / _ORIGIN).is_file() else None
     except UserError:
         return None
     return found
@@ -124,21 +115,42 @@ def is_quantized(config: Any) -> bool:
     return bool(fields.get("quant_method") == "qlora_ext")
 
 
-def four_bit_directory(recipe: Recipe, directory: pathlib.Path) -> ModelSource:
-    """The model of ``recipe`` in 4 bits at ``directory``, made there unless it is there already.
+def _check_base(output: Output, found: dict[str, Any] | None) -> None:
+    """Rejects a non-empty place for a run's 4-bit base, unless ``--overwrite`` replaces the base of an earlier run."""
+    advice = "move it elsewhere, or name another --output"
+    if output.path.is_dir() and contents(output.path):
+        if found is None:
+            raise UserError(
+                f"{output.path} exists and is not empty, and is not the 4-bit base of a streamed run (it has no "
+                f"{_ORIGIN}); {advice}"
+            )
+        if not output.overwrite:
+            raise UserError(
+                f"{output.path} is the 4-bit base of a run of another model, dtype, block size or version; {advice}, "
+                "or delete it (a new run may also have --overwrite): the run makes its own"
+            )
+    output.check()
+
+
+def four_bit_directory(recipe: Recipe, run: Output) -> ModelSource:
+    """The model of ``recipe`` in 4 bits at OUTPUT-base of a run, made there unless it is there already.
+
+    With ``--overwrite`` it replaces the base that a run like this one left there.
 
     Raises:
         UserError: there is something else; or the model cannot be loaded, or not be written.
     """
     origin = json.loads(json.dumps(recipe.origin()))
-    with claim(str(directory), overwrite=False) as output:
-        if _read_origin(output.path) != origin:
+    directory = run.path.with_name(f"{run.path.name}-base")
+    with claim(str(directory), run.overwrite, run.inputs) as output:
+        if (found := _read_origin(output.path)) != origin:
             output.protect("--model", recipe.source.name, input_of(recipe.source))
-            output.check()
+            _check_base(output, found)
             print(f"quantizing {printable(recipe.source.name)} to {printable(output.path)}, to be streamed from there")
             tokenizer = load_tokenizer(recipe.source)
-            with spilled(recipe, output.path) as spill:
+            with spilled(recipe, output) as spill:
                 model = load_on_cpu(recipe, spill)
+                restore_use_cache(model, recipe.source)
                 with output.written("quantize") as partial:
                     model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
                     tokenizer.save_pretrained(partial)

@@ -9,25 +9,38 @@ import os
 import pathlib
 import re
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 
 from .errors import UserError, writing
-from .files import LOCK, filled_from_inside
+from .files import LOCK, delete_lock, filled_from_inside
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+_HOLDER = re.compile(rb"(\d+) ([\w.-]+)\n")
+
+
 def _holder(descriptor: int) -> str:
-    found = re.fullmatch(rb"(\d+) ([\w.-]+)\n", os.pread(descriptor, 512, 0))
+    found = _HOLDER.fullmatch(os.pread(descriptor, 512, 0))
     return f"process {int(found[1])} on {found[2].decode()}" if found else "another process"
+
+
+def _check_lock_file(descriptor: int, file: pathlib.Path) -> None:
+    """Rejects a file with the name of a lock file that qlora-ext did not write: locking would empty and delete it."""
+    status = os.fstat(descriptor)
+    content = os.pread(descriptor, 512, 0) if stat.S_ISREG(status.st_mode) else b"?"
+    if content and not _HOLDER.fullmatch(content):
+        raise UserError(f"{file}: expected a lock file of qlora-ext, found something else; move it elsewhere")
 
 
 def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
     while True:
         with writing(file):
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
         try:
+            _check_lock_file(descriptor, file)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A holder that ends removes the file: a lock on a file without a name holds nobody off.
             if os.path.samestat(os.fstat(descriptor), file.lstat()):
@@ -46,6 +59,22 @@ def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
                 return descriptor
             os.close(descriptor)
             raise UserError(f"cannot lock {file}: {error.strerror}") from error
+        except UserError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _held(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
+    descriptor = _acquire(file, path)
+    try:
+        with writing(file):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        delete_lock(file, descriptor)
         os.close(descriptor)
 
 
@@ -59,13 +88,12 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it; the text names its pid and host.
     """
-    file = path / LOCK if filled_from_inside(path) else path.with_name(f"{LOCK}-{path.name}")
-    descriptor = _acquire(file, path)
-    try:
-        with writing(file):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+    inside = path / LOCK
+    with contextlib.ExitStack() as stack:
+        if filled_from_inside(path):
+            stack.enter_context(_held(inside, path))
+        else:
+            stack.enter_context(_held(path.with_name(f"{LOCK}-{path.name}"), path))
+            if os.path.lexists(inside):  # of a user who cannot write beside the directory
+                stack.enter_context(_held(inside, path))
         yield
-    finally:
-        file.unlink(missing_ok=True)
-        os.close(descriptor)

@@ -5,20 +5,26 @@ from __future__ import annotations
 import contextlib
 import os
 import pathlib
-import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
-from .._outside import Schema, read_json
-from .errors import UserError, first_line, writing
-from .files import contents, recover, staged_directory, write_json
+from .errors import UserError, check_text, first_line, path_named, writing
+from .files import (
+    contents,
+    filled_from_inside,
+    is_unfinished_name,
+    make_parents,
+    nothing_may_be_there,
+    recover,
+    remove_empty,
+    staged_directory,
+    unfinished_in,
+    write_json,
+)
 from .lock import locked
+from .ownership import MARKER, WAITING, foreign_in_run, foreign_to, is_ours, may_be_unfinished_in_run
+from .ownership import read_marker as read_marker
 from .sources import ModelSource
-
-# In every directory that the command writes: which command, and what it wrote or what it was begun with.
-MARKER = "qlora_output.json"
-_MARKER: Schema = {"command?": str, "files?": [str]}
-_RUN = re.compile(r"settings\.json|before\.json|metrics\.jsonl|loss\.png|adapter|checkpoint-\d+|" + re.escape(MARKER))
 
 
 def _resolved(name: str) -> pathlib.Path:
@@ -31,6 +37,7 @@ def _resolved(name: str) -> pathlib.Path:
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"--output {name[:80]!r}: no directory can have that name ({reason})") from error
+    check_text(path, "--output")
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path}: a file of that name exists; name a directory")
     return path
@@ -70,17 +77,71 @@ def input_of(source: ModelSource) -> str | None:
     return path if os.path.exists(path) else None
 
 
-def _check_input(path: pathlib.Path, option: str, name: str) -> None:
+def relation(path: pathlib.Path, option: str, name: str) -> Literal["is or holds", "lies inside"] | None:
+    """How the directory ``path`` overlaps the input ``name`` of ``option``, with links resolved; None: they do not
+    overlap.
+
+    Raises:
+        UserError: the paths cannot be compared.
+    """
     try:
         source = pathlib.Path(name).expanduser()
         if not source.exists():
-            return  # a name on the hub, or a package's
+            return None  # a name on the hub, or a package's
         if _identity(path) in _on_the_way(source):
-            raise UserError(f"--output {path} is or holds {option} {name}, which --overwrite would delete")
-        if _identity(source) in {_identity(p) for p in (path, *path.parents)}:
-            raise UserError(f"--output {path} lies inside {option} {name}, in which --overwrite deletes nothing")
+            return "is or holds"
+        return "lies inside" if _identity(source) in {_identity(p) for p in (path, *path.parents)} else None
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(f"{option} {name}: {first_line(error)}") from error
+
+
+def _check_input(path: pathlib.Path, option: str, name: str) -> None:
+    found = relation(path, option, name)
+    if found is not None:
+        end = "which --overwrite would delete" if found == "is or holds" else "in which --overwrite deletes nothing"
+        raise UserError(f"--output {path} {found} {option} {name}, {end}; name another --output")
+
+
+def output_file(option: str, name: str, mark: str, inputs: Sequence[tuple[str, str | None]]) -> pathlib.Path:
+    """The file that ``option`` names. The command writes it at its end and may replace an earlier one of its own.
+
+    Args:
+        mark: text near the beginning of every such file. inputs: options and the paths they read.
+
+    Raises:
+        UserError: there is no such directory, or the file is there and is an input, part of one, or has no ``mark``.
+    """
+    path = path_named(name, option).absolute()
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {name}: there is no directory {path.parent}")
+    if not os.path.lexists(path):
+        return path
+    for source, read in inputs:
+        if read and relation(path, source, read) is not None:
+            raise UserError(
+                f"{option} {name} is a file of {source} {read}, which this command does not replace; name another file"
+            )
+    beginning = b""
+    if path.is_file() and not path.is_symlink():
+        with path.open("rb") as file:
+            beginning = file.read(4096)
+    if mark.encode() not in beginning:
+        raise UserError(f"{option} {name}: exists, and this command did not write it; name another file, or delete it")
+    return path
+
+
+def _foreign(directory: pathlib.Path) -> str | None:
+    """The first entry of a directory with a marker that the command named in the marker did not write.
+
+    Raises:
+        UserError: the marker is damaged, or is not that of a finished output.
+    """
+    marker = read_marker(directory)
+    if marker.get("command") == "finetune":
+        return foreign_in_run(directory)
+    if "files" not in marker or "waiting" in marker:
+        raise UserError(f"{MARKER} is damaged, or not that of a finished output")
+    return foreign_to([*marker["files"], MARKER])(directory)
 
 
 def _check_ours(path: pathlib.Path) -> None:
@@ -88,19 +149,13 @@ def _check_ours(path: pathlib.Path) -> None:
     advice = "--overwrite does not delete it; name another directory, or delete it yourself"
     if not (path / MARKER).is_file():
         raise UserError(f"--output {path}: not written by qlora-ext (it has no {MARKER}); {advice}")
-    marker = read_marker(path)
-    if marker.get("command") == "finetune":
-        foreign = [p.name for p in contents(path) if not _RUN.fullmatch(p.name)]
-    else:
-        written = marker.get("files")
-        if written is None:
-            raise UserError(f"--output {path}: {MARKER} is damaged; {advice}")
-        files = (p for top in contents(path) for p in (top, *(top.rglob("*") if top.is_dir() else ())))
-        names = (p.relative_to(path).as_posix() for p in files if p.is_symlink() or not p.is_dir())
-        foreign = [name for name in names if name not in {*written, MARKER}]
-    if foreign:
+    try:
+        foreign = _foreign(path)
+    except UserError as error:
+        raise UserError(f"--output {path}: {error}; {advice}") from error
+    if foreign is not None:
         raise UserError(
-            f"--output {path}: --overwrite would delete {foreign[0]!a} too, which qlora-ext did not write; "
+            f"--output {path}: --overwrite would delete {foreign!a} too, which qlora-ext did not write; "
             "move it elsewhere, or name another directory"
         )
 
@@ -120,16 +175,19 @@ class Output:
 
     Attributes:
         path: absolute, links followed.
+        overwrite: whether an earlier output of the command may be replaced.
+        begun: whether what was computed is complete, and being written.
     """
 
     def __init__(self, path: pathlib.Path, overwrite: bool) -> None:
         self.path = path
-        self._overwrite = overwrite
-        self._inputs: list[tuple[str, str]] = []
+        self.begun = False
+        self.overwrite = overwrite
+        self.inputs: list[tuple[str, str]] = []
 
     def protect(self, option: str, *names: str | None) -> None:
         """Notes that ``option`` reads the files or directories ``names``; None and names of no file are passed over."""
-        self._inputs += [(option, name) for name in names if name]
+        self.inputs += [(option, name) for name in names if name]
 
     def check(self) -> None:
         """Checks that the directory can become a new one of results.
@@ -140,11 +198,11 @@ class Output:
                 that the command did not write.
         """
         _check_place(self.path)
-        if self._overwrite:
-            for option, name in self._inputs:
+        if self.overwrite:
+            for option, name in self.inputs:
                 _check_input(self.path, option, name)
         if self.path.is_dir() and contents(self.path):
-            if not self._overwrite:
+            if not self.overwrite:
                 raise UserError(
                     f"--output {self.path} exists and is not empty; name another directory, or add --overwrite"
                 )
@@ -157,37 +215,70 @@ class Output:
         Args:
             command: who writes. begun_with: what a run that is not finished yet began with.
         """
-        with staged_directory(self.path) as partial:
+        self.begun = True
+        with staged_directory(self.path, _foreign if self.overwrite else nothing_may_be_there) as partial:
             yield partial
             _mark(partial, command, begun_with)
             self.check()  # others may have put something there meanwhile
 
 
+def _recover_left(path: pathlib.Path) -> list[str]:
+    """Recovers what killed commands left of ``path``, whose lock is held, of what waits beside it, and of a run in it.
+
+    Each other name is recovered under its own lock, and skipped if another process holds that lock.
+    """
+    told = recover(path)
+    beside = set() if filled_from_inside(path) else unfinished_in(path.parent)
+    left = [path.with_name(name) for kind in WAITING if (name := f"{path.name}.{kind}") in beside]
+    if path.is_dir() and is_ours(path) and read_marker(path).get("command") == "finetune":
+        left += [path / name for name in sorted(unfinished_in(path)) if may_be_unfinished_in_run(name)]
+    for unfinished in left:
+        with contextlib.suppress(UserError), locked(unfinished):
+            told += recover(unfinished)
+    return told
+
+
+def _check_name(path: pathlib.Path) -> None:
+    """Rejects names reserved for unfinished files, and places inside intermediate results, which are deleted later."""
+    if any(is_unfinished_name(part) for part in path.parts):
+        raise UserError(f"--output {path}: names of this form are reserved for unfinished files; choose another name")
+    for parent in path.parents:
+        if parent.is_dir() and is_ours(parent) and "waiting" in read_marker(parent):
+            raise UserError(
+                f"--output {path}: {parent} holds unfinished work and will be deleted; name another directory"
+            )
+
+
 @contextlib.contextmanager
-def claim(name: str, overwrite: bool) -> Iterator[Output]:
+def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) -> Iterator[Output]:
     """The directory of ``--output name``, locked, and free of what a kill left behind.
 
     Directories above it that are missing are made, and go again if nothing came into them.
+
+    Args:
+        inputs: options and the files or directories that they read, as ``Output.protect`` takes them.
 
     Raises:
         UserError: it cannot be a directory, cannot be written to, or another process is at work there.
     """
     path = _resolved(name)
+    _check_name(path)
     missing = [parent for parent in path.parents if not parent.exists()]
     place = path if path.is_dir() else (missing[-1] if missing else path).parent
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"--output {path}: no permission to write there")
+    made: list[pathlib.Path] = []
     try:
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            made += make_parents(path)
         with locked(path):
-            for sentence in recover(path):
+            for sentence in _recover_left(path):
                 print(sentence, flush=True)
-            yield Output(path, overwrite)
+            output = Output(path, overwrite)
+            output.inputs += inputs
+            yield output
     finally:
-        with contextlib.suppress(OSError):
-            for parent in missing:
-                parent.rmdir()
+        remove_empty(made)
 
 
 def _mark(directory: pathlib.Path, command: str, begun_with: dict[str, str]) -> None:
@@ -198,14 +289,3 @@ def _mark(directory: pathlib.Path, command: str, begun_with: dict[str, str]) -> 
         files = (p for p in directory.rglob("*") if not p.is_dir())
         record["files"] = sorted(p.relative_to(directory).as_posix() for p in files)
     write_json(directory / MARKER, record)
-
-
-def read_marker(directory: pathlib.Path) -> dict[str, Any]:
-    """Who wrote ``directory``, and the files it wrote or what it began with; empty where nothing says so.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = directory / MARKER
-    marker: dict[str, Any] = read_json(path, _MARKER) if path.is_file() else {}
-    return marker

