@@ -37,10 +37,12 @@ def processor() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """Vendor, family and model, as the name of a folder: amd_25_17."""
+    """Vendor, family and model, as the name of a folder: amd_25_17; amd_25_17_avx2 if QLORA_CPU_ISA limits it."""
     fields = processor()
     vendor = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(fields.get("vendor_id", ""), "unknown")
-    return f"{vendor}_{fields.get('cpu family', 'x')}_{fields.get('model', 'x')}"
+    limit = os.environ.get("QLORA_CPU_ISA", "")
+    parts = [vendor, fields.get("cpu family", "x"), fields.get("model", "x"), *([limit] if limit else [])]
+    return "_".join(parts)
 
 
 def machine() -> dict[str, Any]:

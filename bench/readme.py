@@ -18,7 +18,7 @@ import results_files as files
 
 ROOT = Path(__file__).parents[1]
 README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
-FASTEST = ("intel_6_167", "amd_26_2")
+STEPS = ("intel_6_167", "amd_26_2")
 SHOWN = (
     *(("4096x4096", tokens) for tokens in (1, 4, 16, 64, 256)),
     ("14336x4096", 1),
@@ -33,21 +33,25 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def steps() -> str:
-    """Tokens a second of a training step, on the machines of FASTEST."""
+    """Tokens per second of a training step, on the machines of STEPS."""
     rows = []
-    for machine in FASTEST:
+    for machine in STEPS:
         name = "step_2_threads"
         found = {row["base"]: row for row in files.sections(machine)[name]["rows"]}
-        cells = [files.MACHINES[machine], f"**{found['qlora_ext']['tokens/s']:.0f}**"]
+
+        def speed(base: str, found: dict[str, files.Row] = found) -> str:
+            return f"{found[base]['tokens/s']:.0f} in {found[base].get('dtype', 'bfloat16')}"
+
+        cells = [files.MACHINES[machine], f"**{speed('qlora_ext')}**"]
         for base in ("bitsandbytes", "dense LoRA"):
             ratio = files.median(found[base]["time over qlora_ext's"])
-            cells.append(f"{found[base]['tokens/s']:.0f} (ours is {ratio:.2f} times as fast)")
+            cells.append(f"{speed(base)} (ours is {ratio:.2f} times as fast)")
         rows.append([*cells, f"[step](bench/results/{machine}/{name}.md)"])
     headings = (
         "two cores of an",
         "qlora_ext",
         "bitsandbytes 0.50.2 + PEFT",
-        "LoRA on the dense bf16 model",
+        "LoRA on the dense model",
         "measured",
     )
     return table(headings, rows)

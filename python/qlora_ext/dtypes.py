@@ -1,0 +1,39 @@
+"""The default compute dtype of a model: float32 on processors without bfloat16 arithmetic."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from . import _C
+
+# What ONEDNN_MAX_CPU_ISA, which limits torch's matmuls, has to allow for bfloat16 to be multiplied natively.
+_ONEDNN_WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10", "DEFAULT", "ALL")
+
+
+def native_bfloat16() -> bool:
+    """Whether the CPU kernels in use, ours and torch's, multiply bfloat16 by instructions of the processor.
+
+    These are AVX512-BF16, AMX and ARM's BF16. Without them torch converts each bfloat16 value separately: a matmul
+    takes 3 to 8 times as long as in float32 (``docs/troubleshooting.md``). ``QLORA_CPU_ISA`` and ``ONEDNN_MAX_CPU_ISA``
+    may rule the instructions out.
+
+    Example:
+        >>> import qlora_ext
+        >>> qlora_ext.build_info()["native_bfloat16"] in (True, False)
+        True
+    """
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT")).upper()
+    return _C.cpu_isa().endswith("bf16") and limit.startswith(_ONEDNN_WITH_BF16)
+
+
+def computing_dtype(dtype: torch.dtype, device: torch.device | str | int | None) -> torch.dtype:
+    """The dtype for products of weights that are in ``dtype``: float32 where bfloat16 is slow on ``device``.
+
+    Args:
+        dtype: of the model's weights.
+        device: where it computes; None is the CPU.
+    """
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    return torch.float32 if dtype == torch.bfloat16 and on_cpu and not native_bfloat16() else dtype

@@ -1,0 +1,166 @@
+"""The automatic compute dtype: bfloat16 only where the processor multiplies it, the same 4-bit weights either way."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from safetensors.torch import load_file
+
+import qlora_ext
+from commands import RUN, Paths, base, command, here
+from qlora_ext import dtypes
+from qlora_ext.nn import layers_of
+from tiny_models import make
+
+CPU = torch.device("cpu")
+
+
+def without_bfloat16() -> None:
+    """What a processor without bfloat16 arithmetic answers."""
+    dtypes.native_bfloat16 = lambda: False
+
+
+def with_bfloat16() -> None:
+    dtypes.native_bfloat16 = lambda: True
+
+
+@pytest.fixture
+def laptop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dtypes, "native_bfloat16", lambda: False)
+
+
+@pytest.mark.parametrize(
+    ("isa", "limit", "native"),
+    [
+        ("avx512_bf16", None, True),
+        ("amx_bf16", None, True),
+        ("neon_bf16", None, True),
+        ("avx512", None, False),
+        ("avx2", None, False),
+        ("scalar", None, False),
+        ("avx512_bf16", "AVX2", False),
+        ("avx512_bf16", "avx512_core_vnni", False),
+        ("avx512_bf16", "AVX512_CORE_BF16", True),
+        ("amx_bf16", "AVX512_CORE_AMX", True),
+        ("amx_bf16", "ALL", True),
+    ],
+)
+def test_native_bfloat16(monkeypatch: pytest.MonkeyPatch, isa: str, limit: str | None, native: bool) -> None:
+    monkeypatch.setattr(dtypes._C, "cpu_isa", lambda: isa)
+    monkeypatch.delenv("DNNL_MAX_CPU_ISA", raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert dtypes.native_bfloat16() is native
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_computing_dtype(monkeypatch: pytest.MonkeyPatch, native: bool) -> None:
+    monkeypatch.setattr(dtypes, "native_bfloat16", lambda: native)
+    chosen = torch.bfloat16 if native else torch.float32
+    assert dtypes.computing_dtype(torch.bfloat16, CPU) == chosen
+    assert dtypes.computing_dtype(torch.bfloat16, None) == chosen
+    assert dtypes.computing_dtype(torch.bfloat16, "cuda") == torch.bfloat16
+    assert dtypes.computing_dtype(torch.float16, CPU) == torch.float16
+    assert dtypes.computing_dtype(torch.float32, CPU) == torch.float32
+
+
+def loaded(path: pathlib.Path, **options: object) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, **options)
+    return model
+
+
+def computes_in(model: torch.nn.Module) -> set[torch.dtype]:
+    return {layer.compute_dtype for _, layer in layers_of(model)}
+
+
+def test_a_model_without_bfloat16(laptop: None, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    make("llama").bfloat16().save_pretrained(tmp_path / "dense")
+    model = loaded(tmp_path / "dense", quantization_config=qlora_ext.QLoRAConfig())
+    assert computes_in(model) == {torch.float32}
+    assert {layer.weight_dtype for _, layer in layers_of(model)} == {torch.bfloat16}
+    assert model.dtype == torch.bfloat16
+    assert model.dequantize().dtype == torch.bfloat16
+
+    model = loaded(tmp_path / "dense", quantization_config=qlora_ext.QLoRAConfig(compute_dtype="auto"))
+    model.save_pretrained(tmp_path / "4bit")
+    assert json.loads((tmp_path / "4bit/config.json").read_text())["quantization_config"]["compute_dtype"] == "auto"
+    again = loaded(tmp_path / "4bit")
+    assert computes_in(again) == {torch.float32}
+    monkeypatch.setattr(dtypes, "native_bfloat16", lambda: True)
+    elsewhere = loaded(tmp_path / "4bit")
+    assert computes_in(elsewhere) == {torch.bfloat16}
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(elsewhere.state_dict()[name], tensor), name
+
+
+def test_an_explicit_compute_dtype_is_kept(laptop: None, tmp_path: pathlib.Path) -> None:
+    make("llama").bfloat16().save_pretrained(tmp_path / "dense")
+    model = loaded(tmp_path / "dense", quantization_config=qlora_ext.QLoRAConfig(compute_dtype="bfloat16"))
+    assert computes_in(model) == {torch.bfloat16}
+    model.save_pretrained(tmp_path / "4bit")
+    assert computes_in(loaded(tmp_path / "4bit")) == {torch.bfloat16}
+
+
+def adapter(run: pathlib.Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_without_bfloat16(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    run = tmp_path / "run"
+    told = command("finetune", *base(paths), "--output", run, *RUN, before=without_bfloat16)
+    assert told.returncode == 0, told.stderr
+    assert "computing in float32 on cpu, because the processor has no bfloat16 arithmetic" in told.stdout
+    # The 4-bit base is the one of a machine with bfloat16, and the adapter fits there.
+    fingerprints = [json.loads((r / "adapter" / "qlora_base.json").read_text()) for r in (run, whole_run)]
+    assert fingerprints[0] == fingerprints[1]
+    for machine in (with_bfloat16, without_bfloat16):
+        answer = command("generate", "--adapter", run, "--prompt", "count", "--max-new-tokens", 2, before=machine)
+        assert answer.returncode == 0, answer.stderr
+
+
+def test_a_run_goes_on_in_the_dtype_it_began_with(paths: Paths, tmp_path: pathlib.Path) -> None:
+    """Begun without bfloat16, stopped, and resumed on a machine that has it: the same adapter, bit for bit."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command("finetune", *base(paths), "--output", whole, *RUN, before=without_bfloat16).returncode == 0
+    shutil.copytree(whole, cut)
+    for name in ("adapter", "checkpoint-11"):  # as if it had been stopped after step 8
+        shutil.rmtree(cut / name)
+    told = command("finetune", "--output", cut, "--resume", before=with_bfloat16)
+    assert told.returncode == 0, told.stderr
+    assert "computing in float32 on cpu, as at the start of the run" in told.stdout
+    assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(cut).items())
+
+
+def test_calibration_without_bfloat16_saves_bfloat16(
+    paths: Paths, tmp_path: pathlib.Path, laptop: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--calibrate", paths["data"], "--calibration-tokens", 512]
+    here("quantize", "--model", paths["model"], "--output", tmp_path / "4bit", *options)
+    config = json.loads((tmp_path / "4bit" / "config.json").read_text())
+    assert config["quantization_config"]["compute_dtype"] == "auto"
+    saved = load_file(tmp_path / "4bit" / "model.safetensors")
+    floats = {name: t.dtype for name, t in saved.items() if t.is_floating_point() and "absmax" not in name}
+    assert {dtype for name, dtype in floats.items() if "nested" not in name} == {torch.bfloat16}
+
+
+def test_the_planner_knows_it(paths: Paths, laptop: None, capsys: pytest.CaptureFixture[str]) -> None:
+    def other_weights(*more: str) -> float:
+        capsys.readouterr()
+        here("plan", "--model", paths["model"], "--seq-len", 32, "--json", "--memory", "1GB", *more)
+        found: float = json.loads(capsys.readouterr().out)["bytes"]["other weights"]
+        return found
+
+    ratio = other_weights("--device", "cpu") / other_weights("--device", "cpu", "--dtype", "bfloat16")
+    assert 1.99 < ratio <= 2  # some buffers are float32 in any case
+    assert other_weights("--device", "cuda") == other_weights("--device", "cuda", "--dtype", "bfloat16")
