@@ -17,7 +17,7 @@ import torch
 from forks import Command
 
 Paths = dict[str, pathlib.Path]
-COMMAND = [sys.executable, "-c", "import sys; from qlora_ext.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from qlora_ext_command import main; sys.exit(main())"]
 # Adapters of rank 2 on short texts; more than one epoch, dropout, and steps that no checkpoint falls on.
 SMALL = ["--rank", "2", "--seq-len", "48", "--batch-size", "2", "--lr", "0.003", "--dropout", "0.1", "--eval-size", "4"]
 RUN = [*SMALL, "--max-steps", "11", "--save-steps", "4"]
@@ -75,6 +75,15 @@ def adapter_bytes(run: pathlib.Path) -> bytes:
 
 def read_lines(path: pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def listing(root: pathlib.Path) -> dict[str, bytes | str]:
+    """Everything below a directory, with its content."""
+    found = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "directory"
+    return found
 
 
 @pytest.fixture(scope="session")

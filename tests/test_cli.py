@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import pathlib
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -18,7 +20,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 import qlora_ext
-from commands import RUN, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
+from commands import COMMAND, RUN, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
 from qlora_ext.cli import main
 
 
@@ -139,11 +141,97 @@ def test_generate_quantize_merge(paths: Paths, whole_run: pathlib.Path, capfd: p
     assert not list((root / "merged").glob(".partial*"))
     config = json.loads((root / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
+    assert config["use_cache"]
+    assert json.loads((root / "model4" / "config.json").read_text())["use_cache"]
     model = AutoModelForCausalLM.from_pretrained(root / "merged")
     tokenizer = AutoTokenizer.from_pretrained(root / "merged")
     prompt = tokenizer("count 3\n", return_tensors="pt")["input_ids"]
     out = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)
     assert tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip() == answer.stdout.strip()
+
+
+def test_prompts_and_adapters_that_are_not_options(
+    refused, paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.chdir(paths["root"])
+    monkeypatch.setattr("qlora_ext.cli.adapter_files.DEFAULT_RUN", whole_run.name)
+    ask = ["--max-new-tokens", "4"]
+    here("generate", "--adapter", whole_run, "--prompt", "count 3", *ask)
+    answer = capfd.readouterr().out
+    here("generate", "count 3", *ask)
+    told = capfd.readouterr()
+    assert told.out == answer
+    assert f"using the adapter in ./{whole_run.name}" in told.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("count 3"))
+    here("generate", "-", *ask)
+    assert capfd.readouterr().out == answer
+    here("generate", "--model", paths["model"], "count 3", *ask)  # without an adapter
+    assert capfd.readouterr().err == ""
+    assert "give one of them" in refused("generate", "count 3", "--prompt", "count 4")
+    assert "expected a prompt" in refused("generate")
+    assert "--model: the name is empty" in refused("generate", "--model", "", "count 3")
+    assert "--model: the name is empty" in refused("generate", "--adapter", whole_run, "--model", "", "count 3")
+    assert "name it with --adapter" in refused("generate", "--model", whole_run, "count 3")
+    monkeypatch.setattr("qlora_ext.cli.adapter_files.DEFAULT_RUN", "no-run")
+    assert "--adapter: none named and none in ./no-run" in refused("generate", "count 3")
+
+
+def test_a_checkpoint_of_a_run_is_an_adapter(
+    paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Over the base as the run quantized it."""
+    run = tmp_path / "run"
+    here("finetune", *base(paths), "--output", run, *RUN, "--max-steps", "2", "--block-size", "128")
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        paths["model"].resolve()
+    )
+    capfd.readouterr()
+    for adapter in (run, run / "adapter", run / "checkpoint-2"):
+        here("generate", "--adapter", adapter, "count 3", "--max-new-tokens", "2")
+    here("finetune", *base(paths), "--output", tmp_path / "more", *RUN[2:], "--max-steps", "1", "--block-size", "128",
+         "--init-adapter", run / "checkpoint-2")  # fmt: skip
+
+
+def test_a_model_that_is_nowhere(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    """Offline, as the tests are run, the hub has no model."""
+    told = refused("finetune", "--model", "nosuchdir", "--data", paths["data"], "--output", tmp_path / "run")
+    assert "there is no directory nosuchdir, and no model of that name could be had" in told
+
+
+def test_finetune_alone_says_what_it_is(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    from qlora_ext.cli.commands import finetune
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "resolve", lambda *a, **k: pytest.exit("too far"))
+        patch.setattr(finetune, "parse_device", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["finetune", "--output", str(tmp_path / "run")]) == 130
+        told = capfd.readouterr().out
+        assert main(["finetune", "--output", str(tmp_path / "run"), "--seed", "1"]) == 130
+    assert told.count("\n") == 1
+    assert "demonstration" in told
+    assert "4 minutes" in told
+    assert "Ctrl-C" in told
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", ["quantize", "finetune"])
+def test_names_that_the_locale_cannot_write(paths: Paths, tmp_path: pathlib.Path, command: str) -> None:
+    """An ASCII locale without Python's UTF-8 mode; in that mode they work."""
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    command_line = [*COMMAND, command, "--model", paths["model"], "--output", tmp_path / "ünï"]
+    done = subprocess.run(
+        [os.fsencode(part) for part in command_line],
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+    told = done.stderr.decode("ascii")
+    assert done.returncode == 2, told
+    assert told.count("\n") == 1
+    assert "--output" in told
+    assert "PYTHONUTF8=1" in told
 
 
 def test_embeddings_in_4_bits(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
@@ -173,6 +261,13 @@ def test_info() -> None:
     assert result.returncode == 0
     for part in ("version", "cpu_isa", "transformers"):
         assert part in result.stdout
+
+
+def test_info_as_json(capfd: pytest.CaptureFixture[str]) -> None:
+    here("info", "--json")
+    found = json.loads(capfd.readouterr().out)
+    assert found["version"] == qlora_ext.__version__
+    assert found["cpu_isa"] in found["cpu_isas"]
 
 
 def test_help_names_every_command() -> None:
@@ -331,7 +426,11 @@ def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
         result = command("quantize", "--model", paths["model"], "--output", small / "out")
         assert result.returncode == 2, result.stderr
         assert "full" in result.stderr
-        assert not list(small.iterdir())
+        # What was quantized waits for more room, if there was room for any of it.
+        left = {path.name for path in small.iterdir()}
+        assert left <= {"out.weights"}
+        assert bool(left) == (f"what was quantized so far is kept in {small}/out.weights" in result.stderr)
+        shutil.rmtree(small / "out.weights", ignore_errors=True)
         result = command("finetune", *base(paths), "--output", small / "run", *RUN)
         assert result.returncode == 2, result.stderr
         assert "full" in result.stderr

@@ -13,9 +13,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+from transformers import AutoModelForCausalLM
+
 import qlora_ext
 from qlora_ext.cli import held_out, main
 from qlora_ext.fidelity import CurvePoint, Increase, LayerCost, ModelCheck, advice_on
+from qlora_ext.nn import layers_of
 from test_cli_whole import change_weights
 from tiny_models import make, save_tiny_llama, token_ids
 
@@ -124,10 +127,11 @@ def test_codes_of_another_model(made: pathlib.Path, check: Checked, tmp_path: pa
         weights[f"{LAYER}.weight"] = weights[f"{LAYER}.weight"].flip(0).contiguous()
 
     change_weights(model, turn)
-    check(model, data=made / "text.txt")
-    assert f"quantize again: 1 of 14 layers are farther off than plain NF4 of the dense model, most of all {LAYER}" in (
-        check.out
-    )
+    assert check(model, data=made / "text.txt") == 3
+    assert check.json["good"] is False
+    assert f"damaged: {LAYER}: its outputs are off by 1." in check.out
+    worse = "quantize again: 1 of 14 layers have a larger error than plain NF4 of the dense model"
+    assert f"{worse}, the largest in {LAYER}" in check.out
     worst = {layer["name"]: layer["error"] for layer in check.json["layers"]}
     assert worst[LAYER] > 1 > 0.2 > max(error for name, error in worst.items() if name != LAYER)
     assert check.json["increase"]["nats"] > 0
@@ -159,6 +163,66 @@ def test_scales_that_decode_to_no_number(made: pathlib.Path, check: Checked, tmp
     assert f"damaged: {LAYER}: " in check.out
     assert "scales are NaN or infinite" in check.out
     assert "advice: the model is damaged" in check.out
+
+
+@pytest.mark.parametrize("form", ["qlora_ext", "bitsandbytes"])
+def test_two_rows_that_changed_places(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path, form: str) -> None:
+    model = shutil.copytree(made / form, tmp_path / "model")
+
+    def exchange(weights: dict[str, torch.Tensor]) -> None:
+        rows = weights[f"{LAYER}.weight"].view(64, -1)
+        rows[[3, 40]] = rows[[40, 3]]
+
+    change_weights(model, exchange)
+    assert check(model, data=made / "text.txt") == 3
+    assert "its codes or scales are another model's, or damaged" in check.out
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_scales_that_no_model_has(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path, with_base: bool) -> None:
+    model = shutil.copytree(made / "qlora_ext", tmp_path / "model")
+    if not with_base:
+        (model / "quantization.json").unlink()
+
+    def enlarge(weights: dict[str, torch.Tensor]) -> None:
+        weights[f"{LAYER}.nested_absmax"].mul_(1e30)
+        weights[f"{LAYER}.nested_offset"].mul_(1e30)
+
+    change_weights(model, enlarge)
+    assert check(model, data=made / "text.txt") == 3
+    assert f"damaged: {LAYER}: " in check.out
+    assert "no model has such weights" in check.out
+
+
+def test_quantize_does_not_copy_damage(
+    made: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(made / "qlora_ext", tmp_path / "model")
+    change_weights(model, lambda weights: weights[f"{LAYER}.nested_offset"].fill_(1e30))
+    for form in ("qlora_ext", "bitsandbytes"):
+        arguments = ["--model", str(model), "--output", str(tmp_path / "out"), "--format", form]
+        assert main(["quantize", *arguments]) == 2
+        assert f"the model is damaged and is not copied: {LAYER}: " in capfd.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_merged_into_the_codes_is_no_damage(
+    made: pathlib.Path, check: Checked, tmp_path: pathlib.Path
+) -> None:
+    """Merging rounds at random, which makes a larger error than rounding to the nearest code."""
+    from qlora_ext.merged import with_update
+
+    model = AutoModelForCausalLM.from_pretrained(made / "qlora_ext", device_map="cpu")
+    dense = AutoModelForCausalLM.from_pretrained(made / "dense", device_map="cpu")
+    for name, layer in layers_of(model):
+        weight = dense.get_submodule(name).weight.detach().float()
+        layer.set_weight(with_update(layer.weight4bit, weight))
+    model.save_pretrained(tmp_path / "merged")
+    shutil.copy(made / "qlora_ext" / "tokenizer.json", tmp_path / "merged")
+    shutil.copy(made / "qlora_ext" / "tokenizer_config.json", tmp_path / "merged")
+    assert check(tmp_path / "merged", "--base", made / "dense", data=made / "text.txt") == 0
+    assert "quantize again, unless an adapter was merged into these 4 bits: 14 of 14 layers" in check.out
+    assert "damaged" not in check.out
 
 
 def test_scales_that_are_all_zero(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path) -> None:
@@ -301,9 +365,19 @@ def layers(**changes: float) -> list[LayerCost]:
         (Increase(0.2, 0.01), {"loss": 0.01}, ["calibrate"]),
         (Increase(0.2, 0.01), {}, ["calibrate", "keep 1 layers in 16 bits"]),
         (Increase(0.2, 0.2), {}, ["nothing: the increase"]),
-        (Increase(0.2, 0.01), {"error": 0.2, "loss": 0.01}, ["quantize again: 1 of 20 layers"]),
+        (Increase(0.2, 0.01), {"error": 0.12, "weight_ratio": 2.0, "loss": 0.01}, ["quantize again: 1 of 20 layers"]),
+        (Increase(0.2, 0.01), {"error": 0.12, "loss": 0.01}, ["quantize again, unless an adapter was merged"]),
     ],
 )
 def test_advice_rests_on_what_was_measured(increase: Increase, changes: dict[str, float], begins: list[str]) -> None:
-    found = advice_on(ModelCheck([], 4096, 25_000, 3.2, 3.0, increase, layers(**changes)))
+    checked = ModelCheck([], 4096, 25_000, 3.2, 3.0, increase, layers(**changes))
+    assert checked.is_sound == ("weight_ratio" not in changes)
+    found = advice_on(checked)
     assert [advice[: len(begin)] for advice, begin in zip(found, begins, strict=True)] == begins
+
+
+@pytest.mark.parametrize("error", [float("inf"), float("nan")])
+def test_a_layer_whose_outputs_are_no_numbers_is_damaged(error: float) -> None:
+    found = ModelCheck([], 4096, 25_000, 3.2, 3.0, Increase(0.0, 0.01), layers(error=error, weight_ratio=error))
+    assert [layer.name for layer in found.damaged] == ["layer7"]
+    assert "another model's, or damaged" in advice_on(found)[0]

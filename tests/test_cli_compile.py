@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import pathlib
+import shutil
+import zipfile
 from typing import Any
 
 import pytest
@@ -17,7 +22,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 import qlora_ext
 import tiny_models
-from qlora_ext.cli import compiled, main
+from qlora_ext.cli import compiled, compiled_cache, main
 from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.models import prepare_to_answer
 
@@ -190,6 +195,86 @@ def test_a_directory_that_others_can_write_to_is_not_used(
     path.chmod(0o777)
     with pytest.raises(UserError, match="others can write to it"):
         compiled.compile_decoding(adapted(), "always", pays=True)
+
+
+def damage(package: pathlib.Path, kind: str) -> None:
+    whole = package.read_bytes()
+    if kind == "a bit":
+        at = len(whole) // 2
+        package.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    else:
+        package.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "noise": b"PK" * 5000}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "noise", "a bit"])
+def test_a_damaged_package_is_no_package(tmp_path: pathlib.Path, kind: str) -> None:
+    decoder_of(adapted())
+    (package, *_) = compiled_cache.directory().glob("*.pt2")
+    copy = tmp_path / package.name
+    shutil.copy(package, copy)
+    assert compiled_cache.is_whole(copy)
+    damage(copy, kind)
+    assert not compiled_cache.is_whole(copy)
+
+
+def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    expected = decode(model, 5)
+    decoder_of(adapted())
+    package = (
+        compiled.directory()
+        / f"{compiled._digest(model, compiled._state(compiled._Step(compiled.causal_lm(model))))}.pt2"
+    )
+    whole = package.read_bytes()
+    compiled_anew = []
+
+    def make(lm: Any, step: Any, package: pathlib.Path) -> None:
+        compiled_anew.append(package)
+        package.write_bytes(whole)
+
+    monkeypatch.setattr(compiled, "_compile", make)
+    damage(package, "truncated")
+    assert compiled.compile_decoding(adapted(), "auto", pays=False) is None
+    decoder_of(model)
+    assert torch.equal(decode(model, 5), expected)
+    assert compiled_anew == [package]
+    with zipfile.ZipFile(package, "w") as archive:  # whole, and no package
+        archive.writestr("a", "b")
+    assert compiled.compile_decoding(adapted(), "auto", pays=True) is not None
+    assert compiled_anew == [package] * 2
+
+
+def test_what_killed_compilations_left_is_deleted_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    package = f"{'a' * 64}.pt2"
+    for name in ("compiling-ab3_d6gh", "tmpab3_d6gh", "compiling-theses00", "tmp-directory", "compiling-running0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / package).write_text("half")
+    (tmp_path / "compiling-empty000").mkdir()
+    (tmp_path / "compiling-theses00" / "thesis.tex").write_text("mine")
+    (tmp_path / "tmpalink000").symlink_to(tmp_path / "tmp-directory")
+    (tmp_path / "tmpafile000").write_text("mine")
+    (tmp_path / package).write_text("whole")
+    descriptor = os.open(tmp_path / "compiling-running0", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    compiled_cache.clean(tmp_path)
+    os.close(descriptor)
+    left = ["compiling-running0", "compiling-theses00", "tmp-directory", "tmpafile000", "tmpalink000", package]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
+    assert (tmp_path / "tmp-directory" / package).exists()
+
+
+def test_a_package_takes_its_name_when_it_is_written(tmp_path: pathlib.Path) -> None:
+    package = tmp_path / f"{'b' * 64}.pt2"
+    with contextlib.suppress(KeyboardInterrupt), compiled_cache.written(package) as path:
+        path.write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with compiled_cache.written(package) as path:
+        path.write_text("whole")
+        compiled_cache.clean(tmp_path)  # by another process: this one is at work
+        assert path.exists()
+    assert [p.name for p in tmp_path.iterdir()] == [package.name]
+    assert package.read_text() == "whole"
 
 
 def test_a_prompt_does_not_copy_the_output_head() -> None:

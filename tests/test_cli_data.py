@@ -6,6 +6,7 @@ import gzip
 import json
 import pathlib
 import sys
+import time
 from typing import Any
 
 import pytest
@@ -320,3 +321,19 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored, "_file", Full())
     with pytest.raises(UserError, match="TMPDIR"):
         stored.append("a")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.csv", "a.json", "a.jsonl.gz", "a.json.gz"])
+@pytest.mark.parametrize("blanks", [b"\n", b" \n", b" " * 1000 + b"\n"])
+def test_a_bomb_of_blank_lines_is_refused_early(tmp_path: pathlib.Path, name: str, blanks: bytes) -> None:
+    content = blanks * ((4 << 20) // len(blanks)) + LINE
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    assert "bytes of blank lines before it" in told(tmp_path, name, content)
+
+
+def test_blanks_within_json_take_no_time(tmp_path: pathlib.Path) -> None:
+    """One search for what follows, not a step for each: they may be hundreds of megabytes in a packed file."""
+    begun = time.process_time()
+    content = b"[" + b" " * (20 << 20) + LINE.strip() + b"\t" * (20 << 20) + b"]"
+    assert read(tmp_path, "a.json", content) == [PAIR]
+    assert time.process_time() - begun < 3  # 10 s where each is a step

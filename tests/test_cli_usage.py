@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import pathlib
@@ -20,7 +21,7 @@ from commands import SMALL, Paths, here
     ("typed", "parts"),
     [
         ("finetune --rnak 4", ["qlora-ext finetune: unknown option --rnak", "did you mean --rank?", "finetune --help"]),
-        ("finetune --learning-rate=1", ["unknown option --learning-rate", "qlora-ext finetune --help"]),
+        ("finetune --learning-rate=1", ["unknown option --learning-rate", "did you mean --lr?"]),
         ("generate --adaptr x --prompt y", ["did you mean --adapter?", "qlora-ext generate --help"]),
         ("chat hello", ["unexpected argument hello", "qlora-ext chat --help"]),
         ("finetune --rank", ["--rank", "qlora-ext finetune --help"]),
@@ -36,6 +37,71 @@ def test_what_is_misspelt(refused: Any, typed: str, parts: list[str]) -> None:
     sentence = refused(*shlex.split(typed))
     for part in parts:
         assert part in sentence, sentence
+
+
+@pytest.mark.parametrize(
+    ("theirs", "ours"),
+    [
+        ("--lora-r", "--rank"),
+        ("--lora_r", "--rank"),
+        ("--lora_alpha", "--alpha"),
+        ("--per_device_train_batch_size", "--batch-size"),
+        ("--gradient-accumulation-steps", "--grad-accum"),
+        ("--num-train-epochs", "--epochs"),
+        ("--num_epochs", "--epochs"),
+        ("--warmup_ratio", "--warmup-ratio"),
+        ("--lr-scheduler-type", "--lr-schedule"),
+        ("--max_grad_norm", "--max-grad-norm"),
+        ("--neftune-noise-alpha", "--neftune-alpha"),
+        ("--use_dora", "--dora"),
+        ("--cutoff_len", "--seq-len"),
+        ("--micro_batch_size", "--batch-size"),
+        ("--dataset_name", "--data"),
+        ("--train.max_seq_length", "--seq-len"),
+        ("--model_name_or_path", "--model"),
+    ],
+)
+def test_the_names_of_other_tools(refused: Any, theirs: str, ours: str) -> None:
+    assert f"unknown option {theirs}; did you mean {ours}?" in refused("finetune", theirs, "1")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [("train", "finetune"), ("sft", "finetune"), ("eval", "check"), ("fuse", "merge"), ("infer", "generate"),
+     ("list", "adapters")],
+)  # fmt: skip
+def test_the_commands_of_other_tools(refused: Any, typed: str, meant: str) -> None:
+    assert f"did you mean {meant}? (see" in refused(typed)
+
+
+@pytest.mark.parametrize("typed", ["finetune --report-to x", "finetune --wandb-project x", "serve", "xyz", "export"])
+def test_nothing_is_suggested_that_is_not_alike(refused: Any, typed: str) -> None:
+    assert "did you mean" not in refused(*shlex.split(typed))
+
+
+def test_every_suggestion_is_an_option_or_a_command() -> None:
+    from qlora_ext.cli import main as entry
+    from qlora_ext.cli import suggestions
+
+    parser = entry.__globals__["_parser"]()
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    options = {option for command in commands.choices.values() for option in command._option_string_actions}
+    assert set(suggestions._OPTIONS) <= options
+    assert set(suggestions._COMMANDS) == set(commands.choices)
+
+
+def test_help_and_version_as_commands(capfd: pytest.CaptureFixture[str]) -> None:
+    from qlora_ext.cli import main
+
+    for typed, same in ((["help"], ["--help"]), (["help", "merge"], ["merge", "--help"]), (["version"], ["--version"])):
+        told = []
+        for arguments in (typed, same):
+            with pytest.raises(SystemExit) as stop:
+                main(arguments)
+            assert not stop.value.code
+            told.append(capfd.readouterr().out)
+        assert told[0] == told[1]
+        assert told[0]
 
 
 def test_a_value_may_look_like_an_option(refused: Any, tmp_path: pathlib.Path) -> None:

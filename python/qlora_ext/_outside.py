@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import stat
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
 
@@ -140,14 +141,21 @@ def parse_json(text: str, source: str, schema: Schema | None = None, lenient: bo
     return value
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a FIFO opens without waiting for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def read_text(path: pathlib.Path, limit: int = _MAX_BYTES) -> str:
     """The text of a UTF-8 file of at most ``limit`` bytes.
 
     Raises:
-        FileError: it cannot be read, is larger, or is not UTF-8.
+        FileError: it cannot be read, is not a regular file, is larger, or is not UTF-8.
     """
     try:
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FileError(f"cannot read {printable(path)}: not a regular file")
             raw = file.read(limit + 1)
         if len(raw) > limit:
             raise FileError(f"{printable(path)}: larger than the {limit} bytes that such a file may have")

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,22 @@ from typing import TYPE_CHECKING, Any
 from .._outside import FileError, Schema, excerpt, printable, read_json
 from . import whole
 from .errors import UserError, first_line, path_named
-from .models import BLOCK_SIZES, load_quantized, load_tokenizer, parse_device, parse_dtype, prepare_to_answer
+from .models import (
+    BLOCK_SIZES,
+    load_quantized,
+    load_tokenizer,
+    parse_computing_dtype,
+    parse_device,
+    parse_dtype,
+    prepare_to_answer,
+)
+from .options import DEFAULT_RUN
+from .ownership import RECORD as RECORD
 from .sources import ModelSource, resolve
 
 if TYPE_CHECKING:
     import torch
 
-RECORD = "qlora_run.json"
 _METRICS: Schema = {"steps?": int, "perplexity_before?": float, "perplexity_after?": float}
 RECORD_SCHEMA: Schema = {
     "model?": str,
@@ -44,10 +54,19 @@ def find(name: str, option: str = "--adapter") -> pathlib.Path:
 
 
 def record_of(adapter: pathlib.Path) -> dict[str, Any]:
-    """What ``finetune`` noted down; empty for an adapter that other software trained."""
+    """What ``finetune`` recorded; empty for an adapter that other software trained.
+
+    For a checkpoint, these are the settings with which the run was begun.
+    """
     path = adapter / RECORD
-    record: dict[str, Any] = read_json(path, RECORD_SCHEMA) if path.is_file() else {}
-    return record
+    if path.is_file():
+        record: dict[str, Any] = read_json(path, RECORD_SCHEMA)
+        return record
+    settings = adapter.parent / "settings.json"
+    if adapter.name.startswith("checkpoint-") and settings.is_file():
+        begun: dict[str, Any] = read_json(settings, {"model?": str, "block_size?": int})
+        return {"model": begun.get("model"), "settings": begun}
+    return {}
 
 
 def config_of(adapter: pathlib.Path) -> dict[str, Any]:
@@ -63,14 +82,16 @@ def base_of(adapter: pathlib.Path, model: str | None, trust_remote_code: bool = 
         UserError: there is none; or its code is to be run, which the user has to name it for: an adapter may come from
             anybody, and so may the directory that it names.
     """
-    name = model or record_of(adapter).get("model") or config_of(adapter).get("base_model_name_or_path")
+    if model is not None:
+        return resolve(model, trust_remote_code)
+    name = record_of(adapter).get("model") or config_of(adapter).get("base_model_name_or_path")
     if not name:
         raise UserError(f"--adapter {adapter}: it does not say which model it belongs to; name it with --model")
-    if trust_remote_code and not model:
+    if trust_remote_code:
         raise UserError(
             f"--trust-remote-code: the adapter names {excerpt(name)} as its base; name the model yourself, with --model"
         )
-    return resolve(name, trust_remote_code)
+    return resolve(name, trusted=False)
 
 
 def check_files(adapter: pathlib.Path) -> list[str]:
@@ -96,14 +117,24 @@ def _check_base_kept(model: Any, adapter: pathlib.Path) -> None:
     """Refuses an adapter that would write over the 4-bit base."""
     from ..nn import layers_of
 
-    packed = {name for name, _ in layers_of(model)}
+    packed = {f"{layer}.{name}" for layer, module in layers_of(model) for name in module.state_dict()}
     base = [
         name
         for name in check_files(adapter)
-        if name.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".")[0] in packed
+        if name.removeprefix("base_model.model.").replace(".base_layer", "") in packed
     ]
     if base:
         raise UserError(f"the adapter {adapter} would write over {len(base)} weights of its base: {whole.named(base)}")
+
+
+def _cast_saved(model: Any) -> None:
+    """Casts the modules that an adapter replaces in full to the dtype of the replaced modules."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            floats = (p.dtype for p in module.original_module.parameters() if p.is_floating_point())
+            module.modules_to_save.to(next(floats))
 
 
 @contextlib.contextmanager
@@ -143,7 +174,7 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
     _check_base_kept(model, adapter)
     try:
         with entire():  # on the meta device first: a rank of 10^9 in a damaged file costs nothing
-            return PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=True)
+            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=True)
     except safetensors.SafetensorError as error:
         raise UserError(
             f"{adapter / 'adapter_model.safetensors'} is truncated or damaged: {first_line(error)}"
@@ -155,6 +186,8 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
         raise UserError(
             f"the adapter {adapter} does not fit {model.config.name_or_path}: {first_line(error)}"
         ) from error
+    _cast_saved(adapted)
+    return adapted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,6 +197,7 @@ class Adapted:
     adapter: pathlib.Path | None
     source: ModelSource
     dtype: torch.dtype
+    compute: torch.dtype
     device: torch.device
     block_size: int
     force: bool
@@ -171,7 +205,7 @@ class Adapted:
 
     def load(self) -> Any:
         """The 4-bit base with the adapter on it."""
-        model = load_quantized(self.source, self.dtype, self.device, self.block_size)
+        model = load_quantized(self.source, self.dtype, self.device, self.block_size, compute=self.compute)
         return model if self.adapter is None else load(model, self.adapter, self.force)
 
     def load_to_answer(self) -> Any:
@@ -186,15 +220,22 @@ def find_adapted(arguments: argparse.Namespace) -> Adapted:
         UserError: there is no such thing, or its files are damaged.
     """
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
+    compute = parse_computing_dtype(arguments.dtype, device)
     block_size = 64
     path = None
-    if arguments.adapter is None:
+    name = arguments.adapter
+    if name is None and arguments.model is None:
+        name = DEFAULT_RUN
+        if not (pathlib.Path(name) / "adapter" / "adapter_config.json").is_file():
+            raise UserError(f"--adapter: none named and none in ./{DEFAULT_RUN}; name an adapter, or a --model")
+        print(f"qlora-ext: using the adapter in ./{name}; choose another with --adapter", file=sys.stderr)
+    if name is None:
         source = resolve(arguments.model, arguments.trust_remote_code)
     else:
-        path = find(arguments.adapter)
+        path = find(name)
         source = base_of(path, arguments.model, arguments.trust_remote_code)
         block_size = (record_of(path).get("settings") or {}).get("block_size", block_size)
         if block_size not in BLOCK_SIZES:
             raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
         check_files(path)
-    return Adapted(path, source, dtype, device, block_size, arguments.force, load_tokenizer(source))
+    return Adapted(path, source, dtype, compute, device, block_size, arguments.force, load_tokenizer(source))

@@ -17,6 +17,7 @@ def counted(what: str, now: str = "") -> Iterator[Callable[..., None]]:
 
     at_hand = TextColumn("{task.fields[now]}")
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), at_hand)
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(what, total=None, now=now)
         yield lambda done, of, now="": bar.update(task, completed=done, total=of, now=now)

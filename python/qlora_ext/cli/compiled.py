@@ -15,9 +15,7 @@ import os
 import pathlib
 import platform
 import shutil
-import stat
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._library import link_compiled_code
+from .compiled_cache import clean, directory, is_whole, written
 from .errors import UserError, first_line
 
 # As transformers calls a model's cache: the newer of its two names, where it knows that.
@@ -220,21 +219,6 @@ def _digest(model: Any, state: dict[str, Tensor]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def directory() -> pathlib.Path:
-    """Where packages are kept: of this user, and writable to nobody else.
-
-    Raises:
-        OSError: there is no such place.
-    """
-    home = os.environ.get("XDG_CACHE_HOME")
-    path = (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "qlora_ext" / "compiled"
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.stat()
-    if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        raise PermissionError(f"{path}: others can write to it, and what is kept there is run")
-    return path
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """torch warns of its own internals while it exports."""
@@ -253,23 +237,25 @@ def _quiet() -> Iterator[None]:
 def _compile(lm: Any, step: _Step, package: pathlib.Path) -> None:
     """Writes the package of a model that decodes, whole or not at all."""
     caches = _new_caches(lm, _ROOM)
-    arguments = torch.tensor([[0]]), torch.tensor([1]), caches
+    arguments = _integers([[0]]), _integers([1]), caches
     room = torch.export.Dim("room", min=2, max=_MOST_ROOM)
     shapes = None, None, [{2: room} for _ in caches]
-    with torch.no_grad(), _quiet(), tempfile.TemporaryDirectory(dir=package.parent) as partial:
+    with torch.no_grad(), _quiet(), written(package) as path:
         with _attention_of_one_token(lm), _head_of_one_token(lm):
             exported = torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
-        path = f"{partial}/{package.name}"
         # A copy of the options: torch adds to them.
-        torch._inductor.aoti_compile_and_package(exported, package_path=path, inductor_configs={**_OPTIONS})
-        os.replace(path, package)
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs={**_OPTIONS})
+
+
+def _integers(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 def _new_caches(lm: Any, room: int) -> list[Tensor]:
     """Keys of all layers, then values, each [1, H, ``room``, D], as the model itself makes them."""
     cache = DynamicCache(config=lm.config)
     with torch.no_grad():
-        lm(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **{_CACHE: cache})
+        lm(input_ids=_integers([[0]]), use_cache=True, **{_CACHE: cache})
     made = [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]
     return [t.new_zeros((1, t.shape[1], room, t.shape[3])) for t in made]
 
@@ -313,7 +299,7 @@ class Decoder:
         if not held or length == self._caches[0].shape[2]:
             self._take_over([layer.keys for layer in layers] + [layer.values for layer in layers], length)
         with torch._C._AutoDispatchBelowAutograd():  # there are no gradients, but our operators' are Python
-            logits: Tensor = self._run([token, torch.tensor([length]), *self._caches])[0]
+            logits: Tensor = self._run([token, _integers([length]), *self._caches])[0]
         for layer, keys, values in zip(layers, self._caches[: len(layers)], self._caches[len(layers) :], strict=True):
             layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
         self.steps += 1
@@ -350,13 +336,16 @@ def compile_decoding(model: Any, mode: str, pays: bool) -> Decoder | None:
         state = _state(step)
         try:
             package = directory() / f"{_digest(model, state)}.pt2"
-            if not package.is_file():
-                if mode == "auto" and not pays:
-                    return None
-                print("compiling the model, once for all adapters of this shape ...", file=sys.stderr)
-                start = time.perf_counter()
-                _compile(lm, step, package)
-                print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+            clean(package.parent)
+            if is_whole(package):
+                with contextlib.suppress(Exception):  # a package that cannot be loaded is compiled again
+                    return Decoder(lm, state, package)
+            if mode == "auto" and not pays:
+                return None
+            print("compiling the model, once for all adapters of this shape ...", file=sys.stderr)
+            start = time.perf_counter()
+            _compile(lm, step, package)
+            print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
             return Decoder(lm, state, package)
         except Exception as error:  # whatever a compiler says; the model runs without
             why = first_line(error)

@@ -7,12 +7,13 @@ import errno
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Iterator
 
 from .._outside import UserError as UserError
 from .._outside import excerpt
 
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 def first_line(error: BaseException) -> str:
@@ -34,11 +35,11 @@ def is_panic(error: BaseException) -> bool:
 
 
 @contextlib.contextmanager
-def reading(what: str, name: str) -> Iterator[None]:
+def reading(what: str, name: str, on_hub: bool = False) -> Iterator[None]:
     """Turns whatever a library does over the files of a model into a ``UserError``: they are damaged, or unknown to it.
 
     Args:
-        what: is read. name: of the model.
+        what: is read. name: of the model. on_hub: it can only be there; nothing on this machine has that name.
     """
     try:
         yield
@@ -57,6 +58,11 @@ def reading(what: str, name: str) -> Iterator[None]:
             ) from error
         if type(error).__name__ == "SafetensorError":  # not imported for its name alone
             raise UserError(f"the weights of {name} are truncated or damaged: {first_line(error)}") from error
+        if on_hub and isinstance(error, OSError):
+            raise UserError(
+                f"there is no directory {excerpt(name)}, and no model of that name could be had from the Hugging Face "
+                f"hub ({first_line(error)})"
+            ) from error
         raise UserError(f"cannot load the {what} of {name}: {first_line(error)}") from error
 
 
@@ -76,7 +82,25 @@ def path_named(name: str, option: str) -> pathlib.Path:
     except (OSError, ValueError, RuntimeError) as error:
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"{option} {excerpt(name)}: {reason}") from error
+    check_text(path, option)
     return path
+
+
+def check_text(path: pathlib.Path, option: str) -> None:
+    """Rejects a path that is not valid text: the libraries that write models need Unicode names.
+
+    Raises:
+        UserError: some bytes of it are invalid in the encoding of this locale.
+    """
+    try:
+        str(path.absolute()).encode("utf-8")
+    except UnicodeEncodeError as error:
+        encoding = sys.getfilesystemencoding()
+        if encoding == "utf-8":
+            advice = "rename it"
+        else:
+            advice = "set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
+        raise UserError(f"{option} {excerpt(str(path))}: the name is not {encoding} text; {advice}") from error
 
 
 def _is_full(directory: pathlib.Path) -> bool:
@@ -97,7 +121,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     except UserError:
         raise
     except OSError as error:
-        if error.errno in _NO_SPACE:
+        if error.errno in NO_SPACE:
             raise UserError(f"the disk that holds {path} is full; nothing incomplete was left there") from error
         reason = error.strerror or first_line(error)
         raise UserError(f"cannot write {path}: {reason}") from error

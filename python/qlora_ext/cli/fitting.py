@@ -11,7 +11,7 @@ from ..streaming import dense_mlps
 from . import search
 from .errors import UserError
 from .loss import changes_logits
-from .memory import FEW, OPTIMIZERS, Job, build, job_of, process_bytes, still
+from .memory import FEW, OPTIMIZERS, Job, build, job_of, process_bytes, still, trains_head
 from .settings import Settings
 from .streamed import place, streamed
 
@@ -32,7 +32,7 @@ def _possible(job: Job) -> list[dict[str, Any]]:
     import psutil
 
     out: set[str] = set()
-    if changes_logits(job.config):
+    if changes_logits(job.config) or trains_head(job):
         out.add("chunked_loss")
     if job.mlp_chunk or not dense_mlps(build(job, FEW)):
         out.add("mlp_chunk")

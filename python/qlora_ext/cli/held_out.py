@@ -53,4 +53,4 @@ def blocks(name: str, tokenizer: Any, count: int, longest: int) -> Any:
     if len(ids) < _LEAST:
         raise UserError(f"--data {name}: expected a text of {_LEAST} tokens or more, got {len(ids)}")
     length = min(LENGTH, longest, len(ids) // 4)
-    return torch.tensor(ids[: len(ids) // length * length]).reshape(-1, length)
+    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64, device="cpu").reshape(-1, length)

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import logging
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from .._outside import excerpt, printable
+from . import suggestions
 from .commands import adapters, chat, check, finetune, generate, info, merge, plan, quantize, run
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
 # torch's messages, which are RuntimeErrors.
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")
-
-
-def _nearest(typed: str, known: Iterable[str]) -> str:
-    found = difflib.get_close_matches(typed, list(known), n=1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
         typed = sys.argv[1:] if args is None else list(args)
         for option in self._options_among(typed):
             if not any(known.startswith(option) for known in self._option_string_actions):
-                self.error(f"unknown option {excerpt(option)}{_nearest(option, self._option_string_actions)}")
+                meant = suggestions.option(option, self._option_string_actions)
+                self.error(f"unknown option {excerpt(option)}{meant}")
         parsed, unknown = super().parse_known_args(typed, namespace)
         if unknown:
             self.error(f"unexpected argument {excerpt(unknown[0])}")
@@ -58,21 +54,37 @@ class _Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is None or value in action.choices:
             return
-        what = "command" if isinstance(action, argparse._SubParsersAction) else "/".join(action.option_strings)
         known = [str(choice) for choice in action.choices]
-        self.error(f"{what} {excerpt(value)}: expected one of {', '.join(known)}{_nearest(str(value), known)}")
+        if isinstance(action, argparse._SubParsersAction):
+            what, meant = "command", suggestions.command(str(value), known)
+        else:
+            what, meant = "/".join(action.option_strings), suggestions.value(str(value), known)
+        self.error(f"{what} {excerpt(value)}: expected one of {', '.join(known)}{meant}")
+
+
+class _Version(argparse.Action):
+    """Prints the version, which the compiled module holds, and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
+        from .. import _C
+
+        print(f"qlora_ext {_C.build_info()['version']}")
+        parser.exit()
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .. import __version__
-
     parser = _Parser(
         prog="qlora-ext",
         description="Fine-tune language models in 4 bits: NF4 weights, LoRA adapters, fused kernels for CPU and CUDA.",
-        epilog=f"`qlora-ext COMMAND --help` explains a command. {_TRACEBACK}=1 shows where an error arose.",
+        epilog="`qlora-ext COMMAND --help` or `qlora-ext help COMMAND` explains a command. "
+        f"{_TRACEBACK}=1 shows where an error arose.",
     )
-    parser.add_argument("--version", action="version", version=f"qlora_ext {__version__}")
-    parser.set_defaults(quiet=True)  # but for "run", whose program speaks for itself
+    parser.add_argument("--version", action=_Version)
+    # But for "run", whose program speaks for itself, in a process of its own.
+    parser.set_defaults(quiet=True, needs_library=True)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in (finetune, generate, chat, quantize, check, merge, adapters, plan, run, info):
         command.add_parser(commands)
@@ -101,6 +113,9 @@ def _tell(error: Exception) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, OSError) and error.strerror:
         return 2, f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, UnicodeEncodeError):
+        text = excerpt(error.object[error.start : error.end])
+        return 2, f"{text} cannot be written in {error.encoding}; set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return 2, "not enough memory for that"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "qlora_ext":
@@ -108,16 +123,30 @@ def _tell(error: Exception) -> tuple[int, str]:
     return 1, f"unexpected {type(error).__name__}: {first_line(error)} ({_TRACEBACK}=1 shows where)"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _as_options(argv: Sequence[str]) -> list[str]:
+    """Translates ``version`` and ``help COMMAND`` to the options that the parsers know."""
+    if list(argv) == ["version"]:
+        return ["--version"]
+    if argv[:1] == ["help"]:
+        return [*argv[1:2], "--help"]
+    return list(argv)
+
+
+def main(argv: Sequence[str] | None = None, load_library: Callable[[], object] | None = None) -> int:
     """The entry point. Returns 0; 2 for what a user can mend, told in one sentence on stderr; 130 after Ctrl-C.
 
     ``check`` returns 3 for a model that it found wanting.
+
+    Args:
+        load_library: runs the ``__init__`` of ``qlora_ext`` if that was deferred until a command needs it.
     """
     try:
         parser = _parser()
-        arguments = parser.parse_args(argv)
+        arguments = parser.parse_args(_as_options(sys.argv[1:] if argv is None else argv))
         if not hasattr(arguments, "run"):
             parser.error("expected a command")
+        if load_library is not None and arguments.needs_library:
+            load_library()
         with _quiet_libraries() if arguments.quiet else contextlib.nullcontext():
             status: int = arguments.run(arguments)
             return status

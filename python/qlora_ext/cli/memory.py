@@ -13,13 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..streaming import chunk_mlp, dense_mlps
+from .adapting import lora_config
 from .loss import head_loss
-from .models import parse_dtype
+from .models import AUTO, parse_computing_dtype
 
-# Bytes of optimizer state a trainable parameter: two float32 moments; 8-bit ones carry a scale a block of 256.
-_STATE_BYTES = {"adamw_torch": 8.0, "adamw_8bit": 2 + 2 * 4 / 256, "paged_adamw_8bit": 0.0, "paged_adamw_32bit": 0.0}
-OPTIMIZERS = tuple(_STATE_BYTES)
-_ADAPTER_BYTES = 4  # adapters and their gradients are float32
+# Bytes of optimizer state per byte of the trainable parameters, and per value of them: two moments in the parameter's
+# own dtype, which is float32 but for modules that are trained whole; 8-bit ones carry a scale per block of 256.
+_STATE = {
+    "adamw_torch": (2.0, 0.0),
+    "adamw_8bit": (0.0, 2 + 2 * 4 / 256),
+    "paged_adamw_8bit": (0.0, 0.0),
+    "paged_adamw_32bit": (0.0, 0.0),
+}
+OPTIMIZERS = tuple(_STATE)
+_VALUES = "trainable values"  # a number, beside the splits' bytes
 _SHARDED = ("base weights", "scales", "other weights", "adapters", "gradients", "optimizer state")
 _WHOLE = ("activations", "logits", "workspace")
 # Of what a layer's backward pass takes and frees, so much more stays in glibc's heap between what is in use: measured,
@@ -41,9 +48,10 @@ class Job:
     target_modules: str | list[str] = "all-linear"
     seq_len: int = 512
     batch_size: int = 1
-    dtype: str = "bfloat16"
+    dtype: str = AUTO
     optimizer: str = "adamw_torch"
     block_size: int = 64
+    modules_to_save: str = ""
     grad_checkpointing: bool = False
     chunked_loss: bool = False
     devices: int = 1
@@ -51,6 +59,11 @@ class Job:
     offload_checkpoints: bool = False
     stream: str = "none"
     host: bool = False  # it runs on the CPU
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype in which the model computes, and that of the weights that are not 4-bit."""
+        return parse_computing_dtype(self.dtype, torch.device("cpu" if self.host else "cuda"))
 
 
 def process_bytes() -> float:
@@ -126,7 +139,7 @@ class _Live(TorchDispatchMode):
 
 def build(job: Job, layers: int) -> Any:
     """The adapted 4-bit model with that many layers, on the meta device."""
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     import qlora_ext
@@ -138,10 +151,9 @@ def build(job: Job, layers: int) -> Any:
         text.layer_types = text.layer_types[:layers]
     config.use_cache = False
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=parse_dtype(job.dtype))
+        model = AutoModelForCausalLM.from_config(config, dtype=job.compute)
         qlora_ext.quantize_model(model, block_size=job.block_size)
-        adapter = LoraConfig(task_type="CAUSAL_LM", r=job.rank, target_modules=job.target_modules)
-        model = get_peft_model(model, adapter)
+        model = get_peft_model(model, lora_config(model, job, job.target_modules))
     if job.grad_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if job.mlp_chunk and dense_mlps(model):
@@ -149,10 +161,18 @@ def build(job: Job, layers: int) -> Any:
     return model.train()
 
 
+def trains_head(job: Job) -> bool:
+    """Whether ``modules_to_save`` holds the output head, the gradient of which needs all logits at once."""
+    if not job.modules_to_save:
+        return False
+    head = build(job, FEW).get_base_model().get_output_embeddings()
+    return head is not None and any(parameter.requires_grad for parameter in head.parameters())
+
+
 def _static(model: Any) -> dict[str, float]:
     from qlora_ext.nn import Packed4bit, scale_names
 
-    bytes_: dict[str, float] = dict.fromkeys(("base weights", "scales", "other weights", "adapters"), 0.0)
+    bytes_: dict[str, float] = dict.fromkeys(("base weights", "scales", "other weights", "adapters", _VALUES), 0.0)
     seen: set[int] = set()
     for module in model.modules():
         weights = module.packed_shapes if isinstance(module, Packed4bit) else ()
@@ -164,6 +184,7 @@ def _static(model: Any) -> dict[str, float]:
             key = "adapters" if tensor.requires_grad else "other weights"
             key = "base weights" if name in weights else "scales" if name in scales else key
             bytes_[key] += tensor.nbytes
+            bytes_[_VALUES] += tensor.numel() if tensor.requires_grad else 0
     return bytes_
 
 
@@ -172,7 +193,7 @@ def _step(model: Any, job: Job) -> tuple[dict[str, int], dict[str, int]]:
     trainable = sum(parameter.requires_grad for parameter in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
-        ids = torch.zeros((job.batch_size, job.seq_len), dtype=torch.int64)
+        ids = torch.zeros((job.batch_size, job.seq_len), dtype=torch.int64, device="cpu")
         tracker = _Live(trainable)
         tracker.ignore([*model.parameters(), *model.buffers(), ids])
         for parameter in model.parameters():
@@ -220,7 +241,7 @@ def checkpoint_bytes(job: Job) -> float:
     """Bytes of checkpointed layer inputs that ``offload_checkpoints`` keeps on the host: of all layers but two."""
     text = job.config.get_text_config()
     tokens = job.batch_size * job.seq_len
-    return float(max(text.num_hidden_layers - 2, 0) * tokens * text.hidden_size * parse_dtype(job.dtype).itemsize)
+    return float(max(text.num_hidden_layers - 2, 0) * tokens * text.hidden_size * job.compute.itemsize)
 
 
 def _offloaded(job: Job, activations: float) -> float:
@@ -244,7 +265,8 @@ def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
     splits = []
     for top in measured:
         parts = {key: top.get(key, 0.0) / (job.devices if key in _SHARDED else 1) for key in (*_SHARDED, *_WHOLE)}
-        state = top["adapters"] / _ADAPTER_BYTES * _STATE_BYTES[job.optimizer] / job.devices
+        a_byte, a_value = _STATE[job.optimizer]
+        state = (top["adapters"] * a_byte + top.get(_VALUES, 0.0) * a_value) / job.devices
         if job.grad_checkpointing and job.offload_checkpoints:
             parts["activations"] = _offloaded(job, parts["activations"])
         parts["optimizer state"] = state

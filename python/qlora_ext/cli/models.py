@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import math
 import pathlib
 import sys
@@ -34,17 +35,45 @@ DTYPES = {
     "float32": "float32",
     "fp32": "float32",
 }
+AUTO = "auto"
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MAX_LAYERS = 10_000
 
 
+def check_dtype(name: str) -> None:
+    """Checks a ``--dtype``.
+
+    Raises:
+        UserError: there is no such one.
+    """
+    if name not in (AUTO, *DTYPES):
+        raise UserError(f"--dtype {name}: expected {AUTO}, bfloat16, float16 or float32")
+
+
 def parse_dtype(name: str) -> torch.dtype:
+    """The dtype to which ``--dtype`` rounds the weights that are not 4-bit; "auto" is bfloat16, as models come."""
     import torch
 
-    if name not in DTYPES:
-        raise UserError(f"--dtype {name}: expected bfloat16, float16 or float32")
-    dtype: torch.dtype = getattr(torch, DTYPES[name])
+    check_dtype(name)
+    dtype: torch.dtype = getattr(torch, DTYPES.get(name, "bfloat16"))
     return dtype
+
+
+def named(dtype: torch.dtype) -> str:
+    """The name of a dtype as ``--dtype`` takes it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_computing_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype on ``device`` for the value of ``--dtype``.
+
+    With "auto", a CPU without bfloat16 arithmetic computes in float32, with the same weights and 4-bit codes as other
+    machines, so an adapter trained on one fits the other.
+    """
+    from ..dtypes import computing_dtype
+
+    dtype = parse_dtype(name)
+    return computing_dtype(dtype, device) if name == AUTO else dtype
 
 
 def parse_device(name: str) -> torch.device:
@@ -78,7 +107,11 @@ def _loading(what: str, source: ModelSource, shown: bool) -> Iterator[None]:
     shown = shown and sys.stderr.isatty()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
     # The reader of GGUF files has a bar of its own.
-    with reading(what, source.name), contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()):
+    on_hub = source.directory is None and source.gguf_file is None
+    with (
+        reading(what, source.name, on_hub),
+        contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()),
+    ):
         yield
 
 
@@ -117,6 +150,32 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
+@contextlib.contextmanager
+def _cast(model: Any, dtype: torch.dtype) -> Iterator[None]:
+    """Casts all floating tensors of a dense ``model`` to ``dtype``, and each back to its own dtype after the block."""
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        return itertools.chain(model.named_parameters(), model.named_buffers())
+
+    before = {name: t.dtype for name, t in tensors() if t.is_floating_point()}
+    model.to(dtype)
+    yield
+    for name, t in tensors():
+        if t.is_floating_point() and name in before:
+            t.data = t.data.to(before[name])
+
+
+def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
+    """Makes a model with weights in ``dtype`` compute in ``compute``. Weights that transformers keeps in float32 stay
+    so."""
+    from ..nn import layers_of
+
+    if compute != dtype:
+        model.to(compute)
+    for _, layer in layers_of(model):
+        layer.to(compute)
+
+
 def load_quantized(
     source: ModelSource,
     dtype: torch.dtype,
@@ -130,6 +189,7 @@ def load_quantized(
     resident: str | None = None,
     spill: Spill | None = None,
     embeddings: bool = False,
+    compute: torch.dtype | None = None,
 ) -> Any:
     """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``.
 
@@ -141,6 +201,8 @@ def load_quantized(
         stream, resident: as in ``QLoRAConfig``.
         spill: takes the weights as they are quantized; then ``device`` is the CPU.
         embeddings: embeddings too, each with the output head that is tied to it.
+        compute: the dtype in which the model computes: its other weights are then cast to it, the 4-bit ones being
+            those of ``dtype``.
 
     Raises:
         UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
@@ -150,6 +212,7 @@ def load_quantized(
     import qlora_ext
 
     from .. import streaming
+    from ..dtypes import computing_dtype
     from ..integrations.transformers.spill import spilling
 
     form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant, "embeddings": embeddings}
@@ -177,11 +240,17 @@ def load_quantized(
     whole.check_report(source, model, report)
     if not while_loading:
         streamed = stream is not None and device.type != "cpu"
+        runs = calibration is not None or keep is not None
         try:
-            if calibration is not None or keep is not None:
+            if runs:
                 model.to(device)
-            kept = () if keep is None else keep(model)
-            qlora_ext.quantize_model(model, calibration=calibration, init_lora=init_lora, keep=kept, **form)
+            with _cast(model, computing_dtype(dtype, device)) if runs else contextlib.nullcontext():
+                kept = () if keep is None else keep(model)
+                qlora_ext.quantize_model(
+                    model, calibration=calibration, init_lora=init_lora, keep=kept, compute_dtype=dtype, **form
+                )
+        except UserError:
+            raise
         except ValueError as error:  # a NaN, with its place
             raise UserError(f"cannot quantize {source.name}: {first_line(error)}") from error
         if streamed:
@@ -190,11 +259,23 @@ def load_quantized(
             model.to(device)
     whole.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
+    if compute is not None:
+        _compute_in(model, dtype, compute)
     return model
 
 
-def load_dense(source: ModelSource, dtype: torch.dtype, device: torch.device) -> Any:
-    """The model as it is, in ``dtype``.
+def restore_use_cache(model: Any, source: ModelSource) -> None:
+    """Restores ``use_cache`` in the configuration of ``model`` to its value in ``source``.
+
+    Models are loaded to be trained and measured, which needs no cache; who loads what is saved may go by its word.
+    """
+    model.config.use_cache = getattr(load_config(source), "use_cache", True)
+
+
+def load_dense(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None = None
+) -> Any:
+    """The model as it is, in ``dtype``; or its weights of that dtype cast to ``compute``.
 
     Raises:
         UserError: as for ``load_quantized``.
@@ -206,6 +287,8 @@ def load_dense(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     whole.check_report(source, model, report)
     whole.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
+    if compute is not None:
+        _compute_in(model, dtype, compute)
     return model.eval().to(device)
 
 
@@ -275,6 +358,14 @@ def _check_config(config: dict[str, Any], name: str) -> None:
             raise UserError(f"{name}: config.json has {key} {excerpt(value)}, expected one of transformers' own")
 
 
+def dense_share(model: Any) -> str | None:
+    """A line about linear weights that stayed dense unasked; None if there are hardly any."""
+    from ..nn import coverage
+
+    found = coverage(model)
+    return f"linear  {found}" if found.is_worth_telling else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Weights:
     """A model's size: its parameters, their bytes in the compute dtype, and their bytes as they are, with scales."""
@@ -322,7 +413,7 @@ def complete(
 
     was_training = model.training
     model.eval()
-    ids = torch.tensor([prompt], device=model.device)
+    ids = torch.tensor([prompt], dtype=torch.int64, device=model.device)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     with torch.no_grad():
         out = model.generate(

@@ -6,16 +6,37 @@ import argparse
 import math
 
 from .errors import UserError
+from .models import AUTO
 
+# The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
+DEFAULT_RUN = "qlora-run"
 _MAX_NEW_TOKENS = 1_000_000
 
 
+def add_dtype_option(parser: argparse.ArgumentParser) -> None:
+    """The option ``--dtype`` of commands that run a model; ``models.parse_computing_dtype`` reads it."""
+    parser.add_argument(
+        "--dtype",
+        default=AUTO,
+        help="dtype of the computation: bfloat16, float16, float32, or auto: bfloat16, except on a CPU that computes "
+        "faster in float32 (default: %(default)s)",
+    )
+
+
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """The option ``--adapter`` of commands that generate text."""
+    parser.add_argument(
+        "--adapter",
+        metavar="DIR",
+        help=f"the adapter, or the run that made it (default: ./{DEFAULT_RUN}, if it is there and there is no --model)",
+    )
+
+
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that puts an adapter on its base."""
+    """The options of every command that puts an adapter on its base, but for the dtype."""
     parser.add_argument("--model", help="the base model, if not where the adapter says")
     add_trust_option(parser)
     parser.add_argument("--force", action="store_true", help="accept an adapter that was trained on another 4-bit base")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
 
 

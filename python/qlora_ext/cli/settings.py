@@ -6,24 +6,57 @@ import argparse
 import dataclasses
 import math
 import pathlib
+import re
 from typing import Any
 
-from .._outside import check, printable, read_json
+from .._outside import check, excerpt, printable, read_json
 from ..sizes import parse_size
 from .data import DEFAULT_DATA
 from .errors import UserError
-from .models import BLOCK_SIZES, DTYPES
+from .models import AUTO, BLOCK_SIZES, check_dtype
 from .sources import DEFAULT_MODEL
 
 METHODS = ("auto", "sft", "dpo")
+CONSTANT = "constant"
+# The schedules of transformers without further parameters. The first two do not depend on the length of the run.
+SCHEDULES = (
+    CONSTANT,
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
 _LARGEST = 2**31  # what an integer stays below that has no other limit
-_TYPES = {"int": int, "float": float, "str": str, "bool": bool}
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": [int]}
 
 
 def _option(default: Any, text: str, least: float | None = None, below: float | None = None, **more: Any) -> Any:
     """A field with what its command-line option needs; limits are ``least <= value < below``."""
     metadata = {"help": text, "least": least, "below": below, **more}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def layer_numbers(text: str) -> list[int]:
+    """The layer numbers in ``--layers``, as in 0-3,7; empty if it names all layers.
+
+    Raises:
+        UserError: it is not a list of numbers and ranges.
+    """
+    numbers: set[int] = set()
+    for part in filter(None, map(str.strip, text.split(","))):
+        found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise UserError(f"--layers {excerpt(text)}: expected numbers and ranges of layers from 0 on, such as 0-3,7")
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
+
+
+def named_modules(text: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +83,16 @@ class Settings:
     target_modules: str = _option(
         "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
     )
+    layers: str = _option(
+        "", "numbers of the layers that get an adapter, from 0 on, such as 0-3,7 (default: all)", group="adapter"
+    )
+    modules_to_save: str = _option(
+        "", "modules that are trained whole and saved with the adapter, such as lm_head or embed_tokens, separated by "
+        "commas", group="adapter",
+    )  # fmt: skip
+    rslora: bool = _option(False, "scale by alpha / sqrt(rank), which suits large ranks (rsLoRA)", group="adapter")
+    dora: bool = _option(False, "train the norm of each row of the weights as well (DoRA; a longer step)",
+                         group="adapter")  # fmt: skip
     block_size: int = _option(64, "weights that share a scale", choices=BLOCK_SIZES, group="adapter")
     init_adapter: str = _option(
         "", "an adapter to go on from, such as quantize --init-lora writes; its rank, alpha and layers are its own",
@@ -78,7 +121,23 @@ class Settings:
         4, "rows of --seq-len tokens a forward pass; short examples share a row", 1, group="training"
     )
     grad_accum: int = _option(1, "forward passes an optimizer step", 1, group="training")
-    lr: float = _option(2e-4, "learning rate (constant after a short warm-up)", 0, 1e6, group="training")
+    lr: float = _option(2e-4, "learning rate", 0, 1e6, group="training")
+    lr_schedule: str = _option(
+        "constant_with_warmup", "learning-rate schedule, by its name in transformers", choices=SCHEDULES,
+        group="training",
+    )  # fmt: skip
+    warmup_ratio: float = _option(
+        0.03, "share of the steps over which the learning rate rises from 0 at the beginning", 0, 1, group="training"
+    )
+    warmup_steps: int = _option(0, "steps of the warm-up, instead of --warmup-ratio", 0, group="training")
+    weight_decay: float = _option(0.0, "weight decay of the optimizer", 0, 1e6, group="training")
+    max_grad_norm: float = _option(
+        0.3, "largest norm of the gradients, which are clipped to it (0: no clipping)", 0, 1e6, group="training"
+    )
+    neftune_alpha: float = _option(
+        0.0, "noise added to the embeddings in training (NEFTune; 5 is usual, 0: none)", 0, 1e6, group="training"
+    )
+    no_packing: bool = _option(False, "give each example a row of its own, padded", group="training")
     optimizer: str = _option(
         "adamw_torch",
         "an optimizer of transformers' Trainer; adamw_8bit and paged_adamw_8bit (with bitsandbytes) save memory",
@@ -91,7 +150,12 @@ class Settings:
         group="training", free=True,
     )  # fmt: skip
 
-    dtype: str = _option("bfloat16", "of the computation: bfloat16, float16 or float32", group="machine")
+    dtype: str = _option(
+        AUTO,
+        "dtype of the computation: bfloat16, float16, float32, or auto: bfloat16, except on CPUs that compute faster "
+        "in float32; a resumed run keeps the dtype it began with",
+        group="machine",
+    )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="machine", free=True)
     grad_checkpointing: bool = _option(
         False, "compute activations again in the backward pass: less memory, more time", group="machine"
@@ -122,6 +186,9 @@ class Settings:
         group="machine",
     )
 
+    # Not an option: the lengths in steps that the run had before --resume --max-steps made it longer, shortest first.
+    former_steps: tuple[int, ...] = _option((), "", group=None)
+
     @property
     def step_rows(self) -> int:
         """Rows an optimizer step."""
@@ -131,6 +198,30 @@ class Settings:
     def train_rows(self) -> int | None:
         """How many rows the run can use; None: all that there are."""
         return None if self.epochs else self.max_steps * self.step_rows
+
+    @property
+    def stages(self) -> list[int]:
+        """How many rows the run could use when it was shorter, for each of its lengths, and as it is."""
+        return [steps * self.step_rows for steps in (*self.former_steps, self.max_steps)]
+
+    @property
+    def first_rows(self) -> int | None:
+        """How many rows the run could use when it was begun; the held-out rows were chosen among them. None: all."""
+        return None if self.epochs else self.stages[0]
+
+    @property
+    def longer(self) -> str:
+        """The option that extends a resumed run."""
+        return "epochs" if self.epochs else "max_steps"
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the learning rate at a step depends on the number of steps."""
+        return self.lr_schedule in ("linear", "cosine", "cosine_with_restarts", "polynomial")
+
+    def warmup(self, steps: int) -> int:
+        """The number of warm-up steps in a run of ``steps`` steps."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
 
     def steps(self, rows: int) -> int:
         """Optimizer steps over so many rows to train on. A pass ends with a step, as in transformers' Trainer."""
@@ -150,24 +241,34 @@ class Settings:
         for name in ("alpha", "lr", "beta"):
             if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
+        if self.merge_aware and self.dora:
+            raise UserError("--merge-aware is for plain LoRA; leave out --dora")
         if self.merge_aware and self.dropout:
             raise UserError(f"--merge-aware: merged weights have no dropout; add --dropout 0 (it is {self.dropout})")
         if self.merge_aware and self.stream != "none":
             raise UserError("--merge-aware makes weights of its own for every layer, which --stream cannot keep away")
+        if self.neftune_alpha and self.method == "dpo":
+            raise UserError(
+                "--neftune-alpha: not supported with DPO, because the noise would change the base model's answers too"
+            )
+        layer_numbers(self.layers)
+        lengths = [0, *self.former_steps, self.max_steps]
+        if not self.epochs and lengths != sorted(set(lengths)):
+            raise UserError(f"former_steps {list(self.former_steps)}: expected ever greater lengths below --max-steps")
         if self.offload_checkpoints and not self.grad_checkpointing:
             raise UserError("--offload-checkpoints belongs to --grad-checkpointing")
         if self.resident and self.stream == "none":
             raise UserError(f"--resident {self.resident} belongs to --stream ram or --stream disk")
-        if self.max_memory and self.merge_aware:
-            raise UserError("--max-memory: the planner does not know --merge-aware")
+        for name in ("merge_aware", "layers", "dora"):
+            if self.max_memory and getattr(self, name):
+                raise UserError(f"--max-memory: the planner does not know {flag(name)}")
         for name in ("resident", "max_memory"):
             if size := getattr(self, name):
                 try:
                     parse_size(flag(name), size)
                 except ValueError as error:
                     raise UserError(str(error)) from error
-        if self.dtype not in DTYPES:
-            raise UserError(f"--dtype {self.dtype}: expected bfloat16, float16 or float32")
+        check_dtype(self.dtype)
 
 
 def schema() -> dict[str, Any]:
@@ -214,6 +315,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declares an option a field. What the user leaves out stays out of the namespace."""
     groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
     for field in dataclasses.fields(Settings):
+        if field.metadata["group"] is None:
+            continue
         group, text = groups[field.metadata["group"]], field.metadata["help"]
         if field.type == "bool":
             group.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
@@ -226,7 +329,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             metavar=metavar,
             default=argparse.SUPPRESS,
             choices=field.metadata.get("choices"),
-            help=f"{text} (default: {field.default})",
+            help=text if "default:" in text or field.default == "" else f"{text} (default: {field.default})",
         )
 
 
@@ -240,6 +343,14 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
     typed = {name: value for name, value in vars(arguments).items() if name in names}
     if typed.get("epochs") and "max_steps" in typed:
         raise UserError("--epochs and --max-steps both say how long to train; give one of them")
+    if typed.get("warmup_steps") is not None:
+        if "warmup_ratio" in typed:
+            raise UserError("--warmup-steps and --warmup-ratio both say how long the warm-up is; give one of them")
+        typed["warmup_ratio"] = 0.0
+    if typed.get("lr_schedule") == CONSTANT:
+        if typed.get("warmup_steps") or typed.get("warmup_ratio"):
+            raise UserError("--lr-schedule constant has no warm-up; constant_with_warmup has")
+        typed["warmup_ratio"] = 0.0
     if typed.get("merge_aware"):
         typed.setdefault("dropout", 0.0)  # the default is for adapters that stay beside their base
     return typed
@@ -256,10 +367,16 @@ def resumed(recorded: dict[str, Any], typed: dict[str, Any]) -> Settings:
     known = {field.name: field for field in dataclasses.fields(Settings)}
     if unknown := set(recorded) - set(known):
         raise UserError(f"--resume: that run was begun by another version of qlora-ext (it has {sorted(unknown)})")
+    former = Settings(**recorded)
+    longer = {}
     for name, value in typed.items():
-        if not known[name].metadata.get("free") and value != recorded.get(name, known[name].default):
-            raise UserError(
-                f"{flag(name)} {value}: the run to resume was begun with {recorded.get(name, known[name].default)}; "
-                "leave the option out, or start anew in another --output"
-            )
-    return Settings(**{**recorded, **typed})
+        if name == former.longer and value > getattr(former, name):
+            longer["former_steps"] = () if former.epochs else (*former.former_steps, former.max_steps)
+        elif not known[name].metadata.get("free") and value != getattr(former, name):
+            advice = "leave the option out, or start anew in another --output"
+            if name == former.longer:
+                advice = f"a run can be made longer, not shorter; {advice}"
+            elif name in ("epochs", "max_steps"):
+                advice = f"{flag(former.longer)} makes it longer; {advice}"
+            raise UserError(f"{flag(name)} {value}: the run to resume was begun with {getattr(former, name)}; {advice}")
+    return Settings(**{**recorded, **typed, **longer})

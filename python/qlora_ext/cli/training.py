@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,11 @@ from ..streaming import offload_checkpoints
 from .checkpoints import checkpoints, step_of, write_manifest
 from .data import Row, pack
 from .errors import UserError, first_line
-from .files import remove, staged_directory
+from .files import delete, move_up, staged_directory
 from .loss import has_plain_head, learnt_loss
+from .ownership import foreign_in_checkpoint
 from .settings import Settings
+from .whole import named
 
 _KEPT_CHECKPOINTS = 2
 _STATE: Schema = {
@@ -38,7 +40,7 @@ def training_arguments(
     kind: type[TrainingArguments] = TrainingArguments,
     **more: Any,
 ) -> TrainingArguments:
-    """The QLoRA paper's recipe: constant learning rate after 3% warm-up, AdamW with beta2 0.999, clipping at 0.3.
+    """The recipe of ``settings``; its defaults are the QLoRA paper's.
 
     Args:
         steps: of the optimizer. kind: the class of a trainer's arguments, which takes ``more``.
@@ -52,10 +54,11 @@ def training_arguments(
             per_device_train_batch_size=settings.batch_size,
             gradient_accumulation_steps=settings.grad_accum,
             learning_rate=settings.lr,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=math.ceil(0.03 * steps),
-            max_grad_norm=0.3,
-            weight_decay=0.0,
+            lr_scheduler_type=settings.lr_schedule,
+            warmup_steps=settings.warmup(steps),
+            max_grad_norm=settings.max_grad_norm,
+            weight_decay=settings.weight_decay,
+            neftune_noise_alpha=settings.neftune_alpha or None,
             optim=settings.optimizer,
             gradient_checkpointing=settings.grad_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if settings.grad_checkpointing else None,
@@ -82,14 +85,17 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
     """Pads packed rows to the longest, [B, T] each. The padding counts positions of its own: nothing attends to it."""
     longest = max(len(row["input_ids"]) for row in rows)
 
+    def integers(values: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
+
     def padded(key: str, fill: int) -> torch.Tensor:
-        return torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+        return integers([row[key] + [fill] * (longest - len(row[key])) for row in rows])
 
     positions = [[*row["position_ids"], *range(longest - len(row["position_ids"]))] for row in rows]
     return {
         "input_ids": padded("input_ids", 0),
         "labels": padded("labels", -100),
-        "position_ids": torch.tensor(positions),
+        "position_ids": integers(positions),
     }
 
 
@@ -113,10 +119,39 @@ def held_out_loss(model: Any, held_out: list[Row], size: int, loss: Callable[[An
     return total / count
 
 
+class StagedSampler(torch.utils.data.Sampler[int]):
+    """The order of the rows in an extended run: its first pass continues where the shorter run ended.
+
+    A pass over all rows is in the order in which transformers' Trainer would take them. The first pass takes the
+    original rows of the run in that order, followed by the rows that each extension added.
+    """
+
+    def __init__(self, ends: Sequence[int], seed: int) -> None:
+        self._ends, self._seed, self._epoch = sorted(set(ends)), seed, 0
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator(device="cpu")
+        begin = 0
+        for end in self._ends if self._epoch == 0 else self._ends[-1:]:
+            generator.manual_seed(self._seed + self._epoch)
+            yield from (
+                begin + i
+                for i in torch.randperm(end - begin, generator=generator, dtype=torch.int64, device="cpu").tolist()
+            )
+            begin = end
+
+
 class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
     """What all runs have: checkpoints that are whole or absent, and an evaluation that changes nothing."""
 
     held_out: list[Row]
+    stages: Sequence[int] = ()  # rows available at each length of an extended run
     _staging: pathlib.Path | None = None
 
     def measure(self) -> dict[str, Any]:
@@ -129,25 +164,32 @@ class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.stages:
+            return super()._get_train_sampler(train_dataset)
+        rows = len(self.train_dataset)
+        return StagedSampler([*(min(stage, rows) for stage in self.stages), rows], self.args.seed)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
         run = pathlib.Path(self.args.output_dir)
-        with staged_directory(run / name) as partial:
+        with staged_directory(run / name, foreign_in_checkpoint) as partial:
             # The Trainer writes into partial/checkpoint-N, of which the content moves up.
             self._staging = partial
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
-            for path in (partial / name).iterdir():
-                path.rename(partial / path.name)
-            (partial / name).rmdir()
+            move_up(partial / name)
             write_manifest(partial)
         for old in checkpoints(run)[:-_KEPT_CHECKPOINTS]:
-            remove(old, run)
+            try:
+                delete(old, run, foreign_in_checkpoint)
+            except UserError as error:
+                print(f"note: {old.name} is kept: {error}", flush=True)
 
 
 class QLoRATrainer(RunTrainer):
@@ -201,6 +243,48 @@ class OffloadCheckpoints(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         offload_checkpoints(model)
+
+
+class NameInertAdapters(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Reports through ``tell`` which adapters got no gradient in the first step."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell: Callable[[str], None] | None = tell
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._tell is None:
+            return
+        from ..integrations.peft import inert_adapters
+
+        inert = inert_adapters(model)
+        if inert:
+            self._tell(f"no gradient in the first step: these adapters learn nothing: {named(inert)}")
+        self._tell = None
+
+
+class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Sets the learning rate of a resumed run to the value of its schedule, which spans all steps.
+
+    A checkpoint holds the learning rate that the run would have had before it was extended.
+
+    Args:
+        tell: prints the new learning rate.
+    """
+
+    def __init__(self, tell: Callable[[str], None] | None) -> None:
+        self._tell = tell
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
+        rates = [rate * factor(scheduler.last_epoch)
+                 for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]  # fmt: skip
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        if self._tell is not None:
+            self._tell(
+                f"the {args.lr_scheduler_type.value} schedule spans all {state.max_steps} steps now: the learning rate "
+                f"at step {state.global_step + 1} is {rates[0]:.3g}"
+            )
 
 
 def train(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:

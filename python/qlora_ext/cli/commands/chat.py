@@ -10,7 +10,13 @@ from typing import Any
 from ..._outside import printable
 from ..adapter_files import find_adapted
 from ..errors import UserError
-from ..options import add_base_options, add_sampling_options, check_sampling
+from ..options import (
+    add_adapter_option,
+    add_base_options,
+    add_dtype_option,
+    add_sampling_options,
+    check_sampling,
+)
 
 _HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
 
@@ -23,10 +29,11 @@ def add_parser(commands: Any) -> None:
         f"was said before in mind. {_HELP}.",
         epilog="Where the input is no terminal, each line is answered in turn, and nothing but answers is printed.",
     )
-    parser.add_argument("--adapter", metavar="DIR", help="the adapter, or the run that made it")
+    add_adapter_option(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told before everything else")
     add_sampling_options(parser, max_new_tokens=512)
     add_base_options(parser)
+    add_dtype_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -50,8 +57,6 @@ def _read(interactive: bool) -> str | None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     check_sampling(arguments)
-    if arguments.adapter is None and arguments.model is None:
-        raise UserError("--adapter: expected an adapter to talk with, or a --model")
     adapted = find_adapted(arguments)
     if arguments.system and not adapted.tokenizer.chat_template:
         raise UserError(f"--system: the tokenizer of {adapted.source.name} has no chat template to write it with")

@@ -10,10 +10,20 @@ from ..._outside import excerpt, printable
 from .. import held_out
 from ..bars import counted
 from ..data import DEFAULT_DATA
-from ..errors import UserError, first_line, path_named
+from ..errors import UserError, first_line
 from ..files import write_json
-from ..models import dense_name, is_4bit, load_dense, load_quantized, load_tokenizer, parse_device, parse_dtype
-from ..options import add_trust_option
+from ..models import (
+    dense_name,
+    is_4bit,
+    load_dense,
+    load_quantized,
+    load_tokenizer,
+    parse_computing_dtype,
+    parse_device,
+    parse_dtype,
+)
+from ..options import add_dtype_option, add_trust_option
+from ..outputs import input_of, output_file
 from ..sources import ModelSource, resolve
 from ..whole import check_tokens
 
@@ -26,6 +36,7 @@ MAX_INCREASE = 0.3
 FOUND_WANTING = 3
 CURVE = ("0%", "1%", "2%", "5%", "10%", "20%")
 _SHOWN = 10
+_MARK = "qlora-ext check"  # in the file of --json
 
 
 def add_parser(commands: Any) -> None:
@@ -34,8 +45,9 @@ def add_parser(commands: Any) -> None:
         help="what 4 bits cost a model",
         description="Checks a 4-bit model: that its scales and forms are sound, how much its loss on a text is above "
         "that of the dense model, which layers cost the most, and what would help. A dense model is checked as "
-        f"quantize would make it. Exit code 0: good; {FOUND_WANTING}: the loss rises by more than --max-increase, or "
-        "the model's weights or logits are damaged; 2: it cannot be loaded, or an option is wrong.",
+        f"quantize would make it. Exit code 0: good; {FOUND_WANTING}: the loss rises by more than --max-increase, the "
+        "model's weights or logits are damaged, or a layer does not match the dense model; 2: the model cannot be "
+        "loaded, or an option is wrong.",
     )
     parser.add_argument(
         "--model", required=True, help="a model directory, 4-bit (ours or bitsandbytes') or dense, a .gguf file, a hub "
@@ -63,7 +75,7 @@ def add_parser(commands: Any) -> None:
         help="measure it with the costliest layers in 16 bits too, under budgets of --keep from 1%% to 20%%",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="write all figures to a file")
-    parser.add_argument("--dtype", default="bfloat16", help="of the computation (default: %(default)s)")
+    add_dtype_option(parser)
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.set_defaults(run=run)
 
@@ -103,10 +115,6 @@ def _check_options(arguments: argparse.Namespace) -> None:
         raise UserError(f"--seed {arguments.seed}: expected 0 to 4294967295")
     if arguments.max_increase is not None and not 0 <= arguments.max_increase < float("inf"):
         raise UserError(f"--max-increase {arguments.max_increase}: expected 0 or more, in nats a token")
-    if arguments.json is not None:
-        directory = path_named(arguments.json, "--json").absolute().parent
-        if not directory.is_dir():
-            raise UserError(f"--json {arguments.json}: there is no directory {directory}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -116,15 +124,21 @@ def run(arguments: argparse.Namespace) -> int:
 
     _check_options(arguments)
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
+    compute = parse_computing_dtype(arguments.dtype, device)
     source = resolve(arguments.model, arguments.trust_remote_code)
     base_source, reason = _base(arguments, source)
     if base_source is None and (arguments.curve or arguments.max_increase is not None):
         option = "--curve" if arguments.curve else "--max-increase"
         raise UserError(f"{option}: {arguments.model} has nothing to be compared with: {reason}")
+    found_file = None
+    if arguments.json is not None:
+        base_input = None if base_source is None else input_of(base_source)
+        inputs = [("--model", input_of(source)), ("--base", base_input), ("--data", arguments.data)]
+        found_file = output_file("--json", arguments.json, _MARK, inputs)
     tokenizer = load_tokenizer(source)
     text = arguments.data or held_out.default_text()
-    model = load_quantized(source, dtype, device)
-    base = None if base_source is None else load_dense(base_source, dtype, device)
+    model = load_quantized(source, dtype, device, compute=compute)
+    base = None if base_source is None else load_dense(base_source, dtype, device, compute)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or held_out.LENGTH
     if text == "self":
         length = min(held_out.LENGTH, longest)
@@ -149,10 +163,10 @@ def run(arguments: argparse.Namespace) -> int:
                 raise
             raise UserError(f"{arguments.base or arguments.model}: {first_line(error)}") from error
     limit = MAX_INCREASE if arguments.max_increase is None else arguments.max_increase
-    good = not found.problems and (found.increase is None or found.increase.nats <= limit)
+    good = found.is_sound and (found.increase is None or found.increase.nats <= limit)
     _tell(found, text, reason, limit)
-    if arguments.json is not None:
-        write_json(path_named(arguments.json, "--json"), _record(found, arguments, base_source, text, limit, good))
+    if found_file is not None:
+        write_json(found_file, _record(found, arguments, base_source, text, limit, good))
     return 0 if good else FOUND_WANTING
 
 
@@ -167,6 +181,7 @@ def _record(
     from ...fidelity import advice_on
 
     return {
+        "written_by": _MARK,
         "model": arguments.model,
         "base": None if base is None else base.name,
         "data": text,
@@ -189,6 +204,9 @@ def _tell(found: ModelCheck, text: str, reason: str, limit: float) -> None:
 
     for problem in found.problems:
         say(f"damaged: {problem}")
+    for layer in found.damaged:
+        plain = f"those of plain NF4 by {layer.plain_error:.3g}"
+        say(f"damaged: {layer.name}: its outputs are off by {layer.error:.3g}, {plain}")
     if found.loss is not None:
         before = "" if found.base_loss is None else f", {perplexity(found.base_loss):.2f} dense"
         say(f"perplexity on {found.tokens:,} tokens of {text}: {perplexity(found.loss):.2f} in 4 bits{before}")

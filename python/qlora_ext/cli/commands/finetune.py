@@ -13,27 +13,29 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..._outside import Schema, excerpt, printable, read_json
-from ...streaming import chunk_mlp, dense_mlps
-from .. import whole
+from .. import adapting, whole
 from ..adapter_files import RECORD, check_files, config_of, find
-from ..adapter_files import load as load_adapter
 from ..checkpoints import checkpoints, newest_checkpoint, step_of
 from ..conversion import Recipe, four_bit_directory, is_quantized
 from ..data import Example, Parts, Row, check_template, is_preference, read_examples, split, told
-from ..errors import UserError, first_line
+from ..errors import UserError
 from ..files import need_space, staged_directory, write_json, write_json_lines
 from ..identity import check_same, digest_of_adapter, digest_of_examples, digest_of_model, digest_of_rows
 from ..models import (
     complete,
+    dense_share,
     load_config,
     load_quantized,
     load_tokenizer,
+    named,
+    parse_computing_dtype,
     parse_device,
     parse_dtype,
     weigh,
 )
-from ..options import add_trust_option
+from ..options import DEFAULT_RUN, add_trust_option
 from ..outputs import Output, claim, input_of, read_marker
+from ..ownership import foreign_in_adapter
 from ..settings import Settings, add_options, flag, given, read_settings, resumed
 from ..sources import PACKAGE, ModelSource, resolve
 
@@ -43,9 +45,9 @@ if TYPE_CHECKING:
 
     from ..training import RunTrainer
 
-DEFAULT_OUTPUT = "qlora-run"
 _SETTINGS = "settings.json"
 _SAMPLE_TOKENS = 40
+_COMPUTING = "compute_dtype"  # in the marker of a run's directory
 _BEFORE: Schema = {"loss": float, "perplexity?": float, "reward_accuracy?": float, "prompt": str, "sample": str}
 
 
@@ -59,11 +61,12 @@ def add_parser(commands: Any) -> None:
         epilog='A row of --data is {"text": ...}, a pair such as {"prompt": ..., "completion": ...}, a conversation '
         '{"messages": [{"role": ..., "content": ...}, ...]} or a preference {"prompt": ..., "chosen": ..., "rejected": '
         "...}; docs/data.md has all forms. A run that was stopped, in whatever way, goes on from its last checkpoint "
-        "with --resume (other options need not be repeated) and ends with the same adapter, bit for bit. --overwrite "
-        "replaces what qlora-ext wrote, and nothing else.",
+        "with --resume (other options need not be repeated) and ends with the same adapter, bit for bit. "
+        "With --resume and a larger --max-steps (or --epochs) a finished run is trained further. --overwrite replaces "
+        "what qlora-ext wrote, and nothing else. docs/finetune.md explains the options.",
     )
     parser.add_argument(
-        "--output", default=DEFAULT_OUTPUT, metavar="DIR", help="directory of the run (default: %(default)s)"
+        "--output", default=DEFAULT_RUN, metavar="DIR", help="directory of the run (default: %(default)s)"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
@@ -88,6 +91,7 @@ class _Run:
     resume: bool
     force: bool
     checkpoint: pathlib.Path | None
+    longer: bool = False  # whether this command extends the run
     digests: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -122,8 +126,18 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
     if arguments.force and not arguments.resume:
         raise UserError("--force goes with --resume: it accepts another base or other data")
     resume = arguments.resume and begun
+    if arguments.resume and not begun and (directory.parent / _SETTINGS).is_file():
+        raise UserError(f"--output {directory} lies in the run {directory.parent}; name that with --output")
+    if not typed and not arguments.resume:
+        print(
+            "no option names a model, data or an adapter: this is a demonstration, SmolLM2-135M on conversations, of "
+            "about 4 minutes on a CPU; Ctrl-C stops it at any time"
+        )
+    longer = False
     if resume:
-        settings = resumed(read_settings(directory / _SETTINGS), typed)
+        recorded = read_settings(directory / _SETTINGS)
+        settings = resumed(recorded, typed)
+        longer = getattr(settings, settings.longer) > getattr(resumed(recorded, {}), settings.longer)
     else:
         settings = Settings(**typed)
         if begun and not arguments.overwrite:
@@ -131,18 +145,33 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
                 f"--output {directory} holds a run already; add --resume to go on with it, or --overwrite to start anew"
             )
     parse_device(settings.device)
-    source = resolve(settings.model, arguments.trust_remote_code)
+    source = resolve(settings.model, arguments.trust_remote_code, trusted=not resume or "model" in typed)
     output.protect("--model", settings.model, input_of(source))
     output.protect("--data", settings.data)
-    if not resume:
+    if resume:
+        _check_adapter(directory)
+    else:
         output.check()
     checkpoint = newest_checkpoint(directory) if resume else None
+    if source.directory is None and source.gguf_file is None:
+        load_config(source)  # checks that the hub has the model before the data are read
     examples = read_examples(settings.data, settings.split)
-    run = _Run(output, settings, source, examples, resume, arguments.force, checkpoint)
+    run = _Run(output, settings, source, examples, resume, arguments.force, checkpoint, longer)
     _check_method(run, typed)
     _check_init_adapter(run, typed)
     _identify(run, "data", digest_of_examples(run.examples), f"--data {settings.data}")
     return run
+
+
+def _check_adapter(run: pathlib.Path) -> None:
+    """Rejects resuming a run if the adapter directory that it would replace holds foreign files."""
+    adapter = run / "adapter"
+    foreign = "adapter" if adapter.is_symlink() else foreign_in_adapter(adapter) if adapter.is_dir() else None
+    if foreign is not None:
+        raise UserError(
+            f"--resume: {adapter} holds {foreign!a}, which qlora-ext did not write and does not delete; "
+            "move it elsewhere"
+        )
 
 
 def _check_method(run: _Run, typed: dict[str, Any]) -> None:
@@ -152,6 +181,12 @@ def _check_method(run: _Run, typed: dict[str, Any]) -> None:
     if s.method == "dpo" and not run.preferences:
         raise UserError(f"--method dpo: expected preferences in --data {s.data}: rows with prompt, chosen and rejected")
     if run.preferences:
+        if s.no_packing:
+            raise UserError("--no-packing: preferences are never packed")
+        if s.neftune_alpha:
+            raise UserError(
+                "--neftune-alpha: not supported with DPO, because the noise would change the base model's answers too"
+            )
         if importlib.util.find_spec("trl") is None:
             raise UserError(
                 f"--data {s.data} holds preferences, which TRL learns (DPO); install it with: pip install 'trl>=1.16', "
@@ -168,7 +203,7 @@ def _check_init_adapter(run: _Run, typed: dict[str, Any]) -> None:
     name = run.settings.init_adapter
     if not name:
         return
-    if own := [flag(key) for key in ("rank", "alpha", "target_modules") if key in typed]:
+    if own := [flag(key) for key in adapting.OWN if key in typed]:
         raise UserError(f"{own[0]}: the adapter of --init-adapter has its own; leave the option out")
     path = find(name, "--init-adapter")
     run.output.protect("--init-adapter", name, str(path))
@@ -190,6 +225,10 @@ def _identify(run: _Run, what: str, digest: str, name: str) -> None:
 
 def _begin(run: _Run) -> None:
     """Makes the run directory, once nothing but training is left that could be refused."""
+    path = run.directory / _SETTINGS
+    if run.longer:
+        lengths = {key: getattr(run.settings, key) for key in (run.settings.longer, "former_steps")}
+        write_json(path, {**read_settings(path), **lengths})
     if run.resume:
         return
     recorded = {**dataclasses.asdict(run.settings), "model": run.source.name}
@@ -200,63 +239,6 @@ def _begin(run: _Run) -> None:
         recorded["init_adapter"] = str(find(run.settings.init_adapter).resolve())
     with run.output.written("finetune", **run.digests) as partial:
         write_json(partial / _SETTINGS, recorded)
-
-
-def _check_targets(model: Any, targets: str) -> str | list[str]:
-    if targets == "all-linear":
-        return targets
-    import torch
-
-    linears = sorted({n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
-    names = [name.strip() for name in targets.split(",") if name.strip()]
-    modules = [name for name, _ in model.named_modules()]
-    for name in names:
-        if not any(module == name or module.endswith("." + name) for module in modules):
-            raise UserError(
-                f"--target-modules {name}: no layer of the model has that name; there are {', '.join(linears)}"
-            )
-    if not names:
-        raise UserError(f"--target-modules: no name given; there are {', '.join(linears)}")
-    return names
-
-
-def _add_adapter(model: Any, run: _Run) -> Any:
-    from peft import LoraConfig, get_peft_model
-    from transformers import set_seed
-
-    from ...integrations.peft import set_dropout
-
-    s = run.settings
-    if s.init_adapter:
-        set_seed(s.seed)
-        adapted = load_adapter(model, find(s.init_adapter, "--init-adapter"), run.force, trainable=True)
-        set_dropout(adapted, "default", s.dropout)
-        return _made_merge_aware(adapted, s)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=s.rank,
-        lora_alpha=s.alpha,
-        lora_dropout=s.dropout,
-        target_modules=_check_targets(model, s.target_modules),
-    )
-    set_seed(s.seed)
-    try:
-        adapted = get_peft_model(model, config)
-    except ValueError as error:
-        raise UserError(f"--target-modules {s.target_modules}: {first_line(error)}") from error
-    adapted.peft_config["default"].base_model_name_or_path = run.source.name
-    return _made_merge_aware(adapted, s)
-
-
-def _made_merge_aware(adapted: Any, settings: Settings) -> Any:
-    from ...integrations.peft import set_merge_aware
-
-    if settings.merge_aware:
-        try:
-            set_merge_aware(adapted)
-        except ValueError as error:
-            raise UserError(f"--merge-aware: {first_line(error)}") from error
-    return adapted
 
 
 def _asked(row: Row) -> list[int]:
@@ -293,7 +275,10 @@ def _encode(run: _Run, console: Console) -> tuple[Any, Parts]:
     )
     tokenizer = load_tokenizer(run.source)
     check_template(tokenizer, run.examples, s.data, run.source.name)
-    parts = split(tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences)
+    parts = split(
+        tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows,
+        not s.no_packing,
+    )  # fmt: skip
     for reason in told(parts.counts, s.seq_len):
         console.print(f"      {reason}")
     steps = s.steps(len(parts.train))
@@ -302,28 +287,44 @@ def _encode(run: _Run, console: Console) -> tuple[Any, Parts]:
         f"rows  {len(parts.train):,} {kind} to train on, {steps * s.step_rows / len(parts.train):.2f} times in "
         f"{steps:,} steps; {len(parts.held_out)} examples held out"
     )
-    digest = digest_of_rows(parts.train, parts.held_out)
+    # A run that was made longer has more rows than it was begun with.
+    begun_with = parts.train[: s.first_rows] if s.former_steps else parts.train
+    digest = digest_of_rows(begun_with, parts.held_out)
     _identify(run, "rows", digest, f"tokens that --model {run.source.name} makes of {data}")
     return tokenizer, parts
+
+
+def _computing_dtype(run: _Run, console: Console, device: torch.device) -> torch.dtype:
+    """The compute dtype of the run, which is printed. A resumed run keeps its dtype, even on another machine."""
+    dtype = run.settings.dtype
+    chosen = parse_computing_dtype(dtype, device)
+    why = ", because the processor has no bfloat16 arithmetic" if chosen != parse_dtype(dtype) else ""
+    if run.resume and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
+        chosen, why = parse_dtype(str(began)), ", as at the start of the run"
+    run.digests[_COMPUTING] = named(chosen)
+    console.print(f"computing in {named(chosen)} on {device}{why}")
+    return chosen
 
 
 def _load(run: _Run, console: Console, device: torch.device) -> Any:
     s = run.settings
     dtype, source = parse_dtype(s.dtype), run.source
+    compute = _computing_dtype(run, console, device)
     streamed: dict[str, Any] = {}
     if s.stream != "none":
         streamed = {"stream": s.stream, "resident": s.resident or None}
     if s.stream == "disk" and not is_quantized(load_config(source)):
-        beside = run.directory.with_name(f"{run.directory.name}-base")
-        source = four_bit_directory(Recipe(source, dtype, s.block_size), beside)
-    model = load_quantized(source, dtype, device, s.block_size, **streamed)
+        source = four_bit_directory(Recipe(source, dtype, s.block_size), run.output)
+    model = load_quantized(source, dtype, device, s.block_size, compute=compute, **streamed)
     _identify(run, "base", digest_of_model(model), f"--model {run.source.name}")
     weights = weigh(model)
     console.print(
-        f"weights {weights.dense_bytes / 1e6:.1f} MB in {run.settings.dtype} -> {weights.bytes / 1e6:.1f} MB in 4 bits "
+        f"weights {weights.dense_bytes / 1e6:.1f} MB in {named(compute)} -> {weights.bytes / 1e6:.1f} MB in 4 bits "
         f"({weights.dense_bytes / weights.bytes:.2f} times smaller; embeddings, which stay as they are, included)"
     )
-    model = _add_adapter(model, run)
+    if told_share := dense_share(model):
+        console.print(told_share)
+    model = adapting.add_adapter(model, run.source, s, run.force)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = weights.parameters + trainable
     console.print(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
@@ -378,9 +379,10 @@ def _save_adapter(run: _Run, model: Any, metrics: dict[str, Any]) -> None:
         "settings": dataclasses.asdict(run.settings),
         "metrics": metrics,
     }
-    with staged_directory(run.adapter) as partial:
+    with staged_directory(run.adapter, foreign_in_adapter) as partial:
         model.save_pretrained(str(partial))
-        write_json(partial / RECORD, record)
+        files = sorted(p.relative_to(partial).as_posix() for p in partial.rglob("*") if not p.is_dir())
+        write_json(partial / RECORD, {**record, "files": files})
 
 
 def _token_ids(parts: Parts) -> Iterator[list[int]]:
@@ -394,14 +396,6 @@ def _try_it(run: _Run, command: str, *options: str) -> str:
     if run.source.trust_remote_code:
         options = (*options, "--model", run.source.name, "--trust-remote-code")
     return printable(shlex.join(["qlora-ext", command, "--adapter", str(run.adapter), *options]))
-
-
-def _check_without_weights(run: _Run) -> Any:
-    """Refuses what the model's configuration, which it returns, alone shows to be wrong."""
-    config = load_config(run.source)
-    whole.check_room(run.source, config)
-    _check_targets(whole.skeleton(run.source, config), run.settings.target_modules)
-    return config
 
 
 def _fit(run: _Run, config: Any, device: torch.device, console: Console) -> None:
@@ -422,13 +416,16 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(job: _Run, may_resume: bool) -> int:
     from rich.console import Console
 
+    from ...streaming import chunk_mlp, dense_mlps
     from ..loss import check_chunked_loss
     from ..progress import ProgressCallback, describe, plot_loss
-    from ..training import OffloadCheckpoints, train
+    from ..training import NameInertAdapters, OffloadCheckpoints, Rescale, train
 
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     device = parse_device(job.settings.device)
-    _fit(job, _check_without_weights(job), device, console)
+    config = load_config(job.source)
+    adapting.check_without_weights(job.source, config, job.settings)
+    _fit(job, config, device, console)
     s = job.settings
     tokenizer, parts = _encode(job, console)
     recipe = _recipe(job, s.steps(len(parts.train)), device)
@@ -449,11 +446,18 @@ def _run(job: _Run, may_resume: bool) -> int:
     start = {"step": 0, **{f"eval_{key}": before[key] for key in before if key not in ("prompt", "sample")}}
     progress = ProgressCallback(console, job.metrics, start)
     trainer.add_callback(progress)
+    trainer.add_callback(NameInertAdapters(console.print))
+    if s.former_steps:
+        trainer.stages = s.stages[:-1]
+    if job.longer:
+        lengths = f"{s.epochs:g} passes" if s.epochs else f"{s.max_steps} steps"
+        console.print(f"extending the run to {lengths}")
     if s.offload_checkpoints:
         trainer.add_callback(OffloadCheckpoints())
     console.print(f"held-out {describe(start)} before training ({len(parts.held_out)} examples)")
     _show_sample(console, "before training", before["prompt"], before["sample"])
     if job.checkpoint:
+        trainer.add_callback(Rescale(console.print if job.longer and s.depends_on_length else None))
         console.print(f"going on after step {step_of(job.checkpoint)}")
     elif may_resume:
         console.print("no checkpoint yet: starting at step 0")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from ..._outside import printable
@@ -11,35 +12,58 @@ from ..adapter_files import find_adapted
 from ..data import as_question, tokenizing
 from ..errors import UserError
 from ..models import complete
-from ..options import add_base_options, add_sampling_options, check_sampling
+from ..options import (
+    add_adapter_option,
+    add_base_options,
+    add_dtype_option,
+    add_sampling_options,
+    check_sampling,
+)
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
         help="write text with an adapter",
-        description="Loads the 4-bit model that the adapter was trained on, puts the adapter on it, and answers.",
+        description="Loads a model in 4 bits with the adapter that was trained on it, and answers a prompt.",
     )
-    parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the run that made it")
-    parser.add_argument("--prompt", required=True, help="what to answer, or with --raw to go on from")
+    parser.add_argument("text", nargs="?", metavar="PROMPT", help="prompt to answer, or to continue with --raw")
+    parser.add_argument("--prompt", help="the same as an option; -: read it from standard input")
+    add_adapter_option(parser)
     parser.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
     add_sampling_options(parser, max_new_tokens=80)
     add_base_options(parser)
+    add_dtype_option(parser)
     parser.set_defaults(run=run)
+
+
+def _prompt(arguments: argparse.Namespace) -> str:
+    if arguments.text is not None and arguments.prompt is not None:
+        raise UserError("--prompt: the prompt was given twice, with and without the option; give one of them")
+    prompt = arguments.text if arguments.prompt is None else arguments.prompt
+    if prompt is None:
+        raise UserError('--prompt: expected a prompt, as in: qlora-ext generate "Hello"')
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UserError(f"standard input: not {error.encoding.upper()} text") from error
+    if not prompt:
+        raise UserError("--prompt: the prompt is empty")
+    return str(prompt)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     check_sampling(arguments)
-    if not arguments.prompt:
-        raise UserError("--prompt: the prompt is empty")
+    text = _prompt(arguments)
     adapted = find_adapted(arguments)
     tokenizer = adapted.tokenizer
     with tokenizing("--prompt"):
         if arguments.raw:
-            prompt = tokenizer(arguments.prompt)["input_ids"]
+            prompt = tokenizer(text)["input_ids"]
         else:
-            prompt = tokenizer(as_question(tokenizer, arguments.prompt), add_special_tokens=False)["input_ids"]
+            prompt = tokenizer(as_question(tokenizer, text), add_special_tokens=False)["input_ids"]
     if not prompt:
         raise UserError("--prompt: there is no token in it")
     model = adapted.load_to_answer()

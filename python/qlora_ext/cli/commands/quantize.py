@@ -10,7 +10,18 @@ from .. import calibrate, keep
 from ..conversion import SHARD_SIZE, Recipe, spilled
 from ..errors import UserError
 from ..files import write_json
-from ..models import BLOCK_SIZES, dense_name, load_quantized, load_tokenizer, parse_device, parse_dtype, weigh
+from ..models import (
+    BLOCK_SIZES,
+    dense_name,
+    dense_share,
+    is_4bit,
+    load_quantized,
+    load_tokenizer,
+    parse_device,
+    parse_dtype,
+    restore_use_cache,
+    weigh,
+)
 from ..options import add_trust_option
 from ..outputs import Output, claim, input_of
 from ..sources import PROVENANCE, resolve
@@ -57,6 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, output: Output) -> int:
     from ...calibration import calibration_of
+    from ...fidelity.integrity import problems_of
     from ...integrations.bitsandbytes import save_pretrained
     from ...nn import Embedding4bit
 
@@ -65,6 +77,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model, arguments.trust_remote_code)
     output.protect("--model", arguments.model, input_of(source))
+    calibrate.protect(arguments, output)
     output.check()
     init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
@@ -74,15 +87,21 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     with contextlib.ExitStack() as stack:
         spill = None
         if not dense_first and device.type == "cpu":
-            spill = stack.enter_context(spilled(Recipe(source, dtype, *form, arguments.embeddings), output.path))
-        with calibrate.calibration(arguments, tokenizer, output.path) as calibration:
+            spill = stack.enter_context(spilled(Recipe(source, dtype, *form, arguments.embeddings), output))
+        layers = stack.enter_context(calibrate.kept_layers(arguments, output))
+        with calibrate.calibration(arguments, tokenizer, layers) as calibration:
             model = load_quantized(
                 source, dtype, device, *form, calibration, init_lora, keeper,
                 spill=spill, embeddings=arguments.embeddings,
             )  # fmt: skip
         if arguments.embeddings and not any(isinstance(module, Embedding4bit) for module in model.modules()):
             raise UserError(f"--embeddings: {source.name} has none that can be 4-bit, or is in 4 bits already")
+        if is_4bit(source):
+            problems = problems_of(model)
+            if problems:
+                raise UserError(f"{source.name}: the model is damaged and is not copied: {problems[0]}")
         report = calibration_of(model)
+        restore_use_cache(model, source)
         with output.written("quantize") as partial:
             kept = None if keeper is None else keeper.record()
             write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": kept})
@@ -96,6 +115,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             if init_lora is not None:
                 base = str(output.path.resolve())
                 calibrate.write_initial_adapter(model, init_lora, partial / calibrate.INITIAL_ADAPTER, base)
+    if told_share := dense_share(model):
+        print(told_share)
     for line in calibrate.told(report):
         print(line)
     if keeper is not None:

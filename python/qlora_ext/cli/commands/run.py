@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import pathlib
 import shutil
@@ -18,14 +19,15 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
         help="run a program that uses bitsandbytes, unedited, on these kernels",
-        description="Runs COMMAND with its arguments. In every Python that it starts, transformers' BitsAndBytesConfig "
-        "with NF4 loads the layers of qlora_ext, as after qlora_ext.take_over_bitsandbytes(); FP4 and int8 stay "
-        "bitsandbytes'. A line on stderr says how many layers of a model it was.",
+        description="Runs COMMAND with its arguments. In every Python that it starts, the BitsAndBytesConfig of "
+        "transformers or diffusers with NF4 loads the layers of qlora_ext, as after "
+        "qlora_ext.take_over_bitsandbytes(); FP4 and int8 stay bitsandbytes'. A line on stderr says "
+        "how many layers of a model were replaced.",
         epilog="Examples: qlora-ext run -- python train.py; qlora-ext run -- trl sft --load_in_4bit ...",
         usage="qlora-ext run [-h] -- COMMAND ...",
     )
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="the program and its arguments")
-    parser.set_defaults(run=run, quiet=False)
+    parser.set_defaults(run=run, quiet=False, needs_library=False)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -39,4 +41,10 @@ def run(arguments: argparse.Namespace) -> int:
     paths = [str(_LAUNCHER), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "QLORA_EXT_TAKE_OVER": "1", "PYTHONPATH": os.pathsep.join(paths)}
     sys.stdout.flush()
-    os.execve(program, command, environment)
+    try:
+        os.execve(program, command, environment)
+    except OSError as error:
+        if error.errno != errno.ENOEXEC:
+            raise
+        # A script that does not say what runs it; shells run such a one themselves.
+        os.execve("/bin/sh", ["sh", program, *command[1:]], environment)

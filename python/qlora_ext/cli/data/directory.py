@@ -7,6 +7,8 @@ import re
 
 from ..._outside import excerpt, printable
 from ..errors import UserError
+from ..files import is_unfinished_name
+from ..ownership import MARKER, is_ours
 from .files import READERS, Rows, reader_of
 
 _SPLITS = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}
@@ -23,11 +25,25 @@ def _split_of(path: pathlib.Path) -> str | None:
 def rows(directory: pathlib.Path, split: str) -> Rows:
     """The rows of all data files in a directory, in the order of their names; where these name splits, of one split.
 
+    What qlora-ext wrote in it, such as the run that learns from it, is left out: each directory with our marker.
+
     Raises:
         UserError: there is no data file in it, or none of that split.
     """
     shown = printable(directory)
-    files = sorted(p for p in directory.rglob("*") if p.is_file() and not p.name.startswith("."))
+    ours = {path.parent for path in directory.rglob(MARKER) if path.parent != directory and is_ours(path.parent)}
+
+    def is_data(path: pathlib.Path) -> bool:
+        """Whether ``path`` is an ordinary file that no command of ours wrote into the directory."""
+        within = path.relative_to(directory)
+        return (
+            path.is_file()
+            and not path.name.startswith(".")
+            and not any(is_unfinished_name(part) for part in within.parts)
+            and ours.isdisjoint(path.parents)
+        )
+
+    files = sorted(filter(is_data, directory.rglob("*")))
     data = [path for path in files if reader_of(path) is not None]
     if not data:
         raise UserError(f"--data {shown}: expected files in it that end in {', '.join(READERS)}; found none")
@@ -44,7 +60,9 @@ def rows(directory: pathlib.Path, split: str) -> Rows:
                 f"--data {shown}: it has no split {excerpt(split)}; --split takes one of {', '.join(sorted(named))}"
             )
         data = [path for path in data if splits[path] == wanted]
-    left_out = [printable(path.relative_to(directory)) for path in files if path not in data]
+    outermost = sorted(path.relative_to(directory) for path in ours if ours.isdisjoint(path.parents))
+    left_out = [f"{printable(path)}/ (written by qlora-ext)" for path in outermost]
+    left_out += [printable(path.relative_to(directory)) for path in files if path not in data]
     print(
         f"reading {len(data)} files of {shown}"
         + (f"; left out: {excerpt(', '.join(left_out), 400)}" if left_out else "")

@@ -19,6 +19,8 @@ from .store import Stored
 # "prompt_ids", "chosen_ids" and "rejected_ids".
 Row: TypeAlias = "dict[str, list[int]]"
 
+_PIECE = 1 << 20  # characters of a text that go to the tokenizer at once, about: it takes 70 times as many bytes
+_LONGEST_TOKEN = 512  # characters, of any tokenizer known
 CUT = "cut to --seq-len"
 _BEYOND = "dropped: what is to be learnt begins beyond --seq-len"
 _NOTHING = "dropped: nothing to learn in it (no answer of the assistant, or a single token)"
@@ -113,12 +115,29 @@ def _asked_and_answered(
     raise _Rewritten
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+def _tokens(tokenizer: Any, text: str, seq_len: int) -> list[int]:
+    """The tokens of a text, or of a beginning with more than ``seq_len`` tokens, which the caller then cuts."""
+    ids: list[int] = tokenizer(text[: _PIECE + _LONGEST_TOKEN * seq_len], add_special_tokens=False)["input_ids"]
     return ids
 
 
-def _conversation_rows(tokenizer: Any, messages: list[Message], tools: list[Any] | None) -> list[Row]:
+def _pieces(text: str) -> Iterator[str]:
+    """A long text in pieces of about ``_PIECE`` characters that end with a line or, in a long line, with a word."""
+    begin = 0
+    while len(text) - begin > 2 * _PIECE:
+        end = begin + _PIECE
+        cut = max(text.rfind("\n", begin, end), 0) or max(text.rfind(" ", begin, end), 0) or end - 1
+        yield text[begin : cut + 1]
+        begin = cut + 1
+    yield text[begin:]
+
+
+def _says_something(message: Message) -> bool:
+    said = (message["content"], message.get("reasoning_content"), message.get("thinking"))
+    return bool(message.get("tool_calls")) or any(text and text.strip() for text in said)
+
+
+def _conversation_rows(tokenizer: Any, messages: list[Message], tools: list[Any] | None, seq_len: int) -> list[Row]:
     """A conversation in whole rows: one, or more where the template writes earlier turns in another way than the last.
 
     Such a template leaves out the assistant's earlier thoughts, as an instance; each answer is learnt as it is asked
@@ -133,18 +152,19 @@ def _conversation_rows(tokenizer: Any, messages: list[Message], tools: list[Any]
         if not rows or not before.startswith(written):
             rows.append({"input_ids": [], "labels": []})
             written = ""
-        asked, answered = _tokens(tokenizer, before[len(written) :]), _tokens(tokenizer, after)
+        asked, answered = _tokens(tokenizer, before[len(written) :], seq_len), _tokens(tokenizer, after, seq_len)
         rows[-1]["input_ids"] += asked + answered
-        rows[-1]["labels"] += [-100] * len(asked) + answered
+        rows[-1]["labels"] += [-100] * len(asked)
+        rows[-1]["labels"] += answered if _says_something(message) else [-100] * len(answered)
         written = before + after
     return rows
 
 
-def _preference_row(tokenizer: Any, example: dict[str, Any]) -> Row:
+def _preference_row(tokenizer: Any, example: dict[str, Any], seq_len: int) -> Row:
     row: Row = {}
     for name in ("chosen", "rejected"):
         before, after = _asked_and_answered(tokenizer, example["prompt"], example[name][0], example.get("tools"))
-        row |= {"prompt_ids": _tokens(tokenizer, before), f"{name}_ids": _tokens(tokenizer, after)}
+        row |= {"prompt_ids": _tokens(tokenizer, before, seq_len), f"{name}_ids": _tokens(tokenizer, after, seq_len)}
     return row
 
 
@@ -168,17 +188,31 @@ def _teaches(row: Row) -> bool:
     return any(label != -100 for label in row["labels"][1:])  # nothing predicts a first token
 
 
-def _encode(tokenizer: Any, example: Example, preferences: bool) -> list[Row]:
-    if isinstance(example, str):
-        ids = tokenizer(example)["input_ids"]
-        return [{"input_ids": ids, "labels": list(ids)}]
+def _encode(tokenizer: Any, example: list[Message] | dict[str, Any], preferences: bool, seq_len: int) -> list[Row]:
     if isinstance(example, list):
-        return _conversation_rows(tokenizer, example, None)
+        return _conversation_rows(tokenizer, example, None, seq_len)
     if is_conversation(example):
-        return _conversation_rows(tokenizer, example["messages"], example.get("tools"))
+        return _conversation_rows(tokenizer, example["messages"], example.get("tools"), seq_len)
+    if not _says_something(example["chosen"][-1]):
+        return []
     if preferences:
-        return [_preference_row(tokenizer, example)]
-    return _conversation_rows(tokenizer, example["prompt"] + example["chosen"], example.get("tools"))[-1:]
+        return [_preference_row(tokenizer, example, seq_len)]
+    return _conversation_rows(tokenizer, example["prompt"] + example["chosen"], example.get("tools"), seq_len)[-1:]
+
+
+def _text_rows(tokenizer: Any, text: str, seq_len: int, counts: collections.Counter[str]) -> Iterator[Row]:
+    """A text, every token of which is learnt, in rows of ``seq_len`` tokens."""
+    size = 0
+    for piece in _pieces(text):
+        with tokenizing("--data"):
+            ids: list[int] = tokenizer(piece)["input_ids"]
+        size += len(ids)
+        for start in range(0, len(ids), seq_len):
+            part = ids[start : start + seq_len]
+            row = {"input_ids": part, "labels": list(part)}
+            if _teaches(row):
+                yield row
+    counts[_NOTHING] += size < 2
 
 
 def encode(
@@ -196,20 +230,16 @@ def encode(
     """
     counts = collections.Counter() if counts is None else counts
     for example in examples:
+        if isinstance(example, str):
+            yield from _text_rows(tokenizer, example, seq_len, counts)
+            continue
         with tokenizing("--data"):
             try:
-                rows = _encode(tokenizer, example, preferences)
+                rows = _encode(tokenizer, example, preferences, seq_len)
             except _Rewritten:
                 rows = []
                 counts[_REWRITTEN] += 1
                 continue
-        if isinstance(example, str):
-            for start in range(0, len(rows[0]["input_ids"]), seq_len):
-                row = {key: ids[start : start + seq_len] for key, ids in rows[0].items()}
-                if _teaches(row):
-                    yield row
-            counts[_NOTHING] += len(rows[0]["input_ids"]) < 2
-            continue
         counts[_NOTHING] += not rows
         for row in rows:
             longer = _cut(row, seq_len)
@@ -275,11 +305,18 @@ def split(
     held_out_rows: int,
     seed: int,
     preferences: bool = False,
+    first_rows: int | None = None,
+    packing: bool = True,
 ) -> Parts:
     """Rows to train on, and rows held out, in an order drawn by ``seed``.
 
     There are at most as many as asked for (None: all); where the data is short, a tenth of it is held out. Encoding
     stops as soon as there is enough.
+
+    Args:
+        first_rows: as many as ``train_rows`` was when the run was begun, if it was made longer: what was held out then
+            stays held out.
+        packing: put short rows into one, up to ``seq_len``.
 
     Raises:
         UserError: there are fewer than two; the text says what was left out.
@@ -287,16 +324,18 @@ def split(
     counts: collections.Counter[str] = collections.Counter()
     rows: Stored[Row] = Stored()
     size = 0  # of what there is to train on: rows, of --seq-len tokens each where they are packed
-    wanted = None if train_rows is None else train_rows * (1 if preferences else seq_len)
+    a_row = seq_len if packing and not preferences else 1
+    wanted = None if train_rows is None else train_rows * a_row
+    wanted_first = wanted if first_rows is None else first_rows * a_row
     whole = not any(isinstance(example, str) for example in examples)  # pieces of one text are to be shuffled first
     shuffled = (examples[i] for i in in_order(examples, seed))
     for row in encode(tokenizer, shuffled, seq_len, counts, preferences):
         rows.append(row)
         if len(rows) > held_out_rows:
-            size += 1 if preferences else len(row["input_ids"])
+            size += 1 if a_row == 1 else len(row["input_ids"])
         if whole and wanted is not None and size >= wanted:
             break
-    else:
+    if not whole or wanted_first is None or size < wanted_first:
         held_out_rows = min(held_out_rows, max(1, len(rows) // 10))
     if len(rows) < 2:
         left_out = "".join(f"; {reason}" for reason in told(counts, seq_len))
@@ -307,9 +346,9 @@ def split(
     order = range(len(rows)) if whole else in_order(rows, seed)
     held_out = [rows[i] for i in order[:held_out_rows]]
     train = (rows[i] for i in order[held_out_rows:])
-    if not preferences:
+    if not preferences and packing:
         return Parts(pack(train, seq_len, train_rows), held_out, counts)
     kept: Stored[Row] = Stored()
     for row in itertools.islice(train, train_rows):
-        kept.append(row)
+        kept.append(row if preferences else {**row, "position_ids": list(range(len(row["input_ids"])))})
     return Parts(kept, held_out, counts)

@@ -23,6 +23,8 @@ Rows: TypeAlias = Iterator[tuple[str, Any]]  # of place and record
 _MAX_LINE = 256 << 20  # bytes of a line, which is read whole
 _MAX_WHOLE = 4 << 30  # bytes of a file that can only be read whole
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
+_MOST_BLANK = 1 << 20  # bytes of lines with nothing in them, one after another: a bomb has millions
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _PIECE = 1 << 20  # characters of a text, about
 
 
@@ -62,9 +64,12 @@ def _decoded(raw: bytes, place: str) -> str:
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
     """The lines of a UTF-8 file, numbered from 1, with their line feeds. A byte-order mark is left out."""
     with _opened(path) as file:
-        number = 0
+        number = blank = 0
         while raw := file.readline(_MAX_LINE + 1):
             number += 1
+            blank = 0 if raw.strip() else blank + len(raw)
+            if blank > _MOST_BLANK:
+                raise UserError(f"{_at(path, number)}: expected at most {_MOST_BLANK} bytes of blank lines before it")
             if len(raw) > _MAX_LINE:
                 raise UserError(f"{_at(path, number)}: longer than the {_MAX_LINE} bytes that a line may have")
             line = _decoded(raw, _at(path, number))
@@ -128,8 +133,7 @@ class _Json:
         return _at(self._path, self._line)
 
     def skip_space(self) -> None:
-        while self._text[self._at : self._at + 1] in (" ", "\t", "\r", "\n"):
-            self._at += 1
+        self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches nothing, too
 
     def peek(self) -> str:
         return self._text[self._at : self._at + 1]

@@ -1,7 +1,7 @@
 """Run by every Python that ``qlora-ext run`` starts, and by those that these start: this folder is on PYTHONPATH.
 
-``qlora_ext`` is imported just before transformers or PEFT is, for their sake alone: a Python that needs neither starts
-as fast as ever, and may still choose what torch reads from the environment as it is imported.
+``qlora_ext`` is imported just before transformers, diffusers or PEFT is, and only then: a Python process without them
+starts as fast as before, and can still set environment variables that torch reads at import.
 """
 
 from __future__ import annotations
@@ -11,31 +11,61 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
+
+
+class _Loader(importlib.abc.Loader):
+    """Imports ``qlora_ext`` before the module that ``loader`` loads; otherwise it behaves as ``loader``."""
+
+    def __init__(self, loader: Any) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _BeforeTransformers)]
+        try:
+            import qlora_ext as qlora_ext
+        except Exception as error:  # the program itself must still run
+            if sys.stderr is not None:
+                print(f"qlora-ext run: {sys.executable} cannot import qlora_ext: {error}", file=sys.stderr)
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        module.__loader__ = self._loader
+        self._loader.exec_module(module)
 
 
 class _BeforeTransformers(importlib.abc.MetaPathFinder):
-    """Finds nothing; imports ``qlora_ext`` the first time that a library is looked for which it serves."""
+    """Finds the libraries that ``qlora_ext`` serves as the other finders do; it is imported with the first of them."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> None:
-        if name not in ("transformers", "peft"):
-            return
-        sys.meta_path.remove(self)
-        try:
-            import qlora_ext as qlora_ext
-        except ImportError as error:
-            warnings.warn(f"qlora-ext run: {sys.executable} cannot import qlora_ext: {error}", stacklevel=2)
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name not in ("transformers", "diffusers", "peft"):
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((s for finder in others if (s := finder.find_spec(name, path, target)) is not None), None)
+        if spec is not None and hasattr(spec.loader, "exec_module"):
+            spec.loader = _Loader(spec.loader)
+        return spec
 
 
 def _run_hidden() -> None:
-    """Runs the ``sitecustomize`` that this one hides, if there is one."""
+    """Runs the ``sitecustomize`` that this one hides, if there is one, and leaves the name to it."""
     here = os.path.dirname(os.path.abspath(__file__))
     elsewhere = [path for path in sys.path if os.path.abspath(path) != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", elsewhere)
     if spec is not None and spec.loader is not None:
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["sitecustomize"] = module
+        spec.loader.exec_module(module)
 
 
 sys.meta_path.insert(0, _BeforeTransformers())
