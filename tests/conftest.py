@@ -10,6 +10,7 @@ import torch
 
 import qlora_ext
 from commands import paths, refused, whole_run
+from qlora_ext import dtypes
 
 __all__ = ["paths", "refused", "whole_run"]  # fixtures
 
@@ -43,3 +44,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def native_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bfloat16 model computes in bfloat16, also on a processor where the automatic compute dtype is float32."""
+    monkeypatch.setattr(dtypes, "native_bfloat16", lambda: True)

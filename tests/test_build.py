@@ -104,7 +104,8 @@ PLACES = {
     "_build_backend/qlora_backend.py": r"return (\[\"torch.*?\])",
     ".ci/run": r"pip install (.*)",
     "scripts/environment.sh": r"pip install (.*)",
-    "scripts/packaging/tools.sh": r"pip install (.*(?:\\\n.*)?)",
+    "scripts/packaging/tools.sh": r"pip install (.*)",
+    "scripts/packaging/tools.txt": r"^([\w-]+==\S+)",
     "scripts/test_wheels": r"pip install (.*)",
     "scripts/test": r"pip install (.*)",
     "scripts/finetune": r"pip install (.*)",
@@ -120,7 +121,9 @@ def requirements(path: str) -> list[str]:
     for place in re.findall(PLACES[path], text, re.MULTILINE):
         quoted = re.findall(r'"([^"]*)"', place)
         bare = [word for word in re.sub(r'"[^"]*"', "", place).split() if word[0].isalpha()]
-        found += [r for r in quoted + bare if r[0].isalpha() and "$" not in r and not r.startswith("qlora_ext[")]
+        found += [
+            r for r in quoted + bare if r[0].isalpha() and not set("$/") & set(r) and not r.startswith("qlora_ext[")
+        ]
     return found
 
 
@@ -129,6 +132,21 @@ def test_what_builds_and_checks_has_upper_bounds(path: str) -> None:
     found = requirements(path)
     assert found
     assert [r for r in found if not re.search(r"<|==", r)] == []
+
+
+def test_what_makes_releases_cannot_be_exchanged() -> None:
+    """Actions are named by commit, for tags can be moved, and build tools by the hashes of their files."""
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    if not workflows:
+        pytest.skip("the workflows are not in this tree")
+    used = [line for path in workflows for line in re.findall(r"uses: *(.*)", path.read_text())]
+    assert len(used) >= 8
+    assert [line for line in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} +# v[\d.]+", line)] == []
+    assert "--require-hashes" in (ROOT / "scripts/packaging/tools.sh").read_text()
+    tools = (ROOT / "scripts/packaging/tools.txt").read_text()
+    pinned = re.split(r"^(?=[\w-]+==)", tools, flags=re.MULTILINE)[1:]
+    assert len(pinned) >= 10
+    assert [tool for tool in pinned if not re.search(r"--hash=sha256:[0-9a-f]{64}", tool)] == []
 
 
 def test_lint_versions_agree() -> None:

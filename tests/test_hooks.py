@@ -13,6 +13,7 @@ PRELUDE = """
 import importlib, importlib.util, sys, threading
 import qlora_ext
 assert "transformers" not in sys.modules
+assert "diffusers" not in sys.modules
 NAME = "transformers.quantizers.auto"
 """
 CHECK = """

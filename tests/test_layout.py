@@ -16,6 +16,8 @@ CPU_GROUND = ("cpp/cpu/shared/", "cpp/cpu/isa/", "cpp/cpu/kernels.h")
 CPU_CONTRACTS = ("cpp/cpu/kernels.h", "cpp/cpu/dispatch.h", "cpp/cpu/tuning.h")
 CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64")
 
+CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS))
+
 # Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
 MAY_INCLUDE = {
     "cpp/format": ("cpp/format",),
@@ -37,7 +39,8 @@ MAY_INCLUDE = {
     "cpp/cpu/check.h": ("cpp/cpu/kernels.h",),
     "cpp/cpu/tuning.h": ("cpp/format", "cpp/cpu/isa/isa.h"),
     "cpp/cpu/dispatch": ("cpp/format", "cpp/cpu/isa/isa.h", *CPU_CONTRACTS),
-    "cpp/cpu/isa_": ("cpp/cpu/dispatch.h", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS)),
+    "cpp/cpu/parts/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, *CPU_PARTS),
+    "cpp/cpu/isa_": ("cpp/cpu/dispatch.h", "cpp/cpu/float64/", "cpp/cpu/parts/parts.h"),
     "cpp/ops": ("cpp/format", "cpp/cpu", "cpp/ops"),
     "cpp/runtime": (),
     "cpp/bindings": ("cpp/format", "cpp/cpu", "build_info.h"),
@@ -90,7 +93,7 @@ def test_includes_make_no_circle() -> None:
 def test_fragments_see_no_standard_library() -> None:
     """A template of it compiled for a newer processor could be the copy that the linker keeps."""
     for path in (ROOT / "cpp/cpu").rglob("*.h"):
-        if path.parent.name not in {"shared", *CPU_ROOMS} and path.parent.parent.name != "isa":
+        if path.parent.name not in {"shared", "parts", *CPU_ROOMS} and path.parent.parent.name != "isa":
             continue
         for include in re.findall(r"#include <([^>]+)>", path.read_text()):
             assert include in {"cstdint", "cstring", "immintrin.h", "arm_neon.h"}, (

@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from tiny_models import save_tiny_llama
 
-COMMAND = [sys.executable, "-c", "import sys; from qlora_ext.cli import main; sys.exit(main())", "run"]
+COMMAND = [sys.executable, "-c", "import sys; from qlora_ext_command import main; sys.exit(main())", "run"]
 
 # What frameworks around bitsandbytes do, put together: the model loaded and prepared, its layers looked up by class and
 # by name, adapters put on, trained, saved and loaded again.
@@ -80,7 +80,7 @@ def test_a_framework_that_knows_bitsandbytes_alone(tmp_path: Path) -> None:
     script.write_text(FRAMEWORK)
     done = run("--", sys.executable, script, tmp_path / "model", tmp_path / "adapter")
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("qlora_ext: 14 linear layers in NF4 in the place of bitsandbytes'") == 2
+    assert done.stderr.count("qlora_ext: 14 linear layers in NF4 instead of bitsandbytes'") == 2
     assert done.stdout.splitlines()[-1] == str(
         [
             "qlora_ext.integrations.bitsandbytes.layers.AdoptedLinear4bit",
@@ -104,6 +104,45 @@ def test_children_inherit_and_what_was_on_the_path_stays(tmp_path: Path) -> None
     done = run("--", sys.executable, "-c", parent, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "True run 1\n"
+
+
+def test_sitecustomize_is_the_program_s(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("NAME = 5\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    done = run("--", sys.executable, "-c", "import sitecustomize; print(sitecustomize.NAME)", PYTHONPATH=path)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "5\n", "")
+
+
+def test_looking_for_transformers_imports_nothing() -> None:
+    script = (
+        "import importlib.util, sys\n"
+        "print([importlib.util.find_spec(name) is not None for name in ('transformers', 'peft')])\n"
+        "print({'torch', 'qlora_ext'} & set(sys.modules))\n"
+        "import peft\n"
+        "print('qlora_ext' in sys.modules, type(peft.__spec__.loader).__name__)"
+    )
+    done = run("--", sys.executable, "-c", script)
+    assert done.stdout.splitlines() == ["[True, True]", "set()", "True SourceFileLoader"], done.stderr
+
+
+def test_a_python_without_qlora_ext_and_with_warnings_as_errors(tmp_path: Path) -> None:
+    for name in ("transformers", "peft", "qlora_ext"):
+        (tmp_path / name).mkdir()
+        broken = "raise ImportError('not here')" if name == "qlora_ext" else ""
+        (tmp_path / name / "__init__.py").write_text(broken)
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH")]))}
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import transformers, peft; print('done')"
+    done = run("--", sys.executable, "-W", "error", "-c", code, **environment)
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert done.stderr.count("cannot import qlora_ext: not here") == 1
+
+
+def test_a_script_that_does_not_say_what_runs_it(tmp_path: Path) -> None:
+    script = tmp_path / "script"
+    script.write_text('echo "ran with $1"\n')
+    script.chmod(0o755)
+    done = run("--", script, "an argument")
+    assert (done.returncode, done.stdout) == (0, "ran with an argument\n"), done.stderr
 
 
 def test_the_program_is_as_it_would_be_by_itself() -> None:
@@ -149,7 +188,7 @@ def test_trl_sft(tmp_path: Path) -> None:
         "--output_dir", tmp_path / "run", *options.split(),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "qlora_ext: 14 linear layers in NF4 in the place of bitsandbytes'" in done.stderr
+    assert "qlora_ext: 14 linear layers in NF4 instead of bitsandbytes'" in done.stderr
     with safe_open(tmp_path / "run" / "adapter_model.safetensors", "pt") as adapter:
         trained = [name for name in adapter.keys() if "lora_B" in name and adapter.get_tensor(name).any()]  # noqa: SIM118
     assert len(trained) == 14
@@ -200,5 +239,5 @@ def test_the_loading_code_of_a_framework(framework: str, script: str, tmp_path: 
         "--", sys.executable, tmp_path / "script.py", tmp_path / "model", DISABLE_VERSION_CHECK="1", DO_NOT_TRACK="1"
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "qlora_ext: 14 linear layers in NF4 in the place of bitsandbytes'" in done.stderr
+    assert "qlora_ext: 14 linear layers in NF4 instead of bitsandbytes'" in done.stderr
     assert {"AdoptedLinear4bit", "LoraLinear4bit"} == set(eval(done.stdout.splitlines()[-1]))

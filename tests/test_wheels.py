@@ -33,6 +33,20 @@ def test_wheels_need_nothing_that_older_systems_lack(packaging: Any, wheel: path
     assert check.check_wheel(wheel) == []
 
 
+def test_only_what_a_build_made_is_emptied(packaging: Any, tmp_path: pathlib.Path) -> None:
+    emptied = packaging("wheels").emptied
+    (tmp_path / "work").mkdir()
+    emptied(tmp_path / "work")
+    (tmp_path / "work" / "built").touch()
+    emptied(tmp_path / "work")
+    assert not (tmp_path / "work" / "built").exists()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(SystemExit, match="not empty, and no build of ours"):
+        emptied(tmp_path / "home")
+    assert (tmp_path / "home" / "thesis.tex").exists()
+
+
 def test_the_source_distribution_is_whole(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every source and script of the tree is in it, and no library that a developer has built beside them."""
     pytest.importorskip("scikit_build_core")

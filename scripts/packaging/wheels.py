@@ -23,6 +23,7 @@ import sbom
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("x86_64", "aarch64")
+_MARKER = ".qlora_wheels"  # in a directory that may be emptied
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 
 
@@ -161,14 +162,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--headers", nargs="+", default=(), type=pathlib.Path, help="directories of Python.h, for Pythons not here")
     add("--cuda", action="store_true", help="with the CUDA kernels, for the architecture of this machine")
     add("--out", type=pathlib.Path, default=ROOT / "dist")
-    add("--work", type=pathlib.Path, default=ROOT / "build" / "wheels", help="is emptied first")
+    add("--work", type=pathlib.Path, default=ROOT / "build" / "wheels", help="is emptied first, if a build made it")
+
+
+def emptied(folder: pathlib.Path) -> None:
+    """Makes ``folder`` an empty directory. Deletes its content only if an earlier build left it there."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _MARKER).is_file():
+        sys.exit(f"--work {folder}: not empty, and no build of ours (it has no {_MARKER}); name another directory")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    (folder / _MARKER).touch()
 
 
 def make_all(arguments: argparse.Namespace) -> tuple[list[pathlib.Path], list[str]]:
     """The source distribution and the wheels that were made, and the Pythons that were skipped for want of headers."""
     out, work = arguments.out.resolve(), arguments.work.resolve()
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
+    emptied(work)
     out.mkdir(parents=True, exist_ok=True)
     if "SOURCE_DATE_EPOCH" not in os.environ:  # every date in what is made: that of the last change
         os.environ["SOURCE_DATE_EPOCH"] = run("git", "log", "-1", "--format=%ct", cwd=ROOT).strip()

@@ -1,0 +1,91 @@
+"""Public functions and classes have an example in their docstring, and every example does what it says.
+
+Examples assume ``import torch, qlora_ext`` and ``from torch import nn``.
+"""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import io
+import multiprocessing
+import tempfile
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+for library in ("transformers", "peft", "bitsandbytes"):
+    pytest.importorskip(library, reason=f"{library} is not installed")
+
+import qlora_ext
+
+MODULES = [
+    "qlora_ext",
+    *(f"qlora_ext.{name}" for name in ("nn", "calibration", "fidelity", "streaming")),
+    *(f"qlora_ext.integrations.{name}" for name in ("bitsandbytes", "peft", "transformers")),
+]
+# Objects that users do not construct; the function that returns them has the example.
+WITHOUT = {
+    *("Streaming", "Calibrator", "LayerReport", "Encoded", "Feedback", "CurvePoint", "LayerCost", "ModelCheck"),
+    *("Sensitivity", "MergeError", "LoraLinear4bit", "IncompleteAdapterWarning", "QLoRAQuantizer", "KeptDense"),
+    "Coverage",
+    # Functions that only the integrations and the command use.
+    *("Conv1D4bit", "attach", "write_base", "check_something_is_4bit", "tell_coverage", "finished_weights"),
+}
+
+
+def public() -> dict[str, Any]:
+    """The functions and classes that the public modules offer, by their full names."""
+    found: dict[int, tuple[str, Any]] = {}
+    for name in MODULES:
+        module = importlib.import_module(name)
+        for attribute in module.__all__:
+            value = getattr(module, attribute)
+            if (inspect.isfunction(value) or inspect.isclass(value)) and value.__module__.startswith("qlora_ext"):
+                found.setdefault(id(value), (f"{name}.{attribute}", value))
+    return dict(found.values())
+
+
+PUBLIC = public()
+TESTS = {
+    name: test
+    for name, value in PUBLIC.items()
+    for test in doctest.DocTestFinder(recurse=False).find(
+        value, name, module=False, globs={"torch": torch, "nn": nn, "qlora_ext": qlora_ext}
+    )
+    if test.examples
+}
+
+
+def failures_of(name: str) -> str:
+    """What the example of ``name`` printed against what it says, empty where they agree."""
+    torch.manual_seed(0)
+    out = io.StringIO()
+    doctest.DocTestRunner(verbose=False).run(TESTS[name], out=out.write)
+    return out.getvalue()
+
+
+def _send(connection: Any, name: str) -> None:
+    connection.send(failures_of(name))
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_an_example_does_what_it_says(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    if not name.endswith("take_over_bitsandbytes"):
+        assert failures_of(name) == ""
+        return
+    receiver, sender = multiprocessing.Pipe(duplex=False)  # a process of its own: nothing undoes what it does
+    child = multiprocessing.get_context("fork").Process(target=_send, args=(sender, name))
+    child.start()
+    assert receiver.poll(120)
+    assert receiver.recv() == ""
+    child.join()
+
+
+def test_every_public_function_and_class_has_an_example() -> None:
+    names = {name: name.rpartition(".")[2] for name in PUBLIC}
+    assert {short for name, short in names.items() if name not in TESTS} == WITHOUT
