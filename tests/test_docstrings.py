@@ -1,6 +1,7 @@
 """Public functions and classes have an example in their docstring, and every example does what it says.
 
-Examples assume ``import torch, qlora_ext`` and ``from torch import nn``.
+Examples assume ``import torch, qlora_ext`` and ``from torch import nn``; those of ``integrations.peft`` also assume a
+``model``, LoRA over a small 4-bit Llama.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import nn
 
 for library in ("transformers", "peft", "bitsandbytes"):
     pytest.importorskip(library, reason=f"{library} is not installed")
+
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import qlora_ext
 
@@ -60,9 +64,18 @@ TESTS = {
 }
 
 
+def adapted() -> nn.Module:
+    """LoRA on all linear layers of a 4-bit Llama of two layers."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+    return get_peft_model(model, LoraConfig(target_modules="all-linear"))
+
+
 def failures_of(name: str) -> str:
     """What the example of ``name`` printed against what it says, empty where they agree."""
     torch.manual_seed(0)
+    if name.startswith("qlora_ext.integrations.peft."):
+        TESTS[name].globs["model"] = adapted()
     out = io.StringIO()
     doctest.DocTestRunner(verbose=False).run(TESTS[name], out=out.write)
     return out.getvalue()

@@ -2,7 +2,8 @@
 
 ``get_peft_model`` and ``PeftModel.from_pretrained`` put a ``LoraLinear4bit`` where they find a ``Linear4bit``, and
 PEFT's other methods run over one by their own code. This package is imported by itself as soon as PEFT is;
-``integrations/_patches.py`` lists what it changes there.
+``integrations/_patches.py`` lists what it changes there. In the examples of this package ``model`` is
+``get_peft_model(qlora_ext.quantize_model(llama), LoraConfig(target_modules="all-linear"))``.
 """
 
 from __future__ import annotations
@@ -81,11 +82,6 @@ def check_base(
 
     Example:
         >>> import tempfile
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> from qlora_ext.integrations.peft import check_base
         >>> directory = tempfile.mkdtemp()
         >>> model.save_pretrained(directory)

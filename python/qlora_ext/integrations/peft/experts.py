@@ -135,11 +135,6 @@ def set_dropout(model: Any, adapter: str, p: float) -> None:
     """Gives an adapter of a PEFT model its dropout, 0 to 1, wherever LoRA over a 4-bit base can have it.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> from qlora_ext.integrations.peft import set_dropout
         >>> set_dropout(model, "default", 0.1)
     """

@@ -297,11 +297,6 @@ def cast_fused(model: nn.Module) -> None:
     """Casts the fused adapters of ``model`` once to the dtype to which each call would cast them; for inference only.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> from qlora_ext.integrations.peft import cast_fused
         >>> cast_fused(model.bfloat16().eval())
     """

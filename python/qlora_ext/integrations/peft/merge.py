@@ -188,11 +188,6 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
         The base model, still 4-bit, and the relative error that each layer and all of them together took on.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> from qlora_ext.integrations.peft import merge_to_4bit
         >>> merged, error = merge_to_4bit(model)
         >>> type(merged.model.layers[0].mlp.up_proj).__name__
@@ -243,11 +238,6 @@ def merge_calibrated(model: Any, calibration: Any) -> nn.Module:
         ValueError: no adapter is active on a 4-bit layer; or the layers have several block sizes or scale forms.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> from qlora_ext.integrations.peft import merge_calibrated
         >>> merged = merge_calibrated(model, torch.randint(0, 128, (4, 32)))
         >>> len(qlora_ext.calibration.calibration_of(merged))

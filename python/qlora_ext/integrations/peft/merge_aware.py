@@ -21,11 +21,6 @@ def set_merge_aware(peft_model: Any, aware: bool = True, adapter_name: str = "de
             is no plain LoRA.
 
     Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
-        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
-        >>> from peft import LoraConfig, get_peft_model
-        >>> model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
         >>> from qlora_ext.integrations.peft import set_merge_aware
         >>> set_merge_aware(model)
     """
