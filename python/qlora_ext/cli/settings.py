@@ -17,6 +17,9 @@ from .models import AUTO, BLOCK_SIZES, check_dtype
 from .sources import DEFAULT_MODEL
 
 METHODS = ("auto", "sft", "dpo")
+NO_NEFTUNE_IN_DPO = (
+    "--neftune-alpha: not supported with DPO, because the noise would change the base model's answers too"
+)
 CONSTANT = "constant"
 # The schedules of transformers without further parameters. The first two do not depend on the length of the run.
 SCHEDULES = (
@@ -248,9 +251,7 @@ class Settings:
         if self.merge_aware and self.stream != "none":
             raise UserError("--merge-aware makes weights of its own for every layer, which --stream cannot keep away")
         if self.neftune_alpha and self.method == "dpo":
-            raise UserError(
-                "--neftune-alpha: not supported with DPO, because the noise would change the base model's answers too"
-            )
+            raise UserError(NO_NEFTUNE_IN_DPO)
         layer_numbers(self.layers)
         lengths = [0, *self.former_steps, self.max_steps]
         if not self.epochs and lengths != sorted(set(lengths)):

@@ -36,7 +36,7 @@ from ..models import (
 from ..options import DEFAULT_RUN, add_trust_option
 from ..outputs import Output, claim, input_of, read_marker
 from ..ownership import foreign_in_adapter
-from ..settings import Settings, add_options, flag, given, read_settings, resumed
+from ..settings import NO_NEFTUNE_IN_DPO, Settings, add_options, flag, given, read_settings, resumed
 from ..sources import PACKAGE, ModelSource, resolve
 
 if TYPE_CHECKING:
@@ -184,9 +184,7 @@ def _check_method(run: _Run, typed: dict[str, Any]) -> None:
         if s.no_packing:
             raise UserError("--no-packing: preferences are never packed")
         if s.neftune_alpha:
-            raise UserError(
-                "--neftune-alpha: not supported with DPO, because the noise would change the base model's answers too"
-            )
+            raise UserError(NO_NEFTUNE_IN_DPO)
         if importlib.util.find_spec("trl") is None:
             raise UserError(
                 f"--data {s.data} holds preferences, which TRL learns (DPO); install it with: pip install 'trl>=1.16', "
