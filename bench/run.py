@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
-TESTS = ROOT / "tests"
+TESTS = ROOT / "tests" / "cuda"
 SIMULATED = "CUDASIM_TORCH_LIBRARY" in os.environ  # where a minute of a card is more than an hour
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SLICE = "test_dropout_in_every_tile or test_a_long_sum"  # every tile, splits and their tickets, dropout
