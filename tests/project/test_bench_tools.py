@@ -10,12 +10,10 @@ from typing import Any
 
 import pytest
 
-BENCH = pathlib.Path(__file__).parents[2] / "bench"
-sys.path.insert(0, str(BENCH))
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 
-import readme
-import report
-import results_files
+from bench.lib import readme, report, results_files
 
 
 def spread(median: float, width: float = 0.02) -> dict[str, float]:
@@ -34,8 +32,8 @@ def section(ours: dict[str, float], tokens_per_second: float = 100.0, peers: flo
 def compared(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> tuple[int, str]:
     for name, content in (("old", old), ("new", new)):
         (path / f"{name}.json").write_text(json.dumps({"machine": "a", "sections": {"linear": content}}))
-    command = [sys.executable, str(BENCH / "compare.py"), str(path / "old.json"), str(path / "new.json")]
-    run = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.lib.compare", str(path / "old.json"), str(path / "new.json")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return run.returncode, run.stdout + run.stderr
 
 
@@ -66,7 +64,7 @@ def test_files_without_a_common_figure_are_no_success(tmp_path: pathlib.Path) ->
 @pytest.mark.parametrize("path", readme.PAGES, ids=lambda path: path.name)
 def test_pages_have_the_figures_of_the_results(path: pathlib.Path) -> None:
     page = path.read_text()
-    assert readme.written(page, readme.PAGES[path]) == page, "run bench/readme.py"
+    assert readme.written(page, readme.PAGES[path]) == page, "run python -m bench.lib.readme"
 
 
 def test_a_table_without_its_marks_is_an_error() -> None:

@@ -1,6 +1,6 @@
 """The pictures that a reader looks at first, from bench/results alone, each for light and dark pages.
 
-python bench/pictures.py        (after new results; README shows what it draws to docs/pictures/)
+python -m bench.lib.pictures        (after new results; README shows what it draws to docs/pictures/)
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import results_files as files
+from . import results_files as files
 
 FOLDER = files.RESULTS.parents[1] / "docs" / "pictures"
 THEMES = {

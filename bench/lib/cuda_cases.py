@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
-from harness import Ring, cold
 from torch import Tensor
 
 import qlora_ext
+
+from .harness import Ring, cold
 
 OPS = torch.ops.qlora
 BF16 = torch.bfloat16

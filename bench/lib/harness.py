@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-RESULTS = Path(os.environ.get("QLORA_BENCH_RESULTS", Path(__file__).parent / "results"))
+RESULTS = Path(os.environ.get("QLORA_BENCH_RESULTS", Path(__file__).parents[1] / "results"))
 COLD_BYTES = 512 << 20
 T = TypeVar("T")
 

@@ -1,9 +1,9 @@
 """Puts all that was measured on a machine into one JSON file and one report with pictures.
 
-    python bench/report.py [--results DIRECTORY] MACHINE       (a folder of bench/results, such as amd_26_2)
+    python -m bench.lib.report [--results DIRECTORY] MACHINE       (a folder of bench/results, such as amd_26_2)
 
-Writes MACHINE.json, which bench/compare.py reads, and MACHINE.md beside the folder. The linear layer's rows gain the
-share of what the machine can do, where bench/ceiling.py has measured that. Last come the counters of
+Writes MACHINE.json, which bench/lib/compare.py reads, and MACHINE.md beside the folder. The linear layer's rows gain
+the share of what the machine can do, where bench/ceiling.py has measured that. Last come the counters of
 bench/cuda_counters.py, which are of no machine.
 """
 
@@ -13,8 +13,8 @@ import argparse
 import json
 from pathlib import Path
 
-import pictures
-import results_files as files
+from . import pictures
+from . import results_files as files
 
 ORDER = ("step", "decode", "linear", "codec", "ragged", "streaming", "ceiling")
 

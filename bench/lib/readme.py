@@ -1,6 +1,6 @@
 """Writes the tables of README.md and docs/troubleshooting.md that have measured figures, from bench/results.
 
-    python bench/readme.py [--check]
+    python -m bench.lib.readme [--check]
 
 Each stands between two marks that name it. `--check` changes nothing, and fails where a page says something else.
 """
@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import results_files as files
+from . import results_files as files
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
 STEPS = ("intel_6_167", "amd_26_2")
 SHOWN = (
@@ -145,7 +145,7 @@ PAGES: dict[Path, Tables] = {
 def written(page: str, tables: Tables) -> str:
     """The page with its tables as the results have them."""
     for name, make in tables.items():
-        marked = re.compile(rf"(<!-- {name}: by bench/readme.py -->\n).*?(<!-- end of {name} -->\n)", re.DOTALL)
+        marked = re.compile(rf"(<!-- {name}: by bench/lib/readme.py -->\n).*?(<!-- end of {name} -->\n)", re.DOTALL)
         page, count = marked.subn(lambda found, make=make: f"{found[1]}\n{make()}\n{found[2]}", page)
         if count != 1:
             raise ValueError(f"expected the marks of the table '{name}' once, found them {count} times")
@@ -159,7 +159,7 @@ def main() -> None:
     for path, tables in PAGES.items():
         page = path.read_text()
         if arguments.check and written(page, tables) != page:
-            sys.exit(f"{path.name}: the results have other figures; run bench/readme.py")
+            sys.exit(f"{path.name}: the results have other figures; run python -m bench.lib.readme")
         path.write_text(written(page, tables))
 
 

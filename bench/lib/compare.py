@@ -1,6 +1,6 @@
 """What moved from one results file to another; fails on a regression beyond the noise.
 
-    python bench/compare.py OLD.json NEW.json [--all]
+    python -m bench.lib.compare OLD.json NEW.json [--all]
 
 The files are those of bench/run.py (results/MACHINE.json) or of one bench. Of a measured spread (median, 10th and 90th
 percentile) a change counts where the two ranges do not touch and the medians differ by more than 5%; of a number
@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from results_files import Row, Section, median, text
+from .results_files import Row, Section, median, text
 
 RANGE, NUMBER = 0.05, 0.15
 OURS = "qlora_ext"
