@@ -1,4 +1,4 @@
-"""What cuda/tuning_sm90.h chooses, on the host: it is plain C++, so a program of a few lines prints it for any card."""
+"""What cuda/tuning_sm90.h chooses, on the host: it is plain C++, which a small program prints for any card."""
 
 from __future__ import annotations
 
@@ -10,36 +10,10 @@ from host_programs import needs_compiler, printed_by
 
 pytestmark = needs_compiler
 
-PROGRAM = r"""
-#include <cstdio>
-#include "cuda/tuning_sm90.h"
-using namespace qlora;
-using namespace qlora::cuda;
-
-int main() {
-  const char* comma = "[";
-  for (int sms : {78, 114, 132})
-    for (int m : {33, 64, 100, 256, 1000, 4096})
-      for (int outputs : {1, 128, 4096, 11008, 128256})
-        for (int inner : {64, 1024, 4096, 14336}) {
-          Device card;
-          card.arch = 90, card.sm_count = sms;
-          const auto print = [&](const char* what, int stage, const Sm90Config& c) {
-            std::printf("%s[\"%s\", %d, %d, %d, %d, %d, %d, %ld, %ld]", comma, what, sms, m, outputs,
-                        (inner + stage - 1) / stage, c.tokens, c.splits, long(c.stages_per_split), long(c.clusters));
-            comma = ", ";
-          };
-          print("forward", 128, linear_sm90_config(m, outputs, inner, card));
-          print("dx", 64, dx_sm90_config(m, inner, outputs, card));
-        }
-  std::printf("]\n");
-}
-"""
-
 
 @pytest.fixture(scope="module")
 def chosen(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return printed_by(PROGRAM, tmp_path_factory.mktemp("tuning"))
+    return printed_by("tests/cuda/print_tuning_sm90.cpp", tmp_path_factory.mktemp("tuning"))
 
 
 def ceil(a: int, b: int) -> int:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import reference
+from encoding_samples import feedback_of, moments, weight
 from samples import DTYPES
 from test_codec_cuda import assert_bits, free_memory
-from test_encode_cpu import feedback_of, moments, weight
 
 pytestmark = pytest.mark.cuda
 

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_ext
+from bitsandbytes_layers import bare
 from qlora_ext.integrations.bitsandbytes import state_dict
 from qlora_ext.integrations.peft import LoraLinear4bit
 from qlora_ext.nn import Embedding4bit, Linear4bit
@@ -54,21 +55,6 @@ def exact(model: Any) -> Any:
     for layer in theirs(model).values():
         layer.train()
     return model
-
-
-def bare(n: int = 96, k: int = 64, quant_type: str = "nf4", bias: bool = True, **options: Any) -> Any:
-    """A layer of bitsandbytes, quantized."""
-    torch.manual_seed(n + k)
-    layer = bnb.nn.Linear4bit(k, n, bias=bias, quant_type=quant_type, **options)
-    layer.weight = bnb.nn.Params4bit(
-        torch.randn(n, k, dtype=torch.bfloat16),
-        requires_grad=False,
-        quant_type=quant_type,
-        compress_statistics=options.get("compress_statistics", True),
-        quant_storage=options.get("quant_storage", torch.uint8),
-        module=layer,
-    )
-    return layer.to("cpu")
 
 
 def decoded(layer: Any) -> Tensor:

@@ -21,9 +21,9 @@ import qlora_ext
 from qlora_ext.cli import main
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
 from qlora_ext.nn import Experts4bit, ExpertsLora, quantize_model
-from test_experts import Experts, routing
 from test_moe import CONFIGS, moe
 from test_peft_experts import draw
+from tiny_experts import Experts, routing
 from tiny_models import save_tiny_llama, token_ids
 
 IDS = token_ids()

@@ -8,30 +8,13 @@ import torch
 
 import isas
 import reference
+from encoding_samples import feedback_of, moments, weight
 from test_codec_cpu import assert_bits
 
 OPS = torch.ops.qlora
 test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
 
 SHAPES = [(1, 64), (3, 64), (16, 192), (17, 96), (5, 100), (2, 1), (33, 31), (4, 7), (2, 1024)]
-
-
-def weight(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    w = torch.randn(n, k)
-    w[:, 0] *= 20  # a column that sets the scale of its block
-    return w.to(dtype)
-
-
-def moments(k: int) -> torch.Tensor:
-    x = torch.randn(4 * k + 3, k) * torch.rand(k).exp()
-    x[:, k // 2] = 0
-    return x.T @ x / len(x) + 0.01 * torch.eye(k)
-
-
-def feedback_of(h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    order = h.diagonal().argsort(descending=True)
-    inverse = torch.linalg.inv(h[order][:, order].double())
-    return torch.linalg.cholesky(inverse, upper=True).float().contiguous(), order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -1,4 +1,4 @@
-"""Programs of a few lines that print what the plain C++ headers of cuda/ choose."""
+"""Small programs that print what the plain C++ headers of cuda/ choose."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
-def printed_by(program: str, folder: pathlib.Path) -> Any:
-    """The JSON that ``program``, C++ source that includes from the root of the tree, prints."""
-    source, executable = folder / "print.cpp", folder / "print"
-    source.write_text(program)
+def printed_by(source: str, folder: pathlib.Path) -> Any:
+    """The JSON that the program in ``source``, a path from the root of the tree, prints; it is built in ``folder``."""
+    executable = folder / "print"
     options = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}"]
-    subprocess.run(["g++", *options, source, "-o", executable], check=True)
+    subprocess.run(["g++", *options, ROOT / source, "-o", executable], check=True)
     return json.loads(subprocess.run([executable], check=True, capture_output=True, text=True).stdout)

@@ -158,7 +158,7 @@ def test_language_models() -> None:
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_bitsandbytes_layers_are_adopted(name: str) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from test_adopt import bare
+    from bitsandbytes_layers import bare
 
     layer = bare()
     model = nn.ModuleDict({"layer": layer})

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from qlora_ext.nn import Experts4bit, Linear4bit
-from test_experts import Experts, routing
+from tiny_experts import Experts, routing
 
 
 def count(step) -> int:

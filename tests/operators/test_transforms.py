@@ -14,7 +14,7 @@ import qlora_ext
 from qlora_ext._library import OPERATORS
 from qlora_ext.nn import Embedding4bit, Experts4bit, ExpertsLora, Linear4bit
 from samples import linear_sample
-from test_experts import Experts, routing
+from tiny_experts import Experts, routing
 
 OPS = torch.ops.qlora
 S = linear_sample(5, 48, 64)
