@@ -66,8 +66,8 @@ def refuse_second_derivative(args: tuple[Any, ...]) -> None:
     around = forward_ad._current_level >= 0 or any(isinstance(a, Tensor) and innermost(a).requires_grad for a in args)
     if gradients > 1 or (gradients == 1 and around):
         raise NotImplementedError(
-            "torch.func.grad: 4-bit layers have first derivatives alone; do not differentiate the gradient, and detach "
-            "what requires a gradient outside of it"
+            "torch.func.grad: 4-bit layers have first derivatives only; do not differentiate the gradient, and detach "
+            "tensors from outside that require a gradient"
         )
 
 
@@ -192,7 +192,7 @@ def _with_tangent(args: tuple[Any, ...]) -> Tensor:
     primals, tangents = (LINEAR_NF4(*parts) for parts in zip(*duals, strict=True))
     for name, tangent in tangents._asdict().items():
         if tangent is not None and name not in ("x", "bias"):
-            raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives by x and bias alone")
+            raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives for x and bias only")
     y = differentiable_linear_nf4(*primals)
     if tangents.x is None:
         assert tangents.bias is not None  # or there would be no tangent at all

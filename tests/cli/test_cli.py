@@ -169,13 +169,13 @@ def test_prompts_and_adapters_that_are_not_options(
     assert capfd.readouterr().out == answer
     here("generate", "--model", paths["model"], "count 3", *ask)  # without an adapter
     assert capfd.readouterr().err == ""
-    assert "give one of them" in refused("generate", "count 3", "--prompt", "count 4")
+    assert "give it once" in refused("generate", "count 3", "--prompt", "count 4")
     assert "expected a prompt" in refused("generate")
     assert "--model: the name is empty" in refused("generate", "--model", "", "count 3")
     assert "--model: the name is empty" in refused("generate", "--adapter", whole_run, "--model", "", "count 3")
     assert "name it with --adapter" in refused("generate", "--model", whole_run, "count 3")
     monkeypatch.setattr("qlora_ext.cli.adapter_files.DEFAULT_RUN", "no-run")
-    assert "--adapter: none named and none in ./no-run" in refused("generate", "count 3")
+    assert "--adapter: no adapter named, and none in ./no-run" in refused("generate", "count 3")
 
 
 def test_a_checkpoint_of_a_run_is_an_adapter(
@@ -197,7 +197,7 @@ def test_a_checkpoint_of_a_run_is_an_adapter(
 def test_a_model_that_is_nowhere(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     """Offline, as the tests are run, the hub has no model."""
     told = refused("finetune", "--model", "nosuchdir", "--data", paths["data"], "--output", tmp_path / "run")
-    assert "there is no directory nosuchdir, and no model of that name could be had" in told
+    assert "there is no directory nosuchdir, and the model cannot be loaded" in told
 
 
 def test_finetune_alone_says_what_it_is(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
@@ -243,7 +243,7 @@ def test_embeddings_in_4_bits(refused, paths: Paths, tmp_path: pathlib.Path) -> 
     model = AutoModelForCausalLM.from_pretrained(out)
     assert type(model.get_input_embeddings()) is qlora_ext.nn.Embedding4bit
     again = ["--output", tmp_path / "again", "--embeddings"]
-    assert "4 bits already" in refused("quantize", "--model", plain, *again)
+    assert "already 4-bit" in refused("quantize", "--model", plain, *again)
     assert "--format bitsandbytes" in refused("quantize", "--model", paths["model"], *again, "--format", "bitsandbytes")
     assert not (tmp_path / "again").exists()
 
@@ -393,7 +393,7 @@ def test_a_run_is_not_overwritten(refused, paths: Paths, whole_run: pathlib.Path
     before = adapter_bytes(whole_run)
     arguments = ["--model", paths["model"], "--data", paths["data"], "--output", whole_run]
     assert "--resume" in refused("finetune", *arguments)
-    assert "begun with" in refused("finetune", "--output", whole_run, "--resume", "--rank", "5")
+    assert "started with" in refused("finetune", "--output", whole_run, "--resume", "--rank", "5")
     assert "not empty" in refused("quantize", "--model", paths["model"], "--output", whole_run)
     assert adapter_bytes(whole_run) == before
 

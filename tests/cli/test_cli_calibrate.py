@@ -66,7 +66,7 @@ def test_a_text_that_is_given(model: pathlib.Path, tmp_path: pathlib.Path, capsy
     assert all(layer["tokens"] == 1024 for layer in record["layers"])
     (tmp_path / "short.txt").write_text("abc")
     assert quantize(model, tmp_path / "other", "--calibrate", str(tmp_path / "short.txt")) == 2
-    assert "expected a text of 8 tokens or more, got 3" in capsys.readouterr().err
+    assert "expected a text of at least 8 tokens, got 3" in capsys.readouterr().err
     assert quantize(model, tmp_path / "other", "--calibrate", str(tmp_path / "none.txt")) == 2
 
 

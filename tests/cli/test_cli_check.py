@@ -202,7 +202,7 @@ def test_quantize_does_not_copy_damage(
     for form in ("qlora_ext", "bitsandbytes"):
         arguments = ["--model", str(model), "--output", str(tmp_path / "out"), "--format", form]
         assert main(["quantize", *arguments]) == 2
-        assert f"the model is damaged and is not copied: {LAYER}: " in capfd.readouterr().err
+        assert f"the model is damaged and was not copied: {LAYER}: " in capfd.readouterr().err
         assert not (tmp_path / "out").exists()
 
 
@@ -245,7 +245,7 @@ def test_what_is_refused(made: pathlib.Path, check: Checked, tmp_path: pathlib.P
     for options, part in (
         (["--base", made / "qlora_ext"], "--base"),
         (["--base", tmp_path / "none"], "--base"),
-        (["--base", tmp_path / "other"], "expected the dense model that model was quantized from"),
+        (["--base", tmp_path / "other"], "expected the dense model that `model` was quantized from"),
         (["--tokens", 100], "--tokens 100"),
         (["--max-increase", "nan"], "--max-increase nan"),
         (["--max-increase", "-1"], "--max-increase -1"),
@@ -257,7 +257,7 @@ def test_what_is_refused(made: pathlib.Path, check: Checked, tmp_path: pathlib.P
         assert check.err.count("\n") == 1
     (tmp_path / "short.txt").write_text("abc")
     assert check(model, data=tmp_path / "short.txt") == 2
-    assert "expected a text of 32 tokens or more, got 3" in check.err
+    assert "expected a text of at least 32 tokens, got 3" in check.err
 
 
 def test_the_text_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,7 +326,7 @@ def test_logits_that_are_not_finite() -> None:
         ({"inputs": token_ids(1, 8)}, ValueError, r"B >= 2"),
         ({"inputs": "other"}, ValueError, "inputs: expected 'self'"),
         ({"model": make()}, ValueError, "expected one with 4-bit layers"),
-        ({"base": make("gpt2")}, ValueError, "base: expected the dense model that model was quantized from"),
+        ({"base": make("gpt2")}, ValueError, "base: expected the dense model that `model` was quantized from"),
         ({"curve": ["much"]}, ValueError, "budget: expected"),
     ],
 )

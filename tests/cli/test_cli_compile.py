@@ -193,7 +193,7 @@ def test_a_directory_that_others_can_write_to_is_not_used(
     path = compiled.directory()
     assert path.stat().st_mode & 0o777 == 0o700
     path.chmod(0o777)
-    with pytest.raises(UserError, match="others can write to it"):
+    with pytest.raises(UserError, match="others can write to this directory"):
         compiled.compile_decoding(adapted(), "always", pays=True)
 
 

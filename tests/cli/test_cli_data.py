@@ -328,7 +328,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bomb_of_blank_lines_is_refused_early(tmp_path: pathlib.Path, name: str, blanks: bytes) -> None:
     content = blanks * ((4 << 20) // len(blanks)) + LINE
     content = gzip.compress(content) if name.endswith(".gz") else content
-    assert "bytes of blank lines before it" in told(tmp_path, name, content)
+    assert "bytes of blank lines before this line" in told(tmp_path, name, content)
 
 
 def test_blanks_within_json_take_no_time(tmp_path: pathlib.Path) -> None:

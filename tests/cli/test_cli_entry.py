@@ -52,7 +52,7 @@ def answer(*arguments: object, **more: Any) -> tuple[int, set[str], str, str]:
         ("train", 2, "did you mean finetune?"),
         ("finetune --learning-rate 1", 2, "did you mean --lr?"),
         ("check", 2, "--model"),
-        ("run", 2, "expected a command behind --"),
+        ("run", 2, "expected a command after --"),
     ],
 )
 def test_nothing_slow_is_imported_for_an_answer(typed: str, status: int, said: str) -> None:

@@ -1,4 +1,4 @@
-"""GGUF files: those that are not whole are refused, and the others are quantized one weight at a time."""
+"""GGUF files: incomplete ones are rejected, the others are quantized one weight at a time."""
 
 from __future__ import annotations
 

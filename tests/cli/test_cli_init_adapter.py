@@ -94,13 +94,16 @@ def test_a_stopped_run_goes_on(model: pathlib.Path, tmp_path: pathlib.Path, caps
 
 def test_what_is_refused(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert quantize(model, tmp_path / "out", "--init-lora", "svd") == 2
-    assert "--init-lora svd: what a layer loses is weighed by its inputs; add --calibrate" in capsys.readouterr().err
+    assert (
+        "--init-lora svd: needs the layers' inputs to weigh what each layer loses; add --calibrate"
+        in capsys.readouterr().err
+    )
     assert quantize(model, tmp_path / "out", "--init-lora", "loftq", "--init-rank", "0") == 2
     assert "--init-rank 0: expected 1 or more" in capsys.readouterr().err
     assert quantize(model, tmp_path / "four", "--init-lora", "loftq", "--format", "bitsandbytes") == 0
     assert (tmp_path / "four" / "initial_adapter" / "adapter_model.safetensors").is_file()
     assert quantize(tmp_path / "four", tmp_path / "out", "--init-lora", "loftq") == 2
-    assert "--init-lora: the model is 4-bit already" in capsys.readouterr().err
+    assert "--init-lora: expected a dense model" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert finetune(model, tmp_path / "run", "--init-adapter", str(tmp_path / "none")) == 2
     assert f"--init-adapter {tmp_path / 'none'}: no such directory" in capsys.readouterr().err

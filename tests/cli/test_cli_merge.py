@@ -86,4 +86,4 @@ def test_merge_to_4bit_calibrated(
     assert not (paths["root"] / "merged_calibrated.calibration").exists()
     with pytest.raises(AssertionError):
         here("merge", "--adapter", whole_run, "--output", paths["root"] / "no", "--calibrate", "self")
-    assert "--calibrate goes with --4bit" in capfd.readouterr().err
+    assert "--calibrate needs --4bit" in capfd.readouterr().err

@@ -59,7 +59,7 @@ def test_what_others_put_into_a_run_is_not_overwritten(refused, paths: Paths, ru
         ["quantize", "--model", paths["model"]],
     ):
         told = refused(*arguments, "--output", run, "--overwrite")
-        assert f"--overwrite would delete '{name}' too, which qlora-ext did not write" in told
+        assert f"--overwrite would also delete '{name}' too, which qlora-ext did not write" in told
     assert {key: value for key, value in listing(run).items() if not key.endswith("pipe")} == before
 
 
@@ -124,7 +124,7 @@ def test_a_refused_command_leaves_the_work_of_others(refused, paths: Paths, tmp_
         ):
             refused(*arguments, "--output", shared)
             assert listing(tmp_path) == before
-        assert "at work there" in refused("quantize", "--model", paths["model"], "--output", shared / "out1")
+        assert "writing there" in refused("quantize", "--model", paths["model"], "--output", shared / "out1")
         assert listing(tmp_path) == before
 
 
@@ -165,8 +165,8 @@ def test_files_that_options_name(
     for name in ("model/config.json", "model/model.safetensors"):
         assert f"is a file of --model {model}" in refused(*check, tmp_path / name)
     for name in ("notes.json", "link.json", "directory"):
-        assert "exists, and this command did not write it" in refused(*check, tmp_path / name)
-        assert "exists, and this command did not write it" in refused(*plan, tmp_path / name)
+        assert "the file exists and this command did not write it" in refused(*check, tmp_path / name)
+        assert "the file exists and this command did not write it" in refused(*plan, tmp_path / name)
     assert listing(tmp_path) == before
     for _ in range(2):
         here(*plan, tmp_path / "plan.png")

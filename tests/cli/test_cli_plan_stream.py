@@ -115,7 +115,7 @@ def test_a_run_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
         (("--link", "fast"), "--link fast: expected a size"),
         (("--flops", "-1"), "--flops -1: expected a size"),
         (("--max-memory", "0GB"), "--max-memory 0GB: expected a size"),
-        (("--offload-checkpoints",), "belongs to --grad-checkpointing"),
+        (("--offload-checkpoints",), "needs --grad-checkpointing"),
         (("--mlp-chunk", "-1"), "--mlp-chunk -1: expected"),
     ],
 )

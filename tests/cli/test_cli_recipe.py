@@ -69,7 +69,7 @@ def test_layer_numbers() -> None:
         ("--warmup-ratio 1", "--warmup-ratio 1.0: expected"),
         ("--weight-decay -1", "--weight-decay -1.0: expected"),
         ("--max-grad-norm nan", "--max-grad-norm nan: expected"),
-        ("--layers 2", "--layers 2: the model has 2 layers"),
+        ("--layers 2", "--layers 2: expected layers from 0 to 1, got 2"),
         ("--layers 1-0", "--layers 1-0: expected numbers"),
         ("--layers x", "--layers x: expected numbers"),
         ("--modules-to-save nowhere", "--modules-to-save nowhere: no module"),

@@ -97,7 +97,7 @@ def test_what_moved_is_the_same(run: pathlib.Path, whole_run: pathlib.Path) -> N
 def test_a_run_without_digests(refused, run: pathlib.Path, whole_run: pathlib.Path) -> None:
     """As versions before began them."""
     (run / "qlora_output.json").unlink()
-    assert "does not say over which data" in refused("finetune", "--output", run, "--resume")
+    assert "does not record which data" in refused("finetune", "--output", run, "--resume")
     here("finetune", "--output", run, "--resume", "--force")
     assert adapter_bytes(run) == adapter_bytes(whole_run)
 
@@ -138,7 +138,7 @@ def test_the_checkpoint_before_a_damaged_one(refused, run: pathlib.Path, whole_r
     (run / "checkpoint-11" / "optimizer.pt").unlink()
     told = refused("finetune", "--output", run, "--resume")
     assert f"{run / 'checkpoint-11'} is damaged: optimizer.pt is missing" in told
-    assert "checkpoint-8 is whole: delete checkpoint-11" in told
+    assert "checkpoint-8 is complete: delete checkpoint-11" in told
     shutil.rmtree(run / "checkpoint-11")
     here("finetune", "--output", run, "--resume")
     assert adapter_bytes(run) == adapter_bytes(whole_run)

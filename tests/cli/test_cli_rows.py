@@ -140,7 +140,7 @@ def test_conversations_need_a_template_that_knows_what_is_in_them(tokenizer: Any
     tokenizer.chat_template = chat_templates.PLAIN
     check_template(tokenizer, [talk, several | {"rejected": [SAID]}], "D", "M")
     for example, part in ((talk | {"tools": TOOLS}, "tools"), ({"messages": [ASKED, CALLED]}, "tool_calls")):
-        with pytest.raises(UserError, match=f"--data D holds {part}, which the chat template of M does not write"):
+        with pytest.raises(UserError, match=f"--data D holds {part}, which the chat template of M does not support"):
             check_template(tokenizer, [example], "D", "M")
     tokenizer.chat_template = chat_templates.TOOLS
     check_template(tokenizer, [{"messages": [ASKED, CALLED, FOUND, SAID], "tools": TOOLS}], "D", "M")

@@ -242,7 +242,7 @@ def test_a_base_that_is_cut_short_under_a_run_is_a_sentence(
     monkeypatch.setattr(finetune_trainer(), "_save_checkpoint", cutting)
     command = ["finetune", "--model", str(dense), "--data", str(data), "--output", str(tmp_path / "run"), *OPTIONS]
     assert main([*command, "--stream", "disk", "--device", "cpu"]) != 0
-    assert "model.safetensors: cut short while it was in use: 1000 of" in capsys.readouterr().err
+    assert "model.safetensors: truncated while in use: 1000 of" in capsys.readouterr().err
     base.write_bytes(kept[0])
     assert main(["finetune", "--output", str(tmp_path / "run"), "--resume"]) == 0
     assert same(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), expected)

@@ -212,7 +212,7 @@ def test_an_output_inside_of_what_waits(refused, stopped, model: pathlib.Path, t
     before = listing(tmp_path)
     assert "holds unfinished work" in refused(*command(model, tmp_path / "out.weights" / "inner", "weights"))
     told = refused(*command(model, tmp_path / "out.weights", "weights", "--overwrite"))
-    assert "not that of a finished output" in told
+    assert "belongs to an unfinished output" in told
     assert listing(tmp_path) == before
     for name in (".partial-new-out-12345678", ".partial-lock-out", ".partial-x/out"):
         assert "reserved for unfinished files" in refused(*command(model, tmp_path / name, "weights"))
@@ -223,7 +223,7 @@ def test_what_another_process_is_at_work_in(refused, stopped, model: pathlib.Pat
     stopped("weights")
     with locked(tmp_path / "out.weights"):
         before = listing(tmp_path)
-        assert "is at work there" in refused(*command(model, tmp_path / "out", "weights"))
+        assert "is writing there" in refused(*command(model, tmp_path / "out", "weights"))
         assert {k: v for k, v in listing(tmp_path).items() if LOCK not in k} == {
             k: v for k, v in before.items() if LOCK not in k
         }
@@ -317,7 +317,7 @@ def test_a_calibration_that_cannot_be_gone_on_with_is_told(
     ):
         told = refused(*command(model, tmp_path / "out", "calibration", *options))
         assert said in told
-        assert "delete it to begin again" in told
+        assert "delete it to start over" in told
     record = (store / "calibration.json").read_text()
     (store / "calibration.json").write_text(record[:20])
     assert "calibration.json is damaged; delete it" in refused(*command(model, tmp_path / "out", "calibration"))

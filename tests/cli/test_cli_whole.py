@@ -1,4 +1,4 @@
-"""Nothing loads that is not whole: weights of a model or adapter that are missing, unfit or damaged are named."""
+"""Incomplete models and adapters are rejected: missing, misfit or damaged weights are named."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_shards(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     shutil.move(shard, tmp_path / shard.name)
     assert shard.name in refused(*arguments)
     index.write_text(whole.replace(shard.name, f"../{shard.name}"))
-    assert "is no file in it" in refused(*arguments)
+    assert "is not a file there" in refused(*arguments)
     index.write_text('{"weight_map": 5}')
     assert "weight_map" in refused(*arguments)
 
@@ -215,8 +215,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda w: w.update({Q.replace("layers.0", "layers.7") + "lora_A.weight": torch.ones(2, 64)}), "layers.7"),
         (put(Q + "lora_A.weight", with_first(float("nan"))), "NaN"),
         (put(Q + "lora_A.weight", lambda w: w[:1]), "q_proj"),
-        (lambda w: w.update({Q + "base_layer.weight": torch.ones(64, 64)}), "write over"),
-        (lambda w: w.update({Q + "weight": torch.ones(64, 64)}), "write over"),
+        (lambda w: w.update({Q + "base_layer.weight": torch.ones(64, 64)}), "overwrite"),
+        (lambda w: w.update({Q + "weight": torch.ones(64, 64)}), "overwrite"),
     ],
 )
 def test_adapters_that_are_not_whole(refused, adapter: pathlib.Path, change: Any, named: str) -> None:
@@ -264,7 +264,7 @@ def test_python_users_are_warned(paths: Paths, adapter: pathlib.Path) -> None:
         return AutoModelForCausalLM.from_pretrained(paths["model"], quantization_config=qlora_ext.QLoRAConfig())
 
     change_weights(adapter, rename(Q + "lora_A.weight", Q + "lora_X.weight"))
-    with pytest.warns(IncompleteAdapterWarning, match="is not whole: 1 weights") as caught:
+    with pytest.warns(IncompleteAdapterWarning, match="is incomplete: 1 weights") as caught:
         PeftModel.from_pretrained(base(), adapter)
     told = [str(warning.message) for warning in caught if warning.category is IncompleteAdapterWarning]
     assert len(told) == 2  # what is missing, and what found no place

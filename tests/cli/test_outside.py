@@ -29,9 +29,9 @@ def test_what_fits_is_returned_as_it_is(text: str) -> None:
     [
         ("", "not JSON"),
         ('{"name": ', "not JSON"),
-        ("[" * 100_000, "nested deeper"),
-        ("[" * 200 + "]" * 200, "nested deeper"),
-        ('{"name": {"a": ' * 50 + "1" + "}}" * 50, "nested deeper"),
+        ("[" * 100_000, "levels deep"),
+        ("[" * 200 + "]" * 200, "levels deep"),
+        ('{"name": {"a": ' * 50 + "1" + "}}" * 50, "levels deep"),
         ("[]", "an object"),
         ("null", "an object"),
         ("{}", "expected name in it"),

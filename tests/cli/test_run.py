@@ -149,10 +149,10 @@ def test_the_program_is_as_it_would_be_by_itself() -> None:
     done = run(sys.executable, "-c", "import os, sys; print(os.environ.get('TOKENIZERS_PARALLELISM')); sys.exit(7)")
     assert (done.returncode, done.stdout, done.stderr) == (7, "None\n", "")
     missing = run("--", "no-such-program")
-    assert (missing.returncode, missing.stderr) == (2, "qlora-ext: no-such-program: there is no such program\n")
+    assert (missing.returncode, missing.stderr) == (2, "qlora-ext: no-such-program: no such program\n")
     empty = run()
     assert empty.returncode == 2
-    assert "expected a command behind --" in empty.stderr
+    assert "expected a command after --" in empty.stderr
 
 
 def test_the_environment_variable_alone_takes_over_what_is_imported_by_hand() -> None:

@@ -336,7 +336,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "float8": ({"torch_dtype": torch.float8_e4m3fn}, "torch_dtype: expected float32, bfloat16 or float16"),
     "float64": ({"torch_dtype": torch.float64}, "torch_dtype: expected float32, bfloat16 or float16"),
     "disk": ({"device_map": {"": "disk"}, "offload_folder": "x"}, "device_map: expected no layers on disk"),
-    "streaming a dense file": ({"quantization_config": QLoRAConfig(stream="disk")}, "stream: 'disk' needs a model"),
+    "streaming a dense file": (
+        {"quantization_config": QLoRAConfig(stream="disk")},
+        "stream: 'disk' needs a 4-bit model",
+    ),
     "streaming to two": (
         {"quantization_config": QLoRAConfig(stream="ram"), "device_map": {"x_embedder": 0, "": "cpu"}},
         "device_map: expected one device for a streamed model",
@@ -432,7 +435,7 @@ def test_a_checkpoint_of_a_newer_format_is_refused(tmp_path: pathlib.Path) -> No
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"]["format_version"] = 99
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="this checkpoint needs a newer qlora_ext"):
+    with pytest.raises(ValueError, match="this checkpoint needs a newer version of qlora_ext"):
         FluxTransformer2DModel.from_pretrained(tmp_path)
 
 

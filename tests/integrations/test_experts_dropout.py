@@ -74,7 +74,7 @@ def test_all_dropped_leaves_the_base_alone() -> None:
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_trains_with_dropout_and_checkpointing_replays_it(family: str) -> None:
-    with pytest.warns(UserWarning, match=r"lora_dropout=0.3: without effect on \w+Router.weight"):
+    with pytest.warns(UserWarning, match=r"lora_dropout=0.3: has no effect on \w+Router.weight"):
         model = adapted(quantize_model(moe(family))).train()
     assert {m.lora_dropout["default"].p for m in experts_of(model)} == {P}
 

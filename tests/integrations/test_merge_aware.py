@@ -296,7 +296,7 @@ def test_it_compiles_as_one_graph() -> None:
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"lora_dropout: expected 0, for a merged adapter has none, got 0.1"):
+    with pytest.raises(ValueError, match=r"lora_dropout: expected 0, because a merged adapter has no dropout, got 0.1"):
         integration.set_merge_aware(adapted(lora_dropout=0.1))
     with pytest.raises(ValueError, match=r"adapter_name: expected plain LoRA, got 'default'"):
         integration.set_merge_aware(adapted(use_dora=True))
@@ -304,7 +304,7 @@ def test_what_is_refused() -> None:
         integration.set_merge_aware(adapted(), adapter_name="other")
     from moe_families import adapted as adapted_moe
 
-    with pytest.raises(ValueError, match=r"peft_model: expected LoRA on linear layers alone, got some on experts'"):
+    with pytest.raises(ValueError, match=r"peft_model: expected LoRA on linear layers only, got some on experts'"):
         integration.set_merge_aware(adapted_moe("Mixtral"))
     model = adapted()
     integration.set_merge_aware(model)

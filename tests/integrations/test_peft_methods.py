@@ -216,7 +216,7 @@ def test_mixed_methods_have_layers_of_their_own(first: str, second: str) -> None
     assert error(both, logits(twin.eval())) < 1e-5
 
     model = get_peft_model(base(), MIXED[first](["q_proj"]), "first", mixed=True)
-    with pytest.raises(ValueError, match=r"q_proj is a 4-bit layer with adapters of \w+, and takes none of \w+ beside"):
+    with pytest.raises(ValueError, match=r"q_proj is a 4-bit layer with adapters of \w+ and cannot also have \w+"):
         model.add_adapter("second", MIXED[second](["q_proj"]))
 
 

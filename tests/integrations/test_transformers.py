@@ -213,7 +213,7 @@ def test_config_refuses_what_it_cannot_mean() -> None:
         QLoRAConfig(compute_dtype="uint8")
     with pytest.raises(TypeError, match="'bits'"):
         QLoRAConfig(bits=3)
-    with pytest.raises(ValueError, match="newer qlora_ext"):
+    with pytest.raises(ValueError, match="newer version of qlora_ext"):
         QLoRAConfig.from_dict({**QLoRAConfig().to_dict(), "format_version": 2})
     assert QLoRAConfig.from_dict(QLoRAConfig(compute_dtype="float16").to_dict()).compute_dtype == torch.float16
 

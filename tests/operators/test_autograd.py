@@ -150,9 +150,9 @@ def test_forward_mode_by_torch_func() -> None:
 @pytest.mark.parametrize("name", ["lora_a", "lora_b"])
 def test_forward_mode_by_an_adapter_is_refused(name: str, way) -> None:
     s = linear_sample(dtype=torch.float64)
-    with pytest.raises(NotImplementedError, match=f"{name}: linear_nf4 has forward-mode derivatives by x and bias"):
+    with pytest.raises(NotImplementedError, match=f"{name}: linear_nf4 has forward-mode derivatives for x and bias"):
         jvp_by_hand(way, s, **{name: torch.randn_like(getattr(s, name))})
-    with pytest.raises(NotImplementedError, match=f"{name}: linear_nf4 has forward-mode derivatives by x and bias"):
+    with pytest.raises(NotImplementedError, match=f"{name}: linear_nf4 has forward-mode derivatives for x and bias"):
         torch.func.jvp(
             lambda t: by_operator(dataclasses.replace(s, **{name: t})),
             (getattr(s, name),),

@@ -109,7 +109,7 @@ def test_a_stopped_calibration_goes_on(after: int, tmp_path: Any) -> None:
     )
     for other, inputs in ((Chain(), x), (copy.deepcopy(dense), x + 1)):
         calibration = Calibration(iter([inputs]), directory=tmp_path)
-        with pytest.raises(ValueError, match=r"directory: expected an empty one, or one of this calibration"):
+        with pytest.raises(ValueError, match=r"directory: expected an empty directory, or one with this calibration"):
             qlora_ext.quantize_model(other, calibration=calibration)
 
 
@@ -149,7 +149,7 @@ def test_inputs_that_say_nothing_leave_plain_nf4() -> None:
 def test_importances_that_a_search_cannot_use_are_refused(value: float) -> None:
     importance = torch.ones(64)
     importance[7] = value
-    with pytest.raises(ValueError, match=f"importance: expected finite values of 0 or more, got {value:g} at 7"):
+    with pytest.raises(ValueError, match=f"importance: expected finite values of 0 or more, got {value:g} in column 7"):
         Feedback(importance, torch.arange(64), None)
 
 
@@ -243,7 +243,7 @@ def test_experts_are_calibrated_one_by_one() -> None:
         ([], ValueError, "inputs: expected at least one batch"),
         (3, TypeError, "inputs: expected 'self'"),
         (torch.zeros(3, dtype=torch.int64), ValueError, "inputs: expected token ids"),
-        ("self", TypeError, "writes no text of its own"),
+        ("self", TypeError, "cannot generate text"),
     ],
 )
 def test_what_is_no_calibration_is_refused(given: Any, error: type[Exception], text: str) -> None:

@@ -95,16 +95,16 @@ def test_a_stopped_calibration_keeps_the_adapters(tmp_path: Any) -> None:
     assert initial_lora_of(resumed).keys() == initial_lora_of(whole).keys()
     for name, pair in initial_lora_of(whole).items():
         assert all(torch.equal(a, b) for a, b in zip(pair, initial_lora_of(resumed)[name], strict=True))
-    with pytest.raises(ValueError, match="directory: expected an empty one"):
+    with pytest.raises(ValueError, match="directory: expected an empty directory"):
         qlora_ext.quantize_model(copy.deepcopy(dense), calibration=again)
 
 
 def test_what_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"init_lora: expected a calibration with 'svd'"):
+    with pytest.raises(ValueError, match=r"init_lora: expected calibration=... with 'svd'"):
         qlora_ext.quantize_model(Chain(), init_lora="svd")
     with pytest.raises(ValueError, match=r"init_lora: expected 'svd' or 'loftq', got 'pissa'"):
         qlora_ext.quantize_model(Chain(), init_lora="pissa")
-    with pytest.raises(ValueError, match=r"init_lora: expected a model with layers in it, got a Linear alone"):
+    with pytest.raises(ValueError, match=r"init_lora: expected a model that contains layers, got a single Linear"):
         qlora_ext.quantize_model(nn.Linear(64, 64), init_lora="loftq")
     with pytest.raises(ValueError, match=r"iterations: expected 1 with a calibration"):
         qlora_ext.quantize_model(Chain(), calibration=[correlated(64)], init_lora=InitLora("loftq", iterations=2))
@@ -149,8 +149,10 @@ def test_peft_begins_with_them_and_saves_them_for_peft_alone(rank: int, tmp_path
 def test_adapters_that_it_has_no_values_for() -> None:
     initialize_lora = qlora_ext.integrations.peft.initialize_lora
     config = peft.LoraConfig(r=16, target_modules="all-linear")
-    with pytest.raises(ValueError, match=r"peft_model: expected a base of quantize_model\(init_lora=...\)"):
+    with pytest.raises(ValueError, match=r"peft_model: expected a base from quantize_model\(init_lora=...\)"):
         initialize_lora(peft.get_peft_model(qlora_ext.quantize_model(tiny()), config))
     model = qlora_ext.quantize_model(tiny(), init_lora=InitLora("loftq", rank=8))
-    with pytest.raises(ValueError, match=r"expected an adapter of a rank of at most 8, which was found, got 16"):
+    with pytest.raises(
+        ValueError, match=r"expected an adapter of rank 8 or less, the rank of the initial values, got 16"
+    ):
         initialize_lora(peft.get_peft_model(model, config))

@@ -342,12 +342,12 @@ def test_what_the_configuration_refuses(llama: pathlib.Path, tmp_path: pathlib.P
     config = qlora_ext.QLoRAConfig
     with pytest.raises(ValueError, match="stream: expected 'ram', 'disk' or None, got 'tape'"):
         config(stream="tape")
-    with pytest.raises(ValueError, match="resident: expected stream="):
+    with pytest.raises(ValueError, match="resident: expected with stream="):
         config(resident="1GB")
     with pytest.raises(ValueError, match="resident: expected a size"):
         config(stream="disk", resident="much")
     make().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="stream: 'disk' reads the files of a model that qlora_ext saved in 4 bits"):
+    with pytest.raises(ValueError, match="stream: 'disk' needs a 4-bit model saved by qlora_ext"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config(stream="disk"))
     with pytest.raises(ValueError, match="device_map: expected one device"):
         AutoModelForCausalLM.from_pretrained(llama, quantization_config=config(stream="disk"), device_map="balanced")

@@ -41,9 +41,9 @@ def test_a_file_that_is_cut_short_is_a_clear_error(own: pathlib.Path) -> None:
     file = sorted(own.glob("*.safetensors"))[-1]
     whole = file.read_bytes()
     os.truncate(file, 100)
-    with pytest.raises(FileError, match=f"{file.name}: cut short while it was in use: 100 of {len(whole)} bytes"):
+    with pytest.raises(FileError, match=f"{file.name}: truncated while in use: 100 of {len(whole)} bytes"):
         trained(model, steps=1)
-    with pytest.raises(FileError, match="cut short"):
+    with pytest.raises(FileError, match="truncated"):
         model.state_dict()
     expected = trained(adapted(load_from(whole, file)), steps=1)
     assert_losses_again(own, expected)
@@ -64,7 +64,7 @@ def test_a_file_that_changes_is_a_clear_error(own: pathlib.Path) -> None:
     with file.open("r+b") as opened:
         opened.seek(-10, os.SEEK_END)
         opened.write(b"changed")
-    with pytest.raises(FileError, match=f"{file.name}: changed while it was in use"):
+    with pytest.raises(FileError, match=f"{file.name}: changed while in use"):
         model(token_ids())
 
 

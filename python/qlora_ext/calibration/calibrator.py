@@ -92,14 +92,14 @@ class Calibration:
         if isinstance(self.inputs, str) and self.inputs != "self":
             raise ValueError(f"inputs: expected 'self', token ids or batches of inputs, got {self.inputs!r}")
         if not 0 < self.damping <= 1:
-            raise ValueError(f"damping: expected a share above 0 and up to 1, got {self.damping}")
+            raise ValueError(f"damping: expected a fraction above 0 and at most 1, got {self.damping}")
         for name in ("tokens", "length", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a number of 1 or more, got {value!r}")
         if self.length < 8 or self.tokens < self.length:
             raise ValueError(
-                f"length: expected 8 tokens or more a sequence and no more than tokens, got length={self.length}, "
+                f"length: expected 8 or more tokens per sequence, and at most tokens, got length={self.length}, "
                 f"tokens={self.tokens}"
             )
 
@@ -200,7 +200,7 @@ class Calibrator:
         if not layers:
             raise ValueError("calibration: expected a model with dense layers to quantize, found none")
         if init_lora is not None and init_lora.iterations > 1:
-            raise ValueError("iterations: expected 1 with a calibration, whose weights are not fitted to adapters")
+            raise ValueError("iterations: expected 1 with a calibration, which does not refit weights to adapters")
         self._init_lora = init_lora
         self._initial = keep_initial_lora(model)
         self.model, self.settings = model, calibration
@@ -328,8 +328,8 @@ class Calibrator:
         w4 = None if kept is None else kept.in_form_of(plain)
         if kept is None or w4 is None:
             raise FileError(
-                f"directory: {printable(self._store.path)} does not hold {name}/{weight} in the form of this model; "
-                "delete that directory to begin again"
+                f"directory: {printable(self._store.path)} has no {name}/{weight} in this model's form; "
+                "delete that directory to start over"
             )
         lora = None if kept.initial is None else (kept.initial[0].to(plain.device), kept.initial[1].to(plain.device))
         return w4, lora, LayerReport(**kept.report)

@@ -179,7 +179,7 @@ def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
         dense = modules.get(name)
         if dense is None or not is_dense(dense):
             kind = "no such module" if dense is None else type(dense).__name__
-            raise ValueError(f"base: expected the dense model that model was quantized from, got {kind} for {name}")
+            raise ValueError(f"base: expected the dense model that `model` was quantized from, got {kind} for {name}")
         found[name] = dense
     return found
 
@@ -188,7 +188,7 @@ def _candidate(name: str, layer: Packed4bit, dense: nn.Module) -> Candidate:
     plain = quantized(dense, **vars(layer.form))
     if dict(plain.packed_shapes) != dict(layer.packed_shapes):
         raise ValueError(
-            f"base: expected the dense model that model was quantized from, got {name} with weights "
+            f"base: expected the dense model that `model` was quantized from, got {name} with weights "
             f"{_sizes(plain)} for {_sizes(layer)}"
         )
     pairs = [(plain.packed_weight(w).tensors, layer.packed_weight(w).tensors) for w in layer.packed_shapes]

@@ -229,14 +229,14 @@ def quantize_model(
     options |= {"block_size": block_size, "double_quant": double_quant}
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
-        raise ValueError("init_lora: expected a calibration with 'svd', which weighs errors by the layers' inputs")
+        raise ValueError("init_lora: expected calibration=... with 'svd', which weighs errors by the layers' inputs")
     for prepare in BEFORE_QUANTIZE:
         prepare(model)
 
     if conversion_of(model) is not None or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
         for name, wanted in (("calibration", calibration), ("init_lora", lora)):
             if wanted is not None:
-                raise ValueError(f"{name}: expected a model with layers in it, got a {type(model).__name__} alone")
+                raise ValueError(f"{name}: expected a model that contains layers, got a single {type(model).__name__}")
         alone = quantized(model, **options)
         alone.take_hooks(model)
         return cast(Model, alone)

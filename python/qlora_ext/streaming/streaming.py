@@ -97,8 +97,8 @@ class Streaming:
         # A forked process lacks the reading thread, and the thread that may have held the lock.
         if os.getpid() != self._process:
             raise RuntimeError(
-                "a streamed model was used in a process forked from the one that streams it; load it in that process, "
-                "as with multiprocessing's start method 'spawn'"
+                "a streamed model was used in a process forked from the one that streams it; load it in the new "
+                "process, as multiprocessing's start method 'spawn' does"
             )
 
     def _views(self, index: int, slot: Slot) -> dict[tuple[Packed4bit, str], PackedTensors]:
@@ -380,7 +380,7 @@ def stream(
         raise ValueError(f"source: expected 'ram' or 'disk', got {source!r}")
     allowed = None if resident is None else parse_size("resident", resident)
     if streaming_of(model) is not None:
-        raise ValueError("model: expected one that is not streamed, got one that is already")
+        raise ValueError("model: expected one that is not streamed, got one that already is")
     blocks = blocks_of(model)
     if not blocks:
         raise ValueError("model: expected 4-bit layers (see qlora_ext.quantize_model), found none")
@@ -408,16 +408,16 @@ def stream(
 def _refuse_others(model: nn.Module) -> None:
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "on"):  # by `accelerate launch`
-            raise ValueError(f"stream: {name} is in use, which keeps weights in host memory by itself; use one of both")
+            raise ValueError(f"stream: {name} is in use, which also keeps weights in host memory; use one of the two")
     for name, layer in layers_of(model):
         if layer.is_sharded:
             raise ValueError(
-                f"model: {name} is sharded by FSDP2, which keeps weights in host memory itself "
-                "(fully_shard(offload_policy=CPUOffloadPolicy())); stream a model that is whole"
+                f"model: {name} is sharded by FSDP2, which can keep weights in host memory itself "
+                "(fully_shard(offload_policy=CPUOffloadPolicy())); stream an unsharded model"
             )
         if hasattr(layer, "_hf_hook"):
             raise ValueError(
-                f"model: {name} is moved about by accelerate (device_map over several devices); load it on the CPU"
+                f"model: {name} is dispatched by accelerate (device_map over several devices); load it on the CPU"
             )
         if any(t.is_meta for t in layer.packed_state().values()):
             raise ValueError(f"model: {name} is on the meta device; load its weights first")
@@ -427,8 +427,8 @@ def _slots(allowed: int | None, rest: int, largest: int, blocks: int) -> int:
     least = rest + _FEWEST * largest
     if allowed is not None and allowed < least:
         warnings.warn(
-            f"resident: {allowed} bytes are less than the {least} of what is not streamed ({rest}) and two blocks; "
-            "two blocks it is",
+            f"resident: {allowed} bytes are less than the minimum of {least} ({rest} that are not streamed, and two "
+            "blocks); keeping two blocks",
             stacklevel=3,
         )
     if allowed is None:

@@ -88,7 +88,7 @@ def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSour
     if arguments.base is not None:
         base = resolve(arguments.base, arguments.trust_remote_code, "--base")
         if is_4bit(base):
-            raise UserError(f"--base {arguments.base}: expected a dense model, that one is quantized")
+            raise UserError(f"--base {arguments.base}: expected a dense model, got a quantized one")
         return base, ""
     if not is_4bit(source):
         return source, ""
@@ -114,7 +114,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed}: expected 0 to 4294967295")
     if arguments.max_increase is not None and not 0 <= arguments.max_increase < float("inf"):
-        raise UserError(f"--max-increase {arguments.max_increase}: expected 0 or more, in nats a token")
+        raise UserError(f"--max-increase {arguments.max_increase}: expected 0 or more, in nats per token")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     base_source, reason = _base(arguments, source)
     if base_source is None and (arguments.curve or arguments.max_increase is not None):
         option = "--curve" if arguments.curve else "--max-increase"
-        raise UserError(f"{option}: {arguments.model} has nothing to be compared with: {reason}")
+        raise UserError(f"{option}: {arguments.model} cannot be compared with a dense model: {reason}")
     found_file = None
     if arguments.json is not None:
         base_input = None if base_source is None else input_of(base_source)

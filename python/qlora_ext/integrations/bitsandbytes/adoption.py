@@ -65,7 +65,7 @@ def adopt(model: nn.Module) -> Adoption:
     elif not adoption.left and not any(isinstance(m, Packed4bit) for m in model.modules()):
         raise ValueError(
             f"model: expected layers that bitsandbytes has quantized, got a {type(model).__name__} without any; "
-            "quantize_model quantizes dense layers"
+            "use quantize_model for dense layers"
         )
     return adoption
 
@@ -114,7 +114,9 @@ def _their_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _refuse_sharded(name: str, layer: nn.Module) -> None:
     weight = layer._parameters.get("weight")
     if weight is None or hasattr(weight, "full_tensor"):
-        raise ValueError(f"{name}: expected a whole weight, got one that FSDP has sharded; adopt the model before that")
+        raise ValueError(
+            f"{name}: expected an unsharded weight, got one that FSDP has sharded; adopt the model before sharding"
+        )
 
 
 def _unpacked_for_cpu(data: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -139,7 +141,7 @@ def _weight_of(layer: Any) -> NF4Weight:
     if isinstance(layer, bnb.nn.Linear8bitLt):
         raise ValueError("int8 (LLM.int8())")
     if type(layer).forward is not bnb.nn.Linear4bit.forward:
-        raise ValueError(f"{type(layer).__name__}, whose forward is its own")
+        raise ValueError(f"{type(layer).__name__}, which has its own forward")
     data: Tensor = layer.weight.detach().as_subclass(torch.Tensor)
     is_quantized = getattr(layer.weight, "bnb_quantized", True)  # a parameter that has lost its class, too
     state = getattr(layer.weight, "quant_state", None) or (layer.quant_state if is_quantized else None)
@@ -149,7 +151,7 @@ def _weight_of(layer: Any) -> NF4Weight:
     if kind != "nf4":
         raise ValueError(f"{str(kind).upper()}, not NF4")
     if data.is_meta:
-        raise ValueError("its weight is not here: offloaded, or not loaded yet")
+        raise ValueError("its weight is offloaded, or not loaded yet")
     if state is None:
         w4 = quantize_nf4(data, layer.weight.blocksize, layer.weight.compress_statistics)
     else:
@@ -218,7 +220,7 @@ def _lora_over(adapters: list[Any]) -> list[Any]:
     for adapter in adapters:
         if type(adapter) is not TheirLora:
             method = type(adapter).__module__.split(".")[-2]
-            raise ValueError(f"under PEFT's {method}, which takes bitsandbytes' layers; adopt the model before that")
+            raise ValueError(f"under PEFT's {method}, which needs bitsandbytes' layers; adopt the model first")
         if adapter.merged:
             raise ValueError("an adapter is merged into it; unmerge it first")
     return adapters
@@ -242,8 +244,8 @@ def _adopt_all(model: nn.Module) -> None:
     if adoption.left:
         name, why = next(iter(adoption.left.items()))
         raise ValueError(
-            f"model: expected dense layers, or NF4 ones of bitsandbytes; {len(adoption.left)} are of bitsandbytes and "
-            f"cannot be ours, such as {name} ({why})"
+            f"model: expected dense layers, or NF4 layers of bitsandbytes; {len(adoption.left)} bitsandbytes layers "
+            f"cannot be adopted, such as {name} ({why})"
         )
 
 

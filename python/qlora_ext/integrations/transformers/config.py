@@ -206,13 +206,13 @@ class QLoRAConfig(QuantizationConfigMixin):
         if stream not in (None, *SOURCES):
             raise ValueError(f"stream: expected 'ram', 'disk' or None, got {reprlib.repr(stream)}")
         if resident is not None and stream is None:
-            raise ValueError("resident: expected stream='ram' or 'disk' with it, got None")
+            raise ValueError("resident: expected with stream='ram' or 'disk', got stream=None")
         if resident is not None:
             parse_size("resident", resident)
         if saved.pop("quant_method", METHOD) != METHOD:
-            raise ValueError("quant_method: expected a configuration that qlora_ext saved")
+            raise ValueError("quant_method: expected a configuration saved by qlora_ext")
         if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise ValueError("format_version: this checkpoint needs a newer qlora_ext")
+            raise ValueError("format_version: this checkpoint needs a newer version of qlora_ext")
         saved.pop("needs", None)
         if saved:
             raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}{_meant(next(iter(saved)))}")
