@@ -87,7 +87,7 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
     forgotten = [talk.answer("x" * 60, shown.append) for _ in range(4)]  # of 256 tokens
     assert forgotten[:2] == [0, 0]
     assert sum(forgotten) > 0
-    with pytest.raises(UserError, match="the model takes 248"):
+    with pytest.raises(UserError, match="the model has room for 248"):
         talk.answer("x" * 300, shown.append)
     assert talk.answer("x", shown.append) == 0
 

@@ -59,7 +59,7 @@ def test_what_others_put_into_a_run_is_not_overwritten(refused, paths: Paths, ru
         ["quantize", "--model", paths["model"]],
     ):
         told = refused(*arguments, "--output", run, "--overwrite")
-        assert f"--overwrite would also delete '{name}' too, which qlora-ext did not write" in told
+        assert f"--overwrite would also delete '{name}', which qlora-ext did not write" in told
     assert {key: value for key, value in listing(run).items() if not key.endswith("pipe")} == before
 
 
@@ -217,7 +217,7 @@ def test_a_streamed_run_replaces_its_own_base(
     capfd.readouterr()
     before = listing(tmp_path)
     told = refused(*command, "--model", paths["model"])
-    assert "run-base is the 4-bit base of a run of another model" in told
+    assert "run-base is the 4-bit base of a run with another model" in told
     assert "--overwrite" in told
     assert listing(tmp_path) == before
     (made / "thesis.tex").touch()

@@ -111,7 +111,7 @@ def test_a_run_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--resident", "1GB"), "--resident 1GB belongs to --stream"),
+        (("--resident", "1GB"), "--resident 1GB needs --stream"),
         (("--link", "fast"), "--link fast: expected a size"),
         (("--flops", "-1"), "--flops -1: expected a size"),
         (("--max-memory", "0GB"), "--max-memory 0GB: expected a size"),

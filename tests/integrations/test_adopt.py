@@ -284,7 +284,7 @@ def test_what_cannot_be_ours_is_left_and_counted() -> None:
 def test_a_sharded_model_is_refused_untouched() -> None:
     model = nn.Sequential(bare(), bare())
     del model[1]._parameters["weight"]  # as FSDP1 leaves it; FSDP2 puts a DTensor there
-    with pytest.raises(ValueError, match="1: expected a whole weight, got one that FSDP has sharded"):
+    with pytest.raises(ValueError, match="1: expected an unsharded weight, got one that FSDP has sharded"):
         qlora_ext.adopt(model)
     assert not isinstance(model[0], Linear4bit)
     with pytest.raises(TypeError, match="model: expected an nn.Module, got str"):

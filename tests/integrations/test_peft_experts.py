@@ -206,5 +206,5 @@ def test_lora_on_embeddings(family: str, tmp_path: Path) -> None:
 
 def test_embeddings_refuse_what_reads_the_table() -> None:
     model = quantize_model(make(dtype=torch.float32), embeddings=True)
-    with pytest.raises(ValueError, match="a 4-bit embedding takes plain LoRA, got use_dora=True"):
+    with pytest.raises(ValueError, match="a 4-bit embedding supports plain LoRA only, got use_dora=True"):
         adapted(model, target_modules=["embed_tokens"], target_parameters=None, use_dora=True)

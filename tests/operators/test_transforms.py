@@ -211,5 +211,5 @@ SECOND = {
 
 @pytest.mark.parametrize("which", SECOND)
 def test_second_derivatives_are_refused(which: str) -> None:
-    with pytest.raises(NotImplementedError, match="torch.func.grad: 4-bit layers have first derivatives alone"):
+    with pytest.raises(NotImplementedError, match="torch.func.grad: 4-bit layers have first derivatives only"):
         SECOND[which](lambda x: layer(x).square().sum())
