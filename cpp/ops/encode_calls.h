@@ -1,5 +1,5 @@
-// The arguments of the operators that choose scales, and codes under given scales, checked; each call holds the plain
-// views, the tensors that own what they point to, and the output.
+// The checked arguments of the operators that choose scales, and codes under given scales. Each call holds the plain
+// views, the tensors that own their data, and the output.
 #pragma once
 
 #include "cpp/ops/checks.h"

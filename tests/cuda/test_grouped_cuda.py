@@ -31,7 +31,7 @@ def test_wrong_offsets_touch_no_other_memory(
     wrong: list[int], taken_for: list[int], k: int, dtype: torch.dtype
 ) -> None:
     """The device cannot refuse them. The simulator sees every access beyond a tensor."""
-    s = grouped_sample([2, 3, 0, 15], 40, k, 4, dtype, "cuda", dropout_p=0.2, nobodys=0)
+    s = grouped_sample([2, 3, 0, 15], 40, k, 4, dtype, "cuda", dropout_p=0.2, unassigned=0)
     dy = s.dy()
     assert len(s.x) == 20
     a, b = (torch.tensor(offsets, device="cuda") for offsets in (wrong, taken_for))

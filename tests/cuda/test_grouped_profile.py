@@ -29,7 +29,7 @@ def run_cases(profile: Path) -> dict[str, Any]:
     record = Recorder(profile)
     for experts in EXPERTS:
         counts = [ROWS.get(e, 0) for e in range(experts)]
-        s = grouped_sample(counts, N, K, RANK, torch.bfloat16, "cuda", dropout_p=0.1, nobodys=0)
+        s = grouped_sample(counts, N, K, RANK, torch.bfloat16, "cuda", dropout_p=0.1, unassigned=0)
         dy = s.dy()
         for name, run, args in (("forward", s.forward, ()), ("dx", s.dx, (dy,)), ("dlora", s.dlora, (dy,))):
             record(f"{name} {experts}", run, *args)

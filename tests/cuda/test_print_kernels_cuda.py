@@ -48,7 +48,7 @@ def run_problems() -> None:
             ops.linear_nf4_dlora(y, s.x, *s.lora_args)
     for experts, m, n, k, dtype in OF_EXPERTS:
         counts = [m, *[0] * (experts - 1)]
-        g = grouped_sample(counts, n, k, RANK, getattr(torch, dtype), "cuda", nobodys=0)
+        g = grouped_sample(counts, n, k, RANK, getattr(torch, dtype), "cuda", unassigned=0)
         for _ in range(2):
             dy = g.forward()
             g.dx(dy)

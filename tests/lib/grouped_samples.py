@@ -73,7 +73,7 @@ class GroupedSample:
                 yield e, slice(begin, begin + count)
             begin += count
 
-    def nobodys(self) -> slice:
+    def unassigned(self) -> slice:
         return slice(sum(self.counts), None)
 
     def of_expert(self, e: int, x: Tensor) -> LinearSample:
@@ -110,9 +110,9 @@ def grouped_sample(
     dropout_p: float = 0.0,
     block_size: int = 64,
     double_quant: bool = True,
-    nobodys: int = 3,
+    unassigned: int = 3,
 ) -> GroupedSample:
-    """``nobodys`` rows follow those of the experts."""
+    """``unassigned`` rows follow those of the experts."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int, factor: float = 1.0) -> Tensor:
@@ -120,7 +120,7 @@ def grouped_sample(
 
     experts = len(counts)
     return GroupedSample(
-        x=randn(sum(counts) + nobodys, k),
+        x=randn(sum(counts) + unassigned, k),
         counts=counts,
         weights=[
             qlora_ext.quantize_nf4(torch.randn(n, k, generator=generator) * 0.05, block_size, double_quant)

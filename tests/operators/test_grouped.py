@@ -20,13 +20,13 @@ def check(s: GroupedSample) -> None:
     """Forward, dX and LoRA's gradients, twice: the same bits."""
     y, dy = s.forward(), s.dy()
     assert y.dtype == s.x.dtype
-    assert torch.equal(y[s.nobodys()], torch.zeros_like(y[s.nobodys()]))
-    assert_accurate(y[: s.nobodys().start], s.forward_accuracy())
+    assert torch.equal(y[s.unassigned()], torch.zeros_like(y[s.unassigned()]))
+    assert_accurate(y[: s.unassigned().start], s.forward_accuracy())
     assert torch.equal(y, s.forward())
 
     dx = s.dx(dy)
-    assert torch.equal(dx[s.nobodys()], torch.zeros_like(dx[s.nobodys()]))
-    assert_accurate(dx[: s.nobodys().start], s.dx_accuracy(dy))
+    assert torch.equal(dx[s.unassigned()], torch.zeros_like(dx[s.unassigned()]))
+    assert_accurate(dx[: s.unassigned().start], s.dx_accuracy(dy))
     assert torch.equal(dx, s.dx(dy))
 
     if s.lora_a is None:
@@ -109,8 +109,8 @@ def test_the_seed_may_be_a_tensor(device: str) -> None:
 
 @every_device
 def test_empty(device: str) -> None:
-    for counts, nobodys in (([0, 0, 0], 0), ([], 5)):
-        s = grouped_sample([0], 24, 64, 4, torch.bfloat16, device, nobodys=nobodys)
+    for counts, unassigned in (([0, 0, 0], 0), ([], 5)):
+        s = grouped_sample([0], 24, 64, 4, torch.bfloat16, device, unassigned=unassigned)
         stack = slice(0, len(counts))
         packed = tuple(t[stack] if isinstance(t, Tensor) else t for t in s.packed)
         a, b = (torch.cat([t] * 3)[: len(counts)] for t in (s.lora_a, s.lora_b))
@@ -120,7 +120,7 @@ def test_empty(device: str) -> None:
         y = OPS.grouped_linear_nf4(s.x, offsets, *packed, s.n, None, a, b, 0.5)
         dx = OPS.grouped_linear_nf4_dx(s.dy(), offsets, *packed, s.k, a, b, 0.5)
         da, db = OPS.grouped_linear_nf4_dlora(s.dy(), s.x, offsets, a, b, 0.5)
-        assert (y.shape, dx.shape, da.shape, db.shape) == ((nobodys, 24), (nobodys, 64), a.shape, b.shape)
+        assert (y.shape, dx.shape, da.shape, db.shape) == ((unassigned, 24), (unassigned, 64), a.shape, b.shape)
         assert not any(t.any() for t in (y, dx, da, db))
 
 

@@ -152,8 +152,8 @@ def test_experts(n: int, k: int, rank: int, dtype: torch.dtype, device: str) -> 
     for e, part in s.parts():
         assert_accurate(h[part], expected_h(s.of_expert(e, s.x)).rows(part))
         assert_accurate(g[part], expected_g(s.of_expert(e, s.x), dy).rows(part))
-    assert not h[s.nobodys()].any()
-    assert not g[s.nobodys()].any()
+    assert not h[s.unassigned()].any()
+    assert not g[s.unassigned()].any()
     check_dlora(s, dy, h, g, same_bits=device == "cuda")
 
 
