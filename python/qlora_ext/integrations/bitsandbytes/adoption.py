@@ -1,4 +1,4 @@
-"""``adopt``: the layers of a model that bitsandbytes has quantized become ours, in place and without a copy."""
+"""``adopt``: converts layers that bitsandbytes has quantized to ours, in place and without a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...weight import NF4Weight, quantize_nf4
 
 @dataclasses.dataclass(frozen=True)
 class Adoption:
-    """What ``adopt`` has done: the names of the layers that are ours now, and of those that were left, and why."""
+    """The result of ``adopt``: the names of the adopted layers, and of those that were not, with the reasons."""
 
     adopted: tuple[str, ...]
     left: dict[str, str]
@@ -31,23 +31,23 @@ class Adoption:
 
 
 def adopt(model: nn.Module) -> Adoption:
-    """Makes every ``bnb.nn.Linear4bit`` of a model a layer of ours, in place and without a copy.
+    """Converts every ``bnb.nn.Linear4bit`` of a model to a layer of ours, in place and without a copy.
 
-    The layers stay the modules that they are, with their hooks, names and adapters: packed weight and scales are the
-    memory that bitsandbytes allocated, biases and adapters the same parameters, so that an optimizer made before stays
-    valid. A LoRA layer of PEFT over such a layer becomes the one that runs fused. A model of transformers keeps its
-    configuration and ``is_loaded_in_4bit``, and is saved as bitsandbytes would save it.
+    The modules stay the same objects, with their hooks, names and adapters. Packed weights and scales keep
+        bitsandbytes' memory, and biases and adapters are the same parameters, so an existing optimizer stays valid.
+        PEFT's LoRA layers over them become the fused ones. A transformers model keeps its configuration and
+        ``is_loaded_in_4bit``, and is saved in bitsandbytes' format.
 
-    A weight that bitsandbytes has not quantized yet (it does so as a layer is moved) is quantized, to the same codes.
-    One that it has repacked for inference on a CPU is packed back, by its own code and with a copy; the scales have
-    lost precision to bfloat16 then, which nothing gives back.
+    A weight that bitsandbytes has not quantized yet (it does so when a layer is moved) is quantized to the same codes.
+    A weight that it has repacked for inference on a CPU is packed back by bitsandbytes' own code, with a copy. Its
+    scales have then been rounded to bfloat16, which cannot be undone.
 
     Args:
-        model: any module; itself a layer, too.
+        model: any module, also a single layer.
 
     Returns:
-        What was adopted, and what was left as it is: int8, FP4, another code, layers without their weights (on the meta
-        device), with an adapter merged into them, under another method of PEFT than LoRA, or of a class of their own.
+        What was adopted, and what was not: int8, FP4, another code table, layers without weights (on the meta device),
+            with a merged adapter, under a PEFT method other than LoRA, or of a custom class.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``. ValueError: it has no bitsandbytes layer, or FSDP has sharded it;
