@@ -73,7 +73,7 @@ def test_a_sound_model(made: pathlib.Path, check: Checked, form: str) -> None:
     assert check.json["curve"][0]["increase"] == check.json["increase"]
     assert check.json["curve"][-1]["kept"] > 0
     assert check.json["loss"] - check.json["base_loss"] == pytest.approx(check.json["increase"]["nats"])
-    for part in ("in 4 bits", "dense", "nats a token", "costliest of 14 layers", "advice: "):
+    for part in ("in 4 bits", "dense", "nats per token", "costliest of 14 layers", "advice: "):
         assert part in check.out, part
 
 

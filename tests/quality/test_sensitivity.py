@@ -35,7 +35,7 @@ def decided(family: str = "llama") -> Any:
 
 @torch.no_grad()
 def divergence(dense: Any, model: Any) -> float:
-    """Of the predictions of ``model`` from those of ``dense``, nats a token."""
+    """Of the predictions of ``model`` from those of ``dense``, nats per token."""
     p, q = (m(IDS).logits.double().log_softmax(-1) for m in (dense, model))
     return float((p.exp() * (p - q)).sum(-1).mean())
 

@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--max-increase", type=float, metavar="X",
-        help=f"how much the loss may rise, in nats a token, for exit code 0 (default: {MAX_INCREASE})",
+        help=f"how much the loss may rise, in nats per token, for exit code 0 (default: {MAX_INCREASE})",
     )  # fmt: skip
     parser.add_argument(
         "--curve", action="store_true",
@@ -212,7 +212,7 @@ def _tell(found: ModelCheck, text: str, reason: str, limit: float) -> None:
         say(f"perplexity on {found.tokens:,} tokens of {text}: {perplexity(found.loss):.2f} in 4 bits{before}")
     if found.increase is not None:
         above = "" if found.increase.nats <= limit else f", which is above the {limit:g} of --max-increase"
-        say(f"the loss rises by {found.increase} nats a token{above}")
+        say(f"the loss rises by {found.increase} nats per token{above}")
     elif reason:
         say(f"not compared: {reason}")
     if found.layers:
@@ -229,7 +229,7 @@ def _layer_table(found: ModelCheck) -> Any:
 
     title = (
         f"the {min(_SHOWN, len(found.layers))} costliest of {len(found.layers)} layers: relative error of the outputs "
-        "(of plain NF4), estimated cost in nats a token, MB more in 16 bits"
+        "(of plain NF4), estimated cost in nats per token, MB more in 16 bits"
     )
     table = Table(title=title, box=box.SIMPLE)
     table.add_column("layer", overflow="fold")

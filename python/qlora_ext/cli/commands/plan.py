@@ -77,7 +77,7 @@ def add_parser(commands: Any) -> None:
         help="from where the layers come to the device (default: %(default)s, PCIe 4)",
     )  # fmt: skip
     parser.add_argument(
-        "--flops", default="150e12", metavar="X", help="operations a second of the device (default: %(default)s)"
+        "--flops", default="150e12", metavar="X", help="operations per second of the device (default: %(default)s)"
     )
     parser.add_argument(
         "--max-memory", metavar="SIZE",
@@ -276,15 +276,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for key, size in parts.items():
         print(f"{key:<16} {size / 1e9:9.3f} GB  {100 * size / total:5.1f}%")
-    print(f"{'total':<16} {total / 1e9:9.3f} GB a device, at the highest point of a step")
+    print(f"{'total':<16} {total / 1e9:9.3f} GB per device, at the highest point of a step")
     if streaming:
         print(
             f"streamed from {arguments.stream}: {streaming['slots']} buffers of "
             f"{streaming['block_bytes'] / 1e9:.3f} GB, {streaming['host_bytes'] / 1e9:.2f} GB pinned on the host, "
-            f"{streaming['step_bytes'] / 1e9:.2f} GB a step"
+            f"{streaming['step_bytes'] / 1e9:.2f} GB per step"
         )
         print(
-            f"free from {streaming['free_tokens']:,} tokens a step at {link / 1e9:.0f} GB/s and {flops / 1e12:.0f} "
+            f"free from {streaming['free_tokens']:,} tokens per step at {link / 1e9:.0f} GB/s and {flops / 1e12:.0f} "
             f"Tflop/s (from {streaming['free_tokens_of_the_step']:,} the copies take no longer than the whole step)"
         )
     print(f"{'fits' if fits else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
