@@ -216,7 +216,7 @@ def test_a_state_without_one_of_its_fields_is_refused(absent: str) -> None:
     state = saved_by_bitsandbytes(torch.randn(4, 64))
     fields = json.loads(bytes(state[STATE].tolist()))
     del fields[absent]
-    with pytest.raises(ValueError, match=f"expected {absent} in it"):
+    with pytest.raises(ValueError, match=f"expected the fields? {absent} too"):
         NF4Weight.from_bitsandbytes({**state, STATE: encoded(json.dumps(fields))}, PREFIX)
 
 
