@@ -2,15 +2,14 @@
 
     python bench/memory_stack.py
 
-Computed, not measured, for a GPU; writes results/memory_stack.json, of which bench/pictures.py draws.
+Computed, not measured, for a GPU; writes results/memory_stack.json, of which bench/lib/pictures.py draws.
 """
 
 from __future__ import annotations
 
 import json
 
-import results_files as files
-
+from lib import results_files as files
 from qlora_ext.cli import families
 from qlora_ext.cli.memory import Job, split, tops
 from qlora_ext.cli.streamed import place, streamed

@@ -48,20 +48,17 @@ def targets_of(model: Any, targets: str, layers: str = "") -> str | list[str]:
     for name in names:
         if not any(_ends_with(module, name) for module in modules):
             raise UserError(
-                f"--target-modules {name}: no layer of the model has that name; there are {', '.join(_linears(model))}"
+                f"--target-modules {name}: no layer of the model has that name; it has {', '.join(_linears(model))}"
             )
     if not names:
-        raise UserError(f"--target-modules: no name given; there are {', '.join(_linears(model))}")
+        raise UserError(f"--target-modules: expected the name of a layer, one of {', '.join(_linears(model))}")
     return names
 
 
 def _check_layers(model: Any, layers: str) -> None:
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    beyond = [number for number in layer_numbers(layers) if count is not None and number >= count]
-    if beyond:
-        raise UserError(
-            f"--layers {layers}: the model has {count} layers, numbered from 0; it has no layer {beyond[0]}"
-        )
+    if count is not None and (beyond := [number for number in layer_numbers(layers) if number >= count]):
+        raise UserError(f"--layers {layers}: expected layers from 0 to {count - 1}, got {beyond[0]}")
 
 
 def check_saved(model: Any, names: Iterable[str]) -> None:

@@ -33,10 +33,10 @@ def check_chunked_loss(model: Any) -> None:
     """Refuses --chunked-loss where the model's head does not allow it."""
     head = model.get_base_model().get_output_embeddings()
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
-        raise UserError("--chunked-loss: the output head is trained too (--modules-to-save), which takes all logits")
+        raise UserError("--chunked-loss: the output head is trained too (--modules-to-save), which needs all logits")
     if not has_plain_head(model):
         kind = model.config.get_text_config().model_type
-        raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which it cannot follow")
+        raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which is not supported")
 
 
 # Logits that are held at once, or as many as there are hidden values: 32 MB in float32.

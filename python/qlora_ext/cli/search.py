@@ -71,7 +71,7 @@ def _placed(parts: dict[str, float], blocks: Streamed | None) -> float:
 
 
 def longest_context(job: Job, blocks: Streamed | None, memory: float) -> int:
-    """The most tokens a row with which the job fits into ``memory`` bytes; 0 where none does.
+    """The most tokens per row with which the job fits into ``memory`` bytes; 0 where none does.
 
     Each top is a polynomial of the tokens: activations grow with them, the masks of attention with their square. Three
     sizes give its coefficients.
@@ -162,9 +162,9 @@ def run(job: Job, memory: float, process: float, link: float, flops: float, as_j
     else:
         print(f"fits into {memory / 1e9:.1f} GB with {best.switches}: {size / 1e9:.2f} GB")
     if host:
-        print(f"{host / 1e9:.2f} GB of pinned host memory; free from {free:,} tokens a step")
+        print(f"{host / 1e9:.2f} GB of pinned host memory; free from {free:,} tokens per step")
     print(
-        f"the longest context then: {context:,} tokens a row, {job.batch_size} rows a pass"
+        f"the longest context then: {context:,} tokens per row, {job.batch_size} rows a pass"
         if context
         else "no context fits"
     )
