@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from qlora_ext import atomic
+from qlora_ext._internal import atomic
 from qlora_ext.cli import files
 from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.ownership import foreign_to

@@ -20,7 +20,7 @@ ALLOWED = {
     # The rule for all deletions, at its top.
     "python/qlora_ext/cli/files.py": {"ftruncate", "move", "rename", "rmdir", "rmtree", "unlink", "write_text"},
     # A file under an unpredictable name, which this process made.
-    "python/qlora_ext/atomic.py": {"replace", "unlink"},
+    "python/qlora_ext/_internal/atomic.py": {"replace", "unlink"},
     "python/qlora_ext/calibration/store.py": {"write_bytes"},
     "python/qlora_ext/integrations/peft/base_file.py": {"write_text"},
     # README.md in a model directory, where there is none.

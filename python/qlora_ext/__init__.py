@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from . import _hooks, autograd, calibration, fidelity, nn, streaming, transforms
+from . import autograd, calibration, fidelity, nn, streaming, transforms
+from ._internal import hooks as _hooks
 from ._library import build_info
 from .autograd import linear_nf4
 from .calibration import Calibration
@@ -49,7 +50,7 @@ _hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffuse
 _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")
 _hooks.after_import("diffusers.loaders.lora_pipeline", "qlora_ext.integrations.diffusers.lora")
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
-_hooks.after_import("torch.utils.flop_counter", "qlora_ext.flops")
+_hooks.after_import("torch.utils.flop_counter", "qlora_ext.integrations.flops")
 _hooks.after_import("torch.distributed.fsdp._fully_shard._fsdp_param", "qlora_ext.integrations.fsdp")
 _hooks.after_import("torch.onnx", "qlora_ext.integrations.onnx")
 _hooks.after_import("torch.optim.swa_utils", "qlora_ext.integrations.averaging")

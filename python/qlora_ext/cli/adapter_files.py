@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .._outside import FileError, Schema, excerpt, printable, read_json
+from .._internal.untrusted import FileError, Schema, excerpt, printable, read_json
 from . import whole
 from .errors import UserError, first_line, path_named
 from .models import (

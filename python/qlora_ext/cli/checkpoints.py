@@ -7,7 +7,7 @@ import pathlib
 import re
 from typing import Any
 
-from .._outside import read_json
+from .._internal.untrusted import read_json
 from .errors import UserError, first_line
 from .files import write_json
 

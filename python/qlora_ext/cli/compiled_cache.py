@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 
-from ..atomic import move_file
+from .._internal.atomic import move_file
 
 # Earlier versions called them tmpTOKEN.
 _UNFINISHED = re.compile(r"(compiling-|tmp)[a-z0-9_]{8}")

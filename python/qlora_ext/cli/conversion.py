@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .._outside import printable, read_json
+from .._internal.untrusted import printable, read_json
 from . import whole
 from .errors import UserError, writing
 from .files import contents, write_json

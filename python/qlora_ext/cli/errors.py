@@ -10,8 +10,8 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-from .._outside import UserError as UserError
-from .._outside import excerpt
+from .._internal.untrusted import UserError as UserError
+from .._internal.untrusted import excerpt
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 

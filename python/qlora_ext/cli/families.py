@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .._outside import excerpt
+from .._internal.untrusted import excerpt
 from .errors import UserError
 
 # model_type, vocabulary, hidden size, intermediate size, layers, heads, key-value heads, tied head

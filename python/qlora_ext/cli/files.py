@@ -27,9 +27,9 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
-from .. import atomic
-from .._outside import printable
-from ..atomic import INSIDE, PARTIAL, fsync, unfinished_name
+from .._internal import atomic
+from .._internal.atomic import INSIDE, PARTIAL, fsync, unfinished_name
+from .._internal.untrusted import printable
 from .errors import UserError, writing
 
 LOCK = f"{PARTIAL}lock"

@@ -6,7 +6,7 @@ import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ..sizes import parse_size
+from .._internal.sizes import parse_size
 from ..streaming import dense_mlps
 from . import search
 from .errors import UserError

@@ -9,7 +9,7 @@ import re
 import struct
 from typing import Any
 
-from .._outside import FileError, excerpt, printable
+from .._internal.untrusted import FileError, excerpt, printable
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._outside import FileError, printable
+from .._internal.untrusted import FileError, printable
 from . import gguf_file
 from .gguf_file import TensorInfo
 

@@ -23,7 +23,7 @@ def digest_of_model(model: Any) -> str:
     """SHA-256 over a model's configuration and all its weights, as they are in memory: 4-bit ones and the others."""
     import torch
 
-    from ..digest import update
+    from .._internal.digest import update
     from ..streaming import state_of
 
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_THE_MODEL}

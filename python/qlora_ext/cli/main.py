@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from .._outside import excerpt, printable
+from .._internal.untrusted import excerpt, printable
 from . import suggestions
 from .commands import adapters, chat, check, finetune, generate, info, merge, plan, quantize, run
 from .errors import UserError, first_line

@@ -12,7 +12,7 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .._outside import excerpt, printable, read_json
+from .._internal.untrusted import excerpt, printable, read_json
 from . import whole
 from .errors import UserError, first_line, reading
 from .sources import PROVENANCE, ModelSource

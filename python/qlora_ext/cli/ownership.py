@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable, Collection
 from typing import Any
 
-from .._outside import Schema, read_json
+from .._internal.untrusted import Schema, read_json
 from .checkpoints import MANIFEST
 from .errors import UserError
 from .files import contents

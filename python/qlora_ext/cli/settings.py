@@ -9,8 +9,8 @@ import pathlib
 import re
 from typing import Any
 
-from .._outside import check, excerpt, printable, read_json
-from ..sizes import parse_size
+from .._internal.sizes import parse_size
+from .._internal.untrusted import check, excerpt, printable, read_json
 from .data import DEFAULT_DATA
 from .errors import UserError
 from .models import AUTO, BLOCK_SIZES, check_dtype

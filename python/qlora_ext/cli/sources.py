@@ -9,7 +9,7 @@ import pathlib
 import re
 from typing import Any
 
-from .._outside import FileError, excerpt, read_json
+from .._internal.untrusted import FileError, excerpt, read_json
 from . import gguf_file
 from .errors import UserError, path_named
 

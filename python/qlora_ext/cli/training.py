@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .._outside import Schema, read_json
+from .._internal.untrusted import Schema, read_json
 from ..streaming import offload_checkpoints
 from .checkpoints import checkpoints, step_of, write_manifest
 from .data import Row, pack

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from .._outside import check, excerpt, parse_json, printable, read_json
+from .._internal.untrusted import check, excerpt, parse_json, printable, read_json
 from .errors import UserError, reading
 from .sources import ModelSource
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._internal.lending import Loan
 from ..form import Form
-from ..lending import Loan
 from ..no_arithmetic import refuse_arithmetic
 from ..weight import NF4Weight, quantize_nf4
 

@@ -9,7 +9,7 @@ import pathlib
 import sys
 from typing import Any
 
-from ..._outside import printable, read_json
+from ..._internal.untrusted import printable, read_json
 from ..adapter_files import config_of, record_of
 from ..errors import UserError, path_named
 

@@ -7,7 +7,7 @@ import contextlib
 import sys
 from typing import Any
 
-from ..._outside import printable
+from ..._internal.untrusted import printable
 from ..adapter_files import find_adapted
 from ..errors import UserError
 from ..options import (

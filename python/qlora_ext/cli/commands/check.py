@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ..._outside import excerpt, printable
+from ..._internal.untrusted import excerpt, printable
 from .. import held_out
 from ..bars import counted
 from ..data import DEFAULT_DATA

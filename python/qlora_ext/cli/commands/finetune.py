@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..._outside import Schema, excerpt, printable, read_json
+from ..._internal.untrusted import Schema, excerpt, printable, read_json
 from .. import adapting, whole
 from ..adapter_files import RECORD, check_files, config_of, find
 from ..checkpoints import checkpoints, newest_checkpoint, step_of

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import Any
 
-from ..._outside import printable
+from ..._internal.untrusted import printable
 from .. import whole
 from ..adapter_files import find_adapted
 from ..data import as_question, tokenizing

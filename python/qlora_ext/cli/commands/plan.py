@@ -10,8 +10,8 @@ import pathlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..._outside import excerpt, printable
-from ...sizes import parse_size
+from ..._internal.sizes import parse_size
+from ..._internal.untrusted import excerpt, printable
 from ..errors import UserError, path_named, reading
 from ..files import staged_file
 from ..models import check_dtype, load_config

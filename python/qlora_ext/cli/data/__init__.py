@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..._outside import FileError
+from ..._internal.untrusted import FileError
 from ..errors import UserError, path_named
 from ..sources import PACKAGE
 from . import directory, hub, packages

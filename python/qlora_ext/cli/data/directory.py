@@ -5,7 +5,7 @@ from __future__ import annotations
 import pathlib
 import re
 
-from ..._outside import excerpt, printable
+from ..._internal.untrusted import excerpt, printable
 from ..errors import UserError
 from ..files import is_unfinished_name
 from ..ownership import MARKER, is_ours

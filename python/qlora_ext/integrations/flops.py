@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ._library import OPERATORS
-from .arguments import arguments_of
+from .._library import OPERATORS
+from ..arguments import arguments_of
 
 
 def _tokens(shape: Any) -> int:
