@@ -16,8 +16,8 @@ pytest.importorskip("peft")
 import qlora_ext
 from qlora_ext.calibration import Calibrator
 from qlora_ext.cli import calibrate, main
-from qlora_ext.cli.files import contents
-from qlora_ext.cli.outputs import Output
+from qlora_ext.cli.outputs.directory import Output
+from qlora_ext.cli.outputs.files import contents
 from tiny_models import save_tiny_llama
 
 
@@ -99,7 +99,7 @@ def test_nothing_waits_beside_a_mount_point(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     """Nor beside a directory whose parent cannot be written to: it waits in it."""
-    monkeypatch.setattr("qlora_ext.cli.waiting.filled_from_inside", lambda path: inside)
+    monkeypatch.setattr("qlora_ext.cli.outputs.waiting.filled_from_inside", lambda path: inside)
     output = tmp_path / "out"
     output.mkdir()
     waiting = output / ".partial-calibration" if inside else tmp_path / "out.calibration"

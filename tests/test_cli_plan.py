@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from qlora_ext.cli import families, main, memory
-from qlora_ext.cli.files import write_json
+from qlora_ext.cli.outputs.files import write_json
 
 SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
 

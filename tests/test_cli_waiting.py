@@ -23,9 +23,9 @@ import qlora_ext
 from commands import listing
 from qlora_ext.calibration import Calibrator
 from qlora_ext.cli import main
-from qlora_ext.cli.files import LOCK
-from qlora_ext.cli.lock import locked
-from qlora_ext.cli.ownership import MARKER
+from qlora_ext.cli.outputs.files import LOCK
+from qlora_ext.cli.outputs.lock import locked
+from qlora_ext.cli.outputs.ownership import MARKER
 from qlora_ext.integrations.transformers.spill import Spill
 from tiny_models import save_tiny_llama
 

@@ -24,7 +24,7 @@ from .models import (
     prepare_to_answer,
 )
 from .options import DEFAULT_RUN
-from .ownership import RECORD as RECORD
+from .outputs.ownership import RECORD as RECORD
 from .sources import ModelSource, resolve
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .outputs import Output
-from .waiting import waiting
+from .outputs.directory import Output
+from .outputs.waiting import waiting
 
 if TYPE_CHECKING:
     from ..calibration import Calibration, InitLora, LayerReport

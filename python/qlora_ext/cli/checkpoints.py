@@ -9,9 +9,8 @@ from typing import Any
 
 from .._internal.untrusted import read_json
 from .errors import UserError, first_line
-from .files import write_json
-
-MANIFEST = "manifest.json"
+from .outputs.files import write_json
+from .outputs.ownership import MANIFEST
 
 
 def _describe(path: pathlib.Path) -> dict[str, Any]:

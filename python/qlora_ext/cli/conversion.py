@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 from .._internal.untrusted import printable, read_json
 from . import whole
 from .errors import UserError, writing
-from .files import contents, write_json
 from .models import load_quantized, load_tokenizer, named, restore_use_cache
-from .outputs import Output, claim, input_of
+from .outputs.directory import Output, claim
+from .outputs.files import contents, write_json
+from .outputs.waiting import waiting
 from .sources import ModelSource
-from .waiting import waiting
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Recipe:
         from .. import __version__
 
         files = whole.weight_files(self.source.directory) if self.source.directory is not None else []
-        found = input_of(self.source)
+        found = self.source.on_disk
         files = files or ([pathlib.Path(found)] if found is not None and self.source.gguf_file else [])
         return {
             "model": self.source.name,
@@ -144,7 +144,7 @@ def four_bit_directory(recipe: Recipe, run: Output) -> ModelSource:
     directory = run.path.with_name(f"{run.path.name}-base")
     with claim(str(directory), run.overwrite, run.inputs) as output:
         if (found := _read_origin(output.path)) != origin:
-            output.protect("--model", recipe.source.name, input_of(recipe.source))
+            output.protect("--model", recipe.source.name, recipe.source.on_disk)
             _check_base(output, found)
             print(f"quantizing {printable(recipe.source.name)} to {printable(output.path)}, to be streamed from there")
             tokenizer = load_tokenizer(recipe.source)

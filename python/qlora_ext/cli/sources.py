@@ -55,6 +55,12 @@ class ModelSource:
         return pathlib.Path(self.path) if self.gguf_file is None and os.path.isdir(self.path) else None
 
     @property
+    def on_disk(self) -> str | None:
+        """The directory or file of the model on this machine; None for a model of the hub."""
+        path = os.path.join(self.path, self.gguf_file or "")
+        return path if os.path.exists(path) else None
+
+    @property
     def options(self) -> dict[str, Any]:
         gguf = {"gguf_file": self.gguf_file} if self.gguf_file else {}
         return {"trust_remote_code": self.trust_remote_code, **gguf}

@@ -17,9 +17,9 @@ from ..streaming import offload_checkpoints
 from .checkpoints import checkpoints, step_of, write_manifest
 from .data import Row, pack
 from .errors import UserError, first_line
-from .files import delete, move_up, staged_directory
 from .loss import has_plain_head, learnt_loss
-from .ownership import foreign_in_checkpoint
+from .outputs.files import delete, move_up, staged_directory
+from .outputs.ownership import foreign_in_checkpoint
 from .settings import Settings
 from .whole import named
 

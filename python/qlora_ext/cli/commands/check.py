@@ -11,7 +11,6 @@ from .. import held_out
 from ..bars import counted
 from ..data import DEFAULT_DATA
 from ..errors import UserError, first_line
-from ..files import write_json
 from ..models import (
     dense_name,
     is_4bit,
@@ -23,7 +22,8 @@ from ..models import (
     parse_dtype,
 )
 from ..options import add_dtype_option, add_trust_option
-from ..outputs import input_of, output_file
+from ..outputs.directory import output_file
+from ..outputs.files import write_json
 from ..sources import ModelSource, resolve
 from ..whole import check_tokens
 
@@ -132,8 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{option}: {arguments.model} has nothing to be compared with: {reason}")
     found_file = None
     if arguments.json is not None:
-        base_input = None if base_source is None else input_of(base_source)
-        inputs = [("--model", input_of(source)), ("--base", base_input), ("--data", arguments.data)]
+        base_input = None if base_source is None else base_source.on_disk
+        inputs = [("--model", source.on_disk), ("--base", base_input), ("--data", arguments.data)]
         found_file = output_file("--json", arguments.json, _MARK, inputs)
     tokenizer = load_tokenizer(source)
     text = arguments.data or held_out.default_text()

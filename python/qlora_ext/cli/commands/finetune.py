@@ -19,7 +19,6 @@ from ..checkpoints import checkpoints, newest_checkpoint, step_of
 from ..conversion import Recipe, four_bit_directory, is_quantized
 from ..data import Example, Parts, Row, check_template, is_preference, read_examples, split, told
 from ..errors import UserError
-from ..files import need_space, staged_directory, write_json, write_json_lines
 from ..identity import check_same, digest_of_adapter, digest_of_examples, digest_of_model, digest_of_rows
 from ..models import (
     complete,
@@ -34,8 +33,9 @@ from ..models import (
     weigh,
 )
 from ..options import DEFAULT_RUN, add_trust_option
-from ..outputs import Output, claim, input_of, read_marker
-from ..ownership import foreign_in_adapter
+from ..outputs.directory import Output, claim, read_marker
+from ..outputs.files import need_space, staged_directory, write_json, write_json_lines
+from ..outputs.ownership import foreign_in_adapter
 from ..settings import NO_NEFTUNE_IN_DPO, Settings, add_options, flag, given, read_settings, resumed
 from ..sources import PACKAGE, ModelSource, resolve
 
@@ -146,7 +146,7 @@ def _prepare(arguments: argparse.Namespace, output: Output) -> _Run:
             )
     parse_device(settings.device)
     source = resolve(settings.model, arguments.trust_remote_code, trusted=not resume or "model" in typed)
-    output.protect("--model", settings.model, input_of(source))
+    output.protect("--model", settings.model, source.on_disk)
     output.protect("--data", settings.data)
     if resume:
         _check_adapter(directory)

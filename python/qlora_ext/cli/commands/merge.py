@@ -13,10 +13,10 @@ from .. import calibrate
 from ..adapter_files import RECORD, base_of, find, find_adapted, record_of
 from ..data import is_preference, read_examples, split
 from ..errors import UserError
-from ..files import write_json
 from ..models import restore_use_cache, weigh
 from ..options import add_base_options
-from ..outputs import Output, claim, input_of
+from ..outputs.directory import Output, claim
+from ..outputs.files import write_json
 from ..settings import recorded
 
 ERROR_FILE = "merge_error.json"
@@ -69,7 +69,7 @@ def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
     adapter = find(arguments.adapter)
     output.protect("--adapter", arguments.adapter, str(adapter))
     base = base_of(adapter, arguments.model, arguments.trust_remote_code)
-    output.protect("--model", arguments.model, input_of(base))
+    output.protect("--model", arguments.model, base.on_disk)
     calibrate.protect(arguments, output)
     if arguments.evaluate:
         settings = record_of(adapter).get("settings")

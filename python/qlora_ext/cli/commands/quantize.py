@@ -9,7 +9,6 @@ from typing import Any
 from .. import calibrate, keep
 from ..conversion import SHARD_SIZE, Recipe, spilled
 from ..errors import UserError
-from ..files import write_json
 from ..models import (
     BLOCK_SIZES,
     dense_name,
@@ -23,7 +22,8 @@ from ..models import (
     weigh,
 )
 from ..options import add_trust_option
-from ..outputs import Output, claim, input_of
+from ..outputs.directory import Output, claim
+from ..outputs.files import write_json
 from ..sources import PROVENANCE, resolve
 
 
@@ -76,7 +76,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         raise UserError("--embeddings does not go with --format bitsandbytes, which loads no 4-bit embeddings")
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model, arguments.trust_remote_code)
-    output.protect("--model", arguments.model, input_of(source))
+    output.protect("--model", arguments.model, source.on_disk)
     calibrate.protect(arguments, output)
     output.check()
     init_lora = calibrate.init_lora(arguments)

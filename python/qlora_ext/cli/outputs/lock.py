@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Iterator
 
-from .errors import UserError, writing
+from ..errors import UserError, writing
 from .files import LOCK, delete_lock, filled_from_inside
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from .errors import UserError, check_text, first_line, path_named, writing
+from ..errors import UserError, check_text, first_line, path_named, writing
 from .files import (
     contents,
     filled_from_inside,
@@ -24,7 +24,6 @@ from .files import (
 from .lock import locked
 from .ownership import MARKER, WAITING, foreign_in_run, foreign_to, is_ours, may_be_unfinished_in_run
 from .ownership import read_marker as read_marker
-from .sources import ModelSource
 
 
 def _resolved(name: str) -> pathlib.Path:
@@ -69,12 +68,6 @@ def _on_the_way(path: pathlib.Path) -> set[tuple[int, int] | None]:
             if entry.is_symlink():
                 _trail(entry.absolute(), seen)
     return {_identity(p) for p in seen} - {None}
-
-
-def input_of(source: ModelSource) -> str | None:
-    """The directory or file of a model on this machine, to be protected from ``--overwrite``."""
-    path = os.path.join(source.path, source.gguf_file or "")
-    return path if os.path.exists(path) else None
 
 
 def relation(path: pathlib.Path, option: str, name: str) -> Literal["is or holds", "lies inside"] | None:
@@ -282,7 +275,7 @@ def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) ->
 
 
 def _mark(directory: pathlib.Path, command: str, begun_with: dict[str, str]) -> None:
-    from .. import __version__
+    from ... import __version__
 
     record: dict[str, Any] = {"command": command, "version": __version__, **begun_with}
     if not begun_with:

@@ -10,7 +10,7 @@ The rule for every deletion in the package (docs/security.md):
 1. A directory with a final name is deleted or replaced only if ``foreign``, a function of the caller's, recognizes
 every entry in it as written by the command. The check is repeated after the directory has been set aside.
 2. The caller holds the lock of the name (``lock.locked``), for unfinished names too.
-3. The caller has checked that the directory neither is, holds nor lies inside an input (``outputs.relation``).
+3. The caller has checked that the directory neither is, holds nor lies inside an input (``directory.relation``).
 4. Intermediate results are deleted only after the final result is complete under its final name.
 """
 
@@ -27,10 +27,10 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
-from .._internal import atomic
-from .._internal.atomic import INSIDE, PARTIAL, fsync, unfinished_name
-from .._internal.untrusted import printable
-from .errors import UserError, writing
+from ..._internal import atomic
+from ..._internal.atomic import INSIDE, PARTIAL, fsync, unfinished_name
+from ..._internal.untrusted import printable
+from ..errors import UserError, writing
 
 LOCK = f"{PARTIAL}lock"
 # Where a calibration waits whose output is filled from inside (waiting.py): beside a mount point nothing can be put.

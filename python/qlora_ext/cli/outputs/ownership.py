@@ -9,13 +9,13 @@ import stat
 from collections.abc import Callable, Collection
 from typing import Any
 
-from .._internal.untrusted import Schema, read_json
-from .checkpoints import MANIFEST
-from .errors import UserError
+from ..._internal.untrusted import Schema, read_json
+from ..errors import UserError
 from .files import contents
 
 # In every directory that a command writes: names the command and its files or settings.
 MARKER = "qlora_output.json"
+MANIFEST = "manifest.json"  # in a checkpoint: its files, see checkpoints.py
 RECORD = "qlora_run.json"  # in an adapter that finetune wrote
 _MARKER: Schema = {"command?": str, "files?": [str], "waiting?": str, "output?": str}
 # A run also has settings.json, adapter/ and checkpoint-N/.

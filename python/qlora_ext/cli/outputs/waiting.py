@@ -13,7 +13,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import NO_SPACE, UserError, writing
+from ..errors import NO_SPACE, UserError, writing
+from .directory import Output, relation
 from .files import (
     WAITS_INSIDE,
     contents,
@@ -25,7 +26,6 @@ from .files import (
     write_json,
 )
 from .lock import locked
-from .outputs import Output, relation
 from .ownership import MARKER, foreign_in, may_wait, read_marker
 
 _DONE = {"weights": "quantized", "calibration": "calibrated"}
@@ -61,7 +61,7 @@ def _check_ours(directory: pathlib.Path, marker: dict[str, Any], kind: str) -> d
 
 def _open(directory: pathlib.Path, output: Output, kind: str, key: dict[str, Any] | None) -> None:
     """Opens the directory of intermediate results, or makes it."""
-    from .. import __version__
+    from ... import __version__
 
     marker = {"waiting": kind, "output": output.path.name}
     recover(directory)
