@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
 from qlora_ext.cli.compiled import compile_decoding
-from qlora_ext.cli.models import prepare_to_answer
+from qlora_ext.cli.models.loading import prepare_to_answer
 from qlora_ext.integrations.peft import merge_to_4bit
 
 MODELS = {"smollm2": SMOLLM2_135M, "1b": LLAMA_1B}

@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from qlora_ext.calibration import InitLora, self_text
-from qlora_ext.cli import models, sources
+from qlora_ext.cli.models import loading, sources
 from qlora_ext.integrations.peft import initialize_lora
 
 LENGTH, CHARACTERS = 512, 6000
@@ -79,10 +79,10 @@ def drawn_blocks(text: str, tokenizer: Any, count: int) -> Tensor:
 
 def of_tokens(name: str, count: int) -> Subject:
     source = sources.resolve(name)
-    tokenizer = models.load_tokenizer(source)
+    tokenizer = loading.load_tokenizer(source)
 
     def load() -> Any:
-        return models._load("model", source, AutoModelForCausalLM, dtype=torch.float32).eval()
+        return loading._load("model", source, AutoModelForCausalLM, dtype=torch.float32).eval()
 
     blocks = {title: drawn_blocks(text(), tokenizer, count) for title, text in texts.TEXTS.items()}
     return Subject(name, load, blocks, 24, LENGTH)

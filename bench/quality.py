@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_ext
-from qlora_ext.cli import models, sources
 from qlora_ext.cli.data import DEFAULT_DATA, encode, read_examples
+from qlora_ext.cli.models import loading, sources
 
 RANK = 16
 
@@ -38,7 +38,7 @@ def tokens(tokenizer: Any, count: int, length: int) -> Tensor:
 
 def save_dense(source: sources.ModelSource, path: str) -> None:
     """The model as an ordinary directory, whatever file it comes in."""
-    model = models._load("model", source, AutoModelForCausalLM, dtype=torch.float32)
+    model = loading._load("model", source, AutoModelForCausalLM, dtype=torch.float32)
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -95,7 +95,7 @@ def main() -> None:
     arguments = parser.parse_args()
     batch, length = (int(part) for part in arguments.tokens.split("x"))
     source = sources.resolve(arguments.model)
-    ids = tokens(models.load_tokenizer(source), (arguments.steps + 1) * batch, length)
+    ids = tokens(loading.load_tokenizer(source), (arguments.steps + 1) * batch, length)
     *batches, held_out = ids.split(batch)
     report = harness.Report(
         "quality",

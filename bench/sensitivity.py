@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from qlora_ext.calibration import self_text
-from qlora_ext.cli import models, sources
+from qlora_ext.cli.models import loading, sources
 from qlora_ext.fidelity import Increase, LayerCost, Sensitivity, block_losses
 from qlora_ext.nn import places_in, quantized, to_be_quantized
 
@@ -119,8 +119,8 @@ def main() -> None:
     parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="keep what is done in DIR")
     arguments = parser.parse_args()
     source, cache = sources.resolve(arguments.model), Cache(arguments.cache)
-    tokenizer = models.load_tokenizer(source)
-    model = models._load("model", source, AutoModelForCausalLM, dtype=torch.float32).eval()
+    tokenizer = loading.load_tokenizer(source)
+    model = loading._load("model", source, AutoModelForCausalLM, dtype=torch.float32).eval()
     model.config.use_cache = False
 
     def sensitivities() -> list[dict[str, Any]]:

@@ -32,7 +32,7 @@ from shapes import LLAMA_1B
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
-from qlora_ext.cli import models, sources
+from qlora_ext.cli.models import loading, sources
 
 RANK, HELD_OUT = 16, 8
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "1b": "a random Llama of 1.1 billion weights"}
@@ -44,7 +44,7 @@ def prepare(name: str, path: pathlib.Path, batches: int, batch: int, length: int
     if name == "smollm2":
         source = sources.resolve(sources.DEFAULT_MODEL)
         quality.save_dense(source, str(path))
-        ids = quality.tokens(models.load_tokenizer(source), batches * batch + HELD_OUT, length)
+        ids = quality.tokens(loading.load_tokenizer(source), batches * batch + HELD_OUT, length)
     else:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
@@ -134,7 +134,7 @@ def print_peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) ->
 
 def peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> int:
     command = [sys.executable, __file__, "--peak", name, "--path", str(path), "--tokens", f"{batch}x0"]
-    command += ["--dtypes", models.named(dtype)]
+    command += ["--dtypes", loading.named(dtype)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -186,12 +186,12 @@ def main() -> None:
     for name in names:
         row = {
             "base": name,
-            "dtype": models.named(dtypes[name]),
+            "dtype": loading.named(dtypes[name]),
             "tokens/s": batch * length / times.median(name),
             "seconds a step": times.median(name),
         }
         row |= {
-            f"tokens/s in {models.named(dtype)} (one step)": batch * length / seconds
+            f"tokens/s in {loading.named(dtype)} (one step)": batch * length / seconds
             for dtype, seconds in probes[name].items()
         }
         row |= {"time over qlora_ext's": times.ratio(name, OURS), "peak GB": peaks[name] / 1e9}

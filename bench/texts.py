@@ -8,7 +8,7 @@ import re
 import sysconfig
 from collections.abc import Callable
 
-from qlora_ext.cli import sources
+from qlora_ext.cli.models import sources
 
 
 def bible() -> str:

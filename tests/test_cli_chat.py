@@ -78,8 +78,8 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
 
     from qlora_ext.cli.conversation import Conversation
     from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.models import load_quantized
-    from qlora_ext.cli.sources import resolve
+    from qlora_ext.cli.models.loading import load_quantized
+    from qlora_ext.cli.models.sources import resolve
 
     model = load_quantized(resolve(str(talker)), torch.float32, torch.device("cpu"))
     talk = Conversation(model, AutoTokenizer.from_pretrained(talker), "be brief", 8, 0.0)
@@ -94,7 +94,9 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
 
 def test_what_is_refused(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the model loads."""
-    monkeypatch.setattr("qlora_ext.cli.adapter_files.load_quantized", lambda *a: pytest.fail("the model was read"))
+    monkeypatch.setattr(
+        "qlora_ext.cli.models.adapter_files.load_quantized", lambda *a: pytest.fail("the model was read")
+    )
     assert "--adapter" in refused("chat")
     assert "no such directory" in refused("chat", "--adapter", paths["root"] / "nowhere")
     assert "no chat template" in refused("chat", "--model", paths["model"], "--system", "be brief")

@@ -24,7 +24,7 @@ import qlora_ext
 import tiny_models
 from qlora_ext.cli import compiled, compiled_cache, main
 from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.models import prepare_to_answer
+from qlora_ext.cli.models.loading import prepare_to_answer
 
 PROMPT = torch.tensor([[5, 9, 17, 40]])
 

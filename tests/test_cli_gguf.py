@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import qlora_ext
 from forks import Command
 from qlora_ext.cli import gguf_weights, main
-from qlora_ext.cli.models import load_quantized
-from qlora_ext.cli.sources import resolve
+from qlora_ext.cli.models.loading import load_quantized
+from qlora_ext.cli.models.sources import resolve
 from test_cli_stream import killed_at_the_sixth_weight
 from tiny_models import SIZES, make, same_state
 
@@ -184,8 +184,8 @@ def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_
 def test_what_an_adapter_names_as_its_base() -> None:
     """A path or a hub name that other tools can follow; the name that only we know is in our own file."""
     from qlora_ext.cli.adapting import add_adapter
+    from qlora_ext.cli.models.sources import ModelSource
     from qlora_ext.cli.settings import Settings
-    from qlora_ext.cli.sources import ModelSource
 
     for source, expected in (
         (ModelSource("package:llm-x", "/some/where", "x.gguf"), "/some/where"),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from . import whole
-from .adapter_files import find
-from .adapter_files import load as load_adapter
 from .errors import UserError, first_line
+from .models import validate_model
+from .models.adapter_files import find
+from .models.adapter_files import load as load_adapter
+from .models.sources import ModelSource
 from .settings import Settings, flag, layer_numbers, named_modules
-from .sources import ModelSource
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -173,5 +173,5 @@ def check_without_weights(source: ModelSource, config: Any, settings: Settings) 
     Raises:
         UserError: an option contradicts the configuration.
     """
-    whole.check_room(source, config)
-    check_adapter(whole.skeleton(source, config), settings)
+    validate_model.check_room(source, config)
+    check_adapter(validate_model.skeleton(source, config), settings)

@@ -7,10 +7,10 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from . import whole
 from .data import Message, as_prompt, tokenizing
 from .errors import UserError
-from .models import complete
+from .models import validate_model
+from .models.loading import complete
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]
@@ -50,7 +50,7 @@ class Conversation:
         with tokenizing("the message"):
             text = as_prompt(self._tokenizer, [*self._system, *said])
             ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        whole.check_tokens(self._model, [ids])
+        validate_model.check_tokens(self._model, [ids])
         return ids
 
     def answer(self, message: str, show: Callable[[str], None]) -> int:

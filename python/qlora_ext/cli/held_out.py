@@ -10,7 +10,7 @@ from typing import Any
 from .data import DEFAULT_DATA, Example, Row, encode, in_order, read_examples
 from .data.store import Stored
 from .errors import UserError
-from .sources import PACKAGE
+from .models.sources import PACKAGE
 
 LENGTH = 256
 _LEAST = 32  # tokens, for four blocks of them

@@ -6,7 +6,7 @@ import argparse
 import math
 
 from .errors import UserError
-from .models import AUTO
+from .models.loading import AUTO
 
 # The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
 DEFAULT_RUN = "qlora-run"

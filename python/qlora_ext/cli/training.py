@@ -18,10 +18,10 @@ from .checkpoints import checkpoints, step_of, write_manifest
 from .data import Row, pack
 from .errors import UserError, first_line
 from .loss import has_plain_head, learnt_loss
+from .models.validate_model import named
 from .outputs.files import delete, move_up, staged_directory
 from .outputs.ownership import foreign_in_checkpoint
 from .settings import Settings
-from .whole import named
 
 _KEPT_CHECKPOINTS = 2
 _STATE: Schema = {
@@ -289,7 +289,7 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 def train(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     """Trains to the last step, from ``checkpoint`` on if there is one."""
-    from .adapter_files import entire
+    from .models.adapter_files import entire
 
     if checkpoint is not None:
         read_json(checkpoint / "trainer_state.json", _STATE)

@@ -10,8 +10,8 @@ import sys
 from typing import Any
 
 from ..._internal.untrusted import printable, read_json
-from ..adapter_files import config_of, record_of
 from ..errors import UserError, path_named
+from ..models.adapter_files import config_of, record_of
 
 _COLUMNS = ("adapter", "base", "fingerprint", "rank", "alpha", "date", "steps", "perplexity")
 

@@ -8,8 +8,8 @@ import sys
 from typing import Any
 
 from ..._internal.untrusted import printable
-from ..adapter_files import find_adapted
 from ..errors import UserError
+from ..models.adapter_files import find_adapted
 from ..options import (
     add_adapter_option,
     add_base_options,

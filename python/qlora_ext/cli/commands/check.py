@@ -11,7 +11,7 @@ from .. import held_out
 from ..bars import counted
 from ..data import DEFAULT_DATA
 from ..errors import UserError, first_line
-from ..models import (
+from ..models.loading import (
     dense_name,
     is_4bit,
     load_dense,
@@ -21,11 +21,11 @@ from ..models import (
     parse_device,
     parse_dtype,
 )
+from ..models.sources import ModelSource, resolve
+from ..models.validate_model import check_tokens
 from ..options import add_dtype_option, add_trust_option
 from ..outputs.directory import output_file
 from ..outputs.files import write_json
-from ..sources import ModelSource, resolve
-from ..whole import check_tokens
 
 if TYPE_CHECKING:
     from ...fidelity import ModelCheck

@@ -13,14 +13,15 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..._internal.untrusted import Schema, excerpt, printable, read_json
-from .. import adapting, whole
-from ..adapter_files import RECORD, check_files, config_of, find
+from .. import adapting
 from ..checkpoints import checkpoints, newest_checkpoint, step_of
-from ..conversion import Recipe, four_bit_directory, is_quantized
 from ..data import Example, Parts, Row, check_template, is_preference, read_examples, split, told
 from ..errors import UserError
 from ..identity import check_same, digest_of_adapter, digest_of_examples, digest_of_model, digest_of_rows
-from ..models import (
+from ..models import validate_model
+from ..models.adapter_files import RECORD, check_files, config_of, find
+from ..models.conversion import Recipe, four_bit_directory, is_quantized
+from ..models.loading import (
     complete,
     dense_share,
     load_config,
@@ -32,12 +33,12 @@ from ..models import (
     parse_dtype,
     weigh,
 )
+from ..models.sources import PACKAGE, ModelSource, resolve
 from ..options import DEFAULT_RUN, add_trust_option
 from ..outputs.directory import Output, claim, read_marker
 from ..outputs.files import need_space, staged_directory, write_json, write_json_lines
 from ..outputs.ownership import foreign_in_adapter
 from ..settings import NO_NEFTUNE_IN_DPO, Settings, add_options, flag, given, read_settings, resumed
-from ..sources import PACKAGE, ModelSource, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -434,7 +435,7 @@ def _run(job: _Run, may_resume: bool) -> int:
         chunk_mlp(model, s.mlp_chunk)
     if s.chunked_loss:
         check_chunked_loss(model)
-    whole.check_tokens(model, _token_ids(parts))
+    validate_model.check_tokens(model, _token_ids(parts))
     _begin(job)
     # A checkpoint is the adapter and two moments of it; three exist for a moment, and the adapter at the end.
     trainable_bytes = sum(p.nbytes for p in model.parameters() if p.requires_grad)

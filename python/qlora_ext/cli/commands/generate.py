@@ -7,11 +7,11 @@ import sys
 from typing import Any
 
 from ..._internal.untrusted import printable
-from .. import whole
-from ..adapter_files import find_adapted
 from ..data import as_question, tokenizing
 from ..errors import UserError
-from ..models import complete
+from ..models import validate_model
+from ..models.adapter_files import find_adapted
+from ..models.loading import complete
 from ..options import (
     add_adapter_option,
     add_base_options,
@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = adapted.load_to_answer()
     from transformers import set_seed
 
-    whole.check_tokens(model, [prompt])
+    validate_model.check_tokens(model, [prompt])
     from ..compiled import PAYS_FROM, compile_decoding
 
     compile_decoding(model, arguments.compile, pays=arguments.max_new_tokens >= PAYS_FROM)

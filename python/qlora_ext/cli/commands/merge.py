@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import calibrate
-from ..adapter_files import RECORD, base_of, find, find_adapted, record_of
 from ..data import is_preference, read_examples, split
 from ..errors import UserError
-from ..models import restore_use_cache, weigh
+from ..models.adapter_files import RECORD, base_of, find, find_adapted, record_of
+from ..models.loading import restore_use_cache, weigh
 from ..options import add_base_options
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 from ..._internal.sizes import parse_size
 from ..._internal.untrusted import excerpt, printable
 from ..errors import UserError, path_named, reading
-from ..models import check_dtype, load_config
+from ..models.loading import check_dtype, load_config
+from ..models.sources import DEFAULT_MODEL, resolve
 from ..options import add_dtype_option, add_trust_option
 from ..outputs.directory import output_file
 from ..outputs.files import staged_file
-from ..sources import DEFAULT_MODEL, resolve
 
 if TYPE_CHECKING:
     from ..memory import Job

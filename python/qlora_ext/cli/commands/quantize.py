@@ -7,9 +7,9 @@ import contextlib
 from typing import Any
 
 from .. import calibrate, keep
-from ..conversion import SHARD_SIZE, Recipe, spilled
 from ..errors import UserError
-from ..models import (
+from ..models.conversion import SHARD_SIZE, Recipe, spilled
+from ..models.loading import (
     BLOCK_SIZES,
     dense_name,
     dense_share,
@@ -21,10 +21,10 @@ from ..models import (
     restore_use_cache,
     weigh,
 )
+from ..models.sources import PROVENANCE, resolve
 from ..options import add_trust_option
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
-from ..sources import PROVENANCE, resolve
 
 
 def add_parser(commands: Any) -> None:

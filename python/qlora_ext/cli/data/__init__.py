@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..._internal.untrusted import FileError
 from ..errors import UserError, path_named
-from ..sources import PACKAGE
+from ..models.sources import PACKAGE
 from . import directory, hub, packages
 from .encoding import Parts as Parts
 from .encoding import Row as Row

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from ..._internal.untrusted import Schema, check, excerpt, parse_json, printable, read_text
 from ..errors import UserError
-from ..sources import PACKAGE, package_files
+from ..models.sources import PACKAGE, package_files
 from . import dictd
 from .files import Rows
 

@@ -9,8 +9,8 @@ import sys
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from .._internal.untrusted import check, excerpt, parse_json, printable, read_json
-from .errors import UserError, reading
+from ..._internal.untrusted import check, excerpt, parse_json, printable, read_json
+from ..errors import UserError, reading
 from .sources import ModelSource
 
 _INDEX = "model.safetensors.index.json"

@@ -12,9 +12,9 @@ import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from .._internal.untrusted import excerpt, printable, read_json
-from . import whole
-from .errors import UserError, first_line, reading
+from ..._internal.untrusted import excerpt, printable, read_json
+from ..errors import UserError, first_line, reading
+from . import validate_model
 from .sources import PROVENANCE, ModelSource
 
 if TYPE_CHECKING:
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     import torch
 
-    from ..calibration import Calibration, InitLora
-    from ..integrations.transformers.spill import Spill
-    from .gguf_weights import GGUFWeights
+    from ...calibration import Calibration, InitLora
+    from ...integrations.transformers.spill import Spill
+    from ..gguf_weights import GGUFWeights
 
 DTYPES = {
     "bfloat16": "bfloat16",
@@ -70,7 +70,7 @@ def parse_computing_dtype(name: str, device: torch.device) -> torch.dtype:
     With "auto", a CPU without bfloat16 arithmetic computes in float32, with the same weights and 4-bit codes as other
     machines, so an adapter trained on one fits the other.
     """
-    from ..dtypes import computing_dtype
+    from ...dtypes import computing_dtype
 
     dtype = parse_dtype(name)
     return computing_dtype(dtype, device) if name == AUTO else dtype
@@ -122,11 +122,11 @@ def _load(what: str, source: ModelSource, loader: Any, shown: bool = False, **op
 
 def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
     """The weights of a GGUF file one by one; None of another source, or where transformers reads it whole only."""
-    from .gguf_weights import GGUFWeights
+    from ..gguf_weights import GGUFWeights
 
     if source.gguf_file is None:
         return None
-    skeleton = whole.skeleton(source, config)
+    skeleton = validate_model.skeleton(source, config)
     with _loading("model", source, False):
         try:
             return GGUFWeights(pathlib.Path(source.path) / source.gguf_file, skeleton)
@@ -168,7 +168,7 @@ def _cast(model: Any, dtype: torch.dtype) -> Iterator[None]:
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
     """Makes a model with weights in ``dtype`` compute in ``compute``. Weights that transformers keeps in float32 stay
     so."""
-    from ..nn import layers_of
+    from ...nn import layers_of
 
     if compute != dtype:
         model.to(compute)
@@ -211,13 +211,13 @@ def load_quantized(
 
     import qlora_ext
 
-    from .. import streaming
-    from ..dtypes import computing_dtype
-    from ..integrations.transformers.spill import spilling
+    from ... import streaming
+    from ...dtypes import computing_dtype
+    from ...integrations.transformers.spill import spilling
 
     form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant, "embeddings": embeddings}
     model_config = load_config(source)
-    whole.check_room(source, model_config)
+    validate_model.check_room(source, model_config)
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     dense_first = calibration is not None or init_lora is not None or keep is not None
     weights = None if dense_first else _gguf_weights(source, model_config)
@@ -237,7 +237,7 @@ def load_quantized(
             with _loading("model", source, shown=spill is not None):
                 model, report = weights.load(**options)
             report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
-    whole.check_report(source, model, report)
+    validate_model.check_report(source, model, report)
     if not while_loading:
         streamed = stream is not None and device.type != "cpu"
         runs = calibration is not None or keep is not None
@@ -257,7 +257,7 @@ def load_quantized(
             streaming.stream(model, resident, "ram", device)
         else:
             model.to(device)
-    whole.check_finite(source, model.state_dict().items())
+    validate_model.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
     if compute is not None:
         _compute_in(model, dtype, compute)
@@ -282,10 +282,10 @@ def load_dense(
     """
     from transformers import AutoModelForCausalLM
 
-    whole.check_room(source, load_config(source))
+    validate_model.check_room(source, load_config(source))
     model, report = _load("model", source, AutoModelForCausalLM, dtype=dtype, output_loading_info=True)
-    whole.check_report(source, model, report)
-    whole.check_finite(source, model.state_dict().items())
+    validate_model.check_report(source, model, report)
+    validate_model.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
     if compute is not None:
         _compute_in(model, dtype, compute)
@@ -301,7 +301,7 @@ def prepare_to_answer(model: Any) -> Any:
     """
     import torch
 
-    from ..integrations.peft import cast_fused
+    from ...integrations.peft import cast_fused
 
     def as_matrix(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         return inputs[0].flatten(0, -2).unflatten(0, inputs[0].shape[:-1]), *inputs[1:]
@@ -360,7 +360,7 @@ def _check_config(config: dict[str, Any], name: str) -> None:
 
 def dense_share(model: Any) -> str | None:
     """A line about linear weights that stayed dense unasked; None if there are hardly any."""
-    from ..nn import coverage
+    from ...nn import coverage
 
     found = coverage(model)
     return f"linear  {found}" if found.is_worth_telling else None

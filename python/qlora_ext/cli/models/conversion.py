@@ -11,19 +11,19 @@ import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .._internal.untrusted import printable, read_json
-from . import whole
-from .errors import UserError, writing
-from .models import load_quantized, load_tokenizer, named, restore_use_cache
-from .outputs.directory import Output, claim
-from .outputs.files import contents, write_json
-from .outputs.waiting import waiting
+from ..._internal.untrusted import printable, read_json
+from ..errors import UserError, writing
+from ..outputs.directory import Output, claim
+from ..outputs.files import contents, write_json
+from ..outputs.waiting import waiting
+from . import validate_model
+from .loading import load_quantized, load_tokenizer, named, restore_use_cache
 from .sources import ModelSource
 
 if TYPE_CHECKING:
     import torch
 
-    from ..integrations.transformers.spill import Spill
+    from ...integrations.transformers.spill import Spill
 
 # A shard is put together in memory before it is written.
 SHARD_SIZE = "500MB"
@@ -42,9 +42,9 @@ class Recipe:
 
     def origin(self) -> dict[str, Any]:
         """By what the same recipe over the same files is known again."""
-        from .. import __version__
+        from ... import __version__
 
-        files = whole.weight_files(self.source.directory) if self.source.directory is not None else []
+        files = validate_model.weight_files(self.source.directory) if self.source.directory is not None else []
         found = self.source.on_disk
         files = files or ([pathlib.Path(found)] if found is not None and self.source.gguf_file else [])
         return {
@@ -73,7 +73,7 @@ def spilled(recipe: Recipe, output: Output) -> Iterator[Spill | None]:
         if found is None:
             yield None
             return
-        from ..integrations.transformers.spill import Spill
+        from ...integrations.transformers.spill import Spill
 
         spill = Spill(found.directory)
         count = len(list(found.directory.glob("*.safetensors")))

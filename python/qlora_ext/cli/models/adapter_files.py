@@ -11,10 +11,12 @@ import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .._internal.untrusted import FileError, Schema, excerpt, printable, read_json
-from . import whole
-from .errors import UserError, first_line, path_named
-from .models import (
+from ..._internal.untrusted import FileError, Schema, excerpt, printable, read_json
+from ..errors import UserError, first_line, path_named
+from ..options import DEFAULT_RUN
+from ..outputs.ownership import RECORD as RECORD
+from . import validate_model
+from .loading import (
     BLOCK_SIZES,
     load_quantized,
     load_tokenizer,
@@ -23,8 +25,6 @@ from .models import (
     parse_dtype,
     prepare_to_answer,
 )
-from .options import DEFAULT_RUN
-from .outputs.ownership import RECORD as RECORD
 from .sources import ModelSource, resolve
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def check_files(adapter: pathlib.Path) -> list[str]:
         raise UserError(f"{printable(path)}: expected target_modules in it, the layers with an adapter; found none")
     if config.get("megatron_config"):
         raise UserError(f"{printable(path)}: it asks for Megatron's layers, which are not used here")
-    names = whole.shapes(adapter / "adapter_model.safetensors")
+    names = validate_model.shapes(adapter / "adapter_model.safetensors")
     if not names:
         raise UserError(f"the adapter {adapter} is not whole: there is no weight in its adapter_model.safetensors")
     return list(names)
@@ -115,7 +115,7 @@ def check_files(adapter: pathlib.Path) -> list[str]:
 
 def _check_base_kept(model: Any, adapter: pathlib.Path) -> None:
     """Refuses an adapter that would write over the 4-bit base."""
-    from ..nn import layers_of
+    from ...nn import layers_of
 
     packed = {f"{layer}.{name}" for layer, module in layers_of(model) for name in module.state_dict()}
     base = [
@@ -124,7 +124,9 @@ def _check_base_kept(model: Any, adapter: pathlib.Path) -> None:
         if name.removeprefix("base_model.model.").replace(".base_layer", "") in packed
     ]
     if base:
-        raise UserError(f"the adapter {adapter} would write over {len(base)} weights of its base: {whole.named(base)}")
+        raise UserError(
+            f"the adapter {adapter} would write over {len(base)} weights of its base: {validate_model.named(base)}"
+        )
 
 
 def _cast_saved(model: Any) -> None:
@@ -144,7 +146,7 @@ def entire() -> Iterator[None]:
     Raises:
         UserError: so it is; the text names what is missing, and counts it.
     """
-    from ..integrations.peft import IncompleteAdapterWarning
+    from ...integrations.peft import IncompleteAdapterWarning
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", IncompleteAdapterWarning)
@@ -163,7 +165,7 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
     import safetensors
     from peft import PeftModel
 
-    from ..integrations.peft import check_base
+    from ...integrations.peft import check_base
 
     try:
         check_base(model, adapter, "ignore" if force else "refuse")

