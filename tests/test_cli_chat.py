@@ -66,7 +66,7 @@ def test_the_history_is_in_the_prompt(
         streamer.put(torch.tensor(tokenizer(" fine\x1b")["input_ids"]))
         streamer.end()
 
-    monkeypatch.setattr("qlora_ext.cli.conversation.complete", complete)
+    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
     told = talk(monkeypatch, capfd, "hello\nand\n/reset\nhello\n", "--model", talker, "--system", "be brief")
     assert told == "fine\\x1b\n" * 3
     begin = "<system>be brief</><user>hello</><assistant>"
@@ -76,8 +76,8 @@ def test_the_history_is_in_the_prompt(
 def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -> None:
     from transformers import AutoTokenizer
 
-    from qlora_ext.cli.conversation import Conversation
     from qlora_ext.cli.errors import UserError
+    from qlora_ext.cli.generation.conversation import Conversation
     from qlora_ext.cli.models.loading import load_quantized
     from qlora_ext.cli.models.sources import resolve
 
@@ -167,7 +167,7 @@ def test_ctrl_c_stops_an_answer_and_no_more(
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("qlora_ext.cli.conversation.complete", complete)
+    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
     monkeypatch.setattr("sys.stdin", Keyboard("one\ntwo\n"))
     assert main(["chat", "--model", str(talker), "--compile", "never"]) == 0
     assert prompts[1] == "<user>one</><assistant>half</><user>two</><assistant>"

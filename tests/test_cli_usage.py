@@ -113,7 +113,7 @@ def test_the_bar_keeps_its_counts(width: int, tmp_path: pathlib.Path) -> None:
     from rich.console import Console
     from transformers import TrainerState
 
-    from qlora_ext.cli.progress import ProgressCallback
+    from qlora_ext.cli.terminal.progress import ProgressCallback
 
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=width, color_system=None)

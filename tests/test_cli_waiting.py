@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_ext.cli.calibrate.LENGTH", 64)
+    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
 
 
 def command(model: pathlib.Path, output: pathlib.Path, kind: str, *options: str) -> list[str]:

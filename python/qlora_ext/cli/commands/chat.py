@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import set_seed
 
     from ..compiled import PAYS_FROM, compile_decoding
-    from ..conversation import Conversation
+    from ..generation.conversation import Conversation
 
     interactive = sys.stdin.isatty()
     compile_decoding(model, arguments.compile, pays=interactive or arguments.max_new_tokens >= PAYS_FROM)

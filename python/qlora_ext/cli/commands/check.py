@@ -7,9 +7,7 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..._internal.untrusted import excerpt, printable
-from .. import held_out
-from ..bars import counted
-from ..data import DEFAULT_DATA
+from ..data import DEFAULT_DATA, held_out
 from ..errors import UserError, first_line
 from ..models.loading import (
     dense_name,
@@ -26,6 +24,7 @@ from ..models.validate_model import check_tokens
 from ..options import add_dtype_option, add_trust_option
 from ..outputs.directory import output_file
 from ..outputs.files import write_json
+from ..terminal.bars import counted
 
 if TYPE_CHECKING:
     from ...fidelity import ModelCheck

@@ -417,7 +417,7 @@ def _run(job: _Run, may_resume: bool) -> int:
 
     from ...streaming import chunk_mlp, dense_mlps
     from ..loss import check_chunked_loss
-    from ..progress import ProgressCallback, describe, plot_loss
+    from ..terminal.progress import ProgressCallback, describe, plot_loss
     from ..training import NameInertAdapters, OffloadCheckpoints, Rescale, train
 
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())

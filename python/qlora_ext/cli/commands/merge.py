@@ -9,7 +9,6 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from .. import calibrate
 from ..data import is_preference, read_examples, split
 from ..errors import UserError
 from ..models.adapter_files import RECORD, base_of, find, find_adapted, record_of
@@ -17,6 +16,7 @@ from ..models.loading import restore_use_cache, weigh
 from ..options import add_base_options
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
+from ..quantization import calibrate
 from ..settings import recorded
 
 ERROR_FILE = "merge_error.json"

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 from typing import Any
 
-from .. import calibrate, keep
 from ..errors import UserError
 from ..models.conversion import SHARD_SIZE, Recipe, spilled
 from ..models.loading import (
@@ -25,6 +24,7 @@ from ..models.sources import PROVENANCE, resolve
 from ..options import add_trust_option
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
+from ..quantization import calibrate, mixed_precision
 
 
 def add_parser(commands: Any) -> None:
@@ -56,7 +56,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     calibrate.add_options(parser)
     calibrate.add_init_lora_options(parser)
-    keep.add_option(parser)
+    mixed_precision.add_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
     form = arguments.block_size, not arguments.no_double_quant
-    keeper = keep.keeper(arguments, tokenizer, *form)
+    keeper = mixed_precision.keeper(arguments, tokenizer, *form)
     dense_first = arguments.calibrate != "none" or init_lora is not None or keeper is not None
     with contextlib.ExitStack() as stack:
         spill = None

@@ -7,12 +7,12 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
+from ..errors import UserError
+from ..terminal.bars import counted
 from . import calibrate
-from .bars import counted
-from .errors import UserError
 
 if TYPE_CHECKING:
-    from ..fidelity import LayerCost, Sensitivity
+    from ...fidelity import LayerCost, Sensitivity
 
 # Of the text on which the layers are compared; short sequences, for each is one sample of every layer's cost.
 TOKENS, LENGTH = 4096, 128
@@ -41,7 +41,7 @@ class Keeper:
     found: Sensitivity | None = None
 
     def __call__(self, model: Any) -> list[str]:
-        from ..fidelity import sensitivity
+        from ...fidelity import sensitivity
 
         # A calibration's own bar is up already, and two would write over each other.
         with contextlib.nullcontext() if self.calibrates else counted("choosing layers") as progress:
@@ -96,7 +96,7 @@ def keeper(arguments: argparse.Namespace, tokenizer: Any, block_size: int, doubl
     """
     if arguments.keep is None:
         return None
-    from ..fidelity import allowance
+    from ...fidelity import allowance
 
     try:
         allowance(arguments.keep, 0)

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Column
 from transformers import TrainerCallback
 
-from .outputs.files import append_json_line, write_json_lines
+from ..outputs.files import append_json_line, write_json_lines
 
 _WIDE = 70  # columns of a terminal that shows more than the counts, the loss and the time left
 _LINES = 20  # as many lines of progress a run where the output is no terminal
@@ -101,7 +101,7 @@ def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    from .outputs.files import staged_file
+    from ..outputs.files import staged_file
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150, layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):

@@ -7,10 +7,10 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from .data import DEFAULT_DATA, Example, Row, encode, in_order, read_examples
-from .data.store import Stored
-from .errors import UserError
-from .models.sources import PACKAGE
+from ..errors import UserError
+from ..models.sources import PACKAGE
+from . import DEFAULT_DATA, Example, Row, encode, in_order, read_examples
+from .store import Stored
 
 LENGTH = 256
 _LEAST = 32  # tokens, for four blocks of them

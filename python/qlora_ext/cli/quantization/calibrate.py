@@ -11,12 +11,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
-from .outputs.directory import Output
-from .outputs.waiting import waiting
+from ..errors import UserError
+from ..outputs.directory import Output
+from ..outputs.waiting import waiting
 
 if TYPE_CHECKING:
-    from ..calibration import Calibration, InitLora, LayerReport
+    from ...calibration import Calibration, InitLora, LayerReport
 
 LENGTH = 512
 INITIAL_ADAPTER = "initial_adapter"
@@ -55,7 +55,7 @@ def init_lora(arguments: argparse.Namespace) -> InitLora | None:
     Raises:
         UserError: there is no such rank, or nothing to weigh errors by.
     """
-    from ..calibration import InitLora
+    from ...calibration import InitLora
 
     if arguments.init_lora is None:
         return None
@@ -77,8 +77,8 @@ def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Pat
     """
     from peft import LoraConfig, get_peft_model
 
-    from ..calibration import initial_lora_of
-    from ..integrations.peft import initialize_lora
+    from ...calibration import initial_lora_of
+    from ...integrations.peft import initialize_lora
 
     found = initial_lora_of(model)
     if not found:
@@ -107,7 +107,7 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
     """
     import torch
 
-    from .data import encode, read_examples
+    from ..data import encode, read_examples
 
     rows = encode(tokenizer, read_examples(name), length, preferences=False)
     ids = list(itertools.islice((i for row in rows for i in row["input_ids"]), count))
@@ -129,7 +129,7 @@ def kept_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathl
     if arguments.calibrate == "none":
         yield None
         return
-    from ..calibration import finished_weights
+    from ...calibration import finished_weights
 
     with waiting(output, "calibration") as found:
         assert found is not None  # a calibration has a place everywhere
@@ -154,8 +154,8 @@ def calibration(
     if arguments.calibrate == "none":
         yield None
         return
-    from ..calibration import Calibration
-    from .bars import counted
+    from ...calibration import Calibration
+    from ..terminal.bars import counted
 
     if arguments.calibration_tokens < LENGTH:
         raise UserError(f"--calibration-tokens {arguments.calibration_tokens}: expected {LENGTH} or more")
