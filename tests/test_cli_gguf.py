@@ -183,9 +183,9 @@ def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_
 
 def test_what_an_adapter_names_as_its_base() -> None:
     """A path or a hub name that other tools can follow; the name that only we know is in our own file."""
-    from qlora_ext.cli.adapting import add_adapter
     from qlora_ext.cli.models.sources import ModelSource
-    from qlora_ext.cli.settings import Settings
+    from qlora_ext.cli.training.adapting import add_adapter
+    from qlora_ext.cli.training.settings import Settings
 
     for source, expected in (
         (ModelSource("package:llm-x", "/some/where", "x.gguf"), "/some/where"),

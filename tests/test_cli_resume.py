@@ -166,7 +166,7 @@ def test_digests_do_not_depend_on_threads_or_order(paths: Paths) -> None:
     from transformers import AutoModelForCausalLM
 
     from qlora_ext import QLoRAConfig
-    from qlora_ext.cli.identity import digest_of_model
+    from qlora_ext.cli.training.identity import digest_of_model
 
     def digest(name: str) -> str:
         model = AutoModelForCausalLM.from_pretrained(

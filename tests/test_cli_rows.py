@@ -16,7 +16,7 @@ import chat_templates
 from commands import Paths
 from qlora_ext.cli.data import check_template, encode, pack, split, told
 from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.settings import Settings
+from qlora_ext.cli.training.settings import Settings
 
 ASKED, CALLED, FOUND, SAID = (
     {"role": "user", "content": "1+1"},

@@ -22,11 +22,12 @@ from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from forks import Command
-from qlora_ext.cli import families, fitting, main, search
+from qlora_ext.cli import families, main, search
 from qlora_ext.cli.commands import finetune
 from qlora_ext.cli.memory import job_of, split, tops
-from qlora_ext.cli.settings import Settings
 from qlora_ext.cli.streamed import place, streamed
+from qlora_ext.cli.training import fitting
+from qlora_ext.cli.training.settings import Settings
 from qlora_ext.integrations.transformers import spill
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
@@ -249,7 +250,7 @@ def test_a_base_that_is_cut_short_under_a_run_is_a_sentence(
 
 
 def finetune_trainer() -> Any:
-    from qlora_ext.cli.training import RunTrainer
+    from qlora_ext.cli.training.trainer import RunTrainer
 
     return RunTrainer
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
 from qlora_ext.cli import main
-from qlora_ext.cli.checkpoints import newest_checkpoint
+from qlora_ext.cli.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 

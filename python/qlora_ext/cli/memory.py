@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..streaming import chunk_mlp, dense_mlps
-from .adapting import lora_config
 from .loss import head_loss
 from .models.loading import AUTO, parse_computing_dtype
+from .training.adapting import lora_config
 
 # Bytes of optimizer state per byte of the trainable parameters, and per value of them: two moments in the parameter's
 # own dtype, which is float32 but for modules that are trained whole; 8-bit ones carry a scale per block of 256.

@@ -9,8 +9,8 @@ from typing import Any
 
 from . import families
 from .memory import Job, split, still, tops
-from .settings import flag
 from .streamed import Streamed, place, streamed
+from .training.settings import flag
 
 # From what costs nothing to what costs time, each with those before it: the fields of Job that are changed.
 CHANGES: tuple[dict[str, Any], ...] = (

@@ -13,11 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..._internal.untrusted import Schema, excerpt, printable, read_json
-from .. import adapting
-from ..checkpoints import checkpoints, newest_checkpoint, step_of
 from ..data import Example, Parts, Row, check_template, is_preference, read_examples, split, told
 from ..errors import UserError
-from ..identity import check_same, digest_of_adapter, digest_of_examples, digest_of_model, digest_of_rows
 from ..models import validate_model
 from ..models.adapter_files import RECORD, check_files, config_of, find
 from ..models.conversion import Recipe, four_bit_directory, is_quantized
@@ -38,13 +35,16 @@ from ..options import DEFAULT_RUN, add_trust_option
 from ..outputs.directory import Output, claim, read_marker
 from ..outputs.files import need_space, staged_directory, write_json, write_json_lines
 from ..outputs.ownership import foreign_in_adapter
-from ..settings import NO_NEFTUNE_IN_DPO, Settings, add_options, flag, given, read_settings, resumed
+from ..training import adapting
+from ..training.checkpoints import checkpoints, newest_checkpoint, step_of
+from ..training.identity import check_same, digest_of_adapter, digest_of_examples, digest_of_model, digest_of_rows
+from ..training.settings import NO_NEFTUNE_IN_DPO, Settings, add_options, flag, given, read_settings, resumed
 
 if TYPE_CHECKING:
     import torch
     from rich.console import Console
 
-    from ..training import RunTrainer
+    from ..training.trainer import RunTrainer
 
 _SETTINGS = "settings.json"
 _SAMPLE_TOKENS = 40
@@ -332,20 +332,20 @@ def _load(run: _Run, console: Console, device: torch.device) -> Any:
 
 def _trainer(run: _Run, recipe: Any, model: Any, tokenizer: Any, parts: Parts) -> RunTrainer:
     if run.preferences:
-        from ..preferences import PreferenceTrainer
+        from ..training.preferences import PreferenceTrainer
 
         return PreferenceTrainer(model, recipe, parts.train, parts.held_out, tokenizer)
-    from ..training import QLoRATrainer
+    from ..training.trainer import QLoRATrainer
 
     return QLoRATrainer(model, recipe, parts.train, parts.held_out, chunked=run.settings.chunked_loss)
 
 
 def _recipe(run: _Run, steps: int, device: torch.device) -> Any:
     if run.preferences:
-        from ..preferences import preference_arguments
+        from ..training.preferences import preference_arguments
 
         return preference_arguments(run.settings, steps, run.directory, device)
-    from ..training import training_arguments
+    from ..training.trainer import training_arguments
 
     return training_arguments(run.settings, steps, run.directory, device)
 
@@ -399,7 +399,7 @@ def _try_it(run: _Run, command: str, *options: str) -> str:
 
 def _fit(run: _Run, config: Any, device: torch.device, console: Console) -> None:
     """Chooses the switches of a new run that is to fit into ``--max-memory``; one that goes on has its own."""
-    from ..fitting import fit
+    from ..training.fitting import fit
 
     if run.settings.max_memory and not run.resume:
         run.settings, told = fit(run.settings, config, device)
@@ -418,7 +418,7 @@ def _run(job: _Run, may_resume: bool) -> int:
     from ...streaming import chunk_mlp, dense_mlps
     from ..loss import check_chunked_loss
     from ..terminal.progress import ProgressCallback, describe, plot_loss
-    from ..training import NameInertAdapters, OffloadCheckpoints, Rescale, train
+    from ..training.trainer import NameInertAdapters, OffloadCheckpoints, Rescale, train
 
     console = Console(highlight=False, markup=False, soft_wrap=not sys.stdout.isatty())
     device = parse_device(job.settings.device)

@@ -17,7 +17,7 @@ from ..options import add_base_options
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
 from ..quantization import calibrate
-from ..settings import recorded
+from ..training.settings import recorded
 
 ERROR_FILE = "merge_error.json"
 
@@ -105,7 +105,7 @@ def _merge(
         rows, size = _held_out(arguments, tokenizer)
     model = adapted.load()
     if arguments.evaluate:
-        from ..training import held_out_loss
+        from ..training.trainer import held_out_loss
 
         unmerged = held_out_loss(model, rows, size, _loss)
     merged: Any

@@ -127,9 +127,9 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _job(arguments: argparse.Namespace, config: Any) -> Job:
-    from .. import adapting
     from ..memory import FEW, OPTIMIZERS, build, job_of, trains_head
-    from ..settings import named_modules
+    from ..training import adapting
+    from ..training.settings import named_modules
 
     for name in ("rank", "seq_len", "batch_size", "devices"):
         if not 1 <= getattr(arguments, name) <= _MOST:

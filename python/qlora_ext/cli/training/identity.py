@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError
+from ..errors import UserError
 
 if TYPE_CHECKING:
-    from .data import Example, Row
+    from ..data import Example, Row
 
 # What a model's configuration says about the file or the software, not about the model.
 _NOT_THE_MODEL = ("transformers_version", "name_or_path", "_name_or_path", "dtype", "quantization_config", "use_cache")
@@ -23,8 +23,8 @@ def digest_of_model(model: Any) -> str:
     """SHA-256 over a model's configuration and all its weights, as they are in memory: 4-bit ones and the others."""
     import torch
 
-    from .._internal.digest import update
-    from ..streaming import state_of
+    from ..._internal.digest import update
+    from ...streaming import state_of
 
     config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_THE_MODEL}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())

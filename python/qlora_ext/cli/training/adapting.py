@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, first_line
-from .models import validate_model
-from .models.adapter_files import find
-from .models.adapter_files import load as load_adapter
-from .models.sources import ModelSource
+from ..errors import UserError, first_line
+from ..models import validate_model
+from ..models.adapter_files import find
+from ..models.adapter_files import load as load_adapter
+from ..models.sources import ModelSource
 from .settings import Settings, flag, layer_numbers, named_modules
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool
     from peft import get_peft_model
     from transformers import set_seed
 
-    from ..integrations.peft import set_dropout
+    from ...integrations.peft import set_dropout
 
     if settings.init_adapter:
         set_seed(settings.seed)
@@ -157,7 +157,7 @@ def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool
 
 
 def _made_merge_aware(adapted: Any, settings: Settings) -> Any:
-    from ..integrations.peft import set_merge_aware
+    from ...integrations.peft import set_merge_aware
 
     if settings.merge_aware:
         try:

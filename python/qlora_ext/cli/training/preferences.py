@@ -11,10 +11,10 @@ from datasets import Dataset
 from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
-from .training import RunTrainer, training_arguments
+from .trainer import RunTrainer, training_arguments
 
 if TYPE_CHECKING:
-    from .data import Row
+    from ..data import Row
     from .settings import Settings
 
 

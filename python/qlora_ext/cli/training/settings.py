@@ -9,12 +9,12 @@ import pathlib
 import re
 from typing import Any
 
-from .._internal.sizes import parse_size
-from .._internal.untrusted import check, excerpt, printable, read_json
-from .data import DEFAULT_DATA
-from .errors import UserError
-from .models.loading import AUTO, BLOCK_SIZES, check_dtype
-from .models.sources import DEFAULT_MODEL
+from ..._internal.sizes import parse_size
+from ..._internal.untrusted import check, excerpt, printable, read_json
+from ..data import DEFAULT_DATA
+from ..errors import UserError
+from ..models.loading import AUTO, BLOCK_SIZES, check_dtype
+from ..models.sources import DEFAULT_MODEL
 
 METHODS = ("auto", "sft", "dpo")
 NO_NEFTUNE_IN_DPO = (

@@ -7,10 +7,10 @@ import pathlib
 import re
 from typing import Any
 
-from .._internal.untrusted import read_json
-from .errors import UserError, first_line
-from .outputs.files import write_json
-from .outputs.ownership import MANIFEST
+from ..._internal.untrusted import read_json
+from ..errors import UserError, first_line
+from ..outputs.files import write_json
+from ..outputs.ownership import MANIFEST
 
 
 def _describe(path: pathlib.Path) -> dict[str, Any]:

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from .._internal.untrusted import Schema, read_json
-from ..streaming import offload_checkpoints
+from ..._internal.untrusted import Schema, read_json
+from ...streaming import offload_checkpoints
+from ..data import Row, pack
+from ..errors import UserError, first_line
+from ..loss import has_plain_head, learnt_loss
+from ..models.validate_model import named
+from ..outputs.files import delete, move_up, staged_directory
+from ..outputs.ownership import foreign_in_checkpoint
 from .checkpoints import checkpoints, step_of, write_manifest
-from .data import Row, pack
-from .errors import UserError, first_line
-from .loss import has_plain_head, learnt_loss
-from .models.validate_model import named
-from .outputs.files import delete, move_up, staged_directory
-from .outputs.ownership import foreign_in_checkpoint
 from .settings import Settings
 
 _KEPT_CHECKPOINTS = 2
@@ -254,7 +254,7 @@ class NameInertAdapters(TrainerCallback):  # type: ignore[misc,unused-ignore]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if self._tell is None:
             return
-        from ..integrations.peft import inert_adapters
+        from ...integrations.peft import inert_adapters
 
         inert = inert_adapters(model)
         if inert:
@@ -289,7 +289,7 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 def train(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     """Trains to the last step, from ``checkpoint`` on if there is one."""
-    from .models.adapter_files import entire
+    from ..models.adapter_files import entire
 
     if checkpoint is not None:
         read_json(checkpoint / "trainer_state.json", _STATE)

@@ -6,14 +6,14 @@ import copy
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from .._internal.sizes import parse_size
-from ..streaming import dense_mlps
-from . import search
-from .errors import UserError
-from .loss import changes_logits
-from .memory import FEW, OPTIMIZERS, Job, build, job_of, process_bytes, still, trains_head
+from ..._internal.sizes import parse_size
+from ...streaming import dense_mlps
+from .. import search
+from ..errors import UserError
+from ..loss import changes_logits
+from ..memory import FEW, OPTIMIZERS, Job, build, job_of, process_bytes, still, trains_head
+from ..streamed import place, streamed
 from .settings import Settings
-from .streamed import place, streamed
 
 if TYPE_CHECKING:
     import torch
