@@ -27,8 +27,7 @@ from step import RANK
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
-from qlora_ext.cli.compiled import compile_decoding
-from qlora_ext.cli.models.loading import prepare_to_answer
+from qlora_ext.decoding import compile_decoding, prepare_to_answer
 from qlora_ext.integrations.peft import merge_to_4bit
 
 MODELS = {"smollm2": SMOLLM2_135M, "1b": LLAMA_1B}
@@ -65,7 +64,7 @@ def transformers_model(path: str, new: int, quantization: Any = None, merged: bo
     if ours:
         prepare_to_answer(model)
     if compiled:
-        compile_decoding(model, "always", pays=True)
+        compile_decoding(model)
 
     def answer(prompt: torch.Tensor) -> list[float]:
         clock = Clock()

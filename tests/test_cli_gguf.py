@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import qlora_ext
 from forks import Command
-from qlora_ext.cli import gguf_weights, main
+from qlora_ext.cli import main
 from qlora_ext.cli.models.loading import load_quantized
 from qlora_ext.cli.models.sources import resolve
+from qlora_ext.gguf import weights
 from test_cli_stream import killed_at_the_sixth_weight
 from tiny_models import SIZES, make, same_state
 
@@ -139,10 +140,8 @@ def test_weights_one_by_one_are_those_of_the_whole(
     path = tmp_path / "tiny.gguf"
     write(make("llama") if architecture == "llama" else mixture(), path, architecture)
     decoded: list[str] = []
-    decode = gguf_weights.GGUFWeights.decode
-    monkeypatch.setattr(
-        gguf_weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1]
-    )
+    decode = weights.GGUFWeights.decode
+    monkeypatch.setattr(weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1])
     found = load_quantized(resolve(str(path)), torch.bfloat16, torch.device("cpu"))
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
     assert sorted(decoded) == sorted(expected.state_dict())

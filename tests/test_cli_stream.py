@@ -22,13 +22,15 @@ from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from forks import Command
-from qlora_ext.cli import families, main, search
+from qlora_ext.cli import main
 from qlora_ext.cli.commands import finetune
-from qlora_ext.cli.memory import job_of, split, tops
-from qlora_ext.cli.streamed import place, streamed
 from qlora_ext.cli.training import fitting
+from qlora_ext.cli.training.fitting import job_of
 from qlora_ext.cli.training.settings import Settings
 from qlora_ext.integrations.transformers import spill
+from qlora_ext.planning import families, search
+from qlora_ext.planning.blocks import place, streamed
+from qlora_ext.planning.memory import split, tops
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
 

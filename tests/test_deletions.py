@@ -28,7 +28,7 @@ ALLOWED = {
     # The content of a lock file, which was checked to be one.
     "python/qlora_ext/cli/outputs/lock.py": {"ftruncate"},
     # Directories for unfinished packages in the user's own cache: recognized by name and content, under their lock.
-    "python/qlora_ext/cli/compiled_cache.py": {"mkdtemp", "rmtree"},
+    "python/qlora_ext/decoding/cache.py": {"mkdtemp", "rmtree"},
     # Builds, in directories with a marker.
     "scripts/packaging/check.py": {"TemporaryDirectory"},
     "scripts/packaging/glibc.py": {"copy", "rmtree", "write_text"},

@@ -60,6 +60,19 @@ def excerpt(value: object, limit: int = 80) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def first_line(error: BaseException) -> str:
+    """The message of an exception without the lines that follow the first, and with its type if it has no message.
+
+    A first line that ends in a colon brings the second along. All is cut to what a sentence can hold: a library's
+    message may quote a file from end to end.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    line = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return excerpt(line.rstrip(".:"), 400)
+
+
 def _integer(digits: str) -> int:
     if len(digits) > _MAX_DIGITS:
         raise ValueError(f"an integer of {len(digits)} digits")

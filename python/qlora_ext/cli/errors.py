@@ -12,21 +12,9 @@ from collections.abc import Iterator
 
 from .._internal.untrusted import UserError as UserError
 from .._internal.untrusted import excerpt
+from .._internal.untrusted import first_line as first_line
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an exception without the lines that follow the first, and with its type if it has no message.
-
-    A first line that ends in a colon brings the second along. All is cut to what a sentence can hold: a library's
-    message may quote a file from end to end.
-    """
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if not lines:
-        return type(error).__name__
-    line = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-    return excerpt(line.rstrip(".:"), 400)
 
 
 def is_panic(error: BaseException) -> bool:

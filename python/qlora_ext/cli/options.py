@@ -6,7 +6,7 @@ import argparse
 import math
 
 from .errors import UserError
-from .models.loading import AUTO
+from .models.devices import AUTO
 
 # The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
 DEFAULT_RUN = "qlora-run"

@@ -9,16 +9,8 @@ from typing import TYPE_CHECKING, Any
 from ..._internal.untrusted import excerpt, printable
 from ..data import DEFAULT_DATA, held_out
 from ..errors import UserError, first_line
-from ..models.loading import (
-    dense_name,
-    is_4bit,
-    load_dense,
-    load_quantized,
-    load_tokenizer,
-    parse_computing_dtype,
-    parse_device,
-    parse_dtype,
-)
+from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
+from ..models.loading import dense_name, is_4bit, load_dense, load_quantized, load_tokenizer
 from ..models.sources import ModelSource, resolve
 from ..models.validate_model import check_tokens
 from ..options import add_dtype_option, add_trust_option

@@ -15,21 +15,13 @@ from typing import TYPE_CHECKING, Any
 from ..._internal.untrusted import Schema, excerpt, printable, read_json
 from ..data import Example, Parts, Row, check_template, is_preference, read_examples, split, told
 from ..errors import UserError
+from ..generation.completion import complete
 from ..models import validate_model
 from ..models.adapter_files import RECORD, check_files, config_of, find
 from ..models.conversion import Recipe, four_bit_directory, is_quantized
-from ..models.loading import (
-    complete,
-    dense_share,
-    load_config,
-    load_quantized,
-    load_tokenizer,
-    named,
-    parse_computing_dtype,
-    parse_device,
-    parse_dtype,
-    weigh,
-)
+from ..models.devices import name_of, parse_computing_dtype, parse_device, parse_dtype
+from ..models.loading import load_config, load_quantized, load_tokenizer
+from ..models.size import dense_share, model_size
 from ..models.sources import PACKAGE, ModelSource, resolve
 from ..options import DEFAULT_RUN, add_trust_option
 from ..outputs.directory import Output, claim, read_marker
@@ -300,8 +292,8 @@ def _computing_dtype(run: _Run, console: Console, device: torch.device) -> torch
     why = ", because the processor has no bfloat16 arithmetic" if chosen != parse_dtype(dtype) else ""
     if run.resume and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
         chosen, why = parse_dtype(str(began)), ", as at the start of the run"
-    run.digests[_COMPUTING] = named(chosen)
-    console.print(f"computing in {named(chosen)} on {device}{why}")
+    run.digests[_COMPUTING] = name_of(chosen)
+    console.print(f"computing in {name_of(chosen)} on {device}{why}")
     return chosen
 
 
@@ -316,9 +308,9 @@ def _load(run: _Run, console: Console, device: torch.device) -> Any:
         source = four_bit_directory(Recipe(source, dtype, s.block_size), run.output)
     model = load_quantized(source, dtype, device, s.block_size, compute=compute, **streamed)
     _identify(run, "base", digest_of_model(model), f"--model {run.source.name}")
-    weights = weigh(model)
+    weights = model_size(model)
     console.print(
-        f"weights {weights.dense_bytes / 1e6:.1f} MB in {named(compute)} -> {weights.bytes / 1e6:.1f} MB in 4 bits "
+        f"weights {weights.dense_bytes / 1e6:.1f} MB in {name_of(compute)} -> {weights.bytes / 1e6:.1f} MB in 4 bits "
         f"({weights.dense_bytes / weights.bytes:.2f} times smaller; embeddings, which stay as they are, included)"
     )
     if told_share := dense_share(model):
@@ -416,7 +408,6 @@ def _run(job: _Run, may_resume: bool) -> int:
     from rich.console import Console
 
     from ...streaming import chunk_mlp, dense_mlps
-    from ..loss import check_chunked_loss
     from ..terminal.progress import ProgressCallback, describe, plot_loss
     from ..training.trainer import NameInertAdapters, OffloadCheckpoints, Rescale, train
 
@@ -434,7 +425,7 @@ def _run(job: _Run, may_resume: bool) -> int:
             raise UserError("--mlp-chunk: the model has no dense MLP, only mixtures of experts or none that is known")
         chunk_mlp(model, s.mlp_chunk)
     if s.chunked_loss:
-        check_chunked_loss(model)
+        adapting.check_chunked_loss(model)
     validate_model.check_tokens(model, _token_ids(parts))
     _begin(job)
     # A checkpoint is the adapter and two moments of it; three exist for a moment, and the adapter at the end.

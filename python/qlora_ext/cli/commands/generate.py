@@ -9,9 +9,9 @@ from typing import Any
 from ..._internal.untrusted import printable
 from ..data import as_question, tokenizing
 from ..errors import UserError
+from ..generation.completion import complete
 from ..models import validate_model
 from ..models.adapter_files import find_adapted
-from ..models.loading import complete
 from ..options import (
     add_adapter_option,
     add_base_options,
@@ -70,9 +70,9 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import set_seed
 
     validate_model.check_tokens(model, [prompt])
-    from ..compiled import PAYS_FROM, compile_decoding
+    from ..generation.compiled import PAYS_FROM, decode_compiled
 
-    compile_decoding(model, arguments.compile, pays=arguments.max_new_tokens >= PAYS_FROM)
+    decode_compiled(model, arguments.compile, pays=arguments.max_new_tokens >= PAYS_FROM)
     set_seed(arguments.seed)
     answer = complete(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature).strip()
     print(printable(answer, lines=True))

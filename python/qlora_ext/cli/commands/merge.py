@@ -12,7 +12,8 @@ from typing import Any
 from ..data import is_preference, read_examples, split
 from ..errors import UserError
 from ..models.adapter_files import RECORD, base_of, find, find_adapted, record_of
-from ..models.loading import restore_use_cache, weigh
+from ..models.loading import restore_use_cache
+from ..models.size import model_size
 from ..options import add_base_options
 from ..outputs.directory import Output, claim
 from ..outputs.files import write_json
@@ -128,7 +129,7 @@ def _merge(
             write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
     written()
     kind = "4 bits" if arguments.four_bit else arguments.dtype
-    print(f"{output.path}: {weigh(merged).bytes / 1e6:.1f} MB in {kind}")
+    print(f"{output.path}: {model_size(merged).bytes / 1e6:.1f} MB in {kind}")
     for line in calibrate.told(report):
         print(line)
     if error is not None:

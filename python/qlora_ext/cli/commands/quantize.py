@@ -8,18 +8,9 @@ from typing import Any
 
 from ..errors import UserError
 from ..models.conversion import SHARD_SIZE, Recipe, spilled
-from ..models.loading import (
-    BLOCK_SIZES,
-    dense_name,
-    dense_share,
-    is_4bit,
-    load_quantized,
-    load_tokenizer,
-    parse_device,
-    parse_dtype,
-    restore_use_cache,
-    weigh,
-)
+from ..models.devices import parse_device, parse_dtype
+from ..models.loading import BLOCK_SIZES, dense_name, is_4bit, load_quantized, load_tokenizer, restore_use_cache
+from ..models.size import dense_share, model_size
 from ..models.sources import PROVENANCE, resolve
 from ..options import add_trust_option
 from ..outputs.directory import Output, claim
@@ -121,7 +112,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         print(line)
     if keeper is not None:
         print(keeper.told())
-    weights = weigh(model)
+    weights = model_size(model)
     print(
         f"{output.path}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> "
         f"{weights.bytes / 1e6:.1f} MB in 4 bits"

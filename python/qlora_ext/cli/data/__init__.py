@@ -1,8 +1,8 @@
 """The text to learn: files, directories, data sets of the hub, and packages that carry openly licensed text.
 
 ``files``, ``directory``, ``hub`` and ``packages`` give rows, each with its place; ``examples`` says what a row may be;
-``encoding`` makes tokens of it; ``store`` holds what may be larger than memory; ``held_out`` has the text to compare models
-on.
+``encoding`` makes tokens of it; ``store`` holds what may be larger than memory; ``held_out`` is the text to compare
+models on.
 """
 
 from __future__ import annotations

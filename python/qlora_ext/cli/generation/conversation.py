@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from ..data import Message, as_prompt, tokenizing
 from ..errors import UserError
 from ..models import validate_model
-from ..models.loading import complete
+from .completion import complete
 
 
 class _Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]

@@ -16,15 +16,8 @@ from ..errors import UserError, first_line, path_named
 from ..options import DEFAULT_RUN
 from ..outputs.ownership import RECORD as RECORD
 from . import validate_model
-from .loading import (
-    BLOCK_SIZES,
-    load_quantized,
-    load_tokenizer,
-    parse_computing_dtype,
-    parse_device,
-    parse_dtype,
-    prepare_to_answer,
-)
+from .devices import parse_computing_dtype, parse_device, parse_dtype
+from .loading import BLOCK_SIZES, load_quantized, load_tokenizer
 from .sources import ModelSource, resolve
 
 if TYPE_CHECKING:
@@ -212,6 +205,8 @@ class Adapted:
 
     def load_to_answer(self) -> Any:
         """As ``load``, for inference alone."""
+        from ...decoding import prepare_to_answer
+
         return prepare_to_answer(self.load())
 
 

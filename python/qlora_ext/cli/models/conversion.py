@@ -17,7 +17,8 @@ from ..outputs.directory import Output, claim
 from ..outputs.files import contents, write_json
 from ..outputs.waiting import waiting
 from . import validate_model
-from .loading import load_quantized, load_tokenizer, named, restore_use_cache
+from .devices import name_of
+from .loading import load_quantized, load_tokenizer, restore_use_cache
 from .sources import ModelSource
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class Recipe:
         return {
             "model": self.source.name,
             "files": [[file.name, (status := file.stat()).st_size, status.st_mtime_ns] for file in files],
-            "dtype": named(self.dtype),
+            "dtype": name_of(self.dtype),
             "block_size": self.block_size,
             "double_quant": self.double_quant,
             "embeddings": self.embeddings,

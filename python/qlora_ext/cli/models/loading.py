@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import itertools
-import math
 import pathlib
 import sys
 import warnings
@@ -23,79 +21,11 @@ if TYPE_CHECKING:
     import torch
 
     from ...calibration import Calibration, InitLora
+    from ...gguf import GGUFWeights
     from ...integrations.transformers.spill import Spill
-    from ..gguf_weights import GGUFWeights
 
-DTYPES = {
-    "bfloat16": "bfloat16",
-    "bf16": "bfloat16",
-    "float16": "float16",
-    "fp16": "float16",
-    "half": "float16",
-    "float32": "float32",
-    "fp32": "float32",
-}
-AUTO = "auto"
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MAX_LAYERS = 10_000
-
-
-def check_dtype(name: str) -> None:
-    """Checks a ``--dtype``.
-
-    Raises:
-        UserError: there is no such one.
-    """
-    if name not in (AUTO, *DTYPES):
-        raise UserError(f"--dtype {name}: expected {AUTO}, bfloat16, float16 or float32")
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The dtype to which ``--dtype`` rounds the weights that are not 4-bit; "auto" is bfloat16, as models come."""
-    import torch
-
-    check_dtype(name)
-    dtype: torch.dtype = getattr(torch, DTYPES.get(name, "bfloat16"))
-    return dtype
-
-
-def named(dtype: torch.dtype) -> str:
-    """The name of a dtype as ``--dtype`` takes it."""
-    return str(dtype).removeprefix("torch.")
-
-
-def parse_computing_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The compute dtype on ``device`` for the value of ``--dtype``.
-
-    With "auto", a CPU without bfloat16 arithmetic computes in float32, with the same weights and 4-bit codes as other
-    machines, so an adapter trained on one fits the other.
-    """
-    from ...dtypes import computing_dtype
-
-    dtype = parse_dtype(name)
-    return computing_dtype(dtype, device) if name == AUTO else dtype
-
-
-def parse_device(name: str) -> torch.device:
-    """The device that a user named; "auto" is CUDA where torch finds one and our kernels for it are built."""
-    import torch
-
-    import qlora_ext
-
-    info = qlora_ext.build_info()
-    if name == "auto":
-        return torch.device("cuda" if info["cuda_available"] else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not info["cuda_available"]:
-        raise UserError(f"--device {name}: no CUDA here ({info['cuda_error'] or 'torch finds no device'})")
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
-    return device
 
 
 @contextlib.contextmanager
@@ -122,7 +52,7 @@ def _load(what: str, source: ModelSource, loader: Any, shown: bool = False, **op
 
 def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
     """The weights of a GGUF file one by one; None of another source, or where transformers reads it whole only."""
-    from ..gguf_weights import GGUFWeights
+    from ...gguf import GGUFWeights
 
     if source.gguf_file is None:
         return None
@@ -292,28 +222,6 @@ def load_dense(
     return model.eval().to(device)
 
 
-def prepare_to_answer(model: Any) -> Any:
-    """``model``, with an adapter or without, made ready for inference alone.
-
-    The fused adapters are cast to the dtype in which each call would cast them. A dense output head is given the last
-    token of a prompt with the strides of a matrix: those of a slice have torch take a batched product, for which it
-    copies the head (0.34 s for 32,000 x 2048 bfloat16 on two cores, more than all layers take for 8 tokens).
-    """
-    import torch
-
-    from ...integrations.peft import cast_fused
-
-    def as_matrix(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return inputs[0].flatten(0, -2).unflatten(0, inputs[0].shape[:-1]), *inputs[1:]
-
-    model.eval().requires_grad_(False)
-    cast_fused(model)
-    head = model.get_output_embeddings()
-    if type(head) is torch.nn.Linear:
-        head.register_forward_pre_hook(as_matrix)
-    return model
-
-
 def is_4bit(source: ModelSource) -> bool:
     """Whether the files of the model are quantized already."""
     return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
@@ -356,75 +264,3 @@ def _check_config(config: dict[str, Any], name: str) -> None:
             value
         ):  # kernels of the hub, which transformers would fetch and run
             raise UserError(f"{name}: config.json has {key} {excerpt(value)}, expected one of transformers' own")
-
-
-def dense_share(model: Any) -> str | None:
-    """A line about linear weights that stayed dense unasked; None if there are hardly any."""
-    from ...nn import coverage
-
-    found = coverage(model)
-    return f"linear  {found}" if found.is_worth_telling else None
-
-
-@dataclasses.dataclass(frozen=True)
-class Weights:
-    """A model's size: its parameters, their bytes in the compute dtype, and their bytes as they are, with scales."""
-
-    parameters: int
-    dense_bytes: int
-    bytes: int
-
-
-def weigh(model: Any) -> Weights:
-    """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
-    from qlora_ext.nn import Packed4bit, scale_names
-
-    parameters = dense = held = 0
-    seen: set[int] = set()
-    for module in model.modules():
-        shapes = module.packed_shapes if isinstance(module, Packed4bit) else {}
-        scales = {scale for weight in shapes for scale in scale_names(weight).values()}
-        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if id(tensor) in seen:
-                continue
-            seen.add(id(tensor))
-            held += tensor.nbytes
-            if name not in scales:
-                count = math.prod(shapes[name]) if name in shapes else tensor.numel()
-                parameters += count
-                dense += count * (module.compute_dtype.itemsize if name in shapes else tensor.element_size())
-    return Weights(parameters, dense, held)
-
-
-def complete(
-    model: Any,
-    tokenizer: Any,
-    prompt: list[int],
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    streamer: Any = None,
-) -> str:
-    """How the model goes on after the token ids ``prompt``. Without temperature it draws no random number.
-
-    Args:
-        streamer: one of transformers', which gets every token as soon as it is there.
-    """
-    import torch
-
-    was_training = model.training
-    model.eval()
-    ids = torch.tensor([prompt], dtype=torch.int64, device=model.device)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
-    with torch.no_grad():
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            use_cache=True,
-            streamer=streamer,
-            **sampling,
-        )
-    model.train(was_training)
-    text: str = tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
-    return text

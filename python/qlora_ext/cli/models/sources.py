@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from ..._internal.untrusted import FileError, excerpt, read_json
-from .. import gguf_file
+from ...gguf import read_header
 from ..errors import UserError, path_named
 
 PACKAGE = "package:"
@@ -92,7 +92,7 @@ def package_files(package: str, what: str, trusted: bool = True) -> list[pathlib
 
 def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool, option: str) -> ModelSource:
     try:
-        gguf_file.read(path)
+        read_header(path)
     except FileError as error:
         raise UserError(f"{option} {name}: {error}") from error
     return ModelSource(name, str(path.parent), path.name, trust_remote_code)

@@ -80,6 +80,22 @@ def check_saved(model: Any, names: Iterable[str]) -> None:
             )
 
 
+def check_chunked_loss(model: Any) -> None:
+    """Rejects --chunked-loss for a model whose output head does not allow it.
+
+    Args:
+        model: with its adapter.
+    """
+    from ...streaming.loss import has_plain_head
+
+    head = model.get_base_model().get_output_embeddings()
+    if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
+        raise UserError("--chunked-loss: the output head is trained too (--modules-to-save), which takes all logits")
+    if not has_plain_head(model):
+        kind = model.config.get_text_config().model_type
+        raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which it cannot follow")
+
+
 def check_adapter(model: Any, settings: Settings) -> None:
     """Rejects options of the adapter that do not fit the model.
 
@@ -92,27 +108,6 @@ def check_adapter(model: Any, settings: Settings) -> None:
     targets_of(model, settings.target_modules, settings.layers)
     _check_layers(model, settings.layers)
     check_saved(model, named_modules(settings.modules_to_save))
-
-
-def is_tied(model: Any) -> bool:
-    """Whether the output head of ``model`` has the weight of its embeddings."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", head)
-
-
-def lora_config(model: Any, options: Any, targets: str | list[str], **more: Any) -> Any:
-    """PEFT's configuration of a new adapter on ``model``.
-
-    Args:
-        options: ``Settings``, or the planner's ``Job``, which has the options that cost memory. targets: from
-            ``targets_of``.
-        more: fields of the configuration that cost no memory.
-    """
-    from peft import LoraConfig
-
-    if saved := named_modules(options.modules_to_save):
-        more |= {"modules_to_save": saved, "ensure_weight_tying": is_tied(model)}
-    return LoraConfig(task_type="CAUSAL_LM", r=options.rank, target_modules=targets, **more)
 
 
 def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool) -> Any:
@@ -128,6 +123,7 @@ def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool
     from transformers import set_seed
 
     from ...integrations.peft import set_dropout
+    from ...integrations.peft.lora_config import lora_config
 
     if settings.init_adapter:
         set_seed(settings.seed)
@@ -137,8 +133,9 @@ def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool
         return _made_merge_aware(adapted, settings)
     config = lora_config(
         model,
-        settings,
+        settings.rank,
         targets_of(model, settings.target_modules, settings.layers),
+        named_modules(settings.modules_to_save),
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         use_rslora=settings.rslora,

@@ -7,19 +7,29 @@ import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from ..._internal.sizes import parse_size
+from ...planning import search
+from ...planning.blocks import place, streamed
+from ...planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, still, trains_head
 from ...streaming import dense_mlps
-from .. import search
+from ...streaming.loss import changes_logits
 from ..errors import UserError
-from ..loss import changes_logits
-from ..memory import FEW, OPTIMIZERS, Job, build, job_of, process_bytes, still, trains_head
-from ..streamed import place, streamed
-from .settings import Settings
+from .settings import Settings, named_modules, switches
 
 if TYPE_CHECKING:
     import torch
 
 _CONTEXT = 0.5e9  # what CUDA takes for itself in a process
 _SPARE = 0.8  # of the host's free memory, what is pinned at most
+
+
+def job_of(options: Any, config: Any) -> Job:
+    """What is planned for a model of ``config`` by the ``options`` of a command, which have the names of its fields."""
+    named = {field.name for field in dataclasses.fields(Job)} & set(vars(options))
+    values = {name: getattr(options, name) for name in named}
+    values["modules_to_save"] = tuple(named_modules(options.modules_to_save))
+    if options.target_modules != "all-linear":
+        values["target_modules"] = [name.strip() for name in options.target_modules.split(",")]
+    return Job(**{**values, "config": config})
 
 
 def _overhead(device: torch.device) -> float:
@@ -38,8 +48,7 @@ def _possible(job: Job) -> list[dict[str, Any]]:
         out.add("mlp_chunk")
     if job.stream != "none":
         out.add("stream")
-    known = search.HOST_CHANGES if job.host else search.CHANGES
-    changes = [{k: v for k, v in change.items() if k not in out} for change in known]
+    changes = [{k: v for k, v in change.items() if k not in out} for change in search.changes_of(job)]
     if job.host or streamed(job).host_bytes("ram") <= _SPARE * psutil.virtual_memory().available:
         return changes
     return [{"stream": "disk"} if "stream" in change else change for change in changes]
@@ -74,7 +83,7 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
         size = search.total(least.job, least.blocks) + overhead
         raise UserError(
             f"--max-memory {settings.max_memory} ({before}): {settings.batch_size} rows of {settings.seq_len} tokens "
-            f"take {size / 1e9:.2f} GB at least ({least.switches}); "
+            f"take {size / 1e9:.2f} GB at least ({switches(least.changes)}); "
             + (f"rows of {longest:,} would" if longest else "no row does, however short")
         )
     found, size = chosen
@@ -83,4 +92,5 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
         parts, _ = place(still(found.job), found.blocks, None)
         weights = parts["base weights"] + parts["other weights"] + parts["ring"]
         fitted = dataclasses.replace(fitted, resident=str(int(weights + memory - size)))
-    return fitted, f"fits into {settings.max_memory} ({before}) with {found.switches}: {(size + overhead) / 1e9:.2f} GB"
+    options = switches(found.changes)
+    return fitted, f"fits into {settings.max_memory} ({before}) with {options}: {(size + overhead) / 1e9:.2f} GB"

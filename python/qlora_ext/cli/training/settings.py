@@ -7,13 +7,15 @@ import dataclasses
 import math
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from ..._internal.sizes import parse_size
 from ..._internal.untrusted import check, excerpt, printable, read_json
 from ..data import DEFAULT_DATA
 from ..errors import UserError
-from ..models.loading import AUTO, BLOCK_SIZES, check_dtype
+from ..models.devices import AUTO, check_dtype
+from ..models.loading import BLOCK_SIZES
 from ..models.sources import DEFAULT_MODEL
 
 METHODS = ("auto", "sft", "dpo")
@@ -302,6 +304,12 @@ def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
 
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def switches(changes: Mapping[str, Any]) -> str:
+    """Changed settings, as an option each."""
+    options = (flag(name) if value is True else f"{flag(name)} {value}" for name, value in changes.items())
+    return " ".join(options) or "no switch"
 
 
 _GROUPS = {

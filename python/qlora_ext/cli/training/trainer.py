@@ -14,9 +14,9 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState
 
 from ..._internal.untrusted import Schema, read_json
 from ...streaming import offload_checkpoints
+from ...streaming.loss import has_plain_head, learnt_loss
 from ..data import Row, pack
 from ..errors import UserError, first_line
-from ..loss import has_plain_head, learnt_loss
 from ..models.validate_model import named
 from ..outputs.files import delete, move_up, staged_directory
 from ..outputs.ownership import foreign_in_checkpoint

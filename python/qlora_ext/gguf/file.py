@@ -1,9 +1,10 @@
-"""The header of a GGUF file, and whether the file is whole: nothing else looks before it reads the weights."""
+"""The header of a GGUF file, checked against the file: no other reader looks whether the file is complete."""
 
 from __future__ import annotations
 
 import dataclasses
 import mmap
+import os
 import pathlib
 import re
 import struct
@@ -18,10 +19,11 @@ _MAX_DIMENSIONS = 4
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies.
+    """Where the data of a tensor stand in the file.
 
     Attributes:
-        shape: as in torch, where the last dimension is the one that lies together. kind: GGML's number of its type.
+        shape: as in torch: the last dimension is the contiguous one.
+        kind: GGML's number of the tensor's type.
         begin, nbytes: of its data, in the file.
     """
 
@@ -123,13 +125,24 @@ def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, TensorInf
     return found
 
 
-def read(path: pathlib.Path) -> Header:
+def read_header(path: str | os.PathLike[str]) -> Header:
     """The header of a GGUF file.
+
+    Args:
+        path: of the file.
 
     Raises:
         FileError: the file is truncated, or its header does not account for every byte and every layer of it; the text
-            says where.
+            says where. It is a ValueError.
+
+    Example:
+        >>> try:
+        ...     qlora_ext.gguf.read_header("model.gguf")
+        ... except ValueError as error:
+        ...     print(error)
+        cannot read model.gguf: [Errno 2] No such file or directory: 'model.gguf'
     """
+    path = pathlib.Path(path)
     source = printable(path)
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

@@ -1,19 +1,17 @@
-"""``plan --max-memory``: the switches with which a run fits, its longest context, and the largest model that fits."""
+"""The changes with which a run fits into some memory, its longest context, and the largest model that fits."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from . import families
+from .blocks import Streamed, place, streamed
 from .memory import Job, split, still, tops
-from .streamed import Streamed, place, streamed
-from .training.settings import flag
 
 # From what costs nothing to what costs time, each with those before it: the fields of Job that are changed.
-CHANGES: tuple[dict[str, Any], ...] = (
+_CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"chunked_loss": True},
     {"grad_checkpointing": True},
@@ -21,27 +19,30 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"stream": "ram"},
     {"mlp_chunk": 1024},
 )
-
-
-# What of them serves on the CPU, where checkpoints are in the host's memory anyway and so are weights "in RAM".
-HOST_CHANGES = tuple(
-    {"stream": "disk"} if "stream" in change else change for change in CHANGES if "offload_checkpoints" not in change
+# On the CPU, checkpoints are in the host's memory anyway, and so are weights "in RAM".
+_HOST_CHANGES = tuple(
+    {"stream": "disk"} if "stream" in change else change for change in _CHANGES if "offload_checkpoints" not in change
 )
+
+
+def changes_of(job: Job) -> tuple[dict[str, Any], ...]:
+    """The changes that can save memory on the job's device, from what costs nothing to what costs time."""
+    return _HOST_CHANGES if job.host else _CHANGES
 
 
 @dataclasses.dataclass(frozen=True)
 class Switched:
-    """A job with some of its fields changed; ``blocks`` where its layers are streamed."""
+    """A job with some of its fields changed.
+
+    Attributes:
+        changes: the changed fields, by their names.
+        job: with the changes.
+        blocks: the blocks of its layers, where these are streamed.
+    """
 
     changes: dict[str, Any]
     job: Job
     blocks: Streamed | None
-
-    @property
-    def switches(self) -> str:
-        """The changes, as an option each."""
-        options = (flag(name) if value is True else f"{flag(name)} {value}" for name, value in self.changes.items())
-        return " ".join(options) or "no switch"
 
 
 def switched(job: Job, changes: Sequence[dict[str, Any]]) -> Switched:
@@ -52,7 +53,7 @@ def switched(job: Job, changes: Sequence[dict[str, Any]]) -> Switched:
 
 
 _LONGEST = 2**20
-# Tokens a row of which memory is measured: from the first on, what works in chunks of tokens has several.
+# Tokens per row at which memory is measured. From the first on, whatever works in chunks of tokens has several.
 _MEASURED = ((2048, 4096, 8192), (128, 256, 512))
 
 
@@ -71,10 +72,19 @@ def _placed(parts: dict[str, float], blocks: Streamed | None) -> float:
 
 
 def longest_context(job: Job, blocks: Streamed | None, memory: float) -> int:
-    """The most tokens a row with which the job fits into ``memory`` bytes; 0 where none does.
+    """The most tokens per row with which the job fits into ``memory`` bytes; 0 where no row does.
 
     Each top is a polynomial of the tokens: activations grow with them, the masks of attention with their square. Three
     sizes give its coefficients.
+
+    Args:
+        blocks: ``streamed(job)``, where its layers are streamed; else None.
+
+    Example:
+        >>> planning = qlora_ext.planning
+        >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=2,heads=4,vocab=512")
+        >>> planning.longest_context(planning.Job(config), None, 1e9) > 10_000
+        True
     """
     found = 0
     for sizes in _MEASURED:
@@ -96,11 +106,27 @@ def _largest_below(sizes: Sequence[int], values: Sequence[float], limit: float) 
     return int(min([*beyond, _LONGEST]))
 
 
-def choose(job: Job, memory: float, changes: Sequence[dict[str, Any]] = CHANGES) -> tuple[Switched, float] | None:
-    """The first switches, in the order of what they cost, with which ``job`` fits, and the bytes that it then takes.
+def choose(job: Job, memory: float, changes: Sequence[dict[str, Any]] | None = None) -> tuple[Switched, float] | None:
+    """The first changes, in the order of what they cost, with which ``job`` fits, and the bytes that it then takes.
 
-    With every switch it takes as much as without, or less: the first that fits is found by halving.
+    With every change it takes as much as without, or less: the first that fits is found by bisection.
+
+    Args:
+        memory: bytes on the device, or of the process where the job runs on the CPU.
+        changes: fields of ``Job`` to change, each with those before it; by default those of the job's device.
+
+    Returns:
+        None where the job does not fit with all of the changes.
+
+    Example:
+        >>> planning = qlora_ext.planning
+        >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=2,heads=4,vocab=4096")
+        >>> job = planning.Job(config, seq_len=512)
+        >>> found, size = planning.choose(job, 30e6)
+        >>> found.changes, size < 30e6
+        ({'chunked_loss': True}, True)
     """
+    changes = changes_of(job) if changes is None else changes
     fitting = None
     fewest, most = 0, len(changes)
     while fewest < most:
@@ -114,8 +140,18 @@ def choose(job: Job, memory: float, changes: Sequence[dict[str, Any]] = CHANGES)
     return fitting
 
 
-def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]]) -> str | None:
-    """The known model of the most streamed bytes that fits with all ``changes``, all else being as in ``job``."""
+def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]] | None = None) -> str | None:
+    """The known model of the most streamed bytes that fits with all ``changes``, all else being as in ``job``.
+
+    Args:
+        changes: as of ``choose``; they have to stream the layers.
+
+    Example:
+        >>> def largest(card):
+        ...     job = qlora_ext.planning.Job(qlora_ext.planning.families.config("llama-7b"))
+        ...     return qlora_ext.planning.largest_model(job, card)
+    """
+    changes = changes_of(job) if changes is None else changes
     candidates = []
     for name in families.names():
         other = dataclasses.replace(job, config=families.config(name), target_modules="all-linear")
@@ -127,46 +163,3 @@ def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]]) ->
         if _placed(still(found.job), found.blocks) <= memory >= total(found.job, found.blocks):
             return name
     return None
-
-
-def run(job: Job, memory: float, process: float, link: float, flops: float, as_json: bool) -> int:
-    """Prints what is found; see ``plan --help``.
-
-    Args:
-        process: of the ``memory``, the bytes that are taken before there is a model.
-    """
-    changes = HOST_CHANGES if job.host else CHANGES
-    chosen = choose(job, memory - process, changes)
-    best, size = chosen or (switched(job, changes), float("nan"))
-    size += process
-    blocks = best.blocks
-    context = longest_context(best.job, blocks, memory - process)
-    largest = largest_model(job, memory - process, changes)
-    free = None if blocks is None else blocks.free_tokens(link, flops, best.job.grad_checkpointing)[0]
-    host = 0.0 if blocks is None or job.host else blocks.host_bytes("ram")
-    if as_json:
-        found = {
-            "memory": memory,
-            "fits": chosen is not None,
-            "switches": best.switches,
-            "total": None if chosen is None else size,
-            "host_bytes": host,
-            "longest_context": context,
-            "free_tokens": free,
-            "largest_model": largest,
-        }
-        print(json.dumps(found, indent=2))
-        return 0
-    if chosen is None:
-        print(f"rows of {job.seq_len:,} tokens do not fit into {memory / 1e9:.1f} GB with any switch ({best.switches})")
-    else:
-        print(f"fits into {memory / 1e9:.1f} GB with {best.switches}: {size / 1e9:.2f} GB")
-    if host:
-        print(f"{host / 1e9:.2f} GB of pinned host memory; free from {free:,} tokens a step")
-    print(
-        f"the longest context then: {context:,} tokens a row, {job.batch_size} rows a pass"
-        if context
-        else "no context fits"
-    )
-    print(f"the largest known model that fits: {largest or 'none'} (with --stream, at {job.seq_len:,} tokens)")
-    return 0

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .errors import UserError
-
 # What some families do to their logits after the head, which this loss would leave out.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
@@ -27,16 +25,6 @@ def has_plain_head(model: Any) -> bool:
         and isinstance(base.get_output_embeddings(), torch.nn.Linear)
         and base.base_model is not base
     )
-
-
-def check_chunked_loss(model: Any) -> None:
-    """Refuses --chunked-loss where the model's head does not allow it."""
-    head = model.get_base_model().get_output_embeddings()
-    if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
-        raise UserError("--chunked-loss: the output head is trained too (--modules-to-save), which takes all logits")
-    if not has_plain_head(model):
-        kind = model.config.get_text_config().model_type
-        raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which it cannot follow")
 
 
 # Logits that are held at once, or as many as there are hidden values: 32 MB in float32.

@@ -1,4 +1,4 @@
-"""The weights of a GGUF file one by one, so that they are quantized to NF4 while they load and no dense model is held.
+"""The weights of a GGUF file, decoded one at a time: they are quantized to NF4 while they load, without a dense model.
 
 transformers decodes a GGUF file whole, and combines no quantization with it. Here its processors, which undo what the
 conversion to GGUF did to some weights, and the gguf package's tables of names are applied to one tensor at a time.
@@ -6,6 +6,7 @@ conversion to GGUF did to some weights, and the gguf package's tables of names a
 
 from __future__ import annotations
 
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from .._internal.untrusted import FileError, printable
-from . import gguf_file
-from .gguf_file import TensorInfo
+from .file import TensorInfo, read_header
 
 
 class _Weight:
@@ -34,22 +34,33 @@ class GGUFWeights:
 
     Args:
         path: of a file that transformers can read.
-        model: of transformers, by the file's configuration; it may be on the meta device.
+        model: a transformers model of the file's configuration; it may be on the meta device.
 
     Attributes:
         unknown: the names of the file's tensors that the model has no weight for.
 
     Raises:
-        NotImplementedError: the names of that architecture are not known. FileError: the file is not whole.
+        NotImplementedError: the names of that architecture are not known.
+        FileError: the file is truncated or damaged. It is a ValueError.
+
+    Example:
+        >>> from transformers import AutoConfig, AutoModelForCausalLM
+        >>> def load(directory, file):
+        ...     config = AutoConfig.from_pretrained(directory, gguf_file=file)
+        ...     with torch.device("meta"):
+        ...         model = AutoModelForCausalLM.from_config(config)
+        ...     weights = qlora_ext.gguf.GGUFWeights(f"{directory}/{file}", model)
+        ...     return weights.load(quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.bfloat16)
     """
 
-    def __init__(self, path: pathlib.Path, model: Any) -> None:
+    def __init__(self, path: str | os.PathLike[str], model: Any) -> None:
+        path = pathlib.Path(path)
         try:
             from transformers import modeling_gguf_pytorch_utils as reading
         except ImportError as error:
             raise NotImplementedError(str(error)) from error
         self._path, self._model = path, model
-        header = gguf_file.read(path)
+        header = read_header(path)
         processor = reading.TENSOR_PROCESSORS.get(header.architecture, reading.TensorProcessor)
         self._processor = processor(config=model.config.to_dict())
         self._names = self._names_of(header.architecture)

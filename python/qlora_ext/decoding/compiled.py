@@ -27,9 +27,9 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .._internal.untrusted import first_line
 from .._library import link_compiled_code
-from .compiled_cache import clean, directory, is_whole, written
-from .errors import UserError, first_line
+from .cache import clean, directory, is_whole, written
 
 # As transformers calls a model's cache: the newer of its two names, where it knows that.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -171,7 +171,15 @@ def causal_lm(model: Any) -> Any:
 
 
 def obstacle(model: Any) -> str | None:
-    """Why decoding with ``model`` is not compiled, in words; None where it can be tried."""
+    """Why decoding with ``model`` is not compiled, in words; None where it can be tried.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
+        >>> qlora_ext.decoding.obstacle(model.to("meta"))
+        'it is compiled for the CPU only'
+    """
     lm = causal_lm(model)
     if lm.device.type != "cpu":
         return "it is compiled for the CPU only"
@@ -314,43 +322,57 @@ class Decoder:
             ours[:, :, :length] = theirs
 
 
-def compile_decoding(model: Any, mode: str, pays: bool) -> Decoder | None:
-    """Has ``model`` decode by compiled code from now on, where the user wants that and it can be done.
+class CompilationError(RuntimeError):
+    """The decoding of a model cannot be compiled: its text says why. The model is as it was."""
+
+
+def compile_decoding(
+    model: Any, missing: bool = True, progress: Callable[[str], object] | None = None
+) -> Decoder | None:
+    """Has ``model`` decode by compiled code from now on. Its tokens stay those of the eager model.
+
+    The code comes from the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``), or is compiled now, which takes a minute
+    or so, and kept there. One package serves every adapter of the same shape.
 
     Args:
-        mode: "auto" compiles where a package is kept or it ``pays``, and does without where that fails; "always"
-            compiles; "never" does not.
+        model: a causal language model of transformers on the CPU, in 4 bits or dense, with a LoRA adapter or without.
+            It is put into evaluation mode.
+        missing: whether to compile what the cache does not have.
+        progress: is called with a sentence before and after code is compiled.
 
     Returns:
-        What decodes now, or None: the model is as it was.
+        What decodes now, or None: the cache has no code for the model and ``missing`` is False. The model is as it was.
 
     Raises:
-        UserError: "always", and it cannot be done.
+        CompilationError: the model is of a kind that is not compiled (``obstacle``), or the compiler failed.
+
+    Example:
+        >>> from qlora_ext.decoding import compile_decoding, prepare_to_answer
+        >>> from transformers import AutoModelForCausalLM
+        >>> def load(directory):
+        ...     model = AutoModelForCausalLM.from_pretrained(directory)
+        ...     compile_decoding(prepare_to_answer(model))
+        ...     return model
     """
-    if mode == "never":
-        return None
     why = obstacle(model)
-    if why is None:
-        lm = causal_lm(model).eval()
-        step = _Step(lm)
-        state = _state(step)
-        try:
-            package = directory() / f"{_digest(model, state)}.pt2"
-            clean(package.parent)
-            if is_whole(package):
-                with contextlib.suppress(Exception):  # a package that cannot be loaded is compiled again
-                    return Decoder(lm, state, package)
-            if mode == "auto" and not pays:
-                return None
-            print("compiling the model, once for all adapters of this shape ...", file=sys.stderr)
-            start = time.perf_counter()
-            _compile(lm, step, package)
-            print(f"compiled in {time.perf_counter() - start:.0f} s", file=sys.stderr)
-            return Decoder(lm, state, package)
-        except Exception as error:  # whatever a compiler says; the model runs without
-            why = first_line(error)
-    if mode == "always":
-        raise UserError(f"--compile always: this model cannot be compiled: {why}")
-    if pays:
-        print(f"not compiled ({why}); answers are slower", file=sys.stderr)
-    return None
+    if why is not None:
+        raise CompilationError(why)
+    lm = causal_lm(model).eval()
+    step = _Step(lm)
+    state = _state(step)
+    tell = progress or (lambda text: None)
+    try:
+        package = directory() / f"{_digest(model, state)}.pt2"
+        clean(package.parent)
+        if is_whole(package):
+            with contextlib.suppress(Exception):  # a package that cannot be loaded is compiled again
+                return Decoder(lm, state, package)
+        if not missing:
+            return None
+        tell("compiling the model, once for all adapters of this shape ...")
+        start = time.perf_counter()
+        _compile(lm, step, package)
+        tell(f"compiled in {time.perf_counter() - start:.0f} s")
+        return Decoder(lm, state, package)
+    except Exception as error:  # compilers fail in any way whatever
+        raise CompilationError(first_line(error)) from error

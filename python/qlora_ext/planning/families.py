@@ -6,7 +6,6 @@ import re
 from typing import Any
 
 from .._internal.untrusted import excerpt
-from .errors import UserError
 
 # model_type, vocabulary, hidden size, intermediate size, layers, heads, key-value heads, tied head
 _FAMILIES: dict[str, tuple[str, int, int, int, int, int, int, bool]] = {
@@ -58,7 +57,7 @@ def _key(name: str) -> str:
 
 
 def config(name: str) -> Any:
-    """The transformers configuration of a known model."""
+    """The transformers configuration of a known model, such as llama-3-8b or meta-llama/Meta-Llama-3-8B."""
     from transformers import AutoConfig
 
     kind, vocab, hidden, intermediate, layers, heads, kv_heads, tied = _FAMILIES[_key(name)]
@@ -76,7 +75,11 @@ def config(name: str) -> Any:
 
 
 def config_of_sizes(text: str) -> Any:
-    """A Llama of the sizes in ``text``: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]."""
+    """A Llama of the sizes in ``text``: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N].
+
+    Raises:
+        ValueError: ``text`` has another form, or no model has such sizes.
+    """
     from transformers import AutoConfig
 
     sizes = {"vocab": 32000}
@@ -84,16 +87,16 @@ def config_of_sizes(text: str) -> Any:
         key, _, value = part.partition("=")
         known = key.strip() in ("hidden", "intermediate", "layers", "heads", "kv-heads", "vocab")
         if not known or not re.fullmatch("[0-9]+", value):
-            raise UserError(f"--sizes {text}: expected hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]")
+            raise ValueError(f"sizes {text}: expected hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]")
         if len(value) > 6:
-            raise UserError(f"--sizes {excerpt(text)}: expected numbers below a million")
+            raise ValueError(f"sizes {excerpt(text)}: expected numbers below a million")
         sizes[key.strip()] = int(value)
     missing = [key for key in ("hidden", "intermediate", "layers", "heads") if key not in sizes]
     missing += [key for key, size in sizes.items() if not size]
     if missing:
-        raise UserError(f"--sizes {text}: {', '.join(missing)} is missing or 0")
+        raise ValueError(f"sizes {text}: {', '.join(missing)} is missing or 0")
     if sizes["hidden"] % sizes["heads"] or sizes["heads"] % sizes.get("kv-heads", 1):
-        raise UserError(f"--sizes {text}: hidden is no multiple of heads, or heads none of kv-heads")
+        raise ValueError(f"sizes {text}: hidden is no multiple of heads, or heads none of kv-heads")
     return AutoConfig.for_model(
         "llama",
         vocab_size=sizes["vocab"],

@@ -12,10 +12,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._internal.dtype_names import AUTO
+from ..dtypes import computing_dtype_named
+from ..integrations.peft.lora_config import lora_config
+from ..nn import Packed4bit, quantize_model, scale_names
 from ..streaming import chunk_mlp, dense_mlps
-from .loss import head_loss
-from .models.loading import AUTO, parse_computing_dtype
-from .training.adapting import lora_config
+from ..streaming.loss import head_loss
 
 # Bytes of optimizer state per byte of the trainable parameters, and per value of them: two moments in the parameter's
 # own dtype, which is float32 but for modules that are trained whole; 8-bit ones carry a scale per block of 256.
@@ -41,7 +43,21 @@ FEW, MORE = 4, 8
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is planned for: the model's configuration and the options of ``finetune`` that cost memory."""
+    """The run that is planned: the model's configuration and the options of ``finetune`` that cost memory.
+
+    Attributes:
+        config: a configuration of transformers.
+        target_modules: PEFT's.
+        dtype: bfloat16, float16, float32, or auto: the default of the device.
+        devices: that share the weights by FSDP2.
+        stream: where the frozen layers are kept: none, ram or disk.
+        host: the run is on the CPU.
+
+    The other fields are the options of the same names.
+
+    Example:
+        >>> job = qlora_ext.planning.Job(qlora_ext.planning.families.config("llama-3-8b"), seq_len=2048)
+    """
 
     config: Any
     rank: int = 16
@@ -51,19 +67,19 @@ class Job:
     dtype: str = AUTO
     optimizer: str = "adamw_torch"
     block_size: int = 64
-    modules_to_save: str = ""
+    modules_to_save: tuple[str, ...] = ()
     grad_checkpointing: bool = False
     chunked_loss: bool = False
     devices: int = 1
     mlp_chunk: int = 0
     offload_checkpoints: bool = False
     stream: str = "none"
-    host: bool = False  # it runs on the CPU
+    host: bool = False
 
     @property
     def compute(self) -> torch.dtype:
         """The dtype in which the model computes, and that of the weights that are not 4-bit."""
-        return parse_computing_dtype(self.dtype, torch.device("cpu" if self.host else "cuda"))
+        return computing_dtype_named(self.dtype, torch.device("cpu" if self.host else "cuda"))
 
 
 def process_bytes() -> float:
@@ -71,16 +87,6 @@ def process_bytes() -> float:
     import psutil
 
     return float(psutil.Process().memory_info().rss) + _TO_COME
-
-
-def job_of(options: Any, config: Any) -> Job:
-    """The job of a command's ``options``, which have the names of its fields."""
-    named = {field.name for field in dataclasses.fields(Job)} & set(vars(options))
-    targets = options.target_modules
-    values = {name: getattr(options, name) for name in named}
-    if targets != "all-linear":
-        values["target_modules"] = [name.strip() for name in targets.split(",")]
-    return Job(**{**values, "config": config})
 
 
 class _Live(TorchDispatchMode):
@@ -142,8 +148,6 @@ def build(job: Job, layers: int) -> Any:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    import qlora_ext
-
     config = copy.deepcopy(job.config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
@@ -152,8 +156,9 @@ def build(job: Job, layers: int) -> Any:
     config.use_cache = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=job.compute)
-        qlora_ext.quantize_model(model, block_size=job.block_size)
-        model = get_peft_model(model, lora_config(model, job, job.target_modules))
+        quantize_model(model, block_size=job.block_size)
+        config = lora_config(model, job.rank, job.target_modules, list(job.modules_to_save))
+        model = get_peft_model(model, config)
     if job.grad_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if job.mlp_chunk and dense_mlps(model):
@@ -170,8 +175,6 @@ def trains_head(job: Job) -> bool:
 
 
 def _static(model: Any) -> dict[str, float]:
-    from qlora_ext.nn import Packed4bit, scale_names
-
     bytes_: dict[str, float] = dict.fromkeys(("base weights", "scales", "other weights", "adapters", _VALUES), 0.0)
     seen: set[int] = set()
     for module in model.modules():
@@ -274,3 +277,19 @@ def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
             parts["malloc"] = _KEPT * parts["workspace"]
         splits.append(parts)
     return max(splits, key=lambda parts: sum(parts.values()))
+
+
+def peak_memory(job: Job) -> dict[str, float]:
+    """Bytes per device, by what they are for, at the highest point of a training step.
+
+    Python's own memory or that of a CUDA context is not among them. A run that streams its layers takes less: see
+    ``place``.
+
+    Example:
+        >>> planning = qlora_ext.planning
+        >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=2,heads=4,vocab=512")
+        >>> parts = planning.peak_memory(planning.Job(config, seq_len=128))
+        >>> parts["base weights"] < parts["activations"]
+        True
+    """
+    return split(job, tops(job))

@@ -70,7 +70,14 @@ def _count(model: Any, experts: float) -> tuple[float, float, float, float]:
 
 
 def streamed(job: Job) -> Streamed:
-    """The blocks of the job's model, found on models of few layers without memory."""
+    """The blocks of the job's model, found on models of few layers without memory.
+
+    Example:
+        >>> planning = qlora_ext.planning
+        >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=20,heads=4,vocab=512")
+        >>> planning.streamed(planning.Job(config)).blocks
+        20.0
+    """
     text = job.config.get_text_config()
     layers = text.num_hidden_layers
     count = next(
@@ -88,7 +95,20 @@ def streamed(job: Job) -> Streamed:
 
 
 def place(parts: dict[str, float], blocks: Streamed, resident: float | None) -> tuple[dict[str, float], int]:
-    """The split of a resident run as it is with the blocks streamed, and the number of buffers in the ring."""
+    """The split of a resident run as it is with the blocks streamed, and the number of buffers in the ring.
+
+    Args:
+        parts: of ``peak_memory``.
+        resident: bytes that the weights may take on the device; None: as few as possible.
+
+    Example:
+        >>> planning = qlora_ext.planning
+        >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=20,heads=4,vocab=512")
+        >>> job = planning.Job(config, seq_len=64)
+        >>> parts, buffers = planning.place(planning.peak_memory(job), planning.streamed(job), None)
+        >>> buffers
+        2
+    """
     # What of the 4-bit weights is in no block, such as a quantized head, stays; both kinds lie in the ring.
     left = max(parts["base weights"] + parts["scales"] - blocks.total, 0.0)
     slots = blocks.slots(resident, left + parts["other weights"])
