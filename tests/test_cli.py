@@ -156,7 +156,7 @@ def test_prompts_and_adapters_that_are_not_options(
     import io
 
     monkeypatch.chdir(paths["root"])
-    monkeypatch.setattr("qlora_ext.cli.models.adapter_files.DEFAULT_RUN", whole_run.name)
+    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", whole_run.name)
     ask = ["--max-new-tokens", "4"]
     here("generate", "--adapter", whole_run, "--prompt", "count 3", *ask)
     answer = capfd.readouterr().out
@@ -174,7 +174,7 @@ def test_prompts_and_adapters_that_are_not_options(
     assert "--model: the name is empty" in refused("generate", "--model", "", "count 3")
     assert "--model: the name is empty" in refused("generate", "--adapter", whole_run, "--model", "", "count 3")
     assert "name it with --adapter" in refused("generate", "--model", whole_run, "count 3")
-    monkeypatch.setattr("qlora_ext.cli.models.adapter_files.DEFAULT_RUN", "no-run")
+    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", "no-run")
     assert "--adapter: none named and none in ./no-run" in refused("generate", "count 3")
 
 

@@ -78,10 +78,11 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
 
     from qlora_ext.cli.errors import UserError
     from qlora_ext.cli.generation.conversation import Conversation
-    from qlora_ext.cli.models.loading import load_quantized
+    from qlora_ext.cli.models.loading import Loader
     from qlora_ext.cli.models.sources import resolve
+    from qlora_ext.form import Form
 
-    model = load_quantized(resolve(str(talker)), torch.float32, torch.device("cpu"))
+    model = Loader(resolve(str(talker)), Form(torch.float32), torch.device("cpu")).while_loading()
     talk = Conversation(model, AutoTokenizer.from_pretrained(talker), "be brief", 8, 0.0)
     shown: list[str] = []
     forgotten = [talk.answer("x" * 60, shown.append) for _ in range(4)]  # of 256 tokens
@@ -95,7 +96,7 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
 def test_what_is_refused(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the model loads."""
     monkeypatch.setattr(
-        "qlora_ext.cli.models.adapter_files.load_quantized", lambda *a: pytest.fail("the model was read")
+        "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
     )
     assert "--adapter" in refused("chat")
     assert "no such directory" in refused("chat", "--adapter", paths["root"] / "nowhere")

@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 import qlora_ext
 from forks import Command
 from qlora_ext.cli import main
-from qlora_ext.cli.models.loading import load_quantized
+from qlora_ext.cli.models.loading import Loader
 from qlora_ext.cli.models.sources import resolve
+from qlora_ext.form import Form
 from qlora_ext.gguf import weights
 from test_cli_stream import killed_at_the_sixth_weight
 from tiny_models import SIZES, make, same_state
@@ -142,7 +143,7 @@ def test_weights_one_by_one_are_those_of_the_whole(
     decoded: list[str] = []
     decode = weights.GGUFWeights.decode
     monkeypatch.setattr(weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1])
-    found = load_quantized(resolve(str(path)), torch.bfloat16, torch.device("cpu"))
+    found = Loader(resolve(str(path)), Form(torch.bfloat16), torch.device("cpu")).while_loading()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
     assert sorted(decoded) == sorted(expected.state_dict())
     assert same_state(found, qlora_ext.quantize_model(expected))

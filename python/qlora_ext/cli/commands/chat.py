@@ -9,7 +9,7 @@ from typing import Any
 
 from ..._internal.untrusted import printable
 from ..errors import UserError
-from ..models.adapter_files import find_adapted
+from ..models.adapted import find_adapted
 from ..options import (
     add_adapter_option,
     add_base_options,

@@ -10,7 +10,8 @@ from ..._internal.untrusted import excerpt, printable
 from ..data import DEFAULT_DATA, held_out
 from ..errors import UserError, first_line
 from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
-from ..models.loading import dense_name, is_4bit, load_dense, load_quantized, load_tokenizer
+from ..models.loading import Loader, load_dense
+from ..models.pretrained import dense_name, is_4bit, load_tokenizer
 from ..models.sources import ModelSource, resolve
 from ..models.validate_model import check_tokens
 from ..options import add_dtype_option, add_trust_option
@@ -112,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     from ...calibration import self_text
     from ...fidelity import check_model
+    from ...form import Form
 
     _check_options(arguments)
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
@@ -128,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         found_file = output_file("--json", arguments.json, _MARK, inputs)
     tokenizer = load_tokenizer(source)
     text = arguments.data or held_out.default_text()
-    model = load_quantized(source, dtype, device, compute=compute)
+    model = Loader(source, Form(dtype), device, compute).while_loading()
     base = None if base_source is None else load_dense(base_source, dtype, device, compute)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or held_out.LENGTH
     if text == "self":

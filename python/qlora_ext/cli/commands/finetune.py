@@ -18,9 +18,10 @@ from ..errors import UserError
 from ..generation.completion import complete
 from ..models import validate_model
 from ..models.adapter_files import RECORD, check_files, config_of, find
-from ..models.conversion import Recipe, four_bit_directory, is_quantized
+from ..models.conversion import four_bit_directory, is_quantized
 from ..models.devices import name_of, parse_computing_dtype, parse_device, parse_dtype
-from ..models.loading import load_config, load_quantized, load_tokenizer
+from ..models.loading import Loader
+from ..models.pretrained import load_config, load_tokenizer
 from ..models.size import dense_share, model_size
 from ..models.sources import PACKAGE, ModelSource, resolve
 from ..options import DEFAULT_RUN, add_trust_option
@@ -298,15 +299,18 @@ def _computing_dtype(run: _Run, console: Console, device: torch.device) -> torch
 
 
 def _load(run: _Run, console: Console, device: torch.device) -> Any:
+    from ...form import Form
+
     s = run.settings
     dtype, source = parse_dtype(s.dtype), run.source
     compute = _computing_dtype(run, console, device)
+    loader = Loader(source, Form(dtype, s.block_size), device, compute)
     streamed: dict[str, Any] = {}
     if s.stream != "none":
         streamed = {"stream": s.stream, "resident": s.resident or None}
     if s.stream == "disk" and not is_quantized(load_config(source)):
-        source = four_bit_directory(Recipe(source, dtype, s.block_size), run.output)
-    model = load_quantized(source, dtype, device, s.block_size, compute=compute, **streamed)
+        loader = dataclasses.replace(loader, source=four_bit_directory(loader, run.output))
+    model = loader.while_loading(**streamed)
     _identify(run, "base", digest_of_model(model), f"--model {run.source.name}")
     weights = model_size(model)
     console.print(

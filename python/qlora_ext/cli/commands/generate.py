@@ -11,7 +11,7 @@ from ..data import as_question, tokenizing
 from ..errors import UserError
 from ..generation.completion import complete
 from ..models import validate_model
-from ..models.adapter_files import find_adapted
+from ..models.adapted import find_adapted
 from ..options import (
     add_adapter_option,
     add_base_options,

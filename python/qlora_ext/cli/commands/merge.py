@@ -11,8 +11,9 @@ from typing import Any
 
 from ..data import is_preference, read_examples, split
 from ..errors import UserError
-from ..models.adapter_files import RECORD, base_of, find, find_adapted, record_of
-from ..models.loading import restore_use_cache
+from ..models.adapted import find_adapted
+from ..models.adapter_files import RECORD, base_of, find, record_of
+from ..models.pretrained import restore_use_cache
 from ..models.size import model_size
 from ..options import add_base_options
 from ..outputs.directory import Output, claim

@@ -14,7 +14,7 @@ from ..._internal.sizes import parse_size
 from ..._internal.untrusted import excerpt, printable
 from ..errors import UserError, path_named, reading
 from ..models.devices import check_dtype
-from ..models.loading import load_config
+from ..models.pretrained import load_config
 from ..models.sources import DEFAULT_MODEL, resolve
 from ..options import add_dtype_option, add_trust_option
 from ..outputs.directory import output_file

@@ -7,9 +7,10 @@ import contextlib
 from typing import Any
 
 from ..errors import UserError
-from ..models.conversion import SHARD_SIZE, Recipe, spilled
+from ..models.conversion import SHARD_SIZE, spilled
 from ..models.devices import parse_device, parse_dtype
-from ..models.loading import BLOCK_SIZES, dense_name, is_4bit, load_quantized, load_tokenizer, restore_use_cache
+from ..models.loading import BLOCK_SIZES, Loader
+from ..models.pretrained import dense_name, is_4bit, load_tokenizer, restore_use_cache
 from ..models.size import dense_share, model_size
 from ..models.sources import PROVENANCE, resolve
 from ..options import add_trust_option
@@ -60,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, output: Output) -> int:
     from ...calibration import calibration_of
     from ...fidelity.integrity import problems_of
+    from ...form import Form
     from ...integrations.bitsandbytes import save_pretrained
     from ...nn import Embedding4bit
 
@@ -72,19 +74,20 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     output.check()
     init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
-    form = arguments.block_size, not arguments.no_double_quant
-    keeper = mixed_precision.keeper(arguments, tokenizer, *form)
+    form = Form(dtype, arguments.block_size, not arguments.no_double_quant)
+    loader = Loader(source, form, device, embeddings=arguments.embeddings)
+    keeper = mixed_precision.keeper(arguments, tokenizer, form)
     dense_first = arguments.calibrate != "none" or init_lora is not None or keeper is not None
     with contextlib.ExitStack() as stack:
         spill = None
         if not dense_first and device.type == "cpu":
-            spill = stack.enter_context(spilled(Recipe(source, dtype, *form, arguments.embeddings), output))
+            spill = stack.enter_context(spilled(loader, output))
         layers = stack.enter_context(calibrate.kept_layers(arguments, output))
         with calibrate.calibration(arguments, tokenizer, layers) as calibration:
-            model = load_quantized(
-                source, dtype, device, *form, calibration, init_lora, keeper,
-                spill=spill, embeddings=arguments.embeddings,
-            )  # fmt: skip
+            if dense_first:
+                model = loader.dense_first(calibration, init_lora, keeper)
+            else:
+                model = loader.while_loading(spill=spill)
         if arguments.embeddings and not any(isinstance(module, Embedding4bit) for module in model.modules()):
             raise UserError(f"--embeddings: {source.name} has none that can be 4-bit, or is in 4 bits already")
         if is_4bit(source):

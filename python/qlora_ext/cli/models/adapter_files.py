@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import dataclasses
 import pathlib
-import sys
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..._internal.untrusted import FileError, Schema, excerpt, printable, read_json
 from ..errors import UserError, first_line, path_named
-from ..options import DEFAULT_RUN
 from ..outputs.ownership import RECORD as RECORD
 from . import validate_model
-from .devices import parse_computing_dtype, parse_device, parse_dtype
-from .loading import BLOCK_SIZES, load_quantized, load_tokenizer
 from .sources import ModelSource, resolve
-
-if TYPE_CHECKING:
-    import torch
 
 _METRICS: Schema = {"steps?": int, "perplexity_before?": float, "perplexity_after?": float}
 RECORD_SCHEMA: Schema = {
@@ -183,56 +174,3 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
         ) from error
     _cast_saved(adapted)
     return adapted
-
-
-@dataclasses.dataclass(frozen=True)
-class Adapted:
-    """A base and (unless it is None) an adapter, found and checked before a weight of the base is read."""
-
-    adapter: pathlib.Path | None
-    source: ModelSource
-    dtype: torch.dtype
-    compute: torch.dtype
-    device: torch.device
-    block_size: int
-    force: bool
-    tokenizer: Any
-
-    def load(self) -> Any:
-        """The 4-bit base with the adapter on it."""
-        model = load_quantized(self.source, self.dtype, self.device, self.block_size, compute=self.compute)
-        return model if self.adapter is None else load(model, self.adapter, self.force)
-
-    def load_to_answer(self) -> Any:
-        """As ``load``, for inference alone."""
-        from ...decoding import prepare_to_answer
-
-        return prepare_to_answer(self.load())
-
-
-def find_adapted(arguments: argparse.Namespace) -> Adapted:
-    """What the options of ``add_base_options`` and ``--adapter`` name.
-
-    Raises:
-        UserError: there is no such thing, or its files are damaged.
-    """
-    dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
-    compute = parse_computing_dtype(arguments.dtype, device)
-    block_size = 64
-    path = None
-    name = arguments.adapter
-    if name is None and arguments.model is None:
-        name = DEFAULT_RUN
-        if not (pathlib.Path(name) / "adapter" / "adapter_config.json").is_file():
-            raise UserError(f"--adapter: none named and none in ./{DEFAULT_RUN}; name an adapter, or a --model")
-        print(f"qlora-ext: using the adapter in ./{name}; choose another with --adapter", file=sys.stderr)
-    if name is None:
-        source = resolve(arguments.model, arguments.trust_remote_code)
-    else:
-        path = find(name)
-        source = base_of(path, arguments.model, arguments.trust_remote_code)
-        block_size = (record_of(path).get("settings") or {}).get("block_size", block_size)
-        if block_size not in BLOCK_SIZES:
-            raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
-        check_files(path)
-    return Adapted(path, source, dtype, compute, device, block_size, arguments.force, load_tokenizer(source))

@@ -18,49 +18,39 @@ from ..outputs.files import contents, write_json
 from ..outputs.waiting import waiting
 from . import validate_model
 from .devices import name_of
-from .loading import load_quantized, load_tokenizer, restore_use_cache
+from .pretrained import load_tokenizer, restore_use_cache
 from .sources import ModelSource
 
 if TYPE_CHECKING:
-    import torch
-
     from ...integrations.transformers.spill import Spill
+    from .loading import Loader
 
 # A shard is put together in memory before it is written.
 SHARD_SIZE = "500MB"
 _ORIGIN = "quantized_from.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a 4-bit directory is made of, and how."""
+def _origin_of(loader: Loader) -> dict[str, Any]:
+    """What identifies a 4-bit directory made by ``loader``: the model, its files, and the form."""
+    from ... import __version__
 
-    source: ModelSource
-    dtype: torch.dtype
-    block_size: int = 64
-    double_quant: bool = True
-    embeddings: bool = False
-
-    def origin(self) -> dict[str, Any]:
-        """By what the same recipe over the same files is known again."""
-        from ... import __version__
-
-        files = validate_model.weight_files(self.source.directory) if self.source.directory is not None else []
-        found = self.source.on_disk
-        files = files or ([pathlib.Path(found)] if found is not None and self.source.gguf_file else [])
-        return {
-            "model": self.source.name,
-            "files": [[file.name, (status := file.stat()).st_size, status.st_mtime_ns] for file in files],
-            "dtype": name_of(self.dtype),
-            "block_size": self.block_size,
-            "double_quant": self.double_quant,
-            "embeddings": self.embeddings,
-            "version": __version__,
-        }
+    source, form = loader.source, loader.form
+    files = validate_model.weight_files(source.directory) if source.directory is not None else []
+    found = source.on_disk
+    files = files or ([pathlib.Path(found)] if found is not None and source.gguf_file else [])
+    return {
+        "model": source.name,
+        "files": [[file.name, (status := file.stat()).st_size, status.st_mtime_ns] for file in files],
+        "dtype": name_of(form.compute_dtype),
+        "block_size": form.block_size,
+        "double_quant": form.double_quant,
+        "embeddings": loader.embeddings,
+        "version": __version__,
+    }
 
 
 @contextlib.contextmanager
-def spilled(recipe: Recipe, output: Output) -> Iterator[Spill | None]:
+def spilled(loader: Loader, output: Output) -> Iterator[Spill | None]:
     """The directory beside ``output`` that retains quantized weights until ``output`` is complete; see ``waiting``.
 
     They are deleted if the model is rejected, and retained if the command is interrupted or cannot write the output.
@@ -70,7 +60,7 @@ def spilled(recipe: Recipe, output: Output) -> Iterator[Spill | None]:
     Raises:
         UserError: the disk is full; what was quantized is kept, and the next run goes on there.
     """
-    with waiting(output, "weights", recipe.origin()) as found:
+    with waiting(output, "weights", _origin_of(loader)) as found:
         if found is None:
             yield None
             return
@@ -133,42 +123,31 @@ def _check_base(output: Output, found: dict[str, Any] | None) -> None:
     output.check()
 
 
-def four_bit_directory(recipe: Recipe, run: Output) -> ModelSource:
-    """The model of ``recipe`` in 4 bits at OUTPUT-base of a run, made there unless it is there already.
+def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
+    """The model of ``loader`` in 4 bits at OUTPUT-base of a run, made there unless it is there already.
 
     With ``--overwrite`` it replaces the base that a run like this one left there.
 
     Raises:
         UserError: there is something else; or the model cannot be loaded, or not be written.
     """
-    origin = json.loads(json.dumps(recipe.origin()))
+    import torch
+
+    origin, source = json.loads(json.dumps(_origin_of(loader))), loader.source
+    on_cpu = dataclasses.replace(loader, device=torch.device("cpu"), compute=None)
     directory = run.path.with_name(f"{run.path.name}-base")
     with claim(str(directory), run.overwrite, run.inputs) as output:
         if (found := _read_origin(output.path)) != origin:
-            output.protect("--model", recipe.source.name, recipe.source.on_disk)
+            output.protect("--model", source.name, source.on_disk)
             _check_base(output, found)
-            print(f"quantizing {printable(recipe.source.name)} to {printable(output.path)}, to be streamed from there")
-            tokenizer = load_tokenizer(recipe.source)
-            with spilled(recipe, output) as spill:
-                model = load_on_cpu(recipe, spill)
-                restore_use_cache(model, recipe.source)
+            print(f"quantizing {printable(source.name)} to {printable(output.path)}, to be streamed from there")
+            tokenizer = load_tokenizer(source)
+            with spilled(loader, output) as spill:
+                model = on_cpu.while_loading(spill=spill)
+                restore_use_cache(model, source)
                 with output.written("quantize") as partial:
                     model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
                     tokenizer.save_pretrained(partial)
                     write_json(partial / _ORIGIN, origin)
                 del model  # which is mapped from the files that go now
-    return ModelSource(recipe.source.name, os.fspath(output.path), None, recipe.source.trust_remote_code)
-
-
-def load_on_cpu(recipe: Recipe, spill: Spill | None) -> Any:
-    """The model in 4 bits, its weights in the files of ``spill``, with a bar of progress."""
-    import torch
-
-    return load_quantized(
-        recipe.source,
-        recipe.dtype,
-        torch.device("cpu"),
-        recipe.block_size,
-        recipe.double_quant,
-        spill=spill,
-    )
+    return ModelSource(source.name, os.fspath(output.path), None, source.trust_remote_code)

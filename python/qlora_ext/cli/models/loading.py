@@ -1,19 +1,18 @@
-"""A model and its tokenizer: loaded in 4 bits, checked, weighed, and asked to go on with a text."""
+"""The weights of a model: loaded in 4 bits, or as they are."""
 
 from __future__ import annotations
 
 import contextlib
-import io
+import dataclasses
 import itertools
 import pathlib
-import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from ..._internal.untrusted import excerpt, printable, read_json
-from ..errors import UserError, first_line, reading
+from ..errors import UserError, first_line
 from . import validate_model
-from .sources import PROVENANCE, ModelSource
+from .pretrained import load_config, load_pretrained, loading
+from .sources import ModelSource
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,33 +20,11 @@ if TYPE_CHECKING:
     import torch
 
     from ...calibration import Calibration, InitLora
+    from ...form import Form
     from ...gguf import GGUFWeights
     from ...integrations.transformers.spill import Spill
 
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_MAX_LAYERS = 10_000
-
-
-@contextlib.contextmanager
-def _loading(what: str, source: ModelSource, shown: bool) -> Iterator[None]:
-    """transformers' bar of progress is shown or not, and what it raises is a UserError."""
-    import gguf  # noqa: F401  # transformers' own message for its absence spans a screen
-    from transformers.utils import logging
-
-    shown = shown and sys.stderr.isatty()
-    (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-    # The reader of GGUF files has a bar of its own.
-    on_hub = source.directory is None and source.gguf_file is None
-    with (
-        reading(what, source.name, on_hub),
-        contextlib.nullcontext() if shown else contextlib.redirect_stderr(io.StringIO()),
-    ):
-        yield
-
-
-def _load(what: str, source: ModelSource, loader: Any, shown: bool = False, **options: Any) -> Any:
-    with _loading(what, source, shown):
-        return loader.from_pretrained(source.path, **source.options, **options)
 
 
 def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
@@ -57,27 +34,11 @@ def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
     if source.gguf_file is None:
         return None
     skeleton = validate_model.skeleton(source, config)
-    with _loading("model", source, False):
+    with loading("model", source, False):
         try:
             return GGUFWeights(pathlib.Path(source.path) / source.gguf_file, skeleton)
         except NotImplementedError:
             return None
-
-
-def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, with a token to pad with.
-
-    Raises:
-        UserError: there is none, or its files are damaged.
-    """
-    from transformers import AutoTokenizer
-
-    tokenizer = _load("tokenizer", source, AutoTokenizer)
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"cannot load the tokenizer of {source.name}: it has no token; are its files there?")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 @contextlib.contextmanager
@@ -106,100 +67,23 @@ def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
         layer.to(compute)
 
 
-def load_quantized(
-    source: ModelSource,
-    dtype: torch.dtype,
-    device: torch.device,
-    block_size: int = 64,
-    double_quant: bool = True,
-    calibration: Calibration | None = None,
-    init_lora: InitLora | None = None,
-    keep: Callable[[Any], list[str]] | None = None,
-    stream: str | None = None,
-    resident: str | None = None,
-    spill: Spill | None = None,
-    embeddings: bool = False,
-    compute: torch.dtype | None = None,
-) -> Any:
-    """The model in 4 bits, quantized while loading where transformers can, with its other weights in ``dtype``.
-
-    One that is to be calibrated, or of which layers are to be chosen, is loaded dense: it has to run. So is one for
-    which adapters are to be found.
-
-    Args:
-        keep: names the layers of the dense model that stay dense.
-        stream, resident: as in ``QLoRAConfig``.
-        spill: takes the weights as they are quantized; then ``device`` is the CPU.
-        embeddings: embeddings too, each with the output head that is tied to it.
-        compute: the dtype in which the model computes: its other weights are then cast to it, the 4-bit ones being
-            those of ``dtype``.
-
-    Raises:
-        UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
-    """
+def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
+    """The model as it is, in ``dtype``, on the CPU; complete, but its values are not checked."""
     from transformers import AutoModelForCausalLM
 
-    import qlora_ext
-
-    from ... import streaming
-    from ...dtypes import computing_dtype
-    from ...integrations.transformers.spill import spilling
-
-    form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant, "embeddings": embeddings}
-    model_config = load_config(source)
-    validate_model.check_room(source, model_config)
-    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    dense_first = calibration is not None or init_lora is not None or keep is not None
-    weights = None if dense_first else _gguf_weights(source, model_config)
-    # transformers combines no quantization with a GGUF file that it reads itself.
-    while_loading = not dense_first and (source.gguf_file is None or weights is not None)
-    if while_loading:
-        config = qlora_ext.QLoRAConfig(**form, stream=stream, resident=resident)
-        if spill is not None:
-            config = spilling(config, spill)
-        options |= {"device_map": {"": device}, "quantization_config": config}
-    with warnings.catch_warnings():
-        # A saved 4-bit model keeps its own form, which is known here.
-        warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
-        if weights is None:
-            model, report = _load("model", source, AutoModelForCausalLM, shown=spill is not None, **options)
-        else:
-            with _loading("model", source, shown=spill is not None):
-                model, report = weights.load(**options)
-            report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
+    options = {"dtype": dtype, "output_loading_info": True}
+    model, report = load_pretrained("model", source, AutoModelForCausalLM, shown, **options)
     validate_model.check_report(source, model, report)
-    if not while_loading:
-        streamed = stream is not None and device.type != "cpu"
-        runs = calibration is not None or keep is not None
-        try:
-            if runs:
-                model.to(device)
-            with _cast(model, computing_dtype(dtype, device)) if runs else contextlib.nullcontext():
-                kept = () if keep is None else keep(model)
-                qlora_ext.quantize_model(
-                    model, calibration=calibration, init_lora=init_lora, keep=kept, compute_dtype=dtype, **form
-                )
-        except UserError:
-            raise
-        except ValueError as error:  # a NaN, with its place
-            raise UserError(f"cannot quantize {source.name}: {first_line(error)}") from error
-        if streamed:
-            streaming.stream(model, resident, "ram", device)
-        else:
-            model.to(device)
+    return model
+
+
+def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch.dtype | None) -> Any:
+    """``model``, once its values are known to be finite, ready to compute in ``compute`` (None: as it is)."""
     validate_model.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
     if compute is not None:
         _compute_in(model, dtype, compute)
     return model
-
-
-def restore_use_cache(model: Any, source: ModelSource) -> None:
-    """Restores ``use_cache`` in the configuration of ``model`` to its value in ``source``.
-
-    Models are loaded to be trained and measured, which needs no cache; who loads what is saved may go by its word.
-    """
-    model.config.use_cache = getattr(load_config(source), "use_cache", True)
 
 
 def load_dense(
@@ -208,59 +92,127 @@ def load_dense(
     """The model as it is, in ``dtype``; or its weights of that dtype cast to ``compute``.
 
     Raises:
-        UserError: as for ``load_quantized``.
+        UserError: as of ``Loader``.
     """
-    from transformers import AutoModelForCausalLM
-
     validate_model.check_room(source, load_config(source))
-    model, report = _load("model", source, AutoModelForCausalLM, dtype=dtype, output_loading_info=True)
-    validate_model.check_report(source, model, report)
-    validate_model.check_finite(source, model.state_dict().items())
-    model.config.use_cache = False
-    if compute is not None:
-        _compute_in(model, dtype, compute)
-    return model.eval().to(device)
+    return _checked(_dense(source, dtype), source, dtype, compute).eval().to(device)
 
 
-def is_4bit(source: ModelSource) -> bool:
-    """Whether the files of the model are quantized already."""
-    return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Loads the model from ``source`` in 4 bits, with its other weights in ``form.compute_dtype``, to ``device``.
 
+    Attributes:
+        form: of the 4-bit weights.
+        compute: the dtype in which the model computes, where that is another than the form's: its dense weights are
+            then cast to it, and its 4-bit ones stay those of the form's dtype.
+        embeddings: quantize embeddings too, each with the output head that is tied to it.
 
-def dense_name(source: ModelSource) -> str | None:
-    """The dense model that ``source`` is, or was quantized from, by its name; None where it does not say.
-
-    Raises:
-        UserError: what it says is damaged.
+    Raises (both ways of loading):
+        UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
     """
-    if not is_4bit(source):
-        return source.name
-    path = None if source.directory is None else source.directory / PROVENANCE
-    record = read_json(path, {"model?": str}) if path is not None and path.is_file() else {}
-    name: str | None = record.get("model")
-    return name
 
+    source: ModelSource
+    form: Form
+    device: torch.device
+    compute: torch.dtype | None = None
+    embeddings: bool = False
 
-def load_config(source: ModelSource) -> Any:
-    """The model's transformers configuration, before its weights are read.
+    def while_loading(self, stream: str | None = None, resident: str | None = None, spill: Spill | None = None) -> Any:
+        """The model, each weight quantized as soon as it is read, where transformers can do that.
 
-    Raises:
-        UserError: it is damaged, of a size that no model has, or names code to be fetched.
-    """
-    from transformers import AutoConfig
+        Args:
+            stream, resident: as in ``QLoRAConfig``.
+            spill: takes the weights as they are quantized; then ``device`` is the CPU.
+        """
+        from ...integrations.transformers import QLoRAConfig
+        from ...integrations.transformers.spill import spilling
 
-    if source.directory is not None:
-        _check_config(read_json(source.directory / "config.json", dict), printable(source.name))
-    return _load("configuration", source, AutoConfig)
+        model_config = load_config(self.source)
+        validate_model.check_room(self.source, model_config)
+        weights = _gguf_weights(self.source, model_config)
+        if self.source.gguf_file is not None and weights is None:
+            # transformers combines no quantization with a GGUF file that it reads itself.
+            return self._after_loading(stream, resident, shown=spill is not None)
+        config = QLoRAConfig(**self._options, stream=stream, resident=resident)
+        if spill is not None:
+            config = spilling(config, spill)
+        model = self._quantized(config, weights, shown=spill is not None)
+        return _checked(model, self.source, self.form.compute_dtype, self.compute)
 
+    def dense_first(
+        self,
+        calibration: Calibration | None = None,
+        init_lora: InitLora | None = None,
+        keep: Callable[[Any], list[str]] | None = None,
+    ) -> Any:
+        """The model, quantized after all of it was loaded: one that has to run for that, or to be compared with.
 
-def _check_config(config: dict[str, Any], name: str) -> None:
-    for key, value in config.items():
-        if isinstance(value, dict):
-            _check_config(value, name)
-        elif isinstance(value, int) and "layers" in key and value > _MAX_LAYERS:
-            raise UserError(f"{name}: config.json has {key} {value}, expected at most {_MAX_LAYERS}")
-        elif "implementation" in key and "/" in str(
-            value
-        ):  # kernels of the hub, which transformers would fetch and run
-            raise UserError(f"{name}: config.json has {key} {excerpt(value)}, expected one of transformers' own")
+        Args:
+            init_lora: finds adapters that begin with what quantizing takes away.
+            keep: names the layers of the dense model that stay dense.
+        """
+        from ...dtypes import computing_dtype
+
+        validate_model.check_room(self.source, load_config(self.source))
+        dtype = self.form.compute_dtype
+        model = _dense(self.source, dtype)
+        runs = calibration is not None or keep is not None
+        if runs:
+            model.to(self.device)
+        with _cast(model, computing_dtype(dtype, self.device)) if runs else contextlib.nullcontext():
+            self._quantize(model, keep, calibration=calibration, init_lora=init_lora)
+        model.to(self.device)
+        return _checked(model, self.source, dtype, self.compute)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The form, as ``QLoRAConfig`` and ``quantize_model`` take it."""
+        options = {"block_size": self.form.block_size, "double_quant": self.form.double_quant}
+        return {**options, "embeddings": self.embeddings}
+
+    def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
+        """The model that transformers quantizes while it loads it, from its files or from ``weights``."""
+        from transformers import AutoModelForCausalLM
+
+        options = {
+            "dtype": self.form.compute_dtype,
+            "output_loading_info": True,
+            "device_map": {"": self.device},
+            "quantization_config": config,
+        }
+        with warnings.catch_warnings():
+            # A saved 4-bit model keeps its own form, which is known here.
+            warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+            if weights is None:
+                model, report = load_pretrained("model", self.source, AutoModelForCausalLM, shown, **options)
+            else:
+                with loading("model", self.source, shown):
+                    model, report = weights.load(**options)
+                report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
+        validate_model.check_report(self.source, model, report)
+        return model
+
+    def _after_loading(self, stream: str | None, resident: str | None, shown: bool) -> Any:
+        """The model, quantized after all of it was loaded, because transformers cannot do both at once."""
+        from ... import streaming
+
+        dtype = self.form.compute_dtype
+        model = _dense(self.source, dtype, shown)
+        self._quantize(model)
+        if stream is not None and self.device.type != "cpu":
+            streaming.stream(model, resident, "ram", self.device)
+        else:
+            model.to(self.device)
+        return _checked(model, self.source, dtype, self.compute)
+
+    def _quantize(self, model: Any, keep: Callable[[Any], list[str]] | None = None, **options: Any) -> None:
+        from ...nn import quantize_model
+
+        try:
+            kept = () if keep is None else keep(model)
+            quantize_model(model, keep=kept, compute_dtype=self.form.compute_dtype, **self._options, **options)
+        except UserError:
+            raise
+        except ValueError as error:  # a NaN, with its place
+            raise UserError(f"cannot quantize {self.source.name}: {first_line(error)}") from error

@@ -13,6 +13,7 @@ from . import calibrate
 
 if TYPE_CHECKING:
     from ...fidelity import LayerCost, Sensitivity
+    from ...form import Form
 
 # Of the text on which the layers are compared; short sequences, for each is one sample of every layer's cost.
 TOKENS, LENGTH = 4096, 128
@@ -33,8 +34,7 @@ class Keeper:
 
     budget: str
     inputs: Any
-    block_size: int
-    double_quant: bool
+    form: Form
     text: str
     seed: int
     calibrates: bool
@@ -48,8 +48,8 @@ class Keeper:
             self.found = sensitivity(
                 model,
                 self.inputs,
-                block_size=self.block_size,
-                double_quant=self.double_quant,
+                block_size=self.form.block_size,
+                double_quant=self.form.double_quant,
                 tokens=TOKENS,
                 length=LENGTH,
                 seed=self.seed,
@@ -88,7 +88,7 @@ class Keeper:
         )
 
 
-def keeper(arguments: argparse.Namespace, tokenizer: Any, block_size: int, double_quant: bool) -> Keeper | None:
+def keeper(arguments: argparse.Namespace, tokenizer: Any, form: Form) -> Keeper | None:
     """What ``--keep`` asks for; None without it.
 
     Raises:
@@ -108,8 +108,7 @@ def keeper(arguments: argparse.Namespace, tokenizer: Any, block_size: int, doubl
     return Keeper(
         arguments.keep,
         "self" if own else calibrate.tokens_of(arguments.calibrate, tokenizer, TOKENS, LENGTH),
-        block_size,
-        double_quant,
+        form,
         "self" if own else arguments.calibrate,
         arguments.calibration_seed,
         arguments.calibrate != "none",
