@@ -201,11 +201,11 @@ def test_a_model_that_is_nowhere(refused, paths: Paths, tmp_path: pathlib.Path) 
 
 
 def test_finetune_alone_says_what_it_is(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
-    from qlora_ext.cli.commands import finetune
+    from qlora_ext.cli.training import prepare
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "resolve", lambda *a, **k: pytest.exit("too far"))
-        patch.setattr(finetune, "parse_device", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare, "resolve", lambda *a, **k: pytest.exit("too far"))
+        patch.setattr(prepare, "parse_device", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["finetune", "--output", str(tmp_path / "run")]) == 130
         told = capfd.readouterr().out
         assert main(["finetune", "--output", str(tmp_path / "run"), "--seed", "1"]) == 130

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from . import autograd, calibration, fidelity, nn, streaming, transforms
 from ._internal import hooks as _hooks
+from ._internal.lazy import lazily as _lazily
 from ._library import build_info
 from .autograd import linear_nf4
 from .calibration import Calibration
@@ -15,6 +16,8 @@ from .nn import quantize_model
 from .weight import NF4Weight, dequantize_nf4, quantize_nf4
 
 if TYPE_CHECKING:
+    from . import decoding, gguf, planning
+    from .cli.training.finetuning import finetune
     from .integrations.bitsandbytes.adoption import adopt
     from .integrations.transformers import QLoRAConfig
 
@@ -28,10 +31,14 @@ __all__ = [
     "build_info",
     "calibration",
     "check_model",
+    "decoding",
     "dequantize_nf4",
     "fidelity",
+    "finetune",
+    "gguf",
     "linear_nf4",
     "nn",
+    "planning",
     "quantize_model",
     "quantize_nf4",
     "sensitivity",
@@ -80,17 +87,13 @@ if os.environ.get("QLORA_EXT_TAKE_OVER", "") not in ("", "0"):
     take_over_bitsandbytes()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "QLoRAConfig":  # transformers is optional, and slow to import
-        from .integrations.transformers import QLoRAConfig
-
-        return QLoRAConfig
-    if name == "adopt":
-        from .integrations.bitsandbytes.adoption import adopt
-
-        return adopt
-    raise AttributeError(f"module 'qlora_ext' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+# What needs optional libraries, or is slow to import.
+_DEFINED_IN = {
+    "QLoRAConfig": ".integrations.transformers",
+    "adopt": ".integrations.bitsandbytes.adoption",
+    "decoding": ".",
+    "finetune": ".cli.training.finetuning",
+    "gguf": ".",
+    "planning": ".",
+}
+__getattr__, __dir__ = _lazily(__name__, _DEFINED_IN, __all__)

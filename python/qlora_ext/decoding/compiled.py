@@ -28,6 +28,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .._internal.untrusted import first_line
+from .._internal.version import VERSION
 from .._library import link_compiled_code
 from .cache import clean, directory, is_whole, written
 
@@ -208,14 +209,13 @@ def _digest(model: Any, state: dict[str, Tensor]) -> str:
     import peft
     import transformers
 
-    import qlora_ext
-
     lm = causal_lm(model)
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     flags = [line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")] if cpuinfo.is_file() else []
     facts = [
         pathlib.Path(__file__).read_text(),
-        {module.__name__: module.__version__ for module in (torch, transformers, peft, qlora_ext)},
+        {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        VERSION,
         [sys.version, platform.machine(), *flags[:1]],
         torch.get_num_threads(),  # in the code that Inductor writes
         lm.config.to_json_string(use_diff=False),

@@ -32,7 +32,7 @@ _ORIGIN = "quantized_from.json"
 
 def _origin_of(loader: Loader) -> dict[str, Any]:
     """What identifies a 4-bit directory made by ``loader``: the model, its files, and the form."""
-    from ... import __version__
+    from ..._internal.version import VERSION
 
     source, form = loader.source, loader.form
     files = validate_model.weight_files(source.directory) if source.directory is not None else []
@@ -45,7 +45,7 @@ def _origin_of(loader: Loader) -> dict[str, Any]:
         "block_size": form.block_size,
         "double_quant": form.double_quant,
         "embeddings": loader.embeddings,
-        "version": __version__,
+        "version": VERSION,
     }
 
 

@@ -47,9 +47,9 @@ def parse_device(name: str) -> torch.device:
     """The device that a user named; "auto" is CUDA where torch finds one and our kernels for it are built."""
     import torch
 
-    import qlora_ext
+    from ..._library import build_info
 
-    info = qlora_ext.build_info()
+    info = build_info()
     if name == "auto":
         return torch.device("cuda" if info["cuda_available"] else "cpu")
     try:

@@ -275,9 +275,9 @@ def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) ->
 
 
 def _mark(directory: pathlib.Path, command: str, begun_with: dict[str, str]) -> None:
-    from ... import __version__
+    from ..._internal.version import VERSION
 
-    record: dict[str, Any] = {"command": command, "version": __version__, **begun_with}
+    record: dict[str, Any] = {"command": command, "version": VERSION, **begun_with}
     if not begun_with:
         files = (p for p in directory.rglob("*") if not p.is_dir())
         record["files"] = sorted(p.relative_to(directory).as_posix() for p in files)

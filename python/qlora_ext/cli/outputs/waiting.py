@@ -61,7 +61,7 @@ def _check_ours(directory: pathlib.Path, marker: dict[str, Any], kind: str) -> d
 
 def _open(directory: pathlib.Path, output: Output, kind: str, key: dict[str, Any] | None) -> None:
     """Opens the directory of intermediate results, or makes it."""
-    from ... import __version__
+    from ..._internal.version import VERSION
 
     marker = {"waiting": kind, "output": output.path.name}
     recover(directory)
@@ -76,7 +76,7 @@ def _open(directory: pathlib.Path, output: Output, kind: str, key: dict[str, Any
         delete(directory, output.path, lambda path: _foreign(kind, path))
     if not os.path.lexists(directory):
         with staged_directory(directory) as partial:
-            write_json(partial / MARKER, {"command": "qlora-ext", "version": __version__, **marker, "key": key})
+            write_json(partial / MARKER, {"command": "qlora-ext", "version": VERSION, **marker, "key": key})
 
 
 def _names(directory: pathlib.Path) -> set[str]:

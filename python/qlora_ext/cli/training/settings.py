@@ -342,14 +342,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         )
 
 
-def given(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings that the user typed.
+def named_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the ``values`` that are settings."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the user typed, and those that follow from them.
 
     Raises:
         UserError: two of them contradict each other.
     """
-    names = {field.name for field in dataclasses.fields(Settings)}
-    typed = {name: value for name, value in vars(arguments).items() if name in names}
+    typed = dict(options)
     if typed.get("epochs") and "max_steps" in typed:
         raise UserError("--epochs and --max-steps both say how long to train; give one of them")
     if typed.get("warmup_steps") is not None:

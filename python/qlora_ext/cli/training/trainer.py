@@ -287,7 +287,7 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
             )
 
 
-def train(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
+def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     """Trains to the last step, from ``checkpoint`` on if there is one."""
     from ..models.adapter_files import entire
 
