@@ -63,7 +63,7 @@ def both_themes(draw: Draw, name: str, size: tuple[float, float]) -> None:
 
 
 def steps(figure: Any) -> None:
-    """Tokens a second of a training step, by machine and contender."""
+    """Tokens per second of a training step, by machine and contender."""
     found = {m: files.sections(m).get("step_2_threads") for m in files.machines()}
     measured = {m: section for m, section in found.items() if section}
     axes = figure.subplots()
@@ -77,13 +77,14 @@ def steps(figure: Any) -> None:
             bar = axes.bar(at, row["tokens/s"], 0.74 / len(rows), color=colour(row["base"]), label=label)
             axes.bar_label(bar, fmt="%.0f", padding=2, fontsize=9)
     axes.set_xticks(range(len(measured)), [_wrapped(files.MACHINES.get(m, m)) for m in measured])
-    axes.set_ylabel("tokens a second")
+    axes.set_ylabel("tokens per second")
+    axes.margins(y=0.1)
     axes.set_title("A training step of SmolLM2-135M, two cores", loc="left")
-    axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False)
+    axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False)
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(" (", "\n(").replace(", ", "\n", 1)
+    return name.replace(" (", "\n(").replace(", ", ",\n").replace(" as ", "\nas ")
 
 
 def ratios(section: files.Section) -> Draw:
@@ -200,7 +201,7 @@ def memory(figure: Any) -> None:
 
 
 def main() -> None:
-    both_themes(steps, "steps", (9, 4.2))
+    both_themes(steps, "steps", (10, 4.4))
     best = files.sections("amd_26_2")
     both_themes(ratios(best["linear_bfloat16_2_threads"]), "ratios", (9, 5.2))
     roof = files.ceiling(best)

