@@ -2,14 +2,15 @@
 
     python bench/ceiling.py [--seconds 3] [--threads 2]
 
-The other benches are held against these in bench/report.py. Memory is read by torch's sum over more than the caches
+The other benches are held against these in bench/lib/report.py. Memory is read by torch's sum over more than the caches
 hold; the products are the fastest that torch's library makes of large square matrices in each dtype.
 """
 
 from __future__ import annotations
 
-import harness
 import torch
+
+from lib import harness
 
 SIZE = 2048
 

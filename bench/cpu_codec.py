@@ -19,11 +19,11 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import harness
 import torch
 from torch import Tensor
 
 import qlora_ext
+from lib import harness
 
 OPS = torch.ops.qlora
 BLOCK, NESTED = 64, 256

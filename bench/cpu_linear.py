@@ -22,12 +22,12 @@ import os
 from collections.abc import Callable
 from types import ModuleType
 
-import harness
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 import qlora_ext
+from lib import harness
 from qlora_ext import _C
 
 SHAPES = "1536x576,4096x4096,14336x4096"

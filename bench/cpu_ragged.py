@@ -8,10 +8,10 @@ shows a cliff. The best of all rounds is reported. A column is to be compared wi
 
 from __future__ import annotations
 
-import harness
 import torch
 
 import qlora_ext
+from lib import harness
 
 SHAPES = [(1024, 1024), (1023, 1024), (1024, 1000), (1024, 1023)]
 TOKENS = [1, 3, 4, 8, 15, 16, 17, 24, 33, 64, 100, 256]

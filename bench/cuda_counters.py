@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda_cases import BF16, OPS, peer
-from cuda_operators import LINEAR_TOLERANCE, SIMULATED, TOLERANCE
-from harness import Report, check_equal
 from torch import Tensor
 
 import qlora_ext
+from cuda_operators import LINEAR_TOLERANCE, SIMULATED, TOLERANCE
+from lib.cuda_cases import BF16, OPS, peer
+from lib.harness import Report, check_equal
 
 PROFILE = "CUDASIM_PROFILE"  # the simulator appends a line for each launch to the file of this name
 SHAPES = "4096x4096,14336x4096"  # of Llama 3 8B

@@ -17,11 +17,11 @@ import sys
 os.environ.setdefault("QLORA_CUDA_KERNEL", "")  # there before the first call, so that each call reads it
 
 import torch
-from cuda_cases import BF16, RANK, SCALING, Layer, cold_bytes
-from cuda_operators import SHAPES, SIMULATED, TINY, captured, card_name
-from harness import Report, Spread, cuda_clock, interleave
 
 import qlora_ext
+from cuda_operators import SHAPES, SIMULATED, TINY, captured, card_name
+from lib.cuda_cases import BF16, RANK, SCALING, Layer, cold_bytes
+from lib.harness import Report, Spread, cuda_clock, interleave
 
 OPS = torch.ops.qlora
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)

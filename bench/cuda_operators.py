@@ -18,8 +18,9 @@ import time
 from collections.abc import Callable
 
 import torch
-from cuda_cases import Case, Layer, cold_bytes
-from harness import Report, check_equal, cuda_clock, interleave
+
+from lib.cuda_cases import Case, Layer, cold_bytes
+from lib.harness import Report, check_equal, cuda_clock, interleave
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192))  # Llama 3 8B and 70B
 TOKENS = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)

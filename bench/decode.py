@@ -18,17 +18,17 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import harness
-import quality
 import torch
 from peft import LoraConfig, get_peft_model
-from shapes import LLAMA_1B, SMOLLM2_135M
-from step import RANK
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
+import quality
+from lib import harness
+from lib.shapes import LLAMA_1B, SMOLLM2_135M
 from qlora_ext.decoding import compile_decoding, prepare_to_answer
 from qlora_ext.integrations.peft import merge_to_4bit
+from step import RANK
 
 MODELS = {"smollm2": SMOLLM2_135M, "1b": LLAMA_1B}
 COMPILED = "qlora_ext, compiled"

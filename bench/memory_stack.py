@@ -2,15 +2,14 @@
 
     python bench/memory_stack.py
 
-Computed, not measured, for a GPU; writes results/memory_stack.json, of which bench/pictures.py draws.
+Computed, not measured, for a GPU; writes results/memory_stack.json, of which bench/lib/pictures.py draws.
 """
 
 from __future__ import annotations
 
 import json
 
-import results_files as files
-
+from lib import results_files as files
 from qlora_ext.planning import families
 from qlora_ext.planning.blocks import place, streamed
 from qlora_ext.planning.memory import Job, split, tops

@@ -1,6 +1,6 @@
 """How much of what an adapter learnt is left once it is merged into 4 bits.
 
-    python bench/merging.py --model DIR [--steps 30] [--seeds 3]        (of bench/small_model.py)
+    python bench/merging.py --model DIR [--steps 30] [--seeds 3]        (of bench/lib/small_model.py)
 
 A model over bytes is fine-tuned on conversations that it has not seen (package chitchat-dataset), and the adapter
 merged into a 4-bit model again: each sum rounded to the nearest code under scales of its own, as a merge and a
@@ -15,13 +15,11 @@ import copy
 import statistics
 from typing import Any
 
-import finetuning
-import harness
-import small_model
-import texts
 import torch
 
+import finetuning
 import qlora_ext
+from lib import harness, small_model, texts
 from qlora_ext.calibration import Calibration
 from qlora_ext.integrations.peft import merge_calibrated, merge_to_4bit, set_merge_aware
 
@@ -52,7 +50,7 @@ def main() -> None:
         "What an adapter learnt, merged into 4 bits",
         [
             f"Share of the held-out gain that is left, mean (least) of {arguments.seeds} seeds; 1 is the adapter",
-            "beside its base. A model over bytes that never saw 4 bits (bench/small_model.py),",
+            "beside its base. A model over bytes that never saw 4 bits (bench/lib/small_model.py),",
             f"{arguments.steps} steps of {finetuning.BATCH} x {small_model.LENGTH} bytes of conversations; the loss",
             f"before training is {before:.4f} nats a byte.",
         ],

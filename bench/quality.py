@@ -16,13 +16,13 @@ import itertools
 import tempfile
 from typing import Any
 
-import harness
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_ext
+from lib import harness
 from qlora_ext.cli.data import DEFAULT_DATA, encode, read_examples
 from qlora_ext.cli.models import DEFAULT_MODEL, ModelSource, load_dense, load_tokenizer, resolve, restore_use_cache
 

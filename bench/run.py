@@ -11,7 +11,7 @@ On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sa
 the operators beside their peers (captured into CUDA graphs), and the calibration of the crossover to the library, which
 ends in a row for cuda/tuning.h. Under the kernel simulator also what the kernels did, counted.
 
-Results go to bench/results/, a folder for each processor, or files named after the card; then bench/report.py makes
+Results go to bench/results/, a folder for each processor, or files named after the card; then bench/lib/report.py makes
 one JSON file and one report of a processor's folder. Peers that are not installed are named. A step that fails or takes
 too long is named at the end, the others still run, and the exit status is 1.
 """
@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH = ROOT / "bench"
-TESTS = ROOT / "tests"
+TESTS = ROOT / "tests" / "cuda"
 SIMULATED = "CUDASIM_TORCH_LIBRARY" in os.environ  # where a minute of a card is more than an hour
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SLICE = "test_dropout_in_every_tile or test_a_long_sum"  # every tile, splits and their tickets, dropout
@@ -132,8 +132,7 @@ def main() -> None:
             failed.append(f"{step.name}: {why}")
             print(failed[-1], flush=True)
     if not cuda:
-        import harness
-        import report
+        from lib import harness, report
 
         report.write(harness.results_folder())
     print(f"\n== {len(steps) - len(failed)} of {len(steps)} steps passed in {time.perf_counter() - start:.0f} s")

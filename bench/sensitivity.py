@@ -6,7 +6,7 @@ First, of `--layers` layers drawn at random: each one alone in NF4, all others d
 predictions move (Kullback-Leibler divergence) and its loss rises, against what `qlora_ext.sensitivity` foresees from
 4,096 tokens that the model wrote itself, and against the relative error of the layer's outputs. Then the whole model in
 NF4 with the layers dense that either of the two names first, under several budgets: size and loss. In float32, on
-blocks of 256 tokens of the two texts of `bench/texts.py`; a dense layer counts as 16 bits. `--cache` keeps what
+blocks of 256 tokens of the two texts of `bench/lib/texts.py`; a dense layer counts as 16 bits. `--cache` keeps what
 is measured, for a run that goes on.
 """
 
@@ -20,13 +20,13 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import torch
-from fidelity import Cache, drawn_blocks
-from texts import TEXTS
 from torch import Tensor
 
 import qlora_ext
+from fidelity import Cache, drawn_blocks
+from lib import harness
+from lib.texts import TEXTS
 from qlora_ext.calibration import self_text
 from qlora_ext.cli.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.fidelity import Increase, LayerCost, Sensitivity, block_losses

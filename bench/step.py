@@ -24,14 +24,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import harness
-import quality
 import torch
 from peft import LoraConfig, get_peft_model
-from shapes import LLAMA_1B
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
+import quality
+from lib import harness
+from lib.shapes import LLAMA_1B
 from qlora_ext.cli.models import DEFAULT_MODEL, load_tokenizer, resolve
 
 RANK, HELD_OUT = 16, 8

@@ -23,12 +23,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import qlora_ext
+from lib import harness
 from qlora_ext.streaming import stream, streaming_of
 from qlora_ext.streaming.files import File
 from qlora_ext.streaming.loss import learnt_loss

@@ -19,8 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import harness
-
+from lib import harness
 from qlora_ext.cli.data import DEFAULT_DATA, read_examples
 
 # Prints the most memory that the run had resident, in bytes.

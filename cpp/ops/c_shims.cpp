@@ -1,5 +1,5 @@
-// linear_nf4 as the wrapper of a model that AOTInductor has compiled calls it: straight, where torch's dispatcher
-// boxes every argument. At one token a small layer's boxes cost more than its product.
+// linear_nf4 as code compiled by AOTInductor calls it: directly, without torch's dispatcher, which boxes every
+// argument. At one token, boxing costs a small layer more than its product.
 #include <cstdio>
 #include <exception>
 

@@ -1,5 +1,5 @@
-// The linear operators' arguments, checked: each call holds the plain problem, the tensors that own what it points to,
-// and the output. CPU and CUDA differ only in who runs `problem`.
+// The linear operators' checked arguments: each call holds the plain problem, the tensors that own its data, and the
+// output. CPU and CUDA differ only in who runs `problem`.
 #pragma once
 
 #include "cpp/ops/checks.h"

@@ -50,10 +50,10 @@ inline DType float_dtype(const char* name, ScalarType t) {
   return {};
 }
 
-// float64 exists for gradcheck, on the CPU only.
-// Python passes None for a tensor on, where another argument tells the dispatcher the device.
+// Python may pass None for a tensor: the dispatcher then finds the device by another argument.
 inline void is_given(const char* name, const Tensor& t) { require(t.defined(), name, ": expected a tensor, got None"); }
 
+// float64 exists for gradcheck, on the CPU only.
 inline DType compute_dtype(const char* name, const Tensor& t) {
   is_given(name, t);
   const DType dtype = float_dtype(name, t.scalar_type());
@@ -98,7 +98,7 @@ inline void is_matrix(const char* name, const Tensor& t, int64_t rows, int64_t c
   }
 }
 
-// Packed state is never copied behind the user's back.
+// A packed tensor with other strides is an error: copying it silently would cost memory.
 inline void is_contiguous(const char* name, const Tensor& t) {
   if (!t.is_contiguous()) {
     require(false, name, ": expected a contiguous tensor, got shape ", shape_text(t), " with other strides");
@@ -114,8 +114,8 @@ inline void nested_block_size(int64_t n) {
           n);
 }
 
-// The product of sizes, one after the other, none of which is below 0 or takes it past kMaxElements. A size of 0 leaves
-// the bound on the others in place, because an empty tensor's strides are made of them.
+// The product of sizes, given one by one. A size below 0 is an error, and so is a product above kMaxElements. A size of
+// 0 does not lift the bound on the others, because an empty tensor's strides are products of them.
 class Count {
  public:
   explicit Count(const char* name) : name_(name) {}
@@ -149,7 +149,7 @@ inline int64_t numel(const char* name, const Tensor& t) {
   return count.value();
 }
 
-// 8-bit codes of absmax with their nested scales, of so many weights.
+// The 8-bit codes of absmax and their nested scales, for `weights` stacked weights.
 inline Scales nested_scales(const char* name, const Tensor& codes, const Tensor& nested_absmax,
                             const Tensor& nested_offset, int64_t nested_block, int64_t weights = 1) {
   has_dtype(name, codes, ScalarType::Byte);
@@ -161,9 +161,9 @@ inline Scales nested_scales(const char* name, const Tensor& codes, const Tensor&
   has_dtype("nested_offset", nested_offset, ScalarType::Float);
   is_contiguous("nested_absmax", nested_absmax);
   is_contiguous("nested_offset", nested_offset);
-  const int64_t blocks = weights == 0 ? 0 : codes.numel() / weights;  // of each
-  has_numel("nested_absmax", nested_absmax, weights * ceil_div(blocks, nested_block), "one a nested block");
-  has_numel("nested_offset", nested_offset, weights, weights == 1 ? "a scalar" : "one a weight");
+  const int64_t blocks = weights == 0 ? 0 : codes.numel() / weights;  // per weight
+  has_numel("nested_absmax", nested_absmax, weights * ceil_div(blocks, nested_block), "one per nested block");
+  has_numel("nested_offset", nested_offset, weights, weights == 1 ? "a scalar" : "one per weight");
   Scales s;
   s.nested_block_size = nested_block;
   s.codes = codes.const_data_ptr<uint8_t>();
@@ -182,11 +182,11 @@ struct PackedArgs {
   int64_t nested_block_size;
 };
 
-// `absmax` is float32, or uint8 codes with both nested tensors; each of so many weights has `blocks` of them.
+// `absmax` is float32, or uint8 codes with both nested tensors. Each of the stacked weights has `blocks` of them.
 inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
   same_device("absmax", p.absmax, "packed", p.packed);
   is_contiguous("absmax", p.absmax);
-  has_numel("absmax", p.absmax, weights * blocks, "one a block");
+  has_numel("absmax", p.absmax, weights * blocks, "one per block");
   require(p.nested_absmax || !p.nested_offset, "nested_absmax: expected with nested_offset, got None");
   require(p.nested_offset || !p.nested_absmax, "nested_offset: expected with nested_absmax, got None");
   nested_block_size(p.nested_block_size);
@@ -202,7 +202,7 @@ inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
   return s;
 }
 
-// The weight [n, k], or the first of so many, stacked as cpp/format/grouped.h says.
+// The weight [n, k], or the first of `weights` weights that are stacked as cpp/format/grouped.h says.
 inline Weight weight(const PackedArgs& p, int64_t n, int64_t k, int64_t weights = 1) {
   has_dtype("packed", p.packed, ScalarType::Byte);
   is_contiguous("packed", p.packed);
@@ -226,8 +226,8 @@ inline int64_t shape_numel(const std::vector<int64_t>& shape) {
   return count.value();
 }
 
-// The seed is what `seed_tensor` holds, where that is given. CUDA reads it when the kernel runs: nobody waits for it,
-// and a captured graph draws anew at each replay.
+// Where `seed_tensor` is given, it holds the seed. CUDA reads it when the kernel runs: the host does not wait for it,
+// and a captured graph draws new masks at each replay.
 inline Dropout dropout(double p, int64_t seed, const OptionalTensor& seed_tensor, const char* like_name,
                        const Tensor& like) {
   require(p >= 0.0 && p <= 1.0, "dropout_p: expected a probability from 0 to 1, got ", p);
@@ -254,8 +254,8 @@ inline const void* operand(const char* name, const Tensor& t, const char* like_n
   return keep->const_data_ptr();
 }
 
-// LoRA's operands with the tensors that own them, for m tokens. lora_a [r, k] and lora_b [n, r] come together; r may be
-// 0.
+// LoRA's operands for m tokens, and the tensors that own their data. lora_a [r, k] and lora_b [n, r] come together; r
+// may be 0.
 struct LoraArgs {
   Lora lora;
   Tensor a, b;
@@ -282,7 +282,7 @@ inline LoraArgs lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n
   return out;
 }
 
-// Leading dimensions flattened: x [..., last] has that many rows.
+// The number of rows of x [..., last] with its leading dimensions flattened.
 inline int64_t rows_of(const char* name, const Tensor& x, int64_t* last) {
   require(x.dim() >= 1, name, ": expected at least one dimension, got a scalar");
   *last = x.size(x.dim() - 1);
@@ -303,8 +303,8 @@ inline std::vector<int64_t> with_last(const Tensor& x, const char* name, int64_t
   return shape;
 }
 
-// h or g of x or dy [.., last], to be written by the kernels that make them: [.., rank]. `empty_call`: there are none
-// that run, and what nobody will multiply by is zeros.
+// Allocates h [.., rank] for x [.., last], or g for dy; kernels fill it. In an `empty_call` no kernel runs, so it is
+// zeros.
 inline void* kept_low_rank(const Tensor& like, const OptionalTensor& lora_a, int64_t rank, bool empty_call,
                            Tensor* keep) {
   require(lora_a.has_value(), "lora_a: expected a tensor, got None");
@@ -313,7 +313,7 @@ inline void* kept_low_rank(const Tensor& like, const OptionalTensor& lora_a, int
   return keep->mutable_data_ptr();
 }
 
-// The same as an operand, for the m tokens of x; null if it is not given.
+// h or g as an operand, for the m tokens of x; null if it is not given.
 inline const void* given_low_rank(const char* name, const OptionalTensor& t, int64_t rank, const Tensor& x, int64_t m,
                                   Tensor* keep) {
   if (!t) return nullptr;
@@ -325,7 +325,7 @@ inline const void* given_low_rank(const char* name, const OptionalTensor& t, int
   return operand(name, *t, "x", x, keep);
 }
 
-// What an operator returns: one tensor, or with the one that is kept two.
+// What an operator returns: its output, and h or g beside it where that is kept (kBoth).
 template <bool kBoth>
 auto results(const Tensor& out, const Tensor& kept) {
   if constexpr (kBoth)

@@ -1,5 +1,5 @@
-// The arguments of the operators that choose scales, and codes under given scales, checked; each call holds the plain
-// views, the tensors that own what they point to, and the output.
+// The checked arguments of the operators that choose scales, and codes under given scales. Each call holds the plain
+// views, the tensors that own their data, and the output.
 #pragma once
 
 #include "cpp/ops/checks.h"
@@ -40,7 +40,7 @@ struct EncodeCall {
     numel = checks::numel("w", w_arg);
     checks::same_device("absmax", absmax_arg, "w", w_arg);
     checks::has_dtype("absmax", absmax_arg, ScalarType::Float);
-    checks::has_numel("absmax", absmax_arg, ceil_div(numel, block_size), "one a block");
+    checks::has_numel("absmax", absmax_arg, ceil_div(numel, block_size), "one per block");
     checks::require(order_arg.has_value() || !feedback_arg, "order: expected with feedback, got None");
     checks::require(feedback_arg.has_value() || !order_arg, "feedback: expected with order, got None");
     if (feedback_arg) {

@@ -30,7 +30,7 @@ Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t bloc
   return call.absmax;
 }
 
-// Each column has its place, and the error of each can be taken on.
+// `order` has to name each column once, and the diagonal of `feedback` has to be positive.
 void check_feedback(const EncodeCall& call) {
   const auto* const order = call.order.const_data_ptr<int64_t>();
   const auto* const feedback = call.feedback.const_data_ptr<float>();

@@ -1,5 +1,5 @@
-// The arguments of the operators over experts, checked, as cpp/ops/calls.h does for a single weight. What the offsets
-// hold is not looked at here: the CPU does that, while on CUDA they stay on the device.
+// The checked arguments of the operators over experts, like cpp/ops/calls.h for a single weight. The values of the
+// offsets are not checked here: the CPU kernels check them, and on CUDA they stay on the device.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +62,7 @@ inline Weight stacked_weight(const PackedArgs& p, const char* named, int64_t siz
   return weight(p, n, k, *experts);
 }
 
-// The same as checks::lora, of all experts.
+// Like checks::lora, for all experts.
 inline LoraArgs stacked_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t experts, int64_t n, int64_t k,
                              double scaling, double dropout_p, int64_t seed, const OptionalTensor& seed_tensor,
                              const char* like_name, const Tensor& like) {

@@ -1,4 +1,4 @@
-// The operators over experts on the CPU: the rows of each are a problem of their own.
+// The operators over experts on the CPU: each expert's rows are a separate problem.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -14,7 +14,7 @@
 namespace qlora {
 namespace {
 
-// The rows [begin, end) of all that are an expert's.
+// An expert and its rows [begin, end).
 struct Part {
   int64_t expert, begin, end;
 };
@@ -93,8 +93,8 @@ constexpr cpu::Pool kOneThread{[](int64_t count, int64_t, cpu::Pool::Body body, 
                                },
                                1};
 
-// An expert with more rows than a thread's share of them has all threads; the others have one each, if there are as
-// many of them as threads.
+// An expert with more rows than a thread's share runs on all threads. The others run on one thread each, if there are
+// as many of them as threads.
 template <class Problem>
 void run(const std::vector<Part>& parts, const Problem& stack, cpu::Error (*kernel)(const cpu::Pool&, const Problem&)) {
   const cpu::Pool threads = pool();
@@ -114,8 +114,8 @@ void run(const std::vector<Part>& parts, const Problem& stack, cpu::Error (*kern
   stable::parallel_for(0, threads.threads, 1, body);
 }
 
-// Zeros for the rows of nobody of an output, which may be null.
-void clear_rows_of_nobody(const std::vector<Part>& parts, void* out, int64_t m, int64_t row_bytes) {
+// Writes zeros to the rows of an output that belong to no expert. The output may be null.
+void clear_unassigned_rows(const std::vector<Part>& parts, void* out, int64_t m, int64_t row_bytes) {
   const int64_t end = parts.empty() ? 0 : parts.back().end;
   if (out && end < m) std::memset(at(out, end * row_bytes), 0, (m - end) * row_bytes);
 }
@@ -130,7 +130,7 @@ struct Argument {
   OptionalTensor value;
 };
 
-// The dispatcher sends every kind of tensor here that no other kernel is for.
+// The dispatcher sends every kind of tensor here that has no kernel of its own.
 void are_dense_on_cpu(std::initializer_list<Argument> arguments) {
   for (const auto& [name, t] : arguments) {
     if (!t || !t->defined()) continue;
@@ -163,8 +163,8 @@ auto grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& pa
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
   if (!call.is_empty()) {
-    clear_rows_of_nobody(all, p.y, p.m, p.w.n * dtype_bytes(p.dtype));
-    clear_rows_of_nobody(all, p.h, p.m, p.lora.rank * dtype_bytes(p.dtype));
+    clear_unassigned_rows(all, p.y, p.m, p.w.n * dtype_bytes(p.dtype));
+    clear_unassigned_rows(all, p.h, p.m, p.lora.rank * dtype_bytes(p.dtype));
     run(with_rows(all), p, cpu::linear_nf4);
   }
   return checks::results<kWithH>(call.y, call.h);
@@ -190,8 +190,8 @@ auto grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
   if (!call.is_empty()) {
-    clear_rows_of_nobody(all, p.dx, p.m, p.w.k * dtype_bytes(p.dtype));
-    clear_rows_of_nobody(all, p.g, p.m, p.lora.rank * dtype_bytes(p.dtype));
+    clear_unassigned_rows(all, p.dx, p.m, p.w.k * dtype_bytes(p.dtype));
+    clear_unassigned_rows(all, p.g, p.m, p.lora.rank * dtype_bytes(p.dtype));
     run(with_rows(all), p, cpu::linear_nf4_dx);
   }
   return checks::results<kWithG>(call.dx, call.g);
@@ -219,7 +219,7 @@ std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tens
 }  // namespace
 }  // namespace qlora
 
-// For every kind of tensor but those on CUDA, so that a wrong one is named.
+// Registered for every kind of tensor except CUDA's, so that the checks report unsupported ones.
 STABLE_TORCH_LIBRARY_IMPL(qlora, CompositeExplicitAutograd, m) {
   m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4<false>));
   m.impl("grouped_linear_nf4_with_h", QLORA_BOX(&qlora::grouped_linear_nf4<true>));

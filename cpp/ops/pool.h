@@ -1,4 +1,4 @@
-// The thread pool that the CPU operators hand to their kernels.
+// The thread pool that the CPU operators pass to their kernels.
 #pragma once
 
 #include "cpp/cpu/isa/isa.h"
@@ -7,7 +7,7 @@
 
 namespace qlora {
 
-// torch's own, so that torch.set_num_threads() holds for us too.
+// It is torch's own, so that torch.set_num_threads() applies.
 inline cpu::Pool pool() {
   if (const char* error = cpu::isa_error()) checks::require(false, error);
   return {[](int64_t count, int64_t grain, cpu::Pool::Body body, void* context) {

@@ -1,6 +1,6 @@
-// The one way into PyTorch's stable ABI. Include it before any other torch header: it replaces the shim's error check,
-// so that the text of an error raised inside torch (out of memory, say) reaches the user. torch >= 2.13 has the getter;
-// the weak reference lets 2.11 and 2.12 load.
+// The only header to include for PyTorch's stable ABI. Include it before any other torch header: it replaces the shim's
+// error check, so that the text of an error raised inside torch (out of memory, for example) reaches the user. torch
+// >= 2.13 has the getter; the weak reference lets 2.11 and 2.12 load.
 #pragma once
 
 #include <torch/csrc/stable/macros.h>
@@ -43,8 +43,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An uninitialised contiguous tensor on the device of `like`, of sizes that checks::Count has passed. Straight through
-// the shim: stable::new_empty goes the boxed way through the dispatcher, which costs a small layer more than its
+// An uninitialized contiguous tensor on the device of `like`, with sizes that checks::Count has accepted. It calls the
+// shim directly: stable::new_empty boxes its arguments for the dispatcher, which costs a small layer more than its
 // matmul.
 inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
   std::vector<int64_t> strides(static_cast<size_t>(dims));

@@ -1,8 +1,8 @@
-// A wrong argument as Python's ValueError, for an operator of any supported torch: QLORA_BOX(&f) is TORCH_BOX(&f) that
-// does so. std::invalid_argument became a ValueError where pybind11 called the operator; torch 2.15 calls it without,
-// and knows of what it did not throw itself only pybind11's exceptions. They are recognised by their names, so this
-// declares the one that is needed, without pybind11 and Python in a library that programs without Python load too:
-// hence the weak references.
+// Turns a wrong argument into Python's ValueError on every supported torch: QLORA_BOX(&f) is a TORCH_BOX(&f) that does
+// so. pybind11 converts std::invalid_argument to a ValueError where it calls the operator. torch 2.15 calls operators
+// without pybind11 and, besides its own exceptions, converts only pybind11's, which it recognizes by name. So this
+// header declares the one exception it needs, without pybind11 and Python, because programs without Python load this
+// library too. That is why the references are weak.
 #pragma once
 
 #include <stdexcept>

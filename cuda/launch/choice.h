@@ -1,4 +1,4 @@
-// What tuning.h chose, in words: "tensor_cores tokens=8 rows=128 splits=4".
+// Describes what tuning.h chose: "tensor_cores tokens=8 rows=128 splits=4".
 #pragma once
 
 #include <cstdint>

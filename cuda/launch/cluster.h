@@ -1,4 +1,4 @@
-// Launches in thread block clusters, whose CTAs see each other's shared memory.
+// Launches in thread block clusters, whose CTAs can access each other's shared memory.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,9 +12,9 @@
 
 namespace qlora::cuda {
 
-// How many CTAs a cluster of kKernel may have on the device, asked once a device: up to 8, which need not fit on one of
-// a small device's groups of SMs, and 1 where the device has no clusters, or where a build lacks code for it and it
-// runs an older device's. The kernel has been given its dynamic shared memory (ctas_per_sm) if that is beyond 48 KB.
+// The largest cluster of kKernel on the device, queried once per device: up to 8 CTAs, fewer if a small device's groups
+// of SMs cannot hold them. It is 1 if the device has no clusters, or runs code for an older device because the build
+// lacks its own. If the kernel needs more than 48 KB of dynamic shared memory, ctas_per_sm has to be called first.
 template <auto kKernel>
 cudaError_t ctas_per_cluster(const Device& device, int threads, int shared_bytes, int* ctas) {
   static std::array<std::atomic<int>, kMaxDevices> known{};
@@ -38,7 +38,8 @@ cudaError_t ctas_per_cluster(const Device& device, int threads, int shared_bytes
   return cudaSuccess;
 }
 
-// As launch_kernel. `cluster` divides `grid`; of one CTA it is none, which every device can do.
+// Like launch_kernel. `cluster` divides `grid`. A cluster of one CTA is an ordinary launch, which every device
+// supports.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_cluster(void (*kernel)(Parameters...), dim3 grid, dim3 cluster, int threads, int shared_bytes,
                            cudaStream_t stream, const Arguments&... arguments) {

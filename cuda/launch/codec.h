@@ -1,6 +1,6 @@
-// The codec's launchers: plain pointers and a stream in, the launch's error out. Pointers are to the device's memory;
-// an empty tensor launches nothing. Encoded and decoded bits are those of the CPU kernels (cpp/cpu/kernels.h). Any
-// alignment works; dense data aligned to 16 bytes and packed data to 4, as torch allocates, is fast.
+// The codec's launchers take plain device pointers and a stream, and return the launch's error. An empty tensor
+// launches nothing. Encoded and decoded bits equal those of the CPU kernels (cpp/cpu/kernels.h). Any alignment works.
+// Dense data aligned to 16 bytes and packed data aligned to 4, as torch allocates them, is fast.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,8 +17,8 @@ namespace qlora::cuda {
 cudaError_t launch_quantize_nf4(DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
                                 float* absmax, cudaStream_t stream);
 
-// w [numel] in rows of k, importance [k] -> absmax [ceil(numel / block_size)] for which the squared errors of the
-// codes, each times the importance of its column, sum to the least.
+// w [numel] in rows of k, importance [k] -> the absmax [ceil(numel / block_size)] that minimizes the sum of squared
+// errors of the codes, weighted by the importance of their columns.
 cudaError_t launch_search_absmax_nf4(DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
                                      int64_t block_size, float* absmax, cudaStream_t stream);
 
@@ -26,13 +26,13 @@ cudaError_t launch_search_absmax_nf4(DType dtype, const void* w, const float* im
 cudaError_t launch_encode_nf4(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
                               uint8_t* packed, cudaStream_t stream);
 
-// The same, rounded up or down at random (cpp/format/stochastic.h).
+// The same with stochastic rounding (cpp/format/stochastic.h).
 cudaError_t launch_encode_nf4_stochastic(DType dtype, const void* w, const float* absmax, int64_t numel,
                                          int64_t block_size, uint64_t seed, uint8_t* packed, cudaStream_t stream);
 
-// Rounded to the nearest codes, where each rounding error is made good by the columns that are rounded later: in
-// `order`, with the factors `feedback` (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of
-// order that is no column stands for column 0, and codes that nothing was rounded to are any.
+// Rounds to the nearest codes and compensates each rounding error in the columns that are rounded later: in `order`,
+// with the factors `feedback` (cpp/cpu/kernels.h). The contents of these two are not checked: an entry of `order` that
+// is not a column counts as column 0, and codes of columns that `order` lacks are undefined.
 struct FeedbackProblem {
   DType dtype;
   const void* w;        // [n, k]
@@ -45,7 +45,7 @@ struct FeedbackProblem {
 cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,
                                             cudaStream_t stream);
 
-// Doubles of scratch that launch_quantize_absmax wants for `count` values.
+// The doubles of workspace that launch_quantize_absmax needs for `count` values.
 int64_t quantize_absmax_workspace(int64_t count);
 
 // absmax [count] -> codes [count], nested_absmax [ceil(count / nested_block_size)], nested_offset [1].
@@ -56,15 +56,15 @@ cudaError_t launch_quantize_absmax(const float* absmax, int64_t count, int64_t n
 cudaError_t launch_dequantize_absmax(const Scales& scales, int64_t count, float* absmax, const Device& device,
                                      cudaStream_t stream);
 
-// A part of the packed tensor: `rows` pieces of `columns` elements, the first from element `first` on, each `stride`
-// further.
+// A part of the packed tensor: `rows` pieces of `columns` elements. The first begins at element `first`, and each next
+// one `stride` elements later.
 struct PackedPart {
   int64_t first = 0, rows = 1, columns = 0, stride = 0;
 };
 
-// That part -> out [rows, columns] (float32, bfloat16 or float16), nested scales decoded in the same launch. For whole
-// speed a single piece begins at a multiple of kMaxBlockSize, and several have a stride and columns that are multiples
-// of 8. `read_soon`: what is written stays in L2 as long as it can, for the kernel that follows.
+// That part -> out [rows, columns] (float32, bfloat16 or float16). The same launch decodes nested scales. It is fastest
+// if a single piece begins at a multiple of kMaxBlockSize, or if the stride and columns of several pieces are multiples
+// of 8. `read_soon`: keeps the output in L2 if possible, for the next kernel.
 cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& scales, const PackedPart& part, DType dtype,
                                   void* out, bool read_soon, const Device& device, cudaStream_t stream);
 

@@ -30,7 +30,7 @@ cudaDataType type_of(DType dtype) {
   return dtype == DType::kFloat32 ? CUDA_R_32F : dtype == DType::kBFloat16 ? CUDA_R_16BF : CUDA_R_16F;
 }
 
-// The handle is torch's, which expects to find its mode again.
+// The handle belongs to torch, so its mode is restored.
 class FullPrecision {
  public:
   explicit FullPrecision(void* handle) : handle_(handle) {

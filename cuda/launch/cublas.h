@@ -1,4 +1,4 @@
-// cuBLAS, as torch has loaded it: no toolkit's header or library is needed to build, and libtorch brings it into reach.
+// cuBLAS as torch has loaded it: building needs neither the toolkit's header nor its library.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -17,8 +17,8 @@ struct Matrix {
 };
 
 // out [m, n] = a [m, k] · b, b [k, n], or [n, k] if `transposed`. a and b are of `dtype`, out of `dtype` or float32.
-// Every sum is in float32: neither TF32 nor 16-bit partial sums, whatever torch's settings allow. `handle`: torch's for
-// the current device and stream. Throws std::runtime_error with cuBLAS's words.
+// Every sum is in float32, without TF32 or 16-bit partial sums, whatever torch's settings allow. `handle` is torch's,
+// for the current device and stream. Throws std::runtime_error with cuBLAS's message.
 void multiply(void* handle, DType dtype, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, bool transposed,
               void* out, int64_t out_stride, DType out_dtype);
 

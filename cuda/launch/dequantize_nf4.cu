@@ -30,8 +30,8 @@ cudaError_t launch(const Call& call) {
                        call.packed, call.scales, pieces, static_cast<T*>(call.out));
 }
 
-// A chunk of a single piece has at most one quantization block per lane; rows of a panel are cut into smaller ones, so
-// that little of a row is left over, and blocks may begin anywhere in them.
+// A chunk of a single piece has at most one quantization block per lane. Rows of a panel are cut into smaller chunks,
+// so that little of a row is left over, and blocks may begin anywhere in them.
 template <class T>
 cudaError_t launch_chunk(const Call& call, bool read_soon) {
   if (call.part.rows > 1) return launch<T, 256, true>(call);

@@ -1,4 +1,4 @@
-// The attributes of a device that tuning.h asks for, read once a device.
+// The attributes of a device that tuning.h needs, read once per device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@ namespace qlora::cuda {
 
 inline constexpr int kMaxDevices = 128;
 
-// `*device` lives as long as the process. cudaErrorInvalidDevice beyond kMaxDevices.
+// `*device` lives as long as the process. Returns cudaErrorInvalidDevice for devices beyond kMaxDevices.
 cudaError_t device_at(int index, const Device** device);
 
 }  // namespace qlora::cuda

@@ -7,7 +7,7 @@
 
 namespace qlora::cuda {
 
-// One of the kernels, and how it is launched.
+// One of the kernels, and its launch parameters.
 template <class Args>
 struct DxKernel {
   void (*kernel)(const Args);

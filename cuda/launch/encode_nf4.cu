@@ -49,7 +49,7 @@ cudaError_t launch_feedback_on(const FeedbackProblem& p, const Device& device, c
   int ctas = 0;
   const cudaError_t error = ctas_per_sm<kKernel>(device, kFeedbackWarps * tile::kWarp, kShared, &ctas);
   if (error != cudaSuccess) return error;
-  // Each CTA of the grid has memory for the errors and the codes of a stripe, and takes one after another.
+  // Each CTA of the grid has workspace for the errors and codes of one stripe, and processes one stripe after another.
   const int warps = feedback_warps(p.n, kRows, device);
   const int64_t stripes = ceil_div(p.n, int64_t{warps} * kRows);
   const int64_t grid = std::min(stripes, int64_t{device.sm_count} * ctas);

@@ -10,7 +10,7 @@
 namespace qlora::cuda {
 namespace {
 
-// A kernel for a problem: its grid, and what it is called.
+// A kernel for a problem: its grid and its name.
 template <class T, class Tile_>
 struct TensorCores {
   using Tile = Tile_;
@@ -54,9 +54,8 @@ struct Ragged {
   }
 };
 
-// use(kernel) with the kernel for this problem and device. k is in one piece: splits of it would gain nothing where
-// experts are many, and little where they are few (8 rows of 8 experts of 1536x2048, by a model of an H100: 8.7 to 8.5
-// us).
+// Calls use(kernel) with the kernel for this problem and device. k is not split: this would gain nothing with many
+// experts, and little with few.
 template <class T, class Use>
 cudaError_t with_kernel(const Grouped<LinearProblem>& problem, const Device& device, const Use& use) {
   const int64_t tokens = grouped_tile_tokens(problem.stack.m, problem.experts);
@@ -100,7 +99,7 @@ cudaError_t launch(const Grouped<LinearProblem>& problem, const Device& device, 
   const tile::ScaleView scales = tile::make_scale_view(p.w.scales, ceil_div(p.w.n * p.w.k, p.w.scales.block_size));
   const kernels::GroupedLinearArgs args{
       Kernel::args(p, h, scales, token_tiles), {problem.offsets, problem.experts, p.m}, weight_stride(p.w)};
-  int ctas = 0;  // of no interest: the grid is what the rows may need
+  int ctas = 0;  // unused: the grid covers all rows
   const cudaError_t error = ctas_per_sm<Kernel::kKernel>(device, Kernel::kThreads, Kernel::kSharedBytes, &ctas);
   if (error != cudaSuccess) return error;
   const auto grid = static_cast<unsigned>(token_tiles * ceil_div(p.w.n, Kernel::kRows));

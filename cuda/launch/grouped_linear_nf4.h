@@ -1,5 +1,5 @@
 // The forward of all experts, each y = x · wᵀ + h · lora_bᵀ + bias with h = round(scaling · dropout(x) · lora_aᵀ) over
-// rows of its own: one launch for h where there is LoRA, and one for y, whatever the number of experts. Rows of nobody
+// its own rows: one launch for h if there is LoRA, and one for y, whatever the number of experts. Unassigned rows
 // become zeros.
 #pragma once
 
@@ -12,11 +12,11 @@
 
 namespace qlora::cuda {
 
-// Which kernel launch_grouped_linear_nf4 runs this problem with on `device`, and its parameters, in words.
+// The kernel that launch_grouped_linear_nf4 runs for this problem on `device`, and its parameters, as text.
 cudaError_t grouped_linear_nf4_choice(const Grouped<LinearProblem>& problem, const Device& device, std::string* choice);
 
-// On `device`, which is current. Reads the offsets on the device alone and waits for nothing, so that it can be
-// captured in a graph and replayed with others. float32, bfloat16 and float16.
+// Launches on `device`, the current one, for float32, bfloat16 and float16. Only the device reads the offsets and the
+// host never waits, so a graph can capture it and replay it with other offsets.
 cudaError_t launch_grouped_linear_nf4(const Grouped<LinearProblem>& problem, const Device& device,
                                       const Allocator& allocate, cudaStream_t stream);
 

@@ -1,4 +1,4 @@
-// The gradients of all experts' LoRA, each da = gᵀ · dropout(x) and db = dyᵀ · h over rows of its own, with h and g
+// The gradients of all experts' LoRA, each da = gᵀ · dropout(x) and db = dyᵀ · h over its own rows, with h and g
 // recomputed: one launch for each of h and g, one for da and db, whatever the number of experts.
 #pragma once
 
@@ -11,12 +11,11 @@
 
 namespace qlora::cuda {
 
-// Which kernel launch_grouped_linear_nf4_dlora runs this problem with on `device`, and its parameters, in
-// words.
+// The kernel that launch_grouped_linear_nf4_dlora runs for this problem on `device`, and its parameters, as text.
 cudaError_t grouped_linear_nf4_dlora_choice(const Grouped<LoraGradProblem>& problem, const Device& device,
                                             std::string* choice);
 
-// As launch_grouped_linear_nf4.
+// Like launch_grouped_linear_nf4.
 cudaError_t launch_grouped_linear_nf4_dlora(const Grouped<LoraGradProblem>& problem, const Device& device,
                                             const Allocator& allocate, cudaStream_t stream);
 

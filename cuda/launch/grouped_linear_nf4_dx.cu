@@ -16,7 +16,7 @@ struct Experts {
   static constexpr auto kExact = kernels::grouped_linear_nf4_dx_exact_kernel;
 };
 
-// The tile of a CTA, with rows n in one piece: experts fill the device.
+// The tile of a CTA. The sum over rows n is not split, because experts fill the device.
 DxConfig tile_of(const Grouped<LinearDxProblem>& problem) {
   const LinearDxProblem& p = problem.stack;
   return dx_tile(grouped_tile_tokens(p.m, problem.experts), fused_kernel(p.dtype, is_ragged(p)));
@@ -63,7 +63,7 @@ cudaError_t launch_grouped_linear_nf4_dx(const Grouped<LinearDxProblem>& problem
 
   const DxConfig config = tile_of(problem);
   const DxKernel kernel = DxKernels<Experts>::of(p.dtype, config);
-  int ctas = 0;  // of no interest: the grid is what the rows may need
+  int ctas = 0;  // unused: the grid covers all rows
   error = kernel.ctas_per_sm(device, kernel.threads, kernel.shared_bytes, &ctas);
   if (error != cudaSuccess) return error;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, config.tokens);

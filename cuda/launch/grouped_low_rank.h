@@ -1,5 +1,5 @@
-// LoRA's low-rank products of all experts, one launch whatever their number: launch_low_rank's, with each expert's own
-// a, [e, rank, k] or transposed [e, k, rank].
+// LoRA's low-rank products of all experts in one launch: those of launch_low_rank, with each expert's own a, [e, rank,
+// k] or transposed [e, k, rank].
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +9,7 @@
 
 namespace qlora::cuda {
 
-// Rows of nobody are zeros, and nothing is cleared.
+// Unassigned rows become zeros. The kernel clears no tickets.
 cudaError_t launch_grouped_low_rank(const Grouped<LowRankProblem>& problem, cudaStream_t stream);
 
 }  // namespace qlora::cuda

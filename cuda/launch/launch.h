@@ -1,4 +1,4 @@
-// Kernel launches whose errors are their own, and what the current device makes of a kernel.
+// Kernel launches that report only their own errors, and the occupancy of kernels on the current device.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,7 +11,8 @@
 
 namespace qlora::cuda {
 
-// A launch's own error: cudaGetLastError after <<<>>> would also find what an earlier call of somebody else left there.
+// Returns the launch's own error. cudaGetLastError after <<<>>> could also return an error of an earlier call by other
+// code.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
                           const Arguments&... arguments) {
@@ -23,8 +24,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
-// How many CTAs of kKernel an SM of the device holds at once, at least 1. Asked once a device; the first call also lets
-// the kernel have `shared_bytes` of dynamic shared memory, so it comes before the first launch.
+// How many CTAs of kKernel an SM of the device holds at once, at least 1. Queried once per device. The first call also
+// allows the kernel `shared_bytes` of dynamic shared memory, so it has to come before the first launch.
 template <auto kKernel>
 cudaError_t ctas_per_sm(const Device& device, int threads, int shared_bytes, int* ctas) {
   static std::array<std::atomic<int>, kMaxDevices> known{};
@@ -39,8 +40,8 @@ cudaError_t ctas_per_sm(const Device& device, int threads, int shared_bytes, int
   return cudaSuccess;
 }
 
-// Memory of the device for a launcher's own use, until the stream is past its launches. Aligned to 16 bytes,
-// uninitialised.
+// A launcher's workspace on the device. It is valid until the stream has finished the launches, aligned to 16 bytes,
+// and uninitialized.
 struct Allocator {
   void* (*allocate)(void* owner, int64_t bytes);
   void* owner;

@@ -12,15 +12,15 @@
 namespace qlora::cuda {
 namespace {
 
-constexpr int64_t kPanelStep = 256;  // columns: what a GEMM's tiles and vector accesses like
+constexpr int64_t kPanelStep = 256;  // columns: fits a GEMM's tiles and vector accesses
 
 bool has_sums(const LinearProblem& p) { return p.lora.rank > 0 || p.bias != nullptr; }
 bool has_sums(const LinearDxProblem& p) { return p.lora.rank > 0; }
 
-// The memory that all panels use one after the other, and what every panel does after its decode.
+// The workspace that all panels share, and what happens to every panel after it is decoded.
 class Panels {
  public:
-  // `low_rank` [m, rank]: where h or g is kept, or null.
+  // `low_rank` [m, rank]: the output for h or g, or null.
   Panels(DType dtype, int64_t m, int64_t inner, int64_t panel, int64_t rank, void* low_rank, bool float32_sums,
          const Allocator& allocate)
       : dtype_(dtype), m_(m), inner_(inner) {
@@ -37,8 +37,8 @@ class Panels {
   void* weight() const { return weight_; }
   void* low_rank() const { return low_rank_; }
 
-  // out [m, columns] = left · the decoded panel, which is [inner, columns] or, `transposed`, [columns, inner]; `update`
-  // has what comes on top and out.
+  // out [m, columns] = left · the decoded panel, which is [inner, columns] or, if `transposed`, [columns, inner].
+  // `update` has out and what is added.
   cudaError_t multiply_by_panel(void* blas, const void* left, bool transposed, LowRankUpdate update,
                                 cudaStream_t stream) const {
     const Matrix w{weight_, transposed ? inner_ : update.columns};
@@ -73,7 +73,7 @@ void* element(void* base, int64_t index, DType dtype) {
 
 }  // namespace
 
-// Rows of w lie one after the other, and are decoded fast from a multiple of the largest block on.
+// Rows of w are contiguous, and decoding is fast if it begins at a multiple of the largest block.
 int64_t library_panel(const LinearProblem& p, const Device& device) {
   const int64_t step = std::max(kPanelStep, kMaxBlockSize / std::gcd(kMaxBlockSize, std::max<int64_t>(p.w.k, 1)));
   return library_panel_columns(p.m, p.w.k, p.w.n, step, has_sums(p), p.dtype, device);

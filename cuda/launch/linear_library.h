@@ -1,6 +1,6 @@
-// The forward and dX of many tokens: a panel of the weight is decoded, and cuBLAS multiplies by it, panel by panel. A
-// panel is a range of the output's columns, whose sums are whole in it: where LoRA or bias come on top they are
-// float32, and what is rounded is the total.
+// The forward and dX of many tokens: decodes the weight panel by panel, and cuBLAS multiplies with each panel. A panel
+// is a range of the output's columns and holds their complete sums. If LoRA or bias are added, the sums are float32,
+// and only the total is rounded.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,12 +12,12 @@
 
 namespace qlora::cuda {
 
-// Columns of y (rows of w), and of dx (columns of w), a panel.
+// Columns per panel: of y (rows of w), and of dx (columns of w).
 int64_t library_panel(const LinearProblem& problem, const Device& device);
 int64_t library_panel(const LinearDxProblem& problem, const Device& device);
 
-// On `device`, which is current. `blas`: torch's cuBLAS handle there, on `stream`. Throws std::runtime_error with
-// cuBLAS's words where that fails.
+// Launches on `device`, the current one. `blas` is torch's cuBLAS handle there, on `stream`. Throws std::runtime_error
+// with cuBLAS's message if that fails.
 cudaError_t launch_linear_by_library(const LinearProblem& problem, const Device& device, void* blas,
                                      const Allocator& allocate, cudaStream_t stream);
 cudaError_t launch_linear_dx_by_library(const LinearDxProblem& problem, const Device& device, void* blas,

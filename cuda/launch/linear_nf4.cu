@@ -16,7 +16,7 @@
 namespace qlora::cuda {
 namespace {
 
-// The parts of the workspace, as offsets in bytes: h, where it is not kept, lies at 0.
+// The parts of the workspace, as offsets in bytes. h, if it is not kept, is at 0.
 struct Workspace {
   int64_t tickets = 0, partials = 0, end = 0;
 
@@ -41,7 +41,7 @@ cudaError_t launch_h(const LinearProblem& p, void* h, uint32_t* clear, int64_t c
   return launch_low_rank(problem, stream);
 }
 
-// What the plans of tensor-core tiles have in common: k is split over CTAs in multiples of kUnit segments.
+// What the plans of tensor-core tiles share: k is split over CTAs in multiples of kUnit segments.
 template <class Tile_, int kUnit>
 struct SplitPlan {
   using Tile = Tile_;
@@ -76,8 +76,7 @@ struct SplitPlan {
             reinterpret_cast<float*>(at(memory, workspace.partials)), cluster ? nullptr : tickets(memory)};
   }
 
-  // What comes before the main launch: h, if it has a launch of its own, and zeros for the tickets, which h's launch
-  // can clear.
+  // Prepares the main launch: computes h, if it has its own launch, and clears the tickets, which h's launch can do.
   cudaError_t launch_before(bool makes_h, void* memory, cudaStream_t stream) const {
     if (makes_h) return launch_h(p, h(memory), tickets(memory), ticket_count(), stream);
     return ticket_count() > 0 ? cudaMemsetAsync(tickets(memory), 0, ticket_count() * sizeof(uint32_t), stream)
@@ -119,7 +118,7 @@ struct TensorCorePlan : SplitPlan<Tile, Tile::kStageSegments> {
   }
 };
 
-// Few tokens: one launch, unless h is a launch of its own, or the splits are CTAs of a device without clusters.
+// Few tokens: one launch, unless h needs its own launch, or the device has no clusters for the splits.
 template <class Tile>
 struct FewPlan : SplitPlan<Tile, Tile::kRoundSegments> {
   using SplitPlan<Tile, Tile::kRoundSegments>::SplitPlan;
@@ -128,7 +127,7 @@ struct FewPlan : SplitPlan<Tile, Tile::kRoundSegments> {
     using T = typename Tile::T;
     const LinearProblem& p = this->p;
     const Lora& lora = p.lora;
-    // Where h is kept, all CTAs' parts of it would have to meet first.
+    // If h is kept, the parts of all CTAs would have to be summed first.
     const bool folds = !p.h && lora.rank > 0 && lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK;
     const cudaError_t error = this->launch_before(lora.rank > 0 && !folds, memory, stream);
     if (error != cudaSuccess) return error;
@@ -193,7 +192,7 @@ struct RaggedPlan {
   }
 };
 
-// use(Plan<Tile>) for this problem and device, whose kernel is kKernel.
+// Calls use(Plan<Tile>) for this problem and device, whose kernel is kKernel.
 template <template <class> class Plan, class Tile, auto kKernel, class Use>
 cudaError_t with_tile(const LinearProblem& p, const Device& device, const Use& use) {
   int ctas = 0, cluster_ctas = 1;
@@ -213,7 +212,7 @@ cudaError_t with_few_tile(const LinearProblem& p, const Device& device, const Us
   return with_tile<FewPlan, Tile, kernels::linear_nf4_few_kernel<Tile>>(p, device, use);
 }
 
-// use(plan) with the plan for this problem and device.
+// Calls use(plan) with the plan for this problem and device.
 template <class T, class Use>
 cudaError_t with_typed_plan(const LinearProblem& p, const Device& device, const Use& use) {
   if constexpr (sizeof(T) == 2) {

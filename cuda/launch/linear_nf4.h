@@ -1,4 +1,4 @@
-// The forward, y = x · wᵀ + h · lora_bᵀ + bias with h = round(scaling · dropout(x) · lora_aᵀ): one launch for h where
+// The forward, y = x · wᵀ + h · lora_bᵀ + bias with h = round(scaling · dropout(x) · lora_aᵀ): one launch for h if
 // there is LoRA, and one for y.
 #pragma once
 
@@ -11,11 +11,11 @@
 
 namespace qlora::cuda {
 
-// Which kernel launch_linear_nf4 runs this problem with on `device`, and its parameters, in words.
+// The kernel that launch_linear_nf4 runs for this problem on `device`, and its parameters, as text.
 cudaError_t linear_nf4_choice(const LinearProblem& problem, const Device& device, std::string* choice);
 
-// On `device`, which is current. Waits for nothing, so that it can be captured in a graph. float32, bfloat16 and
-// float16.
+// Launches on `device`, the current one, for float32, bfloat16 and float16. The host never waits, so a graph can
+// capture it.
 cudaError_t launch_linear_nf4(const LinearProblem& problem, const Device& device, const Allocator& allocate,
                               cudaStream_t stream);
 

@@ -12,7 +12,7 @@
 namespace qlora::cuda {
 namespace {
 
-// One of the kernels, and what the device makes of it.
+// One of the kernels, and its occupancy on the device.
 struct DLoraKernel {
   void (*kernel)(const kernels::DLoraArgs);
   cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
@@ -46,12 +46,12 @@ DLoraKernel dlora_kernel(DType dtype, Kernel kernel, int64_t ranks) {
   return a_kernel<kernels::linear_nf4_dlora_exact_kernel>();
 }
 
-// The launch's shape, and where the parts of the workspace begin, in bytes.
+// The launch's shape, and the offsets of the workspace's parts in bytes.
 struct Plan {
   DLoraKernel kernel;
   DLoraConfig config;
   int64_t a_tiles, column_tiles, rank_tiles;
-  int64_t g, counters, partials, end;  // h lies at 0; h and g take none where they are given
+  int64_t g, counters, partials, end;  // h is at 0; h and g need no room if they are given
   cudaError_t error;
 
   Plan(const LoraGradProblem& p, const Device& device) {
@@ -75,7 +75,7 @@ struct Plan {
   int64_t tiles() const { return column_tiles * rank_tiles; }
 };
 
-// h and g, where they are not given, and zeros for the counters of the splits, which the first launch can clear.
+// Computes h and g, if they are not given, and clears the counters of the splits, which the first launch can do.
 cudaError_t launch_before(const LoraGradProblem& p, const Plan& plan, char* workspace, cudaStream_t stream) {
   uint32_t* const counters = reinterpret_cast<uint32_t*>(workspace + plan.counters);
   int64_t to_clear = plan.config.splits > 1 ? plan.tiles() : 0;
@@ -109,7 +109,7 @@ kernels::DLoraArgs make_args(const LoraGradProblem& p, const Plan& plan, char* w
   return args;
 }
 
-// The sums over no tokens.
+// The gradients without tokens: zeros.
 cudaError_t clear(const LoraGradProblem& p, cudaStream_t stream) {
   const int64_t column = p.lora.rank * dtype_bytes(p.dtype);  // bytes of da per column of x, and of db per column of dy
   const cudaError_t error = p.k > 0 ? cudaMemsetAsync(p.da, 0, column * p.k, stream) : cudaSuccess;

@@ -11,12 +11,12 @@
 
 namespace qlora::cuda {
 
-// Which kernel launch_linear_nf4_dlora runs this problem, of one token or more, with on `device`, and its parameters,
-// in words.
+// The kernel that launch_linear_nf4_dlora runs for this problem, of one or more tokens, on `device`, and its
+// parameters, as text.
 cudaError_t linear_nf4_dlora_choice(const LoraGradProblem& problem, const Device& device, std::string* choice);
 
-// On `device`, which is current. Waits for nothing, so that it can be captured in a graph. Sums in float32 in a fixed
-// order; float32 by float32 FMA, bfloat16 and float16 on tensor cores.
+// Launches on `device`, the current one. The host never waits, so a graph can capture it. Sums are float32, in a fixed
+// order. float32 uses float32 FMA, bfloat16 and float16 use tensor cores.
 cudaError_t launch_linear_nf4_dlora(const LoraGradProblem& problem, const Device& device, const Allocator& allocate,
                                     cudaStream_t stream);
 

@@ -16,7 +16,7 @@ struct OneWeight {
   static constexpr auto kExact = kernels::linear_nf4_dx_exact_kernel;
 };
 
-// The launch's shape, and where the parts of the workspace begin, in bytes: g, where it is not kept, lies at 0.
+// The launch's shape, and the offsets of the workspace's parts in bytes. g, if it is not kept, is at 0.
 struct Plan {
   DxKernel<kernels::DxArgs> kernel;
   DxConfig config;
@@ -60,7 +60,7 @@ kernels::DxArgs make_args(const LinearDxProblem& p, const Plan& plan, const void
   return args;
 }
 
-// g, and zeroes for the counters of the splits.
+// Computes g, and clears the counters of the splits.
 cudaError_t launch_g(const LinearDxProblem& p, const Plan& plan, void* g, char* workspace, cudaStream_t stream) {
   const int64_t counters = plan.config.splits > 1 ? plan.tiles : 0;
   if (p.lora.rank == 0) {

@@ -1,4 +1,4 @@
-// The gradient of x on Hopper's own instructions: one launch for g where there is LoRA, and one for dx.
+// The gradient of x with Hopper's own instructions: one launch for g if there is LoRA, and one for dx.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -13,7 +13,7 @@ namespace qlora::cuda {
 // Whether this is the fused kernel for the problem on `device`.
 bool sm90_takes(const LinearDxProblem& problem, const Device& device);
 
-// Its parameters, in words.
+// Its parameters, as text.
 std::string linear_nf4_dx_sm90_choice(const LinearDxProblem& problem, const Device& device);
 
 cudaError_t launch_linear_nf4_dx_sm90(const LinearDxProblem& problem, const Device& device, const Allocator& allocate,

@@ -1,6 +1,6 @@
-// The forward's tiles on tensor cores that a single weight and experts share, by how many tokens they take. Rows and
-// tokens a warp and a CTA take were chosen by counting instructions and shared memory passes under the simulator;
-// 16-bit types only.
+// The forward's tensor-core tiles for 16-bit types, by their number of tokens, for a single weight and for experts.
+// Rows and tokens per warp and per CTA were chosen by counting instructions and shared memory passes under the
+// simulator.
 #pragma once
 
 #include "cuda/tile/linear_tile.cuh"

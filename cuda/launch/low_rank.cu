@@ -9,7 +9,7 @@
 namespace qlora::cuda {
 namespace {
 
-// Tokens from which a CTA takes several tiles of 8: enough CTAs remain, and `a` is read less often.
+// From this many tokens on a CTA takes several tiles of 8: enough CTAs remain, and `a` is read less often.
 constexpr int64_t kManyTokens = 512;
 
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>

@@ -19,7 +19,7 @@ struct LowRankProblem {
   double scaling = 1.0;
   Dropout dropout;            // of x
   void* out = nullptr;        // [m, rank]
-  uint32_t* clear = nullptr;  // words that the kernel sets to zero besides, saving the next kernel a memset
+  uint32_t* clear = nullptr;  // words that the kernel also sets to zero, which saves the next kernel a memset
   int64_t clear_count = 0;
 };
 

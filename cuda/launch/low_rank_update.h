@@ -1,4 +1,4 @@
-// The end of a product that a library made in float32: LoRA and bias are added to it, and it is rounded, once.
+// The epilogue of a library's float32 product: adds LoRA and bias, and rounds once.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// What the launchers of Hopper's kernels have in common.
+// What the launchers of Hopper's kernels share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,8 +14,8 @@
 
 namespace qlora::cuda {
 
-// What both operators ask of a problem with m tokens: whole groups of 64 k with one scale, and sizes within the
-// coordinates of TMA.
+// What both operators require of a problem with m tokens: k in groups of 64 with one scale each, and sizes within TMA's
+// coordinates.
 inline bool sm90_takes(DType dtype, int64_t m, const Weight& w, const Device& device) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   return device.arch == 90 && (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && m >= Sm90Config::kMinTokens &&
@@ -60,11 +60,11 @@ inline tile::Sm90Plan make_sm90_plan(const Sm90Config& c, int64_t m, int64_t out
           .rank = rank};
 }
 
-// One of Hopper's kernels, in clusters of as many CTAs as there are splits.
+// One of Hopper's kernels, in clusters with one CTA per split.
 template <auto kKernel, class Tile, class Args>
 cudaError_t launch_sm90(const Device& device, const Sm90Config& c, const CUtensorMap& tokens, const CUtensorMap& packed,
                         const Args& args, cudaStream_t stream) {
-  int ctas = 0;  // one an SM, by design; asking lets the kernel have its shared memory
+  int ctas = 0;  // one per SM, by design; the query also allows the kernel its shared memory
   const cudaError_t error = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(c.clusters * c.splits)), cluster(static_cast<unsigned>(c.splits));

@@ -3,8 +3,8 @@
 namespace qlora::cuda {
 namespace {
 
-// The one function of the driver's that the runtime has no counterpart of; asked for by name, so that the library needs
-// no libcuda to be loaded.
+// The only driver function without a counterpart in the runtime. It is looked up by name, so the library does not link
+// to libcuda.
 auto encode_tiled() {
   static const auto function = [] {
     void* found = nullptr;

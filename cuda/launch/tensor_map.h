@@ -8,7 +8,7 @@
 
 namespace qlora::cuda {
 
-// A row-major matrix, of which TMA copies boxes. Rows begin at multiples of 16 bytes.
+// A row-major matrix that TMA copies boxes from. Rows begin at multiples of 16 bytes.
 struct TensorMapProblem {
   CUtensorMapDataType type;
   const void* data;
@@ -17,7 +17,7 @@ struct TensorMapProblem {
   CUtensorMapSwizzle swizzle;
 };
 
-// cudaErrorNotSupported where the driver has no TMA.
+// Returns cudaErrorNotSupported if the driver has no TMA.
 cudaError_t make_tensor_map(const TensorMapProblem& problem, CUtensorMap* map);
 
 }  // namespace qlora::cuda

@@ -65,14 +65,14 @@ _hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandby
 
 
 def take_over_bitsandbytes() -> None:
-    """From here on ``BitsAndBytesConfig`` with NF4 loads our layers; FP4 and int8 stay bitsandbytes'.
+    """From now on ``BitsAndBytesConfig`` with NF4 loads our layers. FP4 and int8 still load bitsandbytes'.
 
     This applies to the ``BitsAndBytesConfig`` of transformers and of diffusers.
 
     One line on stderr says how many layers of a model are ours. The model keeps its configuration and
-    ``is_loaded_in_4bit``, its layers are instances of ``bnb.nn.Linear4bit``, too, and it is saved as bitsandbytes would
-    save it. The environment variable ``QLORA_EXT_TAKE_OVER=1`` has the same done as ``qlora_ext`` is imported, and the
-    command ``qlora-ext run -- COMMAND`` in programs that do not import it.
+    ``is_loaded_in_4bit``, its layers are also instances of ``bnb.nn.Linear4bit``, and it is saved in bitsandbytes'
+    format. The environment variable ``QLORA_EXT_TAKE_OVER=1`` does the same when ``qlora_ext`` is imported, and the
+    command ``qlora-ext run -- COMMAND`` for programs that do not import it.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, BitsAndBytesConfig

@@ -24,7 +24,7 @@ from .weight import NF4Weight
 
 
 def below_autograd(operator: OpOverload) -> Callable[..., Any]:
-    """The kernel itself. The guard saves a second trip through Python, half of a small layer's time."""
+    """Calls the kernel. The guard avoids a second trip through Python, which would be half of a small layer's time."""
 
     def kernel(*args: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():  # the guard cannot be traced, and a traced call costs nothing
@@ -43,7 +43,7 @@ def has_tangent(args: tuple[Any, ...]) -> bool:
 
 
 def no_tangent(operator: str) -> NoReturn:
-    """Raises a NotImplementedError: ``operator`` knows no forward-mode AD."""
+    """Raises a NotImplementedError: ``operator`` has no forward-mode AD."""
     raise NotImplementedError(f"{operator}: forward-mode AD is not supported here; use reverse mode (backward)")
 
 
@@ -66,8 +66,8 @@ def refuse_second_derivative(args: tuple[Any, ...]) -> None:
     around = forward_ad._current_level >= 0 or any(isinstance(a, Tensor) and innermost(a).requires_grad for a in args)
     if gradients > 1 or (gradients == 1 and around):
         raise NotImplementedError(
-            "torch.func.grad: 4-bit layers have first derivatives alone; do not differentiate the gradient, and detach "
-            "what requires a gradient outside of it"
+            "torch.func.grad: 4-bit layers have first derivatives only; do not differentiate the gradient, and detach "
+            "tensors from outside that require a gradient"
         )
 
 
@@ -76,7 +76,7 @@ def differentiable(
     function: type[torch.autograd.Function],
     with_tangent: Callable[[tuple[Any, ...]], Tensor],
 ) -> Callable[..., Tensor]:
-    """An operator with its gradient, at the price of a graph only where one is needed.
+    """An operator with its gradient. It builds a graph only where one is needed.
 
     Args:
         kernel: of ``below_autograd``.
@@ -192,7 +192,7 @@ def _with_tangent(args: tuple[Any, ...]) -> Tensor:
     primals, tangents = (LINEAR_NF4(*parts) for parts in zip(*duals, strict=True))
     for name, tangent in tangents._asdict().items():
         if tangent is not None and name not in ("x", "bias"):
-            raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives by x and bias alone")
+            raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives for x and bias only")
     y = differentiable_linear_nf4(*primals)
     if tangents.x is None:
         assert tangents.bias is not None  # or there would be no tangent at all
@@ -219,7 +219,8 @@ def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
 def draw_seed(device: torch.device) -> Tensor:
     """A dropout seed from the device's generator: ``torch.manual_seed`` reproduces it, checkpointing replays it.
 
-    It stays a tensor there: nobody waits for it, no compiled graph breaks at it, a captured one draws anew.
+    It stays a tensor on the device: the host does not wait, compiled graphs do not break, and captured graphs draw new
+        seeds.
     """
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 
@@ -244,15 +245,15 @@ def linear_nf4(
         scaling: lora_alpha / R.
         dropout_p: probability of dropping an element of x on the LoRA branch, 0 to 1.
         seed: of dropout's Philox stream: an integer of 64 bits, or a 0-dim int64 tensor on x's device that holds it.
-            None draws one from that device's generator where ``dropout_p`` > 0.
+            With None, it is drawn from that device's generator if ``dropout_p`` > 0.
 
     Returns:
         y [..., N] in x's dtype, differentiable in x, bias, lora_a and lora_b. Under autocast the dense arguments
         take the autocast dtype first.
 
     Raises:
-        TypeError, ValueError, RuntimeError: an argument does not fit; the message names it, what was expected and
-            what came.
+        TypeError, ValueError, RuntimeError: an argument does not fit; the message names it, what was expected and what
+            was given.
 
     Example:
         >>> w4 = qlora_ext.quantize_nf4(torch.randn(48, 64))

@@ -73,7 +73,7 @@ def _take_scales(state_dict: Mapping[str, Tensor], name: str) -> Tensor:
     if not t.is_floating_point():
         raise ValueError(f"{name}: expected float32 scales, got {t.dtype}")
     if not bool(((t >= 0) & t.isfinite()).all()):
-        raise ValueError(f"{name}: expected finite scales of 0 or more, got others among them")
+        raise ValueError(f"{name}: expected finite scales of 0 or more, got negative, infinite or NaN ones")
     return t.float()
 
 
@@ -83,7 +83,7 @@ def _check_code(name: str, found: Tensor, expected: Tensor) -> None:
         or found.shape != expected.shape
         or not torch.equal(found.to("cpu", torch.float32), expected)
     ):
-        raise ValueError(f"{name}: expected bitsandbytes' own code values, got others; they cannot be represented here")
+        raise ValueError(f"{name}: expected bitsandbytes' own code values, got another table, which is not supported")
 
 
 def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]
         raise ValueError(f"{name}: expected a JSON object, got {type(state).__name__}")
     absent = [key for key in ("quant_type", "blocksize", "dtype", "shape") if state.get(key) is None]
     if absent:
-        raise ValueError(f"{name}: expected {', '.join(absent)} in it, got {reprlib.repr(sorted(state))}")
+        raise ValueError(f"{name}: expected the fields {', '.join(absent)} too, got {reprlib.repr(sorted(state))}")
     if state["quant_type"] != "nf4":
         found = reprlib.repr(state["quant_type"])
         raise ValueError(f"{prefix}: expected quant_type 'nf4', got {found}, which is not supported")
@@ -152,7 +152,9 @@ def read(state_dict: Mapping[str, Tensor], prefix: str) -> Fields:
         nested_map = _take(state_dict, f"{prefix}.nested_quant_map")
         _check_code(f"{prefix}.nested_quant_map", nested_map, _nested_code_values())
         if "nested_offset" not in state:
-            raise ValueError(f"{prefix}.{STATE_KEY}: expected nested_offset in it, got {reprlib.repr(sorted(state))}")
+            raise ValueError(
+                f"{prefix}.{STATE_KEY}: expected the field nested_offset too, got {reprlib.repr(sorted(state))}"
+            )
         nested_offset = _offset(f"{prefix}.{STATE_KEY}", state["nested_offset"], absmax.device)
         expected = {"absmax": (absmax, blocks), "nested_absmax": (nested_absmax, -(-blocks // nested_block_size))}
     else:

@@ -15,9 +15,9 @@ class Form:
 
     Attributes:
         compute_dtype: of the products, biases and decoded rows.
-        block_size: elements a scale: a power of two from 32 to 4096.
+        block_size: elements per scale: a power of two from 32 to 4096.
         double_quant: whether the scales are 8-bit codes themselves.
-        nested_block_size: scales a nested scale: from 1 to 2^20.
+        nested_block_size: scales per nested scale: from 1 to 2^20.
 
     Raises:
         ValueError: no block size of the format. TypeError: ``compute_dtype`` is no floating-point dtype.

@@ -1,9 +1,9 @@
-"""A 4-bit layer as it is once its adapter is merged into it, and training that sees it so.
+"""4-bit layers with a merged adapter, and merge-aware training.
 
-An adapter moves most weights by less than the way to the next code's value. Rounded to the nearest value they stay
-where they were, and what was learnt is lost. Rounded up or down at random, with the chance that makes the value right
-on the average, the codes hold the whole update: a share of the weights makes the step, and the sums over a row hardly
-differ. The scales are the old ones, so that a weight that is not moved keeps its code.
+An adapter moves most weights by less than half a step between two codes. Rounding to the nearest code leaves such
+weights unchanged, and the training is lost. With stochastic rounding the expected value is right: a fraction of the
+weights takes the step, and the sums over a row hardly differ. The scales do not change, so a weight that does not move
+keeps its code.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def seed_of(name: str) -> int:
 
 
 def scales_of(w4: NF4Weight) -> Tensor:
-    """The scales of ``w4`` as they decode, float32, one a block."""
+    """The decoded scales of ``w4``, float32, one per block."""
     if not w4.double_quant:
         return w4.absmax
     scales: Tensor = torch.ops.qlora.dequantize_absmax(
@@ -41,15 +41,16 @@ def scales_of(w4: NF4Weight) -> Tensor:
 
 
 def with_update(w4: NF4Weight, moved: Tensor, seed: int = 0) -> NF4Weight:
-    """``moved``, W and what an adapter adds to it, in 4 bits under the scales of W: the same codes at every call.
+    """``moved``, the sum of W and an adapter's update, in 4 bits under the scales of W. Every call gives the same
+    codes.
 
     Args:
         w4: W, [N, K] or a stack of such matrices [E, N, K].
         moved: float32, of that shape.
-        seed: of the random numbers, ``seed_of`` the weight's name. Matrix e of a stack has ``seed_of(f"{seed}.{e}")``.
+        seed: of the random numbers: ``seed_of`` the weight's name. Matrix e of a stack has ``seed_of(f"{seed}.{e}")``.
 
     Raises:
-        ValueError: it has another shape.
+        ValueError: ``moved`` has another shape.
     """
     if moved.shape != w4.shape:
         raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
@@ -61,7 +62,7 @@ def with_update(w4: NF4Weight, moved: Tensor, seed: int = 0) -> NF4Weight:
 
 
 def kept_of(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float]:
-    """⟨after - before, update⟩ and ‖update‖²: over each other, how much of an update the weights hold."""
+    """⟨after - before, update⟩ and ‖update‖². Their quotient is how much of an update the weights hold."""
     return ((after - before) * update).sum().item(), update.square().sum().item()
 
 

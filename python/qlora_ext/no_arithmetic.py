@@ -35,7 +35,7 @@ def _refuse(what: str, cause: Exception | None = None) -> NoReturn:
     reason = "" if cause is None else f" ({str(cause).partition(chr(10))[0]})"
     raise RuntimeError(
         f"{what}: expected a dense tensor, got the packed state of a 4-bit weight{reason}; layer.dequantize() gives "
-        "the decoded weight, and averages, decay and casts are for the trainable parameters only"
+        "the decoded weight; average, decay and cast the trainable parameters only"
     ) from cause
 
 

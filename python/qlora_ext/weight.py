@@ -17,13 +17,13 @@ from .no_arithmetic import NoArithmetic
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NF4Weight(NoArithmetic):
-    """A tensor of shape ``shape`` held in 4 bits an element (QLoRA, Dettmers et al., 2023; bitsandbytes' layout).
+    """A tensor with 4 bits per element (QLoRA, Dettmers et al., 2023), in bitsandbytes' layout.
 
     Attributes:
         packed: uint8, [..., K/2]: element 2i in the high nibble of byte i, 2i+1 in the low one.
-        absmax: the scales, one a block of ``block_size`` elements in row-major order: float32, or uint8 codes
-            where double quantized.
-        nested_absmax, nested_offset: float32 scales of those codes, one a ``nested_block_size`` of them, and their
+        absmax: the scales, one per block of ``block_size`` elements in row-major order: float32, or uint8 codes with
+            double quantization.
+        nested_absmax, nested_offset: float32 scales of those codes, one per ``nested_block_size`` of them, and their
             mean; None without double quantization.
         shape, dtype: of the tensor that was quantized.
 
@@ -52,7 +52,7 @@ class NF4Weight(NoArithmetic):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The packed codes and the scales that there are, by the names of their attributes."""
+        """The packed codes and the existing scales, by the names of their attributes."""
         names = ("packed", "absmax", "nested_absmax", "nested_offset")
         return {name: t for name in names if (t := getattr(self, name)) is not None}
 
@@ -63,7 +63,7 @@ class NF4Weight(NoArithmetic):
 
     @property
     def bits_per_param(self) -> float:
-        """Bits an element, scales included: about 4.127 with the default blocks and double quantization."""
+        """Bits per element, including scales: about 4.127 with the default blocks and double quantization."""
         return 8.0 * self.nbytes / max(math.prod(self.shape), 1)
 
     def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
@@ -83,7 +83,7 @@ class NF4Weight(NoArithmetic):
         return out
 
     def to(self, device: torch.device | str | int) -> NF4Weight:
-        """The same bits on another device. The format has no other dtype: a dtype is refused with a TypeError."""
+        """The same bits on another device. A dtype is a TypeError, because the format has only one."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: expected a device, got {device}; use dequantize(dtype) for the decoded tensor")
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors.items()}
@@ -118,7 +118,8 @@ class NF4Weight(NoArithmetic):
             prefix: name of the weight, e.g. ``"model.layers.0.mlp.up_proj.weight"``.
 
         Raises:
-            KeyError: a key is missing. ValueError: not NF4, or its parts are no such tensors, or do not fit together.
+            KeyError: a key is missing. ValueError: the weight is not NF4, or its tensors have the wrong form or do not
+                fit together.
         """
         return cls(**bitsandbytes_state.read(state_dict, prefix))
 
@@ -160,15 +161,15 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
 
     Args:
         w: any shape; float32, bfloat16 or float16; CPU or CUDA; finite.
-        block_size: elements a scale: a power of two from 32 to 4096.
-        double_quant: store the scales themselves in 8 bits, in blocks of ``nested_block_size``.
-        nested_block_size: scales a nested scale: from 1 to 2^20; bitsandbytes' are 256.
+        block_size: elements per scale: a power of two from 32 to 4096.
+        double_quant: store the scales in 8 bits, in blocks of ``nested_block_size``.
+        nested_block_size: scales per nested scale: from 1 to 2^20; bitsandbytes uses 256.
 
-    In a compiled graph a block with a NaN or an infinity is not refused: it decodes to NaN.
+    A compiled graph does not reject NaN or infinity: such a block decodes to NaN.
 
     Raises:
-        TypeError: ``w`` is no such tensor. ValueError: a bad block size or nested block size, or a NaN or infinity,
-            with its place.
+        TypeError: ``w`` is not such a tensor. ValueError: a wrong block size or nested block size, or a NaN or
+            infinity, with its index.
 
     Example:
         >>> w4 = qlora_ext.quantize_nf4(torch.randn(48, 64))

@@ -2,7 +2,9 @@
 
 A child is a script that calls ``serve``: it names every problem before it runs it. QLORA_ATTACK (default 1) multiplies
 the number of problems, QLORA_ATTACK_SEED (default 0) draws others. A problem depends on the seed, its number and the
-name of the campaign alone: ``python tests/attack/guarded_problems.py guarded 7 12 13`` repeats number 12 of seed 7.
+name of the campaign alone. This repeats number 12 of seed 7:
+
+    PYTHONPATH=tests/lib python tests/attack/guarded_problems.py guarded 7 12 13
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Report:
 
 def attack(script: str, kind: str, problems: int, **environment: str) -> Report:
     """Runs a campaign, each child from the problem on that comes after the one which killed the last."""
-    path = os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    path = os.pathsep.join([str(HERE.parent / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])])
     first, faults = 0, []
     while first < problems and len(faults) < ENOUGH_FAULTS:
         child = subprocess.run(

@@ -2,7 +2,7 @@
 
 All problems of a campaign run one after the other in one process, so that what one launch leaves behind (workspaces,
 tickets, tensors in memory that is used again) meets the next. A fault may need the problems before it: to repeat
-number 12 of seed 7 as it was, run ``python tests/attack/cuda_problems.py cuda 7 0 13``.
+number 12 of seed 7 as it was, run ``PYTHONPATH=tests/lib python tests/attack/cuda_problems.py cuda 7 0 13``.
 """
 
 from __future__ import annotations

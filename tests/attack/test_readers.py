@@ -23,11 +23,12 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
+pytest.importorskip("gguf")
 
 from commands import Paths
+from gguf_files import llama_file
 from mutations import mutate_bytes, mutate_json
 from qlora_ext.cli import main
-from test_cli_gguf import llama_file
 
 __all__ = ["llama_file"]  # a fixture
 

@@ -1,4 +1,4 @@
-// The rules of tests/accuracy.py, which explains them, without Python: a result's entries are within the bound that
+// The rules of tests/lib/accuracy.py, which explains them, without Python: a result's entries are within the bound that
 // their operands give, and its rows, its columns and all of it within 1.05 times the error of the same formula.
 #pragma once
 

@@ -1,9 +1,9 @@
-// Bringing dense operands (x, dy and the low-rank factors) into panels.
+// Copies dense operands (x, dy and the low-rank factors) into panels.
 //
-// A matrix product does not care about the order of the summed elements as long as both operands agree, nor about the
-// order of the lanes until the result is stored. Packed weights are therefore left in the order their nibbles are
-// decoded in, group by group, and where they take part dense operands follow (Order::kDecoded). Where no packed weight
-// does, both stay as they are in memory (Order::kMemory). Of a group, with 16 lanes:
+// The order of the summed elements does not matter to a matrix product as long as both operands agree, and the order of
+// the lanes does not matter until the result is stored. So packed weights keep the order in which their nibbles are
+// decoded, group by group, and dense operands that meet them are rearranged to match (Order::kDecoded). Without packed
+// weights, both operands keep the order of memory (Order::kMemory). A group, with 16 lanes:
 //
 // clang-format off
 //   in memory    0  1  2  3 |  4  5  6  7 |  8  9 .. |    ..    | 60 61 62 63      element 4i + j
@@ -53,8 +53,8 @@ inline void store_some(T* p, F v, int64_t count) {
   }
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of `m` into a broadcast panel; zeros fill the last
-// vector of a row.
+// Copies rows [row, row + rows) and columns [column, column + columns) of `m` into a broadcast panel. Zeros fill the
+// last vector of a row.
 template <class W, class T>
 void load_broadcast(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns,
                     typename W::Word* panel) {
@@ -74,7 +74,7 @@ void load_broadcast(const Matrix<T>& m, int64_t row, int64_t rows, int64_t colum
   }
 }
 
-// A group of one row's elements, in `order`.
+// Copies a group of one row's elements, in `order`.
 template <Order order, class T>
 inline void load_group(const T* p, int64_t count, const Mask& mask, int64_t column, F (&v)[4]) {
   unroll<4>([&](auto q) {
@@ -105,8 +105,9 @@ inline void store_whole_group(typename W::Word* out, int64_t tile_stride, const 
   W::store(out + tile_stride + kLanes, v[3]);
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the columns
-// (`lanes` of them: the columns, or in decoded order the columns rounded up to whole groups). The sum is over rows.
+// Copies rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the
+// columns (`lanes` of them: the columns, or in decoded order the columns rounded up to whole groups). The sum is over
+// rows.
 template <class W, Order order, class T>
 void load_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, int64_t columns, int64_t lanes,
                 typename W::Word* panel) {
@@ -135,8 +136,8 @@ void load_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, i
   }
 }
 
-// A vector of words of a row, the first of them from *p on. Words follow each other as they do in memory; what one word
-// holds is neighbours (Order::kMemory), or elements that decoding puts into one word (Order::kDecoded).
+// Loads a vector of words of a row, the first of them at *p. Words are in the order of memory. A word holds neighbours
+// (Order::kMemory), or elements that decoding puts into one word (Order::kDecoded).
 template <class W, Order order, class T>
 inline F row_words(const T* p, int64_t count) {
   if constexpr (W::kElements == 1) {
@@ -153,8 +154,8 @@ constexpr int decoded_word(int word) {
   return word % kVectors * kLanes + word / kVectors;
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the rows. The
-// sum is over columns, in `order`. Each square of kLanes rows and as many words is transposed in registers:
+// Copies rows [row, row + rows) and columns [column, column + columns) of `m` into a lanes panel whose lanes are the
+// rows. The sum is over columns, in `order`. Each square of kLanes rows and kLanes words is transposed in registers:
 //
 // clang-format off
 //   m, in words of kElements columns         panel, one tile of lanes

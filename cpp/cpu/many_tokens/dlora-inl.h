@@ -1,8 +1,8 @@
 // The gradients of the low-rank factors, dA = gᵀ · dropout(x) and dB = dyᵀ · h.
 //
-// Both sum over tokens: the rank is broadcast, from g and h kept as [rank, tokens], and the features are the lanes,
-// from x and dy as they lie in memory. g and h are brought there, or computed where they are not given, for as many
-// ranks at a time as the scratch of a call holds of all tokens, and at least one.
+// Both sum over tokens. The rank is broadcast, from g and h stored as [rank, tokens]. The features are the lanes, from
+// x and dy in memory order. g and h are copied into that layout, or computed where they are not given, for as many
+// ranks at a time as the scratch of a call holds for all tokens, and at least one.
 #pragma once
 
 #include <cstdint>
@@ -25,8 +25,8 @@ namespace many_tokens {
 
 using namespace panel;
 
-// Columns [column, column + columns) of low [rank, m] · in [m, features], handed to `store_sums` as a product leaves
-// its sums (multiply-inl.h).
+// Columns [column, column + columns) of low [rank, m] · in [m, features]. `store_sums` gets the sums in the layout of
+// multiply-inl.h.
 template <class W, class T, class Store>
 void reduce_tokens(const Matrix<T>& low, int64_t rank, const Matrix<T>& in, int64_t m, int64_t column, int64_t columns,
                    const Store& store_sums) {
@@ -44,14 +44,14 @@ void reduce_tokens(const Matrix<T>& low, int64_t rank, const Matrix<T>& in, int6
     load_broadcast<W>(low, 0, rank, t, tokens, broadcast);
     load_lanes<W, Order::kMemory>(in, t, tokens, column, columns, columns, lanes);
     const int depth = static_cast<int>(ceil_div(tokens, W::kElements));
-    PrefetchAhead nothing;
+    WeightPrefetcher nothing;
     multiply<W, kLowRankChain<T>>(broadcast, rank, lanes, columns, depth, slice, true, nothing);
     add_slice(slice, count, sums, t == 0);
   }
   store_sums(sums);
 }
 
-// Ranks [first, first + ranks) of a given h or g [m, r], rank by rank.
+// Copies ranks [first, first + ranks) of a given h or g [m, r], rank by rank.
 template <class T>
 void take_ranks(const Pool& pool, const T* given, int64_t m, int64_t r, int64_t first, int64_t ranks, T* out) {
   auto body = [&](int64_t begin, int64_t end) {

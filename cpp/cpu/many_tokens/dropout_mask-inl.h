@@ -16,7 +16,7 @@ using namespace panel;
 
 inline constexpr int kGroup = 4 * kLanes;  // consecutive elements that are decoded, or drawn, together
 
-// The dropout decisions of up to kMax consecutive elements, drawn a group of lanes at a time.
+// The dropout mask of up to kMax consecutive elements, drawn one group of lanes at a time.
 class Mask {
  public:
   static constexpr int kMax = 2 * kDepth;  // elements
@@ -27,7 +27,7 @@ class Mask {
     for (int64_t i = 0; i < count + skew_; i += kGroup)
       philox(d.seed, (static_cast<uint64_t>(first) >> 2) + static_cast<uint64_t>(i / 4), bits_ + i);
   }
-  // v, elements i .. i + kLanes - 1 after `first`, without the dropped ones.
+  // v, which holds elements i .. i + kLanes - 1 after `first`, with zeros for the dropped ones.
   F operator()(F v, int64_t i) const {
     if (threshold_ == 0) return v;
     if (threshold_ >> 32) return zero();

@@ -1,9 +1,9 @@
 // The input gradient of the fused linear layer for many tokens, dx = dy · w + mask ∘ (g · a) · keep_scale.
 //
-// Each task owns a rectangle of the output and sums it in float32 scratch: a piece of the packed weight is decoded into
-// a panel that stays in the second-level cache and is multiplied with all tokens of the task, then the next along the
-// summed dimension; the low-rank product is one more of them. An element's sum has the same order whatever the tasks,
-// so the result does not depend on the number of threads.
+// Each task owns a rectangle of the output and sums it in float32 scratch. It decodes a piece of the packed weight into
+// a panel that stays in the second-level cache, multiplies the panel with all its tokens, and goes on to the next piece
+// along the summed dimension. The low-rank product is one more such step. The order of an element's sum does not depend
+// on the tasks, so the result does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ namespace many_tokens {
 
 using namespace panel;
 
-// The dropout of dx's low-rank part, in place on sums whose lanes are columns in decoded order.
+// Applies dropout to dx's low-rank part, in place on sums whose lanes are columns in decoded order.
 inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t tokens, int64_t k, int64_t column,
                       int64_t columns) {
   const Scale keep_scale(d.keep_scale);
@@ -51,14 +51,14 @@ inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t toke
   }
 }
 
-// How many columns a task takes, and the pieces it decodes: with few tokens, as much at a time as the first-level cache
-// holds. With many, decoding hardly counts, and deeper pieces add to the sums less often. A piece that is decoded
-// during the multiplication of the one before it has a panel of its own.
+// How many columns a task takes, and the pieces it decodes. With few tokens, a piece fills the first-level cache. With
+// many, decoding costs little, and deeper pieces add to the sums less often. A piece that is decoded during the
+// multiplication of the previous one has its own panel.
 struct DxShape {
   bool interleaved;
   int64_t most_columns, piece_columns, piece_depth;
 
-  // By the whole problem, not by the task, since the order of the sums depends on it.
+  // Depends on the whole problem, not on the task, because the order of the sums depends on it.
   explicit DxShape(const LinearDxProblem& p) : DxShape(p.m, kSpareRegisters && ScaledPiece::aligned(p.w)) {}
   constexpr DxShape(int64_t m, bool interleaved_)
       : interleaved(interleaved_),
@@ -125,7 +125,7 @@ class DxTask {
     for (int64_t c = 0; c < columns_; c += pieces_.size) {
       const int64_t some = min(pieces_.size, columns_ - c), lanes = round_up(some, kGroup);
       load_lanes<W, Order::kDecoded>(a, rank, ranks, column_ + c, some, lanes, lanes_);
-      PrefetchAhead nothing;
+      WeightPrefetcher nothing;
       multiply<W, kChain<T>>(broadcast_, tokens_, lanes_, lanes, static_cast<int>(ceil_div(ranks, W::kElements)),
                              sums_ + c * tokens_, rank == 0, nothing);
     }

@@ -1,9 +1,9 @@
 // The fused linear layer for many tokens, y = x · wᵀ + h · bᵀ + bias.
 //
-// Each task owns a rectangle of the output and sums it in float32 scratch: a piece of the packed weight is decoded into
-// a panel that stays in the second-level cache and is multiplied with all tokens of the task, then the next along the
-// summed dimension; the low-rank product is one more of them. An element's sum has the same order whatever the tasks,
-// so the result does not depend on the number of threads.
+// Each task owns a rectangle of the output and sums it in float32 scratch. It decodes a piece of the packed weight into
+// a panel that stays in the second-level cache, multiplies the panel with all its tokens, and goes on to the next piece
+// along the summed dimension. The low-rank product is one more such step. The order of an element's sum does not depend
+// on the tasks, so the result does not depend on the number of threads.
 #pragma once
 
 #include <cstdint>
@@ -33,13 +33,13 @@ using namespace panel;
 inline constexpr int64_t kMostLaneWords = 64 * 1024, kMostSums = 180 * 1024;
 
 // A strip of weight rows is decoded piece by piece along the summed dimension into a broadcast panel in the first-level
-// cache. Where a piece is decoded during the multiplication of the one before it, either has half of the panel.
+// cache. Where a piece is decoded during the multiplication of the previous one, each has half of the panel.
 struct StripShape {
   static constexpr int64_t kMostRows = 24, kPanelWords = kMostRows * kDepth;
   bool interleaved;
   int64_t rows, other_half;  // words
 
-  // By the whole problem, not by the task, since the order of the sums depends on it.
+  // Depends on the whole problem, not on the task, because the order of the sums depends on it.
   explicit StripShape(const LinearProblem& p)
       : interleaved(kSpareRegisters && ScaledPiece::aligned(p.w)),
         rows(interleaved ? kMostRows / 2 : kMostRows),
@@ -85,7 +85,7 @@ class ForwardTask {
   }
 
  private:
-  // Columns [column, column + columns) of x times those of the weight.
+  // Multiplies columns [column, column + columns) of x with those of the weight.
   void add_columns(int64_t column, int64_t columns) {
     const Matrix<T> x{static_cast<const T*>(p_.x), p_.w.k};
     const int lanes_depth = transpose_lanes<W, Order::kDecoded>(x, token_, tokens_, column, columns, lanes_);
@@ -105,12 +105,13 @@ class ForwardTask {
     for (int64_t r = 0; r < rows_; r += strips_.size) {
       const int64_t rows = min(strips_.size, rows_ - r);
       load_broadcast<W>(b, row_ + r, rows, rank, ranks, strip_);
-      PrefetchAhead nothing;
+      WeightPrefetcher nothing;
       multiply_strip(strip_, r, rows, depth, 0, depth, p_.w.k == 0 && rank == 0, nothing);
     }
   }
 
-  // Adds to the sums of the task's rows [row, row + rows) their panel times the steps [at, at + depth) of the lanes.
+  // Multiplies the panel of the task's rows [row, row + rows) with steps [at, at + depth) of the lanes, and adds to
+  // their sums.
   template <class Interleaved>
   void multiply_strip(const Word* panel, int64_t row, int64_t rows, int depth, int64_t at, int64_t lanes_depth,
                       bool first, Interleaved& interleaved) {
@@ -121,7 +122,7 @@ class ForwardTask {
     }
   }
 
-  // Adds up the two lanes that a token has with TwoWords.
+  // Adds the two lanes that a token has with TwoWords.
   void add_words() {
     const int64_t width = tile_width(token_lanes_);
     for (int64_t r = 0; r < rows_; ++r) {

@@ -1,7 +1,7 @@
 // The low-rank intermediates, h = round(scaling · dropout(x) · Aᵀ) and g = round(scaling · dy · B).
 //
-// Tokens are broadcast and the rank is the lanes: x and dy are read as they lie in memory, and only the small factor is
-// ever rearranged.
+// Tokens are broadcast and the ranks are the lanes, so x and dy are read in memory order, and only the small factor is
+// rearranged.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ using namespace panel;
 
 enum class Factor { kRankByFeature, kFeatureByRank };  // A [r, k], B [n, r]
 
-// Where h or g goes: that of token i and rank j, counted from the first ones asked for, to
-// out[i * token_stride + j * rank_stride].
+// Where h or g goes: the value of token i and rank j, counted from the first requested ones, goes to out[i *
+// token_stride + j * rank_stride].
 template <class T>
 struct LowRankOut {
   T* out;
@@ -55,7 +55,7 @@ void low_rank_task(const Matrix<T>& in, int64_t features, const Matrix<T>& facto
       } else {
         load_lanes<W, Order::kMemory>(factor, f, columns, first_rank + r, ranks, ranks, lanes);
       }
-      PrefetchAhead nothing;
+      WeightPrefetcher nothing;
       multiply<W, kLowRankChain<T>>(broadcast, tokens, lanes, ranks, depth, slice, true, nothing);
       add_slice(slice, tokens * tile_width(ranks), sums + r * tokens, f == 0);
     }

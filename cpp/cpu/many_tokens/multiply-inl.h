@@ -14,12 +14,12 @@
 //                            word d       `height` rows of sums, which stay in registers along the depth
 // clang-format on
 //
-// Where lanes are few, neighbouring lanes take neighbouring words (TwoWords): a broadcast of two words then serves
-// twice as many lanes, and the sums of neighbours are added up in the end. What is broadcast at once is a *step* of the
-// depth.
+// With few lanes, neighbouring lanes take neighbouring words (TwoWords): a broadcast of two words then serves twice as
+// many lanes, and the sums of neighbours are added at the end. The words that are broadcast together are a *step* of
+// the depth.
 //
-// Sums over at most kChain steps start from zero in registers and are added to memory once: rounding errors grow with
-// the length of such a *chain*, not with that of the whole sum.
+// A *chain* of at most kChain steps is summed in registers, starting from zero, and added to memory once. Rounding
+// errors grow with the length of a chain, not of the whole sum.
 #pragma once
 
 #include <cstdint>
@@ -37,16 +37,16 @@ using namespace panel;
 
 inline constexpr int kDepth = 256;  // words of a row of a broadcast panel, [height][kDepth]
 
-// A core has other work in between than multiplying: it decodes or fetches the weights that come next. Either waits for
-// the other where they take turns, and neither where a little of that work is done at every step along the depth of a
-// tile. Such work is an *interleaved* task, a type with step().
+// Between multiplications, a core has to decode or prefetch the next weights. If the two alternate, each waits for the
+// other. So a little of that work is done at every step along the depth of a tile: it is *interleaved*, a type with
+// step().
 
-// Fetches the packed weights that the next panel will be decoded from, `rows` runs of `columns` weights that begin
-// `stride` weights apart. A step fetches one line, for all at once is more than a core can have under way.
-class PrefetchAhead {
+// Prefetches the packed weights of the next panel, `rows` runs of `columns` weights that begin `stride` weights apart.
+// A step prefetches one line, because a core cannot have all of them in flight at once.
+class WeightPrefetcher {
  public:
-  PrefetchAhead() = default;
-  PrefetchAhead(const uint8_t* packed, int64_t first, int64_t rows, int64_t stride, int64_t columns)
+  WeightPrefetcher() = default;
+  WeightPrefetcher(const uint8_t* packed, int64_t first, int64_t rows, int64_t stride, int64_t columns)
       : packed_(packed), weight_(first), rows_(columns > 0 ? rows : 0), stride_(stride), columns_(columns) {}
   void step() {
     if (rows_ <= 0) return;
@@ -108,8 +108,8 @@ struct Tiles {
   }
 };
 
-// All rows of a broadcast panel against one tile of lanes, in tiles of nearly equal height: a low one for the last rows
-// would leave most of the accumulators idle.
+// Multiplies all rows of a broadcast panel with one tile of lanes, in tiles of nearly equal height: a low tile for the
+// last rows would leave most of the accumulators idle.
 template <class W, int longest_chain, int vectors, class Interleaved>
 void multiply_by_tiles(const typename W::Word* broadcast, int64_t height, const typename W::Word* lanes, int depth,
                        float* sums, bool first, Interleaved& interleaved) {
@@ -123,13 +123,13 @@ void multiply_by_tiles(const typename W::Word* broadcast, int64_t height, const 
   }
 }
 
-// A lanes panel is cut into tiles of kTileLanes lanes, the last of one vector if that holds what is left. Each tile is
-// laid out on its own, [tile][depth][width], and the sums likewise, [tile][height][width].
+// A lanes panel is cut into tiles of kTileLanes lanes. The last one is one vector wide if that is enough. The layout is
+// [tile][depth][width], that of the sums [tile][height][width].
 inline constexpr int kTileLanes = 2 * kLanes;
 inline int64_t tile_width(int64_t lanes_left) { return lanes_left > kLanes ? kTileLanes : kLanes; }
 
-// The longest chain, in steps. 16-bit results do not notice its rounding errors; float32 ones should
-// have no larger ones than those of a library that sums in many short chains.
+// The longest chain, in steps. Its rounding errors are invisible in 16-bit results. In float32 they should be no larger
+// than those of a library, which sums many short chains.
 template <class T>
 inline constexpr int kChain = sizeof(T) == 4 ? 32 : kDepth;
 

@@ -15,7 +15,7 @@ namespace many_tokens {
 
 using namespace panel;
 
-// `count` pieces of `size` (the last may be shorter) that cover n: of at most `most`, nearly equal, multiples of
+// `count` pieces that cover n. Each has `size` elements (the last may have fewer): at most `most`, and a multiple of
 // `unit`.
 struct Cut {
   int64_t count, size;
@@ -26,9 +26,9 @@ inline Cut cut_by_count(int64_t n, int64_t count, int64_t unit) {
 }
 inline Cut cut(int64_t n, int64_t most, int64_t unit) { return cut_by_count(n, ceil_div(n, most), unit); }
 
-// How the output of a product is shared out: a task takes a rectangle of it, some rows of the weight (dx: columns) and
-// some tokens. Cuts along the weight are preferred, since every cut along the tokens decodes the same weights again,
-// but there must be work for all threads.
+// How the output of a product is divided among tasks. A task takes a rectangle: some rows of the weight (dx: columns)
+// and some tokens. Cuts along the weight are preferred, because every cut along the tokens decodes the same weights
+// again, but there must be work for all threads.
 struct Grid {
   Cut rows, tokens;
   int64_t tasks() const { return rows.count * tokens.count; }
@@ -44,21 +44,21 @@ inline Grid make_grid(int threads, int64_t rows, int64_t most_rows, int64_t unit
   return {cut_by_count(rows, row_cuts, unit), cut_by_count(tokens, token_cuts, kTileLanes)};
 }
 
-inline constexpr int64_t kTaskBytes = int64_t{1280} << 10;  // of scratch that a task works in
+inline constexpr int64_t kTaskBytes = int64_t{1280} << 10;  // of scratch per task
 
-inline constexpr int64_t kMostTokens = 256;                // of a task
-inline constexpr int64_t kCallBytes = int64_t{704} << 10;  // of scratch that h and g of one call may take
+inline constexpr int64_t kMostTokens = 256;                // per task
+inline constexpr int64_t kCallBytes = int64_t{704} << 10;  // of scratch for h and g per call
 
-// Tokens of which h or g, [tokens, rank], fits the scratch of a call.
+// The number of tokens whose h or g, [tokens, rank], fits the scratch of a call.
 template <class T>
 inline int64_t shared_tokens(int64_t tokens, int64_t rank) {
   const int64_t fit = max(kCallBytes / (max(rank, 1) * static_cast<int64_t>(sizeof(T))), 1);
   return fit < tokens && fit > 2 * kTileLanes ? fit & -kTileLanes : min(fit, tokens);
 }
 
-// Low-rank products are summed in three levels: chains in registers, a few chains in a slice, slices in the whole. Two
-// levels would do for 16 bits; float32 is held to the errors of a library, and a library does a product of few rows in
-// still shorter chains than one of many.
+// Low-rank products are summed in three levels: chains in registers, a few chains per slice, and the slices. Two levels
+// would be enough for 16 bits. float32 results are compared with a library's, which sums a product of few rows in even
+// shorter chains than one of many.
 template <class T>
 inline constexpr int kLowRankChain = sizeof(T) == 4 ? 8 : kDepth;
 inline void add_slice(const float* slice, int64_t count, float* sums, bool first) {
@@ -66,7 +66,7 @@ inline void add_slice(const float* slice, int64_t count, float* sums, bool first
     store(sums + i, first ? load(slice + i) : add(load(sums + i), load(slice + i)));
 }
 
-// Multiplies by a double: rounding the factor to float32 first would be an error that all results share.
+// Multiplies by a double. Rounding the factor to float32 first would be an error that all results share.
 class Scale {
  public:
   explicit Scale(double s)
@@ -77,8 +77,8 @@ class Scale {
   F high_, low_;
 };
 
-// The sums of one tile of lanes, [height][width] (multiply-inl.h), to a row-major matrix `out` [lanes, height]: lane by
-// lane, the bias of its row added to each.
+// Stores the sums of one tile of lanes, [height][width] (multiply-inl.h), to a row-major matrix `out` [lanes, height],
+// lane by lane, and adds the bias of its row to each sum.
 template <class T>
 void store_transposed(const float* sums, int64_t height, int64_t width, int64_t lanes, const T* bias, T* out,
                       int64_t stride) {
@@ -99,8 +99,8 @@ void store_transposed(const float* sums, int64_t height, int64_t width, int64_t 
   }
 }
 
-// Of row `row` of sums [tile][height][width] (multiply-inl.h), the vectors of lanes [lane, lane + kGroup), of `lanes`
-// in all; zeros beyond them.
+// The vectors of lanes [lane, lane + kGroup) in row `row` of sums [tile][height][width] (multiply-inl.h). Lanes from
+// `lanes` on are zeros.
 inline void load_sums(const float* sums, int64_t height, int64_t row, int64_t lane, int64_t lanes, F (&v)[4]) {
   for (int q = 0; q < 4; q += 2, lane += kTileLanes) {
     v[q] = v[q + 1] = zero();

@@ -1,4 +1,4 @@
-// Decoding packed weights into panels (multiply-inl.h), a group of kGroup elements at a time.
+// Decodes packed weights into panels (multiply-inl.h), a group of kGroup elements at a time.
 //
 // Where groups coincide with the packed format (they begin at multiples of kGroup and lie in one quantization block), a
 // group's scale multiplies the 16 code values once, not every weight: the weight is *aligned*. Anything else (k no
@@ -52,17 +52,18 @@ struct Pieces {
   Piece strip(int64_t row) const { return {row, at(row, area.column).rows, area.column, area.columns}; }
 };
 
-// A piece with the scales of the quantization blocks it lies in, which are decoded once for however many panels it is
-// decoded to.
+// A piece and the scales of its quantization blocks, which are decoded once for all panels that the piece is decoded
+// into.
 class ScaledPiece {
  public:
   ScaledPiece() = default;
   // `scales` has room for scale_floats(rows, columns), or of whole rows for run_floats(w, rows).
   ScaledPiece(const Weight& w, const Piece& piece, float* scales)
       : w_(&w), shift_(__builtin_ctzll(static_cast<uint64_t>(w.scales.block_size))) {
-    const bool one_run = piece.columns == w.k;  // of blocks, in all rows
-    // A run has one place for each of its scales. Where there are gaps between rows, each row has places of its own, as
-    // many as it may need; from scales(row) that is less by what the number of its first block grows with each row.
+    const bool one_run = piece.columns == w.k;  // of blocks, without gaps between rows
+    // In a run, scales are stored without gaps. Otherwise each row has room for all blocks it may overlap. scales(row)
+    // is indexed by the block's number in the whole weight, so row_scales_ is a row's room minus the blocks by which a
+    // row advances.
     row_scales_ = one_run ? 0 : piece.columns / kMinBlockSize + 2 + kLanes - (w.k >> shift_);
     scales_ = scales - block(piece.row, piece.column) - piece.row * row_scales_;
     for (int64_t row = piece.row, step = one_run ? piece.rows : 1; row < piece.row + piece.rows; row += step) {
@@ -89,7 +90,7 @@ class ScaledPiece {
   // Whether its groups coincide with the packed format, from a multiple of kGroup on.
   bool aligned() const { return aligned(*w_); }
   static bool aligned(const Weight& w) { return w.k % kGroup == 0 && w.scales.block_size >= kGroup; }
-  // Of such a group that begins at (row, column), the packed bytes and the scale.
+  // The packed bytes and the scale of such a group, which begins at (row, column).
   const uint8_t* packed(int64_t row, int64_t column) const { return w_->packed + (flat(row, column) >> 1); }
   float scale(int64_t row, int64_t column) const { return scales(row)[block(row, column)]; }
 
@@ -102,7 +103,7 @@ class ScaledPiece {
   float* scales_ = nullptr;
 };
 
-inline PrefetchAhead prefetch_ahead(const Weight& w, const Piece& piece) {
+inline WeightPrefetcher weight_prefetcher(const Weight& w, const Piece& piece) {
   return {w.packed, piece.row * w.k + piece.column, piece.rows, w.k, piece.columns};
 }
 
@@ -188,10 +189,10 @@ void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Wor
   }
 }
 
-// Decodes an aligned piece group by group, as a task interleaved with a multiplication (multiply-inl.h), and fetches
-// the packed bytes of the piece `after` it. A group of lanes takes several stores, which would stall both if every step
-// had them: with `steps_between` > 1, a power of two, only every so many steps decode a group. The object lies in whole
-// cache lines, for every step reads most of it.
+// Decodes an aligned piece group by group, interleaved with a multiplication (multiply-inl.h), and prefetches the
+// packed bytes of the piece `after` it. A group of lanes takes several stores, which would stall the multiplication if
+// every step had them. So only one in `steps_between` steps, a power of two, decodes a group. The object is aligned to
+// cache lines, because every step reads most of it.
 template <class W, Becomes becomes>
 class alignas(64) GroupDecoder {
  public:
@@ -255,14 +256,14 @@ class alignas(64) GroupDecoder {
   int shift_, mask_, turn_ = 0;
 };
 
-// Decodes all pieces, and multiplies each by a call of multiply(piece, panel, interleaved).
+// Decodes all pieces and calls multiply(piece, panel, interleaved) for each.
 //
-// Where steps_between is 0, a piece is decoded after the multiplication of the one before it, during which its bytes
-// are fetched. Otherwise it is decoded during that multiplication, to the other one of two panels, and the bytes of the
-// one after it are fetched. Scales are decoded a strip at a time.
+// If steps_between is 0, the multiplication of a piece prefetches the bytes of the next one, which is decoded
+// afterwards. Otherwise it also decodes the next piece, into the other of two panels, and prefetches the one after
+// that. Scales are decoded one strip at a time.
 //
-// Of strips of whole rows, which become a broadcast panel, the pages are touched in bursts, at least two strips ahead
-// (pages-inl.h). For strips of a few columns in many rows, which become lanes, that has gained nothing.
+// The pages of strips of whole rows, which become a broadcast panel, are touched in bursts at least two strips ahead
+// (pages-inl.h). For strips of a few columns in many rows, which become lanes, this gains nothing.
 template <class W, Becomes becomes, class Multiply>
 void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* panel, typename W::Word* other_panel,
                      float* scales, float* other_scales, int64_t steps_between, const Multiply& multiply) {
@@ -297,7 +298,7 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
       multiply(piece, panel, decoder);
       decoder.finish();
     } else {
-      PrefetchAhead prefetch = prefetch_ahead(w, next);
+      WeightPrefetcher prefetch = weight_prefetcher(w, next);
       multiply(piece, panel, prefetch);
       decode(source, next, other_panel);
     }

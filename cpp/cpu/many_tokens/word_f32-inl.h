@@ -17,7 +17,7 @@ struct WordF32 {
   using Word = float;
   using Vector = F;
   static constexpr int kElements = 1, kWords = 1;
-  using FewLanes = TwoWords<WordF32>;  // what to multiply with where lanes are few
+  using FewLanes = TwoWords<WordF32>;  // the word for few lanes
   static Vector load(const Word* p) { return panel::load(p); }
   static void store(Word* p, Vector v) { panel::store(p, v); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }

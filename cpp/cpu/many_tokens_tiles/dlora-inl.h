@@ -19,7 +19,7 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace many_tokens_tiles {
 
-// Of a block of sums of 32 ranks and a pair of tokens, in `tiles` tiles of tokens, two tiles of 16 ranks by 32 tokens.
+// Makes two tiles of 16 ranks by 32 tokens from an output tile of 32 ranks and a pair of tokens in `tiles` tiles.
 template <WeightIs weight_is>
 void fill_low_rank_rows(const char* sums, int64_t tiles, double scale, char* out) {
   const Scale scaled(scale);
@@ -65,8 +65,8 @@ inline void take_low_rank_strip(const Matrix<bfloat16>& low, int64_t pair, int64
   }
 }
 
-// Columns [column, column + columns) of low [32 ranks, m] · in [m, features]: a block of sums for each 32 columns, the
-// even and the odd ones of each 16 ranks.
+// Columns [column, column + columns) of low [32 ranks, m] · in [m, features], an output tile per 32 columns: the even
+// and the odd columns of each 16 ranks.
 class TokenSum {
  public:
   static constexpr int64_t kColumns = 4 * kPair;  // at a time: whole lines of a row
@@ -74,11 +74,11 @@ class TokenSum {
 
   TokenSum() {
     Carver memory(scratch(ScratchUse::kThread, many_tokens::kTaskBytes));
-    sums_ = memory.take<char>(kColumns / kPair * kBlockBytes);
+    sums_ = memory.take<char>(kColumns / kPair * kOutputTileBytes);
     dense_ = memory.take<char>(kColumns / kPair * kPieceBytes);
     dropped_ = memory.take<bfloat16>(kSteps * kStep * Slices::kMostAlone);
   }
-  // Hands each block to finish(column, columns, sums).
+  // Calls finish(column, columns, sums) for each output tile.
   template <class Finish>
   void operator()(const char* low, const Matrix<bfloat16>& in, int64_t m, int64_t column, int64_t columns,
                   const Finish& finish) {
@@ -91,14 +91,14 @@ class TokenSum {
         fill_columns(in, first, tokens, column, columns, dense_, kPieceBytes);
       }
       for (int64_t c = 0; c < columns; c += kPair) {
-        char* const sums = sums_ + c / kPair * kBlockBytes;
+        char* const sums = sums_ + c / kPair * kOutputTileBytes;
         Nothing nothing;
-        multiply_block<WeightIs::kA, 2>(low + first / kStep * 2 * kTileBytes, dense_ + c / kPair * kPieceBytes, steps,
-                                        sums, first == 0, sums, nothing);
+        multiply_output_tile<WeightIs::kA, 2>(low + first / kStep * 2 * kTileBytes, dense_ + c / kPair * kPieceBytes,
+                                              steps, sums, first == 0, sums, nothing);
       }
     }
     for (int64_t c = 0; c < columns; c += kPair)
-      finish(column + c, min(kPair, columns - c), sums_ + c / kPair * kBlockBytes);
+      finish(column + c, min(kPair, columns - c), sums_ + c / kPair * kOutputTileBytes);
   }
 
  private:

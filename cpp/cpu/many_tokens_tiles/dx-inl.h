@@ -27,9 +27,9 @@ class Dx {
   const Chunk& chunk() const { return chunk_; }
   static bfloat16* kept(const Problem& p) { return static_cast<bfloat16*>(p.g); }
 
-  // As many columns as the second-level cache keeps sums of, beside one slice of the panel.
+  // As many columns as the second-level cache can hold sums for, beside one slice of the panel.
   int64_t group(const Slices&, const Part& part) const {
-    const int64_t columns = min(max(kSumBytes / (part.pairs * kBlockBytes), 1) * kPair, kMostColumns);
+    const int64_t columns = min(max(kSumBytes / (part.pairs * kOutputTileBytes), 1) * kPair, kMostColumns);
     return min(columns, round_up(part.size, kPair));
   }
 
@@ -42,14 +42,14 @@ class Dx {
     const Matrix<bfloat16> a{static_cast<const bfloat16*>(p_.lora.a), p_.w.k};
     fill_columns(a, s.first_rank, s.ranks, column, columns, out, 0);
   }
-  // The dropout of the low-rank part, which is all that is summed so far.
+  // Applies dropout to the sums, which at this point hold the low-rank part only.
   void drop(char* sums, const Part& part) const {
     if (!p_.lora.dropout.active()) return;
     const Scale keep_scale(p_.lora.dropout.keep_scale);
     const F all = splat(1.0f);
     for (int64_t c = 0; c < part.size; c += kPair) {
       const int64_t columns = min(kPair, part.size - c);
-      for (int64_t q = 0; q < part.pairs; ++q, sums += kBlockBytes) {
+      for (int64_t q = 0; q < part.pairs; ++q, sums += kOutputTileBytes) {
         const int64_t tiles = chunk_.panel.tiles_of(part.pair + q), token = (part.pair + q) * kPair;
         for (int64_t t = 0; t < min(kPair, chunk_.panel.tokens - token); ++t) {
           const Mask mask(p_.lora.dropout, (chunk_.first_token + token + t) * p_.w.k + part.begin + c, columns);
@@ -64,8 +64,8 @@ class Dx {
     }
   }
 
-  // A share of the group's part of the next slice, row by row.
-  Fetch fetch(const Part& group, int64_t column, const Slices& slices, int64_t slice) const {
+  // Prefetches this piece's share of the group's next slice, row by row.
+  LinePrefetcher prefetcher(const Part& group, int64_t column, const Slices& slices, int64_t slice) const {
     const int64_t k = p_.w.k, pieces = ceil_div(group.size, kPair), piece = (column - group.begin) / kPair;
     const int64_t steps = group.pairs * slices[slice].steps;
     int64_t first = group.begin;
@@ -74,17 +74,17 @@ class Dx {
     const int64_t share = ceil_div(s.size, pieces), row = s.begin + piece * share;
     const int64_t rows = min(share, s.begin + s.size - row), columns = min(group.size, k - first);
     if (rows <= 0 || columns <= 0) return {};
-    return Fetch(p_.w.packed + (row * k + first) / 2, rows, columns / 2, k / 2, steps);
+    return LinePrefetcher(p_.w.packed + (row * k + first) / 2, rows, columns / 2, k / 2, steps);
   }
 
-  // Rounds and writes tile `t` of the tokens of a block.
-  void finish(const Block& b, int64_t t) const {
-    const int64_t tiles = chunk_.panel.tiles_of(b.pair), token = b.pair * kPair + t * kTileRows;
+  // Rounds and writes tile `t` of the tokens of an output tile.
+  void finish(const OutputTile& done, int64_t t) const {
+    const int64_t tiles = chunk_.panel.tiles_of(done.pair), token = done.pair * kPair + t * kTileRows;
     if (t >= tiles) return;
-    bfloat16* out = chunk_.at(token, b.outer);
-    const char* row = b.sums + t * kTileBytes;
+    bfloat16* out = chunk_.at(token, done.outer);
+    const char* row = done.sums + t * kTileBytes;
     for (int64_t i = 0; i < min(kTileRows, chunk_.panel.tokens - token); ++i, out += p_.w.k, row += kRowBytes)
-      Words::store_pairs(out, Words::round_pair(load_row(row), load_row(row + tiles * kTileBytes)), b.count);
+      Words::store_pairs(out, Words::round_pair(load_row(row), load_row(row + tiles * kTileBytes)), done.count);
   }
 
  private:

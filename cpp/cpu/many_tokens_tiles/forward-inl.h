@@ -27,11 +27,11 @@ class Forward {
   const Chunk& chunk() const { return chunk_; }
   static bfloat16* kept(const Problem& p) { return static_cast<bfloat16*>(p.h); }
 
-  // As many rows as the second-level cache keeps sums of, beside one slice of the panel; but where it has room for all
-  // of the panel, one strip after the other, which reads W as it lies in memory.
+  // As many rows as the second-level cache can hold sums for, beside one slice of the panel. Where the cache has room
+  // for the whole panel, one piece of rows, which reads W in memory order.
   int64_t group(const Slices& slices, const Part& part) const {
     if (chunk_.panel.token_tiles() * slices.steps() * kTileBytes <= kPanelBytes) return kPair;
-    int64_t rows = min(kSumBytes / (part.pairs * kBlockBytes), kMostRows / kPair) * kPair;
+    int64_t rows = min(kSumBytes / (part.pairs * kOutputTileBytes), kMostRows / kPair) * kPair;
     while (rows > kPair && scale_floats(rows) > kMostScales) rows -= kPair;
     return min(max(rows, kPair), round_up(part.size, kPair));
   }
@@ -46,14 +46,14 @@ class Forward {
   }
   void drop(char*, const Part&) const {}
 
-  // Strip by strip, all of W is one stream, of which a part is fetched with each piece, some pieces ahead. Slice by
-  // slice, the piece after the next one.
-  Fetch fetch(const Part& group, int64_t row, const Slices& slices, int64_t slice) const {
+  // Where a group is one piece of rows, W is one stream, and each piece prefetches a part of it kPiecesAhead ahead.
+  // Otherwise each piece prefetches the piece after the next one.
+  LinePrefetcher prefetcher(const Part& group, int64_t row, const Slices& slices, int64_t slice) const {
     const int64_t steps = group.pairs * slices[slice].steps, end = group.begin + group.size, k = p_.w.k;
     if (group.size <= kPair) {
       const int64_t bytes = kPair * k / 2 / slices.count();
       const int64_t at = row * k / 2 + (slice + slices.count() + kPiecesAhead) * bytes;
-      return Fetch(p_.w.packed + at, 1, min(bytes, p_.w.n * k / 2 - at), 0, steps);
+      return LinePrefetcher(p_.w.packed + at, 1, min(bytes, p_.w.n * k / 2 - at), 0, steps);
     }
     for (int i = 0; i < 2; ++i) {
       row += kPair;
@@ -63,29 +63,29 @@ class Forward {
     }
     if (row >= p_.w.n) return {};
     const Slice s = slices[slice];
-    return Fetch(p_.w.packed + (row * k + s.begin) / 2, min(kPair, p_.w.n - row), s.size / 2, k / 2, steps);
+    return LinePrefetcher(p_.w.packed + (row * k + s.begin) / 2, min(kPair, p_.w.n - row), s.size / 2, k / 2, steps);
   }
 
-  // Rounds and writes tile `t` of the tokens of a block, transposed.
-  void finish(const Block& b, int64_t t) const {
-    const int64_t tiles = chunk_.panel.tiles_of(b.pair), token = b.pair * kPair + t * kTileRows;
+  // Rounds and writes tile `t` of the tokens of an output tile, transposed.
+  void finish(const OutputTile& done, int64_t t) const {
+    const int64_t tiles = chunk_.panel.tiles_of(done.pair), token = done.pair * kPair + t * kTileRows;
     if (t >= tiles) return;
-    const bfloat16* const bias = p_.bias ? static_cast<const bfloat16*>(p_.bias) + b.outer : nullptr;
+    const bfloat16* const bias = p_.bias ? static_cast<const bfloat16*>(p_.bias) + done.outer : nullptr;
     F v[kLanes];
     unroll<kLanes>([&](auto i) {
       constexpr int kRow = 2 * i.value;
-      const char* const in = b.sums + (kRow / kTileRows * tiles + t) * kTileBytes + kRow % kTileRows * kRowBytes;
+      const char* const in = done.sums + (kRow / kTileRows * tiles + t) * kTileBytes + kRow % kTileRows * kRowBytes;
       F row = load_row(in), next = load_row(in + kRowBytes);
       if (bias) {
-        if (kRow < b.count) row = add(row, splat(to_float(bias[kRow])));
-        if (kRow + 1 < b.count) next = add(next, splat(to_float(bias[kRow + 1])));
+        if (kRow < done.count) row = add(row, splat(to_float(bias[kRow])));
+        if (kRow + 1 < done.count) next = add(next, splat(to_float(bias[kRow + 1])));
       }
       v[i.value] = Words::as_floats(Words::round_pair(row, next));
     });
     transpose(v);
-    bfloat16* const out = chunk_.at(token, b.outer);
+    bfloat16* const out = chunk_.at(token, done.outer);
     const int64_t tokens = min(kTileRows, chunk_.panel.tokens - token);
-    for (int64_t i = 0; i < tokens; ++i) Words::store_pairs(out + i * p_.w.n, Words::as_words(v[i]), b.count);
+    for (int64_t i = 0; i < tokens; ++i) Words::store_pairs(out + i * p_.w.n, Words::as_words(v[i]), done.count);
   }
 
  private:

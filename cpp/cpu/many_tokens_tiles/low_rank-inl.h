@@ -22,8 +22,8 @@ using many_tokens::Scale;
 
 inline constexpr int64_t kPanelBytes = int64_t{1280} << 10;  // that the second-level cache keeps beside all else
 
-// Dense operand of a chunk of tokens: tiles by slice, pair of tokens and step, so that what a block multiplies is one
-// stream, and a slice of all tokens another. The last pair has one tile a step where its tokens fill no second.
+// Dense operand of a chunk of tokens: tiles by slice, pair of tokens and step, so that what an output tile multiplies
+// is one stream, and a slice of all tokens another. The last pair has one tile a step where its tokens fill no second.
 struct DensePanel {
   char* tiles;
   int64_t tokens;
@@ -81,14 +81,14 @@ struct LowRankScratch {
 
   LowRankScratch() {
     Carver memory(scratch(ScratchUse::kThread, many_tokens::kTaskBytes));
-    sums = memory.take<char>(kBlockBytes);
+    sums = memory.take<char>(kOutputTileBytes);
     dense = memory.take<char>(Slices::kMostAlone / kStep * 2 * kTileBytes);
     dropped = memory.take<bfloat16>(kPair * Slices::kMostAlone);
   }
 };
 
-// A strip of 32 ranks of the tokens of a pair: sums over all slices in `memory.sums`, a block. The dense pieces are
-// those of `panel` or, where it is null, filled from `in` here.
+// Computes 32 ranks of the low-rank product for a pair of tokens: `memory.sums` is an output tile, summed over all
+// slices. The dense pieces come from `panel` or, where it is null, are filled from `in` here.
 template <WeightIs weight_is>
 void low_rank_sums(const Matrix<bfloat16>& in, int64_t first_token, const DensePanel& panel, int64_t pair,
                    const Slices& slices, const char* factor, const LowRankScratch& memory) {
@@ -104,15 +104,14 @@ void low_rank_sums(const Matrix<bfloat16>& in, int64_t first_token, const DenseP
       fill_dense_pair<weight_is>(in, first_token + token, tokens, s.begin, s.size, memory.dense);
     }
     Nothing nothing;
-    multiply_block<weight_is>(panel.tiles_of(pair), factor, piece, s.element_steps(), memory.sums, first, memory.sums,
-                              nothing);
+    multiply_output_tile<weight_is>(panel.tiles_of(pair), factor, piece, s.element_steps(), memory.sums, first,
+                                    memory.sums, nothing);
     factor += s.element_steps() * 2 * kTileBytes;
     first = false;
   }
 }
 
-// Of a block of sums of 32 ranks, the tiles of one step of the dense operand, `step` of a piece of `tiles` tiles a
-// step.
+// Makes one step of the dense operand, which has `tiles` tiles per step, from an output tile of 32 ranks.
 template <WeightIs weight_is>
 void fill_low_rank(const char* sums, int64_t tiles, double scale, char* step) {
   const Scale scaled(scale);

@@ -3,8 +3,8 @@
 //   sums (+)= a · b, with W in a and the tokens in b (y = W · xᵀ), or the tokens in a and W in b (dx = dy · W)
 //
 // A tile is 16 rows of 64 bytes, 1 KB. A *step* is 32 elements of the summed dimension: two tiles of W and two (or one)
-// of the tokens, which make four (two) tiles of sums, a *block*. Every step of a block lies behind the one before it,
-// so that both pieces are read as streams:
+// of the tokens, whose four (two) tiles of sums are an *output tile*. The steps of a piece follow each other in memory,
+// so both pieces are read as streams:
 //
 // clang-format off
 //   piece of W      [ step 0: w0 w1 ][ step 1: w0 w1 ] ..      32 KB of 16 steps, from the first-level cache
@@ -25,16 +25,16 @@ namespace {
 namespace many_tokens_tiles {
 
 inline constexpr int64_t kTileRows = 16, kTileBytes = 1024;
-inline constexpr int64_t kStep = 32;                    // elements of the summed dimension
-inline constexpr int64_t kPair = 2 * kTileRows;         // tokens, or rows or columns of W, of two tiles
-inline constexpr int64_t kBlockBytes = 4 * kTileBytes;  // of sums
+inline constexpr int64_t kStep = 32;                         // elements of the summed dimension
+inline constexpr int64_t kPair = 2 * kTileRows;              // tokens, or rows or columns of W, of two tiles
+inline constexpr int64_t kOutputTileBytes = 4 * kTileBytes;  // of sums
 
 enum class WeightIs { kA, kB };
 
-// `dense_tiles` is 1 or 2. interleaved.step(), other work, is done after each step.
+// `dense_tiles` is 1 or 2. interleaved.step() is called after each step, for other work.
 template <WeightIs weight_is, int dense_tiles, class Interleaved>
-void multiply_block(const char* weight, const char* dense, int64_t steps, const char* sums, bool first, char* out,
-                    Interleaved& interleaved) {
+void multiply_output_tile(const char* weight, const char* dense, int64_t steps, const char* sums, bool first, char* out,
+                          Interleaved& interleaved) {
   constexpr int kWeight = 4, kDense = 6;  // numbers of tiles; those of sums begin at 0
   constexpr bool kTwo = dense_tiles == 2;
   if (first) {
@@ -73,12 +73,12 @@ void multiply_block(const char* weight, const char* dense, int64_t steps, const 
 }
 
 template <WeightIs weight_is, class Interleaved>
-void multiply_block(int64_t dense_tiles, const char* weight, const char* dense, int64_t steps, const char* sums,
-                    bool first, char* out, Interleaved& interleaved) {
+void multiply_output_tile(int64_t dense_tiles, const char* weight, const char* dense, int64_t steps, const char* sums,
+                          bool first, char* out, Interleaved& interleaved) {
   if (dense_tiles == 2) {
-    multiply_block<weight_is, 2>(weight, dense, steps, sums, first, out, interleaved);
+    multiply_output_tile<weight_is, 2>(weight, dense, steps, sums, first, out, interleaved);
   } else {
-    multiply_block<weight_is, 1>(weight, dense, steps, sums, first, out, interleaved);
+    multiply_output_tile<weight_is, 1>(weight, dense, steps, sums, first, out, interleaved);
   }
 }
 
@@ -86,9 +86,9 @@ struct Nothing {
   void step() {}
 };
 
-// How the summed dimension, `depth` elements and then the rank, is cut into slices, over each of which a block is
-// summed in the tile unit. A slice begins at a whole group of kGroup weights. By the problem alone, since the order of
-// the sums depends on it.
+// How the summed dimension, `depth` elements and then the rank, is cut into slices. The tile unit holds an output
+// tile's sums over one slice. A slice begins at a multiple of kGroup weights. The cut depends on the problem alone,
+// since the order of the sums depends on the cut.
 struct Slice {
   int64_t begin, size;          // elements
   int64_t first_rank, ranks;    // after them

@@ -1,14 +1,14 @@
-// The loop that both products are: pieces of W are decoded one after the other and multiplied with all pairs of tokens.
+// The loop of the forward and of dx: pieces of W are decoded one after the other and multiplied with all pairs of
+// tokens.
 //
 //   for each group of pieces along the outer dimension of W (y: rows, dx: columns), whose sums stay in the cache
 //     for each slice of the summed dimension
 //       for each piece of the group, 32 rows or columns
-//         for each pair of tokens: a block
-//
-// A core that multiplies tiles has its vector unit free, but looks ahead no further than a few steps: a row of a tile
-// is a load, and a step has 64. So other work is done in small parts between the steps of a block (Chores): the first
-// block that reads a piece decodes it a step ahead, the block before this one is rounded and written, and what comes
-// next is asked for.
+//         for each pair of tokens: an output tile
+// While a core multiplies tiles, its vector unit is free. But out-of-order execution reaches only a few steps ahead,
+// because each row of a tile is a load and a step has 64 of them. So other work is interleaved in small parts between
+// the steps of an output tile (InterleavedWork): the first output tile that reads a piece decodes it one step ahead,
+// the previous output tile is rounded and written, and the next operands are prefetched.
 #pragma once
 
 #include <cstdint>
@@ -25,14 +25,14 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace many_tokens_tiles {
 
-// Asks for the lines of runs of bytes, some at each step: a core has few requests under way at a time, and tiles that
-// come from the second-level cache need them, too.
-class Fetch {
+// Prefetches runs of bytes, a few lines per step. A core has few requests in flight, and the tiles that come from the
+// second-level cache need some of them.
+class LinePrefetcher {
  public:
   static constexpr int64_t kLine = 64;
-  Fetch() = default;
-  // `runs` of `bytes`, `stride` bytes apart, in `steps`.
-  Fetch(const void* first, int64_t runs, int64_t bytes, int64_t stride, int64_t steps)
+  LinePrefetcher() = default;
+  // `runs` of `bytes` each, `stride` bytes apart, within `steps` calls of step().
+  LinePrefetcher(const void* first, int64_t runs, int64_t bytes, int64_t stride, int64_t steps)
       : at_(static_cast<const char*>(first)), runs_(runs), bytes_(bytes), stride_(stride) {
     if (bytes <= 0) runs_ = 0;
     each_ = ceil_div(runs_ * ceil_div(bytes, kLine), max(steps, 1));
@@ -50,65 +50,66 @@ class Fetch {
   int64_t runs_ = 0, bytes_ = 0, stride_ = 0, done_ = 0, each_ = 0;
 };
 
-// A block whose sums are complete, in `sums`.
-struct Block {
+// The output of a piece of W and a pair of tokens, whose sums are complete.
+struct OutputTile {
   const char* sums = nullptr;
-  int64_t outer = 0, count = 0, pair = 0;  // of W's rows or columns, from `outer` on; and of the panel's tokens
+  int64_t outer = 0, count = 0, pair = 0;  // W's rows or columns [outer, outer + count), and the panel's pair of tokens
 };
 
-// The tokens that a product is of, [first_token, first_token + panel.tokens), and where it goes.
+// The tokens of a product, [first_token, first_token + panel.tokens), and where its output goes.
 struct Chunk {
   DensePanel panel;
   int64_t first_token;
-  bfloat16* output;        // of all tokens, row by row
-  int64_t output_columns;  // in a row
+  bfloat16* output;  // [m, output_columns], of all tokens
+  int64_t output_columns;
 
-  // That of the panel's token `token` and W's row or column `outer`.
+  // The output for the panel's token `token` and W's row or column `outer`.
   bfloat16* at(int64_t token, int64_t outer) const { return output + (first_token + token) * output_columns + outer; }
 };
 
-// What is done between the steps of a block. Op is Forward or Dx.
+// The work between the steps of an output tile. Op is Forward or Dx.
 template <class Op>
-class Chores {
+class InterleavedWork {
  public:
-  Chores(const Op& op) : op_(op) {}
+  InterleavedWork(const Op& op) : op_(op) {}
 
-  void begin_block(const char* next_sums, bfloat16* output) { step_ = 0, next_sums_ = next_sums, output_ = output; }
+  void begin_tile(const char* next_sums, bfloat16* output) { step_ = 0, next_sums_ = next_sums, output_ = output; }
   void step() {
     if (next_sums_) {
-      for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(next_sums_ + i * Fetch::kLine, 0, 3);
-      next_sums_ += 4 * Fetch::kLine;
+      for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(next_sums_ + i * LinePrefetcher::kLine, 0, 3);
+      next_sums_ += 4 * LinePrefetcher::kLine;
     }
     if (output_) {
       __builtin_prefetch(output_, 1, 3);
       __builtin_prefetch(output_ + op_.chunk().output_columns, 1, 3);
       output_ += 2 * op_.chunk().output_columns;
     }
-    fetch.step();
+    prefetcher.step();
     decoder.step();
     ++step_;
-    if (block.sums && (step_ == kFirstTile || step_ == kSecondTile)) op_.finish(block, step_ == kSecondTile);
+    if (finished.sums && (step_ == kFirstTile || step_ == kSecondTile)) op_.finish(finished, step_ == kSecondTile);
   }
-  void end_block() {
-    if (!block.sums) return;
-    if (step_ < kFirstTile) op_.finish(block, 0);
-    if (step_ < kSecondTile) op_.finish(block, 1);
-    block.sums = nullptr;
+  void end_tile() {
+    if (!finished.sums) return;
+    if (step_ < kFirstTile) op_.finish(finished, 0);
+    if (step_ < kSecondTile) op_.finish(finished, 1);
+    finished.sums = nullptr;
   }
 
-  Fetch fetch;
-  typename Op::Decoder decoder;  // of the piece that is multiplied first
-  Block block;                   // to be written
+  LinePrefetcher prefetcher;     // of packed weights
+  typename Op::Decoder decoder;  // of the piece that the first output tile multiplies
+  OutputTile finished;           // the previous one, to be rounded and written
 
  private:
-  static constexpr int64_t kFirstTile = 4, kSecondTile = 10;  // steps before a tile of tokens of `block` is written
+  // The steps before each tile of tokens of `finished` is written.
+  static constexpr int64_t kFirstTile = 4, kSecondTile = 10;
   const Op& op_;
   int64_t step_ = 0;
   const char* next_sums_ = nullptr;
   bfloat16* output_ = nullptr;
 };
 
-// A product's part of `size` rows or columns of W, from `begin` on, and of pairs [pair, pair + pairs).
+// A thread's part of a product: rows or columns [begin, begin + size) of W, and pairs [pair, pair + pairs) of tokens.
 struct Part {
   int64_t begin, size, pair, pairs;
 };
@@ -117,7 +118,7 @@ template <class Op>
 class Product {
  public:
   Product(const Op& op, const Slices& slices, const Part& part)
-      : op_(op), slices_(slices), part_(part), group_(op.group(slices, part)), chores_(op) {
+      : op_(op), slices_(slices), part_(part), group_(op.group(slices, part)), interleaved_(op) {
     Carver sizes(nullptr);
     carve(sizes);
     Carver memory(scratch(ScratchUse::kThread, sizes.used()));
@@ -127,8 +128,8 @@ class Product {
   void operator()() {
     Place place{part_.begin, 0, part_.begin};
     while (place.piece < end()) place = multiply(place);
-    chores_.begin_block(nullptr, nullptr);  // for the last block
-    chores_.end_block();
+    interleaved_.begin_tile(nullptr, nullptr);  // writes the last output tile
+    interleaved_.end_tile();
   }
 
  private:
@@ -149,18 +150,18 @@ class Product {
 
   void carve(Carver& memory) {
     pieces_ = memory.take<char>(Op::kTogether * kPieceBytes);
-    done_ = memory.take<char>(kBlockBytes);
-    other_done_ = memory.take<char>(kBlockBytes);
+    done_ = memory.take<char>(kOutputTileBytes);
+    other_done_ = memory.take<char>(kOutputTileBytes);
     scales_ = memory.take<float>(op_.scale_floats(group_));
-    sums_ = memory.take<char>(slices_.count() > 1 ? ceil_div(group_, kPair) * part_.pairs * kBlockBytes : 0);
+    sums_ = memory.take<char>(slices_.count() > 1 ? ceil_div(group_, kPair) * part_.pairs * kOutputTileBytes : 0);
   }
 
   void decode(const Place& p, const Slice& s) {
     if (p.piece == p.group && (p.slice == 0 || Op::kScalesOfSlice))
       source_ = op_.source(p.group, count(p.group, group_), s, scales_);
     const int64_t together = min(count(p.piece, Op::kTogether * kPair), p.group + group_ - p.piece);
-    chores_.decoder = typename Op::Decoder(source_, p.piece, together, s, pieces_, kPieceBytes);
-    for (int64_t i = 0; i < Op::Decoder::kFirst; ++i) chores_.decoder.step();
+    interleaved_.decoder = typename Op::Decoder(source_, p.piece, together, s, pieces_, kPieceBytes);
+    for (int64_t i = 0; i < Op::Decoder::kFirst; ++i) interleaved_.decoder.step();
     for (int64_t i = 0; s.ranks && i < together; i += kPair) {
       char* const ranks = pieces_ + i / kPair * kPieceBytes + s.element_steps() * 2 * kTileBytes;
       op_.fill_ranks(p.piece + i, min(kPair, together - i), s, ranks);
@@ -172,20 +173,22 @@ class Product {
     const bool first = p.slice == 0, last = p.slice == slices_.count() - 1;
     if (p.piece == p.group && p.slice == slices_.rank_slices_first() && p.slice > 0)
       op_.drop(sums_, {p.group, count(p.group, group_), part_.pair, part_.pairs});
-    char* sums = sums_ + (p.piece - p.group) / kPair * part_.pairs * kBlockBytes;
-    chores_.fetch = op_.fetch({p.group, count(p.group, group_), part_.pair, part_.pairs}, p.piece, slices_, p.slice);
+    char* sums = sums_ + (p.piece - p.group) / kPair * part_.pairs * kOutputTileBytes;
+    interleaved_.prefetcher =
+        op_.prefetcher({p.group, count(p.group, group_), part_.pair, part_.pairs}, p.piece, slices_, p.slice);
     const int64_t of_pieces = (p.piece - p.group) / kPair % Op::kTogether;
     if (of_pieces == 0) decode(p, s);
     const char* const piece = pieces_ + of_pieces * kPieceBytes;
-    for (int64_t q = 0; q < part_.pairs; ++q, sums += kBlockBytes) {
+    for (int64_t q = 0; q < part_.pairs; ++q, sums += kOutputTileBytes) {
       const int64_t pair = part_.pair + q;
       const Chunk& chunk = op_.chunk();
-      chores_.begin_block(first ? nullptr : sums + kBlockBytes, last ? chunk.at(pair * kPair, p.piece) : nullptr);
-      multiply_block<Op::kWeightIs>(chunk.panel.tiles_of(pair), piece, chunk.panel.piece(s, pair), s.steps, sums, first,
-                                    last ? done_ : sums, chores_);
-      chores_.end_block();
+      interleaved_.begin_tile(first ? nullptr : sums + kOutputTileBytes,
+                              last ? chunk.at(pair * kPair, p.piece) : nullptr);
+      multiply_output_tile<Op::kWeightIs>(chunk.panel.tiles_of(pair), piece, chunk.panel.piece(s, pair), s.steps, sums,
+                                          first, last ? done_ : sums, interleaved_);
+      interleaved_.end_tile();
       if (last) {
-        chores_.block = {done_, p.piece, count(p.piece, kPair), pair};
+        interleaved_.finished = {done_, p.piece, count(p.piece, kPair), pair};
         char* const other = other_done_;
         other_done_ = done_, done_ = other;
       }
@@ -199,21 +202,22 @@ class Product {
   const Slices& slices_;
   const Part part_;
   const int64_t group_;  // rows or columns of a group
-  Chores<Op> chores_;
+  InterleavedWork<Op> interleaved_;
   ScaledPiece source_;
   char *pieces_, *sums_, *done_, *other_done_;
   float* scales_;
 };
 
-// A pool of the calling thread alone.
+// A pool that consists of the calling thread.
 inline const Pool kThisThread = {[](int64_t count, int64_t, Pool::Body body, void* context) {
                                    if (count > 0) body(context, 0, count);
                                    return true;
                                  },
                                  1};
 
-// A product of the tokens [first, first + tokens) of `p`: `in` is its dense operand [m, depth], `factor` that of its
-// low-rank intermediate, `out` [m, outer] its output, whose columns are the rows or columns of W that are not summed.
+// Multiplies the tokens [first, first + tokens) of `p`. `in` [m, depth] is the dense operand, `factor` makes the
+// low-rank intermediate from it, and `out` [m, outer] is the output: its columns are the rows or columns of W that are
+// not summed.
 template <class Op>
 void run_chunk(const Pool& pool, const typename Op::Problem& p, int64_t first, int64_t tokens,
                const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor, const Slices& slices, bfloat16* out,
@@ -250,9 +254,9 @@ void run_chunk(const Pool& pool, const typename Op::Problem& p, int64_t first, i
   pool(grid.tasks(), 1, body);
 }
 
-// Where there are tokens enough, each thread takes chunks of them for itself, whose panels then stay in its cache, and
-// no thread waits for another; otherwise all threads share a chunk, each with some rows or columns of W. W is decoded
-// anew for each chunk, so the chunk of a thread should not be smaller than a shared one, unless W is small itself.
+// With enough tokens, each thread has chunks of its own: their panels stay in its cache, and no thread waits for
+// another. Otherwise all threads share a chunk, and each takes some rows or columns of W. W is decoded again for each
+// chunk, so a thread's chunk should not be smaller than a shared one, unless W is small.
 template <class Op>
 void run(const Pool& pool, const typename Op::Problem& p, const Matrix<bfloat16>& in, const Matrix<bfloat16>& factor,
          const Slices& slices, void* output, int64_t outer) {

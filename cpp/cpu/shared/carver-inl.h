@@ -8,7 +8,7 @@
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 
-// Hands out consecutive 64-byte aligned arrays of a buffer. Run without a buffer, it tells how large one must be.
+// Hands out consecutive 64-byte aligned arrays of a buffer. Without a buffer, it computes the size that one needs.
 class Carver {
  public:
   explicit Carver(void* base) : base_(static_cast<char*>(base)) {}

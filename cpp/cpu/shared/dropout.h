@@ -1,4 +1,4 @@
-// Dropout of one element at a time. Where many are dropped, many_tokens/dropout_mask-inl.h draws a vector of them.
+// Dropout of one element at a time. For many elements, many_tokens/dropout_mask-inl.h draws vectors.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace qlora::cpu {
 
-// Whether dropout takes element `index`, the row-major index in x [M, K].
+// Whether dropout zeroes the element at `index`, its row-major index in x [M, K].
 QLORA_INLINE bool dropped(const Dropout& d, int64_t index) {
   const uint64_t at = static_cast<uint64_t>(d.first + index);
   return d.active() && !d.keeps(philox4x32_10(d.seed, at >> 2).lane[at & 3]);

@@ -1,4 +1,4 @@
-// Least, largest and rounded numbers, for code that includes nothing of the standard library.
+// Minimum, maximum and rounding, for code that must not include the standard library.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t round_up(int64_t a, int64_t to) { return ceil_div(a, to) * to; }
 
-// Bits of a T after its leading one.
+// The bits of a T's significand after the leading one.
 template <class T>
 inline constexpr int kMantissaBits = 23;
 template <>
@@ -29,7 +29,7 @@ inline float rounded(float x) {
   return to_float(out);
 }
 
-// Of non-negative floats the bits order as the numbers do, and a NaN's are above infinity's.
+// The bits of non-negative floats have the order of the numbers, and those of a NaN are above infinity's.
 inline constexpr uint32_t kInfinityBits = 0x7F800000u;
 inline constexpr uint32_t kMagnitudeBits = 0x7FFFFFFFu;
 constexpr uint32_t power_of_two_bits(int exponent) { return static_cast<uint32_t>(127 + exponent) << 23; }

@@ -1,10 +1,10 @@
-// Page translations brought in before they are needed.
+// Prefetches page translations.
 //
-// Packed weights are streamed with software prefetches, and a prefetch whose page has no translation at hand waits for
-// a page walk and holds up every load behind it: 400 cycles in a virtual machine on Zen 5, a third of what streaming
-// took there. Walks of several pages overlap when they are asked for one right after another. So a kernel touches the
-// pages of rows that it will come to, many in a burst, and prefetches lines of them later. It touches by prefetches
-// too: a load could not retire before its line has come from memory (8192x2048, one token, one thread: 309 us and 303).
+// Packed weights are streamed with software prefetches. A prefetch that misses the TLB waits for a page walk and delays
+// every load behind it: 400 cycles in a virtual machine on Zen 5, a third of the streaming time. Page walks overlap if
+// they are requested one right after another. So a kernel touches the pages of rows that it will read, many in a burst,
+// and prefetches their lines later. It touches them by prefetches, because a load could not retire before its line
+// arrives from memory.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@ namespace {
 
 class PageToucher {
  public:
-  // Asks for a line of every page that [begin, end) reaches into.
+  // Prefetches one line of every page that [begin, end) overlaps.
   void operator()(const uint8_t* begin, const uint8_t* end) {
     for (const uint8_t* p = begin; p < end; p = page(p) + kPage) {
       if (page(p) != last_) __builtin_prefetch(p, 0, 1);
@@ -32,21 +32,20 @@ class PageToucher {
   const uint8_t* last_ = nullptr;
 };
 
-// Touches the pages in which a weight has the columns [column, column + columns) of rows, in order, a burst of rows at
-// a time.
+// Touches the pages of columns [column, column + columns) of a weight's rows, in order, a burst of rows at a time.
 class PagesAhead {
  public:
   PagesAhead(const Weight& w, int64_t column, int64_t columns) : w_(w), column_(column), columns_(columns) {}
 
-  // The rows from here on are [row, end).
+  // Continues with the rows [row, end).
   void go_to(int64_t row, int64_t end) { touched_ = row, end_ = end; }
 
-  // Sees to it that the pages of all rows before `row` have been touched, and then touches those of a burst more.
+  // Ensures that the pages of all rows before `row` have been touched. Touches those of another burst if not.
   void touch_before(int64_t row) {
     if (touched_ >= row || touched_ >= end_) return;
     const int64_t burst = 2 * kBurstBytes / max(w_.k, 1);  // rows
     row = min(row + burst, end_);
-    const int64_t step = columns_ == w_.k ? row - touched_ : 1;  // whole rows follow each other in memory
+    const int64_t step = columns_ == w_.k ? row - touched_ : 1;  // whole rows are contiguous
     for (; touched_ < row; touched_ += step) {
       const int64_t first = touched_ * w_.k + column_, last = first + (step - 1) * w_.k + columns_;
       touch_(w_.packed + (first >> 1), w_.packed + (last >> 1));

@@ -1,4 +1,4 @@
-// Lines of memory asked for before they are needed.
+// Prefetches memory.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 
-// Asks for every line of the `bytes` from `begin` on, which may be null where there are none.
+// Prefetches every line of [begin, begin + bytes). `begin` may be null if `bytes` is 0.
 inline void prefetch(const void* begin, int64_t bytes) {
   constexpr int64_t kLine = 64;  // bytes
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(begin) + i);

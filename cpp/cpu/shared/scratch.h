@@ -1,5 +1,5 @@
-// Working memory of the kernels: one buffer a thread and purpose, which grows as needed and is reused by later calls,
-// for fresh pages cost more than the kernels that would write them.
+// The kernels' workspace: one buffer per thread and purpose. It grows as needed and later calls reuse it, because fresh
+// pages cost more than the kernels that write them.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 namespace qlora::cpu {
 
 enum class ScratchUse {
-  kCall,    // what the calling thread prepares for all threads of one call
-  kThread,  // what each thread works in
-  kBefore,  // what the calling thread computes before it prepares a call
+  kCall,    // prepared by the calling thread for all threads of one call
+  kThread,  // each thread's own
+  kBefore,  // computed by the calling thread before it prepares a call
 };
 
 // 64-byte aligned, contents undefined, valid until the thread's next request for the same use.

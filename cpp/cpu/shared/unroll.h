@@ -1,5 +1,5 @@
-// Loops whose count is a constant and whose body must see it as one, so that arrays of vectors stay in registers. (A
-// pragma unrolls too late for that in GCC 12: the array has been given an address by then.)
+// Loops with a constant count whose body gets the index as a constant, so that arrays of vectors stay in registers. (In
+// GCC 12 a pragma unrolls too late for that: the array already has an address.)
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ QLORA_INLINE void unroll(Body&& body) {
   }
 }
 
-// body(Index<count>), for a count in 1 .. kMost that is known at run time only
+// body(Index<count>), for a count in 1 .. kMost that is only known at run time
 template <int kMost, class Body>
 inline void with_count(int64_t count, const Body& body) {
   if constexpr (kMost > 1) {

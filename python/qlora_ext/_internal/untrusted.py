@@ -84,10 +84,10 @@ def _check_form(value: Any, source: str) -> None:
     level, depth = [value], 0
     while level:
         if depth > _MAX_DEPTH:
-            raise FileError(f"{source}: expected JSON of at most {_MAX_DEPTH} levels, it is nested deeper")
+            raise FileError(f"{source}: expected JSON nested at most {_MAX_DEPTH} levels deep, got more")
         for text in level:
             if isinstance(text, str) and _SURROGATE.search(text):
-                raise FileError(f"{source}: half of a surrogate pair in {excerpt(text)}, which is no character")
+                raise FileError(f"{source}: expected text, got half of a surrogate pair in {excerpt(text)}")
         inner = [(*outer, *outer.values()) if isinstance(outer, dict) else outer for outer in level]
         level = [part for parts in inner if isinstance(parts, tuple | list) for part in parts]
         depth += 1
@@ -145,7 +145,7 @@ def parse_json(text: str, source: str, schema: Schema | None = None, lenient: bo
     try:
         value = json.loads(text, parse_int=_integer, strict=not lenient)
     except RecursionError:
-        raise FileError(f"{source}: expected JSON of at most {_MAX_DEPTH} levels, it is nested deeper") from None
+        raise FileError(f"{source}: expected JSON nested at most {_MAX_DEPTH} levels deep, got more") from None
     except ValueError as error:
         raise FileError(f"{source}: not JSON ({excerpt(str(error))})") from error
     _check_form(value, source)
@@ -171,7 +171,7 @@ def read_text(path: pathlib.Path, limit: int = _MAX_BYTES) -> str:
                 raise FileError(f"cannot read {printable(path)}: not a regular file")
             raw = file.read(limit + 1)
         if len(raw) > limit:
-            raise FileError(f"{printable(path)}: larger than the {limit} bytes that such a file may have")
+            raise FileError(f"{printable(path)}: larger than the limit of {limit} bytes")
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileError(f"{printable(path)}: not UTF-8 text (byte {error.start})") from error

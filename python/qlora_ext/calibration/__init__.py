@@ -1,8 +1,8 @@
 """NF4 codes and scales chosen for a layer's inputs: a better 4-bit model in the same bytes.
 
-The format fixes how a weight is decoded, not how it is encoded. ``Calibration`` runs a model on tokens of its own, and
-encodes each layer so that the error of its outputs on them is small: scales weighted by the inputs' second moments, and
-codes whose rounding errors are made good by the codes after them (GPTQ, Frantar et al., 2022).
+The format defines how a weight is decoded, but leaves the choice of scales and codes open. ``Calibration`` runs a model
+on tokens and encodes each layer so that the error of its outputs on them is small: scales are weighted by the inputs'
+second moments, and later codes compensate the rounding errors of earlier ones (GPTQ, Frantar et al., 2022).
 """
 
 from .calibrator import Calibration, Calibrator, LayerReport, calibration_of

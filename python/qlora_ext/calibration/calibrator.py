@@ -34,9 +34,9 @@ class LayerReport:
     Attributes:
         name: of the weight's module, with the weight's own where the module has several.
         method: "feedback", "scales" or "absmax".
-        error, absmax_error: relative errors of the outputs on the calibration's tokens, and those of plain NF4.
+        error, absmax_error: relative errors of the outputs on the calibration's tokens, and the same for plain NF4.
         tokens: that reached the layer.
-        note: why it is plain NF4, where something stood in the way; else empty.
+        note: why it is plain NF4, if it could not be calibrated; else empty.
     """
 
     name: str
@@ -53,14 +53,14 @@ class Calibration:
 
     Attributes:
         inputs: "self" (the model writes its own text), token ids int64 [B, T], or batches of the model's inputs, each a
-            tensor, a tuple or a mapping as the model's forward takes it; what the "attention_mask" [B, T] of a mapping
-            leaves out does not count.
+            tensor, a tuple or a mapping for the model's forward. Tokens that the "attention_mask" [B, T] of a mapping
+            masks do not count.
         method: "feedback" (weighted scales and GPTQ's error feedback) or "scales" (weighted scales alone).
-        tokens, length: of the text that the model writes: in all, and a sequence.
+        tokens, length: of the text that the model writes: in total, and per sequence.
         seed: of that text.
-        damping: of the second moments, a share of their mean.
+        damping: of the second moments, as a fraction of their mean.
         batch_size: sequences of ``inputs`` that run at a time.
-        directory: where to keep the layers that are done; a calibration that was stopped goes on from there.
+        directory: stores finished layers, so that an interrupted calibration can resume.
         progress: called with the weights done, their number, and the name of the last one's layer.
 
     Raises:
@@ -92,14 +92,14 @@ class Calibration:
         if isinstance(self.inputs, str) and self.inputs != "self":
             raise ValueError(f"inputs: expected 'self', token ids or batches of inputs, got {self.inputs!r}")
         if not 0 < self.damping <= 1:
-            raise ValueError(f"damping: expected a share above 0 and up to 1, got {self.damping}")
+            raise ValueError(f"damping: expected a fraction above 0 and at most 1, got {self.damping}")
         for name in ("tokens", "length", "batch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a number of 1 or more, got {value!r}")
         if self.length < 8 or self.tokens < self.length:
             raise ValueError(
-                f"length: expected 8 tokens or more a sequence and no more than tokens, got length={self.length}, "
+                f"length: expected 8 or more tokens per sequence, and at most tokens, got length={self.length}, "
                 f"tokens={self.tokens}"
             )
 
@@ -175,8 +175,8 @@ def calibration_of(model: nn.Module) -> list[LayerReport]:
 class Calibrator:
     """Refines layers as they are quantized, in the model's order.
 
-    A block's layers are calibrated on what the blocks before it, quantized by then, hand on (as GPTQ does), one block
-    at a time: of the second moments only those of a block are held, and of the inputs only its own.
+    As in GPTQ, the layers of a block are calibrated on the outputs of the quantized blocks before it. Only one block's
+    inputs and second moments are in memory.
 
     Args:
         model: dense.
@@ -200,7 +200,7 @@ class Calibrator:
         if not layers:
             raise ValueError("calibration: expected a model with dense layers to quantize, found none")
         if init_lora is not None and init_lora.iterations > 1:
-            raise ValueError("iterations: expected 1 with a calibration, whose weights are not fitted to adapters")
+            raise ValueError("iterations: expected 1 with a calibration, which does not refit weights to adapters")
         self._init_lora = init_lora
         self._initial = keep_initial_lora(model)
         self.model, self.settings = model, calibration
@@ -328,8 +328,8 @@ class Calibrator:
         w4 = None if kept is None else kept.in_form_of(plain)
         if kept is None or w4 is None:
             raise FileError(
-                f"directory: {printable(self._store.path)} does not hold {name}/{weight} in the form of this model; "
-                "delete that directory to begin again"
+                f"directory: {printable(self._store.path)} has no {name}/{weight} in this model's form; "
+                "delete that directory to start over"
             )
         lora = None if kept.initial is None else (kept.initial[0].to(plain.device), kept.initial[1].to(plain.device))
         return w4, lora, LayerReport(**kept.report)

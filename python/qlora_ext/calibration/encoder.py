@@ -41,7 +41,7 @@ class Feedback:
         if wrong.any():
             column = int(wrong.nonzero()[0])
             value = self.importance[column].item()
-            raise ValueError(f"importance: expected finite values of 0 or more, got {value:g} at {column}")
+            raise ValueError(f"importance: expected finite values of 0 or more, got {value:g} in column {column}")
 
     @classmethod
     def of(cls, moments: Tensor, damping: float = 0.01, factorize: bool = True) -> Feedback:
@@ -58,7 +58,7 @@ class Feedback:
         diagonal = moments.diagonal()
         mean = diagonal.double().mean().item()
         if not (math.isfinite(mean) and mean > 0 and diagonal.isfinite().all()):
-            raise ValueError(f"moments: expected finite second moments, some above zero, got a mean of {mean}")
+            raise ValueError(f"moments: expected finite second moments with a mean above zero, got a mean of {mean}")
         order = diagonal.argsort(descending=True, stable=True)
         # Scaled to a mean of one: products of tiny activations stay in float32's range.
         scaled = moments[order][:, order] / mean

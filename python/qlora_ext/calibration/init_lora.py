@@ -53,7 +53,7 @@ class InitLora:
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a number of 1 or more, got {value!r}")
         if self.method == "svd" and self.iterations > 1:
-            raise ValueError(f"iterations: 'svd' has one, got {self.iterations}")
+            raise ValueError(f"iterations: expected 1 with 'svd', got {self.iterations}")
 
     @classmethod
     def of(cls, value: Any) -> InitLora:

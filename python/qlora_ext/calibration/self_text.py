@@ -24,8 +24,7 @@ def write(model: Any, sequences: int, length: int, seed: int) -> Tensor:
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(
-            f"calibration: {type(model).__name__} writes no text of its own; pass token ids [B, T], or batches of "
-            "its inputs"
+            f"calibration: {type(model).__name__} cannot generate text; pass token ids [B, T], or batches of its inputs"
         )
     device = model.device
     text_config = model.config.get_text_config()

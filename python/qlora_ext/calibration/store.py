@@ -90,12 +90,13 @@ class Store:
         names = sorted(path.name for path in self.path.iterdir())
         foreign = [name for name in names if name != _COMMANDS_MARKER and not name.startswith(PARTIAL)]
         if foreign:
-            raise self._error(f"which holds {printable(foreign[0])} and no {_RECORD}", "delete it to begin again")
+            raise self._error(f"which holds {printable(foreign[0])} and no {_RECORD}", "delete it to start over")
         self._replace(record, json.dumps(key, sort_keys=True).encode())
 
     def _error(self, got: str, advice: str) -> FileError:
         return FileError(
-            f"directory: expected an empty one, or one of this calibration, got {printable(self.path)}, {got}; {advice}"
+            f"directory: expected an empty directory, or one with this calibration, got {printable(self.path)}, "
+            f"{got}; {advice}"
         )
 
     def _check_key(self, record: pathlib.Path, key: dict[str, Any]) -> None:
@@ -104,13 +105,11 @@ class Store:
         except FileError:
             found = {}
         if not found:
-            raise self._error(f"of which {_RECORD} is damaged", "delete it to begin again")
+            raise self._error(f"whose {_RECORD} is damaged", "delete it to start over")
         other = [name for name in sorted({*key, *found}) if key.get(name) != found.get(name)]
         if other:
             said = ", ".join(_SAID.get(name, f"another {name}") for name in other)
-            raise self._error(
-                f"which holds one of {said}", "repeat the command that began it, or delete it to begin again"
-            )
+            raise self._error(f"with {said}", "repeat the command that started it, or delete it to start over")
 
     def _replace(self, path: pathlib.Path, data: bytes) -> None:
         with staged_file(path) as partial:

@@ -41,14 +41,14 @@ def reading(what: str, name: str, on_hub: bool = False) -> Iterator[None]:
             raise
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{name} needs Python code that comes with it, which is not run by itself; "
+                f"{name} needs Python code that comes with it, which does not run by default; "
                 "read it, and add --trust-remote-code if you trust it"
             ) from error
         if type(error).__name__ == "SafetensorError":  # not imported for its name alone
             raise UserError(f"the weights of {name} are truncated or damaged: {first_line(error)}") from error
         if on_hub and isinstance(error, OSError):
             raise UserError(
-                f"there is no directory {excerpt(name)}, and no model of that name could be had from the Hugging Face "
+                f"there is no directory {excerpt(name)}, and the model cannot be loaded from the Hugging Face "
                 f"hub ({first_line(error)})"
             ) from error
         raise UserError(f"cannot load the {what} of {name}: {first_line(error)}") from error

@@ -35,7 +35,7 @@ def directory() -> pathlib.Path:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.stat()
     if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-        raise PermissionError(f"{path}: others can write to it, and what is kept there is run")
+        raise PermissionError(f"{path}: others can write to this directory, so code in it is not run")
     return path
 
 

@@ -6,7 +6,7 @@ from .check import ModelCheck
 
 # As advice: a budget, and the share of the loss's estimated rise that it has to win back to be worth its bytes.
 BUDGET, _WORTH = "5%", 0.1
-# An increase that is not told from none, in its standard errors; or too small to look for, in nats a token.
+# An increase that is not told from none, in its standard errors; or too small to look for, in nats per token.
 _ERRORS, _SMALL = 2.0, 0.005
 
 
@@ -39,7 +39,7 @@ def advice_on(check: ModelCheck) -> list[str]:
         return said or ["nothing: the increase of the loss is small, or not told from none on this text"]
     if not worse and not check.is_calibrated:
         said.append(
-            f"calibrate: the layers are plain NF4, which costs {check.increase.nats:.3f} nats a token here; quantize "
+            f"calibrate: the layers are plain NF4, which costs {check.increase.nats:.3f} nats per token here; quantize "
             "--calibrate self makes a better model of the same size"
         )
     kept = check.chosen(BUDGET)

@@ -1,4 +1,4 @@
-"""``check_model``: whether a 4-bit model is sound, what its 4 bits cost, where they cost it, and what would help."""
+"""``check_model``: whether a 4-bit model is intact, what 4 bits cost it, in which layers, and what would help."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ class ModelCheck:
     """What ``check_model`` found.
 
     Attributes:
-        problems: what is damaged, a sentence each; empty where all is sound.
+        problems: what is damaged, one sentence each; empty if the model is intact.
         tokens: of the text.
         bytes: of the 4-bit model.
-        loss, base_loss: of it and of the dense model on the text, nats a token; None where there is no dense model, or
-            something is damaged.
-        increase: of the one over the other.
+        loss, base_loss: of the 4-bit and the dense model on the text, in nats per token; None without a dense model, or
+            if something is damaged.
+        increase: of ``loss`` over ``base_loss``.
         layers: what each 4-bit layer costs, in the order of the model; empty without a dense model.
-        curve: with layers dense again, those first that cost the most a byte.
+        curve: the model with layers dense again, in the order of their cost per byte.
     """
 
     problems: list[str]
@@ -117,16 +117,16 @@ def check_model(
 ) -> ModelCheck:
     """Checks a 4-bit language model: its scales and forms, its loss on a text, and each layer against the dense one.
 
-    Both models are in memory, and where layers are not plain NF4 the 4-bit weights once more; the activations are those
-    of one sequence. Neither model is changed.
+    Memory holds both models, a second copy of 4-bit weights that are not plain NF4, and the activations of one
+    sequence. Neither model is changed.
 
     Args:
         model: with 4-bit layers, as ``quantize_model`` or ``from_pretrained`` makes it.
-        base: the dense model that it was quantized from, on the same device; without one, its layers and the increase
-            of the loss are not measured.
-        inputs: token ids int64 [B, T], B >= 2; or "self", a text of 4,096 tokens that the dense model writes itself (or
-            the 4-bit one, where that is alone).
-        curve: budgets, as of ``Sensitivity.chosen``: how much the loss rises with so many layers left dense.
+        base: the dense model that it was quantized from, on the same device. Without it, the layers and the increase of
+            the loss are not measured.
+        inputs: token ids int64 [B, T], B >= 2; or "self", a text of 4,096 tokens that the dense model writes (without
+            one, the 4-bit model).
+        curve: budgets as for ``Sensitivity.chosen``; the loss is measured with the layers of each budget dense.
         seed: of the text and of the labels that are drawn.
         progress: called with the sequences done, of those that run through the layers, and their number.
 
@@ -179,7 +179,7 @@ def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
         dense = modules.get(name)
         if dense is None or not is_dense(dense):
             kind = "no such module" if dense is None else type(dense).__name__
-            raise ValueError(f"base: expected the dense model that model was quantized from, got {kind} for {name}")
+            raise ValueError(f"base: expected the dense model that `model` was quantized from, got {kind} for {name}")
         found[name] = dense
     return found
 
@@ -188,7 +188,7 @@ def _candidate(name: str, layer: Packed4bit, dense: nn.Module) -> Candidate:
     plain = quantized(dense, **vars(layer.form))
     if dict(plain.packed_shapes) != dict(layer.packed_shapes):
         raise ValueError(
-            f"base: expected the dense model that model was quantized from, got {name} with weights "
+            f"base: expected the dense model that `model` was quantized from, got {name} with weights "
             f"{_sizes(plain)} for {_sizes(layer)}"
         )
     pairs = [(plain.packed_weight(w).tensors, layer.packed_weight(w).tensors) for w in layer.packed_shapes]

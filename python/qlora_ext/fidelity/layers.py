@@ -35,7 +35,7 @@ class LayerCost:
         name: of the layer in the model.
         error: of its outputs on the inputs that reach it in the dense model, relative: ‖Ŷ - Y‖ / ‖Y‖ without bias.
         plain_error: the same of plain NF4 in the same block sizes.
-        loss: how much the loss rises by this layer alone, all others dense: an estimate to second order, nats a token.
+        loss: how much the loss rises by this layer alone, all others dense: a second-order estimate in nats per token.
         extra_bytes: what the layer would take more if it were dense; 0 for a head that is tied to an embedding.
         weight_ratio: how many times as far the weights are from the dense ones as plain NF4's are: 1 for plain NF4.
     """

@@ -64,9 +64,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     out = model(ids)
     logits = getattr(out, "logits", out)
     if not isinstance(logits, Tensor) or logits.shape[:-1] != ids.shape:
-        raise TypeError(
-            f"model: expected one that makes logits [B, T, V] of token ids [B, T], got {type(out).__name__}"
-        )
+        raise TypeError(f"model: expected one that maps token ids [B, T] to logits [B, T, V], got {type(out).__name__}")
     return logits.float()
 
 

@@ -1,4 +1,4 @@
-"""Which layers to leave in 16 bits when only some can be: those whose 4 bits cost the most loss a byte."""
+"""Which layers to leave in 16 bits when only some can be: those whose 4 bits cost the most loss per byte."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def allowance(budget: int | str, whole: int) -> tuple[int | None, float]:
 
 
 def choose(layers: Iterable[LayerCost], whole: int, budget: int | str) -> list[LayerCost]:
-    """The layers to leave dense: by falling loss a byte, each that the ``budget`` still has room for.
+    """The layers to leave dense: by falling loss per byte, each that the ``budget`` still has room for.
 
     Args:
         budget, whole: as in ``allowance``.

@@ -28,10 +28,10 @@ class Sensitivity:
     bytes: int
 
     def chosen(self, budget: int | str) -> list[LayerCost]:
-        """The layers to leave dense, those first that cost the most loss a byte.
+        """The layers to leave dense, in the order of their cost in loss per byte.
 
         Args:
-            budget: a number of layers, or what they may take more than in 4 bits: a share of ``bytes`` ("5%"), or a
+            budget: a number of layers, or a limit on their additional bytes: a percentage of ``bytes`` ("5%"), or a
                 size ("200MB").
 
         Raises:
@@ -63,15 +63,15 @@ def sensitivity(
 ) -> Sensitivity:
     """Estimates, for every layer that ``quantize_model`` would quantize, how much the loss rises by that layer alone.
 
-    The estimate is to second order, by the Fisher information of the layer's outputs; see ``fidelity/layers.py``. It
-    takes the dense model, a 4-bit copy of its layers and the activations of one sequence; in time, about six forward
-    passes over the tokens. ``quantize_model(model, keep=sensitivity(model).keep("5%"))`` is what it is for.
+    The estimate is of second order, from the Fisher information of the layer's outputs; see ``fidelity/layers.py``.
+    Memory holds the dense model, a 4-bit copy of its layers and the activations of one sequence. It takes about six
+    forward passes over the tokens. Use it as in ``quantize_model(model, keep=sensitivity(model).keep("5%"))``.
 
     Args:
-        model: dense, a language model: token ids [B, T] to logits [B, T, V]. It is left as it is.
+        model: a dense language model that maps token ids [B, T] to logits [B, T, V]. It is not changed.
         inputs: "self" (a transformers model writes its own text), or token ids int64 [B, T].
         skip, block_size, double_quant, towers: as in ``quantize_model``.
-        tokens, length: of the text that the model writes: in all, and a sequence.
+        tokens, length: of the text that the model writes: in total, and per sequence.
         seed: of that text, and of the labels that are drawn.
         progress: called with the sequences done, and their number.
 

@@ -52,7 +52,7 @@ class _Reader:
         """Steps over ``size`` bytes and returns where they begin."""
         begin = self.at
         if size > len(self.data) - begin:
-            raise FileError(f"{self.source}: truncated or damaged: {size} bytes at byte {begin} lie beyond its end")
+            raise FileError(f"{self.source}: truncated or damaged: {size} bytes at byte {begin} are beyond its end")
         self.at = begin + size
         return begin
 
@@ -72,7 +72,7 @@ class _Reader:
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
-            raise FileError(f"{self.source}: damaged: no type of metadata has number {kind}")
+            raise FileError(f"{self.source}: damaged: unknown metadata type {kind}")
         kind, count = self.scalar("I"), self.scalar("Q")
         if kind in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
@@ -80,7 +80,7 @@ class _Reader:
             for _ in range(count):  # each takes 8 bytes at least, or the end is met
                 self.skip(self.scalar("Q"))
         else:
-            raise FileError(f"{self.source}: damaged: an array of type {kind} in the metadata")
+            raise FileError(f"{self.source}: damaged: unsupported array of type {kind} in the metadata")
         return count
 
 
@@ -89,7 +89,7 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = reader.string()
         if key in found:
-            raise FileError(f"{reader.source}: damaged: {excerpt(key)} stands twice in the metadata")
+            raise FileError(f"{reader.source}: damaged: {excerpt(key)} appears twice in the metadata")
         found[key] = reader.value(reader.scalar("I"))
     return found
 
@@ -104,13 +104,15 @@ def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, TensorInf
         name = reader.string()
         dimensions = reader.scalar("I")
         if name in found or dimensions > _MAX_DIMENSIONS:
-            raise FileError(f"{reader.source}: damaged: tensor {excerpt(name)} twice, or of {dimensions} dimensions")
+            raise FileError(
+                f"{reader.source}: damaged: tensor {excerpt(name)} appears twice, or has {dimensions} dimensions"
+            )
         shape = [reader.scalar("Q") for _ in range(dimensions)]
         kind, offset = reader.scalar("I"), reader.scalar("Q")
         try:
             block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
         except (ValueError, KeyError):
-            raise FileError(f"{reader.source}: tensor {excerpt(name)} is of type {kind}, not known here") from None
+            raise FileError(f"{reader.source}: tensor {excerpt(name)} has the unknown type {kind}") from None
         elements = 1
         for n in shape:
             elements *= n
@@ -156,7 +158,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 def _read(reader: _Reader, size: int) -> Header:
     source = reader.source
     if reader.data[reader.skip(4) : 4] != b"GGUF":
-        raise FileError(f"{source}: no GGUF file, or damaged")
+        raise FileError(f"{source}: not a GGUF file, or damaged")
     version = reader.scalar("I")
     if version not in (2, 3):
         raise FileError(f"{source}: expected a little-endian GGUF file of version 2 or 3, got version {version}")

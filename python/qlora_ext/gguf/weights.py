@@ -101,7 +101,7 @@ class GGUFWeights:
         except OSError as error:
             raise FileError(f"cannot read {printable(self._path)}: {error.strerror}") from error
         if data.size != tensor.nbytes:
-            raise FileError(f"{printable(self._path)}: cut short while it was read")
+            raise FileError(f"{printable(self._path)}: truncated while it was read")
         return gguf.dequantize(data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, kind)), kind)
 
     def _process(self, tensor: TensorInfo, values: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ class GGUFWeights:
 
         number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
         if number is None:
-            raise NotImplementedError(f"the gguf package has no table of names for {architecture}")
+            raise NotImplementedError(f"the gguf package has no tensor names for {architecture}")
         table = gguf.get_tensor_name_map(number, self._model.config.get_text_config().num_hidden_layers)
         found: dict[str, str] = {}
         for prefix, name in self._candidates():

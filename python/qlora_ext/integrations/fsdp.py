@@ -21,8 +21,8 @@ def init_dtype_attrs(original: Any, self: Any, mp_policy: Any) -> None:
     owner = self._module_info
     if isinstance(owner.module, Packed4bit) and owner.module.residency is not None:
         raise ValueError(
-            "fully_shard: expected a model that is not streamed (qlora_ext.streaming); FSDP2 keeps weights in host "
-            "memory by itself: fully_shard(offload_policy=CPUOffloadPolicy())"
+            "fully_shard: expected a model that is not streamed (qlora_ext.streaming); FSDP2 can keep weights in host "
+            "memory itself: fully_shard(offload_policy=CPUOffloadPolicy())"
         )
     original(self, mp_policy)
     is_packed = isinstance(owner.module, Packed4bit) and owner.param_name in owner.module.packed_state()

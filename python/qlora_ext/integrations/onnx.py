@@ -24,7 +24,7 @@ def _is_packed(model: Any) -> bool:
 def export(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     if _is_packed(model):
         raise ValueError(
-            "model: ONNX export of 4-bit layers is not supported; export the dense model, which merge_and_unload() of "
-            "a PEFT model, dequantize() of a transformers model or the command `qlora-ext merge` gives"
+            "model: ONNX export of 4-bit layers is not supported; export the dense model; merge_and_unload() of "
+            "a PEFT model, dequantize() of a transformers model or the command `qlora-ext merge` make one"
         )
     return original(model, *args, **kwargs)

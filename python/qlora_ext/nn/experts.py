@@ -255,7 +255,7 @@ class Experts4bit(Packed4bit):
             TypeError: ``top_k_index`` holds no integers.
         """
         if top_k_index.is_floating_point():
-            raise TypeError(f"top_k_index: expected the numbers of experts, integers, got {top_k_index.dtype}")
+            raise TypeError(f"top_k_index: expected integer expert numbers, got {top_k_index.dtype}")
         tokens, k = top_k_index.shape
         cast = autocast_dtype(hidden_states.device.type) or self.compute_dtype
         experts = self._shapes["down_proj"][0]

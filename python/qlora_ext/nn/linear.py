@@ -21,17 +21,17 @@ from .packed import PackedWeight4bit
 class Linear4bit(PackedWeight4bit, nn.Linear):
     """A linear layer over a frozen NF4 weight: y = x · dequantize(weight)ᵀ + bias, fused.
 
-    The packed state is ``weight`` (uint8 [N, K/2]) and ``absmax``, parameters without gradient, and, double quantized,
-    the buffers ``nested_absmax`` and ``nested_offset``; together they are ``weight4bit``. Moving the module moves them;
-    changing its dtype (``half()``, ``to(dtype)``) changes the bias and ``compute_dtype`` alone. A freshly built module
-    holds zeros, until ``load_state_dict`` or ``set_weight``.
+    The packed state consists of ``weight`` (uint8 [N, K/2]) and ``absmax``, parameters without gradient, and with
+    double quantization the buffers ``nested_absmax`` and ``nested_offset``; ``weight4bit`` is all of it as one value.
+    Moving the module moves it; changing the dtype (``half()``, ``to(dtype)``) only changes the bias and
+    ``compute_dtype``. A new module holds zeros until ``load_state_dict`` or ``set_weight``.
 
     Args:
         in_features, out_features: K and N.
         bias: whether there is a bias [N].
         compute_dtype: of the bias and the products; x is cast to it, and y back to x's dtype.
-        block_size: elements a scale: a power of two from 32 to 4096.
-        double_quant: whether the scales are 8-bit codes themselves.
+        block_size: elements per scale: a power of two from 32 to 4096.
+        double_quant: whether the scales are stored in 8 bits.
         device: of the packed state; "meta" allocates nothing.
 
     Example:
@@ -86,7 +86,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         double_quant: bool = True,
         nested_block_size: int = 256,
     ) -> Linear4bit:
-        """Quantizes an ``nn.Linear``. Its dtype is the compute dtype by default; its bias is kept as it is."""
+        """Quantizes an ``nn.Linear``. The compute dtype defaults to the layer's dtype. The bias does not change."""
         if isinstance(linear, Linear4bit) or not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
         form = Form(compute_dtype or linear.weight.dtype, block_size, double_quant, nested_block_size)
@@ -180,13 +180,13 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight [N, K], in ``dtype`` or that of the weight that was quantized."""
+        """The decoded weight [N, K], in ``dtype`` or the dtype of the weight that was quantized."""
         return self.weight4bit.dequantize(dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Linear:
-        """A dense layer in this one's place, in ``dtype`` or that of the weight that was quantized.
+        """The dense layer for this one, in ``dtype`` or the dtype of the weight that was quantized.
 
-        It holds the decoded weight, or ``weight`` [N, K] (an adapter merged into it, say) if given.
+        It holds the decoded weight, or ``weight`` [N, K] if given (for example with a merged adapter).
         """
         weight = self.dequantize(dtype) if weight is None else weight.detach().to(dtype or self.weight_dtype)
         linear = nn.Linear(

@@ -30,11 +30,10 @@ _Places = dict[nn.Module, list[tuple[nn.Module, str, str]]]
 def tied_heads(
     model: nn.Module, to_be_tied: Mapping[str, str] | None = None, dense: Iterable[str] = ()
 ) -> dict[nn.Embedding, list[nn.Linear]]:
-    """The embeddings of ``model`` that may be 4-bit, each with the linear layers that share its table.
+    """The embeddings of ``model`` that can be 4-bit, each with the linear layers that share its table.
 
-    Embeddings whose table another module still shares are left out, and so are those tied to a layer whose name is in
-    ``dense``. ``to_be_tied`` maps the names of parameters to those of others with which they will be one, though they
-    are not yet.
+    Embeddings whose table another module shares are left out, and so are those tied to a layer whose name is in
+    ``dense``. ``to_be_tied`` maps names of parameters to those that they will be tied to, but are not yet.
 
     Example:
         >>> model = nn.ModuleDict({"embed": nn.Embedding(100, 64), "head": nn.Linear(64, 100, bias=False)})
@@ -63,7 +62,7 @@ def tied_heads(
 
 
 def places_in(model: nn.Module) -> _Places:
-    """Every place of every module inside ``model``: one that is shared has several.
+    """Every place of every module inside ``model``. A shared module has several.
 
     Example:
         >>> shared = nn.Linear(4, 4)
@@ -107,8 +106,8 @@ def to_be_quantized(
 ) -> dict[nn.Module, str]:
     """The modules that ``quantize_model`` replaces with these arguments, with their names, in the order of the model.
 
-    One that stands in several places has the name of the first. A head that is tied to an embedding goes with it, and
-    is not among them.
+    A module in several places has the name of the first one. Heads that are tied to an embedding are not among them:
+    they follow the embedding.
 
     Raises:
         TypeError: ``skip`` or ``keep`` holds no names. ValueError: ``model`` has no module of a name in ``keep``.
@@ -144,10 +143,10 @@ def to_be_quantized(
 
 
 def quantized(module: nn.Module, **options: Any) -> Packed4bit:
-    """The 4-bit module that takes the place of ``module``, one of those for which ``is_dense`` holds.
+    """The 4-bit module that replaces ``module``, for which ``is_dense`` holds.
 
     Args:
-        options: as in ``Linear4bit.from_linear`` and its like.
+        options: those of ``Linear4bit.from_linear`` and the like.
 
     Example:
         >>> type(qlora_ext.nn.quantized(nn.Linear(64, 48), block_size=32)).__name__
@@ -174,40 +173,40 @@ def quantize_model(
     keep: Iterable[str] = (),
     **options: Any,
 ) -> Model:
-    """Replaces the linear layers of ``model`` by ``Linear4bit``, in place and one at a time; the experts too.
+    """Replaces the linear layers and experts of ``model`` by 4-bit ones, in place and one at a time.
 
-    That is every ``nn.Linear``, every subclass of it that computes the same (``nn.conversion_of``), every ``Conv1D`` of
-    transformers, and every module of fused experts (``Experts4bit``). Their hooks move to the 4-bit layers. Layers
-    that bitsandbytes has quantized to NF4 become ours with the bits that they have (``qlora_ext.adopt``).
+    It replaces every ``nn.Linear``, every subclass of it that computes the same (``nn.conversion_of``), every
+    ``Conv1D`` of transformers, and every module of fused experts (``Experts4bit``). Their hooks move to the 4-bit
+    layers. Layers that bitsandbytes has quantized to NF4 are adopted with their bits (``qlora_ext.adopt``).
     ``save_pretrained`` of a transformers or diffusers model then saves it in 4 bits.
 
     Args:
-        model: its parameters are freed as they are quantized. A module used in several places stays shared, and one
-            whose weight is another module's too (an embedding's) is left as it is.
-        skip: names of modules to leave alone, with all that is in them: a full dotted name, or its last parts
+        model: its parameters are freed as they are quantized. A module used in several places stays shared. A module
+            that shares its weight with another one (an embedding) stays dense.
+        skip: names of modules that stay dense, with everything in them: a full dotted name, or its last parts
             (``"lm_head"``, ``"mlp.gate"``). By default the output heads: those named ``lm_head``, ``score``,
-            ``classifier`` or ``qa_outputs``, and in a transformers model all that is not in its base model.
+            ``classifier`` or ``qa_outputs``, and in a transformers model everything outside its base model.
         block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear`` and
             its like.
         embeddings: replace every ``nn.Embedding`` (no subclass of it) by an ``Embedding4bit``. An output head that is
-            tied to one has no weight of its own: it goes with the table, whatever ``skip`` says of the head.
-        towers: of a transformers model of several modalities, replace layers outside of its language model too: those
-            of vision and audio towers, and of projectors.
-        calibration: choose scales and codes for the inputs that the layers get, which costs time and no bytes: a
+            tied to one has no weight of its own: it follows the table, even if ``skip`` names the head.
+        towers: in a multimodal transformers model, replace layers outside the language model too: those of vision and
+            audio towers, and of projectors.
+        calibration: choose scales and codes for the layers' inputs, which costs time but no bytes: a
             ``qlora_ext.Calibration``, or its ``inputs``: "self", token ids [B, T], or batches of the model's inputs.
-            ``qlora_ext.calibration.calibration_of(model)`` tells how each layer fared.
-        init_lora: find adapters that begin with what quantizing takes away of the linear layers: "svd" (with a
-            calibration: the best for its inputs), "loftq", or a ``qlora_ext.calibration.InitLora``, which has their
-            rank. ``qlora_ext.integrations.peft.initialize_lora`` puts them into a PEFT model.
-        keep: full names of modules to leave dense beside those of ``skip``, which keeps its default: the layers that
-            4 bits cost the most, as ``qlora_ext.sensitivity(model).keep("5%")`` names them.
+            ``qlora_ext.calibration.calibration_of(model)`` reports the result for each layer.
+        init_lora: compute initial adapters from the linear layers' quantization error: "svd" (needs a calibration, and
+            is the best for its inputs), "loftq", or a ``qlora_ext.calibration.InitLora``, which sets their rank.
+            ``qlora_ext.integrations.peft.initialize_lora`` puts them into a PEFT model.
+        keep: full names of further modules that stay dense, for example the layers whose quantization costs the most,
+            from ``qlora_ext.sensitivity(model).keep("5%")``. ``skip`` keeps its default.
 
     Layers whose weights the model's own code reads, instead of calling the layer, always stay dense (Mamba's
     ``out_proj``, Gemma 3n's ``altup.prediction_coefs``), as do those that transformers (T5's ``wo``) or diffusers
     (Wan's ``time_embedder``) keep in float32.
 
     Returns:
-        ``model`` (or its replacement, where ``model`` itself is such a module).
+        ``model``, or its replacement if ``model`` itself is such a module.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or ``skip`` or ``keep`` holds no names. ValueError: bitsandbytes has
@@ -229,14 +228,14 @@ def quantize_model(
     options |= {"block_size": block_size, "double_quant": double_quant}
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
-        raise ValueError("init_lora: expected a calibration with 'svd', which weighs errors by the layers' inputs")
+        raise ValueError("init_lora: expected calibration=... with 'svd', which weighs errors by the layers' inputs")
     for prepare in BEFORE_QUANTIZE:
         prepare(model)
 
     if conversion_of(model) is not None or is_fused_experts(model) or (embeddings and type(model) is nn.Embedding):
         for name, wanted in (("calibration", calibration), ("init_lora", lora)):
             if wanted is not None:
-                raise ValueError(f"{name}: expected a model with layers in it, got a {type(model).__name__} alone")
+                raise ValueError(f"{name}: expected a model that contains layers, got a single {type(model).__name__}")
         alone = quantized(model, **options)
         alone.take_hooks(model)
         return cast(Model, alone)

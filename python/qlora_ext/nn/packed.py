@@ -350,7 +350,7 @@ class Packed4bit(nn.Module, abc.ABC):
                 if t is None:
                     continue
                 if expected is None:
-                    raise ValueError(f"{prefix}{name}: expected {form}, got scales that are double quantized")
+                    raise ValueError(f"{prefix}{name}: expected {form}, got double-quantized scales")
                 if t.dtype != expected.dtype or t.shape != expected.shape:
                     raise ValueError(
                         f"{prefix}{name}: expected {expected.dtype} {list(expected.shape)}, {form}; "

@@ -1,4 +1,4 @@
-"""What streaming costs and saves: memory on the device and the host, bytes a step, and when it takes no time."""
+"""What streaming costs and saves: memory on the device and the host, bytes per step, and when it takes no time."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Streamed:
         return self.total if source == "ram" else _STAGED * self.largest
 
     def free_tokens(self, link: float, flops: float, checkpointing: bool) -> tuple[int, int]:
-        """From how many tokens a step copies hide behind the computation.
+        """From how many tokens per step copies hide behind the computation.
 
         Args:
-            link: bytes a second from the host to the device, or from the disk. flops: operations a second.
+            link: bytes per second from the host to the device, or from the disk. flops: operations per second.
 
         Returns:
             For every pass by itself (the forward one decides, of 2 operations a weight and token), and for the step as

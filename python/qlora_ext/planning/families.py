@@ -96,7 +96,7 @@ def config_of_sizes(text: str) -> Any:
     if missing:
         raise ValueError(f"sizes {text}: {', '.join(missing)} is missing or 0")
     if sizes["hidden"] % sizes["heads"] or sizes["heads"] % sizes.get("kv-heads", 1):
-        raise ValueError(f"sizes {text}: hidden is no multiple of heads, or heads none of kv-heads")
+        raise ValueError(f"sizes {text}: expected hidden to be a multiple of heads, and heads of kv-heads")
     return AutoConfig.for_model(
         "llama",
         vocab_size=sizes["vocab"],

@@ -74,10 +74,10 @@ class _Offload:
 
 
 def offload_checkpoints(model: Model) -> Model:
-    """Keeps the inputs of gradient-checkpointed layers in pinned host memory, between the forward and the backward.
+    """Moves the inputs of gradient-checkpointed layers to pinned host memory between the forward and the backward.
 
-    On the device stays one layer's input at a time, and the one that is fetched; on the host it is layers x tokens x
-    hidden size. What is computed is the same, bit for bit. On the CPU nothing changes.
+    The device holds one layer's input and the one that is being prefetched; the host holds layers x tokens x hidden
+    size elements. The results are the same bits. On the CPU nothing changes.
 
     Args:
         model: of transformers, perhaps with adapters, after ``gradient_checkpointing_enable``.

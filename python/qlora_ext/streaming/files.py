@@ -53,18 +53,18 @@ class File:
         weakref.finalize(self, os.close, self._descriptor)
         self._known = _identity(self._descriptor)
         if self._known[1] != inode:
-            raise FileError(f"{printable(path)}: another file has taken its name since the model was loaded")
+            raise FileError(f"{printable(path)}: another file has replaced it since the model was loaded")
 
     def check(self) -> None:
         """Raises a FileError where the file has changed since it was opened."""
         size, modified = _identity(self._descriptor)[2:]
         if size < self._known[2]:
             raise FileError(
-                f"{printable(self.path)}: cut short while it was in use: {size} of {self._known[2]} bytes are left; "
+                f"{printable(self.path)}: truncated while in use: {size} of {self._known[2]} bytes are left; "
                 "restore it, and resume"
             )
         if (size, modified) != self._known[2:]:
-            raise FileError(f"{printable(self.path)}: changed while it was in use; restore it, and resume")
+            raise FileError(f"{printable(self.path)}: changed while in use; restore it, and resume")
 
     def read(self, offset: int, into: memoryview) -> None:
         """Fills ``into`` with what stands at ``offset``.
@@ -82,7 +82,9 @@ class File:
                 ) from error
             if count == 0:
                 self.check()
-                raise FileError(f"{printable(self.path)}: ends at byte {offset + done}, expected more")
+                raise FileError(
+                    f"{printable(self.path)}: expected more data, but the file ends at byte {offset + done}"
+                )
             done += count
 
 
@@ -105,7 +107,7 @@ def extents_of(tensors: Iterable[Tensor]) -> list[Extent | None]:
         FileError: a file is gone, or another one by now. OSError: this is no Linux.
     """
     if sys.platform != "linux":
-        raise OSError("source='disk' needs Linux, whose /proc tells which files are mapped")
+        raise OSError("source='disk' needs Linux, because it finds the mapped files in /proc")
     mappings = _file_mappings()
     files: dict[tuple[str, int], File] = {}
     found: list[Extent | None] = []

@@ -29,11 +29,11 @@ def dense_mlps(model: nn.Module) -> list[nn.Module]:
 
 
 def chunk_mlp(model: Model, tokens: int) -> Model:
-    """Has every dense MLP of ``model`` run on at most ``tokens`` tokens of a row at a time, and again in the backward.
+    """Runs every dense MLP of ``model`` on at most ``tokens`` tokens of a row at a time, and again in the backward.
 
-    Between forward and backward nothing is kept of what is in it, and there it is as large as a chunk needs: of the
-    4 x tokens x intermediate size that a gated MLP takes, the share of the chunk. The price is one more forward pass of
-    the MLP. Dropout draws other masks than it would for all tokens at once. Mixtures of experts are left as they are.
+    Nothing inside the MLP is saved between forward and backward, and its memory is that of one chunk instead of the 4 x
+    tokens x intermediate size of a gated MLP. The price is one more forward pass of the MLP. Dropout draws other masks
+    than for all tokens at once. Mixtures of experts do not change.
 
     Returns:
         ``model``, changed in place.

@@ -34,8 +34,8 @@ class FileSource:
         for part, extent in zip(parts, extents_of([part.home for part in parts]), strict=True):
             if extent is None:
                 raise ValueError(
-                    "source: 'disk' expects 4-bit weights that are mapped from the model's files, as they are where a "
-                    "saved 4-bit model is loaded with device_map='cpu'; "
+                    "source: 'disk' expects 4-bit weights that are mapped from the model's files, as loading a "
+                    "saved 4-bit model with device_map='cpu' makes them; "
                     f"{part.name} of {type(part.module).__name__} is in memory (save and load the model, or use 'ram')"
                 )
             self._extents[part] = extent, part.state

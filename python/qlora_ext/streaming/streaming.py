@@ -1,4 +1,4 @@
-"""``stream``: has the frozen base of a model come in block by block, from host memory or from its files."""
+"""``stream``: loads the frozen base of a model block by block, from host memory or from its files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FEWEST = 2  # slots: one is computed with while the other is filled
 
 
 class Streaming:
-    """The blocks of one model, and the slots in which they take turns; made by ``stream``.
+    """The blocks of one model, and the ring's slots that they share; made by ``stream``.
 
     Several threads may use the model at once. An operator holds a lock while it uses borrowed weights, so no thread
     refills a slot that another thread reads.
@@ -36,7 +36,7 @@ class Streaming:
         blocks: what is streamed, in the order of the forward pass.
         device: that computes.
         slots: of the ring.
-        fills: how many blocks have been asked for since the beginning.
+        fills: how many blocks have been requested since the start.
     """
 
     def __init__(
@@ -97,8 +97,8 @@ class Streaming:
         # A forked process lacks the reading thread, and the thread that may have held the lock.
         if os.getpid() != self._process:
             raise RuntimeError(
-                "a streamed model was used in a process forked from the one that streams it; load it in that process, "
-                "as with multiprocessing's start method 'spawn'"
+                "a streamed model was used in a process forked from the one that streams it; load it in the new "
+                "process, as multiprocessing's start method 'spawn' does"
             )
 
     def _views(self, index: int, slot: Slot) -> dict[tuple[Packed4bit, str], PackedTensors]:
@@ -230,7 +230,7 @@ class Streaming:
 
 
 class _Residency:
-    """What a module of block ``index`` asks for its packed weights; see ``nn.packed.Residency``."""
+    """Provides the packed weights of a module in block ``index``; see ``nn.packed.Residency``."""
 
     def __init__(self, streaming: Streaming, index: int, module: Packed4bit) -> None:
         self.streaming, self._index, self._module = streaming, index, module
@@ -331,24 +331,24 @@ def _default_device(model: nn.Module, streamed: set[int]) -> torch.device:
 def stream(
     model: Model, resident: str | int | None = None, source: str = "ram", device: torch.device | str | None = None
 ) -> Model:
-    """Keeps the frozen 4-bit weights of a model's blocks elsewhere, and has each come in just before it is used.
+    """Keeps the frozen 4-bit weights of a model's blocks off the device, and loads each just before it is used.
 
-    What is computed is the same, bit for bit. Embeddings, heads, norms, biases and adapters stay on the device. The
-    blocks, such as a decoder's layers, take turns in a ring of buffers there; the next ones come in while one is
-    computed with, in the order of the forward pass and, backward, in reverse. The fused operators read the ring itself.
-    With gradient checkpointing a block comes in once for its recomputation and its backward. Call it before or after
-    adapters are added. Several threads may use the model at once and get the same answers, but they take turns at each
-    layer and share the ring, so nothing is prefetched; one pass after the other is faster.
+    The results are the same bits. Embeddings, heads, norms, biases and adapters stay on the device. The blocks, such as
+    a decoder's layers, share a ring of buffers there. The next blocks are prefetched during the computation of one, in
+    forward order, and in reverse in the backward. The fused operators read the ring directly. With gradient
+    checkpointing a block is loaded once for its recomputation and backward. Call it before or after adding adapters.
+
+    Several threads may use the model at once and get the same answers, but they take turns at each layer and share the
+    ring, so nothing is prefetched; one pass after the other is faster.
 
     Args:
         model: with 4-bit layers, by ``QLoRAConfig`` or ``quantize_model``, whole on one device or on the CPU.
-        resident: the memory that the model's weights may take on the device, such as "6GB" or a number of bytes. What
-            is not streamed is taken off, and the ring has as many buffers as fit into the rest, but never less than
-            two. None: two. What else of the files fits into the host's memory is in the system's page cache, which it
-            gives up when others need it.
-        source: where the blocks are kept. "ram": in pinned host memory (computing on the CPU, they stay where they
-            are). "disk": in the safetensors files that the model was loaded from, of which nothing is held in memory.
-        device: that computes; by default the one on which the embeddings are.
+        resident: the memory that the model's weights may take on the device, such as "6GB" or a number of bytes. The
+            ring has as many buffers as fit besides the weights that are not streamed, but at least two. None: two. The
+            host's page cache may hold more of the files, and gives that memory up when others need it.
+        source: where the blocks are stored. "ram": in pinned host memory (on the CPU they stay in place). "disk": in
+            the safetensors files that the model was loaded from; none of them stay in memory.
+        device: the computing device; by default that of the embeddings.
 
     Returns:
         ``model``, changed in place.
@@ -380,7 +380,7 @@ def stream(
         raise ValueError(f"source: expected 'ram' or 'disk', got {source!r}")
     allowed = None if resident is None else parse_size("resident", resident)
     if streaming_of(model) is not None:
-        raise ValueError("model: expected one that is not streamed, got one that is already")
+        raise ValueError("model: expected one that is not streamed, got one that already is")
     blocks = blocks_of(model)
     if not blocks:
         raise ValueError("model: expected 4-bit layers (see qlora_ext.quantize_model), found none")
@@ -408,16 +408,16 @@ def stream(
 def _refuse_others(model: nn.Module) -> None:
     for name in ("FSDP", "DEEPSPEED"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes", "on"):  # by `accelerate launch`
-            raise ValueError(f"stream: {name} is in use, which keeps weights in host memory by itself; use one of both")
+            raise ValueError(f"stream: {name} is in use, which also keeps weights in host memory; use one of the two")
     for name, layer in layers_of(model):
         if layer.is_sharded:
             raise ValueError(
-                f"model: {name} is sharded by FSDP2, which keeps weights in host memory itself "
-                "(fully_shard(offload_policy=CPUOffloadPolicy())); stream a model that is whole"
+                f"model: {name} is sharded by FSDP2, which can keep weights in host memory itself "
+                "(fully_shard(offload_policy=CPUOffloadPolicy())); stream an unsharded model"
             )
         if hasattr(layer, "_hf_hook"):
             raise ValueError(
-                f"model: {name} is moved about by accelerate (device_map over several devices); load it on the CPU"
+                f"model: {name} is dispatched by accelerate (device_map over several devices); load it on the CPU"
             )
         if any(t.is_meta for t in layer.packed_state().values()):
             raise ValueError(f"model: {name} is on the meta device; load its weights first")
@@ -427,8 +427,8 @@ def _slots(allowed: int | None, rest: int, largest: int, blocks: int) -> int:
     least = rest + _FEWEST * largest
     if allowed is not None and allowed < least:
         warnings.warn(
-            f"resident: {allowed} bytes are less than the {least} of what is not streamed ({rest}) and two blocks; "
-            "two blocks it is",
+            f"resident: {allowed} bytes are less than the minimum of {least} ({rest} that are not streamed, and two "
+            "blocks); keeping two blocks",
             stacklevel=3,
         )
     if allowed is None:

@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_sampling(arguments)
     adapted = find_adapted(arguments)
     if arguments.system and not adapted.tokenizer.chat_template:
-        raise UserError(f"--system: the tokenizer of {adapted.source.name} has no chat template to write it with")
+        raise UserError(f"--system: the tokenizer of {adapted.source.name} has no chat template for a system prompt")
     model = adapted.load_to_answer()
     from transformers import set_seed
 

@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument(
         "--max-increase", type=float, metavar="X",
-        help=f"how much the loss may rise, in nats a token, for exit code 0 (default: {MAX_INCREASE})",
+        help=f"how much the loss may rise, in nats per token, for exit code 0 (default: {MAX_INCREASE})",
     )  # fmt: skip
     parser.add_argument(
         "--curve", action="store_true",
@@ -80,7 +80,7 @@ def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSour
     if arguments.base is not None:
         base = resolve(arguments.base, arguments.trust_remote_code, "--base")
         if is_4bit(base):
-            raise UserError(f"--base {arguments.base}: expected a dense model, that one is quantized")
+            raise UserError(f"--base {arguments.base}: expected a dense model, got a quantized one")
         return base, ""
     if not is_4bit(source):
         return source, ""
@@ -106,7 +106,7 @@ def _check_options(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.seed < 2**32:
         raise UserError(f"--seed {arguments.seed}: expected 0 to 4294967295")
     if arguments.max_increase is not None and not 0 <= arguments.max_increase < float("inf"):
-        raise UserError(f"--max-increase {arguments.max_increase}: expected 0 or more, in nats a token")
+        raise UserError(f"--max-increase {arguments.max_increase}: expected 0 or more, in nats per token")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     base_source, reason = _base(arguments, source)
     if base_source is None and (arguments.curve or arguments.max_increase is not None):
         option = "--curve" if arguments.curve else "--max-increase"
-        raise UserError(f"{option}: {arguments.model} has nothing to be compared with: {reason}")
+        raise UserError(f"{option}: {arguments.model} cannot be compared with a dense model: {reason}")
     found_file = None
     if arguments.json is not None:
         base_input = None if base_source is None else base_source.on_disk
@@ -205,7 +205,7 @@ def _tell(found: ModelCheck, text: str, reason: str, limit: float) -> None:
         say(f"perplexity on {found.tokens:,} tokens of {text}: {perplexity(found.loss):.2f} in 4 bits{before}")
     if found.increase is not None:
         above = "" if found.increase.nats <= limit else f", which is above the {limit:g} of --max-increase"
-        say(f"the loss rises by {found.increase} nats a token{above}")
+        say(f"the loss rises by {found.increase} nats per token{above}")
     elif reason:
         say(f"not compared: {reason}")
     if found.layers:
@@ -222,7 +222,7 @@ def _layer_table(found: ModelCheck) -> Any:
 
     title = (
         f"the {min(_SHOWN, len(found.layers))} costliest of {len(found.layers)} layers: relative error of the outputs "
-        "(of plain NF4), estimated cost in nats a token, MB more in 16 bits"
+        "(of plain NF4), estimated cost in nats per token, MB more in 16 bits"
     )
     table = Table(title=title, box=box.SIMPLE)
     table.add_column("layer", overflow="fold")

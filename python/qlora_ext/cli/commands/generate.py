@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
 
 def _prompt(arguments: argparse.Namespace) -> str:
     if arguments.text is not None and arguments.prompt is not None:
-        raise UserError("--prompt: the prompt was given twice, with and without the option; give one of them")
+        raise UserError("--prompt: the prompt was given twice, with and without the option; give it once")
     prompt = arguments.text if arguments.prompt is None else arguments.prompt
     if prompt is None:
         raise UserError('--prompt: expected a prompt, as in: qlora-ext generate "Hello"')
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             prompt = tokenizer(as_question(tokenizer, text), add_special_tokens=False)["input_ids"]
     if not prompt:
-        raise UserError("--prompt: there is no token in it")
+        raise UserError("--prompt: expected at least one token, got none")
     model = adapted.load_to_answer()
     from transformers import set_seed
 

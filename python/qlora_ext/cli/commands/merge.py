@@ -54,11 +54,11 @@ def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[
     adapter = find(arguments.adapter)
     values = record_of(adapter).get("settings")
     if not values:
-        raise UserError("--evaluate: the adapter does not say what was held out, as those of qlora-ext finetune do")
+        raise UserError("--evaluate: the adapter does not record its held-out data; adapters of qlora-ext finetune do")
     s = recorded(values, adapter / RECORD)
     examples = read_examples(s.data, s.split)
     if is_preference(examples[0]) and s.method != "sft":
-        raise UserError("--evaluate: the run learnt preferences, of which no loss is compared")
+        raise UserError("--evaluate: expected a run that learnt answers, got one that learnt preferences")
     parts = split(tokenizer, examples, s.seq_len, s.first_rows, s.eval_size, s.seed, packing=not s.no_packing)
     return parts.held_out, s.batch_size
 
@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.calibrate != "none" and not arguments.four_bit:
-        raise UserError("--calibrate goes with --4bit: a dense model has no codes to choose")
+        raise UserError("--calibrate needs --4bit: a dense model has no codes to choose")
     _protect_inputs(arguments, output)
     output.check()
     with contextlib.ExitStack() as stack:

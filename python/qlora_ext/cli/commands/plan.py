@@ -79,7 +79,7 @@ def add_parser(commands: Any) -> None:
         help="from where the layers come to the device (default: %(default)s, PCIe 4)",
     )  # fmt: skip
     parser.add_argument(
-        "--flops", default="150e12", metavar="X", help="operations a second of the device (default: %(default)s)"
+        "--flops", default="150e12", metavar="X", help="operations per second of the device (default: %(default)s)"
     )
     parser.add_argument(
         "--max-memory", metavar="SIZE",
@@ -143,7 +143,7 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
     if not 0 <= arguments.mlp_chunk <= _MOST:
         raise UserError(f"--mlp-chunk {excerpt(arguments.mlp_chunk)}: expected 0 to {_MOST}")
     if arguments.offload_checkpoints and not arguments.grad_checkpointing:
-        raise UserError("--offload-checkpoints belongs to --grad-checkpointing")
+        raise UserError("--offload-checkpoints needs --grad-checkpointing")
     if arguments.optimizer not in OPTIMIZERS:
         raise UserError(f"--optimizer {arguments.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
     check_dtype(arguments.dtype)
@@ -154,7 +154,7 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
             adapting.check_saved(plain, job.modules_to_save)
             if job.chunked_loss and trains_head(job):
                 raise UserError(
-                    "--chunked-loss: --modules-to-save names the output head, whose gradient takes all logits"
+                    "--chunked-loss: --modules-to-save names the output head, whose gradient needs all logits"
                 )
     return job
 
@@ -220,9 +220,9 @@ def _find_switches(job: Job, memory: float, process: float, link: float, flops: 
     else:
         print(f"fits into {memory / 1e9:.1f} GB with {options}: {size / 1e9:.2f} GB")
     if host:
-        print(f"{host / 1e9:.2f} GB of pinned host memory; free from {free:,} tokens a step")
+        print(f"{host / 1e9:.2f} GB of pinned host memory; free from {free:,} tokens per step")
     print(
-        f"the longest context then: {context:,} tokens a row, {job.batch_size} rows a pass"
+        f"the longest context then: {context:,} tokens per row, {job.batch_size} rows a pass"
         if context
         else "no context fits"
     )
@@ -233,7 +233,7 @@ def _find_switches(job: Job, memory: float, process: float, link: float, flops: 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     if arguments.resident and arguments.stream == "none":
-        raise UserError(f"--resident {arguments.resident} belongs to --stream ram or --stream disk")
+        raise UserError(f"--resident {arguments.resident} needs --stream ram or --stream disk")
     if arguments.max_memory is not None and arguments.modules_to_save:
         raise UserError("--max-memory does not support --modules-to-save; leave one of them out")
     resident = None if arguments.resident is None else _size("--resident", arguments.resident)
@@ -257,7 +257,7 @@ def run(arguments: argparse.Namespace) -> int:
             if "arget modules" not in str(error):
                 raise
             raise UserError(
-                f"--target-modules {arguments.target_modules}: no layer of the model has such a name"
+                f"--target-modules {arguments.target_modules}: no layer of the model has that name"
             ) from error
     parts = split(job, measured)
     streaming: dict[str, Any] = {}
@@ -296,15 +296,15 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for key, size in parts.items():
         print(f"{key:<16} {size / 1e9:9.3f} GB  {100 * size / total:5.1f}%")
-    print(f"{'total':<16} {total / 1e9:9.3f} GB a device, at the highest point of a step")
+    print(f"{'total':<16} {total / 1e9:9.3f} GB per device, at the highest point of a step")
     if streaming:
         print(
             f"streamed from {arguments.stream}: {streaming['slots']} buffers of "
             f"{streaming['block_bytes'] / 1e9:.3f} GB, {streaming['host_bytes'] / 1e9:.2f} GB pinned on the host, "
-            f"{streaming['step_bytes'] / 1e9:.2f} GB a step"
+            f"{streaming['step_bytes'] / 1e9:.2f} GB per step"
         )
         print(
-            f"free from {streaming['free_tokens']:,} tokens a step at {link / 1e9:.0f} GB/s and {flops / 1e12:.0f} "
+            f"free from {streaming['free_tokens']:,} tokens per step at {link / 1e9:.0f} GB/s and {flops / 1e12:.0f} "
             f"Tflop/s (from {streaming['free_tokens_of_the_step']:,} the copies take no longer than the whole step)"
         )
     print(f"{'fits' if fits else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")

@@ -66,7 +66,9 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     from ...nn import Embedding4bit
 
     if arguments.embeddings and arguments.format == "bitsandbytes":
-        raise UserError("--embeddings does not go with --format bitsandbytes, which loads no 4-bit embeddings")
+        raise UserError(
+            "--embeddings and --format bitsandbytes exclude each other: bitsandbytes loads no 4-bit embeddings"
+        )
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model, arguments.trust_remote_code)
     output.protect("--model", arguments.model, source.on_disk)
@@ -89,11 +91,11 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             else:
                 model = loader.while_loading(spill=spill)
         if arguments.embeddings and not any(isinstance(module, Embedding4bit) for module in model.modules()):
-            raise UserError(f"--embeddings: {source.name} has none that can be 4-bit, or is in 4 bits already")
+            raise UserError(f"--embeddings: {source.name} has no embeddings that can be 4-bit, or is already 4-bit")
         if is_4bit(source):
             problems = problems_of(model)
             if problems:
-                raise UserError(f"{source.name}: the model is damaged and is not copied: {problems[0]}")
+                raise UserError(f"{source.name}: the model is damaged and was not copied: {problems[0]}")
         report = calibration_of(model)
         restore_use_cache(model, source)
         with output.written("quantize") as partial:

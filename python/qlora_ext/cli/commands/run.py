@@ -34,10 +34,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Becomes the program; see the module's text. Returns only where it cannot."""
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
-        raise UserError("expected a command behind --, as in: qlora-ext run -- python train.py")
+        raise UserError("expected a command after --, as in: qlora-ext run -- python train.py")
     program = shutil.which(command[0])
     if program is None:
-        raise UserError(f"{command[0]}: there is no such program")
+        raise UserError(f"{command[0]}: no such program")
     paths = [str(_LAUNCHER), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "QLORA_EXT_TAKE_OVER": "1", "PYTHONPATH": os.pathsep.join(paths)}
     sys.stdout.flush()

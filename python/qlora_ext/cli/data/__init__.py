@@ -42,7 +42,9 @@ def _rows(name: str, split: str) -> Rows:
     if path.is_file():
         reader = reader_of(path)
         if reader is None:
-            raise UserError(f"--data {name}: expected a name that ends in {', '.join(READERS)} (text also with .gz)")
+            raise UserError(
+                f"--data {name}: expected a file name that ends in {', '.join(READERS)} (text also with .gz)"
+            )
         return reader(path, split)
     if reader_of(path) is None and hub.is_name(name):
         return hub.rows(name, split)

@@ -38,16 +38,20 @@ def rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
         with gzip.open(path) as file:
             body = file.read(_MAX_BYTES)
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"--data {path}: no readable dictionary ({first_line(error)})") from error
+        raise UserError(f"--data {path}: cannot read the dictionary ({first_line(error)})") from error
     entries = set()
     # Its own lines: other characters that end a line may stand in a term.
     for number, line in enumerate(read_text(index).removesuffix("\n").split("\n"), 1):
         try:
             offset, size = _entry(line.removesuffix("\r"))
         except ValueError:
-            raise UserError(f"--data {index}, line {number}: no entry of a dictd index: {excerpt(line)}") from None
+            raise UserError(
+                f"--data {index}, line {number}: expected an entry of a dictd index, got {excerpt(line)}"
+            ) from None
         if offset + size > len(body):
-            raise UserError(f"--data {index}, line {number}: its entry lies beyond the end of {path.name}")
+            raise UserError(
+                f"--data {index}, line {number}: expected an entry inside {path.name}, got one beyond its end"
+            )
         entries.add((offset, size))
     for offset, size in sorted(entries):
         entry = body[offset : offset + size].decode("utf-8", "replace")

@@ -57,7 +57,7 @@ def rows(directory: pathlib.Path, split: str) -> Rows:
         wanted = _SPLITS.get(split, split)
         if wanted not in named:
             raise UserError(
-                f"--data {shown}: it has no split {excerpt(split)}; --split takes one of {', '.join(sorted(named))}"
+                f"--data {shown}: no split {excerpt(split)}; --split takes one of {', '.join(sorted(named))}"
             )
         data = [path for path in data if splits[path] == wanted]
     outermost = sorted(path.relative_to(directory) for path in ours if ours.isdisjoint(path.parents))

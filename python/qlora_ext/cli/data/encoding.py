@@ -58,8 +58,8 @@ def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model
         if not tokenizer.chat_template:
             if is_conversation(example) or (is_preference(example) and len(example["prompt"]) > 1):
                 raise UserError(
-                    f"--data {data} holds conversations, and the tokenizer of {model} has no chat template to write "
-                    'them with; take a model for chat, or data of pairs ("prompt" and "completion") or "text"'
+                    f"--data {data} holds conversations, and the tokenizer of {model} has no chat template; take a "
+                    'chat model, or data of pairs ("prompt" and "completion") or "text"'
                 )
             continue
         if isinstance(example, list):
@@ -69,7 +69,7 @@ def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model
         template = str(tokenizer.get_chat_template(tools=tools))
         for name, there in (("tools", tools), ("tool_calls", any("tool_calls" in m for m in messages))):
             if there and name not in template:
-                raise UserError(f"--data {data} holds {name}, which the chat template of {model} does not write")
+                raise UserError(f"--data {data} holds {name}, which the chat template of {model} does not support")
 
 
 def as_prompt(tokenizer: Any, messages: list[Message]) -> str:
@@ -340,8 +340,8 @@ def split(
     if len(rows) < 2:
         left_out = "".join(f"; {reason}" for reason in told(counts, seq_len))
         raise UserError(
-            f"--data: too little text: {len(rows)} of {len(examples)} examples can be learnt from, at least two (or "
-            f"--seq-len of text twice) are needed{left_out}"
+            f"--data: too little text: {len(rows)} of {len(examples)} examples are usable, at least two (or "
+            f"twice --seq-len of text) are needed{left_out}"
         )
     order = range(len(rows)) if whole else in_order(rows, seed)
     held_out = [rows[i] for i in order[:held_out_rows]]

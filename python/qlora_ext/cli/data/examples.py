@@ -73,7 +73,7 @@ def _from_json(value: Any, place: str, name: str) -> Any:
         try:
             return parse_json(value, place)
         except FileError as error:
-            raise UserError(f"{place}: {name}: expected a list, or a list written as JSON ({error})") from error
+            raise UserError(f"{place}: {name}: expected a list, or JSON of a list ({error})") from error
     return value
 
 

@@ -45,7 +45,7 @@ def _opened(path: pathlib.Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
             start = file.read(4)
             for mark, kind in _MARKS.items():
                 if start.startswith(mark):
-                    raise UserError(f"--data {printable(path)}: expected UTF-8 text, this is {kind}")
+                    raise UserError(f"--data {printable(path)}: expected UTF-8 text, got {kind}")
             file.seek(0)
             yield file
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -69,9 +69,11 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
             number += 1
             blank = 0 if raw.strip() else blank + len(raw)
             if blank > _MOST_BLANK:
-                raise UserError(f"{_at(path, number)}: expected at most {_MOST_BLANK} bytes of blank lines before it")
+                raise UserError(
+                    f"{_at(path, number)}: expected at most {_MOST_BLANK} bytes of blank lines before this line"
+                )
             if len(raw) > _MAX_LINE:
-                raise UserError(f"{_at(path, number)}: longer than the {_MAX_LINE} bytes that a line may have")
+                raise UserError(f"{_at(path, number)}: longer than the limit of {_MAX_LINE} bytes per line")
             line = _decoded(raw, _at(path, number))
             yield number, line.removeprefix("\ufeff") if number == 1 else line
 
@@ -82,8 +84,8 @@ def _whole(path: pathlib.Path) -> str:
         raw = file.read(_MAX_WHOLE + 1)
     if len(raw) > _MAX_WHOLE:
         raise UserError(
-            f"--data {printable(path)}: larger than the {_MAX_WHOLE} bytes that such a file may have; "
-            "write it as .jsonl, a row a line"
+            f"--data {printable(path)}: larger than the limit of {_MAX_WHOLE} bytes for this format; "
+            "write it as .jsonl, one row per line"
         )
     try:
         return raw.decode("utf-8-sig")
@@ -219,9 +221,9 @@ def _json(path: pathlib.Path, split: str) -> Rows:
             yield from text.member(wanted)
         else:
             known = ", ".join(map(excerpt, arrays))
-            raise UserError(f"{place}: it has no split {excerpt(split)}; --split takes one of {known}")
+            raise UserError(f"{place}: no split {excerpt(split)}; --split takes one of {known}")
     elif text.peek():
-        raise UserError(f"{text.place}: expected an array of rows, or an object with an array a split")
+        raise UserError(f"{text.place}: expected an array of rows, or an object with one array per split")
     text.end()
 
 
@@ -229,7 +231,7 @@ def _columns(path: pathlib.Path, header: list[str]) -> list[str]:
     names = [name.strip() for name in header]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{_at(path, 1)}: the column {excerpt(twice[0])} is there {names.count(twice[0])} times")
+        raise UserError(f"{_at(path, 1)}: the column {excerpt(twice[0])} appears {names.count(twice[0])} times")
     if not named(names):
         raise UserError(
             f"{_at(path, 1)}: expected a first line with the columns {EXPECTED}; got {excerpt(', '.join(names), 160)}"
@@ -267,8 +269,8 @@ def _csv(path: pathlib.Path, split: str) -> Rows:
             names = _columns(path, fields)
         elif len(fields) != len(names):
             raise UserError(
-                f"{place}: expected {len(names)} fields ({excerpt(', '.join(names))}), got {len(fields)}; a field that "
-                "holds what separates fields, or an end of line, is put in quotes"
+                f"{place}: expected {len(names)} fields ({excerpt(', '.join(names))}), got {len(fields)}; quote a "
+                "field that contains a separator or a line break"
             )
         else:
             yield place, dict(zip(names, fields, strict=True))
@@ -286,7 +288,7 @@ def _parquet(path: pathlib.Path, split: str) -> Rows:
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise UserError(
-                    f"--data {printable(path)}: the column {excerpt(twice[0])} is there {names.count(twice[0])} times"
+                    f"--data {printable(path)}: the column {excerpt(twice[0])} appears {names.count(twice[0])} times"
                 )
             wanted = [name for name in names if name in COLUMNS]
             if not named(wanted):

@@ -51,6 +51,6 @@ def blocks(name: str, tokenizer: Any, count: int, longest: int) -> Any:
     rows = _rows(tokenizer, read_examples(name))
     ids = list(itertools.islice((i for row in rows for i in row["input_ids"]), count))
     if len(ids) < _LEAST:
-        raise UserError(f"--data {name}: expected a text of {_LEAST} tokens or more, got {len(ids)}")
+        raise UserError(f"--data {name}: expected a text of at least {_LEAST} tokens, got {len(ids)}")
     length = min(LENGTH, longest, len(ids) // 4)
     return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64, device="cpu").reshape(-1, length)

@@ -33,11 +33,11 @@ def rows(name: str, split: str) -> Rows:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"--data {name}: no such file or directory, and data sets of the hub need datasets; "
+            f"--data {name}: no such file or directory, and hub data sets need the package datasets; "
             f"install it with: pip install 'datasets>={_FIRST_VERSION}'"
         ) from error
     if int(datasets.__version__.partition(".")[0]) < _FIRST_VERSION:
-        raise UserError(f"--data {name}: expected datasets >= {_FIRST_VERSION}, this is {datasets.__version__}")
+        raise UserError(f"--data {name}: expected datasets >= {_FIRST_VERSION}, got {datasets.__version__}")
     datasets.disable_progress_bars()
     repository, _, subset = name.partition(":")
     try:

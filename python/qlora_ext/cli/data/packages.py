@@ -34,9 +34,7 @@ def _jargon() -> Rows:
     """The Jargon File (public domain), where Debian's dict-jargon puts it."""
     path = pathlib.Path("/usr/share/dictd/jargon.dict.dz")
     if not path.is_file():
-        raise UserError(
-            f"the text {PACKAGE}dict-jargon is not installed here; install it with: apt-get install dict-jargon"
-        )
+        raise UserError(f"the text {PACKAGE}dict-jargon is not installed; install it with: apt-get install dict-jargon")
     return dictd.rows(path)
 
 
@@ -53,6 +51,6 @@ def rows(name: str) -> Rows:
     if package not in _PACKAGES:
         known = ", ".join(PACKAGE + p for p in _PACKAGES)
         raise UserError(
-            f"--data {name}: unknown package; known are {known}; or name a file, a directory or a hub data set"
+            f"--data {name}: unknown package; expected one of {known}, a file, a directory or a hub data set"
         )
     return _PACKAGES[package]()

@@ -68,7 +68,9 @@ class Conversation:
         forgotten = 0
         while self._room is not None and len(prompt) > self._room:
             if len(said) == 1:
-                raise UserError(f"the message has {len(prompt)} tokens; the model takes {self._room} before its answer")
+                raise UserError(
+                    f"the message has {len(prompt)} tokens; the model has room for {self._room} before its answer"
+                )
             said = said[2:]
             forgotten += 1
             prompt = self._prompt(said)

@@ -58,7 +58,7 @@ def find_adapted(arguments: argparse.Namespace) -> Adapted:
     if name is None and arguments.model is None:
         name = DEFAULT_RUN
         if not (pathlib.Path(name) / "adapter" / "adapter_config.json").is_file():
-            raise UserError(f"--adapter: none named and none in ./{DEFAULT_RUN}; name an adapter, or a --model")
+            raise UserError(f"--adapter: no adapter named, and none in ./{DEFAULT_RUN}; name an adapter, or a --model")
         print(f"qlora-ext: using the adapter in ./{name}; choose another with --adapter", file=sys.stderr)
     if name is None:
         source = resolve(arguments.model, arguments.trust_remote_code)

@@ -70,10 +70,10 @@ def base_of(adapter: pathlib.Path, model: str | None, trust_remote_code: bool = 
         return resolve(model, trust_remote_code)
     name = record_of(adapter).get("model") or config_of(adapter).get("base_model_name_or_path")
     if not name:
-        raise UserError(f"--adapter {adapter}: it does not say which model it belongs to; name it with --model")
+        raise UserError(f"--adapter {adapter}: the adapter does not name its base model; name it with --model")
     if trust_remote_code:
         raise UserError(
-            f"--trust-remote-code: the adapter names {excerpt(name)} as its base; name the model yourself, with --model"
+            f"--trust-remote-code: the adapter names {excerpt(name)} as its base; confirm the model with --model"
         )
     return resolve(name, trusted=False)
 
@@ -88,12 +88,14 @@ def check_files(adapter: pathlib.Path) -> list[str]:
     config = config_of(adapter)
     takes_layers = config.get("peft_type") == "LORA" or "target_modules" in config  # prompt tuning has none
     if takes_layers and not (config.get("target_modules") or config.get("target_parameters")):
-        raise UserError(f"{printable(path)}: expected target_modules in it, the layers with an adapter; found none")
+        raise UserError(f"{printable(path)}: expected target_modules (the layers with an adapter) in it, found none")
     if config.get("megatron_config"):
-        raise UserError(f"{printable(path)}: it asks for Megatron's layers, which are not used here")
+        raise UserError(
+            f"{printable(path)}: expected an adapter without megatron_config, Megatron's layers are not supported"
+        )
     names = validate_model.shapes(adapter / "adapter_model.safetensors")
     if not names:
-        raise UserError(f"the adapter {adapter} is not whole: there is no weight in its adapter_model.safetensors")
+        raise UserError(f"the adapter {adapter} is incomplete: its adapter_model.safetensors holds no weights")
     return list(names)
 
 
@@ -108,9 +110,8 @@ def _check_base_kept(model: Any, adapter: pathlib.Path) -> None:
         if name.removeprefix("base_model.model.").replace(".base_layer", "") in packed
     ]
     if base:
-        raise UserError(
-            f"the adapter {adapter} would write over {len(base)} weights of its base: {validate_model.named(base)}"
-        )
+        named = validate_model.named(base)
+        raise UserError(f"the adapter {adapter} would overwrite {len(base)} weights of its base: {named}")
 
 
 def _cast_saved(model: Any) -> None:
@@ -156,7 +157,7 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
     except FileError:
         raise
     except ValueError as error:
-        raise UserError(f"{first_line(error)}; add --force to use it all the same") from error
+        raise UserError(f"{first_line(error)}; add --force to use it anyway") from error
     _check_base_kept(model, adapter)
     try:
         with entire():  # on the meta device first: a rank of 10^9 in a damaged file costs nothing

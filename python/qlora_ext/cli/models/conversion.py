@@ -117,8 +117,8 @@ def _check_base(output: Output, found: dict[str, Any] | None) -> None:
             )
         if not output.overwrite:
             raise UserError(
-                f"{output.path} is the 4-bit base of a run of another model, dtype, block size or version; {advice}, "
-                "or delete it (a new run may also have --overwrite): the run makes its own"
+                f"{output.path} is the 4-bit base of a run with another model, dtype, block size or version; {advice}, "
+                "or delete it (or add --overwrite to a new run): the run makes its own"
             )
     output.check()
 

@@ -86,7 +86,7 @@ def package_files(package: str, what: str, trusted: bool = True) -> list[pathlib
             advice = (
                 "a file names it, not you: look at what it is before you install it, or name the model with --model"
             )
-        raise UserError(f"{name} is not installed here; {advice}") from None
+        raise UserError(f"{name} is not installed; {advice}") from None
     return [pathlib.Path(str(file.locate())) for file in files]
 
 

@@ -60,7 +60,7 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
     names = sorted({str(name) for name in index["weight_map"].values()})
     for name in names:
         if pathlib.PurePath(name).name != name or not (directory / name).is_file():
-            raise UserError(f"{printable(directory)}: {excerpt(name)}, which {_INDEX} names, is no file in it")
+            raise UserError(f"{printable(directory)}: {_INDEX} names {excerpt(name)}, which is not a file there")
     return [directory / name for name in names]
 
 
@@ -93,14 +93,14 @@ def check_room(source: ModelSource, config: Any) -> None:
     room = 2 * sum(file.stat().st_size for file in files)  # two parameters a byte, in 4 bits
     if layers > len(found):
         raise UserError(
-            f"{source.name} is not whole: {layers} layers in config.json, {len(found)} weights in its files"
+            f"{source.name} is incomplete: config.json has {layers} layers, its files have {len(found)} weights"
         )
     model = skeleton(source, config)
     needed = sum(tensor.numel() for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
     tied = sum(p.numel() for p in (model.get_output_embeddings() or torch.nn.Module()).parameters())
     if needed - tied > room:
         raise UserError(
-            f"{source.name} is not whole: {needed:,} parameters in config.json, room for {room:,} at most in its files"
+            f"{source.name} is incomplete: config.json needs {needed:,} parameters, its files hold at most {room:,}"
         )
     if getattr(config, "quantization_config", None) is not None:
         return  # packed weights have shapes of their own, which are checked while they load
@@ -124,7 +124,7 @@ def check_report(source: ModelSource, model: Any, report: dict[str, Any]) -> Non
     missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
     if missing:
         raise UserError(
-            f"{source.name} is not whole: {len(missing)} of its {len(state)} weights are missing or have another "
+            f"{source.name} is incomplete: {len(missing)} of its {len(state)} weights are missing or have another "
             f"shape: {named(missing)}"
         )
     modules = {
@@ -165,4 +165,4 @@ def check_tokens(model: Any, rows: Iterable[list[int]]) -> None:
     known = model.get_input_embeddings().num_embeddings
     largest = max((max(row) for row in rows if row), default=0)
     if largest >= known:
-        raise UserError(f"the tokenizer gives token {largest}, the model knows {known}: they are not of one model")
+        raise UserError(f"the tokenizer has token {largest}, the model has {known} tokens: they do not belong together")

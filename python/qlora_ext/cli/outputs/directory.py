@@ -28,14 +28,14 @@ from .ownership import read_marker as read_marker
 
 def _resolved(name: str) -> pathlib.Path:
     if not name.strip():
-        raise UserError("--output: expected the name of a directory, got an empty one")
+        raise UserError("--output: expected the name of a directory, got an empty name")
     try:
         path = pathlib.Path(name).expanduser().resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.stat()  # here says so a name that is too long, or a circle of links, which Python 3.13 resolves
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
-        raise UserError(f"--output {name[:80]!r}: no directory can have that name ({reason})") from error
+        raise UserError(f"--output {name[:80]!r}: not a valid name of a directory ({reason})") from error
     check_text(path, "--output")
     if path.exists() and not path.is_dir():
         raise UserError(f"--output {path}: a file of that name exists; name a directory")
@@ -119,7 +119,9 @@ def output_file(option: str, name: str, mark: str, inputs: Sequence[tuple[str, s
         with path.open("rb") as file:
             beginning = file.read(4096)
     if mark.encode() not in beginning:
-        raise UserError(f"{option} {name}: exists, and this command did not write it; name another file, or delete it")
+        raise UserError(
+            f"{option} {name}: the file exists and this command did not write it; name another file, or delete it"
+        )
     return path
 
 
@@ -133,7 +135,7 @@ def _foreign(directory: pathlib.Path) -> str | None:
     if marker.get("command") == "finetune":
         return foreign_in_run(directory)
     if "files" not in marker or "waiting" in marker:
-        raise UserError(f"{MARKER} is damaged, or not that of a finished output")
+        raise UserError(f"{MARKER} is damaged, or belongs to an unfinished output")
     return foreign_to([*marker["files"], MARKER])(directory)
 
 
@@ -148,7 +150,7 @@ def _check_ours(path: pathlib.Path) -> None:
         raise UserError(f"--output {path}: {error}; {advice}") from error
     if foreign is not None:
         raise UserError(
-            f"--output {path}: --overwrite would delete {foreign!a} too, which qlora-ext did not write; "
+            f"--output {path}: --overwrite would also delete {foreign!a}, which qlora-ext did not write; "
             "move it elsewhere, or name another directory"
         )
 
@@ -160,7 +162,7 @@ def _check_place(path: pathlib.Path) -> None:
         except FileNotFoundError:
             continue  # a working directory that somebody deleted
         if path.exists() and _identity(path) in {_identity(p) for p in (place, *place.parents)}:
-            raise UserError(f"--output {path} is the {what} directory or one above it; name a directory of its own")
+            raise UserError(f"--output {path} is the {what} directory or contains it; name a separate directory")
 
 
 class Output:

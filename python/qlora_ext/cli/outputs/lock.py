@@ -32,7 +32,7 @@ def _check_lock_file(descriptor: int, file: pathlib.Path) -> None:
     status = os.fstat(descriptor)
     content = os.pread(descriptor, 512, 0) if stat.S_ISREG(status.st_mode) else b"?"
     if content and not _HOLDER.fullmatch(content):
-        raise UserError(f"{file}: expected a lock file of qlora-ext, found something else; move it elsewhere")
+        raise UserError(f"{file}: expected a lock file of qlora-ext, got another file; move it elsewhere")
 
 
 def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
@@ -50,11 +50,11 @@ def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise UserError(f"--output {path}: {holder} is at work there; wait until it has ended, or name another "
+            raise UserError(f"--output {path}: {holder} is writing there; wait until it ends, or name another "
                             "directory") from None  # fmt: skip
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                print(f"note: the file system of {path} knows no locks; let one process at a time write there",
+                print(f"note: the file system of {path} has no locks; let only one process at a time write there",
                       file=sys.stderr)  # fmt: skip
                 return descriptor
             os.close(descriptor)

@@ -62,7 +62,9 @@ def init_lora(arguments: argparse.Namespace) -> InitLora | None:
     if arguments.init_rank < 1:
         raise UserError(f"--init-rank {arguments.init_rank}: expected 1 or more")
     if arguments.init_lora == "svd" and arguments.calibrate == "none":
-        raise UserError("--init-lora svd: what a layer loses is weighed by its inputs; add --calibrate self, or a text")
+        raise UserError(
+            "--init-lora svd: needs the layers' inputs to weigh what each layer loses; add --calibrate self, or a text"
+        )
     return InitLora(arguments.init_lora, arguments.init_rank)
 
 
@@ -83,8 +85,8 @@ def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Pat
     found = initial_lora_of(model)
     if not found:
         raise UserError(
-            "--init-lora: the model is 4-bit already, and what that took away is not to be had; name the "
-            "model that it was made from"
+            "--init-lora: expected a dense model, got one that is already 4-bit; name the "
+            "model that it was quantized from"
         )
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -113,7 +115,7 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
     ids = list(itertools.islice((i for row in rows for i in row["input_ids"]), count))
     length = min(length, len(ids))
     if length < 8:
-        raise UserError(f"--calibrate {name}: expected a text of 8 tokens or more, got {len(ids)}")
+        raise UserError(f"--calibrate {name}: expected a text of at least 8 tokens, got {len(ids)}")
     return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64, device="cpu").reshape(-1, length)
 
 

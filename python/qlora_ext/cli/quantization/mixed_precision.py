@@ -22,9 +22,9 @@ TOKENS, LENGTH = 4096, 128
 def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", metavar="N|SHARE|SIZE",
-        help="leave the layers in 16 bits that 4 bits cost the most loss a byte: so many (8), or as many as may add a "
-        "share of the 4-bit model's size (5%%) or a size (200MB). Measured on the text of --calibrate, or one that the "
-        "model writes",
+        help="keep the layers in 16 bits that cost the most loss per byte in 4 bits: a number of layers (8), or as "
+        "many as fit a percentage of the 4-bit model's size (5%%) or a size (200MB). Measured on the text of "
+        "--calibrate, or one that the model writes",
     )  # fmt: skip
 
 

@@ -108,7 +108,7 @@ def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
         points = [(record["step"], record[key]) for record in history if key in record]
         axes.plot(*zip(*points, strict=True), style, label=label) if points else None
     a_token = any("eval_perplexity" in record for record in history)  # and that of a preference otherwise
-    axes.set(xlabel="step", ylabel="loss (nats a token)" if a_token else "loss (nats a pair)", title=title)
+    axes.set(xlabel="step", ylabel="loss (nats per token)" if a_token else "loss (nats a pair)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
     with staged_file(path) as partial:

@@ -48,10 +48,10 @@ def targets_of(model: Any, targets: str, layers: str = "") -> str | list[str]:
     for name in names:
         if not any(_ends_with(module, name) for module in modules):
             raise UserError(
-                f"--target-modules {name}: no layer of the model has that name; there are {', '.join(_linears(model))}"
+                f"--target-modules {name}: no layer of the model has that name; it has {', '.join(_linears(model))}"
             )
     if not names:
-        raise UserError(f"--target-modules: no name given; there are {', '.join(_linears(model))}")
+        raise UserError(f"--target-modules: expected the name of a layer, one of {', '.join(_linears(model))}")
     return names
 
 
@@ -59,9 +59,7 @@ def _check_layers(model: Any, layers: str) -> None:
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     beyond = [number for number in layer_numbers(layers) if count is not None and number >= count]
     if beyond:
-        raise UserError(
-            f"--layers {layers}: the model has {count} layers, numbered from 0; it has no layer {beyond[0]}"
-        )
+        raise UserError(f"--layers {layers}: expected layers from 0 to {count - 1}, got {beyond[0]}")
 
 
 def check_saved(model: Any, names: Iterable[str]) -> None:
@@ -90,10 +88,10 @@ def check_chunked_loss(model: Any) -> None:
 
     head = model.get_base_model().get_output_embeddings()
     if head is not None and any(parameter.requires_grad for parameter in head.parameters()):
-        raise UserError("--chunked-loss: the output head is trained too (--modules-to-save), which takes all logits")
+        raise UserError("--chunked-loss: the output head is trained too (--modules-to-save), which needs all logits")
     if not has_plain_head(model):
         kind = model.config.get_text_config().model_type
-        raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which it cannot follow")
+        raise UserError(f"--chunked-loss: {kind} changes its logits after the head, which is not supported")
 
 
 def check_adapter(model: Any, settings: Settings) -> None:

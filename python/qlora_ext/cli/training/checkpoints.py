@@ -74,7 +74,7 @@ def newest_checkpoint(run: pathlib.Path) -> pathlib.Path | None:
         return newest
     whole = next((path for path in reversed(older) if path and not _damage(path)), None)
     if whole:
-        advice = f"{whole.name} is whole: delete {newest.name if newest else ''} to go on from there"
+        advice = f"{whole.name} is complete: delete {newest.name if newest else ''} to continue from there"
     else:
-        advice = "no other is whole: start anew with --overwrite"
+        advice = "no other checkpoint is complete: start over with --overwrite"
     raise UserError(f"--resume: the checkpoint {newest} is damaged: {damage}; {advice}")

@@ -72,9 +72,9 @@ def check_same(run: pathlib.Path, what: str, recorded: Any, found: str, force: b
     if recorded == found:
         return
     if isinstance(recorded, str) and re.fullmatch("[0-9a-f]{64}", recorded):
-        problem = f"{what} is not what the run {run} was begun with ({found[:12]}, recorded is {recorded[:12]})"
+        problem = f"{what} differs from what the run {run} started with ({found[:12]}, recorded {recorded[:12]})"
     else:
-        problem = f"the run {run} does not say over which {what.split()[0].lstrip('-')} it was begun"
+        problem = f"the run {run} does not record which {what.split()[0].lstrip('-')} it started with"
     if not force:
-        raise UserError(f"--resume: {problem}; add --force to go on all the same, or start anew in another --output")
-    print(f"--force: going on, although {problem}", flush=True)
+        raise UserError(f"--resume: {problem}; add --force to continue anyway, or start over in another --output")
+    print(f"--force: continuing, although {problem}", flush=True)

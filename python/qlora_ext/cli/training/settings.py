@@ -54,7 +54,7 @@ def layer_numbers(text: str) -> list[int]:
         found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
         if first > last:
-            raise UserError(f"--layers {excerpt(text)}: expected numbers and ranges of layers from 0 on, such as 0-3,7")
+            raise UserError(f"--layers {excerpt(text)}: expected layer numbers and ranges from 0, such as 0-3,7")
         numbers.update(range(first, last + 1))
     return sorted(numbers)
 
@@ -247,21 +247,23 @@ class Settings:
             if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
         if self.merge_aware and self.dora:
-            raise UserError("--merge-aware is for plain LoRA; leave out --dora")
+            raise UserError("--merge-aware supports plain LoRA only; leave out --dora")
         if self.merge_aware and self.dropout:
-            raise UserError(f"--merge-aware: merged weights have no dropout; add --dropout 0 (it is {self.dropout})")
+            raise UserError(f"--merge-aware: merged weights have no dropout; expected --dropout 0, got {self.dropout}")
         if self.merge_aware and self.stream != "none":
-            raise UserError("--merge-aware makes weights of its own for every layer, which --stream cannot keep away")
+            raise UserError(
+                "--merge-aware and --stream exclude each other: merged weights of every layer stay in memory"
+            )
         if self.neftune_alpha and self.method == "dpo":
             raise UserError(NO_NEFTUNE_IN_DPO)
         layer_numbers(self.layers)
         lengths = [0, *self.former_steps, self.max_steps]
         if not self.epochs and lengths != sorted(set(lengths)):
-            raise UserError(f"former_steps {list(self.former_steps)}: expected ever greater lengths below --max-steps")
+            raise UserError(f"former_steps {list(self.former_steps)}: expected increasing lengths below --max-steps")
         if self.offload_checkpoints and not self.grad_checkpointing:
-            raise UserError("--offload-checkpoints belongs to --grad-checkpointing")
+            raise UserError("--offload-checkpoints needs --grad-checkpointing")
         if self.resident and self.stream == "none":
-            raise UserError(f"--resident {self.resident} belongs to --stream ram or --stream disk")
+            raise UserError(f"--resident {self.resident} needs --stream ram or --stream disk")
         for name in ("merge_aware", "layers", "dora"):
             if self.max_memory and getattr(self, name):
                 raise UserError(f"--max-memory: the planner does not know {flag(name)}")
@@ -356,14 +358,14 @@ def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """
     typed = dict(options)
     if typed.get("epochs") and "max_steps" in typed:
-        raise UserError("--epochs and --max-steps both say how long to train; give one of them")
+        raise UserError("--epochs and --max-steps exclude each other; give one of them")
     if typed.get("warmup_steps") is not None:
         if "warmup_ratio" in typed:
-            raise UserError("--warmup-steps and --warmup-ratio both say how long the warm-up is; give one of them")
+            raise UserError("--warmup-steps and --warmup-ratio exclude each other; give one of them")
         typed["warmup_ratio"] = 0.0
     if typed.get("lr_schedule") == CONSTANT:
         if typed.get("warmup_steps") or typed.get("warmup_ratio"):
-            raise UserError("--lr-schedule constant has no warm-up; constant_with_warmup has")
+            raise UserError("--lr-schedule constant has no warm-up; use constant_with_warmup")
         typed["warmup_ratio"] = 0.0
     if typed.get("merge_aware"):
         typed.setdefault("dropout", 0.0)  # the default is for adapters that stay beside their base
@@ -380,17 +382,17 @@ def resumed(recorded: dict[str, Any], typed: dict[str, Any]) -> Settings:
     """
     known = {field.name: field for field in dataclasses.fields(Settings)}
     if unknown := set(recorded) - set(known):
-        raise UserError(f"--resume: that run was begun by another version of qlora-ext (it has {sorted(unknown)})")
+        raise UserError(f"--resume: the run was started by another version of qlora-ext (it has {sorted(unknown)})")
     former = Settings(**recorded)
     longer = {}
     for name, value in typed.items():
         if name == former.longer and value > getattr(former, name):
             longer["former_steps"] = () if former.epochs else (*former.former_steps, former.max_steps)
         elif not known[name].metadata.get("free") and value != getattr(former, name):
-            advice = "leave the option out, or start anew in another --output"
+            advice = "leave the option out, or start over in another --output"
             if name == former.longer:
                 advice = f"a run can be made longer, not shorter; {advice}"
             elif name in ("epochs", "max_steps"):
                 advice = f"{flag(former.longer)} makes it longer; {advice}"
-            raise UserError(f"{flag(name)} {value}: the run to resume was begun with {getattr(former, name)}; {advice}")
+            raise UserError(f"{flag(name)} {value}: the run was started with {getattr(former, name)}; {advice}")
     return Settings(**{**recorded, **typed, **longer})

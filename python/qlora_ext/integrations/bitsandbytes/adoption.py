@@ -1,4 +1,4 @@
-"""``adopt``: the layers of a model that bitsandbytes has quantized become ours, in place and without a copy."""
+"""``adopt``: converts layers that bitsandbytes has quantized to ours, in place and without a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...weight import NF4Weight, quantize_nf4
 
 @dataclasses.dataclass(frozen=True)
 class Adoption:
-    """What ``adopt`` has done: the names of the layers that are ours now, and of those that were left, and why."""
+    """The result of ``adopt``: the names of the adopted layers, and of those that were not, with the reasons."""
 
     adopted: tuple[str, ...]
     left: dict[str, str]
@@ -31,23 +31,23 @@ class Adoption:
 
 
 def adopt(model: nn.Module) -> Adoption:
-    """Makes every ``bnb.nn.Linear4bit`` of a model a layer of ours, in place and without a copy.
+    """Converts every ``bnb.nn.Linear4bit`` of a model to a layer of ours, in place and without a copy.
 
-    The layers stay the modules that they are, with their hooks, names and adapters: packed weight and scales are the
-    memory that bitsandbytes allocated, biases and adapters the same parameters, so that an optimizer made before stays
-    valid. A LoRA layer of PEFT over such a layer becomes the one that runs fused. A model of transformers keeps its
-    configuration and ``is_loaded_in_4bit``, and is saved as bitsandbytes would save it.
+    The modules stay the same objects, with their hooks, names and adapters. Packed weights and scales keep
+        bitsandbytes' memory, and biases and adapters are the same parameters, so an existing optimizer stays valid.
+        PEFT's LoRA layers over them become the fused ones. A transformers model keeps its configuration and
+        ``is_loaded_in_4bit``, and is saved in bitsandbytes' format.
 
-    A weight that bitsandbytes has not quantized yet (it does so as a layer is moved) is quantized, to the same codes.
-    One that it has repacked for inference on a CPU is packed back, by its own code and with a copy; the scales have
-    lost precision to bfloat16 then, which nothing gives back.
+    A weight that bitsandbytes has not quantized yet (it does so when a layer is moved) is quantized to the same codes.
+    A weight that it has repacked for inference on a CPU is packed back by bitsandbytes' own code, with a copy. Its
+    scales have then been rounded to bfloat16, which cannot be undone.
 
     Args:
-        model: any module; itself a layer, too.
+        model: any module, also a single layer.
 
     Returns:
-        What was adopted, and what was left as it is: int8, FP4, another code, layers without their weights (on the meta
-        device), with an adapter merged into them, under another method of PEFT than LoRA, or of a class of their own.
+        What was adopted, and what was not: int8, FP4, another code table, layers without weights (on the meta device),
+            with a merged adapter, under a PEFT method other than LoRA, or of a custom class.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``. ValueError: it has no bitsandbytes layer, or FSDP has sharded it;
@@ -65,7 +65,7 @@ def adopt(model: nn.Module) -> Adoption:
     elif not adoption.left and not any(isinstance(m, Packed4bit) for m in model.modules()):
         raise ValueError(
             f"model: expected layers that bitsandbytes has quantized, got a {type(model).__name__} without any; "
-            "quantize_model quantizes dense layers"
+            "use quantize_model for dense layers"
         )
     return adoption
 
@@ -114,7 +114,9 @@ def _their_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _refuse_sharded(name: str, layer: nn.Module) -> None:
     weight = layer._parameters.get("weight")
     if weight is None or hasattr(weight, "full_tensor"):
-        raise ValueError(f"{name}: expected a whole weight, got one that FSDP has sharded; adopt the model before that")
+        raise ValueError(
+            f"{name}: expected an unsharded weight, got one that FSDP has sharded; adopt the model before sharding"
+        )
 
 
 def _unpacked_for_cpu(data: Tensor, state: Any) -> tuple[Tensor, Any]:
@@ -139,7 +141,7 @@ def _weight_of(layer: Any) -> NF4Weight:
     if isinstance(layer, bnb.nn.Linear8bitLt):
         raise ValueError("int8 (LLM.int8())")
     if type(layer).forward is not bnb.nn.Linear4bit.forward:
-        raise ValueError(f"{type(layer).__name__}, whose forward is its own")
+        raise ValueError(f"{type(layer).__name__}, which has its own forward")
     data: Tensor = layer.weight.detach().as_subclass(torch.Tensor)
     is_quantized = getattr(layer.weight, "bnb_quantized", True)  # a parameter that has lost its class, too
     state = getattr(layer.weight, "quant_state", None) or (layer.quant_state if is_quantized else None)
@@ -149,7 +151,7 @@ def _weight_of(layer: Any) -> NF4Weight:
     if kind != "nf4":
         raise ValueError(f"{str(kind).upper()}, not NF4")
     if data.is_meta:
-        raise ValueError("its weight is not here: offloaded, or not loaded yet")
+        raise ValueError("its weight is offloaded, or not loaded yet")
     if state is None:
         w4 = quantize_nf4(data, layer.weight.blocksize, layer.weight.compress_statistics)
     else:
@@ -218,7 +220,7 @@ def _lora_over(adapters: list[Any]) -> list[Any]:
     for adapter in adapters:
         if type(adapter) is not TheirLora:
             method = type(adapter).__module__.split(".")[-2]
-            raise ValueError(f"under PEFT's {method}, which takes bitsandbytes' layers; adopt the model before that")
+            raise ValueError(f"under PEFT's {method}, which needs bitsandbytes' layers; adopt the model first")
         if adapter.merged:
             raise ValueError("an adapter is merged into it; unmerge it first")
     return adapters
@@ -242,8 +244,8 @@ def _adopt_all(model: nn.Module) -> None:
     if adoption.left:
         name, why = next(iter(adoption.left.items()))
         raise ValueError(
-            f"model: expected dense layers, or NF4 ones of bitsandbytes; {len(adoption.left)} are of bitsandbytes and "
-            f"cannot be ours, such as {name} ({why})"
+            f"model: expected dense layers, or NF4 layers of bitsandbytes; {len(adoption.left)} bitsandbytes layers "
+            f"cannot be adopted, such as {name} ({why})"
         )
 
 

@@ -27,8 +27,8 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
     for name, layer in model.named_modules():
         if isinstance(layer, Linear4bit) and layer.dense_class is not nn.Linear:
             raise ValueError(
-                f"{name}: expected the 4-bit form of an nn.Linear, of which transformers makes a layer of "
-                f"bitsandbytes, got a {layer.dense_class.__name__}; save the model in our own form"
+                f"{name}: expected the 4-bit form of an nn.Linear, which transformers can load as a layer of "
+                f"bitsandbytes, got a {layer.dense_class.__name__}; save the model in qlora_ext's own form"
             )
     compute_dtypes = {str(layer.compute_dtype).removeprefix("torch.") for layer in layers}
     if len(compute_dtypes) != 1:

@@ -43,7 +43,8 @@ def state_dict(model: nn.Module, storage: torch.dtype = torch.uint8) -> dict[str
             continue
         if not isinstance(layer, Linear4bit) or isinstance(layer, TiedLinear4bit):
             raise ValueError(
-                f"{name or 'model'}: expected 4-bit linear layers, which bitsandbytes has; got {type(layer).__name__}"
+                f"{name or 'model'}: expected 4-bit linear layers, the only kind that bitsandbytes has, "
+                f"got {type(layer).__name__}"
             )
         prefix = f"{name}." if name else ""
         for key in ("weight", *SCALES):

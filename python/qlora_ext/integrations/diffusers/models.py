@@ -79,8 +79,8 @@ def _as_saved(model: Any) -> Iterator[None]:
     adapted = next((name for name, m in model.named_modules() if hasattr(m, "base_layer")), None)
     if adapted is not None:
         raise ValueError(
-            f"{adapted}: expected a 4-bit model without adapters, which diffusers would not find again in the files; "
-            "save them by save_lora_adapter() or the pipeline's save_lora_weights(), and unload them first"
+            f"{adapted}: expected a 4-bit model without adapters, because diffusers would not find them in the files; "
+            "save them with save_lora_adapter() or the pipeline's save_lora_weights(), and unload them first"
         )
     if method == "bitsandbytes":
         state = state_dict(model, getattr(torch, config.get("bnb_4bit_quant_storage", "uint8")))

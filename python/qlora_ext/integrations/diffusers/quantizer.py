@@ -78,7 +78,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         if self.config.stream is not None and len(places) > 1:
             raise ValueError(f"device_map: expected one device for a streamed model, got {device_map}")
         if self.config.stream == "disk" and (not self.pre_quantized or self.reads_bitsandbytes):
-            raise ValueError("stream: 'disk' needs a model that qlora_ext saved in 4 bits; use stream='ram' for others")
+            raise ValueError("stream: 'disk' needs a 4-bit model saved by qlora_ext; use stream='ram' for others")
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype | None:
         self.torch_dtype = torch_dtype
@@ -137,7 +137,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
     ) -> None:
         if "state_dict" in kwargs:  # from_single_file, which says of every file that it is quantized
             if any(key.endswith(".absmax") for key in kwargs["state_dict"]):
-                raise ValueError("from_single_file: expected a dense checkpoint; load a 4-bit one by from_pretrained")
+                raise ValueError("from_single_file: expected a dense checkpoint; load a 4-bit one with from_pretrained")
             self.pre_quantized = False
         self.places = places_in(model)
         for name, module in list(self._selected(model, keep_in_fp32_modules or [])):

@@ -120,8 +120,8 @@ def _check_module(original: Any, self: Any) -> None:
     module = self.original_module
     if is_4bit(module):
         raise ValueError(
-            f"modules_to_save: {type(module).__name__}({module.extra_repr()}) is 4-bit; to train it whole, name it in "
-            "QLoRAConfig(skip_modules=[...]) or quantize_model(skip=...)"
+            f"modules_to_save: {type(module).__name__}({module.extra_repr()}) is 4-bit; to train it, leave it dense: "
+            "name it in QLoRAConfig(skip_modules=[...]) or quantize_model(skip=...)"
         )
 
 
@@ -152,6 +152,6 @@ def _load_adapter(original: Any, self: Any, model_id: str, adapter_name: str, *a
         if recorded_merge_aware(directory):
             set_merge_aware(self, adapter_name=adapter_name)
         for fault in _incomplete(self, adapter_name, result):
-            message = f"the adapter {printable(model_id)} is not whole: {fault}"
+            message = f"the adapter {printable(model_id)} is incomplete: {fault}"
             warnings.warn(message, IncompleteAdapterWarning, stacklevel=2)
     return result

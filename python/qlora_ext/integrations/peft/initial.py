@@ -32,15 +32,19 @@ def initialize_lora(peft_model: Any, adapter_name: str = "default") -> None:
     """
     found = initial_lora_of(peft_model.get_base_model())
     if not found:
-        raise ValueError("peft_model: expected a base of quantize_model(init_lora=...), got one without such values")
+        raise ValueError(
+            "peft_model: expected a base from quantize_model(init_lora=...), got one without initial values"
+        )
     for path, layer in peft_model.named_modules():
         if not isinstance(layer, LoraLinear4bit) or adapter_name not in layer.lora_A:
             continue
         name, rank = path.removeprefix("base_model.model."), layer.r[adapter_name]
         if name not in found:
-            raise ValueError(f"{name}: expected a layer that quantize_model quantized, got one that was 4-bit before")
+            raise ValueError(f"{name}: expected a layer that quantize_model quantized, got one that was already 4-bit")
         a, b = found[name]
         if rank > len(a):
-            raise ValueError(f"{name}: expected an adapter of a rank of at most {len(a)}, which was found, got {rank}")
+            raise ValueError(
+                f"{name}: expected an adapter of rank {len(a)} or less, the rank of the initial values, got {rank}"
+            )
         layer.lora_A[adapter_name].weight.copy_(a[:rank])
         layer.lora_B[adapter_name].weight.copy_(b[:, :rank] / layer.scaling[adapter_name])

@@ -215,7 +215,7 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
         init = config.init_lora_weights
         if init == "loftq":
             raise ValueError(
-                "init_lora_weights: LoftQ needs the weights that were quantized, and this base holds none; make the "
+                "init_lora_weights: LoftQ needs the dense weights, which this base no longer has; make the "
                 "adapter with init_lora_weights=True and call peft.replace_lora_weights_loftq(model, model_path)"
             )
         reads_weight = (isinstance(init, str) and init != "gaussian") or self.resolve_lora_variant(config=config)
@@ -270,7 +270,7 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     def _as_merged(self, x: Tensor, adapter: _Adapter) -> Tensor:
         dropout_p = active_dropout(adapter.dropout)
         if dropout_p > 0.0:
-            raise ValueError(f"lora_dropout: expected 0, for a merged adapter has none, got {dropout_p}")
+            raise ValueError(f"lora_dropout: expected 0, because a merged adapter has no dropout, got {dropout_p}")
         b, scaling = fold_scaling(adapter.b, self.scaling[adapter.name])
         return self.layer4bit.merged_forward(x, self._merged_weight(adapter), adapter.a, b, scaling)
 

@@ -88,7 +88,7 @@ class Over4bit:
         """The decoded weight and the bias in float32 with the named adapters, merged from here on, in them."""
         if self.layer4bit.is_sharded:
             raise ValueError(
-                "merge: expected a layer that is whole, got one that FSDP2 has sharded; save the adapters, and merge "
+                "merge: expected an unsharded layer, got one that FSDP2 has sharded; save the adapters, and merge "
                 "them in one process"
             )
         return self._merge_weights(names, safe_merge)
@@ -251,7 +251,9 @@ def merge_calibrated(model: Any, calibration: Any) -> nn.Module:
         raise ValueError("model: expected an active adapter on a 4-bit layer, found none")
     form = next(iter(forms.values()))
     if any(other != form for other in forms.values()):
-        raise ValueError(f"model: expected adapters on layers of one form, got {sorted({*map(str, forms.values())})}")
+        raise ValueError(
+            f"model: expected adapters on layers of the same form, got {sorted({*map(str, forms.values())})}"
+        )
     merge_into_dense = BaseTuner.merge_and_unload.__wrapped__  # ours would decode the other layers, too
     base: nn.Module = merge_into_dense(model.base_model)
     others = [name for name, module in base.named_modules() if is_dense(module) and name not in forms]

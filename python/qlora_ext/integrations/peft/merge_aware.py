@@ -29,12 +29,14 @@ def set_merge_aware(peft_model: Any, aware: bool = True, adapter_name: str = "de
         raise ValueError(f"adapter_name: expected an adapter on 4-bit linear layers, got {adapter_name!r}")
     if aware:
         if any(isinstance(m, LoraExperts4bit) and adapter_name in m.lora_A for m in peft_model.modules()):
-            raise ValueError("peft_model: expected LoRA on linear layers alone, got some on experts' stacked weights")
+            raise ValueError("peft_model: expected LoRA on linear layers only, got some on experts' stacked weights")
         config = peft_model.peft_config[adapter_name]
         if config.lora_dropout > 0.0:
-            raise ValueError(f"lora_dropout: expected 0, for a merged adapter has none, got {config.lora_dropout}")
+            raise ValueError(
+                f"lora_dropout: expected 0, because a merged adapter has no dropout, got {config.lora_dropout}"
+            )
         if any(adapter_name in m.lora_variant for m in layers):
-            raise ValueError(f"adapter_name: expected plain LoRA, got {adapter_name!r}, which is a variant of it")
+            raise ValueError(f"adapter_name: expected plain LoRA, got {adapter_name!r}, which is a variant of LoRA")
     for layer in layers:
         layer.merge_aware = layer.merge_aware | {adapter_name} if aware else layer.merge_aware - {adapter_name}
 

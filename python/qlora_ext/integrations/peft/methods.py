@@ -69,8 +69,8 @@ def _refuse_mixture(config: Any, target: nn.Module, target_name: str) -> None:
     same = any(name.startswith(prefix) for name in target.adapter_layer_names)
     if not same or isinstance(target, AdaLoraLayer) != (config.peft_type == PeftType.ADALORA):
         raise ValueError(
-            f"target_modules: {target_name} is a 4-bit layer with adapters of {type(target).__name__}, and takes none "
-            f"of {config.peft_type.value} beside them; give the methods of a PeftMixedModel layers of their own"
+            f"target_modules: {target_name} is a 4-bit layer with adapters of {type(target).__name__} and cannot also "
+            f"have {config.peft_type.value}; give each method of a PeftMixedModel its own layers"
         )
 
 
@@ -116,7 +116,7 @@ def _create_over_weights(target: nn.Module, name: str, config: Any, **kwargs: An
     if isinstance(target, Embedding4bit) and kwargs.get("parameter_name") is None:
         if config.use_dora or (isinstance(config.init_lora_weights, str) and config.init_lora_weights != "gaussian"):
             raise ValueError(
-                "target_modules: a 4-bit embedding takes plain LoRA, got "
+                "target_modules: a 4-bit embedding supports plain LoRA only, got "
                 f"use_dora={config.use_dora}, init_lora_weights={config.init_lora_weights!r}"
             )
         return LoraEmbedding4bit(target, name, config=config, **kwargs)
@@ -164,8 +164,8 @@ def _create_and_replace(
         return
     if config.lora_dropout:
         warnings.warn(
-            f"lora_dropout={config.lora_dropout}: without effect on {type(base).__name__}.{parameter}, a dense "
-            "parameter, for which PEFT has no dropout",
+            f"lora_dropout={config.lora_dropout}: has no effect on {type(base).__name__}.{parameter}, a dense "
+            "parameter, because PEFT has no dropout for it",
             stacklevel=2,
         )
     original(self, without_dropout(config), name, target, target_name, parent, **kwargs)

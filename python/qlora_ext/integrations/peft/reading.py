@@ -131,7 +131,7 @@ def _refuse_gradients(original: Any, model: Any, *args: Any, **kwargs: Any) -> A
     found = [name for name, _ in layers_of(model)]
     if found:
         raise ValueError(
-            f"model: LoRA-GA takes gradients of dense weights, got {len(found)} 4-bit layers, such as {found[0]}; "
+            f"model: LoRA-GA needs gradients of dense weights, got {len(found)} 4-bit layers, such as {found[0]}; "
             "prepare it on the dense model with a cache_file, or use quantize_model(init_lora='svd')"
         )
     return original(model, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""``QLoRAConfig``: what transformers is asked for, and what it writes into the configuration of a saved model."""
+"""``QLoRAConfig``: the quantization config of transformers and diffusers, also saved with a model."""
 
 from __future__ import annotations
 
@@ -68,10 +68,10 @@ _WITHOUT_EFFECT = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
 
 
 def _take_bitsandbytes(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Takes BitsAndBytesConfig's arguments out of ``arguments``, and returns what they say by the names of ours.
+    """Removes BitsAndBytesConfig's arguments from ``arguments``, and returns their values by our names.
 
     Raises:
-        ValueError: one asks for what is not here; the text names it.
+        ValueError: one asks for something that is not supported; the message names it.
     """
     if arguments.get("quant_method") == "bitsandbytes":  # all fields of such a configuration
         for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
@@ -98,7 +98,7 @@ def _meant(typed: str) -> str:
 
 
 class _OfInstances:
-    """An attribute of instances. Reading it from the class is an error: the parentheses were forgotten."""
+    """An attribute of instances. Reading it from the class is an error, because the parentheses were forgotten."""
 
     def __get__(self, instance: object, owner: type) -> NoReturn:
         raise AttributeError(f"expected a {owner.__name__}, got the class: write {owner.__name__}() with parentheses")
@@ -132,35 +132,35 @@ class QLoRAConfig(QuantizationConfigMixin):
     models no layer counts as an output head, and ``towers`` has no effect.
 
     Args:
-        block_size: elements a scale: a power of two from 32 to 4096.
-        double_quant: whether the scales are themselves held in 8 bits, in blocks of ``nested_block_size``.
-        nested_block_size: scales a nested scale: from 1 to 2^20.
+        block_size: elements per scale: a power of two from 32 to 4096.
+        double_quant: whether the scales are stored in 8 bits, in blocks of ``nested_block_size``.
+        nested_block_size: scales per nested scale: from 1 to 2^20.
         compute_dtype: dtype of the quantized layers' products and biases. "auto", the default, is the model's dtype,
             but float32 for a bfloat16 model on a CPU without bfloat16 arithmetic (AVX512-BF16, AMX, ARM's BF16). On
             such a CPU, dense bfloat16 layers are slow too: load the model with ``dtype=torch.float32`` there.
-        skip_modules: names of modules to leave as they are, with all that is in them: full names, last parts of
-            them or regular expressions. By default the output heads: the language model's, and those of classifiers
-            and of models that answer questions. With ``[]`` every linear layer is quantized, but for towers. Layers
-            whose weight is tied to an embedding's go with that embedding, whatever is said of them.
+        skip_modules: names of modules that stay dense, with everything in them: full names, last parts of names, or
+            regular expressions. By default the output heads of language models, classifiers and question-answering
+            models. With ``[]`` every linear layer is quantized, except towers. Layers whose weight is tied to an
+            embedding follow that embedding, even if they are named here.
         embeddings: whether embeddings are quantized too, each with the output head that is tied to it.
-        towers: whether, in a model of several modalities, layers outside of its language model are quantized too:
-            those of vision and audio towers, and of projectors.
-        stream: "ram" or "disk": the frozen blocks are not kept on the device that computes, but come in as they are
-            needed; see ``qlora_ext.streaming.stream``. "disk" needs a checkpoint that is 4-bit already. Threads that
+        towers: whether, in a multimodal model, layers outside the language model are quantized too: those of vision and
+            audio towers, and of projectors.
+        stream: "ram" or "disk": the frozen blocks are not kept on the computing device, but loaded when they are
+            needed; see ``qlora_ext.streaming.stream``. "disk" needs a checkpoint that is already 4-bit. Threads that
             use such a model concurrently take turns at each layer.
         resident: with ``stream``: the memory that the weights may take on that device, such as "6GB".
 
-    ``stream`` and ``resident`` are about a machine, and are not saved.
-    A checkpoint that is 4-bit already, ours or bitsandbytes' NF4, keeps its own block sizes and scale form.
+    ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit, ours or
+    bitsandbytes' NF4, keeps its own block sizes and scale form.
 
-    What is typed for transformers' ``BitsAndBytesConfig`` is understood: ``bnb_4bit_use_double_quant``,
-    ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` are ``double_quant``, ``compute_dtype`` and
-    ``skip_modules``; ``load_in_4bit=True``, ``bnb_4bit_quant_type="nf4"``, ``bnb_4bit_quant_storage`` and what is about
-    LLM.int8() alone change nothing. What is left out is as said above, not as there.
+    Arguments of transformers' ``BitsAndBytesConfig`` work, too: ``bnb_4bit_use_double_quant``,
+    ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` mean ``double_quant``, ``compute_dtype`` and
+    ``skip_modules``. ``load_in_4bit=True``, ``bnb_4bit_quant_type="nf4"``, ``bnb_4bit_quant_storage`` and the arguments
+    of LLM.int8() have no effect. Omitted arguments take our defaults, not bitsandbytes'.
 
     Raises:
-        ValueError: an argument is not of the kind or outside of the bounds given here, or asks for what is not here
-            (int8, FP4). TypeError: there is no such one.
+        ValueError: an argument has the wrong kind or is out of bounds, or asks for an unsupported format (int8, FP4).
+            TypeError: unknown argument.
 
     Example:
         >>> import tempfile
@@ -206,13 +206,13 @@ class QLoRAConfig(QuantizationConfigMixin):
         if stream not in (None, *SOURCES):
             raise ValueError(f"stream: expected 'ram', 'disk' or None, got {reprlib.repr(stream)}")
         if resident is not None and stream is None:
-            raise ValueError("resident: expected stream='ram' or 'disk' with it, got None")
+            raise ValueError("resident: expected with stream='ram' or 'disk', got stream=None")
         if resident is not None:
             parse_size("resident", resident)
         if saved.pop("quant_method", METHOD) != METHOD:
-            raise ValueError("quant_method: expected a configuration that qlora_ext saved")
+            raise ValueError("quant_method: expected a configuration saved by qlora_ext")
         if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise ValueError("format_version: this checkpoint needs a newer qlora_ext")
+            raise ValueError("format_version: this checkpoint needs a newer version of qlora_ext")
         saved.pop("needs", None)
         if saved:
             raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}{_meant(next(iter(saved)))}")
@@ -230,7 +230,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.resident = resident
 
     def form(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> Form:
-        """The form of the 4-bit modules of a model in the given dtype.
+        """The form of the 4-bit modules of a model that has the given dtype.
 
         Args:
             device: the device that computes. The default is the GPU if there is one, because models may load on the CPU
@@ -266,7 +266,7 @@ class QLoRAConfig(QuantizationConfigMixin):
                 of a checkpoint.
 
         Raises:
-            ValueError: int8 or FP4. TypeError: no such configuration.
+            ValueError: int8 or FP4. TypeError: ``config`` is not such a configuration.
 
         Example:
             >>> config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")

@@ -76,14 +76,14 @@ def check_loaded(model: nn.Module) -> None:
         raise ValueError(
             f"{name}: the checkpoint holds no {', '.join(unfilled)} for this 4-bit layer "
             f"({len(absent)} of {len(layers)} layers lack something); "
-            "name the layer in QLoRAConfig(skip_modules=[...]) to leave it as it is"
+            "name the layer in QLoRAConfig(skip_modules=[...]) to leave it dense"
         )
     for name, layer in layers.items():
         layer.check_form(prefix=f"{name}.")
         if isinstance(layer, TiedLinear4bit) and layer.weight is not layer.embedding.weight:
             if not torch.equal(layer.weight, layer.embedding.weight):
                 raise ValueError(
-                    f"{name}: expected the weight of the embedding that it is tied to, the checkpoint holds another; "
+                    f"{name}: expected the weight of the embedding that it is tied to, got another in the checkpoint; "
                     "load with QLoRAConfig(embeddings=False) or tie_word_embeddings=False"
                 )
             layer.weight = layer.embedding.weight
@@ -117,7 +117,7 @@ def refuse_split_experts(checkpoint_files: list[str]) -> None:
             for key in opened.keys():  # noqa: SIM118  # no mapping
                 if re.search(r"\.experts\.\d+\..*\.quant_state\.bitsandbytes__", key):
                     raise ValueError(
-                        f"{file}: expected experts that are stacked, as transformers >= 5 saves them, got {key}; "
+                        f"{file}: expected stacked experts, as transformers >= 5 saves them, got {key}; "
                         "load the original model with QLoRAConfig() instead"
                     )
 
@@ -126,7 +126,7 @@ def form_of(model: nn.Module) -> Form | None:
     """The form of the model's 4-bit layers, which are of one block size and scale form; None where there is none."""
     forms = {(m.block_size, m.double_quant, m.nested_block_size): m.form for _, m in layers_of(model)}
     if len(forms) > 1:
-        raise ValueError(f"model: expected 4-bit layers of one block size and scale form, got {sorted(forms)}")
+        raise ValueError(f"model: expected 4-bit layers with the same block size and scale form, got {sorted(forms)}")
     return next(iter(forms.values()), None)
 
 

@@ -80,14 +80,14 @@ class QLoRAQuantizer(HfQuantizer):
         on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
         if on_disk and (not self.pre_quantized or self.bitsandbytes_storage is not None):
             raise ValueError(
-                "device_map: expected no layers on disk, where transformers looks for them in the checkpoint as it is; "
+                "device_map: expected no layers on disk, where transformers reads them from the dense checkpoint; "
                 "load and save the model in 4 bits first"
             )
         if self.qlora_config.stream is None:
             return
         if self.qlora_config.stream == "disk" and (not self.pre_quantized or self.bitsandbytes_storage is not None):
             raise ValueError(
-                "stream: 'disk' reads the files of a model that qlora_ext saved in 4 bits, and this is another; "
+                "stream: 'disk' needs a 4-bit model saved by qlora_ext; "
                 "run `qlora-ext quantize` first, or use stream='ram'"
             )
 

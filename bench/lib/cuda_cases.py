@@ -1,0 +1,194 @@
+"""What bench/cuda_operators.py times: our operators and their peers on the same operands, each with its answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import qlora_ext
+
+from .harness import Ring, cold
+
+OPS = torch.ops.qlora
+BF16 = torch.bfloat16
+RANK, SCALING = 16, 2.0
+
+Call = Callable[[int], object]
+
+
+def cold_bytes() -> int:
+    """Operands rotate through five times the L2."""
+    return 5 * torch.cuda.get_device_properties(0).L2_cache_size
+
+
+def peer() -> object | None:
+    """bitsandbytes, where it is installed."""
+    try:
+        import bitsandbytes
+    except ImportError:
+        return None
+    return bitsandbytes
+
+
+@dataclasses.dataclass
+class Case:
+    """Contenders on the same operands; "ours" is the first. `bytes` and `flops` are the least one call can do with."""
+
+    operator: str
+    n: int
+    k: int
+    m: int
+    calls: Mapping[str, Call]
+    expected: Callable[[int], Tensor]
+    bytes: float
+    flops: float
+    turns: int  # calls until the operands repeat
+
+
+class Layer:
+    """One linear layer's weights and adapters, enough copies of them that each is cold when its turn comes."""
+
+    def __init__(self, n: int, k: int, cold_bytes: int) -> None:
+        self.n, self.k = n, k
+        self.bnb = peer()
+        self.dense: Ring[Tensor] = cold(lambda: _normal(n, k) * 0.02, 2 * n * k, cold_bytes)
+        self.ours = Ring(qlora_ext.quantize_nf4(w) for w in self.dense)
+        while len(self.ours) * self.ours[0].nbytes < cold_bytes:
+            self.ours.append(qlora_ext.quantize_nf4(_normal(n, k) * 0.02))
+        self.theirs: Ring[tuple] = Ring()
+        if self.bnb is not None:
+            quantize = self.bnb.functional.quantize_4bit
+            for w4 in self.ours:
+                w = w4.dequantize(BF16)
+                self.theirs.append(quantize(w, blocksize=64, quant_type="nf4", compress_statistics=True))
+        self.lora = Ring((_normal(RANK, k) * k**-0.5, _normal(n, RANK) * 0.02) for _ in self.ours)
+
+    @property
+    def turns(self) -> int:
+        return len(self.ours)
+
+    def add_lora(self, i: int, y: Tensor, x: Tensor) -> Tensor:
+        a, b = (t.to(y.dtype) for t in self.lora.at(i))
+        return y.addmm_(x @ a.T, b.T, alpha=SCALING)
+
+    def add_lora_dx(self, i: int, dx: Tensor, dy: Tensor) -> Tensor:
+        a, b = (t.to(dx.dtype) for t in self.lora.at(i))
+        return dx.addmm_(dy @ b, a, alpha=SCALING)
+
+    def _bytes(self, m: int) -> float:
+        return self.ours[0].nbytes + 2 * (m * (self.n + self.k) + RANK * (self.n + self.k))
+
+    def _flops(self, m: int) -> float:
+        return 2.0 * m * (self.n * self.k + RANK * (self.n + self.k))
+
+    def _operands(self, m: int, columns: int) -> Ring[Tensor]:
+        return Ring(_normal(m, columns) for _ in range(max(2, min(self.turns, (64 << 20) // (2 * m * columns)))))
+
+    def _case(self, operator: str, m: int, calls: Mapping[str, Call], expected: Callable[[int], Tensor]) -> Case:
+        # Many tokens take long enough for a few calls to be a sample.
+        turns = self.turns if m <= 256 else min(self.turns, 4)
+        return Case(operator, self.n, self.k, m, calls, expected, self._bytes(m), self._flops(m), turns)
+
+    def forward(self, m: int) -> Case:
+        x = self._operands(m, self.k)
+        calls: dict[str, Call] = {
+            "ours": lambda i: OPS.linear_nf4(
+                x.at(i), *self.ours.at(i).packed_args(), self.n, None, *self.lora.at(i), SCALING, 0.0, 0
+            ),
+            "bf16": lambda i: self.add_lora(i, F.linear(x.at(i), self.dense.at(i)), x.at(i)),
+            "dequantize + cuBLAS": lambda i: self.add_lora(
+                i, F.linear(x.at(i), self.ours.at(i).dequantize(BF16)), x.at(i)
+            ),
+        }
+        if self.bnb is not None:
+            base = self._their_base(x)
+            calls["bitsandbytes"] = lambda i: self.add_lora(i, base(i), x.at(i))
+            calls["bitsandbytes, no LoRA"] = base
+
+        def expected(i: int) -> Tensor:
+            return self.add_lora(i, x.at(i).float() @ self.ours.at(i).dequantize(torch.float32).T, x.at(i).float())
+
+        return self._case("linear_nf4", m, calls, expected)
+
+    def _their_base(self, x: Ring[Tensor]) -> Call:
+        return lambda i: self.bnb.matmul_4bit(x.at(i), self.theirs.at(i)[0].t(), quant_state=self.theirs.at(i)[1])
+
+    def input_gradient(self, m: int) -> Case:
+        dy = self._operands(m, self.n)
+        calls: dict[str, Call] = {
+            "ours": lambda i: OPS.linear_nf4_dx(
+                dy.at(i), *self.ours.at(i).packed_args(), self.k, *self.lora.at(i), SCALING, 0.0, 0
+            ),
+            "bf16": lambda i: self.add_lora_dx(i, dy.at(i) @ self.dense.at(i), dy.at(i)),
+            "dequantize + cuBLAS": lambda i: self.add_lora_dx(i, dy.at(i) @ self.ours.at(i).dequantize(BF16), dy.at(i)),
+        }
+        if self.bnb is not None:
+            decode = self.bnb.functional.dequantize_4bit
+            calls["bitsandbytes"] = lambda i: self.add_lora_dx(i, dy.at(i) @ decode(*self.theirs.at(i)), dy.at(i))
+
+        def expected(i: int) -> Tensor:
+            return self.add_lora_dx(i, dy.at(i).float() @ self.ours.at(i).dequantize(torch.float32), dy.at(i).float())
+
+        return self._case("linear_nf4_dx", m, calls, expected)
+
+    def training_step(self, m: int) -> Case:
+        """Forward, and backward to x, lora_a and lora_b; what a call returns is x's gradient."""
+        x = Ring(t.requires_grad_() for t in self._operands(m, self.k))
+        dy = _normal(m, self.n)
+        adapters = Ring(tuple(t.detach().requires_grad_() for t in pair) for pair in self.lora)
+
+        def step(y: Callable[[int], Tensor]) -> Call:
+            return lambda i: torch.autograd.grad(y(i), (x.at(i), *adapters.at(i)), dy)[0]
+
+        def lora(i: int) -> Tensor:
+            a, b = adapters.at(i)
+            return F.linear(F.linear(x.at(i), a), b) * SCALING
+
+        calls = {
+            "ours": step(lambda i: qlora_ext.linear_nf4(x.at(i), self.ours.at(i), None, *adapters.at(i), SCALING)),
+            "bf16": step(lambda i: F.linear(x.at(i), self.dense.at(i)) + lora(i)),
+        }
+        if self.bnb is not None:
+            base = self._their_base(x)
+            calls["bitsandbytes"] = step(lambda i: base(i) + lora(i))
+
+        def expected(i: int) -> Tensor:
+            return self.add_lora_dx(i, dy.float() @ self.ours.at(i).dequantize(torch.float32), dy.float())
+
+        case = self._case("training step", m, calls, expected)
+        return dataclasses.replace(
+            case, bytes=3 * case.bytes, flops=2 * case.flops + 8.0 * m * RANK * (self.n + self.k)
+        )
+
+    def quantize(self) -> Case:
+        def ours(i: int) -> Tensor:
+            packed, absmax = OPS.quantize_nf4(self.dense.at(i), 64)
+            OPS.quantize_absmax(absmax, 256)
+            return packed
+
+        calls: dict[str, Call] = {"ours": ours}
+        if self.bnb is not None:
+            quantize = self.bnb.functional.quantize_4bit
+            calls["bitsandbytes"] = lambda i: quantize(
+                self.dense.at(i), blocksize=64, quant_type="nf4", compress_statistics=True
+            )[0].view(self.n, self.k // 2)
+        moved = 2 * self.n * self.k + self.ours[0].nbytes
+        turns = len(self.dense)
+        return Case("quantize", self.n, self.k, 0, calls, lambda i: self.ours.at(i % turns).packed, moved, 0.0, turns)
+
+    def dequantize(self) -> Case:
+        calls: dict[str, Call] = {"ours": lambda i: self.ours.at(i).dequantize(BF16)}
+        if self.bnb is not None:
+            decode = self.bnb.functional.dequantize_4bit
+            calls["bitsandbytes"] = lambda i: decode(*self.theirs.at(i))
+        moved = 2 * self.n * self.k + self.ours[0].nbytes
+        expected = lambda i: self.ours.at(i).dequantize(torch.float32)  # noqa: E731
+        return Case("dequantize", self.n, self.k, 0, calls, expected, moved, 0.0, self.turns)
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, device="cuda", dtype=BF16)

@@ -1,0 +1,251 @@
+"""How everything in bench/ is timed and reported.
+
+Contenders run interleaved in one process, so that what disturbs one disturbs all; what is reported of two of them is
+the median of the ratio of their times in the same round, with its 10th and 90th percentile. Operands are rotated
+through more memory than the caches hold. Outputs are kept in a ring and freed memory stays with the process: a fresh
+page costs more than most kernels do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+RESULTS = Path(os.environ.get("QLORA_BENCH_RESULTS", Path(__file__).parents[1] / "results"))
+COLD_BYTES = 512 << 20
+T = TypeVar("T")
+
+Call = Callable[[int], object]
+Timer = Callable[[Call, range], float]
+
+
+def processor() -> dict[str, str]:
+    """The first processor's fields of /proc/cpuinfo."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in fields.items()}
+
+
+def processor_name() -> str:
+    """Vendor, family and model, as the name of a folder: amd_25_17; amd_25_17_avx2 if QLORA_CPU_ISA limits it."""
+    fields = processor()
+    vendor = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(fields.get("vendor_id", ""), "unknown")
+    limit = os.environ.get("QLORA_CPU_ISA", "")
+    parts = [vendor, fields.get("cpu family", "x"), fields.get("model", "x"), *([limit] if limit else [])]
+    return "_".join(parts)
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on and the reader cannot know."""
+    import qlora_ext
+
+    info, fields = qlora_ext.build_info(), processor()
+    caches = {}
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        kind = (cache / "type").read_text().strip()
+        if kind != "Instruction":
+            caches["L" + (cache / "level").read_text().strip()] = (cache / "size").read_text().strip()
+    return {
+        "cpu": f"{fields.get('model name', platform.processor())}, family {fields.get('cpu family', '?')} "
+        f"model {fields.get('model', '?')}",
+        "cores": os.cpu_count(),
+        "caches": caches,
+        "threads": torch.get_num_threads(),
+        "isa": info["cpu_isa"],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "qlora_ext": f"{info['version']}, {info['compiler']}",
+        "load": round(os.getloadavg()[0], 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def keep_freed_memory() -> None:
+    """Makes malloc reuse large blocks instead of returning them to the system, for every contender alike."""
+    trim_threshold, mmap_max = -1, -4
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1)):
+        raise RuntimeError("mallopt refused: outputs would be timed with the page faults of fresh memory")
+
+
+class Ring(list[T]):
+    """Operands, or outputs, taken in turn: `ring.at(i)`, `ring.put(i, output)`."""
+
+    def at(self, i: int) -> T:
+        return self[i % len(self)]
+
+    def put(self, i: int, value: T) -> T:
+        self[i % len(self)] = value
+        return value
+
+
+def cold(make: Callable[[], T], bytes_each: int, total: int = COLD_BYTES) -> Ring[T]:
+    """So many of make() that each has left the caches when its turn comes again."""
+    return Ring(make() for _ in range(max(2, -(-total // bytes_each))))
+
+
+def wall_clock(call: Call, turns: range) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for i in turns:
+        call(i)
+    return (time.perf_counter() - start) / len(turns)
+
+
+def thread_clock(call: Call, turns: range) -> float:
+    """CPU seconds a call, of this thread alone: for single-threaded calls on a machine that others use too."""
+    start = time.thread_time()
+    for i in turns:
+        call(i)
+    return (time.thread_time() - start) / len(turns)
+
+
+def cuda_clock(call: Call, turns: range) -> float:
+    """Seconds a call on the current CUDA stream."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for i in turns:
+        call(i)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3 / len(turns)
+
+
+def parser(description: str | None, *, seconds: float) -> argparse.ArgumentParser:
+    """Of a bench that times: with --seconds, for each of its measurements, and --threads."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--seconds", type=float, default=seconds, help="for each measurement (default %(default)s)")
+    made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
+    return made
+
+
+class Spread(NamedTuple):
+    """Median, 10th and 90th percentile."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.3g} ({self.low:.3g} to {self.high:.3g})"
+
+
+def spread(values: Sequence[float]) -> Spread:
+    ordered = sorted(values)
+    return Spread(*(ordered[min(len(ordered) - 1, int(len(ordered) * q))] for q in (0.5, 0.1, 0.9)))
+
+
+class Times(dict[str, list[float]]):
+    """Seconds a call of each contender, one entry a round."""
+
+    def ratio(self, contender: str, baseline: str) -> Spread:
+        """Time of one over time of the other, round by round."""
+        return spread([a / b for a, b in zip(self[contender], self[baseline], strict=True)])
+
+    def median(self, contender: str) -> float:
+        return spread(self[contender]).median
+
+    def best(self, contender: str) -> float:
+        return min(self[contender])
+
+
+def interleave(
+    contenders: Mapping[str, Call],
+    *,
+    seconds: float = 4.0,
+    least_sample: float = 1e-3,
+    clock: Timer = wall_clock,
+) -> Times:
+    """Rounds of all contenders in turn, the order reversed every other round, for about `seconds`.
+
+    A call gets a number that counts up, to choose its operands by. A sample is as many calls as take `least_sample`
+    seconds.
+    """
+    turn = 0
+    calls = {}
+    for name, call in contenders.items():
+        clock(call, range(2))
+        calls[name] = max(1, round(least_sample / clock(call, range(2, 4))))
+    times = Times({name: [] for name in contenders})
+    end = time.perf_counter() + seconds
+    order = list(contenders)
+    while time.perf_counter() < end or len(times[order[0]]) < 5:
+        order.reverse()
+        for name in order:
+            times[name].append(clock(contenders[name], range(turn, turn + calls[name])))
+            turn += calls[name]
+    return times
+
+
+def check_equal(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = 0.0) -> None:
+    """Refuses to time what is wrong: bit-equal, or a relative error of at most `tolerance`."""
+    if tolerance == 0.0:
+        good = torch.equal(got, expected)
+    else:
+        error = (got.double() - expected.double()).norm() / expected.double().norm()
+        good = bool(error <= tolerance)
+    if not good:
+        raise AssertionError(f"{what}: the result is wrong, nothing is timed")
+
+
+class Report:
+    """Rows of one bench: printed as Markdown, written to results/PROCESSOR/NAME.md and .json, or results/ for a GPU."""
+
+    def __init__(self, name: str, title: str, notes: Sequence[str] = ()) -> None:
+        self.name, self.title, self.notes = name, title, list(notes)
+        self.rows: list[dict[str, Any]] = []
+        self.machine = machine()
+
+    def add(self, **row: Any) -> None:
+        """Values: text, numbers or Spread. Printed at once, so that a long bench can be watched."""
+        self.rows.append(row)
+        print("  ".join(f"{key}: {_text(value)}" for key, value in row.items()), flush=True)
+
+    def markdown(self) -> str:
+        columns = list(dict.fromkeys(key for row in self.rows for key in row))
+        lines = [f"# {self.title}", "", *self.notes, ""]
+        lines += ["Machine: " + ", ".join(f"{k} {v}" for k, v in self.machine.items() if v is not None), ""]
+        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+        lines += ["| " + " | ".join(_text(row.get(c, "")) for c in columns) + " |" for row in self.rows]
+        return "\n".join(lines) + "\n"
+
+    def write(self) -> None:
+        folder = results_folder()
+        rows = [{k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()} for row in self.rows]
+        content = {"title": self.title, "notes": self.notes, "machine": self.machine, "rows": rows}
+        (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        (folder / f"{self.name}.md").write_text(self.markdown())
+        print("\n" + self.markdown())
+
+
+def results_folder() -> Path:
+    """Where this machine's results are written."""
+    folder = RESULTS if torch.cuda.is_available() else RESULTS / processor_name()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def picture(name: str) -> Iterator[Any]:
+    """Axes of matplotlib to draw on; saved beside the results as NAME.svg."""
+    import matplotlib.pyplot as plt
+
+    plt.rcParams["svg.hashsalt"] = name  # the same figures give the same file
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    yield axes
+    figure.savefig(results_folder() / f"{name}.svg", metadata={"Date": None})
+    plt.close(figure)
+
+
+def _text(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

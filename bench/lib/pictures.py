@@ -1,0 +1,215 @@
+"""The pictures that a reader looks at first, from bench/results alone, each for light and dark pages.
+
+python -m bench.lib.pictures        (after new results; README shows what it draws to docs/pictures/)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import results_files as files
+
+FOLDER = files.RESULTS.parents[1] / "docs" / "pictures"
+THEMES = {
+    "light": {"text": "#1f2328", "grid": "#d1d9e0", "page": "#ffffff"},
+    "dark": {"text": "#e6edf3", "grid": "#3d444d", "page": "#0d1117"},
+}
+# One colour a contender, in all pictures; readable on both pages and by the colour-blind (Okabe and Ito, 2008).
+COLOURS = {
+    "qlora_ext": "#d55e00",
+    "bitsandbytes": "#0072b2",
+    "dense LoRA": "#009e73",
+    "full fine-tuning": "#999999",
+    "torch": "#999999",
+}
+NAMES = {"ours": "qlora_ext", "torch + LoRA": "dense LoRA"}
+TRAINING = ("ours", "torch", "torch + LoRA", "torch + float32 LoRA", "bitsandbytes")  # the others are for inference
+ROOFED = tuple(name for name in TRAINING if name != "torch + float32 LoRA")
+Draw = Callable[[Any], None]
+
+
+def colour(contender: str) -> str:
+    contender = NAMES.get(contender, contender)
+    return next((c for name, c in COLOURS.items() if contender.startswith(name)), "#cc79a7")
+
+
+def save(draw: Draw, path: Path, size: tuple[float, float], theme: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = THEMES[theme]
+    style = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colours["text"])
+    style |= {"axes.edgecolor": colours["grid"], "grid.color": colours["grid"], "figure.facecolor": colours["page"]}
+    style |= {"axes.facecolor": colours["page"], "legend.facecolor": colours["page"], "legend.edgecolor": "none"}
+    style |= {"svg.hashsalt": path.name, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with plt.rc_context(style):
+        figure = plt.figure(figsize=size, layout="constrained")
+        draw(figure)
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+
+
+def both_themes(draw: Draw, name: str, size: tuple[float, float]) -> None:
+    for theme in THEMES:
+        save(draw, FOLDER / f"{name}_{theme}.svg", size, theme)
+    print(f"drawn: {FOLDER.name}/{name}_{{light,dark}}.svg")
+
+
+def steps(figure: Any) -> None:
+    """Tokens per second of a training step, by machine and contender."""
+    found = {m: files.sections(m).get("step_2_threads") for m in files.machines()}
+    measured = {m: section for m, section in found.items() if section}
+    axes = figure.subplots()
+    named: set[str] = set()
+    for place, section in enumerate(measured.values()):
+        rows = section["rows"]
+        for i, row in enumerate(rows):
+            at = place + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
+            label = None if row["base"] in named else row["base"]
+            named.add(row["base"])
+            bar = axes.bar(at, row["tokens/s"], 0.74 / len(rows), color=colour(row["base"]), label=label)
+            axes.bar_label(bar, fmt="%.0f", padding=2, fontsize=9)
+    axes.set_xticks(range(len(measured)), [_wrapped(files.MACHINES.get(m, m)) for m in measured])
+    axes.set_ylabel("tokens per second")
+    axes.margins(y=0.1)
+    axes.set_title("A training step of SmolLM2-135M, two cores", loc="left")
+    axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False)
+
+
+def _wrapped(name: str) -> str:
+    return name.replace(" (", "\n(").replace(", ", ",\n").replace(" as ", "\nas ")
+
+
+def ratios(section: files.Section) -> Draw:
+    """Time over that of torch's dense product by the number of tokens, a shape a column, an operator a row."""
+
+    def draw(figure: Any) -> None:
+        rows = section["rows"]
+        operators, shapes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("op", "N x K"))
+        grid = figure.subplots(len(operators), len(shapes), sharex=True, sharey=True, squeeze=False)
+        for line, operator in zip(grid, operators, strict=True):
+            for axes, shape in zip(line, shapes, strict=True):
+                of_it = [row for row in rows if (row["op"], row["N x K"]) == (operator, shape)]
+                _ratios_of(axes, of_it)
+                axes.set_title(f"{operator}, {shape}", loc="left", fontsize=10)
+        for line in grid:
+            line[0].set_ylabel("time over torch's")
+        for axes in grid[-1]:
+            axes.set_xlabel("tokens")
+        handles = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
+        handles = {label: line for label, line in handles.items() if not label.startswith("_")}
+        figure.legend(handles.values(), handles, ncols=3, loc="outside lower left", frameon=False)
+
+    return draw
+
+
+def _ratios_of(axes: Any, rows: list[files.Row]) -> None:
+    for name in [name for name in TRAINING if name in rows[0]]:
+        present = [row for row in rows if isinstance(row.get(name), dict)]
+        ours = name == "ours"
+        style = {"color": colour(name), "linewidth": 2.5 if ours else 1.2, "marker": "o", "markersize": 4}
+        if name == "torch + float32 LoRA":
+            style["linestyle"] = ":"
+        axes.plot([r["M"] for r in present], [r[name]["median"] for r in present], label=NAMES.get(name, name), **style)
+    axes.axhline(1, color="#999999", linewidth=1)
+    axes.set(xscale="log", xticks=[r["M"] for r in rows], ylim=(0, 2.2))
+    axes.set_xticks([r["M"] for r in rows], [str(r["M"]) for r in rows], minor=False)
+    axes.minorticks_off()
+    axes.grid(alpha=0.6)
+
+
+def roofline(section: files.Section, ceiling: files.Ceiling) -> Draw:
+    """Operations a second by operations a byte, under what the machine was measured to be able to do."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        found = [p for p in files.points(section) if p.op == "forward" and p.contender in ROOFED]
+        low, high = (f(p.intensity for p in found) for f in (min, max))
+        line = [low / 1.5, ceiling.flops / ceiling.bandwidth, high * 1.5]
+        axes.plot(line, [ceiling.at(x) / 1e9 for x in line], color="#999999", linewidth=1.5)
+        axes.annotate(
+            f"{ceiling.flops / 1e12:.2f} Tflop/s: torch's fastest bf16 product",
+            (line[2], ceiling.flops * 1.08 / 1e9), ha="right", va="bottom", fontsize=9,
+        )  # fmt: skip
+        axes.annotate(
+            f"{ceiling.bandwidth / 1e9:.0f} GB/s: reading memory",
+            (line[0] * 0.95, ceiling.at(line[0]) * 2.4 / 1e9), fontsize=9,
+        )  # fmt: skip
+        for contender in dict.fromkeys(p.contender for p in found):
+            of_it = [p for p in found if p.contender == contender]
+            size = 36 if contender == "ours" else 16
+            axes.scatter(
+                [p.intensity for p in of_it], [p.flops / 1e9 for p in of_it], size,
+                color=colour(contender), label=NAMES.get(contender, contender), zorder=3 if contender == "ours" else 2,
+            )  # fmt: skip
+        axes.set(xscale="log", yscale="log", ylabel="Gflop/s")
+        axes.set_xlabel("operations a byte of 4-bit weights, x and y (as many for all contenders)")
+        axes.set_title("The linear layer under the machine's measured roof, forward", loc="left")
+        axes.grid(alpha=0.6)
+        axes.legend(loc="lower right", fontsize=9)
+
+    return draw
+
+
+def quality(figure: Any) -> None:
+    """What 4 bits cost SmolLM2-135M by their encoding, in nats a token."""
+    rows = files.sections("intel_6_85")["fidelity_losses"]["rows"]
+    texts = [key.removesuffix(": increase") for key in rows[0] if key.endswith(": increase")]
+    encoders = [row for row in rows if row["encoder"] != "dense"]
+    axes = figure.subplots()
+    for i, text in enumerate(texts):
+        values = [row[f"{text}: increase"].split(" ± ") for row in encoders]
+        at = [place + (i - 0.5) * 0.38 for place in range(len(encoders))]
+        height, error = ([float(value[part]) for value in values] for part in (0, 1))
+        axes.barh(at, height, 0.36, xerr=error, label=text, color=("#0072b2", "#56b4e9")[i], ecolor="#999999")
+    axes.set_yticks(range(len(encoders)), [row["encoder"] for row in encoders])
+    axes.invert_yaxis()
+    axes.set_xlabel("loss above the dense model's, nats a token, with its standard error")
+    axes.set_title("What 4 bits cost SmolLM2-135M", loc="left")
+    axes.legend(frameon=False, loc="lower right")
+    axes.grid(axis="x", alpha=0.6)
+
+
+def memory(figure: Any) -> None:
+    """Where the memory of a QLoRA run goes by model size, of `plan` (results/memory_stack.json)."""
+    rows = json.loads((files.RESULTS / "memory_stack.json").read_text())["rows"]
+    parts = [key for key in rows[0] if key not in ("model", "how")]
+    axes = figure.subplots()
+    left = [0.0] * len(rows)
+    palette = ("#d55e00", "#e69f00", "#0072b2", "#009e73", "#56b4e9")
+    for part, shade in zip(parts, palette, strict=True):
+        sizes = [row[part] for row in rows]
+        axes.barh(range(len(rows)), sizes, left=left, label=part, color=shade)
+        left = [a + b for a, b in zip(left, sizes, strict=True)]
+    for place, total in enumerate(left):
+        axes.text(total, place, f" {total:.1f}", va="center", fontsize=9)
+    for card in (8, 16, 24, 48):
+        axes.axvline(card, color="#999999", linewidth=0.8, linestyle=":")
+    axes.set_yticks(range(len(rows)), [f"{row['model']}, {row['how']}" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 10 * math.ceil(max(left) * 1.08 / 10))
+    axes.set_xlabel("GB on the GPU, by the planner; dotted: cards of 8, 16, 24 and 48 GB")
+    axes.set_title("QLoRA, rank 16, 2,048 tokens a step, checkpointing, chunked loss", loc="left")
+    axes.legend(ncols=4, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False)
+
+
+def main() -> None:
+    both_themes(steps, "steps", (10, 4.4))
+    best = files.sections("amd_26_2")
+    both_themes(ratios(best["linear_bfloat16_2_threads"]), "ratios", (9, 5.2))
+    roof = files.ceiling(best)
+    if roof is not None:
+        both_themes(roofline(best["linear_bfloat16_2_threads"], roof), "roofline", (9, 4.6))
+    both_themes(quality, "quality", (9, 3.6))
+    both_themes(memory, "memory", (9, 4.2))
+
+
+if __name__ == "__main__":
+    main()

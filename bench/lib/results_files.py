@@ -1,0 +1,99 @@
+"""The files in bench/results, and what can be worked out of their rows. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+RESULTS = Path(__file__).parents[1] / "results"
+Row = dict[str, Any]
+Section = dict[str, Any]  # what harness.Report writes: title, notes, machine, rows
+
+MACHINES = {
+    "amd_26_2": "AMD EPYC (Zen 5)",
+    "amd_25_17": "AMD EPYC (Zen 4)",
+    "amd_25_17_avx2": "AMD EPYC (Zen 4), AVX2 only as on most laptops",
+    "intel_6_167": "Intel Xeon with AMX (family 6 model 167)",
+    "intel_6_207": "Intel Xeon, Emerald Rapids, without AMX",
+    "intel_6_85": "Intel Xeon, AVX-512 without BF16 (family 6 model 85)",
+}
+
+
+def sections(machine: str | Path) -> dict[str, Section]:
+    """The benches that have run on a machine, by name; ``machine`` is a folder, in bench/results where it is a name."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / machine).glob("*.json"))}
+
+
+def machines() -> list[str]:
+    """The folders of results."""
+    return sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
+
+
+def median(value: Any) -> float:
+    """Of a spread, or the number itself."""
+    return float(value["median"] if isinstance(value, dict) else value)
+
+
+class Ceiling(NamedTuple):
+    """Bytes a second of memory, and operations a second of a product in bfloat16."""
+
+    bandwidth: float
+    flops: float
+
+    def at(self, intensity: float) -> float:
+        """Operations a second that are possible with so many operations a byte."""
+        return min(self.flops, self.bandwidth * intensity)
+
+
+def ceiling(found: dict[str, Section]) -> Ceiling | None:
+    """Of the section of bench/ceiling.py with the most threads; None where it has not run."""
+    names = [name for name in found if name.startswith("ceiling_")]
+    if not names:
+        return None
+    rows = {row["what"]: row["value"] for row in found[names[-1]]["rows"]}
+    return Ceiling(rows["reading memory"] * 1e9, rows["product, bfloat16"] * 1e12)
+
+
+class Point(NamedTuple):
+    """One measurement of the linear layer.
+
+    Attributes:
+        intensity: operations a byte that has to move: 4-bit weights, scales, x and y.
+        flops: operations a second.
+    """
+
+    op: str
+    shape: str
+    tokens: int
+    contender: str
+    intensity: float
+    flops: float
+
+
+def points(section: Section) -> Iterator[Point]:
+    """Of every contender of bench/cpu_linear.py; what each does is counted as the 2 M N K of the dense product."""
+    for row in section["rows"]:
+        n, k = (int(part) for part in row["N x K"].split("x"))
+        m = row["M"]
+        flops = 2 * m * n * k
+        moved = n * k * 4.127 / 8 + 2 * m * (n + k)
+        base = row["torch us"] * 1e-6
+        ratios = {"torch": 1.0} | {name: median(v) for name, v in row.items() if isinstance(v, dict)}
+        for contender, ratio in ratios.items():
+            yield Point(row["op"], row["N x K"], m, contender, flops / moved, flops / (base * ratio))
+
+
+def text(value: Any) -> str:
+    """A value of a row, as tables have it."""
+    if isinstance(value, dict) and "median" in value:
+        return f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: list[Row]) -> list[str]:
+    """Markdown."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return lines + ["| " + " | ".join(text(row.get(c, "")) for c in columns) + " |" for row in rows]

@@ -1,0 +1,470 @@
+"""The console command on a tiny random Llama and text of our own."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import qlora_ext
+from commands import COMMAND, RUN, Paths, adapter_bytes, base, command, here, read_lines, start, wait_for_step
+from qlora_ext.cli import main
+
+
+def test_finetune_tells_what_it_did(whole_run: pathlib.Path) -> None:
+    told = (whole_run / "stdout.txt").read_text()
+    for part in ("weights", "trainable parameters", "tokens/s", "left", "before training", "after training"):
+        assert part in told
+    assert str(whole_run / "adapter") in told
+    record = json.loads((whole_run / "adapter" / "qlora_run.json").read_text())
+    assert record["metrics"]["perplexity_after"] < 0.9 * record["metrics"]["perplexity_before"]
+    steps = [line for line in read_lines(whole_run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 12))
+    assert all(line["tokens_per_second"] > 0 for line in steps)
+    assert (whole_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoints_hold_no_base_weight(whole_run: pathlib.Path) -> None:
+    import safetensors.torch
+
+    assert sorted(path.name for path in whole_run.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-8"]
+    saved = safetensors.torch.load_file(whole_run / "checkpoint-8" / "adapter_model.safetensors")
+    assert saved
+    assert all("lora_" in name for name in saved)
+    adapter = sum(t.nbytes for t in saved.values())
+    assert (whole_run / "checkpoint-8" / "optimizer.pt").stat().st_size < 3 * adapter + 64 * 1024
+
+
+def test_evaluation_changes_nothing(paths: Paths, whole_run: pathlib.Path) -> None:
+    run = paths["root"] / "evaluated"
+    here("finetune", *base(paths), "--output", run, *RUN, "--eval-steps", "3")
+    measured = [line["step"] for line in read_lines(run / "metrics.jsonl") if "eval_perplexity" in line]
+    assert measured == [0, 3, 6, 9, 11]
+    assert adapter_bytes(run) == adapter_bytes(whole_run)
+
+
+def test_killed_and_resumed_gives_the_same_adapter(paths: Paths, whole_run: pathlib.Path) -> None:
+    run = paths["root"] / "killed"
+    process = start(paths, run)
+    wait_for_step(process, run, 6)
+    process.kill()
+    assert not (run / "adapter").exists()
+    result = command("finetune", "--output", run, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert "going on after step" in result.stdout
+    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, 12))
+
+
+def test_ctrl_c_says_how_to_go_on(paths: Paths) -> None:
+    run = paths["root"] / "interrupted"
+    process = start(paths, run)
+    wait_for_step(process, run, 5)
+    process.send(signal.SIGINT)
+    result = process.wait(60)
+    assert result.returncode == 130
+    assert "step 4 is saved" in result.stderr or "step 8 is saved" in result.stderr
+    assert f"--output {run} --resume" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(paths: Paths, whole_run: pathlib.Path) -> None:
+    """Whatever the moment, what lies under a final name is whole, and the end is the same."""
+    import safetensors.torch
+
+    run = paths["root"] / "again"
+    moments = random.Random(1)
+    for _ in range(3):
+        process = start(paths, run, "--resume", "--save-steps", "1")
+        deadline = time.monotonic() + 60
+        before = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").is_file() else 0
+        while time.monotonic() < deadline and process.poll() is None:
+            if (run / "metrics.jsonl").is_file() and (run / "metrics.jsonl").stat().st_mtime_ns != before:
+                break
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0.0, 0.8))
+        process.kill()
+        for checkpoint in run.glob("checkpoint-*"):
+            safetensors.torch.load_file(checkpoint / "adapter_model.safetensors")
+            torch.load(checkpoint / "optimizer.pt", weights_only=True)
+            json.loads((checkpoint / "trainer_state.json").read_text())
+    result = command("finetune", "--output", run, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert adapter_bytes(run) == adapter_bytes(whole_run)
+
+
+def test_a_finished_run_resumes_to_the_same_adapter(paths: Paths, whole_run: pathlib.Path) -> None:
+    before = adapter_bytes(whole_run)
+    here("finetune", "--output", whole_run, "--resume")
+    assert adapter_bytes(whole_run) == before
+
+
+def test_memory_levers_learn_as_well(paths: Paths, whole_run: pathlib.Path) -> None:
+    run = paths["root"] / "levers"
+    here("finetune", *base(paths), "--output", run, *RUN, "--grad-checkpointing", "--chunked-loss", "--grad-accum", "2")
+    metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
+    assert metrics["perplexity_after"] < 0.9 * metrics["perplexity_before"]
+
+
+def test_generate_quantize_merge(paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The adapter says the same on the model quantized while loading, on the saved 4-bit model, and merged."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    root = paths["root"]
+    ask = ["--prompt", "count 3", "--max-new-tokens", "12", "--dtype", "float32"]
+    answer = command("generate", "--adapter", whole_run, *ask)
+    assert answer.returncode == 0, answer.stderr
+    assert len(answer.stdout.strip()) > 1
+
+    here("quantize", "--model", paths["model"], "--output", root / "model4")
+    assert "import qlora_ext" in (root / "model4" / "README.md").read_text()
+    capfd.readouterr()
+    here("generate", "--adapter", whole_run, "--model", root / "model4", *ask)
+    assert capfd.readouterr().out == answer.stdout
+
+    here("merge", "--adapter", whole_run, "--output", root / "merged", "--dtype", "float32")
+    assert not list((root / "merged").glob(".partial*"))
+    config = json.loads((root / "merged" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["use_cache"]
+    assert json.loads((root / "model4" / "config.json").read_text())["use_cache"]
+    model = AutoModelForCausalLM.from_pretrained(root / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(root / "merged")
+    prompt = tokenizer("count 3\n", return_tensors="pt")["input_ids"]
+    out = model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)
+    assert tokenizer.decode(out[0, prompt.shape[1] :], skip_special_tokens=True).strip() == answer.stdout.strip()
+
+
+def test_prompts_and_adapters_that_are_not_options(
+    refused, paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import io
+
+    monkeypatch.chdir(paths["root"])
+    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", whole_run.name)
+    ask = ["--max-new-tokens", "4"]
+    here("generate", "--adapter", whole_run, "--prompt", "count 3", *ask)
+    answer = capfd.readouterr().out
+    here("generate", "count 3", *ask)
+    told = capfd.readouterr()
+    assert told.out == answer
+    assert f"using the adapter in ./{whole_run.name}" in told.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("count 3"))
+    here("generate", "-", *ask)
+    assert capfd.readouterr().out == answer
+    here("generate", "--model", paths["model"], "count 3", *ask)  # without an adapter
+    assert capfd.readouterr().err == ""
+    assert "give it once" in refused("generate", "count 3", "--prompt", "count 4")
+    assert "expected a prompt" in refused("generate")
+    assert "--model: the name is empty" in refused("generate", "--model", "", "count 3")
+    assert "--model: the name is empty" in refused("generate", "--adapter", whole_run, "--model", "", "count 3")
+    assert "name it with --adapter" in refused("generate", "--model", whole_run, "count 3")
+    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", "no-run")
+    assert "--adapter: no adapter named, and none in ./no-run" in refused("generate", "count 3")
+
+
+def test_a_checkpoint_of_a_run_is_an_adapter(
+    paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Over the base as the run quantized it."""
+    run = tmp_path / "run"
+    here("finetune", *base(paths), "--output", run, *RUN, "--max-steps", "2", "--block-size", "128")
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        paths["model"].resolve()
+    )
+    capfd.readouterr()
+    for adapter in (run, run / "adapter", run / "checkpoint-2"):
+        here("generate", "--adapter", adapter, "count 3", "--max-new-tokens", "2")
+    here("finetune", *base(paths), "--output", tmp_path / "more", *RUN[2:], "--max-steps", "1", "--block-size", "128",
+         "--init-adapter", run / "checkpoint-2")  # fmt: skip
+
+
+def test_a_model_that_is_nowhere(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    """Offline, as the tests are run, the hub has no model."""
+    told = refused("finetune", "--model", "nosuchdir", "--data", paths["data"], "--output", tmp_path / "run")
+    assert "there is no directory nosuchdir, and the model cannot be loaded" in told
+
+
+def test_finetune_alone_says_what_it_is(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+    from qlora_ext.cli.training import prepare
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "resolve", lambda *a, **k: pytest.exit("too far"))
+        patch.setattr(prepare, "parse_device", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(["finetune", "--output", str(tmp_path / "run")]) == 130
+        told = capfd.readouterr().out
+        assert main(["finetune", "--output", str(tmp_path / "run"), "--seed", "1"]) == 130
+    assert told.count("\n") == 1
+    assert "demonstration" in told
+    assert "4 minutes" in told
+    assert "Ctrl-C" in told
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("command", ["quantize", "finetune"])
+def test_names_that_the_locale_cannot_write(paths: Paths, tmp_path: pathlib.Path, command: str) -> None:
+    """An ASCII locale without Python's UTF-8 mode; in that mode they work."""
+    environment = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "OMP_NUM_THREADS": "1"}
+    command_line = [*COMMAND, command, "--model", paths["model"], "--output", tmp_path / "ünï"]
+    done = subprocess.run(
+        [os.fsencode(part) for part in command_line],
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=300,
+    )
+    told = done.stderr.decode("ascii")
+    assert done.returncode == 2, told
+    assert told.count("\n") == 1
+    assert "--output" in told
+    assert "PYTHONUTF8=1" in told
+
+
+def test_embeddings_in_4_bits(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    plain, out = tmp_path / "plain", tmp_path / "out"
+    here("quantize", "--model", paths["model"], "--output", plain)
+    here("quantize", "--model", paths["model"], "--output", out, "--embeddings")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model.get_input_embeddings()) is qlora_ext.nn.Embedding4bit
+    again = ["--output", tmp_path / "again", "--embeddings"]
+    assert "already 4-bit" in refused("quantize", "--model", plain, *again)
+    assert "--format bitsandbytes" in refused("quantize", "--model", paths["model"], *again, "--format", "bitsandbytes")
+    assert not (tmp_path / "again").exists()
+
+
+def test_merge_is_bfloat16_by_default(paths: Paths, whole_run: pathlib.Path) -> None:
+    import safetensors.torch
+
+    here("merge", "--adapter", whole_run, "--output", paths["root"] / "merged16")
+    saved = safetensors.torch.load_file(paths["root"] / "merged16" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+def test_info() -> None:
+    result = command("info")
+    assert result.returncode == 0
+    for part in ("version", "cpu_isa", "transformers"):
+        assert part in result.stdout
+
+
+def test_info_as_json(capfd: pytest.CaptureFixture[str]) -> None:
+    here("info", "--json")
+    found = json.loads(capfd.readouterr().out)
+    assert found["version"] == qlora_ext.__version__
+    assert found["cpu_isa"] in found["cpu_isas"]
+
+
+def test_help_names_every_command() -> None:
+    result = command("--help")
+    assert result.returncode == 0
+    for name in ("finetune", "generate", "quantize", "merge", "info"):
+        assert name in result.stdout
+
+
+def test_bad_numbers_and_names(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "run"
+    good = ["finetune", "--model", paths["model"], "--data", paths["data"], "--output", output]
+    for bad, named in (
+        (["--rank", "0"], "--rank 0"),
+        (["--rank", "-3"], "--rank -3"),
+        (["--rank", "two"], "two"),
+        (["--dropout", "1"], "--dropout 1"),
+        (["--dropout", "nan"], "--dropout nan"),
+        (["--lr", "0"], "--lr 0"),
+        (["--lr", "nan"], "--lr nan"),
+        (["--alpha", "inf"], "--alpha inf"),
+        (["--batch-size", "0"], "--batch-size 0"),
+        (["--max-steps", "0"], "--max-steps 0"),
+        (["--block-size", "48"], "48"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--device", "quantum"], "--device quantum"),
+        (["--optimizer", "sgdd"], "--optimizer sgdd"),
+        (["--target-modules", "nowhere"], "nowhere"),
+        (["--target-modules", "q_proj,nowhere"], "nowhere"),
+        (["--no-such-option"], "--no-such-option"),
+    ):
+        assert named in refused(*good, *bad)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_without_a_device_is_refused(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    arguments = ["--model", paths["model"], "--data", paths["data"], "--output", tmp_path / "run"]
+    assert "no CUDA here" in refused("finetune", *arguments, "--device", "cuda")
+
+
+def test_bad_data(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    output = tmp_path / "run"
+    contents = {
+        "empty.jsonl": b"",
+        "blank.txt": b" \n\n",
+        "broken.jsonl": b'{"text": "a"}\n{"text": \n',
+        "columns.jsonl": b'{"words": "a"}\n',
+        "list.jsonl": b"[1, 2]\n",
+        "one.jsonl": b'{"text": "a single text"}\n',
+        "binary.txt": b"\xff\xfe\x00\x01",
+        "table.csv": b"a,b\n",
+        "broken.dict.dz": b"no dictionary",
+        "silent.jsonl": b'{"messages": [{"role": "user", "content": "hello"}]}\n',
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    told = {
+        name: refused("finetune", "--model", paths["model"], "--data", tmp_path / name, "--output", output)
+        for name in (*contents, "missing.jsonl")
+    }
+    assert "empty" in told["empty.jsonl"]
+    assert "empty" in told["blank.txt"]
+    assert "line 2" in told["broken.jsonl"]
+    assert "line 1" in told["columns.jsonl"]
+    assert "no such file" in told["missing.jsonl"]
+    assert "UTF-8" in told["binary.txt"]
+    assert "unknown package" in refused(
+        "finetune", "--model", paths["model"], "--data", "package:no", "--output", output
+    )
+    assert not output.exists()
+
+
+def test_bad_models(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    import shutil
+
+    output = tmp_path / "run"
+    (tmp_path / "fake.gguf").write_bytes(b"not a model")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(40))
+    (tmp_path / "directory").mkdir()
+    shutil.copytree(paths["model"], tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    shutil.copytree(paths["model"], tmp_path / "noweights")
+    (tmp_path / "noweights" / "model.safetensors").unlink()
+    for name in ("fake.gguf", "broken.gguf", "missing.gguf", "directory", "cut", "noweights"):
+        arguments = ["--model", tmp_path / name, "--output", output]
+        assert name in refused("finetune", *arguments, "--data", paths["data"])
+        assert name in refused("quantize", *arguments)
+    assert "package:no-such" in refused("quantize", "--model", "package:no-such", "--output", output)
+    assert not output.exists()
+
+
+def test_bad_adapters(refused, paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    import shutil
+
+    def copy(name: str) -> pathlib.Path:
+        return pathlib.Path(shutil.copytree(whole_run / "adapter", tmp_path / name))
+
+    def ask(adapter: pathlib.Path, *more: object) -> str:
+        return refused("generate", "--adapter", adapter, "--prompt", "count 3", "--max-new-tokens", "2", *more)
+
+    assert "another 4-bit base" in ask(whole_run, "--model", paths["other"])
+    assert main(["generate", "--adapter", str(whole_run), "--prompt", "1", "--max-new-tokens", "2", "--force",
+                 "--model", str(paths["other"])]) == 0  # fmt: skip
+    cut = copy("cut") / "adapter_model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    assert "damaged" in ask(cut.parent)
+    unreadable = copy("unreadable")
+    (unreadable / "adapter_config.json").write_text('{"r": ')
+    ask(unreadable)
+    (copy("weightless") / "adapter_model.safetensors").unlink()
+    assert "adapter_model.safetensors" in ask(tmp_path / "weightless")
+    assert "no such directory" in ask(tmp_path / "missing")
+    assert "another 4-bit base" in refused(
+        "merge", "--adapter", whole_run, "--output", tmp_path / "merged", "--model", paths["other"]
+    )
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_is_not_overwritten(refused, paths: Paths, whole_run: pathlib.Path) -> None:
+    before = adapter_bytes(whole_run)
+    arguments = ["--model", paths["model"], "--data", paths["data"], "--output", whole_run]
+    assert "--resume" in refused("finetune", *arguments)
+    assert "started with" in refused("finetune", "--output", whole_run, "--resume", "--rank", "5")
+    assert "not empty" in refused("quantize", "--model", paths["model"], "--output", whole_run)
+    assert adapter_bytes(whole_run) == before
+
+
+@pytest.mark.parametrize("step", ["adapter", "model"])
+def test_a_write_that_fails_leaves_nothing(paths: Paths, tmp_path: pathlib.Path, step: str) -> None:
+    """A limit on file sizes stands for a disk that fills up while a large file is written."""
+    output = tmp_path / "out"
+    if step == "adapter":
+        arguments = ["finetune", "--model", paths["model"], "--data", paths["data"], "--output", output, *RUN]
+    else:
+        arguments = ["quantize", "--model", paths["model"], "--output", output]
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (10_000, 10_000))
+    result = command(*arguments, before=limit)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert str(output) in result.stderr
+    assert not list(tmp_path.rglob(".partial*"))
+    # Weights that were quantized wait beside the output for the command to go on.
+    assert {path.parent.name for path in tmp_path.rglob("*.safetensors")} <= {"out.weights"}
+    assert not output.exists() or step == "adapter"
+
+
+def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs privileges")
+    try:
+        result = command("quantize", "--model", paths["model"], "--output", small / "out")
+        assert result.returncode == 2, result.stderr
+        assert "full" in result.stderr
+        # What was quantized waits for more room, if there was room for any of it.
+        left = {path.name for path in small.iterdir()}
+        assert left <= {"out.weights"}
+        assert bool(left) == (f"what was quantized so far is kept in {small}/out.weights" in result.stderr)
+        shutil.rmtree(small / "out.weights", ignore_errors=True)
+        result = command("finetune", *base(paths), "--output", small / "run", *RUN)
+        assert result.returncode == 2, result.stderr
+        assert "full" in result.stderr
+        assert not list(small.rglob("*.safetensors"))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_packed_rows_do_not_see_each_other(paths: Paths) -> None:
+    """The loss over packed rows is that over the rows one by one, with the transformers model's own loss."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import qlora_ext
+    from qlora_ext.cli.data import encode, pack, read_examples
+    from qlora_ext.cli.training.trainer import collate
+    from qlora_ext.streaming.loss import learnt_loss
+
+    tokenizer = AutoTokenizer.from_pretrained(paths["model"])
+    model = AutoModelForCausalLM.from_pretrained(
+        paths["model"], dtype=torch.float32, quantization_config=qlora_ext.QLoRAConfig()
+    )
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    rows = list(encode(tokenizer, read_examples(str(paths["data"])), 48))[:7]
+    packed = pack(rows, 100)
+    assert len(packed) < len(rows)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            learnt = sum(label != -100 for label in row["labels"][1:])
+            alone = {key: torch.tensor([value]) for key, value in row.items()}
+            total += float(model(**alone).loss) * learnt
+            count += learnt
+        together = float(learnt_loss(model, collate(packed), None, chunked=False))
+        chunked = float(learnt_loss(model, collate(packed), None, chunked=True))
+    assert together == pytest.approx(total / count, rel=1e-5)
+    assert chunked == pytest.approx(together, rel=1e-5)

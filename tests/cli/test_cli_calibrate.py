@@ -1,0 +1,116 @@
+"""``qlora-ext quantize --calibrate``: an ordinary 4-bit directory, a record beside it, and nothing lost by a kill."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import qlora_ext
+from qlora_ext.calibration import Calibrator
+from qlora_ext.cli import main
+from qlora_ext.cli.outputs.directory import Output
+from qlora_ext.cli.outputs.files import contents
+from qlora_ext.cli.quantization import calibrate
+from tiny_models import save_tiny_llama
+
+
+@pytest.fixture
+def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+    # A text of many short sequences is written sooner.
+    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
+    save_tiny_llama(tmp_path / "model", seed=3)
+    return tmp_path / "model"
+
+
+def quantize(model: pathlib.Path, output: pathlib.Path, *options: str) -> int:
+    return main(["quantize", "--model", str(model), "--output", str(output), "--calibration-tokens", "1024", *options])
+
+
+def load(path: pathlib.Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    assert qlora_ext
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_a_text_of_its_own(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize(model, tmp_path / "plain") == 0
+    assert not (tmp_path / "plain" / "calibration.json").exists()
+    assert quantize(model, tmp_path / "out", "--calibrate", "self", "--calibration-seed", "5") == 0
+    assert "the error of their outputs is 0." in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert (record["inputs"], record["tokens"], record["seed"]) == ("self", 1024, 5)
+    assert len(record["layers"]) == 14
+    assert all(layer["tokens"] == 1024 for layer in record["layers"])
+    assert not (tmp_path / "out.calibration").exists()
+    plain, calibrated = load(tmp_path / "plain"), load(tmp_path / "out")
+    shapes = [{key: (t.dtype, t.shape) for key, t in m.state_dict().items()} for m in (plain, calibrated)]
+    assert shapes[0] == shapes[1]
+    name = "model.layers.0.mlp.down_proj"
+    assert not torch.equal(plain.get_submodule(name).weight, calibrated.get_submodule(name).weight)
+    assert quantize(model, tmp_path / "again", "--calibrate", "self", "--calibration-seed", "5") == 0
+    assert torch.equal(load(tmp_path / "again").get_submodule(name).weight, calibrated.get_submodule(name).weight)
+
+
+def test_a_text_that_is_given(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
+    assert quantize(model, tmp_path / "out", "--calibrate", str(tmp_path / "text.txt"), "--format", "bitsandbytes") == 0
+    record = json.loads((tmp_path / "out" / "calibration.json").read_text())
+    assert record["seed"] is None
+    assert all(layer["tokens"] == 1024 for layer in record["layers"])
+    (tmp_path / "short.txt").write_text("abc")
+    assert quantize(model, tmp_path / "other", "--calibrate", str(tmp_path / "short.txt")) == 2
+    assert "expected a text of at least 8 tokens, got 3" in capsys.readouterr().err
+    assert quantize(model, tmp_path / "other", "--calibrate", str(tmp_path / "none.txt")) == 2
+
+
+def test_a_killed_calibration_goes_on(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert quantize(model, tmp_path / "whole", "--calibrate", "self") == 0
+    refine, calls = Calibrator.refine, []
+
+    def killed(self: Calibrator, name: str, *args: Any) -> Any:
+        calls.append(name)
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return refine(self, name, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Calibrator, "refine", killed)
+        assert quantize(model, tmp_path / "out", "--calibrate", "self") not in (0, 2)
+    assert (tmp_path / "out.calibration" / "tokens.safetensors").exists()
+    assert not (tmp_path / "out").exists()
+    assert quantize(model, tmp_path / "out", "--calibrate", "self", "--calibration-seed", "1") == 2
+    assert quantize(model, tmp_path / "out", "--calibrate", "self") == 0
+    whole, resumed = (load(tmp_path / name).state_dict() for name in ("whole", "out"))
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert not (tmp_path / "out.calibration").exists()
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_nothing_waits_beside_a_mount_point(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
+) -> None:
+    """Nor beside a directory whose parent cannot be written to: it waits in it."""
+    monkeypatch.setattr("qlora_ext.cli.outputs.waiting.filled_from_inside", lambda path: inside)
+    output = tmp_path / "out"
+    output.mkdir()
+    waiting = output / ".partial-calibration" if inside else tmp_path / "out.calibration"
+    options = argparse.Namespace(calibrate="self", calibration_tokens=4096, calibration_seed=0)
+    with calibrate.kept_layers(options, Output(output, overwrite=False)) as directory:
+        assert directory == waiting
+        assert waiting.is_dir()
+        assert contents(output) == []
+        with calibrate.calibration(options, None, directory) as calibration:
+            assert calibration is not None
+            assert calibration.directory == directory
+    assert list(tmp_path.rglob("*")) == [output]

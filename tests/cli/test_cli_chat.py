@@ -1,0 +1,177 @@
+"""``qlora-ext chat``: in a pipe, an answer a line; on a terminal, Ctrl-C, Ctrl-D and the history do as expected."""
+
+from __future__ import annotations
+
+import io
+import os
+import pathlib
+import pty
+import select
+import shutil
+import signal
+import subprocess
+import time
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+import chat_templates
+from commands import COMMAND, Paths, environment
+from qlora_ext.cli import main
+
+
+@pytest.fixture(scope="module")
+def talker(paths: Paths) -> pathlib.Path:
+    """The model with a chat template."""
+    model = pathlib.Path(shutil.copytree(paths["model"], paths["root"] / "talker"))
+    (model / "chat_template.jinja").write_text(chat_templates.PLAIN)
+    return model
+
+
+def talk(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], said: str, *arguments: object) -> str:
+    """What a conversation prints whose input comes out of a pipe."""
+    monkeypatch.setattr("sys.stdin", io.StringIO(said))
+    capfd.readouterr()
+    assert main(["chat", *map(str, arguments), "--max-new-tokens", "8"]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    return out
+
+
+def test_a_line_in_is_an_answer_out(
+    whole_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Which is the one that generate gives."""
+    one = talk(monkeypatch, capfd, "count 3\n", "--adapter", whole_run)
+    assert main(["generate", "--adapter", str(whole_run), "--prompt", "count 3", "--max-new-tokens", "8"]) == 0
+    assert one == capfd.readouterr().out
+    several = talk(monkeypatch, capfd, "count 3\n\ncount 3\n/reset\ncount 3\n/exit\ncount 3\n", "--adapter", whole_run)
+    assert several.startswith(one)
+    assert several.endswith(one)
+    assert several.count("\n") == 3
+
+
+def test_the_history_is_in_the_prompt(
+    talker: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts = []
+
+    def complete(model: Any, tokenizer: Any, prompt: list[int], new: int, temperature: float, streamer: Any) -> None:
+        prompts.append(tokenizer.decode(prompt))
+        streamer.put(torch.tensor([prompt]))
+        streamer.put(torch.tensor(tokenizer(" fine\x1b")["input_ids"]))
+        streamer.end()
+
+    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
+    told = talk(monkeypatch, capfd, "hello\nand\n/reset\nhello\n", "--model", talker, "--system", "be brief")
+    assert told == "fine\\x1b\n" * 3
+    begin = "<system>be brief</><user>hello</><assistant>"
+    assert prompts == [begin, f"{begin}fine\x1b</><user>and</><assistant>", begin]
+
+
+def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -> None:
+    from transformers import AutoTokenizer
+
+    from qlora_ext.cli.errors import UserError
+    from qlora_ext.cli.generation.conversation import Conversation
+    from qlora_ext.cli.models.loading import Loader
+    from qlora_ext.cli.models.sources import resolve
+    from qlora_ext.form import Form
+
+    model = Loader(resolve(str(talker)), Form(torch.float32), torch.device("cpu")).while_loading()
+    talk = Conversation(model, AutoTokenizer.from_pretrained(talker), "be brief", 8, 0.0)
+    shown: list[str] = []
+    forgotten = [talk.answer("x" * 60, shown.append) for _ in range(4)]  # of 256 tokens
+    assert forgotten[:2] == [0, 0]
+    assert sum(forgotten) > 0
+    with pytest.raises(UserError, match="the model has room for 248"):
+        talk.answer("x" * 300, shown.append)
+    assert talk.answer("x", shown.append) == 0
+
+
+def test_what_is_refused(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model loads."""
+    monkeypatch.setattr(
+        "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
+    )
+    assert "--adapter" in refused("chat")
+    assert "no such directory" in refused("chat", "--adapter", paths["root"] / "nowhere")
+    assert "no chat template" in refused("chat", "--model", paths["model"], "--system", "be brief")
+    assert "--temperature" in refused("chat", "--model", paths["model"], "--temperature", "-1")
+
+
+def test_input_that_is_no_text(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
+    assert "UTF-8" in refused("chat", "--model", paths["model"])
+
+
+class Terminal:
+    """The command on a terminal of its own."""
+
+    def __init__(self, *arguments: object) -> None:
+        self._end, other = pty.openpty()
+        self.process = subprocess.Popen(
+            [*COMMAND, *map(str, arguments)], stdin=other, stdout=other, stderr=other, env=environment(),
+            start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
+        os.close(other)
+        self.told = ""
+
+    def wait_for(self, text: str, after: int = 0) -> None:
+        deadline = time.monotonic() + 120
+        while text not in self.told[after:]:
+            assert time.monotonic() < deadline, self.told
+            if select.select([self._end], [], [], 1.0)[0]:
+                try:
+                    self.told += os.read(self._end, 4096).decode(errors="replace")
+                except OSError:  # the other side is closed
+                    assert text in self.told[after:], self.told
+                    return
+
+    def type(self, text: str) -> int:
+        before = len(self.told)
+        os.write(self._end, text.encode())
+        return before
+
+
+def test_on_a_terminal(paths: Paths) -> None:
+    talk = Terminal("chat", "--model", paths["model"], "--max-new-tokens", "100000", "--compile", "never")
+    talk.wait_for("> ")
+    assert "/reset" in talk.told
+    at = talk.type("hello\n")
+    talk.wait_for("hello\r\n", at)
+    time.sleep(0.3)  # the answer is being written, or has been
+    os.kill(talk.process.pid, signal.SIGINT)
+    if talk.process.poll() is None:
+        talk.wait_for("> ", at)
+        talk.type("\x04")
+    assert talk.process.wait(60) in (0, 130)  # 130 where the answer had ended before
+    assert "Traceback" not in talk.told
+
+
+def test_ctrl_c_stops_an_answer_and_no_more(
+    talker: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prompts = []
+
+    def complete(model: Any, tokenizer: Any, prompt: list[int], new: int, temperature: float, streamer: Any) -> None:
+        prompts.append(tokenizer.decode(prompt))
+        streamer.put(torch.tensor([prompt]))
+        streamer.put(torch.tensor(tokenizer("half ")["input_ids"]))
+        raise KeyboardInterrupt
+
+    class Keyboard(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
+    monkeypatch.setattr("sys.stdin", Keyboard("one\ntwo\n"))
+    assert main(["chat", "--model", str(talker), "--compile", "never"]) == 0
+    assert prompts[1] == "<user>one</><assistant>half</><user>two</><assistant>"
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert main(["chat", "--model", str(talker)]) == 130  # nobody is there to ask on
+    assert "interrupted" in capfd.readouterr().err

@@ -1,0 +1,318 @@
+"""Decoding through compiled code: the tokens of the eager model, a package that is kept, and a way without."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import shutil
+import zipfile
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
+
+import qlora_ext
+import tiny_models
+from qlora_ext.cli import main
+from qlora_ext.cli.errors import UserError
+from qlora_ext.cli.generation.compiled import decode_compiled
+from qlora_ext.decoding import CompilationError, cache, compile_decoding, compiled, prepare_to_answer
+
+PROMPT = torch.tensor([[5, 9, 17, 40]])
+
+
+@pytest.fixture(autouse=True)
+def _own_packages(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache directory for all of these tests, and one thread, which the code is compiled for."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "packages"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def adapted(dtype: torch.dtype = torch.float32, seed: int = 0, rank: int = 4, alpha: int = 8) -> Any:
+    """A tiny Llama in 4 bits, of the scale of its seed, whose adapters say something."""
+    dense = tiny_models.make("llama", dtype)
+    for p in dense.parameters():
+        p.data *= 1 + seed / 8
+    model = qlora_ext.quantize_model(dense)
+    torch.manual_seed(seed)
+    model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear")).eval()
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.05)
+    return model.requires_grad_(False)
+
+
+def decode(model: Any, tokens: int, prompt: torch.Tensor = PROMPT, **more: Any) -> torch.Tensor:
+    options = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **more}
+    out: torch.Tensor = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+    return out
+
+
+def decoder_of(model: Any) -> compiled.Decoder:
+    decoder = compile_decoding(model)
+    assert decoder is not None
+    return decoder
+
+
+def test_the_tokens_are_those_of_the_eager_model() -> None:
+    """Over caches that grow twice, of conversations one after another, and where tokens are drawn."""
+    model = adapted()
+    drawn = {"do_sample": True, "temperature": 1.5, "top_k": 0}
+
+    def everything() -> list[torch.Tensor]:
+        torch.manual_seed(5)
+        longer = torch.arange(3, 103)[None]
+        return [decode(model, 600), decode(model, 9, longer), decode(model, 9), decode(model, 40, **drawn)]
+
+    expected = everything()
+    decoder = decoder_of(model)
+    got = everything()
+    assert decoder.steps == 599 + 8 + 8 + 39  # the first token of each comes from its prompt
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_the_cache_stays_the_model_s_own() -> None:
+    """After decoded tokens, several at once run eagerly on what was decoded."""
+    model = adapted()
+    more = torch.tensor([[7, 8, 9]])
+
+    def last(token_by_token: torch.Tensor) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            model(input_ids=PROMPT, use_cache=True, **{compiled._CACHE: cache})
+            for token in token_by_token:
+                model(input_ids=token.reshape(1, 1), use_cache=True, **{compiled._CACHE: cache})
+            return model(input_ids=more, use_cache=True, **{compiled._CACHE: cache}).logits
+
+    expected = last(torch.tensor([11, 12]))
+    decoder = decoder_of(model)
+    torch.testing.assert_close(last(torch.tensor([11, 12])), expected, rtol=1e-4, atol=1e-5)
+    assert decoder.steps == 2
+
+
+def test_bfloat16_is_no_further_from_float32_than_eager() -> None:
+    tokens = torch.randint(3, 128, (1, 48), generator=torch.Generator().manual_seed(2))
+
+    def logits(model: Any) -> torch.Tensor:
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            steps = [model(input_ids=t.reshape(1, 1), use_cache=True, **{compiled._CACHE: cache}) for t in tokens[0]]
+        return torch.cat([step.logits for step in steps]).double()
+
+    model = adapted(torch.bfloat16)
+    eager = logits(model)
+    decoder_of(model)
+    exact = logits(adapted(torch.bfloat16).float())
+
+    def error(got: torch.Tensor) -> float:
+        return float((got - exact).norm() / exact.norm())
+
+    assert 1e-4 < error(eager) < 0.05
+    assert error(logits(model)) < 1.2 * error(eager)
+
+
+def test_a_package_is_kept_for_every_model_of_a_shape(capfd: pytest.CaptureFixture[str]) -> None:
+    decoder_of(adapted())
+    capfd.readouterr()
+    other = adapted(seed=1)
+    expected = decode(other, 20)
+    decoder = decode_compiled(other, "auto", pays=False)
+    assert decoder is not None
+    assert capfd.readouterr().err == ""  # nothing was compiled
+    assert torch.equal(decode(other, 20), expected)
+    assert decoder.steps == 19
+    for different in (adapted(rank=2), adapted(alpha=16)):
+        assert decode_compiled(different, "auto", pays=False) is None
+    assert decode_compiled(adapted(), "never", pays=True) is None
+
+
+def test_what_is_in_the_cache_serves_without_a_compiler_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder_of(adapted())
+    monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
+    told: list[str] = []
+    assert compile_decoding(adapted(seed=2), missing=False, progress=told.append) is not None
+    assert compile_decoding(adapted(rank=5), missing=False, progress=told.append) is None
+    assert told == []
+
+
+def test_the_commands_decode_compiled(whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--adapter", str(whole_run), "--prompt", "count 3", "--max-new-tokens", "40", "--dtype", "float32"]
+
+    def answer(*more: str) -> tuple[str, str]:
+        capfd.readouterr()
+        assert main(["generate", *options, *more]) == 0
+        out, err = capfd.readouterr()
+        return out, err
+
+    eager, told = answer()  # too few tokens to compile for
+    assert told == ""
+    first, told = answer("--compile", "always")
+    assert "compiling the model" in told
+    assert "compiled in" in told
+    assert (first, *answer()) == (eager, eager, "")
+
+
+def test_without_a_compiler_or_where_it_fails_the_model_stays_eager(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: Any) -> None:
+        raise RuntimeError("no such instruction\nand more")
+
+    model = adapted(rank=3)
+    forward = model.get_base_model().forward
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "_compile", broken)
+        assert decode_compiled(model, "auto", pays=True) is None
+        assert "not compiled (no such instruction)" in capfd.readouterr().err
+        with pytest.raises(UserError, match="--compile always: this model cannot be compiled: no such instruction"):
+            decode_compiled(model, "always", pays=True)
+        with pytest.raises(CompilationError, match=r"^no such instruction$"):
+            compile_decoding(model)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="there is no C\\+\\+ compiler"):
+        decode_compiled(model, "always", pays=True)
+    with pytest.raises(CompilationError, match=r"^there is no C\+\+ compiler$"):
+        compile_decoding(model, missing=False)
+    assert decode_compiled(model, "auto", pays=False) is None
+    assert model.get_base_model().forward == forward
+
+
+def test_what_is_not_compiled() -> None:
+    sliding = AutoModelForCausalLM.from_config(MistralConfig(**tiny_models.SIZES, sliding_window=8))
+    assert compiled.obstacle(sliding) == "its cache is more than keys and values"
+    prefix = get_peft_model(tiny_models.make("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    assert compiled.obstacle(prefix) == "the adapter is a prompt"
+    merge_aware = adapted()
+    qlora_ext.integrations.peft.set_merge_aware(merge_aware)
+    assert compiled.obstacle(merge_aware) == "the adapter runs as merged"
+    assert compiled.obstacle(adapted()) is None
+
+
+def test_a_directory_that_others_can_write_to_is_not_used(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    path = compiled.directory()
+    assert path.stat().st_mode & 0o777 == 0o700
+    path.chmod(0o777)
+    with pytest.raises(UserError, match="others can write to this directory"):
+        decode_compiled(adapted(), "always", pays=True)
+
+
+def damage(package: pathlib.Path, kind: str) -> None:
+    whole = package.read_bytes()
+    if kind == "a bit":
+        at = len(whole) // 2
+        package.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    else:
+        package.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "noise": b"PK" * 5000}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "truncated", "noise", "a bit"])
+def test_a_damaged_package_is_no_package(tmp_path: pathlib.Path, kind: str) -> None:
+    decoder_of(adapted())
+    (package, *_) = cache.directory().glob("*.pt2")
+    copy = tmp_path / package.name
+    shutil.copy(package, copy)
+    assert cache.is_whole(copy)
+    damage(copy, kind)
+    assert not cache.is_whole(copy)
+
+
+def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted()
+    expected = decode(model, 5)
+    decoder_of(adapted())
+    package = (
+        compiled.directory()
+        / f"{compiled._digest(model, compiled._state(compiled._Step(compiled.causal_lm(model))))}.pt2"
+    )
+    whole = package.read_bytes()
+    compiled_anew = []
+
+    def make(lm: Any, step: Any, package: pathlib.Path) -> None:
+        compiled_anew.append(package)
+        package.write_bytes(whole)
+
+    monkeypatch.setattr(compiled, "_compile", make)
+    damage(package, "truncated")
+    assert decode_compiled(adapted(), "auto", pays=False) is None
+    decoder_of(model)
+    assert torch.equal(decode(model, 5), expected)
+    assert compiled_anew == [package]
+    with zipfile.ZipFile(package, "w") as archive:  # whole, and no package
+        archive.writestr("a", "b")
+    assert decode_compiled(adapted(), "auto", pays=True) is not None
+    assert compiled_anew == [package] * 2
+
+
+def test_what_killed_compilations_left_is_deleted_and_nothing_else(tmp_path: pathlib.Path) -> None:
+    package = f"{'a' * 64}.pt2"
+    for name in ("compiling-ab3_d6gh", "tmpab3_d6gh", "compiling-theses00", "tmp-directory", "compiling-running0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / package).write_text("half")
+    (tmp_path / "compiling-empty000").mkdir()
+    (tmp_path / "compiling-theses00" / "thesis.tex").write_text("mine")
+    (tmp_path / "tmpalink000").symlink_to(tmp_path / "tmp-directory")
+    (tmp_path / "tmpafile000").write_text("mine")
+    (tmp_path / package).write_text("whole")
+    descriptor = os.open(tmp_path / "compiling-running0", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    cache.clean(tmp_path)
+    os.close(descriptor)
+    left = ["compiling-running0", "compiling-theses00", "tmp-directory", "tmpafile000", "tmpalink000", package]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
+    assert (tmp_path / "tmp-directory" / package).exists()
+
+
+def test_a_package_takes_its_name_when_it_is_written(tmp_path: pathlib.Path) -> None:
+    package = tmp_path / f"{'b' * 64}.pt2"
+    with contextlib.suppress(KeyboardInterrupt), cache.written(package) as path:
+        path.write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with cache.written(package) as path:
+        path.write_text("whole")
+        cache.clean(tmp_path)  # by another process: this one is at work
+        assert path.exists()
+    assert [p.name for p in tmp_path.iterdir()] == [package.name]
+    assert package.read_text() == "whole"
+
+
+def test_a_prompt_does_not_copy_the_output_head() -> None:
+    """The last token of a prompt is a slice, for whose strides torch takes a batched product and copies the head."""
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.ops.aten.clone.default, torch.ops.aten.copy_.default, torch.ops.aten.bmm.default):
+                self.elements = max(self.elements, *(t.numel() for t in args if isinstance(t, torch.Tensor)))
+            return func(*args, **(kwargs or {}))
+
+    def largest(model: Any) -> int:
+        with torch.no_grad(), Largest() as mode:
+            model(input_ids=PROMPT, logits_to_keep=1)
+        return mode.elements
+
+    model = adapted(torch.bfloat16)
+    head = model.get_output_embeddings().weight.numel()
+    with torch.no_grad():
+        expected = model(input_ids=PROMPT, logits_to_keep=1).logits
+    assert largest(model) >= head  # without it
+    prepare_to_answer(model)
+    assert largest(model) < head
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=PROMPT, logits_to_keep=1).logits, expected)

@@ -1,0 +1,126 @@
+"""GGUF files: incomplete ones are rejected, the others are quantized one weight at a time."""
+
+from __future__ import annotations
+
+import pathlib
+import signal
+import struct
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+pytest.importorskip("gguf", reason="the command's libraries are not installed")
+
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+import qlora_ext
+from forks import Command
+from gguf_files import llama_file, write
+from qlora_ext.cli import main
+from qlora_ext.cli.models.loading import Loader
+from qlora_ext.cli.models.sources import resolve
+from qlora_ext.form import Form
+from qlora_ext.gguf import weights
+from test_cli_stream import killed_at_the_sixth_weight
+from tiny_models import SIZES, make, same_state
+
+__all__ = ["llama_file"]  # a fixture
+
+
+def mixture() -> Any:
+    # Experts of any other size transformers does not read of a file's header.
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+    config = Qwen3MoeConfig(**SIZES, head_dim=16, **experts)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+
+
+def test_files_that_are_not_whole(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path, output = tmp_path / "changed.gguf", tmp_path / "out"
+    whole = llama_file.read_bytes()
+    count = struct.unpack_from("<Q", whole, 8)[0]
+    assert count == 21
+    blocks = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    norm = whole.index(b"output_norm.weight")
+    cases = {
+        **{f"{n} tensors": (8, struct.pack("<Q", n)) for n in (0, 1, count - 1, count + 1, 2**40)},
+        "1 layer": (blocks, struct.pack("<I", 1)),
+        "3 layers": (blocks, struct.pack("<I", 3)),
+        "no norm": (norm, b"output_nomr.weight"),
+        "metadata": (16, struct.pack("<Q", 2**60)),
+        "version": (4, struct.pack("<I", 99)),
+    }
+    for name, (at, change) in cases.items():
+        path.write_bytes(whole[:at] + change + whole[at + len(change) :])
+        assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), name
+    for size in (len(whole) - 64, len(whole) // 2, 200, 24, 5, 0):
+        path.write_bytes(whole[:size])
+        assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), size
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
+def test_weights_one_by_one_are_those_of_the_whole(
+    architecture: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tiny.gguf"
+    write(make("llama") if architecture == "llama" else mixture(), path, architecture)
+    decoded: list[str] = []
+    decode = weights.GGUFWeights.decode
+    monkeypatch.setattr(weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1])
+    found = Loader(resolve(str(path)), Form(torch.bfloat16), torch.device("cpu")).while_loading()
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
+    assert sorted(decoded) == sorted(expected.state_dict())
+    assert same_state(found, qlora_ext.quantize_model(expected))
+
+
+def test_a_killed_quantize_goes_on(
+    llama_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", "--model", str(llama_file), "--output"]
+    killed = Command(*command, tmp_path / "out", before=killed_at_the_sixth_weight)
+    assert killed.wait().returncode == -signal.SIGKILL
+    assert main([*command, str(tmp_path / "out")]) == 0
+    assert "has already quantized 5 weights" in capsys.readouterr().out
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    load = AutoModelForCausalLM.from_pretrained
+    assert same_state(load(tmp_path / "out"), load(tmp_path / "whole"))
+
+
+def test_what_finds_no_place_is_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(make("llama"), tmp_path / "more.gguf", "llama", {"rope_freqs.weight": np.ones(8, np.float32)})
+    assert main(["quantize", "--model", str(tmp_path / "more.gguf"), "--output", str(tmp_path / "out")]) == 0
+    told = capsys.readouterr().err
+    assert "1 weights in its files are no part of a LlamaForCausalLM and were left out: rope_freqs.weight" in told
+
+
+def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """As an adapter's configuration names the base, for tools that know directories alone."""
+    directory = tmp_path / "directory"
+    directory.mkdir()
+    (directory / "a.gguf").write_bytes(llama_file.read_bytes())
+    found = resolve(str(directory))
+    assert found == resolve(str(directory / "a.gguf"))
+    assert (found.path, found.gguf_file) == (str(directory), "a.gguf")
+    (directory / "b.gguf").write_bytes(llama_file.read_bytes())
+    assert "no config.json" in refused("quantize", "--model", directory, "--output", tmp_path / "out")
+
+
+def test_what_an_adapter_names_as_its_base() -> None:
+    """A path or a hub name that other tools can follow; the name that only we know is in our own file."""
+    from qlora_ext.cli.models.sources import ModelSource
+    from qlora_ext.cli.training.adapting import add_adapter
+    from qlora_ext.cli.training.settings import Settings
+
+    for source, expected in (
+        (ModelSource("package:llm-x", "/some/where", "x.gguf"), "/some/where"),
+        (ModelSource("/some/x.gguf", "/some", "x.gguf"), "/some"),
+        (ModelSource("/some/model", "/some/model"), "/some/model"),
+        (ModelSource("owner/name", "owner/name"), "owner/name"),
+    ):
+        adapted = add_adapter(qlora_ext.quantize_model(make()), source, Settings(), force=False)
+        assert adapted.peft_config["default"].base_model_name_or_path == expected

@@ -1,0 +1,89 @@
+"""``qlora-ext merge --4bit`` and ``quantize --format bitsandbytes``, on the run that test_cli makes."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+
+import pytest
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+from commands import Paths, here
+
+
+def test_merge_to_4bit_tells_what_it_costs(
+    paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    losses = {}
+    for kind, options in {"dense": [], "4bit": ["--4bit"]}.items():
+        output = paths["root"] / f"merged_{kind}"
+        here("merge", "--adapter", whole_run, "--output", output, "--dtype", "float32", "--evaluate", *options)
+        told = capfd.readouterr().out
+        numbers = re.search(r"held-out loss: ([\d.]+) unmerged, ([\d.]+) merged", told)
+        assert numbers
+        losses[kind] = [float(number) for number in numbers.groups()]
+    assert losses["dense"][0] == losses["4bit"][0]
+    assert abs(losses["dense"][1] - losses["dense"][0]) < 2e-4
+    assert 0 < abs(losses["4bit"][1] - losses["4bit"][0]) < 0.05
+    metrics = json.loads((whole_run / "adapter" / "qlora_run.json").read_text())["metrics"]
+    assert abs(math.log(metrics["perplexity_after"]) - losses["dense"][0]) < 0.01  # the run's own, in bfloat16
+
+    error = json.loads((output / "merge_error.json").read_text())
+    assert len(error["by_layer"]) == 14
+    assert f"{error['total']:.2%} of the merged weights' norm" in told
+    assert f"at most {max(error['by_layer'].values()):.2%} in " in told
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.quantization_config.quant_method == "qlora_ext"
+
+
+def test_quantize_for_bitsandbytes(paths: Paths) -> None:
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    from transformers import AutoModelForCausalLM
+
+    here("quantize", "--model", paths["model"], "--output", paths["root"] / "bnb", "--format", "bitsandbytes")
+    model = AutoModelForCausalLM.from_pretrained(paths["root"] / "bnb")
+    assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == 14
+
+
+def test_what_was_trained_as_merged_is_what_is_merged(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "merged"
+    here(
+        "finetune", "--model", paths["model"], "--data", paths["data"], "--output", run, "--max-steps", "3",
+        "--seq-len", "32", "--batch-size", "2", "--eval-size", "4", "--merge-aware", "--dtype", "float32",
+    )  # fmt: skip
+    settings = json.loads((run / "settings.json").read_text())
+    assert (settings["merge_aware"], settings["dropout"]) == (True, 0.0)
+    capfd.readouterr()
+    here("merge", "--adapter", run, "--output", output, "--4bit", "--dtype", "float32", "--evaluate")
+    told = capfd.readouterr().out
+    assert re.search(r"held-out loss: ([\d.]+) unmerged, \1 merged \(\+0.0000\)", told), told
+    kept = re.search(r"the codes hold ([\d.]+)% of what the adapter adds", told)
+    assert kept
+    assert 50 < float(kept[1]) < 150
+
+
+def test_merge_to_4bit_calibrated(
+    paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
+    output = paths["root"] / "merged_calibrated"
+    options = "--4bit", "--calibrate", "self", "--calibration-tokens", "1024", "--evaluate", "--dtype", "float32"
+    here("merge", "--adapter", whole_run, "--output", output, *options)
+    told = capfd.readouterr().out
+    assert "calibrated 14 weights: the error of their outputs is 0." in told
+    numbers = re.search(r"held-out loss: ([\d.]+) unmerged, ([\d.]+) merged", told)
+    assert numbers
+    assert abs(float(numbers[1]) - float(numbers[2])) < 0.05
+    assert len(json.loads((output / "calibration.json").read_text())["layers"]) == 14
+    assert not (paths["root"] / "merged_calibrated.calibration").exists()
+    with pytest.raises(AssertionError):
+        here("merge", "--adapter", whole_run, "--output", paths["root"] / "no", "--calibrate", "self")
+    assert "--calibrate needs --4bit" in capfd.readouterr().err

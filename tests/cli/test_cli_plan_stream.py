@@ -1,0 +1,125 @@
+"""The planner on streaming, against real streamed models and its own formula; and what it chooses by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from transformers import AutoModelForCausalLM
+
+import qlora_ext
+from qlora_ext.cli import main
+from qlora_ext.planning import families
+from qlora_ext.planning.blocks import streamed
+from qlora_ext.planning.memory import Job, split
+from qlora_ext.streaming.blocks import blocks_of
+
+SIZES = "hidden=128,intermediate=384,layers=10,heads=4,kv-heads=2,vocab=512"
+
+
+def plan(capsys: pytest.CaptureFixture[str], *options: str) -> Any:
+    assert main(["plan", "--sizes", SIZES, "--seq-len", "64", "--json", *options]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_blocks_are_those_of_the_model() -> None:
+    config = families.config_of_sizes(SIZES)
+    with torch.device("meta"):
+        model = qlora_ext.quantize_model(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
+    blocks = blocks_of(model)
+    found = streamed(Job(config=config))
+    assert found.blocks == len(blocks) == 10
+    assert found.total == sum(block.nbytes for block in blocks)
+    assert found.largest == blocks[0].nbytes
+    weights = sum(m.in_features * m.out_features for m in blocks[0].modules)
+    assert found.active == weights
+
+
+def test_what_streaming_saves_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    resident = plan(capsys)
+    assert "streaming" not in resident
+    found = plan(capsys, "--stream", "ram", "--grad-checkpointing", "--link", "10GB/s", "--flops", "50e12")
+    s, blocks = found["streaming"], streamed(Job(config=families.config_of_sizes(SIZES)))
+    assert s["slots"] == 2
+    assert found["bytes"]["ring"] == 2 * blocks.largest
+    assert found["bytes"]["base weights"] + found["bytes"]["scales"] == 0
+    assert s["host_bytes"] == blocks.total
+    assert s["step_bytes"] == 2 * 8 * blocks.largest
+    seconds, operations = blocks.largest / 10e9, 2 * blocks.active / 50e12
+    assert s["free_tokens"] == pytest.approx(seconds / operations, abs=1)
+    assert s["free_tokens_of_the_step"] == pytest.approx(2 * seconds / (3 * operations), abs=1)
+    from_disk = plan(capsys, "--stream", "disk", "--resident", "1GB")["streaming"]
+    assert from_disk["slots"] == 10
+    assert from_disk["step_bytes"] == 0
+    assert from_disk["host_bytes"] == 2 * blocks.largest
+
+
+def test_long_contexts(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--grad-checkpointing", "--chunked-loss", "--batch-size", "4")
+    plain = plan(capsys, *options)["bytes"]
+    offloaded = plan(capsys, *options, "--offload-checkpoints")
+    assert offloaded["total"] <= sum(plain.values())
+    job = Job(config=families.config_of_sizes(SIZES), seq_len=64, batch_size=4, grad_checkpointing=True)
+    one = 4 * 64 * 128 * 2
+    at_the_turn, near_the_end = {"activations": 12 * one, "adapters": 0}, {"activations": one, "adapters": 0}
+    job = dataclasses.replace(job, offload_checkpoints=True)
+    assert split(job, [at_the_turn])["activations"] == 4 * one  # of ten inputs eight are elsewhere
+    assert split(job, [near_the_end])["activations"] == one
+    chunked = plan(capsys, *options, "--mlp-chunk", "8")
+    assert chunked["total"] < sum(plain.values())
+
+
+def test_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
+    everything = plan(capsys, "--max-memory", "10GB")
+    assert everything["switches"] == "no switch"
+    assert everything["largest_model"] == "smollm2-135m"
+    nothing = plan(capsys, "--max-memory", "1MB")
+    assert not nothing["fits"]
+    assert nothing["longest_context"] == 0
+    size = plan(capsys, "--chunked-loss", "--grad-checkpointing")["total"]
+    some = plan(capsys, "--max-memory", str(int(size * 1.01)))
+    assert some["fits"]
+    assert some["total"] <= size * 1.01
+    assert "--grad-checkpointing" in some["switches"]
+    at_most = plan(capsys, "--max-memory", "200MB")["longest_context"]
+    fitting = plan(capsys, "--seq-len", str(at_most), "--memory", "200MB")
+    assert fitting["fits"]
+    assert fitting["total"] > 0.9 * 200e6
+
+
+def test_a_run_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
+    card, host = plan(capsys, "--grad-checkpointing"), plan(capsys, "--grad-checkpointing", "--device", "cpu")
+    parts = host["bytes"]
+    assert parts.keys() - card["bytes"].keys() == {"malloc", "process"}
+    assert parts["malloc"] == pytest.approx(0.7 * parts["workspace"])
+    assert 0.4e9 < parts["process"] < 2e9  # Python, torch, transformers and PEFT
+    assert host["total"] == pytest.approx(card["total"] + parts["malloc"] + parts["process"])
+    narrow = plan(capsys, "--device", "cpu", "--max-memory", str(int(parts["process"] + 8e6)))
+    assert "--offload-checkpoints" not in narrow["switches"]
+    assert "--stream ram" not in narrow["switches"]
+    assert plan(capsys, "--device", "cpu", "--max-memory", "300MB")["fits"] is False
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--resident", "1GB"), "--resident 1GB needs --stream"),
+        (("--link", "fast"), "--link fast: expected a size"),
+        (("--flops", "-1"), "--flops -1: expected a size"),
+        (("--max-memory", "0GB"), "--max-memory 0GB: expected a size"),
+        (("--offload-checkpoints",), "needs --grad-checkpointing"),
+        (("--mlp-chunk", "-1"), "--mlp-chunk -1: expected"),
+    ],
+)
+def test_options_that_make_no_sense(capsys: pytest.CaptureFixture[str], options: tuple[str, ...], message: str) -> None:
+    assert main(["plan", "--sizes", SIZES, *options]) != 0
+    assert message in capsys.readouterr().err

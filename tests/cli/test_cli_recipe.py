@@ -1,0 +1,195 @@
+"""The recipe of ``finetune``: schedules, warm-up, clipping, NEFTune, no packing, rsLoRA, DoRA, modules trained in
+full."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
+from qlora_ext.cli.training.settings import SCHEDULES, Settings, layer_numbers
+
+STEPS = ["--max-steps", "5", "--save-steps", "3"]
+
+
+def arguments_of(tmp_path: pathlib.Path, steps: int = 100, **settings: Any) -> Any:
+    from qlora_ext.cli.training.trainer import training_arguments
+
+    return training_arguments(Settings(**settings), steps, tmp_path, torch.device("cpu"))
+
+
+def test_the_default_recipe_is_the_paper_s(tmp_path: pathlib.Path) -> None:
+    made = arguments_of(tmp_path)
+    assert made.lr_scheduler_type.value == "constant_with_warmup"
+    assert (made.warmup_steps, made.max_grad_norm, made.weight_decay) == (3, 0.3, 0.0)
+    assert made.neftune_noise_alpha is None
+
+
+def test_what_the_trainer_is_given(tmp_path: pathlib.Path) -> None:
+    made = arguments_of(
+        tmp_path, lr_schedule="cosine", warmup_steps=7, weight_decay=0.1, max_grad_norm=0.0, neftune_alpha=5.0
+    )
+    assert made.lr_scheduler_type.value == "cosine"
+    assert (made.warmup_steps, made.max_grad_norm, made.weight_decay) == (7, 0.0, 0.1)
+    assert made.neftune_noise_alpha == 5.0
+    assert arguments_of(tmp_path, warmup_ratio=0.25).warmup_steps == 25
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_transformers_knows_the_schedules(name: str) -> None:
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    schedule = get_scheduler(name, optimizer, num_warmup_steps=0 if name == "constant" else 2, num_training_steps=10)
+    rates = [schedule.lr_lambdas[0](step) for step in range(10)]
+    assert (rates[1] == rates[9]) == (name == "constant")
+    depends = [get_scheduler(name, optimizer, 2, steps).lr_lambdas[0](5) for steps in (10, 20)]
+    assert Settings(lr_schedule=name).depends_on_length == (depends[0] != depends[1])
+
+
+def test_layer_numbers() -> None:
+    assert layer_numbers("") == []
+    assert layer_numbers("3, 0-1,1") == [0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ("--warmup-steps 3 --warmup-ratio 0.1", "--warmup-steps and --warmup-ratio"),
+        ("--lr-schedule constant --warmup-steps 3", "--lr-schedule constant has no warm-up"),
+        ("--lr-schedule cosin", "did you mean cosine?"),
+        ("--warmup-ratio 1", "--warmup-ratio 1.0: expected"),
+        ("--weight-decay -1", "--weight-decay -1.0: expected"),
+        ("--max-grad-norm nan", "--max-grad-norm nan: expected"),
+        ("--layers 2", "--layers 2: expected layers from 0 to 1, got 2"),
+        ("--layers 1-0", "--layers 1-0: expected numbers"),
+        ("--layers x", "--layers x: expected numbers"),
+        ("--modules-to-save nowhere", "--modules-to-save nowhere: no module"),
+        ("--modules-to-save mlp", "--modules-to-save mlp: its linear layers are 4-bit"),
+        ("--chunked-loss --modules-to-save lm_head", "--chunked-loss: the output head is trained too"),
+        ("--merge-aware --dora", "leave out --dora"),
+        ("--max-memory 8GB --dora", "--max-memory: the planner does not know --dora"),
+        ("--max-memory 8GB --layers 0", "--max-memory: the planner does not know --layers"),
+        ("--method dpo --neftune-alpha 5", "--neftune-alpha: not supported with DPO"),
+    ],
+)
+def test_what_is_refused(refused: Any, paths: Paths, tmp_path: pathlib.Path, options: str, said: str) -> None:
+    assert said in refused("finetune", *base(paths), "--output", tmp_path / "run", *SMALL, *options.split())
+    assert not (tmp_path / "run").exists()
+
+
+def weights(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(adapter / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--lr-schedule cosine --warmup-steps 2 --weight-decay 0.1 --neftune-alpha 5 --no-packing --rslora --layers 1",
+        "--dora --modules-to-save lm_head,norm --lr-schedule linear --max-grad-norm 0",
+    ],
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(paths: Paths, tmp_path: pathlib.Path, options: str) -> None:
+    run = tmp_path / "run"
+    here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, *options.split())
+    whole = adapter_bytes(run)
+    config = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    names = set(weights(run / "adapter"))
+    if "--dora" in options:
+        assert config["use_dora"]
+        assert {"base_model.model.lm_head.weight", "base_model.model.model.norm.weight"} <= names
+    else:
+        assert (config["use_rslora"], config["layers_to_transform"]) == (True, [1])
+        assert names
+        assert all(".layers.1." in name for name in names)
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoint-5")
+    here("finetune", "--output", run, "--resume")
+    assert adapter_bytes(run) == whole
+
+
+def test_each_option_changes_what_is_learnt(paths: Paths, tmp_path: pathlib.Path) -> None:
+    learnt = {}
+    for options in ("", "--lr-schedule cosine", "--warmup-steps 4", "--weight-decay 0.5", "--max-grad-norm 0",
+                    "--neftune-alpha 9", "--rslora"):  # fmt: skip
+        run = tmp_path / (options.replace(" ", "") or "plain")
+        here("finetune", *base(paths), "--output", run, *SMALL, "--max-steps", "3", *options.split())
+        learnt[options] = adapter_bytes(run)
+    assert len(set(learnt.values())) == len(learnt)
+
+
+def test_whole_modules_and_dora_are_merged_and_asked(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In another dtype than the modules were trained in, too; and from a checkpoint, which names no base of ours."""
+    run = tmp_path / "run"
+    here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, "--dora", "--modules-to-save", "lm_head")
+    here("generate", "--adapter", run, "--max-new-tokens", "2", "count 3")
+    here("generate", "--adapter", run / "checkpoint-3", "--max-new-tokens", "2", "count 3")
+    capfd.readouterr()
+    for number, more in enumerate((["--dtype", "float32"], ["--4bit"])):
+        here("merge", "--adapter", run, "--output", tmp_path / f"merged{number}", "--evaluate", *more)
+        told = capfd.readouterr().out
+        before, after = (float(told.split(f" {word}")[0].split()[-1]) for word in ("unmerged", "merged ("))
+        assert after == pytest.approx(before, abs=1e-4 if number == 0 else 0.05)
+
+
+def test_a_head_that_is_tied_is_trained_with_the_embeddings(paths: Paths, tmp_path: pathlib.Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(paths["model"])
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path / "tied")
+    AutoTokenizer.from_pretrained(paths["model"]).save_pretrained(tmp_path / "tied")
+    run = tmp_path / "run"
+    arguments = ["--model", tmp_path / "tied", "--data", paths["data"], *SMALL, "--max-steps", "2"]
+    here("finetune", *arguments, "--output", run, "--modules-to-save", "embed_tokens")
+    here("merge", "--adapter", run, "--output", tmp_path / "merged", "--dtype", "float32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    trained = merged.get_input_embeddings().weight
+    assert torch.equal(trained, merged.get_output_embeddings().weight)
+    assert not torch.equal(trained, model.get_input_embeddings().weight)
+
+
+def test_rows_of_their_own(paths: Paths, tmp_path: pathlib.Path) -> None:
+    from transformers import AutoTokenizer
+
+    from qlora_ext.cli.data import read_examples, split
+
+    tokenizer = AutoTokenizer.from_pretrained(paths["model"])
+    examples = read_examples(str(paths["data"]))
+    alone = split(tokenizer, examples, 64, None, 3, 0, packing=False)
+    packed = split(tokenizer, examples, 64, None, 3, 0)
+    assert alone.held_out == packed.held_out
+    assert len(alone.train) == len(examples) - len(alone.held_out) > len(packed.train)
+    assert all(row["position_ids"] == list(range(len(row["input_ids"]))) for row in alone.train)
+    assert sum(len(row["input_ids"]) for row in alone.train) == sum(len(row["input_ids"]) for row in packed.train)
+
+
+def test_plan_counts_modules_that_are_trained_whole(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+    totals = []
+    for more in ([], ["--modules-to-save", "embed_tokens"]):
+        here("plan", "--model", paths["model"], "--json", "--memory", "8GB", *more)
+        totals.append(json.loads(capfd.readouterr().out)["bytes"])
+    trained = 257 * 64 * 2  # the embeddings, in bfloat16
+    assert totals[1]["adapters"] - totals[0]["adapters"] == trained
+    assert totals[1]["optimizer state"] - totals[0]["optimizer state"] == 2 * trained
+
+
+def test_the_learning_rate_follows_its_schedule(paths: Paths, tmp_path: pathlib.Path) -> None:
+    run = tmp_path / "run"
+    options = ["--max-steps", "4", "--lr-schedule", "linear", "--warmup-steps", "2"]
+    here("finetune", *base(paths), "--output", run, *SMALL, *options)
+    rates = [line["learning_rate"] for line in read_lines(run / "metrics.jsonl") if "learning_rate" in line]
+    assert rates == pytest.approx([0.0, 0.0015, 0.003, 0.0015])

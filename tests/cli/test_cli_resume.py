@@ -1,0 +1,192 @@
+"""``--resume`` goes on with the run that was begun: over the same base and data, from a checkpoint as it was saved."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+from commands import Paths, adapter_bytes, base, here
+
+
+@pytest.fixture
+def run(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    """A run with checkpoints of steps 8 and 11, over a model and data of its own."""
+    shutil.copytree(paths["model"], tmp_path / "model")
+    shutil.copy(paths["data"], tmp_path / "data.jsonl")
+    run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+    settings = json.loads((run / "settings.json").read_text())
+    settings |= {"model": str(tmp_path / "model"), "data": str(tmp_path / "data.jsonl")}
+    (run / "settings.json").write_text(json.dumps(settings))
+    shutil.rmtree(run / "checkpoint-11")
+    shutil.rmtree(run / "adapter")
+    return run
+
+
+def change_weight(model: pathlib.Path, name: str) -> None:
+    """Changes one element of one tensor of a model."""
+    import safetensors.torch
+
+    tensors = safetensors.torch.load_file(model / "model.safetensors")
+    (found,) = (key for key in tensors if key.endswith(name))
+    tensors[found].view(-1)[-1] += 1.0
+    safetensors.torch.save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_config(model: pathlib.Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: change_weight(model, "layers.1.mlp.down_proj.weight"),
+        lambda model: change_weight(model, "layers.0.input_layernorm.weight"),
+        lambda model: change_weight(model, "embed_tokens.weight"),
+        change_config,
+    ],
+    ids=["4-bit", "norm", "embeddings", "config"],
+)
+def test_another_base(refused, run: pathlib.Path, change: Callable[[pathlib.Path], None]) -> None:
+    change(run.parent / "model")
+    told = refused("finetune", "--output", run, "--resume")
+    assert f"--model {run.parent / 'model'}" in told
+    assert "--force" in told
+    assert not (run / "adapter").exists()
+
+
+def test_other_data(refused, run: pathlib.Path, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = run.parent / "data.jsonl"
+    original = data.read_text()
+    data.write_text(original.replace("count 7", "count 70"))
+    told = refused("finetune", "--output", run, "--resume")
+    assert f"--data {data}" in told
+    assert "--force" in told
+    assert not (run / "adapter").exists()
+    here("finetune", "--output", run, "--resume", "--force")
+    assert f"continuing, although --data {data}" in capfd.readouterr().out
+    assert adapter_bytes(run) != adapter_bytes(whole_run)
+
+
+def test_another_tokenizer(refused, run: pathlib.Path) -> None:
+    tokenizer = run.parent / "model" / "tokenizer.json"
+    vocabulary = json.loads(tokenizer.read_text())
+    letters = vocabulary["model"]["vocab"]
+    letters["0"], letters["1"] = letters["1"], letters["0"]
+    tokenizer.write_text(json.dumps(vocabulary))
+    assert "tokens that --model" in refused("finetune", "--output", run, "--resume")
+
+
+def test_what_moved_is_the_same(run: pathlib.Path, whole_run: pathlib.Path) -> None:
+    (run.parent / "model").rename(run.parent / "moved")
+    (run.parent / "data.jsonl").rename(run.parent / "moved.jsonl")
+    moved = ["--model", run.parent / "moved", "--data", run.parent / "moved.jsonl"]
+    here("finetune", "--output", run, "--resume", *moved)
+    assert adapter_bytes(run) == adapter_bytes(whole_run)
+
+
+def test_a_run_without_digests(refused, run: pathlib.Path, whole_run: pathlib.Path) -> None:
+    """As versions before began them."""
+    (run / "qlora_output.json").unlink()
+    assert "does not record which data" in refused("finetune", "--output", run, "--resume")
+    here("finetune", "--output", run, "--resume", "--force")
+    assert adapter_bytes(run) == adapter_bytes(whole_run)
+
+
+def test_force_belongs_to_resume(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    assert "--resume" in refused("finetune", *base(paths), "--output", tmp_path / "run", "--force")
+
+
+def truncated(path: pathlib.Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def changed(path: pathlib.Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [pathlib.Path.unlink, truncated, changed], ids=["missing", "truncated", "changed"])
+def test_a_damaged_checkpoint(refused, run: pathlib.Path, whole_run: pathlib.Path, damage: Callable[..., None]) -> None:
+    """Whichever of its files it is."""
+    names = sorted(path.name for path in (run / "checkpoint-8").iterdir())
+    assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} < {
+        *names
+    }
+    for name in names:
+        damage(run / "checkpoint-8" / name)
+        told = refused("finetune", "--output", run, "--resume")
+        assert str(run / "checkpoint-8") in told
+        assert name in told or name == "manifest.json"  # a changed one accuses another file
+        assert "--overwrite" in told
+        shutil.copy(whole_run / "checkpoint-8" / name, run / "checkpoint-8" / name)
+    assert not (run / "adapter").exists()
+
+
+def test_the_checkpoint_before_a_damaged_one(refused, run: pathlib.Path, whole_run: pathlib.Path) -> None:
+    shutil.copytree(whole_run / "checkpoint-11", run / "checkpoint-11")
+    (run / "checkpoint-11" / "optimizer.pt").unlink()
+    told = refused("finetune", "--output", run, "--resume")
+    assert f"{run / 'checkpoint-11'} is damaged: optimizer.pt is missing" in told
+    assert "checkpoint-8 is complete: delete checkpoint-11" in told
+    shutil.rmtree(run / "checkpoint-11")
+    here("finetune", "--output", run, "--resume")
+    assert adapter_bytes(run) == adapter_bytes(whole_run)
+
+
+def test_damaged_manifests(refused, run: pathlib.Path) -> None:
+    manifest = run / "checkpoint-8" / "manifest.json"
+    for content in (
+        "",
+        "{",
+        "[]",
+        "{}",
+        '{"trainer_state.json": 5}',
+        '{"trainer_state.json": {"size": "x"}}',
+        "\udc80",
+    ):
+        manifest.write_bytes(content.encode(errors="surrogateescape"))
+        told = refused("finetune", "--output", run, "--resume")
+        assert str(run / "checkpoint-8") in told, content
+    manifest.write_text(json.dumps({"../../data.jsonl": {}, "trainer_state.json": {}}))
+    assert str(run / "checkpoint-8") in refused("finetune", "--output", run, "--resume")
+
+
+def test_digests_do_not_depend_on_threads_or_order(paths: Paths) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from qlora_ext import QLoRAConfig
+    from qlora_ext.cli.training.identity import digest_of_model
+
+    def digest(name: str) -> str:
+        model = AutoModelForCausalLM.from_pretrained(
+            paths[name], dtype=torch.bfloat16, quantization_config=QLoRAConfig()
+        )
+        return digest_of_model(model)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    first = digest("model")
+    torch.set_num_threads(threads)
+    assert digest("model") == first
+    assert digest("other") != first
+
+
+def test_a_planted_checkpoint_is_no_checkpoint(run: pathlib.Path, whole_run: pathlib.Path) -> None:
+    for name in ("checkpoint-x", "checkpoint-", ".partial-new-checkpoint-99-0123abcd"):
+        (run / name).mkdir()
+    (run / "checkpoint-99").write_text("a file")
+    here("finetune", "--output", run, "--resume")
+    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert not (run / ".partial-new-checkpoint-99-0123abcd").exists()
+    assert os.path.isfile(run / "checkpoint-99")

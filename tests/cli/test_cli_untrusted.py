@@ -1,0 +1,364 @@
+"""Files from anybody: their code does not run, their text moves no terminal, their damage is told in a sentence."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from commands import SMALL, Paths, base, here
+from qlora_ext.cli import main
+from test_cli_whole import adapter, change_json, model
+
+__all__ = ["adapter", "model"]  # fixtures
+
+ESCAPE = "\x1b[2J\x1b]0;owned\x07"
+DEEP = "[" * 100_000
+
+CODE = """
+import pathlib
+pathlib.Path({mark!r}).write_text("it ran")
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class Own(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def own_code(model: pathlib.Path, tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+    """A model of a class of its own, and the file that its code writes when it runs."""
+    mark = tmp_path / "mark"
+    (model / "own.py").write_text(CODE.format(mark=str(mark)))
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    change_json(model / "config.json", lambda c: c.update(model_type="own", architectures=["Own"], auto_map=names))
+    return model, mark
+
+
+def test_code_of_a_model_runs_only_where_it_is_trusted(refused, own_code: Any, tmp_path: pathlib.Path) -> None:
+    source, mark = own_code
+    arguments = ["quantize", "--model", source, "--output", tmp_path / "out"]
+    assert "--trust-remote-code" in refused(*arguments)
+    assert "--trust-remote-code" in refused("plan", "--model", source)
+    assert not mark.exists()
+    assert main([*map(str, arguments), "--trust-remote-code"]) == 0
+    assert mark.exists()
+
+
+def test_an_adapter_cannot_name_code_to_run(refused, own_code: Any, adapter: pathlib.Path) -> None:
+    source, mark = own_code
+    change_json(adapter / "adapter_config.json", lambda c: c.update(base_model_name_or_path=str(source)))
+    (adapter / "qlora_run.json").unlink()
+    ask = ["generate", "--adapter", adapter, "--prompt", "1", "--max-new-tokens", "1"]
+    assert "--trust-remote-code" in refused(*ask)
+    assert "--model" in refused(*ask, "--trust-remote-code")
+    assert not mark.exists()
+
+
+def test_a_model_directory_cannot_pass_on_to_another(refused, own_code: Any, paths: Paths, tmp_path: pathlib.Path):
+    source, mark = own_code
+    other = pathlib.Path(shutil.copytree(paths["model"], tmp_path / "other"))
+    (other / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(source)}))
+    assert "adapter" in refused("quantize", "--model", other, "--output", tmp_path / "out", "--trust-remote-code")
+    assert not mark.exists()
+
+
+def test_escapes_are_not_printed(
+    refused, paths: Paths, adapter: pathlib.Path, capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path, monkeypatch
+) -> None:
+    change_json(adapter / "adapter_config.json", lambda c: c.update(base_model_name_or_path=f"base{ESCAPE}"))
+    (adapter / "qlora_run.json").unlink()
+    here("adapters", adapter)
+    listed = capfd.readouterr().out
+    assert r"base\x1b[2J" in listed
+    assert r"base\x1b[2J" in refused("generate", "--adapter", adapter, "--prompt", "1")
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({ESCAPE: 1}) + "\n" + ESCAPE)
+    told = refused("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run")
+    told += refused(
+        "finetune", "--model", paths["model"], "--data", f"{tmp_path}/{ESCAPE}", "--output", tmp_path / "run"
+    )
+    told += refused("generate", "--adapter", ESCAPE, "--prompt", "1", f"--no-such{ESCAPE}")
+    monkeypatch.setattr("qlora_ext.cli.commands.generate.complete", lambda *a, **k: f"said {ESCAPE}\nmore")
+    here("generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1")
+    said = capfd.readouterr().out
+    assert said.endswith("\nmore\n")
+    for text in (listed, told, said):
+        assert "\x1b" not in text
+        assert "\x07" not in text
+
+
+def test_samples_are_printed_without_escapes(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "escapes.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"{ESCAPE} {i}", "completion": ESCAPE}) + "\n" for i in range(12)))
+    arguments = ["--model", paths["model"], "--data", data, "--output", tmp_path / "run", *SMALL, "--max-steps", "1"]
+    here("finetune", *arguments)
+    told = capfd.readouterr()
+    assert r"\x1b[2J" in told.out
+    assert "\x1b" not in told.out + told.err
+
+
+def test_one_damaged_adapter_does_not_hide_the_others(
+    whole_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("first", "second", "third", "fourth", "fifth"):
+        shutil.copytree(whole_run / "adapter", tmp_path / name)
+    (tmp_path / "second" / "adapter_config.json").write_text('{"r": [')
+    (tmp_path / "third" / "qlora_run.json").write_text(DEEP)
+    (tmp_path / "fourth" / "qlora_base.json").write_text('{"fingerprint": 5}')
+    assert main(["adapters", str(tmp_path)]) == 2
+    told = capfd.readouterr()
+    assert [line.split()[0] for line in told.out.splitlines()] == ["adapter", "fifth", "first"]
+    assert len(told.err.splitlines()) == 3
+    for name in ("second", "third", "fourth"):
+        assert name in told.err
+    assert main(["adapters", str(tmp_path), "--json"]) == 2
+    assert len(capfd.readouterr().out.splitlines()) == 2
+
+
+DAMAGES = ["", "{", DEEP, "5", "null", "[]", '"a"', "[{}]", "{}", "\x00", '{"a": 1e999}', '{"a": 1' + "0" * 5000 + "}"]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "qlora_base.json", "qlora_run.json"])
+def test_damaged_files_of_an_adapter(
+    refused, paths: Paths, adapter: pathlib.Path, name: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    ask = ["generate", "--adapter", adapter, "--prompt", "1", "--max-new-tokens", "1", "--model", paths["model"]]
+    for damage in DAMAGES:
+        (adapter / name).write_text(damage)
+        if name == "qlora_run.json" and damage in ("{}", '{"a": 1e999}'):
+            assert main([*map(str, ask)]) == 0  # there is nothing that must be in it
+            capfd.readouterr()
+        else:
+            told = refused(*ask)
+            assert str(adapter) in told
+            assert len(told) < 600
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": 5},
+        {"settings": []},
+        {"settings": {"block_size": "x"}},
+        {"settings": {"block_size": 48}},
+        {"metrics": {"steps": "x"}},
+    ],
+    ids=str,
+)
+def test_wrong_types_in_the_record_of_a_run(refused, adapter: pathlib.Path, change: dict[str, Any]) -> None:
+    change_json(adapter / "qlora_run.json", lambda record: record.update(change))
+    assert "qlora_run.json" in refused("generate", "--adapter", adapter, "--prompt", "1")
+
+
+@pytest.mark.parametrize("change", [{"seq_len": "x"}, {"max_steps": 10**15}, {"data": 5}, {"seed": -1}], ids=str)
+def test_wrong_settings_in_the_record_of_a_run(
+    refused, adapter: pathlib.Path, tmp_path: pathlib.Path, change: dict[str, Any]
+) -> None:
+    change_json(adapter / "qlora_run.json", lambda record: record["settings"].update(change))
+    told = refused("merge", "--adapter", adapter, "--output", tmp_path / "out", "--evaluate")
+    assert "qlora_run.json" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["settings.json", "before.json", "checkpoint-8/trainer_state.json"])
+def test_damaged_files_of_a_run(refused, whole_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
+    run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoint-11")
+    shutil.rmtree(run / "adapter")
+    damages = [damage for damage in DAMAGES if damage not in ("{}", '{"a": 1e999}')] if "settings" in name else DAMAGES
+    for damage in damages[:: 1 if name == "settings.json" else 4]:
+        (run / name).write_text(damage)
+        told = refused("finetune", "--output", run, "--resume")
+        assert name.partition("/")[0] in told
+        assert len(told) < 600
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_damaged_checkpoints(refused, whole_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
+    run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoint-11")
+    file = run / "checkpoint-8" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
+    torch.save([1, 2], file)
+    assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ('{"instruction": "a", "input": 5, "output": "b"}', "line 1"),
+        ('{"text": "a"}\n' + DEEP, "line 2"),
+        ('{"text": "\\ud800"}', "surrogate"),
+        ('{"messages": [{"role": "user", "content": "\\udfff"}, {"role": "assistant", "content": ""}]}', "surrogate"),
+        ('{"text": 1' + "0" * 5000 + "}", "digits"),
+        ('{"messages": [{"role": 5, "content": "a"}]}', "line 1"),
+        ("{}" + " " * 100_000 + "x", "line 1"),
+    ],
+)
+def test_lines_that_are_no_example(refused, paths: Paths, tmp_path: pathlib.Path, content: str, told: str) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text(content)
+    sentence = refused("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run")
+    assert told in sentence
+    assert len(sentence) < 500
+
+
+def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path: pathlib.Path) -> None:
+    from qlora_ext.cli.data import read_examples
+
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a\u2028b\x85c"}\r\n{"text": "d"}\n', encoding="utf-8", newline="")
+    assert read_examples(str(data)) == ["a\u2028b\x85c", "d"]
+
+
+@pytest.mark.parametrize(
+    "index", ["a", "a\t\t", "a\tA", "a\t!\tB", "a\té\tB", "a\tA\t" + "/" * 20, "a\t" + "/" * 20 + "\tA", "\x00\tA\tz"]
+)
+def test_damaged_dictionaries(refused, paths: Paths, tmp_path: pathlib.Path, index: str) -> None:
+    body = b"term\n a definition\n"
+    (tmp_path / "d.dict.dz").write_bytes(gzip.compress(body))
+    ask = ["finetune", "--model", paths["model"], "--data", tmp_path / "d.dict.dz", "--output", tmp_path / "run"]
+    (tmp_path / "d.index").write_text("term\tA\tT\n" + index + "\n", encoding="utf-8")
+    assert "line 2" in refused(*ask)
+    (tmp_path / "d.dict.dz").write_bytes(gzip.compress(body)[:-12] + bytes(12))
+    assert "dictionary" in refused(*ask)
+
+
+def test_options_out_of_range(refused, paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    train = ["finetune", *base(paths), "--output", tmp_path / "run"]
+    for option, value in (
+        ("--seed", 2**32),
+        ("--lr", "1e300"),
+        ("--alpha", "1e300"),
+        ("--rank", 10**15),
+        ("--max-steps", 10**30),
+        ("--seq-len", 10**30),
+        ("--batch-size", 10**30),
+        ("--eval-size", 10**30),
+    ):
+        assert option in refused(*train, option, value)
+    ask = ["generate", "--adapter", whole_run, "--prompt", "1"]
+    for option, value in (
+        ("--seed", -1),
+        ("--seed", 2**32),
+        ("--max-new-tokens", 10**30),
+        ("--temperature", "inf"),
+        ("--temperature", "nan"),
+        ("--temperature", "1e-320"),
+        ("--temperature", "1e300"),
+        ("--temperature", "-1"),
+    ):
+        assert option in refused(*ask, option, value)
+    assert "prompt" in refused("generate", "--adapter", whole_run, "--prompt", "\udcff")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "", "~no-such-user/x", "x/" * 3000])
+def test_names_that_no_file_has(refused, paths: Paths, tmp_path: pathlib.Path, name: str) -> None:
+    output = tmp_path / "run"
+    for arguments in (
+        ["quantize", "--model", name, "--output", output],
+        ["plan", "--model", name],
+        ["finetune", "--model", paths["model"], "--data", name, "--output", output],
+        ["generate", "--adapter", name, "--prompt", "1"],
+        ["adapters", name],
+    ):
+        assert len(refused(*arguments)) < 400
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--rank", 10**30),
+        ("--seq-len", 2**40),
+        ("--devices", 10**30),
+        ("--batch-size", 2**31),
+        ("--memory", "9" * 400),
+        ("--memory", "0"),
+        ("--sizes", "hidden=²,layers=1"),
+        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,kv-heads=0"),
+        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,kv-heads=3"),
+        ("--sizes", "hidden=64,intermediate=64,layers=1,heads=4,vocab=0"),
+        ("--sizes", f"hidden={10**20},intermediate=1,layers=1,heads=1"),
+    ],
+)
+def test_plans_out_of_range(refused, option: str, value: object) -> None:
+    assert option in refused("plan", *([] if option == "--sizes" else ["--model", "smollm2-135m"]), option, value)
+
+
+def test_a_resumed_run_needs_a_whole_adapter(refused, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    from test_cli_whole import change_weights
+
+    run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+    change_weights(run / "checkpoint-11", lambda w: w.pop(next(iter(w))))
+    assert "checkpoint-11" in refused("finetune", "--output", run, "--resume")
+
+
+def test_a_fifo_is_no_file(
+    refused, model: pathlib.Path, adapter: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever it is called: to open it would wait for ever."""
+    root = tmp_path / "adapters"
+    for name in ("one", "two"):
+        shutil.copytree(adapter, root / name)
+    (root / "one" / "adapter_config.json").unlink()
+    os.mkfifo(root / "one" / "adapter_config.json")
+    assert main(["adapters", str(root)]) == 2
+    listed = capfd.readouterr()
+    assert str(root / "one" / "adapter_config.json") + ": not a regular file" in listed.err
+    assert listed.out.splitlines()[1].startswith("two ")
+    for name in ("adapter_config.json", "adapter_model.safetensors", "qlora_run.json", "qlora_base.json"):
+        copy = pathlib.Path(shutil.copytree(adapter, tmp_path / f"copy-{name}"))
+        (copy / name).unlink()
+        os.mkfifo(copy / name)
+        assert main(["adapters", str(copy)]) == (2 if name == "adapter_config.json" else 0)
+        capfd.readouterr()
+        if name.startswith("adapter"):
+            refused("generate", "--adapter", copy, "hello")
+    for name in ("config.json", "chat_template.jinja", "tokenizer.json", "model.safetensors"):
+        copy = pathlib.Path(shutil.copytree(model, tmp_path / f"model-{name}"))
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+        told = refused("quantize", "--model", copy, "--output", tmp_path / "out")
+        assert f"{name} in that directory is not a regular file" in told
+
+
+def test_a_chat_template_that_is_a_directory(refused, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (model / "chat_template.jinja").mkdir()
+    told = refused("finetune", "--model", model, "--output", tmp_path / "out")
+    assert "chat_template.jinja in that directory is not a regular file" in told
+
+
+@pytest.mark.parametrize("name", ["package:", "package:../x", "package:-r", "package:a b", "package:http://x/y"])
+def test_names_that_no_package_has(refused, adapter: pathlib.Path, name: str) -> None:
+    assert "--model" in refused("plan", "--model", name)
+    change_json(adapter / "qlora_run.json", lambda record: record.update(model=name))
+    told = refused("generate", "--adapter", adapter, "hello")
+    assert "expected the name of a pip package" in told
+    assert "pip install" not in told
+
+
+def test_nothing_is_to_be_installed_that_an_adapter_names(refused, adapter: pathlib.Path) -> None:
+    """It may come from anybody, and a package may be anything; the model of ours is named for what it is."""
+    assert "pip install --no-deps no-such-model" in refused("plan", "--model", "package:no-such-model")
+    change_json(adapter / "qlora_run.json", lambda record: record.update(model="package:no-such-model"))
+    told = refused("generate", "--adapter", adapter, "hello")
+    assert "package:no-such-model is not installed" in told
+    assert "pip install" not in told
+    assert "--model" in told

@@ -1,0 +1,332 @@
+"""OUTPUT.weights and OUTPUT.calibration: those of other outputs are left alone, and results stay until OUTPUT is
+written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import qlora_ext
+from commands import listing
+from qlora_ext.calibration import Calibrator
+from qlora_ext.cli import main
+from qlora_ext.cli.outputs.files import LOCK
+from qlora_ext.cli.outputs.lock import locked
+from qlora_ext.cli.outputs.ownership import MARKER
+from qlora_ext.integrations.transformers.spill import Spill
+from tiny_models import save_tiny_llama
+
+KINDS = ("weights", "calibration")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("waiting") / "model"
+    save_tiny_llama(path, seed=3)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
+
+
+def command(model: pathlib.Path, output: pathlib.Path, kind: str, *options: str) -> list[str]:
+    calibrating = ("--calibrate", "self", "--calibration-tokens", "256") if kind == "calibration" else ()
+    return ["quantize", "--model", str(model), "--output", str(output), *calibrating, *options]
+
+
+def state(path: pathlib.Path) -> dict[str, torch.Tensor]:
+    assert qlora_ext
+    found: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(path).state_dict()
+    return found
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(t, b[name]) for name, t in a.items())
+
+
+@pytest.fixture
+def stopped(
+    monkeypatch: pytest.MonkeyPatch, model: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[[str], None]:
+    """Runs the command that Ctrl-C stops after nine weights; its output would be tmp_path/out."""
+
+    def run(kind: str) -> None:
+        _stop(monkeypatch, model, tmp_path / "out", kind)
+        assert "run the same command again to resume" in capfd.readouterr().err
+
+    return run
+
+
+def _stop(monkeypatch: pytest.MonkeyPatch, model: pathlib.Path, output: pathlib.Path, kind: str) -> None:
+    owner, name = (Spill, "put") if kind == "weights" else (Calibrator, "refine")
+    whole, calls = getattr(owner, name), []
+
+    def stopping(*args: Any) -> Any:
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        calls.append(whole(*args))
+        return calls[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, stopping)
+        assert main(command(model, output, kind)) == 130
+
+
+def in_the_way(directory: pathlib.Path, model: pathlib.Path) -> dict[str, Callable[[], object]]:
+    """Foreign files and directories that may already have the name."""
+
+    def written() -> None:
+        assert main(command(model, directory, "weights")) == 0
+
+    def marked(**changes: str) -> None:
+        directory.mkdir()
+        marker = {"waiting": directory.suffix[1:], "output": directory.stem, **changes}
+        (directory / MARKER).write_text(json.dumps(marker))
+
+    return {
+        "file": lambda: directory.write_text("mine"),
+        "empty": directory.mkdir,
+        "link": lambda: directory.symlink_to(model),
+        "dangling": lambda: directory.symlink_to("nowhere"),
+        "thesis": lambda: (directory.mkdir(), (directory / "thesis.tex").write_text("mine")),
+        "model": lambda: shutil.copytree(model, directory),
+        "finished": written,
+        "of another output": lambda: marked(output="other"),
+        "of another kind": lambda: marked(waiting="other"),
+        "damaged": lambda: (directory.mkdir(), (directory / MARKER).write_text("{")),
+        "FIFO": lambda: (directory.mkdir(), os.mkfifo(directory / MARKER)),
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_has_the_name_already_is_left_alone(
+    refused, model: pathlib.Path, tmp_path: pathlib.Path, kind: str
+) -> None:
+    output = tmp_path / "out"
+    directory = tmp_path / f"out.{kind}"
+    for case, make in in_the_way(directory, model).items():
+        make()
+        before = listing(tmp_path)
+        told = refused(*command(model, output, kind))
+        assert f"{directory} was not written by this command" in told, case
+        assert "name another --output" in told, case
+        assert listing(tmp_path) == before, case
+        if directory.is_dir() and not directory.is_symlink():
+            shutil.rmtree(directory)
+        else:
+            directory.unlink()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_came_into_it_is_left_alone(
+    refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A foreign file, directory, link or input model among the results of an interrupted or a running command."""
+    stopped(kind)
+    directory = tmp_path / f"out.{kind}"
+    for case, (name, make) in {
+        "file": ("thesis.tex", lambda path: path.write_text("mine")),
+        "empty directory": ("empty", pathlib.Path.mkdir),
+        "link": (f"{'0' * 32}.safetensors", lambda path: path.symlink_to(model / "model.safetensors")),
+        "model": ("8b", lambda path: shutil.copytree(model, path)),
+        "another's work": (".partial-new-out-12345678", pathlib.Path.mkdir),
+    }.items():
+        make(directory / name)
+        before = listing(tmp_path)
+        source = directory / name if case == "model" else model
+        told = refused(*command(source, tmp_path / "out", kind))
+        assert f"{directory} holds {name!r}" in told or f"{directory} holds '{name}/" in told, case
+        assert listing(tmp_path) == before, case
+        path = directory / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    save = PreTrainedModel.save_pretrained
+
+    def meanwhile(self: Any, *args: Any, **kwargs: Any) -> None:
+        (directory / "thesis.tex").write_text("mine")
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", meanwhile)
+    assert main(command(model, tmp_path / "out", kind)) == 0
+    assert (directory / "thesis.tex").read_text() == "mine"
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
+def test_inputs_are_not_deleted(refused, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Inputs of every option are protected."""
+    (tmp_path / "out.calibration").mkdir()
+    (tmp_path / "out.calibration" / "calibration.json").write_text('{"text": "what the model is calibrated on"}')
+    marker = {"waiting": "calibration", "output": "out"}
+    (tmp_path / "out.calibration" / MARKER).write_text(json.dumps(marker))
+    (tmp_path / "link.json").symlink_to(tmp_path / "out.calibration" / "calibration.json")
+    before = listing(tmp_path)
+    for name in ("out.calibration/calibration.json", "link.json"):
+        told = refused(*command(model, tmp_path / "out", "", "--calibrate", str(tmp_path / name)))
+        assert f"is or holds --calibrate {tmp_path / name}" in told
+        assert listing(tmp_path) == before
+
+
+def test_an_output_inside_of_the_model(
+    model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleting results inside the model's directory keeps every file of the model."""
+    copied = pathlib.Path(shutil.copytree(model, tmp_path / "model"))
+    before = listing(copied)
+    monkeypatch.chdir(copied)
+    for kind in KINDS:
+        _stop(monkeypatch, pathlib.Path(), pathlib.Path(kind), kind)
+        assert main(command(pathlib.Path(), pathlib.Path(kind), kind)) == 0
+        shutil.rmtree(kind)
+        assert listing(copied) == before
+
+
+def test_names_of_one_another(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """A finished a.weights beside a; and OUTPUT.weights as an output of its own, which another process locks."""
+    assert main(command(model, tmp_path / "a.weights", "weights")) == 0
+    before = listing(tmp_path / "a.weights")
+    assert main(command(model, tmp_path / "a", "weights")) == 2
+    assert main(command(model, tmp_path / "a", "calibration")) == 0
+    assert listing(tmp_path / "a.weights") == before
+    with locked(tmp_path / "b.weights"):
+        assert main(command(model, tmp_path / "b", "weights")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.weights"]
+
+
+def test_an_output_inside_of_what_waits(refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    stopped("weights")
+    before = listing(tmp_path)
+    assert "holds unfinished work" in refused(*command(model, tmp_path / "out.weights" / "inner", "weights"))
+    told = refused(*command(model, tmp_path / "out.weights", "weights", "--overwrite"))
+    assert "belongs to an unfinished output" in told
+    assert listing(tmp_path) == before
+    for name in (".partial-new-out-12345678", ".partial-lock-out", ".partial-x/out"):
+        assert "reserved for unfinished files" in refused(*command(model, tmp_path / name, "weights"))
+    assert listing(tmp_path) == before
+
+
+def test_what_another_process_is_at_work_in(refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    stopped("weights")
+    with locked(tmp_path / "out.weights"):
+        before = listing(tmp_path)
+        assert "is writing there" in refused(*command(model, tmp_path / "out", "weights"))
+        assert {k: v for k, v in listing(tmp_path).items() if LOCK not in k} == {
+            k: v for k, v in before.items() if LOCK not in k
+        }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("failure", ["disk", "crash", "interrupt", "taken"])
+def test_what_waits_stays_until_the_output_is_written(
+    model: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    failure: str,
+) -> None:
+    """The disk fills up, the command crashes or is interrupted, or the name is taken while the output is written."""
+    output = tmp_path / "out"
+    save = PreTrainedModel.save_pretrained
+
+    def failing(self: Any, directory: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, directory, *args, **kwargs)
+        if failure == "taken":
+            output.mkdir()
+            (output / "thesis.tex").touch()
+            return
+        errors = {"disk": OSError(errno.ENOSPC, "No space left"), "crash": RuntimeError("crash")}
+        raise errors.get(failure, KeyboardInterrupt())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedModel, "save_pretrained", failing)
+        status = main(command(model, output, kind))
+    told = "".join(capsys.readouterr())
+    assert status == {"disk": 2, "crash": 1, "interrupt": 130, "taken": 2}[failure], told
+    done = {"weights": "quantized", "calibration": "calibrated"}[kind]
+    assert f"what was {done} so far is kept in {output}.{kind}" in told
+    if failure == "taken":
+        shutil.rmtree(output)
+    assert [path.name for path in tmp_path.iterdir()] == [f"out.{kind}"]
+    monkeypatch.setattr(Spill if kind == "weights" else Calibrator, "put" if kind == "weights" else "_gather", None)
+    assert main(command(model, output, kind)) == 0  # no weight is computed again
+    assert f"an interrupted command has already {done} 14 weights" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def damage(store: pathlib.Path, how: str) -> None:
+    layers = sorted(path for path in store.glob("*.safetensors") if path.name != "tokens.safetensors")
+    if how == "truncated":
+        os.truncate(layers[3], layers[3].stat().st_size - 8)
+    elif how == "flipped":
+        content = bytearray(layers[0].read_bytes())
+        content[-5] ^= 4
+        layers[0].write_bytes(content)
+    elif how == "missing":
+        layers[1].unlink()
+    elif how == "exchanged":
+        sizes = [path.stat().st_size for path in layers]
+        a, b = next((a, b) for i, a in enumerate(layers) for b in layers[i + 1 :] if sizes.count(a.stat().st_size) > 1
+                    and a.stat().st_size == b.stat().st_size)  # fmt: skip
+        first, second = a.read_bytes(), b.read_bytes()
+        a.write_bytes(second)
+        b.write_bytes(first)
+    elif how == "groups":
+        for path in store.glob("*.done"):
+            path.write_text("{")
+    else:
+        os.truncate(store / "tokens.safetensors", 100)
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "exchanged", "groups", "tokens"])
+def test_a_damaged_calibration_is_done_again(stopped, model: pathlib.Path, tmp_path: pathlib.Path, how: str) -> None:
+    assert main(command(model, tmp_path / "whole", "calibration")) == 0
+    stopped("calibration")
+    damage(tmp_path / "out.calibration", how)
+    assert main(command(model, tmp_path / "out", "calibration")) == 0
+    assert same(state(tmp_path / "out"), state(tmp_path / "whole"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_a_calibration_that_cannot_be_gone_on_with_is_told(
+    refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    stopped("calibration")
+    store = tmp_path / "out.calibration"
+    for options, said in (
+        (("--block-size", "128"), "another block_size"),
+        (("--no-double-quant",), "another double_quant"),
+        (("--calibration-seed", "1"), "another seed"),
+        (("--calibration-tokens", "512"), "another tokens"),
+        (("--dtype", "float32"), "another model"),
+    ):
+        told = refused(*command(model, tmp_path / "out", "calibration", *options))
+        assert said in told
+        assert "delete it to start over" in told
+    record = (store / "calibration.json").read_text()
+    (store / "calibration.json").write_text(record[:20])
+    assert "calibration.json is damaged; delete it" in refused(*command(model, tmp_path / "out", "calibration"))
+    (store / "calibration.json").unlink()
+    assert "no calibration.json; delete it" in refused(*command(model, tmp_path / "out", "calibration"))
+    os.mkfifo(store / "calibration.json")
+    assert "holds 'calibration.json', which qlora-ext did not write" in refused(
+        *command(model, tmp_path / "out", "calibration")
+    )
+    (store / "calibration.json").unlink()
+    (store / "calibration.json").write_text(record)
+    assert main(command(model, tmp_path / "out", "calibration")) == 0

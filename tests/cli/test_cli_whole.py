@@ -1,0 +1,270 @@
+"""Incomplete models and adapters are rejected: missing, misfit or damaged weights are named."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from safetensors.torch import load_file, save_file
+
+from commands import Paths
+from qlora_ext.cli import main
+from tiny_models import make
+
+
+def change_weights(directory: pathlib.Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    file = next(directory.glob("*.safetensors"))
+    weights = load_file(file)
+    change(weights)
+    save_file(weights, file, {"format": "pt"})
+
+
+def change_json(path: pathlib.Path, change: Callable[[dict[str, Any]], object]) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+@pytest.fixture
+def model(paths: Paths, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(paths["model"], tmp_path / "model"))
+
+
+@pytest.fixture
+def adapter(whole_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(whole_run / "adapter", tmp_path / "adapter"))
+
+
+LAYER = "model.layers.1."
+
+
+@pytest.mark.parametrize(
+    ("gone", "count"),
+    [
+        ("model.embed_tokens.weight", 1),
+        ("lm_head.weight", 1),
+        ("model.norm.weight", 1),
+        (LAYER + "input_layernorm.weight", 1),
+        (LAYER + "mlp.up_proj", 1),
+        (LAYER, 7),  # layers that are to be 4-bit
+        ("model.layers.", 14),
+        ("", 1),
+    ],
+)
+def test_missing_weights(refused, model: pathlib.Path, tmp_path: pathlib.Path, gone: str, count: int) -> None:
+    def drop(weights: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in weights if name.startswith(gone)]:
+            del weights[name]
+        weights.setdefault("nothing", torch.zeros(1)) if not weights else None
+
+    change_weights(model, drop)
+    told = refused("quantize", "--model", model, "--output", tmp_path / "out")
+    assert str(model) in told
+    assert gone in told
+    assert str(count) in told.replace(str(model), "")
+    assert not (tmp_path / "out").exists()
+
+
+def rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[new] = weights.pop(old)
+
+    return change
+
+
+def put(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(weights: dict[str, torch.Tensor]) -> None:
+        weights[name] = value(weights[name].clone()).contiguous()
+
+    return change
+
+
+def with_first(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        weight.view(-1)[0] = value
+        return weight
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (rename(LAYER + "mlp.up_proj.weight", LAYER + "mlp.upproj.weight"), LAYER + "mlp.up_proj"),
+        (put(LAYER + "mlp.up_proj.weight", lambda w: w[:-1]), LAYER + "mlp.up_proj.weight"),
+        (put(LAYER + "mlp.up_proj.weight", lambda w: w.T), LAYER + "mlp.up_proj.weight"),
+        (put("model.norm.weight", lambda w: w[:-1]), "model.norm.weight"),
+        (put("model.embed_tokens.weight", lambda w: w[:-1]), "model.embed_tokens.weight"),
+        (put("model.embed_tokens.weight", with_first(float("nan"))), "model.embed_tokens.weight"),
+        (put("model.norm.weight", with_first(float("inf"))), "model.norm.weight"),
+        (put(LAYER + "mlp.up_proj.weight", with_first(float("nan"))), LAYER + "mlp.up_proj"),
+        (lambda w: w.update({LAYER + "mlp.up_proj.bias": torch.zeros(128)}), LAYER + "mlp.up_proj.bias"),
+        (lambda w: w.update({"model.layers.2.mlp.up_proj.weight": torch.zeros(128, 64)}), "layers.2"),
+    ],
+)
+def test_unfitting_weights(refused, model: pathlib.Path, tmp_path: pathlib.Path, change: Any, named: str) -> None:
+    change_weights(model, change)
+    assert named in refused("quantize", "--model", model, "--output", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_hidden_layers", 1),
+        ("num_hidden_layers", 3),
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 250),
+        ("vocab_size", 10**9),
+        ("hidden_size", 2**40),
+        ("intermediate_size", 64),
+        ("num_key_value_heads", 4),
+        ("attention_bias", True),
+        ("model_type", "no-such-model"),
+        ("num_attention_heads", 0),
+        ("attn_implementation", "somebody/kernel"),
+    ],
+)
+def test_a_configuration_of_another_model(refused, model: pathlib.Path, tmp_path: pathlib.Path, key: str, value: Any):
+    change_json(model / "config.json", lambda config: config.update({key: value}))
+    assert str(model) in refused("quantize", "--model", model, "--output", tmp_path / "out")
+
+
+def test_a_4bit_model_with_a_hole(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    saved = tmp_path / "saved"
+    assert main(["quantize", "--model", str(paths["model"]), "--output", str(saved)]) == 0
+    for gone, named in (("model.norm.weight", "model.norm.weight"), ("layers.1.mlp.up_proj", LAYER + "mlp.up_proj")):
+        broken = pathlib.Path(shutil.copytree(saved, tmp_path / gone))
+        change_weights(broken, lambda w, gone=gone: [w.pop(name) for name in list(w) if gone in name])
+        assert named in refused("quantize", "--model", broken, "--output", tmp_path / "out")
+
+
+def test_no_tokenizer(refused, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    (model / "tokenizer.json").unlink()
+    assert "tokenizer" in refused("quantize", "--model", model, "--output", tmp_path / "out")
+
+
+def test_a_tokenizer_of_more_tokens(refused, paths: Paths, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    tokenizer = model / "tokenizer.json"
+    text = tokenizer.read_text().replace('"c":', '"c": 300, "\\u0100\\u0101":')
+    assert json.loads(text)["model"]["vocab"]["c"] == 300
+    tokenizer.write_text(text)
+    told = refused("finetune", "--model", model, "--data", paths["data"], "--output", tmp_path / "run")
+    assert "token 300" in told
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "phi3"])
+def test_whole_models_load(
+    paths: Paths, tmp_path: pathlib.Path, family: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Heads that are tied to their embeddings, buffers of older versions and foreign heads are no holes."""
+    source = tmp_path / "source"
+    make(family).save_pretrained(source)
+    for file in paths["model"].glob("*token*"):
+        shutil.copy(file, source)
+    if family == "llama":
+        change_weights(source, lambda w: w.update({LAYER + "self_attn.rotary_emb.inv_freq": torch.ones(8)}))
+    if family == "qwen2":
+        assert "lm_head.weight" not in load_file(source / "model.safetensors")
+    if family == "phi3":
+        change_weights(source, lambda w: w.update({"v_head.summary.weight": torch.ones(1, 64)}))
+    assert main(["quantize", "--model", str(source), "--output", str(tmp_path / "out")]) == 0
+    told = capfd.readouterr().err
+    assert ("v_head.summary.weight" in told) == (family == "phi3")
+
+
+def test_shards(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    source = tmp_path / "source"
+    shutil.copytree(paths["model"], source)
+    (source / "model.safetensors").unlink()
+    AutoModelForCausalLM.from_pretrained(paths["model"]).save_pretrained(source, max_shard_size="100KB")
+    arguments = ["quantize", "--model", source, "--output", tmp_path / "out", "--overwrite"]
+    assert main(list(map(str, arguments))) == 0
+    index = source / "model.safetensors.index.json"
+    whole = index.read_text()
+    shard = sorted(source.glob("model-*"))[0]
+    shutil.move(shard, tmp_path / shard.name)
+    assert shard.name in refused(*arguments)
+    index.write_text(whole.replace(shard.name, f"../{shard.name}"))
+    assert "is not a file there" in refused(*arguments)
+    index.write_text('{"weight_map": 5}')
+    assert "weight_map" in refused(*arguments)
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj."
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda w: w.pop(Q + "lora_A.weight"), "1 weights (of the 28 that it needs) are missing"),
+        (lambda w: [w.pop(name) for name in list(w) if "lora_B" in name], "14 weights (of the 28"),
+        (lambda w: w.clear(), "no weight"),
+        (rename(Q + "lora_A.weight", Q + "lora_X.weight"), "q_proj"),
+        (lambda w: w.update({Q.replace("layers.0", "layers.7") + "lora_A.weight": torch.ones(2, 64)}), "layers.7"),
+        (put(Q + "lora_A.weight", with_first(float("nan"))), "NaN"),
+        (put(Q + "lora_A.weight", lambda w: w[:1]), "q_proj"),
+        (lambda w: w.update({Q + "base_layer.weight": torch.ones(64, 64)}), "overwrite"),
+        (lambda w: w.update({Q + "weight": torch.ones(64, 64)}), "overwrite"),
+    ],
+)
+def test_adapters_that_are_not_whole(refused, adapter: pathlib.Path, change: Any, named: str) -> None:
+    change_weights(adapter, change)
+    told = refused("generate", "--adapter", adapter, "--prompt", "1", "--max-new-tokens", "1")
+    assert named in told
+    assert "adapter" in told
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"target_modules": None},
+        {"target_modules": []},
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["nowhere"]},
+        {"target_modules": 5},
+        {"target_modules": "["},
+        {"r": 4},
+        {"r": 2**40},
+        {"r": -1},
+        {"r": "2"},
+        {"lora_alpha": "x"},
+        {"peft_type": "NOTHING"},
+        {"peft_type": None},
+        {"peft_type": "IA3"},
+        {"megatron_config": {"a": 1}, "megatron_core": "antigravity"},
+        {"modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_adapter_configurations_that_do_not_fit(refused, adapter: pathlib.Path, change: dict[str, Any]) -> None:
+    change_json(adapter / "adapter_config.json", lambda config: config.update(change))
+    assert "adapter" in refused("generate", "--adapter", adapter, "--prompt", "1", "--max-new-tokens", "1")
+
+
+def test_python_users_are_warned(paths: Paths, adapter: pathlib.Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    import qlora_ext
+    from qlora_ext.integrations.peft import IncompleteAdapterWarning
+
+    def base() -> Any:
+        return AutoModelForCausalLM.from_pretrained(paths["model"], quantization_config=qlora_ext.QLoRAConfig())
+
+    change_weights(adapter, rename(Q + "lora_A.weight", Q + "lora_X.weight"))
+    with pytest.warns(IncompleteAdapterWarning, match="is incomplete: 1 weights") as caught:
+        PeftModel.from_pretrained(base(), adapter)
+    told = [str(warning.message) for warning in caught if warning.category is IncompleteAdapterWarning]
+    assert len(told) == 2  # what is missing, and what found no place

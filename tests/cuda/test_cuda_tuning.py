@@ -1,0 +1,81 @@
+"""What cuda/tuning.h chooses, on the host: it is plain C++, which a small program prints for any card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from host_programs import needs_compiler, printed_by
+
+pytestmark = needs_compiler
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return printed_by("tests/cuda/print_tuning.cpp", tmp_path_factory.mktemp("tuning"))
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def test_splits_of_the_forward_cover_the_sum(chosen: dict) -> None:
+    for slots, tiles, segments, tokens, each in chosen["forward"]:
+        assert each >= 1, (slots, tiles, segments, tokens)
+        assert each % 2 == 0
+        if each < segments:  # split: no part with less work than its tables
+            assert each >= 16
+
+
+def time_over_ideal(slots: int, tiles: int, segments: int, splits: int, each: int) -> float:
+    """Of the waves that the CTAs come in, in segments a slot, over the work shared out evenly."""
+    return ceil(tiles * splits, slots) * each / (tiles * segments / slots)
+
+
+@pytest.mark.parametrize(
+    ("slots", "tiles", "limit"),
+    [
+        (108, 112, 1.5),  # A100, 14336 rows: one CTA a tile is two waves, 1.93
+        (132, 148, 1.4),  # H100, 64 tokens, 18944 rows: 1.78
+        (132, 86, 1.2),  # H100, 64 tokens, 11008 rows: 1.53
+    ],
+)
+def test_waves_are_counted(chosen: dict, slots: int, tiles: int, limit: float) -> None:
+    for found_slots, found_tiles, segments, _, each in chosen["forward"]:
+        if (found_slots, found_tiles) == (slots, tiles) and segments >= 172:
+            assert time_over_ideal(slots, tiles, segments, ceil(segments, each), each) < limit
+
+
+def test_splits_of_dx_cover_the_sum(chosen: dict) -> None:
+    for n, k, m, slots, tokens, columns, splits, rows in chosen["dx"]:
+        assert rows % 64 == 0
+        assert splits * rows >= n > (splits - 1) * rows, (n, k, m)
+        tiles = ceil(m, tokens) * ceil(k, columns)
+        if splits > 1:
+            assert ceil(tiles * splits, slots) * rows < ceil(tiles, slots) * n, (n, k, m, slots)
+
+
+def test_crossovers(chosen: dict) -> None:
+    never = 2**63 - 1
+    expected = {75: 256, 80: 256, 86: never, 87: never, 89: never, 90: 128, 100: 64, 103: 64, 110: 512}
+    expected |= {120: never, 121: never}
+    for arch, (regular, exact, ragged) in chosen["crossover"].items():
+        assert regular == expected[int(arch)]
+        assert exact == ragged == 65
+
+
+def test_panels_stay_in_half_of_l2(chosen: dict) -> None:
+    for l2, m, inner, columns, sums, panel in chosen["panel"]:
+        assert 1 <= panel <= columns
+        if panel < columns:
+            assert panel % 256 == 0
+            a_column = 2 * inner + 4 * m * sums
+            assert panel * a_column <= max(l2 << 19, 512 * a_column) + 256 * a_column, (l2, m, inner, columns, sums)
+
+
+def test_feedback_shares_factors_where_every_sm_has_rows(chosen: dict) -> None:
+    for sms, n, warps in chosen["feedback"]:
+        assert warps in (2, 4, 8)  # a stripe of 4 rows a warp fills whole words of codes
+        assert warps == 2 or n > sms * 4 * warps / 2, (sms, n)
+        assert warps == 8 or n <= sms * 4 * warps, (sms, n)

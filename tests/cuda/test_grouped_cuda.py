@@ -1,0 +1,164 @@
+"""What is CUDA's own of the operators over experts: offsets that only the device knows, graphs, whole layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from grouped_samples import GroupedSample, grouped_sample
+from qlora_ext.nn import Experts4bit, ExpertsLora
+
+pytestmark = pytest.mark.cuda
+
+
+def results(s: GroupedSample, dy: Tensor, offsets: Tensor | None = None) -> list[Tensor]:
+    return [s.forward(offsets), s.dx(dy, offsets), *s.dlora(dy, offsets)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [128, 95])
+@pytest.mark.parametrize(
+    ("wrong", "taken_for"),
+    [
+        ([5, 3, 9, 40], [5, 5, 9, 20]),
+        ([-7, 2**40, -(2**62), 4], [0, 20, 20, 20]),
+        ([-(2**63), 2**63 - 1, 0, 7], [0, 20, 20, 20]),
+        ([9, 8, 7, 6], [9, 9, 9, 9]),
+    ],
+)
+def test_wrong_offsets_touch_no_other_memory(
+    wrong: list[int], taken_for: list[int], k: int, dtype: torch.dtype
+) -> None:
+    """The device cannot refuse them. The simulator sees every access beyond a tensor."""
+    s = grouped_sample([2, 3, 0, 15], 40, k, 4, dtype, "cuda", dropout_p=0.2, unassigned=0)
+    dy = s.dy()
+    assert len(s.x) == 20
+    a, b = (torch.tensor(offsets, device="cuda") for offsets in (wrong, taken_for))
+    assert all(map(torch.equal, results(s, dy, a), results(s, dy, b)))
+
+
+def test_offsets_are_where_x_is() -> None:
+    s = grouped_sample([2, 3], 16, 64, 4, torch.bfloat16, "cuda")
+    dy, on_cpu = s.dy(), s.offsets.cpu()
+    with pytest.raises(ValueError, match=r"offsets: expected on the device of x \(cuda:0\), got cpu"):
+        s.forward(on_cpu)
+    with pytest.raises(ValueError, match=r"offsets: expected on the device of dy \(cuda:0\), got cpu"):
+        s.dx(dy, on_cpu)
+    with pytest.raises(ValueError, match=r"offsets: expected on the device of x \(cuda:0\), got cpu"):
+        s.dlora(dy, on_cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_graph_takes_other_rows_at_each_replay(dtype: torch.dtype) -> None:
+    s = grouped_sample([4, 0, 9, 7], 40, 128, 8, dtype, "cuda", dropout_p=0.2)
+    dy = s.dy()
+    results(s, dy)  # what is done once is done before
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(s, dy)
+    for counts in ([4, 0, 9, 7], [0, 20, 0, 0], [1, 1, 1, 20], [0, 0, 0, 0]):
+        s.offsets.copy_(torch.tensor(counts).cumsum(0))
+        s.x.copy_(s.x.roll(1, 0))
+        graph.replay()
+        assert all(map(torch.equal, captured, results(s, dy)))
+
+
+# Layers as transformers has them, small: gated by SiLU without biases; transposed, with biases, clamped.
+
+
+def initialized(experts: nn.Module) -> nn.Module:
+    for p in experts.parameters():
+        nn.init.normal_(p, std=0.15)
+    return experts
+
+
+def qwen3_moe(dtype: torch.dtype) -> nn.Module:
+    modeling = pytest.importorskip("transformers.models.qwen3_moe.modeling_qwen3_moe", reason="transformers is too old")
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(hidden_size=64, moe_intermediate_size=48, num_experts=16, num_experts_per_tok=4)
+    return initialized(modeling.Qwen3MoeExperts(config)).to(dtype)
+
+
+def gpt_oss(dtype: torch.dtype) -> nn.Module:
+    modeling = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss", reason="transformers is too old")
+    from transformers import GptOssConfig
+
+    config = GptOssConfig(hidden_size=64, intermediate_size=72, num_local_experts=6, num_experts_per_tok=2)
+    return initialized(modeling.GptOssExperts(config)).to(dtype)
+
+
+def test_a_captured_layer_routes_anew_at_each_replay() -> None:
+    module = Experts4bit.from_experts(qwen3_moe(torch.bfloat16)).to("cuda")
+    experts = module.packed_shapes["down_proj"][0]
+    x = torch.randn(9, 64, device="cuda", dtype=torch.bfloat16)
+    scores = torch.randn(9, experts, device="cuda")
+
+    def run() -> Tensor:
+        weights, index = scores.softmax(-1).topk(2, dim=-1)
+        return module(x, index, weights.to(x.dtype))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(2):
+        x.copy_(torch.randn(9, 64))
+        scores.copy_(torch.randn(9, experts))
+        graph.replay()
+        assert torch.equal(captured, run())
+
+
+def adapters(module: Experts4bit, rank: int) -> list[Tensor]:
+    """A and B of each stacked weight."""
+    shapes = module.packed_shapes.values()
+    pairs = ((torch.randn(e, rank, k) / k**0.5, torch.randn(e, n, rank) * 0.1) for e, n, k in shapes)
+    return [t for pair in pairs for t in pair]
+
+
+def backward(y: Tensor, leaves: list[Tensor], module: nn.Module) -> list[Tensor]:
+    """y, and the gradients of the leaves and the biases, by a sum of squares."""
+    biases = [p for name, p in module.named_parameters() if name.endswith("bias")]
+    return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [*leaves, *biases])]
+
+
+def as_leaves(*tensors: Tensor) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layer", [qwen3_moe, gpt_oss])
+def test_a_step_of_training_is_that_of_the_dense_layer(layer, dtype: torch.dtype) -> None:
+    """Of transformers' own, on the CPU in float64, with the adapters merged into the decoded weights."""
+    module = Experts4bit.from_experts(layer(torch.float32))
+    dense = module.to_experts().double()
+    module.to("cuda", dtype)
+    for m in (module, dense):
+        for name, p in m.named_parameters():
+            p.requires_grad_(name.endswith("bias"))
+
+    experts = module.packed_shapes["down_proj"][0]
+    scores = torch.randn(23, experts) + torch.linspace(0, 4, experts)  # some experts have no token, some many
+    weights, index = scores.softmax(-1).topk(2, dim=-1)
+    assert len(index.unique()) < experts
+    given = (torch.randn(23, 64), weights, *adapters(module, 8))
+
+    x, routing, *factors = leaves = as_leaves(*(t.to("cuda", dtype) for t in given))
+    (first, second), scaling = module.packed_shapes, 0.5
+    lora = {first: ExpertsLora(*factors[:2], scaling), second: ExpertsLora(*factors[2:], scaling)}
+    y = module(x, index.to("cuda"), routing, lora)
+    got = backward(y, leaves, module)
+
+    x, routing, *factors = leaves = as_leaves(*(t.double() for t in given))
+    merged = {}
+    for name, a, b in zip((first, second), factors[::2], factors[1::2], strict=True):
+        delta = scaling * b @ a
+        merged[name] = getattr(dense, name) + (delta.transpose(1, 2) if module.is_transposed else delta)
+    expected = backward(torch.func.functional_call(dense, merged, (x, index, routing)), leaves, dense)
+
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    for a, b in zip(got, expected, strict=True):
+        assert a.is_cuda
+        assert a.dtype == dtype
+        assert (a.cpu().double() - b).norm() <= tolerance * b.norm()

@@ -1,0 +1,75 @@
+"""What the operators over experts do on CUDA, from the kernel simulator's counters, for 3 experts with rows among ever
+more without. As in test_cuda_profile.py, the cases run in one process of this file, which prints what each launch did.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cuda_profiles import Launch, Recorder, cases_printed, needs_counters, simulated
+
+pytestmark = needs_counters
+
+EXPERTS = [8, 64, 128]
+ROWS = {1: 5, 3: 12, 6: 40}  # of the experts that have any
+N, K, RANK = 384, 512, 16
+TABLES = 4096  # bytes of constants
+OPERATORS = {"forward": 2, "dx": 2, "dlora": 3}  # and their launches
+
+
+def run_cases(profile: Path) -> dict[str, Any]:
+    from grouped_samples import grouped_sample
+
+    record = Recorder(profile)
+    for experts in EXPERTS:
+        counts = [ROWS.get(e, 0) for e in range(experts)]
+        s = grouped_sample(counts, N, K, RANK, torch.bfloat16, "cuda", dropout_p=0.1, unassigned=0)
+        dy = s.dy()
+        for name, run, args in (("forward", s.forward, ()), ("dx", s.dx, (dy,)), ("dlora", s.dlora, (dy,))):
+            record(f"{name} {experts}", run, *args)
+    return record.cases
+
+
+@pytest.fixture(scope="module", params=["80", "90"])
+def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Launch]]:
+    profile = tmp_path_factory.mktemp("profile") / "launches.jsonl"
+    found = cases_printed(simulated(__file__, request.param, profile))
+    return {name: [Launch(launch) for launch in launches] for name, launches in found.items()}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_launches_do_not_grow_with_the_experts(cases: dict[str, list[Launch]], name: str) -> None:
+    for experts in EXPERTS:
+        launches = cases[f"{name} {experts}"]
+        assert len(launches) == OPERATORS[name]
+        assert all("grouped" in launch["kernel"] for launch in launches)
+        assert all(launch["local_bytes"] == 0 for launch in launches)
+
+
+@pytest.mark.parametrize("name", ["forward", "dx"])
+def test_of_idle_experts_nothing_is_read(cases: dict[str, list[Launch]], name: str) -> None:
+    """The packed bytes, codes and adapters of the 3, the rows, and an offset an expert."""
+    rows, given, made = sum(ROWS.values()), *((K, N) if name == "forward" else (N, K))
+    for experts in EXPERTS:
+        low_rank, main = cases[f"{name} {experts}"]
+        weights = len(ROWS) * (N * K // 2 + N * K // 64 + 4 * (N * K // 64 // 256 + 1 + 1) + 2 * RANK * made)
+        assert main["unique_bytes_read"] <= weights + 2 * rows * (given + RANK) + 8 * experts + TABLES
+        assert low_rank["unique_bytes_read"] <= 2 * (rows + RANK * len(ROWS)) * given + 8 * experts
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_idle_experts_cost_only_the_look_at_their_offsets(cases: dict[str, list[Launch]], name: str) -> None:
+    """And zeros for their gradients. Of 64 experts and 128 the tiles are the same."""
+    few, many = (sum(launch.slots for launch in cases[f"{name} {experts}"]) for experts in EXPERTS[1:])
+    zeros = 64 * RANK * (N + K) if name == "dlora" else 0
+    assert many <= 1.1 * few + 30 * zeros
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_cases(Path(sys.argv[1]))))

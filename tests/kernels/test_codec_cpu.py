@@ -1,0 +1,328 @@
+"""Encode and decode on the CPU, bit for bit against the oracle, on every instruction set.
+
+Each test here runs with the instruction set in use; `test_on` runs the whole file again, one process for each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import isas
+import reference
+
+OPS = torch.ops.qlora
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK_SIZES = reference.BLOCK_SIZES
+GOLDEN = Path(__file__).parents[1] / "data" / "bitsandbytes_nf4"
+test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
+
+
+def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
+    """Flat bit patterns; bfloat16 as uint16."""
+    t = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x
+    t = t.detach().reshape(-1).contiguous()
+    return t.view({1: torch.uint8, 2: torch.uint16, 4: torch.uint32}[t.element_size()]).numpy()
+
+
+def assert_bits(got: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndarray, what: str) -> None:
+    a, b = bits(got), bits(expected)
+    assert a.shape == b.shape, what
+    wrong = np.flatnonzero(a != b)
+    if wrong.size:
+        i = wrong[0]
+        pytest.fail(f"{what}: {wrong.size} of {a.size} differ, the first at {i}: {a[i]:#x}, expected {b[i]:#x}")
+
+
+def check_quantize(w: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    packed, absmax = OPS.quantize_nf4(w, block)
+    expected_packed, expected_absmax = reference.quantize_nf4(w.float().numpy(), block)
+    assert_bits(absmax, expected_absmax, "absmax")
+    assert_bits(packed, expected_packed, "packed")
+    return packed, absmax
+
+
+def check_quantize_absmax(absmax: torch.Tensor, nested_block: int) -> tuple[torch.Tensor, ...]:
+    codes, nested, offset = OPS.quantize_absmax(absmax, nested_block)
+    expected = reference.quantize_absmax(absmax.numpy(), nested_block)
+    assert_bits(offset, np.array(expected[2]), "nested_offset")
+    assert_bits(nested, expected[1], "nested_absmax")
+    assert_bits(codes, expected[0], "codes")
+    return codes, nested, offset
+
+
+def check_dequantize(packed: torch.Tensor, scales: tuple, numel: int, block: int, nested_block: int = 256) -> None:
+    with np.errstate(invalid="ignore", over="ignore"):
+        if len(scales) == 1:
+            absmax = scales[0].numpy()
+        else:
+            absmax = reference.dequantize_absmax(*(s.numpy() for s in scales), nested_block)
+            assert_bits(OPS.dequantize_absmax(*scales, nested_block), absmax, "dequantize_absmax")
+        decoded = reference.dequantize_nf4(packed.numpy(), absmax, numel, block)
+    expected = decoded, reference.bfloat16_bits(decoded), reference.float16_bits(decoded)
+    for dtype, rounded in zip(DTYPES, expected, strict=True):
+        nested = scales[1:] or (None, None)
+        got = OPS.dequantize_nf4(packed, scales[0], *nested, block, nested_block, [numel], dtype)
+        assert_bits(got, rounded, f"dequantize_nf4 to {dtype}")
+
+
+def numels(block: int) -> list[int]:
+    around = [block * n + d for n in (1, 16, 17, 40) for d in (-1, 0, 1)]
+    return sorted({1, 2, 3, 31, 32, 33, block // 2, 5 * block + 45, 3 * block + 32, 200 * 101 + 7, *around})
+
+
+def weights(numel: int, dtype: torch.dtype) -> torch.Tensor:
+    """Normal, its scale changing from block to block."""
+    scale = torch.exp(0.5 * torch.randn(numel // 32 + 1)).repeat_interleave(32)[:numel]
+    return (torch.randn(numel) * scale).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+def test_every_length(block: int, dtype: torch.dtype) -> None:
+    for numel in numels(block):
+        w = weights(numel, dtype)
+        packed, absmax = check_quantize(w, block)
+        check_dequantize(packed, (absmax,), numel, block)
+        for nested_block in (256, 32, 7):
+            check_dequantize(packed, check_quantize_absmax(absmax, nested_block), numel, block, nested_block)
+
+
+def test_nothing() -> None:
+    packed, absmax = check_quantize(torch.empty(0, 64), 64)
+    codes, nested, offset = check_quantize_absmax(absmax, 256)
+    assert packed.shape == (0, 32)
+    assert codes.numel() == nested.numel() == 0
+    assert offset == 0.0
+    check_dequantize(packed, (absmax,), 0, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_any_length(dtype: torch.dtype) -> None:
+    for shape in [(1, 1), (3, 5), (7, 100), (33, 65), (64, 576), (2, 3, 34)]:
+        w = weights(int(np.prod(shape)), dtype).reshape(shape)
+        check_quantize(w, 64)
+        check_quantize(w.transpose(0, -1), 64)
+
+
+def test_out_of_cache_and_threads() -> None:
+    """Large enough for stores past the caches; the number of threads changes nothing."""
+    numel = (9 << 20) + 77
+    w = weights(numel, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            packed, absmax = OPS.quantize_nf4(w, 64)
+            scales = OPS.quantize_absmax(absmax, 256)
+            decoded = [OPS.dequantize_nf4(packed, *scales, 64, 256, [numel], dtype) for dtype in DTYPES]
+            results.append([packed, absmax, *scales, *decoded])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert_bits(a, b, "another number of threads")
+    check_quantize(w, 64)
+    check_dequantize(results[0][0], check_quantize_absmax(results[0][1], 256), numel, 64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [32, 64, 512])
+def test_special_blocks(block: int, dtype: torch.dtype) -> None:
+    base = torch.randn(400, block)
+    base /= base.abs().amax(1, keepdim=True)
+    for i in range(299):  # every power of two, subnormal ones too
+        base[i] *= 2.0 ** max(i - 151, -126)
+        base[i] *= 2.0 ** min(i - 151 + 126, 0)
+    base[300] = 0.0
+    base[301] = -0.0
+    base[302] = torch.finfo(torch.float32).max
+    base[303] = torch.finfo(torch.float32).tiny
+    base[304], base[305] = 1.4e-45, -1.4e-45
+    base[306], base[307] = 1e-38, 0.99e-38
+    w = base.to(dtype)
+    largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    w[308], w[309], w[310] = largest, -least, least
+    w[311, 3] = -largest
+    for i, position in enumerate((0, 1, 5, 16, 30, block - 1)):
+        w[320 + i, position] = float("nan")
+        w[330 + i, position] = float("inf")
+        w[340 + i, position] = -float("inf")
+    w[350] = float("nan")
+    packed, absmax = check_quantize(w, block)
+    assert torch.equal(absmax.isnan(), ~w.isfinite().all(1))
+    assert not packed[absmax.isnan()].any()
+    check_dequantize(packed, (absmax,), w.numel(), block)
+    # An odd count that ends in a block that is not finite: the pad is code 7 all the same.
+    odd = w.reshape(-1)[: 321 * block - 1]
+    packed, _ = check_quantize(odd, block)
+    assert packed[-1] == 7
+    # Nested scales of NaN, and of weights that are all finite.
+    check_dequantize(*_nested(w[:300], block))
+    check_dequantize(*_nested(w, block))
+
+
+def _nested(w: torch.Tensor, block: int) -> tuple[torch.Tensor, tuple, int, int]:
+    packed, absmax = check_quantize(w, block)
+    return packed, check_quantize_absmax(absmax, 256), w.numel(), block
+
+
+def test_scales_no_quantizer_makes() -> None:
+    """Any bytes are a packed weight, and any floats its scales."""
+    packed = torch.arange(256, dtype=torch.uint8).repeat(64)
+    numel = packed.numel() * 2
+    patterns = np.random.default_rng(0).integers(0, 2**32, numel // 64, dtype=np.uint32)
+    nan = (patterns & 0x7FFFFFFF) > 0x7F800000
+    patterns[nan] = 0x7FC00000
+    check_dequantize(packed, (torch.from_numpy(patterns.view(np.float32)),), numel, 64)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(2)
+    for nested, offset in [(0.01, 0.03), (-2.0, 1.0), (1e-38, 1e-40), (3e38, 3e38), (float("nan"), 0.0)]:
+        check_dequantize(packed, (codes, torch.full((2,), nested), torch.tensor(offset)), numel, 64)
+
+
+def neighbourhoods(points: np.ndarray, ulps: int) -> np.ndarray:
+    """Every float32 at most `ulps` away from one of `points`."""
+    steps = np.arange(-ulps, ulps + 1)
+    return (points.view(np.int32)[:, None] + steps).astype(np.int32).view(np.float32).reshape(-1)
+
+
+@pytest.mark.parametrize("absmax", [1.0, 0.0371, 3.0517578e-05, 1.7e-37, 2.9e38])
+def test_around_every_nf4_boundary(absmax: float) -> None:
+    points = np.concatenate([reference.midpoints(reference.NF4), reference.NF4[reference.NF4 != 0]])
+    near = neighbourhoods(points, 400)
+    near = near[np.abs(near) <= 1.0]
+    near = near[: near.size // 63 * 63].reshape(-1, 63)
+    with np.errstate(under="ignore"):
+        blocks = np.concatenate([np.ones((near.shape[0], 1), np.float32), near], axis=1) * np.float32(absmax)
+    check_quantize(torch.from_numpy(blocks), 64)
+    check_quantize(torch.from_numpy(-blocks), 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [1.0, 0.125, 65504.0, 1e-4])
+def test_all_16_bit_patterns(dtype: torch.dtype, limit: float) -> None:
+    every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
+    kept = every[every.float().abs() <= limit]
+    for block in (32, 4096):
+        w = kept[: kept.numel() // (block - 1) * (block - 1)].reshape(-1, block - 1)
+        check_quantize(torch.cat([torch.full_like(w[:, :1], limit), w], 1), block)
+    check_quantize(every, 32)
+
+
+def test_around_every_scale_boundary() -> None:
+    near = neighbourhoods(reference.midpoints(reference.DYNAMIC8), 300)
+    near = near[np.abs(near) <= 1.0]
+    # With its mirror image the mean is 0, and the largest magnitude 1: q is the value itself.
+    values = np.concatenate([near, -near, [1.0, -1.0]]).astype(np.float32)
+    codes, nested, offset = check_quantize_absmax(torch.from_numpy(values), values.size)
+    assert offset == 0.0
+    assert nested.item() == 1.0
+    assert codes.unique().numel() == 256
+    scale = torch.from_numpy(values * np.float32(0.0123))
+    check_quantize_absmax(scale, values.size)
+    check_quantize_absmax(scale, 256)
+
+
+def test_the_mean_is_summed_in_order() -> None:
+    for count in (1, 15, 16, 1023, 1025, 65535, 65536, 65537, 3 * 65536 + 1041):
+        x = torch.exp(4 * torch.randn(count)) + 1e-3
+        check_quantize_absmax(x, 256)
+
+
+def test_scales_that_are_not_finite() -> None:
+    x = torch.rand(1000)
+    for value in (float("nan"), float("inf")):
+        x[777] = value
+        codes, nested, offset = check_quantize_absmax(x, 256)
+        assert not offset.isfinite()
+        assert nested.isnan().all()
+        assert not codes.any()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_floats(data: st.DataObject) -> None:
+    block = data.draw(st.sampled_from(BLOCK_SIZES[:4]), "block")
+    dtype = data.draw(st.sampled_from(DTYPES), "dtype")
+    limit = float(torch.finfo(dtype).max)
+    width = 32 if dtype == torch.float32 else 16
+    if dtype == torch.bfloat16:
+        element = st.integers(0, 65535).map(lambda u: float(np.uint32(u << 16).view(np.float32)))
+    else:
+        element = st.floats(width=width) | st.floats(-1, 1, width=width) | st.sampled_from([limit, -limit])
+    values = data.draw(st.lists(element, min_size=1, max_size=3 * block), "values")
+    w = torch.tensor(values, dtype=torch.float32).to(dtype)
+    packed, absmax = check_quantize(w, block)
+    check_dequantize(packed, (absmax,), w.numel(), block)
+    check_dequantize(packed, check_quantize_absmax(absmax, 32), w.numel(), block, 32)
+
+
+def golden_cases() -> list[dict]:
+    return json.loads(GOLDEN.with_suffix(".json").read_text())["cases"]
+
+
+@pytest.mark.parametrize("case", golden_cases(), ids=lambda c: c["name"])
+def test_golden(case: dict) -> None:
+    """Made with bitsandbytes (tests/data)."""
+    with np.load(GOLDEN.with_suffix(".npz")) as file:
+        field = {k.split(".", 1)[1]: file[k] for k in file.files if k.startswith(case["name"] + ".")}
+    if case["quant_type"] != "nf4":
+        pytest.skip(f"{case['quant_type']} is not a format of this package")
+    block, numel = case["blocksize"], int(np.prod(case["shape"]))
+    if "w@bf16" in field:
+        w = torch.from_numpy(field["w@bf16"]).view(torch.bfloat16)
+    else:
+        w = torch.from_numpy(field["w"])
+    packed, absmax = check_quantize(w, block)
+    assert_bits(packed, field["packed"].reshape(-1), "packed")
+    if case["dq"]:
+        scales = tuple(
+            torch.from_numpy(np.atleast_1d(field[k]) if k != "offset" else field[k].reshape(()))
+            for k in ("absmax_q", "nested_absmax", "offset")
+        )
+        theirs = reference.dequantize_absmax(*(s.numpy() for s in scales))
+        ours = OPS.dequantize_absmax(*OPS.quantize_absmax(absmax, 256), 256).numpy()
+        error = [np.abs(x - absmax.numpy()).mean() for x in (ours, theirs)]
+        assert error[0] <= error[1]
+    else:
+        scales = (torch.from_numpy(field["absmax"]),)
+        assert_bits(absmax, field["absmax"], "absmax")
+    check_dequantize(packed, scales, numel, block)
+    if "deq_f32" in field:
+        nested = scales[1:] or (None, None)
+        got = OPS.dequantize_nf4(packed, scales[0], *nested, block, 256, [numel], torch.float32)
+        assert_bits(got, field["deq_f32"], "deq_f32")
+        got = OPS.dequantize_nf4(packed, scales[0], *nested, block, 256, [numel], torch.bfloat16)
+        assert_bits(got, field["deq_bf16@bf16"], "deq_bf16")
+
+
+def free_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(isas.FORCED is not None, reason="once is enough: indices are the same on every instruction set")
+@pytest.mark.skipif(free_memory() < 9 << 30, reason="needs 9 GB of free memory")
+def test_more_than_2_to_the_31_elements() -> None:
+    numel = (1 << 31) + 4096 + 33
+    w = torch.zeros(numel, dtype=torch.bfloat16)
+    tail = weights(8225, torch.bfloat16)
+    w[-8225:] = tail
+    packed, absmax = OPS.quantize_nf4(w, 64)
+    start = (numel - 8225) // 64 * 64
+    expected_packed, expected_absmax = reference.quantize_nf4(w[start:].float().numpy(), 64)
+    assert_bits(packed[start // 2 :], expected_packed, "packed")
+    assert_bits(absmax[start // 64 :], expected_absmax, "absmax")
+    assert torch.all(packed[: start // 2] == 0x77)
+    del w
+    decoded = OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [numel], torch.bfloat16)
+    expected = reference.dequantize_nf4(expected_packed, expected_absmax, numel - start, 64)
+    assert_bits(decoded[start:], reference.bfloat16_bits(expected), "decoded")

@@ -1,0 +1,100 @@
+"""Every fragment of cpp/cpu (a file that is compiled once for each instruction set) can be compiled alone."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import platform
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+CPU = ROOT / "cpp/cpu"
+ISAS = sorted(p.stem.removeprefix("isa_") for p in CPU.glob("isa_*.cpp"))
+
+
+def flags(isa: str) -> list[str]:
+    """The set's compiler flags, as sources.cmake has them."""
+    lists = dict(re.findall(r"^set\((_\w+) (-.*|\$.*)\)$", (CPU / "sources.cmake").read_text(), re.M))
+    names = lists.get(f"_{isa}", "")
+    while "$" in names:
+        names = re.sub(r"\$\{(\w+)\}", lambda match: lists[match[1]], names)
+    return names.split()
+
+
+def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
+    """Our headers that a file includes when it is compiled for `isa`."""
+    text = path.read_text()
+    names = re.findall(r'^#include "(cpp/[^"]+)"', text, re.M)
+    names += [f"cpp/cpu/isa/{isa}/{name}" for name in re.findall(r"^#include QLORA_ISA_HEADER\((.+)\)", text, re.M)]
+    return [ROOT / name for name in names]
+
+
+def parts(isa: str) -> list[pathlib.Path]:
+    """What is compiled for the set, as sources.cmake has it."""
+    lists = dict(re.findall(r"^set\((_\w+) (.*)\)$", (CPU / "sources.cmake").read_text(), re.M))
+    names = re.sub(r"\$\{(\w+)\}", lambda match: lists[match[1]], lists[f"_parts_{isa}"])
+    return [CPU / f"parts/{name}-inl.h" for name in names.split()]
+
+
+@functools.cache
+def fragments(isa: str) -> list[pathlib.Path]:
+    """The parts of the set, and what they include, directly or not, of cpp/cpu."""
+    found = set(parts(isa))
+    waiting = parts(isa)
+    while waiting:
+        new = [p for p in includes(waiting.pop(), isa) if p not in found and p.is_relative_to(CPU)]
+        found.update(new)
+        waiting += new
+    return sorted(found)
+
+
+def compiler(isa: str) -> str:
+    """Of the processors that have the set."""
+    processor = "aarch64" if isa.startswith("neon") else "x86_64" if isa != "scalar" else platform.machine()
+    return "g++" if processor == platform.machine() else f"{processor}-linux-gnu-g++"
+
+
+def compile_alone(path: pathlib.Path, isa: str) -> str:
+    """What the compiler says of the fragment as a translation unit of its own."""
+    command = [compiler(isa), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function"]
+    command += [f"-I{ROOT}", f"-DQLORA_ISA={isa}", *flags(isa), "-include", str(path), "-x", "c++", "/dev/null"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    return "" if run.returncode == 0 else f"{path.relative_to(ROOT)} for {isa}:\n{run.stderr[:2000]}"
+
+
+def test_every_fragment_is_compiled_for_some_set() -> None:
+    used = {p for isa in ISAS for p in fragments(isa)}
+    assert [p.relative_to(ROOT) for p in CPU.rglob("*-inl.h") if p not in used] == []
+
+
+@functools.cache
+def turns() -> dict[pathlib.Path, set[str]]:
+    """The sets that each fragment is compiled alone for: scalar, and one of the others that have it, in turn.
+
+    Of the others, those that a compiler is there for.
+    """
+    users = {
+        path: [isa for isa in ISAS if path in fragments(isa)] for path in sorted(set().union(*map(fragments, ISAS)))
+    }
+    found = {}
+    for i, (path, sets) in enumerate(users.items()):
+        others = [isa for isa in sets if isa != "scalar" and shutil.which(compiler(isa))]
+        found[path] = {isa for isa in sets if isa == "scalar"} | {others[i % len(others)] for _ in others[:1]}
+    return found
+
+
+@pytest.mark.parametrize("isa", [i if i == "scalar" else pytest.param(i, marks=pytest.mark.slow) for i in ISAS])
+def test_every_fragment_compiles_alone(isa: str) -> None:
+    if shutil.which(compiler(isa)) is None:
+        pytest.skip(f"there is no {compiler(isa)}")
+    assert len(fragments(isa)) > 20
+    paths = [path for path in fragments(isa) if isa in turns()[path]]
+    assert paths
+    with ThreadPoolExecutor(2) as pool:
+        failures = [text for text in pool.map(lambda path: compile_alone(path, isa), paths) if text]
+    assert not failures, "\n".join(failures)

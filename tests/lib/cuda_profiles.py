@@ -1,0 +1,81 @@
+"""What CUDA kernels did, by the kernel simulator's counters: of each launch a line in a file, as JSON.
+
+A file of tests runs its cases in a process of its own, which is itself: `simulated(__file__, ...)`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from own_process import run_file
+
+needs_counters = [
+    pytest.mark.cuda,
+    pytest.mark.skipif("CUDASIM_TORCH_LIBRARY" not in os.environ, reason="counters come from the kernel simulator"),
+]
+
+
+class Launch(dict):
+    """One launch's counters."""
+
+    @property
+    def slots(self) -> float:
+        return self["warp_instructions"] * 32
+
+    @property
+    def bytes_read(self) -> int:
+        return self["global_sectors_read"] * 32
+
+    @property
+    def moved(self) -> float:
+        """Sectors moved over the least there could be."""
+        sectors = self["global_sectors_read"] + self["global_sectors_written"]
+        return sectors * 32 / (self["unique_bytes_read"] + self["unique_bytes_written"])
+
+    @property
+    def conflicts(self) -> float:
+        """Share of shared memory wavefronts due to bank conflicts."""
+        return 1 - self["shared_wavefronts_ideal"] / max(self["shared_wavefronts"], 1)
+
+    @property
+    def warps(self) -> int:
+        x, y, z = self["block"]
+        return x * y * z // 32
+
+
+def launches_in(profile: Path) -> list[Launch]:
+    return [Launch(json.loads(line)) for line in profile.read_text().splitlines()]
+
+
+class Recorder:
+    """Inside of the simulated process: which launches belong to which case."""
+
+    def __init__(self, profile: Path) -> None:
+        self._profile = profile
+        self.cases: dict[str, Any] = {}
+        profile.touch()
+
+    def __call__(self, name: str, call: Callable[..., Any], *args: object) -> Any:
+        before = len(launches_in(self._profile))
+        out = call(*args)
+        self.cases[name] = launches_in(self._profile)[before:]
+        return out
+
+
+def simulated(script: str, arch: str, profile: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``script PROFILE`` as on an architecture, without checks; the launches are in ``profile`` then."""
+    simulator = {"CUDASIM_ARCH": arch, "CUDASIM_PROFILE": str(profile), "CUDASIM_CHECK": ""}
+    return run_file(script, profile, environment={**os.environ, **simulator, **environment})
+
+
+def cases_printed(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    """The cases of a ``Recorder`` that the process printed last."""
+    cases: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return cases

@@ -1,0 +1,423 @@
+"""What the ranks of test_distributed.py run: the code of a user, who knows torch.distributed and no helper of ours."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import os
+import pathlib
+import sys
+import time
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from qlora_ext.fingerprint import fingerprint
+from qlora_ext.integrations.peft import check_base, write_base
+from qlora_ext.nn import Linear4bit, Packed4bit, layers_of, quantize_model
+from qlora_ext.streaming import stream
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+from finetune_fsdp2 import train_on
+
+BATCH = 4  # rows in all, whatever the number of processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A model and the way it is trained."""
+
+    dtype: torch.dtype = torch.float32
+    double_quant: bool = True
+    tied: bool = False
+    quantized_head: bool = False
+    experts: bool = False
+    embeddings: bool = False
+    checkpointing: bool = False
+    reshard_after_forward: bool | int | None = None
+    mixed_precision: torch.dtype | None = None
+    cpu_offload: bool = False
+    mesh: tuple[int, ...] | None = None
+    dropout: float = 0.0
+    seed: int = 0
+
+
+def make_model(setup: Setup) -> Any:
+    torch.manual_seed(setup.seed)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 90,  # no multiple of 4 processes, nor of a block
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 99,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": setup.tied,
+        "use_cache": False,
+    }
+    config = MixtralConfig(**sizes, num_local_experts=4) if setup.experts else LlamaConfig(**sizes, attention_bias=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=setup.dtype)
+    skip = () if setup.quantized_head else ("lm_head",)
+    quantize_model(model, skip, double_quant=setup.double_quant, embeddings=setup.embeddings)
+    lora = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        lora_dropout=setup.dropout,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(model, lora)
+    if setup.checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model.train()
+
+
+def shard(model: Any, setup: Setup) -> None:
+    options: dict[str, Any] = {}
+    if setup.reshard_after_forward is not None:
+        options["reshard_after_forward"] = setup.reshard_after_forward
+    if setup.mixed_precision is not None:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=setup.mixed_precision, reduce_dtype=torch.float32)
+    if setup.cpu_offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
+    if setup.mesh is not None:
+        names = ("replicate", "shard")[-len(setup.mesh) :]
+        options["mesh"] = init_device_mesh("cpu", setup.mesh, mesh_dim_names=names)
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+
+def packed_state(model: nn.Module) -> dict[str, Tensor]:
+    return {f"{path}.{name}": t for path, layer in layers_of(model) for name, t in layer.packed_state().items()}
+
+
+def whole(t: Tensor) -> Tensor:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def digest(tensors: dict[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        t = whole(t.detach())
+        found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
+        found.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def adapters(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def local(t: Tensor) -> Tensor:
+    return t.to_local() if isinstance(t, DTensor) else t
+
+
+def local_bytes(tensors: dict[str, Tensor]) -> int:
+    return sum(local(t).nbytes for t in tensors.values())
+
+
+def check_computed_on(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    """From here on every 4-bit layer asserts that it computes on the very bits of ``expected``."""
+
+    def check(layer: Packed4bit, path: str) -> None:
+        for name, t in layer.packed_state().items():
+            bits = expected[f"{path}.{name}"]
+            assert t.dtype == bits.dtype, f"{path}.{name}: {t.dtype}"
+            assert torch.equal(t.detach(), bits), f"{path}.{name}"
+
+    for path, layer in layers_of(model):
+        layer.register_forward_pre_hook(lambda module, _, path=path: check(module, path))
+
+
+def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> list[float]:
+    """Losses over the whole batch, of which this rank sees its share."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    ids = torch.randint(0, 99, (BATCH, 12), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
+    losses = []
+    for _ in range(steps):
+        loss = train_on(model, optimizer, ids)
+        if world > 1:
+            dist.all_reduce(loss)
+            loss /= world
+        losses.append(loss.item())
+    return losses
+
+
+def alone(setup: Setup, steps: int = 3) -> list[float]:
+    """The losses of one process that sees the whole batch."""
+    model = make_model(setup)
+    return train(model, make_optimizer(model), steps)
+
+
+def fsdp2(setup: Setup) -> dict[str, Any]:
+    model = make_model(setup)
+    before = copy.deepcopy(packed_state(model))
+    shard(model, setup)
+    gathered = digest(packed_state(model))
+    check_computed_on(model, before)
+    losses = train(model, make_optimizer(model))
+    return {
+        "losses": losses,
+        "packed": {digest(before), gathered, digest(packed_state(model))},
+        "held": local_bytes(packed_state(model)),
+        "total": local_bytes(before),
+        "adapters": digest(adapters(model)),
+    }
+
+
+def ddp(setup: Setup) -> dict[str, Any]:
+    model = make_model(setup)
+    before = copy.deepcopy(packed_state(model))
+    check_computed_on(model, before)
+    losses = train(DistributedDataParallel(model), make_optimizer(model))
+    return {
+        "losses": losses,
+        "packed": {digest(before), digest(packed_state(model))},
+        "adapters": digest(adapters(model)),
+    }
+
+
+def streamed_ddp(path: pathlib.Path, streamed: bool) -> dict[str, Any]:
+    """A saved 4-bit model under DDP, its layers perhaps from the files."""
+    model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
+    if streamed:
+        stream(model, source="disk")
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    versions = {name: t._version for name, t in packed_state(model).items()}
+    wrapped = DistributedDataParallel(model)
+    losses = train(wrapped, make_optimizer(model))
+    return {
+        "losses": losses,
+        "adapters": digest(adapters(model)),
+        "ignored": set(wrapped.parameters_to_ignore) & set(model.state_dict()),
+        "packed": set(packed_state(model)),
+        "written": [name for name, t in packed_state(model).items() if t._version != versions[name]],
+    }
+
+
+class Odd(nn.Module):
+    """Layers whose bytes are every value there is, of sizes that no number of processes divides."""
+
+    def __init__(self, double_quant: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            Linear4bit(k, n, double_quant=double_quant) for k, n in ((128, 33), (33, 7), (7, 1))
+        )
+        generator = torch.Generator().manual_seed(0)
+        for layer in self.layers:
+            for t in (layer.weight, layer.absmax):
+                count = t.numel()
+                if t.dtype == torch.uint8:
+                    t.data = torch.arange(count).mul(37).remainder(256).to(torch.uint8).reshape(t.shape)
+                else:
+                    t.data = torch.rand(count, generator=generator)
+            if double_quant:
+                layer.nested_absmax.fill_(0.0123456789)
+                layer.nested_offset.fill_(0.1)
+        self.adapter = nn.Linear(128, 128, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.adapter(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def odd_bytes(double_quant: bool, mixed: bool) -> dict[str, Any]:
+    model = Odd(double_quant)
+    expected = copy.deepcopy(packed_state(model))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
+    for layer in model.layers:
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+    check_computed_on(model, expected)
+    model(torch.randn(3, 128)).float().sum().backward()
+    assert model.adapter.weight.grad is not None
+    return {
+        "packed": {digest(expected), digest(packed_state(model))},
+        "weight": {tuple(bytes_.tolist()) for bytes_ in [local(model.layers[0].weight).unique()]},
+    }
+
+
+def casts_after_sharding(setup: Setup) -> tuple[set[str], bool]:
+    """A sharded model that changes its dtype keeps its bits, and computes in the new dtype."""
+    model = make_model(setup)
+    before = copy.deepcopy(packed_state(model))
+    shard(model, setup)
+    model.to(torch.bfloat16)
+    check_computed_on(model, before)
+    logits = model(input_ids=torch.arange(8)[None]).logits
+    return {digest(before), digest(packed_state(model))}, logits.dtype == torch.bfloat16
+
+
+def checkpointed_dropout(setup: Setup) -> bool:
+    """Whether a checkpointed layer that is gathered again in the backward draws the dropout of its forward again."""
+    ids = torch.arange(24).view(2, 12)
+    gradients = set()
+    for checkpointing in (False, True):
+        model = make_model(dataclasses.replace(setup, checkpointing=checkpointing, dropout=0.5))
+        shard(model, setup)
+        torch.manual_seed(dist.get_rank())
+        model(input_ids=ids, labels=ids).loss.backward()
+        gradients.add(digest({name: p.grad for name, p in adapters(model).items()}))
+    return len(gradients) == 1
+
+
+def from_meta(setup: Setup) -> dict[str, Any]:
+    """Built and sharded on the meta device, then filled from the first rank's state dict."""
+    source = make_model(setup)
+    with torch.device("meta"):
+        model = make_model(setup)
+    shard(model, setup)
+    model.to_empty(device="cpu")
+    for name, buffer in model.named_buffers():
+        if name not in source.state_dict():  # rotary frequencies: not in a checkpoint
+            buffer.copy_(source.get_buffer(name))
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, source.state_dict() if dist.get_rank() == 0 else {}, options=options)
+    check_computed_on(model, packed_state(source))
+    return {"losses": train(model, make_optimizer(model)), "packed": {digest(packed_state(m)) for m in (source, model)}}
+
+
+def save_checkpoint(setup: Setup, directory: str, steps: int) -> dict[str, Any]:
+    model = make_model(setup)
+    shard(model, setup)
+    optimizer = make_optimizer(model)
+    losses = train(model, optimizer, steps)
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=directory)
+    return {"losses": losses, "packed": digest(packed_state(model)), "adapters": digest(adapters(model))}
+
+
+def resume_checkpoint(setup: Setup, directory: str, steps: int) -> dict[str, Any]:
+    model = make_model(setup)
+    shard(model, setup)
+    optimizer = make_optimizer(model)
+    fresh = digest(packed_state(model))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(state, checkpoint_id=directory)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    loaded = {"packed": digest(packed_state(model)), "adapters": digest(adapters(model))}
+    return {"fresh": fresh, **loaded, "losses": train(model, optimizer, steps)}
+
+
+def whole_state(setup: Setup) -> str:
+    """A state dict gathered on the first rank loads into a model of one process, and from there into a sharded one."""
+    model = make_model(setup)
+    before = digest(model.state_dict())
+    shard(model, setup)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:
+        single = make_model(dataclasses.replace(setup, seed=1))
+        assert digest(single.state_dict()) != before
+        single.load_state_dict(state, strict=True)
+        assert digest(single.state_dict()) == before
+    other = make_model(dataclasses.replace(setup, seed=1))
+    shard(other, setup)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(other, state, options=options)
+    assert digest(other.state_dict()) == before
+    train(other, make_optimizer(other), 1)
+    return before
+
+
+def save_adapter(setup: Setup, directory: str) -> list[str]:
+    """PEFT saves the adapters of a sharded model, and the base is known by its fingerprint."""
+    model = make_model(setup)
+    expected = fingerprint(model)
+    shard(model, setup)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    state = get_model_state_dict(model, options=options)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        model.save_pretrained(directory, state_dict=state, is_main_process=dist.get_rank() == 0)
+    write_base(model, directory)
+    assert fingerprint(model) == expected
+    dist.barrier()
+    with torch.no_grad():
+        logits = model(input_ids=torch.arange(8)[None]).logits
+        single = PeftModel.from_pretrained(make_model(setup).unload(), directory)
+        assert check_base(single, directory) is True
+        torch.testing.assert_close(single(input_ids=torch.arange(8)[None]).logits, logits)
+    return [str(w.message) for w in warned]
+
+
+def fails_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 had enough")
+
+
+def hangs_on_rank_1() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(3600)
+
+
+def accelerate_prepares(setup: Setup, config: dict[str, Any]) -> dict[str, Any]:
+    """accelerate's FSDP2 on the model. It takes that way on accelerators alone, so its parts are called one by one."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ |= {
+        "RANK": rank,
+        "LOCAL_RANK": rank,
+        "WORLD_SIZE": world,
+        "LOCAL_WORLD_SIZE": world,
+        "OMP_NUM_THREADS": "1",
+    }
+    options = {
+        key.removeprefix("fsdp_"): value for key, value in config["fsdp_config"].items() if key != "fsdp_version"
+    }
+    layer = options.pop("transformer_layer_cls_to_wrap")
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        transformer_cls_names_to_wrap=[layer],
+        cpu_offload=options.pop("offload_params"),
+        **{key: value.lower() if key == "auto_wrap_policy" else value for key, value in options.items()},
+    )
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = plugin
+    plugin.set_mixed_precision(config["mixed_precision"])
+    model = make_model(setup)
+    before = copy.deepcopy(packed_state(model))
+    if plugin.activation_checkpointing:
+        model = fsdp2_apply_ac(accelerator, model)
+    model = fsdp2_prepare_model(accelerator, model)
+    losses = train(model, make_optimizer(model))
+    wrapper = "_checkpoint_wrapped_module."  # what accelerate's checkpointing puts between a layer and its parent
+    packed = {name.replace(wrapper, ""): t for name, t in packed_state(model).items()}
+    return {
+        "losses": losses,
+        "packed": {digest(before), digest(packed)},
+        "held": local_bytes(packed),
+        "total": local_bytes(before),
+        "sharded_modules": sum(isinstance(m, FSDPModule) for m in model.modules()),
+    }

@@ -1,0 +1,86 @@
+"""GGUF files of tiny models."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from tiny_models import make
+
+SHORT = {
+    "model.layers.": "blk.",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "mlp.gate.": "ffn_gate_inp.",
+}
+
+
+def tensors_of(model: Any) -> dict[str, Any]:
+    """The weights as a GGUF file has them, of experts one stack for gate and one for up."""
+    found = {}
+    for name, tensor in model.state_dict().items():
+        for long, short in SHORT.items():
+            name = name.replace(long, short)
+        values = tensor.float().numpy()
+        if name.endswith("mlp.experts.gate_up_proj"):
+            stem = name.removesuffix("mlp.experts.gate_up_proj")
+            found[f"{stem}ffn_gate_exps.weight"], found[f"{stem}ffn_up_exps.weight"] = np.split(values, 2, axis=1)
+        else:
+            found[name.replace("mlp.experts.down_proj", "ffn_down_exps.weight")] = values
+    return found
+
+
+def write(model: Any, path: pathlib.Path, architecture: str, more: dict[str, Any] | None = None) -> None:
+    """The model as a GGUF file in which matrices have the types of quantized files in turn."""
+    config, tokens = model.config, 128
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_key_length(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    if getattr(config, "num_experts", 0):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["t", "1", "t1", *(f"<{i}>" for i in range(3, tokens))])
+    writer.add_token_types([1] * tokens)
+    writer.add_token_merges(["t 1"])
+    writer.add_eos_token_id(2)
+    kinds = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0")]
+    for i, (name, values) in enumerate((tensors_of(model) | (more or {})).items()):
+        kind = kinds[i % len(kinds)] if values.ndim > 1 else kinds[0]
+        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture(scope="module")
+def llama_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    write(make("llama"), path, "llama")
+    return path

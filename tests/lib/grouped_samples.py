@@ -1,0 +1,135 @@
+"""Problems over experts, made on any device, with their exact answers: those of each expert over all rows, of which its
+own count, because dropout goes by a row's number among all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+import accuracy
+import qlora_ext
+from samples import LinearSample
+
+OPS = torch.ops.qlora
+STATE = ("packed", "absmax", "nested_absmax", "nested_offset")
+
+# Rows of each expert: none at the ends and between, one, a tile's, many.
+SKEWED = {
+    8: [0, 3, 0, 17, 1, 0, 70, 5],
+    64: [0] * 20 + [9] + [0] * 3 + [1, 2, 33] + [0] * 30 + [1] * 7,
+    128: [1, 0, 0] * 20 + [40] + [0] * 40 + [2, 1, 0] * 9,
+}
+
+
+@dataclasses.dataclass
+class GroupedSample:
+    """x [S, K], the rows of each expert, packed weights [N, K], bias [E, N], lora_a [E, R, K], lora_b [E, N, R]."""
+
+    x: Tensor
+    counts: Sequence[int]
+    weights: list[qlora_ext.NF4Weight]
+    bias: Tensor | None
+    lora_a: Tensor | None
+    lora_b: Tensor | None
+    scaling: float
+    dropout_p: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.offsets = torch.tensor(self.counts).cumsum(0).to(self.x.device)
+        stacks = ([getattr(w, name) for w in self.weights] for name in STATE)
+        stacked = [None if s[0] is None else torch.stack(s).to(self.x.device) for s in stacks]
+        self.packed = (*stacked, self.weights[0].block_size, self.weights[0].nested_block_size)
+        self.n, self.k = self.weights[0].shape
+
+    @property
+    def lora_args(self) -> tuple:
+        return self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seed
+
+    def forward(self, offsets: Tensor | None = None) -> Tensor:
+        at = self.offsets if offsets is None else offsets
+        return OPS.grouped_linear_nf4(self.x, at, *self.packed, self.n, self.bias, *self.lora_args)
+
+    def dx(self, dy: Tensor, offsets: Tensor | None = None) -> Tensor:
+        at = self.offsets if offsets is None else offsets
+        return OPS.grouped_linear_nf4_dx(dy, at, *self.packed, self.k, *self.lora_args)
+
+    def dlora(self, dy: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        at = self.offsets if offsets is None else offsets
+        return OPS.grouped_linear_nf4_dlora(dy, self.x, at, *self.lora_args)
+
+    def dy(self) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(len(self.x), self.n, generator=generator).to(self.x)
+
+    def parts(self) -> Iterator[tuple[int, slice]]:
+        """Every expert that has rows, and which."""
+        begin = 0
+        for e, count in enumerate(self.counts):
+            if count:
+                yield e, slice(begin, begin + count)
+            begin += count
+
+    def unassigned(self) -> slice:
+        return slice(sum(self.counts), None)
+
+    def of_expert(self, e: int, x: Tensor) -> LinearSample:
+        own = (None if t is None else t[e] for t in (self.bias, self.lora_a, self.lora_b))
+        w4 = self.weights[e].to(self.x.device)
+        return LinearSample(x, w4, *own, self.scaling, self.dropout_p, self.seed)
+
+    def forward_accuracy(self) -> accuracy.Expected:
+        parts = [self.of_expert(e, self.x).forward_accuracy().rows(rows) for e, rows in self.parts()]
+        return accuracy.concatenate(parts)
+
+    def dx_accuracy(self, dy: Tensor) -> accuracy.Expected:
+        return accuracy.concatenate([self.of_expert(e, self.x).dx_accuracy(dy).rows(r) for e, r in self.parts()])
+
+    def dlora_accuracy(self, dy: Tensor) -> dict[int, tuple[accuracy.Expected, accuracy.Expected]]:
+        return {e: self.of_expert(e, self.x).dlora_accuracy(self.only(dy, rows)) for e, rows in self.parts()}
+
+    @staticmethod
+    def only(dy: Tensor, rows: slice) -> Tensor:
+        """dy with no other rows: those add nothing to a sum over all."""
+        own = torch.zeros_like(dy)
+        own[rows] = dy[rows]
+        return own
+
+
+def grouped_sample(
+    counts: Sequence[int],
+    n: int = 48,
+    k: int = 64,
+    rank: int | None = 4,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    bias: bool = True,
+    dropout_p: float = 0.0,
+    block_size: int = 64,
+    double_quant: bool = True,
+    unassigned: int = 3,
+) -> GroupedSample:
+    """``unassigned`` rows follow those of the experts."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int, factor: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=generator) * factor).to(device, dtype)
+
+    experts = len(counts)
+    return GroupedSample(
+        x=randn(sum(counts) + unassigned, k),
+        counts=counts,
+        weights=[
+            qlora_ext.quantize_nf4(torch.randn(n, k, generator=generator) * 0.05, block_size, double_quant)
+            for _ in range(experts)
+        ],
+        bias=randn(experts, n) if bias else None,
+        lora_a=None if rank is None else randn(experts, rank, k, factor=max(k, 1) ** -0.5),
+        lora_b=None if rank is None else randn(experts, n, rank, factor=0.2),
+        scaling=0.5,
+        dropout_p=dropout_p,
+        seed=1234,
+    )

@@ -1,0 +1,23 @@
+"""A test file run as a program, in a process of its own: for what a process reads once, counts or logs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+
+
+def run_file(
+    file: str, *arguments: object, environment: Mapping[str, str] = os.environ
+) -> subprocess.CompletedProcess[str]:
+    """``python file arguments``, which finds the same modules as this process."""
+    run = subprocess.run(
+        [sys.executable, file, *map(str, arguments)],
+        env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return run

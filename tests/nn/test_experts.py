@@ -1,0 +1,293 @@
+"""Experts4bit as a module: every expert quantized by itself, and the layer that of the decoded experts."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import qlora_ext
+from qlora_ext.nn import Experts4bit, quantize_model
+from samples import OPCHECKS
+from tiny_experts import Experts, routing
+
+
+class Transposed(Experts):
+    has_bias, is_transposed = True, True
+
+
+class Ungated(Experts):
+    has_gate = False
+
+
+NESTED = ("nested_absmax", "nested_offset")
+KINDS = [Experts, Transposed, Ungated]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("block_size", "double_quant"), [(64, True), (64, False), (32, True)])
+def test_every_expert_is_quantized_by_itself(kind: type[Experts], block_size: int, double_quant: bool) -> None:
+    dense = kind()
+    module = Experts4bit.from_experts(dense, block_size=block_size, double_quant=double_quant)
+    for name in module.packed_shapes:
+        assert getattr(module, name).dtype == torch.uint8
+        for e, w in enumerate(getattr(dense, name)):
+            w4 = qlora_ext.quantize_nf4(w.T if dense.is_transposed else w, block_size, double_quant)
+            assert torch.equal(getattr(module, name)[e], w4.packed)
+            assert torch.equal(getattr(module, f"{name}_absmax")[e], w4.absmax)
+            if double_quant:
+                assert torch.equal(getattr(module, f"{name}_nested_offset")[e], w4.nested_offset)
+            decoded = w4.dequantize().T if dense.is_transposed else w4.dequantize()
+            assert torch.equal(module.dequantize(name)[e], decoded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_forward_and_backward_are_those_of_the_decoded_experts(kind: type[Experts], k: int) -> None:
+    module = Experts4bit.from_experts(kind())
+    dense = module.to_experts()
+    assert type(dense) is kind
+    index, weights = routing(k=k)
+    x = torch.randn(11, 64)
+    out, grads = [], []
+    for layer in (module, dense):
+        leaves = [x.clone().requires_grad_(), weights.clone().requires_grad_()]
+        y = layer(leaves[0], index, leaves[1])
+        y.square().sum().backward()
+        out.append(y.detach())
+        grads.append([leaf.grad for leaf in leaves])
+    torch.testing.assert_close(out[0], out[1], rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_an_expert_that_nobody_chose_and_one_that_does_not_exist() -> None:
+    module = Experts4bit.from_experts(Transposed())
+    index = torch.tensor([[0, 5], [3, 0], [5, 5]])
+    weights = torch.rand(3, 2)
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(module(x, index, weights), module.to_experts()(x, index, weights), rtol=1e-4, atol=1e-4)
+    assert module(x[:0], index[:0], weights[:0]).shape == (0, 64)
+    nobody = torch.tensor([[0, -1], [3, 0], [-7, 2**40]])
+    expected = module(x, index, weights)
+    for call in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+        assert torch.equal(call(x, nobody, weights), expected)
+    assert torch.equal(expected[2], torch.zeros(64))
+    with pytest.raises(TypeError, match=r"top_k_index: expected integer expert numbers, got torch\.float32"):
+        module(x, weights, weights)
+
+
+def test_weights_of_all_experts() -> None:
+    module = Experts4bit.from_experts(Experts())
+    every = torch.rand(11, 5)
+    index = every.topk(2).indices
+    x = torch.randn(11, 64)
+    assert torch.equal(module(x, index, every), module(x, index, every.gather(1, index)))
+
+
+def test_gradients_of_biases() -> None:
+    module = Experts4bit.from_experts(Transposed())
+    dense = module.to_experts()
+    index, weights = routing()
+    x = torch.randn(11, 64)
+    for layer in (module, dense):
+        for name in ("gate_up_proj_bias", "down_proj_bias"):
+            getattr(layer, name).requires_grad_()
+        layer(x, index, weights).square().sum().backward()
+    for name in ("gate_up_proj_bias", "down_proj_bias"):
+        torch.testing.assert_close(getattr(module, name).grad, getattr(dense, name).grad, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_dtypes_and_autocast(dtype: torch.dtype) -> None:
+    module = Experts4bit.from_experts(Experts(dtype=dtype))
+    index, weights = routing()
+    x = torch.randn(11, 64)
+    exact = Experts4bit.from_experts(module.to_experts(torch.float32))(x, index, weights)
+    y = module(x.to(dtype), index, weights)
+    assert y.dtype == dtype
+    assert (y.float() - exact).norm() < 0.02 * exact.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x, index, weights).dtype == torch.float32
+    assert module.float()(x, index, weights).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.half().bfloat16(),
+        lambda m: m.to(torch.float16).to("cpu"),
+        lambda m: m.type(torch.float16),
+        copy.deepcopy,
+        lambda m: pickle.loads(pickle.dumps(m)),
+    ],
+)
+def test_no_change_of_the_module_touches_the_packed_state(change) -> None:
+    module = Experts4bit.from_experts(Transposed())
+    before = {name: t.clone() for name, t in module.state_dict().items()}
+    after = change(module).state_dict()
+    assert set(before) == set(after)
+    for name, t in before.items():
+        if not name.endswith("bias"):
+            assert after[name].dtype == t.dtype
+            assert torch.equal(after[name], t), name
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_state_dict_round_trips_strictly(device: str) -> None:
+    module = Experts4bit.from_experts(Transposed())
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    with torch.device(device):
+        empty = Experts4bit(Transposed(), device=device)
+    empty.load_state_dict(torch.load(buffer), strict=True, assign=device == "meta")
+    index, weights = routing()
+    x = torch.randn(11, 64)
+    assert torch.equal(empty(x, index, weights), module(x, index, weights))
+    with pytest.raises(RuntimeError, match=r"gate_up_proj_absmax: expected torch.float32"):
+        Experts4bit(Transposed(), double_quant=False).load_state_dict(module.state_dict(), strict=False)
+
+
+def test_quantize_model_finds_experts() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(64, 5)
+            self.experts = Experts()
+
+    model = Block()
+    dense = model.experts
+    quantize_model(model, skip=["gate"])
+    assert isinstance(model.experts, Experts4bit)
+    assert type(model.gate) is nn.Linear
+    assert dense.down_proj.numel() == 0  # freed
+    assert isinstance(quantize_model(Experts()), Experts4bit)
+    assert type(quantize_model(Block(), skip=["experts"]).experts) is Experts
+
+
+def test_what_is_no_module_of_experts() -> None:
+    with pytest.raises(TypeError, match="3-D parameters gate_up_proj"):
+        Experts4bit(nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="down_proj: expected an even number of in_features, got 3"):
+        Experts4bit(Experts(inner=3))
+
+
+def test_operators_pass_opcheck() -> None:
+    w4 = [qlora_ext.quantize_nf4(torch.randn(32, 64)) for _ in range(3)]
+    stacked = [
+        torch.stack([getattr(w, key) for w in w4]) for key in ("packed", "absmax", "nested_absmax", "nested_offset")
+    ]
+    offsets = torch.tensor([2, 2, 6])
+    x = torch.randn(7, 64, requires_grad=True)
+    a, b = torch.randn(3, 4, 64, requires_grad=True), torch.randn(3, 32, 4, requires_grad=True)
+    bias = torch.randn(3, 32, requires_grad=True)
+    packed = (offsets, *stacked, 64, 256)
+    ops = torch.ops.qlora
+    torch.library.opcheck(ops.grouped_linear_nf4.default, (x, *packed, 32, bias, a, b, 0.5), test_utils=OPCHECKS)
+    with torch.no_grad():
+        dy = torch.randn(7, 32)
+        torch.library.opcheck(ops.grouped_linear_nf4_dx.default, (dy, *packed, 64, a, b, 0.5), test_utils=OPCHECKS)
+        torch.library.opcheck(ops.grouped_linear_nf4_dlora.default, (dy, x, offsets, a, b, 0.5), test_utils=OPCHECKS)
+    y = ops.grouped_linear_nf4(x, *packed, 32, bias, a, b, 0.5)
+    assert torch.equal(y[6], torch.zeros(32))  # behind the last expert's rows
+    for e, rows in ((0, slice(0, 2)), (2, slice(2, 6))):
+        assert torch.equal(y[rows], qlora_ext.linear_nf4(x[rows], w4[e], bias[e], a[e], b[e], 0.5))
+    with pytest.raises(ValueError, match="offsets: expected ascending row numbers up to 7, got 9 for expert 2"):
+        ops.grouped_linear_nf4(x, torch.tensor([2, 2, 9]), *packed[1:], 32, None, None, None, 1.0)
+    with pytest.raises(ValueError, match=r"offsets: expected shape \[3\], got \[2\]"):
+        ops.grouped_linear_nf4(x, offsets[:2], *packed[1:], 32, None, None, None, 1.0)
+
+
+BAD_STACKS = [
+    ("x", torch.zeros(7, 1, 64), r"x: expected shape \[any, any\], got \[7, 1, 64\]"),
+    ("offsets", torch.tensor([2.0, 2.0, 6.0]), "offsets: expected a dense int64 tensor, got Float"),
+    ("offsets", torch.tensor([2, 2, 6]).to_sparse(), "offsets: expected a dense tensor, got a sparse one"),
+    (
+        "offsets",
+        torch.tensor([2, 1, 6]),
+        "offsets: expected ascending row numbers up to (7, got 1|0, got 2) for expert",
+    ),
+    ("packed", torch.zeros((), dtype=torch.uint8), r"packed: expected a stack of weights, 1024 bytes each"),
+    ("packed", torch.zeros(3, 31, 32, dtype=torch.uint8), r"packed: .*1024 bytes each \(out_features = 32 by 64\)"),
+    ("packed", None, "packed: expected a tensor, got None"),
+    ("absmax", None, "absmax: expected a tensor, got None"),
+    ("offsets", torch.tensor([2, 2, 6], device="meta"), "offsets: expected on the device of x"),
+    ("absmax", torch.zeros(2, 32, dtype=torch.uint8), "absmax: expected 3 slices, one an expert"),
+    ("nested_absmax", torch.zeros(()), "nested_absmax: expected 3 slices"),
+    ("nested_offset", torch.zeros(1), "nested_offset: expected 3 slices"),
+    ("nested_offset", torch.zeros(1).expand(3), "nested_offset: expected a contiguous tensor"),
+    ("packed", torch.zeros(1, dtype=torch.uint8).expand(3, 32, 32), "packed: expected a contiguous tensor"),
+    ("out_features", -1, "out_features: expected a size, got -1"),
+    ("out_features", 32 + 2**58, r"out_features: expected at most 2\^48 elements"),
+    ("bias", torch.zeros(3, 31), r"bias: expected shape \[3, 32\]"),
+    ("lora_a", torch.zeros(4, 64), "lora_a: expected 3 slices"),
+    ("lora_b", torch.zeros(3, 32, 5), r"lora_b: expected shape \[3, 32, 4\]"),
+    ("lora_b", None, "lora_b: expected with lora_a, got None"),
+    ("lora_a", torch.zeros(3, 4, 64, device="meta"), "lora_a: expected on the device of x"),
+]
+
+
+@pytest.mark.parametrize("rows", [7, 0])
+@pytest.mark.parametrize(("name", "value", "text"), BAD_STACKS, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD_STACKS)])
+def test_a_wrong_argument_of_the_stack_is_named(name: str, value: object, text: str, rows: int) -> None:
+    """Even where no expert has a row."""
+    w4 = [qlora_ext.quantize_nf4(torch.randn(32, 64)) for _ in range(3)]
+    good = {key: torch.stack([getattr(w, key) for w in w4]) for key in ("packed", "absmax", *NESTED)}
+    good |= {"x": torch.randn(rows, 64), "offsets": torch.tensor([2, 2, 6]).clamp(max=rows), "bias": None}
+    good |= {"block_size": 64, "nested_block_size": 256, "out_features": 32, "scaling": 0.5}
+    good |= {"lora_a": torch.zeros(3, 4, 64), "lora_b": torch.zeros(3, 32, 4)}
+    operator = torch.ops.qlora.grouped_linear_nf4
+    assert operator(**good).shape == (rows, 32)
+    if (
+        rows == 0
+        and name == "offsets"
+        and isinstance(value, torch.Tensor)
+        and value.dtype == torch.int64
+        and not value.is_meta
+    ):
+        text = "offsets: expected (ascending row numbers up to 0|a dense)"
+    with pytest.raises(ValueError, match=text):
+        operator(**{**good, name: value})
+
+
+def test_wrong_arguments_of_the_gradients_are_named() -> None:
+    a, b, offsets = torch.zeros(3, 4, 64), torch.zeros(3, 32, 4), torch.tensor([2, 2, 6])
+    dlora = torch.ops.qlora.grouped_linear_nf4_dlora
+    for dy, x, rows, la, lb, text in (
+        (torch.zeros(6, 32), torch.zeros(7, 64), offsets, a, b, r"dy: expected shape \[7, any\], got \[6, 32\]"),
+        (torch.zeros(7, 32), torch.zeros(7, 64), offsets[:2], a, b, r"offsets: expected shape \[3\], got \[2\]"),
+        (torch.zeros(7, 32), torch.zeros(7, 64), offsets, a[0], b, r"lora_a: expected shape \[any, any, 64\]"),
+        (torch.zeros(7, 32), torch.zeros(7, 64), offsets, a, b[:2], r"lora_b: expected shape \[3, 32, 4\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            dlora(dy, x, rows, la, lb, 0.5)
+    packed = torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(3, 32)
+    with pytest.raises(ValueError, match="packed: expected a stack of weights, 1040 bytes each"):
+        torch.ops.qlora.grouped_linear_nf4_dx(
+            torch.zeros(7, 32), offsets, *packed, None, None, 64, 256, 65, None, None, 0.5
+        )
+
+
+def test_compiles_as_one_graph() -> None:
+    module = Experts4bit.from_experts(Experts())
+    index, weights = routing()
+    x = torch.randn(11, 64, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled(x, index, weights).sum().backward()
+    grad = x.grad
+    x.grad = None
+    module(x, index, weights).sum().backward()
+    assert grad is not None
+    torch.testing.assert_close(grad, x.grad)
+
+
+def test_on_the_meta_device_there_are_shapes() -> None:
+    module = Experts4bit.from_experts(Experts()).to("meta")
+    index, weights = (t.to("meta") for t in routing())
+    y = module(torch.empty(11, 64, device="meta"), index, weights)
+    assert (y.shape, y.device.type) == ((11, 64), "meta")

@@ -1,0 +1,197 @@
+"""The operators over experts, on CPU and CUDA: against the oracle, and against a loop over single weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from accuracy import assert_accurate
+from grouped_samples import OPS, SKEWED, GroupedSample, grouped_sample
+from samples import DEVICES, DTYPES
+
+every_device = pytest.mark.parametrize("device", DEVICES)
+
+# (n, k): what tensor cores take, with a tail of rows and several stages of each sum; and what they do not.
+REGULAR, RAGGED = [(136, 192)], [(39, 101), (7, 96)]
+
+
+def check(s: GroupedSample) -> None:
+    """Forward, dX and LoRA's gradients, twice: the same bits."""
+    y, dy = s.forward(), s.dy()
+    assert y.dtype == s.x.dtype
+    assert torch.equal(y[s.unassigned()], torch.zeros_like(y[s.unassigned()]))
+    assert_accurate(y[: s.unassigned().start], s.forward_accuracy())
+    assert torch.equal(y, s.forward())
+
+    dx = s.dx(dy)
+    assert torch.equal(dx[s.unassigned()], torch.zeros_like(dx[s.unassigned()]))
+    assert_accurate(dx[: s.unassigned().start], s.dx_accuracy(dy))
+    assert torch.equal(dx, s.dx(dy))
+
+    if s.lora_a is None:
+        return
+    da, db = s.dlora(dy)
+    assert (da.shape, db.shape) == (s.lora_a.shape, s.lora_b.shape)
+    expected = s.dlora_accuracy(dy)
+    for e in range(len(s.counts)):
+        if e in expected:
+            assert_accurate(da[e], expected[e][0])
+            assert_accurate(db[e], expected[e][1])
+        else:
+            assert not da[e].any()
+            assert not db[e].any()
+    assert all(map(torch.equal, (da, db), s.dlora(dy)))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "k"), REGULAR + RAGGED)
+def test_shapes(n: int, k: int, dtype: torch.dtype, device: str) -> None:
+    check(grouped_sample(SKEWED[8], n, k, 16, dtype, device, dropout_p=0.3))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("experts", [64, 128])
+def test_many_experts(experts: int, dtype: torch.dtype, device: str) -> None:
+    check(grouped_sample(SKEWED[experts], 40, 128, 8, dtype, device))
+
+
+@every_device
+@pytest.mark.parametrize("counts", [[1], [0, 0, 5], [6, 0, 0], [0, 0], [7, 9, 0, 64, 65], [300, 200]])
+def test_any_rows(counts: list[int], device: str) -> None:
+    s = grouped_sample(counts, 24, 64, 4, torch.bfloat16, device)
+    if sum(counts):
+        check(s)
+    else:
+        dy = s.dy()
+        assert not any(t.any() for t in (s.forward(), s.dx(dy), *s.dlora(dy)))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [None, 0, 1, 5, 32, 72])
+@pytest.mark.parametrize(("n", "k"), [(72, 128), (71, 95)])
+def test_any_rank(n: int, k: int, rank: int | None, dtype: torch.dtype, device: str) -> None:
+    check(grouped_sample([0, 20, 1, 0, 9], n, k, rank, dtype, device, bias=rank is None, dropout_p=0.3))
+
+
+@every_device
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize(("block_size", "k"), [(32, 320), (64, 320), (256, 320), (4096, 323)])
+def test_block_sizes(block_size: int, k: int, double_quant: bool, device: str) -> None:
+    counts = [4, 0, 11]
+    check(grouped_sample(counts, 40, k, 4, torch.bfloat16, device, block_size=block_size, double_quant=double_quant))
+
+
+@every_device
+@pytest.mark.parametrize("p", [0.1, 1.0])
+@pytest.mark.parametrize("k", [128, 67])  # an expert's first element in the middle of what one draw has the bits of
+def test_dropout_goes_by_the_element_of_all_of_x(k: int, p: float, device: str) -> None:
+    check(grouped_sample([5, 0, 3, 70], 40, k, 8, torch.float32, device, dropout_p=p))
+
+
+@every_device
+def test_the_seed_may_be_a_tensor(device: str) -> None:
+    s = grouped_sample([5, 0, 3], 40, 64, 8, torch.bfloat16, device, dropout_p=0.4)
+    dy, seed = s.dy(), torch.tensor(s.seed, device=device)
+    lora = (*s.lora_args[:-1], 77, seed)
+    assert torch.equal(s.forward(), OPS.grouped_linear_nf4(s.x, s.offsets, *s.packed, s.n, s.bias, *lora))
+    assert torch.equal(s.dx(dy), OPS.grouped_linear_nf4_dx(dy, s.offsets, *s.packed, s.k, *lora))
+    assert all(map(torch.equal, s.dlora(dy), OPS.grouped_linear_nf4_dlora(dy, s.x, s.offsets, *lora)))
+
+    leaves = [t.requires_grad_() for t in (s.x, s.bias, s.lora_a, s.lora_b)]
+    by_number = torch.autograd.grad(s.forward(), leaves, dy)
+    y = OPS.grouped_linear_nf4(s.x, s.offsets, *s.packed, s.n, s.bias, *lora)
+    assert all(map(torch.equal, by_number, torch.autograd.grad(y, leaves, dy)))
+
+
+@every_device
+def test_empty(device: str) -> None:
+    for counts, unassigned in (([0, 0, 0], 0), ([], 5)):
+        s = grouped_sample([0], 24, 64, 4, torch.bfloat16, device, unassigned=unassigned)
+        stack = slice(0, len(counts))
+        packed = tuple(t[stack] if isinstance(t, Tensor) else t for t in s.packed)
+        a, b = (torch.cat([t] * 3)[: len(counts)] for t in (s.lora_a, s.lora_b))
+        if counts:
+            packed = tuple(torch.cat([t] * 3) if isinstance(t, Tensor) else t for t in packed)
+        offsets = torch.tensor(counts, dtype=torch.int64, device=device)
+        y = OPS.grouped_linear_nf4(s.x, offsets, *packed, s.n, None, a, b, 0.5)
+        dx = OPS.grouped_linear_nf4_dx(s.dy(), offsets, *packed, s.k, a, b, 0.5)
+        da, db = OPS.grouped_linear_nf4_dlora(s.dy(), s.x, offsets, a, b, 0.5)
+        assert (y.shape, dx.shape, da.shape, db.shape) == ((unassigned, 24), (unassigned, 64), a.shape, b.shape)
+        assert not any(t.any() for t in (y, dx, da, db))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tensors_with_other_strides(dtype: torch.dtype, device: str) -> None:
+    s = grouped_sample([3, 0, 14], 40, 128, 4, dtype, device)
+    dy = s.dy()
+    expected = s.forward(), s.dx(dy), *s.dlora(dy)
+    s.x = s.x.t().contiguous().t()
+    s.lora_a, s.lora_b = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (s.lora_a, s.lora_b))
+    s.offsets = torch.stack([s.offsets, s.offsets], 1)[:, 0]
+    assert not s.x.is_contiguous()
+    dy = dy.t().contiguous().t()
+    assert all(map(torch.equal, expected, (s.forward(), s.dx(dy), *s.dlora(dy))))
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_tensors(dtype: torch.dtype, device: str) -> None:
+    """Contiguous views that start in the middle of 16 bytes."""
+    s = grouped_sample([3, 0, 14], 40, 128, 4, dtype, device)
+    for name in ("x", "bias", "lora_a", "lora_b"):
+        t = getattr(s, name)
+        moved = torch.empty(t.numel() + 1, dtype=dtype, device=device)[1:].view_as(t).copy_(t)
+        assert moved.data_ptr() % 16 != 0
+        setattr(s, name, moved)
+    check(s)
+
+
+@every_device
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_without_dropout_it_is_the_loop(dtype: torch.dtype, device: str) -> None:
+    """Bit for bit, but for CUDA's forward, which makes h within the sum for few tokens.
+
+    Sums are too short for CUDA to split them (n of 64 at most), and no expert has tokens enough for Hopper's kernels.
+    """
+    s = grouped_sample([0, 3, 0, 17, 1, 30], 56, 192, 16, dtype, device)
+    dy = s.dy()
+    y, dx, (da, db) = s.forward(), s.dx(dy), s.dlora(dy)
+    for e, rows in s.parts():
+        one = s.of_expert(e, s.x[rows])
+        if device == "cpu":
+            assert torch.equal(y[rows], OPS.linear_nf4(*one.args))
+        assert torch.equal(dx[rows], OPS.linear_nf4_dx(dy[rows], *one.w4.packed_args(), s.k, *one.lora_args))
+        gradients = OPS.linear_nf4_dlora(dy[rows], one.x, *one.lora_args)
+        assert all(map(torch.equal, (da[e], db[e]), gradients))
+
+
+@pytest.mark.parametrize("counts", [[40, 2, 1, 3, 0, 5, 2, 2], [1] * 9, [20, 30]])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_the_bits_do_not_depend_on_the_number_of_threads(counts: list[int], dtype: torch.dtype) -> None:
+    s = grouped_sample(counts, 48, 64, 4, dtype, dropout_p=0.3)
+    dy, threads = s.dy(), torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 8):
+            torch.set_num_threads(count)
+            results.append((s.forward(), s.dx(dy), *s.dlora(dy)))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(map(torch.equal, results[0], result))
+
+
+def test_gradcheck_with_dropout() -> None:
+    s = grouped_sample([3, 0, 2], 6, 10, 3, torch.float64, dropout_p=0.4, block_size=32)
+    leaves = [t.requires_grad_() for t in (s.x, s.bias, s.lora_a, s.lora_b)]
+
+    def run(x: Tensor, bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        numbers = s.scaling, s.dropout_p, s.seed
+        return OPS.grouped_linear_nf4(x, s.offsets, *s.packed, s.n, bias, a, b, *numbers)
+
+    assert torch.autograd.gradcheck(run, leaves)

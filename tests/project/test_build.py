@@ -1,0 +1,155 @@
+"""How the package is built: hardened binaries, and tools of versions that were seen to work."""
+
+from __future__ import annotations
+
+import ctypes
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qlora_ext import _C, _library
+
+ROOT = pathlib.Path(__file__).parents[2]
+BINARIES = [_C.__file__, *filter(None, (_library._find(f"libqlora_{part}") for part in ("kernels", "cpu", "cuda")))]
+
+
+def readelf(*options: str) -> str:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf (binutils) is not installed")
+    return subprocess.run(["readelf", "-W", *options], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda path: pathlib.Path(path).name)
+def test_binaries_are_hardened(binary: str) -> None:
+    segments = readelf("--segments", binary)
+    assert "GNU_RELRO" in segments
+    assert re.search(r"GNU_STACK .* RW ", segments)  # not executable
+    assert re.search(r"FLAGS.*\bNOW\b|BIND_NOW", readelf("--dynamic", binary))  # the rest of RELRO: no lazy binding
+    symbols = readelf("--dyn-syms", binary)
+    if "__asan_init" in symbols:
+        pytest.skip("a sanitized build: it has checks of its own in the place of the stack protector")
+    assert "__stack_chk_fail" in symbols
+
+
+def exported(binary: str) -> set[str]:
+    return set(
+        re.findall(r"(?:FUNC|OBJECT) +(?:GLOBAL|WEAK|UNIQUE) +DEFAULT +\d+ (\S+)", readelf("--dyn-syms", binary))
+    )
+
+
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda path: pathlib.Path(path).name)
+def test_libraries_show_what_is_theirs_alone(binary: str) -> None:
+    """A template of the standard library that two libraries show is one, whatever either was compiled with."""
+    allowed = {"_C": "PyInit__C", "libqlora_kernels": "_ZN5qlora3cpu.*", "libqlora_cpu": "aoti_torch_cpu_linear_nf4"}
+    pattern = allowed.get(pathlib.Path(binary).name.split(".")[0], "$^")
+    assert [symbol for symbol in sorted(exported(binary)) if not re.fullmatch(pattern, symbol)] == []
+
+
+def test_the_kernels_are_there_once() -> None:
+    kernels = _library._find("libqlora_kernels")
+    assert kernels is not None
+    for name in ("linear_nf4", "quantize_nf4", "current_isa"):
+        mangled = f"_ZN5qlora3cpu{len(name)}{name}"
+        assert any(symbol.startswith(mangled) for symbol in exported(kernels))
+    for user in (_C.__file__, _library._find("libqlora_cpu")):
+        dynamic = readelf("--dynamic", user)
+        assert "[libqlora_kernels.so]" in dynamic
+        assert "[$ORIGIN]" in dynamic
+        assert pathlib.Path(user).stat().st_size < pathlib.Path(kernels).stat().st_size / 2
+
+
+def test_the_bindings_need_no_torch() -> None:
+    code = f"""
+import importlib.util, sys
+import numpy as np
+spec = importlib.util.spec_from_file_location("_C", {_C.__file__!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+packed, absmax = module.quantize_nf4(np.linspace(-1, 1, 64, dtype=np.float32))
+assert module.dequantize_nf4(packed, absmax, 64)[-1] == 1
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_errors_are_thrown_by_the_runtime_that_catches_them() -> None:
+    """Were it another, it would count an exception that has begun and never ends, or the process would end."""
+    try:
+        runtime = ctypes.CDLL("libstdc++.so.6")  # torch's, which is loaded
+    except OSError:
+        pytest.skip("torch's C++ runtime is not GCC's")
+    w = torch.zeros(64)
+    for quantize in (torch.ops.qlora.quantize_nf4, lambda w, size: _C.quantize_nf4(w.numpy(), size)):
+        for _ in range(3):
+            with pytest.raises(ValueError, match="block_size"):
+                quantize(w, 65)
+        assert runtime._ZSt19uncaught_exceptionsv() == 0
+
+
+def test_the_bindings_share_nothing_with_other_modules_of_pybind11() -> None:
+    """Of the same version they would translate our exceptions, and a wheel's have a C++ runtime of their own."""
+    names = re.findall(rb"__pybind11_internals_v\w+", pathlib.Path(_C.__file__).read_bytes())
+    assert names
+    assert [name for name in names if b"_qlora_ext" not in name] == []
+
+
+# Where requirements stand in each file: what pip is given, and what is asked for to build, check or format.
+PLACES = {
+    "pyproject.toml": r"^(?:requires|dev) = \[((?:.|\n)*?)\]$",
+    "_build_backend/qlora_backend.py": r"return (\[\"torch.*?\])",
+    ".ci/run": r"pip install (.*)",
+    "scripts/environment.sh": r"pip install (.*)",
+    "scripts/packaging/tools.sh": r"pip install (.*)",
+    "scripts/packaging/tools.txt": r"^([\w-]+==\S+)",
+    "scripts/test_wheels": r"pip install (.*)",
+    "scripts/test": r"pip install (.*)",
+    "scripts/finetune": r"pip install (.*)",
+}
+
+
+def requirements(path: str) -> list[str]:
+    """The requirements in ``path``, quoted or not; this project itself is none."""
+    if not (ROOT / path).exists():
+        pytest.skip(f"{path} is not in this tree")
+    text = re.sub(r" +#.*", "", (ROOT / path).read_text())
+    found: list[str] = []
+    for place in re.findall(PLACES[path], text, re.MULTILINE):
+        quoted = re.findall(r'"([^"]*)"', place)
+        bare = [word for word in re.sub(r'"[^"]*"', "", place).split() if word[0].isalpha()]
+        found += [
+            r for r in quoted + bare if r[0].isalpha() and not set("$/") & set(r) and not r.startswith("qlora_ext[")
+        ]
+    return found
+
+
+@pytest.mark.parametrize("path", PLACES)
+def test_what_builds_and_checks_has_upper_bounds(path: str) -> None:
+    found = requirements(path)
+    assert found
+    assert [r for r in found if not re.search(r"<|==", r)] == []
+
+
+def test_what_makes_releases_cannot_be_exchanged() -> None:
+    """Actions are named by commit, for tags can be moved, and build tools by the hashes of their files."""
+    workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+    if not workflows:
+        pytest.skip("the workflows are not in this tree")
+    used = [line for path in workflows for line in re.findall(r"uses: *(.*)", path.read_text())]
+    assert len(used) >= 8
+    assert [line for line in used if not re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} +# v[\d.]+", line)] == []
+    assert "--require-hashes" in (ROOT / "scripts/packaging/tools.sh").read_text()
+    tools = (ROOT / "scripts/packaging/tools.txt").read_text()
+    pinned = re.split(r"^(?=[\w-]+==)", tools, flags=re.MULTILINE)[1:]
+    assert len(pinned) >= 10
+    assert [tool for tool in pinned if not re.search(r"--hash=sha256:[0-9a-f]{64}", tool)] == []
+
+
+def test_lint_versions_agree() -> None:
+    pinned = {r for r in requirements("pyproject.toml") if "==" in r}
+    assert pinned
+    assert pinned <= set(requirements(".ci/run"))

@@ -1,0 +1,263 @@
+"""The tree tells the truth: who may include whom, and where intrinsics, assembly, launches and tables may stand."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+SOURCES = [p for d in ("cpp", "cuda") for p in (ROOT / d).rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"}]
+
+CPU_GROUND = ("cpp/cpu/shared/", "cpp/cpu/isa/", "cpp/cpu/kernels.h")
+CPU_CONTRACTS = ("cpp/cpu/kernels.h", "cpp/cpu/dispatch.h", "cpp/cpu/tuning.h")
+CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64")
+
+CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS))
+
+# Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
+MAY_INCLUDE = {
+    "cpp/format": ("cpp/format",),
+    "cpp/cpu/shared/": ("cpp/format", "cpp/cpu/shared/"),
+    "cpp/cpu/isa/": ("cpp/format", "cpp/cpu/shared/", "cpp/cpu/isa/"),
+    "cpp/cpu/codec/": ("cpp/format", *CPU_GROUND, "cpp/cpu/codec/"),
+    "cpp/cpu/few_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/few_tokens/"),
+    "cpp/cpu/many_tokens/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/many_tokens/"),
+    "cpp/cpu/many_tokens_tiles/": (
+        "cpp/format",
+        *CPU_GROUND,
+        *CPU_CONTRACTS,
+        "cpp/cpu/codec/",
+        "cpp/cpu/many_tokens/",
+        "cpp/cpu/many_tokens_tiles/",
+    ),
+    "cpp/cpu/float64/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, "cpp/cpu/codec/", "cpp/cpu/float64/"),
+    "cpp/cpu/kernels.h": ("cpp/format",),
+    "cpp/cpu/check.h": ("cpp/cpu/kernels.h",),
+    "cpp/cpu/tuning.h": ("cpp/format", "cpp/cpu/isa/isa.h"),
+    "cpp/cpu/dispatch": ("cpp/format", "cpp/cpu/isa/isa.h", *CPU_CONTRACTS),
+    "cpp/cpu/parts/": ("cpp/format", *CPU_GROUND, *CPU_CONTRACTS, *CPU_PARTS),
+    "cpp/cpu/isa_": ("cpp/cpu/dispatch.h", "cpp/cpu/float64/", "cpp/cpu/parts/parts.h"),
+    "cpp/ops": ("cpp/format", "cpp/cpu", "cpp/ops"),
+    "cpp/runtime": (),
+    "cpp/bindings": ("cpp/format", "cpp/cpu", "build_info.h"),
+    "cuda/ptx": ("cpp/format", "cuda/ptx"),
+    "cuda/tile": ("cpp/format", "cuda/ptx", "cuda/tile"),
+    "cuda/kernels": ("cpp/format", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/tuning.h"),
+    "cuda/launch": ("cpp/format", "cuda/tile", "cuda/kernels", "cuda/launch", "cuda/tuning.h", "cuda/tuning_sm90.h"),
+    "cuda/tuning.h": ("cpp/format",),
+    "cuda/tuning_sm90.h": ("cpp/format", "cuda/tuning.h"),
+    "cuda/ops.cpp": ("cpp/format", "cpp/ops", "cuda/launch", "cuda/tuning.h", "cuda/tuning_sm90.h"),
+}
+
+
+def relative(path: pathlib.Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def offenders(pattern: str, allowed: str) -> list[str]:
+    """Sources outside `allowed` with a line of code (not a comment) that matches."""
+    found = []
+    for path in SOURCES:
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
+        if re.search(pattern, code) and not re.match(allowed, relative(path)):
+            found.append(relative(path))
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=relative)
+def test_includes_point_one_way(path: pathlib.Path) -> None:
+    folder = next(f for f in MAY_INCLUDE if relative(path).startswith(f))
+    for include in re.findall(r'#include "([^"]+)"', path.read_text()):
+        assert include.startswith(MAY_INCLUDE[folder]), f"{relative(path)} includes {include}"
+
+
+def test_includes_make_no_circle() -> None:
+    of = {relative(p): re.findall(r'#include "(c[^"]+)"', p.read_text()) for p in SOURCES}
+    done: set[str] = set()
+
+    def visit(path: str, above: tuple[str, ...]) -> None:
+        assert path not in above, " -> ".join([*above[above.index(path) :], path])
+        if path not in done:
+            for include in of.get(path, []):
+                visit(include, (*above, path))
+            done.add(path)
+
+    for path in of:
+        visit(path, ())
+
+
+def test_fragments_see_no_standard_library() -> None:
+    """A template of it compiled for a newer processor could be the copy that the linker keeps."""
+    for path in (ROOT / "cpp/cpu").rglob("*.h"):
+        if path.parent.name not in {"shared", "parts", *CPU_ROOMS} and path.parent.parent.name != "isa":
+            continue
+        for include in re.findall(r"#include <([^>]+)>", path.read_text()):
+            assert include in {"cstdint", "cstring", "immintrin.h", "arm_neon.h"}, (
+                f"{relative(path)} includes <{include}>"
+            )
+
+
+def test_functions_of_the_format_are_always_inlined() -> None:
+    for path in (ROOT / "cpp/format").glob("*.h"):
+        if path.name == "print_kernels.h":  # which no instruction set compiles
+            continue
+        plain = re.findall(r"^(?:inline |constexpr )+(?!constexpr)[\w:<> ]+\w\(.*$", path.read_text(), re.M)
+        assert plain == [], f"{relative(path)}: not QLORA_INLINE"
+
+
+def test_every_instruction_set_has_the_same_vocabularies() -> None:
+    for folder in sorted(p for p in (ROOT / "cpp/cpu/isa").iterdir() if p.is_dir()):
+        assert {"codec.h", "stream.h", "panel.h"} <= {p.name for p in folder.glob("*.h")}, folder.name
+        assert (ROOT / f"cpp/cpu/isa_{folder.name}.cpp").is_file()
+
+
+def test_torch_is_seen_by_the_operators_only() -> None:
+    assert offenders(r"#include *<(torch|ATen|c10)/", r"cpp/ops/|cuda/ops\.cpp") == []
+
+
+def test_intrinsics_stand_in_the_vocabulary_headers_only() -> None:
+    assert offenders(r"\b_mm(256|512)?_\w+|immintrin", r"cpp/cpu/isa/(avx2|avx512|avx512_bf16|amx_bf16)/") == []
+    assert offenders(r"\bv[a-z0-9]+q?(_\w+)?_[usf](8|16|32|64)\b|arm_neon", r"cpp/cpu/isa/neon(_bf16)?/") == []
+
+
+def test_assembly_stands_in_ptx_and_the_vocabularies_only() -> None:
+    assert offenders(r"\basm\b", r"cuda/ptx/|cpp/cpu/isa/") == []
+
+
+def test_kernels_are_launched_in_launch_only() -> None:
+    assert offenders(r"<<<|cudaLaunchKernel", r"cuda/launch/") == []
+
+
+def test_a_cuda_graph_can_capture_every_operator() -> None:
+    """Nothing waits for the device, moves data to or from the host, or takes memory but from torch's allocator."""
+    waits = r"\bcu(da)?(Device|Stream|Event|Ctx)?Synchronize|\bcuda(Stream|Event)\w+\("
+    memory = r"\bcuda(Malloc|Free|Host|MemGetInfo|Memcpy)\w*|\bcudaMemset\("
+    assert offenders(rf"{waits}|{memory}", r"$^") == []
+    assert offenders(r"<<<[^>]", r"$^") == []  # these two are the ways, and take the stream
+    launches = [
+        (relative(path), launch)
+        for path in SOURCES
+        for launch in re.findall(r"\blaunch_(?:kernel|cluster)\((.*?)\);", path.read_text(), flags=re.S)
+    ]
+    assert launches
+    assert [launch for launch in launches if not re.search(r"\b(call\.)?stream\b", launch[1])] == []
+
+
+def test_the_nf4_values_are_typed_once() -> None:
+    digits = r"0?\.6961928|0?\.5250730|0?\.7229568|0?\.1609302"
+    assert offenders(digits, r"cpp/format/nf4\.h") == []
+    typed = [
+        p for d in ("python", "tests", "bench") for p in (ROOT / d).rglob("*.py") if re.search(digits, p.read_text())
+    ]
+    assert [relative(p) for p in typed if p != pathlib.Path(__file__)] == ["tests/lib/reference.py"]
+
+
+def test_nothing_ends_the_process() -> None:
+    assert offenders(r"\b(std::)?(exit|abort|_Exit|quick_exit)\s*\(", r"$^") == []
+
+
+def test_files_stay_short() -> None:
+    code = [*SOURCES, *(p for d in ("python", "tests", "bench") for p in (ROOT / d).rglob("*.py"))]
+    assert {relative(p): n for p in code if (n := len(p.read_text().splitlines())) > 500} == {}
+
+
+PACKAGE = ROOT / "python" / "qlora_ext"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# Room of the package -> the only other rooms or files that may import from it.
+IMPORTED_BY = {
+    "cli/commands/": ("cli/main.py",),
+    "cli/training/": ("cli/commands/", "__init__.py"),
+    "cli/quantization/": ("cli/commands/",),
+    "cli/generation/": ("cli/commands/", "cli/training/"),
+    "cli/data/": ("cli/commands/", "cli/training/", "cli/quantization/", "cli/generation/"),
+    "cli/models/": ("cli/commands/", "cli/training/", "cli/generation/", "cli/data/"),
+    "cli/terminal/": ("cli/commands/", "cli/training/", "cli/quantization/"),
+    "cli/outputs/": (
+        "cli/commands/",
+        "cli/training/",
+        "cli/quantization/",
+        "cli/data/",
+        "cli/models/",
+        "cli/terminal/",
+    ),
+    "cli/": ("__init__.py",),
+    "planning/": ("cli/", "__init__.py"),
+    "decoding/": ("cli/", "__init__.py"),
+    "gguf/": ("cli/", "__init__.py"),
+    "integrations/": ("planning/", "decoding/", "cli/", "__init__.py"),
+    "fidelity/": ("cli/", "__init__.py"),
+    "calibration/": ("nn/", "streaming/", "fidelity/", "integrations/", "cli/", "__init__.py"),
+    "streaming/": ("integrations/", "planning/", "cli/", "__init__.py"),
+    "nn/": ("streaming/", "fingerprint.py", "fidelity/", "integrations/", "planning/", "cli/", "__init__.py"),
+}
+
+
+def imports_of(path: pathlib.Path) -> set[pathlib.Path]:
+    """The modules of the package that ``path`` imports, wherever in it the import stands.
+
+    Imports inside functions and for annotations count as all others: they are there to put off optional or slow
+    libraries, which are not ours, and would hide a circle as well.
+    """
+    found: set[pathlib.Path | None] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = path.parents[node.level - 1] if node.level else PACKAGE.parent
+            base = base.joinpath(*(node.module or "").split("."))
+            found |= {module_at(base / alias.name) or module_at(base) for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {module_at(PACKAGE.parent.joinpath(*alias.name.split("."))) for alias in node.names}
+    return {module for module in found if module is not None} - {path}
+
+
+def module_at(path: pathlib.Path) -> pathlib.Path | None:
+    files = (path.with_name(f"{path.name}.py"), path.with_name(f"{path.name}.pyi"), path / "__init__.py")
+    return next((file for file in files if file.is_file()), None)
+
+
+def test_python_imports_go_in_no_circle() -> None:
+    graph = {path: imports_of(path) for path in MODULES}
+    assert sum(map(len, graph.values())) > 100  # it has been read
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(relative(path) for path in error.args[1]))
+
+
+@pytest.mark.parametrize("room", IMPORTED_BY)
+def test_python_imports_point_one_way(room: str) -> None:
+    names = {path: path.relative_to(PACKAGE).as_posix() for path in MODULES}
+    inside = {path for path, name in names.items() if name.startswith(room)}
+    allowed = (room, *IMPORTED_BY[room])
+    assert {n for path, n in names.items() if imports_of(path) & inside and not n.startswith(allowed)} == set()
+
+
+def test_internal_modules_import_nothing_else_of_ours() -> None:
+    ground = {path for path in MODULES if path.parent == PACKAGE / "_internal"}
+    assert len(ground) > 5
+    upwards = {relative(path): imports_of(path) - ground - {PACKAGE / "_C.pyi"} for path in ground}
+    assert {name: found for name, found in upwards.items() if found} == {}
+
+
+def test_benches_use_the_faces_of_the_command_only() -> None:
+    """Its entry point, and what its rooms of models and data offer in their ``__init__``."""
+    faces = {"qlora_ext.cli", "qlora_ext.cli.models", "qlora_ext.cli.data"}
+    for path in sorted((ROOT / "bench").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and re.match(r"qlora_ext\.(cli|_)", node.module or ""):
+                names = {alias.name for alias in node.names}
+                folder = PACKAGE.parent.joinpath(*str(node.module).split("."))
+                modules = {name for name in names - {"main"} if module_at(folder / name)}
+                assert node.module in faces, f"{relative(path)}: {node.module}"
+                assert not modules, f"{relative(path)}: {modules}"
+
+
+def test_the_list_of_patches_is_what_is_patched() -> None:
+    patches = PACKAGE / "integrations" / "_patches.py"
+    listed = re.findall(r'Patch\(\s*"([^"]+)"', patches.read_text())
+    code = "".join(path.read_text() for path in MODULES if path != patches)
+    assert sorted(re.findall(r'\bextend\(\s*"([^"]+)"', code)) == sorted(listed)

@@ -1,0 +1,96 @@
+"""What a release is made of: the source distribution, the wheels in dist/ where there are any, their papers."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pathlib
+import tarfile
+from typing import Any
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+WHEELS = sorted((ROOT / "dist").glob("*manylinux*.whl"))
+
+
+@pytest.fixture
+def packaging(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of scripts/packaging, all of whose scripts are in no package."""
+    if not (ROOT / "scripts" / "packaging").is_dir():
+        pytest.skip("scripts/ is not in this tree")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "packaging")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    return importlib.import_module
+
+
+@pytest.mark.skipif(not WHEELS, reason="no wheels in dist/: scripts/wheels makes them")
+@pytest.mark.parametrize("wheel", WHEELS, ids=lambda path: path.name)
+def test_wheels_need_nothing_that_older_systems_lack(packaging: Any, wheel: pathlib.Path) -> None:
+    check = packaging("check")
+    names = {entry.filename.split(".")[0] for entry in check.libraries(wheel)}
+    assert {"qlora_ext/_C", "qlora_ext/libqlora_kernels", "qlora_ext/libqlora_cpu"} <= names
+    assert check.check_wheel(wheel) == []
+
+
+def test_only_what_a_build_made_is_emptied(packaging: Any, tmp_path: pathlib.Path) -> None:
+    emptied = packaging("wheels").emptied
+    (tmp_path / "work").mkdir()
+    emptied(tmp_path / "work")
+    (tmp_path / "work" / "built").touch()
+    emptied(tmp_path / "work")
+    assert not (tmp_path / "work" / "built").exists()
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.tex").touch()
+    with pytest.raises(SystemExit, match="not empty, and no build of ours"):
+        emptied(tmp_path / "home")
+    assert (tmp_path / "home" / "thesis.tex").exists()
+
+
+def test_the_source_distribution_is_whole(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every source and script of the tree is in it, and no library that a developer has built beside them."""
+    pytest.importorskip("scikit_build_core")
+    monkeypatch.syspath_prepend(ROOT / "_build_backend")
+    monkeypatch.chdir(ROOT)
+    backend = importlib.import_module("qlora_backend")
+    with tarfile.open(tmp_path / backend.build_sdist(str(tmp_path))) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+    folders = ("cpp", "cuda", "python", "scripts", "tests", "bench", "docs", "_build_backend")
+    kinds = {".so", ".pyc"}
+    tree = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()]
+    assert {path.relative_to(ROOT).as_posix() for path in tree if path.suffix not in kinds} - names == set()
+    assert {name for name in names if name.endswith(tuple(kinds))} == set()
+
+
+def test_files_agree_about_the_version(packaging: Any) -> None:
+    stated = packaging("release").versions(ROOT)
+    assert stated["pyproject.toml"] == stated["CMakeLists.txt"]
+    assert stated["CHANGELOG.md"] in (None, stated["pyproject.toml"])
+
+
+def test_notes_are_what_the_changelog_says_of_a_version(packaging: Any) -> None:
+    changelog = (
+        "# Changelog\n\n## [Unreleased]\n\n- C\n\n## [0.2.0] - 2026-01-01\n\n### Added\n\n- B\n\n## [0.1.0]\n\n- A\n"
+    )
+    notes = packaging("release").notes
+    assert notes(changelog, "0.2.0") == "### Added\n\n- B\n"
+    assert notes(changelog, "0.1.0") == "- A\n"
+    assert notes(changelog, "0.3.0") == ""
+
+
+def test_the_bill_of_materials_names_every_file_by_its_hash(packaging: Any, tmp_path: pathlib.Path) -> None:
+    sbom = packaging("sbom")
+    (tmp_path / "a.whl").write_bytes(b"abc")
+    text = sbom.document("1.2.3", sbom.files([tmp_path / "a.whl"]))
+    assert text == sbom.document("1.2.3", sbom.files([tmp_path / "a.whl"]))
+    bill = json.loads(text)
+    assert (bill["bomFormat"], bill["metadata"]["component"]["version"]) == ("CycloneDX", "1.2.3")
+    [file] = bill["components"]
+    assert file["name"] == "a.whl"
+    [digest] = file["hashes"]
+    assert digest["content"] == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_headers_tell_the_version_they_are_of(packaging: Any, tmp_path: pathlib.Path) -> None:
+    (tmp_path / "patchlevel.h").write_text("#define PY_MAJOR_VERSION\t3\n#define PY_MINOR_VERSION\t14\n")
+    assert packaging("wheels").version_of(tmp_path) == "3.14"

@@ -1,0 +1,80 @@
+"""Calls of the CUDA runtime in a step over a streamed base, logged by a preloaded library: what copies, and waits."""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+
+from own_process import run_file
+from qlora_ext.streaming import stream, streaming_of
+from test_streaming import LAYERS, adapted, checkpointed, load, save
+
+HERE = pathlib.Path(__file__).parent
+STEPS = 2
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the library that logs"),
+]
+
+
+def step(path: pathlib.Path, library: str) -> None:
+    """What the logged process does."""
+    model = adapted(stream(load(path), source="ram", device="cuda"))
+    checkpointed(model, False)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=1e-2)
+    ids = torch.arange(24).view(2, 12).cuda()
+
+    def train() -> None:
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):  # whatever is made once is made
+        train()
+    enable = ctypes.CDLL(library).api_log_enable
+    fills = streaming_of(model).fills
+    enable(1)
+    for _ in range(STEPS):
+        train()
+    enable(0)
+    torch.cuda.synchronize()
+    print(json.dumps({"fills": streaming_of(model).fills - fills, "compute": torch.cuda.current_stream().cuda_stream}))
+
+
+def test_nothing_waits_and_the_compute_stream_copies_nothing(tmp_path: pathlib.Path) -> None:
+    path, library, log = save("llama", tmp_path / "llama"), tmp_path / "api_log.so", tmp_path / "log.jsonl"
+    options = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC"]
+    subprocess.run(["g++", *options, HERE / "api_log.cpp", "-o", library], check=True)
+    preloaded = ":".join([str(library), *filter(None, [os.environ.get("LD_PRELOAD")])])
+    environment = {**os.environ, "LD_PRELOAD": preloaded, "API_LOG": str(log)}
+    run = run_file(__file__, path, library, environment=environment)
+    told = json.loads(run.stdout.splitlines()[-1])
+    calls: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
+    assert told["fills"] == STEPS * 2 * (LAYERS - 2)
+    counts = collections.Counter(call["call"] for call in calls)
+    orders = {"cudaEventRecordWithFlags", "cudaEventRecord", "cudaStreamWaitEvent"}
+    assert set(counts) - orders <= {"cudaMemcpyAsync"}  # nothing waits, allocates or clears
+    copies = [call["stream"] for call in calls if call["call"] == "cudaMemcpyAsync"]
+    assert told["compute"] not in copies
+    assert len(copies) in (told["fills"], 0)  # a simulator may serve torch's copies before they come to the runtime
+    waits = collections.Counter(call["stream"] for call in calls if call["call"] == "cudaStreamWaitEvent")
+    assert waits[told["compute"]] == told["fills"]  # each block is waited for by what computes with it,
+    assert sum(waits.values()) == 2 * told["fills"]  # and waits for what computed with the one before it in its slot
+
+
+if __name__ == "__main__":
+    step(pathlib.Path(sys.argv[1]), sys.argv[2])
