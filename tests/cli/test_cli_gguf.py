@@ -124,3 +124,20 @@ def test_what_an_adapter_names_as_its_base() -> None:
     ):
         adapted = add_adapter(qlora_ext.quantize_model(make()), source, Settings(), force=False)
         assert adapted.peft_config["default"].base_model_name_or_path == expected
+
+
+def test_the_reader_is_a_library(llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    header = qlora_ext.gguf.read_header(llama_file)
+    expected = gguf.GGUFReader(llama_file)
+    assert header.architecture == "llama"
+    assert [(t.name, t.begin, t.nbytes) for t in header.tensors] == [
+        (t.name, t.data_offset, t.n_bytes) for t in expected.tensors
+    ]
+    model = make("llama")
+    read = qlora_ext.gguf.GGUFWeights(str(llama_file), model)
+    assert read.unknown == []
+    assert torch.equal(read.decode("model.norm.weight"), model.model.norm.weight.float())
+    (tmp_path / "cut.gguf").write_bytes(llama_file.read_bytes()[:500])
+    for reader in (qlora_ext.gguf.read_header, lambda path: qlora_ext.gguf.GGUFWeights(path, model)):
+        with pytest.raises(ValueError, match=r"cut\.gguf: truncated or damaged"):
+            reader(tmp_path / "cut.gguf")
