@@ -246,7 +246,7 @@ def test_what_is_refused(made: pathlib.Path, check: Checked, tmp_path: pathlib.P
     for options, part in (
         (["--base", made / "qlora_ext"], "--base"),
         (["--base", tmp_path / "none"], "--base"),
-        (["--base", tmp_path / "other"], "expected the dense model that `model` was quantized from"),
+        (["--base", tmp_path / "other"], "expected the dense model that --model was quantized from"),
         (["--tokens", 100], "--tokens 100"),
         (["--max-increase", "nan"], "--max-increase nan"),
         (["--max-increase", "-1"], "--max-increase -1"),

@@ -96,7 +96,7 @@ def test_csv_fields_hold_what_they_like(tmp_path: pathlib.Path) -> None:
         ("a.json", b'{"test": [\n{"text": "a"},\n 5]}', ["line 3", "got 5"]),
         ("a.json", b'[{"text": "a"}] [', ["end of the file"]),
         ("a.json", b"5", ["array"]),
-        ("a.json", b"[" * 100_000, ["deeper"]),
+        ("a.json", b"[" * 100_000, ["levels deep"]),
         ("a.json", b"[" + b"9" * 5000 + b"]", ["digits"]),
         ("a.json", b"[]", ["empty"]),
         ("a.csv", b"", ["empty"]),

@@ -175,7 +175,7 @@ def test_what_is_refused(refused: Any, short: pathlib.Path) -> None:
         "finetune", "--output", short, "--resume", "--max-steps", 3
     )
     assert "--max-steps makes it longer" in refused("finetune", "--output", short, "--resume", "--epochs", 3)
-    assert "begun with 2" in refused("finetune", "--output", short, "--resume", "--max-steps", 9, "--rank", 4)
+    assert "started with 2" in refused("finetune", "--output", short, "--resume", "--max-steps", 9, "--rank", 4)
     assert f"lies in the run {short}" in refused("finetune", "--output", short / "adapter", "--resume")
     assert (short / "settings.json").read_bytes() == before
 

@@ -222,7 +222,7 @@ def test_a_streamed_run_replaces_its_own_base(
     assert listing(tmp_path) == before
     (made / "thesis.tex").touch()
     told = refused(*command, "--model", paths["model"], "--overwrite")
-    assert "would delete 'thesis.tex' too" in told
+    assert "would also delete 'thesis.tex'" in told
     shutil.rmtree(made)
     here("quantize", "--model", paths["other"], "--output", made)
     capfd.readouterr()

@@ -143,8 +143,8 @@ def run(arguments: argparse.Namespace) -> int:
         known = [m.get_input_embeddings().num_embeddings for m in (base, model)]
         if known[0] != known[1]:
             raise UserError(
-                f"{arguments.base or arguments.model}: expected the dense model that model was quantized from, got one "
-                f"of {known[0]} tokens for one of {known[1]}"
+                f"{arguments.base or arguments.model}: expected the dense model that --model was quantized from, got "
+                f"one of {known[0]} tokens for one of {known[1]}"
             )
     with counted("comparing layers") as progress:
         try:
