@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import itertools
 import math
 import pathlib
 import sys
@@ -150,21 +149,6 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
-@contextlib.contextmanager
-def _cast(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Casts all floating tensors of a dense ``model`` to ``dtype``, and each back to its own dtype after the block."""
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        return itertools.chain(model.named_parameters(), model.named_buffers())
-
-    before = {name: t.dtype for name, t in tensors() if t.is_floating_point()}
-    model.to(dtype)
-    yield
-    for name, t in tensors():
-        if t.is_floating_point() and name in before:
-            t.data = t.data.to(before[name])
-
-
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
     """Makes a model with weights in ``dtype`` compute in ``compute``. Weights that transformers keeps in float32 stay
     so."""
@@ -214,6 +198,7 @@ def load_quantized(
     from .. import streaming
     from ..dtypes import computing_dtype
     from ..integrations.transformers.spill import spilling
+    from ..nn import computing_in
 
     form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant, "embeddings": embeddings}
     model_config = load_config(source)
@@ -244,7 +229,7 @@ def load_quantized(
         try:
             if runs:
                 model.to(device)
-            with _cast(model, computing_dtype(dtype, device)) if runs else contextlib.nullcontext():
+            with computing_in(model, computing_dtype(dtype, device)) if runs else contextlib.nullcontext():
                 kept = () if keep is None else keep(model)
                 qlora_ext.quantize_model(
                     model, calibration=calibration, init_lora=init_lora, keep=kept, compute_dtype=dtype, **form
