@@ -338,10 +338,14 @@ def given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that the user typed.
 
     Raises:
-        UserError: two of them contradict each other.
+        UserError: two of them contradict each other, or one is empty.
     """
-    names = {field.name for field in dataclasses.fields(Settings)}
-    typed = {name: value for name, value in vars(arguments).items() if name in names}
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    typed = {name: value for name, value in vars(arguments).items() if name in defaults}
+    for name, value in typed.items():
+        # Empty is what a shell makes of a variable that is not set. With --resume it clears an option.
+        if value == defaults[name] == "" and not arguments.resume:
+            raise UserError(f"{flag(name)}: the value is empty; leave the option out")
     if typed.get("epochs") and "max_steps" in typed:
         raise UserError("--epochs and --max-steps both say how long to train; give one of them")
     if typed.get("warmup_steps") is not None:

@@ -10,7 +10,7 @@ from ..._outside import printable
 from .. import whole
 from ..adapter_files import find_adapted
 from ..data import as_question, tokenizing
-from ..errors import UserError
+from ..errors import UserError, check_prompt
 from ..models import complete
 from ..options import (
     add_adapter_option,
@@ -50,6 +50,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
             raise UserError(f"standard input: not {error.encoding.upper()} text") from error
     if not prompt:
         raise UserError("--prompt: the prompt is empty")
+    check_prompt(prompt, "--prompt")
     return str(prompt)
 
 
