@@ -107,6 +107,11 @@ def test_what_is_refused(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyP
 def test_input_that_is_no_text(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
     assert "UTF-8" in refused("chat", "--model", paths["model"])
+    # Where the locale is ASCII, Python stands surrogates for the bytes.
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcc3\n"))
+    assert "standard input: the text is not utf-8 text" in refused("chat", "--model", paths["model"])
+    assert "--system: the text is not" in refused("chat", "--model", paths["model"], "--system", "\udcc3")
+    assert "--prompt: the text is not" in refused("generate", "--model", paths["model"], "\udcc3")
 
 
 class Terminal:

@@ -231,6 +231,13 @@ def test_a_damaged_package_is_no_package(tmp_path: pathlib.Path, kind: str) -> N
     assert not cache.is_whole(copy)
 
 
+def test_what_is_no_file_is_no_package(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait for a writer
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("fifo", "link", "missing", "."):
+        assert not cache.is_whole(tmp_path / name)
+
+
 def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted()
     expected = decode(model, 5)

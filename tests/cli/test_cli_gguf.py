@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
-pytest.importorskip("gguf", reason="the command's libraries are not installed")
+gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
 
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 

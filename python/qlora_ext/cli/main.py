@@ -125,7 +125,7 @@ def _tell(error: Exception) -> tuple[int, str]:
 
 def _as_options(argv: Sequence[str]) -> list[str]:
     """Translates ``version`` and ``help COMMAND`` to the options that the parsers know."""
-    if list(argv) == ["version"]:
+    if argv[:1] == ["version"]:
         return ["--version"]
     if argv[:1] == ["help"]:
         return [*argv[1:2], "--help"]

@@ -41,6 +41,8 @@ def directory() -> pathlib.Path:
 
 def is_whole(package: pathlib.Path) -> bool:
     """Whether ``package`` is a file that holds everything that was packed into it."""
+    if not package.is_file():  # opening a FIFO would wait for a writer
+        return False
     try:
         with zipfile.ZipFile(package) as archive:
             return bool(archive.namelist()) and archive.testzip() is None

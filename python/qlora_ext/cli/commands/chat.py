@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from ..._internal.untrusted import printable
-from ..errors import UserError
+from ..errors import UserError, check_prompt
 from ..models.adapted import find_adapted
 from ..options import (
     add_adapter_option,
@@ -50,6 +50,7 @@ def _read(interactive: bool) -> str | None:
             return None
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: not {error.encoding.upper()} text") from error
+        check_prompt(line, "standard input")
         if line:
             return line
 
@@ -57,6 +58,7 @@ def _read(interactive: bool) -> str | None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     check_sampling(arguments)
+    check_prompt(arguments.system, "--system")
     adapted = find_adapted(arguments)
     if arguments.system and not adapted.tokenizer.chat_template:
         raise UserError(f"--system: the tokenizer of {adapted.source.name} has no chat template for a system prompt")

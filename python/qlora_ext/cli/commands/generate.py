@@ -8,7 +8,7 @@ from typing import Any
 
 from ..._internal.untrusted import printable
 from ..data import as_question, tokenizing
-from ..errors import UserError
+from ..errors import UserError, check_prompt
 from ..generation.completion import complete
 from ..models import validate_model
 from ..models.adapted import find_adapted
@@ -50,6 +50,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
             raise UserError(f"standard input: not {error.encoding.upper()} text") from error
     if not prompt:
         raise UserError("--prompt: the prompt is empty")
+    check_prompt(prompt, "--prompt")
     return str(prompt)
 
 

@@ -280,7 +280,7 @@ def run(arguments: argparse.Namespace) -> int:
         parts["process"] = process_bytes()
     total = sum(parts.values())
     fits = total <= memory
-    if arguments.plot:
+    if arguments.plot is not None:
         _plot(
             output_file("--plot", arguments.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import pathlib
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,7 @@ from .pretrained import load_config, load_pretrained, loading
 from .sources import ModelSource
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
 
     import torch
 
@@ -39,21 +38,6 @@ def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
             return GGUFWeights(pathlib.Path(source.path) / source.gguf_file, skeleton)
         except NotImplementedError:
             return None
-
-
-@contextlib.contextmanager
-def _cast(model: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Casts all floating tensors of a dense ``model`` to ``dtype``, and each back to its own dtype after the block."""
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        return itertools.chain(model.named_parameters(), model.named_buffers())
-
-    before = {name: t.dtype for name, t in tensors() if t.is_floating_point()}
-    model.to(dtype)
-    yield
-    for name, t in tensors():
-        if t.is_floating_point() and name in before:
-            t.data = t.data.to(before[name])
 
 
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
@@ -153,6 +137,7 @@ class Loader:
             keep: names the layers of the dense model that stay dense.
         """
         from ...dtypes import computing_dtype
+        from ...nn import computing_in
 
         validate_model.check_room(self.source, load_config(self.source))
         dtype = self.form.compute_dtype
@@ -160,7 +145,7 @@ class Loader:
         runs = calibration is not None or keep is not None
         if runs:
             model.to(self.device)
-        with _cast(model, computing_dtype(dtype, self.device)) if runs else contextlib.nullcontext():
+        with computing_in(model, computing_dtype(dtype, self.device)) if runs else contextlib.nullcontext():
             self._quantize(model, keep, calibration=calibration, init_lora=init_lora)
         model.to(self.device)
         return _checked(model, self.source, dtype, self.compute)

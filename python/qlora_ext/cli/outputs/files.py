@@ -30,7 +30,7 @@ from typing import Any, TypeAlias
 from ..._internal import atomic
 from ..._internal.atomic import INSIDE, PARTIAL, fsync, unfinished_name
 from ..._internal.untrusted import printable
-from ..errors import UserError, writing
+from ..errors import UserError, full, writing
 
 LOCK = f"{PARTIAL}lock"
 # Where a calibration waits whose output is filled from inside (waiting.py): beside a mount point nothing can be put.
@@ -358,7 +358,7 @@ def append_json_line(path: pathlib.Path, record: dict[str, Any]) -> None:
             size = os.fstat(descriptor).st_size
             if os.write(descriptor, line) != len(line):
                 os.ftruncate(descriptor, size)
-                raise UserError(f"the disk that holds {path} is full; nothing incomplete was left there")
+                raise UserError(full(path))
         finally:
             os.close(descriptor)
 

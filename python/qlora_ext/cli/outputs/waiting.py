@@ -13,7 +13,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import NO_SPACE, UserError, writing
+from ..errors import NO_SPACE, UserError, full, writing
 from .directory import Output, relation
 from .files import (
     WAITS_INSIDE,
@@ -149,6 +149,8 @@ def waiting(output: Output, kind: str, key: dict[str, Any] | None = None) -> Ite
         except BaseException as error:
             if found.useless or not _names(directory):
                 _delete(found, output)
+                if isinstance(error, OSError) and error.errno in NO_SPACE:
+                    raise UserError(full(directory)) from error
                 raise
             told = found.told(error, output.begun)
             if told is error:

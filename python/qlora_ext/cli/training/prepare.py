@@ -28,7 +28,7 @@ def prepare(request: Request, output: Output) -> Run:
     Raises:
         UserError: something that was asked for cannot be done.
     """
-    typed = given(request.options)
+    typed = given(request.options, request.resume)
     run = _find(request, typed, output)
     _check_method(run, typed)
     _check_init_adapter(run, typed)

@@ -350,13 +350,21 @@ def named_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def given(options: Mapping[str, Any]) -> dict[str, Any]:
+def given(options: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
     """The settings that the user typed, and those that follow from them.
 
+    Args:
+        resume: whether they are of a run that goes on.
+
     Raises:
-        UserError: two of them contradict each other.
+        UserError: two of them contradict each other, or one is empty.
     """
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     typed = dict(options)
+    for name, value in typed.items():
+        # Empty is what a shell makes of a variable that is not set. A resumed run is cleared of an option by it.
+        if value == defaults[name] == "" and not resume:
+            raise UserError(f"{flag(name)}: the value is empty; leave the option out")
     if typed.get("epochs") and "max_steps" in typed:
         raise UserError("--epochs and --max-steps exclude each other; give one of them")
     if typed.get("warmup_steps") is not None:

@@ -238,6 +238,13 @@ class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.done = True
 
 
+class _Intervals(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """Applies the intervals of this command to a resumed run: a checkpoint holds those of the command that wrote it."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 class OffloadCheckpoints(TrainerCallback):  # type: ignore[misc,unused-ignore]
     """Keeps the inputs of checkpointed layers on the host; the Trainer turns checkpointing on as it begins."""
 
@@ -295,6 +302,7 @@ def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
         read_json(checkpoint / "trainer_state.json", _STATE)
     loading = _Loading()
     trainer.add_callback(loading)
+    trainer.add_callback(_Intervals())
     try:
         if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
             # Nothing is left to train, which the Trainer would only notice after one step too many.
