@@ -57,7 +57,9 @@ def targets_of(model: Any, targets: str, layers: str = "") -> str | list[str]:
 
 def _check_layers(model: Any, layers: str) -> None:
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    beyond = [number for number in layer_numbers(layers) if count is not None and number >= count]
+    if count is None:
+        return
+    beyond = [number for number in layer_numbers(layers) if number >= count]
     if beyond:
         raise UserError(f"--layers {layers}: expected layers from 0 to {count - 1}, got {beyond[0]}")
 
