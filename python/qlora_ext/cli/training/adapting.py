@@ -57,10 +57,7 @@ def targets_of(model: Any, targets: str, layers: str = "") -> str | list[str]:
 
 def _check_layers(model: Any, layers: str) -> None:
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if count is None:
-        return
-    beyond = [number for number in layer_numbers(layers) if number >= count]
-    if beyond:
+    if count is not None and (beyond := [number for number in layer_numbers(layers) if number >= count]):
         raise UserError(f"--layers {layers}: expected layers from 0 to {count - 1}, got {beyond[0]}")
 
 
