@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from typing import Any
 
+from ..._outside import printable
 from .. import calibrate, keep
 from ..conversion import SHARD_SIZE, Recipe, spilled
 from ..errors import UserError
@@ -100,6 +101,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             problems = problems_of(model)
             if problems:
                 raise UserError(f"{source.name}: the model is damaged and is not copied: {problems[0]}")
+            print(f"note: {printable(source.name)} is 4-bit already; its 4-bit weights are copied as they are")
         report = calibration_of(model)
         restore_use_cache(model, source)
         with output.written("quantize") as partial:
