@@ -164,3 +164,14 @@ def test_an_option_without_a_value_is_told(refused: Any, paths: Paths, tmp_path:
 def test_a_name_that_is_empty_is_told(refused: Any, paths: Paths) -> None:
     assert "--data: the name is empty" in refused("check", "--model", paths["model"], "--data", "")
     assert "--plot: the name is empty" in refused("plan", "--model", paths["model"], "--plot", "")
+
+
+def test_a_model_that_is_4bit_already_is_told(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    here("quantize", "--model", paths["model"], "--output", first)
+    assert "already" not in capfd.readouterr().out
+    here("quantize", "--model", first, "--output", second, "--block-size", "128")
+    assert f"note: {first} is 4-bit already; its 4-bit weights are copied as they are" in capfd.readouterr().out
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()

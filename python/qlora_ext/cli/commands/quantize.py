@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from typing import Any
 
+from ..._internal.untrusted import printable
 from ..errors import UserError
 from ..models.conversion import SHARD_SIZE, spilled
 from ..models.devices import parse_device, parse_dtype
@@ -96,6 +97,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             problems = problems_of(model)
             if problems:
                 raise UserError(f"{source.name}: the model is damaged and was not copied: {problems[0]}")
+            print(f"note: {printable(source.name)} is 4-bit already; its 4-bit weights are copied as they are")
         report = calibration_of(model)
         restore_use_cache(model, source)
         with output.written("quantize") as partial:
