@@ -26,8 +26,7 @@ import qlora_ext
 import quality
 from lib import harness
 from lib.shapes import LLAMA_1B, SMOLLM2_135M
-from qlora_ext.cli.compiled import compile_decoding
-from qlora_ext.cli.models import prepare_to_answer
+from qlora_ext.decoding import compile_decoding, prepare_to_answer
 from qlora_ext.integrations.peft import merge_to_4bit
 from step import RANK
 
@@ -65,7 +64,7 @@ def transformers_model(path: str, new: int, quantization: Any = None, merged: bo
     if ours:
         prepare_to_answer(model)
     if compiled:
-        compile_decoding(model, "always", pays=True)
+        compile_decoding(model)
 
     def answer(prompt: torch.Tensor) -> list[float]:
         clock = Clock()

@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 import qlora_ext
 from lib import encoders, harness, small_model, texts
 from qlora_ext.calibration import InitLora, self_text
-from qlora_ext.cli import models, sources
+from qlora_ext.cli.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.integrations.peft import initialize_lora
 
 LENGTH, CHARACTERS = 512, 6000
@@ -75,11 +75,11 @@ def drawn_blocks(text: str, tokenizer: Any, count: int) -> Tensor:
 
 
 def of_tokens(name: str, count: int) -> Subject:
-    source = sources.resolve(name)
-    tokenizer = models.load_tokenizer(source)
+    source = resolve(name)
+    tokenizer = load_tokenizer(source)
 
     def load() -> Any:
-        return models._load("model", source, AutoModelForCausalLM, dtype=torch.float32).eval()
+        return load_dense(source, torch.float32, torch.device("cpu"))
 
     blocks = {title: drawn_blocks(text(), tokenizer, count) for title, text in texts.TEXTS.items()}
     return Subject(name, load, blocks, 24, LENGTH)
@@ -254,7 +254,7 @@ def draw_losses(report: harness.Report, found: dict[str, dict[str, Tensor]], sub
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=sources.DEFAULT_MODEL, help="default %(default)s")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
     parser.add_argument("--bytes", action="store_true", help="a model over bytes, from bench/lib/small_model.py")
     parser.add_argument("--blocks", type=int, default=20, help="of text to measure on (default 20)")
     parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="keep what is done in DIR")

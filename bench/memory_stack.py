@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 
 from lib import results_files as files
-from qlora_ext.cli import families
-from qlora_ext.cli.memory import Job, split, tops
-from qlora_ext.cli.streamed import place, streamed
+from qlora_ext.planning import families
+from qlora_ext.planning.blocks import place, streamed
+from qlora_ext.planning.memory import Job, split, tops
 
 MODELS = {"llama-7b": "7B", "llama-13b": "13B", "llama-33b": "33B", "llama-65b": "65B"}
 TOKENS = 2048

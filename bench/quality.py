@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import qlora_ext
 from lib import harness
-from qlora_ext.cli import models, sources
 from qlora_ext.cli.data import DEFAULT_DATA, encode, read_examples
+from qlora_ext.cli.models import DEFAULT_MODEL, ModelSource, load_dense, load_tokenizer, resolve, restore_use_cache
 
 RANK = 16
 
@@ -36,9 +36,10 @@ def tokens(tokenizer: Any, count: int, length: int) -> Tensor:
     return torch.tensor(list(ids)).reshape(count, length)
 
 
-def save_dense(source: sources.ModelSource, path: str) -> None:
+def save_dense(source: ModelSource, path: str) -> None:
     """The model as an ordinary directory, whatever file it comes in."""
-    model = models._load("model", source, AutoModelForCausalLM, dtype=torch.float32)
+    model = load_dense(source, torch.float32, torch.device("cpu"))
+    restore_use_cache(model, source)
     config = copy.deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     dense = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -91,11 +92,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20, help="default 20")
     parser.add_argument("--tokens", default="2x128", help="batch x sequence length (default 2x128)")
-    parser.add_argument("--model", default=sources.DEFAULT_MODEL, help="default %(default)s")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
     arguments = parser.parse_args()
     batch, length = (int(part) for part in arguments.tokens.split("x"))
-    source = sources.resolve(arguments.model)
-    ids = tokens(models.load_tokenizer(source), (arguments.steps + 1) * batch, length)
+    source = resolve(arguments.model)
+    ids = tokens(load_tokenizer(source), (arguments.steps + 1) * batch, length)
     *batches, held_out = ids.split(batch)
     report = harness.Report(
         "quality",

@@ -22,14 +22,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from fidelity import Cache, drawn_blocks
 from lib import harness
 from lib.texts import TEXTS
 from qlora_ext.calibration import self_text
-from qlora_ext.cli import models, sources
+from qlora_ext.cli.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
 from qlora_ext.fidelity import Increase, LayerCost, Sensitivity, block_losses
 from qlora_ext.nn import places_in, quantized, to_be_quantized
 
@@ -113,14 +112,14 @@ def draw(path: pathlib.Path, points: dict[str, list[tuple[float, float]]], curve
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=sources.DEFAULT_MODEL, help="default %(default)s")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
     parser.add_argument("--layers", type=int, default=42, help="that are measured alone (default %(default)s)")
     parser.add_argument("--blocks", type=int, default=8, help="a text, of the curve (default %(default)s)")
     parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="keep what is done in DIR")
     arguments = parser.parse_args()
-    source, cache = sources.resolve(arguments.model), Cache(arguments.cache)
-    tokenizer = models.load_tokenizer(source)
-    model = models._load("model", source, AutoModelForCausalLM, dtype=torch.float32).eval()
+    source, cache = resolve(arguments.model), Cache(arguments.cache)
+    tokenizer = load_tokenizer(source)
+    model = load_dense(source, torch.float32, torch.device("cpu"))
     model.config.use_cache = False
 
     def sensitivities() -> list[dict[str, Any]]:

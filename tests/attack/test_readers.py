@@ -190,10 +190,11 @@ def test_configuration_for_a_plan(paths: Paths, tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_adapters(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
-    from qlora_ext.cli.adapter_files import find, load
     from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.models import load_quantized
-    from qlora_ext.cli.sources import resolve
+    from qlora_ext.cli.models.adapter_files import find, load
+    from qlora_ext.cli.models.loading import Loader
+    from qlora_ext.cli.models.sources import resolve
+    from qlora_ext.form import Form
 
     adapter = pathlib.Path(shutil.copytree(whole_run / "adapter", tmp_path / "adapter"))
     ask = ["generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1", "--max-new-tokens", "1"]
@@ -205,7 +206,7 @@ def test_adapters(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path,
         found: list[dict[str, Any]] = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            base = load_quantized(resolve(str(paths["model"])), torch.bfloat16, torch.device("cpu"))
+            base = Loader(resolve(str(paths["model"])), Form(torch.bfloat16), torch.device("cpu")).while_loading()
             with contextlib.suppress(UserError):
                 found.append(load(base, find(str(adapter)), False).state_dict())
         assert len(found) == 2
@@ -242,8 +243,8 @@ def lines(draw: random.Random, data: bytes) -> bytes:
 def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
     from qlora_ext.cli.data import encode, read_examples
     from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.models import load_tokenizer
-    from qlora_ext.cli.sources import resolve
+    from qlora_ext.cli.models.pretrained import load_tokenizer
+    from qlora_ext.cli.models.sources import resolve
 
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (PAIR, TALK, {"text": "t"}) * 4))
     (tmp_path / "data.json").write_text(json.dumps({"train": [PAIR, TALK] * 4, "test": [PAIR]}))

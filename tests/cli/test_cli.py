@@ -156,7 +156,7 @@ def test_prompts_and_adapters_that_are_not_options(
     import io
 
     monkeypatch.chdir(paths["root"])
-    monkeypatch.setattr("qlora_ext.cli.adapter_files.DEFAULT_RUN", whole_run.name)
+    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", whole_run.name)
     ask = ["--max-new-tokens", "4"]
     here("generate", "--adapter", whole_run, "--prompt", "count 3", *ask)
     answer = capfd.readouterr().out
@@ -174,7 +174,7 @@ def test_prompts_and_adapters_that_are_not_options(
     assert "--model: the name is empty" in refused("generate", "--model", "", "count 3")
     assert "--model: the name is empty" in refused("generate", "--adapter", whole_run, "--model", "", "count 3")
     assert "name it with --adapter" in refused("generate", "--model", whole_run, "count 3")
-    monkeypatch.setattr("qlora_ext.cli.adapter_files.DEFAULT_RUN", "no-run")
+    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", "no-run")
     assert "--adapter: no adapter named, and none in ./no-run" in refused("generate", "count 3")
 
 
@@ -201,11 +201,11 @@ def test_a_model_that_is_nowhere(refused, paths: Paths, tmp_path: pathlib.Path) 
 
 
 def test_finetune_alone_says_what_it_is(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
-    from qlora_ext.cli.commands import finetune
+    from qlora_ext.cli.training import prepare
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune, "resolve", lambda *a, **k: pytest.exit("too far"))
-        patch.setattr(finetune, "parse_device", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(prepare, "resolve", lambda *a, **k: pytest.exit("too far"))
+        patch.setattr(prepare, "parse_device", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["finetune", "--output", str(tmp_path / "run")]) == 130
         told = capfd.readouterr().out
         assert main(["finetune", "--output", str(tmp_path / "run"), "--seed", "1"]) == 130
@@ -446,8 +446,8 @@ def test_packed_rows_do_not_see_each_other(paths: Paths) -> None:
 
     import qlora_ext
     from qlora_ext.cli.data import encode, pack, read_examples
-    from qlora_ext.cli.loss import learnt_loss
-    from qlora_ext.cli.training import collate
+    from qlora_ext.cli.training.trainer import collate
+    from qlora_ext.streaming.loss import learnt_loss
 
     tokenizer = AutoTokenizer.from_pretrained(paths["model"])
     model = AutoModelForCausalLM.from_pretrained(

@@ -15,15 +15,17 @@ pytest.importorskip("peft")
 
 import qlora_ext
 from qlora_ext.calibration import Calibrator
-from qlora_ext.cli import calibrate, main
-from qlora_ext.cli.files import contents
-from qlora_ext.cli.outputs import Output
+from qlora_ext.cli import main
+from qlora_ext.cli.outputs.directory import Output
+from qlora_ext.cli.outputs.files import contents
+from qlora_ext.cli.quantization import calibrate
 from tiny_models import save_tiny_llama
 
 
 @pytest.fixture
 def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    monkeypatch.setattr("qlora_ext.cli.calibrate.LENGTH", 64)  # a text of many short sequences is written sooner
+    # A text of many short sequences is written sooner.
+    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
     save_tiny_llama(tmp_path / "model", seed=3)
     return tmp_path / "model"
 
@@ -99,7 +101,7 @@ def test_nothing_waits_beside_a_mount_point(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
     """Nor beside a directory whose parent cannot be written to: it waits in it."""
-    monkeypatch.setattr("qlora_ext.cli.waiting.filled_from_inside", lambda path: inside)
+    monkeypatch.setattr("qlora_ext.cli.outputs.waiting.filled_from_inside", lambda path: inside)
     output = tmp_path / "out"
     output.mkdir()
     waiting = output / ".partial-calibration" if inside else tmp_path / "out.calibration"

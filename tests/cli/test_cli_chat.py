@@ -66,7 +66,7 @@ def test_the_history_is_in_the_prompt(
         streamer.put(torch.tensor(tokenizer(" fine\x1b")["input_ids"]))
         streamer.end()
 
-    monkeypatch.setattr("qlora_ext.cli.conversation.complete", complete)
+    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
     told = talk(monkeypatch, capfd, "hello\nand\n/reset\nhello\n", "--model", talker, "--system", "be brief")
     assert told == "fine\\x1b\n" * 3
     begin = "<system>be brief</><user>hello</><assistant>"
@@ -76,12 +76,13 @@ def test_the_history_is_in_the_prompt(
 def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -> None:
     from transformers import AutoTokenizer
 
-    from qlora_ext.cli.conversation import Conversation
     from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.models import load_quantized
-    from qlora_ext.cli.sources import resolve
+    from qlora_ext.cli.generation.conversation import Conversation
+    from qlora_ext.cli.models.loading import Loader
+    from qlora_ext.cli.models.sources import resolve
+    from qlora_ext.form import Form
 
-    model = load_quantized(resolve(str(talker)), torch.float32, torch.device("cpu"))
+    model = Loader(resolve(str(talker)), Form(torch.float32), torch.device("cpu")).while_loading()
     talk = Conversation(model, AutoTokenizer.from_pretrained(talker), "be brief", 8, 0.0)
     shown: list[str] = []
     forgotten = [talk.answer("x" * 60, shown.append) for _ in range(4)]  # of 256 tokens
@@ -94,7 +95,9 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
 
 def test_what_is_refused(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the model loads."""
-    monkeypatch.setattr("qlora_ext.cli.adapter_files.load_quantized", lambda *a: pytest.fail("the model was read"))
+    monkeypatch.setattr(
+        "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
+    )
     assert "--adapter" in refused("chat")
     assert "no such directory" in refused("chat", "--adapter", paths["root"] / "nowhere")
     assert "no chat template" in refused("chat", "--model", paths["model"], "--system", "be brief")
@@ -104,6 +107,11 @@ def test_what_is_refused(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyP
 def test_input_that_is_no_text(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
     assert "UTF-8" in refused("chat", "--model", paths["model"])
+    # Where the locale is ASCII, Python stands surrogates for the bytes.
+    monkeypatch.setattr("sys.stdin", io.StringIO("\udcc3\n"))
+    assert "standard input: the text is not utf-8 text" in refused("chat", "--model", paths["model"])
+    assert "--system: the text is not" in refused("chat", "--model", paths["model"], "--system", "\udcc3")
+    assert "--prompt: the text is not" in refused("generate", "--model", paths["model"], "\udcc3")
 
 
 class Terminal:
@@ -165,7 +173,7 @@ def test_ctrl_c_stops_an_answer_and_no_more(
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("qlora_ext.cli.conversation.complete", complete)
+    monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
     monkeypatch.setattr("sys.stdin", Keyboard("one\ntwo\n"))
     assert main(["chat", "--model", str(talker), "--compile", "never"]) == 0
     assert prompts[1] == "<user>one</><assistant>half</><user>two</><assistant>"

@@ -22,9 +22,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 import qlora_ext
 import tiny_models
-from qlora_ext.cli import compiled, compiled_cache, main
+from qlora_ext.cli import main
 from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.models import prepare_to_answer
+from qlora_ext.cli.generation.compiled import decode_compiled
+from qlora_ext.decoding import CompilationError, cache, compile_decoding, compiled, prepare_to_answer
 
 PROMPT = torch.tensor([[5, 9, 17, 40]])
 
@@ -60,7 +61,7 @@ def decode(model: Any, tokens: int, prompt: torch.Tensor = PROMPT, **more: Any) 
 
 
 def decoder_of(model: Any) -> compiled.Decoder:
-    decoder = compiled.compile_decoding(model, "always", pays=True)
+    decoder = compile_decoding(model)
     assert decoder is not None
     return decoder
 
@@ -127,14 +128,23 @@ def test_a_package_is_kept_for_every_model_of_a_shape(capfd: pytest.CaptureFixtu
     capfd.readouterr()
     other = adapted(seed=1)
     expected = decode(other, 20)
-    decoder = compiled.compile_decoding(other, "auto", pays=False)
+    decoder = decode_compiled(other, "auto", pays=False)
     assert decoder is not None
     assert capfd.readouterr().err == ""  # nothing was compiled
     assert torch.equal(decode(other, 20), expected)
     assert decoder.steps == 19
     for different in (adapted(rank=2), adapted(alpha=16)):
-        assert compiled.compile_decoding(different, "auto", pays=False) is None
-    assert compiled.compile_decoding(adapted(), "never", pays=True) is None
+        assert decode_compiled(different, "auto", pays=False) is None
+    assert decode_compiled(adapted(), "never", pays=True) is None
+
+
+def test_what_is_in_the_cache_serves_without_a_compiler_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder_of(adapted())
+    monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
+    told: list[str] = []
+    assert compile_decoding(adapted(seed=2), missing=False, progress=told.append) is not None
+    assert compile_decoding(adapted(rank=5), missing=False, progress=told.append) is None
+    assert told == []
 
 
 def test_the_commands_decode_compiled(whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -164,14 +174,18 @@ def test_without_a_compiler_or_where_it_fails_the_model_stays_eager(
     forward = model.get_base_model().forward
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "_compile", broken)
-        assert compiled.compile_decoding(model, "auto", pays=True) is None
+        assert decode_compiled(model, "auto", pays=True) is None
         assert "not compiled (no such instruction)" in capfd.readouterr().err
         with pytest.raises(UserError, match="--compile always: this model cannot be compiled: no such instruction"):
-            compiled.compile_decoding(model, "always", pays=True)
+            decode_compiled(model, "always", pays=True)
+        with pytest.raises(CompilationError, match=r"^no such instruction$"):
+            compile_decoding(model)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="there is no C\\+\\+ compiler"):
-        compiled.compile_decoding(model, "always", pays=True)
-    assert compiled.compile_decoding(model, "auto", pays=False) is None
+        decode_compiled(model, "always", pays=True)
+    with pytest.raises(CompilationError, match=r"^there is no C\+\+ compiler$"):
+        compile_decoding(model, missing=False)
+    assert decode_compiled(model, "auto", pays=False) is None
     assert model.get_base_model().forward == forward
 
 
@@ -194,7 +208,7 @@ def test_a_directory_that_others_can_write_to_is_not_used(
     assert path.stat().st_mode & 0o777 == 0o700
     path.chmod(0o777)
     with pytest.raises(UserError, match="others can write to this directory"):
-        compiled.compile_decoding(adapted(), "always", pays=True)
+        decode_compiled(adapted(), "always", pays=True)
 
 
 def damage(package: pathlib.Path, kind: str) -> None:
@@ -209,12 +223,19 @@ def damage(package: pathlib.Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["empty", "truncated", "noise", "a bit"])
 def test_a_damaged_package_is_no_package(tmp_path: pathlib.Path, kind: str) -> None:
     decoder_of(adapted())
-    (package, *_) = compiled_cache.directory().glob("*.pt2")
+    (package, *_) = cache.directory().glob("*.pt2")
     copy = tmp_path / package.name
     shutil.copy(package, copy)
-    assert compiled_cache.is_whole(copy)
+    assert cache.is_whole(copy)
     damage(copy, kind)
-    assert not compiled_cache.is_whole(copy)
+    assert not cache.is_whole(copy)
+
+
+def test_what_is_no_file_is_no_package(tmp_path: pathlib.Path) -> None:
+    os.mkfifo(tmp_path / "fifo")  # opening it would wait for a writer
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("fifo", "link", "missing", "."):
+        assert not cache.is_whole(tmp_path / name)
 
 
 def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,13 +255,13 @@ def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monke
 
     monkeypatch.setattr(compiled, "_compile", make)
     damage(package, "truncated")
-    assert compiled.compile_decoding(adapted(), "auto", pays=False) is None
+    assert decode_compiled(adapted(), "auto", pays=False) is None
     decoder_of(model)
     assert torch.equal(decode(model, 5), expected)
     assert compiled_anew == [package]
     with zipfile.ZipFile(package, "w") as archive:  # whole, and no package
         archive.writestr("a", "b")
-    assert compiled.compile_decoding(adapted(), "auto", pays=True) is not None
+    assert decode_compiled(adapted(), "auto", pays=True) is not None
     assert compiled_anew == [package] * 2
 
 
@@ -256,7 +277,7 @@ def test_what_killed_compilations_left_is_deleted_and_nothing_else(tmp_path: pat
     (tmp_path / package).write_text("whole")
     descriptor = os.open(tmp_path / "compiling-running0", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    compiled_cache.clean(tmp_path)
+    cache.clean(tmp_path)
     os.close(descriptor)
     left = ["compiling-running0", "compiling-theses00", "tmp-directory", "tmpafile000", "tmpalink000", package]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(left)
@@ -265,13 +286,13 @@ def test_what_killed_compilations_left_is_deleted_and_nothing_else(tmp_path: pat
 
 def test_a_package_takes_its_name_when_it_is_written(tmp_path: pathlib.Path) -> None:
     package = tmp_path / f"{'b' * 64}.pt2"
-    with contextlib.suppress(KeyboardInterrupt), compiled_cache.written(package) as path:
+    with contextlib.suppress(KeyboardInterrupt), cache.written(package) as path:
         path.write_text("half")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    with compiled_cache.written(package) as path:
+    with cache.written(package) as path:
         path.write_text("whole")
-        compiled_cache.clean(tmp_path)  # by another process: this one is at work
+        cache.clean(tmp_path)  # by another process: this one is at work
         assert path.exists()
     assert [p.name for p in tmp_path.iterdir()] == [package.name]
     assert package.read_text() == "whole"

@@ -68,7 +68,7 @@ def test_a_command_finds_the_package_imported(tmp_path: pathlib.Path) -> None:
     code, modules, _, errors = answer("adapters", tmp_path)
     assert code == 2
     assert "there is no adapter in that directory" in errors
-    assert {"torch", "qlora_ext.ops", "qlora_ext._hooks", "qlora_ext.transforms"} <= modules
+    assert {"torch", "qlora_ext.ops", "qlora_ext._internal.hooks", "qlora_ext.transforms"} <= modules
 
 
 def test_the_package_is_as_if_it_had_been_imported(tmp_path: pathlib.Path) -> None:

@@ -13,16 +13,18 @@ import torch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
-pytest.importorskip("gguf", reason="the command's libraries are not installed")
+gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
 
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import qlora_ext
 from forks import Command
 from gguf_files import llama_file, write
-from qlora_ext.cli import gguf_weights, main
-from qlora_ext.cli.models import load_quantized
-from qlora_ext.cli.sources import resolve
+from qlora_ext.cli import main
+from qlora_ext.cli.models.loading import Loader
+from qlora_ext.cli.models.sources import resolve
+from qlora_ext.form import Form
+from qlora_ext.gguf import weights
 from test_cli_stream import killed_at_the_sixth_weight
 from tiny_models import SIZES, make, same_state
 
@@ -68,11 +70,9 @@ def test_weights_one_by_one_are_those_of_the_whole(
     path = tmp_path / "tiny.gguf"
     write(make("llama") if architecture == "llama" else mixture(), path, architecture)
     decoded: list[str] = []
-    decode = gguf_weights.GGUFWeights.decode
-    monkeypatch.setattr(
-        gguf_weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1]
-    )
-    found = load_quantized(resolve(str(path)), torch.bfloat16, torch.device("cpu"))
+    decode = weights.GGUFWeights.decode
+    monkeypatch.setattr(weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1])
+    found = Loader(resolve(str(path)), Form(torch.bfloat16), torch.device("cpu")).while_loading()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
     assert sorted(decoded) == sorted(expected.state_dict())
     assert same_state(found, qlora_ext.quantize_model(expected))
@@ -112,9 +112,9 @@ def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_
 
 def test_what_an_adapter_names_as_its_base() -> None:
     """A path or a hub name that other tools can follow; the name that only we know is in our own file."""
-    from qlora_ext.cli.adapting import add_adapter
-    from qlora_ext.cli.settings import Settings
-    from qlora_ext.cli.sources import ModelSource
+    from qlora_ext.cli.models.sources import ModelSource
+    from qlora_ext.cli.training.adapting import add_adapter
+    from qlora_ext.cli.training.settings import Settings
 
     for source, expected in (
         (ModelSource("package:llm-x", "/some/where", "x.gguf"), "/some/where"),
@@ -124,3 +124,20 @@ def test_what_an_adapter_names_as_its_base() -> None:
     ):
         adapted = add_adapter(qlora_ext.quantize_model(make()), source, Settings(), force=False)
         assert adapted.peft_config["default"].base_model_name_or_path == expected
+
+
+def test_the_reader_is_a_library(llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    header = qlora_ext.gguf.read_header(llama_file)
+    expected = gguf.GGUFReader(llama_file)
+    assert header.architecture == "llama"
+    assert [(t.name, t.begin, t.nbytes) for t in header.tensors] == [
+        (t.name, t.data_offset, t.n_bytes) for t in expected.tensors
+    ]
+    model = make("llama")
+    read = qlora_ext.gguf.GGUFWeights(str(llama_file), model)
+    assert read.unknown == []
+    assert torch.equal(read.decode("model.norm.weight"), model.model.norm.weight.float())
+    (tmp_path / "cut.gguf").write_bytes(llama_file.read_bytes()[:500])
+    for reader in (qlora_ext.gguf.read_header, lambda path: qlora_ext.gguf.GGUFWeights(path, model)):
+        with pytest.raises(ValueError, match=r"cut\.gguf: truncated or damaged"):
+            reader(tmp_path / "cut.gguf")

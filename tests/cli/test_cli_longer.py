@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from commands import SMALL, Paths, adapter_bytes, here, read_lines
-from qlora_ext.cli.settings import Settings, resumed
+from qlora_ext.cli.training.settings import Settings, resumed
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ def steps_of(run: pathlib.Path) -> list[int]:
 @pytest.fixture
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The rows in the order in which they are trained on."""
-    from qlora_ext.cli import training
+    from qlora_ext.cli.training import trainer
 
     rows: list[Any] = []
-    original = training.collate
+    original = trainer.collate
 
     def collate(batch: Any) -> Any:
         rows.extend(tuple(row["input_ids"]) for row in batch)
         return original(batch)
 
-    monkeypatch.setattr(training, "collate", collate)
+    monkeypatch.setattr(trainer, "collate", collate)
     return rows
 
 
@@ -123,7 +123,7 @@ def test_the_order_is_transformers_own() -> None:
     import torch
     from accelerate.data_loader import SeedableRandomSampler
 
-    from qlora_ext.cli.training import StagedSampler
+    from qlora_ext.cli.training.trainer import StagedSampler
 
     torch.manual_seed(3)
     theirs, ours = SeedableRandomSampler(range(11)), StagedSampler([11], 3)

@@ -73,7 +73,7 @@ def test_what_was_trained_as_merged_is_what_is_merged(
 def test_merge_to_4bit_calibrated(
     paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qlora_ext.cli.calibrate.LENGTH", 64)
+    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
     output = paths["root"] / "merged_calibrated"
     options = "--4bit", "--calibrate", "self", "--calibration-tokens", "1024", "--evaluate", "--dtype", "float32"
     here("merge", "--adapter", whole_run, "--output", output, *options)

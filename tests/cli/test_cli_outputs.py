@@ -145,7 +145,7 @@ def test_what_the_command_wrote_is_overwritten(paths: Paths, whole_run: pathlib.
 
 def test_what_appears_meanwhile_is_not_replaced(paths: Paths, tmp_path: pathlib.Path) -> None:
     from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.outputs import claim
+    from qlora_ext.cli.outputs.directory import claim
 
     def write(overwrite: bool) -> None:
         with claim(str(tmp_path / "out"), overwrite) as output:
@@ -264,7 +264,7 @@ def test_a_parent_that_cannot_be_written_to() -> None:
     if os.geteuid() != 0:
         pytest.skip("becoming another user needs root")
     from qlora_ext.cli.errors import UserError
-    from qlora_ext.cli.outputs import claim
+    from qlora_ext.cli.outputs.directory import claim
 
     def write(path: pathlib.Path, content: str) -> None:
         with claim(str(path), overwrite=True) as output:

@@ -13,8 +13,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from qlora_ext.cli import families, main, memory
-from qlora_ext.cli.files import write_json
+from qlora_ext.cli import main
+from qlora_ext.cli.outputs.files import write_json
+from qlora_ext.planning import families, memory
 
 SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
 
@@ -28,8 +29,8 @@ import json, sys, torch
 from transformers import AutoModelForCausalLM
 from peft import LoraConfig, get_peft_model
 import qlora_ext
-from qlora_ext.cli import families
-from qlora_ext.cli.loss import learnt_loss
+from qlora_ext.planning import families
+from qlora_ext.streaming.loss import learnt_loss
 
 def status(key):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024

@@ -15,9 +15,10 @@ pytest.importorskip("peft")
 from transformers import AutoModelForCausalLM
 
 import qlora_ext
-from qlora_ext.cli import families, main
-from qlora_ext.cli.memory import Job, split
-from qlora_ext.cli.streamed import streamed
+from qlora_ext.cli import main
+from qlora_ext.planning import families
+from qlora_ext.planning.blocks import streamed
+from qlora_ext.planning.memory import Job, split
 from qlora_ext.streaming.blocks import blocks_of
 
 SIZES = "hidden=128,intermediate=384,layers=10,heads=4,kv-heads=2,vocab=512"

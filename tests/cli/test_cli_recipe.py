@@ -15,13 +15,13 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from commands import SMALL, Paths, adapter_bytes, base, here, read_lines
-from qlora_ext.cli.settings import SCHEDULES, Settings, layer_numbers
+from qlora_ext.cli.training.settings import SCHEDULES, Settings, layer_numbers
 
 STEPS = ["--max-steps", "5", "--save-steps", "3"]
 
 
 def arguments_of(tmp_path: pathlib.Path, steps: int = 100, **settings: Any) -> Any:
-    from qlora_ext.cli.training import training_arguments
+    from qlora_ext.cli.training.trainer import training_arguments
 
     return training_arguments(Settings(**settings), steps, tmp_path, torch.device("cpu"))
 

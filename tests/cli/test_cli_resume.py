@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from commands import Paths, adapter_bytes, base, here
+from commands import Paths, adapter_bytes, base, here, read_lines
 
 
 @pytest.fixture
@@ -166,7 +166,7 @@ def test_digests_do_not_depend_on_threads_or_order(paths: Paths) -> None:
     from transformers import AutoModelForCausalLM
 
     from qlora_ext import QLoRAConfig
-    from qlora_ext.cli.identity import digest_of_model
+    from qlora_ext.cli.training.identity import digest_of_model
 
     def digest(name: str) -> str:
         model = AutoModelForCausalLM.from_pretrained(
@@ -190,3 +190,12 @@ def test_a_planted_checkpoint_is_no_checkpoint(run: pathlib.Path, whole_run: pat
     assert adapter_bytes(run) == adapter_bytes(whole_run)
     assert not (run / ".partial-new-checkpoint-99-0123abcd").exists()
     assert os.path.isfile(run / "checkpoint-99")
+
+
+def test_the_intervals_may_change(run: pathlib.Path, whole_run: pathlib.Path) -> None:
+    """A checkpoint holds those with which it was saved."""
+    here("finetune", "--output", run, "--resume", "--save-steps", "9", "--eval-steps", "10")
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-9"]
+    measured = [line["step"] for line in read_lines(run / "metrics.jsonl") if "eval_loss" in line]
+    assert measured == [0, 10, 11]
+    assert adapter_bytes(run) == adapter_bytes(whole_run)

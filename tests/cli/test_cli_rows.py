@@ -16,7 +16,7 @@ import chat_templates
 from commands import Paths
 from qlora_ext.cli.data import check_template, encode, pack, split, told
 from qlora_ext.cli.errors import UserError
-from qlora_ext.cli.settings import Settings
+from qlora_ext.cli.training.settings import Settings
 
 ASKED, CALLED, FOUND, SAID = (
     {"role": "user", "content": "1+1"},
@@ -173,7 +173,9 @@ def test_finetune_tells_what_it_leaves_out(
     refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And refuses what it can before the model is read."""
-    monkeypatch.setattr("qlora_ext.cli.commands.finetune.load_quantized", lambda *a: pytest.fail("the model was read"))
+    monkeypatch.setattr(
+        "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
+    )
     data = tmp_path / "data.jsonl"
     arguments = ["finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run"]
     data.write_text("".join(json.dumps({"prompt": "q" * 300, "completion": "r"}) + "\n" for _ in range(5)))

@@ -22,12 +22,15 @@ from transformers import AutoModelForCausalLM
 
 import qlora_ext
 from forks import Command
-from qlora_ext.cli import families, fitting, main, search
-from qlora_ext.cli.commands import finetune
-from qlora_ext.cli.memory import job_of, split, tops
-from qlora_ext.cli.settings import Settings
-from qlora_ext.cli.streamed import place, streamed
+from qlora_ext.cli import main
+from qlora_ext.cli.models import Loader
+from qlora_ext.cli.training import fitting
+from qlora_ext.cli.training.fitting import job_of
+from qlora_ext.cli.training.settings import Settings
 from qlora_ext.integrations.transformers import spill
+from qlora_ext.planning import families, search
+from qlora_ext.planning.blocks import place, streamed
+from qlora_ext.planning.memory import split, tops
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
 
@@ -69,16 +72,16 @@ def test_a_streamed_run_is_the_resident_one(
 ) -> None:
     expected = tuned(dense, data, tmp_path / "resident")
     seen = []
-    load = finetune.load_quantized
+    load = Loader.while_loading
 
-    def loaded(*args: Any, **kwargs: Any) -> Any:
-        model = load(*args, **kwargs)
+    def loaded(self: Loader, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, *args, **kwargs)
         seen.append(streaming_of(model))
         return model
 
-    monkeypatch.setattr(finetune, "load_quantized", loaded)
+    monkeypatch.setattr(Loader, "while_loading", loaded)
     found = tuned(dense, data, tmp_path / "run", "--stream", "disk", "--resident", "1GB")
-    assert seen[0] is not None
+    assert [streaming is not None for streaming in seen] == [False, True]  # the 4-bit directory is made first
     assert same(found, expected)
     assert losses(tmp_path / "run") == losses(tmp_path / "resident")
     assert (tmp_path / "run-base" / "model.safetensors").is_file()
@@ -249,7 +252,7 @@ def test_a_base_that_is_cut_short_under_a_run_is_a_sentence(
 
 
 def finetune_trainer() -> Any:
-    from qlora_ext.cli.training import RunTrainer
+    from qlora_ext.cli.training.trainer import RunTrainer
 
     return RunTrainer
 

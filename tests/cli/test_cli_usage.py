@@ -93,7 +93,8 @@ def test_every_suggestion_is_an_option_or_a_command() -> None:
 def test_help_and_version_as_commands(capfd: pytest.CaptureFixture[str]) -> None:
     from qlora_ext.cli import main
 
-    for typed, same in ((["help"], ["--help"]), (["help", "merge"], ["merge", "--help"]), (["version"], ["--version"])):
+    for typed, same in ((["help"], ["--help"]), (["help", "merge"], ["merge", "--help"]), (["version"], ["--version"]),
+                        (["version", "--json"], ["--version"])):  # fmt: skip
         told = []
         for arguments in (typed, same):
             with pytest.raises(SystemExit) as stop:
@@ -113,7 +114,7 @@ def test_the_bar_keeps_its_counts(width: int, tmp_path: pathlib.Path) -> None:
     from rich.console import Console
     from transformers import TrainerState
 
-    from qlora_ext.cli.progress import ProgressCallback
+    from qlora_ext.cli.terminal.progress import ProgressCallback
 
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=width, color_system=None)
@@ -150,3 +151,27 @@ def test_the_line_to_try_is_one_for_a_shell(
     metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
     rows = int(next(line for line in out.splitlines() if line.startswith("rows ")).split()[1])
     assert metrics["steps"] == -(-rows // 2 // 2)  # half of the batches of two
+
+
+@pytest.mark.parametrize("option", ["--init-adapter", "--max-memory", "--modules-to-save", "--layers", "--resident"])
+def test_an_option_without_a_value_is_told(refused: Any, paths: Paths, tmp_path: pathlib.Path, option: str) -> None:
+    """As a shell gives it for a variable that is not set."""
+    arguments = ["--model", paths["model"], "--data", paths["data"], "--output", tmp_path / "run"]
+    assert f"{option}: the value is empty" in refused("finetune", *arguments, option, "")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_empty_is_told(refused: Any, paths: Paths) -> None:
+    assert "--data: the name is empty" in refused("check", "--model", paths["model"], "--data", "")
+    assert "--plot: the name is empty" in refused("plan", "--model", paths["model"], "--plot", "")
+
+
+def test_a_model_that_is_4bit_already_is_told(
+    paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    here("quantize", "--model", paths["model"], "--output", first)
+    assert "already" not in capfd.readouterr().out
+    here("quantize", "--model", first, "--output", second, "--block-size", "128")
+    assert f"note: {first} is 4-bit already; its 4-bit weights are copied as they are" in capfd.readouterr().out
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()

@@ -23,9 +23,9 @@ import qlora_ext
 from commands import listing
 from qlora_ext.calibration import Calibrator
 from qlora_ext.cli import main
-from qlora_ext.cli.files import LOCK
-from qlora_ext.cli.lock import locked
-from qlora_ext.cli.ownership import MARKER
+from qlora_ext.cli.outputs.files import LOCK
+from qlora_ext.cli.outputs.lock import locked
+from qlora_ext.cli.outputs.ownership import MARKER
 from qlora_ext.integrations.transformers.spill import Spill
 from tiny_models import save_tiny_llama
 
@@ -41,7 +41,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 @pytest.fixture(autouse=True)
 def short_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_ext.cli.calibrate.LENGTH", 64)
+    monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
 
 
 def command(model: pathlib.Path, output: pathlib.Path, kind: str, *options: str) -> list[str]:
@@ -230,7 +230,7 @@ def test_what_another_process_is_at_work_in(refused, stopped, model: pathlib.Pat
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("failure", ["disk", "crash", "interrupt", "taken"])
+@pytest.mark.parametrize("failure", ["disk", "tokenizer", "crash", "interrupt", "taken"])
 def test_what_waits_stays_until_the_output_is_written(
     model: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -249,14 +249,19 @@ def test_what_waits_stays_until_the_output_is_written(
             output.mkdir()
             (output / "thesis.tex").touch()
             return
-        errors = {"disk": OSError(errno.ENOSPC, "No space left"), "crash": RuntimeError("crash")}
+        errors = {
+            "disk": OSError(errno.ENOSPC, "No space left"),
+            "tokenizer": Exception("No space left on device (os error 28)"),  # as tokenizers reports it
+            "crash": RuntimeError("crash"),
+        }
         raise errors.get(failure, KeyboardInterrupt())
 
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", failing)
         status = main(command(model, output, kind))
     told = "".join(capsys.readouterr())
-    assert status == {"disk": 2, "crash": 1, "interrupt": 130, "taken": 2}[failure], told
+    assert status == {"disk": 2, "tokenizer": 2, "crash": 1, "interrupt": 130, "taken": 2}[failure], told
+    assert ("is full" in told) == (failure in ("disk", "tokenizer"))
     done = {"weights": "quantized", "calibration": "calibrated"}[kind]
     assert f"what was {done} so far is kept in {output}.{kind}" in told
     if failure == "taken":
@@ -267,6 +272,18 @@ def test_what_waits_stays_until_the_output_is_written(
     assert f"an interrupted command has already {done} 14 weights" in capsys.readouterr().out
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_is_full_before_anything_is_calibrated(
+    refused, model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Calibrator, "__init__", no_space)
+    told = refused(*command(model, tmp_path / "out", "calibration"))
+    assert f"the disk that holds {tmp_path / 'out.calibration'} is full" in told
+    assert not list(tmp_path.iterdir())
 
 
 def damage(store: pathlib.Path, how: str) -> None:

@@ -265,6 +265,18 @@ def test_streaming_from_disk_computes_the_same(tmp_path: pathlib.Path) -> None:
     assert torch.equal(output(streamed, "flux"), output(model, "flux"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_fusing_projections_is_refused(kind: str) -> None:
+    model = qlora_ext.quantize_model(make(kind))
+    before = [name for name, _ in model.named_modules()]
+    with pytest.raises(ValueError, match="expected dense projections to fuse, got 4-bit ones"):
+        model.fuse_qkv_projections()
+    assert [name for name, _ in model.named_modules()] == before
+    dense = qlora_ext.quantize_model(make(kind), skip=[n for n, m in model.named_modules() if hasattr(m, "to_q")])
+    dense.fuse_qkv_projections()
+    assert any(hasattr(m, "to_qkv") for m in dense.modules())
+
+
 def test_group_offloading_computes_the_same() -> None:
     try:
         make("sd3").enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")

@@ -62,8 +62,8 @@ def test_a_library_that_failed_to_import_once_is_integrated_the_second_time(tmp_
     script = f"""
 import os, sys
 sys.path.insert(0, {str(tmp_path)!r})
-from qlora_ext import _hooks
-_hooks.after_import("half_broken", "its_integration")
+from qlora_ext._internal import hooks
+hooks.after_import("half_broken", "its_integration")
 try:
     import half_broken
 except ImportError as error:

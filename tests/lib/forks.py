@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import pathlib
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
@@ -22,6 +25,33 @@ CONTEXT.set_forkserver_preload(
         "qlora_ext.cli",
     ]
 )
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Connects the standard output and error of this process to nothing."""
+    with contextlib.ExitStack() as stack:
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        stack.callback(os.close, nothing)
+        for number in (1, 2):
+            saved = os.dup(number)
+            stack.callback(os.close, saved)
+            stack.callback(os.dup2, saved, number)
+            os.dup2(nothing, number)
+        yield
+
+
+def start(target: Callable[..., None], *args: Any, daemon: bool = False) -> Any:
+    """Starts ``target(*args)`` in a fork of the server.
+
+    The server keeps the standard output and error that it is started with. Those of a test would give the test what
+    libraries print when the server imports them.
+    """
+    with _silent():
+        multiprocessing.forkserver.ensure_running()
+    process = CONTEXT.Process(target=target, args=args, daemon=daemon)
+    process.start()
+    return process
 
 
 def _run(arguments: list[str], told: list[str], before: Callable[[], object] | None) -> None:
@@ -49,8 +79,7 @@ class Command:
         for path in self._told:
             path.touch()
         self._arguments = [str(argument) for argument in arguments]
-        self._process = CONTEXT.Process(target=_run, args=(self._arguments, [str(path) for path in self._told], before))
-        self._process.start()
+        self._process = start(_run, self._arguments, [str(path) for path in self._told], before)
 
     @property
     def pid(self) -> int | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from forks import CONTEXT
+from forks import CONTEXT, start
 
 
 def _work(rank: int, world: int, meeting: str, timeout: float, pipe: Connection) -> None:
@@ -46,10 +46,7 @@ class Workers:
         self._starts += 1
         for rank in range(self.world):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(
-                target=_work, args=(rank, self.world, str(meeting), self.timeout, theirs), daemon=True
-            )
-            process.start()
+            process = start(_work, rank, self.world, str(meeting), self.timeout, theirs, daemon=True)
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)

@@ -164,3 +164,69 @@ def test_the_planner_knows_it(paths: Paths, laptop: None, capsys: pytest.Capture
     ratio = other_weights("--device", "cpu") / other_weights("--device", "cpu", "--dtype", "bfloat16")
     assert 1.99 < ratio <= 2  # some buffers are float32 in any case
     assert other_weights("--device", "cuda") == other_weights("--device", "cuda", "--dtype", "bfloat16")
+
+
+def test_computing_in_another_dtype_for_a_while() -> None:
+    """What is wider stays as it is, and everything is restored to the bit."""
+    model = qlora_ext.quantize_model(make("llama").bfloat16())
+    model.model.norm.float()
+    torch.nn.init.normal_(model.model.norm.weight)
+    model.model.layers[0].self_attn.q_proj.to(torch.float16)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    form = {name: layer.compute_dtype for name, layer in layers_of(model)}
+    ids = torch.arange(8)[None]
+    for dtype in (torch.bfloat16, torch.float32):
+        with qlora_ext.nn.computing_in(model, dtype):
+            assert computes_in(model) == {dtype}
+            assert model.lm_head.weight.dtype == dtype
+            assert model.model.norm.weight.dtype == torch.float32
+        assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+        assert {name: t.dtype for name, t in model.state_dict().items()} == {n: t.dtype for n, t in before.items()}
+        assert {name: layer.compute_dtype for name, layer in layers_of(model)} == form
+    with qlora_ext.nn.computing_in(model, torch.float32), torch.no_grad():
+        assert model(ids).logits.dtype == torch.float32
+
+
+@pytest.mark.parametrize("options", [[], ["--4bit"], ["--4bit", "--calibrate"]], ids=["dense", "4bit", "calibrated"])
+def test_merge_measures_in_the_automatic_dtype(
+    paths: Paths,
+    whole_run: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: list[object],
+) -> None:
+    """And saves in that of ``--dtype``, the same model on either kind of processor where nothing is calibrated."""
+    from qlora_ext.cli.training import trainer
+    from qlora_ext.integrations import peft as our_peft
+
+    measured: list[torch.dtype] = []
+    held_out_loss, merge_calibrated = trainer.held_out_loss, our_peft.merge_calibrated
+
+    def loss(model: torch.nn.Module, *arguments: object) -> float:
+        measured.append(model(torch.arange(8)[None]).logits.dtype)
+        found: float = held_out_loss(model, *arguments)
+        return found
+
+    def calibrated(model: torch.nn.Module, calibration: object, compute_dtype: torch.dtype) -> torch.nn.Module:
+        measured.append(compute_dtype)
+        merged: torch.nn.Module = merge_calibrated(model, calibration, compute_dtype)
+        return merged
+
+    monkeypatch.setattr(trainer, "held_out_loss", loss)
+    monkeypatch.setattr(our_peft, "merge_calibrated", calibrated)
+    more = [paths["data"], "--calibration-tokens", 512] if "--calibrate" in options else []
+    saved = {}
+    for native in (False, True):
+        monkeypatch.setattr(dtypes, "native_bfloat16", lambda native=native: native)
+        output = tmp_path / str(native)
+        measured.clear()
+        here("merge", "--adapter", whole_run, "--output", output, "--evaluate", *options, *more)
+        assert set(measured) == {torch.bfloat16 if native else torch.float32}
+        assert len(measured) == 2 + bool(more)
+        saved[native] = load_file(output / "model.safetensors")
+        assert json.loads((output / "config.json").read_text())["dtype"] == "bfloat16"
+    assert {n: (t.dtype, t.shape) for n, t in saved[True].items()} == {
+        n: (t.dtype, t.shape) for n, t in saved[False].items()
+    }
+    if not more:
+        assert all(torch.equal(t, saved[True][name]) for name, t in saved[False].items())

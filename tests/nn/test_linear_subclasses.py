@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -79,6 +80,33 @@ class Clamped(nn.Linear):
         return super().forward(x.clamp(-50, 50))
 
 
+class ManyRows(nn.Linear):
+    """Linear for few rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return 2 * y if x.shape[0] > 1000 else y
+
+
+class Counting(nn.Linear):
+    """Linear for few rows, without a branch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self.weight, self.bias) * (1 + (len(x) > 1000))
+
+
+class Heir(ManyRows):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Casting(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            x = x.to(self.weight.dtype)
+        return functional.linear(x, self.weight, self.bias)
+
+
 class Quantile(nn.Linear):
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out)
@@ -90,7 +118,7 @@ class Pair(nn.Linear):
         return super().forward(x + y)
 
 
-@pytest.mark.parametrize("cls", [Spelled, Renamed])
+@pytest.mark.parametrize("cls", [Spelled, Renamed, Casting])
 @pytest.mark.parametrize("context", ["cpu", "meta"])
 def test_a_linear_subclass_has_a_4bit_layer(cls: type[nn.Linear], context: str) -> None:
     with torch.device(context):
@@ -98,9 +126,25 @@ def test_a_linear_subclass_has_a_4bit_layer(cls: type[nn.Linear], context: str) 
         assert conversion_of(layer) is Linear4bit
 
 
-@pytest.mark.parametrize("cls", [Scaled, Adjustable, Gated, Clamped, WithoutGradient, Helpful, Quantile, Pair])
+@pytest.mark.parametrize(
+    "cls",
+    [Scaled, Adjustable, Gated, Clamped, ManyRows, Counting, Heir, WithoutGradient, Helpful, Quantile, Pair],
+)
 def test_a_subclass_that_may_compute_something_else_stays_dense(cls: type[nn.Linear]) -> None:
     assert conversion_of(cls(64, 32)) is None
+
+
+def test_a_subclass_without_source_may_not_branch() -> None:
+    made: dict[str, Any] = {"nn": nn, "linear": functional.linear}
+    exec(
+        "class Plain(nn.Linear):\n"
+        "    def forward(self, x): return linear(x, self.weight, self.bias)\n"
+        "class Branching(nn.Linear):\n"
+        "    def forward(self, x): return linear(x if len(x) < 1000 else 2 * x, self.weight, self.bias)\n",
+        made,
+    )
+    assert conversion_of(made["Plain"](8, 8)) is Linear4bit
+    assert conversion_of(made["Branching"](8, 8)) is None
 
 
 def test_layers_of_torch_that_are_not_plain_stay_dense() -> None:
@@ -201,3 +245,16 @@ def test_falcon_is_4bit_and_comes_back(tmp_path: pathlib.Path) -> None:
     decoded = model.dequantize()
     assert {name: type(m) for name, m in decoded.named_modules()} == {n: type(m) for n, m in dense.named_modules()}
     torch.testing.assert_close(decoded(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_torchs_encoder_calls_its_4bit_layers_in_evaluation(gradients: bool) -> None:
+    """Where nothing needs a gradient, its fast path would read the weights of dense layers."""
+    layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
+    model = quantize_model(nn.TransformerEncoder(layer, 2)).requires_grad_(False)
+    assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 4
+    x, padding = torch.randn(2, 5, 64), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    for mask in (None, padding):
+        with torch.set_grad_enabled(gradients):
+            trained, evaluated = (model.train(mode)(x, src_key_padding_mask=mask) for mode in (True, False))
+        torch.testing.assert_close(evaluated, trained)

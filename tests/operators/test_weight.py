@@ -76,6 +76,13 @@ def test_shapes_and_sizes(shape: tuple[int, ...]) -> None:
     assert qlora_ext.dequantize_nf4(w4, torch.float32).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_default_dtype_is_that_of_the_original(dtype: torch.dtype) -> None:
+    w4 = qlora_ext.quantize_nf4(torch.randn(8, 64, dtype=dtype))
+    assert w4.dequantize().dtype == qlora_ext.dequantize_nf4(w4).dtype == dtype
+    assert torch.equal(w4.dequantize(), qlora_ext.dequantize_nf4(w4))
+
+
 def test_memory_is_what_the_paper_says() -> None:
     w = torch.randn(1024, 4096)
     w4 = qlora_ext.quantize_nf4(w)

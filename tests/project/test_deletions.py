@@ -18,17 +18,17 @@ OF_MODULES = {"remove": ("os",), "replace": ("os",), "move": ("shutil",), "copyf
               "copy2": ("shutil",), "copytree": ("shutil",)}  # fmt: skip
 ALLOWED = {
     # The rule for all deletions, at its top.
-    "python/qlora_ext/cli/files.py": {"ftruncate", "move", "rename", "rmdir", "rmtree", "unlink", "write_text"},
+    "python/qlora_ext/cli/outputs/files.py": {"ftruncate", "move", "rename", "rmdir", "rmtree", "unlink", "write_text"},
     # A file under an unpredictable name, which this process made.
-    "python/qlora_ext/atomic.py": {"replace", "unlink"},
+    "python/qlora_ext/_internal/atomic.py": {"replace", "unlink"},
     "python/qlora_ext/calibration/store.py": {"write_bytes"},
     "python/qlora_ext/integrations/peft/base_file.py": {"write_text"},
     # README.md in a model directory, where there is none.
     "python/qlora_ext/integrations/transformers/model_card.py": {"write_text"},
     # The content of a lock file, which was checked to be one.
-    "python/qlora_ext/cli/lock.py": {"ftruncate"},
+    "python/qlora_ext/cli/outputs/lock.py": {"ftruncate"},
     # Directories for unfinished packages in the user's own cache: recognized by name and content, under their lock.
-    "python/qlora_ext/cli/compiled_cache.py": {"mkdtemp", "rmtree"},
+    "python/qlora_ext/decoding/cache.py": {"mkdtemp", "rmtree"},
     # Builds, in directories with a marker.
     "scripts/packaging/check.py": {"TemporaryDirectory"},
     "scripts/packaging/glibc.py": {"copy", "rmtree", "write_text"},

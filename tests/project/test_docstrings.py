@@ -28,14 +28,14 @@ import qlora_ext
 
 MODULES = [
     "qlora_ext",
-    *(f"qlora_ext.{name}" for name in ("nn", "calibration", "fidelity", "streaming")),
+    *(f"qlora_ext.{name}" for name in ("nn", "calibration", "fidelity", "streaming", "decoding", "gguf", "planning")),
     *(f"qlora_ext.integrations.{name}" for name in ("bitsandbytes", "peft", "transformers")),
 ]
 # Objects that users do not construct; the function that returns them has the example.
 WITHOUT = {
     *("Streaming", "Calibrator", "LayerReport", "Encoded", "Feedback", "CurvePoint", "LayerCost", "ModelCheck"),
     *("Sensitivity", "MergeError", "LoraLinear4bit", "IncompleteAdapterWarning", "QLoRAQuantizer", "KeptDense"),
-    "Coverage",
+    *("Coverage", "Decoder", "CompilationError", "Header", "TensorInfo", "Streamed", "Switched"),
     # Functions that only the integrations and the command use.
     *("Conv1D4bit", "attach", "write_base", "check_something_is_4bit", "tell_coverage", "finished_weights"),
 }

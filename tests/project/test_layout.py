@@ -168,15 +168,32 @@ def test_files_stay_short() -> None:
 PACKAGE = ROOT / "python" / "qlora_ext"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Room of the package -> the only rooms or files that may import from it.
+# Room of the package -> the only other rooms or files that may import from it.
 IMPORTED_BY = {
     "cli/commands/": ("cli/main.py",),
-    "cli/": ("cli/",),
-    "integrations/": ("integrations/", "cli/", "__init__.py"),
-    "fidelity/": ("fidelity/", "cli/", "__init__.py"),
-    "calibration/": ("calibration/", "nn/", "streaming/", "fidelity/", "integrations/", "cli/", "__init__.py"),
-    "streaming/": ("streaming/", "integrations/", "cli/", "__init__.py"),
-    "nn/": ("nn/", "streaming/", "fingerprint.py", "fidelity/", "integrations/", "cli/", "__init__.py"),
+    "cli/training/": ("cli/commands/", "__init__.py"),
+    "cli/quantization/": ("cli/commands/",),
+    "cli/generation/": ("cli/commands/", "cli/training/"),
+    "cli/data/": ("cli/commands/", "cli/training/", "cli/quantization/", "cli/generation/"),
+    "cli/models/": ("cli/commands/", "cli/training/", "cli/generation/", "cli/data/"),
+    "cli/terminal/": ("cli/commands/", "cli/training/", "cli/quantization/"),
+    "cli/outputs/": (
+        "cli/commands/",
+        "cli/training/",
+        "cli/quantization/",
+        "cli/data/",
+        "cli/models/",
+        "cli/terminal/",
+    ),
+    "cli/": ("__init__.py",),
+    "planning/": ("cli/", "__init__.py"),
+    "decoding/": ("cli/", "__init__.py"),
+    "gguf/": ("cli/", "__init__.py"),
+    "integrations/": ("planning/", "decoding/", "cli/", "__init__.py"),
+    "fidelity/": ("cli/", "__init__.py"),
+    "calibration/": ("nn/", "streaming/", "fidelity/", "integrations/", "cli/", "__init__.py"),
+    "streaming/": ("integrations/", "planning/", "cli/", "__init__.py"),
+    "nn/": ("streaming/", "fingerprint.py", "fidelity/", "integrations/", "planning/", "cli/", "__init__.py"),
 }
 
 
@@ -217,6 +234,26 @@ def test_python_imports_point_one_way(room: str) -> None:
     inside = {path for path, name in names.items() if name.startswith(room)}
     allowed = (room, *IMPORTED_BY[room])
     assert {n for path, n in names.items() if imports_of(path) & inside and not n.startswith(allowed)} == set()
+
+
+def test_internal_modules_import_nothing_else_of_ours() -> None:
+    ground = {path for path in MODULES if path.parent == PACKAGE / "_internal"}
+    assert len(ground) > 5
+    upwards = {relative(path): imports_of(path) - ground - {PACKAGE / "_C.pyi"} for path in ground}
+    assert {name: found for name, found in upwards.items() if found} == {}
+
+
+def test_benches_use_the_faces_of_the_command_only() -> None:
+    """Its entry point, and what its rooms of models and data offer in their ``__init__``."""
+    faces = {"qlora_ext.cli", "qlora_ext.cli.models", "qlora_ext.cli.data"}
+    for path in sorted((ROOT / "bench").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and re.match(r"qlora_ext\.(cli|_)", node.module or ""):
+                names = {alias.name for alias in node.names}
+                folder = PACKAGE.parent.joinpath(*str(node.module).split("."))
+                modules = {name for name in names - {"main"} if module_at(folder / name)}
+                assert node.module in faces, f"{relative(path)}: {node.module}"
+                assert not modules, f"{relative(path)}: {modules}"
 
 
 def test_the_list_of_patches_is_what_is_patched() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import qlora_ext
+from qlora_ext._internal.svd import nearest_of_rank
 from qlora_ext.calibration import Calibration, InitLora, initial_lora_of
-from qlora_ext.low_rank import nearest_of_rank
 from test_calibration import Chain, correlated
 
 peft = pytest.importorskip("peft")

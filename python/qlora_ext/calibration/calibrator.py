@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import digest
+from .._internal import digest
+from .._internal.untrusted import FileError, printable
 from .._library import build_info
-from .._outside import FileError, printable
 from ..weight import NF4Weight
 from . import self_text
 from .encoder import Encoded, Feedback, encode

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..low_rank import nearest_of_rank
+from .._internal.svd import nearest_of_rank
 from ..weight import NF4Weight
 from .encoder import Feedback
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import digest
-from .._outside import FileError, Schema, printable, read_json
-from ..atomic import PARTIAL, staged_file
+from .._internal import digest
+from .._internal.atomic import PARTIAL, staged_file
+from .._internal.untrusted import FileError, Schema, printable, read_json
 from ..weight import NF4Weight
 from .init_lora import LowRank
 

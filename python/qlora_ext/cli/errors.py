@@ -6,27 +6,17 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 
-from .._outside import UserError as UserError
-from .._outside import excerpt
+from .._internal.untrusted import UserError as UserError
+from .._internal.untrusted import excerpt
+from .._internal.untrusted import first_line as first_line
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-
-
-def first_line(error: BaseException) -> str:
-    """The message of an exception without the lines that follow the first, and with its type if it has no message.
-
-    A first line that ends in a colon brings the second along. All is cut to what a sentence can hold: a library's
-    message may quote a file from end to end.
-    """
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    if not lines:
-        return type(error).__name__
-    line = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-    return excerpt(line.rstrip(".:"), 400)
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # at the end of what libraries in Rust report
 
 
 def is_panic(error: BaseException) -> bool:
@@ -92,15 +82,31 @@ def check_text(path: pathlib.Path, option: str) -> None:
     Raises:
         UserError: some bytes of it are invalid in the encoding of this locale.
     """
+    _check_unicode(str(path.absolute()), f"{option} {excerpt(str(path))}: the name", "rename it")
+
+
+def check_prompt(text: str, source: str) -> None:
+    """Rejects a text from ``source`` that is not valid: tokenizers need Unicode.
+
+    Raises:
+        UserError: some bytes of it are invalid in the encoding of this locale.
+    """
+    _check_unicode(text, f"{source}: the text", "write it in that encoding")
+
+
+def _check_unicode(text: str, what: str, advice: str) -> None:
     try:
-        str(path.absolute()).encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
         encoding = sys.getfilesystemencoding()
-        if encoding == "utf-8":
-            advice = "rename it"
-        else:
+        if encoding != "utf-8":
             advice = "set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
-        raise UserError(f"{option} {excerpt(str(path))}: the name is not {encoding} text; {advice}") from error
+        raise UserError(f"{what} is not {encoding} text; {advice}") from error
+
+
+def full(path: str | os.PathLike[str]) -> str:
+    """The sentence for a disk that is full, by a path on it."""
+    return f"the disk that holds {path} is full; nothing incomplete was left there"
 
 
 def _is_full(directory: pathlib.Path) -> bool:
@@ -113,7 +119,8 @@ def _is_full(directory: pathlib.Path) -> bool:
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turns a failure to write below ``path`` into a ``UserError``, whatever library met it.
 
-    torch reports a full disk as a RuntimeError and safetensors as an error class of its own, both without an errno.
+    torch reports a full disk as a RuntimeError, safetensors as an error class of its own, and tokenizers as an
+    Exception, all without an errno.
     """
     path = pathlib.Path(path)
     try:
@@ -122,13 +129,15 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise UserError(f"the disk that holds {path} is full; nothing incomplete was left there") from error
+            raise UserError(full(path)) from error
         reason = error.strerror or first_line(error)
         raise UserError(f"cannot write {path}: {reason}") from error
     except Exception as error:
-        # The two libraries' errors carry no type to catch without importing them; others are not ours to explain.
-        if "PytorchStreamWriter" not in str(error) and type(error).__name__ != "SafetensorError":
+        # These errors carry no type to catch without importing the libraries; others are not ours to explain.
+        number = _OS_ERROR.search(str(error))
+        known = "PytorchStreamWriter" in str(error) or type(error).__name__ == "SafetensorError"
+        if not known and number is None:
             raise
-        if _is_full(path) or "No space left" in str(error):
-            raise UserError(f"the disk that holds {path} is full; nothing incomplete was left there") from error
+        if _is_full(path) or (number is not None and int(number[1]) in NO_SPACE):
+            raise UserError(full(path)) from error
         raise UserError(f"cannot write {path}: {first_line(error)}") from error

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from .._outside import excerpt, printable
+from .._internal.untrusted import excerpt, printable
 from . import suggestions
 from .commands import adapters, chat, check, finetune, generate, info, merge, plan, quantize, run
 from .errors import UserError, first_line
@@ -125,7 +125,7 @@ def _tell(error: Exception) -> tuple[int, str]:
 
 def _as_options(argv: Sequence[str]) -> list[str]:
     """Translates ``version`` and ``help COMMAND`` to the options that the parsers know."""
-    if list(argv) == ["version"]:
+    if argv[:1] == ["version"]:
         return ["--version"]
     if argv[:1] == ["help"]:
         return [*argv[1:2], "--help"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from .._internal.dtype_names import AUTO
 from .errors import UserError
-from .models import AUTO
 
 # The default directory of a run: ``finetune`` writes it, other commands read the adapter from it.
 DEFAULT_RUN = "qlora-run"

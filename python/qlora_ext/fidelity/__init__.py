@@ -2,9 +2,9 @@
 
 from .advice import advice_on
 from .check import CurvePoint, ModelCheck, check_model, perplexity
-from .keeping import allowance
 from .layers import LayerCost
 from .loss import Increase, block_losses
+from .mixed_precision import allowance
 from .sensitivity import Sensitivity, sensitivity
 
 __all__ = [

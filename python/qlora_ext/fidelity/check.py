@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..calibration import self_text
 from ..nn import Packed4bit, is_dense, layers_of, places_in, quantized
 from .integrity import problems_of
-from .keeping import choose
 from .layers import Candidate, LayerCost, measure
 from .loss import Increase, block_losses, check_ids
+from .mixed_precision import choose
 from .sensitivity import held_bytes
 
 # Of the errors of a layer's outputs and of plain NF4's, what is called another one.

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from ..calibration import self_text
 from ..nn import quantized, to_be_quantized
-from .keeping import choose
 from .layers import Candidate, LayerCost, measure
 from .loss import check_ids
+from .mixed_precision import choose
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,6 +81,16 @@ _LIST = (
         "takes the first floating parameter for the model's dtype, which may be the float32 scales of a 4-bit layer",
     ),
     Patch(
+        "diffusers.models.attention:AttentionMixin.fuse_qkv_projections",
+        "diffusers >= 0.35",
+        "concatenates packed bytes, and fails with an error about gradients",
+    ),
+    Patch(
+        "diffusers.models.attention_processor:Attention.fuse_projections",
+        "diffusers >= 0.35",
+        "concatenates as AttentionMixin.fuse_qkv_projections does",
+    ),
+    Patch(
         "diffusers.loaders.lora_pipeline:FluxLoraLoaderMixin._calculate_module_shape",
         "diffusers >= 0.35",
         "takes the shape of the packed bytes for the layer's, and knows bitsandbytes' class alone",

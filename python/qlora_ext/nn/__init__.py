@@ -14,7 +14,7 @@ from .model import (
     tied_heads,
     to_be_quantized,
 )
-from .packed import SCALES, Packed4bit, layers_of, scale_names
+from .packed import SCALES, Packed4bit, computing_in, layers_of, scale_names
 from .staying_dense import KEPT_DENSE, KeptDense, is_dense, kept_dense, paths_to
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Packed4bit",
     "TiedLinear4bit",
     "check_something_is_4bit",
+    "computing_in",
     "conversion_of",
     "coverage",
     "is_dense",

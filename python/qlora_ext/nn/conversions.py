@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import dis
 import functools
 import inspect
 import re
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +23,7 @@ CONVERSIONS: dict[type[nn.Module], type[Linear4bit]] = {nn.Linear: Linear4bit}
 
 # The methods that a subclass of nn.Linear may define. Other code could call any further methods.
 _OWN = re.compile(r"__init__|__repr__|_?init|_?reset|extra_repr$|forward$")
+_COMPARING = ("COMPARE_OP", "IS_OP", "CONTAINS_OP")
 _LINEAR_STATE = frozenset(vars(nn.Linear(1, 1, device="meta")))
 
 
@@ -72,6 +76,8 @@ def _computes_linear(kind: type[nn.Linear], attributes: frozenset[str]) -> bool:
     forward = inspect.unwrap(kind.forward)
     if forward is nn.Linear.forward:
         return True
+    if any(_depends_on_input(inspect.unwrap(vars(base)["forward"])) for base in bases if "forward" in vars(base)):
+        return False
     code = getattr(forward, "__code__", None)
     # If the outcome depends on an attribute, it may change later.
     if code is None or len(inspect.signature(forward).parameters) != 2 or attributes & {*code.co_names}:
@@ -80,6 +86,29 @@ def _computes_linear(kind: type[nn.Linear], attributes: frozenset[str]) -> bool:
         return all(_agrees(kind, bias, training) for bias in (False, True) for training in (False, True))
     except Exception:  # a forward of any kind, which was run on tensors that it may not be made for
         return False
+
+
+def _depends_on_input(forward: Any) -> bool:
+    """Whether a test in ``forward`` reads anything of its input but dtype and device, such as the number of rows.
+
+    ``_agrees`` cannot try all inputs, so a layer whose forward branches on them stays dense.
+    """
+    if not hasattr(forward, "__code__"):
+        return True
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):  # without the source, any test may do so
+        names = {step.opname for step in dis.get_instructions(forward)}
+        return any("JUMP_IF" in name or "_IF_" in name or name in _COMPARING for name in names)
+    above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+    tests: list[ast.AST] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If | ast.IfExp | ast.While):
+            tests.append(node.test)
+        elif isinstance(node, ast.Compare | ast.BoolOp | ast.Match):
+            tests.append(node.subject if isinstance(node, ast.Match) else node)
+    names_in = (name for test in tests for name in ast.walk(test) if isinstance(name, ast.Name))
+    return any(name.id != "self" and getattr(above[name], "attr", "") not in ("dtype", "device") for name in names_in)
 
 
 def _is_harmless(name: str, value: object) -> bool:

@@ -45,7 +45,8 @@ def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
     span = width // w4.block_size if aligned else -(-(width - 1) // w4.block_size) + 1
     blocks = first.unsqueeze(1) + torch.arange(span, dtype=torch.int64, device=index.device)
     if aligned:
-        packed = nn.functional.embedding(index, w4.packed)
+        # By operator: where a graph runs eagerly, functions of torch refuse packed parameters.
+        packed = torch.ops.aten.embedding.default(w4.packed, index)
     else:
         # A block of an even number of elements begins on a byte. Behind the table's end, anything will do.
         half = w4.block_size // 2

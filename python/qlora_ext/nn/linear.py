@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .._internal.lending import PackedTensors
 from ..autograd import call_linear_nf4, draw_seed
 from ..form import Form
-from ..lending import PackedTensors
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import NF4Weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
@@ -229,6 +230,7 @@ def quantize_model(
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
         raise ValueError("init_lora: expected calibration=... with 'svd', which weighs errors by the layers' inputs")
+    is_4bit = any(isinstance(module, Packed4bit) for module in model.modules())
     for prepare in BEFORE_QUANTIZE:
         prepare(model)
 
@@ -243,6 +245,8 @@ def quantize_model(
     places = places_in(model)
     chosen = to_be_quantized(model, skip, embeddings, towers, keep)
     check_something_is_4bit(model, bool(chosen), asked)
+    if is_4bit and not chosen:
+        warnings.warn("model: its layers are 4-bit already and stay as they are; nothing was quantized", stacklevel=2)
     heads = tied_heads(model) if embeddings else {}
     calibrator = None
     if calibration is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from .._internal.lending import Loan
 from ..form import Form
-from ..lending import Loan
 from ..no_arithmetic import refuse_arithmetic
 from ..weight import NF4Weight, quantize_nf4
 
@@ -382,6 +383,41 @@ class PackedWeight4bit(Packed4bit):
     def set_weight(self, w4: NF4Weight) -> None:
         """Takes ``w4``, of the dense weight's shape, as the packed state; see ``set_packed``."""
         self.set_packed("weight", w4)
+
+
+@contextlib.contextmanager
+def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Makes ``model`` compute in ``dtype`` during the block, and restores its dtypes, exactly, after it.
+
+    4-bit layers compute in ``dtype``, and tensors in a narrower floating dtype are cast to it. Wider ones, and packed
+    states, stay as they are. Layers that are replaced in the block keep what they have then.
+
+    Example:
+        >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48)).bfloat16())
+        >>> with qlora_ext.nn.computing_in(model, torch.float32):
+        ...     y = model(torch.ones(64))
+        >>> y.dtype, model[0].compute_dtype
+        (torch.float32, torch.bfloat16)
+    """
+    layers = {layer: layer.compute_dtype for _, layer in layers_of(model)}
+    tensors = {name: t.dtype for name, t in _tensors_of(model) if t.is_floating_point() and t.itemsize < dtype.itemsize}
+    for layer in layers:
+        layer.compute_dtype = dtype
+    for name, t in _tensors_of(model):
+        if name in tensors:
+            t.data = t.data.to(dtype)
+    try:
+        yield
+    finally:
+        for name, t in _tensors_of(model):
+            if name in tensors and t.is_floating_point():
+                t.data = t.data.to(tensors[name])
+        for layer, before in layers.items():
+            layer.compute_dtype = before
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return itertools.chain(model.named_parameters(), model.named_buffers())
 
 
 def layers_of(model: nn.Module) -> Iterable[tuple[str, Packed4bit]]:

@@ -8,8 +8,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .._internal.lending import PackedTensors
 from ..calibration.stages import stacks_of
-from ..lending import PackedTensors
 from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
 
 _ALIGNMENT = 256  # of every tensor in a block: what cudaMalloc gives, and more than any kernel asks for

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lending import Loan, PackedTensors, mark_lent
+from .._internal.lending import Loan, PackedTensors, mark_lent
+from .._internal.sizes import parse_size
 from ..nn import Experts4bit, Packed4bit, layers_of, scale_names
 from ..nn.model import Model
-from ..sizes import parse_size
 from .blocks import Block, Part, blocks_of
 from .ring import CopyingFiller, Filler, ReadingFiller, Slot, StagingFiller
 from .schedule import upcoming

@@ -9,9 +9,9 @@ import pathlib
 import sys
 from typing import Any
 
-from ..._outside import printable, read_json
-from ..adapter_files import config_of, record_of
+from ..._internal.untrusted import printable, read_json
 from ..errors import UserError, path_named
+from ..models.adapter_files import config_of, record_of
 
 _COLUMNS = ("adapter", "base", "fingerprint", "rank", "alpha", "date", "steps", "perplexity")
 

@@ -7,9 +7,9 @@ import contextlib
 import sys
 from typing import Any
 
-from ..._outside import printable
-from ..adapter_files import find_adapted
-from ..errors import UserError
+from ..._internal.untrusted import printable
+from ..errors import UserError, check_prompt
+from ..models.adapted import find_adapted
 from ..options import (
     add_adapter_option,
     add_base_options,
@@ -50,6 +50,7 @@ def _read(interactive: bool) -> str | None:
             return None
         except UnicodeDecodeError as error:
             raise UserError(f"standard input: not {error.encoding.upper()} text") from error
+        check_prompt(line, "standard input")
         if line:
             return line
 
@@ -57,17 +58,18 @@ def _read(interactive: bool) -> str | None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     check_sampling(arguments)
+    check_prompt(arguments.system, "--system")
     adapted = find_adapted(arguments)
     if arguments.system and not adapted.tokenizer.chat_template:
         raise UserError(f"--system: the tokenizer of {adapted.source.name} has no chat template for a system prompt")
     model = adapted.load_to_answer()
     from transformers import set_seed
 
-    from ..compiled import PAYS_FROM, compile_decoding
-    from ..conversation import Conversation
+    from ..generation.compiled import PAYS_FROM, decode_compiled
+    from ..generation.conversation import Conversation
 
     interactive = sys.stdin.isatty()
-    compile_decoding(model, arguments.compile, pays=interactive or arguments.max_new_tokens >= PAYS_FROM)
+    decode_compiled(model, arguments.compile, pays=interactive or arguments.max_new_tokens >= PAYS_FROM)
     set_seed(arguments.seed)
     talk = Conversation(model, adapted.tokenizer, arguments.system, arguments.max_new_tokens, arguments.temperature)
     if interactive:

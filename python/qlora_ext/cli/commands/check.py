@@ -6,26 +6,18 @@ import argparse
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from ..._outside import excerpt, printable
-from .. import held_out
-from ..bars import counted
-from ..data import DEFAULT_DATA
+from ..._internal.untrusted import excerpt, printable
+from ..data import DEFAULT_DATA, held_out
 from ..errors import UserError, first_line
-from ..files import write_json
-from ..models import (
-    dense_name,
-    is_4bit,
-    load_dense,
-    load_quantized,
-    load_tokenizer,
-    parse_computing_dtype,
-    parse_device,
-    parse_dtype,
-)
+from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
+from ..models.loading import Loader, load_dense
+from ..models.pretrained import dense_name, is_4bit, load_tokenizer
+from ..models.sources import ModelSource, resolve
+from ..models.validate_model import check_tokens
 from ..options import add_dtype_option, add_trust_option
-from ..outputs import input_of, output_file
-from ..sources import ModelSource, resolve
-from ..whole import check_tokens
+from ..outputs.directory import output_file
+from ..outputs.files import write_json
+from ..terminal.bars import counted
 
 if TYPE_CHECKING:
     from ...fidelity import ModelCheck
@@ -121,6 +113,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     from ...calibration import self_text
     from ...fidelity import check_model
+    from ...form import Form
 
     _check_options(arguments)
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
@@ -132,12 +125,12 @@ def run(arguments: argparse.Namespace) -> int:
         raise UserError(f"{option}: {arguments.model} cannot be compared with a dense model: {reason}")
     found_file = None
     if arguments.json is not None:
-        base_input = None if base_source is None else input_of(base_source)
-        inputs = [("--model", input_of(source)), ("--base", base_input), ("--data", arguments.data)]
+        base_input = None if base_source is None else base_source.on_disk
+        inputs = [("--model", source.on_disk), ("--base", base_input), ("--data", arguments.data)]
         found_file = output_file("--json", arguments.json, _MARK, inputs)
     tokenizer = load_tokenizer(source)
-    text = arguments.data or held_out.default_text()
-    model = load_quantized(source, dtype, device, compute=compute)
+    text = held_out.default_text() if arguments.data is None else arguments.data
+    model = Loader(source, Form(dtype), device, compute).while_loading()
     base = None if base_source is None else load_dense(base_source, dtype, device, compute)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or held_out.LENGTH
     if text == "self":

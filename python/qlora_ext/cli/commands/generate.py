@@ -6,12 +6,12 @@ import argparse
 import sys
 from typing import Any
 
-from ..._outside import printable
-from .. import whole
-from ..adapter_files import find_adapted
+from ..._internal.untrusted import printable
 from ..data import as_question, tokenizing
-from ..errors import UserError
-from ..models import complete
+from ..errors import UserError, check_prompt
+from ..generation.completion import complete
+from ..models import validate_model
+from ..models.adapted import find_adapted
 from ..options import (
     add_adapter_option,
     add_base_options,
@@ -50,6 +50,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
             raise UserError(f"standard input: not {error.encoding.upper()} text") from error
     if not prompt:
         raise UserError("--prompt: the prompt is empty")
+    check_prompt(prompt, "--prompt")
     return str(prompt)
 
 
@@ -69,10 +70,10 @@ def run(arguments: argparse.Namespace) -> int:
     model = adapted.load_to_answer()
     from transformers import set_seed
 
-    whole.check_tokens(model, [prompt])
-    from ..compiled import PAYS_FROM, compile_decoding
+    validate_model.check_tokens(model, [prompt])
+    from ..generation.compiled import PAYS_FROM, decode_compiled
 
-    compile_decoding(model, arguments.compile, pays=arguments.max_new_tokens >= PAYS_FROM)
+    decode_compiled(model, arguments.compile, pays=arguments.max_new_tokens >= PAYS_FROM)
     set_seed(arguments.seed)
     answer = complete(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature).strip()
     print(printable(answer, lines=True))

@@ -7,17 +7,22 @@ import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .. import calibrate
-from ..adapter_files import RECORD, base_of, find, find_adapted, record_of
 from ..data import is_preference, read_examples, split
 from ..errors import UserError
-from ..files import write_json
-from ..models import restore_use_cache, weigh
+from ..models.adapted import find_adapted
+from ..models.adapter_files import RECORD, base_of, find, record_of
+from ..models.pretrained import restore_use_cache
+from ..models.size import model_size
 from ..options import add_base_options
-from ..outputs import Output, claim, input_of
-from ..settings import recorded
+from ..outputs.directory import Output, claim
+from ..outputs.files import write_json
+from ..quantization import calibrate
+from ..training.settings import recorded
+
+if TYPE_CHECKING:
+    import torch
 
 ERROR_FILE = "merge_error.json"
 
@@ -61,15 +66,20 @@ def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[
     return parts.held_out, s.batch_size
 
 
-def _loss(model: Any, batch: dict[str, Any]) -> Any:
-    return model(**batch, use_cache=False).loss
+def _measured(model: Any, rows: list[dict[str, list[int]]], size: int, compute: torch.dtype) -> float:
+    """The loss of the held-out rows, computed in ``compute``."""
+    from ...nn import computing_in
+    from ..training.trainer import held_out_loss
+
+    with computing_in(model, compute):
+        return held_out_loss(model, rows, size, lambda model, batch: model(**batch, use_cache=False).loss)
 
 
 def _protect_inputs(arguments: argparse.Namespace, output: Output) -> None:
     adapter = find(arguments.adapter)
     output.protect("--adapter", arguments.adapter, str(adapter))
     base = base_of(adapter, arguments.model, arguments.trust_remote_code)
-    output.protect("--model", arguments.model, input_of(base))
+    output.protect("--model", arguments.model, base.on_disk)
     calibrate.protect(arguments, output)
     if arguments.evaluate:
         settings = record_of(adapter).get("settings")
@@ -97,6 +107,7 @@ def _merge(
 ) -> int:
     """Merges and writes; calls ``written`` once the output is complete."""
     from ...calibration import calibration_of
+    from ...dtypes import computing_dtype
     from ...integrations.peft import merge_calibrated, merge_to_4bit
 
     adapted = find_adapted(arguments)
@@ -104,15 +115,16 @@ def _merge(
     if arguments.evaluate:
         rows, size = _held_out(arguments, tokenizer)
     model = adapted.load()
+    compute = computing_dtype(
+        adapted.loader.form.compute_dtype, adapted.loader.device
+    )  # --dtype is that of the saved weights
     if arguments.evaluate:
-        from ..training import held_out_loss
-
-        unmerged = held_out_loss(model, rows, size, _loss)
+        unmerged = _measured(model, rows, size, compute)
     merged: Any
     error, report = None, []
     with calibrate.calibration(arguments, tokenizer, layers) as calibration:
         if calibration is not None:
-            merged = merge_calibrated(model, calibration)
+            merged = merge_calibrated(model, calibration, compute)
             report = calibration_of(merged)
         elif arguments.four_bit:
             merged, error = merge_to_4bit(model)
@@ -128,7 +140,7 @@ def _merge(
             write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
     written()
     kind = "4 bits" if arguments.four_bit else arguments.dtype
-    print(f"{output.path}: {weigh(merged).bytes / 1e6:.1f} MB in {kind}")
+    print(f"{output.path}: {model_size(merged).bytes / 1e6:.1f} MB in {kind}")
     for line in calibrate.told(report):
         print(line)
     if error is not None:
@@ -138,6 +150,6 @@ def _merge(
             f"of the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
-        loss = held_out_loss(merged, rows, size, _loss)
+        loss = _measured(merged, rows, size, compute)
         print(f"held-out loss: {unmerged:.4f} unmerged, {loss:.4f} merged ({loss - unmerged:+.4f})")
     return 0

@@ -10,24 +10,26 @@ import pathlib
 import re
 from typing import TYPE_CHECKING, Any
 
-from ..._outside import excerpt, printable
-from ...sizes import parse_size
+from ..._internal.sizes import parse_size
+from ..._internal.untrusted import excerpt, printable
 from ..errors import UserError, path_named, reading
-from ..files import staged_file
-from ..models import check_dtype, load_config
+from ..models.devices import check_dtype
+from ..models.pretrained import load_config
+from ..models.sources import DEFAULT_MODEL, resolve
 from ..options import add_dtype_option, add_trust_option
-from ..outputs import output_file
-from ..sources import DEFAULT_MODEL, resolve
+from ..outputs.directory import output_file
+from ..outputs.files import staged_file
+from ..training.settings import switches
 
 if TYPE_CHECKING:
-    from ..memory import Job
+    from ...planning.memory import Job
 
 _MARK = "qlora-ext plan"  # in the picture of --plot
 _MOST = 1_000_000  # of anything that is counted here
 
 
 def add_parser(commands: Any) -> None:
-    from .. import families
+    from ...planning import families
 
     parser = commands.add_parser(
         "plan",
@@ -113,10 +115,13 @@ def _memory(text: str | None, device: str) -> tuple[float, str]:
 
 
 def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
-    from .. import families
+    from ...planning import families
 
     if arguments.sizes is not None:
-        return arguments.sizes, families.config_of_sizes(arguments.sizes)
+        try:
+            return arguments.sizes, families.config_of_sizes(arguments.sizes)
+        except ValueError as error:
+            raise UserError(f"--{error}") from None
     name = str(arguments.model)
     path = path_named(name, "--model")
     if path.name == "config.json" and path.is_file():
@@ -127,9 +132,9 @@ def _config(arguments: argparse.Namespace) -> tuple[str, Any]:
 
 
 def _job(arguments: argparse.Namespace, config: Any) -> Job:
-    from .. import adapting
-    from ..memory import FEW, OPTIMIZERS, build, job_of, trains_head
-    from ..settings import named_modules
+    from ...planning.memory import FEW, OPTIMIZERS, build, trains_head
+    from ..training import adapting
+    from ..training.fitting import job_of
 
     for name in ("rank", "seq_len", "batch_size", "devices"):
         if not 1 <= getattr(arguments, name) <= _MOST:
@@ -145,45 +150,13 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
     job = dataclasses.replace(job_of(arguments, config), host=arguments.device == "cpu")
     if job.modules_to_save:
         with reading("configuration", str(arguments.model)):
-            plain = build(dataclasses.replace(job, modules_to_save=""), FEW).get_base_model()
-            adapting.check_saved(plain, named_modules(job.modules_to_save))
+            plain = build(dataclasses.replace(job, modules_to_save=()), FEW).get_base_model()
+            adapting.check_saved(plain, job.modules_to_save)
             if job.chunked_loss and trains_head(job):
                 raise UserError(
                     "--chunked-loss: --modules-to-save names the output head, whose gradient needs all logits"
                 )
     return job
-
-
-def advise(job: Job, measured: list[dict[str, float]]) -> list[tuple[str, float]]:
-    """What would lower the total, and by how many bytes: each change alone, the largest first."""
-    from ..memory import split, tops, trains_head
-
-    step: list[tuple[str, dict[str, Any]]] = []  # changes of the step itself, which is then run again
-    if not job.grad_checkpointing:
-        step.append(("--grad-checkpointing", {"grad_checkpointing": True}))
-    if not job.chunked_loss and not trains_head(job):
-        step.append(("--chunked-loss", {"chunked_loss": True}))
-    if job.batch_size > 1:
-        step.append((f"--batch-size {job.batch_size // 2}", {"batch_size": job.batch_size // 2}))
-    if job.seq_len > 256:
-        step.append((f"--seq-len {job.seq_len // 2}", {"seq_len": job.seq_len // 2}))
-    if job.rank > 8:
-        step.append((f"--rank {job.rank // 2}", {"rank": job.rank // 2}))
-    rest: list[tuple[str, dict[str, Any]]] = []
-    if job.optimizer == "adamw_torch":
-        rest.append(("--optimizer adamw_8bit", {"optimizer": "adamw_8bit"}))
-    if not job.host:
-        rest.append((f"--devices {job.devices * 2}", {"devices": job.devices * 2}))
-        if job.optimizer == "adamw_torch":
-            text = "--optimizer paged_adamw_8bit (its state may leave the GPU)"
-            rest.append((text, {"optimizer": "paged_adamw_8bit"}))
-    total = sum(split(job, measured).values())
-    savings = []
-    for text, change in (*step, *rest):
-        changed = dataclasses.replace(job, **change)
-        new = split(changed, measured if (text, change) in rest else tops(changed))
-        savings.append((text, total - sum(new.values())))
-    return sorted((pair for pair in savings if pair[1] > 0.005 * total), key=lambda pair: -pair[1])
 
 
 def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float) -> None:
@@ -205,6 +178,58 @@ def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float
     pyplot.close(figure)
 
 
+def _advised(change: dict[str, Any]) -> str:
+    """A change that would save memory, as an option."""
+    note = " (its state may leave the GPU)" if change.get("optimizer") == "paged_adamw_8bit" else ""
+    return switches(change) + note
+
+
+def _find_switches(job: Job, memory: float, process: float, link: float, flops: float, as_json: bool) -> int:
+    """Prints the switches with which the job fits into ``memory`` bytes, and what else does; see ``plan --help``.
+
+    Args:
+        process: of the ``memory``, the bytes that are taken before there is a model.
+    """
+    from ...planning.search import changes_of, choose, largest_model, longest_context, switched
+
+    changes = changes_of(job)
+    chosen = choose(job, memory - process, changes)
+    best, size = chosen or (switched(job, changes), float("nan"))
+    size += process
+    options = switches(best.changes)
+    blocks = best.blocks
+    context = longest_context(best.job, blocks, memory - process)
+    largest = largest_model(job, memory - process, changes)
+    free = None if blocks is None else blocks.free_tokens(link, flops, best.job.grad_checkpointing)[0]
+    host = 0.0 if blocks is None or job.host else blocks.host_bytes("ram")
+    if as_json:
+        found = {
+            "memory": memory,
+            "fits": chosen is not None,
+            "switches": options,
+            "total": None if chosen is None else size,
+            "host_bytes": host,
+            "longest_context": context,
+            "free_tokens": free,
+            "largest_model": largest,
+        }
+        print(json.dumps(found, indent=2))
+        return 0
+    if chosen is None:
+        print(f"rows of {job.seq_len:,} tokens do not fit into {memory / 1e9:.1f} GB with any switch ({options})")
+    else:
+        print(f"fits into {memory / 1e9:.1f} GB with {options}: {size / 1e9:.2f} GB")
+    if host:
+        print(f"{host / 1e9:.2f} GB of pinned host memory; free from {free:,} tokens per step")
+    print(
+        f"the longest context then: {context:,} tokens per row, {job.batch_size} rows a pass"
+        if context
+        else "no context fits"
+    )
+    print(f"the largest known model that fits: {largest or 'none'} (with --stream, at {job.seq_len:,} tokens)")
+    return 0
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command; see the module's text."""
     if arguments.resident and arguments.stream == "none":
@@ -216,15 +241,15 @@ def run(arguments: argparse.Namespace) -> int:
     memory, whose = _memory(arguments.memory, arguments.device)
     name, config = _config(arguments)
     job = _job(arguments, config)
-    from .. import search
-    from ..memory import process_bytes, split, tops
-    from ..streamed import place, streamed
+    from ...planning.advice import savings
+    from ...planning.blocks import place, streamed
+    from ...planning.memory import process_bytes, split, tops
 
     if arguments.max_memory is not None:
         with reading("configuration", name):
             allowed = _size("--max-memory", arguments.max_memory)
             process = process_bytes() if job.host else 0.0
-            return search.run(job, allowed, process, link, flops, arguments.json)
+            return _find_switches(job, allowed, process, link, flops, arguments.json)
     with reading("configuration", name):
         try:
             measured = tops(job)
@@ -255,20 +280,15 @@ def run(arguments: argparse.Namespace) -> int:
         parts["process"] = process_bytes()
     total = sum(parts.values())
     fits = total <= memory
-    if arguments.plot:
+    if arguments.plot is not None:
         _plot(
             output_file("--plot", arguments.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory
         )
-    advice = [] if fits or streaming else advise(job, measured)
-    if not fits and not streaming:
-        streamable = place(parts, streamed(job), None)[0]
-        advice.append((f"--stream {'disk' if job.host else 'ram'}", total - sum(streamable.values())))
-        advice.sort(key=lambda pair: -pair[1])
+    advice = [] if fits or streaming else [(_advised(change), saving) for change, saving in savings(job, measured)]
     if arguments.json:
-        savings = dict(advice)
         print(
             json.dumps(
-                {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": savings}
+                {"bytes": parts, "total": total, "memory": memory, "fits": fits, "savings": dict(advice)}
                 | ({"streaming": streaming} if streaming else {}),
                 indent=2,
             )

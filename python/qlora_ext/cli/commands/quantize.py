@@ -6,25 +6,18 @@ import argparse
 import contextlib
 from typing import Any
 
-from .. import calibrate, keep
-from ..conversion import SHARD_SIZE, Recipe, spilled
+from ..._internal.untrusted import printable
 from ..errors import UserError
-from ..files import write_json
-from ..models import (
-    BLOCK_SIZES,
-    dense_name,
-    dense_share,
-    is_4bit,
-    load_quantized,
-    load_tokenizer,
-    parse_device,
-    parse_dtype,
-    restore_use_cache,
-    weigh,
-)
+from ..models.conversion import SHARD_SIZE, spilled
+from ..models.devices import parse_device, parse_dtype
+from ..models.loading import BLOCK_SIZES, Loader
+from ..models.pretrained import dense_name, is_4bit, load_tokenizer, restore_use_cache
+from ..models.size import dense_share, model_size
+from ..models.sources import PROVENANCE, resolve
 from ..options import add_trust_option
-from ..outputs import Output, claim, input_of
-from ..sources import PROVENANCE, resolve
+from ..outputs.directory import Output, claim
+from ..outputs.files import write_json
+from ..quantization import calibrate, mixed_precision
 
 
 def add_parser(commands: Any) -> None:
@@ -56,7 +49,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     calibrate.add_options(parser)
     calibrate.add_init_lora_options(parser)
-    keep.add_option(parser)
+    mixed_precision.add_option(parser)
     parser.set_defaults(run=run)
 
 
@@ -69,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace, output: Output) -> int:
     from ...calibration import calibration_of
     from ...fidelity.integrity import problems_of
+    from ...form import Form
     from ...integrations.bitsandbytes import save_pretrained
     from ...nn import Embedding4bit
 
@@ -78,30 +72,32 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         )
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model, arguments.trust_remote_code)
-    output.protect("--model", arguments.model, input_of(source))
+    output.protect("--model", arguments.model, source.on_disk)
     calibrate.protect(arguments, output)
     output.check()
     init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
-    form = arguments.block_size, not arguments.no_double_quant
-    keeper = keep.keeper(arguments, tokenizer, *form)
+    form = Form(dtype, arguments.block_size, not arguments.no_double_quant)
+    loader = Loader(source, form, device, embeddings=arguments.embeddings)
+    keeper = mixed_precision.keeper(arguments, tokenizer, form)
     dense_first = arguments.calibrate != "none" or init_lora is not None or keeper is not None
     with contextlib.ExitStack() as stack:
         spill = None
         if not dense_first and device.type == "cpu":
-            spill = stack.enter_context(spilled(Recipe(source, dtype, *form, arguments.embeddings), output))
+            spill = stack.enter_context(spilled(loader, output))
         layers = stack.enter_context(calibrate.kept_layers(arguments, output))
         with calibrate.calibration(arguments, tokenizer, layers) as calibration:
-            model = load_quantized(
-                source, dtype, device, *form, calibration, init_lora, keeper,
-                spill=spill, embeddings=arguments.embeddings,
-            )  # fmt: skip
+            if dense_first:
+                model = loader.dense_first(calibration, init_lora, keeper)
+            else:
+                model = loader.while_loading(spill=spill)
         if arguments.embeddings and not any(isinstance(module, Embedding4bit) for module in model.modules()):
             raise UserError(f"--embeddings: {source.name} has no embeddings that can be 4-bit, or is already 4-bit")
         if is_4bit(source):
             problems = problems_of(model)
             if problems:
                 raise UserError(f"{source.name}: the model is damaged and was not copied: {problems[0]}")
+            print(f"note: {printable(source.name)} is 4-bit already; its 4-bit weights are copied as they are")
         report = calibration_of(model)
         restore_use_cache(model, source)
         with output.written("quantize") as partial:
@@ -123,7 +119,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         print(line)
     if keeper is not None:
         print(keeper.told())
-    weights = weigh(model)
+    weights = model_size(model)
     print(
         f"{output.path}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> "
         f"{weights.bytes / 1e6:.1f} MB in 4 bits"

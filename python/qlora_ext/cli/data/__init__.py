@@ -1,16 +1,17 @@
 """The text to learn: files, directories, data sets of the hub, and packages that carry openly licensed text.
 
 ``files``, ``directory``, ``hub`` and ``packages`` give rows, each with its place; ``examples`` says what a row may be;
-``encoding`` makes tokens of it; ``store`` holds what may be larger than memory.
+``encoding`` makes tokens of it; ``store`` holds what may be larger than memory; ``held_out`` is the text to compare
+models on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..._outside import FileError
+from ..._internal.untrusted import FileError
 from ..errors import UserError, path_named
-from ..sources import PACKAGE
+from ..models.sources import PACKAGE
 from . import directory, hub, packages
 from .encoding import Parts as Parts
 from .encoding import Row as Row

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from ..._outside import excerpt, printable, read_text
+from ..._internal.untrusted import excerpt, printable, read_text
 from ..errors import UserError, first_line
 
 _MAX_BYTES = 16 << 30  # of a dictionary, which is read whole

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pathlib
 import re
 
-from ..._outside import excerpt, printable
+from ..._internal.untrusted import excerpt, printable
 from ..errors import UserError
-from ..files import is_unfinished_name
-from ..ownership import MARKER, is_ours
+from ..outputs.files import is_unfinished_name
+from ..outputs.ownership import MARKER, is_ours
 from .files import READERS, Rows, reader_of
 
 _SPLITS = {"training": "train", "testing": "test", "valid": "validation", "val": "validation", "dev": "validation"}

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn, TypeAlias, TypeGuard
 
-from ..._outside import FileError, excerpt, parse_json
+from ..._internal.untrusted import FileError, excerpt, parse_json
 from ..errors import UserError
 
 Message: TypeAlias = dict[str, Any]  # role and content, and what a chat template knows besides

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-from ..._outside import excerpt, parse_json, printable
+from ..._internal.untrusted import excerpt, parse_json, printable
 from ..errors import UserError, first_line
 from . import dictd
 from .examples import COLUMNS, EXPECTED, named

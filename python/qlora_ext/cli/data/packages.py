@@ -5,9 +5,9 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Callable
 
-from ..._outside import Schema, check, excerpt, parse_json, printable, read_text
+from ..._internal.untrusted import Schema, check, excerpt, parse_json, printable, read_text
 from ..errors import UserError
-from ..sources import PACKAGE, package_files
+from ..models.sources import PACKAGE, package_files
 from . import dictd
 from .files import Rows
 

@@ -7,8 +7,9 @@ is what bitsandbytes would have in the place of a model's own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..._internal.lazy import lazily
 from .state import state_dict
 
 if TYPE_CHECKING:
@@ -16,14 +17,4 @@ if TYPE_CHECKING:
 
 __all__ = ["save_pretrained", "state_dict"]
 
-
-def __getattr__(name: str) -> Any:
-    if name == "save_pretrained":  # needs transformers, as models of plain torch do not
-        from .saving import save_pretrained
-
-        return save_pretrained
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})
+__getattr__, __dir__ = lazily(__name__, {"save_pretrained": ".saving"}, __all__)  # it needs transformers

@@ -136,6 +136,19 @@ def _get_parameter_dtype(original: Any, parameter: nn.Module) -> torch.dtype:
     return dtype
 
 
+@extend("diffusers.models.attention:AttentionMixin.fuse_qkv_projections", optional=True)
+@extend("diffusers.models.attention_processor:Attention.fuse_projections", optional=True)
+def _fuse_projections(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+    for name, module in self.named_modules():
+        fuses = hasattr(module, "fuse_projections") and getattr(module, "_supports_qkv_fusion", True)
+        if fuses and any(True for _ in layers_of(module)):
+            raise ValueError(
+                f"{name or type(module).__name__}: expected dense projections to fuse, got 4-bit ones, which cannot be "
+                "concatenated; leave the call out, or keep them dense by skip_modules"
+            )
+    return original(self, *args, **kwargs)
+
+
 def _casts_layerwise(model: nn.Module) -> bool:
     """Whether ``enable_layerwise_casting`` keeps the parameters in another dtype than that of the computation."""
     registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())

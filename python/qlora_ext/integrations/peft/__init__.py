@@ -17,7 +17,7 @@ from typing import Any
 import peft
 from torch import nn
 
-from ..._outside import excerpt, printable
+from ..._internal.untrusted import excerpt, printable
 from .._patches import extend
 from ..transformers.counting import hidden_parameters
 from . import loftq as loftq

@@ -13,8 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..._outside import FileError, Schema, excerpt, read_json
-from ...atomic import staged_file
+from ..._internal.atomic import staged_file
+from ..._internal.untrusted import FileError, Schema, excerpt, read_json
 from ...fingerprint import fingerprint
 from ...nn import Packed4bit, layers_of
 from .._patches import extend

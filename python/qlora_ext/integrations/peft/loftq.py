@@ -9,7 +9,7 @@ import torch
 from peft.utils.loftq_utils import _SafetensorLoader
 from torch import nn
 
-from ...low_rank import nearest_of_rank
+from ..._internal.svd import nearest_of_rank
 from .._patches import extend
 from ..transformers import Conv1D4bit
 from .linear import LoraLinear4bit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ...form import Form
 from ...merged import kept_of, seed_of, with_update
-from ...nn import Packed4bit, is_dense, quantize_model
+from ...nn import Packed4bit, computing_in, is_dense, quantize_model
 from ...weight import NF4Weight
 from .._patches import extend
 from ..transformers.modules import dequantize_modules
@@ -221,7 +222,7 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
     return base, MergeError(by_layer, (error / norm) ** 0.5 if norm else 0.0, held / whole if whole else 1.0)
 
 
-def merge_calibrated(model: Any, calibration: Any) -> nn.Module:
+def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | None = None) -> nn.Module:
     """Merges the active adapters of a PEFT model, and quantizes the sums for the inputs that their layers get.
 
     ``merge_to_4bit`` keeps the scales, and rounds at random. This looks for scales and codes by which the outputs are
@@ -229,6 +230,7 @@ def merge_calibrated(model: Any, calibration: Any) -> nn.Module:
 
     Args:
         calibration: as ``quantize_model`` takes it.
+        compute_dtype: in which the model runs on the calibration's tokens; the default is its own.
 
     Returns:
         The base model, still 4-bit; ``calibration_of`` tells how each layer fared. Layers without an adapter keep
@@ -257,7 +259,8 @@ def merge_calibrated(model: Any, calibration: Any) -> nn.Module:
     merge_into_dense = BaseTuner.merge_and_unload.__wrapped__  # ours would decode the other layers, too
     base: nn.Module = merge_into_dense(model.base_model)
     others = [name for name, module in base.named_modules() if is_dense(module) and name not in forms]
-    return quantize_model(base, skip=others, towers=True, calibration=calibration, **vars(form))
+    with contextlib.nullcontext() if compute_dtype is None else computing_in(base, compute_dtype):
+        return quantize_model(base, skip=others, towers=True, calibration=calibration, **vars(form))
 
 
 @extend("peft.tuners.tuners_utils:BaseTuner.merge_and_unload")

@@ -13,9 +13,9 @@ import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ... import _library
+from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype
 from ...form import Form
-from ...sizes import parse_size
 from ...streaming import SOURCES
 
 METHOD = "qlora_ext"

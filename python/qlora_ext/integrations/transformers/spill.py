@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ... import digest
-from ...atomic import staged_file
+from ..._internal import digest
+from ..._internal.atomic import staged_file
 from ...weight import NF4Weight
 from .config import QLoRAConfig
 

@@ -1,0 +1,189 @@
+"""What comes from outside: files, checked before they are used, and their text, made printable before it is shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+import stat
+from collections.abc import Mapping
+from typing import Any, NoReturn, TypeAlias
+
+# What a value must be: a type, one of several, a list of such a thing, or an object with such fields. A field whose
+# name ends in "?" may be absent or null; ``int`` means one of 64 bits, ``float`` any number, and no bool is a number.
+Schema: TypeAlias = "type | tuple[type, ...] | list[Any] | Mapping[str, Any]"
+
+_MAX_BYTES = 256 << 20  # the largest tokenizers known are a tenth of that
+_MAX_DEPTH = 64
+_MAX_DIGITS = 300  # of an integer, for it to be a float; tokenizers write 10^30 for "no limit"
+_NAMES = {
+    dict: "an object",
+    list: "a list",
+    str: "a text",
+    int: "an integer of 64 bits",
+    float: "a number",
+    bool: "true or false",
+}
+# Control characters, halves of surrogate pairs, and what reverses the order of the characters around it.
+_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class UserError(Exception):
+    """A mistake in what was asked for, or a machine that cannot do it: its text is all that the user has to read."""
+
+
+class FileError(UserError, ValueError):
+    """A file from outside that is damaged or is not what it is taken for: the text says which, and what is wrong."""
+
+
+def printable(text: object, lines: bool = False) -> str:
+    r"""``text`` with every character that a terminal would act on written as in \x1b.
+
+    Args:
+        lines: leave line feeds and tabs as they are.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        character = match[0]
+        if lines and character in "\n\t":
+            return character
+        return character.encode("unicode_escape").decode("ascii")
+
+    return _ACTING.sub(escaped, str(text))
+
+
+def excerpt(value: object, limit: int = 80) -> str:
+    """The beginning of ``value``, printable, of at most ``limit`` characters: what a message quotes of a file."""
+    text = printable(value if isinstance(value, str) else repr(value))
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an exception without the lines that follow the first, and with its type if it has no message.
+
+    A first line that ends in a colon brings the second along. All is cut to what a sentence can hold: a library's
+    message may quote a file from end to end.
+    """
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    if not lines:
+        return type(error).__name__
+    line = f"{lines[0]} {lines[1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return excerpt(line.rstrip(".:"), 400)
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > _MAX_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _check_form(value: Any, source: str) -> None:
+    """Refuses deep nesting, and halves of surrogate pairs, which JSON can write and UTF-8 cannot."""
+    level, depth = [value], 0
+    while level:
+        if depth > _MAX_DEPTH:
+            raise FileError(f"{source}: expected JSON nested at most {_MAX_DEPTH} levels deep, got more")
+        for text in level:
+            if isinstance(text, str) and _SURROGATE.search(text):
+                raise FileError(f"{source}: expected text, got half of a surrogate pair in {excerpt(text)}")
+        inner = [(*outer, *outer.values()) if isinstance(outer, dict) else outer for outer in level]
+        level = [part for parts in inner if isinstance(parts, tuple | list) for part in parts]
+        depth += 1
+
+
+def _is(value: Any, kind: type) -> bool:
+    if kind in (int, float) and isinstance(value, bool):
+        return False
+    if kind is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
+    """Holds ``value``, read from ``source``, to a schema.
+
+    Raises:
+        FileError: it does not fit; the text names ``source`` and the field.
+    """
+
+    def refuse(expected: str) -> NoReturn:
+        what = f"{name} to be {expected}" if name else expected
+        raise FileError(f"{source}: expected {what}, got {excerpt(value)}")
+
+    if isinstance(schema, Mapping):
+        if not isinstance(value, dict):
+            refuse(_NAMES[dict])
+        for field, kind in schema.items():
+            key = field.removesuffix("?")
+            if value.get(key) is None and field != key:
+                continue
+            if key not in value:
+                raise FileError(f"{source}: expected {f'{name}.' if name else ''}{key} in it, found none")
+            check(value[key], kind, source, f"{name}.{key}" if name else key)
+    elif isinstance(schema, list):
+        if not isinstance(value, list):
+            refuse(_NAMES[list])
+        for i, inner in enumerate(value):
+            check(inner, schema[0], source, f"{name}[{i}]")
+    else:
+        kinds = schema if isinstance(schema, tuple) else (schema,)
+        if not any(_is(value, kind) for kind in kinds):
+            refuse(" or ".join(_NAMES[kind] for kind in kinds))
+
+
+def parse_json(text: str, source: str, schema: Schema | None = None, lenient: bool = False) -> Any:
+    """The value of JSON ``text`` that was read from ``source``, held to a schema.
+
+    Args:
+        lenient: take control characters within texts, which JSON has written as escapes.
+
+    Raises:
+        FileError: no JSON, nested too deeply, not UTF-8, or not as the schema says.
+    """
+    try:
+        value = json.loads(text, parse_int=_integer, strict=not lenient)
+    except RecursionError:
+        raise FileError(f"{source}: expected JSON nested at most {_MAX_DEPTH} levels deep, got more") from None
+    except ValueError as error:
+        raise FileError(f"{source}: not JSON ({excerpt(str(error))})") from error
+    _check_form(value, source)
+    if schema is not None:
+        check(value, schema, source)
+    return value
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Opens a file; a FIFO opens without waiting for a writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_text(path: pathlib.Path, limit: int = _MAX_BYTES) -> str:
+    """The text of a UTF-8 file of at most ``limit`` bytes.
+
+    Raises:
+        FileError: it cannot be read, is not a regular file, is larger, or is not UTF-8.
+    """
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise FileError(f"cannot read {printable(path)}: not a regular file")
+            raw = file.read(limit + 1)
+        if len(raw) > limit:
+            raise FileError(f"{printable(path)}: larger than the limit of {limit} bytes")
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{printable(path)}: not UTF-8 text (byte {error.start})") from error
+    except OSError as error:
+        raise FileError(f"cannot read {printable(path)}: {error.strerror}") from error
+
+
+def read_json(path: str | os.PathLike[str], schema: Schema | None = None) -> Any:
+    """The JSON in the file ``path``, held to a schema.
+
+    Raises:
+        FileError: it cannot be read, is no JSON, is too large or too deep, or is not as the schema says.
+    """
+    path = pathlib.Path(path)
+    return parse_json(read_text(path), printable(path), schema)

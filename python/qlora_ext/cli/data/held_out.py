@@ -1,0 +1,56 @@
+"""The text on which models are compared: blocks of tokens of data that nothing was trained or calibrated on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ..errors import UserError
+from ..models.sources import PACKAGE
+from . import DEFAULT_DATA, Example, Row, encode, in_order, read_examples
+from .store import Stored
+
+LENGTH = 256
+_LEAST = 32  # tokens, for four blocks of them
+
+
+def default_text() -> str:
+    """The data that ``finetune`` learns by default; "self" where they are not installed."""
+    try:
+        importlib.metadata.distribution(DEFAULT_DATA.removeprefix(PACKAGE))
+    except importlib.metadata.PackageNotFoundError:
+        return "self"
+    return DEFAULT_DATA
+
+
+def _rows(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Row]:
+    """Rows in the order in which ``finetune`` takes them by default, which holds out the first."""
+    shuffled = (examples[i] for i in in_order(examples, 0))
+    rows = encode(tokenizer, shuffled, LENGTH, preferences=False)
+    if not any(isinstance(example, str) for example in examples):
+        return rows
+    pieces: Stored[Row] = Stored()
+    for row in rows:
+        pieces.append(row)
+    return (pieces[i] for i in in_order(pieces, 0))
+
+
+def blocks(name: str, tokenizer: Any, count: int, longest: int) -> Any:
+    """About ``count`` tokens of the data ``name``, int64 [B, T] with T = LENGTH or, of a short text, less.
+
+    Args:
+        longest: sequence that the model takes.
+
+    Raises:
+        UserError: there are no such data, or too little of them.
+    """
+    import torch
+
+    rows = _rows(tokenizer, read_examples(name))
+    ids = list(itertools.islice((i for row in rows for i in row["input_ids"]), count))
+    if len(ids) < _LEAST:
+        raise UserError(f"--data {name}: expected a text of at least {_LEAST} tokens, got {len(ids)}")
+    length = min(LENGTH, longest, len(ids) // 4)
+    return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64, device="cpu").reshape(-1, length)

@@ -1,0 +1,177 @@
+"""Adapter directories: found, read (PEFT's files, and ``finetune``'s ``qlora_run.json``), checked, put on a base."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from ..._internal.untrusted import FileError, Schema, excerpt, printable, read_json
+from ..errors import UserError, first_line, path_named
+from ..outputs.ownership import RECORD as RECORD
+from . import validate_model
+from .sources import ModelSource, resolve
+
+_METRICS: Schema = {"steps?": int, "perplexity_before?": float, "perplexity_after?": float}
+RECORD_SCHEMA: Schema = {
+    "model?": str,
+    "date?": str,
+    "settings?": {"block_size?": int},
+    "metrics?": _METRICS,
+}
+CONFIG_SCHEMA: Schema = {"peft_type?": str, "base_model_name_or_path?": str, "r?": int, "lora_alpha?": float}
+
+
+def find(name: str, option: str = "--adapter") -> pathlib.Path:
+    """The adapter directory that a user named with ``option``, or that lies inside the run that they named."""
+    directory = path_named(name, option)
+    for path in (directory, directory / "adapter"):
+        if (path / "adapter_config.json").is_file():
+            if not (path / "adapter_model.safetensors").is_file():
+                raise UserError(f"{option} {name}: there is no adapter_model.safetensors in {path}")
+            return path
+    if not directory.is_dir():
+        raise UserError(f"{option} {name}: no such directory")
+    raise UserError(f"{option} {name}: there is no adapter_config.json in that directory")
+
+
+def record_of(adapter: pathlib.Path) -> dict[str, Any]:
+    """What ``finetune`` recorded; empty for an adapter that other software trained.
+
+    For a checkpoint, these are the settings with which the run was begun.
+    """
+    path = adapter / RECORD
+    if path.is_file():
+        record: dict[str, Any] = read_json(path, RECORD_SCHEMA)
+        return record
+    settings = adapter.parent / "settings.json"
+    if adapter.name.startswith("checkpoint-") and settings.is_file():
+        begun: dict[str, Any] = read_json(settings, {"model?": str, "block_size?": int})
+        return {"model": begun.get("model"), "settings": begun}
+    return {}
+
+
+def config_of(adapter: pathlib.Path) -> dict[str, Any]:
+    """PEFT's configuration of the adapter."""
+    config: dict[str, Any] = read_json(adapter / "adapter_config.json", CONFIG_SCHEMA)
+    return config
+
+
+def base_of(adapter: pathlib.Path, model: str | None, trust_remote_code: bool = False) -> ModelSource:
+    """The base model: the one that the user names, or that the adapter was trained on.
+
+    Raises:
+        UserError: there is none; or its code is to be run, which the user has to name it for: an adapter may come from
+            anybody, and so may the directory that it names.
+    """
+    if model is not None:
+        return resolve(model, trust_remote_code)
+    name = record_of(adapter).get("model") or config_of(adapter).get("base_model_name_or_path")
+    if not name:
+        raise UserError(f"--adapter {adapter}: the adapter does not name its base model; name it with --model")
+    if trust_remote_code:
+        raise UserError(
+            f"--trust-remote-code: the adapter names {excerpt(name)} as its base; confirm the model with --model"
+        )
+    return resolve(name, trusted=False)
+
+
+def check_files(adapter: pathlib.Path) -> list[str]:
+    """The names of the adapter's weights, whatever its base is.
+
+    Raises:
+        UserError: its files are damaged, or speak of no layers.
+    """
+    path = adapter / "adapter_config.json"
+    config = config_of(adapter)
+    takes_layers = config.get("peft_type") == "LORA" or "target_modules" in config  # prompt tuning has none
+    if takes_layers and not (config.get("target_modules") or config.get("target_parameters")):
+        raise UserError(f"{printable(path)}: expected target_modules (the layers with an adapter) in it, found none")
+    if config.get("megatron_config"):
+        raise UserError(
+            f"{printable(path)}: expected an adapter without megatron_config, Megatron's layers are not supported"
+        )
+    names = validate_model.shapes(adapter / "adapter_model.safetensors")
+    if not names:
+        raise UserError(f"the adapter {adapter} is incomplete: its adapter_model.safetensors holds no weights")
+    return list(names)
+
+
+def _check_base_kept(model: Any, adapter: pathlib.Path) -> None:
+    """Refuses an adapter that would write over the 4-bit base."""
+    from ...nn import layers_of
+
+    packed = {f"{layer}.{name}" for layer, module in layers_of(model) for name in module.state_dict()}
+    base = [
+        name
+        for name in check_files(adapter)
+        if name.removeprefix("base_model.model.").replace(".base_layer", "") in packed
+    ]
+    if base:
+        named = validate_model.named(base)
+        raise UserError(f"the adapter {adapter} would overwrite {len(base)} weights of its base: {named}")
+
+
+def _cast_saved(model: Any) -> None:
+    """Casts the modules that an adapter replaces in full to the dtype of the replaced modules."""
+    from peft.utils import ModulesToSaveWrapper
+
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            floats = (p.dtype for p in module.original_module.parameters() if p.is_floating_point())
+            module.modules_to_save.to(next(floats))
+
+
+@contextlib.contextmanager
+def entire() -> Iterator[None]:
+    """Has an adapter that is not whole, or does not fit, refused while it loads.
+
+    Raises:
+        UserError: so it is; the text names what is missing, and counts it.
+    """
+    from ...integrations.peft import IncompleteAdapterWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", IncompleteAdapterWarning)
+        try:
+            yield
+        except IncompleteAdapterWarning as warning:
+            raise UserError(first_line(warning)) from warning
+
+
+def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False) -> Any:
+    """Puts the adapter on its 4-bit base.
+
+    Raises:
+        UserError: it was trained on another base (unless ``force``), or its files are damaged or incomplete.
+    """
+    import safetensors
+    from peft import PeftModel
+
+    from ...integrations.peft import check_base
+
+    try:
+        check_base(model, adapter, "ignore" if force else "refuse")
+    except FileError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{first_line(error)}; add --force to use it anyway") from error
+    _check_base_kept(model, adapter)
+    try:
+        with entire():  # on the meta device first: a rank of 10^9 in a damaged file costs nothing
+            adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=True)
+    except safetensors.SafetensorError as error:
+        raise UserError(
+            f"{adapter / 'adapter_model.safetensors'} is truncated or damaged: {first_line(error)}"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        # PEFT takes what its files say at their word: a damaged one fails in any way whatever, a healthy one in none.
+        raise UserError(
+            f"the adapter {adapter} does not fit {model.config.name_or_path}: {first_line(error)}"
+        ) from error
+    _cast_saved(adapted)
+    return adapted

@@ -1,0 +1,65 @@
+"""``--dtype`` and ``--device``: what a model computes in, and where."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..._internal.dtype_names import AUTO as AUTO
+from ..._internal.dtype_names import check_name, dtype_named
+from ..._internal.dtype_names import name_of as name_of
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def check_dtype(name: str) -> None:
+    """Checks a ``--dtype``.
+
+    Raises:
+        UserError: no dtype has that name.
+    """
+    try:
+        check_name(name)
+    except ValueError as error:
+        raise UserError(f"--{error}") from None
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The dtype to which ``--dtype`` rounds the weights that are not 4-bit; "auto" is bfloat16, as models come."""
+    check_dtype(name)
+    return dtype_named(name)
+
+
+def parse_computing_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The compute dtype on ``device`` for the value of ``--dtype``.
+
+    With "auto", a CPU without bfloat16 arithmetic computes in float32, with the same weights and 4-bit codes as other
+    machines, so an adapter trained on one fits the other.
+    """
+    from ...dtypes import computing_dtype_named
+
+    check_dtype(name)
+    return computing_dtype_named(name, device)
+
+
+def parse_device(name: str) -> torch.device:
+    """The device that a user named; "auto" is CUDA where torch finds one and our kernels for it are built."""
+    import torch
+
+    from ..._library import build_info
+
+    info = build_info()
+    if name == "auto":
+        return torch.device("cuda" if info["cuda_available"] else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and not info["cuda_available"]:
+        raise UserError(f"--device {name}: no CUDA here ({info['cuda_error'] or 'torch finds no device'})")
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA device(s)")
+    return device

@@ -1,0 +1,203 @@
+"""The weights of a model: loaded in 4 bits, or as they are."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError, first_line
+from . import validate_model
+from .pretrained import load_config, load_pretrained, loading
+from .sources import ModelSource
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+    from ...calibration import Calibration, InitLora
+    from ...form import Form
+    from ...gguf import GGUFWeights
+    from ...integrations.transformers.spill import Spill
+
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
+    """The weights of a GGUF file one by one; None of another source, or where transformers reads it whole only."""
+    from ...gguf import GGUFWeights
+
+    if source.gguf_file is None:
+        return None
+    skeleton = validate_model.skeleton(source, config)
+    with loading("model", source, False):
+        try:
+            return GGUFWeights(pathlib.Path(source.path) / source.gguf_file, skeleton)
+        except NotImplementedError:
+            return None
+
+
+def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
+    """Makes a model with weights in ``dtype`` compute in ``compute``. Weights that transformers keeps in float32 stay
+    so."""
+    from ...nn import layers_of
+
+    if compute != dtype:
+        model.to(compute)
+    for _, layer in layers_of(model):
+        layer.to(compute)
+
+
+def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
+    """The model as it is, in ``dtype``, on the CPU; complete, but its values are not checked."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": dtype, "output_loading_info": True}
+    model, report = load_pretrained("model", source, AutoModelForCausalLM, shown, **options)
+    validate_model.check_report(source, model, report)
+    return model
+
+
+def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch.dtype | None) -> Any:
+    """``model``, once its values are known to be finite, ready to compute in ``compute`` (None: as it is)."""
+    validate_model.check_finite(source, model.state_dict().items())
+    model.config.use_cache = False
+    if compute is not None:
+        _compute_in(model, dtype, compute)
+    return model
+
+
+def load_dense(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None = None
+) -> Any:
+    """The model as it is, in ``dtype``; or its weights of that dtype cast to ``compute``.
+
+    Raises:
+        UserError: as of ``Loader``.
+    """
+    validate_model.check_room(source, load_config(source))
+    return _checked(_dense(source, dtype), source, dtype, compute).eval().to(device)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loader:
+    """Loads the model from ``source`` in 4 bits, with its other weights in ``form.compute_dtype``, to ``device``.
+
+    Attributes:
+        form: of the 4-bit weights.
+        compute: the dtype in which the model computes, where that is another than the form's: its dense weights are
+            then cast to it, and its 4-bit ones stay those of the form's dtype.
+        embeddings: quantize embeddings too, each with the output head that is tied to it.
+
+    Raises (both ways of loading):
+        UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
+    """
+
+    source: ModelSource
+    form: Form
+    device: torch.device
+    compute: torch.dtype | None = None
+    embeddings: bool = False
+
+    def while_loading(self, stream: str | None = None, resident: str | None = None, spill: Spill | None = None) -> Any:
+        """The model, each weight quantized as soon as it is read, where transformers can do that.
+
+        Args:
+            stream, resident: as in ``QLoRAConfig``.
+            spill: takes the weights as they are quantized; then ``device`` is the CPU.
+        """
+        from ...integrations.transformers import QLoRAConfig
+        from ...integrations.transformers.spill import spilling
+
+        model_config = load_config(self.source)
+        validate_model.check_room(self.source, model_config)
+        weights = _gguf_weights(self.source, model_config)
+        if self.source.gguf_file is not None and weights is None:
+            # transformers combines no quantization with a GGUF file that it reads itself.
+            return self._after_loading(stream, resident, shown=spill is not None)
+        config = QLoRAConfig(**self._options, stream=stream, resident=resident)
+        if spill is not None:
+            config = spilling(config, spill)
+        model = self._quantized(config, weights, shown=spill is not None)
+        return _checked(model, self.source, self.form.compute_dtype, self.compute)
+
+    def dense_first(
+        self,
+        calibration: Calibration | None = None,
+        init_lora: InitLora | None = None,
+        keep: Callable[[Any], list[str]] | None = None,
+    ) -> Any:
+        """The model, quantized after all of it was loaded: one that has to run for that, or to be compared with.
+
+        Args:
+            init_lora: finds adapters that begin with what quantizing takes away.
+            keep: names the layers of the dense model that stay dense.
+        """
+        from ...dtypes import computing_dtype
+        from ...nn import computing_in
+
+        validate_model.check_room(self.source, load_config(self.source))
+        dtype = self.form.compute_dtype
+        model = _dense(self.source, dtype)
+        runs = calibration is not None or keep is not None
+        if runs:
+            model.to(self.device)
+        with computing_in(model, computing_dtype(dtype, self.device)) if runs else contextlib.nullcontext():
+            self._quantize(model, keep, calibration=calibration, init_lora=init_lora)
+        model.to(self.device)
+        return _checked(model, self.source, dtype, self.compute)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """The form, as ``QLoRAConfig`` and ``quantize_model`` take it."""
+        options = {"block_size": self.form.block_size, "double_quant": self.form.double_quant}
+        return {**options, "embeddings": self.embeddings}
+
+    def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
+        """The model that transformers quantizes while it loads it, from its files or from ``weights``."""
+        from transformers import AutoModelForCausalLM
+
+        options = {
+            "dtype": self.form.compute_dtype,
+            "output_loading_info": True,
+            "device_map": {"": self.device},
+            "quantization_config": config,
+        }
+        with warnings.catch_warnings():
+            # A saved 4-bit model keeps its own form, which is known here.
+            warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
+            if weights is None:
+                model, report = load_pretrained("model", self.source, AutoModelForCausalLM, shown, **options)
+            else:
+                with loading("model", self.source, shown):
+                    model, report = weights.load(**options)
+                report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
+        validate_model.check_report(self.source, model, report)
+        return model
+
+    def _after_loading(self, stream: str | None, resident: str | None, shown: bool) -> Any:
+        """The model, quantized after all of it was loaded, because transformers cannot do both at once."""
+        from ... import streaming
+
+        dtype = self.form.compute_dtype
+        model = _dense(self.source, dtype, shown)
+        self._quantize(model)
+        if stream is not None and self.device.type != "cpu":
+            streaming.stream(model, resident, "ram", self.device)
+        else:
+            model.to(self.device)
+        return _checked(model, self.source, dtype, self.compute)
+
+    def _quantize(self, model: Any, keep: Callable[[Any], list[str]] | None = None, **options: Any) -> None:
+        from ...nn import quantize_model
+
+        try:
+            kept = () if keep is None else keep(model)
+            quantize_model(model, keep=kept, compute_dtype=self.form.compute_dtype, **self._options, **options)
+        except UserError:
+            raise
+        except ValueError as error:  # a NaN, with its place
+            raise UserError(f"cannot quantize {self.source.name}: {first_line(error)}") from error

@@ -1,0 +1,45 @@
+"""The size of a 4-bit model, and what of it stayed dense."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+
+def dense_share(model: Any) -> str | None:
+    """A line about linear weights that stayed dense unasked; None if there are hardly any."""
+    from ...nn import coverage
+
+    found = coverage(model)
+    return f"linear  {found}" if found.is_worth_telling else None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """A model's size: its parameters, their bytes in the compute dtype, and their bytes as they are, with scales."""
+
+    parameters: int
+    dense_bytes: int
+    bytes: int
+
+
+def model_size(model: Any) -> ModelSize:
+    """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
+    from ...nn import Packed4bit, scale_names
+
+    parameters = dense = held = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        shapes = module.packed_shapes if isinstance(module, Packed4bit) else {}
+        scales = {scale for weight in shapes for scale in scale_names(weight).values()}
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            held += tensor.nbytes
+            if name not in scales:
+                count = math.prod(shapes[name]) if name in shapes else tensor.numel()
+                parameters += count
+                dense += count * (module.compute_dtype.itemsize if name in shapes else tensor.element_size())
+    return ModelSize(parameters, dense, held)

@@ -1,0 +1,168 @@
+"""Whether a model is whole: what its files hold against what its configuration speaks of, before and after loading."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import struct
+import sys
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from ..._internal.untrusted import check, excerpt, parse_json, printable, read_json
+from ..errors import UserError, reading
+from .sources import ModelSource
+
+_INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # safetensors' own limit, in bytes
+# Buffers that older versions of the libraries saved, computed since.
+_OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|inv_freq|position_ids)$")
+_DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def named(names: Collection[str], shown: int = 3) -> str:
+    """The first of some names, and how many there are beside them."""
+    first = ", ".join(excerpt(name) for name in sorted(names)[:shown])
+    return first if len(names) <= shown else f"{first} and {len(names) - shown} more"
+
+
+def shapes(path: pathlib.Path) -> dict[str, list[int]]:
+    """The shapes of the tensors in a safetensors file, by name.
+
+    Raises:
+        FileError, UserError: no such file, or a damaged one.
+    """
+    source = printable(path)
+    try:
+        with path.open("rb") as file:
+            text = file.read(min(struct.unpack("<Q", file.read(8))[0], _MAX_HEADER)).decode("utf-8")
+    except (OSError, struct.error, UnicodeDecodeError) as error:
+        raise UserError(f"{source} is truncated or damaged: {excerpt(error)}") from error
+    found = parse_json(text, f"{source} is truncated or damaged", dict)
+    found.pop("__metadata__", None)
+    for name, tensor in found.items():  # offsets and sizes are checked by the library that reads the tensors
+        check(tensor, {"dtype": str, "shape": [int]}, source, excerpt(name))
+    return {name: tensor["shape"] for name, tensor in found.items()}
+
+
+def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files of a model directory; none where its weights have another form.
+
+    Raises:
+        UserError: a file is missing, or named outside the directory. FileError: the index is damaged.
+    """
+    single = directory / "model.safetensors"
+    if single.is_file():
+        return [single]
+    if not (directory / _INDEX).is_file():
+        return []
+    index = read_json(directory / _INDEX, {"weight_map": dict})
+    names = sorted({str(name) for name in index["weight_map"].values()})
+    for name in names:
+        if pathlib.PurePath(name).name != name or not (directory / name).is_file():
+            raise UserError(f"{printable(directory)}: {_INDEX} names {excerpt(name)}, which is not a file there")
+    return [directory / name for name in names]
+
+
+def skeleton(source: ModelSource, config: Any) -> Any:
+    """The model of a configuration without its weights, on the meta device; what is allocated for it is names.
+
+    Raises:
+        UserError: there can be no such model.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with reading("configuration", source.name), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+
+
+def check_room(source: ModelSource, config: Any) -> None:
+    """Refuses a model directory whose configuration and files are not of one model, before anything is allocated.
+
+    Raises:
+        UserError: the configuration speaks of more than the files have room for, or of tensors of other shapes.
+    """
+    import torch
+
+    files = weight_files(source.directory) if source.directory is not None else []
+    if not files:
+        return
+    found = {name: shape for file in files for name, shape in shapes(file).items()}
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    room = 2 * sum(file.stat().st_size for file in files)  # two parameters a byte, in 4 bits
+    if layers > len(found):
+        raise UserError(
+            f"{source.name} is incomplete: config.json has {layers} layers, its files have {len(found)} weights"
+        )
+    model = skeleton(source, config)
+    needed = sum(tensor.numel() for tensor in {id(t): t for t in model.state_dict(keep_vars=True).values()}.values())
+    tied = sum(p.numel() for p in (model.get_output_embeddings() or torch.nn.Module()).parameters())
+    if needed - tied > room:
+        raise UserError(
+            f"{source.name} is incomplete: config.json needs {needed:,} parameters, its files hold at most {room:,}"
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        return  # packed weights have shapes of their own, which are checked while they load
+    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    unlike = {name for name, shape in found.items() if shape != expected.get(name, shape)}
+    if unlike:
+        name = min(unlike)
+        raise UserError(
+            f"{len(unlike)} of the {len(found)} weights of {source.name} do not fit its configuration: "
+            f"{excerpt(name)} is {excerpt(found[name])}, expected {expected[name]}"
+        )
+
+
+def check_report(source: ModelSource, model: Any, report: dict[str, Any]) -> None:
+    """Refuses a model by transformers' report of its loading (``output_loading_info``), and tells what was left out.
+
+    Raises:
+        UserError: weights that the model needs are missing, have another shape, or belong to it and found no place.
+    """
+    state = model.state_dict()
+    missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
+    if missing:
+        raise UserError(
+            f"{source.name} is incomplete: {len(missing)} of its {len(state)} weights are missing or have another "
+            f"shape: {named(missing)}"
+        )
+    modules = {
+        name for name, module in model.named_modules() if next(module.parameters(recurse=False), None) is not None
+    }
+    patterns = {_DIGITS.sub("*", name) for name in state}
+    surplus = {key for key in report["unexpected_keys"] if not _OLD_BUFFERS.search(key)}
+    unfit = {key for key in surplus if key.rpartition(".")[0] in modules or _DIGITS.sub("*", key) in patterns}
+    if unfit:
+        raise UserError(
+            f"{source.name}: its configuration has no place for {len(unfit)} weights of its files: {named(unfit)}"
+        )
+    if surplus:
+        print(
+            f"qlora-ext: {printable(source.name)}: {len(surplus)} weights in its files are no part of a "
+            f"{type(model).__name__} and were left out: {named(surplus)}",
+            file=sys.stderr,
+        )
+
+
+def check_finite(source: ModelSource, tensors: Iterable[tuple[str, Any]]) -> None:
+    """Refuses weights that hold NaN or infinity.
+
+    Raises:
+        UserError: so they do.
+    """
+    broken = [name for name, t in tensors if t.is_floating_point() and not t.is_meta and not t.isfinite().all()]
+    if broken:
+        raise UserError(f"{source.name} is damaged: {len(broken)} weights hold NaN or infinity: {named(broken)}")
+
+
+def check_tokens(model: Any, rows: Iterable[list[int]]) -> None:
+    """Refuses token ids that the model's embedding has no row for: its tokenizer is another model's.
+
+    Raises:
+        UserError: there is such an id.
+    """
+    known = model.get_input_embeddings().num_embeddings
+    largest = max((max(row) for row in rows if row), default=0)
+    if largest >= known:
+        raise UserError(f"the tokenizer has token {largest}, the model has {known} tokens: they do not belong together")

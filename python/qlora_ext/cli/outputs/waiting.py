@@ -1,0 +1,169 @@
+"""``OUTPUT.weights`` and ``OUTPUT.calibration`` retain intermediate results until OUTPUT is written.
+
+A command that was interrupted by a kill, a full disk or Ctrl-C resumes with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from ..errors import NO_SPACE, UserError, full, writing
+from .directory import Output, relation
+from .files import (
+    WAITS_INSIDE,
+    contents,
+    delete,
+    filled_from_inside,
+    recover,
+    staged_directory,
+    unfinished_in,
+    write_json,
+)
+from .lock import locked
+from .ownership import MARKER, foreign_in, may_wait, read_marker
+
+_DONE = {"weights": "quantized", "calibration": "calibrated"}
+
+
+def _foreign(kind: str, directory: pathlib.Path) -> str | None:
+    return foreign_in(directory, lambda name: may_wait(kind, name))
+
+
+def _check_ours(directory: pathlib.Path, marker: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Rejects a directory without the marker of that output, or with foreign files.
+
+    Returns:
+        Its marker.
+    """
+    advice = (
+        f"what is {_DONE[kind]} is kept there until --output is written; move it elsewhere, or name another --output"
+    )
+    found: dict[str, Any] = {}
+    if not directory.is_symlink() and directory.is_dir() and not directory.is_mount():
+        with contextlib.suppress(UserError):
+            found = read_marker(directory)
+    if any(found.get(key) != value for key, value in marker.items()):
+        raise UserError(f"{directory} was not written by this command: {advice}")
+    for name in unfinished_in(directory):
+        if may_wait(kind, name):
+            recover(directory / name)
+    foreign = _foreign(kind, directory)
+    if foreign is not None:
+        raise UserError(f"{directory} holds {foreign!a}, which qlora-ext did not write: {advice}")
+    return found
+
+
+def _open(directory: pathlib.Path, output: Output, kind: str, key: dict[str, Any] | None) -> None:
+    """Opens the directory of intermediate results, or makes it."""
+    from ..._internal.version import VERSION
+
+    marker = {"waiting": kind, "output": output.path.name}
+    recover(directory)
+    key = json.loads(json.dumps(key))
+    found = _check_ours(directory, marker, kind) if os.path.lexists(directory) else {}
+    for option, name in output.inputs:
+        if relation(directory, option, name) == "is or holds":  # what is new inside of an input is none
+            raise UserError(
+                f"{directory} is or holds {option} {name} and would be deleted at the end; name another --output"
+            )
+    if found and found.get("key") != key:
+        delete(directory, output.path, lambda path: _foreign(kind, path))
+    if not os.path.lexists(directory):
+        with staged_directory(directory) as partial:
+            write_json(partial / MARKER, {"command": "qlora-ext", "version": VERSION, **marker, "key": key})
+
+
+def _names(directory: pathlib.Path) -> set[str]:
+    """The names of the intermediate results, without those of marker files."""
+    found = {path.name for path in contents(directory)} if directory.is_dir() else set()
+    return found - {MARKER, "calibration.json"}
+
+
+@dataclasses.dataclass
+class Waiting:
+    """A directory with intermediate results.
+
+    Attributes:
+        found: the names of the results that an earlier command left there.
+        useless: whether the results cannot help after an exception, because the same command would fail again.
+    """
+
+    directory: pathlib.Path
+    kind: str
+    found: set[str]
+    useless: bool = False
+
+    def told(self, error: BaseException, written: bool) -> BaseException:
+        """The exception to raise instead of ``error``. It mentions the retained results if this command added any.
+
+        Args:
+            written: whether writing the output was begun.
+        """
+        if isinstance(error, UserError) and not written and _names(self.directory) <= self.found:
+            return error
+        kept = f"what was {_DONE[self.kind]} so far is kept in {self.directory}: run the same command again to resume"
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            return UserError(f"the disk that holds {self.directory} is full; {kept}")
+        if isinstance(error, (UserError, KeyboardInterrupt)):
+            return type(error)(f"{error}; {kept}" if str(error) else kept)
+        print(kept, flush=True)
+        return error
+
+
+@contextlib.contextmanager
+def waiting(output: Output, kind: str, key: dict[str, Any] | None = None) -> Iterator[Waiting | None]:
+    """Yields the locked directory OUTPUT.KIND, new or from an earlier command, and deletes it at the end of the block.
+
+    Nothing can be put beside an OUTPUT that is filled in place, such as a mount point. A calibration is then retained
+    inside it. Weights, which take minutes to quantize again, are not retained.
+
+    After an exception the directory stays unless it is empty, and the exception says so.
+
+    Args:
+        kind: a key of ``ownership.WAITING``. key: identifies the command; results with another key are deleted.
+
+    Returns:
+        None if there is no place for the directory.
+
+    Raises:
+        UserError: something else has that name, or is in the directory; it is or holds an input; or another process is
+            at work there. All that was there stays.
+    """
+    inside = filled_from_inside(output.path)
+    if inside and kind == "weights":
+        yield None
+        return
+    directory = output.path / WAITS_INSIDE if inside else output.path.with_name(f"{output.path.name}.{kind}")
+    with contextlib.nullcontext() if inside else locked(directory):  # inside, the lock of OUTPUT is held
+        with writing(directory):
+            _open(directory, output, kind, key)
+        found = Waiting(directory, kind, _names(directory))
+        try:
+            yield found
+        except BaseException as error:
+            if found.useless or not _names(directory):
+                _delete(found, output)
+                if isinstance(error, OSError) and error.errno in NO_SPACE:
+                    raise UserError(full(directory)) from error
+                raise
+            told = found.told(error, output.begun)
+            if told is error:
+                raise
+            raise told from error
+        _delete(found, output)
+
+
+def _delete(found: Waiting, output: Output) -> None:
+    if not os.path.lexists(found.directory):
+        return
+    try:
+        with writing(found.directory):
+            delete(found.directory, output.path, lambda path: _foreign(found.kind, path))
+    except UserError as error:  # what came into it meanwhile; the command's own result is not touched by that
+        print(f"note: {error}", flush=True)

@@ -1,0 +1,116 @@
+"""What a run shows while it trains, and the metrics it writes down."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import time
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from transformers import TrainerCallback
+
+from ..outputs.files import append_json_line, write_json_lines
+
+_WIDE = 70  # columns of a terminal that shows more than the counts, the loss and the time left
+_LINES = 20  # as many lines of progress a run where the output is no terminal
+
+
+class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
+    """A bar with loss, tokens/s and time left; every logged value also goes to ``metrics.jsonl``, a line a step.
+
+    Its first line is ``before``, what was measured before the first step.
+    """
+
+    def __init__(self, console: Console, metrics: pathlib.Path, before: dict[str, Any]) -> None:
+        self.console = console
+        self.metrics = metrics
+        self.before = before
+        self._seen = 0
+        self._since = 0.0
+        # What counts comes first and keeps its width; the bar takes what is left of the line, and the rest comes where
+        # there is room for it.
+        columns = [
+            TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[loss]}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            TextColumn("left", table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(elapsed_when_finished=False, table_column=Column(no_wrap=True)),
+        ]
+        if console.width < _WIDE:
+            del columns[3:6]  # the time left stays
+        self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A run that goes on repeats the steps since its checkpoint: their lines go.
+        write_json_lines(self.metrics, [self.before, *state.log_history])
+        self._begun = self._since = time.monotonic()
+        self._first = state.global_step
+        self._seen = state.num_input_tokens_seen
+        self._bar.start()
+        self._task = self._bar.add_task("", total=state.max_steps, completed=self._first, loss="", rate="")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        record = state.log_history[-1]
+        if "eval_loss" in record:
+            self.console.print(f"step {state.global_step}: held-out {describe(record)}")
+        if "loss" in record:
+            record["tokens_per_second"] = self._show(state, record["loss"])
+            if not math.isfinite(record["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {record['loss']} at step {state.global_step}; try a smaller --lr"
+                )
+        if "loss" in record or "eval_loss" in record:
+            append_json_line(self.metrics, record)
+
+    def _show(self, state: Any, loss: float) -> float:
+        now = time.monotonic()
+        rate: float = (state.num_input_tokens_seen - self._seen) / max(now - self._since, 1e-9)
+        self._seen, self._since = state.num_input_tokens_seen, now
+        self._bar.update(self._task, completed=state.global_step, loss=f"loss {loss:.3f}", rate=f"{rate:.0f} tokens/s")
+        step, last = state.global_step, state.max_steps
+        if not self.console.is_terminal and (step % max(1, last // _LINES) == 0 or step == last):
+            left = (now - self._begun) / (step - self._first) * (last - step)
+            self.console.print(
+                f"step {step}/{last}  loss {loss:.3f}  {rate:.0f} tokens/s  {left // 60:.0f}:{left % 60:02.0f} left"
+            )
+        return rate
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def describe(measured: dict[str, Any]) -> str:
+    """What was measured on the held-out rows (``RunTrainer.measure``), in words."""
+    if "eval_perplexity" in measured:
+        return f"perplexity {measured['eval_perplexity']:.2f}"
+    return f"loss {measured['eval_loss']:.4f}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked right"
+
+
+def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
+    """Draws the training loss a step, and the held-out loss where it was measured, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    from ..outputs.files import staged_file
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150, layout="constrained")
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
+        points = [(record["step"], record[key]) for record in history if key in record]
+        axes.plot(*zip(*points, strict=True), style, label=label) if points else None
+    a_token = any("eval_perplexity" in record for record in history)  # and that of a preference otherwise
+    axes.set(xlabel="step", ylabel="loss (nats per token)" if a_token else "loss (nats a pair)", title=title)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    with staged_file(path) as partial:
+        figure.savefig(partial, format="png")
+    pyplot.close(figure)

@@ -1,0 +1,1 @@
+"""A fine-tuning run: its settings, the adapter, transformers' Trainer, and checkpoints to go on from."""

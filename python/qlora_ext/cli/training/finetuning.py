@@ -1,0 +1,92 @@
+"""``qlora_ext.finetune``: the command of that name, for Python."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Any
+
+from ..._internal.untrusted import FileError, check
+from ..errors import UserError
+from .recipe import Finetuned, Recipe
+from .run import Request
+from .settings import Settings, schema
+
+
+def _options(options: dict[str, Any]) -> dict[str, Any]:
+    """The settings that were given, with paths as text.
+
+    Raises:
+        TypeError: there is no such setting, or its value is of another type.
+    """
+    names = {field.name for field in dataclasses.fields(Settings) if field.metadata["group"] is not None}
+    for name in options:
+        if name not in names:
+            raise TypeError(f"finetune() got an unexpected keyword argument {name!r}")
+    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in given.items()}
+    try:
+        check(given, schema(), "finetune")
+    except FileError as error:
+        raise TypeError(str(error)) from None
+    return given
+
+
+def _as_arguments(text: str) -> str:
+    """A message of the command, with the names of arguments in place of options: ``--max-steps`` is ``max_steps``."""
+    return re.sub(r"(?<![\w/.-])--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), text)
+
+
+def finetune(
+    *,
+    output: str | os.PathLike[str],
+    model: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Finetuned:
+    """Trains LoRA adapters on a 4-bit model, as the command ``qlora-ext finetune`` does: the same files, the same bits.
+
+    Prints what the command prints. ``docs/finetune.md`` explains the options, ``docs/data.md`` the data.
+
+    Args:
+        output: directory of the run, which is made. Its ``adapter`` is an adapter of PEFT.
+        model: a model directory, a .gguf file, a hub name, or package:NAME; by default SmolLM2-135M-Instruct.
+        data: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a directory of such files, a data set of the hub, or
+            package:NAME; by default human conversations. A row is a text, a pair of prompt and completion, a
+            conversation, or a preference, of which DPO learns.
+        resume: go on with the run in ``output`` from its last checkpoint; other arguments need not be repeated.
+        overwrite: replace what an earlier run wrote to ``output``, and nothing else.
+        force: with ``resume``: go on over another base or other data than the run was begun with.
+        trust_remote_code: run Python code that comes with the model.
+        options: the options of the command by their names, with underscores: ``rank=8``, ``max_steps=200``,
+            ``lr=1e-4``, ``grad_checkpointing=True``, ``max_memory="8GB"``. None stands for the default.
+
+    Returns:
+        The run's directory, its adapter's directory, and the metrics: ``steps``, and ``loss_before``, ``loss_after``,
+        ``perplexity_before`` and ``perplexity_after`` on the rows that were held out.
+
+    Raises:
+        TypeError: there is no such option, or its value is of another type.
+        ValueError: an argument is out of its limits, contradicts another, or names something that is not there or is
+            damaged; or memory or the disk do not suffice. The text says which argument it is.
+        ImportError: a library that the command needs is missing.
+
+    Example:
+        >>> def learn(directory, data):
+        ...     run = qlora_ext.finetune(model=directory, data=data, output="run", rank=8, epochs=1.0, seq_len=512)
+        ...     print(run.metrics["perplexity_before"], run.metrics["perplexity_after"])
+        ...     return peft.AutoPeftModelForCausalLM.from_pretrained(run.adapter)
+        >>> qlora_ext.finetune(output="run", rank=0)
+        Traceback (most recent call last):
+        ValueError: rank 0: expected a value of at least 1 and below 2147483648
+    """
+    given = _options({"model": model, "data": data, **options})
+    try:
+        return Recipe(Request(given, os.fspath(output), resume, overwrite, force, trust_remote_code)).run()
+    except UserError as error:
+        raise ValueError(_as_arguments(str(error))) from error

@@ -1,0 +1,96 @@
+"""``finetune --max-memory``: the switches with which a run fits, by the planner, before its model is loaded."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+from ..._internal.sizes import parse_size
+from ...planning import search
+from ...planning.blocks import place, streamed
+from ...planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, still, trains_head
+from ...streaming import dense_mlps
+from ...streaming.loss import changes_logits
+from ..errors import UserError
+from .settings import Settings, named_modules, switches
+
+if TYPE_CHECKING:
+    import torch
+
+_CONTEXT = 0.5e9  # what CUDA takes for itself in a process
+_SPARE = 0.8  # of the host's free memory, what is pinned at most
+
+
+def job_of(options: Any, config: Any) -> Job:
+    """What is planned for a model of ``config`` by the ``options`` of a command, which have the names of its fields."""
+    named = {field.name for field in dataclasses.fields(Job)} & set(vars(options))
+    values = {name: getattr(options, name) for name in named}
+    values["modules_to_save"] = tuple(named_modules(options.modules_to_save))
+    if options.target_modules != "all-linear":
+        values["target_modules"] = [name.strip() for name in options.target_modules.split(",")]
+    return Job(**{**values, "config": config})
+
+
+def _overhead(device: torch.device) -> float:
+    """Bytes that are taken before there is a model: by CUDA, or by Python and its libraries."""
+    return _CONTEXT if device.type == "cuda" else process_bytes()
+
+
+def _possible(job: Job) -> list[dict[str, Any]]:
+    """Of the planner's changes, those that the model and the device have, and the user has not made."""
+    import psutil
+
+    out: set[str] = set()
+    if changes_logits(job.config) or trains_head(job):
+        out.add("chunked_loss")
+    if job.mlp_chunk or not dense_mlps(build(job, FEW)):
+        out.add("mlp_chunk")
+    if job.stream != "none":
+        out.add("stream")
+    changes = [{k: v for k, v in change.items() if k not in out} for change in search.changes_of(job)]
+    if job.host or streamed(job).host_bytes("ram") <= _SPARE * psutil.virtual_memory().available:
+        return changes
+    return [{"stream": "disk"} if "stream" in change else change for change in changes]
+
+
+def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings, str]:
+    """The settings with the switches that let the run fit into ``--max-memory``, and a line that tells of them.
+
+    What is left of the memory goes to the ring where layers are streamed.
+
+    Args:
+        config: of the model. device: that the run is on; on the CPU it is the process's memory that is bounded.
+
+    Raises:
+        UserError: no switches let it fit.
+    """
+    if settings.optimizer not in OPTIMIZERS:
+        known = ", ".join(OPTIMIZERS)
+        raise UserError(f"--max-memory: the planner does not know --optimizer {settings.optimizer}; it knows {known}")
+    allowed = float(parse_size("--max-memory", settings.max_memory))
+    config = copy.deepcopy(config)
+    config.quantization_config = None  # the planner quantizes what it plans
+    job = dataclasses.replace(job_of(settings, config), host=device.type == "cpu")
+    changes = _possible(job)
+    overhead = _overhead(device)  # once the libraries that plan are there
+    memory = allowed - overhead
+    chosen = search.choose(job, memory, changes)
+    before = f"{overhead / 1e9:.2f} GB of it taken by {'CUDA' if device.type == 'cuda' else 'Python and its libraries'}"
+    if chosen is None:
+        least = search.switched(job, changes)
+        longest = search.longest_context(least.job, least.blocks, memory)
+        size = search.total(least.job, least.blocks) + overhead
+        raise UserError(
+            f"--max-memory {settings.max_memory} ({before}): {settings.batch_size} rows of {settings.seq_len} tokens "
+            f"take {size / 1e9:.2f} GB at least ({switches(least.changes)}); "
+            + (f"rows of {longest:,} would" if longest else "no row does, however short")
+        )
+    found, size = chosen
+    fitted = dataclasses.replace(settings, **found.changes)
+    if found.blocks is not None and not settings.resident:
+        parts, _ = place(still(found.job), found.blocks, None)
+        weights = parts["base weights"] + parts["other weights"] + parts["ring"]
+        fitted = dataclasses.replace(fitted, resident=str(int(weights + memory - size)))
+    options = switches(found.changes)
+    return fitted, f"fits into {settings.max_memory} ({before}) with {options}: {(size + overhead) / 1e9:.2f} GB"

@@ -1,0 +1,80 @@
+"""What a run was begun with, as digests: the base, the text, and the tokens that came of it."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import UserError
+
+if TYPE_CHECKING:
+    from ..data import Example, Row
+
+# What a model's configuration says about the file or the software, not about the model.
+_NOT_THE_MODEL = ("transformers_version", "name_or_path", "_name_or_path", "dtype", "quantization_config", "use_cache")
+
+
+def digest_of_model(model: Any) -> str:
+    """SHA-256 over a model's configuration and all its weights, as they are in memory: 4-bit ones and the others."""
+    import torch
+
+    from ..._internal.digest import update
+    from ...streaming import state_of
+
+    config = {key: value for key, value in model.config.to_diff_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    for name, tensor in state_of(model):
+        if isinstance(tensor, torch.Tensor):
+            digest.update(f"\n{name}:".encode())
+            update(digest, tensor)
+    return digest.hexdigest()
+
+
+def digest_of_adapter(adapter: pathlib.Path) -> str:
+    """SHA-256 over an adapter's configuration and weights, as the files hold them."""
+    digest = hashlib.sha256()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with (adapter / name).open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of_examples(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps(example).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def digest_of_rows(*parts: Sequence[Row]) -> str:
+    digest = hashlib.sha256()
+    for rows in parts:
+        digest.update(f"{len(rows)} rows\n".encode())
+        for row in rows:
+            for key in row:
+                if key != "position_ids":  # which packing adds
+                    digest.update(f"{len(row[key])} ".encode() + array.array("q", row[key]).tobytes())
+    return digest.hexdigest()
+
+
+def check_same(run: pathlib.Path, what: str, recorded: Any, found: str, force: bool) -> None:
+    """Refuses to go on with a run over something else than it was begun with, or (``force``) says so.
+
+    Raises:
+        UserError: ``found`` is not ``recorded``; or nothing was recorded. ``what`` is named.
+    """
+    if recorded == found:
+        return
+    if isinstance(recorded, str) and re.fullmatch("[0-9a-f]{64}", recorded):
+        problem = f"{what} differs from what the run {run} started with ({found[:12]}, recorded {recorded[:12]})"
+    else:
+        problem = f"the run {run} does not record which {what.split()[0].lstrip('-')} it started with"
+    if not force:
+        raise UserError(f"--resume: {problem}; add --force to continue anyway, or start over in another --output")
+    print(f"--force: continuing, although {problem}", flush=True)

@@ -1,0 +1,84 @@
+"""The second phase of a run: the base in 4 bits, with the adapter on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from ...form import Form
+from ...streaming import chunk_mlp, dense_mlps
+from ..data import Parts
+from ..errors import UserError
+from ..models.conversion import four_bit_directory, is_quantized
+from ..models.devices import name_of, parse_computing_dtype, parse_dtype
+from ..models.loading import Loader
+from ..models.pretrained import load_config
+from ..models.size import dense_share, model_size
+from ..models.validate_model import check_tokens
+from ..outputs.ownership import read_marker
+from . import adapting
+from .identity import digest_of_model
+from .run import Run
+
+_COMPUTING = "compute_dtype"  # in the marker of a run's directory
+
+
+def load(run: Run) -> None:
+    """Loads the model of a prepared run, and adds its adapter.
+
+    Raises:
+        UserError: the model's files are damaged, or an option does not fit the model.
+    """
+    s, compute = run.settings, _computing_dtype(run)
+    model = _base(run, compute)
+    run.identify("base", digest_of_model(model), f"--model {run.source.name}")
+    size = model_size(model)
+    run.tell(
+        f"weights {size.dense_bytes / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in 4 bits "
+        f"({size.dense_bytes / size.bytes:.2f} times smaller; embeddings, which stay as they are, included)"
+    )
+    if told_share := dense_share(model):
+        run.tell(told_share)
+    run.model = adapting.add_adapter(model, run.source, s, run.request.force)
+    trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    total = size.parameters + trainable
+    run.tell(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
+    if s.mlp_chunk:
+        if not dense_mlps(run.model):
+            raise UserError("--mlp-chunk: the model has no dense MLP, only mixtures of experts or none that is known")
+        chunk_mlp(run.model, s.mlp_chunk)
+    if s.chunked_loss:
+        adapting.check_chunked_loss(run.model)
+    check_tokens(run.model, _token_ids(run.parts))
+
+
+def _computing_dtype(run: Run) -> torch.dtype:
+    """The compute dtype of the run, which is told. A resumed run keeps its dtype, even on another machine."""
+    dtype = run.settings.dtype
+    chosen = parse_computing_dtype(dtype, run.device)
+    why = ", because the processor has no bfloat16 arithmetic" if chosen != parse_dtype(dtype) else ""
+    if run.resumes and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
+        chosen, why = parse_dtype(str(began)), ", as at the start of the run"
+    run.digests[_COMPUTING] = name_of(chosen)
+    run.tell(f"computing in {name_of(chosen)} on {run.device}{why}")
+    return chosen
+
+
+def _base(run: Run, compute: torch.dtype) -> Any:
+    """The model in 4 bits; one that is to be streamed from disk comes from a 4-bit directory."""
+    s = run.settings
+    loader = Loader(run.source, Form(parse_dtype(s.dtype), s.block_size), run.device, compute)
+    if s.stream == "none":
+        return loader.while_loading()
+    if s.stream == "disk" and not is_quantized(load_config(run.source)):
+        loader = dataclasses.replace(loader, source=four_bit_directory(loader, run.output))
+    return loader.while_loading(s.stream, s.resident or None)
+
+
+def _token_ids(parts: Parts) -> Iterator[list[int]]:
+    for rows in (parts.train, parts.held_out):
+        for row in rows:
+            yield from (ids for key, ids in row.items() if key.endswith("_ids") and key != "position_ids")

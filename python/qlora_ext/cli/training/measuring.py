@@ -1,0 +1,50 @@
+"""What a model measures on the held-out rows of a run, and says to one of them, before training and after."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..._internal.untrusted import Schema, read_json
+from ..data import Row
+from ..errors import UserError
+from ..generation.completion import complete
+from ..outputs.files import write_json
+from .run import Run
+
+_TOKENS = 40  # of a sample
+_BEFORE: Schema = {"loss": float, "perplexity?": float, "reward_accuracy?": float, "prompt": str, "sample": str}
+
+
+def _asked(row: Row) -> list[int]:
+    """The tokens of a row before learning begins; of a plain text, its first ones."""
+    if "prompt_ids" in row:
+        return row["prompt_ids"]
+    ids = row["input_ids"]
+    learnt = next(i for i, label in enumerate(row["labels"]) if label != -100)
+    return ids[: learnt or max(1, min(24, len(ids) // 2))]
+
+
+def sample(run: Run) -> tuple[str, str]:
+    """What the held-out row with the longest prompt asks, and how the model goes on."""
+    prompt = max(map(_asked, run.parts.held_out), key=len)
+    answer = complete(run.model, run.tokenizer, prompt, _TOKENS)
+    return run.tokenizer.decode(prompt, skip_special_tokens=True), answer
+
+
+def figures(measured: dict[str, Any]) -> dict[str, Any]:
+    """What was measured, under the names that are kept of it."""
+    return {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
+
+
+def measure_before(run: Run) -> dict[str, Any]:
+    """What the untrained model measures and says: found once per run, and kept for one that goes on."""
+    path = run.directory / "before.json"
+    if path.is_file():
+        before: dict[str, Any] = read_json(path, _BEFORE)
+        if not before.keys() & {"perplexity", "reward_accuracy"}:
+            raise UserError(f"{path}: expected a perplexity in it, found none")
+        return before
+    prompt, answer = sample(run)
+    before = {**figures(run.trainer.measure()), "prompt": prompt, "sample": answer}
+    write_json(path, before)
+    return before

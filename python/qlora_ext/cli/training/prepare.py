@@ -1,0 +1,181 @@
+"""The first phase of a run: everything that can be checked, and encoded, before the model's weights are read."""
+
+from __future__ import annotations
+
+import importlib.util
+import pathlib
+from typing import Any
+
+from ..._internal.untrusted import excerpt, printable
+from ..data import check_template, is_preference, read_examples, split, told
+from ..errors import UserError
+from ..models.adapter_files import check_files, config_of, find
+from ..models.devices import parse_device
+from ..models.pretrained import load_config, load_tokenizer
+from ..models.sources import resolve
+from ..outputs.directory import Output
+from ..outputs.ownership import foreign_in_adapter
+from . import adapting
+from .checkpoints import newest_checkpoint
+from .identity import digest_of_adapter, digest_of_examples, digest_of_rows
+from .run import SETTINGS, Request, Run
+from .settings import NO_NEFTUNE_IN_DPO, Settings, flag, given, read_settings, resumed
+
+
+def prepare(request: Request, output: Output) -> Run:
+    """The run that ``request`` asks for, in ``output``, with rows to train on.
+
+    Raises:
+        UserError: something that was asked for cannot be done.
+    """
+    typed = given(request.options, request.resume)
+    run = _find(request, typed, output)
+    _check_method(run, typed)
+    _check_init_adapter(run, typed)
+    run.identify("data", digest_of_examples(run.examples), f"--data {run.settings.data}")
+    config = load_config(run.source)
+    adapting.check_without_weights(run.source, config, run.settings)
+    _fit(run, config)
+    _encode(run)
+    run.arguments = _arguments(run)
+    return run
+
+
+def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
+    """The run, its settings and its inputs: found, and checked against each other."""
+    directory = output.path
+    begun = (directory / SETTINGS).is_file()
+    if request.resume and request.overwrite:
+        raise UserError("--resume and --overwrite ask for opposite things")
+    if request.force and not request.resume:
+        raise UserError("--force goes with --resume: it accepts another base or other data")
+    resumes = request.resume and begun
+    if request.resume and not begun and (directory.parent / SETTINGS).is_file():
+        raise UserError(f"--output {directory} lies in the run {directory.parent}; name that with --output")
+    if not typed and not request.resume:
+        print(
+            "no option names a model, data or an adapter: this is a demonstration, SmolLM2-135M on conversations, of "
+            "about 4 minutes on a CPU; Ctrl-C stops it at any time"
+        )
+    longer = False
+    if resumes:
+        recorded = read_settings(directory / SETTINGS)
+        settings = resumed(recorded, typed)
+        longer = getattr(settings, settings.longer) > getattr(resumed(recorded, {}), settings.longer)
+    else:
+        settings = Settings(**typed)
+        if begun and not request.overwrite:
+            raise UserError(
+                f"--output {directory} holds a run already; add --resume to go on with it, or --overwrite to start anew"
+            )
+    device = parse_device(settings.device)
+    source = resolve(settings.model, request.trust_remote_code, trusted=not resumes or "model" in typed)
+    output.protect("--model", settings.model, source.on_disk)
+    output.protect("--data", settings.data)
+    if resumes:
+        _check_adapter(directory)
+    else:
+        output.check()
+    checkpoint = newest_checkpoint(directory) if resumes else None
+    if source.directory is None and source.gguf_file is None:
+        load_config(source)  # checks that the hub has the model before the data are read
+    examples = read_examples(settings.data, settings.split)
+    return Run(request, output, settings, source, device, examples, resumes, longer, checkpoint)
+
+
+def _check_adapter(run: pathlib.Path) -> None:
+    """Rejects resuming a run if the adapter directory that it would replace holds foreign files."""
+    adapter = run / "adapter"
+    foreign = "adapter" if adapter.is_symlink() else foreign_in_adapter(adapter) if adapter.is_dir() else None
+    if foreign is not None:
+        raise UserError(
+            f"--resume: {adapter} holds {foreign!a}, which qlora-ext did not write and does not delete; "
+            "move it elsewhere"
+        )
+
+
+def _check_method(run: Run, typed: dict[str, Any]) -> None:
+    s = run.settings
+    if "beta" in typed and not run.preferences:
+        raise UserError("--beta belongs to DPO, and what is learnt here are answers, not preferences")
+    if s.method == "dpo" and not run.preferences:
+        raise UserError(f"--method dpo: expected preferences in --data {s.data}: rows with prompt, chosen and rejected")
+    if run.preferences:
+        if s.no_packing:
+            raise UserError("--no-packing: preferences are never packed")
+        if s.neftune_alpha:
+            raise UserError(NO_NEFTUNE_IN_DPO)
+        if importlib.util.find_spec("trl") is None:
+            raise UserError(
+                f"--data {s.data} holds preferences, which TRL learns (DPO); install it with: pip install 'trl>=1.16', "
+                "or learn the chosen answers alone, with --method sft"
+            )
+        if s.max_memory:
+            raise UserError("--max-memory: the planner knows runs that learn answers, not DPO")
+        if s.chunked_loss:
+            raise UserError("--chunked-loss: DPO has a loss of its own, which never holds all logits")
+
+
+def _check_init_adapter(run: Run, typed: dict[str, Any]) -> None:
+    """Finds the adapter to go on from, which says itself what is trained."""
+    name = run.settings.init_adapter
+    if not name:
+        return
+    if own := [flag(key) for key in adapting.OWN if key in typed]:
+        raise UserError(f"{own[0]}: the adapter of --init-adapter has its own; leave the option out")
+    path = find(name, "--init-adapter")
+    run.output.protect("--init-adapter", name, str(path))
+    config = config_of(path)
+    if config.get("peft_type") != "LORA":
+        kind = excerpt(str(config.get("peft_type")))
+        raise UserError(f"--init-adapter {name}: expected an adapter of PEFT's LoRA, got one of {kind}")
+    check_files(path)
+    run.identify("adapter", digest_of_adapter(path), f"--init-adapter {name}")
+
+
+def _fit(run: Run, config: Any) -> None:
+    """Chooses the switches of a new run that is to fit into ``--max-memory``; one that goes on has its own."""
+    from .fitting import fit
+
+    if run.settings.max_memory and not run.resumes:
+        run.settings, chosen = fit(run.settings, config, run.device)
+        run.tell(chosen)
+
+
+def _encode(run: Run) -> None:
+    """Makes rows of the examples, with the model's tokenizer."""
+    s = run.settings
+    run.tell(
+        f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} "
+        f"{'preferences' if is_preference(run.examples[0]) else 'examples'})"
+    )
+    run.tokenizer = load_tokenizer(run.source)
+    check_template(run.tokenizer, run.examples, s.data, run.source.name)
+    parts = run.parts = split(
+        run.tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows,
+        not s.no_packing,
+    )  # fmt: skip
+    for reason in told(parts.counts, s.seq_len):
+        run.tell(f"      {reason}")
+    steps = s.steps(len(parts.train))
+    kind = "pairs" if run.preferences else f"rows of at most {s.seq_len} tokens"
+    run.tell(
+        f"rows  {len(parts.train):,} {kind} to train on, {steps * s.step_rows / len(parts.train):.2f} times in "
+        f"{steps:,} steps; {len(parts.held_out)} examples held out"
+    )
+    # A run that was made longer has more rows than it was begun with.
+    begun_with = parts.train[: s.first_rows] if s.former_steps else parts.train
+    digest = digest_of_rows(begun_with, parts.held_out)
+    run.identify("rows", digest, f"tokens that --model {run.source.name} makes of --data {s.data}")
+
+
+def _arguments(run: Run) -> Any:
+    """The trainer's arguments, which transformers checks."""
+    steps = run.settings.steps(len(run.parts.train))
+    if run.preferences:
+        from .preferences import preference_arguments
+
+        return preference_arguments(run.settings, steps, run.directory, run.device)
+    from .trainer import training_arguments
+
+    return training_arguments(run.settings, steps, run.directory, run.device)

@@ -1,0 +1,406 @@
+"""What a fine-tuning run is asked for: its options, their defaults and limits, and the record that --resume reads."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..._internal.sizes import parse_size
+from ..._internal.untrusted import check, excerpt, printable, read_json
+from ..data import DEFAULT_DATA
+from ..errors import UserError
+from ..models.devices import AUTO, check_dtype
+from ..models.loading import BLOCK_SIZES
+from ..models.sources import DEFAULT_MODEL
+
+METHODS = ("auto", "sft", "dpo")
+NO_NEFTUNE_IN_DPO = (
+    "--neftune-alpha: not supported with DPO, because the noise would change the base model's answers too"
+)
+CONSTANT = "constant"
+# The schedules of transformers without further parameters. The first two do not depend on the length of the run.
+SCHEDULES = (
+    CONSTANT,
+    "constant_with_warmup",
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
+_LARGEST = 2**31  # what an integer stays below that has no other limit
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": [int]}
+
+
+def _option(default: Any, text: str, least: float | None = None, below: float | None = None, **more: Any) -> Any:
+    """A field with what its command-line option needs; limits are ``least <= value < below``."""
+    metadata = {"help": text, "least": least, "below": below, **more}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def layer_numbers(text: str) -> list[int]:
+    """The layer numbers in ``--layers``, as in 0-3,7; empty if it names all layers.
+
+    Raises:
+        UserError: it is not a list of numbers and ranges.
+    """
+    numbers: set[int] = set()
+    for part in filter(None, map(str.strip, text.split(","))):
+        found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", part)
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if first > last:
+            raise UserError(f"--layers {excerpt(text)}: expected layer numbers and ranges from 0, such as 0-3,7")
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
+
+
+def named_modules(text: str) -> list[str]:
+    """The names in a comma-separated list."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The options of ``qlora-ext finetune``. Defaults follow the QLoRA paper (Dettmers et al., 2023, appendix B)."""
+
+    model: str = _option(DEFAULT_MODEL, "a model directory, a .gguf file, a hub name, or package:NAME", group="what",
+                         free=True)  # fmt: skip
+    data: str = _option(
+        DEFAULT_DATA,
+        "a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .dict.dz), a directory of such files, a data set of the "
+        "hub (OWNER/NAME or OWNER/NAME:SUBSET), package:chitchat-dataset (PyPI) or package:dict-jargon (Debian); "
+        "of texts, pairs, conversations, or preferences (see docs/data.md)",
+        group="what",
+        free=True,
+    )
+    split: str = _option("train", "what to read of data that have several splits", group="what")
+    seq_len: int = _option(256, "tokens an example is cut to; a longer text makes several", 2, group="what")
+    eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
+
+    rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
+    alpha: float = _option(32.0, "LoRA's scaling is alpha / rank", 0, 1e6, group="adapter")
+    dropout: float = _option(0.05, "LoRA dropout (none in dpo)", 0, 1, group="adapter")
+    target_modules: str = _option(
+        "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
+    )
+    layers: str = _option(
+        "", "numbers of the layers that get an adapter, from 0 on, such as 0-3,7 (default: all)", group="adapter"
+    )
+    modules_to_save: str = _option(
+        "", "modules that are trained whole and saved with the adapter, such as lm_head or embed_tokens, separated by "
+        "commas", group="adapter",
+    )  # fmt: skip
+    rslora: bool = _option(False, "scale by alpha / sqrt(rank), which suits large ranks (rsLoRA)", group="adapter")
+    dora: bool = _option(False, "train the norm of each row of the weights as well (DoRA; a longer step)",
+                         group="adapter")  # fmt: skip
+    block_size: int = _option(64, "weights that share a scale", choices=BLOCK_SIZES, group="adapter")
+    init_adapter: str = _option(
+        "", "an adapter to go on from, such as quantize --init-lora writes; its rank, alpha and layers are its own",
+        group="adapter", free=True,
+    )  # fmt: skip
+
+    merge_aware: bool = _option(
+        False,
+        "train over the 4-bit weights that merge --4bit makes of the adapter, which then loses nothing (a longer step; "
+        "without dropout)",
+        group="adapter",
+    )
+
+    method: str = _option(
+        "auto",
+        "sft: learn the answers; dpo (TRL's): learn which of two answers is preferred; auto: by what --data holds",
+        choices=METHODS, group="training",
+    )  # fmt: skip
+    beta: float = _option(0.1, "dpo: the larger, the closer to the base it stays", 0, 1e6, group="training")
+    max_steps: int = _option(50, "optimizer steps", 1, group="training")
+    epochs: float = _option(
+        0.0, "passes over the rows to train on, in place of --max-steps (0: as --max-steps says)", 0, 1e6,
+        group="training",
+    )  # fmt: skip
+    batch_size: int = _option(
+        4, "rows of --seq-len tokens a forward pass; short examples share a row", 1, group="training"
+    )
+    grad_accum: int = _option(1, "forward passes an optimizer step", 1, group="training")
+    lr: float = _option(2e-4, "learning rate", 0, 1e6, group="training")
+    lr_schedule: str = _option(
+        "constant_with_warmup", "learning-rate schedule, by its name in transformers", choices=SCHEDULES,
+        group="training",
+    )  # fmt: skip
+    warmup_ratio: float = _option(
+        0.03, "share of the steps over which the learning rate rises from 0 at the beginning", 0, 1, group="training"
+    )
+    warmup_steps: int = _option(0, "steps of the warm-up, instead of --warmup-ratio", 0, group="training")
+    weight_decay: float = _option(0.0, "weight decay of the optimizer", 0, 1e6, group="training")
+    max_grad_norm: float = _option(
+        0.3, "largest norm of the gradients, which are clipped to it (0: no clipping)", 0, 1e6, group="training"
+    )
+    neftune_alpha: float = _option(
+        0.0, "noise added to the embeddings in training (NEFTune; 5 is usual, 0: none)", 0, 1e6, group="training"
+    )
+    no_packing: bool = _option(False, "give each example a row of its own, padded", group="training")
+    optimizer: str = _option(
+        "adamw_torch",
+        "an optimizer of transformers' Trainer; adamw_8bit and paged_adamw_8bit (with bitsandbytes) save memory",
+        group="training",
+    )
+    seed: int = _option(0, "of the adapter's initial values, the data order and dropout", 0, 2**32, group="training")
+    save_steps: int = _option(20, "steps from one checkpoint to the next", 1, group="training", free=True)
+    eval_steps: int = _option(
+        0, "steps from one measurement of held-out perplexity to the next (0: before and after only)", 0,
+        group="training", free=True,
+    )  # fmt: skip
+
+    dtype: str = _option(
+        AUTO,
+        "dtype of the computation: bfloat16, float16, float32, or auto: bfloat16, except on CPUs that compute faster "
+        "in float32; a resumed run keeps the dtype it began with",
+        group="machine",
+    )
+    device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="machine", free=True)
+    grad_checkpointing: bool = _option(
+        False, "compute activations again in the backward pass: less memory, more time", group="machine"
+    )
+    chunked_loss: bool = _option(False, "never hold the logits of all tokens at once", group="machine")
+    offload_checkpoints: bool = _option(
+        False, "with --grad-checkpointing on a GPU: keep the layers' inputs in host memory until the backward pass",
+        group="machine",
+    )  # fmt: skip
+    mlp_chunk: int = _option(
+        0, "tokens that the MLPs work on at a time, and again in the backward pass (0: all)", 0, group="machine"
+    )
+    stream: str = _option(
+        "none",
+        "keep the frozen layers elsewhere, and have each come in before it is used: ram (pinned host memory, for a "
+        "GPU) or disk (the files of a 4-bit model; any other is quantized first, to OUTPUT-base)",
+        choices=("none", "ram", "disk"), group="machine", free=True,
+    )  # fmt: skip
+    resident: str = _option(
+        "", "with --stream: the memory that the weights may take where they are used, such as 6GB (default: the least)",
+        group="machine", free=True,
+    )  # fmt: skip
+
+    max_memory: str = _option(
+        "",
+        "choose among --chunked-loss, --grad-checkpointing, --offload-checkpoints, --stream and --mlp-chunk what lets "
+        "the run fit into so much memory of the GPU (on the CPU: of the process), such as 8GB",
+        group="machine",
+    )
+
+    # Not an option: the lengths in steps that the run had before --resume --max-steps made it longer, shortest first.
+    former_steps: tuple[int, ...] = _option((), "", group=None)
+
+    @property
+    def step_rows(self) -> int:
+        """Rows an optimizer step."""
+        return self.batch_size * self.grad_accum
+
+    @property
+    def train_rows(self) -> int | None:
+        """How many rows the run can use; None: all that there are."""
+        return None if self.epochs else self.max_steps * self.step_rows
+
+    @property
+    def stages(self) -> list[int]:
+        """How many rows the run could use when it was shorter, for each of its lengths, and as it is."""
+        return [steps * self.step_rows for steps in (*self.former_steps, self.max_steps)]
+
+    @property
+    def first_rows(self) -> int | None:
+        """How many rows the run could use when it was begun; the held-out rows were chosen among them. None: all."""
+        return None if self.epochs else self.stages[0]
+
+    @property
+    def longer(self) -> str:
+        """The option that extends a resumed run."""
+        return "epochs" if self.epochs else "max_steps"
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the learning rate at a step depends on the number of steps."""
+        return self.lr_schedule in ("linear", "cosine", "cosine_with_restarts", "polynomial")
+
+    def warmup(self, steps: int) -> int:
+        """The number of warm-up steps in a run of ``steps`` steps."""
+        return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps over so many rows to train on. A pass ends with a step, as in transformers' Trainer."""
+        a_pass = math.ceil(math.ceil(rows / self.batch_size) / self.grad_accum)
+        return max(1, math.ceil(self.epochs * a_pass)) if self.epochs else self.max_steps
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value, least, below = getattr(self, field.name), field.metadata["least"], field.metadata["below"]
+            below = _LARGEST if below is None and field.type == "int" else below
+            choices = field.metadata.get("choices")
+            if choices and value not in choices:
+                raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, choices))}")
+            if (least is not None and not value >= least) or (below is not None and not value < below):
+                upper = "" if below is None else f" and below {below}"
+                raise UserError(f"{flag(field.name)} {value}: expected a value of at least {least}{upper}")
+        for name in ("alpha", "lr", "beta"):
+            if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
+                raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
+        if self.merge_aware and self.dora:
+            raise UserError("--merge-aware supports plain LoRA only; leave out --dora")
+        if self.merge_aware and self.dropout:
+            raise UserError(f"--merge-aware: merged weights have no dropout; expected --dropout 0, got {self.dropout}")
+        if self.merge_aware and self.stream != "none":
+            raise UserError(
+                "--merge-aware and --stream exclude each other: merged weights of every layer stay in memory"
+            )
+        if self.neftune_alpha and self.method == "dpo":
+            raise UserError(NO_NEFTUNE_IN_DPO)
+        layer_numbers(self.layers)
+        lengths = [0, *self.former_steps, self.max_steps]
+        if not self.epochs and lengths != sorted(set(lengths)):
+            raise UserError(f"former_steps {list(self.former_steps)}: expected increasing lengths below --max-steps")
+        if self.offload_checkpoints and not self.grad_checkpointing:
+            raise UserError("--offload-checkpoints needs --grad-checkpointing")
+        if self.resident and self.stream == "none":
+            raise UserError(f"--resident {self.resident} needs --stream ram or --stream disk")
+        for name in ("merge_aware", "layers", "dora"):
+            if self.max_memory and getattr(self, name):
+                raise UserError(f"--max-memory: the planner does not know {flag(name)}")
+        for name in ("resident", "max_memory"):
+            if size := getattr(self, name):
+                try:
+                    parse_size(flag(name), size)
+                except ValueError as error:
+                    raise UserError(str(error)) from error
+        check_dtype(self.dtype)
+
+
+def schema() -> dict[str, Any]:
+    """What the fields of a recorded ``Settings`` must be; any may be left out."""
+    return {f"{field.name}?": _TYPES[str(field.type)] for field in dataclasses.fields(Settings)}
+
+
+def read_settings(path: pathlib.Path) -> dict[str, Any]:
+    """The settings that a run was begun with, from its ``settings.json``.
+
+    Raises:
+        FileError: it is damaged.
+    """
+    return {name: value for name, value in read_json(path, schema()).items() if value is not None}
+
+
+def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
+    """The settings among the ``values`` that ``path`` holds, of which it may have others too.
+
+    Raises:
+        FileError, UserError: a value is of a wrong type, or out of its limits.
+    """
+    check(values, schema(), printable(path), "settings")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    try:
+        return Settings(**{name: value for name, value in values.items() if name in names and value is not None})
+    except UserError as error:
+        raise UserError(f"{printable(path)}: {error}") from error
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def switches(changes: Mapping[str, Any]) -> str:
+    """Changed settings, as an option each."""
+    options = (flag(name) if value is True else f"{flag(name)} {value}" for name, value in changes.items())
+    return " ".join(options) or "no switch"
+
+
+_GROUPS = {
+    "what": "model and text",
+    "adapter": "adapter",
+    "training": "training",
+    "machine": "machine and memory",
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declares an option a field. What the user leaves out stays out of the namespace."""
+    groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
+    for field in dataclasses.fields(Settings):
+        if field.metadata["group"] is None:
+            continue
+        group, text = groups[field.metadata["group"]], field.metadata["help"]
+        if field.type == "bool":
+            group.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
+            continue
+        kind = _TYPES[str(field.type)]
+        metavar = {"int": "N", "float": "X", "str": field.name.upper()}[str(field.type)]
+        group.add_argument(
+            flag(field.name),
+            type=kind,
+            metavar=metavar,
+            default=argparse.SUPPRESS,
+            choices=field.metadata.get("choices"),
+            help=text if "default:" in text or field.default == "" else f"{text} (default: {field.default})",
+        )
+
+
+def named_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the ``values`` that are settings."""
+    names = {field.name for field in dataclasses.fields(Settings)}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def given(options: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
+    """The settings that the user typed, and those that follow from them.
+
+    Args:
+        resume: whether they are of a run that goes on.
+
+    Raises:
+        UserError: two of them contradict each other, or one is empty.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    typed = dict(options)
+    for name, value in typed.items():
+        # Empty is what a shell makes of a variable that is not set. A resumed run is cleared of an option by it.
+        if value == defaults[name] == "" and not resume:
+            raise UserError(f"{flag(name)}: the value is empty; leave the option out")
+    if typed.get("epochs") and "max_steps" in typed:
+        raise UserError("--epochs and --max-steps exclude each other; give one of them")
+    if typed.get("warmup_steps") is not None:
+        if "warmup_ratio" in typed:
+            raise UserError("--warmup-steps and --warmup-ratio exclude each other; give one of them")
+        typed["warmup_ratio"] = 0.0
+    if typed.get("lr_schedule") == CONSTANT:
+        if typed.get("warmup_steps") or typed.get("warmup_ratio"):
+            raise UserError("--lr-schedule constant has no warm-up; use constant_with_warmup")
+        typed["warmup_ratio"] = 0.0
+    if typed.get("merge_aware"):
+        typed.setdefault("dropout", 0.0)  # the default is for adapters that stay beside their base
+    return typed
+
+
+def resumed(recorded: dict[str, Any], typed: dict[str, Any]) -> Settings:
+    """The settings of a run that goes on: those recorded when it began, and what may change without changing it.
+
+    The model and the data may have moved: that they are the same is known by their digests.
+
+    Raises:
+        UserError: an option asks for another run than the recorded one.
+    """
+    known = {field.name: field for field in dataclasses.fields(Settings)}
+    if unknown := set(recorded) - set(known):
+        raise UserError(f"--resume: the run was started by another version of qlora-ext (it has {sorted(unknown)})")
+    former = Settings(**recorded)
+    longer = {}
+    for name, value in typed.items():
+        if name == former.longer and value > getattr(former, name):
+            longer["former_steps"] = () if former.epochs else (*former.former_steps, former.max_steps)
+        elif not known[name].metadata.get("free") and value != getattr(former, name):
+            advice = "leave the option out, or start over in another --output"
+            if name == former.longer:
+                advice = f"a run can be made longer, not shorter; {advice}"
+            elif name in ("epochs", "max_steps"):
+                advice = f"{flag(former.longer)} makes it longer; {advice}"
+            raise UserError(f"{flag(name)} {value}: the run was started with {getattr(former, name)}; {advice}")
+    return Settings(**{**recorded, **typed, **longer})

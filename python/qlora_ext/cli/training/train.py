@@ -1,0 +1,96 @@
+"""The third phase of a run: from the first step, or the last checkpoint, to the last step."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import shlex
+
+from ..models.adapter_files import find
+from ..models.sources import PACKAGE
+from ..outputs.files import need_space, write_json
+from ..terminal.progress import ProgressCallback, describe
+from ..terminal.samples import show_sample
+from .checkpoints import checkpoints, step_of
+from .measuring import measure_before
+from .run import SETTINGS, Run
+from .settings import read_settings
+from .trainer import NameInertAdapters, OffloadCheckpoints, QLoRATrainer, Rescale, RunTrainer, run_trainer
+
+
+def train(run: Run) -> None:
+    """Trains a loaded run, whose directory is there from now on.
+
+    Raises:
+        UserError: the disk is full, the memory does not suffice, or the checkpoint is damaged.
+        KeyboardInterrupt: whose text says how to go on.
+    """
+    _begin(run)
+    # A checkpoint is the adapter and two moments of it; three exist for a moment, and the adapter at the end.
+    trainable_bytes = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
+    need_space(run.directory, 10 * trainable_bytes + (4 << 20), "the run's checkpoints")
+    run.trainer = _trainer(run)
+    before = measure_before(run)
+    run.before = {"step": 0, **{f"eval_{key}": before[key] for key in before if key not in ("prompt", "sample")}}
+    progress = ProgressCallback(run.console, run.metrics, run.before)
+    run.trainer.add_callback(progress)
+    _add_callbacks(run)
+    run.tell(f"held-out {describe(run.before)} before training ({len(run.parts.held_out)} examples)")
+    show_sample(run.console, "before training", before["prompt"], before["sample"])
+    if run.checkpoint:
+        run.trainer.add_callback(Rescale(run.tell if run.longer and run.settings.depends_on_length else None))
+        run.tell(f"going on after step {step_of(run.checkpoint)}")
+    elif run.request.resume:
+        run.tell("no checkpoint yet: starting at step 0")
+    try:
+        run_trainer(run.trainer, run.checkpoint)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_interrupted(run.directory)) from None
+    finally:
+        progress.close()
+
+
+def _begin(run: Run) -> None:
+    """Makes the run directory, once nothing but training is left that could be refused."""
+    path = run.directory / SETTINGS
+    if run.longer:
+        lengths = {key: getattr(run.settings, key) for key in (run.settings.longer, "former_steps")}
+        write_json(path, {**read_settings(path), **lengths})
+    if run.resumes:
+        return
+    recorded = {**dataclasses.asdict(run.settings), "model": run.source.name}
+    path = pathlib.Path(run.settings.data).expanduser()
+    if not run.settings.data.startswith(PACKAGE) and path.exists():
+        recorded["data"] = str(path.resolve())
+    if run.settings.init_adapter:
+        recorded["init_adapter"] = str(find(run.settings.init_adapter).resolve())
+    with run.output.written("finetune", **run.digests) as partial:
+        write_json(partial / SETTINGS, recorded)
+
+
+def _trainer(run: Run) -> RunTrainer:
+    if run.preferences:
+        from .preferences import PreferenceTrainer
+
+        return PreferenceTrainer(run.model, run.arguments, run.parts.train, run.parts.held_out, run.tokenizer)
+    chunked = run.settings.chunked_loss
+    return QLoRATrainer(run.model, run.arguments, run.parts.train, run.parts.held_out, chunked=chunked)
+
+
+def _add_callbacks(run: Run) -> None:
+    s = run.settings
+    run.trainer.add_callback(NameInertAdapters(run.tell))
+    if s.former_steps:
+        run.trainer.stages = s.stages[:-1]
+    if run.longer:
+        lengths = f"{s.epochs:g} passes" if s.epochs else f"{s.max_steps} steps"
+        run.tell(f"extending the run to {lengths}")
+    if s.offload_checkpoints:
+        run.trainer.add_callback(OffloadCheckpoints())
+
+
+def _interrupted(directory: pathlib.Path) -> str:
+    kept = checkpoints(directory)
+    at = f"step {step_of(kept[-1])} is saved" if kept else "no checkpoint was due yet"
+    again = shlex.join(["qlora-ext", "finetune", "--output", str(directory), "--resume"])
+    return f"{at}; go on with: {again}"

@@ -1,0 +1,37 @@
+"""A model that is trained, made ready to answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def prepare_to_answer(model: Any) -> Any:
+    """``model``, with an adapter or without, made ready for inference alone.
+
+    The fused adapters are cast to the dtype in which each call would cast them. A dense output head is given the last
+    token of a prompt with the strides of a matrix: those of a slice have torch take a batched product, for which it
+    copies the head (0.34 s for 32,000 x 2048 bfloat16 on two cores, more than all layers take for 8 tokens).
+
+    Returns:
+        ``model``, changed in place: in evaluation mode, and without gradients.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+        >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
+        >>> qlora_ext.decoding.prepare_to_answer(model).training
+        False
+    """
+    from ..integrations.peft import cast_fused
+
+    def as_matrix(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return inputs[0].flatten(0, -2).unflatten(0, inputs[0].shape[:-1]), *inputs[1:]
+
+    model.eval().requires_grad_(False)
+    cast_fused(model)
+    head = model.get_output_embeddings()
+    if type(head) is torch.nn.Linear:
+        head.register_forward_pre_hook(as_matrix)
+    return model

@@ -1,0 +1,186 @@
+"""The header of a GGUF file, checked against the file: no other reader looks whether the file is complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import mmap
+import os
+import pathlib
+import re
+import struct
+from typing import Any
+
+from .._internal.untrusted import FileError, excerpt, printable
+
+_STRING, _ARRAY = 8, 9
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_MAX_DIMENSIONS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorInfo:
+    """Where the data of a tensor stand in the file.
+
+    Attributes:
+        shape: as in torch: the last dimension is the contiguous one.
+        kind: GGML's number of the tensor's type.
+        begin, nbytes: of its data, in the file.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    begin: int
+    nbytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a GGUF file says of itself: llama.cpp's name of its architecture, and its tensors."""
+
+    architecture: str
+    tensors: list[TensorInfo]
+
+
+class _Reader:
+    """Goes through the little-endian header; never beyond its end."""
+
+    def __init__(self, data: mmap.mmap, source: str) -> None:
+        self.data, self.source, self.at = data, source, 0
+
+    def skip(self, size: int) -> int:
+        """Steps over ``size`` bytes and returns where they begin."""
+        begin = self.at
+        if size > len(self.data) - begin:
+            raise FileError(f"{self.source}: truncated or damaged: {size} bytes at byte {begin} are beyond its end")
+        self.at = begin + size
+        return begin
+
+    def scalar(self, code: str) -> Any:
+        kind = struct.Struct("<" + code)
+        return kind.unpack_from(self.data, self.skip(kind.size))[0]
+
+    def string(self) -> str:
+        size = self.scalar("Q")
+        begin = self.skip(size)
+        return self.data[begin : begin + size].decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Any:
+        """A value of the metadata; of an array, nothing but its length."""
+        if kind in _SCALARS:
+            return self.scalar(_SCALARS[kind])
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            raise FileError(f"{self.source}: damaged: unknown metadata type {kind}")
+        kind, count = self.scalar("I"), self.scalar("Q")
+        if kind in _SCALARS:
+            self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
+        elif kind == _STRING:
+            for _ in range(count):  # each takes 8 bytes at least, or the end is met
+                self.skip(self.scalar("Q"))
+        else:
+            raise FileError(f"{self.source}: damaged: unsupported array of type {kind} in the metadata")
+        return count
+
+
+def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for _ in range(count):
+        key = reader.string()
+        if key in found:
+            raise FileError(f"{reader.source}: damaged: {excerpt(key)} appears twice in the metadata")
+        found[key] = reader.value(reader.scalar("I"))
+    return found
+
+
+def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, TensorInfo]:
+    """The tensors, of which each ``begin`` is one in the data. They lie one behind the other in the header's order."""
+    import gguf
+
+    found: dict[str, TensorInfo] = {}
+    end = 0
+    for _ in range(count):
+        name = reader.string()
+        dimensions = reader.scalar("I")
+        if name in found or dimensions > _MAX_DIMENSIONS:
+            raise FileError(
+                f"{reader.source}: damaged: tensor {excerpt(name)} appears twice, or has {dimensions} dimensions"
+            )
+        shape = [reader.scalar("Q") for _ in range(dimensions)]
+        kind, offset = reader.scalar("I"), reader.scalar("Q")
+        try:
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            raise FileError(f"{reader.source}: tensor {excerpt(name)} has the unknown type {kind}") from None
+        elements = 1
+        for n in shape:
+            elements *= n
+        start = -(-end // alignment) * alignment
+        if offset != start or not elements or (shape[0] if shape else 1) % block:
+            raise FileError(
+                f"{reader.source}: damaged: tensor {excerpt(name)} of shape {shape} at byte {offset} of the data, "
+                f"expected at byte {start}"
+            )
+        found[name] = TensorInfo(name, tuple(reversed(shape)), kind, start, elements // block * size)
+        end = start + found[name].nbytes
+    return found
+
+
+def read_header(path: str | os.PathLike[str]) -> Header:
+    """The header of a GGUF file.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        FileError: the file is truncated, or its header does not account for every byte and every layer of it; the text
+            says where. It is a ValueError.
+
+    Example:
+        >>> try:
+        ...     qlora_ext.gguf.read_header("model.gguf")
+        ... except ValueError as error:
+        ...     print(error)
+        cannot read model.gguf: [Errno 2] No such file or directory: 'model.gguf'
+    """
+    path = pathlib.Path(path)
+    source = printable(path)
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _read(_Reader(data, source), len(data))
+    except (OSError, ValueError) as error:
+        if isinstance(error, FileError):
+            raise
+        raise FileError(f"cannot read {source}: {error}") from error  # an empty file is a ValueError of mmap
+
+
+def _read(reader: _Reader, size: int) -> Header:
+    source = reader.source
+    if reader.data[reader.skip(4) : 4] != b"GGUF":
+        raise FileError(f"{source}: not a GGUF file, or damaged")
+    version = reader.scalar("I")
+    if version not in (2, 3):
+        raise FileError(f"{source}: expected a little-endian GGUF file of version 2 or 3, got version {version}")
+    tensors, values = reader.scalar("Q"), reader.scalar("Q")
+    metadata = _metadata(reader, values)
+    alignment = metadata.get("general.alignment", 32)
+    if isinstance(alignment, bool) or not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        raise FileError(f"{source}: damaged: general.alignment is {excerpt(alignment)}, expected a power of two")
+    found = _tensors(reader, tensors, alignment)
+    end = max((tensor.begin + tensor.nbytes for tensor in found.values()), default=0)
+    data = -(-reader.at // alignment) * alignment
+    if not data + end <= size <= data + -(-end // alignment) * alignment:
+        raise FileError(
+            f"{source}: truncated or damaged: its {tensors} tensors end at byte {data + end}, the file at byte {size}"
+        )
+    architecture = metadata.get("general.architecture")
+    layers = metadata.get(f"{architecture}.block_count")
+    beyond = [name for name in found if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= (layers or 0)]
+    if isinstance(layers, int) and beyond:
+        raise FileError(
+            f"{source}: damaged: its metadata has {layers} layers, {len(beyond)} of its {tensors} tensors belong to "
+            f"others, such as {excerpt(min(beyond))}"
+        )
+    placed = [dataclasses.replace(tensor, begin=data + tensor.begin) for tensor in found.values()]
+    return Header(str(architecture), placed)

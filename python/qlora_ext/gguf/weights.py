@@ -1,0 +1,152 @@
+"""The weights of a GGUF file, decoded one at a time: they are quantized to NF4 while they load, without a dense model.
+
+transformers decodes a GGUF file whole, and combines no quantization with it. Here its processors, which undo what the
+conversion to GGUF did to some weights, and the gguf package's tables of names are applied to one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._internal.untrusted import FileError, printable
+from .file import TensorInfo, read_header
+
+
+class _Weight:
+    """A weight that is decoded when it is asked for, as transformers asks a slice of a safetensors file: ``[...]``."""
+
+    def __init__(self, file: GGUFWeights, name: str) -> None:
+        self._file, self._name = file, name
+
+    def __getitem__(self, index: Any) -> Tensor:
+        return self._file.decode(self._name)[index]
+
+
+class GGUFWeights:
+    """The weights of a GGUF file by the names that they have in a transformers model.
+
+    Args:
+        path: of a file that transformers can read.
+        model: a transformers model of the file's configuration; it may be on the meta device.
+
+    Attributes:
+        unknown: the names of the file's tensors that the model has no weight for.
+
+    Raises:
+        NotImplementedError: the names of that architecture are not known.
+        FileError: the file is truncated or damaged. It is a ValueError.
+
+    Example:
+        >>> from transformers import AutoConfig, AutoModelForCausalLM
+        >>> def load(directory, file):
+        ...     config = AutoConfig.from_pretrained(directory, gguf_file=file)
+        ...     with torch.device("meta"):
+        ...         model = AutoModelForCausalLM.from_config(config)
+        ...     weights = qlora_ext.gguf.GGUFWeights(f"{directory}/{file}", model)
+        ...     return weights.load(quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.bfloat16)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], model: Any) -> None:
+        path = pathlib.Path(path)
+        try:
+            from transformers import modeling_gguf_pytorch_utils as reading
+        except ImportError as error:
+            raise NotImplementedError(str(error)) from error
+        self._path, self._model = path, model
+        header = read_header(path)
+        processor = reading.TENSOR_PROCESSORS.get(header.architecture, reading.TensorProcessor)
+        self._processor = processor(config=model.config.to_dict())
+        self._names = self._names_of(header.architecture)
+        self._sources: dict[str, list[TensorInfo]] = {}  # a weight may be of several tensors, and a tensor of several
+        self.unknown: list[str] = []
+        for tensor in header.tensors:
+            names = self._process(tensor, np.ones(tensor.shape, np.int8), {})
+            for name in names:
+                self._sources.setdefault(name, []).append(tensor)
+            if not names:
+                self.unknown.append(tensor.name)
+
+    def load(self, **options: Any) -> Any:
+        """``from_pretrained`` with these weights, its options and what it returns."""
+        weights = {name: _Weight(self, name) for name in self._sources}
+        loaded = type(self._model).from_pretrained(None, config=self._model.config, state_dict=weights, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config._name_or_path = str(self._path.parent)  # as of a file that it reads itself
+        return loaded
+
+    def decode(self, name: str) -> Tensor:
+        """The weight ``name`` of the model, float32.
+
+        Raises:
+            FileError: it cannot be read.
+        """
+        found: dict[str, Tensor] = {}
+        for tensor in self._sources[name]:
+            found = self._process(tensor, self._values(tensor), found)
+        return found[name]
+
+    def _values(self, tensor: TensorInfo) -> Any:
+        import gguf
+
+        kind = gguf.GGMLQuantizationType(tensor.kind)
+        try:
+            data = np.fromfile(self._path, np.uint8, tensor.nbytes, offset=tensor.begin)
+        except OSError as error:
+            raise FileError(f"cannot read {printable(self._path)}: {error.strerror}") from error
+        if data.size != tensor.nbytes:
+            raise FileError(f"{printable(self._path)}: truncated while it was read")
+        return gguf.dequantize(data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, kind)), kind)
+
+    def _process(self, tensor: TensorInfo, values: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``found``, the model's weights by their names, and with them those that ``values`` of ``tensor`` give."""
+        with np.errstate(all="ignore"):  # the values may be made up
+            processed = self._processor.process(
+                weights=values,
+                name=tensor.name,
+                tensor_key_mapping=self._names,
+                parsed_parameters={"tensors": found},
+            )
+        if processed.name in self._names:
+            found[self._names[processed.name]] = torch.from_numpy(np.array(processed.weights))
+        return found
+
+    def _names_of(self, architecture: str) -> dict[str, str]:
+        """The model's names by those of the file."""
+        import gguf
+
+        number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
+        if number is None:
+            raise NotImplementedError(f"the gguf package has no tensor names for {architecture}")
+        table = gguf.get_tensor_name_map(number, self._model.config.get_text_config().num_hidden_layers)
+        found: dict[str, str] = {}
+        for prefix, name in self._candidates():
+            name = self._processor.preprocess_name(name)
+            stem, dot, kind = name.rpartition(".")
+            if kind not in ("weight", "bias"):
+                stem, dot, kind = name, "", ""
+            in_file = table.get_name(stem)
+            here: dict[str, str] = {} if in_file is None else {f"{in_file}{dot}{kind}": prefix + name}
+            if in_file is None:  # the processor may know it
+                self._processor.perform_fallback_tensor_mapping(here, dot + kind, prefix, name)
+            for known in here:
+                found.setdefault(known, here[known])
+        return found
+
+    def _candidates(self) -> Iterator[tuple[str, str]]:
+        """Every name of a weight, as it is and then as the modules that it is in have it, with what was taken off.
+
+        Some models were converted as the decoder that is in them.
+        """
+        names = list(self._model.state_dict())
+        for depth in range(max(name.count(".") for name in names)):
+            for name in names:
+                rest = name.split(".", depth)[-1]
+                if name.count(".") >= depth:
+                    yield name.removesuffix(rest), rest

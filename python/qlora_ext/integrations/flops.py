@@ -1,0 +1,59 @@
+"""How many floating-point operations each product is, for torch's ``FlopCounterMode``: a multiplication and an addition
+count as two, decoding as none, and dropout as none."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from .._library import OPERATORS
+from ..arguments import arguments_of
+
+
+def _tokens(shape: Any) -> int:
+    return math.prod(shape[:-1])
+
+
+def _product(a: Any, tokens: int, n: int, k: int) -> int:
+    """Of x · Wᵀ, or dy · W, and of LoRA's two products beside it."""
+    rank = 0 if a.lora_a is None else a.lora_a[-2]
+    flops: int = 2 * tokens * (n * k + rank * (n + k))
+    return flops
+
+
+def _forward(a: Any) -> int:
+    return _product(a, _tokens(a.x), a.out_features, a.x[-1])
+
+
+def _dx(a: Any) -> int:
+    return _product(a, _tokens(a.dy), a.dy[-1], a.in_features)
+
+
+def _dlora(a: Any) -> int:
+    """Of dA = gᵀ · x and dB = dyᵀ · h, and of g and h where they are not given."""
+    of_g, of_h = (2 * _tokens(a.x) * a.lora_a[-2] * width for width in (a.dy[-1], a.x[-1]))
+    made = (of_g if getattr(a, "g", None) is None else 0) + (of_h if getattr(a, "h", None) is None else 0)
+    flops: int = of_g + of_h + made
+    return flops
+
+
+_FORMULAS = {"linear_nf4": _forward, "linear_nf4_dx": _dx, "linear_nf4_dlora": _dlora}
+
+
+def _register(name: str) -> None:
+    kind = name.removeprefix("grouped_").partition("_with_")[0]
+    if kind not in _FORMULAS:
+        return
+    named = arguments_of(getattr(torch.ops.qlora, name).default)
+
+    def formula(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return _FORMULAS[kind](named(*args, **kwargs))
+
+    register_flop_formula(getattr(torch.ops.qlora, name))(formula)
+
+
+for _name in OPERATORS:
+    _register(_name)

@@ -1,0 +1,26 @@
+"""PEFT's configuration of a new LoRA adapter, the same for a run and for the planner of its memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the output head of ``model`` has the weight of its embeddings."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", head)
+
+
+def lora_config(model: Any, rank: int, targets: str | list[str], modules_to_save: list[str], **more: Any) -> Any:
+    """The configuration of a new adapter on ``model``.
+
+    Args:
+        targets: PEFT's ``target_modules``.
+        modules_to_save: the names of the modules that are trained in full.
+        more: fields of the configuration that cost no memory.
+    """
+    from peft import LoraConfig
+
+    if modules_to_save:
+        more |= {"modules_to_save": modules_to_save, "ensure_weight_tying": is_tied(model)}
+    return LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules=targets, **more)

@@ -1,0 +1,47 @@
+"""The memory of a fine-tuning run, known before anything is loaded: where it goes, whether it fits, what would help.
+
+A training step is run on tensors that have shapes but no memory. No weight is read.
+
+Example:
+    >>> from qlora_ext import planning
+    >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=2,heads=4,vocab=512")
+    >>> job = planning.Job(config, seq_len=128, batch_size=2)
+    >>> total = sum(planning.peak_memory(job).values())
+    >>> change, saving = planning.savings(job)[0]
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from .._internal.lazy import lazily
+from . import families
+
+if TYPE_CHECKING:
+    from .advice import savings
+    from .blocks import Streamed, place, streamed
+    from .memory import OPTIMIZERS, Job, peak_memory
+    from .search import Switched, choose, largest_model, longest_context
+
+__all__ = [
+    "OPTIMIZERS",
+    "Job",
+    "Streamed",
+    "Switched",
+    "choose",
+    "families",
+    "largest_model",
+    "longest_context",
+    "peak_memory",
+    "place",
+    "savings",
+    "streamed",
+]
+
+_DEFINED_IN = {
+    **dict.fromkeys(("OPTIMIZERS", "Job", "peak_memory"), ".memory"),
+    **dict.fromkeys(("Switched", "choose", "largest_model", "longest_context"), ".search"),
+    **dict.fromkeys(("Streamed", "place", "streamed"), ".blocks"),
+    "savings": ".advice",
+}
+__getattr__, __dir__ = lazily(__name__, _DEFINED_IN, __all__)  # they need torch; the names of the families do not

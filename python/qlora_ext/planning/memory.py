@@ -1,0 +1,295 @@
+"""Where the bytes of a training step go, found by running the step on tensors that have shapes but no memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import weakref
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .._internal.dtype_names import AUTO
+from ..dtypes import computing_dtype_named
+from ..integrations.peft.lora_config import lora_config
+from ..nn import Packed4bit, quantize_model, scale_names
+from ..streaming import chunk_mlp, dense_mlps
+from ..streaming.loss import head_loss
+
+# Bytes of optimizer state per byte of the trainable parameters, and per value of them: two moments in the parameter's
+# own dtype, which is float32 but for modules that are trained whole; 8-bit ones carry a scale per block of 256.
+_STATE = {
+    "adamw_torch": (2.0, 0.0),
+    "adamw_8bit": (0.0, 2 + 2 * 4 / 256),
+    "paged_adamw_8bit": (0.0, 0.0),
+    "paged_adamw_32bit": (0.0, 0.0),
+}
+OPTIMIZERS = tuple(_STATE)
+_VALUES = "trainable values"  # a number, beside the splits' bytes
+_SHARDED = ("base weights", "scales", "other weights", "adapters", "gradients", "optimizer state")
+_WHOLE = ("activations", "logits", "workspace")
+# Of what a layer's backward pass takes and frees, so much more stays in glibc's heap between what is in use: measured,
+# see docs/memory.md. (To give each block back to the system at once costs a fifth of the speed.)
+_KEPT = 0.7
+# What a run brings into its process after it was planned: the Trainer, the plot's library, kernels that are made when
+# they are first used.
+_TO_COME = 0.2e9
+# Everything is linear in the number of layers from here on, and two such numbers give the line.
+FEW, MORE = 4, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """The run that is planned: the model's configuration and the options of ``finetune`` that cost memory.
+
+    Attributes:
+        config: a configuration of transformers.
+        target_modules: PEFT's.
+        dtype: bfloat16, float16, float32, or auto: the default of the device.
+        devices: that share the weights by FSDP2.
+        stream: where the frozen layers are kept: none, ram or disk.
+        host: the run is on the CPU.
+
+    The other fields are the options of the same names.
+
+    Example:
+        >>> job = qlora_ext.planning.Job(qlora_ext.planning.families.config("llama-3-8b"), seq_len=2048)
+    """
+
+    config: Any
+    rank: int = 16
+    target_modules: str | list[str] = "all-linear"
+    seq_len: int = 512
+    batch_size: int = 1
+    dtype: str = AUTO
+    optimizer: str = "adamw_torch"
+    block_size: int = 64
+    modules_to_save: tuple[str, ...] = ()
+    grad_checkpointing: bool = False
+    chunked_loss: bool = False
+    devices: int = 1
+    mlp_chunk: int = 0
+    offload_checkpoints: bool = False
+    stream: str = "none"
+    host: bool = False
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype in which the model computes, and that of the weights that are not 4-bit."""
+        return computing_dtype_named(self.dtype, torch.device("cpu" if self.host else "cuda"))
+
+
+def process_bytes() -> float:
+    """What a run on the CPU takes beside its ``split``: Python and its libraries, as this process has them by now."""
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) + _TO_COME
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all live storages by the phase that made them, and keeps the split at the highest totals.
+
+    While a model runs backward, activations go and gradients come, layer by layer: the top is at the beginning or at
+    the end, which one depending on the number of layers. So there are two tops: before and after the middle.
+    """
+
+    def __init__(self, parameters: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.phase = "activations"
+        self.bytes: dict[str, int] = {}
+        self.peaks: tuple[dict[str, int], dict[str, int]] = ({}, {})
+        self._middle, self._gradients = parameters // 2, 0
+        self._storages: dict[int, tuple[Any, str, int]] = {}
+        self._ignored: set[int] = set()
+
+    def ignore(self, tensors: Any) -> None:
+        """Storages that exist before the step and are counted elsewhere."""
+        self._ignored |= {t.untyped_storage()._cdata for t in tensors}
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages or key in self._ignored:
+            return
+        self._storages[key] = (weakref.ref(storage, lambda _: self._drop(key)), self.phase, storage.nbytes())
+        self.bytes[self.phase] = self.bytes.get(self.phase, 0) + storage.nbytes()
+        peak = self.peaks[self._gradients > self._middle]
+        if sum(self.bytes.values()) > sum(peak.values()):
+            peak.update(self.bytes)
+
+    def _drop(self, key: int) -> None:
+        _, phase, size = self._storages.pop(key)
+        self.bytes[phase] -= size
+
+    def is_gradient(self, parameter: torch.Tensor) -> None:
+        """Moves a parameter's gradient out of the phase in which it was made."""
+        assert parameter.grad is not None
+        self._gradients += 1
+        key = parameter.grad.untyped_storage()._cdata
+        if key in self._storages:
+            reference, phase, size = self._storages[key]
+            self._storages[key] = (reference, "gradients", size)
+            self.bytes[phase] -= size
+            self.bytes["gradients"] = self.bytes.get("gradients", 0) + size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self._add(leaf)
+        return out
+
+
+def build(job: Job, layers: int) -> Any:
+    """The adapted 4-bit model with that many layers, on the meta device."""
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(job.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    config.use_cache = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=job.compute)
+        quantize_model(model, block_size=job.block_size)
+        config = lora_config(model, job.rank, job.target_modules, list(job.modules_to_save))
+        model = get_peft_model(model, config)
+    if job.grad_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if job.mlp_chunk and dense_mlps(model):
+        chunk_mlp(model, job.mlp_chunk)
+    return model.train()
+
+
+def trains_head(job: Job) -> bool:
+    """Whether ``modules_to_save`` holds the output head, the gradient of which needs all logits at once."""
+    if not job.modules_to_save:
+        return False
+    head = build(job, FEW).get_base_model().get_output_embeddings()
+    return head is not None and any(parameter.requires_grad for parameter in head.parameters())
+
+
+def _static(model: Any) -> dict[str, float]:
+    bytes_: dict[str, float] = dict.fromkeys(("base weights", "scales", "other weights", "adapters", _VALUES), 0.0)
+    seen: set[int] = set()
+    for module in model.modules():
+        weights = module.packed_shapes if isinstance(module, Packed4bit) else ()
+        scales = {scale for weight in weights for scale in scale_names(weight).values()}
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            key = "adapters" if tensor.requires_grad else "other weights"
+            key = "base weights" if name in weights else "scales" if name in scales else key
+            bytes_[key] += tensor.nbytes
+            bytes_[_VALUES] += tensor.numel() if tensor.requires_grad else 0
+    return bytes_
+
+
+def _step(model: Any, job: Job) -> tuple[dict[str, int], dict[str, int]]:
+    """The splits at the two tops of one forward and backward pass, the parameters not counted."""
+    trainable = sum(parameter.requires_grad for parameter in model.parameters())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        ids = torch.zeros((job.batch_size, job.seq_len), dtype=torch.int64, device="cpu")
+        tracker = _Live(trainable)
+        tracker.ignore([*model.parameters(), *model.buffers(), ids])
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(tracker.is_gradient)
+        with tracker:
+            base = model.get_base_model()
+            hidden = base.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            tracker.phase = "logits"
+            loss = head_loss(base.get_output_embeddings(), hidden.flatten(0, 1), ids.flatten(), job.chunked_loss)
+            del hidden
+            tracker.phase = "workspace"
+            loss.backward()
+    return tracker.peaks
+
+
+def _measure(job: Job, layers: int) -> list[dict[str, float]]:
+    model = build(job, layers)
+    static = _static(model)
+    return [{**static, **peak} for peak in _step(model, job)]
+
+
+def _line(few: dict[str, float], more: dict[str, float], layers: int) -> dict[str, float]:
+    ahead = (layers - FEW) / (MORE - FEW)
+    return {key: few.get(key, 0) + (more.get(key, 0) - few.get(key, 0)) * ahead for key in {**few, **more}}
+
+
+def still(job: Job) -> dict[str, float]:
+    """The split before the first step: weights, adapters and their optimizer's state."""
+    layers = job.config.get_text_config().num_hidden_layers
+    if layers <= MORE:
+        return split(job, [_static(build(job, layers))])
+    return split(job, [_line(_static(build(job, FEW)), _static(build(job, MORE)), layers)])
+
+
+def tops(job: Job) -> list[dict[str, float]]:
+    """The splits at the two tops of a training step, without optimizer state and on one device."""
+    layers = job.config.get_text_config().num_hidden_layers
+    if layers <= MORE:
+        return _measure(job, layers)
+    return [_line(*pair, layers) for pair in zip(_measure(job, FEW), _measure(job, MORE), strict=True)]
+
+
+def checkpoint_bytes(job: Job) -> float:
+    """Bytes of checkpointed layer inputs that ``offload_checkpoints`` keeps on the host: of all layers but two."""
+    text = job.config.get_text_config()
+    tokens = job.batch_size * job.seq_len
+    return float(max(text.num_hidden_layers - 2, 0) * tokens * text.hidden_size * job.compute.itemsize)
+
+
+def _offloaded(job: Job, activations: float) -> float:
+    """What stays of the activations: two inputs at least, of those that a top of the backward pass has left."""
+    layers = job.config.get_text_config().num_hidden_layers
+    two = 2 * checkpoint_bytes(job) / max(layers - 2, 1)
+    left: float = max(activations - checkpoint_bytes(job), min(activations, two))
+    return left
+
+
+def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
+    """Bytes a device, by what they are for, at the highest point of a training step.
+
+    Weights, adapters, gradients and optimizer state are divided by ``devices`` (FSDP2 shards them); the batch is one
+    device's. Every token is taken as learnt. On the CPU what its allocator keeps is in it (``malloc``). Not in it: what
+    CUDA needs for itself, or Python (``process_bytes``).
+
+    Args:
+        measured: the ``tops`` of the job, or of one that differs in its optimizer and number of devices alone.
+    """
+    splits = []
+    for top in measured:
+        parts = {key: top.get(key, 0.0) / (job.devices if key in _SHARDED else 1) for key in (*_SHARDED, *_WHOLE)}
+        a_byte, a_value = _STATE[job.optimizer]
+        state = (top["adapters"] * a_byte + top.get(_VALUES, 0.0) * a_value) / job.devices
+        if job.grad_checkpointing and job.offload_checkpoints:
+            parts["activations"] = _offloaded(job, parts["activations"])
+        parts["optimizer state"] = state
+        if job.host:
+            parts["malloc"] = _KEPT * parts["workspace"]
+        splits.append(parts)
+    return max(splits, key=lambda parts: sum(parts.values()))
+
+
+def peak_memory(job: Job) -> dict[str, float]:
+    """Bytes per device, by what they are for, at the highest point of a training step.
+
+    Python's own memory or that of a CUDA context is not among them. A run that streams its layers takes less: see
+    ``place``.
+
+    Example:
+        >>> planning = qlora_ext.planning
+        >>> config = planning.families.config_of_sizes("hidden=64,intermediate=128,layers=2,heads=4,vocab=512")
+        >>> parts = planning.peak_memory(planning.Job(config, seq_len=128))
+        >>> parts["base weights"] < parts["activations"]
+        True
+    """
+    return split(job, tops(job))

@@ -1,0 +1,101 @@
+"""``qlora_ext.finetune``: the run of the command, called from Python."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip("peft", reason="PEFT is not installed")
+pytest.importorskip("rich", reason="the command's libraries are not installed")
+
+import qlora_ext
+from commands import Paths, adapter_bytes, environment, listing
+
+# commands.RUN, by the names of arguments.
+RUN: dict[str, Any] = {
+    "rank": 2, "seq_len": 48, "batch_size": 2, "lr": 0.003, "dropout": 0.1, "eval_size": 4, "max_steps": 11,
+    "save_steps": 4,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def record_of(adapter: pathlib.Path) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads((adapter / "qlora_run.json").read_text())
+    return {key: value for key, value in record.items() if key != "date"}
+
+
+def test_the_adapter_is_that_of_the_command(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    done = qlora_ext.finetune(model=paths["model"], data=str(paths["data"]), output=tmp_path / "run", **RUN)
+    assert (done.directory, done.adapter) == (tmp_path / "run", tmp_path / "run" / "adapter")
+    assert adapter_bytes(done.directory) == adapter_bytes(whole_run)
+    assert record_of(done.adapter) == record_of(whole_run / "adapter")
+    assert done.metrics == record_of(done.adapter)["metrics"]
+    assert done.metrics["steps"] == 11
+    assert done.metrics["perplexity_after"] < done.metrics["perplexity_before"]
+    assert listing(done.directory).keys() == listing(whole_run).keys() - {"stdout.txt"}
+
+
+def test_a_run_goes_on_where_it_was(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    begun = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN}
+    qlora_ext.finetune(**{**begun, "max_steps": 4})
+    done = qlora_ext.finetune(output=tmp_path / "run", resume=True, max_steps=11)
+    assert done.metrics["steps"] == 11
+    with pytest.raises(ValueError, match=r"^output .* holds a run already; add resume to go on with it, or overwrite"):
+        qlora_ext.finetune(**begun)
+    again = qlora_ext.finetune(**begun, overwrite=True)
+    assert adapter_bytes(again.directory) == adapter_bytes(whole_run)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"rank": 0}, ValueError, "rank 0: expected a value of at least 1"),
+        ({"rank": "2"}, TypeError, "finetune: expected rank to be an integer of 64 bits, got 2"),
+        ({"ranks": 2}, TypeError, "unexpected keyword argument 'ranks'"),
+        ({"former_steps": (1,)}, TypeError, "unexpected keyword argument 'former_steps'"),
+        ({"epochs": 1.0, "max_steps": 3}, ValueError, "^epochs and max_steps "),
+        ({"force": True}, ValueError, "force goes with resume"),
+        ({"model": "/nowhere"}, ValueError, "model /nowhere: no such file or directory"),
+        ({"data": "/nowhere.jsonl"}, ValueError, "data /nowhere.jsonl: no such file or directory"),
+        ({"target_modules": "nothing"}, ValueError, "target_modules nothing: no layer of the model has that name"),
+    ],
+)
+def test_what_is_refused(
+    paths: Paths, tmp_path: pathlib.Path, options: dict[str, Any], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        qlora_ext.finetune(**{"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **options})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_none_stands_for_the_default(paths: Paths, tmp_path: pathlib.Path) -> None:
+    run = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN}
+    done = qlora_ext.finetune(**run | {"max_steps": 1, "alpha": None, "layers": None})
+    assert record_of(done.adapter)["settings"]["alpha"] == 32.0
+
+
+def test_the_plain_import_stays_light() -> None:
+    program = (
+        "import sys, qlora_ext\n"
+        "names = ['transformers', 'peft', 'gguf', 'qlora_ext.cli', 'qlora_ext.decoding', 'qlora_ext.planning']\n"
+        "assert not [name for name in names if name in sys.modules]\n"
+        "assert callable(qlora_ext.finetune)\n"
+        "assert qlora_ext.planning.families.known('llama-7b')\n"
+        "from qlora_ext import gguf\n"
+        "assert gguf is qlora_ext.gguf and callable(gguf.read_header)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment(), timeout=120)
