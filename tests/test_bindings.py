@@ -74,6 +74,12 @@ def test_wrong_arguments_are_named() -> None:
         _C.quantize_nf4(w.astype(np.float64))
 
 
+def test_the_build_has_the_sets_that_run_here() -> None:
+    built = _C.build_info()["cpu_isas_built"]
+    assert "scalar" in built
+    assert set(_C.cpu_isas()) <= set(built)
+
+
 @pytest.mark.parametrize("isa", _C.cpu_isas())
 def test_a_forced_isa_is_the_one_in_use(isa: str) -> None:
     code = "import qlora_ext; print(qlora_ext.build_info()['cpu_isa'])"

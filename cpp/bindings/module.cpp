@@ -105,6 +105,10 @@ py::dict build_info() {
   d["cuda_built"] = bool(QLORA_HAVE_CUDA);
   d["cuda_archs"] = QLORA_CUDA_ARCHS;
   d["nvcc"] = QLORA_NVCC;
+  py::list isas;
+  for (const cpu::Isa* isa : cpu::kIsas)
+    if (cpu::compiled(*isa)) isas.insert(0, isa->name);
+  d["cpu_isas_built"] = isas;
   return d;
 }
 
