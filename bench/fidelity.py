@@ -34,10 +34,10 @@ from transformers import AutoModelForCausalLM
 import qlora_ext
 from qlora_ext.calibration import InitLora, self_text
 from qlora_ext.cli import models, sources
+from qlora_ext.formats import BLOCK_SIZES
 from qlora_ext.integrations.peft import initialize_lora
 
 LENGTH, CHARACTERS = 512, 6000
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 RANK = 16
 PLAIN = "NF4, double quantization"
 

@@ -35,7 +35,7 @@ def test_which_devices_a_build_serves(archs: str, capability: tuple[int, int], e
 
 
 def test_tables() -> None:
-    assert np.array_equal(_C.nf4_code(), reference.NF4)
+    assert np.array_equal(_C.code_values("nf4"), reference.NF4)
     assert np.array_equal(_C.dynamic8_code(), reference.DYNAMIC8)
 
 

@@ -14,26 +14,31 @@
 namespace qlora::cuda {
 
 // w [numel] (float32, bfloat16 or float16) -> packed [ceil(numel / 2)] and absmax [ceil(numel / block_size)].
-cudaError_t launch_quantize_nf4(DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
-                                float* absmax, cudaStream_t stream);
+cudaError_t launch_quantize_nf4(Code code, DType dtype, const void* w, int64_t numel, int64_t block_size,
+                                uint8_t* packed, float* absmax, cudaStream_t stream);
 
 // w [numel] in rows of k, importance [k] -> absmax [ceil(numel / block_size)] for which the squared errors of the
 // codes, each times the importance of its column, sum to the least.
-cudaError_t launch_search_absmax_nf4(DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
-                                     int64_t block_size, float* absmax, cudaStream_t stream);
+cudaError_t launch_search_absmax_nf4(Code code, DType dtype, const void* w, const float* importance, int64_t numel,
+                                     int64_t k, int64_t block_size, float* absmax, cudaStream_t stream);
 
 // w [numel] under the scales absmax [ceil(numel / block_size)] -> packed [ceil(numel / 2)].
-cudaError_t launch_encode_nf4(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
-                              uint8_t* packed, cudaStream_t stream);
+cudaError_t launch_encode_nf4(Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
+                              int64_t block_size, uint8_t* packed, cudaStream_t stream);
 
-// The same, rounded up or down at random (cpp/format/stochastic.h).
-cudaError_t launch_encode_nf4_stochastic(DType dtype, const void* w, const float* absmax, int64_t numel,
+// The same under scales that were taken from w: launch_quantize_nf4 by two launches.
+cudaError_t launch_encode_own(Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
+                              int64_t block_size, uint8_t* packed, cudaStream_t stream);
+
+// The same as launch_encode_nf4, rounded up or down at random (cpp/format/stochastic.h).
+cudaError_t launch_encode_nf4_stochastic(Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                                          int64_t block_size, uint64_t seed, uint8_t* packed, cudaStream_t stream);
 
 // Rounded to the nearest codes, where each rounding error is made good by the columns that are rounded later: in
 // `order`, with the factors `feedback` (cpp/cpu/kernels.h). What these two hold is not looked at before: an entry of
 // order that is no column stands for column 0, and codes that nothing was rounded to are any.
 struct FeedbackProblem {
+  Code code;
   DType dtype;
   const void* w;        // [n, k]
   const float* absmax;  // [ceil(n * k / block_size)]
@@ -52,7 +57,7 @@ int64_t quantize_absmax_workspace(int64_t count);
 cudaError_t launch_quantize_absmax(const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                                    float* nested_absmax, float* nested_offset, double* workspace, cudaStream_t stream);
 
-// scales.codes [count] -> absmax [count].
+// Scales of `count` blocks -> absmax [count].
 cudaError_t launch_dequantize_absmax(const Scales& scales, int64_t count, float* absmax, const Device& device,
                                      cudaStream_t stream);
 
@@ -65,7 +70,7 @@ struct PackedPart {
 // That part -> out [rows, columns] (float32, bfloat16 or float16), nested scales decoded in the same launch. For whole
 // speed a single piece begins at a multiple of kMaxBlockSize, and several have a stride and columns that are multiples
 // of 8. `read_soon`: what is written stays in L2 as long as it can, for the kernel that follows.
-cudaError_t launch_dequantize_nf4(const uint8_t* packed, const Scales& scales, const PackedPart& part, DType dtype,
-                                  void* out, bool read_soon, const Device& device, cudaStream_t stream);
+cudaError_t launch_dequantize_nf4(const Weight& w, const PackedPart& part, DType dtype, void* out, bool read_soon,
+                                  const Device& device, cudaStream_t stream);
 
 }  // namespace qlora::cuda

@@ -39,7 +39,8 @@ inline constexpr int kDepth = 256;  // words of a row of a broadcast panel, [hei
 
 // A core has other work in between than multiplying: it decodes or fetches the weights that come next. Either waits for
 // the other where they take turns, and neither where a little of that work is done at every step along the depth of a
-// tile. Such work is an *interleaved* task, a type with step().
+// tile. Such work is an *interleaved* task, a type with step(constants): what constants() returns, a tile keeps in
+// registers.
 
 // Fetches the packed weights that the next panel will be decoded from, `rows` runs of `columns` weights that begin
 // `stride` weights apart. A step fetches one line, for all at once is more than a core can have under way.
@@ -48,7 +49,9 @@ class PrefetchAhead {
   PrefetchAhead() = default;
   PrefetchAhead(const uint8_t* packed, int64_t first, int64_t rows, int64_t stride, int64_t columns)
       : packed_(packed), weight_(first), rows_(columns > 0 ? rows : 0), stride_(stride), columns_(columns) {}
-  void step() {
+  struct Constants {};
+  Constants constants() const { return {}; }
+  void step(Constants = {}) {
     if (rows_ <= 0) return;
     __builtin_prefetch(packed_ + ((weight_ + at_) >> 1), 0, 2);
     at_ += kLine;
@@ -67,11 +70,12 @@ template <class W, int longest_chain, int height, int vectors, class Interleaved
 void multiply_tile(const typename W::Word* broadcast, const typename W::Word* lane, int depth, float* sums, bool first,
                    Interleaved& interleaved) {
   constexpr int kWidth = vectors * kLanes;
+  const auto constants = interleaved.constants();
   for (; depth > 0; depth -= longest_chain, first = false) {
     F sum[height][vectors];
     unroll<height>([&](auto r) { unroll<vectors>([&](auto v) { sum[r.value][v.value] = zero(); }); });
     for (int d = depth < longest_chain ? depth : longest_chain; d > 0; --d, broadcast += W::kWords, lane += kWidth) {
-      interleaved.step();
+      interleaved.step(constants);
       typename W::Vector x[vectors];
       unroll<vectors>([&](auto v) { x[v.value] = W::load(lane + v.value * kLanes); });
       unroll<height>([&](auto r) {

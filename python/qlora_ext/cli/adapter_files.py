@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .._outside import FileError, Schema, excerpt, printable, read_json
+from ..formats import BLOCK_SIZES
 from . import whole
 from .errors import UserError, first_line, path_named
 from .models import (
-    BLOCK_SIZES,
     load_quantized,
     load_tokenizer,
     parse_computing_dtype,

@@ -36,7 +36,6 @@ DTYPES = {
     "fp32": "float32",
 }
 AUTO = "auto"
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _MAX_LAYERS = 10_000
 
 

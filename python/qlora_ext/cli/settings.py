@@ -10,10 +10,11 @@ import re
 from typing import Any
 
 from .._outside import check, excerpt, printable, read_json
+from ..formats import BLOCK_SIZES
 from ..sizes import parse_size
 from .data import DEFAULT_DATA
 from .errors import UserError
-from .models import AUTO, BLOCK_SIZES, check_dtype
+from .models import AUTO, check_dtype
 from .sources import DEFAULT_MODEL
 
 METHODS = ("auto", "sft", "dpo")

@@ -6,12 +6,12 @@ import argparse
 import contextlib
 from typing import Any
 
+from ...formats import BLOCK_SIZES
 from .. import calibrate, keep
 from ..conversion import SHARD_SIZE, Recipe, spilled
 from ..errors import UserError
 from ..files import write_json
 from ..models import (
-    BLOCK_SIZES,
     dense_name,
     dense_share,
     is_4bit,
@@ -41,7 +41,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
         "--block-size", type=int, default=64, choices=BLOCK_SIZES, metavar="N",
-        help="weights that share a scale, a power of two from 32 to 4096 (default: %(default)s)",
+        help="weights that share a scale, a power of two from 16 to 4096 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--format", default="qlora_ext", choices=("qlora_ext", "bitsandbytes"),
