@@ -31,10 +31,10 @@ import qlora_ext
 from lib import encoders, harness, small_model, texts
 from qlora_ext.calibration import InitLora, self_text
 from qlora_ext.cli.models import DEFAULT_MODEL, load_dense, load_tokenizer, resolve
+from qlora_ext.formats import BLOCK_SIZES
 from qlora_ext.integrations.peft import initialize_lora
 
 LENGTH, CHARACTERS = 512, 6000
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 RANK = 16
 PLAIN = "NF4, double quantization"
 

@@ -99,7 +99,8 @@ Tensor on_16_bytes(const Tensor& t) {
 }
 OptionalTensor on_16_bytes(const OptionalTensor& t) { return t ? OptionalTensor(on_16_bytes(*t)) : t; }
 
-std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size) {
+std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size, const CodeName& name) {
+  const Code code = checks::code(name);
   const DType dtype = checks::storage_dtype("w", w_arg.scalar_type());
   checks::block_size("block_size", block_size);
   const int64_t numel = checks::numel("w", w_arg);
@@ -107,17 +108,17 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size)
   const Tensor w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
   Tensor packed = empty(w, checks::packed_shape(w), ScalarType::Byte);
   Tensor absmax = empty(w, {ceil_div(numel, block_size)}, ScalarType::Float);
-  check_launch("quantize_nf4", cuda::launch_quantize_nf4(dtype, w.const_data_ptr(), numel, block_size,
+  check_launch("quantize_nf4", cuda::launch_quantize_nf4(code, dtype, w.const_data_ptr(), numel, block_size,
                                                          packed.mutable_data_ptr<uint8_t>(),
                                                          absmax.mutable_data_ptr<float>(), on.stream()));
   return {packed, absmax};
 }
 
-Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size) {
-  const SearchAbsmaxCall call(w, importance, block_size);
+Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size, const CodeName& code) {
+  const SearchAbsmaxCall call(w, importance, block_size, code);
   const OnDevice on(call.w);
   check_launch("search_absmax_nf4",
-               cuda::launch_search_absmax_nf4(call.dtype, call.w.const_data_ptr(),
+               cuda::launch_search_absmax_nf4(call.code, call.dtype, call.w.const_data_ptr(),
                                               call.importance.const_data_ptr<float>(), call.numel, call.k, block_size,
                                               call.absmax.mutable_data_ptr<float>(), on.stream()));
   return call.absmax;
@@ -125,17 +126,18 @@ Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t bloc
 
 // What order and feedback hold is not checked as on the CPU: the host would have to wait for it.
 Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
-                  OptionalTensor order) {
-  const EncodeCall call(w, absmax, block_size, feedback, order);
+                  OptionalTensor order, const CodeName& code) {
+  const EncodeCall call(w, absmax, block_size, feedback, order, code);
   OnDevice on(call.w);
   auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
   const auto* const scales = call.absmax.const_data_ptr<float>();
   if (!feedback) {
-    check_launch("encode_nf4", cuda::launch_encode_nf4(call.dtype, call.w.const_data_ptr(), scales, call.numel,
-                                                       block_size, packed, on.stream()));
+    check_launch("encode_nf4", cuda::launch_encode_nf4(call.code, call.dtype, call.w.const_data_ptr(), scales,
+                                                       call.numel, block_size, packed, on.stream()));
     return call.packed;
   }
-  const cuda::FeedbackProblem problem = {call.dtype,
+  const cuda::FeedbackProblem problem = {call.code,
+                                         call.dtype,
                                          call.w.const_data_ptr(),
                                          scales,
                                          call.n,
@@ -148,13 +150,14 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
   return call.packed;
 }
 
-Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed) {
-  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt);
+Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed,
+                             const CodeName& code) {
+  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code);
   const OnDevice on(call.w);
   check_launch("encode_nf4_stochastic",
                cuda::launch_encode_nf4_stochastic(
-                   call.dtype, call.w.const_data_ptr(), call.absmax.const_data_ptr<float>(), call.numel, block_size,
-                   static_cast<uint64_t>(seed), call.packed.mutable_data_ptr<uint8_t>(), on.stream()));
+                   call.code, call.dtype, call.w.const_data_ptr(), call.absmax.const_data_ptr<float>(), call.numel,
+                   block_size, static_cast<uint64_t>(seed), call.packed.mutable_data_ptr<uint8_t>(), on.stream()));
   return call.packed;
 }
 
@@ -178,7 +181,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int
 
 Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const Tensor& nested_offset,
                          int64_t nested_block_size) {
-  const Scales scales = checks::nested_scales("codes", codes, nested_absmax, nested_offset, nested_block_size);
+  const Scales scales = checks::nested("codes", codes, nested_absmax, nested_offset, kMinBlockSize, nested_block_size);
   const OnDevice on(codes);
   Tensor absmax = empty(codes, {codes.numel()}, ScalarType::Float);
   check_launch("dequantize_absmax",
@@ -189,15 +192,15 @@ Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const
 
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
                       OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size,
-                      std::vector<int64_t> shape, ScalarType dtype) {
+                      std::vector<int64_t> shape, ScalarType dtype, const CodeName& code) {
   const DType out_dtype = checks::storage_dtype("dtype", dtype);
   const int64_t numel = checks::shape_numel(shape);
   const Weight w =
-      checks::weight({packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, 1, numel);
+      checks::weight({packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size, code}, 1, numel);
   const OnDevice on(packed);
   Tensor out = empty(packed, shape, dtype);
-  check_launch("dequantize_nf4", cuda::launch_dequantize_nf4(w.packed, w.scales, {.columns = numel}, out_dtype,
-                                                             out.mutable_data_ptr(), false, on.device(), on.stream()));
+  check_launch("dequantize_nf4", cuda::launch_dequantize_nf4(w, {.columns = numel}, out_dtype, out.mutable_data_ptr(),
+                                                             false, on.device(), on.stream()));
   return out;
 }
 
@@ -226,14 +229,10 @@ std::string library_choice(const Problem& problem, const cuda::Device& device) {
 }
 
 template <bool kWithH>
-auto linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
-                OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
-                OptionalTensor bias, OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p,
-                int64_t seed, OptionalTensor seed_tensor) {
-  const Tensor aligned = on_16_bytes(packed);
-  const LinearCall call(on_16_bytes(x), {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-                        out_features, bias, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed,
-                        seed_tensor, kWithH);
+auto linear_nf4(LinearArgs args) {
+  for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
+  for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  const LinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
   const auto& p = call.problem;
@@ -248,14 +247,10 @@ auto linear_nf4(const Tensor& x, const Tensor& packed, const Tensor& absmax, Opt
 }
 
 template <bool kWithG>
-auto linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
-                   OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size, int64_t in_features,
-                   OptionalTensor lora_a, OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                   OptionalTensor seed_tensor) {
-  const Tensor aligned = on_16_bytes(packed);
-  const LinearDxCall call(on_16_bytes(dy),
-                          {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size}, in_features,
-                          on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor, kWithG);
+auto linear_nf4_dx(LinearDxArgs args) {
+  for (Tensor* t : {&args.dy, &args.w.packed}) *t = on_16_bytes(*t);
+  for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  const LinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
   const auto& p = call.problem;
@@ -270,13 +265,12 @@ auto linear_nf4_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax,
   return checks::results<kWithG>(call.dx, call.g);
 }
 
-std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& lora_a,
-                                            const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
-                                            OptionalTensor seed_tensor, OptionalTensor h, OptionalTensor g) {
-  const LoraGradCall call(on_16_bytes(dy), on_16_bytes(x), on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p,
-                          seed, seed_tensor, on_16_bytes(h), on_16_bytes(g));
+std::tuple<Tensor, Tensor> linear_nf4_dlora(LoraGradArgs args) {
+  for (Tensor* t : {&args.dy, &args.x, &args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  for (OptionalTensor* t : {&args.h, &args.g}) *t = on_16_bytes(*t);
+  const LoraGradCall call(args);
   if (call.is_empty()) return {call.da, call.db};
-  OnDevice on(dy);
+  OnDevice on(call.dy);
   if (call.problem.m > 0) print_choice("linear_nf4_dlora", call.problem, on.device(), cuda::linear_nf4_dlora_choice);
   check_launch("linear_nf4_dlora",
                cuda::launch_linear_nf4_dlora(call.problem, on.device(), on.allocator(), on.stream()));
@@ -284,15 +278,10 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(const Tensor& dy, const Tensor& x, c
 }
 
 template <bool kWithH>
-auto grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
-                        OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
-                        int64_t nested_block_size, int64_t out_features, OptionalTensor bias, OptionalTensor lora_a,
-                        OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                        OptionalTensor seed_tensor) {
-  const Tensor aligned = on_16_bytes(packed);
-  const GroupedLinearCall call(
-      on_16_bytes(x), offsets, {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-      out_features, bias, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor, kWithH);
+auto grouped_linear_nf4(GroupedLinearArgs args) {
+  for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
+  for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  const GroupedLinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
   print_choice("grouped_linear_nf4", call.problem, on.device(), cuda::grouped_linear_nf4_choice);
@@ -302,14 +291,10 @@ auto grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& pa
 }
 
 template <bool kWithG>
-auto grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
-                           OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
-                           int64_t nested_block_size, int64_t in_features, OptionalTensor lora_a, OptionalTensor lora_b,
-                           double scaling, double dropout_p, int64_t seed, OptionalTensor seed_tensor) {
-  const Tensor aligned = on_16_bytes(packed);
-  const GroupedLinearDxCall call(
-      on_16_bytes(dy), offsets, {aligned, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-      in_features, on_16_bytes(lora_a), on_16_bytes(lora_b), scaling, dropout_p, seed, seed_tensor, kWithG);
+auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
+  for (Tensor* t : {&args.dy, &args.w.packed}) *t = on_16_bytes(*t);
+  for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  const GroupedLinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
   print_choice("grouped_linear_nf4_dx", call.problem, on.device(), cuda::grouped_linear_nf4_dx_choice);
@@ -318,12 +303,10 @@ auto grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor
   return checks::results<kWithG>(call.dx, call.g);
 }
 
-std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& offsets,
-                                                    const Tensor& lora_a, const Tensor& lora_b, double scaling,
-                                                    double dropout_p, int64_t seed, OptionalTensor seed_tensor,
-                                                    OptionalTensor h, OptionalTensor g) {
-  const GroupedLoraGradCall call(on_16_bytes(dy), on_16_bytes(x), offsets, on_16_bytes(lora_a), on_16_bytes(lora_b),
-                                 scaling, dropout_p, seed, seed_tensor, on_16_bytes(h), on_16_bytes(g));
+std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(GroupedLoraGradArgs args) {
+  for (Tensor* t : {&args.dy, &args.x, &args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  for (OptionalTensor* t : {&args.h, &args.g}) *t = on_16_bytes(*t);
+  const GroupedLoraGradCall call(args);
   if (call.is_empty()) return {call.da, call.db};
   OnDevice on(call.x);
   print_choice("grouped_linear_nf4_dlora", call.problem, on.device(), cuda::grouped_linear_nf4_dlora_choice);
@@ -343,14 +326,14 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
   m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
   m.impl("dequantize_nf4", QLORA_BOX(&qlora::dequantize_nf4));
-  m.impl("linear_nf4", QLORA_BOX(&qlora::linear_nf4<false>));
-  m.impl("linear_nf4_with_h", QLORA_BOX(&qlora::linear_nf4<true>));
-  m.impl("linear_nf4_dx", QLORA_BOX(&qlora::linear_nf4_dx<false>));
-  m.impl("linear_nf4_dx_with_g", QLORA_BOX(&qlora::linear_nf4_dx<true>));
-  m.impl("linear_nf4_dlora", QLORA_BOX(&qlora::linear_nf4_dlora));
-  m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4<false>));
-  m.impl("grouped_linear_nf4_with_h", QLORA_BOX(&qlora::grouped_linear_nf4<true>));
-  m.impl("grouped_linear_nf4_dx", QLORA_BOX(&qlora::grouped_linear_nf4_dx<false>));
-  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX(&qlora::grouped_linear_nf4_dx<true>));
-  m.impl("grouped_linear_nf4_dlora", QLORA_BOX(&qlora::grouped_linear_nf4_dlora));
+  m.impl("linear_nf4", QLORA_BOX_ARGS(&qlora::linear_nf4<false>));
+  m.impl("linear_nf4_with_h", QLORA_BOX_ARGS(&qlora::linear_nf4<true>));
+  m.impl("linear_nf4_dx", QLORA_BOX_ARGS(&qlora::linear_nf4_dx<false>));
+  m.impl("linear_nf4_dx_with_g", QLORA_BOX_ARGS(&qlora::linear_nf4_dx<true>));
+  m.impl("linear_nf4_dlora", QLORA_BOX_ARGS(&qlora::linear_nf4_dlora));
+  m.impl("grouped_linear_nf4", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4<false>));
+  m.impl("grouped_linear_nf4_with_h", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4<true>));
+  m.impl("grouped_linear_nf4_dx", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dx<false>));
+  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dx<true>));
+  m.impl("grouped_linear_nf4_dlora", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dlora));
 }

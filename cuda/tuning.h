@@ -71,6 +71,7 @@ constexpr int64_t cheapest_splits(int64_t limit, const Cost& cost) {
 struct DxConfig {
   static constexpr int kStageRows = 64;  // rows_per_split is a multiple of it
   static constexpr int kRaggedTokens = 32;
+  static constexpr int kSmallBlockTokens = 16;  // of the ragged kernel, whose shared memory then holds more scales
 
   Kernel kernel = Kernel::kTensorCores;
   int tokens = 0, columns = 0;
@@ -78,12 +79,12 @@ struct DxConfig {
 };
 
 // Tile: the fewest tokens that hold m, to decode each weight once up to 64.
-constexpr DxConfig dx_tile(int64_t m, Kernel kernel) {
+constexpr DxConfig dx_tile(int64_t m, Kernel kernel, int64_t block_size = 64) {
   DxConfig c;
   c.kernel = kernel;
   c.columns = kernel == Kernel::kExact ? 128 : 256;
   c.tokens = kernel == Kernel::kExact    ? 16
-             : kernel == Kernel::kRagged ? DxConfig::kRaggedTokens
+             : kernel == Kernel::kRagged ? block_size < 32 ? DxConfig::kSmallBlockTokens : DxConfig::kRaggedTokens
              : m <= 8                    ? 8
              : m <= 16                   ? 16
              : m <= 32                   ? 32

@@ -35,8 +35,9 @@ void require(bool ok, const std::string& text) {
 }
 
 void check_block_size(int64_t block_size) {
-  require(is_block_size(block_size),
-          "block_size: expected a power of two from 32 to 4096, got " + std::to_string(block_size));
+  require(is_block_size(block_size), "block_size: expected a power of two from " + std::to_string(kMinBlockSize) +
+                                         " to " + std::to_string(kMaxBlockSize) + ", got " +
+                                         std::to_string(block_size));
 }
 
 void check_nested_block_size(int64_t nested_block_size) {
@@ -45,31 +46,39 @@ void check_nested_block_size(int64_t nested_block_size) {
                                                        std::to_string(nested_block_size));
 }
 
+// Of the tables that are made for tests too, which are not listed.
+Code code_of(const std::string& name) {
+  std::string names;
+  for (const CodeTable& t : kCodeTables) {
+    if (name == t.name) return static_cast<Code>(&t - kCodeTables);
+    if (!t.is_test) names += (names.empty() ? "" : ", ") + std::string(t.name);
+  }
+  throw py::value_error("code: expected " + names + ", got " + name);
+}
+
 void check_count(const char* name, int64_t got, int64_t expected) {
   require(got == expected,
           std::string(name) + ": expected " + std::to_string(expected) + " elements, got " + std::to_string(got));
 }
 
-py::tuple quantize_nf4(const Array<float>& w, int64_t block_size) {
+py::tuple quantize_nf4(const Array<float>& w, int64_t block_size, const std::string& code) {
   check_block_size(block_size);
   Array<uint8_t> packed(packed_bytes(w.size()));
   Array<float> absmax(ceil_div(w.size(), block_size));
-  cpu::check(cpu::quantize_nf4(kOneThread, DType::kFloat32, w.data(), w.size(), block_size, packed.mutable_data(),
-                               absmax.mutable_data()));
+  cpu::check(cpu::quantize_nf4(kOneThread, code_of(code), DType::kFloat32, w.data(), w.size(), block_size,
+                               packed.mutable_data(), absmax.mutable_data()));
   return py::make_tuple(packed, absmax);
 }
 
-Array<float> dequantize_nf4(const Array<uint8_t>& packed, const Array<float>& absmax, int64_t numel,
-                            int64_t block_size) {
+Array<float> dequantize_nf4(const Array<uint8_t>& packed, const Array<float>& absmax, int64_t numel, int64_t block_size,
+                            const std::string& code) {
   check_block_size(block_size);
   require(numel >= 0, "numel: expected 0 or more, got " + std::to_string(numel));
   check_count("packed", packed.size(), packed_bytes(numel));
   check_count("absmax", absmax.size(), ceil_div(numel, block_size));
   Array<float> out(numel);
-  Scales scales;
-  scales.absmax = absmax.data();
-  scales.block_size = block_size;
-  cpu::check(cpu::dequantize_nf4(kOneThread, packed.data(), scales, numel, DType::kFloat32, out.mutable_data()));
+  const Weight w = {packed.data(), code_of(code), float_scales(absmax.data(), block_size), 1, numel};
+  cpu::check(cpu::dequantize_nf4(kOneThread, w, DType::kFloat32, out.mutable_data()));
   return out;
 }
 
@@ -88,11 +97,8 @@ Array<float> dequantize_absmax(const Array<uint8_t>& codes, const Array<float>& 
   check_nested_block_size(nested_block_size);
   check_count("nested_absmax", nested_absmax.size(), ceil_div(codes.size(), nested_block_size));
   Array<float> absmax(codes.size());
-  Scales scales;
-  scales.codes = codes.data();
-  scales.nested_absmax = nested_absmax.data();
-  scales.nested_offset = &nested_offset;
-  scales.nested_block_size = nested_block_size;
+  const Scales scales =
+      nested_scales(codes.data(), nested_absmax.data(), &nested_offset, kMinBlockSize, nested_block_size);
   cpu::check(cpu::dequantize_absmax(kOneThread, scales, codes.size(), absmax.mutable_data()));
   return absmax;
 }
@@ -105,6 +111,10 @@ py::dict build_info() {
   d["cuda_built"] = bool(QLORA_HAVE_CUDA);
   d["cuda_archs"] = QLORA_CUDA_ARCHS;
   d["nvcc"] = QLORA_NVCC;
+  py::list isas;
+  for (const cpu::Isa* isa : cpu::kIsas)
+    if (cpu::compiled(*isa)) isas.insert(0, isa->name);
+  d["cpu_isas_built"] = isas;
   return d;
 }
 
@@ -137,7 +147,7 @@ DType dtype_of(const std::string& name) {
 }
 
 py::list choose(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k, int64_t block_size,
-                const std::optional<std::string>& isa) {
+                const std::optional<std::string>& isa, const std::string& code) {
   check_block_size(block_size);
   for (const auto& [name, count] : {std::pair{"m", m}, {"n", n}, {"k", k}})
     require(count >= 0, std::string(name) + ": expected 0 or more, got " + std::to_string(count));
@@ -147,6 +157,7 @@ py::list choose(const std::string& op, const std::string& dtype, int64_t m, int6
     problem.m = m;
     if constexpr (requires { problem.w; }) {
       problem.w.n = n, problem.w.k = k, problem.w.scales.block_size = block_size;
+      problem.w.code = code_of(code);
     } else {
       problem.n = n, problem.k = k;
     }
@@ -169,23 +180,44 @@ Array<float> table(const float* values, int64_t count) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "qlora_ext without torch: build info, kernel choice, and the NF4 format on numpy arrays.";
+  m.doc() = "qlora_ext without torch: build info, kernel choice, and the 4-bit formats on numpy arrays.";
   m.def("build_info", &build_info, "What this package was compiled from and for.");
   m.def("cpu_isas", &cpu_isas, "Names of the instruction sets this processor can run the kernels with, worst first.");
   m.def("cpu_isa", &cpu_isa,
         "The instruction set in use: the best, or QLORA_CPU_ISA. ValueError if that is not to be had.");
   m.def("choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("block_size") = 64, py::arg("isa") = py::none(),
+        py::arg("block_size") = 64, py::arg("isa") = py::none(), py::arg("code") = "nf4",
         "Names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
         "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its "
         "data. `isa`: as if "
         "QLORA_CPU_ISA forced that instruction set; by default the one in use.");
-  m.def("nf4_code", [] { return table(kNf4.value, kCodes); }, "The 16 NF4 values, float32.");
+  m.def(
+      "codes",
+      [] {
+        py::list names;
+        for (const CodeTable& t : kCodeTables)
+          if (!t.is_test) names.append(t.name);
+        return names;
+      },
+      "Names of the 4-bit codes.");
+  m.def(
+      "code_values", [](const std::string& code) { return table(table_of(code_of(code)).value, kCodes); },
+      py::arg("code") = "nf4", "The 16 values of a code, float32.");
+  m.def(
+      "block_sizes",
+      [] {
+        py::list sizes;
+        for (int64_t size = kMinBlockSize; size <= kMaxBlockSize; size *= 2) sizes.append(size);
+        return sizes;
+      },
+      "The block sizes of the format.");
+  m.attr("MAX_NESTED_BLOCK_SIZE") = kMaxNestedBlockSize;
+  m.attr("MAX_ELEMENTS") = kMaxElements;
   m.def("dynamic8_code", [] { return table(kDynamic8.value, 256); }, "The 256 values of the 8-bit scale map, float32.");
-  m.def("quantize_nf4", &quantize_nf4, py::arg("w").noconvert(), py::arg("block_size") = 64,
+  m.def("quantize_nf4", &quantize_nf4, py::arg("w").noconvert(), py::arg("block_size") = 64, py::arg("code") = "nf4",
         "float32 array, any shape -> (packed uint8 [ceil(numel/2)], absmax float32 [ceil(numel/block_size)]).");
   m.def("dequantize_nf4", &dequantize_nf4, py::arg("packed").noconvert(), py::arg("absmax").noconvert(),
-        py::arg("numel"), py::arg("block_size") = 64, "packed and absmax -> float32 [numel].");
+        py::arg("numel"), py::arg("block_size") = 64, py::arg("code") = "nf4", "packed and absmax -> float32 [numel].");
   m.def("quantize_absmax", &quantize_absmax, py::arg("absmax").noconvert(), py::arg("nested_block_size") = 256,
         "float32 absmax -> (codes uint8, nested_absmax float32, nested_offset float).");
   m.def("dequantize_absmax", &dequantize_absmax, py::arg("codes").noconvert(), py::arg("nested_absmax").noconvert(),

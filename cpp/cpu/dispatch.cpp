@@ -117,28 +117,30 @@ void throw_of_pool(bool finished) {
   throw std::runtime_error("the thread pool has failed");
 }
 
-Error quantize_nf4(const Pool& pool, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
-                   float* absmax) {
-  return guarded([&] { table().codec->quantize_nf4(pool, dtype, w, numel, block_size, packed, absmax); });
+Error quantize_nf4(const Pool& pool, Code code, DType dtype, const void* w, int64_t numel, int64_t block_size,
+                   uint8_t* packed, float* absmax) {
+  return guarded([&] { table().codec->quantize_nf4(pool, code, dtype, w, numel, block_size, packed, absmax); });
 }
-Error search_absmax_nf4(const Pool& pool, DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
-                        int64_t block_size, float* absmax) {
-  return guarded([&] { table().codec->search_absmax_nf4(pool, dtype, w, importance, numel, k, block_size, absmax); });
+Error search_absmax_nf4(const Pool& pool, Code code, DType dtype, const void* w, const float* importance, int64_t numel,
+                        int64_t k, int64_t block_size, float* absmax) {
+  return guarded(
+      [&] { table().codec->search_absmax_nf4(pool, code, dtype, w, importance, numel, k, block_size, absmax); });
 }
-Error encode_nf4(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
-                 uint8_t* packed) {
-  return guarded([&] { table().codec->encode_nf4(pool, dtype, w, absmax, numel, block_size, packed); });
+Error encode_nf4(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
+                 int64_t block_size, uint8_t* packed) {
+  return guarded([&] { table().codec->encode_nf4(pool, code, dtype, w, absmax, numel, block_size, packed); });
 }
-Error encode_nf4_with_feedback(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,
-                               int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
+Error encode_nf4_with_feedback(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t n,
+                               int64_t k, int64_t block_size, const float* feedback, const int64_t* order,
+                               uint8_t* packed) {
   return guarded([&] {
-    table().codec->encode_nf4_with_feedback(pool, dtype, w, absmax, n, k, block_size, feedback, order, packed);
+    table().codec->encode_nf4_with_feedback(pool, code, dtype, w, absmax, n, k, block_size, feedback, order, packed);
   });
 }
-Error encode_nf4_stochastic(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel,
+Error encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                             int64_t block_size, uint64_t seed, uint8_t* packed) {
   return guarded(
-      [&] { table().codec->encode_nf4_stochastic(pool, dtype, w, absmax, numel, block_size, seed, packed); });
+      [&] { table().codec->encode_nf4_stochastic(pool, code, dtype, w, absmax, numel, block_size, seed, packed); });
 }
 Error quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int64_t nested_block_size, uint8_t* codes,
                       float* nested_absmax, float* nested_offset) {
@@ -149,9 +151,8 @@ Error quantize_absmax(const Pool& pool, const float* absmax, int64_t count, int6
 Error dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, float* absmax) {
   return guarded([&] { table().codec->dequantize_absmax(pool, scales, count, absmax); });
 }
-Error dequantize_nf4(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype,
-                     void* out) {
-  return guarded([&] { table().codec->dequantize_nf4(pool, packed, scales, numel, dtype, out); });
+Error dequantize_nf4(const Pool& pool, const Weight& w, DType dtype, void* out) {
+  return guarded([&] { table().codec->dequantize_nf4(pool, w, dtype, out); });
 }
 Error linear_nf4(const Pool& pool, const LinearProblem& p) {
   return guarded([&] { run("linear_nf4", table().forward, pool, p); });

@@ -52,21 +52,12 @@ struct Kernels {
   KernelsFor<LoraGradProblem> dlora;
 };
 
-// The tables of a build, of which the one of current_isa() is in use.
-const Kernels& scalar_kernels();
-#if QLORA_X86
-const Kernels& avx2_kernels();
-const Kernels& avx512_kernels();
-const Kernels& avx512_bf16_kernels();
-const Kernels& amx_bf16_kernels();  // those of avx512_bf16, and of the tile unit
-inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, avx2_kernels, avx512_kernels, avx512_bf16_kernels,
-                                                  amx_bf16_kernels};
-#elif QLORA_ARM64
-const Kernels& neon_kernels();
-const Kernels& neon_bf16_kernels();
-inline constexpr const Kernels& (*kTables[])() = {scalar_kernels, neon_kernels, neon_bf16_kernels};
-#else
-inline constexpr const Kernels& (*kTables[])() = {scalar_kernels};
-#endif
+// The tables of this build, of which the one of current_isa() is in use.
+#define QLORA_SET(name) const Kernels& name##_kernels();
+QLORA_CPU_ISAS
+#undef QLORA_SET
+#define QLORA_SET(name) name##_kernels,
+inline constexpr const Kernels& (*kTables[])() = {QLORA_CPU_ISAS};
+#undef QLORA_SET
 
 }  // namespace qlora::cpu

@@ -48,30 +48,33 @@ struct Pool {
   }
 };
 
-// w [numel] of `dtype` -> packed [ceil(numel / 2)], absmax [ceil(numel / block_size)]. Of float64 there is no codec.
-QLORA_EXPORT Error quantize_nf4(const Pool&, DType dtype, const void* w, int64_t numel, int64_t block_size,
+// The codec, of any code (cpp/format/codes.h). What is called absmax is a block's scale: for NF4, whose largest value
+// is 1, the largest magnitude itself.
+
+// w [numel] of `dtype` -> packed [ceil(numel / 2)], absmax [ceil(numel / block_size)]. There is no float64 codec.
+QLORA_EXPORT Error quantize_nf4(const Pool&, Code code, DType dtype, const void* w, int64_t numel, int64_t block_size,
                                 uint8_t* packed, float* absmax);
 
 // The scale of each block for which the squared errors of its codes, each times the importance [k] of its column, sum
 // to the least: w [numel] in rows of k -> absmax [ceil(numel / block_size)]. cpp/cpu/codec/search_absmax-inl.h has the
 // search.
-QLORA_EXPORT Error search_absmax_nf4(const Pool&, DType dtype, const void* w, const float* importance, int64_t numel,
-                                     int64_t k, int64_t block_size, float* absmax);
+QLORA_EXPORT Error search_absmax_nf4(const Pool&, Code code, DType dtype, const void* w, const float* importance,
+                                     int64_t numel, int64_t k, int64_t block_size, float* absmax);
 
 // Codes under given scales: w [numel], absmax [ceil(numel / block_size)] -> packed [ceil(numel / 2)].
-QLORA_EXPORT Error encode_nf4(const Pool&, DType dtype, const void* w, const float* absmax, int64_t numel,
+QLORA_EXPORT Error encode_nf4(const Pool&, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                               int64_t block_size, uint8_t* packed);
 
 // The same by stochastic rounding: a code's value is w over its scale on the average, the same for the same `seed`.
-QLORA_EXPORT Error encode_nf4_stochastic(const Pool&, DType dtype, const void* w, const float* absmax, int64_t numel,
-                                         int64_t block_size, uint64_t seed, uint8_t* packed);
+QLORA_EXPORT Error encode_nf4_stochastic(const Pool&, Code code, DType dtype, const void* w, const float* absmax,
+                                         int64_t numel, int64_t block_size, uint64_t seed, uint8_t* packed);
 
 // Codes for w [n, k], where each rounding error is made good by the columns that are rounded later: GPTQ (Frantar et
 // al., 2022). Columns are rounded in `order` [k]; `feedback` [k, k] is the upper Cholesky factor of the inverse of the
 // inputs' second moments, rows and columns in that order.
-QLORA_EXPORT Error encode_nf4_with_feedback(const Pool&, DType dtype, const void* w, const float* absmax, int64_t n,
-                                            int64_t k, int64_t block_size, const float* feedback, const int64_t* order,
-                                            uint8_t* packed);
+QLORA_EXPORT Error encode_nf4_with_feedback(const Pool&, Code code, DType dtype, const void* w, const float* absmax,
+                                            int64_t n, int64_t k, int64_t block_size, const float* feedback,
+                                            const int64_t* order, uint8_t* packed);
 
 // absmax [count] -> codes [count], nested_absmax [ceil(count / nested_block_size)], nested_offset [1].
 QLORA_EXPORT Error quantize_absmax(const Pool&, const float* absmax, int64_t count, int64_t nested_block_size,
@@ -80,9 +83,8 @@ QLORA_EXPORT Error quantize_absmax(const Pool&, const float* absmax, int64_t cou
 // Scales of `count` blocks -> absmax [count]. Every size is valid.
 QLORA_EXPORT Error dequantize_absmax(const Pool&, const Scales&, int64_t count, float* absmax);
 
-// packed [ceil(numel / 2)], scales [ceil(numel / block_size)] -> out [numel] of `dtype`, aligned to its elements.
-QLORA_EXPORT Error dequantize_nf4(const Pool&, const uint8_t* packed, const Scales&, int64_t numel, DType dtype,
-                                  void* out);
+// w [n, k] -> out [n, k] of `dtype`, aligned to its elements.
+QLORA_EXPORT Error dequantize_nf4(const Pool&, const Weight& w, DType dtype, void* out);
 
 // y [m, n], dx [m, k], and da [r, k] with db [n, r], of a problem whose shapes cpp/format/problem.h gives. Which kernel
 // serves it is chosen by tuning.h. An invalid argument where QLORA_CPU_KERNEL asks for one that cannot.

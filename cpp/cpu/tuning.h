@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/format/problem.h"
 
@@ -70,19 +71,24 @@ constexpr bool is_few_tokens(Kernel kernel) {
   return kernel == Kernel::kFewTokensInt || kernel == Kernel::kFewTokensBf16 || kernel == Kernel::kFewTokensFloat;
 }
 
+// Rows that are streamed in lanes of eight weights: a chunk of NEON holds at most four scales, which are five of blocks
+// of 16 in a row that begins within one.
+constexpr bool has_streamable_rows(const Weight& w) {
+  return w.k > 0 && (w.scales.block_size > 16 || has_one_scale_per(16, w));
+}
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
   if (!accepts_type(kernel, p.dtype)) return false;
   if (!is_few_tokens(kernel)) return true;
-  return p.m > 0 && p.w.n > 0 && p.w.k > 0 && (kernel == Kernel::kFewTokensFloat || p.m <= kMostForwardTokens);
-}
-constexpr bool has_one_scale_per_64_columns(const Weight& w) {
-  return w.k % kDxIntColumns == 0 && w.scales.block_size >= kDxIntColumns;
+  if (p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
+  if (kernel == Kernel::kFewTokensInt && !kIntCodes[p.w.code].serves) return false;
+  return kernel == Kernel::kFewTokensFloat || p.m <= kMostForwardTokens;
 }
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
   if (!accepts_type(kernel, p.dtype)) return false;
   if (!is_few_tokens(kernel)) return true;
-  if (!is_16_bit(p.dtype) || p.m == 0 || p.w.n == 0 || p.w.k == 0) return false;
-  if (kernel == Kernel::kFewTokensInt) return p.m <= kMostDxIntTokens && has_one_scale_per_64_columns(p.w);
+  if (!is_16_bit(p.dtype) || p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
+  if (kernel == Kernel::kFewTokensInt && !kIntCodes[p.w.code].serves) return false;
+  if (kernel == Kernel::kFewTokensInt) return p.m <= kMostDxIntTokens && has_one_scale_per(kDxIntColumns, p.w);
   return kernel == Kernel::kFewTokensFloat && p.m <= kMostDxFloatTokens;
 }
 constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
@@ -135,7 +141,7 @@ constexpr Kernel few_tokens_kernel(const LinearProblem& p, const Cpu& cpu) {
   if (p.dtype == DType::kFloat32) return Kernel::kFewTokensFloat;
   if (cpu.has(kAsimd) && multiplies_pairs(p.dtype, cpu)) return Kernel::kFewTokensBf16;
   if (p.w.k < kLeastRowWeights || (cpu.has(kAsimd) && p.m > 2)) return Kernel::kFewTokensFloat;
-  return Kernel::kFewTokensInt;
+  return accepts(Kernel::kFewTokensInt, p) ? Kernel::kFewTokensInt : Kernel::kFewTokensFloat;
 }
 
 // One group of tokens of the float32 kernel: with two, which decode W twice, panels are ahead (kMaxFloatTokens of
@@ -151,7 +157,7 @@ constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
   if (!is_16_bit(p.dtype)) return 0;
   if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 1 : 3;
   if (!cpu.has(kAvx2)) return 0;
-  const bool whole_groups = has_one_scale_per_64_columns(p.w);
+  const bool whole_groups = has_one_scale_per(kDxIntColumns, p.w);
   if (has_tiles(p.dtype, cpu)) return whole_groups ? 8 : p.w.k % 8 ? 6 : 16;
   if (multiplies_pairs(p.dtype, cpu)) return whole_groups ? 6 : 4;
   if (whole_groups) return 16;

@@ -30,15 +30,8 @@ QLORA_INLINE WeightStride weight_stride(const Weight& w) {
 }
 
 // Those of `expert`, where `s` are the first one's.
-QLORA_HD Scales expert_scales(Scales s, const WeightStride& stride, int64_t expert) {
-  if (s.codes == nullptr) {
-    s.absmax += expert * stride.blocks;
-  } else {
-    s.codes += expert * stride.blocks;
-    s.nested_absmax += expert * stride.nested_blocks;
-    s.nested_offset += expert;
-  }
-  return s;
+QLORA_HD Scales expert_scales(const Scales& s, const WeightStride& stride, int64_t expert) {
+  return scales_after(s, expert, stride.blocks, stride.nested_blocks);
 }
 
 }  // namespace qlora

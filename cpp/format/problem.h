@@ -5,31 +5,29 @@
 
 #include <cstdint>
 
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 #include "cpp/format/philox.h"
+#include "cpp/format/scales.h"
 
 namespace qlora {
-
-// The scales of a packed weight: float32 `absmax`, or (double quantization) `codes` with their nested scales. Exactly
-// one of `absmax` and `codes` is set. Decode of a nested scale: code8[q] * nested_absmax + nested_offset, two
-// roundings.
-struct Scales {
-  const float* absmax = nullptr;         // [blocks]
-  const uint8_t* codes = nullptr;        // [blocks]
-  const float* nested_absmax = nullptr;  // [ceil(blocks / nested_block_size)]
-  const float* nested_offset = nullptr;  // [1]
-  int64_t block_size = 64;
-  int64_t nested_block_size = 256;
-};
 
 // w [n, k]. Blocks run over the flat index i*k + j, so a block may span rows when k is not a multiple of block_size,
 // and a byte may when k is odd.
 struct Weight {
   const uint8_t* packed = nullptr;
+  Code code = Code::kNf4;
   Scales scales;
   int64_t n = 0, k = 0;
+
+  constexpr const CodeTable& table() const { return table_of(code); }
 };
+
+// Whether each `columns` of a row, from its begin on, lie in one block: what a kernel asks that decodes so many weights
+// under one scale.
+QLORA_INLINE constexpr bool has_one_scale_per(int64_t columns, const Weight& w) {
+  return w.k % columns == 0 && w.scales.block_size >= columns;
+}
 
 struct Lora {
   const void* a = nullptr;

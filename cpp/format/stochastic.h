@@ -1,11 +1,11 @@
-// Stochastic rounding to NF4: which of the two values around a weight is taken is drawn, so that it is the weight on
+// Stochastic rounding: which of the two values around a weight is taken is drawn, so that it is the weight on
 // the average (Gupta et al., "Deep learning with limited numerical precision", 2015). Exact float32, without
-// contraction, as all of nf4.h.
+// contraction, as all of codes.h.
 #pragma once
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
+#include "cpp/format/portable.h"
 
 namespace qlora {
 
@@ -33,15 +33,5 @@ QLORA_HD float rounding_threshold(uint64_t seed, uint64_t index) {
   x ^= x >> 16;
   return (static_cast<float>(x >> 16) + 0.5f) * (1.0f / 65536.0f);
 }
-
-// Values and the way from each to the next.
-struct Nf4Gaps {
-  float gap[kCodes - 1] = {};
-
-  constexpr Nf4Gaps() {
-    for (int i = 0; i + 1 < kCodes; ++i) gap[i] = kNf4.value[i + 1] - kNf4.value[i];
-  }
-};
-inline constexpr Nf4Gaps kNf4Gaps{};
 
 }  // namespace qlora

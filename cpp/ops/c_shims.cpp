@@ -30,14 +30,17 @@ extern "C" QLORA_EXPORT AOTITorchError aoti_torch_cpu_linear_nf4(
     AtenTensorHandle x, AtenTensorHandle packed, AtenTensorHandle absmax, const AtenTensorHandle* nested_absmax,
     const AtenTensorHandle* nested_offset, int64_t block_size, int64_t nested_block_size, int64_t out_features,
     const AtenTensorHandle* bias, const AtenTensorHandle* lora_a, const AtenTensorHandle* lora_b, double scaling,
-    double dropout_p, int64_t seed, const AtenTensorHandle* seed_tensor, AtenTensorHandle* y) {
+    double dropout_p, int64_t seed, const AtenTensorHandle* seed_tensor, const char* code, AtenTensorHandle* y) {
   using namespace qlora;
   try {
-    const Tensor codes = tensor_of(packed), scales = tensor_of(absmax);
-    const OptionalTensor nested = tensor_of(nested_absmax), offset = tensor_of(nested_offset);
-    const LinearCall call(tensor_of(x), {codes, scales, nested, offset, block_size, nested_block_size}, out_features,
-                          tensor_of(bias), tensor_of(lora_a), tensor_of(lora_b), scaling, dropout_p, seed,
-                          tensor_of(seed_tensor), false);
+    LinearArgs args;
+    args.x = tensor_of(x);
+    args.w = {tensor_of(packed), tensor_of(absmax), tensor_of(nested_absmax), tensor_of(nested_offset), block_size,
+              nested_block_size, CodeName(code)};
+    args.out_features = out_features;
+    args.bias = tensor_of(bias), args.lora_a = tensor_of(lora_a), args.lora_b = tensor_of(lora_b);
+    args.lora = {scaling, dropout_p, seed, tensor_of(seed_tensor)};
+    const LinearCall call(args, false);
     if (!call.is_empty()) cpu::check(cpu::linear_nf4(pool(), call.problem));
     TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(call.y.get(), y));
     return AOTI_TORCH_SUCCESS;

@@ -18,29 +18,27 @@ inline void check_packed_fits(const Tensor& packed, const char* name, int64_t gi
 
 struct LinearCall {
   Tensor x, bias, y, h;
-  checks::LoraArgs lora;
+  checks::LoraOperands lora;
   LinearProblem problem;
 
-  LinearCall(const Tensor& x_arg, const checks::PackedArgs& packed, int64_t out_features,
-             const OptionalTensor& bias_arg, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
-             double dropout_p, int64_t seed, const OptionalTensor& seed_tensor, bool keeps_h) {
-    problem.dtype = checks::compute_dtype("x", x_arg);
+  LinearCall(const LinearArgs& a, bool keeps_h) {
+    problem.dtype = checks::compute_dtype("x", a.x);
     int64_t k = 0;
-    problem.m = checks::rows_of("x", x_arg, &k);
-    checks::same_device("packed", packed.packed, "x", x_arg);
-    check_packed_fits(packed.packed, "x", k, "in_features", "out_features", out_features);
-    problem.w = checks::weight(packed, out_features, k);
-    if (bias_arg) {
-      checks::require(bias_arg->dim() == 1 && bias_arg->size(0) == out_features, "bias: expected shape [", out_features,
-                      "] (out_features), got ", checks::shape_text(*bias_arg));
-      problem.bias = checks::operand("bias", *bias_arg, "x", x_arg, &bias);
+    problem.m = checks::rows_of("x", a.x, &k);
+    checks::same_device("packed", a.w.packed, "x", a.x);
+    check_packed_fits(a.w.packed, "x", k, "in_features", "out_features", a.out_features);
+    problem.w = checks::weight(a.w, a.out_features, k);
+    if (a.bias) {
+      checks::require(a.bias->dim() == 1 && a.bias->size(0) == a.out_features, "bias: expected shape [", a.out_features,
+                      "] (out_features), got ", checks::shape_text(*a.bias));
+      problem.bias = checks::operand("bias", *a.bias, "x", a.x, &bias);
     }
-    lora = checks::lora(lora_a, lora_b, out_features, k, scaling, dropout_p, seed, seed_tensor, "x", x_arg, problem.m);
+    lora = checks::lora(a.lora_a, a.lora_b, a.out_features, k, a.lora, "x", a.x, problem.m);
     problem.lora = lora.lora;
-    problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
-    y = empty(x_arg, checks::with_last(x_arg, "out_features", out_features), x_arg.scalar_type());
+    problem.x = checks::operand("x", a.x, "x", a.x, &x);
+    y = empty(a.x, checks::with_last(a.x, "out_features", a.out_features), a.x.scalar_type());
     problem.y = y.mutable_data_ptr();
-    if (keeps_h) problem.h = checks::kept_low_rank(x_arg, lora_a, problem.lora.rank, is_empty(), &h);
+    if (keeps_h) problem.h = checks::kept_low_rank(a.x, a.lora_a, problem.lora.rank, is_empty(), &h);
   }
 
   // Nothing to compute, however large the other sizes of an empty x are.
@@ -49,24 +47,22 @@ struct LinearCall {
 
 struct LinearDxCall {
   Tensor dy, dx, g;
-  checks::LoraArgs lora;
+  checks::LoraOperands lora;
   LinearDxProblem problem;
 
-  LinearDxCall(const Tensor& dy_arg, const checks::PackedArgs& packed, int64_t in_features,
-               const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling, double dropout_p,
-               int64_t seed, const OptionalTensor& seed_tensor, bool keeps_g) {
-    problem.dtype = checks::compute_dtype("dy", dy_arg);
+  LinearDxCall(const LinearDxArgs& a, bool keeps_g) {
+    problem.dtype = checks::compute_dtype("dy", a.dy);
     int64_t n = 0;
-    problem.m = checks::rows_of("dy", dy_arg, &n);
-    checks::same_device("packed", packed.packed, "dy", dy_arg);
-    check_packed_fits(packed.packed, "dy", n, "out_features", "in_features", in_features);
-    problem.w = checks::weight(packed, n, in_features);
-    lora = checks::lora(lora_a, lora_b, n, in_features, scaling, dropout_p, seed, seed_tensor, "dy", dy_arg, problem.m);
+    problem.m = checks::rows_of("dy", a.dy, &n);
+    checks::same_device("packed", a.w.packed, "dy", a.dy);
+    check_packed_fits(a.w.packed, "dy", n, "out_features", "in_features", a.in_features);
+    problem.w = checks::weight(a.w, n, a.in_features);
+    lora = checks::lora(a.lora_a, a.lora_b, n, a.in_features, a.lora, "dy", a.dy, problem.m);
     problem.lora = lora.lora;
-    problem.dy = checks::operand("dy", dy_arg, "dy", dy_arg, &dy);
-    dx = empty(dy_arg, checks::with_last(dy_arg, "in_features", in_features), dy_arg.scalar_type());
+    problem.dy = checks::operand("dy", a.dy, "dy", a.dy, &dy);
+    dx = empty(a.dy, checks::with_last(a.dy, "in_features", a.in_features), a.dy.scalar_type());
     problem.dx = dx.mutable_data_ptr();
-    if (keeps_g) problem.g = checks::kept_low_rank(dy_arg, lora_a, problem.lora.rank, is_empty(), &g);
+    if (keeps_g) problem.g = checks::kept_low_rank(a.dy, a.lora_a, problem.lora.rank, is_empty(), &g);
   }
 
   bool is_empty() const { return problem.m == 0 || problem.w.k == 0; }
@@ -74,30 +70,27 @@ struct LinearDxCall {
 
 struct LoraGradCall {
   Tensor x, dy, h, g, da, db;
-  checks::LoraArgs lora;
+  checks::LoraOperands lora;
   LoraGradProblem problem;
 
-  LoraGradCall(const Tensor& dy_arg, const Tensor& x_arg, const Tensor& lora_a, const Tensor& lora_b, double scaling,
-               double dropout_p, int64_t seed, const OptionalTensor& seed_tensor, const OptionalTensor& h_arg,
-               const OptionalTensor& g_arg) {
-    problem.dtype = checks::compute_dtype("x", x_arg);
-    problem.m = checks::rows_of("x", x_arg, &problem.k);
-    const int64_t dy_rows = checks::rows_of("dy", dy_arg, &problem.n);
+  explicit LoraGradCall(const LoraGradArgs& a) {
+    problem.dtype = checks::compute_dtype("x", a.x);
+    problem.m = checks::rows_of("x", a.x, &problem.k);
+    const int64_t dy_rows = checks::rows_of("dy", a.dy, &problem.n);
     if (dy_rows != problem.m) {
-      checks::require(false, "dy: expected the leading dimensions of x ", checks::shape_text(x_arg), ", got shape ",
-                      checks::shape_text(dy_arg));
+      checks::require(false, "dy: expected the leading dimensions of x ", checks::shape_text(a.x), ", got shape ",
+                      checks::shape_text(a.dy));
     }
-    checks::is_given("lora_a", lora_a);
-    checks::is_given("lora_b", lora_b);
-    lora = checks::lora(lora_a, lora_b, problem.n, problem.k, scaling, dropout_p, seed, seed_tensor, "x", x_arg,
-                        problem.m);
+    checks::is_given("lora_a", a.lora_a);
+    checks::is_given("lora_b", a.lora_b);
+    lora = checks::lora(a.lora_a, a.lora_b, problem.n, problem.k, a.lora, "x", a.x, problem.m);
     problem.lora = lora.lora;
-    problem.x = checks::operand("x", x_arg, "x", x_arg, &x);
-    problem.dy = checks::operand("dy", dy_arg, "x", x_arg, &dy);
-    problem.h = checks::given_low_rank("h", h_arg, problem.lora.rank, x_arg, problem.m, &h);
-    problem.g = checks::given_low_rank("g", g_arg, problem.lora.rank, x_arg, problem.m, &g);
-    da = empty(x_arg, {problem.lora.rank, problem.k}, x_arg.scalar_type());
-    db = empty(x_arg, {problem.n, problem.lora.rank}, x_arg.scalar_type());
+    problem.x = checks::operand("x", a.x, "x", a.x, &x);
+    problem.dy = checks::operand("dy", a.dy, "x", a.x, &dy);
+    problem.h = checks::given_low_rank("h", a.h, problem.lora.rank, a.x, problem.m, &h);
+    problem.g = checks::given_low_rank("g", a.g, problem.lora.rank, a.x, problem.m, &g);
+    da = empty(a.x, {problem.lora.rank, problem.k}, a.x.scalar_type());
+    db = empty(a.x, {problem.n, problem.lora.rank}, a.x.scalar_type());
     problem.da = da.mutable_data_ptr();
     problem.db = db.mutable_data_ptr();
   }

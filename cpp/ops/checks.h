@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpp/format/problem.h"
+#include "cpp/ops/arguments.h"
 #include "cpp/ops/stable.h"
 
 namespace qlora::checks {
@@ -114,6 +115,17 @@ inline void nested_block_size(int64_t n) {
           n);
 }
 
+// The code of that name. Those that are made up for tests are not listed.
+inline Code code(const CodeName& name) {
+  if (name.table) [[likely]]
+    return static_cast<Code>(name.table - kCodeTables);
+  std::string names;
+  for (const CodeTable& t : kCodeTables)
+    if (!t.is_test) names += (names.empty() ? "" : ", ") + std::string(t.name);
+  require(false, "code: expected ", names, ", got ", name.unknown);
+  return {};
+}
+
 // The product of sizes, given one by one. A size below 0 is an error, and so is a product above kMaxElements. A size of
 // 0 does not lift the bound on the others, because an empty tensor's strides are products of them.
 class Count {
@@ -150,8 +162,8 @@ inline int64_t numel(const char* name, const Tensor& t) {
 }
 
 // The 8-bit codes of absmax and their nested scales, for `weights` stacked weights.
-inline Scales nested_scales(const char* name, const Tensor& codes, const Tensor& nested_absmax,
-                            const Tensor& nested_offset, int64_t nested_block, int64_t weights = 1) {
+inline Scales nested(const char* name, const Tensor& codes, const Tensor& nested_absmax, const Tensor& nested_offset,
+                     int64_t block_size, int64_t nested_block, int64_t weights = 1) {
   has_dtype(name, codes, ScalarType::Byte);
   is_contiguous(name, codes);
   nested_block_size(nested_block);
@@ -164,23 +176,9 @@ inline Scales nested_scales(const char* name, const Tensor& codes, const Tensor&
   const int64_t blocks = weights == 0 ? 0 : codes.numel() / weights;  // per weight
   has_numel("nested_absmax", nested_absmax, weights * ceil_div(blocks, nested_block), "one per nested block");
   has_numel("nested_offset", nested_offset, weights, weights == 1 ? "a scalar" : "one per weight");
-  Scales s;
-  s.nested_block_size = nested_block;
-  s.codes = codes.const_data_ptr<uint8_t>();
-  s.nested_absmax = nested_absmax.const_data_ptr<float>();
-  s.nested_offset = nested_offset.const_data_ptr<float>();
-  return s;
+  return nested_scales(codes.const_data_ptr<uint8_t>(), nested_absmax.const_data_ptr<float>(),
+                       nested_offset.const_data_ptr<float>(), block_size, nested_block);
 }
-
-// The arguments that always travel together.
-struct PackedArgs {
-  const Tensor& packed;
-  const Tensor& absmax;
-  const OptionalTensor& nested_absmax;
-  const OptionalTensor& nested_offset;
-  int64_t block_size;
-  int64_t nested_block_size;
-};
 
 // `absmax` is float32, or uint8 codes with both nested tensors. Each of the stacked weights has `blocks` of them.
 inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
@@ -190,16 +188,12 @@ inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
   require(p.nested_absmax || !p.nested_offset, "nested_absmax: expected with nested_offset, got None");
   require(p.nested_offset || !p.nested_absmax, "nested_offset: expected with nested_absmax, got None");
   nested_block_size(p.nested_block_size);
-  Scales s;
   if (p.nested_absmax) {
-    s = nested_scales("absmax", p.absmax, *p.nested_absmax, *p.nested_offset, p.nested_block_size, weights);
-  } else {
-    require(p.absmax.scalar_type() == ScalarType::Float, "absmax: expected Float (Byte codes come with nested_absmax ",
-            "and nested_offset), got ", dtype_text(p.absmax.scalar_type()));
-    s.absmax = p.absmax.const_data_ptr<float>();
+    return nested("absmax", p.absmax, *p.nested_absmax, *p.nested_offset, p.block_size, p.nested_block_size, weights);
   }
-  s.block_size = p.block_size;
-  return s;
+  require(p.absmax.scalar_type() == ScalarType::Float, "absmax: expected Float (Byte codes come with nested_absmax ",
+          "and nested_offset), got ", dtype_text(p.absmax.scalar_type()));
+  return float_scales(p.absmax.const_data_ptr<float>(), p.block_size);
 }
 
 // The weight [n, k], or the first of `weights` weights that are stacked as cpp/format/grouped.h says.
@@ -213,6 +207,7 @@ inline Weight weight(const PackedArgs& p, int64_t n, int64_t k, int64_t weights 
   }
   block_size("block_size", p.block_size);
   Weight w;
+  w.code = code(p.code);
   w.n = n;
   w.k = k;
   w.scales = scales(p, ceil_div(numel, p.block_size), weights);
@@ -228,8 +223,8 @@ inline int64_t shape_numel(const std::vector<int64_t>& shape) {
 
 // Where `seed_tensor` is given, it holds the seed. CUDA reads it when the kernel runs: the host does not wait for it,
 // and a captured graph draws new masks at each replay.
-inline Dropout dropout(double p, int64_t seed, const OptionalTensor& seed_tensor, const char* like_name,
-                       const Tensor& like) {
+inline Dropout dropout(const LoraNumbers& numbers, const char* like_name, const Tensor& like) {
+  const auto& [scaling, p, seed, seed_tensor] = numbers;
   require(p >= 0.0 && p <= 1.0, "dropout_p: expected a probability from 0 to 1, got ", p);
   Dropout out = make_dropout(p, static_cast<uint64_t>(seed));
   if (!seed_tensor) return out;
@@ -256,19 +251,18 @@ inline const void* operand(const char* name, const Tensor& t, const char* like_n
 
 // LoRA's operands for m tokens, and the tensors that own their data. lora_a [r, k] and lora_b [n, r] come together; r
 // may be 0.
-struct LoraArgs {
+struct LoraOperands {
   Lora lora;
   Tensor a, b;
 };
 
-inline LoraArgs lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k, double scaling,
-                     double dropout_p, int64_t seed, const OptionalTensor& seed_tensor, const char* like_name,
-                     const Tensor& like, int64_t m) {
-  LoraArgs out;
-  out.lora.dropout = dropout(dropout_p, seed, seed_tensor, like_name, like);
-  require(std::abs(scaling) <= std::numeric_limits<float>::max(),
-          "scaling: expected a finite number within float32's range, got ", scaling);
-  out.lora.scaling = scaling;
+inline LoraOperands lora(const OptionalTensor& a, const OptionalTensor& b, int64_t n, int64_t k,
+                         const LoraNumbers& numbers, const char* like_name, const Tensor& like, int64_t m) {
+  LoraOperands out;
+  out.lora.dropout = dropout(numbers, like_name, like);
+  require(std::abs(numbers.scaling) <= std::numeric_limits<float>::max(),
+          "scaling: expected a finite number within float32's range, got ", numbers.scaling);
+  out.lora.scaling = numbers.scaling;
   require(a.has_value() || !b, "lora_a: expected with lora_b, got None");
   require(b.has_value() || !a, "lora_b: expected with lora_a, got None");
   if (!a) return out;

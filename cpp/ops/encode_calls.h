@@ -8,11 +8,13 @@ namespace qlora {
 
 // w [..., K] of any shape.
 struct SearchAbsmaxCall {
+  Code code;
   DType dtype;
   Tensor w, importance, absmax;
   int64_t numel, k;
 
-  SearchAbsmaxCall(const Tensor& w_arg, const Tensor& importance_arg, int64_t block_size) {
+  SearchAbsmaxCall(const Tensor& w_arg, const Tensor& importance_arg, int64_t block_size, const CodeName& name) {
+    code = checks::code(name);
     dtype = checks::storage_dtype("w", w_arg.scalar_type());
     checks::block_size("block_size", block_size);
     checks::rows_of("w", w_arg, &k);
@@ -29,12 +31,14 @@ struct SearchAbsmaxCall {
 
 // w of any shape; with feedback [N, K].
 struct EncodeCall {
+  Code code;
   DType dtype;
   Tensor w, absmax, feedback, order, packed;
   int64_t numel, n = 0, k = 0;
 
   EncodeCall(const Tensor& w_arg, const Tensor& absmax_arg, int64_t block_size, const OptionalTensor& feedback_arg,
-             const OptionalTensor& order_arg) {
+             const OptionalTensor& order_arg, const CodeName& name) {
+    code = checks::code(name);
     dtype = checks::storage_dtype("w", w_arg.scalar_type());
     checks::block_size("block_size", block_size);
     numel = checks::numel("w", w_arg);

@@ -21,10 +21,10 @@ void check_importance(const SearchAbsmaxCall& call) {
   }
 }
 
-Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size) {
-  const SearchAbsmaxCall call(w, importance, block_size);
+Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size, const CodeName& code) {
+  const SearchAbsmaxCall call(w, importance, block_size, code);
   check_importance(call);
-  cpu::check(cpu::search_absmax_nf4(pool(), call.dtype, call.w.const_data_ptr(),
+  cpu::check(cpu::search_absmax_nf4(pool(), call.code, call.dtype, call.w.const_data_ptr(),
                                     call.importance.const_data_ptr<float>(), call.numel, call.k, block_size,
                                     call.absmax.mutable_data_ptr<float>()));
   return call.absmax;
@@ -47,24 +47,26 @@ void check_feedback(const EncodeCall& call) {
 }
 
 Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
-                  OptionalTensor order) {
-  const EncodeCall call(w, absmax, block_size, feedback, order);
+                  OptionalTensor order, const CodeName& code) {
+  const EncodeCall call(w, absmax, block_size, feedback, order, code);
   auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
   const auto* const scales = call.absmax.const_data_ptr<float>();
   if (!feedback) {
-    cpu::check(cpu::encode_nf4(pool(), call.dtype, call.w.const_data_ptr(), scales, call.numel, block_size, packed));
+    cpu::check(cpu::encode_nf4(pool(), call.code, call.dtype, call.w.const_data_ptr(), scales, call.numel, block_size,
+                               packed));
     return call.packed;
   }
   check_feedback(call);
-  cpu::check(cpu::encode_nf4_with_feedback(pool(), call.dtype, call.w.const_data_ptr(), scales, call.n, call.k,
-                                           block_size, call.feedback.const_data_ptr<float>(),
+  cpu::check(cpu::encode_nf4_with_feedback(pool(), call.code, call.dtype, call.w.const_data_ptr(), scales, call.n,
+                                           call.k, block_size, call.feedback.const_data_ptr<float>(),
                                            call.order.const_data_ptr<int64_t>(), packed));
   return call.packed;
 }
 
-Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed) {
-  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt);
-  cpu::check(cpu::encode_nf4_stochastic(pool(), call.dtype, call.w.const_data_ptr(),
+Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed,
+                             const CodeName& code) {
+  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code);
+  cpu::check(cpu::encode_nf4_stochastic(pool(), call.code, call.dtype, call.w.const_data_ptr(),
                                         call.absmax.const_data_ptr<float>(), call.numel, block_size,
                                         static_cast<uint64_t>(seed), call.packed.mutable_data_ptr<uint8_t>()));
   return call.packed;

@@ -63,10 +63,9 @@ inline Weight stacked_weight(const PackedArgs& p, const char* named, int64_t siz
 }
 
 // Like checks::lora, for all experts.
-inline LoraArgs stacked_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t experts, int64_t n, int64_t k,
-                             double scaling, double dropout_p, int64_t seed, const OptionalTensor& seed_tensor,
-                             const char* like_name, const Tensor& like) {
-  LoraArgs out = lora({}, {}, n, k, scaling, dropout_p, seed, seed_tensor, like_name, like, 0);
+inline LoraOperands stacked_lora(const OptionalTensor& a, const OptionalTensor& b, int64_t experts, int64_t n,
+                                 int64_t k, const LoraNumbers& numbers, const char* like_name, const Tensor& like) {
+  LoraOperands out = lora({}, {}, n, k, numbers, like_name, like, 0);
   require(a.has_value() || !b, "lora_a: expected with lora_b, got None");
   require(b.has_value() || !a, "lora_b: expected with lora_a, got None");
   if (!a) return out;
@@ -84,32 +83,29 @@ inline LoraArgs stacked_lora(const OptionalTensor& a, const OptionalTensor& b, i
 
 struct GroupedLinearCall {
   Tensor x, offsets, bias, y, h;
-  checks::LoraArgs lora;
+  checks::LoraOperands lora;
   Grouped<LinearProblem> problem;
 
-  GroupedLinearCall(const Tensor& x_arg, const Tensor& offsets_arg, const checks::PackedArgs& packed,
-                    int64_t out_features, const OptionalTensor& bias_arg, const OptionalTensor& lora_a,
-                    const OptionalTensor& lora_b, double scaling, double dropout_p, int64_t seed,
-                    const OptionalTensor& seed_tensor, bool keeps_h) {
+  GroupedLinearCall(const GroupedLinearArgs& args, bool keeps_h) {
     LinearProblem& p = problem.stack;
-    p.dtype = checks::compute_dtype("x", x_arg);
-    checks::has_shape("x", x_arg, {checks::kAnySize, checks::kAnySize});
+    p.dtype = checks::compute_dtype("x", args.x);
+    checks::has_shape("x", args.x, {checks::kAnySize, checks::kAnySize});
     int64_t k = 0;
-    p.m = checks::rows_of("x", x_arg, &k);
-    p.w = checks::stacked_weight(packed, "out_features", out_features, k, out_features, k, &problem.experts);
-    checks::same_device("packed", packed.packed, "x", x_arg);
-    problem.offsets = checks::offsets(offsets_arg, problem.experts, "x", x_arg, &offsets);
-    if (bias_arg) {
-      checks::has_shape("bias", *bias_arg, {problem.experts, out_features});
-      p.bias = checks::operand("bias", *bias_arg, "x", x_arg, &bias);
+    p.m = checks::rows_of("x", args.x, &k);
+    p.w = checks::stacked_weight(args.w, "out_features", args.out_features, k, args.out_features, k, &problem.experts);
+    checks::same_device("packed", args.w.packed, "x", args.x);
+    problem.offsets = checks::offsets(args.offsets, problem.experts, "x", args.x, &offsets);
+    if (args.bias) {
+      checks::has_shape("bias", *args.bias, {problem.experts, args.out_features});
+      p.bias = checks::operand("bias", *args.bias, "x", args.x, &bias);
     }
-    lora = checks::stacked_lora(lora_a, lora_b, problem.experts, out_features, k, scaling, dropout_p, seed, seed_tensor,
-                                "x", x_arg);
+    lora =
+        checks::stacked_lora(args.lora_a, args.lora_b, problem.experts, args.out_features, k, args.lora, "x", args.x);
     p.lora = lora.lora;
-    p.x = checks::operand("x", x_arg, "x", x_arg, &x);
-    y = empty(x_arg, checks::with_last(x_arg, "out_features", out_features), x_arg.scalar_type());
+    p.x = checks::operand("x", args.x, "x", args.x, &x);
+    y = empty(args.x, checks::with_last(args.x, "out_features", args.out_features), args.x.scalar_type());
     p.y = y.mutable_data_ptr();
-    if (keeps_h) p.h = checks::kept_low_rank(x_arg, lora_a, p.lora.rank, is_empty(), &h);
+    if (keeps_h) p.h = checks::kept_low_rank(args.x, args.lora_a, p.lora.rank, is_empty(), &h);
   }
 
   bool is_empty() const { return problem.stack.m == 0 || problem.stack.w.n == 0; }
@@ -117,27 +113,25 @@ struct GroupedLinearCall {
 
 struct GroupedLinearDxCall {
   Tensor dy, offsets, dx, g;
-  checks::LoraArgs lora;
+  checks::LoraOperands lora;
   Grouped<LinearDxProblem> problem;
 
-  GroupedLinearDxCall(const Tensor& dy_arg, const Tensor& offsets_arg, const checks::PackedArgs& packed,
-                      int64_t in_features, const OptionalTensor& lora_a, const OptionalTensor& lora_b, double scaling,
-                      double dropout_p, int64_t seed, const OptionalTensor& seed_tensor, bool keeps_g) {
+  GroupedLinearDxCall(const GroupedLinearDxArgs& args, bool keeps_g) {
     LinearDxProblem& p = problem.stack;
-    p.dtype = checks::compute_dtype("dy", dy_arg);
-    checks::has_shape("dy", dy_arg, {checks::kAnySize, checks::kAnySize});
+    p.dtype = checks::compute_dtype("dy", args.dy);
+    checks::has_shape("dy", args.dy, {checks::kAnySize, checks::kAnySize});
     int64_t n = 0;
-    p.m = checks::rows_of("dy", dy_arg, &n);
-    p.w = checks::stacked_weight(packed, "in_features", in_features, n, n, in_features, &problem.experts);
-    checks::same_device("packed", packed.packed, "dy", dy_arg);
-    problem.offsets = checks::offsets(offsets_arg, problem.experts, "dy", dy_arg, &offsets);
-    lora = checks::stacked_lora(lora_a, lora_b, problem.experts, n, in_features, scaling, dropout_p, seed, seed_tensor,
-                                "dy", dy_arg);
+    p.m = checks::rows_of("dy", args.dy, &n);
+    p.w = checks::stacked_weight(args.w, "in_features", args.in_features, n, n, args.in_features, &problem.experts);
+    checks::same_device("packed", args.w.packed, "dy", args.dy);
+    problem.offsets = checks::offsets(args.offsets, problem.experts, "dy", args.dy, &offsets);
+    lora =
+        checks::stacked_lora(args.lora_a, args.lora_b, problem.experts, n, args.in_features, args.lora, "dy", args.dy);
     p.lora = lora.lora;
-    p.dy = checks::operand("dy", dy_arg, "dy", dy_arg, &dy);
-    dx = empty(dy_arg, checks::with_last(dy_arg, "in_features", in_features), dy_arg.scalar_type());
+    p.dy = checks::operand("dy", args.dy, "dy", args.dy, &dy);
+    dx = empty(args.dy, checks::with_last(args.dy, "in_features", args.in_features), args.dy.scalar_type());
     p.dx = dx.mutable_data_ptr();
-    if (keeps_g) p.g = checks::kept_low_rank(dy_arg, lora_a, p.lora.rank, is_empty(), &g);
+    if (keeps_g) p.g = checks::kept_low_rank(args.dy, args.lora_a, p.lora.rank, is_empty(), &g);
   }
 
   bool is_empty() const { return problem.stack.m == 0 || problem.stack.w.k == 0; }
@@ -145,31 +139,28 @@ struct GroupedLinearDxCall {
 
 struct GroupedLoraGradCall {
   Tensor x, dy, offsets, h, g, da, db;
-  checks::LoraArgs lora;
+  checks::LoraOperands lora;
   Grouped<LoraGradProblem> problem;
 
-  GroupedLoraGradCall(const Tensor& dy_arg, const Tensor& x_arg, const Tensor& offsets_arg, const Tensor& lora_a,
-                      const Tensor& lora_b, double scaling, double dropout_p, int64_t seed,
-                      const OptionalTensor& seed_tensor, const OptionalTensor& h_arg, const OptionalTensor& g_arg) {
+  explicit GroupedLoraGradCall(const GroupedLoraGradArgs& args) {
     LoraGradProblem& p = problem.stack;
-    p.dtype = checks::compute_dtype("x", x_arg);
-    checks::has_shape("x", x_arg, {checks::kAnySize, checks::kAnySize});
-    p.m = checks::rows_of("x", x_arg, &p.k);
-    checks::has_shape("dy", dy_arg, {p.m, checks::kAnySize});
-    checks::rows_of("dy", dy_arg, &p.n);
-    checks::is_given("lora_b", lora_b);
-    checks::has_shape("lora_a", lora_a, {checks::kAnySize, checks::kAnySize, p.k});
-    problem.experts = lora_a.size(0);
-    lora = checks::stacked_lora(lora_a, lora_b, problem.experts, p.n, p.k, scaling, dropout_p, seed, seed_tensor, "x",
-                                x_arg);
-    problem.offsets = checks::offsets(offsets_arg, problem.experts, "x", x_arg, &offsets);
+    p.dtype = checks::compute_dtype("x", args.x);
+    checks::has_shape("x", args.x, {checks::kAnySize, checks::kAnySize});
+    p.m = checks::rows_of("x", args.x, &p.k);
+    checks::has_shape("dy", args.dy, {p.m, checks::kAnySize});
+    checks::rows_of("dy", args.dy, &p.n);
+    checks::is_given("lora_b", args.lora_b);
+    checks::has_shape("lora_a", args.lora_a, {checks::kAnySize, checks::kAnySize, p.k});
+    problem.experts = args.lora_a.size(0);
+    lora = checks::stacked_lora(args.lora_a, args.lora_b, problem.experts, p.n, p.k, args.lora, "x", args.x);
+    problem.offsets = checks::offsets(args.offsets, problem.experts, "x", args.x, &offsets);
     p.lora = lora.lora;
-    p.x = checks::operand("x", x_arg, "x", x_arg, &x);
-    p.dy = checks::operand("dy", dy_arg, "x", x_arg, &dy);
-    p.h = checks::given_low_rank("h", h_arg, p.lora.rank, x_arg, p.m, &h);
-    p.g = checks::given_low_rank("g", g_arg, p.lora.rank, x_arg, p.m, &g);
-    da = empty(x_arg, {problem.experts, p.lora.rank, p.k}, x_arg.scalar_type());
-    db = empty(x_arg, {problem.experts, p.n, p.lora.rank}, x_arg.scalar_type());
+    p.x = checks::operand("x", args.x, "x", args.x, &x);
+    p.dy = checks::operand("dy", args.dy, "x", args.x, &dy);
+    p.h = checks::given_low_rank("h", args.h, p.lora.rank, args.x, p.m, &h);
+    p.g = checks::given_low_rank("g", args.g, p.lora.rank, args.x, p.m, &g);
+    da = empty(args.x, {problem.experts, p.lora.rank, p.k}, args.x.scalar_type());
+    db = empty(args.x, {problem.experts, p.n, p.lora.rank}, args.x.scalar_type());
     p.da = da.mutable_data_ptr();
     p.db = db.mutable_data_ptr();
   }

@@ -142,24 +142,18 @@ void are_dense_on_cpu(std::initializer_list<Argument> arguments) {
 }
 
 template <bool kWithH>
-auto grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
-                        OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
-                        int64_t nested_block_size, int64_t out_features, OptionalTensor bias, OptionalTensor lora_a,
-                        OptionalTensor lora_b, double scaling, double dropout_p, int64_t seed,
-                        OptionalTensor seed_tensor) {
-  are_dense_on_cpu({{"x", x},
-                    {"offsets", offsets},
-                    {"packed", packed},
-                    {"absmax", absmax},
-                    {"nested_absmax", nested_absmax},
-                    {"nested_offset", nested_offset},
-                    {"bias", bias},
-                    {"lora_a", lora_a},
-                    {"lora_b", lora_b},
-                    {"seed_tensor", seed_tensor}});
-  const GroupedLinearCall call(x, offsets,
-                               {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-                               out_features, bias, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, kWithH);
+auto grouped_linear_nf4(GroupedLinearArgs args) {
+  are_dense_on_cpu({{"x", args.x},
+                    {"offsets", args.offsets},
+                    {"packed", args.w.packed},
+                    {"absmax", args.w.absmax},
+                    {"nested_absmax", args.w.nested_absmax},
+                    {"nested_offset", args.w.nested_offset},
+                    {"bias", args.bias},
+                    {"lora_a", args.lora_a},
+                    {"lora_b", args.lora_b},
+                    {"seed_tensor", args.lora.seed_tensor}});
+  const GroupedLinearCall call(args, kWithH);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
   if (!call.is_empty()) {
@@ -171,22 +165,17 @@ auto grouped_linear_nf4(const Tensor& x, const Tensor& offsets, const Tensor& pa
 }
 
 template <bool kWithG>
-auto grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor& packed, const Tensor& absmax,
-                           OptionalTensor nested_absmax, OptionalTensor nested_offset, int64_t block_size,
-                           int64_t nested_block_size, int64_t in_features, OptionalTensor lora_a, OptionalTensor lora_b,
-                           double scaling, double dropout_p, int64_t seed, OptionalTensor seed_tensor) {
-  are_dense_on_cpu({{"dy", dy},
-                    {"offsets", offsets},
-                    {"packed", packed},
-                    {"absmax", absmax},
-                    {"nested_absmax", nested_absmax},
-                    {"nested_offset", nested_offset},
-                    {"lora_a", lora_a},
-                    {"lora_b", lora_b},
-                    {"seed_tensor", seed_tensor}});
-  const GroupedLinearDxCall call(dy, offsets,
-                                 {packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size},
-                                 in_features, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, kWithG);
+auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
+  are_dense_on_cpu({{"dy", args.dy},
+                    {"offsets", args.offsets},
+                    {"packed", args.w.packed},
+                    {"absmax", args.w.absmax},
+                    {"nested_absmax", args.w.nested_absmax},
+                    {"nested_offset", args.w.nested_offset},
+                    {"lora_a", args.lora_a},
+                    {"lora_b", args.lora_b},
+                    {"seed_tensor", args.lora.seed_tensor}});
+  const GroupedLinearDxCall call(args, kWithG);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
   if (!call.is_empty()) {
@@ -197,19 +186,16 @@ auto grouped_linear_nf4_dx(const Tensor& dy, const Tensor& offsets, const Tensor
   return checks::results<kWithG>(call.dx, call.g);
 }
 
-std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tensor& x, const Tensor& offsets,
-                                                    const Tensor& lora_a, const Tensor& lora_b, double scaling,
-                                                    double dropout_p, int64_t seed, OptionalTensor seed_tensor,
-                                                    OptionalTensor h, OptionalTensor g) {
-  are_dense_on_cpu({{"dy", dy},
-                    {"x", x},
-                    {"offsets", offsets},
-                    {"lora_a", lora_a},
-                    {"lora_b", lora_b},
-                    {"seed_tensor", seed_tensor},
-                    {"h", h},
-                    {"g", g}});
-  const GroupedLoraGradCall call(dy, x, offsets, lora_a, lora_b, scaling, dropout_p, seed, seed_tensor, h, g);
+std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(GroupedLoraGradArgs args) {
+  are_dense_on_cpu({{"dy", args.dy},
+                    {"x", args.x},
+                    {"offsets", args.offsets},
+                    {"lora_a", args.lora_a},
+                    {"lora_b", args.lora_b},
+                    {"seed_tensor", args.lora.seed_tensor},
+                    {"h", args.h},
+                    {"g", args.g}});
+  const GroupedLoraGradCall call(args);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
   if (!call.is_empty()) run(all, p, cpu::linear_nf4_dlora);  // sums over no rows are zeros
@@ -221,9 +207,9 @@ std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(const Tensor& dy, const Tens
 
 // Registered for every kind of tensor except CUDA's, so that the checks report unsupported ones.
 STABLE_TORCH_LIBRARY_IMPL(qlora, CompositeExplicitAutograd, m) {
-  m.impl("grouped_linear_nf4", QLORA_BOX(&qlora::grouped_linear_nf4<false>));
-  m.impl("grouped_linear_nf4_with_h", QLORA_BOX(&qlora::grouped_linear_nf4<true>));
-  m.impl("grouped_linear_nf4_dx", QLORA_BOX(&qlora::grouped_linear_nf4_dx<false>));
-  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX(&qlora::grouped_linear_nf4_dx<true>));
-  m.impl("grouped_linear_nf4_dlora", QLORA_BOX(&qlora::grouped_linear_nf4_dlora));
+  m.impl("grouped_linear_nf4", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4<false>));
+  m.impl("grouped_linear_nf4_with_h", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4<true>));
+  m.impl("grouped_linear_nf4_dx", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dx<false>));
+  m.impl("grouped_linear_nf4_dx_with_g", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dx<true>));
+  m.impl("grouped_linear_nf4_dlora", QLORA_BOX_ARGS(&qlora::grouped_linear_nf4_dlora));
 }

@@ -1,11 +1,15 @@
 // Turns a wrong argument into Python's ValueError on every supported torch: QLORA_BOX(&f) is a TORCH_BOX(&f) that does
-// so. pybind11 converts std::invalid_argument to a ValueError where it calls the operator. torch 2.15 calls operators
-// without pybind11 and, besides its own exceptions, converts only pybind11's, which it recognizes by name. So this
-// header declares the one exception it needs, without pybind11 and Python, because programs without Python load this
-// library too. That is why the references are weak.
+// so, and QLORA_BOX_ARGS(&f) the same for an f that takes its arguments as one struct (arguments.h). pybind11 converts
+// std::invalid_argument to a ValueError where it calls the operator. torch 2.15 calls operators without pybind11 and,
+// besides its own exceptions, converts only pybind11's, which it recognizes by name. So this header declares the one
+// exception it needs, without pybind11 and Python, because programs without Python load this library too. That is why
+// the references are weak.
 #pragma once
 
 #include <stdexcept>
+#include <tuple>
+#include <type_traits>
+#include <utility>
 
 #include "cpp/ops/stable.h"
 
@@ -40,6 +44,29 @@ void with_value_errors(StableIValue* stack, uint64_t arguments, uint64_t outputs
   }
 }
 
+// For an operator that takes a struct of cpp/ops/arguments.h by value: the struct is filled from the stack.
+template <class Args, class Result>
+void box(Result (*operation)(Args), StableIValue* stack, uint64_t arguments) {
+  Args args;
+  uint64_t i = 0;
+  args.each([&](auto&) { ++i; });
+  if (i != arguments) throw std::runtime_error("an operator's schema and its arguments differ (cpp/ops/arguments.h)");
+  i = 0;
+  args.each([&](auto& field) { field = stable::detail::to<std::remove_reference_t<decltype(field)>>(stack[i++]); });
+  Result result = operation(std::move(args));
+  if constexpr (std::is_same_v<Result, Tensor>) {
+    stack[0] = stable::detail::from(result);
+  } else {
+    i = 0;
+    std::apply([&](const auto&... part) { ((stack[i++] = stable::detail::from(part)), ...); }, result);
+  }
+}
+template <auto operation>
+void boxed_args(StableIValue* stack, uint64_t arguments, uint64_t) {
+  box(operation, stack, arguments);
+}
+
 }  // namespace qlora
 
 #define QLORA_BOX(implementation) &qlora::with_value_errors<&TORCH_BOX(implementation)>
+#define QLORA_BOX_ARGS(implementation) &qlora::with_value_errors<&qlora::boxed_args<implementation>>

@@ -1,4 +1,4 @@
-// dequantize_nf4: packed codes and scales -> values, float32(code) * absmax rounded once, nested scales decoded on the
+// dequantize_nf4: packed codes and scales -> values, float32(value) * absmax rounded once, nested scales decoded on the
 // way.
 //
 // A warp takes a chunk of kSweeps sweeps; in a sweep each of its 32 lanes decodes 16 bytes of output. A chunk touches
@@ -42,7 +42,7 @@ __device__ __forceinline__ uint4 round_lane(const float (&v)[tile::LaneValues<T>
 
 // What a warp needs besides the chunk: the CTA's tables, and the lane's nested absmax, carried from chunk to chunk.
 struct DequantizeState {
-  const float* nf4;
+  const float* values;
   const float* dynamic8;
   float offset;
   tile::RawScale raw;
@@ -75,7 +75,7 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   if (block <= (first + kChunk - 1) >> scales.block_shift) tile::reload_scale(scales, block, state.raw);
   const float own = tile::decode_scale(scales, state.raw, state.dynamic8, state.offset);
 
-  const uint32_t table = ptx::shared_address(state.nf4);
+  const uint32_t table = ptx::shared_address(state.values);
   T* const to = out + lane * Tile::kPerLane;
   const int in_block = static_cast<int>(first & ((int64_t{1} << scales.block_shift) - 1)) + lane * Tile::kPerLane;
   tile::unroll<Tile::kSweeps>([&](auto r) {
@@ -97,7 +97,7 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
   for (int64_t i = first + threadIdx.x % tile::kWarp; i < end; i += tile::kWarp) {
     const tile::RawScale raw = tile::load_scale(scales, i >> scales.block_shift);
     const float scale = tile::decode_scale(scales, raw, state.dynamic8, state.offset);
-    out[i - first] = tile::narrow<T>(__fmul_rn(state.nf4[nf4_code_at(packed, i)], scale));
+    out[i - first] = tile::narrow<T>(__fmul_rn(state.values[code_at(packed, i)], scale));
   }
 }
 
@@ -112,18 +112,19 @@ struct DequantizePieces {
 template <class T, int kChunk, int kThreads, bool kReadSoon>
 __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
                                                                   const __grid_constant__ tile::ScaleView scales,
+                                                                  const __grid_constant__ tile::CodeView code,
                                                                   const __grid_constant__ DequantizePieces pieces,
                                                                   T* __restrict__ out) {
-  __shared__ __align__(tile::kNf4DecodeAlign) float nf4[kCodes];
+  __shared__ __align__(tile::kNf4DecodeAlign) float values[kCodes];
   __shared__ float dynamic8[256];
   __shared__ float shared_offset;
-  tile::stage_table(nf4, tile::c_nf4.value);
+  tile::stage_table(values, code.table().value);
   tile::stage_table(dynamic8, tile::c_dynamic8.value);
   if (threadIdx.x == 0) shared_offset = tile::nested_offset(scales);
   __syncthreads();
 
   constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
-  DequantizeState state{nf4, dynamic8, shared_offset, {}};
+  DequantizeState state{values, dynamic8, shared_offset, {}};
   const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
                        (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0));
   const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);

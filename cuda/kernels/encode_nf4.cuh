@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/stochastic.h"
 #include "cuda/kernels/quantize_nf4.cuh"
 #include "cuda/ptx/address.cuh"
@@ -12,32 +12,42 @@
 #include "cuda/ptx/mad.cuh"
 #include "cuda/ptx/store.cuh"
 #include "cuda/tile/lane_values.cuh"
-#include "cuda/tile/nf4_round.cuh"
-#include "cuda/tile/nf4_stochastic.cuh"
+#include "cuda/tile/round.cuh"
+#include "cuda/tile/stochastic.cuh"
 #include "cuda/tile/unroll.cuh"
 
 namespace qlora::kernels {
 
 inline constexpr int kEncodeSweeps = 4;
 
-// The two ways to round: the code of q, element `index` of w. `table` is the shared address of the Table.
+// The ways to round: the code of q, element `index` of w, and what w is multiplied by to be q. `table` is the shared
+// address of the Table. kOwnScales: the scales were taken from w, by block_scales.cuh.
+template <class Round, bool kOwnScales>
 struct NearestCode {
-  using Table = tile::Nf4RoundTable;
-  static __device__ __forceinline__ void stage(Table* shared) { tile::stage_nf4_round(shared); }
+  using Table = typename Round::Table;
+  __device__ __forceinline__ void stage(Table* shared) const { round.stage(shared); }
 
-  __device__ __forceinline__ uint32_t operator()(float q, int64_t, uint32_t table) const {
-    return tile::nf4_code(tile::nf4_round(q, table));
+  __device__ __forceinline__ static float inverse(float scale) {
+    return kOwnScales ? inverse_absmax(scale) : inverse_scale(scale);
   }
+  __device__ __forceinline__ uint32_t operator()(float q, int64_t, uint32_t table) const {
+    return Round::code_at(round.place(q, table));
+  }
+
+  Round round;
 };
 
+template <class Stochastic>
 struct StochasticCode {
-  using Table = tile::Nf4StochasticTable;
-  static __device__ __forceinline__ void stage(Table* shared) { tile::stage_nf4_stochastic(shared); }
+  using Table = typename Stochastic::Table;
+  __device__ __forceinline__ void stage(Table* shared) const { stochastic.stage(shared); }
 
+  __device__ __forceinline__ static float inverse(float scale) { return inverse_scale(scale); }
   __device__ __forceinline__ uint32_t operator()(float q, int64_t index, uint32_t table) const {
-    return tile::nf4_stochastic_code(q, rounding_threshold(seed, static_cast<uint64_t>(index)), table);
+    return stochastic(q, rounding_threshold(seed, static_cast<uint64_t>(index)), table);
   }
 
+  Stochastic stochastic;
   uint64_t seed;
 };
 
@@ -45,7 +55,7 @@ struct StochasticCode {
 template <class T, class Code>
 __device__ __forceinline__ uint32_t encode_lane_under(const tile::LaneValues<T>& values, float scale, int64_t index,
                                                       const Code& code, uint32_t table) {
-  const float inverse = inverse_scale(scale);
+  const float inverse = Code::inverse(scale);
   uint32_t codes = 0;
 #pragma unroll
   for (int nibble = tile::LaneValues<T>::kCount - 1; nibble >= 0; --nibble) {
@@ -58,10 +68,10 @@ __device__ __forceinline__ uint32_t encode_lane_under(const tile::LaneValues<T>&
 template <class T, class Code, int kThreads>
 __global__ __launch_bounds__(kThreads) void encode_nf4_kernel(const T* __restrict__ w, const float* __restrict__ absmax,
                                                               int64_t numel, int block_shift, Code code,
-                                                              uint8_t* __restrict__ packed) {
+                                                              uint32_t zero_code, uint8_t* __restrict__ packed) {
   constexpr int kPerLane = tile::LaneValues<T>::kCount, kSweep = tile::kWarp * kPerLane;
   __shared__ typename Code::Table shared;
-  Code::stage(&shared);
+  code.stage(&shared);
   __syncthreads();
   const uint32_t table = ptx::shared_address(&shared);
 
@@ -86,7 +96,7 @@ __global__ __launch_bounds__(kThreads) void encode_nf4_kernel(const T* __restric
     constexpr int kOffset = r * kSweep / 2;
     const uint32_t codes = encode_lane_under<T>(values[r], scale[r], begin + r * kSweep, code, table);
     if (!whole) {
-      store_codes_tail<kPerLane>(out + kOffset, codes, numel - begin - r * kSweep);
+      store_codes_tail<kPerLane>(out + kOffset, codes, numel - begin - r * kSweep, zero_code);
     } else if constexpr (kPerLane == 8) {
       ptx::store_stream_u32<kOffset>(out, codes);
     } else {

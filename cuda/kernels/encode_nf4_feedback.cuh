@@ -15,12 +15,12 @@
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
+#include "cpp/format/codes.h"
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/cp_async.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/lane_values.cuh"
-#include "cuda/tile/nf4_round.cuh"
+#include "cuda/tile/round.cuh"
 #include "cuda/tile/unroll.cuh"
 #include "cuda/tuning.h"
 
@@ -39,10 +39,11 @@ struct FeedbackScale {
   float scale, inverse;
 };
 
+template <class Round>
 struct FeedbackShared {
   using Tile = FeedbackTile;
 
-  tile::Nf4RoundTable table;
+  typename Round::Table table;
   alignas(16) float factors[Tile::kStages][Tile::kChunk][Tile::kBatch];
   alignas(16) float errors[Tile::kStages][Tile::kMaxWarps * Tile::kRows][Tile::kChunk];
   FeedbackScale scales[Tile::kMaxWarps][Tile::kBatch][Tile::kRows];
@@ -61,6 +62,7 @@ struct FeedbackArgs {
   uint8_t* packed;
   int64_t n;
   int k, block_shift;
+  uint32_t zero_code;
 };
 
 __host__ __device__ constexpr int64_t padded_places(int64_t k) {
@@ -74,12 +76,13 @@ __host__ __device__ constexpr int64_t stripe_codes(int64_t k, int warps) {
 using FeedbackWeights = float[FeedbackTile::kRows][FeedbackTile::kPerLane];
 
 // What a CTA knows of the stripe at hand.
-template <class T>
+template <class Round, class T>
 struct FeedbackStripe {
   using Tile = FeedbackTile;
 
+  const Round round;
   const FeedbackArgs<T>& args;
-  FeedbackShared& shared;
+  FeedbackShared<Round>& shared;
   int64_t row;    // the stripe's first
   float* errors;  // of the stripe
   int stride;     // of its rows
@@ -194,12 +197,12 @@ struct FeedbackStripe {
       const float of_row = __shfl_sync(kAll, weights[r][kPlace], owner);
       w = row_of_lane == r ? of_row : w;
     }
-    const uint32_t found = tile::nf4_round(__fmul_rn(w, scale.inverse), table);
-    const float rounded = __fmul_rn(tile::nf4_value(found), scale.scale);
+    const uint32_t found = round.place(__fmul_rn(w, scale.inverse), table);
+    const float rounded = __fmul_rn(Round::value_at(found), scale.scale);
     const float error = __fmul_rn(__fsub_rn(w, rounded), shared.inverse_diagonal[place]);
     if (lane() < Tile::kRows) {
       const int64_t code = int64_t{warp() * Tile::kRows + lane()} * args.k + shared.column[place];
-      codes[code] = static_cast<uint8_t>(tile::nf4_code(found));
+      codes[code] = static_cast<uint8_t>(Round::code_at(found));
     }
 #pragma unroll
     for (int r = 0; r < Tile::kRows; ++r) {
@@ -283,26 +286,26 @@ struct FeedbackStripe {
       }
       for (int64_t j = i; j < count; j += 2) {
         const uint32_t byte = word >> ((j - i) * 4) & 0xFFu;
-        out[j / 2] = static_cast<uint8_t>(j + 1 < count ? byte : (byte & 0xF0u) | kZeroCode);
+        out[j / 2] = static_cast<uint8_t>(j + 1 < count ? byte : (byte & 0xF0u) | args.zero_code);
       }
     }
   }
 };
 
 // kAligned: rows of the factors begin at multiples of 16 bytes.
-template <class T, bool kAligned>
+template <class Round, class T, bool kAligned>
 __global__ __launch_bounds__(FeedbackTile::kMaxWarps* tile::kWarp,
-                             2) void encode_nf4_feedback_kernel(const FeedbackArgs<T> args) {
-  extern __shared__ __align__(tile::Nf4EncodeTable::kBytes) unsigned char memory[];
-  FeedbackShared& shared = *reinterpret_cast<FeedbackShared*>(memory);
-  tile::stage_nf4_round(&shared.table);
+                             2) void encode_nf4_feedback_kernel(const Round round, const FeedbackArgs<T> args) {
+  extern __shared__ __align__(tile::EncodeCells::kBytes) unsigned char memory[];
+  FeedbackShared<Round>& shared = *reinterpret_cast<FeedbackShared<Round>*>(memory);
+  round.stage(&shared.table);
   const uint32_t table = ptx::shared_address(&shared.table);
   const int warps = blockDim.x / tile::kWarp, rows = warps * FeedbackTile::kRows;
   const int stride = static_cast<int>(padded_places(args.k));
   float* const errors = args.errors + int64_t{blockIdx.x} * rows * stride;
   uint8_t* const codes = args.codes + blockIdx.x * stripe_codes(args.k, warps);
   for (int64_t row = int64_t{blockIdx.x} * rows; row < args.n; row += int64_t{gridDim.x} * rows) {
-    const FeedbackStripe<T> stripe = {args, shared, row, errors, stride, codes};
+    const FeedbackStripe<Round, T> stripe = {round, args, shared, row, errors, stride, codes};
     for (int first = 0; first < args.k; first += FeedbackTile::kBatch) {
       stripe.template round_batch<kAligned>(first, table);
     }

@@ -24,6 +24,7 @@ struct LinearArgs {
   const T* x;
   const uint8_t* packed;
   tile::ScaleView scales;
+  tile::CodeView code;
   int64_t m, n, k;
   tile::LoraOperands<T> lora;  // rank 0: none
   tile::LinearOutput<T> out;
@@ -123,9 +124,9 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
 #pragma unroll
   for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
-  tile::ScaleStage<Tile, tile::kScaleSegments> scales(p.scales, n0, p.n, p.k);
+  tile::ScaleStage<Tile, tile::kScaleSegments> scales(p.scales, p.code.unfactor, n0, p.n, p.k);
   scales.load(segment0, segments);
-  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable);
+  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_dynamic8<Tile::kThreads>(dynamic8);
   Accumulators<Tile> acc = {};
   add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);

@@ -24,7 +24,7 @@ namespace qlora::kernels {
 // The tile of tokens token0.. and columns column0.., a whole CTA's work: split blockIdx.y of the rows.
 template <class T, int kTokenTiles, bool kRagged>
 __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t token0, int64_t column0) {
-  using Layout = tile::DxLayout<kTokenTiles>;
+  using Layout = tile::DxLayout<kTokenTiles, kRagged>;
   constexpr int kAhead = Layout::kStages - 1;
   extern __shared__ __align__(256) char shared[];
   const DxTile tile = make_dx_tile(args, token0, column0);
@@ -34,7 +34,7 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
     if (stage < tile.stages) loader.start_copies(stage);
     ptx::cp_async_commit();
   }
-  tile::fill_pairs_f32<tile::kDxThreads>(shared);
+  tile::fill_pairs_f32<tile::kDxThreads>(shared, args.code);
   tile::fill_dynamic8<tile::kDxThreads>(reinterpret_cast<float*>(shared + Layout::kDynamic8));
   __syncthreads();
   for (int stage = 0; stage < kAhead && stage < tile.stages; ++stage) {

@@ -55,7 +55,6 @@ struct DxScales<Layout, true> {
 
 template <class T, int kTokenTiles>
 class DxAccumulators {
-  using Layout = tile::DxLayout<kTokenTiles>;
   // Each of a slab's two warps finishes half of the token tiles; a single one is the first warp's alone.
   static constexpr int kOwners = kTokenTiles == 1 ? 1 : 2;
   static constexpr int kOwn = kTokenTiles / kOwners;
@@ -93,6 +92,7 @@ class DxAccumulators {
   // acc += [dy | w] for this warp's steps of the stage.
   template <bool kRagged>
   __device__ __forceinline__ void add_stage(const DxArgs& args, const DxTile& tile, char* shared, int stage, int slot) {
+    using Layout = tile::DxLayout<kTokenTiles, kRagged>;
     constexpr int kSteps = tile::kDxStageRows / tile::kDxStepRows / 2;
     const int64_t row0 = tile.row0 + int64_t{stage} * tile::kDxStageRows;
     const uint32_t table = ptx::shared_address(shared);

@@ -32,7 +32,7 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
   __shared__ float values[kCodes], dynamic8[256];
   __shared__ float dy[kDxExactStageRows][kDxExactTokens];
   __shared__ float sums[kDxExactTokens][kDxExactColumns];
-  if (threadIdx.x < kCodes) values[threadIdx.x] = tile::c_nf4.value[threadIdx.x];
+  if (threadIdx.x < kCodes) values[threadIdx.x] = args.code.table().value[threadIdx.x];
   tile::fill_dynamic8<kDxExactThreads>(dynamic8);
 
   const int64_t row0 = blockIdx.y * args.rows_per_split, row_end = min(args.n, row0 + args.rows_per_split);
@@ -56,8 +56,7 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
     for (int row = half; row < rows; row += 2) {
       const int64_t element = (stage + row) * args.k + column;
       const tile::RawScale raw = tile::load_scale(args.scales, element >> args.scales.block_shift);
-      const float w =
-          values[nf4_code_at(args.packed, element)] * tile::decode_scale(args.scales, raw, dynamic8, offset);
+      const float w = values[code_at(args.packed, element)] * tile::decode_scale(args.scales, raw, dynamic8, offset);
 #pragma unroll
       for (int i = 0; i < kDxExactTokens; ++i) part[i] = fmaf(dy[row][i], w, part[i]);
     }

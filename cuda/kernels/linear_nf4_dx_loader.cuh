@@ -11,11 +11,11 @@
 
 namespace qlora::kernels {
 
-// For k % 32 == 0, n % 8 == 0 and 16-byte aligned tensors: everything by cp.async. A thread keeps to its rows, so that
-// from one stage to the next only constants are added.
+// For k % 32 == 0, blocks of at least 32, n % 8 == 0 and 16-byte aligned tensors: everything by cp.async. A thread
+// keeps to its rows, so that from one stage to the next only constants are added.
 template <class T, int kTokenTiles>
 class DxLoader {
-  using Layout = tile::DxLayout<kTokenTiles>;
+  using Layout = tile::DxLayout<kTokenTiles, false>;
   static constexpr int kWRows = tile::kDxThreads / 8;  // rows of W, or tokens of dy, that the CTA copies at once
   static constexpr int kWCopies = tile::kDxStageRows / kWRows;
   static constexpr int kDyCopies = (Layout::kTokens + kWRows - 1) / kWRows;
@@ -105,7 +105,7 @@ class DxLoader {
 // For any k, n and alignment, element by element.
 template <class T, int kTokenTiles>
 class DxRaggedLoader {
-  using Layout = tile::DxLayout<kTokenTiles>;
+  using Layout = tile::DxLayout<kTokenTiles, true>;
 
  public:
   __device__ __forceinline__ DxRaggedLoader(const DxArgs& args, const DxTile& tile, char* shared)

@@ -13,6 +13,7 @@ struct DxArgs {
   const void* dy;         // [m, n]
   const uint8_t* packed;  // w [n, k]
   tile::ScaleView scales;
+  tile::CodeView code;
   const void* lora_a;  // [rank, k]
   const void* g;       // [m, rank]
   void* dx;            // [m, k]

@@ -26,6 +26,7 @@ namespace qlora::kernels {
 template <class T>
 struct DxSm90Args {
   tile::ScaleView scales;
+  tile::CodeView code;
   int64_t m, n, k;
   tile::LoraOperands<T> g;  // b is not used
   const T* lora_a;          // [rank, k]
@@ -48,9 +49,8 @@ class DxSm90Scales {
 
   // That of the stage in `slot`; then loads that of the next stage there.
   __device__ __forceinline__ void store_and_load(int slot, uint32_t lane_table, float offset, uint32_t address) {
-    float scale = raw_[slot].value;
-    if (view_.scales.codes != nullptr)
-      scale = __fadd_rn(__fmul_rn(tile::lookup_dynamic8<0>(lane_table, raw_[slot].code), scale), offset);
+    const auto dynamic8 = [&](uint32_t code) { return tile::lookup_dynamic8<0>(lane_table, code); };
+    const float scale = tile::decode_scale_by(view_, raw_[slot].value, raw_[slot].code, dynamic8, offset);
     ptx::store_shared_f32(address, scale);
     load(slot);
   }
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   if (threadIdx.x == 0) tile::start_ring<Tile>(base, dy_map, packed_map);
   constexpr int kFill = 256;  // threads that fill_pairs_f32 can use
   if (threadIdx.x < kFill)
-    tile::fill_pairs_f32<kFill>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared));
+    tile::fill_pairs_f32<kFill>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared), p.code);
   tile::fill_lane_dynamic8<Tile::kThreads>(base + Tile::kDynamic8);
   __syncthreads();
   const tile::Sm90Work<Tile> work(p.plan);

@@ -24,6 +24,7 @@ struct FewLinearArgs {
   const T* x;
   const uint8_t* packed;
   tile::ScaleView scales;
+  tile::CodeView code;
   int64_t m, n, k;
   tile::FewLora<T> lora;  // rank 0: none
   tile::LinearOutput<T> out;
@@ -181,10 +182,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   tile::unroll<Tile::kRowTiles>([&](auto i) { units.template load<i>(w[i]); });
   tile::fetch_x<Tile>(shared + Tile::kX, p.x, tokens, p.k, segment0, segments);
   ptx::cp_async_commit();
-  tile::ScaleStage<Tile, Tile::kStageSegments> scales(p.scales, n0, p.n, p.k);
+  tile::ScaleStage<Tile, Tile::kStageSegments> scales(p.scales, p.code.unfactor, n0, p.n, p.k);
   scales.load(segment0, segments);
   tile::prefetch_lora_b(p.lora, n0, p.n);
-  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable);
+  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
   tile::fill_dynamic8<Tile::kThreads>(reinterpret_cast<float*>(shared_memory + Tile::kDynamic8));
   __syncthreads();
   scales.store(shared + Tile::kScales, dynamic8);
@@ -192,7 +193,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   FewAccumulators<Tile> acc = {};
   XUnit<Tile> x(tokens);
   tile::HSums<Tile> h(p.lora, p.k, segment0, segments, tokens, part);
-  Decoder<typename Tile::T> decoder{shared + Tile::kTable, 4 * (threadIdx.x % 32), {}};
+  Decoder<typename Tile::T> decoder{shared + Tile::kTable, 4 * (threadIdx.x % 32),
+                                    tile::PairRegisters<typename Tile::T>(p.code)};
   uint32_t lane_scales = shared + Tile::kScales + Tile::scale_offset(warp_row + threadIdx.x % 32 / 4, unit0);
   ptx::hold(decoder.lane_offset), ptx::hold(lane_scales);
   int buffer = 0;

@@ -1,6 +1,6 @@
 // y = x · wᵀ + h · lora_bᵀ + bias for ragged shapes and pointers, all that the tensor-core kernel does not take: blocks
-// and bytes that span rows, blocks of 32, odd k. Each element of w is found by its flat index, so nothing is assumed of
-// k or of pointers. The arithmetic is float32 throughout, so that it is also the exact path, of float32 x.
+// and bytes that span rows, blocks of less than 64, odd k. Each element of w is found by its flat index, so nothing is
+// assumed of k or of pointers. The arithmetic is float32 throughout, so that it is also the exact path, of float32 x.
 //
 // A CTA computes kRaggedRows rows of w times kTokens tokens; both operands are widened to float32 in shared memory, 32
 // k at a time. A thread multiplies 4 rows by 4 tokens; where there are few tokens, 64 / kTokens threads share out the
@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "cuda/tile/block_scale.cuh"
+#include "cuda/tile/code_tables.cuh"
 #include "cuda/tile/element.cuh"
 
 namespace qlora::kernels {
@@ -20,6 +21,7 @@ struct RaggedLinearArgs {
   const T* x;
   const uint8_t* packed;
   tile::ScaleView scales;
+  tile::CodeView code;
   int64_t m, n, k;
   const T* h;       // [m, rank]
   const T* lora_b;  // [n, rank]
@@ -52,7 +54,7 @@ __device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::Sc
     for (int i = 0; i < kRaggedRun; ++i) w[i] = code[word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15] * scale;
   } else {
 #pragma unroll
-    for (int i = 0; i < kRaggedRun; ++i) w[i] = i < count ? code[nf4_code_at(packed, i0 + i)] * scale_of(i0 + i) : 0.0f;
+    for (int i = 0; i < kRaggedRun; ++i) w[i] = i < count ? code[code_at(packed, i0 + i)] * scale_of(i0 + i) : 0.0f;
   }
 }
 
@@ -70,7 +72,7 @@ __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>
   const int slice = threadIdx.x / (kRowThreads * kTokenThreads);
 
   tile::fill_dynamic8<kRaggedThreads>(dynamic8);
-  if (threadIdx.x < kCodes) code[threadIdx.x] = tile::c_nf4.value[threadIdx.x];
+  if (threadIdx.x < kCodes) code[threadIdx.x] = p.code.table().value[threadIdx.x];
   const float offset = tile::nested_offset(p.scales);
 
   float acc[4][4] = {};  // [i][j]: row row_thread + kRowThreads i, token token_thread + kTokenThreads j

@@ -25,6 +25,7 @@ namespace qlora::kernels {
 template <class T>
 struct LinearSm90Args {
   tile::ScaleView scales;
+  tile::CodeView code;
   int64_t m, n, k;
   tile::LoraOperands<T> lora;
   tile::LinearOutput<T> out;
@@ -34,21 +35,22 @@ struct LinearSm90Args {
 // A producer thread's row of scales: two a stage, loaded a round of stages ahead of their use. Blocks are counted from
 // the row's first, in 32 bits. Beyond the row's end, and in rows that do not exist, the scale is that of nothing:
 // finite, for 0 times it is 0.
-template <class Tile, bool kNested>
+template <class Tile, ScaleForm kForm>
 class LinearSm90Scales {
   static constexpr int kStageSegments = Tile::kStageK / tile::kSegment;
   static_assert(kStageSegments == 2);
 
  public:
-  __device__ __forceinline__ LinearSm90Scales(const tile::ScaleView& view, int64_t row, int64_t n, int64_t k,
-                                              int stage0)
+  __device__ __forceinline__ LinearSm90Scales(const tile::ScaleView& view, float unfactor, int64_t row, int64_t n,
+                                              int64_t k, int stage0)
       : view_(view),
+        unfactor_(unfactor),
         block0_(row * k >> view.block_shift),
         shift_(view.block_shift - 6),
         segment_(stage0 * kStageSegments),
         end_(row < n ? static_cast<int>(k / tile::kSegment) : 0),
         before_(static_cast<int>(row * k / tile::kSegment) & ((1 << shift_) - 1)),
-        plain_codes_(view.scales.codes + block0_ + segment_) {
+        plain_codes_(view.scales.codes() + block0_ + segment_) {
     static_assert(tile::kSegment == 1 << 6);
 #pragma unroll
     for (int slot = 0; slot < Tile::kStages; ++slot) load(slot);
@@ -56,13 +58,14 @@ class LinearSm90Scales {
 
   // Those of the stage in `slot`; then loads those of the next stage there.
   __device__ __forceinline__ void store_and_load(int slot, uint32_t lane_table, float offset, uint32_t address) {
-    constexpr float kUnfactor = 1.0f / tile::kPairFactor<typename Tile::T>;
     float2 scale = absmax_[slot];
-    if constexpr (kNested) {
-      scale.x = __fadd_rn(__fmul_rn(tile::lookup_dynamic8<0>(lane_table, codes_[slot]), scale.x), offset);
-      scale.y = __fadd_rn(__fmul_rn(tile::lookup_dynamic8<1>(lane_table, codes_[slot]), scale.y), offset);
+    if constexpr (kForm == ScaleForm::kNested8) {
+      const auto first = [&](uint32_t codes) { return tile::lookup_dynamic8<0>(lane_table, codes); };
+      const auto second = [&](uint32_t codes) { return tile::lookup_dynamic8<1>(lane_table, codes); };
+      scale.x = tile::decode_nested_scale(scale.x, codes_[slot], first, offset);
+      scale.y = tile::decode_nested_scale(scale.y, codes_[slot], second, offset);
     }
-    ptx::store_shared_v2_f32(address, make_float2(scale.x * kUnfactor, scale.y * kUnfactor));
+    ptx::store_shared_v2_f32(address, make_float2(scale.x * unfactor_, scale.y * unfactor_));
     load(slot);
   }
 
@@ -84,8 +87,8 @@ class LinearSm90Scales {
     absmax = 0.0f;
     if (segment >= end_) return kDynamic8ZeroCode;
     const int64_t block = block0_ + ((before_ + segment) >> shift_);
-    if constexpr (!kNested) {
-      absmax = __ldg(view_.scales.absmax + block);
+    if constexpr (kForm == ScaleForm::kFloat32) {
+      absmax = __ldg(view_.scales.floats() + block);
       return 0;
     } else {
       const int64_t nested = tile::nested_block(view_, block);
@@ -93,11 +96,12 @@ class LinearSm90Scales {
       const int64_t left = (nested + 1) * view_.scales.nested_block_size - block0_;
       const bool plain = shift_ == 0 && (reinterpret_cast<uintptr_t>(plain_codes_) & 1) == 0;
       plain_end_ = !plain ? 0 : static_cast<int>(left < end_ ? left : end_);
-      return __ldg(view_.scales.codes + block);
+      return __ldg(view_.scales.codes() + block);
     }
   }
 
   const tile::ScaleView& view_;
+  const float unfactor_;  // of the weight's code
   int64_t block0_;
   int shift_, segment_, end_, before_;  // of segments: the next, the row's, those of the row's first block before it
   // Before plain_end_, segments are blocks with codes of their own, in pairs at even addresses, and their nested absmax
@@ -114,7 +118,7 @@ __device__ __forceinline__ bool lora_is_vector(const tile::LoraOperands<T>& lora
   return lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
 }
 
-template <class Tile, bool kNested>
+template <class Tile, ScaleForm kForm>
 __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
                                         const CUtensorMap& x_map, const CUtensorMap& packed_map, uint32_t base) {
   const float offset = tile::nested_offset(p.scales);
@@ -123,7 +127,7 @@ __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& 
   tile::Sm90Producer<Tile> ring{base};
   const auto pass = [&](auto slot) { ring.pass(slot); };
   work.for_tiles([&](int64_t token0, int64_t n0) {
-    LinearSm90Scales<Tile, kNested> scales(p.scales, n0 + threadIdx.x, p.n, p.k, work.stage0);
+    LinearSm90Scales<Tile, kForm> scales(p.scales, p.code.unfactor, n0 + threadIdx.x, p.n, p.k, work.stage0);
     const auto token = static_cast<int32_t>(token0), row = static_cast<int32_t>(n0);
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       ring.wait(slot);
@@ -257,7 +261,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   extern __shared__ uint8_t shared_memory[];
   const uint32_t base = Tile::base_address(ptx::shared_address(shared_memory));
   if (threadIdx.x == 0) tile::start_ring<Tile>(base, x_map, packed_map);
-  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(base + Tile::kTable);
+  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(base + Tile::kTable, p.code);
   tile::fill_lane_dynamic8<Tile::kThreads>(base + Tile::kDynamic8);
   __syncthreads();
   const tile::Sm90Work<Tile> work(p.plan);
@@ -266,10 +270,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     consume<Tile>(p, work, base);
   } else {
     ptx::give_registers<Tile::kProducerRegisters>();
-    if (p.scales.scales.codes != nullptr)
-      produce<Tile, true>(p, work, x_map, packed_map, base);
-    else
-      produce<Tile, false>(p, work, x_map, packed_map, base);
+    tile::with_scale_form(p.scales, [&](auto form) { produce<Tile, form.value>(p, work, x_map, packed_map, base); });
   }
 }
 

@@ -5,8 +5,8 @@
 
 #include <cstdint>
 
+#include "cpp/format/codes.h"
 #include "cpp/format/dynamic8.h"
-#include "cpp/format/nf4.h"
 #include "cuda/tile/code_tables.cuh"
 #include "cuda/tile/lane_values.cuh"
 

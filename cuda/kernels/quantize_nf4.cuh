@@ -1,4 +1,5 @@
-// quantize_nf4: w -> packed codes and absmax, bit for bit as cpp/format/nf4.h says.
+// quantize_nf4 for codes that tile::EncodeCells serves, in blocks of 32 and more: w -> packed codes and absmax, bit for
+// bit as cpp/format/codes.h says. Others take two launches, block_scales.cuh and encode_nf4.cuh.
 //
 // A warp takes four sweeps of w; a sweep is 16 bytes a lane, consecutive over the 32 lanes, so that each load and each
 // packed store of the warp is one run of whole sectors. A quantization block is kGroup neighbouring lanes of a sweep,
@@ -7,7 +8,7 @@
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
+#include "cpp/format/codes.h"
 #include "cuda/ptx/address.cuh"
 #include "cuda/ptx/float_bits.cuh"
 #include "cuda/ptx/lop3.cuh"
@@ -34,17 +35,17 @@ struct QuantizeTile {
 };
 
 // The lane's codes, packed: nibble n holds element n ^ 1, because an even element is the high half of its byte. `table`
-// is the shared address of the tile::Nf4EncodeTable.
+// is the shared address of the tile::EncodeCells.
 template <class T>
 __device__ __forceinline__ uint32_t encode_lane(const tile::LaneValues<T>& values, float inverse, uint32_t table) {
   uint32_t codes = 0;
 #pragma unroll
   for (int nibble = tile::LaneValues<T>::kCount - 1; nibble >= 0; --nibble) {
     const float q = ptx::mul_bits(values.float_bits(nibble ^ 1), inverse);
-    const uint32_t j = ptx::fma_to_bits(q, tile::Nf4EncodeTable::kSlope, tile::Nf4EncodeTable::kShift);
-    const uint32_t cell = ptx::and_or(j, tile::Nf4EncodeTable::kOffsetMask, table);
+    const uint32_t j = ptx::fma_to_bits(q, tile::EncodeCells::kSlope, tile::EncodeCells::kShift);
+    const uint32_t cell = ptx::and_or(j, tile::EncodeCells::kOffsetMask, table);
     const float boundary = ptx::load_shared_f32(cell);
-    const uint32_t base = ptx::load_shared_u32<tile::Nf4EncodeTable::kCells * 4>(cell);
+    const uint32_t base = ptx::load_shared_u32<tile::EncodeCells::kCells * 4>(cell);
     codes = ptx::mad<kCodes>(codes, base - ptx::greater_mask(q, boundary));
   }
   return codes;
@@ -83,25 +84,25 @@ __device__ __forceinline__ void block_absmax(const tile::LaneValues<T> (&values)
 
 // The first `count` codes of the lane (any number, also negative); the low half of an odd last byte is the zero code.
 template <int kPerLane>
-__device__ __forceinline__ void store_codes_tail(uint8_t* out, uint32_t codes, int64_t count) {
+__device__ __forceinline__ void store_codes_tail(uint8_t* out, uint32_t codes, int64_t count, uint32_t zero_code) {
 #pragma unroll
   for (int i = 0; i < kPerLane; i += 2) {
     const uint32_t byte = codes >> (i * 4);
-    if (i < count) out[i / 2] = static_cast<uint8_t>(i + 1 < count ? byte : (byte & 0xF0u) | kZeroCode);
+    if (i < count) out[i / 2] = static_cast<uint8_t>(i + 1 < count ? byte : (byte & 0xF0u) | zero_code);
   }
 }
 
 template <class T, int kBlock, int kThreads>
-__global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restrict__ w, int64_t numel,
-                                                                uint8_t* __restrict__ packed,
+__global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restrict__ w, int64_t numel, int code,
+                                                                uint32_t zero_code, uint8_t* __restrict__ packed,
                                                                 float* __restrict__ absmax) {
   using Tile = QuantizeTile<T, kBlock>;
   constexpr int kWarps = kThreads / tile::kWarp;
   static_assert(kWarps % Tile::kWarpsPerBlock == 0);
-  __shared__ __align__(tile::Nf4EncodeTable::kBytes) tile::Nf4EncodeTable encode;
+  __shared__ __align__(tile::EncodeCells::kBytes) tile::EncodeCells encode;
   __shared__ uint32_t across_warps[kWarps];
-  tile::stage_table(encode.boundary, tile::c_nf4_encode.boundary);
-  tile::stage_table(encode.base, tile::c_nf4_encode.base);
+  tile::stage_table(encode.boundary, tile::c_encode.of[code].boundary);
+  tile::stage_table(encode.base, tile::c_encode.of[code].base);
   __syncthreads();
 
   const int lane = threadIdx.x % tile::kWarp;
@@ -128,7 +129,7 @@ __global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restr
     uint32_t codes = encode_lane<T>(values[r], inverse_absmax(own), table);
     codes = own == own ? codes : 0;  // NaN in, code 0 throughout
     if (!whole) {
-      store_codes_tail<Tile::kPerLane>(out + kOffset, codes, numel - begin - r * Tile::kSweep);
+      store_codes_tail<Tile::kPerLane>(out + kOffset, codes, numel - begin - r * Tile::kSweep, zero_code);
     } else if constexpr (Tile::kPerLane == 8) {
       ptx::store_stream_u32<kOffset>(out, codes);
     } else {

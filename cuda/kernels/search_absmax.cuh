@@ -7,12 +7,12 @@
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/search_absmax.h"
 #include "cuda/ptx/address.cuh"
 #include "cuda/tile/element.cuh"
 #include "cuda/tile/lane_values.cuh"
-#include "cuda/tile/nf4_round.cuh"
+#include "cuda/tile/round.cuh"
 #include "cuda/tile/unroll.cuh"
 
 namespace qlora::kernels {
@@ -48,9 +48,11 @@ __device__ __forceinline__ float sum_of_lanes(float sum) {
 }
 
 // `sum` and the weighted error of one weight, in units of the scale's square.
-__device__ __forceinline__ float add_error(float sum, float w, float importance, float inverse, uint32_t table) {
+template <class Round>
+__device__ __forceinline__ float add_error(const Round& round, float sum, float w, float importance, float inverse,
+                                           uint32_t table) {
   const float q = __fmul_rn(w, inverse);
-  const float error = __fsub_rn(q, tile::nf4_value(tile::nf4_round(q, table)));
+  const float error = __fsub_rn(q, Round::value_at(round.place(q, table)));
   return __fadd_rn(sum, __fmul_rn(__fmul_rn(error, error), importance));
 }
 
@@ -59,12 +61,13 @@ __device__ __forceinline__ float block_error(float sum, float scale) {
 }
 
 // The best scale for the codes that `scale` gives; 0 where all of them that count are zeros.
-template <class T>
-__device__ __forceinline__ float fitted_scale(const BlockLane<T>& block, float scale, uint32_t table) {
+template <class Round, class T>
+__device__ __forceinline__ float fitted_scale(const Round& round, const BlockLane<T>& block, float scale,
+                                              uint32_t table) {
   const float inverse = inverse_scale(scale);
   float products = 0.0f, squares = 0.0f;
   block.for_each([&](float w, float importance) {
-    const float value = tile::nf4_value(tile::nf4_round(__fmul_rn(w, inverse), table));
+    const float value = Round::value_at(round.place(__fmul_rn(w, inverse), table));
     const float weighted = __fmul_rn(value, importance);
     products = __fadd_rn(products, __fmul_rn(weighted, w));
     squares = __fadd_rn(squares, __fmul_rn(weighted, value));
@@ -73,8 +76,9 @@ __device__ __forceinline__ float fitted_scale(const BlockLane<T>& block, float s
   return square > 0.0f ? __fdiv_rn(product, square) : 0.0f;
 }
 
-template <class T>
-__device__ __forceinline__ float best_scale(const BlockLane<T>& block, float absmax, uint32_t table) {
+template <class Round, class T>
+__device__ __forceinline__ float best_scale(const Round& round, const BlockLane<T>& block, float absmax,
+                                            uint32_t table) {
   constexpr int kCandidates = 1 + kSearchSteps;
   const auto candidate = [&](auto c) {
     if constexpr (c == 0) {
@@ -87,7 +91,7 @@ __device__ __forceinline__ float best_scale(const BlockLane<T>& block, float abs
   float inverse[kCandidates], sum[kCandidates];
   tile::unroll<kCandidates>([&](auto c) { inverse[c] = inverse_scale(candidate(c)), sum[c] = 0.0f; });
   block.for_each([&](float w, float importance) {
-    tile::unroll<kCandidates>([&](auto c) { sum[c] = add_error(sum[c], w, importance, inverse[c], table); });
+    tile::unroll<kCandidates>([&](auto c) { sum[c] = add_error(round, sum[c], w, importance, inverse[c], table); });
   });
   float best = absmax, least = block_error(sum[0], absmax);
   const auto consider = [&](float scale, float error) {
@@ -101,24 +105,26 @@ __device__ __forceinline__ float best_scale(const BlockLane<T>& block, float abs
   });
 #pragma unroll 1
   for (int fit = 0; fit < kSearchFits; ++fit) {
-    const float scale = fitted_scale(block, best, table);
+    const float scale = fitted_scale(round, block, best, table);
     const float scale_inverse = inverse_scale(scale);
     float fitted = 0.0f;
-    block.for_each([&](float w, float importance) { fitted = add_error(fitted, w, importance, scale_inverse, table); });
+    block.for_each(
+        [&](float w, float importance) { fitted = add_error(round, fitted, w, importance, scale_inverse, table); });
     const float error = block_error(fitted, scale);
     if (scale > 0.0f) consider(scale, error);
   }
   return best;
 }
 
-template <class T, int kThreads>
-__global__ __launch_bounds__(kThreads) void search_absmax_kernel(const T* __restrict__ w,
+template <class Round, class T, int kThreads>
+__global__ __launch_bounds__(kThreads) void search_absmax_kernel(const Round round, float largest_value,
+                                                                 const T* __restrict__ w,
                                                                  const float* __restrict__ importance, int64_t numel,
                                                                  int64_t k, int block_size,
                                                                  float* __restrict__ absmax) {
   constexpr uint32_t kInfinity = 0x7F800000u, kNaN = 0x7FC00000u, kMagnitude = 0x7FFFFFFFu;
-  __shared__ tile::Nf4RoundTable table;
-  tile::stage_nf4_round(&table);
+  __shared__ typename Round::Table table;
+  round.stage(&table);
   __syncthreads();
 
   const int lane = threadIdx.x % kSearchLanes;
@@ -135,7 +141,7 @@ __global__ __launch_bounds__(kThreads) void search_absmax_kernel(const T* __rest
     magnitude = max(magnitude, __shfl_xor_sync(0xFFFFFFFFu, magnitude, step));
   }
   const float largest = __uint_as_float(magnitude < kInfinity ? magnitude : kNaN);
-  const float best = best_scale(block, largest, ptx::shared_address(&table));
+  const float best = best_scale(round, block, scale_of(largest, largest_value), ptx::shared_address(&table));
   if (lane == 0 && count > 0) absmax[b] = largest > 0.0f ? best : largest;
 }
 

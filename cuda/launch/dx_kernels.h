@@ -24,12 +24,15 @@ struct DxKernels {
   static Kernel on_tensor_cores() {
     return {Family::template kKernel<T, kTokenTiles, kRagged>,
             ctas_per_sm<Family::template kKernel<T, kTokenTiles, kRagged>>, tile::kDxThreads,
-            tile::DxLayout<kTokenTiles>::kBytes};
+            tile::DxLayout<kTokenTiles, kRagged>::kBytes};
   }
 
   template <class T>
   static Kernel on_tensor_cores(const DxConfig& config) {
-    if (config.kernel == cuda::Kernel::kRagged) return on_tensor_cores<T, DxConfig::kRaggedTokens / 8, true>();
+    if (config.kernel == cuda::Kernel::kRagged) {
+      return config.tokens == DxConfig::kRaggedTokens ? on_tensor_cores<T, DxConfig::kRaggedTokens / 8, true>()
+                                                      : on_tensor_cores<T, DxConfig::kSmallBlockTokens / 8, true>();
+    }
     switch (config.tokens) {
       case 8:
         return on_tensor_cores<T, 1, false>();

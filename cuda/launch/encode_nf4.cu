@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda/kernels/encode_nf4.cuh"
 #include "cuda/kernels/encode_nf4_feedback.cuh"
@@ -15,37 +16,37 @@ int shift_of(int64_t block_size) {
   return shift;
 }
 
-template <class T, class Code>
-cudaError_t launch(const void* w, const float* absmax, int64_t numel, int64_t block_size, const Code& code,
-                   uint8_t* packed, cudaStream_t stream) {
+template <class T, class Encode>
+cudaError_t launch(Code code, const void* w, const float* absmax, int64_t numel, int64_t block_size,
+                   const Encode& encode, uint8_t* packed, cudaStream_t stream) {
   constexpr int kThreads = kCodecThreads;
   constexpr int64_t kPerCta = int64_t{kernels::kEncodeSweeps} * tile::LaneValues<T>::kCount * kThreads;
-  return launch_kernel(kernels::encode_nf4_kernel<T, Code, kThreads>, static_cast<unsigned>(ceil_div(numel, kPerCta)),
-                       kThreads, 0, stream, static_cast<const T*>(w), absmax, numel, shift_of(block_size), code,
-                       packed);
+  return launch_kernel(kernels::encode_nf4_kernel<T, Encode, kThreads>, static_cast<unsigned>(ceil_div(numel, kPerCta)),
+                       kThreads, 0, stream, static_cast<const T*>(w), absmax, numel, shift_of(block_size), encode,
+                       uint32_t{table_of(code).zero_code}, packed);
 }
 
-template <class Code>
-cudaError_t launch_as(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
-                      const Code& code, uint8_t* packed, cudaStream_t stream) {
+template <class Encode>
+cudaError_t launch_as(Code code, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
+                      const Encode& encode, uint8_t* packed, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
   switch (dtype) {
     case DType::kFloat32:
-      return launch<float>(w, absmax, numel, block_size, code, packed, stream);
+      return launch<float>(code, w, absmax, numel, block_size, encode, packed, stream);
     case DType::kBFloat16:
-      return launch<bfloat16>(w, absmax, numel, block_size, code, packed, stream);
+      return launch<bfloat16>(code, w, absmax, numel, block_size, encode, packed, stream);
     case DType::kFloat16:
-      return launch<float16>(w, absmax, numel, block_size, code, packed, stream);
+      return launch<float16>(code, w, absmax, numel, block_size, encode, packed, stream);
     default:
       return cudaErrorInvalidValue;
   }
 }
 
-template <class T, bool kAligned>
-cudaError_t launch_feedback_on(const FeedbackProblem& p, const Device& device, const Allocator& allocate,
-                               cudaStream_t stream) {
-  constexpr auto kKernel = kernels::encode_nf4_feedback_kernel<T, kAligned>;
-  constexpr int kShared = sizeof(kernels::FeedbackShared), kRows = kernels::FeedbackTile::kRows;
+template <class T, bool kAligned, class Round>
+cudaError_t launch_feedback_on(const Round& round, const FeedbackProblem& p, const Device& device,
+                               const Allocator& allocate, cudaStream_t stream) {
+  constexpr auto kKernel = kernels::encode_nf4_feedback_kernel<Round, T, kAligned>;
+  constexpr int kShared = sizeof(kernels::FeedbackShared<Round>), kRows = kernels::FeedbackTile::kRows;
   int ctas = 0;
   const cudaError_t error = ctas_per_sm<kKernel>(device, kFeedbackWarps * tile::kWarp, kShared, &ctas);
   if (error != cudaSuccess) return error;
@@ -65,28 +66,43 @@ cudaError_t launch_feedback_on(const FeedbackProblem& p, const Device& device, c
                                          p.packed,
                                          p.n,
                                          static_cast<int>(p.k),
-                                         shift_of(p.block_size)};
-  return launch_kernel(kKernel, static_cast<unsigned>(grid), warps * tile::kWarp, kShared, stream, args);
+                                         shift_of(p.block_size),
+                                         table_of(p.code).zero_code};
+  return launch_kernel(kKernel, static_cast<unsigned>(grid), warps * tile::kWarp, kShared, stream, round, args);
 }
 
 template <class T>
 cudaError_t launch_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,
                             cudaStream_t stream) {
   const bool aligned = p.k % 4 == 0 && reinterpret_cast<uintptr_t>(p.feedback) % 16 == 0;
-  return aligned ? launch_feedback_on<T, true>(p, device, allocate, stream)
-                 : launch_feedback_on<T, false>(p, device, allocate, stream);
+  return tile::with_round(p.code, [&](const auto& round) {
+    return aligned ? launch_feedback_on<T, true>(round, p, device, allocate, stream)
+                   : launch_feedback_on<T, false>(round, p, device, allocate, stream);
+  });
 }
 
 }  // namespace
 
-cudaError_t launch_encode_nf4(DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
-                              uint8_t* packed, cudaStream_t stream) {
-  return launch_as(dtype, w, absmax, numel, block_size, kernels::NearestCode{}, packed, stream);
+cudaError_t launch_encode_nf4(Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
+                              int64_t block_size, uint8_t* packed, cudaStream_t stream) {
+  return tile::with_round(code, [&](const auto& round) {
+    const kernels::NearestCode<std::decay_t<decltype(round)>, false> encode{round};
+    return launch_as(code, dtype, w, absmax, numel, block_size, encode, packed, stream);
+  });
 }
 
-cudaError_t launch_encode_nf4_stochastic(DType dtype, const void* w, const float* absmax, int64_t numel,
+cudaError_t launch_encode_own(Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
+                              int64_t block_size, uint8_t* packed, cudaStream_t stream) {
+  const kernels::NearestCode<tile::RankRound, true> encode{{static_cast<int>(code)}};
+  return launch_as(code, dtype, w, absmax, numel, block_size, encode, packed, stream);
+}
+
+cudaError_t launch_encode_nf4_stochastic(Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                                          int64_t block_size, uint64_t seed, uint8_t* packed, cudaStream_t stream) {
-  return launch_as(dtype, w, absmax, numel, block_size, kernels::StochasticCode{seed}, packed, stream);
+  return tile::with_stochastic(code, [&](const auto& stochastic) {
+    const kernels::StochasticCode<std::decay_t<decltype(stochastic)>> encode{stochastic, seed};
+    return launch_as(code, dtype, w, absmax, numel, block_size, encode, packed, stream);
+  });
 }
 
 cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,

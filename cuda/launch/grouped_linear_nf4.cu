@@ -22,6 +22,7 @@ struct TensorCores {
     return {.x = static_cast<const T*>(p.x),
             .packed = p.w.packed,
             .scales = scales,
+            .code = tile::make_pair_view<T>(p.w.code),
             .m = p.m,
             .n = p.w.n,
             .k = p.w.k,
@@ -42,6 +43,7 @@ struct Ragged {
     return {.x = static_cast<const T*>(p.x),
             .packed = p.w.packed,
             .scales = scales,
+            .code = tile::make_code_view(p.w.code),
             .m = p.m,
             .n = p.w.n,
             .k = p.w.k,
@@ -96,7 +98,7 @@ template <class T, class Kernel>
 cudaError_t launch(const Grouped<LinearProblem>& problem, const Device& device, T* h, cudaStream_t stream) {
   const LinearProblem& p = problem.stack;
   const int64_t token_tiles = tile::most_group_tiles(p.m, problem.experts, Kernel::kTokens);
-  const tile::ScaleView scales = tile::make_scale_view(p.w.scales, ceil_div(p.w.n * p.w.k, p.w.scales.block_size));
+  const tile::ScaleView scales = tile::make_scale_view(p.w);
   const kernels::GroupedLinearArgs args{
       Kernel::args(p, h, scales, token_tiles), {problem.offsets, problem.experts, p.m}, weight_stride(p.w)};
   int ctas = 0;  // unused: the grid covers all rows

@@ -19,7 +19,7 @@ struct Experts {
 // The tile of a CTA. The sum over rows n is not split, because experts fill the device.
 DxConfig tile_of(const Grouped<LinearDxProblem>& problem) {
   const LinearDxProblem& p = problem.stack;
-  return dx_tile(grouped_tile_tokens(p.m, problem.experts), fused_kernel(p.dtype, is_ragged(p)));
+  return dx_tile(grouped_tile_tokens(p.m, problem.experts), fused_kernel(p.dtype, is_ragged(p)), p.w.scales.block_size);
 }
 
 kernels::GroupedDxArgs make_args(const Grouped<LinearDxProblem>& problem, const void* g, int64_t token_tiles) {
@@ -27,7 +27,8 @@ kernels::GroupedDxArgs make_args(const Grouped<LinearDxProblem>& problem, const 
   kernels::GroupedDxArgs args{};
   args.stack.dy = p.dy;
   args.stack.packed = p.w.packed;
-  args.stack.scales = tile::make_scale_view(p.w.scales, ceil_div(p.w.n * p.w.k, p.w.scales.block_size));
+  args.stack.scales = tile::make_scale_view(p.w);
+  args.stack.code = tile::make_code_view(p.w.code);
   args.stack.lora_a = p.lora.a;
   args.stack.g = g;
   args.stack.dx = p.dx;

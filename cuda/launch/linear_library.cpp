@@ -90,8 +90,8 @@ cudaError_t launch_linear_by_library(const LinearProblem& p, const Device& devic
   cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, k, p.x, p.lora, panels.low_rank()), stream);
   for (int64_t first = 0; first < n && error == cudaSuccess; first += panel) {
     const int64_t columns = std::min(panel, n - first);
-    error = launch_dequantize_nf4(p.w.packed, p.w.scales, {.first = first * k, .columns = columns * k}, p.dtype,
-                                  panels.weight(), true, device, stream);
+    error = launch_dequantize_nf4(p.w, {.first = first * k, .columns = columns * k}, p.dtype, panels.weight(), true,
+                                  device, stream);
     if (error != cudaSuccess) break;
     error = panels.multiply_by_panel(blas, p.x, true,
                                      {.columns = columns,
@@ -116,8 +116,7 @@ cudaError_t launch_linear_dx_by_library(const LinearDxProblem& p, const Device& 
   for (int64_t first = 0; first < k && error == cudaSuccess; first += panel) {
     const int64_t columns = std::min(panel, k - first);
     const PackedPart whole{.columns = n * k}, part{.first = first, .rows = n, .columns = columns, .stride = k};
-    error = launch_dequantize_nf4(p.w.packed, p.w.scales, columns == k ? whole : part, p.dtype, panels.weight(), true,
-                                  device, stream);
+    error = launch_dequantize_nf4(p.w, columns == k ? whole : part, p.dtype, panels.weight(), true, device, stream);
     if (error != cudaSuccess) break;
     error = panels.multiply_by_panel(blas, p.dy, false,
                                      {.columns = columns,

@@ -30,10 +30,6 @@ struct Workspace {
 
 uint8_t* at(void* workspace, int64_t offset) { return static_cast<uint8_t*>(workspace) + offset; }
 
-tile::ScaleView scale_view(const Weight& w) {
-  return tile::make_scale_view(w.scales, ceil_div(w.n * w.k, w.scales.block_size));
-}
-
 cudaError_t launch_h(const LinearProblem& p, void* h, uint32_t* clear, int64_t clear_count, cudaStream_t stream) {
   LowRankProblem problem = h_problem(p.dtype, p.m, p.w.k, p.x, p.lora, h);
   problem.clear = clear;
@@ -106,7 +102,8 @@ struct TensorCorePlan : SplitPlan<Tile, Tile::kStageSegments> {
     const kernels::LinearArgs<T> args{
         .x = static_cast<const T*>(p.x),
         .packed = p.w.packed,
-        .scales = scale_view(p.w),
+        .scales = tile::make_scale_view(p.w),
+        .code = tile::make_pair_view<T>(p.w.code),
         .m = p.m,
         .n = p.w.n,
         .k = p.w.k,
@@ -134,7 +131,8 @@ struct FewPlan : SplitPlan<Tile, Tile::kRoundSegments> {
     const kernels::FewLinearArgs<T> args{
         .x = static_cast<const T*>(p.x),
         .packed = p.w.packed,
-        .scales = scale_view(p.w),
+        .scales = tile::make_scale_view(p.w),
+        .code = tile::make_pair_view<T>(p.w.code),
         .m = p.m,
         .n = p.w.n,
         .k = p.w.k,
@@ -158,7 +156,8 @@ struct RaggedPlan {
     const int64_t token_tiles = ceil_div(p.m, kTokens);
     const kernels::RaggedLinearArgs<T> args{.x = static_cast<const T*>(p.x),
                                             .packed = p.w.packed,
-                                            .scales = scale_view(p.w),
+                                            .scales = tile::make_scale_view(p.w),
+                                            .code = tile::make_code_view(p.w.code),
                                             .m = p.m,
                                             .n = p.w.n,
                                             .k = p.w.k,

@@ -25,7 +25,7 @@ struct Plan {
   cudaError_t error;
 
   Plan(const LinearDxProblem& p, const Device& device) {
-    config = dx_tile(p.m, fused_kernel(p.dtype, is_ragged(p)));
+    config = dx_tile(p.m, fused_kernel(p.dtype, is_ragged(p)), p.w.scales.block_size);
     kernel = DxKernels<OneWeight>::of(p.dtype, config);
     int ctas = 0;
     error = kernel.ctas_per_sm(device, kernel.threads, kernel.shared_bytes, &ctas);
@@ -43,7 +43,8 @@ kernels::DxArgs make_args(const LinearDxProblem& p, const Plan& plan, const void
   kernels::DxArgs args;
   args.dy = p.dy;
   args.packed = p.w.packed;
-  args.scales = tile::make_scale_view(p.w.scales, ceil_div(p.w.n * p.w.k, p.w.scales.block_size));
+  args.scales = tile::make_scale_view(p.w);
+  args.code = tile::make_code_view(p.w.code);
   args.lora_a = p.lora.a;
   args.g = g;
   args.dx = p.dx;

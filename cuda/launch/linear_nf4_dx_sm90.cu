@@ -26,7 +26,8 @@ cudaError_t launch(const LinearDxProblem& p, const Sm90Config& c, const void* g,
   if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kStageRows, &packed);
   if (error != cudaSuccess) return error;
   const kernels::DxSm90Args<T> args{
-      .scales = tile::make_scale_view(p.w.scales, ceil_div(p.w.n * p.w.k, p.w.scales.block_size)),
+      .scales = tile::make_scale_view(p.w),
+      .code = tile::make_code_view(p.w.code),
       .m = p.m,
       .n = p.w.n,
       .k = p.w.k,

@@ -26,7 +26,8 @@ cudaError_t launch(const LinearProblem& p, const Sm90Config& c, const void* h, c
   if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kRows, &packed);
   if (error != cudaSuccess) return error;
   const kernels::LinearSm90Args<T> args{
-      .scales = tile::make_scale_view(p.w.scales, ceil_div(p.w.n * p.w.k, p.w.scales.block_size)),
+      .scales = tile::make_scale_view(p.w),
+      .code = tile::make_pair_view<T>(p.w.code),
       .m = p.m,
       .n = p.w.n,
       .k = p.w.k,

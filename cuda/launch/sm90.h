@@ -19,7 +19,7 @@ namespace qlora::cuda {
 inline bool sm90_takes(DType dtype, int64_t m, const Weight& w, const Device& device) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   return device.arch == 90 && (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && m >= Sm90Config::kMinTokens &&
-         w.n > 0 && w.k > 0 && w.k % 64 == 0 && w.scales.block_size >= 64 && m <= kMost && w.n <= kMost && w.k <= kMost;
+         w.n > 0 && w.k > 0 && has_one_scale_per(64, w) && m <= kMost && w.n <= kMost && w.k <= kMost;
 }
 
 // Lines of 64 values of x or dy [rows, columns], of kTokens tokens at a time.

@@ -5,21 +5,50 @@
 #include <cstdint>
 #include <limits>
 
+#include "cpp/format/codes.h"
 #include "cpp/format/dynamic8.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::tile {
 
-static __constant__ Nf4Table c_nf4{};
+// The 16 values of a code, and what encoding goes by.
+struct DeviceCode {
+  float value[kCodes] = {}, ranked[kCodes] = {}, boundary[kCodes] = {}, gap[kCodes] = {};
+  uint32_t code_of_rank[kCodes] = {};
+
+  constexpr DeviceCode() = default;
+  explicit constexpr DeviceCode(const CodeTable& table) {
+    for (int i = 0; i < kCodes; ++i) {
+      const bool is_last = i + 1 == kCodes;
+      value[i] = table.value[i];
+      ranked[i] = table.ranked[i];
+      code_of_rank[i] = table.code_of_rank[i];
+      boundary[i] = is_last ? std::numeric_limits<float>::infinity() : table.boundary[i];
+      gap[i] = is_last ? 0.0f : table.gap[i];
+    }
+  }
+};
+static __constant__ PerCode<DeviceCode> c_codes{};
 static __constant__ Dynamic8Table c_dynamic8{};
 
-// NF4 encode by lookup. q in [-1, 1] falls into one of 32 cells, each holding at most one decision boundary, so
+// Which code a kernel decodes, and what the kernels that keep its values as 16-bit numbers make of it (pair_table.cuh):
+// they store round(value * factor), and multiply scales by `unfactor`.
+struct CodeView {
+  int index = 0;
+  float factor = 1.0f, unfactor = 1.0f;
+
+  __device__ __forceinline__ const DeviceCode& table() const { return c_codes.of[index]; }
+};
+
+inline CodeView make_code_view(Code code) { return {static_cast<int>(code)}; }
+
+// Encoding by lookup. q in [-1, 1] falls into one of 32 cells, each holding at most one decision boundary, so
 //   code = base[cell] + (q > boundary[cell])
-// is exact, and 32 words lie in 32 banks: a warp's gather never conflicts.
+// is exact, and 32 words lie in 32 banks: a warp's gather never conflicts. It serves codes that ascend with their
+// values, whose largest is 1, if their boundaries lie far enough apart (is_exact).
 //
 // The cell comes from j = round(62 q + 62), 0..124, computed by adding 2^23 so that j lands in the low mantissa bits:
 // (j & 0x7C) is 4 * cell, the byte offset itself. Any monotone map would do; this one costs two instructions.
-struct Nf4EncodeTable {
+struct EncodeCells {
   static constexpr int kCells = 32;
   static constexpr float kSlope = 62.0f;
   static constexpr float kShift = 62.0f + 8388608.0f;
@@ -29,10 +58,32 @@ struct Nf4EncodeTable {
   float boundary[kCells] = {};
   uint32_t base[kCells] = {};
 
-  constexpr Nf4EncodeTable() : Nf4EncodeTable(kNf4.boundary, kCodes - 1) {}
-
+  constexpr EncodeCells() = default;
+  explicit constexpr EncodeCells(const CodeTable& table) {
+    if (serves(table)) fill(table.boundary, kCodes - 1);
+  }
   // The same for other places at which codes change, in (-1, 1).
-  constexpr Nf4EncodeTable(const float* boundaries, int count) {
+  constexpr EncodeCells(const float* boundaries, int count) { fill(boundaries, count); }
+
+  static constexpr int cell_of(float q) { return static_cast<int>(62.0 * q + 62.0 + 0.5) >> 2; }
+
+  // No boundary shares its cell with another, or lies so near a cell's edge that its cell depends on how j is rounded;
+  // and none is in the last cell, where everything above 1 is rounded.
+  static constexpr bool is_exact(const float* boundaries, int count) {
+    for (int i = 0; i < count; ++i) {
+      const double j = 62.0 * boundaries[i] + 62.0;
+      if (static_cast<int>(j + 0.501) != static_cast<int>(j + 0.499)) return false;
+      if (i && cell_of(boundaries[i]) == cell_of(boundaries[i - 1])) return false;
+      if (cell_of(boundaries[i]) == kCells - 1) return false;
+    }
+    return true;
+  }
+  static constexpr bool serves(const CodeTable& table) {
+    return table.is_ascending && table.largest == 1.0f && is_exact(table.boundary, kCodes - 1);
+  }
+
+ private:
+  constexpr void fill(const float* boundaries, int count) {
     for (int cell = 0; cell < kCells; ++cell) {
       boundary[cell] = std::numeric_limits<float>::infinity();  // which no q is above
       for (int i = 0; i < count; ++i) {
@@ -41,22 +92,10 @@ struct Nf4EncodeTable {
       }
     }
   }
-
-  static constexpr int cell_of(float q) { return static_cast<int>(62.0 * q + 62.0 + 0.5) >> 2; }
-
-  // No boundary shares its cell with another, or lies so near a cell's edge that its cell depends on how j is rounded.
-  static constexpr bool is_exact(const float* boundaries, int count) {
-    for (int i = 0; i < count; ++i) {
-      const double j = 62.0 * boundaries[i] + 62.0;
-      if (static_cast<int>(j + 0.501) != static_cast<int>(j + 0.499)) return false;
-      if (i && cell_of(boundaries[i]) == cell_of(boundaries[i - 1])) return false;
-    }
-    return true;
-  }
 };
-static_assert(sizeof(Nf4EncodeTable) == Nf4EncodeTable::kBytes && Nf4EncodeTable::is_exact(kNf4.boundary, kCodes - 1));
+static_assert(sizeof(EncodeCells) == EncodeCells::kBytes && EncodeCells::serves(table_of(Code::kNf4)));
 
-static __constant__ Nf4EncodeTable c_nf4_encode{};
+static __constant__ PerCode<EncodeCells> c_encode{};
 
 // Copies a constant table into shared memory, a word a thread. The CTA has at least kWords threads, and synchronises
 // after.

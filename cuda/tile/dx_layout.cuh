@@ -52,12 +52,13 @@ __device__ __forceinline__ int dx_scale_group_shift(const ScaleView& view, int64
   return view.block_shift == 5 || k % 64 != 0 ? 5 : 6;
 }
 
-template <int kTokenTiles>
+template <int kTokenTiles, bool kRagged>
 struct DxLayout {
   static constexpr int kTokens = 8 * kTokenTiles;
   // 64 tokens take three stages, so that a CTA fits the 99 KB of the smallest devices.
   static constexpr int kStages = kTokenTiles == 8 ? 3 : 4;
-  static constexpr int kScaleGroups = 9;                 // quantization blocks of 32 that 256 columns can touch
+  // Quantization blocks that 256 columns can touch: of 32, or of 16, which the ragged kernel of 16 tokens serves.
+  static constexpr int kScaleGroups = kRagged && kTokenTiles == 2 ? 17 : 9;
   static constexpr int kScaleStride = kDxStageRows + 8;  // floats from a column group to the next: no bank conflicts
   static constexpr int kScaleStageBytes = kScaleGroups * kScaleStride * 4;
   static constexpr int kDyStageBytes = kTokens * kDxDyTokenBytes;

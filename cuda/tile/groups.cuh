@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
+#include "cpp/format/packing.h"
 
 namespace qlora::tile {
 

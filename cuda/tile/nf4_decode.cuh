@@ -1,9 +1,8 @@
-// NF4 decode by lookup in 16 floats of shared memory: 16 banks, so a warp's gather never conflicts.
+// Decoding by lookup in 16 floats of shared memory: 16 banks, so a warp's gather never conflicts.
 #pragma once
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
 #include "cuda/ptx/lop3.cuh"
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/ptx/shared.cuh"

@@ -1,4 +1,4 @@
-// Two NF4 values a lookup, as float32, for where the block scale must go on the weight itself (the sum runs over rows,
+// Two values per lookup, as float32, for where the block scale must go on the weight itself (the sum runs over rows,
 // so a block has no partial sum of its own).
 //
 // Table: entry e of 256 holds (value[e >> 4], value[e & 15]), in 16 copies of 8 bytes, so that the 16 lanes of a half
@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
+#include "cpp/format/packing.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/prmt.cuh"
 #include "cuda/ptx/shared.cuh"
@@ -24,16 +24,17 @@ inline constexpr int kPairF32Bytes = kPairF32Entries * kPairF32EntryBytes;
 
 // Whole CTA; the caller synchronises.
 template <int kThreads>
-__device__ __forceinline__ void fill_pairs_f32(char* table) {
+__device__ __forceinline__ void fill_pairs_f32(char* table, const CodeView& code) {
   constexpr int kStores = kPairF32CopiesBytes / 16;  // 16-byte stores to an entry, two copies each
   constexpr int kAtOnce = kThreads / kStores;        // entries that the CTA fills at once
   static_assert(kThreads % kStores == 0 && kAtOnce % kCodes == 0 && kPairF32Entries % kAtOnce == 0);
   const int entry = threadIdx.x / kStores;
-  const float low = c_nf4.value[entry % kCodes];
+  const auto& value = code.table().value;
+  const float low = value[entry % kCodes];
   float4* to = reinterpret_cast<float4*>(table + entry * kPairF32EntryBytes) + threadIdx.x % kStores;
 #pragma unroll
   for (int i = 0; i < kPairF32Entries / kAtOnce; ++i) {
-    const float high = c_nf4.value[entry / kCodes + i * (kAtOnce / kCodes)];
+    const float high = value[entry / kCodes + i * (kAtOnce / kCodes)];
     to[i * kAtOnce * (kPairF32EntryBytes / 16)] = make_float4(high, low, high, low);
   }
 }

@@ -1,4 +1,4 @@
-// Decoding packed NF4 in registers, the same pairs as those of the table in shared memory (cuda/tile/pair_table.cuh):
+// Decoding packed codes in registers, the same pairs as those of the table in shared memory (cuda/tile/pair_table.cuh):
 // 21 instructions for 8 weights instead of 8, but none of them a load. A kernel that shared memory holds up decodes
 // some of its weights so.
 //
@@ -9,7 +9,6 @@
 
 #include <cstdint>
 
-#include "cpp/format/nf4.h"
 #include "cuda/ptx/convert.cuh"
 #include "cuda/ptx/hold.cuh"
 #include "cuda/ptx/prmt.cuh"
@@ -21,10 +20,11 @@ namespace qlora::tile {
 template <class T>
 class PairRegisters {
  public:
-  __device__ __forceinline__ PairRegisters() {
+  __device__ __forceinline__ explicit PairRegisters(const CodeView& code) {
+    const auto& value = code.table().value;
+    const auto pair = [&](int at) { return ptx::pack2<T>(value[at] * code.factor, value[at + 1] * code.factor); };
     unroll<4>([&](auto i) {
-      constexpr int kFirst = 4 * i;
-      const uint32_t even = pair<kFirst>(), odd = pair<kFirst + 2>();
+      const uint32_t even = pair(4 * i), odd = pair(4 * i + 2);
       low_[i] = ptx::prmt<0x6420>(even, odd), high_[i] = ptx::prmt<0x7531>(even, odd);
       ptx::hold(low_[i]), ptx::hold(high_[i]);
     });
@@ -39,12 +39,6 @@ class PairRegisters {
   }
 
  private:
-  template <int kCode>
-  __device__ __forceinline__ static uint32_t pair() {
-    constexpr float kLow = kNf4.value[kCode] * kPairFactor<T>, kHigh = kNf4.value[kCode + 1] * kPairFactor<T>;
-    return ptx::pack2<T>(kLow, kHigh);
-  }
-
   // By the lower 16 bits of both selectors.
   __device__ __forceinline__ void decode_2(uint32_t index, uint32_t half, uint32_t& pair0, uint32_t& pair1) const {
     const uint32_t low = lookup(low_, index, half), high = lookup(high_, index, half);

@@ -16,8 +16,8 @@ namespace qlora::tile {
 template <class Tile, int kSegments>
 class ScaleStage {
  public:
-  __device__ __forceinline__ ScaleStage(const ScaleView& view, int64_t n0, int64_t n, int64_t k)
-      : view_(view), offset_(nested_offset(view)), row_step_(kRowStep * k) {
+  __device__ __forceinline__ ScaleStage(const ScaleView& view, float unfactor, int64_t n0, int64_t n, int64_t k)
+      : view_(view), unfactor_(unfactor), offset_(nested_offset(view)), row_step_(kRowStep * k) {
     last_row_ = n - n0 < Tile::kRows ? static_cast<int>(n - n0) - 1 : Tile::kRows - 1;
     row_element_ = (n0 + min(row(0), last_row_)) * k;
   }
@@ -25,21 +25,16 @@ class ScaleStage {
   // The segments from segment0 of k on, of which `count` exist.
   __device__ __forceinline__ void load(int64_t segment0, int count) {
     const int64_t element = row_element_ + (segment0 + min(segment(), count - 1)) * kSegment;
-    if (view_.scales.codes == nullptr)
-      load_each(element, [&](int i, int64_t block) { absmax_[i] = __ldg(view_.scales.absmax + block); });
-    else if (view_.nested_shift >= 0)
-      load_each(element, [&](int i, int64_t block) { load_nested(i, block, block >> view_.nested_shift); });
-    else
-      load_each(element, [&](int i, int64_t block) { load_nested(i, block, block / view_.scales.nested_block_size); });
+    with_scale_loader(view_, [&](const auto& load) {
+      load_each(element, [&](int i, int64_t block) { load(block, absmax_[i], code_[i]); });
+    });
   }
 
   __device__ __forceinline__ void store(uint32_t scales, const float* dynamic8) const {
-    constexpr float kUnfactor = 1.0f / kPairFactor<typename Tile::T>;
-    const bool nested = view_.scales.codes != nullptr;
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
-      const float scale = nested ? __fadd_rn(__fmul_rn(dynamic8[code_[i]], absmax_[i]), offset_) : absmax_[i];
-      ptx::store_shared_f32(scales + Tile::scale_offset(row(i), segment()), scale * kUnfactor);
+      const float scale = decode_scale(view_, {absmax_[i], code_[i]}, dynamic8, offset_);
+      ptx::store_shared_f32(scales + Tile::scale_offset(row(i), segment()), scale * unfactor_);
     }
   }
 
@@ -59,12 +54,8 @@ class ScaleStage {
     }
   }
 
-  __device__ __forceinline__ void load_nested(int i, int64_t block, int64_t nested) {
-    code_[i] = __ldg(view_.scales.codes + block);
-    absmax_[i] = __ldg(view_.scales.nested_absmax + nested);
-  }
-
   const ScaleView view_;
+  const float unfactor_;  // of the weight's code
   float offset_;
   int last_row_;
   int64_t row_step_, row_element_;  // from a row to the next this thread takes, and where its first begins, in elements

@@ -125,9 +125,10 @@ def build_info() -> dict[str, Any]:
 
     Keys: ``version``, ``compiler``, ``torch_headers`` (version built against), ``torch`` (version in use),
     ``cuda_built``, ``cuda_archs`` (CMake's list), ``nvcc``, ``cuda_available`` (the kernels run on the current device),
-    ``cuda_error`` (why there are no CUDA kernels, or None), ``cpu_isa`` (in use), ``cpu_isas`` (to choose from with the
-    environment variable ``QLORA_CPU_ISA``) and ``native_bfloat16`` (whether the CPU has bfloat16 arithmetic; without
-    it, ``auto`` dtypes are float32).
+    ``cuda_error`` (why there are no CUDA kernels, or None), ``cpu_isas_built`` (instruction sets that were compiled),
+    ``cpu_isas`` (those that this processor runs, to choose from with the environment variable ``QLORA_CPU_ISA``),
+    ``cpu_isa`` (in use) and ``native_bfloat16`` (whether the CPU has bfloat16 arithmetic; without it, ``auto`` dtypes
+    are float32).
 
     Example:
         >>> qlora_ext.build_info()["version"] == qlora_ext.__version__

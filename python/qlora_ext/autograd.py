@@ -19,8 +19,8 @@ from torch.autograd import forward_ad
 
 from ._internal.lending import lender_of
 from ._library import LIBRARY
-from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args
-from .weight import NF4Weight
+from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args, given_linear_nf4
+from .weight import Weight4bit
 
 
 def below_autograd(operator: OpOverload) -> Callable[..., Any]:
@@ -146,10 +146,10 @@ class LinearNF4Function(torch.autograd.Function):
 
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
-    lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device). Gradients reach x,
-    bias, lora_a and lora_b; saved for them are x and h = scaling · dropout(x) · Aᵀ [..., R] where adapters are trained,
-    and references to the packed state (where it is lent, to the lender), the adapters and the seed: never a dequantized
-    weight, nor a dropout mask, which the backward draws again from the seed.
+    lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device) and code.
+    Gradients reach x, bias, lora_a and lora_b; saved for them are x and h = scaling · dropout(x) · Aᵀ [..., R] where
+    adapters are trained, and references to the packed state (where it is lent, to the lender), the adapters and the
+    seed: never a dequantized weight, nor a dropout mask, which the backward draws again from the seed.
     Under autocast x, bias and adapters take its dtype.
     Forward-mode AD is refused with a NotImplementedError here (dynamo traces no Function with a ``jvp``); the operator
     has it, by x and bias.
@@ -160,13 +160,13 @@ class LinearNF4Function(torch.autograd.Function):
         device_type = args[0].device.type
         if autocast_dtype(device_type) is not None:  # what is saved must have the dtype that dy will have
             args = (*autocast_linear_nf4_args(device_type, args),)
-        a, needs = LINEAR_NF4(*args), LINEAR_NF4(*ctx.needs_input_grad)
+        a, needs = given_linear_nf4(*args), LINEAR_NF4(*ctx.needs_input_grad)
         y, h = _kernels.forward(args, needs)
         x = None if h is None else a.x
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
         ctx.lender = lender_of(a.packed)
         ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.seed_tensor, *(packed if ctx.lender is None else ()))
-        ctx.block_sizes = a.block_size, a.nested_block_size
+        ctx.block_sizes, ctx.code = (a.block_size, a.nested_block_size), a.code
         ctx.in_features = a.x.shape[-1]
         ctx.lora_numbers = a.scaling, a.dropout_p, a.seed
         return y
@@ -180,7 +180,7 @@ class LinearNF4Function(torch.autograd.Function):
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
         with loan as packed:
-            dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora
+            dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora, ctx.code
             dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora))
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs.bias else None
         return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
@@ -189,7 +189,8 @@ class LinearNF4Function(torch.autograd.Function):
 def _with_tangent(args: tuple[Any, ...]) -> Tensor:
     """The layer is linear in x and bias: its tangent is the layer again, with their tangents in their places."""
     duals = [forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
-    primals, tangents = (LINEAR_NF4(*parts) for parts in zip(*duals, strict=True))
+    values, tangents = zip(*duals, strict=True)
+    primals, tangents = given_linear_nf4(*values), LINEAR_NF4(*tangents)
     for name, tangent in tangents._asdict().items():
         if tangent is not None and name not in ("x", "bias"):
             raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives for x and bias only")
@@ -227,7 +228,7 @@ def draw_seed(device: torch.device) -> Tensor:
 
 def linear_nf4(
     x: Tensor,
-    w4: NF4Weight,
+    w4: Weight4bit,
     bias: Tensor | None = None,
     lora_a: Tensor | None = None,
     lora_b: Tensor | None = None,
@@ -264,7 +265,7 @@ def linear_nf4(
         >>> y.shape, b.grad.shape
         (torch.Size([3, 48]), torch.Size([48, 8]))
     """
-    if not isinstance(w4, NF4Weight):
+    if not isinstance(w4, Weight4bit):
         raise TypeError(f"w4: expected an NF4Weight (see qlora_ext.quantize_nf4), got {type(w4).__name__}")
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a torch.Tensor, got {type(x).__name__}")
@@ -285,4 +286,4 @@ def linear_nf4(
         )
     seed, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
-    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora)
+    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora, w4.code)

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from . import _C, ops
+from . import _C, formats, ops
 from ._internal.untrusted import parse_json
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
@@ -50,7 +50,7 @@ class Fields(TypedDict):
 
 def _code_values() -> Tensor:
     """The 16 NF4 values, float32 on the CPU whatever torch's default dtype and device are."""
-    return torch.from_numpy(_C.nf4_code())
+    return torch.from_numpy(_C.code_values("nf4"))
 
 
 def _nested_code_values() -> Tensor:
@@ -137,7 +137,7 @@ def read(state_dict: Mapping[str, Tensor], prefix: str) -> Fields:
     state = _read_state(state_dict, prefix)
     shape, block_size = torch.Size(state["shape"]), state["blocksize"]
     nested_block_size = state.get("nested_blocksize", 256)
-    ops.check_block_sizes(block_size, nested_block_size)
+    formats.check_block_sizes(block_size, nested_block_size)
     _check_code(f"{prefix}.quant_map", _take(state_dict, f"{prefix}.quant_map"), _code_values())
 
     packed = _take(state_dict, prefix).contiguous().reshape(-1).view(torch.uint8)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from ._internal.digest import update
+from .formats import NF4
 from .nn import Packed4bit, TiedLinear4bit, layers_of
 
 # What PEFT puts around the names of a model's modules.
@@ -41,7 +42,8 @@ def fingerprint(model: nn.Module) -> str:
         raise ValueError("model: expected a model with 4-bit layers (see qlora_ext.quantize_model), found none")
     for name, module, weight in weights:
         w4 = module.packed_weight(weight)  # one at a time: of a streamed or sharded model each is a copy
-        digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}:".encode())
+        code = "" if w4.code == NF4 else f" {w4.code}"
+        digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}{code}:".encode())
         for tensor in w4.tensors.values():
             update(digest, tensor)
     return digest.hexdigest()

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from . import ops
+from . import formats
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,20 +15,23 @@ class Form:
 
     Attributes:
         compute_dtype: of the products, biases and decoded rows.
-        block_size: elements per scale: a power of two from 32 to 4096.
+        block_size: elements per scale: a power of two from 16 to 4096.
         double_quant: whether the scales are 8-bit codes themselves.
         nested_block_size: scales per nested scale: from 1 to 2^20.
+        code: the name of the 16 values.
 
     Raises:
-        ValueError: no block size of the format. TypeError: ``compute_dtype`` is no floating-point dtype.
+        ValueError: no block size or code of the formats. TypeError: ``compute_dtype`` is no floating-point dtype.
     """
 
     compute_dtype: torch.dtype
     block_size: int = 64
     double_quant: bool = True
     nested_block_size: int = 256
+    code: str = formats.NF4
 
     def __post_init__(self) -> None:
-        ops.check_block_sizes(self.block_size, self.nested_block_size)
+        formats.check_block_sizes(self.block_size, self.nested_block_size)
+        formats.check_code(self.code)
         if not isinstance(self.compute_dtype, torch.dtype) or not self.compute_dtype.is_floating_point:
             raise TypeError(f"compute_dtype: expected a floating-point torch.dtype, got {self.compute_dtype!r}")

@@ -18,6 +18,7 @@ with e the expert of row i. Their signatures are in ``cpp/ops/schema.cpp``:
     bias: [E, N].
     lora_a, lora_b: [E, R, K] and [E, N, R], both or neither; with ``bias`` in x's dtype.
     dropout_p, seed, seed_tensor: of x's elements, as in ``linear_nf4``.
+    code: of those weights.
 
 y is [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b; the gradients of an expert without rows are
 zeros. h = scaling · dropout(x) · lora_aᵀ and g = scaling · dy · lora_b are [S, R] in x's dtype; where ``_dlora`` is
@@ -37,16 +38,13 @@ from ._internal.lending import lender_of
 from ._library import LIBRARY
 from .arguments import arguments_of
 from .autograd import LinearKernels, differentiable, no_tangent, refuse_tangent
+from .formats import check_block_sizes, check_code
 
 _GROUPED = arguments_of(torch.ops.qlora.grouped_linear_nf4.default)
-_GROUPED_DX = arguments_of(torch.ops.qlora.grouped_linear_nf4_dx.default)
-_GROUPED_DLORA = arguments_of(torch.ops.qlora.grouped_linear_nf4_dlora.default)
+_given = arguments_of(torch.ops.qlora.grouped_linear_nf4.default, defaults=True)
+_given_dx = arguments_of(torch.ops.qlora.grouped_linear_nf4_dx.default, defaults=True)
+_given_dlora = arguments_of(torch.ops.qlora.grouped_linear_nf4_dlora.default, defaults=True)
 _kernels = LinearKernels("grouped_linear_nf4")
-
-
-def _lora_numbers(a: Any) -> tuple[float, float, int]:
-    """torch leaves out arguments that are what their schema has them be by default."""
-    return a.scaling, 0.0 if a.dropout_p is None else a.dropout_p, 0 if a.seed is None else a.seed
 
 
 def _sums(dy: Tensor, offsets: Tensor) -> Tensor:
@@ -60,15 +58,15 @@ def _sums(dy: Tensor, offsets: Tensor) -> Tensor:
 class _GroupedLinearNF4(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
-        a, needs = _GROUPED(*args), _GROUPED(*ctx.needs_input_grad)
+        a, needs = _given(*args), _GROUPED(*ctx.needs_input_grad)
         y, h = _kernels.forward(args, needs)
         x = None if h is None else a.x
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
         ctx.lender = lender_of(a.packed)
         kept = packed if ctx.lender is None else ()
         ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *kept)
-        ctx.block_sizes = a.block_size, a.nested_block_size
-        ctx.in_features, ctx.lora_numbers = a.x.shape[-1], _lora_numbers(a)
+        ctx.block_sizes, ctx.code = (a.block_size, a.nested_block_size), a.code
+        ctx.in_features, ctx.lora_numbers = a.x.shape[-1], (a.scaling, a.dropout_p, a.seed)
         return y
 
     @staticmethod
@@ -80,7 +78,7 @@ class _GroupedLinearNF4(torch.autograd.Function):
         needs = _GROUPED(*ctx.needs_input_grad)
         loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
         with loan as packed:
-            dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora
+            dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora, ctx.code
             dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora))
         dbias = _sums(dy, offsets) if needs.bias else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
@@ -91,9 +89,10 @@ LIBRARY.impl("grouped_linear_nf4", _differentiable, "Autograd")
 
 
 def _fake_grouped(*args: Any) -> Tensor:
-    a = _GROUPED(*args)
-    ops.check_block_sizes(a.block_size, a.nested_block_size)
-    ops.check_lora_numbers(*_lora_numbers(a)[:2])
+    a = _given(*args)
+    check_block_sizes(a.block_size, a.nested_block_size)
+    check_code(a.code)
+    ops.check_lora_numbers(a.scaling, a.dropout_p)
     ops.check_seed_tensor(a.seed_tensor)
     ops.check_one_device("grouped_linear_nf4", *args)
     y: Tensor = a.x.new_empty((a.x.shape[0], a.out_features))
@@ -105,14 +104,15 @@ torch.library.register_fake("qlora::grouped_linear_nf4", _fake_grouped)
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_with_h")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    a = _GROUPED(*args)
+    a = _given(*args)
     return _fake_grouped(*args), ops.low_rank_like(a.x, a.lora_a)
 
 
 def _fake_grouped_dx(*args: Any) -> Tensor:
-    a = _GROUPED_DX(*args)
-    ops.check_block_sizes(a.block_size, a.nested_block_size)
-    ops.check_lora_numbers(*_lora_numbers(a)[:2])
+    a = _given_dx(*args)
+    check_block_sizes(a.block_size, a.nested_block_size)
+    check_code(a.code)
+    ops.check_lora_numbers(a.scaling, a.dropout_p)
     ops.check_seed_tensor(a.seed_tensor)
     ops.check_one_device("grouped_linear_nf4_dx", *args)
     dx: Tensor = a.dy.new_empty((a.dy.shape[0], a.in_features))
@@ -124,14 +124,14 @@ torch.library.register_fake("qlora::grouped_linear_nf4_dx", _fake_grouped_dx)
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dx_with_g")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    a = _GROUPED_DX(*args)
+    a = _given_dx(*args)
     return _fake_grouped_dx(*args), ops.low_rank_like(a.dy, a.lora_a)
 
 
 @torch.library.register_fake("qlora::grouped_linear_nf4_dlora")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    a = _GROUPED_DLORA(*args)
-    ops.check_lora_numbers(*_lora_numbers(a)[:2])
+    a = _given_dlora(*args)
+    ops.check_lora_numbers(a.scaling, a.dropout_p)
     ops.check_seed_tensor(a.seed_tensor)
     ops.check_one_device("grouped_linear_nf4_dlora", *args)
     return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from .autograd import LinearKernels, refuse_tangent
-from .weight import NF4Weight
+from .weight import Weight4bit
 
 _kernels = LinearKernels("linear_nf4")
-_NO_LORA = None, None, 1.0, 0.0, 0
+_NO_LORA = None, None, 1.0, 0.0, 0, None  # seed_tensor comes last
 
 
 def seed_of(name: str) -> int:
@@ -30,7 +30,7 @@ def seed_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
-def scales_of(w4: NF4Weight) -> Tensor:
+def scales_of(w4: Weight4bit) -> Tensor:
     """The decoded scales of ``w4``, float32, one per block."""
     if not w4.double_quant:
         return w4.absmax
@@ -40,7 +40,7 @@ def scales_of(w4: NF4Weight) -> Tensor:
     return scales
 
 
-def with_update(w4: NF4Weight, moved: Tensor, seed: int = 0) -> NF4Weight:
+def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
     """``moved``, the sum of W and an adapter's update, in 4 bits under the scales of W. Every call gives the same
     codes.
 
@@ -56,8 +56,8 @@ def with_update(w4: NF4Weight, moved: Tensor, seed: int = 0) -> NF4Weight:
         raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
     if moved.ndim == 3:
         parts = (with_update(w4.matrix(e), moved[e], seed_of(f"{seed}.{e}")) for e in range(len(moved)))
-        return NF4Weight.stack([*parts])
-    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales_of(w4), w4.block_size, seed)
+        return Weight4bit.stack([*parts])
+    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales_of(w4), w4.block_size, seed, w4.code)
     return dataclasses.replace(w4, packed=packed)
 
 
@@ -67,7 +67,7 @@ def kept_of(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float
 
 
 @torch.no_grad()
-def merged_weight(w4: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float, seed: int = 0) -> NF4Weight:
+def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float, seed: int = 0) -> Weight4bit:
     """W + scaling · B · A in 4 bits, by ``with_update``; the sum is float32."""
     w = w4.dequantize(torch.float32)
     return with_update(w4, w.addmm_(lora_b.float(), lora_a.float(), alpha=scaling), seed)
@@ -77,17 +77,24 @@ class MergedLinearNF4Function(torch.autograd.Function):
     """y = x · Ŵᵀ + bias with Ŵ = ``merged_weight``, and the gradients that A and B have where Ŵ is W + scaling · B · A.
 
     Rounding is passed straight through (Bengio et al., 2013). ``apply`` takes x [..., K], bias [N] or None,
-    lora_a [R, K], lora_b [N, R], scaling, and the six packed arguments of Ŵ.
+    lora_a [R, K], lora_b [N, R], scaling, and the code and the six packed arguments of Ŵ.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float, *packed_args: Any
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        code: str,
+        *packed_args: Any,
     ) -> Tensor:
         *packed, block_size, nested_block_size = packed_args
         ctx.save_for_backward(x, lora_a, lora_b, *packed)
-        ctx.numbers = scaling, block_size, nested_block_size
-        y: Tensor = _kernels.alone(x, *packed_args, lora_b.shape[0], bias, *_NO_LORA)
+        ctx.numbers, ctx.code = (scaling, block_size, nested_block_size), code
+        y: Tensor = _kernels.alone(x, *packed_args, lora_b.shape[0], bias, *_NO_LORA, code)
         return y
 
     @staticmethod
@@ -99,16 +106,16 @@ class MergedLinearNF4Function(torch.autograd.Function):
         needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
         dx = da = db = None
         if needs_x:
-            dx = torch.ops.qlora.linear_nf4_dx(dy, *packed, *block_sizes, x.shape[-1], *_NO_LORA)
+            dx = torch.ops.qlora.linear_nf4_dx(dy, *packed, *block_sizes, x.shape[-1], *_NO_LORA, ctx.code)
         if needs_a or needs_b:
             da, db = torch.ops.qlora.linear_nf4_dlora(dy, x, lora_a, lora_b, scaling, 0.0, 0)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None
-        nothing = (None,) * (1 + len(packed) + len(block_sizes))
+        nothing = (None,) * (2 + len(packed) + len(block_sizes))
         return dx, dbias, da if needs_a else None, db if needs_b else None, *nothing
 
 
 def merged_linear_nf4(
-    x: Tensor, merged: NF4Weight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    x: Tensor, merged: Weight4bit, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> Tensor:
     """The layer over ``merged``, which is ``merged_weight(w4, lora_a, lora_b, scaling)``.
 
@@ -119,6 +126,6 @@ def merged_linear_nf4(
         y [..., N], differentiable in x, bias, lora_a and lora_b, once.
     """
     y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
-        x, bias, lora_a, lora_b, scaling, *merged.packed_args()
+        x, bias, lora_a, lora_b, scaling, merged.code, *merged.packed_args()
     )
     return y

@@ -1,7 +1,8 @@
 """What torch must know of ``torch.ops.qlora.*`` beyond their kernels: shapes and autocast (gradients: autograd.py).
 
 The operators' signatures are in ``cpp/ops/schema.cpp``. ``packed_args`` stands for the six arguments that always
-travel together: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size.
+travel together: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size. ``code``, the name of the
+16 values (formats.py), is every operator's last argument, NF4 unless given.
 """
 
 from __future__ import annotations
@@ -16,33 +17,18 @@ from torch import Tensor
 
 from ._library import LIBRARY
 from .arguments import arguments_of
+from .formats import MAX_ELEMENTS, NF4, check_block_sizes, check_code, is_integer
 
+# Their arguments by name; what was left out is None, or (given) what the schema has by default.
 LINEAR_NF4 = arguments_of(torch.ops.qlora.linear_nf4.default)
-LINEAR_NF4_DX = arguments_of(torch.ops.qlora.linear_nf4_dx.default)
+given_linear_nf4 = arguments_of(torch.ops.qlora.linear_nf4.default, defaults=True)
+given_linear_nf4_dx = arguments_of(torch.ops.qlora.linear_nf4_dx.default, defaults=True)
 LINEAR_NF4_DLORA = arguments_of(torch.ops.qlora.linear_nf4_dlora.default)
-
-MAX_NESTED_BLOCK_SIZE = 2**20
-MAX_ELEMENTS = 2**48  # cpp/format/nf4.h has the reason
-
-
-def check_block_sizes(block_size: Any = 64, nested_block_size: Any = 256) -> None:
-    """Refuses with a ValueError what is no block size of the format."""
-    if not _is_integer(block_size) or block_size not in (32, 64, 128, 256, 512, 1024, 2048, 4096):
-        raise ValueError(f"block_size: expected a power of two from 32 to 4096, got {reprlib.repr(block_size)}")
-    if not _is_integer(nested_block_size) or not 1 <= nested_block_size <= MAX_NESTED_BLOCK_SIZE:
-        raise ValueError(
-            f"nested_block_size: expected an integer from 1 to {MAX_NESTED_BLOCK_SIZE}, "
-            f"got {reprlib.repr(nested_block_size)}"
-        )
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_shape(name: str, shape: Any) -> None:
     """Refuses with a ValueError what is no list of sizes, or more elements than an operator takes."""
-    if not isinstance(shape, Sequence) or not all(_is_integer(size) and size >= 0 for size in shape):
+    if not isinstance(shape, Sequence) or not all(is_integer(size) and size >= 0 for size in shape):
         raise ValueError(f"{name}: expected a list of integers of 0 or more, got {reprlib.repr(shape)}")
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
         raise ValueError(f"{name}: expected at most 2^48 elements, got {reprlib.repr(list(shape))}")
@@ -86,8 +72,9 @@ def check_one_device(operator: str, *args: Any) -> None:
 
 
 @torch.library.register_fake("qlora::quantize_nf4")
-def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+def _(w: Tensor, block_size: int, code: str = NF4) -> tuple[Tensor, Tensor]:
     check_block_sizes(block_size)
+    check_code(code)
     blocks = (w.numel() + block_size - 1) // block_size
     return (
         w.new_empty(packed_shape(w.shape), dtype=torch.uint8),
@@ -96,24 +83,32 @@ def _(w: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("qlora::search_absmax_nf4")
-def _(w: Tensor, importance: Tensor, block_size: int) -> Tensor:
+def _(w: Tensor, importance: Tensor, block_size: int, code: str = NF4) -> Tensor:
     check_block_sizes(block_size)
+    check_code(code)
     check_one_device("search_absmax_nf4", w, importance)
     return w.new_empty(((w.numel() + block_size - 1) // block_size,), dtype=torch.float32)
 
 
 @torch.library.register_fake("qlora::encode_nf4")
 def _(
-    w: Tensor, absmax: Tensor, block_size: int, feedback: Tensor | None = None, order: Tensor | None = None
+    w: Tensor,
+    absmax: Tensor,
+    block_size: int,
+    feedback: Tensor | None = None,
+    order: Tensor | None = None,
+    code: str = NF4,
 ) -> Tensor:
     check_block_sizes(block_size)
+    check_code(code)
     check_one_device("encode_nf4", w, absmax, block_size, feedback, order)
     return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
 
 
 @torch.library.register_fake("qlora::encode_nf4_stochastic")
-def _(w: Tensor, absmax: Tensor, block_size: int, seed: int) -> Tensor:
+def _(w: Tensor, absmax: Tensor, block_size: int, seed: int, code: str = NF4) -> Tensor:
     check_block_sizes(block_size)
+    check_code(code)
     check_one_device("encode_nf4_stochastic", w, absmax)
     return w.new_empty(packed_shape(w.shape), dtype=torch.uint8)
 
@@ -143,8 +138,10 @@ def _(
     nested_block_size: int,
     shape: list[int],
     dtype: torch.dtype,
+    code: str = NF4,
 ) -> Tensor:
     check_block_sizes(block_size, nested_block_size)
+    check_code(code)
     check_one_device("dequantize_nf4", packed, absmax, nested_absmax, nested_offset)
     return packed.new_empty(shape, dtype=dtype)
 
@@ -158,8 +155,9 @@ def low_rank_like(x: Tensor, lora_a: Tensor | None) -> Tensor:
 
 
 def _fake_linear_nf4(*args: Any) -> Tensor:
-    a = LINEAR_NF4(*args)
+    a = given_linear_nf4(*args)
     check_block_sizes(a.block_size, a.nested_block_size)
+    check_code(a.code)
     check_lora_numbers(a.scaling, a.dropout_p)
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4", *args)
@@ -177,8 +175,9 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _fake_linear_nf4_dx(*args: Any) -> Tensor:
-    a = LINEAR_NF4_DX(*args)
+    a = given_linear_nf4_dx(*args)
     check_block_sizes(a.block_size, a.nested_block_size)
+    check_code(a.code)
     check_lora_numbers(a.scaling, a.dropout_p)
     check_seed_tensor(a.seed_tensor)
     check_one_device("linear_nf4_dx", *args)
@@ -191,7 +190,7 @@ torch.library.register_fake("qlora::linear_nf4_dx", _fake_linear_nf4_dx)
 
 @torch.library.register_fake("qlora::linear_nf4_dx_with_g")
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    a = LINEAR_NF4_DX(*args)
+    a = given_linear_nf4_dx(*args)
     return _fake_linear_nf4_dx(*args), low_rank_like(a.dy, a.lora_a)
 
 
@@ -227,7 +226,7 @@ def autocast_linear_nf4_args(device_type: str, args: Sequence[Any]) -> list[Any]
             return value.to(dtype)
         return value
 
-    return [cast(name, value) for name, value in LINEAR_NF4(*args)._asdict().items()]
+    return [cast(name, value) for name, value in given_linear_nf4(*args)._asdict().items()]
 
 
 def _autocast(device_type: str) -> None:

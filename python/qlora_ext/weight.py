@@ -1,23 +1,26 @@
-"""``NF4Weight``: a frozen tensor in 4-bit NormalFloat blocks, with its scales."""
+"""``Weight4bit``: a frozen tensor in blocks of 4-bit codes, with its scales. ``NF4Weight`` is the one of NF4."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import bitsandbytes_state, ops
+from . import bitsandbytes_state, formats
+from .form import Form
 from .no_arithmetic import NoArithmetic
+
+Self = TypeVar("Self", bound="Weight4bit")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class NF4Weight(NoArithmetic):
-    """A tensor with 4 bits per element (QLoRA, Dettmers et al., 2023), in bitsandbytes' layout.
+class Weight4bit(NoArithmetic):
+    """A tensor with 4 bits per element: values of a code, times the scales of their blocks.
 
     Attributes:
         packed: uint8, [..., K/2]: element 2i in the high nibble of byte i, 2i+1 in the low one.
@@ -26,11 +29,7 @@ class NF4Weight(NoArithmetic):
         nested_absmax, nested_offset: float32 scales of those codes, one per ``nested_block_size`` of them, and their
             mean; None without double quantization.
         shape, dtype: of the tensor that was quantized.
-
-    Example:
-        >>> w4 = qlora_ext.quantize_nf4(torch.randn(1024, 1024))
-        >>> w4.shape, w4.nbytes, round(w4.bits_per_param, 3)
-        (torch.Size([1024, 1024]), 540932, 4.127)
+        code: the name of the 16 values.
     """
 
     packed: Tensor
@@ -41,6 +40,7 @@ class NF4Weight(NoArithmetic):
     dtype: torch.dtype
     block_size: int = 64
     nested_block_size: int = 256
+    code: str = formats.NF4
 
     @property
     def double_quant(self) -> bool:
@@ -79,23 +79,23 @@ class NF4Weight(NoArithmetic):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor of shape ``shape`` in ``dtype`` (default: the original's), rounded once from float32."""
-        out: Tensor = torch.ops.qlora.dequantize_nf4(*self.packed_args(), self.shape, dtype or self.dtype)
+        out: Tensor = torch.ops.qlora.dequantize_nf4(*self.packed_args(), self.shape, dtype or self.dtype, self.code)
         return out
 
-    def to(self, device: torch.device | str | int) -> NF4Weight:
+    def to(self: Self, device: torch.device | str | int) -> Self:
         """The same bits on another device. A dtype is a TypeError, because the format has only one."""
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: expected a device, got {device}; use dequantize(dtype) for the decoded tensor")
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors.items()}
         return dataclasses.replace(self, **moved)
 
-    def matrix(self, e: int) -> NF4Weight:
+    def matrix(self: Self, e: int) -> Self:
         """Matrix ``e`` [N, K] of a stack [E, N, K], whose matrices are quantized one by one; a view of it."""
         parts: dict[str, Any] = {name: t[e] for name, t in self.tensors.items()}
         return dataclasses.replace(self, **parts, shape=self.shape[1:])
 
-    @classmethod
-    def stack(cls, matrices: Sequence[NF4Weight]) -> NF4Weight:
+    @staticmethod
+    def stack(matrices: Sequence[Self]) -> Self:
         """The stack [E, N, K] of matrices [N, K] of one form."""
         first, tensors = matrices[0], [matrix.tensors for matrix in matrices]
         parts: dict[str, Any] = {name: torch.stack([t[name] for t in tensors]) for name in first.tensors}
@@ -103,9 +103,35 @@ class NF4Weight(NoArithmetic):
 
     def __repr__(self) -> str:
         return (
-            f"NF4Weight(shape={list(self.shape)}, dtype={self.dtype}, block_size={self.block_size}, "
+            f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, block_size={self.block_size}, "
             f"double_quant={self.double_quant}, bits_per_param={self.bits_per_param:.3f}, device={self.device})"
         )
+
+    def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors, keys and bytes that bitsandbytes saves for this weight under the name ``prefix``.
+
+        Raises:
+            ValueError: bitsandbytes has no such code.
+        """
+        if self.code != formats.NF4:
+            raise ValueError(f"code: expected {formats.NF4}, got {self.code}, which bitsandbytes lacks")
+        fields: Any = vars(self)
+        return bitsandbytes_state.write(fields, prefix)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class NF4Weight(Weight4bit):
+    """A tensor in 4-bit NormalFloat (QLoRA, Dettmers et al., 2023), in bitsandbytes' layout.
+
+    Example:
+        >>> w4 = qlora_ext.quantize_nf4(torch.randn(1024, 1024))
+        >>> w4.shape, w4.nbytes, round(w4.bits_per_param, 3)
+        (torch.Size([1024, 1024]), 540932, 4.127)
+    """
+
+    def __post_init__(self) -> None:
+        if self.code != formats.NF4:
+            raise ValueError(f"code: expected {formats.NF4}, got {self.code}")
 
     @classmethod
     def from_bitsandbytes(cls, state_dict: dict[str, Tensor], prefix: str) -> NF4Weight:
@@ -123,14 +149,14 @@ class NF4Weight(NoArithmetic):
         """
         return cls(**bitsandbytes_state.read(state_dict, prefix))
 
-    def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors, keys and bytes that bitsandbytes saves for this weight under the name ``prefix``."""
-        fields: Any = vars(self)
-        return bitsandbytes_state.write(fields, prefix)
+
+def weight_of(code: str, **fields: Any) -> Weight4bit:
+    """The weight of that code: an ``NF4Weight`` of NF4."""
+    return NF4Weight(**fields) if code == formats.NF4 else Weight4bit(**fields, code=code)
 
 
 # A pickle of one holds tensors and numbers, and runs nothing: torch.load takes it with weights_only=True.
-torch.serialization.add_safe_globals([NF4Weight])
+torch.serialization.add_safe_globals([Weight4bit, NF4Weight])
 
 
 def _has_values(t: Tensor) -> bool:
@@ -161,7 +187,7 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
 
     Args:
         w: any shape; float32, bfloat16 or float16; CPU or CUDA; finite.
-        block_size: elements per scale: a power of two from 32 to 4096.
+        block_size: elements per scale: a power of two from 16 to 4096.
         double_quant: store the scales in 8 bits, in blocks of ``nested_block_size``.
         nested_block_size: scales per nested scale: from 1 to 2^20; bitsandbytes uses 256.
 
@@ -179,22 +205,38 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
         Traceback (most recent call last):
         ValueError: w: expected finite values, got nan at index [1] (1 of 1 blocks hold NaN or infinity)
     """
+    w4 = quantize(w, Form(torch.float32, block_size, double_quant, nested_block_size))
+    assert isinstance(w4, NF4Weight)
+    return w4
+
+
+def quantize(w: Tensor, form: Form) -> Weight4bit:
+    """The same to any code: ``w`` in 4 bits by ``form``, whose ``compute_dtype`` does not matter."""
     if not isinstance(w, Tensor):
         raise TypeError(f"w: expected a torch.Tensor, got {type(w).__name__}")
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w: expected float32, bfloat16 or float16, got {w.dtype}")
-    ops.check_block_sizes(block_size, nested_block_size)
     w = w.detach()
-    packed, absmax = torch.ops.qlora.quantize_nf4(w, block_size)
+    packed, absmax = torch.ops.qlora.quantize_nf4(w, form.block_size, form.code)
     if _has_values(absmax):
-        _refuse_non_finite(w, absmax, block_size)
+        _refuse_non_finite(w, absmax, form.block_size)
     nested_absmax = nested_offset = None
-    if double_quant:
-        absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, nested_block_size)
-    return NF4Weight(packed, absmax, nested_absmax, nested_offset, w.shape, w.dtype, block_size, nested_block_size)
+    if form.double_quant:
+        absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, form.nested_block_size)
+    return weight_of(
+        form.code,
+        packed=packed,
+        absmax=absmax,
+        nested_absmax=nested_absmax,
+        nested_offset=nested_offset,
+        shape=w.shape,
+        dtype=w.dtype,
+        block_size=form.block_size,
+        nested_block_size=form.nested_block_size,
+    )
 
 
-def dequantize_nf4(w4: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize_nf4(w4: Weight4bit, dtype: torch.dtype | None = None) -> Tensor:
     """The decoded tensor of ``w4``, rounded once from float32; ``w4.dequantize(dtype)`` is the same.
 
     Args:
@@ -206,6 +248,6 @@ def dequantize_nf4(w4: NF4Weight, dtype: torch.dtype | None = None) -> Tensor:
         >>> decoded.dtype, bool((decoded - w).norm() < 0.12 * w.norm())
         (torch.float32, True)
     """
-    if not isinstance(w4, NF4Weight):
+    if not isinstance(w4, Weight4bit):
         raise TypeError(f"w4: expected an NF4Weight, got {type(w4).__name__}")
     return w4.dequantize(dtype)

@@ -21,7 +21,7 @@ for _variable in KERNEL_VARIABLE.values():
 CPU_KERNELS = ["few_tokens_int", "few_tokens_bf16", "few_tokens_float"]
 CPU_KERNELS += ["many_tokens_tiles", "many_tokens_bf16", "many_tokens_float"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-BLOCK_SIZES = [32, 64, 128, 256, 512, 1024, 2048, 4096]
+BLOCK_SIZES = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 NESTED_BLOCK_SIZES = [256, 256, 1, 2, 3, 64, 100, 255, 1000, 4096, 1 << 20]
 RANKS = [None, None, 0, 1, 2, 3, 5, 8, 15, 16, 16, 17, 32, 33, 64, 100, 256]
 MOST_PRODUCTS = 3_000_000  # of one problem; one problem in sixteen may have sixteen times as many

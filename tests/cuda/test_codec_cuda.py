@@ -37,9 +37,10 @@ def assert_bits(got: torch.Tensor, expected: torch.Tensor | np.ndarray, what: st
         pytest.fail(f"{what}: {wrong.size} of {a.size} differ, the first at {i}: {a[i]:#x}, expected {b[i]:#x}")
 
 
-def check_quantize(w: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    packed, absmax = OPS.quantize_nf4(w, block)
-    expected_packed, expected_absmax = reference.quantize_nf4(w.float().cpu().numpy(), block)
+def check_quantize(w: torch.Tensor, block: int, code: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
+    packed, absmax = OPS.quantize_nf4(w, block, code)
+    table = reference.CODES[code]
+    expected_packed, expected_absmax = reference.quantize_nf4(w.float().cpu().numpy(), block, table)
     assert_bits(absmax, expected_absmax, "absmax")
     assert_bits(packed, expected_packed, "packed")
     return packed, absmax
@@ -54,16 +55,19 @@ def check_quantize_absmax(absmax: torch.Tensor, nested_block: int) -> tuple[torc
     return codes, nested, offset
 
 
-def check_dequantize(packed: torch.Tensor, scales: tuple, numel: int, block: int, nested_block: int = 256) -> None:
+def check_dequantize(
+    packed: torch.Tensor, scales: tuple, numel: int, block: int, nested_block: int = 256, code: str = "nf4"
+) -> None:
+    table = reference.CODES[code]
     arrays = [s.cpu().numpy() for s in scales]
     with np.errstate(invalid="ignore", over="ignore"):
         absmax = arrays[0] if len(arrays) == 1 else reference.dequantize_absmax(*arrays, nested_block)
-        expected = torch.from_numpy(reference.dequantize_nf4(packed.cpu().numpy(), absmax, numel, block))
+        expected = torch.from_numpy(reference.dequantize_nf4(packed.cpu().numpy(), absmax, numel, block, table))
     if len(scales) > 1:
         assert_bits(OPS.dequantize_absmax(*scales, nested_block), absmax, "dequantize_absmax")
     nested = scales[1:] or (None, None)
     for dtype in DTYPES:
-        got = OPS.dequantize_nf4(packed, scales[0], *nested, block, nested_block, [numel], dtype)
+        got = OPS.dequantize_nf4(packed, scales[0], *nested, block, nested_block, [numel], dtype, code)
         assert_bits(got, expected.to(dtype), f"dequantize_nf4 to {dtype}")
 
 
@@ -73,15 +77,16 @@ def weights(numel: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(numel) * scale).to("cuda", dtype)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", BLOCK_SIZES)
-def test_every_length(block: int, dtype: torch.dtype) -> None:
+def test_every_length(block: int, dtype: torch.dtype, code: str) -> None:
     for numel in (1, 2, 7, 33, block - 1, block, block + 1, 3 * block + 5, CHUNK - 2, CHUNK, 2 * CHUNK + 4097):
         w = weights(numel, dtype)
-        packed, absmax = check_quantize(w, block)
-        check_dequantize(packed, (absmax,), numel, block)
+        packed, absmax = check_quantize(w, block, code)
+        check_dequantize(packed, (absmax,), numel, block, code=code)
         for nested_block in (256, 32, 7):
-            check_dequantize(packed, check_quantize_absmax(absmax, nested_block), numel, block, nested_block)
+            check_dequantize(packed, check_quantize_absmax(absmax, nested_block), numel, block, nested_block, code)
 
 
 def test_nothing() -> None:

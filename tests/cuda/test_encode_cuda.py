@@ -23,34 +23,34 @@ SEEDS = [0, -1, 2**40 + 5]
 FEEDBACK_SHAPES = [(1, 64), (17, 96), (2, 1), (33, 31), (5, 130), (9, 256), (6, 293), (70, 20)]
 
 
-def search(w: Tensor, importance: Tensor, block: int) -> Tensor:
+def search(w: Tensor, importance: Tensor, block: int, code: str = "nf4") -> Tensor:
     """absmax on CUDA, whose bits are the CPU's."""
-    absmax = OPS.search_absmax_nf4(w.cuda(), importance.cuda(), block)
-    assert_bits(absmax, OPS.search_absmax_nf4(w, importance, block), f"absmax of blocks of {block}")
+    absmax = OPS.search_absmax_nf4(w.cuda(), importance.cuda(), block, code)
+    assert_bits(absmax, OPS.search_absmax_nf4(w, importance, block, code), f"absmax of blocks of {block}")
     return absmax
 
 
-def encode(w: Tensor, absmax: Tensor, block: int, *feedback: Tensor) -> Tensor:
+def encode(w: Tensor, absmax: Tensor, block: int, *feedback: Tensor, code: str = "nf4") -> Tensor:
     """Packed codes on CUDA, whose bits are the CPU's."""
-    packed = OPS.encode_nf4(w.cuda(), absmax.cuda(), block, *(t.cuda() for t in feedback))
-    expected = OPS.encode_nf4(w, absmax, block, *feedback)
+    packed = OPS.encode_nf4(w.cuda(), absmax.cuda(), block, *(t.cuda() for t in feedback), code=code)
+    expected = OPS.encode_nf4(w, absmax, block, *feedback, code=code)
     assert packed.shape == expected.shape
     assert_bits(packed, expected, f"codes of {tuple(w.shape)} in blocks of {block}")
     return packed
 
 
-def encode_stochastic(w: Tensor, absmax: Tensor, block: int, seed: int) -> Tensor:
+def encode_stochastic(w: Tensor, absmax: Tensor, block: int, seed: int, code: str = "nf4") -> Tensor:
     """The same, rounded at random."""
-    packed = OPS.encode_nf4_stochastic(w.cuda(), absmax.cuda(), block, seed)
-    expected = OPS.encode_nf4_stochastic(w, absmax, block, seed)
+    packed = OPS.encode_nf4_stochastic(w.cuda(), absmax.cuda(), block, seed, code)
+    expected = OPS.encode_nf4_stochastic(w, absmax, block, seed, code)
     assert packed.shape == expected.shape
     assert_bits(packed, expected, f"codes of {tuple(w.shape)} in blocks of {block} by seed {seed}")
     return packed
 
 
-def scales(w: Tensor, block: int) -> Tensor:
+def scales(w: Tensor, block: int, code: str = "nf4") -> Tensor:
     """Larger and smaller than the blocks' magnitudes, below zero and zero."""
-    absmax: Tensor = OPS.quantize_nf4(w, block)[1] * torch.linspace(0.3, 1.3, -(-w.numel() // block))
+    absmax: Tensor = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, -(-w.numel() // block))
     absmax[0] *= -1
     absmax[-1] = 0 if absmax.numel() > 1 else absmax[-1]
     return absmax
@@ -72,16 +72,17 @@ def with_specials(w: Tensor) -> Tensor:
     return w
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scales(dtype: torch.dtype) -> None:
+def test_scales(dtype: torch.dtype, code: str) -> None:
     for n, k in SHAPES:
         importance = torch.rand(k) ** 4
         importance[::3] = 0
-        for block in (32, 64, 512):
-            search(weight(n, k, dtype), importance, block)
+        for block in (16, 32, 64, 512):
+            search(weight(n, k, dtype), importance, block, code)
     importance = torch.rand(96) ** 4
     for block in (64, 128, 4096):
-        search(weight(60, 96, dtype), importance, block)
+        search(weight(60, 96, dtype), importance, block, code)
     search(weight(3, 64, dtype).reshape(3, 2, 32), importance[:32], 32)
     search(weight(3, 64, dtype).T, importance[:3], 32)
 
@@ -104,26 +105,28 @@ def test_scales_of_what_is_not_finite(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found[:, 0], good[:, 0], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_codes(dtype: torch.dtype) -> None:
+def test_codes(dtype: torch.dtype, code: str) -> None:
     for n, k in SHAPES:
-        for block in (32, 64, 512):
+        for block in (16, 32, 64, 512):
             w = weight(n, k, dtype)
-            encode(w, scales(w, block), block)
+            encode(w, scales(w, block, code), block, code=code)
     w = weight(41, 999, dtype)
     for block in (32, 256, 4096):
-        encode(w, torch.rand(-(-w.numel() // block)) + 0.5, block)
+        encode(w, torch.rand(-(-w.numel() // block)) + 0.5, block, code=code)
     encode(w.T, torch.rand(-(-w.numel() // 64)) + 0.5, 64)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_codes_of_what_is_not_finite(dtype: torch.dtype) -> None:
+def test_codes_of_what_is_not_finite(dtype: torch.dtype, code: str) -> None:
     w = with_specials(weight(10, 128, dtype))
     for scale in ODD_SCALES:
-        encode(w, torch.full((20,), scale), 64)
+        encode(w, torch.full((20,), scale), 64, code=code)
     feedback, order = feedback_of(moments(128))
     for absmax in (torch.tensor(ODD_SCALES * 2), torch.rand(20) + 0.5):
-        encode(w, absmax, 64, feedback, order)
+        encode(w, absmax, 64, feedback, order, code=code)
 
 
 def test_codes_at_every_boundary() -> None:
@@ -137,15 +140,16 @@ def test_codes_at_every_boundary() -> None:
     encode_stochastic(w, torch.ones(-(-w.numel() // 32)), 32, 7)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stochastic_codes(dtype: torch.dtype) -> None:
+def test_stochastic_codes(dtype: torch.dtype, code: str) -> None:
     for n, k in SHAPES:
-        for block, seed in zip((32, 64, 512), SEEDS, strict=True):
+        for block, seed in zip((16, 64, 512), SEEDS, strict=True):
             w = weight(n, k, dtype)
-            encode_stochastic(w, scales(w, block), block, seed)
+            encode_stochastic(w, scales(w, block, code), block, seed, code)
     w = weight(41, 999, dtype)
     for block, seed in zip((32, 256, 4096), SEEDS, strict=True):
-        encode_stochastic(w, scales(w, block), block, seed)
+        encode_stochastic(w, scales(w, block, code), block, seed, code)
     encode_stochastic(w.T, torch.rand(-(-w.numel() // 64)) + 0.5, 64, 1)
 
 

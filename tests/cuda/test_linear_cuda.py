@@ -76,6 +76,14 @@ def test_every_block_size(n: int, k: int, dtype: torch.dtype, block_size: int, d
     check(linear_sample(9, n, k, None, dtype, "cuda", block_size=block_size, double_quant=double_quant))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(3, 129, 320), (8, 40, 128), (16, 72, 448), (31, 70, 64), (64, 136, 64), (9, 66, 700)]
+)
+def test_another_code(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check(linear_sample(m, n, k, rank=16, dtype=dtype, device="cuda", code="shuffled"))
+
+
 @pytest.mark.parametrize("nested_block_size", [1, 100, 256])
 def test_any_nested_block_size(nested_block_size: int) -> None:
     s = linear_sample(3, 70, 320, 4, torch.bfloat16, "cuda", double_quant=False)

@@ -35,7 +35,7 @@ def gradient(s: LinearSample) -> Tensor:
 
 
 def run_dx(s: LinearSample, dy: Tensor) -> Tensor:
-    return OPS.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args)
+    return OPS.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args, *s.last_args)
 
 
 def check_dx(*samples: LinearSample) -> Tensor:
@@ -86,6 +86,12 @@ def test_dx_dropout_in_every_tile(m: int, p: float) -> None:
 )
 def test_dx_of_every_block_size(n: int, k: int, dtype: torch.dtype, block_size: int, double_quant: bool) -> None:
     check_dx(linear_sample(9, n, k, None, dtype, "cuda", block_size=block_size, double_quant=double_quant))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "n", "k"), [(7, 72, 96), (31, 200, 64), (40, 131, 101)])
+def test_dx_of_another_code(m: int, n: int, k: int, dtype: torch.dtype) -> None:
+    check_dx(linear_sample(m, n, k, rank=16, dtype=dtype, device="cuda", code="shuffled"))
 
 
 @pytest.mark.parametrize(("m", "dtype"), [(2, HALF[0]), (64, HALF[0]), (64, HALF[1])])

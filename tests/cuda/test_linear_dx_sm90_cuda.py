@@ -62,10 +62,15 @@ def test_dropout_in_the_larger_tiles(m: int, n: int, k: int, p: float, dtype: to
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("block_size", reference.BLOCK_SIZES[1:])
+@pytest.mark.parametrize("block_size", [b for b in reference.BLOCK_SIZES if b >= 64])
 def test_every_block_size(block_size: int, double_quant: bool) -> None:
     """Rows of 320 begin in the middle of the larger blocks."""
     check_dx(linear_sample(34, 72, 320, None, torch.bfloat16, "cuda", block_size=block_size, double_quant=double_quant))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_another_code(dtype: torch.dtype) -> None:
+    check_dx(linear_sample(40, 72, 320, 8, dtype, "cuda", code="shuffled"))
 
 
 @pytest.mark.parametrize(("n", "dtype"), [(264, HALF[0]), (2056, HALF[1])])

@@ -69,10 +69,16 @@ def test_a_rank_of_several_stages_in_the_large_tile() -> None:
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
-@pytest.mark.parametrize("block_size", reference.BLOCK_SIZES[1:])
+@pytest.mark.parametrize("block_size", [b for b in reference.BLOCK_SIZES if b >= 64])
 def test_every_block_size(block_size: int, double_quant: bool) -> None:
     """Rows of 320 begin in the middle of the larger blocks, and end in the middle of a stage."""
     check(linear_sample(34, 150, 320, None, torch.bfloat16, "cuda", block_size=block_size, double_quant=double_quant))
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", HALF)
+def test_another_code(dtype: torch.dtype, double_quant: bool) -> None:
+    check(linear_sample(40, 150, 320, 8, dtype, "cuda", double_quant=double_quant, code="shuffled"))
 
 
 @pytest.mark.parametrize("nested_block_size", [1, 3, 100, 256])

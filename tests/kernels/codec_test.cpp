@@ -29,7 +29,8 @@ enum class Values { kNormal, kWide, kAtBoundaries, kWithNonFinite };
 
 // Weights whose blocks are ordinary; of magnitudes all over the type's range, with blocks of zeros; on the codes'
 // decision boundaries and beside them; or with a NaN, a signalling NaN and infinities among them.
-Tensor weights(const CodecShape& s, DType dtype, Values values, Random& random) {
+Tensor weights(const CodecShape& s, Code code, DType dtype, Values values, Random& random) {
+  const CodeTable& table = table_of(code);
   Matrix w(s.rows, s.columns);
   for (size_t i = 0; i < w.value.size(); ++i) {
     double& x = w.value[i];
@@ -37,8 +38,9 @@ Tensor weights(const CodecShape& s, DType dtype, Values values, Random& random) 
     if (values == Values::kWide) {
       x = zero_block ? 0 : random.normal() * std::exp2(80 * random.uniform() * (dtype == DType::kFloat16 ? -0.2 : -1));
     } else if (values == Values::kAtBoundaries) {
-      float at = i % static_cast<size_t>(s.block_size) ? kNf4.boundary[random.bits() % 15] : 1.0f;
-      if (i % 3) at = std::nextafter(at, i % 3 == 1 ? -2.0f : 2.0f);
+      const auto boundary = random.bits() % static_cast<uint64_t>(table.ranks - 1);
+      float at = i % static_cast<size_t>(s.block_size) ? table.boundary[boundary] : table.largest;
+      if (i % 3) at = std::nextafter(at, i % 3 == 1 ? -9.0f : 9.0f);
       x = at * 0.5;  // whose scale divides without rounding
     } else {
       x = random.normal() * 0.05;
@@ -52,8 +54,8 @@ Tensor weights(const CodecShape& s, DType dtype, Values values, Random& random) 
 }
 
 // Everything that a set's codec makes of a weight, one after the other.
-Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s, DType dtype, const Tensor& w,
-                 const std::vector<float>& importance, const std::vector<float>& feedback) {
+Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s, Code code, DType dtype,
+                 const Tensor& w, const std::vector<float>& importance, const std::vector<float>& feedback) {
   const int64_t numel = s.rows * s.columns, blocks = ceil_div(numel, s.block_size);
   const int64_t nested_blocks = ceil_div(blocks, s.nested_block_size);
   Bytes all;
@@ -65,44 +67,57 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
   std::vector<float> absmax(blocks), searched(blocks), decoded_absmax(blocks), nested_absmax(nested_blocks);
   Bytes codes(blocks);
   float nested_offset = 0;
-  set.codec->quantize_nf4(pool, dtype, w.data(), numel, s.block_size, packed.data(), absmax.data());
+  set.codec->quantize_nf4(pool, code, dtype, w.data(), numel, s.block_size, packed.data(), absmax.data());
   keep(packed), keep(absmax);
   set.codec->quantize_absmax(pool, absmax.data(), blocks, s.nested_block_size, codes.data(), nested_absmax.data(),
                              &nested_offset);
   keep(codes), keep(nested_absmax), keep(std::vector<float>{nested_offset});
-  Scales plain, nested;
-  plain.absmax = absmax.data();
-  nested.codes = codes.data(), nested.nested_absmax = nested_absmax.data(), nested.nested_offset = &nested_offset;
-  plain.block_size = nested.block_size = s.block_size, nested.nested_block_size = s.nested_block_size;
+  const Scales plain = float_scales(absmax.data(), s.block_size);
+  const Scales nested =
+      nested_scales(codes.data(), nested_absmax.data(), &nested_offset, s.block_size, s.nested_block_size);
   set.codec->dequantize_absmax(pool, nested, blocks, decoded_absmax.data());
   keep(decoded_absmax);
   for (const DType to : kTypes) {
     for (const Scales* scales : {&plain, &nested}) {
       Bytes out(numel * dtype_bytes(to));
-      set.codec->dequantize_nf4(pool, packed.data(), *scales, numel, to, out.data());
+      set.codec->dequantize_nf4(pool, {packed.data(), code, *scales, s.rows, s.columns}, to, out.data());
       keep(out);
     }
   }
   if (numel <= kMostSearched) {
-    set.codec->search_absmax_nf4(pool, dtype, w.data(), importance.data(), numel, s.columns, s.block_size,
+    set.codec->search_absmax_nf4(pool, code, dtype, w.data(), importance.data(), numel, s.columns, s.block_size,
                                  searched.data());
     keep(searched);
   }
   // Scales that were not taken from these values: of either sign, and none.
   std::vector<float> scales = decoded_absmax;
   for (int64_t b = 0; b < blocks; ++b) scales[b] *= b % 5 == 3 ? -1.0f : b % 5 == 4 ? 0.0f : 1.0f;
-  set.codec->encode_nf4(pool, dtype, w.data(), scales.data(), numel, s.block_size, packed.data());
+  set.codec->encode_nf4(pool, code, dtype, w.data(), scales.data(), numel, s.block_size, packed.data());
   keep(packed);
-  set.codec->encode_nf4_stochastic(pool, dtype, w.data(), scales.data(), numel, s.block_size, 1234, packed.data());
+  set.codec->encode_nf4_stochastic(pool, code, dtype, w.data(), scales.data(), numel, s.block_size, 1234,
+                                   packed.data());
   keep(packed);
   if (!feedback.empty()) {
     std::vector<int64_t> order(s.columns);
     std::iota(order.rbegin(), order.rend(), 0);
-    set.codec->encode_nf4_with_feedback(pool, dtype, w.data(), scales.data(), s.rows, s.columns, s.block_size,
+    set.codec->encode_nf4_with_feedback(pool, code, dtype, w.data(), scales.data(), s.rows, s.columns, s.block_size,
                                         feedback.data(), order.data(), packed.data());
     keep(packed);
   }
   return all;
+}
+
+void test_codec(const Kernels& set, const CodecShape& s, Code code, DType dtype, const std::vector<float>& importance,
+                const std::vector<float>& feedback, Random& random, Report* report) {
+  for (const Values values : {Values::kNormal, Values::kWide, Values::kAtBoundaries, Values::kWithNonFinite}) {
+    const Tensor w = weights(s, code, dtype, values, random);
+    const Bytes plain = everything(cpu::scalar_kernels(), kOneThread, s, code, dtype, w, importance, feedback);
+    const std::string what = std::string("codec of ") + table_of(code).name + ", " + std::to_string(s.rows) + " x " +
+                             std::to_string(s.columns) + " " + dtype_name(dtype) + " in blocks of " +
+                             std::to_string(s.block_size) + ", values " + std::to_string(static_cast<int>(values));
+    report->check(everything(set, kOneThread, s, code, dtype, w, importance, feedback) == plain, what);
+    report->check(everything(set, kPieces, s, code, dtype, w, importance, feedback) == plain, what + ", in pieces");
+  }
 }
 
 }  // namespace
@@ -118,17 +133,9 @@ void test_codec(const Kernels& set, Report* report) {
         for (int64_t j = i; j < s.columns; ++j)
           feedback[i * s.columns + j] = static_cast<float>(i == j ? 1 + random.uniform() : 0.1 * random.normal());
     }
-    for (const DType dtype : kTypes) {
-      for (const Values values : {Values::kNormal, Values::kWide, Values::kAtBoundaries, Values::kWithNonFinite}) {
-        const Tensor w = weights(s, dtype, values, random);
-        const Bytes plain = everything(cpu::scalar_kernels(), kOneThread, s, dtype, w, importance, feedback);
-        const std::string what = "codec of " + std::to_string(s.rows) + " x " + std::to_string(s.columns) + " " +
-                                 dtype_name(dtype) + " in blocks of " + std::to_string(s.block_size) + ", values " +
-                                 std::to_string(static_cast<int>(values));
-        report->check(everything(set, kOneThread, s, dtype, w, importance, feedback) == plain, what);
-        report->check(everything(set, kPieces, s, dtype, w, importance, feedback) == plain, what + ", in pieces");
-      }
-    }
+    for (int code = 0; code < kCodeTableCount; ++code)
+      for (const DType dtype : kTypes)
+        test_codec(set, s, static_cast<Code>(code), dtype, importance, feedback, random, report);
   }
 }
 

@@ -44,7 +44,7 @@ std::vector<float> dense_weights(const LinearShape& s, Random& random) {
 // A stack of two packed weights, of which a problem has one.
 class PackedWeights {
  public:
-  PackedWeights(const LinearShape& s, Random& random) {
+  PackedWeights(const LinearShape& s, Code code, Random& random) {
     const cpu::Kernels& plain = cpu::scalar_kernels();
     const int64_t numel = s.n * s.k, blocks = ceil_div(numel, s.block_size);
     const int64_t nested_blocks = ceil_div(blocks, kNestedBlockSize);
@@ -53,19 +53,16 @@ class PackedWeights {
     for (int expert = 0; expert < 2; ++expert) {
       const std::vector<float> w = dense_weights(s, random);
       float* const absmax = absmax_.data() + expert * blocks;
-      plain.codec->quantize_nf4(kOneThread, DType::kFloat32, w.data(), numel, s.block_size,
+      plain.codec->quantize_nf4(kOneThread, code, DType::kFloat32, w.data(), numel, s.block_size,
                                 packed_.data() + expert * packed_bytes(numel), absmax);
       plain.codec->quantize_absmax(kOneThread, absmax, blocks, kNestedBlockSize, codes_.data() + expert * blocks,
                                    nested_absmax_.data() + expert * nested_blocks, &nested_offset_[expert]);
     }
     weight_.n = s.n, weight_.k = s.k, weight_.packed = packed_.data();
-    weight_.scales.block_size = s.block_size, weight_.scales.nested_block_size = kNestedBlockSize;
-    if (s.double_quant) {
-      weight_.scales.codes = codes_.data(), weight_.scales.nested_absmax = nested_absmax_.data();
-      weight_.scales.nested_offset = nested_offset_.data();
-    } else {
-      weight_.scales.absmax = absmax_.data();
-    }
+    weight_.code = code;
+    weight_.scales = s.double_quant ? nested_scales(codes_.data(), nested_absmax_.data(), nested_offset_.data(),
+                                                    s.block_size, kNestedBlockSize)
+                                    : float_scales(absmax_.data(), s.block_size);
     const WeightStride stride = weight_stride(weight_);
     const int expert = s.second_expert;
     weight_.packed += expert * stride.packed_bytes;
@@ -76,8 +73,7 @@ class PackedWeights {
   const Weight& weight() const { return weight_; }
   Matrix decoded() const {
     std::vector<float> w(weight_.n * weight_.k);
-    cpu::scalar_kernels().codec->dequantize_nf4(kOneThread, weight_.packed, weight_.scales,
-                                                static_cast<int64_t>(w.size()), DType::kFloat32, w.data());
+    cpu::scalar_kernels().codec->dequantize_nf4(kOneThread, weight_, DType::kFloat32, w.data());
     Matrix m(weight_.n, weight_.k);
     for (size_t i = 0; i < w.size(); ++i) m.value[i] = w[i];
     return m;
@@ -117,9 +113,9 @@ class LinearTest {
  public:
   LinearTest(const Kernels& set, Report* report) : set_(set), report_(report) {}
 
-  void run(const LinearShape& s, DType dtype) {
+  void run(const LinearShape& s, Code code, DType dtype) {
     Random random(static_cast<uint64_t>(s.m * 1000003 + s.n * 1009 + s.k));
-    const PackedWeights weights(s, random);
+    const PackedWeights weights(s, code, random);
     const int64_t m = s.m, n = s.n, k = s.k, r = s.rank;
     const double grow = s.inputs == Inputs::kNormal || s.inputs == Inputs::kOutliers ? 1 : magnitude(s.inputs, dtype);
     const Matrix x = inputs(s, m, k, dtype, random), dy = inputs(s, m, n, dtype, random);
@@ -182,7 +178,7 @@ class LinearTest {
   void run_non_finite(DType dtype) {
     const LinearShape s = {4, 40, 192, 4, 64, true, 0.0, true, false};
     Random random(5);
-    const PackedWeights weights(s, random);
+    const PackedWeights weights(s, Code::kNf4, random);
     Matrix x = inputs(s, s.m, s.k, dtype, random);
     x.at(1, 70) = NAN, x.at(3, 5) = INFINITY;
     const Matrix a = factor(s.rank, s.k, 0.1, dtype, random), b = factor(s.n, s.rank, 0.2, dtype, random);
@@ -237,6 +233,13 @@ class LinearTest {
     return kernels.float64;
   }
 
+  template <class Problem>
+  static std::string text(const Problem& p) {
+    std::string code;
+    if constexpr (requires { p.w; }) code = std::string(" ") + p.w.table().name;
+    return problem_text(p) + code;
+  }
+
   template <class Problem, class SetOut>
   void check(const std::string& op, const KernelsFor<Problem>& kernels,
              cpu::Error (*chosen)(const cpu::Pool&, const Problem&), Problem p, const std::vector<Output>& outputs,
@@ -251,7 +254,7 @@ class LinearTest {
       if (run(kOneThread) != Outcome::kDone) return;
       set_out(&p, pieces);
       run(kPieces);
-      const std::string what = op + " of " + problem_text(p) + " by " + name;
+      const std::string what = op + " of " + text(p) + " by " + name;
       for (size_t i = 0; i < outputs.size(); ++i) {
         const std::string wrong = failure(whole[i].matrix(), outputs[i].expected);
         report_->check(wrong.empty(), what + ", output " + std::to_string(i) + ": " + wrong);
@@ -280,7 +283,8 @@ class LinearTest {
 void test_linear(const Kernels& set, Report* report) {
   LinearTest test(set, report);
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    for (const LinearShape& s : kLinearShapes) test.run(s, dtype);
+    for (int code = 0; code < kCodeTableCount; ++code)
+      for (const LinearShape& s : kLinearShapes) test.run(s, static_cast<Code>(code), dtype);
     test.run_non_finite(dtype);
   }
   for (const auto& [name, count] : test.served()) std::printf("  %s: %d problems\n", name.c_str(), count);

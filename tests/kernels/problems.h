@@ -66,15 +66,19 @@ inline constexpr LinearShape kLinearShapes[] = {
     {3, 130, 1100, 0, 64, true, 0.0, false, false, Inputs::kNormal, Weights::kSparse},
     {17, 70, 258, 3, 128, false, 0.0, true, false, Inputs::kNormal, Weights::kSparse},
     {4, 140, 320, 0, 64, true, 0.0, false, false, Inputs::kNormal, Weights::kOutliers},
+    {2, 40, 176, 3, 16, true, 0.0, true, true},  // every other row begins in the middle of a group of 32
+    {3, 33, 333, 0, 16, false, 0.0, false, false},
+    {5, 130, 1072, 4, 16, true, 0.0, true, false, Inputs::kNormal, Weights::kSparse},
+    {20, 48, 192, 8, 16, true, 0.1, true, false},
     {33, 20, 555, 2, 4096, false, 0.0, true, false, Inputs::kNormal, Weights::kOutliers},
 };
 
 struct CodecShape {
   int64_t rows, columns, block_size, nested_block_size;
 };
-inline constexpr CodecShape kCodecShapes[] = {{1, 1, 32, 256},      {1, 31, 32, 256},   {3, 33, 64, 256},
-                                              {7, 64, 32, 16},      {64, 65, 64, 256},  {5, 333, 128, 3},
-                                              {40, 256, 64, 64},    {17, 1024, 256, 1}, {9, 1500, 512, 20},
-                                              {3, 4097, 4096, 256}, {33, 96, 64, 256},  {2, 2050, 1024, 2}};
+inline constexpr CodecShape kCodecShapes[] = {
+    {1, 1, 16, 256},    {5, 67, 16, 256},   {16, 128, 16, 8},     {1, 1, 32, 256},   {1, 31, 32, 256},
+    {3, 33, 64, 256},   {7, 64, 32, 16},    {64, 65, 64, 256},    {5, 333, 128, 3},  {40, 256, 64, 64},
+    {17, 1024, 256, 1}, {9, 1500, 512, 20}, {3, 4097, 4096, 256}, {33, 96, 64, 256}, {2, 2050, 1024, 2}};
 
 }  // namespace kernels_test

@@ -41,9 +41,9 @@ def assert_bits(got: torch.Tensor | np.ndarray, expected: torch.Tensor | np.ndar
         pytest.fail(f"{what}: {wrong.size} of {a.size} differ, the first at {i}: {a[i]:#x}, expected {b[i]:#x}")
 
 
-def check_quantize(w: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    packed, absmax = OPS.quantize_nf4(w, block)
-    expected_packed, expected_absmax = reference.quantize_nf4(w.float().numpy(), block)
+def check_quantize(w: torch.Tensor, block: int, code: str = "nf4") -> tuple[torch.Tensor, torch.Tensor]:
+    packed, absmax = OPS.quantize_nf4(w, block, code)
+    expected_packed, expected_absmax = reference.quantize_nf4(w.float().numpy(), block, reference.CODES[code])
     assert_bits(absmax, expected_absmax, "absmax")
     assert_bits(packed, expected_packed, "packed")
     return packed, absmax
@@ -58,18 +58,20 @@ def check_quantize_absmax(absmax: torch.Tensor, nested_block: int) -> tuple[torc
     return codes, nested, offset
 
 
-def check_dequantize(packed: torch.Tensor, scales: tuple, numel: int, block: int, nested_block: int = 256) -> None:
+def check_dequantize(
+    packed: torch.Tensor, scales: tuple, numel: int, block: int, nested_block: int = 256, code: str = "nf4"
+) -> None:
     with np.errstate(invalid="ignore", over="ignore"):
         if len(scales) == 1:
             absmax = scales[0].numpy()
         else:
             absmax = reference.dequantize_absmax(*(s.numpy() for s in scales), nested_block)
             assert_bits(OPS.dequantize_absmax(*scales, nested_block), absmax, "dequantize_absmax")
-        decoded = reference.dequantize_nf4(packed.numpy(), absmax, numel, block)
+        decoded = reference.dequantize_nf4(packed.numpy(), absmax, numel, block, reference.CODES[code])
     expected = decoded, reference.bfloat16_bits(decoded), reference.float16_bits(decoded)
     for dtype, rounded in zip(DTYPES, expected, strict=True):
         nested = scales[1:] or (None, None)
-        got = OPS.dequantize_nf4(packed, scales[0], *nested, block, nested_block, [numel], dtype)
+        got = OPS.dequantize_nf4(packed, scales[0], *nested, block, nested_block, [numel], dtype, code)
         assert_bits(got, rounded, f"dequantize_nf4 to {dtype}")
 
 
@@ -84,15 +86,16 @@ def weights(numel: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(numel) * scale).to(dtype)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", BLOCK_SIZES)
-def test_every_length(block: int, dtype: torch.dtype) -> None:
+def test_every_length(block: int, dtype: torch.dtype, code: str) -> None:
     for numel in numels(block):
         w = weights(numel, dtype)
-        packed, absmax = check_quantize(w, block)
-        check_dequantize(packed, (absmax,), numel, block)
+        packed, absmax = check_quantize(w, block, code)
+        check_dequantize(packed, (absmax,), numel, block, code=code)
         for nested_block in (256, 32, 7):
-            check_dequantize(packed, check_quantize_absmax(absmax, nested_block), numel, block, nested_block)
+            check_dequantize(packed, check_quantize_absmax(absmax, nested_block), numel, block, nested_block, code)
 
 
 def test_nothing() -> None:
@@ -104,12 +107,13 @@ def test_nothing() -> None:
     check_dequantize(packed, (absmax,), 0, 64)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_of_any_length(dtype: torch.dtype) -> None:
+def test_rows_of_any_length(dtype: torch.dtype, code: str) -> None:
     for shape in [(1, 1), (3, 5), (7, 100), (33, 65), (64, 576), (2, 3, 34)]:
         w = weights(int(np.prod(shape)), dtype).reshape(shape)
-        check_quantize(w, 64)
-        check_quantize(w.transpose(0, -1), 64)
+        check_quantize(w, 64, code)
+        check_quantize(w.transpose(0, -1), 64, code)
 
 
 def test_out_of_cache_and_threads() -> None:
@@ -134,9 +138,10 @@ def test_out_of_cache_and_threads() -> None:
     check_dequantize(results[0][0], check_quantize_absmax(results[0][1], 256), numel, 64)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("block", [32, 64, 512])
-def test_special_blocks(block: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("block", [16, 32, 64, 512])
+def test_special_blocks(block: int, dtype: torch.dtype, code: str) -> None:
     base = torch.randn(400, block)
     base /= base.abs().amax(1, keepdim=True)
     for i in range(299):  # every power of two, subnormal ones too
@@ -152,40 +157,42 @@ def test_special_blocks(block: int, dtype: torch.dtype) -> None:
     largest, least = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     w[308], w[309], w[310] = largest, -least, least
     w[311, 3] = -largest
-    for i, position in enumerate((0, 1, 5, 16, 30, block - 1)):
+    for i, position in enumerate((0, 1, 5, 15, block // 2, block - 1)):
         w[320 + i, position] = float("nan")
         w[330 + i, position] = float("inf")
         w[340 + i, position] = -float("inf")
     w[350] = float("nan")
-    packed, absmax = check_quantize(w, block)
+    packed, absmax = check_quantize(w, block, code)
     assert torch.equal(absmax.isnan(), ~w.isfinite().all(1))
-    assert not packed[absmax.isnan()].any()
-    check_dequantize(packed, (absmax,), w.numel(), block)
-    # An odd count that ends in a block that is not finite: the pad is code 7 all the same.
+    least, zero = (int(reference.encode(np.float32([q]), reference.CODES[code])[0]) for q in (np.nan, 0.0))
+    assert (packed[absmax.isnan()] == 17 * least).all()
+    check_dequantize(packed, (absmax,), w.numel(), block, code=code)
+    # An odd count that ends in a block that is not finite: the pad is the code of zero all the same.
     odd = w.reshape(-1)[: 321 * block - 1]
-    packed, _ = check_quantize(odd, block)
-    assert packed[-1] == 7
+    packed, _ = check_quantize(odd, block, code)
+    assert packed[-1] == 16 * least + zero
     # Nested scales of NaN, and of weights that are all finite.
-    check_dequantize(*_nested(w[:300], block))
-    check_dequantize(*_nested(w, block))
+    check_dequantize(*_nested(w[:300], block, code), code=code)
+    check_dequantize(*_nested(w, block, code), code=code)
 
 
-def _nested(w: torch.Tensor, block: int) -> tuple[torch.Tensor, tuple, int, int]:
-    packed, absmax = check_quantize(w, block)
+def _nested(w: torch.Tensor, block: int, code: str) -> tuple[torch.Tensor, tuple, int, int]:
+    packed, absmax = check_quantize(w, block, code)
     return packed, check_quantize_absmax(absmax, 256), w.numel(), block
 
 
-def test_scales_no_quantizer_makes() -> None:
+@pytest.mark.parametrize("code", reference.CODES)
+def test_scales_no_quantizer_makes(code: str) -> None:
     """Any bytes are a packed weight, and any floats its scales."""
     packed = torch.arange(256, dtype=torch.uint8).repeat(64)
     numel = packed.numel() * 2
     patterns = np.random.default_rng(0).integers(0, 2**32, numel // 64, dtype=np.uint32)
     nan = (patterns & 0x7FFFFFFF) > 0x7F800000
     patterns[nan] = 0x7FC00000
-    check_dequantize(packed, (torch.from_numpy(patterns.view(np.float32)),), numel, 64)
+    check_dequantize(packed, (torch.from_numpy(patterns.view(np.float32)),), numel, 64, code=code)
     codes = torch.arange(256, dtype=torch.uint8).repeat(2)
     for nested, offset in [(0.01, 0.03), (-2.0, 1.0), (1e-38, 1e-40), (3e38, 3e38), (float("nan"), 0.0)]:
-        check_dequantize(packed, (codes, torch.full((2,), nested), torch.tensor(offset)), numel, 64)
+        check_dequantize(packed, (codes, torch.full((2,), nested), torch.tensor(offset)), numel, 64, code=code)
 
 
 def neighbourhoods(points: np.ndarray, ulps: int) -> np.ndarray:
@@ -194,27 +201,32 @@ def neighbourhoods(points: np.ndarray, ulps: int) -> np.ndarray:
     return (points.view(np.int32)[:, None] + steps).astype(np.int32).view(np.float32).reshape(-1)
 
 
-@pytest.mark.parametrize("absmax", [1.0, 0.0371, 3.0517578e-05, 1.7e-37, 2.9e38])
-def test_around_every_nf4_boundary(absmax: float) -> None:
-    points = np.concatenate([reference.midpoints(reference.NF4), reference.NF4[reference.NF4 != 0]])
+@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("absmax", [1.0, 0.0371, 3.0517578e-05, 1.7e-37, 0.9e38])
+def test_around_every_boundary(absmax: float, code: str) -> None:
+    table = reference.CODES[code]
+    values, _ = reference.ranked(table)
+    most = reference.largest(table)
+    points = np.concatenate([reference.midpoints(values), values[values != 0]])
     near = neighbourhoods(points, 400)
-    near = near[np.abs(near) <= 1.0]
+    near = near[np.abs(near) <= most]
     near = near[: near.size // 63 * 63].reshape(-1, 63)
     with np.errstate(under="ignore"):
-        blocks = np.concatenate([np.ones((near.shape[0], 1), np.float32), near], axis=1) * np.float32(absmax)
-    check_quantize(torch.from_numpy(blocks), 64)
-    check_quantize(torch.from_numpy(-blocks), 64)
+        blocks = np.concatenate([np.full((near.shape[0], 1), most), near], axis=1) * np.float32(absmax)
+    check_quantize(torch.from_numpy(blocks), 64, code)
+    check_quantize(torch.from_numpy(-blocks), 64, code)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("limit", [1.0, 0.125, 65504.0, 1e-4])
-def test_all_16_bit_patterns(dtype: torch.dtype, limit: float) -> None:
+def test_all_16_bit_patterns(dtype: torch.dtype, limit: float, code: str) -> None:
     every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
     kept = every[every.float().abs() <= limit]
     for block in (32, 4096):
         w = kept[: kept.numel() // (block - 1) * (block - 1)].reshape(-1, block - 1)
-        check_quantize(torch.cat([torch.full_like(w[:, :1], limit), w], 1), block)
-    check_quantize(every, 32)
+        check_quantize(torch.cat([torch.full_like(w[:, :1], limit), w], 1), block, code)
+    check_quantize(every, 32, code)
 
 
 def test_around_every_scale_boundary() -> None:
@@ -250,7 +262,8 @@ def test_scales_that_are_not_finite() -> None:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_floats(data: st.DataObject) -> None:
-    block = data.draw(st.sampled_from(BLOCK_SIZES[:4]), "block")
+    block = data.draw(st.sampled_from(BLOCK_SIZES[:5]), "block")
+    code = data.draw(st.sampled_from([*reference.CODES]), "code")
     dtype = data.draw(st.sampled_from(DTYPES), "dtype")
     limit = float(torch.finfo(dtype).max)
     width = 32 if dtype == torch.float32 else 16
@@ -260,9 +273,9 @@ def test_any_floats(data: st.DataObject) -> None:
         element = st.floats(width=width) | st.floats(-1, 1, width=width) | st.sampled_from([limit, -limit])
     values = data.draw(st.lists(element, min_size=1, max_size=3 * block), "values")
     w = torch.tensor(values, dtype=torch.float32).to(dtype)
-    packed, absmax = check_quantize(w, block)
-    check_dequantize(packed, (absmax,), w.numel(), block)
-    check_dequantize(packed, check_quantize_absmax(absmax, 32), w.numel(), block, 32)
+    packed, absmax = check_quantize(w, block, code)
+    check_dequantize(packed, (absmax,), w.numel(), block, code=code)
+    check_dequantize(packed, check_quantize_absmax(absmax, 32), w.numel(), block, 32, code)
 
 
 def golden_cases() -> list[dict]:

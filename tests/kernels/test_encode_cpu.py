@@ -17,14 +17,17 @@ test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instr
 SHAPES = [(1, 64), (3, 64), (16, 192), (17, 96), (5, 100), (2, 1), (33, 31), (4, 7), (2, 1024)]
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("block", [32, 64, 512])
+@pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_scales_are_the_oracles(n: int, k: int, block: int, dtype: torch.dtype) -> None:
+def test_scales_are_the_oracles(n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
     w, importance = weight(n, k, dtype), torch.rand(k) ** 4
     importance[::3] = 0
-    got = OPS.search_absmax_nf4(w, importance, block)
-    assert_bits(got, reference.search_absmax_nf4(w.float().numpy(), importance.numpy(), block), "absmax")
+    got = OPS.search_absmax_nf4(w, importance, block, code)
+    assert_bits(
+        got, reference.search_absmax_nf4(w.float().numpy(), importance.numpy(), block, reference.CODES[code]), "absmax"
+    )
 
 
 def test_scales_lower_the_weighted_error() -> None:
@@ -47,49 +50,56 @@ def test_scales_of_nothing_and_of_no_number() -> None:
     assert OPS.search_absmax_nf4(torch.ones(1, 64), torch.zeros(64), 64).item() == 1.0  # nothing matters: plain
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("block", [32, 64, 512])
+@pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_codes_under_scales(n: int, k: int, block: int, dtype: torch.dtype) -> None:
+def test_codes_under_scales(n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
     w = weight(n, k, dtype)
-    absmax = OPS.quantize_nf4(w, block)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
+    absmax = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
     absmax[0] *= -1
     absmax[-1] = 0 if absmax.numel() > 1 else absmax[-1]
-    assert_bits(
-        OPS.encode_nf4(w, absmax, block), reference.encode_nf4(w.float().numpy(), absmax.numpy(), block), "codes"
-    )
+    expected = reference.encode_nf4(w.float().numpy(), absmax.numpy(), block, reference.CODES[code])
+    assert_bits(OPS.encode_nf4(w, absmax, block, code=code), expected, "codes")
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("scale", [1.0, -2.0, 0.0, 1e-39, float("inf"), float("nan")])
-def test_codes_of_what_is_not_finite(scale: float) -> None:
+def test_codes_of_what_is_not_finite(scale: float, code: str) -> None:
+    table = reference.CODES[code]
     w = weight(6, 64)
     w[0, 3], w[1, 4], w[2, 5] = float("nan"), float("inf"), -float("inf")
     absmax = torch.full((6,), scale)
     with np.errstate(invalid="ignore"):
-        expected = reference.encode_nf4(w.numpy(), absmax.numpy(), 64)
-    assert_bits(OPS.encode_nf4(w, absmax, 64), expected, "codes")
+        expected = reference.encode_nf4(w.numpy(), absmax.numpy(), 64, table)
+    assert_bits(OPS.encode_nf4(w, absmax, 64, code=code), expected, "codes")
     feedback, order = feedback_of(moments(64))
     with np.errstate(invalid="ignore"):
-        codes = reference.encode_with_feedback(w.numpy(), absmax.numpy(), feedback.numpy(), order.numpy(), 64)
-    packed = OPS.encode_nf4(w, absmax, 64, feedback, order)
+        codes = reference.encode_with_feedback(w.numpy(), absmax.numpy(), feedback.numpy(), order.numpy(), 64, table)
+    packed = OPS.encode_nf4(w, absmax, 64, feedback, order, code)
     assert np.array_equal(reference.unpack(packed.numpy(), w.numel()).reshape(6, 64), codes)
 
 
-def test_plain_scales_give_plain_codes() -> None:
+@pytest.mark.parametrize("code", reference.CODES)
+def test_plain_scales_give_plain_codes(code: str) -> None:
     w = weight(7, 100)
-    packed, absmax = OPS.quantize_nf4(w, 64)
-    assert torch.equal(OPS.encode_nf4(w, absmax, 64), packed)
+    packed, absmax = OPS.quantize_nf4(w, 64, code)
+    assert torch.equal(OPS.encode_nf4(w, absmax, 64, code=code), packed)
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("block", [32, 64, 512])
+@pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_feedback_is_the_oracles(n: int, k: int, block: int, dtype: torch.dtype) -> None:
+def test_feedback_is_the_oracles(n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
     w = weight(n, k, dtype)
-    absmax = OPS.quantize_nf4(w, block)[1] * 0.9
+    absmax = OPS.quantize_nf4(w, block, code)[1] * 0.9
     feedback, order = feedback_of(moments(k))
-    packed = OPS.encode_nf4(w, absmax, block, feedback, order)
-    expected = reference.encode_with_feedback(w.float().numpy(), absmax.numpy(), feedback.numpy(), order.numpy(), block)
+    packed = OPS.encode_nf4(w, absmax, block, feedback, order, code)
+    table = reference.CODES[code]
+    expected = reference.encode_with_feedback(
+        w.float().numpy(), absmax.numpy(), feedback.numpy(), order.numpy(), block, table
+    )
     got = reference.unpack(packed.numpy(), n * k).reshape(n, k)
     assert np.array_equal(got, expected)
 
@@ -144,23 +154,27 @@ def test_what_does_not_fit_is_refused() -> None:
             call()
 
 
+@pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("block", [32, 64, 512])
+@pytest.mark.parametrize("block", [16, 32, 64, 512])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_stochastic_codes_are_the_oracles(n: int, k: int, block: int, dtype: torch.dtype) -> None:
+def test_stochastic_codes_are_the_oracles(n: int, k: int, block: int, dtype: torch.dtype, code: str) -> None:
     w = weight(n, k, dtype)
-    absmax = OPS.quantize_nf4(w, block)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
+    absmax = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, -(-n * k // block))
     absmax[0] *= -1
     for seed in (0, -1, 2**40 + 5, -(2**62) + 3):
-        got = OPS.encode_nf4_stochastic(w, absmax, block, seed)
-        assert_bits(got, reference.encode_nf4_stochastic(w.float().numpy(), absmax.numpy(), block, seed), "codes")
+        got = OPS.encode_nf4_stochastic(w, absmax, block, seed, code)
+        table = reference.CODES[code]
+        expected = reference.encode_nf4_stochastic(w.float().numpy(), absmax.numpy(), block, seed, table=table)
+        assert_bits(got, expected, "codes")
 
 
-def test_stochastic_rounding_keeps_what_is_a_value_already() -> None:
-    w4 = OPS.quantize_nf4(weight(64, 512), 64)
-    decoded = OPS.dequantize_nf4(*w4, None, None, 64, 256, [64, 512], torch.float32)
+@pytest.mark.parametrize("code", reference.CODES)
+def test_stochastic_rounding_keeps_what_is_a_value_already(code: str) -> None:
+    w4 = OPS.quantize_nf4(weight(64, 512), 64, code)
+    decoded = OPS.dequantize_nf4(*w4, None, None, 64, 256, [64, 512], torch.float32, code)
     for seed in range(3):
-        assert torch.equal(OPS.encode_nf4_stochastic(decoded, w4[1], 64, seed), w4[0])
+        assert torch.equal(OPS.encode_nf4_stochastic(decoded, w4[1], 64, seed, code), w4[0])
 
 
 def test_stochastic_rounding_is_right_on_the_average() -> None:

@@ -44,8 +44,8 @@ KERNELS = {
 }
 RESULTS = {"linear_nf4": forward, "linear_nf4_dx": dx, "linear_nf4_dlora": dlora}
 
-# n, k, rank, block size, double quantization, dropout. The last segment of x, k % 256 values, is never so short that
-# chance makes it uneven for float16.
+# n, k, rank, block size, double quantization, dropout, and the code if not NF4. The last segment of x, k % 256 values,
+# is never so short that chance makes it uneven for float16.
 SHAPES = [
     (96, 320, 16, 64, True, 0.0),
     (33, 333, 5, 64, True, 0.2),  # rows of W begin in the middle of a byte
@@ -53,6 +53,8 @@ SHAPES = [
     (40, 1100, 8, 128, True, 0.0),
     (130, 64, 64, 4096, True, 0.3),
     (119, 36, 30, 64, True, 0.0),
+    (96, 320, 16, 64, True, 0.1, "shuffled"),
+    (48, 176, 3, 16, True, 0.0, "shuffled"),  # every other row begins in the middle of a group
 ]
 WHOLE = [s for s in SHAPES if s[1] % 64 == 0 and s[3] >= 64]  # 64 columns have one scale
 DX_INT_TOKENS = 2 if _C.cpu_isa() == "scalar" else 16  # plain C++ is kept small
@@ -99,7 +101,7 @@ def call(op: str, s: LinearSample, dy: torch.Tensor) -> tuple[torch.Tensor, ...]
     if op == "linear_nf4":
         return (torch.ops.qlora.linear_nf4(*s.args),)
     if op == "linear_nf4_dx":
-        return (torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args),)
+        return (torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args, *s.last_args),)
     return torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)
 
 
@@ -139,6 +141,7 @@ REFUSED = [  # operator, kernel, case, type: what no set takes
     ("linear_nf4_dx", "few_tokens_int", (4, *SHAPES[1]), BF16),
     ("linear_nf4_dx", "few_tokens_float", (65, *SHAPES[0]), BF16),
     ("linear_nf4_dlora", "few_tokens_float", (4, *SHAPES[0]), BF16),
+    ("linear_nf4", "few_tokens_float", (4, 40, 328, 1, 16, True, 0.0), BF16),  # a chunk of five scales
 ]
 
 
@@ -189,6 +192,8 @@ MANY_BF16 = ["many_tokens_bf16", "many_tokens_float"]
 CHOICES = [  # operator, type, m, n, k, block size, set -> kernels
     ("linear_nf4", "bfloat16", 1, 96, 320, 64, "avx512", ["few_tokens_int", "many_tokens_float"]),
     ("linear_nf4", "bfloat16", 48, 96, 320, 64, "avx512", ["few_tokens_int", "many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 1, 96, 320, 16, "avx512", ["few_tokens_int", "many_tokens_float"]),
+    ("linear_nf4", "bfloat16", 1, 96, 328, 16, "avx512", ["many_tokens_float"]),
     ("linear_nf4", "bfloat16", 49, 96, 320, 64, "avx512", ["many_tokens_float"]),
     ("linear_nf4", "float16", 24, 96, 333, 64, "avx2", ["few_tokens_int", "many_tokens_float"]),
     ("linear_nf4", "float16", 25, 96, 333, 64, "avx2", ["many_tokens_float"]),
@@ -241,6 +246,7 @@ def test_what_choose_does_not_know_is_named() -> None:
         (("linear_nf4", "float32", -1, 1, 1), "m: expected 0 or more, got -1"),
         (("linear_nf4", "float32", 1, 1, 1, 63), "block_size: .* got 63"),
         (("linear_nf4", "float32", 1, 1, 1, 64, "sse9"), "isa: expected .* got sse9"),
+        (("linear_nf4", "float32", 1, 1, 1, 64, None, "fp4"), "code: expected nf4, got fp4"),
     ):
         with pytest.raises(ValueError, match=text):
             _C.choose(*args)

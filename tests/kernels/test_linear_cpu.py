@@ -13,7 +13,7 @@ from accuracy import Expected, assert_accurate, concatenate
 from samples import DTYPES, LinearSample, linear_sample
 
 test_on, test_forced_instruction_set_runs = isas.test_on, isas.test_forced_instruction_set_runs
-ODD = [  # m, n, k, rank, block size, double quantization, dropout
+ODD = [  # m, n, k, rank, block size, double quantization, dropout, and the code if not NF4
     (0, 48, 64, 4, 64, True, 0.0),
     (1, 1, 1, 1, 64, True, 0.0),
     (2, 130, 333, 16, 64, True, 0.0),
@@ -35,17 +35,25 @@ ODD = [  # m, n, k, rank, block size, double quantization, dropout
     (530, 770, 72, 16, 64, True, 0.0),
     (96, 40, 128, 7, 64, True, 1.0),
     (1024, 1536, 576, 16, 64, True, 0.0),  # the largest blocks of the output
+    (2, 130, 333, 16, 64, True, 0.0, "shuffled"),
+    (8, 77, 1030, 5, 64, True, 0.2, "shuffled"),
+    (17, 33, 63, 5, 16, True, 0.3),
+    (40, 300, 1104, 25, 16, True, 0.0, "shuffled"),
+    (64, 192, 256, 16, 64, False, 0.0, "shuffled"),
 ]
 
 
 def name(case: tuple) -> str:
-    m, n, k, rank, block, double_quant, p = case
-    return f"{m}x{n}x{k}-r{rank}-b{block}{'' if double_quant else '-plain'}{f'-p{p}' if p else ''}"
+    m, n, k, rank, block, double_quant, p, *code = case
+    return "-".join(
+        [f"{m}x{n}x{k}-r{rank}-b{block}", *([] if double_quant else ["plain"]), *([f"p{p}"] if p else []), *code]
+    )
 
 
 def make(case: tuple, dtype: torch.dtype, seed: int = 0) -> tuple[LinearSample, torch.Tensor]:
-    m, n, k, rank, block, double_quant, p = case
-    s = linear_sample(m, n, k, rank, dtype, dropout_p=p, block_size=block, double_quant=double_quant, seed=seed)
+    m, n, k, rank, block, double_quant, p, *code = case
+    options = {"block_size": block, "double_quant": double_quant, "seed": seed, "code": code[0] if code else "nf4"}
+    s = linear_sample(m, n, k, rank, dtype, dropout_p=p, **options)
     dy = torch.randn(m, n, generator=torch.Generator().manual_seed(seed + 1000)).to(dtype)
     return s, dy
 
@@ -71,7 +79,7 @@ def forward(s: LinearSample, dy: torch.Tensor) -> Results:
 
 
 def dx(s: LinearSample, dy: torch.Tensor) -> Results:
-    out = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args)
+    out = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), s.w4.shape[1], *s.lora_args, *s.last_args)
     return [(out, s.dx_accuracy(dy))]
 
 
@@ -100,8 +108,9 @@ def test_dlora(case: tuple, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("block", reference.BLOCK_SIZES)
 @pytest.mark.parametrize("k", [128, 131, 160])
-def test_every_block_size(block: int, k: int) -> None:
-    case = (20, 70, k, 4, block, True, 0.0)
+@pytest.mark.parametrize("code", reference.CODES)
+def test_every_block_size(block: int, k: int, code: str) -> None:
+    case = (20, 70, k, 4, block, True, 0.0, code)
     check(forward, case, torch.bfloat16)
     check(dx, case, torch.bfloat16)
 

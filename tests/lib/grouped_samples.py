@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import accuracy
-import qlora_ext
+from qlora_ext.form import Form
+from qlora_ext.weight import Weight4bit, quantize
 from samples import LinearSample
 
 OPS = torch.ops.qlora
@@ -30,7 +31,7 @@ class GroupedSample:
 
     x: Tensor
     counts: Sequence[int]
-    weights: list[qlora_ext.NF4Weight]
+    weights: list[Weight4bit]
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
@@ -49,13 +50,19 @@ class GroupedSample:
     def lora_args(self) -> tuple:
         return self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seed
 
+    @property
+    def last_args(self) -> tuple:
+        """As LinearSample.last_args."""
+        code = self.weights[0].code
+        return () if code == "nf4" else (None, code)
+
     def forward(self, offsets: Tensor | None = None) -> Tensor:
         at = self.offsets if offsets is None else offsets
-        return OPS.grouped_linear_nf4(self.x, at, *self.packed, self.n, self.bias, *self.lora_args)
+        return OPS.grouped_linear_nf4(self.x, at, *self.packed, self.n, self.bias, *self.lora_args, *self.last_args)
 
     def dx(self, dy: Tensor, offsets: Tensor | None = None) -> Tensor:
         at = self.offsets if offsets is None else offsets
-        return OPS.grouped_linear_nf4_dx(dy, at, *self.packed, self.k, *self.lora_args)
+        return OPS.grouped_linear_nf4_dx(dy, at, *self.packed, self.k, *self.lora_args, *self.last_args)
 
     def dlora(self, dy: Tensor, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
         at = self.offsets if offsets is None else offsets
@@ -111,6 +118,7 @@ def grouped_sample(
     block_size: int = 64,
     double_quant: bool = True,
     unassigned: int = 3,
+    code: str = "nf4",
 ) -> GroupedSample:
     """``unassigned`` rows follow those of the experts."""
     generator = torch.Generator().manual_seed(0)
@@ -119,13 +127,11 @@ def grouped_sample(
         return (torch.randn(*shape, generator=generator) * factor).to(device, dtype)
 
     experts = len(counts)
+    form = Form(torch.float32, block_size, double_quant, code=code)
     return GroupedSample(
         x=randn(sum(counts) + unassigned, k),
         counts=counts,
-        weights=[
-            qlora_ext.quantize_nf4(torch.randn(n, k, generator=generator) * 0.05, block_size, double_quant)
-            for _ in range(experts)
-        ],
+        weights=[quantize(torch.randn(n, k, generator=generator) * 0.05, form) for _ in range(experts)],
         bias=randn(experts, n) if bias else None,
         lora_a=None if rank is None else randn(experts, rank, k, factor=max(k, 1) ** -0.5),
         lora_b=None if rank is None else randn(experts, n, rank, factor=0.2),

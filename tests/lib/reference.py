@@ -31,7 +31,12 @@ NF4 = np.array(
     ],
     dtype=F32,
 )
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# No product has this one: its values are in no order, not within [-1, 1], and two of them are zeros.
+SHUFFLED = np.array(
+    [0.75, -2.5, 0.0, 3.0, -0.25, 1.5, -1.0, 2.0, -0.5, 0.25, -1.75, 2.5, 1.0, -0.0, 0.5, -1.25], dtype=F32
+)
+CODES = {"nf4": NF4, "shuffled": SHUFFLED}
+BLOCK_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 def midpoints(values: np.ndarray) -> np.ndarray:
@@ -75,23 +80,37 @@ def block_absmax(rows: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(rows).all(axis=1), largest, F32("nan")).astype(F32)
 
 
-def encode(q: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """The number of decision boundaries below q; a tie goes to the lower code, NaN to code 0."""
-    codes = np.searchsorted(midpoints(values), q, side="left")
-    return np.where(np.isnan(q), 0, codes).astype(np.uint8)
+def ranked(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values in ascending order, and the lowest code that has each."""
+    return np.unique(table, return_index=True)
 
 
-def quantize_nf4(w: np.ndarray, block: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """w (any shape, values exact in float32) -> packed bytes (flat), absmax."""
+def encode(q: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """The code of the nearest value: a tie goes to the lower value, NaN to the least."""
+    values, codes = ranked(table)
+    ranks = np.searchsorted(midpoints(values), q, side="left")
+    return codes[np.where(np.isnan(q), 0, ranks)].astype(np.uint8)
+
+
+def pack(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Two codes to a byte; the code of zero fills up an odd count."""
+    if codes.size % 2:
+        codes = np.append(codes, encode(np.zeros(1, F32), table))
+    return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8)
+
+
+def largest(table: np.ndarray) -> np.float32:
+    return np.abs(table).max()
+
+
+def quantize_nf4(w: np.ndarray, block: int = 64, table: np.ndarray = NF4) -> tuple[np.ndarray, np.ndarray]:
+    """w (any shape, values exact in float32) -> packed bytes (flat), scales: of NF4 the largest magnitudes."""
     flat = np.asarray(w, dtype=F32).reshape(-1)
     rows = pad_to_blocks(flat, block)
-    absmax = block_absmax(rows)
+    absmax = block_absmax(rows) / largest(table)
     with np.errstate(invalid="ignore", over="ignore"):
         q = rows * inverse(absmax)[:, None]
-    codes = encode(q.reshape(-1)[: flat.size], NF4)
-    if flat.size % 2:
-        codes = np.append(codes, np.uint8(7))
-    return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8), absmax
+    return pack(encode(q.reshape(-1)[: flat.size], table), table), absmax
 
 
 def unpack(packed: np.ndarray, numel: int) -> np.ndarray:
@@ -99,9 +118,11 @@ def unpack(packed: np.ndarray, numel: int) -> np.ndarray:
     return np.stack([flat >> 4, flat & 15], axis=1).reshape(-1)[:numel]
 
 
-def dequantize_nf4(packed: np.ndarray, absmax: np.ndarray, numel: int, block: int = 64) -> np.ndarray:
+def dequantize_nf4(
+    packed: np.ndarray, absmax: np.ndarray, numel: int, block: int = 64, table: np.ndarray = NF4
+) -> np.ndarray:
     """float32, flat."""
-    return NF4[unpack(packed, numel)] * np.repeat(absmax.astype(F32), block)[:numel]
+    return table[unpack(packed, numel)] * np.repeat(absmax.astype(F32), block)[:numel]
 
 
 def inverse_scale(scale: np.ndarray) -> np.ndarray:
@@ -121,17 +142,17 @@ def _lane_sums(x: np.ndarray) -> np.ndarray:
     return lanes[:, 0]
 
 
-def search_absmax_nf4(w: np.ndarray, importance: np.ndarray, block: int = 64) -> np.ndarray:
+def search_absmax_nf4(w: np.ndarray, importance: np.ndarray, block: int = 64, table: np.ndarray = NF4) -> np.ndarray:
     """The scale of each block of w [N, K] among the candidates, by the weighted error of its codes."""
     rows = pad_to_blocks(w.astype(F32).reshape(-1), block)
     weights = pad_to_blocks(np.tile(importance.astype(F32), w.shape[0]), block)
-    absmax = block_absmax(rows)
+    absmax = block_absmax(rows) / largest(table)
     rows = np.where((absmax > 0)[:, None], rows, F32(0))
 
     def values(scale):
         with np.errstate(over="ignore"):
             q = rows * inverse_scale(scale)[:, None]
-        return q, NF4[encode(q.reshape(-1), NF4)].reshape(q.shape)
+        return q, table[encode(q.reshape(-1), table)].reshape(q.shape)
 
     def error(scale):
         q, v = values(scale)
@@ -156,18 +177,15 @@ def search_absmax_nf4(w: np.ndarray, importance: np.ndarray, block: int = 64) ->
     return np.where(absmax > 0, best, absmax).astype(F32)
 
 
-def encode_nf4(w: np.ndarray, absmax: np.ndarray, block: int = 64) -> np.ndarray:
+def encode_nf4(w: np.ndarray, absmax: np.ndarray, block: int = 64, table: np.ndarray = NF4) -> np.ndarray:
     """Packed bytes (flat) of w under given scales."""
     flat = w.astype(F32).reshape(-1)
     with np.errstate(over="ignore"):
-        codes = encode(flat * np.repeat(inverse_scale(absmax), block)[: flat.size], NF4)
-    if flat.size % 2:
-        codes = np.append(codes, np.uint8(7))
-    return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8)
+        return pack(encode(flat * np.repeat(inverse_scale(absmax), block)[: flat.size], table), table)
 
 
-def stochastic_bounds(first: int, count: int, seed: int) -> np.ndarray:
-    """[count, 15]: what q is above of at elements ``first`` and on, where it has the code behind."""
+def stochastic_bounds(first: int, count: int, seed: int, table: np.ndarray = NF4) -> np.ndarray:
+    """[count, values - 1]: what q is above of at elements ``first`` and on, where it has the rank behind."""
     u32 = np.uint32
     index = np.arange(first, first + count, dtype=np.uint64)
     low, high = index.astype(u32), (index >> np.uint64(32)).astype(u32)
@@ -182,10 +200,13 @@ def stochastic_bounds(first: int, count: int, seed: int) -> np.ndarray:
         x = (x ^ (x >> u32(13))) * u32(0xC2B2AE35)
         x ^= x >> u32(16)
     threshold = ((x >> u32(16)).astype(F32) + F32(0.5)) * F32(2**-16)
-    return NF4[:-1] + threshold[:, None] * (NF4[1:] - NF4[:-1])
+    values, _ = ranked(table)
+    return values[:-1] + threshold[:, None] * (values[1:] - values[:-1])
 
 
-def encode_nf4_stochastic(w: np.ndarray, absmax: np.ndarray, block: int, seed: int, first: int = 0) -> np.ndarray:
+def encode_nf4_stochastic(
+    w: np.ndarray, absmax: np.ndarray, block: int, seed: int, first: int = 0, table: np.ndarray = NF4
+) -> np.ndarray:
     """Packed bytes (flat) of w under given scales, each weight rounded up or down by a random number of its own.
 
     ``first`` is the place of w's first element in a larger tensor.
@@ -193,13 +214,11 @@ def encode_nf4_stochastic(w: np.ndarray, absmax: np.ndarray, block: int, seed: i
     flat = w.astype(F32).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
         q = flat * np.repeat(inverse_scale(absmax), block)[: flat.size]
-    codes = (q[:, None] > stochastic_bounds(first, flat.size, seed)).sum(1).astype(np.uint8)
-    if flat.size % 2:
-        codes = np.append(codes, np.uint8(7))
-    return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8)
+    ranks = (q[:, None] > stochastic_bounds(first, flat.size, seed, table)).sum(1)
+    return pack(ranked(table)[1][ranks].astype(np.uint8), table)
 
 
-def encode_with_feedback(w, absmax, feedback, order, block: int = 64) -> np.ndarray:
+def encode_with_feedback(w, absmax, feedback, order, block: int = 64, table: np.ndarray = NF4) -> np.ndarray:
     """Codes [N, K] of w by GPTQ (Frantar et al., 2022, algorithm 1), column by column, in float32."""
     n, k = w.shape
     scales = np.repeat(absmax.astype(F32), block)[: n * k].reshape(n, k)
@@ -207,8 +226,8 @@ def encode_with_feedback(w, absmax, feedback, order, block: int = 64) -> np.ndar
     codes = np.zeros((n, k), np.uint8)
     for place, column in enumerate(order):
         scale = scales[:, column]
-        codes[:, column] = encode(left[:, place] * inverse_scale(scale), NF4)
-        rounded = NF4[codes[:, column]] * scale
+        codes[:, column] = encode(left[:, place] * inverse_scale(scale), table)
+        rounded = table[codes[:, column]] * scale
         error = (left[:, place] - rounded) * (F32(1) / feedback[place, place])
         left[:, place + 1 :] -= error[:, None] * feedback[place, place + 1 :]
     return codes

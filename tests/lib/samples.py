@@ -12,6 +12,8 @@ from torch import Tensor
 import accuracy
 import qlora_ext
 import reference
+from qlora_ext.form import Form
+from qlora_ext.weight import Weight4bit, quantize
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -38,7 +40,7 @@ class LinearSample:
     """x [..., K], a packed weight [N, K], bias [N], lora_a [R, K], lora_b [N, R] and the numbers of one call."""
 
     x: Tensor
-    w4: qlora_ext.NF4Weight
+    w4: Weight4bit
     bias: Tensor | None
     lora_a: Tensor | None
     lora_b: Tensor | None
@@ -49,11 +51,16 @@ class LinearSample:
     @property
     def args(self) -> tuple:
         """In the order of torch.ops.qlora.linear_nf4."""
-        return (self.x, *self.w4.packed_args(), self.w4.shape[0], self.bias, *self.lora_args)
+        return (self.x, *self.w4.packed_args(), self.w4.shape[0], self.bias, *self.lora_args, *self.last_args)
 
     @property
     def lora_args(self) -> tuple:
         return self.lora_a, self.lora_b, self.scaling, self.dropout_p, self.seed
+
+    @property
+    def last_args(self) -> tuple:
+        """seed_tensor and code, which linear_nf4 and linear_nf4_dx end with; NF4 is the default."""
+        return () if self.w4.code == "nf4" else (None, self.w4.code)
 
     @property
     def differentiable(self) -> list[Tensor]:
@@ -69,7 +76,9 @@ class LinearSample:
                 np.float32(self.w4.nested_offset.item()),
                 self.w4.nested_block_size,
             )
-        flat = reference.dequantize_nf4(self.w4.packed.cpu().numpy(), absmax, self.w4.shape.numel(), self.w4.block_size)
+        table = reference.CODES[self.w4.code]
+        packed = self.w4.packed.cpu().numpy()
+        flat = reference.dequantize_nf4(packed, absmax, self.w4.shape.numel(), self.w4.block_size, table)
         return flat.reshape(self.w4.shape).astype(np.float64)
 
     def lora64(self) -> tuple:
@@ -112,6 +121,7 @@ def linear_sample(
     double_quant: bool = True,
     requires_grad: bool = False,
     seed: int = 0,
+    code: str = "nf4",
 ) -> LinearSample:
     generator = torch.Generator().manual_seed(seed)
 
@@ -124,7 +134,7 @@ def linear_sample(
     return LinearSample(
         x=randn(*lead, k),
         # The CPU's bits are the device's (test_codec_cuda.py), and the simulator would take longer for them than for y.
-        w4=qlora_ext.quantize_nf4(w, block_size, double_quant).to(device),
+        w4=quantize(w, Form(torch.float32, block_size, double_quant, code=code)).to(device),
         bias=randn(n) if bias else None,
         lora_a=None if rank is None else randn(rank, k, factor=max(k, 1) ** -0.5),
         lora_b=None if rank is None else randn(n, rank, factor=0.2),

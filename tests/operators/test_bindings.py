@@ -35,7 +35,7 @@ def test_which_devices_a_build_serves(archs: str, capability: tuple[int, int], e
 
 
 def test_tables() -> None:
-    assert np.array_equal(_C.nf4_code(), reference.NF4)
+    assert np.array_equal(_C.code_values("nf4"), reference.NF4)
     assert np.array_equal(_C.dynamic8_code(), reference.DYNAMIC8)
 
 
@@ -72,6 +72,12 @@ def test_wrong_arguments_are_named() -> None:
         _C.dequantize_nf4(np.zeros(31, np.uint8), np.zeros(1, np.float32), 64)
     with pytest.raises(TypeError):
         _C.quantize_nf4(w.astype(np.float64))
+
+
+def test_the_build_has_the_sets_that_run_here() -> None:
+    built = _C.build_info()["cpu_isas_built"]
+    assert "scalar" in built
+    assert set(_C.cpu_isas()) <= set(built)
 
 
 @pytest.mark.parametrize("isa", _C.cpu_isas())

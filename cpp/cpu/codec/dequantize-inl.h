@@ -22,47 +22,50 @@ void dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, fl
 
 // A block of whole groups.
 template <bool kStream, class T>
-inline void dequantize_block(float absmax, const uint8_t* packed, int64_t bytes, T* out) {
-  const codec::Table<T> table = codec::make_table<T>(absmax);
+inline void dequantize_block(const codec::Values& values, float scale, const uint8_t* packed, int64_t bytes, T* out) {
+  const codec::Table<T> table = codec::make_table<T>(values, scale);
   for (int64_t byte = 0; byte < bytes; byte += codec::kGroup / 2)
     codec::decode<kStream>(table, packed + byte, out + 2 * byte);
 }
 template <bool kStream, class T>
-inline void dequantize_blocks(const float* absmax, const uint8_t* packed, int64_t blocks, int64_t block_size, T* out) {
+inline void dequantize_blocks(const codec::Values& values, const float* scales, const uint8_t* packed, int64_t blocks,
+                              int64_t block_size, T* out) {
   for (int64_t b = 0; b < blocks; ++b) {
-    dequantize_block<kStream>(absmax[b], packed, block_size / 2, out);
+    dequantize_block<kStream>(values, scales[b], packed, block_size / 2, out);
     packed += block_size / 2;
     out += block_size;
   }
 }
 
-// Whole groups of the last block, which is short, go straight to `out`; the rest by way of a copy.
+// A block that ends within a group: whole groups go straight to `out`, the rest by way of a copy.
 template <class T>
-void dequantize_short_block(float absmax, const uint8_t* packed, int64_t count, T* out) {
+void dequantize_ragged_block(const codec::Values& values, float scale, const uint8_t* packed, int64_t count, T* out) {
   const int64_t whole = count / codec::kGroup * codec::kGroup, rest = count - whole;
-  dequantize_block<false>(absmax, packed, whole / 2, out);
+  dequantize_block<false>(values, scale, packed, whole / 2, out);
   uint8_t bytes[codec::kGroup / 2] = {};
-  T values[codec::kGroup];
+  T decoded[codec::kGroup];
   for (int64_t i = 0; i < packed_bytes(rest); ++i) bytes[i] = packed[whole / 2 + i];
-  dequantize_block<false>(absmax, bytes, codec::kGroup / 2, values);
-  for (int64_t i = 0; i < rest; ++i) out[whole + i] = values[i];
+  dequantize_block<false>(values, scale, bytes, codec::kGroup / 2, decoded);
+  for (int64_t i = 0; i < rest; ++i) out[whole + i] = decoded[i];
 }
 
 template <bool kStream, class T>
-void dequantize_all(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, T* out) {
-  const int64_t block_size = scales.block_size;
-  const int64_t blocks = ceil_div(numel, block_size), whole_blocks = numel / block_size;
+void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
+  const int64_t block_size = w.scales.block_size;
+  const int64_t blocks = ceil_div(numel, block_size);
+  const int64_t whole_blocks = block_size % codec::kGroup == 0 ? numel / block_size : 0;  // of whole groups
   auto body = [&](int64_t begin, int64_t end) {
+    const codec::Values values(w.table());
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kDecodedBlocks, count = min(blocks - first, kDecodedBlocks);
       float decoded[kDecodedBlocks];
-      if (!scales.absmax) read_scales(scales, first, count, decoded);
-      const float* const absmax = scales.absmax ? scales.absmax + first : decoded;
-      dequantize_blocks<kStream>(absmax, packed + first * block_size / 2, min(count, whole_blocks - first), block_size,
+      const float* const scales = scales_at(w.scales, first, count, decoded);
+      const int64_t whole = max(min(count, whole_blocks - first), 0);
+      dequantize_blocks<kStream>(values, scales, w.packed + first * block_size / 2, whole, block_size,
                                  out + first * block_size);
-      if (first + count > whole_blocks) {
-        const int64_t start = whole_blocks * block_size;
-        dequantize_short_block(absmax[whole_blocks - first], packed + start / 2, numel - start, out + start);
+      for (int64_t b = whole; b < count; ++b) {
+        const int64_t start = (first + b) * block_size;
+        dequantize_ragged_block(values, scales[b], w.packed + start / 2, min(block_size, numel - start), out + start);
       }
     }
     if (kStream) codec::finish_streaming();
@@ -74,24 +77,24 @@ void dequantize_all(const Pool& pool, const uint8_t* packed, const Scales& scale
 // fetched first.
 inline constexpr int64_t kStreamBytes = 16 << 20;
 template <class T>
-void dequantize_as(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, T* out) {
+void dequantize_as(const Pool& pool, const Weight& w, T* out) {
+  const int64_t numel = w.n * w.k;
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
   if (aligned && numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes) {
-    dequantize_all<true>(pool, packed, scales, numel, out);
+    dequantize_all<true>(pool, w, numel, out);
   } else {
-    dequantize_all<false>(pool, packed, scales, numel, out);
+    dequantize_all<false>(pool, w, numel, out);
   }
 }
 
-void dequantize_nf4(const Pool& pool, const uint8_t* packed, const Scales& scales, int64_t numel, DType dtype,
-                    void* out) {
+void dequantize_nf4(const Pool& pool, const Weight& w, DType dtype, void* out) {
   switch (dtype) {
     case DType::kBFloat16:
-      return dequantize_as(pool, packed, scales, numel, static_cast<bfloat16*>(out));
+      return dequantize_as(pool, w, static_cast<bfloat16*>(out));
     case DType::kFloat16:
-      return dequantize_as(pool, packed, scales, numel, static_cast<float16*>(out));
+      return dequantize_as(pool, w, static_cast<float16*>(out));
     default:
-      return dequantize_as(pool, packed, scales, numel, static_cast<float*>(out));
+      return dequantize_as(pool, w, static_cast<float*>(out));
   }
 }
 

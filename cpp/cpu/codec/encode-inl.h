@@ -3,61 +3,57 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/codec/typed-inl.h"
 #include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/scratch.h"
+#include "cpp/format/codes.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 
-inline codec::Codes encode_under(codec::Floats w, codec::Floats inverse) {
-  return codec::encode(codec::clamp_to_one(codec::mul(w, inverse)));
-}
-
-template <class T>
-inline void encode_group(const T* group, float inverse, uint8_t* packed) {
+template <class Encoder, class T>
+inline void encode_group(const Encoder& encoder, const T* group, float inverse, uint8_t* packed) {
   const codec::Pairs pairs = codec::load_pairs(group);
   const codec::Floats scale = codec::splat(inverse);
-  codec::store_packed(packed, encode_under(pairs.even, scale), encode_under(pairs.odd, scale));
+  codec::store_packed(packed, encoder.encode(codec::mul(pairs.even, scale)),
+                      encoder.encode(codec::mul(pairs.odd, scale)));
 }
 
-// Whole groups straight from w; what is left over by way of a copy that zeros, of code 7, fill up.
-template <class T>
-inline void encode_block_under(const T* w, int64_t count, float scale, uint8_t* packed) {
+// Whole groups straight from w; what is left over by way of a copy that zeros fill up.
+template <class Encoder, class T>
+inline void encode_block_under(const Encoder& encoder, const T* w, int64_t count, float scale, uint8_t* packed) {
   const float inverse = inverse_scale(scale);
   const int64_t whole = count / codec::kGroup * codec::kGroup, rest = count - whole;
-  for (int64_t i = 0; i < whole; i += codec::kGroup) encode_group(w + i, inverse, packed + i / 2);
+  for (int64_t i = 0; i < whole; i += codec::kGroup) encode_group(encoder, w + i, inverse, packed + i / 2);
   if (rest == 0) return;
   T filled[codec::kGroup] = {};
   uint8_t bytes[codec::kGroup / 2];
   for (int64_t i = 0; i < rest; ++i) filled[i] = w[whole + i];
-  encode_group(filled, inverse, bytes);
+  encode_group(encoder, filled, inverse, bytes);
   for (int64_t i = 0; i < packed_bytes(rest); ++i) packed[whole / 2 + i] = bytes[i];
 }
 
-template <class T>
-void encode_as(const Pool& pool, const T* w, const float* absmax, int64_t numel, int64_t block_size, uint8_t* packed) {
+template <class T, class Encoder>
+void encode_as(const Pool& pool, const Encoder& encoder, const T* w, const float* absmax, int64_t numel,
+               int64_t block_size, uint8_t* packed) {
   auto body = [=](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block_size;
-      encode_block_under(w + first, min(block_size, numel - first), absmax[b], packed + first / 2);
+      encode_block_under(encoder, w + first, min(block_size, numel - first), absmax[b], packed + first / 2);
     }
   };
   pool(ceil_div(numel, block_size), ceil_div(int64_t{16384}, block_size), body);
 }
 
-void encode_nf4(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
-                uint8_t* packed) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return encode_as(pool, static_cast<const bfloat16*>(w), absmax, numel, block_size, packed);
-    case DType::kFloat16:
-      return encode_as(pool, static_cast<const float16*>(w), absmax, numel, block_size, packed);
-    default:
-      return encode_as(pool, static_cast<const float*>(w), absmax, numel, block_size, packed);
-  }
+void encode_nf4(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
+                int64_t block_size, uint8_t* packed) {
+  codec::with_encoder(code, [&](const auto& encoder) {
+    with_typed(dtype, w,
+               [&](const auto* typed) { encode_as(pool, encoder, typed, absmax, numel, block_size, packed); });
+  });
 }
 
 // Rows are independent: 16 of them are the lanes of a stripe, which one thread takes from its first column to its last.
@@ -78,17 +74,19 @@ struct Stripe {
 };
 
 // Rounds the places [first, last), and takes each one's error on to those after it.
-inline void round_batch(const Stripe& stripe, int64_t row, int64_t rows, const float* absmax, int64_t k, int shift,
-                        int64_t first, int64_t last, const float* feedback, const int64_t* order) {
+template <class Encoder>
+inline void round_batch(const Encoder& encoder, const Stripe& stripe, int64_t row, int64_t rows, const float* absmax,
+                        int64_t k, int shift, int64_t first, int64_t last, const float* feedback,
+                        const int64_t* order) {
   for (int64_t place = first; place < last; ++place) {
     const int64_t column = order[place];
     float scale[kStripeRows], inverse[kStripeRows];
     for (int64_t r = 0; r < kStripeRows; ++r) scale[r] = r < rows ? absmax[((row + r) * k + column) >> shift] : 1.0f;
     for (int64_t r = 0; r < kStripeRows; ++r) inverse[r] = inverse_scale(scale[r]);
     const codec::Floats w = codec::load(stripe.weights + place * kStripeRows);
-    const codec::Codes codes = encode_under(w, codec::load(inverse));
+    const codec::Codes codes = encoder.encode(codec::mul(w, codec::load(inverse)));
     codec::store_codes(stripe.codes + column * kStripeRows, codes);
-    const codec::Floats rounded = codec::mul(codec::values(codes), codec::load(scale));
+    const codec::Floats rounded = codec::mul(encoder.values(codes), codec::load(scale));
     const float* const factors = feedback + place * k;
     const codec::Floats error = codec::mul(codec::sub(w, rounded), codec::splat(1.0f / factors[place]));
     codec::store(stripe.errors + (place - first) * kStripeRows, error);
@@ -114,8 +112,8 @@ inline void feed_back(const Stripe& stripe, int64_t k, int64_t first, int64_t la
   for (int64_t i = 0; i < kPlaces; ++i) codec::store(weights + i * kStripeRows, sum[i]);
 }
 
-// Codes of `rows` rows from element `row` * k on, which is even.
-inline void pack_stripe(const Stripe& stripe, int64_t row, int64_t rows, int64_t k, uint8_t* packed) {
+// Codes of `rows` rows from element `row` * k on, which is even. `pad` is the code behind an odd count.
+inline void pack_stripe(const Stripe& stripe, int64_t row, int64_t rows, int64_t k, uint8_t pad, uint8_t* packed) {
   uint8_t* out = packed + row * k / 2;
   uint8_t high = 0;
   int64_t element = 0;
@@ -129,12 +127,13 @@ inline void pack_stripe(const Stripe& stripe, int64_t row, int64_t rows, int64_t
       }
     }
   }
-  if (element % 2) *out = high | kZeroCode;
+  if (element % 2) *out = high | pad;
 }
 
-template <class T>
-void encode_with_feedback_as(const Pool& pool, const T* w, const float* absmax, int64_t n, int64_t k,
-                             int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
+template <class T, class Encoder>
+void encode_with_feedback_as(const Pool& pool, const Encoder& encoder, const T* w, const float* absmax, int64_t n,
+                             int64_t k, int64_t block_size, const float* feedback, const int64_t* order, uint8_t pad,
+                             uint8_t* packed) {
   const int shift = __builtin_ctzll(static_cast<uint64_t>(block_size));
   auto body = [=](int64_t begin, int64_t end) {
     const int64_t floats = (k + kFeedbackBatch) * kStripeRows;
@@ -150,32 +149,28 @@ void encode_with_feedback_as(const Pool& pool, const T* w, const float* absmax, 
       }
       for (int64_t first = 0; first < k; first += kFeedbackBatch) {
         const int64_t last = min(first + kFeedbackBatch, k);
-        round_batch(stripe, s * kStripeRows, rows, absmax, k, shift, first, last, feedback, order);
+        round_batch(encoder, stripe, s * kStripeRows, rows, absmax, k, shift, first, last, feedback, order);
         int64_t later = last;
         for (; later + kPlacesAtOnce <= k; later += kPlacesAtOnce) {
           feed_back<kPlacesAtOnce>(stripe, k, first, last, later, feedback);
         }
         for (; later < k; ++later) feed_back<1>(stripe, k, first, last, later, feedback);
       }
-      pack_stripe(stripe, s * kStripeRows, rows, k, packed);
+      pack_stripe(stripe, s * kStripeRows, rows, k, pad, packed);
     }
   };
   pool(ceil_div(n, kStripeRows), 1, body);
 }
 
-void encode_nf4_with_feedback(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t n, int64_t k,
-                              int64_t block_size, const float* feedback, const int64_t* order, uint8_t* packed) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return encode_with_feedback_as(pool, static_cast<const bfloat16*>(w), absmax, n, k, block_size, feedback, order,
-                                     packed);
-    case DType::kFloat16:
-      return encode_with_feedback_as(pool, static_cast<const float16*>(w), absmax, n, k, block_size, feedback, order,
-                                     packed);
-    default:
-      return encode_with_feedback_as(pool, static_cast<const float*>(w), absmax, n, k, block_size, feedback, order,
-                                     packed);
-  }
+void encode_nf4_with_feedback(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t n,
+                              int64_t k, int64_t block_size, const float* feedback, const int64_t* order,
+                              uint8_t* packed) {
+  const CodeTable& table = table_of(code);
+  codec::with_encoder(code, [&](const auto& encoder) {
+    with_typed(dtype, w, [&](const auto* typed) {
+      encode_with_feedback_as(pool, encoder, typed, absmax, n, k, block_size, feedback, order, table.zero_code, packed);
+    });
+  });
 }
 
 }  // namespace

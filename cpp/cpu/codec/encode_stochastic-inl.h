@@ -3,9 +3,11 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/codec/typed-inl.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/stochastic.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -15,18 +17,21 @@ inline constexpr int kStochasticGroup = 32;
 
 // The `count` weights from element `first` of the tensor on; `count` and `first` are even but at its end.
 template <class T>
-inline void encode_group_stochastically(const T* w, int64_t count, float inverse, uint64_t seed, int64_t first,
-                                        uint8_t* packed) {
+inline void encode_group_stochastically(const CodeTable& table, const T* w, int64_t count, float inverse, uint64_t seed,
+                                        int64_t first, uint8_t* packed) {
   float q[kStochasticGroup] = {}, threshold[kStochasticGroup];
-  int32_t code[kStochasticGroup] = {};
+  int32_t code[kStochasticGroup] = {};  // ranks at first
   for (int64_t i = 0; i < count; ++i) q[i] = to_float(w[i]) * inverse;
   for (int i = 0; i < kStochasticGroup; ++i) {
     threshold[i] = rounding_threshold(seed, static_cast<uint64_t>(first) + static_cast<uint64_t>(i));
   }
   for (int c = 0; c + 1 < kCodes; ++c) {
     for (int i = 0; i < kStochasticGroup; ++i) {
-      code[i] += q[i] > kNf4.value[c] + threshold[i] * kNf4Gaps.gap[c];
+      code[i] += q[i] > table.ranked[c] + threshold[i] * table.gap[c];
     }
+  }
+  if (!table.is_ascending) {
+    for (int32_t& c : code) c = table.code_of_rank[c];
   }
   for (int64_t i = 0; i < packed_bytes(count); ++i) {
     packed[i] = static_cast<uint8_t>(code[2 * i] << 4 | code[2 * i + 1]);
@@ -34,31 +39,26 @@ inline void encode_group_stochastically(const T* w, int64_t count, float inverse
 }
 
 template <class T>
-void encode_stochastically_as(const Pool& pool, const T* w, const float* absmax, int64_t numel, int64_t block_size,
-                              uint64_t seed, uint8_t* packed) {
-  auto body = [=](int64_t begin, int64_t end) {
+void encode_stochastically_as(const Pool& pool, const CodeTable& table, const T* w, const float* absmax, int64_t numel,
+                              int64_t block_size, uint64_t seed, uint8_t* packed) {
+  auto body = [=, &table](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const float inverse = inverse_scale(absmax[b]);
       const int64_t last = min((b + 1) * block_size, numel);
       for (int64_t first = b * block_size; first < last; first += kStochasticGroup) {
         const int64_t count = min(int64_t{kStochasticGroup}, last - first);
-        encode_group_stochastically(w + first, count, inverse, seed, first, packed + first / 2);
+        encode_group_stochastically(table, w + first, count, inverse, seed, first, packed + first / 2);
       }
     }
   };
   pool(ceil_div(numel, block_size), ceil_div(int64_t{16384}, block_size), body);
 }
 
-void encode_nf4_stochastic(const Pool& pool, DType dtype, const void* w, const float* absmax, int64_t numel,
+void encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                            int64_t block_size, uint64_t seed, uint8_t* packed) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return encode_stochastically_as(pool, static_cast<const bfloat16*>(w), absmax, numel, block_size, seed, packed);
-    case DType::kFloat16:
-      return encode_stochastically_as(pool, static_cast<const float16*>(w), absmax, numel, block_size, seed, packed);
-    default:
-      return encode_stochastically_as(pool, static_cast<const float*>(w), absmax, numel, block_size, seed, packed);
-  }
+  with_typed(dtype, w, [&](const auto* typed) {
+    encode_stochastically_as(pool, table_of(code), typed, absmax, numel, block_size, seed, packed);
+  });
 }
 
 }  // namespace

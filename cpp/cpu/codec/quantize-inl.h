@@ -3,10 +3,12 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/codec/typed-inl.h"
 #include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dynamic8.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -22,87 +24,108 @@ inline constexpr int64_t kAheadBytes = 16384;  // 8192 measures the same, 4096 a
 
 inline bool is_nan(float x) { return x != x; }
 
-inline void clear(uint8_t* bytes, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) bytes[i] = 0;
+inline void fill(uint8_t* bytes, int64_t count, uint8_t byte) {
+  for (int64_t i = 0; i < count; ++i) bytes[i] = byte;
 }
 
-// max |w| over whole groups; NaN if there is any NaN or infinity.
+// The magnitude that a block's scale is made of: NaN if there is any NaN or infinity.
+template <class T>
+inline float finite_magnitude(const codec::Largest<T>& largest) {
+  const float absmax = largest.magnitude();
+  return absmax <= 3.40282347e+38f ? absmax : bits_float(0x7FC00000u);
+}
+// max |w| over whole groups.
 template <class T>
 inline float block_absmax(const T* w, int64_t count) {
   codec::Largest<T> largest;
   for (int64_t i = 0; i < count; i += codec::kGroup) largest.see(w + i);
-  const float absmax = largest.magnitude();
-  return absmax <= 3.40282347e+38f ? absmax : bits_float(0x7FC00000u);
+  return finite_magnitude(largest);
 }
 
+template <class Encoder, class T>
+inline void encode_own_group(const Encoder& encoder, const T* group, codec::Floats inverse, uint8_t* packed) {
+  const codec::Pairs pairs = codec::load_pairs(group);
+  codec::store_packed(packed, encoder.encode_within(codec::mul(pairs.even, inverse)),
+                      encoder.encode_within(codec::mul(pairs.odd, inverse)));
+}
 // Encodes a block of whole groups, and fetches what lies kAheadBytes after it: the hardware's prefetchers idle while a
 // pass encodes, because the pass before it has read the same memory.
-template <class T>
-inline void encode_block(const T* w, int64_t bytes, float inverse, uint8_t* packed) {
+template <class Encoder, class T>
+inline void encode_block(const Encoder& encoder, const T* w, int64_t bytes, float inverse, uint8_t* packed) {
   constexpr int64_t kGroupBytes = codec::kGroup * sizeof(T);
   const codec::Floats scale = codec::splat(inverse);
   const char* ahead = reinterpret_cast<const char*>(w) + kAheadBytes;
   for (int64_t byte = 0; byte < bytes; byte += codec::kGroup / 2, ahead += kGroupBytes) {
     for (int64_t line = 0; line < kGroupBytes; line += kLineBytes) __builtin_prefetch(ahead + line);
-    const codec::Pairs group = codec::load_pairs(w + 2 * byte);
-    codec::store_packed(packed + byte, codec::encode(codec::mul(group.even, scale)),
-                        codec::encode(codec::mul(group.odd, scale)));
+    encode_own_group(encoder, w + 2 * byte, scale, packed + byte);
   }
 }
 
 // A few blocks of whole groups, which fit in the first-level cache. Each pass goes over all of them: a block's codes
 // wait for its absmax, and that wait would fill the processor's window were there no other block to work on.
-template <class T>
-inline void quantize_blocks(const T* w, int64_t blocks, int64_t block_size, uint8_t* packed, float* absmax) {
+template <class Encoder, class T>
+inline void quantize_blocks(const Encoder& encoder, const CodeTable& table, const T* w, int64_t blocks,
+                            int64_t block_size, uint8_t* packed, float* absmax) {
   float inverse[kStripBlocks];
-  for (int64_t b = 0; b < blocks; ++b) absmax[b] = block_absmax(w + b * block_size, block_size);
+  for (int64_t b = 0; b < blocks; ++b)
+    absmax[b] = scale_of(block_absmax(w + b * block_size, block_size), table.largest);
   for (int64_t b = 0; b < blocks; ++b) inverse[b] = inverse_absmax(absmax[b]);
   for (int64_t b = 0; b < blocks; ++b) {
-    encode_block(w + b * block_size, block_size / 2, inverse[b], packed + b * block_size / 2);
+    encode_block(encoder, w + b * block_size, block_size / 2, inverse[b], packed + b * block_size / 2);
   }
   for (int64_t b = 0; b < blocks; ++b) {
-    if (is_nan(absmax[b])) clear(packed + b * block_size / 2, block_size / 2);
+    if (is_nan(absmax[b])) fill(packed + b * block_size / 2, block_size / 2, table.nan_byte());
   }
 }
 
-// The last block, where it is short. The zeros it is filled up with change no absmax.
-template <class T>
-void quantize_short_block(const T* w, int64_t count, uint8_t* packed, float* absmax) {
-  T filled[kMaxBlockSize] = {};
-  uint8_t bytes[kMaxBlockSize / 2];
-  for (int64_t i = 0; i < count; ++i) filled[i] = w[i];
-  quantize_blocks(filled, 1, ceil_div(count, codec::kGroup) * codec::kGroup, bytes, absmax);
-  for (int64_t i = 0; i < packed_bytes(count); ++i) packed[i] = bytes[i];
-  if (count & 1) packed[count / 2] = static_cast<uint8_t>((packed[count / 2] & 0xF0) | kZeroCode);
+// A block that ends within a group. The zeros that fill it up change no absmax.
+template <class Encoder, class T>
+void quantize_ragged_block(const Encoder& encoder, const CodeTable& table, const T* w, int64_t count, uint8_t* packed,
+                           float* absmax) {
+  const int64_t whole = count / codec::kGroup * codec::kGroup;
+  T filled[codec::kGroup] = {};
+  for (int64_t i = whole; i < count; ++i) filled[i - whole] = w[i];
+  codec::Largest<T> largest;
+  for (int64_t i = 0; i < whole; i += codec::kGroup) largest.see(w + i);
+  largest.see(filled);
+  *absmax = scale_of(finite_magnitude(largest), table.largest);
+  const float inverse = inverse_absmax(*absmax);
+  uint8_t bytes[codec::kGroup / 2];
+  encode_block(encoder, w, whole / 2, inverse, packed);
+  encode_own_group(encoder, filled, codec::splat(inverse), bytes);
+  for (int64_t i = whole / 2; i < packed_bytes(count); ++i) packed[i] = bytes[i - whole / 2];
+  if (is_nan(*absmax)) fill(packed, packed_bytes(count), table.nan_byte());
+  if (count & 1) packed[count / 2] = static_cast<uint8_t>((packed[count / 2] & 0xF0) | table.zero_code);
 }
 
-template <class T>
-void quantize_all(const Pool& pool, const T* w, int64_t numel, int64_t block_size, uint8_t* packed, float* absmax) {
-  const int64_t blocks = ceil_div(numel, block_size), whole_blocks = numel / block_size;
+template <class Encoder, class T>
+void quantize_all(const Pool& pool, const Encoder& encoder, const CodeTable& table, const T* w, int64_t numel,
+                  int64_t block_size, uint8_t* packed, float* absmax) {
+  const int64_t blocks = ceil_div(numel, block_size);
+  const int64_t whole_blocks = block_size % codec::kGroup == 0 ? numel / block_size : 0;  // of whole groups
   const int64_t step = min(kStripBlocks, ceil_div(kPassBytes, block_size * static_cast<int64_t>(sizeof(T))));
-  auto body = [=](int64_t begin, int64_t end) {
-    const int64_t last = min(end * kStripBlocks, whole_blocks);
-    for (int64_t b = begin * kStripBlocks; b < last; b += step) {
-      quantize_blocks(w + b * block_size, min(step, last - b), block_size, packed + b * block_size / 2, absmax + b);
+  auto body = [=, &table](int64_t begin, int64_t end) {
+    const int64_t last = min(end * kStripBlocks, blocks), last_whole = min(last, whole_blocks);
+    for (int64_t b = begin * kStripBlocks; b < last_whole; b += step) {
+      quantize_blocks(encoder, table, w + b * block_size, min(step, last_whole - b), block_size,
+                      packed + b * block_size / 2, absmax + b);
     }
-    if (whole_blocks < blocks && end * kStripBlocks >= blocks) {
-      const int64_t first = whole_blocks * block_size;
-      quantize_short_block(w + first, numel - first, packed + first / 2, absmax + whole_blocks);
+    for (int64_t b = max(begin * kStripBlocks, whole_blocks); b < last; ++b) {
+      const int64_t first = b * block_size;
+      quantize_ragged_block(encoder, table, w + first, min(block_size, numel - first), packed + first / 2, absmax + b);
     }
   };
   pool(ceil_div(blocks, kStripBlocks), ceil_div(kEncodeGrainElements, kStripBlocks * block_size), body);
 }
 
-void quantize_nf4(const Pool& pool, DType dtype, const void* w, int64_t numel, int64_t block_size, uint8_t* packed,
-                  float* absmax) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return quantize_all(pool, static_cast<const bfloat16*>(w), numel, block_size, packed, absmax);
-    case DType::kFloat16:
-      return quantize_all(pool, static_cast<const float16*>(w), numel, block_size, packed, absmax);
-    default:
-      return quantize_all(pool, static_cast<const float*>(w), numel, block_size, packed, absmax);
-  }
+void quantize_nf4(const Pool& pool, Code code, DType dtype, const void* w, int64_t numel, int64_t block_size,
+                  uint8_t* packed, float* absmax) {
+  const CodeTable& table = table_of(code);
+  codec::with_encoder(code, [&](const auto& encoder) {
+    with_typed(dtype, w, [&](const auto* typed) {
+      quantize_all(pool, encoder, table, typed, numel, block_size, packed, absmax);
+    });
+  });
 }
 
 // The sum of a chunk in the format's own order (dynamic8.h).
@@ -145,7 +168,7 @@ inline void quantize_nested_block(const float* absmax, int64_t count, float offs
   }
   if (largest >= 0x7F800000u) {  // a NaN or an infinity is among them
     *nested_absmax = bits_float(0x7FC00000u);
-    return clear(codes, count);
+    return fill(codes, count, 0);
   }
   *nested_absmax = bits_float(largest);
   const float inverse = inverse_absmax(*nested_absmax);

@@ -11,10 +11,12 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/codec/typed-inl.h"
 #include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/search_absmax.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -38,24 +40,26 @@ inline float sum_of_lanes(codec::Floats lanes) {
   return sum[0];
 }
 
-inline float weighted_error(const WeightedBlock& block, float scale) {
+template <class Encoder>
+inline float weighted_error(const Encoder& encoder, const WeightedBlock& block, float scale) {
   const codec::Floats inverse = codec::splat(inverse_scale(scale));
   codec::Floats sum = codec::splat(0.0f);
   for (int64_t i = 0; i < block.count; i += codec::kLanes) {
     const codec::Floats q = codec::mul(codec::load(block.w + i), inverse);
-    const codec::Floats error = codec::sub(q, codec::values(codec::encode(codec::clamp_to_one(q))));
+    const codec::Floats error = codec::sub(q, encoder.values(encoder.encode(q)));
     sum = codec::add(sum, codec::mul(codec::mul(error, error), codec::load(block.importance + i)));
   }
   return sum_of_lanes(sum) * scale * scale;
 }
 
 // The best scale for the codes that `scale` gives; 0 where all of them that count are zeros.
-inline float fitted_scale(const WeightedBlock& block, float scale) {
+template <class Encoder>
+inline float fitted_scale(const Encoder& encoder, const WeightedBlock& block, float scale) {
   const codec::Floats inverse = codec::splat(inverse_scale(scale));
   codec::Floats products = codec::splat(0.0f), squares = codec::splat(0.0f);
   for (int64_t i = 0; i < block.count; i += codec::kLanes) {
     const codec::Floats w = codec::load(block.w + i);
-    const codec::Floats value = codec::values(codec::encode(codec::clamp_to_one(codec::mul(w, inverse))));
+    const codec::Floats value = encoder.values(encoder.encode(codec::mul(w, inverse)));
     const codec::Floats weighted = codec::mul(value, codec::load(block.importance + i));
     products = codec::add(products, codec::mul(weighted, w));
     squares = codec::add(squares, codec::mul(weighted, value));
@@ -64,17 +68,19 @@ inline float fitted_scale(const WeightedBlock& block, float scale) {
   return square > 0.0f ? sum_of_lanes(products) / square : 0.0f;
 }
 
-inline float best_scale(const WeightedBlock& block, float absmax) {
-  float best = absmax, least = weighted_error(block, absmax);
+// `absmax` is the block's scale without a search.
+template <class Encoder>
+inline float best_scale(const Encoder& encoder, const WeightedBlock& block, float absmax) {
+  float best = absmax, least = weighted_error(encoder, block, absmax);
   const auto consider = [&](float scale) {
-    const float error = weighted_error(block, scale);
+    const float error = weighted_error(encoder, block, scale);
     if (!(error < least)) return;
     best = scale;
     least = error;
   };
   for (int step = 0; step < kSearchSteps; ++step) consider(absmax * search_factor(step));
   for (int fit = 0; fit < kSearchFits; ++fit) {
-    const float scale = fitted_scale(block, best);
+    const float scale = fitted_scale(encoder, block, best);
     if (scale > 0.0f) consider(scale);
   }
   return best;
@@ -98,30 +104,28 @@ inline float load_block(const T* w, const float* importance, int64_t first, int6
   return largest < kInfinityBits ? bits_float(largest) : bits_float(0x7FC00000u);
 }
 
-template <class T>
-void search_absmax_as(const Pool& pool, const T* w, const float* importance, int64_t numel, int64_t k,
-                      int64_t block_size, float* absmax) {
+template <class T, class Encoder>
+void search_absmax_as(const Pool& pool, const Encoder& encoder, float largest_value, const T* w,
+                      const float* importance, int64_t numel, int64_t k, int64_t block_size, float* absmax) {
   auto body = [=](int64_t begin, int64_t end) {
     WeightedBlock block;
     for (int64_t b = begin; b < end; ++b) {
       const int64_t first = b * block_size;
       const float largest = load_block(w, importance, first, min(block_size, numel - first), k, &block);
-      absmax[b] = largest > 0.0f ? best_scale(block, largest) : largest;
+      absmax[b] = largest > 0.0f ? best_scale(encoder, block, scale_of(largest, largest_value)) : largest;
     }
   };
   pool(ceil_div(numel, block_size), ceil_div(kSearchGrainElements, block_size), body);
 }
 
-void search_absmax_nf4(const Pool& pool, DType dtype, const void* w, const float* importance, int64_t numel, int64_t k,
-                       int64_t block_size, float* absmax) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return search_absmax_as(pool, static_cast<const bfloat16*>(w), importance, numel, k, block_size, absmax);
-    case DType::kFloat16:
-      return search_absmax_as(pool, static_cast<const float16*>(w), importance, numel, k, block_size, absmax);
-    default:
-      return search_absmax_as(pool, static_cast<const float*>(w), importance, numel, k, block_size, absmax);
-  }
+void search_absmax_nf4(const Pool& pool, Code code, DType dtype, const void* w, const float* importance, int64_t numel,
+                       int64_t k, int64_t block_size, float* absmax) {
+  const CodeTable& table = table_of(code);
+  codec::with_encoder(code, [&](const auto& encoder) {
+    with_typed(dtype, w, [&](const auto* typed) {
+      search_absmax_as(pool, encoder, table.largest, typed, importance, numel, k, block_size, absmax);
+    });
+  });
 }
 
 }  // namespace

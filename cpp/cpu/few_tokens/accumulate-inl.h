@@ -40,9 +40,10 @@ alignas(64) inline constexpr float kZeros[kLanes] = {};
 // and `rows` weight rows. Rows are taken kRows at a time, and their sums lie kLanes apart. It is a separate function,
 // because inlined its loop variables are spilled to memory.
 template <int kTokens, int kRows, class Products>
-[[gnu::noinline, gnu::flatten]] void accumulate(const Stretch& stretch, int64_t rows, const typename Products::X* x,
-                                                const float* scale_of_x, FirstChunks* first_chunks, float* sums) {
-  const Products products;
+[[gnu::noinline, gnu::flatten]] void accumulate(const Products& of_code, const Stretch& stretch, int64_t rows,
+                                                const typename Products::X* x, const float* scale_of_x,
+                                                FirstChunks* first_chunks, float* sums) {
+  const Products products = of_code;  // in registers, which no store changes
   const int64_t row_bytes = stretch.row_weights / 2, prefetch_ahead = stretch.prefetch_ahead;
   const bool to_second_level = stretch.prefetch_to_second_level;
   const int64_t granules_per_chunk = kChunk >> stretch.log2_granule;

@@ -1,57 +1,72 @@
-// The NF4 values as numbers of 16 bits, for instructions that multiply pairs of such factors.
+// The values of a code as numbers of 16 bits, for instructions that multiply pairs of such factors; and which of its
+// codes are large.
 #pragma once
 
-#include "cpp/format/nf4.h"
+#include "cpp/format/codes.h"
 
 namespace qlora::cpu {
 
-// 13-bit integers, for products summed exactly in int32: value ~ code / kIntCodes.per_one. No code is further off than
-// 1.5e-4 of its value, where rounding a decoded weight may change it by 2.4e-4 (float16) or 3.9e-3 (bfloat16).
+// 13-bit integers, for products summed exactly in int32: value ~ code / per_one. Integers serve a code if none is
+// further off than 1.5e-4 of its value, where rounding a decoded weight may change it by 2.4e-4 (float16) or 3.9e-3
+// (bfloat16).
 //
 // Of the multipliers that keep eight products with 15-bit factors inside int32, the one that fits the 16 values best.
 struct IntCodeTable {
   static constexpr int kLargest = 8191;
   int16_t value[kCodes] = {};
   double per_one = 0.0;
+  bool serves = false;
 
-  constexpr IntCodeTable() {
-    double best = 1e9;
+  constexpr IntCodeTable() = default;
+  explicit constexpr IntCodeTable(const CodeTable& table) {
+    double best = 1e9, multiplier = 0.0;
     for (int i = 0; i < 3600; ++i) {
-      const double multiplier = kLargest - 0.25 * i;
-      const double error = squared_error(multiplier) / (multiplier * multiplier);
-      if (error < best) best = error, per_one = multiplier;
+      const double candidate = kLargest - 0.25 * i;
+      const double error = squared_error(table, candidate) / (candidate * candidate);
+      if (error < best) best = error, multiplier = candidate;
     }
-    for (int i = 0; i < kCodes; ++i) value[i] = static_cast<int16_t>(nearest(kNf4.value[i] * per_one));
+    per_one = multiplier / table.largest;
+    serves = true;
+    for (int i = 0; i < kCodes; ++i) {
+      const double exact = table.value[i] * per_one, error = exact - nearest(exact);
+      value[i] = static_cast<int16_t>(nearest(exact));
+      serves &= magnitude(error) <= 1.5e-4 * magnitude(exact);
+    }
   }
 
  private:
+  static constexpr double magnitude(double x) { return x < 0 ? -x : x; }
   static constexpr int nearest(double x) { return static_cast<int>(x < 0 ? x - 0.5 : x + 0.5); }
-  static constexpr double squared_error(double multiplier) {
+  static constexpr double squared_error(const CodeTable& table, double multiplier) {
     double sum = 0.0;
     for (int i = 0; i < kCodes; ++i) {
-      const double exact = kNf4.value[i] * multiplier, error = exact - nearest(exact);
+      const double exact = table.value[i] / double{table.largest} * multiplier, error = exact - nearest(exact);
       sum += error * error;
     }
     return sum;
   }
 };
-inline constexpr IntCodeTable kIntCodes{};
+inline constexpr PerCode<IntCodeTable> kIntCodes;
+static_assert(kIntCodes[Code::kNf4].serves);
 
-// bfloat16, for products summed in float32: value ~ code / kBf16Codes.per_one. The multiplier is a bfloat16 number, so
-// that the codes of -1 and 1 are exact. Among those between 1 and 2, it minimizes the rounding errors of the 16 values.
-// Their squared errors are a fifth of the average for rounded decoded weights, and none exceeds the maximum for those.
+// bfloat16, for products summed in float32: value ~ code / per_one. The multiplier of the values, in units of the
+// largest, is a bfloat16 number, so that the codes of -1 and 1 are exact. Among those between 1 and 2, it minimizes the
+// rounding errors of the 16 values. NF4's squared errors are a fifth of the average for rounded decoded weights, and
+// none exceeds the maximum for those.
 struct Bf16CodeTable {
   int16_t bits[kCodes] = {};
   double per_one = 0.0;
 
-  constexpr Bf16CodeTable() {
-    double best = 1e9;
+  constexpr Bf16CodeTable() = default;
+  explicit constexpr Bf16CodeTable(const CodeTable& table) {
+    double best = 1e9, multiplier = 0.0;
     for (int i = 0; i < 128; ++i) {
-      const double multiplier = 1.0 + i / 128.0;
-      const double error = squared_error(multiplier) / (multiplier * multiplier);
-      if (error < best) best = error, per_one = multiplier;
+      const double candidate = 1.0 + i / 128.0;
+      const double error = squared_error(table, candidate) / (candidate * candidate);
+      if (error < best) best = error, multiplier = candidate;
     }
-    for (int i = 0; i < kCodes; ++i) bits[i] = nearest(kNf4.value[i] * per_one);
+    per_one = multiplier / table.largest;
+    for (int i = 0; i < kCodes; ++i) bits[i] = nearest(table.value[i] * per_one);
   }
 
  private:
@@ -59,10 +74,10 @@ struct Bf16CodeTable {
     const uint32_t u = __builtin_bit_cast(uint32_t, static_cast<float>(x));
     return static_cast<int16_t>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
   }
-  static constexpr double squared_error(double multiplier) {
+  static constexpr double squared_error(const CodeTable& table, double multiplier) {
     double sum = 0.0;
     for (int i = 0; i < kCodes; ++i) {
-      const double exact = kNf4.value[i] * multiplier;
+      const double exact = table.value[i] / double{table.largest} * multiplier;
       const uint32_t bits = static_cast<uint32_t>(static_cast<uint16_t>(nearest(exact))) << 16;
       const double error = exact - double{__builtin_bit_cast(float, bits)};
       sum += error * error;
@@ -70,6 +85,29 @@ struct Bf16CodeTable {
     return sum;
   }
 };
-inline constexpr Bf16CodeTable kBf16Codes{};
+inline constexpr PerCode<Bf16CodeTable> kBf16Codes;
+
+// The eight codes with the largest magnitudes, which the search for concentrated rows and columns counts
+// (concentration-inl.h).
+struct LargeCodes {
+  uint8_t is_large[kCodes] = {};  // 0xFF for those
+  float least = 0.0f;             // the least of their magnitudes, in units of the largest value
+
+  constexpr LargeCodes() = default;
+  explicit constexpr LargeCodes(const CodeTable& table) {
+    const auto magnitude = [&](int code) { return table.value[code] < 0 ? -table.value[code] : table.value[code]; };
+    for (int code = 0; code < kCodes; ++code) {
+      int larger = 0;
+      for (int other = 0; other < kCodes; ++other) {
+        larger += magnitude(other) > magnitude(code) || (magnitude(other) == magnitude(code) && other < code);
+      }
+      if (larger >= kCodes / 2) continue;
+      is_large[code] = 0xFF;
+      const float size = magnitude(code) / table.largest;
+      if (least == 0.0f || size < least) least = size;
+    }
+  }
+};
+inline constexpr PerCode<LargeCodes> kLargeCodes;
 
 }  // namespace qlora::cpu

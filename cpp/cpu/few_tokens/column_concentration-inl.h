@@ -35,6 +35,7 @@ class ColumnConcentration {
   // finite.
   ColumnConcentration(const Weight& w, int64_t first, int64_t groups, float largest)
       : w_(w),
+        large_(kLargeCodes[w.code]),
         reader_(w.scales, kDxColumns),
         row_groups_(w.k / kDxColumns),
         first_(first),
@@ -63,7 +64,7 @@ class ColumnConcentration {
   static constexpr int kEnough = static_cast<int>(kLeastOfAll * kUnits);
   static_assert(kEnough + static_cast<int>(kMostUnits) < 256);  // sums saturate there
 
-  static float units_per_scale(float largest) { return kUnits * kLargeCode / largest; }
+  float units_per_scale(float largest) const { return kUnits * large_.least / largest; }
 
   // The same with the largest scale of each group instead of the overall largest.
   [[gnu::noinline]] uint64_t by_own_scales(uint64_t left) const {
@@ -83,6 +84,7 @@ class ColumnConcentration {
   // or NaN show nothing.
   uint64_t without_spread(uint64_t left, int64_t end) const {
     const int64_t row_bytes = w_.k / 2;
+    const CodeSet large_codes(large_.is_large);
     for (int64_t i = 0; i < groups_ * kDxColumns; ++i) sums_[i] = 0;
     for (int64_t n = 0; n < end && left; n += kDxTileRows) {
       const int64_t rows = min(end - n, kDxTileRows);
@@ -98,7 +100,8 @@ class ColumnConcentration {
         Ints sum;
         __builtin_memcpy(&sum, sums, sizeof(sum));
         for (int64_t t = 0; t < rows; ++t)
-          sum = add_where_large(sum, packed + t * row_bytes + b * (kDxColumns / 2), units_[t * kDxScaleStride + b]);
+          sum = add_where_in(large_codes, sum, packed + t * row_bytes + b * (kDxColumns / 2),
+                             units_[t * kDxScaleStride + b]);
         __builtin_memcpy(sums, &sum, sizeof(sum));
         if (all_bytes_at_least(sum, kEnough)) left &= ~(uint64_t{1} << b);
       }
@@ -107,12 +110,13 @@ class ColumnConcentration {
   }
 
   const Weight& w_;
+  const LargeCodes& large_;
   const ScaleReader reader_;
   const int64_t row_groups_, first_, groups_;
   const float largest_;
   float *scales_ = nullptr, *per_scale_ = nullptr;
   uint8_t* units_ = nullptr;  // [row of a tile][group]: what a large code is worth
-  uint8_t* sums_ = nullptr;   // [group][column, in the order of add_where_large]
+  uint8_t* sums_ = nullptr;   // [group][column, in the order of add_where_in]
 };
 
 }  // namespace few_tokens

@@ -9,13 +9,14 @@
 //
 // In every other row at least 16 weights share at least twice the largest. README.md derives what follows.
 //
-// For most tiles, the first chunks of the rows prove that no row is concentrated: a *large* code stands for at least
-// kLargeCode of its scale. In other tiles each row is examined separately, and decoded if counting all its codes does
-// not suffice.
+// For most tiles, the first chunks of the rows prove that no row is concentrated: a *large* code (LargeCodes) stands
+// for a known part of its scale at least. In other tiles each row is examined separately, and decoded if counting all
+// its codes does not suffice.
 #pragma once
 
 #include <cstdint>
 
+#include "cpp/cpu/few_tokens/code_tables.h"
 #include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/few_tokens/weight-inl.h"
 #include "cpp/cpu/isa/codec.h"
@@ -23,7 +24,6 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
-#include "cpp/format/nf4.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -34,9 +34,6 @@ using namespace stream;
 
 inline constexpr float kMostOfOne = 0.125f;  // what one weight can contribute, in units of the largest
 inline constexpr float kLeastOfAll = 2.0f;   // what all of them must
-
-// Codes whose two upper bits are equal: 0 to 3 and 12 to 15. count_large (stream.h) counts them.
-inline constexpr float kLargeCode = -kNf4.value[3] < kNf4.value[12] ? -kNf4.value[3] : kNf4.value[12];
 
 // Decoded scales of granules first .. first + count - 1.
 struct GranuleScales {
@@ -50,7 +47,11 @@ class WeightPieces {
   static constexpr int64_t kWeights = 32 * kLanes;  // so that a lane sums at most 32 products of a piece
 
   WeightPieces(const Weight& w, const ScaleReader& reader, const GranuleScales& scales)
-      : packed_(w.packed), packed_end_(w.packed + packed_bytes(w.n * w.k)), reader_(reader), scales_(scales) {}
+      : packed_(w.packed),
+        packed_end_(w.packed + packed_bytes(w.n * w.k)),
+        values_(w.table()),
+        reader_(reader),
+        scales_(scales) {}
 
   // Weights begin .. end - 1, at most kWeights of them. The pointer is valid until the next call.
   const float* decode(int64_t begin, int64_t end) {
@@ -63,14 +64,31 @@ class WeightPieces {
         for (int64_t b = 0; b < packed_end_ - packed; ++b) copy[b] = packed[b];
         packed = copy;
       }
+      if (reader_.granule() < kGroup) {
+        decode_halves(i, packed, weights_ + (i - first));
+        continue;
+      }
       const float scale = scales_.scale[(i >> reader_.log2_granule()) - scales_.first];
-      codec::decode<false>(codec::make_table<float>(scale), packed, weights_ + (i - first));
+      codec::decode<false>(codec::make_table<float>(values_, scale), packed, weights_ + (i - first));
     }
     return weights_ + (begin - first);
   }
 
  private:
+  // The group at i, whose halves have scales of their own, or none where they are not asked for.
+  void decode_halves(int64_t i, const uint8_t* packed, float* out) const {
+    constexpr int64_t kHalf = codec::kGroup / 2;
+    float group[codec::kGroup];
+    for (int64_t half = 0; half < codec::kGroup; half += kHalf) {
+      const int64_t granule = ((i + half) >> reader_.log2_granule()) - scales_.first;
+      if (granule < 0 || granule >= scales_.count) continue;
+      codec::decode<false>(codec::make_table<float>(values_, scales_.scale[granule]), packed, group);
+      for (int64_t j = half; j < half + kHalf; ++j) out[j] = group[j];
+    }
+  }
+
   const uint8_t *const packed_, *const packed_end_;
+  const codec::Values values_;
   const ScaleReader& reader_;
   const GranuleScales scales_;
   alignas(64) float weights_[kWeights + 2 * codec::kGroup];
@@ -80,8 +98,9 @@ class WeightPieces {
 // branch.
 class FirstChunks {
  public:
+  explicit FirstChunks(const LargeCodes& large) : large_(large.is_large), least_large_(large.least) {}
   void see(Chunk chunk, Floats scales) {
-    const int count = count_large(chunk);
+    const int count = count_bytes_with(large_, chunk);
     least_count_ = count < least_count_ ? count : least_count_;
     store(least_scales_, min(scales, load(least_scales_)));
   }
@@ -90,7 +109,7 @@ class FirstChunks {
   bool suffice(float largest, int64_t others) const {
     const int64_t count = least_count_ - others;
     if (count < static_cast<int64_t>(kLeastOfAll / kMostOfOne)) return false;
-    const float least = kLeastOfAll * largest / (kLargeCode * static_cast<float>(count));
+    const float least = kLeastOfAll * largest / (least_large_ * static_cast<float>(count));
     // count_at_least goes by magnitude, so both sides are moved to where they are positive.
     return count_at_least(add(load(least_scales_), splat(largest)), largest + least) == kLanes;
   }
@@ -101,13 +120,15 @@ class FirstChunks {
 
  private:
   alignas(64) float least_scales_[kLanes];
+  const CodeSet large_;
+  const float least_large_;
   int least_count_;
 };
 
 class RowConcentration {
  public:
   RowConcentration(const Weight& w, const ScaleReader& reader, const GranuleScales& scales)
-      : w_(w), reader_(reader), scales_(scales) {}
+      : w_(w), reader_(reader), scales_(scales), large_(kLargeCodes[w.code]) {}
 
   bool holds(int64_t n) const { return holds(n * w_.k, (n + 1) * w_.k); }
 
@@ -116,15 +137,16 @@ class RowConcentration {
   bool holds(int64_t begin, int64_t end) const {
     const int64_t first = begin >> reader_.log2_granule(), last = (end - 1) >> reader_.log2_granule();
     const float largest = bits_float(largest_bits_within(scales_.scale + (first - scales_.first), last + 1 - first));
+    const CodeSet large_codes(large_.is_large);
     float sum = 0.0f;
     for (int64_t i = round_up(begin, kLaneWeights); i + kChunk <= end; i += kChunk) {
       const int64_t last_granule = (i + kChunk - 1) >> reader_.log2_granule();
       float large = largest * kMostOfOne;
       for (int64_t g = i >> reader_.log2_granule(); g <= last_granule; ++g) {
-        const float scale = scales_.scale[g - scales_.first] * kLargeCode;
+        const float scale = scales_.scale[g - scales_.first] * large_.least;
         large = scale < large ? scale : large;
       }
-      sum += static_cast<float>(count_large(load_chunk(w_.packed + i / 2))) * large;
+      sum += static_cast<float>(count_bytes_with(large_codes, load_chunk(w_.packed + i / 2))) * large;
       if (sum >= kLeastOfAll * largest) return false;
     }
     return largest != 0.0f && holds_exactly(begin, end);
@@ -156,6 +178,7 @@ class RowConcentration {
   const Weight& w_;
   const ScaleReader& reader_;
   const GranuleScales scales_;
+  const LargeCodes& large_;
 };
 
 }  // namespace few_tokens

@@ -16,7 +16,6 @@
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
-#include "cpp/format/nf4.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -30,7 +29,7 @@ inline constexpr int kDxTokens = 4;  // that a pass over a tile sums
 template <class T>
 class FloatDx {
  public:
-  explicit FloatDx(const LinearDxProblem& p) : p_(p), rows_(p.w.k) {}
+  explicit FloatDx(const LinearDxProblem& p) : p_(p), rows_(p.w.k), book_(p.w.table().value) {}
 
   // A strip has as many chunks as keep its sums within half of the scratch.
   int64_t strip_chunks() const {
@@ -91,7 +90,7 @@ class FloatDx {
       const T* dy = static_cast<const T*>(p_.dy) + n + t * period;
       for (int64_t i = 0; i < p_.m; ++i) memory.dy[i * kDxTileRows + t] = to_float(dy[i * p_.w.n]);
     }
-    const FloatCodebook book(kNf4.value);
+    const FloatCodebook book = book_;
     const int64_t ahead = kDxTileRows * period * p_.w.k / 2;
     float* sums = memory.sums + (rows_.shift(n) * period / 8) * count * p_.m * kChunk;
     for (int64_t c = 0; c < count; ++c) {
@@ -163,6 +162,7 @@ class FloatDx {
 
   const LinearDxProblem& p_;
   const WeightRows rows_;
+  const FloatCodebook book_;
 };
 
 template <class T>

@@ -35,7 +35,6 @@
 #include "cpp/cpu/shared/pages-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
-#include "cpp/format/nf4.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -76,12 +75,12 @@ class LineFetcher {
 // upper one; dy [pair][token][kDxStripGroups] is dy times the scale of both. This is a function of its own, and has no
 // loop over pairs, or GCC keeps pointers in memory and copies sums back and forth.
 template <int kTokens, int kPairs>
-[[gnu::noinline, gnu::flatten]] void add_pairs(const uint8_t* packed, int64_t row_bytes, int64_t to_lower,
-                                               int64_t groups, const int32_t* dy, const float* unit, float* sums,
-                                               LineFetcher fetch) {
+[[gnu::noinline, gnu::flatten]] void add_pairs(const IntCodebook& codebook, const uint8_t* packed, int64_t row_bytes,
+                                               int64_t to_lower, int64_t groups, const int32_t* dy, const float* unit,
+                                               float* sums, LineFetcher fetch) {
   // A pass takes as many of the four nibbles as registers can sum for all tokens.
   constexpr int kNibbles = kTokens <= 5 ? 4 : kTokens <= 12 ? 2 : 1;
-  const IntCodebook book(kIntCodes.value);
+  const IntCodebook book = codebook;
   for (int64_t b = 0; b < groups; ++b, packed += kDxColumns / 2, ++dy, sums += kTokens * kDxColumns) {
     unroll<4 / kNibbles>([&](auto pass) {
       Ints acc[kTokens][kNibbles];
@@ -117,7 +116,8 @@ struct DxBefore {
 template <class T>
 class IntDx {
  public:
-  IntDx(const LinearDxProblem& p, const DxBefore& before) : p_(p), row_groups_(p.w.k / kDxColumns), before_(before) {}
+  IntDx(const LinearDxProblem& p, const DxBefore& before)
+      : p_(p), codes_(kIntCodes[p.w.code]), book_(codes_.value), row_groups_(p.w.k / kDxColumns), before_(before) {}
 
   int64_t strip_chunks() const { return kDxStripGroups * kDxColumns / kChunk; }
   int64_t tile_rows() const { return kDxTileRows; }
@@ -208,13 +208,13 @@ class IntDx {
       const int64_t fetched = n + kDxTileRows + rows_ahead;
       const LineFetcher fetch(packed + (fetched < last_row ? fetched - n : 0) * row_bytes, bytes, row_bytes);
       if (last_row - n >= kDxTileRows) {
-        add_pairs<kTokens, kDxPairs>(packed, row_bytes, row_bytes, groups, memory.pairs, memory.unit, memory.sums,
-                                     fetch);
+        add_pairs<kTokens, kDxPairs>(book_, packed, row_bytes, row_bytes, groups, memory.pairs, memory.unit,
+                                     memory.sums, fetch);
         continue;
       }
       for (int64_t t = 0; t < last_row - n; t += 2) {
         const int64_t to_lower = n + t + 1 < last_row ? row_bytes : 0;  // a missing row has dy = 0
-        add_pairs<kTokens, 1>(packed + t * row_bytes, row_bytes, to_lower, groups,
+        add_pairs<kTokens, 1>(book_, packed + t * row_bytes, row_bytes, to_lower, groups,
                               memory.pairs + t / 2 * kTokens * kDxStripGroups, memory.unit, memory.sums, fetch);
       }
     }
@@ -266,7 +266,7 @@ class IntDx {
     const bool in_range = largest_bits >= power_of_two_bits(-60) && largest_bits <= power_of_two_bits(60) &&
                           bits_float(largest_dy_bits) <= before_.most_dy[i];
     const float largest = in_range ? bits_float(largest_bits) : 1.0f;
-    memory.unit[i] = static_cast<float>(largest / (kLargestDy * kIntCodes.per_one));
+    memory.unit[i] = static_cast<float>(largest / (kLargestDy * codes_.per_one));
     // The least log2_scale of an even group.
     float least = bits_float(kInfinityBits);
     if (nonzero == 0) {
@@ -295,7 +295,7 @@ class IntDx {
   // Adds in float32 what pairs leave out of a tile.
   [[gnu::noinline]] void add_uneven(const uint8_t* packed, int64_t n, int64_t last_row, int64_t groups,
                                     const Memory& memory) const {
-    const FloatCodebook book(kNf4.value);
+    const FloatCodebook book(p_.w.table().value);
     const int64_t rows = last_row - n < kDxTileRows ? last_row - n : kDxTileRows, row_bytes = p_.w.k / 2;
     for (int64_t i = 0; i < p_.m; ++i) {
       const T* dy = static_cast<const T*>(p_.dy) + i * p_.w.n + n;
@@ -315,6 +315,8 @@ class IntDx {
   }
 
   const LinearDxProblem& p_;
+  const IntCodeTable& codes_;
+  const IntCodebook book_;
   const int64_t row_groups_;
   const DxBefore before_;
 };

@@ -40,8 +40,9 @@ template <class T, class Products>
 class Forward {
  public:
   using Plan = ForwardPlan<Products>;
-  Forward(const LinearProblem& p, const Plan& plan, int64_t first_token, const PreparedX<Products>& x)
-      : p_(p), plan_(plan), first_token_(first_token), x_(x) {}
+  Forward(const LinearProblem& p, const Products& products, const Plan& plan, int64_t first_token,
+          const PreparedX<Products>& x)
+      : p_(p), products_(products), plan_(plan), first_token_(first_token), x_(x) {}
 
   static int64_t super_rows(const WeightRows& rows) { return int64_t{kTileRows} * rows.period; }
   static int64_t scale_floats(const LinearProblem& p, const WeightRows& rows) {
@@ -133,7 +134,7 @@ class Forward {
     // Intel's first level does not keep the 32 KB until they are read: 4096x4096, two threads, one token 540 us, and
     // 440 from the second (4 tokens 607 and 567). AMD's numbers in bench/results/ are with the first.
     stretch.prefetch_to_second_level = current_cpu().intel;
-    FirstChunks first_chunks;
+    FirstChunks first_chunks(kLargeCodes[p_.w.code]);
     first_chunks.start();
     const bool looks = !Products::kServesEveryRow && group == 0 && weights >= kChunk;
     for (int64_t s = 0; s * plan_.segment_chunks < chunks; s += most) {
@@ -148,13 +149,13 @@ class Forward {
       FirstChunks* const look = looks && s == 0 ? &first_chunks : nullptr;
       int64_t t = 0;
       if constexpr (kTokens <= Products::kMaxPairedTokens) {
-        accumulate<kTokens, 2, Products>(stretch, count, x_at, scale_of_x + s * kTokens, look, sums);
+        accumulate<kTokens, 2>(products_, stretch, count, x_at, scale_of_x + s * kTokens, look, sums);
         t = count & ~int64_t{1};
         stretch.packed += t * stretch.row_weights / 2;
         stretch.first_weight += t * stretch.row_weights;
       }
       if (t < count)
-        accumulate<kTokens, 1, Products>(stretch, count - t, x_at, scale_of_x + s * kTokens, look, sums + t * kLanes);
+        accumulate<kTokens, 1>(products_, stretch, count - t, x_at, scale_of_x + s * kTokens, look, sums + t * kLanes);
     }
     if (!Products::kServesEveryRow && group == 0) {
       *concentrated = 0;
@@ -252,6 +253,7 @@ class Forward {
   }
 
   const LinearProblem& p_;
+  const Products& products_;
   const Plan& plan_;
   const int64_t first_token_;
   const PreparedX<Products> x_;
@@ -273,6 +275,7 @@ LinearProblem tokens_of(const LinearProblem& p, int64_t first, int64_t count) {
 template <class T, class Products>
 Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, TokenSet* uneven) {
   using Body = Forward<T, Products>;
+  const Products products(p.w);
   const ForwardPlan<Products> plan(p.m, p.w.k);
   const WeightRows& rows = plan.rows;
   const int64_t k = p.w.k, rank = p.lora.rank;
@@ -312,7 +315,7 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, T
       if ((i + 1) * h_tiles / units > tile) {
         low_rank_h(p.lora, drops ? dropped : in, p.m, k, tile / rank_groups, tile % rank_groups, x.h);
       } else {
-        prepare_token(plan, in, token / rows.period, static_cast<int>(token % rows.period), first_token, x);
+        prepare_token(products, plan, in, token / rows.period, static_cast<int>(token % rows.period), first_token, x);
       }
     }
   };
@@ -322,7 +325,7 @@ Outcome forward(const Pool& pool, const LinearProblem& p, int64_t first_token, T
   if (uneven->holds_all(first_token, p.m)) return Outcome::kDone;
   const int64_t share_rows = Body::share_tiles(p, rows) * Body::super_rows(rows);
   share_out(pool, ceil_div(p.w.n, share_rows), ceil_div(kWorthThreads, share_rows * k * p.m),
-            max(ceil_div(kWorthTaking, max(share_rows * k / 2, 1)), 2), Body(p, plan, first_token, x));
+            max(ceil_div(kWorthTaking, max(share_rows * k / 2, 1)), 2), Body(p, products, plan, first_token, x));
   return Outcome::kDone;
 }
 

@@ -31,7 +31,9 @@ struct Bf16Products {
   static constexpr bool kServesEveryRow = true;
   static constexpr bool kMayOverflow = true;  // where a scale of W is above kHugeScale
 
-  IntCodebook book{kBf16Codes.bits};
+  explicit Bf16Products(const Weight& w) : book(kBf16Codes[w.code].bits), per_one(kBf16Codes[w.code].per_one) {}
+  IntCodebook book;
+  double per_one;  // of the codes
   using Codes = IntCodes;
   Codes codes(Chunk chunk) const { return decode(chunk, book, Order{}); }
 
@@ -44,12 +46,12 @@ struct Bf16Products {
     });
   }
 
-  static bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) {
+  bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) const {
     const float* const x = segment.x;
     const int64_t chunks = segment.chunks;
     const uint32_t bits = largest_bits(x, chunks * kChunk);
     if (bits && (bits < power_of_two_bits(-60) || bits > power_of_two_bits(60))) return false;
-    *scale = static_cast<float>(1.0 / kBf16Codes.per_one);
+    *scale = static_cast<float>(1.0 / per_one);
     for (int64_t c = 0; c < chunks; ++c) {
       Ints x_bits[kLaneWeights];
       for (int i = 0; i < kLaneWeights; ++i) x_bits[i] = upper_halves(load(x + c * kChunk + i * kLanes));
@@ -60,7 +62,7 @@ struct Bf16Products {
 };
 
 inline Outcome forward_bf16(const Pool& pool, const LinearProblem& p) {
-  if (p.w.k % kMinBlockSize == 0) return forward_else_float<bfloat16, Bf16Products<HalfOrder>>(pool, p);
+  if (has_one_scale_per(32, p.w)) return forward_else_float<bfloat16, Bf16Products<HalfOrder>>(pool, p);
   return forward_else_float<bfloat16, Bf16Products<Bf16LaneOrder>>(pool, p);
 }
 

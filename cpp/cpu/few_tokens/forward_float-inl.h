@@ -10,7 +10,6 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
-#include "cpp/format/nf4.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -26,7 +25,8 @@ struct FloatProducts {
   static constexpr bool kServesEveryRow = true;
   static constexpr bool kMayOverflow = false;
 
-  FloatCodebook book{kNf4.value};
+  explicit FloatProducts(const Weight& w) : book(w.table().value) {}
+  FloatCodebook book;
   using Codes = FloatCodes;
   Codes codes(Chunk chunk) const { return decode(chunk, book); }
 
@@ -39,7 +39,7 @@ struct FloatProducts {
     });
   }
 
-  static bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) {
+  bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) const {
     const float* const x = segment.x;
     const int64_t chunks = segment.chunks;
     // Eight products are summed before a scale of W makes them small.

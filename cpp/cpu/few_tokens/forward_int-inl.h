@@ -44,7 +44,9 @@ struct IntProducts {
   static constexpr bool kMayOverflow = true;  // where a scale of W is above kHugeScale
   static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
 
-  IntCodebook book{kIntCodes.value};
+  explicit IntProducts(const Weight& w) : book(kIntCodes[w.code].value), per_one(kIntCodes[w.code].per_one) {}
+  IntCodebook book;
+  double per_one;  // of the codes
   using Codes = IntCodes;
   Codes codes(Chunk chunk) const { return decode(chunk, book, Order{}); }
 
@@ -64,7 +66,7 @@ struct IntProducts {
     unroll<kRows>([&](auto w) { product[w] = to_floats(sum[w]); });
   }
 
-  static bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) {
+  bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) const {
     const float* const x = segment.x;
     const int64_t chunks = segment.chunks;
     const uint32_t bits = largest_bits(x, chunks * kChunk);
@@ -75,7 +77,7 @@ struct IntProducts {
       return false;
     } else {
       if (!is_even(x, chunks * kChunk, segment.count, bits_float(token_bits), kSpread)) return false;
-      *scale = static_cast<float>(bits_float(bits) / (32767.0 * kIntCodes.per_one));
+      *scale = static_cast<float>(bits_float(bits) / (32767.0 * per_one));
     }
     const Floats inverse = splat(bits ? 32767.0f / bits_float(bits) : 0.0f);
     for (int64_t c = 0; c < chunks; ++c) {
@@ -90,7 +92,7 @@ struct IntProducts {
 
 template <class T>
 Outcome forward_int_as(const Pool& pool, const LinearProblem& p) {
-  if (p.w.k % kMinBlockSize == 0) return forward_else_float<T, IntProducts<T, HalfOrder>>(pool, p);
+  if (has_one_scale_per(32, p.w)) return forward_else_float<T, IntProducts<T, HalfOrder>>(pool, p);
   return forward_else_float<T, IntProducts<T, LaneOrder>>(pool, p);
 }
 inline Outcome forward_int(const Pool& pool, const LinearProblem& p) {

@@ -74,8 +74,8 @@ struct PreparedX {
 
 // Arranges token i, which is token first_token + i of the call, for weight rows of one shift.
 template <class Products, class T>
-void prepare_token(const ForwardPlan<Products>& plan, const T* x, int64_t i, int copy, int64_t first_token,
-                   const PreparedX<Products>& out) {
+void prepare_token(const Products& products, const ForwardPlan<Products>& plan, const T* x, int64_t i, int copy,
+                   int64_t first_token, const PreparedX<Products>& out) {
   int64_t group = 0;
   while (plan.groups.first(group + 1) <= i) ++group;
   const int64_t first = plan.groups.first(group), tokens = plan.groups.tokens(group), k = plan.rows.k;
@@ -96,7 +96,7 @@ void prepare_token(const ForwardPlan<Products>& plan, const T* x, int64_t i, int
         out.x + copy * plan.copy_elements() + (first * plan.chunks + chunk * tokens + i - first) * kChunk;
     float* const scale = out.scale + copy * plan.copy_scales() + first * plan.segments + s * tokens + i - first;
     const int64_t count = min(begin + chunks * kChunk, k) - max(begin, 0);
-    if (!Products::arrange({segment, chunks, count, largest}, tokens * kChunk, to, scale))
+    if (!products.arrange({segment, chunks, count, largest}, tokens * kChunk, to, scale))
       return out.uneven->add(first_token + i);
   }
 }

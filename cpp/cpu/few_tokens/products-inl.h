@@ -1,5 +1,5 @@
 // How a chunk of decoded codes meets x. Three ways share the forward: IntProducts, Bf16Products and
-// FloatProducts (forward_{int,bf16,float}-inl.h). Each has
+// FloatProducts (forward_{int,bf16,float}-inl.h). Each is made once per call, for the code of its weight, and has
 //
 //   X, Codes, codes(chunk)            what x is arranged as; a chunk's codes, decoded
 //   multiply(codes, x, product)       product[r] = chunk of weight row r · the same chunk of a token, lane by lane

@@ -18,7 +18,6 @@
 #include "cpp/cpu/isa/stream.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
-#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -41,7 +40,7 @@ struct WeightRows {
 class ScaleReader {
  public:
   explicit ScaleReader(const Scales& scales, int64_t largest_granule = kChunk) : scales_(scales) {
-    for (granule_ = 32; granule_ < scales.block_size && granule_ < largest_granule;) granule_ *= 2;
+    for (granule_ = kMinBlockSize; granule_ < scales.block_size && granule_ < largest_granule;) granule_ *= 2;
     log2_granule_ = __builtin_ctzll(static_cast<uint64_t>(granule_));
     log2_split_ = __builtin_ctzll(static_cast<uint64_t>(scales.block_size / granule_));
   }
@@ -65,32 +64,13 @@ class ScaleReader {
   // Asks for the scales of weights begin .. end - 1, as they are stored.
   void prefetch_blocks(int64_t begin, int64_t end) const {
     const int64_t first = begin / scales_.block_size, count = ceil_div(end, scales_.block_size) - first;
-    if (scales_.absmax) {
-      prefetch(scales_.absmax + first, count * static_cast<int64_t>(sizeof(float)));
-    } else {
-      prefetch(scales_.codes + first, count);
-    }
+    prefetch_scales(scales_, first, count);
   }
 
   // No finite scale of granules first .. first + count - 1 is larger.
   float largest(int64_t first, int64_t count) const {
-    const int64_t begin = first >> log2_split_, last = (first + count - 1) >> log2_split_;
-    uint32_t bits = 0;
-    const auto see = [&](float x) {
-      const uint32_t magnitude = float_bits(x) & kMagnitudeBits;
-      bits = magnitude > bits && magnitude < kInfinityBits ? magnitude : bits;
-    };
-    if (scales_.absmax) {
-      bits = largest_bits_within(scales_.absmax + begin, last + 1 - begin);
-      if (bits < kInfinityBits) return bits_float(bits);
-      bits = 0;
-      for (int64_t block = begin; block <= last; ++block) see(scales_.absmax[block]);
-    } else {
-      const int64_t last_nested = nested_block_of(scales_, last);
-      for (int64_t i = nested_block_of(scales_, begin); i <= last_nested; ++i) see(scales_.nested_absmax[i]);
-      return bits_float(bits) + bits_float(float_bits(*scales_.nested_offset) & 0x7FFFFFFFu);
-    }
-    return bits_float(bits);
+    return scale_bound(scales_, first >> log2_split_, (first + count - 1) >> log2_split_,
+                       [](const float* x, int64_t n) { return largest_bits_within(x, n); });
   }
 
  private:

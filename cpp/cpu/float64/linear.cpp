@@ -13,7 +13,7 @@ namespace {
 double weight_at(const Weight& w, int64_t i) {
   float scale;
   scalar::read_scales(w.scales, i / w.scales.block_size, 1, &scale);
-  return double{kNf4.value[nf4_code_at(w.packed, i)] * scale};
+  return double{w.table().value[code_at(w.packed, i)] * scale};
 }
 
 // out [m, r] = factor · dropout(in) · aᵀ, element (j, c) of a at a[j * a_row + c * a_column]. `memory` is made to hold

@@ -110,6 +110,8 @@ const Selection& selection() {
     const Isa* const isa = find_isa(name);
     if (!isa) {
       s.error = std::string("QLORA_CPU_ISA: expected ") + isa_names() + ", got " + name;
+    } else if (!compiled(*isa)) {
+      s.error = std::string("QLORA_CPU_ISA: this build has no ") + isa->name + "; its best is " + s.isa->name;
     } else if (!supported(*isa)) {
       s.error = std::string("QLORA_CPU_ISA: this processor has no ") + isa->name + "; its best is " + s.isa->name;
     } else {
@@ -123,9 +125,16 @@ const Selection& selection() {
 
 }  // namespace
 
+bool compiled(const Isa& isa) {
+  const auto is = [&](const char* name) { return std::string(isa.name) == name; };
+#define QLORA_SET(name) is(#name) ||
+  return QLORA_CPU_ISAS false;
+#undef QLORA_SET
+}
+
 bool supported(const Isa& isa) {
   static const uint32_t features = processor_features();
-  return (isa.needs & ~features) == 0;
+  return compiled(isa) && (isa.needs & ~features) == 0;
 }
 
 const Isa* find_isa(const char* name) {

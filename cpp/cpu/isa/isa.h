@@ -6,6 +6,11 @@
 
 #include "cpp/format/portable.h"
 
+// The sets that this build compiles, QLORA_SET(name) for each; sources.cmake defines it.
+#ifndef QLORA_CPU_ISAS  // a file that is compiled alone, by an editor or a test
+#define QLORA_CPU_ISAS QLORA_SET(scalar)
+#endif
+
 namespace qlora::cpu {
 
 enum Feature : uint32_t {
@@ -43,12 +48,13 @@ inline constexpr Isa kNeonBf16Isa = {"neon_bf16", kNeonIsa.needs | kArmBf16};
 inline constexpr const Isa* kIsas[] = {&kNeonBf16Isa, &kNeonIsa, &kAmxBf16Isa, &kAvx512Bf16Isa,
                                        &kAvx512Isa,   &kAvx2Isa, &kScalarIsa};
 
-QLORA_EXPORT bool supported(const Isa&);             // whether this processor has what it needs
+QLORA_EXPORT bool compiled(const Isa&);              // whether this build has it
+QLORA_EXPORT bool supported(const Isa&);             // whether it does, and this processor has what it needs
 QLORA_EXPORT const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter
 QLORA_EXPORT const char* isa_names();                // "scalar, .. or .."
 
 // The one in use: the first supported one, or the one named by the environment variable QLORA_CPU_ISA when first asked.
-// isa_error() is null, or says why that name cannot be honoured (unknown, or not on this processor).
+// isa_error() is null, or says why that name cannot be honoured (unknown, not compiled, or not on this processor).
 QLORA_EXPORT const Isa& current_isa();
 QLORA_EXPORT const char* isa_error();
 

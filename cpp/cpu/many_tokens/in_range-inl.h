@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpp/cpu/codec/scales-inl.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
@@ -14,8 +15,8 @@ namespace {
 namespace many_tokens {
 
 // The multiplication of bfloat16 in pairs takes subnormal factors, products and sums for zero. None that matters is
-// subnormal where each row of a dense operand that is not all 0 has a value of at least 2^-50, and each scale of W that
-// is not 0 is at least 2^-60.
+// subnormal where each row of a dense operand that is not all 0 has a value of at least 2^-50, and the largest value of
+// each block of W whose scale is not 0 is at least 2^-60.
 inline bool in_range(const void* matrix, int64_t rows, int64_t columns) {
   constexpr uint16_t kEnough = (127 - 50) << 7;
   const bfloat16* x = static_cast<const bfloat16*>(matrix);
@@ -34,20 +35,8 @@ inline bool in_range(const void* matrix, int64_t rows, int64_t columns) {
 }
 
 inline bool in_range(const Pool& pool, const Weight& w) {
-  // Doubly quantized scales are 0 or no smaller than a last place of their mean.
-  if (w.scales.codes) return *w.scales.nested_offset > 0x1p-30f;
-  constexpr uint32_t kEnough = (127u - 60u) << 23;
-  bool all = true;
-  auto body = [&](int64_t begin, int64_t end) {
-    uint32_t smallest = ~0u;  // of the bits minus 1, which makes a scale of 0 the largest
-    for (int64_t i = begin; i < end; ++i) {
-      const uint32_t bits = (float_bits(w.scales.absmax[i]) & 0x7FFFFFFFu) - 1u;
-      smallest = bits < smallest ? bits : smallest;
-    }
-    if (smallest < kEnough - 1u) __atomic_store_n(&all, false, __ATOMIC_RELAXED);
-  };
-  pool(ceil_div(w.n * w.k, w.scales.block_size), 1 << 15, body);
-  return all;
+  const float least = 0x1p-60f / w.table().largest;
+  return scales_at_least(pool, w.scales, ceil_div(w.n * w.k, w.scales.block_size), least);
 }
 
 inline bool in_range(const Pool& pool, const LinearProblem& p) {

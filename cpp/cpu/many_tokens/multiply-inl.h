@@ -39,7 +39,7 @@ inline constexpr int kDepth = 256;  // words of a row of a broadcast panel, [hei
 
 // Between multiplications, a core has to decode or prefetch the next weights. If the two alternate, each waits for the
 // other. So a little of that work is done at every step along the depth of a tile: it is *interleaved*, a type with
-// step().
+// step(constants). A tile keeps what constants() returns in registers.
 
 // Prefetches the packed weights of the next panel, `rows` runs of `columns` weights that begin `stride` weights apart.
 // A step prefetches one line, because a core cannot have all of them in flight at once.
@@ -48,7 +48,9 @@ class WeightPrefetcher {
   WeightPrefetcher() = default;
   WeightPrefetcher(const uint8_t* packed, int64_t first, int64_t rows, int64_t stride, int64_t columns)
       : packed_(packed), weight_(first), rows_(columns > 0 ? rows : 0), stride_(stride), columns_(columns) {}
-  void step() {
+  struct Constants {};
+  Constants constants() const { return {}; }
+  void step(Constants = {}) {
     if (rows_ <= 0) return;
     __builtin_prefetch(packed_ + ((weight_ + at_) >> 1), 0, 2);
     at_ += kLine;
@@ -67,11 +69,12 @@ template <class W, int longest_chain, int height, int vectors, class Interleaved
 void multiply_tile(const typename W::Word* broadcast, const typename W::Word* lane, int depth, float* sums, bool first,
                    Interleaved& interleaved) {
   constexpr int kWidth = vectors * kLanes;
+  const auto constants = interleaved.constants();
   for (; depth > 0; depth -= longest_chain, first = false) {
     F sum[height][vectors];
     unroll<height>([&](auto r) { unroll<vectors>([&](auto v) { sum[r.value][v.value] = zero(); }); });
     for (int d = depth < longest_chain ? depth : longest_chain; d > 0; --d, broadcast += W::kWords, lane += kWidth) {
-      interleaved.step();
+      interleaved.step(constants);
       typename W::Vector x[vectors];
       unroll<vectors>([&](auto v) { x[v.value] = W::load(lane + v.value * kLanes); });
       unroll<height>([&](auto r) {

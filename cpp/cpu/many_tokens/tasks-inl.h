@@ -44,7 +44,7 @@ inline Grid make_grid(int threads, int64_t rows, int64_t most_rows, int64_t unit
   return {cut_by_count(rows, row_cuts, unit), cut_by_count(tokens, token_cuts, kTileLanes)};
 }
 
-inline constexpr int64_t kTaskBytes = int64_t{1280} << 10;  // of scratch per task
+inline constexpr int64_t kTaskBytes = int64_t{1408} << 10;  // of scratch per task
 
 inline constexpr int64_t kMostTokens = 256;                // per task
 inline constexpr int64_t kCallBytes = int64_t{704} << 10;  // of scratch for h and g per call

@@ -89,7 +89,7 @@ class ScaledPiece {
 
   // Whether its groups coincide with the packed format, from a multiple of kGroup on.
   bool aligned() const { return aligned(*w_); }
-  static bool aligned(const Weight& w) { return w.k % kGroup == 0 && w.scales.block_size >= kGroup; }
+  static bool aligned(const Weight& w) { return has_one_scale_per(kGroup, w); }
   // The packed bytes and the scale of such a group, which begins at (row, column).
   const uint8_t* packed(int64_t row, int64_t column) const { return w_->packed + (flat(row, column) >> 1); }
   float scale(int64_t row, int64_t column) const { return scales(row)[block(row, column)]; }
@@ -111,7 +111,11 @@ inline WeightPrefetcher weight_prefetcher(const Weight& w, const Piece& piece) {
 class RaggedRow {
  public:
   RaggedRow(const ScaledPiece& t, int64_t row, int64_t column, int64_t columns)
-      : t_(t), flat_(t.flat(row, column)), columns_(columns), scales_(t.scales(row)) {}
+      : t_(t),
+        values_(values_of(t.weight().table())),
+        flat_(t.flat(row, column)),
+        columns_(columns),
+        scales_(t.scales(row)) {}
 
   // Of the group at column c, vector j lane i is element 4i + j.
   void decode(int64_t c, F (&v)[4]) const {
@@ -121,12 +125,12 @@ class RaggedRow {
     const float* scale = scales_ + (begin >> t_.shift());
     const int block = static_cast<int>(w.scales.block_size);
     int first = block - static_cast<int>(begin & (block - 1));  // of the next block
-    const Table table = scaled(nf4_, splat(scale[0])), next = scaled(nf4_, splat(scale[1]));
+    const Table table = scaled(values_, splat(scale[0])), next = scaled(values_, splat(scale[1]));
     unroll<4>([&](auto j) {
       v[j.value] = joined<j.value>(first, lookup<j.value>(table, codes), lookup<j.value>(next, codes));
     });
     while ((first += block) < kGroup) {
-      const Table another = scaled(nf4_, splat(*(++scale + 1)));
+      const Table another = scaled(values_, splat(*(++scale + 1)));
       unroll<4>([&](auto j) { v[j.value] = joined<j.value>(first, v[j.value], lookup<j.value>(another, codes)); });
     }
     if (columns_ - c >= kGroup) return;
@@ -135,7 +139,7 @@ class RaggedRow {
 
  private:
   const ScaledPiece& t_;
-  const Table nf4_ = nf4_table();
+  const Table values_;
   int64_t flat_, columns_;
   const float* scales_;
 };
@@ -147,11 +151,12 @@ enum class Becomes { kBroadcast, kLanes };
 
 template <class W>
 void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  const typename W::Values values = W::values_of(source.weight().table());
   for (int64_t row = piece.row; row < piece.row + piece.rows; ++row, panel += kDepth) {
     const RaggedRow ragged(source, row, piece.column, piece.columns);
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
       if (source.aligned()) {
-        W::decode_row(source.packed(row, piece.column + c), source.scale(row, piece.column + c),
+        W::decode_row(values, source.packed(row, piece.column + c), source.scale(row, piece.column + c),
                       panel + c / W::kElements);
       } else {
         F v[4];
@@ -164,6 +169,7 @@ void decode_broadcast(const ScaledPiece& source, const Piece& piece, typename W:
 
 template <class W>
 void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Word* panel) {
+  const typename W::Values values = W::values_of(source.weight().table());
   const int64_t depth = ceil_div(piece.rows, W::kElements);
   for (int64_t d = 0; d < depth; ++d, panel += kTileLanes) {
     const int64_t row = piece.row + d * W::kElements, next = row + W::kElements - 1;
@@ -174,7 +180,7 @@ void decode_lanes(const ScaledPiece& source, const Piece& piece, typename W::Wor
     for (int64_t c = 0; c < piece.columns; c += kGroup) {
       if (source.aligned() && is_next) {
         const int64_t column = piece.column + c;
-        W::decode_lanes(source.packed(row, column), source.packed(next, column), source.scale(row, column),
+        W::decode_lanes(values, source.packed(row, column), source.packed(next, column), source.scale(row, column),
                         source.scale(next, column), words);
       } else if constexpr (W::kElements == 1) {
         ragged.decode(c, words);
@@ -200,7 +206,8 @@ class alignas(64) GroupDecoder {
   static constexpr int kRowsPerStep = becomes == Becomes::kLanes ? W::kElements : 1;
 
   GroupDecoder(const ScaledPiece& source, const Piece& piece, const Piece& after, Word* panel, int64_t steps_between)
-      : packed_(source.weight().packed),
+      : values_(W::values_of(source.weight().table())),
+        packed_(source.weight().packed),
         flat_(source.flat(piece.row, piece.column)),
         k_(source.weight().k),
         distance_((source.flat(after.row, after.column) - flat_) / 2),
@@ -213,7 +220,9 @@ class alignas(64) GroupDecoder {
         shift_(source.shift()),
         mask_(static_cast<int>(steps_between) - 1) {}
 
-  void step() {
+  using Constants = typename W::Values;
+  Constants constants() const { return values_; }
+  void step(const Constants& values) {
     if (left_ == 0) return;
     if constexpr (becomes == Becomes::kLanes) {
       if (++turn_ & mask_) return;
@@ -222,14 +231,14 @@ class alignas(64) GroupDecoder {
     __builtin_prefetch(packed + distance_, 0, 2);
     const float scale = scales_[flat_ >> shift_];
     if constexpr (becomes == Becomes::kBroadcast) {
-      W::decode_row(packed, scale, out_);
+      W::decode_row(values, packed, scale, out_);
     } else {
       const uint8_t* const next = packed + (k_ >> 1) * (kRowsPerStep - 1);
       const float next_scale =
           scales_[row_scales_ * (kRowsPerStep - 1) + ((flat_ + k_ * (kRowsPerStep - 1)) >> shift_)];
       if (kRowsPerStep > 1) __builtin_prefetch(next + distance_, 0, 2);
       typename W::Vector words[4];
-      W::decode_lanes(packed, next, scale, next_scale, words);
+      W::decode_lanes(values, packed, next, scale, next_scale, words);
       store_whole_group<W>(out_, kTileLanes * steps_, words);
     }
     flat_ += k_ * kRowsPerStep, scales_ += row_scales_ * kRowsPerStep, out_ += kOutStep;
@@ -241,12 +250,13 @@ class alignas(64) GroupDecoder {
   }
   void finish() {
     mask_ = 0;
-    while (left_ > 0) step();
+    while (left_ > 0) step(values_);
   }
 
  private:
   static constexpr int64_t kOutStep = becomes == Becomes::kBroadcast ? kDepth : kTileLanes;
 
+  const typename W::Values values_;
   const uint8_t* packed_;
   int64_t flat_, k_, distance_;
   const float* scales_;

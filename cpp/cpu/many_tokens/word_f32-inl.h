@@ -6,6 +6,7 @@
 #include "cpp/cpu/isa/panel.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/codes.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -22,18 +23,23 @@ struct WordF32 {
   static void store(Word* p, Vector v) { panel::store(p, v); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
 
+  // The values of a code, as a group is decoded from them.
+  using Values = Table;
+  static Values values_of(const CodeTable& table) { return panel::values_of(table); }
+
   // A group of one scale, decoded: vector j lane i is element 4i + j, in this order in memory.
-  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+  static void decode_row(const Values& values, const uint8_t* packed, float scale, Word* out) {
     F v[4];
-    decode_lanes(packed, nullptr, scale, 0.0f, v);
+    decode_lanes(values, packed, nullptr, scale, 0.0f, v);
     store_decoded_row(v, out);
   }
   static void store_decoded_row(const F (&v)[4], Word* out) {
     unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
   }
   // The words of a group of lanes: of one weight row, and there is no next one.
-  static void decode_lanes(const uint8_t* packed, const uint8_t*, float scale, float, Vector (&out)[4]) {
-    const Table table = scaled(nf4_table(), splat(scale));
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t*, float scale, float,
+                           Vector (&out)[4]) {
+    const Table table = scaled(values, splat(scale));
     const Codes codes = load_codes(packed);
     unroll<4>([&](auto j) { out[j.value] = lookup<j.value>(table, codes); });
   }

@@ -146,7 +146,14 @@ class RowsDecoder {
   static constexpr int64_t kFirst = 2;
   RowsDecoder() = default;
   RowsDecoder(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out, int64_t)
-      : source_(&source), row_(row), rows_(rows), begin_(s.begin), size_(s.size), left_(s.element_steps()), out_(out) {}
+      : values_(Words::values_of(source.weight().table())),
+        source_(&source),
+        row_(row),
+        rows_(rows),
+        begin_(s.begin),
+        size_(s.size),
+        left_(s.element_steps()),
+        out_(out) {}
   void step() {
     if (left_ == 0) return;
     const int64_t first = half_ * kTileRows, rows = min(kTileRows, rows_ - first);
@@ -179,12 +186,13 @@ class RowsDecoder {
     const float* scales = source_->scales(row);
     for (int64_t r = 0; r < rows; ++r, packed += k / 2, flat += k, scales += row_scales, out += kRowBytes) {
       Vector words[2];
-      Words::decode_row(packed, scales[flat >> shift], words);
+      Words::decode_row(values_, packed, scales[flat >> shift], words);
       store_row(out, words[0]);
       store_row(out + 2 * kTileBytes, words[1]);
     }
   }
 
+  Words::Values values_ = {};
   const ScaledPiece* source_ = nullptr;
   int64_t row_ = 0, rows_ = 0, begin_ = 0, size_ = 0, left_ = 0, column_ = 0, half_ = 0;
   char* out_ = nullptr;
@@ -199,7 +207,8 @@ class ColumnsDecoder {
   ColumnsDecoder() = default;
   ColumnsDecoder(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
                  int64_t piece_bytes)
-      : source_(&source),
+      : values_(Words::values_of(source.weight().table())),
+        source_(&source),
         column_(column),
         columns_(columns),
         row_(s.begin),
@@ -232,7 +241,8 @@ class ColumnsDecoder {
       unroll<kPieces>([&](auto i) {
         constexpr int64_t c = i.value * kPair;
         if (i.value == 0 || (i.value % 2 == 0) != second_half)
-          table = Words::row_table(scales[(flat + c) >> shift], scales[row_scales + ((flat + c + k) >> shift)]);
+          table =
+              Words::row_table(values_, scales[(flat + c) >> shift], scales[row_scales + ((flat + c + k) >> shift)]);
         Words::decode_columns(packed + c / 2, packed + (c + k) / 2, table, words);
         store_row(to + i.value * piece_bytes_, words[0]);
         store_row(to + i.value * piece_bytes_ + kTileBytes, words[1]);
@@ -262,6 +272,7 @@ class ColumnsDecoder {
     }
   }
 
+  Words::Values values_ = {};
   const ScaledPiece* source_ = nullptr;
   int64_t column_ = 0, columns_ = 0, row_ = 0, rows_ = 0, left_ = 0, piece_bytes_ = 0;
   char* out_ = nullptr;

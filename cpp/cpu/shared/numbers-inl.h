@@ -5,7 +5,7 @@
 
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
+#include "cpp/format/packing.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {

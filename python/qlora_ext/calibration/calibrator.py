@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .._internal import digest
 from .._internal.untrusted import FileError, printable
 from .._library import build_info
-from ..weight import NF4Weight
+from ..weight import Weight4bit
 from . import self_text
 from .encoder import Encoded, Feedback, encode
 from .init_lora import InitLora, LowRank, keep_initial_lora, weighted
@@ -293,7 +293,7 @@ class Calibrator:
             gathering.stop()
         self._moments = gathering.found
 
-    def refine(self, name: str, weight: str, w: Tensor, plain: NF4Weight) -> NF4Weight:
+    def refine(self, name: str, weight: str, w: Tensor, plain: Weight4bit) -> Weight4bit:
         """The weight ``weight`` of the layer ``name`` in the form of ``plain``, which it is without calibration.
 
         Args:
@@ -321,7 +321,7 @@ class Calibrator:
             self.settings.progress(done, done + len(self._layers), name)
         return w4
 
-    def _from_store(self, name: str, weight: str, plain: NF4Weight) -> tuple[NF4Weight, LowRank | None, LayerReport]:
+    def _from_store(self, name: str, weight: str, plain: Weight4bit) -> tuple[Weight4bit, LowRank | None, LayerReport]:
         assert self._store is not None
         assert self._kept is not None
         kept = self._kept.pop((name, weight), None)
@@ -334,15 +334,15 @@ class Calibrator:
         lora = None if kept.initial is None else (kept.initial[0].to(plain.device), kept.initial[1].to(plain.device))
         return w4, lora, LayerReport(**kept.report)
 
-    def _initial_lora(self, w: Tensor, w4: NF4Weight, moments: Moments | ExpertMoments | None) -> LowRank | None:
+    def _initial_lora(self, w: Tensor, w4: Weight4bit, moments: Moments | ExpertMoments | None) -> LowRank | None:
         if self._init_lora is None:
             return None
         known = self._feedback is not None and self._feedback[0] is moments
         return weighted(w, w4, self._feedback[1] if self._feedback and known else None, self._init_lora)
 
     def _encoded(
-        self, name: str, w: Tensor, plain: NF4Weight, moments: Moments | ExpertMoments | None
-    ) -> tuple[NF4Weight, LayerReport]:
+        self, name: str, w: Tensor, plain: Weight4bit, moments: Moments | ExpertMoments | None
+    ) -> tuple[Weight4bit, LayerReport]:
         if moments is None:
             return plain, LayerReport(name, "absmax", 0.0, 0.0, 0, "no token reached it")
         if isinstance(moments, Moments):
@@ -358,9 +358,9 @@ class Calibrator:
             moments.all.tokens,
             "; ".join(others),
         )
-        return NF4Weight.stack([w4 for w4, _ in parts]), report
+        return Weight4bit.stack([w4 for w4, _ in parts]), report
 
-    def _matrix(self, name: str, w: Tensor, plain: NF4Weight, moments: Moments) -> tuple[NF4Weight, LayerReport]:
+    def _matrix(self, name: str, w: Tensor, plain: Weight4bit, moments: Moments) -> tuple[Weight4bit, LayerReport]:
         mean = moments.mean
         try:
             if self._feedback is None or self._feedback[0] is not moments:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..weight import NF4Weight
+from ..weight import Weight4bit
 
 # Damping is raised tenfold, at most so often, where a factorization fails.
 _ATTEMPTS = 3
@@ -98,7 +98,7 @@ class Encoded:
         absmax_error: the same of plain NF4.
     """
 
-    weight: NF4Weight
+    weight: Weight4bit
     method: str
     error: float
     absmax_error: float
@@ -110,16 +110,16 @@ def _double_quantized(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, T
     return codes, nested_absmax, nested_offset, decoded
 
 
-def _under_scales(w: Tensor, absmax: Tensor, plain: NF4Weight, feedback: Feedback | None) -> NF4Weight:
+def _under_scales(w: Tensor, absmax: Tensor, plain: Weight4bit, feedback: Feedback | None) -> Weight4bit:
     """``w`` encoded under the scales ``absmax`` in the form of ``plain``: as they decode, double quantized."""
     parts: dict[str, Any] = {"absmax": absmax}
     if plain.double_quant:
         codes, nested_absmax, nested_offset, absmax = _double_quantized(absmax, plain.nested_block_size)
         parts = {"absmax": codes, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
     if feedback is None:
-        packed = torch.ops.qlora.encode_nf4(w, absmax, plain.block_size)
+        packed = torch.ops.qlora.encode_nf4(w, absmax, plain.block_size, code=plain.code)
     else:
-        packed = torch.ops.qlora.encode_nf4(w, absmax, plain.block_size, feedback.factor, feedback.order)
+        packed = torch.ops.qlora.encode_nf4(w, absmax, plain.block_size, feedback.factor, feedback.order, plain.code)
     return dataclasses.replace(plain, packed=packed, **parts)
 
 
@@ -128,7 +128,7 @@ def _energy(w: Tensor, moments: Tensor) -> float:
     return ((w @ moments) * w).double().sum().item()
 
 
-def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: NF4Weight) -> Encoded:
+def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: Weight4bit) -> Encoded:
     """The 4-bit weight [N, K] whose outputs on the calibration's inputs come nearest to those of ``w``.
 
     Weighted scales, then error feedback where ``feedback`` has a factor. What does worse than plain NF4 on the very
@@ -152,13 +152,13 @@ def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: NF4Weight) -> 
     exact = w.float()
     whole = _energy(exact, moments)
 
-    def error_of(w4: NF4Weight) -> float:
+    def error_of(w4: Weight4bit) -> float:
         lost = _energy(w4.dequantize(torch.float32) - exact, moments)
         return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
 
     absmax_error = error_of(plain)
     best = Encoded(plain, "absmax", absmax_error, absmax_error)
-    absmax = torch.ops.qlora.search_absmax_nf4(w, feedback.importance, plain.block_size)
+    absmax = torch.ops.qlora.search_absmax_nf4(w, feedback.importance, plain.block_size, plain.code)
     attempts: list[tuple[str, Feedback | None]] = [("scales", None)]
     if feedback.factor is not None:
         attempts.append(("feedback", feedback))

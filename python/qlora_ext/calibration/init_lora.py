@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._internal.svd import nearest_of_rank
-from ..weight import NF4Weight
+from ..weight import Weight4bit
 from .encoder import Feedback
 
 _INITIAL = "_qlora_initial_lora"
@@ -83,8 +83,8 @@ def keep_initial_lora(model: nn.Module) -> dict[str, LowRank]:
 
 
 def loftq(
-    w: Tensor, plain: NF4Weight, quantize: Callable[[Tensor], NF4Weight], settings: InitLora
-) -> tuple[NF4Weight, LowRank]:
+    w: Tensor, plain: Weight4bit, quantize: Callable[[Tensor], Weight4bit], settings: InitLora
+) -> tuple[Weight4bit, LowRank]:
     """LoftQ's 4-bit weight and adapter of ``w`` [N, K].
 
     Args:
@@ -98,7 +98,7 @@ def loftq(
     return w4, (a, b)
 
 
-def weighted(w: Tensor, w4: NF4Weight, feedback: Feedback | None, settings: InitLora) -> LowRank:
+def weighted(w: Tensor, w4: Weight4bit, feedback: Feedback | None, settings: InitLora) -> LowRank:
     """The adapter of ``w`` [N, K] beside ``w4`` that is best for inputs of known second moments H = L · Lᵀ.
 
     ‖(W - Ŵ - B · A) · L‖ is smallest where B · A · L is the nearest of that rank to (W - Ŵ) · L. For L serves the

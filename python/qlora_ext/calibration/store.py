@@ -16,7 +16,7 @@ from torch import Tensor
 from .._internal import digest
 from .._internal.atomic import PARTIAL, staged_file
 from .._internal.untrusted import FileError, Schema, printable, read_json
-from ..weight import NF4Weight
+from ..weight import Weight4bit
 from .init_lora import LowRank
 
 _LORA = ("lora_a", "lora_b")
@@ -34,7 +34,7 @@ class Kept:
     initial: LowRank | None
     report: dict[str, Any]
 
-    def in_form_of(self, plain: NF4Weight) -> NF4Weight | None:
+    def in_form_of(self, plain: Weight4bit) -> Weight4bit | None:
         """The weight, on the device of ``plain``; None if ``plain`` has another form."""
         forms = [
             {field: (t.shape, t.dtype) for field, t in tensors.items()} for tensors in (self.tensors, plain.tensors)
@@ -143,7 +143,7 @@ class Store:
         expected = {"name": name, "report": metadata.get("report", ""), "key": self._key}
         return (tensors, expected["report"]) if found == _sha256(tensors, expected) else None
 
-    def save(self, name: str, weight: str, w4: NF4Weight, initial: LowRank | None, report: dict[str, Any]) -> None:
+    def save(self, name: str, weight: str, w4: Weight4bit, initial: LowRank | None, report: dict[str, Any]) -> None:
         """Stores the weight ``weight`` of the layer ``name``, its initial adapter and its report."""
         lora = {} if initial is None else dict(zip(_LORA, initial, strict=True))
         self._write(self._file(name, weight), w4.tensors | lora, f"{name}/{weight}", json.dumps(report))

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.masking_utils import sdpa_mask
@@ -37,18 +38,30 @@ _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else 
 PAYS_FROM = 1000  # tokens: compiling takes about as long as eager decoding takes for so many more than compiled
 _ROOM = 256  # tokens by which caches grow
 _MOST_ROOM = 1 << 30
-# As cpp/ops/c_shims.cpp defines it.
-_LINEAR_NF4 = """
-AOTITorchError aoti_torch_cpu_linear_nf4(
-    AtenTensorHandle, AtenTensorHandle, AtenTensorHandle, const AtenTensorHandle*, const AtenTensorHandle*, int64_t,
-    int64_t, int64_t, const AtenTensorHandle*, const AtenTensorHandle*, const AtenTensorHandle*, double, double,
-    int64_t, const AtenTensorHandle*, AtenTensorHandle*)
-"""
+_C_TYPES = {
+    "Tensor": "AtenTensorHandle",
+    "Optional[Tensor]": "const AtenTensorHandle*",
+    "int": "int64_t",
+    "float": "double",
+    "str": "const char*",
+}
+
+
+def _c_signature(operator: OpOverload) -> str:
+    """That of the operator's C function (cpp/ops/c_shims.cpp), which follows from its schema by AOTInductor's rules."""
+    schema = operator._schema
+    types = [_C_TYPES[str(argument.type)] for argument in schema.arguments] + ["AtenTensorHandle*"]
+    name = schema.name.rpartition(":")[2]
+    return f"AOTITorchError aoti_torch_cpu_{name}({', '.join(types)})"
+
+
 _OPTIONS = {
     # Code alone: one package serves every adapter of the same shape, and no weight is written into it as a number.
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,
-    "aot_inductor.custom_ops_to_c_shims": {torch.ops.qlora.linear_nf4.default: [_LINEAR_NF4]},
+    "aot_inductor.custom_ops_to_c_shims": {
+        torch.ops.qlora.linear_nf4.default: [_c_signature(torch.ops.qlora.linear_nf4.default)]
+    },
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Packed4bit, TiedLinear4bit, layers_of
-from ..weight import NF4Weight
+from ..weight import Weight4bit
 
 # The largest float16. The weights of every model are far below it, in any dtype.
 _LARGEST_SCALE = 65504.0
@@ -52,7 +52,7 @@ def _of_layer(layer: Packed4bit) -> Iterator[str]:
             yield f"{prefix}every scale is zero: nothing was loaded into it"
 
 
-def _scales(w4: NF4Weight) -> Tensor:
+def _scales(w4: Weight4bit) -> Tensor:
     """The scales as they decode, float32 [blocks], or [E, blocks] of a stack."""
     if not w4.double_quant:
         return w4.absmax

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..form import Form
-from ..weight import NF4Weight
+from ..formats import NF4
+from ..weight import Weight4bit
 from .linear import Linear4bit
 from .packed import PackedWeight4bit
 
 
-def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
+def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The rows [..., D] of a 4-bit table [V, D] that ``rows`` [...] numbers, in ``dtype``, and no other row.
 
     The bits are those of ``w4.dequantize(dtype)[rows]``.
@@ -63,6 +64,7 @@ def decode_rows(w4: NF4Weight, rows: Tensor, dtype: torch.dtype) -> Tensor:
         1,  # every gathered scale brings its own nested scale
         [index.numel(), span * w4.block_size],
         dtype,
+        w4.code,
     )
     if not aligned:
         begin = (index * width - first * w4.block_size).unsqueeze(1)
@@ -106,10 +108,11 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         double_quant: bool = True,
         device: torch.device | str | None = None,
         nested_block_size: int = 256,
+        code: str = NF4,
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size))
+        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size, code))
         if padding_idx is not None and not isinstance(padding_idx, int):
             raise TypeError(f"padding_idx: expected a row number, got {padding_idx!r}")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
@@ -131,6 +134,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         block_size: int = 64,
         double_quant: bool = True,
         nested_block_size: int = 256,
+        code: str = NF4,
     ) -> Embedding4bit:
         """Quantizes an ``nn.Embedding``. Its dtype is that of the rows by default.
 
@@ -141,7 +145,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
             raise TypeError(f"embedding: expected an nn.Embedding, got {type(embedding).__name__}")
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected max_norm=None, got {embedding.max_norm}")
-        form = Form(compute_dtype or embedding.weight.dtype, block_size, double_quant, nested_block_size)
+        form = Form(compute_dtype or embedding.weight.dtype, block_size, double_quant, nested_block_size, code)
         sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
         module = cls(*sizes, device="meta", **vars(form))
         module.set_weight(module.quantize(embedding.weight))
@@ -235,5 +239,5 @@ class TiedLinear4bit(Linear4bit):
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         return {}  # the table's
 
-    def set_weight(self, w4: NF4Weight) -> None:
+    def set_weight(self, w4: Weight4bit) -> None:
         raise ValueError("w4: expected a layer with a weight of its own, got a head that is tied to an embedding")

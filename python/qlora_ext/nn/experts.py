@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from .. import grouped
 from ..autograd import draw_seed
 from ..form import Form
+from ..formats import NF4
 from ..ops import autocast_dtype
-from ..weight import NF4Weight
+from ..weight import Weight4bit
 from .packed import Packed4bit, scale_names
 
 assert grouped  # the operator must be registered
@@ -106,6 +107,7 @@ class Experts4bit(Packed4bit):
         double_quant: bool = True,
         device: torch.device | str | None = None,
         nested_block_size: int = 256,
+        code: str = NF4,
     ) -> None:
         super().__init__()
         if not is_fused_experts(experts):
@@ -127,7 +129,7 @@ class Experts4bit(Packed4bit):
         self._taken_over = [key for key in vars(experts) if key not in _MODULE_STATE]
         _hand_over(experts, self, self._taken_over, but=self._shapes)
         dtype: torch.dtype = experts.down_proj.dtype  # type: ignore[assignment]
-        self._set_form(Form(compute_dtype or dtype, block_size, double_quant, nested_block_size))
+        self._set_form(Form(compute_dtype or dtype, block_size, double_quant, nested_block_size, code))
         self._register_packed(device)
         self.train(experts.training)
 
@@ -140,9 +142,9 @@ class Experts4bit(Packed4bit):
         e, n, k = self._shapes[name]
         return (e, k, n) if self.is_transposed else (e, n, k)
 
-    def quantize(self, dense: Tensor) -> NF4Weight:
+    def quantize(self, dense: Tensor) -> Weight4bit:
         """The 4-bit form of a stack of weights as the dense module has it, expert by expert."""
-        return NF4Weight.stack([super(Experts4bit, self).quantize(w) for w in self.as_quantized(dense.detach())])
+        return Weight4bit.stack([super(Experts4bit, self).quantize(w) for w in self.as_quantized(dense.detach())])
 
     def as_quantized(self, dense: Tensor) -> Tensor:
         return dense.transpose(1, 2) if self.is_transposed else dense
@@ -158,9 +160,10 @@ class Experts4bit(Packed4bit):
         block_size: int = 64,
         double_quant: bool = True,
         nested_block_size: int = 256,
+        code: str = NF4,
     ) -> Experts4bit:
         """Quantizes a dense module; see the class for which."""
-        module = cls(experts, compute_dtype, block_size, double_quant, "meta", nested_block_size)
+        module = cls(experts, compute_dtype, block_size, double_quant, "meta", nested_block_size, code)
         for name in module._shapes:
             module.set_packed(name, module.quantize(getattr(experts, name)))
         return module
@@ -205,7 +208,7 @@ class Experts4bit(Packed4bit):
 
     def _grouped(
         self,
-        w4: NF4Weight,
+        w4: Weight4bit,
         x: Tensor,
         offsets: Tensor,
         dense: tuple[Tensor | None, ...],
@@ -222,10 +225,11 @@ class Experts4bit(Packed4bit):
             dropout_p,
             0,
             draw_seed(x.device) if dropout_p > 0.0 else None,
+            w4.code,
         )
         return y
 
-    def _some_experts(self, name: str, experts: list[int]) -> NF4Weight:
+    def _some_experts(self, name: str, experts: list[int]) -> Weight4bit:
         """The weights of those experts alone, stacked, of a module that is streamed."""
         assert self.residency is not None
         scales = scale_names(name).values()

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from .._internal.lending import PackedTensors
 from ..autograd import call_linear_nf4, draw_seed
 from ..form import Form
+from ..formats import NF4
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
-from ..weight import NF4Weight
+from ..weight import Weight4bit
 from .packed import PackedWeight4bit
 
 
@@ -30,9 +31,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         in_features, out_features: K and N.
         bias: whether there is a bias [N].
         compute_dtype: of the bias and the products; x is cast to it, and y back to x's dtype.
-        block_size: elements per scale: a power of two from 32 to 4096.
+        block_size: elements per scale: a power of two from 16 to 4096.
         double_quant: whether the scales are stored in 8 bits.
         device: of the packed state; "meta" allocates nothing.
+        nested_block_size: scales per nested scale.
+        code: the name of the 16 values.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
@@ -59,10 +62,11 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         double_quant: bool = True,
         device: torch.device | str | None = None,
         nested_block_size: int = 256,
+        code: str = NF4,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size))
+        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size, code))
         self._register_packed(device)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False)
@@ -85,11 +89,12 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         block_size: int = 64,
         double_quant: bool = True,
         nested_block_size: int = 256,
+        code: str = NF4,
     ) -> Linear4bit:
         """Quantizes an ``nn.Linear``. The compute dtype defaults to the layer's dtype. The bias does not change."""
         if isinstance(linear, Linear4bit) or not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        form = Form(compute_dtype or linear.weight.dtype, block_size, double_quant, nested_block_size)
+        form = Form(compute_dtype or linear.weight.dtype, block_size, double_quant, nested_block_size, code)
         module = cls(linear.in_features, linear.out_features, bias=False, device="meta", **vars(form))
         module.set_weight(module.quantize(linear.weight))
         if linear.bias is not None:
@@ -159,11 +164,12 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
                 dropout_p,
                 0,
                 seed_tensor,
+                self.form.code,
             )
             return y.to(dtype)
 
     def merged_forward(
-        self, x: Tensor, merged: NF4Weight, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
+        self, x: Tensor, merged: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float = 1.0
     ) -> Tensor:
         """The layer with an adapter [R, K] and [N, R] merged into its weight; see ``qlora_ext.merged``.
 

@@ -1,4 +1,4 @@
-"""``Packed4bit``: what every module with NF4 weights does to keep their bits."""
+"""``Packed4bit``: what every module with 4-bit weights does to keep their bits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .. import ops
 from .._internal.lending import Loan
 from ..form import Form
 from ..no_arithmetic import refuse_arithmetic
-from ..weight import NF4Weight, quantize_nf4
+from ..weight import Weight4bit, quantize, weight_of
 
 # The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
 SCALES = ("absmax", "nested_absmax", "nested_offset")
@@ -67,7 +67,7 @@ class Residency(Protocol):
 
 
 class Packed4bit(nn.Module, abc.ABC):
-    """A module with frozen NF4 weights.
+    """A module with frozen 4-bit weights.
 
     Each weight named in ``packed_shapes`` is uint8, with the scales ``scale_names``. It and its absmax are parameters
     without gradient, so that FSDP2 shards them; the nested scales, which are small, are buffers. Moving the module
@@ -156,8 +156,8 @@ class Packed4bit(nn.Module, abc.ABC):
         if name in self.packed_shapes or any(name in scale_names(weight).values() for weight in self.packed_shapes):
             refuse_arithmetic(self._parameters[name])
 
-    def set_packed(self, name: str, w4: NF4Weight) -> None:
-        """Takes ``w4`` as the weight ``name``, with its block sizes, scale form and device.
+    def set_packed(self, name: str, w4: Weight4bit) -> None:
+        """Takes ``w4`` as the weight ``name``, with its code, block sizes, scale form and device.
 
         Raises:
             ValueError: its shape is not that of ``packed_shapes``, or its parts do not fit together.
@@ -167,7 +167,7 @@ class Packed4bit(nn.Module, abc.ABC):
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
         form = self.form
-        self.form = Form(form.compute_dtype, w4.block_size, w4.double_quant, w4.nested_block_size)
+        self.form = Form(form.compute_dtype, w4.block_size, w4.double_quant, w4.nested_block_size, w4.code)
         absmax, nested_absmax, nested_offset = scale_names(name).values()
         parts = {
             name: w4.packed,
@@ -204,7 +204,7 @@ class Packed4bit(nn.Module, abc.ABC):
         if self.residency is None and not self.packed_is_tied:
             setattr(self, name, nn.Parameter(self._parameters[name].detach(), requires_grad=False))  # type: ignore[union-attr]
 
-    def put_back(self, name: str, w4: NF4Weight, parts: Mapping[str, Tensor]) -> None:
+    def put_back(self, name: str, w4: Weight4bit, parts: Mapping[str, Tensor]) -> None:
         """Undoes ``unshare`` and ``set_packed``.
 
         Args:
@@ -224,7 +224,7 @@ class Packed4bit(nn.Module, abc.ABC):
         """Whether this process holds only a part of the packed state (FSDP2, between its uses)."""
         return any(hasattr(getattr(self, name), "full_tensor") for name in self.packed_shapes)
 
-    def packed_weight(self, name: str = "weight") -> NF4Weight:
+    def packed_weight(self, name: str = "weight") -> Weight4bit:
         """The 4-bit weight ``name`` as one value, which shares memory with the module.
 
         Of a module that FSDP2 has sharded it is the whole, gathered: every rank has to ask for it. Of a module that is
@@ -235,21 +235,22 @@ class Packed4bit(nn.Module, abc.ABC):
             copies = self.residency.read(name)
             return self._as_weight(name, copies[name], *(copies.get(scale) for scale in names[1:]))  # type: ignore[arg-type]
         packed, absmax, *nested = (getattr(self, part) for part in names)
-        with torch._C.DisableTorchFunctionSubclass():  # an NF4Weight holds plain tensors
+        with torch._C.DisableTorchFunctionSubclass():  # a Weight4bit holds plain tensors
             return self._as_weight(name, whole(packed.detach()), whole(absmax.detach()), *nested)
 
     def _as_weight(
         self, name: str, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None
-    ) -> NF4Weight:
-        return NF4Weight(
-            packed,
-            absmax,
-            nested_absmax,
-            nested_offset,
-            torch.Size(self.packed_shapes[name]),
-            self.weight_dtype,
-            self.block_size,
-            self.nested_block_size,
+    ) -> Weight4bit:
+        return weight_of(
+            self.form.code,
+            packed=packed,
+            absmax=absmax,
+            nested_absmax=nested_absmax,
+            nested_offset=nested_offset,
+            shape=torch.Size(self.packed_shapes[name]),
+            dtype=self.weight_dtype,
+            block_size=self.block_size,
+            nested_block_size=self.nested_block_size,
         )
 
     def freeze_packed(self) -> None:
@@ -257,9 +258,9 @@ class Packed4bit(nn.Module, abc.ABC):
         for t in self.packed_state().values():
             t.requires_grad_(False)
 
-    def quantize(self, w: Tensor) -> NF4Weight:
+    def quantize(self, w: Tensor) -> Weight4bit:
         """The 4-bit form that this module gives to a dense weight of its own."""
-        return quantize_nf4(w, self.block_size, self.double_quant, self.nested_block_size)
+        return quantize(w, self.form)
 
     def as_quantized(self, dense: Tensor) -> Tensor:
         """A dense weight of this module in the shape of ``packed_shapes``, the other way round or as it is."""
@@ -376,11 +377,11 @@ class PackedWeight4bit(Packed4bit):
     """A module whose one 4-bit weight is ``weight``."""
 
     @property
-    def weight4bit(self) -> NF4Weight:
+    def weight4bit(self) -> Weight4bit:
         """The packed state as one value; see ``packed_weight``."""
         return self.packed_weight()
 
-    def set_weight(self, w4: NF4Weight) -> None:
+    def set_weight(self, w4: Weight4bit) -> None:
         """Takes ``w4``, of the dense weight's shape, as the packed state; see ``set_packed``."""
         self.set_packed("weight", w4)
 

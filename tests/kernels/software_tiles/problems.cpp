@@ -102,6 +102,7 @@ struct Shape {
   int64_t m, n, k, rank, block;
   bool nested, bias;
   double dropout;
+  Code code = Code::kNf4;
 };
 
 // Whether each row and each column of `got` is within 2% of `want`, or of what a row or column is on average: some
@@ -160,12 +161,9 @@ const char* wrong(const Shape& s) {
   for (float& e : absmax) e = 0.02f + static_cast<float>(random_bits() % 100) * 0.001f;
   const float offset = 0.03f;
   Weight w;
-  w.packed = packed.data(), w.n = s.n, w.k = s.k, w.scales.block_size = s.block;
-  if (s.nested) {
-    w.scales.codes = codes.data(), w.scales.nested_absmax = nested_absmax.data(), w.scales.nested_offset = &offset;
-  } else {
-    w.scales.absmax = absmax.data();
-  }
+  w.packed = packed.data(), w.n = s.n, w.k = s.k, w.code = s.code;
+  w.scales = s.nested ? nested_scales(codes.data(), nested_absmax.data(), &offset, s.block, 256)
+                      : float_scales(absmax.data(), s.block);
   const Bf16 x = normal(s.m * s.k, 1.0f), dy = normal(s.m * s.n, 1.0f), bias = normal(s.n, 1.0f);
   const Bf16 a = normal(s.rank * s.k, 0.1f), b = normal(s.n * s.rank, 0.1f);
   const Doubles x64 = widened(x), dy64 = widened(dy), bias64 = widened(bias), a64 = widened(a), b64 = widened(b);
@@ -236,22 +234,34 @@ const char* wrong(const Shape& s) {
 int run_all(unsigned seed, int64_t most) {
   random_bits.seed(seed);
   std::vector<Shape> shapes = {
-      {1, 32, 64, 16, 64, true, false, 0.0},     {17, 33, 333, 5, 64, true, true, 0.2},
-      {40, 70, 100, 1, 32, false, false, 0.0},   {33, 40, 1100, 8, 128, true, true, 0.0},
-      {70, 130, 64, 64, 4096, true, false, 0.3}, {16, 119, 36, 30, 64, true, true, 0.0},
-      {5, 1, 1, 1, 64, false, true, 0.0},        {64, 96, 640, 65, 64, true, false, 0.0},
-      {9, 96, 704, 130, 64, true, true, 0.5},    {31, 700, 576, 16, 64, true, false, 0.1},
-      {3, 64, 65, 600, 64, true, false, 0.1},    {130, 576, 1536, 16, 64, true, false, 0.0},
-      {600, 40, 192, 16, 64, true, false, 0.1},  {33, 64, 128, 0, 64, false, true, 0.0},
-      {20, 32, 64, 33, 64, true, false, 1.0},    {0, 32, 64, 16, 64, true, false, 0.0},
-      {300, 1100, 130, 4, 64, true, true, 0.1},  {257, 100, 2752, 16, 64, true, true, 0.0},
+      {1, 32, 64, 16, 64, true, false, 0.0},
+      {17, 33, 333, 5, 64, true, true, 0.2},
+      {40, 70, 100, 1, 32, false, false, 0.0},
+      {33, 40, 1100, 8, 128, true, true, 0.0},
+      {70, 130, 64, 64, 4096, true, false, 0.3},
+      {16, 119, 36, 30, 64, true, true, 0.0},
+      {5, 1, 1, 1, 64, false, true, 0.0},
+      {64, 96, 640, 65, 64, true, false, 0.0},
+      {9, 96, 704, 130, 64, true, true, 0.5},
+      {31, 700, 576, 16, 64, true, false, 0.1},
+      {3, 64, 65, 600, 64, true, false, 0.1},
+      {130, 576, 1536, 16, 64, true, false, 0.0},
+      {600, 40, 192, 16, 64, true, false, 0.1},
+      {33, 64, 128, 0, 64, false, true, 0.0},
+      {20, 32, 64, 33, 64, true, false, 1.0},
+      {0, 32, 64, 16, 64, true, false, 0.0},
+      {300, 1100, 130, 4, 64, true, true, 0.1},
+      {257, 100, 2752, 16, 64, true, true, 0.0},
       {257, 2700, 96, 70, 64, true, false, 0.2},  // beyond a cache's panel
+      {33, 96, 320, 8, 64, true, true, 0.1, Code::kShuffled},
+      {40, 70, 176, 1, 16, false, true, 0.0, Code::kShuffled},
+      {33, 33, 333, 5, 16, true, true, 0.2},
   };
   const auto some = [](int64_t most) { return 1 + static_cast<int64_t>(random_bits() % static_cast<unsigned>(most)); };
   for (int i = 0; i < 24; ++i) {
     shapes.push_back({some(80), some(150), some(300), static_cast<int64_t>(random_bits() % 70),
                       32LL << random_bits() % 4, random_bits() % 2 == 0, random_bits() % 2 == 0,
-                      random_bits() % 3 == 0 ? 0.25 : 0.0});
+                      random_bits() % 3 == 0 ? 0.25 : 0.0, Code::kNf4});
     if (i % 3 == 0) shapes.back().k = 64 * some(20);
   }
   std::erase_if(shapes, [most](const Shape& s) { return s.m * s.n * s.k > most; });

@@ -8,8 +8,8 @@
 #include "cpp/cpu/isa/avx2/bfloat16.h"
 #include "cpp/cpu/isa/dynamic8_cells.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -31,12 +31,6 @@ inline void store(float* p, Floats x) {
 inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
 inline Floats sub(Floats a, Floats b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
-
-inline __m256 clamp_to_one(__m256 x) {
-  // The maximum with a NaN is its second operand: -1, whose code is NaN's.
-  return _mm256_min_ps(_mm256_max_ps(x, _mm256_set1_ps(-1.0f)), _mm256_set1_ps(1.0f));
-}
-inline Floats clamp_to_one(Floats x) { return {clamp_to_one(x.low), clamp_to_one(x.high)}; }
 
 inline void accumulate(double* sums, Floats x) {
   const __m128 quarter[4] = {_mm256_castps256_ps128(x.low), _mm256_extractf128_ps(x.low, 1),
@@ -74,34 +68,79 @@ inline Pairs load_pairs(const float16* p) {
   return {{evens(a, b), evens(c, d)}, {odds(a, b), odds(c, d)}};
 }
 
-// Binary search in the 15 boundaries. After each step a lane holds -(what the steps so far say of the code), whose low
-// three bits are the index of the next boundary to compare with.
 struct Codes {
   __m256i low, high;
 };
-struct Nf4Search {
-  float third[8] = {}, fourth[8] = {}, second[8] = {};
+// 16 dwords by the low four bits of each lane.
+inline __m256i look_up(__m256 low, __m256 high, __m256i index) {
+  return _mm256_castps_si256(_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
+                                              _mm256_permutevar8x32_ps(high, index),
+                                              _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
+}
 
-  constexpr Nf4Search() {
-    for (int i = 0; i < 2; ++i) second[-i & 7] = kNf4.boundary[8 * i + 3];
-    for (int i = 0; i < 4; ++i) third[-i & 7] = kNf4.boundary[4 * i + 1];
-    for (int i = 0; i < 8; ++i) fourth[-i & 7] = kNf4.boundary[2 * i];
+// Binary search in the 15 boundaries. After each step a lane holds -(what the steps so far say of the rank), whose low
+// three bits are the index of the next boundary to compare with.
+struct Search {
+  float first = 0.0f, second[8] = {}, third[8] = {}, fourth[8] = {};
+
+  constexpr Search() = default;
+  explicit constexpr Search(const CodeTable& table) : first(table.boundary[7]) {
+    for (int i = 0; i < 2; ++i) second[-i & 7] = table.boundary[8 * i + 3];
+    for (int i = 0; i < 4; ++i) third[-i & 7] = table.boundary[4 * i + 1];
+    for (int i = 0; i < 8; ++i) fourth[-i & 7] = table.boundary[2 * i];
   }
 };
-inline constexpr Nf4Search kNf4Search{};
-inline __m256i encode(__m256 q) {
-  const auto step = [q](__m256i so_far, const float* boundaries) {
-    const __m256 boundary = _mm256_permutevar8x32_ps(_mm256_loadu_ps(boundaries), so_far);
-    const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(q, boundary, _CMP_GT_OQ));
-    return _mm256_add_epi32(_mm256_add_epi32(so_far, so_far), above);
-  };
-  __m256i code = _mm256_castps_si256(_mm256_cmp_ps(q, _mm256_set1_ps(kNf4.boundary[7]), _CMP_GT_OQ));
-  code = step(code, kNf4Search.second);
-  code = step(code, kNf4Search.third);
-  code = step(code, kNf4Search.fourth);
-  return _mm256_sub_epi32(_mm256_setzero_si256(), code);
+inline constexpr PerCode<Search> kSearch;
+
+// Codes that are ranks, or (kInOrder false) are looked up by them.
+template <bool kInOrder>
+class Encoder {
+ public:
+  Encoder(const CodeTable& table, const Search& search)
+      : first_(_mm256_set1_ps(search.first)),
+        second_(_mm256_loadu_ps(search.second)),
+        third_(_mm256_loadu_ps(search.third)),
+        fourth_(_mm256_loadu_ps(search.fourth)),
+        low_values_(_mm256_loadu_ps(table.value)),
+        high_values_(_mm256_loadu_ps(table.value + 8)) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(table.code_of_rank));
+    low_codes_ = _mm256_castsi256_ps(_mm256_cvtepu8_epi32(codes));
+    high_codes_ = _mm256_castsi256_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(codes, 8)));
+  }
+  Codes encode(Floats q) const { return {encode(q.low), encode(q.high)}; }
+  Codes encode_within(Floats q) const { return encode(q); }
+  Floats values(Codes c) const {
+    return {_mm256_castsi256_ps(look_up(low_values_, high_values_, c.low)),
+            _mm256_castsi256_ps(look_up(low_values_, high_values_, c.high))};
+  }
+
+ private:
+  __m256i encode(__m256 q) const {
+    const auto step = [q](__m256i so_far, __m256 boundaries) {
+      const __m256 boundary = _mm256_permutevar8x32_ps(boundaries, so_far);
+      const __m256i above = _mm256_castps_si256(_mm256_cmp_ps(q, boundary, _CMP_GT_OQ));
+      return _mm256_add_epi32(_mm256_add_epi32(so_far, so_far), above);
+    };
+    __m256i rank = _mm256_castps_si256(_mm256_cmp_ps(q, first_, _CMP_GT_OQ));
+    rank = step(rank, second_);
+    rank = step(rank, third_);
+    rank = step(rank, fourth_);
+    rank = _mm256_sub_epi32(_mm256_setzero_si256(), rank);
+    return kInOrder ? rank : look_up(low_codes_, high_codes_, rank);
+  }
+
+  __m256 first_, second_, third_, fourth_, low_values_, high_values_, low_codes_, high_codes_;
+};
+template <class Use>
+inline void with_encoder(Code code, const Use& use) {
+  const CodeTable& table = table_of(code);
+  const Search& search = kSearch[code];
+  if (table.is_ascending) {
+    use(Encoder<true>(table, search));
+  } else {
+    use(Encoder<false>(table, search));
+  }
 }
-inline Codes encode(Floats q) { return {encode(q.low), encode(q.high)}; }
 // 16 integers below 256, as bytes.
 inline void store_bytes(uint8_t* p, __m256i low, __m256i high) {
   const __m256i words = _mm256_packus_epi32(low, high);  // 0-3, 8-11 | 4-7, 12-15
@@ -110,12 +149,6 @@ inline void store_bytes(uint8_t* p, __m256i low, __m256i high) {
                    _mm_unpacklo_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1)));
 }
 inline void store_codes(uint8_t* codes, Codes c) { store_bytes(codes, c.low, c.high); }
-inline __m256 values(__m256i code) {
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4.value), code);
-  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(kNf4.value + 8), code);
-  return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
-}
-inline Floats values(Codes c) { return {values(c.low), values(c.high)}; }
 inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
   store_bytes(packed, _mm256_or_si256(_mm256_slli_epi32(even.low, 4), odd.low),
               _mm256_or_si256(_mm256_slli_epi32(even.high, 4), odd.high));
@@ -180,12 +213,19 @@ inline __m256i round_to_float16(Floats x) {
                           _mm256_cvtps_ph(x.low, _MM_FROUND_TO_NEAREST_INT));
 }
 
+class Values {
+ public:
+  explicit Values(const CodeTable& table) : values_(load(table.value)) {}
+  Floats times(float scale) const { return mul(values_, splat(scale)); }
+
+ private:
+  Floats values_;
+};
 // Codes 0-7 and 8-15 as floats; or the low and the high bytes of 16 words, in both halves of the register.
 template <class T>
 struct Table {
   __m256i low, high;
 };
-inline Floats scaled_code(float absmax) { return mul(load(kNf4.value), splat(absmax)); }
 template <class T>
 inline Table<T> split_words(__m256i words) {
   // Gathers the low bytes of each half in its quarter 0 and the high bytes in its quarter 1, then quarters of a kind.
@@ -194,19 +234,19 @@ inline Table<T> split_words(__m256i words) {
   return {_mm256_permute4x64_epi64(bytes, 0x88), _mm256_permute4x64_epi64(bytes, 0xDD)};
 }
 template <class T>
-Table<T> make_table(float absmax);
+Table<T> make_table(const Values& values, float scale);
 template <>
-inline Table<float> make_table(float absmax) {
-  const Floats x = scaled_code(absmax);
+inline Table<float> make_table(const Values& values, float scale) {
+  const Floats x = values.times(scale);
   return {_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)};
 }
 template <>
-inline Table<float16> make_table(float absmax) {
-  return split_words<float16>(round_to_float16(scaled_code(absmax)));
+inline Table<float16> make_table(const Values& values, float scale) {
+  return split_words<float16>(round_to_float16(values.times(scale)));
 }
 template <>
-inline Table<bfloat16> make_table(float absmax) {
-  return split_words<bfloat16>(round_to_bfloat16(scaled_code(absmax)));
+inline Table<bfloat16> make_table(const Values& values, float scale) {
+  return split_words<bfloat16>(round_to_bfloat16(values.times(scale)));
 }
 
 template <bool kStream>

@@ -7,8 +7,8 @@
 
 #include "cpp/cpu/isa/avx2/bfloat16.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -135,11 +135,13 @@ inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
       _mm_or_si128(_mm_slli_epi16(_mm_and_si128(here, low), 4), _mm_and_si128(_mm_srli_epi16(next, 4), low)));
 }
 
-// The code values, scaled, and what code j of each lane stands for.
+// The values of a code, scaled, and what code j of each lane stands for.
 struct Table {
   F low, high;  // codes 0..7 and 8..15
 };
-inline Table nf4_table() { return {_mm256_loadu_ps(kNf4.value), _mm256_loadu_ps(kNf4.value + 8)}; }
+inline Table values_of(const CodeTable& table) {
+  return {_mm256_loadu_ps(table.value), _mm256_loadu_ps(table.value + 8)};
+}
 inline Table scaled(const Table& t, F scale) { return {mul(t.low, scale), mul(t.high, scale)}; }
 template <int j>
 inline F lookup(const Table& t, Codes c) {

@@ -10,7 +10,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
+#include "cpp/format/packing.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -94,13 +94,6 @@ inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
   return _mm256_load_si256(reinterpret_cast<const __m256i*>(byte));
 }
 
-inline int count_large(Ints chunk) {
-  const Ints upper_bits = _mm256_set1_epi8(static_cast<char>(0x88));
-  const Ints differ = _mm256_and_si256(_mm256_xor_si256(chunk, _mm256_slli_epi16(chunk, 1)), upper_bits);
-  const int none = _mm256_movemask_epi8(_mm256_cmpeq_epi8(differ, upper_bits));
-  return kChunk / 2 - __builtin_popcount(static_cast<unsigned>(none));
-}
-
 inline Ints granule_of_lanes(int phase, int log2_granule) {
   const Ints weight = _mm256_slli_epi32(lane_number(), 3);
   return _mm256_srl_epi32(_mm256_add_epi32(weight, _mm256_set1_epi32(phase)), _mm_cvtsi32_si128(log2_granule));
@@ -114,6 +107,17 @@ inline Floats lane_scales(const float* scales, Ints granules, int64_t lanes) {
 
 inline Ints low_nibbles(Ints bytes) { return _mm256_and_si256(bytes, _mm256_set1_epi8(15)); }
 inline Ints high_nibbles(Ints bytes) { return low_nibbles(_mm256_srli_epi16(bytes, 4)); }
+
+struct CodeSet {
+  Ints has;  // in both halves
+  explicit CodeSet(const uint8_t* has_)
+      : has(_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(has_)))) {}
+};
+inline int count_bytes_with(const CodeSet& codes, Ints chunk) {
+  const Ints low = _mm256_shuffle_epi8(codes.has, low_nibbles(chunk));
+  const Ints high = _mm256_shuffle_epi8(codes.has, high_nibbles(chunk));
+  return __builtin_popcount(static_cast<unsigned>(_mm256_movemask_epi8(_mm256_or_si256(low, high))));
+}
 
 // Byte `plane` of each of 16 values of `kBytes` bytes, in both halves.
 inline Ints byte_plane(const void* value, int bytes, int plane) {

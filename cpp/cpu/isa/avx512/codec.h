@@ -9,8 +9,8 @@
 #include "cpp/cpu/isa/avx512/bfloat16.h"
 #include "cpp/cpu/isa/dynamic8_cells.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -29,11 +29,6 @@ inline void store(float* p, Floats x) { _mm512_storeu_ps(p, x.v); }
 inline Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
 inline Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
-
-inline Floats clamp_to_one(Floats x) {
-  // The maximum with a NaN is its second operand: -1, whose code is NaN's.
-  return {_mm512_min_ps(_mm512_max_ps(x.v, _mm512_set1_ps(-1.0f)), _mm512_set1_ps(1.0f))};
-}
 
 inline void accumulate(double* sums, Floats x) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v));
@@ -61,6 +56,12 @@ inline Pairs load_pairs(const bfloat16* p) {
           {_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000u))))}};
 }
 
+// The code is in the top four bits of a lane.
+struct Codes {
+  __m512i v;
+};
+inline Floats look_up(Codes c, __m512 values) { return {_mm512_permutexvar_ps(_mm512_srli_epi32(c.v, 28), values)}; }
+
 // Codes by table instead of by comparison. q is also taken as the integer i = q * 2^28, exact for |q| >= 2^-5, where
 // all decision boundaries lie. [-1, 1] is cut into 31 cells of 1/15, so narrow that a cell holds at most one boundary
 // b. A cell whose lower end has code c maps to (c + 1) * 2^28 - b - 1: adding i leaves c + (i > b) in the top four
@@ -68,45 +69,94 @@ inline Pairs load_pairs(const bfloat16* p) {
 inline constexpr float kFixedOne = 268435456.0f;  // 2^28
 inline constexpr float kCellsPerOne = 15.0f;
 inline constexpr float kCellRounder = 8388608.0f + 16.0f;  // adding it leaves round(x) + 16 in the low bits
-struct Nf4Cells {
+struct Cells {
   int32_t entry[32] = {};
-  bool separate = true;  // no cell holds two boundaries, and none is so near an edge that rounding could move it across
+  // Whether codes are found this way: they ascend with the values, the largest of which is 1; no cell holds two
+  // boundaries, and none is so near an edge that rounding could move it across, or so near 0 that i is not exact.
+  bool serve = false;
 
-  constexpr Nf4Cells() {
-    for (int cell = 0; cell < 32; ++cell) {
+  constexpr Cells() = default;
+  explicit constexpr Cells(const CodeTable& table) : serve(table.is_ascending && table.largest == 1.0f) {
+    for (int cell = 0; cell < 32 && serve; ++cell) {
       const double low = (cell - 16.5) / kCellsPerOne, high = (cell - 15.5) / kCellsPerOne;
       int64_t code = 0;
-      while (code < kCodes - 1 && kNf4.boundary[code] < low) ++code;
+      while (code < kCodes - 1 && table.boundary[code] < low) ++code;
       // A cell without a boundary takes one from well above it.
       double boundary = high + 0.25;
-      if (code < kCodes - 1 && kNf4.boundary[code] < high) {
-        boundary = kNf4.boundary[code];
-        separate &= boundary - low > 1e-4 && high - boundary > 1e-4;
-        separate &= code + 1 == kCodes - 1 || kNf4.boundary[code + 1] > high;
+      if (code < kCodes - 1 && table.boundary[code] < high) {
+        boundary = table.boundary[code];
+        serve &= boundary - low > 1e-4 && high - boundary > 1e-4 && (boundary >= 0x1p-5 || boundary <= -0x1p-5);
+        serve &= code + 1 == kCodes - 1 || table.boundary[code + 1] > high;
       }
       const int64_t value = ((code + 1) << 28) - static_cast<int64_t>(boundary * kFixedOne) - 1;
       entry[cell] = static_cast<int32_t>(static_cast<uint32_t>(value));
     }
   }
 };
-inline constexpr Nf4Cells kNf4Cells{};
-static_assert(kNf4Cells.separate);
+inline constexpr PerCode<Cells> kCells;
+static_assert(kCells[Code::kNf4].serve);
 
-// The code is in the top four bits of a lane.
-struct Codes {
-  __m512i v;
+// For tables that cells serve.
+class CellEncoder {
+ public:
+  CellEncoder(const CodeTable& table, const Cells& cells)
+      : low_(_mm512_loadu_si512(cells.entry)),
+        high_(_mm512_loadu_si512(cells.entry + kLanes)),
+        values_(_mm512_loadu_ps(table.value)) {}
+  Codes encode_within(Floats q) const {
+    const __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(q.v, _mm512_set1_ps(kFixedOne)));
+    const __m512 cell = _mm512_fmadd_ps(q.v, _mm512_set1_ps(kCellsPerOne), _mm512_set1_ps(kCellRounder));
+    return {_mm512_add_epi32(fixed, _mm512_permutex2var_epi32(low_, _mm512_castps_si512(cell), high_))};
+  }
+  Codes encode(Floats q) const {
+    // The maximum with a NaN is its second operand: -1, whose code is NaN's.
+    return encode_within({_mm512_min_ps(_mm512_max_ps(q.v, _mm512_set1_ps(-1.0f)), _mm512_set1_ps(1.0f))});
+  }
+  Floats values(Codes c) const { return look_up(c, values_); }
+
+ private:
+  __m512i low_, high_;
+  __m512 values_;
 };
-inline Codes encode(Floats q) {
-  const __m512i low = _mm512_loadu_si512(kNf4Cells.entry), high = _mm512_loadu_si512(kNf4Cells.entry + kLanes);
-  const __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(q.v, _mm512_set1_ps(kFixedOne)));
-  const __m512 cell = _mm512_fmadd_ps(q.v, _mm512_set1_ps(kCellsPerOne), _mm512_set1_ps(kCellRounder));
-  return {_mm512_add_epi32(fixed, _mm512_permutex2var_epi32(low, _mm512_castps_si512(cell), high))};
+
+// For all tables: binary search for the rank, whose code is looked up.
+class RankEncoder {
+ public:
+  explicit RankEncoder(const CodeTable& table)
+      : boundaries_(_mm512_maskz_loadu_ps(0x7FFF, table.boundary)),
+        code_of_rank_(_mm512_slli_epi32(
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.code_of_rank))), 28)),
+        values_(_mm512_loadu_ps(table.value)) {}
+  Codes encode(Floats q) const {
+    __m512i rank = _mm512_setzero_si512();
+    for (int step = 8; step; step /= 2) {
+      const __m512i next = _mm512_add_epi32(rank, _mm512_set1_epi32(step));
+      const __m512 boundary = _mm512_permutexvar_ps(_mm512_add_epi32(rank, _mm512_set1_epi32(step - 1)), boundaries_);
+      rank = _mm512_mask_mov_epi32(rank, _mm512_cmp_ps_mask(q.v, boundary, _CMP_GT_OQ), next);
+    }
+    return {_mm512_permutexvar_epi32(rank, code_of_rank_)};
+  }
+  Codes encode_within(Floats q) const { return encode(q); }
+  Floats values(Codes c) const { return look_up(c, values_); }
+
+ private:
+  __m512 boundaries_;
+  __m512i code_of_rank_;
+  __m512 values_;
+};
+
+template <class Use>
+inline void with_encoder(Code code, const Use& use) {
+  const CodeTable& table = table_of(code);
+  const Cells& cells = kCells[code];
+  if (cells.serve) {
+    use(CellEncoder(table, cells));
+  } else {
+    use(RankEncoder(table));
+  }
 }
 inline void store_codes(uint8_t* codes, Codes c) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(_mm512_srli_epi32(c.v, 28)));
-}
-inline Floats values(Codes c) {
-  return {_mm512_permutexvar_ps(_mm512_srli_epi32(c.v, 28), _mm512_loadu_ps(kNf4.value))};
 }
 inline void store_packed(uint8_t* packed, Codes even, Codes odd) {
   constexpr int kSelect = 0xCA;  // first ? second : third, bit by bit
@@ -221,32 +271,42 @@ class Largest {
   __m512i bits_ = _mm512_setzero_si512();
 };
 
+class Values {
+ public:
+  explicit Values(const CodeTable& table)
+      : values_(_mm512_loadu_ps(table.value)), least_normal_(0x1.000002p-126f / table.smallest) {}
+  __m512 times(float scale) const { return _mm512_mul_ps(values_, _mm512_set1_ps(scale)); }
+  // Whether no product is subnormal.
+  bool are_normal(float scale) const { return scale >= least_normal_; }
+
+ private:
+  __m512 values_;
+  float least_normal_;
+};
 // 16-bit values stand there twice, so that bit 4 of an index does not matter.
 template <class T>
 struct Table {
   __m512i v;
 };
-inline __m512 scaled_code(float absmax) { return _mm512_mul_ps(_mm512_loadu_ps(kNf4.value), _mm512_set1_ps(absmax)); }
 
 template <class T>
-Table<T> make_table(float absmax);
+Table<T> make_table(const Values& values, float scale);
 template <>
-inline Table<float> make_table(float absmax) {
-  return {_mm512_castps_si512(scaled_code(absmax))};
+inline Table<float> make_table(const Values& values, float scale) {
+  return {_mm512_castps_si512(values.times(scale))};
 }
 template <>
-inline Table<float16> make_table(float absmax) {
-  return {_mm512_broadcast_i64x4(_mm512_cvtps_ph(scaled_code(absmax), _MM_FROUND_TO_NEAREST_INT))};
+inline Table<float16> make_table(const Values& values, float scale) {
+  return {_mm512_broadcast_i64x4(_mm512_cvtps_ph(values.times(scale), _MM_FROUND_TO_NEAREST_INT))};
 }
 template <>
-inline Table<bfloat16> make_table(float absmax) {
+inline Table<bfloat16> make_table(const Values& values, float scale) {
 #ifdef __AVX512BF16__
-  // The instruction flushes subnormals; no code but 0 is below 2^-4.
-  if (absmax >= 0x1p-122f) {
-    return {_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(scaled_code(absmax))))};
+  if (values.are_normal(scale)) {  // the instruction flushes subnormals
+    return {_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values.times(scale))))};
   }
 #endif
-  return {_mm512_broadcast_i64x4(round_to_bfloat16(scaled_code(absmax)))};
+  return {_mm512_broadcast_i64x4(round_to_bfloat16(values.times(scale)))};
 }
 
 // Which byte of a group each weight is in, for every byte of the vectors of T it decodes to.

@@ -7,8 +7,8 @@
 
 #include "cpp/cpu/isa/avx512/bfloat16.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -140,11 +140,11 @@ inline U nibble(Codes c) {
   return kShift[j] ? _mm512_srli_epi32(c, kShift[j]) : c;
 }
 
-// The code values, scaled, and what code j of each lane stands for.
+// The values of a code, scaled, and what code j of each lane stands for.
 struct Table {
   F value;
 };
-inline Table nf4_table() { return {_mm512_loadu_ps(kNf4.value)}; }
+inline Table values_of(const CodeTable& table) { return {_mm512_loadu_ps(table.value)}; }
 inline Table scaled(const Table& t, F scale) { return {mul(t.value, scale)}; }
 template <int j>
 inline F lookup(const Table& t, Codes c) {

@@ -69,12 +69,12 @@ inline void store_units(uint8_t* p, Floats x, float most) {
   const Ints units = _mm512_cvttps_epi32(_mm512_min_ps(splat(most), _mm512_abs_ps(x)));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(units));
 }
-inline Ints add_where_large(Ints sums, const uint8_t* row, uint8_t units) {
-  const Ints bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
-  const Ints codes = _mm512_or_si512(bytes, _mm512_slli_epi16(bytes, 12));  // in the upper halves of bytes
-  const Ints differ = _mm512_xor_si512(codes, _mm512_slli_epi16(codes, 1));
-  const __mmask64 large = _mm512_cmpge_epi8_mask(differ, _mm512_setzero_si512());
-  return _mm512_mask_adds_epu8(sums, large, sums, _mm512_set1_epi8(static_cast<char>(units)));
+inline Ints add_where_in(const CodeSet& codes, Ints sums, const uint8_t* row, uint8_t units) {
+  const Ints words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+  // The low nibble in the low half of the low byte of a word, the high one in that of the high byte.
+  const Ints nibbles = _mm512_or_si512(words, _mm512_slli_epi16(words, 4));
+  const __mmask64 in = _mm512_movepi8_mask(_mm512_permutexvar_epi8(nibbles, codes.has));
+  return _mm512_mask_adds_epu8(sums, in, sums, _mm512_set1_epi8(static_cast<char>(units)));
 }
 inline bool all_bytes_at_least(Ints sums, int bound) {
   return _mm512_cmpge_epu8_mask(sums, _mm512_set1_epi8(static_cast<char>(bound))) == ~__mmask64{0};

@@ -10,7 +10,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
+#include "cpp/format/packing.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -77,11 +77,15 @@ inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
   return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1, p);
 }
 
-inline int count_large(Ints chunk) {
-  const Ints upper_bits = _mm512_set1_epi8(static_cast<char>(0x88));
-  // (chunk ^ chunk << 1) & upper_bits
-  const Ints differ = _mm512_ternarylogic_epi32(chunk, _mm512_slli_epi16(chunk, 1), upper_bits, 0x28);
-  return __builtin_popcountll(_mm512_cmpneq_epi8_mask(differ, upper_bits));
+struct CodeSet {
+  Ints has;  // four times, for vpermb looks at the low six bits of a byte
+  explicit CodeSet(const uint8_t* has_)
+      : has(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(has_)))) {}
+};
+inline int count_bytes_with(const CodeSet& codes, Ints chunk) {
+  const Ints low = _mm512_permutexvar_epi8(chunk, codes.has);
+  const Ints high = _mm512_permutexvar_epi8(_mm512_srli_epi16(chunk, 4), codes.has);
+  return __builtin_popcountll(_mm512_movepi8_mask(_mm512_or_si512(low, high)));
 }
 
 inline Ints granule_of_lanes(int phase, int log2_granule) {

@@ -51,17 +51,21 @@ struct WordBf16 {
     return _mm512_permutexvar_epi16(order, both);
   }
 
+  // The values of a code, as a group is decoded from them.
+  using Values = Table;
+  static Values values_of(const CodeTable& table) { return panel::values_of(table); }
+
   // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
-  static void decode_row(const uint8_t* packed, float scale, Vector (&out)[2]) {
-    const F values = scaled(nf4_table(), splat(scale)).value;
-    const U table = (U)_mm512_cvtne2ps_pbh(values, values);  // twice, so that bit 4 of an index does not matter
+  static void decode_row(const Values& values, const uint8_t* packed, float scale, Vector (&out)[2]) {
+    const F products = scaled(values, splat(scale)).value;
+    const U table = (U)_mm512_cvtne2ps_pbh(products, products);  // twice, so that bit 4 of an index does not matter
     const U bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
     out[0] = _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table);
     out[1] = _mm512_permutexvar_epi16(bytes, table);
   }
-  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+  static void decode_row(const Values& values, const uint8_t* packed, float scale, Word* out) {
     Vector words[2];
-    decode_row(packed, scale, words);
+    decode_row(values, packed, scale, words);
     store(out, words[0]);
     store(out + 16, words[1]);
   }
@@ -72,9 +76,8 @@ struct WordBf16 {
 
   // What the codes of a row and of the next one stand for, and the words (row, next row) of codes in the low four bits
   // of each half of a lane.
-  static U row_table(float scale, float next_scale) {
-    const Table nf4 = nf4_table();
-    return (U)_mm512_cvtne2ps_pbh(scaled(nf4, splat(next_scale)).value, scaled(nf4, splat(scale)).value);
+  static U row_table(const Values& values, float scale, float next_scale) {
+    return (U)_mm512_cvtne2ps_pbh(scaled(values, splat(next_scale)).value, scaled(values, splat(scale)).value);
   }
   static U row_words(U codes, U table) {  // 0xEA: (a & b) | c
     const U index =
@@ -83,9 +86,9 @@ struct WordBf16 {
   }
 
   // The words of a group of lanes, (row, next row): of element 4i + j in vector j, lane i.
-  static void decode_lanes(const uint8_t* packed, const uint8_t* next, float scale, float next_scale,
-                           Vector (&out)[4]) {
-    const U table = row_table(scale, next_scale);
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, float scale,
+                           float next_scale, Vector (&out)[4]) {
+    const U table = row_table(values, scale, next_scale);
     const U codes = _mm512_or_si512(load_codes(packed), _mm512_slli_epi32(load_codes(next), 16));
     out[0] = row_words(_mm512_srli_epi16(codes, 4), table);
     out[1] = row_words(codes, table);

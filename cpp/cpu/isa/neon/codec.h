@@ -9,8 +9,8 @@
 #include "cpp/cpu/isa/neon/bfloat16.h"
 #include "cpp/cpu/isa/neon/tables.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -40,12 +40,6 @@ inline Floats sub(const Floats& a, const Floats& b) {
 }
 inline Floats mul(const Floats& a, const Floats& b) {
   return quarters(a, b, [](float32x4_t x, float32x4_t y) { return vmulq_f32(x, y); });
-}
-
-inline Floats clamp_to_one(const Floats& x) {
-  // The greater number of a NaN and -1 is -1, whose code is NaN's.
-  const Floats at_least = quarters(x, splat(-1.0f), [](float32x4_t a, float32x4_t b) { return vmaxnmq_f32(a, b); });
-  return quarters(at_least, splat(1.0f), [](float32x4_t a, float32x4_t b) { return vminnmq_f32(a, b); });
 }
 
 inline void accumulate(double* sums, const Floats& x) {
@@ -90,26 +84,31 @@ inline uint8x16_t low_bytes(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t
   return vuzp1q_u8(vreinterpretq_u8_u16(low), vreinterpretq_u8_u16(high));
 }
 
+using Codes = uint8x16_t;
+
 // Codes by table and one comparison. [-1, 1] is cut into 31 cells of 1/15, so narrow that a cell holds at most one
 // decision boundary: TBL looks up the code at the lower end of a cell and the boundary in it, which is out of reach
 // where there is none.
 inline constexpr float kCellsPerOne = 15.0f;
 inline constexpr float kCellRounder = 8388608.0f + 16.0f;  // adding it leaves round(x) + 16 in the low bits
-struct Nf4Cells {
+struct Cells {
   uint8_t code[32] = {};
   uint8_t boundary[4][32] = {};  // byte p of each
-  bool separate = true;  // no cell holds two boundaries, and none is so near an edge that rounding could move it across
+  // Whether codes are found this way: they ascend with the values, the largest of which is 1; no cell holds two
+  // boundaries, and none is so near an edge that rounding could move it across.
+  bool serve = false;
 
-  constexpr Nf4Cells() {
-    for (int cell = 0; cell < 32; ++cell) {
+  constexpr Cells() = default;
+  explicit constexpr Cells(const CodeTable& table) : serve(table.is_ascending && table.largest == 1.0f) {
+    for (int cell = 0; cell < 32 && serve; ++cell) {
       const double low = (cell - 16.5) / kCellsPerOne, high = (cell - 15.5) / kCellsPerOne;
       int below = 0;
-      while (below < kCodes - 1 && kNf4.boundary[below] < low) ++below;
+      while (below < kCodes - 1 && table.boundary[below] < low) ++below;
       float inside = 2.0f;
-      if (below < kCodes - 1 && kNf4.boundary[below] < high) {
-        inside = kNf4.boundary[below];
-        separate &= inside - low > 1e-4 && high - inside > 1e-4;
-        separate &= below + 1 == kCodes - 1 || kNf4.boundary[below + 1] > high;
+      if (below < kCodes - 1 && table.boundary[below] < high) {
+        inside = table.boundary[below];
+        serve &= inside - low > 1e-4 && high - inside > 1e-4;
+        serve &= below + 1 == kCodes - 1 || table.boundary[below + 1] > high;
       }
       code[cell] = static_cast<uint8_t>(below);
       for (int p = 0; p < 4; ++p)
@@ -117,32 +116,78 @@ struct Nf4Cells {
     }
   }
 };
-inline constexpr Nf4Cells kNf4Cells{};
-static_assert(kNf4Cells.separate);
+inline constexpr PerCode<Cells> kCells;
+static_assert(kCells[Code::kNf4].serve);
 
-using Codes = uint8x16_t;
-inline Codes encode(const Floats& q) {
-  const auto cell_of = [](float32x4_t x) {
-    return vreinterpretq_u32_f32(vfmaq_f32(vdupq_n_f32(kCellRounder), x, vdupq_n_f32(kCellsPerOne)));
-  };
-  const uint8x16_t cell = low_bytes(cell_of(q.q[0]), cell_of(q.q[1]), cell_of(q.q[2]), cell_of(q.q[3]));
-  const auto of_cell = [cell](const uint8_t* table) {
-    const uint8x16x2_t entries = {{vld1q_u8(table), vld1q_u8(table + 16)}};
-    return vqtbl2q_u8(entries, cell);
-  };
-  const uint8x16_t b0 = of_cell(kNf4Cells.boundary[0]), b1 = of_cell(kNf4Cells.boundary[1]);
-  const uint8x16_t b2 = of_cell(kNf4Cells.boundary[2]), b3 = of_cell(kNf4Cells.boundary[3]);
-  const auto zip1 = [](uint8x16_t a, uint8x16_t b) { return vreinterpretq_u16_u8(vzip1q_u8(a, b)); };
-  const auto zip2 = [](uint8x16_t a, uint8x16_t b) { return vreinterpretq_u16_u8(vzip2q_u8(a, b)); };
-  const Floats boundary = {
-      {floats_of(vzip1q_u16(zip1(b0, b1), zip1(b2, b3))), floats_of(vzip2q_u16(zip1(b0, b1), zip1(b2, b3))),
-       floats_of(vzip1q_u16(zip2(b0, b1), zip2(b2, b3))), floats_of(vzip2q_u16(zip2(b0, b1), zip2(b2, b3)))}};
-  const uint8x16_t above = low_bytes(vcgtq_f32(q.q[0], boundary.q[0]), vcgtq_f32(q.q[1], boundary.q[1]),
-                                     vcgtq_f32(q.q[2], boundary.q[2]), vcgtq_f32(q.q[3], boundary.q[3]));
-  return vsubq_u8(of_cell(kNf4Cells.code), above);  // true is -1
+// For tables that cells serve.
+class CellEncoder {
+ public:
+  CellEncoder(const CodeTable& table, const Cells& cells) : cells_(&cells), values_(float_table(table.value)) {}
+  Codes encode_within(const Floats& q) const {
+    const auto cell_of = [](float32x4_t x) {
+      return vreinterpretq_u32_f32(vfmaq_f32(vdupq_n_f32(kCellRounder), x, vdupq_n_f32(kCellsPerOne)));
+    };
+    const uint8x16_t cell = low_bytes(cell_of(q.q[0]), cell_of(q.q[1]), cell_of(q.q[2]), cell_of(q.q[3]));
+    const auto of_cell = [cell](const uint8_t* table) {
+      const uint8x16x2_t entries = {{vld1q_u8(table), vld1q_u8(table + 16)}};
+      return vqtbl2q_u8(entries, cell);
+    };
+    const uint8x16_t b0 = of_cell(cells_->boundary[0]), b1 = of_cell(cells_->boundary[1]);
+    const uint8x16_t b2 = of_cell(cells_->boundary[2]), b3 = of_cell(cells_->boundary[3]);
+    const auto zip1 = [](uint8x16_t a, uint8x16_t b) { return vreinterpretq_u16_u8(vzip1q_u8(a, b)); };
+    const auto zip2 = [](uint8x16_t a, uint8x16_t b) { return vreinterpretq_u16_u8(vzip2q_u8(a, b)); };
+    const Floats boundary = {
+        {floats_of(vzip1q_u16(zip1(b0, b1), zip1(b2, b3))), floats_of(vzip2q_u16(zip1(b0, b1), zip1(b2, b3))),
+         floats_of(vzip1q_u16(zip2(b0, b1), zip2(b2, b3))), floats_of(vzip2q_u16(zip2(b0, b1), zip2(b2, b3)))}};
+    const uint8x16_t above = low_bytes(vcgtq_f32(q.q[0], boundary.q[0]), vcgtq_f32(q.q[1], boundary.q[1]),
+                                       vcgtq_f32(q.q[2], boundary.q[2]), vcgtq_f32(q.q[3], boundary.q[3]));
+    return vsubq_u8(of_cell(cells_->code), above);  // true is -1
+  }
+  Codes encode(const Floats& q) const {
+    // The greater number of a NaN and -1 is -1, whose code is NaN's.
+    const Floats at_least = quarters(q, splat(-1.0f), [](float32x4_t a, float32x4_t b) { return vmaxnmq_f32(a, b); });
+    return encode_within(
+        quarters(at_least, splat(1.0f), [](float32x4_t a, float32x4_t b) { return vminnmq_f32(a, b); }));
+  }
+  Floats values(Codes c) const { return look_up(values_, c); }
+
+ private:
+  const Cells* cells_;
+  FloatTable values_;
+};
+
+// For all tables: the boundaries below q are counted, and the code of that rank is looked up.
+class RankEncoder {
+ public:
+  explicit RankEncoder(const CodeTable& table)
+      : table_(&table), code_of_rank_(vld1q_u8(table.code_of_rank)), values_(float_table(table.value)) {}
+  Codes encode(const Floats& q) const {
+    uint32x4_t below[4] = {vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0)};
+    for (const float boundary : table_->boundary) {
+      for (int i = 0; i < 4; ++i) below[i] = vsubq_u32(below[i], vcgtq_f32(q.q[i], vdupq_n_f32(boundary)));
+    }
+    return vqtbl1q_u8(code_of_rank_, low_bytes(below[0], below[1], below[2], below[3]));
+  }
+  Codes encode_within(const Floats& q) const { return encode(q); }
+  Floats values(Codes c) const { return look_up(values_, c); }
+
+ private:
+  const CodeTable* table_;
+  uint8x16_t code_of_rank_;
+  FloatTable values_;
+};
+
+template <class Use>
+inline void with_encoder(Code code, const Use& use) {
+  const CodeTable& table = table_of(code);
+  const Cells& cells = kCells[code];
+  if (cells.serve) {
+    use(CellEncoder(table, cells));
+  } else {
+    use(RankEncoder(table));
+  }
 }
 inline void store_codes(uint8_t* codes, Codes c) { vst1q_u8(codes, c); }
-inline Floats values(Codes c) { return look_up(float_table(kNf4.value), c); }
 inline void store_packed(uint8_t* packed, Codes even, Codes odd) { vst1q_u8(packed, vsliq_n_u8(odd, even, 4)); }
 
 inline void store_dynamic8(uint8_t* codes, const Floats& q) {
@@ -190,6 +235,14 @@ class Largest {
   uint16x8_t words_ = vdupq_n_u16(0);
 };
 
+class Values {
+ public:
+  explicit Values(const CodeTable& table) : values_(load(table.value)) {}
+  Floats times(float scale) const { return mul(values_, splat(scale)); }
+
+ private:
+  Floats values_;
+};
 // As planes of bytes: four of them, or two of 16-bit values.
 template <class T>
 struct Table {
@@ -199,25 +252,24 @@ template <>
 struct Table<float> {
   FloatTable floats;
 };
-inline Floats scaled_code(float absmax) { return mul(load(kNf4.value), splat(absmax)); }
 template <class T>
-Table<T> make_table(float absmax);
+Table<T> make_table(const Values& values, float scale);
 template <>
-inline Table<float> make_table(float absmax) {
-  const Floats x = scaled_code(absmax);
+inline Table<float> make_table(const Values& values, float scale) {
+  const Floats x = values.times(scale);
   return {float_table(x.q[0], x.q[1], x.q[2], x.q[3])};
 }
 template <>
-inline Table<float16> make_table(float absmax) {
-  const Floats x = scaled_code(absmax);
+inline Table<float16> make_table(const Values& values, float scale) {
+  const Floats x = values.times(scale);
   const auto round = [](float32x4_t low, float32x4_t high) {
     return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(low), high));
   };
   return {word_table(round(x.q[0], x.q[1]), round(x.q[2], x.q[3]))};
 }
 template <>
-inline Table<bfloat16> make_table(float absmax) {
-  const Floats x = scaled_code(absmax);
+inline Table<bfloat16> make_table(const Values& values, float scale) {
+  const Floats x = values.times(scale);
   return {word_table(round_to_bfloat16(x.q[0], x.q[1]), round_to_bfloat16(x.q[2], x.q[3]))};
 }
 

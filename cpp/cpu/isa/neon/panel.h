@@ -9,8 +9,8 @@
 #include "cpp/cpu/isa/neon/bfloat16.h"
 #include "cpp/cpu/isa/neon/tables.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -144,16 +144,16 @@ inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
   return vsriq_n_u8(vshlq_n_u8(load_codes(some), 4), load_codes(some + 1), 4);
 }
 
-// The code values and what they are scaled by, and what code j of each lane stands for.
+// The values of a code and what they are scaled by, and what code j of each lane stands for.
 struct Table {
-  FloatTable nf4;
+  FloatTable values;
   float32x4_t scale;
 };
-inline Table nf4_table() { return {float_table(kNf4.value), vdupq_n_f32(1.0f)}; }
-inline Table scaled(const Table& t, F scale) { return {t.nf4, vmulq_f32(t.scale, scale.low)}; }
+inline Table values_of(const CodeTable& table) { return {float_table(table.value), vdupq_n_f32(1.0f)}; }
+inline Table scaled(const Table& t, F scale) { return {t.values, vmulq_f32(t.scale, scale.low)}; }
 template <int j>
 inline F lookup(const Table& t, Codes c) {
-  const SixteenFloats x = look_up(t.nf4, j % 2 ? low_nibbles(c) : high_nibbles(c));
+  const SixteenFloats x = look_up(t.values, j % 2 ? low_nibbles(c) : high_nibbles(c));
   constexpr int kFirst = j / 2 * 2;
   return {vmulq_f32(x.q[kFirst], t.scale), vmulq_f32(x.q[kFirst + 1], t.scale)};
 }

@@ -11,7 +11,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
+#include "cpp/format/packing.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -117,13 +117,15 @@ inline Chunk load_chunk(const uint8_t* p, int64_t bytes) {
   return load_chunk(byte);
 }
 
-inline int count_large(Chunk chunk) {
-  const uint8x16_t upper_bits = vdupq_n_u8(0x88);
-  const auto none = [upper_bits](uint8x16_t x) {
-    return vceqq_u8(vandq_u8(veorq_u8(x, vshlq_n_u8(x, 1)), upper_bits), upper_bits);
+struct CodeSet {
+  uint8x16_t has;
+  explicit CodeSet(const uint8_t* has_) : has(vld1q_u8(has_)) {}
+};
+inline int count_bytes_with(const CodeSet& codes, Chunk chunk) {
+  const auto some = [&](uint8x16_t x) {
+    return vorrq_u8(vqtbl1q_u8(codes.has, low_nibbles(x)), vqtbl1q_u8(codes.has, high_nibbles(x)));
   };
-  const int8x16_t nones = vreinterpretq_s8_u8(vaddq_u8(none(chunk.low), none(chunk.high)));  // true is -1
-  return kChunk / 2 + vaddvq_s8(nones);
+  return -vaddvq_s8(vreinterpretq_s8_u8(vaddq_u8(some(chunk.low), some(chunk.high))));  // true is -1
 }
 
 // The three granules, at most, that a chunk lies in are a table of bytes, of which a lane takes four.

@@ -14,7 +14,6 @@
 #include <cstdint>
 
 #include "cpp/cpu/shared/instruction_set.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {

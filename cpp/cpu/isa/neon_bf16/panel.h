@@ -63,16 +63,23 @@ struct WordBf16 {
     return {vreinterpretq_u32_u16(vzip1q_u16(a, b)), vreinterpretq_u32_u16(vzip2q_u16(a, b))};
   }
 
+  // The values of a code, as a group is decoded from them.
+  using Values = SixteenFloats;
+  static Values values_of(const CodeTable& table) {
+    const auto load = [&](int i) { return vld1q_f32(table.value + i); };
+    return {{load(0), load(4), load(8), load(12)}};
+  }
+
   // What the codes of a row stand for.
-  static WordTable row_table(float scale) {
-    const auto scaled = [scale](int i) { return vmulq_n_f32(vld1q_f32(kNf4.value + i), scale); };
-    return word_table(round_to_bfloat16(scaled(0), scaled(4)), round_to_bfloat16(scaled(8), scaled(12)));
+  static WordTable row_table(const Values& values, float scale) {
+    const auto scaled = [&](int i) { return vmulq_n_f32(values.q[i], scale); };
+    return word_table(round_to_bfloat16(scaled(0), scaled(1)), round_to_bfloat16(scaled(2), scaled(3)));
   }
 
   // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors: those of
   // the high nibbles of two bytes, and of the low ones.
-  static void decode_row(const uint8_t* packed, float scale, Vector (&out)[2]) {
-    const WordTable table = row_table(scale);
+  static void decode_row(const Values& values, const uint8_t* packed, float scale, Vector (&out)[2]) {
+    const WordTable table = row_table(values, scale);
     const uint8x16_t bytes = vld1q_u8(packed);
     const auto words = [&](uint8x16_t codes) -> Vector {
       const Words w = look_up(table, codes);
@@ -81,9 +88,9 @@ struct WordBf16 {
     out[0] = words(high_nibbles(bytes));
     out[1] = words(low_nibbles(bytes));
   }
-  static void decode_row(const uint8_t* packed, float scale, Word* out) {
+  static void decode_row(const Values& values, const uint8_t* packed, float scale, Word* out) {
     Vector words[2];
-    decode_row(packed, scale, words);
+    decode_row(values, packed, scale, words);
     store(out, words[0]);
     store(out + kLanes, words[1]);
   }
@@ -93,9 +100,9 @@ struct WordBf16 {
   }
 
   // The words of a group of lanes, (row, next row): of element 4i + j in vector j, lane i.
-  static void decode_lanes(const uint8_t* packed, const uint8_t* next, float scale, float next_scale,
-                           Vector (&out)[4]) {
-    const WordTable table = row_table(scale), next_table = row_table(next_scale);
+  static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, float scale,
+                           float next_scale, Vector (&out)[4]) {
+    const WordTable table = row_table(values, scale), next_table = row_table(values, next_scale);
     const Codes codes = load_codes(packed), next_codes = load_codes(next);
     const auto pairs = [](uint16x8_t a, uint16x8_t b) -> Vector {
       return {vreinterpretq_u32_u16(vzip1q_u16(a, b)), vreinterpretq_u32_u16(vzip2q_u16(a, b))};

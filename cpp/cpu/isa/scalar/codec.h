@@ -1,5 +1,5 @@
 // The vocabulary codec:: in plain C++, the definition that the other sets' codec.h reproduce bit for bit. Everything
-// comes in groups of 32 weights (16 packed bytes), which is the smallest quantization block.
+// comes in groups of 32 weights (16 packed bytes).
 #pragma once
 
 #include <cstdint>
@@ -7,8 +7,8 @@
 
 #include "cpp/cpu/isa/dynamic8_cells.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -64,27 +64,37 @@ inline Pairs load_pairs(const T* p) {
   return r;
 }
 
-inline Floats clamp_to_one(Floats x) {
-  for (float& lane : x.lane) lane = lane > 1.0f ? 1.0f : lane < -1.0f ? -1.0f : lane;
-  return x;
-}
-
-// nf4_encode of each lane, which lies in [-1, 1].
 struct Codes {
   uint8_t lane[kLanes];
 };
-inline Codes encode(const Floats& q) {
-  Codes r;
-  for (int i = 0; i < kLanes; ++i) r.lane[i] = static_cast<uint8_t>(nf4_encode(q.lane[i]));
-  return r;
+// Encoding to a table's codes. A set may have an encoder for some tables that is faster than the one for all.
+class Encoder {
+ public:
+  explicit Encoder(const CodeTable& table) : table_(&table) {}
+  // The code of each lane's rank.
+  Codes encode(const Floats& q) const {
+    Codes r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = table_->code_of_rank[rank_of(*table_, q.lane[i])];
+    return r;
+  }
+  // The same where no |q| is above the table's largest value, but for a rounding. A NaN gets any code.
+  Codes encode_within(const Floats& q) const { return encode(q); }
+  // The value that each code stands for.
+  Floats values(const Codes& c) const {
+    Floats r;
+    for (int i = 0; i < kLanes; ++i) r.lane[i] = table_->value[c.lane[i]];
+    return r;
+  }
+
+ private:
+  const CodeTable* table_;
+};
+// use(encoder) with the best one for the code.
+template <class Use>
+inline void with_encoder(Code code, const Use& use) {
+  use(Encoder(table_of(code)));
 }
 inline void store_codes(uint8_t* codes, const Codes& c) { std::memcpy(codes, c.lane, sizeof c.lane); }
-// The value that each code stands for.
-inline Floats values(const Codes& c) {
-  Floats r;
-  for (int i = 0; i < kLanes; ++i) r.lane[i] = kNf4.value[c.lane[i]];
-  return r;
-}
 inline void store_packed(uint8_t* packed, const Codes& even, const Codes& odd) {
   for (int i = 0; i < kLanes; ++i) packed[i] = static_cast<uint8_t>(even.lane[i] << 4 | odd.lane[i]);
 }
@@ -133,17 +143,22 @@ class Largest {
   Bits bits_ = 0;
 };
 
+// The 16 values of a table, as products with scales are made from them.
+struct Values {
+  const float* value;
+  explicit Values(const CodeTable& table) : value(table.value) {}
+};
 // What the 16 codes decode to under one scale.
 template <class T>
 struct Table {
   T value[kCodes];
 };
 template <class T>
-inline Table<T> make_table(float absmax) {
-  // Volatile, or the compiler makes a negation of the product with -1, which flips the sign of a NaN.
-  const volatile float* code = kNf4.value;
+inline Table<T> make_table(const Values& values, float scale) {
+  // Volatile, or the compiler makes a negation of a product with -1, which flips the sign of a NaN.
+  const volatile float* value = values.value;
   Table<T> r;
-  for (int i = 0; i < kCodes; ++i) from_float(code[i] * absmax, &r.value[i]);
+  for (int i = 0; i < kCodes; ++i) from_float(value[i] * scale, &r.value[i]);
   return r;
 }
 

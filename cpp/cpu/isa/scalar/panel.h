@@ -5,8 +5,8 @@
 #include <cstdint>
 
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
 #include "cpp/format/philox.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -109,12 +109,12 @@ struct Codes {
 inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
   Codes c = {};
   for (int64_t e = 0; e < 4 * kLanes && (e + odd) / 2 < bytes; ++e)
-    c.code[e % 4][e / 4] = static_cast<uint8_t>(nf4_code_at(packed, e + odd));
+    c.code[e % 4][e / 4] = static_cast<uint8_t>(code_at(packed, e + odd));
   return c;
 }
 inline Codes load_codes(const uint8_t* packed) { return load_codes(packed, false, 2 * kLanes); }
 
-// The code values, scaled, and what code j of each lane stands for.
+// The values of a code, scaled, and what code j of each lane stands for.
 struct Table {
   float value[kCodes];
 };
@@ -123,9 +123,9 @@ inline Table scaled(const Table& t, F scale) {
   for (int i = 0; i < kCodes; ++i) out.value[i] = t.value[i] * scale.lane[0];
   return out;
 }
-inline Table nf4_table() {
+inline Table values_of(const CodeTable& table) {
   Table t;
-  for (int i = 0; i < kCodes; ++i) t.value[i] = kNf4.value[i];
+  for (int i = 0; i < kCodes; ++i) t.value[i] = table.value[i];
   return t;
 }
 template <int j>

@@ -80,14 +80,14 @@ inline uint32_t first_lane_bits(int64_t count) { return count >= kLanes ? 0xFFFF
     p[i] = static_cast<uint8_t>(magnitude < most ? magnitude : magnitude >= most ? most : 0.0f);
   }
 }
-// Adds `units` to the bytes of those of 64 columns whose code in `row` is large (count_large, stream.h), up to 255. The
-// order of the columns depends on the instruction set.
-[[gnu::noinline]] inline Ints add_where_large(const Ints& sums, const uint8_t* row, uint8_t units) {
+// Adds `units` to the bytes of those of 64 columns whose code in `row` is one of `codes`, up to 255. The order of the
+// columns depends on the instruction set.
+[[gnu::noinline]] inline Ints add_where_in(const CodeSet& codes, const Ints& sums, const uint8_t* row, uint8_t units) {
   uint8_t byte[4 * kLanes];
   std::memcpy(byte, sums.lane, sizeof byte);
   for (int i = 0; i < 4 * kLanes; ++i) {
     const int code = i % 2 ? row[i / 2] & 15 : row[i / 2] >> 4;
-    const int sum = byte[i] + (code < 4 || code >= 12 ? units : 0);
+    const int sum = byte[i] + (codes.has[code] ? units : 0);
     byte[i] = static_cast<uint8_t>(sum < 255 ? sum : 255);
   }
   Ints r;

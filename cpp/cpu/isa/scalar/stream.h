@@ -22,7 +22,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/dtypes.h"
-#include "cpp/format/nf4.h"
+#include "cpp/format/packing.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -130,14 +130,16 @@ inline uint32_t nibble(const Chunk& chunk, int lane, int s) {
   return static_cast<uint32_t>(chunk.lane[lane]) >> (4 * s) & 15u;
 }
 
-// How many bytes of a chunk have at least one code whose two upper bits are equal. NF4's codes are in order, so these
-// are the four least and the four greatest values.
-[[gnu::noinline]] inline int count_large(const Chunk& chunk) {
+// Some of the 16 codes, 0xFF for each.
+struct CodeSet {
+  const uint8_t* has;
+  explicit CodeSet(const uint8_t* has_) : has(has_) {}
+};
+// How many bytes of a chunk have at least one of these codes.
+[[gnu::noinline]] inline int count_bytes_with(const CodeSet& codes, const Chunk& chunk) {
   int count = 0;
-  for (int i = 0; i < kLanes; ++i) {
-    const uint32_t lane = static_cast<uint32_t>(chunk.lane[i]), differ = (lane ^ lane << 1) & 0x88888888u;
-    for (int b = 0; b < 4; ++b) count += (differ >> 8 * b & 0xFFu) != 0x88u;
-  }
+  for (int i = 0; i < kLanes; ++i)
+    for (int s = 0; s < 8; s += 2) count += (codes.has[nibble(chunk, i, s)] | codes.has[nibble(chunk, i, s + 1)]) != 0;
   return count;
 }
 

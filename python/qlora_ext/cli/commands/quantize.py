@@ -7,10 +7,11 @@ import contextlib
 from typing import Any
 
 from ..._internal.untrusted import printable
+from ...formats import BLOCK_SIZES
 from ..errors import UserError
 from ..models.conversion import SHARD_SIZE, spilled
 from ..models.devices import parse_device, parse_dtype
-from ..models.loading import BLOCK_SIZES, Loader
+from ..models.loading import Loader
 from ..models.pretrained import dense_name, is_4bit, load_tokenizer, restore_use_cache
 from ..models.size import dense_share, model_size
 from ..models.sources import PROVENANCE, resolve
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
         "--block-size", type=int, default=64, choices=BLOCK_SIZES, metavar="N",
-        help="weights that share a scale, a power of two from 32 to 4096 (default: %(default)s)",
+        help="weights that share a scale, a power of two from 16 to 4096 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--format", default="qlora_ext", choices=("qlora_ext", "bitsandbytes"),

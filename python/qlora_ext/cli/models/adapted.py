@@ -8,11 +8,12 @@ import pathlib
 import sys
 from typing import Any
 
+from ...formats import BLOCK_SIZES
 from ..errors import UserError
 from ..options import DEFAULT_RUN
 from .adapter_files import RECORD, base_of, check_files, find, load, record_of
 from .devices import parse_computing_dtype, parse_device, parse_dtype
-from .loading import BLOCK_SIZES, Loader
+from .loading import Loader
 from .pretrained import load_tokenizer
 from .sources import ModelSource, resolve
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from ...gguf import GGUFWeights
     from ...integrations.transformers.spill import Spill
 
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-
 
 def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
     """The weights of a GGUF file one by one; None of another source, or where transformers reads it whole only."""

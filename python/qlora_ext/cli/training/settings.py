@@ -12,10 +12,10 @@ from typing import Any
 
 from ..._internal.sizes import parse_size
 from ..._internal.untrusted import check, excerpt, printable, read_json
+from ...formats import BLOCK_SIZES
 from ..data import DEFAULT_DATA
 from ..errors import UserError
 from ..models.devices import AUTO, check_dtype
-from ..models.loading import BLOCK_SIZES
 from ..models.sources import DEFAULT_MODEL
 
 METHODS = ("auto", "sft", "dpo")

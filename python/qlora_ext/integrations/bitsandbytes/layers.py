@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...form import Form
 from ...nn import SCALES, Linear4bit
-from ...weight import NF4Weight
+from ...weight import NF4Weight, Weight4bit
 
 
 def _packed_state(w4: NF4Weight, prefix: str) -> dict[str, Tensor]:
@@ -91,7 +91,7 @@ class FromBitsandbytes(Linear4bit):
         if absmax is not None:
             self.register_buffer("absmax", absmax.detach())
 
-    def set_packed(self, name: str, w4: NF4Weight) -> None:
+    def set_packed(self, name: str, w4: Weight4bit) -> None:
         super().set_packed(name, w4)
         self.hide_scales()
 

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook as has_global_hook
 
 from ...merged import merged_weight
 from ...nn import Linear4bit
-from ...weight import NF4Weight
+from ...weight import Weight4bit
 from .merge import Over4bit
 from .reading import behind, stand_in
 
@@ -203,7 +203,7 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     # Adapters that run, and are trained, as they will be once merged; ``set_merge_aware`` says which.
     merge_aware: frozenset[str] = frozenset()
     # In inference: the merged weight, and of what it was made.
-    _kept: tuple[tuple[Any, ...], NF4Weight] | None = None
+    _kept: tuple[tuple[Any, ...], Weight4bit] | None = None
 
     def __init__(self, base_layer: Linear4bit, adapter_name: str, config: Any, **kwargs: Any) -> None:
         if config.fan_in_fan_out:  # GPT-2's Conv1D is an ordinary [N, K] once it is 4-bit
@@ -250,7 +250,7 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     def trained_as_merged(self) -> bool:
         return bool(self.merged_adapters) and self.merge_aware.issuperset(self.merged_adapters)
 
-    def _merged_weight(self, adapter: _Adapter) -> NF4Weight:
+    def _merged_weight(self, adapter: _Adapter) -> Weight4bit:
         layer, (name, a, b, _) = self.layer4bit, adapter
         scaling = self.scaling[name]
         may_change = self.training or torch.is_grad_enabled() or isinstance(scaling, Tensor)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...form import Form
 from ...merged import kept_of, seed_of, with_update
 from ...nn import Packed4bit, computing_in, is_dense, quantize_model
-from ...weight import NF4Weight
+from ...weight import Weight4bit
 from .._patches import extend
 from ..transformers.modules import dequantize_modules
 
@@ -34,7 +34,7 @@ class Over4bit:
     # By which merged weights are rounded, see ``set_name``.
     rounding_seed = 0
     # What merge found: the packed weight, the tensors in the module that hold it, and the bias.
-    _unmerged: tuple[NF4Weight, dict[str, Tensor], Tensor | None] | None = None
+    _unmerged: tuple[Weight4bit, dict[str, Tensor], Tensor | None] | None = None
 
     @property
     def layer4bit(self) -> Packed4bit:

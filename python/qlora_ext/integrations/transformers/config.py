@@ -16,6 +16,7 @@ from ... import _library
 from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype
 from ...form import Form
+from ...formats import NF4
 from ...streaming import SOURCES
 
 METHOD = "qlora_ext"
@@ -132,7 +133,7 @@ class QLoRAConfig(QuantizationConfigMixin):
     models no layer counts as an output head, and ``towers`` has no effect.
 
     Args:
-        block_size: elements per scale: a power of two from 32 to 4096.
+        block_size: elements per scale: a power of two from 16 to 4096.
         double_quant: whether the scales are stored in 8 bits, in blocks of ``nested_block_size``.
         nested_block_size: scales per nested scale: from 1 to 2^20.
         compute_dtype: dtype of the quantized layers' products and biases. "auto", the default, is the model's dtype,
@@ -245,6 +246,8 @@ class QLoRAConfig(QuantizationConfigMixin):
     def record(self, form: Form | None) -> None:
         """Notes the block sizes and scale form that a model's modules have, which a checkpoint may have chosen."""
         if form is not None:
+            if form.code != NF4:
+                raise ValueError(f"model: a checkpoint of this format holds {NF4} weights, got {form.code}")
             self.block_size, self.double_quant = form.block_size, form.double_quant
             self.nested_block_size = form.nested_block_size
 

@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, scale_names
-from ...weight import NF4Weight
+from ...weight import NF4Weight, Weight4bit
 from .spill import Spill
 
 
@@ -20,7 +20,7 @@ def _one(value: Any) -> Tensor:
     return tensor
 
 
-def _fill(module: Packed4bit, name: str, w4: NF4Weight, missing: Any) -> dict[str, Tensor]:
+def _fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[str, Tensor]:
     """Gives ``module`` a weight, and returns the tensors under the names by which transformers then sets them."""
     prefix, _, weight = name.rpartition(".")
     if isinstance(module, TiedLinear4bit):  # a copy of the table in the checkpoint; the scales are the table's
@@ -45,7 +45,7 @@ class Quantize(ConversionOps):
 
     def __init__(
         self,
-        quantize: Callable[[Packed4bit, Tensor], NF4Weight],
+        quantize: Callable[[Packed4bit, Tensor], Weight4bit],
         release: Callable[[Tensor], None],
         not_finite: dict[str, str],
         spill: Spill | None = None,
@@ -68,7 +68,7 @@ class Quantize(ConversionOps):
             self._release(dense)
         return filled
 
-    def _quantized(self, module: Packed4bit, name: str, dense: Tensor) -> NF4Weight:
+    def _quantized(self, module: Packed4bit, name: str, dense: Tensor) -> Weight4bit:
         try:
             return self._quantize(module, dense)
         except ValueError as error:

@@ -123,10 +123,10 @@ def refuse_split_experts(checkpoint_files: list[str]) -> None:
 
 
 def form_of(model: nn.Module) -> Form | None:
-    """The form of the model's 4-bit layers, which are of one block size and scale form; None where there is none."""
-    forms = {(m.block_size, m.double_quant, m.nested_block_size): m.form for _, m in layers_of(model)}
+    """The form of the 4-bit layers of the model, which share one form; None where there is no such layer."""
+    forms = {(m.form.code, m.block_size, m.double_quant, m.nested_block_size): m.form for _, m in layers_of(model)}
     if len(forms) > 1:
-        raise ValueError(f"model: expected 4-bit layers with the same block size and scale form, got {sorted(forms)}")
+        raise ValueError(f"model: expected 4-bit layers with one code, block size and scale form, got {sorted(forms)}")
     return next(iter(forms.values()), None)
 
 

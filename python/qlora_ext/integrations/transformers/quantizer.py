@@ -34,7 +34,7 @@ from ...nn import (
     tied_heads,
 )
 from ...streaming import stream
-from ...weight import NF4Weight
+from ...weight import Weight4bit
 from .._patches import extend
 from . import conversions
 from .config import METHOD, QLoRAConfig
@@ -227,7 +227,7 @@ class QLoRAQuantizer(HfQuantizer):
         sources = [*(f"weight.{name}" for name in COMPANIONS), "weight"]
         return [WeightConverter(sources, "weight", operations=[LoadBitsandbytes(self)])]
 
-    def quantize(self, module: Packed4bit, weight: torch.Tensor) -> NF4Weight:
+    def quantize(self, module: Packed4bit, weight: torch.Tensor) -> Weight4bit:
         """The 4-bit form of a checkpoint's dense ``weight`` for ``module``."""
         return module.quantize(weight.T if isinstance(module, Conv1D4bit) else weight)
 

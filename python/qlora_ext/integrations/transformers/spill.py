@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..._internal import digest
 from ..._internal.atomic import staged_file
-from ...weight import NF4Weight
+from ...weight import Weight4bit, weight_of
 from .config import QLoRAConfig
 
 
@@ -43,7 +43,7 @@ class Spill:
     def _path(self, name: str) -> pathlib.Path:
         return self.directory / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
-    def get(self, name: str) -> NF4Weight | None:
+    def get(self, name: str) -> Weight4bit | None:
         """The weight ``name``, mapped from its file; None where there is none, or a damaged one."""
         try:
             with safe_open(self._path(name), framework="pt") as file:
@@ -58,7 +58,7 @@ class Spill:
         self.found += 1
         return _weight(fields, tensors)
 
-    def put(self, name: str, w4: NF4Weight) -> NF4Weight:
+    def put(self, name: str, w4: Weight4bit) -> Weight4bit:
         """Writes a weight and gives it back mapped from its file; the one given is needed no more.
 
         Raises:
@@ -70,7 +70,7 @@ class Spill:
             self.error = error
             raise
 
-    def _put(self, name: str, w4: NF4Weight) -> NF4Weight:
+    def _put(self, name: str, w4: Weight4bit) -> Weight4bit:
         path = self._path(name)
         fields = {
             "name": name,
@@ -78,6 +78,7 @@ class Spill:
             "dtype": str(w4.dtype).removeprefix("torch."),
             "block_size": w4.block_size,
             "nested_block_size": w4.nested_block_size,
+            "code": w4.code,
         }
         tensors = {key: t.contiguous() for key, t in w4.tensors.items()}
         record = json.dumps({**fields, "sha256": _sha256(tensors, fields)})
@@ -93,16 +94,17 @@ def _sha256(tensors: dict[str, Tensor], fields: dict[str, Any]) -> str:
     return found.hexdigest()
 
 
-def _weight(fields: dict[str, Any], tensors: dict[str, Tensor]) -> NF4Weight:
-    return NF4Weight(
-        tensors["packed"],
-        tensors["absmax"],
-        tensors.get("nested_absmax"),
-        tensors.get("nested_offset"),
-        torch.Size(fields["shape"]),
-        getattr(torch, fields["dtype"]),
-        fields["block_size"],
-        fields["nested_block_size"],
+def _weight(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Weight4bit:
+    return weight_of(
+        fields["code"],
+        packed=tensors["packed"],
+        absmax=tensors["absmax"],
+        nested_absmax=tensors.get("nested_absmax"),
+        nested_offset=tensors.get("nested_offset"),
+        shape=torch.Size(fields["shape"]),
+        dtype=getattr(torch, fields["dtype"]),
+        block_size=fields["block_size"],
+        nested_block_size=fields["nested_block_size"],
     )
 
 

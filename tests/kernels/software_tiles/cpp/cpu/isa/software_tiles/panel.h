@@ -40,24 +40,26 @@ struct WordBf16 {
     for (int i = 0; i < kLanes; ++i) out.lane[i] = word(rounded(first.lane[i]), rounded(second.lane[i]));
     return out;
   }
-  static void decode_row(const uint8_t* packed, float scale, Vector (&out)[2]) {
-    const auto value = [&](int e) { return rounded(kNf4.value[nf4_code_at(packed, e)] * scale); };
+  using Values = Table;
+  static Values values_of(const CodeTable& table) { return panel::values_of(table); }
+  static void decode_row(const Values& values, const uint8_t* packed, float scale, Vector (&out)[2]) {
+    const auto value = [&](int e) { return rounded(values.value[code_at(packed, e)] * scale); };
     for (int i = 0; i < kLanes; ++i) {
       out[0].lane[i] = word(value(4 * i), value(4 * i + 2));
       out[1].lane[i] = word(value(4 * i + 1), value(4 * i + 3));
     }
   }
-  static Vector row_table(float scale, float next_scale) {
+  static Vector row_table(const Values& values, float scale, float next_scale) {
     Vector out;
     for (int i = 0; i < kCodes; ++i)
-      out.lane[i] = word(rounded(kNf4.value[i] * scale), rounded(kNf4.value[i] * next_scale));
+      out.lane[i] = word(rounded(values.value[i] * scale), rounded(values.value[i] * next_scale));
     return out;
   }
   static void decode_columns(const uint8_t* packed, const uint8_t* next, Vector table, Vector (&out)[2]) {
     for (int i = 0; i < kLanes; ++i) {
       for (int j = 0; j < 2; ++j) {
-        const uint32_t first = table.lane[nf4_code_at(packed, 2 * i + j)];
-        const uint32_t second = table.lane[nf4_code_at(next, 2 * i + j)];
+        const uint32_t first = table.lane[code_at(packed, 2 * i + j)];
+        const uint32_t second = table.lane[code_at(next, 2 * i + j)];
         out[j].lane[i] = (first & 0xFFFFu) | (second & 0xFFFF0000u);
       }
     }

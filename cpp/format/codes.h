@@ -1,0 +1,130 @@
+// What 4-bit codes stand for: a weight is value[code] * scale. Everything here is exact IEEE float32: compile without
+// fast-math and without contraction.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/packing.h"
+#include "cpp/format/portable.h"
+
+namespace qlora {
+
+// A code's 16 values, in any order and of any size, and what encoding and the kernels derive from them.
+//
+// Encoding goes by the distinct values in ascending order. The place of a value in this order is its *rank*. Of several
+// codes with one value (+0 and -0, say) encoding uses the lowest.
+//
+// clang-format off
+//   value, by code                3.0  -1.0   0.0   1.0   0.0 ..
+//   ranked                       -1.0   0.0   1.0   3.0   infinity
+//   boundary                        -0.5   0.5   2.0   infinity       midpoints of neighbours, rounded to float32
+//   code_of_rank                  1     2     3     0     (nothing)
+// clang-format on
+struct CodeTable {
+  const char* name = "";
+  bool is_test = false;  // made up for tests: no product has it, and it is not listed
+  float value[kCodes] = {};
+
+  int ranks = 0;              // distinct values
+  float ranked[kCodes] = {};  // by rank
+  uint8_t code_of_rank[kCodes] = {};
+  float boundary[kCodes - 1] = {};
+  float gap[kCodes - 1] = {};  // from a ranked value to the next one; infinity where there is none
+  float largest = 0.0f;        // |value|: a block's scale is its largest magnitude divided by this
+  float smallest = 0.0f;       // |value| but 0
+  bool is_ascending = false;   // codes are ranks
+  uint8_t zero_code = 0;       // what 0 is encoded as: the pad of an odd count
+
+  constexpr CodeTable() = default;
+  constexpr CodeTable(const char* name_, bool is_test_, const float (&value_)[kCodes])
+      : name(name_), is_test(is_test_) {
+    for (int code = 0; code < kCodes; ++code) value[code] = value_[code];
+    rank();
+    for (int i = ranks; i < kCodes; ++i) ranked[i] = __builtin_inff();
+    for (int i = 0; i + 1 < kCodes; ++i) {
+      const bool is_last = i + 1 >= ranks;
+      boundary[i] = is_last ? __builtin_inff() : (ranked[i] + ranked[i + 1]) * 0.5f;
+      gap[i] = is_last ? __builtin_inff() : ranked[i + 1] - ranked[i];
+    }
+    for (const float x : value) {
+      const float magnitude = x < 0 ? -x : x;
+      if (magnitude > largest) largest = magnitude;
+      if (magnitude > 0 && (smallest == 0 || magnitude < smallest)) smallest = magnitude;
+    }
+    is_ascending = ranks == kCodes;
+    for (int i = 0; i < ranks; ++i) is_ascending &= code_of_rank[i] == i;
+    int zero_rank = 0;
+    for (const float b : boundary) zero_rank += 0.0f > b;
+    zero_code = code_of_rank[zero_rank];
+  }
+
+  // Two codes of the least value, in which a block whose scale is NaN is packed.
+  constexpr uint8_t nan_byte() const { return static_cast<uint8_t>(code_of_rank[0] * 17); }
+
+ private:
+  constexpr void rank() {
+    for (int code = 0; code < kCodes; ++code) {
+      int at = 0;
+      while (at < ranks && ranked[at] < value[code]) ++at;
+      if (at < ranks && ranked[at] == value[code]) continue;
+      for (int i = ranks; i > at; --i) ranked[i] = ranked[i - 1], code_of_rank[i] = code_of_rank[i - 1];
+      ranked[at] = value[code];
+      code_of_rank[at] = static_cast<uint8_t>(code);
+      ++ranks;
+    }
+  }
+};
+
+enum class Code : int { kNf4, kShuffled };
+
+inline constexpr CodeTable kCodeTables[] = {
+    // 4-bit NormalFloat (Dettmers et al., "QLoRA", 2023, appendix E), as bitsandbytes has it.
+    {"nf4",
+     false,
+     {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+      -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
+      0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
+      1.0f}},
+    {"shuffled",
+     true,
+     {0.75f, -2.5f, 0.0f, 3.0f, -0.25f, 1.5f, -1.0f, 2.0f, -0.5f, 0.25f, -1.75f, 2.5f, 1.0f, -0.0f, 0.5f, -1.25f}},
+};
+inline constexpr int kCodeTableCount = sizeof(kCodeTables) / sizeof(kCodeTables[0]);
+
+QLORA_INLINE constexpr const CodeTable& table_of(Code code) { return kCodeTables[static_cast<int>(code)]; }
+
+// A T of each code, made of its table at compile time.
+template <class T>
+struct PerCode {
+  T of[kCodeTableCount] = {};
+
+  constexpr PerCode() {
+    for (int i = 0; i < kCodeTableCount; ++i) of[i] = T(kCodeTables[i]);
+  }
+  constexpr const T& operator[](Code code) const { return of[static_cast<int>(code)]; }
+};
+
+// The scale of a block whose largest magnitude is `absmax`.
+QLORA_HD float scale_of(float absmax, float largest_value) {
+  return largest_value == 1.0f ? absmax : absmax / largest_value;
+}
+
+// What a block's values are multiplied by before they are encoded. A NaN scale stays NaN, so that every code of the
+// block is that of the least value and every decoded value NaN.
+QLORA_HD float inverse_absmax(float scale) { return 1.0f / (scale < 1e-38f ? 1e-38f : scale); }
+
+// The same under a scale that was not taken from these values. Doubly quantized, it may be below zero, which mirrors
+// the codes, or nothing, under which only the code of 0 is right.
+QLORA_HD float inverse_scale(float scale) {
+  const bool is_nothing = scale < 1e-38f && scale > -1e-38f;
+  return is_nothing ? 0.0f : 1.0f / scale;
+}
+
+// The number of boundaries below q: a tie goes to the lower rank, NaN to rank 0.
+QLORA_INLINE int rank_of(const CodeTable& table, float q) {
+  int rank = 0;
+  for (int i = 0; i + 1 < kCodes; ++i) rank += q > table.boundary[i];
+  return rank;
+}
+
+}  // namespace qlora
