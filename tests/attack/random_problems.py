@@ -218,19 +218,20 @@ def call_by_kernel(operator: Callable[..., Any], arguments: Sequence[Any], varia
         raise
 
 
-def argument_names(name: str) -> list[str]:
-    return [argument.name for argument in getattr(OPS, name).default._schema.arguments]
+def _defaults(name: str) -> dict[str, Any]:
+    """The arguments of an operator in the order of its schema, each with its default; None where it has none."""
+    return {argument.name: argument.default_value for argument in getattr(OPS, name).default._schema.arguments}
 
 
 def by_name(name: str, arguments: Sequence[Any]) -> dict[str, Any]:
-    """The arguments by their names in the schema; None where one is left out."""
-    names = argument_names(name)
-    return dict.fromkeys(names) | dict(zip(names, arguments, strict=False))
+    """The arguments by their names in the schema; omitted ones have their defaults."""
+    defaults = _defaults(name)
+    return defaults | dict(zip(defaults, arguments, strict=False))
 
 
 def in_order(name: str, arguments: Mapping[str, Any]) -> list[Any]:
-    """The arguments in the order of the schema; None where one is left out."""
-    return [arguments.get(argument) for argument in argument_names(name)]
+    """The arguments in the order of the schema; omitted ones have their defaults."""
+    return [arguments.get(argument, default) for argument, default in _defaults(name).items()]
 
 
 def bits(out: Tensor | tuple[Tensor, ...]) -> list[Tensor]:
