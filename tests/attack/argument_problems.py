@@ -168,7 +168,7 @@ def good_arguments(rng: random.Random) -> dict[str, Any]:
     good |= {"w": randn(n, k), "x": randn(m, k), "dy": randn(m, n), "bias": randn(n), "shape": [n, k], "dtype": dtype}
     good |= {"lora_a": randn(rank, k), "lora_b": randn(n, rank), "scaling": 0.5, "seed": 12}
     good |= {"h": None, "g": None, "importance": torch.rand(k)}
-    good |= {"feedback": torch.eye(k), "order": torch.randperm(k)}
+    good |= {"feedback": torch.eye(k), "order": torch.randperm(k), "code": "nf4"}
     good["seed_tensor"] = rng.choice([None, torch.tensor(-12)])
     good |= {"dropout_p": rng.choice([0.0, 0.3]), "w4": w4, "codes": codes.absmax, "_codes": codes}
     good |= {"offsets": torch.tensor(sorted(rng.randint(0, m) for _ in range(experts)))}
