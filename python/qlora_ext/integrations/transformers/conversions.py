@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -35,18 +36,22 @@ def _is_computed(conversion: Any) -> bool:
     return isinstance(conversion, WeightConverter)
 
 
+def _is_prefix(conversion: Any) -> bool:
+    from transformers import core_model_loading
+
+    return isinstance(conversion, getattr(core_model_loading, "PrefixChange", ()))
+
+
 def _matches(conversion: Any, names: list[str]) -> bool:
     return any(conversion.rename_source_key(name)[1] is not None for name in names)
 
 
 def for_saving(model: Any, conversions: list[Any] | None) -> list[Any]:
     """The ``conversions`` (None: the default ones) for saving ``model``, without those that break packed weights."""
-    from transformers import core_model_loading
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    if conversions is None:
-        prefixes = getattr(core_model_loading, "PrefixChange", ())  # as transformers does: what was read is not known
-        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, prefixes)]
+    if conversions is None:  # as transformers does: what was read is not known
+        conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not _is_prefix(c)]
     weights, names = _packed_names(model)
     fitting = [c for c in conversions if not (_is_computed(c) and _matches(c.reverse_transform(), weights))]
     return _without_lossy_renamings(fitting, names)
@@ -56,11 +61,15 @@ def for_loading(model: nn.Module, conversions: list[Any]) -> list[Any]:
     """The ``conversions`` for loading our checkpoint into ``model``, without those that break packed weights."""
     weights, names = _packed_names(model)
     fitting = [c for c in conversions if not (_is_computed(c) and _matches(c, weights))]
-    return _without_lossy_renamings(fitting, names)
+    # A model is saved without the prefixes that other models' files have.
+    return _without_lossy_renamings(fitting, names, is_saved=lambda c: not _is_prefix(c))
 
 
-def _round_trip(name: str, renamings: list[Any]) -> tuple[str, list[int]]:
-    """A name as it is after saving and loading, and which of the ``renamings`` changed it, the last one first."""
+def _round_trip(name: str, renamings: list[Any], is_saved: Callable[[Any], bool]) -> tuple[str, list[int]]:
+    """A name as it is after saving and loading, and which of the ``renamings`` changed it, the last one first.
+
+    Saving reverses those of which ``is_saved`` holds.
+    """
     applied: list[int] = []
 
     def rename(i: int, renaming: Any) -> None:
@@ -71,13 +80,16 @@ def _round_trip(name: str, renamings: list[Any]) -> tuple[str, list[int]]:
         name = new
 
     for i in reversed(range(len(renamings))):
-        rename(i, renamings[i].reverse_transform())
+        if is_saved(renamings[i]):
+            rename(i, renamings[i].reverse_transform())
     for i, renaming in enumerate(renamings):
         rename(i, renaming)
     return name, applied
 
 
-def _without_lossy_renamings(conversions: list[Any], names: list[str]) -> list[Any]:
+def _without_lossy_renamings(
+    conversions: list[Any], names: list[str], is_saved: Callable[[Any], bool] = lambda _: True
+) -> list[Any]:
     """``conversions`` without renamings that give one of ``names`` another name once it is saved and loaded.
 
     So does one of a file's ``proj`` to the model's ``proj.weight``: the scales, ``proj.absmax``, come back as
@@ -88,10 +100,10 @@ def _without_lossy_renamings(conversions: list[Any], names: list[str]) -> list[A
         while True:
             indices = [i for i, c in enumerate(kept) if not _is_computed(c)]
             renamings = copy.deepcopy([kept[i] for i in indices])  # for they note that they were used
-            found, applied = _round_trip(name, renamings)
+            found, applied = _round_trip(name, renamings, is_saved)
             if found == name or not applied:
                 break
             without = {i: renamings[:i] + renamings[i + 1 :] for i in applied}
-            culprit = next((i for i in applied if _round_trip(name, without[i])[0] == name), applied[0])
+            culprit = next((i for i in applied if _round_trip(name, without[i], is_saved)[0] == name), applied[0])
             del kept[indices[culprit]]
     return kept
