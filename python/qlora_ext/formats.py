@@ -1,4 +1,4 @@
-"""The names and sizes of the 4-bit formats, as the compiled library has them: nothing in Python types them again."""
+"""The names and sizes of the 4-bit formats, read from the compiled library so that they are defined once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def is_integer(value: Any) -> bool:
 
 
 def check_block_sizes(block_size: Any = 64, nested_block_size: Any = 256) -> None:
-    """Refuses with a ValueError what is no block size of the formats."""
+    """Raises a ValueError unless both are block sizes of the formats."""
     if not is_integer(block_size) or block_size not in BLOCK_SIZES:
         raise ValueError(
             f"block_size: expected a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, "
@@ -33,9 +33,9 @@ def check_block_sizes(block_size: Any = 64, nested_block_size: Any = 256) -> Non
 
 
 def check_code(code: Any) -> None:
-    """Refuses with a ValueError what is no 4-bit code."""
+    """Raises a ValueError unless ``code`` is the name of a 4-bit code."""
     if not isinstance(code, str):
         raise ValueError(f"code: expected {', '.join(CODES)}, got {reprlib.repr(code)}")
-    # Dynamo cannot trace _C, which also knows the codes that are made up for tests.
+    # _C also accepts the codes made up for tests. It is called last, because Dynamo cannot trace it.
     if code not in CODES:
         _C.code_values(code)

@@ -61,14 +61,14 @@ def for_loading(model: nn.Module, conversions: list[Any]) -> list[Any]:
     """The ``conversions`` for loading our checkpoint into ``model``, without those that break packed weights."""
     weights, names = _packed_names(model)
     fitting = [c for c in conversions if not (_is_computed(c) and _matches(c, weights))]
-    # A model is saved without the prefixes that other models' files have.
+    # Prefixes come from files of other models; saving does not add them.
     return _without_lossy_renamings(fitting, names, is_saved=lambda c: not _is_prefix(c))
 
 
 def _round_trip(name: str, renamings: list[Any], is_saved: Callable[[Any], bool]) -> tuple[str, list[int]]:
     """A name as it is after saving and loading, and which of the ``renamings`` changed it, the last one first.
 
-    Saving reverses those of which ``is_saved`` holds.
+    Saving reverses the renamings for which ``is_saved`` is true.
     """
     applied: list[int] = []
 
