@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from .._internal.untrusted import excerpt, printable
 from . import suggestions
-from .commands import adapters, chat, check, finetune, generate, info, merge, plan, quantize, run
+from .commands import adapters, chat, check, completion, finetune, generate, info, merge, plan, quantize, run
 from .errors import UserError, first_line
 
 _TRACEBACK = "QLORA_TRACEBACK"
@@ -23,8 +23,49 @@ _TRACEBACK = "QLORA_TRACEBACK"
 _OUT_OF_MEMORY = re.compile("can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed")
 
 
+class _HelpAll(argparse.Action):
+    """Prints the help with every option, and exits."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="show all options and exit")
+
+    def __call__(self, parser: argparse.ArgumentParser, *arguments: Any) -> NoReturn:
+        assert isinstance(parser, _Parser)
+        print(parser.format_help_all(), end="")
+        parser.exit()
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors name its own command's help, and what was probably meant."""
+    """A parser whose errors name the help of its own command, and suggest what was probably meant.
+
+    A command with many options calls ``shorten_help``.
+    """
+
+    _in_help: frozenset[str] | None = None
+
+    def shorten_help(self, *options: str) -> None:
+        """Makes ``--help`` show only these options, and ``--help-all`` all of them."""
+        self.add_argument("--help-all", action=_HelpAll)
+        self.usage = "%(prog)s [options]"
+        self._in_help = frozenset(("--help", "--help-all", *options))
+
+    def format_help_all(self) -> str:
+        return super().format_help()
+
+    def format_help(self) -> str:
+        if self._in_help is None:
+            return self.format_help_all()
+        hidden = [action for action in self._actions if self._in_help.isdisjoint(action.option_strings)]
+        texts, epilog = [action.help for action in hidden], self.epilog
+        try:
+            for action in hidden:
+                action.help = argparse.SUPPRESS
+            self.epilog = f"{self.prog} --help-all shows {len(hidden)} more options."
+            return self.format_help_all()
+        finally:
+            self.epilog = epilog
+            for action, text in zip(hidden, texts, strict=True):
+                action.help = text
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
@@ -84,9 +125,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action=_Version)
     # But for "run", whose program speaks for itself, in a process of its own.
-    parser.set_defaults(quiet=True, needs_library=True)
+    parser.set_defaults(quiet=True, needs_library=True, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    for command in (finetune, generate, chat, quantize, check, merge, adapters, plan, run, info):
+    for command in (finetune, generate, chat, quantize, check, merge, adapters, plan, run, info, completion):
         command.add_parser(commands)
     return parser
 

@@ -53,6 +53,9 @@ _OPTIONS = {
     "--seed": "random-state random-seed data-seed sampling-seed",
     "--save-steps": "save-every save-interval steps-per-save train-save-interval saves-per-epoch",
     "--eval-steps": "eval-every eval-interval steps-per-eval evaluation-steps evals-per-epoch val-check-interval",
+    "--report-to": "tracker trackers logger loggers log-with",
+    "--config": "config-file config-path yaml",
+    "--help-all": "help-verbose full-help helpfull",
     "--dtype": "torch-dtype compute-dtype bnb-4bit-compute-dtype precision mixed-precision bf16 fp16 fp32 tf32",
     "--device": "device-map use-cpu no-cuda gpu n-gpu-layers",
     "--grad-checkpointing": "gradient-checkpointing use-gradient-checkpointing activation-checkpointing "
@@ -81,6 +84,7 @@ _COMMANDS = {
     "plan": "estimate estimate-memory memory vram",
     "run": "exec launch",
     "info": "env environment doctor system",
+    "completion": "completions complete-shell autocomplete install-completion show-completion",
 }
 
 

@@ -13,7 +13,7 @@ from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
 from ..models.loading import Loader, load_dense
 from ..models.pretrained import dense_name, is_4bit, load_tokenizer
 from ..models.sources import ModelSource, resolve
-from ..models.validate_model import check_tokens
+from ..models.validate_model import check_tokens, longest_input
 from ..options import add_dtype_option, add_trust_option
 from ..outputs.directory import output_file
 from ..outputs.files import write_json
@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = held_out.default_text() if arguments.data is None else arguments.data
     model = Loader(source, Form(dtype), device, compute).while_loading()
     base = None if base_source is None else load_dense(base_source, dtype, device, compute)
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or held_out.LENGTH
+    longest = longest_input(model) or held_out.LENGTH
     if text == "self":
         length = min(held_out.LENGTH, longest)
         ids = self_text.write(base or model, arguments.tokens // length, length, arguments.seed)

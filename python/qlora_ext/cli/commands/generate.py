@@ -71,10 +71,16 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import set_seed
 
     validate_model.check_tokens(model, [prompt])
+    limit = validate_model.longest_input(model)
+    if limit is not None and len(prompt) >= limit:
+        raise UserError(
+            f"--prompt: the prompt has {len(prompt)} tokens; the model reads at most {limit}, its answer included"
+        )
+    new_tokens = arguments.max_new_tokens if limit is None else min(arguments.max_new_tokens, limit - len(prompt))
     from ..generation.compiled import PAYS_FROM, decode_compiled
 
-    decode_compiled(model, arguments.compile, pays=arguments.max_new_tokens >= PAYS_FROM)
+    decode_compiled(model, arguments.compile, pays=new_tokens >= PAYS_FROM)
     set_seed(arguments.seed)
-    answer = complete(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature).strip()
+    answer = complete(model, tokenizer, prompt, new_tokens, arguments.temperature).strip()
     print(printable(answer, lines=True))
     return 0

@@ -87,6 +87,10 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--plot", metavar="PNG", help="draw the split to a picture")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON, in bytes")
+    parser.shorten_help(
+        "--model", "--rank", "--seq-len", "--batch-size", "--grad-checkpointing", "--dtype", "--device", "--memory",
+        "--max-memory", "--plot", "--json",
+    )  # fmt: skip
     parser.set_defaults(run=run)
 
 

@@ -51,6 +51,9 @@ def add_parser(commands: Any) -> None:
     calibrate.add_options(parser)
     calibrate.add_init_lora_options(parser)
     mixed_precision.add_option(parser)
+    parser.shorten_help(
+        "--model", "--output", "--overwrite", "--block-size", "--format", "--embeddings", "--device", "--calibrate"
+    )
     parser.set_defaults(run=run)
 
 

@@ -38,7 +38,7 @@ class Conversation:
         self._tokenizer = tokenizer
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._temperature = temperature
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = validate_model.longest_input(model)
         self._new = min(max_new_tokens, limit // 2) if limit else max_new_tokens
         self._room = limit - self._new if limit else None  # for the prompt, in tokens
         self._said: list[Message] = []

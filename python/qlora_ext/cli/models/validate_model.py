@@ -166,3 +166,9 @@ def check_tokens(model: Any, rows: Iterable[list[int]]) -> None:
     largest = max((max(row) for row in rows if row), default=0)
     if largest >= known:
         raise UserError(f"the tokenizer has token {largest}, the model has {known} tokens: they do not belong together")
+
+
+def longest_input(model: Any) -> int | None:
+    """How many tokens the model reads at once, by ``max_position_embeddings`` of its configuration; None: no limit."""
+    limit: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit

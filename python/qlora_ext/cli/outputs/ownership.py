@@ -18,8 +18,9 @@ MARKER = "qlora_output.json"
 MANIFEST = "manifest.json"  # in a checkpoint: its files, see checkpoints.py
 RECORD = "qlora_run.json"  # in an adapter that finetune wrote
 _MARKER: Schema = {"command?": str, "files?": [str], "waiting?": str, "output?": str}
-# A run also has settings.json, adapter/ and checkpoint-N/.
+# A run also has settings.json, adapter/, checkpoint-N/, and the event files of --report-to tensorboard.
 _RUN = frozenset({"settings.json", "before.json", "metrics.jsonl", "loss.png", MARKER})
+_EVENTS = re.compile(r"runs/[^/]+/events\.out\.tfevents\.[^/]+")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 # Files of adapters and checkpoints without a list of their files: those of earlier versions, and damaged ones.
 _SAVED_BY_PEFT = frozenset({"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_base.json"})
@@ -119,7 +120,7 @@ def foreign_in_run(run: pathlib.Path) -> str | None:
 
     def written(name: str) -> bool:
         first, _, rest = name.partition("/")
-        return saved_with(first)(rest) if rest else name in _RUN
+        return bool(_EVENTS.fullmatch(name)) or (saved_with(first)(rest) if rest else name in _RUN)
 
     return foreign_in(run, written)
 

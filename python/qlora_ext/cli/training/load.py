@@ -17,7 +17,7 @@ from ..models.devices import name_of, parse_computing_dtype, parse_dtype
 from ..models.loading import Loader
 from ..models.pretrained import load_config
 from ..models.size import dense_share, model_size
-from ..models.validate_model import check_tokens
+from ..models.validate_model import check_tokens, longest_input
 from ..outputs.ownership import read_marker
 from . import adapting
 from .identity import digest_of_model
@@ -53,6 +53,7 @@ def load(run: Run) -> None:
     if s.chunked_loss:
         adapting.check_chunked_loss(run.model)
     check_tokens(run.model, _token_ids(run.parts))
+    _check_lengths(run)
 
 
 def _computing_dtype(run: Run) -> torch.dtype:
@@ -82,3 +83,23 @@ def _token_ids(parts: Parts) -> Iterator[list[int]]:
     for rows in (parts.train, parts.held_out):
         for row in rows:
             yield from (ids for key, ids in row.items() if key.endswith("_ids") and key != "position_ids")
+
+
+def _check_lengths(run: Run) -> None:
+    """Rejects examples of more tokens than the model reads. An example in a packed row has positions of its own."""
+    limit = longest_input(run.model)
+    if limit is None or run.settings.seq_len <= limit:
+        return
+    longest = 0
+    for rows in (run.parts.train, run.parts.held_out):
+        for row in rows:
+            if "prompt_ids" in row:
+                size = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+            else:
+                size = max(row["position_ids"]) + 1 if "position_ids" in row else len(row["input_ids"])
+            longest = max(longest, size)
+    if longest > limit:
+        raise UserError(
+            f"--seq-len {run.settings.seq_len}: the longest example has {longest} tokens, and the model reads at most "
+            f"{limit} (max_position_embeddings in its config.json); use --seq-len {limit}"
+        )

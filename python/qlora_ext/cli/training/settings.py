@@ -72,14 +72,12 @@ class Settings:
                          free=True)  # fmt: skip
     data: str = _option(
         DEFAULT_DATA,
-        "a file (.jsonl, .json, .csv, .tsv, .parquet, .txt, .dict.dz), a directory of such files, a data set of the "
-        "hub (OWNER/NAME or OWNER/NAME:SUBSET), package:chitchat-dataset (PyPI) or package:dict-jargon (Debian); "
-        "of texts, pairs, conversations, or preferences (see docs/data.md)",
+        "a file (.jsonl, .csv, .parquet, .txt, ...), a directory of files, OWNER/NAME on the hub, or package:NAME",
         group="what",
         free=True,
     )
     split: str = _option("train", "what to read of data that have several splits", group="what")
-    seq_len: int = _option(256, "tokens an example is cut to; a longer text makes several", 2, group="what")
+    seq_len: int = _option(256, "tokens per row; longer texts make several rows", 2, group="what")
     eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
 
     rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
@@ -118,13 +116,8 @@ class Settings:
     )  # fmt: skip
     beta: float = _option(0.1, "dpo: the larger, the closer to the base it stays", 0, 1e6, group="training")
     max_steps: int = _option(50, "optimizer steps", 1, group="training")
-    epochs: float = _option(
-        0.0, "passes over the rows to train on, in place of --max-steps (0: as --max-steps says)", 0, 1e6,
-        group="training",
-    )  # fmt: skip
-    batch_size: int = _option(
-        4, "rows of --seq-len tokens a forward pass; short examples share a row", 1, group="training"
-    )
+    epochs: float = _option(0.0, "passes over the rows, instead of --max-steps", 0, 1e6, group="training")
+    batch_size: int = _option(4, "rows per forward pass; short examples share a row", 1, group="training")
     grad_accum: int = _option(1, "forward passes an optimizer step", 1, group="training")
     lr: float = _option(2e-4, "learning rate", 0, 1e6, group="training")
     lr_schedule: str = _option(
@@ -155,10 +148,16 @@ class Settings:
         group="training", free=True,
     )  # fmt: skip
 
+    report_to: str = _option(
+        "none",
+        "experiment trackers that get the metrics, by their names in transformers, separated by commas, such as "
+        "tensorboard (which writes to OUTPUT/runs), wandb or mlflow",
+        group="training", free=True,
+    )  # fmt: skip
+
     dtype: str = _option(
         AUTO,
-        "dtype of the computation: bfloat16, float16, float32, or auto: bfloat16, except on CPUs that compute faster "
-        "in float32; a resumed run keeps the dtype it began with",
+        "bfloat16, float16, float32, or auto: the faster one on this processor",
         group="machine",
     )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="machine", free=True)
@@ -181,14 +180,14 @@ class Settings:
     )  # fmt: skip
     resident: str = _option(
         "", "with --stream: the memory that the weights may take where they are used, such as 6GB (default: the least)",
-        group="machine", free=True,
+        group="machine", free=True, metavar="SIZE",
     )  # fmt: skip
 
     max_memory: str = _option(
         "",
-        "choose among --chunked-loss, --grad-checkpointing, --offload-checkpoints, --stream and --mlp-chunk what lets "
-        "the run fit into so much memory of the GPU (on the CPU: of the process), such as 8GB",
+        "choose the memory-saving switches with which the run fits into this much, such as 8GB",
         group="machine",
+        metavar="SIZE",
     )
 
     # Not an option: the lengths in steps that the run had before --resume --max-steps made it longer, shortest first.
@@ -333,7 +332,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
             group.add_argument(flag(field.name), action="store_true", default=argparse.SUPPRESS, help=text)
             continue
         kind = _TYPES[str(field.type)]
-        metavar = {"int": "N", "float": "X", "str": field.name.upper()}[str(field.type)]
+        metavar = {"int": "N", "float": "X", "str": field.metadata.get("metavar", "NAME")}[str(field.type)]
         group.add_argument(
             flag(field.name),
             type=kind,
@@ -368,7 +367,7 @@ def given(options: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
     if typed.get("epochs") and "max_steps" in typed:
         raise UserError("--epochs and --max-steps exclude each other; give one of them")
     if typed.get("warmup_steps") is not None:
-        if "warmup_ratio" in typed:
+        if typed.get("warmup_ratio"):
             raise UserError("--warmup-steps and --warmup-ratio exclude each other; give one of them")
         typed["warmup_ratio"] = 0.0
     if typed.get("lr_schedule") == CONSTANT:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
-from ..._internal.untrusted import Schema, read_json
+from ..._internal.untrusted import Schema, excerpt, read_json
 from ...streaming import offload_checkpoints
 from ...streaming.loss import has_plain_head, learnt_loss
 from ..data import Row, pack
@@ -21,7 +21,7 @@ from ..models.validate_model import named
 from ..outputs.files import delete, move_up, staged_directory
 from ..outputs.ownership import foreign_in_checkpoint
 from .checkpoints import checkpoints, step_of, write_manifest
-from .settings import Settings
+from .settings import Settings, named_modules
 
 _KEPT_CHECKPOINTS = 2
 _STATE: Schema = {
@@ -30,6 +30,27 @@ _STATE: Schema = {
     "num_input_tokens_seen": int,
     "log_history": [{"step": int, "loss?": float, "eval_loss?": float}],
 }
+
+
+def _trackers(names: str) -> list[str]:
+    """The experiment trackers in a list with commas, by transformers' names.
+
+    Raises:
+        UserError: transformers does not know one, or it is not installed.
+    """
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    trackers = [] if names == "none" else named_modules(names)
+    for name in trackers:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(["none", *sorted(INTEGRATION_TO_CALLBACK)])
+            raise UserError(f"--report-to {excerpt(name)}: expected one of {known}")
+        if name not in get_available_reporting_integrations():
+            raise UserError(f"--report-to {name}: {name} is not installed; install it with: pip install {name}")
+    return trackers
 
 
 def training_arguments(
@@ -71,7 +92,7 @@ def training_arguments(
             seed=settings.seed,
             use_cpu=device.type == "cpu",
             remove_unused_columns=False,
-            report_to=[],
+            report_to=_trackers(settings.report_to),
             disable_tqdm=True,
             **more,
         )
