@@ -47,6 +47,11 @@ class Weight4bit(NoArithmetic):
         return self.nested_absmax is not None
 
     @property
+    def form(self) -> Form:
+        scales = formats.NESTED8 if self.double_quant else formats.FLOAT32
+        return Form(self.code, scales, self.block_size, self.nested_block_size)
+
+    @property
     def device(self) -> torch.device:
         return self.packed.device
 
@@ -150,9 +155,10 @@ class NF4Weight(Weight4bit):
         return cls(**bitsandbytes_state.read(state_dict, prefix))
 
 
-def weight_of(code: str, **fields: Any) -> Weight4bit:
-    """The weight of that code: an ``NF4Weight`` of NF4."""
-    return NF4Weight(**fields) if code == formats.NF4 else Weight4bit(**fields, code=code)
+def weight_of(form: Form, **fields: Any) -> Weight4bit:
+    """The weight of that form; ``fields`` are its tensors, shape and dtype. It is an ``NF4Weight`` if its code is NF4."""
+    cls = NF4Weight if form.code == formats.NF4 else Weight4bit
+    return cls(**fields, block_size=form.block_size, nested_block_size=form.nested_block_size, code=form.code)
 
 
 # A pickle of one holds tensors and numbers, and runs nothing: torch.load takes it with weights_only=True.
@@ -205,13 +211,13 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
         Traceback (most recent call last):
         ValueError: w: expected finite values, got nan at index [1] (1 of 1 blocks hold NaN or infinity)
     """
-    w4 = quantize(w, Form(torch.float32, block_size, double_quant, nested_block_size))
+    w4 = quantize(w, Form.of(block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size))
     assert isinstance(w4, NF4Weight)
     return w4
 
 
 def quantize(w: Tensor, form: Form) -> Weight4bit:
-    """The same to any code: ``w`` in 4 bits by ``form``, whose ``compute_dtype`` does not matter."""
+    """Quantizes ``w`` to any form; ``quantize_nf4`` is the NF4 case and lists the errors."""
     if not isinstance(w, Tensor):
         raise TypeError(f"w: expected a torch.Tensor, got {type(w).__name__}")
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -224,15 +230,13 @@ def quantize(w: Tensor, form: Form) -> Weight4bit:
     if form.double_quant:
         absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, form.nested_block_size)
     return weight_of(
-        form.code,
+        form,
         packed=packed,
         absmax=absmax,
         nested_absmax=nested_absmax,
         nested_offset=nested_offset,
         shape=w.shape,
         dtype=w.dtype,
-        block_size=form.block_size,
-        nested_block_size=form.nested_block_size,
     )
 
 

@@ -206,7 +206,7 @@ def test_adapters(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path,
         found: list[dict[str, Any]] = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            base = Loader(resolve(str(paths["model"])), Form(torch.bfloat16), torch.device("cpu")).while_loading()
+            base = Loader(resolve(str(paths["model"])), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
             with contextlib.suppress(UserError):
                 found.append(load(base, find(str(adapter)), False).state_dict())
         assert len(found) == 2

@@ -82,7 +82,7 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
     from qlora_ext.cli.models.sources import resolve
     from qlora_ext.form import Form
 
-    model = Loader(resolve(str(talker)), Form(torch.float32), torch.device("cpu")).while_loading()
+    model = Loader(resolve(str(talker)), Form(), torch.float32, torch.device("cpu")).while_loading()
     talk = Conversation(model, AutoTokenizer.from_pretrained(talker), "be brief", 8, 0.0)
     shown: list[str] = []
     forgotten = [talk.answer("x" * 60, shown.append) for _ in range(4)]  # of 256 tokens

@@ -72,7 +72,7 @@ def test_weights_one_by_one_are_those_of_the_whole(
     decoded: list[str] = []
     decode = weights.GGUFWeights.decode
     monkeypatch.setattr(weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1])
-    found = Loader(resolve(str(path)), Form(torch.bfloat16), torch.device("cpu")).while_loading()
+    found = Loader(resolve(str(path)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
     assert sorted(decoded) == sorted(expected.state_dict())
     assert same_state(found, qlora_ext.quantize_model(expected))

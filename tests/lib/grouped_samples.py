@@ -127,7 +127,7 @@ def grouped_sample(
         return (torch.randn(*shape, generator=generator) * factor).to(device, dtype)
 
     experts = len(counts)
-    form = Form(torch.float32, block_size, double_quant, code=code)
+    form = Form.of(block_size=block_size, double_quant=double_quant, code=code)
     return GroupedSample(
         x=randn(sum(counts) + unassigned, k),
         counts=counts,

@@ -134,7 +134,7 @@ def linear_sample(
     return LinearSample(
         x=randn(*lead, k),
         # The CPU's bits are the device's (test_codec_cuda.py), and the simulator would take longer for them than for y.
-        w4=quantize(w, Form(torch.float32, block_size, double_quant, code=code)).to(device),
+        w4=quantize(w, Form.of(block_size=block_size, double_quant=double_quant, code=code)).to(device),
         bias=randn(n) if bias else None,
         lora_a=None if rank is None else randn(rank, k, factor=max(k, 1) ** -0.5),
         lora_b=None if rank is None else randn(n, rank, factor=0.2),

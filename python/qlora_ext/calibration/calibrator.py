@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._internal import digest
 from .._internal.untrusted import FileError, printable
 from .._library import build_info
+from ..form import Form
 from ..weight import Weight4bit
 from . import self_text
 from .encoder import Encoded, Feedback, encode
@@ -107,14 +108,15 @@ class Calibration:
         self,
         model: nn.Module,
         layers: Iterable[str],
-        form: Mapping[str, Any],
+        form: Form,
+        compute_dtype: torch.dtype | None,
         given: Sequence[Any] | None,
         init_lora: InitLora | None,
     ) -> dict[str, Any]:
         """By what a calibration knows its own results again: what is calibrated, on what, and how.
 
         Args:
-            layers: names of those that are calibrated. form: of the 4-bit weights.
+            layers: names of those that are calibrated. form, compute_dtype: of the 4-bit layers.
             given: what ``given_batches`` returns.
         """
         weights, inputs = hashlib.sha256(), hashlib.sha256()
@@ -122,7 +124,8 @@ class Calibration:
         digest.update(inputs, given)
         key = {name: getattr(self, name) for name in ("method", "tokens", "length", "seed", "damping")}
         key |= {"inputs": inputs.hexdigest() if given else "self", "weights": weights.hexdigest()}
-        key |= {**{name: str(value) for name, value in form.items()}, "version": build_info()["version"]}
+        key |= {name: str(value) for name, value in {**form.keywords, "compute_dtype": compute_dtype}.items()}
+        key["version"] = build_info()["version"]
         return key if init_lora is None else {**key, "init_lora": vars(init_lora)}
 
     @classmethod
@@ -182,7 +185,7 @@ class Calibrator:
         model: dense.
         layers: the layers that will be quantized, by name, in the order in which ``refine`` gets them.
         calibration: what to run the model on.
-        form: of the 4-bit weights, by the names that ``quantize_model`` has for it.
+        form, compute_dtype: of the 4-bit layers.
         init_lora: adapters to begin with that are wanted beside, of which experts have none.
 
     Raises:
@@ -194,7 +197,8 @@ class Calibrator:
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         calibration: Calibration,
-        form: Mapping[str, Any],
+        form: Form,
+        compute_dtype: torch.dtype | None,
         init_lora: InitLora | None = None,
     ) -> None:
         if not layers:
@@ -210,7 +214,9 @@ class Calibrator:
         given = calibration.given_batches()
         self._store = None
         if calibration.directory is not None:
-            self._store = Store(calibration.directory, calibration.key(model, layers, form, given, init_lora))
+            self._store = Store(
+                calibration.directory, calibration.key(model, layers, form, compute_dtype, given, init_lora)
+            )
         self._batches = given or calibration.written_batches(model, self._store)
         self._moments: dict[tuple[str, str], Moments | ExpertMoments] = {}
         self._feedback: tuple[Moments, Feedback] | None = None

@@ -185,7 +185,7 @@ def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
 
 
 def _candidate(name: str, layer: Packed4bit, dense: nn.Module) -> Candidate:
-    plain = quantized(dense, **vars(layer.form))
+    plain = quantized(dense, layer.compute_dtype, **layer.form.keywords)
     if dict(plain.packed_shapes) != dict(layer.packed_shapes):
         raise ValueError(
             f"base: expected the dense model that `model` was quantized from, got {name} with weights "

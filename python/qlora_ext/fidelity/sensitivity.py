@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +13,11 @@ from ..nn import quantized, to_be_quantized
 from .layers import Candidate, LayerCost, measure
 from .loss import check_ids
 from .mixed_precision import choose
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..form import FormKeywords
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,13 +58,13 @@ def sensitivity(
     model: nn.Module,
     inputs: Tensor | str = "self",
     skip: Iterable[str] | None = None,
-    block_size: int = 64,
-    double_quant: bool = True,
+    *,
     towers: bool = False,
     tokens: int = 4096,
     length: int = 128,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    **form: Unpack[FormKeywords],
 ) -> Sensitivity:
     """Estimates, for every layer that ``quantize_model`` would quantize, how much the loss rises by that layer alone.
 
@@ -70,10 +75,11 @@ def sensitivity(
     Args:
         model: a dense language model that maps token ids [B, T] to logits [B, T, V]. It is not changed.
         inputs: "self" (a transformers model writes its own text), or token ids int64 [B, T].
-        skip, block_size, double_quant, towers: as in ``quantize_model``.
+        skip, towers: as in ``quantize_model``.
         tokens, length: of the text that the model writes: in total, and per sequence.
         seed: of that text, and of the labels that are drawn.
-        progress: called with the sequences done, and their number.
+        progress: called with the number of finished sequences and the number of all sequences.
+        form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in ``Linear4bit``.
 
     Raises:
         TypeError, ValueError: an argument is none of these, or the model has no layer to quantize.
@@ -95,7 +101,6 @@ def sensitivity(
             raise ValueError(f"inputs: expected 'self' or token ids [B, T], got {inputs!r}")
         inputs = self_text.write(model, max(1, tokens // length), length, seed)
     ids = check_ids(inputs, least=1).to(_device(model))
-    form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
     candidates = {module: Candidate(name, quantized(module, **form)) for module, name in layers.items()}
     costs = measure(model, candidates, ids, seed, progress)
     return Sensitivity(costs, held_bytes(model) - sum(cost.extra_bytes for cost in costs))

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..form import Form
-from ..formats import NF4
+from ..form import Form, FormKeywords
 from ..weight import Weight4bit
 from .linear import Linear4bit
 from .packed import PackedWeight4bit
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,7 +83,8 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         num_embeddings, embedding_dim: V and D.
         padding_idx: kept for those who ask; its row is decoded like any other.
         compute_dtype: of the rows.
-        block_size, double_quant, device, nested_block_size: as in ``Linear4bit``.
+        device: of the packed state; "meta" allocates nothing.
+        form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in ``Linear4bit``.
 
     Example:
         >>> table = qlora_ext.nn.Embedding4bit.from_embedding(nn.Embedding(1000, 64))
@@ -104,15 +106,13 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         embedding_dim: int,
         padding_idx: int | None = None,
         compute_dtype: torch.dtype = torch.bfloat16,
-        block_size: int = 64,
-        double_quant: bool = True,
+        *,
         device: torch.device | str | None = None,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        **form: Unpack[FormKeywords],
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size, code))
+        self._set_form(Form.of(**form), compute_dtype)
         if padding_idx is not None and not isinstance(padding_idx, int):
             raise TypeError(f"padding_idx: expected a row number, got {padding_idx!r}")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
@@ -131,23 +131,24 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         cls,
         embedding: nn.Embedding,
         compute_dtype: torch.dtype | None = None,
-        block_size: int = 64,
-        double_quant: bool = True,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        **form: Unpack[FormKeywords],
     ) -> Embedding4bit:
-        """Quantizes an ``nn.Embedding``. Its dtype is that of the rows by default.
+        """Quantizes an ``nn.Embedding``.
+
+        Args:
+            compute_dtype: as in the constructor; the default is the dtype of ``embedding``.
+            form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in the constructor.
 
         Raises:
-            TypeError: no ``nn.Embedding``. ValueError: one with ``max_norm``, which changes its table as it is read.
+            TypeError: ``embedding`` is not a dense ``nn.Embedding``. ValueError: it has ``max_norm``, with which
+                lookups change the table; or as from ``quantize_nf4``.
         """
         if isinstance(embedding, Embedding4bit) or not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding: expected an nn.Embedding, got {type(embedding).__name__}")
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected max_norm=None, got {embedding.max_norm}")
-        form = Form(compute_dtype or embedding.weight.dtype, block_size, double_quant, nested_block_size, code)
         sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
-        module = cls(*sizes, device="meta", **vars(form))
+        module = cls(*sizes, compute_dtype or embedding.weight.dtype, device="meta", **form)
         module.set_weight(module.quantize(embedding.weight))
         return module.train(embedding.training)
 
@@ -201,7 +202,7 @@ class TiedLinear4bit(Linear4bit):
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
         self.__dict__["embedding"] = embedding  # beside the submodules: it belongs to another
-        self._compute_dtype = embedding.compute_dtype
+        self.compute_dtype = embedding.compute_dtype
         self.weight = embedding.weight
         self.register_parameter("bias", bias)
         self.train(embedding.training)
@@ -225,12 +226,8 @@ class TiedLinear4bit(Linear4bit):
         return self.embedding.nested_offset
 
     @property
-    def form(self) -> Form:
-        return dataclasses.replace(self.embedding.form, compute_dtype=self._compute_dtype)
-
-    @form.setter
-    def form(self, form: Form) -> None:
-        self._compute_dtype = form.compute_dtype  # the rest is the table's
+    def form(self) -> Form:  # type: ignore[override]
+        return self.embedding.form
 
     @property
     def weight_dtype(self) -> torch.dtype:  # type: ignore[override]

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import grouped
 from ..autograd import draw_seed
-from ..form import Form
-from ..formats import NF4
+from ..form import Form, FormKeywords
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
 from .packed import Packed4bit, scale_names
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 assert grouped  # the operator must be registered
 
@@ -82,8 +84,9 @@ class Experts4bit(Packed4bit):
 
     Args:
         experts: the dense module; its weights are neither read nor kept.
-        compute_dtype, block_size, double_quant, device, nested_block_size: as in ``Linear4bit``; the dtype is that of
-            the dense weights by default.
+        compute_dtype: of the products; the default is the dtype of the dense weights.
+        device: of the packed state; "meta" allocates nothing.
+        form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in ``Linear4bit``.
 
     Raises:
         TypeError: ``experts`` is no such module.
@@ -103,11 +106,9 @@ class Experts4bit(Packed4bit):
         self,
         experts: nn.Module,
         compute_dtype: torch.dtype | None = None,
-        block_size: int = 64,
-        double_quant: bool = True,
+        *,
         device: torch.device | str | None = None,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        **form: Unpack[FormKeywords],
     ) -> None:
         super().__init__()
         if not is_fused_experts(experts):
@@ -129,7 +130,7 @@ class Experts4bit(Packed4bit):
         self._taken_over = [key for key in vars(experts) if key not in _MODULE_STATE]
         _hand_over(experts, self, self._taken_over, but=self._shapes)
         dtype: torch.dtype = experts.down_proj.dtype  # type: ignore[assignment]
-        self._set_form(Form(compute_dtype or dtype, block_size, double_quant, nested_block_size, code))
+        self._set_form(Form.of(**form), compute_dtype or dtype)
         self._register_packed(device)
         self.train(experts.training)
 
@@ -154,16 +155,10 @@ class Experts4bit(Packed4bit):
 
     @classmethod
     def from_experts(
-        cls,
-        experts: nn.Module,
-        compute_dtype: torch.dtype | None = None,
-        block_size: int = 64,
-        double_quant: bool = True,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        cls, experts: nn.Module, compute_dtype: torch.dtype | None = None, **form: Unpack[FormKeywords]
     ) -> Experts4bit:
-        """Quantizes a dense module; see the class for which."""
-        module = cls(experts, compute_dtype, block_size, double_quant, "meta", nested_block_size, code)
+        """Quantizes a dense module. Arguments and errors are those of the constructor and of ``quantize_nf4``."""
+        module = cls(experts, compute_dtype, device="meta", **form)
         for name in module._shapes:
             module.set_packed(name, module.quantize(getattr(experts, name)))
         return module

@@ -11,12 +11,15 @@ from torch import Tensor, nn
 
 from .._internal.lending import PackedTensors
 from ..autograd import call_linear_nf4, draw_seed
-from ..form import Form
+from ..form import Form, FormKeywords
 from ..formats import NF4
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
 from .packed import PackedWeight4bit
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class Linear4bit(PackedWeight4bit, nn.Linear):
@@ -66,7 +69,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size, code))
+        form = Form.of(block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size, code=code)
+        self._set_form(form, compute_dtype)
         self._register_packed(device)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False)
@@ -86,16 +90,21 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         cls,
         linear: nn.Linear,
         compute_dtype: torch.dtype | None = None,
-        block_size: int = 64,
-        double_quant: bool = True,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        **form: Unpack[FormKeywords],
     ) -> Linear4bit:
-        """Quantizes an ``nn.Linear``. The compute dtype defaults to the layer's dtype. The bias does not change."""
+        """Quantizes an ``nn.Linear``. The bias does not change.
+
+        Args:
+            compute_dtype: as in the constructor; the default is the dtype of ``linear``.
+            form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in the constructor.
+
+        Raises:
+            TypeError: ``linear`` is not a dense ``nn.Linear``. ValueError: as from ``quantize_nf4``.
+        """
         if isinstance(linear, Linear4bit) or not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        form = Form(compute_dtype or linear.weight.dtype, block_size, double_quant, nested_block_size, code)
-        module = cls(linear.in_features, linear.out_features, bias=False, device="meta", **vars(form))
+        dtype = compute_dtype or linear.weight.dtype
+        module = cls(linear.in_features, linear.out_features, False, dtype, device="meta", **form)
         module.set_weight(module.quantize(linear.weight))
         if linear.bias is not None:
             module.bias = nn.Parameter(

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from ..calibration import Calibration, Calibrator, InitLora
 from ..calibration.init_lora import keep_initial_lora, loftq
+from ..form import Form, FormKeywords
 from .conversions import conversion_of
 from .coverage_report import check_something_is_4bit, tell_coverage
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, is_fused_experts
 from .packed import Packed4bit
 from .staying_dense import is_dense, kept_dense, paths_to
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Model = TypeVar("Model", bound=nn.Module)  # of any class: a function that returns its model keeps the class
 
@@ -143,23 +147,23 @@ def to_be_quantized(
     return {module: at[0][2] for module, at in places_in(model).items() if chosen(module, at)}
 
 
-def quantized(module: nn.Module, **options: Any) -> Packed4bit:
+def quantized(module: nn.Module, compute_dtype: torch.dtype | None = None, **form: Unpack[FormKeywords]) -> Packed4bit:
     """The 4-bit module that replaces ``module``, for which ``is_dense`` holds.
 
     Args:
-        options: those of ``Linear4bit.from_linear`` and the like.
+        compute_dtype, form: as in ``Linear4bit.from_linear``.
 
     Example:
         >>> type(qlora_ext.nn.quantized(nn.Linear(64, 48), block_size=32)).__name__
         'Linear4bit'
     """
     if is_fused_experts(module):
-        return Experts4bit.from_experts(module, **options)
+        return Experts4bit.from_experts(module, compute_dtype, **form)
     if isinstance(module, nn.Embedding):
-        return Embedding4bit.from_embedding(module, **options)
+        return Embedding4bit.from_embedding(module, compute_dtype, **form)
     conversion = conversion_of(module)
     assert conversion is not None
-    return conversion.from_linear(module, **options)  # type: ignore[arg-type]
+    return conversion.from_linear(module, compute_dtype, **form)  # type: ignore[arg-type]
 
 
 def quantize_model(
@@ -172,6 +176,7 @@ def quantize_model(
     calibration: Any = None,
     init_lora: Any = None,
     keep: Iterable[str] = (),
+    compute_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Model:
     """Replaces the linear layers and experts of ``model`` by 4-bit ones, in place and one at a time.
@@ -187,8 +192,7 @@ def quantize_model(
         skip: names of modules that stay dense, with everything in them: a full dotted name, or its last parts
             (``"lm_head"``, ``"mlp.gate"``). By default the output heads: those named ``lm_head``, ``score``,
             ``classifier`` or ``qa_outputs``, and in a transformers model everything outside its base model.
-        block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear`` and
-            its like.
+        block_size, double_quant: as in ``quantize_nf4``; ``options`` may hold ``nested_block_size`` and ``code`` too.
         embeddings: replace every ``nn.Embedding`` (no subclass of it) by an ``Embedding4bit``. An output head that is
             tied to one has no weight of its own: it follows the table, even if ``skip`` names the head.
         towers: in a multimodal transformers model, replace layers outside the language model too: those of vision and
@@ -201,6 +205,7 @@ def quantize_model(
             ``qlora_ext.integrations.peft.initialize_lora`` puts them into a PEFT model.
         keep: full names of further modules that stay dense, for example the layers whose quantization costs the most,
             from ``qlora_ext.sensitivity(model).keep("5%")``. ``skip`` keeps its default.
+        compute_dtype: of the 4-bit modules; the default is each module's own dtype.
 
     Layers whose weights the model's own code reads, instead of calling the layer, always stay dense (Mamba's
     ``out_proj``, Gemma 3n's ``altup.prediction_coefs``), as do those that transformers (T5's ``wo``) or diffusers
@@ -226,7 +231,7 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     skip, keep = None if skip is None else _names_of("skip", skip), _names_of("keep", keep)
-    options |= {"block_size": block_size, "double_quant": double_quant}
+    form = Form.of(block_size=block_size, double_quant=double_quant, **options)
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
         raise ValueError("init_lora: expected calibration=... with 'svd', which weighs errors by the layers' inputs")
@@ -238,7 +243,7 @@ def quantize_model(
         for name, wanted in (("calibration", calibration), ("init_lora", lora)):
             if wanted is not None:
                 raise ValueError(f"{name}: expected a model that contains layers, got a single {type(model).__name__}")
-        alone = quantized(model, **options)
+        alone = quantized(model, compute_dtype, **form.keywords)
         alone.take_hooks(model)
         return cast(Model, alone)
     asked = named_in(model, skip or (), keep)
@@ -252,7 +257,7 @@ def quantize_model(
     if calibration is not None:
         # A table is looked up: it has no inputs.
         layers = {name: module for module, name in chosen.items() if not isinstance(module, nn.Embedding)}
-        calibrator = Calibrator(model, layers, Calibration.of(calibration), options, lora)
+        calibrator = Calibrator(model, layers, Calibration.of(calibration), form, compute_dtype, lora)
     initial = keep_initial_lora(model) if lora is not None and calibrator is None else {}
 
     def replace(module: nn.Module, new: Packed4bit) -> None:
@@ -272,7 +277,7 @@ def quantize_model(
             )
 
     for module in chosen:
-        new = quantized(module, **options)
+        new = quantized(module, compute_dtype, **form.keywords)
         replace(module, new)
         if isinstance(new, Embedding4bit):
             for head in heads[module]:  # type: ignore[index]

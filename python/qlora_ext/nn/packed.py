@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -40,8 +39,8 @@ def scale_names(weight: str) -> dict[str, str]:
     return {scale: f"{prefix}{scale}" for scale in SCALES}
 
 
-def whole(t: Tensor) -> Tensor:
-    """``t`` or, of a DTensor, what all ranks hold of it."""
+def full_tensor(t: Tensor) -> Tensor:
+    """``t``, or the full tensor of which a DTensor is one rank's shard. Gathering it is a collective operation."""
     gathered: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
     return gathered
 
@@ -94,11 +93,13 @@ class Packed4bit(nn.Module, abc.ABC):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self.form.compute_dtype
+        return self._compute_dtype
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype) -> None:
-        self.form = dataclasses.replace(self.form, compute_dtype=dtype)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"compute_dtype: expected a floating-point torch.dtype, got {dtype!r}")
+        self._compute_dtype = dtype
 
     @property
     def block_size(self) -> int:
@@ -112,11 +113,11 @@ class Packed4bit(nn.Module, abc.ABC):
     def nested_block_size(self) -> int:
         return self.form.nested_block_size
 
-    def _set_form(self, form: Form) -> None:
+    def _set_form(self, form: Form, compute_dtype: torch.dtype) -> None:
         for name, shape in self.packed_shapes.items():
             ops.check_shape(name, shape)
         self.form = form
-        self.weight_dtype = form.compute_dtype
+        self.compute_dtype = self.weight_dtype = compute_dtype
 
     def _empty_state(self, device: torch.device | str | None) -> dict[str, Tensor]:
         """Zeros in the form of the packed state."""
@@ -167,7 +168,7 @@ class Packed4bit(nn.Module, abc.ABC):
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
         form = self.form
-        self.form = Form(form.compute_dtype, w4.block_size, w4.double_quant, w4.nested_block_size, w4.code)
+        self.form = w4.form
         absmax, nested_absmax, nested_offset = scale_names(name).values()
         parts = {
             name: w4.packed,
@@ -236,21 +237,19 @@ class Packed4bit(nn.Module, abc.ABC):
             return self._as_weight(name, copies[name], *(copies.get(scale) for scale in names[1:]))  # type: ignore[arg-type]
         packed, absmax, *nested = (getattr(self, part) for part in names)
         with torch._C.DisableTorchFunctionSubclass():  # a Weight4bit holds plain tensors
-            return self._as_weight(name, whole(packed.detach()), whole(absmax.detach()), *nested)
+            return self._as_weight(name, full_tensor(packed.detach()), full_tensor(absmax.detach()), *nested)
 
     def _as_weight(
         self, name: str, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None
     ) -> Weight4bit:
         return weight_of(
-            self.form.code,
+            self.form,
             packed=packed,
             absmax=absmax,
             nested_absmax=nested_absmax,
             nested_offset=nested_offset,
             shape=torch.Size(self.packed_shapes[name]),
             dtype=self.weight_dtype,
-            block_size=self.block_size,
-            nested_block_size=self.nested_block_size,
         )
 
     def freeze_packed(self) -> None:

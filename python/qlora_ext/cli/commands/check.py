@@ -130,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         found_file = output_file("--json", arguments.json, _MARK, inputs)
     tokenizer = load_tokenizer(source)
     text = held_out.default_text() if arguments.data is None else arguments.data
-    model = Loader(source, Form(dtype), device, compute).while_loading()
+    model = Loader(source, Form(), dtype, device, compute).while_loading()
     base = None if base_source is None else load_dense(base_source, dtype, device, compute)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or held_out.LENGTH
     if text == "self":

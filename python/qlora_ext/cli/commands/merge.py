@@ -115,9 +115,7 @@ def _merge(
     if arguments.evaluate:
         rows, size = _held_out(arguments, tokenizer)
     model = adapted.load()
-    compute = computing_dtype(
-        adapted.loader.form.compute_dtype, adapted.loader.device
-    )  # --dtype is that of the saved weights
+    compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
         unmerged = _measured(model, rows, size, compute)
     merged: Any

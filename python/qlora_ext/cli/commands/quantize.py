@@ -78,8 +78,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     output.check()
     init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
-    form = Form(dtype, arguments.block_size, not arguments.no_double_quant)
-    loader = Loader(source, form, device, embeddings=arguments.embeddings)
+    form = Form.of(block_size=arguments.block_size, double_quant=not arguments.no_double_quant)
+    loader = Loader(source, form, dtype, device, embeddings=arguments.embeddings)
     keeper = mixed_precision.keeper(arguments, tokenizer, form)
     dense_first = arguments.calibrate != "none" or init_lora is not None or keeper is not None
     with contextlib.ExitStack() as stack:

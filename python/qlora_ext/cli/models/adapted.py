@@ -53,7 +53,7 @@ def find_adapted(arguments: argparse.Namespace) -> Adapted:
 
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     compute = parse_computing_dtype(arguments.dtype, device)
-    block_size = 64
+    block_size = Form.block_size
     path = None
     name = arguments.adapter
     if name is None and arguments.model is None:
@@ -70,5 +70,5 @@ def find_adapted(arguments: argparse.Namespace) -> Adapted:
         if block_size not in BLOCK_SIZES:
             raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
         check_files(path)
-    loader = Loader(source, Form(dtype, block_size), device, compute)
+    loader = Loader(source, Form(block_size=block_size), dtype, device, compute)
     return Adapted(path, loader, arguments.force, load_tokenizer(source))

@@ -41,7 +41,7 @@ def _origin_of(loader: Loader) -> dict[str, Any]:
     return {
         "model": source.name,
         "files": [[file.name, (status := file.stat()).st_size, status.st_mtime_ns] for file in files],
-        "dtype": name_of(form.compute_dtype),
+        "dtype": name_of(loader.dtype),
         "block_size": form.block_size,
         "double_quant": form.double_quant,
         "embeddings": loader.embeddings,

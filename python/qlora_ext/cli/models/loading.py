@@ -82,12 +82,13 @@ def load_dense(
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Loads the model from ``source`` in 4 bits, with its other weights in ``form.compute_dtype``, to ``device``.
+    """Loads the model from ``source`` in 4 bits, with its other weights in ``dtype``, to ``device``.
 
     Attributes:
         form: of the 4-bit weights.
-        compute: the dtype in which the model computes, where that is another than the form's: its dense weights are
-            then cast to it, and its 4-bit ones stay those of the form's dtype.
+        dtype: of the weights that are read, before some of them are quantized.
+        compute: the dtype in which the model computes, if it differs from ``dtype``. Dense weights are then cast to it;
+            4-bit weights stay those of ``dtype``.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
 
     Raises (both ways of loading):
@@ -96,6 +97,7 @@ class Loader:
 
     source: ModelSource
     form: Form
+    dtype: torch.dtype
     device: torch.device
     compute: torch.dtype | None = None
     embeddings: bool = False
@@ -116,11 +118,12 @@ class Loader:
         if self.source.gguf_file is not None and weights is None:
             # transformers combines no quantization with a GGUF file that it reads itself.
             return self._after_loading(stream, resident, shown=spill is not None)
-        config = QLoRAConfig(**self._options, stream=stream, resident=resident)
+        config = QLoRAConfig(embeddings=self.embeddings, stream=stream, resident=resident)
+        config.record(self.form)
         if spill is not None:
             config = spilling(config, spill)
         model = self._quantized(config, weights, shown=spill is not None)
-        return _checked(model, self.source, self.form.compute_dtype, self.compute)
+        return _checked(model, self.source, self.dtype, self.compute)
 
     def dense_first(
         self,
@@ -138,7 +141,7 @@ class Loader:
         from ...nn import computing_in
 
         validate_model.check_room(self.source, load_config(self.source))
-        dtype = self.form.compute_dtype
+        dtype = self.dtype
         model = _dense(self.source, dtype)
         runs = calibration is not None or keep is not None
         if runs:
@@ -148,18 +151,12 @@ class Loader:
         model.to(self.device)
         return _checked(model, self.source, dtype, self.compute)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        """The form, as ``QLoRAConfig`` and ``quantize_model`` take it."""
-        options = {"block_size": self.form.block_size, "double_quant": self.form.double_quant}
-        return {**options, "embeddings": self.embeddings}
-
     def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
         """The model that transformers quantizes while it loads it, from its files or from ``weights``."""
         from transformers import AutoModelForCausalLM
 
         options = {
-            "dtype": self.form.compute_dtype,
+            "dtype": self.dtype,
             "output_loading_info": True,
             "device_map": {"": self.device},
             "quantization_config": config,
@@ -180,7 +177,7 @@ class Loader:
         """The model, quantized after all of it was loaded, because transformers cannot do both at once."""
         from ... import streaming
 
-        dtype = self.form.compute_dtype
+        dtype = self.dtype
         model = _dense(self.source, dtype, shown)
         self._quantize(model)
         if stream is not None and self.device.type != "cpu":
@@ -194,7 +191,8 @@ class Loader:
 
         try:
             kept = () if keep is None else keep(model)
-            quantize_model(model, keep=kept, compute_dtype=self.form.compute_dtype, **self._options, **options)
+            options |= {"embeddings": self.embeddings, "compute_dtype": self.dtype}
+            quantize_model(model, keep=kept, **options, **self.form.keywords)
         except UserError:
             raise
         except ValueError as error:  # a NaN, with its place

@@ -48,8 +48,7 @@ class Keeper:
             self.found = sensitivity(
                 model,
                 self.inputs,
-                block_size=self.form.block_size,
-                double_quant=self.form.double_quant,
+                **self.form.keywords,
                 tokens=TOKENS,
                 length=LENGTH,
                 seed=self.seed,

@@ -70,7 +70,7 @@ def _computing_dtype(run: Run) -> torch.dtype:
 def _base(run: Run, compute: torch.dtype) -> Any:
     """The model in 4 bits; one that is to be streamed from disk comes from a 4-bit directory."""
     s = run.settings
-    loader = Loader(run.source, Form(parse_dtype(s.dtype), s.block_size), run.device, compute)
+    loader = Loader(run.source, Form(block_size=s.block_size), parse_dtype(s.dtype), run.device, compute)
     if s.stream == "none":
         return loader.while_loading()
     if s.stream == "disk" and not is_quantized(load_config(run.source)):

@@ -9,7 +9,6 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from ...form import Form
 from ...nn import SCALES, Linear4bit
 from ...weight import NF4Weight, Weight4bit
 
@@ -34,7 +33,7 @@ class FromBitsandbytes(Linear4bit):
         """
         for attribute in ("compute_dtype", "quant_state", "quant_storage"):
             vars(self).pop(attribute, None)
-        self._set_form(Form(compute_dtype or w4.dtype, w4.block_size, w4.double_quant, w4.nested_block_size))
+        self._set_form(w4.form, compute_dtype or w4.dtype)
         self._register_packed("meta")
         self.set_weight(w4)
         self.compute_type_is_set = compute_dtype is not None

@@ -15,7 +15,7 @@ from .._patches import extend
 from ..bitsandbytes.state import state_dict
 from ..transformers import METHOD, QLoRAConfig
 from ..transformers.counting import hidden_parameters
-from ..transformers.modules import form_of
+from ..transformers.modules import compute_dtype_of
 from .quantizer import DiffusersQLoRAQuantizer, align, forget
 
 # Modules that ask for the dtype of a layer's weight and cast to it, by the name of their class: the layer stays dense.
@@ -45,9 +45,9 @@ def attach(model: Any) -> None:
     """Enables saving, loading and dequantizing for a diffusers model that ``quantize_model`` has quantized."""
     if not isinstance(model, ModelMixin) or not any(True for _ in layers_of(model)):
         return
-    config, form = QLoRAConfig(), form_of(model)
-    if form is not None and form.compute_dtype != model.dtype:
-        config.compute_dtype = form.compute_dtype
+    config, compute_dtype = QLoRAConfig(), compute_dtype_of(model)
+    if compute_dtype is not None and compute_dtype != model.dtype:
+        config.compute_dtype = compute_dtype
     quantizer = DiffusersQLoRAQuantizer(config, pre_quantized=True)
     quantizer.describe(model)
     align(model)

@@ -15,7 +15,6 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ... import _library
 from ...bitsandbytes_state import COMPANIONS
-from ...form import Form
 from ...nn import (
     CONVERSIONS,
     Embedding4bit,
@@ -98,9 +97,11 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
 
         return CustomDtype.INT4  # by which accelerate computes a device_map
 
-    def _form(self, module: nn.Module) -> Form:
+    def _options(self, module: nn.Module) -> dict[str, Any]:
+        """The compute dtype and the form of the 4-bit module that replaces ``module``, as keywords."""
         dense: torch.dtype = module.weight.dtype  # type: ignore[assignment]
-        return self.config.form(self.torch_dtype or dense)
+        compute_dtype = self.config.computing_dtype(self.torch_dtype or dense)
+        return {"compute_dtype": compute_dtype, **self.config.form.keywords}
 
     def _selected(self, model: nn.Module, kept_in_float32: list[str]) -> Iterator[tuple[str, nn.Module]]:
         """The modules that are to be 4-bit, with their names."""
@@ -151,7 +152,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
             setattr(parent, name, new)
 
     def _empty(self, module: nn.Module) -> Packed4bit:
-        options: dict[str, Any] = {"device": "meta", **vars(self._form(module))}
+        options: dict[str, Any] = {"device": "meta", **self._options(module)}
         if isinstance(module, nn.Embedding):
             return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
         assert isinstance(module, nn.Linear)
@@ -199,7 +200,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
                 module._parameters[part] = nn.Parameter(value, requires_grad=False)
 
     def _quantize(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        options = vars(self._form(module))
+        options = self._options(module)
         module.weight = nn.Parameter(weight, requires_grad=False)
         try:
             self._replace(module, quantized(module, **options))

@@ -245,14 +245,17 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
         >>> len(qlora_ext.calibration.calibration_of(merged))
         14
     """
-    forms: dict[str, Form] = {}
+    forms: dict[str, tuple[Form, torch.dtype]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Over4bit) and (layer.merged_adapters or layer.names_to_merge(None)):
-            forms[name.removeprefix("base_model.model.").replace(".base_layer", "")] = layer.layer4bit.form
+            forms[name.removeprefix("base_model.model.").replace(".base_layer", "")] = (
+                layer.layer4bit.form,
+                layer.layer4bit.compute_dtype,
+            )
     if not forms:
         raise ValueError("model: expected an active adapter on a 4-bit layer, found none")
-    form = next(iter(forms.values()))
-    if any(other != form for other in forms.values()):
+    form, dtype = next(iter(forms.values()))
+    if any(other != (form, dtype) for other in forms.values()):
         raise ValueError(
             f"model: expected adapters on layers of the same form, got {sorted({*map(str, forms.values())})}"
         )
@@ -260,7 +263,9 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
     base: nn.Module = merge_into_dense(model.base_model)
     others = [name for name, module in base.named_modules() if is_dense(module) and name not in forms]
     with contextlib.nullcontext() if compute_dtype is None else computing_in(base, compute_dtype):
-        return quantize_model(base, skip=others, towers=True, calibration=calibration, **vars(form))
+        return quantize_model(
+            base, skip=others, towers=True, calibration=calibration, compute_dtype=dtype, **form.keywords
+        )
 
 
 @extend("peft.tuners.tuners_utils:BaseTuner.merge_and_unload")

@@ -197,7 +197,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         double_quant = theirs.get("double_quant", double_quant)
         compute_dtype = theirs.get("compute_dtype", compute_dtype)
         skip_modules = theirs.get("skip_modules", skip_modules)
-        Form(torch.float32, block_size, double_quant, nested_block_size)  # the block sizes are checked
+        Form.of(block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size)  # checks them
         for name, flag in (("double_quant", double_quant), ("embeddings", embeddings), ("towers", towers)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}: expected True or False, got {reprlib.repr(flag)}")
@@ -230,8 +230,15 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.stream = stream
         self.resident = resident
 
-    def form(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> Form:
-        """The form of the 4-bit modules of a model that has the given dtype.
+    @property
+    def form(self) -> Form:
+        """The form of the 4-bit weights."""
+        return Form.of(
+            block_size=self.block_size, double_quant=self.double_quant, nested_block_size=self.nested_block_size
+        )
+
+    def computing_dtype(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> torch.dtype:
+        """The dtype in which the 4-bit modules of a model that has the given dtype compute.
 
         Args:
             device: the device that computes. The default is the GPU if there is one, because models may load on the CPU
@@ -240,8 +247,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         if device is None:
             device = "cuda" if _library.cuda_error is None and torch.cuda.is_available() else "cpu"
         chosen = self.compute_dtype
-        dtype = chosen if isinstance(chosen, torch.dtype) else computing_dtype(model_dtype, device)
-        return Form(dtype, self.block_size, self.double_quant, self.nested_block_size)
+        return chosen if isinstance(chosen, torch.dtype) else computing_dtype(model_dtype, device)
 
     def record(self, form: Form | None) -> None:
         """Notes the block sizes and scale form that a model's modules have, which a checkpoint may have chosen."""

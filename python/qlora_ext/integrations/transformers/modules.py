@@ -123,11 +123,21 @@ def refuse_split_experts(checkpoint_files: list[str]) -> None:
 
 
 def form_of(model: nn.Module) -> Form | None:
-    """The form of the 4-bit layers of the model, which share one form; None where there is no such layer."""
-    forms = {(m.form.code, m.block_size, m.double_quant, m.nested_block_size): m.form for _, m in layers_of(model)}
+    """The form that all 4-bit layers of ``model`` have; None if it has no such layer.
+
+    Raises:
+        ValueError: the layers differ in form.
+    """
+    forms = {layer.form for _, layer in layers_of(model)}
     if len(forms) > 1:
-        raise ValueError(f"model: expected 4-bit layers with one code, block size and scale form, got {sorted(forms)}")
-    return next(iter(forms.values()), None)
+        found = "; ".join(sorted(map(str, forms)))
+        raise ValueError(f"model: expected 4-bit layers with one code, block size and scale form, got {found}")
+    return next(iter(forms), None)
+
+
+def compute_dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The compute dtype of the first 4-bit layer of ``model``; None if it has no such layer."""
+    return next((layer.compute_dtype for _, layer in layers_of(model)), None)
 
 
 def dequantize_modules(model: Any, dtype: torch.dtype | str | None = None) -> Any:

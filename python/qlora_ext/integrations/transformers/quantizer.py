@@ -15,7 +15,6 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 
 from ... import _library
 from ...bitsandbytes_state import COMPANIONS
-from ...form import Form
 from ...nn import (
     AFTER_QUANTIZE,
     CONVERSIONS,
@@ -42,6 +41,7 @@ from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
 from .modules import (
     check_loaded,
+    compute_dtype_of,
     dense_names,
     dequantize_modules,
     form_of,
@@ -165,9 +165,13 @@ class QLoRAQuantizer(HfQuantizer):
             if type(module) in CONVERSIONS and should_convert_module(name, skipped):
                 yield name, module
 
-    def _empty(self, module: nn.Module, form: Form) -> Packed4bit:
-        """The 4-bit module that is to take ``module``'s place, on the meta device."""
-        options: dict[str, Any] = {"device": "meta", **vars(form)}
+    def _empty(self, module: nn.Module, compute_dtype: torch.dtype) -> Packed4bit:
+        """The 4-bit module that replaces ``module``, on the meta device."""
+        options: dict[str, Any] = {
+            "compute_dtype": compute_dtype,
+            "device": "meta",
+            **self.qlora_config.form.keywords,
+        }
         if isinstance(module, nn.Embedding):
             return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
         cls = conversion_of(module)
@@ -193,9 +197,9 @@ class QLoRAQuantizer(HfQuantizer):
         chosen = list(self._to_convert(model))
         if not self.follows_bitsandbytes:  # with which transformers warns
             check_something_is_4bit(model, bool(chosen), self._asked(model))
-        form = self.qlora_config.form(model_dtype, self.streaming_device)
+        compute_dtype = self.qlora_config.computing_dtype(model_dtype, self.streaming_device)
         for _, module in chosen:
-            layer = self._empty(module, form)
+            layer = self._empty(module, compute_dtype)
             layer.weight_dtype = model_dtype
             # Conversions ask for the shape of a weight that they make; a table's is the tied head's, too.
             shaped = module if self.bitsandbytes_storage is None and not isinstance(module, nn.Embedding) else layer
@@ -299,10 +303,10 @@ def attach(model: Any) -> None:
         return
     embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
-    form = form_of(model)
-    config.record(form)
-    if form is not None and form.compute_dtype != model.config.dtype:
-        config.compute_dtype = form.compute_dtype
+    config.record(form_of(model))
+    compute_dtype = compute_dtype_of(model)
+    if compute_dtype is not None and compute_dtype != model.config.dtype:
+        config.compute_dtype = compute_dtype
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
     quantizer.keep_packed_whole(model)
     model.hf_quantizer = quantizer

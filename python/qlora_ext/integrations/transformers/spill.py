@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._internal import digest
 from ..._internal.atomic import staged_file
+from ...form import Form
 from ...weight import Weight4bit, weight_of
 from .config import QLoRAConfig
 
@@ -95,16 +96,20 @@ def _sha256(tensors: dict[str, Tensor], fields: dict[str, Any]) -> str:
 
 
 def _weight(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Weight4bit:
+    form = Form.of(
+        block_size=fields["block_size"],
+        double_quant="nested_absmax" in tensors,
+        nested_block_size=fields["nested_block_size"],
+        code=fields["code"],
+    )
     return weight_of(
-        fields["code"],
+        form,
         packed=tensors["packed"],
         absmax=tensors["absmax"],
         nested_absmax=tensors.get("nested_absmax"),
         nested_offset=tensors.get("nested_offset"),
         shape=torch.Size(fields["shape"]),
         dtype=getattr(torch, fields["dtype"]),
-        block_size=fields["block_size"],
-        nested_block_size=fields["nested_block_size"],
     )
 
 
