@@ -23,7 +23,7 @@ def is_integer(value: Any) -> bool:
 
 
 def check_block_sizes(block_size: Any = 64, nested_block_size: Any = 256) -> None:
-    """Raises a ValueError unless both are block sizes of the formats."""
+    """Raises a ValueError unless both are valid block sizes."""
     if not is_integer(block_size) or block_size not in BLOCK_SIZES:
         raise ValueError(
             f"block_size: expected a power of two from {BLOCK_SIZES[0]} to {BLOCK_SIZES[-1]}, "

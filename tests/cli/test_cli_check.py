@@ -20,7 +20,7 @@ from qlora_ext.cli import main
 from qlora_ext.cli.data import held_out
 from qlora_ext.fidelity import CurvePoint, Increase, LayerCost, ModelCheck, advice_on
 from qlora_ext.nn import layers_of
-from test_cli_whole import change_weights
+from test_cli_validate_model import change_weights
 from tiny_models import make, save_tiny_llama, token_ids
 
 LAYER = "model.layers.1.mlp.down_proj"

@@ -61,7 +61,7 @@ print(json.dumps(rises))
 
 def planned(config: object, **options: object) -> dict[str, float]:
     job = memory.Job(config=config, **options)
-    return memory.split(job, memory.tops(job))
+    return memory.split(job, memory.peaks(job))
 
 
 def of_the_step(parts: dict[str, float]) -> float:

@@ -30,7 +30,7 @@ from qlora_ext.cli.training.settings import Settings
 from qlora_ext.integrations.transformers import spill
 from qlora_ext.planning import families, search
 from qlora_ext.planning.blocks import place, streamed
-from qlora_ext.planning.memory import split, tops
+from qlora_ext.planning.memory import split, peaks
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
 
@@ -322,6 +322,6 @@ def test_the_ring_takes_what_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> 
         assert fitted.stream == stream
         assert ("--stream disk" in told) == (stream == "disk")
     job = dataclasses.replace(job_of(fitted, config), host=True)
-    parts, slots = place(split(job, tops(job)), streamed(job), float(fitted.resident))
+    parts, slots = place(split(job, peaks(job)), streamed(job), float(fitted.resident))
     assert slots == 6  # not 7, for the space between tensors in the ring
     assert memory - layer < sum(parts.values()) <= memory

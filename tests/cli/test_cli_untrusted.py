@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 
 from commands import SMALL, Paths, base, here
 from qlora_ext.cli import main
-from test_cli_whole import adapter, change_json, model
+from test_cli_validate_model import adapter, change_json, model
 
 __all__ = ["adapter", "model"]  # fixtures
 
@@ -303,7 +303,7 @@ def test_plans_out_of_range(refused, option: str, value: object) -> None:
 
 
 def test_a_resumed_run_needs_a_whole_adapter(refused, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    from test_cli_whole import change_weights
+    from test_cli_validate_model import change_weights
 
     run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
     change_weights(run / "checkpoint-11", lambda w: w.pop(next(iter(w))))

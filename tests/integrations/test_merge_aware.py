@@ -203,7 +203,7 @@ def test_a_merged_model_is_the_one_that_was_trained(tmp_path: Path) -> None:
     assert torch.equal(logits(other), expected)
     merged, error = integration.merge_to_4bit(model)
     assert torch.equal(logits(merged), expected)
-    assert 0.8 < error.kept < 1.2
+    assert 0.8 < error.retained < 1.2
 
 
 def test_checkpointing_and_accumulation_give_the_same_gradients() -> None:
@@ -243,7 +243,7 @@ def test_the_codes_of_small_and_of_large_updates(size: float) -> None:
     merged, error = integration.merge_to_4bit(model)
     after = [p for n, p in merged.named_parameters() if n.endswith("absmax")]
     assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True)) == (size < 1.0)
-    assert 0.9 < error.kept < 1.1
+    assert 0.9 < error.retained < 1.1
     assert error.total < 0.12
 
 

@@ -107,7 +107,7 @@ def _quiet_libraries() -> Iterator[None]:
             logging.disable(level)
 
 
-def _tell(error: Exception) -> tuple[int, str]:
+def _report(error: Exception) -> tuple[int, str]:
     """The exit code and the sentence for what went wrong."""
     if isinstance(error, UserError):
         return 2, str(error)
@@ -159,6 +159,6 @@ def main(argv: Sequence[str] | None = None, load_library: Callable[[], object] |
     except Exception as error:
         if os.environ.get(_TRACEBACK) == "1":
             traceback.print_exc()
-        status, message = _tell(error)
+        status, message = _report(error)
         print(f"qlora-ext: {printable(message)}", file=sys.stderr)
         return status

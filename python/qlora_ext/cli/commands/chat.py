@@ -65,11 +65,11 @@ def run(arguments: argparse.Namespace) -> int:
     model = adapted.load_to_answer()
     from transformers import set_seed
 
-    from ..generation.compiled import PAYS_FROM, decode_compiled
+    from ..generation.compiled import BREAK_EVEN_TOKENS, decode_compiled
     from ..generation.conversation import Conversation
 
     interactive = sys.stdin.isatty()
-    decode_compiled(model, arguments.compile, pays=interactive or arguments.max_new_tokens >= PAYS_FROM)
+    decode_compiled(model, arguments.compile, pays=interactive or arguments.max_new_tokens >= BREAK_EVEN_TOKENS)
     set_seed(arguments.seed)
     talk = Conversation(model, adapted.tokenizer, arguments.system, arguments.max_new_tokens, arguments.temperature)
     if interactive:

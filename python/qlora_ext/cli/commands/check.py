@@ -157,7 +157,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.base or arguments.model}: {first_line(error)}") from error
     limit = MAX_INCREASE if arguments.max_increase is None else arguments.max_increase
     good = found.is_sound and (found.increase is None or found.increase.nats <= limit)
-    _tell(found, text, reason, limit)
+    _report(found, text, reason, limit)
     if found_file is not None:
         write_json(found_file, _record(found, arguments, base_source, text, limit, good))
     return 0 if good else FOUND_WANTING
@@ -185,7 +185,7 @@ def _record(
     }
 
 
-def _tell(found: ModelCheck, text: str, reason: str, limit: float) -> None:
+def _report(found: ModelCheck, text: str, reason: str, limit: float) -> None:
     from rich.console import Console
 
     from ...fidelity import advice_on, perplexity

@@ -71,9 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers import set_seed
 
     validate_model.check_tokens(model, [prompt])
-    from ..generation.compiled import PAYS_FROM, decode_compiled
+    from ..generation.compiled import BREAK_EVEN_TOKENS, decode_compiled
 
-    decode_compiled(model, arguments.compile, pays=arguments.max_new_tokens >= PAYS_FROM)
+    decode_compiled(model, arguments.compile, pays=arguments.max_new_tokens >= BREAK_EVEN_TOKENS)
     set_seed(arguments.seed)
     answer = complete(model, tokenizer, prompt, arguments.max_new_tokens, arguments.temperature).strip()
     print(printable(answer, lines=True))

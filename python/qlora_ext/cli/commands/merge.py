@@ -98,7 +98,7 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     _protect_inputs(arguments, output)
     output.check()
     with contextlib.ExitStack() as stack:
-        layers = stack.enter_context(calibrate.kept_layers(arguments, output))
+        layers = stack.enter_context(calibrate.stored_layers(arguments, output))
         return _merge(arguments, output, layers, stack.close)
 
 
@@ -139,13 +139,13 @@ def _merge(
     written()
     kind = "4 bits" if arguments.four_bit else arguments.dtype
     print(f"{output.path}: {model_size(merged).bytes / 1e6:.1f} MB in {kind}")
-    for line in calibrate.told(report):
+    for line in calibrate.summary(report):
         print(line)
     if error is not None:
         worst = max(error.by_layer, key=error.by_layer.__getitem__)
         print(
-            f"the codes hold {error.kept:.1%} of what the adapter adds; error of quantizing again: {error.total:.2%} "
-            f"of the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
+            f"the codes hold {error.retained:.1%} of what the adapter adds; error of quantizing again: "
+            f"{error.total:.2%} of the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
         loss = _measured(merged, rows, size, compute)

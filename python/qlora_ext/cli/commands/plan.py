@@ -243,7 +243,7 @@ def run(arguments: argparse.Namespace) -> int:
     job = _job(arguments, config)
     from ...planning.advice import savings
     from ...planning.blocks import place, streamed
-    from ...planning.memory import process_bytes, split, tops
+    from ...planning.memory import peaks, process_bytes, split
 
     if arguments.max_memory is not None:
         with reading("configuration", name):
@@ -252,7 +252,7 @@ def run(arguments: argparse.Namespace) -> int:
             return _find_switches(job, allowed, process, link, flops, arguments.json)
     with reading("configuration", name):
         try:
-            measured = tops(job)
+            measured = peaks(job)
         except ValueError as error:
             if "arget modules" not in str(error):
                 raise

@@ -80,16 +80,16 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     tokenizer = load_tokenizer(source)
     form = Form.of(block_size=arguments.block_size, double_quant=not arguments.no_double_quant)
     loader = Loader(source, form, dtype, device, embeddings=arguments.embeddings)
-    keeper = mixed_precision.keeper(arguments, tokenizer, form)
-    dense_first = arguments.calibrate != "none" or init_lora is not None or keeper is not None
+    mixed = mixed_precision.from_options(arguments, tokenizer, form)
+    dense_first = arguments.calibrate != "none" or init_lora is not None or mixed is not None
     with contextlib.ExitStack() as stack:
         spill = None
         if not dense_first and device.type == "cpu":
             spill = stack.enter_context(spilled(loader, output))
-        layers = stack.enter_context(calibrate.kept_layers(arguments, output))
+        layers = stack.enter_context(calibrate.stored_layers(arguments, output))
         with calibrate.calibration(arguments, tokenizer, layers) as calibration:
             if dense_first:
-                model = loader.dense_first(calibration, init_lora, keeper)
+                model = loader.dense_first(calibration, init_lora, mixed)
             else:
                 model = loader.while_loading(spill=spill)
         if arguments.embeddings and not any(isinstance(module, Embedding4bit) for module in model.modules()):
@@ -102,8 +102,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         report = calibration_of(model)
         restore_use_cache(model, source)
         with output.written("quantize") as partial:
-            kept = None if keeper is None else keeper.record()
-            write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": kept})
+            dense = None if mixed is None else mixed.record()
+            write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": dense})
             if report:
                 write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
             if arguments.format == "bitsandbytes":
@@ -114,12 +114,12 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             if init_lora is not None:
                 base = str(output.path.resolve())
                 calibrate.write_initial_adapter(model, init_lora, partial / calibrate.INITIAL_ADAPTER, base)
-    if told_share := dense_share(model):
-        print(told_share)
-    for line in calibrate.told(report):
+    if coverage_note := dense_share(model):
+        print(coverage_note)
+    for line in calibrate.summary(report):
         print(line)
-    if keeper is not None:
-        print(keeper.told())
+    if mixed is not None:
+        print(mixed.summary())
     weights = model_size(model)
     print(
         f"{output.path}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> "

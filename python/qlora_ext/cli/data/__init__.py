@@ -22,8 +22,8 @@ from .encoding import encode as encode
 from .encoding import in_order as in_order
 from .encoding import pack as pack
 from .encoding import split as split
+from .encoding import summary as summary
 from .encoding import tokenizing as tokenizing
-from .encoding import told as told
 from .examples import Example as Example
 from .examples import Message as Message
 from .examples import example_of

@@ -284,7 +284,7 @@ class Parts:
     counts: collections.Counter[str]
 
 
-def told(counts: collections.Counter[str], seq_len: int) -> list[str]:
+def summary(counts: collections.Counter[str], seq_len: int) -> list[str]:
     """How many examples were cut or dropped, and why."""
     names = {key: key.replace("--seq-len", f"--seq-len {seq_len}") for key in counts}
     return [f"{count:,} {names[key]}" for key, count in counts.most_common() if count]
@@ -327,23 +327,25 @@ def split(
     a_row = seq_len if packing and not preferences else 1
     wanted = None if train_rows is None else train_rows * a_row
     wanted_first = wanted if first_rows is None else first_rows * a_row
-    whole = not any(isinstance(example, str) for example in examples)  # pieces of one text are to be shuffled first
+    examples_are_parsed = not any(
+        isinstance(example, str) for example in examples
+    )  # pieces of one text are to be shuffled first
     shuffled = (examples[i] for i in in_order(examples, seed))
     for row in encode(tokenizer, shuffled, seq_len, counts, preferences):
         rows.append(row)
         if len(rows) > held_out_rows:
             size += 1 if a_row == 1 else len(row["input_ids"])
-        if whole and wanted is not None and size >= wanted:
+        if examples_are_parsed and wanted is not None and size >= wanted:
             break
-    if not whole or wanted_first is None or size < wanted_first:
+    if not examples_are_parsed or wanted_first is None or size < wanted_first:
         held_out_rows = min(held_out_rows, max(1, len(rows) // 10))
     if len(rows) < 2:
-        left_out = "".join(f"; {reason}" for reason in told(counts, seq_len))
+        left_out = "".join(f"; {reason}" for reason in summary(counts, seq_len))
         raise UserError(
             f"--data: too little text: {len(rows)} of {len(examples)} examples are usable, at least two (or "
             f"twice --seq-len of text) are needed{left_out}"
         )
-    order = range(len(rows)) if whole else in_order(rows, seed)
+    order = range(len(rows)) if examples_are_parsed else in_order(rows, seed)
     held_out = [rows[i] for i in order[:held_out_rows]]
     train = (rows[i] for i in order[held_out_rows:])
     if not preferences and packing:

@@ -37,7 +37,7 @@ _ROLES = {
     "human": "user",
     "gpt": "assistant",
 }
-_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a message, for the chat template
+_EXTRA_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a message, for the chat template
 
 
 def named(columns: Iterable[str]) -> bool:
@@ -119,7 +119,7 @@ def _message(turn: Any, place: str, name: str) -> Message:
         if not isinstance(calls, list):
             _refuse(place, f"{name}.tool_calls", "a list", calls)
         message["tool_calls"] = [_tool_call(call, place, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    return message | {key: turn[key] for key in _KEPT if isinstance(turn.get(key), str)}
+    return message | {key: turn[key] for key in _EXTRA_KEYS if isinstance(turn.get(key), str)}
 
 
 def _messages(value: Any, place: str, name: str) -> list[Message]:

@@ -21,7 +21,7 @@ from .examples import COLUMNS, EXPECTED, named
 Rows: TypeAlias = Iterator[tuple[str, Any]]  # of place and record
 
 _MAX_LINE = 256 << 20  # bytes of a line, which is read whole
-_MAX_WHOLE = 4 << 30  # bytes of a file that can only be read whole
+_MAX_TEXT_BYTES = 4 << 30  # bytes of a file that can only be read whole
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
 _MOST_BLANK = 1 << 20  # bytes of lines with nothing in them, one after another: a bomb has millions
 _BLANKS = re.compile(r"[ \t\r\n]*")
@@ -78,13 +78,13 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
             yield number, line.removeprefix("\ufeff") if number == 1 else line
 
 
-def _whole(path: pathlib.Path) -> str:
+def _full_text(path: pathlib.Path) -> str:
     """The text of a UTF-8 file that is read in one piece."""
     with _opened(path) as file:
-        raw = file.read(_MAX_WHOLE + 1)
-    if len(raw) > _MAX_WHOLE:
+        raw = file.read(_MAX_TEXT_BYTES + 1)
+    if len(raw) > _MAX_TEXT_BYTES:
         raise UserError(
-            f"--data {printable(path)}: larger than the limit of {_MAX_WHOLE} bytes for this format; "
+            f"--data {printable(path)}: larger than the limit of {_MAX_TEXT_BYTES} bytes for this format; "
             "write it as .jsonl, one row per line"
         )
     try:
@@ -121,7 +121,7 @@ class _Json:
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self._text = _whole(path)
+        self._text = _full_text(path)
         self._at = 0
         self._line = 1
         self._counted = 0  # up to where the lines are counted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from ...decoding import PAYS_FROM as PAYS_FROM
+from ...decoding import BREAK_EVEN_TOKENS as BREAK_EVEN_TOKENS
 from ...decoding import CompilationError, Decoder, compile_decoding
 from ..errors import UserError
 

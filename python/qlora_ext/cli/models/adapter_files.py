@@ -99,7 +99,7 @@ def check_files(adapter: pathlib.Path) -> list[str]:
     return list(names)
 
 
-def _check_base_kept(model: Any, adapter: pathlib.Path) -> None:
+def _check_base_retained(model: Any, adapter: pathlib.Path) -> None:
     """Refuses an adapter that would write over the 4-bit base."""
     from ...nn import layers_of
 
@@ -158,7 +158,7 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
         raise
     except ValueError as error:
         raise UserError(f"{first_line(error)}; add --force to use it anyway") from error
-    _check_base_kept(model, adapter)
+    _check_base_retained(model, adapter)
     try:
         with entire():  # on the meta device first: a rank of 10^9 in a damaged file costs nothing
             adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=True)

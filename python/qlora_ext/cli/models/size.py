@@ -12,7 +12,7 @@ def dense_share(model: Any) -> str | None:
     from ...nn import coverage
 
     found = coverage(model)
-    return f"linear  {found}" if found.is_worth_telling else None
+    return f"linear  {found}" if found.exceeds_tolerance else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -222,15 +222,15 @@ def _recover_left(path: pathlib.Path) -> list[str]:
 
     Each other name is recovered under its own lock, and skipped if another process holds that lock.
     """
-    told = recover(path)
-    beside = set() if filled_from_inside(path) else unfinished_in(path.parent)
-    left = [path.with_name(name) for kind in WAITING if (name := f"{path.name}.{kind}") in beside]
+    notes = recover(path)
+    siblings = set() if filled_from_inside(path) else unfinished_in(path.parent)
+    left = [path.with_name(name) for kind in WAITING if (name := f"{path.name}.{kind}") in siblings]
     if path.is_dir() and is_ours(path) and read_marker(path).get("command") == "finetune":
         left += [path / name for name in sorted(unfinished_in(path)) if may_be_unfinished_in_run(name)]
     for unfinished in left:
         with contextlib.suppress(UserError), locked(unfinished):
-            told += recover(unfinished)
-    return told
+            notes += recover(unfinished)
+    return notes
 
 
 def _check_name(path: pathlib.Path) -> None:

@@ -212,7 +212,7 @@ def _place_inside(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> No
         raise
 
 
-def _place_beside(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
+def _place_next_to(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
     """Gives the directory ``new`` the name ``path``: what was there is set aside before, and deleted after."""
     old = None
     if path.is_dir():
@@ -239,7 +239,7 @@ def _place(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
         _place_inside(new, path, foreign)
         return
     try:
-        _place_beside(new, path, foreign)
+        _place_next_to(new, path, foreign)
     except OSError as error:
         if error.errno not in _CANNOT_RENAME or not path.is_dir() or not new.exists():
             raise
@@ -307,24 +307,24 @@ def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
 def _recover_in(folder: pathlib.Path, name: str) -> list[str]:
     if not folder.is_dir():
         return []
-    told = []
+    notes = []
     for placing in _unfinished(folder, "placing", name):
         _finish_placing(placing, folder)
-        told.append(f"finished replacing {printable(folder)}, which an interrupted command had begun")
+        notes.append(f"finished replacing {printable(folder)}, which an interrupted command had begun")
     for old in _unfinished(folder, "old", name):
         if name == INSIDE:
             _move_entries(old, folder)
             old.rmdir()
-            told.append(f"restored {printable(folder)}, which an interrupted command had set aside")
+            notes.append(f"restored {printable(folder)}, which an interrupted command had set aside")
         else:
-            told.append(_put_back(old, folder / name))
+            notes.append(_put_back(old, folder / name))
     for rest in (*_unfinished(folder, "new", name), *_unfinished(folder, "gone", name)):
         _delete(rest)
         done = "could not remove" if os.path.lexists(rest) else "removed"
-        told.append(f"{done} {printable(rest)}, which an interrupted command had left")
-    if told:
+        notes.append(f"{done} {printable(rest)}, which an interrupted command had left")
+    if notes:
         fsync(folder)
-    return told
+    return notes
 
 
 def recover(path: pathlib.Path) -> list[str]:
@@ -335,8 +335,8 @@ def recover(path: pathlib.Path) -> list[str]:
     Returns a sentence for each action.
     """
     with writing(path):
-        beside = [] if filled_from_inside(path) else _recover_in(path.parent, path.name)
-        return [*beside, *_recover_in(path, INSIDE)]
+        siblings = [] if filled_from_inside(path) else _recover_in(path.parent, path.name)
+        return [*siblings, *_recover_in(path, INSIDE)]
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

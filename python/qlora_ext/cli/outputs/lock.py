@@ -66,7 +66,7 @@ def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
 
 
 @contextlib.contextmanager
-def _held(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
+def _hold(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
     descriptor = _acquire(file, path)
     try:
         with writing(file):
@@ -91,9 +91,9 @@ def locked(path: pathlib.Path) -> Iterator[None]:
     inside = path / LOCK
     with contextlib.ExitStack() as stack:
         if filled_from_inside(path):
-            stack.enter_context(_held(inside, path))
+            stack.enter_context(_hold(inside, path))
         else:
-            stack.enter_context(_held(path.with_name(f"{LOCK}-{path.name}"), path))
+            stack.enter_context(_hold(path.with_name(f"{LOCK}-{path.name}"), path))
             if os.path.lexists(inside):  # of a user who cannot write beside the directory
-                stack.enter_context(_held(inside, path))
+                stack.enter_context(_hold(inside, path))
         yield

@@ -99,7 +99,7 @@ class Waiting:
     found: set[str]
     useless: bool = False
 
-    def told(self, error: BaseException, written: bool) -> BaseException:
+    def explained(self, error: BaseException, written: bool) -> BaseException:
         """The exception to raise instead of ``error``. It mentions the retained results if this command added any.
 
         Args:
@@ -107,12 +107,12 @@ class Waiting:
         """
         if isinstance(error, UserError) and not written and _names(self.directory) <= self.found:
             return error
-        kept = f"what was {_DONE[self.kind]} so far is kept in {self.directory}: run the same command again to resume"
+        note = f"what was {_DONE[self.kind]} so far is kept in {self.directory}: run the same command again to resume"
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return UserError(f"the disk that holds {self.directory} is full; {kept}")
+            return UserError(f"the disk that holds {self.directory} is full; {note}")
         if isinstance(error, (UserError, KeyboardInterrupt)):
-            return type(error)(f"{error}; {kept}" if str(error) else kept)
-        print(kept, flush=True)
+            return type(error)(f"{error}; {note}" if str(error) else note)
+        print(note, flush=True)
         return error
 
 
@@ -152,10 +152,10 @@ def waiting(output: Output, kind: str, key: dict[str, Any] | None = None) -> Ite
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise UserError(full(directory)) from error
                 raise
-            told = found.told(error, output.begun)
-            if told is error:
+            explained = found.explained(error, output.begun)
+            if explained is error:
                 raise
-            raise told from error
+            raise explained from error
         _delete(found, output)
 
 

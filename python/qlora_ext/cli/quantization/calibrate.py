@@ -120,7 +120,7 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
 
 
 @contextlib.contextmanager
-def kept_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathlib.Path | None]:
+def stored_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathlib.Path | None]:
     """The directory that retains calibrated layers until the block, which writes the output, ends.
 
     A command that was interrupted while calibrating or writing resumes with them. None for ``--calibrate none``.
@@ -148,7 +148,7 @@ def calibration(
     """What the options ask for, with a bar that shows how far it has come; None for ``--calibrate none``.
 
     Args:
-        directory: for the layers that are done; see ``kept_layers``.
+        directory: for the layers that are done; see ``stored_layers``.
 
     Raises:
         UserError: there is no such text, or too little of it.
@@ -192,7 +192,7 @@ def record(arguments: argparse.Namespace, report: list[LayerReport]) -> dict[str
     }
 
 
-def told(report: list[LayerReport]) -> list[str]:
+def summary(report: list[LayerReport]) -> list[str]:
     """What is said of it at the end: how the outputs' error fell, and which layers stayed plain NF4, and why."""
     calibrated = [layer for layer in report if layer.absmax_error > 0]
     lines = []

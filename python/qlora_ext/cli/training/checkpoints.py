@@ -72,9 +72,9 @@ def newest_checkpoint(run: pathlib.Path) -> pathlib.Path | None:
     damage = _damage(newest) if newest else None
     if damage is None:
         return newest
-    whole = next((path for path in reversed(older) if path and not _damage(path)), None)
-    if whole:
-        advice = f"{whole.name} is complete: delete {newest.name if newest else ''} to continue from there"
+    intact = next((path for path in reversed(older) if path and not _damage(path)), None)
+    if intact:
+        advice = f"{intact.name} is complete: delete {newest.name if newest else ''} to continue from there"
     else:
         advice = "no other checkpoint is complete: start over with --overwrite"
     raise UserError(f"--resume: the checkpoint {newest} is damaged: {damage}; {advice}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..._internal.sizes import parse_size
 from ...planning import search
 from ...planning.blocks import place, streamed
-from ...planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, still, trains_head
+from ...planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, static_split, trains_head
 from ...streaming import dense_mlps
 from ...streaming.loss import changes_logits
 from ..errors import UserError
@@ -89,7 +89,7 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
     found, size = chosen
     fitted = dataclasses.replace(settings, **found.changes)
     if found.blocks is not None and not settings.resident:
-        parts, _ = place(still(found.job), found.blocks, None)
+        parts, _ = place(static_split(found.job), found.blocks, None)
         weights = parts["base weights"] + parts["other weights"] + parts["ring"]
         fitted = dataclasses.replace(fitted, resident=str(int(weights + memory - size)))
     options = switches(found.changes)

@@ -36,16 +36,16 @@ def load(run: Run) -> None:
     model = _base(run, compute)
     run.identify("base", digest_of_model(model), f"--model {run.source.name}")
     size = model_size(model)
-    run.tell(
+    run.report(
         f"weights {size.dense_bytes / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in 4 bits "
         f"({size.dense_bytes / size.bytes:.2f} times smaller; embeddings, which stay as they are, included)"
     )
-    if told_share := dense_share(model):
-        run.tell(told_share)
+    if coverage_note := dense_share(model):
+        run.report(coverage_note)
     run.model = adapting.add_adapter(model, run.source, s, run.request.force)
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = size.parameters + trainable
-    run.tell(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
+    run.report(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     if s.mlp_chunk:
         if not dense_mlps(run.model):
             raise UserError("--mlp-chunk: the model has no dense MLP, only mixtures of experts or none that is known")
@@ -63,7 +63,7 @@ def _computing_dtype(run: Run) -> torch.dtype:
     if run.resumes and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
         chosen, why = parse_dtype(str(began)), ", as at the start of the run"
     run.digests[_COMPUTING] = name_of(chosen)
-    run.tell(f"computing in {name_of(chosen)} on {run.device}{why}")
+    run.report(f"computing in {name_of(chosen)} on {run.device}{why}")
     return chosen
 
 

@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from ..._internal.untrusted import excerpt, printable
-from ..data import check_template, is_preference, read_examples, split, told
+from ..data import check_template, is_preference, read_examples, split, summary
 from ..errors import UserError
 from ..models.adapter_files import check_files, config_of, find
 from ..models.devices import parse_device
@@ -139,13 +139,13 @@ def _fit(run: Run, config: Any) -> None:
 
     if run.settings.max_memory and not run.resumes:
         run.settings, chosen = fit(run.settings, config, run.device)
-        run.tell(chosen)
+        run.report(chosen)
 
 
 def _encode(run: Run) -> None:
     """Makes rows of the examples, with the model's tokenizer."""
     s = run.settings
-    run.tell(
+    run.report(
         f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} "
         f"{'preferences' if is_preference(run.examples[0]) else 'examples'})"
     )
@@ -155,11 +155,11 @@ def _encode(run: Run) -> None:
         run.tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows,
         not s.no_packing,
     )  # fmt: skip
-    for reason in told(parts.counts, s.seq_len):
-        run.tell(f"      {reason}")
+    for reason in summary(parts.counts, s.seq_len):
+        run.report(f"      {reason}")
     steps = s.steps(len(parts.train))
     kind = "pairs" if run.preferences else f"rows of at most {s.seq_len} tokens"
-    run.tell(
+    run.report(
         f"rows  {len(parts.train):,} {kind} to train on, {steps * s.step_rows / len(parts.train):.2f} times in "
         f"{steps:,} steps; {len(parts.held_out)} examples held out"
     )

@@ -99,7 +99,7 @@ class Run:
     def metrics(self) -> pathlib.Path:
         return self.directory / "metrics.jsonl"
 
-    def tell(self, line: str) -> None:
+    def report(self, line: str) -> None:
         self.console.print(line)
 
     def identify(self, what: str, digest: str, name: str) -> None:

@@ -30,9 +30,9 @@ def save(run: Run) -> dict[str, float]:
     _save_adapter(run, metrics)
     curve = run.directory / "loss.png"
     plot_loss(history, curve, f"{pathlib.Path(run.settings.model).name} on {pathlib.Path(run.settings.data).name}")
-    run.tell(f"held-out {describe(run.before)} before -> {describe(end)} after training")
+    run.report(f"held-out {describe(run.before)} before -> {describe(end)} after training")
     show_sample(run.console, "after training", *sample(run))
-    run.tell(f"adapter {run.adapter}\nmetrics {run.metrics}\ncurve   {curve}")
+    run.report(f"adapter {run.adapter}\nmetrics {run.metrics}\ncurve   {curve}")
     # A line that the console wraps could not be copied.
     run.console.print(f"try it: {_try_it(run, 'generate', '--prompt', 'Hello')}", soft_wrap=True)
     run.console.print(f"   or:  {_try_it(run, 'chat')}", soft_wrap=True)

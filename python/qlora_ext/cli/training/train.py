@@ -35,13 +35,13 @@ def train(run: Run) -> None:
     progress = ProgressCallback(run.console, run.metrics, run.before)
     run.trainer.add_callback(progress)
     _add_callbacks(run)
-    run.tell(f"held-out {describe(run.before)} before training ({len(run.parts.held_out)} examples)")
+    run.report(f"held-out {describe(run.before)} before training ({len(run.parts.held_out)} examples)")
     show_sample(run.console, "before training", before["prompt"], before["sample"])
     if run.checkpoint:
-        run.trainer.add_callback(Rescale(run.tell if run.longer and run.settings.depends_on_length else None))
-        run.tell(f"going on after step {step_of(run.checkpoint)}")
+        run.trainer.add_callback(Rescale(run.report if run.longer and run.settings.depends_on_length else None))
+        run.report(f"going on after step {step_of(run.checkpoint)}")
     elif run.request.resume:
-        run.tell("no checkpoint yet: starting at step 0")
+        run.report("no checkpoint yet: starting at step 0")
     try:
         run_trainer(run.trainer, run.checkpoint)
     except KeyboardInterrupt:
@@ -79,18 +79,18 @@ def _trainer(run: Run) -> RunTrainer:
 
 def _add_callbacks(run: Run) -> None:
     s = run.settings
-    run.trainer.add_callback(NameInertAdapters(run.tell))
+    run.trainer.add_callback(NameInertAdapters(run.report))
     if s.former_steps:
         run.trainer.stages = s.stages[:-1]
     if run.longer:
         lengths = f"{s.epochs:g} passes" if s.epochs else f"{s.max_steps} steps"
-        run.tell(f"extending the run to {lengths}")
+        run.report(f"extending the run to {lengths}")
     if s.offload_checkpoints:
         run.trainer.add_callback(OffloadCheckpoints())
 
 
 def _interrupted(directory: pathlib.Path) -> str:
-    kept = checkpoints(directory)
-    at = f"step {step_of(kept[-1])} is saved" if kept else "no checkpoint was due yet"
+    saved = checkpoints(directory)
+    at = f"step {step_of(saved[-1])} is saved" if saved else "no checkpoint was due yet"
     again = shlex.join(["qlora-ext", "finetune", "--output", str(directory), "--resume"])
     return f"{at}; go on with: {again}"

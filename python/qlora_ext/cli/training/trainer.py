@@ -23,7 +23,7 @@ from ..outputs.ownership import foreign_in_checkpoint
 from .checkpoints import checkpoints, step_of, write_manifest
 from .settings import Settings
 
-_KEPT_CHECKPOINTS = 2
+_MAX_CHECKPOINTS = 2
 _STATE: Schema = {
     "global_step": int,
     "max_steps": int,
@@ -185,7 +185,7 @@ class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
                 self._staging = None
             move_up(partial / name)
             write_manifest(partial)
-        for old in checkpoints(run)[:-_KEPT_CHECKPOINTS]:
+        for old in checkpoints(run)[:-_MAX_CHECKPOINTS]:
             try:
                 delete(old, run, foreign_in_checkpoint)
             except UserError as error:
@@ -253,20 +253,20 @@ class OffloadCheckpoints(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 
 class NameInertAdapters(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Reports through ``tell`` which adapters got no gradient in the first step."""
+    """Reports through ``report`` which adapters got no gradient in the first step."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell: Callable[[str], None] | None = tell
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report: Callable[[str], None] | None = report
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self._tell is None:
+        if self._report is None:
             return
         from ...integrations.peft import inert_adapters
 
         inert = inert_adapters(model)
         if inert:
-            self._tell(f"no gradient in the first step: these adapters learn nothing: {named(inert)}")
-        self._tell = None
+            self._report(f"no gradient in the first step: these adapters learn nothing: {named(inert)}")
+        self._report = None
 
 
 class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
@@ -278,8 +278,8 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
         tell: prints the new learning rate.
     """
 
-    def __init__(self, tell: Callable[[str], None] | None) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[str], None] | None) -> None:
+        self._report = report
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
@@ -287,8 +287,8 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
                  for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]  # fmt: skip
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        if self._tell is not None:
-            self._tell(
+        if self._report is not None:
+            self._report(
                 f"the {args.lr_scheduler_type.value} schedule spans all {state.max_steps} steps now: the learning rate "
                 f"at step {state.global_step + 1} is {rates[0]:.3g}"
             )
