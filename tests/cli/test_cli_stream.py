@@ -30,7 +30,7 @@ from qlora_ext.cli.training.settings import Settings
 from qlora_ext.integrations.transformers import spill
 from qlora_ext.planning import families, search
 from qlora_ext.planning.blocks import place, streamed
-from qlora_ext.planning.memory import split, peaks
+from qlora_ext.planning.memory import peaks, split
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
 

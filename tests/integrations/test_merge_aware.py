@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 import qlora_ext
 from qlora_ext.integrations import peft as integration
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
-from qlora_ext.merged import kept_of, merged_linear_nf4, merged_weight, scales_of, seed_of, with_update
+from qlora_ext.merged import merged_linear_nf4, merged_weight, retained_update, scales_of, seed_of, with_update
 from qlora_ext.nn import layers_of
 from samples import layer_and_adapter
 from tiny_models import make, token_ids
@@ -268,7 +268,7 @@ def test_small_updates_of_experts_are_kept(family: str) -> None:
     stepped = layer.decoded() - before
     largest = before.abs().amax() * 0.31  # no step is wider
     assert stepped.abs().amax() <= largest
-    held, whole = kept_of(update, before, layer.decoded())
+    held, whole = retained_update(update, before, layer.decoded())
     assert 0.7 < held / whole < 1.3
     layer.unmerge()
     assert torch.equal(layer.decoded(), before)
@@ -277,7 +277,7 @@ def test_small_updates_of_experts_are_kept(family: str) -> None:
 def test_kept_is_a_share_of_the_update() -> None:
     before, update = torch.randn(8, 8), torch.randn(8, 8)
     for share in (0.0, 0.5, 1.0):
-        held, whole = kept_of(update, before, before + share * update)
+        held, whole = retained_update(update, before, before + share * update)
         assert held / whole == pytest.approx(share, abs=1e-5)
 
 

@@ -31,7 +31,10 @@ def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition() -> None:
 
 def test_finding_it_draws_no_random_number() -> None:
     matrix, state = torch.randn(64, 64), torch.get_rng_state()
-    assert all(torch.equal(x, y) for x, y in zip(low_rank_approximation(matrix, 4), low_rank_approximation(matrix, 4), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(low_rank_approximation(matrix, 4), low_rank_approximation(matrix, 4), strict=True)
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 

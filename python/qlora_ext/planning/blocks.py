@@ -28,7 +28,7 @@ class Streamed:
     active: float
 
     def slots(self, resident: float | None, rest: float) -> int:
-        """The number of buffers in the ring if the weights may use ``resident`` bytes, ``rest`` of them not streamed."""
+        """The number of buffers in the ring if weights may use ``resident`` bytes, ``rest`` of them not streamed."""
         fitting = 0 if resident is None else (resident - rest) // self.largest
         return int(min(self.blocks, max(_MIN_SLOTS, fitting)))
 

@@ -240,7 +240,7 @@ def peaks(job: Job) -> list[dict[str, float]]:
 
 
 def checkpoint_bytes(job: Job) -> float:
-    """Bytes of checkpointed layer inputs that ``offload_checkpoints`` moves to the host: those of all layers but two."""
+    """Bytes of checkpointed layer inputs that ``offload_checkpoints`` moves to the host: all layers but two."""
     text = job.config.get_text_config()
     tokens = job.batch_size * job.seq_len
     return float(max(text.num_hidden_layers - 2, 0) * tokens * text.hidden_size * job.compute.itemsize)

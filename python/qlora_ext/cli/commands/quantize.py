@@ -1,4 +1,4 @@
-"""``qlora-ext quantize``: a model directory in 4 bits."""
+"""``qlora-ext quantize``: saves a model in 4 bits."""
 
 from __future__ import annotations
 
@@ -25,28 +25,27 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "quantize",
         help="save a model in 4 bits",
-        description="Quantizes a model to NF4 while loading it and saves it with its tokenizer. The directory loads "
-        "with AutoModelForCausalLM.from_pretrained after `import qlora_ext`, which its config.json and README.md say, "
-        "and as --model here.",
+        description="Quantizes a model to NF4 while loading it, and saves it with its tokenizer. The result loads with "
+        "AutoModelForCausalLM.from_pretrained after `import qlora_ext`, and as --model of all commands.",
     )
     parser.add_argument("--model", required=True, help="a model directory, a .gguf file, a hub name, or package:NAME")
     add_trust_option(parser)
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output directory")
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
         "--block-size", type=int, default=64, choices=BLOCK_SIZES, metavar="N",
-        help="weights that share a scale, a power of two from 16 to 4096 (default: %(default)s)",
+        help="weights per scale, a power of two from 16 to 4096 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--format", default="qlora_ext", choices=("qlora_ext", "bitsandbytes"),
-        help="whose 4-bit directory to write: ours, or one that bitsandbytes loads without us (default: %(default)s)",
+        help="format of the 4-bit weights: ours, or one that loads with bitsandbytes alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in float32")
     parser.add_argument(
         "--embeddings", action="store_true",
-        help="embeddings too, and an output head tied to them: smaller, faster to write with, and less exact",
+        help="quantize embeddings too, and output heads tied to them: smaller, faster to generate with, less accurate",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16", help="of the other weights (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the dense weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     calibrate.add_options(parser)
     calibrate.add_init_lora_options(parser)

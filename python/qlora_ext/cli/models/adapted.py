@@ -1,4 +1,4 @@
-"""A base and its adapter, as the options of a command name them."""
+"""The base and the adapter that the options of a command name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sources import ModelSource, resolve
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A base and (unless it is None) an adapter, found and checked before a weight of the base is read."""
+    """A base and an optional adapter. Both are checked before any weight of the base is read."""
 
     adapter: pathlib.Path | None
     loader: Loader
@@ -37,17 +37,17 @@ class Adapted:
         return model if self.adapter is None else load(model, self.adapter, self.force)
 
     def load_to_answer(self) -> Any:
-        """As ``load``, for inference alone."""
+        """Like ``load``, for inference only."""
         from ...decoding import prepare_to_answer
 
         return prepare_to_answer(self.load())
 
 
 def find_adapted(arguments: argparse.Namespace) -> Adapted:
-    """What the options of ``add_base_options`` and ``--adapter`` name.
+    """Finds the base and the adapter that ``--model`` and ``--adapter`` name.
 
     Raises:
-        UserError: there is no such thing, or its files are damaged.
+        UserError: one of them does not exist, or its files are damaged.
     """
     from ...form import Form
 

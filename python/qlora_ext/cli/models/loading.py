@@ -1,4 +1,4 @@
-"""The weights of a model: loaded in 4 bits, or as they are."""
+"""Loads the weights of a model, in 4 bits or dense."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
-    """The weights of a GGUF file one by one; None of another source, or where transformers reads it whole only."""
+    """A reader of a GGUF file's weights; None for other sources and for architectures whose names are unknown."""
     from ...gguf import GGUFWeights
 
     if source.gguf_file is None:
@@ -39,8 +39,10 @@ def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
 
 
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
-    """Makes a model with weights in ``dtype`` compute in ``compute``. Weights that transformers keeps in float32 stay
-    so."""
+    """Makes a model with weights in ``dtype`` compute in ``compute``.
+
+    Weights that transformers keeps in float32 stay in float32.
+    """
     from ...nn import layers_of
 
     if compute != dtype:
@@ -50,7 +52,7 @@ def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
 
 
 def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
-    """The model as it is, in ``dtype``, on the CPU; complete, but its values are not checked."""
+    """The dense model in ``dtype`` on the CPU. It is complete, but its values are not checked."""
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": dtype, "output_loading_info": True}
@@ -60,7 +62,7 @@ def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
 
 
 def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch.dtype | None) -> Any:
-    """``model``, once its values are known to be finite, ready to compute in ``compute`` (None: as it is)."""
+    """Checks that the values of ``model`` are finite, and makes it compute in ``compute`` (None: no change)."""
     validate_model.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
     if compute is not None:
@@ -71,10 +73,10 @@ def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch
 def load_dense(
     source: ModelSource, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None = None
 ) -> Any:
-    """The model as it is, in ``dtype``; or its weights of that dtype cast to ``compute``.
+    """The dense model, read in ``dtype`` and then cast to ``compute`` if given.
 
     Raises:
-        UserError: as of ``Loader``.
+        UserError: as in ``Loader``.
     """
     validate_model.check_room(source, load_config(source))
     return _checked(_dense(source, dtype), source, dtype, compute).eval().to(device)
@@ -91,8 +93,8 @@ class Loader:
             4-bit weights stay those of ``dtype``.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
 
-    Raises (both ways of loading):
-        UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
+    Both methods raise a UserError if a weight is missing, has another shape, is NaN, or is in the files but not in the
+    model.
     """
 
     source: ModelSource
@@ -103,11 +105,11 @@ class Loader:
     embeddings: bool = False
 
     def while_loading(self, stream: str | None = None, resident: str | None = None, spill: Spill | None = None) -> Any:
-        """The model, each weight quantized as soon as it is read, where transformers can do that.
+        """Loads the model, quantizing each weight when it is read, if transformers supports that for the source.
 
         Args:
             stream, resident: as in ``QLoRAConfig``.
-            spill: takes the weights as they are quantized; then ``device`` is the CPU.
+            spill: receives the quantized weights; ``device`` must then be the CPU.
         """
         from ...integrations.transformers import QLoRAConfig
         from ...integrations.transformers.spill import spilling
@@ -116,7 +118,7 @@ class Loader:
         validate_model.check_room(self.source, model_config)
         weights = _gguf_weights(self.source, model_config)
         if self.source.gguf_file is not None and weights is None:
-            # transformers combines no quantization with a GGUF file that it reads itself.
+            # transformers cannot quantize a GGUF file that it reads itself.
             return self._after_loading(stream, resident, shown=spill is not None)
         config = QLoRAConfig(embeddings=self.embeddings, stream=stream, resident=resident)
         config.record(self.form)
@@ -131,11 +133,12 @@ class Loader:
         init_lora: InitLora | None = None,
         keep: Callable[[Any], list[str]] | None = None,
     ) -> Any:
-        """The model, quantized after all of it was loaded: one that has to run for that, or to be compared with.
+        """Loads the dense model, and then quantizes it, which calibrations and initial adapters require.
 
         Args:
-            init_lora: finds adapters that begin with what quantizing takes away.
-            keep: names the layers of the dense model that stay dense.
+            calibration: chooses scales and codes.
+            init_lora: computes initial adapters.
+            keep: returns the names of the layers of the dense model that stay dense.
         """
         from ...dtypes import computing_dtype
         from ...nn import computing_in
@@ -152,7 +155,7 @@ class Loader:
         return _checked(model, self.source, dtype, self.compute)
 
     def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
-        """The model that transformers quantizes while it loads it, from its files or from ``weights``."""
+        """Lets transformers quantize the model while it loads it, from its files or from ``weights``."""
         from transformers import AutoModelForCausalLM
 
         options = {
@@ -162,7 +165,7 @@ class Loader:
             "quantization_config": config,
         }
         with warnings.catch_warnings():
-            # A saved 4-bit model keeps its own form, which is known here.
+            # The warning says that a saved 4-bit model keeps its own form, which is intended.
             warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
             if weights is None:
                 model, report = load_pretrained("model", self.source, AutoModelForCausalLM, shown, **options)
@@ -174,7 +177,7 @@ class Loader:
         return model
 
     def _after_loading(self, stream: str | None, resident: str | None, shown: bool) -> Any:
-        """The model, quantized after all of it was loaded, because transformers cannot do both at once."""
+        """Loads the dense model and then quantizes it, for sources that transformers cannot quantize while loading."""
         from ... import streaming
 
         dtype = self.dtype
@@ -195,5 +198,5 @@ class Loader:
             quantize_model(model, keep=kept, **options, **self.form.keywords)
         except UserError:
             raise
-        except ValueError as error:  # a NaN, with its place
+        except ValueError as error:  # a NaN, with its index
             raise UserError(f"cannot quantize {self.source.name}: {first_line(error)}") from error

@@ -1,4 +1,4 @@
-"""The second phase of a run: the base in 4 bits, with the adapter on it."""
+"""The second phase of a run: loads the base in 4 bits, and adds the adapter."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load(run: Run) -> None:
     size = model_size(model)
     run.report(
         f"weights {size.dense_bytes / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in 4 bits "
-        f"({size.dense_bytes / size.bytes:.2f} times smaller; embeddings, which stay as they are, included)"
+        f"({size.dense_bytes / size.bytes:.2f} times smaller, including the dense embeddings)"
     )
     if coverage_note := dense_share(model):
         run.report(coverage_note)
@@ -48,7 +48,7 @@ def load(run: Run) -> None:
     run.report(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     if s.mlp_chunk:
         if not dense_mlps(run.model):
-            raise UserError("--mlp-chunk: the model has no dense MLP, only mixtures of experts or none that is known")
+            raise UserError("--mlp-chunk: the model has no dense MLP, only mixtures of experts or unknown modules")
         chunk_mlp(run.model, s.mlp_chunk)
     if s.chunked_loss:
         adapting.check_chunked_loss(run.model)
@@ -56,7 +56,7 @@ def load(run: Run) -> None:
 
 
 def _computing_dtype(run: Run) -> torch.dtype:
-    """The compute dtype of the run, which is told. A resumed run keeps its dtype, even on another machine."""
+    """Chooses and reports the compute dtype. A resumed run keeps its dtype, even on another machine."""
     dtype = run.settings.dtype
     chosen = parse_computing_dtype(dtype, run.device)
     why = ", because the processor has no bfloat16 arithmetic" if chosen != parse_dtype(dtype) else ""
@@ -68,7 +68,7 @@ def _computing_dtype(run: Run) -> torch.dtype:
 
 
 def _base(run: Run, compute: torch.dtype) -> Any:
-    """The model in 4 bits; one that is to be streamed from disk comes from a 4-bit directory."""
+    """The model in 4 bits. To stream from disk, it is converted to a 4-bit directory first."""
     s = run.settings
     loader = Loader(run.source, Form(block_size=s.block_size), parse_dtype(s.dtype), run.device, compute)
     if s.stream == "none":

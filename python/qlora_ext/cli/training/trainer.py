@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that are whole or absent, and an evaluation that changes nothing."""
+"""transformers' Trainer with atomic checkpoints, and with an evaluation that has no side effects."""
 
 from __future__ import annotations
 
@@ -40,13 +40,17 @@ def training_arguments(
     kind: type[TrainingArguments] = TrainingArguments,
     **more: Any,
 ) -> TrainingArguments:
-    """The recipe of ``settings``; its defaults are the QLoRA paper's.
+    """The trainer's arguments for ``settings``, whose defaults follow the QLoRA paper.
 
     Args:
-        steps: of the optimizer. kind: the class of a trainer's arguments, which takes ``more``.
+        steps: the number of optimizer steps.
+        kind: the class of the arguments.
+        more: further arguments of ``kind``.
     """
     if ("8bit" in settings.optimizer or "paged" in settings.optimizer) and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError(f"--optimizer {settings.optimizer} is bitsandbytes'; install it with: pip install bitsandbytes")
+        raise UserError(
+            f"--optimizer {settings.optimizer} needs bitsandbytes; install it with: pip install bitsandbytes"
+        )
     try:
         return kind(
             output_dir=str(directory),
@@ -78,11 +82,11 @@ def training_arguments(
     except ValueError as error:
         if "OptimizerNames" not in str(error):
             raise
-        raise UserError(f"--optimizer {settings.optimizer}: transformers knows no such optimizer") from error
+        raise UserError(f"--optimizer {settings.optimizer}: transformers has no such optimizer") from error
 
 
 def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Pads packed rows to the longest, [B, T] each. The padding counts positions of its own: nothing attends to it."""
+    """Pads packed rows to the longest: tensors [B, T]. Positions restart in the padding, so no token attends to it."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def integers(values: list[list[int]]) -> torch.Tensor:
@@ -100,10 +104,11 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 
 
 def held_out_loss(model: Any, held_out: list[Row], size: int, loss: Callable[[Any, dict[str, Any]], Any]) -> float:
-    """Mean cross-entropy a learnt token of the held-out rows, in nats. It draws no random number.
+    """The mean cross-entropy of the held-out rows, in nats per learnt token. It draws no random numbers.
 
     Args:
-        size: rows a batch. loss: of a model and a batch, the mean over its learnt tokens.
+        size: rows per batch.
+        loss: computes the mean over the learnt tokens for a model and a batch.
     """
     rows = pack(held_out, max(len(row["input_ids"]) for row in held_out))
     was_training = model.training
@@ -148,14 +153,14 @@ class StagedSampler(torch.utils.data.Sampler[int]):
 
 
 class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
-    """What all runs have: checkpoints that are whole or absent, and an evaluation that changes nothing."""
+    """The base class of our trainers: atomic checkpoints, and an evaluation without side effects."""
 
     held_out: list[Row]
     stages: Sequence[int] = ()  # rows available at each length of an extended run
     _staging: pathlib.Path | None = None
 
     def measure(self) -> dict[str, Any]:
-        """The loss of the held-out rows and what it comes to, as a line of ``metrics.jsonl``; see ``describe``."""
+        """Measures the held-out rows. Returns a line of ``metrics.jsonl``, see ``describe``."""
         raise NotImplementedError
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -177,7 +182,7 @@ class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         name = f"checkpoint-{self.state.global_step}"
         run = pathlib.Path(self.args.output_dir)
         with staged_directory(run / name, foreign_in_checkpoint) as partial:
-            # The Trainer writes into partial/checkpoint-N, of which the content moves up.
+            # The Trainer writes into partial/checkpoint-N, whose content is then moved up.
             self._staging = partial
             try:
                 super()._save_checkpoint(model, trial)
@@ -230,7 +235,7 @@ class QLoRATrainer(RunTrainer):
 
 
 class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Knows when a checkpoint has been read."""
+    """Records when a checkpoint has been loaded, which is before the first step."""
 
     done = False
 
@@ -239,14 +244,14 @@ class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 
 class _Intervals(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Applies the intervals of this command to a resumed run: a checkpoint holds those of the command that wrote it."""
+    """Applies this command's intervals to a resumed run, instead of those recorded in the checkpoint."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
 
 
 class OffloadCheckpoints(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Keeps the inputs of checkpointed layers on the host; the Trainer turns checkpointing on as it begins."""
+    """Calls ``offload_checkpoints`` after the Trainer has enabled gradient checkpointing."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         offload_checkpoints(model)
@@ -275,7 +280,7 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
     A checkpoint holds the learning rate that the run would have had before it was extended.
 
     Args:
-        tell: prints the new learning rate.
+        report: prints the new learning rate.
     """
 
     def __init__(self, report: Callable[[str], None] | None) -> None:
@@ -295,8 +300,8 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 
 def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
-    """Trains to the last step, from ``checkpoint`` on if there is one."""
-    from ..models.adapter_files import entire
+    """Trains to the last step, starting from ``checkpoint`` if it is given."""
+    from ..models.adapter_files import complete_adapter
 
     if checkpoint is not None:
         read_json(checkpoint / "trainer_state.json", _STATE)
@@ -305,12 +310,12 @@ def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     trainer.add_callback(_Intervals())
     try:
         if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
-            # Nothing is left to train, which the Trainer would only notice after one step too many.
-            with entire():
+            # The run is complete, but the Trainer would train one more step.
+            with complete_adapter():
                 trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return
-        with entire():
+        with complete_adapter():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -319,7 +324,7 @@ def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     except FloatingPointError as error:
         raise UserError(first_line(error)) from error
     except Exception as error:
-        # Before the first step it is the checkpoint that is read, and a damaged one fails in any way whatever.
+        # Before the first step, the checkpoint is loaded, and a damaged one may raise any exception.
         if checkpoint is None or loading.done:
             raise
         raise UserError(
