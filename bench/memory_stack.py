@@ -1,8 +1,8 @@
-"""Where the memory of a QLoRA run goes by model size, by the planner: plain, with checkpointing, and streamed.
+"""The planned memory of QLoRA runs by model size: plain, with checkpointing, and streamed.
 
     python bench/memory_stack.py
 
-Computed, not measured, for a GPU; writes results/memory_stack.json, of which bench/lib/pictures.py draws.
+Computed for a GPU, not measured. Writes results/memory_stack.json, which bench/lib/pictures.py plots.
 """
 
 from __future__ import annotations
