@@ -64,7 +64,7 @@ def test_killed_and_resumed_gives_the_same_adapter(paths: Paths, whole_run: path
     assert not (run / "adapter").exists()
     result = command("finetune", "--output", run, "--resume")
     assert result.returncode == 0, result.stderr
-    assert "going on after step" in result.stdout
+    assert "resuming after step" in result.stdout
     assert adapter_bytes(run) == adapter_bytes(whole_run)
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
     assert steps == list(range(1, 12))
@@ -429,7 +429,7 @@ def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
         # What was quantized waits for more room, if there was room for any of it.
         left = {path.name for path in small.iterdir()}
         assert left <= {"out.weights"}
-        assert bool(left) == (f"what was quantized so far is kept in {small}/out.weights" in result.stderr)
+        assert bool(left) == (f"the weights quantized so far are kept in {small}/out.weights" in result.stderr)
         shutil.rmtree(small / "out.weights", ignore_errors=True)
         result = command("finetune", *base(paths), "--output", small / "run", *RUN)
         assert result.returncode == 2, result.stderr

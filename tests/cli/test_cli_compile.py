@@ -191,12 +191,12 @@ def test_without_a_compiler_or_where_it_fails_the_model_stays_eager(
 
 def test_what_is_not_compiled() -> None:
     sliding = AutoModelForCausalLM.from_config(MistralConfig(**tiny_models.SIZES, sliding_window=8))
-    assert compiled.obstacle(sliding) == "its cache is more than keys and values"
+    assert compiled.obstacle(sliding) == "its cache holds more than keys and values"
     prefix = get_peft_model(tiny_models.make("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert compiled.obstacle(prefix) == "the adapter is a prompt"
     merge_aware = adapted()
     qlora_ext.integrations.peft.set_merge_aware(merge_aware)
-    assert compiled.obstacle(merge_aware) == "the adapter runs as merged"
+    assert compiled.obstacle(merge_aware) == "the adapter is merge-aware"
     assert compiled.obstacle(adapted()) is None
 
 

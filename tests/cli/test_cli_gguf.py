@@ -95,7 +95,7 @@ def test_what_finds_no_place_is_told(tmp_path: pathlib.Path, capsys: pytest.Capt
     write(make("llama"), tmp_path / "more.gguf", "llama", {"rope_freqs.weight": np.ones(8, np.float32)})
     assert main(["quantize", "--model", str(tmp_path / "more.gguf"), "--output", str(tmp_path / "out")]) == 0
     told = capsys.readouterr().err
-    assert "1 weights in its files are no part of a LlamaForCausalLM and were left out: rope_freqs.weight" in told
+    assert "1 weights in its files do not belong to a LlamaForCausalLM and were ignored: rope_freqs.weight" in told
 
 
 def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -68,7 +68,7 @@ def test_a_finished_run_is_made_longer(
     here("finetune", "--output", run, "--resume", "--max-steps", "9")
     told = capfd.readouterr().out
     assert "extending the run to 9 steps" in told
-    assert "going on after step 5" in told
+    assert "resuming after step 5" in told
     longer = adapter_bytes(run)
     assert longer != before
     assert steps_of(run) == list(range(1, 10))
@@ -176,7 +176,7 @@ def test_what_is_refused(refused: Any, short: pathlib.Path) -> None:
     )
     assert "--max-steps makes it longer" in refused("finetune", "--output", short, "--resume", "--epochs", 3)
     assert "started with 2" in refused("finetune", "--output", short, "--resume", "--max-steps", 9, "--rank", 4)
-    assert f"lies in the run {short}" in refused("finetune", "--output", short / "adapter", "--resume")
+    assert f"is inside the run {short}" in refused("finetune", "--output", short / "adapter", "--resume")
     assert (short / "settings.json").read_bytes() == before
 
 

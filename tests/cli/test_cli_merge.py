@@ -65,7 +65,7 @@ def test_what_was_trained_as_merged_is_what_is_merged(
     here("merge", "--adapter", run, "--output", output, "--4bit", "--dtype", "float32", "--evaluate")
     told = capfd.readouterr().out
     assert re.search(r"held-out loss: ([\d.]+) unmerged, \1 merged \(\+0.0000\)", told), told
-    kept = re.search(r"the codes hold ([\d.]+)% of what the adapter adds", told)
+    kept = re.search(r"the codes retain ([\d.]+)% of the adapter's update", told)
     assert kept
     assert 50 < float(kept[1]) < 150
 

@@ -209,7 +209,7 @@ def test_a_full_disk_keeps_what_is_done(
     assert main(quantize(dense, tmp_path / "out")) != 0
     told = capsys.readouterr().err
     assert "the disk that holds" in told
-    assert "what was quantized so far is kept" in told
+    assert "the weights quantized so far are kept" in told
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(spill, "save_file", save)
     assert main(quantize(dense, tmp_path / "out")) == 0
@@ -267,7 +267,7 @@ def test_a_run_fits_itself_into_the_memory(
     monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
     expected = tuned(dense, data, tmp_path / "as_it_is")
     roomy = tuned(dense, data, tmp_path / "roomy", "--max-memory", "10GB")
-    assert "fits into 10GB (0.00 GB of it taken by Python and its libraries) with no switch" in capsys.readouterr().out
+    assert "fits into 10GB (0.00 GB of it used by Python and its libraries) with no switch" in capsys.readouterr().out
     assert same(roomy, expected)
     sizes = []
     for options in ((), ("--chunked-loss",), ("--chunked-loss", "--grad-checkpointing")):
@@ -304,7 +304,7 @@ def test_a_run_that_cannot_fit_says_what_would(
     assert main([*command, "--max-memory", "1500KB"]) != 0
     told = capsys.readouterr().err
     assert "--max-memory 1500KB" in told
-    assert "2 rows of 32 tokens take 0.00 GB at least (" in told
+    assert "2 rows of 32 tokens need at least 0.00 GB (" in told
     assert "--stream disk" in told
     assert not (tmp_path / "run").exists()
 

@@ -67,7 +67,7 @@ def stopped(
 
     def run(kind: str) -> None:
         _stop(monkeypatch, model, tmp_path / "out", kind)
-        assert "run the same command again to resume" in capfd.readouterr().err
+        assert "run the same command to resume" in capfd.readouterr().err
 
     return run
 
@@ -263,7 +263,7 @@ def test_what_waits_stays_until_the_output_is_written(
     assert status == {"disk": 2, "tokenizer": 2, "crash": 1, "interrupt": 130, "taken": 2}[failure], told
     assert ("is full" in told) == (failure in ("disk", "tokenizer"))
     done = {"weights": "quantized", "calibration": "calibrated"}[kind]
-    assert f"what was {done} so far is kept in {output}.{kind}" in told
+    assert f"the weights {done} so far are kept in {output}.{kind}" in told
     if failure == "taken":
         shutil.rmtree(output)
     assert [path.name for path in tmp_path.iterdir()] == [f"out.{kind}"]

@@ -54,7 +54,7 @@ def test_a_run_goes_on_where_it_was(paths: Paths, whole_run: pathlib.Path, tmp_p
     qlora_ext.finetune(**{**begun, "max_steps": 4})
     done = qlora_ext.finetune(output=tmp_path / "run", resume=True, max_steps=11)
     assert done.metrics["steps"] == 11
-    with pytest.raises(ValueError, match=r"^output .* holds a run already; add resume to go on with it, or overwrite"):
+    with pytest.raises(ValueError, match=r"^output .* already has a run; add resume to continue it, or overwrite"):
         qlora_ext.finetune(**begun)
     again = qlora_ext.finetune(**begun, overwrite=True)
     assert adapter_bytes(again.directory) == adapter_bytes(whole_run)
