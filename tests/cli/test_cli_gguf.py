@@ -94,8 +94,8 @@ def test_a_killed_quantize_goes_on(
 def test_what_finds_no_place_is_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(make("llama"), tmp_path / "more.gguf", "llama", {"rope_freqs.weight": np.ones(8, np.float32)})
     assert main(["quantize", "--model", str(tmp_path / "more.gguf"), "--output", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().err
-    assert "1 weights in its files do not belong to a LlamaForCausalLM and were ignored: rope_freqs.weight" in told
+    printed = capsys.readouterr().err
+    assert "1 weights in its files do not belong to a LlamaForCausalLM and were ignored: rope_freqs.weight" in printed
 
 
 def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -66,9 +66,9 @@ def test_a_finished_run_is_made_longer(
     run = pathlib.Path(shutil.copytree(short, tmp_path / "run"))
     before = adapter_bytes(run)
     here("finetune", "--output", run, "--resume", "--max-steps", "9")
-    told = capfd.readouterr().out
-    assert "extending the run to 9 steps" in told
-    assert "resuming after step 5" in told
+    printed = capfd.readouterr().out
+    assert "extending the run to 9 steps" in printed
+    assert "resuming after step 5" in printed
     longer = adapter_bytes(run)
     assert longer != before
     assert steps_of(run) == list(range(1, 10))

@@ -139,8 +139,8 @@ def test_whole_modules_and_dora_are_merged_and_asked(
     capfd.readouterr()
     for number, more in enumerate((["--dtype", "float32"], ["--4bit"])):
         here("merge", "--adapter", run, "--output", tmp_path / f"merged{number}", "--evaluate", *more)
-        told = capfd.readouterr().out
-        before, after = (float(told.split(f" {word}")[0].split()[-1]) for word in ("unmerged", "merged ("))
+        printed = capfd.readouterr().out
+        before, after = (float(printed.split(f" {word}")[0].split()[-1]) for word in ("unmerged", "merged ("))
         assert after == pytest.approx(before, abs=1e-4 if number == 0 else 0.05)
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 import chat_templates
 from commands import Paths
-from qlora_ext.cli.data import check_template, encode, pack, split, told
+from qlora_ext.cli.data import check_template, encode, pack, split, summary
 from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.training.settings import Settings
 
@@ -45,7 +45,7 @@ def texts(tokenizer: Any, row: dict[str, list[int]]) -> tuple[str, str]:
 def rows(tokenizer: Any, *examples: Any, seq_len: int = 1000, **options: Any) -> tuple[list[Any], list[str]]:
     counts: collections.Counter[str] = collections.Counter()
     found = list(encode(tokenizer, examples, seq_len, counts, **options))
-    return found, told(counts, seq_len)
+    return found, summary(counts, seq_len)
 
 
 def test_tools_and_their_calls_are_written_and_learnt(tokenizer: Any) -> None:
@@ -239,7 +239,7 @@ def test_a_long_answer_is_tokenized_as_far_as_it_is_used(tokenizer: Any, monkeyp
             return tokenizer(text, **options)
 
     monkeypatch.setattr(encoding, "_PIECE", 100)
-    monkeypatch.setattr(encoding, "_LONGEST_TOKEN", 4)
+    monkeypatch.setattr(encoding, "_MAX_TOKEN_CHARACTERS", 4)
     pair = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y" * 5000}]
     (row,), left_out = rows(Counting(), pair, seq_len=50)
     assert max(seen) == 100 + 4 * 50

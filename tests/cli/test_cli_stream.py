@@ -207,9 +207,9 @@ def test_a_full_disk_keeps_what_is_done(
 
     monkeypatch.setattr(spill, "save_file", full)
     assert main(quantize(dense, tmp_path / "out")) != 0
-    told = capsys.readouterr().err
-    assert "the disk that holds" in told
-    assert "the weights quantized so far are kept" in told
+    printed = capsys.readouterr().err
+    assert "the disk that holds" in printed
+    assert "the weights quantized so far are kept" in printed
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(spill, "save_file", save)
     assert main(quantize(dense, tmp_path / "out")) == 0
@@ -276,8 +276,8 @@ def test_a_run_fits_itself_into_the_memory(
     assert sizes[0] > sizes[2]
     allowed = str(int(sizes[2] * 1.01 + 1e6))
     narrow = tuned(dense, data, tmp_path / "narrow", "--max-memory", allowed)
-    told = capsys.readouterr().out
-    assert f"fits into {allowed}" in told
+    printed = capsys.readouterr().out
+    assert f"fits into {allowed}" in printed
     settings = json.loads((tmp_path / "narrow" / "settings.json").read_text())
     assert settings["grad_checkpointing"]
     assert settings["stream"] == "none"
@@ -302,10 +302,10 @@ def test_a_run_that_cannot_fit_says_what_would(
     monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
     command = ["finetune", "--model", str(dense), "--data", str(data), "--output", str(tmp_path / "run"), *OPTIONS]
     assert main([*command, "--max-memory", "1500KB"]) != 0
-    told = capsys.readouterr().err
-    assert "--max-memory 1500KB" in told
-    assert "2 rows of 32 tokens need at least 0.00 GB (" in told
-    assert "--stream disk" in told
+    printed = capsys.readouterr().err
+    assert "--max-memory 1500KB" in printed
+    assert "2 rows of 32 tokens need at least 0.00 GB (" in printed
+    assert "--stream disk" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -318,9 +318,9 @@ def test_the_ring_takes_what_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> 
     layer = streamed(job_of(settings, config)).largest
     for memory, stream in ((resident + 1, "none"), (resident - 3 * layer, "disk")):
         asked = dataclasses.replace(settings, max_memory=str(int(memory + 1e6)))
-        fitted, told = fitting.fit(asked, config, torch.device("cpu"))
+        fitted, line = fitting.fit(asked, config, torch.device("cpu"))
         assert fitted.stream == stream
-        assert ("--stream disk" in told) == (stream == "disk")
+        assert ("--stream disk" in line) == (stream == "disk")
     job = dataclasses.replace(job_of(fitted, config), host=True)
     parts, slots = place(split(job, peaks(job)), streamed(job), float(fitted.resident))
     assert slots == 6  # not 7, for the space between tensors in the ring

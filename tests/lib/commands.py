@@ -103,7 +103,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 
 
 @pytest.fixture(scope="session")
-def whole_run(paths: Paths) -> pathlib.Path:
+def finished_run(paths: Paths) -> pathlib.Path:
     """A run that nothing interrupted, which tests copy before they change it."""
     run = paths["root"] / "whole"
     result = as_process("finetune", *base(paths), "--output", run, *RUN)

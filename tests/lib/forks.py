@@ -54,8 +54,8 @@ def start(target: Callable[..., None], *args: Any, daemon: bool = False) -> Any:
     return process
 
 
-def _run(arguments: list[str], told: list[str], before: Callable[[], object] | None) -> None:
-    for number, path in enumerate(told, start=1):
+def _run(arguments: list[str], message: list[str], before: Callable[[], object] | None) -> None:
+    for number, path in enumerate(message, start=1):
         file = os.open(path, os.O_WRONLY)
         os.dup2(file, number)
         os.close(file)
@@ -75,11 +75,11 @@ class Command:
 
     def __init__(self, *arguments: object, before: Callable[[], object] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory()
-        self._told = [pathlib.Path(self._directory.name, name) for name in ("stdout", "stderr")]
-        for path in self._told:
+        self._output = [pathlib.Path(self._directory.name, name) for name in ("stdout", "stderr")]
+        for path in self._output:
             path.touch()
         self._arguments = [str(argument) for argument in arguments]
-        self._process = start(_run, self._arguments, [str(path) for path in self._told], before)
+        self._process = start(_run, self._arguments, [str(path) for path in self._output], before)
 
     @property
     def pid(self) -> int | None:
@@ -97,9 +97,9 @@ class Command:
         if self._process.exitcode is None:
             self._process.kill()
             raise subprocess.TimeoutExpired(self._arguments, timeout)
-        told = [path.read_text() for path in self._told]
+        printed = [path.read_text() for path in self._output]
         self._directory.cleanup()
-        return subprocess.CompletedProcess(self._arguments, self._process.exitcode, *told)
+        return subprocess.CompletedProcess(self._arguments, self._process.exitcode, *printed)
 
     def kill(self) -> None:
         self._process.kill()
