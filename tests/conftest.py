@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import qlora_ext
-from commands import paths, refused, finished_run
+from commands import finished_run, paths, refused
 from qlora_ext import dtypes
 
-__all__ = ["paths", "refused", "finished_run"]  # fixtures
+__all__ = ["finished_run", "paths", "refused"]  # fixtures
 
 # There before the first call, so that each call reads it (test_kernels_cpu.py goes from one kernel to the next).
 os.environ.setdefault("QLORA_CPU_KERNEL", "")
