@@ -137,7 +137,7 @@ def test_codes_of_another_model(made: pathlib.Path, check: Checked, tmp_path: pa
     assert worst[LAYER] > 1 > 0.2 > max(error for name, error in worst.items() if name != LAYER)
     assert check.json["increase"]["nats"] > 0
     assert check(model, "--max-increase", 0, data=made / "text.txt") == 3
-    assert "above the 0 of --max-increase" in check.out
+    assert "more than --max-increase 0" in check.out
     assert check.json["good"] is False
 
 

@@ -1,4 +1,4 @@
-"""Processes forked from a server that has imported what is slow to import, and started no thread."""
+"""Processes forked from a server that has imported the slow modules and has not started threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Connects the standard output and error of this process to nothing."""
+    """Discards the standard output and error of this process."""
     with contextlib.ExitStack() as stack:
         nothing = os.open(os.devnull, os.O_WRONLY)
         stack.callback(os.close, nothing)
@@ -44,8 +44,8 @@ def _silent() -> Iterator[None]:
 def start(target: Callable[..., None], *args: Any, daemon: bool = False) -> Any:
     """Starts ``target(*args)`` in a fork of the server.
 
-    The server keeps the standard output and error that it is started with. Those of a test would give the test what
-    libraries print when the server imports them.
+    The server keeps the standard output and error with which it is started. With those of a test, the test would
+    receive what libraries print when the server imports them.
     """
     with _silent():
         multiprocessing.forkserver.ensure_running()
@@ -63,15 +63,15 @@ def _run(arguments: list[str], message: list[str], before: Callable[[], object] 
 
     from qlora_ext.cli import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it puts in the background
-    torch.set_num_threads(1)  # a step of a tiny model is too short to share, least of all on a busy machine
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores this signal in background jobs
+    torch.set_num_threads(1)  # a step of a tiny model is too short for several threads, especially on a busy machine
     if before is not None:
         before()
     sys.exit(main(arguments))
 
 
 class Command:
-    """The console command with these arguments, as ``subprocess.Popen`` would be; ``before`` runs in it first."""
+    """The console command with these arguments, as ``subprocess.Popen`` starts one; it calls ``before`` first."""
 
     def __init__(self, *arguments: object, before: Callable[[], object] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory()
