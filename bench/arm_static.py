@@ -1,10 +1,10 @@
-"""What can be said of the ARM kernels' speed without an ARM machine: instructions, and cycles by llvm-mca.
+"""Estimates the speed of the ARM kernels without an ARM machine: counts instructions, and cycles with llvm-mca.
 
     python bench/arm_static.py [--peer FILE.s FUNCTION WEIGHTS NAME]...
 
-The inner loops of `arm_loops.cpp` are compiled with aarch64-linux-gnu-g++ and the flags of their set, and taken from
-the assembly; so are those of other libraries, from a listing (-S) of theirs: of the functions that match the regular
-expression FUNCTION the loop with the most vector instructions, which does WEIGHTS weights.
+The inner loops of `arm_loops.cpp` are compiled with aarch64-linux-gnu-g++ and the flags of their instruction set, and
+read from the assembly. `--peer` reads another library's loop from its assembly (-S): the loop with the most vector
+instructions in the functions that match the regular expression FUNCTION, which processes WEIGHTS weights per iteration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ MODELS = ("neoverse-n1", "neoverse-v1", "neoverse-v2")
 ITERATIONS = 200
 VECTOR = r"(fml|smlal|smull|bf|sdot|tbl|zip|uzp|fmul|ushr|ushll|shll?\s)"
 
-# Function of arm_loops.cpp, set -> weights that an iteration decodes or takes, tokens, what it does.
+# Function in arm_loops.cpp, instruction set, weights per iteration, tokens, description.
 LOOPS = [
     ("few_tokens_int_1", "neon", 64, 1, "decode and multiply, int16"),
     ("few_tokens_int_2", "neon", 64, 2, "the same"),
@@ -41,7 +41,7 @@ LOOPS = [
 
 
 def flags(isa: str) -> list[str]:
-    """Of cpp/cpu/sources.cmake, with GCC."""
+    """GCC's flags for an instruction set, from cpp/cpu/sources.cmake."""
     text = (ROOT / "cpp/cpu/sources.cmake").read_text()
     found = re.findall(rf"(?:set\(|APPEND )_{isa} (-[^)]*)\)", text)
     return " ".join(found).split()
@@ -57,7 +57,7 @@ def compiled(isa: str) -> str:
 
 
 def loops(assembly: str) -> Iterator[tuple[str, list[str]]]:
-    """Function, body of each innermost loop in it."""
+    """Each innermost loop: the name of its function, and its instructions."""
     function, lines, labels, last = "", [], {}, -1
     for raw in assembly.splitlines():
         label = re.match(r"([^\s:]+):", raw)
@@ -80,7 +80,7 @@ def loops(assembly: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def inner_loop(assembly: str, function: str) -> list[str]:
-    """The one with the most vector instructions of the functions that match, and of such the shortest."""
+    """The loop with the most vector instructions in the matching functions; the shortest of several."""
     found = [body for name, body in loops(assembly) if re.search(function, name)]
     if not found:
         raise SystemExit(f"no loop in a function that matches {function}")
@@ -89,7 +89,7 @@ def inner_loop(assembly: str, function: str) -> list[str]:
 
 
 def cycles(body: list[str], model: str) -> tuple[float, float]:
-    """Of an iteration: simulated in a row, and bound by the units alone."""
+    """Cycles per iteration: simulated for consecutive iterations, and the bound by the execution units."""
     lines = [re.sub(r"^(adrp\s+\w+,).*", r"\1 0", line) for line in body]
     lines = [re.sub(r"#?:\w+:[\w.+]+", "0", re.sub(r"\.L\w+$", ".Lloop", line)) for line in lines]
     command = [MCA, "-march=aarch64", f"-mcpu={model}", "-mattr=+bf16", f"-iterations={ITERATIONS}"]
@@ -111,7 +111,7 @@ def row(name: str, what: str, body: list[str], weights: int, tokens: int) -> str
 
 
 def symbol(name: str) -> str:
-    """Where the loop stands: in the function itself, or in the template that it calls."""
+    """A pattern for the symbol that contains the loop: the function itself, or the template that it calls."""
     kind, _, tokens = name.removeprefix("few_tokens_").partition("_")
     if name.startswith("few_tokens"):
         return rf"accumulateILi{tokens}E.*{kind.capitalize()}Products"
@@ -133,9 +133,9 @@ def main() -> None:
     print("# ARM kernels, not measured on hardware\n")
     compiler, mca = version(COMPILER, "aarch64.*"), version(MCA, "LLVM version [0-9.]+")
     print(f"Inner loops as {compiler} compiles them; cycles by llvm-mca, {mca}.")
-    print("A weight of a loop over tokens is counted once for each of them.")
-    print("Cycles: simulated (bound by the units alone).\n")
-    print("| loop | what it does | tokens | instructions / weights | a weight | " + " | ".join(MODELS) + " |")
+    print("In loops over several tokens, each weight counts once per token.")
+    print("Cycles per weight: simulated (bound by the execution units).\n")
+    print("| loop | what it does | tokens | instructions / weights | per weight | " + " | ".join(MODELS) + " |")
     print("|" + " --- |" * (5 + len(MODELS)))
     assembly = {isa: compiled(isa) for isa in ("neon", "neon_bf16")}
     for name, isa, weights, tokens, what in LOOPS:

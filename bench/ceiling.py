@@ -1,9 +1,9 @@
-"""What this machine can do at most, measured: reading memory, and multiplying dense matrices, on all threads.
+"""Measures the limits of this machine: memory bandwidth, and the throughput of dense matmuls, on all threads.
 
     python bench/ceiling.py [--seconds 3] [--threads 2]
 
-The other benches are held against these in bench/lib/report.py. Memory is read by torch's sum over more than the caches
-hold; the products are the fastest that torch's library makes of large square matrices in each dtype.
+bench/lib/report.py compares the other benches with these limits. Memory is read by torch's sum over a tensor that is
+larger than the caches. The matmuls are torch's, of large square matrices, per dtype.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def main() -> None:
     harness.keep_freed_memory()
     report = harness.Report(
         f"ceiling_{arguments.threads}_threads",
-        "What the machine can do at most",
-        ["Measured: the 10th percentile of the times. GB/s of reading, Tflop/s of a dense product of torch's library."],
+        "Limits of the machine",
+        ["From the 10th percentile of the times: GB/s of reading memory, Tflop/s of torch's dense matmul."],
     )
     memory = torch.ones(harness.COLD_BYTES // 4)
     seconds = harness.interleave({"sum": lambda i: memory.sum()}, seconds=arguments.seconds)["sum"]

@@ -1,11 +1,10 @@
-"""quantize_nf4 + quantize_absmax and dequantize_nf4 on the CPU, against bitsandbytes, torch's copy and a copy whose
-stores bypass the caches.
+"""Encoding and decoding on the CPU, compared with bitsandbytes, torch's copy, and a copy with non-temporal stores.
 
     python bench/cpu_codec.py [--seconds 4] [--threads 2]
 
-Rates are GB/s of input for quantize and of input and output for dequantize; a ratio is of rates, above 1 where we are
+Rates are GB/s of input for quantize, and of input and output for dequantize. Ratios are of rates: above 1 we are
 faster. bitsandbytes and the NT copy need `pip install bitsandbytes` and a C++ compiler; without them their columns are
-empty. With one thread, CPU time is measured, so that other processes disturb less.
+empty. With one thread, CPU time is measured, because other processes affect it less.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ NtCopy = Callable[[Tensor, Tensor], None]
 
 
 def load_nt_copy() -> NtCopy | None:
-    """Built without linking an OpenMP runtime, so that it finds torch's and shares its threads."""
+    """The NT copy, or None without a compiler. It runs on torch's OpenMP threads, because it links no other runtime."""
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         return None
@@ -63,7 +62,7 @@ class Bench:
             self.bnb = bitsandbytes.functional
 
     def run(self, op: str, where: str, weight: Tensor, calls: dict[str, harness.Call], moved: float) -> None:
-        """`moved`: bytes that count for ours and bitsandbytes; copies move the weight twice, in and out."""
+        """`moved` is the number of bytes for ours and bitsandbytes. Copies read and write the weight."""
         copied = weight.nbytes * (2 if op == "dequantize" else 1)
         size = {"ours": moved, "ours, 1 thread": moved, "bitsandbytes": moved}
         clock = harness.thread_clock if torch.get_num_threads() == 1 else harness.wall_clock
@@ -97,13 +96,13 @@ class Bench:
         packed, absmax = OPS.quantize_nf4(first, BLOCK)
         error = (decode_in_torch(packed, absmax, first.numel()) - first.float().reshape(-1)).abs()
         if not bool((error.reshape(-1, BLOCK).amax(1) <= 0.16 * absmax).all()):  # half the widest gap of the code
-            raise AssertionError("quantize: the result is wrong, nothing is timed")
+            raise AssertionError("quantize: the result is wrong; not timed")
         weights = harness.cold(first.clone, first.nbytes) if cold else harness.Ring([first])
-        kept: harness.Ring[object] = harness.Ring([None] * 3)
+        outputs: harness.Ring[object] = harness.Ring([None] * 3)
 
         def ours(i: int) -> None:
             packed, absmax = OPS.quantize_nf4(weights.at(i), BLOCK)
-            kept.put(i, (packed, OPS.quantize_absmax(absmax, NESTED)))
+            outputs.put(i, (packed, OPS.quantize_absmax(absmax, NESTED)))
 
         calls = one_and_all_threads(ours) | self.copies(weights)
         if (bnb := self.bnb) is not None:
@@ -113,7 +112,7 @@ class Bench:
             if not torch.equal(
                 bnb.quantize_4bit(first, blocksize=BLOCK, quant_type="nf4")[0].reshape(-1), packed.reshape(-1)
             ):
-                raise AssertionError("quantize: not the bytes of bitsandbytes, nothing is timed")
+                raise AssertionError("quantize: the bytes differ from bitsandbytes'; not timed")
         self.run("quantize", "cold" if cold else "in cache", first, calls, float(first.nbytes))
 
     def dequantize(self, shape: tuple[int, int], dtype: torch.dtype, cold: bool) -> None:
@@ -129,12 +128,12 @@ class Bench:
         harness.check_equal(decode(packed).reshape(-1), expected, "dequantize")
         weights = harness.cold(first.clone, first.nbytes) if cold else harness.Ring([first])
         packs = harness.Ring(packed.clone() for _ in weights)
-        kept: harness.Ring[object] = harness.Ring([None] * len(weights))
-        calls = one_and_all_threads(lambda i: kept.put(i, decode(packs.at(i)))) | self.copies(weights)
+        outputs: harness.Ring[object] = harness.Ring([None] * len(weights))
+        calls = one_and_all_threads(lambda i: outputs.put(i, decode(packs.at(i)))) | self.copies(weights)
         if (bnb := self.bnb) is not None:
             _, state = bnb.quantize_4bit(first, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
             flat = harness.Ring(p.reshape(-1, 1) for p in packs)
-            calls["bitsandbytes"] = lambda i: kept.put(i, bnb.dequantize_4bit(flat.at(i), state))
+            calls["bitsandbytes"] = lambda i: outputs.put(i, bnb.dequantize_4bit(flat.at(i), state))
         moved = numel * (0.5 + 1 / BLOCK + first.element_size())
         self.run("dequantize", "cold" if cold else "in cache", first, calls, moved)
 
@@ -160,8 +159,8 @@ def main() -> None:
         f"codec_{arguments.threads}_threads",
         "Encode and decode on the CPU",
         [
-            "Double quantization included. quantize: GB/s of input; dequantize: GB/s of input and output. Ratios are",
-            "of rates, median (10th to 90th percentile), above 1 where ours is faster.",
+            "With double quantization. quantize: GB/s of input; dequantize: GB/s of input and output. Ratios are of",
+            "rates, median (10th to 90th percentile); above 1 ours is faster.",
         ],
     )
     bench = Bench(report, arguments.seconds)

@@ -1,16 +1,19 @@
-"""linear_nf4 and its input gradient on the CPU, against what a user has today.
+"""linear_nf4 and its input gradient on the CPU, compared with the alternatives that users have.
 
     python bench/cpu_linear.py [--seconds 3] [--threads 2] [--dtype bfloat16]
 
-Every ratio is a time over the time of torch's `F.linear` (dX: `dy @ w`) on the dense weight in the same dtype, round
-by round: lower is better. Ours has LoRA of rank 16 and double quantization in it. Beside it stand `F.linear` with LoRA
-as two more matmuls (adapters in the same dtype, and in float32 with casts, as PEFT keeps them), our own decoding with
-`F.linear` behind it, the training paths of bitsandbytes and torchao's NF4, where they are installed, without LoRA, and
-two kernels for inference only, in bfloat16 and without LoRA: bitsandbytes' over the weight it repacks in eval mode, and
-ATen's over affine int4 in groups of 64. Operands are rotated out of the caches. With one thread, CPU time is measured,
-so that other processes disturb less.
+Ratios are times over that of torch's `F.linear` (dX: `dy @ w`) on the dense weight in the same dtype, round by round:
+lower is better. Ours includes LoRA of rank 16 and double quantization. The contenders are:
 
-Another instruction set: QLORA_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2, for torch's part too.
+- `F.linear` with LoRA as two more matmuls, with adapters in the same dtype, and in float32 with casts, as in PEFT;
+- our decoding followed by `F.linear`;
+- the training paths of bitsandbytes and of torchao's NF4, if installed, without LoRA;
+- two kernels for inference only, in bfloat16 and without LoRA: bitsandbytes' over the weight that it repacks in eval
+  mode, and ATen's over affine int4 in groups of 64.
+
+Operands are rotated out of the caches. With one thread, CPU time is measured, because other processes affect it less.
+
+For another instruction set, also in torch: QLORA_CPU_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ SHAPES = "1536x576,4096x4096,14336x4096"
 TOKENS = "1,4,16,64,256,1024"
 RANK, SCALING = 16, 2.0
 INT4_GROUP = 64
-Kernel = Callable[[Tensor, int], Tensor]  # of x and the turn
+Kernel = Callable[[Tensor, int], Tensor]  # arguments: x, and the number of the call
 
 
 def lora(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -63,7 +66,7 @@ def aten_int4(w: Tensor, count: int) -> Kernel:
 
 
 def repacked_bitsandbytes(bnb: ModuleType, w: Tensor, dense: Tensor, count: int) -> Kernel | None:
-    """The kernel of bitsandbytes' eval mode, where the processor has it, over `count` copies of w."""
+    """The kernel of bitsandbytes' eval mode over `count` copies of w; None if the processor does not support it."""
     layer = bnb.nn.Linear4bit(w.shape[1], w.shape[0], bias=False, compute_dtype=w.dtype, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(w, requires_grad=False, quant_type="nf4")
     layer.to("cpu").eval()
@@ -77,7 +80,7 @@ def repacked_bitsandbytes(bnb: ModuleType, w: Tensor, dense: Tensor, count: int)
 
 
 def torchao_nf4() -> tuple[Callable[[Tensor, int, int], Tensor], Callable[[Tensor, Tensor], Tensor]] | None:
-    """How torchao makes an NF4 tensor, and multiplies with one; None where it is not installed."""
+    """torchao's functions that create an NF4 tensor and multiply with it; None if it is not installed."""
     for name in ("torchao.quantization.quantize_.workflows.nf4.nf4_tensor", "torchao.dtypes.nf4tensor"):
         with contextlib.suppress(ImportError):
             module = importlib.import_module(name)

@@ -1,9 +1,9 @@
-"""Shapes that fit no tile, beside ones that do: picoseconds a multiply-add of the fused layer and its input gradient.
+"""Ragged shapes, compared with shapes that fit the tiles: picoseconds per multiply-add, forward and input gradient.
 
     python bench/cpu_ragged.py [--threads 2] [--dtype bfloat16] [--seconds 0.4]
 
-LoRA of rank 16 and double quantization included; operands stay in the caches, for it is the kernels' own work that
-shows a cliff. The best of all rounds is reported. A column is to be compared with the first one.
+With LoRA of rank 16 and double quantization. Operands stay in the caches, so that the kernels' overhead is visible. The
+best of all rounds is reported. Compare each column with the first one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     report = harness.Report(
         f"ragged_{arguments.dtype}_{arguments.threads}_threads",
         f"Ragged shapes on the CPU, {arguments.dtype}",
-        ["Picoseconds a multiply-add, forward / dX, N x K in the first row."],
+        ["Picoseconds per multiply-add, forward / dX, N x K in the first row."],
     )
     for m in TOKENS:
         row = {}

@@ -1,9 +1,9 @@
-"""Counts what CUDA kernels do, ours beside bitsandbytes', under the kernel simulator; no card is involved.
+"""Counts the work of our CUDA kernels and bitsandbytes' under the kernel simulator, without a GPU.
 
     python bench/cuda_counters.py [--shapes 4096x4096,14336x4096]           (run under the kernel simulator)
 
-The simulator executes the kernels' PTX on the CPU and writes what each launch did. Both contenders get the same
-operands, and a result is checked before its counts are reported. Writes bench/results/cuda_counters.json and .md.
+The simulator executes the kernels' PTX on the CPU and records counters per launch. Both contenders get the same
+operands, and results are checked before their counts are reported. Writes bench/results/cuda_counters.json and .md.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ Call = Callable[[], Tensor]
 SECTOR = 32
 ATTEMPTS = 10
 NOTES = (
-    "Counted under the kernel simulator: no card was involved, and nothing here is a time on a GPU. What is counted is "
-    "the PTX that each library embeds, of whatever architecture, and which the assembler still fuses and reorders: "
-    "compare contenders, not these numbers with a profiler's.",
+    "Counted under the kernel simulator, without a GPU; these are not times. The counts are of the PTX that each "
+    "library embeds, before the assembler fuses and reorders it: compare contenders with each other, not with a "
+    "profiler's numbers.",
     "Instructions: of all threads, over the weights. MB moved: sectors of 32 bytes of global memory that were asked "
     "for, cached or not; distinct: each byte once. Sectors used: what part of them the threads asked for, above 100% "
     "where those of a warp ask for the same bytes. Bank conflicts: part of the passes over shared memory. "

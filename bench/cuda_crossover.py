@@ -1,11 +1,11 @@
-"""From how many tokens on a library's product, after a decode, is ahead of the fused kernels on this machine's card.
+"""The number of tokens from which decoding and a library's matmul are faster than the fused kernels on this GPU.
 
     python bench/cuda_crossover.py [--minutes 2] [--tiny]
 
 Both ways run on the same cold operands, forward and dX with LoRA, captured into CUDA graphs and replayed in turn.
-Prints the row of this card for kCrossovers in cuda/tuning.h, the least number of tokens from which the library is ahead
-on most shapes in both directions, and writes bench/results/cuda_crossover_CARD.md and .json. Under the kernel simulator
-all of it runs, nothing is timed and nothing is written.
+Prints this GPU's row for kCrossovers in cuda/tuning.h (the smallest number of tokens from which the library is faster
+on most shapes in both directions), and writes bench/results/cuda_crossover_CARD.md and .json. Under the kernel
+simulator, everything runs, but nothing is timed or written.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WAYS = ("fused", "library")
 
 
 def compare(layer: Layer, operator: str, m: int, seconds: float) -> Spread | None:
-    """The library's time over the fused kernels'; None where nothing is timed."""
+    """The library's time over that of the fused kernels; None if nothing is timed."""
     columns = layer.k if operator == "linear_nf4" else layer.n
     x = torch.randn(m, columns, device="cuda", dtype=BF16)
     turns = min(layer.turns, 4)
@@ -54,7 +54,7 @@ def compare(layer: Layer, operator: str, m: int, seconds: float) -> Spread | Non
 
 
 def crossover(ratios: dict[int, list[float]]) -> int | None:
-    """The least number of tokens from which on the library is ahead on most shapes; None: it never is."""
+    """The smallest number of tokens from which the library is faster on most shapes; None if it never is."""
     ahead = {m: sum(r < 1.0 for r in found) * 2 > len(found) for m, found in ratios.items()}
     for m in sorted(ahead):
         if all(ahead[later] for later in ahead if later >= m):

@@ -1,11 +1,11 @@
-"""Times every CUDA operator on this machine's card, beside its peers, and writes one table.
+"""Times every CUDA operator and its peers on this machine's GPU, and writes one table.
 
     python bench/cuda_operators.py [--tiny] [--minutes 7.5]
 
-Results are checked before anything is timed. Weights and adapters rotate through five times the L2. Contenders are
-captured into CUDA graphs, so that what is timed is the card and not Python, and replayed in turn; "x the time" is the
-median over rounds of a peer's time divided by ours, with its 10th and 90th percentile. Writes
-bench/results/cuda_CARD.json and .md. Under the kernel simulator everything runs and is checked, and nothing is timed.
+Results are checked before they are timed. Weights and adapters rotate through five times the L2 cache. Contenders are
+captured into CUDA graphs, which excludes Python's time, and replayed in turn. "x the time" is the median over rounds of
+a peer's time divided by ours, with its 10th and 90th percentile. Writes bench/results/cuda_CARD.json and .md. Under the
+kernel simulator, everything runs and is checked, but not timed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LINEAR_TOLERANCE = 1e-2
 
 
 def card_name() -> tuple[str, str]:
-    """The card, and what the names of its results end in."""
+    """The name of the GPU, and the suffix of its result files."""
     if SIMULATED:
         return "no card, kernel simulator", ""
     name = torch.cuda.get_device_name()
@@ -67,7 +67,7 @@ def check(case: Case) -> None:
 
 
 def ceilings() -> dict[str, float]:
-    """Bytes a second of a copy, flops a second of a large bfloat16 product, as torch does them."""
+    """Bytes per second of a copy, and flops per second of a large bfloat16 matmul, both by torch."""
     source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)

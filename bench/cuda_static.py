@@ -1,11 +1,11 @@
-"""What the compiler made of the CUDA kernels: registers, shared memory, occupancy, spills, and the loops in SASS.
+"""Static properties of the compiled CUDA kernels: registers, shared memory, occupancy, spills, and loops in SASS.
 
     python bench/cuda_static.py [--arch 80 90] [--launches PROFILE]
 
-Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
-kernel simulator's list of launches, one JSON object a line: from it come the sizes of dynamic shared memory. Writes
-bench/results/cuda_static.md and .json, and fails if a kernel spills or uses local memory, or if one of the forward on
-tensor cores waits for memory more often before its first product than it must.
+Needs nvcc, but no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is
+the kernel simulator's list of launches, one JSON object per line, which gives the sizes of dynamic shared memory.
+Writes bench/results/cuda_static.md and .json. Fails if a kernel spills or uses local memory, or if a forward kernel on
+tensor cores waits for memory more often before its first product than necessary.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
-# Of an SM: threads, CTAs, bytes of shared memory (CUDA C++ Programming Guide, "Compute Capabilities"); registers are
-# 64 K everywhere, given to warps in units of 256, and each CTA's shared memory takes 1 KB more than it asks for.
+# Limits of an SM: threads, CTAs, bytes of shared memory (CUDA C++ Programming Guide, "Compute Capabilities"). All have
+# 64 K registers, allocated to warps in units of 256. Each CTA uses 1 KB more shared memory than it requests.
 SM_LIMITS = {
     80: (2048, 32, 164 << 10),
     90: (2048, 32, 228 << 10),
@@ -41,7 +41,7 @@ CLASSES = {
     "PRMT": r"PRMT",
     "SHFL": r"SHFL",
 }
-# Times that a warp may wait for global loads, one after another, before the main loop's first product.
+# The number of dependent global loads for which a warp may wait before the main loop's first product.
 WAITS = {"linear_nf4_few_kernel<": 2}
 
 
@@ -62,7 +62,7 @@ class Kernel:
 
     @property
     def occupancy(self) -> str:
-        """CTAs an SM, and the share of its threads that is."""
+        """CTAs per SM, and the share of the SM's threads that they use."""
         threads, ctas, shared = SM_LIMITS[self.arch]
         warps = -(-self.threads // 32)
         per_warp = -(-self.registers * 32 // 256) * 256
@@ -135,7 +135,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where it branches to."""
+        """The target address of a branch."""
         match = re.search(r"0x([0-9a-f]+)", self.operands) if self.opcode.startswith("BRA") else None
         return int(match[1], 16) if match else None
 
@@ -156,7 +156,7 @@ def sass_functions(cubin: Path) -> dict[str, list[Instruction]]:
 
 
 def main_loop(body: list[Instruction]) -> tuple[int, int]:
-    """First and last address of the loop that does the work, or of all."""
+    """First and last address of the main loop, or of all instructions if there is no loop."""
     loops = [(i.target, i.address) for i in body if i.target is not None and i.target < i.address]
     if not loops:
         return body[0].address, body[-1].address
@@ -170,7 +170,7 @@ def main_loop(body: list[Instruction]) -> tuple[int, int]:
 
 
 def before_work(body: list[Instruction], first: int, last: int) -> list[Instruction]:
-    """What comes before the first product of the main loop, which may begin with what it does rarely."""
+    """The instructions before the first product of the main loop, which may begin with a rarely taken part."""
     start = next((i.address for i in body if first <= i.address <= last and i.opcode.startswith("HMMA")), first)
     return [i for i in body if i.address < start]
 
@@ -227,7 +227,7 @@ def demangled(names: list[str]) -> dict[str, str]:
 
 
 def dynamic_shared(path: Path | None) -> dict[str, int]:
-    """Mangled name -> the most dynamic shared memory that it was launched with."""
+    """The largest dynamic shared memory of each kernel's launches, by mangled name."""
     found: dict[str, int] = {}
     for line in path.read_text().splitlines() if path else []:
         launch = json.loads(line)
@@ -284,7 +284,7 @@ def main() -> None:
         "",
     ]
     lines += [
-        "CTAs an SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of",
+        "CTAs per SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of",
         "the innermost loop with both HMMA and shared loads (where there is none, with HMMA, or with most loads), and",
         "how many are of a class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline,",
         "so it is the ratios that compare. Waits: for global loads before its first product, one after another.",

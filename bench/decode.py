@@ -1,12 +1,12 @@
-"""How fast a model with an adapter answers on the CPU: tokens a second of the prompt, and of what is written after it.
+"""Generation with an adapter on the CPU: tokens per second of prompts, and of the answers.
 
     python bench/decode.py [--model smollm2|1b] [--seconds 60] [--threads 2] [--prompts 1,8,64,512] [--new 24]
 
-The models have SmolLM2-135M's or Llama-3.2-1B's shapes (with 32,000 tokens) and random weights, bf16 compute, LoRA of
-rank 16 on all linear layers that is not merged, unless it says so. The output head, which is tied to the embeddings, is
-bf16 where nothing else is said. What transformers runs is timed through `generate`, token by token, as it comes out,
-ours as the commands generate and chat prepare it. llama.cpp (the package llama-cpp-python, where it is installed) runs
-the same shapes without an adapter, as quantized by itself.
+The models have the shapes of SmolLM2-135M or Llama-3.2-1B (with a vocabulary of 32,000), random weights, bf16 compute,
+and an unmerged LoRA of rank 16 on all linear layers, unless stated otherwise. The output head is tied to the embeddings
+and bf16, unless stated otherwise. transformers' `generate` is timed token by token; ours is prepared as in the commands
+generate and chat. llama.cpp (llama-cpp-python, if installed) runs the same shapes without an adapter, with its own
+quantization.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ COMPILED = "qlora_ext, compiled"
 
 
 def now() -> float:
-    """Seconds. Of one thread alone its CPU time, which tells something on a machine that others use too."""
+    """Seconds. With one thread, its CPU time, which is meaningful even if other processes use the machine."""
     return time.thread_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 class Clock:
-    """A streamer of transformers that notes when each token comes."""
+    """A streamer of transformers that records the time of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -53,7 +53,7 @@ class Clock:
 
 
 def transformers_model(path: str, new: int, quantization: Any = None, merged: bool = False, compiled: bool = False):
-    """Answers of a model with an adapter: a prompt in, when each token came out, from the start."""
+    """A function from a prompt to the times of the answer's tokens since its start, for a model with an adapter."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=quantization)
     torch.manual_seed(0)
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -116,7 +116,7 @@ def write_gguf(path: Path, config: LlamaConfig) -> None:
 
 
 def llama_cpp_model(path: Path, form: str, threads: int, new: int):
-    """Answers of llama.cpp, as of ``transformers_model``, and the form of its output head; the rest is in ``form``."""
+    """The same function for llama.cpp, and the format of its output head; the other weights have ``form``."""
     import gguf
     import llama_cpp as cpp
     import numpy as np
@@ -196,8 +196,8 @@ def main() -> None:
         "Answering with an adapter on the CPU",
         [
             f"{arguments.model}'s shapes, rank {RANK} on all linears, bf16, {arguments.new} tokens after each prompt.",
-            f"{'CPU time of one thread' if arguments.threads == 1 else 'Time by the clock'}. "
-            f"Ratio: time a token over that of '{COMPILED}' in the same round, median (10th to 90th percentile).",
+            f"{'CPU time of one thread' if arguments.threads == 1 else 'Wall-clock time'}. "
+            f"Ratio: time per token over that of '{COMPILED}' in the same round, median (10th to 90th percentile).",
             f"Not installed here: {', '.join(absent) or 'none'}.",
         ],
     )

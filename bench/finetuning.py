@@ -1,10 +1,10 @@
-"""QLoRA against LoRA in 16 bits and full fine-tuning: held-out losses at equal steps and data, over seeds and tasks.
+"""QLoRA compared with 16-bit LoRA and full fine-tuning: held-out losses for equal steps and data, over seeds and tasks.
 
-    python bench/finetuning.py --model DIR [--steps 40] [--seeds 3]        (of bench/lib/small_model.py)
+    python bench/finetuning.py --model DIR [--steps 40] [--seeds 3]        (a model of bench/lib/small_model.py)
 
-The tasks are texts that the model has not seen: conversations (package chitchat-dataset) and Python's own library.
+The tasks are texts that the model has not seen: conversations (package chitchat-dataset) and Python's standard library.
 LoRA has rank 16 on all linear layers. The learning rate of each method is the better of two with the first seed. All
-compute in float32 on the CPU, from weights in bfloat16.
+methods compute in float32 on the CPU, from bfloat16 weights.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def with_lora(model: Any, seed: int, rank: int = RANK) -> Any:
 
 
 def calibrated(path: str, text: Tensor, seed: int) -> Any:
-    """From a base that was calibrated on the model's own kind of text, with the adapter that begins with the rest."""
+    """QLoRA on a base calibrated on the model's kind of text, with an initial adapter for the remaining error."""
     model = qlora_ext.quantize_model(load(path), calibration=text, init_lora=InitLora("svd", RANK))
     adapted = with_lora(model, seed)
     initialize_lora(adapted)
@@ -69,7 +69,7 @@ def loss_after(model: Any, ids: Tensor, held_out: Tensor, steps: int, lr: float,
 
 
 def parsed(description: str | None, steps: int) -> argparse.Namespace:
-    """The options of a bench that trains a model over bytes."""
+    """The options of benches that train a byte-level model."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--steps", type=int, default=steps, help="default %(default)s")
@@ -91,10 +91,10 @@ def main() -> None:
         "finetuning",
         "QLoRA against LoRA in 16 bits and full fine-tuning",
         [
-            "A model of 3.2 million parameters over bytes that never saw 4 bits (bench/lib/small_model.py), "
+            "A byte-level model of 3.2 million parameters, trained without quantization (bench/lib/small_model.py), "
             f"rank {RANK},",
             f"{arguments.steps} steps of {BATCH} x {small_model.LENGTH} bytes, {arguments.seeds} seeds. Held-out loss,",
-            "in nats a byte: mean and standard deviation over seeds, at the better of two learning rates.",
+            "in nats per byte: mean and standard deviation over seeds, at the better of two learning rates.",
         ],
     )
     for task, read in TASKS.items():

@@ -1,8 +1,8 @@
-"""Where the memory of a QLoRA run goes by model size, by the planner: plain, with checkpointing, and streamed.
+"""The planned memory of QLoRA runs by model size: plain, with checkpointing, and streamed.
 
     python bench/memory_stack.py
 
-Computed, not measured, for a GPU; writes results/memory_stack.json, of which bench/lib/pictures.py draws.
+Computed for a GPU, not measured. Writes results/memory_stack.json, which bench/lib/pictures.py plots.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 from lib import results_files as files
 from qlora_ext.planning import families
 from qlora_ext.planning.blocks import place, streamed
-from qlora_ext.planning.memory import Job, split, tops
+from qlora_ext.planning.memory import Job, peaks, split
 
 MODELS = {"llama-7b": "7B", "llama-13b": "13B", "llama-33b": "33B", "llama-65b": "65B"}
 TOKENS = 2048
@@ -28,7 +28,7 @@ PARTS = {
 def row(name: str, title: str, stream: bool) -> files.Row:
     switches = {"grad_checkpointing": True, "chunked_loss": True}
     job = Job(config=families.config(name), seq_len=TOKENS, stream="ram" if stream else "none", **switches)
-    parts = split(job, tops(job))
+    parts = split(job, peaks(job))
     if stream:
         parts, _ = place(parts, streamed(job), None)
     sizes = {part: sum(parts.get(key, 0.0) for key in keys) / 1e9 for part, keys in PARTS.items()}

@@ -1,8 +1,8 @@
-"""Writes the table of docs/memory.md: what a streamed run of known models takes, by the planner.
+"""Writes the table of docs/memory.md: the planned memory of streamed runs of known models.
 
     python bench/memory_table.py [--check]
 
-Between the two marks in that file. `--check` changes nothing, and fails where the file says something else.
+The table is between two marks in that file. `--check` changes nothing, and fails if the table is out of date.
 """
 
 from __future__ import annotations

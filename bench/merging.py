@@ -1,12 +1,12 @@
-"""How much of what an adapter learnt is left once it is merged into 4 bits.
+"""How much of an adapter's improvement is retained after merging it into 4 bits.
 
-    python bench/merging.py --model DIR [--steps 30] [--seeds 3]        (of bench/lib/small_model.py)
+    python bench/merging.py --model DIR [--steps 30] [--seeds 3]        (a model of bench/lib/small_model.py)
 
-A model over bytes is fine-tuned on conversations that it has not seen (package chitchat-dataset), and the adapter
-merged into a 4-bit model again: each sum rounded to the nearest code under scales of its own, as a merge and a
-quantization do; by `merge_to_4bit`; by `merge_calibrated` on 48 rows of the text that was learnt; and by
-`merge_to_4bit` where training saw the merged weights (`set_merge_aware`). What is left is the share of the held-out
-loss that training gained, over seeds: mean and least.
+A byte-level model is fine-tuned on conversations that it has not seen (package chitchat-dataset). The adapter is merged
+into 4 bits in four ways: by rounding to the nearest codes under new scales, as merging and quantizing would; by
+`merge_to_4bit`; by `merge_calibrated` on 48 rows of the training text; and by `merge_to_4bit` after merge-aware
+training (`set_merge_aware`). The result is the share of the held-out improvement that is retained: mean and minimum
+over seeds.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ def main() -> None:
         "merging",
         "What an adapter learnt, merged into 4 bits",
         [
-            f"Share of the held-out gain that is left, mean (least) of {arguments.seeds} seeds; 1 is the adapter",
-            "beside its base. A model over bytes that never saw 4 bits (bench/lib/small_model.py),",
+            f"Share of the held-out gain that remains, mean (minimum) over {arguments.seeds} seeds; 1 is the unmerged",
+            "adapter. A byte-level model trained without quantization (bench/lib/small_model.py),",
             f"{arguments.steps} steps of {finetuning.BATCH} x {small_model.LENGTH} bytes of conversations; the loss",
-            f"before training is {before:.4f} nats a byte.",
+            f"before training is {before:.4f} nats per byte.",
         ],
     )
     for rank in RANKS:

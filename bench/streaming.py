@@ -1,12 +1,13 @@
-"""What streaming costs on the CPU, and how much memory it takes, on a random Llama.
+"""The time and memory of streaming on the CPU, for a random Llama.
 
     python bench/streaming.py [--layers 8] [--hidden 1024] [--tokens 1024] [--directory DIR]
 
-First tokens a second of a training step (LoRA of rank 16 on all linear layers, AdamW, gradient checkpointing, chunked
-loss), streamed over resident, round by round: with the files in the page cache, and with every layer
-read from the disk (its part of the cache is dropped behind each read), beside the rate at which the disk gives a layer.
-Then, in a process each, the peak of resident memory of `quantize` on the dense model in shards, above what Python and
-its libraries take, and of a streamed run of `finetune` beside what `plan` foresees.
+The first part measures tokens per second of a training step (LoRA of rank 16 on all linear layers, AdamW, gradient
+checkpointing, chunked loss): streamed over resident, round by round, with the files in the page cache, and with every
+layer read from the disk (its pages are dropped after each read), and the bandwidth of the disk.
+
+The second part measures peak memory in separate processes: of `quantize` on the dense model in shards, without Python
+and its libraries, and of a streamed run of `finetune`, compared with the prediction of `plan`.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def drop_cache(path: pathlib.Path) -> None:
 
 
 class Cold:
-    """While it is entered, what is read for streaming leaves the page cache at once."""
+    """Drops the pages of streamed blocks from the page cache after each read."""
 
     def __enter__(self) -> None:
         self._read = File.read
@@ -69,7 +70,7 @@ class Cold:
 
 
 def disk_rate(files: list[pathlib.Path], size: int) -> float:
-    """Bytes a second of reads of `size` bytes that no cache answers, one behind the other."""
+    """Bytes per second of consecutive uncached reads of `size` bytes."""
     buffer = memoryview(bytearray(size))
     total, seconds = 0, 0.0
     for path in files:
@@ -109,7 +110,7 @@ def step_of(model: Any, tokens: int) -> Callable[[int], Any]:
 
 
 def speed(report: harness.Report, packed: pathlib.Path, tokens: int, seconds: float) -> None:
-    # Each has files of its own: what one has mapped stays in the cache.
+    # Each contender reads its own files, because the pages that one has mapped stay in the cache.
     paths = {how: packed.with_name(how) for how in ("resident", "streamed", "cold")}
     for path in paths.values():
         shutil.copytree(packed, path)
@@ -141,7 +142,7 @@ def speed(report: harness.Report, packed: pathlib.Path, tokens: int, seconds: fl
 
 
 _MAIN = "import sys; from qlora_ext.cli import main; sys.exit(main(sys.argv[1:]))"
-# Prints the most memory that the command had resident, in bytes.
+# Runs the command, and prints its peak resident memory in bytes.
 _MEASURED = """
 import pathlib, re, sys
 from qlora_ext.cli import main
@@ -159,7 +160,7 @@ def peak_of(*command: str) -> int:
 
 
 def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, tokens: int) -> None:
-    """Peaks of commands: of `quantize` above that over a model of next to no size, of `finetune` beside the plan."""
+    """Report the peak memory of `quantize`, less its peak for a tiny model, and of `finetune`, next to its plan."""
     tiny_dense, _ = save(LlamaConfig(**TINY, max_position_embeddings=tokens), dense.with_name("tiny"))
     data, turns = dense.with_name("data.jsonl"), iter(range(4))
     words = " ".join(f"{i}" for i in range(2 * tokens))
@@ -180,23 +181,23 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
     bytes_in = {path: sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (dense, packed)}
     own = quantizing(tiny_dense)
     report.notes.append(
-        f"`quantize`: {(quantizing(dense) - own) / 1e6:.0f} MB at most beside the {own / 1e6:.0f} MB with a model of "
-        f"no size, of a dense model of {bytes_in[dense] / 1e6:.0f} MB ({bytes_in[packed] / 1e6:.0f} MB in 4 "
-        f"bits) whose largest weight is {largest / 1e6:.0f} MB, with embeddings and head of {table / 1e6:.0f} MB each."
+        f"`quantize`: {(quantizing(dense) - own) / 1e6:.0f} MB at most above the {own / 1e6:.0f} MB that it needs for "
+        f"a tiny model. The dense model has {bytes_in[dense] / 1e6:.0f} MB ({bytes_in[packed] / 1e6:.0f} MB in 4 "
+        f"bits); its largest weight has {largest / 1e6:.0f} MB, its embeddings and head {table / 1e6:.0f} MB each."
     )
     plan = [sys.executable, "-c", _MAIN, "plan", "--model", str(packed), *sizes, *switches, "--device", "cpu", "--json"]
     planned = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
     found = tuning(packed)
     total, process, ring = planned["total"], planned["bytes"]["process"], planned["bytes"]["ring"]
     report.notes.append(
-        f"`finetune --stream disk`, {tokens} tokens a step: {found / 1e6:.0f} MB at most, {total / 1e6:.0f} MB by "
-        f"`plan --device cpu` ({found / total:.2f} of it), with {process / 1e6:.0f} MB of Python and its libraries "
-        f"and {ring / 1e6:.0f} MB of a ring of two layers."
+        f"`finetune --stream disk`, {tokens} tokens per step: {found / 1e6:.0f} MB at most, {total / 1e6:.0f} MB by "
+        f"`plan --device cpu` ({found / total:.2f} of it), including {process / 1e6:.0f} MB of Python and its "
+        f"libraries and {ring / 1e6:.0f} MB of a ring of two layers."
     )
 
 
 def save(config: LlamaConfig, directory: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """A random model, dense and in 4 bits, with a tokenizer of bytes."""
+    """A random model, dense and in 4 bits, with a byte-level tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -228,7 +229,7 @@ def main() -> None:
         [
             f"A random Llama of {arguments.layers} layers of {arguments.hidden}, bfloat16, LoRA of rank {RANK} on all",
             "linear layers, gradient checkpointing, chunked loss, ring of two layers. Ratio: tokens",
-            "a second streamed over resident, round by round (median, 10th and 90th percentile).",
+            "per second, streamed over resident, round by round (median, 10th and 90th percentile).",
         ],
     )
     with tempfile.TemporaryDirectory(dir=arguments.directory) as scratch:

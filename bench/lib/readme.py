@@ -1,8 +1,8 @@
-"""Writes the tables of README.md and docs/troubleshooting.md that have measured figures, from bench/results.
+"""Writes the tables of measurements in README.md and docs/troubleshooting.md from bench/results.
 
     python -m bench.lib.readme [--check]
 
-Each stands between two marks that name it. `--check` changes nothing, and fails where a page says something else.
+Each table is between two marks with its name. `--check` changes nothing, and fails if a table is out of date.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def steps() -> str:
 
 
 def operators(machine: str) -> str:
-    """Times of the linear layer over those of torch's dense product."""
+    """Times of the linear layer over those of torch's dense matmul."""
     found = {
         (row["op"], row["N x K"], row["M"]): row for row in files.sections(machine)["linear_bfloat16_2_threads"]["rows"]
     }
@@ -78,7 +78,7 @@ def operators(machine: str) -> str:
 
 
 def methods(name: str) -> str:
-    """Of bench/step.py: speed and memory of each way to train."""
+    """Speed and memory of each contender of bench/step.py."""
     rows = []
     for row in files.sections("amd_26_2")[name]["rows"]:
         ratio = files.text(row["time over qlora_ext's"])
@@ -87,7 +87,7 @@ def methods(name: str) -> str:
 
 
 def answers(name: str, prompt: int, lengths: Sequence[int]) -> str:
-    """Of bench/decode.py: tokens a second of a prompt, and of what is written after prompts of these lengths."""
+    """Results of bench/decode.py: tokens per second of prompts, and of answers after prompts of these lengths."""
     found = {(row["prompt"], row["contender"]): row for row in files.sections("amd_26_2")[name]["rows"]}
     rows = []
     for contender in [contender for length, contender in found if length == prompt]:
@@ -97,7 +97,7 @@ def answers(name: str, prompt: int, lengths: Sequence[int]) -> str:
 
 
 def counters() -> str:
-    """Of bench/cuda_counters.py: what the kernels of one shape execute and move, ours and bitsandbytes'."""
+    """Results of bench/cuda_counters.py: work of our kernels and bitsandbytes' for one shape."""
     found: dict[tuple[str, ...], dict[str, files.Row]] = {}
     for row in json.loads((files.RESULTS / "cuda_counters.json").read_text())["rows"]:
         if row["N x K"] == "4096x4096":
@@ -143,7 +143,7 @@ PAGES: dict[Path, Tables] = {
 
 
 def written(page: str, tables: Tables) -> str:
-    """The page with its tables as the results have them."""
+    """The page with its tables updated from the results."""
     for name, make in tables.items():
         marked = re.compile(rf"(<!-- {name}: by bench/lib/readme.py -->\n).*?(<!-- end of {name} -->\n)", re.DOTALL)
         page, count = marked.subn(lambda found, make=make: f"{found[1]}\n{make()}\n{found[2]}", page)

@@ -1,10 +1,10 @@
-"""Puts all that was measured on a machine into one JSON file and one report with pictures.
+"""Collects all results of a machine into one JSON file and one report with pictures.
 
     python -m bench.lib.report [--results DIRECTORY] MACHINE       (a folder of bench/results, such as amd_26_2)
 
-Writes MACHINE.json, which bench/lib/compare.py reads, and MACHINE.md beside the folder. The linear layer's rows gain
-the share of what the machine can do, where bench/ceiling.py has measured that. Last come the counters of
-bench/cuda_counters.py, which are of no machine.
+Writes MACHINE.json, which bench/lib/compare.py reads, and MACHINE.md next to the folder. Rows of the linear layer get
+their share of the machine's limits, if bench/ceiling.py has measured them. The counters of bench/cuda_counters.py,
+which do not depend on a machine, come last.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _with_shares(section: files.Section, ceiling: files.Ceiling) -> list[files.Row]:
-    """The rows, each with the share of the ceiling that ours reaches."""
+    """The rows, each with the share of the machine's limit that ours reaches."""
     ours = {(p.op, p.shape, p.tokens): p for p in files.points(section) if p.contender == "ours"}
     rows = []
     for row in section["rows"]:
@@ -47,7 +47,7 @@ def _pictures(machine: Path, found: dict[str, files.Section], ceiling: files.Cei
 
 
 def write(machine: Path) -> None:
-    """Of a folder of results."""
+    """The report of a folder of results."""
     found = files.sections(machine)
     if not found:
         raise SystemExit(f"{machine}: no results there")

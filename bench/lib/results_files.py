@@ -1,4 +1,4 @@
-"""The files in bench/results, and what can be worked out of their rows. No torch here."""
+"""Reads the files in bench/results, and derives quantities from their rows, without torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 RESULTS = Path(__file__).parents[1] / "results"
 Row = dict[str, Any]
-Section = dict[str, Any]  # what harness.Report writes: title, notes, machine, rows
+Section = dict[str, Any]  # as written by harness.Report: title, notes, machine, rows
 
 MACHINES = {
     "amd_26_2": "AMD EPYC (Zen 5)",
@@ -22,7 +22,7 @@ MACHINES = {
 
 
 def sections(machine: str | Path) -> dict[str, Section]:
-    """The benches that have run on a machine, by name; ``machine`` is a folder, in bench/results where it is a name."""
+    """The results of a machine by bench; ``machine`` is a folder, or the name of one in bench/results."""
     return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / machine).glob("*.json"))}
 
 
@@ -32,23 +32,23 @@ def machines() -> list[str]:
 
 
 def median(value: Any) -> float:
-    """Of a spread, or the number itself."""
+    """The median of a spread, or the number itself."""
     return float(value["median"] if isinstance(value, dict) else value)
 
 
 class Ceiling(NamedTuple):
-    """Bytes a second of memory, and operations a second of a product in bfloat16."""
+    """Limits of a machine: bytes per second of memory, and operations per second of a bfloat16 matmul."""
 
     bandwidth: float
     flops: float
 
     def at(self, intensity: float) -> float:
-        """Operations a second that are possible with so many operations a byte."""
+        """The possible operations per second with so many operations per byte."""
         return min(self.flops, self.bandwidth * intensity)
 
 
 def ceiling(found: dict[str, Section]) -> Ceiling | None:
-    """Of the section of bench/ceiling.py with the most threads; None where it has not run."""
+    """The limits from bench/ceiling.py with the most threads; None if it has not run."""
     names = [name for name in found if name.startswith("ceiling_")]
     if not names:
         return None
@@ -60,8 +60,8 @@ class Point(NamedTuple):
     """One measurement of the linear layer.
 
     Attributes:
-        intensity: operations a byte that has to move: 4-bit weights, scales, x and y.
-        flops: operations a second.
+        intensity: operations per byte that must be moved: 4-bit weights, scales, x and y.
+        flops: operations per second.
     """
 
     op: str
@@ -73,7 +73,7 @@ class Point(NamedTuple):
 
 
 def points(section: Section) -> Iterator[Point]:
-    """Of every contender of bench/cpu_linear.py; what each does is counted as the 2 M N K of the dense product."""
+    """The measurements of all contenders of bench/cpu_linear.py; each counts the 2 M N K operations of the matmul."""
     for row in section["rows"]:
         n, k = (int(part) for part in row["N x K"].split("x"))
         m = row["M"]
@@ -86,7 +86,7 @@ def points(section: Section) -> Iterator[Point]:
 
 
 def text(value: Any) -> str:
-    """A value of a row, as tables have it."""
+    """A value of a row as text, for tables."""
     if isinstance(value, dict) and "median" in value:
         return f"{value['median']:.3g} ({value['low']:.3g} to {value['high']:.3g})"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

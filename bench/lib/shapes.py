@@ -1,4 +1,4 @@
-"""The shapes of the models that benches initialise at random, as arguments of transformers' LlamaConfig."""
+"""The shapes of randomly initialized models, as arguments of transformers' LlamaConfig."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ SMOLLM2_135M: dict[str, Any] = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 8192,
 }
-# Llama 3.2 1B's, but for its vocabulary.
+# Llama 3.2 1B, with a smaller vocabulary.
 LLAMA_1B: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 8192,

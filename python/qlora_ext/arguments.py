@@ -1,4 +1,4 @@
-"""The operators' arguments by name, in the order of their schemas: no code in Python knows one by its number."""
+"""The operators' arguments by name, read from their schemas, so that Python code never indexes them by position."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from torch._ops import OpOverload
 
 
 def arguments_of(operator: OpOverload, defaults: bool = False) -> Any:
-    """The named tuple of an operator's arguments, each None unless given.
+    """The named tuple type of an operator's arguments. A backward returns its gradients as such a tuple.
 
-    ``arguments_of(op)(*args).lora_a`` is what ``op(*args)`` takes for ``lora_a``; what a backward returns is one, too.
+    ``arguments_of(op)(*args).lora_a`` is the value that ``op(*args)`` gets for ``lora_a``.
 
     Args:
-        defaults: an argument that is not given is what the schema has by default. torch leaves these out.
+        defaults: an omitted argument takes the schema's default instead of None. torch omits trailing arguments that
+            equal their default.
     """
     schema = operator._schema
     names = [argument.name for argument in schema.arguments]

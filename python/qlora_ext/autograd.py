@@ -1,5 +1,7 @@
-"""Gradients of the fused layer: a ``torch.autograd.Function``, the operator made differentiable by it, and the
-function people call. What every differentiable operator needs (``below_autograd``, ``differentiable``) is here once."""
+"""Gradients of the fused layer: its ``torch.autograd.Function``, and the public ``linear_nf4``.
+
+``below_autograd`` and ``differentiable`` serve every differentiable operator.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,20 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch._ops import OpOverload
 from torch.autograd import forward_ad
 
-from ._internal.lending import lender_of
+from ._internal.loans import lender_of
 from ._library import LIBRARY
 from .ops import LINEAR_NF4, autocast_dtype, autocast_linear_nf4_args, given_linear_nf4
 from .weight import Weight4bit
 
 
 def below_autograd(operator: OpOverload) -> Callable[..., Any]:
-    """Calls the kernel. The guard avoids a second trip through Python, which would be half of a small layer's time."""
+    """A function that calls the kernel directly.
+
+    Without the guard, the dispatcher would enter Python a second time, which takes half the time of a small layer.
+    """
 
     def kernel(*args: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling():  # the guard cannot be traced, and a traced call costs nothing
+        if torch.compiler.is_dynamo_compiling():  # Dynamo cannot trace the guard, and a traced call does not need it
             return operator(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
@@ -48,13 +53,13 @@ def no_tangent(operator: str) -> NoReturn:
 
 
 def refuse_tangent(operator: str, *args: Any) -> None:
-    """Raises a NotImplementedError where forward-mode AD reaches ``args``, whose tangents would be lost."""
+    """Raises a NotImplementedError if one of ``args`` has a tangent, which the operator would drop."""
     if has_tangent(args):
         no_tangent(operator)
 
 
 def refuse_second_derivative(args: tuple[Any, ...]) -> None:
-    """Raises a NotImplementedError where ``torch.func.grad`` is itself differentiated, which would give zeros."""
+    """Raises a NotImplementedError if ``torch.func.grad`` is itself differentiated: the result would be zeros."""
 
     def innermost(a: Tensor) -> Tensor:
         while functorch.is_functorch_wrapped_tensor(a):
@@ -76,12 +81,12 @@ def differentiable(
     function: type[torch.autograd.Function],
     with_tangent: Callable[[tuple[Any, ...]], Tensor],
 ) -> Callable[..., Tensor]:
-    """An operator with its gradient. It builds a graph only where one is needed.
+    """An operator with its gradient. It builds a graph only if an argument requires a gradient.
 
     Args:
-        kernel: of ``below_autograd``.
-        function: has the gradient.
-        with_tangent: called instead with all arguments where forward-mode AD reaches one.
+        kernel: from ``below_autograd``.
+        function: defines the gradient.
+        with_tangent: called instead, with all arguments, if one of them has a forward-mode tangent.
     """
 
     def call(*args: Any) -> Tensor:
@@ -91,7 +96,7 @@ def differentiable(
             y: Tensor
             if torch._C._are_functorch_transforms_active():
                 refuse_second_derivative(args)
-                # The dispatcher is at one of torch.func's levels, where the Function is an operator's gradient.
+                # torch.func has one dispatch level per transform; the Function must run at the current level only.
                 with enable_single_level_autograd_function():
                     y = super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
             else:
@@ -103,7 +108,7 @@ def differentiable(
 
 
 class LinearKernels:
-    """The kernels of a linear operator and of its gradients, by which LoRA's low-rank products are computed once.
+    """The kernels of a linear operator and of its gradients. Together they compute each low-rank product of LoRA once.
 
     Args:
         name: "linear_nf4" or "grouped_linear_nf4".
@@ -117,7 +122,7 @@ class LinearKernels:
         self._dx, self._dx_with_g, self._dlora = kernel("_dx"), kernel("_dx_with_g"), kernel("_dlora")
 
     def forward(self, args: tuple[Any, ...], needs: Any) -> tuple[Tensor, Tensor | None]:
-        """y, and h where adapters are trained."""
+        """y, and h if adapters are trained (else None)."""
         if needs.lora_a or needs.lora_b:
             y, h = self._with_h(*args)
             return y, h
@@ -126,9 +131,9 @@ class LinearKernels:
     def backward(
         self, needs: Any, h: Tensor | None, dx_args: tuple[Any, ...], dlora_args: tuple[Any, ...]
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of x, lora_a and lora_b that are needed; ``h`` is what ``forward`` gave."""
+        """The gradients of x, lora_a and lora_b, each None if not needed. ``h`` is from ``forward``."""
         dx = g = da = db = None
-        with torch._C.DisableTorchFunctionSubclass():  # a saved PackedParameter costs what a plain one does
+        with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
             if needs.x and h is None:
                 dx = self._dx(*dx_args)
             elif needs.x:
@@ -147,18 +152,20 @@ class LinearNF4Function(torch.autograd.Function):
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
     lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device) and code.
-    Gradients reach x, bias, lora_a and lora_b; saved for them are x and h = scaling · dropout(x) · Aᵀ [..., R] where
-    adapters are trained, and references to the packed state (where it is lent, to the lender), the adapters and the
-    seed: never a dequantized weight, nor a dropout mask, which the backward draws again from the seed.
-    Under autocast x, bias and adapters take its dtype.
-    Forward-mode AD is refused with a NotImplementedError here (dynamo traces no Function with a ``jvp``); the operator
-    has it, by x and bias.
+    Gradients reach x, bias, lora_a and lora_b. The backward saves references to the packed state (or to its lender, see
+    ``_internal/loans.py``), the adapters and the seed; and, if adapters are trained, x and
+    h = scaling · dropout(x) · Aᵀ [..., R]. It saves no dequantized weight and no dropout mask: it draws the mask again
+    from the seed. Under autocast, x, bias and adapters are cast.
+
+    Raises:
+        NotImplementedError: forward-mode AD, which Dynamo cannot trace in a Function. The operator supports it for x
+            and bias.
     """
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Tensor:
         device_type = args[0].device.type
-        if autocast_dtype(device_type) is not None:  # what is saved must have the dtype that dy will have
+        if autocast_dtype(device_type) is not None:  # saved tensors must have the dtype that dy will have
             args = (*autocast_linear_nf4_args(device_type, args),)
         a, needs = given_linear_nf4(*args), LINEAR_NF4(*ctx.needs_input_grad)
         y, h = _kernels.forward(args, needs)
@@ -187,7 +194,7 @@ class LinearNF4Function(torch.autograd.Function):
 
 
 def _with_tangent(args: tuple[Any, ...]) -> Tensor:
-    """The layer is linear in x and bias: its tangent is the layer again, with their tangents in their places."""
+    """The output with its tangent. The layer is linear in x and bias, so its tangent is the layer of their tangents."""
     duals = [forward_ad.unpack_dual(a) if isinstance(a, Tensor) else (a, None) for a in args]
     values, tangents = zip(*duals, strict=True)
     primals, tangents = given_linear_nf4(*values), LINEAR_NF4(*tangents)
@@ -196,7 +203,7 @@ def _with_tangent(args: tuple[Any, ...]) -> Tensor:
             raise NotImplementedError(f"{name}: linear_nf4 has forward-mode derivatives for x and bias only")
     y = differentiable_linear_nf4(*primals)
     if tangents.x is None:
-        assert tangents.bias is not None  # or there would be no tangent at all
+        assert tangents.bias is not None  # at least one tangent exists
         tangent = torch.zeros_like(y) + tangents.bias
     else:
         tangent = differentiable_linear_nf4(*primals._replace(x=tangents.x, bias=tangents.bias))
@@ -209,7 +216,7 @@ LIBRARY.impl("linear_nf4", differentiable_linear_nf4, "Autograd")
 
 
 def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
-    """``torch.ops.qlora.linear_nf4(*args)`` by the shortest way; ``device_type`` is that of x."""
+    """``torch.ops.qlora.linear_nf4(*args)``, without the dispatcher where possible; ``device_type`` is that of x."""
     by_dispatcher = torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active()
     if by_dispatcher or autocast_dtype(device_type) is not None:
         y: Tensor = torch.ops.qlora.linear_nf4.default(*args)
@@ -218,10 +225,10 @@ def call_linear_nf4(device_type: str, *args: Any) -> Tensor:
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A dropout seed from the device's generator: ``torch.manual_seed`` reproduces it, checkpointing replays it.
+    """A dropout seed, int64 [], from the device's generator: ``torch.manual_seed`` and checkpointing reproduce it.
 
-    It stays a tensor on the device: the host does not wait, compiled graphs do not break, and captured graphs draw new
-        seeds.
+    The seed stays on the device: the host does not wait for it, compiled graphs do not break, and captured CUDA graphs
+    draw a new seed at each replay.
     """
     return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
 

@@ -9,12 +9,12 @@ import torch
 from . import _C
 from ._internal.dtype_names import AUTO, dtype_named
 
-# What ONEDNN_MAX_CPU_ISA, which limits torch's matmuls, has to allow for bfloat16 to be multiplied natively.
+# Values of ONEDNN_MAX_CPU_ISA, which limits torch's matmuls, that permit native bfloat16 products.
 _ONEDNN_WITH_BF16 = ("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX", "AVX10", "DEFAULT", "ALL")
 
 
 def native_bfloat16() -> bool:
-    """Whether the CPU kernels in use, ours and torch's, multiply bfloat16 by instructions of the processor.
+    """Whether the CPU kernels in use, ours and torch's, have instructions that multiply bfloat16.
 
     These are AVX512-BF16, AMX and ARM's BF16. Without them torch converts each bfloat16 value separately: a matmul
     takes 3 to 8 times as long as in float32 (``docs/troubleshooting.md``). ``QLORA_CPU_ISA`` and ``ONEDNN_MAX_CPU_ISA``
@@ -30,11 +30,11 @@ def native_bfloat16() -> bool:
 
 
 def computing_dtype(dtype: torch.dtype, device: torch.device | str | int | None) -> torch.dtype:
-    """The dtype for products of weights that are in ``dtype``: float32 where bfloat16 is slow on ``device``.
+    """The compute dtype for weights in ``dtype``: ``dtype`` itself, or float32 if bfloat16 is slow on ``device``.
 
     Args:
         dtype: of the model's weights.
-        device: where it computes; None is the CPU.
+        device: the device that computes; None is the CPU.
     """
     on_cpu = device is None or torch.device(device).type == "cpu"
     return torch.float32 if dtype == torch.bfloat16 and on_cpu and not native_bfloat16() else dtype

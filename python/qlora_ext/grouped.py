@@ -1,28 +1,29 @@
-"""What torch must know of the operators over a stack of NF4 weights, each over rows of its own: the linear layers of a
-mixture of experts. Shapes and gradients of ``torch.ops.qlora.grouped_linear_nf4``, ``_dx`` and ``_dlora``, and of the
-first two ``_with_h`` and ``_with_g``::
+"""Shapes and gradients of the grouped operators, which compute the linear layers of a mixture of experts.
+
+``torch.ops.qlora.grouped_linear_nf4``, its gradients ``_dx`` and ``_dlora``, and the variants ``_with_h`` and
+``_with_g`` apply a stack of 4-bit weights, each to its own rows::
 
     y[i] = x[i] · dequantize(w[e])ᵀ + scaling · dropout(x)[i] · lora_a[e]ᵀ · lora_b[e]ᵀ + bias[e]
 
-with e the expert of row i. Their signatures are in ``cpp/ops/schema.cpp``:
+with e the expert of row i. The signatures are in ``cpp/ops/schema.cpp``:
 
-    x: [S, K], its rows in the order of their experts.
-    offsets: [E] int64 on x's device: expert e's rows end at ``offsets[e]``. Rows behind the last one give zeros. On
-        CUDA the host never reads them, so that nothing waits and a captured graph may be replayed with others. There
-        nobody can refuse wrong ones: an offset below the one before it counts as that one, one above S as S, so that
-        no memory but the operands' is touched. The CPU raises a ValueError.
-    packed, absmax, nested_absmax, nested_offset: of E weights [N, K], one stacked on the other: uint8 [E, N, K/2],
-        [E, blocks], and float32 [E, nested blocks] and [E].
+    x: [S, K], sorted by expert.
+    offsets: [E] int64 on x's device: the rows of expert e end at ``offsets[e]``. Rows after the last offset give zeros.
+        On CUDA the host never reads the offsets, so it does not wait, and a captured graph may be replayed with other
+        offsets. Wrong offsets are therefore clamped on CUDA, each to the range from the previous one to S, so that no
+        access is out of bounds. The CPU raises a ValueError.
+    packed, absmax, nested_absmax, nested_offset: of E stacked weights [N, K]: uint8 [E, N, K/2], [E, blocks], and
+        float32 [E, nested blocks] and [E].
     block_size, nested_block_size: of those weights.
     out_features, in_features: N, K.
-    bias: [E, N].
-    lora_a, lora_b: [E, R, K] and [E, N, R], both or neither; with ``bias`` in x's dtype.
-    dropout_p, seed, seed_tensor: of x's elements, as in ``linear_nf4``.
+    bias: [E, N], in x's dtype.
+    lora_a, lora_b: [E, R, K] and [E, N, R], in x's dtype; both or neither.
+    dropout_p, seed, seed_tensor: as in ``linear_nf4``.
     code: of those weights.
 
 y is [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b; the gradients of an expert without rows are
-zeros. h = scaling · dropout(x) · lora_aᵀ and g = scaling · dy · lora_b are [S, R] in x's dtype; where ``_dlora`` is
-given them, it need not make them again.
+zeros. h = scaling · dropout(x) · lora_aᵀ and g = scaling · dy · lora_b are [S, R] in x's dtype. ``_dlora`` computes
+them unless they are given.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from ._internal.lending import lender_of
+from ._internal.loans import lender_of
 from ._library import LIBRARY
 from .arguments import arguments_of
 from .autograd import LinearKernels, differentiable, no_tangent, refuse_tangent
@@ -48,7 +49,7 @@ _kernels = LinearKernels("grouped_linear_nf4")
 
 
 def _sums(dy: Tensor, offsets: Tensor) -> Tensor:
-    """The sum of every expert's rows, [E, N]: the gradient of lora_b where x, lora_a and scaling are ones."""
+    """The sum of each expert's rows, [E, N]. It equals the gradient of lora_b if x, lora_a and scaling are ones."""
     (s, n), (experts,) = dy.shape, offsets.shape
     ones, lora_a, lora_b = dy.new_ones(s, 1), dy.new_ones(experts, 1, 1), dy.new_zeros(experts, n, 1)
     sums: Tensor = torch.ops.qlora.grouped_linear_nf4_dlora.default(dy, ones, offsets, lora_a, lora_b, 1.0)[1]
@@ -63,8 +64,8 @@ class _GroupedLinearNF4(torch.autograd.Function):
         x = None if h is None else a.x
         packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
         ctx.lender = lender_of(a.packed)
-        kept = packed if ctx.lender is None else ()
-        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *kept)
+        saved = packed if ctx.lender is None else ()
+        ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *saved)
         ctx.block_sizes, ctx.code = (a.block_size, a.nested_block_size), a.code
         ctx.in_features, ctx.lora_numbers = a.x.shape[-1], (a.scaling, a.dropout_p, a.seed)
         return y

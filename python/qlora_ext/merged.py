@@ -41,16 +41,15 @@ def scales_of(w4: Weight4bit) -> Tensor:
 
 
 def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
-    """``moved``, the sum of W and an adapter's update, in 4 bits under the scales of W. Every call gives the same
-    codes.
+    """Encodes ``moved``, the sum of W and an adapter's update, under the scales of W. The result is deterministic.
 
     Args:
         w4: W, [N, K] or a stack of such matrices [E, N, K].
-        moved: float32, of that shape.
-        seed: of the random numbers: ``seed_of`` the weight's name. Matrix e of a stack has ``seed_of(f"{seed}.{e}")``.
+        moved: float32, the same shape.
+        seed: of the random numbers, from ``seed_of``. Matrix e of a stack uses ``seed_of(f"{seed}.{e}")``.
 
     Raises:
-        ValueError: ``moved`` has another shape.
+        ValueError: the shapes of ``moved`` and ``w4`` differ.
     """
     if moved.shape != w4.shape:
         raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
@@ -61,23 +60,23 @@ def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
     return dataclasses.replace(w4, packed=packed)
 
 
-def kept_of(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float]:
-    """⟨after - before, update⟩ and ‖update‖². Their quotient is how much of an update the weights hold."""
+def retained_update(update: Tensor, before: Tensor, after: Tensor) -> tuple[float, float]:
+    """⟨after - before, update⟩ and ‖update‖². Their quotient is the share of the update that the weights retain."""
     return ((after - before) * update).sum().item(), update.square().sum().item()
 
 
 @torch.no_grad()
 def merged_weight(w4: Weight4bit, lora_a: Tensor, lora_b: Tensor, scaling: float, seed: int = 0) -> Weight4bit:
-    """W + scaling · B · A in 4 bits, by ``with_update``; the sum is float32."""
+    """W + scaling · B · A in 4 bits, summed in float32 and encoded by ``with_update``."""
     w = w4.dequantize(torch.float32)
     return with_update(w4, w.addmm_(lora_b.float(), lora_a.float(), alpha=scaling), seed)
 
 
 class MergedLinearNF4Function(torch.autograd.Function):
-    """y = x · Ŵᵀ + bias with Ŵ = ``merged_weight``, and the gradients that A and B have where Ŵ is W + scaling · B · A.
+    """y = x · Ŵᵀ + bias with Ŵ = ``merged_weight``; A and B get the gradients of W + scaling · B · A.
 
-    Rounding is passed straight through (Bengio et al., 2013). ``apply`` takes x [..., K], bias [N] or None,
-    lora_a [R, K], lora_b [N, R], scaling, and the code and the six packed arguments of Ŵ.
+    This is the straight-through estimator (Bengio et al., 2013): the backward ignores the rounding. ``apply`` takes
+    x [..., K], bias [N] or None, lora_a [R, K], lora_b [N, R], scaling, and the code and the six packed arguments of Ŵ.
     """
 
     @staticmethod
@@ -100,7 +99,7 @@ class MergedLinearNF4Function(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        refuse_tangent("the backward of a layer that is trained as merged", dy)
+        refuse_tangent("the backward of a merge-aware layer", dy)
         x, lora_a, lora_b, *packed = ctx.saved_tensors
         scaling, *block_sizes = ctx.numbers
         needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
@@ -120,10 +119,10 @@ def merged_linear_nf4(
     """The layer over ``merged``, which is ``merged_weight(w4, lora_a, lora_b, scaling)``.
 
     Args:
-        x: [..., K]; its dtype is that of bias [N], lora_a [R, K] and lora_b [N, R], too.
+        x: [..., K]; bias [N], lora_a [R, K] and lora_b [N, R] have the same dtype.
 
     Returns:
-        y [..., N], differentiable in x, bias, lora_a and lora_b, once.
+        y [..., N], which has first derivatives in x, bias, lora_a and lora_b.
     """
     y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
         x, bias, lora_a, lora_b, scaling, merged.code, *merged.packed_args()

@@ -12,10 +12,10 @@ from torch.multiprocessing import reductions
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _UNARY = ("neg", "abs", "len")
-# What else makes a tensor of an object: an index, a loop, NumPy.
+# Indexing, iteration and NumPy also turn an object into tensors.
 _ACCESS = ("getitem", "array")
 
-# Names of torch's functions and methods, which also exist in place, as operators, and for lists of tensors.
+# Names of torch's functions and methods. ``_FORMS`` adds the in-place, operator and ``_foreach`` variants.
 _NAMES = """
     add sub subtract rsub mul multiply div divide floor_divide true_divide remainder fmod pow rpow square sqrt rsqrt
     neg negative abs absolute reciprocal exp log sum nansum prod mean nanmean median std var norm cumsum cumprod
@@ -40,7 +40,7 @@ def _refuse(what: str, cause: Exception | None = None) -> NoReturn:
 
 
 def _is_custom(func: Any) -> bool:
-    """Whether ``func`` is an operator of ours or of another library, which knows what it takes."""
+    """Whether ``func`` is an operator of ours or of another library, which checks its own arguments."""
     return isinstance(func, OpOverload | OpOverloadPacket) and not str(func).startswith("aten")
 
 
@@ -64,7 +64,7 @@ class _Packed(Tensor):
             return _guarded(func, args, kwargs or {})
 
     def plain(self) -> Tensor:
-        """The same memory as a tensor of no class of its own."""
+        """The same memory as a plain ``Tensor``."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.detach()
 
@@ -88,7 +88,7 @@ def _guarded(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     try:
         result = func(*args, **kwargs)
     except (RuntimeError, NotImplementedError) as error:
-        if type(error) not in (RuntimeError, NotImplementedError):  # no memory, no connection
+        if type(error) not in (RuntimeError, NotImplementedError):  # a subclass: out of memory, or a lost connection
             raise
         _refuse(name, error)
     if not isinstance(result, Tensor):
@@ -101,10 +101,10 @@ def _guarded(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 
 class PackedTensor(_Packed):
-    """What ``detach()``, ``data`` and ``state_dict()`` give of a ``PackedParameter``. Its copies are plain tensors."""
+    """The result of ``detach()``, ``data`` and ``state_dict()`` on a ``PackedParameter``. Its copies are plain."""
 
     def __new__(cls, data: Tensor, requires_grad: bool = False) -> Any:
-        # nn.Parameter(t) of such a tensor is that tensor, and its class is then asked for a parameter like it.
+        # For a tensor subclass, nn.Parameter(t) constructs the class of t, which must return a parameter.
         return PackedParameter(data, requires_grad)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -112,7 +112,7 @@ class PackedTensor(_Packed):
         memo[id(self)] = PackedParameter(copied) if isinstance(self, nn.Parameter) else copied
         return memo[id(self)]  # type: ignore[no-any-return]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # files know nothing of this class
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickled as a plain tensor
         plain = self.as_parameter() if isinstance(self, nn.Parameter) else self.plain()
         return plain.__reduce_ex__(protocol)
 
@@ -129,12 +129,12 @@ class PackedParameter(_Packed, nn.Parameter):
 
 
 def refuse_arithmetic(parameter: nn.Parameter | None) -> None:
-    """Makes ``parameter`` a ``PackedParameter``, in place, where it is a plain one."""
+    """Turns a plain ``parameter`` into a ``PackedParameter``, in place."""
     if type(parameter) in (nn.Parameter, PackedTensor):
         parameter.__class__ = PackedParameter
 
 
-# Between processes memory is shared, as that of plain tensors is.
+# Processes share the memory, as for plain tensors.
 ForkingPickler.register(PackedTensor, lambda t: reductions.reduce_tensor(t.plain()))
 ForkingPickler.register(PackedParameter, lambda p: reductions.reduce_tensor(p.as_parameter()))
 
@@ -147,7 +147,7 @@ class NoArithmetic:
         _refuse_operator(cls, func.__name__)
 
     def __bool__(self) -> bool:
-        return True  # or Python would ask for the length
+        return True  # otherwise Python would call __len__
 
 
 def _refuse_operator(cls: type, name: str) -> NoReturn:

@@ -1,8 +1,8 @@
-"""What torch must know of ``torch.ops.qlora.*`` beyond their kernels: shapes and autocast (gradients: autograd.py).
+"""Shapes (fake kernels) and autocast of ``torch.ops.qlora.*``. Gradients are in ``autograd.py``.
 
-The operators' signatures are in ``cpp/ops/schema.cpp``. ``packed_args`` stands for the six arguments that always
-travel together: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size. ``code``, the name of the
-16 values (formats.py), is every operator's last argument, NF4 unless given.
+The operators' signatures are in ``cpp/ops/schema.cpp``. ``packed_args`` are the six arguments that describe a packed
+weight: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size. The last argument of every operator
+is ``code``, the name of the 16 values (``formats.py``); its default is NF4.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ._library import LIBRARY
 from .arguments import arguments_of
 from .formats import MAX_ELEMENTS, NF4, check_block_sizes, check_code, is_integer
 
-# Their arguments by name; what was left out is None, or (given) what the schema has by default.
+# Named tuples of the operators' arguments. An omitted argument is None, or in ``given_...`` the schema's default.
 LINEAR_NF4 = arguments_of(torch.ops.qlora.linear_nf4.default)
 given_linear_nf4 = arguments_of(torch.ops.qlora.linear_nf4.default, defaults=True)
 given_linear_nf4_dx = arguments_of(torch.ops.qlora.linear_nf4_dx.default, defaults=True)
@@ -27,7 +27,7 @@ LINEAR_NF4_DLORA = arguments_of(torch.ops.qlora.linear_nf4_dlora.default)
 
 
 def check_shape(name: str, shape: Any) -> None:
-    """Refuses with a ValueError what is no list of sizes, or more elements than an operator takes."""
+    """Raises a ValueError unless ``shape`` is a list of sizes with at most ``MAX_ELEMENTS`` elements."""
     if not isinstance(shape, Sequence) or not all(is_integer(size) and size >= 0 for size in shape):
         raise ValueError(f"{name}: expected a list of integers of 0 or more, got {reprlib.repr(shape)}")
     if math.prod(max(size, 1) for size in shape) > MAX_ELEMENTS:
@@ -35,7 +35,7 @@ def check_shape(name: str, shape: Any) -> None:
 
 
 def check_lora_numbers(scaling: float, dropout_p: float) -> None:
-    """Refuses with a ValueError what cannot be LoRA's scaling, or no probability."""
+    """Raises a ValueError unless ``scaling`` is finite in float32 and ``dropout_p`` is a probability."""
     if not abs(scaling) <= torch.finfo(torch.float32).max:
         raise ValueError(f"scaling: expected a finite number within float32's range, got {scaling}")
     if not 0.0 <= dropout_p <= 1.0:
@@ -43,7 +43,7 @@ def check_lora_numbers(scaling: float, dropout_p: float) -> None:
 
 
 def check_seed_tensor(seed_tensor: Tensor | None) -> None:
-    """Refuses with a ValueError what cannot hold dropout's seed."""
+    """Raises a ValueError unless ``seed_tensor`` is None or a 0-dim int64 tensor."""
     if seed_tensor is not None and (seed_tensor.dtype != torch.int64 or seed_tensor.ndim != 0):
         raise ValueError(
             f"seed_tensor: expected a 0-dim int64 tensor, got {seed_tensor.dtype} of shape {list(seed_tensor.shape)}"
@@ -51,17 +51,20 @@ def check_seed_tensor(seed_tensor: Tensor | None) -> None:
 
 
 def packed_shape(shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the packed codes of a tensor: [..., K/2], or flat where the last dimension is odd."""
+    """The shape of a tensor's packed codes: [..., K/2], or one dimension if K is odd."""
     if len(shape) >= 1 and shape[-1] % 2 == 0:
         return (*shape[:-1], shape[-1] // 2)
     return ((math.prod(shape) + 1) // 2,)
 
 
 def check_one_device(operator: str, *args: Any) -> None:
-    """Refuses tensors of several devices, as the kernels do.
+    """Rejects tensors on different devices, as the kernels do.
 
-    torch runs a fake kernel also where one tensor alone is on the meta device, and would give its answer, which nobody
-    has written to, for the result.
+    If any tensor is on the meta device, torch runs the fake kernel. Without this check, a call that mixes meta and real
+    tensors would return uninitialized memory.
+
+    Raises:
+        ValueError: two tensors are on different devices.
     """
     names = [a.name for a in getattr(torch.ops.qlora, operator).default._schema.arguments]
     devices = {name: a.device for name, a in zip(names, args, strict=False) if isinstance(a, Tensor)}
@@ -147,7 +150,7 @@ def _(
 
 
 def low_rank_like(x: Tensor, lora_a: Tensor | None) -> Tensor:
-    """What an operator keeps of LoRA's product with x: [..., R], for lora_a [R, K] or, of experts, [E, R, K]."""
+    """An empty tensor for the low-rank product h or g: [..., R], for lora_a [R, K] or, of experts, [E, R, K]."""
     if lora_a is None:
         raise ValueError("lora_a: expected a tensor, got None")
     low_rank: Tensor = x.new_empty((*x.shape[:-1], lora_a.shape[-2]))
@@ -203,22 +206,19 @@ def _(*args: Any) -> tuple[Tensor, Tensor]:
     return a.lora_a.new_empty(a.lora_a.shape), a.lora_b.new_empty(a.lora_b.shape)
 
 
-# linear_nf4's dense arguments. The rest is packed state and numbers.
+# The dense arguments of linear_nf4, which autocast casts.
 _DENSE = ("x", "bias", "lora_a", "lora_b")
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast where it is on for devices of that type, None where it is off or unknown."""
+    """The autocast dtype for devices of that type; None if autocast is off, or the type has none."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch raises if asked about meta
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def autocast_linear_nf4_args(device_type: str, args: Sequence[Any]) -> list[Any]:
-    """``linear_nf4``'s arguments as autocast wants them: x, bias and adapters in its dtype (but not out of float64).
-
-    The scales stay float32.
-    """
+    """The arguments of ``linear_nf4`` under autocast: x, bias and adapters are cast, unless they are float64."""
     dtype = torch.get_autocast_dtype(device_type)
 
     def cast(name: str, value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What torch's transforms find at the operators: ``vmap`` at all of them, and derivatives at those that have none."""
+"""``vmap`` rules for all operators, and error messages for derivatives of those that have none."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ._library import LIBRARY, OPERATORS
 from .arguments import arguments_of
 from .autograd import below_autograd, refuse_tangent
 
-assert grouped  # its operators have derivatives of their own
+assert grouped  # it registers the derivatives of the grouped operators
 _DIFFERENTIABLE = ("linear_nf4", "grouped_linear_nf4")
-# Operators whose first argument, x or dy, has any number of leading dimensions, and so have all their outputs.
+# Operators whose first argument (x or dy) and outputs may have any number of leading dimensions.
 _OF_TOKENS = ("linear_nf4", "linear_nf4_dx")
 
 
 def _without_derivative(name: str, operator: OpOverload) -> Callable[..., Any]:
-    """The operator for the Autograd key: tangents are refused, and so are gradients, once a backward asks for them."""
+    """The operator for the Autograd key. It rejects tangents at once, and gradients when a backward needs them."""
     kernel = below_autograd(operator)
     message = f"{name} has no derivative; torch.ops.qlora.linear_nf4 and grouped_linear_nf4 have"
 
@@ -42,7 +42,7 @@ def _without_derivative(name: str, operator: OpOverload) -> Callable[..., Any]:
 
 
 def _vmap_rule(name: str, operator: OpOverload) -> Callable[..., Any]:
-    """Tokens of all samples go in at once where nothing else differs between them; else sample goes by sample."""
+    """The vmap rule: one call for the tokens of all samples if nothing else is batched, else one call per sample."""
     named = arguments_of(operator)
     of_tokens = name.partition("_with_")[0] in _OF_TOKENS
 
@@ -51,7 +51,7 @@ def _vmap_rule(name: str, operator: OpOverload) -> Callable[..., Any]:
         only_tokens = in_dims[0] is not None and not any(isinstance(dim, int) for dim in in_dims[1:])
         if of_tokens and only_tokens and (a.lora_a is None or not a.dropout_p):
             outputs = operator(args[0].movedim(in_dims[0], 0), *args[1:])
-        else:  # among them dropout, whose mask goes by an element's place within its sample
+        else:  # also with dropout, whose mask depends on an element's index within its sample
             samples = (
                 operator(
                     *(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True))
@@ -68,8 +68,8 @@ def _vmap_rule(name: str, operator: OpOverload) -> Callable[..., Any]:
     return rule
 
 
-# torch crashes as it hands a number that is no dtype to a kernel in Python. Of its arguments only scales could have a
-# gradient.
+# torch crashes if a Python kernel gets a number that is not a dtype, so this operator has no Python kernel. Only its
+# scales could have a gradient.
 _WITH_DTYPE = ("dequantize_nf4",)
 
 for _name in OPERATORS:

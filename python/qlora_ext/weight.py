@@ -1,4 +1,4 @@
-"""``Weight4bit``: a frozen tensor in blocks of 4-bit codes, with its scales. ``NF4Weight`` is the one of NF4."""
+"""``Weight4bit``: a frozen tensor stored as 4-bit codes and scales. ``NF4Weight`` is the one whose code is NF4."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import bitsandbytes_state, formats
+from . import bitsandbytes_format, formats
 from .form import Form
 from .no_arithmetic import NoArithmetic
 
@@ -20,14 +20,14 @@ Self = TypeVar("Self", bound="Weight4bit")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight4bit(NoArithmetic):
-    """A tensor with 4 bits per element: values of a code, times the scales of their blocks.
+    """A tensor with 4 bits per element. Each element is a value of the code times the scale of its block.
 
     Attributes:
-        packed: uint8, [..., K/2]: element 2i in the high nibble of byte i, 2i+1 in the low one.
-        absmax: the scales, one per block of ``block_size`` elements in row-major order: float32, or uint8 codes with
+        packed: uint8 [..., K/2]: element 2i is in the high nibble of byte i, element 2i+1 in the low nibble.
+        absmax: the scales [blocks], one per ``block_size`` elements in row-major order: float32, or uint8 codes with
             double quantization.
-        nested_absmax, nested_offset: float32 scales of those codes, one per ``nested_block_size`` of them, and their
-            mean; None without double quantization.
+        nested_absmax, nested_offset: float32 [nested blocks] and [], the scales of those codes, one per
+            ``nested_block_size`` codes, and the mean that was subtracted before; None without double quantization.
         shape, dtype: of the tensor that was quantized.
         code: the name of the 16 values.
     """
@@ -44,10 +44,18 @@ class Weight4bit(NoArithmetic):
 
     @property
     def double_quant(self) -> bool:
+        """Whether the scales are stored as 8-bit codes with nested scales of their own."""
         return self.nested_absmax is not None
 
     @property
+    def form(self) -> Form:
+        """The code, scale form and block sizes as one value."""
+        scales = formats.NESTED8 if self.double_quant else formats.FLOAT32
+        return Form(self.code, scales, self.block_size, self.nested_block_size)
+
+    @property
     def device(self) -> torch.device:
+        """The device of the packed codes and scales."""
         return self.packed.device
 
     @property
@@ -67,7 +75,7 @@ class Weight4bit(NoArithmetic):
         return 8.0 * self.nbytes / max(math.prod(self.shape), 1)
 
     def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-        """The arguments by which every operator of ``torch.ops.qlora`` takes a packed weight."""
+        """The six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
         return (
             self.packed,
             self.absmax,
@@ -83,20 +91,24 @@ class Weight4bit(NoArithmetic):
         return out
 
     def to(self: Self, device: torch.device | str | int) -> Self:
-        """The same bits on another device. A dtype is a TypeError, because the format has only one."""
+        """The same bits on another device.
+
+        Raises:
+            TypeError: ``device`` is a dtype. Use ``dequantize(dtype)`` for the decoded tensor.
+        """
         if isinstance(device, torch.dtype):
             raise TypeError(f"device: expected a device, got {device}; use dequantize(dtype) for the decoded tensor")
         moved: dict[str, Any] = {name: t.to(device) for name, t in self.tensors.items()}
         return dataclasses.replace(self, **moved)
 
     def matrix(self: Self, e: int) -> Self:
-        """Matrix ``e`` [N, K] of a stack [E, N, K], whose matrices are quantized one by one; a view of it."""
+        """Matrix ``e`` [N, K] of a stack [E, N, K], as a view. The matrices of a stack are quantized separately."""
         parts: dict[str, Any] = {name: t[e] for name, t in self.tensors.items()}
         return dataclasses.replace(self, **parts, shape=self.shape[1:])
 
     @staticmethod
     def stack(matrices: Sequence[Self]) -> Self:
-        """The stack [E, N, K] of matrices [N, K] of one form."""
+        """The stack [E, N, K] of matrices [N, K] that have the same form."""
         first, tensors = matrices[0], [matrix.tensors for matrix in matrices]
         parts: dict[str, Any] = {name: torch.stack([t[name] for t in tensors]) for name in first.tensors}
         return dataclasses.replace(first, **parts, shape=torch.Size((len(matrices), *first.shape)))
@@ -108,20 +120,20 @@ class Weight4bit(NoArithmetic):
         )
 
     def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
-        """The tensors, keys and bytes that bitsandbytes saves for this weight under the name ``prefix``.
+        """The keys and tensors, to the byte, that bitsandbytes saves for this weight under the name ``prefix``.
 
         Raises:
-            ValueError: bitsandbytes has no such code.
+            ValueError: bitsandbytes does not have this weight's code.
         """
         if self.code != formats.NF4:
             raise ValueError(f"code: expected {formats.NF4}, got {self.code}, which bitsandbytes lacks")
         fields: Any = vars(self)
-        return bitsandbytes_state.write(fields, prefix)
+        return bitsandbytes_format.write(fields, prefix)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class NF4Weight(Weight4bit):
-    """A tensor in 4-bit NormalFloat (QLoRA, Dettmers et al., 2023), in bitsandbytes' layout.
+    """A tensor in 4-bit NormalFloat (QLoRA, Dettmers et al., 2023), in bitsandbytes' memory layout.
 
     Example:
         >>> w4 = qlora_ext.quantize_nf4(torch.randn(1024, 1024))
@@ -135,32 +147,33 @@ class NF4Weight(Weight4bit):
 
     @classmethod
     def from_bitsandbytes(cls, state_dict: dict[str, Tensor], prefix: str) -> NF4Weight:
-        """From the tensors that bitsandbytes (>= 0.41) saves for one 4-bit weight; see ``to_bitsandbytes``.
+        """Reads the tensors that bitsandbytes (>= 0.41) saves for one 4-bit weight; see ``to_bitsandbytes``.
 
         Args:
-            state_dict: holds ``prefix`` (packed bytes), ``prefix.absmax``, ``prefix.quant_map``,
-                ``prefix.quant_state.bitsandbytes__nf4`` and, double quantized, ``prefix.nested_absmax`` and
+            state_dict: has ``prefix`` (the packed bytes), ``prefix.absmax``, ``prefix.quant_map``,
+                ``prefix.quant_state.bitsandbytes__nf4`` and, with double quantization, ``prefix.nested_absmax`` and
                 ``prefix.nested_quant_map``.
-            prefix: name of the weight, e.g. ``"model.layers.0.mlp.up_proj.weight"``.
+            prefix: the name of the weight, e.g. ``"model.layers.0.mlp.up_proj.weight"``.
 
         Raises:
-            KeyError: a key is missing. ValueError: the weight is not NF4, or its tensors have the wrong form or do not
-                fit together.
+            KeyError: a key is missing. ValueError: the weight is not NF4, or its tensors have wrong dtypes, shapes or
+                values.
         """
-        return cls(**bitsandbytes_state.read(state_dict, prefix))
+        return cls(**bitsandbytes_format.read(state_dict, prefix))
 
 
-def weight_of(code: str, **fields: Any) -> Weight4bit:
-    """The weight of that code: an ``NF4Weight`` of NF4."""
-    return NF4Weight(**fields) if code == formats.NF4 else Weight4bit(**fields, code=code)
+def weight_of(form: Form, **fields: Any) -> Weight4bit:
+    """The weight of that form, an ``NF4Weight`` if its code is NF4; ``fields`` are its tensors, shape and dtype."""
+    cls = NF4Weight if form.code == formats.NF4 else Weight4bit
+    return cls(**fields, block_size=form.block_size, nested_block_size=form.nested_block_size, code=form.code)
 
 
-# A pickle of one holds tensors and numbers, and runs nothing: torch.load takes it with weights_only=True.
+# A pickled weight contains tensors and numbers only, so torch.load may read it with weights_only=True.
 torch.serialization.add_safe_globals([Weight4bit, NF4Weight])
 
 
 def _has_values(t: Tensor) -> bool:
-    """False on the meta device, in fake tensor mode and while a graph is traced: there is nothing to look at yet."""
+    """Whether ``t`` has values to read: not on the meta device, in fake tensor mode or while a graph is traced."""
     return not (t.is_meta or isinstance(t, FakeTensor) or torch.compiler.is_compiling())
 
 
@@ -186,16 +199,18 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
     """Quantizes a tensor to 4-bit NormalFloat (QLoRA, Dettmers et al., 2023), bit-compatible with bitsandbytes.
 
     Args:
-        w: any shape; float32, bfloat16 or float16; CPU or CUDA; finite.
+        w: a tensor of any shape, float32, bfloat16 or float16, on the CPU or on CUDA, with finite values.
         block_size: elements per scale: a power of two from 16 to 4096.
         double_quant: store the scales in 8 bits, in blocks of ``nested_block_size``.
         nested_block_size: scales per nested scale: from 1 to 2^20; bitsandbytes uses 256.
 
-    A compiled graph does not reject NaN or infinity: such a block decodes to NaN.
+    Returns:
+        The weight, on the device of ``w``. In a compiled graph, NaN and infinity are not rejected: their block decodes
+        to NaN.
 
     Raises:
-        TypeError: ``w`` is not such a tensor. ValueError: a wrong block size or nested block size, or a NaN or
-            infinity, with its index.
+        TypeError: ``w`` is not a tensor of one of these dtypes. ValueError: a block size is out of range, or ``w`` has
+            a NaN or an infinity; the message gives its index.
 
     Example:
         >>> w4 = qlora_ext.quantize_nf4(torch.randn(48, 64))
@@ -205,13 +220,13 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
         Traceback (most recent call last):
         ValueError: w: expected finite values, got nan at index [1] (1 of 1 blocks hold NaN or infinity)
     """
-    w4 = quantize(w, Form(torch.float32, block_size, double_quant, nested_block_size))
+    w4 = quantize(w, Form.of(block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size))
     assert isinstance(w4, NF4Weight)
     return w4
 
 
 def quantize(w: Tensor, form: Form) -> Weight4bit:
-    """The same to any code: ``w`` in 4 bits by ``form``, whose ``compute_dtype`` does not matter."""
+    """Quantizes ``w`` to any form; ``quantize_nf4`` is the NF4 case and lists the errors."""
     if not isinstance(w, Tensor):
         raise TypeError(f"w: expected a torch.Tensor, got {type(w).__name__}")
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -224,23 +239,24 @@ def quantize(w: Tensor, form: Form) -> Weight4bit:
     if form.double_quant:
         absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, form.nested_block_size)
     return weight_of(
-        form.code,
+        form,
         packed=packed,
         absmax=absmax,
         nested_absmax=nested_absmax,
         nested_offset=nested_offset,
         shape=w.shape,
         dtype=w.dtype,
-        block_size=form.block_size,
-        nested_block_size=form.nested_block_size,
     )
 
 
 def dequantize_nf4(w4: Weight4bit, dtype: torch.dtype | None = None) -> Tensor:
-    """The decoded tensor of ``w4``, rounded once from float32; ``w4.dequantize(dtype)`` is the same.
+    """The decoded tensor, of shape ``w4.shape``, rounded once from float32. The same as ``w4.dequantize(dtype)``.
 
     Args:
-        dtype: float32, bfloat16 or float16. None is the dtype of the weight that was quantized.
+        dtype: float32, bfloat16 or float16. None is the dtype of the tensor that was quantized.
+
+    Raises:
+        TypeError: ``w4`` is not a 4-bit weight. ValueError: ``dtype`` is none of these.
 
     Example:
         >>> w = torch.randn(48, 64)

@@ -122,18 +122,18 @@ def test_training(paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib
     victim.measure([*arguments, tmp_path / "whole"])
     run = tmp_path / "run"
     for _ in range(KILLS):
-        told = victim.kill([*arguments, run])
+        printed = victim.kill([*arguments, run])
         if run.exists():
             newest_checkpoint(run)  # raises where it is not whole
-            assert (run / "settings.json").is_file(), told
+            assert (run / "settings.json").is_file(), printed
             if (run / "before.json").exists():
-                assert json.loads((run / "before.json").read_text()), told
+                assert json.loads((run / "before.json").read_text()), printed
             if (run / "loss.png").exists():
-                assert (run / "loss.png").read_bytes().endswith(b"IEND\xaeB`\x82"), told
+                assert (run / "loss.png").read_bytes().endswith(b"IEND\xaeB`\x82"), printed
             if (run / "metrics.jsonl").exists():
-                assert read_lines(run / "metrics.jsonl"), told
+                assert read_lines(run / "metrics.jsonl"), printed
             if (run / "adapter").exists():
-                assert adapter_bytes(run) == adapter_bytes(runs["0"]), told
+                assert adapter_bytes(run) == adapter_bytes(runs["0"]), printed
     here(*arguments, run)
     assert adapter_bytes(run) == adapter_bytes(runs["0"]), f"seed {SEED}"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole"]
@@ -148,11 +148,11 @@ def test_a_run_overwritten_by_a_run(paths: Paths, runs: dict[str, pathlib.Path],
     for _ in range(KILLS):
         shutil.rmtree(run)
         shutil.copytree(runs["0"], run)
-        told = victim.kill(arguments)
+        printed = victim.kill(arguments)
         here("finetune", "--output", run, "--resume")
-        assert adapter_bytes(run) in (adapter_bytes(runs["0"]), adapter_bytes(runs["1"])), told
-        assert [path.name for path in tmp_path.iterdir()] == ["run"], told
-        assert not list(run.rglob(".partial*")), told
+        assert adapter_bytes(run) in (adapter_bytes(runs["0"]), adapter_bytes(runs["1"])), printed
+        assert [path.name for path in tmp_path.iterdir()] == ["run"], printed
+        assert not list(run.rglob(".partial*")), printed
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["renamed", "filled"])
@@ -178,15 +178,15 @@ def test_a_model_overwritten_by_a_model(
     present = "merge"
     for _ in range(KILLS):
         attempted = "quantize" if present == "merge" else "merge"
-        told = victim.kill(commands[attempted])
+        printed = victim.kill(commands[attempted])
         # The next command, whatever it is, cleans up; this one is then refused.
         assert main(["quantize", "--model", str(paths["model"]), "--output", str(output)]) == 2
-        assert files_of(output) in whole.values(), told
+        assert files_of(output) in whole.values(), printed
         present = next(name for name, content in whole.items() if content == files_of(output))
         left = {path.name for path in tmp_path.iterdir()}
         # What a quantize that was killed had done waits for it to go on.
-        assert left - {"output.weights"} == {"output"}, told
-        assert not (inside and len(left) > 1), told
+        assert left - {"output.weights"} == {"output"}, printed
+        assert not (inside and len(left) > 1), printed
     assert main([str(argument) for argument in commands["quantize"]]) == 0
     assert files_of(output) == whole["quantize"]
     assert [path.name for path in tmp_path.iterdir()] == ["output"]

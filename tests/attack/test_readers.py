@@ -67,14 +67,14 @@ def command(*arguments: object) -> tuple[int, str]:
             status = main([str(argument) for argument in arguments])
     finally:
         torch.set_num_threads(threads)
-    told = out.getvalue() + err.getvalue()
-    assert status in (0, 2), told
-    assert "\x1b" not in told
-    assert "\x07" not in told
+    printed = out.getvalue() + err.getvalue()
+    assert status in (0, 2), printed
+    assert "\x1b" not in printed
+    assert "\x07" not in printed
     if status == 2:
-        assert len(err.getvalue()) < 1200, told
-        assert "Traceback" not in told
-    return status, told
+        assert len(err.getvalue()) < 1200, printed
+        assert "Traceback" not in printed
+    return status, printed
 
 
 def attack(file: pathlib.Path, mutate: Mutate, trial: Callable[[], object], count: int = COUNT) -> None:
@@ -189,14 +189,14 @@ def test_configuration_for_a_plan(paths: Paths, tmp_path: pathlib.Path) -> None:
         ("adapter_model.safetensors", header_only),
     ],
 )
-def test_adapters(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
+def test_adapters(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str, mutate: Mutate) -> None:
     from qlora_ext.cli.errors import UserError
     from qlora_ext.cli.models.adapter_files import find, load
     from qlora_ext.cli.models.loading import Loader
     from qlora_ext.cli.models.sources import resolve
     from qlora_ext.form import Form
 
-    adapter = pathlib.Path(shutil.copytree(whole_run / "adapter", tmp_path / "adapter"))
+    adapter = pathlib.Path(shutil.copytree(finished_run / "adapter", tmp_path / "adapter"))
     ask = ["generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1", "--max-new-tokens", "1"]
 
     def trial() -> None:
@@ -206,7 +206,7 @@ def test_adapters(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path,
         found: list[dict[str, Any]] = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            base = Loader(resolve(str(paths["model"])), Form(torch.bfloat16), torch.device("cpu")).while_loading()
+            base = Loader(resolve(str(paths["model"])), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
             with contextlib.suppress(UserError):
                 found.append(load(base, find(str(adapter)), False).state_dict())
         assert len(found) == 2
@@ -294,22 +294,22 @@ RUN_FILES: dict[str, Mutate] = {
 
 
 @pytest.mark.parametrize("name", RUN_FILES)
-def test_runs(whole_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
+def test_runs(finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
     """A run goes on to the adapter that it would have had, or not at all."""
     run = tmp_path / "run"
     kept = tmp_path / "kept"
-    shutil.copytree(whole_run, kept)
+    shutil.copytree(finished_run, kept)
     shutil.rmtree(kept / "checkpoint-11")
     shutil.rmtree(kept / "adapter")
-    weights = (whole_run / "adapter" / "adapter_model.safetensors").read_bytes()
+    weights = (finished_run / "adapter" / "adapter_model.safetensors").read_bytes()
 
     def trial() -> None:
         shutil.rmtree(run, ignore_errors=True)
         shutil.copytree(kept, run)
-        status, told = command("finetune", "--output", run, "--resume")
+        status, printed = command("finetune", "--output", run, "--resume")
         if status:
             assert not (run / "adapter").exists()
         elif name != "settings.json":  # other settings are another run
-            assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights, told
+            assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights, printed
 
     attack(kept / name, RUN_FILES[name], trial, max(1, COUNT // 2))

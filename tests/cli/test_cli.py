@@ -24,39 +24,39 @@ from commands import COMMAND, RUN, Paths, adapter_bytes, base, command, here, re
 from qlora_ext.cli import main
 
 
-def test_finetune_tells_what_it_did(whole_run: pathlib.Path) -> None:
-    told = (whole_run / "stdout.txt").read_text()
+def test_finetune_tells_what_it_did(finished_run: pathlib.Path) -> None:
+    printed = (finished_run / "stdout.txt").read_text()
     for part in ("weights", "trainable parameters", "tokens/s", "left", "before training", "after training"):
-        assert part in told
-    assert str(whole_run / "adapter") in told
-    record = json.loads((whole_run / "adapter" / "qlora_run.json").read_text())
+        assert part in printed
+    assert str(finished_run / "adapter") in printed
+    record = json.loads((finished_run / "adapter" / "qlora_run.json").read_text())
     assert record["metrics"]["perplexity_after"] < 0.9 * record["metrics"]["perplexity_before"]
-    steps = [line for line in read_lines(whole_run / "metrics.jsonl") if "loss" in line]
+    steps = [line for line in read_lines(finished_run / "metrics.jsonl") if "loss" in line]
     assert [line["step"] for line in steps] == list(range(1, 12))
     assert all(line["tokens_per_second"] > 0 for line in steps)
-    assert (whole_run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (finished_run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_checkpoints_hold_no_base_weight(whole_run: pathlib.Path) -> None:
+def test_checkpoints_hold_no_base_weight(finished_run: pathlib.Path) -> None:
     import safetensors.torch
 
-    assert sorted(path.name for path in whole_run.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-8"]
-    saved = safetensors.torch.load_file(whole_run / "checkpoint-8" / "adapter_model.safetensors")
+    assert sorted(path.name for path in finished_run.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-8"]
+    saved = safetensors.torch.load_file(finished_run / "checkpoint-8" / "adapter_model.safetensors")
     assert saved
     assert all("lora_" in name for name in saved)
     adapter = sum(t.nbytes for t in saved.values())
-    assert (whole_run / "checkpoint-8" / "optimizer.pt").stat().st_size < 3 * adapter + 64 * 1024
+    assert (finished_run / "checkpoint-8" / "optimizer.pt").stat().st_size < 3 * adapter + 64 * 1024
 
 
-def test_evaluation_changes_nothing(paths: Paths, whole_run: pathlib.Path) -> None:
+def test_evaluation_changes_nothing(paths: Paths, finished_run: pathlib.Path) -> None:
     run = paths["root"] / "evaluated"
     here("finetune", *base(paths), "--output", run, *RUN, "--eval-steps", "3")
     measured = [line["step"] for line in read_lines(run / "metrics.jsonl") if "eval_perplexity" in line]
     assert measured == [0, 3, 6, 9, 11]
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
-def test_killed_and_resumed_gives_the_same_adapter(paths: Paths, whole_run: pathlib.Path) -> None:
+def test_killed_and_resumed_gives_the_same_adapter(paths: Paths, finished_run: pathlib.Path) -> None:
     run = paths["root"] / "killed"
     process = start(paths, run)
     wait_for_step(process, run, 6)
@@ -64,8 +64,8 @@ def test_killed_and_resumed_gives_the_same_adapter(paths: Paths, whole_run: path
     assert not (run / "adapter").exists()
     result = command("finetune", "--output", run, "--resume")
     assert result.returncode == 0, result.stderr
-    assert "going on after step" in result.stdout
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert "resuming after step" in result.stdout
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
     steps = [line["step"] for line in read_lines(run / "metrics.jsonl") if "loss" in line]
     assert steps == list(range(1, 12))
 
@@ -83,7 +83,7 @@ def test_ctrl_c_says_how_to_go_on(paths: Paths) -> None:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again(paths: Paths, whole_run: pathlib.Path) -> None:
+def test_killed_again_and_again(paths: Paths, finished_run: pathlib.Path) -> None:
     """Whatever the moment, what lies under a final name is whole, and the end is the same."""
     import safetensors.torch
 
@@ -105,39 +105,39 @@ def test_killed_again_and_again(paths: Paths, whole_run: pathlib.Path) -> None:
             json.loads((checkpoint / "trainer_state.json").read_text())
     result = command("finetune", "--output", run, "--resume")
     assert result.returncode == 0, result.stderr
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
-def test_a_finished_run_resumes_to_the_same_adapter(paths: Paths, whole_run: pathlib.Path) -> None:
-    before = adapter_bytes(whole_run)
-    here("finetune", "--output", whole_run, "--resume")
-    assert adapter_bytes(whole_run) == before
+def test_a_finished_run_resumes_to_the_same_adapter(paths: Paths, finished_run: pathlib.Path) -> None:
+    before = adapter_bytes(finished_run)
+    here("finetune", "--output", finished_run, "--resume")
+    assert adapter_bytes(finished_run) == before
 
 
-def test_memory_levers_learn_as_well(paths: Paths, whole_run: pathlib.Path) -> None:
+def test_memory_levers_learn_as_well(paths: Paths, finished_run: pathlib.Path) -> None:
     run = paths["root"] / "levers"
     here("finetune", *base(paths), "--output", run, *RUN, "--grad-checkpointing", "--chunked-loss", "--grad-accum", "2")
     metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
     assert metrics["perplexity_after"] < 0.9 * metrics["perplexity_before"]
 
 
-def test_generate_quantize_merge(paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_generate_quantize_merge(paths: Paths, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     """The adapter says the same on the model quantized while loading, on the saved 4-bit model, and merged."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     root = paths["root"]
     ask = ["--prompt", "count 3", "--max-new-tokens", "12", "--dtype", "float32"]
-    answer = command("generate", "--adapter", whole_run, *ask)
+    answer = command("generate", "--adapter", finished_run, *ask)
     assert answer.returncode == 0, answer.stderr
     assert len(answer.stdout.strip()) > 1
 
     here("quantize", "--model", paths["model"], "--output", root / "model4")
     assert "import qlora_ext" in (root / "model4" / "README.md").read_text()
     capfd.readouterr()
-    here("generate", "--adapter", whole_run, "--model", root / "model4", *ask)
+    here("generate", "--adapter", finished_run, "--model", root / "model4", *ask)
     assert capfd.readouterr().out == answer.stdout
 
-    here("merge", "--adapter", whole_run, "--output", root / "merged", "--dtype", "float32")
+    here("merge", "--adapter", finished_run, "--output", root / "merged", "--dtype", "float32")
     assert not list((root / "merged").glob(".partial*"))
     config = json.loads((root / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
@@ -151,19 +151,23 @@ def test_generate_quantize_merge(paths: Paths, whole_run: pathlib.Path, capfd: p
 
 
 def test_prompts_and_adapters_that_are_not_options(
-    refused, paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    refused,
+    paths: Paths,
+    finished_run: pathlib.Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import io
 
     monkeypatch.chdir(paths["root"])
-    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", whole_run.name)
+    monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", finished_run.name)
     ask = ["--max-new-tokens", "4"]
-    here("generate", "--adapter", whole_run, "--prompt", "count 3", *ask)
+    here("generate", "--adapter", finished_run, "--prompt", "count 3", *ask)
     answer = capfd.readouterr().out
     here("generate", "count 3", *ask)
-    told = capfd.readouterr()
-    assert told.out == answer
-    assert f"using the adapter in ./{whole_run.name}" in told.err
+    printed = capfd.readouterr()
+    assert printed.out == answer
+    assert f"using the adapter in ./{finished_run.name}" in printed.err
     monkeypatch.setattr("sys.stdin", io.StringIO("count 3"))
     here("generate", "-", *ask)
     assert capfd.readouterr().out == answer
@@ -172,14 +176,14 @@ def test_prompts_and_adapters_that_are_not_options(
     assert "give it once" in refused("generate", "count 3", "--prompt", "count 4")
     assert "expected a prompt" in refused("generate")
     assert "--model: the name is empty" in refused("generate", "--model", "", "count 3")
-    assert "--model: the name is empty" in refused("generate", "--adapter", whole_run, "--model", "", "count 3")
-    assert "name it with --adapter" in refused("generate", "--model", whole_run, "count 3")
+    assert "--model: the name is empty" in refused("generate", "--adapter", finished_run, "--model", "", "count 3")
+    assert "name it with --adapter" in refused("generate", "--model", finished_run, "count 3")
     monkeypatch.setattr("qlora_ext.cli.models.adapted.DEFAULT_RUN", "no-run")
     assert "--adapter: no adapter named, and none in ./no-run" in refused("generate", "count 3")
 
 
 def test_a_checkpoint_of_a_run_is_an_adapter(
-    paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Over the base as the run quantized it."""
     run = tmp_path / "run"
@@ -196,8 +200,8 @@ def test_a_checkpoint_of_a_run_is_an_adapter(
 
 def test_a_model_that_is_nowhere(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     """Offline, as the tests are run, the hub has no model."""
-    told = refused("finetune", "--model", "nosuchdir", "--data", paths["data"], "--output", tmp_path / "run")
-    assert "there is no directory nosuchdir, and the model cannot be loaded" in told
+    message = refused("finetune", "--model", "nosuchdir", "--data", paths["data"], "--output", tmp_path / "run")
+    assert "there is no directory nosuchdir, and the model cannot be loaded" in message
 
 
 def test_finetune_alone_says_what_it_is(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
@@ -207,12 +211,12 @@ def test_finetune_alone_says_what_it_is(capfd: pytest.CaptureFixture[str], tmp_p
         patch.setattr(prepare, "resolve", lambda *a, **k: pytest.exit("too far"))
         patch.setattr(prepare, "parse_device", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(["finetune", "--output", str(tmp_path / "run")]) == 130
-        told = capfd.readouterr().out
+        printed = capfd.readouterr().out
         assert main(["finetune", "--output", str(tmp_path / "run"), "--seed", "1"]) == 130
-    assert told.count("\n") == 1
-    assert "demonstration" in told
-    assert "4 minutes" in told
-    assert "Ctrl-C" in told
+    assert printed.count("\n") == 1
+    assert "demonstration" in printed
+    assert "4 minutes" in printed
+    assert "Ctrl-C" in printed
     assert capfd.readouterr().out == ""
 
 
@@ -227,11 +231,11 @@ def test_names_that_the_locale_cannot_write(paths: Paths, tmp_path: pathlib.Path
         env={**os.environ, **environment},
         timeout=300,
     )
-    told = done.stderr.decode("ascii")
-    assert done.returncode == 2, told
-    assert told.count("\n") == 1
-    assert "--output" in told
-    assert "PYTHONUTF8=1" in told
+    message = done.stderr.decode("ascii")
+    assert done.returncode == 2, message
+    assert message.count("\n") == 1
+    assert "--output" in message
+    assert "PYTHONUTF8=1" in message
 
 
 def test_embeddings_in_4_bits(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
@@ -248,10 +252,10 @@ def test_embeddings_in_4_bits(refused, paths: Paths, tmp_path: pathlib.Path) -> 
     assert not (tmp_path / "again").exists()
 
 
-def test_merge_is_bfloat16_by_default(paths: Paths, whole_run: pathlib.Path) -> None:
+def test_merge_is_bfloat16_by_default(paths: Paths, finished_run: pathlib.Path) -> None:
     import safetensors.torch
 
-    here("merge", "--adapter", whole_run, "--output", paths["root"] / "merged16")
+    here("merge", "--adapter", finished_run, "--output", paths["root"] / "merged16")
     saved = safetensors.torch.load_file(paths["root"] / "merged16" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
@@ -326,16 +330,16 @@ def test_bad_data(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    told = {
+    messages = {
         name: refused("finetune", "--model", paths["model"], "--data", tmp_path / name, "--output", output)
         for name in (*contents, "missing.jsonl")
     }
-    assert "empty" in told["empty.jsonl"]
-    assert "empty" in told["blank.txt"]
-    assert "line 2" in told["broken.jsonl"]
-    assert "line 1" in told["columns.jsonl"]
-    assert "no such file" in told["missing.jsonl"]
-    assert "UTF-8" in told["binary.txt"]
+    assert "empty" in messages["empty.jsonl"]
+    assert "empty" in messages["blank.txt"]
+    assert "line 2" in messages["broken.jsonl"]
+    assert "line 1" in messages["columns.jsonl"]
+    assert "no such file" in messages["missing.jsonl"]
+    assert "UTF-8" in messages["binary.txt"]
     assert "unknown package" in refused(
         "finetune", "--model", paths["model"], "--data", "package:no", "--output", output
     )
@@ -362,17 +366,17 @@ def test_bad_models(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     assert not output.exists()
 
 
-def test_bad_adapters(refused, paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_bad_adapters(refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     import shutil
 
     def copy(name: str) -> pathlib.Path:
-        return pathlib.Path(shutil.copytree(whole_run / "adapter", tmp_path / name))
+        return pathlib.Path(shutil.copytree(finished_run / "adapter", tmp_path / name))
 
     def ask(adapter: pathlib.Path, *more: object) -> str:
         return refused("generate", "--adapter", adapter, "--prompt", "count 3", "--max-new-tokens", "2", *more)
 
-    assert "another 4-bit base" in ask(whole_run, "--model", paths["other"])
-    assert main(["generate", "--adapter", str(whole_run), "--prompt", "1", "--max-new-tokens", "2", "--force",
+    assert "another 4-bit base" in ask(finished_run, "--model", paths["other"])
+    assert main(["generate", "--adapter", str(finished_run), "--prompt", "1", "--max-new-tokens", "2", "--force",
                  "--model", str(paths["other"])]) == 0  # fmt: skip
     cut = copy("cut") / "adapter_model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-100])
@@ -384,18 +388,18 @@ def test_bad_adapters(refused, paths: Paths, whole_run: pathlib.Path, tmp_path: 
     assert "adapter_model.safetensors" in ask(tmp_path / "weightless")
     assert "no such directory" in ask(tmp_path / "missing")
     assert "another 4-bit base" in refused(
-        "merge", "--adapter", whole_run, "--output", tmp_path / "merged", "--model", paths["other"]
+        "merge", "--adapter", finished_run, "--output", tmp_path / "merged", "--model", paths["other"]
     )
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_run_is_not_overwritten(refused, paths: Paths, whole_run: pathlib.Path) -> None:
-    before = adapter_bytes(whole_run)
-    arguments = ["--model", paths["model"], "--data", paths["data"], "--output", whole_run]
+def test_a_run_is_not_overwritten(refused, paths: Paths, finished_run: pathlib.Path) -> None:
+    before = adapter_bytes(finished_run)
+    arguments = ["--model", paths["model"], "--data", paths["data"], "--output", finished_run]
     assert "--resume" in refused("finetune", *arguments)
-    assert "started with" in refused("finetune", "--output", whole_run, "--resume", "--rank", "5")
-    assert "not empty" in refused("quantize", "--model", paths["model"], "--output", whole_run)
-    assert adapter_bytes(whole_run) == before
+    assert "started with" in refused("finetune", "--output", finished_run, "--resume", "--rank", "5")
+    assert "not empty" in refused("quantize", "--model", paths["model"], "--output", finished_run)
+    assert adapter_bytes(finished_run) == before
 
 
 @pytest.mark.parametrize("step", ["adapter", "model"])
@@ -429,7 +433,7 @@ def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
         # What was quantized waits for more room, if there was room for any of it.
         left = {path.name for path in small.iterdir()}
         assert left <= {"out.weights"}
-        assert bool(left) == (f"what was quantized so far is kept in {small}/out.weights" in result.stderr)
+        assert bool(left) == (f"the weights quantized so far are kept in {small}/out.weights" in result.stderr)
         shutil.rmtree(small / "out.weights", ignore_errors=True)
         result = command("finetune", *base(paths), "--output", small / "run", *RUN)
         assert result.returncode == 2, result.stderr

@@ -106,7 +106,7 @@ def test_nothing_waits_beside_a_mount_point(
     output.mkdir()
     waiting = output / ".partial-calibration" if inside else tmp_path / "out.calibration"
     options = argparse.Namespace(calibrate="self", calibration_tokens=4096, calibration_seed=0)
-    with calibrate.kept_layers(options, Output(output, overwrite=False)) as directory:
+    with calibrate.stored_layers(options, Output(output, overwrite=False)) as directory:
         assert directory == waiting
         assert waiting.is_dir()
         assert contents(output) == []

@@ -43,13 +43,15 @@ def talk(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], sai
 
 
 def test_a_line_in_is_an_answer_out(
-    whole_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    finished_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Which is the one that generate gives."""
-    one = talk(monkeypatch, capfd, "count 3\n", "--adapter", whole_run)
-    assert main(["generate", "--adapter", str(whole_run), "--prompt", "count 3", "--max-new-tokens", "8"]) == 0
+    one = talk(monkeypatch, capfd, "count 3\n", "--adapter", finished_run)
+    assert main(["generate", "--adapter", str(finished_run), "--prompt", "count 3", "--max-new-tokens", "8"]) == 0
     assert one == capfd.readouterr().out
-    several = talk(monkeypatch, capfd, "count 3\n\ncount 3\n/reset\ncount 3\n/exit\ncount 3\n", "--adapter", whole_run)
+    several = talk(
+        monkeypatch, capfd, "count 3\n\ncount 3\n/reset\ncount 3\n/exit\ncount 3\n", "--adapter", finished_run
+    )
     assert several.startswith(one)
     assert several.endswith(one)
     assert several.count("\n") == 3
@@ -67,8 +69,8 @@ def test_the_history_is_in_the_prompt(
         streamer.end()
 
     monkeypatch.setattr("qlora_ext.cli.generation.conversation.complete", complete)
-    told = talk(monkeypatch, capfd, "hello\nand\n/reset\nhello\n", "--model", talker, "--system", "be brief")
-    assert told == "fine\\x1b\n" * 3
+    printed = talk(monkeypatch, capfd, "hello\nand\n/reset\nhello\n", "--model", talker, "--system", "be brief")
+    assert printed == "fine\\x1b\n" * 3
     begin = "<system>be brief</><user>hello</><assistant>"
     assert prompts == [begin, f"{begin}fine\x1b</><user>and</><assistant>", begin]
 
@@ -82,7 +84,7 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
     from qlora_ext.cli.models.sources import resolve
     from qlora_ext.form import Form
 
-    model = Loader(resolve(str(talker)), Form(torch.float32), torch.device("cpu")).while_loading()
+    model = Loader(resolve(str(talker)), Form(), torch.float32, torch.device("cpu")).while_loading()
     talk = Conversation(model, AutoTokenizer.from_pretrained(talker), "be brief", 8, 0.0)
     shown: list[str] = []
     forgotten = [talk.answer("x" * 60, shown.append) for _ in range(4)]  # of 256 tokens
@@ -124,21 +126,21 @@ class Terminal:
             start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )  # fmt: skip
         os.close(other)
-        self.told = ""
+        self.printed = ""
 
     def wait_for(self, text: str, after: int = 0) -> None:
         deadline = time.monotonic() + 120
-        while text not in self.told[after:]:
-            assert time.monotonic() < deadline, self.told
+        while text not in self.printed[after:]:
+            assert time.monotonic() < deadline, self.printed
             if select.select([self._end], [], [], 1.0)[0]:
                 try:
-                    self.told += os.read(self._end, 4096).decode(errors="replace")
+                    self.printed += os.read(self._end, 4096).decode(errors="replace")
                 except OSError:  # the other side is closed
-                    assert text in self.told[after:], self.told
+                    assert text in self.printed[after:], self.printed
                     return
 
     def type(self, text: str) -> int:
-        before = len(self.told)
+        before = len(self.printed)
         os.write(self._end, text.encode())
         return before
 
@@ -146,7 +148,7 @@ class Terminal:
 def test_on_a_terminal(paths: Paths) -> None:
     talk = Terminal("chat", "--model", paths["model"], "--max-new-tokens", "100000", "--compile", "never")
     talk.wait_for("> ")
-    assert "/reset" in talk.told
+    assert "/reset" in talk.printed
     at = talk.type("hello\n")
     talk.wait_for("hello\r\n", at)
     time.sleep(0.3)  # the answer is being written, or has been
@@ -155,7 +157,7 @@ def test_on_a_terminal(paths: Paths) -> None:
         talk.wait_for("> ", at)
         talk.type("\x04")
     assert talk.process.wait(60) in (0, 130)  # 130 where the answer had ended before
-    assert "Traceback" not in talk.told
+    assert "Traceback" not in talk.printed
 
 
 def test_ctrl_c_stops_an_answer_and_no_more(

@@ -128,27 +128,27 @@ def test_a_package_is_kept_for_every_model_of_a_shape(capfd: pytest.CaptureFixtu
     capfd.readouterr()
     other = adapted(seed=1)
     expected = decode(other, 20)
-    decoder = decode_compiled(other, "auto", pays=False)
+    decoder = decode_compiled(other, "auto", worthwhile=False)
     assert decoder is not None
     assert capfd.readouterr().err == ""  # nothing was compiled
     assert torch.equal(decode(other, 20), expected)
     assert decoder.steps == 19
     for different in (adapted(rank=2), adapted(alpha=16)):
-        assert decode_compiled(different, "auto", pays=False) is None
-    assert decode_compiled(adapted(), "never", pays=True) is None
+        assert decode_compiled(different, "auto", worthwhile=False) is None
+    assert decode_compiled(adapted(), "never", worthwhile=True) is None
 
 
 def test_what_is_in_the_cache_serves_without_a_compiler_run(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_of(adapted())
     monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
-    told: list[str] = []
-    assert compile_decoding(adapted(seed=2), missing=False, progress=told.append) is not None
-    assert compile_decoding(adapted(rank=5), missing=False, progress=told.append) is None
-    assert told == []
+    printed: list[str] = []
+    assert compile_decoding(adapted(seed=2), missing=False, progress=printed.append) is not None
+    assert compile_decoding(adapted(rank=5), missing=False, progress=printed.append) is None
+    assert printed == []
 
 
-def test_the_commands_decode_compiled(whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
-    options = ["--adapter", str(whole_run), "--prompt", "count 3", "--max-new-tokens", "40", "--dtype", "float32"]
+def test_the_commands_decode_compiled(finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--adapter", str(finished_run), "--prompt", "count 3", "--max-new-tokens", "40", "--dtype", "float32"]
 
     def answer(*more: str) -> tuple[str, str]:
         capfd.readouterr()
@@ -156,11 +156,11 @@ def test_the_commands_decode_compiled(whole_run: pathlib.Path, capfd: pytest.Cap
         out, err = capfd.readouterr()
         return out, err
 
-    eager, told = answer()  # too few tokens to compile for
-    assert told == ""
-    first, told = answer("--compile", "always")
-    assert "compiling the model" in told
-    assert "compiled in" in told
+    eager, printed = answer()  # too few tokens to compile for
+    assert printed == ""
+    first, printed = answer("--compile", "always")
+    assert "compiling the model" in printed
+    assert "compiled in" in printed
     assert (first, *answer()) == (eager, eager, "")
 
 
@@ -174,29 +174,29 @@ def test_without_a_compiler_or_where_it_fails_the_model_stays_eager(
     forward = model.get_base_model().forward
     with monkeypatch.context() as patch:
         patch.setattr(compiled, "_compile", broken)
-        assert decode_compiled(model, "auto", pays=True) is None
+        assert decode_compiled(model, "auto", worthwhile=True) is None
         assert "not compiled (no such instruction)" in capfd.readouterr().err
         with pytest.raises(UserError, match="--compile always: this model cannot be compiled: no such instruction"):
-            decode_compiled(model, "always", pays=True)
+            decode_compiled(model, "always", worthwhile=True)
         with pytest.raises(CompilationError, match=r"^no such instruction$"):
             compile_decoding(model)
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match="there is no C\\+\\+ compiler"):
-        decode_compiled(model, "always", pays=True)
+        decode_compiled(model, "always", worthwhile=True)
     with pytest.raises(CompilationError, match=r"^there is no C\+\+ compiler$"):
         compile_decoding(model, missing=False)
-    assert decode_compiled(model, "auto", pays=False) is None
+    assert decode_compiled(model, "auto", worthwhile=False) is None
     assert model.get_base_model().forward == forward
 
 
 def test_what_is_not_compiled() -> None:
     sliding = AutoModelForCausalLM.from_config(MistralConfig(**tiny_models.SIZES, sliding_window=8))
-    assert compiled.obstacle(sliding) == "its cache is more than keys and values"
+    assert compiled.obstacle(sliding) == "its cache holds more than keys and values"
     prefix = get_peft_model(tiny_models.make("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     assert compiled.obstacle(prefix) == "the adapter is a prompt"
     merge_aware = adapted()
     qlora_ext.integrations.peft.set_merge_aware(merge_aware)
-    assert compiled.obstacle(merge_aware) == "the adapter runs as merged"
+    assert compiled.obstacle(merge_aware) == "the adapter is merge-aware"
     assert compiled.obstacle(adapted()) is None
 
 
@@ -208,7 +208,7 @@ def test_a_directory_that_others_can_write_to_is_not_used(
     assert path.stat().st_mode & 0o777 == 0o700
     path.chmod(0o777)
     with pytest.raises(UserError, match="others can write to this directory"):
-        decode_compiled(adapted(), "always", pays=True)
+        decode_compiled(adapted(), "always", worthwhile=True)
 
 
 def damage(package: pathlib.Path, kind: str) -> None:
@@ -226,16 +226,16 @@ def test_a_damaged_package_is_no_package(tmp_path: pathlib.Path, kind: str) -> N
     (package, *_) = cache.directory().glob("*.pt2")
     copy = tmp_path / package.name
     shutil.copy(package, copy)
-    assert cache.is_whole(copy)
+    assert cache.is_complete(copy)
     damage(copy, kind)
-    assert not cache.is_whole(copy)
+    assert not cache.is_complete(copy)
 
 
 def test_what_is_no_file_is_no_package(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "fifo")  # opening it would wait for a writer
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("fifo", "link", "missing", "."):
-        assert not cache.is_whole(tmp_path / name)
+        assert not cache.is_complete(tmp_path / name)
 
 
 def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,13 +255,13 @@ def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monke
 
     monkeypatch.setattr(compiled, "_compile", make)
     damage(package, "truncated")
-    assert decode_compiled(adapted(), "auto", pays=False) is None
+    assert decode_compiled(adapted(), "auto", worthwhile=False) is None
     decoder_of(model)
     assert torch.equal(decode(model, 5), expected)
     assert compiled_anew == [package]
     with zipfile.ZipFile(package, "w") as archive:  # whole, and no package
         archive.writestr("a", "b")
-    assert decode_compiled(adapted(), "auto", pays=True) is not None
+    assert decode_compiled(adapted(), "auto", worthwhile=True) is not None
     assert compiled_anew == [package] * 2
 
 

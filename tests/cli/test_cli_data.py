@@ -30,7 +30,7 @@ def read(directory: pathlib.Path, name: str, content: bytes | str, **options: st
     return list(read_examples(str(path), **options))
 
 
-def told(directory: pathlib.Path, name: str, content: bytes | str, **options: str) -> str:
+def refusal(directory: pathlib.Path, name: str, content: bytes | str, **options: str) -> str:
     """What is said of data that are refused."""
     with pytest.raises(UserError) as refusal:
         read(directory, name, content, **options)
@@ -114,7 +114,7 @@ def test_csv_fields_hold_what_they_like(tmp_path: pathlib.Path) -> None:
     ],
 )
 def test_what_is_refused(tmp_path: pathlib.Path, name: str, content: bytes, parts: list[str]) -> None:
-    sentence = told(tmp_path, name, content)
+    sentence = refusal(tmp_path, name, content)
     assert "\n" not in sentence
     assert len(sentence) < 600
     for part in parts:
@@ -143,7 +143,7 @@ def message(**fields: Any) -> str:
     ],
 )
 def test_messages_that_are_refused(tmp_path: pathlib.Path, row: str, part: str) -> None:
-    sentence = told(tmp_path, "a.jsonl", LINE + row.encode())
+    sentence = refusal(tmp_path, "a.jsonl", LINE + row.encode())
     assert "line 2" in sentence
     assert part in sentence
 
@@ -187,8 +187,8 @@ def test_preferences(tmp_path: pathlib.Path) -> None:
     found = read(tmp_path, "a.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     assert found == [{"prompt": [asked], "chosen": [yes], "rejected": [no]}] * 5
     mixed = json.dumps(rows[0]) + "\n" + LINE.decode()
-    assert "line 2: expected a preference" in told(tmp_path, "b.jsonl", mixed)
-    assert "line 2: expected no preference" in told(tmp_path, "c.jsonl", LINE.decode() + json.dumps(rows[0]))
+    assert "line 2: expected a preference" in refusal(tmp_path, "b.jsonl", mixed)
+    assert "line 2: expected no preference" in refusal(tmp_path, "c.jsonl", LINE.decode() + json.dumps(rows[0]))
 
 
 def test_parquet(tmp_path: pathlib.Path) -> None:
@@ -219,7 +219,7 @@ def test_parquet(tmp_path: pathlib.Path) -> None:
 
 def test_parquet_without_pyarrow(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install pyarrow" in told(tmp_path, "a.parquet", b"PAR1")
+    assert "pip install pyarrow" in refusal(tmp_path, "a.parquet", b"PAR1")
 
 
 def test_a_directory(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +328,7 @@ def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_bomb_of_blank_lines_is_refused_early(tmp_path: pathlib.Path, name: str, blanks: bytes) -> None:
     content = blanks * ((4 << 20) // len(blanks)) + LINE
     content = gzip.compress(content) if name.endswith(".gz") else content
-    assert "bytes of blank lines before this line" in told(tmp_path, name, content)
+    assert "bytes of blank lines before this line" in refusal(tmp_path, name, content)
 
 
 def test_blanks_within_json_take_no_time(tmp_path: pathlib.Path) -> None:

@@ -106,13 +106,13 @@ def test_killed_at_every_step_the_old_or_the_new_is_whole(place: pathlib.Path) -
         place.mkdir()
         fill(place, "old")
         killed = killed_at(step, lambda: replace(place))
-        told = files.recover(place)
+        messages = files.recover(place)
         seen.add(whole(place))
         assert [path.name for path in place.parent.iterdir()] == ["out"]
         assert files.recover(place) == []
         if not killed:
             break
-        assert all(str(place.parent) in sentence for sentence in told)
+        assert all(str(place.parent) in sentence for sentence in messages)
         subprocess.run(["rm", "-r", place], check=True)
         step += 1
     assert step > 10
@@ -325,8 +325,8 @@ def test_what_was_set_aside_is_not_lost_to_another_of_its_name(tmp_path: pathlib
     for directory in (".partial-old-out-12345678", ".partial-new-out-12345678", "out"):
         (tmp_path / directory).mkdir()
         fill(tmp_path / directory, directory)
-    [told, _] = files.recover(path)
-    assert "out.former-1" in told
+    [message, _] = files.recover(path)
+    assert "out.former-1" in message
     assert whole(path) == "out"
     assert whole(tmp_path / "out.former-1") == ".partial-old-out-12345678"
     assert len(list(tmp_path.iterdir())) == 2

@@ -72,7 +72,7 @@ def test_weights_one_by_one_are_those_of_the_whole(
     decoded: list[str] = []
     decode = weights.GGUFWeights.decode
     monkeypatch.setattr(weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1])
-    found = Loader(resolve(str(path)), Form(torch.bfloat16), torch.device("cpu")).while_loading()
+    found = Loader(resolve(str(path)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
     assert sorted(decoded) == sorted(expected.state_dict())
     assert same_state(found, qlora_ext.quantize_model(expected))
@@ -94,8 +94,8 @@ def test_a_killed_quantize_goes_on(
 def test_what_finds_no_place_is_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(make("llama"), tmp_path / "more.gguf", "llama", {"rope_freqs.weight": np.ones(8, np.float32)})
     assert main(["quantize", "--model", str(tmp_path / "more.gguf"), "--output", str(tmp_path / "out")]) == 0
-    told = capsys.readouterr().err
-    assert "1 weights in its files are no part of a LlamaForCausalLM and were left out: rope_freqs.weight" in told
+    printed = capsys.readouterr().err
+    assert "1 weights in its files do not belong to a LlamaForCausalLM and were ignored: rope_freqs.weight" in printed
 
 
 def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:

@@ -66,9 +66,9 @@ def test_a_finished_run_is_made_longer(
     run = pathlib.Path(shutil.copytree(short, tmp_path / "run"))
     before = adapter_bytes(run)
     here("finetune", "--output", run, "--resume", "--max-steps", "9")
-    told = capfd.readouterr().out
-    assert "extending the run to 9 steps" in told
-    assert "going on after step 5" in told
+    printed = capfd.readouterr().out
+    assert "extending the run to 9 steps" in printed
+    assert "resuming after step 5" in printed
     longer = adapter_bytes(run)
     assert longer != before
     assert steps_of(run) == list(range(1, 10))
@@ -176,7 +176,7 @@ def test_what_is_refused(refused: Any, short: pathlib.Path) -> None:
     )
     assert "--max-steps makes it longer" in refused("finetune", "--output", short, "--resume", "--epochs", 3)
     assert "started with 2" in refused("finetune", "--output", short, "--resume", "--max-steps", 9, "--rank", 4)
-    assert f"lies in the run {short}" in refused("finetune", "--output", short / "adapter", "--resume")
+    assert f"is inside the run {short}" in refused("finetune", "--output", short / "adapter", "--resume")
     assert (short / "settings.json").read_bytes() == before
 
 

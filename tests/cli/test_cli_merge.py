@@ -16,28 +16,28 @@ from commands import Paths, here
 
 
 def test_merge_to_4bit_tells_what_it_costs(
-    paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    paths: Paths, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     losses = {}
     for kind, options in {"dense": [], "4bit": ["--4bit"]}.items():
         output = paths["root"] / f"merged_{kind}"
-        here("merge", "--adapter", whole_run, "--output", output, "--dtype", "float32", "--evaluate", *options)
-        told = capfd.readouterr().out
-        numbers = re.search(r"held-out loss: ([\d.]+) unmerged, ([\d.]+) merged", told)
+        here("merge", "--adapter", finished_run, "--output", output, "--dtype", "float32", "--evaluate", *options)
+        printed = capfd.readouterr().out
+        numbers = re.search(r"held-out loss: ([\d.]+) unmerged, ([\d.]+) merged", printed)
         assert numbers
         losses[kind] = [float(number) for number in numbers.groups()]
     assert losses["dense"][0] == losses["4bit"][0]
     assert abs(losses["dense"][1] - losses["dense"][0]) < 2e-4
     assert 0 < abs(losses["4bit"][1] - losses["4bit"][0]) < 0.05
-    metrics = json.loads((whole_run / "adapter" / "qlora_run.json").read_text())["metrics"]
+    metrics = json.loads((finished_run / "adapter" / "qlora_run.json").read_text())["metrics"]
     assert abs(math.log(metrics["perplexity_after"]) - losses["dense"][0]) < 0.01  # the run's own, in bfloat16
 
     error = json.loads((output / "merge_error.json").read_text())
     assert len(error["by_layer"]) == 14
-    assert f"{error['total']:.2%} of the merged weights' norm" in told
-    assert f"at most {max(error['by_layer'].values()):.2%} in " in told
+    assert f"{error['total']:.2%} of the merged weights' norm" in printed
+    assert f"at most {max(error['by_layer'].values()):.2%} in " in printed
     model = AutoModelForCausalLM.from_pretrained(output)
     assert model.config.quantization_config.quant_method == "qlora_ext"
 
@@ -63,27 +63,27 @@ def test_what_was_trained_as_merged_is_what_is_merged(
     assert (settings["merge_aware"], settings["dropout"]) == (True, 0.0)
     capfd.readouterr()
     here("merge", "--adapter", run, "--output", output, "--4bit", "--dtype", "float32", "--evaluate")
-    told = capfd.readouterr().out
-    assert re.search(r"held-out loss: ([\d.]+) unmerged, \1 merged \(\+0.0000\)", told), told
-    kept = re.search(r"the codes hold ([\d.]+)% of what the adapter adds", told)
+    printed = capfd.readouterr().out
+    assert re.search(r"held-out loss: ([\d.]+) unmerged, \1 merged \(\+0.0000\)", printed), printed
+    kept = re.search(r"the codes retain ([\d.]+)% of the adapter's update", printed)
     assert kept
     assert 50 < float(kept[1]) < 150
 
 
 def test_merge_to_4bit_calibrated(
-    paths: Paths, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    paths: Paths, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
     output = paths["root"] / "merged_calibrated"
     options = "--4bit", "--calibrate", "self", "--calibration-tokens", "1024", "--evaluate", "--dtype", "float32"
-    here("merge", "--adapter", whole_run, "--output", output, *options)
-    told = capfd.readouterr().out
-    assert "calibrated 14 weights: the error of their outputs is 0." in told
-    numbers = re.search(r"held-out loss: ([\d.]+) unmerged, ([\d.]+) merged", told)
+    here("merge", "--adapter", finished_run, "--output", output, *options)
+    printed = capfd.readouterr().out
+    assert "calibrated 14 weights: the error of their outputs is 0." in printed
+    numbers = re.search(r"held-out loss: ([\d.]+) unmerged, ([\d.]+) merged", printed)
     assert numbers
     assert abs(float(numbers[1]) - float(numbers[2])) < 0.05
     assert len(json.loads((output / "calibration.json").read_text())["layers"]) == 14
     assert not (paths["root"] / "merged_calibrated.calibration").exists()
     with pytest.raises(AssertionError):
-        here("merge", "--adapter", whole_run, "--output", paths["root"] / "no", "--calibrate", "self")
+        here("merge", "--adapter", finished_run, "--output", paths["root"] / "no", "--calibrate", "self")
     assert "--calibrate needs --4bit" in capfd.readouterr().err

@@ -43,13 +43,13 @@ def test_directories_to_live_in_are_refused(
     }.items():
         monkeypatch.chdir(place)
         for name in names:
-            told = refused("quantize", "--model", paths["model"], "--output", name, "--overwrite")
-            assert "the working directory or contains it" in told
+            message = refused("quantize", "--model", paths["model"], "--output", name, "--overwrite")
+            assert "the working directory or contains it" in message
     monkeypatch.chdir("/")
     monkeypatch.setenv("HOME", str(quantized / "below"))
     for name in ("~", "~/..", quantized):
-        told = refused("finetune", *base(paths), "--output", name, "--overwrite")
-        assert "the home directory or contains it" in told
+        message = refused("finetune", *base(paths), "--output", name, "--overwrite")
+        assert "the home directory or contains it" in message
     assert listing(quantized) == before
 
 
@@ -63,14 +63,14 @@ def test_names_that_no_directory_can_have(refused, paths: Paths, tmp_path: pathl
     assert (tmp_path / "file").read_text() == "kept"
 
 
-def test_inputs_are_not_overwritten(refused, paths: Paths, quantized: pathlib.Path, whole_run: pathlib.Path) -> None:
+def test_inputs_are_not_overwritten(refused, paths: Paths, quantized: pathlib.Path, finished_run: pathlib.Path) -> None:
     """Neither under their own name, nor by links to them, through them and in them."""
     outputs = quantized.parent
     (outputs / "link").symlink_to(quantized)
     (outputs / "model").mkdir()
     for entry in quantized.iterdir():
         (outputs / "model" / entry.name).symlink_to(f"../quantized/{entry.name}")
-    run = pathlib.Path(shutil.copytree(whole_run, outputs / "run"))
+    run = pathlib.Path(shutil.copytree(finished_run, outputs / "run"))
     (run / "stdout.txt").unlink()
     shutil.copy(paths["data"], run / "adapter" / "data.jsonl")
     (run / "adapter" / "away").symlink_to(paths["model"])
@@ -90,16 +90,16 @@ def test_inputs_are_not_overwritten(refused, paths: Paths, quantized: pathlib.Pa
         ["merge", "--overwrite", "--adapter", run, "--output", run],
         ["merge", "--overwrite", "--adapter", run / "adapter", "--output", run],
         ["merge", "--overwrite", "--adapter", run, "--output", run / "adapter" / "merged"],
-        ["merge", "--overwrite", "--adapter", whole_run, "--model", quantized, "--output", quantized],
+        ["merge", "--overwrite", "--adapter", finished_run, "--model", quantized, "--output", quantized],
     ):
-        told = refused(*arguments)
-        assert "which --overwrite would delete" in told or "in which --overwrite deletes nothing" in told, told
+        message = refused(*arguments)
+        assert "which --overwrite would delete" in message or "in which --overwrite deletes nothing" in message, message
         assert listing(outputs) == before
     # The base that an adapter names by itself is an input too.
     record = json.loads((run / "adapter" / "qlora_run.json").read_text())
     (run / "adapter" / "qlora_run.json").write_text(json.dumps({**record, "model": str(quantized)}))
-    told = refused("merge", "--overwrite", "--adapter", run, "--output", quantized)
-    assert f"is or holds --model {quantized}" in told
+    message = refused("merge", "--overwrite", "--adapter", run, "--output", quantized)
+    assert f"is or holds --model {quantized}" in message
 
 
 def test_foreign_directories_are_not_overwritten(refused, paths: Paths, quantized: pathlib.Path) -> None:
@@ -129,13 +129,15 @@ def test_foreign_directories_are_not_overwritten(refused, paths: Paths, quantize
         assert listing(outputs) == before
 
 
-def test_what_the_command_wrote_is_overwritten(paths: Paths, whole_run: pathlib.Path, quantized: pathlib.Path) -> None:
-    run = pathlib.Path(shutil.copytree(whole_run, quantized.parent / "run"))
+def test_what_the_command_wrote_is_overwritten(
+    paths: Paths, finished_run: pathlib.Path, quantized: pathlib.Path
+) -> None:
+    run = pathlib.Path(shutil.copytree(finished_run, quantized.parent / "run"))
     (run / "stdout.txt").unlink()
     here("finetune", *base(paths), "--output", run, *SHORT, "--overwrite")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-2"]
     for output in (quantized, run):
-        here("merge", "--adapter", whole_run, "--output", output, "--overwrite")
+        here("merge", "--adapter", finished_run, "--output", output, "--overwrite")
         assert "quantization_config" not in json.loads((output / "config.json").read_text())
         assert not (output / "settings.json").exists()
         here("quantize", "--model", paths["model"], "--output", output, "--overwrite")
@@ -193,9 +195,9 @@ def test_one_process_in_a_run(refused, paths: Paths, tmp_path: pathlib.Path) -> 
             ["finetune", *base(paths), "--output", run, "--overwrite"],
             ["quantize", "--model", paths["model"], "--output", run, "--overwrite"],
         ):
-            told = refused(*arguments)
-            assert f"process {process.pid} on {os.uname().nodename}" in told
-            assert str(run) in told
+            message = refused(*arguments)
+            assert f"process {process.pid} on {os.uname().nodename}" in message
+            assert str(run) in message
     finally:
         process.kill()
     # The killed process's lock holds nobody off, though its file is still there.
@@ -305,8 +307,8 @@ def test_two_at_once(paths: Paths, tmp_path: pathlib.Path) -> None:
     """Of processes that begin at the same moment one goes on; what it writes is whole."""
     arguments = ["quantize", "--model", paths["model"], "--output", tmp_path / "a" / "out"]
     ended = [process.wait() for process in [Command(*arguments) for _ in range(3)]]
-    told = [result.stderr for result in ended]
-    assert sorted(result.returncode for result in ended) == [0, 2, 2], told
-    assert all("writing there" in t or "not empty" in t or not t for t in told), told
+    message = [result.stderr for result in ended]
+    assert sorted(result.returncode for result in ended) == [0, 2, 2], message
+    assert all("writing there" in t or "not empty" in t or not t for t in message), message
     assert command("quantize", "--model", tmp_path / "a" / "out", "--output", tmp_path / "again").returncode == 0
     assert not list(tmp_path.rglob(".partial*"))

@@ -23,8 +23,8 @@ SHORT = [*RUN, "--max-steps", "2"]
 
 
 @pytest.fixture
-def run(whole_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    copied = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+def run(finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    copied = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
     (copied / "stdout.txt").unlink()
     return copied
 
@@ -58,8 +58,8 @@ def test_what_others_put_into_a_run_is_not_overwritten(refused, paths: Paths, ru
         ["finetune", *base(paths), *SHORT],
         ["quantize", "--model", paths["model"]],
     ):
-        told = refused(*arguments, "--output", run, "--overwrite")
-        assert f"--overwrite would also delete '{name}', which qlora-ext did not write" in told
+        message = refused(*arguments, "--output", run, "--overwrite")
+        assert f"--overwrite would also delete '{name}', which qlora-ext did not write" in message
     assert {key: value for key, value in listing(run).items() if not key.endswith("pipe")} == before
 
 
@@ -75,7 +75,7 @@ def test_runs_of_versions_before_are_ours(paths: Paths, run: pathlib.Path) -> No
 
 
 def test_a_run_that_goes_on_deletes_no_more(
-    refused, run: pathlib.Path, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    refused, run: pathlib.Path, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Neither an adapter that is replaced nor an outdated checkpoint is deleted with foreign files."""
     (run / "adapter" / "thesis.tex").write_text("mine")
@@ -91,13 +91,13 @@ def test_a_run_that_goes_on_deletes_no_more(
         (run / old / "photo.jpg").write_text("mine")
     shutil.copytree(run / "checkpoint-8", run / "checkpoint-5")
     here("finetune", "--output", run, "--resume")
-    told = capfd.readouterr().out
+    printed = capfd.readouterr().out
     for name in ("checkpoint-2", "checkpoint-3", "checkpoint-4"):
-        assert f"note: {name} is kept: " in told
-    assert "holds 'photo.jpg', which qlora-ext did not write" in told
+        assert f"note: {name} is kept: " in printed
+    assert "holds 'photo.jpg', which qlora-ext did not write" in printed
     names = ["checkpoint-11", "checkpoint-2", "checkpoint-3", "checkpoint-4", "checkpoint-8"]
     assert sorted(path.name for path in run.glob("checkpoint-*")) == names
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
 def unfinished(folder: pathlib.Path, name: str) -> None:
@@ -128,7 +128,7 @@ def test_a_refused_command_leaves_the_work_of_others(refused, paths: Paths, tmp_
         assert listing(tmp_path) == before
 
 
-def test_a_run_recovers_its_own_names_alone(paths: Paths, run: pathlib.Path, whole_run: pathlib.Path) -> None:
+def test_a_run_recovers_its_own_names_alone(paths: Paths, run: pathlib.Path, finished_run: pathlib.Path) -> None:
     """Each name has its own lock, because another process may write OUTPUT/adapter as its output."""
     for name in ("metrics.jsonl", "checkpoint-9", "quantized", "adapter"):
         directory = run / f".partial-new-{name}-0123abcd"
@@ -139,15 +139,15 @@ def test_a_run_recovers_its_own_names_alone(paths: Paths, run: pathlib.Path, who
         assert left == {".partial-new-quantized-0123abcd", ".partial-new-adapter-0123abcd", ".partial-lock-adapter"}
     here("finetune", "--output", run, "--resume")
     assert {path.name for path in run.glob(".partial-*")} == {".partial-new-quantized-0123abcd"}
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
 def test_a_lock_is_nothing_else(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     for make in (lambda path: path.write_text("mine\n"), os.mkfifo, pathlib.Path.mkdir):
         lock = tmp_path / ".partial-lock-out"
         make(lock)
-        told = refused("quantize", "--model", paths["model"], "--output", tmp_path / "out")
-        assert str(lock) in told
+        message = refused("quantize", "--model", paths["model"], "--output", tmp_path / "out")
+        assert str(lock) in message
         assert lock.exists()
         lock.rmdir() if lock.is_dir() else lock.unlink()
 
@@ -194,8 +194,8 @@ def test_a_run_inside_of_its_data(
         shutil.rmtree(data / "run" / name)
     here("finetune", "--output", "run", "--resume")
     assert adapter_bytes(data / "run") == adapter
-    told = capfd.readouterr().out
-    assert "left out: more/run.weights/ (written by qlora-ext), run/ (written by qlora-ext)" in told
+    printed = capfd.readouterr().out
+    assert "left out: more/run.weights/ (written by qlora-ext), run/ (written by qlora-ext)" in printed
     here("finetune", "--model", paths["model"], "--data", ".", *SHORT, "--output", "again")
     assert adapter_bytes(data / "again") == adapter
 
@@ -216,18 +216,18 @@ def test_a_streamed_run_replaces_its_own_base(
     shutil.rmtree(run)
     capfd.readouterr()
     before = listing(tmp_path)
-    told = refused(*command, "--model", paths["model"])
-    assert "run-base is the 4-bit base of a run with another model" in told
-    assert "--overwrite" in told
+    message = refused(*command, "--model", paths["model"])
+    assert "run-base is the 4-bit base of a run with another model" in message
+    assert "--overwrite" in message
     assert listing(tmp_path) == before
     (made / "thesis.tex").touch()
-    told = refused(*command, "--model", paths["model"], "--overwrite")
-    assert "would also delete 'thesis.tex'" in told
+    message = refused(*command, "--model", paths["model"], "--overwrite")
+    assert "would also delete 'thesis.tex'" in message
     shutil.rmtree(made)
     here("quantize", "--model", paths["other"], "--output", made)
     capfd.readouterr()
     before = listing(tmp_path)
-    told = refused(*command, "--model", paths["model"], "--overwrite")
-    assert "is not the 4-bit base of a streamed run" in told
+    message = refused(*command, "--model", paths["model"], "--overwrite")
+    assert "is not the 4-bit base of a streamed run" in message
     assert listing(tmp_path) == before
     assert main(["quantize", "--model", str(paths["model"]), "--output", str(made), "--overwrite"]) == 0

@@ -61,7 +61,7 @@ print(json.dumps(rises))
 
 def planned(config: object, **options: object) -> dict[str, float]:
     job = memory.Job(config=config, **options)
-    return memory.split(job, memory.tops(job))
+    return memory.split(job, memory.peaks(job))
 
 
 def of_the_step(parts: dict[str, float]) -> float:
@@ -146,17 +146,17 @@ def output(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_advice_makes_it_fit(capsys: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     small = ("plan", "--sizes", "hidden=64,intermediate=128,layers=9,heads=4,vocab=200", "--seq-len", "512")
-    told = json.loads(output(capsys, *small, "--json"))
-    assert told["fits"]
-    assert told["total"] == pytest.approx(sum(told["bytes"].values()))
+    planned = json.loads(output(capsys, *small, "--json"))
+    assert planned["fits"]
+    assert planned["total"] == pytest.approx(sum(planned["bytes"].values()))
     picture = tmp_path / "plan.png"
-    tight = output(capsys, *small, "--memory", f"{0.8 * told['total'] / 1e6:.3f}MB", "--plot", picture)
+    tight = output(capsys, *small, "--memory", f"{0.8 * planned['total'] / 1e6:.3f}MB", "--plot", picture)
     assert "does not fit" in tight
     assert "--grad-checkpointing saves" in tight
     assert "and then it fits" in tight
     assert picture.read_bytes().startswith(b"\x89PNG")
     saved = json.loads(output(capsys, *small, "--json", "--grad-checkpointing"))
-    assert saved["total"] < 0.8 * told["total"]
+    assert saved["total"] < 0.8 * planned["total"]
 
 
 @pytest.mark.parametrize(

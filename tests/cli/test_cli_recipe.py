@@ -75,7 +75,7 @@ def test_layer_numbers() -> None:
         ("--modules-to-save nowhere", "--modules-to-save nowhere: no module"),
         ("--modules-to-save mlp", "--modules-to-save mlp: its linear layers are 4-bit"),
         ("--chunked-loss --modules-to-save lm_head", "--chunked-loss: the output head is trained too"),
-        ("--merge-aware --dora", "leave out --dora"),
+        ("--merge-aware --dora", "remove --dora"),
         ("--max-memory 8GB --dora", "--max-memory: the planner does not know --dora"),
         ("--max-memory 8GB --layers 0", "--max-memory: the planner does not know --layers"),
         ("--method dpo --neftune-alpha 5", "--neftune-alpha: not supported with DPO"),
@@ -139,8 +139,8 @@ def test_whole_modules_and_dora_are_merged_and_asked(
     capfd.readouterr()
     for number, more in enumerate((["--dtype", "float32"], ["--4bit"])):
         here("merge", "--adapter", run, "--output", tmp_path / f"merged{number}", "--evaluate", *more)
-        told = capfd.readouterr().out
-        before, after = (float(told.split(f" {word}")[0].split()[-1]) for word in ("unmerged", "merged ("))
+        printed = capfd.readouterr().out
+        before, after = (float(printed.split(f" {word}")[0].split()[-1]) for word in ("unmerged", "merged ("))
         assert after == pytest.approx(before, abs=1e-4 if number == 0 else 0.05)
 
 

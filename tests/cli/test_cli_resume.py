@@ -18,11 +18,11 @@ from commands import Paths, adapter_bytes, base, here, read_lines
 
 
 @pytest.fixture
-def run(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+def run(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
     """A run with checkpoints of steps 8 and 11, over a model and data of its own."""
     shutil.copytree(paths["model"], tmp_path / "model")
     shutil.copy(paths["data"], tmp_path / "data.jsonl")
-    run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
     settings = json.loads((run / "settings.json").read_text())
     settings |= {"model": str(tmp_path / "model"), "data": str(tmp_path / "data.jsonl")}
     (run / "settings.json").write_text(json.dumps(settings))
@@ -58,23 +58,23 @@ def change_config(model: pathlib.Path) -> None:
 )
 def test_another_base(refused, run: pathlib.Path, change: Callable[[pathlib.Path], None]) -> None:
     change(run.parent / "model")
-    told = refused("finetune", "--output", run, "--resume")
-    assert f"--model {run.parent / 'model'}" in told
-    assert "--force" in told
+    message = refused("finetune", "--output", run, "--resume")
+    assert f"--model {run.parent / 'model'}" in message
+    assert "--force" in message
     assert not (run / "adapter").exists()
 
 
-def test_other_data(refused, run: pathlib.Path, whole_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_data(refused, run: pathlib.Path, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     data = run.parent / "data.jsonl"
     original = data.read_text()
     data.write_text(original.replace("count 7", "count 70"))
-    told = refused("finetune", "--output", run, "--resume")
-    assert f"--data {data}" in told
-    assert "--force" in told
+    message = refused("finetune", "--output", run, "--resume")
+    assert f"--data {data}" in message
+    assert "--force" in message
     assert not (run / "adapter").exists()
     here("finetune", "--output", run, "--resume", "--force")
     assert f"continuing, although --data {data}" in capfd.readouterr().out
-    assert adapter_bytes(run) != adapter_bytes(whole_run)
+    assert adapter_bytes(run) != adapter_bytes(finished_run)
 
 
 def test_another_tokenizer(refused, run: pathlib.Path) -> None:
@@ -86,20 +86,20 @@ def test_another_tokenizer(refused, run: pathlib.Path) -> None:
     assert "tokens that --model" in refused("finetune", "--output", run, "--resume")
 
 
-def test_what_moved_is_the_same(run: pathlib.Path, whole_run: pathlib.Path) -> None:
+def test_what_moved_is_the_same(run: pathlib.Path, finished_run: pathlib.Path) -> None:
     (run.parent / "model").rename(run.parent / "moved")
     (run.parent / "data.jsonl").rename(run.parent / "moved.jsonl")
     moved = ["--model", run.parent / "moved", "--data", run.parent / "moved.jsonl"]
     here("finetune", "--output", run, "--resume", *moved)
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
-def test_a_run_without_digests(refused, run: pathlib.Path, whole_run: pathlib.Path) -> None:
+def test_a_run_without_digests(refused, run: pathlib.Path, finished_run: pathlib.Path) -> None:
     """As versions before began them."""
     (run / "qlora_output.json").unlink()
     assert "does not record which data" in refused("finetune", "--output", run, "--resume")
     here("finetune", "--output", run, "--resume", "--force")
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
 def test_force_belongs_to_resume(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
@@ -117,7 +117,9 @@ def changed(path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [pathlib.Path.unlink, truncated, changed], ids=["missing", "truncated", "changed"])
-def test_a_damaged_checkpoint(refused, run: pathlib.Path, whole_run: pathlib.Path, damage: Callable[..., None]) -> None:
+def test_a_damaged_checkpoint(
+    refused, run: pathlib.Path, finished_run: pathlib.Path, damage: Callable[..., None]
+) -> None:
     """Whichever of its files it is."""
     names = sorted(path.name for path in (run / "checkpoint-8").iterdir())
     assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} < {
@@ -125,23 +127,23 @@ def test_a_damaged_checkpoint(refused, run: pathlib.Path, whole_run: pathlib.Pat
     }
     for name in names:
         damage(run / "checkpoint-8" / name)
-        told = refused("finetune", "--output", run, "--resume")
-        assert str(run / "checkpoint-8") in told
-        assert name in told or name == "manifest.json"  # a changed one accuses another file
-        assert "--overwrite" in told
-        shutil.copy(whole_run / "checkpoint-8" / name, run / "checkpoint-8" / name)
+        message = refused("finetune", "--output", run, "--resume")
+        assert str(run / "checkpoint-8") in message
+        assert name in message or name == "manifest.json"  # a changed one accuses another file
+        assert "--overwrite" in message
+        shutil.copy(finished_run / "checkpoint-8" / name, run / "checkpoint-8" / name)
     assert not (run / "adapter").exists()
 
 
-def test_the_checkpoint_before_a_damaged_one(refused, run: pathlib.Path, whole_run: pathlib.Path) -> None:
-    shutil.copytree(whole_run / "checkpoint-11", run / "checkpoint-11")
+def test_the_checkpoint_before_a_damaged_one(refused, run: pathlib.Path, finished_run: pathlib.Path) -> None:
+    shutil.copytree(finished_run / "checkpoint-11", run / "checkpoint-11")
     (run / "checkpoint-11" / "optimizer.pt").unlink()
-    told = refused("finetune", "--output", run, "--resume")
-    assert f"{run / 'checkpoint-11'} is damaged: optimizer.pt is missing" in told
-    assert "checkpoint-8 is complete: delete checkpoint-11" in told
+    message = refused("finetune", "--output", run, "--resume")
+    assert f"{run / 'checkpoint-11'} is damaged: optimizer.pt is missing" in message
+    assert "checkpoint-8 is complete: delete checkpoint-11" in message
     shutil.rmtree(run / "checkpoint-11")
     here("finetune", "--output", run, "--resume")
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
 
 
 def test_damaged_manifests(refused, run: pathlib.Path) -> None:
@@ -156,8 +158,8 @@ def test_damaged_manifests(refused, run: pathlib.Path) -> None:
         "\udc80",
     ):
         manifest.write_bytes(content.encode(errors="surrogateescape"))
-        told = refused("finetune", "--output", run, "--resume")
-        assert str(run / "checkpoint-8") in told, content
+        message = refused("finetune", "--output", run, "--resume")
+        assert str(run / "checkpoint-8") in message, content
     manifest.write_text(json.dumps({"../../data.jsonl": {}, "trainer_state.json": {}}))
     assert str(run / "checkpoint-8") in refused("finetune", "--output", run, "--resume")
 
@@ -182,20 +184,20 @@ def test_digests_do_not_depend_on_threads_or_order(paths: Paths) -> None:
     assert digest("other") != first
 
 
-def test_a_planted_checkpoint_is_no_checkpoint(run: pathlib.Path, whole_run: pathlib.Path) -> None:
+def test_a_planted_checkpoint_is_no_checkpoint(run: pathlib.Path, finished_run: pathlib.Path) -> None:
     for name in ("checkpoint-x", "checkpoint-", ".partial-new-checkpoint-99-0123abcd"):
         (run / name).mkdir()
     (run / "checkpoint-99").write_text("a file")
     here("finetune", "--output", run, "--resume")
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)
     assert not (run / ".partial-new-checkpoint-99-0123abcd").exists()
     assert os.path.isfile(run / "checkpoint-99")
 
 
-def test_the_intervals_may_change(run: pathlib.Path, whole_run: pathlib.Path) -> None:
+def test_the_intervals_may_change(run: pathlib.Path, finished_run: pathlib.Path) -> None:
     """A checkpoint holds those with which it was saved."""
     here("finetune", "--output", run, "--resume", "--save-steps", "9", "--eval-steps", "10")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-9"]
     measured = [line["step"] for line in read_lines(run / "metrics.jsonl") if "eval_loss" in line]
     assert measured == [0, 10, 11]
-    assert adapter_bytes(run) == adapter_bytes(whole_run)
+    assert adapter_bytes(run) == adapter_bytes(finished_run)

@@ -14,7 +14,7 @@ pytest.importorskip("peft")
 
 import chat_templates
 from commands import Paths
-from qlora_ext.cli.data import check_template, encode, pack, split, told
+from qlora_ext.cli.data import check_template, encode, pack, split, summary
 from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.training.settings import Settings
 
@@ -45,7 +45,7 @@ def texts(tokenizer: Any, row: dict[str, list[int]]) -> tuple[str, str]:
 def rows(tokenizer: Any, *examples: Any, seq_len: int = 1000, **options: Any) -> tuple[list[Any], list[str]]:
     counts: collections.Counter[str] = collections.Counter()
     found = list(encode(tokenizer, examples, seq_len, counts, **options))
-    return found, told(counts, seq_len)
+    return found, summary(counts, seq_len)
 
 
 def test_tools_and_their_calls_are_written_and_learnt(tokenizer: Any) -> None:
@@ -75,7 +75,7 @@ def test_an_answer_that_begins_otherwise_than_it_is_asked_for(tokenizer: Any) ->
     tokenizer.chat_template = chat_templates.REWRITING
     found, left_out = rows(tokenizer, [ASKED, SAID], [SAID])
     assert len(found) == 1  # the answer to nothing
-    assert left_out == ["1 dropped: the chat template writes the question in another way once it is answered"]
+    assert left_out == ["1 dropped: the chat template changes the question after it is answered"]
 
 
 def test_what_is_cut_or_dropped_is_counted(tokenizer: Any) -> None:
@@ -93,11 +93,11 @@ def test_what_is_cut_or_dropped_is_counted(tokenizer: Any) -> None:
     found, left_out = rows(tokenizer, *examples, seq_len=20)
     assert [len(row["input_ids"]) for row in found] == [8, 20, 20, 20, 10]
     assert left_out == [
-        "3 dropped: nothing to learn in it (no answer of the assistant, or a single token)",
-        "2 dropped: what is to be learnt begins beyond --seq-len 20",
+        "3 dropped: nothing to learn (no answer of the assistant, or a single token)",
+        "2 dropped: the answer begins beyond --seq-len 20",
         "1 cut to --seq-len 20",
     ]
-    with pytest.raises(UserError, match="0 of 4 examples are usable.*4 dropped: what is to be learnt begins"):
+    with pytest.raises(UserError, match="0 of 4 examples are usable.*4 dropped: the answer begins"):
         split(tokenizer, [[long, SAID]] * 4, 20, None, 1, 0)
 
 
@@ -117,7 +117,7 @@ def test_preferences(tokenizer: Any) -> None:
     assert left_out == [f"1 cut to --seq-len {size + 2}"]
     assert rows(tokenizer, pair, seq_len=size) == (
         [],
-        [f"1 dropped: what is to be learnt begins beyond --seq-len {size}"],
+        [f"1 dropped: the answer begins beyond --seq-len {size}"],
     )
     same = rows(tokenizer, pair | {"rejected": [SAID]})
     assert same == ([], ["1 dropped: chosen and rejected are the same, up to --seq-len 1000"])
@@ -132,9 +132,7 @@ def test_conversations_need_a_template_that_knows_what_is_in_them(tokenizer: Any
     talk = {"messages": [ASKED, SAID]}
     several = {"prompt": [ASKED, SAID, ASKED], "chosen": [SAID], "rejected": [CALLED]}
     for example in (talk, several):
-        with pytest.raises(
-            UserError, match="--data D holds conversations, and the tokenizer of M has no chat template"
-        ):
+        with pytest.raises(UserError, match="--data D has conversations, but the tokenizer of M has no chat template"):
             check_template(tokenizer, ["text", example], "D", "M")
     check_template(tokenizer, ["text", [ASKED, SAID], several | {"prompt": [ASKED]}], "D", "M")
     tokenizer.chat_template = chat_templates.PLAIN
@@ -179,7 +177,7 @@ def test_finetune_tells_what_it_leaves_out(
     data = tmp_path / "data.jsonl"
     arguments = ["finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run"]
     data.write_text("".join(json.dumps({"prompt": "q" * 300, "completion": "r"}) + "\n" for _ in range(5)))
-    assert "5 dropped: what is to be learnt begins beyond --seq-len 256" in refused(*arguments)
+    assert "5 dropped: the answer begins beyond --seq-len 256" in refused(*arguments)
     data.write_text(json.dumps({"messages": [ASKED, SAID]}) + "\n")
     assert "no chat template" in refused(*arguments)
     data.write_text("".join(json.dumps({"prompt": f"q{i}", "completion": "r"}) + "\n" for i in range(5)))
@@ -190,7 +188,7 @@ def test_finetune_tells_what_it_leaves_out(
         (["--epochs", "1", "--max-steps", "5"], "give one of them"),
         (["--epochs", "-1"], "--epochs -1"),
         (["--beta", "0"], "--beta 0"),
-        (["--beta", "0.2"], "--beta belongs to DPO"),
+        (["--beta", "0.2"], "--beta is an option of DPO"),
     ):
         assert part in refused(*arguments, *options)
     assert not (tmp_path / "run").exists()
@@ -205,7 +203,7 @@ def test_an_empty_answer_teaches_nothing(tokenizer: Any, answered: str) -> None:
         for options in ({}, {"preferences": False}):
             found, left_out = rows(tokenizer, example, **options)
             assert found == []
-            assert left_out == ["1 dropped: nothing to learn in it (no answer of the assistant, or a single token)"]
+            assert left_out == ["1 dropped: nothing to learn (no answer of the assistant, or a single token)"]
     later = [user, silent, user, {"role": "assistant", "content": "r"}]
     tokenizer.chat_template = chat_templates.TOOLS
     (row,), left_out = rows(tokenizer, {"messages": later})
@@ -241,7 +239,7 @@ def test_a_long_answer_is_tokenized_as_far_as_it_is_used(tokenizer: Any, monkeyp
             return tokenizer(text, **options)
 
     monkeypatch.setattr(encoding, "_PIECE", 100)
-    monkeypatch.setattr(encoding, "_LONGEST_TOKEN", 4)
+    monkeypatch.setattr(encoding, "_MAX_TOKEN_CHARACTERS", 4)
     pair = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y" * 5000}]
     (row,), left_out = rows(Counting(), pair, seq_len=50)
     assert max(seen) == 100 + 4 * 50

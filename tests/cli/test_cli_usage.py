@@ -95,14 +95,14 @@ def test_help_and_version_as_commands(capfd: pytest.CaptureFixture[str]) -> None
 
     for typed, same in ((["help"], ["--help"]), (["help", "merge"], ["merge", "--help"]), (["version"], ["--version"]),
                         (["version", "--json"], ["--version"])):  # fmt: skip
-        told = []
+        printed = []
         for arguments in (typed, same):
             with pytest.raises(SystemExit) as stop:
                 main(arguments)
             assert not stop.value.code
-            told.append(capfd.readouterr().out)
-        assert told[0] == told[1]
-        assert told[0]
+            printed.append(capfd.readouterr().out)
+        assert printed[0] == printed[1]
+        assert printed[0]
 
 
 def test_a_value_may_look_like_an_option(refused: Any, tmp_path: pathlib.Path) -> None:

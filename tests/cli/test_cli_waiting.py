@@ -67,7 +67,7 @@ def stopped(
 
     def run(kind: str) -> None:
         _stop(monkeypatch, model, tmp_path / "out", kind)
-        assert "run the same command again to resume" in capfd.readouterr().err
+        assert "run the same command to resume" in capfd.readouterr().err
 
     return run
 
@@ -122,9 +122,9 @@ def test_what_has_the_name_already_is_left_alone(
     for case, make in in_the_way(directory, model).items():
         make()
         before = listing(tmp_path)
-        told = refused(*command(model, output, kind))
-        assert f"{directory} was not written by this command" in told, case
-        assert "name another --output" in told, case
+        message = refused(*command(model, output, kind))
+        assert f"{directory} was not written by this command" in message, case
+        assert "name another --output" in message, case
         assert listing(tmp_path) == before, case
         if directory.is_dir() and not directory.is_symlink():
             shutil.rmtree(directory)
@@ -149,8 +149,8 @@ def test_what_came_into_it_is_left_alone(
         make(directory / name)
         before = listing(tmp_path)
         source = directory / name if case == "model" else model
-        told = refused(*command(source, tmp_path / "out", kind))
-        assert f"{directory} holds {name!r}" in told or f"{directory} holds '{name}/" in told, case
+        message = refused(*command(source, tmp_path / "out", kind))
+        assert f"{directory} holds {name!r}" in message or f"{directory} holds '{name}/" in message, case
         assert listing(tmp_path) == before, case
         path = directory / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -176,8 +176,8 @@ def test_inputs_are_not_deleted(refused, model: pathlib.Path, tmp_path: pathlib.
     (tmp_path / "link.json").symlink_to(tmp_path / "out.calibration" / "calibration.json")
     before = listing(tmp_path)
     for name in ("out.calibration/calibration.json", "link.json"):
-        told = refused(*command(model, tmp_path / "out", "", "--calibrate", str(tmp_path / name)))
-        assert f"is or holds --calibrate {tmp_path / name}" in told
+        message = refused(*command(model, tmp_path / "out", "", "--calibrate", str(tmp_path / name)))
+        assert f"is or holds --calibrate {tmp_path / name}" in message
         assert listing(tmp_path) == before
 
 
@@ -211,8 +211,8 @@ def test_an_output_inside_of_what_waits(refused, stopped, model: pathlib.Path, t
     stopped("weights")
     before = listing(tmp_path)
     assert "holds unfinished work" in refused(*command(model, tmp_path / "out.weights" / "inner", "weights"))
-    told = refused(*command(model, tmp_path / "out.weights", "weights", "--overwrite"))
-    assert "belongs to an unfinished output" in told
+    message = refused(*command(model, tmp_path / "out.weights", "weights", "--overwrite"))
+    assert "belongs to an unfinished output" in message
     assert listing(tmp_path) == before
     for name in (".partial-new-out-12345678", ".partial-lock-out", ".partial-x/out"):
         assert "reserved for unfinished files" in refused(*command(model, tmp_path / name, "weights"))
@@ -259,11 +259,11 @@ def test_what_waits_stays_until_the_output_is_written(
     with monkeypatch.context() as patch:
         patch.setattr(PreTrainedModel, "save_pretrained", failing)
         status = main(command(model, output, kind))
-    told = "".join(capsys.readouterr())
-    assert status == {"disk": 2, "tokenizer": 2, "crash": 1, "interrupt": 130, "taken": 2}[failure], told
-    assert ("is full" in told) == (failure in ("disk", "tokenizer"))
+    printed = "".join(capsys.readouterr())
+    assert status == {"disk": 2, "tokenizer": 2, "crash": 1, "interrupt": 130, "taken": 2}[failure], printed
+    assert ("is full" in printed) == (failure in ("disk", "tokenizer"))
     done = {"weights": "quantized", "calibration": "calibrated"}[kind]
-    assert f"what was {done} so far is kept in {output}.{kind}" in told
+    assert f"the weights {done} so far are kept in {output}.{kind}" in printed
     if failure == "taken":
         shutil.rmtree(output)
     assert [path.name for path in tmp_path.iterdir()] == [f"out.{kind}"]
@@ -281,8 +281,8 @@ def test_a_disk_that_is_full_before_anything_is_calibrated(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Calibrator, "__init__", no_space)
-    told = refused(*command(model, tmp_path / "out", "calibration"))
-    assert f"the disk that holds {tmp_path / 'out.calibration'} is full" in told
+    message = refused(*command(model, tmp_path / "out", "calibration"))
+    assert f"the disk that holds {tmp_path / 'out.calibration'} is full" in message
     assert not list(tmp_path.iterdir())
 
 
@@ -332,9 +332,9 @@ def test_a_calibration_that_cannot_be_gone_on_with_is_told(
         (("--calibration-tokens", "512"), "another tokens"),
         (("--dtype", "float32"), "another model"),
     ):
-        told = refused(*command(model, tmp_path / "out", "calibration", *options))
-        assert said in told
-        assert "delete it to start over" in told
+        message = refused(*command(model, tmp_path / "out", "calibration", *options))
+        assert said in message
+        assert "delete it to start over" in message
     record = (store / "calibration.json").read_text()
     (store / "calibration.json").write_text(record[:20])
     assert "calibration.json is damaged; delete it" in refused(*command(model, tmp_path / "out", "calibration"))

@@ -38,30 +38,30 @@ def record_of(adapter: pathlib.Path) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key != "date"}
 
 
-def test_the_adapter_is_that_of_the_command(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_adapter_is_that_of_the_command(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     done = qlora_ext.finetune(model=paths["model"], data=str(paths["data"]), output=tmp_path / "run", **RUN)
     assert (done.directory, done.adapter) == (tmp_path / "run", tmp_path / "run" / "adapter")
-    assert adapter_bytes(done.directory) == adapter_bytes(whole_run)
-    assert record_of(done.adapter) == record_of(whole_run / "adapter")
+    assert adapter_bytes(done.directory) == adapter_bytes(finished_run)
+    assert record_of(done.adapter) == record_of(finished_run / "adapter")
     assert done.metrics == record_of(done.adapter)["metrics"]
     assert done.metrics["steps"] == 11
     assert done.metrics["perplexity_after"] < done.metrics["perplexity_before"]
-    assert listing(done.directory).keys() == listing(whole_run).keys() - {"stdout.txt"}
+    assert listing(done.directory).keys() == listing(finished_run).keys() - {"stdout.txt"}
 
 
-def test_a_run_goes_on_where_it_was(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_run_goes_on_where_it_was(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     begun = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN}
     qlora_ext.finetune(**{**begun, "max_steps": 4})
     done = qlora_ext.finetune(output=tmp_path / "run", resume=True, max_steps=11)
     assert done.metrics["steps"] == 11
-    with pytest.raises(ValueError, match=r"^output .* holds a run already; add resume to go on with it, or overwrite"):
+    with pytest.raises(ValueError, match=r"^output .* already has a run; add resume to continue it, or overwrite"):
         qlora_ext.finetune(**begun)
     again = qlora_ext.finetune(**begun, overwrite=True)
-    assert adapter_bytes(again.directory) == adapter_bytes(whole_run)
+    assert adapter_bytes(again.directory) == adapter_bytes(finished_run)
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "told"),
+    ("options", "error", "message"),
     [
         ({"rank": 0}, ValueError, "rank 0: expected a value of at least 1"),
         ({"rank": "2"}, TypeError, "finetune: expected rank to be an integer of 64 bits, got 2"),
@@ -75,9 +75,9 @@ def test_a_run_goes_on_where_it_was(paths: Paths, whole_run: pathlib.Path, tmp_p
     ],
 )
 def test_what_is_refused(
-    paths: Paths, tmp_path: pathlib.Path, options: dict[str, Any], error: type[Exception], told: str
+    paths: Paths, tmp_path: pathlib.Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    with pytest.raises(error, match=told):
+    with pytest.raises(error, match=message):
         qlora_ext.finetune(**{"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **options})
     assert list(tmp_path.iterdir()) == []
 

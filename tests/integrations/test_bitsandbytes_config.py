@@ -44,11 +44,11 @@ def test_the_arguments_of_the_other_class_are_understood() -> None:
         ({"load_in_4bit": False}, "load_in_4bit: expected True, got False"),
         (
             {"bnb_4bit_quant_type": "fp4"},
-            "bnb_4bit_quant_type: expected 'nf4', got 'fp4': NF4 is the 4-bit format here",
+            "bnb_4bit_quant_type: expected 'nf4', got 'fp4': only NF4 is supported",
         ),
         ({"llm_int8_enable_fp32_cpu_offload": True}, "llm_int8_enable_fp32_cpu_offload: .* in skip_modules"),
         ({"bnb_4bit_quant_storage": "four bytes"}, "bnb_4bit_quant_storage: expected a torch dtype"),
-        ({"bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype: expected a floating torch dtype"),
+        ({"bnb_4bit_compute_dtype": "int8"}, "bnb_4bit_compute_dtype: expected a floating-point torch dtype"),
         ({"bnb_4bit_use_double_quant": 1}, "double_quant: expected True or False"),
         ({"llm_int8_skip_modules": "lm_head"}, "skip_modules: expected a list of names"),
     ],

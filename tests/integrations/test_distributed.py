@@ -211,5 +211,5 @@ def test_what_fails_or_hangs_on_a_rank_fails_here(tmp_path) -> None:
         pool.run(tasks.fails_on_rank_1)
     pool.run(tasks.fsdp2, Setup())
     pool.timeout = 1.0
-    with pytest.raises(TimeoutError, match=r"ranks \[1\] gave no answer"):
+    with pytest.raises(TimeoutError, match=r"ranks \[1\] did not answer"):
         pool.run(tasks.hangs_on_rank_1)

@@ -47,13 +47,13 @@ def test_dense_parameters_that_are_trained_are_looked_at_too() -> None:
 
 def test_finetuning_tells_of_them_once() -> None:
     training = pytest.importorskip("qlora_ext.cli.training.trainer", reason="the command needs transformers")
-    told: list[str] = []
-    callback = training.NameInertAdapters(told.append)
+    printed: list[str] = []
+    callback = training.NameInertAdapters(printed.append)
     model = adapted()
     model(torch.randn(3, 64)).backward()
     for _ in range(2):
         callback.on_pre_optimizer_step(None, None, None, model=model)
-    assert told == [
+    assert printed == [
         "no gradient in the first step: these adapters learn nothing: "
         "base_model.model.detached, base_model.model.forgotten"
     ]

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 import qlora_ext
 from qlora_ext.integrations import peft as integration
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
-from qlora_ext.merged import kept_of, merged_linear_nf4, merged_weight, scales_of, seed_of, with_update
+from qlora_ext.merged import merged_linear_nf4, merged_weight, retained_update, scales_of, seed_of, with_update
 from qlora_ext.nn import layers_of
 from samples import layer_and_adapter
 from tiny_models import make, token_ids
@@ -203,7 +203,7 @@ def test_a_merged_model_is_the_one_that_was_trained(tmp_path: Path) -> None:
     assert torch.equal(logits(other), expected)
     merged, error = integration.merge_to_4bit(model)
     assert torch.equal(logits(merged), expected)
-    assert 0.8 < error.kept < 1.2
+    assert 0.8 < error.retained < 1.2
 
 
 def test_checkpointing_and_accumulation_give_the_same_gradients() -> None:
@@ -243,7 +243,7 @@ def test_the_codes_of_small_and_of_large_updates(size: float) -> None:
     merged, error = integration.merge_to_4bit(model)
     after = [p for n, p in merged.named_parameters() if n.endswith("absmax")]
     assert all(torch.equal(a, b) for a, b in zip(scales, after, strict=True)) == (size < 1.0)
-    assert 0.9 < error.kept < 1.1
+    assert 0.9 < error.retained < 1.1
     assert error.total < 0.12
 
 
@@ -268,7 +268,7 @@ def test_small_updates_of_experts_are_kept(family: str) -> None:
     stepped = layer.decoded() - before
     largest = before.abs().amax() * 0.31  # no step is wider
     assert stepped.abs().amax() <= largest
-    held, whole = kept_of(update, before, layer.decoded())
+    held, whole = retained_update(update, before, layer.decoded())
     assert 0.7 < held / whole < 1.3
     layer.unmerge()
     assert torch.equal(layer.decoded(), before)
@@ -277,7 +277,7 @@ def test_small_updates_of_experts_are_kept(family: str) -> None:
 def test_kept_is_a_share_of_the_update() -> None:
     before, update = torch.randn(8, 8), torch.randn(8, 8)
     for share in (0.0, 0.5, 1.0):
-        held, whole = kept_of(update, before, before + share * update)
+        held, whole = retained_update(update, before, before + share * update)
         assert held / whole == pytest.approx(share, abs=1e-5)
 
 

@@ -195,7 +195,7 @@ def test_a_4bit_checkpoint_with_a_hole_is_refused(saved: Path, tmp_path: Path) -
     name = "model.layers.1.mlp.down_proj"
 
     save_file({key: t for key, t in whole.items() if key != f"{name}.absmax"}, file, {"format": "pt"})
-    with pytest.raises(ValueError, match=rf"{name}: the checkpoint holds no absmax"):
+    with pytest.raises(ValueError, match=rf"{name}: the checkpoint has no absmax"):
         load(tmp_path / "4bit")
 
     save_file({**whole, f"{name}.absmax": whole[f"{name}.absmax"][:-1].clone()}, file, {"format": "pt"})

@@ -22,7 +22,7 @@ from qlora_ext.weight import NF4Weight, Weight4bit, quantize
 from samples import DEVICES, OPCHECKS, by_function, by_operator, by_python, linear_sample, relative_error
 
 OPS = torch.ops.qlora
-SHUFFLED = Form(torch.float32, code="shuffled")
+SHUFFLED = Form(code="shuffled")
 
 
 def test_the_tables_are_those_of_the_oracle() -> None:
@@ -64,7 +64,7 @@ def test_a_code_that_does_not_exist_is_named(device: str) -> None:
 
 def test_forms_and_weights_of_codes() -> None:
     with pytest.raises(ValueError, match="code: expected nf4, got fp4"):
-        Form(torch.float32, code="fp4")
+        Form(code="fp4")
     w4 = quantize(torch.randn(48, 64), SHUFFLED)
     assert type(w4) is Weight4bit
     assert w4.code == "shuffled"

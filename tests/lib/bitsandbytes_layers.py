@@ -9,7 +9,7 @@ import torch
 
 
 def bare(n: int = 96, k: int = 64, quant_type: str = "nf4", bias: bool = True, **options: Any) -> Any:
-    """A layer of bitsandbytes, quantized."""
+    """A quantized bitsandbytes layer."""
     torch.manual_seed(n + k)
     layer = bnb.nn.Linear4bit(k, n, bias=bias, quant_type=quant_type, **options)
     layer.weight = bnb.nn.Params4bit(

@@ -1,4 +1,4 @@
-"""Chat templates of the kinds that models bring."""
+"""Chat templates such as those of published models."""
 
 TOOLS = """
 {%- if tools %}<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>{% endif -%}
@@ -13,16 +13,16 @@ PLAIN = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# Leaves out what the assistant thought before its earlier answers.
+# Omits the assistant's reasoning before all answers but the last.
 THINKING = (
     "{% for m in messages %}<{{ m.role }}>"
     "{% if m.reasoning_content and loop.last %}({{ m.reasoning_content }}){% endif %}{{ m.content }}</>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-# Begins an answer with a thought that the written conversation does not have.
+# Begins a generated answer with a reasoning tag, which written conversations do not have.
 PROMPTING = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
     "{% if add_generation_prompt %}<assistant><think>{% endif %}"
 )
-# Writes the last message in another way than all before.
+# Writes the last message differently from the others.
 REWRITING = "{% for m in messages %}<{{ m.role }}{{ loop.last }}>{{ m.content }}</>{% endfor %}"

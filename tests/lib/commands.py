@@ -1,4 +1,4 @@
-"""The console command for tests, in this process or another; a tiny random Llama, text and a finished run for it."""
+"""Runs the console command in this or another process; makes a tiny random Llama, its data and a finished run."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from forks import Command
 
 Paths = dict[str, pathlib.Path]
 COMMAND = [sys.executable, "-c", "import sys; from qlora_ext_command import main; sys.exit(main())"]
-# Adapters of rank 2 on short texts; more than one epoch, dropout, and steps that no checkpoint falls on.
+# Adapters of rank 2 on short texts; more than one epoch, dropout, and a last step without a checkpoint.
 SMALL = ["--rank", "2", "--seq-len", "48", "--batch-size", "2", "--lr", "0.003", "--dropout", "0.1", "--eval-size", "4"]
 RUN = [*SMALL, "--max-steps", "11", "--save-steps", "4"]
 
 
 def environment() -> dict[str, str]:
-    # One thread: a step of the tiny model is too short to share, least of all on a busy machine.
+    # One thread: a step of the tiny model is too short for several threads, especially on a busy machine.
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def as_process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command as a user's shell starts it, which takes ten seconds to import what a fork has."""
+    """Runs the command as a user's shell does. Its imports take ten seconds, which a fork does not need."""
     everything = [*COMMAND, *map(str, arguments)]
     return subprocess.run(everything, capture_output=True, text=True, env=environment(), timeout=300)
 
 
 def command(*arguments: object, before: Callable[[], object] | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in a fork."""
+    """Runs the command in a fork."""
     return Command(*arguments, before=before).wait()
 
 
 def here(*arguments: object) -> None:
-    """The command in this process, for where another would only cost time."""
+    """Runs the command in this process, if the test needs no separate one."""
     from qlora_ext.cli import main
 
     threads = torch.get_num_threads()
@@ -78,7 +78,7 @@ def read_lines(path: pathlib.Path) -> list[dict[str, float]]:
 
 
 def listing(root: pathlib.Path) -> dict[str, bytes | str]:
-    """Everything below a directory, with its content."""
+    """All files below a directory, with their contents."""
     found = {}
     for path in sorted(root.rglob("*")):
         name = str(path.relative_to(root))
@@ -88,7 +88,7 @@ def listing(root: pathlib.Path) -> dict[str, bytes | str]:
 
 @pytest.fixture(scope="session")
 def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    """A model, another of the same shape, and pairs to learn: counting on from a number."""
+    """Paths of a model, another model of the same shape, and training pairs that continue counting from a number."""
     from tiny_models import save_tiny_llama
 
     root = tmp_path_factory.mktemp("cli")
@@ -103,8 +103,8 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> Paths:
 
 
 @pytest.fixture(scope="session")
-def whole_run(paths: Paths) -> pathlib.Path:
-    """A run that nothing interrupted, which tests copy before they change it."""
+def finished_run(paths: Paths) -> pathlib.Path:
+    """The directory of an uninterrupted run. Tests copy it before they change it."""
     run = paths["root"] / "whole"
     result = as_process("finetune", *base(paths), "--output", run, *RUN)
     assert result.returncode == 0, result.stderr
@@ -114,7 +114,7 @@ def whole_run(paths: Paths) -> pathlib.Path:
 
 @pytest.fixture
 def refused(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Runs the command in this process; it must end with exit code 2 and one sentence, which is returned."""
+    """Runs the command in this process. It must end with exit code 2 and one sentence, which is returned."""
     from qlora_ext.cli import main
 
     def run(*arguments: object) -> str:

@@ -1,6 +1,6 @@
-"""What CUDA kernels did, by the kernel simulator's counters: of each launch a line in a file, as JSON.
+"""Reads the kernel simulator's counters of CUDA kernels: a file with one JSON line per launch.
 
-A file of tests runs its cases in a process of its own, which is itself: `simulated(__file__, ...)`.
+A test file runs its cases in a separate process that executes the same file: `simulated(__file__, ...)`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Launch(dict):
 
     @property
     def moved(self) -> float:
-        """Sectors moved over the least there could be."""
+        """Sectors moved over the minimum possible number."""
         sectors = self["global_sectors_read"] + self["global_sectors_written"]
         return sectors * 32 / (self["unique_bytes_read"] + self["unique_bytes_written"])
 
@@ -55,7 +55,7 @@ def launches_in(profile: Path) -> list[Launch]:
 
 
 class Recorder:
-    """Inside of the simulated process: which launches belong to which case."""
+    """Records in the simulated process which launches belong to which case."""
 
     def __init__(self, profile: Path) -> None:
         self._profile = profile
@@ -70,12 +70,12 @@ class Recorder:
 
 
 def simulated(script: str, arch: str, profile: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``script PROFILE`` as on an architecture, without checks; the launches are in ``profile`` then."""
+    """Runs ``script PROFILE`` simulating an architecture, without checks; writes the launches to ``profile``."""
     simulator = {"CUDASIM_ARCH": arch, "CUDASIM_PROFILE": str(profile), "CUDASIM_CHECK": ""}
     return run_file(script, profile, environment={**os.environ, **simulator, **environment})
 
 
 def cases_printed(run: subprocess.CompletedProcess[str]) -> dict[str, Any]:
-    """The cases of a ``Recorder`` that the process printed last."""
+    """The cases that a ``Recorder`` printed last in the process."""
     cases: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
     return cases

@@ -1,4 +1,4 @@
-"""What the ranks of test_distributed.py run: the code of a user, who knows torch.distributed and no helper of ours."""
+"""The tasks of the ranks in test_distributed.py, written as a user would: with torch.distributed alone."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ from qlora_ext.streaming import stream
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 from finetune_fsdp2 import train_on
 
-BATCH = 4  # rows in all, whatever the number of processes
+BATCH = 4  # total rows, for any number of processes
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """A model and the way it is trained."""
+    """A model and the options of its training."""
 
     dtype: torch.dtype = torch.float32
     double_quant: bool = True
@@ -64,7 +64,7 @@ def make_model(setup: Setup) -> Any:
     torch.manual_seed(setup.seed)
     sizes = {
         "hidden_size": 64,
-        "intermediate_size": 90,  # no multiple of 4 processes, nor of a block
+        "intermediate_size": 90,  # neither a multiple of 4 processes nor of a block
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -138,7 +138,7 @@ def local_bytes(tensors: dict[str, Tensor]) -> int:
 
 
 def check_computed_on(model: nn.Module, expected: dict[str, Tensor]) -> None:
-    """From here on every 4-bit layer asserts that it computes on the very bits of ``expected``."""
+    """Makes every 4-bit layer assert that its weight has exactly the bits of ``expected``."""
 
     def check(layer: Packed4bit, path: str) -> None:
         for name, t in layer.packed_state().items():
@@ -155,7 +155,7 @@ def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) -> list[float]:
-    """Losses over the whole batch, of which this rank sees its share."""
+    """Losses over the full batch, of which this rank computes its part."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     ids = torch.randint(0, 99, (BATCH, 12), generator=torch.Generator().manual_seed(1)).chunk(world)[rank]
     losses = []
@@ -169,7 +169,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3) ->
 
 
 def alone(setup: Setup, steps: int = 3) -> list[float]:
-    """The losses of one process that sees the whole batch."""
+    """The losses of one process that computes the full batch."""
     model = make_model(setup)
     return train(model, make_optimizer(model), steps)
 
@@ -203,7 +203,7 @@ def ddp(setup: Setup) -> dict[str, Any]:
 
 
 def streamed_ddp(path: pathlib.Path, streamed: bool) -> dict[str, Any]:
-    """A saved 4-bit model under DDP, its layers perhaps from the files."""
+    """Trains a saved 4-bit model with DDP, optionally streaming its layers from the files."""
     model = AutoModelForCausalLM.from_pretrained(path, device_map="cpu")
     if streamed:
         stream(model, source="disk")
@@ -222,7 +222,7 @@ def streamed_ddp(path: pathlib.Path, streamed: bool) -> dict[str, Any]:
 
 
 class Odd(nn.Module):
-    """Layers whose bytes are every value there is, of sizes that no number of processes divides."""
+    """Layers whose bytes take all values, of sizes that are not divisible by the number of processes."""
 
     def __init__(self, double_quant: bool) -> None:
         super().__init__()
@@ -266,7 +266,7 @@ def odd_bytes(double_quant: bool, mixed: bool) -> dict[str, Any]:
 
 
 def casts_after_sharding(setup: Setup) -> tuple[set[str], bool]:
-    """A sharded model that changes its dtype keeps its bits, and computes in the new dtype."""
+    """Checks that a sharded model that changes its dtype keeps its bits and computes in the new dtype."""
     model = make_model(setup)
     before = copy.deepcopy(packed_state(model))
     shard(model, setup)
@@ -277,7 +277,7 @@ def casts_after_sharding(setup: Setup) -> tuple[set[str], bool]:
 
 
 def checkpointed_dropout(setup: Setup) -> bool:
-    """Whether a checkpointed layer that is gathered again in the backward draws the dropout of its forward again."""
+    """Checks that a checkpointed layer that is gathered again in the backward repeats the dropout of its forward."""
     ids = torch.arange(24).view(2, 12)
     gradients = set()
     for checkpointing in (False, True):
@@ -290,14 +290,14 @@ def checkpointed_dropout(setup: Setup) -> bool:
 
 
 def from_meta(setup: Setup) -> dict[str, Any]:
-    """Built and sharded on the meta device, then filled from the first rank's state dict."""
+    """Builds and shards a model on the meta device, then fills it from the first rank's state dict."""
     source = make_model(setup)
     with torch.device("meta"):
         model = make_model(setup)
     shard(model, setup)
     model.to_empty(device="cpu")
     for name, buffer in model.named_buffers():
-        if name not in source.state_dict():  # rotary frequencies: not in a checkpoint
+        if name not in source.state_dict():  # rotary frequencies are not in a checkpoint
             buffer.copy_(source.get_buffer(name))
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, source.state_dict() if dist.get_rank() == 0 else {}, options=options)
@@ -329,7 +329,7 @@ def resume_checkpoint(setup: Setup, directory: str, steps: int) -> dict[str, Any
 
 
 def whole_state(setup: Setup) -> str:
-    """A state dict gathered on the first rank loads into a model of one process, and from there into a sharded one."""
+    """Loads a state dict gathered on the first rank into a model of one process, and from there into a sharded one."""
     model = make_model(setup)
     before = digest(model.state_dict())
     shard(model, setup)
@@ -350,7 +350,7 @@ def whole_state(setup: Setup) -> str:
 
 
 def save_adapter(setup: Setup, directory: str) -> list[str]:
-    """PEFT saves the adapters of a sharded model, and the base is known by its fingerprint."""
+    """Saves the adapters of a sharded model with PEFT, and compares the fingerprint of the base."""
     model = make_model(setup)
     expected = fingerprint(model)
     shard(model, setup)
@@ -381,7 +381,7 @@ def hangs_on_rank_1() -> None:
 
 
 def accelerate_prepares(setup: Setup, config: dict[str, Any]) -> dict[str, Any]:
-    """accelerate's FSDP2 on the model. It takes that way on accelerators alone, so its parts are called one by one."""
+    """Applies accelerate's FSDP2 by calling its parts, because accelerate itself uses it only on accelerators."""
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 
@@ -412,7 +412,7 @@ def accelerate_prepares(setup: Setup, config: dict[str, Any]) -> dict[str, Any]:
         model = fsdp2_apply_ac(accelerator, model)
     model = fsdp2_prepare_model(accelerator, model)
     losses = train(model, make_optimizer(model))
-    wrapper = "_checkpoint_wrapped_module."  # what accelerate's checkpointing puts between a layer and its parent
+    wrapper = "_checkpoint_wrapped_module."  # accelerate's checkpointing wraps layers
     packed = {name.replace(wrapper, ""): t for name, t in packed_state(model).items()}
     return {
         "losses": losses,

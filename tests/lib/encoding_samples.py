@@ -1,4 +1,4 @@
-"""Weights, and inputs' moments, for the search for scales and for codes with error feedback."""
+"""Weights and second moments of inputs, for the search for scales and for codes with error feedback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 
 def weight(n: int, k: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     w = torch.randn(n, k)
-    w[:, 0] *= 20  # a column that sets the scale of its block
+    w[:, 0] *= 20  # a column that determines the scale of its block
     return w.to(dtype)
 
 

@@ -1,4 +1,4 @@
-"""Every family of the installed transformers through loading in 4 bits, training, saving, generating and merging.
+"""Tests every family of the installed transformers: loading in 4 bits, training, saving, generating and merging.
 
 ``python tests/lib/families.py`` runs all of them on every core and writes docs/families.md; with names such as
 ``causal/llama`` it prints their rows. A step that fails with dense weights too is shown as "dense".
@@ -32,7 +32,7 @@ from tiny_models import same_state
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "families.md"
 STEPS = ("load", "save", "train", "generate", "merge")
-# Larger models take too long here: their configurations have sizes that no rule of tiny_configs finds.
+# Larger models take too long: their configurations have sizes that the rules of tiny_configs do not match.
 _MOST_PARAMETERS = 10_000_000
 
 # Kinds of models: the mappings that list the families of a kind, each with the class that makes their models.
@@ -66,7 +66,7 @@ KINDS: dict[str, list[tuple[str, str]]] = {
 
 
 def families() -> dict[str, str]:
-    """Every family in every kind of its models, as "kind/model_type", and the class that makes these."""
+    """The class of each family and kind of model, by "kind/model_type"."""
     found: dict[str, str] = {}
     placed: set[str] = set()
     for kind, mappings in KINDS.items():
@@ -83,7 +83,7 @@ class Row:
     """The results of a family.
 
     Attributes:
-        built: why no tiny dense model of the family runs; empty if one does.
+        built: the reason why no tiny dense model of the family runs; empty if one does.
         steps: "ok", "dense" (fails with dense weights too), "-" (has no such step) or what failed, by step.
         quantized: how many of the linear weights are 4-bit, in percent.
         dense: what else is dense: the last parts of the names of layers.
@@ -122,7 +122,7 @@ class _Family:
             raise ValueError("the dense model is not read as it was saved")
 
     def output(self, model: Any) -> list[Tensor]:
-        """The floating tensors that ``model`` answers with."""
+        """The floating-point tensors in the output of ``model``."""
         transformers.set_seed(0)
         with torch.no_grad():
             return [t for t in _tensors(model(**self.inputs)) if t.is_floating_point()]
@@ -134,7 +134,7 @@ class _Family:
         return self.load(quantization_config=QLoRAConfig())
 
     def decoded(self) -> Any:
-        """The dense model of the decoded weights."""
+        """The dense model with the decoded weights."""
         model = self.load()
         decoded = self.quantized().dequantize().state_dict()
         model.load_state_dict(decoded)
@@ -153,7 +153,7 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def _close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> str:
-    """ "ok", or by how much the tensors differ, measured by the largest entry of each."""
+    """ "ok", or the largest difference of the tensors, relative to the largest entry of each."""
     if len(ours) != len(theirs):
         return f"{len(ours)} tensors instead of {len(theirs)}"
     for a, b in zip(ours, theirs, strict=True):
@@ -167,7 +167,7 @@ def _close(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> str:
 
 
 def _targets(model: nn.Module) -> list[str]:
-    """Layers for adapters: every linear layer but the output heads, by full name."""
+    """The full names of the layers for adapters: all linear layers except the output heads."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
     packed = [name for name, m in linear if isinstance(m, Linear4bit)]
@@ -182,13 +182,13 @@ def _adapted(model: Any, targets: list[str]) -> Any:
 def _loss(family: _Family, model: Any) -> Tensor:
     transformers.set_seed(0)  # some models draw masks from numpy, too
     tensors = [t for t in _tensors(model(**family.inputs)) if t.is_floating_point() and t.requires_grad]
-    # No sum of squares: of a normalized output it is constant, and its gradient all rounding.
+    # Not a sum of squares: for a normalized output it is constant, and its gradient only rounding errors.
     waves = (torch.cos(torch.arange(t.numel(), dtype=torch.float32)) for t in tensors)
     return sum((t.float().flatten() * wave).mean() for t, wave in zip(tensors, waves, strict=True))  # type: ignore[return-value]
 
 
 def _train(family: _Family, model: Any, targets: list[str]) -> tuple[Any, list[Tensor]]:
-    """``model`` with adapters after a step, and the gradients of that step."""
+    """``model`` with adapters after one step, and the gradients of that step."""
     adapted = _adapted(model, targets).train()
     for m in adapted.modules():
         if isinstance(m, nn.Dropout):
@@ -235,7 +235,7 @@ def row(name: str) -> Row:
 
 
 def _steps(f: _Family, result: Row) -> None:
-    """Fills in ``result``. A step whose precondition failed is "-"."""
+    """Fills ``result``. A step whose precondition failed is "-"."""
     model: Any = None
     decoded: Any = None
     adapted: Any = None
@@ -260,7 +260,7 @@ def _steps(f: _Family, result: Row) -> None:
         again = f.load("4bit")
         if not same_state(again, model):
             return "the state is another"
-        # Copies: convolutions round by how memory is aligned, which differs for tensors in a mapped file.
+        # Copies: the rounding of convolutions depends on the alignment of memory, which differs in a mapped file.
         outputs = [f.output(copy.deepcopy(m)) for m in (again, model)]
         return "ok" if all(map(torch.equal, *outputs)) else "the output is another"
 
@@ -375,7 +375,7 @@ def page(results: Iterable[Row]) -> str:
 
 
 def _plain(reason: str) -> str:
-    """A reason as the page shows it, without markup and without the paths of the machine that wrote it."""
+    """A reason as shown on the page, without markup and without paths of this machine."""
     reason = re.sub(r" from '?/\S*", "", reason)
     return reason.replace("|", "/").replace("<", "").replace(">", "").replace("*", "")
 

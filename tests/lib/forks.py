@@ -1,4 +1,4 @@
-"""Processes forked from a server that has imported what is slow to import, and started no thread."""
+"""Processes forked from a server that has imported the slow modules and has not started threads."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONTEXT.set_forkserver_preload(
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Connects the standard output and error of this process to nothing."""
+    """Discards the standard output and error of this process."""
     with contextlib.ExitStack() as stack:
         nothing = os.open(os.devnull, os.O_WRONLY)
         stack.callback(os.close, nothing)
@@ -44,8 +44,8 @@ def _silent() -> Iterator[None]:
 def start(target: Callable[..., None], *args: Any, daemon: bool = False) -> Any:
     """Starts ``target(*args)`` in a fork of the server.
 
-    The server keeps the standard output and error that it is started with. Those of a test would give the test what
-    libraries print when the server imports them.
+    The server keeps the standard output and error with which it is started. With those of a test, the test would
+    receive what libraries print when the server imports them.
     """
     with _silent():
         multiprocessing.forkserver.ensure_running()
@@ -54,8 +54,8 @@ def start(target: Callable[..., None], *args: Any, daemon: bool = False) -> Any:
     return process
 
 
-def _run(arguments: list[str], told: list[str], before: Callable[[], object] | None) -> None:
-    for number, path in enumerate(told, start=1):
+def _run(arguments: list[str], message: list[str], before: Callable[[], object] | None) -> None:
+    for number, path in enumerate(message, start=1):
         file = os.open(path, os.O_WRONLY)
         os.dup2(file, number)
         os.close(file)
@@ -63,23 +63,23 @@ def _run(arguments: list[str], told: list[str], before: Callable[[], object] | N
 
     from qlora_ext.cli import main
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell takes from what it puts in the background
-    torch.set_num_threads(1)  # a step of a tiny model is too short to share, least of all on a busy machine
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores this signal in background jobs
+    torch.set_num_threads(1)  # a step of a tiny model is too short for several threads, especially on a busy machine
     if before is not None:
         before()
     sys.exit(main(arguments))
 
 
 class Command:
-    """The console command with these arguments, as ``subprocess.Popen`` would be; ``before`` runs in it first."""
+    """The console command with these arguments, as ``subprocess.Popen`` starts one; it calls ``before`` first."""
 
     def __init__(self, *arguments: object, before: Callable[[], object] | None = None) -> None:
         self._directory = tempfile.TemporaryDirectory()
-        self._told = [pathlib.Path(self._directory.name, name) for name in ("stdout", "stderr")]
-        for path in self._told:
+        self._output = [pathlib.Path(self._directory.name, name) for name in ("stdout", "stderr")]
+        for path in self._output:
             path.touch()
         self._arguments = [str(argument) for argument in arguments]
-        self._process = start(_run, self._arguments, [str(path) for path in self._told], before)
+        self._process = start(_run, self._arguments, [str(path) for path in self._output], before)
 
     @property
     def pid(self) -> int | None:
@@ -97,9 +97,9 @@ class Command:
         if self._process.exitcode is None:
             self._process.kill()
             raise subprocess.TimeoutExpired(self._arguments, timeout)
-        told = [path.read_text() for path in self._told]
+        printed = [path.read_text() for path in self._output]
         self._directory.cleanup()
-        return subprocess.CompletedProcess(self._arguments, self._process.exitcode, *told)
+        return subprocess.CompletedProcess(self._arguments, self._process.exitcode, *printed)
 
     def kill(self) -> None:
         self._process.kill()

@@ -32,7 +32,7 @@ SHORT = {
 
 
 def tensors_of(model: Any) -> dict[str, Any]:
-    """The weights as a GGUF file has them, of experts one stack for gate and one for up."""
+    """The weights in the layout of a GGUF file, in which experts have one stack for gate and one for up."""
     found = {}
     for name, tensor in model.state_dict().items():
         for long, short in SHORT.items():
@@ -47,7 +47,7 @@ def tensors_of(model: Any) -> dict[str, Any]:
 
 
 def write(model: Any, path: pathlib.Path, architecture: str, more: dict[str, Any] | None = None) -> None:
-    """The model as a GGUF file in which matrices have the types of quantized files in turn."""
+    """Writes the model to a GGUF file whose matrices take the types of quantized files in turn."""
     config, tokens = model.config, 128
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_block_count(config.num_hidden_layers)

@@ -1,4 +1,4 @@
-"""What the tests of compiled and exported graphs share."""
+"""Shared by the tests of compiled and exported graphs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 
 
 class CountingBackend:
-    """A backend of torch.compile that runs the graphs as they are, and counts those of the forward and the backward."""
+    """A backend of torch.compile that runs the graphs unchanged, and counts those of the forward and the backward."""
 
     def __init__(self) -> None:
         self.forward = self.backward = 0
@@ -31,7 +31,7 @@ class CountingBackend:
 
 
 def largest_error(results: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
-    """The largest ‖a - b‖ / ‖b‖ over pairs of tensors, which must agree in shape and dtype."""
+    """The maximum of ‖a - b‖ / ‖b‖ over pairs of tensors, which must have the same shape and dtype."""
     errors = []
     for a, b in zip(results, expected, strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)

@@ -1,5 +1,5 @@
-"""Problems over experts, made on any device, with their exact answers: those of each expert over all rows, of which its
-own count, because dropout goes by a row's number among all."""
+"""Problems over experts on any device, with their exact results. Each expert is computed over all rows, and only its
+own rows are used, because dropout depends on the index of a row among all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from samples import LinearSample
 OPS = torch.ops.qlora
 STATE = ("packed", "absmax", "nested_absmax", "nested_offset")
 
-# Rows of each expert: none at the ends and between, one, a tile's, many.
+# Rows per expert: none at the ends and in between, one, one tile, many.
 SKEWED = {
     8: [0, 3, 0, 17, 1, 0, 70, 5],
     64: [0] * 20 + [9] + [0] * 3 + [1, 2, 33] + [0] * 30 + [1] * 7,
@@ -73,7 +73,7 @@ class GroupedSample:
         return torch.randn(len(self.x), self.n, generator=generator).to(self.x)
 
     def parts(self) -> Iterator[tuple[int, slice]]:
-        """Every expert that has rows, and which."""
+        """The experts that have rows, with their rows."""
         begin = 0
         for e, count in enumerate(self.counts):
             if count:
@@ -100,7 +100,7 @@ class GroupedSample:
 
     @staticmethod
     def only(dy: Tensor, rows: slice) -> Tensor:
-        """dy with no other rows: those add nothing to a sum over all."""
+        """dy with all other rows zeroed, so that they do not change a sum over the rows."""
         own = torch.zeros_like(dy)
         own[rows] = dy[rows]
         return own
@@ -127,7 +127,7 @@ def grouped_sample(
         return (torch.randn(*shape, generator=generator) * factor).to(device, dtype)
 
     experts = len(counts)
-    form = Form(torch.float32, block_size, double_quant, code=code)
+    form = Form.of(block_size=block_size, double_quant=double_quant, code=code)
     return GroupedSample(
         x=randn(sum(counts) + unassigned, k),
         counts=counts,

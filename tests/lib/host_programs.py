@@ -1,4 +1,4 @@
-"""Small programs that print what the plain C++ headers of cuda/ choose."""
+"""Small programs that print the choices of the plain C++ headers in cuda/."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"
 
 
 def printed_by(source: str, folder: pathlib.Path) -> Any:
-    """The JSON that the program in ``source``, a path from the root of the tree, prints; it is built in ``folder``."""
+    """Builds the program ``source`` (a path from the root of the tree) in ``folder``. Returns the JSON it prints."""
     executable = folder / "print"
     options = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{ROOT}"]
     subprocess.run(["g++", *options, ROOT / source, "-o", executable], check=True)

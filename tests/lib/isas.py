@@ -1,4 +1,4 @@
-"""A test file run again on each of the CPU's other instruction sets, in a process of its own that forces it."""
+"""Runs a test file again for each other instruction set of the CPU, in a separate process that forces it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FORCED = os.environ.get("QLORA_CPU_ISA")
 
 
 def run_on(isa: str, request: pytest.FixtureRequest, **environment: str) -> None:
-    """The tests of the file that asks."""
+    """The tests of the requesting file."""
     selection = request.config.getoption("markexpr")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-m", selection, "-p", "no:cacheprovider", str(request.path)],
@@ -28,14 +28,14 @@ def run_on(isa: str, request: pytest.FixtureRequest, **environment: str) -> None
 
 
 def on_the_others(test: Callable[..., None]) -> Callable[..., None]:
-    """A test for each set but the one in use by default, as ``isa``."""
+    """Parametrizes a test by ``isa`` with each instruction set except the default one."""
     forced = pytest.mark.skipif(FORCED is not None, reason="QLORA_CPU_ISA is set: only that instruction set is tested")
     return forced(pytest.mark.parametrize("isa", [isa for isa in _C.cpu_isas() if isa != _C.cpu_isa()])(test))
 
 
 @on_the_others
 def test_on(isa: str, request: pytest.FixtureRequest) -> None:
-    """A file takes part by `test_on = isas.test_on`; its tests run in this process on the set in use by default."""
+    """A file opts in with `test_on = isas.test_on`. In this process, its tests use the default instruction set."""
     run_on(isa, request)
 
 

@@ -1,4 +1,4 @@
-"""Tiny mixtures of experts of many families, and what becomes of their experts and routers."""
+"""Tiny mixture-of-experts models of many families, and the treatment of their experts and routers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEEPSEEK = {
     "v_head_dim": 16,
     "num_key_value_heads": 4,
 }
-# The class of a configuration, and what it has beside the sizes.
+# The class of a configuration, and its fields other than sizes.
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("MixtralConfig", {"num_local_experts": 4}),
     "Qwen2-MoE": ("Qwen2MoeConfig", {"num_experts": 4, "moe_intermediate_size": 48, "decoder_sparse_step": 1}),
@@ -57,9 +57,9 @@ def build(family: str) -> Any:
 
 
 def adapted(family: str) -> Any:
-    """In 4 bits, with LoRA on "all-linear" and dropout: the default of the README and of the command."""
+    """The model in 4 bits with LoRA on "all-linear" and dropout, the defaults of the README and the command."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of routers, which have no dropout
+        warnings.simplefilter("ignore")  # PEFT warns about routers, which have no dropout
         return get_peft_model(quantize_model(build(family)), LoraConfig(target_modules="all-linear", lora_dropout=0.05))
 
 
@@ -69,7 +69,7 @@ def _kind(modules: list[nn.Module]) -> str:
 
 
 def row(family: str) -> tuple[str, str, str, str]:
-    """Experts and router: each 4-bit or dense, and whether "all-linear" gives it an adapter."""
+    """Whether experts and router are 4-bit or dense, and whether "all-linear" gives them an adapter."""
     model = quantize_model(build(family))
     names = {name: m for name, m in model.named_modules()}
     experts = [m for m in names.values() if isinstance(m, Experts4bit)] or [

@@ -1,4 +1,4 @@
-"""A test file run as a program, in a process of its own: for what a process reads once, counts or logs."""
+"""Runs a test file as a program in a separate process, for state that a process reads once, counts or logs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 def run_file(
     file: str, *arguments: object, environment: Mapping[str, str] = os.environ
 ) -> subprocess.CompletedProcess[str]:
-    """``python file arguments``, which finds the same modules as this process."""
+    """Runs ``python file arguments`` with the module path of this process."""
     run = subprocess.run(
         [sys.executable, file, *map(str, arguments)],
         env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)},

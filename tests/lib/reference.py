@@ -1,7 +1,7 @@
 """The oracle: the packed format and the fused layer in plain numpy, written from the specification alone.
 
-The format is computed in float32 exactly as specified; products are float64. Nothing here is shared with the
-package: a mistake would have to be made twice.
+The format is computed in float32 exactly as specified; products are in float64. The oracle shares no code with the
+package, so that a mistake in one is found by the other.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NF4 = np.array(
     ],
     dtype=F32,
 )
-# No product has this one: its values are in no order, not within [-1, 1], and two of them are zeros.
+# An artificial code: its values are unordered, exceed [-1, 1], and contain two zeros.
 SHUFFLED = np.array(
     [0.75, -2.5, 0.0, 3.0, -0.25, 1.5, -1.0, 2.0, -0.5, 0.25, -1.75, 2.5, 1.0, -0.0, 0.5, -1.25], dtype=F32
 )
@@ -44,7 +44,7 @@ def midpoints(values: np.ndarray) -> np.ndarray:
 
 
 def dynamic_map() -> np.ndarray:
-    """Signed dynamic 8-bit map with 7 exponent bits (Dettmers et al., 2022), as torch's float32 linspace gives it."""
+    """Signed dynamic 8-bit map with 7 exponent bits (Dettmers et al., 2022), computed with torch's float32 linspace."""
     positive = []
     for e in range(7):
         parts = 2**e
@@ -81,19 +81,19 @@ def block_absmax(rows: np.ndarray) -> np.ndarray:
 
 
 def ranked(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct values in ascending order, and the lowest code that has each."""
+    """The distinct values in ascending order, and the lowest code of each."""
     return np.unique(table, return_index=True)
 
 
 def encode(q: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The code of the nearest value: a tie goes to the lower value, NaN to the least."""
+    """The code of the nearest value. A tie goes to the lower value, NaN to the lowest."""
     values, codes = ranked(table)
     ranks = np.searchsorted(midpoints(values), q, side="left")
     return codes[np.where(np.isnan(q), 0, ranks)].astype(np.uint8)
 
 
 def pack(codes: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Two codes to a byte; the code of zero fills up an odd count."""
+    """Packs two codes per byte. The code of zero pads an odd count."""
     if codes.size % 2:
         codes = np.append(codes, encode(np.zeros(1, F32), table))
     return (codes[0::2] << 4 | codes[1::2]).astype(np.uint8)
@@ -132,7 +132,7 @@ def inverse_scale(scale: np.ndarray) -> np.ndarray:
 
 
 def _lane_sums(x: np.ndarray) -> np.ndarray:
-    """Of each row, over 16 lanes, one after the other, and then halves added to halves."""
+    """The sum of each row: sequentially over 16 lanes, then by adding halves of the lanes."""
     lanes = np.zeros((len(x), 16), F32)
     for part in np.split(x, x.shape[1] // 16, axis=1):
         lanes = lanes + part
@@ -185,7 +185,7 @@ def encode_nf4(w: np.ndarray, absmax: np.ndarray, block: int = 64, table: np.nda
 
 
 def stochastic_bounds(first: int, count: int, seed: int, table: np.ndarray = NF4) -> np.ndarray:
-    """[count, values - 1]: what q is above of at elements ``first`` and on, where it has the rank behind."""
+    """[count, values - 1]: the thresholds between adjacent values, for elements from ``first`` on."""
     u32 = np.uint32
     index = np.arange(first, first + count, dtype=np.uint64)
     low, high = index.astype(u32), (index >> np.uint64(32)).astype(u32)
@@ -207,9 +207,9 @@ def stochastic_bounds(first: int, count: int, seed: int, table: np.ndarray = NF4
 def encode_nf4_stochastic(
     w: np.ndarray, absmax: np.ndarray, block: int, seed: int, first: int = 0, table: np.ndarray = NF4
 ) -> np.ndarray:
-    """Packed bytes (flat) of w under given scales, each weight rounded up or down by a random number of its own.
+    """Packed bytes (flat) of w under given scales, each weight rounded stochastically with its own random number.
 
-    ``first`` is the place of w's first element in a larger tensor.
+    ``first`` is the index of w's first element in a larger tensor.
     """
     flat = w.astype(F32).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -234,7 +234,7 @@ def encode_with_feedback(w, absmax, feedback, order, block: int = 64, table: np.
 
 
 def bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """uint16: float32 rounded to nearest even; a NaN keeps its sign and the top of its payload, and is quiet."""
+    """uint16: float32 rounded to nearest even. A NaN becomes quiet, and keeps its sign and the top of its payload."""
     u = np.asarray(x, dtype=F32).view(np.uint32).astype(np.uint64)
     rounded = (u + np.uint64(0x7FFF) + (u >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)
     return np.where(np.isnan(x), u >> np.uint64(16) | np.uint64(0x40), rounded).astype(np.uint16)
@@ -247,7 +247,7 @@ def float16_bits(x: np.ndarray) -> np.ndarray:
 
 
 def mean_in_order(x: np.ndarray) -> np.float32:
-    """The mean of absmax in the format's own order of summation (see cpp/format/dynamic8.h)."""
+    """The mean of absmax in the summation order of the format (see cpp/format/dynamic8.h)."""
     total = 0.0
     for first in range(0, x.size, 65536):
         chunk = np.zeros(65536)
@@ -298,7 +298,7 @@ def philox4x32_10(seed: int, group: np.ndarray) -> np.ndarray:
 
 
 def dropout_mask(shape: tuple[int, int], p: float, seed: int) -> np.ndarray:
-    """What x is multiplied by on the LoRA branch, [M, K] float64: 0 or 1/(1-p)."""
+    """The factors of x on the LoRA branch, [M, K] float64: 0 or 1/(1-p)."""
     numel = shape[0] * shape[1]
     if p == 0.0:
         return np.ones(shape)

@@ -1,4 +1,4 @@
-"""Problems that the operator tests share, made on any device, with their float64 answers from the oracle."""
+"""Problems shared by the operator tests, on any device, with float64 results from the oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qlora_ext.weight import Weight4bit, quantize
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-OPCHECKS = (  # all that torch.library.opcheck can do: by default it leaves the last one out
+OPCHECKS = (  # all checks of torch.library.opcheck, which omits the last one by default
     "test_schema",
     "test_autograd_registration",
     "test_faketensor",
@@ -37,7 +37,7 @@ def rows(t: Tensor) -> np.ndarray:
 
 @dataclasses.dataclass
 class LinearSample:
-    """x [..., K], a packed weight [N, K], bias [N], lora_a [R, K], lora_b [N, R] and the numbers of one call."""
+    """x [..., K], a packed weight [N, K], bias [N], lora_a [R, K], lora_b [N, R] and the scalars of one call."""
 
     x: Tensor
     w4: Weight4bit
@@ -50,7 +50,7 @@ class LinearSample:
 
     @property
     def args(self) -> tuple:
-        """In the order of torch.ops.qlora.linear_nf4."""
+        """The arguments in the order of torch.ops.qlora.linear_nf4."""
         return (self.x, *self.w4.packed_args(), self.w4.shape[0], self.bias, *self.lora_args, *self.last_args)
 
     @property
@@ -59,7 +59,7 @@ class LinearSample:
 
     @property
     def last_args(self) -> tuple:
-        """seed_tensor and code, which linear_nf4 and linear_nf4_dx end with; NF4 is the default."""
+        """seed_tensor and code, the last arguments of linear_nf4 and linear_nf4_dx; NF4 is the default."""
         return () if self.w4.code == "nf4" else (None, self.w4.code)
 
     @property
@@ -133,8 +133,8 @@ def linear_sample(
     w = torch.randn(n, k, generator=generator) * 0.05
     return LinearSample(
         x=randn(*lead, k),
-        # The CPU's bits are the device's (test_codec_cuda.py), and the simulator would take longer for them than for y.
-        w4=quantize(w, Form(torch.float32, block_size, double_quant, code=code)).to(device),
+        # Quantized on the CPU: the bits are the same (test_codec_cuda.py), and simulating this takes longer than y.
+        w4=quantize(w, Form.of(block_size=block_size, double_quant=double_quant, code=code)).to(device),
         bias=randn(n) if bias else None,
         lora_a=None if rank is None else randn(rank, k, factor=max(k, 1) ** -0.5),
         lora_b=None if rank is None else randn(n, rank, factor=0.2),
@@ -145,7 +145,7 @@ def linear_sample(
 
 
 def layer_and_adapter(double_quant: bool = True) -> tuple[qlora_ext.NF4Weight, Tensor, Tensor]:
-    """A weight [96, 128] and an adapter of rank 8 that moves each of its elements by less than the way to a code."""
+    """A weight [96, 128] and an adapter of rank 8 that changes each element by less than the distance to a code."""
     w4 = qlora_ext.quantize_nf4(torch.randn(96, 128), double_quant=double_quant)
     return w4, 0.04 * torch.randn(8, 128), 0.04 * torch.randn(96, 8)
 
@@ -171,7 +171,7 @@ def by_python(s: LinearSample) -> Tensor:
     return qlora_ext.linear_nf4(s.x, s.w4, s.bias, *s.lora_args)
 
 
-# The ways into the layer, which are one.
+# The entry points of the layer, which have the same result.
 WAYS = [by_operator, by_function, by_python]
 
 

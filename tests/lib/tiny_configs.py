@@ -13,8 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY, HIDDEN, HEADS, LAYERS, IMAGE = 128, 64, 4, 2, 32
 
-# Rules for the values of fields by their names; the first match wins. A callable takes the field's default and all
-# fields.
+# Rules for the values of fields by their names. The first match applies. A callable takes the default of the field and
+# all fields.
 _RULES: list[tuple[str, Any]] = [
     (r"(image|video|audio|img|speech|boi|eoi|vision|visual|boa|eoa)\w*_(token_id|token_index|id|index)$", None),
     (r"\w*vocab_size\w*|num_embeddings|vocabulary_size|n_token", VOCABULARY),
@@ -57,7 +57,7 @@ _TOKENS = {"bos": 1, "pad": 0, "cls": 1, "mask": 3, "unk": 3, "decoder_start": 1
 
 
 def _by_rule(name: str, value: Any, fields: dict[str, Any]) -> Any:
-    """The field ``name`` of a configuration, small."""
+    """The small value of the field ``name`` of a configuration."""
     if isinstance(value, dict) and "mrope_section" in value:
         half = int(HIDDEN // HEADS * value.get("partial_rotary_factor", 1)) // 2
         return {**value, "mrope_section": [half - 2 * (half * 3 // 8), half * 3 // 8, half * 3 // 8]}
@@ -76,7 +76,7 @@ def _by_rule(name: str, value: Any, fields: dict[str, Any]) -> Any:
 
 
 def _layers(fields: dict[str, Any]) -> tuple[int, list[int]]:
-    """How many layers there are, and which of them to keep: two, or one of each type."""
+    """The number of layers, and the indices of the ones to keep: two, or one of each type."""
     count = next((v for k, v in fields.items() if k in ("num_hidden_layers", "n_layer", "num_layers")), 0) or 0
     types = fields.get("layer_types") or fields.get("layers_block_type") or []
     kept = [types.index(t) for t in dict.fromkeys(types)] if len(types) == count else []
@@ -85,7 +85,7 @@ def _layers(fields: dict[str, Any]) -> tuple[int, list[int]]:
 
 
 def shrunk(config: Any, changes: dict[str, Any]) -> Any:
-    """A configuration of the same class with ``changes`` and everything else small; inner ones by their names."""
+    """A small configuration of the same class with ``changes``, which name inner configurations by their keys."""
     usual, fields = type(config)().to_dict(), config.to_dict()
     count, kept = _layers(fields)
     small: dict[str, Any] = {}
@@ -155,7 +155,7 @@ def inputs_of(model: Any, family: str, kind: str) -> dict[str, Tensor]:
     elif main == "input_values":
         given["input_values"] = torch.randn(2, 4000, generator=generator)
     elif main == "input_features":
-        length = 2 * config.max_source_positions if family == "whisper" else 64  # Whisper takes one length alone
+        length = 2 * config.max_source_positions if family == "whisper" else 64  # Whisper supports only one length
         given["input_features"] = torch.randn(2, getattr(config, "num_mel_bins", 80), length, generator=generator)
     else:
         given["input_ids"] = ids

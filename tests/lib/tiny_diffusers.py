@@ -1,4 +1,4 @@
-"""Random diffusers models of the kinds that differ in their layers, small enough to make in a test."""
+"""Random diffusers models of the kinds that differ in their layers, small enough to build in a test."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ KINDS = list(MODELS)
 
 
 def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
-    """A model whose parameters differ from layer to layer; what it keeps in float32 stays so."""
+    """A model with different parameters in every layer. The modules that it keeps in float32 stay in float32."""
     torch.manual_seed(seed)
     model = MODELS[kind]().eval()
     kept = set(model._keep_in_fp32_modules or ())
@@ -79,7 +79,7 @@ def make(kind: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
 
 
 def inputs(kind: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """Arguments of a call of that model, the same at every call."""
+    """The arguments of a call of this model, the same for every call."""
     g = torch.Generator().manual_seed(7)
 
     def rand(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A module of experts as transformers has them, and a router's choice for it."""
+"""A module of experts in transformers' layout, and routing for it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Experts(nn.Module):
-    """A module of the kind that transformers decorates, computed expert by expert in the plainest way."""
+    """A module of the kind that transformers decorates, computed expert by expert in a simple loop."""
 
     has_gate, has_bias, is_transposed = True, False, False
 

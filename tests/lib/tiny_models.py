@@ -1,4 +1,4 @@
-"""Random language models of the families that differ in their linear layers, small enough to make in a test."""
+"""Random language models of the families that differ in their linear layers, small enough to build in a test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ FAMILIES = list(CONFIGS)
 
 
 def make(family: str = "llama", dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Any:
-    """A model with distinct weights and, where it has them, non-zero biases."""
+    """A model with distinct weights and, if it has biases, nonzero biases."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
     for name, p in model.named_parameters():
@@ -74,7 +74,7 @@ def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
 
 
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
-    """Whether two modules hold the same tensors, name by name and bit by bit."""
+    """Whether two modules have the same tensors, by name and bit by bit."""
     state, other = a.state_dict(), b.state_dict()
     return state.keys() == other.keys() and all(
         t.dtype == other[name].dtype and torch.equal(t, other[name]) for name, t in state.items()

@@ -1,4 +1,4 @@
-"""Processes joined by gloo that run a task on every rank; one that hangs or dies fails its test and stalls nothing."""
+"""Processes connected by gloo that run a task on every rank. A rank that hangs or dies fails only its own test."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _work(rank: int, world: int, meeting: str, timeout: float, pipe: Connection)
 
 
 class Workers:
-    """``world`` processes that start with the first task, and again after a task that failed."""
+    """``world`` processes, started for the first task and restarted after a failed one."""
 
     def __init__(self, world: int, directory: pathlib.Path, timeout: float = 180.0) -> None:
         self.world, self.directory, self.timeout = world, directory, timeout
@@ -52,7 +52,7 @@ class Workers:
             self._pipes.append(ours)
 
     def run(self, task: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``task(*args)`` returned on each rank. It must be importable from the workers by name."""
+        """The results of ``task(*args)`` by rank. The workers import the task by its name."""
         if not self._processes:
             self._start()
         for pipe in self._pipes:
@@ -66,7 +66,7 @@ class Workers:
                     [self._pipes[rank] for rank in waiting], max(0.0, deadline - time.monotonic())
                 )
                 if not ready:
-                    raise TimeoutError(f"{task.__name__}: ranks {waiting} gave no answer in {self.timeout:.0f} s")
+                    raise TimeoutError(f"{task.__name__}: ranks {waiting} did not answer within {self.timeout:.0f} s")
                 for rank in waiting:
                     if self._pipes[rank] in ready:
                         done, value = self._pipes[rank].recv()

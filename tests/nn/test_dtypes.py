@@ -116,13 +116,13 @@ def adapter(run: pathlib.Path) -> dict[str, torch.Tensor]:
     return load_file(run / "adapter" / "adapter_model.safetensors")
 
 
-def test_a_run_without_bfloat16(paths: Paths, whole_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_run_without_bfloat16(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     run = tmp_path / "run"
-    told = command("finetune", *base(paths), "--output", run, *RUN, before=without_bfloat16)
-    assert told.returncode == 0, told.stderr
-    assert "computing in float32 on cpu, because the processor has no bfloat16 arithmetic" in told.stdout
+    printed = command("finetune", *base(paths), "--output", run, *RUN, before=without_bfloat16)
+    assert printed.returncode == 0, printed.stderr
+    assert "computing in float32 on cpu, because the processor has no bfloat16 arithmetic" in printed.stdout
     # The 4-bit base is the one of a machine with bfloat16, and the adapter fits there.
-    fingerprints = [json.loads((r / "adapter" / "qlora_base.json").read_text()) for r in (run, whole_run)]
+    fingerprints = [json.loads((r / "adapter" / "qlora_base.json").read_text()) for r in (run, finished_run)]
     assert fingerprints[0] == fingerprints[1]
     for machine in (with_bfloat16, without_bfloat16):
         answer = command("generate", "--adapter", run, "--prompt", "count", "--max-new-tokens", 2, before=machine)
@@ -136,9 +136,9 @@ def test_a_run_goes_on_in_the_dtype_it_began_with(paths: Paths, tmp_path: pathli
     shutil.copytree(whole, cut)
     for name in ("adapter", "checkpoint-11"):  # as if it had been stopped after step 8
         shutil.rmtree(cut / name)
-    told = command("finetune", "--output", cut, "--resume", before=with_bfloat16)
-    assert told.returncode == 0, told.stderr
-    assert "computing in float32 on cpu, as at the start of the run" in told.stdout
+    printed = command("finetune", "--output", cut, "--resume", before=with_bfloat16)
+    assert printed.returncode == 0, printed.stderr
+    assert "computing in float32 on cpu, as at the start of the run" in printed.stdout
     assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(cut).items())
 
 
@@ -190,7 +190,7 @@ def test_computing_in_another_dtype_for_a_while() -> None:
 @pytest.mark.parametrize("options", [[], ["--4bit"], ["--4bit", "--calibrate"]], ids=["dense", "4bit", "calibrated"])
 def test_merge_measures_in_the_automatic_dtype(
     paths: Paths,
-    whole_run: pathlib.Path,
+    finished_run: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
     options: list[object],
@@ -220,7 +220,7 @@ def test_merge_measures_in_the_automatic_dtype(
         monkeypatch.setattr(dtypes, "native_bfloat16", lambda native=native: native)
         output = tmp_path / str(native)
         measured.clear()
-        here("merge", "--adapter", whole_run, "--output", output, "--evaluate", *options, *more)
+        here("merge", "--adapter", finished_run, "--output", output, "--evaluate", *options, *more)
         assert set(measured) == {torch.bfloat16 if native else torch.float32}
         assert len(measured) == 2 + bool(more)
         saved[native] = load_file(output / "model.safetensors")

@@ -46,7 +46,7 @@ def recorded() -> Recorded:
     if RECORDED in os.environ:
         return torch.load(os.environ[RECORDED])
     source = resolve(DEFAULT_MODEL)
-    model = Loader(source, Form(torch.float32), torch.device("cpu")).while_loading()
+    model = Loader(source, Form(), torch.float32, torch.device("cpu")).while_loading()
     found: dict[str, list] = {}
     for layer in LAYERS:
         for projection in PROJECTIONS:

@@ -38,7 +38,7 @@ def compared(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> tu
 
 
 @pytest.mark.parametrize(
-    ("new", "status", "told"),
+    ("new", "status", "message"),
     [
         (section(spread(0.5)), 0, "2 figures: 0 better, 0 worse"),
         (section(spread(0.51)), 0, "0 better, 0 worse"),  # within the noise
@@ -50,9 +50,9 @@ def compared(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> tu
     ],
     ids=["same", "noise", "worse", "better", "wide", "tokens", "peer"],
 )
-def test_compare(tmp_path: pathlib.Path, new: dict[str, Any], status: int, told: str) -> None:
+def test_compare(tmp_path: pathlib.Path, new: dict[str, Any], status: int, message: str) -> None:
     found, output = compared(tmp_path, section(spread(0.5)), new)
-    assert told in output
+    assert message in output
     assert found == status
 
 

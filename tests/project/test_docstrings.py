@@ -34,10 +34,10 @@ MODULES = [
 # Objects that users do not construct; the function that returns them has the example.
 WITHOUT = {
     *("Streaming", "Calibrator", "LayerReport", "Encoded", "Feedback", "CurvePoint", "LayerCost", "ModelCheck"),
-    *("Sensitivity", "MergeError", "LoraLinear4bit", "IncompleteAdapterWarning", "QLoRAQuantizer", "KeptDense"),
+    *("Sensitivity", "MergeError", "LoraLinear4bit", "IncompleteAdapterWarning", "QLoRAQuantizer", "DenseModules"),
     *("Coverage", "Decoder", "CompilationError", "Header", "TensorInfo", "Streamed", "Switched"),
     # Functions that only the integrations and the command use.
-    *("Conv1D4bit", "attach", "write_base", "check_something_is_4bit", "tell_coverage", "finished_weights"),
+    *("Conv1D4bit", "attach", "write_base", "check_something_is_4bit", "report_coverage", "finished_weights"),
 }
 
 

@@ -82,7 +82,7 @@ def test_the_form_and_the_bytes_are_those_of_plain_nf4() -> None:
 
 def test_every_layer_is_reported() -> None:
     seen: list[tuple[int, int, str]] = []
-    calibration = Calibration([correlated(300)], progress=lambda *told: seen.append(told))
+    calibration = Calibration([correlated(300)], progress=lambda *arguments: seen.append(arguments))
     model = qlora_ext.quantize_model(Chain(), skip=(), calibration=calibration)
     report = calibration_of(model)
     names = [name for name, m in model.named_modules() if isinstance(m, Linear4bit)]

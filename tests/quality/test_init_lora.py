@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import qlora_ext
-from qlora_ext._internal.svd import nearest_of_rank
+from qlora_ext._internal.svd import low_rank_approximation
 from qlora_ext.calibration import Calibration, InitLora, initial_lora_of
 from test_calibration import Chain, correlated
 
@@ -19,19 +19,22 @@ peft = pytest.importorskip("peft")
 
 def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition() -> None:
     for matrix in (torch.randn(96, 64), torch.randn(40, 200), correlated(64)):
-        a, b = nearest_of_rank(matrix, 8)
+        a, b = low_rank_approximation(matrix, 8)
         assert (a.shape, b.shape) == ((8, matrix.shape[1]), (matrix.shape[0], 8))
         singular = torch.linalg.svdvals(matrix)
         best = singular[8:].square().sum().sqrt().item()
         assert (matrix - b @ a).norm().item() <= 1.01 * best
-    a, b = nearest_of_rank(torch.randn(4, 64), 8)  # of a rank that the matrix cannot have
+    a, b = low_rank_approximation(torch.randn(4, 64), 8)  # of a rank that the matrix cannot have
     assert (a[4:] == 0).all()
     assert (b[:, 4:] == 0).all()
 
 
 def test_finding_it_draws_no_random_number() -> None:
     matrix, state = torch.randn(64, 64), torch.get_rng_state()
-    assert all(torch.equal(x, y) for x, y in zip(nearest_of_rank(matrix, 4), nearest_of_rank(matrix, 4), strict=True))
+    assert all(
+        torch.equal(x, y)
+        for x, y in zip(low_rank_approximation(matrix, 4), low_rank_approximation(matrix, 4), strict=True)
+    )
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -74,7 +74,7 @@ def test_the_model_is_left_as_it_is() -> None:
 def test_a_text_of_its_own() -> None:
     seen: list[tuple[int, int]] = []
     model = decided()
-    found = qlora_ext.sensitivity(model, tokens=96, length=32, progress=lambda *told: seen.append(told))
+    found = qlora_ext.sensitivity(model, tokens=96, length=32, progress=lambda *arguments: seen.append(arguments))
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert all(layer.loss > 0 for layer in found.layers)
 

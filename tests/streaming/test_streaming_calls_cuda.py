@@ -62,18 +62,18 @@ def test_nothing_waits_and_the_compute_stream_copies_nothing(tmp_path: pathlib.P
     preloaded = ":".join([str(library), *filter(None, [os.environ.get("LD_PRELOAD")])])
     environment = {**os.environ, "LD_PRELOAD": preloaded, "API_LOG": str(log)}
     run = run_file(__file__, path, library, environment=environment)
-    told = json.loads(run.stdout.splitlines()[-1])
+    counted = json.loads(run.stdout.splitlines()[-1])
     calls: list[dict[str, Any]] = [json.loads(line) for line in log.read_text().splitlines()]
-    assert told["fills"] == STEPS * 2 * (LAYERS - 2)
+    assert counted["fills"] == STEPS * 2 * (LAYERS - 2)
     counts = collections.Counter(call["call"] for call in calls)
     orders = {"cudaEventRecordWithFlags", "cudaEventRecord", "cudaStreamWaitEvent"}
     assert set(counts) - orders <= {"cudaMemcpyAsync"}  # nothing waits, allocates or clears
     copies = [call["stream"] for call in calls if call["call"] == "cudaMemcpyAsync"]
-    assert told["compute"] not in copies
-    assert len(copies) in (told["fills"], 0)  # a simulator may serve torch's copies before they come to the runtime
+    assert counted["compute"] not in copies
+    assert len(copies) in (counted["fills"], 0)  # a simulator may serve torch's copies before they come to the runtime
     waits = collections.Counter(call["stream"] for call in calls if call["call"] == "cudaStreamWaitEvent")
-    assert waits[told["compute"]] == told["fills"]  # each block is waited for by what computes with it,
-    assert sum(waits.values()) == 2 * told["fills"]  # and waits for what computed with the one before it in its slot
+    assert waits[counted["compute"]] == counted["fills"]  # each block is waited for by what computes with it,
+    assert sum(waits.values()) == 2 * counted["fills"]  # and waits for what computed with the one before it in its slot
 
 
 if __name__ == "__main__":

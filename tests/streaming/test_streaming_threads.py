@@ -152,7 +152,7 @@ def test_threads_that_compete_do_not_read_a_block_for_every_operator(llama: path
         fills_of(3, [first])  # the other one is not there any more
         assert fills_of(4, [first]) == 4 * blocks
         # Read ahead again: the next block is there.
-        assert streaming._held().keys() == {blocks - 1, 0}
+        assert streaming._resident().keys() == {blocks - 1, 0}
 
 
 def test_a_pass_that_fails_or_is_given_up_keeps_nobody_waiting(

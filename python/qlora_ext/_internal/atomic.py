@@ -1,4 +1,4 @@
-"""Files appear under their final name complete or not at all, even if the process is killed.
+"""Atomic writes: a file appears under its final name complete or not at all, even if the process is killed.
 
 ``cli/outputs/files.py`` does the same for directories. No other module of the package renames or deletes a file
 (``tests/project/test_deletions.py`` lists every such call).
@@ -12,13 +12,13 @@ import pathlib
 import secrets
 from collections.abc import Iterator
 
-# Unfinished files and directories have names that begin with this, beside their final name.
+# Unfinished files and directories are siblings of the final ones; their names begin with this.
 PARTIAL = ".partial-"
-INSIDE = "."  # stands for the final name where the unfinished one lies inside the directory it belongs to
+INSIDE = "."  # replaces the final name if the unfinished directory is inside the final one
 
 
 def unfinished_name(kind: str, path: pathlib.Path, inside: bool = False) -> pathlib.Path:
-    """A new, unpredictable name ``.partial-KIND-NAME-TOKEN`` beside ``path``, or (``inside``) in it."""
+    """A new, unpredictable name ``.partial-KIND-NAME-TOKEN`` next to ``path``, or (``inside``) in it."""
     folder, name = (path, INSIDE) if inside else (path.parent, path.name)
     return folder / f"{PARTIAL}{kind}-{name}-{secrets.token_hex(4)}"
 
@@ -36,7 +36,7 @@ def fsync(path: pathlib.Path, mode: int | None = None) -> None:
 
 @contextlib.contextmanager
 def staged_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields an empty file, which replaces the file ``path`` at the end of the context. An error deletes it.
+    """Yields the path of an empty file. On success it replaces the file ``path``; on an error it is deleted.
 
     Raises:
         OSError: the file cannot be written.
@@ -55,7 +55,7 @@ def staged_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def move_file(source: pathlib.Path, path: pathlib.Path) -> None:
-    """Gives a complete file that this process wrote the name ``path``, once its content is on the disk."""
+    """Renames a complete file to ``path``, after flushing its content to the disk."""
     fsync(source)
     source.replace(path)
     fsync(path.parent)

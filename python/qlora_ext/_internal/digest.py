@@ -1,4 +1,4 @@
-"""Tensors in a digest, by which weights and inputs are known again."""
+"""Digests of tensors, which identify weights and inputs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def update(digest: hashlib._Hash, value: Any) -> None:
-    """Adds dtype, shape and bytes of a tensor to a digest; of a mapping or a list, of all that are in it, in order."""
+    """Adds ``value`` to a digest: dtype, shape and bytes of a tensor, and each item of a mapping or list in order."""
     if isinstance(value, Tensor):
         digest.update(f"{value.dtype} {list(value.shape)};".encode())
         digest.update(value.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)

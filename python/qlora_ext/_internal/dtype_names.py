@@ -1,4 +1,4 @@
-"""Names of dtypes as people type them: bf16, half, float32, or auto."""
+"""Names of dtypes as users type them: bf16, half, float32, or auto."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _NAMES = {
 
 
 def check_name(name: str) -> None:
-    """Raises a ValueError for a name of no dtype that a model computes in."""
+    """Raises a ValueError unless ``name`` is "auto" or the name of a compute dtype."""
     if name not in (AUTO, *_NAMES):
         raise ValueError(f"dtype {name}: expected {AUTO}, bfloat16, float16 or float32")
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The dtype of that name; "auto" is bfloat16, as models come."""
+    """The dtype of that name; "auto" is bfloat16, the dtype of most checkpoints."""
     import torch
 
     check_name(name)

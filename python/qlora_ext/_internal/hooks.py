@@ -1,4 +1,4 @@
-"""Runs an integration once the library it serves is imported, so that ``import qlora_ext`` need import neither."""
+"""Imports an integration when the library it serves is imported, so that ``import qlora_ext`` imports neither."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 
 class _Loader(importlib.abc.Loader):
-    """Runs the module as ``loader`` does, and then the integration that waits for it; in all else it is ``loader``."""
+    """A proxy of ``loader`` that imports the pending integrations after it has run the module."""
 
     def __init__(self, loader: Any) -> None:
         self._loader = loader
@@ -35,7 +35,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Finds the modules that integrations wait for as the other finders do; being asked changes nothing in it."""
+    """A finder that asks the other finders, and wraps the loaders of modules for which integrations are pending."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[str]] = {}
@@ -55,7 +55,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
 def _integrate(module: str, integration: str) -> None:
     try:
         importlib.import_module(integration)
-    except Exception as error:  # a version of the library that was never seen: the library itself must still import
+    except Exception as error:  # an unknown version of the library, which must still import
         warnings.warn(f"qlora_ext: {module} could not be integrated: {error!r}", RuntimeWarning, stacklevel=2)
 
 
@@ -63,7 +63,7 @@ _WATCHER = _Watcher()
 
 
 def after_import(module: str, integration: str) -> None:
-    """Imports ``integration`` as soon as ``module`` has been imported: now, or whenever that happens."""
+    """Imports ``integration`` once ``module`` has been imported: now if it already has, else later."""
     if module in sys.modules:
         _integrate(module, integration)
         return

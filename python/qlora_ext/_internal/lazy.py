@@ -1,4 +1,4 @@
-"""Names that a package offers without importing what defines them until somebody asks for one."""
+"""Public names of a package whose modules are imported at the first access."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def lazily(
 
     Args:
         package: its ``__name__``.
-        defined_in: of each name that is imported when it is asked for, the module that defines it, relative to the
-            package. A module itself is defined in ``"."``.
+        defined_in: for each lazy name, the module that defines it, relative to the package. Submodules themselves have
+            ``"."``.
         public: the package's ``__all__``.
     """
 

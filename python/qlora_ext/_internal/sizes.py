@@ -1,4 +1,4 @@
-"""Sizes as people write them: 24GB, 40GiB, 512."""
+"""Sizes as users write them: 24GB, 40GiB, 512."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _UNITS = {
 
 
 def bytes_of(text: str) -> float | None:
-    """The bytes that ``text`` says; None where it is no size."""
+    """The number of bytes that ``text`` names; None if it is not a size."""
     match = re.fullmatch(r"([0-9]*\.?[0-9]+(?:[eE][0-9]+)?)\s*([A-Za-z]*)", text)
     if not match or match[2].upper() not in _UNITS:
         return None
@@ -26,7 +26,7 @@ def parse_size(name: str, size: str | int | float) -> int:
         name: of the argument, for the error.
 
     Raises:
-        ValueError: no positive size.
+        ValueError: ``size`` is not a size of at least one byte.
     """
     number: float | None = None
     if isinstance(size, str):

@@ -1,4 +1,4 @@
-"""The version of the package, which the compiled module holds."""
+"""The version of the package, read from the compiled module."""
 
 from __future__ import annotations
 

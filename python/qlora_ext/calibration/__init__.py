@@ -1,4 +1,4 @@
-"""NF4 codes and scales chosen for a layer's inputs: a better 4-bit model in the same bytes.
+"""Chooses the codes and scales of a layer for its inputs: a better 4-bit model of the same size.
 
 The format defines how a weight is decoded, but leaves the choice of scales and codes open. ``Calibration`` runs a model
 on tokens and encodes each layer so that the error of its outputs on them is small: scales are weighted by the inputs'

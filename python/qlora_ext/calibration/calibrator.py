@@ -1,4 +1,4 @@
-"""``Calibration``: what a model is calibrated on, and how; ``Calibrator``: doing it while layers are quantized."""
+"""``Calibration``: the settings of a calibration; ``Calibrator``: applies them while layers are quantized."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from .._internal import digest
 from .._internal.untrusted import FileError, printable
 from .._library import build_info
+from ..form import Form
 from ..weight import Weight4bit
 from . import self_text
 from .encoder import Encoded, Feedback, encode
 from .init_lora import InitLora, LowRank, keep_initial_lora, weighted
 from .moments import ExpertMoments, Gathering, Moments
 from .stages import Stack, forward, stacks_of, without_cache
-from .store import Kept, Store
+from .store import Store, StoredLayer
 
-# Second moments of one layer's inputs are K² floats; those of a block are gathered together up to so many bytes.
+# The second moments of one layer's inputs are K² floats. Layers of a block share one run up to this many bytes.
 _TOGETHER_BYTES = 2 << 30
 _REPORT = "_qlora_calibration"
 
@@ -32,11 +33,11 @@ class LayerReport:
     """How one weight was encoded.
 
     Attributes:
-        name: of the weight's module, with the weight's own where the module has several.
+        name: of the module, followed by the name of the weight if the module has several.
         method: "feedback", "scales" or "absmax".
-        error, absmax_error: relative errors of the outputs on the calibration's tokens, and the same for plain NF4.
-        tokens: that reached the layer.
-        note: why it is plain NF4, if it could not be calibrated; else empty.
+        error, absmax_error: relative error of the outputs on the calibration's tokens, and the same for plain NF4.
+        tokens: number of tokens that reached the layer.
+        note: why the layer is plain NF4, if it could not be calibrated; else empty.
     """
 
     name: str
@@ -49,28 +50,28 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """What a model is calibrated on, and how.
+    """The settings of a calibration.
 
     Attributes:
         inputs: "self" (the model writes its own text), token ids int64 [B, T], or batches of the model's inputs, each a
             tensor, a tuple or a mapping for the model's forward. Tokens that the "attention_mask" [B, T] of a mapping
-            masks do not count.
+            excludes do not count.
         method: "feedback" (weighted scales and GPTQ's error feedback) or "scales" (weighted scales alone).
-        tokens, length: of the text that the model writes: in total, and per sequence.
+        tokens, length: number of tokens that the model writes, in total and per sequence.
         seed: of that text.
-        damping: of the second moments, as a fraction of their mean.
-        batch_size: sequences of ``inputs`` that run at a time.
+        damping: added to the diagonal of the second moments, as a fraction of its mean.
+        batch_size: number of sequences that run at a time.
         directory: stores finished layers, so that an interrupted calibration can resume.
-        progress: called with the weights done, their number, and the name of the last one's layer.
+        progress: called with the number of finished weights, the number of all weights, and the last layer's name.
 
     Raises:
-        TypeError, ValueError: an attribute is none of these.
+        TypeError, ValueError: an attribute is invalid.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128))
-        >>> calibration = qlora_ext.Calibration(tokens=256, length=32)  # that the model writes itself
+        >>> calibration = qlora_ext.Calibration(tokens=256, length=32)  # on text that the model writes
         >>> model = qlora_ext.quantize_model(model, calibration=calibration)
         >>> len(qlora_ext.calibration.calibration_of(model))
         14
@@ -107,34 +108,37 @@ class Calibration:
         self,
         model: nn.Module,
         layers: Iterable[str],
-        form: Mapping[str, Any],
+        form: Form,
+        compute_dtype: torch.dtype | None,
         given: Sequence[Any] | None,
         init_lora: InitLora | None,
     ) -> dict[str, Any]:
-        """By what a calibration knows its own results again: what is calibrated, on what, and how.
+        """The settings that identify stored results of this calibration: model, text and method.
 
         Args:
-            layers: names of those that are calibrated. form: of the 4-bit weights.
-            given: what ``given_batches`` returns.
+            layers: names of the calibrated layers.
+            form, compute_dtype: of the 4-bit layers.
+            given: the result of ``given_batches``.
         """
         weights, inputs = hashlib.sha256(), hashlib.sha256()
         digest.update(weights, [list(layers), model.state_dict()])
         digest.update(inputs, given)
         key = {name: getattr(self, name) for name in ("method", "tokens", "length", "seed", "damping")}
         key |= {"inputs": inputs.hexdigest() if given else "self", "weights": weights.hexdigest()}
-        key |= {**{name: str(value) for name, value in form.items()}, "version": build_info()["version"]}
+        key |= {name: str(value) for name, value in {**form.keywords, "compute_dtype": compute_dtype}.items()}
+        key["version"] = build_info()["version"]
         return key if init_lora is None else {**key, "init_lora": vars(init_lora)}
 
     @classmethod
     def of(cls, calibration: Any) -> Calibration:
-        """``calibration`` itself, or one with these ``inputs``."""
+        """``calibration`` itself if it is a ``Calibration``, else one with these ``inputs``."""
         return calibration if isinstance(calibration, Calibration) else cls(calibration)
 
     def given_batches(self) -> list[Any] | None:
-        """``inputs``, batch by batch; None for "self".
+        """``inputs`` as a list of batches; None for "self".
 
         Raises:
-            TypeError, ValueError: they are no batches, or none.
+            TypeError, ValueError: ``inputs`` are not batches, or empty.
         """
         inputs = self.inputs
         if isinstance(inputs, str):
@@ -151,7 +155,7 @@ class Calibration:
         return batches
 
     def written_batches(self, model: Any, store: Store | None) -> list[Tensor]:
-        """A text that ``model`` writes, batch by batch; one that it wrote before is in ``store``."""
+        """A text that ``model`` writes, as a list of batches. A stored text is reused."""
         text = None if store is None else store.tokens()
         if text is None:
             text = self_text.write(model, max(1, self.tokens // self.length), self.length, self.seed)
@@ -173,20 +177,20 @@ def calibration_of(model: nn.Module) -> list[LayerReport]:
 
 
 class Calibrator:
-    """Refines layers as they are quantized, in the model's order.
+    """Refines layers while they are quantized, in the order of the model.
 
-    As in GPTQ, the layers of a block are calibrated on the outputs of the quantized blocks before it. Only one block's
+    As in GPTQ, the layers of a block are calibrated on the outputs of the preceding quantized blocks. Only one block's
     inputs and second moments are in memory.
 
     Args:
         model: dense.
-        layers: the layers that will be quantized, by name, in the order in which ``refine`` gets them.
-        calibration: what to run the model on.
-        form: of the 4-bit weights, by the names that ``quantize_model`` has for it.
-        init_lora: adapters to begin with that are wanted beside, of which experts have none.
+        layers: the layers that will be quantized, by name, in the order of the calls of ``refine``.
+        calibration: the settings.
+        form, compute_dtype: of the 4-bit layers.
+        init_lora: also compute initial adapters; experts get none.
 
     Raises:
-        ValueError: there is nothing to quantize, or ``init_lora`` wants the weights fitted to the adapters.
+        ValueError: there is nothing to quantize, or ``init_lora`` has more than one iteration.
     """
 
     def __init__(
@@ -194,7 +198,8 @@ class Calibrator:
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         calibration: Calibration,
-        form: Mapping[str, Any],
+        form: Form,
+        compute_dtype: torch.dtype | None,
         init_lora: InitLora | None = None,
     ) -> None:
         if not layers:
@@ -210,7 +215,9 @@ class Calibrator:
         given = calibration.given_batches()
         self._store = None
         if calibration.directory is not None:
-            self._store = Store(calibration.directory, calibration.key(model, layers, form, given, init_lora))
+            self._store = Store(
+                calibration.directory, calibration.key(model, layers, form, compute_dtype, given, init_lora)
+            )
         self._batches = given or calibration.written_batches(model, self._store)
         self._moments: dict[tuple[str, str], Moments | ExpertMoments] = {}
         self._feedback: tuple[Moments, Feedback] | None = None
@@ -218,11 +225,11 @@ class Calibrator:
         self._watch()
         self._groups = self._groups_of(list(layers))
         self._group: list[str] = []
-        self._kept: dict[tuple[str, str], Kept] | None = None  # of the group, if an earlier run finished it
+        self._stored: dict[tuple[str, str], StoredLayer] | None = None  # of the group, if an earlier run finished it
         self._saved: list[tuple[str, str]] = []  # of the group
 
     def _watch(self) -> None:
-        """One run of the dense model: how its blocks are called."""
+        """Runs the dense model once, to record how its blocks are called."""
         handles = [handle for stack in self._stacks.values() for handle in stack.watch()]
         try:
             self._run_model(lambda: None)
@@ -240,14 +247,14 @@ class Calibrator:
                 forward(self.model, batch)
 
     def _place(self, name: str) -> tuple[Stack, int] | None:
-        """The block of a chained stack that the layer ``name`` is in."""
+        """The stack and the number of the block that contains the layer ``name``; None if no chained stack does."""
         for stack in self._stacks.values():
             if stack.chained and name.startswith(f"{stack.name}."):
                 return stack, int(name.removeprefix(f"{stack.name}.").split(".")[0])
         return None
 
     def _groups_of(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """Layers whose moments are gathered in one run, by each one's name: of one block, within the memory for it."""
+        """For each layer, the layers whose moments are gathered in the same run: one block's, as memory permits."""
         groups: dict[str, list[str]] = {}
         group: list[str] = []
         size, place = 0, None
@@ -261,24 +268,24 @@ class Calibrator:
         return groups
 
     def _enter_group(self, name: str) -> None:
-        """Before the first layer of a group: the one before it is done, and this one was done before or is gathered.
+        """Starts the group of the layer ``name``. Finished groups come from the store, others gather moments.
 
-        One that was stopped halfway begins anew: its other layers saw the moments of a group that was all dense.
+        An unfinished group is repeated from its start, because all its moments come from a run with the group dense.
         """
         self.finish()
         self._group = self._groups[name]
-        self._kept = None if self._store is None else self._store.finished(self._group[0])
-        if self._kept is None:
+        self._stored = None if self._store is None else self._store.finished(self._group[0])
+        if self._stored is None:
             self._gather(name)
 
     def finish(self) -> None:
-        """Notes that the last group is done, of which every layer was refined."""
+        """Marks the current group as finished in the store."""
         if self._store is not None and self._saved:
             self._store.finish(self._group[0], self._saved)
         self._saved = []
 
     def _gather(self, name: str) -> None:
-        gathering = Gathering({other: self._layers[other] for other in self._group}, map(_counted, self._batches))
+        gathering = Gathering({other: self._layers[other] for other in self._group}, map(_token_mask, self._batches))
         place = self._place(name)
         try:
             if place is None:
@@ -294,14 +301,15 @@ class Calibrator:
         self._moments = gathering.found
 
     def refine(self, name: str, weight: str, w: Tensor, plain: Weight4bit) -> Weight4bit:
-        """The weight ``weight`` of the layer ``name`` in the form of ``plain``, which it is without calibration.
+        """The calibrated weight ``weight`` of the layer ``name``.
 
         Args:
-            w: dense, [N, K] or a stack of such matrices [E, N, K].
+            w: the dense weight, [N, K] or a stack of such matrices [E, N, K].
+            plain: ``w`` quantized without calibration. The result has the same form.
         """
         if self._groups[name] is not self._group:
             self._enter_group(name)
-        if self._kept is not None:
+        if self._stored is not None:
             w4, initial, report = self._from_store(name, weight, plain)
         else:
             moments = self._moments.pop((name, weight), None)
@@ -323,16 +331,18 @@ class Calibrator:
 
     def _from_store(self, name: str, weight: str, plain: Weight4bit) -> tuple[Weight4bit, LowRank | None, LayerReport]:
         assert self._store is not None
-        assert self._kept is not None
-        kept = self._kept.pop((name, weight), None)
-        w4 = None if kept is None else kept.in_form_of(plain)
-        if kept is None or w4 is None:
+        assert self._stored is not None
+        stored = self._stored.pop((name, weight), None)
+        w4 = None if stored is None else stored.in_form_of(plain)
+        if stored is None or w4 is None:
             raise FileError(
                 f"directory: {printable(self._store.path)} has no {name}/{weight} in this model's form; "
                 "delete that directory to start over"
             )
-        lora = None if kept.initial is None else (kept.initial[0].to(plain.device), kept.initial[1].to(plain.device))
-        return w4, lora, LayerReport(**kept.report)
+        lora = (
+            None if stored.initial is None else (stored.initial[0].to(plain.device), stored.initial[1].to(plain.device))
+        )
+        return w4, lora, LayerReport(**stored.report)
 
     def _initial_lora(self, w: Tensor, w4: Weight4bit, moments: Moments | ExpertMoments | None) -> LowRank | None:
         if self._init_lora is None:
@@ -380,13 +390,13 @@ class Calibrator:
         return "plain NF4 was the best on its inputs" if encoded.method == "absmax" else ""
 
 
-def _counted(batch: Any) -> Tensor | None:
-    """Which tokens of a batch are no padding, bool [B, T]; None where it does not say."""
+def _token_mask(batch: Any) -> Tensor | None:
+    """Which tokens of a batch are not padding, bool [B, T]; None if the batch has no attention mask."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 def _moments_bytes(layer: nn.Module) -> int:
-    """At most, for the moments of all inputs of ``layer``."""
+    """An upper bound for the size of the second moments of the inputs of ``layer``."""
     matrices = [p for p in layer.parameters(recurse=False) if p.ndim >= 2]
     return sum(4 * max(p.shape[-2:]) ** 2 * (p.shape[0] if p.ndim == 3 else 1) for p in matrices)

@@ -1,4 +1,4 @@
-"""A weight's scales and codes for inputs of known second moments."""
+"""Encodes a weight for inputs with known second moments."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch import Tensor
 
 from ..weight import Weight4bit
 
-# Damping is raised tenfold, at most so often, where a factorization fails.
+# A failed factorization is tried again with ten times the damping, up to this many attempts.
 _ATTEMPTS = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Feedback:
-    """What error feedback needs of a layer's inputs; the same for all layers that read the same inputs.
+    """What error feedback (GPTQ) needs to know of a layer's inputs. Layers with the same inputs share it.
 
     Attributes:
-        importance: float32 [K], the damped second moment of each input: never zero, so that a dead input's weights
-            still get sensible scales.
+        importance: float32 [K], the damped second moment of each input. It is never zero, so that the weights of a dead
+            input still get sensible scales.
         order: int64 [K], the columns by falling second moment (GPTQ's ``act_order``).
-        factor: float32 [K, K], the upper Cholesky factor of the inverse of the damped moments in that order; None where
-            they have none, however damped.
+        factor: float32 [K, K], the upper Cholesky factor of the inverse of the damped moments in that order; None if
+            the factorization fails.
     """
 
     importance: Tensor
@@ -32,7 +32,7 @@ class Feedback:
     factor: Tensor | None
 
     def __post_init__(self) -> None:
-        """Rejects invalid importances: on CUDA the search for scales does not check them.
+        """Rejects invalid importances, because the search for scales does not check them on CUDA.
 
         Raises:
             ValueError: an importance is negative, infinite or NaN.
@@ -45,22 +45,22 @@ class Feedback:
 
     @classmethod
     def of(cls, moments: Tensor, damping: float = 0.01, factorize: bool = True) -> Feedback:
-        """From the second moments [K, K] (float32, the mean of x xᵀ over tokens, or their sum).
+        """From second moments.
 
         Args:
-            moments: symmetric; of inputs that are always zero, rows and columns are zero.
-            damping: of the moments' mean, what is added to each one's own.
-            factorize: whether feedback is wanted; without, the factor is None and no time is spent on it.
+            moments: float32 [K, K], the mean or the sum of x xᵀ over tokens.
+            damping: added to the diagonal, as a fraction of its mean.
+            factorize: whether to compute ``factor``.
 
         Raises:
-            ValueError: the moments are not finite, or all zero: nothing is known of the inputs.
+            ValueError: the moments are not finite, or all are zero.
         """
         diagonal = moments.diagonal()
         mean = diagonal.double().mean().item()
         if not (math.isfinite(mean) and mean > 0 and diagonal.isfinite().all()):
             raise ValueError(f"moments: expected finite second moments with a mean above zero, got a mean of {mean}")
         order = diagonal.argsort(descending=True, stable=True)
-        # Scaled to a mean of one: products of tiny activations stay in float32's range.
+        # Scaled to a mean of one, so that products of tiny activations stay within float32's range.
         scaled = moments[order][:, order] / mean
         factor = None
         for attempt in range(_ATTEMPTS if factorize else 0):
@@ -71,9 +71,10 @@ class Feedback:
 
 
 def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
-    """U, upper triangular, with Uᵀ · U = (moments + damping · 1)⁻¹; None where they are not positive definite.
+    """The upper triangular U with Uᵀ · U = (moments + damping · I)⁻¹; None if the sum is not positive definite.
 
-    moments = R · Rᵀ with R upper is the Cholesky decomposition read from the last row to the first, and U = R⁻¹.
+    U = R⁻¹, where R · Rᵀ = moments + damping · I with R upper triangular. R is the Cholesky factor of the matrix with
+    rows and columns reversed.
     """
     damped = moments.flip(0, 1)
     damped.diagonal().add_(damping)
@@ -89,13 +90,13 @@ def _inverse_factor(moments: Tensor, damping: float) -> Tensor | None:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A weight in 4 bits, and what it costs.
+    """A weight in 4 bits, and its error.
 
     Attributes:
         weight: the packed weight.
-        method: "feedback", "scales" (weighted scales alone) or "absmax".
-        error: of the outputs on the calibration's tokens, ‖X · (Ŵ - W)ᵀ‖ / ‖X · Wᵀ‖.
-        absmax_error: the same of plain NF4.
+        method: "feedback", "scales" (weighted scales alone) or "absmax" (plain NF4).
+        error: relative error of the outputs on the calibration's tokens, ‖X · (Ŵ - W)ᵀ‖ / ‖X · Wᵀ‖.
+        absmax_error: the same for plain NF4.
     """
 
     weight: Weight4bit
@@ -111,7 +112,7 @@ def _double_quantized(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, T
 
 
 def _under_scales(w: Tensor, absmax: Tensor, plain: Weight4bit, feedback: Feedback | None) -> Weight4bit:
-    """``w`` encoded under the scales ``absmax`` in the form of ``plain``: as they decode, double quantized."""
+    """Encodes ``w`` under the scales ``absmax``, in the form of ``plain``. Nested scales are quantized first."""
     parts: dict[str, Any] = {"absmax": absmax}
     if plain.double_quant:
         codes, nested_absmax, nested_offset, absmax = _double_quantized(absmax, plain.nested_block_size)
@@ -124,21 +125,21 @@ def _under_scales(w: Tensor, absmax: Tensor, plain: Weight4bit, feedback: Feedba
 
 
 def _energy(w: Tensor, moments: Tensor) -> float:
-    """‖X · Wᵀ‖² a token, for inputs X of the second moments [K, K]."""
+    """‖X · Wᵀ‖² per token, for inputs X with the second moments [K, K]."""
     return ((w @ moments) * w).double().sum().item()
 
 
 def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: Weight4bit) -> Encoded:
-    """The 4-bit weight [N, K] whose outputs on the calibration's inputs come nearest to those of ``w``.
+    """The 4-bit encoding of ``w`` whose outputs have the smallest error on the calibration's inputs.
 
-    Weighted scales, then error feedback where ``feedback`` has a factor. What does worse than plain NF4 on the very
-    inputs it was made for is not kept.
+    The candidates are plain NF4, weighted scales, and, if ``feedback`` has a factor, weighted scales with GPTQ's error
+    feedback.
 
     Args:
         w: [N, K]; float32, bfloat16 or float16.
         moments: float32 [K, K], the second moments of the layer's inputs.
-        feedback: of those moments.
-        plain: ``w`` as ``quantize_nf4`` encodes it, in the form that is wanted.
+        feedback: from those moments.
+        plain: ``w`` as encoded by ``quantize_nf4``. The result has the same form.
 
     Example:
         >>> w, x = torch.randn(32, 64), torch.randn(500, 64) @ torch.randn(64, 64)
@@ -150,11 +151,11 @@ def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: Weight4bit) ->
     """
     w = w.detach().contiguous()
     exact = w.float()
-    whole = _energy(exact, moments)
+    total = _energy(exact, moments)
 
     def error_of(w4: Weight4bit) -> float:
         lost = _energy(w4.dequantize(torch.float32) - exact, moments)
-        return math.sqrt(max(lost, 0.0) / whole) if whole > 0 else 0.0
+        return math.sqrt(max(lost, 0.0) / total) if total > 0 else 0.0
 
     absmax_error = error_of(plain)
     best = Encoded(plain, "absmax", absmax_error, absmax_error)

@@ -1,4 +1,4 @@
-"""Adapters that begin with what quantizing took away of the weights."""
+"""Initial adapters that approximate the quantization error of the weights."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._internal.svd import nearest_of_rank
+from .._internal.svd import low_rank_approximation
 from ..weight import Weight4bit
 from .encoder import Feedback
 
 _INITIAL = "_qlora_initial_lora"
 
-# A [R, K] and B [N, R], float32: what an adapter of scaling 1 adds is B · A.
+# A [R, K] and B [N, R], float32. An adapter with scaling 1 adds B · A to the weight.
 LowRank = tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
 class InitLora:
-    """How adapters begin that are to make good what quantizing took away, W - Ŵ.
+    """How to compute initial adapters B · A that approximate the quantization error W - Ŵ.
 
     Attributes:
-        method: "svd": the best of that rank for the outputs on the calibration's inputs X, the smallest
-            ‖X · (W - Ŵ - B · A)ᵀ‖; "loftq": the best for the weights alone (LoftQ, Li et al., 2023).
+        method: "svd" minimizes ‖X · (W - Ŵ - B · A)ᵀ‖ for the calibration's inputs X. "loftq" minimizes
+            ‖W - Ŵ - B · A‖ (LoftQ, Li et al., 2023).
         rank: of the adapters.
-        iterations: of "loftq": how often weights and adapters are fitted to each other, in turns. More than one changes
-            the 4-bit weights, which are the nearest to W - B · A then.
+        iterations: for "loftq", the number of alternating fits of weight and adapter. With more than one, the 4-bit
+            weight is the quantized W - B · A.
 
     Raises:
         ValueError: an attribute is none of these.
@@ -57,12 +57,12 @@ class InitLora:
 
     @classmethod
     def of(cls, value: Any) -> InitLora:
-        """``value`` itself, or that method with the defaults."""
+        """``value`` itself if it is an ``InitLora``, else the method of that name with defaults."""
         return value if isinstance(value, InitLora) else cls(value)
 
 
 def initial_lora_of(model: nn.Module) -> dict[str, LowRank]:
-    """A and B of each layer by its name; empty where ``quantize_model`` was not asked for any.
+    """The initial A [R, K] and B [N, R] of each layer, by name; empty if ``quantize_model`` got no ``init_lora``.
 
     ``qlora_ext.integrations.peft.initialize_lora`` puts them into adapters.
 
@@ -76,7 +76,7 @@ def initial_lora_of(model: nn.Module) -> dict[str, LowRank]:
 
 
 def keep_initial_lora(model: nn.Module) -> dict[str, LowRank]:
-    """Where those of ``model`` are to be put: nothing is in it yet."""
+    """Attaches an empty table of initial adapters to ``model``, and returns it to be filled."""
     found: dict[str, LowRank] = {}
     vars(model)[_INITIAL] = found
     return found
@@ -85,34 +85,35 @@ def keep_initial_lora(model: nn.Module) -> dict[str, LowRank]:
 def loftq(
     w: Tensor, plain: Weight4bit, quantize: Callable[[Tensor], Weight4bit], settings: InitLora
 ) -> tuple[Weight4bit, LowRank]:
-    """LoftQ's 4-bit weight and adapter of ``w`` [N, K].
+    """The 4-bit weight and the adapter that LoftQ computes for ``w`` [N, K].
 
     Args:
-        plain: ``w`` quantized. quantize: does the same with another such weight.
+        plain: ``w`` quantized.
+        quantize: quantizes another weight of this shape in the same way.
     """
     w4, exact = plain, w.detach().float()
-    a, b = nearest_of_rank(exact - w4.dequantize(torch.float32), settings.rank)
+    a, b = low_rank_approximation(exact - w4.dequantize(torch.float32), settings.rank)
     for _ in range(settings.iterations - 1):
         w4 = dataclasses.replace(quantize(exact - b @ a), dtype=plain.dtype)
-        a, b = nearest_of_rank(exact - w4.dequantize(torch.float32), settings.rank)
+        a, b = low_rank_approximation(exact - w4.dequantize(torch.float32), settings.rank)
     return w4, (a, b)
 
 
 def weighted(w: Tensor, w4: Weight4bit, feedback: Feedback | None, settings: InitLora) -> LowRank:
-    """The adapter of ``w`` [N, K] beside ``w4`` that is best for inputs of known second moments H = L · Lᵀ.
+    """The best adapter for the error of ``w4`` as an encoding of ``w`` [N, K], given second moments H = L · Lᵀ.
 
-    ‖(W - Ŵ - B · A) · L‖ is smallest where B · A · L is the nearest of that rank to (W - Ŵ) · L. For L serves the
-    inverse of feedback's factor, by which H is known in the order of rounding, or the root of the inputs' importance.
+    ‖(W - Ŵ - B · A) · L‖ is minimal if B · A · L is the best low-rank approximation of (W - Ŵ) · L. L is the inverse of
+    the factor in ``feedback`` (in the order of rounding), or, without a factor, the root of the inputs' importance.
     """
     lost = w.detach().float() - w4.dequantize(torch.float32)
     if settings.method == "loftq" or feedback is None:
-        return nearest_of_rank(lost, settings.rank)
+        return low_rank_approximation(lost, settings.rank)
     if feedback.factor is None:
         root = feedback.importance.sqrt()
-        a, b = nearest_of_rank(lost * root, settings.rank)
+        a, b = low_rank_approximation(lost * root, settings.rank)
         return a / root, b
-    weighed = torch.linalg.solve_triangular(feedback.factor, lost[:, feedback.order], upper=True, left=False)
-    ordered, b = nearest_of_rank(weighed, settings.rank)
+    weighted_error = torch.linalg.solve_triangular(feedback.factor, lost[:, feedback.order], upper=True, left=False)
+    ordered, b = low_rank_approximation(weighted_error, settings.rank)
     a = torch.empty_like(ordered)
     a[:, feedback.order] = ordered @ feedback.factor
     return a, b

@@ -1,4 +1,4 @@
-"""The second moments of what flows into a model's layers."""
+"""Second moments of the inputs of a model's layers."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# As many tokens of a layer's average kind are mixed into those that an expert has seen: one that few were routed to is
-# not fitted to their noise, and one that none was routed to is like the others.
+# Each expert's moments include this many tokens of the layer's average. Experts with few tokens then do not overfit
+# them, and experts without tokens get the average.
 _PRIOR_TOKENS = 64
 
 
@@ -47,7 +47,7 @@ class ExpertMoments:
         self.all.add(x)
 
     def of(self, expert: int) -> Moments:
-        """What expert ``expert`` is calibrated on."""
+        """The moments on which expert ``expert`` is calibrated."""
         own = self.own[expert]
         return Moments(own.sum + self.all.mean * _PRIOR_TOKENS, own.tokens + _PRIOR_TOKENS)
 
@@ -55,19 +55,19 @@ class ExpertMoments:
 class Gathering:
     """Hooks that gather the moments of layers' inputs while batches run through a model.
 
-    Layers that read the very same tensor share its moments.
+    Layers whose input is the same tensor share its moments.
 
     Args:
         layers: by name.
-        counted: of each batch which tokens count, bool [B, T], or None where all do: padding is nobody's input.
+        token_mask: for each batch the tokens that are not padding, bool [B, T], or None if all count.
 
     Attributes:
-        found: by the name of the layer and of its weight; a layer that no batch reached has none.
+        found: moments by the names of layer and weight. Layers that no batch reached are missing.
     """
 
-    def __init__(self, layers: Mapping[str, nn.Module], counted: Iterable[Tensor | None]) -> None:
-        self._counted = iter(counted)
-        self._of_batch: Tensor | None = None
+    def __init__(self, layers: Mapping[str, nn.Module], token_mask: Iterable[Tensor | None]) -> None:
+        self._token_mask = iter(token_mask)
+        self._mask: Tensor | None = None
         self.found: dict[tuple[str, str], Moments | ExpertMoments] = {}
         self._this_batch: list[tuple[Tensor, Moments]] = []
         self._handles = [
@@ -78,15 +78,15 @@ class Gathering:
         ]
 
     def next_batch(self) -> None:
-        """To be called before each batch."""
+        """Must be called before each batch."""
         self._this_batch.clear()
-        counted = next(self._counted)
-        self._of_batch = None if counted is None else counted.flatten()
+        token_mask = next(self._token_mask)
+        self._mask = None if token_mask is None else token_mask.flatten()
 
-    def _counting(self, rows: Tensor) -> Tensor | None:
-        """Which of a layer's rows count; None: all, as where they are no tokens of the batch."""
-        counted = self._of_batch
-        return counted if counted is not None and len(counted) == len(rows) else None
+    def _row_mask(self, rows: Tensor) -> Tensor | None:
+        """Which of a layer's input rows count; None if all do, or if the rows are not the tokens of the batch."""
+        token_mask = self._mask
+        return token_mask if token_mask is not None and len(token_mask) == len(rows) else None
 
     def stop(self) -> None:
         for handle in self._handles:
@@ -103,14 +103,14 @@ class Gathering:
             own = self.found.setdefault((name, "weight"), Moments.empty(x.shape[-1], x.device))
             assert isinstance(own, Moments)
             rows = x.detach().reshape(-1, x.shape[-1])
-            counted = self._counting(rows)
-            own.add(rows if counted is None else rows[counted.to(rows.device)])
+            token_mask = self._row_mask(rows)
+            own.add(rows if token_mask is None else rows[token_mask.to(rows.device)])
             self._this_batch.append((x, own))
 
         return see
 
     def _experts(self, name: str) -> Callable[..., None]:
-        """Of transformers' stacked experts, which are called with hidden_states, top_k_index and top_k_weights."""
+        """A hook for transformers' stacked experts, which take hidden_states, top_k_index and top_k_weights."""
 
         def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = dict(zip(("hidden_states", "top_k_index"), args, strict=False)) | kwargs
@@ -118,12 +118,12 @@ class Gathering:
             first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
             weight, bias = getattr(module, first), getattr(module, f"{first}_bias", None)
             transposed = bool(getattr(module, "is_transposed", False))
-            counted = self._counting(hidden)
+            token_mask = self._row_mask(hidden)
             for expert in index.unique().tolist():
                 if expert >= len(weight):
-                    continue  # nobody's
+                    continue  # not routed to any expert
                 routed = (index == expert).any(-1)
-                x = hidden[routed if counted is None else routed & counted.to(routed.device)]
+                x = hidden[routed if token_mask is None else routed & token_mask.to(routed.device)]
                 w = weight[expert].T if transposed else weight[expert]
                 h = nn.functional.linear(x.to(w.dtype), w, None if bias is None else bias[expert])
                 h = module._apply_gate(h) if first == "gate_up_proj" else module.act_fn(h)

@@ -1,6 +1,6 @@
-"""Tokens that a model writes itself, to be calibrated on: no data is needed, and none can be the wrong kind.
+"""Text that a model writes itself, for calibration without data.
 
-LLM-QAT (Liu et al., 2023) showed that a model's own samples serve as well as data. Each sequence begins with a random
+LLM-QAT (Liu et al., 2023) showed that a model's own samples work as well as data. Each sequence begins with a random
 token, so that sequences differ.
 """
 
@@ -16,10 +16,10 @@ from torch import Tensor
 def write(model: Any, sequences: int, length: int, seed: int) -> Tensor:
     """Samples int64 [sequences, length] from ``model`` at temperature 1.
 
-    The same model, device and seed give the same tokens; the global random state stays as it was.
+    The same model, device and seed give the same tokens. The global random state does not change.
 
     Raises:
-        TypeError: ``model`` writes no text.
+        TypeError: ``model`` cannot generate text.
     """
     can_generate = getattr(model, "can_generate", None)
     if can_generate is None or not can_generate() or getattr(model.config, "is_encoder_decoder", False):

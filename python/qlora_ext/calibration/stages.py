@@ -1,4 +1,4 @@
-"""A model run block by block: each block's layers are calibrated on what the quantized blocks before it hand on."""
+"""Runs a model block by block, so that each block is calibrated on the outputs of the preceding quantized blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 @contextlib.contextmanager
 def without_cache(model: nn.Module) -> Iterator[None]:
-    """A transformers model keeps no keys and values within it, and drops nothing out."""
+    """Disables the KV cache and dropout of a transformers model inside the ``with`` statement."""
     config, was_training = getattr(model, "config", None), model.training
     before = getattr(config, "use_cache", None)
     if before is not None:
@@ -38,7 +38,7 @@ def forward(model: nn.Module, batch: Any) -> None:
 
 
 def stacks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.ModuleList]:
-    """The outermost lists of blocks that hold the named layers, such as ``model.layers``, by their names."""
+    """The outermost lists of blocks that contain the named layers, such as ``model.layers``, by name."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 1}
     found: dict[str, nn.ModuleList] = {}
     for layer in layers:
@@ -53,7 +53,7 @@ def stacks_of(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.ModuleLis
 
 @dataclasses.dataclass
 class _Call:
-    """What a block was called with beside the hidden states, which are ``args[0]`` or named."""
+    """The arguments of a call of a block, without the hidden states, which are ``args[0]`` or a keyword."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -73,11 +73,12 @@ def _hidden(out: Any) -> Any:
 
 
 class Stack:
-    """Blocks each of which takes the hidden states of the one before, as they were called with every batch.
+    """A list of blocks, and the recorded calls with which they can be run again one by one.
 
     Attributes:
-        chained: whether what a block returns is what the next one takes; where not, blocks cannot be run one by one.
-        hidden: of every batch, the hidden states that reach block ``at``.
+        chained: whether each block takes the output of the one before. Otherwise blocks cannot run one by one.
+        at: the number of the current block.
+        hidden: for each batch, the hidden states that enter block ``at``.
     """
 
     def __init__(self, name: str, blocks: nn.ModuleList) -> None:
@@ -88,7 +89,7 @@ class Stack:
         self._last: Any = None
 
     def watch(self) -> list[Any]:
-        """Hooks that record every call of every block; to be removed after the batches were run."""
+        """Registers hooks that record every call of every block. The caller removes them after the run."""
         handles = []
         for i, block in enumerate(self.blocks):
             handles.append(block.register_forward_pre_hook(self._before(i), with_kwargs=True))
@@ -113,7 +114,7 @@ class Stack:
         self._last = _hidden(out)
 
     def finish_watching(self, batches: int) -> None:
-        """Finds out whether each block was called once with each batch."""
+        """Sets ``chained`` to False unless each block was called once per batch."""
         self._last = None
         self.chained &= all(len(calls) == batches for calls in self._calls)
         if not self.chained:
@@ -121,14 +122,14 @@ class Stack:
 
     @torch.no_grad()
     def run(self, before_batch: Callable[[], None]) -> None:
-        """Runs all batches through block ``at``; its outputs are dropped."""
+        """Runs all batches through block ``at`` and discards its outputs."""
         for call, hidden in zip(self._calls[self.at], self.hidden, strict=True):
             before_batch()
             call(self.blocks[self.at], hidden)
 
     @torch.no_grad()
     def advance(self) -> None:
-        """Goes on to the next block: its hidden states are what block ``at`` makes of its own, as it is by now."""
+        """Moves on to the next block, whose inputs are the outputs of block ``at`` as it is now, that is, quantized."""
         for i, call in enumerate(self._calls[self.at]):
             self.hidden[i] = call(self.blocks[self.at], self.hidden[i])
         self._calls[self.at] = []

@@ -1,4 +1,4 @@
-"""What a calibration has done so far, in a directory: one that was killed goes on where it was."""
+"""Stores the finished layers of a calibration in a directory, so that an interrupted calibration can resume."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .init_lora import LowRank
 
 _LORA = ("lora_a", "lora_b")
 _RECORD, _TOKENS, _DONE = "calibration.json", "tokens.safetensors", ".done"
-_COMMANDS_MARKER = "qlora_output.json"  # which the command puts into its directories
+_COMMANDS_MARKER = "qlora_output.json"  # the command writes it into its directories
 _GROUP: Schema = {"key": str, "weights": [[str]]}
-_SAID = {"weights": "another model", "inputs": "another text"}
+_ADVICE = {"weights": "another model", "inputs": "another text"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Kept:
+class StoredLayer:
     """A calibrated weight: its tensors, its initial adapter and its report."""
 
     tensors: dict[str, Tensor]
@@ -108,8 +108,8 @@ class Store:
             raise self._error(f"whose {_RECORD} is damaged", "delete it to start over")
         other = [name for name in sorted({*key, *found}) if key.get(name) != found.get(name)]
         if other:
-            said = ", ".join(_SAID.get(name, f"another {name}") for name in other)
-            raise self._error(f"with {said}", "repeat the command that started it, or delete it to start over")
+            advice = ", ".join(_ADVICE.get(name, f"another {name}") for name in other)
+            raise self._error(f"with {advice}", "repeat the command that started it, or delete it to start over")
 
     def _replace(self, path: pathlib.Path, data: bytes) -> None:
         with staged_file(path) as partial:
@@ -148,28 +148,28 @@ class Store:
         lora = {} if initial is None else dict(zip(_LORA, initial, strict=True))
         self._write(self._file(name, weight), w4.tensors | lora, f"{name}/{weight}", json.dumps(report))
 
-    def _load(self, name: str, weight: str) -> Kept | None:
+    def _load(self, name: str, weight: str) -> StoredLayer | None:
         found = self._read(self._file(name, weight), f"{name}/{weight}")
         if found is None:
             return None
         tensors, report = found
         lora = [tensors.pop(field) for field in _LORA if field in tensors]
-        return Kept(tensors, (lora[0], lora[1]) if lora else None, json.loads(report))
+        return StoredLayer(tensors, (lora[0], lora[1]) if lora else None, json.loads(report))
 
     def finish(self, group: str, weights: Sequence[tuple[str, str]]) -> None:
-        """Records that the group of layers which begins with ``group``, with these ``weights``, is done."""
+        """Records that the group of layers that begins with ``group`` and has these ``weights`` is finished."""
         record = {"key": self._key, "weights": [list(weight) for weight in weights]}
         self._replace(self._file(group, "").with_suffix(_DONE), json.dumps(record).encode())
 
-    def finished(self, group: str) -> dict[tuple[str, str], Kept] | None:
+    def finished(self, group: str) -> dict[tuple[str, str], StoredLayer] | None:
         """All weights of a finished group; None if it is unfinished or a weight is damaged or missing."""
-        kept: dict[tuple[str, str], Kept] = {}
+        stored: dict[tuple[str, str], StoredLayer] = {}
         for name, weight in _weights_of(self._file(group, "").with_suffix(_DONE), self._key):
             found = self._load(name, weight)
             if found is None:
                 return None
-            kept[name, weight] = found
-        return kept or None
+            stored[name, weight] = found
+        return stored or None
 
     def _on(self, tokens: Tensor) -> Tensor:
         """Associates everything stored from now on with this text."""
@@ -177,7 +177,7 @@ class Store:
         return tokens
 
     def tokens(self) -> Tensor | None:
-        """The text that the model wrote, where it did so before."""
+        """The text that the model wrote in an earlier run; None if there is none."""
         found = self._read(self.path / _TOKENS, _TOKENS)
         return None if found is None else self._on(found[0]["tokens"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-if sys.platform == "win32":  # files are locked, and made to last, in POSIX's way
+if sys.platform == "win32":  # files are locked and flushed with POSIX functions
     raise ImportError(
         "the command qlora-ext needs Linux or macOS; on Windows, run it in the Windows Subsystem for Linux"
     )

@@ -1,4 +1,4 @@
-"""What goes wrong on a user's side, as one sentence each."""
+"""Errors that the user can fix, each reported in one sentence."""
 
 from __future__ import annotations
 
@@ -16,20 +16,22 @@ from .._internal.untrusted import excerpt
 from .._internal.untrusted import first_line as first_line
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # at the end of what libraries in Rust report
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # at the end of messages of Rust libraries
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether an exception stands for a failed assertion of a library in Rust, which is no ``Exception``."""
+    """Whether an exception is a panic of a Rust library, which is not an ``Exception``."""
     return type(error).__name__ == "PanicException"
 
 
 @contextlib.contextmanager
 def reading(what: str, name: str, on_hub: bool = False) -> Iterator[None]:
-    """Turns whatever a library does over the files of a model into a ``UserError``: they are damaged, or unknown to it.
+    """Turns any error of a library that reads the files of a model into a ``UserError``.
 
     Args:
-        what: is read. name: of the model. on_hub: it can only be there; nothing on this machine has that name.
+        what: the thing that is read, for the message.
+        name: of the model.
+        on_hub: whether nothing on this machine has that name, so that the model can only be on the hub.
     """
     try:
         yield
@@ -38,7 +40,7 @@ def reading(what: str, name: str, on_hub: bool = False) -> Iterator[None]:
     except MemoryError as error:
         raise UserError(f"not enough memory to load {name}") from error
     except BaseException as error:
-        # A damaged model file makes the parsers below fail in any way whatever; a healthy one in none.
+        # Parsers raise arbitrary exceptions for damaged files, and none for intact ones.
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         if "trust_remote_code" in str(error):
@@ -57,10 +59,10 @@ def reading(what: str, name: str, on_hub: bool = False) -> Iterator[None]:
 
 
 def path_named(name: str, option: str) -> pathlib.Path:
-    """The path that ``option`` names, whether or not there is anything.
+    """The path that ``option`` names. It need not exist.
 
     Raises:
-        UserError: no file can have that name: it is empty, too long or holds a NUL; or nobody may look there.
+        UserError: the name is empty, too long or contains NUL, or the directory cannot be read.
     """
     if not name:
         raise UserError(f"{option}: the name is empty")
@@ -77,19 +79,19 @@ def path_named(name: str, option: str) -> pathlib.Path:
 
 
 def check_text(path: pathlib.Path, option: str) -> None:
-    """Rejects a path that is not valid text: the libraries that write models need Unicode names.
+    """Rejects a path that is not valid text, because the libraries that write models need Unicode names.
 
     Raises:
-        UserError: some bytes of it are invalid in the encoding of this locale.
+        UserError: the path has bytes that are invalid in the locale's encoding.
     """
     _check_unicode(str(path.absolute()), f"{option} {excerpt(str(path))}: the name", "rename it")
 
 
 def check_prompt(text: str, source: str) -> None:
-    """Rejects a text from ``source`` that is not valid: tokenizers need Unicode.
+    """Rejects invalid text from ``source``, because tokenizers need Unicode.
 
     Raises:
-        UserError: some bytes of it are invalid in the encoding of this locale.
+        UserError: the text has bytes that are invalid in the locale's encoding.
     """
     _check_unicode(text, f"{source}: the text", "write it in that encoding")
 
@@ -105,8 +107,8 @@ def _check_unicode(text: str, what: str, advice: str) -> None:
 
 
 def full(path: str | os.PathLike[str]) -> str:
-    """The sentence for a disk that is full, by a path on it."""
-    return f"the disk that holds {path} is full; nothing incomplete was left there"
+    """The message for a full disk that contains ``path``."""
+    return f"the disk that holds {path} is full; no incomplete file was left there"
 
 
 def _is_full(directory: pathlib.Path) -> bool:
@@ -117,10 +119,10 @@ def _is_full(directory: pathlib.Path) -> bool:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns a failure to write below ``path`` into a ``UserError``, whatever library met it.
+    """Turns an error of any library while writing below ``path`` into a ``UserError``.
 
-    torch reports a full disk as a RuntimeError, safetensors as an error class of its own, and tokenizers as an
-    Exception, all without an errno.
+    For a full disk, torch raises a RuntimeError, safetensors its own error class and tokenizers an Exception, all
+    without an errno.
     """
     path = pathlib.Path(path)
     try:
@@ -133,7 +135,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         reason = error.strerror or first_line(error)
         raise UserError(f"cannot write {path}: {reason}") from error
     except Exception as error:
-        # These errors carry no type to catch without importing the libraries; others are not ours to explain.
+        # Recognized by name and text, because catching the type would require importing the libraries.
         number = _OS_ERROR.search(str(error))
         known = "PytorchStreamWriter" in str(error) or type(error).__name__ == "SafetensorError"
         if not known and number is None:

@@ -1,4 +1,4 @@
-"""The command line: which commands there are, and how a failure is told."""
+"""The command line: parses the command, runs it, and reports errors."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {printable(message)} (see {self.prog} --help)\n")
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        # argparse first asks for what is missing, and what is misspelt is missing; and the parser of a command hands
-        # what it does not know up to the one above, which knows less about it.
+        # Checked before argparse, which would report a misspelt required option as missing, and would pass unknown
+        # options of a command up to the main parser.
         typed = sys.argv[1:] if args is None else list(args)
         for option in self._options_among(typed):
             if not any(known.startswith(option) for known in self._option_string_actions):
@@ -84,7 +84,7 @@ class _Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def _options_among(self, typed: list[str]) -> Iterator[str]:
-        """The long options in ``typed`` that are this parser's, and not those of a command within."""
+        """The long options in ``typed`` for this parser, without those of a subcommand."""
         has_command = any(action.nargs in (argparse.PARSER, argparse.REMAINDER) for action in self._actions)
         for argument in typed:
             if argument == "--" or (has_command and not argument.startswith("-")):
@@ -104,7 +104,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the version, which the compiled module holds, and exits."""
+    """Prints the version, read from the compiled module, and exits."""
 
     def __init__(self, option_strings: Sequence[str], dest: str) -> None:
         super().__init__(option_strings, dest, nargs=0, default=argparse.SUPPRESS, help="print the version and exit")
@@ -121,10 +121,10 @@ def _parser() -> argparse.ArgumentParser:
         prog="qlora-ext",
         description="Fine-tune language models in 4 bits: NF4 weights, LoRA adapters, fused kernels for CPU and CUDA.",
         epilog="`qlora-ext COMMAND --help` or `qlora-ext help COMMAND` explains a command. "
-        f"{_TRACEBACK}=1 shows where an error arose.",
+        f"{_TRACEBACK}=1 prints the traceback of an error.",
     )
     parser.add_argument("--version", action=_Version)
-    # But for "run", whose program speaks for itself, in a process of its own.
+    # "run" changes the first two, because it replaces this process by another program.
     parser.set_defaults(quiet=True, needs_library=True, parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     for command in (finetune, generate, chat, quantize, check, merge, adapters, plan, run, info, completion):
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _quiet_libraries() -> Iterator[None]:
-    """One sentence is all that an error prints: the libraries' warnings and bars would drown it."""
+    """Suppresses the libraries' warnings and progress bars, so that an error prints one sentence only."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     level = logging.root.manager.disable
@@ -148,8 +148,8 @@ def _quiet_libraries() -> Iterator[None]:
             logging.disable(level)
 
 
-def _tell(error: Exception) -> tuple[int, str]:
-    """The exit code and the sentence for what went wrong."""
+def _report(error: Exception) -> tuple[int, str]:
+    """The exit code and the message for an error."""
     if isinstance(error, UserError):
         return 2, str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -158,14 +158,14 @@ def _tell(error: Exception) -> tuple[int, str]:
         text = excerpt(error.object[error.start : error.end])
         return 2, f"{text} cannot be written in {error.encoding}; set PYTHONUTF8=1, or a locale such as LC_ALL=C.UTF-8"
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-        return 2, "not enough memory for that"
+        return 2, "not enough memory"
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] != "qlora_ext":
         return 2, f"{first_line(error)}; install what the command needs with: pip install 'qlora_ext[cli]'"
-    return 1, f"unexpected {type(error).__name__}: {first_line(error)} ({_TRACEBACK}=1 shows where)"
+    return 1, f"unexpected {type(error).__name__}: {first_line(error)} ({_TRACEBACK}=1 prints the traceback)"
 
 
 def _as_options(argv: Sequence[str]) -> list[str]:
-    """Translates ``version`` and ``help COMMAND`` to the options that the parsers know."""
+    """Translates ``version`` and ``help COMMAND`` to options."""
     if argv[:1] == ["version"]:
         return ["--version"]
     if argv[:1] == ["help"]:
@@ -174,12 +174,15 @@ def _as_options(argv: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None, load_library: Callable[[], object] | None = None) -> int:
-    """The entry point. Returns 0; 2 for what a user can mend, told in one sentence on stderr; 130 after Ctrl-C.
-
-    ``check`` returns 3 for a model that it found wanting.
+    """Runs the command line.
 
     Args:
+        argv: the arguments; the default is ``sys.argv[1:]``.
         load_library: runs the ``__init__`` of ``qlora_ext`` if that was deferred until a command needs it.
+
+    Returns:
+        The exit code: 0 for success; 1 for an unexpected error; 2 for an error that the user can fix, with one sentence
+        on stderr; 3 if ``check`` rejects a model; 130 after Ctrl-C.
     """
     try:
         parser = _parser()
@@ -195,11 +198,11 @@ def main(argv: Sequence[str] | None = None, load_library: Callable[[], object] |
         print(printable(f"qlora-ext: interrupted{f': {stop}' if str(stop) else ''}"), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # avoids a second error at exit
         return 1
     except Exception as error:
         if os.environ.get(_TRACEBACK) == "1":
             traceback.print_exc()
-        status, message = _tell(error)
+        status, message = _report(error)
         print(f"qlora-ext: {printable(message)}", file=sys.stderr)
         return status

@@ -1,4 +1,4 @@
-"""The options that several commands have."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MAX_NEW_TOKENS = 1_000_000
 
 
 def add_dtype_option(parser: argparse.ArgumentParser) -> None:
-    """The option ``--dtype`` of commands that run a model; ``models.parse_computing_dtype`` reads it."""
+    """Adds ``--dtype`` for commands that run a model; ``models.devices.parse_computing_dtype`` parses it."""
     parser.add_argument(
         "--dtype",
         default=AUTO,
@@ -24,17 +24,17 @@ def add_dtype_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_adapter_option(parser: argparse.ArgumentParser) -> None:
-    """The option ``--adapter`` of commands that generate text."""
+    """Adds ``--adapter`` for commands that generate text."""
     parser.add_argument(
         "--adapter",
         metavar="DIR",
-        help=f"the adapter, or the run that made it (default: ./{DEFAULT_RUN}, if it is there and there is no --model)",
+        help=f"the adapter, or the run that made it (default: ./{DEFAULT_RUN}, if it exists and --model is not given)",
     )
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
-    """The options of every command that puts an adapter on its base, but for the dtype."""
-    parser.add_argument("--model", help="the base model, if not where the adapter says")
+    """Adds the options of commands that put an adapter on its base, except ``--dtype``."""
+    parser.add_argument("--model", help="the base model (default: the one that the adapter names)")
     add_trust_option(parser)
     parser.add_argument("--force", action="store_true", help="accept an adapter that was trained on another 4-bit base")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
@@ -47,26 +47,30 @@ def add_trust_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
-    """The options of every command that has a model write."""
+    """Adds the options of commands that generate text."""
     parser.add_argument(
-        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N", help="of an answer (default: %(default)s)"
-    )
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0: the likeliest token (default)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling (default: %(default)s)")
+        "--max-new-tokens", type=int, default=max_new_tokens, metavar="N",
+        help="maximum length of an answer (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X",
+        help="sampling temperature; 0 always takes the most likely token (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of sampling (default: %(default)s)")
     parser.add_argument(
         "--compile",
         choices=("auto", "always", "never"),
         default="auto",
-        help="write by compiled code, which takes a minute or so to make and is kept for later runs; auto: where it is "
-        "there already, or an answer may be long (default: %(default)s)",
+        help="generate with compiled code, which takes about a minute to compile and is cached for later runs; auto: "
+        "if it is cached, or an answer may be long (default: %(default)s)",
     )
 
 
 def check_sampling(arguments: argparse.Namespace) -> None:
-    """Holds the options of ``add_sampling_options`` to their limits.
+    """Checks the options of ``add_sampling_options``.
 
     Raises:
-        UserError: one is beyond them.
+        UserError: a value is out of range.
     """
     if not 1 <= arguments.max_new_tokens <= _MAX_NEW_TOKENS:
         raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected 1 to {_MAX_NEW_TOKENS}")

@@ -95,7 +95,7 @@ def _key(name: str) -> str:
 
 def _likeness(one: str, other: str) -> float:
     if sorted(one) == sorted(other):
-        return 1.0  # transposed letters, which are most of a short word
+        return 1.0  # transposed letters, which the ratio underrates in short words
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
@@ -112,8 +112,7 @@ def _nearest(typed: str, known: Iterable[str], elsewhere: dict[str, str]) -> str
 
 
 def option(typed: str, known: Iterable[str]) -> str:
-    """The end of an error message that suggests one of the options ``known`` for ``typed``; empty if none is
-    similar."""
+    """The end of an error message that suggests one of the options ``known``; empty if none is similar to ``typed``."""
     found = _nearest(typed, known, _OPTIONS)
     return f"; did you mean {found}?" if found else ""
 

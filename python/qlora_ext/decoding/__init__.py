@@ -1,6 +1,6 @@
-"""Decoding: a model made ready to answer, and compiled code that writes one token per call.
+"""Decoding: prepares a model for inference, and compiles code that writes one token per call.
 
-Compiled code skips the Python of a model's layers, which costs a small 4-bit model most of its time per token.
+Compiled code skips the Python code of a model's layers, which takes most of the time per token of a small 4-bit model.
 
 Example:
     >>> from qlora_ext.decoding import compile_decoding, prepare_to_answer
@@ -10,7 +10,7 @@ Example:
     ...     return tokenizer.decode(model.generate(ids, max_new_tokens=200)[0])
 """
 
-from .compiled import PAYS_FROM, CompilationError, Decoder, compile_decoding, obstacle
+from .compiled import BREAK_EVEN_TOKENS, CompilationError, Decoder, compile_decoding, obstacle
 from .prepare import prepare_to_answer
 
-__all__ = ["PAYS_FROM", "CompilationError", "Decoder", "compile_decoding", "obstacle", "prepare_to_answer"]
+__all__ = ["BREAK_EVEN_TOKENS", "CompilationError", "Decoder", "compile_decoding", "obstacle", "prepare_to_answer"]

@@ -1,7 +1,7 @@
 """The user's cache of compiled decoding: packages ``DIGEST.pt2``, each complete or absent.
 
-A package is compiled in a directory ``compiling-TOKEN`` beside it, which the process locks while it runs. The package
-gets its final name once it is on the disk.
+A package is compiled in a sibling directory ``compiling-TOKEN``, which the process keeps locked. It gets its final name
+after it has been flushed to the disk.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from collections.abc import Iterator
 
 from .._internal.atomic import move_file
 
-# Earlier versions called them tmpTOKEN.
+# Earlier versions used the name tmpTOKEN.
 _UNFINISHED = re.compile(r"(compiling-|tmp)[a-z0-9_]{8}")
 _PACKAGE = re.compile(r"[0-9a-f]{64}\.pt2")
 
 
 def directory() -> pathlib.Path:
-    """Where packages are kept: a directory that this user owns and nobody else can write to.
+    """The directory of the packages, which this user owns and only this user can write to.
 
     Raises:
-        OSError: there is no such directory.
+        OSError: the directory cannot be created, or others own it or can write to it.
     """
     home = os.environ.get("XDG_CACHE_HOME")
     path = (pathlib.Path(home) if home else pathlib.Path.home() / ".cache") / "qlora_ext" / "compiled"
@@ -39,22 +39,24 @@ def directory() -> pathlib.Path:
     return path
 
 
-def is_whole(package: pathlib.Path) -> bool:
-    """Whether ``package`` is a file that holds everything that was packed into it."""
+def is_complete(package: pathlib.Path) -> bool:
+    """Whether ``package`` is an undamaged archive."""
     if not package.is_file():  # opening a FIFO would wait for a writer
         return False
     try:
         with zipfile.ZipFile(package) as archive:
             return bool(archive.namelist()) and archive.testzip() is None
-    except Exception:  # zipfile has an error for every kind of damage
+    except Exception:  # zipfile raises many kinds of errors for damaged files
         return False
 
 
 def _locked(folder: pathlib.Path, wait: bool = False) -> int | None:
-    """A descriptor that holds the lock of ``folder``; None if the folder is gone or locks are not available.
+    """Locks ``folder``. Returns the descriptor that holds the lock, or None if that failed.
+
+    It fails if the folder is missing, if the file system has no locks, or if another process holds the lock.
 
     Args:
-        wait: wait for another process that holds the lock, instead of returning None.
+        wait: wait for another process that holds the lock.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -64,21 +66,21 @@ def _locked(folder: pathlib.Path, wait: bool = False) -> int | None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         if os.path.samestat(os.fstat(descriptor), folder.lstat()):
             return descriptor
-    except OSError:  # held; or the file system has no locks, and nothing is known about it
+    except OSError:  # another process holds the lock, or the file system has no locks
         pass
     os.close(descriptor)
     return None
 
 
 def _is_ours(folder: pathlib.Path) -> bool:
-    """Whether ``folder`` is one in which a package was compiled: by its name, and by all that it holds."""
+    """Whether the name and the content of ``folder`` show that a package was compiled in it."""
     if not _UNFINISHED.fullmatch(folder.name) or folder.is_symlink() or not folder.is_dir():
         return False
     return all(_PACKAGE.fullmatch(p.name) and p.is_file() and not p.is_symlink() for p in folder.iterdir())
 
 
 def clean(cache: pathlib.Path) -> None:
-    """Deletes what killed compilations have left in ``cache``, a path from ``directory()``."""
+    """Deletes the directories of killed compilations in ``cache``, a path from ``directory()``."""
     for folder in cache.iterdir():
         descriptor = _locked(folder) if _is_ours(folder) else None
         if descriptor is not None:
@@ -88,12 +90,12 @@ def clean(cache: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def written(package: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A path to write ``package`` to, which takes its name when the context ends without an exception."""
+    """Yields a temporary path. If the context ends without an exception, the file there is renamed to ``package``."""
     descriptor = None
     while descriptor is None:
         folder = pathlib.Path(tempfile.mkdtemp(prefix="compiling-", dir=package.parent))
-        descriptor = _locked(folder, wait=True)  # or another process has just taken it for one that was left
-        if descriptor is None and folder.is_dir():  # this file system has no locks, and so nobody cleans up
+        descriptor = _locked(folder, wait=True)  # None if another process has just cleaned up the folder
+        if descriptor is None and folder.is_dir():  # the file system has no locks, so no process cleans up
             break
     try:
         path = folder / package.name

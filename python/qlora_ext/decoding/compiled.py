@@ -1,8 +1,8 @@
-"""Decoding through a compiled model: one token a call, without the Python of a model's layers.
+"""Compiled decoding: one token per call, without the Python code of a model's layers.
 
-The model's own forward is exported as it decodes one token over caches of fixed size, and compiled by AOTInductor. The
-package holds code alone, and is given the weights when it is loaded: one serves every adapter of the same shape, and is
-kept in the user's cache directory for the next run. Prompts run eagerly, as does what cannot be compiled.
+The model's own forward, for one token and caches of fixed size, is exported and compiled by AOTInductor. The package
+contains only code and gets the weights when it is loaded, so one package serves every adapter of the same shape. It is
+stored in the user's cache directory. Prompts run eagerly.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .._internal.untrusted import first_line
 from .._internal.version import VERSION
 from .._library import link_compiled_code
-from .cache import clean, directory, is_whole, written
+from .cache import clean, directory, is_complete, written
 
-# As transformers calls a model's cache: the newer of its two names, where it knows that.
+# The keyword of transformers for a model's KV cache: "cache" in newer versions.
 _CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
-PAYS_FROM = 1000  # tokens: compiling takes about as long as eager decoding takes for so many more than compiled
-_ROOM = 256  # tokens by which caches grow
-_MOST_ROOM = 1 << 30
+BREAK_EVEN_TOKENS = 1000  # from about this many tokens on, compiled decoding saves more time than compiling takes
+_CACHE_STEP = 256  # the capacity of caches is a multiple of this many tokens
+_MAX_CACHE = 1 << 30
 _C_TYPES = {
     "Tensor": "AtenTensorHandle",
     "Optional[Tensor]": "const AtenTensorHandle*",
@@ -48,7 +48,7 @@ _C_TYPES = {
 
 
 def _c_signature(operator: OpOverload) -> str:
-    """That of the operator's C function (cpp/ops/c_shims.cpp), which follows from its schema by AOTInductor's rules."""
+    """The signature of an operator's C function (cpp/ops/c_shims.cpp), by AOTInductor's rules for its schema."""
     schema = operator._schema
     types = [_C_TYPES[str(argument.type)] for argument in schema.arguments] + ["AtenTensorHandle*"]
     name = schema.name.rpartition(":")[2]
@@ -56,7 +56,7 @@ def _c_signature(operator: OpOverload) -> str:
 
 
 _OPTIONS = {
-    # Code alone: one package serves every adapter of the same shape, and no weight is written into it as a number.
+    # The package contains no weights, not even as constants in the code, so it serves every adapter of the same shape.
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,
     "aot_inductor.custom_ops_to_c_shims": {
@@ -74,27 +74,29 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one token, in float32: sums that are compiled to a few loops, where torch's own takes far longer.
+    """Attention of one token in float32, as sums that compile to a few loops. torch's own attention is far slower.
 
     Args:
-        query: [1, H, 1, D]; key, value: [1, G, L, D], where G divides H.
-        attention_mask: bool [1, 1, 1, L], True where there is something to see.
+        query: [1, H, 1, D].
+        key, value: [1, G, L, D], where G divides H.
+        attention_mask: bool [1, 1, 1, L], True for visible keys.
 
-    Returns: [1, 1, H, D] in query's dtype, as transformers has it.
+    Returns:
+        [1, 1, H, D] in query's dtype, the layout of transformers.
     """
     if any(kwargs.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise NotImplementedError("its attention is not the plain one")
+        raise NotImplementedError("its attention is not plain scaled dot-product attention")
     _, heads, _, size = query.shape
     groups = key.shape[1]
     q = query.float().reshape(1, groups, heads // groups, 1, size) * (size**-0.5 if scaling is None else scaling)
-    # Inductor computes a view of this kind in memory. Otherwise it has all that q is made of, the sines and cosines of
-    # its rotation among it, in the loop over the keys.
+    # as_strided forces Inductor to materialize q. Otherwise it recomputes q, including the sines and cosines of its
+    # rotation, inside the loop over the keys.
     q = q.as_strided(q.shape, q.stride())
     scores = (q * key.float()[:, :, None]).sum(-1)  # [1, G, H / G, L]
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, -torch.inf)
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    # Divided at the end: D divisions instead of L.
+    # Dividing at the end takes D divisions instead of L.
     y = (weights[..., None] * value.float()[:, :, None]).sum(-2) / weights.sum(-1, keepdim=True)
     return y.reshape(1, 1, heads, value.shape[3]).to(query.dtype), None
 
@@ -106,7 +108,7 @@ AttentionMaskInterface.register(_ATTENTION, sdpa_mask)
 
 @contextlib.contextmanager
 def _attention_of_one_token(lm: Any) -> Iterator[None]:
-    """In place of torch's; a model that was given another one keeps it."""
+    """Replaces torch's SDPA by ``_attend``. Other attention implementations are kept."""
     usual = lm.config._attn_implementation
     if usual != "sdpa":
         yield
@@ -120,7 +122,7 @@ def _attention_of_one_token(lm: Any) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _head_of_one_token(lm: Any) -> Iterator[None]:
-    """The dense output head as sums, in float32: a loop as fast as memory, which torch's product is not."""
+    """Computes the dense output head as sums in float32: a loop that is memory-bound, unlike torch's matmul."""
     head: Any = lm.get_output_embeddings()
     is_plain = type(head) is nn.Linear and "forward" not in vars(head)
     if not is_plain:
@@ -140,7 +142,7 @@ def _head_of_one_token(lm: Any) -> Iterator[None]:
 
 
 class _Slots(StaticLayer):  # type: ignore[misc,unused-ignore]
-    """A layer of a static cache that is ``position`` tokens long (int64 [1])."""
+    """A layer of a static cache that contains ``position`` tokens (int64 [1])."""
 
     def __init__(self, keys: Tensor, values: Tensor, position: Tensor) -> None:
         super().__init__(keys.shape[2])
@@ -161,9 +163,9 @@ class _Slots(StaticLayer):  # type: ignore[misc,unused-ignore]
 
 
 class _Step(nn.Module):
-    """One token [1, 1] at ``position`` [1] in, its logits [1, 1, V] out; keys and values are written to the caches.
+    """Decodes one token: from token [1, 1] and position [1] to logits [1, 1, V]. Writes keys and values to the caches.
 
-    The caches, [1, H, L, D] each, are one list: keys of all layers, then values.
+    The caches, each [1, H, L, D], are one list: the keys of all layers, then the values.
     """
 
     def __init__(self, model: Any) -> None:
@@ -180,12 +182,12 @@ class _Step(nn.Module):
 
 
 def causal_lm(model: Any) -> Any:
-    """The language model inside of PEFT's wrapper, or ``model`` itself."""
+    """The language model inside PEFT's wrapper, or ``model`` itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def obstacle(model: Any) -> str | None:
-    """Why decoding with ``model`` is not compiled, in words; None where it can be tried.
+    """The reason why decoding with ``model`` cannot be compiled; None if it can be tried.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -202,23 +204,23 @@ def obstacle(model: Any) -> str | None:
     if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
         return "the adapter is a prompt"
     if lm.config.get_text_config() is not lm.config or lm.config.is_encoder_decoder:
-        return "it is more than a decoder of text"
+        return "it is not a plain text decoder"
     if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=lm.config).layers):
-        return "its cache is more than keys and values"
+        return "its cache holds more than keys and values"
     if any(getattr(module, "merge_aware", None) for module in lm.modules()):
-        return "the adapter runs as merged"
+        return "the adapter is merge-aware"
     if not any(shutil.which(name) for name in ("g++", "clang++", os.environ.get("CXX", "c++"))):
         return "there is no C++ compiler"
     return None
 
 
 def _state(step: _Step) -> dict[str, Tensor]:
-    """Every tensor of the model, by each of its names."""
+    """All tensors of the model, by name. Shared tensors appear under each of their names."""
     return {**dict(step.named_parameters(remove_duplicate=False)), **dict(step.named_buffers(remove_duplicate=False))}
 
 
 def _digest(model: Any, state: dict[str, Tensor]) -> str:
-    """What compiled code depends on: the model's structure and numbers (not its weights), software and processor."""
+    """A digest of everything that compiled code depends on: the model except its weights, software and processor."""
     import peft
     import transformers
 
@@ -230,7 +232,7 @@ def _digest(model: Any, state: dict[str, Tensor]) -> str:
         {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         VERSION,
         [sys.version, platform.machine(), *flags[:1]],
-        torch.get_num_threads(),  # in the code that Inductor writes
+        torch.get_num_threads(),  # Inductor writes it into the code
         lm.config.to_json_string(use_diff=False),
         repr(model),
         [str(getattr(module, "scaling", "")) for module in lm.modules()],
@@ -242,7 +244,7 @@ def _digest(model: Any, state: dict[str, Tensor]) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns of its own internals while it exports."""
+    """Suppresses the warnings about torch's own internals during an export."""
     import logging
     import warnings
 
@@ -256,15 +258,15 @@ def _quiet() -> Iterator[None]:
 
 
 def _compile(lm: Any, step: _Step, package: pathlib.Path) -> None:
-    """Writes the package of a model that decodes, whole or not at all."""
-    caches = _new_caches(lm, _ROOM)
+    """Compiles the decoding step of a model, and writes the package atomically."""
+    caches = _new_caches(lm, _CACHE_STEP)
     arguments = _integers([[0]]), _integers([1]), caches
-    room = torch.export.Dim("room", min=2, max=_MOST_ROOM)
-    shapes = None, None, [{2: room} for _ in caches]
+    capacity = torch.export.Dim("room", min=2, max=_MAX_CACHE)
+    shapes = None, None, [{2: capacity} for _ in caches]
     with torch.no_grad(), _quiet(), written(package) as path:
         with _attention_of_one_token(lm), _head_of_one_token(lm):
             exported = torch.export.export(step, arguments, dynamic_shapes=shapes, strict=False)
-        # A copy of the options: torch adds to them.
+        # A copy of the options, because torch modifies them.
         torch._inductor.aoti_compile_and_package(exported, package_path=str(path), inductor_configs={**_OPTIONS})
 
 
@@ -272,29 +274,32 @@ def _integers(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
-def _new_caches(lm: Any, room: int) -> list[Tensor]:
-    """Keys of all layers, then values, each [1, H, ``room``, D], as the model itself makes them."""
+def _new_caches(lm: Any, capacity: int) -> list[Tensor]:
+    """Keys of all layers, then values, each [1, H, ``capacity``, D], as the model itself makes them."""
     cache = DynamicCache(config=lm.config)
     with torch.no_grad():
         lm(input_ids=_integers([[0]]), use_cache=True, **{_CACHE: cache})
     made = [layer.keys for layer in cache.layers] + [layer.values for layer in cache.layers]
-    return [t.new_zeros((1, t.shape[1], room, t.shape[3])) for t in made]
+    return [t.new_zeros((1, t.shape[1], capacity, t.shape[3])) for t in made]
 
 
 class Decoder:
-    """Takes the place of a model's forward: decodes by a package, and leaves everything else to that forward.
+    """Replaces a model's forward: decodes single tokens with a package, and calls the original for everything else.
 
-    The model keeps its ``DynamicCache``, whose tensors become the written part of caches with room for more. There is
-    one set of these: a conversation loses them to the next.
+    The model keeps its ``DynamicCache``, whose tensors become views of the written part of larger caches. A decoder has
+    one set of these caches, so a new conversation copies its cache into them.
+
+    Attributes:
+        steps: the number of tokens decoded so far.
     """
 
     def __init__(self, lm: Any, state: dict[str, Tensor], package: pathlib.Path) -> None:
-        self.steps = 0  # decoded so far
+        self.steps = 0
         link_compiled_code()
         loaded = torch._inductor.aoti_load_package(str(package))
         weights = {name: state[name] for name in loaded.get_constant_fqns()}
         loaded.load_constants(weights, check_full_update=True, user_managed=True)
-        self._weights = weights  # which the package only points to
+        self._weights = weights  # the package has only pointers to them
         self._run = loaded.loader.run
         self._caches: list[Tensor] = []
         self._eager: Callable[..., Any] = lm.forward
@@ -316,48 +321,49 @@ class Decoder:
 
     def _decode(self, token: Tensor, cache: DynamicCache, length: int) -> Tensor:
         layers = cache.layers
-        held = bool(self._caches) and layers[0].keys.data_ptr() == self._caches[0].data_ptr()
-        if not held or length == self._caches[0].shape[2]:
-            self._take_over([layer.keys for layer in layers] + [layer.values for layer in layers], length)
-        with torch._C._AutoDispatchBelowAutograd():  # there are no gradients, but our operators' are Python
+        reused = bool(self._caches) and layers[0].keys.data_ptr() == self._caches[0].data_ptr()
+        if not reused or length == self._caches[0].shape[2]:
+            self._copy_cache([layer.keys for layer in layers] + [layer.values for layer in layers], length)
+        with torch._C._AutoDispatchBelowAutograd():  # skips the Python autograd layer of our operators
             logits: Tensor = self._run([token, _integers([length]), *self._caches])[0]
         for layer, keys, values in zip(layers, self._caches[: len(layers)], self._caches[len(layers) :], strict=True):
             layer.keys, layer.values = keys[:, :, : length + 1], values[:, :, : length + 1]
         self.steps += 1
         return logits
 
-    def _take_over(self, written: list[Tensor], length: int) -> None:
-        """Copies what a cache holds to caches with room for more. Attention goes over all of the room."""
-        room = (length // _ROOM + 1) * _ROOM
-        if not self._caches or self._caches[0].shape[2] != room:
-            self._caches = [t.new_zeros((1, t.shape[1], room, t.shape[3])) for t in written]
+    def _copy_cache(self, written: list[Tensor], length: int) -> None:
+        """Copies the content of a cache into larger caches. Attention reads their whole capacity."""
+        capacity = (length // _CACHE_STEP + 1) * _CACHE_STEP
+        if not self._caches or self._caches[0].shape[2] != capacity:
+            self._caches = [t.new_zeros((1, t.shape[1], capacity, t.shape[3])) for t in written]
         for ours, theirs in zip(self._caches, written, strict=True):
             ours[:, :, :length] = theirs
 
 
 class CompilationError(RuntimeError):
-    """The decoding of a model cannot be compiled: its text says why. The model is as it was."""
+    """Decoding with a model cannot be compiled; the message is the reason. The model is unchanged."""
 
 
 def compile_decoding(
     model: Any, missing: bool = True, progress: Callable[[str], object] | None = None
 ) -> Decoder | None:
-    """Has ``model`` decode by compiled code from now on. Its tokens stay those of the eager model.
+    """Makes ``model`` decode with compiled code from now on.
 
-    The code comes from the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``), or is compiled now, which takes a minute
-    or so, and kept there. One package serves every adapter of the same shape.
+    The code comes from the user's cache (``$XDG_CACHE_HOME`` or ``~/.cache``). If it is not there, it is compiled now,
+    which takes about a minute, and stored there. One package serves every adapter of the same shape.
 
     Args:
-        model: a causal language model of transformers on the CPU, in 4 bits or dense, with a LoRA adapter or without.
-            It is put into evaluation mode.
-        missing: whether to compile what the cache does not have.
-        progress: is called with a sentence before and after code is compiled.
+        model: a causal language model of transformers on the CPU, 4-bit or dense, with or without a LoRA adapter. It is
+            put into evaluation mode.
+        missing: whether to compile if the cache has no code for the model.
+        progress: called with a message before and after the compilation.
 
     Returns:
-        What decodes now, or None: the cache has no code for the model and ``missing`` is False. The model is as it was.
+        The decoder, or None if the cache has no code for the model and ``missing`` is False. The model is then
+        unchanged.
 
     Raises:
-        CompilationError: the model is of a kind that is not compiled (``obstacle``), or the compiler failed.
+        CompilationError: the model cannot be compiled (``obstacle``), or the compiler failed.
 
     Example:
         >>> from qlora_ext.decoding import compile_decoding, prepare_to_answer
@@ -373,19 +379,19 @@ def compile_decoding(
     lm = causal_lm(model).eval()
     step = _Step(lm)
     state = _state(step)
-    tell = progress or (lambda text: None)
+    report = progress or (lambda text: None)
     try:
         package = directory() / f"{_digest(model, state)}.pt2"
         clean(package.parent)
-        if is_whole(package):
+        if is_complete(package):
             with contextlib.suppress(Exception):  # a package that cannot be loaded is compiled again
                 return Decoder(lm, state, package)
         if not missing:
             return None
-        tell("compiling the model, once for all adapters of this shape ...")
+        report("compiling the model, once for all adapters of this shape ...")
         start = time.perf_counter()
         _compile(lm, step, package)
-        tell(f"compiled in {time.perf_counter() - start:.0f} s")
+        report(f"compiled in {time.perf_counter() - start:.0f} s")
         return Decoder(lm, state, package)
-    except Exception as error:  # compilers fail in any way whatever
+    except Exception as error:  # compilers may raise any exception
         raise CompilationError(first_line(error)) from error

@@ -1,4 +1,4 @@
-"""A model that is trained, made ready to answer."""
+"""Prepares a trained model for inference."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 
 
 def prepare_to_answer(model: Any) -> Any:
-    """``model``, with an adapter or without, made ready for inference alone.
+    """Prepares ``model``, with or without an adapter, for inference.
 
-    The fused adapters are cast to the dtype in which each call would cast them. A dense output head is given the last
-    token of a prompt with the strides of a matrix: those of a slice have torch take a batched product, for which it
-    copies the head (0.34 s for 32,000 x 2048 bfloat16 on two cores, more than all layers take for 8 tokens).
+    Fused adapters are cast once to the dtype to which each call would cast them. A dense output head gets the last
+    token of a prompt with the strides of a matrix. With the strides of a slice, torch uses a batched matmul that copies
+    the head, which takes longer than all layers for a short prompt.
 
     Returns:
         ``model``, changed in place: in evaluation mode, and without gradients.

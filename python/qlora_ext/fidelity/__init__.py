@@ -1,4 +1,4 @@
-"""What 4 bits cost a model, layer by layer and on a text: ``check_model`` after quantizing, ``sensitivity`` before."""
+"""What 4 bits cost a model, per layer and on a text: ``sensitivity`` before quantizing, ``check_model`` after."""
 
 from .advice import advice_on
 from .check import CurvePoint, ModelCheck, check_model, perplexity

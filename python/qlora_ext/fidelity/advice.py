@@ -1,17 +1,17 @@
-"""What would make a 4-bit model better, by what was measured of it."""
+"""Advice on how to improve a 4-bit model, derived from the measurements of ``check_model``."""
 
 from __future__ import annotations
 
 from .check import ModelCheck
 
-# As advice: a budget, and the share of the loss's estimated rise that it has to win back to be worth its bytes.
-BUDGET, _WORTH = "5%", 0.1
-# An increase that is not told from none, in its standard errors; or too small to look for, in nats per token.
+# The budget that is recommended, and the share of the loss that it has to recover to be recommended.
+BUDGET, _MIN_SHARE = "5%", 0.1
+# An increase below this many standard errors is not significant; below this many nats per token, it is small.
 _ERRORS, _SMALL = 2.0, 0.005
 
 
 def advice_on(check: ModelCheck) -> list[str]:
-    """Sentences about what to do, each with the figures that it rests on; the options are those of ``qlora-ext``.
+    """Recommendations, one sentence each, with the numbers behind them. Options are those of ``qlora-ext``.
 
     Example:
         >>> found = qlora_ext.fidelity.ModelCheck(["up: every scale is zero"], tokens=512, bytes=1000)
@@ -22,7 +22,7 @@ def advice_on(check: ModelCheck) -> list[str]:
         return ["the model is damaged: quantize it again, or fetch it again"]
     if check.increase is None:
         return []
-    said = []
+    advice = []
     worse = check.damaged or check.worse_than_plain
     if worse:
         layer = worse[0]
@@ -30,26 +30,26 @@ def advice_on(check: ModelCheck) -> list[str]:
             f"{len(worse)} of {len(check.layers)} layers have a larger error than plain NF4 of the dense model, the "
             f"largest in {layer.name} (error {layer.error:.3f}, plain NF4 {layer.plain_error:.3f})"
         )
-        said.append(
-            f"quantize again: {found}: its codes or scales are another model's, or damaged"
+        advice.append(
+            f"quantize again: {found}: its codes or scales are damaged, or belong to another model"
             if check.damaged
             else f"quantize again, unless an adapter was merged into these 4 bits: {found}"
         )
     if check.increase.nats < max(_SMALL, _ERRORS * check.increase.error):
-        return said or ["nothing: the increase of the loss is small, or not told from none on this text"]
+        return advice or ["nothing: the increase of the loss is small, or not significant on this text"]
     if not worse and not check.is_calibrated:
-        said.append(
-            f"calibrate: the layers are plain NF4, which costs {check.increase.nats:.3f} nats per token here; quantize "
-            "--calibrate self makes a better model of the same size"
+        advice.append(
+            f"calibrate: the layers are plain NF4, which costs {check.increase.nats:.3f} nats per token on this text; "
+            "quantize --calibrate self makes a better model of the same size"
         )
-    kept = check.chosen(BUDGET)
-    whole = sum(layer.loss for layer in check.layers)
-    share = sum(layer.loss for layer in kept) / whole if whole > 0 else 0.0
-    if kept and share >= _WORTH:
-        size = sum(layer.extra_bytes for layer in kept)
-        said.append(
-            f"keep {len(kept)} layers in 16 bits: quantize --keep {BUDGET} adds {size / 1e6:.1f} MB, and they make an "
-            f"estimated {share:.0%} of what 4 bits cost: {', '.join(layer.name for layer in kept[:3])}"
-            + (f" and {len(kept) - 3} more" if len(kept) > 3 else "")
+    chosen = check.chosen(BUDGET)
+    total = sum(layer.loss for layer in check.layers)
+    share = sum(layer.loss for layer in chosen) / total if total > 0 else 0.0
+    if chosen and share >= _MIN_SHARE:
+        size = sum(layer.extra_bytes for layer in chosen)
+        advice.append(
+            f"keep {len(chosen)} layers in 16 bits: quantize --keep {BUDGET} adds {size / 1e6:.1f} MB and avoids an "
+            f"estimated {share:.0%} of the loss that 4 bits cost: {', '.join(layer.name for layer in chosen[:3])}"
+            + (f" and {len(chosen) - 3} more" if len(chosen) > 3 else "")
         )
-    return said or ["nothing: the layers cost about the same each, and are calibrated"]
+    return advice or ["nothing: the layers are calibrated, and no few of them cost most of the loss"]

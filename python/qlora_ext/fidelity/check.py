@@ -1,4 +1,4 @@
-"""``check_model``: whether a 4-bit model is intact, what 4 bits cost it, in which layers, and what would help."""
+"""``check_model``: whether a 4-bit model is intact, and how much loss 4 bits cost, in total and per layer."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .integrity import problems_of
 from .layers import Candidate, LayerCost, measure
 from .loss import Increase, block_losses, check_ids
 from .mixed_precision import choose
-from .sensitivity import held_bytes
+from .sensitivity import total_bytes
 
-# Of the errors of a layer's outputs and of plain NF4's, what is called another one.
-_OTHER = 0.02
+# Output errors of a layer and of plain NF4 that differ by a smaller fraction count as equal.
+_TOLERANCE = 0.02
 # Rounding up or down at random, as merging into 4 bits does, leaves the weights 1.42 times as far from the dense ones
 # as rounding to the nearest code. Errors above this bound do not come from rounding.
-_DAMAGED = 1.6
+_DAMAGED_RATIO = 1.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,10 @@ class CurvePoint:
     """The model with some of its layers dense again.
 
     Attributes:
-        budget: what was allowed for them.
-        kept: the number of these layers.
-        extra_bytes: that they take more.
-        increase: of the loss over the dense model's.
+        budget: for the dense layers, as in ``Sensitivity.chosen``.
+        kept: the number of dense layers.
+        extra_bytes: their size in addition to that of the 4-bit layers.
+        increase: of the loss over that of the dense model.
     """
 
     budget: int | str
@@ -44,12 +44,12 @@ class CurvePoint:
 
 @dataclasses.dataclass(frozen=True)
 class ModelCheck:
-    """What ``check_model`` found.
+    """The result of ``check_model``.
 
     Attributes:
         problems: what is damaged, one sentence each; empty if the model is intact.
-        tokens: of the text.
-        bytes: of the 4-bit model.
+        tokens: the number of tokens of the text.
+        bytes: the size of the 4-bit model.
         loss, base_loss: of the 4-bit and the dense model on the text, in nats per token; None without a dense model, or
             if something is damaged.
         increase: of ``loss`` over ``base_loss``.
@@ -68,13 +68,13 @@ class ModelCheck:
 
     @property
     def worst(self) -> list[LayerCost]:
-        """The layers by falling estimate of what they cost the loss."""
+        """The layers, sorted by falling estimate of their cost in loss."""
         return sorted(self.layers, key=lambda layer: layer.loss, reverse=True)
 
     @property
     def worse_than_plain(self) -> list[LayerCost]:
-        """The layers whose outputs are farther off than those of plain NF4 of the dense model, the worst first."""
-        found = [layer for layer in self.layers if layer.error > (1 + _OTHER) * layer.plain_error]
+        """The layers whose outputs have a larger error than those of plain NF4, the worst first."""
+        found = [layer for layer in self.layers if layer.error > (1 + _TOLERANCE) * layer.plain_error]
         return sorted(found, key=lambda layer: layer.error - layer.plain_error, reverse=True)
 
     @property
@@ -87,7 +87,7 @@ class ModelCheck:
         found = [
             layer
             for layer in self.layers
-            if not layer.error <= (1 + _OTHER) * layer.plain_error and not layer.weight_ratio <= _DAMAGED
+            if not layer.error <= (1 + _TOLERANCE) * layer.plain_error and not layer.weight_ratio <= _DAMAGED_RATIO
         ]
         return sorted(found, key=lambda layer: math.inf if math.isnan(layer.error) else layer.error, reverse=True)
 
@@ -98,8 +98,8 @@ class ModelCheck:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether most layers' outputs are nearer than those of plain NF4."""
-        nearer = sum(layer.error < (1 - _OTHER) * layer.plain_error for layer in self.layers)
+        """Whether the outputs of most layers have a smaller error than those of plain NF4."""
+        nearer = sum(layer.error < (1 - _TOLERANCE) * layer.plain_error for layer in self.layers)
         return 2 * nearer > len(self.layers)
 
     def chosen(self, budget: int | str) -> list[LayerCost]:
@@ -115,20 +115,20 @@ def check_model(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelCheck:
-    """Checks a 4-bit language model: its scales and forms, its loss on a text, and each layer against the dense one.
+    """Checks a 4-bit language model: its packed tensors, its loss on a text, and each layer against the dense one.
 
-    Memory holds both models, a second copy of 4-bit weights that are not plain NF4, and the activations of one
+    Memory holds both models, a second copy of the 4-bit weights that are not plain NF4, and the activations of one
     sequence. Neither model is changed.
 
     Args:
-        model: with 4-bit layers, as ``quantize_model`` or ``from_pretrained`` makes it.
+        model: with 4-bit layers, as made by ``quantize_model`` or ``from_pretrained``.
         base: the dense model that it was quantized from, on the same device. Without it, the layers and the increase of
             the loss are not measured.
-        inputs: token ids int64 [B, T], B >= 2; or "self", a text of 4,096 tokens that the dense model writes (without
-            one, the 4-bit model).
+        inputs: token ids int64 [B, T], B >= 2; or "self", a text of 4,096 tokens that the dense model writes, or the
+            4-bit model if ``base`` is None.
         curve: budgets as for ``Sensitivity.chosen``; the loss is measured with the layers of each budget dense.
-        seed: of the text and of the labels that are drawn.
-        progress: called with the sequences done, of those that run through the layers, and their number.
+        seed: of the text and of the random labels.
+        progress: called with the number of finished sequences and the number of all sequences.
 
     Raises:
         TypeError, ValueError: an argument is none of these, ``model`` has no 4-bit layer, or ``base`` is another model.
@@ -151,7 +151,7 @@ def check_model(
         inputs = self_text.write(base or model, 16, 256, seed)
     ids = check_ids(inputs, least=2).to(next(model.parameters()).device)
     dense = {} if base is None else _dense_modules(model, base)
-    problems, size = problems_of(model), held_bytes(model)
+    problems, size = problems_of(model), total_bytes(model)
     if problems:
         return ModelCheck(problems, ids.numel(), size)
     candidates = {dense[name]: _candidate(name, layer, dense[name]) for name, layer in layers_of(model) if dense}
@@ -159,7 +159,7 @@ def check_model(
     before = None if base is None else block_losses(base, ids)
     for what, found in (("model", losses), ("base", before)):
         if found is not None and not found.isfinite().all():
-            problems.append(f"{what}: its logits hold NaN or infinity on {int((~found.isfinite()).sum())} sequences")
+            problems.append(f"{what}: its logits have NaN or infinity on {int((~found.isfinite()).sum())} sequences")
     if problems:
         return ModelCheck(problems, ids.numel(), size)
     loss = losses.mean().item()
@@ -172,7 +172,7 @@ def check_model(
 
 
 def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
-    """The modules of ``base`` in whose places the 4-bit ones of ``model`` are, by name."""
+    """The modules of ``base`` that the 4-bit modules of ``model`` replaced, by name."""
     found = {}
     modules = dict(base.named_modules(remove_duplicate=False))
     for name, _ in layers_of(model):
@@ -185,7 +185,7 @@ def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
 
 
 def _candidate(name: str, layer: Packed4bit, dense: nn.Module) -> Candidate:
-    plain = quantized(dense, **vars(layer.form))
+    plain = quantized(dense, layer.compute_dtype, **layer.form.keywords)
     if dict(plain.packed_shapes) != dict(layer.packed_shapes):
         raise ValueError(
             f"base: expected the dense model that `model` was quantized from, got {name} with weights "
@@ -197,7 +197,7 @@ def _candidate(name: str, layer: Packed4bit, dense: nn.Module) -> Candidate:
 
 
 def _weight_ratio(layer: Packed4bit, plain: Packed4bit, dense: nn.Module) -> float:
-    """How many times as far the weights of ``layer`` are from those of ``dense`` as the weights of ``plain`` are."""
+    """The weight error of ``layer`` divided by that of ``plain``, each in the norm of the difference from ``dense``."""
     squares = [0.0, 0.0]
     weights = {"weight": dense.weight.detach()} if isinstance(dense, nn.Embedding) else layer.matrices_of(dense)
     for name, weight in weights.items():
@@ -216,7 +216,7 @@ def _sizes(layer: Packed4bit) -> str:
 
 @contextlib.contextmanager
 def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """``model`` with other modules in the places of the named ones, wherever these stand."""
+    """Puts ``modules`` in the place of the named modules of ``model``, and restores them at the end."""
     places = places_in(model)
     old = {name: model.get_submodule(name) for name in modules}
 
@@ -235,18 +235,18 @@ def _replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[No
 def _point(
     model: nn.Module,
     dense: Mapping[str, nn.Module],
-    kept: list[LayerCost],
+    chosen: list[LayerCost],
     budget: int | str,
     ids: Tensor,
     before: Tensor,
 ) -> CurvePoint:
-    with _replaced(model, {layer.name: dense[layer.name] for layer in kept}):
+    with _replaced(model, {layer.name: dense[layer.name] for layer in chosen}):
         losses = block_losses(model, ids)
-    return CurvePoint(budget, len(kept), sum(layer.extra_bytes for layer in kept), Increase.of(losses, before))
+    return CurvePoint(budget, len(chosen), sum(layer.extra_bytes for layer in chosen), Increase.of(losses, before))
 
 
 def perplexity(loss: float) -> float:
-    """The increase of a loss, in nats per token.
+    """exp(loss), the perplexity of a loss in nats per token.
 
     Example:
         >>> qlora_ext.fidelity.perplexity(0.0)

@@ -1,4 +1,4 @@
-"""Whether the 4-bit state of a model can be what somebody quantized: forms, scales and what they decode to."""
+"""Finds damaged tensors in a 4-bit model: wrong shapes or dtypes, impossible scales, NaN and infinity."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ..nn import Packed4bit, TiedLinear4bit, layers_of
 from ..weight import Weight4bit
 
-# The largest float16. The weights of every model are far below it, in any dtype.
+# The largest float16. Weights of real models are far smaller in any dtype.
 _LARGEST_SCALE = 65504.0
 
 
 def problems_of(model: nn.Module) -> list[str]:
-    """A sentence for every 4-bit weight of ``model`` that is damaged, and for every other that is not finite."""
+    """One sentence for each damaged 4-bit weight of ``model``, and for each other tensor with NaN or infinity."""
     found = []
     packed: set[int] = set()
     for name, layer in layers_of(model):
@@ -23,13 +23,13 @@ def problems_of(model: nn.Module) -> list[str]:
         found += [f"{name}: {problem}" for problem in _of_layer(layer)]
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if id(t) not in packed and t.is_floating_point() and not t.isfinite().all():
-            found.append(f"{name}: holds NaN or infinity")
+            found.append(f"{name}: has NaN or infinity")
     return found
 
 
 def _of_layer(layer: Packed4bit) -> Iterator[str]:
     if isinstance(layer, TiedLinear4bit):
-        return  # its weight is the table's
+        return  # the table is checked
     try:
         layer.check_form()
     except ValueError as error:
@@ -53,7 +53,7 @@ def _of_layer(layer: Packed4bit) -> Iterator[str]:
 
 
 def _scales(w4: Weight4bit) -> Tensor:
-    """The scales as they decode, float32 [blocks], or [E, blocks] of a stack."""
+    """The decoded scales, float32 [blocks], or [E, blocks] for a stack."""
     if not w4.double_quant:
         return w4.absmax
     if len(w4.shape) > 2:

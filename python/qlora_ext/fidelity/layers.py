@@ -1,12 +1,13 @@
-"""What 4 bits cost each layer of a model: the error of its outputs, and what that error does to the model's loss.
+"""Estimates what 4 bits cost each layer of a model: the error of its outputs, and the resulting increase of the loss.
 
-The error of a layer's outputs alone says little: of two errors of one size, one may hit what the layers after it look
-at. What counts is the loss. Let e be the change that quantizing one layer makes to its outputs, and p the model's
-predictions. The Kullback-Leibler divergence of the changed predictions from p is, to second order, ½ eᵀ F e, F being
-the Fisher information of the outputs: the mean of g gᵀ over labels drawn from p, where g is the gradient of the
-labels' log-likelihood. So it is half the mean square of the derivative g · e, of the loss in the direction of
-quantizing that layer. One forward and one backward pass give this derivative for all layers at once: each layer's
-output becomes y + s · e with a number s = 0 of its own, and the derivative is the gradient of s.
+The error of a layer's outputs is not enough, because the following layers are more sensitive to some errors than to
+others of the same size. Let e be the change of a layer's outputs by quantizing it, and p the model's predictions. To
+second order, the Kullback-Leibler divergence of the changed predictions from p is ½ eᵀ F e. F is the Fisher information
+of the outputs: the mean of g gᵀ over labels drawn from p, where g is the gradient of the labels' log-likelihood. The
+divergence is thus half the mean square of g · e, the directional derivative of the log-likelihood.
+
+One forward and one backward pass give this derivative for all layers at once: each layer's output becomes y + s · e
+with its own scalar s = 0, and the derivative is the gradient of s.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..calibration.stages import without_cache
 from ..nn import Packed4bit, TiedLinear4bit
 from .loss import logits_of
 
-# Labels drawn for each sequence: a backward pass each, and one more sample of the derivative's square.
+# Label sequences drawn per text sequence. Each takes one backward pass and gives one sample of the squared derivative.
 _DRAWS = 2
 
 
@@ -33,11 +34,11 @@ class LayerCost:
 
     Attributes:
         name: of the layer in the model.
-        error: of its outputs on the inputs that reach it in the dense model, relative: ‖Ŷ - Y‖ / ‖Y‖ without bias.
-        plain_error: the same of plain NF4 in the same block sizes.
-        loss: how much the loss rises by this layer alone, all others dense: a second-order estimate in nats per token.
-        extra_bytes: what the layer would take more if it were dense; 0 for a head that is tied to an embedding.
-        weight_ratio: how many times as far the weights are from the dense ones as plain NF4's are: 1 for plain NF4.
+        error: relative error of the outputs on the inputs of the dense model: ‖Ŷ - Y‖ / ‖Y‖, without the bias.
+        plain_error: the same for plain NF4 with the same block sizes.
+        loss: a second-order estimate of the increase of the loss if only this layer is 4-bit, in nats per token.
+        extra_bytes: additional size of the layer if it were dense; 0 for a head that is tied to an embedding.
+        weight_ratio: the weight error divided by that of plain NF4; 1 for plain NF4.
     """
 
     name: str
@@ -50,12 +51,12 @@ class LayerCost:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A 4-bit module in the place of a dense one.
+    """A 4-bit module that may replace a dense one.
 
     Attributes:
-        name: of both.
-        packed: the module.
-        plain: the same in plain NF4; None where ``packed`` is just that.
+        name: of both modules.
+        packed: the 4-bit module.
+        plain: the module in plain NF4; None if ``packed`` is plain NF4.
         weight_ratio: see ``LayerCost``.
     """
 
@@ -66,20 +67,20 @@ class Candidate:
 
 
 def extra_bytes(packed: Packed4bit) -> int:
-    """What ``packed`` would take more if its weights were dense, in its compute dtype."""
+    """The additional bytes of ``packed`` if its weights were dense in its compute dtype."""
     if isinstance(packed, TiedLinear4bit):
-        return 0  # the table's
+        return 0  # the weight is the table's
     dense = sum(math.prod(shape) for shape in packed.packed_shapes.values()) * packed.compute_dtype.itemsize
     return dense - sum(packed.packed_weight(name).nbytes for name in packed.packed_shapes)
 
 
 class _Watched:
-    """A hook on a dense module: the errors of what stands in for it, and the number s of the derivative."""
+    """A hook on a dense module. It measures the errors of a candidate, and adds the scalar s of the derivative."""
 
     def __init__(self, dense: nn.Module, candidate: Candidate, device: torch.device) -> None:
         self.candidate = candidate
         self.scale = torch.zeros((), dtype=torch.float32, device=device, requires_grad=True)
-        self.squares = 0.0  # of the derivative, summed up over labels and sequences
+        self.squares = 0.0  # sum of the squared derivative over labels and sequences
         self._sums = {"whole": 0.0, "packed": 0.0, "plain": 0.0}
         self.handle = dense.register_forward_hook(self._see, with_kwargs=True)
 
@@ -98,11 +99,11 @@ class _Watched:
         self._sums[name] += t.float().square().sum().item()
 
     def _relative(self, name: str) -> float:
-        whole = self._sums["whole"]
-        return math.sqrt(self._sums[name] / whole) if whole > 0 else 0.0
+        total = self._sums["whole"]
+        return math.sqrt(self._sums[name] / total) if total > 0 else 0.0
 
     def cost(self, samples: int, tokens: int) -> LayerCost:
-        """What was found in ``samples`` of the derivative, over sequences of ``tokens`` each."""
+        """The result from ``samples`` samples of the derivative, on sequences of ``tokens`` tokens each."""
         error = self._relative("packed")
         return LayerCost(
             self.candidate.name,
@@ -121,23 +122,23 @@ def measure(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[LayerCost]:
-    """What the 4-bit ``candidates`` cost the dense modules of ``model`` whose places they would take, on a text.
+    """Measures on a text what each of the 4-bit ``candidates`` would cost.
 
-    One sequence at a time runs through the model, forward and backward; besides the model and the candidates it takes
-    the activations of that.
+    One sequence at a time runs forward and backward through the model, so memory holds the model, the candidates and
+    the activations of one sequence.
 
     Args:
-        model: dense, a language model; nothing in it is changed.
-        candidates: by the module of ``model``, on its device.
+        model: a dense language model. It is not changed.
+        candidates: for each module of ``model`` the 4-bit module, on its device.
         ids: token ids int64 [B, T].
-        seed: of the labels that are drawn.
-        progress: called with the sequences done, and their number.
+        seed: of the random labels.
+        progress: called with the number of finished sequences and the number of all sequences.
     """
     generator = torch.Generator(ids.device).manual_seed(seed)
     watched = [_Watched(dense, candidate, ids.device) for dense, candidate in candidates.items()]
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
-        p.requires_grad_(False)  # of activations alone
+        p.requires_grad_(False)  # only activations need gradients
     try:
         with without_cache(model), torch.enable_grad():
             for i, row in enumerate(ids.split(1)):

@@ -1,4 +1,4 @@
-"""The loss of a language model on a text, and how much more of it one model has than another."""
+"""The loss of a language model on a text, and its increase over that of another model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 
 from ..calibration.stages import without_cache
 
-# Logits are made of as many tokens at a time: of a vocabulary of 150,000, half a gigabyte.
+# Logits are computed for at most this many tokens at a time: half a gigabyte for a vocabulary of 150,000.
 _TOKENS_AT_A_TIME = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Increase:
-    """How much a loss is above another on the same blocks of text.
+    """The difference between two losses on the same sequences.
 
     Attributes:
-        nats: a token, on average; below zero where it is lower.
-        error: the standard error of that over the blocks, each paired with itself.
+        nats: the mean difference in nats per token; negative if the loss is lower.
+        error: the standard error of the mean, from paired differences per sequence.
 
     Example:
         >>> increase = qlora_ext.fidelity.Increase.of(torch.tensor([3.2, 3.4, 3.3]), torch.tensor([3.0, 3.2, 3.2]))
@@ -34,7 +34,7 @@ class Increase:
 
     @classmethod
     def of(cls, losses: Tensor, before: Tensor) -> Increase:
-        """From the mean losses of the same blocks [B], at least two of them."""
+        """From the mean losses per sequence [B] of both models, B >= 2."""
         more = (losses - before).double()
         return cls(more.mean().item(), (more.std() / math.sqrt(len(more))).item())
 
@@ -43,10 +43,10 @@ class Increase:
 
 
 def check_ids(ids: Any, least: int) -> Tensor:
-    """``ids`` as the token ids [B, T] that they have to be.
+    """``ids``, checked to be token ids [B, T] with B >= ``least`` and T >= 2.
 
     Raises:
-        TypeError, ValueError: they are none, or fewer than ``least`` sequences of two tokens.
+        TypeError: ``ids`` is not an integer tensor. ValueError: its shape is wrong.
     """
     if not isinstance(ids, Tensor) or ids.is_floating_point():
         raise TypeError(f"inputs: expected token ids [B, T], got {type(ids).__name__}")
@@ -59,7 +59,7 @@ def logits_of(model: nn.Module, ids: Tensor) -> Tensor:
     """The logits [B, T, V] of token ids [B, T], in float32.
 
     Raises:
-        TypeError: ``model`` gives something else.
+        TypeError: ``model`` does not return such logits.
     """
     out = model(ids)
     logits = getattr(out, "logits", out)

@@ -1,4 +1,4 @@
-"""Which layers to leave in 16 bits when only some can be: those whose 4 bits cost the most loss per byte."""
+"""Mixed precision: chooses the layers to leave in 16 bits, those whose 4 bits cost the most loss per byte."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ def _expected(budget: object) -> ValueError:
     )
 
 
-def allowance(budget: int | str, whole: int) -> tuple[int | None, float]:
-    """What a budget allows: so many layers (None: any number), and bytes.
+def allowance(budget: int | str, total_bytes: int) -> tuple[int | None, float]:
+    """The number of layers (None: any number) and the additional bytes that a budget allows.
 
     Args:
-        budget: a number of layers, or what all of them may take more than in 4 bits: a share of ``whole`` ("5%"), or a
-            size ("200MB", "1GiB").
-        whole: bytes of the model with every layer in 4 bits.
+        budget: a number of layers, or a limit on their additional bytes: a share of ``total_bytes`` ("5%") or a size
+            ("200MB", "1GiB").
+        total_bytes: size of the model with every layer in 4 bits.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: ``budget`` is none of these.
 
     Example:
         >>> qlora_ext.fidelity.allowance("5%", 1000), qlora_ext.fidelity.allowance(3, 1000)
@@ -38,26 +38,26 @@ def allowance(budget: int | str, whole: int) -> tuple[int | None, float]:
         share = bytes_of(text[:-1].strip())
         if share is None or text[:-1].strip()[-1].isalpha():
             raise _expected(budget)
-        return None, share / 100 * whole
+        return None, share / 100 * total_bytes
     size = bytes_of(text)
     if size is None or not text[-1].isalpha():
         raise _expected(budget)
     return None, size
 
 
-def choose(layers: Iterable[LayerCost], whole: int, budget: int | str) -> list[LayerCost]:
-    """The layers to leave dense: by falling loss per byte, each that the ``budget`` still has room for.
+def choose(layers: Iterable[LayerCost], total_bytes: int, budget: int | str) -> list[LayerCost]:
+    """The layers to leave dense: in the order of falling loss per byte, each one that still fits the budget.
 
     Args:
-        budget, whole: as in ``allowance``.
+        total_bytes, budget: as in ``allowance``.
     """
-    count, room = allowance(budget, whole)
-    kept: list[LayerCost] = []
+    count, room = allowance(budget, total_bytes)
+    chosen: list[LayerCost] = []
     candidates = [layer for layer in layers if layer.extra_bytes > 0]
     for layer in sorted(candidates, key=lambda layer: layer.loss / layer.extra_bytes, reverse=True):
-        if len(kept) == count:
+        if len(chosen) == count:
             break
         if layer.extra_bytes <= room:
             room -= layer.extra_bytes
-            kept.append(layer)
-    return kept
+            chosen.append(layer)
+    return chosen

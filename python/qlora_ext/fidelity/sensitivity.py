@@ -1,10 +1,10 @@
-"""``sensitivity``: how much of a model's loss quantizing each layer costs, before anything is quantized."""
+"""``sensitivity``: estimates, before quantizing, how much loss the quantization of each layer would cost."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -14,14 +14,19 @@ from .layers import Candidate, LayerCost, measure
 from .loss import check_ids
 from .mixed_precision import choose
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from ..form import FormKeywords
+
 
 @dataclasses.dataclass(frozen=True)
 class Sensitivity:
-    """What plain NF4 would cost each layer of a model.
+    """What 4 bits would cost each layer of a model.
 
     Attributes:
-        layers: in the order of the model.
-        bytes: of the model with all of them in 4 bits.
+        layers: the cost of each layer, in the order of the model.
+        bytes: size of the model with all these layers in 4 bits.
     """
 
     layers: list[LayerCost]
@@ -35,17 +40,17 @@ class Sensitivity:
                 size ("200MB").
 
         Raises:
-            ValueError: it is none of these.
+            ValueError: ``budget`` is none of these.
         """
         return choose(self.layers, self.bytes, budget)
 
     def keep(self, budget: int | str) -> list[str]:
-        """The names of the layers that ``chosen`` gives."""
+        """The names of the layers in ``chosen``, for the argument ``keep`` of ``quantize_model``."""
         return [layer.name for layer in self.chosen(budget)]
 
 
-def held_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers of ``model``; a tensor that several modules share counts once."""
+def total_bytes(model: nn.Module) -> int:
+    """The size of all parameters and buffers of ``model``. A tensor that several modules share counts once."""
     return sum(t.nbytes for t in {id(t): t for t in (*model.parameters(), *model.buffers())}.values())
 
 
@@ -53,30 +58,32 @@ def sensitivity(
     model: nn.Module,
     inputs: Tensor | str = "self",
     skip: Iterable[str] | None = None,
-    block_size: int = 64,
-    double_quant: bool = True,
+    *,
     towers: bool = False,
     tokens: int = 4096,
     length: int = 128,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    **form: Unpack[FormKeywords],
 ) -> Sensitivity:
-    """Estimates, for every layer that ``quantize_model`` would quantize, how much the loss rises by that layer alone.
+    """Estimates for each layer that ``quantize_model`` would quantize how much the loss rises if only it is 4-bit.
 
-    The estimate is of second order, from the Fisher information of the layer's outputs; see ``fidelity/layers.py``.
-    Memory holds the dense model, a 4-bit copy of its layers and the activations of one sequence. It takes about six
-    forward passes over the tokens. Use it as in ``quantize_model(model, keep=sensitivity(model).keep("5%"))``.
+    It is a second-order estimate from the Fisher information of the layer's outputs; see ``fidelity/layers.py``.
+    Memory holds the dense model, a 4-bit copy of its layers and the activations of one sequence. The time is that of
+    about six forward passes over the tokens. Typical use is
+    ``quantize_model(model, keep=sensitivity(model).keep("5%"))``.
 
     Args:
         model: a dense language model that maps token ids [B, T] to logits [B, T, V]. It is not changed.
         inputs: "self" (a transformers model writes its own text), or token ids int64 [B, T].
-        skip, block_size, double_quant, towers: as in ``quantize_model``.
-        tokens, length: of the text that the model writes: in total, and per sequence.
-        seed: of that text, and of the labels that are drawn.
-        progress: called with the sequences done, and their number.
+        skip, towers: as in ``quantize_model``.
+        tokens, length: number of tokens that the model writes, in total and per sequence.
+        seed: of that text, and of the random labels.
+        progress: called with the number of finished sequences and the number of all sequences.
+        form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in ``Linear4bit``.
 
     Raises:
-        TypeError, ValueError: an argument is none of these, or the model has no layer to quantize.
+        TypeError, ValueError: an argument is invalid, or the model has no layer to quantize.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -95,10 +102,9 @@ def sensitivity(
             raise ValueError(f"inputs: expected 'self' or token ids [B, T], got {inputs!r}")
         inputs = self_text.write(model, max(1, tokens // length), length, seed)
     ids = check_ids(inputs, least=1).to(_device(model))
-    form: dict[str, Any] = {"block_size": block_size, "double_quant": double_quant}
     candidates = {module: Candidate(name, quantized(module, **form)) for module, name in layers.items()}
     costs = measure(model, candidates, ids, seed, progress)
-    return Sensitivity(costs, held_bytes(model) - sum(cost.extra_bytes for cost in costs))
+    return Sensitivity(costs, total_bytes(model) - sum(cost.extra_bytes for cost in costs))
 
 
 def _device(model: nn.Module) -> Any:

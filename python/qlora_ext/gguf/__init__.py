@@ -1,6 +1,6 @@
-"""GGUF files: their header, checked, and their weights one at a time.
+"""GGUF files: reads and checks their header, and decodes their weights one at a time.
 
-transformers decodes a GGUF file as a whole and does not combine that with quantization. ``GGUFWeights`` gives it one
+transformers decodes a whole GGUF file before it loads the model, and does not quantize it. ``GGUFWeights`` gives it one
 weight at a time, so that a model is quantized to NF4 while it loads. It needs the package ``gguf``.
 
 Example:

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, checked against the file: no other reader looks whether the file is complete."""
+"""Reads the header of a GGUF file and checks it against the file's size, which the gguf package does not."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ _MAX_DIMENSIONS = 4
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """Where the data of a tensor stand in the file.
+    """The location of a tensor's data in the file.
 
     Attributes:
-        shape: as in torch: the last dimension is the contiguous one.
+        name: in the file.
+        shape: as in torch, that is, the last dimension is contiguous.
         kind: GGML's number of the tensor's type.
-        begin, nbytes: of its data, in the file.
+        begin, nbytes: offset and size of the data in the file.
     """
 
     name: str
@@ -36,23 +37,23 @@ class TensorInfo:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a GGUF file says of itself: llama.cpp's name of its architecture, and its tensors."""
+    """The header of a GGUF file: llama.cpp's name of the architecture, and the tensors."""
 
     architecture: str
     tensors: list[TensorInfo]
 
 
 class _Reader:
-    """Goes through the little-endian header; never beyond its end."""
+    """Reads the little-endian header sequentially, with bounds checks."""
 
     def __init__(self, data: mmap.mmap, source: str) -> None:
         self.data, self.source, self.at = data, source, 0
 
     def skip(self, size: int) -> int:
-        """Steps over ``size`` bytes and returns where they begin."""
+        """Skips ``size`` bytes, and returns the position of the first."""
         begin = self.at
         if size > len(self.data) - begin:
-            raise FileError(f"{self.source}: truncated or damaged: {size} bytes at byte {begin} are beyond its end")
+            raise FileError(f"{self.source}: truncated or damaged: {size} bytes at byte {begin} are beyond the end")
         self.at = begin + size
         return begin
 
@@ -66,7 +67,7 @@ class _Reader:
         return self.data[begin : begin + size].decode("utf-8", "replace")
 
     def value(self, kind: int) -> Any:
-        """A value of the metadata; of an array, nothing but its length."""
+        """A value of the metadata. Of an array, only the length is returned."""
         if kind in _SCALARS:
             return self.scalar(_SCALARS[kind])
         if kind == _STRING:
@@ -77,7 +78,7 @@ class _Reader:
         if kind in _SCALARS:
             self.skip(count * struct.calcsize("<" + _SCALARS[kind]))
         elif kind == _STRING:
-            for _ in range(count):  # each takes 8 bytes at least, or the end is met
+            for _ in range(count):  # a wrong count ends at the end of the file, because each string takes 8 bytes
                 self.skip(self.scalar("Q"))
         else:
             raise FileError(f"{self.source}: damaged: unsupported array of type {kind} in the metadata")
@@ -95,7 +96,7 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
 
 
 def _tensors(reader: _Reader, count: int, alignment: int) -> dict[str, TensorInfo]:
-    """The tensors, of which each ``begin`` is one in the data. They lie one behind the other in the header's order."""
+    """The tensors, with ``begin`` relative to the data. They must be consecutive, in the order of the header."""
     import gguf
 
     found: dict[str, TensorInfo] = {}
@@ -134,8 +135,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         path: of the file.
 
     Raises:
-        FileError: the file is truncated, or its header does not account for every byte and every layer of it; the text
-            says where. It is a ValueError.
+        FileError: the file is truncated, or its header does not match its size or its layers. It is a ValueError.
 
     Example:
         >>> try:
@@ -152,7 +152,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     except (OSError, ValueError) as error:
         if isinstance(error, FileError):
             raise
-        raise FileError(f"cannot read {source}: {error}") from error  # an empty file is a ValueError of mmap
+        raise FileError(f"cannot read {source}: {error}") from error  # mmap raises a ValueError for an empty file
 
 
 def _read(reader: _Reader, size: int) -> Header:
@@ -179,8 +179,8 @@ def _read(reader: _Reader, size: int) -> Header:
     beyond = [name for name in found if (match := re.match(r"blk\.(\d+)\.", name)) and int(match[1]) >= (layers or 0)]
     if isinstance(layers, int) and beyond:
         raise FileError(
-            f"{source}: damaged: its metadata has {layers} layers, {len(beyond)} of its {tensors} tensors belong to "
-            f"others, such as {excerpt(min(beyond))}"
+            f"{source}: damaged: its metadata has {layers} layers, but {len(beyond)} of its {tensors} tensors belong "
+            f"to other layers, such as {excerpt(min(beyond))}"
         )
     placed = [dataclasses.replace(tensor, begin=data + tensor.begin) for tensor in found.values()]
     return Header(str(architecture), placed)

@@ -1,7 +1,7 @@
-"""The weights of a GGUF file, decoded one at a time: they are quantized to NF4 while they load, without a dense model.
+"""Decodes the weights of a GGUF file one at a time, so that they can be quantized without a dense model in memory.
 
-transformers decodes a GGUF file whole, and combines no quantization with it. Here its processors, which undo what the
-conversion to GGUF did to some weights, and the gguf package's tables of names are applied to one tensor at a time.
+transformers decodes a whole GGUF file, and does not quantize it. Here, its tensor processors, which undo what the
+conversion to GGUF did to some weights, and the gguf package's name tables are applied to one tensor at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .file import TensorInfo, read_header
 
 
 class _Weight:
-    """A weight that is decoded when it is asked for, as transformers asks a slice of a safetensors file: ``[...]``."""
+    """A weight that is decoded on access with ``[...]``, the way transformers reads slices of safetensors files."""
 
     def __init__(self, file: GGUFWeights, name: str) -> None:
         self._file, self._name = file, name
@@ -30,17 +30,17 @@ class _Weight:
 
 
 class GGUFWeights:
-    """The weights of a GGUF file by the names that they have in a transformers model.
+    """The weights of a GGUF file, by their names in a transformers model.
 
     Args:
         path: of a file that transformers can read.
-        model: a transformers model of the file's configuration; it may be on the meta device.
+        model: a transformers model with the file's configuration; it may be on the meta device.
 
     Attributes:
-        unknown: the names of the file's tensors that the model has no weight for.
+        unknown: the names of tensors in the file for which the model has no weight.
 
     Raises:
-        NotImplementedError: the names of that architecture are not known.
+        NotImplementedError: the architecture's tensor names are unknown.
         FileError: the file is truncated or damaged. It is a ValueError.
 
     Example:
@@ -64,7 +64,7 @@ class GGUFWeights:
         processor = reading.TENSOR_PROCESSORS.get(header.architecture, reading.TensorProcessor)
         self._processor = processor(config=model.config.to_dict())
         self._names = self._names_of(header.architecture)
-        self._sources: dict[str, list[TensorInfo]] = {}  # a weight may be of several tensors, and a tensor of several
+        self._sources: dict[str, list[TensorInfo]] = {}  # a many-to-many relation
         self.unknown: list[str] = []
         for tensor in header.tensors:
             names = self._process(tensor, np.ones(tensor.shape, np.int8), {})
@@ -74,18 +74,20 @@ class GGUFWeights:
                 self.unknown.append(tensor.name)
 
     def load(self, **options: Any) -> Any:
-        """``from_pretrained`` with these weights, its options and what it returns."""
+        """Calls ``from_pretrained`` with these weights and ``options``, and returns its result."""
         weights = {name: _Weight(self, name) for name in self._sources}
         loaded = type(self._model).from_pretrained(None, config=self._model.config, state_dict=weights, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        model.name_or_path = model.config._name_or_path = str(self._path.parent)  # as of a file that it reads itself
+        model.name_or_path = model.config._name_or_path = str(
+            self._path.parent
+        )  # as from_pretrained sets it for a GGUF file
         return loaded
 
     def decode(self, name: str) -> Tensor:
         """The weight ``name`` of the model, float32.
 
         Raises:
-            FileError: it cannot be read.
+            FileError: the file cannot be read.
         """
         found: dict[str, Tensor] = {}
         for tensor in self._sources[name]:
@@ -105,8 +107,8 @@ class GGUFWeights:
         return gguf.dequantize(data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, kind)), kind)
 
     def _process(self, tensor: TensorInfo, values: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``found``, the model's weights by their names, and with them those that ``values`` of ``tensor`` give."""
-        with np.errstate(all="ignore"):  # the values may be made up
+        """Adds the model's weights that come from ``tensor``, which has these ``values``, to ``found``."""
+        with np.errstate(all="ignore"):  # the values may be placeholders
             processed = self._processor.process(
                 weights=values,
                 name=tensor.name,
@@ -118,7 +120,7 @@ class GGUFWeights:
         return found
 
     def _names_of(self, architecture: str) -> dict[str, str]:
-        """The model's names by those of the file."""
+        """The model's names, by the names in the file."""
         import gguf
 
         number = next((number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture), None)
@@ -133,16 +135,16 @@ class GGUFWeights:
                 stem, dot, kind = name, "", ""
             in_file = table.get_name(stem)
             here: dict[str, str] = {} if in_file is None else {f"{in_file}{dot}{kind}": prefix + name}
-            if in_file is None:  # the processor may know it
+            if in_file is None:  # the processor may know the name
                 self._processor.perform_fallback_tensor_mapping(here, dot + kind, prefix, name)
             for known in here:
                 found.setdefault(known, here[known])
         return found
 
     def _candidates(self) -> Iterator[tuple[str, str]]:
-        """Every name of a weight, as it is and then as the modules that it is in have it, with what was taken off.
+        """Pairs of prefix and rest of each weight's name, first without a prefix, then with ever longer ones.
 
-        Some models were converted as the decoder that is in them.
+        Some models were converted as the decoder inside them, whose weights lack the prefix.
         """
         names = list(self._model.state_dict())
         for depth in range(max(name.count(".") for name in names)):

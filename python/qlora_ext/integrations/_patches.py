@@ -1,7 +1,7 @@
-"""The functions of other libraries that we change, all of them: which, in which versions, and why.
+"""The list of all functions of other libraries that we patch, with the versions and the reasons.
 
-Each is wrapped where its library is integrated (``extend``), which refuses a function that is not in this list. What a
-library lets others register (quantizers of transformers, conversions of ours) is no patch and not here.
+The integrations apply the patches with ``extend``, which rejects a function that is not listed here. Public extension
+points of a library, such as transformers' registry of quantizers, are not patches.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Patch:
-    """A foreign ``function`` (``module:attribute``) that we change.
+    """A patched ``function`` of another library.
 
     Attributes:
-        versions: of its library, in which we change it.
-        why: what it does of itself.
-        aliases: further names under which people import it.
+        function: its name, as ``module:attribute``.
+        versions: the versions of the library in which it is patched.
+        why: what the original does.
+        aliases: other names under which users import it.
     """
 
     function: str
@@ -33,32 +34,32 @@ _LIST = (
     Patch(
         "transformers.modeling_utils:PreTrainedModel.num_parameters",
         "transformers >= 5.0",
-        "counts the elements of tensors, of which a packed byte holds two; it knows bitsandbytes' class alone",
+        "counts a packed byte as one element, except in bitsandbytes' class",
     ),
     Patch(
         "transformers.modeling_utils:PreTrainedModel.save_pretrained",
         "transformers >= 5.0",
-        "writes nothing into the directory that tells people what a 4-bit model needs to load",
+        "writes no model card that says what a 4-bit model needs to load",
     ),
     Patch(
         "transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs",
         "transformers >= 5.0",
-        "refuses a configuration of another class than the checkpoint's, and ours also reads bitsandbytes'",
+        "rejects a configuration of another class than the checkpoint's, but ours also reads bitsandbytes'",
     ),
     Patch(
         "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",
         "diffusers >= 0.35",
-        "takes the checkpoint's configuration, and bitsandbytes' would load bitsandbytes' layers",
+        "uses the checkpoint's configuration, so that a bitsandbytes checkpoint loads bitsandbytes' layers",
     ),
     Patch(
         "diffusers.models.modeling_utils:ModelMixin.save_pretrained",
         "diffusers >= 0.35",
-        "writes 4-bit layers without a configuration by which they could be loaded, or under an adapter's names",
+        "writes 4-bit layers without the configuration needed to load them, or under an adapter's names",
     ),
     Patch(
         "diffusers.models.modeling_utils:ModelMixin.to",
         "diffusers >= 0.35",
-        "refuses to cast a quantized model, and our layers keep their bits",
+        "refuses to cast a quantized model, but our layers keep their bits",
     ),
     Patch(
         "diffusers.models.modeling_utils:ModelMixin.half",
@@ -78,7 +79,7 @@ _LIST = (
     Patch(
         "diffusers.models.modeling_utils:get_parameter_dtype",
         "diffusers >= 0.35",
-        "takes the first floating parameter for the model's dtype, which may be the float32 scales of a 4-bit layer",
+        "returns the dtype of the first floating parameter, which may be the float32 scales of a 4-bit layer",
     ),
     Patch(
         "diffusers.models.attention:AttentionMixin.fuse_qkv_projections",
@@ -93,32 +94,32 @@ _LIST = (
     Patch(
         "diffusers.loaders.lora_pipeline:FluxLoraLoaderMixin._calculate_module_shape",
         "diffusers >= 0.35",
-        "takes the shape of the packed bytes for the layer's, and knows bitsandbytes' class alone",
+        "uses the shape of the packed bytes, except for bitsandbytes' class",
     ),
     Patch(
         "diffusers.loaders.lora_pipeline:_maybe_dequantize_weight_for_expanded_lora",
         "diffusers >= 0.35",
-        "takes the packed bytes for the weight, and knows bitsandbytes' class alone",
+        "uses the packed bytes as the weight, except for bitsandbytes' class",
     ),
     Patch(
         "peft.tuners.lora:LoraModel._create_and_replace",
         "peft >= 0.19",
-        'refuses lora_dropout where a parameter is a target, which "all-linear" makes of a router',
+        'refuses lora_dropout if a parameter is a target; "all-linear" targets the parameter of a router',
     ),
     Patch(
         "peft.tuners.lora:LoraModel._create_new_module",
         "peft >= 0.19",
-        "finds the LoRA layer over a base by the classes that PEFT knows",
+        "chooses the LoRA layer by the class of the base, and does not know ours",
     ),
     Patch(
         "peft.tuners.tuners_utils:BaseTuner._create_and_replace",
-        "peft >= 0.19; every method but LoRA overrides it, and each override is changed",
+        "peft >= 0.19; every method but LoRA overrides it, and each override is patched",
         "reads and writes the weight of the base as a dense one",
     ),
     Patch(
         "peft.tuners.tuners_utils:BaseTuner.merge_and_unload",
         "peft >= 0.19",
-        "leaves layers without an adapter as they are: the merged model would be 4-bit in part",
+        "does not change layers without an adapter, so the merged model would be partly 4-bit",
     ),
     Patch(
         "peft.peft_model:PeftModel.get_nb_trainable_parameters",
@@ -133,7 +134,7 @@ _LIST = (
     Patch(
         "peft.utils.other:ModulesToSaveWrapper.check_module",
         "peft >= 0.19",
-        "asks for a gradient of packed bytes",
+        "requests a gradient of packed bytes",
     ),
     Patch(
         "peft.peft_model:PeftModel.save_pretrained",
@@ -143,18 +144,18 @@ _LIST = (
     Patch(
         "peft.peft_model:PeftModel.load_adapter",
         "peft >= 0.19",
-        "puts an adapter on another base, or one that lacks weights, without a word",
+        "loads an adapter of another base, or one that lacks weights, without a warning",
     ),
     Patch(
         "peft.utils.loftq_utils:replace_lora_weights_loftq",
         "peft >= 0.19",
-        "takes bitsandbytes' layers alone",
+        "supports bitsandbytes' layers only",
         aliases=("peft.utils:replace_lora_weights_loftq", "peft:replace_lora_weights_loftq"),
     ),
     Patch(
         "peft.utils.other:prepare_model_for_kbit_training",
         "peft >= 0.19",
-        "turns gradient checkpointing on for the kinds of 4-bit model that it knows",
+        "enables gradient checkpointing only for the 4-bit models that it knows",
         aliases=("peft.utils:prepare_model_for_kbit_training", "peft:prepare_model_for_kbit_training"),
     ),
     Patch(
@@ -192,18 +193,18 @@ _LIST = (
     Patch(
         "peft.tuners.lora.loraga:preprocess_loraga",
         "peft >= 0.19, where there is one",
-        "asks for gradients of packed bytes",
+        "requests gradients of packed bytes",
         aliases=("peft.tuners.lora:preprocess_loraga", "peft.tuners:preprocess_loraga", "peft:preprocess_loraga"),
     ),
     Patch(
         "torch.onnx:export",
         "torch >= 2.11",
-        "fails for packed layers after pages of errors that do not name them",
+        "fails for packed layers, with long errors that do not name them",
     ),
     Patch(
         "torch.optim.swa_utils:AveragedModel.update_parameters",
         "torch >= 2.11",
-        "averages packed bytes, which are codes and no numbers",
+        "averages packed bytes, which are codes, not numbers",
     ),
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.init_dtype_attrs",
@@ -213,25 +214,25 @@ _LIST = (
     Patch(
         "torch.distributed.fsdp._fully_shard._fsdp_param:nn.Parameter",
         "torch < 2.13",
-        "asks for a gradient of packed bytes (https://github.com/pytorch/pytorch/issues/177844)",
+        "requests a gradient of packed bytes (https://github.com/pytorch/pytorch/issues/177844)",
     ),
 )
 PATCHES = {patch.function: patch for patch in _LIST}
 
 
 def _place(function: str) -> tuple[Any, str]:
-    """What holds the function (a module or a class), and its name there."""
+    """The module or class that has the function as an attribute, and the attribute's name."""
     module, _, path = function.partition(":")
     owner, _, name = path.rpartition(".")
     return pkgutil.resolve_name(f"{module}:{owner}" if owner else module), name
 
 
 def extend(function: str, owner: type | None = None, optional: bool = False) -> Callable[[Any], Any]:
-    """Has a function of ``PATCHES`` replaced by the decorated one, which takes the original as its first argument.
+    """Replaces a function of ``PATCHES`` by the decorated one, which gets the original as its first argument.
 
     Args:
-        owner: the subclass whose override of the function is meant.
-        optional: some versions of the library lack the function, and nothing is changed there.
+        owner: the subclass whose override of the function is replaced.
+        optional: do nothing in versions of the library that lack the function.
     """
     patch = PATCHES[function]
 

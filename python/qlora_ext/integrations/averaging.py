@@ -1,6 +1,6 @@
-"""Averages of a model's weights (``torch.optim.swa_utils.AveragedModel``: SWA, EMA): packed weights are copied.
+"""Averages of weights (``torch.optim.swa_utils.AveragedModel``: SWA, EMA) copy packed weights instead of averaging.
 
-This module is imported by itself; ``_patches`` says what it changes in torch.
+This module is imported automatically with ``torch.optim.swa_utils``. ``_patches`` lists what it changes in torch.
 """
 
 from __future__ import annotations

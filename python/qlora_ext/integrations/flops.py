@@ -1,5 +1,7 @@
-"""How many floating-point operations each product is, for torch's ``FlopCounterMode``: a multiplication and an addition
-count as two, decoding as none, and dropout as none."""
+"""FLOP formulas of the operators for torch's ``FlopCounterMode``.
+
+A multiplication and an addition count as two operations. Decoding and dropout count as none.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ def _tokens(shape: Any) -> int:
 
 
 def _product(a: Any, tokens: int, n: int, k: int) -> int:
-    """Of x · Wᵀ, or dy · W, and of LoRA's two products beside it."""
+    """The operations of x · Wᵀ or dy · W, and of the two products of LoRA."""
     rank = 0 if a.lora_a is None else a.lora_a[-2]
     flops: int = 2 * tokens * (n * k + rank * (n + k))
     return flops
@@ -33,7 +35,7 @@ def _dx(a: Any) -> int:
 
 
 def _dlora(a: Any) -> int:
-    """Of dA = gᵀ · x and dB = dyᵀ · h, and of g and h where they are not given."""
+    """The operations of dA = gᵀ · x and dB = dyᵀ · h, and of g and h unless they are given."""
     of_g, of_h = (2 * _tokens(a.x) * a.lora_a[-2] * width for width in (a.dy[-1], a.x[-1]))
     made = (of_g if getattr(a, "g", None) is None else 0) + (of_h if getattr(a, "h", None) is None else 0)
     flops: int = of_g + of_h + made

@@ -1,6 +1,6 @@
-"""FSDP2 (``torch.distributed.fsdp.fully_shard``): packed weights and scales are sharded and gathered as they are.
+"""FSDP2 (``torch.distributed.fsdp.fully_shard``) shards and gathers packed weights and scales without casting them.
 
-This module is imported by itself as soon as torch's FSDP2 is; ``_patches`` says what it changes there.
+This module is imported automatically with torch's FSDP2. ``_patches`` lists what it changes there.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def init_dtype_attrs(original: Any, self: Any, mp_policy: Any) -> None:
     original(self, mp_policy)
     is_packed = isinstance(owner.module, Packed4bit) and owner.param_name in owner.module.packed_state()
     if is_packed or not self.orig_dtype.is_floating_point:
-        self.param_dtype = None  # gathered in the dtype that it is stored in
+        self.param_dtype = None  # gathered in its own dtype
 
 
 if torch.__version__ < "2.13":  # compared as versions

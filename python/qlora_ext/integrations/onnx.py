@@ -1,6 +1,6 @@
-"""Makes ``torch.onnx.export`` reject models with 4-bit layers at once: ONNX has no operator for them.
+"""Makes ``torch.onnx.export`` reject models with 4-bit layers immediately, because ONNX has no operator for them.
 
-This module is imported by itself; ``_patches`` says what it changes in torch.
+This module is imported automatically with ``torch.onnx``. ``_patches`` lists what it changes in torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _is_packed(model: Any) -> bool:
 def export(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     if _is_packed(model):
         raise ValueError(
-            "model: ONNX export of 4-bit layers is not supported; export the dense model; merge_and_unload() of "
-            "a PEFT model, dequantize() of a transformers model or the command `qlora-ext merge` make one"
+            "model: ONNX export of 4-bit layers is not supported; export the dense model, which you get from "
+            "merge_and_unload() of a PEFT model, dequantize() of a transformers model or `qlora-ext merge`"
         )
     return original(model, *args, **kwargs)

@@ -1,7 +1,8 @@
-"""Frozen modules whose weights are NF4, and ``quantize_model``, which puts them into a model."""
+"""Frozen modules with 4-bit weights, and ``quantize_model``, which puts them into a model."""
 
 from .conversions import CONVERSIONS, conversion_of
-from .coverage_report import Coverage, check_something_is_4bit, coverage, tell_coverage
+from .coverage_report import Coverage, check_something_is_4bit, coverage, report_coverage
+from .dense_modules import DENSE_RULES, DenseModules, dense_modules, is_dense, paths_to
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, ExpertsLora, is_fused_experts
 from .linear import Linear4bit
@@ -15,19 +16,18 @@ from .model import (
     to_be_quantized,
 )
 from .packed import SCALES, Packed4bit, computing_in, layers_of, scale_names
-from .staying_dense import KEPT_DENSE, KeptDense, is_dense, kept_dense, paths_to
 
 __all__ = [
     "AFTER_QUANTIZE",
     "BEFORE_QUANTIZE",
     "CONVERSIONS",
-    "KEPT_DENSE",
+    "DENSE_RULES",
     "SCALES",
     "Coverage",
+    "DenseModules",
     "Embedding4bit",
     "Experts4bit",
     "ExpertsLora",
-    "KeptDense",
     "Linear4bit",
     "Packed4bit",
     "TiedLinear4bit",
@@ -35,16 +35,16 @@ __all__ = [
     "computing_in",
     "conversion_of",
     "coverage",
+    "dense_modules",
     "is_dense",
     "is_fused_experts",
-    "kept_dense",
     "layers_of",
     "paths_to",
     "places_in",
     "quantize_model",
     "quantized",
+    "report_coverage",
     "scale_names",
-    "tell_coverage",
     "tied_heads",
     "to_be_quantized",
 ]

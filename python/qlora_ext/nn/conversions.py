@@ -28,7 +28,7 @@ _LINEAR_STATE = frozenset(vars(nn.Linear(1, 1, device="meta")))
 
 
 class _Empty(nn.Linear):
-    """An empty class; its attributes are those of every class."""
+    """An empty class, whose attributes every class has."""
 
     in_features: int
 
@@ -69,7 +69,7 @@ def _holds_a_linear(module: nn.Linear) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _computes_linear(kind: type[nn.Linear], attributes: frozenset[str]) -> bool:
-    """Whether the layers of the class ``kind``, with these ``attributes`` beside those of ``nn.Linear``, are linear."""
+    """Whether layers of the class ``kind`` with these ``attributes``, in addition to ``nn.Linear``'s, are linear."""
     bases = kind.__mro__[: kind.__mro__.index(nn.Linear)]
     if not all(_is_harmless(name, value) for base in bases for name, value in vars(base).items()):
         return False
@@ -84,12 +84,12 @@ def _computes_linear(kind: type[nn.Linear], attributes: frozenset[str]) -> bool:
         return False
     try:
         return all(_agrees(kind, bias, training) for bias in (False, True) for training in (False, True))
-    except Exception:  # a forward of any kind, which was run on tensors that it may not be made for
+    except Exception:  # an arbitrary forward, called with inputs that it may not support
         return False
 
 
 def _depends_on_input(forward: Any) -> bool:
-    """Whether a test in ``forward`` reads anything of its input but dtype and device, such as the number of rows.
+    """Whether a test in ``forward`` depends on more than the dtype and device of its input, such as its row count.
 
     ``_agrees`` cannot try all inputs, so a layer whose forward branches on them stays dense.
     """
@@ -97,7 +97,7 @@ def _depends_on_input(forward: Any) -> bool:
         return True
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):  # without the source, any test may do so
+    except (OSError, TypeError, SyntaxError):  # without the source, assume that every test does
         names = {step.opname for step in dis.get_instructions(forward)}
         return any("JUMP_IF" in name or "_IF_" in name or name in _COMPARING for name in names)
     above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}

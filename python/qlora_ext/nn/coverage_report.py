@@ -1,4 +1,4 @@
-"""How much of a model's linear weights is 4-bit, and why the rest is not."""
+"""Reports how much of a model's linear weights is 4-bit, and why the rest is not."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .conversions import conversion_of
+from .dense_modules import dense_modules, paths_to
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import is_fused_experts
 from .packed import Packed4bit
-from .staying_dense import kept_dense, paths_to
 
 # The share of the linear weights that may stay dense without a warning.
-_UNSAID = 0.01
-# Parameters of other modules that hold matrices: of attention in one piece, of experts and routers, of recurrent cells.
+_TOLERATED_SHARE = 0.01
+# Names of matrix parameters outside linear layers: in fused attention, experts, routers and recurrent cells.
 _MATRIX = re.compile(r"(^|_)(weight|proj|w\d*)($|_)")
 _NO_MATRIX = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)
 
@@ -43,14 +43,14 @@ class Coverage:
 
     @property
     def share(self) -> float:
-        """The part of the weights that is 4-bit, without those in ``by_request``: from 0 to 1."""
+        """The fraction of the weights that is 4-bit, from 0 to 1. Weights in ``by_request`` are not counted."""
         total = self.quantized + sum(self.dense.values())
         return self.quantized / total if total else 0.0
 
     @property
-    def is_worth_telling(self) -> bool:
-        """Whether more than 1% of the weights stayed dense although nobody asked for it."""
-        return bool(self.dense) and 1 - self.share > _UNSAID
+    def exceeds_tolerance(self) -> bool:
+        """Whether more than 1% of the weights stayed dense without being requested to."""
+        return bool(self.dense) and 1 - self.share > _TOLERATED_SHARE
 
     def __str__(self) -> str:
         if not self.dense:
@@ -59,7 +59,7 @@ class Coverage:
 
 
 def _listed(dense: dict[str, int], reasons: dict[str, str]) -> str:
-    """The names of the modules in ``dense``, the largest first, those of different layers as one."""
+    """The names of the modules in ``dense``, the largest first. Layer numbers become "*", to group equal modules."""
     groups: dict[tuple[str, str], list[int]] = {}
     for name, count in dense.items():
         groups.setdefault((re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name), reasons[name]), []).append(count)
@@ -69,7 +69,7 @@ def _listed(dense: dict[str, int], reasons: dict[str, str]) -> str:
 
 
 def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, int]]:
-    """Every module of ``model`` with dense linear weights of its own, with its name and their number."""
+    """Each module of ``model`` that has dense linear weights of its own: name, module, number of elements."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for name, module in model.named_modules():
         if isinstance(module, (Packed4bit, *_NO_MATRIX)):
@@ -113,8 +113,8 @@ def coverage(model: nn.Module, asked: Iterable[str] = ()) -> Coverage:
         >>> found.share, found.dense, found.by_request
         (1.0, {}, {'lm_head': 512})
     """
-    kept = kept_dense(model)
-    requested, always = {*kept.heads, *kept.towers, *asked}, {*kept.always}
+    dense_parts = dense_modules(model)
+    requested, always = {*dense_parts.heads, *dense_parts.towers, *asked}, {*dense_parts.always}
     shapes = [
         shape
         for m in model.modules()
@@ -132,10 +132,10 @@ def coverage(model: nn.Module, asked: Iterable[str] = ()) -> Coverage:
     return Coverage(sum(map(math.prod, shapes)), dense, by_request, reasons)
 
 
-def tell_coverage(model: nn.Module, asked: Iterable[str] = (), stacklevel: int = 3) -> None:
-    """Warns if more linear weights of a 4-bit model stayed dense than was asked for."""
+def report_coverage(model: nn.Module, asked: Iterable[str] = (), stacklevel: int = 3) -> None:
+    """Warns if more than 1% of the linear weights of a 4-bit model stayed dense without being requested to."""
     found = coverage(model, asked)
-    if found.is_worth_telling:
+    if found.exceeds_tolerance:
         warnings.warn(f"{type(model).__name__}: {found}; qlora_ext.nn.coverage lists them", stacklevel=stacklevel)
 
 
@@ -146,7 +146,7 @@ def check_something_is_4bit(model: nn.Module, chosen: bool, asked: Iterable[str]
         chosen: whether layers are about to be quantized.
 
     Raises:
-        ValueError: there are none, and no 4-bit layers either.
+        ValueError: no layer is chosen, and none is 4-bit already.
     """
     if chosen or any(isinstance(m, Packed4bit) for m in model.modules()):
         return

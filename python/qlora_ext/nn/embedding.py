@@ -1,55 +1,59 @@
-"""``Embedding4bit``: an embedding table in NF4, of which only the rows asked for are decoded; and a head tied to it."""
+"""``Embedding4bit``: a 4-bit embedding table that decodes only the requested rows; and an output head tied to it."""
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..form import Form
-from ..formats import NF4
+from ..form import Form, FormKeywords
 from ..weight import Weight4bit
 from .linear import Linear4bit
 from .packed import PackedWeight4bit
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows [..., D] of a 4-bit table [V, D] that ``rows`` [...] numbers, in ``dtype``, and no other row.
+    """Decodes the requested rows of a 4-bit table [V, D], bit for bit equal to ``w4.dequantize(dtype)[rows]``.
 
-    The bits are those of ``w4.dequantize(dtype)[rows]``.
+    Args:
+        rows: row numbers [...], int32 or int64.
+
+    Returns:
+        [..., D] in ``dtype``.
 
     Raises:
-        IndexError: a row is out of range. Compiled by Inductor, it is the RuntimeError of torch's own embedding; on
-        CUDA
-            it is an assertion on the device. TypeError: ``rows`` is not int32 or int64.
+        IndexError: a row is out of range. In a graph compiled by Inductor, torch's own embedding raises a RuntimeError
+            instead; on CUDA, a device-side assertion fails. TypeError: ``rows`` is not int32 or int64.
     """
     if rows.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"rows: expected row numbers, int32 or int64, got {rows.dtype}")
     count, width = w4.shape
     index = rows.reshape(-1).long()
     aligned = width % w4.block_size == 0
-    # While a graph is traced and inside of torch.func nobody can look at the numbers.
+    # Row numbers cannot be read while a graph is traced or inside torch.func.
     traced = torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(index)
     if index.is_cpu and not traced and index.numel():
         low, high = index.aminmax()
         if low < 0 or high >= count:
             raise IndexError(f"rows: expected row numbers from 0 to {count - 1}, got {int(low)} to {int(high)}")
     elif not aligned:
-        # torch checks the numbers of an embedding everywhere, also in compiled graphs. A table of the row numbers
-        # gives each number back, so that what follows depends on the check.
+        # torch checks the indices of an embedding everywhere, also in compiled graphs. Looking the numbers up in a
+        # table of themselves makes the following code depend on that check.
         numbers = torch.arange(count, dtype=torch.int64, device=index.device)
         index = nn.functional.embedding(index, numbers.unsqueeze(1)).squeeze(1)
-    # A row lies in `span` blocks, whole ones where the width is a multiple of the block size.
+    # A row overlaps `span` blocks. They contain nothing else if the width is a multiple of the block size.
     first = index * width // w4.block_size
     span = width // w4.block_size if aligned else -(-(width - 1) // w4.block_size) + 1
     blocks = first.unsqueeze(1) + torch.arange(span, dtype=torch.int64, device=index.device)
     if aligned:
-        # By operator: where a graph runs eagerly, functions of torch refuse packed parameters.
+        # The operator, because packed parameters reject torch's functions when a graph runs eagerly.
         packed = torch.ops.aten.embedding.default(w4.packed, index)
     else:
-        # A block of an even number of elements begins on a byte. Behind the table's end, anything will do.
+        # Blocks have an even number of elements, so each begins on a byte. Values after the table's end are not used.
         half = w4.block_size // 2
         at = (first * half).unsqueeze(1) + torch.arange(span * half, dtype=torch.int64, device=index.device)
         packed = w4.packed.reshape(-1)[at.clamp_max(w4.packed.numel() - 1)]
@@ -61,7 +65,7 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
         nested,
         w4.nested_offset,
         w4.block_size,
-        1,  # every gathered scale brings its own nested scale
+        1,  # each gathered scale has its own nested scale
         [index.numel(), span * w4.block_size],
         dtype,
         w4.code,
@@ -73,16 +77,17 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Embedding4bit(PackedWeight4bit, nn.Embedding):
-    """An embedding over a frozen NF4 table: ids [...] to rows [..., D], of which only those asked for are decoded.
+    """An embedding with a frozen 4-bit table: ids [...] to rows [..., D]. Only the requested rows are decoded.
 
     Its packed state is that of a ``Linear4bit`` whose weight is the table [V, D], with the same names and guarantees.
-    Nothing in it is trained, and no gradient reaches it.
+    It has no trainable parameters and no gradient.
 
     Args:
         num_embeddings, embedding_dim: V and D.
-        padding_idx: kept for those who ask; its row is decoded like any other.
+        padding_idx: an attribute without effect; its row is decoded like any other.
         compute_dtype: of the rows.
-        block_size, double_quant, device, nested_block_size: as in ``Linear4bit``.
+        device: of the packed state; "meta" allocates nothing.
+        form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in ``Linear4bit``.
 
     Example:
         >>> table = qlora_ext.nn.Embedding4bit.from_embedding(nn.Embedding(1000, 64))
@@ -104,21 +109,19 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         embedding_dim: int,
         padding_idx: int | None = None,
         compute_dtype: torch.dtype = torch.bfloat16,
-        block_size: int = 64,
-        double_quant: bool = True,
+        *,
         device: torch.device | str | None = None,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        **form: Unpack[FormKeywords],
     ) -> None:
         nn.Module.__init__(self)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size, code))
+        self._set_form(Form.of(**form), compute_dtype)
         if padding_idx is not None and not isinstance(padding_idx, int):
             raise TypeError(f"padding_idx: expected a row number, got {padding_idx!r}")
         if padding_idx is not None and not -num_embeddings <= padding_idx < num_embeddings:
             raise ValueError(f"padding_idx: expected a row of {num_embeddings}, got {padding_idx}")
         self.padding_idx = padding_idx % num_embeddings if padding_idx is not None else None
-        # What a dense table may do besides: read by those who look at it as an nn.Embedding.
+        # Attributes of nn.Embedding that other code may read.
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self._register_packed(device)
 
@@ -131,23 +134,24 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         cls,
         embedding: nn.Embedding,
         compute_dtype: torch.dtype | None = None,
-        block_size: int = 64,
-        double_quant: bool = True,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        **form: Unpack[FormKeywords],
     ) -> Embedding4bit:
-        """Quantizes an ``nn.Embedding``. Its dtype is that of the rows by default.
+        """Quantizes an ``nn.Embedding``.
+
+        Args:
+            compute_dtype: as in the constructor; the default is the dtype of ``embedding``.
+            form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in the constructor.
 
         Raises:
-            TypeError: no ``nn.Embedding``. ValueError: one with ``max_norm``, which changes its table as it is read.
+            TypeError: ``embedding`` is not a dense ``nn.Embedding``. ValueError: it has ``max_norm``, with which
+                lookups change the table; or as from ``quantize_nf4``.
         """
         if isinstance(embedding, Embedding4bit) or not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding: expected an nn.Embedding, got {type(embedding).__name__}")
         if embedding.max_norm is not None:
             raise ValueError(f"embedding: expected max_norm=None, got {embedding.max_norm}")
-        form = Form(compute_dtype or embedding.weight.dtype, block_size, double_quant, nested_block_size, code)
         sizes = embedding.num_embeddings, embedding.embedding_dim, embedding.padding_idx
-        module = cls(*sizes, device="meta", **vars(form))
+        module = cls(*sizes, compute_dtype or embedding.weight.dtype, device="meta", **form)
         module.set_weight(module.quantize(embedding.weight))
         return module.train(embedding.training)
 
@@ -159,11 +163,11 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         return decode_rows(self.packed_weight(), ids, self.compute_dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded table [V, D], in ``dtype`` or that of the table that was quantized."""
+        """The decoded table [V, D], in ``dtype`` or the dtype of the table that was quantized."""
         return self.weight4bit.dequantize(dtype)
 
     def to_embedding(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Embedding:
-        """A dense embedding in this one's place, with the decoded table or ``weight`` [V, D], without gradient."""
+        """The dense embedding for this one, without gradient: the decoded table, or ``weight`` [V, D] if given."""
         weight = self.dequantize(dtype) if weight is None else weight.detach().to(dtype or self.weight_dtype)
         dense = nn.Embedding(
             self.num_embeddings, self.embedding_dim, self.padding_idx, device="meta", dtype=weight.dtype
@@ -185,8 +189,12 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
 class TiedLinear4bit(Linear4bit):
     """An output head on the table of an ``Embedding4bit``: logits = x · tableᵀ + bias.
 
-    Its ``weight`` is the table's own parameter, and the scales are those of the table: they are stored once, and in
-    the table's state. Args: the table, and the bias [V] or None.
+    Its ``weight`` is the table's own parameter, and the scales are the table's. Both are stored once, in the table's
+    state.
+
+    Args:
+        embedding: the table.
+        bias: [V] or None.
 
     Example:
         >>> table = qlora_ext.nn.Embedding4bit.from_embedding(nn.Embedding(1000, 64))
@@ -200,8 +208,8 @@ class TiedLinear4bit(Linear4bit):
     def __init__(self, embedding: Embedding4bit, bias: nn.Parameter | None = None) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = embedding.embedding_dim, embedding.num_embeddings
-        self.__dict__["embedding"] = embedding  # beside the submodules: it belongs to another
-        self._compute_dtype = embedding.compute_dtype
+        self.__dict__["embedding"] = embedding  # not a submodule, because it belongs to another module
+        self.compute_dtype = embedding.compute_dtype
         self.weight = embedding.weight
         self.register_parameter("bias", bias)
         self.train(embedding.training)
@@ -225,19 +233,15 @@ class TiedLinear4bit(Linear4bit):
         return self.embedding.nested_offset
 
     @property
-    def form(self) -> Form:
-        return dataclasses.replace(self.embedding.form, compute_dtype=self._compute_dtype)
-
-    @form.setter
-    def form(self, form: Form) -> None:
-        self._compute_dtype = form.compute_dtype  # the rest is the table's
+    def form(self) -> Form:  # type: ignore[override]
+        return self.embedding.form
 
     @property
     def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
         return self.embedding.weight_dtype
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
-        return {}  # the table's
+        return {}  # the weight is the table's
 
     def set_weight(self, w4: Weight4bit) -> None:
         raise ValueError("w4: expected a layer with a weight of its own, got a head that is tied to an embedding")

@@ -1,25 +1,27 @@
-"""``Experts4bit``: the experts of a mixture-of-experts layer, their stacked weights NF4."""
+"""``Experts4bit``: the experts of a mixture-of-experts layer, with stacked 4-bit weights."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Container, Iterable, Mapping
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import grouped
 from ..autograd import draw_seed
-from ..form import Form
-from ..formats import NF4
+from ..form import Form, FormKeywords
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
 from .packed import Packed4bit, scale_names
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 assert grouped  # the operator must be registered
 
-# What nn.Module keeps for itself in an instance: not to be taken over from another module.
+# The instance attributes of nn.Module itself, which are never copied from another module.
 _MODULE_STATE = frozenset(vars(nn.Module()))
 
 
@@ -29,8 +31,8 @@ class ExpertsLora(NamedTuple):
     Attributes:
         a, b: [E, R, K] and [E, N, R], of any floating dtype.
         scaling: lora_alpha / R.
-        dropout_p: probability of dropping an element of a row of x, 0 to 1. A token's rows, one for each of its
-            experts, are dropped from independently, as by experts that are layers of their own.
+        dropout_p: probability of dropping an element of x, 0 to 1. Each expert of a token draws its own mask, as if the
+            experts were separate layers.
 
     Example:
         >>> lora = qlora_ext.nn.ExpertsLora(a=torch.randn(4, 8, 64), b=torch.zeros(4, 32, 8), scaling=2.0)
@@ -45,7 +47,7 @@ class ExpertsLora(NamedTuple):
 
 
 def is_fused_experts(module: nn.Module) -> bool:
-    """Whether ``module`` is what ``Experts4bit`` can replace: see there.
+    """Whether ``Experts4bit`` can replace ``module``.
 
     Example:
         >>> qlora_ext.nn.is_fused_experts(nn.Linear(4, 4))
@@ -62,7 +64,7 @@ def _projections(module: nn.Module) -> tuple[str, str]:
 
 
 def _hand_over(old: nn.Module, new: nn.Module, attributes: Iterable[str], but: Container[str]) -> None:
-    """Gives ``new`` the attributes, submodules, parameters and buffers of ``old``, ``but`` for some of the latter."""
+    """Copies attributes, submodules, parameters and buffers from ``old`` to ``new``; tensors named in ``but`` stay."""
     new.__dict__.update({key: old.__dict__[key] for key in attributes})
     new._modules.update(old._modules)
     new._parameters.update({name: p for name, p in old._parameters.items() if name not in but})
@@ -70,23 +72,25 @@ def _hand_over(old: nn.Module, new: nn.Module, attributes: Iterable[str], but: C
 
 
 class Experts4bit(Packed4bit):
-    """Stands in for the experts of a mixture-of-experts layer, whose stacked weights are NF4, expert by expert.
+    """The experts of a mixture-of-experts layer in 4 bits. Each expert's matrices are quantized separately.
 
-    It replaces a module of the kind that transformers (>= 5.0) decorates with ``use_experts_implementation``: with 3-D
-    parameters ``gate_up_proj`` (``up_proj``, where ``has_gate`` is False) and ``down_proj``, of shape [E, N, K] or,
-    where ``is_transposed``, [E, K, N]; with ``_apply_gate`` between them, or ``act_fn``. It takes over everything else
-    of that module: biases, activation, sizes, configuration. Each parameter becomes uint8 [E, N, K/2] of the same name,
-    with the scales ``gate_up_proj_absmax`` [E, blocks], ``gate_up_proj_nested_absmax`` [E, nested blocks] and
-    ``gate_up_proj_nested_offset`` [E]: expert e's are those of ``quantize_nf4`` of its own [N, K] matrix. A freshly
-    built module holds zeros, until ``load_state_dict``, ``set_packed`` or ``from_experts``.
+    It replaces a module that transformers (>= 5.0) decorates with ``use_experts_implementation``. Such a module has the
+    3-D parameters ``gate_up_proj`` (``up_proj`` if ``has_gate`` is False) and ``down_proj``, of shape [E, N, K], or
+    [E, K, N] if ``is_transposed``, and between them ``_apply_gate`` or ``act_fn``. Everything else is taken over from
+    that module: biases, activation, sizes, configuration.
+
+    Each parameter becomes uint8 [E, N, K/2] with the same name and the scales ``gate_up_proj_absmax`` [E, blocks],
+    ``gate_up_proj_nested_absmax`` [E, nested blocks] and ``gate_up_proj_nested_offset`` [E]. Expert e has the bits that
+    ``quantize_nf4`` gives its [N, K] matrix. A new module contains zeros until ``load_state_dict`` or ``set_packed``.
 
     Args:
-        experts: the dense module; its weights are neither read nor kept.
-        compute_dtype, block_size, double_quant, device, nested_block_size: as in ``Linear4bit``; the dtype is that of
-            the dense weights by default.
+        experts: the dense module. Its weights are not read.
+        compute_dtype: of the products; the default is the dtype of the dense weights.
+        device: of the packed state; "meta" allocates nothing.
+        form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in ``Linear4bit``.
 
     Raises:
-        TypeError: ``experts`` is no such module.
+        TypeError: ``experts`` is not such a module. ValueError: a weight has an odd number of input features.
 
     Example:
         >>> from transformers import MixtralConfig
@@ -103,11 +107,9 @@ class Experts4bit(Packed4bit):
         self,
         experts: nn.Module,
         compute_dtype: torch.dtype | None = None,
-        block_size: int = 64,
-        double_quant: bool = True,
+        *,
         device: torch.device | str | None = None,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        **form: Unpack[FormKeywords],
     ) -> None:
         super().__init__()
         if not is_fused_experts(experts):
@@ -129,7 +131,7 @@ class Experts4bit(Packed4bit):
         self._taken_over = [key for key in vars(experts) if key not in _MODULE_STATE]
         _hand_over(experts, self, self._taken_over, but=self._shapes)
         dtype: torch.dtype = experts.down_proj.dtype  # type: ignore[assignment]
-        self._set_form(Form(compute_dtype or dtype, block_size, double_quant, nested_block_size, code))
+        self._set_form(Form.of(**form), compute_dtype or dtype)
         self._register_packed(device)
         self.train(experts.training)
 
@@ -138,12 +140,12 @@ class Experts4bit(Packed4bit):
         return self._shapes
 
     def dense_shape(self, name: str) -> tuple[int, int, int]:
-        """The shape that the weight ``name`` has in the dense module."""
+        """The shape of the weight ``name`` in the dense module."""
         e, n, k = self._shapes[name]
         return (e, k, n) if self.is_transposed else (e, n, k)
 
     def quantize(self, dense: Tensor) -> Weight4bit:
-        """The 4-bit form of a stack of weights as the dense module has it, expert by expert."""
+        """Quantizes a stack of weights in the layout of the dense module, expert by expert."""
         return Weight4bit.stack([super(Experts4bit, self).quantize(w) for w in self.as_quantized(dense.detach())])
 
     def as_quantized(self, dense: Tensor) -> Tensor:
@@ -154,22 +156,16 @@ class Experts4bit(Packed4bit):
 
     @classmethod
     def from_experts(
-        cls,
-        experts: nn.Module,
-        compute_dtype: torch.dtype | None = None,
-        block_size: int = 64,
-        double_quant: bool = True,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        cls, experts: nn.Module, compute_dtype: torch.dtype | None = None, **form: Unpack[FormKeywords]
     ) -> Experts4bit:
-        """Quantizes a dense module; see the class for which."""
-        module = cls(experts, compute_dtype, block_size, double_quant, "meta", nested_block_size, code)
+        """Quantizes a dense module. Arguments and errors are those of the constructor and of ``quantize_nf4``."""
+        module = cls(experts, compute_dtype, device="meta", **form)
         for name in module._shapes:
             module.set_packed(name, module.quantize(getattr(experts, name)))
         return module
 
     def dequantize(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The decoded weight ``name``, in the dense module's shape."""
+        """The decoded weight ``name``, with its shape in the dense module."""
         w4 = self.packed_weight(name)
         shape = self._shapes[name]
         out = torch.empty(shape, dtype=dtype or w4.dtype, device=w4.device)
@@ -178,9 +174,9 @@ class Experts4bit(Packed4bit):
         return out.transpose(1, 2).contiguous() if self.is_transposed else out
 
     def to_experts(self, dtype: torch.dtype | None = None, weights: dict[str, Tensor] | None = None) -> nn.Module:
-        """The dense module in this one's place, in ``dtype`` or that of the weights that were quantized.
+        """The dense module for this one, in ``dtype`` or the dtype of the weights that were quantized.
 
-        It holds the decoded weights, or those of ``weights`` (adapters merged into them, say) by name.
+        It has the decoded weights, or those in ``weights``, by name (for example with merged adapters).
         """
         dtype = dtype or self.weight_dtype
         dense = self.experts_class.__new__(self.experts_class)
@@ -230,7 +226,7 @@ class Experts4bit(Packed4bit):
         return y
 
     def _some_experts(self, name: str, experts: list[int]) -> Weight4bit:
-        """The weights of those experts alone, stacked, of a module that is streamed."""
+        """The stacked weights of some experts of a streamed module."""
         assert self.residency is not None
         scales = scale_names(name).values()
         copies = self.residency.read_experts(name, experts)
@@ -244,19 +240,19 @@ class Experts4bit(Packed4bit):
         top_k_weights: Tensor,
         lora: Mapping[str, ExpertsLora] | None = None,
     ) -> Tensor:
-        """Every token's chosen experts, weighted and summed up.
+        """The weighted sum of each token's experts.
 
         Args:
             hidden_states: [T, hidden].
-            top_k_index: [T, k], the experts of each token; numbers below 0, or of E or more, are ignored.
-            top_k_weights: [T, k], their weights, or [T, E], those of all experts.
-            lora: adapters by the name of the weight that they adapt.
+            top_k_index: integers [T, k], the experts of each token. Numbers outside 0 to E - 1 are ignored.
+            top_k_weights: the weights of these experts [T, k], or of all experts [T, E].
+            lora: adapters, by the name of the weight that they adapt.
 
         Returns:
-            [T, hidden] in the dtype of ``hidden_states``; computed in ``compute_dtype``, or autocast's.
+            [T, hidden] in the dtype of ``hidden_states``, computed in ``compute_dtype`` or the autocast dtype.
 
         Raises:
-            TypeError: ``top_k_index`` holds no integers.
+            TypeError: ``top_k_index`` is a floating-point tensor.
         """
         if top_k_index.is_floating_point():
             raise TypeError(f"top_k_index: expected integer expert numbers, got {top_k_index.dtype}")
@@ -270,7 +266,7 @@ class Experts4bit(Packed4bit):
         offsets = torch.searchsorted(
             expert, torch.arange(experts, dtype=expert.dtype, device=expert.device), right=True
         )
-        # Every token k times and then a permutation: the gradients meet in a sum, in one order.
+        # Repeating each token k times and then permuting makes the gradient a sum in a fixed order.
         x = hidden_states.to(cast).repeat_interleave(k, dim=0).index_select(0, order)
         first, second = self._shapes
         lora = lora or {}
@@ -300,7 +296,7 @@ def _grouped_streamed(
     numbers: tuple[float, float],
 ) -> Tensor:
     assert experts.residency is not None
-    if x.shape[0] < offsets.shape[0]:  # some experts have no token, and need not come
+    if x.shape[0] < offsets.shape[0]:  # some experts have no token and are not loaded
         before = torch.cat([offsets.new_zeros(1), offsets[:-1]])
         chosen = (offsets > before).nonzero().squeeze(1)
         w4 = experts._some_experts(name, chosen.tolist())

@@ -1,4 +1,4 @@
-"""``Linear4bit``: a frozen linear layer whose weight is NF4."""
+"""``Linear4bit``: a frozen linear layer with a 4-bit weight."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .._internal.lending import PackedTensors
+from .._internal.loans import PackedTensors
 from ..autograd import call_linear_nf4, draw_seed
-from ..form import Form
+from ..form import Form, FormKeywords
 from ..formats import NF4
 from ..merged import merged_linear_nf4
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
 from .packed import PackedWeight4bit
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 
 class Linear4bit(PackedWeight4bit, nn.Linear):
-    """A linear layer over a frozen NF4 weight: y = x · dequantize(weight)ᵀ + bias, fused.
+    """A linear layer with a frozen 4-bit weight: y = x · dequantize(weight)ᵀ + bias, in one fused operator.
 
-    The packed state consists of ``weight`` (uint8 [N, K/2]) and ``absmax``, parameters without gradient, and with
-    double quantization the buffers ``nested_absmax`` and ``nested_offset``; ``weight4bit`` is all of it as one value.
-    Moving the module moves it; changing the dtype (``half()``, ``to(dtype)``) only changes the bias and
-    ``compute_dtype``. A new module holds zeros until ``load_state_dict`` or ``set_weight``.
+    The packed state consists of the parameters ``weight`` (uint8 [N, K/2]) and ``absmax`` [blocks], which have no
+    gradient, and with double quantization of the buffers ``nested_absmax`` and ``nested_offset``. ``weight4bit`` is the
+    packed state as one value. Moving the module moves it. Changing the dtype (``half()``, ``to(dtype)``) only changes
+    the bias and ``compute_dtype``. A new module contains zeros until ``load_state_dict`` or ``set_weight``.
 
     Args:
         in_features, out_features: K and N.
-        bias: whether there is a bias [N].
+        bias: whether the layer has a bias [N].
         compute_dtype: of the bias and the products; x is cast to it, and y back to x's dtype.
         block_size: elements per scale: a power of two from 16 to 4096.
         double_quant: whether the scales are stored in 8 bits.
@@ -48,7 +51,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     absmax: Tensor
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
-    # The class of the dense layer in whose place this one stands, and what that has beside the state of an nn.Linear.
+    # The class of the dense layer that this one replaces, and its attributes in addition to those of an nn.Linear.
     dense_class: type[nn.Linear] = nn.Linear
     dense_attributes: Mapping[str, Any] = MappingProxyType({})
 
@@ -66,7 +69,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self._set_form(Form(compute_dtype, block_size, double_quant, nested_block_size, code))
+        form = Form.of(block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size, code=code)
+        self._set_form(form, compute_dtype)
         self._register_packed(device)
         if bias:
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=compute_dtype, device=device), requires_grad=False)
@@ -86,16 +90,21 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         cls,
         linear: nn.Linear,
         compute_dtype: torch.dtype | None = None,
-        block_size: int = 64,
-        double_quant: bool = True,
-        nested_block_size: int = 256,
-        code: str = NF4,
+        **form: Unpack[FormKeywords],
     ) -> Linear4bit:
-        """Quantizes an ``nn.Linear``. The compute dtype defaults to the layer's dtype. The bias does not change."""
+        """Quantizes an ``nn.Linear``. The bias does not change.
+
+        Args:
+            compute_dtype: as in the constructor; the default is the dtype of ``linear``.
+            form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in the constructor.
+
+        Raises:
+            TypeError: ``linear`` is not a dense ``nn.Linear``. ValueError: as from ``quantize_nf4``.
+        """
         if isinstance(linear, Linear4bit) or not isinstance(linear, nn.Linear):
             raise TypeError(f"linear: expected an nn.Linear, got {type(linear).__name__}")
-        form = Form(compute_dtype or linear.weight.dtype, block_size, double_quant, nested_block_size, code)
-        module = cls(linear.in_features, linear.out_features, bias=False, device="meta", **vars(form))
+        dtype = compute_dtype or linear.weight.dtype
+        module = cls(linear.in_features, linear.out_features, False, dtype, device="meta", **form)
         module.set_weight(module.quantize(linear.weight))
         if linear.bias is not None:
             module.bias = nn.Parameter(
@@ -149,7 +158,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
         cast, dtype = self._dtypes(x)
         bias = self.bias  # looked up once: a parameter is no plain attribute
-        with torch._C.DisableTorchFunctionSubclass():  # a PackedParameter costs what a plain one does
+        with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
             y = call_linear_nf4(
                 x.device.type,
                 x.to(cast),
@@ -174,14 +183,14 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         """The layer with an adapter [R, K] and [N, R] merged into its weight; see ``qlora_ext.merged``.
 
         Args:
-            merged: what ``merged_weight`` makes of this layer's weight and the adapter.
+            merged: this layer's weight and the adapter, merged by ``merged_weight``.
         """
         cast, dtype = self._dtypes(x)
         bias = None if self.bias is None else self.bias.to(cast)
         return merged_linear_nf4(x.to(cast), merged, bias, lora_a.to(cast), lora_b.to(cast), scaling).to(dtype)
 
     def _dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """In which dtype the layer computes, and which one its output has."""
+        """The dtype of the computation and the dtype of the output."""
         autocast = autocast_dtype(x.device.type)
         return (self.compute_dtype, x.dtype) if autocast is None else (autocast, autocast)
 
@@ -192,7 +201,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     def to_linear(self, dtype: torch.dtype | None = None, weight: Tensor | None = None) -> nn.Linear:
         """The dense layer for this one, in ``dtype`` or the dtype of the weight that was quantized.
 
-        It holds the decoded weight, or ``weight`` [N, K] if given (for example with a merged adapter).
+        It has the decoded weight, or ``weight`` [N, K] if given (for example with a merged adapter).
         """
         weight = self.dequantize(dtype) if weight is None else weight.detach().to(dtype or self.weight_dtype)
         linear = nn.Linear(
@@ -215,7 +224,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         )
 
 
-# Only the call itself can say which memory holds a streamed weight, and no compiled graph may keep that memory.
+# The memory of a streamed weight differs from call to call, so no compiled graph may contain it.
 @torch.compiler.disable
 def _fused_streamed(layer: Linear4bit, *args: Any) -> Tensor:
     assert layer.residency is not None

@@ -1,30 +1,34 @@
-"""``quantize_model``: the walk that puts 4-bit layers into a model."""
+"""``quantize_model``: replaces the layers of a model by 4-bit ones."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
 
 from ..calibration import Calibration, Calibrator, InitLora
 from ..calibration.init_lora import keep_initial_lora, loftq
+from ..form import Form, FormKeywords
 from .conversions import conversion_of
-from .coverage_report import check_something_is_4bit, tell_coverage
+from .coverage_report import check_something_is_4bit, report_coverage
+from .dense_modules import dense_modules, is_dense, paths_to
 from .embedding import Embedding4bit, TiedLinear4bit
 from .experts import Experts4bit, is_fused_experts
 from .packed import Packed4bit
-from .staying_dense import is_dense, kept_dense, paths_to
 
-Model = TypeVar("Model", bound=nn.Module)  # of any class: a function that returns its model keeps the class
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-# Called with every model that quantize_model is to quantize, and with every one that it has quantized.
+Model = TypeVar("Model", bound=nn.Module)  # a function that returns its model preserves the static type
+
+# quantize_model calls these with each model before and after it quantizes the model.
 BEFORE_QUANTIZE: list[Callable[[nn.Module], None]] = []
 AFTER_QUANTIZE: list[Callable[[nn.Module], None]] = []
 
-# Where a module stands in a model: its parent, its name there, and its full name.
+# The places of a module in a model: its parent, its name in the parent, and its full name.
 _Places = dict[nn.Module, list[tuple[nn.Module, str, str]]]
 
 
@@ -33,8 +37,11 @@ def tied_heads(
 ) -> dict[nn.Embedding, list[nn.Linear]]:
     """The embeddings of ``model`` that can be 4-bit, each with the linear layers that share its table.
 
-    Embeddings whose table another module shares are left out, and so are those tied to a layer whose name is in
-    ``dense``. ``to_be_tied`` maps names of parameters to those that they will be tied to, but are not yet.
+    Embeddings whose table a module of another kind shares are left out, and so are those tied to a layer in ``dense``.
+
+    Args:
+        to_be_tied: names of parameters, and the names of the parameters to which they will be tied later.
+        dense: names of layers that must stay dense.
 
     Example:
         >>> model = nn.ModuleDict({"embed": nn.Embedding(100, 64), "head": nn.Linear(64, 100, bias=False)})
@@ -72,17 +79,17 @@ def places_in(model: nn.Module) -> _Places:
     """
     places: _Places = {}
     for parent_name, parent in model.named_modules():
-        for name, child in parent._modules.items():  # named_children() gives a shared one once
+        for name, child in parent._modules.items():  # named_children() yields a shared module only once
             if child is not None:
                 places.setdefault(child, []).append((parent, name, f"{parent_name}.{name}" if parent_name else name))
     return places
 
 
 def _names_of(what: str, names: Any) -> tuple[str, ...]:
-    """``names``, of modules, as the argument ``what`` gives them.
+    """The module names in the argument ``what``, whose value is ``names``.
 
     Raises:
-        TypeError: they are no names.
+        TypeError: ``names`` is not an iterable of strings.
     """
     if isinstance(names, (str, torch.Tensor)) or not isinstance(names, Iterable):
         raise TypeError(f"{what}: expected names of modules, got {names!r}")
@@ -93,7 +100,7 @@ def _names_of(what: str, names: Any) -> tuple[str, ...]:
 
 
 def named_in(model: nn.Module, skip: Iterable[str], keep: Iterable[str] = ()) -> list[str]:
-    """The full names of the modules that ``skip`` names by their last parts, with those in ``keep``."""
+    """``keep``, and the full names of the modules whose last parts are in ``skip``."""
     ends = tuple(f".{name}" for name in skip)
     return [*keep, *(name for name, _ in model.named_modules(remove_duplicate=False) if f".{name}".endswith(ends))]
 
@@ -105,28 +112,32 @@ def to_be_quantized(
     towers: bool = False,
     keep: Iterable[str] = (),
 ) -> dict[nn.Module, str]:
-    """The modules that ``quantize_model`` replaces with these arguments, with their names, in the order of the model.
+    """The modules that ``quantize_model`` replaces with these arguments, and their names, in the order of the model.
 
-    A module in several places has the name of the first one. Heads that are tied to an embedding are not among them:
-    they follow the embedding.
+    A module in several places has the name of the first one. Heads that are tied to an embedding are not listed,
+    because they follow the embedding.
 
     Raises:
-        TypeError: ``skip`` or ``keep`` holds no names. ValueError: ``model`` has no module of a name in ``keep``.
+        TypeError: ``skip`` or ``keep`` does not consist of names. ValueError: a name in ``keep`` is not in ``model``.
 
     Example:
         >>> model = nn.ModuleDict({"up": nn.Linear(64, 64), "lm_head": nn.Linear(64, 100)})
         >>> list(qlora_ext.nn.to_be_quantized(model).values())
         ['up']
     """
-    kept = kept_dense(model)
-    full_names = {*kept.always, *(kept.heads if skip is None else ()), *(() if towers else kept.towers)}
+    dense_parts = dense_modules(model)
+    full_names = {
+        *dense_parts.always,
+        *(dense_parts.heads if skip is None else ()),
+        *(() if towers else dense_parts.towers),
+    }
     keep, skip = _names_of("keep", keep), () if skip is None else _names_of("skip", skip)
     unknown = {*keep} - {name for name, _ in model.named_modules(remove_duplicate=False)}
     if unknown:
         raise ValueError(f"keep: expected full names of modules of the model, got {min(unknown)!r}")
     full_names |= {*keep}
     tied = {id(p) for m in model.modules() if conversion_of(m) is None for p in m.parameters(recurse=False)}
-    heads = tied_heads(model, dense=kept.always) if embeddings else {}
+    heads = tied_heads(model, dense=dense_parts.always) if embeddings else {}
 
     full_names |= {*named_in(model, skip)}
 
@@ -143,23 +154,23 @@ def to_be_quantized(
     return {module: at[0][2] for module, at in places_in(model).items() if chosen(module, at)}
 
 
-def quantized(module: nn.Module, **options: Any) -> Packed4bit:
+def quantized(module: nn.Module, compute_dtype: torch.dtype | None = None, **form: Unpack[FormKeywords]) -> Packed4bit:
     """The 4-bit module that replaces ``module``, for which ``is_dense`` holds.
 
     Args:
-        options: those of ``Linear4bit.from_linear`` and the like.
+        compute_dtype, form: as in ``Linear4bit.from_linear``.
 
     Example:
         >>> type(qlora_ext.nn.quantized(nn.Linear(64, 48), block_size=32)).__name__
         'Linear4bit'
     """
     if is_fused_experts(module):
-        return Experts4bit.from_experts(module, **options)
+        return Experts4bit.from_experts(module, compute_dtype, **form)
     if isinstance(module, nn.Embedding):
-        return Embedding4bit.from_embedding(module, **options)
+        return Embedding4bit.from_embedding(module, compute_dtype, **form)
     conversion = conversion_of(module)
     assert conversion is not None
-    return conversion.from_linear(module, **options)  # type: ignore[arg-type]
+    return conversion.from_linear(module, compute_dtype, **form)  # type: ignore[arg-type]
 
 
 def quantize_model(
@@ -172,6 +183,7 @@ def quantize_model(
     calibration: Any = None,
     init_lora: Any = None,
     keep: Iterable[str] = (),
+    compute_dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Model:
     """Replaces the linear layers and experts of ``model`` by 4-bit ones, in place and one at a time.
@@ -184,35 +196,35 @@ def quantize_model(
     Args:
         model: its parameters are freed as they are quantized. A module used in several places stays shared. A module
             that shares its weight with another one (an embedding) stays dense.
-        skip: names of modules that stay dense, with everything in them: a full dotted name, or its last parts
-            (``"lm_head"``, ``"mlp.gate"``). By default the output heads: those named ``lm_head``, ``score``,
+        skip: names of modules that stay dense, with everything inside them: full dotted names, or their last parts
+            (``"lm_head"``, ``"mlp.gate"``). The default is the output heads: those named ``lm_head``, ``score``,
             ``classifier`` or ``qa_outputs``, and in a transformers model everything outside its base model.
-        block_size, double_quant: as in ``quantize_nf4``; further ``options`` go to ``Linear4bit.from_linear`` and
-            its like.
-        embeddings: replace every ``nn.Embedding`` (no subclass of it) by an ``Embedding4bit``. An output head that is
-            tied to one has no weight of its own: it follows the table, even if ``skip`` names the head.
+        block_size, double_quant: as in ``quantize_nf4``; ``options`` may hold ``nested_block_size`` and ``code`` too.
+        embeddings: replace every ``nn.Embedding`` (but no subclass) by an ``Embedding4bit``. An output head that is
+            tied to a table has no weight of its own and follows the table, even if ``skip`` names the head.
         towers: in a multimodal transformers model, replace layers outside the language model too: those of vision and
             audio towers, and of projectors.
-        calibration: choose scales and codes for the layers' inputs, which costs time but no bytes: a
-            ``qlora_ext.Calibration``, or its ``inputs``: "self", token ids [B, T], or batches of the model's inputs.
+        calibration: choose scales and codes for the layers' inputs. This takes time, but the weights have the same
+            size. A ``qlora_ext.Calibration``, or its ``inputs``: "self", token ids [B, T], or batches of model inputs.
             ``qlora_ext.calibration.calibration_of(model)`` reports the result for each layer.
-        init_lora: compute initial adapters from the linear layers' quantization error: "svd" (needs a calibration, and
-            is the best for its inputs), "loftq", or a ``qlora_ext.calibration.InitLora``, which sets their rank.
-            ``qlora_ext.integrations.peft.initialize_lora`` puts them into a PEFT model.
-        keep: full names of further modules that stay dense, for example the layers whose quantization costs the most,
-            from ``qlora_ext.sensitivity(model).keep("5%")``. ``skip`` keeps its default.
+        init_lora: compute initial adapters from the quantization error of the linear layers: "svd" (optimal for the
+            calibration's inputs; needs a calibration), "loftq", or a ``qlora_ext.calibration.InitLora``, which sets
+            the rank. ``qlora_ext.integrations.peft.initialize_lora`` puts them into a PEFT model.
+        keep: full names of additional modules that stay dense, for example the layers whose quantization costs the
+            most, from ``qlora_ext.sensitivity(model).keep("5%")``. It does not change the default of ``skip``.
+        compute_dtype: of the 4-bit modules; the default is each module's own dtype.
 
-    Layers whose weights the model's own code reads, instead of calling the layer, always stay dense (Mamba's
-    ``out_proj``, Gemma 3n's ``altup.prediction_coefs``), as do those that transformers (T5's ``wo``) or diffusers
-    (Wan's ``time_embedder``) keep in float32.
+    Two kinds of layers always stay dense: those whose weights the model's code reads instead of calling the layer
+    (Mamba's ``out_proj``, Gemma 3n's ``altup.prediction_coefs``), and those that transformers (T5's ``wo``) or
+    diffusers (Wan's ``time_embedder``) keep in float32.
 
     Returns:
         ``model``, or its replacement if ``model`` itself is such a module.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or ``skip`` or ``keep`` holds no names. ValueError: bitsandbytes has
-            quantized layers to int8 or FP4; ``init_lora`` is "svd" and there is no calibration; or ``model`` has no
-            module of a name in ``keep``.
+        TypeError: ``model`` is not an ``nn.Module``, ``skip`` or ``keep`` does not consist of names, or an option is
+            unknown. ValueError: bitsandbytes has quantized layers to int8 or FP4; ``init_lora`` is "svd" without a
+            calibration; a name in ``keep`` is not in ``model``; or a block size is out of range.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
@@ -226,7 +238,7 @@ def quantize_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
     skip, keep = None if skip is None else _names_of("skip", skip), _names_of("keep", keep)
-    options |= {"block_size": block_size, "double_quant": double_quant}
+    form = Form.of(block_size=block_size, double_quant=double_quant, **options)
     lora = None if init_lora is None else InitLora.of(init_lora)
     if lora is not None and lora.method == "svd" and calibration is None:
         raise ValueError("init_lora: expected calibration=... with 'svd', which weighs errors by the layers' inputs")
@@ -238,7 +250,7 @@ def quantize_model(
         for name, wanted in (("calibration", calibration), ("init_lora", lora)):
             if wanted is not None:
                 raise ValueError(f"{name}: expected a model that contains layers, got a single {type(model).__name__}")
-        alone = quantized(model, **options)
+        alone = quantized(model, compute_dtype, **form.keywords)
         alone.take_hooks(model)
         return cast(Model, alone)
     asked = named_in(model, skip or (), keep)
@@ -250,9 +262,9 @@ def quantize_model(
     heads = tied_heads(model) if embeddings else {}
     calibrator = None
     if calibration is not None:
-        # A table is looked up: it has no inputs.
+        # Embeddings have no activations to calibrate on.
         layers = {name: module for module, name in chosen.items() if not isinstance(module, nn.Embedding)}
-        calibrator = Calibrator(model, layers, Calibration.of(calibration), options, lora)
+        calibrator = Calibrator(model, layers, Calibration.of(calibration), form, compute_dtype, lora)
     initial = keep_initial_lora(model) if lora is not None and calibrator is None else {}
 
     def replace(module: nn.Module, new: Packed4bit) -> None:
@@ -272,7 +284,7 @@ def quantize_model(
             )
 
     for module in chosen:
-        new = quantized(module, **options)
+        new = quantized(module, compute_dtype, **form.keywords)
         replace(module, new)
         if isinstance(new, Embedding4bit):
             for head in heads[module]:  # type: ignore[index]
@@ -281,5 +293,5 @@ def quantize_model(
         calibrator.finish()
     for finish in AFTER_QUANTIZE:
         finish(model)
-    tell_coverage(model, asked)
+    report_coverage(model, asked)
     return model

@@ -1,10 +1,9 @@
-"""``Packed4bit``: what every module with 4-bit weights does to keep their bits."""
+"""``Packed4bit``: the base class of modules with 4-bit weights, which preserves their bits."""
 
 from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
@@ -13,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._internal.lending import Loan
+from .._internal.loans import Loan
 from ..form import Form
 from ..no_arithmetic import refuse_arithmetic
 from ..weight import Weight4bit, quantize, weight_of
 
-# The part of the packed state that is scales: it may hold float32, which no change of a model's dtype may touch.
+# The names of the scales in the packed state. Some are float32, and no change of a model's dtype may touch them.
 SCALES = ("absmax", "nested_absmax", "nested_offset")
-# Where ``nn.Module`` keeps the hooks of forward and backward.
+# The attributes of ``nn.Module`` that hold forward and backward hooks.
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
@@ -30,7 +29,7 @@ Self = TypeVar("Self", bound="Packed4bit")
 
 
 def scale_names(weight: str) -> dict[str, str]:
-    """The names of the scales of the parameter ``weight``: absmax, or, beside others, gate_up_proj_absmax.
+    """The names of the scales of the parameter ``weight``. Parameters with another name give them a prefix.
 
     Example:
         >>> qlora_ext.nn.scale_names("up_proj")["absmax"]
@@ -40,40 +39,40 @@ def scale_names(weight: str) -> dict[str, str]:
     return {scale: f"{prefix}{scale}" for scale in SCALES}
 
 
-def whole(t: Tensor) -> Tensor:
-    """``t`` or, of a DTensor, what all ranks hold of it."""
+def full_tensor(t: Tensor) -> Tensor:
+    """``t``, or the full tensor of which a DTensor is one rank's shard. Gathering it is a collective operation."""
     gathered: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
     return gathered
 
 
 class Residency(Protocol):
-    """Who has the packed weights of a module whose parameters are not where it computes; see ``streaming``."""
+    """Provides the packed weights of a module whose parameters are not on the computing device; see ``streaming``."""
 
     @property
     def device(self) -> torch.device:
-        """Where the module computes."""
+        """The device that computes."""
 
     def lend(self, weight: str) -> Loan:
-        """The packed tensors of ``weight`` on ``device``, for the operators that are called until the loan ends."""
+        """The packed tensors of ``weight`` on ``device``, valid until the loan ends."""
 
     def read(self, weight: str) -> dict[str, Tensor]:
-        """Copies of them, which stay, by the names of their attributes."""
+        """Permanent copies of the packed tensors of ``weight``, by name."""
 
     def read_experts(self, weight: str, experts: list[int]) -> dict[str, Tensor]:
-        """The same of some matrices of a stack, stacked."""
+        """Permanent copies for some matrices of a stack, stacked in that order."""
 
     def check(self) -> None:
-        """Raises an error where the parameters can no longer be read."""
+        """Raises an error if the parameters can no longer be read."""
 
 
 class Packed4bit(nn.Module, abc.ABC):
     """A module with frozen 4-bit weights.
 
-    Each weight named in ``packed_shapes`` is uint8, with the scales ``scale_names``. It and its absmax are parameters
-    without gradient, so that FSDP2 shards them; the nested scales, which are small, are buffers. Moving the module
-    moves them; changing its dtype changes ``compute_dtype`` and whatever else floats, but no packed state; loading a
-    state of another form is refused, strictly or not. Arithmetic on the parameters is refused too (``no_arithmetic``).
-    A weight of more than two dimensions is a stack of matrices, each quantized by itself.
+    Each weight named in ``packed_shapes`` is uint8 and has the scales ``scale_names``. The weight and its absmax are
+    parameters without gradient, so that FSDP2 shards them; the nested scales, which are small, are buffers. Moving the
+    module moves them. Changing its dtype changes ``compute_dtype`` and other floating-point tensors, but no packed
+    state. Loading a state of another form is an error, even with ``strict=False``, and so is arithmetic on the
+    parameters (``no_arithmetic``). A weight with more than two dimensions is a stack of separately quantized matrices.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
@@ -84,7 +83,7 @@ class Packed4bit(nn.Module, abc.ABC):
     form: Form
     weight_dtype: torch.dtype
     residency: Residency | None = None
-    # Whether other modules read the packed state of this one, or this one that of another.
+    # Whether the module shares its packed state with another module.
     packed_is_tied = False
 
     @property
@@ -94,32 +93,38 @@ class Packed4bit(nn.Module, abc.ABC):
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        return self.form.compute_dtype
+        """The dtype in which the module computes. Setting it to anything but a floating dtype is a TypeError."""
+        return self._compute_dtype
 
     @compute_dtype.setter
     def compute_dtype(self, dtype: torch.dtype) -> None:
-        self.form = dataclasses.replace(self.form, compute_dtype=dtype)
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"compute_dtype: expected a floating-point torch.dtype, got {dtype!r}")
+        self._compute_dtype = dtype
 
     @property
     def block_size(self) -> int:
+        """Elements per scale."""
         return self.form.block_size
 
     @property
     def double_quant(self) -> bool:
+        """Whether the scales are stored in 8 bits."""
         return self.form.double_quant
 
     @property
     def nested_block_size(self) -> int:
+        """Scales per nested scale."""
         return self.form.nested_block_size
 
-    def _set_form(self, form: Form) -> None:
+    def _set_form(self, form: Form, compute_dtype: torch.dtype) -> None:
         for name, shape in self.packed_shapes.items():
             ops.check_shape(name, shape)
         self.form = form
-        self.weight_dtype = form.compute_dtype
+        self.compute_dtype = self.weight_dtype = compute_dtype
 
     def _empty_state(self, device: torch.device | str | None) -> dict[str, Tensor]:
-        """Zeros in the form of the packed state."""
+        """Zeros with the names, shapes and dtypes of the packed state."""
         state: dict[str, Tensor] = {}
         for name, shape in self.packed_shapes.items():
             *stack, n, k = shape
@@ -157,17 +162,17 @@ class Packed4bit(nn.Module, abc.ABC):
             refuse_arithmetic(self._parameters[name])
 
     def set_packed(self, name: str, w4: Weight4bit) -> None:
-        """Takes ``w4`` as the weight ``name``, with its code, block sizes, scale form and device.
+        """Stores ``w4`` as the weight ``name``. The module takes over its form and device.
 
         Raises:
-            ValueError: its shape is not that of ``packed_shapes``, or its parts do not fit together.
+            ValueError: the shape is not the one in ``packed_shapes``, or a tensor's shape or dtype is wrong.
         """
         if self.residency is not None:
             w4 = w4.to(getattr(self, name).device)
         if tuple(w4.shape) != self.packed_shapes[name]:
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
         form = self.form
-        self.form = Form(form.compute_dtype, w4.block_size, w4.double_quant, w4.nested_block_size, w4.code)
+        self.form = w4.form
         absmax, nested_absmax, nested_offset = scale_names(name).values()
         parts = {
             name: w4.packed,
@@ -182,7 +187,7 @@ class Packed4bit(nn.Module, abc.ABC):
             raise
         old = self._parameters[name]
         if old is not None and (old.device, old.dtype, old.shape) == (w4.device, torch.uint8, w4.packed.shape):
-            old.data = w4.packed  # the parameter stays, for those who share it
+            old.data = w4.packed  # the same parameter, because other modules may share it
         else:
             setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
         self.weight_dtype = w4.dtype
@@ -191,15 +196,15 @@ class Packed4bit(nn.Module, abc.ABC):
         setattr(self, nested_offset, w4.nested_offset)
 
     def packed_parts(self, name: str) -> dict[str, Tensor]:
-        """The parameters and buffers that hold the weight ``name``: the objects, by their names in the module."""
+        """The parameters and buffers of the weight ``name``, by their names in the module. They are not copies."""
         state = self.packed_state()
         return {part: state[part] for part in (name, *scale_names(name).values()) if part in state}
 
     def unshare(self, name: str) -> None:
         """Gives the module its own parameter for the weight ``name``, over the same memory.
 
-        What ``set_packed`` puts there is then not seen by others that share the parameter. A module that is streamed,
-        and a table to which a head is tied, keep theirs.
+        A later ``set_packed`` then does not affect other modules that shared the parameter. Streamed modules and tied
+        tables keep their parameter.
         """
         if self.residency is None and not self.packed_is_tied:
             setattr(self, name, nn.Parameter(self._parameters[name].detach(), requires_grad=False))  # type: ignore[union-attr]
@@ -208,8 +213,9 @@ class Packed4bit(nn.Module, abc.ABC):
         """Undoes ``unshare`` and ``set_packed``.
 
         Args:
-            w4: the weight as it was before. parts: ``packed_parts`` as they were before: the module shares them again,
-                unless it has moved to another device.
+            w4: the weight before the change.
+            parts: ``packed_parts`` before the change. The module shares them again, unless it has moved to another
+                device.
         """
         device = getattr(self, name).device
         if self.residency is None and not self.packed_is_tied and all(t.device == device for t in parts.values()):
@@ -221,14 +227,14 @@ class Packed4bit(nn.Module, abc.ABC):
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this process holds only a part of the packed state (FSDP2, between its uses)."""
+        """Whether this process holds only a shard of the packed state (FSDP2, between uses)."""
         return any(hasattr(getattr(self, name), "full_tensor") for name in self.packed_shapes)
 
     def packed_weight(self, name: str = "weight") -> Weight4bit:
-        """The 4-bit weight ``name`` as one value, which shares memory with the module.
+        """The 4-bit weight ``name`` as one value that shares memory with the module.
 
-        Of a module that FSDP2 has sharded it is the whole, gathered: every rank has to ask for it. Of a module that is
-        streamed it is a copy, on the device that computes.
+        For a module that FSDP2 has sharded, the full weight is gathered: every rank has to call this. For a streamed
+        module, the result is a copy on the device that computes.
         """
         names = name, *scale_names(name).values()
         if self.residency is not None:
@@ -236,38 +242,36 @@ class Packed4bit(nn.Module, abc.ABC):
             return self._as_weight(name, copies[name], *(copies.get(scale) for scale in names[1:]))  # type: ignore[arg-type]
         packed, absmax, *nested = (getattr(self, part) for part in names)
         with torch._C.DisableTorchFunctionSubclass():  # a Weight4bit holds plain tensors
-            return self._as_weight(name, whole(packed.detach()), whole(absmax.detach()), *nested)
+            return self._as_weight(name, full_tensor(packed.detach()), full_tensor(absmax.detach()), *nested)
 
     def _as_weight(
         self, name: str, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None
     ) -> Weight4bit:
         return weight_of(
-            self.form.code,
+            self.form,
             packed=packed,
             absmax=absmax,
             nested_absmax=nested_absmax,
             nested_offset=nested_offset,
             shape=torch.Size(self.packed_shapes[name]),
             dtype=self.weight_dtype,
-            block_size=self.block_size,
-            nested_block_size=self.nested_block_size,
         )
 
     def freeze_packed(self) -> None:
-        """Takes the packed state out of training, where code that takes every parameter has put it."""
+        """Clears ``requires_grad`` of the packed state, which other code may have set for all parameters."""
         for t in self.packed_state().values():
             t.requires_grad_(False)
 
     def quantize(self, w: Tensor) -> Weight4bit:
-        """The 4-bit form that this module gives to a dense weight of its own."""
+        """Quantizes a dense weight of this module to the module's form."""
         return quantize(w, self.form)
 
     def as_quantized(self, dense: Tensor) -> Tensor:
-        """A dense weight of this module in the shape of ``packed_shapes``, the other way round or as it is."""
+        """A dense weight in the layout of ``packed_shapes``, transposed if the dense module stores it that way."""
         return dense
 
     def take_hooks(self, replaced: nn.Module) -> None:
-        """Takes over the hooks of the module that this one replaces; their handles remove them here, too.
+        """Takes over the hooks of the module that this one replaces. Their handles still remove them.
 
         Example:
             >>> dense = nn.Linear(64, 48)
@@ -280,20 +284,20 @@ class Packed4bit(nn.Module, abc.ABC):
         vars(self).update({name: vars(replaced)[name] for name in _HOOKS})
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
-        """The weights of the module that this one replaces, as they are quantized, that can be calibrated."""
+        """The matrices of the replaced module that can be calibrated, by name, in the layout of ``packed_shapes``."""
         return {}
 
     @abc.abstractmethod
     def to_dense(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The module that this one decodes to, in ``dtype`` or that of the weights that were quantized."""
+        """The decoded dense module, in ``dtype`` or the dtype of the weights that were quantized."""
 
     def reset_parameters(self) -> None:
-        """Nothing to draw: the weights are frozen and come from a checkpoint or a dense module."""
+        """Does nothing, because the weights are frozen and come from a checkpoint or a dense module."""
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # half(), to(dtype) and the like reach every floating tensor, type() every tensor: the packed state keeps its
-        # bits, and takes only the device that fn would have given it.
-        if self.residency is not None:  # the packed state is where it is to be
+        # fn may change dtypes: half() and to(dtype) reach every floating tensor, type() every tensor. The packed state
+        # keeps its bits and takes only the device from fn.
+        if self.residency is not None:  # the packed state does not move
             with self._packed_aside():
                 super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
@@ -301,44 +305,44 @@ class Packed4bit(nn.Module, abc.ABC):
         with torch._C.DisableTorchFunctionSubclass():
             before = {name: t.detach() for name, t in self.packed_state().items()}
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            for name, kept in before.items():
+            for name, saved in before.items():
                 after = getattr(self, name)
-                if after.dtype == kept.dtype:
+                if after.dtype == saved.dtype:
                     continue
                 if name in self._parameters:
-                    after.data = kept.to(after.device)
+                    after.data = saved.to(after.device)
                 else:
-                    self._buffers[name] = kept.to(after.device)
+                    self._buffers[name] = saved.to(after.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device="cpu")).dtype
         return self
 
     @contextlib.contextmanager
     def _packed_aside(self) -> Iterator[None]:
-        kept: list[tuple[dict[str, Any], str, Tensor]] = []
+        saved: list[tuple[dict[str, Any], str, Tensor]] = []
         for name in self.packed_state():
             own: dict[str, Any] = self._parameters if name in self._parameters else self._buffers
-            kept.append((own, name, own[name]))
-            own[name] = None  # its place in the order stays
+            saved.append((own, name, own[name]))
+            own[name] = None  # the order of the names stays
         try:
             yield
         finally:
-            for own, name, tensor in kept:
+            for own, name, tensor in saved:
                 own[name] = tensor
 
     def packed_state(self) -> dict[str, Tensor]:
-        """The packed weights and their scales by the names that they have in the module."""
+        """The packed weights and their scales, by their names in the module."""
         names = [n for name in self.packed_shapes for n in (name, *scale_names(name).values())]
         tensors = {name: getattr(self, name) for name in names}
         return {name: t for name, t in tensors.items() if t is not None}
 
     def check_form(self, state: Mapping[str, Tensor] | None = None, prefix: str = "") -> None:
-        """Checks a packed state (default: the module's own) against the shapes, block sizes and scale form.
+        """Checks a packed state (default: the module's own) against the module's shapes and form.
 
         Args:
-            state: tensors by name, each name beginning with ``prefix``; what it lacks is not checked.
+            state: tensors by name; every name begins with ``prefix``. Missing tensors are not checked.
 
         Raises:
-            ValueError: a dtype or a shape is another; copied in, its scales would be read as something else.
+            ValueError: a dtype or a shape differs, so that the scales would be misread.
         """
         empty = self._empty_state("meta")
         found = {prefix + name: t for name, t in self.packed_state().items()} if state is None else state
@@ -367,31 +371,31 @@ class Packed4bit(nn.Module, abc.ABC):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         try:
             self.check_form(state_dict, prefix)
-        except ValueError as error:  # refused even where the load is not strict
+        except ValueError as error:  # an error even with strict=False
             args[-1].append(str(error))
             return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class PackedWeight4bit(Packed4bit):
-    """A module whose one 4-bit weight is ``weight``."""
+    """A module with one 4-bit weight, called ``weight``."""
 
     @property
     def weight4bit(self) -> Weight4bit:
-        """The packed state as one value; see ``packed_weight``."""
+        """The packed weight as one value; see ``packed_weight``."""
         return self.packed_weight()
 
     def set_weight(self, w4: Weight4bit) -> None:
-        """Takes ``w4``, of the dense weight's shape, as the packed state; see ``set_packed``."""
+        """Stores ``w4``, which has the dense weight's shape; see ``set_packed``."""
         self.set_packed("weight", w4)
 
 
 @contextlib.contextmanager
 def computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
-    """Makes ``model`` compute in ``dtype`` during the block, and restores its dtypes, exactly, after it.
+    """Makes ``model`` compute in ``dtype`` inside the ``with`` statement, and then restores all its dtypes.
 
-    4-bit layers compute in ``dtype``, and tensors in a narrower floating dtype are cast to it. Wider ones, and packed
-    states, stay as they are. Layers that are replaced in the block keep what they have then.
+    4-bit layers compute in ``dtype``, and tensors with a narrower floating dtype are cast to it. Wider tensors and
+    packed states do not change. Layers that are replaced meanwhile are not restored.
 
     Example:
         >>> model = qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 48)).bfloat16())

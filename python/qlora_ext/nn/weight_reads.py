@@ -1,8 +1,8 @@
 """Finds the layers whose weights a model's own code reads instead of calling the layer.
 
-A 4-bit layer can be called. Code that reads ``layer.weight`` gets packed bytes, so such a layer has to stay dense. The
-source of the model's classes tells which layers those are: ``self.out_proj.weight`` in a method names the ``out_proj``
-of the class's instances, and ``block.attention.output.weight`` every module in them whose name ends so.
+Code that reads ``layer.weight`` would get packed bytes from a 4-bit layer, so such a layer has to stay dense. They are
+found in the source of the model's classes: ``self.out_proj.weight`` in a method names the ``out_proj`` of the class's
+instances, and ``block.attention.output.weight`` names every module inside them whose name ends that way.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-# Methods that run before a model is quantized, or that replace weights (as diffusers' fuse_projections does). What they
-# read does not belong to a forward pass.
+# Methods that run before a model is quantized, or that replace weights (as diffusers' fuse_projections does). They are
+# not part of a forward pass.
 _NOT_IN_USE = re.compile(r"init|tie|reset|resize|prune|load|save|set_|_embeddings$|_projections$|extra_repr")
 # Attributes of a packed weight that equal those of the dense one.
 _SAME_ANSWER = {"device", "requires_grad", "is_meta", "is_cuda", "ndim", "dim"}
 # Code that tests for one of these handles quantized weights itself.
 _HANDLED = re.compile(r"uint8|is_floating_point|_is_quantized")
-# The class of torch whose code takes the weight of a linear layer inside it.
+# The class of torch whose code reads the weight of a linear layer inside it.
 _TORCH_CLASSES = {nn.MultiheadAttention}
 
 
@@ -35,9 +35,9 @@ class _Read(NamedTuple):
     """A place where the code of a class reads a weight.
 
     Attributes:
-        path: to the layer; an element that is a subscript (``self.layers[i]``) is "*".
-        from_self: whether the path begins at ``self``, and not at another variable.
-        guards: the tests that the code has passed when it gets there, each with the outcome that leads there.
+        path: to the layer; a subscript (``self.layers[i]``) is "*".
+        from_self: whether the path begins at ``self`` instead of at another variable.
+        guards: the tests around the read, each with the outcome that leads to it.
     """
 
     path: tuple[str, ...]
@@ -63,7 +63,7 @@ def _functions(cls: type) -> Iterator[FunctionType]:
 
 
 def _path(node: ast.expr) -> list[str]:
-    """``block.mlp[0].fc`` as ["block", "mlp", "*", "fc"]; empty where the expression is no such path."""
+    """``block.mlp[0].fc`` as ["block", "mlp", "*", "fc"]; [] if the expression is not such a path."""
     if isinstance(node, ast.Name):
         return [node.id]
     if isinstance(node, ast.Attribute):
@@ -83,7 +83,7 @@ def _guards(node: ast.AST, above: dict[ast.AST, ast.AST]) -> Iterator[tuple[ast.
 
 
 def _is_harmless(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> bool:
-    """Whether ``node``, some ``layer.weight``, gives the same for a packed weight, or is not reached with one."""
+    """Whether ``node``, a read of ``layer.weight``, gives the same for a packed weight, or never runs with one."""
     user = above.get(node)
     if isinstance(user, ast.Attribute) and user.attr in _SAME_ANSWER:
         return True
@@ -93,7 +93,7 @@ def _is_harmless(node: ast.Attribute, above: dict[ast.AST, ast.AST]) -> bool:
         return False
     tests = [ast.unparse(test) for test, _ in _guards(node, above)]
     inner: ast.AST = node
-    while inner in above:  # the dtype may itself be what a test looks at
+    while inner in above:  # a test may itself read the dtype
         outer = above[inner]
         if isinstance(outer, ast.If | ast.IfExp) and outer.test is inner:
             tests.append(ast.unparse(inner))
@@ -115,12 +115,12 @@ _UNKNOWN = object()
 
 
 def _value(node: ast.expr, module: nn.Module) -> Any:
-    """What ``node`` is in a method of ``module``, as far as only its settings decide that; else ``_UNKNOWN``."""
+    """The value of ``node`` in a method of ``module`` if it depends on settings only; else ``_UNKNOWN``."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.Attribute):
         root, *path = _path(node) or [""]
-        # Of ``self`` and its configuration, what is set once; not what a model changes as it runs.
+        # Only attributes of ``self`` and its configuration that are set once, not those that change at run time.
         if root != "self" or path[:-1] not in ([], ["config"]) or path[-1].startswith("_") or path[-1] == "training":
             return _UNKNOWN
         owner = vars(module) if len(path) == 1 else vars(vars(module).get("config", module))
@@ -170,7 +170,7 @@ def _reads_of(function: FunctionType, names: frozenset[str]) -> tuple[_Read, ...
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
-        # Without its source, every attribute of ``self`` that the function names may be a layer whose weight it takes.
+        # Without the source, assume that the function reads the weight of every attribute it names.
         return tuple(_Read((name,), True) for name in names)
     above = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     found: dict[_Read, None] = {}
@@ -184,7 +184,7 @@ def _reads_of(function: FunctionType, names: frozenset[str]) -> tuple[_Read, ...
 
 @functools.lru_cache(maxsize=4096)
 def _methods_of(cls: type) -> tuple[tuple[str, frozenset[str], tuple[_Read, ...]], ...]:
-    """The methods of ``cls`` and its bases: their names, the names in them, and what they read."""
+    """The methods of ``cls`` and its bases: for each its name, the names in its code, and the weights it reads."""
     found = []
     for base in cls.__mro__:
         library = base.__module__.partition(".")[0]
@@ -205,9 +205,9 @@ def _resolve(module: nn.Module, read: _Read) -> Iterator[str]:
 
 
 def weights_read(model: nn.Module) -> set[str]:
-    """The full names of the modules in ``model`` whose ``weight`` its code reads, in a forward pass or beside one.
+    """The full names of the modules in ``model`` whose ``weight`` the model's code reads.
 
-    A method counts if it is ``forward`` or another method names it. Other methods are dead code.
+    A method counts if it is ``forward``, or if another method names it. All other methods are dead code.
     """
     classes: set[Any] = {type(module) for module in model.modules()}
     called = {"forward"}.union(*(names for cls in classes for _, names, _ in _methods_of(cls)))

@@ -1,6 +1,6 @@
-"""The memory of a fine-tuning run, known before anything is loaded: where it goes, whether it fits, what would help.
+"""Plans the memory of a fine-tuning run before anything is loaded: its peak, whether it fits, how to reduce it.
 
-A training step is run on tensors that have shapes but no memory. No weight is read.
+A training step runs on fake tensors, which have shapes but no memory. No weight is read.
 
 Example:
     >>> from qlora_ext import planning

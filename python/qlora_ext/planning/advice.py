@@ -1,4 +1,4 @@
-"""What would lower the memory of a run that does not fit, and by how much."""
+"""Changes that would reduce the memory of a run, and by how much."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import dataclasses
 from typing import Any
 
 from .blocks import place, streamed
-from .memory import Job, split, tops, trains_head
+from .memory import Job, peaks, split, trains_head
 
-_LEAST = 0.005  # of the total: a change that saves less is not worth naming
+_MIN_SAVING = 0.005  # of the total: smaller savings are not reported
 
 
-def _changes_of_the_step(job: Job) -> list[dict[str, Any]]:
-    """Changes after which the step has to be run again."""
+def _changes_of_step(job: Job) -> list[dict[str, Any]]:
+    """Changes whose effect requires running the step again."""
     changes: list[dict[str, Any]] = []
     if not job.grad_checkpointing:
         changes.append({"grad_checkpointing": True})
@@ -27,7 +27,8 @@ def _changes_of_the_step(job: Job) -> list[dict[str, Any]]:
     return changes
 
 
-def _changes_beside_the_step(job: Job) -> list[dict[str, Any]]:
+def _changes_outside_step(job: Job) -> list[dict[str, Any]]:
+    """Changes whose effect follows from the memory of the unchanged step."""
     changes: list[dict[str, Any]] = []
     if job.optimizer == "adamw_torch":
         changes.append({"optimizer": "adamw_8bit"})
@@ -39,10 +40,10 @@ def _changes_beside_the_step(job: Job) -> list[dict[str, Any]]:
 
 
 def savings(job: Job, measured: list[dict[str, float]] | None = None) -> list[tuple[dict[str, Any], float]]:
-    """What would lower the total of a resident run, and by how many bytes: each change alone, the largest first.
+    """The changes that would reduce the memory of a run that is not streamed, each alone, the largest saving first.
 
     Args:
-        measured: the ``tops`` of the job, where they are known.
+        measured: the ``peaks`` of the job, if they are known.
 
     Returns:
         Changed fields of ``job``, and the bytes per device that they save.
@@ -53,16 +54,16 @@ def savings(job: Job, measured: list[dict[str, float]] | None = None) -> list[tu
         >>> planning.savings(planning.Job(config, seq_len=128))[0][0]
         {'chunked_loss': True}
     """
-    measured = tops(job) if measured is None else measured
+    measured = peaks(job) if measured is None else measured
     parts = split(job, measured)
     total = sum(parts.values())
     found = []
-    for change in _changes_of_the_step(job):
+    for change in _changes_of_step(job):
         changed = dataclasses.replace(job, **change)
-        found.append((change, total - sum(split(changed, tops(changed)).values())))
-    for change in _changes_beside_the_step(job):
+        found.append((change, total - sum(split(changed, peaks(changed)).values())))
+    for change in _changes_outside_step(job):
         found.append((change, total - sum(split(dataclasses.replace(job, **change), measured).values())))
-    found = [(change, saving) for change, saving in found if saving > _LEAST * total]
+    found = [(change, saving) for change, saving in found if saving > _MIN_SAVING * total]
     streamable, _ = place(parts, streamed(job), None)
     found.append(({"stream": "disk" if job.host else "ram"}, total - sum(streamable.values())))
     return sorted(found, key=lambda pair: -pair[1])

@@ -1,4 +1,4 @@
-"""What streaming costs and saves: memory on the device and the host, bytes per step, and when it takes no time."""
+"""The memory and the transfers of a streamed model, and the number of tokens that hides the transfers."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from typing import Any
 
 from .memory import FEW, MORE, Job, build
 
-# One block is computed with while another comes in; from a disk, two more wait in pinned memory.
-_FEWEST_SLOTS, _STAGED = 2, 2
+# The ring is double-buffered. Streaming from a disk needs two more buffers in pinned memory.
+_MIN_SLOTS, _STAGING_BUFFERS = 2, 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Streamed:
-    """The blocks of a model that is streamed.
+    """The blocks of a streamed model.
 
     Attributes:
-        blocks: how many there are.
-        total, largest: bytes of all of them, and of one.
-        active: weights of one that a token is multiplied with, on average: of a mixture, those of its experts.
+        blocks: their number.
+        total, largest: bytes of all blocks, and of the largest one.
+        active: average number of weights per block that each token uses. Of a mixture, only the token's experts count.
     """
 
     blocks: float
@@ -28,27 +28,28 @@ class Streamed:
     active: float
 
     def slots(self, resident: float | None, rest: float) -> int:
-        """Buffers of the ring where the weights may take ``resident`` bytes, ``rest`` of which are not streamed."""
+        """The number of buffers in the ring if weights may use ``resident`` bytes, ``rest`` of them not streamed."""
         fitting = 0 if resident is None else (resident - rest) // self.largest
-        return int(min(self.blocks, max(_FEWEST_SLOTS, fitting)))
+        return int(min(self.blocks, max(_MIN_SLOTS, fitting)))
 
     def step_bytes(self, slots: int) -> float:
-        """Bytes that come in for a forward and a backward pass; what the ring holds at each turn stays in it."""
+        """Bytes transferred per forward and backward pass. Blocks in the ring at each turning point are reused."""
         return 2 * (self.blocks - slots) * self.total / self.blocks
 
     def host_bytes(self, source: str) -> float:
-        """Pinned bytes on the host of a run on a GPU."""
-        return self.total if source == "ram" else _STAGED * self.largest
+        """Bytes of pinned host memory of a run on a GPU."""
+        return self.total if source == "ram" else _STAGING_BUFFERS * self.largest
 
     def free_tokens(self, link: float, flops: float, checkpointing: bool) -> tuple[int, int]:
-        """From how many tokens per step copies hide behind the computation.
+        """The number of tokens per step from which the computation hides the transfers.
 
         Args:
-            link: bytes per second from the host to the device, or from the disk. flops: operations per second.
+            link: bytes per second from the host to the device, or from the disk.
+            flops: operations per second.
 
         Returns:
-            For every pass by itself (the forward one decides, of 2 operations a weight and token), and for the step as
-            a whole (4 operations and, with checkpointing, 2 more).
+            The number that hides the transfers of every pass (the forward is the shortest, with 2 operations per weight
+            and token), and the number that hides them for the whole step (4 operations, 6 with checkpointing).
         """
         seconds = self.total / self.blocks / link
         per_token = 2 * self.active / flops
@@ -70,7 +71,7 @@ def _count(model: Any, experts: float) -> tuple[float, float, float, float]:
 
 
 def streamed(job: Job) -> Streamed:
-    """The blocks of the job's model, found on models of few layers without memory.
+    """The blocks of the job's model, extrapolated from models with few layers on the meta device.
 
     Example:
         >>> planning = qlora_ext.planning
@@ -95,11 +96,12 @@ def streamed(job: Job) -> Streamed:
 
 
 def place(parts: dict[str, float], blocks: Streamed, resident: float | None) -> tuple[dict[str, float], int]:
-    """The split of a resident run as it is with the blocks streamed, and the number of buffers in the ring.
+    """The memory of a run with streamed blocks, and the number of buffers in the ring.
 
     Args:
-        parts: of ``peak_memory``.
-        resident: bytes that the weights may take on the device; None: as few as possible.
+        parts: the result of ``peak_memory``.
+        blocks: the blocks of the model.
+        resident: bytes that the weights may use on the device; None for the minimum.
 
     Example:
         >>> planning = qlora_ext.planning
@@ -109,7 +111,7 @@ def place(parts: dict[str, float], blocks: Streamed, resident: float | None) -> 
         >>> buffers
         2
     """
-    # What of the 4-bit weights is in no block, such as a quantized head, stays; both kinds lie in the ring.
+    # 4-bit weights outside of blocks, such as a quantized head, stay on the device. Codes and scales are in the ring.
     left = max(parts["base weights"] + parts["scales"] - blocks.total, 0.0)
     slots = blocks.slots(resident, left + parts["other weights"])
     return {**parts, "base weights": left, "scales": 0.0, "ring": slots * blocks.largest}, slots

@@ -1,4 +1,4 @@
-"""Sizes of well-known models, for planning without their files: the figures of their published configurations."""
+"""Sizes of well-known models from their published configurations, for planning without their files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _FAMILIES: dict[str, tuple[str, int, int, int, int, int, int, bool]] = {
     "smollm2-1.7b": ("llama", 49152, 2048, 8192, 24, 32, 32, True),
 }
 
-# What their experts add to that.
+# Additional settings of mixtures of experts.
 _EXPERTS: dict[str, dict[str, Any]] = {
     "mixtral-8x7b": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "qwen3-30b-a3b": {
@@ -39,15 +39,17 @@ _EXPERTS: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
+    """The names of the known models."""
     return list(_FAMILIES)
 
 
 def known(name: str) -> bool:
+    """Whether ``name`` is a known model; owner and variant are ignored."""
     return _key(name) in _FAMILIES
 
 
 def _key(name: str) -> str:
-    """A hub-style name without its owner and its variant: meta-llama/Llama-2-70b-hf is llama-2-70b."""
+    """A hub name without owner and variant: llama-2-70b for meta-llama/Llama-2-70b-hf."""
     key = name.rpartition("/")[2].lower().replace("meta-", "")
     for suffix in ("-instruct", "-chat", "-hf", "-it", "-v0.1"):
         key = key.replace(suffix, "")
@@ -75,10 +77,13 @@ def config(name: str) -> Any:
 
 
 def config_of_sizes(text: str) -> Any:
-    """A Llama of the sizes in ``text``: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N].
+    """The configuration of a Llama with the sizes in ``text``.
+
+    Args:
+        text: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N].
 
     Raises:
-        ValueError: ``text`` has another form, or no model has such sizes.
+        ValueError: ``text`` has another form, or the sizes do not fit together.
     """
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a training step go, found by running the step on tensors that have shapes but no memory."""
+"""The memory of a training step by purpose, measured by running the step on fake tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from ..nn import Packed4bit, quantize_model, scale_names
 from ..streaming import chunk_mlp, dense_mlps
 from ..streaming.loss import head_loss
 
-# Bytes of optimizer state per byte of the trainable parameters, and per value of them: two moments in the parameter's
-# own dtype, which is float32 but for modules that are trained whole; 8-bit ones carry a scale per block of 256.
+# Bytes of optimizer state per byte and per value of the trainable parameters. There are two moments, in the parameter's
+# dtype, which is float32 except for modules that are trained in full. 8-bit moments have one scale per 256 values.
 _STATE = {
     "adamw_torch": (2.0, 0.0),
     "adamw_8bit": (0.0, 2 + 2 * 4 / 256),
@@ -28,32 +28,31 @@ _STATE = {
     "paged_adamw_32bit": (0.0, 0.0),
 }
 OPTIMIZERS = tuple(_STATE)
-_VALUES = "trainable values"  # a number, beside the splits' bytes
+_VALUES = "trainable values"  # the key of a count; all other keys are bytes
 _SHARDED = ("base weights", "scales", "other weights", "adapters", "gradients", "optimizer state")
-_WHOLE = ("activations", "logits", "workspace")
-# Of what a layer's backward pass takes and frees, so much more stays in glibc's heap between what is in use: measured,
-# see docs/memory.md. (To give each block back to the system at once costs a fifth of the speed.)
-_KEPT = 0.7
-# What a run brings into its process after it was planned: the Trainer, the plot's library, kernels that are made when
-# they are first used.
-_TO_COME = 0.2e9
-# Everything is linear in the number of layers from here on, and two such numbers give the line.
+_UNSHARDED = ("activations", "logits", "workspace")
+# The share of a layer's backward workspace that fragmentation adds to glibc's heap; docs/memory.md has the measurement.
+# Returning freed memory to the system immediately would avoid it, but cost a fifth of the speed.
+_RETAINED = 0.7
+# Bytes that the process of a run allocates after planning: the Trainer, the plotting library, kernels created lazily.
+_LATER_BYTES = 0.2e9
+# Numbers of layers at which memory is measured. It is linear in the number of layers from the first on.
 FEW, MORE = 4, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """The run that is planned: the model's configuration and the options of ``finetune`` that cost memory.
+    """A planned run: the model's configuration, and the options of ``finetune`` that affect memory.
 
     Attributes:
         config: a configuration of transformers.
-        target_modules: PEFT's.
-        dtype: bfloat16, float16, float32, or auto: the default of the device.
-        devices: that share the weights by FSDP2.
-        stream: where the frozen layers are kept: none, ram or disk.
-        host: the run is on the CPU.
+        target_modules: as in PEFT.
+        dtype: bfloat16, float16, float32, or auto for the default of the device.
+        devices: number of devices that share the weights with FSDP2.
+        stream: where the frozen layers are stored: none, ram or disk.
+        host: whether the run is on the CPU.
 
-    The other fields are the options of the same names.
+    The other fields are the options of ``finetune`` with the same names.
 
     Example:
         >>> job = qlora_ext.planning.Job(qlora_ext.planning.families.config("llama-3-8b"), seq_len=2048)
@@ -78,22 +77,22 @@ class Job:
 
     @property
     def compute(self) -> torch.dtype:
-        """The dtype in which the model computes, and that of the weights that are not 4-bit."""
+        """The dtype in which the model computes, which is also that of its dense weights."""
         return computing_dtype_named(self.dtype, torch.device("cpu" if self.host else "cuda"))
 
 
 def process_bytes() -> float:
-    """What a run on the CPU takes beside its ``split``: Python and its libraries, as this process has them by now."""
+    """The memory of a run on the CPU in addition to its ``split``: Python and the libraries that are loaded now."""
     import psutil
 
-    return float(psutil.Process().memory_info().rss) + _TO_COME
+    return float(psutil.Process().memory_info().rss) + _LATER_BYTES
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all live storages by the phase that made them, and keeps the split at the highest totals.
+    """Counts the bytes of all live storages by the phase that created them, and records the split at the peaks.
 
-    While a model runs backward, activations go and gradients come, layer by layer: the top is at the beginning or at
-    the end, which one depending on the number of layers. So there are two tops: before and after the middle.
+    During the backward, activations are freed and gradients are created, layer by layer. The peak is at its beginning
+    or its end, depending on the number of layers, so two peaks are recorded: one in each half.
     """
 
     def __init__(self, parameters: int) -> None:
@@ -106,7 +105,7 @@ class _Live(TorchDispatchMode):
         self._ignored: set[int] = set()
 
     def ignore(self, tensors: Any) -> None:
-        """Storages that exist before the step and are counted elsewhere."""
+        """Excludes storages that exist before the step, because they are counted elsewhere."""
         self._ignored |= {t.untyped_storage()._cdata for t in tensors}
 
     def _add(self, tensor: torch.Tensor) -> None:
@@ -125,7 +124,7 @@ class _Live(TorchDispatchMode):
         self.bytes[phase] -= size
 
     def is_gradient(self, parameter: torch.Tensor) -> None:
-        """Moves a parameter's gradient out of the phase in which it was made."""
+        """Counts a parameter's gradient as "gradients" instead of in the phase that created it."""
         assert parameter.grad is not None
         self._gradients += 1
         key = parameter.grad.untyped_storage()._cdata
@@ -144,7 +143,7 @@ class _Live(TorchDispatchMode):
 
 
 def build(job: Job, layers: int) -> Any:
-    """The adapted 4-bit model with that many layers, on the meta device."""
+    """The 4-bit model with adapters and that many layers, on the meta device."""
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -167,7 +166,7 @@ def build(job: Job, layers: int) -> Any:
 
 
 def trains_head(job: Job) -> bool:
-    """Whether ``modules_to_save`` holds the output head, the gradient of which needs all logits at once."""
+    """Whether ``modules_to_save`` includes the output head, whose gradient needs all logits at once."""
     if not job.modules_to_save:
         return False
     head = build(job, FEW).get_base_model().get_output_embeddings()
@@ -192,7 +191,7 @@ def _static(model: Any) -> dict[str, float]:
 
 
 def _step(model: Any, job: Job) -> tuple[dict[str, int], dict[str, int]]:
-    """The splits at the two tops of one forward and backward pass, the parameters not counted."""
+    """The splits at the two peaks of one forward and backward pass, without the parameters."""
     trainable = sum(parameter.requires_grad for parameter in model.parameters())
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device="cpu")
@@ -224,16 +223,16 @@ def _line(few: dict[str, float], more: dict[str, float], layers: int) -> dict[st
     return {key: few.get(key, 0) + (more.get(key, 0) - few.get(key, 0)) * ahead for key in {**few, **more}}
 
 
-def still(job: Job) -> dict[str, float]:
-    """The split before the first step: weights, adapters and their optimizer's state."""
+def static_split(job: Job) -> dict[str, float]:
+    """The split before the first step: weights, adapters and optimizer state."""
     layers = job.config.get_text_config().num_hidden_layers
     if layers <= MORE:
         return split(job, [_static(build(job, layers))])
     return split(job, [_line(_static(build(job, FEW)), _static(build(job, MORE)), layers)])
 
 
-def tops(job: Job) -> list[dict[str, float]]:
-    """The splits at the two tops of a training step, without optimizer state and on one device."""
+def peaks(job: Job) -> list[dict[str, float]]:
+    """The splits at the two peaks of a training step on one device, without optimizer state."""
     layers = job.config.get_text_config().num_hidden_layers
     if layers <= MORE:
         return _measure(job, layers)
@@ -241,14 +240,14 @@ def tops(job: Job) -> list[dict[str, float]]:
 
 
 def checkpoint_bytes(job: Job) -> float:
-    """Bytes of checkpointed layer inputs that ``offload_checkpoints`` keeps on the host: of all layers but two."""
+    """Bytes of checkpointed layer inputs that ``offload_checkpoints`` moves to the host: all layers but two."""
     text = job.config.get_text_config()
     tokens = job.batch_size * job.seq_len
     return float(max(text.num_hidden_layers - 2, 0) * tokens * text.hidden_size * job.compute.itemsize)
 
 
 def _offloaded(job: Job, activations: float) -> float:
-    """What stays of the activations: two inputs at least, of those that a top of the backward pass has left."""
+    """The activations that remain on the device with ``offload_checkpoints``: at least two layer inputs."""
     layers = job.config.get_text_config().num_hidden_layers
     two = 2 * checkpoint_bytes(job) / max(layers - 2, 1)
     left: float = max(activations - checkpoint_bytes(job), min(activations, two))
@@ -256,33 +255,33 @@ def _offloaded(job: Job, activations: float) -> float:
 
 
 def split(job: Job, measured: list[dict[str, float]]) -> dict[str, float]:
-    """Bytes a device, by what they are for, at the highest point of a training step.
+    """Bytes per device, by purpose, at the peak of a training step.
 
-    Weights, adapters, gradients and optimizer state are divided by ``devices`` (FSDP2 shards them); the batch is one
-    device's. Every token is taken as learnt. On the CPU what its allocator keeps is in it (``malloc``). Not in it: what
-    CUDA needs for itself, or Python (``process_bytes``).
+    Weights, adapters, gradients and optimizer state are divided by ``devices`` (FSDP2 shards them); the batch is that
+    of one device. All tokens count as learnt. On the CPU, the overhead of its allocator is included (``malloc``). The
+    memory of the CUDA context and of Python (``process_bytes``) is not.
 
     Args:
-        measured: the ``tops`` of the job, or of one that differs in its optimizer and number of devices alone.
+        measured: the ``peaks`` of the job, or of one that differs only in its optimizer and number of devices.
     """
     splits = []
     for top in measured:
-        parts = {key: top.get(key, 0.0) / (job.devices if key in _SHARDED else 1) for key in (*_SHARDED, *_WHOLE)}
-        a_byte, a_value = _STATE[job.optimizer]
-        state = (top["adapters"] * a_byte + top.get(_VALUES, 0.0) * a_value) / job.devices
+        parts = {key: top.get(key, 0.0) / (job.devices if key in _SHARDED else 1) for key in (*_SHARDED, *_UNSHARDED)}
+        per_byte, per_value = _STATE[job.optimizer]
+        state = (top["adapters"] * per_byte + top.get(_VALUES, 0.0) * per_value) / job.devices
         if job.grad_checkpointing and job.offload_checkpoints:
             parts["activations"] = _offloaded(job, parts["activations"])
         parts["optimizer state"] = state
         if job.host:
-            parts["malloc"] = _KEPT * parts["workspace"]
+            parts["malloc"] = _RETAINED * parts["workspace"]
         splits.append(parts)
     return max(splits, key=lambda parts: sum(parts.values()))
 
 
 def peak_memory(job: Job) -> dict[str, float]:
-    """Bytes per device, by what they are for, at the highest point of a training step.
+    """Bytes per device, by purpose, at the peak of a training step.
 
-    Python's own memory or that of a CUDA context is not among them. A run that streams its layers takes less: see
+    The memory of Python and of the CUDA context is not included. For a run that streams its layers, pass the result to
     ``place``.
 
     Example:
@@ -292,4 +291,4 @@ def peak_memory(job: Job) -> dict[str, float]:
         >>> parts["base weights"] < parts["activations"]
         True
     """
-    return split(job, tops(job))
+    return split(job, peaks(job))

@@ -1,4 +1,4 @@
-"""The changes with which a run fits into some memory, its longest context, and the largest model that fits."""
+"""Searches for the changes with which a run fits into memory, the longest context, and the largest model that fits."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from . import families
 from .blocks import Streamed, place, streamed
-from .memory import Job, split, still, tops
+from .memory import Job, peaks, split, static_split
 
-# From what costs nothing to what costs time, each with those before it: the fields of Job that are changed.
+# Changed fields of Job, from those that cost nothing to those that cost time. Each is applied with all before it.
 _CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"chunked_loss": True},
@@ -19,14 +19,14 @@ _CHANGES: tuple[dict[str, Any], ...] = (
     {"stream": "ram"},
     {"mlp_chunk": 1024},
 )
-# On the CPU, checkpoints are in the host's memory anyway, and so are weights "in RAM".
+# On the CPU, checkpoints and weights "in RAM" are in host memory anyway.
 _HOST_CHANGES = tuple(
     {"stream": "disk"} if "stream" in change else change for change in _CHANGES if "offload_checkpoints" not in change
 )
 
 
 def changes_of(job: Job) -> tuple[dict[str, Any], ...]:
-    """The changes that can save memory on the job's device, from what costs nothing to what costs time."""
+    """The changes that can save memory on the job's device, from those that cost nothing to those that cost time."""
     return _HOST_CHANGES if job.host else _CHANGES
 
 
@@ -37,7 +37,7 @@ class Switched:
     Attributes:
         changes: the changed fields, by their names.
         job: with the changes.
-        blocks: the blocks of its layers, where these are streamed.
+        blocks: the streamed blocks; None if the job does not stream.
     """
 
     changes: dict[str, Any]
@@ -46,25 +46,25 @@ class Switched:
 
 
 def switched(job: Job, changes: Sequence[dict[str, Any]]) -> Switched:
-    """``job`` with all of the changes."""
+    """``job`` with all ``changes``."""
     merged = {name: value for change in changes for name, value in change.items()}
     changed = dataclasses.replace(job, **merged)
     return Switched(merged, changed, streamed(changed) if changed.stream != "none" else None)
 
 
-_LONGEST = 2**20
-# Tokens per row at which memory is measured. From the first on, whatever works in chunks of tokens has several.
+_MAX_TOKENS = 2**20
+# Tokens per row at which memory is measured. With at least 2048 tokens, code that works in chunks has several chunks.
 _MEASURED = ((2048, 4096, 8192), (128, 256, 512))
 
 
 def total(job: Job, blocks: Streamed | None) -> float:
-    """Bytes on the device at the highest point of a step."""
-    return max(_heights(job, blocks))
+    """Bytes on the device at the peak of a step."""
+    return max(_totals(job, blocks))
 
 
-def _heights(job: Job, blocks: Streamed | None) -> list[float]:
-    """The bytes on the device at each of the two tops of a step."""
-    return [_placed(split(job, [top]), blocks) for top in tops(job)]
+def _totals(job: Job, blocks: Streamed | None) -> list[float]:
+    """Bytes on the device at each of the two peaks of a step."""
+    return [_placed(split(job, [top]), blocks) for top in peaks(job)]
 
 
 def _placed(parts: dict[str, float], blocks: Streamed | None) -> float:
@@ -72,13 +72,13 @@ def _placed(parts: dict[str, float], blocks: Streamed | None) -> float:
 
 
 def longest_context(job: Job, blocks: Streamed | None, memory: float) -> int:
-    """The most tokens per row with which the job fits into ``memory`` bytes; 0 where no row does.
+    """The maximum number of tokens per row with which the job fits into ``memory`` bytes; 0 if none fits.
 
-    Each top is a polynomial of the tokens: activations grow with them, the masks of attention with their square. Three
-    sizes give its coefficients.
+    Each peak is a quadratic polynomial of the number of tokens: activations grow linearly, attention masks with the
+    square. Three measurements determine the coefficients.
 
     Args:
-        blocks: ``streamed(job)``, where its layers are streamed; else None.
+        blocks: ``streamed(job)`` if its layers are streamed, else None.
 
     Example:
         >>> planning = qlora_ext.planning
@@ -88,35 +88,35 @@ def longest_context(job: Job, blocks: Streamed | None, memory: float) -> int:
     """
     found = 0
     for sizes in _MEASURED:
-        heights = zip(*(_heights(dataclasses.replace(job, seq_len=n), blocks) for n in sizes), strict=True)
-        found = min(_largest_below(sizes, top, memory) for top in heights)
+        totals = zip(*(_totals(dataclasses.replace(job, seq_len=n), blocks) for n in sizes), strict=True)
+        found = min(_largest_within(sizes, top, memory) for top in totals)
         if found >= sizes[0]:
             break
     return found // 64 * 64 or found
 
 
-def _largest_below(sizes: Sequence[int], values: Sequence[float], limit: float) -> int:
-    """The largest number up to which the polynomial through the points is at most ``limit``; 0 where none is."""
+def _largest_within(sizes: Sequence[int], values: Sequence[float], limit: float) -> int:
+    """The largest number up to which the polynomial through the points is at most ``limit``; 0 if there is none."""
     import numpy as np
 
     polynomial = np.polynomial.Polynomial.fit(sizes, values, len(sizes) - 1)
     beyond = [root.real for root in (polynomial - limit).roots() if abs(root.imag) < 1e-6 and root.real > 0]
     if polynomial(0) > limit:
         return 0
-    return int(min([*beyond, _LONGEST]))
+    return int(min([*beyond, _MAX_TOKENS]))
 
 
 def choose(job: Job, memory: float, changes: Sequence[dict[str, Any]] | None = None) -> tuple[Switched, float] | None:
-    """The first changes, in the order of what they cost, with which ``job`` fits, and the bytes that it then takes.
+    """The fewest changes, in the order of their cost, with which ``job`` fits into ``memory``.
 
-    With every change it takes as much as without, or less: the first that fits is found by bisection.
+    No change increases the memory, so a bisection finds them.
 
     Args:
-        memory: bytes on the device, or of the process where the job runs on the CPU.
-        changes: fields of ``Job`` to change, each with those before it; by default those of the job's device.
+        memory: bytes on the device, or of the process if the job runs on the CPU.
+        changes: fields of ``Job`` to change, each together with all before it; the default is ``changes_of(job)``.
 
     Returns:
-        None where the job does not fit with all of the changes.
+        The changed job and its bytes; None if the job does not fit even with all changes.
 
     Example:
         >>> planning = qlora_ext.planning
@@ -141,10 +141,13 @@ def choose(job: Job, memory: float, changes: Sequence[dict[str, Any]] | None = N
 
 
 def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]] | None = None) -> str | None:
-    """The known model of the most streamed bytes that fits with all ``changes``, all else being as in ``job``.
+    """The name of the largest known model that fits with all ``changes``, with the other settings of ``job``.
 
     Args:
-        changes: as of ``choose``; they have to stream the layers.
+        changes: as in ``choose``. They must stream the layers.
+
+    Returns:
+        None if no known model fits.
 
     Example:
         >>> def largest(card):
@@ -159,7 +162,7 @@ def largest_model(job: Job, memory: float, changes: Sequence[dict[str, Any]] | N
         assert found.blocks is not None
         candidates.append((found.blocks.total, name, found))
     for _, name, found in sorted(candidates, key=lambda candidate: -candidate[0]):
-        # Before the step, which takes seconds: what is there without one.
-        if _placed(still(found.job), found.blocks) <= memory >= total(found.job, found.blocks):
+        # The memory before the step comes first, because it is much faster to compute.
+        if _placed(static_split(found.job), found.blocks) <= memory >= total(found.job, found.blocks):
             return name
     return None

@@ -1,4 +1,4 @@
-"""Models larger than memory: the frozen 4-bit base streams in, block by block."""
+"""Models larger than device memory: streams the frozen 4-bit base block by block."""
 
 from .checkpoints import offload_checkpoints
 from .mlp import chunk_mlp, dense_mlps

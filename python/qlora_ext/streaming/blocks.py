@@ -1,4 +1,4 @@
-"""What is streamed: the packed weights of a model's blocks, and how those of a block lie in one piece of memory."""
+"""The unit of streaming: a block of modules whose packed weights lie in one contiguous buffer."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .._internal.lending import PackedTensors
+from .._internal.loans import PackedTensors
 from ..calibration.stages import stacks_of
 from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
 
-_ALIGNMENT = 256  # of every tensor in a block: what cudaMalloc gives, and more than any kernel asks for
+_ALIGNMENT = 256  # bytes, of each tensor in a block: the alignment of cudaMalloc, and more than any kernel needs
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One packed tensor of a block: the attribute ``name`` of ``module``, whose bytes begin at ``offset`` in it."""
+    """One packed tensor of a block: the attribute ``name`` of ``module``, at byte ``offset`` of the block."""
 
     module: Packed4bit
     name: str
@@ -30,36 +30,36 @@ class Part:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
-    def home(self) -> Tensor:
-        """The tensor that the module keeps, on the host."""
+    def host_tensor(self) -> Tensor:
+        """The module's own tensor, on the host."""
         tensor: Tensor = getattr(self.module, self.name)
         return tensor.detach()
 
     @property
     def state(self) -> tuple[int, int]:
-        """What changes whenever somebody gives the module another tensor, or writes to the one that it has."""
+        """An identity of the module's tensor, which changes if the tensor is replaced or written to."""
         tensor = getattr(self.module, self.name)
         return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
-    def move_home(self, tensor: Tensor) -> None:
-        """Has the module keep ``tensor``, which holds the same, in place of its own."""
+    def set_host_tensor(self, tensor: Tensor) -> None:
+        """Replaces the module's tensor by ``tensor``, which has the same content."""
         if self.name in self.module._parameters:
             getattr(self.module, self.name).data = tensor
         else:
-            self.module._buffers[self.name] = tensor.data  # with a version of its own
+            self.module._buffers[self.name] = tensor.data  # .data has its own version counter
 
     def view(self, memory: Tensor) -> Tensor:
-        """This tensor in ``memory``, uint8, which holds the block."""
+        """This tensor as a view of ``memory``, uint8, which contains the block."""
         return memory[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """The modules that are used together, as a decoder layer's are, and their packed tensors.
+    """Modules that are used together, such as those of a decoder layer, and their packed tensors.
 
     Attributes:
-        nbytes: of memory that holds the parts, with what aligns them.
-        shared: of these, the ones that every token needs: stacks of experts come last.
+        nbytes: size of the buffer for all parts, including padding.
+        shared: size of the part that every token needs. Stacks of experts follow after it.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Block:
         return tuple(part.state for part in self.parts)
 
     def views(self, memory: Tensor) -> dict[tuple[Packed4bit, str], PackedTensors]:
-        """The four tensors of every weight of every module, in ``memory``."""
+        """The four tensors of each weight of each module, as views of ``memory``."""
         found = {(part.module, part.name): part.view(memory) for part in self.parts}
 
         def four(module: Packed4bit, weight: str) -> PackedTensors:
@@ -87,7 +87,7 @@ class Block:
 def _block(name: str, modules: list[Packed4bit]) -> Block:
     parts: list[Part] = []
     end = shared = 0
-    modules = sorted(modules, key=lambda module: isinstance(module, Experts4bit))  # else in their order
+    modules = sorted(modules, key=lambda module: isinstance(module, Experts4bit))  # a stable sort: experts last
     for module in modules:
         for attribute, tensor in module.packed_state().items():
             part = Part(module, attribute, end, tensor.shape, tensor.dtype)
@@ -99,10 +99,10 @@ def _block(name: str, modules: list[Packed4bit]) -> Block:
 
 
 def blocks_of(model: nn.Module) -> list[Block]:
-    """The blocks of ``model`` in the order in which they are used, as far as its structure tells.
+    """The blocks of ``model``, in the order of their use, which is assumed to be the order in the model.
 
-    They are the elements of its outermost lists of modules, the decoder layers. 4-bit modules outside of them, such
-    as embeddings and heads, are in none; where a model has no such list, every 4-bit layer is a block.
+    Blocks are the elements of the outermost module lists, such as decoder layers. 4-bit modules outside of these lists,
+    such as embeddings and heads, belong to no block. If the model has no such list, every 4-bit layer is a block.
     """
     layers = {
         name: module for name, module in layers_of(model) if not isinstance(module, (Embedding4bit, TiedLinear4bit))

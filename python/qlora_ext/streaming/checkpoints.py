@@ -1,4 +1,4 @@
-"""Checkpointed layer inputs kept in host memory: what grows with the number of layers leaves the device."""
+"""Moves the inputs of checkpointed layers to host memory, so that device memory does not grow with the layers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from torch import Tensor
 from ..nn.model import Model
 
 
-class _Kept:
-    """A tensor in pinned host memory, on its way there or back."""
+class _HostCopy:
+    """A copy of a tensor in pinned host memory, and its way back to the device."""
 
     def __init__(self, device: torch.device, tensor: Tensor) -> None:
         self.device, self.host = device, tensor
-        self.back: Tensor | None = None  # on the device again, with ``arrived``
+        self.back: Tensor | None = None  # the copy on the device, complete at the event ``arrived``
         self.arrived: Any = None
 
 
 class _Offload:
-    """Saved-tensor hooks that keep what is saved on the host, by copies on a stream of their own.
+    """Saved-tensor hooks that store tensors in host memory, with copies on a separate stream.
 
-    A backward pass asks in the reverse order: while one input is used, the one before it is fetched.
+    The backward needs them in reverse order, so while one tensor is used, the previous one is prefetched.
     """
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._kept: list[_Kept] = []
+        self._saved: list[_HostCopy] = []
 
     def _stream(self, device: torch.device) -> torch.cuda.Stream:
         return self._streams.setdefault(device, torch.cuda.Stream(device))
@@ -42,45 +42,45 @@ class _Offload:
         host = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu", pin_memory=True)
         with torch.cuda.stream(stream):
             host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(stream)  # whose memory is not used for anything else before
-        kept = _Kept(tensor.device, host)
-        self._kept.append(kept)
-        return kept
+        tensor.record_stream(stream)  # the allocator must not reuse the memory before the copy is done
+        copy = _HostCopy(tensor.device, host)
+        self._saved.append(copy)
+        return copy
 
-    def unpack(self, kept: Any) -> Tensor:
-        if not isinstance(kept, _Kept):
-            tensor: Tensor = kept
+    def unpack(self, copy: Any) -> Tensor:
+        if not isinstance(copy, _HostCopy):
+            tensor: Tensor = copy
             return tensor
-        if kept in self._kept:
-            del self._kept[self._kept.index(kept) :]  # and what a pass without a backward has left behind it
-        self._fetch(kept)
-        compute = torch.cuda.current_stream(kept.device)
-        compute.wait_event(kept.arrived)
-        back = kept.back
+        if copy in self._saved:
+            del self._saved[self._saved.index(copy) :]  # also drops copies from a forward that had no backward
+        self._fetch(copy)
+        compute = torch.cuda.current_stream(copy.device)
+        compute.wait_event(copy.arrived)
+        back = copy.back
         assert back is not None
         back.record_stream(compute)
-        kept.back = None
-        if self._kept:
-            self._fetch(self._kept[-1])
+        copy.back = None
+        if self._saved:
+            self._fetch(self._saved[-1])
         return back
 
-    def _fetch(self, kept: _Kept) -> None:
-        if kept.back is not None:
+    def _fetch(self, copy: _HostCopy) -> None:
+        if copy.back is not None:
             return
-        stream = self._stream(kept.device)
+        stream = self._stream(copy.device)
         with torch.cuda.stream(stream):
-            kept.back = kept.host.to(kept.device, non_blocking=True)
-            kept.arrived = stream.record_event()
+            copy.back = copy.host.to(copy.device, non_blocking=True)
+            copy.arrived = stream.record_event()
 
 
 def offload_checkpoints(model: Model) -> Model:
     """Moves the inputs of gradient-checkpointed layers to pinned host memory between the forward and the backward.
 
-    The device holds one layer's input and the one that is being prefetched; the host holds layers x tokens x hidden
-    size elements. The results are the same bits. On the CPU nothing changes.
+    The device holds the input of one layer and the one that is being prefetched. The host holds layers x tokens x
+    hidden size elements. Results are bit for bit the same. On the CPU, this function has no effect.
 
     Args:
-        model: of transformers, perhaps with adapters, after ``gradient_checkpointing_enable``.
+        model: a transformers model, with or without adapters, after ``gradient_checkpointing_enable``.
 
     Returns:
         ``model``, changed in place.
@@ -106,6 +106,6 @@ def offload_checkpoints(model: Model) -> Model:
 
 
 def _offloaded(checkpoint: Callable[..., Any], offload: _Offload, *args: Any, **kwargs: Any) -> Any:
-    # Within the layer the checkpoint has hooks of its own: what comes to these is what goes into the layer.
+    # Inside the layer, the checkpoint's own hooks apply, so these hooks see only the layer's inputs.
     with torch.autograd.graph.saved_tensors_hooks(offload.pack, offload.unpack):
         return checkpoint(*args, **kwargs)

@@ -1,7 +1,7 @@
-"""Where in which file the tensors of a memory-mapped checkpoint lie, and their bytes, read without the mapping.
+"""Finds the tensors of a memory-mapped checkpoint in their files, and reads their bytes without the mapping.
 
-A mapping of a file that somebody cuts short kills whoever looks at it, and a disk's error does the same: there is no
-exception for a read that is a processor's. Reading into memory of one's own has both as errors.
+If a mapped file is truncated, or the disk has an error, an access to the mapping kills the process with a signal.
+Reading the file into memory reports both as exceptions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .._internal.untrusted import FileError, printable
 
 @dataclasses.dataclass(frozen=True)
 class Extent:
-    """``nbytes`` bytes of a file, from ``offset`` on."""
+    """A range of ``nbytes`` bytes of a file that begins at ``offset``."""
 
     file: File
     offset: int
@@ -33,15 +33,16 @@ def _identity(descriptor: int) -> tuple[int, int, int, int]:
 
 
 class File:
-    """A file that stays open, and must stay as it is.
+    """A file that stays open, and must not change.
 
-    Another file that takes its name is no matter: the one that is open is read on.
+    If another file takes its name, the open file is still read.
 
     Args:
-        path: as it is named. inode: what is expected there.
+        path: of the file.
+        inode: the expected inode.
 
     Raises:
-        FileError: it is gone, or another one by now.
+        FileError: the file is missing, or another one has replaced it.
     """
 
     def __init__(self, path: str, inode: int) -> None:
@@ -56,7 +57,7 @@ class File:
             raise FileError(f"{printable(path)}: another file has replaced it since the model was loaded")
 
     def check(self) -> None:
-        """Raises a FileError where the file has changed since it was opened."""
+        """Raises a FileError if the file has changed since it was opened."""
         size, modified = _identity(self._descriptor)[2:]
         if size < self._known[2]:
             raise FileError(
@@ -67,10 +68,10 @@ class File:
             raise FileError(f"{printable(self.path)}: changed while in use; restore it, and resume")
 
     def read(self, offset: int, into: memoryview) -> None:
-        """Fills ``into`` with what stands at ``offset``.
+        """Fills ``into`` with the bytes at ``offset``.
 
         Raises:
-            FileError: the file is shorter, or the disk does not give it.
+            FileError: the file is too short, or cannot be read.
         """
         done = 0
         while done < len(into):
@@ -101,10 +102,10 @@ def _file_mappings() -> list[tuple[int, int, int, int, str]]:
 
 
 def extents_of(tensors: Iterable[Tensor]) -> list[Extent | None]:
-    """Where each tensor lies in the file that it is mapped from; None of one that is not mapped from any.
+    """The file range from which each tensor is mapped; None for tensors that are not mapped from a file.
 
     Raises:
-        FileError: a file is gone, or another one by now. OSError: this is no Linux.
+        FileError: a file is missing, or another one has replaced it. OSError: the system is not Linux.
     """
     if sys.platform != "linux":
         raise OSError("source='disk' needs Linux, because it finds the mapped files in /proc")

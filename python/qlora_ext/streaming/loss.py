@@ -1,4 +1,4 @@
-"""Cross-entropy of the learnt tokens alone: the output head, a fifth of a small model's work, skips the others."""
+"""Cross-entropy of the learnt tokens only. The output head, a fifth of a small model's work, skips the others."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# What some families do to their logits after the head, which this loss would leave out.
+# Settings with which some model families change the logits after the head. This loss does not apply them.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
@@ -18,7 +18,7 @@ def changes_logits(config: Any) -> bool:
 
 
 def has_plain_head(model: Any) -> bool:
-    """Whether the logits of ``model`` (a PEFT model) are its output head times its last hidden state, and no more."""
+    """Whether the logits of ``model`` (a PEFT model) are just its output head applied to the last hidden state."""
     base = model.get_base_model()
     return (
         not changes_logits(base.config)
@@ -27,14 +27,14 @@ def has_plain_head(model: Any) -> bool:
     )
 
 
-# Logits that are held at once, or as many as there are hidden values: 32 MB in float32.
+# Maximum number of logits in memory at a time (32 MB in float32), or the number of hidden values if that is larger.
 _LOGITS = 1 << 23
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of a frozen head, which holds the logits of some tokens at a time, and the gradient of hidden.
+    """Mean cross-entropy of a frozen head, computed for some tokens at a time.
 
-    The gradient is made while the logits are there, so that the backward pass computes none anew.
+    The forward also computes the gradient of ``hidden``, so that the backward need not recompute the logits.
     """
 
     @staticmethod
@@ -63,10 +63,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def head_loss(head: Any, hidden: Tensor, labels: Tensor, chunked: bool) -> Tensor:
-    """Mean cross-entropy, float32, of the output ``head`` (an nn.Linear) over hidden states [M, K] and labels [M].
+    """The mean cross-entropy, float32, of the output ``head`` for hidden states [M, K] and labels [M].
 
     Args:
-        chunked: never hold the logits of all tokens. The head has to be frozen.
+        head: an ``nn.Linear``; frozen if ``chunked``.
+        chunked: never have the logits of all tokens in memory.
     """
     if chunked:
         return _ChunkedCrossEntropy.apply(hidden, head.weight, head.bias, labels)  # type: ignore[no-any-return,no-untyped-call]
@@ -78,8 +79,8 @@ def learnt_loss(model: Any, inputs: dict[str, Tensor], num_items: Tensor | int |
 
     Args:
         inputs: input_ids, labels (-100: not learnt) and position_ids, each [B, T].
-        num_items: learnt tokens of the whole optimizer step; those of ``inputs`` if None.
-        chunked: never hold the logits of all tokens; the loss is the same but for the order of its sums.
+        num_items: number of learnt tokens of the optimizer step; None for those in ``inputs``.
+        chunked: never have the logits of all tokens in memory. Only the order of summation differs.
     """
     base = model.get_base_model()
     head = base.get_output_embeddings()

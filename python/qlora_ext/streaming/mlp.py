@@ -1,4 +1,4 @@
-"""The MLP in chunks of tokens: its widest tensors are those of a chunk."""
+"""Runs MLPs in chunks of tokens, which limits the size of their intermediate tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMES = ("mlp", "feed_forward")
 
 
 def dense_mlps(model: nn.Module) -> list[nn.Module]:
-    """The MLPs of ``model`` that are no mixtures of experts.
+    """The MLPs of ``model`` that are not mixtures of experts.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -29,17 +29,17 @@ def dense_mlps(model: nn.Module) -> list[nn.Module]:
 
 
 def chunk_mlp(model: Model, tokens: int) -> Model:
-    """Runs every dense MLP of ``model`` on at most ``tokens`` tokens of a row at a time, and again in the backward.
+    """Runs every dense MLP of ``model`` on at most ``tokens`` tokens of a row at a time, and recomputes it backward.
 
-    Nothing inside the MLP is saved between forward and backward, and its memory is that of one chunk instead of the 4 x
-    tokens x intermediate size of a gated MLP. The price is one more forward pass of the MLP. Dropout draws other masks
-    than for all tokens at once. Mixtures of experts do not change.
+    The MLP saves nothing between forward and backward. Its memory is that of one chunk, instead of the 4 x tokens x
+    intermediate size of a gated MLP. The cost is one additional forward pass of the MLP. Dropout draws other masks than
+    for all tokens at once. Mixtures of experts do not change.
 
     Returns:
         ``model``, changed in place.
 
     Raises:
-        ValueError: ``tokens`` is no positive integer, or the model has no dense MLP.
+        ValueError: ``tokens`` is not a positive integer, or the model has no dense MLP.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""The memory where streamed blocks take turns, and what fills it ahead of their use."""
+"""The ring buffer of streamed blocks, and the fillers that prefetch blocks into it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from .sources import FileSource, PinnedSource
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """Memory for one block, on the device that computes.
+    """A buffer for one block on the device that computes.
 
     Attributes:
-        block: what it holds, or is being filled with; None: nothing.
-        size: bytes of the block that it holds, from the first on.
-        state: that of the block as it was read; see ``Block.state``.
-        lent: the block's tensors, made at its first use.
-        filling: the read that is under way or done, by a thread of its own.
-        filled: CUDA: when the copy into it has come to its end.
-        users: CUDA: the streams on which the block has been used.
-        done: CUDA: when these are done with the block before.
+        block: the block in the buffer, or on its way there; None if there is none.
+        size: the number of bytes of the block that were requested, from its beginning.
+        state: the ``Block.state`` at the time of reading.
+        views: the block's tensors as views of the buffer, created at the first use.
+        filling: the pending or finished read, in a reading thread.
+        filled: CUDA event: the copy into the buffer is complete.
+        users: CUDA streams that have used the block.
+        done: CUDA events: these streams have finished with the previous block.
     """
 
     memory: Tensor
     block: Block | None = None
     size: int = 0
     state: Any = None
-    lent: Any = None
+    views: Any = None
     filling: concurrent.futures.Future[None] | None = None
     filled: Any = None
     users: set[Any] = dataclasses.field(default_factory=set)
@@ -42,48 +42,45 @@ class Slot:
 
 
 class Filler(abc.ABC):
-    """Fills slots. What is asked for first is there first."""
+    """Fills slots in the order of the requests."""
 
     @abc.abstractmethod
     def fill(self, slot: Slot, block: Block, size: int) -> None:
-        """Begins to fill ``slot`` with the first ``size`` bytes of ``block``.
-
-        What was asked of it before is finished or will not matter.
-        """
+        """Starts to fill ``slot`` with the first ``size`` bytes of ``block``, replacing any earlier request."""
 
     @abc.abstractmethod
     def wait(self, slot: Slot) -> None:
-        """Has whatever is computed from here on find the block in ``slot``.
+        """Makes the following computations wait until the block is in ``slot``.
 
         Raises:
-            FileError: it could not be read.
+            FileError: the block could not be read.
         """
 
     @abc.abstractmethod
     def retire(self, slot: Slot) -> None:
-        """Notes that the block in ``slot`` is not used any more, but by what is under way."""
+        """Records that no further computation uses the block in ``slot``. Running ones may still use it."""
 
 
 class _Reader:
-    """A thread that does one read after the other."""
+    """A thread that runs one read after the other."""
 
     def __init__(self) -> None:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="qlora_ext-reader")
 
     def begin(self, slot: Slot, read: Callable[..., None], *arguments: Any) -> None:
-        """Has ``read(*arguments)`` fill ``slot``, in place of what was asked for it before."""
+        """Schedules ``read(*arguments)`` to fill ``slot``, replacing any earlier request."""
         if slot.filling is not None:
-            slot.filling.cancel()  # or it is under way, and comes to its end before the next read begins
+            slot.filling.cancel()  # a running read is not cancelled, but ends before the next one starts
         slot.filling = self._thread.submit(read, *arguments)
 
     def wait(self, slot: Slot) -> None:
-        """Until ``slot`` is filled; raises what its read raised."""
+        """Waits until ``slot`` is filled, and raises the exception of the read if it failed."""
         assert slot.filling is not None
         slot.filling.result()
 
 
 class ReadingFiller(Filler):
-    """From files to slots that are in the host's memory."""
+    """Reads from files into slots in host memory."""
 
     def __init__(self, source: FileSource) -> None:
         self._source = source
@@ -96,13 +93,13 @@ class ReadingFiller(Filler):
         self._reader.wait(slot)
 
     def retire(self, slot: Slot) -> None:
-        pass  # nothing is under way when a call on the CPU has returned
+        pass  # CPU operators are finished when they return
 
 
 class CopyingFiller(Filler):
-    """From pinned host memory to slots on a CUDA device, by copies on a stream of their own.
+    """Copies from pinned host memory into slots on a CUDA device, on a separate stream.
 
-    Events order the copies and the kernels: the host waits for neither, nor does the compute stream copy.
+    Events order copies and kernels, so the host never waits, and the compute stream never copies.
     """
 
     def __init__(self, source: PinnedSource | None, device: torch.device) -> None:
@@ -112,12 +109,12 @@ class CopyingFiller(Filler):
     def fill(self, slot: Slot, block: Block, size: int) -> None:
         assert self._source is not None
         if not self._source.is_current(block):
-            self._stream.synchronize()  # a copy of what the block was may be under way
+            self._stream.synchronize()  # a copy of the old content may be running
             self._source.update(block)
         self._copy(slot, self._source.memory(block)[:size])
 
     def _copy(self, slot: Slot, pinned: Tensor) -> None:
-        """By whatever thread: has the block follow what is done with the one before it in ``slot``."""
+        """Copies after all uses of the previous block in ``slot``. May be called from any thread."""
         for event in slot.done:
             self._stream.wait_event(event)
         with torch.cuda.stream(self._stream):
@@ -128,7 +125,7 @@ class CopyingFiller(Filler):
     def wait(self, slot: Slot) -> None:
         stream = torch.cuda.current_stream(slot.memory.device)
         if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a streamed model cannot be captured in a CUDA graph: its weights come from the host")
+            raise RuntimeError("a streamed model cannot be captured in a CUDA graph, because it copies from the host")
         if stream not in slot.users:
             stream.wait_event(slot.filled)
             slot.users.add(stream)
@@ -138,17 +135,17 @@ class CopyingFiller(Filler):
 
 
 class StagingFiller(CopyingFiller):
-    """From files to slots on a CUDA device, by way of pinned memory that a reading thread fills.
+    """Reads from files into pinned memory in a reading thread, and copies from there into slots on a CUDA device.
 
     Args:
-        nbytes: of the largest block.
+        nbytes: size of the largest block.
     """
 
     def __init__(self, source: FileSource, device: torch.device, nbytes: int) -> None:
         super().__init__(None, device)
         self._files = source
         self._reader = _Reader()
-        # Two: one is read into while the other is copied from.
+        # Double buffering: one is read into while the other is copied from.
         self._staging = [torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True) for _ in range(2)]
         self._copied: list[Any] = [None, None]
         self._turn = 0
@@ -160,7 +157,7 @@ class StagingFiller(CopyingFiller):
         self._turn = 1 - self._turn
         staging, copied = self._staging[self._turn], self._copied[self._turn]
         if copied is not None:
-            copied.synchronize()  # this thread waits for its own copy; nobody who computes does
+            copied.synchronize()  # only this thread waits
         self._files.read(block, staging, size)
         self._copy(slot, staging[:size])
         self._copied[self._turn] = slot.filled

@@ -1,4 +1,4 @@
-"""Which blocks are needed next, from where a model is in its passes."""
+"""The order in which blocks will be needed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 
 def upcoming(at: int, count: int, backward: bool, training: bool) -> Iterator[int]:
-    """All ``count`` blocks in the order in which they are next used, the one in use first.
+    """All ``count`` blocks in the order of their next use, starting with the current one.
 
-    A forward pass goes from the first to the last, and a backward pass returns; another forward pass follows either.
+    A forward pass goes from the first to the last block, a backward pass from the last to the first. Either is followed
+    by another forward pass.
 
     Args:
-        at: the block in use.
-        backward: whether the pass under way is a backward one; recomputed activations belong to it.
-        training: whether a forward pass is followed by a backward one.
+        at: the current block.
+        backward: whether a backward pass is running, including recomputation.
+        training: whether a forward pass is followed by a backward pass.
     """
     if backward:
         return itertools.chain(range(at, -1, -1), range(at + 1, count))

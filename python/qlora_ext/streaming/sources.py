@@ -1,4 +1,4 @@
-"""Where the blocks are at home: in the checkpoint's files, or in pinned memory of the host."""
+"""The sources of streamed blocks: the checkpoint's files, or pinned host memory."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 class FileSource:
-    """Blocks in the files that the model's weights are mapped from.
+    """Reads blocks from the files from which the model's weights are mapped.
 
     Raises:
-        ValueError: a weight is not mapped from a file. FileError: a file is another by now.
+        ValueError: a weight is not mapped from a file. FileError: a file has been replaced.
     """
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         parts = [part for block in blocks for part in block.parts]
         self._extents: dict[Part, tuple[Extent, tuple[int, int]]] = {}
-        for part, extent in zip(parts, extents_of([part.home for part in parts]), strict=True):
+        for part, extent in zip(parts, extents_of([part.host_tensor for part in parts]), strict=True):
             if extent is None:
                 raise ValueError(
                     "source: 'disk' expects 4-bit weights that are mapped from the model's files, as loading a "
@@ -42,12 +42,12 @@ class FileSource:
         self._files = {extent.file for extent, _ in self._extents.values()}
 
     def check(self) -> None:
-        """Raises a FileError where a file is no longer what it was."""
+        """Raises a FileError if a file has changed."""
         for file in self._files:
             file.check()
 
     def read(self, block: Block, memory: Tensor, size: int) -> None:
-        """Fills the first ``size`` bytes of the block into ``memory`` on the host, uint8.
+        """Reads the first ``size`` bytes of the block into ``memory``, uint8 on the host.
 
         Raises:
             FileError: a file has changed or cannot be read.
@@ -56,19 +56,19 @@ class FileSource:
         for part in block.parts:
             if part.offset < size:
                 self.read_part(part, _bytes_of(memory, part))
-        self.check()  # what was changed meanwhile may have been read in part
+        self.check()  # again, because the file may have changed during the read
 
     def read_part(self, part: Part, into: memoryview, begin: int = 0) -> None:
-        """Fills ``into`` with a tensor's bytes from ``begin`` on; what the module was given since is taken from it."""
+        """Fills ``into`` with a tensor's bytes from ``begin`` on. If the module's tensor has changed, it is read."""
         extent, state = self._extents[part]
         if part.state == state:
             extent.file.read(extent.offset + begin, into)
         else:
-            into[:] = raw(part.home)[begin : begin + len(into)]
+            into[:] = raw(part.host_tensor)[begin : begin + len(into)]
 
 
 class PinnedSource:
-    """Blocks in pinned host memory, one piece of it a block, of which the modules' tensors are views."""
+    """Keeps blocks in pinned host memory, one buffer per block. The modules' tensors become views of it."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
         self._memory: dict[str, Tensor] = {}
@@ -81,28 +81,28 @@ class PinnedSource:
         return self._memory[block.name]
 
     def is_current(self, block: Block) -> bool:
-        """Whether the modules' tensors are those in the block's memory; not so where a module was given another."""
+        """Whether the modules' tensors are still views of the block's memory, that is, none was replaced."""
         begin = self.memory(block).data_ptr()
-        return all(part.home.data_ptr() == begin + part.offset for part in block.parts)
+        return all(part.host_tensor.data_ptr() == begin + part.offset for part in block.parts)
 
     def update(self, block: Block) -> None:
-        """Takes the tensors that the modules have by now into the block's memory."""
+        """Copies replaced tensors of the modules into the block's memory."""
         for part in block.parts:
             view = part.view(self.memory(block))
-            if view.data_ptr() != part.home.data_ptr():
-                view.copy_(part.home)
-                part.move_home(view)
+            if view.data_ptr() != part.host_tensor.data_ptr():
+                view.copy_(part.host_tensor)
+                part.set_host_tensor(view)
 
     def read_part(self, part: Part, into: memoryview, begin: int = 0) -> None:
         """Fills ``into`` with a tensor's bytes from ``begin`` on."""
-        into[:] = raw(part.home)[begin : begin + len(into)]
+        into[:] = raw(part.host_tensor)[begin : begin + len(into)]
 
     def check(self) -> None:
-        """Nothing can have changed."""
+        """Does nothing, because memory does not change like files."""
 
 
 def _pinned(nbytes: int) -> Tensor:
-    """Pinned memory of just that size: torch's own allocator takes the next power of two."""
+    """Pinned memory of exactly that size. torch's own allocator rounds up to a power of two."""
     memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
     runtime = torch.cuda.cudart()
     error = runtime.cudaHostRegister(memory.data_ptr(), nbytes, 0)

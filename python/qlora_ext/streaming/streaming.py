@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._internal.lending import Loan, PackedTensors, mark_lent
+from .._internal.loans import Loan, PackedTensors, set_lender
 from .._internal.sizes import parse_size
 from ..nn import Experts4bit, Packed4bit, layers_of, scale_names
 from ..nn.model import Model
@@ -23,20 +23,20 @@ from .schedule import upcoming
 from .sources import FileSource, PinnedSource
 
 SOURCES = ("ram", "disk")
-_FEWEST = 2  # slots: one is computed with while the other is filled
+_MIN_SLOTS = 2  # double buffering: one slot is used while the other is filled
 
 
 class Streaming:
-    """The blocks of one model, and the ring's slots that they share; made by ``stream``.
+    """The streaming state of one model: its blocks, and the ring of slots that they share. Created by ``stream``.
 
-    Several threads may use the model at once. An operator holds a lock while it uses borrowed weights, so no thread
+    Several threads may use the model at once. An operator holds a lock while it uses weights on loan, so no thread
     refills a slot that another thread reads.
 
     Attributes:
-        blocks: what is streamed, in the order of the forward pass.
-        device: that computes.
-        slots: of the ring.
-        fills: how many blocks have been requested since the start.
+        blocks: the streamed blocks, in the order of the forward pass.
+        device: the device that computes.
+        slots: the buffers of the ring.
+        fills: number of blocks that were requested since the start.
     """
 
     def __init__(
@@ -56,42 +56,42 @@ class Streaming:
             self._filler = ReadingFiller(source)
         self._at: int | None = None
         self._last: dict[int, int] = {}  # the block that each thread used last; the latest thread comes last
-        self._shared_until = 0  # in fills: so long threads compete, and each keeps a slot
-        self._apart: set[int] = set()  # blocks of which single experts are read, as they were when last used
+        self._shared_until = 0  # while ``fills`` is below it, threads compete, and each keeps its slot
+        self._sparse_blocks: set[int] = set()  # blocks whose last use needed single experts only
         self._lock = threading.RLock()
         self._process = os.getpid()
 
     @property
     def block_bytes(self) -> int:
-        """Bytes that all blocks take together, wherever they are."""
+        """The total size of all blocks."""
         return sum(block.nbytes for block in self.blocks)
 
     @property
     def ring_bytes(self) -> int:
+        """The size of the ring on the device."""
         return sum(slot.memory.nbytes for slot in self.slots)
 
     def check(self) -> None:
-        """Raises a FileError where the files that the blocks are read from have changed."""
+        """Raises a FileError if the files of the blocks have changed."""
         self._source.check()
 
     @contextlib.contextmanager
     def lend(self, index: int, module: Packed4bit, weight: str) -> Iterator[PackedTensors]:
-        """The packed tensors of a weight, on ``device``, for the duration of the context. Other threads wait for its
-        end.
+        """The packed tensors of a weight on ``device``, valid inside the ``with`` statement. Other threads wait.
 
         Raises:
-            FileError: they cannot be read, or have changed. RuntimeError: this process was forked from the one that
-                streams the model.
+            FileError: the files cannot be read, or have changed. RuntimeError: this process was forked from the one
+                that streams the model.
         """
         self._check_process()
         with self._lock:
             if isinstance(module, Experts4bit):
-                self._apart.discard(index)
+                self._sparse_blocks.discard(index)
             slot = self._use(index)
-            if slot.lent is None:
+            if slot.views is None:
                 with torch.inference_mode(False):
-                    slot.lent = self._views(index, slot)
-            yield slot.lent[module, weight]
+                    slot.views = self._views(index, slot)
+            yield slot.views[module, weight]
 
     def _check_process(self) -> None:
         # A forked process lacks the reading thread, and the thread that may have held the lock.
@@ -104,46 +104,48 @@ class Streaming:
     def _views(self, index: int, slot: Slot) -> dict[tuple[Packed4bit, str], PackedTensors]:
         views = self.blocks[index].views(slot.memory)
         for (module, weight), tensors in views.items():
-            mark_lent(tensors[0], functools.partial(self.lend, index, module, weight))
+            set_lender(tensors[0], functools.partial(self.lend, index, module, weight))
         return views
 
     def _use(self, index: int) -> Slot:
-        """The slot with block ``index`` in it, once more of those needed next are on their way."""
-        held = self._held()
-        slot = held.get(index)
+        """The slot that contains block ``index``. Requests the blocks that are needed next."""
+        resident = self._resident()
+        slot = resident.get(index)
         if index == self._at and slot is not None and slot.size >= self._size(index) and self._is_current(slot):
             self._filler.wait(slot)
             return slot
-        if self._at is not None and self._at in held:
-            self._filler.retire(held[self._at])
+        if self._at is not None and self._at in resident:
+            self._filler.retire(resident[self._at])
         self._at = index
-        with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the call
+        with torch.inference_mode(False), torch.no_grad():  # tensors made here outlive the caller's inference mode
             return self._switch(index)
 
     def _switch(self, index: int) -> Slot:
-        """Has block ``index`` come in and, behind it, those that are needed next."""
-        # Recomputed activations ask within a backward pass, too.
+        """Requests block ``index`` and, after it, the blocks that are needed next."""
+        # True also for the recomputation of activations.
         backward = torch._C._current_graph_task_id() != -1
-        held = self._held()
+        resident = self._resident()
         order = [*upcoming(index, len(self.blocks), backward, self._model.training)]
-        wanted = [*dict.fromkeys([index, *self._of_other_threads(index, held), *order])][: len(self.slots)]
-        kept = {held[number] for number in wanted if number in held}
-        free = (slot for slot in self.slots if slot not in kept)
+        wanted = [*dict.fromkeys([index, *self._of_other_threads(index, resident), *order])][: len(self.slots)]
+        needed_slots = {resident[number] for number in wanted if number in resident}
+        free = (slot for slot in self.slots if slot not in needed_slots)
         for number in wanted:
-            if number not in held:
-                held[number] = next(free)
-                self._fill(held[number], number)
-            elif held[number].size < self._size(number) or (number == index and not self._is_current(held[number])):
-                self._fill(held[number], number)
+            if number not in resident:
+                resident[number] = next(free)
+                self._fill(resident[number], number)
+            elif resident[number].size < self._size(number) or (
+                number == index and not self._is_current(resident[number])
+            ):
+                self._fill(resident[number], number)
         try:
-            self._filler.wait(held[index])
+            self._filler.wait(resident[index])
         except BaseException:
-            for slot in self.slots:  # who asks again has it read again, and what was asked for with it
+            for slot in self.slots:  # the next use reads all requested blocks again
                 slot.block = None
             raise
-        return held[index]
+        return resident[index]
 
-    def _of_other_threads(self, index: int, held: Container[int]) -> list[int]:
+    def _of_other_threads(self, index: int, resident: Container[int]) -> list[int]:
         """The blocks in the ring that competing threads are using, the most recently used first.
 
         If the block that a thread has just used is gone, another thread has taken its slot. From then on, for two
@@ -151,15 +153,15 @@ class Streaming:
         blocks again.
         """
         thread = threading.get_ident()
-        if self._last.pop(thread, None) == index and index not in held:
+        if self._last.pop(thread, None) == index and index not in resident:
             self._shared_until = self.fills + 2 * len(self.blocks)
-        others = [block for block in reversed(self._last.values()) if block in held]
+        others = [block for block in reversed(self._last.values()) if block in resident]
         self._last[thread] = index
         while len(self._last) > len(self.slots):
             del self._last[next(iter(self._last))]
         return others if self.fills < self._shared_until else []
 
-    def _held(self) -> dict[int, Slot]:
+    def _resident(self) -> dict[int, Slot]:
         return {self._numbers[id(slot.block)]: slot for slot in self.slots if slot.block is not None}
 
     @functools.cached_property
@@ -168,30 +170,30 @@ class Streaming:
 
     def _fill(self, slot: Slot, number: int) -> None:
         block = self.blocks[number]
-        slot.block, slot.size, slot.state, slot.lent = block, self._size(number), block.state, None
-        torch.autograd.graph.increment_version(slot.memory)  # whoever has kept a tensor of it learns so in the backward
+        slot.block, slot.size, slot.state, slot.views = block, self._size(number), block.state, None
+        torch.autograd.graph.increment_version(slot.memory)  # a backward that saved a view of it then raises an error
         if slot.size:
             self._filler.fill(slot, block, slot.size)
         self.fills += 1
 
     def _size(self, number: int) -> int:
-        """Bytes of a block that come into the ring."""
+        """The number of bytes of a block that are loaded into the ring."""
         block = self.blocks[number]
-        return block.shared if number in self._apart else block.nbytes
+        return block.shared if number in self._sparse_blocks else block.nbytes
 
     @staticmethod
     def _is_current(slot: Slot) -> bool:
-        """Whether the modules still have the tensors that were read into ``slot``; asked when they are used."""
+        """Whether the modules' tensors have not changed since they were read into ``slot``."""
         return slot.block is not None and slot.state == slot.block.state
 
     def read_experts(self, index: int, module: Packed4bit, weight: str, experts: list[int]) -> dict[str, Tensor]:
-        """Copies of some experts' packed tensors, stacked, on ``device``, by the names of their attributes.
+        """Stacked copies of some experts' packed tensors on ``device``, by the names of their attributes.
 
-        From here on the block's stacks do not come into the ring, until they are asked for as a whole.
+        From now on, the block's stacks of experts are not loaded into the ring, until a use needs all experts.
         """
         self._check_process()
         with self._lock:
-            self._apart.add(index)
+            self._sparse_blocks.add(index)
         names = (weight, *scale_names(weight).values())
         found: dict[str, Tensor] = {}
         for part in self._parts[module]:
@@ -205,7 +207,7 @@ class Streaming:
         return found
 
     def read(self, module: Packed4bit, weight: str) -> dict[str, Tensor]:
-        """Copies of a weight's packed tensors on ``device``, which stay, by the names of their attributes."""
+        """Permanent copies of a weight's packed tensors on ``device``, by the names of their attributes."""
         names = (weight, *scale_names(weight).values())
         parts = (part for part in self._parts[module] if part.name in names)
         return {part.name: self.read_part(part).to(self.device) for part in parts}
@@ -216,9 +218,9 @@ class Streaming:
         self._source.read_part(part, copy.numpy().data)
         return copy.view(part.dtype).view(part.shape)
 
-    def homes(self) -> dict[int, Part]:
-        """All parts by the address at which their modules keep them."""
-        return {part.home.data_ptr(): part for parts in self._parts.values() for part in parts}
+    def parts_by_address(self) -> dict[int, Part]:
+        """All parts, by the address of their modules' tensors."""
+        return {part.host_tensor.data_ptr(): part for parts in self._parts.values() for part in parts}
 
     @functools.cached_property
     def _parts(self) -> dict[Packed4bit, list[Part]]:
@@ -252,18 +254,18 @@ class _Residency:
         self.streaming.check()
 
     def __deepcopy__(self, memo: Any) -> None:
-        """A copy of the model is not streamed: its weights are its own."""
+        """None: a copy of the model has its own weights and is not streamed."""
 
     def __reduce__(self) -> Any:
         return type(None), ()
 
 
 class _LeftToStreaming:
-    """The names of the streamed tensors, for DistributedDataParallel, which leaves them alone then.
+    """The names of the streamed tensors, which DistributedDataParallel must ignore.
 
-    Every process reads its own, and on CUDA they are not where the rest of the model is. The names are found when they
-    are asked for, since adapters rename modules, and are given once more as PEFT's wrapper has them, of which
-    DistributedDataParallel asks the same and which passes the question on.
+    Each process reads its own weights, and on CUDA they are on another device than the rest of the model. The names are
+    determined at each iteration, because adapters rename modules. Each name is also listed with the prefix of PEFT's
+    wrapper, because the wrapper forwards the attribute to the model inside it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -289,21 +291,21 @@ def streaming_of(model: nn.Module) -> Streaming | None:
 
 
 def state_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The items of ``model.state_dict()``, sorted by name. Streamed weights are read as they are asked for.
+    """The items of ``model.state_dict()``, sorted by name. Streamed weights are read one at a time.
 
     Example:
         >>> [name for name, tensor in qlora_ext.streaming.state_of(nn.Linear(4, 4))]
         ['bias', 'weight']
     """
     streaming = streaming_of(model)
-    homes = {} if streaming is None else streaming.homes()
+    parts_by_address = {} if streaming is None else streaming.parts_by_address()
     for name, tensor in sorted(model.state_dict().items()):
-        part = homes.get(tensor.data_ptr()) if isinstance(tensor, Tensor) else None
+        part = parts_by_address.get(tensor.data_ptr()) if isinstance(tensor, Tensor) else None
         yield name, tensor if streaming is None or part is None else streaming.read_part(part)
 
 
 def _make_resident(model: nn.Module, streamed: set[int], device: torch.device) -> int:
-    """Moves all but the tensors ``streamed``, by id, to ``device``, out of mapped files; returns their bytes."""
+    """Copies all tensors except ``streamed`` (ids) to ``device`` and out of mapped files. Returns their size."""
     moved: dict[int, Tensor] = {}
 
     def own(tensor: Tensor) -> Tensor:
@@ -315,7 +317,7 @@ def _make_resident(model: nn.Module, streamed: set[int], device: torch.device) -
     for module in model.modules():
         for p in module._parameters.values():
             if p is not None and id(p) not in streamed and not p.is_meta:
-                streamed.add(id(p))  # once, though several modules may have it
+                streamed.add(id(p))  # once, even if several modules share it
                 p.data = own(p.data)
         for name, buffer in module._buffers.items():
             if buffer is not None and id(buffer) not in streamed and not buffer.is_meta:
@@ -333,30 +335,30 @@ def stream(
 ) -> Model:
     """Keeps the frozen 4-bit weights of a model's blocks off the device, and loads each just before it is used.
 
-    The results are the same bits. Embeddings, heads, norms, biases and adapters stay on the device. The blocks, such as
-    a decoder's layers, share a ring of buffers there. The next blocks are prefetched during the computation of one, in
-    forward order, and in reverse in the backward. The fused operators read the ring directly. With gradient
-    checkpointing a block is loaded once for its recomputation and backward. Call it before or after adding adapters.
+    Results are bit for bit the same. Embeddings, heads, norms, biases and adapters stay on the device. The blocks, such
+    as decoder layers, share a ring of buffers there. While one block computes, the next ones are prefetched: in forward
+    order, and in reverse order during the backward. The fused operators read the ring directly. With gradient
+    checkpointing, a block is loaded once for its recomputation and backward. Call this before or after adding adapters.
 
-    Several threads may use the model at once and get the same answers, but they take turns at each layer and share the
-    ring, so nothing is prefetched; one pass after the other is faster.
+    Several threads may use the model at once. They take turns at each layer and share the ring, so nothing is
+    prefetched; running one pass after the other is faster.
 
     Args:
-        model: with 4-bit layers, by ``QLoRAConfig`` or ``quantize_model``, whole on one device or on the CPU.
-        resident: the memory that the model's weights may take on the device, such as "6GB" or a number of bytes. The
-            ring has as many buffers as fit besides the weights that are not streamed, but at least two. None: two. The
-            host's page cache may hold more of the files, and gives that memory up when others need it.
-        source: where the blocks are stored. "ram": in pinned host memory (on the CPU they stay in place). "disk": in
-            the safetensors files that the model was loaded from; none of them stay in memory.
-        device: the computing device; by default that of the embeddings.
+        model: a model with 4-bit layers, from ``QLoRAConfig`` or ``quantize_model``, entirely on one device.
+        resident: the memory that the model's weights may use on the device, such as "6GB" or a number of bytes. The
+            ring has as many buffers as fit in addition to the weights that are not streamed, but at least two. None
+            means two. The host's page cache may hold more of the files, and frees that memory when others need it.
+        source: the location of the blocks. "ram": pinned host memory (on the CPU, the model does not change). "disk":
+            the safetensors files from which the model was loaded; they are not kept in memory.
+        device: the computing device; the default is the device of the embeddings.
 
     Returns:
         ``model``, changed in place.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``. ValueError: it has no 4-bit layer or is streamed already, an argument
-            is none of the above, the weights are not mapped from files for "disk", or they are sharded (FSDP2 has its
-            own ``CPUOffloadPolicy``) or offloaded by accelerate.
+        TypeError: ``model`` is not an ``nn.Module``. ValueError: it has no 4-bit layer or is already streamed; an
+            argument is invalid; with "disk", the weights are not mapped from files; or the weights are sharded (FSDP2
+            has its own ``CPUOffloadPolicy``) or offloaded by accelerate.
 
     Example:
         >>> import tempfile
@@ -392,7 +394,7 @@ def stream(
     if where.type not in ("cpu", "cuda"):
         raise ValueError(f"device: expected 'cpu' or 'cuda', got {where}")
     if source == "ram" and where.type == "cpu":
-        return model  # they are at home where they are used
+        return model  # the blocks are already in the memory where they are used
     files = FileSource(blocks) if source == "disk" else None
     rest = _make_resident(model, streamed, where)
     largest = max(block.nbytes for block in blocks)
@@ -424,7 +426,7 @@ def _refuse_others(model: nn.Module) -> None:
 
 
 def _slots(allowed: int | None, rest: int, largest: int, blocks: int) -> int:
-    least = rest + _FEWEST * largest
+    least = rest + _MIN_SLOTS * largest
     if allowed is not None and allowed < least:
         warnings.warn(
             f"resident: {allowed} bytes are less than the minimum of {least} ({rest} that are not streamed, and two "
@@ -432,5 +434,5 @@ def _slots(allowed: int | None, rest: int, largest: int, blocks: int) -> int:
             stacklevel=3,
         )
     if allowed is None:
-        return min(_FEWEST, blocks)
-    return min(blocks, max(_FEWEST, (allowed - rest) // largest))
+        return min(_MIN_SLOTS, blocks)
+    return min(blocks, max(_MIN_SLOTS, (allowed - rest) // largest))

@@ -1,1 +1,1 @@
-"""The commands of ``qlora-ext``, a file each: its options (``add_parser``) and what it does (``run``)."""
+"""The commands of ``qlora-ext``, one file each: ``add_parser`` defines the options, ``run`` executes the command."""

@@ -1,4 +1,4 @@
-"""``qlora-ext adapters``: the adapters in a directory, with what they were trained on and how well."""
+"""``qlora-ext adapters``: lists the adapters in a directory, with their bases and perplexities."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "adapters",
         help="list adapters",
-        description="Lists the adapters below a directory, without those in a run's checkpoints: the base, the "
-        "beginning of its 4-bit fingerprint, rank, alpha, date, steps, held-out perplexity before and after. Those "
-        "whose files are damaged are named on stderr, with exit code 2.",
+        description="Lists the adapters below a directory, except those in a run's checkpoints: the base, the "
+        "beginning of its 4-bit fingerprint, rank, alpha, date, steps, and held-out perplexity before and after. "
+        "Damaged adapters are reported on stderr, and the exit code is then 2.",
     )
     parser.add_argument("directory", metavar="DIR")
-    parser.add_argument("--json", action="store_true", help="print one JSON object an adapter, in full")
+    parser.add_argument("--json", action="store_true", help="print one complete JSON object per adapter")
     parser.set_defaults(run=run)
 
 
 def describe(adapter: pathlib.Path) -> dict[str, Any]:
-    """What the files of one adapter say about it; None for what they do not say.
+    """The properties of an adapter that its files record; None for those that they do not.
 
     Raises:
-        UserError: one of them is damaged.
+        UserError: a file is damaged.
     """
     from ...integrations.peft import BASE_FILE
 
@@ -57,7 +57,7 @@ def describe(adapter: pathlib.Path) -> dict[str, Any]:
 
 
 def find_all(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The adapter directories below ``directory``, itself included."""
+    """The adapter directories below ``directory``, including itself."""
     found = [path.parent for path in directory.rglob("adapter_config.json")]
     return sorted(p for p in found if not any(part.startswith(("checkpoint-", ".partial-")) for part in p.parts))
 

@@ -1,4 +1,4 @@
-"""``qlora-ext chat``: a conversation with a 4-bit model, with an adapter or without."""
+"""``qlora-ext chat``: a conversation with a 4-bit model, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ..options import (
     check_sampling,
 )
 
-_HELP = "/reset begins a new conversation, /exit or Ctrl-D ends, Ctrl-C stops an answer"
+_HELP = "/reset starts a new conversation, /exit or Ctrl-D quits, Ctrl-C stops an answer"
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "chat",
         help="talk with a model",
-        description="Loads a model in 4 bits, with an adapter if one is named, and answers line by line, with all that "
-        f"was said before in mind. {_HELP}.",
-        epilog="Where the input is no terminal, each line is answered in turn, and nothing but answers is printed.",
+        description="Loads a model in 4 bits, with an adapter if one is given, and answers each line in the context of "
+        f"the conversation. {_HELP}.",
+        epilog="If the input is not a terminal, each line is answered in turn, and only answers are printed.",
     )
     add_adapter_option(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="what the model is told before everything else")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
     add_sampling_options(parser, max_new_tokens=512)
     add_base_options(parser)
     add_dtype_option(parser)
@@ -42,7 +42,7 @@ def _show(text: str) -> None:
 
 
 def _read(interactive: bool) -> str | None:
-    """The next line that is not empty; None at the end."""
+    """The next non-empty line; None at the end of the input."""
     while True:
         try:
             line = input("> " if interactive else "").strip()
@@ -65,16 +65,16 @@ def run(arguments: argparse.Namespace) -> int:
     model = adapted.load_to_answer()
     from transformers import set_seed
 
-    from ..generation.compiled import PAYS_FROM, decode_compiled
+    from ..generation.compiled import BREAK_EVEN_TOKENS, decode_compiled
     from ..generation.conversation import Conversation
 
     interactive = sys.stdin.isatty()
-    decode_compiled(model, arguments.compile, pays=interactive or arguments.max_new_tokens >= PAYS_FROM)
+    decode_compiled(model, arguments.compile, worthwhile=interactive or arguments.max_new_tokens >= BREAK_EVEN_TOKENS)
     set_seed(arguments.seed)
     talk = Conversation(model, adapted.tokenizer, arguments.system, arguments.max_new_tokens, arguments.temperature)
     if interactive:
         with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # input() then edits its line
+            import readline  # noqa: F401  # enables line editing in input()
         print(_HELP)
     while (line := _read(interactive)) is not None:
         if line == "/exit":
@@ -102,5 +102,5 @@ def _answer(talk: Any, line: str, interactive: bool) -> None:
         return
     print(flush=True)
     if forgotten:
-        print(f"(the first {forgotten} questions and their answers are forgotten: the model has no more room)",
+        print(f"(the first {forgotten} questions and answers no longer fit the model's context and were dropped)",
               file=sys.stderr)  # fmt: skip

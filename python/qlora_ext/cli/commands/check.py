@@ -1,4 +1,4 @@
-"""``qlora-ext check``: whether a 4-bit model is sound, what its 4 bits cost, and what would help."""
+"""``qlora-ext check``: checks a 4-bit model for damage, measures what 4 bits cost it, and gives advice."""
 
 from __future__ import annotations
 
@@ -22,24 +22,23 @@ from ..terminal.bars import counted
 if TYPE_CHECKING:
     from ...fidelity import ModelCheck
 
-# Nats a token: a perplexity 1.35 times as high. Plain NF4 costs a small model (SmolLM2-135M) 0.19 to 0.25, a large one
-# a tenth of that: what is above is damaged, or of no use.
+# In nats per token: a factor of 1.35 in perplexity. Plain NF4 costs a small model (SmolLM2-135M) 0.19 to 0.25, and a
+# large one a tenth of that. A model above the limit is damaged or useless.
 MAX_INCREASE = 0.3
-FOUND_WANTING = 3
+EXIT_FAILED = 3
 CURVE = ("0%", "1%", "2%", "5%", "10%", "20%")
 _SHOWN = 10
-_MARK = "qlora-ext check"  # in the file of --json
+_MARK = "qlora-ext check"  # identifies files that --json wrote
 
 
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
-        help="what 4 bits cost a model",
-        description="Checks a 4-bit model: that its scales and forms are sound, how much its loss on a text is above "
-        "that of the dense model, which layers cost the most, and what would help. A dense model is checked as "
-        f"quantize would make it. Exit code 0: good; {FOUND_WANTING}: the loss rises by more than --max-increase, the "
-        "model's weights or logits are damaged, or a layer does not match the dense model; 2: the model cannot be "
-        "loaded, or an option is wrong.",
+        help="measure what 4 bits cost a model",
+        description="Checks that the tensors of a 4-bit model are intact, measures how much its loss on a text exceeds "
+        "that of the dense model and which layers cost the most, and gives advice. A dense model is quantized first. "
+        f"Exit code 0: good; {EXIT_FAILED}: the loss rises by more than --max-increase, weights or logits are damaged, "
+        "or a layer does not match the dense model; 2: the model cannot be loaded, or an option is wrong.",
     )
     parser.add_argument(
         "--model", required=True, help="a model directory, 4-bit (ours or bitsandbytes') or dense, a .gguf file, a hub "
@@ -47,35 +46,37 @@ def add_parser(commands: Any) -> None:
     )  # fmt: skip
     add_trust_option(parser)
     parser.add_argument(
-        "--base", metavar="MODEL", help="the dense model to compare with, if not the one that --model says it is from"
+        "--base", metavar="MODEL", help="the dense model to compare with (default: the one that --model records)"
     )
     parser.add_argument(
         "--data", metavar="DATA|self",
-        help="the text: what finetune's --data takes, or self, which the dense model writes (default: "
-        f"{DEFAULT_DATA}, and self where that is not installed)",
+        help="the text: anything that finetune's --data takes, or self, a text that the dense model writes (default: "
+        f"{DEFAULT_DATA}, or self if that is not installed)",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="of that text (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="of a text that it writes, and of the labels that are drawn"
+        "--tokens", type=int, default=4096, metavar="N", help="length of the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of the written text and the random labels"
     )
     parser.add_argument(
         "--max-increase", type=float, metavar="X",
-        help=f"how much the loss may rise, in nats per token, for exit code 0 (default: {MAX_INCREASE})",
+        help=f"maximum increase of the loss for exit code 0, in nats per token (default: {MAX_INCREASE})",
     )  # fmt: skip
     parser.add_argument(
         "--curve", action="store_true",
-        help="measure it with the costliest layers in 16 bits too, under budgets of --keep from 1%% to 20%%",
+        help="also measure the loss with the costliest layers in 16 bits, for budgets of --keep from 0%% to 20%%",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="write all figures to a file")
+    parser.add_argument("--json", metavar="FILE", help="write all results to a JSON file")
     add_dtype_option(parser)
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSource | None, str]:
-    """The dense model to compare with, or why there is none.
+    """The dense model to compare with, or the reason why there is none.
 
-    What a 4-bit directory says of itself is followed on this machine only, and no code comes along with it.
+    The model that a 4-bit directory records is used only if it is on this machine, and never with its own code.
     """
     if arguments.base is not None:
         base = resolve(arguments.base, arguments.trust_remote_code, "--base")
@@ -86,14 +87,14 @@ def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSour
         return source, ""
     name = dense_name(source)
     if name is None:
-        return None, "it does not say which dense model it is from; name that with --base"
+        return None, "it does not record its dense model; name the dense model with --base"
     try:
         base = resolve(name)
         if _is_here(base) and not is_4bit(base):
             return base, ""
     except UserError:
         pass
-    return None, f"the dense model that it is from, {excerpt(name)}, is not on this machine; name it with --base"
+    return None, f"its dense model {excerpt(name)} is not on this machine; name it with --base"
 
 
 def _is_here(source: ModelSource) -> bool:
@@ -130,7 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
         found_file = output_file("--json", arguments.json, _MARK, inputs)
     tokenizer = load_tokenizer(source)
     text = held_out.default_text() if arguments.data is None else arguments.data
-    model = Loader(source, Form(dtype), device, compute).while_loading()
+    model = Loader(source, Form(), dtype, device, compute).while_loading()
     base = None if base_source is None else load_dense(base_source, dtype, device, compute)
     longest = longest_input(model) or held_out.LENGTH
     if text == "self":
@@ -144,7 +145,7 @@ def run(arguments: argparse.Namespace) -> int:
         if known[0] != known[1]:
             raise UserError(
                 f"{arguments.base or arguments.model}: expected the dense model that --model was quantized from, got "
-                f"one of {known[0]} tokens for one of {known[1]}"
+                f"a vocabulary of {known[0]} tokens instead of {known[1]}"
             )
     with counted("comparing layers") as progress:
         try:
@@ -157,10 +158,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(f"{arguments.base or arguments.model}: {first_line(error)}") from error
     limit = MAX_INCREASE if arguments.max_increase is None else arguments.max_increase
     good = found.is_sound and (found.increase is None or found.increase.nats <= limit)
-    _tell(found, text, reason, limit)
+    _report(found, text, reason, limit)
     if found_file is not None:
         write_json(found_file, _record(found, arguments, base_source, text, limit, good))
-    return 0 if good else FOUND_WANTING
+    return 0 if good else EXIT_FAILED
 
 
 def _record(
@@ -185,7 +186,7 @@ def _record(
     }
 
 
-def _tell(found: ModelCheck, text: str, reason: str, limit: float) -> None:
+def _report(found: ModelCheck, text: str, reason: str, limit: float) -> None:
     from rich.console import Console
 
     from ...fidelity import advice_on, perplexity
@@ -198,13 +199,15 @@ def _tell(found: ModelCheck, text: str, reason: str, limit: float) -> None:
     for problem in found.problems:
         say(f"damaged: {problem}")
     for layer in found.damaged:
-        plain = f"those of plain NF4 by {layer.plain_error:.3g}"
-        say(f"damaged: {layer.name}: its outputs are off by {layer.error:.3g}, {plain}")
+        say(
+            f"damaged: {layer.name}: its outputs have a relative error of {layer.error:.3g}, "
+            f"plain NF4's of {layer.plain_error:.3g}"
+        )
     if found.loss is not None:
         before = "" if found.base_loss is None else f", {perplexity(found.base_loss):.2f} dense"
         say(f"perplexity on {found.tokens:,} tokens of {text}: {perplexity(found.loss):.2f} in 4 bits{before}")
     if found.increase is not None:
-        above = "" if found.increase.nats <= limit else f", which is above the {limit:g} of --max-increase"
+        above = "" if found.increase.nats <= limit else f", more than --max-increase {limit:g}"
         say(f"the loss rises by {found.increase} nats per token{above}")
     elif reason:
         say(f"not compared: {reason}")
@@ -222,7 +225,7 @@ def _layer_table(found: ModelCheck) -> Any:
 
     title = (
         f"the {min(_SHOWN, len(found.layers))} costliest of {len(found.layers)} layers: relative error of the outputs "
-        "(of plain NF4), estimated cost in nats per token, MB more in 16 bits"
+        "(of plain NF4's), estimated cost in nats per token, additional MB in 16 bits"
     )
     table = Table(title=title, box=box.SIMPLE)
     table.add_column("layer", overflow="fold")

@@ -1,4 +1,4 @@
-"""``qlora-ext finetune``: a 4-bit model, LoRA adapters, text; out comes a PEFT adapter."""
+"""``qlora-ext finetune``: trains LoRA adapters on a 4-bit model, and saves them as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def add_parser(commands: Any) -> None:
         epilog="Data with chosen and rejected answers are learnt as preferences (DPO, by TRL). "
         'A row of --data is {"text": ...}, a pair such as {"prompt": ..., "completion": ...}, a conversation '
         '{"messages": [{"role": ..., "content": ...}, ...]} or a preference {"prompt": ..., "chosen": ..., "rejected": '
-        "...}; docs/data.md has all forms. A run that was stopped, in whatever way, goes on from its last checkpoint "
-        "with --resume (other options need not be repeated) and ends with the same adapter, bit for bit. "
-        "With --resume and a larger --max-steps (or --epochs) a finished run is trained further. --overwrite replaces "
-        "what qlora-ext wrote, and nothing else. docs/finetune.md explains the options.",
+        "...}; docs/data.md lists all forms. --resume continues an interrupted run from its last checkpoint; other "
+        "options need not be repeated, and the final adapter is bit for bit the same. "
+        "With a larger --max-steps (or --epochs), --resume extends a finished run. --overwrite replaces only files "
+        "that qlora-ext wrote. docs/finetune.md explains the options.",
     )
     parser.add_argument("--output", metavar="DIR", help=f"directory of the run (default: {DEFAULT_RUN})")
     parser.add_argument(
@@ -32,14 +32,14 @@ def add_parser(commands: Any) -> None:
         metavar="FILE",
         help="YAML or JSON file with options, such as a run's settings.json",
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --output")
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
         "--force",
         action="store_true",
-        help="with --resume: go on over another base or other data than it was begun with",
+        help="with --resume: continue even if the base or the data have changed",
     )
-    add_trust_option(parser)  # not one of the settings: it is to be said of every run, resumed ones too
+    add_trust_option(parser)  # not a recorded setting: it must be given each time, also with --resume
     add_options(parser)
     parser.shorten_help(
         "--model", "--data", "--output", "--config", "--resume", "--overwrite", "--seq-len", "--rank", "--epochs",

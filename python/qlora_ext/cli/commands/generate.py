@@ -1,4 +1,4 @@
-"""``qlora-ext generate``: text from a 4-bit model with an adapter."""
+"""``qlora-ext generate``: answers a prompt with a 4-bit model and an adapter."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from ..options import (
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "generate",
-        help="write text with an adapter",
-        description="Loads a model in 4 bits with the adapter that was trained on it, and answers a prompt.",
+        help="generate text with an adapter",
+        description="Loads a model in 4 bits, with the adapter that was trained on it, and answers a prompt.",
     )
     parser.add_argument("text", nargs="?", metavar="PROMPT", help="prompt to answer, or to continue with --raw")
-    parser.add_argument("--prompt", help="the same as an option; -: read it from standard input")
+    parser.add_argument("--prompt", help="the prompt as an option; - reads it from standard input")
     add_adapter_option(parser)
     parser.add_argument("--raw", action="store_true", help="do not wrap the prompt in the model's chat template")
     add_sampling_options(parser, max_new_tokens=80)
@@ -77,9 +77,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"--prompt: the prompt has {len(prompt)} tokens; the model reads at most {limit}, its answer included"
         )
     new_tokens = arguments.max_new_tokens if limit is None else min(arguments.max_new_tokens, limit - len(prompt))
-    from ..generation.compiled import PAYS_FROM, decode_compiled
+    from ..generation.compiled import BREAK_EVEN_TOKENS, decode_compiled
 
-    decode_compiled(model, arguments.compile, pays=new_tokens >= PAYS_FROM)
+    decode_compiled(model, arguments.compile, worthwhile=new_tokens >= BREAK_EVEN_TOKENS)
     set_seed(arguments.seed)
     answer = complete(model, tokenizer, prompt, new_tokens, arguments.temperature).strip()
     print(printable(answer, lines=True))

@@ -1,4 +1,4 @@
-"""``qlora-ext info``: what is installed and what it runs with here."""
+"""``qlora-ext info``: shows versions, devices and kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_parser(commands: Any) -> None:
         help="show versions, devices and kernels",
         description="Shows the version, how the kernels were built, and which of them this machine uses.",
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 

@@ -1,4 +1,4 @@
-"""``qlora-ext merge``: the adapter added to its base, as an ordinary model or as a 4-bit one."""
+"""``qlora-ext merge``: merges an adapter into its base, and saves a dense or a 4-bit model."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ def add_parser(commands: Any) -> None:
         "merge",
         help="save the adapter and its base as one model",
         description="Decodes the 4-bit base, adds the adapter, and saves the model in --dtype with its tokenizer: a "
-        "directory that needs neither qlora_ext nor PEFT. With --4bit the sum is rounded "
-        "to the codes of the base, up or down at random, so that they hold what the adapter adds, most of which is "
-        f"narrower than the way from one code to the next; what that costs is told, layer by layer in {ERROR_FILE}.",
+        "directory that needs neither qlora_ext nor PEFT. With --4bit, the sum is quantized again under the scales of "
+        "the base. Stochastic rounding preserves the update, although most of it is smaller than the distance between "
+        f"two codes. {ERROR_FILE} reports the error of each layer.",
     )
     parser.add_argument("--adapter", required=True, metavar="DIR", help="the adapter, or the run that made it")
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output directory")
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument("--4bit", action="store_true", dest="four_bit", help="save in 4 bits")
     calibrate.add_options(parser)
     parser.add_argument(
-        "--evaluate", action="store_true", help="compare the held-out loss of the run, unmerged and merged"
+        "--evaluate", action="store_true", help="compare the run's held-out loss before and after merging"
     )
     add_base_options(parser)
     parser.add_argument(
@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
 
 
 def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[str, list[int]]], int]:
-    """The rows that the run held out, and how many it took at a time."""
+    """The held-out rows of the run, and its batch size."""
     adapter = find(arguments.adapter)
     values = record_of(adapter).get("settings")
     if not values:
@@ -61,7 +61,7 @@ def _held_out(arguments: argparse.Namespace, tokenizer: Any) -> tuple[list[dict[
     s = recorded(values, adapter / RECORD)
     examples = read_examples(s.data, s.split)
     if is_preference(examples[0]) and s.method != "sft":
-        raise UserError("--evaluate: expected a run that learnt answers, got one that learnt preferences")
+        raise UserError("--evaluate: expected a run that was trained on answers, got one trained on preferences (DPO)")
     parts = split(tokenizer, examples, s.seq_len, s.first_rows, s.eval_size, s.seed, packing=not s.no_packing)
     return parts.held_out, s.batch_size
 
@@ -94,18 +94,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace, output: Output) -> int:
     if arguments.calibrate != "none" and not arguments.four_bit:
-        raise UserError("--calibrate needs --4bit: a dense model has no codes to choose")
+        raise UserError("--calibrate needs --4bit, because a dense model has no codes to choose")
     _protect_inputs(arguments, output)
     output.check()
     with contextlib.ExitStack() as stack:
-        layers = stack.enter_context(calibrate.kept_layers(arguments, output))
+        layers = stack.enter_context(calibrate.stored_layers(arguments, output))
         return _merge(arguments, output, layers, stack.close)
 
 
 def _merge(
     arguments: argparse.Namespace, output: Output, layers: pathlib.Path | None, written: Callable[[], None]
 ) -> int:
-    """Merges and writes; calls ``written`` once the output is complete."""
+    """Merges and writes, and calls ``written`` when the output is complete."""
     from ...calibration import calibration_of
     from ...dtypes import computing_dtype
     from ...integrations.peft import merge_calibrated, merge_to_4bit
@@ -115,9 +115,7 @@ def _merge(
     if arguments.evaluate:
         rows, size = _held_out(arguments, tokenizer)
     model = adapted.load()
-    compute = computing_dtype(
-        adapted.loader.form.compute_dtype, adapted.loader.device
-    )  # --dtype is that of the saved weights
+    compute = computing_dtype(adapted.loader.dtype, adapted.loader.device)  # --dtype is that of the saved weights
     if arguments.evaluate:
         unmerged = _measured(model, rows, size, compute)
     merged: Any
@@ -141,13 +139,13 @@ def _merge(
     written()
     kind = "4 bits" if arguments.four_bit else arguments.dtype
     print(f"{output.path}: {model_size(merged).bytes / 1e6:.1f} MB in {kind}")
-    for line in calibrate.told(report):
+    for line in calibrate.summary(report):
         print(line)
     if error is not None:
         worst = max(error.by_layer, key=error.by_layer.__getitem__)
         print(
-            f"the codes hold {error.kept:.1%} of what the adapter adds; error of quantizing again: {error.total:.2%} "
-            f"of the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
+            f"the codes retain {error.retained:.1%} of the adapter's update; quantization error: {error.total:.2%} of "
+            f"the merged weights' norm, at most {error.by_layer[worst]:.2%} in {worst}"
         )
     if arguments.evaluate:
         loss = _measured(merged, rows, size, compute)

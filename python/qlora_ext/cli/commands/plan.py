@@ -1,4 +1,4 @@
-"""``qlora-ext plan``: where the memory of a fine-tuning run would go and whether it fits, before anything is loaded."""
+"""``qlora-ext plan``: predicts the memory of a fine-tuning run, and whether it fits, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from ..training.settings import switches
 if TYPE_CHECKING:
     from ...planning.memory import Job
 
-_MARK = "qlora-ext plan"  # in the picture of --plot
-_MOST = 1_000_000  # of anything that is counted here
+_MARK = "qlora-ext plan"  # identifies files that --plot wrote
+_MAX_COUNT = 1_000_000  # limit of all options that are counts
 
 
 def add_parser(commands: Any) -> None:
@@ -33,10 +33,10 @@ def add_parser(commands: Any) -> None:
 
     parser = commands.add_parser(
         "plan",
-        help="foresee the memory of a fine-tuning run",
-        description="Runs a training step on tensors without memory and shows where the bytes go, whether they fit, "
-        "and what would help if they do not. Loads no weight. The CUDA context (about 0.5 GB) is not in it; with "
-        "--device cpu the process is.",
+        help="predict the memory of a fine-tuning run",
+        description="Runs a training step on tensors without memory, and shows how the memory is used, whether it "
+        "fits, and how to reduce it. Loads no weights. The CUDA context (about 0.5 GB) is not included; with --device "
+        "cpu, the process is.",
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
@@ -47,15 +47,15 @@ def add_parser(commands: Any) -> None:
     )
     add_trust_option(parser)
     source.add_argument(
-        "--sizes", help="a Llama by numbers: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]"
+        "--sizes", help="a Llama of these sizes: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]"
     )
     parser.add_argument("--rank", type=int, default=16, metavar="N", help="(default: %(default)s)")
     parser.add_argument(
         "--target-modules", default="all-linear", help="all-linear, or names separated by commas (default: %(default)s)"
     )
-    parser.add_argument("--modules-to-save", default="", help="as in finetune: modules that are trained whole")
+    parser.add_argument("--modules-to-save", default="", help="as in finetune")
     parser.add_argument("--seq-len", type=int, default=512, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="a device (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="per device (default: %(default)s)")
     parser.add_argument("--grad-checkpointing", action="store_true", help="as in finetune")
     parser.add_argument("--chunked-loss", action="store_true", help="as in finetune")
     parser.add_argument("--offload-checkpoints", action="store_true", help="as in finetune")
@@ -64,29 +64,33 @@ def add_parser(commands: Any) -> None:
     add_dtype_option(parser)
     parser.add_argument(
         "--device", default="cuda", choices=("cuda", "cpu"),
-        help="cpu: a run in the machine's memory, with Python, its libraries and its allocator (default: %(default)s)",
+        help="cpu includes the memory of Python, its libraries and its allocator (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help="that share the weights by FSDP2")
     parser.add_argument(
-        "--memory", metavar="SIZE", help="of one device, such as 24GB or 40GiB (default: that of this machine's)"
+        "--devices", type=int, default=1, metavar="N", help="number of devices that share the weights (FSDP2)"
     )
     parser.add_argument(
-        "--stream", default="none", choices=("none", "ram", "disk"), help="as in finetune: the layers come in in turn"
+        "--memory", metavar="SIZE", help="memory of one device, such as 24GB or 40GiB (default: that of this machine)"
     )
-    parser.add_argument("--resident", metavar="SIZE", help="as in finetune: what the weights may take on the device")
+    parser.add_argument(
+        "--stream", default="none", choices=("none", "ram", "disk"), help="as in finetune: load the layers one by one"
+    )
+    parser.add_argument(
+        "--resident", metavar="SIZE", help="as in finetune: memory that the weights may use on the device"
+    )
     parser.add_argument(
         "--link", default="25GB/s", metavar="RATE",
-        help="from where the layers come to the device (default: %(default)s, PCIe 4)",
+        help="bandwidth of streaming to the device (default: %(default)s, PCIe 4)",
     )  # fmt: skip
     parser.add_argument(
         "--flops", default="150e12", metavar="X", help="operations per second of the device (default: %(default)s)"
     )
     parser.add_argument(
         "--max-memory", metavar="SIZE",
-        help="find the switches with which the run fits into so much, the longest context, and the largest known model",
+        help="find the options with which the run fits into this memory, the longest context, and the largest model",
     )  # fmt: skip
-    parser.add_argument("--plot", metavar="PNG", help="draw the split to a picture")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON, in bytes")
+    parser.add_argument("--plot", metavar="PNG", help="plot the memory by purpose")
+    parser.add_argument("--json", action="store_true", help="print JSON, in bytes")
     parser.shorten_help(
         "--model", "--rank", "--seq-len", "--batch-size", "--grad-checkpointing", "--dtype", "--device", "--memory",
         "--max-memory", "--plot", "--json",
@@ -102,12 +106,12 @@ def _size(option: str, text: str) -> float:
 
 
 def _rate(option: str, text: str) -> float:
-    """A number a second, which may be written as a size."""
+    """A rate per second, which may be written as a size."""
     return _size(option, re.sub(r"/s$", "", text.strip()))
 
 
 def _memory(text: str | None, device: str) -> tuple[float, str]:
-    """The bytes to fit into, and what they are."""
+    """The available bytes, and a name for them."""
     if text is not None:
         return _size("--memory", text), "--memory"
     import torch
@@ -141,11 +145,11 @@ def _job(arguments: argparse.Namespace, config: Any) -> Job:
     from ..training.fitting import job_of
 
     for name in ("rank", "seq_len", "batch_size", "devices"):
-        if not 1 <= getattr(arguments, name) <= _MOST:
+        if not 1 <= getattr(arguments, name) <= _MAX_COUNT:
             value = excerpt(getattr(arguments, name))
-            raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 to {_MOST}")
-    if not 0 <= arguments.mlp_chunk <= _MOST:
-        raise UserError(f"--mlp-chunk {excerpt(arguments.mlp_chunk)}: expected 0 to {_MOST}")
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected 1 to {_MAX_COUNT}")
+    if not 0 <= arguments.mlp_chunk <= _MAX_COUNT:
+        raise UserError(f"--mlp-chunk {excerpt(arguments.mlp_chunk)}: expected 0 to {_MAX_COUNT}")
     if arguments.offload_checkpoints and not arguments.grad_checkpointing:
         raise UserError("--offload-checkpoints needs --grad-checkpointing")
     if arguments.optimizer not in OPTIMIZERS:
@@ -182,17 +186,17 @@ def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float
     pyplot.close(figure)
 
 
-def _advised(change: dict[str, Any]) -> str:
-    """A change that would save memory, as an option."""
+def _as_switch(change: dict[str, Any]) -> str:
+    """A change that would save memory, as command-line options."""
     note = " (its state may leave the GPU)" if change.get("optimizer") == "paged_adamw_8bit" else ""
     return switches(change) + note
 
 
 def _find_switches(job: Job, memory: float, process: float, link: float, flops: float, as_json: bool) -> int:
-    """Prints the switches with which the job fits into ``memory`` bytes, and what else does; see ``plan --help``.
+    """Prints the switches with which the job fits into ``memory`` bytes; see ``--max-memory`` in ``plan --help``.
 
     Args:
-        process: of the ``memory``, the bytes that are taken before there is a model.
+        process: the part of ``memory`` that is used before the model is loaded.
     """
     from ...planning.search import changes_of, choose, largest_model, longest_context, switched
 
@@ -224,9 +228,9 @@ def _find_switches(job: Job, memory: float, process: float, link: float, flops: 
     else:
         print(f"fits into {memory / 1e9:.1f} GB with {options}: {size / 1e9:.2f} GB")
     if host:
-        print(f"{host / 1e9:.2f} GB of pinned host memory; free from {free:,} tokens per step")
+        print(f"{host / 1e9:.2f} GB of pinned host memory; transfers are hidden from {free:,} tokens per step on")
     print(
-        f"the longest context then: {context:,} tokens per row, {job.batch_size} rows a pass"
+        f"the longest context then: {context:,} tokens per row, {job.batch_size} rows per pass"
         if context
         else "no context fits"
     )
@@ -239,7 +243,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.resident and arguments.stream == "none":
         raise UserError(f"--resident {arguments.resident} needs --stream ram or --stream disk")
     if arguments.max_memory is not None and arguments.modules_to_save:
-        raise UserError("--max-memory does not support --modules-to-save; leave one of them out")
+        raise UserError("--max-memory does not support --modules-to-save; use only one of them")
     resident = None if arguments.resident is None else _size("--resident", arguments.resident)
     link, flops = _rate("--link", arguments.link), _rate("--flops", arguments.flops)
     memory, whose = _memory(arguments.memory, arguments.device)
@@ -247,7 +251,7 @@ def run(arguments: argparse.Namespace) -> int:
     job = _job(arguments, config)
     from ...planning.advice import savings
     from ...planning.blocks import place, streamed
-    from ...planning.memory import process_bytes, split, tops
+    from ...planning.memory import peaks, process_bytes, split
 
     if arguments.max_memory is not None:
         with reading("configuration", name):
@@ -256,7 +260,7 @@ def run(arguments: argparse.Namespace) -> int:
             return _find_switches(job, allowed, process, link, flops, arguments.json)
     with reading("configuration", name):
         try:
-            measured = tops(job)
+            measured = peaks(job)
         except ValueError as error:
             if "arget modules" not in str(error):
                 raise
@@ -288,7 +292,7 @@ def run(arguments: argparse.Namespace) -> int:
         _plot(
             output_file("--plot", arguments.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory
         )
-    advice = [] if fits or streaming else [(_advised(change), saving) for change, saving in savings(job, measured)]
+    advice = [] if fits or streaming else [(_as_switch(change), saving) for change, saving in savings(job, measured)]
     if arguments.json:
         print(
             json.dumps(
@@ -300,7 +304,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     for key, size in parts.items():
         print(f"{key:<16} {size / 1e9:9.3f} GB  {100 * size / total:5.1f}%")
-    print(f"{'total':<16} {total / 1e9:9.3f} GB per device, at the highest point of a step")
+    print(f"{'total':<16} {total / 1e9:9.3f} GB per device, at the peak of a step")
     if streaming:
         print(
             f"streamed from {arguments.stream}: {streaming['slots']} buffers of "
@@ -308,8 +312,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"{streaming['step_bytes'] / 1e9:.2f} GB per step"
         )
         print(
-            f"free from {streaming['free_tokens']:,} tokens per step at {link / 1e9:.0f} GB/s and {flops / 1e12:.0f} "
-            f"Tflop/s (from {streaming['free_tokens_of_the_step']:,} the copies take no longer than the whole step)"
+            f"transfers are hidden from {streaming['free_tokens']:,} tokens per step on, at {link / 1e9:.0f} GB/s and "
+            f"{flops / 1e12:.0f} Tflop/s (from {streaming['free_tokens_of_the_step']:,} on, they take no longer than "
+            "the whole step)"
         )
     print(f"{'fits' if fits else 'does not fit'} in {memory / 1e9:.1f} GB ({whose})")
     for text, saving in advice:

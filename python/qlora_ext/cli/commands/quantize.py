@@ -1,4 +1,4 @@
-"""``qlora-ext quantize``: a model directory in 4 bits."""
+"""``qlora-ext quantize``: saves a model in 4 bits."""
 
 from __future__ import annotations
 
@@ -25,28 +25,27 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "quantize",
         help="save a model in 4 bits",
-        description="Quantizes a model to NF4 while loading it and saves it with its tokenizer. The directory loads "
-        "with AutoModelForCausalLM.from_pretrained after `import qlora_ext`, which its config.json and README.md say, "
-        "and as --model here.",
+        description="Quantizes a model to NF4 while loading it, and saves it with its tokenizer. The result loads with "
+        "AutoModelForCausalLM.from_pretrained after `import qlora_ext`, and as --model of all commands.",
     )
     parser.add_argument("--model", required=True, help="a model directory, a .gguf file, a hub name, or package:NAME")
     add_trust_option(parser)
-    parser.add_argument("--output", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--output", required=True, metavar="DIR", help="output directory")
     parser.add_argument("--overwrite", action="store_true", help="replace what qlora-ext wrote to --output")
     parser.add_argument(
         "--block-size", type=int, default=64, choices=BLOCK_SIZES, metavar="N",
-        help="weights that share a scale, a power of two from 16 to 4096 (default: %(default)s)",
+        help="weights per scale, a power of two from 16 to 4096 (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--format", default="qlora_ext", choices=("qlora_ext", "bitsandbytes"),
-        help="whose 4-bit directory to write: ours, or one that bitsandbytes loads without us (default: %(default)s)",
+        help="format of the 4-bit weights: ours, or one that loads with bitsandbytes alone (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--no-double-quant", action="store_true", help="keep the scales in float32")
     parser.add_argument(
         "--embeddings", action="store_true",
-        help="embeddings too, and an output head tied to them: smaller, faster to write with, and less exact",
+        help="quantize embeddings too, and output heads tied to them: smaller, faster to generate with, less accurate",
     )  # fmt: skip
-    parser.add_argument("--dtype", default="bfloat16", help="of the other weights (default: %(default)s)")
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the dense weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     calibrate.add_options(parser)
     calibrate.add_init_lora_options(parser)
@@ -81,18 +80,18 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     output.check()
     init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
-    form = Form(dtype, arguments.block_size, not arguments.no_double_quant)
-    loader = Loader(source, form, device, embeddings=arguments.embeddings)
-    keeper = mixed_precision.keeper(arguments, tokenizer, form)
-    dense_first = arguments.calibrate != "none" or init_lora is not None or keeper is not None
+    form = Form.of(block_size=arguments.block_size, double_quant=not arguments.no_double_quant)
+    loader = Loader(source, form, dtype, device, embeddings=arguments.embeddings)
+    mixed = mixed_precision.from_options(arguments, tokenizer, form)
+    dense_first = arguments.calibrate != "none" or init_lora is not None or mixed is not None
     with contextlib.ExitStack() as stack:
         spill = None
         if not dense_first and device.type == "cpu":
             spill = stack.enter_context(spilled(loader, output))
-        layers = stack.enter_context(calibrate.kept_layers(arguments, output))
+        layers = stack.enter_context(calibrate.stored_layers(arguments, output))
         with calibrate.calibration(arguments, tokenizer, layers) as calibration:
             if dense_first:
-                model = loader.dense_first(calibration, init_lora, keeper)
+                model = loader.dense_first(calibration, init_lora, mixed)
             else:
                 model = loader.while_loading(spill=spill)
         if arguments.embeddings and not any(isinstance(module, Embedding4bit) for module in model.modules()):
@@ -105,8 +104,8 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
         report = calibration_of(model)
         restore_use_cache(model, source)
         with output.written("quantize") as partial:
-            kept = None if keeper is None else keeper.record()
-            write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": kept})
+            dense = None if mixed is None else mixed.record()
+            write_json(partial / PROVENANCE, {"model": dense_name(source), "kept": dense})
             if report:
                 write_json(partial / calibrate.RECORD, calibrate.record(arguments, report))
             if arguments.format == "bitsandbytes":
@@ -117,12 +116,12 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
             if init_lora is not None:
                 base = str(output.path.resolve())
                 calibrate.write_initial_adapter(model, init_lora, partial / calibrate.INITIAL_ADAPTER, base)
-    if told_share := dense_share(model):
-        print(told_share)
-    for line in calibrate.told(report):
+    if coverage_note := dense_share(model):
+        print(coverage_note)
+    for line in calibrate.summary(report):
         print(line)
-    if keeper is not None:
-        print(keeper.told())
+    if mixed is not None:
+        print(mixed.summary())
     weights = model_size(model)
     print(
         f"{output.path}: {weights.dense_bytes / 1e6:.1f} MB in {arguments.dtype} -> "

@@ -1,4 +1,4 @@
-"""``qlora-ext run``: any program, in which bitsandbytes' NF4 layers are ours."""
+"""``qlora-ext run``: runs a program with our layers in place of bitsandbytes' NF4 layers."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _LAUNCHER = pathlib.Path(__file__).parents[1] / "launcher"
 def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "run",
-        help="run a program that uses bitsandbytes, unedited, on these kernels",
-        description="Runs COMMAND with its arguments. In every Python that it starts, the BitsAndBytesConfig of "
-        "transformers or diffusers with NF4 loads the layers of qlora_ext, as after "
+        help="run an unmodified bitsandbytes program on these kernels",
+        description="Runs COMMAND with its arguments. In every Python process that it starts, the BitsAndBytesConfig "
+        "of transformers or diffusers with NF4 loads the layers of qlora_ext, as after "
         "qlora_ext.take_over_bitsandbytes(); FP4 and int8 stay bitsandbytes'. A line on stderr says "
         "how many layers of a model were replaced.",
         epilog="Examples: qlora-ext run -- python train.py; qlora-ext run -- trl sft --load_in_4bit ...",
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Becomes the program; see the module's text. Returns only where it cannot."""
+    """Replaces this process by the program; see the module's text. Returns only if that fails."""
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         raise UserError("expected a command after --, as in: qlora-ext run -- python train.py")
@@ -46,5 +46,5 @@ def run(arguments: argparse.Namespace) -> int:
     except OSError as error:
         if error.errno != errno.ENOEXEC:
             raise
-        # A script that does not say what runs it; shells run such a one themselves.
+        # A script without a shebang line, which shells run with sh.
         os.execve("/bin/sh", ["sh", program, *command[1:]], environment)

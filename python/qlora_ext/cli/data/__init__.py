@@ -1,8 +1,8 @@
-"""The text to learn: files, directories, data sets of the hub, and packages that carry openly licensed text.
+"""Training data: files, directories, datasets of the hub, and packages with openly licensed text.
 
-``files``, ``directory``, ``hub`` and ``packages`` give rows, each with its place; ``examples`` says what a row may be;
-``encoding`` makes tokens of it; ``store`` holds what may be larger than memory; ``held_out`` is the text to compare
-models on.
+``files``, ``directory``, ``hub`` and ``packages`` yield rows, each with its place; ``examples`` defines what a row may
+be; ``encoding`` tokenizes it; ``store`` holds sequences larger than memory; ``held_out`` is the text for comparing
+models.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .encoding import encode as encode
 from .encoding import in_order as in_order
 from .encoding import pack as pack
 from .encoding import split as split
+from .encoding import summary as summary
 from .encoding import tokenizing as tokenizing
-from .encoding import told as told
 from .examples import Example as Example
 from .examples import Message as Message
 from .examples import example_of
@@ -55,10 +55,10 @@ def read_examples(name: str, split: str = "train") -> Sequence[Example]:
     """All examples of ``--data name``; see docs/data.md.
 
     Args:
-        split: which is read, where the data have several.
+        split: the split to read, if the data have several.
 
     Raises:
-        UserError: no such data, nothing in them, or a row that is no example; the text says which, and where.
+        UserError: the data do not exist or are empty, or a row is not an example; the message gives its place.
     """
     examples: Stored[Example] = Stored()
     preferences = 0

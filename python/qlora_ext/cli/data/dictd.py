@@ -1,4 +1,4 @@
-"""Dictionaries in the format of dictd: definitions in a gzip file, and an index beside it."""
+"""Dictionaries in dictd's format: definitions in a gzip file, and an index next to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from ..._internal.untrusted import excerpt, printable, read_text
 from ..errors import UserError, first_line
 
-_MAX_BYTES = 16 << 30  # of a dictionary, which is read whole
+_MAX_BYTES = 16 << 30  # of a dictionary, which is read into memory
 
 
 def _number(digits: str) -> int:
@@ -24,7 +24,7 @@ def _number(digits: str) -> int:
 
 
 def _entry(line: str) -> tuple[int, int]:
-    """Where an entry begins and how long it is, from a line of the index: the term, offset and size."""
+    """The offset and size of an entry, from a line of the index (term, offset, size)."""
     _, start, size = line.split("\t")[:3]
     if not (start and size):
         raise ValueError(line)
@@ -32,7 +32,7 @@ def _entry(line: str) -> tuple[int, int]:
 
 
 def rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """A dictd dictionary (.dict.dz beside its .index): a term is the question, its definition the answer."""
+    """The rows of a dictd dictionary (.dict.dz and .index): the term is the question, the definition the answer."""
     index = path.with_name(path.name.removesuffix(".dz").removesuffix(".dict") + ".index")
     try:
         with gzip.open(path) as file:
@@ -40,7 +40,7 @@ def rows(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"--data {path}: cannot read the dictionary ({first_line(error)})") from error
     entries = set()
-    # Its own lines: other characters that end a line may stand in a term.
+    # Split at line feeds only, because terms may contain other line separators.
     for number, line in enumerate(read_text(index).removesuffix("\n").split("\n"), 1):
         try:
             offset, size = _entry(line.removesuffix("\r"))

@@ -1,4 +1,4 @@
-"""A directory of data files: which of them are read."""
+"""Selects the files to read in a directory of data files."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _KNOWN = {"train", "test", "validation", *_SPLITS}
 
 
 def _split_of(path: pathlib.Path) -> str | None:
-    """The split that a file belongs to by its name or its folder's: train-00000-of-00002.parquet to train."""
+    """The split that the name of a file or its folder gives: train for train-00000-of-00002.parquet."""
     words = [word for part in reversed(path.parts) for word in re.split("[^a-z]+", part.lower())]
     found = next((word for word in words if word in _KNOWN), None)
     return found and _SPLITS.get(found, found)
 
 
 def rows(directory: pathlib.Path, split: str) -> Rows:
-    """The rows of all data files in a directory, in the order of their names; where these name splits, of one split.
+    """The rows of all data files in a directory, sorted by name; of one split only, if the names contain splits.
 
-    What qlora-ext wrote in it, such as the run that learns from it, is left out: each directory with our marker.
+    Directories with our marker, such as a run's output, are skipped.
 
     Raises:
-        UserError: there is no data file in it, or none of that split.
+        UserError: the directory has no data files, or none of that split.
     """
     shown = printable(directory)
     ours = {path.parent for path in directory.rglob(MARKER) if path.parent != directory and is_ours(path.parent)}
 
     def is_data(path: pathlib.Path) -> bool:
-        """Whether ``path`` is an ordinary file that no command of ours wrote into the directory."""
+        """Whether ``path`` is a regular file, not hidden, and not written by one of our commands."""
         within = path.relative_to(directory)
         return (
             path.is_file()

@@ -1,4 +1,4 @@
-"""Token ids of examples, by the model's own tokenizer and chat template; what is cut or dropped is counted."""
+"""Encodes examples with the model's tokenizer and chat template, and counts what is cut or dropped."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from ..errors import UserError, first_line, is_panic
 from .examples import Example, Message, is_conversation, is_preference, question
 from .store import Stored
 
-# Of equal length: "input_ids" and "labels" (-100: not learnt), and packed rows' "position_ids". Of a preference:
-# "prompt_ids", "chosen_ids" and "rejected_ids".
+# Lists of equal length: "input_ids", "labels" (-100: not learnt) and, in packed rows, "position_ids". A preference has
+# "prompt_ids", "chosen_ids" and "rejected_ids" instead.
 Row: TypeAlias = "dict[str, list[int]]"
 
-_PIECE = 1 << 20  # characters of a text that go to the tokenizer at once, about: it takes 70 times as many bytes
-_LONGEST_TOKEN = 512  # characters, of any tokenizer known
+_PIECE = 1 << 20  # approximate number of characters per tokenizer call, which needs 70 times as many bytes
+_MAX_TOKEN_CHARACTERS = 512  # characters, of any tokenizer known
 CUT = "cut to --seq-len"
-_BEYOND = "dropped: what is to be learnt begins beyond --seq-len"
-_NOTHING = "dropped: nothing to learn in it (no answer of the assistant, or a single token)"
-_REWRITTEN = "dropped: the chat template writes the question in another way once it is answered"
-_SAME = "dropped: chosen and rejected are the same, up to --seq-len"
+_ANSWER_BEYOND = "dropped: the answer begins beyond --seq-len"
+_NOTHING_LEARNT = "dropped: nothing to learn (no answer of the assistant, or a single token)"
+_REWRITTEN = "dropped: the chat template changes the question after it is answered"
+_SAME_ANSWERS = "dropped: chosen and rejected are the same, up to --seq-len"
 
 
 @contextlib.contextmanager
 def tokenizing(what: str) -> Iterator[None]:
-    """Turns what goes wrong in a tokenizer or its chat template into a ``UserError`` about ``what``.
+    """Turns any error of a tokenizer or chat template into a ``UserError`` about ``what``.
 
-    Both are programs that a model's files bring along, and fail in any way whatever.
+    Both come with the model's files, and may raise arbitrary exceptions.
     """
     try:
         yield
@@ -45,12 +45,15 @@ def tokenizing(what: str) -> Iterator[None]:
 
 
 def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model: str) -> None:
-    """Refuses conversations that the tokenizer has no chat template for, and tools that the template knows nothing of.
+    """Rejects conversations without a chat template, and tools that the chat template does not support.
 
     A single question and its answer need no template.
 
+    Args:
+        data, model: their names, for the error message.
+
     Raises:
-        UserError: so it is; ``data`` and ``model`` are named.
+        UserError: an example cannot be formatted.
     """
     for example in examples:
         if isinstance(example, str):
@@ -58,8 +61,8 @@ def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model
         if not tokenizer.chat_template:
             if is_conversation(example) or (is_preference(example) and len(example["prompt"]) > 1):
                 raise UserError(
-                    f"--data {data} holds conversations, and the tokenizer of {model} has no chat template; take a "
-                    'chat model, or data of pairs ("prompt" and "completion") or "text"'
+                    f"--data {data} has conversations, but the tokenizer of {model} has no chat template; use a chat "
+                    'model, or data with pairs ("prompt" and "completion") or "text"'
                 )
             continue
         if isinstance(example, list):
@@ -69,11 +72,11 @@ def check_template(tokenizer: Any, examples: Iterable[Example], data: str, model
         template = str(tokenizer.get_chat_template(tools=tools))
         for name, there in (("tools", tools), ("tool_calls", any("tool_calls" in m for m in messages))):
             if there and name not in template:
-                raise UserError(f"--data {data} holds {name}, which the chat template of {model} does not support")
+                raise UserError(f"--data {data} has {name}, which the chat template of {model} does not support")
 
 
 def as_prompt(tokenizer: Any, messages: list[Message]) -> str:
-    """Messages in the form in which ``encode`` writes them, up to where the assistant's answer begins."""
+    """Messages, formatted as in ``encode``, up to the beginning of the assistant's answer."""
     if not tokenizer.chat_template:
         return _plain(tokenizer, messages)
     text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -81,26 +84,24 @@ def as_prompt(tokenizer: Any, messages: list[Message]) -> str:
 
 
 def as_question(tokenizer: Any, prompt: str) -> str:
-    """A prompt in the form in which ``encode`` writes what the user says, up to where the assistant begins."""
+    """A user's prompt, formatted as in ``encode``, up to the beginning of the assistant's answer."""
     return as_prompt(tokenizer, [question(prompt)])
 
 
 def _plain(tokenizer: Any, messages: list[Message]) -> str:
-    """Messages where there is no template: lines, and the token that ends a text after what the assistant says."""
+    """Messages without a template: one line each, and the end-of-text token after those of the assistant."""
     return "".join(m["content"] + ((m["role"] == "assistant" and tokenizer.eos_token) or "\n") for m in messages)
 
 
 class _Rewritten(Exception):
-    """A chat template that writes a question in another way once it is answered."""
+    """A chat template changes a question after it is answered."""
 
 
-def _asked_and_answered(
-    tokenizer: Any, asked: list[Message], answer: Message, tools: list[Any] | None
-) -> tuple[str, str]:
-    """What the chat template writes up to an answer, and of the answer.
+def _split_at_answer(tokenizer: Any, asked: list[Message], answer: Message, tools: list[Any] | None) -> tuple[str, str]:
+    """The formatted text before an answer, and that of the answer.
 
     Raises:
-        _Rewritten: it leaves no place between the two.
+        _Rewritten: the text with the answer does not begin with the text before it.
     """
     if not tokenizer.chat_template:
         return _plain(tokenizer, asked), _plain(tokenizer, [answer])
@@ -108,7 +109,7 @@ def _asked_and_answered(
     both = tokenizer.apply_chat_template([*asked, answer], **options)
     if not asked:
         return "", both
-    for begin in (True, False):  # some templates begin an answer in another way than they write one
+    for begin in (True, False):  # with some templates, the generation prompt differs from the beginning of an answer
         before = tokenizer.apply_chat_template(asked, add_generation_prompt=begin, **options)
         if both.startswith(before):
             return before, both[len(before) :]
@@ -116,13 +117,13 @@ def _asked_and_answered(
 
 
 def _tokens(tokenizer: Any, text: str, seq_len: int) -> list[int]:
-    """The tokens of a text, or of a beginning with more than ``seq_len`` tokens, which the caller then cuts."""
-    ids: list[int] = tokenizer(text[: _PIECE + _LONGEST_TOKEN * seq_len], add_special_tokens=False)["input_ids"]
+    """The tokens of a text, or of a prefix with more than ``seq_len`` tokens, which the caller then cuts."""
+    ids: list[int] = tokenizer(text[: _PIECE + _MAX_TOKEN_CHARACTERS * seq_len], add_special_tokens=False)["input_ids"]
     return ids
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """A long text in pieces of about ``_PIECE`` characters that end with a line or, in a long line, with a word."""
+    """Splits a long text into pieces of about ``_PIECE`` characters, at line ends or, in a long line, after a word."""
     begin = 0
     while len(text) - begin > 2 * _PIECE:
         end = begin + _PIECE
@@ -132,30 +133,30 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[begin:]
 
 
-def _says_something(message: Message) -> bool:
+def _has_content(message: Message) -> bool:
     said = (message["content"], message.get("reasoning_content"), message.get("thinking"))
     return bool(message.get("tool_calls")) or any(text and text.strip() for text in said)
 
 
 def _conversation_rows(tokenizer: Any, messages: list[Message], tools: list[Any] | None, seq_len: int) -> list[Row]:
-    """A conversation in whole rows: one, or more where the template writes earlier turns in another way than the last.
+    """The rows of a conversation: one, or several if the template formats earlier turns differently from the last.
 
-    Such a template leaves out the assistant's earlier thoughts, as an instance; each answer is learnt as it is asked
-    for then, with the conversation before it as it is written there.
+    Some templates omit the reasoning of earlier answers, for example. Each answer is then learnt after the conversation
+    as it is formatted at that point.
     """
     rows: list[Row] = []
     written = ""
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, after = _asked_and_answered(tokenizer, messages[:i], message, tools)
+        before, after = _split_at_answer(tokenizer, messages[:i], message, tools)
         if not rows or not before.startswith(written):
             rows.append({"input_ids": [], "labels": []})
             written = ""
         asked, answered = _tokens(tokenizer, before[len(written) :], seq_len), _tokens(tokenizer, after, seq_len)
         rows[-1]["input_ids"] += asked + answered
         rows[-1]["labels"] += [-100] * len(asked)
-        rows[-1]["labels"] += answered if _says_something(message) else [-100] * len(answered)
+        rows[-1]["labels"] += answered if _has_content(message) else [-100] * len(answered)
         written = before + after
     return rows
 
@@ -163,13 +164,13 @@ def _conversation_rows(tokenizer: Any, messages: list[Message], tools: list[Any]
 def _preference_row(tokenizer: Any, example: dict[str, Any], seq_len: int) -> Row:
     row: Row = {}
     for name in ("chosen", "rejected"):
-        before, after = _asked_and_answered(tokenizer, example["prompt"], example[name][0], example.get("tools"))
+        before, after = _split_at_answer(tokenizer, example["prompt"], example[name][0], example.get("tools"))
         row |= {"prompt_ids": _tokens(tokenizer, before, seq_len), f"{name}_ids": _tokens(tokenizer, after, seq_len)}
     return row
 
 
 def _cut(row: Row, seq_len: int) -> bool:
-    """Cuts a row to ``seq_len`` tokens, and tells whether it was longer."""
+    """Cuts a row to ``seq_len`` tokens. Returns whether it was longer."""
     if "prompt_ids" not in row:
         longer = len(row["input_ids"]) > seq_len
         for key in row:
@@ -182,10 +183,10 @@ def _cut(row: Row, seq_len: int) -> bool:
     return longer
 
 
-def _teaches(row: Row) -> bool:
+def _has_learnt_tokens(row: Row) -> bool:
     if "prompt_ids" in row:
         return bool(row["prompt_ids"]) and row["chosen_ids"] != row["rejected_ids"]
-    return any(label != -100 for label in row["labels"][1:])  # nothing predicts a first token
+    return any(label != -100 for label in row["labels"][1:])  # the first token is never predicted
 
 
 def _encode(tokenizer: Any, example: list[Message] | dict[str, Any], preferences: bool, seq_len: int) -> list[Row]:
@@ -193,7 +194,7 @@ def _encode(tokenizer: Any, example: list[Message] | dict[str, Any], preferences
         return _conversation_rows(tokenizer, example, None, seq_len)
     if is_conversation(example):
         return _conversation_rows(tokenizer, example["messages"], example.get("tools"), seq_len)
-    if not _says_something(example["chosen"][-1]):
+    if not _has_content(example["chosen"][-1]):
         return []
     if preferences:
         return [_preference_row(tokenizer, example, seq_len)]
@@ -201,7 +202,7 @@ def _encode(tokenizer: Any, example: list[Message] | dict[str, Any], preferences
 
 
 def _text_rows(tokenizer: Any, text: str, seq_len: int, counts: collections.Counter[str]) -> Iterator[Row]:
-    """A text, every token of which is learnt, in rows of ``seq_len`` tokens."""
+    """The rows of a text, of ``seq_len`` tokens each. All tokens are learnt."""
     size = 0
     for piece in _pieces(text):
         with tokenizing("--data"):
@@ -210,9 +211,9 @@ def _text_rows(tokenizer: Any, text: str, seq_len: int, counts: collections.Coun
         for start in range(0, len(ids), seq_len):
             part = ids[start : start + seq_len]
             row = {"input_ids": part, "labels": list(part)}
-            if _teaches(row):
+            if _has_learnt_tokens(row):
                 yield row
-    counts[_NOTHING] += size < 2
+    counts[_NOTHING_LEARNT] += size < 2
 
 
 def encode(
@@ -222,11 +223,11 @@ def encode(
     counts: collections.Counter[str] | None = None,
     preferences: bool = True,
 ) -> Iterator[Row]:
-    """The rows of examples, at most ``seq_len`` tokens long; a longer text makes several, all else is cut.
+    """The rows of examples, at most ``seq_len`` tokens long. Longer texts give several rows; other examples are cut.
 
     Args:
-        counts: of what was cut, and of what was left out because nothing is to be learnt from it, by the reason.
-        preferences: whether preferences are kept as such, or what is chosen in them is learnt like any answer.
+        counts: receives the numbers of cut and dropped examples, by reason.
+        preferences: whether preferences stay preferences. Otherwise the chosen answer is learnt like any answer.
     """
     counts = collections.Counter() if counts is None else counts
     for example in examples:
@@ -240,23 +241,23 @@ def encode(
                 rows = []
                 counts[_REWRITTEN] += 1
                 continue
-        counts[_NOTHING] += not rows
+        counts[_NOTHING_LEARNT] += not rows
         for row in rows:
             longer = _cut(row, seq_len)
-            if _teaches(row):
+            if _has_learnt_tokens(row):
                 counts[CUT] += longer
                 yield row
             else:
-                counts[_BEYOND if longer else _SAME if "prompt_ids" in row else _NOTHING] += 1
+                counts[_ANSWER_BEYOND if longer else _SAME_ANSWERS if "prompt_ids" in row else _NOTHING_LEARNT] += 1
 
 
-def pack(rows: Iterable[Row], seq_len: int, most: int | None = None) -> Sequence[Row]:
-    """Lays short rows end to end, up to ``seq_len``; ``position_ids`` begin anew with each, which keeps them apart.
+def pack(rows: Iterable[Row], seq_len: int, max_rows: int | None = None) -> Sequence[Row]:
+    """Packs short rows into rows of up to ``seq_len`` tokens. ``position_ids`` restart at each original row.
 
-    transformers reads those positions and lets no token attend to another row's.
+    transformers derives the attention mask from the positions, so no token attends to another original row.
 
     Args:
-        most: packed rows that are wanted; all if None.
+        max_rows: the maximum number of packed rows; None for all.
     """
     packed: Stored[Row] = Stored()
     last: Row = {"input_ids": [], "labels": [], "position_ids": []}
@@ -265,10 +266,10 @@ def pack(rows: Iterable[Row], seq_len: int, most: int | None = None) -> Sequence
         if last["input_ids"] and len(last["input_ids"]) + size > seq_len:
             packed.append(last)
             last = {"input_ids": [], "labels": [], "position_ids": []}
-            if len(packed) == most:
+            if len(packed) == max_rows:
                 break
         last["input_ids"] += row["input_ids"]
-        last["labels"] += [-100, *row["labels"][1:]]  # nothing before it predicts a first token
+        last["labels"] += [-100, *row["labels"][1:]]  # the first token is not predicted from the previous row
         last["position_ids"] += range(size)
     if last["input_ids"]:
         packed.append(last)
@@ -277,21 +278,21 @@ def pack(rows: Iterable[Row], seq_len: int, most: int | None = None) -> Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """Rows to train on (packed, unless they are preferences), single ones held out, and what was cut or dropped."""
+    """Rows to train on (packed, unless they are preferences), held-out rows (never packed), and counts by reason."""
 
     train: Sequence[Row]
     held_out: list[Row]
     counts: collections.Counter[str]
 
 
-def told(counts: collections.Counter[str], seq_len: int) -> list[str]:
-    """How many examples were cut or dropped, and why."""
+def summary(counts: collections.Counter[str], seq_len: int) -> list[str]:
+    """Lines that report how many examples were cut or dropped, and why."""
     names = {key: key.replace("--seq-len", f"--seq-len {seq_len}") for key in counts}
     return [f"{count:,} {names[key]}" for key, count in counts.most_common() if count]
 
 
 def in_order(rows: Sequence[Any], seed: int) -> array.array[int]:
-    """Numbers of rows, in an order drawn by ``seed``."""
+    """The indices of ``rows``, shuffled by ``seed``."""
     order = array.array("Q", range(len(rows)))
     random.Random(seed).shuffle(order)
     return order
@@ -308,47 +309,49 @@ def split(
     first_rows: int | None = None,
     packing: bool = True,
 ) -> Parts:
-    """Rows to train on, and rows held out, in an order drawn by ``seed``.
+    """Encodes examples, in an order shuffled by ``seed``, into rows to train on and held-out rows.
 
-    There are at most as many as asked for (None: all); where the data is short, a tenth of it is held out. Encoding
-    stops as soon as there is enough.
+    Encoding stops when there are enough rows. If there is too little data, a tenth of it is held out.
 
     Args:
-        first_rows: as many as ``train_rows`` was when the run was begun, if it was made longer: what was held out then
-            stays held out.
-        packing: put short rows into one, up to ``seq_len``.
+        train_rows: maximum number of rows to train on; None for all.
+        held_out_rows: maximum number of held-out rows.
+        first_rows: the ``train_rows`` with which an extended run was started, so that the same rows are held out.
+        packing: pack short rows, up to ``seq_len``.
 
     Raises:
-        UserError: there are fewer than two; the text says what was left out.
+        UserError: there are fewer than two rows; the message says what was dropped.
     """
     counts: collections.Counter[str] = collections.Counter()
     rows: Stored[Row] = Stored()
-    size = 0  # of what there is to train on: rows, of --seq-len tokens each where they are packed
-    a_row = seq_len if packing and not preferences else 1
-    wanted = None if train_rows is None else train_rows * a_row
-    wanted_first = wanted if first_rows is None else first_rows * a_row
-    whole = not any(isinstance(example, str) for example in examples)  # pieces of one text are to be shuffled first
+    size = 0  # of the training data: tokens if rows are packed, else rows
+    row_tokens = seq_len if packing and not preferences else 1
+    wanted = None if train_rows is None else train_rows * row_tokens
+    wanted_first = wanted if first_rows is None else first_rows * row_tokens
+    examples_are_parsed = not any(
+        isinstance(example, str) for example in examples
+    )  # pieces of one text are to be shuffled first
     shuffled = (examples[i] for i in in_order(examples, seed))
     for row in encode(tokenizer, shuffled, seq_len, counts, preferences):
         rows.append(row)
         if len(rows) > held_out_rows:
-            size += 1 if a_row == 1 else len(row["input_ids"])
-        if whole and wanted is not None and size >= wanted:
+            size += 1 if row_tokens == 1 else len(row["input_ids"])
+        if examples_are_parsed and wanted is not None and size >= wanted:
             break
-    if not whole or wanted_first is None or size < wanted_first:
+    if not examples_are_parsed or wanted_first is None or size < wanted_first:
         held_out_rows = min(held_out_rows, max(1, len(rows) // 10))
     if len(rows) < 2:
-        left_out = "".join(f"; {reason}" for reason in told(counts, seq_len))
+        left_out = "".join(f"; {reason}" for reason in summary(counts, seq_len))
         raise UserError(
             f"--data: too little text: {len(rows)} of {len(examples)} examples are usable, at least two (or "
             f"twice --seq-len of text) are needed{left_out}"
         )
-    order = range(len(rows)) if whole else in_order(rows, seed)
+    order = range(len(rows)) if examples_are_parsed else in_order(rows, seed)
     held_out = [rows[i] for i in order[:held_out_rows]]
     train = (rows[i] for i in order[held_out_rows:])
     if not preferences and packing:
         return Parts(pack(train, seq_len, train_rows), held_out, counts)
-    kept: Stored[Row] = Stored()
+    selected: Stored[Row] = Stored()
     for row in itertools.islice(train, train_rows):
-        kept.append(row if preferences else {**row, "position_ids": list(range(len(row["input_ids"])))})
-    return Parts(kept, held_out, counts)
+        selected.append(row if preferences else {**row, "position_ids": list(range(len(row["input_ids"])))})
+    return Parts(selected, held_out, counts)

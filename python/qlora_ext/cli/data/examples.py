@@ -1,4 +1,4 @@
-"""What is learnt: a text, a conversation, or a pair of answers of which one is preferred; and how a row says it."""
+"""Training examples (a text, a conversation or a preference), and how rows of data represent them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any, NoReturn, TypeAlias, TypeGuard
 from ..._internal.untrusted import FileError, excerpt, parse_json
 from ..errors import UserError
 
-Message: TypeAlias = dict[str, Any]  # role and content, and what a chat template knows besides
-# A text, every token of which is learnt; a question and its answer; or an object: a conversation ("messages", and
-# "tools" if it has any), or a preference ("prompt", "chosen" and "rejected", each of messages, and "tools").
+Message: TypeAlias = dict[str, Any]  # role, content, and further keys for the chat template
+# A text, all tokens of which are learnt; a question and its answer; or an object: a conversation ("messages", optional
+# "tools"), or a preference ("prompt", "chosen" and "rejected", each a list of messages, and optional "tools").
 Example: TypeAlias = "str | list[Message] | dict[str, Any]"
 
-# The columns by which published datasets call a question and its answer, and more of the question.
+# Column names of published datasets for a question and its answer, and for an addition to the question.
 _PAIRS = (
     ("prompt", "completion"),
     ("prompt", "response"),
@@ -37,11 +37,11 @@ _ROLES = {
     "human": "user",
     "gpt": "assistant",
 }
-_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a message, for the chat template
+_EXTRA_KEYS = ("name", "tool_call_id", "reasoning_content", "thinking")  # of a message, for the chat template
 
 
 def named(columns: Iterable[str]) -> bool:
-    """Whether rows with such columns may be examples."""
+    """Whether rows with these columns may be examples."""
     names = set(columns)
     known = ({"text"}, {"chosen", "rejected"}, *({name} for name in _CONVERSATIONS), *map(set, _PAIRS))
     return any(form <= names for form in known)
@@ -68,7 +68,7 @@ def _refuse(place: str, name: str, expected: str, got: object) -> NoReturn:
 
 
 def _from_json(value: Any, place: str, name: str) -> Any:
-    """A list or object that a column may also hold as JSON text."""
+    """A list or object, parsed if the column has it as JSON text."""
     if isinstance(value, str):
         try:
             return parse_json(value, place)
@@ -96,7 +96,7 @@ def _tool_call(value: Any, place: str, name: str) -> dict[str, Any]:
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         _refuse(place, name, 'a call such as {"function": {"name": "...", "arguments": {}}}', value)
     arguments = call.get("arguments")
-    if isinstance(arguments, str):  # as OpenAI writes them; chat templates take an object
+    if isinstance(arguments, str):  # OpenAI's format; chat templates need an object
         arguments = _from_json(arguments or "{}", place, f"{name}.arguments")
     if not isinstance(arguments, dict | None):
         _refuse(place, f"{name}.arguments", "an object", arguments)
@@ -107,7 +107,7 @@ def _tool_call(value: Any, place: str, name: str) -> dict[str, Any]:
 def _message(turn: Any, place: str, name: str) -> Message:
     if not isinstance(turn, dict):
         _refuse(place, name, 'an object with "role" and "content"', turn)
-    turn = {key: value for key, value in turn.items() if value is not None}  # in a table every row has every field
+    turn = {key: value for key, value in turn.items() if value is not None}  # rows of a table have all fields
     role = turn.get("role", turn.get("from"))
     if not isinstance(role, str) or role not in _ROLES:
         _refuse(place, f"{name}.role", f"one of {', '.join(_ROLES)}", role)
@@ -119,7 +119,7 @@ def _message(turn: Any, place: str, name: str) -> Message:
         if not isinstance(calls, list):
             _refuse(place, f"{name}.tool_calls", "a list", calls)
         message["tool_calls"] = [_tool_call(call, place, f"{name}.tool_calls[{i}]") for i, call in enumerate(calls)]
-    return message | {key: turn[key] for key in _KEPT if isinstance(turn.get(key), str)}
+    return message | {key: turn[key] for key in _EXTRA_KEYS if isinstance(turn.get(key), str)}
 
 
 def _messages(value: Any, place: str, name: str) -> list[Message]:
@@ -129,8 +129,8 @@ def _messages(value: Any, place: str, name: str) -> list[Message]:
     return [_message(turn, place, f"{name}[{i}]") for i, turn in enumerate(turns)]
 
 
-def _spoken(value: Any, place: str, name: str, role: str) -> list[Message]:
-    """What a column says: a text of ``role``'s, or messages."""
+def _as_messages(value: Any, place: str, name: str, role: str) -> list[Message]:
+    """The messages in a column: one message of ``role`` if it is a text."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return _messages(value, place, name)
@@ -154,16 +154,16 @@ def _with_system(record: Mapping[str, Any], messages: list[Message], place: str)
 
 def _preference(record: Mapping[str, Any], place: str) -> Example:
     asked = next((name for name in _QUESTIONS if record.get(name) is not None), None)
-    chosen = _spoken(record["chosen"], place, "chosen", "assistant")
-    rejected = _spoken(record["rejected"], place, "rejected", "assistant")
+    chosen = _as_messages(record["chosen"], place, "chosen", "assistant")
+    rejected = _as_messages(record["rejected"], place, "rejected", "assistant")
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen[:-1], rejected[:-1], strict=False))
     common = sum(1 for _ in same)
-    if common:  # both are whole conversations, which begin with the prompt
+    if common:  # both are conversations that begin with the prompt
         prompt, chosen, rejected = chosen[:common], chosen[common:], rejected[common:]
     elif asked is None:
-        raise UserError(f'{place}: expected a "prompt" beside "chosen" and "rejected", or conversations that share one')
+        raise UserError(f'{place}: expected a "prompt" with "chosen" and "rejected", or conversations that share one')
     else:
-        prompt = _spoken(record[asked], place, asked, "user")
+        prompt = _as_messages(record[asked], place, asked, "user")
     for name, messages in (("chosen", chosen), ("rejected", rejected)):
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             _refuse(place, name, "one answer of the assistant", messages)
@@ -186,20 +186,21 @@ def _pair(record: Mapping[str, Any], names: tuple[str, str], place: str) -> Exam
             return messages
     else:
         messages = [
-            *_spoken(first, place, names[0], "user"),
-            *_spoken(second, place, names[1], "assistant"),
+            *_as_messages(first, place, names[0], "user"),
+            *_as_messages(second, place, names[1], "assistant"),
         ]
     return {"messages": _with_system(record, messages, place), **_tools(record, place)}
 
 
 def example_of(record: Any, place: str) -> Example:
-    """The example that a row of ``--data`` holds, whatever file it comes from.
+    """The example in a row of ``--data``, whatever the file format.
 
     Args:
-        record: its columns. place: the file and line, for the message.
+        record: the columns of the row.
+        place: the file and line, for the error message.
 
     Raises:
-        UserError: the columns are unknown, or one holds something else than it should; the text says which.
+        UserError: the columns are unknown, or the value of one is invalid.
     """
     if isinstance(record, dict):
         found = {name for name in COLUMNS if record.get(name) is not None}

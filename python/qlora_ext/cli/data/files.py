@@ -1,4 +1,4 @@
-"""The rows of a data file, one after another, each with the place where it stands: file and line, or file and row."""
+"""Reads the rows of a data file one at a time, each with its place: file and line, or file and row."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .examples import COLUMNS, EXPECTED, named
 
 Rows: TypeAlias = Iterator[tuple[str, Any]]  # of place and record
 
-_MAX_LINE = 256 << 20  # bytes of a line, which is read whole
-_MAX_WHOLE = 4 << 30  # bytes of a file that can only be read whole
+_MAX_LINE = 256 << 20  # bytes of a line, which is read into memory
+_MAX_TEXT_BYTES = 4 << 30  # bytes of a file that must be read into memory at once
 _MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"PAR1": "Parquet", b"PK\x03\x04": "zip"}
-_MOST_BLANK = 1 << 20  # bytes of lines with nothing in them, one after another: a bomb has millions
+_MAX_BLANK_BYTES = 1 << 20  # bytes of consecutive blank lines, of which a decompression bomb has millions
 _BLANKS = re.compile(r"[ \t\r\n]*")
-_PIECE = 1 << 20  # characters of a text, about
+_PIECE = 1 << 20  # approximate number of characters of a piece of text
 
 
 def _at(path: pathlib.Path, line: int) -> str:
@@ -34,10 +34,10 @@ def _at(path: pathlib.Path, line: int) -> str:
 
 @contextlib.contextmanager
 def _opened(path: pathlib.Path) -> Iterator[gzip.GzipFile | io.BufferedReader]:
-    """The bytes of a file, of what is packed in it where its name ends in .gz.
+    """The bytes of a file, decompressed if its name ends in .gz.
 
     Raises:
-        UserError: it cannot be read, or is damaged; or it begins as files of another kind do.
+        UserError: the file cannot be read, is damaged, or begins like a file of another format.
     """
     packed = path.suffix == ".gz"
     try:
@@ -58,19 +58,19 @@ def _decoded(raw: bytes, place: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{place}: not UTF-8 text (byte {error.start} of it is {raw[error.start]:#04x})") from error
+        raise UserError(f"{place}: not UTF-8 text (byte {error.start} is {raw[error.start]:#04x})") from error
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
-    """The lines of a UTF-8 file, numbered from 1, with their line feeds. A byte-order mark is left out."""
+    """The lines of a UTF-8 file, numbered from 1, with their line feeds, without a byte-order mark."""
     with _opened(path) as file:
         number = blank = 0
         while raw := file.readline(_MAX_LINE + 1):
             number += 1
             blank = 0 if raw.strip() else blank + len(raw)
-            if blank > _MOST_BLANK:
+            if blank > _MAX_BLANK_BYTES:
                 raise UserError(
-                    f"{_at(path, number)}: expected at most {_MOST_BLANK} bytes of blank lines before this line"
+                    f"{_at(path, number)}: expected at most {_MAX_BLANK_BYTES} bytes of blank lines before this line"
                 )
             if len(raw) > _MAX_LINE:
                 raise UserError(f"{_at(path, number)}: longer than the limit of {_MAX_LINE} bytes per line")
@@ -78,13 +78,13 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[int, str]]:
             yield number, line.removeprefix("\ufeff") if number == 1 else line
 
 
-def _whole(path: pathlib.Path) -> str:
-    """The text of a UTF-8 file that is read in one piece."""
+def _full_text(path: pathlib.Path) -> str:
+    """The entire text of a UTF-8 file."""
     with _opened(path) as file:
-        raw = file.read(_MAX_WHOLE + 1)
-    if len(raw) > _MAX_WHOLE:
+        raw = file.read(_MAX_TEXT_BYTES + 1)
+    if len(raw) > _MAX_TEXT_BYTES:
         raise UserError(
-            f"--data {printable(path)}: larger than the limit of {_MAX_WHOLE} bytes for this format; "
+            f"--data {printable(path)}: larger than the limit of {_MAX_TEXT_BYTES} bytes for this format; "
             "write it as .jsonl, one row per line"
         )
     try:
@@ -102,7 +102,7 @@ def _jsonl(path: pathlib.Path, split: str) -> Rows:
 
 
 def _txt(path: pathlib.Path, split: str) -> Rows:
-    """The text in pieces of whole lines, for a tokenizer takes a text in one."""
+    """The text in pieces of complete lines, because a tokenizer processes a text at once."""
     piece: list[str] = []
     size = first = 0
     for number, line in _lines(path):
@@ -117,14 +117,14 @@ def _txt(path: pathlib.Path, split: str) -> Rows:
 
 
 class _Json:
-    """A reader of JSON text that stops at each value of an array, so that each has its line, and one is in memory."""
+    """An incremental JSON reader that yields the values of an array one at a time, and knows their lines."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
-        self._text = _whole(path)
+        self._text = _full_text(path)
         self._at = 0
         self._line = 1
-        self._counted = 0  # up to where the lines are counted
+        self._counted = 0  # position up to which lines are counted
         self._decoder = json.JSONDecoder(strict=False, parse_int=float)
         self.skip_space()
 
@@ -135,7 +135,7 @@ class _Json:
         return _at(self._path, self._line)
 
     def skip_space(self) -> None:
-        self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # it matches nothing, too
+        self._at = _BLANKS.match(self._text, self._at).end()  # type: ignore[union-attr]  # it also matches the empty string
 
     def peek(self) -> str:
         return self._text[self._at : self._at + 1]
@@ -154,10 +154,10 @@ class _Json:
         start, place = self._at, self.place
         try:
             _, self._at = self._decoder.raw_decode(self._text, start)
-        except ValueError as error:  # it counts lines from the beginning of the file
+        except ValueError as error:  # its message has lines counted from the beginning of the file
             raise UserError(f"{place}: not JSON ({excerpt(str(error))})") from error
         except RecursionError:
-            self._at = len(self._text)  # parse_json says so
+            self._at = len(self._text)  # parse_json raises the error
         found = parse_json(self._text[start : self._at], place, lenient=True)
         self.skip_space()
         return found
@@ -174,7 +174,7 @@ class _Json:
                 return
 
     def member(self, wanted: str) -> Rows:
-        """The array that the object has under the name ``wanted``."""
+        """The values of the array ``wanted`` of an object."""
         while self.take("{,") and self.peek() != "}":
             name = self.value()
             self.take(":")
@@ -194,7 +194,7 @@ class _Json:
 
 
 def _is_json_lines(path: pathlib.Path) -> bool:
-    """Whether a .json file has an object a line, as JSON Lines are often called."""
+    """Whether a .json file is really JSON Lines, with one object per line."""
     lines = (line for _, line in _lines(path) if line.strip())
     first, second = next(lines, ""), next(lines, "")
     try:
@@ -204,7 +204,7 @@ def _is_json_lines(path: pathlib.Path) -> bool:
 
 
 def _json(path: pathlib.Path, split: str) -> Rows:
-    """An array of rows, an object with such an array a split, one row, or (as people call them too) JSON Lines."""
+    """The rows of a .json file: an array, an object with one array per split, one row, or JSON Lines."""
     if _is_json_lines(path):
         yield from _jsonl(path, split)
         return
@@ -240,7 +240,7 @@ def _columns(path: pathlib.Path, header: list[str]) -> list[str]:
 
 
 def _delimiter(path: pathlib.Path) -> str:
-    """What separates the columns: that of , ; and tab by which the first line names the most that are known."""
+    """The delimiter of the columns: the one of comma, semicolon and tab that gives the most known column names."""
     first = next((line for _, line in _lines(path) if line.strip()), "")
 
     def known(delimiter: str) -> int:
@@ -250,8 +250,8 @@ def _delimiter(path: pathlib.Path) -> str:
 
 
 def _csv(path: pathlib.Path, split: str) -> Rows:
-    csv.field_size_limit(_MAX_LINE)  # the module's own is 128 KiB
-    # Python's own ends of lines: those within quotes come together again in the reader.
+    csv.field_size_limit(_MAX_LINE)  # the module's default is 128 KiB
+    # Split at all of CSV's line ends. The reader joins lines inside quotes again.
     lines = (part for _, line in _lines(path) for part in re.split(r"(?<=\r)(?!\n)", line) if part)
     reader = csv.reader(lines, delimiter=_delimiter(path), strict=True)
     names: list[str] | None = None
@@ -320,7 +320,7 @@ READERS: dict[str, Callable[[pathlib.Path, str], Rows]] = {
 
 
 def reader_of(path: pathlib.Path) -> Callable[[pathlib.Path, str], Rows] | None:
-    """What reads a file of that name, if anything does; text files may be packed with gzip."""
+    """The reader for a file name, or None. Text files may be compressed with gzip."""
     name = path.name.lower()
     packed = name.endswith(".gz")
     ending = next((ending for ending in READERS if name.removesuffix(".gz").endswith(ending)), None)

@@ -1,4 +1,4 @@
-"""The text on which models are compared: blocks of tokens of data that nothing was trained or calibrated on."""
+"""The text on which models are compared: sequences of tokens from data that was not used for training."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from . import DEFAULT_DATA, Example, Row, encode, in_order, read_examples
 from .store import Stored
 
 LENGTH = 256
-_LEAST = 32  # tokens, for four blocks of them
+_MIN_TOKENS = 32  # for four sequences
 
 
 def default_text() -> str:
-    """The data that ``finetune`` learns by default; "self" where they are not installed."""
+    """The default data of ``finetune``, or "self" if they are not installed."""
     try:
         importlib.metadata.distribution(DEFAULT_DATA.removeprefix(PACKAGE))
     except importlib.metadata.PackageNotFoundError:
@@ -26,7 +26,7 @@ def default_text() -> str:
 
 
 def _rows(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Row]:
-    """Rows in the order in which ``finetune`` takes them by default, which holds out the first."""
+    """Rows in the default order of ``finetune``, which holds out the first ones."""
     shuffled = (examples[i] for i in in_order(examples, 0))
     rows = encode(tokenizer, shuffled, LENGTH, preferences=False)
     if not any(isinstance(example, str) for example in examples):
@@ -38,19 +38,19 @@ def _rows(tokenizer: Any, examples: Sequence[Example]) -> Iterator[Row]:
 
 
 def blocks(name: str, tokenizer: Any, count: int, longest: int) -> Any:
-    """About ``count`` tokens of the data ``name``, int64 [B, T] with T = LENGTH or, of a short text, less.
+    """About ``count`` tokens of the data ``name``: int64 [B, T], with T = LENGTH, or less for a short text.
 
     Args:
-        longest: sequence that the model takes.
+        longest: the model's maximum sequence length.
 
     Raises:
-        UserError: there are no such data, or too little of them.
+        UserError: the data do not exist, or are too short.
     """
     import torch
 
     rows = _rows(tokenizer, read_examples(name))
     ids = list(itertools.islice((i for row in rows for i in row["input_ids"]), count))
-    if len(ids) < _LEAST:
-        raise UserError(f"--data {name}: expected a text of at least {_LEAST} tokens, got {len(ids)}")
+    if len(ids) < _MIN_TOKENS:
+        raise UserError(f"--data {name}: expected a text of at least {_MIN_TOKENS} tokens, got {len(ids)}")
     length = min(LENGTH, longest, len(ids) // 4)
     return torch.tensor(ids[: len(ids) // length * length], dtype=torch.int64, device="cpu").reshape(-1, length)

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, streamed by the library ``datasets``; no code of theirs runs."""
+"""Datasets of the Hugging Face hub, streamed by the library ``datasets``, without running their code."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from ..errors import UserError, first_line
 from .files import Rows
 
 _NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
-_FIRST_VERSION = 4  # of datasets: those before run Python files that a data set brings along
-_KINDS = ("arrow", "csv", "json", "parquet", "text")  # tables; other kinds hold images, archives and the like
+_FIRST_VERSION = 4  # of the library: earlier versions run Python code of a dataset
+_KINDS = ("arrow", "csv", "json", "parquet", "text")  # tables; other kinds are images, archives and the like
 
 
 def is_name(name: str) -> bool:
-    """Whether ``name`` is written as a data set of the hub is: OWNER/NAME, or OWNER/NAME:SUBSET."""
+    """Whether ``name`` has the form of a hub dataset: OWNER/NAME, or OWNER/NAME:SUBSET."""
     return _NAME.fullmatch(name) is not None
 
 
@@ -24,10 +24,10 @@ def _builder_kind(builder: Any) -> str:
 
 
 def rows(name: str, split: str) -> Rows:
-    """The rows of a split of the data set ``name``, one in memory at a time.
+    """The rows of a split of the dataset ``name``, one at a time.
 
     Raises:
-        UserError: there is no such data set, split or library, or the hub is out of reach.
+        UserError: the dataset, the split or the library does not exist, or the hub cannot be reached.
     """
     try:
         import datasets
@@ -49,7 +49,7 @@ def rows(name: str, split: str) -> Rows:
             yield f"--data {name}, {split} row {number}", record
     except UserError:
         raise
-    except Exception as error:  # of the library, of the hub's, or of the network
+    except Exception as error:  # from the library, the hub's client or the network
         raise UserError(
             f"--data {name}: no such file or directory, and cannot read it from the hub ({first_line(error)})"
         ) from error

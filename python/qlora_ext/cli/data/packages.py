@@ -1,4 +1,4 @@
-"""Packages that carry openly licensed text."""
+"""Packages with openly licensed text."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _CHITCHAT: Schema = {"messages": [[{"text": str}]]}
 
 
 def _chitchat() -> Rows:
-    """chitchat-dataset (MIT): conversations of two people, the second of whom is the assistant."""
+    """chitchat-dataset (MIT): conversations of two people. The second person is the assistant."""
     paths = package_files("chitchat-dataset", "the text")
     path = next((p for p in paths if p.name == "dataset.json"), None)
     if path is None or not path.is_file():
-        raise UserError(f"--data {DEFAULT_DATA}: the package carries no dataset.json")
+        raise UserError(f"--data {DEFAULT_DATA}: the package has no dataset.json")
     found = parse_json(read_text(path), printable(path), dict)
     for name, conversation in found.items():
         check(conversation, _CHITCHAT, printable(path), excerpt(name))
@@ -31,7 +31,7 @@ def _chitchat() -> Rows:
 
 
 def _jargon() -> Rows:
-    """The Jargon File (public domain), where Debian's dict-jargon puts it."""
+    """The Jargon File (public domain), from Debian's package dict-jargon."""
     path = pathlib.Path("/usr/share/dictd/jargon.dict.dz")
     if not path.is_file():
         raise UserError(f"the text {PACKAGE}dict-jargon is not installed; install it with: apt-get install dict-jargon")
@@ -45,7 +45,7 @@ def rows(name: str) -> Rows:
     """The rows of ``--data package:NAME``.
 
     Raises:
-        UserError: no such package is known, or it is not installed.
+        UserError: the package is unknown, or not installed.
     """
     package = name.removeprefix(PACKAGE)
     if package not in _PACKAGES:

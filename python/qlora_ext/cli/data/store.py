@@ -1,4 +1,4 @@
-"""A sequence that may be larger than memory: its values lie in a temporary file, and come back one at a time."""
+"""A sequence that may be larger than memory, with its values in a temporary file."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from typing import Generic, TypeVar, overload
 from ..errors import UserError
 
 T = TypeVar("T")
-_IN_MEMORY = 64 << 20  # bytes of a sequence that no file is made for
+_IN_MEMORY = 64 << 20  # smaller sequences, in bytes, stay in memory
 
 
 class Stored(Sequence[T], Generic[T]):
-    """Values that JSON can hold, in the order in which they were appended. A value that was read is a new object.
+    """A sequence of JSON values. Each read returns a new object.
 
-    The file has no name, and goes with the sequence.
+    The temporary file has no name, and is deleted with the sequence.
     """
 
     def __init__(self) -> None:
-        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # it is closed with its last reference
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY)  # noqa: SIM115  # closed with its last reference
         self._ends = array.array("Q", [0])
 
     def append(self, value: T) -> None:

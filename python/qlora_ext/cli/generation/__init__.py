@@ -1,1 +1,1 @@
-"""The text that a model writes: an answer to a prompt, and a conversation."""
+"""Text generation: the completion of a prompt, and conversations."""

@@ -1,35 +1,36 @@
-"""``--compile``: whether a model decodes by compiled code, and what is said where it cannot."""
+"""``--compile``: decides whether a model decodes with compiled code, and reports if it cannot."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-from ...decoding import PAYS_FROM as PAYS_FROM
+from ...decoding import BREAK_EVEN_TOKENS as BREAK_EVEN_TOKENS
 from ...decoding import CompilationError, Decoder, compile_decoding
 from ..errors import UserError
 
 
-def decode_compiled(model: Any, mode: str, pays: bool) -> Decoder | None:
-    """Has ``model`` decode by compiled code from now on, where the user wants that and it can be done.
+def decode_compiled(model: Any, mode: str, worthwhile: bool) -> Decoder | None:
+    """Makes ``model`` decode with compiled code from now on, if the user wants that and it is possible.
 
     Args:
-        mode: "auto" compiles where a package is kept or it ``pays``, and does without where that fails; "always"
-            compiles; "never" does not.
+        mode: "always"; "never"; or "auto": if a package is cached or compiling is ``worthwhile``, and without an error
+            if that fails.
+        worthwhile: whether answers may be long enough for compiling to save time.
 
     Returns:
-        What decodes now, or None: the model is as it was.
+        The decoder, or None if the model is unchanged.
 
     Raises:
-        UserError: "always", and it cannot be done.
+        UserError: compiling fails with "always".
     """
     if mode == "never":
         return None
     try:
-        return compile_decoding(model, mode == "always" or pays, lambda text: print(text, file=sys.stderr))
+        return compile_decoding(model, mode == "always" or worthwhile, lambda text: print(text, file=sys.stderr))
     except CompilationError as error:
         if mode == "always":
             raise UserError(f"--compile always: this model cannot be compiled: {error}") from error
-        if pays:
+        if worthwhile:
             print(f"not compiled ({error}); answers are slower", file=sys.stderr)
         return None

@@ -1,4 +1,4 @@
-"""A prompt of tokens, and the text with which a model goes on."""
+"""The completion of a prompt of tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def complete(
     temperature: float = 0.0,
     streamer: Any = None,
 ) -> str:
-    """How the model goes on after the token ids ``prompt``. Without temperature it draws no random number.
+    """The model's completion of the token ids ``prompt``. With temperature 0, it draws no random numbers.
 
     Args:
-        streamer: one of transformers', which gets every token as soon as it is there.
+        streamer: a streamer of transformers, which gets each token when it is generated.
     """
     import torch
 

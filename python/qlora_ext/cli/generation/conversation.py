@@ -1,4 +1,4 @@
-"""A conversation with a model: what was said, and an answer that is shown while it is written."""
+"""A conversation with a model, whose answers are shown while they are generated."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class _Streamer(TextStreamer):  # type: ignore[misc,unused-ignore]
 
 
 class Conversation:
-    """What the user and the model said to each other, in the form that ``finetune`` learns.
+    """The messages of a user and a model, formatted as in ``finetune``.
 
     Args:
-        system: what the model is told before everything else, or "".
-        max_new_tokens, temperature: as of ``complete``.
+        system: the system prompt, or "".
+        max_new_tokens, temperature: as in ``complete``.
     """
 
     def __init__(self, model: Any, tokenizer: Any, system: str, max_new_tokens: int, temperature: float) -> None:
@@ -40,43 +40,44 @@ class Conversation:
         self._temperature = temperature
         limit = validate_model.longest_input(model)
         self._new = min(max_new_tokens, limit // 2) if limit else max_new_tokens
-        self._room = limit - self._new if limit else None  # for the prompt, in tokens
-        self._said: list[Message] = []
+        self._max_prompt = limit - self._new if limit else None  # for the prompt, in tokens
+        self._messages: list[Message] = []
 
     def reset(self) -> None:
-        self._said = []
+        self._messages = []
 
-    def _prompt(self, said: list[Message]) -> list[int]:
+    def _prompt(self, messages: list[Message]) -> list[int]:
         with tokenizing("the message"):
-            text = as_prompt(self._tokenizer, [*self._system, *said])
+            text = as_prompt(self._tokenizer, [*self._system, *messages])
             ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         validate_model.check_tokens(self._model, [ids])
         return ids
 
     def answer(self, message: str, show: Callable[[str], None]) -> int:
-        """Has the model answer, and calls ``show`` with each piece of it.
+        """Generates an answer, and calls ``show`` with each piece of it.
 
-        After KeyboardInterrupt, what was shown is part of the conversation.
+        After a KeyboardInterrupt, the part that was shown belongs to the conversation.
 
-        Returns: how many of the oldest questions were forgotten, for which the model has no room any more.
+        Returns:
+            The number of the oldest questions that were dropped because they no longer fit the model's context.
 
         Raises:
-            UserError: the message alone is longer than the model takes, or cannot be encoded. It is not remembered.
+            UserError: the message alone is too long for the model, or cannot be encoded. The conversation is unchanged.
         """
-        said = [*self._said, {"role": "user", "content": message}]
-        prompt = self._prompt(said)
+        messages = [*self._messages, {"role": "user", "content": message}]
+        prompt = self._prompt(messages)
         forgotten = 0
-        while self._room is not None and len(prompt) > self._room:
-            if len(said) == 1:
+        while self._max_prompt is not None and len(prompt) > self._max_prompt:
+            if len(messages) == 1:
                 raise UserError(
-                    f"the message has {len(prompt)} tokens; the model has room for {self._room} before its answer"
+                    f"the message has {len(prompt)} tokens; the model has room for {self._max_prompt} before its answer"
                 )
-            said = said[2:]
+            messages = messages[2:]
             forgotten += 1
-            prompt = self._prompt(said)
+            prompt = self._prompt(messages)
         streamer = _Streamer(self._tokenizer, show)
         try:
             complete(self._model, self._tokenizer, prompt, self._new, self._temperature, streamer)
         finally:
-            self._said = [*said, {"role": "assistant", "content": streamer.text.strip()}]
+            self._messages = [*messages, {"role": "assistant", "content": streamer.text.strip()}]
         return forgotten

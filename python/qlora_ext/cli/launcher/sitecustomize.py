@@ -1,7 +1,7 @@
-"""Run by every Python that ``qlora-ext run`` starts, and by those that these start: this folder is on PYTHONPATH.
+"""Runs in every Python process below ``qlora-ext run``, because this folder is on PYTHONPATH.
 
-``qlora_ext`` is imported just before transformers, diffusers or PEFT is, and only then: a Python process without them
-starts as fast as before, and can still set environment variables that torch reads at import.
+It imports ``qlora_ext`` just before transformers, diffusers or PEFT is imported. Processes without these libraries
+start as fast as before, and can still set environment variables that torch reads at import.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Loader(importlib.abc.Loader):
 
 
 class _BeforeTransformers(importlib.abc.MetaPathFinder):
-    """Finds the libraries that ``qlora_ext`` serves as the other finders do; it is imported with the first of them."""
+    """A finder that asks the other finders, and imports ``qlora_ext`` with the first library that it integrates."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -58,7 +58,7 @@ class _BeforeTransformers(importlib.abc.MetaPathFinder):
 
 
 def _run_hidden() -> None:
-    """Runs the ``sitecustomize`` that this one hides, if there is one, and leaves the name to it."""
+    """Runs the ``sitecustomize`` that this one shadows, if there is one, and gives it the module name."""
     here = os.path.dirname(os.path.abspath(__file__))
     elsewhere = [path for path in sys.path if os.path.abspath(path) != here]
     spec = importlib.machinery.PathFinder.find_spec("sitecustomize", elsewhere)

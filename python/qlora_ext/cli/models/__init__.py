@@ -1,6 +1,6 @@
-"""The models that a command names: found, checked, loaded in 4 bits, and the adapters that belong to them.
+"""The models that a command names: finds, checks and loads them in 4 bits, with their adapters.
 
-``sources`` finds a model, ``validate_model`` knows whether it is complete, ``pretrained`` and ``loading`` read it,
+``sources`` finds a model, ``validate_model`` checks that it is complete, ``pretrained`` and ``loading`` read it,
 ``conversion`` writes it in 4 bits; ``adapter_files`` reads an adapter, ``adapted`` puts it on its base.
 """
 

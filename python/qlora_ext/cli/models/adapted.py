@@ -1,4 +1,4 @@
-"""A base and its adapter, as the options of a command name them."""
+"""The base and the adapter that the options of a command name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sources import ModelSource, resolve
 
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """A base and (unless it is None) an adapter, found and checked before a weight of the base is read."""
+    """A base and an optional adapter. Both are checked before any weight of the base is read."""
 
     adapter: pathlib.Path | None
     loader: Loader
@@ -37,23 +37,23 @@ class Adapted:
         return model if self.adapter is None else load(model, self.adapter, self.force)
 
     def load_to_answer(self) -> Any:
-        """As ``load``, for inference alone."""
+        """Like ``load``, for inference only."""
         from ...decoding import prepare_to_answer
 
         return prepare_to_answer(self.load())
 
 
 def find_adapted(arguments: argparse.Namespace) -> Adapted:
-    """What the options of ``add_base_options`` and ``--adapter`` name.
+    """Finds the base and the adapter that ``--model`` and ``--adapter`` name.
 
     Raises:
-        UserError: there is no such thing, or its files are damaged.
+        UserError: one of them does not exist, or its files are damaged.
     """
     from ...form import Form
 
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     compute = parse_computing_dtype(arguments.dtype, device)
-    block_size = 64
+    block_size = Form.block_size
     path = None
     name = arguments.adapter
     if name is None and arguments.model is None:
@@ -70,5 +70,5 @@ def find_adapted(arguments: argparse.Namespace) -> Adapted:
         if block_size not in BLOCK_SIZES:
             raise UserError(f"{path / RECORD}: expected a block_size of {BLOCK_SIZES}, got {block_size}")
         check_files(path)
-    loader = Loader(source, Form(dtype, block_size), device, compute)
+    loader = Loader(source, Form(block_size=block_size), dtype, device, compute)
     return Adapted(path, loader, arguments.force, load_tokenizer(source))

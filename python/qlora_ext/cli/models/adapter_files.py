@@ -1,4 +1,4 @@
-"""Adapter directories: found, read (PEFT's files, and ``finetune``'s ``qlora_run.json``), checked, put on a base."""
+"""Finds, reads and checks adapter directories (PEFT's files, and ``finetune``'s ``qlora_run.json``), and loads them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG_SCHEMA: Schema = {"peft_type?": str, "base_model_name_or_path?": str, "r?
 
 
 def find(name: str, option: str = "--adapter") -> pathlib.Path:
-    """The adapter directory that a user named with ``option``, or that lies inside the run that they named."""
+    """The adapter directory that ``option`` names, or the one inside the run that it names."""
     directory = path_named(name, option)
     for path in (directory, directory / "adapter"):
         if (path / "adapter_config.json").is_file():
@@ -38,9 +38,9 @@ def find(name: str, option: str = "--adapter") -> pathlib.Path:
 
 
 def record_of(adapter: pathlib.Path) -> dict[str, Any]:
-    """What ``finetune`` recorded; empty for an adapter that other software trained.
+    """The record that ``finetune`` wrote; empty for an adapter of other software.
 
-    For a checkpoint, these are the settings with which the run was begun.
+    For a checkpoint, it consists of the initial settings of the run.
     """
     path = adapter / RECORD
     if path.is_file():
@@ -60,11 +60,11 @@ def config_of(adapter: pathlib.Path) -> dict[str, Any]:
 
 
 def base_of(adapter: pathlib.Path, model: str | None, trust_remote_code: bool = False) -> ModelSource:
-    """The base model: the one that the user names, or that the adapter was trained on.
+    """The base model: ``model``, or the one that the adapter records.
 
     Raises:
-        UserError: there is none; or its code is to be run, which the user has to name it for: an adapter may come from
-            anybody, and so may the directory that it names.
+        UserError: neither names a base; or ``trust_remote_code`` is set for a base that only the adapter names, which
+            may be untrusted.
     """
     if model is not None:
         return resolve(model, trust_remote_code)
@@ -79,10 +79,10 @@ def base_of(adapter: pathlib.Path, model: str | None, trust_remote_code: bool = 
 
 
 def check_files(adapter: pathlib.Path) -> list[str]:
-    """The names of the adapter's weights, whatever its base is.
+    """Checks the adapter's files without its base, and returns the names of its weights.
 
     Raises:
-        UserError: its files are damaged, or speak of no layers.
+        UserError: its files are damaged, or it names no layers.
     """
     path = adapter / "adapter_config.json"
     config = config_of(adapter)
@@ -95,12 +95,12 @@ def check_files(adapter: pathlib.Path) -> list[str]:
         )
     names = validate_model.shapes(adapter / "adapter_model.safetensors")
     if not names:
-        raise UserError(f"the adapter {adapter} is incomplete: its adapter_model.safetensors holds no weights")
+        raise UserError(f"the adapter {adapter} is incomplete: its adapter_model.safetensors has no weights")
     return list(names)
 
 
-def _check_base_kept(model: Any, adapter: pathlib.Path) -> None:
-    """Refuses an adapter that would write over the 4-bit base."""
+def _check_base_retained(model: Any, adapter: pathlib.Path) -> None:
+    """Rejects an adapter that would overwrite weights of the 4-bit base."""
     from ...nn import layers_of
 
     packed = {f"{layer}.{name}" for layer, module in layers_of(model) for name in module.state_dict()}
@@ -125,11 +125,11 @@ def _cast_saved(model: Any) -> None:
 
 
 @contextlib.contextmanager
-def entire() -> Iterator[None]:
-    """Has an adapter that is not whole, or does not fit, refused while it loads.
+def complete_adapter() -> Iterator[None]:
+    """Turns the warning about an incomplete or unfitting adapter into an error.
 
     Raises:
-        UserError: so it is; the text names what is missing, and counts it.
+        UserError: weights are missing or do not fit; the message counts them and names some.
     """
     from ...integrations.peft import IncompleteAdapterWarning
 
@@ -142,10 +142,10 @@ def entire() -> Iterator[None]:
 
 
 def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False) -> Any:
-    """Puts the adapter on its 4-bit base.
+    """Loads the adapter onto its 4-bit base.
 
     Raises:
-        UserError: it was trained on another base (unless ``force``), or its files are damaged or incomplete.
+        UserError: the adapter was trained on another base (unless ``force``), or its files are damaged or incomplete.
     """
     import safetensors
     from peft import PeftModel
@@ -158,9 +158,9 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
         raise
     except ValueError as error:
         raise UserError(f"{first_line(error)}; add --force to use it anyway") from error
-    _check_base_kept(model, adapter)
+    _check_base_retained(model, adapter)
     try:
-        with entire():  # on the meta device first: a rank of 10^9 in a damaged file costs nothing
+        with complete_adapter():  # on the meta device first, so that a rank of 10^9 in a damaged file allocates nothing
             adapted = PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable, low_cpu_mem_usage=True)
     except safetensors.SafetensorError as error:
         raise UserError(
@@ -169,7 +169,7 @@ def load(model: Any, adapter: pathlib.Path, force: bool, trainable: bool = False
     except UserError:
         raise
     except Exception as error:
-        # PEFT takes what its files say at their word: a damaged one fails in any way whatever, a healthy one in none.
+        # PEFT does not check its files. Damaged ones raise arbitrary exceptions, intact ones raise none.
         raise UserError(
             f"the adapter {adapter} does not fit {model.config.name_or_path}: {first_line(error)}"
         ) from error

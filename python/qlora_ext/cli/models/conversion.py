@@ -1,4 +1,4 @@
-"""A model on disk becomes a 4-bit directory without ever being whole in memory, and goes on after a kill."""
+"""Converts a model on disk to a 4-bit directory, without loading all of it at once. Interrupted conversions resume."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from ...integrations.transformers.spill import Spill
     from .loading import Loader
 
-# A shard is put together in memory before it is written.
+# Each shard is in memory before it is written.
 SHARD_SIZE = "500MB"
 _ORIGIN = "quantized_from.json"
 
 
 def _origin_of(loader: Loader) -> dict[str, Any]:
-    """What identifies a 4-bit directory made by ``loader``: the model, its files, and the form."""
+    """The record that identifies a 4-bit directory made by ``loader``: the model, its files, and the form."""
     from ..._internal.version import VERSION
 
     source, form = loader.source, loader.form
@@ -41,7 +41,7 @@ def _origin_of(loader: Loader) -> dict[str, Any]:
     return {
         "model": source.name,
         "files": [[file.name, (status := file.stat()).st_size, status.st_mtime_ns] for file in files],
-        "dtype": name_of(form.compute_dtype),
+        "dtype": name_of(loader.dtype),
         "block_size": form.block_size,
         "double_quant": form.double_quant,
         "embeddings": loader.embeddings,
@@ -51,14 +51,13 @@ def _origin_of(loader: Loader) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def spilled(loader: Loader, output: Output) -> Iterator[Spill | None]:
-    """The directory beside ``output`` that retains quantized weights until ``output`` is complete; see ``waiting``.
+    """The directory next to ``output`` that retains quantized weights until ``output`` is complete; see ``waiting``.
 
-    They are deleted if the model is rejected, and retained if the command is interrupted or cannot write the output.
-
-    None where they have no place: nothing can be put beside a mount point.
+    The weights are deleted if the model is rejected, and retained if the command is interrupted or cannot write the
+    output. None if ``output`` is a mount point, which can have no sibling.
 
     Raises:
-        UserError: the disk is full; what was quantized is kept, and the next run goes on there.
+        UserError: the disk is full. The quantized weights are retained, and the next command resumes with them.
     """
     with waiting(output, "weights", _origin_of(loader)) as found:
         if found is None:
@@ -89,7 +88,7 @@ def _explain(error: Exception, directory: pathlib.Path, cause: Exception) -> Non
 
 
 def _read_origin(directory: pathlib.Path) -> dict[str, Any] | None:
-    """How ``directory`` was made, as far as it says so."""
+    """The record of how ``directory`` was made; None if it is missing or damaged."""
     try:
         found: dict[str, Any] | None = read_json(directory / _ORIGIN, dict) if (directory / _ORIGIN).is_file() else None
     except UserError:
@@ -98,7 +97,7 @@ def _read_origin(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def is_quantized(config: Any) -> bool:
-    """Whether the weights of a model with that configuration are 4-bit in the form of ``qlora_ext``."""
+    """Whether the weights of a model with that configuration are 4-bit in our format."""
     quantization = getattr(config, "quantization_config", None)
     if quantization is None:
         return False
@@ -107,7 +106,7 @@ def is_quantized(config: Any) -> bool:
 
 
 def _check_base(output: Output, found: dict[str, Any] | None) -> None:
-    """Rejects a non-empty place for a run's 4-bit base, unless ``--overwrite`` replaces the base of an earlier run."""
+    """Rejects a non-empty directory for a run's 4-bit base, unless ``--overwrite`` replaces an earlier run's base."""
     advice = "move it elsewhere, or name another --output"
     if output.path.is_dir() and contents(output.path):
         if found is None:
@@ -118,18 +117,18 @@ def _check_base(output: Output, found: dict[str, Any] | None) -> None:
         if not output.overwrite:
             raise UserError(
                 f"{output.path} is the 4-bit base of a run with another model, dtype, block size or version; {advice}, "
-                "or delete it (or add --overwrite to a new run): the run makes its own"
+                "or delete it (or add --overwrite to a new run), because the run creates its own"
             )
     output.check()
 
 
 def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
-    """The model of ``loader`` in 4 bits at OUTPUT-base of a run, made there unless it is there already.
+    """The 4-bit model of ``loader`` in the directory OUTPUT-base of a run, which is created if necessary.
 
-    With ``--overwrite`` it replaces the base that a run like this one left there.
+    With ``--overwrite``, it replaces the base of an earlier run.
 
     Raises:
-        UserError: there is something else; or the model cannot be loaded, or not be written.
+        UserError: the directory contains something else, or the model cannot be loaded or written.
     """
     import torch
 
@@ -140,7 +139,7 @@ def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
         if (found := _read_origin(output.path)) != origin:
             output.protect("--model", source.name, source.on_disk)
             _check_base(output, found)
-            print(f"quantizing {printable(source.name)} to {printable(output.path)}, to be streamed from there")
+            print(f"quantizing {printable(source.name)} to {printable(output.path)}, from where it is streamed")
             tokenizer = load_tokenizer(source)
             with spilled(loader, output) as spill:
                 model = on_cpu.while_loading(spill=spill)
@@ -149,5 +148,5 @@ def four_bit_directory(loader: Loader, run: Output) -> ModelSource:
                     model.save_pretrained(partial, max_shard_size=SHARD_SIZE)
                     tokenizer.save_pretrained(partial)
                     write_json(partial / _ORIGIN, origin)
-                del model  # which is mapped from the files that go now
+                del model  # mapped from files that are deleted next
     return ModelSource(source.name, os.fspath(output.path), None, source.trust_remote_code)

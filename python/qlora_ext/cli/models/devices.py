@@ -1,4 +1,4 @@
-"""``--dtype`` and ``--device``: what a model computes in, and where."""
+"""Parses ``--dtype`` and ``--device``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def check_dtype(name: str) -> None:
     """Checks a ``--dtype``.
 
     Raises:
-        UserError: no dtype has that name.
+        UserError: ``name`` is not the name of a dtype.
     """
     try:
         check_name(name)
@@ -26,7 +26,7 @@ def check_dtype(name: str) -> None:
 
 
 def parse_dtype(name: str) -> torch.dtype:
-    """The dtype to which ``--dtype`` rounds the weights that are not 4-bit; "auto" is bfloat16, as models come."""
+    """The dtype of the dense weights for a value of ``--dtype``; "auto" is bfloat16, the dtype of most checkpoints."""
     check_dtype(name)
     return dtype_named(name)
 
@@ -44,7 +44,7 @@ def parse_computing_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def parse_device(name: str) -> torch.device:
-    """The device that a user named; "auto" is CUDA where torch finds one and our kernels for it are built."""
+    """The device for a value of ``--device``. "auto" is CUDA if torch finds a device and our kernels support it."""
     import torch
 
     from ..._library import build_info

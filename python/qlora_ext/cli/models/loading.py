@@ -1,4 +1,4 @@
-"""The weights of a model: loaded in 4 bits, or as they are."""
+"""Loads the weights of a model, in 4 bits or dense."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
-    """The weights of a GGUF file one by one; None of another source, or where transformers reads it whole only."""
+    """A reader of a GGUF file's weights; None for other sources and for architectures whose names are unknown."""
     from ...gguf import GGUFWeights
 
     if source.gguf_file is None:
@@ -39,8 +39,10 @@ def _gguf_weights(source: ModelSource, config: Any) -> GGUFWeights | None:
 
 
 def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
-    """Makes a model with weights in ``dtype`` compute in ``compute``. Weights that transformers keeps in float32 stay
-    so."""
+    """Makes a model with weights in ``dtype`` compute in ``compute``.
+
+    Weights that transformers keeps in float32 stay in float32.
+    """
     from ...nn import layers_of
 
     if compute != dtype:
@@ -50,7 +52,7 @@ def _compute_in(model: Any, dtype: torch.dtype, compute: torch.dtype) -> None:
 
 
 def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
-    """The model as it is, in ``dtype``, on the CPU; complete, but its values are not checked."""
+    """The dense model in ``dtype`` on the CPU. It is complete, but its values are not checked."""
     from transformers import AutoModelForCausalLM
 
     options = {"dtype": dtype, "output_loading_info": True}
@@ -60,7 +62,7 @@ def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
 
 
 def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch.dtype | None) -> Any:
-    """``model``, once its values are known to be finite, ready to compute in ``compute`` (None: as it is)."""
+    """Checks that the values of ``model`` are finite, and makes it compute in ``compute`` (None: no change)."""
     validate_model.check_finite(source, model.state_dict().items())
     model.config.use_cache = False
     if compute is not None:
@@ -71,10 +73,10 @@ def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch
 def load_dense(
     source: ModelSource, dtype: torch.dtype, device: torch.device, compute: torch.dtype | None = None
 ) -> Any:
-    """The model as it is, in ``dtype``; or its weights of that dtype cast to ``compute``.
+    """The dense model, read in ``dtype`` and then cast to ``compute`` if given.
 
     Raises:
-        UserError: as of ``Loader``.
+        UserError: as in ``Loader``.
     """
     validate_model.check_room(source, load_config(source))
     return _checked(_dense(source, dtype), source, dtype, compute).eval().to(device)
@@ -82,30 +84,32 @@ def load_dense(
 
 @dataclasses.dataclass(frozen=True)
 class Loader:
-    """Loads the model from ``source`` in 4 bits, with its other weights in ``form.compute_dtype``, to ``device``.
+    """Loads the model from ``source`` in 4 bits, with its other weights in ``dtype``, to ``device``.
 
     Attributes:
         form: of the 4-bit weights.
-        compute: the dtype in which the model computes, where that is another than the form's: its dense weights are
-            then cast to it, and its 4-bit ones stay those of the form's dtype.
+        dtype: of the weights that are read, before some of them are quantized.
+        compute: the dtype in which the model computes, if it differs from ``dtype``. Dense weights are then cast to it;
+            4-bit weights stay those of ``dtype``.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
 
-    Raises (both ways of loading):
-        UserError: a weight is missing, of another shape, NaN, or in the files and not in the model.
+    Both methods raise a UserError if a weight is missing, has another shape, is NaN, or is in the files but not in the
+    model.
     """
 
     source: ModelSource
     form: Form
+    dtype: torch.dtype
     device: torch.device
     compute: torch.dtype | None = None
     embeddings: bool = False
 
     def while_loading(self, stream: str | None = None, resident: str | None = None, spill: Spill | None = None) -> Any:
-        """The model, each weight quantized as soon as it is read, where transformers can do that.
+        """Loads the model, quantizing each weight when it is read, if transformers supports that for the source.
 
         Args:
             stream, resident: as in ``QLoRAConfig``.
-            spill: takes the weights as they are quantized; then ``device`` is the CPU.
+            spill: receives the quantized weights; ``device`` must then be the CPU.
         """
         from ...integrations.transformers import QLoRAConfig
         from ...integrations.transformers.spill import spilling
@@ -114,13 +118,14 @@ class Loader:
         validate_model.check_room(self.source, model_config)
         weights = _gguf_weights(self.source, model_config)
         if self.source.gguf_file is not None and weights is None:
-            # transformers combines no quantization with a GGUF file that it reads itself.
+            # transformers cannot quantize a GGUF file that it reads itself.
             return self._after_loading(stream, resident, shown=spill is not None)
-        config = QLoRAConfig(**self._options, stream=stream, resident=resident)
+        config = QLoRAConfig(embeddings=self.embeddings, stream=stream, resident=resident)
+        config.record(self.form)
         if spill is not None:
             config = spilling(config, spill)
         model = self._quantized(config, weights, shown=spill is not None)
-        return _checked(model, self.source, self.form.compute_dtype, self.compute)
+        return _checked(model, self.source, self.dtype, self.compute)
 
     def dense_first(
         self,
@@ -128,17 +133,18 @@ class Loader:
         init_lora: InitLora | None = None,
         keep: Callable[[Any], list[str]] | None = None,
     ) -> Any:
-        """The model, quantized after all of it was loaded: one that has to run for that, or to be compared with.
+        """Loads the dense model, and then quantizes it, which calibrations and initial adapters require.
 
         Args:
-            init_lora: finds adapters that begin with what quantizing takes away.
-            keep: names the layers of the dense model that stay dense.
+            calibration: chooses scales and codes.
+            init_lora: computes initial adapters.
+            keep: returns the names of the layers of the dense model that stay dense.
         """
         from ...dtypes import computing_dtype
         from ...nn import computing_in
 
         validate_model.check_room(self.source, load_config(self.source))
-        dtype = self.form.compute_dtype
+        dtype = self.dtype
         model = _dense(self.source, dtype)
         runs = calibration is not None or keep is not None
         if runs:
@@ -148,24 +154,18 @@ class Loader:
         model.to(self.device)
         return _checked(model, self.source, dtype, self.compute)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        """The form, as ``QLoRAConfig`` and ``quantize_model`` take it."""
-        options = {"block_size": self.form.block_size, "double_quant": self.form.double_quant}
-        return {**options, "embeddings": self.embeddings}
-
     def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
-        """The model that transformers quantizes while it loads it, from its files or from ``weights``."""
+        """Lets transformers quantize the model while it loads it, from its files or from ``weights``."""
         from transformers import AutoModelForCausalLM
 
         options = {
-            "dtype": self.form.compute_dtype,
+            "dtype": self.dtype,
             "output_loading_info": True,
             "device_map": {"": self.device},
             "quantization_config": config,
         }
         with warnings.catch_warnings():
-            # A saved 4-bit model keeps its own form, which is known here.
+            # The warning says that a saved 4-bit model keeps its own form, which is intended.
             warnings.filterwarnings("ignore", "You passed `quantization_config`", UserWarning)
             if weights is None:
                 model, report = load_pretrained("model", self.source, AutoModelForCausalLM, shown, **options)
@@ -177,10 +177,10 @@ class Loader:
         return model
 
     def _after_loading(self, stream: str | None, resident: str | None, shown: bool) -> Any:
-        """The model, quantized after all of it was loaded, because transformers cannot do both at once."""
+        """Loads the dense model and then quantizes it, for sources that transformers cannot quantize while loading."""
         from ... import streaming
 
-        dtype = self.form.compute_dtype
+        dtype = self.dtype
         model = _dense(self.source, dtype, shown)
         self._quantize(model)
         if stream is not None and self.device.type != "cpu":
@@ -194,8 +194,9 @@ class Loader:
 
         try:
             kept = () if keep is None else keep(model)
-            quantize_model(model, keep=kept, compute_dtype=self.form.compute_dtype, **self._options, **options)
+            options |= {"embeddings": self.embeddings, "compute_dtype": self.dtype}
+            quantize_model(model, keep=kept, **options, **self.form.keywords)
         except UserError:
             raise
-        except ValueError as error:  # a NaN, with its place
+        except ValueError as error:  # a NaN, with its index
             raise UserError(f"cannot quantize {self.source.name}: {first_line(error)}") from error

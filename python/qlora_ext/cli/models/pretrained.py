@@ -1,4 +1,4 @@
-"""What transformers reads of a model's files: configuration, tokenizer, weights. Its errors become a ``UserError``."""
+"""Reads configuration, tokenizer and weights with transformers, and turns its errors into a ``UserError``."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _MAX_LAYERS = 10_000
 
 @contextlib.contextmanager
 def loading(what: str, source: ModelSource, shown: bool) -> Iterator[None]:
-    """transformers' bar of progress is shown or not, and what it raises is a UserError."""
-    import gguf  # noqa: F401  # transformers' own message for its absence spans a screen
+    """Shows or hides transformers' progress bar, and turns its errors into a ``UserError``."""
+    import gguf  # noqa: F401  # raises a short error if it is missing; that of transformers fills a screen
     from transformers.utils import logging
 
     shown = shown and sys.stderr.isatty()
     (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
-    # The reader of GGUF files has a bar of its own.
+    # The reader of GGUF files has its own bar, which is hidden by redirecting stderr.
     on_hub = source.directory is None and source.gguf_file is None
     with (
         reading(what, source.name, on_hub),
@@ -35,22 +35,27 @@ def loading(what: str, source: ModelSource, shown: bool) -> Iterator[None]:
 
 
 def load_pretrained(what: str, source: ModelSource, loader: Any, shown: bool = False, **options: Any) -> Any:
-    """``loader.from_pretrained``, a class of transformers', for ``what`` of the model from ``source``."""
+    """Calls ``loader.from_pretrained`` for the model from ``source``.
+
+    Args:
+        what: the thing that is read, for the error message.
+        loader: a class of transformers.
+    """
     with loading(what, source, shown):
         return loader.from_pretrained(source.path, **source.options, **options)
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's tokenizer, with a token to pad with.
+    """The model's tokenizer, with a padding token.
 
     Raises:
-        UserError: there is none, or its files are damaged.
+        UserError: the model has no tokenizer, or its files are damaged.
     """
     from transformers import AutoTokenizer
 
     tokenizer = load_pretrained("tokenizer", source, AutoTokenizer)
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
-        raise UserError(f"cannot load the tokenizer of {source.name}: it has no token; are its files there?")
+        raise UserError(f"cannot load the tokenizer of {source.name}: it has no tokens; are its files missing?")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -59,21 +64,21 @@ def load_tokenizer(source: ModelSource) -> Any:
 def restore_use_cache(model: Any, source: ModelSource) -> None:
     """Restores ``use_cache`` in the configuration of ``model`` to its value in ``source``.
 
-    Models are loaded to be trained and measured, which needs no cache; who loads what is saved may go by its word.
+    Loading disables it, because training and measuring need no cache. A saved model should have the original value.
     """
     model.config.use_cache = getattr(load_config(source), "use_cache", True)
 
 
 def is_4bit(source: ModelSource) -> bool:
-    """Whether the files of the model are quantized already."""
+    """Whether the model's files are already quantized."""
     return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
 
 
 def dense_name(source: ModelSource) -> str | None:
-    """The dense model that ``source`` is, or was quantized from, by its name; None where it does not say.
+    """The name of the dense model that ``source`` is, or was quantized from; None if that is not recorded.
 
     Raises:
-        UserError: what it says is damaged.
+        UserError: the record is damaged.
     """
     if not is_4bit(source):
         return source.name
@@ -87,7 +92,7 @@ def load_config(source: ModelSource) -> Any:
     """The model's transformers configuration, before its weights are read.
 
     Raises:
-        UserError: it is damaged, of a size that no model has, or names code to be fetched.
+        UserError: it is damaged, has an impossible number of layers, or would fetch code.
     """
     from transformers import AutoConfig
 

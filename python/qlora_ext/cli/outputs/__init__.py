@@ -1,5 +1,5 @@
-"""What a command writes: complete or absent, under a lock, and never over anything that is not its own.
+"""Output of commands: atomic, under a lock, and never overwriting files that a command did not write.
 
-``files`` places and deletes, ``lock`` keeps other processes out, ``ownership`` knows what a directory of ours may hold,
-``directory`` is what ``--output`` names, ``waiting`` retains intermediate results.
+``files`` renames and deletes, ``lock`` excludes other processes, ``ownership`` lists the files that our directories may
+contain, ``directory`` handles ``--output``, ``waiting`` retains intermediate results.
 """

@@ -1,4 +1,4 @@
-"""What may be an output directory, and what ``--overwrite`` may replace: nothing but what the command wrote itself."""
+"""Output directories: which paths are allowed, and what ``--overwrite`` may replace."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _resolved(name: str) -> pathlib.Path:
     try:
         path = pathlib.Path(name).expanduser().resolve()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            path.stat()  # here says so a name that is too long, or a circle of links, which Python 3.13 resolves
+            path.stat()  # raises for names that are too long, and for cycles of links, which Python 3.13 resolves
     except (OSError, RuntimeError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else first_line(error)
         raise UserError(f"--output {name[:80]!r}: not a valid name of a directory ({reason})") from error
@@ -51,7 +51,7 @@ def _identity(path: pathlib.Path) -> tuple[int, int] | None:
 
 
 def _trail(path: pathlib.Path, seen: set[pathlib.Path]) -> None:
-    """Adds to ``seen`` all that lies on the way to ``path``: what is above it, and the same of where its links lead."""
+    """Adds ``path``, its parents, and recursively the targets of their links and their parents to ``seen``."""
     for part in (*reversed(path.parents), path):
         if part not in seen:
             seen.add(part)
@@ -71,8 +71,7 @@ def _on_the_way(path: pathlib.Path) -> set[tuple[int, int] | None]:
 
 
 def relation(path: pathlib.Path, option: str, name: str) -> Literal["is or holds", "lies inside"] | None:
-    """How the directory ``path`` overlaps the input ``name`` of ``option``, with links resolved; None: they do not
-    overlap.
+    """How the directory ``path`` overlaps the input ``name`` of ``option``, with links resolved; None if they do not.
 
     Raises:
         UserError: the paths cannot be compared.
@@ -96,13 +95,14 @@ def _check_input(path: pathlib.Path, option: str, name: str) -> None:
 
 
 def output_file(option: str, name: str, mark: str, inputs: Sequence[tuple[str, str | None]]) -> pathlib.Path:
-    """The file that ``option`` names. The command writes it at its end and may replace an earlier one of its own.
+    """The file that ``option`` names. The command may replace an earlier one that it wrote itself.
 
     Args:
-        mark: text near the beginning of every such file. inputs: options and the paths they read.
+        mark: text near the beginning of every file that the command writes.
+        inputs: options, and the paths they read.
 
     Raises:
-        UserError: there is no such directory, or the file is there and is an input, part of one, or has no ``mark``.
+        UserError: the directory does not exist; or the file exists and is an input, is inside one, or has no ``mark``.
     """
     path = path_named(name, option).absolute()
     if not path.parent.is_dir():
@@ -129,7 +129,7 @@ def _foreign(directory: pathlib.Path) -> str | None:
     """The first entry of a directory with a marker that the command named in the marker did not write.
 
     Raises:
-        UserError: the marker is damaged, or is not that of a finished output.
+        UserError: the marker is damaged, or belongs to an unfinished output.
     """
     marker = read_marker(directory)
     if marker.get("command") == "finetune":
@@ -140,7 +140,7 @@ def _foreign(directory: pathlib.Path) -> str | None:
 
 
 def _check_ours(path: pathlib.Path) -> None:
-    """Refuses a directory in which there is anything that the command did not write."""
+    """Rejects a directory with entries that qlora-ext did not write."""
     advice = "--overwrite does not delete it; name another directory, or delete it yourself"
     if not (path / MARKER).is_file():
         raise UserError(f"--output {path}: not written by qlora-ext (it has no {MARKER}); {advice}")
@@ -160,18 +160,19 @@ def _check_place(path: pathlib.Path) -> None:
         try:
             place = pathlib.Path(os.path.realpath(os.path.expanduser(name)))
         except FileNotFoundError:
-            continue  # a working directory that somebody deleted
+            continue  # the working directory was deleted
         if path.exists() and _identity(path) in {_identity(p) for p in (place, *place.parents)}:
             raise UserError(f"--output {path} is the {what} directory or contains it; name a separate directory")
 
 
 class Output:
-    """A directory that ``--output`` names, this process's alone; it may not exist yet.
+    """The directory that ``--output`` names, locked for this process. It may not exist yet.
 
     Attributes:
-        path: absolute, links followed.
+        path: absolute, with links resolved.
         overwrite: whether an earlier output of the command may be replaced.
-        begun: whether what was computed is complete, and being written.
+        begun: whether the results are complete, and writing has begun.
+        inputs: options and the paths that they read, see ``protect``.
     """
 
     def __init__(self, path: pathlib.Path, overwrite: bool) -> None:
@@ -181,16 +182,15 @@ class Output:
         self.inputs: list[tuple[str, str]] = []
 
     def protect(self, option: str, *names: str | None) -> None:
-        """Notes that ``option`` reads the files or directories ``names``; None and names of no file are passed over."""
+        """Records that ``option`` reads the files or directories ``names``. None and names of no file are ignored."""
         self.inputs += [(option, name) for name in names if name]
 
     def check(self) -> None:
-        """Checks that the directory can become a new one of results.
+        """Checks that results may be written to the directory.
 
         Raises:
-            UserError: it is one to live in (the root, the home directory, the working directory or one above it); it is
-                not empty, without ``--overwrite``; or, with it, it is, holds or lies inside an input, or holds anything
-                that the command did not write.
+            UserError: it is or contains the home or the working directory; without ``--overwrite``, it is not empty;
+                with ``--overwrite``, it overlaps an input, or has entries that qlora-ext did not write.
         """
         _check_place(self.path)
         if self.overwrite:
@@ -205,36 +205,37 @@ class Output:
 
     @contextlib.contextmanager
     def written(self, command: str, **begun_with: str) -> Iterator[pathlib.Path]:
-        """Yields an empty directory to fill, which then takes the place of the output directory, with a marker in it.
+        """Yields an empty directory to fill, which then replaces the output directory. It gets a marker.
 
         Args:
-            command: who writes. begun_with: what a run that is not finished yet began with.
+            command: the name of the command, for the marker.
+            begun_with: digests of the inputs of a run that is not finished yet, for the marker.
         """
         self.begun = True
         with staged_directory(self.path, _foreign if self.overwrite else nothing_may_be_there) as partial:
             yield partial
             _mark(partial, command, begun_with)
-            self.check()  # others may have put something there meanwhile
+            self.check()  # again, because other processes may have written there
 
 
 def _recover_left(path: pathlib.Path) -> list[str]:
-    """Recovers what killed commands left of ``path``, whose lock is held, of what waits beside it, and of a run in it.
+    """Cleans up after killed commands: ``path``, whose lock is held, its intermediate results, and a run in it.
 
-    Each other name is recovered under its own lock, and skipped if another process holds that lock.
+    Names other than ``path`` are recovered under their own lock, and skipped if another process holds it.
     """
-    told = recover(path)
-    beside = set() if filled_from_inside(path) else unfinished_in(path.parent)
-    left = [path.with_name(name) for kind in WAITING if (name := f"{path.name}.{kind}") in beside]
+    notes = recover(path)
+    siblings = set() if filled_from_inside(path) else unfinished_in(path.parent)
+    left = [path.with_name(name) for kind in WAITING if (name := f"{path.name}.{kind}") in siblings]
     if path.is_dir() and is_ours(path) and read_marker(path).get("command") == "finetune":
         left += [path / name for name in sorted(unfinished_in(path)) if may_be_unfinished_in_run(name)]
     for unfinished in left:
         with contextlib.suppress(UserError), locked(unfinished):
-            told += recover(unfinished)
-    return told
+            notes += recover(unfinished)
+    return notes
 
 
 def _check_name(path: pathlib.Path) -> None:
-    """Rejects names reserved for unfinished files, and places inside intermediate results, which are deleted later."""
+    """Rejects reserved names of unfinished files, and paths inside intermediate results, which are deleted later."""
     if any(is_unfinished_name(part) for part in path.parts):
         raise UserError(f"--output {path}: names of this form are reserved for unfinished files; choose another name")
     for parent in path.parents:
@@ -246,15 +247,15 @@ def _check_name(path: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def claim(name: str, overwrite: bool, inputs: Sequence[tuple[str, str]] = ()) -> Iterator[Output]:
-    """The directory of ``--output name``, locked, and free of what a kill left behind.
+    """The directory of ``--output name``, locked, after cleaning up after killed commands.
 
-    Directories above it that are missing are made, and go again if nothing came into them.
+    Missing parent directories are created, and removed at the end if they are still empty.
 
     Args:
-        inputs: options and the files or directories that they read, as ``Output.protect`` takes them.
+        inputs: options and the files or directories that they read, see ``Output.protect``.
 
     Raises:
-        UserError: it cannot be a directory, cannot be written to, or another process is at work there.
+        UserError: the name is not a valid directory, it is not writable, or another process is writing there.
     """
     path = _resolved(name)
     _check_name(path)

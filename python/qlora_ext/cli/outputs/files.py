@@ -1,16 +1,16 @@
-"""Directories that are complete or absent under their final name. Only this module deletes directories.
-(``compiled_cache`` deletes those of unfinished packages in the user's own cache.)
+"""Atomic directories: a directory is complete or absent under its final name. Only this module deletes directories
+(and ``decoding/cache.py``, those of unfinished packages in the user's cache).
 
-What is not finished has a name of its own beside the final one: ``.partial-KIND-NAME-TOKEN``. A directory that cannot
-be renamed, a mount point or one whose parent cannot be written to, is filled from inside: there NAME is ``.``.
-``recover`` finishes or undoes what a kill left under such names.
+Unfinished directories are siblings with the name ``.partial-KIND-NAME-TOKEN``. A directory that cannot be renamed (a
+mount point, or one whose parent is not writable) is filled from inside; NAME is then ``.``. ``recover`` finishes or
+undoes operations that a kill interrupted.
 
-The rule for every deletion in the package (docs/security.md):
+The rules for every deletion in the package (docs/security.md):
 
-1. A directory with a final name is deleted or replaced only if ``foreign``, a function of the caller's, recognizes
-every entry in it as written by the command. The check is repeated after the directory has been set aside.
-2. The caller holds the lock of the name (``lock.locked``), for unfinished names too.
-3. The caller has checked that the directory neither is, holds nor lies inside an input (``directory.relation``).
+1. A directory with a final name is deleted or replaced only if the caller's function ``foreign`` recognizes every entry
+   in it as written by the command. The check is repeated after the directory has been set aside.
+2. The caller holds the lock of the name (``lock.locked``), also for unfinished names.
+3. The caller has checked that the directory does not overlap an input (``directory.relation``).
 4. Intermediate results are deleted only after the final result is complete under its final name.
 """
 
@@ -33,23 +33,24 @@ from ..._internal.untrusted import printable
 from ..errors import UserError, full, writing
 
 LOCK = f"{PARTIAL}lock"
-# Where a calibration waits whose output is filled from inside (waiting.py): beside a mount point nothing can be put.
+# The directory of a calibration's intermediate results inside an output that is filled from inside (waiting.py).
 WAITS_INSIDE = f"{PARTIAL}calibration"
-# new: being written. old: complete, set aside for a new one. placing: complete, on its way up into the directory that
-# holds it. gone: being deleted.
+# new: being written. old: complete, set aside for its successor. placing: complete, being moved up into the directory
+# that contains it. gone: being deleted.
 _UNFINISHED = re.compile(re.escape(PARTIAL) + r"(new|old|placing|gone)-(.+)-([0-9a-f]{8})", re.DOTALL)
-# Without these a directory is no model and no run: they leave first and come last.
-_ENTRANCES = ("config.json", "settings.json")
+# The files that make a directory a model or a run. They are moved away first and put in place last.
+_ENTRY_FILES = ("config.json", "settings.json")
 _CANNOT_RENAME = (errno.EBUSY, errno.EXDEV, errno.EACCES, errno.EPERM)
 
-# Of a directory, the name of something in it that the command did not write; None where there is nothing foreign.
+# A function that returns the name of an entry in a directory that the command did not write; None if there is none.
 Foreign: TypeAlias = Callable[[pathlib.Path], "str | None"]
 
 
 def _fsync_tree(root: pathlib.Path) -> None:
-    """Brings a directory that this process made onto the disk, its files with the mode that the umask gives.
+    """Flushes a directory that this process created to the disk, and sets the modes of its files.
 
-    safetensors lets nobody but the owner read what it writes; the directory's own mode tells the umask.
+    safetensors makes its files readable by the owner only. The files get the mode of the umask, which is derived from
+    the directory's mode.
     """
     mode = stat.S_IMODE(root.stat().st_mode) & 0o666
     for directory, _, names in os.walk(root):
@@ -59,14 +60,14 @@ def _fsync_tree(root: pathlib.Path) -> None:
 
 
 def filled_from_inside(path: pathlib.Path) -> bool:
-    """Whether the directory ``path`` is there and cannot be renamed."""
+    """Whether the directory ``path`` exists and cannot be renamed."""
     return path.is_dir() and (path.is_mount() or not os.access(path.parent, os.W_OK | os.X_OK))
 
 
 def contents(path: pathlib.Path) -> list[pathlib.Path]:
-    """The entries of the directory ``path``, without its own lock and unfinished names and ``lost+found`` of a disk.
+    """The entries of the directory ``path``, without its own lock, its own unfinished names, and ``lost+found``.
 
-    Unfinished names of other directories count: another process may be at work on them.
+    Unfinished names of other directories are included, because another process may be writing them.
     """
 
     def own(name: str) -> bool:
@@ -83,7 +84,7 @@ def is_unfinished_name(name: str) -> bool:
 
 
 def unfinished_in(directory: pathlib.Path) -> set[str]:
-    """The final names of what is unfinished in ``directory``, or was locked there; not ``directory``'s own."""
+    """The final names of all unfinished or locked entries in ``directory``, without ``directory`` itself."""
     found = set()
     for path in directory.iterdir():
         match = _UNFINISHED.fullmatch(path.name)
@@ -99,7 +100,7 @@ def nothing_may_be_there(directory: pathlib.Path) -> str | None:
 
 
 def _as(kind: str, temporary: pathlib.Path) -> pathlib.Path:
-    """The same unfinished name as of another kind."""
+    """The unfinished name ``temporary`` with another kind."""
     return temporary.with_name(PARTIAL + kind + temporary.name[temporary.name.index("-", len(PARTIAL)) :])
 
 
@@ -124,12 +125,12 @@ def _refuse_foreign(directory: pathlib.Path, path: pathlib.Path, foreign: Foreig
 
 
 def delete(path: pathlib.Path, output: pathlib.Path, foreign: Foreign) -> None:
-    """Deletes a directory in or beside ``output`` so that it is never seen half deleted.
+    """Deletes a directory in or next to ``output`` atomically.
 
-    The caller holds the lock of ``output``. What a kill leaves goes with ``recover(output)``.
+    The caller holds the lock of ``output``. ``recover(output)`` finishes a deletion that a kill interrupted.
 
     Raises:
-        UserError: it holds something foreign, and stays as it is.
+        UserError: the directory has a foreign entry, and is unchanged.
     """
     _refuse_foreign(path, path, foreign)
     gone = path.rename(unfinished_name("gone", output, path.parent == output))
@@ -143,14 +144,14 @@ def delete(path: pathlib.Path, output: pathlib.Path, foreign: Foreign) -> None:
 
 
 def delete_lock(file: pathlib.Path, descriptor: int) -> None:
-    """Deletes the lock file that ``descriptor``, on which this process holds the lock, was opened from."""
+    """Deletes the lock file of ``descriptor``, on which this process holds the lock."""
     with contextlib.suppress(FileNotFoundError):
         if os.path.samestat(os.fstat(descriptor), file.lstat()):
             file.unlink()
 
 
 def make_parents(path: pathlib.Path) -> list[pathlib.Path]:
-    """Makes the directories above ``path`` that are missing; returns those that this process made, outermost first."""
+    """Creates the missing parents of ``path``. Returns those that this process created, outermost first."""
     made = []
     for parent in reversed([parent for parent in path.parents if not parent.exists()]):
         with contextlib.suppress(FileExistsError):
@@ -160,40 +161,40 @@ def make_parents(path: pathlib.Path) -> list[pathlib.Path]:
 
 
 def remove_empty(made: Iterable[pathlib.Path]) -> None:
-    """Removes those directories among ``made``, created by this process, that are still empty."""
+    """Removes the directories in ``made`` that are still empty."""
     with contextlib.suppress(OSError):
         for path in reversed(list(made)):
             path.rmdir()
 
 
 def move_up(staged: pathlib.Path) -> None:
-    """Moves what is in ``staged``, a directory within one that this process fills, to where ``staged`` is."""
+    """Moves the content of ``staged`` to its parent, which this process fills, and removes ``staged``."""
     for path in staged.iterdir():
         path.rename(staged.parent / path.name)
     staged.rmdir()
 
 
 def _move_entries(source: pathlib.Path, target: pathlib.Path) -> None:
-    for path in sorted(source.iterdir(), key=lambda path: path.name in _ENTRANCES):
+    for path in sorted(source.iterdir(), key=lambda path: path.name in _ENTRY_FILES):
         path.rename(target / path.name)
     fsync(target)
 
 
 def _finish_placing(placing: pathlib.Path, path: pathlib.Path) -> None:
     _move_entries(placing, path)
-    # While ``placing`` is there, what was set aside is not put back: it has to go first.
+    # The old content is deleted before ``placing``, whose existence prevents that it is restored.
     for old in _unfinished(path, "old", INSIDE):
         _discard(old)
     placing.rmdir()
 
 
 def _place_inside(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
-    """Replaces what the directory ``path`` holds by what ``new``, a directory in it, holds."""
+    """Replaces the content of the directory ``path`` by that of ``new``, a directory inside it."""
     old, placing = _as("old", new), _as("placing", new)
     try:
         if former := contents(path):
             old.mkdir()
-            for entry in sorted(former, key=lambda entry: entry.name not in _ENTRANCES):
+            for entry in sorted(former, key=lambda entry: entry.name not in _ENTRY_FILES):
                 entry.rename(old / entry.name)
             _refuse_foreign(old, path, foreign)
             fsync(old)
@@ -212,8 +213,8 @@ def _place_inside(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> No
         raise
 
 
-def _place_beside(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
-    """Gives the directory ``new`` the name ``path``: what was there is set aside before, and deleted after."""
+def _place_next_to(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
+    """Renames the directory ``new`` to ``path``. An existing directory is set aside before, and deleted afterwards."""
     old = None
     if path.is_dir():
         shutil.copymode(path, new)
@@ -234,16 +235,16 @@ def _place_beside(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> No
 
 
 def _place(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
-    """Makes the directory ``new`` what is found at ``path``, in place of what was."""
+    """Replaces the directory ``path`` by the directory ``new``."""
     if new.parent == path:
         _place_inside(new, path, foreign)
         return
     try:
-        _place_beside(new, path, foreign)
+        _place_next_to(new, path, foreign)
     except OSError as error:
         if error.errno not in _CANNOT_RENAME or not path.is_dir() or not new.exists():
             raise
-        # A mount of the same file system, or a directory of another user's where only owners rename.
+        # A mount of the same file system, or another user's directory in which only owners may rename.
         within = unfinished_name("new", path, inside=True)
         try:
             shutil.move(new, within)
@@ -255,22 +256,22 @@ def _place(new: pathlib.Path, path: pathlib.Path, foreign: Foreign) -> None:
 
 @contextlib.contextmanager
 def staged_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """``atomic.staged_file``, whose failures are a ``UserError``."""
+    """``atomic.staged_file`` that raises a ``UserError`` if the file cannot be written."""
     with writing(path), atomic.staged_file(path) as partial:
         yield partial
 
 
 @contextlib.contextmanager
 def staged_directory(path: pathlib.Path, foreign: Foreign = nothing_may_be_there) -> Iterator[pathlib.Path]:
-    """Yields an empty directory to fill, which then takes the name ``path``, in place of what was there.
+    """Yields an empty directory to fill, which then replaces the directory ``path``.
 
-    On an error nothing of it is left, and what was there stays.
+    On an error it is deleted, and ``path`` is unchanged.
 
     Args:
-        foreign: what must not be in the directory that is replaced.
+        foreign: recognizes entries that must not be in the replaced directory.
 
     Raises:
-        UserError: it cannot be written, or something foreign is in the directory that it would replace.
+        UserError: the directory cannot be written, or the one to replace has a foreign entry.
     """
     partial = unfinished_name("new", path, filled_from_inside(path))
     with writing(path):
@@ -284,19 +285,19 @@ def staged_directory(path: pathlib.Path, foreign: Foreign = nothing_may_be_there
 
 
 def _unfinished(folder: pathlib.Path, kind: str, name: str) -> list[pathlib.Path]:
-    """The unfinished names of a kind in ``folder`` that belong to the final name ``name``."""
+    """The unfinished entries of a kind in ``folder`` with the final name ``name``."""
     matches = ((path, _UNFINISHED.fullmatch(path.name)) for path in sorted(folder.iterdir()))
     return [path for path, match in matches if match and match[1] == kind and match[2] == name]
 
 
 def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
-    """Restores the name of a directory that was set aside, unless its successor has the name."""
+    """Restores a directory that was set aside, unless its successor is in place."""
     directories = all(p.is_dir() and not p.is_symlink() for p in (old, path))
     empty = directories and not any(path.iterdir())
     if empty or not os.path.lexists(path):
         old.rename(path)
         return f"restored {printable(path)}, which an interrupted command had set aside"
-    if os.path.lexists(_as("new", old)):  # the successor did not come: somebody else took the name
+    if os.path.lexists(_as("new", old)):  # the successor is not in place: another program took the name
         free = next(p for n in range(1, 1 << 20) if not os.path.lexists(p := path.with_name(f"{path.name}.former-{n}")))
         old.rename(free)
         return f"saved an earlier directory as {printable(free)}: a command was interrupted while it replaced it"
@@ -307,36 +308,38 @@ def _put_back(old: pathlib.Path, path: pathlib.Path) -> str:
 def _recover_in(folder: pathlib.Path, name: str) -> list[str]:
     if not folder.is_dir():
         return []
-    told = []
+    notes = []
     for placing in _unfinished(folder, "placing", name):
         _finish_placing(placing, folder)
-        told.append(f"finished replacing {printable(folder)}, which an interrupted command had begun")
+        notes.append(f"finished replacing {printable(folder)}, which an interrupted command had begun")
     for old in _unfinished(folder, "old", name):
         if name == INSIDE:
             _move_entries(old, folder)
             old.rmdir()
-            told.append(f"restored {printable(folder)}, which an interrupted command had set aside")
+            notes.append(f"restored {printable(folder)}, which an interrupted command had set aside")
         else:
-            told.append(_put_back(old, folder / name))
+            notes.append(_put_back(old, folder / name))
     for rest in (*_unfinished(folder, "new", name), *_unfinished(folder, "gone", name)):
         _delete(rest)
         done = "could not remove" if os.path.lexists(rest) else "removed"
-        told.append(f"{done} {printable(rest)}, which an interrupted command had left")
-    if told:
+        notes.append(f"{done} {printable(rest)}, which an interrupted command had left")
+    if notes:
         fsync(folder)
-    return told
+    return notes
 
 
 def recover(path: pathlib.Path) -> list[str]:
     """Cleans up after killed commands that wrote the file or directory ``path``. The caller holds its lock.
 
-    A directory that was set aside is restored if its successor is not in place yet. If moving a complete successor was
-    begun, the move is finished. Everything else unfinished under this name is deleted; other names are not touched.
-    Returns a sentence for each action.
+    A directory that was set aside is restored unless its successor is in place. If moving a complete successor had
+    begun, the move is finished. All other unfinished entries of this name are deleted. Other names are not touched.
+
+    Returns:
+        One sentence per action.
     """
     with writing(path):
-        beside = [] if filled_from_inside(path) else _recover_in(path.parent, path.name)
-        return [*beside, *_recover_in(path, INSIDE)]
+        siblings = [] if filled_from_inside(path) else _recover_in(path.parent, path.name)
+        return [*siblings, *_recover_in(path, INSIDE)]
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -350,7 +353,7 @@ def write_json_lines(path: pathlib.Path, records: list[dict[str, Any]]) -> None:
 
 
 def append_json_line(path: pathlib.Path, record: dict[str, Any]) -> None:
-    """Adds one line to ``path``, or leaves it as it was: the line is one write, taken back if the disk is full."""
+    """Appends one line to ``path`` in a single write, which is undone if the disk is full."""
     line = (json.dumps(record) + "\n").encode()
     with writing(path):
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -364,7 +367,7 @@ def append_json_line(path: pathlib.Path, record: dict[str, Any]) -> None:
 
 
 def need_space(path: pathlib.Path, needed: int, what: str) -> None:
-    """Refuses to begin what the disk has no room for: ``needed`` bytes below the existing directory ``path``."""
+    """Raises a UserError unless the disk has ``needed`` free bytes below the existing directory ``path``."""
     free = shutil.disk_usage(path).free
     if free < needed:
         raise UserError(

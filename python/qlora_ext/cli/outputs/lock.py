@@ -1,4 +1,4 @@
-"""One process at a time in an output directory."""
+"""Locks that admit one process at a time to an output directory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _holder(descriptor: int) -> str:
 
 
 def _check_lock_file(descriptor: int, file: pathlib.Path) -> None:
-    """Rejects a file with the name of a lock file that qlora-ext did not write: locking would empty and delete it."""
+    """Rejects a file with the name of a lock file that qlora-ext did not write, because it would be deleted."""
     status = os.fstat(descriptor)
     content = os.pread(descriptor, 512, 0) if stat.S_ISREG(status.st_mode) else b"?"
     if content and not _HOLDER.fullmatch(content):
@@ -42,7 +42,7 @@ def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
         try:
             _check_lock_file(descriptor, file)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # A holder that ends removes the file: a lock on a file without a name holds nobody off.
+            # The previous holder deletes the file when it ends. A lock on a deleted file excludes nobody.
             if os.path.samestat(os.fstat(descriptor), file.lstat()):
                 return descriptor
         except FileNotFoundError:
@@ -54,7 +54,7 @@ def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
                             "directory") from None  # fmt: skip
         except OSError as error:
             if error.errno in _NO_LOCKS:
-                print(f"note: the file system of {path} has no locks; let only one process at a time write there",
+                print(f"note: the file system of {path} has no locks; do not write there from two processes at once",
                       file=sys.stderr)  # fmt: skip
                 return descriptor
             os.close(descriptor)
@@ -66,7 +66,7 @@ def _acquire(file: pathlib.Path, path: pathlib.Path) -> int:
 
 
 @contextlib.contextmanager
-def _held(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
+def _hold(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
     descriptor = _acquire(file, path)
     try:
         with writing(file):
@@ -80,20 +80,20 @@ def _held(file: pathlib.Path, path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(path: pathlib.Path) -> Iterator[None]:
-    """Holds the lock of the output directory ``path``, which may not exist yet, in a file beside it (or in it, where it
-    is filled from inside).
+    """Holds the lock of the output directory ``path``, which need not exist.
 
-    The kernel keeps the lock and drops it with its process, however that ends; the file only says whose it is.
+    The lock file is next to the directory, or inside it if the directory is filled from inside. The kernel releases the
+    lock when the process ends in any way; the file only names the holder.
 
     Raises:
-        UserError: another process holds it; the text names its pid and host.
+        UserError: another process holds the lock; the message names its pid and host.
     """
     inside = path / LOCK
     with contextlib.ExitStack() as stack:
         if filled_from_inside(path):
-            stack.enter_context(_held(inside, path))
+            stack.enter_context(_hold(inside, path))
         else:
-            stack.enter_context(_held(path.with_name(f"{LOCK}-{path.name}"), path))
-            if os.path.lexists(inside):  # of a user who cannot write beside the directory
-                stack.enter_context(_held(inside, path))
+            stack.enter_context(_hold(path.with_name(f"{LOCK}-{path.name}"), path))
+            if os.path.lexists(inside):  # of a user who cannot write to the parent directory
+                stack.enter_context(_hold(inside, path))
         yield

@@ -1,4 +1,4 @@
-"""The entries that a directory of ours may hold, down to single files. All others are foreign and never deleted."""
+"""The entries that our directories may contain, file by file. All others are foreign and never deleted."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from ..._internal.untrusted import Schema, read_json
 from ..errors import UserError
 from .files import contents
 
-# In every directory that a command writes: names the command and its files or settings.
+# The file in every directory that a command writes, with the command and its files or settings.
 MARKER = "qlora_output.json"
-MANIFEST = "manifest.json"  # in a checkpoint: its files, see checkpoints.py
+MANIFEST = "manifest.json"  # in a checkpoint, the list of its files; see checkpoints.py
 RECORD = "qlora_run.json"  # in an adapter that finetune wrote
 _MARKER: Schema = {"command?": str, "files?": [str], "waiting?": str, "output?": str}
-# A run also has settings.json, adapter/, checkpoint-N/, and the event files of --report-to tensorboard.
+# Files of a run, which also has adapter/, checkpoint-N/, and the event files of --report-to tensorboard.
 _RUN = frozenset({"settings.json", "before.json", "metrics.jsonl", "loss.png", MARKER})
 _EVENTS = re.compile(r"runs/[^/]+/events\.out\.tfevents\.[^/]+")
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-# Files of adapters and checkpoints without a list of their files: those of earlier versions, and damaged ones.
+# Files of adapters and checkpoints that have no list of their files: from earlier versions, or damaged.
 _SAVED_BY_PEFT = frozenset({"README.md", "adapter_config.json", "adapter_model.safetensors", "qlora_base.json"})
 _SAVED_BY_TRAINER = re.compile(
     r"optimizer\.(pt|bin)|scheduler\.pt|scaler\.pt|trainer_state\.json|training_args\.bin|rng_state(_\d+)?\.pth|"
     r"tokenizer\.json|tokenizer_config\.json|special_tokens_map\.json|chat_template\.jinja"
 )
-# What waits beside an output that is not written yet, in OUTPUT.KIND: kinds, and the files that each has (waiting.py).
+# The kinds of intermediate results in OUTPUT.KIND, and the names of their files (waiting.py).
 WAITING = {
     "weights": re.compile(r"[0-9a-f]{32}\.safetensors"),
     "calibration": re.compile(r"calibration\.json|tokens\.safetensors|[0-9a-f]{16}\.(safetensors|done)"),
@@ -39,7 +39,7 @@ def read_marker(directory: pathlib.Path) -> dict[str, Any]:
     """The marker of ``directory``: the command and its files or settings. Empty if there is no marker.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the marker is damaged.
     """
     path = directory / MARKER
     marker: dict[str, Any] = read_json(path, _MARKER) if path.is_file() and not path.is_symlink() else {}
@@ -47,7 +47,7 @@ def read_marker(directory: pathlib.Path) -> dict[str, Any]:
 
 
 def is_ours(directory: pathlib.Path) -> bool:
-    """Whether a marker says that the command wrote ``directory``. It may still hold foreign files."""
+    """Whether ``directory`` has a marker of a command. It may still have foreign files."""
     try:
         return "command" in read_marker(directory)
     except UserError:
@@ -74,12 +74,12 @@ def foreign_in(directory: pathlib.Path, written: Callable[[str], bool]) -> str |
 
 
 def foreign_to(files: Collection[str]) -> Callable[[pathlib.Path], str | None]:
-    """What is in a directory beside ``files``, which are named by their paths in it."""
+    """A ``Foreign`` that accepts ``files``, given by their relative paths."""
     return lambda directory: foreign_in(directory, frozenset(files).__contains__)
 
 
 def _listed(path: pathlib.Path, of: Callable[[Any], Any]) -> set[str]:
-    """The names that a record of ours lists; none if it is missing or damaged."""
+    """The names that a record lists; empty if it is missing or damaged."""
     try:
         names = of(read_json(path, dict)) if path.is_file() else ()
     except UserError:
@@ -126,11 +126,10 @@ def foreign_in_run(run: pathlib.Path) -> str | None:
 
 
 def may_be_unfinished_in_run(name: str) -> bool:
-    """Whether a run writes an entry of that name, which a kill may leave unfinished."""
+    """Whether a run writes an entry of that name, so that a kill may leave it unfinished."""
     return name in _RUN or name == "adapter" or bool(_CHECKPOINT.fullmatch(name))
 
 
 def may_wait(kind: str, name: str) -> bool:
-    """Whether a directory of intermediate results of a kind, "weights" or "calibration", may hold a file of that
-    name."""
+    """Whether intermediate results of a kind, "weights" or "calibration", may include a file of that name."""
     return name == MARKER or bool(WAITING[kind].fullmatch(name))

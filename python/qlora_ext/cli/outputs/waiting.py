@@ -1,6 +1,6 @@
 """``OUTPUT.weights`` and ``OUTPUT.calibration`` retain intermediate results until OUTPUT is written.
 
-A command that was interrupted by a kill, a full disk or Ctrl-C resumes with them.
+After an interruption by a kill, a full disk or Ctrl-C, the same command resumes with them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _check_ours(directory: pathlib.Path, marker: dict[str, Any], kind: str) -> d
         Its marker.
     """
     advice = (
-        f"what is {_DONE[kind]} is kept there until --output is written; move it elsewhere, or name another --output"
+        f"{_DONE[kind]} weights are kept there until --output is written; move it elsewhere, or name another --output"
     )
     found: dict[str, Any] = {}
     if not directory.is_symlink() and directory.is_dir() and not directory.is_mount():
@@ -60,7 +60,7 @@ def _check_ours(directory: pathlib.Path, marker: dict[str, Any], kind: str) -> d
 
 
 def _open(directory: pathlib.Path, output: Output, kind: str, key: dict[str, Any] | None) -> None:
-    """Opens the directory of intermediate results, or makes it."""
+    """Opens or creates the directory of intermediate results."""
     from ..._internal.version import VERSION
 
     marker = {"waiting": kind, "output": output.path.name}
@@ -68,7 +68,7 @@ def _open(directory: pathlib.Path, output: Output, kind: str, key: dict[str, Any
     key = json.loads(json.dumps(key))
     found = _check_ours(directory, marker, kind) if os.path.lexists(directory) else {}
     for option, name in output.inputs:
-        if relation(directory, option, name) == "is or holds":  # what is new inside of an input is none
+        if relation(directory, option, name) == "is or holds":  # a new directory inside an input is harmless
             raise UserError(
                 f"{directory} is or holds {option} {name} and would be deleted at the end; name another --output"
             )
@@ -91,7 +91,7 @@ class Waiting:
 
     Attributes:
         found: the names of the results that an earlier command left there.
-        useless: whether the results cannot help after an exception, because the same command would fail again.
+        useless: whether the same command would fail again, so that the results are not retained.
     """
 
     directory: pathlib.Path
@@ -99,41 +99,42 @@ class Waiting:
     found: set[str]
     useless: bool = False
 
-    def told(self, error: BaseException, written: bool) -> BaseException:
+    def explained(self, error: BaseException, written: bool) -> BaseException:
         """The exception to raise instead of ``error``. It mentions the retained results if this command added any.
 
         Args:
-            written: whether writing the output was begun.
+            written: whether writing the output had begun.
         """
         if isinstance(error, UserError) and not written and _names(self.directory) <= self.found:
             return error
-        kept = f"what was {_DONE[self.kind]} so far is kept in {self.directory}: run the same command again to resume"
+        note = f"the weights {_DONE[self.kind]} so far are kept in {self.directory}: run the same command to resume"
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            return UserError(f"the disk that holds {self.directory} is full; {kept}")
+            return UserError(f"the disk that holds {self.directory} is full; {note}")
         if isinstance(error, (UserError, KeyboardInterrupt)):
-            return type(error)(f"{error}; {kept}" if str(error) else kept)
-        print(kept, flush=True)
+            return type(error)(f"{error}; {note}" if str(error) else note)
+        print(note, flush=True)
         return error
 
 
 @contextlib.contextmanager
 def waiting(output: Output, kind: str, key: dict[str, Any] | None = None) -> Iterator[Waiting | None]:
-    """Yields the locked directory OUTPUT.KIND, new or from an earlier command, and deletes it at the end of the block.
+    """Yields the locked directory OUTPUT.KIND, new or from an earlier command, and deletes it at the end.
 
-    Nothing can be put beside an OUTPUT that is filled in place, such as a mount point. A calibration is then retained
-    inside it. Weights, which take minutes to quantize again, are not retained.
+    After an exception, the directory stays unless it is empty, and the exception mentions it.
 
-    After an exception the directory stays unless it is empty, and the exception says so.
+    An OUTPUT that is filled from inside, such as a mount point, can have no sibling. Calibrations are then retained
+    inside it. Weights are not retained, because quantizing them again takes only minutes.
 
     Args:
-        kind: a key of ``ownership.WAITING``. key: identifies the command; results with another key are deleted.
+        kind: a key of ``ownership.WAITING``.
+        key: identifies the command. Results with another key are deleted.
 
     Returns:
-        None if there is no place for the directory.
+        None if the directory cannot be created.
 
     Raises:
-        UserError: something else has that name, or is in the directory; it is or holds an input; or another process is
-            at work there. All that was there stays.
+        UserError: the directory or an entry in it is foreign, it is or contains an input, or another process uses it.
+            Nothing is changed then.
     """
     inside = filled_from_inside(output.path)
     if inside and kind == "weights":
@@ -152,10 +153,10 @@ def waiting(output: Output, kind: str, key: dict[str, Any] | None = None) -> Ite
                 if isinstance(error, OSError) and error.errno in NO_SPACE:
                     raise UserError(full(directory)) from error
                 raise
-            told = found.told(error, output.begun)
-            if told is error:
+            explained = found.explained(error, output.begun)
+            if explained is error:
                 raise
-            raise told from error
+            raise explained from error
         _delete(found, output)
 
 
@@ -165,5 +166,5 @@ def _delete(found: Waiting, output: Output) -> None:
     try:
         with writing(found.directory):
             delete(found.directory, output.path, lambda path: _foreign(found.kind, path))
-    except UserError as error:  # what came into it meanwhile; the command's own result is not touched by that
+    except UserError as error:  # a foreign entry in it; the command's result is complete anyway
         print(f"note: {error}", flush=True)

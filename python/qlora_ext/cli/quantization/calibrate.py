@@ -26,23 +26,23 @@ RECORD = "calibration.json"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate", default="none", metavar="self|DATA|none",
-        help="choose scales and codes for what the layers meet on a text: one that the model writes itself, or any "
-        "that finetune's --data takes. The same bytes, a better model, in minutes (default: %(default)s)",
+        help="choose scales and codes for the layers' inputs on a text: one that the model writes (self), or any that "
+        "finetune's --data takes. Takes minutes; the model is better and has the same size (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--calibration-tokens", type=int, default=12288, metavar="N", help="of that text (default: %(default)s)"
+        "--calibration-tokens", type=int, default=12288, metavar="N", help="length of that text (default: %(default)s)"
     )
     parser.add_argument(
-        "--calibration-seed", type=int, default=0, metavar="N", help="of the text it writes (default: %(default)s)"
-    )
+        "--calibration-seed", type=int, default=0, metavar="N",
+        help="seed of the text that the model writes (default: %(default)s)",
+    )  # fmt: skip
 
 
 def add_init_lora_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-lora", choices=("svd", "loftq"),
-        help=f"write an adapter too, into OUTPUT/{INITIAL_ADAPTER}, that begins with what quantizing takes away: the "
-        "best for the outputs on the text of --calibrate (svd), or for the weights (loftq); finetune "
-        "--init-adapter goes on from it",
+        help=f"also write an adapter to OUTPUT/{INITIAL_ADAPTER} that approximates the quantization error: of the "
+        "outputs on the text of --calibrate (svd), or of the weights (loftq); finetune --init-adapter starts from it",
     )  # fmt: skip
     parser.add_argument(
         "--init-rank", type=int, default=16, metavar="N", help="rank of that adapter (default: %(default)s)"
@@ -50,10 +50,10 @@ def add_init_lora_options(parser: argparse.ArgumentParser) -> None:
 
 
 def init_lora(arguments: argparse.Namespace) -> InitLora | None:
-    """What those options ask for.
+    """The settings from ``--init-lora`` and ``--init-rank``.
 
     Raises:
-        UserError: there is no such rank, or nothing to weigh errors by.
+        UserError: the rank is invalid, or "svd" has no calibration.
     """
     from ...calibration import InitLora
 
@@ -63,19 +63,19 @@ def init_lora(arguments: argparse.Namespace) -> InitLora | None:
         raise UserError(f"--init-rank {arguments.init_rank}: expected 1 or more")
     if arguments.init_lora == "svd" and arguments.calibrate == "none":
         raise UserError(
-            "--init-lora svd: needs the layers' inputs to weigh what each layer loses; add --calibrate self, or a text"
+            "--init-lora svd needs the layers' inputs on a text; add --calibrate self, or --calibrate with a text"
         )
     return InitLora(arguments.init_lora, arguments.init_rank)
 
 
 def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Path, base: str) -> None:
-    """Saves the adapter that was found with ``model``, which stays as it is, in PEFT's form.
+    """Saves the initial adapters of ``model`` in PEFT's format. The model is unchanged.
 
     Args:
-        base: the name under which the model will be found.
+        base: the name of the saved model, which the adapter records.
 
     Raises:
-        UserError: nothing was found: there was no dense layer.
+        UserError: the model has no initial adapters, because it had no dense layers.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -102,10 +102,10 @@ def write_initial_adapter(model: Any, settings: InitLora, directory: pathlib.Pat
 
 
 def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
-    """The first ``count`` tokens of the data ``name`` of --calibrate, int64 [B, length]; of a short text, one sequence.
+    """The first ``count`` tokens of the data ``name`` of --calibrate: int64 [B, length], or one shorter sequence.
 
     Raises:
-        UserError: there is no such text, or too little of it.
+        UserError: the data do not exist, or are too short.
     """
     import torch
 
@@ -120,8 +120,8 @@ def tokens_of(name: str, tokenizer: Any, count: int, length: int) -> Any:
 
 
 @contextlib.contextmanager
-def kept_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathlib.Path | None]:
-    """The directory that retains calibrated layers until the block, which writes the output, ends.
+def stored_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathlib.Path | None]:
+    """The directory that retains calibrated layers until the ``with`` statement ends, after the output is written.
 
     A command that was interrupted while calibrating or writing resumes with them. None for ``--calibrate none``.
 
@@ -134,7 +134,7 @@ def kept_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathl
     from ...calibration import finished_weights
 
     with waiting(output, "calibration") as found:
-        assert found is not None  # a calibration has a place everywhere
+        assert found is not None  # a calibration is retained inside a mount point, too
         count = finished_weights(found.directory)
         if count:
             print(f"resuming: an interrupted command has already calibrated {count} weights", flush=True)
@@ -145,13 +145,13 @@ def kept_layers(arguments: argparse.Namespace, output: Output) -> Iterator[pathl
 def calibration(
     arguments: argparse.Namespace, tokenizer: Any, directory: pathlib.Path | None
 ) -> Iterator[Calibration | None]:
-    """What the options ask for, with a bar that shows how far it has come; None for ``--calibrate none``.
+    """The calibration that the options describe, with a progress bar; None for ``--calibrate none``.
 
     Args:
-        directory: for the layers that are done; see ``kept_layers``.
+        directory: for finished layers, see ``stored_layers``.
 
     Raises:
-        UserError: there is no such text, or too little of it.
+        UserError: the text does not exist, or is too short.
     """
     if arguments.calibrate == "none":
         yield None
@@ -176,13 +176,13 @@ def calibration(
 
 
 def protect(arguments: argparse.Namespace, output: Output) -> None:
-    """Notes that the text of ``--calibrate`` is read."""
+    """Records that the text of ``--calibrate`` is read."""
     if arguments.calibrate not in ("none", "self"):
         output.protect("--calibrate", arguments.calibrate)
 
 
 def record(arguments: argparse.Namespace, report: list[LayerReport]) -> dict[str, Any]:
-    """What is kept beside the model: how it came to be."""
+    """The record of the calibration that is saved with the model."""
     return {
         "method": "weighted scales, error feedback (GPTQ)",
         "inputs": arguments.calibrate,
@@ -192,8 +192,8 @@ def record(arguments: argparse.Namespace, report: list[LayerReport]) -> dict[str
     }
 
 
-def told(report: list[LayerReport]) -> list[str]:
-    """What is said of it at the end: how the outputs' error fell, and which layers stayed plain NF4, and why."""
+def summary(report: list[LayerReport]) -> list[str]:
+    """The lines that the command prints: how the error of the outputs fell, and which layers stayed plain NF4."""
     calibrated = [layer for layer in report if layer.absmax_error > 0]
     lines = []
     if calibrated:

@@ -1,4 +1,4 @@
-"""``quantize --keep``: the layers that 4 bits cost the most stay in 16 bits, under a budget."""
+"""``quantize --keep``: the layers whose 4 bits cost the most stay in 16 bits, within a budget."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ if TYPE_CHECKING:
     from ...fidelity import LayerCost, Sensitivity
     from ...form import Form
 
-# Of the text on which the layers are compared; short sequences, for each is one sample of every layer's cost.
+# Size of the text on which the layers are compared. Sequences are short, because each is one sample per layer.
 TOKENS, LENGTH = 4096, 128
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--keep", metavar="N|SHARE|SIZE",
-        help="keep the layers in 16 bits that cost the most loss per byte in 4 bits: a number of layers (8), or as "
-        "many as fit a percentage of the 4-bit model's size (5%%) or a size (200MB). Measured on the text of "
-        "--calibrate, or one that the model writes",
+        help="keep the layers in 16 bits whose 4 bits cost the most loss per byte: a number of layers (8), or as many "
+        "as fit into a percentage of the 4-bit model's size (5%%) or into a size (200MB). Measured on the text of "
+        "--calibrate, or on text that the model writes",
     )  # fmt: skip
 
 
 @dataclasses.dataclass
-class Keeper:
-    """Chooses the layers of a dense model that stay dense, and remembers why."""
+class MixedPrecision:
+    """Chooses the layers of a dense model that stay dense, and records why."""
 
     budget: str
     inputs: Any
@@ -43,13 +43,12 @@ class Keeper:
     def __call__(self, model: Any) -> list[str]:
         from ...fidelity import sensitivity
 
-        # A calibration's own bar is up already, and two would write over each other.
+        # The calibration already shows a bar, and two bars would overwrite each other.
         with contextlib.nullcontext() if self.calibrates else counted("choosing layers") as progress:
             self.found = sensitivity(
                 model,
                 self.inputs,
-                block_size=self.form.block_size,
-                double_quant=self.form.double_quant,
+                **self.form.keywords,
                 tokens=TOKENS,
                 length=LENGTH,
                 seed=self.seed,
@@ -57,42 +56,42 @@ class Keeper:
             )
         return self.found.keep(self.budget)
 
-    def kept(self) -> list[LayerCost]:
-        """The layers that it chose, the most costly first."""
+    def dense_layers(self) -> list[LayerCost]:
+        """The chosen layers, the most costly first."""
         assert self.found is not None
         return self.found.chosen(self.budget)
 
     def record(self) -> dict[str, Any]:
-        """What is kept beside the model: which layers are dense, and what each would have cost in 4 bits."""
+        """What is saved with the model: which layers are dense, and what each would have cost in 4 bits."""
         assert self.found is not None
-        kept = self.kept()
+        dense = self.dense_layers()
         return {
             "budget": self.budget,
             "inputs": self.text,
             "tokens": TOKENS if isinstance(self.inputs, str) else self.inputs.numel(),
             "seed": self.seed,
-            "extra_bytes": sum(layer.extra_bytes for layer in kept),
-            "dense": [layer.name for layer in kept],
+            "extra_bytes": sum(layer.extra_bytes for layer in dense),
+            "dense": [layer.name for layer in dense],
             "layers": [dataclasses.asdict(layer) for layer in self.found.layers],
         }
 
-    def told(self) -> str:
-        """What is said of it at the end."""
+    def summary(self) -> str:
+        """The line that the command prints about the choice."""
         assert self.found is not None
-        kept, whole = self.kept(), sum(layer.loss for layer in self.found.layers)
-        share = sum(layer.loss for layer in kept) / whole if whole > 0 else 0.0
+        dense, total = self.dense_layers(), sum(layer.loss for layer in self.found.layers)
+        share = sum(layer.loss for layer in dense) / total if total > 0 else 0.0
         return (
-            f"kept {len(kept)} of {len(self.found.layers)} layers in 16 bits, "
-            f"{sum(layer.extra_bytes for layer in kept) / 1e6:.1f} MB more: they make an estimated {share:.0%} of what "
-            "4 bits would cost"
+            f"kept {len(dense)} of {len(self.found.layers)} layers in 16 bits "
+            f"(+{sum(layer.extra_bytes for layer in dense) / 1e6:.1f} MB), which avoids an estimated {share:.0%} of "
+            "the loss that 4 bits cost"
         )
 
 
-def keeper(arguments: argparse.Namespace, tokenizer: Any, form: Form) -> Keeper | None:
+def from_options(arguments: argparse.Namespace, tokenizer: Any, form: Form) -> MixedPrecision | None:
     """What ``--keep`` asks for; None without it.
 
     Raises:
-        UserError: it is no budget, or there is too little text.
+        UserError: the value is not a budget, or the text is too short.
     """
     if arguments.keep is None:
         return None
@@ -105,7 +104,7 @@ def keeper(arguments: argparse.Namespace, tokenizer: Any, form: Form) -> Keeper 
             f"--keep {arguments.keep}: expected a number of layers, a share such as 5% or a size such as 200MB"
         ) from None
     own = arguments.calibrate in ("self", "none")
-    return Keeper(
+    return MixedPrecision(
         arguments.keep,
         "self" if own else calibrate.tokens_of(arguments.calibrate, tokenizer, TOKENS, LENGTH),
         form,

@@ -1,1 +1,1 @@
-"""What a command shows while it works: bars, and the progress of a run."""
+"""Terminal output of commands: progress bars, and the progress of a run."""

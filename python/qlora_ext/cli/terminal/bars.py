@@ -1,4 +1,4 @@
-"""The bars on stderr that show how far a command has come."""
+"""Progress bars on stderr."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def counted(what: str, now: str = "") -> Iterator[Callable[..., None]]:
-    """A bar with the name of what is done, which the function that it yields moves.
+    """Shows a progress bar, and yields a function that updates it.
 
-    That takes how many are done, of how many and, optionally, what is ``now`` at hand.
+    The function takes the number of finished items, the total, and optionally the current item.
+
+    Args:
+        what: the title of the bar.
+        now: the first item.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

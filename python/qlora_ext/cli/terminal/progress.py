@@ -1,4 +1,4 @@
-"""What a run shows while it trains, and the metrics it writes down."""
+"""The progress of a training run on the terminal, and its metrics file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from transformers import TrainerCallback
 
 from ..outputs.files import append_json_line, write_json_lines
 
-_WIDE = 70  # columns of a terminal that shows more than the counts, the loss and the time left
-_LINES = 20  # as many lines of progress a run where the output is no terminal
+_WIDE_COLUMNS = 70  # narrower terminals show only the counts, the loss and the time left
+_LINES = 20  # progress lines per run if the output is not a terminal
 
 
 class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """A bar with loss, tokens/s and time left; every logged value also goes to ``metrics.jsonl``, a line a step.
+    """Shows a bar with loss, tokens/s and time left, and writes the logged values to ``metrics.jsonl``.
 
-    Its first line is ``before``, what was measured before the first step.
+    The file has one line per step. The first line is ``before``, the measurements before the first step.
     """
 
     def __init__(self, console: Console, metrics: pathlib.Path, before: dict[str, Any]) -> None:
@@ -30,8 +30,7 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
         self.before = before
         self._seen = 0
         self._since = 0.0
-        # What counts comes first and keeps its width; the bar takes what is left of the line, and the rest comes where
-        # there is room for it.
+        # Counts and loss come first and are never cut. The bar takes the remaining width.
         columns = [
             TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[loss]}", table_column=Column(no_wrap=True)),
@@ -41,12 +40,12 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
             TextColumn("left", table_column=Column(no_wrap=True)),
             TimeRemainingColumn(elapsed_when_finished=False, table_column=Column(no_wrap=True)),
         ]
-        if console.width < _WIDE:
+        if console.width < _WIDE_COLUMNS:
             del columns[3:6]  # the time left stays
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal, expand=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # A run that goes on repeats the steps since its checkpoint: their lines go.
+        # A resumed run repeats the steps after its checkpoint, so their lines are removed.
         write_json_lines(self.metrics, [self.before, *state.log_history])
         self._begun = self._since = time.monotonic()
         self._first = state.global_step
@@ -88,14 +87,14 @@ class ProgressCallback(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 
 def describe(measured: dict[str, Any]) -> str:
-    """What was measured on the held-out rows (``RunTrainer.measure``), in words."""
+    """The measurements on the held-out rows (``RunTrainer.measure``), as text."""
     if "eval_perplexity" in measured:
         return f"perplexity {measured['eval_perplexity']:.2f}"
-    return f"loss {measured['eval_loss']:.4f}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked right"
+    return f"loss {measured['eval_loss']:.4f}, {measured['eval_reward_accuracy']:.0%} of the pairs ranked correctly"
 
 
 def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> None:
-    """Draws the training loss a step, and the held-out loss where it was measured, as a PNG."""
+    """Plots the training loss per step, and the held-out loss where it was measured, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -107,8 +106,8 @@ def plot_loss(history: list[dict[str, Any]], path: pathlib.Path, title: str) -> 
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "held out", "o--")):
         points = [(record["step"], record[key]) for record in history if key in record]
         axes.plot(*zip(*points, strict=True), style, label=label) if points else None
-    a_token = any("eval_perplexity" in record for record in history)  # and that of a preference otherwise
-    axes.set(xlabel="step", ylabel="loss (nats per token)" if a_token else "loss (nats a pair)", title=title)
+    per_token = any("eval_perplexity" in record for record in history)  # otherwise the run learns preferences
+    axes.set(xlabel="step", ylabel="loss (nats per token)" if per_token else "loss (nats per pair)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
     with staged_file(path) as partial:

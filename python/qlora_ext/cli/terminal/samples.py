@@ -1,4 +1,4 @@
-"""A prompt and the text with which a model goes on, in a frame."""
+"""Shows a prompt and a model's completion in a frame."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rich.text import Text
 
 from ..._internal.untrusted import printable
 
-_SHOWN = 300  # characters of a prompt: its last ones
+_SHOWN = 300  # only the last characters of a prompt are shown
 
 
 def show_sample(console: Console, title: str, prompt: str, answer: str) -> None:

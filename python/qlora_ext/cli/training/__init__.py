@@ -1,1 +1,1 @@
-"""A fine-tuning run: its settings, the adapter, transformers' Trainer, and checkpoints to go on from."""
+"""A fine-tuning run: its settings, the phases of the recipe, the trainer and its checkpoints."""

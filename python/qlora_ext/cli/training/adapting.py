@@ -23,7 +23,7 @@ def _ends_with(module: str, name: str) -> bool:
 
 
 def _linears(model: Any) -> list[str]:
-    """The last names of the linear layers of ``model``, without its output head, which all-linear leaves out too."""
+    """The last parts of the names of the linear layers of ``model``, without its output head, as in "all-linear"."""
     import torch
 
     head = model.get_output_embeddings()
@@ -32,14 +32,14 @@ def _linears(model: Any) -> list[str]:
 
 
 def targets_of(model: Any, targets: str, layers: str = "") -> str | list[str]:
-    """``--target-modules`` in PEFT's form.
+    """The value of PEFT's ``target_modules`` for ``--target-modules``.
 
     Args:
-        layers: value of ``--layers``. With it the names are listed, because PEFT selects layers only among listed
-            names.
+        layers: the value of ``--layers``. If it is not empty, the names are listed, because PEFT selects layers only
+            among listed names.
 
     Raises:
-        UserError: no layer has such a name.
+        UserError: no layer has one of the names.
     """
     if targets == "all-linear":
         return _linears(model) if layers else targets
@@ -111,7 +111,7 @@ def add_adapter(model: Any, source: ModelSource, settings: Settings, force: bool
     """``model``, the base from ``source``, with a new adapter, or the one of ``--init-adapter``.
 
     Args:
-        force: take the adapter of ``--init-adapter`` though it was trained on another base.
+        force: accept an adapter of ``--init-adapter`` that was trained on another base.
 
     Raises:
         UserError: an option does not fit the model, or the adapter's files are damaged.

@@ -1,4 +1,4 @@
-"""A run's checkpoints: each has a manifest of its files, by which half a checkpoint or a changed one is known."""
+"""A run's checkpoints. Each has a manifest of its files, which detects incomplete and changed checkpoints."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def _describe(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_manifest(checkpoint: pathlib.Path) -> None:
-    """Notes name, size and SHA-256 of every file in ``checkpoint``, which holds no directories."""
+    """Records name, size and SHA-256 of every file in ``checkpoint``, which has no subdirectories."""
     write_json(checkpoint / MANIFEST, {path.name: _describe(path) for path in sorted(checkpoint.iterdir())})
 
 
 def _damage(checkpoint: pathlib.Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+    """A description of the damage of a checkpoint; None if it is intact."""
     if not (checkpoint / MANIFEST).is_file():
         return f"there is no {MANIFEST}"
     try:
@@ -36,7 +36,7 @@ def _damage(checkpoint: pathlib.Path) -> str | None:
         return f"{MANIFEST} cannot be read"
     names = manifest if isinstance(manifest, dict) else {}
     if "trainer_state.json" not in names or not all(re.fullmatch(r"[\w.-]+", name, re.ASCII) for name in names):
-        return f"{MANIFEST} is no list of its files"
+        return f"{MANIFEST} is not a list of its files"
     for name, recorded in manifest.items():
         path = checkpoint / name
         if not path.is_file():
@@ -63,18 +63,18 @@ def checkpoints(run: pathlib.Path) -> list[pathlib.Path]:
 
 
 def newest_checkpoint(run: pathlib.Path) -> pathlib.Path | None:
-    """The checkpoint from which a run goes on, or None if none was due yet.
+    """The checkpoint from which a run resumes; None if none was due yet.
 
     Raises:
-        UserError: the newest is not as it was saved. An older one is not silently used for it.
+        UserError: the newest checkpoint is damaged. An older one is not used silently.
     """
     *older, newest = [None, *checkpoints(run)]
     damage = _damage(newest) if newest else None
     if damage is None:
         return newest
-    whole = next((path for path in reversed(older) if path and not _damage(path)), None)
-    if whole:
-        advice = f"{whole.name} is complete: delete {newest.name if newest else ''} to continue from there"
+    intact = next((path for path in reversed(older) if path and not _damage(path)), None)
+    if intact:
+        advice = f"{intact.name} is complete: delete {newest.name if newest else ''} to continue from there"
     else:
         advice = "no other checkpoint is complete: start over with --overwrite"
     raise UserError(f"--resume: the checkpoint {newest} is damaged: {damage}; {advice}")

@@ -1,4 +1,4 @@
-"""``qlora_ext.finetune``: the command of that name, for Python."""
+"""``qlora_ext.finetune``: the command ``finetune`` as a Python function."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .settings import Settings, schema
 
 
 def _options(options: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given, with paths as text.
+    """The given settings, with paths as text.
 
     Raises:
-        TypeError: there is no such setting, or its value is of another type.
+        TypeError: a setting is unknown, or its value has a wrong type.
     """
     names = {field.name for field in dataclasses.fields(Settings) if field.metadata["group"] is not None}
     for name in options:
@@ -34,7 +34,7 @@ def _options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_arguments(text: str) -> str:
-    """A message of the command, with the names of arguments in place of options: ``--max-steps`` is ``max_steps``."""
+    """A message of the command, with options replaced by argument names: ``--max-steps`` by ``max_steps``."""
     return re.sub(r"(?<![\w/.-])--([a-z][a-z0-9-]*)", lambda option: option[1].replace("-", "_"), text)
 
 
@@ -49,32 +49,32 @@ def finetune(
     trust_remote_code: bool = False,
     **options: Any,
 ) -> Finetuned:
-    """Trains LoRA adapters on a 4-bit model, as the command ``qlora-ext finetune`` does: the same files, the same bits.
+    """Trains LoRA adapters on a 4-bit model, like the command ``qlora-ext finetune``, with the same output bit for bit.
 
-    Prints what the command prints. ``docs/finetune.md`` explains the options, ``docs/data.md`` the data.
+    It prints what the command prints. ``docs/finetune.md`` explains the options, ``docs/data.md`` the data.
 
     Args:
-        output: directory of the run, which is made. Its ``adapter`` is an adapter of PEFT.
-        model: a model directory, a .gguf file, a hub name, or package:NAME; by default SmolLM2-135M-Instruct.
-        data: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a directory of such files, a data set of the hub, or
-            package:NAME; by default human conversations. A row is a text, a pair of prompt and completion, a
-            conversation, or a preference, of which DPO learns.
-        resume: go on with the run in ``output`` from its last checkpoint; other arguments need not be repeated.
-        overwrite: replace what an earlier run wrote to ``output``, and nothing else.
-        force: with ``resume``: go on over another base or other data than the run was begun with.
+        output: directory of the run, which is created. Its subdirectory ``adapter`` is a PEFT adapter.
+        model: a model directory, a .gguf file, a hub name, or package:NAME; the default is SmolLM2-135M-Instruct.
+        data: a file (.jsonl, .json, .csv, .tsv, .parquet, .txt), a directory of such files, a dataset of the hub, or
+            package:NAME; the default is human conversations. A row is a text, a pair of prompt and completion, a
+            conversation, or a preference (learnt with DPO).
+        resume: continue the run in ``output`` from its last checkpoint; other arguments need not be repeated.
+        overwrite: replace what an earlier run wrote to ``output``. Other files are never deleted.
+        force: with ``resume``, continue even if the base or the data have changed.
         trust_remote_code: run Python code that comes with the model.
-        options: the options of the command by their names, with underscores: ``rank=8``, ``max_steps=200``,
-            ``lr=1e-4``, ``grad_checkpointing=True``, ``max_memory="8GB"``. None stands for the default.
+        options: the options of the command, with underscores: ``rank=8``, ``max_steps=200``, ``lr=1e-4``,
+            ``grad_checkpointing=True``, ``max_memory="8GB"``. None stands for the default.
 
     Returns:
         The run's directory, its adapter's directory, and the metrics: ``steps``, and ``loss_before``, ``loss_after``,
-        ``perplexity_before`` and ``perplexity_after`` on the rows that were held out.
+        ``perplexity_before`` and ``perplexity_after`` on the held-out rows.
 
     Raises:
-        TypeError: there is no such option, or its value is of another type.
-        ValueError: an argument is out of its limits, contradicts another, or names something that is not there or is
-            damaged; or memory or the disk do not suffice. The text says which argument it is.
-        ImportError: a library that the command needs is missing.
+        TypeError: an option is unknown, or its value has a wrong type.
+        ValueError: an argument is out of range, contradicts another, or names a file that is missing or damaged; or
+            memory or the disk are too small. The message names the argument.
+        ImportError: a required library is missing.
 
     Example:
         >>> def learn(directory, data):

@@ -1,4 +1,4 @@
-"""``finetune --max-memory``: the switches with which a run fits, by the planner, before its model is loaded."""
+"""``finetune --max-memory``: chooses the options with which a run fits into memory, before its model is loaded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..._internal.sizes import parse_size
 from ...planning import search
 from ...planning.blocks import place, streamed
-from ...planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, still, trains_head
+from ...planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, static_split, trains_head
 from ...streaming import dense_mlps
 from ...streaming.loss import changes_logits
 from ..errors import UserError
@@ -18,12 +18,12 @@ from .settings import Settings, named_modules, switches
 if TYPE_CHECKING:
     import torch
 
-_CONTEXT = 0.5e9  # what CUDA takes for itself in a process
-_SPARE = 0.8  # of the host's free memory, what is pinned at most
+_CONTEXT = 0.5e9  # bytes of a CUDA context
+_SPARE = 0.8  # the largest share of the host's free memory that may be pinned
 
 
 def job_of(options: Any, config: Any) -> Job:
-    """What is planned for a model of ``config`` by the ``options`` of a command, which have the names of its fields."""
+    """The job for a model with ``config`` and the ``options`` of a command, whose names are those of its fields."""
     named = {field.name for field in dataclasses.fields(Job)} & set(vars(options))
     values = {name: getattr(options, name) for name in named}
     values["modules_to_save"] = tuple(named_modules(options.modules_to_save))
@@ -33,12 +33,12 @@ def job_of(options: Any, config: Any) -> Job:
 
 
 def _overhead(device: torch.device) -> float:
-    """Bytes that are taken before there is a model: by CUDA, or by Python and its libraries."""
+    """Bytes that are used before the model is loaded: by CUDA, or by Python and its libraries."""
     return _CONTEXT if device.type == "cuda" else process_bytes()
 
 
 def _possible(job: Job) -> list[dict[str, Any]]:
-    """Of the planner's changes, those that the model and the device have, and the user has not made."""
+    """The planner's changes that the model and the device support, and that the user has not made."""
     import psutil
 
     out: set[str] = set()
@@ -55,15 +55,16 @@ def _possible(job: Job) -> list[dict[str, Any]]:
 
 
 def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings, str]:
-    """The settings with the switches that let the run fit into ``--max-memory``, and a line that tells of them.
+    """The settings with which the run fits into ``--max-memory``, and a line that reports the changes.
 
-    What is left of the memory goes to the ring where layers are streamed.
+    If layers are streamed, the ring gets the remaining memory.
 
     Args:
-        config: of the model. device: that the run is on; on the CPU it is the process's memory that is bounded.
+        config: of the model.
+        device: of the run. On the CPU, the limit applies to the process.
 
     Raises:
-        UserError: no switches let it fit.
+        UserError: the run does not fit, whatever the options.
     """
     if settings.optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
@@ -73,23 +74,23 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
     config.quantization_config = None  # the planner quantizes what it plans
     job = dataclasses.replace(job_of(settings, config), host=device.type == "cpu")
     changes = _possible(job)
-    overhead = _overhead(device)  # once the libraries that plan are there
+    overhead = _overhead(device)  # measured after the planner's libraries are loaded
     memory = allowed - overhead
     chosen = search.choose(job, memory, changes)
-    before = f"{overhead / 1e9:.2f} GB of it taken by {'CUDA' if device.type == 'cuda' else 'Python and its libraries'}"
+    before = f"{overhead / 1e9:.2f} GB of it used by {'CUDA' if device.type == 'cuda' else 'Python and its libraries'}"
     if chosen is None:
         least = search.switched(job, changes)
         longest = search.longest_context(least.job, least.blocks, memory)
         size = search.total(least.job, least.blocks) + overhead
         raise UserError(
             f"--max-memory {settings.max_memory} ({before}): {settings.batch_size} rows of {settings.seq_len} tokens "
-            f"take {size / 1e9:.2f} GB at least ({switches(least.changes)}); "
-            + (f"rows of {longest:,} would" if longest else "no row does, however short")
+            f"need at least {size / 1e9:.2f} GB ({switches(least.changes)}); "
+            + (f"rows of {longest:,} tokens would fit" if longest else "rows of any length do not fit")
         )
     found, size = chosen
     fitted = dataclasses.replace(settings, **found.changes)
     if found.blocks is not None and not settings.resident:
-        parts, _ = place(still(found.job), found.blocks, None)
+        parts, _ = place(static_split(found.job), found.blocks, None)
         weights = parts["base weights"] + parts["other weights"] + parts["ring"]
         fitted = dataclasses.replace(fitted, resident=str(int(weights + memory - size)))
     options = switches(found.changes)

@@ -1,4 +1,4 @@
-"""What a run was begun with, as digests: the base, the text, and the tokens that came of it."""
+"""Digests of a run's inputs: the base, the data, and the encoded rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ..errors import UserError
 if TYPE_CHECKING:
     from ..data import Example, Row
 
-# What a model's configuration says about the file or the software, not about the model.
+# Fields of a model's configuration that describe the file or the software, not the model.
 _NOT_THE_MODEL = ("transformers_version", "name_or_path", "_name_or_path", "dtype", "quantization_config", "use_cache")
 
 
 def digest_of_model(model: Any) -> str:
-    """SHA-256 over a model's configuration and all its weights, as they are in memory: 4-bit ones and the others."""
+    """SHA-256 over a model's configuration and all its weights, 4-bit and dense, as they are in memory."""
     import torch
 
     from ..._internal.digest import update
@@ -36,7 +36,7 @@ def digest_of_model(model: Any) -> str:
 
 
 def digest_of_adapter(adapter: pathlib.Path) -> str:
-    """SHA-256 over an adapter's configuration and weights, as the files hold them."""
+    """SHA-256 over the files of an adapter's configuration and weights."""
     digest = hashlib.sha256()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         with (adapter / name).open("rb") as file:
@@ -58,16 +58,21 @@ def digest_of_rows(*parts: Sequence[Row]) -> str:
         digest.update(f"{len(rows)} rows\n".encode())
         for row in rows:
             for key in row:
-                if key != "position_ids":  # which packing adds
+                if key != "position_ids":  # packing adds it
                     digest.update(f"{len(row[key])} ".encode() + array.array("q", row[key]).tobytes())
     return digest.hexdigest()
 
 
 def check_same(run: pathlib.Path, what: str, recorded: Any, found: str, force: bool) -> None:
-    """Refuses to go on with a run over something else than it was begun with, or (``force``) says so.
+    """Rejects resuming a run with a changed input. With ``force``, only prints a note.
+
+    Args:
+        what: the input, for the message.
+        recorded: the digest that the run recorded.
+        found: the current digest.
 
     Raises:
-        UserError: ``found`` is not ``recorded``; or nothing was recorded. ``what`` is named.
+        UserError: ``found`` and ``recorded`` differ, or no digest was recorded.
     """
     if recorded == found:
         return

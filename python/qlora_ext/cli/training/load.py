@@ -1,4 +1,4 @@
-"""The second phase of a run: the base in 4 bits, with the adapter on it."""
+"""The second phase of a run: loads the base in 4 bits, and adds the adapter."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ def load(run: Run) -> None:
     model = _base(run, compute)
     run.identify("base", digest_of_model(model), f"--model {run.source.name}")
     size = model_size(model)
-    run.tell(
+    run.report(
         f"weights {size.dense_bytes / 1e6:.1f} MB in {name_of(compute)} -> {size.bytes / 1e6:.1f} MB in 4 bits "
-        f"({size.dense_bytes / size.bytes:.2f} times smaller; embeddings, which stay as they are, included)"
+        f"({size.dense_bytes / size.bytes:.2f} times smaller, including the dense embeddings)"
     )
-    if told_share := dense_share(model):
-        run.tell(told_share)
+    if coverage_note := dense_share(model):
+        run.report(coverage_note)
     run.model = adapting.add_adapter(model, run.source, s, run.request.force)
     trainable = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     total = size.parameters + trainable
-    run.tell(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
+    run.report(f"trainable parameters {trainable:,} of {total:,} ({100 * trainable / total:.2f}%)")
     if s.mlp_chunk:
         if not dense_mlps(run.model):
-            raise UserError("--mlp-chunk: the model has no dense MLP, only mixtures of experts or none that is known")
+            raise UserError("--mlp-chunk: the model has no dense MLP, only mixtures of experts or unknown modules")
         chunk_mlp(run.model, s.mlp_chunk)
     if s.chunked_loss:
         adapting.check_chunked_loss(run.model)
@@ -57,21 +57,21 @@ def load(run: Run) -> None:
 
 
 def _computing_dtype(run: Run) -> torch.dtype:
-    """The compute dtype of the run, which is told. A resumed run keeps its dtype, even on another machine."""
+    """Chooses and reports the compute dtype. A resumed run keeps its dtype, even on another machine."""
     dtype = run.settings.dtype
     chosen = parse_computing_dtype(dtype, run.device)
     why = ", because the processor has no bfloat16 arithmetic" if chosen != parse_dtype(dtype) else ""
     if run.resumes and (began := read_marker(run.directory).get(_COMPUTING)) is not None:
         chosen, why = parse_dtype(str(began)), ", as at the start of the run"
     run.digests[_COMPUTING] = name_of(chosen)
-    run.tell(f"computing in {name_of(chosen)} on {run.device}{why}")
+    run.report(f"computing in {name_of(chosen)} on {run.device}{why}")
     return chosen
 
 
 def _base(run: Run, compute: torch.dtype) -> Any:
-    """The model in 4 bits; one that is to be streamed from disk comes from a 4-bit directory."""
+    """The model in 4 bits. To stream from disk, it is converted to a 4-bit directory first."""
     s = run.settings
-    loader = Loader(run.source, Form(parse_dtype(s.dtype), s.block_size), run.device, compute)
+    loader = Loader(run.source, Form(block_size=s.block_size), parse_dtype(s.dtype), run.device, compute)
     if s.stream == "none":
         return loader.while_loading()
     if s.stream == "disk" and not is_quantized(load_config(run.source)):

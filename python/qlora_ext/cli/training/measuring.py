@@ -1,4 +1,4 @@
-"""What a model measures on the held-out rows of a run, and says to one of them, before training and after."""
+"""Measures a model on a run's held-out rows, and generates a sample, before and after training."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BEFORE: Schema = {"loss": float, "perplexity?": float, "reward_accuracy?": floa
 
 
 def _asked(row: Row) -> list[int]:
-    """The tokens of a row before learning begins; of a plain text, its first ones."""
+    """The tokens of a row before the first learnt one; for a plain text, its first tokens."""
     if "prompt_ids" in row:
         return row["prompt_ids"]
     ids = row["input_ids"]
@@ -25,19 +25,19 @@ def _asked(row: Row) -> list[int]:
 
 
 def sample(run: Run) -> tuple[str, str]:
-    """What the held-out row with the longest prompt asks, and how the model goes on."""
+    """The longest prompt of the held-out rows, and the model's completion, as text."""
     prompt = max(map(_asked, run.parts.held_out), key=len)
     answer = complete(run.model, run.tokenizer, prompt, _TOKENS)
     return run.tokenizer.decode(prompt, skip_special_tokens=True), answer
 
 
 def figures(measured: dict[str, Any]) -> dict[str, Any]:
-    """What was measured, under the names that are kept of it."""
+    """The measurements, without the prefix of the Trainer."""
     return {key.removeprefix("eval_"): value for key, value in measured.items() if key.startswith("eval_")}
 
 
 def measure_before(run: Run) -> dict[str, Any]:
-    """What the untrained model measures and says: found once per run, and kept for one that goes on."""
+    """The measurements and the sample of the untrained model. A resumed run reads them from a file."""
     path = run.directory / "before.json"
     if path.is_file():
         before: dict[str, Any] = read_json(path, _BEFORE)

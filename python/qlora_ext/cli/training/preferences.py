@@ -1,4 +1,4 @@
-"""TRL's DPO (Rafailov et al., 2023): which of two answers is preferred, learnt over the base as its own reference."""
+"""TRL's DPO (Rafailov et al., 2023): learns which of two answers is preferred, with the base as reference."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def preference_arguments(settings: Settings, steps: int, directory: pathlib.Path, device: torch.device) -> Any:
-    """The recipe of ``training_arguments`` for DPO, without dropout, as is its custom."""
+    """The recipe of ``training_arguments`` for DPO, which by convention has no dropout."""
     more = {"beta": settings.beta, "max_length": settings.seq_len, "per_device_eval_batch_size": settings.batch_size}
     return training_arguments(settings, steps, directory, device, DPOConfig, bf16=False, **more)
 
 
 class PreferenceTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc,unused-ignore]
-    """Trains on rows of preferences, encoded as all others are."""
+    """Trains on preferences that ``data.encoding`` has encoded."""
 
     def __init__(self, model: Any, args: DPOConfig, train: Sequence[Row], held_out: list[Row], tokenizer: Any) -> None:
         self.held_out = held_out
@@ -37,8 +37,8 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc,unused-ign
             processing_class=tokenizer,
         )
         self.remove_callback(PrinterCallback)
-        # TRL copies the adapter as it is now for its reference. A new one changes nothing: that is the base alone,
-        # which costs no memory.
+        # TRL copies the initial adapter as its reference. A new adapter does not change the base, so the base alone is
+        # the same reference, without the memory of the copy.
         if "ref" in model.peft_config:
             model.delete_adapter("ref")
 
@@ -46,10 +46,10 @@ class PreferenceTrainer(RunTrainer, DPOTrainer):  # type: ignore[misc,unused-ign
         return dataset  # it holds tokens already
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """TRL writes one into the run's directory, beside our files."""
+        """Does nothing. TRL would write a model card into the run's directory."""
 
     def measure(self) -> dict[str, Any]:
-        with torch.random.fork_rng():  # a DataLoader draws a number, and training goes on as if there had been none
+        with torch.random.fork_rng():  # a DataLoader draws a random number, which must not change the training
             loop = self.evaluation_loop(self.get_eval_dataloader(), "held out", prediction_loss_only=True)
         ranked = self._metrics["eval"].pop("rewards/accuracies")
         self._metrics["eval"].clear()

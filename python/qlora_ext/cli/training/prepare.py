@@ -1,4 +1,4 @@
-"""The first phase of a run: everything that can be checked, and encoded, before the model's weights are read."""
+"""The first phase of a run: checks all inputs and encodes the data, before the model's weights are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pathlib
 from typing import Any
 
 from ..._internal.untrusted import excerpt, printable
-from ..data import check_template, is_preference, read_examples, split, told
+from ..data import check_template, is_preference, read_examples, split, summary
 from ..errors import UserError
 from ..models.adapter_files import check_files, config_of, find
 from ..models.devices import parse_device
@@ -23,10 +23,10 @@ from .settings import NO_NEFTUNE_IN_DPO, Settings, flag, given, read_settings, r
 
 
 def prepare(request: Request, output: Output) -> Run:
-    """The run that ``request`` asks for, in ``output``, with rows to train on.
+    """The run for ``request`` in ``output``, with its rows to train on.
 
     Raises:
-        UserError: something that was asked for cannot be done.
+        UserError: the request is invalid.
     """
     typed = given(request.options, request.resume)
     run = _find(request, typed, output)
@@ -42,20 +42,20 @@ def prepare(request: Request, output: Output) -> Run:
 
 
 def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
-    """The run, its settings and its inputs: found, and checked against each other."""
+    """Finds the settings and inputs of the run, and checks them against each other."""
     directory = output.path
     begun = (directory / SETTINGS).is_file()
     if request.resume and request.overwrite:
-        raise UserError("--resume and --overwrite ask for opposite things")
+        raise UserError("--resume and --overwrite exclude each other")
     if request.force and not request.resume:
-        raise UserError("--force goes with --resume: it accepts another base or other data")
+        raise UserError("--force needs --resume: it accepts another base or other data")
     resumes = request.resume and begun
     if request.resume and not begun and (directory.parent / SETTINGS).is_file():
-        raise UserError(f"--output {directory} lies in the run {directory.parent}; name that with --output")
+        raise UserError(f"--output {directory} is inside the run {directory.parent}; name the run with --output")
     if not typed and not request.resume:
         print(
-            "no option names a model, data or an adapter: this is a demonstration, SmolLM2-135M on conversations, of "
-            "about 4 minutes on a CPU; Ctrl-C stops it at any time"
+            "no options: running a demonstration (SmolLM2-135M on conversations), which takes about 4 minutes on a "
+            "CPU; Ctrl-C stops it at any time"
         )
     longer = False
     if resumes:
@@ -66,7 +66,7 @@ def _find(request: Request, typed: dict[str, Any], output: Output) -> Run:
         settings = Settings(**typed)
         if begun and not request.overwrite:
             raise UserError(
-                f"--output {directory} holds a run already; add --resume to go on with it, or --overwrite to start anew"
+                f"--output {directory} already has a run; add --resume to continue it, or --overwrite to start over"
             )
     device = parse_device(settings.device)
     source = resolve(settings.model, request.trust_remote_code, trusted=not resumes or "model" in typed)
@@ -97,7 +97,7 @@ def _check_adapter(run: pathlib.Path) -> None:
 def _check_method(run: Run, typed: dict[str, Any]) -> None:
     s = run.settings
     if "beta" in typed and not run.preferences:
-        raise UserError("--beta belongs to DPO, and what is learnt here are answers, not preferences")
+        raise UserError("--beta is an option of DPO, but the data are answers, not preferences")
     if s.method == "dpo" and not run.preferences:
         raise UserError(f"--method dpo: expected preferences in --data {s.data}: rows with prompt, chosen and rejected")
     if run.preferences:
@@ -107,17 +107,17 @@ def _check_method(run: Run, typed: dict[str, Any]) -> None:
             raise UserError(NO_NEFTUNE_IN_DPO)
         if importlib.util.find_spec("trl") is None:
             raise UserError(
-                f"--data {s.data} holds preferences, which TRL learns (DPO); install it with: pip install 'trl>=1.16', "
-                "or learn the chosen answers alone, with --method sft"
+                f"--data {s.data} has preferences, which need TRL (DPO); install it with: pip install 'trl>=1.16', or "
+                "train on the chosen answers only, with --method sft"
             )
         if s.max_memory:
-            raise UserError("--max-memory: the planner knows runs that learn answers, not DPO")
+            raise UserError("--max-memory: the planner does not support DPO")
         if s.chunked_loss:
-            raise UserError("--chunked-loss: DPO has a loss of its own, which never holds all logits")
+            raise UserError("--chunked-loss: not supported with DPO, which has its own loss")
 
 
 def _check_init_adapter(run: Run, typed: dict[str, Any]) -> None:
-    """Finds the adapter to go on from, which says itself what is trained."""
+    """Checks the adapter of ``--init-adapter``, which determines what is trained."""
     name = run.settings.init_adapter
     if not name:
         return
@@ -134,18 +134,18 @@ def _check_init_adapter(run: Run, typed: dict[str, Any]) -> None:
 
 
 def _fit(run: Run, config: Any) -> None:
-    """Chooses the switches of a new run that is to fit into ``--max-memory``; one that goes on has its own."""
+    """Chooses the options with which a new run fits into ``--max-memory``. A resumed run keeps its options."""
     from .fitting import fit
 
     if run.settings.max_memory and not run.resumes:
         run.settings, chosen = fit(run.settings, config, run.device)
-        run.tell(chosen)
+        run.report(chosen)
 
 
 def _encode(run: Run) -> None:
-    """Makes rows of the examples, with the model's tokenizer."""
+    """Encodes the examples with the model's tokenizer."""
     s = run.settings
-    run.tell(
+    run.report(
         f"model {printable(run.source.name)}\ntext  {printable(s.data)} ({len(run.examples):,} "
         f"{'preferences' if is_preference(run.examples[0]) else 'examples'})"
     )
@@ -155,22 +155,22 @@ def _encode(run: Run) -> None:
         run.tokenizer, run.examples, s.seq_len, s.train_rows, s.eval_size, s.seed, run.preferences, s.first_rows,
         not s.no_packing,
     )  # fmt: skip
-    for reason in told(parts.counts, s.seq_len):
-        run.tell(f"      {reason}")
+    for reason in summary(parts.counts, s.seq_len):
+        run.report(f"      {reason}")
     steps = s.steps(len(parts.train))
     kind = "pairs" if run.preferences else f"rows of at most {s.seq_len} tokens"
-    run.tell(
+    run.report(
         f"rows  {len(parts.train):,} {kind} to train on, {steps * s.step_rows / len(parts.train):.2f} times in "
         f"{steps:,} steps; {len(parts.held_out)} examples held out"
     )
-    # A run that was made longer has more rows than it was begun with.
+    # An extended run has more rows than at its start; the digest covers the original ones.
     begun_with = parts.train[: s.first_rows] if s.former_steps else parts.train
     digest = digest_of_rows(begun_with, parts.held_out)
     run.identify("rows", digest, f"tokens that --model {run.source.name} makes of --data {s.data}")
 
 
 def _arguments(run: Run) -> Any:
-    """The trainer's arguments, which transformers checks."""
+    """The arguments of the trainer, whose construction checks them."""
     steps = run.settings.steps(len(run.parts.train))
     if run.preferences:
         from .preferences import preference_arguments

@@ -1,4 +1,4 @@
-"""Fine-tuning, in the order in which it happens: prepare, load, train, save."""
+"""The fine-tuning recipe: prepare, load, train, save."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class Finetuned:
     """A finished run.
 
     Attributes:
-        directory: of the run, where ``metrics.jsonl`` and ``loss.png`` are. adapter: of PEFT, in it.
-        metrics: ``steps``, and what was measured on the held-out rows, such as ``perplexity_before`` and
+        directory: of the run, with ``metrics.jsonl`` and ``loss.png``.
+        adapter: the directory of the PEFT adapter, inside ``directory``.
+        metrics: ``steps``, and the measurements on the held-out rows, such as ``perplexity_before`` and
             ``perplexity_after``.
     """
 
@@ -28,9 +29,9 @@ class Finetuned:
 
 
 class Recipe:
-    """The phases of a run, each of which takes the ``Run`` one step further.
+    """The phases of a run. Each phase updates the ``Run``.
 
-    ``run`` goes through all of them, with the output directory locked.
+    ``run`` executes all of them, with the output directory locked.
     """
 
     def __init__(self, request: Request) -> None:
@@ -44,19 +45,19 @@ class Recipe:
             return self.save(run)
 
     def prepare(self, output: Output) -> Run:
-        """The run, its inputs checked and its rows encoded, before the weights are read."""
+        """Checks the inputs and encodes the rows, before the weights are read."""
         from .prepare import prepare
 
         return prepare(self.request, output)
 
     def load(self, run: Run) -> None:
-        """Puts the 4-bit base into the run, with the adapter on it."""
+        """Loads the 4-bit base, and adds the adapter."""
         from .load import load
 
         load(run)
 
     def train(self, run: Run) -> None:
-        """Trains the adapter, with checkpoints to go on from."""
+        """Trains the adapter, and saves checkpoints."""
         from .train import train
 
         train(run)

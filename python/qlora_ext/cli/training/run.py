@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked for, and the run itself: the value that goes through all phases of the recipe."""
+"""The request for a fine-tuning run, and the run itself, which all phases of the recipe share."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ SETTINGS = "settings.json"
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a user asks of a run.
+    """A user's request for a run.
 
     Attributes:
-        options: the settings that were given. The others keep their defaults, or what a resumed run was begun with.
+        options: the given settings. The others have their defaults, or the values of the resumed run.
         output: the directory of the run.
-        resume: go on with the run in ``output``, if it was begun.
+        resume: continue the run in ``output``, if there is one.
         overwrite: replace what an earlier command wrote to ``output``.
-        force: with ``resume``: go on over another base or other data than the run was begun with.
+        force: with ``resume``, continue even if the base or the data have changed.
+        trust_remote_code: run Python code that comes with the model.
     """
 
     options: Mapping[str, Any]
@@ -54,12 +55,13 @@ class Run:
     """A run, in a directory with ``settings.json``, checkpoints, ``metrics.jsonl``, ``loss.png`` and ``adapter/``.
 
     Attributes:
-        resumes: whether the run was begun by an earlier command. longer: whether this one extends it.
-        checkpoint: from which the run goes on.
-        digests: of what a new run begins with, for its marker.
-        tokenizer, parts, arguments: of the phase ``prepare``: rows to train on, and the trainer's arguments.
-        model: of ``load``: 4-bit, with its adapter.
-        trainer, before, history: of ``train``: what the untrained model measures and says, and the lines of
+        resumes: whether an earlier command started the run.
+        longer: whether this command extends the run.
+        checkpoint: the checkpoint from which the run resumes.
+        digests: of a new run's inputs, for its marker.
+        tokenizer, parts, arguments: set by ``prepare``: the tokenizer, the rows, and the trainer's arguments.
+        model: set by ``load``: the 4-bit model with its adapter.
+        trainer, before, history: set by ``train``: the trainer, the measurements before training, and the lines of
             ``metrics.jsonl``.
     """
 
@@ -84,7 +86,7 @@ class Run:
 
     @property
     def preferences(self) -> bool:
-        """Whether DPO is what the run does."""
+        """Whether the run learns preferences (DPO)."""
         return self.settings.method != "sft" and is_preference(self.examples[0])
 
     @property
@@ -99,11 +101,11 @@ class Run:
     def metrics(self) -> pathlib.Path:
         return self.directory / "metrics.jsonl"
 
-    def tell(self, line: str) -> None:
+    def report(self, line: str) -> None:
         self.console.print(line)
 
     def identify(self, what: str, digest: str, name: str) -> None:
-        """Notes what a new run begins with, and checks that one that goes on has the same."""
+        """Records the digest of an input of a new run, or checks that of a resumed run."""
         if self.resumes:
             check_same(self.directory, name, read_marker(self.directory).get(what), digest, self.request.force)
         else:

@@ -1,4 +1,4 @@
-"""The last phase of a run: the adapter, what it was trained on, and how well it does."""
+"""The last phase of a run: saves the adapter, its record, and the metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .run import Run
 
 
 def save(run: Run) -> dict[str, float]:
-    """Saves the adapter of a trained run and its metrics, and returns these."""
+    """Saves the adapter and the metrics of a trained run. Returns the metrics."""
     end = run.trainer.measure()
     steps = [line for line in run.trainer.state.log_history if "loss" in line or "eval_loss" in line]
     history = [run.before, *(line for line in steps if "loss" in line or line["step"] < end["step"]), end]
@@ -30,10 +30,10 @@ def save(run: Run) -> dict[str, float]:
     _save_adapter(run, metrics)
     curve = run.directory / "loss.png"
     plot_loss(history, curve, f"{pathlib.Path(run.settings.model).name} on {pathlib.Path(run.settings.data).name}")
-    run.tell(f"held-out {describe(run.before)} before -> {describe(end)} after training")
+    run.report(f"held-out {describe(run.before)} before -> {describe(end)} after training")
     show_sample(run.console, "after training", *sample(run))
-    run.tell(f"adapter {run.adapter}\nmetrics {run.metrics}\ncurve   {curve}")
-    # A line that the console wraps could not be copied.
+    run.report(f"adapter {run.adapter}\nmetrics {run.metrics}\ncurve   {curve}")
+    # Not wrapped, so that the commands can be copied.
     run.console.print(f"try it: {_try_it(run, 'generate', '--prompt', 'Hello')}", soft_wrap=True)
     run.console.print(f"   or:  {_try_it(run, 'chat')}", soft_wrap=True)
     return metrics
@@ -54,7 +54,7 @@ def _save_adapter(run: Run, metrics: dict[str, Any]) -> None:
 
 
 def _try_it(run: Run, command: str, *options: str) -> str:
-    """A command that asks the adapter, as a shell takes it."""
+    """A shell command that uses the adapter."""
     if run.source.trust_remote_code:
         options = (*options, "--model", run.source.name, "--trust-remote-code")
     return printable(shlex.join(["qlora-ext", command, "--adapter", str(run.adapter), *options]))

@@ -1,4 +1,4 @@
-"""What a fine-tuning run is asked for: its options, their defaults and limits, and the record that --resume reads."""
+"""The options of a fine-tuning run, with their defaults and limits, and the record that --resume reads."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ SCHEDULES = (
     "polynomial",
     "inverse_sqrt",
 )
-_LARGEST = 2**31  # what an integer stays below that has no other limit
+_INT_LIMIT = 2**31  # the limit of integers that have no other one
 _TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "tuple[int, ...]": [int]}
 
 
-def _option(default: Any, text: str, least: float | None = None, below: float | None = None, **more: Any) -> Any:
-    """A field with what its command-line option needs; limits are ``least <= value < below``."""
-    metadata = {"help": text, "least": least, "below": below, **more}
+def _option(default: Any, text: str, minimum: float | None = None, below: float | None = None, **more: Any) -> Any:
+    """A field with the metadata of its command-line option. Its limits are ``minimum <= value < below``."""
+    metadata = {"help": text, "minimum": minimum, "below": below, **more}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -47,7 +47,7 @@ def layer_numbers(text: str) -> list[int]:
     """The layer numbers in ``--layers``, as in 0-3,7; empty if it names all layers.
 
     Raises:
-        UserError: it is not a list of numbers and ranges.
+        UserError: ``text`` is not a list of numbers and ranges.
     """
     numbers: set[int] = set()
     for part in filter(None, map(str.strip, text.split(","))):
@@ -76,13 +76,13 @@ class Settings:
         group="what",
         free=True,
     )
-    split: str = _option("train", "what to read of data that have several splits", group="what")
+    split: str = _option("train", "the split to read, if the data have several", group="what")
     seq_len: int = _option(256, "tokens per row; longer texts make several rows", 2, group="what")
     eval_size: int = _option(48, "examples held out to measure perplexity on", 1, group="what")
 
     rank: int = _option(16, "rank of the LoRA matrices", 1, group="adapter")
-    alpha: float = _option(32.0, "LoRA's scaling is alpha / rank", 0, 1e6, group="adapter")
-    dropout: float = _option(0.05, "LoRA dropout (none in dpo)", 0, 1, group="adapter")
+    alpha: float = _option(32.0, "LoRA alpha; the scaling is alpha / rank", 0, 1e6, group="adapter")
+    dropout: float = _option(0.05, "LoRA dropout (not with dpo)", 0, 1, group="adapter")
     target_modules: str = _option(
         "all-linear", "layers that get an adapter: all-linear, or names separated by commas", group="adapter"
     )
@@ -90,67 +90,69 @@ class Settings:
         "", "numbers of the layers that get an adapter, from 0 on, such as 0-3,7 (default: all)", group="adapter"
     )
     modules_to_save: str = _option(
-        "", "modules that are trained whole and saved with the adapter, such as lm_head or embed_tokens, separated by "
-        "commas", group="adapter",
+        "", "modules to train in full and save with the adapter, such as lm_head or embed_tokens, separated by commas",
+        group="adapter",
     )  # fmt: skip
     rslora: bool = _option(False, "scale by alpha / sqrt(rank), which suits large ranks (rsLoRA)", group="adapter")
-    dora: bool = _option(False, "train the norm of each row of the weights as well (DoRA; a longer step)",
+    dora: bool = _option(False, "also train the norm of each row of the weights (DoRA; slower steps)",
                          group="adapter")  # fmt: skip
-    block_size: int = _option(64, "weights that share a scale", choices=BLOCK_SIZES, group="adapter")
+    block_size: int = _option(64, "weights per scale", choices=BLOCK_SIZES, group="adapter")
     init_adapter: str = _option(
-        "", "an adapter to go on from, such as quantize --init-lora writes; its rank, alpha and layers are its own",
+        "", "an adapter to start from, such as one of quantize --init-lora; it determines rank, alpha and layers",
         group="adapter", free=True,
     )  # fmt: skip
 
     merge_aware: bool = _option(
         False,
-        "train over the 4-bit weights that merge --4bit makes of the adapter, which then loses nothing (a longer step; "
-        "without dropout)",
+        "train with the 4-bit weights that merge --4bit computes, so that merging loses nothing (slower steps; no "
+        "dropout)",
         group="adapter",
     )
 
     method: str = _option(
         "auto",
-        "sft: learn the answers; dpo (TRL's): learn which of two answers is preferred; auto: by what --data holds",
+        "sft: learn the answers; dpo (by TRL): learn which of two answers is preferred; auto: depending on --data",
         choices=METHODS, group="training",
     )  # fmt: skip
-    beta: float = _option(0.1, "dpo: the larger, the closer to the base it stays", 0, 1e6, group="training")
+    beta: float = _option(0.1, "dpo: larger values keep the model closer to the base", 0, 1e6, group="training")
     max_steps: int = _option(50, "optimizer steps", 1, group="training")
     epochs: float = _option(0.0, "passes over the rows, instead of --max-steps", 0, 1e6, group="training")
     batch_size: int = _option(4, "rows per forward pass; short examples share a row", 1, group="training")
-    grad_accum: int = _option(1, "forward passes an optimizer step", 1, group="training")
+    grad_accum: int = _option(1, "forward passes per optimizer step", 1, group="training")
     lr: float = _option(2e-4, "learning rate", 0, 1e6, group="training")
     lr_schedule: str = _option(
         "constant_with_warmup", "learning-rate schedule, by its name in transformers", choices=SCHEDULES,
         group="training",
     )  # fmt: skip
     warmup_ratio: float = _option(
-        0.03, "share of the steps over which the learning rate rises from 0 at the beginning", 0, 1, group="training"
+        0.03, "share of the steps in which the learning rate rises from 0", 0, 1, group="training"
     )
-    warmup_steps: int = _option(0, "steps of the warm-up, instead of --warmup-ratio", 0, group="training")
+    warmup_steps: int = _option(0, "warm-up steps, instead of --warmup-ratio", 0, group="training")
     weight_decay: float = _option(0.0, "weight decay of the optimizer", 0, 1e6, group="training")
     max_grad_norm: float = _option(
-        0.3, "largest norm of the gradients, which are clipped to it (0: no clipping)", 0, 1e6, group="training"
+        0.3, "norm to which gradients are clipped (0: no clipping)", 0, 1e6, group="training"
     )
     neftune_alpha: float = _option(
-        0.0, "noise added to the embeddings in training (NEFTune; 5 is usual, 0: none)", 0, 1e6, group="training"
+        0.0, "noise added to the embeddings in training (NEFTune; 5 is common, 0: none)", 0, 1e6, group="training"
     )
-    no_packing: bool = _option(False, "give each example a row of its own, padded", group="training")
+    no_packing: bool = _option(False, "put each example into its own padded row", group="training")
     optimizer: str = _option(
         "adamw_torch",
         "an optimizer of transformers' Trainer; adamw_8bit and paged_adamw_8bit (with bitsandbytes) save memory",
         group="training",
     )
-    seed: int = _option(0, "of the adapter's initial values, the data order and dropout", 0, 2**32, group="training")
-    save_steps: int = _option(20, "steps from one checkpoint to the next", 1, group="training", free=True)
+    seed: int = _option(
+        0, "seed of the adapter's initial values, the data order and dropout", 0, 2**32, group="training"
+    )
+    save_steps: int = _option(20, "steps between checkpoints", 1, group="training", free=True)
     eval_steps: int = _option(
-        0, "steps from one measurement of held-out perplexity to the next (0: before and after only)", 0,
+        0, "steps between measurements of held-out perplexity (0: only before and after training)", 0,
         group="training", free=True,
     )  # fmt: skip
 
     report_to: str = _option(
         "none",
-        "experiment trackers that get the metrics, by their names in transformers, separated by commas, such as "
+        "experiment trackers to report to, by their names in transformers, separated by commas, such as "
         "tensorboard (which writes to OUTPUT/runs), wandb or mlflow",
         group="training", free=True,
     )  # fmt: skip
@@ -162,24 +164,24 @@ class Settings:
     )
     device: str = _option("auto", "auto, cpu, cuda or cuda:N", group="machine", free=True)
     grad_checkpointing: bool = _option(
-        False, "compute activations again in the backward pass: less memory, more time", group="machine"
+        False, "recompute activations in the backward pass: less memory, more time", group="machine"
     )
-    chunked_loss: bool = _option(False, "never hold the logits of all tokens at once", group="machine")
+    chunked_loss: bool = _option(False, "never have the logits of all tokens in memory", group="machine")
     offload_checkpoints: bool = _option(
         False, "with --grad-checkpointing on a GPU: keep the layers' inputs in host memory until the backward pass",
         group="machine",
     )  # fmt: skip
     mlp_chunk: int = _option(
-        0, "tokens that the MLPs work on at a time, and again in the backward pass (0: all)", 0, group="machine"
+        0, "run the MLPs on at most N tokens at a time, and recompute them backward (0: all tokens)", 0, group="machine"
     )
     stream: str = _option(
         "none",
-        "keep the frozen layers elsewhere, and have each come in before it is used: ram (pinned host memory, for a "
-        "GPU) or disk (the files of a 4-bit model; any other is quantized first, to OUTPUT-base)",
+        "load each frozen layer just before it is used: from ram (pinned host memory, for a GPU) or disk (the files of "
+        "a 4-bit model; a dense model is first quantized to OUTPUT-base)",
         choices=("none", "ram", "disk"), group="machine", free=True,
     )  # fmt: skip
     resident: str = _option(
-        "", "with --stream: the memory that the weights may take where they are used, such as 6GB (default: the least)",
+        "", "with --stream: memory that the weights may use on the device, such as 6GB (default: the minimum)",
         group="machine", free=True, metavar="SIZE",
     )  # fmt: skip
 
@@ -190,27 +192,27 @@ class Settings:
         metavar="SIZE",
     )
 
-    # Not an option: the lengths in steps that the run had before --resume --max-steps made it longer, shortest first.
+    # Not an option: the numbers of steps before --resume --max-steps extended the run, in increasing order.
     former_steps: tuple[int, ...] = _option((), "", group=None)
 
     @property
     def step_rows(self) -> int:
-        """Rows an optimizer step."""
+        """Rows per optimizer step."""
         return self.batch_size * self.grad_accum
 
     @property
     def train_rows(self) -> int | None:
-        """How many rows the run can use; None: all that there are."""
+        """The number of rows that the run can use; None for all."""
         return None if self.epochs else self.max_steps * self.step_rows
 
     @property
     def stages(self) -> list[int]:
-        """How many rows the run could use when it was shorter, for each of its lengths, and as it is."""
+        """The number of rows that the run can use, for each of its former lengths and for the current one."""
         return [steps * self.step_rows for steps in (*self.former_steps, self.max_steps)]
 
     @property
     def first_rows(self) -> int | None:
-        """How many rows the run could use when it was begun; the held-out rows were chosen among them. None: all."""
+        """The number of rows that the run could use at its start, when rows were held out; None for all."""
         return None if self.epochs else self.stages[0]
 
     @property
@@ -228,25 +230,25 @@ class Settings:
         return self.warmup_steps or math.ceil(self.warmup_ratio * steps)
 
     def steps(self, rows: int) -> int:
-        """Optimizer steps over so many rows to train on. A pass ends with a step, as in transformers' Trainer."""
-        a_pass = math.ceil(math.ceil(rows / self.batch_size) / self.grad_accum)
-        return max(1, math.ceil(self.epochs * a_pass)) if self.epochs else self.max_steps
+        """The number of optimizer steps for so many rows. Each epoch ends with a step, as in transformers' Trainer."""
+        steps_per_epoch = math.ceil(math.ceil(rows / self.batch_size) / self.grad_accum)
+        return max(1, math.ceil(self.epochs * steps_per_epoch)) if self.epochs else self.max_steps
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value, least, below = getattr(self, field.name), field.metadata["least"], field.metadata["below"]
-            below = _LARGEST if below is None and field.type == "int" else below
+            value, minimum, below = getattr(self, field.name), field.metadata["minimum"], field.metadata["below"]
+            below = _INT_LIMIT if below is None and field.type == "int" else below
             choices = field.metadata.get("choices")
             if choices and value not in choices:
                 raise UserError(f"{flag(field.name)} {value}: expected one of {', '.join(map(str, choices))}")
-            if (least is not None and not value >= least) or (below is not None and not value < below):
+            if (minimum is not None and not value >= minimum) or (below is not None and not value < below):
                 upper = "" if below is None else f" and below {below}"
-                raise UserError(f"{flag(field.name)} {value}: expected a value of at least {least}{upper}")
+                raise UserError(f"{flag(field.name)} {value}: expected a value of at least {minimum}{upper}")
         for name in ("alpha", "lr", "beta"):
             if getattr(self, name) <= 0 or getattr(self, name) == float("inf"):
                 raise UserError(f"{flag(name)} {getattr(self, name)}: expected a positive number")
         if self.merge_aware and self.dora:
-            raise UserError("--merge-aware supports plain LoRA only; leave out --dora")
+            raise UserError("--merge-aware supports plain LoRA only; remove --dora")
         if self.merge_aware and self.dropout:
             raise UserError(f"--merge-aware: merged weights have no dropout; expected --dropout 0, got {self.dropout}")
         if self.merge_aware and self.stream != "none":
@@ -265,7 +267,7 @@ class Settings:
             raise UserError(f"--resident {self.resident} needs --stream ram or --stream disk")
         for name in ("merge_aware", "layers", "dora"):
             if self.max_memory and getattr(self, name):
-                raise UserError(f"--max-memory: the planner does not know {flag(name)}")
+                raise UserError(f"--max-memory: the planner does not support {flag(name)}")
         for name in ("resident", "max_memory"):
             if size := getattr(self, name):
                 try:
@@ -276,24 +278,24 @@ class Settings:
 
 
 def schema() -> dict[str, Any]:
-    """What the fields of a recorded ``Settings`` must be; any may be left out."""
+    """The schema of recorded settings. All fields are optional."""
     return {f"{field.name}?": _TYPES[str(field.type)] for field in dataclasses.fields(Settings)}
 
 
 def read_settings(path: pathlib.Path) -> dict[str, Any]:
-    """The settings that a run was begun with, from its ``settings.json``.
+    """The settings of a run, from its ``settings.json``.
 
     Raises:
-        FileError: it is damaged.
+        FileError: the file is damaged.
     """
     return {name: value for name, value in read_json(path, schema()).items() if value is not None}
 
 
 def recorded(values: dict[str, Any], path: pathlib.Path) -> Settings:
-    """The settings among the ``values`` that ``path`` holds, of which it may have others too.
+    """The settings among the ``values`` in the file ``path``. Other values are ignored.
 
     Raises:
-        FileError, UserError: a value is of a wrong type, or out of its limits.
+        FileError, UserError: a value has a wrong type, or is out of range.
     """
     check(values, schema(), printable(path), "settings")
     names = {field.name for field in dataclasses.fields(Settings)}
@@ -308,7 +310,7 @@ def flag(name: str) -> str:
 
 
 def switches(changes: Mapping[str, Any]) -> str:
-    """Changed settings, as an option each."""
+    """Changed settings as command-line options."""
     options = (flag(name) if value is True else f"{flag(name)} {value}" for name, value in changes.items())
     return " ".join(options) or "no switch"
 
@@ -322,7 +324,7 @@ _GROUPS = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declares an option a field. What the user leaves out stays out of the namespace."""
+    """Adds one option per field. Omitted options are not in the namespace."""
     groups = {key: parser.add_argument_group(title) for key, title in _GROUPS.items()}
     for field in dataclasses.fields(Settings):
         if field.metadata["group"] is None:
@@ -344,26 +346,26 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def named_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the ``values`` that are settings."""
+    """The settings among ``values``."""
     names = {field.name for field in dataclasses.fields(Settings)}
     return {name: value for name, value in values.items() if name in names}
 
 
 def given(options: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
-    """The settings that the user typed, and those that follow from them.
+    """The settings that the user gave, and those that follow from them.
 
     Args:
-        resume: whether they are of a run that goes on.
+        resume: whether they are for a resumed run.
 
     Raises:
-        UserError: two of them contradict each other, or one is empty.
+        UserError: two settings contradict each other, or one is empty.
     """
     defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
     typed = dict(options)
     for name, value in typed.items():
-        # Empty is what a shell makes of a variable that is not set. A resumed run is cleared of an option by it.
+        # An unset shell variable gives an empty value. For a resumed run, it means to remove the option.
         if value == defaults[name] == "" and not resume:
-            raise UserError(f"{flag(name)}: the value is empty; leave the option out")
+            raise UserError(f"{flag(name)}: the value is empty; remove the option")
     if typed.get("epochs") and "max_steps" in typed:
         raise UserError("--epochs and --max-steps exclude each other; give one of them")
     if typed.get("warmup_steps") is not None:
@@ -375,17 +377,17 @@ def given(options: Mapping[str, Any], resume: bool = False) -> dict[str, Any]:
             raise UserError("--lr-schedule constant has no warm-up; use constant_with_warmup")
         typed["warmup_ratio"] = 0.0
     if typed.get("merge_aware"):
-        typed.setdefault("dropout", 0.0)  # the default is for adapters that stay beside their base
+        typed.setdefault("dropout", 0.0)  # merge-aware adapters cannot have dropout
     return typed
 
 
 def resumed(recorded: dict[str, Any], typed: dict[str, Any]) -> Settings:
-    """The settings of a run that goes on: those recorded when it began, and what may change without changing it.
+    """The settings of a resumed run: the recorded ones, updated by those that may change.
 
-    The model and the data may have moved: that they are the same is known by their digests.
+    The paths of model and data may change, because digests identify their content.
 
     Raises:
-        UserError: an option asks for another run than the recorded one.
+        UserError: a given option may not change.
     """
     known = {field.name: field for field in dataclasses.fields(Settings)}
     if unknown := set(recorded) - set(known):

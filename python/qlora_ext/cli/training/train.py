@@ -1,4 +1,4 @@
-"""The third phase of a run: from the first step, or the last checkpoint, to the last step."""
+"""The third phase of a run: trains from the first step, or the last checkpoint, to the last step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .trainer import NameInertAdapters, OffloadCheckpoints, QLoRATrainer, Rescal
 
 
 def train(run: Run) -> None:
-    """Trains a loaded run, whose directory is there from now on.
+    """Creates the directory of a loaded run, and trains it.
 
     Raises:
-        UserError: the disk is full, the memory does not suffice, or the checkpoint is damaged.
-        KeyboardInterrupt: whose text says how to go on.
+        UserError: the disk is full, the memory is too small, or the checkpoint is damaged.
+        KeyboardInterrupt: the user stopped the run; the message says how to resume it.
     """
     _begin(run)
-    # A checkpoint is the adapter and two moments of it; three exist for a moment, and the adapter at the end.
+    # A checkpoint has the adapter and two moments. Up to three checkpoints exist at once, and the adapter at the end.
     trainable_bytes = sum(p.nbytes for p in run.model.parameters() if p.requires_grad)
     need_space(run.directory, 10 * trainable_bytes + (4 << 20), "the run's checkpoints")
     run.trainer = _trainer(run)
@@ -35,13 +35,13 @@ def train(run: Run) -> None:
     progress = ProgressCallback(run.console, run.metrics, run.before)
     run.trainer.add_callback(progress)
     _add_callbacks(run)
-    run.tell(f"held-out {describe(run.before)} before training ({len(run.parts.held_out)} examples)")
+    run.report(f"held-out {describe(run.before)} before training ({len(run.parts.held_out)} examples)")
     show_sample(run.console, "before training", before["prompt"], before["sample"])
     if run.checkpoint:
-        run.trainer.add_callback(Rescale(run.tell if run.longer and run.settings.depends_on_length else None))
-        run.tell(f"going on after step {step_of(run.checkpoint)}")
+        run.trainer.add_callback(Rescale(run.report if run.longer and run.settings.depends_on_length else None))
+        run.report(f"resuming after step {step_of(run.checkpoint)}")
     elif run.request.resume:
-        run.tell("no checkpoint yet: starting at step 0")
+        run.report("no checkpoint yet: starting at step 0")
     try:
         run_trainer(run.trainer, run.checkpoint)
     except KeyboardInterrupt:
@@ -51,7 +51,7 @@ def train(run: Run) -> None:
 
 
 def _begin(run: Run) -> None:
-    """Makes the run directory, once nothing but training is left that could be refused."""
+    """Creates the run directory, after everything that can be checked was checked."""
     path = run.directory / SETTINGS
     if run.longer:
         lengths = {key: getattr(run.settings, key) for key in (run.settings.longer, "former_steps")}
@@ -79,18 +79,18 @@ def _trainer(run: Run) -> RunTrainer:
 
 def _add_callbacks(run: Run) -> None:
     s = run.settings
-    run.trainer.add_callback(NameInertAdapters(run.tell))
+    run.trainer.add_callback(NameInertAdapters(run.report))
     if s.former_steps:
         run.trainer.stages = s.stages[:-1]
     if run.longer:
-        lengths = f"{s.epochs:g} passes" if s.epochs else f"{s.max_steps} steps"
-        run.tell(f"extending the run to {lengths}")
+        lengths = f"{s.epochs:g} epochs" if s.epochs else f"{s.max_steps} steps"
+        run.report(f"extending the run to {lengths}")
     if s.offload_checkpoints:
         run.trainer.add_callback(OffloadCheckpoints())
 
 
 def _interrupted(directory: pathlib.Path) -> str:
-    kept = checkpoints(directory)
-    at = f"step {step_of(kept[-1])} is saved" if kept else "no checkpoint was due yet"
+    saved = checkpoints(directory)
+    at = f"step {step_of(saved[-1])} is saved" if saved else "no checkpoint was saved yet"
     again = shlex.join(["qlora-ext", "finetune", "--output", str(directory), "--resume"])
-    return f"{at}; go on with: {again}"
+    return f"{at}; continue with: {again}"

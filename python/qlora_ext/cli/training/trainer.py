@@ -1,4 +1,4 @@
-"""transformers' Trainer with checkpoints that are whole or absent, and an evaluation that changes nothing."""
+"""transformers' Trainer with atomic checkpoints, and with an evaluation that has no side effects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..outputs.ownership import foreign_in_checkpoint
 from .checkpoints import checkpoints, step_of, write_manifest
 from .settings import Settings, named_modules
 
-_KEPT_CHECKPOINTS = 2
+_MAX_CHECKPOINTS = 2
 _STATE: Schema = {
     "global_step": int,
     "max_steps": int,
@@ -61,13 +61,17 @@ def training_arguments(
     kind: type[TrainingArguments] = TrainingArguments,
     **more: Any,
 ) -> TrainingArguments:
-    """The recipe of ``settings``; its defaults are the QLoRA paper's.
+    """The trainer's arguments for ``settings``, whose defaults follow the QLoRA paper.
 
     Args:
-        steps: of the optimizer. kind: the class of a trainer's arguments, which takes ``more``.
+        steps: the number of optimizer steps.
+        kind: the class of the arguments.
+        more: further arguments of ``kind``.
     """
     if ("8bit" in settings.optimizer or "paged" in settings.optimizer) and not importlib.util.find_spec("bitsandbytes"):
-        raise UserError(f"--optimizer {settings.optimizer} is bitsandbytes'; install it with: pip install bitsandbytes")
+        raise UserError(
+            f"--optimizer {settings.optimizer} needs bitsandbytes; install it with: pip install bitsandbytes"
+        )
     try:
         return kind(
             output_dir=str(directory),
@@ -99,11 +103,11 @@ def training_arguments(
     except ValueError as error:
         if "OptimizerNames" not in str(error):
             raise
-        raise UserError(f"--optimizer {settings.optimizer}: transformers knows no such optimizer") from error
+        raise UserError(f"--optimizer {settings.optimizer}: transformers has no such optimizer") from error
 
 
 def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-    """Pads packed rows to the longest, [B, T] each. The padding counts positions of its own: nothing attends to it."""
+    """Pads packed rows to the longest: tensors [B, T]. Positions restart in the padding, so no token attends to it."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def integers(values: list[list[int]]) -> torch.Tensor:
@@ -121,10 +125,11 @@ def collate(rows: Sequence[Row]) -> dict[str, torch.Tensor]:
 
 
 def held_out_loss(model: Any, held_out: list[Row], size: int, loss: Callable[[Any, dict[str, Any]], Any]) -> float:
-    """Mean cross-entropy a learnt token of the held-out rows, in nats. It draws no random number.
+    """The mean cross-entropy of the held-out rows, in nats per learnt token. It draws no random numbers.
 
     Args:
-        size: rows a batch. loss: of a model and a batch, the mean over its learnt tokens.
+        size: rows per batch.
+        loss: computes the mean over the learnt tokens for a model and a batch.
     """
     rows = pack(held_out, max(len(row["input_ids"]) for row in held_out))
     was_training = model.training
@@ -169,14 +174,14 @@ class StagedSampler(torch.utils.data.Sampler[int]):
 
 
 class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
-    """What all runs have: checkpoints that are whole or absent, and an evaluation that changes nothing."""
+    """The base class of our trainers: atomic checkpoints, and an evaluation without side effects."""
 
     held_out: list[Row]
     stages: Sequence[int] = ()  # rows available at each length of an extended run
     _staging: pathlib.Path | None = None
 
     def measure(self) -> dict[str, Any]:
-        """The loss of the held-out rows and what it comes to, as a line of ``metrics.jsonl``; see ``describe``."""
+        """Measures the held-out rows. Returns a line of ``metrics.jsonl``, see ``describe``."""
         raise NotImplementedError
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -198,7 +203,7 @@ class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
         name = f"checkpoint-{self.state.global_step}"
         run = pathlib.Path(self.args.output_dir)
         with staged_directory(run / name, foreign_in_checkpoint) as partial:
-            # The Trainer writes into partial/checkpoint-N, of which the content moves up.
+            # The Trainer writes into partial/checkpoint-N, whose content is then moved up.
             self._staging = partial
             try:
                 super()._save_checkpoint(model, trial)
@@ -206,7 +211,7 @@ class RunTrainer(Trainer):  # type: ignore[misc,unused-ignore]
                 self._staging = None
             move_up(partial / name)
             write_manifest(partial)
-        for old in checkpoints(run)[:-_KEPT_CHECKPOINTS]:
+        for old in checkpoints(run)[:-_MAX_CHECKPOINTS]:
             try:
                 delete(old, run, foreign_in_checkpoint)
             except UserError as error:
@@ -251,7 +256,7 @@ class QLoRATrainer(RunTrainer):
 
 
 class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Knows when a checkpoint has been read."""
+    """Records when a checkpoint has been loaded, which is before the first step."""
 
     done = False
 
@@ -260,34 +265,34 @@ class _Loading(TrainerCallback):  # type: ignore[misc,unused-ignore]
 
 
 class _Intervals(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Applies the intervals of this command to a resumed run: a checkpoint holds those of the command that wrote it."""
+    """Applies this command's intervals to a resumed run, instead of those recorded in the checkpoint."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         state.compute_steps(args, state.max_steps)
 
 
 class OffloadCheckpoints(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Keeps the inputs of checkpointed layers on the host; the Trainer turns checkpointing on as it begins."""
+    """Calls ``offload_checkpoints`` after the Trainer has enabled gradient checkpointing."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         offload_checkpoints(model)
 
 
 class NameInertAdapters(TrainerCallback):  # type: ignore[misc,unused-ignore]
-    """Reports through ``tell`` which adapters got no gradient in the first step."""
+    """Reports through ``report`` which adapters got no gradient in the first step."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell: Callable[[str], None] | None = tell
+    def __init__(self, report: Callable[[str], None]) -> None:
+        self._report: Callable[[str], None] | None = report
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if self._tell is None:
+        if self._report is None:
             return
         from ...integrations.peft import inert_adapters
 
         inert = inert_adapters(model)
         if inert:
-            self._tell(f"no gradient in the first step: these adapters learn nothing: {named(inert)}")
-        self._tell = None
+            self._report(f"no gradient in the first step: these adapters learn nothing: {named(inert)}")
+        self._report = None
 
 
 class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
@@ -296,11 +301,11 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
     A checkpoint holds the learning rate that the run would have had before it was extended.
 
     Args:
-        tell: prints the new learning rate.
+        report: prints the new learning rate.
     """
 
-    def __init__(self, tell: Callable[[str], None] | None) -> None:
-        self._tell = tell
+    def __init__(self, report: Callable[[str], None] | None) -> None:
+        self._report = report
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer, scheduler = kwargs["optimizer"], kwargs["lr_scheduler"]
@@ -308,16 +313,16 @@ class Rescale(TrainerCallback):  # type: ignore[misc,unused-ignore]
                  for rate, factor in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]  # fmt: skip
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
-        if self._tell is not None:
-            self._tell(
+        if self._report is not None:
+            self._report(
                 f"the {args.lr_scheduler_type.value} schedule spans all {state.max_steps} steps now: the learning rate "
                 f"at step {state.global_step + 1} is {rates[0]:.3g}"
             )
 
 
 def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
-    """Trains to the last step, from ``checkpoint`` on if there is one."""
-    from ..models.adapter_files import entire
+    """Trains to the last step, starting from ``checkpoint`` if it is given."""
+    from ..models.adapter_files import complete_adapter
 
     if checkpoint is not None:
         read_json(checkpoint / "trainer_state.json", _STATE)
@@ -326,12 +331,12 @@ def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     trainer.add_callback(_Intervals())
     try:
         if checkpoint is not None and step_of(checkpoint) >= trainer.args.max_steps:
-            # Nothing is left to train, which the Trainer would only notice after one step too many.
-            with entire():
+            # The run is complete, but the Trainer would train one more step.
+            with complete_adapter():
                 trainer.model.load_adapter(str(checkpoint), "default", is_trainable=True)
             trainer.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
             return
-        with entire():
+        with complete_adapter():
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except torch.OutOfMemoryError as error:
         raise UserError(
@@ -340,7 +345,7 @@ def run_trainer(trainer: RunTrainer, checkpoint: pathlib.Path | None) -> None:
     except FloatingPointError as error:
         raise UserError(first_line(error)) from error
     except Exception as error:
-        # Before the first step it is the checkpoint that is read, and a damaged one fails in any way whatever.
+        # Before the first step, the checkpoint is loaded, and a damaged one may raise any exception.
         if checkpoint is None or loading.done:
             raise
         raise UserError(

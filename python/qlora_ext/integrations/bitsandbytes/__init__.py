@@ -1,8 +1,8 @@
-"""bitsandbytes: its layers and models run by our operators, and saved in its own form.
+"""bitsandbytes: our operators run its layers and models, and our models can be saved in its format.
 
-``qlora_ext.adopt`` takes over the layers of a model that is loaded, ``qlora_ext.take_over_bitsandbytes`` has
-``BitsAndBytesConfig`` load ours, ``save_pretrained`` writes one of our models as bitsandbytes would, and ``state_dict``
-is what bitsandbytes would have in the place of a model's own.
+``qlora_ext.adopt`` converts the layers of a loaded model. ``qlora_ext.take_over_bitsandbytes`` makes
+``BitsAndBytesConfig`` load our layers. ``save_pretrained`` writes one of our models in bitsandbytes' format, and
+``state_dict`` returns a model's state in that format.
 """
 
 from __future__ import annotations

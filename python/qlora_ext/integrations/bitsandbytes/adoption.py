@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...nn import BEFORE_QUANTIZE, CONVERSIONS, Linear4bit, Packed4bit, tell_coverage
+from ...nn import BEFORE_QUANTIZE, CONVERSIONS, Linear4bit, Packed4bit, report_coverage
 from ...weight import NF4Weight, quantize_nf4
 
 
@@ -34,24 +34,24 @@ def adopt(model: nn.Module) -> Adoption:
     """Converts every ``bnb.nn.Linear4bit`` of a model to a layer of ours, in place and without a copy.
 
     The modules stay the same objects, with their hooks, names and adapters. Packed weights and scales keep
-        bitsandbytes' memory, and biases and adapters are the same parameters, so an existing optimizer stays valid.
-        PEFT's LoRA layers over them become the fused ones. A transformers model keeps its configuration and
-        ``is_loaded_in_4bit``, and is saved in bitsandbytes' format.
+    bitsandbytes' memory, and biases and adapters are the same parameters, so an existing optimizer stays valid. PEFT's
+    LoRA layers on top of them become fused. A transformers model keeps its configuration and ``is_loaded_in_4bit``, and
+    is saved in bitsandbytes' format.
 
-    A weight that bitsandbytes has not quantized yet (it does so when a layer is moved) is quantized to the same codes.
-    A weight that it has repacked for inference on a CPU is packed back by bitsandbytes' own code, with a copy. Its
-    scales have then been rounded to bfloat16, which cannot be undone.
+    bitsandbytes quantizes a weight when its layer is moved. A weight that it has not quantized yet gets the same codes
+    from us. A weight that it has repacked for inference on a CPU is unpacked by bitsandbytes' own code, which copies
+    it; the repacking has rounded its scales to bfloat16, which cannot be undone.
 
     Args:
-        model: any module, also a single layer.
+        model: any module, including a single layer.
 
     Returns:
-        What was adopted, and what was not: int8, FP4, another code table, layers without weights (on the meta device),
-            with a merged adapter, under a PEFT method other than LoRA, or of a custom class.
+        The layers that were adopted, and those that were not, with the reason: int8, FP4, another code table, no weight
+        (on the meta device), a merged adapter, a PEFT method other than LoRA, or a custom class.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``. ValueError: it has no bitsandbytes layer, or FSDP has sharded it;
-        the model is unchanged.
+        TypeError: ``model`` is not an ``nn.Module``. ValueError: it has no bitsandbytes layer, or FSDP has sharded it.
+            The model is unchanged.
 
     Example:
         >>> import bitsandbytes as bnb
@@ -61,7 +61,7 @@ def adopt(model: nn.Module) -> Adoption:
     """
     adoption = _adopted(model)
     if adoption.adopted:
-        tell_coverage(model)
+        report_coverage(model)
     elif not adoption.left and not any(isinstance(m, Packed4bit) for m in model.modules()):
         raise ValueError(
             f"model: expected layers that bitsandbytes has quantized, got a {type(model).__name__} without any; "
@@ -120,12 +120,12 @@ def _refuse_sharded(name: str, layer: nn.Module) -> None:
 
 
 def _unpacked_for_cpu(data: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """A weight as it was before bitsandbytes repacked it for inference on a CPU, by its own inverse."""
+    """Undoes bitsandbytes' repacking for inference on a CPU, with bitsandbytes' own inverse."""
     from bitsandbytes import functional
 
     scales, was_nested = state.absmax, state.original_nested
     data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
-    if not was_nested:  # the inverse leaves these transposed, and in bfloat16
+    if not was_nested:  # the inverse returns them transposed, and in bfloat16
         state.absmax = scales.T.reshape(-1).float()
     return data, state
 
@@ -134,7 +134,7 @@ def _weight_of(layer: Any) -> NF4Weight:
     """The weight of a layer of bitsandbytes, in the same memory.
 
     Raises:
-        ValueError: why it is none of ours.
+        ValueError: the layer cannot be adopted; the message is the reason.
     """
     import bitsandbytes as bnb
 
@@ -143,7 +143,7 @@ def _weight_of(layer: Any) -> NF4Weight:
     if type(layer).forward is not bnb.nn.Linear4bit.forward:
         raise ValueError(f"{type(layer).__name__}, which has its own forward")
     data: Tensor = layer.weight.detach().as_subclass(torch.Tensor)
-    is_quantized = getattr(layer.weight, "bnb_quantized", True)  # a parameter that has lost its class, too
+    is_quantized = getattr(layer.weight, "bnb_quantized", True)  # a parameter that lost its class counts as quantized
     state = getattr(layer.weight, "quant_state", None) or (layer.quant_state if is_quantized else None)
     if state is None and is_quantized:
         raise ValueError("its quant_state is lost")
@@ -169,7 +169,7 @@ def _weight_of(layer: Any) -> NF4Weight:
 
 @contextlib.contextmanager
 def _without_hook(module: Any) -> Iterator[None]:
-    """Takes off the hook of accelerate, which holds on to the forward of a class, while a module changes its class."""
+    """Removes accelerate's hook, which stores the forward of a class, while a module changes its class."""
     hook = getattr(module, "_hf_hook", None)
     if hook is None:
         yield
@@ -185,7 +185,7 @@ def _without_hook(module: Any) -> Iterator[None]:
 def _adopt_layer(layer: Any) -> None:
     from .layers import ADOPTED
 
-    dense: type[nn.Module] = getattr(layer, "source_cls", nn.Linear)  # transformers notes it, for it may be a Conv1D
+    dense: type[nn.Module] = getattr(layer, "source_cls", nn.Linear)  # transformers sets it; it may be Conv1D
     if not issubclass(dense, nn.Linear):
         from . import conv1d as conv1d
     ours = next(cls for kind, cls in CONVERSIONS.items() if issubclass(dense, kind))
@@ -196,7 +196,7 @@ def _adopt_layer(layer: Any) -> None:
 
 
 def _adapters_over(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-    """The layers of PEFT in ``model``, by the layer that they stand over."""
+    """The PEFT layers in ``model``, by their base layer."""
     over: dict[nn.Module, list[nn.Module]] = {}
     if "peft" in sys.modules:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -208,10 +208,10 @@ def _adapters_over(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
 
 
 def _lora_over(adapters: list[Any]) -> list[Any]:
-    """Those adapters, if all are PEFT's LoRA for bitsandbytes' 4-bit layers, and in use.
+    """Returns ``adapters`` if all are PEFT's LoRA layers for bitsandbytes, and none is merged.
 
     Raises:
-        ValueError: why a layer under one of them cannot be ours.
+        ValueError: the base layer cannot be adopted; the message is the reason.
     """
     if not adapters:
         return adapters
@@ -235,10 +235,10 @@ def _adopt_lora(adapter: Any) -> None:
 
 
 def _adopt_all(model: nn.Module) -> None:
-    """Before ``quantize_model``, which would pass these layers by.
+    """Adopts bitsandbytes' layers before ``quantize_model``, which would skip them.
 
     Raises:
-        ValueError: some cannot be ours; the model would be saved as what it is not.
+        ValueError: a layer cannot be adopted, so the model could not be saved in one format.
     """
     adoption = _adopted(model)
     if adoption.left:

@@ -1,4 +1,4 @@
-"""GPT-2's ``Conv1D``, where bitsandbytes quantized it."""
+"""GPT-2's ``Conv1D`` layers that bitsandbytes has quantized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .layers import ADOPTED, FromBitsandbytes
 
 
 class AdoptedConv1D4bit(FromBitsandbytes, Conv1D4bit, bnb.nn.Linear4bit):
-    """A ``Conv1D4bit`` of ours in the place of a ``bnb.nn.Linear4bit``; see ``AdoptedLinear4bit``."""
+    """A ``Conv1D4bit`` that replaces a ``bnb.nn.Linear4bit``; see ``AdoptedLinear4bit``."""
 
 
 ADOPTED[Conv1D4bit] = AdoptedConv1D4bit

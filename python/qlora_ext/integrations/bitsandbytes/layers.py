@@ -1,4 +1,4 @@
-"""Linear layers of bitsandbytes in which our operators compute: ours for our code, and theirs for code that asks."""
+"""Linear layers that are instances of both our classes and bitsandbytes', and compute with our operators."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ import torch
 from bitsandbytes.functional import QuantState
 from torch import Tensor
 
-from ...form import Form
 from ...nn import SCALES, Linear4bit
 from ...weight import NF4Weight, Weight4bit
 
 
 def _packed_state(w4: NF4Weight, prefix: str) -> dict[str, Tensor]:
-    """The packed state of a layer with this weight, as in the ``state_dict`` of one of ours."""
+    """The packed state of a layer with this weight, with the keys of our ``state_dict``."""
     tensors = {"weight": w4.packed, **{scale: getattr(w4, scale) for scale in SCALES}}
     return {prefix + name: t for name, t in tensors.items() if t is not None}
 
 
 class FromBitsandbytes(Linear4bit):
-    """What a layer of ours does differently in the place of one of bitsandbytes'."""
+    """A mixin for our layers that replace one of bitsandbytes'."""
 
-    # Without a compute dtype, a layer of bitsandbytes takes that of its first input.
+    # If False, the first input determines the compute dtype, as in bitsandbytes.
     compute_type_is_set: bool
 
     def become(self, w4: NF4Weight, compute_dtype: torch.dtype | None) -> None:
-        """Gives the state of a layer of ours to a module that was a ``bnb.nn.Linear4bit`` until now.
+        """Initializes this object, whose class was ``bnb.nn.Linear4bit`` until now, as one of our layers.
 
         Args:
-            w4: its weight. compute_dtype: None for that of the first input.
+            w4: its weight.
+            compute_dtype: None for the dtype of the first input.
         """
         for attribute in ("compute_dtype", "quant_state", "quant_storage"):
             vars(self).pop(attribute, None)
-        self._set_form(Form(compute_dtype or w4.dtype, w4.block_size, w4.double_quant, w4.nested_block_size))
+        self._set_form(w4.form, compute_dtype or w4.dtype)
         self._register_packed("meta")
         self.set_weight(w4)
         self.compute_type_is_set = compute_dtype is not None
 
     @property
     def quant_state(self) -> QuantState | None:
-        """The scales as bitsandbytes has them, in the memory of this layer's own; None while they are on "meta".
+        """The scales as bitsandbytes' ``QuantState``, which shares this layer's memory; None on the meta device.
 
-        With ``weight.reshape(-1, 1)`` they are what bitsandbytes' functions take.
+        bitsandbytes' functions take it together with ``weight.reshape(-1, 1)``.
         """
         if self.absmax.is_meta:
             return None
@@ -59,7 +59,7 @@ class FromBitsandbytes(Linear4bit):
         if any(key.startswith(f"{weight}.quant_state.") for key in state_dict):
             try:
                 w4 = self._read(state_dict, prefix)
-            except (KeyError, ValueError) as error:  # refused even where the load is not strict
+            except (KeyError, ValueError) as error:  # an error even with strict=False
                 args[-1].append(error.args[0])
                 return
             others = {key: t for key, t in state_dict.items() if not key.startswith(f"{weight}.")}
@@ -68,10 +68,10 @@ class FromBitsandbytes(Linear4bit):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _read(self, state_dict: dict[str, Any], prefix: str) -> NF4Weight:
-        """This layer's weight in a state of bitsandbytes.
+        """Reads this layer's weight from a state in bitsandbytes' format.
 
         Raises:
-            KeyError, ValueError: there is none, or it has another form.
+            KeyError, ValueError: a key is missing, or the weight has another form.
         """
         w4 = NF4Weight.from_bitsandbytes(state_dict, f"{prefix}weight")
         expected = self.packed_shapes["weight"]
@@ -86,7 +86,7 @@ class FromBitsandbytes(Linear4bit):
         return super().fused_forward(x, *args, **kwargs)
 
     def hide_scales(self) -> None:
-        """Makes ``absmax`` a buffer: code that casts all parameters of one dimension, meaning norms, passes it by."""
+        """Makes ``absmax`` a buffer, because training scripts cast all one-dimensional parameters, to reach norms."""
         absmax = self._parameters.pop("absmax", None)
         if absmax is not None:
             self.register_buffer("absmax", absmax.detach())
@@ -97,20 +97,20 @@ class FromBitsandbytes(Linear4bit):
 
 
 class AdoptedLinear4bit(FromBitsandbytes, bnb.nn.Linear4bit):
-    """A ``Linear4bit`` of ours in the place of a ``bnb.nn.Linear4bit``, of which it is an instance, too.
+    """Our ``Linear4bit`` as a subclass of ``bnb.nn.Linear4bit``, so that scripts that look for that class find it.
 
-    So scripts that look for bitsandbytes' layers by their class find it. Its weight is uint8 [N, K/2] as in all our
-    layers, and a plain parameter without a ``quant_state``: the layer has that, and ``dequantize()`` gives the decoded
-    weight. It loads bitsandbytes' state as well as its own, and its own is what ``state_dict()`` gives.
+    Its weight is uint8 [N, K/2] as in all our layers, and a plain parameter. The ``quant_state`` is an attribute of the
+    layer, not of the weight, and ``dequantize()`` returns the decoded weight. The layer loads states in bitsandbytes'
+    format and in ours; ``state_dict()`` returns ours.
     """
 
 
-# Layers of ours, and what stands for them in the place of bitsandbytes' layers.
+# For each of our layer classes, the subclass that replaces bitsandbytes' layers.
 ADOPTED: dict[type[Linear4bit], type[FromBitsandbytes]] = {Linear4bit: AdoptedLinear4bit}
 
 
 def stand_in(layer: Linear4bit) -> None:
-    """Makes a layer of ours, in place, one that is an instance of ``bnb.nn.Linear4bit``, too."""
+    """Changes the class of one of our layers, in place, to one that is also a ``bnb.nn.Linear4bit``."""
     layer.__class__ = ADOPTED[type(layer)]
     assert isinstance(layer, FromBitsandbytes)
     layer.compute_type_is_set = True

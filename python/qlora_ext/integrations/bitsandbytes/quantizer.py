@@ -1,4 +1,4 @@
-"""``BitsandbytesQuantizer``: transformers sees bitsandbytes' configuration and files, and our layers compute."""
+"""``BitsandbytesQuantizer``: loads our layers for bitsandbytes' configuration, and saves bitsandbytes' format."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from .state import state_dict
 
 
 def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
-    """The configuration by which transformers knows which layers of a 4-bit model are so, and how they compute.
+    """The configuration that tells transformers which layers of a 4-bit model are 4-bit, and how they compute.
 
     Raises:
-        ValueError: their compute dtypes differ, or one of them replaces a layer that bitsandbytes leaves dense.
+        ValueError: the compute dtypes of the layers differ, or one replaces a layer that bitsandbytes leaves dense.
     """
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     for name, layer in model.named_modules():
@@ -43,9 +43,10 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
 
 
 class BitsandbytesQuantizer(QLoRAQuantizer):
-    """Loads layers of ours where ``BitsAndBytesConfig`` with NF4 asks for bitsandbytes', and no others.
+    """Loads our layers instead of exactly those that ``BitsAndBytesConfig`` with NF4 requests from bitsandbytes.
 
-    The model keeps that configuration, ``is_loaded_in_4bit`` and, saved, bitsandbytes' form: it loads without us, too.
+    The model keeps that configuration and ``is_loaded_in_4bit``, and is saved in bitsandbytes' format, so that it also
+    loads without qlora_ext.
     """
 
     quantization_config: Any  # BitsAndBytesConfig
@@ -87,7 +88,7 @@ def announce(model: nn.Module) -> None:
 
 
 def stand_in_all(model: Any) -> None:
-    """Makes the 4-bit layers of ``model`` and itself look like bitsandbytes', where that is installed."""
+    """If bitsandbytes is installed, makes ``model`` and its 4-bit layers look like bitsandbytes'."""
     if not is_bitsandbytes_available():
         return
     from . import conv1d as conv1d
@@ -110,7 +111,7 @@ def _dequantize_theirs(model: Any, config: BitsAndBytesConfig, dtype: torch.dtyp
 
 
 def keep_format(model: nn.Module) -> None:
-    """Has the models of transformers in ``model``, whose layers were adopted, saved as bitsandbytes would save them."""
+    """Makes the transformers models in ``model``, whose layers were adopted, save in bitsandbytes' format."""
     inside: set[nn.Module] = set()
     for module in model.modules():
         if not isinstance(module, PreTrainedModel) or module in inside:
@@ -120,7 +121,7 @@ def keep_format(model: nn.Module) -> None:
         if isinstance(config, BitsAndBytesConfig):
             forget_bitsandbytes_keys(module)
             quantizer = BitsandbytesQuantizer(config)
-            quantizer.keep_packed_whole(module)
+            quantizer.save_packed_state(module)
             module.hf_quantizer = quantizer
-        else:  # not loaded by transformers, which could not have saved it
+        else:  # not loaded by transformers in 4 bits, so it is saved in our format
             attach(module)

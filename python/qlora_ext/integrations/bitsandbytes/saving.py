@@ -1,4 +1,4 @@
-"""A whole 4-bit model saved in the form in which transformers saves one of bitsandbytes' own."""
+"""Saves a 4-bit transformers model in bitsandbytes' format."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from .quantizer import BitsandbytesQuantizer, bitsandbytes_config
 
 
 def save_pretrained(model: Any, directory: str | os.PathLike[str], **options: Any) -> None:
-    """Saves a 4-bit transformers model as bitsandbytes' own, which needs bitsandbytes (>= 0.50) and not us to load.
+    """Saves a 4-bit transformers model in bitsandbytes' format: it then loads with bitsandbytes (>= 0.50) alone.
 
     Args:
-        model: a ``PreTrainedModel`` with ``Linear4bit`` layers, as ``QLoRAConfig`` or ``quantize_model`` makes one.
-        directory: to write, as with ``model.save_pretrained``, which takes the ``options``.
+        model: a ``PreTrainedModel`` with ``Linear4bit`` layers, as made by ``QLoRAConfig`` or ``quantize_model``.
+        directory: the output directory.
+        options: passed to ``model.save_pretrained``.
 
     Raises:
-        TypeError: no such model. ValueError: a 4-bit layer of a kind that bitsandbytes lacks.
+        TypeError: ``model`` is not such a model. ValueError: it has a 4-bit layer of a kind that bitsandbytes lacks.
 
     Example:
         >>> import tempfile
@@ -27,7 +28,7 @@ def save_pretrained(model: Any, directory: str | os.PathLike[str], **options: An
         >>> sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
         >>> model = qlora_ext.quantize_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=128)))
         >>> from qlora_ext.integrations.bitsandbytes import save_pretrained
-        >>> save_pretrained(model, tempfile.mkdtemp())  # a directory that bitsandbytes loads without us
+        >>> save_pretrained(model, tempfile.mkdtemp())  # bitsandbytes loads this directory
     """
     if not isinstance(model, PreTrainedModel) or not any(isinstance(m, Linear4bit) for m in model.modules()):
         raise TypeError(f"model: expected a transformers model with 4-bit layers, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""The state of a 4-bit model in bitsandbytes' form."""
+"""The state of a 4-bit model in bitsandbytes' format."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from ...nn import SCALES, Linear4bit, Packed4bit, TiedLinear4bit
 
 
 def state_dict(model: nn.Module, storage: torch.dtype = torch.uint8) -> dict[str, Tensor]:
-    """The state of a 4-bit model as bitsandbytes would have it, which needs bitsandbytes and not us to load.
+    """The state of a 4-bit model in bitsandbytes' format, which loads with bitsandbytes alone.
 
-    The model's own ``state_dict()`` has the names and shapes of its parameters, by which FSDP2, torch's distributed
-    checkpoints and accelerate's offloading find them; bitsandbytes' form has others.
+    The model's own ``state_dict()`` has the names and shapes of its parameters, as FSDP2, torch's distributed
+    checkpoints and accelerate's offloading require. bitsandbytes' format has other names and shapes.
 
     Args:
-        model: any module whose 4-bit modules are linear layers; of a sharded one, every rank has to ask.
-        storage: the dtype that packed bytes pose as, as in ``bnb_4bit_quant_storage``.
+        model: any module whose 4-bit modules are linear layers. For a sharded model, every rank has to call this.
+        storage: the dtype as which packed bytes are viewed, as in ``bnb_4bit_quant_storage``.
 
     Returns:
         For a layer ``name``: ``name.weight`` [N·K/2 bytes, 1] in ``storage``, with ``.absmax``, ``.quant_map``,
-        ``.quant_state.bitsandbytes__nf4`` and, double quantized, ``.nested_absmax`` and ``.nested_quant_map``. What is
-        not 4-bit is as in ``model.state_dict()``.
+        ``.quant_state.bitsandbytes__nf4`` and, with double quantization, ``.nested_absmax`` and ``.nested_quant_map``.
+        Dense tensors are as in ``model.state_dict()``.
 
     Raises:
-        TypeError: ``model`` is no ``nn.Module``, or ``storage`` no dtype.
-        ValueError: a 4-bit layer of a kind that bitsandbytes lacks, or a number of bytes that makes no whole elements.
+        TypeError: ``model`` is not an ``nn.Module``, or ``storage`` is not a dtype.
+        ValueError: a 4-bit layer is of a kind that bitsandbytes lacks, or its number of bytes is not a multiple of the
+            size of ``storage``.
 
     Example:
         >>> from qlora_ext.integrations.bitsandbytes import state_dict
@@ -38,7 +39,7 @@ def state_dict(model: nn.Module, storage: torch.dtype = torch.uint8) -> dict[str
     if not isinstance(storage, torch.dtype):
         raise TypeError(f"storage: expected a torch.dtype, got {type(storage).__name__}")
     state: dict[str, Tensor] = model.state_dict()
-    for name, layer in model.named_modules(remove_duplicate=False):  # a state has a shared layer under all its names
+    for name, layer in model.named_modules(remove_duplicate=False):  # state dicts list shared layers under all names
         if not isinstance(layer, Packed4bit):
             continue
         if not isinstance(layer, Linear4bit) or isinstance(layer, TiedLinear4bit):

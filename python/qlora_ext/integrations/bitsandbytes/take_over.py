@@ -1,4 +1,4 @@
-"""Once this is imported, ``BitsAndBytesConfig`` with NF4 loads our layers."""
+"""Importing this module makes transformers' ``BitsAndBytesConfig`` with NF4 load our layers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _theirs = auto.AUTO_QUANTIZER_MAPPING[_KIND]
 
 
 def _quantizer(quantization_config: BitsAndBytesConfig, **options: Any) -> Any:
-    """The quantizer for a 4-bit configuration of bitsandbytes': ours for NF4, theirs for FP4."""
+    """The quantizer for a 4-bit configuration of bitsandbytes: ours for NF4, theirs for FP4."""
     is_nf4 = quantization_config.load_in_4bit and quantization_config.bnb_4bit_quant_type == "nf4"
     return (BitsandbytesQuantizer if is_nf4 else _theirs)(quantization_config, **options)
 

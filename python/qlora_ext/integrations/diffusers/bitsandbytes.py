@@ -1,4 +1,4 @@
-"""``DiffusersBitsandbytesQuantizer``: diffusers sees bitsandbytes' configuration and files, and our layers compute."""
+"""``DiffusersBitsandbytesQuantizer``: loads our layers for bitsandbytes' configuration in diffusers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .quantizer import DiffusersQLoRAQuantizer
 
 
 class DiffusersBitsandbytesQuantizer(DiffusersQLoRAQuantizer):
-    """Loads our layers in place of exactly those for which diffusers' NF4 ``BitsAndBytesConfig`` asks bitsandbytes.
+    """Loads our layers instead of exactly those that ``BitsAndBytesConfig`` with NF4 requests from bitsandbytes.
 
-    The model keeps that configuration and ``is_loaded_in_4bit``. It is saved in bitsandbytes' form, and loads without
-    us, too.
+    The model keeps that configuration and ``is_loaded_in_4bit``, and is saved in bitsandbytes' format, so that it also
+    loads without qlora_ext.
     """
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
@@ -50,12 +50,12 @@ class DiffusersBitsandbytesQuantizer(DiffusersQLoRAQuantizer):
 
 
 def keep_diffusers_format(model: nn.Module) -> None:
-    """Makes the diffusers models in ``model``, whose layers were adopted, save in bitsandbytes' form."""
+    """Makes the diffusers models in ``model``, whose layers were adopted, save in bitsandbytes' format."""
     for part in model.modules():
         if not isinstance(part, ModelMixin) or not any(True for _ in layers_of(part)):
             continue
         config = saved_config(part)
         if config.get("quant_method") == "bitsandbytes":
             part.hf_quantizer = DiffusersBitsandbytesQuantizer(BitsAndBytesConfig.from_dict(config))
-        else:  # not loaded by diffusers, which could not have saved it
+        else:  # not loaded by diffusers in 4 bits, so it is saved in our format
             attach(part)

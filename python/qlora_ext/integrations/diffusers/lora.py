@@ -1,4 +1,4 @@
-"""LoRA files of pipelines: gives diffusers the dense shapes with which it compares them."""
+"""LoRA files of pipelines: gives diffusers the dense shapes of 4-bit layers, with which it compares the files."""
 
 from __future__ import annotations
 

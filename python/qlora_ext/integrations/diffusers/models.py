@@ -1,4 +1,4 @@
-"""The behaviour of diffusers models with 4-bit layers: sensitive layers stay dense; saving; the model's dtype."""
+"""Support for diffusers models with 4-bit layers: which layers stay dense, saving, casting, the model's dtype."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from ...nn import AFTER_QUANTIZE, KEPT_DENSE, KeptDense, Packed4bit, layers_of
+from ...nn import AFTER_QUANTIZE, DENSE_RULES, DenseModules, Packed4bit, layers_of
 from .._patches import extend
 from ..bitsandbytes.state import state_dict
 from ..transformers import METHOD, QLoRAConfig
-from ..transformers.counting import hidden_parameters
-from ..transformers.modules import form_of
+from ..transformers.counting import uncounted_parameters
+from ..transformers.modules import compute_dtype_of
 from .quantizer import DiffusersQLoRAQuantizer, align, forget
 
-# Modules that ask for the dtype of a layer's weight and cast to it, by the name of their class: the layer stays dense.
+# Classes whose code reads the dtype of a layer's weight, and the name of that layer, which stays dense.
 _READ = {
     "AnyFlowDualTimestepTextImageEmbedding": "delta_embedder",
     "AnyFlowDualTimestepTextImageEmbeddingCausal": "delta_embedder",
@@ -27,27 +27,27 @@ _READ = {
 }
 
 
-def _kept_dense(model: nn.Module) -> KeptDense:
-    """Modules that the diffusers models in ``model`` keep in float32, and layers whose weight their code reads."""
+def _dense_modules(model: nn.Module) -> DenseModules:
+    """The modules that the diffusers models in ``model`` keep in float32, and the layers whose weights they read."""
     always = []
     for prefix, part in model.named_modules():
         if type(part).__name__ in _READ:
             always.append(f"{prefix}.{_READ[type(part).__name__]}".removeprefix("."))
         if isinstance(part, ModelMixin) and part._keep_in_fp32_modules:
-            kept = part._keep_in_fp32_modules
-            names = {kept} if isinstance(kept, str) else {*kept}
+            float32 = part._keep_in_fp32_modules
+            names = {float32} if isinstance(float32, str) else {*float32}
             inside = (name for name, _ in part.named_modules() if name.rpartition(".")[2] in names)
             always += [f"{prefix}.{name}".removeprefix(".") for name in inside]
-    return KeptDense([], [], always)
+    return DenseModules([], [], always)
 
 
 def attach(model: Any) -> None:
     """Enables saving, loading and dequantizing for a diffusers model that ``quantize_model`` has quantized."""
     if not isinstance(model, ModelMixin) or not any(True for _ in layers_of(model)):
         return
-    config, form = QLoRAConfig(), form_of(model)
-    if form is not None and form.compute_dtype != model.dtype:
-        config.compute_dtype = form.compute_dtype
+    config, compute_dtype = QLoRAConfig(), compute_dtype_of(model)
+    if compute_dtype is not None and compute_dtype != model.dtype:
+        config.compute_dtype = compute_dtype
     quantizer = DiffusersQLoRAQuantizer(config, pre_quantized=True)
     quantizer.describe(model)
     align(model)
@@ -64,7 +64,7 @@ def saved_config(model: Any) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _as_saved(model: Any) -> Iterator[None]:
-    """Updates the configuration of ``model`` and the state that is saved to its current layers.
+    """Brings the configuration and the saved state of ``model`` up to date with its current layers.
 
     Raises:
         ValueError: the saved model could not be loaded.
@@ -91,7 +91,7 @@ def _as_saved(model: Any) -> Iterator[None]:
             del vars(model)["state_dict"]
         return
     if not isinstance(getattr(model, "hf_quantizer", None), DiffusersQLoRAQuantizer):
-        attach(model)  # only parts of it were given to quantize_model
+        attach(model)  # only parts of the model were quantized
     model.hf_quantizer.describe(model)
     yield
 
@@ -108,7 +108,7 @@ def _save_pretrained(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any
 def _cast(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
     if getattr(self, "quantization_method", None) != METHOD:
         return original(self, *args, **kwargs)
-    self.is_quantized = False  # else diffusers refuses, and the 4-bit layers keep their bits
+    self.is_quantized = False  # otherwise diffusers refuses; the 4-bit layers keep their bits
     try:
         return original(self, *args, **kwargs)
     finally:
@@ -118,7 +118,7 @@ def _cast(original: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
 @extend("diffusers.models.modeling_utils:ModelMixin.num_parameters")
 def _num_parameters(original: Any, self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     counted: int = original(self, only_trainable, exclude_embeddings)
-    return counted if only_trainable else counted + hidden_parameters(self, not exclude_embeddings)
+    return counted if only_trainable else counted + uncounted_parameters(self, not exclude_embeddings)
 
 
 @extend("diffusers.models.modeling_utils:get_parameter_dtype")
@@ -126,12 +126,12 @@ def _get_parameter_dtype(original: Any, parameter: nn.Module) -> torch.dtype:
     dtype: torch.dtype = original(parameter)
     if not any(True for _ in layers_of(parameter)) or _casts_layerwise(parameter):
         return dtype
-    # 4-bit layers hold float32 scales, and biases in their compute dtype; adapters have a dtype of their own.
+    # Scales are float32, biases of 4-bit layers have the compute dtype, and adapters have their own dtype.
     others = [m for m in parameter.modules() if isinstance(m, Packed4bit) or hasattr(m, "base_layer")]
     skipped = {p for module in others for p in module.parameters()}
-    kept = getattr(parameter, "_keep_in_fp32_modules", None) or ()
+    float32 = getattr(parameter, "_keep_in_fp32_modules", None) or ()
     for name, p in parameter.named_parameters():
-        if p.is_floating_point() and p not in skipped and not any(part in name for part in kept):
+        if p.is_floating_point() and p not in skipped and not any(part in name for part in float32):
             return p.dtype
     return dtype
 
@@ -144,16 +144,16 @@ def _fuse_projections(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
         if fuses and any(True for _ in layers_of(module)):
             raise ValueError(
                 f"{name or type(module).__name__}: expected dense projections to fuse, got 4-bit ones, which cannot be "
-                "concatenated; leave the call out, or keep them dense by skip_modules"
+                "concatenated; remove the call, or keep them dense with skip_modules"
             )
     return original(self, *args, **kwargs)
 
 
 def _casts_layerwise(model: nn.Module) -> bool:
-    """Whether ``enable_layerwise_casting`` keeps the parameters in another dtype than that of the computation."""
+    """Whether ``enable_layerwise_casting`` stores the parameters in another dtype than the compute dtype."""
     registries = (getattr(module, "_diffusers_hook", None) for module in model.modules())
     return any(r is not None and r.get_hook("layerwise_casting") is not None for r in registries)
 
 
-KEPT_DENSE.append(_kept_dense)
+DENSE_RULES.append(_dense_modules)
 AFTER_QUANTIZE.append(attach)

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from ... import _library
-from ...bitsandbytes_state import COMPANIONS
-from ...form import Form
+from ...bitsandbytes_format import COMPANIONS
 from ...nn import (
     CONVERSIONS,
     Embedding4bit,
@@ -44,8 +43,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 class DiffusersQLoRAQuantizer(DiffusersQuantizer):
     """Puts 4-bit modules into a diffusers model that is being loaded.
 
-    From a dense checkpoint each layer is replaced as its weight is read, so that one dense weight is in memory at a
-    time. For a 4-bit checkpoint the empty 4-bit modules are put in first, and filled.
+    With a dense checkpoint, each layer is replaced when its weight is read, so only one dense weight is in memory at a
+    time. With a 4-bit checkpoint, empty 4-bit modules are inserted first and then filled.
     """
 
     use_keep_in_fp32_modules = True
@@ -57,12 +56,12 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         super().__init__(copy.copy(quantization_config), **kwargs)  # each model records its own layers
         self.config: QLoRAConfig = self.quantization_config
         self.reads_bitsandbytes = self.pre_quantized and self.config._bitsandbytes_storage is not None
-        self.config._bitsandbytes_storage = None  # what is saved from here on is ours
+        self.config._bitsandbytes_storage = None  # the model will be saved in our format
         self.torch_dtype: torch.dtype | None = None
         self.streaming_device: Any = None
-        # Dense checkpoint: layers still to be quantized, by the names of their weights.
+        # For a dense checkpoint: the layers that are not quantized yet, by the names of their weights.
         self.awaited: dict[str, nn.Module] = {}
-        # bitsandbytes checkpoint: layers with tensors in a file that has not been read yet.
+        # For a bitsandbytes checkpoint: layers with tensors in a file that has not been read yet.
         self.incomplete: dict[str, tuple[Packed4bit, dict[str, Tensor]]] = {}
         self.target_device: Any = None
 
@@ -85,7 +84,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         return torch_dtype
 
     def update_device_map(self, device_map: Any) -> Any:
-        # As for transformers' models, and for bitsandbytes: a quantized model goes to the GPU if there is one.
+        # A quantized model goes to the GPU if there is one, as in transformers and for bitsandbytes.
         if device_map is None and _library.cuda_error is None and torch.cuda.is_available():
             device_map = {"": torch.cuda.current_device()}
         if self.config.stream is None or not isinstance(device_map, Mapping):
@@ -96,15 +95,17 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
     def adjust_target_dtype(self, target_dtype: torch.dtype) -> Any:
         from accelerate.utils import CustomDtype
 
-        return CustomDtype.INT4  # by which accelerate computes a device_map
+        return CustomDtype.INT4  # accelerate computes the device_map from it
 
-    def _form(self, module: nn.Module) -> Form:
+    def _options(self, module: nn.Module) -> dict[str, Any]:
+        """The compute dtype and the form of the 4-bit module that replaces ``module``, as keywords."""
         dense: torch.dtype = module.weight.dtype  # type: ignore[assignment]
-        return self.config.form(self.torch_dtype or dense)
+        compute_dtype = self.config.computing_dtype(self.torch_dtype or dense)
+        return {"compute_dtype": compute_dtype, **self.config.form.keywords}
 
-    def _selected(self, model: nn.Module, kept_in_float32: list[str]) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that are to be 4-bit, with their names."""
-        if self.pre_quantized and not self.reads_bitsandbytes:  # the configuration has the full names of all others
+    def _selected(self, model: nn.Module, float32_names: list[str]) -> Iterator[tuple[str, nn.Module]]:
+        """The modules to replace by 4-bit ones, and their names."""
+        if self.pre_quantized and not self.reads_bitsandbytes:  # the configuration lists all dense modules
             dense = set(self.config.skip_modules or [])
             for name, module in list(model.named_modules()):
                 is_kind = is_dense(module) and (self.config.embeddings or not isinstance(module, nn.Embedding))
@@ -112,7 +113,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
                     yield name, module
             return
         if self.follows_bitsandbytes:
-            yield from linear_layers_of_bitsandbytes(model, [*(self.config.skip_modules or []), *kept_in_float32])
+            yield from linear_layers_of_bitsandbytes(model, [*(self.config.skip_modules or []), *float32_names])
             return
         patterns = self.config.skip_modules
         heads = tied_heads(model)
@@ -125,17 +126,17 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
 
     @property
     def supports_parallel_loading(self) -> bool:
-        return not self.reads_bitsandbytes  # whose weights may be completed by another file
+        return not self.reads_bitsandbytes  # because one weight may be spread over several files
 
     @property
     def follows_bitsandbytes(self) -> bool:
-        """Whether exactly those layers are 4-bit that bitsandbytes would quantize."""
+        """Whether to quantize exactly the layers that bitsandbytes would quantize."""
         return self.reads_bitsandbytes
 
     def _process_model_before_weight_loading(
         self, model: Any, device_map: Any = None, keep_in_fp32_modules: list[str] | None = None, **kwargs: Any
     ) -> None:
-        if "state_dict" in kwargs:  # from_single_file, which says of every file that it is quantized
+        if "state_dict" in kwargs:  # from_single_file, which passes every file as pre-quantized
             if any(key.endswith(".absmax") for key in kwargs["state_dict"]):
                 raise ValueError("from_single_file: expected a dense checkpoint; load a 4-bit one with from_pretrained")
             self.pre_quantized = False
@@ -147,11 +148,11 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
                 self.awaited[f"{name}.weight"] = module
 
     def _replace(self, module: nn.Module, new: nn.Module) -> None:
-        for parent, name, _ in self.places.pop(module):  # nothing keeps the dense weight
+        for parent, name, _ in self.places.pop(module):  # popped, so that no reference keeps the dense weight
             setattr(parent, name, new)
 
     def _empty(self, module: nn.Module) -> Packed4bit:
-        options: dict[str, Any] = {"device": "meta", **vars(self._form(module))}
+        options: dict[str, Any] = {"device": "meta", **self._options(module)}
         if isinstance(module, nn.Embedding):
             return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
         assert isinstance(module, nn.Linear)
@@ -199,7 +200,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
                 module._parameters[part] = nn.Parameter(value, requires_grad=False)
 
     def _quantize(self, module: nn.Module, name: str, weight: Tensor) -> None:
-        options = vars(self._form(module))
+        options = self._options(module)
         module.weight = nn.Parameter(weight, requires_grad=False)
         try:
             self._replace(module, quantized(module, **options))
@@ -210,7 +211,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
         if not self.reads_bitsandbytes:
             return loaded_keys
         endings = tuple(f".weight.{companion}" for companion in COMPANIONS)
-        return [key for key in loaded_keys if not key.endswith(endings)]  # else diffusers calls them unused
+        return [key for key in loaded_keys if not key.endswith(endings)]  # otherwise diffusers reports them as unused
 
     def maybe_update_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         self._complete(state_dict)
@@ -258,7 +259,7 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
             )
 
     def describe(self, model: Any) -> None:
-        """Writes into the model's configuration which of its layers are 4-bit, and in which form."""
+        """Records in the model's configuration which layers are 4-bit, and in which form."""
         record(self.config, model)
         model.register_to_config(quantization_config=self.config)
 
@@ -273,8 +274,8 @@ class DiffusersQLoRAQuantizer(DiffusersQuantizer):
 def linear_layers_of_bitsandbytes(model: nn.Module, skipped: list[str]) -> Iterator[tuple[str, nn.Module]]:
     """The linear layers that diffusers lets bitsandbytes quantize, by its own rule for names."""
     for name, module in model.named_modules():
-        kept = name.rpartition(".")[2] in skipped or any(f"{key}." in name or key == name for key in skipped)
-        if type(module) in CONVERSIONS and not kept:
+        is_skipped = name.rpartition(".")[2] in skipped or any(f"{key}." in name or key == name for key in skipped)
+        if type(module) in CONVERSIONS and not is_skipped:
             yield name, module
 
 
@@ -291,10 +292,10 @@ def align(model: nn.Module) -> None:
 
 
 def record(config: QLoRAConfig, model: nn.Module) -> None:
-    """Notes in ``config`` the layers of ``model`` that are dense, and the form of the others.
+    """Records in ``config`` the dense layers of ``model``, and the form of the 4-bit ones.
 
     Raises:
-        ValueError: a 4-bit module of this kind cannot be loaded again, or the layers differ in form.
+        ValueError: a 4-bit module is of a kind that cannot be loaded again, or the layers differ in form.
     """
     for name, layer in layers_of(model):
         if not isinstance(layer, (Linear4bit, Embedding4bit)) or isinstance(layer, TiedLinear4bit):
@@ -307,14 +308,14 @@ def record(config: QLoRAConfig, model: nn.Module) -> None:
 
 
 def forget(model: Any) -> None:
-    """Takes the ``quantization_config`` out of the configuration of a model that is dense."""
+    """Removes the ``quantization_config`` from the configuration of a model that is dense again."""
     fields = {name: value for name, value in model.config.items() if name != "quantization_config"}
     model._internal_dict = type(model.config)(fields)
 
 
 @extend("diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs")
 def _merge_quantization_configs(original: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-    # The checkpoint's configuration wins, and bitsandbytes' would load bitsandbytes' layers.
+    # The original prefers the checkpoint's configuration, and bitsandbytes' would load bitsandbytes' layers.
     ours = quantization_config_from_args
     if not isinstance(ours, QLoRAConfig):
         return original(quantization_config, ours)

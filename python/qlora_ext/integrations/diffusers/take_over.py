@@ -1,4 +1,4 @@
-"""Once this is imported, diffusers' ``BitsAndBytesConfig`` with NF4 loads our layers."""
+"""Importing this module makes diffusers' ``BitsAndBytesConfig`` with NF4 load our layers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """PEFT (>= 0.19): LoRA on ``Linear4bit`` as one fused operator, with PEFT's own adapters, files and switches.
 
-``get_peft_model`` and ``PeftModel.from_pretrained`` put a ``LoraLinear4bit`` where they find a ``Linear4bit``, and
-PEFT's other methods run over one by their own code. This package is imported by itself as soon as PEFT is;
-``integrations/_patches.py`` lists what it changes there. In the examples of this package ``model`` is
+``get_peft_model`` and ``PeftModel.from_pretrained`` put a ``LoraLinear4bit`` on each ``Linear4bit``. PEFT's other
+methods run their own code on top of one. This package is imported automatically with PEFT, and
+``integrations/_patches.py`` lists what it changes there. In the examples of this package, ``model`` is
 ``get_peft_model(qlora_ext.quantize_model(llama), LoraConfig(target_modules="all-linear"))``.
 """
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from ..._internal.untrusted import excerpt, printable
 from .._patches import extend
-from ..transformers.counting import hidden_parameters
+from ..transformers.counting import uncounted_parameters
 from . import loftq as loftq
 from . import methods as methods
 from .base_file import (
@@ -58,12 +58,12 @@ __all__ = [
     "write_base",
 ]
 
-# What loading an adapter that was trained on another 4-bit base does, where the caller does not say.
+# The default of ``on_mismatch``: what happens if an adapter was trained on another 4-bit base.
 on_base_mismatch: OnMismatch = "warn"
 
 
 class IncompleteAdapterWarning(UserWarning):
-    """An adapter was put on a 4-bit base though its files lack weights, or hold NaN, or some found no place."""
+    """A loaded adapter lacks weights, has NaN or infinity, or has weights that belong to no layer of the model."""
 
 
 def check_base(
@@ -72,13 +72,13 @@ def check_base(
     """Whether ``model`` is the 4-bit base that the adapter in ``directory`` was trained on.
 
     Args:
-        on_mismatch: "refuse" raises a ValueError, "warn" warns, "ignore" only answers; ``on_base_mismatch`` if None.
+        on_mismatch: "refuse" raises a ValueError, "warn" warns, "ignore" only returns; ``on_base_mismatch`` if None.
 
     Returns:
-        None where the adapter does not say (PEFT alone wrote it) or the model is not 4-bit.
+        True or False, or None if the adapter has no record (PEFT alone wrote it) or the model is not 4-bit.
 
     Raises:
-        ValueError: another base, with "refuse"; or the file is damaged or of a newer version.
+        ValueError: the base is another one, with "refuse"; or the record is damaged or of a newer version.
 
     Example:
         >>> import tempfile
@@ -95,16 +95,16 @@ def check_base(
 @extend("peft.mixed_model:PeftMixedModel.get_nb_trainable_parameters")
 def _get_nb_trainable_parameters(original: Any, self: Any) -> tuple[int, int]:
     trainable, total = original(self)
-    return trainable, total + hidden_parameters(self)
+    return trainable, total + uncounted_parameters(self)
 
 
 @extend("peft.utils.other:prepare_model_for_kbit_training")
 def _prepare_model_for_kbit_training(original: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
     model = original(model, *args, **kwargs)
-    # PEFT turns gradient checkpointing on for the kinds of 4-bit model that it knows.
+    # PEFT enables gradient checkpointing only for the 4-bit models that it knows.
     known = getattr(model, "is_loaded_in_4bit", False)
     if is_4bit(model) and not known and (args[0] if args else kwargs.get("use_gradient_checkpointing", True)):
-        if not hasattr(model, "gradient_checkpointing_enable"):  # a model of diffusers, whose checkpoints need no input
+        if not hasattr(model, "gradient_checkpointing_enable"):  # diffusers, which needs no input gradients
             model.enable_gradient_checkpointing()
             return model
         options = (args[1] if len(args) > 1 else kwargs.get("gradient_checkpointing_kwargs")) or {}
@@ -126,13 +126,13 @@ def _check_module(original: Any, self: Any) -> None:
 
 
 def _incomplete(model: Any, adapter: str, result: Any) -> Iterator[str]:
-    """What is wrong with an adapter that was just loaded: a sentence each, with a count and a few names."""
+    """The faults of an adapter that was just loaded, one sentence each, with a count and a few names."""
     weights = peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     missing = {name.replace(f".{adapter}.", ".") for name in result.missing_keys}  # as they are in the file
     faults = {
         "are missing": missing | {name for name, t in weights.items() if t.is_meta},
         "belong to no layer of the model": set(result.unexpected_keys),
-        "hold NaN or infinity": {n for n, t in weights.items() if not t.is_meta and not t.isfinite().all()},
+        "have NaN or infinity": {n for n, t in weights.items() if not t.is_meta and not t.isfinite().all()},
     }
     for fault, names in faults.items():
         if names:

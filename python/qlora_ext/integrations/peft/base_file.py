@@ -1,4 +1,4 @@
-"""``qlora_base.json``, beside an adapter: on which 4-bit base it was trained, and what PEFT's own files cannot say."""
+"""``qlora_base.json``: records next to an adapter its 4-bit base, and settings that PEFT's files cannot express."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ OnMismatch = Literal["refuse", "warn", "ignore"]
 
 
 def is_4bit(model: nn.Module) -> bool:
+    """Whether ``model`` has 4-bit layers."""
     return any(True for _ in layers_of(model))
 
 
@@ -35,18 +36,18 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(m, Packed4bit) and m.is_sharded for m in model.modules())
 
 
-def _hidden_dropout(config: Any) -> float:
-    """The dropout that PEFT would refuse to load, for it has none on parameters: above 0 where there is one."""
+def _unsaved_dropout(config: Any) -> float:
+    """The dropout that PEFT's file must not contain, because PEFT rejects dropout on parameters; 0 if there is none."""
     return getattr(config, "lora_dropout", 0.0) if getattr(config, "target_parameters", None) else 0.0
 
 
 def write_base(model: nn.Module, directory: str | os.PathLike[str], adapter: str = "default") -> None:
-    """Records beside an adapter which 4-bit base it belongs to, and its dropout where PEFT's file leaves it out.
+    """Writes ``qlora_base.json`` next to an adapter: the fingerprint of its 4-bit base, and settings PEFT cannot save.
 
-    Of a model that FSDP2 has sharded every rank has to call this, as for ``fingerprint``; the first one writes.
+    For a model that FSDP2 has sharded, every rank has to call this, as for ``fingerprint``. The first rank writes.
     """
     record: dict[str, Any] = {"fingerprint": fingerprint(model), "format_version": FORMAT_VERSION}
-    lora_dropout = _hidden_dropout(getattr(model, "peft_config", {}).get(adapter))
+    lora_dropout = _unsaved_dropout(getattr(model, "peft_config", {}).get(adapter))
     if lora_dropout:
         record["lora_dropout"] = lora_dropout
     if is_merge_aware(model, adapter):
@@ -68,10 +69,10 @@ def _read(directory: str | os.PathLike[str]) -> tuple[pathlib.Path, dict[str, An
 
 
 def recorded_dropout(directory: str | os.PathLike[str]) -> float | None:
-    """The dropout of the adapter in ``directory`` where its PEFT file leaves it out; see ``write_base``.
+    """The dropout of the adapter in ``directory`` if ``write_base`` recorded one, else None.
 
     Raises:
-        ValueError: it is no probability, or the file is damaged or of a newer version.
+        ValueError: it is not a probability, or the file is damaged or of a newer version.
     """
     path, record = _read(directory)
     p: float | None = (record or {}).get("lora_dropout")
@@ -81,7 +82,7 @@ def recorded_dropout(directory: str | os.PathLike[str]) -> float | None:
 
 
 def recorded_merge_aware(directory: str | os.PathLike[str]) -> bool:
-    """Whether the adapter in ``directory`` was trained over the weights that merging makes of it.
+    """Whether the adapter in ``directory`` was trained merge-aware.
 
     Raises:
         ValueError: the file is damaged or of a newer version.
@@ -94,13 +95,13 @@ def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatc
     """Whether ``model`` is the 4-bit base that the adapter in ``directory`` was trained on.
 
     Args:
-        on_mismatch: "refuse" raises a ValueError, "warn" warns, "ignore" only answers.
+        on_mismatch: "refuse" raises a ValueError, "warn" warns, "ignore" only returns.
 
     Returns:
-        None where the adapter does not say (PEFT alone wrote it) or the model is not 4-bit.
+        True or False, or None if the adapter has no record (PEFT alone wrote it) or the model is not 4-bit.
 
     Raises:
-        ValueError: another base, with "refuse"; or the file is damaged or of a newer version.
+        ValueError: the base is another one, with "refuse"; or the record is damaged or of a newer version.
     """
     if not is_4bit(model):
         return None
@@ -122,24 +123,24 @@ def compare_base(model: nn.Module, directory: str | os.PathLike[str], on_mismatc
 
 
 @contextlib.contextmanager
-def _without_hidden_dropout(configs: Iterable[Any]) -> Iterator[None]:
-    """Has adapters with dropout on experts saved as ones without: it means nothing outside of training."""
-    hidden = [(config, p) for config in configs if (p := _hidden_dropout(config))]
-    for config, _ in hidden:
+def _without_unsaved_dropout(configs: Iterable[Any]) -> Iterator[None]:
+    """Sets the dropout of adapters on experts to 0 while they are saved, because PEFT could not load it."""
+    unsaved = [(config, p) for config in configs if (p := _unsaved_dropout(config))]
+    for config, _ in unsaved:
         config.lora_dropout = 0.0
     try:
         yield
     finally:
-        for config, p in hidden:
+        for config, p in unsaved:
             config.lora_dropout = p
 
 
 @extend("peft.peft_model:PeftModel.save_pretrained")
 def _save_pretrained(original: Any, self: Any, save_directory: str, *args: Any, **kwargs: Any) -> Any:
-    with _without_hidden_dropout(self.peft_config.values()):
+    with _without_unsaved_dropout(self.peft_config.values()):
         saved = original(self, save_directory, *args, **kwargs)
     if _is_sharded(self):
-        # The fingerprint needs every rank, and a sharded model is usually saved by one.
+        # The fingerprint needs every rank, but usually only one rank saves.
         warnings.warn(
             f"{save_directory}: the base is sharded, and its fingerprint is not recorded; to record it, call "
             "qlora_ext.integrations.peft.write_base(model, directory) on every rank",
@@ -147,7 +148,7 @@ def _save_pretrained(original: Any, self: Any, save_directory: str, *args: Any, 
         )
     elif is_4bit(self) and kwargs.get("is_main_process", True):
         names = kwargs.get("selected_adapters") or list(self.peft_config)
-        for name in names:  # PEFT puts every adapter but the default one into a directory of its own
+        for name in names:  # PEFT writes each adapter into its own subdirectory, except the default one
             directory = pathlib.Path(save_directory) / ("" if name == "default" else name)
             if (directory / "adapter_config.json").is_file():
                 write_base(self, directory, name)

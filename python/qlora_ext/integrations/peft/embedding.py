@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 from ...nn import Embedding4bit
 from .merge import Over4bit
-from .reading import behind
+from .reading import unwrapped
 
 
 class LoraEmbedding4bit(Over4bit, DenseLoraEmbedding):
-    """PEFT's LoRA over an ``Embedding4bit``, by PEFT's own code but for what writes to the table."""
+    """PEFT's LoRA over an ``Embedding4bit``. Only code that writes to the table differs from PEFT's."""
 
     @property
     def layer4bit(self) -> Embedding4bit:
-        layer = behind(self.get_base_layer())
+        layer = unwrapped(self.get_base_layer())
         assert isinstance(layer, Embedding4bit)
         return layer
 

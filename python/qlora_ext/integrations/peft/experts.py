@@ -1,4 +1,4 @@
-"""PEFT's LoRA on the weights of an ``Experts4bit`` (``target_parameters``), fused; dropout where PEFT has none."""
+"""PEFT's LoRA on the weights of an ``Experts4bit`` (``target_parameters``), fused, and with dropout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .merge import Over4bit
 
 
 def without_dropout(config: Any) -> Any:
-    """A LoRA configuration that PEFT takes for a parameter, on which it refuses dropout."""
+    """A copy of a LoRA configuration without dropout, which PEFT rejects on parameters."""
     config = copy.copy(config)
     config.lora_dropout = 0.0
     return config
@@ -25,9 +25,9 @@ def without_dropout(config: Any) -> Any:
 class LoraExperts4bit(Over4bit, ParamWrapper):
     """PEFT's LoRA on one of the stacked weights of an ``Experts4bit``, fused.
 
-    To an expert it adds scaling · dropout(x) · A[e]ᵀ · B[e]ᵀ. As PEFT's own, one wraps the other where several
-    weights have adapters. Several active adapters run as one of their ranks together. Unlike PEFT's own, it takes
-    ``lora_dropout``: x is at hand here.
+    It adds scaling · dropout(x) · A[e]ᵀ · B[e]ᵀ to expert e. As in PEFT, the layers wrap each other if several weights
+    have adapters. Several active adapters run as one adapter whose rank is the sum of theirs. Unlike PEFT's layer, it
+    supports ``lora_dropout``, because it has access to x.
     """
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
@@ -39,7 +39,7 @@ class LoraExperts4bit(Over4bit, ParamWrapper):
         self.set_dropout(adapter_name, config.lora_dropout)
 
     def set_dropout(self, adapter_name: str, p: float) -> None:
-        """Gives an adapter its dropout on x, 0 to 1."""
+        """Sets the probability of dropout on x for an adapter, 0 to 1."""
         dropout = nn.Dropout(p) if p > 0.0 else nn.Identity()
         self.lora_dropout[adapter_name] = dropout.train(self.training)
 
@@ -55,12 +55,12 @@ class LoraExperts4bit(Over4bit, ParamWrapper):
 
     @property
     def weight(self) -> Tensor:
-        """The packed weight: PEFT asks it for its device."""
+        """The packed weight, of which PEFT reads the device."""
         packed: Tensor = self.get_param()
         return packed
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor, float | Tensor]:
-        """A [E, R, K] and B [E, N, R] of every expert, and the scaling."""
+        """A [E, R, K], B [E, N, R] and the scaling of an adapter."""
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         a = a.reshape(self.num_experts, -1, a.shape[-1])
         b = b.reshape(b.shape[0], -1, self.num_experts).permute(2, 0, 1)
@@ -69,7 +69,7 @@ class LoraExperts4bit(Over4bit, ParamWrapper):
         return a, b, self.scaling[adapter]
 
     def _active_lora(self) -> ExpertsLora | None:
-        """The active adapters of this weight as one, or None."""
+        """The active adapters of this weight, combined into one; None if there are none."""
         names = [name for name in self.active_adapters if name in self.lora_A]
         if self.disable_adapters or self.merged or not names:
             return None
@@ -88,9 +88,9 @@ class LoraExperts4bit(Over4bit, ParamWrapper):
         return ExpertsLora(a, *fold_scaling(b, scaling), dropout.pop())
 
     def forward(self, x: Tensor, *args: Any, lora: Mapping[str, ExpertsLora] | None = None, **kwargs: Any) -> Tensor:
-        """What PEFT's own does, but that adapters go down to the experts as an argument, ``lora``.
+        """Like PEFT's own, but passes adapters down to the experts as the argument ``lora``.
 
-        PEFT exchanges the weight of the experts for the time of the call, which another thread would see.
+        PEFT replaces the weight of the experts during the call instead, which other threads would see.
         """
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("adapter_names", None)
@@ -113,7 +113,7 @@ class LoraExperts4bit(Over4bit, ParamWrapper):
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The experts without adapters: 4-bit as they were or, merged, dense in the dtype of the quantized weights."""
+        """The experts without adapters: the 4-bit module, or if merged, dense in the dtype of the quantized weights."""
         experts = self.layer4bit
         weights: dict[str, Tensor] = {}
         wrapper: Any = self
@@ -128,11 +128,11 @@ class LoraExperts4bit(Over4bit, ParamWrapper):
         return self.layer4bit.to_experts(weights={self.parameter_name: weight})
 
 
-LoraExperts4bit.__name__ = "ParamWrapper"  # by which PEFT finds the wrapper that a second adapter belongs to
+LoraExperts4bit.__name__ = "ParamWrapper"  # PEFT finds the wrapper for a second adapter by this name
 
 
 def set_dropout(model: Any, adapter: str, p: float) -> None:
-    """Gives an adapter of a PEFT model its dropout, 0 to 1, wherever LoRA over a 4-bit base can have it.
+    """Sets the dropout of an adapter, 0 to 1, in all layers of a PEFT model that support it.
 
     Example:
         >>> from qlora_ext.integrations.peft import set_dropout

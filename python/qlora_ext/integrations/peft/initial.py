@@ -1,4 +1,4 @@
-"""Adapters that begin with what quantizing took away, as ``quantize_model(init_lora=...)`` found it."""
+"""Initializes PEFT adapters with the values that ``quantize_model(init_lora=...)`` computed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .linear import LoraLinear4bit
 
 @torch.no_grad()
 def initialize_lora(peft_model: Any, adapter_name: str = "default") -> None:
-    """Gives the adapters on 4-bit linear layers the values that ``quantize_model(init_lora=...)`` found for them.
+    """Initializes the adapters on 4-bit linear layers with the values that ``quantize_model(init_lora=...)`` computed.
 
-    Saved by ``peft_model.save_pretrained`` they are an adapter like any other, for PEFT alone too. An adapter of a
-    lower rank than was found gets the best of that rank.
+    The result is an ordinary PEFT adapter. If its rank is lower than that of the initial values, it gets their best
+    approximation of that rank.
 
     Raises:
-        ValueError: nothing was found for this model, or for one of its layers, or of a lower rank than the adapter's.
+        ValueError: the model, or one of its layers, has no initial values, or their rank is below the adapter's.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM

@@ -1,4 +1,4 @@
-"""PEFT's layers over a ``Linear4bit``, and its LoRA layer, which is one fused operator."""
+"""PEFT's layers over a ``Linear4bit``, and its LoRA layer, which runs as one fused operator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...merged import merged_weight
 from ...nn import Linear4bit
 from ...weight import Weight4bit
 from .merge import Over4bit
-from .reading import behind, stand_in
+from .reading import stand_in, unwrapped
 
 
 def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
@@ -32,23 +32,23 @@ def _is_plain(module: nn.Module, kinds: tuple[type, ...]) -> bool:
 
 
 def active_dropout(dropout: nn.Module) -> float:
-    """The probability of dropping that a module of PEFT's ``lora_dropout`` has just now."""
+    """The dropout probability of a module in PEFT's ``lora_dropout``; 0 outside of training."""
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
 def fold_scaling(b: Tensor, scaling: float | Tensor) -> tuple[Tensor, float]:
-    """B and the scaling as the operators take it, a number.
+    """B and the scaling as a number, which the operators require.
 
-    PEFT makes it a tensor (``prepare_model_for_compiled_hotswap``) for a compiled graph to serve adapters of every
-    scaling. It is multiplied into B then.
+    ``prepare_model_for_compiled_hotswap`` of PEFT makes the scaling a tensor, so that one compiled graph serves all
+    adapters. B is then multiplied by it.
     """
     return (b * scaling, 1.0) if isinstance(scaling, Tensor) else (b, scaling)
 
 
 class _Decoding(nn.Linear):
-    """Stands for a 4-bit layer where code also reads its weight, which is decoded at the first look and not before.
+    """A proxy of a 4-bit layer for one call of PEFT's code, which may read the weight.
 
-    Its products are the 4-bit layer's, its parameters are none: it lives for one call.
+    Its products are those of the 4-bit layer. The weight is decoded at the first access. It has no parameters.
     """
 
     def __init__(self, layer: Linear4bit, dtype: torch.dtype) -> None:
@@ -56,7 +56,7 @@ class _Decoding(nn.Linear):
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.training = layer.training
         self.__dict__["bias"] = layer.bias
-        self._layer: Callable[[], Linear4bit] = lambda: layer  # a submodule it is not
+        self._layer: Callable[[], Linear4bit] = lambda: layer  # a function, so that it is not a submodule
         self._dtype = dtype
         self._decoded: list[nn.Parameter] = []
 
@@ -72,25 +72,25 @@ class _Decoding(nn.Linear):
 
 
 def decoded(layer: Linear4bit) -> nn.Linear:
-    """The layer decoded to a float32 ``nn.Linear``: [N, K], also where the model's own kind is a Conv1D."""
+    """The layer, decoded to a float32 ``nn.Linear`` [N, K], even if the model's own class is Conv1D."""
     dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-    # Not registered: PEFT's low_cpu_mem_usage has every parameter that is registered put on the meta device.
+    # Set without registration, because PEFT's low_cpu_mem_usage puts registered parameters on the meta device.
     dense._parameters["weight"] = nn.Parameter(layer.dequantize(torch.float32), requires_grad=False)
     if layer.bias is not None:
         dense._parameters["bias"] = nn.Parameter(layer.bias.detach().float(), requires_grad=False)
-    # What PEFT's preparations have left at the layer (CorDA's eigens).
+    # Attributes that PEFT's preparations have set on the layer (CorDA's eigenvalues).
     dense.__dict__.update({key: value for key, value in vars(layer).items() if key not in vars(dense)})
     return dense.train(layer.training)
 
 
 Self = TypeVar("Self", bound="OverLinear4bit")
 
-# Methods of PEFT's layers that read the base's weight, besides those that are overridden here.
+# Methods of PEFT's layers that read the base's weight and are not overridden here.
 READERS = ("get_delta_weight", "get_delta_bias", "get_base_weight", "get_merged_weights", "update_scaling")
 
 
 def reader(name: str) -> Callable[..., Any]:
-    """The method ``name`` of a PEFT layer, which reads the decoded weight if ``OverLinear4bit`` is the first base."""
+    """A method that calls PEFT's method ``name`` with a proxy of the 4-bit layer as base, for ``OverLinear4bit``."""
 
     def method(self: OverLinear4bit, *args: Any, **kwargs: Any) -> Any:
         over = self._over(stand_in(self.base_layer)) if isinstance(self.base_layer, Linear4bit) else self
@@ -101,24 +101,24 @@ def reader(name: str) -> Callable[..., Any]:
 
 
 class OverLinear4bit(Over4bit):
-    """Put before a PEFT layer class: the layer with a ``Linear4bit`` as its base.
+    """A mixin, placed before a PEFT layer class, for layers whose base is a ``Linear4bit``.
 
-    PEFT's code meets a decoded weight wherever it reads one. What it writes to the weight is quantized anew.
+    Where PEFT's code reads the base's weight, it gets the decoded weight. A weight that it writes is quantized again.
     """
 
     base_layer: nn.Module
 
     @property
     def layer4bit(self) -> Linear4bit:
-        layer = behind(self.base_layer)
+        layer = unwrapped(self.base_layer)
         assert isinstance(layer, Linear4bit)
         return layer
 
     def _over(self: Self, base: nn.Module) -> Self:
-        """A copy of this layer over another base. A copy, because another thread may be using this layer."""
-        twin = object.__new__(type(self))
-        twin.__dict__.update(self.__dict__, _modules={**self._modules, "base_layer": base})  # type: ignore[attr-defined]
-        return twin
+        """A shallow copy of this layer over another base, because another thread may be using this layer."""
+        copied = object.__new__(type(self))
+        copied.__dict__.update(self.__dict__, _modules={**self._modules, "base_layer": base})  # type: ignore[attr-defined]
+        return copied
 
     @property
     def bias4bit(self) -> Tensor | None:
@@ -134,7 +134,7 @@ class OverLinear4bit(Over4bit):
             self.base_layer = layer
 
     def _refuse_offloaded(self, x: Tensor) -> None:
-        """Raises a ValueError if accelerate has offloaded the layer: its adapter would be trained on "meta"."""
+        """Raises a ValueError if accelerate has offloaded the layer: its adapter would be on the meta device."""
         if not self.layer4bit.weight.is_meta or x.is_meta or not torch.is_grad_enabled():
             return
         named: Any = self.named_parameters()  # type: ignore[attr-defined]
@@ -150,15 +150,15 @@ class OverLinear4bit(Over4bit):
         with self._base_as(decoded(self.layer4bit)) as dense:
             before = dense.weight.detach().clone()
             super().update_layer(*args, **kwargs)  # type: ignore[misc]
-        if not torch.equal(dense.weight, before):  # PiSSA and its kin keep what they took out of the base
+        if not torch.equal(dense.weight, before):  # PiSSA and similar methods subtract the adapter from the base
             self.requantize(dense.weight)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:  # type: ignore[attr-defined]
             self.unmerge()
         self._refuse_offloaded(x)
-        twin = self._over(_Decoding(self.layer4bit, x.dtype))
-        y: Tensor = super(OverLinear4bit, twin).forward(x, *args, **kwargs)  # type: ignore[misc]
+        copied = self._over(_Decoding(self.layer4bit, x.dtype))
+        y: Tensor = super(OverLinear4bit, copied).forward(x, *args, **kwargs)  # type: ignore[misc]
         return y
 
     def decoded(self) -> Tensor:
@@ -166,7 +166,7 @@ class OverLinear4bit(Over4bit):
 
     def _merge_weights(self, names: list[str], safe_merge: bool) -> tuple[Tensor, Tensor | None]:
         with self._base_as(decoded(self.layer4bit)) as dense:
-            # PEFT's own merge, which stands behind Over4bit's.
+            # PEFT's own merge, which Over4bit overrides.
             super(Over4bit, self).merge(safe_merge=safe_merge, adapter_names=names)  # type: ignore[misc]
         return dense.weight, dense.bias
 
@@ -174,7 +174,7 @@ class OverLinear4bit(Over4bit):
         merged = self.layer4bit.to_linear(weight=weight)
         if bias is not None:
             merged.bias = nn.Parameter(bias.detach().to(self.layer4bit.weight_dtype), requires_grad=False)
-        self.base_layer = merged  # PEFT gives the module that it puts in our place the parameters found here
+        self.base_layer = merged  # PEFT takes the parameters of the replacement from here
         return merged
 
     def __repr__(self) -> str:
@@ -195,18 +195,18 @@ _LINEAR, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
     """PEFT's LoRA layer over a ``Linear4bit``.
 
-    One plain active adapter runs as the one operator y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias. Whatever else
-    PEFT can do (several active adapters, adapters by sample, DoRA and its kin, biases on B, hooks on the base or on the
-    adapter's modules) runs by PEFT's own code.
+    A single plain adapter runs as one operator, y = x · Wᵀ + scaling · dropout(x) · Aᵀ · Bᵀ + bias. Everything else
+    (several active adapters, adapters per sample, DoRA and other variants, biases on B, hooks on the base or on the
+    adapter's modules) runs PEFT's own code.
     """
 
-    # Adapters that run, and are trained, as they will be once merged; ``set_merge_aware`` says which.
+    # Adapters that run, and are trained, with the weights that merging will give; set by ``set_merge_aware``.
     merge_aware: frozenset[str] = frozenset()
-    # In inference: the merged weight, and of what it was made.
-    _kept: tuple[tuple[Any, ...], Weight4bit] | None = None
+    # For inference, the merged weight and the identity of the tensors from which it was computed.
+    _cached: tuple[tuple[Any, ...], Weight4bit] | None = None
 
     def __init__(self, base_layer: Linear4bit, adapter_name: str, config: Any, **kwargs: Any) -> None:
-        if config.fan_in_fan_out:  # GPT-2's Conv1D is an ordinary [N, K] once it is 4-bit
+        if config.fan_in_fan_out:  # in 4 bits, GPT-2's Conv1D is [N, K] like any linear layer
             config = copy.copy(config)
             config.fan_in_fan_out = False
         DenseLoraLinear.__init__(self, base_layer, adapter_name, config=config, **kwargs)
@@ -223,10 +223,10 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
         update(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _fused_adapter(self, kwargs: dict[str, Any]) -> _Adapter | None:
-        """The adapter that the fused operator can run; if None, PEFT's code calls each module and its hooks."""
+        """The adapter that the fused operator can run; None if PEFT's code must call each module and its hooks."""
         if self.disable_adapters or self.merged or any(value is not None for value in kwargs.values()):
             return None
-        modules = self._modules  # an attribute that is a module costs a search
+        modules = self._modules  # faster than nn.Module.__getattr__
         lora_a: Any = modules["lora_A"]
         active = [name for name in self.active_adapters if name in lora_a._modules]
         if len(active) != 1 or active[0] in self.lora_variant or has_global_hook():
@@ -240,7 +240,7 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
         return _Adapter(name, a.weight, b.weight, dropout)
 
     def cast_fused(self) -> None:
-        """Casts the adapter that the one operator runs with to the layer's compute dtype, as each call does."""
+        """Casts the adapter that runs fused to the layer's compute dtype, as each call would."""
         adapter = self._fused_adapter({})
         if adapter is not None and not self.merge_aware:
             self.lora_A[adapter.name].to(self.layer4bit.compute_dtype)
@@ -255,17 +255,17 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
         scaling = self.scaling[name]
         may_change = self.training or torch.is_grad_enabled() or isinstance(scaling, Tensor)
         if may_change or torch.compiler.is_compiling():
-            self._kept = None
+            self._cached = None
             return merged_weight(layer.weight4bit, a, *fold_scaling(b, scaling), self.rounding_seed)
         made_of = (
             scaling,
             self.rounding_seed,
             *((id(t), t.data_ptr(), t.dtype, t._version) for t in (layer.weight, a, b)),
         )
-        kept = self._kept  # read once: another thread may exchange it
-        if kept is None or kept[0] != made_of:
-            kept = self._kept = made_of, merged_weight(layer.weight4bit, a, b, scaling, self.rounding_seed)
-        return kept[1]
+        cached = self._cached  # read once, because another thread may replace it
+        if cached is None or cached[0] != made_of:
+            cached = self._cached = made_of, merged_weight(layer.weight4bit, a, b, scaling, self.rounding_seed)
+        return cached[1]
 
     def _as_merged(self, x: Tensor, adapter: _Adapter) -> Tensor:
         dropout_p = active_dropout(adapter.dropout)
@@ -294,7 +294,9 @@ class LoraLinear4bit(OverLinear4bit, DenseLoraLinear):
 
 
 def cast_fused(model: nn.Module) -> None:
-    """Casts the fused adapters of ``model`` once to the dtype to which each call would cast them; for inference only.
+    """Casts the fused adapters of ``model`` to their layers' compute dtypes once, instead of at each call.
+
+    For inference only, because training needs the adapters in their own dtype.
 
     Example:
         >>> from qlora_ext.integrations.peft import cast_fused

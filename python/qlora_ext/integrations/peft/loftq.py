@@ -1,4 +1,4 @@
-"""LoftQ (Li et al., 2023) on a model that is 4-bit already: adapters that begin with what quantizing took away."""
+"""LoftQ (Li et al., 2023) on a model that is already 4-bit: adapters that approximate the quantization error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from peft.utils.loftq_utils import _SafetensorLoader
 from torch import nn
 
-from ..._internal.svd import nearest_of_rank
+from ..._internal.svd import low_rank_approximation
 from .._patches import extend
 from ..transformers import Conv1D4bit
 from .linear import LoraLinear4bit
@@ -22,15 +22,15 @@ def replace_lora_weights(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """``peft.replace_lora_weights_loftq`` for our layers: scaling · B · A is the nearest to W - dequantize(Q(W)).
+    """``peft.replace_lora_weights_loftq`` for our layers: scaling · B · A approximates W - dequantize(Q(W)).
 
     Args:
         peft_model: a PEFT model with LoRA on 4-bit layers.
-        model_path: the safetensors file, or index, of the weights that were quantized; by default where the
-            model's configuration says.
+        model_path: the safetensors file, or index, of the dense weights; the default is the path in the model's
+            configuration.
         adapter_name: the adapter whose weights are replaced.
-        callback: called with the model and the name of each layer once it is replaced; where it answers False, the
-            layer gets its adapter back.
+        callback: called with the model and the name of each layer after its replacement. If it returns False, the layer
+            gets its old adapter back.
 
     Raises:
         ValueError: a layer's dense weight has another shape than the 4-bit one.
@@ -48,7 +48,7 @@ def replace_lora_weights(
             raise ValueError(f"{name}: expected a dense weight {list(decoded.shape)}, got {list(w.shape)}")
         a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
         before = a.detach().clone(), b.detach().clone()
-        new_a, new_b = nearest_of_rank(w - decoded, layer.r[adapter_name])
+        new_a, new_b = low_rank_approximation(w - decoded, layer.r[adapter_name])
         a.copy_(new_a)
         b.copy_(new_b / layer.scaling[adapter_name])
         if callback is not None and not callback(peft_model, name):

@@ -1,4 +1,4 @@
-"""PEFT's configuration of a new LoRA adapter, the same for a run and for the planner of its memory."""
+"""PEFT's configuration of a new LoRA adapter, shared by training and by the memory planner."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def is_tied(model: Any) -> bool:
-    """Whether the output head of ``model`` has the weight of its embeddings."""
+    """Whether the output head of ``model`` shares the weight of its embeddings."""
     head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     return head is not None and getattr(head, "weight", None) is getattr(embeddings, "weight", head)
 
@@ -17,7 +17,7 @@ def lora_config(model: Any, rank: int, targets: str | list[str], modules_to_save
     Args:
         targets: PEFT's ``target_modules``.
         modules_to_save: the names of the modules that are trained in full.
-        more: fields of the configuration that cost no memory.
+        more: further fields of the configuration.
     """
     from peft import LoraConfig
 

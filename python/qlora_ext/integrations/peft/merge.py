@@ -1,4 +1,4 @@
-"""Adapters over 4-bit weights: merged into them, which are then quantized anew, and taken out of them again."""
+"""Merges adapters into 4-bit weights, which are then quantized again, and unmerges them."""
 
 from __future__ import annotations
 
@@ -12,28 +12,27 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...form import Form
-from ...merged import kept_of, seed_of, with_update
+from ...merged import retained_update, seed_of, with_update
 from ...nn import Packed4bit, computing_in, is_dense, quantize_model
 from ...weight import Weight4bit
 from .._patches import extend
 from ..transformers.modules import dequantize_modules
 
-# What the nearest codes have to hold of an update, for nothing to be gained by rounding at random, which has the larger
-# errors.
-_HELD_BY_THE_NEAREST = 0.95
+# If rounding to the nearest codes retains this share of an update, it is used. Stochastic rounding has larger errors.
+_RETAINED_BY_NEAREST = 0.95
 
 
 class Over4bit:
-    """Put before a PEFT layer class: the layer with a 4-bit module as its base.
+    """A mixin, placed before a PEFT layer class, for layers whose base is a 4-bit module.
 
-    Merging rounds the sum of a weight and its adapters to 4 bits again; unmerging gives back the old bits.
+    Merging rounds the sum of a weight and its adapters to 4 bits again. Unmerging restores the old bits.
     """
 
     merged_adapters: list[str]
     parameter_name = "weight"
-    # By which merged weights are rounded, see ``set_name``.
+    # The seed for rounding merged weights, see ``set_name``.
     rounding_seed = 0
-    # What merge found: the packed weight, the tensors in the module that hold it, and the bias.
+    # The state before the merge: the packed weight, the module's tensors that hold it, and the bias.
     _unmerged: tuple[Weight4bit, dict[str, Tensor], Tensor | None] | None = None
 
     @property
@@ -49,16 +48,16 @@ class Over4bit:
 
     @property
     def trained_as_merged(self) -> bool:
-        """Whether the merged adapters saw the codes that merging gives while they were trained."""
+        """Whether the merged adapters were trained merge-aware."""
         return False
 
     @property
     def bias4bit(self) -> Tensor | None:
-        """The module's bias, where adapters can have a share in it."""
+        """The module's bias if adapters can change it, else None."""
         return None
 
     def move_adapter(self, name: str, device: torch.device) -> None:
-        """Moves the modules of an adapter to ``device``, but for those that are on the meta device."""
+        """Moves the modules of an adapter to ``device``, except those on the meta device."""
         for names in (self.adapter_layer_names, self.other_param_names):  # type: ignore[attr-defined]
             for container in (getattr(self, attribute, None) for attribute in names):
                 if isinstance(container, nn.ModuleDict) and name in container:
@@ -68,25 +67,25 @@ class Over4bit:
 
     def decoded(self) -> Tensor:
         """The decoded weight in float32, in the dense weight's shape."""
-        raise NotImplementedError  # no ABC: the class of a layer changes to one with this before it
+        raise NotImplementedError  # not abstract: PEFT's layers change their class at run time
 
     def to_dense(self, weight: Tensor, bias: Tensor | None) -> nn.Module:
-        """The dense module, in the dtype of the quantized weight, with what ``merged_weights`` gave in it."""
+        """The dense module with the results of ``merged_weights``, in the dtype of the quantized weight."""
         raise NotImplementedError
 
     def requantize(self, weight: Tensor) -> None:
-        """Makes ``weight``, rounded to the nearest codes, the 4-bit weight, in the form that it has."""
+        """Replaces the 4-bit weight by ``weight``, rounded to the nearest codes in the same form."""
         layer = self.layer4bit
         w4 = layer.quantize(weight)
         layer.set_packed(self.parameter_name, dataclasses.replace(w4, dtype=layer.weight_dtype))
 
     def names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
-        """Of those adapters (None: the active ones) the ones that this layer has and that are not merged."""
+        """Those of the given adapters (None: the active ones) that this layer has and that are not merged yet."""
         here = self._get_available_adapters()  # type: ignore[attr-defined]
         return [name for name in check_adapters_to_merge(self, adapter_names) if name in here]
 
     def merged_weights(self, names: list[str], safe_merge: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The decoded weight and the bias in float32 with the named adapters, merged from here on, in them."""
+        """The decoded weight and bias in float32 with the named adapters, which count as merged from now on."""
         if self.layer4bit.is_sharded:
             raise ValueError(
                 "merge: expected an unsharded layer, got one that FSDP2 has sharded; save the adapters, and merge "
@@ -104,26 +103,26 @@ class Over4bit:
         return weight, None
 
     def set_merged(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Takes what ``merged_weights`` gave, in 4 bits, in the place of the weight that there is.
+        """Replaces the 4-bit weight by the results of ``merged_weights``.
 
-        Where the adapters move the weights so far that the nearest codes hold the update, the sum is quantized like any
-        weight. Else it is rounded under the old scales so that the codes hold it (``qlora_ext.merged``).
+        If the adapters move the weights far enough for the nearest codes to retain the update, the sum is quantized
+        like any weight. Otherwise it is rounded stochastically under the old scales (``qlora_ext.merged``).
         """
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.detach().to(self.bias4bit.dtype)
         layer = self.layer4bit
         w4 = layer.packed_weight(self.parameter_name)
-        layer.unshare(self.parameter_name)  # PEFT's layer_replication: the copies have adapters of their own
+        layer.unshare(self.parameter_name)  # with PEFT's layer_replication, copies of a layer have separate adapters
         if not self.trained_as_merged:
             before = self.decoded()
             self.requantize(weight)
-            held, whole = kept_of(weight - before, before, self.decoded())
-            if held >= _HELD_BY_THE_NEAREST * whole:
+            retained, total = retained_update(weight - before, before, self.decoded())
+            if retained >= _RETAINED_BY_NEAREST * total:
                 return
         layer.set_packed(self.parameter_name, with_update(w4, layer.as_quantized(weight), self.rounding_seed))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merges adapters into the 4-bit weight, see ``set_merged``; ``unmerge`` gives back the old bits."""
+        """Merges adapters into the 4-bit weight, see ``set_merged``. ``unmerge`` restores the old bits."""
         names = self.names_to_merge(adapter_names)
         if not names:
             return
@@ -133,10 +132,14 @@ class Over4bit:
         bias = self.bias4bit
         layer = self.layer4bit
         w4 = layer.packed_weight(self.parameter_name)
-        home = getattr(layer, self.parameter_name).device  # of a streamed weight, the host
-        kept = w4.to(home), layer.packed_parts(self.parameter_name), None if bias is None else bias.detach().clone()
+        home = getattr(layer, self.parameter_name).device  # the host for streamed weights
+        before_merge = (
+            w4.to(home),
+            layer.packed_parts(self.parameter_name),
+            None if bias is None else bias.detach().clone(),
+        )
         merged = self.merged_weights(names, safe_merge)
-        self._unmerged = kept
+        self._unmerged = before_merge
         self.set_merged(*merged)
 
     def unmerge(self) -> None:
@@ -151,7 +154,7 @@ class Over4bit:
         self.merged_adapters.clear()
 
     def take_merged(self, safe_merge: bool, adapter_names: list[str] | None) -> tuple[Tensor, Tensor | None] | None:
-        """``merged_weights`` of the adapters merged already and those to merge, None where there are none; unmerges."""
+        """Unmerges, and returns ``merged_weights`` of the merged adapters and those to merge; None if none."""
         names = list(self.merged_adapters)
         if self.merged_adapters:
             self.unmerge()
@@ -161,32 +164,32 @@ class Over4bit:
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """The module without its adapters: 4-bit as it was or, merged, dense in the dtype of the quantized weight."""
+        """The module without adapters: the 4-bit module, or if merged, dense in the dtype of the quantized weight."""
         merged = self.take_merged(safe_merge, adapter_names) if merge else None
         return self.layer4bit if merged is None else self.to_dense(*merged)
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeError:
-    """What it costs that a merged weight has 4 bits again, Q(W + ΔW).
+    """The error of quantizing merged weights W + ΔW again, to Q(W + ΔW).
 
     Attributes:
-        by_layer: ‖Q(W + ΔW) - (W + ΔW)‖ / ‖W + ΔW‖ of each layer.
-        total: the same of all layers together.
-        kept: how much of the update the codes hold: ⟨Q(W + ΔW) - W, ΔW⟩ / ‖ΔW‖² of all layers together. Rounding errors
-            beside the update, which average out over a row, do not count.
+        by_layer: ‖Q(W + ΔW) - (W + ΔW)‖ / ‖W + ΔW‖ for each layer.
+        total: the same over all layers.
+        retained: the share of the update that the codes hold, ⟨Q(W + ΔW) - W, ΔW⟩ / ‖ΔW‖² over all layers. Rounding
+            errors orthogonal to the update, which average out over a row, do not count.
     """
 
     by_layer: dict[str, float]
     total: float
-    kept: float
+    retained: float
 
 
 def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
-    """Merges the active adapters of a PEFT model into its 4-bit weights, and drops them.
+    """Merges the active adapters of a PEFT model into its 4-bit weights, and removes them.
 
     Returns:
-        The base model, still 4-bit, and the relative error that each layer and all of them together took on.
+        The base model, still 4-bit, and the error of quantizing the merged weights.
 
     Example:
         >>> from qlora_ext.integrations.peft import merge_to_4bit
@@ -195,7 +198,7 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
         'Linear4bit'
     """
     by_layer: dict[str, float] = {}
-    error = norm = held = whole = 0.0
+    error = norm = retained = total = 0.0
     for name, layer in model.named_modules():
         if not isinstance(layer, Over4bit):
             continue
@@ -212,32 +215,33 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
         if layer.parameter_name != "weight":
             path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
         after = layer.decoded()
-        kept, update = kept_of(exact - before, before, after)
-        held, whole = held + kept, whole + update
+        held, update = retained_update(exact - before, before, after)
+        retained, total = retained + held, total + update
         difference = (after - exact).norm().item() ** 2
         size = exact.norm().item() ** 2
         by_layer[path] = (difference / size) ** 0.5 if size else 0.0
         error, norm = error + difference, norm + size
     base = model.unload()
-    return base, MergeError(by_layer, (error / norm) ** 0.5 if norm else 0.0, held / whole if whole else 1.0)
+    return base, MergeError(by_layer, (error / norm) ** 0.5 if norm else 0.0, retained / total if total else 1.0)
 
 
 def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """Merges the active adapters of a PEFT model, and quantizes the sums for the inputs that their layers get.
+    """Merges the active adapters of a PEFT model, and quantizes the merged weights with a calibration.
 
-    ``merge_to_4bit`` keeps the scales, and rounds at random. This looks for scales and codes by which the outputs are
-    right on the calibration's tokens: better for large updates, and worse for those far below a step between codes.
+    ``merge_to_4bit`` keeps the scales and rounds stochastically. This function chooses scales and codes that minimize
+    the error of the outputs on the calibration's tokens. It is better for large updates, and worse for updates far
+    below the distance between two codes.
 
     Args:
-        calibration: as ``quantize_model`` takes it.
-        compute_dtype: in which the model runs on the calibration's tokens; the default is its own.
+        calibration: as in ``quantize_model``.
+        compute_dtype: the dtype in which the model runs on the calibration's tokens; the default is its own.
 
     Returns:
-        The base model, still 4-bit; ``calibration_of`` tells how each layer fared. Layers without an adapter keep
-        their bits.
+        The base model, still 4-bit. ``calibration_of`` reports the result for each layer. Layers without an adapter
+        keep their bits.
 
     Raises:
-        ValueError: no adapter is active on a 4-bit layer; or the layers have several block sizes or scale forms.
+        ValueError: no adapter is active on a 4-bit layer, or the layers differ in form or compute dtype.
 
     Example:
         >>> from qlora_ext.integrations.peft import merge_calibrated
@@ -245,22 +249,27 @@ def merge_calibrated(model: Any, calibration: Any, compute_dtype: torch.dtype | 
         >>> len(qlora_ext.calibration.calibration_of(merged))
         14
     """
-    forms: dict[str, Form] = {}
+    forms: dict[str, tuple[Form, torch.dtype]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, Over4bit) and (layer.merged_adapters or layer.names_to_merge(None)):
-            forms[name.removeprefix("base_model.model.").replace(".base_layer", "")] = layer.layer4bit.form
+            forms[name.removeprefix("base_model.model.").replace(".base_layer", "")] = (
+                layer.layer4bit.form,
+                layer.layer4bit.compute_dtype,
+            )
     if not forms:
         raise ValueError("model: expected an active adapter on a 4-bit layer, found none")
-    form = next(iter(forms.values()))
-    if any(other != form for other in forms.values()):
+    form, dtype = next(iter(forms.values()))
+    if any(other != (form, dtype) for other in forms.values()):
         raise ValueError(
             f"model: expected adapters on layers of the same form, got {sorted({*map(str, forms.values())})}"
         )
-    merge_into_dense = BaseTuner.merge_and_unload.__wrapped__  # ours would decode the other layers, too
+    merge_into_dense = BaseTuner.merge_and_unload.__wrapped__  # our patch would also decode the other layers
     base: nn.Module = merge_into_dense(model.base_model)
     others = [name for name, module in base.named_modules() if is_dense(module) and name not in forms]
     with contextlib.nullcontext() if compute_dtype is None else computing_in(base, compute_dtype):
-        return quantize_model(base, skip=others, towers=True, calibration=calibration, **vars(form))
+        return quantize_model(
+            base, skip=others, towers=True, calibration=calibration, compute_dtype=dtype, **form.keywords
+        )
 
 
 @extend("peft.tuners.tuners_utils:BaseTuner.merge_and_unload")
@@ -269,7 +278,7 @@ def _merge_and_unload(original: Any, self: Any, *args: Any, **kwargs: Any) -> An
     model = original(self, *args, **kwargs)
     if not has_4bit:
         return model
-    # The merged layers are dense: so become those that had no adapter, for the model to be of one kind.
+    # The merged layers are dense, so the layers without an adapter become dense too.
     if getattr(model, "hf_quantizer", None) is not None:
         return model.dequantize()
     return dequantize_modules(model)

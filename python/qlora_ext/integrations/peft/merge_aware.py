@@ -1,4 +1,4 @@
-"""Training that sees the codes that merging will give: nothing of what is learnt is lost by the merge."""
+"""Merge-aware training: the forward uses the codes that merging will give, so the merge loses nothing."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from .linear import LoraLinear4bit
 
 
 def set_merge_aware(peft_model: Any, aware: bool = True, adapter_name: str = "default") -> None:
-    """Has an adapter trained, and run, over the 4-bit weights that ``merge_to_4bit`` will make of it.
+    """Makes an adapter run, and train, with the 4-bit weights that ``merge_to_4bit`` will compute.
 
-    The layers' outputs are then, to the bit, those of the merged model, whose weights have no room for the adapter's
-    exact values; gradients pass the rounding as if there were none. A step takes longer by one decoding and encoding of
-    every weight, and holds another half a byte of each from the forward to the backward pass (none with checkpointing).
-    ``save_pretrained`` records it beside the adapter, and loading the adapter sets it again.
+    The layers' outputs are bit for bit those of the merged model. Gradients ignore the rounding (straight-through
+    estimator). Each step additionally decodes and encodes every weight, and keeps another half a byte per weight from
+    the forward to the backward pass (none with checkpointing). ``save_pretrained`` records the setting next to the
+    adapter, and loading the adapter restores it.
+
+    Args:
+        aware: False ends merge-aware training.
+        adapter_name: the adapter.
 
     Raises:
-        ValueError: the adapter has dropout, which merged weights cannot have; is on experts, or on no 4-bit layer; or
-            is no plain LoRA.
+        ValueError: the adapter has dropout, which merged weights cannot have; it is on experts, or on no 4-bit layer;
+            or it is not plain LoRA.
 
     Example:
         >>> from qlora_ext.integrations.peft import set_merge_aware

@@ -1,4 +1,4 @@
-"""Every other method of PEFT over a ``Linear4bit``, by PEFT's own code; and the choice of the layer for LoRA."""
+"""Puts the layers of all PEFT methods on 4-bit bases: our layers for LoRA, PEFT's own code for the other methods."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ except ImportError:  # PEFT 0.19
 
 
 class _Backend(QuantizationBackend):
-    """By what PEFT (>= 0.20) tells that a layer is quantized, where its methods know of such things."""
+    """PEFT's (>= 0.20) interface to quantized layers, which some of its methods use."""
 
     supports_merge = True
     backend_name = "qlora_ext NF4"
@@ -62,7 +62,7 @@ def _base_of(target: nn.Module) -> nn.Module:
 
 
 def _refuse_mixture(config: Any, target: nn.Module, target_name: str) -> None:
-    """Raises a ValueError where a 4-bit layer that has adapters of one method is to get those of another too."""
+    """Raises a ValueError if a 4-bit layer with adapters of one method would also get those of another."""
     if not isinstance(target, BaseTunerLayer) or not isinstance(_base_of(target), Linear4bit):
         return
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[config.peft_type]
@@ -75,7 +75,7 @@ def _refuse_mixture(config: Any, target: nn.Module, target_name: str) -> None:
 
 
 def _set_names(layer: nn.Module, name: str) -> None:
-    """Sets the name in the model of a layer over a 4-bit one, and of the layers that it wraps."""
+    """Tells a layer over a 4-bit base, and the layers that it wraps, their name in the model."""
     inner: Any = layer
     while isinstance(inner, Over4bit):
         inner.set_name(name.replace(".base_layer", ""))
@@ -83,11 +83,11 @@ def _set_names(layer: nn.Module, name: str) -> None:
 
 
 def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: Any, *args: Any, **kwargs: Any) -> None:
-    """Around the ``_create_and_replace`` of a PEFT method: a 4-bit target is built over as its decoded twin.
+    """Wraps the ``_create_and_replace`` of a PEFT method, so that it sees a decoded copy of a 4-bit target.
 
     Raises:
-        TypeError: the method keeps no base layer to put the 4-bit one back into. ValueError: the layer has adapters of
-            another method.
+        TypeError: the method's layer has no ``base_layer`` in which to put the 4-bit layer back. ValueError: the layer
+            has adapters of another method.
     """
     target_name, parent = args[0], args[1]
     _refuse_mixture(config, target, target_name)
@@ -110,7 +110,7 @@ def create_over_4bit(original: Any, self: Any, config: Any, name: str, target: A
 
 
 def _create_over_weights(target: nn.Module, name: str, config: Any, **kwargs: Any) -> nn.Module | None:
-    """PEFT's layer over ``target`` where that is 4-bit experts or a 4-bit embedding, adapted already or not."""
+    """PEFT's layer over ``target`` if its base is 4-bit experts or a 4-bit embedding, else None."""
     if isinstance(_base_of(target), Experts4bit) and kwargs.get("parameter_name") is not None:
         return LoraExperts4bit(target, name, config=config, **kwargs)
     if isinstance(target, Embedding4bit) and kwargs.get("parameter_name") is None:
@@ -157,7 +157,7 @@ def _create_and_replace(
     parameter, base = kwargs.get("parameter_name"), _base_of(target)
     if parameter is None or isinstance(base, Experts4bit) or not is_4bit(self.model):
         original(self, config, name, target, target_name, parent, **kwargs)
-        for layer in getattr(parent, target_name).modules():  # PEFT moves what one wraps, too, to where the weight is
+        for layer in getattr(parent, target_name).modules():  # PEFT moves adapters to the device of the packed weight
             if isinstance(layer, Over4bit) and layer.layer4bit.residency is not None:
                 layer.move_adapter(name, layer.layer4bit.residency.device)
         _set_names(getattr(parent, target_name), kwargs.get("current_key", target_name))

@@ -10,22 +10,22 @@ from torch import Tensor, nn
 
 
 def _with_parameters(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """A module that shares all with ``module`` but some parameters."""
-    twin: nn.Module = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters})
-    return twin
+    """A shallow copy of ``module`` in which some parameters are replaced."""
+    copied: nn.Module = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__, _parameters={**module._parameters, **parameters})
+    return copied
 
 
 class LoraParameter(ParamWrapper):
-    """PEFT's layer, but that its base is not changed while it runs.
+    """PEFT's layer, without changing its base during the call.
 
-    PEFT exchanges the parameter for the time of the call. Another thread would see that, and torch.compile cannot trace
-    it. Here a twin of the base runs with the sum of the parameter and its adapters.
+    PEFT replaces the parameter during the call, which other threads would see, and which torch.compile cannot trace.
+    Here, a shallow copy of the base runs with the sum of the parameter and its adapters.
     """
 
     def forward(self, x: Tensor, *args: Any, parameters: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
         base = self.get_base_layer()
-        if "forward" in vars(base):  # accelerate's and others' hooks, which would run the base itself
+        if "forward" in vars(base):  # hooks such as accelerate's call the original base
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         kwargs.pop("adapter_names", None)
@@ -41,4 +41,4 @@ class LoraParameter(ParamWrapper):
         return _with_parameters(base, parameters)(x, *args, **kwargs)
 
 
-LoraParameter.__name__ = "ParamWrapper"  # by which PEFT finds the wrapper that a second adapter belongs to
+LoraParameter.__name__ = "ParamWrapper"  # PEFT finds the wrapper for a second adapter by this name

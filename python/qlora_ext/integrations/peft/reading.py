@@ -1,7 +1,7 @@
-"""PEFT's functions that read base weights: while one runs, a 4-bit layer's ``weight`` is the decoded one.
+"""Gives PEFT's functions that read base weights the decoded weights of 4-bit layers.
 
-They read one weight after the other. Each weight is decoded when torch computes with it and then dropped, so the model
-is never decoded as a whole.
+They read one weight after the other. Each weight is decoded when torch computes with it and freed afterwards, so that
+only one decoded weight is in memory at a time.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ..averaging import WithoutPacked
 
 
 class LazyWeight(Tensor):
-    """The weight [N, K] of a 4-bit layer: its dtype, shape and device are known, its values decoded at every use."""
+    """The weight [N, K] of a 4-bit layer. It has a dtype, shape and device; its values are decoded at every use."""
 
     _layer: Callable[[], Any]
 
@@ -42,7 +42,7 @@ class LazyWeight(Tensor):
 
 
 class _Reading(nn.Module):
-    """Stands for a 4-bit layer: calls and attributes are the layer's own, but ``weight`` is a ``LazyWeight``."""
+    """A proxy of a 4-bit layer: calls and attributes are the layer's own, but ``weight`` is a ``LazyWeight``."""
 
     def __init__(self, layer: nn.Module) -> None:
         nn.Module.__init__(self)
@@ -76,25 +76,25 @@ class _ReadingEmbedding(_Reading, nn.Embedding):  # type: ignore[override]
 
 
 def stand_in(layer: Linear4bit | Embedding4bit) -> nn.Module:
-    """The stand-in for a 4-bit layer while its weight is read."""
+    """The proxy of a 4-bit layer for code that reads its weight."""
     kind = _ReadingLinear if isinstance(layer, Linear4bit) else _ReadingEmbedding
     return kind(layer)
 
 
-def behind(layer: nn.Module) -> nn.Module:
-    """The 4-bit layer that ``layer`` stands for, or ``layer`` itself."""
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """The 4-bit layer behind the proxy ``layer``, or ``layer`` itself if it is not a proxy."""
     found: nn.Module = layer.__dict__["layer"] if isinstance(layer, _Reading) else layer
     return found
 
 
 @contextlib.contextmanager
 def reading(model: nn.Module) -> Iterator[None]:
-    """Replaces the 4-bit linear layers and embeddings of ``model`` by their stand-ins."""
+    """Replaces the 4-bit linear layers and embeddings of ``model`` by their proxies inside the ``with`` statement."""
     places = [(layer, at) for layer, at in places_in(model).items() if isinstance(layer, Linear4bit | Embedding4bit)]
     for layer, at in places:
-        twin = stand_in(layer)
+        proxy = stand_in(layer)
         for parent, name, _ in at:
-            parent._modules[name] = twin
+            parent._modules[name] = proxy
     try:
         yield
     finally:

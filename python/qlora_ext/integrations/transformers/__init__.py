@@ -1,8 +1,8 @@
 """transformers (>= 5.0): ``QLoRAConfig`` and the quantizer behind ``from_pretrained(..., quantization_config=...)``.
 
-Loading quantizes weight by weight as the checkpoint is read; a model directory saved afterwards holds the 4-bit state
-and loads as such; one that bitsandbytes saved loads with ``QLoRAConfig()``. This package is imported by itself as soon
-as transformers loads its own quantizers, so that ``import qlora_ext`` is enough for saved models to be recognised.
+Loading quantizes each weight when it is read. A model saved afterwards is 4-bit, and loads as such. Checkpoints that
+bitsandbytes saved load with ``QLoRAConfig()``. This package is imported automatically with transformers' own
+quantizers, so ``import qlora_ext`` is enough for saved models to load.
 """
 
 from .config import FORMAT_VERSION, METHOD, QLoRAConfig

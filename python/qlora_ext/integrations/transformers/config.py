@@ -21,13 +21,13 @@ from ...streaming import SOURCES
 
 METHOD = "qlora_ext"
 AUTO = "auto"
-NEEDS = "import qlora_ext"  # what somebody who has only the saved model has to do before loading it
+NEEDS = "import qlora_ext"  # written into saved models: what loading them requires
 FORMAT_VERSION = 1
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 class _QuantMethod(str, enum.Enum):
-    """What ``QLoRAConfig.quant_method`` is: equal to ``METHOD``, with the ``value`` that diffusers reads."""
+    """The type of ``QLoRAConfig.quant_method``: equal to ``METHOD``, with the ``value`` that diffusers reads."""
 
     QLORA_EXT = METHOD
 
@@ -47,24 +47,24 @@ def _dtype_named(name: str, dtype: str | torch.dtype | None) -> torch.dtype | No
 def _compute_dtype_named(name: str, dtype: str | torch.dtype | None) -> torch.dtype | None:
     dtype = _dtype_named(name, dtype)
     if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"{name}: expected a floating torch dtype or its name, got {dtype!r}")
+        raise ValueError(f"{name}: expected a floating-point torch dtype or its name, got {dtype!r}")
     return dtype
 
 
-# Arguments of transformers' BitsAndBytesConfig that say the same as ours.
+# Arguments of transformers' BitsAndBytesConfig, and our arguments with the same meaning.
 _SAME = {
     "bnb_4bit_use_double_quant": "double_quant",
     "bnb_4bit_compute_dtype": "compute_dtype",
     "llm_int8_skip_modules": "skip_modules",
 }
-# Those that ask for something else where they have another value than this, and why that is not here.
+# Its arguments of which only one value is supported, with the reason or the alternative.
 _REFUSED = {
-    "load_in_4bit": (True, "QLoRAConfig quantizes to 4 bits; leave it out, and the model dense"),
+    "load_in_4bit": (True, "QLoRAConfig quantizes to 4 bits; for a dense model, pass no quantization_config"),
     "load_in_8bit": (False, "LLM.int8() is not supported; use transformers' BitsAndBytesConfig for it"),
-    "bnb_4bit_quant_type": ("nf4", "NF4 is the 4-bit format here"),
-    "llm_int8_enable_fp32_cpu_offload": (False, "layers on the CPU are 4-bit, too; name those to keep in skip_modules"),
+    "bnb_4bit_quant_type": ("nf4", "only NF4 is supported"),
+    "llm_int8_enable_fp32_cpu_offload": (False, "layers on the CPU are 4-bit too; list dense ones in skip_modules"),
 }
-# Those that are about LLM.int8(), which bitsandbytes' 4-bit layers pass by as well.
+# Its arguments for LLM.int8(), which bitsandbytes' 4-bit layers ignore as well.
 _WITHOUT_EFFECT = ("llm_int8_threshold", "llm_int8_has_fp16_weight")
 
 
@@ -72,7 +72,7 @@ def _take_bitsandbytes(arguments: dict[str, Any]) -> dict[str, Any]:
     """Removes BitsAndBytesConfig's arguments from ``arguments``, and returns their values by our names.
 
     Raises:
-        ValueError: one asks for something that is not supported; the message names it.
+        ValueError: an argument has an unsupported value; the message names it.
     """
     if arguments.get("quant_method") == "bitsandbytes":  # all fields of such a configuration
         for name in ("quant_method", "_load_in_4bit", "_load_in_8bit"):
@@ -83,7 +83,7 @@ def _take_bitsandbytes(arguments: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name}: expected {expected!r}, got {reprlib.repr(found)}: {why}")
     for name in _WITHOUT_EFFECT:
         arguments.pop(name, None)
-    # The bytes of a packed weight are always stored as bytes: FSDP2, for which others pose as floats, shards them.
+    # Packed weights are always uint8. Viewing them as floats is not needed, because FSDP2 shards bytes too.
     _dtype_named("bnb_4bit_quant_storage", arguments.pop("bnb_4bit_quant_storage", None))
     ours = {_SAME[name]: arguments.pop(name) for name in _SAME if name in arguments}
     if "compute_dtype" in ours:
@@ -99,7 +99,7 @@ def _meant(typed: str) -> str:
 
 
 class _OfInstances:
-    """An attribute of instances. Reading it from the class is an error, because the parentheses were forgotten."""
+    """An instance attribute. Reading it from the class raises an error that points to the missing parentheses."""
 
     def __get__(self, instance: object, owner: type) -> NoReturn:
         raise AttributeError(f"expected a {owner.__name__}, got the class: write {owner.__name__}() with parentheses")
@@ -137,31 +137,31 @@ class QLoRAConfig(QuantizationConfigMixin):
         double_quant: whether the scales are stored in 8 bits, in blocks of ``nested_block_size``.
         nested_block_size: scales per nested scale: from 1 to 2^20.
         compute_dtype: dtype of the quantized layers' products and biases. "auto", the default, is the model's dtype,
-            but float32 for a bfloat16 model on a CPU without bfloat16 arithmetic (AVX512-BF16, AMX, ARM's BF16). On
-            such a CPU, dense bfloat16 layers are slow too: load the model with ``dtype=torch.float32`` there.
-        skip_modules: names of modules that stay dense, with everything in them: full names, last parts of names, or
-            regular expressions. By default the output heads of language models, classifiers and question-answering
-            models. With ``[]`` every linear layer is quantized, except towers. Layers whose weight is tied to an
+            but float32 for a bfloat16 model on a CPU without bfloat16 arithmetic (AVX512-BF16, AMX, ARM's BF16). Dense
+            bfloat16 layers are slow on such a CPU too, so load the model with ``dtype=torch.float32`` there.
+        skip_modules: names of modules that stay dense, with everything inside them: full names, last parts of names, or
+            regular expressions. The default is the output heads of language models, classifiers and question-answering
+            models. With ``[]``, every linear layer outside towers is quantized. Layers whose weight is tied to an
             embedding follow that embedding, even if they are named here.
-        embeddings: whether embeddings are quantized too, each with the output head that is tied to it.
-        towers: whether, in a multimodal model, layers outside the language model are quantized too: those of vision and
-            audio towers, and of projectors.
-        stream: "ram" or "disk": the frozen blocks are not kept on the computing device, but loaded when they are
-            needed; see ``qlora_ext.streaming.stream``. "disk" needs a checkpoint that is already 4-bit. Threads that
+        embeddings: whether to quantize embeddings too, each with the output head that is tied to it.
+        towers: whether to quantize the layers of a multimodal model that are outside its language model: vision and
+            audio towers, and projectors.
+        stream: "ram" or "disk": load the frozen blocks when they are needed instead of keeping them on the computing
+            device; see ``qlora_ext.streaming.stream``. "disk" needs a checkpoint that is already 4-bit. Threads that
             use such a model concurrently take turns at each layer.
-        resident: with ``stream``: the memory that the weights may take on that device, such as "6GB".
+        resident: with ``stream``, the memory that the weights may use on that device, such as "6GB".
 
     ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit, ours or
     bitsandbytes' NF4, keeps its own block sizes and scale form.
 
-    Arguments of transformers' ``BitsAndBytesConfig`` work, too: ``bnb_4bit_use_double_quant``,
+    Arguments of transformers' ``BitsAndBytesConfig`` work too: ``bnb_4bit_use_double_quant``,
     ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` mean ``double_quant``, ``compute_dtype`` and
     ``skip_modules``. ``load_in_4bit=True``, ``bnb_4bit_quant_type="nf4"``, ``bnb_4bit_quant_storage`` and the arguments
     of LLM.int8() have no effect. Omitted arguments take our defaults, not bitsandbytes'.
 
     Raises:
-        ValueError: an argument has the wrong kind or is out of bounds, or asks for an unsupported format (int8, FP4).
-            TypeError: unknown argument.
+        ValueError: an argument has a wrong type, is out of range, or requests an unsupported format (int8, FP4).
+            TypeError: an argument is unknown.
 
     Example:
         >>> import tempfile
@@ -197,7 +197,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         double_quant = theirs.get("double_quant", double_quant)
         compute_dtype = theirs.get("compute_dtype", compute_dtype)
         skip_modules = theirs.get("skip_modules", skip_modules)
-        Form(torch.float32, block_size, double_quant, nested_block_size)  # the block sizes are checked
+        Form.of(block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size)  # checks them
         for name, flag in (("double_quant", double_quant), ("embeddings", embeddings), ("towers", towers)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name}: expected True or False, got {reprlib.repr(flag)}")
@@ -230,8 +230,15 @@ class QLoRAConfig(QuantizationConfigMixin):
         self.stream = stream
         self.resident = resident
 
-    def form(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> Form:
-        """The form of the 4-bit modules of a model that has the given dtype.
+    @property
+    def form(self) -> Form:
+        """The form of the 4-bit weights."""
+        return Form.of(
+            block_size=self.block_size, double_quant=self.double_quant, nested_block_size=self.nested_block_size
+        )
+
+    def computing_dtype(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> torch.dtype:
+        """The dtype in which the 4-bit modules of a model that has the given dtype compute.
 
         Args:
             device: the device that computes. The default is the GPU if there is one, because models may load on the CPU
@@ -240,11 +247,14 @@ class QLoRAConfig(QuantizationConfigMixin):
         if device is None:
             device = "cuda" if _library.cuda_error is None and torch.cuda.is_available() else "cpu"
         chosen = self.compute_dtype
-        dtype = chosen if isinstance(chosen, torch.dtype) else computing_dtype(model_dtype, device)
-        return Form(dtype, self.block_size, self.double_quant, self.nested_block_size)
+        return chosen if isinstance(chosen, torch.dtype) else computing_dtype(model_dtype, device)
 
     def record(self, form: Form | None) -> None:
-        """Notes the block sizes and scale form that a model's modules have, which a checkpoint may have chosen."""
+        """Records the form of a model's modules, which may come from a checkpoint.
+
+        Raises:
+            ValueError: the code is not NF4, the only one that a checkpoint of this format can have.
+        """
         if form is not None:
             if form.code != NF4:
                 raise ValueError(f"model: a checkpoint of this format holds {NF4} weights, got {form.code}")
@@ -262,14 +272,14 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_bitsandbytes(cls, config: Any) -> QLoRAConfig:
-        """The configuration that quantizes like a ``BitsAndBytesConfig`` and reads checkpoints saved with it.
+        """The configuration that quantizes like a ``BitsAndBytesConfig``, and reads checkpoints saved with it.
 
         Args:
             config: the ``BitsAndBytesConfig`` of transformers or of diffusers, or its fields, as in the ``config.json``
                 of a checkpoint.
 
         Raises:
-            ValueError: int8 or FP4. TypeError: ``config`` is not such a configuration.
+            ValueError: ``config`` is for int8 or FP4. TypeError: ``config`` is not such a configuration.
 
         Example:
             >>> config = diffusers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -295,7 +305,7 @@ class QLoRAConfig(QuantizationConfigMixin):
         ours._bitsandbytes_storage = storage or torch.uint8
         return ours
 
-    # The dtype that the packed bytes pose as where bitsandbytes wrote the checkpoint; None: it wrote none.
+    # The storage dtype of the packed bytes in a checkpoint that bitsandbytes wrote, else None.
     _bitsandbytes_storage: torch.dtype | None = None
-    # A ``Spill`` that takes the weights as they are quantized.
+    # A ``Spill`` that receives each quantized weight.
     _spill: Any = None

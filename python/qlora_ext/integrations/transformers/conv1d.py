@@ -1,4 +1,4 @@
-"""GPT-2's ``Conv1D``, which is a linear layer too: ``quantize_model`` replaces it once this is imported."""
+"""Makes ``quantize_model`` replace GPT-2's ``Conv1D``, which is a linear layer with a transposed weight."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...nn import CONVERSIONS, Linear4bit
 
 
 class Conv1D4bit(Linear4bit):
-    """A ``Linear4bit`` in the place of GPT-2's ``Conv1D``, which stores its weight transposed: as [K, N]."""
+    """A ``Linear4bit`` that replaces GPT-2's ``Conv1D``, whose weight is transposed: [K, N]."""
 
     @classmethod
     def from_linear(cls, linear: Any, *args: Any, **options: Any) -> Linear4bit:

@@ -1,8 +1,8 @@
-"""Which of transformers' conversions between files and models leave packed weights as they are.
+"""Selects those of transformers' conversions between files and models that are safe for packed weights.
 
-If the files of a family hold q, k and v in one tensor, or each expert separately, transformers concatenates or splits
-weights while it saves them. It also renames weights. These operations do not handle the scales of packed weights, so
-packed weights are written and read under their names in the model.
+transformers concatenates or splits weights while it saves them if the files of a model family have q, k and v in one
+tensor, or each expert in its own. It also renames weights. These operations do not handle the scales of packed weights,
+so packed weights are written and read under their names in the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ...nn import Packed4bit
 
 
 def _packed_names(model: nn.Module) -> tuple[list[str], list[str]]:
-    """The names of the packed weights in ``model``, and those of all of their tensors.
+    """The names of the packed weights in ``model``, and the names of all their tensors.
 
     Layers whose names differ only in numbers are represented by one, because conversions treat them alike.
     """
@@ -50,7 +50,7 @@ def for_saving(model: Any, conversions: list[Any] | None) -> list[Any]:
     """The ``conversions`` (None: the default ones) for saving ``model``, without those that break packed weights."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
-    if conversions is None:  # as transformers does: what was read is not known
+    if conversions is None:  # the default of transformers for a model that was not read from files
         conversions = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not _is_prefix(c)]
     weights, names = _packed_names(model)
     fitting = [c for c in conversions if not (_is_computed(c) and _matches(c.reverse_transform(), weights))]
@@ -66,7 +66,7 @@ def for_loading(model: nn.Module, conversions: list[Any]) -> list[Any]:
 
 
 def _round_trip(name: str, renamings: list[Any], is_saved: Callable[[Any], bool]) -> tuple[str, list[int]]:
-    """A name as it is after saving and loading, and which of the ``renamings`` changed it, the last one first.
+    """The name after saving and loading, and the indices of the ``renamings`` that changed it, the last one first.
 
     Saving reverses the renamings for which ``is_saved`` is true.
     """
@@ -90,20 +90,20 @@ def _round_trip(name: str, renamings: list[Any], is_saved: Callable[[Any], bool]
 def _without_lossy_renamings(
     conversions: list[Any], names: list[str], is_saved: Callable[[Any], bool] = lambda _: True
 ) -> list[Any]:
-    """``conversions`` without renamings that give one of ``names`` another name once it is saved and loaded.
+    """``conversions`` without the renamings after which one of ``names`` is saved and loaded under another name.
 
-    So does one of a file's ``proj`` to the model's ``proj.weight``: the scales, ``proj.absmax``, come back as
-    ``proj.weight.absmax``.
+    An example is the renaming of a file's ``proj`` to the model's ``proj.weight``: the scales ``proj.absmax`` would be
+    loaded as ``proj.weight.absmax``.
     """
-    kept = list(conversions)
+    remaining = list(conversions)
     for name in names:
         while True:
-            indices = [i for i, c in enumerate(kept) if not _is_computed(c)]
-            renamings = copy.deepcopy([kept[i] for i in indices])  # for they note that they were used
+            indices = [i for i, c in enumerate(remaining) if not _is_computed(c)]
+            renamings = copy.deepcopy([remaining[i] for i in indices])  # renamings record their use
             found, applied = _round_trip(name, renamings, is_saved)
             if found == name or not applied:
                 break
             without = {i: renamings[:i] + renamings[i + 1 :] for i in applied}
             culprit = next((i for i in applied if _round_trip(name, without[i], is_saved)[0] == name), applied[0])
-            del kept[indices[culprit]]
-    return kept
+            del remaining[indices[culprit]]
+    return remaining

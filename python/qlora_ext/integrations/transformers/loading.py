@@ -1,4 +1,4 @@
-"""What transformers runs on each weight of a checkpoint as it is read: quantize it, or rebuild bitsandbytes' state."""
+"""The operations that transformers runs on each weight of a checkpoint: quantize it, or read bitsandbytes' state."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def _one(value: Any) -> Tensor:
 
 
 def _fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[str, Tensor]:
-    """Gives ``module`` a weight, and returns the tensors under the names by which transformers then sets them."""
+    """Stores a weight in ``module``, and returns its tensors by the names under which transformers sets them again."""
     prefix, _, weight = name.rpartition(".")
     if isinstance(module, TiedLinear4bit):  # a copy of the table in the checkpoint; the scales are the table's
         return {name: nn.Parameter(w4.packed, requires_grad=False)}
     module.set_packed(weight, w4)
     scales = scale_names(weight).values()
-    if missing is not None:  # the form of the scales may be another than the empty layer's
+    if missing is not None:  # the weight may have another scale form than the empty layer
         missing.difference_update(f"{prefix}.{scale}" for scale in scales)
     tensors = {f"{prefix}.{scale}": getattr(module, scale) for scale in scales}
     return {name: getattr(module, weight), **{key: t for key, t in tensors.items() if t is not None}}
 
 
 class Quantize(ConversionOps):
-    """A dense weight, just read, becomes the 4-bit state of its layer; the dense one is freed before the next.
+    """Quantizes a dense weight that was just read, and frees it before the next one is read.
 
     Args:
-        quantize: the 4-bit form of a checkpoint's dense weight for a module.
-        release: called with each dense weight, at which nobody will look again.
-        not_finite: takes the names of weights with NaN or infinity, and where.
-        spill: where the quantized weights go, and may be already.
+        quantize: quantizes a dense weight of a checkpoint for a module.
+        release: called with each dense weight after its last use.
+        not_finite: receives the names of weights with NaN or infinity, and the index of the first such value.
+        spill: stores the quantized weights, and may already have some.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Quantize(ConversionOps):
     def convert(self, input_dict: dict[str, Any], model: nn.Module, **kwargs: Any) -> dict[str, Tensor]:
         filled: dict[str, Tensor] = {}
         if self._spill is not None and self._spill.error is not None:
-            raise self._spill.error  # nothing more can be written
+            raise self._spill.error  # writing has failed before
         for name, value in input_dict.items():
             module, _ = get_module_from_name(model, name)
             dense = _one(value)
@@ -74,15 +74,15 @@ class Quantize(ConversionOps):
         except ValueError as error:
             if dense.isfinite().all():
                 raise
-            # transformers would say no more than that something failed: it is told when all weights are read.
+            # transformers would hide the message, so the error is raised after all weights are read.
             self._not_finite[name] = str(error)
             return self._quantize(module, torch.zeros_like(dense))
 
 
 class LoadBitsandbytes(ConversionOps):
-    """The tensors that bitsandbytes saved for one weight become the 4-bit state of its layer, bit for bit.
+    """Reads the tensors that bitsandbytes saved for one weight into its layer, bit for bit.
 
-    By the attribute ``hf_quantizer`` transformers knows that this takes the tensors as they are in the file, uncast.
+    transformers passes the file's tensors uncast to operations that have the attribute ``hf_quantizer``.
     """
 
     def __init__(self, hf_quantizer: Any) -> None:
@@ -93,7 +93,7 @@ class LoadBitsandbytes(ConversionOps):
     ) -> dict[str, Tensor]:
         layer, name = get_module_from_name(model, full_layer_name)
         if not isinstance(layer, Linear4bit):
-            # Every weight of the checkpoint comes by here: this one was never quantized.
+            # Every weight of the checkpoint is passed, also those that are dense.
             return {full_layer_name: _one(input_dict["weight"]).to(getattr(layer, name).dtype)}
         w4 = NF4Weight.from_bitsandbytes({key: _one(value) for key, value in input_dict.items()}, "weight")
         return _fill(layer, full_layer_name, w4, kwargs.get("missing_keys"))

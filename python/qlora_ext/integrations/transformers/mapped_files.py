@@ -1,4 +1,4 @@
-"""Gives back the memory that reading a memory-mapped checkpoint occupies, and nothing that anybody has written."""
+"""Releases the memory of pages that were read from a memory-mapped checkpoint, but never pages that were written."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def _libc() -> ctypes.CDLL:
 
 def _advise(begin: int, end: int, advice: int) -> None:
     if begin < end:
-        _libc().madvise(begin, end - begin, advice)  # a refusal costs memory, nothing else
+        _libc().madvise(begin, end - begin, advice)  # errors are ignored: they only cost memory
 
 
 class MappedFiles:
-    """The files ``paths`` of a checkpoint, about to be mapped and read by one load (Linux; elsewhere nothing is done).
+    """The files ``paths`` of a checkpoint that one load is about to map and read. Does nothing except on Linux.
 
-    What safetensors has read of a checkpoint counts as this process's memory until the file is closed, so that
-    quantizing while loading would hold the whole dense model all the same. A mapping is private and may be written to,
-    and other models of the process may live in mappings of the same files, now or from another thread: only a tensor
-    that the load is done with may lose what is in it.
+    Pages that safetensors has read count as memory of this process until the file is closed. Without releasing them,
+    quantizing while loading would still need memory for the whole dense model. Mappings are private and may be written
+    to, and other models of this process may use mappings of the same files. Only tensors that the load has finished
+    with may therefore be released.
     """
 
     def __init__(self, paths: Iterable[str]) -> None:
         self._paths = {os.path.realpath(path) for path in paths}
-        self._older = self._mappings()  # they belong to others
+        self._older = self._mappings()  # mappings of other users
 
     def _new_mappings(self) -> list[_Range]:
         return [(b, e) for b, e in self._mappings() if not any(b < end and begin < e for begin, end in self._older)]
@@ -56,12 +56,12 @@ class MappedFiles:
         return found
 
     def release(self, tensor: Tensor) -> None:
-        """Gives back the pages of ``tensor``, which the load has read and nobody will look at again.
+        """Releases the pages of ``tensor``, which the load has read for the last time.
 
-        Those that lie wholly within it are unmapped, where it is itself a piece of a mapping. Of a copy (cast, or
-        merged of several tensors) the source is not known: then the kernel pages out what has been mapped of the files
-        since the load began, which keeps every content, but means reading from the disk for whoever comes next. What
-        was copied to another device is left to the kernel.
+        If the tensor is part of a mapping, the pages that lie entirely within it are discarded. If it is a copy (cast,
+        or merged from several tensors), its source is unknown, so the kernel is asked to page out everything that was
+        mapped since the load began. That preserves all content, but later reads access the disk. Tensors on other
+        devices are not released.
         """
         if tensor.device.type != "cpu":
             return

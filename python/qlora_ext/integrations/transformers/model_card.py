@@ -1,4 +1,4 @@
-"""The model card of a saved 4-bit model: what it needs to load."""
+"""Writes the model card of a saved 4-bit model, which says what loading it requires."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ tags:
 - nf4
 ---
 
-# A model in 4 bits (NF4), saved by {method}
+# A 4-bit model (NF4), saved by {method}
 
-It needs `{needs}` (`pip install {method}`) before it is loaded:
+Install the package (`pip install {method}`), and run `{needs}` before loading the model:
 
 ```python
 {needs}
@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
 ```
 
-`quantization_config` in `config.json` says how it was quantized.
+`quantization_config` in `config.json` describes the quantization.
 """
 
 

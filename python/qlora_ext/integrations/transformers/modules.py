@@ -1,4 +1,4 @@
-"""The 4-bit modules of a transformers model: checked after loading, saved whole, made dense again."""
+"""Checks the 4-bit modules of a loaded transformers model, finds those that stay dense, and decodes a model."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ...form import Form
-from ...nn import KEPT_DENSE, KeptDense, Packed4bit, TiedLinear4bit, is_dense, layers_of, paths_to, places_in
+from ...nn import DENSE_RULES, DenseModules, Packed4bit, TiedLinear4bit, is_dense, layers_of, paths_to, places_in
 
 
 def _outside(module: nn.Module, inside: set[nn.Module], name: str = "") -> Iterator[str]:
-    """The outermost submodules of ``module``, called ``name``, that have nothing of ``inside`` in them."""
+    """The names of the outermost submodules of ``module``, called ``name``, that contain no module of ``inside``."""
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
         if child in inside:
@@ -26,7 +26,7 @@ def _outside(module: nn.Module, inside: set[nn.Module], name: str = "") -> Itera
 
 
 def _towers(model: Any) -> Iterator[str]:
-    """What the body of a model of several modalities holds beside its language model."""
+    """The modules in the base model of a multimodal model that are outside its language model."""
     text_config, body = getattr(model.config, "text_config", None), model.base_model
     if text_config is None:
         return
@@ -38,11 +38,11 @@ def _towers(model: Any) -> Iterator[str]:
     yield from (name for name in _outside(body, language, names[body]) if model.get_submodule(name) not in heads)
 
 
-def kept_dense(model: nn.Module) -> KeptDense:
-    """The heads of the transformers models in ``model``, their towers, and what they keep in float32."""
-    from transformers import PreTrainedModel  # of which this module's own import may be a part
+def dense_modules(model: nn.Module) -> DenseModules:
+    """The heads and towers of the transformers models in ``model``, and the modules that they keep in float32."""
+    from transformers import PreTrainedModel  # not at the top, because importing it may import this module
 
-    kept = KeptDense([], [], [])
+    dense_parts = DenseModules([], [], [])
     outermost: list[str] = []
     for name, m in model.named_modules():
         if not isinstance(m, PreTrainedModel) or not set(outermost).isdisjoint(["", *paths_to(name)]):
@@ -50,21 +50,25 @@ def kept_dense(model: nn.Module) -> KeptDense:
         outermost.append(name)
         prefix = f"{name}." if name else ""
         if m.base_model is not m:
-            kept.heads.extend(prefix + head for head in _outside(m, {m.base_model}))
+            dense_parts.heads.extend(prefix + head for head in _outside(m, {m.base_model}))
         output = m.get_output_embeddings()
-        kept.heads.extend(prefix + path for path, module in m.named_modules() if module is output)
-        kept.towers.extend(prefix + tower for tower in _towers(m))
+        dense_parts.heads.extend(prefix + path for path, module in m.named_modules() if module is output)
+        dense_parts.towers.extend(prefix + tower for tower in _towers(m))
         float32 = {*(m._keep_in_fp32_modules or ()), *(m._keep_in_fp32_modules_strict or ())}
-        kept.always.extend(prefix + path for path, _ in m.named_modules() if path.rpartition(".")[2] in float32)
-    return kept
+        dense_parts.always.extend(prefix + path for path, _ in m.named_modules() if path.rpartition(".")[2] in float32)
+    return dense_parts
 
 
-KEPT_DENSE.append(kept_dense)
+DENSE_RULES.append(dense_modules)
 
 
 def check_loaded(model: nn.Module) -> None:
-    """Refuses a checkpoint that left part of a 4-bit layer unfilled or of another form: no bits can be made up."""
-    layers = {name: m for name, m in layers_of(model) if not hasattr(m, "_hf_hook")}  # else they are accelerate's
+    """Rejects a checkpoint that lacks a tensor of a 4-bit layer, or has it in another form.
+
+    Raises:
+        ValueError: a tensor is missing, or has a wrong shape or dtype.
+    """
+    layers = {name: m for name, m in layers_of(model) if not hasattr(m, "_hf_hook")}  # the others are accelerate's
     absent = {}
     for name, layer in layers.items():
         tensors = {**dict(layer.named_parameters(recurse=False)), **dict(layer.named_buffers(recurse=False))}
@@ -74,8 +78,8 @@ def check_loaded(model: nn.Module) -> None:
     if absent:
         name, unfilled = next(iter(absent.items()))
         raise ValueError(
-            f"{name}: the checkpoint holds no {', '.join(unfilled)} for this 4-bit layer "
-            f"({len(absent)} of {len(layers)} layers lack something); "
+            f"{name}: the checkpoint has no {', '.join(unfilled)} for this 4-bit layer "
+            f"({len(absent)} of {len(layers)} layers lack a tensor); "
             "name the layer in QLoRAConfig(skip_modules=[...]) to leave it dense"
         )
     for name, layer in layers.items():
@@ -90,9 +94,10 @@ def check_loaded(model: nn.Module) -> None:
 
 
 def dense_names(model: nn.Module, embeddings: bool) -> list[str]:
-    """The outermost modules of ``model`` in which something could be 4-bit, and nothing is.
+    """The outermost modules of ``model`` that contain modules that could be 4-bit, and none that is.
 
-    Embeddings count only with ``embeddings``.
+    Args:
+        embeddings: whether embeddings count as modules that could be 4-bit.
     """
 
     def counts(module: nn.Module) -> bool:
@@ -103,10 +108,10 @@ def dense_names(model: nn.Module, embeddings: bool) -> list[str]:
 
 
 def refuse_split_experts(checkpoint_files: list[str]) -> None:
-    """Refuses a checkpoint in which bitsandbytes quantized the experts one by one, as transformers < 5 did.
+    """Rejects a checkpoint of transformers < 5 in which bitsandbytes quantized each expert separately.
 
     Raises:
-        ValueError: there is such an expert. Stacked with the others, its doubly quantized scales would not be exact.
+        ValueError: the checkpoint has such experts, whose double-quantized scales cannot be stacked exactly.
     """
     from safetensors import safe_open
 
@@ -123,21 +128,31 @@ def refuse_split_experts(checkpoint_files: list[str]) -> None:
 
 
 def form_of(model: nn.Module) -> Form | None:
-    """The form of the 4-bit layers of the model, which share one form; None where there is no such layer."""
-    forms = {(m.form.code, m.block_size, m.double_quant, m.nested_block_size): m.form for _, m in layers_of(model)}
+    """The form that all 4-bit layers of ``model`` have; None if it has no such layer.
+
+    Raises:
+        ValueError: the layers differ in form.
+    """
+    forms = {layer.form for _, layer in layers_of(model)}
     if len(forms) > 1:
-        raise ValueError(f"model: expected 4-bit layers with one code, block size and scale form, got {sorted(forms)}")
-    return next(iter(forms.values()), None)
+        found = "; ".join(sorted(map(str, forms)))
+        raise ValueError(f"model: expected 4-bit layers with one code, block size and scale form, got {found}")
+    return next(iter(forms), None)
+
+
+def compute_dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The compute dtype of the first 4-bit layer of ``model``; None if it has no such layer."""
+    return next((layer.compute_dtype for _, layer in layers_of(model)), None)
 
 
 def dequantize_modules(model: Any, dtype: torch.dtype | str | None = None) -> Any:
-    """Replaces every 4-bit module of ``model`` by the dense one that it decodes to, in place."""
-    # transformers takes it from the configuration, in which saving leaves a name.
+    """Replaces every 4-bit module of ``model`` by its decoded dense module, in place."""
+    # transformers reads the dtype from the configuration, where saving replaces it by its name.
     wanted: torch.dtype | None = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if isinstance(model, Packed4bit):
         return model.to_dense(wanted)
     tables: dict[nn.Module, Any] = {}
-    # A tied head comes after its table, to be tied to the dense one.
+    # Tied heads come last, because they are tied to the dense table.
     layers = sorted(layers_of(model), key=lambda item: isinstance(item[1], TiedLinear4bit))
     places = places_in(model)
     for name, layer in layers:

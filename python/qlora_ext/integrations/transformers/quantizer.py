@@ -1,4 +1,4 @@
-"""``QLoRAQuantizer``: 4-bit modules put into a model that transformers is about to load, filled, checked and saved."""
+"""``QLoRAQuantizer``: puts 4-bit modules into a model that transformers loads, fills and checks them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from ... import _library
-from ...bitsandbytes_state import COMPANIONS
-from ...form import Form
+from ...bitsandbytes_format import COMPANIONS
 from ...nn import (
     AFTER_QUANTIZE,
     CONVERSIONS,
@@ -25,12 +24,12 @@ from ...nn import (
     TiedLinear4bit,
     check_something_is_4bit,
     conversion_of,
+    dense_modules,
     is_fused_experts,
-    kept_dense,
     layers_of,
     paths_to,
     places_in,
-    tell_coverage,
+    report_coverage,
     tied_heads,
 )
 from ...streaming import stream
@@ -42,6 +41,7 @@ from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
 from .modules import (
     check_loaded,
+    compute_dtype_of,
     dense_names,
     dequantize_modules,
     form_of,
@@ -60,21 +60,21 @@ def _tied_modules(model: nn.Module) -> list[str]:
 
 
 class QLoRAQuantizer(HfQuantizer):
-    """Puts ``Linear4bit`` into a model that transformers is about to load, and fills it."""
+    """Replaces layers of a model by 4-bit ones before transformers loads its weights, and then fills them."""
 
     requires_calibration = False
     quantization_config: QLoRAConfig
 
     def __init__(self, quantization_config: QLoRAConfig, **kwargs: Any) -> None:
-        super().__init__(copy.copy(quantization_config), **kwargs)  # what a model records there is its own
-        self.mapped_files = MappedFiles([])  # of the checkpoint that is being loaded
-        self.not_finite: dict[str, str] = {}  # weights with NaN or infinity, and where
-        self.conversions: list[Any] | None = None  # of names and weights, for a model that is dense again
+        super().__init__(copy.copy(quantization_config), **kwargs)  # each model records its own layers
+        self.mapped_files = MappedFiles([])  # the checkpoint that is being loaded
+        self.not_finite: dict[str, str] = {}  # weights with NaN or infinity, and the index of the first
+        self.conversions: list[Any] | None = None  # the original ones, to be restored for a dense model
         self.qlora_config = self.quantization_config
-        # Of the packed bytes in the checkpoint, where bitsandbytes wrote it.
+        # The storage dtype of the packed bytes in a checkpoint of bitsandbytes, else None.
         self.bitsandbytes_storage = self.qlora_config._bitsandbytes_storage if self.pre_quantized else None
-        self.qlora_config._bitsandbytes_storage = None  # what is saved from here on is ours
-        self.streaming_device: Any = None  # where a model that is to be streamed computes; it loads on the CPU
+        self.qlora_config._bitsandbytes_storage = None  # the model will be saved in our format
+        self.streaming_device: Any = None  # the device on which a streamed model computes; it is loaded on the CPU
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
@@ -97,11 +97,11 @@ class QLoRAQuantizer(HfQuantizer):
             if len(devices) > 1 or devices & {"balanced", "balanced_low_0", "sequential", "disk"}:
                 raise ValueError(f"device_map: expected one device for a streamed model, got {device_map}")
             self.streaming_device = devices.pop()
-            if self.streaming_device in (None, "auto"):  # nothing needs to be spread over several
+            if self.streaming_device in (None, "auto"):  # a streamed model fits one device
                 on_cuda = _library.cuda_error is None and torch.cuda.is_available()
                 self.streaming_device = torch.cuda.current_device() if on_cuda else "cpu"
             return {"": "cpu"}
-        # As for bitsandbytes: on a machine with a GPU, that is where a quantized model is wanted.
+        # A quantized model goes to the GPU if there is one, as for bitsandbytes.
         if device_map is None and _library.cuda_error is None and torch.cuda.is_available():
             return {"": torch.cuda.current_device()}
         return device_map
@@ -113,18 +113,18 @@ class QLoRAQuantizer(HfQuantizer):
     def param_element_size(self, model: nn.Module, param_name: str, param: torch.Tensor) -> float:
         module, name = get_module_from_name(model, param_name)
         if isinstance(module, Packed4bit) and name in module.packed_shapes:
-            # Half a byte per weight, whether the parameter has the dense shape still or is packed.
+            # Half a byte per weight, whether the parameter still has the dense shape or is packed.
             return math.prod(module.packed_shapes[name]) / 2 / param.numel()
         size: float = super().param_element_size(model, param_name, param)
         return size
 
     @property
     def follows_bitsandbytes(self) -> bool:
-        """Whether just those layers are 4-bit that are so with bitsandbytes."""
+        """Whether to quantize exactly the layers that bitsandbytes would quantize."""
         return self.bitsandbytes_storage is not None
 
     def _to_convert(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that are to be 4-bit, with their names, but for tied heads, which go with their tables."""
+        """The modules to replace by 4-bit ones, and their names. Tied heads follow their tables and are not listed."""
         config = self.qlora_config
         if self.follows_bitsandbytes:
             fp32: list[str] = [*(getattr(model, "_keep_in_fp32_modules", None) or [])]
@@ -132,14 +132,14 @@ class QLoRAQuantizer(HfQuantizer):
             yield from self._linear_layers(model, sorted(skipped))
             return
         named = {*(config.skip_modules or ())}
-        kept = kept_dense(model)
-        if self.pre_quantized:  # the configuration names all that is dense, in full
+        dense_parts = dense_modules(model)
+        if self.pre_quantized:  # the configuration lists the full names of all dense modules
             dense = named & {name for name, _ in model.named_modules()}
         else:
-            dense = {*kept.always, *(kept.heads if config.skip_modules is None else ())}
-            dense |= {*(() if config.towers else kept.towers)}
+            dense = {*dense_parts.always, *(dense_parts.heads if config.skip_modules is None else ())}
+            dense |= {*(() if config.towers else dense_parts.towers)}
         patterns = sorted(named - dense if self.pre_quantized else named)
-        heads = tied_heads(model, _tied_names(model), kept.always) if config.embeddings else {}
+        heads = tied_heads(model, _tied_names(model), dense_parts.always) if config.embeddings else {}
         tied = {*_tied_modules(model)}
         for name, module in list(model.named_modules()):
             if type(module) is nn.Embedding:
@@ -155,19 +155,23 @@ class QLoRAQuantizer(HfQuantizer):
                 yield name, module
 
     def _asked(self, model: nn.Module) -> list[str]:
-        """The modules of ``model`` that the configuration names as dense."""
+        """The modules of ``model`` that the configuration requests to be dense."""
         named = self.qlora_config.skip_modules
         return [name for name, _ in model.named_modules() if named and not should_convert_module(name, named)]
 
     def _linear_layers(self, model: nn.Module, skipped: list[str]) -> Iterator[tuple[str, nn.Module]]:
-        """The layers that bitsandbytes would make 4-bit, found as transformers finds them for it."""
+        """The layers that bitsandbytes would quantize, selected by transformers' own rule."""
         for name, module in list(model.named_modules()):
             if type(module) in CONVERSIONS and should_convert_module(name, skipped):
                 yield name, module
 
-    def _empty(self, module: nn.Module, form: Form) -> Packed4bit:
-        """The 4-bit module that is to take ``module``'s place, on the meta device."""
-        options: dict[str, Any] = {"device": "meta", **vars(form)}
+    def _empty(self, module: nn.Module, compute_dtype: torch.dtype) -> Packed4bit:
+        """The 4-bit module that replaces ``module``, on the meta device."""
+        options: dict[str, Any] = {
+            "compute_dtype": compute_dtype,
+            "device": "meta",
+            **self.qlora_config.form.keywords,
+        }
         if isinstance(module, nn.Embedding):
             return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
         cls = conversion_of(module)
@@ -187,17 +191,17 @@ class QLoRAQuantizer(HfQuantizer):
         if self.bitsandbytes_storage is not None and any(is_fused_experts(m) for m in model.modules()):
             refuse_split_experts(checkpoint_files)
         model_dtype: torch.dtype = model.config.dtype
-        # transformers < 5.20 casts what it reads to the dtype found here, before it comes to us.
+        # transformers < 5.20 casts the tensors that it reads to the dtype of these placeholders.
         as_read = self.bitsandbytes_storage or (None if self.pre_quantized else model_dtype)
         places, heads = places_in(model), tied_heads(model, _tied_names(model))
         chosen = list(self._to_convert(model))
-        if not self.follows_bitsandbytes:  # with which transformers warns
+        if not self.follows_bitsandbytes:  # for bitsandbytes, transformers itself warns
             check_something_is_4bit(model, bool(chosen), self._asked(model))
-        form = self.qlora_config.form(model_dtype, self.streaming_device)
+        compute_dtype = self.qlora_config.computing_dtype(model_dtype, self.streaming_device)
         for _, module in chosen:
-            layer = self._empty(module, form)
+            layer = self._empty(module, compute_dtype)
             layer.weight_dtype = model_dtype
-            # Conversions ask for the shape of a weight that they make; a table's is the tied head's, too.
+            # Conversions read the shape of the weight that they create. A tied head shares the table's weight.
             shaped = module if self.bitsandbytes_storage is None and not isinstance(module, nn.Embedding) else layer
             for weight in layer.packed_shapes:
                 if as_read is not None:
@@ -208,7 +212,7 @@ class QLoRAQuantizer(HfQuantizer):
                 assert isinstance(layer, Embedding4bit)
                 new |= {head: TiedLinear4bit(layer, head.bias) for head in heads[module]}
             for old, replacement in new.items():
-                replacement._is_hf_initialized = True  # type: ignore[assignment]  # nothing to draw at random
+                replacement._is_hf_initialized = True  # type: ignore[assignment]  # no random initialization
                 for parent, name, _ in places[old]:
                     setattr(parent, name, replacement)
 
@@ -228,24 +232,24 @@ class QLoRAQuantizer(HfQuantizer):
         return [WeightConverter(sources, "weight", operations=[LoadBitsandbytes(self)])]
 
     def quantize(self, module: Packed4bit, weight: torch.Tensor) -> Weight4bit:
-        """The 4-bit form of a checkpoint's dense ``weight`` for ``module``."""
+        """Quantizes a dense ``weight`` of a checkpoint for ``module``."""
         return module.quantize(weight.T if isinstance(module, Conv1D4bit) else weight)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self.not_finite:
             name, where = next(iter(self.not_finite.items()))
-            more = f" ({len(self.not_finite)} weights are such)" if len(self.not_finite) > 1 else ""
+            more = f" ({len(self.not_finite)} weights have NaN or infinity)" if len(self.not_finite) > 1 else ""
             raise ValueError(f"{name}: {where.removeprefix('w: ')}{more}")
         check_loaded(model)
         for _, layer in layers_of(model):
-            layer.freeze_packed()  # transformers takes every floating parameter for a trainable one
+            layer.freeze_packed()  # transformers makes every floating-point parameter trainable
         if self.bitsandbytes_storage is not None:
             forget_bitsandbytes_keys(model)
             self.qlora_config.embeddings = False
         if not self.pre_quantized:
-            tell_coverage(model, self._asked(model), stacklevel=2)
+            report_coverage(model, self._asked(model), stacklevel=2)
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
-        self.keep_packed_whole(model)
+        self.save_packed_state(model)
         self.qlora_config.record(form_of(model))
         if self.qlora_config.stream is not None:
             stream(model, self.qlora_config.resident, self.qlora_config.stream, self.streaming_device)
@@ -258,8 +262,8 @@ class QLoRAQuantizer(HfQuantizer):
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
         return updated
 
-    def keep_packed_whole(self, model: Any) -> None:
-        """Has ``save_pretrained`` write packed weights as they are, under the names that they have in the model."""
+    def save_packed_state(self, model: Any) -> None:
+        """Makes ``save_pretrained`` write packed weights unchanged, under their names in the model."""
         self.conversions = getattr(model, "_weight_conversions", None)
         model._weight_conversions = conversions.for_saving(model, self.conversions)
 
@@ -281,7 +285,7 @@ class QLoRAQuantizer(HfQuantizer):
 
 
 def forget_bitsandbytes_keys(model: Any) -> None:
-    """Has ``save_pretrained`` take the model's state as it is, where loading put it together of bitsandbytes' keys."""
+    """Removes the conversions with which bitsandbytes' keys were read, so that saving does not reverse them."""
 
     def reads_them(conversion: Any) -> bool:
         return "weight.quant_map" in getattr(conversion, "source_patterns", ())
@@ -292,19 +296,19 @@ def forget_bitsandbytes_keys(model: Any) -> None:
 
 
 def attach(model: Any) -> None:
-    """Makes a transformers model that ``quantize_model`` has quantized save, load and dequantize as a 4-bit one."""
+    """Enables saving, loading and dequantizing for a transformers model that ``quantize_model`` has quantized."""
     from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel) or not any(True for _ in layers_of(model)):
         return
     embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
-    form = form_of(model)
-    config.record(form)
-    if form is not None and form.compute_dtype != model.config.dtype:
-        config.compute_dtype = form.compute_dtype
+    config.record(form_of(model))
+    compute_dtype = compute_dtype_of(model)
+    if compute_dtype is not None and compute_dtype != model.config.dtype:
+        config.compute_dtype = compute_dtype
     quantizer = QLoRAQuantizer(config, pre_quantized=True)
-    quantizer.keep_packed_whole(model)
+    quantizer.save_packed_state(model)
     model.hf_quantizer = quantizer
     model.is_quantized = True
     model.quantization_method = METHOD
@@ -314,7 +318,7 @@ def attach(model: Any) -> None:
 
 @extend("transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs")
 def merge_quantization_configs(original: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-    # A configuration passed by the caller must be of the checkpoint's class; ours also reads bitsandbytes'.
+    # The original requires a configuration of the checkpoint's class; ours also reads bitsandbytes' checkpoints.
     if isinstance(quantization_config_from_args, QLoRAConfig):
         saved = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
         if saved.get("quant_method", "bitsandbytes") == "bitsandbytes":

@@ -1,4 +1,4 @@
-"""Weights that are written to files as soon as they are quantized, so that loading holds no model, dense or 4-bit."""
+"""Writes each weight to a file as soon as it is quantized, so that loading never has the whole model in memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from torch import Tensor
 
 from ..._internal import digest
 from ..._internal.atomic import staged_file
+from ...form import Form
 from ...weight import Weight4bit, weight_of
 from .config import QLoRAConfig
 
 
 class Spill:
-    """A directory with a safetensors file for each quantized weight, whole or absent, by the weight's name.
+    """A directory with one safetensors file per quantized weight. Each file is complete or absent.
 
-    What is there of an earlier load that was stopped is not quantized again; that it belongs to the same checkpoint
-    and form is for the caller to see to.
+    Weights from an earlier, interrupted load are reused. The caller must make sure that they belong to the same
+    checkpoint and form.
 
     Args:
-        directory: made if it is not there.
+        directory: created if it does not exist.
 
     Attributes:
-        found: how many weights were there already.
-        error: by which writing failed; transformers, which calls us, says no more than that something did.
+        found: the number of weights that were reused.
+        error: the error with which writing failed, which transformers would hide; else None.
     """
 
     def __init__(self, directory: pathlib.Path) -> None:
@@ -38,13 +39,13 @@ class Spill:
         self.error: Exception | None = None
 
     def __deepcopy__(self, memo: Any) -> Spill:
-        return self  # transformers copies configurations, and a directory is one
+        return self  # transformers copies configurations; the copy must use the same directory
 
     def _path(self, name: str) -> pathlib.Path:
         return self.directory / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
     def get(self, name: str) -> Weight4bit | None:
-        """The weight ``name``, mapped from its file; None where there is none, or a damaged one."""
+        """The weight ``name``, memory-mapped from its file; None if the file is missing or damaged."""
         try:
             with safe_open(self._path(name), framework="pt") as file:
                 fields = json.loads((file.metadata() or {}).get("weight", "{}"))
@@ -59,10 +60,10 @@ class Spill:
         return _weight(fields, tensors)
 
     def put(self, name: str, w4: Weight4bit) -> Weight4bit:
-        """Writes a weight and gives it back mapped from its file; the one given is needed no more.
+        """Writes a weight, and returns it memory-mapped from its file, so that the caller can free the original.
 
         Raises:
-            OSError, SafetensorError: it cannot be written.
+            OSError, SafetensorError: the file cannot be written.
         """
         try:
             return self._put(name, w4)
@@ -95,20 +96,24 @@ def _sha256(tensors: dict[str, Tensor], fields: dict[str, Any]) -> str:
 
 
 def _weight(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Weight4bit:
+    form = Form.of(
+        block_size=fields["block_size"],
+        double_quant="nested_absmax" in tensors,
+        nested_block_size=fields["nested_block_size"],
+        code=fields["code"],
+    )
     return weight_of(
-        fields["code"],
+        form,
         packed=tensors["packed"],
         absmax=tensors["absmax"],
         nested_absmax=tensors.get("nested_absmax"),
         nested_offset=tensors.get("nested_offset"),
         shape=torch.Size(fields["shape"]),
         dtype=getattr(torch, fields["dtype"]),
-        block_size=fields["block_size"],
-        nested_block_size=fields["nested_block_size"],
     )
 
 
 def spilling(config: QLoRAConfig, spill: Spill) -> QLoRAConfig:
-    """``config``, by which a model that is loaded on the CPU has its weights in the files of ``spill``."""
+    """Makes loading with ``config`` on the CPU write the quantized weights to ``spill``. Returns ``config``."""
     config._spill = spill
     return config

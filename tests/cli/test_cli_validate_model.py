@@ -40,8 +40,8 @@ def model(paths: Paths, tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 @pytest.fixture
-def adapter(whole_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    return pathlib.Path(shutil.copytree(whole_run / "adapter", tmp_path / "adapter"))
+def adapter(finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
+    return pathlib.Path(shutil.copytree(finished_run / "adapter", tmp_path / "adapter"))
 
 
 LAYER = "model.layers.1."
@@ -67,10 +67,10 @@ def test_missing_weights(refused, model: pathlib.Path, tmp_path: pathlib.Path, g
         weights.setdefault("nothing", torch.zeros(1)) if not weights else None
 
     change_weights(model, drop)
-    told = refused("quantize", "--model", model, "--output", tmp_path / "out")
-    assert str(model) in told
-    assert gone in told
-    assert str(count) in told.replace(str(model), "")
+    message = refused("quantize", "--model", model, "--output", tmp_path / "out")
+    assert str(model) in message
+    assert gone in message
+    assert str(count) in message.replace(str(model), "")
     assert not (tmp_path / "out").exists()
 
 
@@ -157,8 +157,8 @@ def test_a_tokenizer_of_more_tokens(refused, paths: Paths, model: pathlib.Path, 
     text = tokenizer.read_text().replace('"c":', '"c": 300, "\\u0100\\u0101":')
     assert json.loads(text)["model"]["vocab"]["c"] == 300
     tokenizer.write_text(text)
-    told = refused("finetune", "--model", model, "--data", paths["data"], "--output", tmp_path / "run")
-    assert "token 300" in told
+    message = refused("finetune", "--model", model, "--data", paths["data"], "--output", tmp_path / "run")
+    assert "token 300" in message
     assert not (tmp_path / "run").exists()
 
 
@@ -178,8 +178,8 @@ def test_whole_models_load(
     if family == "phi3":
         change_weights(source, lambda w: w.update({"v_head.summary.weight": torch.ones(1, 64)}))
     assert main(["quantize", "--model", str(source), "--output", str(tmp_path / "out")]) == 0
-    told = capfd.readouterr().err
-    assert ("v_head.summary.weight" in told) == (family == "phi3")
+    printed = capfd.readouterr().err
+    assert ("v_head.summary.weight" in printed) == (family == "phi3")
 
 
 def test_shards(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
@@ -221,9 +221,9 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
 )
 def test_adapters_that_are_not_whole(refused, adapter: pathlib.Path, change: Any, named: str) -> None:
     change_weights(adapter, change)
-    told = refused("generate", "--adapter", adapter, "--prompt", "1", "--max-new-tokens", "1")
-    assert named in told
-    assert "adapter" in told
+    message = refused("generate", "--adapter", adapter, "--prompt", "1", "--max-new-tokens", "1")
+    assert named in message
+    assert "adapter" in message
 
 
 @pytest.mark.parametrize(
@@ -266,5 +266,5 @@ def test_python_users_are_warned(paths: Paths, adapter: pathlib.Path) -> None:
     change_weights(adapter, rename(Q + "lora_A.weight", Q + "lora_X.weight"))
     with pytest.warns(IncompleteAdapterWarning, match="is incomplete: 1 weights") as caught:
         PeftModel.from_pretrained(base(), adapter)
-    told = [str(warning.message) for warning in caught if warning.category is IncompleteAdapterWarning]
-    assert len(told) == 2  # what is missing, and what found no place
+    messages = [str(warning.message) for warning in caught if warning.category is IncompleteAdapterWarning]
+    assert len(messages) == 2  # what is missing, and what found no place

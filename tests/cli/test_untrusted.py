@@ -25,7 +25,7 @@ def test_what_fits_is_returned_as_it_is(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("", "not JSON"),
         ('{"name": ', "not JSON"),
@@ -51,8 +51,8 @@ def test_what_fits_is_returned_as_it_is(text: str) -> None:
         ('{"name": "a", "more": {"on": 1}}', "more.on to be true or false"),
     ],
 )
-def test_what_does_not_fit_is_named(text: str, told: str) -> None:
-    with pytest.raises(FileError, match=told) as caught:
+def test_what_does_not_fit_is_named(text: str, message: str) -> None:
+    with pytest.raises(FileError, match=message) as caught:
         parse_json(text, "the file", SCHEMA)
     assert str(caught.value).startswith("the file: ")
     assert len(str(caught.value)) < 200

@@ -20,14 +20,14 @@ Lender: TypeAlias = Callable[[], Loan]
 _LENDER = "_qlora_lender"
 
 
-def mark_lent(packed: Tensor, lender: Lender) -> None:
-    """Notes that ``packed`` is lent, and whom a backward pass has to ask for it again."""
+def set_lender(packed: Tensor, lender: Lender) -> None:
+    """Records that ``packed`` is on loan from ``lender``, which a backward pass must call to get it again."""
     setattr(packed, _LENDER, lender)
 
 
 def lender_of(packed: Tensor) -> Lender | None:
-    """Whom to ask for ``packed`` again; None where it stays what it is, and may be saved.
+    """The lender of ``packed``; None if the tensor is permanent, so that a backward pass may save it.
 
-    A traced graph takes no lent weight: modules with such run outside of it.
+    While a graph is traced the answer is None, because modules with weights on loan run outside of compiled graphs.
     """
     return None if torch.compiler.is_dynamo_compiling() else getattr(packed, _LENDER, None)

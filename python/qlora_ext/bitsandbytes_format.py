@@ -1,9 +1,9 @@
-"""bitsandbytes' 4-bit state, read and written: its keys, its JSON, its bytes.
+"""Reads and writes the keys, JSON and bytes in which bitsandbytes saves a 4-bit weight.
 
-For a weight named ``prefix`` bitsandbytes saves ``prefix`` (the packed codes, in any storage dtype), ``prefix.absmax``,
-``prefix.quant_map`` (the 16 code values), ``prefix.quant_state.bitsandbytes__nf4`` (JSON as a uint8 tensor) and, double
-quantized, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the 256 values of its 8-bit code). Nothing here
-needs bitsandbytes itself, nor knows ``NF4Weight``: a weight comes and goes as its fields.
+For a weight named ``prefix``, bitsandbytes saves ``prefix`` (the packed codes, in any storage dtype),
+``prefix.absmax``, ``prefix.quant_map`` (the 16 code values), ``prefix.quant_state.bitsandbytes__nf4`` (JSON as a uint8
+tensor) and, with double quantization, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the 256 values of its
+8-bit code). This module imports neither bitsandbytes nor ``NF4Weight``: a weight is passed as its fields.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from . import _C, formats, ops
 from ._internal.untrusted import parse_json
 
 STATE_KEY = "quant_state.bitsandbytes__nf4"
-# Every key that may follow a weight's name, the longer ones first as they are matched in this order.
+# Every key that may follow a weight's name. They are matched in this order, so longer ones come first.
 COMPANIONS = (
     STATE_KEY,
     "quant_state.bitsandbytes__fp4",
@@ -32,7 +32,7 @@ COMPANIONS = (
 )
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MAX_JSON_BYTES = 65536  # bitsandbytes writes some 200
+_MAX_JSON_BYTES = 65536  # bitsandbytes writes about 200
 
 
 class Fields(TypedDict):
@@ -49,12 +49,12 @@ class Fields(TypedDict):
 
 
 def _code_values() -> Tensor:
-    """The 16 NF4 values, float32 on the CPU whatever torch's default dtype and device are."""
+    """The 16 NF4 values, float32 on the CPU, whatever torch's default dtype and device."""
     return torch.from_numpy(_C.code_values("nf4"))
 
 
 def _nested_code_values() -> Tensor:
-    """The 256 values of the 8-bit code of double-quantized scales, likewise."""
+    """The 256 values of the 8-bit code of double-quantized scales, float32 on the CPU."""
     return torch.from_numpy(_C.dynamic8_code())
 
 
@@ -117,7 +117,7 @@ def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]
 
 
 def _offset(name: str, value: Any, device: torch.device) -> Tensor:
-    """``nested_offset`` as the scalar tensor that it is in the packed state."""
+    """``nested_offset`` as a scalar tensor, as in the packed state."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not abs(value) <= torch.finfo(torch.float32).max:
         raise ValueError(f"{name}: expected a finite float32 number as nested_offset, got {reprlib.repr(value)}")
@@ -127,12 +127,12 @@ def _offset(name: str, value: Any, device: torch.device) -> Tensor:
 def read(state_dict: Mapping[str, Tensor], prefix: str) -> Fields:
     """The weight that bitsandbytes (>= 0.41) saved under the name ``prefix``; see ``NF4Weight.from_bitsandbytes``.
 
-    The codes may lie in any storage dtype (``bnb_4bit_quant_storage``): their bytes are what counts. Scales keep the
-    device they are on.
+    The codes may have any storage dtype (``bnb_4bit_quant_storage``), because only their bytes are read. Scales stay on
+    their device.
 
     Raises:
-        KeyError: a key is missing. ValueError: FP4, int8 or another code; JSON, dtypes or values that no such state
-            has; parts that do not fit together.
+        KeyError: a key is missing. ValueError: the code is FP4, int8 or another one; or the JSON, a dtype, a shape or a
+            value is invalid.
     """
     state = _read_state(state_dict, prefix)
     shape, block_size = torch.Size(state["shape"]), state["blocksize"]
@@ -176,7 +176,7 @@ def read(state_dict: Mapping[str, Tensor], prefix: str) -> Fields:
 
 
 def write(weight: Fields, prefix: str) -> dict[str, Tensor]:
-    """What bitsandbytes saves for ``weight`` under the name ``prefix``, key by key and byte by byte."""
+    """The keys and tensors, to the byte, that bitsandbytes saves for ``weight`` under the name ``prefix``."""
     device, nested_absmax, nested_offset = (weight["packed"].device, weight["nested_absmax"], weight["nested_offset"])
     state: dict[str, Any] = {
         "quant_type": "nf4",
