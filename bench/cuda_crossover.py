@@ -72,9 +72,7 @@ def main() -> None:
     shapes, tokens = (TINY, (70,)) if arguments.tiny else (SHAPES, TOKENS)
     seconds = 0.7 * arguments.minutes * 60 / (len(shapes) * len(tokens) * 2)
     card = card_name()
-    report = Report(
-        "cuda_crossover", f"Fused kernels or a library's product on {card}", [f"LoRA of rank {RANK}."]
-    )
+    report = Report("cuda_crossover", f"Fused kernels or a library's product on {card}", [f"LoRA of rank {RANK}."])
     ratios: dict[int, list[float]] = {m: [] for m in tokens}
     for n, k in shapes:
         layer = Layer(n, k, 1 if arguments.tiny else cold_bytes())

@@ -265,7 +265,8 @@ def main() -> None:
     for arch in arguments.arch:
         of_it = sorted((k for k in kernels if k.arch == arch), key=lambda k: names[k.name])
         rows = [dataclasses.asdict(k) | {"name": names[k.name], "occupancy": k.occupancy} for k in of_it]
-        section = {"title": f"The CUDA kernels as compiled for sm_{arch}", "notes": NOTES, "machine": machine, "rows": rows}
+        title = f"The CUDA kernels as compiled for sm_{arch}"
+        section = {"title": title, "notes": NOTES, "machine": machine, "rows": rows}
         files.write_section(path, f"cuda_static_sm_{arch}", section)
     bad = [f"{names[k.name]} (sm_{k.arch})" for k in kernels if k.stack or k.spills]
     if bad:

@@ -11,9 +11,9 @@ On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sa
 the operators beside their peers (captured into CUDA graphs), and the calibration of the crossover to the library, which
 ends in a row for cuda/tuning.h. Under the kernel simulator also what the kernels did, counted.
 
-Results go to bench/results/, one JSON file per processor or card; `python -m bench.lib.report` makes Markdown and pictures
-from them. Peers that are not installed are named. A step that fails or takes too long is named at the end, the others
-still run, and the exit status is 1.
+Results go to bench/results/, one JSON file per processor or card; `python -m bench.lib.report` makes Markdown and
+pictures from them. Peers that are not installed are named. A step that fails or takes too long is named at the end, the
+others still run, and the exit status is 1.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The pictures of README and docs, from bench/results alone: one SVG each, which follows the page's light or dark theme.
+"""The pictures of README and docs, from bench/results alone: one SVG each, for light and dark pages.
 
-    python -m bench.lib.pictures        (after new results; writes docs/pictures/)
+python -m bench.lib.pictures        (after new results; writes docs/pictures/)
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COLOURS = {
     "full fine-tuning": "#999999",
     "torch": "#999999",
 }
-STEPS = ("intel_6_167", "amd_26_2", "intel_6_207", "amd_25_17", "amd_25_17_avx2")  # machines, in the order they are shown
+STEPS = ("intel_6_167", "amd_26_2", "intel_6_207", "amd_25_17", "amd_25_17_avx2")  # in this order
 NAMES = {"ours": "qlora_ext", "torch + LoRA": "dense LoRA"}
 TRAINING = ("ours", "torch", "torch + LoRA", "torch + float32 LoRA", "bitsandbytes")  # the others are for inference
 ROOFED = tuple(name for name in TRAINING if name != "torch + float32 LoRA")

@@ -79,7 +79,7 @@ def texts_of(svg: str) -> list[str]:
 
 @pytest.mark.parametrize("name", pictures.tracked())
 def test_a_picture_shows_the_results(name: str, tmp_path: pathlib.Path) -> None:
-    """Of another version of matplotlib the lines may differ in the last digit; texts and the number of shapes do not."""
+    """Another version of matplotlib may round lines differently, but gives the same texts and as many shapes."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     drawn, size = pictures.tracked()[name]
     pictures.save(drawn, tmp_path / f"{name}.svg", size)
@@ -131,7 +131,9 @@ def test_a_report_has_a_table_and_a_picture_for_each_section(tmp_path: pathlib.P
     rows = [{"op": "forward", "N x K": "8x8", "M": 1, "torch us": 10, "ours": spread(0.5), "loop": {"all": 3}}]
     found = {"linear_bfloat16": {"title": "Layers", "notes": ["A note."], "machine": machine, "rows": rows}}
     page = report.markdown("amd_26_2", found, {"linear_bfloat16": "amd_26_2/linear_bfloat16.svg"})
-    assert page == """# Measured on an AMD EPYC (Zen 5)
+    assert (
+        page
+        == """# Measured on an AMD EPYC (Zen 5)
 
 ## Layers {#linear_bfloat16}
 
@@ -145,3 +147,4 @@ date 2026-01-01, threads 2.
 |---|---|---|---|---|---|
 | forward | 8x8 | 1 | 10 | 0.5 (0.49 to 0.51) | 3 |
 """
+    )

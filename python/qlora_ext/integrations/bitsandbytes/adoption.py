@@ -50,8 +50,8 @@ def adopt(model: nn.Module) -> Adoption:
             with a merged adapter, under a PEFT method other than LoRA, or of a custom class.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``. ValueError: it has no bitsandbytes layer, or FSDP has sharded it;
-        the model is unchanged.
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: it has no bitsandbytes layer, or FSDP has sharded it; the model is unchanged.
 
     Example:
         >>> import bitsandbytes as bnb
