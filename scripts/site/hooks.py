@@ -50,7 +50,7 @@ def on_config(config: MkDocsConfig) -> None:
     assert config.nav is not None
     made = {
         "Recipes": [{path.name: f"examples/{path.stem}.md"} for path in _examples()],
-        "Benchmarks": [{report.title(path.stem): f"results/{path.stem}.md"} for path in _results()],
+        "Benchmarks": [{_machine(path): f"results/{path.stem}.md"} for path in _results()],
         "Reference": [{module: f"reference/{module}.md"} for module in _modules()],
     }
     for entry in config.nav:
@@ -158,6 +158,10 @@ def _results() -> list[Path]:
     return sorted(results.RESULTS.glob("*.json"))
 
 
+def _machine(path: Path) -> str:
+    return results.MACHINES.get(path.stem) or report.title(path.stem)
+
+
 def _result(path: Path) -> tuple[str, list[str]]:
     """The page of a machine, and its pictures, drawn again only where the results are newer."""
     found, drawn = results.sections(path), {}
@@ -166,7 +170,8 @@ def _result(path: Path) -> tuple[str, list[str]]:
         if not target.exists() or target.stat().st_mtime < path.stat().st_mtime:
             pictures.save(picture.draw, target, picture.size)
         drawn[name] = f"{path.stem}/{name}.svg"
-    return report.markdown(path.stem, found, drawn), list(drawn.values())
+    page = report.markdown(path.stem, found, drawn)
+    return f"---\nsearch:\n  exclude: true\n---\n{page}", list(drawn.values())
 
 
 def _modules() -> dict[str, str]:
@@ -194,8 +199,7 @@ def _reference(module: str, body: str) -> str:
             if full in modules:
                 lines += [f"### {name}", "", f"{sentence} [Its names]({full}.md).", ""]
             elif found.has_docstring:
-                members = ["    options:", "      members: true"] if found.is_class else []
-                lines += [f"::: {full}", *members, ""]
+                lines += [f"::: {full}", ""]
             elif found.is_attribute or found.is_module:
                 lines += [f"### {name}", "", sentence, ""]
             else:

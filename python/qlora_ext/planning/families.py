@@ -75,7 +75,10 @@ def config(name: str) -> Any:
 
 
 def config_of_sizes(text: str) -> Any:
-    """A Llama of the sizes in ``text``: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N].
+    """A Llama of given sizes.
+
+    Args:
+        text: ``hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]``.
 
     Raises:
         ValueError: ``text`` has another form, or no model has such sizes.
