@@ -1,4 +1,4 @@
-"""Lets griffe read our docstrings: their section "Example:" is the one that it calls "Examples:"."""
+"""Lets griffe read our docstrings: "Example:" is its "Examples:", and each exception under "Raises:" gets a line."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from typing import Any
 import griffe
 
 
-class Examples(griffe.Extension):
+class Sections(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring:
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)
+            text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.M)
+            head, mark, raises = text.partition("\nRaises:\n")
+            raises, end, rest = raises.partition("\n\n")
+            obj.docstring.value = head + mark + re.sub(r"(?<=\.)\s+(\w+Error: )", r"\n    \1", raises) + end + rest

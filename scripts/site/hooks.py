@@ -196,6 +196,9 @@ def _reference(module: str, body: str) -> str:
             found = _package()[full.partition(".")[2]]
             if found.is_alias:
                 found = found.final_target
+            if found.is_module and name in found.members:
+                found = found.members[name]  # a function that its package imports from a module of the same name
+                full = found.path
             if full in modules:
                 lines += [f"### {name}", "", f"{sentence} [Its names]({full}.md).", ""]
             elif found.has_docstring:
