@@ -202,7 +202,8 @@ def _reference(module: str, body: str) -> str:
             if full in modules:
                 lines += [f"### {name}", "", f"{sentence} [Its names]({full}.md).", ""]
             elif found.has_docstring:
-                lines += [f"::: {full}", ""]
+                options = ["    options:", "      inherited_members: true"] if name == "NF4Weight" else []
+                lines += [f"::: {full}", *options, ""]
             elif found.is_attribute or found.is_module:
                 lines += [f"### {name}", "", sentence, ""]
             else:
