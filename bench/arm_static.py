@@ -133,8 +133,8 @@ def main() -> None:
     print("# ARM kernels, not measured on hardware\n")
     compiler, mca = version(COMPILER, "aarch64.*"), version(MCA, "LLVM version [0-9.]+")
     print(f"Inner loops as {compiler} compiles them; cycles by llvm-mca, {mca}.")
-    print("In loops over several tokens, each weight counts once per token.")
-    print("Cycles per weight: simulated (bound by the execution units).\n")
+    print("A loop over tokens counts each weight once per token.")
+    print("Cycles: simulated (bound by the units alone).\n")
     print("| loop | what it does | tokens | instructions / weights | per weight | " + " | ".join(MODELS) + " |")
     print("|" + " --- |" * (5 + len(MODELS)))
     assembly = {isa: compiled(isa) for isa in ("neon", "neon_bf16")}

@@ -2,8 +2,8 @@
 
     python bench/cuda_counters.py [--shapes 4096x4096,14336x4096]           (run under the kernel simulator)
 
-The simulator executes the kernels' PTX on the CPU and records counters per launch. Both contenders get the same
-operands, and results are checked before their counts are reported. Writes bench/results/cuda_counters.json and .md.
+The simulator executes the kernels' PTX on the CPU and writes what each launch did. Both contenders get the same
+operands, and a result is checked before its counts are reported. Writes bench/results/kernel_simulator.json.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python bench/cuda_crossover.py [--minutes 2] [--tiny]
 
 Both ways run on the same cold operands, forward and dX with LoRA, captured into CUDA graphs and replayed in turn.
-Prints this GPU's row for kCrossovers in cuda/tuning.h (the smallest number of tokens from which the library is faster
-on most shapes in both directions), and writes bench/results/cuda_crossover_CARD.md and .json. Under the kernel
-simulator, everything runs, but nothing is timed or written.
+Prints the row of this card for kCrossovers in cuda/tuning.h, the least number of tokens from which the library is ahead
+on most shapes in both directions, and writes a section of bench/results/CARD.json. Under the kernel simulator
+all of it runs, nothing is timed and nothing is written.
 """
 
 from __future__ import annotations
@@ -71,10 +71,8 @@ def main() -> None:
         sys.exit(f"no CUDA kernels here: {qlora_ext.build_info()['cuda_error'] or 'torch finds no device'}")
     shapes, tokens = (TINY, (70,)) if arguments.tiny else (SHAPES, TOKENS)
     seconds = 0.7 * arguments.minutes * 60 / (len(shapes) * len(tokens) * 2)
-    card, suffix = card_name()
-    report = Report(
-        f"cuda_crossover{suffix}", f"Fused kernels or a library's product on {card}", [f"LoRA of rank {RANK}."]
-    )
+    card = card_name()
+    report = Report("cuda_crossover", f"Fused kernels or a library's product on {card}", [f"LoRA of rank {RANK}."])
     ratios: dict[int, list[float]] = {m: [] for m in tokens}
     for n, k in shapes:
         layer = Layer(n, k, 1 if arguments.tiny else cold_bytes())

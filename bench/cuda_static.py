@@ -2,10 +2,10 @@
 
     python bench/cuda_static.py [--arch 80 90] [--launches PROFILE]
 
-Needs nvcc, but no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is
-the kernel simulator's list of launches, one JSON object per line, which gives the sizes of dynamic shared memory.
-Writes bench/results/cuda_static.md and .json. Fails if a kernel spills or uses local memory, or if a forward kernel on
-tensor cores waits for memory more often before its first product than necessary.
+Needs nvcc, no GPU; cuobjdump is the toolkit's or PyPI's (nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). PROFILE is the
+kernel simulator's list of launches, one JSON object per line, with the sizes of dynamic shared memory. Writes
+bench/results/compiler.json, and fails if a kernel spills or uses local memory, or if one of the forward on
+tensor cores waits for memory more often before its first product than it must.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+from lib import results_files as files
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "bench" / "results"
-# Limits of an SM: threads, CTAs, bytes of shared memory (CUDA C++ Programming Guide, "Compute Capabilities"). All have
-# 64 K registers, allocated to warps in units of 256. Each CTA uses 1 KB more shared memory than it requests.
+# Of an SM: threads, CTAs, bytes of shared memory (CUDA C++ Programming Guide, "Compute Capabilities"); registers are
+# 64 K everywhere, given to warps in units of 256, and each CTA's shared memory takes 1 KB more than it asks for.
 SM_LIMITS = {
     80: (2048, 32, 164 << 10),
     90: (2048, 32, 228 << 10),
@@ -41,7 +42,13 @@ CLASSES = {
     "PRMT": r"PRMT",
     "SHFL": r"SHFL",
 }
-# The number of dependent global loads for which a warp may wait before the main loop's first product.
+NOTES = [
+    "CTAs per SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of the "
+    "innermost loop with both HMMA and shared loads (where there is none, with HMMA, or with most loads), and how many "
+    "are of each class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline, so compare "
+    "the ratios. Waits: for global loads before the first product, one after another."
+]
+# Times that a warp may wait for global loads, one after another, before the main loop's first product.
 WAITS = {"linear_nf4_few_kernel<": 2}
 
 
@@ -235,29 +242,6 @@ def dynamic_shared(path: Path | None) -> dict[str, int]:
     return found
 
 
-def table(kernels: list[Kernel], names: dict[str, str]) -> list[str]:
-    head = [
-        "kernel",
-        "threads",
-        "registers",
-        "shared, static + dynamic",
-        "CTAs an SM",
-        "local",
-        "SASS",
-        "waits",
-        "main loop",
-        *CLASSES,
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for k in sorted(kernels, key=lambda k: names[k.name]):
-        dynamic = "not known" if k.dynamic_shared is None else k.dynamic_shared
-        registers = f"{k.registers}, then {k.moved_registers}" if k.moved_registers else k.registers
-        cells = [f"`{names[k.name]}`", k.threads, registers, f"{k.static_shared} + {dynamic}", k.occupancy, k.stack]
-        cells += [k.instructions, k.waits, k.loop["all"], *(k.loop[c] for c in CLASSES)]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SM_LIMITS))
@@ -276,25 +260,14 @@ def main() -> None:
     for k in kernels:
         k.dynamic_shared = dynamic.get(k.name)
 
-    nvcc = run("nvcc", "--version").splitlines()[-1]
-    lines = [
-        "# The CUDA kernels as compiled",
-        "",
-        f"By `python bench/cuda_static.py`; {nvcc}. No card is involved.",
-        "",
-    ]
-    lines += [
-        "CTAs per SM: how many fit by registers, threads and the shared memory shown. Main loop: SASS instructions of",
-        "the innermost loop with both HMMA and shared loads (where there is none, with HMMA, or with most loads), and",
-        "how many are of a class; a kernel without a loop is counted whole. One pass decodes a stage of the pipeline,",
-        "so it is the ratios that compare. Waits: for global loads before its first product, one after another.",
-    ]
+    machine = {"nvcc": run("nvcc", "--version").splitlines()[-1]}
+    path = files.RESULTS / f"{files.COMPILER}.json"
     for arch in arguments.arch:
-        lines += ["", f"## sm_{arch}", "", *table([k for k in kernels if k.arch == arch], names)]
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cuda_static.md").write_text("\n".join(lines) + "\n")
-    rows = [dataclasses.asdict(k) | {"name": names[k.name], "occupancy": k.occupancy} for k in kernels]
-    (RESULTS / "cuda_static.json").write_text(json.dumps(rows, indent=1) + "\n")
+        of_it = sorted((k for k in kernels if k.arch == arch), key=lambda k: names[k.name])
+        rows = [dataclasses.asdict(k) | {"name": names[k.name], "occupancy": k.occupancy} for k in of_it]
+        title = f"The CUDA kernels as compiled for sm_{arch}"
+        section = {"title": title, "notes": NOTES, "machine": machine, "rows": rows}
+        files.write_section(path, f"cuda_static_sm_{arch}", section)
     bad = [f"{names[k.name]} (sm_{k.arch})" for k in kernels if k.stack or k.spills]
     if bad:
         sys.exit("spills or local memory: " + ", ".join(bad))
@@ -302,7 +275,7 @@ def main() -> None:
         waiting = [f"{names[k.name]} (sm_{k.arch}): {k.waits}" for k in kernels if re.match(pattern, names[k.name])]
         if late := [text for text in waiting if int(text.rsplit(" ", 1)[1]) > most]:
             sys.exit(f"more than {most} global loads in a row before the first product: " + ", ".join(late))
-    print(f"{len(kernels)} kernels, none spills or uses local memory: {RESULTS / 'cuda_static.md'}")
+    print(f"{len(kernels)} kernels, none spills or uses local memory: {path}")
 
 
 if __name__ == "__main__":

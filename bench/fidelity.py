@@ -178,7 +178,6 @@ def report_errors(subject: Subject) -> None:
                 },
             )
     report.write()
-    draw_errors(report, subject)
 
 
 def report_losses(subject: Subject, cache: Cache) -> None:
@@ -208,7 +207,6 @@ def report_losses(subject: Subject, cache: Cache) -> None:
         report.add(**row)
     report.notes.append(ordering(found, list(subject.blocks)))
     report.write()
-    draw_losses(report, found, subject)
 
 
 def ordering(found: dict[str, dict[str, Tensor]], titles: list[str]) -> str:
@@ -222,38 +220,6 @@ def ordering(found: dict[str, dict[str, Tensor]], titles: list[str]) -> str:
 
 def suffix(subject: Subject) -> str:
     return "_small" if "bytes" in subject.name else ""
-
-
-def draw_errors(report: harness.Report, subject: Subject) -> None:
-    with harness.picture(report.name) as axes:
-        for name in encoders.FORMATS:
-            rows = [row for row in report.rows if row["format"] == name]
-            axes.plot([r["block size"] for r in rows], [r["the model's"] for r in rows], marker="o", label=name)
-        axes.set_xscale("log", base=2)
-        axes.set_xlabel("block size")
-        axes.set_ylabel("relative error of the weights")
-        axes.set_title(subject.name)
-        axes.legend()
-
-
-def draw_losses(report: harness.Report, found: dict[str, dict[str, Tensor]], subject: Subject) -> None:
-    names = [name for name in found if name != "dense"]
-    with harness.picture(report.name) as axes:
-        for i, title in enumerate(subject.blocks):
-            more = [found[name][title] - found["dense"][title] for name in names]
-            places = [place + 0.4 * i for place in range(len(names))]
-            axes.barh(
-                places,
-                [m.mean().item() for m in more],
-                xerr=[(m.std() / len(m) ** 0.5).item() for m in more],
-                height=0.38,
-                label=title,
-            )
-        axes.set_yticks([place + 0.2 for place in range(len(names))], names)
-        axes.invert_yaxis()
-        axes.set_xlabel("loss above the dense model's, nats per token")
-        axes.set_title(subject.name)
-        axes.legend()
 
 
 def main() -> None:

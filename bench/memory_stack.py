@@ -2,12 +2,10 @@
 
     python bench/memory_stack.py
 
-Computed for a GPU, not measured. Writes results/memory_stack.json, which bench/lib/pictures.py plots.
+Computed, not measured, for a GPU. Writes results/planner.json, from which bench/lib/pictures.py draws.
 """
 
 from __future__ import annotations
-
-import json
 
 from lib import results_files as files
 from qlora_ext.planning import families
@@ -38,8 +36,8 @@ def row(name: str, title: str, stream: bool) -> files.Row:
 def main() -> None:
     rows = [row(name, title, stream) for name, title in MODELS.items() for stream in (False, True)]
     title = f"Memory of a QLoRA run by the planner, rank 16, {TOKENS} tokens, checkpointing, chunked loss"
-    content = {"title": title, "notes": [], "rows": rows}
-    (files.RESULTS / "memory_stack.json").write_text(json.dumps(content, indent=1) + "\n")
+    section = {"title": title, "notes": ["Gigabytes."], "machine": {}, "rows": rows}
+    files.write_section(files.RESULTS / f"{files.PLANNER}.json", "memory_stack", section)
     print("\n".join(files.table(rows)))
 
 

@@ -11,9 +11,9 @@ On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sa
 the operators compared with peers (captured into CUDA graphs), and the crossover to the library, which gives a row for
 cuda/tuning.h. Under the kernel simulator, also the kernels' counters.
 
-Results go to bench/results/, one folder per processor, or files named after the GPU. bench/lib/report.py then makes one
-JSON file and one report per processor. Peers that are not installed are listed. If a step fails or takes too long, the
-others still run, it is listed at the end, and the exit status is 1.
+Results go to bench/results/, one JSON file per processor or card; `python -m bench.lib.report` makes Markdown and
+pictures from them. Peers that are not installed are named. A step that fails or takes too long is named at the end, the
+others still run, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -131,10 +131,6 @@ def main() -> None:
         if (why := run(step, seconds)) is not None:
             failed.append(f"{step.name}: {why}")
             print(failed[-1], flush=True)
-    if not cuda:
-        from lib import harness, report
-
-        report.write(harness.results_folder())
     print(f"\n== {len(steps) - len(failed)} of {len(steps)} steps passed in {time.perf_counter() - start:.0f} s")
     for line in failed:
         print(f"   {line}")

@@ -89,28 +89,6 @@ def in_16_bits(cost: LayerCost, module: Any) -> LayerCost:
     return dataclasses.replace(cost, extra_bytes=cost.extra_bytes - 2 * sum(p.numel() for p in module.parameters()))
 
 
-def draw(path: pathlib.Path, points: dict[str, list[tuple[float, float]]], curves: dict[str, list[Any]]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), dpi=120, layout="constrained")
-    for text, pairs in points.items():
-        left.loglog(*zip(*pairs, strict=True), "o", label=text, alpha=0.7)
-    low, high = left.get_xlim()
-    left.plot([low, high], [low, high], "k:", label="estimate")
-    left.set(xlabel="estimated, nats per token", ylabel="measured divergence, nats per token", title="each layer alone")
-    for name, steps in curves.items():
-        sizes, means, errors = zip(*steps, strict=True)
-        right.errorbar(sizes, means, yerr=errors, fmt="o-" if "loss" in name else "s:", label=name, capsize=3)
-    right.set(xlabel="MB", ylabel="loss above dense, nats per token", title="layers kept in 16 bits", ylim=(0, None))
-    for axes in (left, right):
-        axes.legend(fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.savefig(path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=DEFAULT_MODEL, help="default %(default)s")
@@ -143,25 +121,30 @@ def main() -> None:
             "and with the increase of the loss; and the sums over these layers, in nats per token.",
         ],
     )
+    single = harness.Report(
+        "sensitivity_each_layer",
+        "Each layer alone in 4 bits: the estimate, the divergence and the increase of the loss, in nats per token",
+        [what],
+    )
     curve = harness.Report(
         "sensitivity",
         "What keeping the costliest layers in 16 bits buys",
         [
-            f"{what} The loss above the dense model's on {arguments.blocks} blocks of",
-            f"{LENGTH} tokens, in nats per token with its standard error, when the layers with the highest cost per",
-            "byte stay dense: by the estimate, or by the error of their outputs. The picture is sensitivity.png.",
+            f"{what} The loss above the dense model's on {arguments.blocks} blocks",
+            f"of {LENGTH} tokens, in nats per token with its standard error, where the layers stay dense that cost",
+            "the most per byte, by the estimate or by the error of their outputs.",
         ],
     )
     chosen = random.Random(0).sample(range(len(costs)), min(arguments.layers, len(costs)))
     names = [costs[i].name for i in sorted(chosen)]
     few = {text: drawn_blocks(make(), tokenizer, ALONE_BLOCKS)[:, :LENGTH] for text, make in TEXTS.items()}
     measured = alone(switched, names, few, cache)
-    points: dict[str, list[tuple[float, float]]] = {}
     of = {cost.name: cost for cost in costs}
     for text in TEXTS:
         divergence = [measured[name][text][0] for name in names]
         rises = [measured[name][text][1] for name in names]
-        points[text] = [(of[name].loss, d) for name, d in zip(names, divergence, strict=True)]
+        for name, diverged, rise in zip(names, divergence, rises, strict=True):
+            single.add(layer=name, text=text, foreseen=of[name].loss, divergence=diverged, loss=rise)
         for label, field in ORDERS.items():
             foreseen = [getattr(of[name], field) for name in names]
             layers.add(
@@ -183,7 +166,6 @@ def main() -> None:
         return found
 
     dense = losses("dense", set())
-    curves: dict[str, list[Any]] = {}
     for label, field in ORDERS.items():
         ranked = Sensitivity([dataclasses.replace(c, loss=getattr(c, field)) for c in costs], size)
         for budget in ("0%", *BUDGETS):
@@ -193,13 +175,10 @@ def main() -> None:
             megabytes = (size + sum(layer.extra_bytes for layer in kept)) / 1e6
             row: dict[str, Any] = {"by": label, "budget": budget, "layers": len(kept), "MB": f"{megabytes:.1f}"}
             for text in TEXTS:
-                more = Increase.of(found[text], dense[text])
-                row[f"{text}: loss above dense"] = str(more)
-                curves.setdefault(f"{text}, by {label}", []).append((megabytes, more.nats, more.error))
+                row[f"{text}: loss above dense"] = str(Increase.of(found[text], dense[text]))
             curve.add(**row)
-    layers.write()
-    curve.write()
-    draw(harness.RESULTS / harness.processor_name() / "sensitivity.png", points, curves)
+    for report in (layers, single, curve):
+        report.write()
 
 
 if __name__ == "__main__":

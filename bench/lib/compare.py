@@ -2,23 +2,22 @@
 
     python -m bench.lib.compare OLD.json NEW.json [--all]
 
-The files are those of bench/run.py (results/MACHINE.json) or of one bench. A spread (median, 10th and 90th percentile)
-has changed if the two ranges do not overlap and the medians differ by more than 5%. A single number, such as tokens per
-second, has changed if it differs by more than 15%. Results of peers are ignored. The exit status is 1 if something got
-worse, and 2 if the files have nothing in common.
+The files are those of bench/results. Of a measured spread (median, 10th and 90th
+percentile) a change counts where the two ranges do not touch and the medians differ by more than 5%; of a number
+without one, such as tokens per second, where it differs by more than 15%. What peers do by themselves is left out. The
+exit status is 1 where something is worse, 2 where the files have nothing in common.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 import re
 import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from .results_files import Row, Section, median, text
+from .results_files import Row, Section, median, sections, text
 
 RANGE, NUMBER = 0.05, 0.15
 OURS = "qlora_ext"
@@ -39,12 +38,6 @@ class Change(NamedTuple):
     new: Any
     factor: float
     beyond_noise: bool
-
-
-def read(path: pathlib.Path) -> dict[str, Section]:
-    content = json.loads(path.read_text())
-    sections: dict[str, Section] = content.get("sections", {path.stem: content})
-    return sections
 
 
 def _key(row: Row) -> str:
@@ -87,7 +80,7 @@ def main() -> int:
     parser.add_argument("new", type=pathlib.Path)
     parser.add_argument("--all", action="store_true", help="also print changes within the noise")
     arguments = parser.parse_args()
-    found = sorted(changes(read(arguments.old), read(arguments.new)), key=lambda change: change.factor)
+    found = sorted(changes(sections(arguments.old), sections(arguments.new)), key=lambda change: change.factor)
     if not found:
         print("the files have no figure in common", file=sys.stderr)
         return 2

@@ -8,19 +8,20 @@ to a ring, and the process keeps freed memory, because a fresh page costs more t
 from __future__ import annotations
 
 import argparse
-import contextlib
 import ctypes
-import json
 import os
 import platform
+import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-RESULTS = Path(os.environ.get("QLORA_BENCH_RESULTS", Path(__file__).parents[1] / "results"))
+from . import results_files as files
+
+RESULTS = Path(os.environ.get("QLORA_BENCH_RESULTS", files.RESULTS))
 COLD_BYTES = 512 << 20
 T = TypeVar("T")
 
@@ -36,7 +37,7 @@ def processor() -> dict[str, str]:
 
 
 def processor_name() -> str:
-    """Vendor, family and model, as the name of a folder: amd_25_17; amd_25_17_avx2 if QLORA_CPU_ISA limits it."""
+    """Vendor, family and model: amd_25_17; amd_25_17_avx2 if QLORA_CPU_ISA limits it."""
     fields = processor()
     vendor = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(fields.get("vendor_id", ""), "unknown")
     limit = os.environ.get("QLORA_CPU_ISA", "")
@@ -198,7 +199,7 @@ def check_equal(got: torch.Tensor, expected: torch.Tensor, what: str, tolerance:
 
 
 class Report:
-    """The rows of one bench, printed as Markdown and written to results/PROCESSOR/NAME.md and .json (GPU: results/)."""
+    """Rows of one bench, printed as they come and written to a section of this machine's file in bench/results."""
 
     def __init__(self, name: str, title: str, notes: Sequence[str] = ()) -> None:
         self.name, self.title, self.notes = name, title, list(notes)
@@ -206,45 +207,22 @@ class Report:
         self.machine = machine()
 
     def add(self, **row: Any) -> None:
-        """Adds and prints a row. Values are text, numbers or Spread."""
-        self.rows.append(row)
-        print("  ".join(f"{key}: {_text(value)}" for key, value in row.items()), flush=True)
-
-    def markdown(self) -> str:
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        lines = [f"# {self.title}", "", *self.notes, ""]
-        lines += ["Machine: " + ", ".join(f"{k} {v}" for k, v in self.machine.items() if v is not None), ""]
-        lines += ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(_text(row.get(c, "")) for c in columns) + " |" for row in self.rows]
-        return "\n".join(lines) + "\n"
+        """Values: text, numbers or Spread. Printed at once, so that a long bench can be watched."""
+        self.rows.append({k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()})
+        print("  ".join(f"{key}: {files.text(value)}" for key, value in self.rows[-1].items()), flush=True)
 
     def write(self) -> None:
-        folder = results_folder()
-        rows = [{k: v._asdict() if isinstance(v, Spread) else v for k, v in row.items()} for row in self.rows]
-        content = {"title": self.title, "notes": self.notes, "machine": self.machine, "rows": rows}
-        (folder / f"{self.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-        (folder / f"{self.name}.md").write_text(self.markdown())
-        print("\n" + self.markdown())
+        section = {"title": self.title, "notes": self.notes, "machine": self.machine, "rows": self.rows}
+        files.write_section(results_file(), self.name, section)
+        print("\n".join(["", self.title, "", *files.table(self.rows)]))
 
 
-def results_folder() -> Path:
-    """The directory of this machine's results."""
-    folder = RESULTS if torch.cuda.is_available() else RESULTS / processor_name()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@contextlib.contextmanager
-def picture(name: str) -> Iterator[Any]:
-    """Yields matplotlib axes, and saves the figure to NAME.svg next to the results."""
-    import matplotlib.pyplot as plt
-
-    plt.rcParams["svg.hashsalt"] = name  # the same figures give the same file
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    yield axes
-    figure.savefig(results_folder() / f"{name}.svg", metadata={"Date": None})
-    plt.close(figure)
-
-
-def _text(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def results_file() -> Path:
+    """Where this machine's results are written: a file named after the card, the kernel simulator or the processor."""
+    if "CUDASIM_TORCH_LIBRARY" in os.environ:
+        name = files.SIMULATOR
+    elif torch.cuda.is_available():
+        name = re.sub(r"\W+", "_", torch.cuda.get_device_name()).lower()
+    else:
+        name = processor_name()
+    return RESULTS / f"{name}.json"

@@ -1,24 +1,29 @@
-"""Draws the pictures of README and docs from bench/results, each for light and dark pages.
+"""The pictures of README and docs, from bench/results alone: one SVG each, for light and dark pages.
 
-python -m bench.lib.pictures        (after new results; writes to docs/pictures/)
+python -m bench.lib.pictures        (after new results; writes docs/pictures/)
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import io
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import results_files as files
 
 FOLDER = files.RESULTS.parents[1] / "docs" / "pictures"
-THEMES = {
-    "light": {"text": "#1f2328", "grid": "#d1d9e0", "page": "#ffffff"},
-    "dark": {"text": "#e6edf3", "grid": "#3d444d", "page": "#0d1117"},
+# What the page's theme decides, by name: the colour to draw with, and what it becomes in light and in dark.
+THEMED = {
+    "text": ("#010101", "#1f2328", "#e6edf3"),
+    "grid": ("#020202", "#d1d9e0", "#3d444d"),
+    "page": ("#030303", "#ffffff", "#0d1117"),
 }
-# One colour per contender in all pictures, readable on both pages and by the colour-blind (Okabe and Ito, 2008).
+FONTS = "DejaVu Sans, Verdana, sans-serif"
+# One colour per contender, in all pictures; readable on both pages and by the colour-blind (Okabe and Ito, 2008).
 COLOURS = {
     "qlora_ext": "#d55e00",
     "bitsandbytes": "#0072b2",
@@ -26,6 +31,7 @@ COLOURS = {
     "full fine-tuning": "#999999",
     "torch": "#999999",
 }
+STEPS = ("intel_6_167", "amd_26_2", "intel_6_207", "amd_25_17", "amd_25_17_avx2")  # in this order
 NAMES = {"ours": "qlora_ext", "torch + LoRA": "dense LoRA"}
 TRAINING = ("ours", "torch", "torch + LoRA", "torch + float32 LoRA", "bitsandbytes")  # the others are for inference
 ROOFED = tuple(name for name in TRAINING if name != "torch + float32 LoRA")
@@ -37,49 +43,60 @@ def colour(contender: str) -> str:
     return next((c for name, c in COLOURS.items() if contender.startswith(name)), "#cc79a7")
 
 
-def save(draw: Draw, path: Path, size: tuple[float, float], theme: str) -> None:
+def save(draw: Draw, path: Path, size: tuple[float, float]) -> None:
+    """One SVG for light and dark pages. Text stays text, so that it can be read, found and checked."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colours = THEMES[theme]
-    style = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), colours["text"])
-    style |= {"axes.edgecolor": colours["grid"], "grid.color": colours["grid"], "figure.facecolor": colours["page"]}
-    style |= {"axes.facecolor": colours["page"], "legend.facecolor": colours["page"], "legend.edgecolor": "none"}
+    text, grid, page = (THEMED[name][0] for name in ("text", "grid", "page"))
+    style: dict[str, Any] = dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), text)
+    style |= {"axes.edgecolor": grid, "grid.color": grid, "figure.facecolor": page}
+    style |= {"axes.facecolor": page, "legend.facecolor": page, "legend.edgecolor": "none"}
     style |= {"svg.hashsalt": path.name, "axes.spines.top": False, "axes.spines.right": False, "font.size": 10}
+    style |= {"svg.fonttype": "none", "font.family": "DejaVu Sans"}
     path.parent.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(style):
         figure = plt.figure(figsize=size, layout="constrained")
         draw(figure)
-        figure.savefig(path, metadata={"Date": None})
+        written = io.StringIO()
+        figure.savefig(written, format="svg", metadata={"Date": None})
         plt.close(figure)
+    path.write_text(_themed(written.getvalue()))
 
 
-def both_themes(draw: Draw, name: str, size: tuple[float, float]) -> None:
-    for theme in THEMES:
-        save(draw, FOLDER / f"{name}_{theme}.svg", size, theme)
-    print(f"drawn: {FOLDER.name}/{name}_{{light,dark}}.svg")
+def _themed(svg: str) -> str:
+    """The picture with variables in the place of the theme's colours."""
+    for name, (drawn, _, _) in THEMED.items():
+        svg = svg.replace(drawn, f"var(--{name})")
+    svg = re.sub(r"'DejaVu Sans'(, [^;\"]*)?", FONTS, svg)
+    light, dark = (";".join(f"--{name}:{colours[i]}" for name, colours in THEMED.items()) for i in (1, 2))
+    rules = f"<style>svg{{{light}}}@media(prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    head, mark, rest = svg.partition(" <defs>")  # the first one, right after the metadata
+    if not mark:
+        raise ValueError("matplotlib's SVG has no <defs>, before which the colours go")
+    return "\n".join(line.rstrip() for line in f"{head} {rules}\n{mark}{rest}".splitlines()) + "\n"
 
 
 def steps(figure: Any) -> None:
     """Tokens per second of a training step, by machine and contender."""
-    found = {m: files.sections(m).get("step_2_threads") for m in files.machines()}
-    measured = {m: section for m, section in found.items() if section}
+    measured = {machine: files.sections(machine)["step_2_threads"] for machine in STEPS}
     axes = figure.subplots()
     named: set[str] = set()
     for place, section in enumerate(measured.values()):
         rows = section["rows"]
         for i, row in enumerate(rows):
             at = place + (i - (len(rows) - 1) / 2) * 0.8 / len(rows)
-            label = None if row["base"] in named else row["base"]
+            name = "bitsandbytes + PEFT" if row["base"] == "bitsandbytes" else row["base"]
+            label = None if row["base"] in named else name
             named.add(row["base"])
             bar = axes.bar(at, row["tokens/s"], 0.74 / len(rows), color=colour(row["base"]), label=label)
             axes.bar_label(bar, fmt="%.0f", padding=2, fontsize=9)
     axes.set_xticks(range(len(measured)), [_wrapped(files.MACHINES.get(m, m)) for m in measured])
-    axes.set_ylabel("tokens per second")
+    axes.set_ylabel("tokens per second, more is better")
     axes.margins(y=0.1)
-    axes.set_title("A training step of SmolLM2-135M, two cores", loc="left")
+    axes.set_title("A training step of SmolLM2-135M on two cores", loc="left")
     axes.legend(ncols=4, loc="upper left", bbox_to_anchor=(0, -0.22), frameon=False)
 
 
@@ -88,7 +105,7 @@ def _wrapped(name: str) -> str:
 
 
 def ratios(section: files.Section) -> Draw:
-    """Time over that of torch's dense matmul by the number of tokens: one column per shape, one row per operator."""
+    """Time over that of torch's dense product by the number of tokens, a column per shape, a row per operator."""
 
     def draw(figure: Any) -> None:
         rows = section["rows"]
@@ -126,7 +143,7 @@ def _ratios_of(axes: Any, rows: list[files.Row]) -> None:
 
 
 def roofline(section: files.Section, ceiling: files.Ceiling) -> Draw:
-    """Operations per second by operations per byte, with the machine's measured limits."""
+    """Operations per second by operations per byte, under what the machine was measured to reach."""
 
     def draw(figure: Any) -> None:
         axes = figure.subplots()
@@ -150,7 +167,7 @@ def roofline(section: files.Section, ceiling: files.Ceiling) -> Draw:
                 color=colour(contender), label=NAMES.get(contender, contender), zorder=3 if contender == "ours" else 2,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log", ylabel="Gflop/s")
-        axes.set_xlabel("operations per byte of 4-bit weights, x and y (the same for all contenders)")
+        axes.set_xlabel("operations per byte of 4-bit weights, x and y (the same count for all contenders)")
         axes.set_title("The linear layer under the machine's measured roof, forward", loc="left")
         axes.grid(alpha=0.6)
         axes.legend(loc="lower right", fontsize=9)
@@ -159,8 +176,11 @@ def roofline(section: files.Section, ceiling: files.Ceiling) -> Draw:
 
 
 def quality(figure: Any) -> None:
-    """The cost of 4 bits for SmolLM2-135M by encoding, in nats per token."""
-    rows = files.sections("intel_6_85")["fidelity_losses"]["rows"]
+    """What 4 bits cost SmolLM2-135M by their encoding, in nats per token."""
+    _losses(figure, files.sections("intel_6_85")["fidelity_losses"]["rows"], "SmolLM2-135M")
+
+
+def _losses(figure: Any, rows: list[files.Row], model: str) -> None:
     texts = [key.removesuffix(": increase") for key in rows[0] if key.endswith(": increase")]
     encoders = [row for row in rows if row["encoder"] != "dense"]
     axes = figure.subplots()
@@ -172,14 +192,14 @@ def quality(figure: Any) -> None:
     axes.set_yticks(range(len(encoders)), [row["encoder"] for row in encoders])
     axes.invert_yaxis()
     axes.set_xlabel("loss above the dense model's, nats per token, with its standard error")
-    axes.set_title("What 4 bits cost SmolLM2-135M", loc="left")
+    axes.set_title(f"What 4 bits cost {model}", loc="left")
     axes.legend(frameon=False, loc="lower right")
     axes.grid(axis="x", alpha=0.6)
 
 
 def memory(figure: Any) -> None:
-    """The memory of a QLoRA run by purpose and model size, from `plan` (results/memory_stack.json)."""
-    rows = json.loads((files.RESULTS / "memory_stack.json").read_text())["rows"]
+    """Where the memory of a QLoRA run goes by model size, as the planner predicts it."""
+    rows = files.sections(files.PLANNER)["memory_stack"]["rows"]
     parts = [key for key in rows[0] if key not in ("model", "how")]
     axes = figure.subplots()
     left = [0.0] * len(rows)
@@ -200,15 +220,80 @@ def memory(figure: Any) -> None:
     axes.legend(ncols=4, fontsize=9, loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False)
 
 
+def sensitivity(figure: Any) -> None:
+    """The loss of SmolLM2-135M by size, with the costliest layers in 16 bits."""
+    rows = files.sections("intel_6_85")["sensitivity"]["rows"]
+    texts = [key.removesuffix(": loss above dense") for key in rows[0] if key.endswith(": loss above dense")]
+    axes = figure.subplots()
+    for i, text in enumerate(texts):
+        for order in dict.fromkeys(row["by"] for row in rows):
+            of_it = [row for row in rows if row["by"] == order]
+            values = [row[f"{text}: loss above dense"].split(" ± ") for row in of_it]
+            means, errors = ([float(value[part]) for value in values] for part in (0, 1))
+            style = {"fmt": "o-" if order == "estimated loss" else "s:", "color": ("#0072b2", "#d55e00")[i]}
+            sizes = [float(row["MB"]) for row in of_it]
+            axes.errorbar(sizes, means, yerr=errors, capsize=3, label=f"{text}, by {order}", **style)
+    axes.set(xlabel="MB", ylabel="loss above dense, nats per token", ylim=(0, None))
+    axes.set_title("SmolLM2-135M with its costliest layers in 16 bits", loc="left")
+    axes.grid(alpha=0.6)
+    axes.legend(fontsize=9, frameon=False)
+
+
+def formats(rows: list[files.Row]) -> Draw:
+    """The error of the weights by block size, of bench/fidelity.py."""
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        for name in dict.fromkeys(row["format"] for row in rows):
+            of_it = [row for row in rows if row["format"] == name]
+            axes.plot([r["block size"] for r in of_it], [r["the model's"] for r in of_it], marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="block size", ylabel="relative error of the weights")
+        axes.grid(alpha=0.6)
+        axes.legend(frameon=False)
+
+    return draw
+
+
+class Picture(NamedTuple):
+    draw: Draw
+    size: tuple[float, float]
+
+
+def of_machine(found: dict[str, files.Section]) -> dict[str, Picture]:
+    """What can be drawn of one machine's sections, by the name of the section it belongs to."""
+    drawn = {}
+    roof = files.ceiling(found)
+    for name, section in found.items():
+        if name.startswith("linear_bfloat16"):
+            drawn[name] = Picture(ratios(section), (9, 5.2))
+            if roof is not None:
+                drawn[f"{name}_roofline"] = Picture(roofline(section, roof), (9, 4.6))
+        elif name.startswith("fidelity_errors"):
+            drawn[name] = Picture(formats(section["rows"]), (8, 4.2))
+        elif name.startswith("fidelity_losses"):
+            model = "SmolLM2-135M" if name == "fidelity_losses" else "the byte-level model"
+            drawn[name] = Picture(functools.partial(_losses, rows=section["rows"], model=model), (9, 3.6))
+    return drawn
+
+
+def tracked() -> dict[str, Picture]:
+    """The pictures in docs/pictures, by name."""
+    best = of_machine(files.sections("amd_26_2"))
+    return {
+        "steps": Picture(steps, (10, 4.4)),
+        "ratios": best["linear_bfloat16_2_threads"],
+        "roofline": best["linear_bfloat16_2_threads_roofline"],
+        "quality": Picture(quality, (9, 3.6)),
+        "memory": Picture(memory, (9, 4.2)),
+        "sensitivity": Picture(sensitivity, (8, 4.2)),
+    }
+
+
 def main() -> None:
-    both_themes(steps, "steps", (10, 4.4))
-    best = files.sections("amd_26_2")
-    both_themes(ratios(best["linear_bfloat16_2_threads"]), "ratios", (9, 5.2))
-    roof = files.ceiling(best)
-    if roof is not None:
-        both_themes(roofline(best["linear_bfloat16_2_threads"], roof), "roofline", (9, 4.6))
-    both_themes(quality, "quality", (9, 3.6))
-    both_themes(memory, "memory", (9, 4.2))
+    for name, picture in tracked().items():
+        save(picture.draw, FOLDER / f"{name}.svg", picture.size)
+        print(f"drawn: {FOLDER.name}/{name}.svg")
 
 
 if __name__ == "__main__":

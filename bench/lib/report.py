@@ -1,22 +1,25 @@
-"""Collects all results of a machine into one JSON file and one report with pictures.
+"""Makes Markdown and pictures from all that was measured on each machine, for the documentation site or for a look.
 
-    python -m bench.lib.report [--results DIRECTORY] MACHINE       (a folder of bench/results, such as amd_26_2)
+    python -m bench.lib.report [--output build/report] [MACHINE ...]       (files of bench/results, such as amd_26_2)
 
-Writes MACHINE.json, which bench/lib/compare.py reads, and MACHINE.md next to the folder. Rows of the linear layer get
-their share of the machine's limits, if bench/ceiling.py has measured them. The counters of bench/cuda_counters.py,
-which do not depend on a machine, come last.
+The linear layer's rows gain the share of what the machine can do, where bench/ceiling.py has measured that.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
 from . import pictures
 from . import results_files as files
 
 ORDER = ("step", "decode", "linear", "codec", "ragged", "streaming", "ceiling")
+TITLES = {
+    files.SIMULATOR: "Counted under the kernel simulator",
+    files.COMPILER: "The CUDA kernels as compiled",
+    files.PLANNER: "Predicted by the planner",
+}
 
 
 def _rank(name: str) -> tuple[int, str]:
@@ -33,54 +36,68 @@ def _with_shares(section: files.Section, ceiling: files.Ceiling) -> list[files.R
     return rows
 
 
-def _pictures(machine: Path, found: dict[str, files.Section], ceiling: files.Ceiling | None) -> list[str]:
-    lines = []
-    for name, section in found.items():
-        if not name.startswith("linear_bfloat16"):
-            continue
-        pictures.save(pictures.ratios(section), machine / f"{name}_ratios.svg", (9, 5.2), "light")
-        lines += [f"![time over torch's by tokens]({machine.name}/{name}_ratios.svg)", ""]
-        if ceiling is not None:
-            pictures.save(pictures.roofline(section, ceiling), machine / f"{name}_roofline.svg", (9, 4.6), "light")
-            lines += [f"![roofline]({machine.name}/{name}_roofline.svg)", ""]
-    return lines
+def _flat(row: files.Row) -> files.Row:
+    """With a column for each field of a nested value other than a spread."""
+    flat: files.Row = {}
+    for key, value in row.items():
+        if isinstance(value, dict) and "median" not in value:
+            flat |= {f"{key}: {name}": part for name, part in value.items()}
+        else:
+            flat[key] = f"`{value}`" if isinstance(value, str) and "<" in value else value  # a template's arguments
+    return flat
 
 
-def write(machine: Path) -> None:
-    """The report of a folder of results."""
-    found = files.sections(machine)
-    if not found:
-        raise SystemExit(f"{machine}: no results there")
-    names = sorted(found, key=_rank)
+def _facts(machine: dict[str, Any]) -> str:
+    told = {key: value for key, value in machine.items() if value is not None and key != "caches"}
+    return ", ".join(f"{key} {value}" for key, value in told.items()) + "."
+
+
+def title(machine: str) -> str:
+    return TITLES.get(machine) or f"Measured on an {files.MACHINES.get(machine, machine)}"
+
+
+def markdown(machine: str, found: dict[str, files.Section], drawn: dict[str, str]) -> str:
+    """A page with a heading and a table for each section; ``drawn`` has the pictures' addresses by their names."""
     ceiling = files.ceiling(found)
-    merged = {"machine": machine.name, "sections": {name: found[name] for name in names}}
-    machine.with_suffix(".json").write_text(json.dumps(merged, indent=1) + "\n")
-    lines = [f"# Measured on an {files.MACHINES.get(machine.name, machine.name)}", ""]
+    lines = [f"# {title(machine)}", ""]
     if ceiling is not None:
         flops, bandwidth = ceiling.flops / 1e12, ceiling.bandwidth / 1e9
-        lines += [f"Its ceiling, measured: {flops:.2f} Tflop/s (a bf16 product of torch's), {bandwidth:.0f} GB/s.", ""]
-    lines += _pictures(machine, found, ceiling)
-    for name in names:
+        lines += [f"Its ceiling, measured: {flops:.2f} Tflop/s (torch's bf16 matmul), {bandwidth:.0f} GB/s.", ""]
+    for name in sorted(found, key=_rank):
         section = found[name]
         rows = section["rows"]
         if ceiling is not None and name.startswith("linear_bfloat16"):
             rows = _with_shares(section, ceiling)
-        facts = ", ".join(f"{key} {section['machine'][key]}" for key in ("date", "threads", "isa", "torch", "load"))
-        lines += [f"## {section['title']}", "", *section["notes"], "", f"{facts}.", "", *files.table(rows), ""]
-    if (counters := machine.parent / "cuda_counters.json").exists():
-        section = json.loads(counters.read_text())
-        lines += ["## CUDA, counted under the kernel simulator", "", *section["notes"], ""]
-        lines += [*files.table(section["rows"]), ""]
-    machine.with_suffix(".md").write_text("\n".join(lines))
-    print(f"written: {machine.with_suffix('.json')}, {machine.with_suffix('.md')}")
+        lines += [f"## {section['title']} {{#{name}}}", "", *section["notes"], ""]
+        if section["machine"]:
+            lines += [_facts(section["machine"]), ""]
+        for picture in (name, f"{name}_roofline"):
+            if picture in drawn:
+                lines += [f"![{section['title']}]({drawn[picture]})", ""]
+        lines += [*files.table([_flat(row) for row in rows]), ""]
+    return "\n".join(lines)
+
+
+def write(path: Path, output: Path) -> None:
+    """The page and the pictures of a file of results."""
+    found, machine = files.sections(path), path.stem
+    drawn = {}
+    for name, picture in pictures.of_machine(found).items():
+        pictures.save(picture.draw, output / machine / f"{name}.svg", picture.size)
+        drawn[name] = f"{machine}/{name}.svg"
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{machine}.md").write_text(markdown(machine, found, drawn))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=files.RESULTS, help="default: bench/results")
-    parser.add_argument("machine", help="a folder in it")
+    parser.add_argument("--output", type=Path, default=Path("build/report"), help="a directory (default %(default)s)")
+    parser.add_argument("machines", nargs="*", metavar="MACHINE", help="default: all")
     arguments = parser.parse_args()
-    write(arguments.results.resolve() / arguments.machine)
+    names = arguments.machines or sorted(path.stem for path in files.RESULTS.glob("*.json"))
+    for name in names:
+        write(files.RESULTS / f"{name}.json", arguments.output)
+        print(f"written: {arguments.output / name}.md")
 
 
 if __name__ == "__main__":

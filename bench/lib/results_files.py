@@ -1,4 +1,4 @@
-"""Reads the files in bench/results, and derives quantities from their rows, without torch."""
+"""The files in bench/results, one per machine, and what can be computed from their rows. No torch here."""
 
 from __future__ import annotations
 
@@ -21,14 +21,37 @@ MACHINES = {
 }
 
 
+# What no processor measured: the kernel simulator's counters, the compiler's listing, the planner's predictions.
+SIMULATOR, COMPILER, PLANNER = "kernel_simulator", "compiler", "planner"
+
+
 def sections(machine: str | Path) -> dict[str, Section]:
-    """The results of a machine by bench; ``machine`` is a folder, or the name of one in bench/results."""
-    return {path.stem: json.loads(path.read_text()) for path in sorted((RESULTS / machine).glob("*.json"))}
+    """The sections of a machine, by bench; ``machine`` is a file, or the name of one in bench/results."""
+    path = machine if isinstance(machine, Path) else RESULTS / f"{machine}.json"
+    found: dict[str, Section] = json.loads(path.read_text())["sections"]
+    return found
 
 
 def machines() -> list[str]:
-    """The folders of results."""
-    return sorted(path.name for path in RESULTS.iterdir() if path.is_dir())
+    """The processors that were measured."""
+    names = (path.stem for path in sorted(RESULTS.glob("*.json")))
+    return [name for name in names if name not in (SIMULATOR, COMPILER, PLANNER)]
+
+
+def write_section(path: Path, name: str, section: Section) -> None:
+    """Adds a section to a machine's file, or replaces it. One line per row, so that a diff shows what changed."""
+    found = sections(path) if path.exists() else {}
+    found[name] = section
+    lines = []
+    for title, content in sorted(found.items()):
+        rows = ",\n".join(f"   {json.dumps(row, ensure_ascii=False)}" for row in content["rows"])
+        head = {key: value for key, value in content.items() if key != "rows"}
+        fields = [f"   {json.dumps(key)}: {json.dumps(value, ensure_ascii=False)}" for key, value in head.items()]
+        fields.append(f'   "rows": [\n{rows}\n   ]')
+        lines.append(f"  {json.dumps(title)}: {{\n" + ",\n".join(fields) + "\n  }")
+    body = ",\n".join(lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n "machine": {json.dumps(path.stem)},\n "sections": {{\n{body}\n }}\n}}\n')
 
 
 def median(value: Any) -> float:

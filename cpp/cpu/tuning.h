@@ -1,6 +1,6 @@
 // Which kernel a problem runs with: pure functions of the problem's types and sizes and of the processor, so that they
 // can be read and tested anywhere. Each bound says where it comes from; "measured" is bench/cpu_ragged.py, whose
-// numbers on both sides of a bound stand in bench/results/cpu_roofline.md. The twin for CUDA is cuda/tuning.h.
+// numbers on both sides of a bound stand in docs/cpu_roofline.md. The twin for CUDA is cuda/tuning.h.
 #pragma once
 
 #include <cstdint>
@@ -119,7 +119,7 @@ constexpr bool has_tiles(DType dtype, const Cpu& cpu) { return dtype == DType::k
 // two threads, 4096x4096, 6 tokens 0.90 ms against 0.93, 8: 1.00 against 0.91; 1024x1000, 12: 127 us against 142).
 //
 // On ARM nothing has been measured. The bounds are from cycles of the inner loops by llvm-mca for Neoverse N1 and V2
-// (bench/results/arm_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
+// (docs/arm_static.md), which agree: decoding 64 weights for panels costs what two to three groups of tokens
 // cost in registers. So one group of 4 tokens; with pairs, whose groups are of 6 tokens and half as dear, two groups.
 constexpr int64_t most_few_tokens(const LinearProblem& p, const Cpu& cpu) {
   if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 12 : 4;

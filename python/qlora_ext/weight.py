@@ -135,6 +135,12 @@ class Weight4bit(NoArithmetic):
 class NF4Weight(Weight4bit):
     """A tensor in 4-bit NormalFloat (QLoRA, Dettmers et al., 2023), in bitsandbytes' memory layout.
 
+    Attributes:
+        packed: uint8, [..., K/2]: element 2i in the high nibble of byte i, 2i+1 in the low one.
+        absmax: scales, one per block of ``block_size`` elements: float32, or uint8 codes with double quantization.
+        nested_absmax, nested_offset: float32 scales of those codes and their mean; None without double quantization.
+        shape, dtype: of the tensor that was quantized.
+
     Example:
         >>> w4 = qlora_ext.quantize_nf4(torch.randn(1024, 1024))
         >>> w4.shape, w4.nbytes, round(w4.bits_per_param, 3)

@@ -1,9 +1,10 @@
-"""What compares results, puts them into README and works out of them how near a kernel is to its ceiling."""
+"""What compares results, makes tables and pictures of them, and computes how near a kernel is to its ceiling."""
 
 from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from bench.lib import readme, report, results_files
+from bench.lib import pictures, report, results_files, tables
 
 
 def spread(median: float, width: float = 0.02) -> dict[str, float]:
@@ -61,15 +62,57 @@ def test_files_without_a_common_figure_are_no_success(tmp_path: pathlib.Path) ->
     assert compared(tmp_path, section(spread(0.5)), empty) == (2, "the files have no figure in common\n")
 
 
-@pytest.mark.parametrize("path", readme.PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", tables.PAGES, ids=lambda path: path.name)
 def test_pages_have_the_figures_of_the_results(path: pathlib.Path) -> None:
     page = path.read_text()
-    assert readme.written(page, readme.PAGES[path]) == page, "run python -m bench.lib.readme"
+    assert tables.written(page, tables.PAGES[path]) == page, "run python -m bench.lib.tables"
 
 
 def test_a_table_without_its_marks_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected the marks of the table 'steps' once, found them 0 times"):
-        readme.written("no marks here", readme.PAGES[readme.README])
+        tables.written("no marks here", tables.PAGES[tables.README])
+
+
+def texts_of(svg: str) -> list[str]:
+    return re.findall(r"<text [^>]*>([^<]*)</text>", svg)
+
+
+@pytest.mark.parametrize("name", pictures.tracked())
+def test_a_picture_shows_the_results(name: str, tmp_path: pathlib.Path) -> None:
+    """Another version of matplotlib may round lines differently, but gives the same texts and as many shapes."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn, size = pictures.tracked()[name]
+    pictures.save(drawn, tmp_path / f"{name}.svg", size)
+    new, old = ((folder / f"{name}.svg").read_text() for folder in (tmp_path, pictures.FOLDER))
+    assert texts_of(old) == texts_of(new), "run python -m bench.lib.pictures"
+    assert texts_of(old)
+    assert old.count("<path ") == new.count("<path ")
+    assert "prefers-color-scheme:dark" in old
+
+
+def test_the_picture_in_readme_has_the_figures_of_its_table() -> None:
+    shown = texts_of((pictures.FOLDER / "steps.svg").read_text())
+    readme = tables.README.read_text()
+    figures = re.findall(r"\| \**(\d+)\b", readme.partition("<!-- steps")[2].partition("<!-- end of steps")[0])
+    assert len(figures) == 3 * len(pictures.STEPS)
+    assert not set(figures) - set(shown)
+    assert re.findall(r"\]\((docs/pictures/\S+)\)", readme) == ["docs/pictures/steps.svg"]
+
+
+def test_no_picture_is_left_over() -> None:
+    assert {path.stem for path in pictures.FOLDER.iterdir()} == set(pictures.tracked())
+
+
+def test_results_are_one_file_per_machine() -> None:
+    assert not [path for path in results_files.RESULTS.rglob("*") if path.suffix != ".json" or path.is_dir()]
+    assert set(results_files.machines()) == set(results_files.MACHINES)
+
+
+def test_writing_a_section_keeps_the_others(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "amd_0_0.json"
+    for name in ("step", "codec", "step"):
+        results_files.write_section(path, name, section(spread(0.5)))
+    assert results_files.sections(path) == {"codec": section(spread(0.5)), "step": section(spread(0.5))}
 
 
 def test_points_under_the_ceiling() -> None:
@@ -83,23 +126,25 @@ def test_points_under_the_ceiling() -> None:
     assert (ceiling.at(2.0), ceiling.at(20.0)) == (2e9, 1e10)
 
 
-@pytest.mark.parametrize("counted", [False, True])
-def test_the_report_ends_in_the_cuda_counters_where_there_are_any(tmp_path: pathlib.Path, counted: bool) -> None:
-    machine = tmp_path / "amd_0_0"
-    machine.mkdir()
-    facts = dict.fromkeys(("date", "threads", "isa", "torch", "load"), "")
-    (machine / "step.json").write_text(json.dumps({**section(spread(0.5)), "machine": facts}))
-    if counted:
-        rows = [{"operator": "dequantize", "contender": "ours", "launches": 1}]
-        content = {"notes": ["No card was involved."], "rows": rows}
-        (tmp_path / "cuda_counters.json").write_text(json.dumps(content))
-    report.write(machine)
-    end = """## CUDA, counted under the kernel simulator
+def test_a_report_has_a_table_and_a_picture_for_each_section(tmp_path: pathlib.Path) -> None:
+    machine = {"date": "2026-01-01", "threads": 2, "gpu": None}
+    rows = [{"op": "forward", "N x K": "8x8", "M": 1, "torch us": 10, "ours": spread(0.5), "loop": {"all": 3}}]
+    found = {"linear_bfloat16": {"title": "Layers", "notes": ["A note."], "machine": machine, "rows": rows}}
+    page = report.markdown("amd_26_2", found, {"linear_bfloat16": "amd_26_2/linear_bfloat16.svg"})
+    assert (
+        page
+        == """# Measured on an AMD EPYC (Zen 5)
 
-No card was involved.
+## Layers {#linear_bfloat16}
 
-| operator | contender | launches |
-|---|---|---|
-| dequantize | ours | 1 |
+A note.
+
+date 2026-01-01, threads 2.
+
+![Layers](amd_26_2/linear_bfloat16.svg)
+
+| op | N x K | M | torch us | ours | loop: all |
+|---|---|---|---|---|---|
+| forward | 8x8 | 1 | 10 | 0.5 (0.49 to 0.51) | 3 |
 """
-    assert machine.with_suffix(".md").read_text().endswith(end) == counted
+    )

@@ -80,7 +80,7 @@ def config_of_sizes(text: str) -> Any:
     """The configuration of a Llama with the sizes in ``text``.
 
     Args:
-        text: hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N].
+        text: ``hidden=N,intermediate=N,layers=N,heads=N[,kv-heads=N][,vocab=N]``.
 
     Raises:
         ValueError: ``text`` has another form, or the sizes do not fit together.

@@ -50,8 +50,8 @@ def adopt(model: nn.Module) -> Adoption:
         (on the meta device), a merged adapter, a PEFT method other than LoRA, or a custom class.
 
     Raises:
-        TypeError: ``model`` is not an ``nn.Module``. ValueError: it has no bitsandbytes layer, or FSDP has sharded it.
-            The model is unchanged.
+        TypeError: ``model`` is not an ``nn.Module``.
+        ValueError: it has no bitsandbytes layer, or FSDP has sharded it; the model is unchanged.
 
     Example:
         >>> import bitsandbytes as bnb

@@ -1,0 +1,179 @@
+"""Writes the tables of README.md and docs that have measured figures, from bench/results.
+
+    python -m bench.lib.tables [--check]
+
+Each table is between two marks with its name. `--check` changes nothing, and fails if a table is out of date.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import results_files as files
+from .pictures import STEPS
+
+ROOT = Path(__file__).parents[2]
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+THEIRS = "bitsandbytes 0.50.2"
+SHOWN = (
+    *(("4096x4096", tokens) for tokens in (1, 4, 16, 64, 256)),
+    ("14336x4096", 1),
+    ("14336x4096", 1024),
+    *(("1536x576", tokens) for tokens in (1, 16, 64, 1024)),
+)
+
+
+def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def steps() -> str:
+    """Tokens per second of a training step, on the machines of STEPS."""
+    rows = []
+    for machine in STEPS:
+        found = {row["base"]: row for row in files.sections(machine)["step_2_threads"]["rows"]}
+        cells = [files.MACHINES[machine], f"**{found['qlora_ext']['tokens/s']:.0f}**"]
+        for base in ("bitsandbytes", "dense LoRA"):
+            ratio = files.median(found[base]["time over qlora_ext's"])
+            cells.append(f"{found[base]['tokens/s']:.0f} ({ratio:.2f}x)")
+        rows.append(cells)
+    return table(["tokens per second", "qlora_ext", f"{THEIRS} + PEFT", "dense LoRA"], rows)
+
+
+def operators(machine: str) -> str:
+    """Times of the linear layer over those of torch's dense matmul."""
+    found = {
+        (row["op"], row["N x K"], row["M"]): row for row in files.sections(machine)["linear_bfloat16_2_threads"]["rows"]
+    }
+    columns = {
+        "forward": ("ours", "torch + LoRA", "torch + float32 LoRA", "bitsandbytes"),
+        "dX": ("ours", "torch + LoRA", "bitsandbytes"),
+    }
+    rows = []
+    for shape, tokens in SHOWN:
+        cells = [shape, str(tokens)]
+        for operator, names in columns.items():
+            values = [f"{files.median(found[operator, shape, tokens][name]):.2f}" for name in names]
+            cells += [f"**{values[0]}**", *values[1:]]
+        rows.append(cells)
+    first = ["forward: ours", *columns["forward"][1:], "dX: ours", *columns["dX"][1:]]
+    return table(["N x K", "tokens", *(name.replace("bitsandbytes", THEIRS) for name in first)], rows)
+
+
+def methods(name: str) -> str:
+    """Speed and memory of each contender of bench/step.py."""
+    rows = []
+    for row in files.sections("amd_26_2")[name]["rows"]:
+        ratio = files.text(row["time over qlora_ext's"])
+        rows.append([row["base"], f"{row['tokens/s']:.0f}", ratio, f"{row['peak GB']:.2f} GB"])
+    return table(["", "tokens/s", "time over qlora_ext's", "peak memory"], rows)
+
+
+def answers(name: str, prompt: int, lengths: Sequence[int]) -> str:
+    """Results of bench/decode.py: tokens per second of prompts, and of answers after prompts of these lengths."""
+    found = {(row["prompt"], row["contender"]): row for row in files.sections("amd_26_2")[name]["rows"]}
+    rows = []
+    for contender in [contender for length, contender in found if length == prompt]:
+        written = [f"{found[length, contender]['written tokens/s']:.0f}" for length in lengths]
+        rows.append([contender, f"{found[prompt, contender]['prompt tokens/s']:.0f}", *written])
+    return table(["", f"prompt of {prompt}", *(f"written after {length}" for length in lengths)], rows)
+
+
+def counters() -> str:
+    """Results of bench/cuda_counters.py: work of our kernels and bitsandbytes' for one shape."""
+    found: dict[tuple[str, ...], dict[str, files.Row]] = {}
+    for row in files.sections(files.SIMULATOR)["cuda_counters"]["rows"]:
+        if row["N x K"] == "4096x4096":
+            found.setdefault((row["operator"], str(row["M"] or ""), row["scales"]), {})[row["contender"]] = row
+    rows = []
+    for key, by in found.items():
+        pair = [by[name] for name in ("ours", "bitsandbytes")]
+        cells = [f"{row[what]:.3g}" for what in ("instructions a weight", "MB moved") for row in pair]
+        rows.append([*key, *cells, pair[1]["not counted"] or ""])
+    headings = [
+        "instructions per weight: ours",
+        "bitsandbytes",
+        "MB moved: ours",
+        "bitsandbytes",
+        "not counted of theirs",
+    ]
+    return table(["4096x4096", "tokens", "scales", *headings], rows)
+
+
+def runs(part: str) -> str:
+    """Of bench/troubleshooting.py."""
+    found = files.sections("amd_26_2")[f"troubleshooting_{part}"]["rows"]
+    return "\n".join([*files.table(found), ""])
+
+
+def methods_of_steps() -> str:
+    """Of bench/step.py on all machines: speed, memory and loss of each way to train SmolLM2-135M."""
+    rows = []
+    for machine in STEPS:
+        for row in files.sections(machine)["step_2_threads"]["rows"]:
+            ratio, memory = files.text(row["time over qlora_ext's"]), row.get("peak GB")
+            cells = [row["base"], row.get("dtype", "bfloat16"), f"{row['tokens/s']:.0f}", ratio]
+            rows.append([files.MACHINES[machine], *cells, f"{memory:.2f} GB" if memory else ""])
+    return table(["processor", "", "computes in", "tokens/s", "time over qlora_ext's", "peak memory"], rows)
+
+
+def encodings() -> str:
+    """Of bench/fidelity.py on SmolLM2-135M: perplexity on both texts, and the share of the loss won back."""
+    rows = []
+    for row in files.sections("intel_6_85")["fidelity_losses"]["rows"]:
+        texts = [key.removesuffix(": perplexity") for key in row if key.endswith(": perplexity")]
+        cells = [f"{row[f'{text}: perplexity']:.2f}" for text in texts]
+        won = [row[f"{text}: won back"] for text in texts]
+        better = row["encoder"].startswith(("weighted", "the same"))
+        rows.append([row["encoder"], *cells, " and ".join(won) if better else ""])
+    return table(["encoding", *texts, "recovered of plain NF4's loss"], rows)
+
+
+Tables = dict[str, Callable[[], str]]
+PAGES: dict[Path, Tables] = {
+    README: {"steps": steps},
+    DOCS / "benchmarks.md": {
+        "steps": methods_of_steps,
+        "operators on Zen 5": lambda: operators("amd_26_2"),
+        "operators on AMX": lambda: operators("intel_6_167"),
+        "1b": lambda: methods("step_1b_2_threads"),
+        "answers": lambda: answers("decode_smollm2_2_threads", 512, (8, 512)),
+        "answers 1b": lambda: answers("decode_1b_2_threads", 8, (8,)),
+        "counters": counters,
+    },
+    DOCS / "quality.md": {"encodings": encodings},
+    DOCS / "troubleshooting.md": {
+        part: lambda part=part: runs(part)  # type: ignore[misc]
+        for part in ("memory", "stability", "rank", "overfitting")
+    },
+}
+
+
+def written(page: str, tables: Tables) -> str:
+    """The page with its tables updated from the results."""
+    for name, make in tables.items():
+        marked = re.compile(rf"(<!-- {name}: by bench/lib/tables.py -->\n).*?(<!-- end of {name} -->\n)", re.DOTALL)
+        page, count = marked.subn(lambda found, make=make: f"{found[1]}\n{make()}\n{found[2]}", page)
+        if count != 1:
+            raise ValueError(f"expected the marks of the table '{name}' once, found them {count} times")
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare, write nothing")
+    arguments = parser.parse_args()
+    for path, tables in PAGES.items():
+        page = path.read_text()
+        if arguments.check and written(page, tables) != page:
+            sys.exit(f"{path.name}: the results have other figures; run python -m bench.lib.tables")
+        path.write_text(written(page, tables))
+
+
+if __name__ == "__main__":
+    main()
