@@ -155,10 +155,10 @@ API int cublasSetWorkspace_v2(void*, void*, size_t) { return success; }
     *value = static_cast<Handle*>(handle)->field;     \
     return success;                                   \
   }
-MODE(MathMode, math_mode)
-MODE(PointerMode_v2, pointer_mode)
-MODE(AtomicsMode, atomics_mode)
-MODE(SmCountTarget, sm_target)
+MODE(MathMode, math_mode);
+MODE(PointerMode_v2, pointer_mode);
+MODE(AtomicsMode, atomics_mode);
+MODE(SmCountTarget, sm_target);
 #undef MODE
 API int cublasLoggerConfigure(int, int, int, const char*) { return success; }
 API const char* cublasGetStatusName(int status) {
@@ -212,9 +212,12 @@ API int cublasGetMatrix(int rows, int cols, int size, const void* a, int lda, vo
     return multiply("cublas" #Name "gemm", h, ta, tb, m, n, k, alpha, a, type_of<T>(), lda, 0, b, type_of<T>(), ldb, \
                     0, beta, c, type_of<T>(), ldc, 0, 1, compute_of<T>());                                           \
   }
-GEMM(S, float, _v2, int)
-GEMM(S, float, _v2_64, int64_t) GEMM(D, double, _v2, int) GEMM(D, double, _v2_64, int64_t) GEMM(H, uint16_t, , int)
-    GEMM(H, uint16_t, _64, int64_t)
+GEMM(S, float, _v2, int);
+GEMM(S, float, _v2_64, int64_t);
+GEMM(D, double, _v2, int);
+GEMM(D, double, _v2_64, int64_t);
+GEMM(H, uint16_t, , int);
+GEMM(H, uint16_t, _64, int64_t);
 #undef GEMM
 
 #define GEMM_STRIDED(Name, T, Suffix, Int)                                                                         \
@@ -224,9 +227,12 @@ GEMM(S, float, _v2_64, int64_t) GEMM(D, double, _v2, int) GEMM(D, double, _v2_64
     return multiply("cublas" #Name "gemmStridedBatched", h, ta, tb, m, n, k, alpha, a, type_of<T>(), lda, sa, b,   \
                     type_of<T>(), ldb, sb, beta, c, type_of<T>(), ldc, sc, batch, compute_of<T>());                \
   }
-        GEMM_STRIDED(S, float, , int) GEMM_STRIDED(S, float, _64, int64_t) GEMM_STRIDED(D, double, , int)
-            GEMM_STRIDED(D, double, _64, int64_t) GEMM_STRIDED(H, uint16_t, , int)
-                GEMM_STRIDED(H, uint16_t, _64, int64_t)
+GEMM_STRIDED(S, float, , int);
+GEMM_STRIDED(S, float, _64, int64_t);
+GEMM_STRIDED(D, double, , int);
+GEMM_STRIDED(D, double, _64, int64_t);
+GEMM_STRIDED(H, uint16_t, , int);
+GEMM_STRIDED(H, uint16_t, _64, int64_t);
 #undef GEMM_STRIDED
 
 #define GEMM_BATCHED(Name, T, Suffix, Int)                                                                     \
@@ -236,9 +242,12 @@ GEMM(S, float, _v2_64, int64_t) GEMM(D, double, _v2, int) GEMM(D, double, _v2_64
     return multiply_pointers("cublas" #Name "gemmBatched", h, ta, tb, m, n, k, alpha, a, type_of<T>(), lda, b, \
                              type_of<T>(), ldb, beta, c, type_of<T>(), ldc, batch, compute_of<T>());           \
   }
-                    GEMM_BATCHED(S, float, , int) GEMM_BATCHED(S, float, _64, int64_t) GEMM_BATCHED(D, double, , int)
-                        GEMM_BATCHED(D, double, _64, int64_t) GEMM_BATCHED(H, uint16_t, , int)
-                            GEMM_BATCHED(H, uint16_t, _64, int64_t)
+GEMM_BATCHED(S, float, , int);
+GEMM_BATCHED(S, float, _64, int64_t);
+GEMM_BATCHED(D, double, , int);
+GEMM_BATCHED(D, double, _64, int64_t);
+GEMM_BATCHED(H, uint16_t, , int);
+GEMM_BATCHED(H, uint16_t, _64, int64_t);
 #undef GEMM_BATCHED
 
 #define GEMM_EX(Suffix, Int)                                                                                           \
@@ -268,11 +277,11 @@ GEMM(S, float, _v2_64, int64_t) GEMM(D, double, _v2, int) GEMM(D, double, _v2_64
     return multiply("cublasSgemmEx", h, ta, tb, m, n, k, alpha, a, at, lda, 0, b, bt, ldb, 0, beta, c, ct, ldc, 0, 1,  \
                     compute_32f);                                                                                      \
   }
-                                GEMM_EX(, int) GEMM_EX(_64, int64_t)
+GEMM_EX(, int);
+GEMM_EX(_64, int64_t);
 #undef GEMM_EX
 
-                                    API
-    int cublasSgemv_v2(void* h, int op, int m, int n, const float* alpha, const float* a, int lda, const float* x,
+API int cublasSgemv_v2(void* h, int op, int m, int n, const float* alpha, const float* a, int lda, const float* x,
                        int incx, const float* beta, float* y, int incy) {
   return matrix_vector(h, op, m, n, alpha, a, lda, x, incx, beta, y, incy);
 }
