@@ -1,10 +1,13 @@
 # Sourced by the scripts beside it: a virtual environment with qlora_ext in it, made from nothing on Debian or Ubuntu.
 #   QLORA_VENV    where it lies (default: .venv in the project)
 #   QLORA_PYTHON  the Python >= 3.10 to make it with (default: python3)
+#   QLORA_TORCH   the PyTorch to install (default: "torch>=2.11,<3")
+# The compiled files stay in build/, for each Python its own, so that the next script compiles only what has changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${QLORA_VENV:-$PWD/.venv}
 base_python=${QLORA_PYTHON:-python3}
+torch_requirement=${QLORA_TORCH:-torch>=2.11,<3}
 
 fail() {
   echo "$0: $*" >&2
@@ -36,15 +39,82 @@ install_system_packages() {
   as_root apt-get install -y -qq "${missing[@]}" >/dev/null
 }
 
-# install_qlora_ext EXTRA [PIP ARGUMENT...]: into $venv, from this tree.
-install_qlora_ext() {
-  local extra=$1
-  shift
+# Makes $venv, with PyTorch and what builds qlora_ext. pip's own build environment would lie elsewhere each time, and
+# scikit-build-core then compiles everything again.
+make_environment() {
   install_system_packages
   "$base_python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed"
   [[ -x $venv/bin/python ]] || "$base_python" -m venv "$venv"
   echo "installing into $venv (the first time brings PyTorch: minutes)"
   "$venv/bin/python" -m pip install --quiet --upgrade "pip<27"
-  "$venv/bin/python" -m pip install --quiet "torch>=2.11,<3"
-  "$venv/bin/python" -m pip install --quiet "$@" ".[$extra]"
+  "$venv/bin/python" -m pip install --quiet "$torch_requirement"
+  "$venv/bin/python" -m pip install --quiet "scikit-build-core>=0.11,<2" "pybind11>=2.13,<4" "cmake>=3.26,<5" "ninja>=1.10,<2"
+}
+
+# build_with_progress COMMAND...: shows how many files are compiled, and everything only if it fails.
+build_with_progress() {
+  local log status=0
+  log=$(mktemp)
+  "$@" 2>&1 | tee "$log" | show_ninja || status=$?
+  ((status == 0)) || cat "$log" >&2
+  rm -f "$log"
+  return "$status"
+}
+show_ninja() {
+  local line end=$'\n' last=-1
+  [[ ! -t 1 ]] || end=$'\r'
+  while IFS= read -r line; do
+    [[ $line =~ ^\ *\[([0-9]+)/([0-9]+)\]\  ]] || continue
+    local percent=$((100 * BASH_REMATCH[1] / BASH_REMATCH[2]))
+    [[ $end == $'\r' || $((percent / 10)) != $((last / 10)) ]] || continue
+    printf 'compiled %s of %s files%s' "${BASH_REMATCH[1]}" "${BASH_REMATCH[2]}" "$end"
+    last=$percent
+  done
+  [[ $end == $'\n' || $last == -1 ]] || echo
+}
+
+# install_qlora_ext EXTRA [PIP ARGUMENT...]: into $venv, from this tree.
+install_qlora_ext() {
+  local extra=$1
+  shift
+  make_environment
+  build_with_progress "$venv/bin/python" -m pip install --verbose --no-build-isolation "$@" ".[$extra]"
+}
+
+# Makes $venv with a CUDA build of PyTorch and what the CUDA tests import, and puts nvcc on PATH: the system's where it is of
+# CUDA 13, or else that of NVIDIA's packages, which fit the CUDA of PyTorch.
+make_cuda_environment() {
+  local cuda home release
+  make_environment
+  "$venv/bin/python" -m pip install --quiet "numpy<3" "pytest>=8,<10" "pytest-xdist>=3.6,<4" "hypothesis>=6,<7"
+  cuda=$("$venv/bin/python" -c 'import torch; print(torch.version.cuda)')
+  [[ $cuda == 13.* ]] || fail "$venv needs a PyTorch for CUDA 13, as PyPI has it, but pip installed one for CUDA $cuda:" \
+    "PIP_CONFIG_FILE=/dev/null ignores pip's settings"
+  export PATH=$venv/bin:$PATH
+  release=$({ nvcc --version || true; } 2>/dev/null | sed -n 's/.*release \([0-9]*\)\..*/\1/p')
+  ((${release:-0} < 13)) || return 0
+  echo "installing nvcc $cuda into $venv"
+  "$venv/bin/python" -m pip install --quiet "nvidia-cuda-nvcc==$cuda.*" "nvidia-nvvm==$cuda.*" "nvidia-cuda-crt==$cuda.*" \
+    "nvidia-cuda-cccl==$cuda.*"
+  home=$("$venv/bin/python" -c 'import nvidia; print(next(iter(nvidia.__path__)))')/cu13
+  ln -sfn lib "$home/lib64" # where nvcc and CMake look for libraries
+  ln -sf libcudart.so.13 "$home/lib/libcudart.so"
+  printf '#!/bin/sh\nexec "%s/bin/nvcc" "$@"\n' "$home" >"$venv/bin/nvcc"
+  chmod +x "$venv/bin/nvcc"
+}
+
+# install_qlora_ext_cuda [CMAKE ARGUMENT...]: what `make_cuda_environment` makes, with qlora_ext in it.
+install_qlora_ext_cuda() {
+  make_cuda_environment
+  CMAKE_ARGS="-DQLORA_CUDA=ON $*" build_with_progress "$venv/bin/python" -m pip install --verbose --no-build-isolation --no-deps \
+    --config-settings build-dir=build/cuda .
+}
+
+simulator=$PWD/tests/cudasim/cudasim
+# The simulator interprets PTX, for which one architecture's is enough: no machine code is compiled, which takes longest.
+simulated_archs=-DQLORA_CUDA_ARCHS=90-virtual
+simulated_torch=${QLORA_TORCH:-torch==2.11.*} # the simulator replaces its operators, by functions that are no public interface
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1; }
+require_simulator() {
+  [[ $(uname -sm) == "Linux x86_64" ]] || fail "there is no GPU, and the kernel simulator needs Linux on x86-64"
 }

@@ -21,12 +21,24 @@ os.environ.setdefault("QLORA_CUDA_KERNEL", "")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", default="1/1", metavar="I/N", help="run part I of N of the tests: every N-th test")
+    parser.addoption("--quick", action="store_true", help="run each test once, with its first parameters, no slow one")
+
+
+def quick(items: list[pytest.Item]) -> list[pytest.Item]:
+    """Each test function with its first parameters, without those marked slow."""
+    first: dict[str, pytest.Item] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            first.setdefault(item.nodeid.partition("[")[0], item)
+    return list(first.values())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = (int(number) for number in config.getoption("part").split("/"))
     if not 1 <= part <= parts:
         raise pytest.UsageError(f"--part: expected I/N with I from 1 to N, got {part}/{parts}")
+    if config.getoption("quick"):
+        items[:] = quick(items)
     items[:] = items[part - 1 :: parts]
     if "QLORA_ATTACK" not in os.environ:
         for item in items:

@@ -20,7 +20,6 @@ import wheels
 ROOT = wheels.ROOT
 _VERSION_PLACES = {
     "pyproject.toml": r'^version = "(.+)"$',
-    "CMakeLists.txt": r"^project\(qlora_ext VERSION (\S+) ",
     "CHANGELOG.md": r"^## \[(\d.+?)\] - \d{4}-\d\d-\d\d$",
 }
 

@@ -64,7 +64,9 @@ def gpt_oss() -> Any:
     return AutoModelForCausalLM.from_config(GptOssConfig(**sizes), dtype=torch.float32).eval()
 
 
-@pytest.mark.parametrize("build", [*(lambda family=family: moe(family) for family in CONFIGS), gpt_oss], ids=str)
+@pytest.mark.parametrize(
+    "build", [*(lambda family=family: moe(family) for family in CONFIGS), gpt_oss], ids=[*CONFIGS, "gpt_oss"]
+)
 def test_outputs_and_gradients_are_those_of_dense_lora(build: Any) -> None:
     model = adapted(quantize_model(build()))
     assert len(experts_of(model)) == 2

@@ -153,3 +153,10 @@ def test_lint_versions_agree() -> None:
     pinned = {r for r in requirements("pyproject.toml") if "==" in r}
     assert pinned
     assert pinned <= set(requirements(".ci/run"))
+
+
+def test_scripts_build_with_the_tools_of_the_package() -> None:
+    names = r"scikit-build-core|pybind11|cmake|ninja"
+    tools = {r for r in requirements("scripts/environment.sh") if re.match(names, r)}
+    assert len(tools) == 4
+    assert tools <= set(requirements("pyproject.toml"))

@@ -1,0 +1,44 @@
+# The interpreter, $(BUILD)/libcudasim_core.a, and its tests.
+CORE_OUT := $(BUILD)/core
+CORE_TEST := $(BUILD)/tests
+# Floating point must not be contracted: the handlers say where a fused multiply-add is meant.
+CORE_CXXFLAGS := -std=c++20 -fPIC -O3 -mavx2 -mfma -mf16c -mbmi -mbmi2 -mpopcnt -mlzcnt -ffp-contract=off \
+  -fno-math-errno -Wall -Iinclude -pthread
+CORE_OBJECTS := $(patsubst src/core/%.cpp,$(CORE_OUT)/%.o,$(wildcard src/core/*.cpp))
+
+.PHONY: core test-core
+core: $(BUILD)/libcudasim_core.a
+
+$(CORE_OUT)/%.o: src/core/%.cpp
+	@mkdir -p $(@D)
+	$(CXX) $(CORE_CXXFLAGS) -MMD -MP -c $< -o $@
+-include $(wildcard $(CORE_OUT)/*.d)
+
+$(BUILD)/libcudasim_core.a: $(CORE_OBJECTS)
+	rm -f $@
+	ar rcs $@ $^
+
+# tests/core/<name>.cu -> $(CORE_TEST)/<name>.{80,80g,90a}.ptx; *_sm90.cu only for 90a
+CORE_KERNELS := $(wildcard tests/core/*.cu)
+CORE_KERNELS80 := $(filter-out %_sm90.cu,$(CORE_KERNELS))
+CORE_PTX := $(patsubst tests/core/%.cu,$(CORE_TEST)/%.80.ptx,$(CORE_KERNELS80)) \
+  $(patsubst tests/core/%.cu,$(CORE_TEST)/%.80g.ptx,$(CORE_KERNELS80)) \
+  $(patsubst tests/core/%.cu,$(CORE_TEST)/%.90a.ptx,$(CORE_KERNELS))
+CORE_NVCC := $(NVCC) -ptx -std=c++17 -diag-suppress 20054
+
+$(CORE_TEST)/%.80.ptx: tests/core/%.cu
+	@mkdir -p $(@D)
+	$(CORE_NVCC) -arch=compute_80 $< -o $@
+$(CORE_TEST)/%.80g.ptx: tests/core/%.cu
+	@mkdir -p $(@D)
+	$(CORE_NVCC) -G -arch=compute_80 $< -o $@
+$(CORE_TEST)/%.90a.ptx: tests/core/%.cu
+	@mkdir -p $(@D)
+	$(CORE_NVCC) -arch=compute_90a $< -o $@
+
+$(CORE_TEST)/test_core: tests/core/test_core.cpp tests/core/test_grid.cpp tests/core/harness.h $(BUILD)/libcudasim_core.a
+	@mkdir -p $(@D)
+	$(CXX) -std=c++20 -O2 -mavx2 -mfma -mf16c -ffp-contract=off -Wall -Iinclude -pthread $(filter %.cpp,$^) $(BUILD)/libcudasim_core.a -o $@
+
+test-core: core $(CORE_TEST)/test_core $(CORE_PTX)
+	$(CORE_TEST)/test_core $(CORE_TEST)

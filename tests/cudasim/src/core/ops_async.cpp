@@ -1,0 +1,922 @@
+// Asynchronous copies and mbarriers.
+//
+// Copies are modelled as late as the program allows: cp.async data reaches shared memory when the
+// issuing thread waits for it, bulk copies when somebody looks at their mbarrier, and bulk stores
+// read shared memory when their group is waited for. A forgotten wait therefore shows stale data.
+// With CUDASIM_SEED some copies land at once instead.
+#include <algorithm>
+
+#include "access.h"
+#include "numeric.h"
+#include "select.h"
+#include "shadow.h"
+
+namespace cudasim {
+namespace {
+
+// --- mbarrier objects ------------------------------------------------------------------------------------------
+// 64 bits in shared memory: pending arrivals [0,20), arrivals per phase [20,40), tx-count (signed)
+// [40,61), a mark [61,63) and the phase [63].
+
+constexpr uint64_t kMark = 1ull << 62;
+struct Mbar {
+  uint32_t pending, expected;
+  int32_t tx;
+  bool phase, valid;
+};
+Mbar unpack(uint64_t v) {
+  return {uint32_t(v & 0xfffff), uint32_t(v >> 20 & 0xfffff), int32_t(uint32_t(v >> 40 & 0x1fffff) << 11) >> 11,
+          bool(v >> 63), (v >> 61 & 3) == 2};
+}
+uint64_t pack(const Mbar& b) {
+  return uint64_t(b.pending & 0xfffff) | uint64_t(b.expected & 0xfffff) << 20 |
+         uint64_t(uint32_t(b.tx) & 0x1fffff) << 40 | kMark | uint64_t(b.phase) << 63;
+}
+uint64_t load64(const uint8_t* p) {
+  uint64_t v;
+  memcpy(&v, p, 8);
+  return v;
+}
+void store64(uint8_t* p, uint64_t v) { memcpy(p, &v, 8); }
+
+uint64_t sync_key(uint32_t cta, uint32_t off) { return 1ull << 63 | uint64_t(cta) << 32 | off; }
+
+// Resolves an mbarrier address of one lane.
+uint8_t* mbar_pointer(Warp& w, int lane, uint64_t addr, Block** blk, uint32_t* off) {
+  if (addr & kWindowMask) {
+    if ((addr & kWindowMask) != kSharedWindow)
+      fault(Fault::shared_out_of_bounds, lane, "mbarrier address " + hex(addr) + " is not in shared memory");
+  }
+  uint32_t a = uint32_t(addr);
+  Block* b = shared_target(w, a, off);
+  if (!b || uint64_t(*off) + 8 > b->shared_bytes)
+    fault(Fault::shared_out_of_bounds, lane,
+          "mbarrier at shared address " + hex(a) + " is outside the block's shared memory");
+  if (*off & 7) fault(Fault::misaligned, lane, "mbarrier at shared address " + hex(a) + " is not aligned to 8 bytes");
+  *blk = b;
+  return b->shared + *off;
+}
+void need_valid(const Mbar& b, int lane, uint32_t off) {
+  if (!b.valid)
+    fault(
+        Fault::uninitialized_shared, lane,
+        "mbarrier at shared address " + hex(off + kSharedBase) + " is not initialized (or its memory was overwritten)");
+}
+void settle(Group& g, Mbar& b) {
+  if (b.pending == 0 && b.tx == 0) {
+    b.phase = !b.phase;
+    b.pending = b.expected;
+    g.mbar_events++;
+    g.idle_rounds = 0;
+  }
+}
+void arrive(Group& g, Mbar& b, uint32_t count, int lane, uint32_t off) {
+  if (count > b.pending) {
+    bool flying = false;
+    for (auto& c : g.bulk) flying |= c.mbar == off;
+    fault(Fault::barrier_deadlock, lane,
+          "mbarrier at shared address " + hex(off + kSharedBase) + ": " + std::to_string(count) +
+              " arrival(s), but the phase expects only " + std::to_string(b.pending) + " more" +
+              (flying ? " (the phase is open because nobody has waited for the copies that complete it)" : ""));
+  }
+  b.pending -= count;
+  settle(g, b);
+}
+
+void land_copy(Warp& w, PendingCopy& c, uint32_t lanes) {
+  for (uint32_t t = lanes; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    if (c.bytes == 16)
+      memcpy(w.blk->shared + c.dst[l], c.data[l], 16);
+    else
+      memcpy(w.blk->shared + c.dst[l], c.data[l], c.bytes);
+    if (w.blk->shadow) w.blk->shadow->land(w, l, c.dst[l], c.bytes, c.op->src->line);
+  }
+  c.mask &= ~lanes;
+}
+void pop_copies(Warp& w) { w.copies.pop_finished(&w.copy_base); }
+
+void land_bulk(Group& g, BulkCopy& c) {
+  Block& b = *g.blocks[c.dst_cta];
+  for (size_t i = 0; i < c.data.size(); i += 16) {
+    uint32_t n = uint32_t(std::min<size_t>(16, c.data.size() - i));
+    uint32_t at = c.dst + uint32_t(i);
+    if (c.swizzle) at = swizzled(at + kSharedBase, c.swizzle) - kSharedBase;
+    memcpy(b.shared + at, c.data.data() + i, n);
+    if (b.shadow) b.shadow->land_async(g, at, n, sync_key(c.mbar_cta, c.mbar));
+  }
+  uint8_t* p = g.blocks[c.mbar_cta]->shared + c.mbar;
+  Mbar m = unpack(load64(p));
+  need_valid(m, -1, c.mbar);
+  if (g.blocks[c.mbar_cta]->shadow && g.blocks[c.mbar_cta]->shadow->race && c.mbar_cta != c.dst_cta) {
+    auto& v = g.blocks[c.mbar_cta]->shadow->sync[sync_key(c.mbar_cta, c.mbar)];
+    v.resize(g.order.size() + 1, 0);
+    v[g.order.size()] = g.async_clock;
+  }
+  m.tx -= int32_t(c.data.size());
+  settle(g, m);
+  store64(p, pack(m));
+}
+
+void land_arrive(Group& g, Warp& w, const PendingArrive& a) {
+  for (size_t i = 0; i < w.copies.size() && w.copy_base + i < a.seq; ++i) {
+    PendingCopy& c = w.copies[i];
+    if (!(c.mask >> a.lane & 1)) continue;
+    memcpy(w.blk->shared + c.dst[a.lane], c.data[a.lane], c.bytes);
+    if (w.blk->shadow) w.blk->shadow->land_async(g, c.dst[a.lane], c.bytes, sync_key(a.cta, a.mbar));
+    c.mask &= ~(1u << a.lane);
+  }
+  uint8_t* p = g.blocks[a.cta]->shared + a.mbar;
+  Mbar m = unpack(load64(p));
+  need_valid(m, int(a.lane), a.mbar);
+  arrive(g, m, 1, int(a.lane), a.mbar);
+  store64(p, pack(m));
+}
+
+}  // namespace
+
+void complete_copies(Warp& w, uint32_t m, uint32_t keep, bool all) {
+  for (size_t i = 0; i < w.copies.size(); ++i) {
+    PendingCopy& c = w.copies[i];
+    uint32_t lanes = 0;
+    for (uint32_t t = c.mask & m; t; t &= t - 1) {
+      int l = __builtin_ctz(t);
+      if (all || c.group[l] + keep < w.copy_group[l]) lanes |= 1u << l;
+    }
+    if (lanes) land_copy(w, c, lanes);
+  }
+  pop_copies(w);
+}
+
+// Lands everything in flight that completes on this mbarrier.
+bool deliver_to_mbar(Warp& self, uint32_t cta, uint32_t mbar) {
+  Group& g = *self.blk->group;
+  bool any = false;
+  for (auto* w : g.order) {
+    if (w->arrives.empty()) continue;
+    std::vector<PendingArrive> keep, go;
+    for (auto& a : w->arrives) (a.cta == cta && a.mbar == mbar ? go : keep).push_back(a);
+    w->arrives = keep;
+    for (auto& a : go) {
+      land_arrive(g, *w, a);
+      any = true;
+    }
+    pop_copies(*w);
+  }
+  for (size_t i = 0; i < g.bulk.size();) {
+    if (g.bulk[i].mbar_cta == cta && g.bulk[i].mbar == mbar) {
+      BulkCopy c = std::move(g.bulk[i]);
+      g.bulk.erase(g.bulk.begin() + long(i));
+      land_bulk(g, c);
+      any = true;
+    } else
+      ++i;
+  }
+  return any;
+}
+
+void finish_bulk(Warp& w, uint32_t m, uint32_t keep, bool all_now) {
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    auto& q = w.bulk[l];
+    size_t out = 0;
+    for (auto& s : q) {
+      if (all_now || s.group + keep < w.bulk_group[l])
+        s.run();
+      else
+        q[out++] = std::move(s);
+    }
+    q.resize(out);
+  }
+}
+
+namespace {
+
+// --- cp.async (non-bulk) -----------------------------------------------------------------------------------------
+
+// a/size2/imm: destination; ext n: {src imm, src reg size, kind of 4th operand: 0 none 1 src-size 2 ignore-src, negate}
+void cp_async(Warp& w, const Op& o, uint32_t m) {
+  const OpExt& e = *o.ext;
+  uint64_t dst[32], src[32];
+  uint8_t *dp[32], *sp[32];
+  fill_addresses(w, o, dst);
+  uint32_t bytes = o.size;
+  for (int i = 0; i < 32; ++i)
+    src[i] = (e.n[1] == 8 ? w.r<uint64_t>(o.b)[i] : e.n[1] == 4 ? w.r<uint32_t>(o.b)[i] : 0) + uint64_t(e.n[0]);
+  shared_pointers(w, m, dst, bytes, Access::write, dp, &o);
+  uint32_t size[32];
+  for (int i = 0; i < 32; ++i) size[i] = bytes;
+  if (e.n[2] == 1)
+    for (int i = 0; i < 32; ++i) size[i] = w.r<uint32_t>(o.c)[i];
+  if (e.n[2] == 2) {
+    uint32_t ign = w.p(o.c) ^ (e.n[3] ? FULL : 0);
+    for (int i = 0; i < 32; ++i)
+      if (ign >> i & 1) size[i] = 0;
+  }
+  uint32_t full = 0, part = 0;
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    if (size[l] > bytes)
+      fault(Fault::bad_launch, l,
+            "cp.async src-size " + std::to_string(size[l]) + " is larger than cp-size " + std::to_string(bytes));
+    if (size[l] == bytes)
+      full |= 1u << l;
+    else if (size[l])
+      part |= 1u << l;
+  }
+  if (full) {
+    global_pointers(w, full, src, bytes, Access::read, sp);
+    count_global(w, full, src, bytes, false);
+    if (w.wk->grid) w.wk->grid->access(w, full, src, bytes, Grid::Read, nullptr);
+  }
+  PendingCopy& c = w.copies.push();
+  c.mask = m;
+  c.bytes = uint8_t(bytes);
+  c.op = &o;
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    c.dst[l] = uint32_t(dp[l] - w.blk->shared);
+    c.group[l] = w.copy_group[l];
+    if (full >> l & 1) {
+      if (bytes == 16)
+        memcpy(c.data[l], sp[l], 16);
+      else
+        memcpy(c.data[l], sp[l], bytes);
+    } else {
+      memset(c.data[l], 0, bytes);
+      if (part >> l & 1) {
+        if (src[l] & (bytes - 1)) fault(Fault::misaligned, l, "misaligned cp.async source " + hex(src[l]));
+        if (!global_ok(*w.wk, src[l], size[l])) {
+          uint64_t a[32];
+          a[l] = src[l];
+          for (auto& x : a) x = src[l];
+          global_pointers(w, 1u << l, a, 1, Access::read, sp);
+          fault(Fault::global_out_of_bounds, l, "cp.async reads past the end of an allocation at " + hex(src[l]));
+        }
+        if (w.wk->grid) w.wk->grid->access_range(w, l, src[l], size[l], Grid::Read);
+        memcpy(c.data[l], reinterpret_cast<void*>(src[l]), size[l]);
+      }
+    }
+  }
+  count_shared(w, m, dst, bytes);
+  if (w.blk->shadow)
+    for (uint32_t t = m; t; t &= t - 1) {
+      int l = __builtin_ctz(t);
+      w.blk->shadow->issue(w, l, c.dst[l], bytes);
+    }
+  if (w.wk->ls->seeded && !w.blk->shadow && w.wk->random(4) == 0) {
+    land_copy(w, c, m);
+    pop_copies(w);
+  }
+}
+void cp_commit(Warp& w, const Op&, uint32_t m) {
+  for (uint32_t t = m; t; t &= t - 1) w.copy_group[__builtin_ctz(t)]++;
+}
+void cp_wait(Warp& w, const Op& o, uint32_t m) { complete_copies(w, m, uint32_t(o.imm), o.flags & 1); }
+void cp_mbar_arrive(Warp& w, const Op& o, uint32_t m) {
+  uint64_t addr[32];
+  fill_addresses(w, o, addr);
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    Block* b;
+    uint32_t off;
+    uint8_t* p = mbar_pointer(w, l, addr[l], &b, &off);
+    Mbar x = unpack(load64(p));
+    need_valid(x, l, off);
+    if (!(o.flags & 1)) {
+      x.pending++;
+      store64(p, pack(x));
+    }
+    if (b->shadow) b->shadow->release(w, sync_key(b->rank, off));
+    if (w.wk->grid) w.wk->grid->hand_over(w, w.blk->group->shared_grid[sync_key(b->rank, off)]);
+    w.arrives.push_back({b->rank, off, uint32_t(l), w.copy_base + w.copies.size()});
+  }
+  w.blk->group->mbar_events++;
+}
+
+// --- mbarrier instructions ---------------------------------------------------------------------------------------
+
+enum MbarOp : uint8_t { MB_INIT, MB_INVAL, MB_ARRIVE, MB_DROP, MB_EXPECT, MB_COMPLETE, MB_TEST, MB_TRY };
+enum : uint32_t { MB_HAS_DST = 1, MB_HAS_COUNT = 2, MB_EXPECT_TX = 4, MB_PARITY = 8 };
+
+// op: size = MbarOp, dst state or predicate, b count / tx / state / parity
+void mbar_update(Warp& w, const Op& o, uint32_t m) {
+  uint64_t addr[32];
+  fill_addresses(w, o, addr);
+  Group& g = *w.blk->group;
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    Block* b;
+    uint32_t off;
+    uint8_t* p = mbar_pointer(w, l, addr[l], &b, &off);
+    uint32_t v = o.flags & MB_HAS_COUNT ? w.r<uint32_t>(o.b)[l] : 1;
+    if (o.size == MB_INIT) {
+      if (v == 0 || v > 0xfffff) fault(Fault::barrier_deadlock, l, "mbarrier.init with count " + std::to_string(v));
+      store64(p, pack({v, v, 0, false, true}));
+      if (b->shadow) {
+        b->shadow->write(w, l, off, 8, true, nullptr, p);
+        b->shadow->sync.erase(sync_key(b->rank, off));
+      }
+      g.shared_grid.erase(sync_key(b->rank, off));
+      continue;
+    }
+    uint64_t old = load64(p);
+    if (o.size == MB_INVAL) {
+      store64(p, ~0ull);
+      continue;
+    }
+    Mbar x = unpack(old);
+    need_valid(x, l, off);
+    if (b->shadow && b->shadow->race) b->shadow->release(w, sync_key(b->rank, off));
+    if (w.wk->grid) w.wk->grid->hand_over(w, g.shared_grid[sync_key(b->rank, off)]);
+    switch (o.size) {
+      case MB_ARRIVE:
+      case MB_DROP:
+        if (o.flags & MB_EXPECT_TX) {
+          x.tx += int32_t(v);
+          v = 1;
+        }
+        if (o.size == MB_DROP) x.expected -= 1;
+        arrive(g, x, v, l, off);
+        break;
+      case MB_EXPECT:
+        x.tx += int32_t(v);
+        break;
+      case MB_COMPLETE:
+        x.tx -= int32_t(v);
+        settle(g, x);
+        break;
+    }
+    store64(p, pack(x));
+    if (o.flags & MB_HAS_DST) w.r<uint64_t>(o.dst)[l] = old;
+  }
+}
+void mbar_wait(Warp& w, const Op& o, uint32_t m) {
+  uint64_t addr[32];
+  fill_addresses(w, o, addr);
+  uint32_t ok = 0;
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    Block* b;
+    uint32_t off;
+    uint8_t* p = mbar_pointer(w, l, addr[l], &b, &off);
+    bool want = o.flags & MB_PARITY ? w.r<uint32_t>(o.b)[l] & 1 : w.r<uint64_t>(o.b)[l] >> 63;
+    Mbar x = unpack(load64(p));
+    need_valid(x, l, off);
+    if (x.phase == want && deliver_to_mbar(w, b->rank, off)) x = unpack(load64(p));
+    if (x.phase != want) {
+      ok |= 1u << l;
+      if (b->shadow) b->shadow->acquire(w, sync_key(b->rank, off));
+      if (w.wk->grid) w.wk->grid->take_over(w, w.blk->group->shared_grid[sync_key(b->rank, off)]);
+    }
+  }
+  bool timed_out = w.timed_out;
+  w.timed_out = false;
+  if (o.size == MB_TRY && ok == 0 && !timed_out) {
+    w.block_lanes(m, Wait::mbar);
+    w.mbar_lanes |= m;
+    w.mbar_seen = w.blk->group->mbar_events;
+    w.park(w.active & ~m, w.pc);
+    w.ev |= EV_RESCHED | EV_PARKED;
+    return;
+  }
+  w.p(o.dst) = (w.p(o.dst) & ~m) | ok;
+  if (ok != m) w.ev |= EV_YIELD;
+}
+void mbar_pending(Warp& w, const Op& o, uint32_t m) {
+  auto* a = w.r<uint64_t>(o.a);
+  each(w.r<uint32_t>(o.dst), m, [&](int i) { return uint32_t(a[i] & 0xfffff); });
+}
+
+bool sel_mbarrier(Decoder& d, const AInstr& in, Op& op) {
+  op.cls = C_barrier;
+  if (in.mods.size() < 2) return false;
+  auto k = in.mods[1];
+  if (k == "pending_count") {
+    op.dst = d.dst(in.ops[0], 4);
+    op.a = d.src(in.ops[1], 8);
+    return done(op, mbar_pending);
+  }
+  if (k == "init" || k == "inval" || k == "expect_tx" || k == "complete_tx") {
+    op.size = k == "init" ? MB_INIT : k == "inval" ? MB_INVAL : k == "expect_tx" ? MB_EXPECT : MB_COMPLETE;
+    address_operand(d, in.ops[0], op);
+    if (k != "inval") {
+      op.b = d.src(in.ops[1], 4);
+      op.flags = MB_HAS_COUNT;
+    }
+    return done(op, mbar_update);
+  }
+  if (k == "arrive" || k == "arrive_drop") {
+    op.size = k == "arrive" ? MB_ARRIVE : MB_DROP;
+    size_t i = 0;
+    if (in.ops[0].kind != AOperand::addr) {
+      if (in.ops[0].kind == AOperand::reg) {
+        op.dst = d.dst(in.ops[0], 8);
+        op.flags |= MB_HAS_DST;
+      }
+      i = 1;
+    }
+    address_operand(d, in.ops[i], op);
+    if (has(in, "expect_tx")) op.flags |= MB_EXPECT_TX;
+    if (in.ops.size() > i + 1) {
+      op.b = d.src(in.ops[i + 1], 4);
+      op.flags |= MB_HAS_COUNT;
+    }
+    return done(op, mbar_update);
+  }
+  if (k == "test_wait" || k == "try_wait") {
+    op.size = k == "test_wait" ? MB_TEST : MB_TRY;
+    op.dst = d.pred_dst(in.ops[0]);
+    address_operand(d, in.ops[1], op);
+    bool par = has(in, "parity");
+    op.b = d.src(in.ops[2], par ? 4 : 8);
+    op.flags = par ? MB_PARITY : 0;
+    return done(op, mbar_wait);
+  }
+  return false;
+}
+
+// --- bulk copies ---------------------------------------------------------------------------------------------------
+
+uint64_t operand_address(Warp& w, uint32_t off, int64_t size, int64_t imm, int lane) {
+  return (size == 8 ? w.r<uint64_t>(off)[lane] : size == 4 ? uint64_t(w.r<uint32_t>(off)[lane]) : 0) + uint64_t(imm);
+}
+struct Addr {
+  uint32_t off = 0;
+  int64_t size = 0, imm = 0;
+};
+uint64_t address_of(Warp& w, const OpExt& e, int k, int lane) {  // k-th {off, size, imm} triple in n
+  return operand_address(w, uint32_t(e.n[size_t(3 * k)]), e.n[size_t(3 * k + 1)], e.n[size_t(3 * k + 2)], lane);
+}
+uint32_t shared_offset(Warp& w, int lane, uint64_t addr, uint64_t bytes, uint32_t align, Block** blk) {
+  uint32_t off;
+  Block* b = shared_target(w, uint32_t(addr), &off);
+  if (!b || off + bytes > b->shared_bytes)
+    fault(Fault::shared_out_of_bounds, lane,
+          "bulk copy of " + std::to_string(bytes) + " bytes at shared address " + hex(uint32_t(addr)) +
+              " is outside the block's " + std::to_string(w.blk->shared_bytes) + " bytes");
+  if (uint32_t(addr) & (align - 1))
+    fault(Fault::misaligned, lane,
+          "bulk copy at shared address " + hex(uint32_t(addr)) + " is not aligned to " + std::to_string(align) +
+              " bytes");
+  *blk = b;
+  return off;
+}
+void check_global(Warp& w, int lane, uint64_t addr, uint64_t bytes, bool write) {
+  if (bytes && !global_ok(*w.wk, addr, bytes))
+    fault(Fault::global_out_of_bounds, lane,
+          std::string("bulk copy ") + (write ? "writes " : "reads ") + std::to_string(bytes) + " bytes at " +
+              hex(addr) + " outside every allocation");
+}
+void count_bulk(Warp& w, uint64_t addr, uint64_t bytes, bool write) {
+  if (!bytes) return;
+  uint64_t s = ((addr + bytes - 1) >> 5) - (addr >> 5) + 1;
+  Counters& c = w.wk->count;
+  (write ? c.sectors_written : c.sectors_read) += s;
+  (write ? c.sectors_written_ideal : c.sectors_read_ideal) += (bytes + 31) / 32;
+  (write ? w.wk->written : w.wk->read).add(addr, uint32_t(bytes));
+}
+
+void issue_bulk(Warp& w, int lane, std::vector<uint8_t> data, uint32_t dst_cta, uint32_t dst, uint32_t mbar_cta,
+                uint32_t mbar, uint8_t swizzle) {
+  Group& g = *w.blk->group;
+  BulkCopy c;
+  c.dst_cta = dst_cta;
+  c.dst = dst;
+  c.mbar_cta = mbar_cta;
+  c.mbar = mbar;
+  c.swizzle = swizzle;
+  c.data = std::move(data);
+  Block& b = *g.blocks[dst_cta];
+  if (b.shadow) {
+    if (c.swizzle) {
+      for (size_t i = 0; i < c.data.size(); i += 16)
+        b.shadow->issue(w, lane, swizzled(dst + uint32_t(i) + kSharedBase, swizzle) - kSharedBase, 16);
+    } else
+      b.shadow->issue(w, lane, dst, uint32_t(c.data.size()));
+  }
+  if (w.wk->ls->seeded && w.wk->random(4) == 0)
+    land_bulk(g, c);
+  else
+    g.bulk.push_back(std::move(c));
+  g.mbar_events++;  // sleepers look again
+}
+
+// multicast: one copy per CTA of the mask, at the same offsets
+template <class F>
+void each_target(Warp& w, const OpExt& e, int lane, bool multicast, uint32_t own, F f) {
+  if (!multicast) {
+    f(own);
+    return;
+  }
+  uint32_t mask = w.r<uint16_t>(e.v[1][0])[lane];
+  for (uint32_t r = 0; r < 16; ++r)
+    if (mask >> r & 1) {
+      if (r >= w.blk->group->blocks.size())
+        fault(Fault::shared_out_of_bounds, lane, "multicast mask " + hex(mask) + " names a CTA outside the cluster");
+      f(r);
+    }
+}
+
+// ext n: dst, src, mbar triples; v[0] {size}; v[1] {mask}; flags: 1 multicast, 2 source is shared
+void bulk_load(Warp& w, const Op& o, uint32_t m) {
+  const OpExt& e = *o.ext;
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    uint64_t dst = address_of(w, e, 0, l), src = address_of(w, e, 1, l), mb = address_of(w, e, 2, l);
+    uint32_t size = w.r<uint32_t>(e.v[0][0])[l];
+    if (size % 16) fault(Fault::misaligned, l, "bulk copy size " + std::to_string(size) + " is not a multiple of 16");
+    Block *b, *mbb;
+    uint32_t off = shared_offset(w, l, dst, size, 16, &b), moff;
+    mbar_pointer(w, l, mb, &mbb, &moff);
+    std::vector<uint8_t> data(size);
+    if (o.flags & 2) {
+      Block* sb;
+      uint32_t so = shared_offset(w, l, src, size, 16, &sb);
+      if (sb->shadow) sb->shadow->read(w, l, so, size, false, true);
+      memcpy(data.data(), sb->shared + so, size);
+    } else {
+      if (src & 15) fault(Fault::misaligned, l, "bulk copy source " + hex(src) + " is not aligned to 16 bytes");
+      check_global(w, l, src, size, false);
+      count_bulk(w, src, size, false);
+      if (w.wk->grid) w.wk->grid->access_range(w, l, src, size, Grid::Read);
+      memcpy(data.data(), reinterpret_cast<void*>(src), size);
+    }
+    bool mc = o.flags & 1;
+    each_target(w, e, l, mc, b->rank, [&](uint32_t r) { issue_bulk(w, l, data, r, off, mc ? r : mbb->rank, moff, 0); });
+  }
+}
+
+void reduce_bytes(uint8_t* to, const uint8_t* from, size_t n, int op, Ty t);
+uint32_t bulk_kind(bool reduce) { return reduce ? Grid::Write | Grid::Atomic | Grid::Strong : uint32_t(Grid::Write); }
+
+// flags: 4 reduce (imm op, d type)
+void bulk_store(Warp& w, const Op& o, uint32_t m) {
+  const OpExt& e = *o.ext;
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    uint64_t dst = address_of(w, e, 0, l), src = address_of(w, e, 1, l);
+    uint32_t size = w.r<uint32_t>(e.v[0][0])[l];
+    if (size % 16) fault(Fault::misaligned, l, "bulk copy size " + std::to_string(size) + " is not a multiple of 16");
+    if (dst & 15) fault(Fault::misaligned, l, "bulk copy destination " + hex(dst) + " is not aligned to 16 bytes");
+    Block* b;
+    uint32_t off = shared_offset(w, l, src, size, 16, &b);
+    check_global(w, l, dst, size, true);
+    count_bulk(w, dst, size, true);
+    if (b->shadow) b->shadow->read(w, l, off, size, false, true);
+    bool red = o.flags & 4;
+    if (w.wk->grid) w.wk->grid->access_range(w, l, dst, size, bulk_kind(red));
+    int rop = int(o.imm);
+    Ty rt = Ty(o.d);
+    w.bulk[l].push_back({w.bulk_group[l], [=] {
+                           if (red)
+                             reduce_bytes(reinterpret_cast<uint8_t*>(dst), b->shared + off, size, rop, rt);
+                           else
+                             memcpy(reinterpret_cast<void*>(dst), b->shared + off, size);
+                         }});
+  }
+}
+void bulk_commit(Warp& w, const Op&, uint32_t m) {
+  for (uint32_t t = m; t; t &= t - 1) w.bulk_group[__builtin_ctz(t)]++;
+}
+void bulk_wait(Warp& w, const Op& o, uint32_t m) { finish_bulk(w, m, uint32_t(o.imm), false); }
+
+// --- tensor copies
+// -----------------------------------------------------------------------------------------------------
+
+TensorMap tensor_map(Warp& w, int lane, uint64_t addr) {
+  TensorMap tm;
+  if (addr & 63) fault(Fault::misaligned, lane, "tensor map at " + hex(addr) + " is not aligned to 64 bytes");
+  memcpy(static_cast<void*>(&tm), generic_pointer(w, lane, addr, sizeof tm, Access::read), sizeof tm);
+  if (tm.magic != TensorMap().magic)
+    fault(Fault::internal, lane, "the memory at " + hex(addr) + " does not hold a tensor map");
+  if (tm.interleave) fault(Fault::unsupported_instruction, lane, "interleaved tensor maps are not supported");
+  if (tm.swizzle > 3) fault(Fault::unsupported_instruction, lane, "this tensor map swizzle is not supported");
+  return tm;
+}
+
+// Calls f(global address or 0, shared offset, bytes) for every run of elements along dimension 0.
+template <class F>
+void walk_box(const TensorMap& tm, const int32_t* c, F f) {
+  int rank = tm.rank;
+  uint32_t es[5], n[5];
+  for (int i = 0; i < 5; ++i) {
+    es[i] = i < rank && tm.element_stride[i] > 1 ? tm.element_stride[i] : 1;
+    n[i] = i < rank ? (tm.box_dim[i] + es[i] - 1) / es[i] : 1;
+  }
+  uint32_t eb = tm.element_bytes, row = n[0] * eb, off = 0;
+  uint32_t i[5] = {};
+  for (i[4] = 0; i[4] < n[4]; ++i[4])
+    for (i[3] = 0; i[3] < n[3]; ++i[3])
+      for (i[2] = 0; i[2] < n[2]; ++i[2])
+        for (i[1] = 0; i[1] < n[1]; ++i[1]) {
+          uint64_t base = tm.global_address;
+          bool in = true;
+          for (int d = 1; d < rank; ++d) {
+            int64_t x = int64_t(c[d]) + int64_t(i[d]) * es[d];
+            in = in && x >= 0 && x < int64_t(tm.global_dim[d]);
+            base += uint64_t(x) * tm.global_stride_bytes[d - 1];
+          }
+          if (es[0] == 1) {
+            int64_t lo = std::clamp<int64_t>(-int64_t(c[0]), 0, n[0]),
+                    hi = std::clamp<int64_t>(int64_t(tm.global_dim[0]) - c[0], 0, n[0]);
+            if (!in || hi <= lo)
+              f(0, off, row);
+            else {
+              if (lo) f(0, off, uint32_t(lo) * eb);
+              f(base + uint64_t(int64_t(c[0]) + lo) * eb, off + uint32_t(lo) * eb, uint32_t(hi - lo) * eb);
+              if (hi < n[0]) f(0, off + uint32_t(hi) * eb, (n[0] - uint32_t(hi)) * eb);
+            }
+          } else {
+            for (uint32_t x = 0; x < n[0]; ++x) {
+              int64_t q = int64_t(c[0]) + int64_t(x) * es[0];
+              f(in && q >= 0 && q < int64_t(tm.global_dim[0]) ? base + uint64_t(q) * eb : 0, off + x * eb, eb);
+            }
+          }
+          off += row;
+        }
+}
+uint32_t box_bytes(const TensorMap& tm) {
+  uint32_t n = tm.element_bytes;
+  for (int i = 0; i < tm.rank; ++i) {
+    uint32_t s = tm.element_stride[i] > 1 ? tm.element_stride[i] : 1;
+    n *= (tm.box_dim[i] + s - 1) / s;
+  }
+  return n;
+}
+void coordinates(Warp& w, const OpExt& e, const TensorMap& tm, int lane, int32_t* c) {
+  if (e.v[2].size() != tm.rank)
+    fault(Fault::internal, lane,
+          "the instruction has " + std::to_string(e.v[2].size()) + " coordinates, the tensor map has rank " +
+              std::to_string(tm.rank));
+  for (size_t i = 0; i < 5; ++i) c[i] = i < e.v[2].size() ? w.r<int32_t>(e.v[2][i])[lane] : 0;
+}
+
+void tensor_load(Warp& w, const Op& o, uint32_t m) {
+  const OpExt& e = *o.ext;
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    uint64_t dst = address_of(w, e, 0, l), map = address_of(w, e, 1, l), mb = address_of(w, e, 2, l);
+    TensorMap tm = tensor_map(w, l, map);
+    int32_t c[5];
+    coordinates(w, e, tm, l, c);
+    uint32_t size = box_bytes(tm);
+    Block *b, *mbb;
+    uint32_t off = shared_offset(w, l, dst, size, 128, &b), moff;
+    mbar_pointer(w, l, mb, &mbb, &moff);
+    std::vector<uint8_t> data(size);
+    walk_box(tm, c, [&](uint64_t src, uint32_t at, uint32_t n) {
+      if (src) {
+        check_global(w, l, src, n, false);
+        count_bulk(w, src, n, false);
+        if (w.wk->grid) w.wk->grid->access_range(w, l, src, n, Grid::Read);
+        memcpy(&data[at], reinterpret_cast<void*>(src), n);
+      } else if (tm.oob_fill)
+        memset(&data[at], 0xff, n);
+    });
+    bool mc = o.flags & 1;
+    each_target(w, e, l, mc, b->rank,
+                [&](uint32_t r) { issue_bulk(w, l, data, r, off, mc ? r : mbb->rank, moff, tm.swizzle); });
+  }
+}
+void tensor_store(Warp& w, const Op& o, uint32_t m) {
+  const OpExt& e = *o.ext;
+  for (uint32_t t = m; t; t &= t - 1) {
+    int l = __builtin_ctz(t);
+    uint64_t map = address_of(w, e, 0, l), src = address_of(w, e, 1, l);
+    TensorMap tm = tensor_map(w, l, map);
+    std::vector<int32_t> c(5);
+    coordinates(w, e, tm, l, c.data());
+    uint32_t size = box_bytes(tm);
+    Block* b;
+    uint32_t off = shared_offset(w, l, src, size, 128, &b);
+    if (b->shadow) b->shadow->read(w, l, off, size, false, true);
+    bool red = o.flags & 4;
+    walk_box(tm, c.data(), [&](uint64_t g, uint32_t, uint32_t n) {
+      if (!g) return;
+      check_global(w, l, g, n, true);
+      count_bulk(w, g, n, true);
+      if (w.wk->grid) w.wk->grid->access_range(w, l, g, n, bulk_kind(red));
+    });
+    int rop = int(o.imm);
+    // CUtensorMapDataType
+    static const Ty types[] = {Ty::u8,  Ty::u16, Ty::u32,  Ty::s32, Ty::u64, Ty::s64, Ty::f16,
+                               Ty::f32, Ty::f64, Ty::bf16, Ty::f32, Ty::f32, Ty::f32};
+    Ty rt = tm.dtype < 13 ? types[tm.dtype] : Ty::u32;
+    w.bulk[l].push_back({w.bulk_group[l], [=] {
+                           std::vector<uint8_t> data(size);
+                           for (uint32_t i = 0; i < size; i += 16)
+                             memcpy(&data[i], b->shared + (swizzled(off + i + kSharedBase, tm.swizzle) - kSharedBase),
+                                    std::min<uint32_t>(16, size - i));
+                           walk_box(tm, c.data(), [&](uint64_t g, uint32_t at, uint32_t n) {
+                             if (!g) return;
+                             if (red)
+                               reduce_bytes(reinterpret_cast<uint8_t*>(g), &data[at], n, rop, rt);
+                             else
+                               memcpy(reinterpret_cast<void*>(g), &data[at], n);
+                           });
+                         }});
+  }
+}
+
+template <class T, class F>
+void reduce_as(uint8_t* to, const uint8_t* from, size_t n, F f) {
+  for (size_t i = 0; i + sizeof(T) <= n; i += sizeof(T)) {
+    T v, old, now;
+    memcpy(&v, from + i, sizeof v);
+    T* p = reinterpret_cast<T*>(to + i);
+    __atomic_load(p, &old, __ATOMIC_RELAXED);
+    do now = f(old, v);
+    while (!__atomic_compare_exchange(p, &old, &now, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+  }
+}
+// op: 0 add 1 min 2 max 3 and 4 or 5 xor 6 inc 7 dec
+void reduce_bytes(uint8_t* to, const uint8_t* from, size_t n, int op, Ty t) {
+  auto generic = [&](auto z) {
+    using T = decltype(z);
+    reduce_as<T>(to, from, n, [&](T a, T b) -> T {
+      if (op == 1) return b < a ? b : a;
+      if (op == 2) return b > a ? b : a;
+      if constexpr (std::is_integral_v<T>) {
+        if (op == 3) return a & b;
+        if (op == 4) return a | b;
+        if (op == 5) return a ^ b;
+        if (op == 6) return a >= b ? T(0) : T(a + 1);
+        if (op == 7) return a == 0 || a > b ? b : T(a - 1);
+        return T(std::make_unsigned_t<T>(a) + std::make_unsigned_t<T>(b));
+      } else
+        return a + b;
+    });
+  };
+  auto half = [&](auto dec, auto enc) {
+    reduce_as<uint16_t>(to, from, n, [&](uint16_t a, uint16_t b) -> uint16_t {
+      float x = dec(a), y = dec(b);
+      return enc(op == 1 ? std::fmin(x, y) : op == 2 ? std::fmax(x, y) : x + y);
+    });
+  };
+  switch (t) {
+    case Ty::f32:
+      generic(float());
+      break;
+    case Ty::f64:
+      generic(double());
+      break;
+    case Ty::s32:
+      generic(int32_t());
+      break;
+    case Ty::s64:
+      generic(int64_t());
+      break;
+    case Ty::u64:
+    case Ty::b64:
+      generic(uint64_t());
+      break;
+    case Ty::f16:
+      half(f16_to_f32, f32_to_f16);
+      break;
+    case Ty::bf16:
+      half(bf16_to_f32, f32_to_bf16);
+      break;
+    default:
+      generic(uint32_t());
+      break;
+  }
+}
+
+void nothing(Warp&, const Op&, uint32_t) {}
+
+void push_address(Decoder& d, const AOperand& o, OpExt& e) {
+  Op t;
+  address_operand(d, o, t);
+  e.n.push_back(t.a);
+  e.n.push_back(t.size2);
+  e.n.push_back(t.imm);
+}
+
+bool sel_bulk(Decoder& d, const AInstr& in, Op& op) {
+  op.cls = C_async;
+  if (has(in, "commit_group")) return done(op, bulk_commit);
+  if (has(in, "wait_group")) {
+    op.imm = in.ops[0].imm;
+    return done(op, bulk_wait);
+  }
+  if (has(in, "prefetch")) return done(op, nothing);
+  bool tensor = has(in, "tensor"), reduce = in.mods[1] == "reduce", mc = has(in, "multicast::cluster");
+  if (has(in, "im2col") || has(in, "im2col_no_offs") || has(in, "tile::gather4") || has(in, "tile::scatter4") ||
+      has(in, "cp_mask"))
+    return false;
+  if (reduce) {
+    static const char* ops[] = {"add", "min", "max", "and", "or", "xor", "inc", "dec"};
+    int k = -1;
+    for (int i = 0; i < 8; ++i)
+      if (has(in, ops[i])) k = i;
+    if (k < 0) return false;
+    op.imm = k;
+    op.flags |= 4;
+    op.d = uint32_t(last_type(in));
+  }
+  OpExt& e = d.ext(op);
+  // the first state space is the destination
+  std::string_view first, second;
+  for (size_t i = 1; i < in.mods.size(); ++i)
+    if (in.mods[i] == "global" || in.mods[i].substr(0, 6) == "shared") {
+      if (first.empty())
+        first = in.mods[i];
+      else if (second.empty())
+        second = in.mods[i];
+    }
+  bool to_shared = first != "global";
+  if (tensor) {
+    const AOperand& mapop = to_shared ? in.ops[1] : in.ops[0];
+    if (mapop.kind != AOperand::addr || mapop.elems.size() != 2) return false;
+    AOperand base = mapop;
+    base.elems.resize(1);
+    if (to_shared) {
+      push_address(d, in.ops[0], e);
+      push_address(d, base, e);
+      push_address(d, in.ops[2], e);
+    } else {
+      push_address(d, base, e);
+      push_address(d, in.ops[1], e);
+    }
+    const AOperand& cs = mapop.elems[1];
+    if (cs.kind == AOperand::vec)
+      for (auto& x : cs.elems) e.v[2].push_back(d.src(x, 4));
+    else
+      e.v[2].push_back(d.src(cs, 4));
+    if (mc) {
+      if (in.ops.size() < 4) return false;
+      op.flags |= 1;
+      e.v[1].push_back(d.src(in.ops[3], 2));
+    }
+    return done(op, to_shared ? tensor_load : tensor_store);
+  }
+  push_address(d, in.ops[0], e);
+  push_address(d, in.ops[1], e);
+  e.v[0].push_back(d.src(in.ops[2], 4));
+  if (to_shared) {
+    if (reduce || in.ops.size() < 4) return false;
+    push_address(d, in.ops[3], e);
+    if (second != "global") op.flags |= 2;
+    if (mc) {
+      if (in.ops.size() < 5) return false;
+      op.flags |= 1;
+      e.v[1].push_back(d.src(in.ops[4], 2));
+    }
+    return done(op, bulk_load);
+  }
+  return done(op, bulk_store);
+}
+
+bool sel_cp(Decoder& d, const AInstr& in, Op& op) {
+  op.cls = C_async;
+  if (has(in, "bulk")) return sel_bulk(d, in, op);
+  if (in.mods.size() < 2 || in.mods[1] != "async") return false;
+  if (has(in, "commit_group")) return done(op, cp_commit);
+  if (has(in, "wait_all")) {
+    op.flags = 1;
+    return done(op, cp_wait);
+  }
+  if (has(in, "wait_group")) {
+    op.imm = in.ops[0].imm;
+    return done(op, cp_wait);
+  }
+  if (has(in, "mbarrier")) {
+    address_operand(d, in.ops[0], op);
+    op.flags = has(in, "noinc");
+    return done(op, cp_mbar_arrive);
+  }
+  if (in.ops.size() < 3 || in.ops[2].kind != AOperand::num) return false;
+  OpExt& e = d.ext(op);
+  Op s;
+  address_operand(d, in.ops[1], s);
+  address_operand(d, in.ops[0], op);
+  op.b = s.a;
+  e.n = {s.imm, s.size2, 0, 0};
+  op.size = uint8_t(in.ops[2].imm);
+  if (in.ops.size() > 3) {
+    const AOperand& x = in.ops[3];
+    int sz = x.kind == AOperand::reg ? d.reg_size(x) : 4;
+    if (x.kind == AOperand::reg && sz == 0) {
+      bool neg;
+      op.c = d.pred(x, &neg);
+      e.n[2] = 2;
+      e.n[3] = neg;
+    } else if (sz == 4) {
+      op.c = d.src(x, 4);
+      e.n[2] = 1;
+    }
+    // a 64-bit register is a cache policy
+  }
+  return done(op, cp_async);
+}
+
+}  // namespace
+
+void register_async(SelectorMap& m) {
+  m["cp"] = sel_cp;
+  m["mbarrier"] = sel_mbarrier;
+  m["tensormap"] = [](Decoder&, const AInstr&, Op&) { return false; };
+}
+
+}  // namespace cudasim

@@ -1,0 +1,55 @@
+// Race and initialisation checks for shared memory (CUDASIM_CHECK=race,init).
+//
+// Every warp carries a vector clock over the warps of its cluster, advanced at block barriers,
+// named barriers, mbarriers and atomics; inside a warp a 32x32 matrix records what each lane knows
+// of the others (advanced by bar.warp.sync). Each byte of shared memory remembers its last writer
+// and, per warp, the clock of the last read and the lanes that made it. An access that is not
+// ordered after the conflicting one is a race.
+#pragma once
+#include <unordered_map>
+#include <vector>
+
+#include "machine.h"
+
+namespace cudasim {
+
+struct Shadow {
+  struct Write {
+    uint32_t clock = 0;
+    uint16_t warp = 0;
+    uint8_t lane = 0;
+    uint8_t kind = 0;
+    uint32_t line = 0;
+  };
+  enum Kind : uint8_t { plain = 1, atomic = 2, async = 3 };
+  uint32_t bytes = 0, nwarps = 0;
+  bool race = false, init = false;
+  std::vector<Write> writes;
+  std::vector<uint32_t> read_clock;  // [warp][byte]
+  std::vector<uint32_t> read_lanes;  // [warp][byte]
+  std::vector<uint32_t> read_line;   // [byte] PTX line of the last read
+  std::vector<uint8_t> valid;        // byte was written
+  std::vector<uint8_t> flight;       // number of asynchronous copies that will still write the byte
+  std::unordered_map<uint64_t, std::vector<uint32_t>> sync;  // clocks released through a mbarrier or atomic
+
+  void reset(uint32_t bytes, uint32_t nwarps, bool race, bool init);
+  // via_async: read by the async proxy (wgmma, bulk store), which needs a fence.proxy.async after st.shared
+  void read(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, bool via_async = false);
+  // `data` is what will be written (equal values by two writers are not reported), or null.
+  void write(Warp& w, int lane, uint32_t off, uint32_t n, bool atomic, const uint8_t* data, const uint8_t* old);
+  // An asynchronous copy: check against earlier accesses when issued, mark when it lands.
+  void issue(Warp& w, int lane, uint32_t off, uint32_t n);
+  void land(Warp& w, int lane, uint32_t off, uint32_t n, uint32_t line);
+  void land_async(Group& g, uint32_t off, uint32_t n, uint64_t key);  // on behalf of the copy engine
+  void release(Warp& w, uint64_t key);
+  void acquire(Warp& w, uint64_t key);
+};
+
+// Vector clocks have one entry per warp of the cluster and one for the copy engine; then as many
+// again for what a fence.proxy.async has made visible to the async proxy.
+uint32_t warp_number(const Warp& w);  // in its cluster
+void start_clocks(Warp& w, uint32_t nwarps);
+void note_proxy_fence(Warp& w);
+void join_clocks(std::vector<uint32_t>& into, const std::vector<uint32_t>& from);
+
+}  // namespace cudasim

@@ -1,0 +1,12 @@
+// A stand-in for a function of the real library that is not simulated. Weak: a real implementation in
+// another file takes its place.
+#pragma once
+#include <stdio.h>
+#include <stdlib.h>
+
+#define CUDASIM_STUB(name)                                                   \
+  extern "C" __attribute__((visibility("default"), weak)) int name() {       \
+    if (const char* on = getenv("CUDASIM_LOG"); on && *on)                   \
+      fputs("cudasim: " #name " is not simulated and was called\n", stderr); \
+    return CUDASIM_STUB_STATUS;                                              \
+  }

@@ -1,0 +1,52 @@
+"""What runs the tests: the quick ones, the jobs of .ci/run, and the workflows that call them."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+
+
+def collected(*options: str) -> list[str]:
+    """The ids of the tests that pytest would run."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", *options]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert out.returncode == 0, out.stdout + out.stderr
+    return [line for line in out.stdout.splitlines() if "::" in line]
+
+
+@pytest.mark.slow
+def test_every_folder_has_quick_tests() -> None:
+    everything, quick = collected(), collected("--quick")
+    assert set(quick) < set(everything)  # pytest-xdist, too, needs ids that are the same in each process
+    folders = {test.split("/")[1] for test in everything}
+    assert {"attack", "cli", "cuda", "cudasim", "integrations", "kernels", "nn", "operators", "project"} <= folders
+    assert {test.split("/")[1] for test in quick} == folders
+    functions = [test.partition("[")[0] for test in quick]
+    assert len(functions) == len(set(functions))
+
+
+@pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason=".ci is not in this tree")
+def test_the_workflow_runs_jobs_that_exist() -> None:
+    unknown = subprocess.run([ROOT / ".ci/run", "nosuchjob"], capture_output=True, text=True)
+    assert unknown.returncode == 2
+    assert "unknown job nosuchjob" in unknown.stderr
+    jobs = re.findall(r"^#   (\w+) +", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    listed = [name for names in re.findall(r"job: \[(.*?)\]", workflow) for name in names.split(", ")]
+    named = re.findall(r"run: \.ci/run (\w+)$", workflow, re.MULTILINE)
+    assert sorted(listed + named) == sorted(jobs)
+
+
+@pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed")
+@pytest.mark.skipif(not WORKFLOWS, reason="the workflows are not in this tree")
+def test_workflows_are_valid() -> None:
+    result = subprocess.run(["actionlint", *WORKFLOWS], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
