@@ -7,6 +7,7 @@
 
 #include "cpp/format/print_kernels.h"
 #include "cpp/ops/calls.h"
+#include "cpp/ops/codec_calls.h"
 #include "cpp/ops/encode_calls.h"
 #include "cpp/ops/grouped_calls.h"
 #include "cpp/ops/value_error.h"
@@ -99,19 +100,13 @@ Tensor on_16_bytes(const Tensor& t) {
 }
 OptionalTensor on_16_bytes(const OptionalTensor& t) { return t ? OptionalTensor(on_16_bytes(*t)) : t; }
 
-std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w_arg, int64_t block_size, const CodeName& name) {
-  const Code code = checks::code(name);
-  const DType dtype = checks::storage_dtype("w", w_arg.scalar_type());
-  checks::block_size("block_size", block_size);
-  const int64_t numel = checks::numel("w", w_arg);
-  const OnDevice on(w_arg);
-  const Tensor w = w_arg.is_contiguous() ? w_arg : stable::contiguous(w_arg);
-  Tensor packed = empty(w, checks::packed_shape(w), ScalarType::Byte);
-  Tensor absmax = empty(w, {ceil_div(numel, block_size)}, ScalarType::Float);
-  check_launch("quantize_nf4", cuda::launch_quantize_nf4(code, dtype, w.const_data_ptr(), numel, block_size,
-                                                         packed.mutable_data_ptr<uint8_t>(),
-                                                         absmax.mutable_data_ptr<float>(), on.stream()));
-  return {packed, absmax};
+std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w, int64_t block_size, const CodeName& code) {
+  const QuantizeCall call(w, block_size, code);
+  const OnDevice on(call.w);
+  check_launch("quantize_nf4", cuda::launch_quantize_nf4(call.code, call.dtype, call.w.const_data_ptr(), call.numel,
+                                                         block_size, call.packed.mutable_data_ptr<uint8_t>(),
+                                                         call.absmax.mutable_data_ptr<float>(), on.stream()));
+  return {call.packed, call.absmax};
 }
 
 Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t block_size, const CodeName& code) {
@@ -161,47 +156,35 @@ Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t bloc
   return call.packed;
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax_arg, int64_t nested_block_size) {
-  checks::has_dtype("absmax", absmax_arg, ScalarType::Float);
-  checks::nested_block_size(nested_block_size);
-  const int64_t count = checks::numel("absmax", absmax_arg);
-  const OnDevice on(absmax_arg);
-  const Tensor absmax = absmax_arg.is_contiguous() ? absmax_arg : stable::contiguous(absmax_arg);
-  Tensor codes = empty(absmax, {count}, ScalarType::Byte);
-  Tensor nested_absmax = empty(absmax, {ceil_div(count, nested_block_size)}, ScalarType::Float);
-  Tensor nested_offset = empty(absmax, std::vector<int64_t>{}, ScalarType::Float);
-  Tensor workspace = empty(absmax, {cuda::quantize_absmax_workspace(count)}, ScalarType::Double);
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax, int64_t nested_block_size) {
+  const QuantizeAbsmaxCall call(absmax, nested_block_size);
+  const OnDevice on(call.absmax);
+  Tensor workspace = empty(call.absmax, {cuda::quantize_absmax_workspace(call.count)}, ScalarType::Double);
   check_launch("quantize_absmax",
-               cuda::launch_quantize_absmax(absmax.const_data_ptr<float>(), count, nested_block_size,
-                                            codes.mutable_data_ptr<uint8_t>(), nested_absmax.mutable_data_ptr<float>(),
-                                            nested_offset.mutable_data_ptr<float>(),
-                                            workspace.mutable_data_ptr<double>(), on.stream()));
-  return {codes, nested_absmax, nested_offset};
+               cuda::launch_quantize_absmax(
+                   call.absmax.const_data_ptr<float>(), call.count, nested_block_size,
+                   call.codes.mutable_data_ptr<uint8_t>(), call.nested_absmax.mutable_data_ptr<float>(),
+                   call.nested_offset.mutable_data_ptr<float>(), workspace.mutable_data_ptr<double>(), on.stream()));
+  return {call.codes, call.nested_absmax, call.nested_offset};
 }
 
 Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const Tensor& nested_offset,
                          int64_t nested_block_size) {
-  const Scales scales = checks::nested("codes", codes, nested_absmax, nested_offset, kMinBlockSize, nested_block_size);
+  const DequantizeAbsmaxCall call(codes, nested_absmax, nested_offset, nested_block_size);
   const OnDevice on(codes);
-  Tensor absmax = empty(codes, {codes.numel()}, ScalarType::Float);
   check_launch("dequantize_absmax",
-               cuda::launch_dequantize_absmax(scales, codes.numel(), absmax.mutable_data_ptr<float>(), on.device(),
-                                              on.stream()));
-  return absmax;
+               cuda::launch_dequantize_absmax(call.scales, call.count, call.absmax.mutable_data_ptr<float>(),
+                                              on.device(), on.stream()));
+  return call.absmax;
 }
 
-Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, OptionalTensor nested_absmax,
-                      OptionalTensor nested_offset, int64_t block_size, int64_t nested_block_size,
-                      std::vector<int64_t> shape, ScalarType dtype, const CodeName& code) {
-  const DType out_dtype = checks::storage_dtype("dtype", dtype);
-  const int64_t numel = checks::shape_numel(shape);
-  const Weight w =
-      checks::weight({packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size, code}, 1, numel);
-  const OnDevice on(packed);
-  Tensor out = empty(packed, shape, dtype);
-  check_launch("dequantize_nf4", cuda::launch_dequantize_nf4(w, {.columns = numel}, out_dtype, out.mutable_data_ptr(),
-                                                             false, on.device(), on.stream()));
-  return out;
+Tensor dequantize_nf4(DequantizeArgs args) {
+  const DequantizeCall call(args);
+  const OnDevice on(call.out);
+  check_launch("dequantize_nf4",
+               cuda::launch_dequantize_nf4(call.w, {.columns = call.w.k}, call.dtype, call.out.mutable_data_ptr(),
+                                           false, on.device(), on.stream()));
+  return call.out;
 }
 
 // What QLORA_CUDA_KERNEL asks for, which tests and bench/cuda_crossover.py do: "fused" or "library". As
@@ -325,7 +308,7 @@ STABLE_TORCH_LIBRARY_IMPL(qlora, CUDA, m) {
   m.impl("encode_nf4_stochastic", QLORA_BOX(&qlora::encode_nf4_stochastic));
   m.impl("quantize_absmax", QLORA_BOX(&qlora::quantize_absmax));
   m.impl("dequantize_absmax", QLORA_BOX(&qlora::dequantize_absmax));
-  m.impl("dequantize_nf4", QLORA_BOX(&qlora::dequantize_nf4));
+  m.impl("dequantize_nf4", QLORA_BOX_ARGS(&qlora::dequantize_nf4));
   m.impl("linear_nf4", QLORA_BOX_ARGS(&qlora::linear_nf4<false>));
   m.impl("linear_nf4_with_h", QLORA_BOX_ARGS(&qlora::linear_nf4<true>));
   m.impl("linear_nf4_dx", QLORA_BOX_ARGS(&qlora::linear_nf4_dx<false>));

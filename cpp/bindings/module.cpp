@@ -9,6 +9,7 @@
 
 #include "build_info.h"
 #include "cpp/cpu/check.h"
+#include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/tuning.h"
@@ -71,13 +72,17 @@ py::tuple quantize_nf4(const Array<float>& w, int64_t block_size, const std::str
 }
 
 Array<float> dequantize_nf4(const Array<uint8_t>& packed, const Array<float>& absmax, int64_t numel, int64_t block_size,
-                            const std::string& code) {
+                            const std::string& code, const std::optional<Array<float>>& offsets) {
   check_block_size(block_size);
   require(numel >= 0, "numel: expected 0 or more, got " + std::to_string(numel));
   check_count("packed", packed.size(), packed_bytes(numel));
   check_count("absmax", absmax.size(), ceil_div(numel, block_size));
   Array<float> out(numel);
-  const Weight w = {packed.data(), code_of(code), float_scales(absmax.data(), block_size), 1, numel};
+  Weight w = {packed.data(), code_of(code), float_scales(absmax.data(), block_size), 1, numel};
+  if (offsets) {
+    check_count("offsets", offsets->size(), ceil_div(numel, block_size));
+    w.scales.offsets = offsets->data();
+  }
   cpu::check(cpu::dequantize_nf4(kOneThread, w, DType::kFloat32, out.mutable_data()));
   return out;
 }
@@ -140,10 +145,30 @@ cpu::Cpu cpu_of(const std::optional<std::string>& isa) {
   return {found->needs, cpu::current_cpu().intel, true};
 }
 
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
 DType dtype_of(const std::string& name) {
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64})
+  for (const DType dtype : kDTypes)
     if (name == dtype_name(dtype)) return dtype;
   throw py::value_error("dtype: expected float32, bfloat16, float16 or float64, got " + name);
+}
+
+// answer(problem), with a problem of the operator.
+template <class Answer>
+auto with_problem_of(const std::string& op, const Answer& answer) {
+  if (op == "linear_nf4") return answer(LinearProblem{});
+  if (op == "linear_nf4_dx") return answer(LinearDxProblem{});
+  require(op == "linear_nf4_dlora", "op: expected linear_nf4, linear_nf4_dx or linear_nf4_dlora, got " + op);
+  return answer(LoraGradProblem{});
+}
+
+template <class Problem>
+void set_sizes(Problem* problem, int64_t m, int64_t n, int64_t k) {
+  problem->m = m;
+  if constexpr (requires { problem->w; }) {
+    problem->w.n = n, problem->w.k = k;
+  } else {
+    problem->n = n, problem->k = k;
+  }
 }
 
 py::list choose(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k, int64_t block_size,
@@ -152,23 +177,35 @@ py::list choose(const std::string& op, const std::string& dtype, int64_t m, int6
   for (const auto& [name, count] : {std::pair{"m", m}, {"n", n}, {"k", k}})
     require(count >= 0, std::string(name) + ": expected 0 or more, got " + std::to_string(count));
   const cpu::Cpu cpu = cpu_of(isa);
-  const auto choice = [&](auto problem) {
+  return with_problem_of(op, [&](auto problem) {
     problem.dtype = dtype_of(dtype);
-    problem.m = m;
+    set_sizes(&problem, m, n, k);
     if constexpr (requires { problem.w; }) {
-      problem.w.n = n, problem.w.k = k, problem.w.scales.block_size = block_size;
+      problem.w.scales.block_size = block_size;
       problem.w.code = code_of(code);
-    } else {
-      problem.n = n, problem.k = k;
     }
     py::list names;
     for (const cpu::Kernel kernel : cpu::choose(problem, cpu)) names.append(cpu::kernel_name(kernel));
     return names;
-  };
-  if (op == "linear_nf4") return choice(LinearProblem{});
-  if (op == "linear_nf4_dx") return choice(LinearDxProblem{});
-  require(op == "linear_nf4_dlora", "op: expected linear_nf4, linear_nf4_dx or linear_nf4_dlora, got " + op);
-  return choice(LoraGradProblem{});
+  });
+}
+
+// The types are those that a kernel takes of a problem of ordinary sizes.
+py::dict kernels(const std::string& op) {
+  cpu_isa();
+  return with_problem_of(op, [](auto problem) {
+    set_sizes(&problem, 1, 64, 64);
+    py::dict found;
+    for (const cpu::KernelInfo& info : cpu::kKernelInfo) {
+      py::list types;
+      for (const DType dtype : kDTypes) {
+        problem.dtype = dtype;
+        if (cpu::serves(info.kernel, problem)) types.append(dtype_name(dtype));
+      }
+      found[info.name] = types;
+    }
+    return found;
+  });
 }
 
 Array<float> table(const float* values, int64_t count) {
@@ -191,6 +228,8 @@ PYBIND11_MODULE(_C, m) {
         "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its "
         "data. `isa`: as if "
         "QLORA_CPU_ISA forced that instruction set; by default the one in use.");
+  m.def("kernels", &kernels, py::arg("op"),
+        "The name of every kernel -> the dtypes for which the instruction set in use has it, for the operator `op`.");
   m.def(
       "codes",
       [] {
@@ -217,7 +256,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("quantize_nf4", &quantize_nf4, py::arg("w").noconvert(), py::arg("block_size") = 64, py::arg("code") = "nf4",
         "float32 array, any shape -> (packed uint8 [ceil(numel/2)], absmax float32 [ceil(numel/block_size)]).");
   m.def("dequantize_nf4", &dequantize_nf4, py::arg("packed").noconvert(), py::arg("absmax").noconvert(),
-        py::arg("numel"), py::arg("block_size") = 64, py::arg("code") = "nf4", "packed and absmax -> float32 [numel].");
+        py::arg("numel"), py::arg("block_size") = 64, py::arg("code") = "nf4",
+        py::arg("offsets").noconvert() = py::none(),
+        "packed, absmax and, of formats that have them, offsets (float32, one per block) -> float32 [numel].");
   m.def("quantize_absmax", &quantize_absmax, py::arg("absmax").noconvert(), py::arg("nested_block_size") = 256,
         "float32 absmax -> (codes uint8, nested_absmax float32, nested_offset float).");
   m.def("dequantize_absmax", &dequantize_absmax, py::arg("codes").noconvert(), py::arg("nested_absmax").noconvert(),

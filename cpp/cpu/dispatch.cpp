@@ -7,7 +7,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpp/cpu/tuning.h"
 #include "cpp/format/print_kernels.h"
 
 namespace qlora::cpu {
@@ -20,27 +19,6 @@ const Kernels& table() {
     return &scalar_kernels();
   }();
   return *in_use;
-}
-
-template <class Problem>
-auto run_of(const KernelsFor<Problem>& kernels, Kernel kernel) {
-  switch (kernel) {
-    case Kernel::kFewTokensInt:
-      return kernels.few_tokens_int;
-    case Kernel::kFewTokensBf16:
-      return kernels.few_tokens_bf16;
-    case Kernel::kFewTokensFloat:
-      return kernels.few_tokens_float;
-    case Kernel::kManyTokensTiles:
-      return kernels.many_tokens_tiles;
-    case Kernel::kManyTokensBf16:
-      return kernels.many_tokens_bf16;
-    case Kernel::kManyTokensFloat:
-      return kernels.many_tokens_float;
-    case Kernel::kFloat64:
-      break;
-  }
-  return kernels.float64;
 }
 
 const char* text(Outcome outcome) {
@@ -57,20 +35,26 @@ const Kernel* forced_kernel() {
   const char* const name = std::getenv("QLORA_CPU_KERNEL");
   if (!name || !*name) return nullptr;
   std::string names;
-  for (const Kernel& kernel : kKernels) {
-    if (std::string(name) == kernel_name(kernel)) return &kernel;
-    names += (names.empty() ? "" : ", ") + std::string(kernel_name(kernel));
+  for (const KernelInfo& info : kKernelInfo) {
+    if (std::string(name) == info.name) return &info.kernel;
+    names += (names.empty() ? "" : ", ") + std::string(info.name);
   }
   throw std::invalid_argument("QLORA_CPU_KERNEL: expected one of " + names + ", got " + name);
 }
 
 template <class Problem>
 void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
+  if constexpr (requires { p.w; }) {
+    if (p.w.scales.offsets) {
+      throw std::invalid_argument(std::string(name) + ": weights with an offset per block are not supported; " +
+                                  "dequantize the weight and multiply by that");
+    }
+  }
   Choice choice;
   const Kernel* const forced = forced_kernel();
   if (!forced) {
     choice = choose(p, current_cpu());
-  } else if (run_of(kernels, *forced) && accepts(*forced, p)) {
+  } else if (kernels[*forced] && accepts(*forced, p)) {
     choice.add(*forced);
   } else {
     throw std::invalid_argument(std::string("QLORA_CPU_KERNEL: ") + kernel_name(*forced) + " of " + current_isa().name +
@@ -78,7 +62,7 @@ void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool,
   }
   std::string tried;
   for (const Kernel kernel : choice) {
-    const Outcome outcome = run_of(kernels, kernel)(pool, p);
+    const Outcome outcome = kernels[kernel](pool, p);
     if (outcome == Outcome::kDone) {
       print_kernel(name, "cpu", p, [&] { return tried + kernel_name(kernel) + " isa=" + current_isa().name; });
       return;
@@ -116,6 +100,10 @@ void throw_of_pool(bool finished) {
   if (finished) throw std::bad_alloc();
   throw std::runtime_error("the thread pool has failed");
 }
+
+bool serves(Kernel kernel, const LinearProblem& p) { return table().forward[kernel] && accepts(kernel, p); }
+bool serves(Kernel kernel, const LinearDxProblem& p) { return table().dx[kernel] && accepts(kernel, p); }
+bool serves(Kernel kernel, const LoraGradProblem& p) { return table().dlora[kernel] && accepts(kernel, p); }
 
 Error quantize_nf4(const Pool& pool, Code code, DType dtype, const void* w, int64_t numel, int64_t block_size,
                    uint8_t* packed, float* absmax) {

@@ -4,6 +4,7 @@
 
 #include "cpp/cpu/isa/isa.h"
 #include "cpp/cpu/kernels.h"
+#include "cpp/cpu/tuning.h"
 
 namespace qlora::cpu {
 
@@ -15,18 +16,14 @@ enum class Outcome {
   kOutOfRange,  // its values are so small that a multiplication which takes subnormals for zero would lose them
 };
 
-// The kernels of an instruction set for one operator, by the names of tuning.h. Null: the set has none, or the
-// operator.
+// The kernels of an instruction set for one operator. Null where the set or the operator has no such kernel.
 template <class Problem>
 struct KernelsFor {
   using Run = Outcome (*)(const Pool&, const Problem&);
-  Run few_tokens_int = nullptr;
-  Run few_tokens_bf16 = nullptr;
-  Run few_tokens_float = nullptr;
-  Run many_tokens_tiles = nullptr;
-  Run many_tokens_bf16 = nullptr;
-  Run many_tokens_float = nullptr;
-  Run float64 = nullptr;
+  Run by_kernel[kKernelCount] = {};
+
+  constexpr Run& operator[](Kernel kernel) { return by_kernel[static_cast<int>(kernel)]; }
+  constexpr Run operator[](Kernel kernel) const { return by_kernel[static_cast<int>(kernel)]; }
 };
 
 // What a set has for a function of kernels.h: the same arguments, but it throws its error.
@@ -51,6 +48,11 @@ struct Kernels {
   KernelsFor<LinearDxProblem> dx;
   KernelsFor<LoraGradProblem> dlora;
 };
+
+// Whether the instruction set in use has a kernel for the problem's operator that takes such a problem.
+QLORA_EXPORT bool serves(Kernel, const LinearProblem&);
+QLORA_EXPORT bool serves(Kernel, const LinearDxProblem&);
+QLORA_EXPORT bool serves(Kernel, const LoraGradProblem&);
 
 // The tables of this build, of which the one of current_isa() is in use.
 #define QLORA_SET(name) const Kernels& name##_kernels();

@@ -10,9 +10,9 @@ const Kernels& amx_bf16_kernels() {
   static const Kernels kernels = [] {
     Kernels k = avx512_bf16_kernels();
     k.isa = &kAmxBf16Isa;
-    k.forward.many_tokens_tiles = amx_bf16::parts::forward_many_tokens_tiles;
-    k.dx.many_tokens_tiles = amx_bf16::parts::dx_many_tokens_tiles;
-    k.dlora.many_tokens_tiles = amx_bf16::parts::dlora_many_tokens_tiles;
+    k.forward[Kernel::kManyTokensTiles] = amx_bf16::parts::run<Kernel::kManyTokensTiles>;
+    k.dx[Kernel::kManyTokensTiles] = amx_bf16::parts::run<Kernel::kManyTokensTiles>;
+    k.dlora[Kernel::kManyTokensTiles] = amx_bf16::parts::run<Kernel::kManyTokensTiles>;
     return k;
   }();
   return kernels;

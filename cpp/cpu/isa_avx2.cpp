@@ -8,27 +8,14 @@
 namespace qlora::cpu {
 
 const Kernels& avx2_kernels() {
+  using enum Kernel;
+  using namespace avx2::parts;
   static constexpr Kernels kernels = {
       .isa = &kAvx2Isa,
-      .codec = &avx2::parts::codec,
-      .forward =
-          {
-              .few_tokens_int = avx2::parts::forward_few_tokens_int,
-              .few_tokens_float = avx2::parts::forward_few_tokens_float,
-              .many_tokens_float = avx2::parts::forward_many_tokens_float,
-              .float64 = float64::forward,
-          },
-      .dx =
-          {
-              .few_tokens_float = avx2::parts::dx_few_tokens_float,
-              .many_tokens_float = avx2::parts::dx_many_tokens_float,
-              .float64 = float64::dx,
-          },
-      .dlora =
-          {
-              .many_tokens_float = avx2::parts::dlora_many_tokens_float,
-              .float64 = float64::dlora,
-          },
+      .codec = &codec,
+      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::forward),
+      .dx = kernels_for<kFewTokensFloat, kManyTokensFloat>(float64::dx),
+      .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };
   return kernels;
 }

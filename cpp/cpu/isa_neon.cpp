@@ -8,27 +8,14 @@
 namespace qlora::cpu {
 
 const Kernels& neon_kernels() {
+  using enum Kernel;
+  using namespace neon::parts;
   static constexpr Kernels kernels = {
       .isa = &kNeonIsa,
-      .codec = &neon::parts::codec,
-      .forward =
-          {
-              .few_tokens_int = neon::parts::forward_few_tokens_int,
-              .few_tokens_float = neon::parts::forward_few_tokens_float,
-              .many_tokens_float = neon::parts::forward_many_tokens_float,
-              .float64 = float64::forward,
-          },
-      .dx =
-          {
-              .few_tokens_float = neon::parts::dx_few_tokens_float,
-              .many_tokens_float = neon::parts::dx_many_tokens_float,
-              .float64 = float64::dx,
-          },
-      .dlora =
-          {
-              .many_tokens_float = neon::parts::dlora_many_tokens_float,
-              .float64 = float64::dlora,
-          },
+      .codec = &codec,
+      .forward = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::forward),
+      .dx = kernels_for<kFewTokensFloat, kManyTokensFloat>(float64::dx),
+      .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };
   return kernels;
 }

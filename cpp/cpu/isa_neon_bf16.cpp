@@ -8,31 +8,15 @@
 namespace qlora::cpu {
 
 const Kernels& neon_bf16_kernels() {
+  using enum Kernel;
+  using namespace neon_bf16::parts;
   static constexpr Kernels kernels = {
       .isa = &kNeonBf16Isa,
-      .codec = &neon_bf16::parts::codec,
-      .forward =
-          {
-              .few_tokens_int = neon_bf16::parts::forward_few_tokens_int,
-              .few_tokens_bf16 = neon_bf16::parts::forward_few_tokens_bf16,
-              .few_tokens_float = neon_bf16::parts::forward_few_tokens_float,
-              .many_tokens_bf16 = neon_bf16::parts::forward_many_tokens_bf16,
-              .many_tokens_float = neon_bf16::parts::forward_many_tokens_float,
-              .float64 = float64::forward,
-          },
-      .dx =
-          {
-              .few_tokens_float = neon_bf16::parts::dx_few_tokens_float,
-              .many_tokens_bf16 = neon_bf16::parts::dx_many_tokens_bf16,
-              .many_tokens_float = neon_bf16::parts::dx_many_tokens_float,
-              .float64 = float64::dx,
-          },
-      .dlora =
-          {
-              .many_tokens_bf16 = neon_bf16::parts::dlora_many_tokens_bf16,
-              .many_tokens_float = neon_bf16::parts::dlora_many_tokens_float,
-              .float64 = float64::dlora,
-          },
+      .codec = &codec,
+      .forward = kernels_for<kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(
+          float64::forward),
+      .dx = kernels_for<kFewTokensFloat, kManyTokensBf16, kManyTokensFloat>(float64::dx),
+      .dlora = kernels_for<kManyTokensBf16, kManyTokensFloat>(float64::dlora),
   };
   return kernels;
 }

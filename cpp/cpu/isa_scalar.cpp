@@ -8,29 +8,14 @@
 namespace qlora::cpu {
 
 const Kernels& scalar_kernels() {
+  using enum Kernel;
+  using namespace scalar::parts;
   static constexpr Kernels kernels = {
       .isa = &kScalarIsa,
-      .codec = &scalar::parts::codec,
-      .forward =
-          {
-              .few_tokens_int = scalar::parts::forward_few_tokens_int,
-              .few_tokens_bf16 = scalar::parts::forward_few_tokens_bf16,
-              .few_tokens_float = scalar::parts::forward_few_tokens_float,
-              .many_tokens_float = scalar::parts::forward_many_tokens_float,
-              .float64 = float64::forward,
-          },
-      .dx =
-          {
-              .few_tokens_int = scalar::parts::dx_few_tokens_int,
-              .few_tokens_float = scalar::parts::dx_few_tokens_float,
-              .many_tokens_float = scalar::parts::dx_many_tokens_float,
-              .float64 = float64::dx,
-          },
-      .dlora =
-          {
-              .many_tokens_float = scalar::parts::dlora_many_tokens_float,
-              .float64 = float64::dlora,
-          },
+      .codec = &codec,
+      .forward = kernels_for<kFewTokensInt, kFewTokensBf16, kFewTokensFloat, kManyTokensFloat>(float64::forward),
+      .dx = kernels_for<kFewTokensInt, kFewTokensFloat, kManyTokensFloat>(float64::dx),
+      .dlora = kernels_for<kManyTokensFloat>(float64::dlora),
   };
   return kernels;
 }

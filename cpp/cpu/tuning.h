@@ -20,15 +20,47 @@ enum class Kernel {
   kManyTokensFloat,  // panels of float32 (many_tokens/*_float-inl.h)
   kFloat64,          // plain loops (float64/)
 };
-inline constexpr Kernel kKernels[] = {Kernel::kFewTokensInt,    Kernel::kFewTokensBf16,  Kernel::kFewTokensFloat,
-                                      Kernel::kManyTokensTiles, Kernel::kManyTokensBf16, Kernel::kManyTokensFloat,
-                                      Kernel::kFloat64};
 
-constexpr const char* kernel_name(Kernel kernel) {
-  constexpr const char* kNames[] = {"few_tokens_int",   "few_tokens_bf16",   "few_tokens_float", "many_tokens_tiles",
-                                    "many_tokens_bf16", "many_tokens_float", "float64"};
-  return kNames[static_cast<int>(kernel)];
-}
+// A set of element types.
+struct DTypes {
+  unsigned bits = 0;
+
+  constexpr DTypes() = default;
+  template <class... Types>
+  constexpr explicit DTypes(Types... types) : bits(((1u << static_cast<int>(types)) | ...)) {}
+  constexpr bool has(DType dtype) const { return bits >> static_cast<int>(dtype) & 1u; }
+};
+inline constexpr DTypes kBFloat16Only(DType::kBFloat16), kFloat64Only(DType::kFloat64);
+inline constexpr DTypes k16Bit(DType::kBFloat16, DType::kFloat16);
+inline constexpr DTypes kUpTo32Bit(DType::kBFloat16, DType::kFloat16, DType::kFloat32);
+
+// What a kernel is called, which types it takes, and whether it is one of those for few tokens. Everything else that
+// depends on which kernels there are is derived from these rows.
+struct KernelInfo {
+  Kernel kernel;
+  const char* name;
+  DTypes types;
+  bool few_tokens;
+};
+inline constexpr KernelInfo kKernelInfo[] = {
+    {Kernel::kFewTokensInt, "few_tokens_int", k16Bit, true},
+    {Kernel::kFewTokensBf16, "few_tokens_bf16", kBFloat16Only, true},
+    {Kernel::kFewTokensFloat, "few_tokens_float", kUpTo32Bit, true},
+    {Kernel::kManyTokensTiles, "many_tokens_tiles", kBFloat16Only, false},
+    {Kernel::kManyTokensBf16, "many_tokens_bf16", kBFloat16Only, false},
+    {Kernel::kManyTokensFloat, "many_tokens_float", kUpTo32Bit, false},
+    {Kernel::kFloat64, "float64", kFloat64Only, false},
+};
+inline constexpr int kKernelCount = sizeof(kKernelInfo) / sizeof(kKernelInfo[0]);
+constexpr const KernelInfo& info_of(Kernel kernel) { return kKernelInfo[static_cast<int>(kernel)]; }
+static_assert(
+    [] {
+      for (int i = 0; i < kKernelCount; ++i)
+        if (static_cast<int>(kKernelInfo[i].kernel) != i) return false;
+      return true;
+    }(),
+    "the rows of kKernelInfo are in the order of Kernel");
+constexpr const char* kernel_name(Kernel kernel) { return info_of(kernel).name; }
 
 // The kernels that a problem goes to, one after the other until one serves it: a kernel may find out from the data,
 // which no choice sees, that it cannot (Outcome, dispatch.h). The last one always can.
@@ -41,8 +73,6 @@ struct Choice {
   constexpr const Kernel* end() const { return kernels + count; }
 };
 
-constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
-
 // ---- what a kernel can serve at all ----
 
 // Tokens. The integer kernel of dx keeps all of them in registers; in the other one a strip of sums must fit half of
@@ -51,48 +81,28 @@ inline constexpr int64_t kMostDxIntTokens = 16, kMostDxFloatTokens = 64;
 inline constexpr int64_t kMostForwardTokens = 64;  // of which a kernel notes in a word which it refuses
 inline constexpr int64_t kDxIntColumns = 64;       // that must have one scale: four nibbles of 16 lanes
 
-constexpr bool accepts_type(Kernel kernel, DType dtype) {
-  switch (kernel) {
-    case Kernel::kFewTokensInt:
-      return is_16_bit(dtype);
-    case Kernel::kFewTokensBf16:
-    case Kernel::kManyTokensTiles:
-    case Kernel::kManyTokensBf16:
-      return dtype == DType::kBFloat16;
-    case Kernel::kFewTokensFloat:
-    case Kernel::kManyTokensFloat:
-      return dtype != DType::kFloat64;
-    case Kernel::kFloat64:
-      return dtype == DType::kFloat64;
-  }
-  return false;
-}
-constexpr bool is_few_tokens(Kernel kernel) {
-  return kernel == Kernel::kFewTokensInt || kernel == Kernel::kFewTokensBf16 || kernel == Kernel::kFewTokensFloat;
-}
-
 // Rows that are streamed in lanes of eight weights: a chunk of NEON holds at most four scales, which are five of blocks
 // of 16 in a row that begins within one.
 constexpr bool has_streamable_rows(const Weight& w) {
   return w.k > 0 && (w.scales.block_size > 16 || has_one_scale_per(16, w));
 }
 constexpr bool accepts(Kernel kernel, const LinearProblem& p) {
-  if (!accepts_type(kernel, p.dtype)) return false;
-  if (!is_few_tokens(kernel)) return true;
+  if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (!info_of(kernel).few_tokens) return true;
   if (p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
   if (kernel == Kernel::kFewTokensInt && !kIntCodes[p.w.code].serves) return false;
   return kernel == Kernel::kFewTokensFloat || p.m <= kMostForwardTokens;
 }
 constexpr bool accepts(Kernel kernel, const LinearDxProblem& p) {
-  if (!accepts_type(kernel, p.dtype)) return false;
-  if (!is_few_tokens(kernel)) return true;
-  if (!is_16_bit(p.dtype) || p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
+  if (!info_of(kernel).types.has(p.dtype)) return false;
+  if (!info_of(kernel).few_tokens) return true;
+  if (!k16Bit.has(p.dtype) || p.m == 0 || p.w.n == 0 || !has_streamable_rows(p.w)) return false;
   if (kernel == Kernel::kFewTokensInt && !kIntCodes[p.w.code].serves) return false;
   if (kernel == Kernel::kFewTokensInt) return p.m <= kMostDxIntTokens && has_one_scale_per(kDxIntColumns, p.w);
   return kernel == Kernel::kFewTokensFloat && p.m <= kMostDxFloatTokens;
 }
 constexpr bool accepts(Kernel kernel, const LoraGradProblem& p) {
-  return accepts_type(kernel, p.dtype) && !is_few_tokens(kernel);
+  return info_of(kernel).types.has(p.dtype) && !info_of(kernel).few_tokens;
 }
 
 // ---- which of them is chosen ----
@@ -154,7 +164,7 @@ constexpr int64_t most_float_tokens(const Cpu& cpu) { return cpu.has(kAvx512f) ?
 // ragged rows; and 6 where rows of W begin inside a lane, since sums are then kept for up to eight
 // shifts. On ARM, from llvm-mca as above: 3 tokens, and 1 with pairs.
 constexpr int64_t most_few_tokens(const LinearDxProblem& p, const Cpu& cpu) {
-  if (!is_16_bit(p.dtype)) return 0;
+  if (!k16Bit.has(p.dtype)) return 0;
   if (cpu.has(kAsimd)) return multiplies_pairs(p.dtype, cpu) ? 1 : 3;
   if (!cpu.has(kAvx2)) return 0;
   const bool whole_groups = has_one_scale_per(kDxIntColumns, p.w);

@@ -1,5 +1,6 @@
-// The scales of a packed weight, one per quantization block, and the forms in which they are stored. Two readers decode
-// them, cpp/cpu/codec/scales-inl.h and cuda/tile/block_scale.cuh: no other code asks for the form.
+// The scales of a packed weight, one per quantization block, and the forms in which they are stored; and the offsets of
+// formats that have one per block, whose weights are round(round(value[code] * scale) + offset) in float32. Two readers
+// decode the scales, cpp/cpu/codec/scales-inl.h and cuda/tile/block_scale.cuh: no other code asks for the form.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +22,7 @@ struct Scales {
   const float* nested_offset = nullptr;  // [1]
   int64_t block_size = 64;
   int64_t nested_block_size = 256;
+  const float* offsets = nullptr;  // [blocks], or null: none
 
   QLORA_HD const float* floats() const { return static_cast<const float*>(stored); }
   QLORA_HD const uint8_t* codes() const { return static_cast<const uint8_t*>(stored); }
@@ -34,7 +36,7 @@ QLORA_INLINE Scales float_scales(const float* absmax, int64_t block_size) {
 }
 QLORA_INLINE Scales nested_scales(const uint8_t* codes, const float* nested_absmax, const float* nested_offset,
                                   int64_t block_size, int64_t nested_block_size) {
-  return {ScaleForm::kNested8, codes, nested_absmax, nested_offset, block_size, nested_block_size};
+  return {ScaleForm::kNested8, codes, nested_absmax, nested_offset, block_size, nested_block_size, nullptr};
 }
 
 // The scales of a later weight of a stack, so many blocks and nested blocks after the first one's.
@@ -46,6 +48,7 @@ QLORA_HD Scales scales_after(Scales s, int64_t weights, int64_t blocks, int64_t 
     s.nested_absmax += weights * nested_blocks;
     s.nested_offset += weights;
   }
+  if (s.offsets) s.offsets += weights * blocks;
   return s;
 }
 

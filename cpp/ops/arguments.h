@@ -1,9 +1,13 @@
-// The arguments of the linear operators, each a struct that is filled once from the dispatcher's stack. `each` visits
-// the fields in the order of the operator's schema (schema.cpp).
+// The arguments of the operators that take a packed weight or LoRA: a struct for each, whose fields `fields_of` lists
+// in the order of the operator's schema. The schema's text (schema.cpp), the values from the dispatcher's stack
+// (value_error.h) and the C function for compiled code (c_shims.cpp) all follow from that list: a new argument is a
+// field here and what cpp/ops/calls.h makes of it.
 #pragma once
 
 #include <cstring>
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "cpp/format/codes.h"
 #include "cpp/ops/stable.h"
@@ -40,6 +44,43 @@ struct torch::stable::detail::ToImpl<qlora::CodeName> {
 
 namespace qlora {
 
+// What a schema says of an argument besides its name. `type` is that of the C++ type unless given.
+struct InSchema {
+  const char* type = nullptr;
+  const char* default_value = nullptr;
+};
+inline constexpr const char* kSymInt = "SymInt";
+inline constexpr const char* kDefaultCode = "\"nf4\"";
+
+template <class T>
+inline constexpr const char* kSchemaType = nullptr;
+template <>
+inline constexpr const char* kSchemaType<Tensor> = "Tensor";
+template <>
+inline constexpr const char* kSchemaType<OptionalTensor> = "Tensor?";
+template <>
+inline constexpr const char* kSchemaType<int64_t> = "int";
+template <>
+inline constexpr const char* kSchemaType<double> = "float";
+template <>
+inline constexpr const char* kSchemaType<CodeName> = "str";
+template <>
+inline constexpr const char* kSchemaType<std::vector<int64_t>> = "SymInt[]";
+template <>
+inline constexpr const char* kSchemaType<ScalarType> = "ScalarType";
+
+template <class T>
+struct Field {
+  const char* name;
+  T& value;
+  InSchema schema;
+};
+template <class T>
+std::tuple<Field<T>> field(const char* name, T& value, InSchema schema = {}) {
+  if (!schema.type) schema.type = kSchemaType<T>;
+  return {{name, value, schema}};
+}
+
 // A packed weight. `code` comes last in every schema.
 struct PackedArgs {
   Tensor packed, absmax;
@@ -47,11 +88,12 @@ struct PackedArgs {
   int64_t block_size = 0, nested_block_size = 0;
   CodeName code;
 
-  template <class Visit>
-  void each(const Visit& visit) {
-    visit(packed), visit(absmax), visit(nested_absmax), visit(nested_offset), visit(block_size);
-    visit(nested_block_size);
+  auto fields() {
+    return std::tuple_cat(field("packed", packed), field("absmax", absmax), field("nested_absmax", nested_absmax),
+                          field("nested_offset", nested_offset), field("block_size", block_size),
+                          field("nested_block_size", nested_block_size));
   }
+  auto last_field() { return field("code", code, {.default_value = kDefaultCode}); }
 };
 
 struct LoraNumbers {
@@ -59,12 +101,25 @@ struct LoraNumbers {
   int64_t seed = 0;
   OptionalTensor seed_tensor;
 
-  template <class Visit>
-  void each(const Visit& visit) {
-    visit(scaling), visit(dropout_p), visit(seed), visit(seed_tensor);
+  // Dropout may be left out of the calls of operators over experts.
+  auto fields(bool may_omit_dropout) {
+    const auto none = [&](const char* value) { return may_omit_dropout ? value : nullptr; };
+    return std::tuple_cat(field("scaling", scaling), field("dropout_p", dropout_p, {.default_value = none("0.0")}),
+                          field("seed", seed, {kSymInt, none("0")}),
+                          field("seed_tensor", seed_tensor, {.default_value = "None"}));
   }
 };
 
+struct DequantizeArgs {
+  PackedArgs w;
+  std::vector<int64_t> shape;
+  ScalarType dtype = ScalarType::Float;
+};
+inline auto fields_of(DequantizeArgs& a) {
+  return std::tuple_cat(a.w.fields(), field("shape", a.shape), field("dtype", a.dtype), a.w.last_field());
+}
+
+// Those of a linear operator are `inputs`, whose rows are tokens, and `others`.
 struct LinearArgs {
   Tensor x;
   PackedArgs w;
@@ -72,10 +127,11 @@ struct LinearArgs {
   OptionalTensor bias, lora_a, lora_b;
   LoraNumbers lora;
 
-  template <class Visit>
-  void each(const Visit& visit) {
-    visit(x), w.each(visit), visit(out_features), visit(bias), visit(lora_a), visit(lora_b), lora.each(visit);
-    visit(w.code);
+  auto inputs() { return field("x", x); }
+  auto others(bool may_omit_dropout) {
+    return std::tuple_cat(w.fields(), field("out_features", out_features, {kSymInt}), field("bias", bias),
+                          field("lora_a", lora_a), field("lora_b", lora_b), lora.fields(may_omit_dropout),
+                          w.last_field());
   }
 };
 
@@ -86,9 +142,10 @@ struct LinearDxArgs {
   OptionalTensor lora_a, lora_b;
   LoraNumbers lora;
 
-  template <class Visit>
-  void each(const Visit& visit) {
-    visit(dy), w.each(visit), visit(in_features), visit(lora_a), visit(lora_b), lora.each(visit), visit(w.code);
+  auto inputs() { return field("dy", dy); }
+  auto others(bool may_omit_dropout) {
+    return std::tuple_cat(w.fields(), field("in_features", in_features, {kSymInt}), field("lora_a", lora_a),
+                          field("lora_b", lora_b), lora.fields(may_omit_dropout), w.last_field());
   }
 };
 
@@ -97,40 +154,36 @@ struct LoraGradArgs {
   LoraNumbers lora;
   OptionalTensor h, g;
 
-  template <class Visit>
-  void each(const Visit& visit) {
-    visit(dy), visit(x), visit(lora_a), visit(lora_b), lora.each(visit), visit(h), visit(g);
+  auto inputs() { return std::tuple_cat(field("dy", dy), field("x", x)); }
+  auto others(bool may_omit_dropout) {
+    return std::tuple_cat(field("lora_a", lora_a), field("lora_b", lora_b), lora.fields(may_omit_dropout),
+                          field("h", h, {.default_value = "None"}), field("g", g, {.default_value = "None"}));
   }
 };
+
+template <class Args>
+auto fields_of(Args& a) {
+  return std::tuple_cat(a.inputs(), a.others(false));
+}
 
 // The same over experts, whose rows end at `offsets`.
-struct GroupedLinearArgs : LinearArgs {
+template <class Args>
+struct GroupedArgs : Args {
   Tensor offsets;
-
-  template <class Visit>
-  void each(const Visit& visit) {
-    visit(x), visit(offsets), w.each(visit), visit(out_features), visit(bias), visit(lora_a), visit(lora_b);
-    lora.each(visit), visit(w.code);
-  }
 };
+using GroupedLinearArgs = GroupedArgs<LinearArgs>;
+using GroupedLinearDxArgs = GroupedArgs<LinearDxArgs>;
+using GroupedLoraGradArgs = GroupedArgs<LoraGradArgs>;
 
-struct GroupedLinearDxArgs : LinearDxArgs {
-  Tensor offsets;
+template <class Args>
+auto fields_of(GroupedArgs<Args>& a) {
+  return std::tuple_cat(a.inputs(), field("offsets", a.offsets), a.others(true));
+}
 
-  template <class Visit>
-  void each(const Visit& visit) {
-    visit(dy), visit(offsets), w.each(visit), visit(in_features), visit(lora_a), visit(lora_b), lora.each(visit);
-    visit(w.code);
-  }
-};
-
-struct GroupedLoraGradArgs : LoraGradArgs {
-  Tensor offsets;
-
-  template <class Visit>
-  void each(const Visit& visit) {
-    visit(dy), visit(x), visit(offsets), visit(lora_a), visit(lora_b), lora.each(visit), visit(h), visit(g);
-  }
-};
+// visit(field) for each of fields_of(args).
+template <class Args, class Visit>
+void for_each_field(Args& args, const Visit& visit) {
+  std::apply([&](const auto&... field) { (visit(field), ...); }, fields_of(args));
+}
 
 }  // namespace qlora

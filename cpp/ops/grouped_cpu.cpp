@@ -125,34 +125,29 @@ std::vector<Part> with_rows(std::vector<Part> parts) {
   return parts;
 }
 
-struct Argument {
-  const char* name;
-  OptionalTensor value;
-};
-
 // The dispatcher sends every kind of tensor here that has no kernel of its own.
-void are_dense_on_cpu(std::initializer_list<Argument> arguments) {
-  for (const auto& [name, t] : arguments) {
-    if (!t || !t->defined()) continue;
-    int32_t layout = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t->get(), &layout));
-    checks::require(layout == aoti_torch_layout_strided(), name, ": expected a dense tensor, got a sparse one");
-    checks::require(t->is_cpu(), name, ": expected a tensor on the CPU, got ", checks::device_text(*t));
-  }
+void is_dense_on_cpu(const char* name, const Tensor& t) {
+  if (!t.defined()) return;
+  int32_t layout = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(t.get(), &layout));
+  checks::require(layout == aoti_torch_layout_strided(), name, ": expected a dense tensor, got a sparse one");
+  checks::require(t.is_cpu(), name, ": expected a tensor on the CPU, got ", checks::device_text(t));
+}
+
+template <class Args>
+void are_dense_on_cpu(Args& args) {
+  for_each_field(args, [](const auto& field) {
+    using T = std::remove_reference_t<decltype(field.value)>;
+    if constexpr (std::is_same_v<T, Tensor>) is_dense_on_cpu(field.name, field.value);
+    if constexpr (std::is_same_v<T, OptionalTensor>) {
+      if (field.value) is_dense_on_cpu(field.name, *field.value);
+    }
+  });
 }
 
 template <bool kWithH>
 auto grouped_linear_nf4(GroupedLinearArgs args) {
-  are_dense_on_cpu({{"x", args.x},
-                    {"offsets", args.offsets},
-                    {"packed", args.w.packed},
-                    {"absmax", args.w.absmax},
-                    {"nested_absmax", args.w.nested_absmax},
-                    {"nested_offset", args.w.nested_offset},
-                    {"bias", args.bias},
-                    {"lora_a", args.lora_a},
-                    {"lora_b", args.lora_b},
-                    {"seed_tensor", args.lora.seed_tensor}});
+  are_dense_on_cpu(args);
   const GroupedLinearCall call(args, kWithH);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
@@ -166,15 +161,7 @@ auto grouped_linear_nf4(GroupedLinearArgs args) {
 
 template <bool kWithG>
 auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
-  are_dense_on_cpu({{"dy", args.dy},
-                    {"offsets", args.offsets},
-                    {"packed", args.w.packed},
-                    {"absmax", args.w.absmax},
-                    {"nested_absmax", args.w.nested_absmax},
-                    {"nested_offset", args.w.nested_offset},
-                    {"lora_a", args.lora_a},
-                    {"lora_b", args.lora_b},
-                    {"seed_tensor", args.lora.seed_tensor}});
+  are_dense_on_cpu(args);
   const GroupedLinearDxCall call(args, kWithG);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);
@@ -187,14 +174,7 @@ auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
 }
 
 std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(GroupedLoraGradArgs args) {
-  are_dense_on_cpu({{"dy", args.dy},
-                    {"x", args.x},
-                    {"offsets", args.offsets},
-                    {"lora_a", args.lora_a},
-                    {"lora_b", args.lora_b},
-                    {"seed_tensor", args.lora.seed_tensor},
-                    {"h", args.h},
-                    {"g", args.g}});
+  are_dense_on_cpu(args);
   const GroupedLoraGradCall call(args);
   const auto& [p, ends, experts] = call.problem;
   const std::vector<Part> all = parts(ends, experts, p.m);

@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpp/ops/arguments.h"
 #include "cpp/ops/stable.h"
 
 struct _object;
@@ -46,13 +47,12 @@ void with_value_errors(StableIValue* stack, uint64_t arguments, uint64_t outputs
 
 // For an operator that takes a struct of cpp/ops/arguments.h by value: the struct is filled from the stack.
 template <class Args, class Result>
-void box(Result (*operation)(Args), StableIValue* stack, uint64_t arguments) {
+void box(Result (*operation)(Args), StableIValue* stack) {
   Args args;
   uint64_t i = 0;
-  args.each([&](auto&) { ++i; });
-  if (i != arguments) throw std::runtime_error("an operator's schema and its arguments differ (cpp/ops/arguments.h)");
-  i = 0;
-  args.each([&](auto& field) { field = stable::detail::to<std::remove_reference_t<decltype(field)>>(stack[i++]); });
+  for_each_field(args, [&](const auto& field) {
+    field.value = stable::detail::to<std::remove_reference_t<decltype(field.value)>>(stack[i++]);
+  });
   Result result = operation(std::move(args));
   if constexpr (std::is_same_v<Result, Tensor>) {
     stack[0] = stable::detail::from(result);
@@ -62,8 +62,8 @@ void box(Result (*operation)(Args), StableIValue* stack, uint64_t arguments) {
   }
 }
 template <auto operation>
-void boxed_args(StableIValue* stack, uint64_t arguments, uint64_t) {
-  box(operation, stack, arguments);
+void boxed_args(StableIValue* stack, uint64_t, uint64_t) {
+  box(operation, stack);
 }
 
 }  // namespace qlora

@@ -77,8 +77,12 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
       nested_scales(codes.data(), nested_absmax.data(), &nested_offset, s.block_size, s.nested_block_size);
   set.codec->dequantize_absmax(pool, nested, blocks, decoded_absmax.data());
   keep(decoded_absmax);
+  std::vector<float> offsets(blocks);
+  for (int64_t b = 0; b < blocks; ++b) offsets[b] = 0.25f * static_cast<float>(b % 9 - 4) - 1e-3f;
+  Scales plain_with_offsets = plain, nested_with_offsets = nested;
+  plain_with_offsets.offsets = nested_with_offsets.offsets = offsets.data();
   for (const DType to : kTypes) {
-    for (const Scales* scales : {&plain, &nested}) {
+    for (const Scales* scales : {&plain, &nested, &plain_with_offsets, &nested_with_offsets}) {
       Bytes out(numel * dtype_bytes(to));
       set.codec->dequantize_nf4(pool, {packed.data(), code, *scales, s.rows, s.columns}, to, out.data());
       keep(out);
@@ -120,10 +124,42 @@ void test_codec(const Kernels& set, const CodecShape& s, Code code, DType dtype,
   }
 }
 
+// Offsets against plain arithmetic, in each type.
+void test_offsets(const Kernels& set, Code code, Report* report) {
+  constexpr int64_t kBlockSize = 32, kRows = 7, kColumns = 75, kBlocks = (kRows * kColumns + 31) / 32;
+  Random random(3);
+  Bytes packed(packed_bytes(kRows * kColumns));
+  for (uint8_t& byte : packed) byte = static_cast<uint8_t>(random.bits());
+  std::vector<float> absmax(kBlocks), offsets(kBlocks);
+  for (float& x : absmax) x = static_cast<float>(random.uniform());
+  for (float& x : offsets) x = static_cast<float>(random.normal());
+  Weight w = {packed.data(), code, float_scales(absmax.data(), kBlockSize), kRows, kColumns};
+  w.scales.offsets = offsets.data();
+  std::vector<float> expected(kRows * kColumns);
+  for (int64_t i = 0; i < kRows * kColumns; ++i) {
+    const float product = w.table().value[code_at(packed.data(), i)] * absmax[i / kBlockSize];
+    expected[i] = product + offsets[i / kBlockSize];
+  }
+  for (const DType to : kTypes) {
+    Bytes out(expected.size() * dtype_bytes(to)), rounded(out.size());
+    for (size_t i = 0; i < expected.size(); ++i) {
+      if (to == DType::kFloat32) from_float(expected[i], reinterpret_cast<float*>(rounded.data()) + i);
+      if (to == DType::kBFloat16) from_float(expected[i], reinterpret_cast<bfloat16*>(rounded.data()) + i);
+      if (to == DType::kFloat16) from_float(expected[i], reinterpret_cast<float16*>(rounded.data()) + i);
+    }
+    set.codec->dequantize_nf4(kOneThread, w, to, out.data());
+    report->check(out == rounded, std::string("offsets of ") + w.table().name + " to " + dtype_name(to));
+  }
+  const WeightStride stride = weight_stride(w);
+  report->check(expert_scales(w.scales, stride, 2).offsets == offsets.data() + 2 * kBlocks,
+                "the offsets of a stack's third weight");
+}
+
 }  // namespace
 
 void test_codec(const Kernels& set, Report* report) {
   Random random(1);
+  for (int code = 0; code < kCodeTableCount; ++code) test_offsets(set, static_cast<Code>(code), report);
   for (const CodecShape& s : kCodecShapes) {
     std::vector<float> importance(s.columns), feedback;
     for (float& x : importance) x = static_cast<float>(random.uniform());

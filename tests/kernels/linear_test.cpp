@@ -18,7 +18,6 @@
 namespace kernels_test {
 namespace {
 
-using cpu::Kernel;
 using cpu::Kernels;
 using cpu::KernelsFor;
 using cpu::Outcome;
@@ -186,9 +185,9 @@ class LinearTest {
     LinearProblem p;
     p.dtype = dtype, p.m = s.m, p.x = x_tensor.data(), p.w = weights.weight();
     p.lora.a = a_tensor.data(), p.lora.b = b_tensor.data(), p.lora.rank = s.rank;
-    for (const Kernel kernel : cpu::kKernels) {
-      const auto run = run_of(set_.forward, kernel);
-      if (!run || !accepts(kernel, p)) continue;
+    for (const cpu::KernelInfo& info : cpu::kKernelInfo) {
+      const auto run = set_.forward[info.kernel];
+      if (!run || !accepts(info.kernel, p)) continue;
       Tensor y(dtype, s.m, s.n);
       p.y = y.data();
       if (run(kOneThread, p) != Outcome::kDone) continue;
@@ -196,9 +195,31 @@ class LinearTest {
       bool right = true;
       for (int64_t i = 0; i < s.m; ++i)
         for (int64_t j = 0; j < s.n; ++j) right &= std::isfinite(out.at(i, j)) == (i % 2 == 0);
-      report_->check(
-          right, std::string("NaN and infinity of linear_nf4 by ") + kernel_name(kernel) + ", " + dtype_name(dtype));
+      report_->check(right, std::string("NaN and infinity of linear_nf4 by ") + info.name + ", " + dtype_name(dtype));
     }
+  }
+
+  // No kernel adds a block's offset.
+  void run_offsets(DType dtype) {
+    const LinearShape s = {2, 8, 64, 0, 64, false, 0.0, false, false};
+    Random random(7);
+    const PackedWeights weights(s, Code::kNf4, random);
+    const std::vector<float> offsets(s.n);
+    Tensor out(dtype, s.m, s.k);
+    const Tensor in(dtype, inputs(s, s.m, s.k, dtype, random));
+    LinearProblem p;
+    p.dtype = dtype, p.m = s.m, p.x = in.data(), p.w = weights.weight(), p.y = out.data();
+    LinearDxProblem dx;
+    dx.dtype = dtype, dx.m = s.m, dx.dy = in.data(), dx.w = p.w, dx.dx = out.data();
+    report_->check(cpu::linear_nf4(kOneThread, p).kind == cpu::Error::kNone, "a weight without offsets");
+    p.w.scales.offsets = dx.w.scales.offsets = offsets.data();
+    const auto check_refused = [&](const std::string& op, const cpu::Error& error) {
+      const bool refused = error.kind == cpu::Error::kInvalidArgument;
+      report_->check(refused && std::string(error.text).find(op + ": weights with an offset per block") == 0,
+                     op + " refuses offsets, " + dtype_name(dtype));
+    };
+    check_refused("linear_nf4", cpu::linear_nf4(kOneThread, p));
+    check_refused("linear_nf4_dx", cpu::linear_nf4_dx(kOneThread, dx));
   }
 
   // How many results each kernel has given, by operator and name.
@@ -211,27 +232,6 @@ class LinearTest {
   };
 
   static Expected expected(const Operand& o) { return {o.exact, o.formula, o.error, o.noise}; }
-
-  template <class Problem>
-  static typename KernelsFor<Problem>::Run run_of(const KernelsFor<Problem>& kernels, Kernel kernel) {
-    switch (kernel) {
-      case Kernel::kFewTokensInt:
-        return kernels.few_tokens_int;
-      case Kernel::kFewTokensBf16:
-        return kernels.few_tokens_bf16;
-      case Kernel::kFewTokensFloat:
-        return kernels.few_tokens_float;
-      case Kernel::kManyTokensTiles:
-        return kernels.many_tokens_tiles;
-      case Kernel::kManyTokensBf16:
-        return kernels.many_tokens_bf16;
-      case Kernel::kManyTokensFloat:
-        return kernels.many_tokens_float;
-      case Kernel::kFloat64:
-        break;
-    }
-    return kernels.float64;
-  }
 
   template <class Problem>
   static std::string text(const Problem& p) {
@@ -263,9 +263,9 @@ class LinearTest {
       }
       ++served_[op + " by " + name];
     };
-    for (const Kernel kernel : cpu::kKernels) {
-      const auto run = run_of(kernels, kernel);
-      if (run && accepts(kernel, p)) attempt(kernel_name(kernel), [&](const cpu::Pool& pool) { return run(pool, p); });
+    for (const cpu::KernelInfo& info : cpu::kKernelInfo) {
+      const auto run = kernels[info.kernel];
+      if (run && accepts(info.kernel, p)) attempt(info.name, [&](const cpu::Pool& pool) { return run(pool, p); });
     }
     attempt("choice", [&](const cpu::Pool& pool) {
       cpu::check(chosen(pool, p));
@@ -286,6 +286,7 @@ void test_linear(const Kernels& set, Report* report) {
     for (int code = 0; code < kCodeTableCount; ++code)
       for (const LinearShape& s : kLinearShapes) test.run(s, static_cast<Code>(code), dtype);
     test.run_non_finite(dtype);
+    test.run_offsets(dtype);
   }
   for (const auto& [name, count] : test.served()) std::printf("  %s: %d problems\n", name.c_str(), count);
 }

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 import isas
 import reference
+from qlora_ext import _C
 
 OPS = torch.ops.qlora
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -339,3 +340,47 @@ def test_more_than_2_to_the_31_elements() -> None:
     decoded = OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [numel], torch.bfloat16)
     expected = reference.dequantize_nf4(expected_packed, expected_absmax, numel - start, 64)
     assert_bits(decoded[start:], reference.bfloat16_bits(expected), "decoded")
+
+
+@pytest.mark.parametrize("code", reference.CODES)
+@pytest.mark.parametrize("block", BLOCK_SIZES)
+def test_offsets(code: str, block: int) -> None:
+    """A weight is round(round(value * scale) + offset), also where scales or offsets are not finite."""
+    for numel in numels(block):
+        rng = np.random.default_rng(numel)
+        blocks = -(-numel // block)
+        packed = rng.integers(0, 256, (numel + 1) // 2, dtype=np.uint8)
+        absmax = np.abs(rng.standard_normal(blocks)).astype(np.float32)
+        offsets = (rng.standard_normal(blocks) * rng.choice([0, 1e-3, 1, 1e3], blocks)).astype(np.float32)
+        if blocks > 3:
+            absmax[1], offsets[2], offsets[3] = np.inf, np.nan, -np.inf
+        with np.errstate(invalid="ignore"):
+            plain = reference.dequantize_nf4(packed, absmax, numel, block, reference.CODES[code])
+            expected = plain + np.repeat(offsets, block)[:numel]
+        got = _C.dequantize_nf4(packed, absmax, numel, block, code, offsets)
+        number = ~np.isnan(expected)
+        assert np.array_equal(np.isnan(got), ~number)
+        assert_bits(got[number], expected[number], f"{numel} weights")
+        assert_bits(_C.dequantize_nf4(packed, absmax, numel, block, code), plain, "without offsets")
+
+
+def test_offsets_of_16_bit_scales_round_once() -> None:
+    """Products of short values with 16-bit scales are exact, so decoders that fuse the two steps get the same bits:
+    those of GGUF's Q4_1 and Q4_K, and of zero points."""
+    rng = np.random.default_rng(0)
+    numel, block = 64 * 512, 64
+    packed = rng.integers(0, 256, numel // 2, dtype=np.uint8)
+    for dtype in (np.float16, np.float32):  # float32: the bits of bfloat16
+        scale, offset = (rng.standard_normal(numel // block).astype(dtype).astype(np.float32) for _ in range(2))
+        if dtype is np.float32:
+            scale, offset = ((t.view(np.uint32) & 0xFFFF0000).view(np.float32) for t in (scale, offset))
+        values = reference.CODES["shuffled"][np.stack([packed >> 4, packed & 15], 1).reshape(-1)]
+        scales, offsets = (np.repeat(t, block).astype(np.float64) for t in (scale, offset))
+        once = (values * scales + offsets).astype(np.float32)
+        assert_bits(_C.dequantize_nf4(packed, scale, numel, block, "shuffled", offset), once, str(dtype))
+
+
+def test_offsets_are_checked() -> None:
+    packed, absmax = np.zeros(64, np.uint8), np.ones(2, np.float32)
+    with pytest.raises(ValueError, match="offsets: expected 2 elements, got 3"):
+        _C.dequantize_nf4(packed, absmax, 128, 64, "nf4", np.zeros(3, np.float32))

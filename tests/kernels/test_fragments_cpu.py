@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import pathlib
-import platform
 import re
 import shutil
 import subprocess
@@ -12,18 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[2]
-CPU = ROOT / "cpp/cpu"
-ISAS = sorted(p.stem.removeprefix("isa_") for p in CPU.glob("isa_*.cpp"))
-
-
-def flags(isa: str) -> list[str]:
-    """The set's compiler flags, as sources.cmake has them."""
-    lists = dict(re.findall(r"^set\((_\w+) (-.*|\$.*)\)$", (CPU / "sources.cmake").read_text(), re.M))
-    names = lists.get(f"_{isa}", "")
-    while "$" in names:
-        names = re.sub(r"\$\{(\w+)\}", lambda match: lists[match[1]], names)
-    return names.split()
+from cpu_sources import CPU, ROOT, SETS, compiler, flags, parts
 
 
 def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
@@ -32,13 +20,6 @@ def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
     names = re.findall(r'^#include "(cpp/[^"]+)"', text, re.M)
     names += [f"cpp/cpu/isa/{isa}/{name}" for name in re.findall(r"^#include QLORA_ISA_HEADER\((.+)\)", text, re.M)]
     return [ROOT / name for name in names]
-
-
-def parts(isa: str) -> list[pathlib.Path]:
-    """What is compiled for the set, as sources.cmake has it."""
-    lists = dict(re.findall(r"^set\((_\w+) (.*)\)$", (CPU / "sources.cmake").read_text(), re.M))
-    names = re.sub(r"\$\{(\w+)\}", lambda match: lists[match[1]], lists[f"_parts_{isa}"])
-    return [CPU / f"parts/{name}-inl.h" for name in names.split()]
 
 
 @functools.cache
@@ -53,12 +34,6 @@ def fragments(isa: str) -> list[pathlib.Path]:
     return sorted(found)
 
 
-def compiler(isa: str) -> str:
-    """Of the processors that have the set."""
-    processor = "aarch64" if isa.startswith("neon") else "x86_64" if isa != "scalar" else platform.machine()
-    return "g++" if processor == platform.machine() else f"{processor}-linux-gnu-g++"
-
-
 def compile_alone(path: pathlib.Path, isa: str) -> str:
     """What the compiler says of the fragment as a translation unit of its own."""
     command = [compiler(isa), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function"]
@@ -68,7 +43,7 @@ def compile_alone(path: pathlib.Path, isa: str) -> str:
 
 
 def test_every_fragment_is_compiled_for_some_set() -> None:
-    used = {p for isa in ISAS for p in fragments(isa)}
+    used = {p for isa in SETS for p in fragments(isa)}
     assert [p.relative_to(ROOT) for p in CPU.rglob("*-inl.h") if p not in used] == []
 
 
@@ -79,7 +54,7 @@ def turns() -> dict[pathlib.Path, set[str]]:
     Of the others, those that a compiler is there for.
     """
     users = {
-        path: [isa for isa in ISAS if path in fragments(isa)] for path in sorted(set().union(*map(fragments, ISAS)))
+        path: [isa for isa in SETS if path in fragments(isa)] for path in sorted(set().union(*map(fragments, SETS)))
     }
     found = {}
     for i, (path, sets) in enumerate(users.items()):
@@ -88,7 +63,7 @@ def turns() -> dict[pathlib.Path, set[str]]:
     return found
 
 
-@pytest.mark.parametrize("isa", [i if i == "scalar" else pytest.param(i, marks=pytest.mark.slow) for i in ISAS])
+@pytest.mark.parametrize("isa", [i if i == "scalar" else pytest.param(i, marks=pytest.mark.slow) for i in SETS])
 def test_every_fragment_compiles_alone(isa: str) -> None:
     if shutil.which(compiler(isa)) is None:
         pytest.skip(f"there is no {compiler(isa)}")

@@ -21,28 +21,14 @@ from test_linear_cpu import check, dlora, dx, forward, make
 
 test_on = isas.test_on
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-SETS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx_bf16", "neon", "neon_bf16")
-PAIRS = ("avx512_bf16", "amx_bf16", "neon_bf16")  # the sets that multiply bfloat16 in pairs
-TILES = ("amx_bf16",)  # and in tiles, which test_tiles_cpu.py does everywhere
-
-# Operator, kernel -> the sets that have it and the types it takes.
-KERNELS = {
-    ("linear_nf4", "few_tokens_int"): (SETS, (BF16, F16)),
-    ("linear_nf4", "few_tokens_bf16"): (("scalar", "neon_bf16"), (BF16,)),
-    ("linear_nf4", "few_tokens_float"): (SETS, (F32, BF16, F16)),
-    ("linear_nf4", "many_tokens_tiles"): (TILES, (BF16,)),
-    ("linear_nf4", "many_tokens_bf16"): (PAIRS, (BF16,)),
-    ("linear_nf4", "many_tokens_float"): (SETS, (F32, BF16, F16)),
-    ("linear_nf4_dx", "few_tokens_int"): (("scalar", "avx512", "avx512_bf16", "amx_bf16"), (BF16, F16)),
-    ("linear_nf4_dx", "few_tokens_float"): (SETS, (BF16, F16)),
-    ("linear_nf4_dx", "many_tokens_tiles"): (TILES, (BF16,)),
-    ("linear_nf4_dx", "many_tokens_bf16"): (PAIRS, (BF16,)),
-    ("linear_nf4_dx", "many_tokens_float"): (SETS, (F32, BF16, F16)),
-    ("linear_nf4_dlora", "many_tokens_tiles"): (TILES, (BF16,)),
-    ("linear_nf4_dlora", "many_tokens_bf16"): (PAIRS, (BF16,)),
-    ("linear_nf4_dlora", "many_tokens_float"): (SETS, (F32, BF16, F16)),
-}
 RESULTS = {"linear_nf4": forward, "linear_nf4_dx": dx, "linear_nf4_dlora": dlora}
+# Operator, kernel -> the types for which the set in use has it. float64 has a test of its own.
+KERNELS = {
+    (op, kernel): [dtype for dtype in (F32, BF16, F16) if str(dtype)[6:] in types]
+    for op in RESULTS
+    for kernel, types in _C.kernels(op).items()
+    if kernel != "float64"
+}
 
 # n, k, rank, block size, double quantization, dropout, and the code if not NF4. The last segment of x, k % 256 values,
 # is never so short that chance makes it uneven for float16.
@@ -78,8 +64,8 @@ def cases(op: str, kernel: str) -> Iterator[tuple]:
 
 ALL = [
     pytest.param(op, kernel, case, dtype, id=f"{op}-{kernel}-{'x'.join(map(str, case[:3]))}-{str(dtype)[6:]}")
-    for (op, kernel), (sets, dtypes) in KERNELS.items()
-    if _C.cpu_isa() in sets
+    for (op, kernel), dtypes in KERNELS.items()
+    if dtypes
     for case in cases(op, kernel)
     for dtype in dtypes
 ]
@@ -105,9 +91,7 @@ def call(op: str, s: LinearSample, dy: torch.Tensor) -> tuple[torch.Tensor, ...]
     return torch.ops.qlora.linear_nf4_dlora(dy, s.x, *s.lora_args)
 
 
-@pytest.mark.parametrize(
-    ("op", "kernel"), [key for key, (sets, _) in KERNELS.items() if _C.cpu_isa() in sets], ids=lambda name: name
-)
+@pytest.mark.parametrize(("op", "kernel"), [key for key, dtypes in KERNELS.items() if dtypes], ids=lambda name: name)
 @pytest.mark.parametrize("m", [1, 6, 16, 17, 33, 48])
 def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callable) -> None:
     if (op, kernel) == ("linear_nf4_dx", "few_tokens_int"):
@@ -117,7 +101,7 @@ def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callab
     for n, k, block in ((700, 576, 64), (333, 555, 32), (1200, 128, 64)):
         if (op, kernel) == ("linear_nf4_dx", "few_tokens_int") and k % 64:
             continue
-        for dtype in KERNELS[op, kernel][1]:
+        for dtype in KERNELS[op, kernel]:
             s, dy = make((m, n, k, 24, block, True, 0.1), dtype)
             results = []
             try:
@@ -158,7 +142,8 @@ def test_what_a_kernel_does_not_accept_is_refused(
 
 def test_kernels_that_the_set_lacks_are_refused(force: Callable) -> None:
     s, dy = make((4, *SHAPES[0]), BF16)
-    lacking = [key for key, (sets, _) in KERNELS.items() if _C.cpu_isa() not in sets]
+    lacking = [key for key, dtypes in KERNELS.items() if not dtypes]
+    assert ("linear_nf4_dlora", "few_tokens_int") in lacking
     for op, kernel in lacking:
         force(kernel)
         with pytest.raises(ValueError, match=f"{kernel} of {_C.cpu_isa()} does not take {op}"):
@@ -239,6 +224,14 @@ def test_the_choice(choice: tuple) -> None:
     assert _C.choose(op, dtype, m, n, k, block_size, isa) == kernels
 
 
+def test_the_set_has_what_is_chosen() -> None:
+    for op, dtype, m, n, k, block_size, *_ in CHOICES:
+        has = {kernel for kernel, types in _C.kernels(op).items() if dtype in types}
+        chosen = _C.choose(op, dtype, m, n, k, block_size)
+        assert chosen
+        assert set(chosen) <= has, (op, dtype, m)
+
+
 def test_what_choose_does_not_know_is_named() -> None:
     for args, text in (
         (("linear", "float32", 1, 1, 1), "op: expected linear_nf4, .* got linear"),
@@ -250,6 +243,8 @@ def test_what_choose_does_not_know_is_named() -> None:
     ):
         with pytest.raises(ValueError, match=text):
             _C.choose(*args)
+    with pytest.raises(ValueError, match="op: expected linear_nf4, .* got linear"):
+        _C.kernels("linear")
 
 
 def test_kernels_are_printed_once_a_problem() -> None:

@@ -13,8 +13,8 @@ import sys
 
 import pytest
 
+from cpu_sources import flags
 from qlora_ext import _C
-from test_fragments_cpu import flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 SOURCES = ["tests/kernels/software_tiles/problems.cpp", "cpp/cpu/float64/linear.cpp", "cpp/cpu/isa/isa.cpp"]

@@ -8,6 +8,7 @@
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/with_type-inl.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
@@ -20,18 +21,35 @@ void dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, fl
   pool(count, 4096, body);
 }
 
+// What the codes of each block decode to. Whether there are offsets is known when this is compiled, so weights without
+// them pay nothing.
+template <class T, bool kHasOffsets>
+class BlockTables {
+ public:
+  BlockTables(const codec::Values& values, const float* scales, const float* offsets)
+      : values_(values), scales_(scales), offsets_(offsets) {}
+  codec::Table<T> operator[](int64_t block) const {
+    if constexpr (kHasOffsets)
+      return codec::make_table<T>(values_, scales_[block], offsets_[block]);
+    else
+      return codec::make_table<T>(values_, scales_[block]);
+  }
+
+ private:
+  const codec::Values& values_;
+  const float *scales_, *offsets_;
+};
+
 // A block of whole groups.
 template <bool kStream, class T>
-inline void dequantize_block(const codec::Values& values, float scale, const uint8_t* packed, int64_t bytes, T* out) {
-  const codec::Table<T> table = codec::make_table<T>(values, scale);
+inline void dequantize_block(const codec::Table<T>& table, const uint8_t* packed, int64_t bytes, T* out) {
   for (int64_t byte = 0; byte < bytes; byte += codec::kGroup / 2)
     codec::decode<kStream>(table, packed + byte, out + 2 * byte);
 }
-template <bool kStream, class T>
-inline void dequantize_blocks(const codec::Values& values, const float* scales, const uint8_t* packed, int64_t blocks,
-                              int64_t block_size, T* out) {
+template <bool kStream, class Tables, class T>
+inline void dequantize_blocks(const Tables& tables, const uint8_t* packed, int64_t blocks, int64_t block_size, T* out) {
   for (int64_t b = 0; b < blocks; ++b) {
-    dequantize_block<kStream>(values, scales[b], packed, block_size / 2, out);
+    dequantize_block<kStream>(tables[b], packed, block_size / 2, out);
     packed += block_size / 2;
     out += block_size;
   }
@@ -39,17 +57,17 @@ inline void dequantize_blocks(const codec::Values& values, const float* scales, 
 
 // A block that ends within a group: whole groups go straight to `out`, the rest by way of a copy.
 template <class T>
-void dequantize_ragged_block(const codec::Values& values, float scale, const uint8_t* packed, int64_t count, T* out) {
+void dequantize_ragged_block(const codec::Table<T>& table, const uint8_t* packed, int64_t count, T* out) {
   const int64_t whole = count / codec::kGroup * codec::kGroup, rest = count - whole;
-  dequantize_block<false>(values, scale, packed, whole / 2, out);
+  dequantize_block<false>(table, packed, whole / 2, out);
   uint8_t bytes[codec::kGroup / 2] = {};
   T decoded[codec::kGroup];
   for (int64_t i = 0; i < packed_bytes(rest); ++i) bytes[i] = packed[whole / 2 + i];
-  dequantize_block<false>(values, scale, bytes, codec::kGroup / 2, decoded);
+  dequantize_block<false>(table, bytes, codec::kGroup / 2, decoded);
   for (int64_t i = 0; i < rest; ++i) out[whole + i] = decoded[i];
 }
 
-template <bool kStream, class T>
+template <bool kStream, bool kHasOffsets, class T>
 void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
   const int64_t block_size = w.scales.block_size;
   const int64_t blocks = ceil_div(numel, block_size);
@@ -59,13 +77,14 @@ void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kDecodedBlocks, count = min(blocks - first, kDecodedBlocks);
       float decoded[kDecodedBlocks];
-      const float* const scales = scales_at(w.scales, first, count, decoded);
+      const BlockTables<T, kHasOffsets> tables(values, scales_at(w.scales, first, count, decoded),
+                                               offsets_at(w.scales, first));
       const int64_t whole = max(min(count, whole_blocks - first), 0);
-      dequantize_blocks<kStream>(values, scales, w.packed + first * block_size / 2, whole, block_size,
+      dequantize_blocks<kStream>(tables, w.packed + first * block_size / 2, whole, block_size,
                                  out + first * block_size);
       for (int64_t b = whole; b < count; ++b) {
         const int64_t start = (first + b) * block_size;
-        dequantize_ragged_block(values, scales[b], w.packed + start / 2, min(block_size, numel - start), out + start);
+        dequantize_ragged_block(tables[b], w.packed + start / 2, min(block_size, numel - start), out + start);
       }
     }
     if (kStream) codec::finish_streaming();
@@ -76,26 +95,25 @@ void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
 // What does not fit in the caches is written past them: a line that will be evicted before it is read again need not be
 // fetched first.
 inline constexpr int64_t kStreamBytes = 16 << 20;
-template <class T>
+template <bool kHasOffsets, class T>
 void dequantize_as(const Pool& pool, const Weight& w, T* out) {
   const int64_t numel = w.n * w.k;
   const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
   if (aligned && numel * static_cast<int64_t>(sizeof(T)) >= kStreamBytes) {
-    dequantize_all<true>(pool, w, numel, out);
+    dequantize_all<true, kHasOffsets>(pool, w, numel, out);
   } else {
-    dequantize_all<false>(pool, w, numel, out);
+    dequantize_all<false, kHasOffsets>(pool, w, numel, out);
   }
 }
 
 void dequantize_nf4(const Pool& pool, const Weight& w, DType dtype, void* out) {
-  switch (dtype) {
-    case DType::kBFloat16:
-      return dequantize_as(pool, w, static_cast<bfloat16*>(out));
-    case DType::kFloat16:
-      return dequantize_as(pool, w, static_cast<float16*>(out));
-    default:
-      return dequantize_as(pool, w, static_cast<float*>(out));
-  }
+  with_type(dtype, [&]<class T>() {
+    if (w.scales.offsets) {
+      dequantize_as<true>(pool, w, static_cast<T*>(out));
+    } else {
+      dequantize_as<false>(pool, w, static_cast<T*>(out));
+    }
+  });
 }
 
 }  // namespace

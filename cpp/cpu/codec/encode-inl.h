@@ -3,12 +3,12 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/codec/typed-inl.h"
 #include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/scratch.h"
+#include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/codes.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -51,8 +51,9 @@ void encode_as(const Pool& pool, const Encoder& encoder, const T* w, const float
 void encode_nf4(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                 int64_t block_size, uint8_t* packed) {
   codec::with_encoder(code, [&](const auto& encoder) {
-    with_typed(dtype, w,
-               [&](const auto* typed) { encode_as(pool, encoder, typed, absmax, numel, block_size, packed); });
+    with_type(dtype, [&]<class T>() {
+      encode_as(pool, encoder, static_cast<const T*>(w), absmax, numel, block_size, packed);
+    });
   });
 }
 
@@ -167,8 +168,9 @@ void encode_nf4_with_feedback(const Pool& pool, Code code, DType dtype, const vo
                               uint8_t* packed) {
   const CodeTable& table = table_of(code);
   codec::with_encoder(code, [&](const auto& encoder) {
-    with_typed(dtype, w, [&](const auto* typed) {
-      encode_with_feedback_as(pool, encoder, typed, absmax, n, k, block_size, feedback, order, table.zero_code, packed);
+    with_type(dtype, [&]<class T>() {
+      encode_with_feedback_as(pool, encoder, static_cast<const T*>(w), absmax, n, k, block_size, feedback, order,
+                              table.zero_code, packed);
     });
   });
 }

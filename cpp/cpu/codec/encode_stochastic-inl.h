@@ -3,10 +3,10 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/codec/typed-inl.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/stochastic.h"
 
@@ -56,8 +56,8 @@ void encode_stochastically_as(const Pool& pool, const CodeTable& table, const T*
 
 void encode_nf4_stochastic(const Pool& pool, Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                            int64_t block_size, uint64_t seed, uint8_t* packed) {
-  with_typed(dtype, w, [&](const auto* typed) {
-    encode_stochastically_as(pool, table_of(code), typed, absmax, numel, block_size, seed, packed);
+  with_type(dtype, [&]<class T>() {
+    encode_stochastically_as(pool, table_of(code), static_cast<const T*>(w), absmax, numel, block_size, seed, packed);
   });
 }
 

@@ -3,11 +3,11 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/codec/typed-inl.h"
 #include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dynamic8.h"
 
@@ -122,8 +122,8 @@ void quantize_nf4(const Pool& pool, Code code, DType dtype, const void* w, int64
                   uint8_t* packed, float* absmax) {
   const CodeTable& table = table_of(code);
   codec::with_encoder(code, [&](const auto& encoder) {
-    with_typed(dtype, w, [&](const auto* typed) {
-      quantize_all(pool, encoder, table, typed, numel, block_size, packed, absmax);
+    with_type(dtype, [&]<class T>() {
+      quantize_all(pool, encoder, table, static_cast<const T*>(w), numel, block_size, packed, absmax);
     });
   });
 }

@@ -1,5 +1,5 @@
-// The scales of a weight's quantization blocks as float32, whatever form they are stored in. No other CPU code asks for
-// the form.
+// The scales of a weight's quantization blocks as float32, whatever form they are stored in, and their offsets. No
+// other CPU code asks for the form.
 #pragma once
 
 #include <cstdint>
@@ -55,6 +55,11 @@ inline const float* scales_at(const Scales& scales, int64_t first, int64_t count
   if (scales.form == ScaleForm::kFloat32) return scales.floats() + first;
   read_scales(scales, first, count, memory);
   return memory;
+}
+
+// The offsets of blocks first and later; null where the weight has none.
+inline const float* offsets_at(const Scales& scales, int64_t first) {
+  return scales.offsets ? scales.offsets + first : nullptr;
 }
 
 // Asks for the scales of blocks first .. first + count - 1, as they are stored.

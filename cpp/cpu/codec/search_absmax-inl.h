@@ -11,11 +11,11 @@
 
 #include <cstdint>
 
-#include "cpp/cpu/codec/typed-inl.h"
 #include "cpp/cpu/isa/codec.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/search_absmax.h"
 
@@ -122,8 +122,9 @@ void search_absmax_nf4(const Pool& pool, Code code, DType dtype, const void* w, 
                        int64_t k, int64_t block_size, float* absmax) {
   const CodeTable& table = table_of(code);
   codec::with_encoder(code, [&](const auto& encoder) {
-    with_typed(dtype, w, [&](const auto* typed) {
-      search_absmax_as(pool, encoder, table.largest, typed, importance, numel, k, block_size, absmax);
+    with_type(dtype, [&]<class T>() {
+      search_absmax_as(pool, encoder, table.largest, static_cast<const T*>(w), importance, numel, k, block_size,
+                       absmax);
     });
   });
 }

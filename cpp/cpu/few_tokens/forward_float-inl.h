@@ -10,6 +10,7 @@
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
 #include "cpp/cpu/shared/unroll.h"
+#include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -56,14 +57,7 @@ struct FloatProducts {
 };
 
 inline Outcome forward_float(const Pool& pool, const LinearProblem& p) {
-  switch (p.dtype) {
-    case DType::kBFloat16:
-      return forward<bfloat16, FloatProducts>(pool, p);
-    case DType::kFloat16:
-      return forward<float16, FloatProducts>(pool, p);
-    default:
-      return forward<float, FloatProducts>(pool, p);
-  }
+  return with_type(p.dtype, [&]<class T>() { return forward<T, FloatProducts>(pool, p); });
 }
 
 // The forward with Products that may refuse a token, and in float32 for those that they refuse. Tokens do not depend on

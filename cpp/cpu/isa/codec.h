@@ -1,7 +1,33 @@
 // The vocabulary codec:: of the instruction set that is being compiled, which encodes and decodes the format.
-// isa/scalar/codec.h is its definition in plain C++.
+// isa/scalar/codec.h is its definition in plain C++. Here is what follows from any set's names.
 #pragma once
 
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/format/codes.h"
 
 #include QLORA_ISA_HEADER(codec.h)
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace codec {
+
+// use(encoder) with the set's best encoder for the code.
+template <class Use>
+inline void with_encoder(Code code, const Use& use) {
+  if (FastEncoder::serves(code)) {
+    use(FastEncoder(code));
+  } else {
+    use(Encoder(code));
+  }
+}
+
+// What the codes decode to under a scale and an offset: round(round(value * scale) + offset) in float32, then rounded
+// to T.
+template <class T>
+inline Table<T> make_table(const Values& values, float scale, float offset) {
+  return round_table<T>(add(values.times(scale), splat(offset)));
+}
+
+}  // namespace codec
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA

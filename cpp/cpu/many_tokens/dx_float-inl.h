@@ -6,6 +6,7 @@
 #include "cpp/cpu/many_tokens/dx-inl.h"
 #include "cpp/cpu/many_tokens/word_f32-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -13,16 +14,7 @@ namespace {
 namespace many_tokens {
 
 inline Outcome dx_float(const Pool& pool, const LinearDxProblem& p) {
-  switch (p.dtype) {
-    case DType::kBFloat16:
-      dx<WordF32, bfloat16>(pool, p);
-      break;
-    case DType::kFloat16:
-      dx<WordF32, float16>(pool, p);
-      break;
-    default:
-      dx<WordF32, float>(pool, p);
-  }
+  with_type(p.dtype, [&]<class T>() { dx<WordF32, T>(pool, p); });
   return Outcome::kDone;
 }
 

@@ -6,6 +6,7 @@
 #include "cpp/cpu/many_tokens/forward-inl.h"
 #include "cpp/cpu/many_tokens/word_f32-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -13,16 +14,7 @@ namespace {
 namespace many_tokens {
 
 inline Outcome forward_float(const Pool& pool, const LinearProblem& p) {
-  switch (p.dtype) {
-    case DType::kBFloat16:
-      forward<WordF32, bfloat16>(pool, p);
-      break;
-    case DType::kFloat16:
-      forward<WordF32, float16>(pool, p);
-      break;
-    default:
-      forward<WordF32, float>(pool, p);
-  }
+  with_type(p.dtype, [&]<class T>() { forward<WordF32, T>(pool, p); });
   return Outcome::kDone;
 }
 

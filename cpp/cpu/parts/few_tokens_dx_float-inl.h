@@ -10,6 +10,9 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome dx_few_tokens_float(const Pool& pool, const LinearDxProblem& p) { return few_tokens::dx_float(pool, p); }
+template <>
+Outcome run<Kernel::kFewTokensFloat>(const Pool& pool, const LinearDxProblem& p) {
+  return few_tokens::dx_float(pool, p);
+}
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

@@ -10,6 +10,9 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome dx_few_tokens_int(const Pool& pool, const LinearDxProblem& p) { return few_tokens::dx_int(pool, p); }
+template <>
+Outcome run<Kernel::kFewTokensInt>(const Pool& pool, const LinearDxProblem& p) {
+  return few_tokens::dx_int(pool, p);
+}
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

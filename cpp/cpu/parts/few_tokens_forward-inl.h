@@ -11,8 +11,12 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome forward_few_tokens_int(const Pool& pool, const LinearProblem& p) { return few_tokens::forward_int(pool, p); }
-Outcome forward_few_tokens_float(const Pool& pool, const LinearProblem& p) {
+template <>
+Outcome run<Kernel::kFewTokensInt>(const Pool& pool, const LinearProblem& p) {
+  return few_tokens::forward_int(pool, p);
+}
+template <>
+Outcome run<Kernel::kFewTokensFloat>(const Pool& pool, const LinearProblem& p) {
   return few_tokens::forward_float(pool, p);
 }
 

@@ -10,6 +10,9 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome forward_few_tokens_bf16(const Pool& pool, const LinearProblem& p) { return few_tokens::forward_bf16(pool, p); }
+template <>
+Outcome run<Kernel::kFewTokensBf16>(const Pool& pool, const LinearProblem& p) {
+  return few_tokens::forward_bf16(pool, p);
+}
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

@@ -10,10 +10,17 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome forward_many_tokens_bf16(const Pool& pool, const LinearProblem& p) {
+template <>
+Outcome run<Kernel::kManyTokensBf16>(const Pool& pool, const LinearProblem& p) {
   return many_tokens::forward_bf16(pool, p);
 }
-Outcome dx_many_tokens_bf16(const Pool& pool, const LinearDxProblem& p) { return many_tokens::dx_bf16(pool, p); }
-Outcome dlora_many_tokens_bf16(const Pool& pool, const LoraGradProblem& p) { return many_tokens::dlora_bf16(pool, p); }
+template <>
+Outcome run<Kernel::kManyTokensBf16>(const Pool& pool, const LinearDxProblem& p) {
+  return many_tokens::dx_bf16(pool, p);
+}
+template <>
+Outcome run<Kernel::kManyTokensBf16>(const Pool& pool, const LoraGradProblem& p) {
+  return many_tokens::dlora_bf16(pool, p);
+}
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

@@ -10,7 +10,8 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome dlora_many_tokens_float(const Pool& pool, const LoraGradProblem& p) {
+template <>
+Outcome run<Kernel::kManyTokensFloat>(const Pool& pool, const LoraGradProblem& p) {
   return many_tokens::dlora_float(pool, p);
 }
 

@@ -10,6 +10,9 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome dx_many_tokens_float(const Pool& pool, const LinearDxProblem& p) { return many_tokens::dx_float(pool, p); }
+template <>
+Outcome run<Kernel::kManyTokensFloat>(const Pool& pool, const LinearDxProblem& p) {
+  return many_tokens::dx_float(pool, p);
+}
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

@@ -10,7 +10,8 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome forward_many_tokens_float(const Pool& pool, const LinearProblem& p) {
+template <>
+Outcome run<Kernel::kManyTokensFloat>(const Pool& pool, const LinearProblem& p) {
   return many_tokens::forward_float(pool, p);
 }
 

@@ -10,13 +10,16 @@
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
-Outcome forward_many_tokens_tiles(const Pool& pool, const LinearProblem& p) {
+template <>
+Outcome run<Kernel::kManyTokensTiles>(const Pool& pool, const LinearProblem& p) {
   return many_tokens_tiles::forward_tiles(pool, p);
 }
-Outcome dx_many_tokens_tiles(const Pool& pool, const LinearDxProblem& p) {
+template <>
+Outcome run<Kernel::kManyTokensTiles>(const Pool& pool, const LinearDxProblem& p) {
   return many_tokens_tiles::dx_tiles(pool, p);
 }
-Outcome dlora_many_tokens_tiles(const Pool& pool, const LoraGradProblem& p) {
+template <>
+Outcome run<Kernel::kManyTokensTiles>(const Pool& pool, const LoraGradProblem& p) {
   return many_tokens_tiles::dlora_tiles(pool, p);
 }
 

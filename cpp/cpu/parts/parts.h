@@ -1,28 +1,32 @@
-// The parts of an instruction set. Each part of its table can be compiled separately, because compiling all of them at
-// once takes more than 3 GB. sources.cmake says which parts a set has, and writes the files that compile <part>-inl.h.
+// The parts of an instruction set, of which isa_<set>.cpp makes its table. sources.cmake says which parts a set has,
+// and writes the files that compile <part>-inl.h.
 #pragma once
 
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/tuning.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA::parts {
 
 extern const Codec codec;
-Outcome forward_few_tokens_int(const Pool&, const LinearProblem&);
-Outcome forward_few_tokens_bf16(const Pool&, const LinearProblem&);
-Outcome forward_few_tokens_float(const Pool&, const LinearProblem&);
-Outcome forward_many_tokens_tiles(const Pool&, const LinearProblem&);
-Outcome forward_many_tokens_bf16(const Pool&, const LinearProblem&);
-Outcome forward_many_tokens_float(const Pool&, const LinearProblem&);
-Outcome dx_few_tokens_int(const Pool&, const LinearDxProblem&);
-Outcome dx_few_tokens_float(const Pool&, const LinearDxProblem&);
-Outcome dx_many_tokens_tiles(const Pool&, const LinearDxProblem&);
-Outcome dx_many_tokens_bf16(const Pool&, const LinearDxProblem&);
-Outcome dx_many_tokens_float(const Pool&, const LinearDxProblem&);
-Outcome dlora_many_tokens_tiles(const Pool&, const LoraGradProblem&);
-Outcome dlora_many_tokens_bf16(const Pool&, const LoraGradProblem&);
-Outcome dlora_many_tokens_float(const Pool&, const LoraGradProblem&);
+
+// The kernels of each operator. A part defines those that its name says.
+template <Kernel>
+Outcome run(const Pool&, const LinearProblem&);
+template <Kernel>
+Outcome run(const Pool&, const LinearDxProblem&);
+template <Kernel>
+Outcome run(const Pool&, const LoraGradProblem&);
+
+// An operator's kernels of the set: some of its parts, and the float64 kernel, which all sets share.
+template <Kernel... kernels, class Problem>
+constexpr KernelsFor<Problem> kernels_for(Outcome (*float64)(const Pool&, const Problem&)) {
+  KernelsFor<Problem> found;
+  ((found[kernels] = run<kernels>), ...);
+  found[Kernel::kFloat64] = float64;
+  return found;
+}
 
 }  // namespace qlora::cpu::QLORA_ISA::parts

@@ -1,6 +1,6 @@
 // Which instruction set is being compiled, as the name QLORA_ISA of the namespace and of the folder in isa/ that belong
-// to it. A translation unit compiles one: sources.cmake writes files that define QLORA_ISA before anything else. A
-// fragment (*-inl.h) that is opened or compiled alone gets what the compiler's flags allow.
+// to it. A translation unit compiles one set: sources.cmake defines QLORA_ISA for its parts. Without a definition, as
+// where an editor opens a fragment (*-inl.h), it is scalar.
 //
 // A fragment puts its code into
 //   namespace qlora::cpu::QLORA_ISA { namespace { ... } }
@@ -8,21 +8,7 @@
 #pragma once
 
 #ifndef QLORA_ISA
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__)
-#define QLORA_ISA amx_bf16
-#elif defined(__AVX512BF16__) && defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
-#define QLORA_ISA avx512_bf16
-#elif defined(__AVX512VBMI__)
-#define QLORA_ISA avx512
-#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
-#define QLORA_ISA avx2
-#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
-#define QLORA_ISA neon_bf16
-#elif defined(__aarch64__)
-#define QLORA_ISA neon
-#else
 #define QLORA_ISA scalar
-#endif
 #endif
 
 // #include QLORA_ISA_HEADER(panel.h) includes "cpp/cpu/isa/<name>/panel.h".

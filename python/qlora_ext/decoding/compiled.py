@@ -47,12 +47,12 @@ _C_TYPES = {
 }
 
 
-def _c_signature(operator: OpOverload) -> str:
-    """The signature of an operator's C function (cpp/ops/c_shims.cpp), by AOTInductor's rules for its schema."""
+def _c_declaration(operator: OpOverload) -> str:
+    """Declares the operator's C function (cpp/ops/c_shims.cpp). It follows from the schema by AOTInductor's rules."""
     schema = operator._schema
     types = [_C_TYPES[str(argument.type)] for argument in schema.arguments] + ["AtenTensorHandle*"]
     name = schema.name.rpartition(":")[2]
-    return f"AOTITorchError aoti_torch_cpu_{name}({', '.join(types)})"
+    return f"AOTITorchError (*const aoti_torch_cpu_{name})({', '.join(types)})"
 
 
 _OPTIONS = {
@@ -60,7 +60,7 @@ _OPTIONS = {
     "aot_inductor.package_constants_in_so": False,
     "always_keep_tensor_constants": True,
     "aot_inductor.custom_ops_to_c_shims": {
-        torch.ops.qlora.linear_nf4.default: [_c_signature(torch.ops.qlora.linear_nf4.default)]
+        torch.ops.qlora.linear_nf4.default: [_c_declaration(torch.ops.qlora.linear_nf4.default)]
     },
 }
 

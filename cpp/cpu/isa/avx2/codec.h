@@ -94,9 +94,11 @@ inline constexpr PerCode<Search> kSearch;
 
 // Codes that are ranks, or (kInOrder false) are looked up by them.
 template <bool kInOrder>
-class Encoder {
+class SearchEncoder {
  public:
-  Encoder(const CodeTable& table, const Search& search)
+  static constexpr bool serves(Code code) { return table_of(code).is_ascending || !kInOrder; }
+  explicit SearchEncoder(Code code) : SearchEncoder(table_of(code), kSearch[code]) {}
+  SearchEncoder(const CodeTable& table, const Search& search)
       : first_(_mm256_set1_ps(search.first)),
         second_(_mm256_loadu_ps(search.second)),
         third_(_mm256_loadu_ps(search.third)),
@@ -131,16 +133,9 @@ class Encoder {
 
   __m256 first_, second_, third_, fourth_, low_values_, high_values_, low_codes_, high_codes_;
 };
-template <class Use>
-inline void with_encoder(Code code, const Use& use) {
-  const CodeTable& table = table_of(code);
-  const Search& search = kSearch[code];
-  if (table.is_ascending) {
-    use(Encoder<true>(table, search));
-  } else {
-    use(Encoder<false>(table, search));
-  }
-}
+using FastEncoder = SearchEncoder<true>;
+using Encoder = SearchEncoder<false>;
+
 // 16 integers below 256, as bytes.
 inline void store_bytes(uint8_t* p, __m256i low, __m256i high) {
   const __m256i words = _mm256_packus_epi32(low, high);  // 0-3, 8-11 | 4-7, 12-15
@@ -234,19 +229,22 @@ inline Table<T> split_words(__m256i words) {
   return {_mm256_permute4x64_epi64(bytes, 0x88), _mm256_permute4x64_epi64(bytes, 0xDD)};
 }
 template <class T>
-Table<T> make_table(const Values& values, float scale);
+Table<T> round_table(Floats decoded);
 template <>
-inline Table<float> make_table(const Values& values, float scale) {
-  const Floats x = values.times(scale);
-  return {_mm256_castps_si256(x.low), _mm256_castps_si256(x.high)};
+inline Table<float> round_table(Floats decoded) {
+  return {_mm256_castps_si256(decoded.low), _mm256_castps_si256(decoded.high)};
 }
 template <>
-inline Table<float16> make_table(const Values& values, float scale) {
-  return split_words<float16>(round_to_float16(values.times(scale)));
+inline Table<float16> round_table(Floats decoded) {
+  return split_words<float16>(round_to_float16(decoded));
 }
 template <>
-inline Table<bfloat16> make_table(const Values& values, float scale) {
-  return split_words<bfloat16>(round_to_bfloat16(values.times(scale)));
+inline Table<bfloat16> round_table(Floats decoded) {
+  return split_words<bfloat16>(round_to_bfloat16(decoded));
+}
+template <class T>
+inline Table<T> make_table(const Values& values, float scale) {
+  return round_table<T>(values.times(scale));
 }
 
 template <bool kStream>

@@ -97,12 +97,13 @@ inline constexpr PerCode<Cells> kCells;
 static_assert(kCells[Code::kNf4].serve);
 
 // For tables that cells serve.
-class CellEncoder {
+class FastEncoder {
  public:
-  CellEncoder(const CodeTable& table, const Cells& cells)
-      : low_(_mm512_loadu_si512(cells.entry)),
-        high_(_mm512_loadu_si512(cells.entry + kLanes)),
-        values_(_mm512_loadu_ps(table.value)) {}
+  static constexpr bool serves(Code code) { return kCells[code].serve; }
+  explicit FastEncoder(Code code)
+      : low_(_mm512_loadu_si512(kCells[code].entry)),
+        high_(_mm512_loadu_si512(kCells[code].entry + kLanes)),
+        values_(_mm512_loadu_ps(table_of(code).value)) {}
   Codes encode_within(Floats q) const {
     const __m512i fixed = _mm512_cvtps_epi32(_mm512_mul_ps(q.v, _mm512_set1_ps(kFixedOne)));
     const __m512 cell = _mm512_fmadd_ps(q.v, _mm512_set1_ps(kCellsPerOne), _mm512_set1_ps(kCellRounder));
@@ -120,9 +121,10 @@ class CellEncoder {
 };
 
 // For all tables: binary search for the rank, whose code is looked up.
-class RankEncoder {
+class Encoder {
  public:
-  explicit RankEncoder(const CodeTable& table)
+  explicit Encoder(Code code) : Encoder(table_of(code)) {}
+  explicit Encoder(const CodeTable& table)
       : boundaries_(_mm512_maskz_loadu_ps(0x7FFF, table.boundary)),
         code_of_rank_(_mm512_slli_epi32(
             _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.code_of_rank))), 28)),
@@ -145,16 +147,6 @@ class RankEncoder {
   __m512 values_;
 };
 
-template <class Use>
-inline void with_encoder(Code code, const Use& use) {
-  const CodeTable& table = table_of(code);
-  const Cells& cells = kCells[code];
-  if (cells.serve) {
-    use(CellEncoder(table, cells));
-  } else {
-    use(RankEncoder(table));
-  }
-}
 inline void store_codes(uint8_t* codes, Codes c) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(codes), _mm512_cvtepi32_epi8(_mm512_srli_epi32(c.v, 28)));
 }
@@ -275,7 +267,7 @@ class Values {
  public:
   explicit Values(const CodeTable& table)
       : values_(_mm512_loadu_ps(table.value)), least_normal_(0x1.000002p-126f / table.smallest) {}
-  __m512 times(float scale) const { return _mm512_mul_ps(values_, _mm512_set1_ps(scale)); }
+  Floats times(float scale) const { return {_mm512_mul_ps(values_, _mm512_set1_ps(scale))}; }
   // Whether no product is subnormal.
   bool are_normal(float scale) const { return scale >= least_normal_; }
 
@@ -290,24 +282,31 @@ struct Table {
 };
 
 template <class T>
-Table<T> make_table(const Values& values, float scale);
+Table<T> round_table(Floats decoded);
 template <>
-inline Table<float> make_table(const Values& values, float scale) {
-  return {_mm512_castps_si512(values.times(scale))};
+inline Table<float> round_table(Floats decoded) {
+  return {_mm512_castps_si512(decoded.v)};
 }
 template <>
-inline Table<float16> make_table(const Values& values, float scale) {
-  return {_mm512_broadcast_i64x4(_mm512_cvtps_ph(values.times(scale), _MM_FROUND_TO_NEAREST_INT))};
+inline Table<float16> round_table(Floats decoded) {
+  return {_mm512_broadcast_i64x4(_mm512_cvtps_ph(decoded.v, _MM_FROUND_TO_NEAREST_INT))};
 }
+template <>
+inline Table<bfloat16> round_table(Floats decoded) {
+  return {_mm512_broadcast_i64x4(round_to_bfloat16(decoded.v))};
+}
+template <class T>
+inline Table<T> make_table(const Values& values, float scale) {
+  return round_table<T>(values.times(scale));
+}
+#ifdef __AVX512BF16__
 template <>
 inline Table<bfloat16> make_table(const Values& values, float scale) {
-#ifdef __AVX512BF16__
-  if (values.are_normal(scale)) {  // the instruction flushes subnormals
-    return {_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(values.times(scale))))};
-  }
-#endif
-  return {_mm512_broadcast_i64x4(round_to_bfloat16(values.times(scale)))};
+  const Floats decoded = values.times(scale);
+  if (!values.are_normal(scale)) return round_table<bfloat16>(decoded);  // the instruction flushes subnormals
+  return {_mm512_broadcast_i64x4(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(decoded.v)))};
 }
+#endif
 
 // Which byte of a group each weight is in, for every byte of the vectors of T it decodes to.
 template <class T>

@@ -120,9 +120,10 @@ inline constexpr PerCode<Cells> kCells;
 static_assert(kCells[Code::kNf4].serve);
 
 // For tables that cells serve.
-class CellEncoder {
+class FastEncoder {
  public:
-  CellEncoder(const CodeTable& table, const Cells& cells) : cells_(&cells), values_(float_table(table.value)) {}
+  static constexpr bool serves(Code code) { return kCells[code].serve; }
+  explicit FastEncoder(Code code) : cells_(&kCells[code]), values_(float_table(table_of(code).value)) {}
   Codes encode_within(const Floats& q) const {
     const auto cell_of = [](float32x4_t x) {
       return vreinterpretq_u32_f32(vfmaq_f32(vdupq_n_f32(kCellRounder), x, vdupq_n_f32(kCellsPerOne)));
@@ -157,10 +158,10 @@ class CellEncoder {
 };
 
 // For all tables: the boundaries below q are counted, and the code of that rank is looked up.
-class RankEncoder {
+class Encoder {
  public:
-  explicit RankEncoder(const CodeTable& table)
-      : table_(&table), code_of_rank_(vld1q_u8(table.code_of_rank)), values_(float_table(table.value)) {}
+  explicit Encoder(Code code)
+      : table_(&table_of(code)), code_of_rank_(vld1q_u8(table_->code_of_rank)), values_(float_table(table_->value)) {}
   Codes encode(const Floats& q) const {
     uint32x4_t below[4] = {vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0), vdupq_n_u32(0)};
     for (const float boundary : table_->boundary) {
@@ -177,16 +178,6 @@ class RankEncoder {
   FloatTable values_;
 };
 
-template <class Use>
-inline void with_encoder(Code code, const Use& use) {
-  const CodeTable& table = table_of(code);
-  const Cells& cells = kCells[code];
-  if (cells.serve) {
-    use(CellEncoder(table, cells));
-  } else {
-    use(RankEncoder(table));
-  }
-}
 inline void store_codes(uint8_t* codes, Codes c) { vst1q_u8(codes, c); }
 inline void store_packed(uint8_t* packed, Codes even, Codes odd) { vst1q_u8(packed, vsliq_n_u8(odd, even, 4)); }
 
@@ -253,24 +244,25 @@ struct Table<float> {
   FloatTable floats;
 };
 template <class T>
-Table<T> make_table(const Values& values, float scale);
+Table<T> round_table(const Floats& decoded);
 template <>
-inline Table<float> make_table(const Values& values, float scale) {
-  const Floats x = values.times(scale);
-  return {float_table(x.q[0], x.q[1], x.q[2], x.q[3])};
+inline Table<float> round_table(const Floats& decoded) {
+  return {float_table(decoded.q[0], decoded.q[1], decoded.q[2], decoded.q[3])};
 }
 template <>
-inline Table<float16> make_table(const Values& values, float scale) {
-  const Floats x = values.times(scale);
+inline Table<float16> round_table(const Floats& decoded) {
   const auto round = [](float32x4_t low, float32x4_t high) {
     return vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(low), high));
   };
-  return {word_table(round(x.q[0], x.q[1]), round(x.q[2], x.q[3]))};
+  return {word_table(round(decoded.q[0], decoded.q[1]), round(decoded.q[2], decoded.q[3]))};
 }
 template <>
-inline Table<bfloat16> make_table(const Values& values, float scale) {
-  const Floats x = values.times(scale);
-  return {word_table(round_to_bfloat16(x.q[0], x.q[1]), round_to_bfloat16(x.q[2], x.q[3]))};
+inline Table<bfloat16> round_table(const Floats& decoded) {
+  return {word_table(round_to_bfloat16(decoded.q[0], decoded.q[1]), round_to_bfloat16(decoded.q[2], decoded.q[3]))};
+}
+template <class T>
+inline Table<T> make_table(const Values& values, float scale) {
+  return round_table<T>(values.times(scale));
 }
 
 // Plain stores, whatever kStream asks for: a core that sees whole lines written one after another stops fetching them

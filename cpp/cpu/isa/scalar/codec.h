@@ -67,10 +67,11 @@ inline Pairs load_pairs(const T* p) {
 struct Codes {
   uint8_t lane[kLanes];
 };
-// Encoding to a table's codes. A set may have an encoder for some tables that is faster than the one for all.
+// Encoding to a table's codes.
 class Encoder {
  public:
-  explicit Encoder(const CodeTable& table) : table_(&table) {}
+  static constexpr bool serves(Code) { return true; }
+  explicit Encoder(Code code) : table_(&table_of(code)) {}
   // The code of each lane's rank.
   Codes encode(const Floats& q) const {
     Codes r;
@@ -89,11 +90,8 @@ class Encoder {
  private:
   const CodeTable* table_;
 };
-// use(encoder) with the best one for the code.
-template <class Use>
-inline void with_encoder(Code code, const Use& use) {
-  use(Encoder(table_of(code)));
-}
+// An encoder with the same functions that is faster, for the codes that it serves.
+using FastEncoder = Encoder;
 inline void store_codes(uint8_t* codes, const Codes& c) { std::memcpy(codes, c.lane, sizeof c.lane); }
 inline void store_packed(uint8_t* packed, const Codes& even, const Codes& odd) {
   for (int i = 0; i < kLanes; ++i) packed[i] = static_cast<uint8_t>(even.lane[i] << 4 | odd.lane[i]);
@@ -147,19 +145,28 @@ class Largest {
 struct Values {
   const float* value;
   explicit Values(const CodeTable& table) : value(table.value) {}
+  Floats times(float scale) const {
+    // Volatile, or the compiler makes a negation of a product with -1, which flips the sign of a NaN.
+    const volatile float* from = value;
+    Floats r;
+    for (int i = 0; i < kCodes; ++i) r.lane[i] = from[i] * scale;
+    return r;
+  }
 };
-// What the 16 codes decode to under one scale.
+// What the 16 codes decode to: numbers rounded to T, or a table's values under one scale.
 template <class T>
 struct Table {
   T value[kCodes];
 };
 template <class T>
-inline Table<T> make_table(const Values& values, float scale) {
-  // Volatile, or the compiler makes a negation of a product with -1, which flips the sign of a NaN.
-  const volatile float* value = values.value;
+inline Table<T> round_table(const Floats& decoded) {
   Table<T> r;
-  for (int i = 0; i < kCodes; ++i) from_float(value[i] * scale, &r.value[i]);
+  for (int i = 0; i < kCodes; ++i) from_float(decoded.lane[i], &r.value[i]);
   return r;
+}
+template <class T>
+inline Table<T> make_table(const Values& values, float scale) {
+  return round_table<T>(values.times(scale));
 }
 
 // Decodes a group. kStream asks for stores that bypass the caches; `out` must then be aligned to 64 bytes.
