@@ -1,5 +1,6 @@
-// The rules of tests/lib/accuracy.py, which explains them, without Python: a result's entries are within the bound that
-// their operands give, and its rows, its columns and all of it within 1.05 times the error of the same formula.
+// The rules of tests/lib/accuracy.py, without Python. Each entry of a result has to be within the bound that its
+// operands give. The squared errors of each row, each column and the whole result must not exceed 1.05 times those of
+// the formula.
 #pragma once
 
 #include <cmath>
@@ -16,7 +17,7 @@ struct Expected {
   Matrix exact, formula, bound, noise;
 };
 
-// One side of a product. Without error and noise (empty) it is as it was given.
+// One side of a product. If error and noise are empty, it is exact.
 struct Operand {
   Matrix exact, formula, error, noise;
 };
@@ -38,7 +39,7 @@ struct Product {
 
 inline double roundings(double terms) { return std::fmin(terms, 64 + terms / 32); }
 
-// The sum of mask * (a · b) over the products, and of `added` (empty: nothing), rounded once.
+// The sum of mask * (a · b) over the products, and of `added` unless it is empty, rounded once.
 inline Expected sums(const std::vector<Product>& products, const std::vector<double>& added, DType dtype) {
   const int64_t rows = products[0].a.exact.rows, columns = products[0].b.exact.columns;
   Expected e = {Matrix(rows, columns), Matrix(rows, columns), Matrix(rows, columns), Matrix(rows, columns)};
@@ -77,14 +78,14 @@ inline Expected sums(const std::vector<Product>& products, const std::vector<dou
   return e;
 }
 
-// h or g: scaling x · a, rounded once.
+// h or g: scaling * (x · a), rounded once.
 inline Expected low_rank(const Matrix& x, Matrix a, double scaling, DType dtype) {
   for (double& v : a.value) v *= scaling;
   return sums({{given(x), given(a), {}}}, {}, dtype);
 }
 inline Operand as_operand(const Expected& e) { return {e.exact, e.formula, e.bound, e.noise}; }
 
-// What of `out` breaks a rule; empty: nothing does.
+// Says which rule `out` breaks, or is empty.
 inline std::string failure(const Matrix& out, const Expected& e) {
   const int64_t rows = out.rows, columns = out.columns, count = rows * columns;
   std::vector<double> error(count);
@@ -100,7 +101,8 @@ inline std::string failure(const Matrix& out, const Expected& e) {
   double largest_bound = 1e-300;
   for (const double bound : e.bound.value) largest_bound = std::fmax(largest_bound, bound);
   for (const bool each : {false, true}) {
-    // Excess of the squared errors over what is allowed, and their squares, of each row, each column and all.
+    // For each row, each column and the whole: by how much the squared errors exceed what is allowed, and their
+    // squares.
     std::vector<double> of_row(rows), of_column(columns), row_squares(rows), column_squares(columns);
     double of_all = 0, all_squares = 0;
     for (int64_t i = 0; i < rows; ++i) {

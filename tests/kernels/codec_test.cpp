@@ -16,7 +16,7 @@ namespace {
 using cpu::Kernels;
 using Bytes = std::vector<uint8_t>;
 
-constexpr int64_t kMostSearched = 5000;  // weights: a search encodes each some seventy times
+constexpr int64_t kMostSearched = 5000;  // weights; a search encodes each about seventy times
 constexpr DType kTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
 template <class T>
@@ -27,8 +27,8 @@ Bytes bytes_of(const std::vector<T>& values) {
 
 enum class Values { kNormal, kWide, kAtBoundaries, kWithNonFinite };
 
-// Weights whose blocks are ordinary; of magnitudes all over the type's range, with blocks of zeros; on the codes'
-// decision boundaries and beside them; or with a NaN, a signalling NaN and infinities among them.
+// Weights that are ordinary; of magnitudes all over the type's range, with blocks of zeros; on the codes' decision
+// boundaries and next to them; or with a NaN, a signalling NaN and infinities among them.
 Tensor weights(const CodecShape& s, Code code, DType dtype, Values values, Random& random) {
   const CodeTable& table = table_of(code);
   Matrix w(s.rows, s.columns);
@@ -53,7 +53,7 @@ Tensor weights(const CodecShape& s, Code code, DType dtype, Values values, Rando
   return Tensor(dtype, w);
 }
 
-// Everything that a set's codec makes of a weight, one after the other.
+// All outputs of a set's codec for a weight, one after another.
 Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s, Code code, DType dtype,
                  const Tensor& w, const std::vector<float>& importance, const std::vector<float>& feedback) {
   const int64_t numel = s.rows * s.columns, blocks = ceil_div(numel, s.block_size);
@@ -93,7 +93,7 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
                                  searched.data());
     keep(searched);
   }
-  // Scales that were not taken from these values: of either sign, and none.
+  // Scales that do not belong to these values: of either sign, and zeros.
   std::vector<float> scales = decoded_absmax;
   for (int64_t b = 0; b < blocks; ++b) scales[b] *= b % 5 == 3 ? -1.0f : b % 5 == 4 ? 0.0f : 1.0f;
   set.codec->encode_nf4(pool, code, dtype, w.data(), scales.data(), numel, s.block_size, packed.data());

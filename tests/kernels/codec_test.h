@@ -5,7 +5,7 @@
 
 namespace kernels_test {
 
-// What the set encodes and decodes is bit for bit what plain C++ does.
+// Checks that the set encodes and decodes bit for bit as plain C++ does.
 void test_codec(const qlora::cpu::Kernels& set, Report*);
 
 }  // namespace kernels_test

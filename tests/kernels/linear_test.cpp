@@ -22,7 +22,7 @@ using cpu::Kernels;
 using cpu::KernelsFor;
 using cpu::Outcome;
 
-constexpr int64_t kRowsBefore = 5;  // of the first expert, where the problem is the second one's
+constexpr int64_t kRowsBefore = 5;  // of the first expert, if the problem is the second's
 constexpr double kScaling = 0.5;
 
 std::vector<float> dense_weights(const LinearShape& s, Random& random) {
@@ -40,7 +40,7 @@ std::vector<float> dense_weights(const LinearShape& s, Random& random) {
   return w;
 }
 
-// A stack of two packed weights, of which a problem has one.
+// A stack of two packed weights. A problem has one of them.
 class PackedWeights {
  public:
   PackedWeights(const LinearShape& s, Code code, Random& random) {
@@ -158,7 +158,7 @@ class LinearTest {
     const auto set_out = [](LoraGradProblem* p, std::vector<Tensor>& out) {
       p->da = out[0].data(), p->db = out[1].data();
     };
-    // A gradient is a product of two of them, which float16 does not hold.
+    // A gradient multiplies two inputs, whose product is too large for float16.
     if (s.inputs == Inputs::kHuge || (s.inputs == Inputs::kOutliers && dtype == DType::kFloat16)) return;
     check("linear_nf4_dlora", set_.dlora, cpu::linear_nf4_dlora, dlora,
           {{r, k, sums({{transposed(g), given(dropped_x), {}}}, {}, dtype)},
@@ -173,7 +173,7 @@ class LinearTest {
           set_out);
   }
 
-  // A NaN or an infinity among x reaches its own token and no other.
+  // A NaN or an infinity in x reaches its own token and no other.
   void run_non_finite(DType dtype) {
     const LinearShape s = {4, 40, 192, 4, 64, true, 0.0, true, false};
     Random random(5);
@@ -222,7 +222,7 @@ class LinearTest {
     check_refused("linear_nf4_dx", cpu::linear_nf4_dx(kOneThread, dx));
   }
 
-  // How many results each kernel has given, by operator and name.
+  // The number of results of each kernel, by operator and name.
   const std::map<std::string, int>& served() const { return served_; }
 
  private:

@@ -2,9 +2,9 @@
 // emulated:
 //
 //   kernels_test --sets       prints the sets that this processor has
-//   kernels_test SET          the set is used where QLORA_CPU_ISA asks for it, and its kernels give what they should
-//   kernels_test --best SET   it is the one in use by default
-//   kernels_test --lacks SET  this processor has it not, and says so
+//   kernels_test SET          tests the kernels of the set, and that QLORA_CPU_ISA selects it
+//   kernels_test --best SET   tests that the set is in use by default
+//   kernels_test --lacks SET  tests that this processor does not support the set, with an error that says so
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

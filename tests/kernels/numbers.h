@@ -1,4 +1,4 @@
-// Matrices of doubles, random ones, and what becomes of them in the operators' types.
+// Matrices of doubles, random numbers, and their conversion to the operators' types.
 #pragma once
 
 #include <cmath>
@@ -47,7 +47,7 @@ class Random {
   uint64_t state_;
 };
 
-// The number that a double becomes in a type.
+// A double, rounded to a type.
 inline double rounded(double x, DType dtype) {
   const float f = static_cast<float>(x);
   switch (dtype) {
@@ -68,14 +68,14 @@ inline double rounded(double x, DType dtype) {
   }
 }
 
-// The most that rounding to the type changes a number by.
+// The most by which rounding to the type changes a number.
 inline double rounding(double x, DType dtype) {
   const double unit = dtype == DType::kBFloat16 ? 0x1p-8 : dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-24;
   const double least = dtype == DType::kFloat16 ? 0x1p-24 : dtype == DType::kBFloat16 ? 0x1p-133 : 0x1p-149;
   return x == 0 ? 0 : std::fmax(unit * std::fabs(x), least / 2);
 }
 
-// A matrix's numbers as an operator takes and gives them.
+// A matrix in the type that an operator takes and gives, with a fence after it.
 class Tensor {
  public:
   Tensor(DType dtype, int64_t rows, int64_t columns)
@@ -94,7 +94,7 @@ class Tensor {
     return m;
   }
   bool operator==(const Tensor& other) const { return bytes_ == other.bytes_; }
-  // Whether what lies behind it has been left alone.
+  // Whether nothing has been written to the fence.
   bool intact() const {
     for (size_t i = bytes_.size() - kFence; i < bytes_.size(); ++i)
       if (bytes_[i] != kUntouched) return false;

@@ -1,4 +1,4 @@
-// Pools without threads: all work in one piece, and in as many pieces as several threads would have.
+// Pools without threads. One runs all work as one piece, the other as the pieces that three threads would get.
 #pragma once
 
 #include "cpp/cpu/kernels.h"

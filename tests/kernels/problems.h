@@ -1,4 +1,4 @@
-// The problems that every instruction set's kernels are run on: small, for an emulated processor runs them too.
+// The problems of the tests. They are small, because emulated processors run them, too.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@ enum class Inputs {
 
 enum class Weights {
   kNormal,
-  kPermutation,  // one weight per row, as far as there are enough columns
+  kPermutation,  // one weight per row, in columns of its own if there are enough
   kSparse,       // one in 40 is not zero
   kOutliers,     // one per row is 10^5 times the rest
 };
@@ -24,7 +24,7 @@ struct LinearShape {
   bool double_quant;
   double dropout;
   bool bias;
-  bool second_expert;  // of a stack: a weight, an adapter and dropout that begin in the middle of theirs
+  bool second_expert;  // of a stack: the weight, the adapter and dropout begin in the middle of the stack's
   Inputs inputs = Inputs::kNormal;
   Weights weights = Weights::kNormal;
 };

@@ -1,4 +1,4 @@
-// What has been checked, and what was wrong.
+// Counts checks and collects failures.
 #pragma once
 
 #include <cstdio>

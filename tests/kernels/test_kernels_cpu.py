@@ -31,7 +31,7 @@ KERNELS = {
 }
 
 # n, k, rank, block size, double quantization, dropout, and the code if not NF4. The last segment of x, k % 256 values,
-# is never so short that chance makes it uneven for float16.
+# is never so short that chance makes it fall back to float32 in float16.
 SHAPES = [
     (96, 320, 16, 64, True, 0.0),
     (33, 333, 5, 64, True, 0.2),  # rows of W begin in the middle of a byte

@@ -1,7 +1,8 @@
 """The kernels for a tile unit, on a vocabulary of tiles in plain C++ that checks how it is used, and on the hardware.
 
-tests/kernels/software_tiles/problems.cpp compares them with plain float64 loops. Every request for scratch gets memory
-of just its size and full of NaNs, so that what reads beyond its operands, or what nobody wrote, is seen.
+tests/kernels/software_tiles/problems.cpp compares them with plain float64 loops. Every request for scratch gets new
+memory of exactly its size, filled with NaNs. So a read beyond an operand, or of a value
+that was never written, is seen.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-// The inner loop of the forward: multiplies a part of a tile's weight rows with the tokens of a group.
+// The inner loop of the forward: adds the products of some segments of a tile's weight rows and the tokens of a group.
+//
+//   for each weight row (or pair of rows)
+//     for each segment                 its sums start at zero, in registers
+//       for each chunk                 decode it once, and read the scales of its lanes
+//         for each token               sum[token] += scale · (chunk · the same chunk of the token), lane by lane
+//       sums in memory += multiplier of the token's segment · sum[token]
 #pragma once
 
 #include <cstdint>
@@ -18,16 +24,16 @@ using namespace stream;
 inline constexpr int kTileRows = kLanes;
 inline constexpr int64_t kChunkBytes = kChunk / 2;
 
-// A part of a tile's weight rows. Its segments of x stay in the first-level cache, so all of them are multiplied with
-// one row before the next row begins.
-struct Stretch {
+// Consecutive segments of a tile's weight rows, the same of every row. Their part of x stays in the first-level cache,
+// so all of them are multiplied with one row before the next row begins.
+struct RowSegments {
   const uint8_t* packed;   // of the first row
-  const float* scales;     // one a granule
+  const float* scales;     // one per granule
   int64_t first_weight;    // of the first row, counted from the first granule of `scales`
   int64_t row_weights;     // from a row to the next: whole bytes
-  int log2_granule;        // of weights
-  int64_t chunks;          // of a row; the last may be part of one
-  int64_t segment_chunks;  // of a segment of x
+  int log2_granule;        // weights
+  int64_t chunks;          // of a row; the last may be partial
+  int64_t segment_chunks;  // of a segment
   int64_t last_weights;    // of the last chunk
   int64_t prefetch_ahead;  // bytes
   bool prefetch_to_second_level;
@@ -37,31 +43,32 @@ struct Stretch {
 alignas(64) inline constexpr float kZeros[kLanes] = {};
 
 // sums[i] += sum over segments s of scale_of_x[s][i] * (weight row · token i in s), lane by lane, for kTokens tokens
-// and `rows` weight rows. Rows are taken kRows at a time, and their sums lie kLanes apart. It is a separate function,
-// because inlined its loop variables are spilled to memory.
+// and `rows` weight rows. Rows are processed kRows at a time, and their sums lie kLanes apart. `first_chunks`, if any,
+// sees the first chunk of every row. It is a separate function, because inlined its loop variables are spilled to
+// memory.
 template <int kTokens, int kRows, class Products>
-[[gnu::noinline, gnu::flatten]] void accumulate(const Products& of_code, const Stretch& stretch, int64_t rows,
+[[gnu::noinline, gnu::flatten]] void accumulate(const Products& of_code, const RowSegments& segments, int64_t rows,
                                                 const typename Products::X* x, const float* scale_of_x,
                                                 FirstChunks* first_chunks, float* sums) {
   const Products products = of_code;  // in registers, which no store changes
-  const int64_t row_bytes = stretch.row_weights / 2, prefetch_ahead = stretch.prefetch_ahead;
-  const bool to_second_level = stretch.prefetch_to_second_level;
-  const int64_t granules_per_chunk = kChunk >> stretch.log2_granule;
-  const int64_t last_bytes = ceil_div(stretch.last_weights, 2);
-  const int64_t last_lanes = ceil_div(stretch.last_weights, kLaneWeights);
-  const uint8_t* first_packed = stretch.packed;
-  int64_t first_weight = stretch.first_weight;
+  const int64_t row_bytes = segments.row_weights / 2, prefetch_ahead = segments.prefetch_ahead;
+  const bool to_second_level = segments.prefetch_to_second_level;
+  const int64_t granules_per_chunk = kChunk >> segments.log2_granule;
+  const int64_t last_bytes = ceil_div(segments.last_weights, 2);
+  const int64_t last_lanes = ceil_div(segments.last_weights, kLaneWeights);
+  const uint8_t* first_packed = segments.packed;
+  int64_t first_weight = segments.first_weight;
   // If rows are whole granules apart, the lanes have the same position in all of them.
-  const bool alike = (stretch.row_weights & ((int64_t{1} << stretch.log2_granule) - 1)) == 0;
-  Granules granules[kRows] = {};
+  const bool alike = (segments.row_weights & ((int64_t{1} << segments.log2_granule) - 1)) == 0;
+  LaneGranules granules[kRows] = {};
   for (int64_t t = 0; t + kRows <= rows; t += kRows, sums += kRows * kLanes) {
     const float* scales[kRows];
     unroll<kRows>([&](auto w) {
-      const int64_t weight = first_weight + w * stretch.row_weights, granule = weight >> stretch.log2_granule;
-      scales[w] = stretch.scales + granule;
+      const int64_t weight = first_weight + w * segments.row_weights, granule = weight >> segments.log2_granule;
+      scales[w] = segments.scales + granule;
       if (t == 0 || !alike)
         granules[w] =
-            granule_of_lanes(static_cast<int>(weight - (granule << stretch.log2_granule)), stretch.log2_granule);
+            granule_of_lanes(static_cast<int>(weight - (granule << segments.log2_granule)), segments.log2_granule);
     });
     if constexpr (!Products::kServesEveryRow) {
       if (first_chunks)
@@ -72,11 +79,11 @@ template <int kTokens, int kRows, class Products>
     const uint8_t* packed = first_packed;
     const typename Products::X* segment_of_x = x;
     const float* segment_scale = scale_of_x;
-    bool starts = stretch.starts_sums;
-    for (int64_t left = stretch.chunks; left > 0; segment_scale += kTokens) {
+    bool starts = segments.starts_sums;
+    for (int64_t left = segments.chunks; left > 0; segment_scale += kTokens) {
       Floats acc[kTokens][kRows];
       unroll<kTokens>([&](auto i) { unroll<kRows>([&](auto w) { acc[i][w] = zero(); }); });
-      const int64_t left_after = left < stretch.segment_chunks ? 0 : left - stretch.segment_chunks;
+      const int64_t left_after = left < segments.segment_chunks ? 0 : left - segments.segment_chunks;
       for (; left > left_after; --left) {
         typename Products::Codes codes[kRows];
         Floats scale[kRows];
@@ -110,7 +117,7 @@ template <int kTokens, int kRows, class Products>
       });
       starts = false;
     }
-    first_packed += kRows * row_bytes, first_weight += kRows * stretch.row_weights;
+    first_packed += kRows * row_bytes, first_weight += kRows * segments.row_weights;
   }
 }
 

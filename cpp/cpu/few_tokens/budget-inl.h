@@ -1,4 +1,4 @@
-// What a call for few tokens may spend: scratch, and threads that are woken.
+// Limits of a call for few tokens: how much scratch it may use, and how much work is worth waking a thread.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +10,10 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace few_tokens {
 
-inline constexpr int64_t kMaxScratchBytes = int64_t{1} << 21;  // of a thread
-inline constexpr int64_t kWorthThreads = int64_t{1} << 18;     // multiply-adds: about what waking a thread costs
+inline constexpr int64_t kMaxScratchBytes = int64_t{1} << 21;  // per thread
+inline constexpr int64_t kWorthThreads = int64_t{1} << 18;     // multiply-adds, which cost as much as waking a thread
 
-// Runs `body` over [0, count) in the pool, or right here where that is not worth waking a thread.
+// Runs `body` over [0, count) in the pool or, if that is not worthwhile, in the calling thread.
 template <class Body>
 inline void run(const Pool& pool, bool worthwhile, int64_t count, int64_t grain, Body& body) {
   if (worthwhile) {

@@ -1,16 +1,16 @@
-// The values of a code as numbers of 16 bits, for instructions that multiply pairs of such factors; and which of its
-// codes are large.
+// The values of a code as 16-bit numbers, for instructions that multiply pairs of them, and which of its codes are
+// large.
 #pragma once
 
 #include "cpp/format/codes.h"
 
 namespace qlora::cpu {
 
-// 13-bit integers, for products summed exactly in int32: value ~ code / per_one. Integers serve a code if none is
-// further off than 1.5e-4 of its value, where rounding a decoded weight may change it by 2.4e-4 (float16) or 3.9e-3
-// (bfloat16).
+// 13-bit integers, for products summed exactly in int32: value ~ integer / per_one. Integers serve a code if each is
+// within 1.5e-4 of its value. Rounding a decoded weight may change it by 2.4e-4 (float16) or 3.9e-3 (bfloat16).
 //
-// Of the multipliers that keep eight products with 15-bit factors inside int32, the one that fits the 16 values best.
+// per_one is the multiplier that fits the 16 values best, among those that keep eight products with 15-bit factors
+// inside int32.
 struct IntCodeTable {
   static constexpr int kLargest = 8191;
   int16_t value[kCodes] = {};
@@ -49,10 +49,10 @@ struct IntCodeTable {
 inline constexpr PerCode<IntCodeTable> kIntCodes;
 static_assert(kIntCodes[Code::kNf4].serves);
 
-// bfloat16, for products summed in float32: value ~ code / per_one. The multiplier of the values, in units of the
-// largest, is a bfloat16 number, so that the codes of -1 and 1 are exact. Among those between 1 and 2, it minimizes the
-// rounding errors of the 16 values. NF4's squared errors are a fifth of the average for rounded decoded weights, and
-// none exceeds the maximum for those.
+// bfloat16, for products summed in float32: value ~ number / per_one. The multiplier of the values, in units of the
+// largest, is itself a bfloat16 number, so that -1 and 1 are exact. Among those between 1 and 2, it minimizes the
+// rounding errors of the 16 values. For NF4, the mean square error is a fifth of that of rounded decoded weights, and
+// no error is larger than theirs can be.
 struct Bf16CodeTable {
   int16_t bits[kCodes] = {};
   double per_one = 0.0;
@@ -90,7 +90,7 @@ inline constexpr PerCode<Bf16CodeTable> kBf16Codes;
 // The eight codes with the largest magnitudes, which the search for concentrated rows and columns counts
 // (concentration-inl.h).
 struct LargeCodes {
-  uint8_t is_large[kCodes] = {};  // 0xFF for those
+  uint8_t is_large[kCodes] = {};  // 0xFF for a large code
   float least = 0.0f;             // the least of their magnitudes, in units of the largest value
 
   constexpr LargeCodes() = default;

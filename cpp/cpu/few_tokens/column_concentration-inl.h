@@ -25,14 +25,13 @@ namespace few_tokens {
 using namespace stream;
 
 inline constexpr int64_t kDxColumns = 64;      // of a group
-inline constexpr int64_t kDxStripGroups = 64;  // groups of a strip
-// The stride of a row of scales of a strip; a whole vector may be read behind its end.
+inline constexpr int64_t kDxStripGroups = 64;  // of a strip
+// From one row of a strip's scales to the next. A whole vector may be read after the last scale.
 inline constexpr int64_t kDxScaleStride = kDxStripGroups + kLanes;
 
 class ColumnConcentration {
  public:
-  // For `groups` groups of columns from `first` on, at most kDxStripGroups; no scale of W is above `largest`, or
-  // finite.
+  // For `groups` groups of columns from `first` on, at most kDxStripGroups. No finite scale of W is above `largest`.
   ColumnConcentration(const Weight& w, int64_t first, int64_t groups, float largest)
       : w_(w),
         large_(kLargeCodes[w.code]),
@@ -50,24 +49,24 @@ class ColumnConcentration {
   }
 
   // One bit per group, set if it has a concentrated column.
-  uint64_t groups() const {
+  uint64_t concentrated_groups() const {
     uint64_t left = groups_ == 64 ? ~uint64_t{0} : (uint64_t{1} << groups_) - 1;
     for (int64_t b = 0; b < kDxScaleStride; ++b) per_scale_[b] = units_per_scale(largest_);
-    left = without_spread(left, min(w_.n, kFewRows));
-    return left ? by_own_scales(left) : 0;
+    left = undecided_after(left, min(w_.n, kFewRows));
+    return left ? by_scales_of_groups(left) : 0;
   }
 
  private:
   static constexpr int64_t kFewRows = 256;
-  static constexpr float kUnits = 64.0f;  // in the largest weight
-  static constexpr float kMostUnits = kMostOfOne * kUnits;
-  static constexpr int kEnough = static_cast<int>(kLeastOfAll * kUnits);
-  static_assert(kEnough + static_cast<int>(kMostUnits) < 256);  // sums saturate there
+  static constexpr float kUnits = 64.0f;  // of the largest weight
+  static constexpr float kMaxUnits = kMaxOfOne * kUnits;
+  static constexpr int kEnough = static_cast<int>(kMinOfAll * kUnits);
+  static_assert(kEnough + static_cast<int>(kMaxUnits) < 256);  // where sums saturate
 
   float units_per_scale(float largest) const { return kUnits * large_.least / largest; }
 
-  // The same with the largest scale of each group instead of the overall largest.
-  [[gnu::noinline]] uint64_t by_own_scales(uint64_t left) const {
+  // The same for the groups of `left`, in units of the largest scale of each group instead of the overall largest.
+  [[gnu::noinline]] uint64_t by_scales_of_groups(uint64_t left) const {
     Ints seen[kDxStripGroups / kLanes];
     for (Ints& s : seen) s = round_to_ints(zero());
     for (int64_t n = 0; n < w_.n; ++n) {
@@ -77,12 +76,12 @@ class ColumnConcentration {
     uint32_t bits[kDxStripGroups];
     __builtin_memcpy(bits, seen, sizeof(bits));
     for (int64_t b = 0; b < groups_; ++b) per_scale_[b] = units_per_scale(bits_float(bits[b]));
-    return without_spread(left, w_.n);
+    return undecided_after(left, w_.n);
   }
 
-  // The groups of `left` that may still have a concentrated column after rows up to end - 1. Scales that are infinite
-  // or NaN show nothing.
-  uint64_t without_spread(uint64_t left, int64_t end) const {
+  // The groups of `left` that rows 0 .. end - 1 do not prove to be without a concentrated column. Scales that are
+  // infinite or NaN prove nothing.
+  uint64_t undecided_after(uint64_t left, int64_t end) const {
     const int64_t row_bytes = w_.k / 2;
     const CodeSet large_codes(large_.is_large);
     for (int64_t i = 0; i < groups_ * kDxColumns; ++i) sums_[i] = 0;
@@ -91,7 +90,7 @@ class ColumnConcentration {
       for (int64_t t = 0; t < rows; ++t) {
         reader_.read((n + t) * row_groups_ + first_, groups_, scales_);
         for (int64_t b = 0; b < groups_; b += kLanes)
-          store_units(units_ + t * kDxScaleStride + b, mul(load(scales_ + b), load(per_scale_ + b)), kMostUnits);
+          store_units(units_ + t * kDxScaleStride + b, mul(load(scales_ + b), load(per_scale_ + b)), kMaxUnits);
       }
       const uint8_t* const packed = w_.packed + n * row_bytes + first_ * (kDxColumns / 2);
       for (uint64_t to_do = left; to_do; to_do &= to_do - 1) {
@@ -115,7 +114,7 @@ class ColumnConcentration {
   const int64_t row_groups_, first_, groups_;
   const float largest_;
   float *scales_ = nullptr, *per_scale_ = nullptr;
-  uint8_t* units_ = nullptr;  // [row of a tile][group]: what a large code is worth
+  uint8_t* units_ = nullptr;  // [row of a tile][group]: the least weight of a large code
   uint8_t* sums_ = nullptr;   // [group][column, in the order of add_where_in]
 };
 

@@ -9,9 +9,9 @@
 //
 // In every other row at least 16 weights share at least twice the largest. README.md derives what follows.
 //
-// For most tiles, the first chunks of the rows prove that no row is concentrated: a *large* code (LargeCodes) stands
-// for a known part of its scale at least. In other tiles each row is examined separately, and decoded if counting all
-// its codes does not suffice.
+// For most tiles, the first chunks of the rows prove that no row is concentrated, by counting *large* codes
+// (LargeCodes), whose weights are at least a known fraction of their scale. In other tiles each row is examined
+// separately, and is decoded if counting all its codes proves nothing.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +32,10 @@ namespace few_tokens {
 
 using namespace stream;
 
-inline constexpr float kMostOfOne = 0.125f;  // what one weight can contribute, in units of the largest
-inline constexpr float kLeastOfAll = 2.0f;   // what all of them must
+// In units of the largest weight: the most that one weight contributes to the sum, and the least sum of all weights of
+// a row that is not concentrated.
+inline constexpr float kMaxOfOne = 0.125f;
+inline constexpr float kMinOfAll = 2.0f;
 
 // Decoded scales of granules first .. first + count - 1.
 struct GranuleScales {
@@ -75,7 +77,7 @@ class WeightPieces {
   }
 
  private:
-  // The group at i, whose halves have scales of their own, or none where they are not asked for.
+  // Decodes the group at i, whose halves have scales of their own. A half whose scale is not given is left out.
   void decode_halves(int64_t i, const uint8_t* packed, float* out) const {
     constexpr int64_t kHalf = codec::kGroup / 2;
     float group[codec::kGroup];
@@ -94,8 +96,8 @@ class WeightPieces {
   alignas(64) float weights_[kWeights + 2 * codec::kGroup];
 };
 
-// The minimum over a tile's rows of what their first chunks contribute. It takes a dozen instructions per row and no
-// branch.
+// The minimum over a tile's rows of what their first chunks contribute to the sum. It takes a dozen instructions per
+// row and no branch.
 class FirstChunks {
  public:
   explicit FirstChunks(const LargeCodes& large) : large_(large.is_large), least_large_(large.least) {}
@@ -104,13 +106,13 @@ class FirstChunks {
     least_count_ = count < least_count_ ? count : least_count_;
     store(least_scales_, min(scales, load(least_scales_)));
   }
-  // Whether all rows are shown not to be concentrated, where no scale is above `largest`, which is finite, and up to
-  // `others` bytes of a chunk are the row's before it.
+  // Whether no row is concentrated, as far as the first chunks prove. No scale is above `largest`, which is finite. Up
+  // to `others` bytes of a first chunk belong to the previous row.
   bool suffice(float largest, int64_t others) const {
     const int64_t count = least_count_ - others;
-    if (count < static_cast<int64_t>(kLeastOfAll / kMostOfOne)) return false;
-    const float least = kLeastOfAll * largest / (least_large_ * static_cast<float>(count));
-    // count_at_least goes by magnitude, so both sides are moved to where they are positive.
+    if (count < static_cast<int64_t>(kMinOfAll / kMaxOfOne)) return false;
+    const float least = kMinOfAll * largest / (least_large_ * static_cast<float>(count));
+    // count_at_least compares magnitudes, so both sides are shifted to be positive.
     return count_at_least(add(load(least_scales_), splat(largest)), largest + least) == kLanes;
   }
   void start() {
@@ -130,29 +132,29 @@ class RowConcentration {
   RowConcentration(const Weight& w, const ScaleReader& reader, const GranuleScales& scales)
       : w_(w), reader_(reader), scales_(scales), large_(kLargeCodes[w.code]) {}
 
-  bool holds(int64_t n) const { return holds(n * w_.k, (n + 1) * w_.k); }
+  bool is_concentrated(int64_t n) const { return is_concentrated(n * w_.k, (n + 1) * w_.k); }
 
  private:
   // Whether weights begin .. end - 1, a row, are concentrated.
-  bool holds(int64_t begin, int64_t end) const {
+  bool is_concentrated(int64_t begin, int64_t end) const {
     const int64_t first = begin >> reader_.log2_granule(), last = (end - 1) >> reader_.log2_granule();
     const float largest = bits_float(largest_bits_within(scales_.scale + (first - scales_.first), last + 1 - first));
     const CodeSet large_codes(large_.is_large);
     float sum = 0.0f;
     for (int64_t i = round_up(begin, kLaneWeights); i + kChunk <= end; i += kChunk) {
       const int64_t last_granule = (i + kChunk - 1) >> reader_.log2_granule();
-      float large = largest * kMostOfOne;
+      float large = largest * kMaxOfOne;
       for (int64_t g = i >> reader_.log2_granule(); g <= last_granule; ++g) {
         const float scale = scales_.scale[g - scales_.first] * large_.least;
         large = scale < large ? scale : large;
       }
       sum += static_cast<float>(count_bytes_with(large_codes, load_chunk(w_.packed + i / 2))) * large;
-      if (sum >= kLeastOfAll * largest) return false;
+      if (sum >= kMinOfAll * largest) return false;
     }
-    return largest != 0.0f && holds_exactly(begin, end);
+    return largest != 0.0f && is_concentrated_exactly(begin, end);
   }
 
-  [[gnu::noinline]] bool holds_exactly(int64_t begin, int64_t end) const {
+  [[gnu::noinline]] bool is_concentrated_exactly(int64_t begin, int64_t end) const {
     WeightPieces pieces(w_, reader_, scales_);
     const auto each_vector = [&](const auto& see) {
       for (int64_t i = begin; i < end; i += WeightPieces::kWeights) {
@@ -165,14 +167,15 @@ class RowConcentration {
     each_vector([&](Floats w) { seen = max_bits(seen, w); });
     const uint32_t most = largest_lane(seen);
     if (most == 0) return false;
-    // min(|w|, m / 8) from below: a weight of at least m / 8 counts as that, one of at least m / 16 as that, and so on.
+    // A lower bound of min(|w|, m / 8): a weight of at least m / 8 counts as m / 8, one of at least m / 16 as m / 16,
+    // one of at least m / 64 as m / 64.
     const float largest = bits_float(most);
     int64_t eighths = 0, sixteenths = 0, sixty_fourths = 0;
     each_vector([&](Floats w) {
       eighths += count_at_least(w, largest * 0.125f), sixteenths += count_at_least(w, largest * 0.0625f);
       sixty_fourths += count_at_least(w, largest * 0.015625f);
     });
-    return 4 * eighths + 3 * sixteenths + sixty_fourths < static_cast<int64_t>(64 * kLeastOfAll);
+    return 4 * eighths + 3 * sixteenths + sixty_fourths < static_cast<int64_t>(64 * kMinOfAll);
   }
 
   const Weight& w_;

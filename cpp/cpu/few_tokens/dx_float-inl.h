@@ -1,4 +1,4 @@
-// few_tokens_float: the sums of dx in exact float32 products, for any shape.
+// few_tokens_float: the sums of dx in float32 products, for any shape.
 #pragma once
 
 #include <cstdint>
@@ -24,14 +24,14 @@ namespace few_tokens {
 
 using namespace stream;
 
-inline constexpr int kDxTokens = 4;  // that a pass over a tile sums
+inline constexpr int kDxTokens = 4;  // per pass over a tile
 
 template <class T>
 class FloatDx {
  public:
   explicit FloatDx(const LinearDxProblem& p) : p_(p), rows_(p.w.k), book_(p.w.table().value) {}
 
-  // A strip has as many chunks as keep its sums within half of the scratch.
+  // As many chunks as half of the scratch holds sums for.
   int64_t strip_chunks() const {
     const int64_t fit = kMaxScratchBytes / 2 / (4 * rows_.period * p_.m * kChunk) - 1;
     return fit < 64 ? fit : 64;
@@ -59,8 +59,8 @@ class FloatDx {
     for (int64_t i = 0; i < sum_count; i += kLanes) store(memory.sums + i, zero());
 
     for (int64_t n = first_row; n < last_row; n += tile_rows()) {
-      // The scales of all columns are read, not the strip's alone: those of whole rows follow each other, and decoding
-      // many at once is quick.
+      // The scales of all columns are read, not only the strip's: those of whole rows are contiguous, and decoding many
+      // at once is fast.
       const int64_t last = n + tile_rows() < last_row ? n + tile_rows() : last_row;
       const int64_t first_granule = rows_.first_weight(n) >> reader.log2_granule();
       reader.read(first_granule, ceil_div(last * p_.w.k, reader.granule()) - first_granule, memory.scales);
@@ -75,12 +75,13 @@ class FloatDx {
     float *sums, *scales, *dy;
   };
 
-  // Rows n, n + period, ... < last of W, chunks first .. first + count - 1. Scales are there from `first_granule` on.
+  // Adds rows n, n + period, ... < last of W, chunks first .. first + count - 1. memory.scales begins at granule
+  // `first_granule`.
   [[gnu::flatten]] void tile(int64_t n, int64_t last, int64_t first, int64_t count, const ScaleReader& reader,
                              int64_t first_granule, const Memory& memory) const {
     const int64_t period = rows_.period, rows = ceil_div(last - n, period), weights = p_.w.k + rows_.shift(n);
     const float* scales_of_row[kDxTileRows];
-    Granules granules[kDxTileRows];
+    LaneGranules granules[kDxTileRows];
     for (int64_t t = 0; t < rows; ++t) {
       const int64_t begin = rows_.first_weight(n + t * period) + first * kChunk;
       const int64_t granule = begin >> reader.log2_granule();
@@ -114,9 +115,9 @@ class FloatDx {
     }
   }
 
-  // sums [token][8][kLanes] += the products of `rows` rows of W. A pass takes as many of the eight vectors as registers
-  // can sum for all tokens: decoding and scaling the rows anew in the next pass costs less than taking sums to memory
-  // and back.
+  // sums [token][8][kLanes] += the products of `rows` rows of W. A pass sums as many of the eight vectors as registers
+  // hold sums for, of all tokens. Decoding the rows again in the next pass costs less than moving sums to memory and
+  // back.
   template <int kTokens, class Codes, class Scales>
   [[gnu::always_inline]] void add_rows(int64_t rows, const Codes& codes_of, const Scales& scales_of, const float* dy,
                                        float* sums) const {
@@ -137,21 +138,21 @@ class FloatDx {
     });
   }
 
-  // From sums [shift][chunk][token][vector][lane] to columns in memory order.
+  // Adds the sums [shift][chunk][token][vector][lane] of all shifts up to columns in memory order.
   void gather(int64_t begin, int64_t end, int64_t count, const Memory& memory, const SlabSums& out) const {
     const int64_t columns = (end - begin) * kChunk;
     for (int64_t i = 0; i < p_.m; ++i) {
       float* const to = out.at(i, begin * kChunk);
       for (int64_t c = 0; c < columns; c += kLanes) store(to + c, zero());
-      for (int copy = 0; copy < rows_.period; ++copy) {
+      for (int64_t shift = 0; shift < rows_.period; ++shift) {
         for (int64_t c = 0; c < count; ++c) {
-          const float* sums = memory.sums + ((copy * count + c) * p_.m + i) * kChunk;
+          const float* sums = memory.sums + ((shift * count + c) * p_.m + i) * kChunk;
           float in_order[kChunk];
           for (int64_t s = 0; s < 8; ++s) {
             float* weight = in_order + (s ^ 1);
             for (int64_t l = 0; l < kLanes; ++l) weight[l * 8] = sums[s * kLanes + l];
           }
-          const int64_t column = c * kChunk - copy * (8 / rows_.period), rest = columns - column;
+          const int64_t column = c * kChunk - shift * (8 / rows_.period), rest = columns - column;
           const int64_t last = rest < kChunk ? rest : kChunk;
           for (int64_t j = column < 0 ? -column : 0; j < last; j += kLanes)
             store(to + column + j, add(load(to + column + j, last - j), load(in_order + j, last - j)), last - j);

@@ -1,4 +1,4 @@
-// few_tokens_bf16: the forward in products of bfloat16, for processors that multiply these in pairs.
+// few_tokens_bf16: the forward in products of bfloat16, for processors that multiply pairs of them.
 #pragma once
 
 #include <cstdint>
@@ -21,15 +21,15 @@ namespace few_tokens {
 
 using namespace stream;
 
-// x is bfloat16 as it comes, and the codes are rounded to it (Bf16CodeTable). A lane's eight products are summed before
-// a scale of W multiplies them. A token is refused whose values are so small that products could be subnormal, or so
+// x is already bfloat16, and the codes are rounded to it (Bf16CodeTable). A lane's eight products are summed before a
+// scale of W multiplies them. A token is refused if its values are so small that products could be subnormal, or so
 // large that sums could leave float32's range.
 template <class Order>
 struct Bf16Products {
   using X = int16_t;  // the bits
   static constexpr int kMaxTokens = kMaxBf16Tokens, kMaxPairedTokens = 0;
   static constexpr bool kServesEveryRow = true;
-  static constexpr bool kMayOverflow = true;  // where a scale of W is above kHugeScale
+  static constexpr bool kMayOverflow = true;
 
   explicit Bf16Products(const Weight& w) : book(kBf16Codes[w.code].bits), per_one(kBf16Codes[w.code].per_one) {}
   IntCodebook book;

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "cpp/cpu/dispatch.h"
+#include "cpp/cpu/few_tokens/arrange-inl.h"
 #include "cpp/cpu/few_tokens/forward-inl.h"
 #include "cpp/cpu/few_tokens/products-inl.h"
 #include "cpp/cpu/isa/stream.h"
@@ -43,7 +44,7 @@ struct FloatProducts {
   bool arrange(const Segment& segment, int64_t stride, X* out, float* scale) const {
     const float* const x = segment.x;
     const int64_t chunks = segment.chunks;
-    // Eight products are summed before a scale of W makes them small.
+    // Eight products are summed before a scale of W makes them small, so a segment with huge values is scaled down.
     const uint32_t bits = largest_bits(x, chunks * kChunk);
     const bool huge = bits > power_of_two_bits(100) && bits < kInfinityBits;
     const float factor = huge ? 0x1p-20f : 1.0f;
@@ -60,17 +61,17 @@ inline Outcome forward_float(const Pool& pool, const LinearProblem& p) {
   return with_type(p.dtype, [&]<class T>() { return forward<T, FloatProducts>(pool, p); });
 }
 
-// The forward with Products that may refuse a token, and in float32 for those that they refuse. Tokens do not depend on
-// each other's values: each run of refused ones is a problem of its own.
+// The forward with Products that may refuse a token. Refused tokens fall back to float32. Tokens do not depend on each
+// other's values, so each run of refused tokens is a problem of its own.
 template <class T, class Products>
 Outcome forward_else_float(const Pool& pool, const LinearProblem& p) {
-  if (p.m > TokenSet::kMost) return Outcome::kTooLarge;
-  TokenSet uneven;
-  Outcome outcome = forward<T, Products>(pool, p, 0, &uneven);
+  if (p.m > FallbackTokens::kMax) return Outcome::kTooLarge;
+  FallbackTokens fallback_tokens;
+  Outcome outcome = forward<T, Products>(pool, p, 0, &fallback_tokens);
   for (int64_t first = 0, end; outcome == Outcome::kDone && first < p.m; first = end) {
     end = first + 1;
-    if (!uneven.holds(first)) continue;
-    while (end < p.m && uneven.holds(end)) ++end;
+    if (!fallback_tokens.contains(first)) continue;
+    while (end < p.m && fallback_tokens.contains(end)) ++end;
     outcome = forward<T, FloatProducts>(pool, tokens_of<T>(p, first, end - first), first);
   }
   return outcome;

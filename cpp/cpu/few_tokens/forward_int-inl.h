@@ -1,4 +1,4 @@
-// few_tokens_int: the forward in integers, and for tokens that these cannot serve in float32.
+// few_tokens_int: the forward in integers. Tokens that integers cannot serve fall back to float32.
 #pragma once
 
 #include <cstdint>
@@ -20,28 +20,28 @@ namespace few_tokens {
 
 using namespace stream;
 
-// x is rounded to 15 bits of the largest value of its segment and multiplied by 13-bit integer codes, exactly in int32
-// over a lane's eight weights: an eighth of the work of decoding to float32.
+// x is rounded to 15 bits of the largest value of its segment and multiplied by 13-bit integer codes. A lane's eight
+// products are summed exactly in int32, which is an eighth of the work of decoding to float32.
 //
-// What that costs in accuracy, as the root mean square of the error of one product x w:
+// The root mean square error of one product x w is
 //
-//   allowed    a rounding of w to T, which is 0.42 units of 2^-8 (bfloat16) or 2^-11 (float16) of |x w|
+//   allowed    a rounding of w to T: 0.42 units of 2^-8 (bfloat16) or 2^-11 (float16) of |x w|
 //   here       0.29 steps of largest / 32767 in x, times |w|: the same for a small x as for a large one
 //
-// The rounding of x is therefore good enough where most values are no smaller than largest / kSpread. At the worst
-// is_even lets pass, 5/8 of the values are just that small and the others next to nothing: then a segment's squares are
-// 7.6e-11 here and 9.6e-11 allowed, in units of largest² w² a value. Numbers from N(0, 1), the largest of 1024 of which
-// is 3 to 5, are far from that. A segment with an outlier is refused, and so is one whose values are so small or large
-// that factors would leave float32's range.
+// So rounding x is accurate enough if most values are at least largest / kSpread. In the worst case that is_even
+// accepts, 5/8 of the values are just as small and the others are near zero. Then the mean square error of a segment
+// is 7.6e-11, where 9.6e-11 is allowed, in units of largest² w² per value. Numbers from N(0, 1), the largest of 1024 of
+// which is 3 to 5, are far from that. A segment with an outlier is refused, and so is one whose values are so small or
+// large that factors would leave float32's range.
 //
-// These are sums over many products. A weight row of which a few weights decide the sum may meet small x with just
-// these, and is left out (concentration-inl.h). README.md has what is promised of a single entry.
+// These are sums over many products. If a few weights decide the sum of a row, these may meet small x, so such rows are
+// summed in float32 (concentration-inl.h). README.md has what is promised of a single entry.
 template <class T, class Order>
 struct IntProducts {
   using X = int16_t;
   static constexpr int kMaxTokens = kMaxIntTokens, kMaxPairedTokens = kMaxPairedIntTokens;
   static constexpr bool kServesEveryRow = false;
-  static constexpr bool kMayOverflow = true;  // where a scale of W is above kHugeScale
+  static constexpr bool kMayOverflow = true;
   static constexpr float kSpread = kMantissaBits<T> == 7 ? 128.0f : 16.0f;
 
   explicit IntProducts(const Weight& w) : book(kIntCodes[w.code].value), per_one(kIntCodes[w.code].per_one) {}

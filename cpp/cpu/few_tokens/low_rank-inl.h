@@ -1,5 +1,6 @@
-// The low-rank intermediates for few tokens, h = round(scaling · dropout(x) · aᵀ) and g = round(scaling · dy · b), kept
-// as float32 with zeros behind the rank: h as [padded rank / kLanes, m, kLanes] and g as [m, padded rank].
+// The low-rank intermediates for few tokens, h = round(scaling · dropout(x) · aᵀ) and g = round(scaling · dy · b). Both
+// are stored as float32, with the rank padded with zeros to whole vectors: h as [padded rank / kLanes, m, kLanes] and g
+// as [m, padded rank].
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ using namespace stream;
 
 inline int64_t padded_rank(int64_t rank) { return ceil_div(rank, kLanes) * kLanes; }
 
-// x with what dropout drops set to zero. `first_token` is the token of the whole x that token 0 here is.
+// Copies x, with zeros for the elements that dropout drops. Token 0 here is token `first_token` of the call's x.
 template <class T>
 void drop(const Dropout& d, const T* x, int64_t m, int64_t k, int64_t first_token, T* out) {
   for (int64_t i = 0; i < m * k; ++i) out[i] = dropped(d, first_token * k + i) ? T{} : x[i];
@@ -30,7 +31,7 @@ void drop(const Dropout& d, const T* x, int64_t m, int64_t k, int64_t first_toke
 // h of kTokens tokens and kRanks ranks: inner products of length k, times `factor`.
 template <int kTokens, int kRanks, class T>
 void h_tile(const T* x, const T* a, int64_t k, float factor, float* h) {
-  constexpr int64_t kChain = 8 * kLanes;  // elements; float32 results should have no larger errors than a library's
+  constexpr int64_t kChain = 8 * kLanes;  // elements; short, so that float32 errors are no larger than a library's
   Floats sums[kTokens][kRanks];
   unroll<kTokens>([&](auto i) { unroll<kRanks>([&](auto j) { sums[i][j] = zero(); }); });
   for (int64_t first = 0; first < k; first += kChain) {
@@ -50,7 +51,7 @@ void h_tile(const T* x, const T* a, int64_t k, float factor, float* h) {
       [&](auto i) { unroll<kRanks>([&](auto j) { h[i * kLanes + j] = rounded<T>(sum(sums[i][j]) * factor); }); });
 }
 
-// kTileTokens tokens and kTileRanks ranks are the unit in which h is shared out to threads.
+// Threads compute h in tiles of kTileTokens tokens and kTileRanks ranks.
 inline constexpr int kTileTokens = kLanes == 16 ? 4 : 2;
 inline constexpr int kTileRanks = 4;
 template <class T>
@@ -65,14 +66,15 @@ void low_rank_h(const Lora& l, const T* x, int64_t m, int64_t k, int64_t token_g
   });
 }
 
-// h or g as it is kept for the backward, [m, rank]. The low rank of token i and ranks j, j + 1, .. is at(i, j).
+// Saves h or g for the backward, [m, rank]. at(i, j) points to token i, ranks j, j + 1, ...
 template <class T, class At>
-void keep_low_rank(int64_t m, int64_t rank, const At& at, void* out) {
+void save_low_rank(int64_t m, int64_t rank, const At& at, void* out) {
   for (int64_t i = 0; i < m; ++i)
     for (int64_t j = 0; j < rank; j += kLanes) store(static_cast<T*>(out) + i * rank + j, load(at(i, j)), rank - j);
 }
 
-// g. Weight rows, that is rows of b, are summed in slices whose bounds depend on the shape alone.
+// Computes g. Rows of b are summed in slices, whose bounds depend on the shape alone, and the slices' sums in their
+// order. So the result does not depend on the number of threads.
 template <class T>
 void low_rank_g(const Pool& pool, const LinearDxProblem& p, float* partial, int64_t slices, float* g) {
   const int64_t n = p.w.n, rank = p.lora.rank, padded = padded_rank(rank), per_slice = ceil_div(n, slices);

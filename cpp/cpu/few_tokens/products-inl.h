@@ -1,17 +1,18 @@
-// How a chunk of decoded codes meets x. Three ways share the forward: IntProducts, Bf16Products and
-// FloatProducts (forward_{int,bf16,float}-inl.h). Each is made once per call, for the code of its weight, and has
+// The products of decoded codes and x. The forward is a template of them: IntProducts, Bf16Products and FloatProducts
+// (forward_{int,bf16,float}-inl.h). An object is made once per call, for the code of its weight, and has
 //
-//   X, Codes, codes(chunk)            what x is arranged as; a chunk's codes, decoded
+//   X, Codes, codes(chunk)            the type of arranged values of x; a chunk's decoded codes
 //   multiply(codes, x, product)       product[r] = chunk of weight row r · the same chunk of a token, lane by lane
 //   arrange(segment, stride, out, scale)
-//                                     takes a segment to the order in which codes are decoded, a chunk every `stride`
-//                                     elements, and sets what the sums over the segment are to be multiplied by
-//   kMaxTokens, kMaxPairedTokens      how many tokens its sums leave registers for (stream.h)
+//                                     writes a segment in the order in which codes are decoded, its chunks `stride`
+//                                     elements apart, and sets the multiplier of the sums over the segment
+//   kMaxTokens, kMaxPairedTokens      for how many tokens the registers hold sums (stream.h)
 //   kServesEveryRow                   whether it serves concentrated rows (concentration-inl.h)
+//   kMayOverflow                      whether sums may overflow although y is finite: with scales of W above kHugeScale
 //
 // The mean square error of the products must not exceed that of rounding w to the dtype of x. If x alone shows that it
-// would, arrange returns false and other Products take the token. If it depends on w, the weight row is summed in
-// float32.
+// would, arrange returns false and the token falls back to other products. If it depends on w, the weight row is summed
+// in float32.
 #pragma once
 
 #include <cstdint>
@@ -26,6 +27,8 @@ namespace few_tokens {
 
 using namespace stream;
 
+inline constexpr float kHugeScale = 0x1p90f;
+
 // The largest lane of the maxima from max_bits.
 inline uint32_t largest_lane(Ints seen) {
   uint32_t bits[kLanes], largest = 0;
@@ -39,7 +42,7 @@ inline uint32_t largest_bits(const float* x, int64_t count) {
   for (int64_t c = 0; c < count; c += kLanes) seen = max_bits(seen, load(x + c));
   return largest_lane(seen);
 }
-// The same for a token; reads no element beyond its last one.
+// The same for x of any type. It reads no element beyond the last one.
 template <class T>
 uint32_t largest_bits_within(const T* x, int64_t count) {
   Ints seen = round_to_ints(zero());
@@ -49,9 +52,9 @@ uint32_t largest_bits_within(const T* x, int64_t count) {
   return largest_lane(seen);
 }
 
-// Whether the `count` values of x, none above `largest`, are similar enough in size for one fixed rounding step: 3/4 of
-// them are not zero, and of these 5/8 are no smaller than largest / spread, and 7/8 no smaller than an eighth of that.
-// From `count` to padded_count x is zero. A NaN is too small for all of that.
+// Whether the `count` values of x, none above `largest`, are similar enough in size for one fixed rounding step: 3/4
+// are not zero, and of these 5/8 are at least largest / spread, and 7/8 at least an eighth of that. From `count` to
+// padded_count, x is zero. A NaN counts as zero.
 template <class T>
 bool is_even(const T* x, int64_t padded_count, int64_t count, float largest, float spread) {
   int64_t large = 0, not_tiny = 0, nonzero = 0;

@@ -1,11 +1,13 @@
-// dx = dy · w + mask ∘ (g · a) · keep_scale for few tokens, but for the sums over weight rows, which are a kernel's
-// (dx_int-inl.h, dx_float-inl.h). The sum runs over the rows of W, so lanes are outputs: a decoded vector is multiplied
-// by one element of dy and added to the sums of its columns.
+// The input gradient for few tokens, dx = dy · w + mask ∘ (g · a) · keep_scale. A kernel (dx_int-inl.h, dx_float-inl.h)
+// computes the sums over weight rows, this file all else.
 //
-// Rows of W are taken in *slabs*, whose sums are added in their order: a thread that has a slab to itself reads whole
-// pages one after another. Within a slab a *strip* of columns, in chunks, goes down W in tiles of kDxTileRows rows of
-// one shift, chunk by chunk, so that the sums of a chunk stay in the first-level cache while a tile passes over them;
-// the bytes of a tile are prefetched while the tile above it is worked on:
+// The sum runs over the rows of W, so lanes are outputs: a decoded vector is multiplied by one element of dy and added
+// to the sums of its columns. W is cut into *slabs* of rows, and the sums of the slabs are added in their order. A
+// thread that has a slab to itself reads whole pages one after another.
+//
+// A kernel sums a *strip* of a slab at a time: a few chunks of columns, tile by tile from the top, chunk by chunk. A
+// tile has kDxTileRows rows of each shift. The sums of a chunk stay in the first-level cache while a tile is added to
+// them, and the bytes of the next tile are prefetched meanwhile:
 //
 // clang-format off
 //                 strip           strip
@@ -39,10 +41,10 @@ namespace few_tokens {
 using namespace stream;
 
 inline constexpr int kDxTileRows = 16;
-inline constexpr int64_t kMostSlabs = 8, kLeastSlabRows = 512;
+inline constexpr int64_t kMaxSlabs = 8, kMinSlabRows = 512;
 
-// Slabs of `rows` rows, and columns in ranges of `chunks`, so narrow that the sums of all slabs fit in the scratch.
-// Neither depends on the number of threads.
+// Slabs of `rows` rows. Columns are processed in ranges of `chunks` chunks, so that the sums of all slabs fit in the
+// scratch. Both are the same for any number of threads, because they determine the order of the sums.
 struct Slabs {
   int64_t count, rows, chunks, m;
   float* sums = nullptr;  // [slab][token][column of the range]
@@ -50,16 +52,16 @@ struct Slabs {
   Slabs(const LinearDxProblem& p, int64_t tile_rows) : m(p.m) {
     const int64_t fit = kMaxScratchBytes / 2 / (4 * m * kChunk), all = ceil_div(p.w.k, kChunk);
     chunks = all < fit ? all : fit;
-    const int64_t most = fit / chunks < kMostSlabs ? fit / chunks : kMostSlabs;
-    const int64_t share = ceil_div(p.w.n, most);
-    rows = tile_rows * ceil_div(share < kLeastSlabRows ? kLeastSlabRows : share, tile_rows);
+    const int64_t most = fit / chunks < kMaxSlabs ? fit / chunks : kMaxSlabs;
+    const int64_t equal = ceil_div(p.w.n, most);
+    rows = tile_rows * ceil_div(equal < kMinSlabRows ? kMinSlabRows : equal, tile_rows);
     count = ceil_div(p.w.n, rows);
   }
   int64_t stride() const { return chunks * kChunk; }
   int64_t floats() const { return m * stride(); }  // of a slab
 };
 
-// Of one slab, [token][column of the range].
+// The sums of one slab, [token][column of the range].
 struct SlabSums {
   float* sums;
   int64_t stride, first_column;
@@ -100,7 +102,7 @@ void finish_dx(const LinearDxProblem& p, const float* g, const Slabs& slabs, int
   }
 }
 
-// dx by a kernel that sums one strip of one slab in a call.
+// Computes dx from g by a kernel that sums one strip of one slab per call.
 template <class T, class Kernel>
 void dx_by_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, const Kernel& kernel, const Slabs& slabs) {
   const int64_t all_chunks = ceil_div(p.w.k, kChunk), chunk_work = kChunk * p.m;
@@ -126,7 +128,7 @@ void dx_by_slabs(const Pool& pool, const LinearDxProblem& p, const float* g, con
   }
 }
 
-// dx by a kernel whose tiles have tile_rows() rows and whose strips have at most strip_chunks() chunks.
+// Computes dx by a kernel whose tiles have tile_rows() rows and whose strips have at most strip_chunks() chunks.
 template <class T, class Kernel>
 void dx_with(const Pool& pool, const LinearDxProblem& p, const Kernel& kernel) {
   const int64_t padded = padded_rank(p.lora.rank);
@@ -143,7 +145,7 @@ void dx_with(const Pool& pool, const LinearDxProblem& p, const Kernel& kernel) {
   };
   lay_out(scratch(ScratchUse::kCall, lay_out(nullptr)));
   if (slices) low_rank_g<T>(pool, p, partial, slices, g);
-  if (p.g) keep_low_rank<T>(p.m, p.lora.rank, [&](int64_t i, int64_t j) { return g + i * padded + j; }, p.g);
+  if (p.g) save_low_rank<T>(p.m, p.lora.rank, [&](int64_t i, int64_t j) { return g + i * padded + j; }, p.g);
   dx_by_slabs<T>(pool, p, g, kernel, slabs);
 }
 

@@ -1,4 +1,4 @@
-// How weight rows lie in the packed bytes that the kernels of this folder stream, and which scales go with them.
+// Where weight rows begin in the packed bytes that the kernels of this folder stream, and how their scales are read.
 //
 // A lane is eight consecutive weights, a dword of packed bytes. When K is not a multiple of eight, a row starts inside
 // a lane: its *shift* is the number of weights of that lane that come before it, and rows a *period* apart have the
@@ -36,7 +36,7 @@ struct WeightRows {
   int max_shift() const { return 8 - 8 / period; }
 };
 
-// Hands out scales one float a *granule*, which is the part of a quantization block that one chunk can hold.
+// Reads scales as one float per *granule*: a quantization block, or a chunk's size of one that is larger than a chunk.
 class ScaleReader {
  public:
   explicit ScaleReader(const Scales& scales, int64_t largest_granule = kChunk) : scales_(scales) {
@@ -47,12 +47,13 @@ class ScaleReader {
   int64_t granule() const { return granule_; }
   int log2_granule() const { return log2_granule_; }
 
-  // out[i] = the scale of granule first + i; after them are kLanes zeros, so that a whole vector may be loaded.
+  // out[i] = the scale of granule first + i. kLanes zeros follow, so that whole vectors may be loaded.
   void read(int64_t first, int64_t count, float* out) const {
     if (log2_split_ == 0) {
       read_scales(scales_, first, count, out);
     } else {
-      // Into the end of the same array, from where each is copied to its granules, the last ones last.
+      // Scales of blocks are read into the end of `out` and copied to their granules from the first to the last. So no
+      // scale is overwritten before it has been copied.
       const int64_t first_block = first >> log2_split_, blocks = ((first + count - 1) >> log2_split_) + 1 - first_block;
       float* const of_block = out + (count - blocks);
       if (count) read_scales(scales_, first_block, blocks, of_block);
@@ -61,13 +62,13 @@ class ScaleReader {
     store(out + count, zero());
   }
 
-  // Asks for the scales of weights begin .. end - 1, as they are stored.
+  // Prefetches the stored scales of weights begin .. end - 1.
   void prefetch_blocks(int64_t begin, int64_t end) const {
     const int64_t first = begin / scales_.block_size, count = ceil_div(end, scales_.block_size) - first;
     prefetch_scales(scales_, first, count);
   }
 
-  // No finite scale of granules first .. first + count - 1 is larger.
+  // A bound of the finite scales of granules first .. first + count - 1.
   float largest(int64_t first, int64_t count) const {
     return scale_bound(scales_, first >> log2_split_, (first + count - 1) >> log2_split_,
                        [](const float* x, int64_t n) { return largest_bits_within(x, n); });

@@ -1,9 +1,9 @@
-// dynamic8_encode with one look-up and no comparison.
+// dynamic8_encode with one table look-up and no comparison.
 //
-// Magnitudes from 2^-22 to 1 are cut into 64 cells an octave, so narrow that a cell holds at most one decision
-// boundary. A float's high bits are then its cell, and its low kLowBits the place p in it. For a positive cell with the
-// code c at its lower end the entry is (c + 1) * 2^kLowBits - 1 - b, b the place of the boundary: adding p leaves c +
-// (p > b) above the low bits. For a negative cell, where codes fall as p grows, ~p is added.
+// Magnitudes from 2^-22 to 1 are cut into 64 cells per octave, so narrow that a cell holds at most one decision
+// boundary. A float's high bits are its cell, and its low kLowBits the place p in the cell. The entry of a positive
+// cell with code c at its lower end and a boundary at place b is (c + 1) * 2^kLowBits - 1 - b. Adding p leaves c + (p >
+// b) above the low bits. In a negative cell codes fall as p grows, so ~p is added.
 #pragma once
 
 #include <cstdint>

@@ -19,9 +19,9 @@
 namespace qlora::cpu {
 namespace {
 
-// Whether the processor has AMX-TILE and AMX-BF16, and the system lets this process use tiles. It has to be asked, once
-// a process: until then the first tile instruction ends the process. What it answers holds for all threads, running or
-// not yet.
+// Whether the processor has AMX-TILE and AMX-BF16, and the system lets this process use tiles. A process has to ask the
+// system once: until then, the first tile instruction ends the process. The permission holds for all its threads, also
+// those that start later.
 [[maybe_unused]] bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;  // of EDX, leaf 7

@@ -1,5 +1,4 @@
-// Which instruction set the CPU kernels run with: one of a list, each a set of features that a processor has or has
-// not.
+// Which instruction set the CPU kernels run with. An instruction set is a set of processor features.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +28,8 @@ enum Feature : uint32_t {
   kArmBf16 = 1u << 12,
 };
 
-// A set of features that kernels are compiled for, and its name: of the folder in isa/, of the file isa_<name>.cpp, of
-// the namespace, and in QLORA_CPU_ISA.
+// The features that kernels are compiled for, and the set's name, which the folder in isa/, the file isa_<name>.cpp,
+// the namespace and QLORA_CPU_ISA use.
 struct Isa {
   const char* name;
   uint32_t needs;  // Features, or-ed
@@ -49,20 +48,20 @@ inline constexpr const Isa* kIsas[] = {&kNeonBf16Isa, &kNeonIsa, &kAmxBf16Isa, &
                                        &kAvx512Isa,   &kAvx2Isa, &kScalarIsa};
 
 QLORA_EXPORT bool compiled(const Isa&);              // whether this build has it
-QLORA_EXPORT bool supported(const Isa&);             // whether it does, and this processor has what it needs
+QLORA_EXPORT bool supported(const Isa&);             // whether it is compiled and this processor has its features
 QLORA_EXPORT const Isa* find_isa(const char* name);  // null if there is none; neither case nor '_' and '-' matter
 QLORA_EXPORT const char* isa_names();                // "scalar, .. or .."
 
-// The one in use: the first supported one, or the one named by the environment variable QLORA_CPU_ISA when first asked.
-// isa_error() is null, or says why that name cannot be honoured (unknown, not compiled, or not on this processor).
+// The set in use: the first supported one, or the one that the environment variable QLORA_CPU_ISA names at the first
+// call. isa_error() says why that name cannot be used (unknown, not compiled, not on this processor), or is null.
 QLORA_EXPORT const Isa& current_isa();
 QLORA_EXPORT const char* isa_error();
 
 // What the choice of a kernel depends on (tuning.h).
 struct Cpu {
   uint32_t features;  // of the instruction set in use
-  bool intel;         // whose vdpbf16ps is slow
-  bool isa_forced;    // by name: every instruction of the set is wanted
+  bool intel;         // the processor is Intel's, whose vdpbf16ps is slow
+  bool isa_forced;    // QLORA_CPU_ISA names the set, so every instruction of it is wanted
 
   constexpr bool has(Feature feature) const { return features & feature; }
 };

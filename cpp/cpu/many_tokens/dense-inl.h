@@ -84,7 +84,7 @@ inline void load_group(const T* p, int64_t count, const Mask& mask, int64_t colu
   if constexpr (order == Order::kDecoded) memory_to_decoded_order(v);
 }
 
-// One word of the lanes [lane, lane + kGroup) of a lanes panel.
+// Stores word `word` of lanes [lane, lane + kGroup) of a lanes panel.
 template <class W>
 inline void store_group(typename W::Word* panel, int64_t lanes, int64_t depth, int64_t word, int64_t lane,
                         const typename W::Vector (&v)[4]) {
@@ -96,7 +96,7 @@ inline void store_group(typename W::Word* panel, int64_t lanes, int64_t depth, i
   }
 }
 
-// The same where the group fills two tiles, `tile_stride` words apart.
+// Does the same for a group that fills two tiles, `tile_stride` words apart.
 template <class W>
 inline void store_whole_group(typename W::Word* out, int64_t tile_stride, const typename W::Vector (&v)[4]) {
   W::store(out, v[0]);
@@ -136,8 +136,8 @@ void load_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t column, i
   }
 }
 
-// Loads a vector of words of a row, the first of them at *p. Words are in the order of memory. A word holds neighbours
-// (Order::kMemory), or elements that decoding puts into one word (Order::kDecoded).
+// Loads a vector of words of a row that begins at *p. The words are in memory order. A word holds neighbours
+// (Order::kMemory), or the elements that decoding puts into one word (Order::kDecoded).
 template <class W, Order order, class T>
 inline F row_words(const T* p, int64_t count) {
   if constexpr (W::kElements == 1) {
@@ -199,7 +199,7 @@ int transpose_lanes(const Matrix<T>& m, int64_t row, int64_t rows, int64_t colum
         if constexpr (W::kWords == 1) {
           store(to, v[i.value]);
         } else {
-          constexpr int kNext = order == Order::kMemory ? 1 : 4 / W::kElements;  // vectors on is the next word
+          constexpr int kNext = order == Order::kMemory ? 1 : 4 / W::kElements;  // vectors to that of the next word
           if constexpr (i.value / kNext % 2 == 0) {
             F low, high;
             W::interleave(v[i.value], v[i.value + kNext], low, high);

@@ -1,8 +1,8 @@
 // The gradients of the low-rank factors, dA = gᵀ · dropout(x) and dB = dyᵀ · h.
 //
-// Both sum over tokens. The rank is broadcast, from g and h stored as [rank, tokens]. The features are the lanes, from
-// x and dy in memory order. g and h are copied into that layout, or computed where they are not given, for as many
-// ranks at a time as the scratch of a call holds for all tokens, and at least one.
+// Both sum over tokens. The ranks are broadcast, from g and h in the layout [rank, tokens]. The features are the lanes,
+// from x and dy in memory order. g and h are copied into that layout, or computed if they are not given. This is done
+// for as many ranks at a time as the scratch of a call holds for all tokens, and at least one.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +16,7 @@
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/format/problem.h"
 
@@ -44,16 +45,16 @@ void reduce_tokens(const Matrix<T>& low, int64_t rank, const Matrix<T>& in, int6
     load_broadcast<W>(low, 0, rank, t, tokens, broadcast);
     load_lanes<W, Order::kMemory>(in, t, tokens, column, columns, columns, lanes);
     const int depth = static_cast<int>(ceil_div(tokens, W::kElements));
-    WeightPrefetcher nothing;
+    WeightLinePrefetcher nothing;
     multiply<W, kLowRankChain<T>>(broadcast, rank, lanes, columns, depth, slice, true, nothing);
     add_slice(slice, count, sums, t == 0);
   }
   store_sums(sums);
 }
 
-// Copies ranks [first, first + ranks) of a given h or g [m, r], rank by rank.
+// Copies ranks [first, first + ranks) of a given h or g [m, r] to out [ranks, m].
 template <class T>
-void take_ranks(const Pool& pool, const T* given, int64_t m, int64_t r, int64_t first, int64_t ranks, T* out) {
+void copy_ranks(const Pool& pool, const T* given, int64_t m, int64_t r, int64_t first, int64_t ranks, T* out) {
   auto body = [&](int64_t begin, int64_t end) {
     for (int64_t q = 0; q < ranks; ++q)
       for (int64_t t = begin; t < end; ++t) out[q * m + t] = given[t * r + first + q];
@@ -76,12 +77,12 @@ void dlora(const Pool& pool, const LoraGradProblem& p) {
     const int64_t ranks = min(some, r - first);
     T* const g = h + m * ranks;
     if (p.h) {
-      take_ranks(pool, static_cast<const T*>(p.h), m, r, first, ranks, h);
+      copy_ranks(pool, static_cast<const T*>(p.h), m, r, first, ranks, h);
     } else {
       low_rank<W, Factor::kRankByFeature>(pool, x, 0, m, p.k, a, first, ranks, p.lora.scaling, LowRankOut<T>{h, 1, m});
     }
     if (p.g) {
-      take_ranks(pool, static_cast<const T*>(p.g), m, r, first, ranks, g);
+      copy_ranks(pool, static_cast<const T*>(p.g), m, r, first, ranks, g);
     } else {
       low_rank<W, Factor::kFeatureByRank>(pool, dy, 0, m, p.n, b, first, ranks, p.lora.scaling, LowRankOut<T>{g, 1, m});
     }

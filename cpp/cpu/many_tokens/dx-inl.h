@@ -20,6 +20,7 @@
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/problem.h"
@@ -30,7 +31,7 @@ namespace many_tokens {
 
 using namespace panel;
 
-// Applies dropout to dx's low-rank part, in place on sums whose lanes are columns in decoded order.
+// Applies dropout in place to dx's low-rank part: sums whose lanes are columns in decoded order.
 inline void drop_sums(const Dropout& d, float* sums, int64_t token, int64_t tokens, int64_t k, int64_t column,
                       int64_t columns) {
   const Scale keep_scale(d.keep_scale);
@@ -125,7 +126,7 @@ class DxTask {
     for (int64_t c = 0; c < columns_; c += pieces_.size) {
       const int64_t some = min(pieces_.size, columns_ - c), lanes = round_up(some, kGroup);
       load_lanes<W, Order::kDecoded>(a, rank, ranks, column_ + c, some, lanes, lanes_);
-      WeightPrefetcher nothing;
+      WeightLinePrefetcher nothing;
       multiply<W, kChain<T>>(broadcast_, tokens_, lanes_, lanes, static_cast<int>(ceil_div(ranks, W::kElements)),
                              sums_ + c * tokens_, rank == 0, nothing);
     }

@@ -19,6 +19,7 @@
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/problem.h"
@@ -105,7 +106,7 @@ class ForwardTask {
     for (int64_t r = 0; r < rows_; r += strips_.size) {
       const int64_t rows = min(strips_.size, rows_ - r);
       load_broadcast<W>(b, row_ + r, rows, rank, ranks, strip_);
-      WeightPrefetcher nothing;
+      WeightLinePrefetcher nothing;
       multiply_strip(strip_, r, rows, depth, 0, depth, p_.w.k == 0 && rank == 0, nothing);
     }
   }

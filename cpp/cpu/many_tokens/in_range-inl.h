@@ -14,16 +14,17 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace many_tokens {
 
-// The multiplication of bfloat16 in pairs takes subnormal factors, products and sums for zero. None that matters is
-// subnormal where each row of a dense operand that is not all 0 has a value of at least 2^-50, and the largest value of
-// each block of W whose scale is not 0 is at least 2^-60.
+// The multiplication of bfloat16 in pairs takes subnormal factors, products and sums for zero. That changes no result
+// noticeably if
+//   - each row of a dense operand is all 0, or has a value of at least 2^-50, and
+//   - each block of W has a scale of 0, or its largest possible value is at least 2^-60.
 inline bool in_range(const void* matrix, int64_t rows, int64_t columns) {
   constexpr uint16_t kEnough = (127 - 50) << 7;
   const bfloat16* x = static_cast<const bfloat16*>(matrix);
   for (int64_t r = 0; r < rows; ++r, x += columns) {
-    if (columns > 0 && (x[0].bits & 0x7FFFu) >= kEnough) continue;  // as in nearly every row
+    if (columns > 0 && (x[0].bits & 0x7FFFu) >= kEnough) continue;  // true of nearly every row
     uint16_t largest = 0;
-    for (int64_t c = 0; c < columns && largest < kEnough; c += 64) {  // the first 64 mostly settle it
+    for (int64_t c = 0; c < columns && largest < kEnough; c += 64) {  // the first 64 mostly suffice
       for (int64_t i = c; i < columns && i < c + 64; ++i) {
         const uint16_t bits = x[i].bits & 0x7FFFu;
         largest = bits > largest ? bits : largest;

@@ -14,6 +14,7 @@
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -24,8 +25,8 @@ using namespace panel;
 
 enum class Factor { kRankByFeature, kFeatureByRank };  // A [r, k], B [n, r]
 
-// Where h or g goes: the value of token i and rank j, counted from the first requested ones, goes to out[i *
-// token_stride + j * rank_stride].
+// The output, h or g: token i and rank j, counted from the first requested ones, go to
+// out[i * token_stride + j * rank_stride].
 template <class T>
 struct LowRankOut {
   T* out;
@@ -55,7 +56,7 @@ void low_rank_task(const Matrix<T>& in, int64_t features, const Matrix<T>& facto
       } else {
         load_lanes<W, Order::kMemory>(factor, f, columns, first_rank + r, ranks, ranks, lanes);
       }
-      WeightPrefetcher nothing;
+      WeightLinePrefetcher nothing;
       multiply<W, kLowRankChain<T>>(broadcast, tokens, lanes, ranks, depth, slice, true, nothing);
       add_slice(slice, tokens * tile_width(ranks), sums + r * tokens, f == 0);
     }

@@ -1,4 +1,4 @@
-// The matrix multiplication that every kernel of this folder ends in:
+// The matrix multiplication of every kernel of this folder:
 //
 //   sums [height, lanes] (+)= broadcast panel [height, depth] · lanes panel [depth, lanes]
 //
@@ -27,6 +27,7 @@
 #include "cpp/cpu/isa/panel.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -38,31 +39,9 @@ using namespace panel;
 inline constexpr int kDepth = 256;  // words of a row of a broadcast panel, [height][kDepth]
 
 // Between multiplications, a core has to decode or prefetch the next weights. If the two alternate, each waits for the
-// other. So a little of that work is done at every step along the depth of a tile: it is *interleaved*, a type with
-// step(constants). A tile keeps what constants() returns in registers.
-
-// Prefetches the packed weights of the next panel, `rows` runs of `columns` weights that begin `stride` weights apart.
-// A step prefetches one line, because a core cannot have all of them in flight at once.
-class WeightPrefetcher {
- public:
-  WeightPrefetcher() = default;
-  WeightPrefetcher(const uint8_t* packed, int64_t first, int64_t rows, int64_t stride, int64_t columns)
-      : packed_(packed), weight_(first), rows_(columns > 0 ? rows : 0), stride_(stride), columns_(columns) {}
-  struct Constants {};
-  Constants constants() const { return {}; }
-  void step(Constants = {}) {
-    if (rows_ <= 0) return;
-    __builtin_prefetch(packed_ + ((weight_ + at_) >> 1), 0, 2);
-    at_ += kLine;
-    if (at_ < columns_ + kLine - 1) return;  // a run may begin inside a line
-    at_ = 0, weight_ += stride_, --rows_;
-  }
-
- private:
-  static constexpr int64_t kLine = 128;  // weights
-  const uint8_t* packed_ = nullptr;
-  int64_t weight_ = 0, rows_ = 0, stride_ = 0, columns_ = 0, at_ = 0;
-};
+// other. So a little of that work is done at every step along the depth of a tile: it is *interleaved*. Its type has
+// step(constants), which a tile calls at every step with the result of constants(), which it keeps in registers. A
+// WeightLinePrefetcher is interleaved work that only prefetches.
 
 // One tile of `height` x `vectors` accumulators: `height` rows of the broadcast panel, and `vectors` vectors of lanes.
 template <class W, int longest_chain, int height, int vectors, class Interleaved>

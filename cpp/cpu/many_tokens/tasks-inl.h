@@ -1,4 +1,5 @@
-// How a product is cut into tasks, and what tasks share: scratch, the order of sums, and ways to store them.
+// Cuts a product into tasks, and has what tasks share: the size of their scratch, the order of their sums, and ways to
+// store them.
 #pragma once
 
 #include <cstdint>
@@ -56,9 +57,9 @@ inline int64_t shared_tokens(int64_t tokens, int64_t rank) {
   return fit < tokens && fit > 2 * kTileLanes ? fit & -kTileLanes : min(fit, tokens);
 }
 
-// Low-rank products are summed in three levels: chains in registers, a few chains per slice, and the slices. Two levels
-// would be enough for 16 bits. float32 results are compared with a library's, which sums a product of few rows in even
-// shorter chains than one of many.
+// Low-rank products are summed in three levels: chains in registers, a few chains per slice, and the slices. 16-bit
+// results need two levels. float32 results should be as accurate as a library's, which sums products of few rows in
+// very short chains.
 template <class T>
 inline constexpr int kLowRankChain = sizeof(T) == 4 ? 8 : kDepth;
 inline void add_slice(const float* slice, int64_t count, float* sums, bool first) {

@@ -14,7 +14,7 @@
 #include "cpp/cpu/many_tokens/multiply-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
-#include "cpp/cpu/shared/pages-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/unroll.h"
 #include "cpp/format/problem.h"
 
@@ -30,7 +30,7 @@ inline void swap(T& a, T& b) {
   a = b, b = old;
 }
 
-// Rows [row, row + rows) and columns [column, column + columns) of a weight.
+// A piece of a weight: rows [row, row + rows) and columns [column, column + columns).
 struct Piece {
   int64_t row, rows, column, columns;
 };
@@ -87,7 +87,7 @@ class ScaledPiece {
   const float* scales(int64_t row) const { return scales_ + row * row_scales_; }
   int64_t row_scales() const { return row_scales_; }  // from scales(row) to scales(row + 1)
 
-  // Whether its groups coincide with the packed format, from a multiple of kGroup on.
+  // Whether the groups that begin at multiples of kGroup coincide with the packed format.
   bool aligned() const { return aligned(*w_); }
   static bool aligned(const Weight& w) { return has_one_scale_per(kGroup, w); }
   // The packed bytes and the scale of such a group, which begins at (row, column).
@@ -103,11 +103,11 @@ class ScaledPiece {
   float* scales_ = nullptr;
 };
 
-inline WeightPrefetcher weight_prefetcher(const Weight& w, const Piece& piece) {
+inline WeightLinePrefetcher prefetch_piece(const Weight& w, const Piece& piece) {
   return {w.packed, piece.row * w.k + piece.column, piece.rows, w.k, piece.columns};
 }
 
-// A row of any piece, whose elements from `columns` on are zero.
+// A row of any piece. Its elements from `columns` on are zero.
 class RaggedRow {
  public:
   RaggedRow(const ScaledPiece& t, int64_t row, int64_t column, int64_t columns)
@@ -117,7 +117,7 @@ class RaggedRow {
         columns_(columns),
         scales_(t.scales(row)) {}
 
-  // Of the group at column c, vector j lane i is element 4i + j.
+  // Decodes the group at column c: lane i of vector j is element 4i + j.
   void decode(int64_t c, F (&v)[4]) const {
     const Weight& w = t_.weight();
     const int64_t begin = flat_ + c;
@@ -144,9 +144,9 @@ class RaggedRow {
   const float* scales_;
 };
 
-// What becomes of a piece, in decoded order and with its columns rounded up to whole groups: a broadcast panel, whose
-// rows are the piece's and whose depth its columns; or a lanes panel, whose lanes are the columns and whose depth the
-// rows.
+// What a piece is decoded into, in decoded order and with its columns rounded up to whole groups. The rows of a
+// broadcast panel are the piece's rows, and its depth the columns. The lanes of a lanes panel are the piece's columns,
+// and its depth the rows.
 enum class Becomes { kBroadcast, kLanes };
 
 template <class W>
@@ -272,8 +272,8 @@ class alignas(64) GroupDecoder {
 // afterwards. Otherwise it also decodes the next piece, into the other of two panels, and prefetches the one after
 // that. Scales are decoded one strip at a time.
 //
-// The pages of strips of whole rows, which become a broadcast panel, are touched in bursts at least two strips ahead
-// (pages-inl.h). For strips of a few columns in many rows, which become lanes, this gains nothing.
+// The pages of strips of whole rows, which become a broadcast panel, are prefetched in bursts at least two strips ahead
+// (shared/prefetch-inl.h). For strips of a few columns in many rows, which become lanes, this gains nothing.
 template <class W, Becomes becomes, class Multiply>
 void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* panel, typename W::Word* other_panel,
                      float* scales, float* other_scales, int64_t steps_between, const Multiply& multiply) {
@@ -288,18 +288,18 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
   Piece piece = pieces.first();
   if (piece.rows == 0) return;
   const Piece& area = pieces.area;
-  PagesAhead pages(w, area.column, area.columns);
+  RowPagePrefetcher pages(w, area.column, area.columns);
   pages.go_to(area.row, area.row + area.rows);
-  const auto touch_pages = [&](int64_t row) {
-    if constexpr (becomes == Becomes::kBroadcast) pages.touch_before(row + 3 * pieces.rows);
+  const auto prefetch_pages = [&](int64_t row) {
+    if constexpr (becomes == Becomes::kBroadcast) pages.reach(row + 3 * pieces.rows);
   };
-  touch_pages(piece.row);
+  prefetch_pages(piece.row);
   ScaledPiece source(w, pieces.strip(piece.row), scales);
   decode(source, piece, panel);
   while (piece.rows > 0) {
     const Piece next = pieces.after(piece);
     if (next.rows > 0 && pieces.begins_strip(next)) {
-      touch_pages(next.row);
+      prefetch_pages(next.row);
       swap(scales, other_scales);
       source = ScaledPiece(w, pieces.strip(next.row), scales);
     }
@@ -308,7 +308,7 @@ void multiply_pieces(const Weight& w, const Pieces& pieces, typename W::Word* pa
       multiply(piece, panel, decoder);
       decoder.finish();
     } else {
-      WeightPrefetcher prefetch = weight_prefetcher(w, next);
+      WeightLinePrefetcher prefetch = prefetch_piece(w, next);
       multiply(piece, panel, prefetch);
       decode(source, next, other_panel);
     }

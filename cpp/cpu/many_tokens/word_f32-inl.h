@@ -23,7 +23,7 @@ struct WordF32 {
   static void store(Word* p, Vector v) { panel::store(p, v); }
   static void store_elements(Word* row, int64_t element, F v) { store(row + element, v); }
 
-  // The values of a code, as a group is decoded from them.
+  // The values of a code, in the form from which groups are decoded.
   using Values = Table;
   static Values values_of(const CodeTable& table) { return panel::values_of(table); }
 
@@ -36,7 +36,8 @@ struct WordF32 {
   static void store_decoded_row(const F (&v)[4], Word* out) {
     unroll<4>([&](auto j) { store(out + j.value * kLanes, v[j.value]); });
   }
-  // The words of a group of lanes: of one weight row, and there is no next one.
+  // The words of a group of lanes. A word has an element of one weight row, so the arguments of the next row are
+  // unused.
   static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t*, float scale, float,
                            Vector (&out)[4]) {
     const Table table = scaled(values, splat(scale));

@@ -1,5 +1,5 @@
-// The gradients of the low-rank factors by tiles, dA = gᵀ · dropout(x) and dB = dyᵀ · h, as dBᵀ = hᵀ · dy: both sum
-// over tokens, with the low-rank operand as a and pairs of tokens of x or dy as b.
+// The gradients of the low-rank factors in a tile unit, dA = gᵀ · dropout(x) and dB = dyᵀ · h, which is computed as
+// dBᵀ = hᵀ · dy. Both sum over tokens. The low-rank operand is a, and pairs of tokens of x or dy are b.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +19,8 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace many_tokens_tiles {
 
-// Makes two tiles of 16 ranks by 32 tokens from an output tile of 32 ranks and a pair of tokens in `tiles` tiles.
+// Makes two tiles of 16 ranks by 32 tokens from an output tile of 32 ranks and a pair of tokens, which fill `tiles`
+// tiles.
 template <WeightIs weight_is>
 void fill_low_rank_rows(const char* sums, int64_t tiles, double scale, char* out) {
   const Scale scaled(scale);
@@ -28,7 +29,7 @@ void fill_low_rank_rows(const char* sums, int64_t tiles, double scale, char* out
       F v[kLanes];
       for (int64_t r = 0; r < kTileRows; ++r)
         v[r] = t < tiles ? scaled(load_row(sums + (i * tiles + t) * kTileBytes + r * kRowBytes)) : zero();
-      if constexpr (weight_is == WeightIs::kB) transpose(v);  // sums of tokens by even (i = 0) or odd ranks
+      if constexpr (weight_is == WeightIs::kB) transpose(v);  // sums [token][even (i = 0) or odd ranks]
       for (int64_t r = 0; r < kTileRows; ++r) {
         const int64_t rank = weight_is == WeightIs::kA ? i * kTileRows + r : 2 * r + i;
         char* const row = out + rank / kTileRows * kTileBytes + rank % kTileRows * kRowBytes;
@@ -38,7 +39,7 @@ void fill_low_rank_rows(const char* sums, int64_t tiles, double scale, char* out
   }
 }
 
-// A strip of 32 ranks of h or g of all tokens: the two tiles of each pair of tokens, one step behind the other.
+// Computes a strip of 32 ranks of h or g for a pair of tokens: two tiles, after those of the previous pairs.
 template <WeightIs weight_is>
 void fill_low_rank_strip(const Matrix<bfloat16>& in, int64_t pair, int64_t m, const Slices& slices, const char* factor,
                          double scale, const LowRankScratch& memory, char* out) {
@@ -47,8 +48,8 @@ void fill_low_rank_strip(const Matrix<bfloat16>& in, int64_t pair, int64_t m, co
   fill_low_rank_rows<weight_is>(memory.sums, none.tiles_of(pair), scale, out + pair * 2 * kTileBytes);
 }
 
-// The same of a given h or g, [m, rank].
-inline void take_low_rank_strip(const Matrix<bfloat16>& low, int64_t pair, int64_t m, int64_t first_rank, int64_t ranks,
+// Copies the same from a given h or g, [m, rank].
+inline void copy_low_rank_strip(const Matrix<bfloat16>& low, int64_t pair, int64_t m, int64_t first_rank, int64_t ranks,
                                 char* out) {
   for (int64_t t = 0; t < 2; ++t) {
     const int64_t token = pair * kPair + t * kTileRows;
@@ -65,8 +66,8 @@ inline void take_low_rank_strip(const Matrix<bfloat16>& low, int64_t pair, int64
   }
 }
 
-// Columns [column, column + columns) of low [32 ranks, m] · in [m, features], an output tile per 32 columns: the even
-// and the odd columns of each 16 ranks.
+// Columns [column, column + columns) of low [32 ranks, m] · in [m, features]. Each 32 columns are an output tile: the
+// even and the odd columns of each 16 ranks.
 class TokenSum {
  public:
   static constexpr int64_t kColumns = 4 * kPair;  // at a time: whole lines of a row
@@ -139,11 +140,11 @@ inline void dlora(const Pool& pool, const LoraGradProblem& p) {
       const LowRankScratch scratch;
       for (int64_t i = begin; i < end; ++i) {
         if (i < pairs && p.h) {
-          take_low_rank_strip(given_h, i, m, first, ranks, h);
+          copy_low_rank_strip(given_h, i, m, first, ranks, h);
         } else if (i < pairs) {
           fill_low_rank_strip<WeightIs::kA>(x, i, m, of_k, a_tiles, h_scale, scratch, h);
         } else if (p.g) {
-          take_low_rank_strip(given_g, i - pairs, m, first, ranks, g);
+          copy_low_rank_strip(given_g, i - pairs, m, first, ranks, g);
         } else {
           fill_low_rank_strip<WeightIs::kB>(dy, i - pairs, m, of_n, b_tiles, g_scale, scratch, g);
         }

@@ -1,4 +1,4 @@
-// The input gradient by tiles, dx = dy · w + mask ∘ (g · a) · keep_scale: W is b.
+// The input gradient in a tile unit, dx = dy · w + mask ∘ (g · a) · keep_scale. W is b.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include "cpp/cpu/many_tokens_tiles/product-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -18,19 +19,19 @@ namespace many_tokens_tiles {
 class Dx {
  public:
   using Problem = LinearDxProblem;
-  static constexpr int64_t kTogether = 4;  // pieces, whose columns are a line of packed weights
-  using Decoder = ColumnsDecoder<kTogether>;
+  static constexpr int64_t kPiecesPerDecode = 4;  // whose columns are a cache line of packed weights
+  using Decoder = ColumnsDecoder<kPiecesPerDecode>;
   static constexpr WeightIs kWeightIs = WeightIs::kB;
   static constexpr bool kScalesOfSlice = true;
 
   Dx(const Problem& p, const Chunk& chunk) : p_(p), chunk_(chunk) {}
   const Chunk& chunk() const { return chunk_; }
-  static bfloat16* kept(const Problem& p) { return static_cast<bfloat16*>(p.g); }
+  static bfloat16* saved_low_rank(const Problem& p) { return static_cast<bfloat16*>(p.g); }
 
-  // As many columns as the second-level cache can hold sums for, beside one slice of the panel.
-  int64_t group(const Slices&, const Part& part) const {
-    const int64_t columns = min(max(kSumBytes / (part.pairs * kOutputTileBytes), 1) * kPair, kMostColumns);
-    return min(columns, round_up(part.size, kPair));
+  // The columns of a group: as many as the second-level cache can hold sums for, beside one slice of the panel.
+  int64_t group(const Slices&, const Rectangle& rectangle) const {
+    const int64_t columns = min(max(kSumBytes / (rectangle.pairs * kOutputTileBytes), 1) * kPair, kMostColumns);
+    return min(columns, round_up(rectangle.size, kPair));
   }
 
   int64_t scale_floats(int64_t columns) const { return ScaledPiece::scale_floats(Slices::kMostAlone, columns + kPair); }
@@ -43,16 +44,16 @@ class Dx {
     fill_columns(a, s.first_rank, s.ranks, column, columns, out, 0);
   }
   // Applies dropout to the sums, which at this point hold the low-rank part only.
-  void drop(char* sums, const Part& part) const {
+  void drop(char* sums, const Rectangle& rectangle) const {
     if (!p_.lora.dropout.active()) return;
     const Scale keep_scale(p_.lora.dropout.keep_scale);
     const F all = splat(1.0f);
-    for (int64_t c = 0; c < part.size; c += kPair) {
-      const int64_t columns = min(kPair, part.size - c);
-      for (int64_t q = 0; q < part.pairs; ++q, sums += kOutputTileBytes) {
-        const int64_t tiles = chunk_.panel.tiles_of(part.pair + q), token = (part.pair + q) * kPair;
+    for (int64_t c = 0; c < rectangle.size; c += kPair) {
+      const int64_t columns = min(kPair, rectangle.size - c);
+      for (int64_t q = 0; q < rectangle.pairs; ++q, sums += kOutputTileBytes) {
+        const int64_t tiles = chunk_.panel.tiles_of(rectangle.pair + q), token = (rectangle.pair + q) * kPair;
         for (int64_t t = 0; t < min(kPair, chunk_.panel.tokens - token); ++t) {
-          const Mask mask(p_.lora.dropout, (chunk_.first_token + token + t) * p_.w.k + part.begin + c, columns);
+          const Mask mask(p_.lora.dropout, (chunk_.first_token + token + t) * p_.w.k + rectangle.begin + c, columns);
           F kept[2];
           unzip(mask(all, 0), mask(all, kLanes), kept[0], kept[1]);
           for (int64_t w = 0; w < 2; ++w) {
@@ -65,7 +66,7 @@ class Dx {
   }
 
   // Prefetches this piece's share of the group's next slice, row by row.
-  LinePrefetcher prefetcher(const Part& group, int64_t column, const Slices& slices, int64_t slice) const {
+  LinePrefetcher prefetcher(const Rectangle& group, int64_t column, const Slices& slices, int64_t slice) const {
     const int64_t k = p_.w.k, pieces = ceil_div(group.size, kPair), piece = (column - group.begin) / kPair;
     const int64_t steps = group.pairs * slices[slice].steps;
     int64_t first = group.begin;

@@ -1,4 +1,4 @@
-// The fused linear layer by tiles, y = x · wᵀ + h · bᵀ + bias, as yᵀ = w · xᵀ + ..: W is a.
+// The fused linear layer in a tile unit, y = x · wᵀ + h · bᵀ + bias. It is computed as yᵀ = w · xᵀ + ..., so W is a.
 #pragma once
 
 #include <cstdint>
@@ -9,6 +9,7 @@
 #include "cpp/cpu/many_tokens_tiles/product-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/format/problem.h"
 
 namespace qlora::cpu::QLORA_ISA {
@@ -21,19 +22,19 @@ class Forward {
   using Decoder = RowsDecoder;
   static constexpr WeightIs kWeightIs = WeightIs::kA;
   static constexpr bool kScalesOfSlice = false;
-  static constexpr int64_t kTogether = 1;
+  static constexpr int64_t kPiecesPerDecode = 1;
 
   Forward(const Problem& p, const Chunk& chunk) : p_(p), chunk_(chunk) {}
   const Chunk& chunk() const { return chunk_; }
-  static bfloat16* kept(const Problem& p) { return static_cast<bfloat16*>(p.h); }
+  static bfloat16* saved_low_rank(const Problem& p) { return static_cast<bfloat16*>(p.h); }
 
-  // As many rows as the second-level cache can hold sums for, beside one slice of the panel. Where the cache has room
-  // for the whole panel, one piece of rows, which reads W in memory order.
-  int64_t group(const Slices& slices, const Part& part) const {
+  // The rows of a group: as many as the second-level cache can hold sums for, beside one slice of the panel. If the
+  // cache has room for the whole panel, a group is one piece, so that W is read in memory order.
+  int64_t group(const Slices& slices, const Rectangle& rectangle) const {
     if (chunk_.panel.token_tiles() * slices.steps() * kTileBytes <= kPanelBytes) return kPair;
-    int64_t rows = min(kSumBytes / (part.pairs * kOutputTileBytes), kMostRows / kPair) * kPair;
+    int64_t rows = min(kSumBytes / (rectangle.pairs * kOutputTileBytes), kMostRows / kPair) * kPair;
     while (rows > kPair && scale_floats(rows) > kMostScales) rows -= kPair;
-    return min(max(rows, kPair), round_up(part.size, kPair));
+    return min(max(rows, kPair), round_up(rectangle.size, kPair));
   }
 
   int64_t scale_floats(int64_t rows) const { return ScaledPiece::run_floats(p_.w, rows); }
@@ -44,15 +45,16 @@ class Forward {
     const Matrix<bfloat16> b{static_cast<const bfloat16*>(p_.lora.b), p_.lora.rank};
     fill_rows<many_tokens::Order::kMemory>(b, row, rows, s.first_rank, s.ranks, out);
   }
-  void drop(char*, const Part&) const {}
+  void drop(char*, const Rectangle&) const {}
 
-  // Where a group is one piece of rows, W is one stream, and each piece prefetches a part of it kPiecesAhead ahead.
-  // Otherwise each piece prefetches the piece after the next one.
-  LinePrefetcher prefetcher(const Part& group, int64_t row, const Slices& slices, int64_t slice) const {
+  // If a group is one piece of rows, W is read as one stream, and each slice of a piece prefetches a slice's bytes:
+  // those of the next piece, kSlicesAhead slices further on. Otherwise each piece prefetches the piece after the next
+  // one.
+  LinePrefetcher prefetcher(const Rectangle& group, int64_t row, const Slices& slices, int64_t slice) const {
     const int64_t steps = group.pairs * slices[slice].steps, end = group.begin + group.size, k = p_.w.k;
     if (group.size <= kPair) {
       const int64_t bytes = kPair * k / 2 / slices.count();
-      const int64_t at = row * k / 2 + (slice + slices.count() + kPiecesAhead) * bytes;
+      const int64_t at = row * k / 2 + (slice + slices.count() + kSlicesAhead) * bytes;
       return LinePrefetcher(p_.w.packed + at, 1, min(bytes, p_.w.n * k / 2 - at), 0, steps);
     }
     for (int i = 0; i < 2; ++i) {
@@ -90,7 +92,7 @@ class Forward {
 
  private:
   static constexpr int64_t kSumBytes = int64_t{512} << 10, kMostRows = 512;
-  static constexpr int64_t kMostScales = int64_t{64} << 10, kPiecesAhead = 2;
+  static constexpr int64_t kMostScales = int64_t{64} << 10, kSlicesAhead = 2;
   const Problem& p_;
   const Chunk chunk_;
 };

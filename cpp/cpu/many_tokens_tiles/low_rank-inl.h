@@ -20,10 +20,10 @@ namespace many_tokens_tiles {
 
 using many_tokens::Scale;
 
-inline constexpr int64_t kPanelBytes = int64_t{1280} << 10;  // that the second-level cache keeps beside all else
+inline constexpr int64_t kPanelBytes = int64_t{1280} << 10;  // of the second-level cache, for a panel
 
-// Dense operand of a chunk of tokens: tiles by slice, pair of tokens and step, so that what an output tile multiplies
-// is one stream, and a slice of all tokens another. The last pair has one tile a step where its tokens fill no second.
+// The dense operand of a chunk of tokens, as tiles [slice][pair of tokens][step]. So what an output tile multiplies is
+// contiguous, and a slice of all tokens is, too. The last pair has one tile per step if its tokens fill no second.
 struct DensePanel {
   char* tiles;
   int64_t tokens;
@@ -36,7 +36,7 @@ struct DensePanel {
   }
 };
 
-// The elements of tokens with some of them dropped, in memory order, in rows of kMostAlone.
+// Copies elements of tokens with dropout, in memory order, to rows of kMostAlone elements.
 inline void drop(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64_t begin, int64_t size, bfloat16* out) {
   for (int64_t t = 0; t < tokens; ++t, out += Slices::kMostAlone) {
     for (int64_t first = 0; first < size; first += Mask::kMax) {
@@ -49,7 +49,7 @@ inline void drop(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64
   }
 }
 
-// A strip of 32 ranks of a factor, over a slice: A as a, or B as b.
+// Fills tiles with a strip of 32 ranks of a factor, over a slice: A as a, or B as b.
 template <WeightIs weight_is>
 void fill_factor(const Matrix<bfloat16>& factor, int64_t first_rank, int64_t ranks, const Slice& s, char* out) {
   if constexpr (weight_is == WeightIs::kA) {
@@ -61,7 +61,7 @@ void fill_factor(const Matrix<bfloat16>& factor, int64_t first_rank, int64_t ran
   }
 }
 
-// The same of all slices, one behind the other.
+// Does the same for all slices, one after another.
 template <WeightIs weight_is>
 void fill_factor(const Pool& pool, const Matrix<bfloat16>& factor, int64_t first_rank, int64_t ranks,
                  const Slices& slices, char* out) {
@@ -119,10 +119,10 @@ void fill_low_rank(const char* sums, int64_t tiles, double scale, char* step) {
     for (int64_t r = 0; r < kTileRows; ++r) {
       const char* row = nullptr;
       const char* next = nullptr;
-      if constexpr (weight_is == WeightIs::kA) {  // sums of rank by token: pairs of ranks
+      if constexpr (weight_is == WeightIs::kA) {  // sums [rank][token]: pairs of ranks
         row = sums + (2 * r / kTileRows * tiles + t) * kTileBytes + 2 * r % kTileRows * kRowBytes;
         next = row + kRowBytes;
-      } else {  // of token by rank, the even ranks and the odd ones
+      } else {  // sums [token][rank], the even ranks and the odd ones
         row = sums + t * kTileBytes + r * kRowBytes;
         next = row + tiles * kTileBytes;
       }
@@ -132,20 +132,21 @@ void fill_low_rank(const char* sums, int64_t tiles, double scale, char* step) {
   }
 }
 
-// Up to 32 ranks of `tokens` tokens, at most 16, from a tile that fill_low_rank has filled to rows of `out`.
+// Copies up to 32 ranks of `tokens` tokens, at most 16, from a tile that fill_low_rank has filled to rows of `out`.
 template <WeightIs weight_is>
-void keep_low_rank(const char* tile, int64_t tokens, int64_t ranks, bfloat16* out, int64_t stride) {
+void save_low_rank(const char* tile, int64_t tokens, int64_t ranks, bfloat16* out, int64_t stride) {
   F v[kLanes];
   for (int64_t r = 0; r < kTileRows; ++r) v[r] = load_row(tile + r * kRowBytes);
   if constexpr (weight_is == WeightIs::kA) transpose(v);
   for (int64_t t = 0; t < tokens; ++t) Words::store_pairs(out + t * stride, Words::as_words(v[t]), ranks);
 }
 
-// h or g of the tokens of a chunk, from `first_token` of `in` on, to the rank steps of `panel` and, unless it is null,
-// to `kept` [m, rank].
+// Computes h or g for the tokens of a chunk, which begin at token `first_token` of `in`. Writes them to the rank steps
+// of `panel` and, unless it is null, to `saved` [m, rank].
 template <WeightIs weight_is>
 void add_low_rank(const Pool& pool, const Matrix<bfloat16>& in, int64_t first_token, const Matrix<bfloat16>& factor,
-                  const Lora& lora, const Slices& slices, const DensePanel& panel, char* factor_tiles, bfloat16* kept) {
+                  const Lora& lora, const Slices& slices, const DensePanel& panel, char* factor_tiles,
+                  bfloat16* saved) {
   const double scale = lora.scaling * in.dropout.keep_scale;
   const DensePanel source{in.dropout.active() ? nullptr : panel.tiles, panel.tokens};
   for (int64_t r = 0; r < lora.rank; r += kPair) {
@@ -159,10 +160,10 @@ void add_low_rank(const Pool& pool, const Matrix<bfloat16>& in, int64_t first_to
         const int64_t tiles = panel.tiles_of(pair), step = s.element_steps() + (r - s.first_rank) / kStep;
         char* const filled = panel.piece(s, pair) + step * tiles * kTileBytes;
         fill_low_rank<weight_is>(memory.sums, tiles, scale, filled);
-        for (int64_t t = 0; kept && t < tiles; ++t) {
+        for (int64_t t = 0; saved && t < tiles; ++t) {
           const int64_t token = pair * kPair + t * kTileRows;
-          keep_low_rank<weight_is>(filled + t * kTileBytes, min(kTileRows, panel.tokens - token),
-                                   min(kPair, lora.rank - r), kept + (first_token + token) * lora.rank + r, lora.rank);
+          save_low_rank<weight_is>(filled + t * kTileBytes, min(kTileRows, panel.tokens - token),
+                                   min(kPair, lora.rank - r), saved + (first_token + token) * lora.rank + r, lora.rank);
         }
       }
     };

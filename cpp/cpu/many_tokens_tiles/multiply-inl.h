@@ -1,16 +1,15 @@
-// The multiplication that every kernel of this folder ends in, of two *pieces* made of hardware tiles:
+// The multiplication of every kernel of this folder. It multiplies two *pieces* made of hardware tiles:
 //
 //   sums (+)= a · b, with W in a and the tokens in b (y = W · xᵀ), or the tokens in a and W in b (dx = dy · W)
 //
 // A tile is 16 rows of 64 bytes, 1 KB. A *step* is 32 elements of the summed dimension: two tiles of W and two (or one)
-// of the tokens, whose four (two) tiles of sums are an *output tile*. The steps of a piece follow each other in memory,
-// so both pieces are read as streams:
+// of the tokens. Their four (or two) tiles of sums are an *output tile*. The steps of a piece are contiguous in memory:
 //
 // clang-format off
 //   piece of W      [ step 0: w0 w1 ][ step 1: w0 w1 ] ..      32 KB of 16 steps, from the first-level cache
-//   dense piece     [ step 0: x0 x1 ][ step 1: x0 x1 ] ..      32 tokens, from the second
+//   dense piece     [ step 0: x0 x1 ][ step 1: x0 x1 ] ..      32 tokens, from the second-level cache
 //
-//   sums            [ w0x0 w0x1 w1x0 w1x1 ]                    float32, 4 KB; in the tile unit along the steps
+//   sums            [ w0x0 w0x1 w1x0 w1x1 ]                    float32, 4 KB, in the tile unit during the steps
 // clang-format on
 #pragma once
 
@@ -82,6 +81,7 @@ void multiply_output_tile(int64_t dense_tiles, const char* weight, const char* d
   }
 }
 
+// No interleaved work.
 struct Nothing {
   void step() {}
 };
@@ -98,10 +98,11 @@ struct Slice {
 };
 class Slices {
  public:
-  static constexpr int64_t kMost = 512, kMostAlone = 640, kGroup = 64;  // elements: a piece of W of 32 KB
+  // Elements of a slice: kMost, which are 32 KB of W; kMostAlone if one slice holds them all; a multiple of kGroup.
+  static constexpr int64_t kMost = 512, kMostAlone = 640, kGroup = 64;
   static constexpr int64_t kMostRanksBeside = 64, kMostSteps = kMostAlone / kStep + kMostRanksBeside / kStep;
 
-  // Slices of at most `most` elements. `rank_first` has slices of ranks alone come before all others.
+  // Slices of at most `most` elements. With `rank_first`, the slices of ranks alone come before all others.
   Slices(int64_t depth, int64_t most, int64_t rank, bool rank_first)
       : depth_(depth), rank_(rank), rank_first_(rank_first) {
     elements_ = depth <= kMostAlone && most == kMost ? 1 : ceil_div(depth, most);
@@ -132,7 +133,7 @@ class Slices {
     const int64_t ranks = min(kMost, rank_ - r * kMost);
     return {0, 0, r * kMost, ranks, (rank_first_ ? 0 : element_steps()) + r * (kMost / kStep), ceil_div(ranks, kStep)};
   }
-  // The slice that a rank is in.
+  // The slice that contains a rank.
   Slice of_rank(int64_t rank) const {
     if (beside_) return (*this)[elements_ - 1];
     return (*this)[(rank_first_ ? 0 : elements_) + rank / kMost];

@@ -1,4 +1,4 @@
-// Filling tiles: of dense operands (x, dy, the low-rank factors) and of packed weights.
+// Fills tiles with dense operands (x, dy, the low-rank factors) and with decoded weights.
 //
 // Both sides of a product must agree on the order of the summed elements, and nothing else depends on it, so W stays in
 // the order in which its nibbles are decoded. Where W is a, a tile holds 16 of its rows, and of a group of 64 columns
@@ -45,7 +45,7 @@ static_assert(kLanes == kTileRows && many_tokens::kGroup == Slices::kGroup);
 inline void store_row(char* tile_row, Vector words) { Words::store(reinterpret_cast<Words::Word*>(tile_row), words); }
 inline F load_row(const char* tile_row) { return load(reinterpret_cast<const float*>(tile_row)); }
 
-// Up to 32 elements of a row in memory order, or decoded order (W is a); `present` says whether there is such a row.
+// Loads up to 32 elements of a row, in memory order or in decoded order (W is a). A row that is not `present` is zeros.
 template <bool decoded>
 inline F load_words(const bfloat16* p, int64_t count, bool present = true) {
   return present && count > 0 ? Words::load_pairs<decoded>(p, count) : zero();
@@ -53,8 +53,9 @@ inline F load_words(const bfloat16* p, int64_t count, bool present = true) {
 
 // ---- dense operands ----
 
-// Tokens [token, token + tokens), at most 16, and elements [begin, begin + size) of m to one tile a step, the tiles
-// `step_bytes` apart. W is a: the tokens are the columns of b, so squares of 16 tokens and 16 words are transposed.
+// Fills one tile per step with tokens [token, token + tokens), at most 16, and elements [begin, begin + size) of m. The
+// tiles lie `step_bytes` apart. Where W is a, the tokens are the columns of b, so squares of 16 tokens and 16 words are
+// transposed.
 template <WeightIs weight_is>
 void fill_dense(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64_t begin, int64_t size, char* out,
                 int64_t step_bytes) {
@@ -86,7 +87,7 @@ void fill_dense(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64_
   }
 }
 
-// The same of a pair of tiles, or of the one that the tokens of the pair fill.
+// Does the same for the tiles of a pair of tokens: two per step, or one if the tokens fill no second.
 template <WeightIs weight_is>
 void fill_dense_pair(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, int64_t begin, int64_t size, char* out) {
   const int64_t step_bytes = ceil_div(tokens, kTileRows) * kTileBytes;
@@ -96,8 +97,8 @@ void fill_dense_pair(const Matrix<bfloat16>& m, int64_t token, int64_t tokens, i
 
 // ---- dense operands in the place of W: the low-rank factors ----
 
-// Rows [row, row + rows), at most 32, of m [.., elements] to two tiles a step. The order of the elements is W's as a
-// (kDecoded), or memory's.
+// Fills two tiles per step with rows [row, row + rows) of m, at most 32, as W is a. The order of the elements is that
+// of decoded weights (kDecoded) or of memory.
 template <many_tokens::Order order>
 void fill_rows(const Matrix<bfloat16>& m, int64_t row, int64_t rows, int64_t begin, int64_t size, char* out) {
   for (int64_t r = 0; r < kPair; ++r) {
@@ -119,8 +120,8 @@ void fill_rows(const Matrix<bfloat16>& m, int64_t row, int64_t rows, int64_t beg
   }
 }
 
-// Rows [begin, begin + size) of m and columns [column, column + columns) to two tiles a step and 32 columns, pairs of
-// rows as W is b; zeros to the end of the last step. The tiles of the next 32 columns begin `piece_bytes` on.
+// Fills two tiles per step and 32 columns with rows [begin, begin + size) and columns [column, column + columns) of m,
+// as W is b: pairs of rows. Zeros fill the last step. The tiles of the next 32 columns begin `piece_bytes` further on.
 inline void fill_columns(const Matrix<bfloat16>& m, int64_t begin, int64_t size, int64_t column, int64_t columns,
                          char* out, int64_t piece_bytes) {
   for (int64_t r = 0; r < round_up(size, kStep); r += 2) {
@@ -138,12 +139,13 @@ inline void fill_columns(const Matrix<bfloat16>& m, int64_t begin, int64_t size,
 
 // ---- W ----
 
-// Decodes W a part at a time. What step s of a piece reads is ready once kFirst + s parts have been decoded.
+// A decoder decodes a piece in small steps. Step s of the multiplication may read the piece after kStepsAhead + s calls
+// of step().
 
-// Rows [row, row + rows), at most 32, and the columns of a slice, as a: of 16 rows a group is a part.
+// Decodes rows [row, row + rows), at most 32, and the columns of a slice, as a. A step decodes a group of 16 rows.
 class RowsDecoder {
  public:
-  static constexpr int64_t kFirst = 2;
+  static constexpr int64_t kStepsAhead = 2;
   RowsDecoder() = default;
   RowsDecoder(const ScaledPiece& source, int64_t row, int64_t rows, const Slice& s, char* out, int64_t)
       : values_(Words::values_of(source.weight().table())),
@@ -198,12 +200,12 @@ class RowsDecoder {
   char* out_ = nullptr;
 };
 
-// Columns [column, column + columns), 32 to each of up to kMostPieces pieces and from a multiple of 32 on, and the rows
-// of a slice, as b: 32 rows are a part.
+// Decodes columns [column, column + columns) and the rows of a slice, as b, into up to kMostPieces pieces of 32
+// columns. `column` is a multiple of 32. A step decodes 32 rows of all pieces.
 template <int kMostPieces>
 class ColumnsDecoder {
  public:
-  static constexpr int64_t kFirst = 1;
+  static constexpr int64_t kStepsAhead = 1;
   ColumnsDecoder() = default;
   ColumnsDecoder(const ScaledPiece& source, int64_t column, int64_t columns, const Slice& s, char* out,
                  int64_t piece_bytes)

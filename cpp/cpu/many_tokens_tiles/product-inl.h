@@ -5,6 +5,7 @@
 //     for each slice of the summed dimension
 //       for each piece of the group, 32 rows or columns
 //         for each pair of tokens: an output tile
+//
 // While a core multiplies tiles, its vector unit is free. But out-of-order execution reaches only a few steps ahead,
 // because each row of a tile is a load and a step has 64 of them. So other work is interleaved in small parts between
 // the steps of an output tile (InterleavedWork): the first output tile that reads a piece decodes it one step ahead,
@@ -19,48 +20,25 @@
 #include "cpp/cpu/shared/carver-inl.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/scratch.h"
 
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace many_tokens_tiles {
 
-// Prefetches runs of bytes, a few lines per step. A core has few requests in flight, and the tiles that come from the
-// second-level cache need some of them.
-class LinePrefetcher {
- public:
-  static constexpr int64_t kLine = 64;
-  LinePrefetcher() = default;
-  // `runs` of `bytes` each, `stride` bytes apart, within `steps` calls of step().
-  LinePrefetcher(const void* first, int64_t runs, int64_t bytes, int64_t stride, int64_t steps)
-      : at_(static_cast<const char*>(first)), runs_(runs), bytes_(bytes), stride_(stride) {
-    if (bytes <= 0) runs_ = 0;
-    each_ = ceil_div(runs_ * ceil_div(bytes, kLine), max(steps, 1));
-  }
-  void step() {
-    for (int64_t i = 0; i < each_ && runs_ > 0; ++i) {
-      __builtin_prefetch(at_ + done_, 0, 2);
-      done_ += kLine;
-      if (done_ >= bytes_) done_ = 0, at_ += stride_, --runs_;
-    }
-  }
-
- private:
-  const char* at_ = nullptr;
-  int64_t runs_ = 0, bytes_ = 0, stride_ = 0, done_ = 0, each_ = 0;
-};
-
-// The output of a piece of W and a pair of tokens, whose sums are complete.
+// The complete sums of a piece of W and a pair of tokens.
 struct OutputTile {
   const char* sums = nullptr;
-  int64_t outer = 0, count = 0, pair = 0;  // W's rows or columns [outer, outer + count), and the panel's pair of tokens
+  int64_t outer = 0, count = 0;  // W's rows or columns [outer, outer + count)
+  int64_t pair = 0;              // of the panel's tokens
 };
 
-// The tokens of a product, [first_token, first_token + panel.tokens), and where its output goes.
+// Tokens [first_token, first_token + panel.tokens) of a product, and where their output goes.
 struct Chunk {
   DensePanel panel;
   int64_t first_token;
-  bfloat16* output;  // [m, output_columns], of all tokens
+  bfloat16* output;  // of all tokens, [m, output_columns]
   int64_t output_columns;
 
   // The output for the panel's token `token` and W's row or column `outer`.
@@ -76,8 +54,8 @@ class InterleavedWork {
   void begin_tile(const char* next_sums, bfloat16* output) { step_ = 0, next_sums_ = next_sums, output_ = output; }
   void step() {
     if (next_sums_) {
-      for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(next_sums_ + i * LinePrefetcher::kLine, 0, 3);
-      next_sums_ += 4 * LinePrefetcher::kLine;
+      for (int64_t i = 0; i < 4; ++i) __builtin_prefetch(next_sums_ + i * kCacheLine, 0, 3);
+      next_sums_ += 4 * kCacheLine;
     }
     if (output_) {
       __builtin_prefetch(output_, 1, 3);
@@ -98,10 +76,10 @@ class InterleavedWork {
 
   LinePrefetcher prefetcher;     // of packed weights
   typename Op::Decoder decoder;  // of the piece that the first output tile multiplies
-  OutputTile finished;           // the previous one, to be rounded and written
+  OutputTile finished;           // the previous output tile, to be rounded and written
 
  private:
-  // The steps before each tile of tokens of `finished` is written.
+  // The steps after which the two tiles of tokens of `finished` are written.
   static constexpr int64_t kFirstTile = 4, kSecondTile = 10;
   const Op& op_;
   int64_t step_ = 0;
@@ -109,16 +87,16 @@ class InterleavedWork {
   bfloat16* output_ = nullptr;
 };
 
-// A thread's part of a product: rows or columns [begin, begin + size) of W, and pairs [pair, pair + pairs) of tokens.
-struct Part {
+// A rectangle of the output: rows or columns [begin, begin + size) of W, and pairs [pair, pair + pairs) of tokens.
+struct Rectangle {
   int64_t begin, size, pair, pairs;
 };
 
 template <class Op>
 class Product {
  public:
-  Product(const Op& op, const Slices& slices, const Part& part)
-      : op_(op), slices_(slices), part_(part), group_(op.group(slices, part)), interleaved_(op) {
+  Product(const Op& op, const Slices& slices, const Rectangle& task)
+      : op_(op), slices_(slices), task_(task), group_(op.group(slices, task)), interleaved_(op) {
     Carver sizes(nullptr);
     carve(sizes);
     Carver memory(scratch(ScratchUse::kThread, sizes.used()));
@@ -126,17 +104,17 @@ class Product {
   }
 
   void operator()() {
-    Place place{part_.begin, 0, part_.begin};
+    Place place{task_.begin, 0, task_.begin};
     while (place.piece < end()) place = multiply(place);
-    interleaved_.begin_tile(nullptr, nullptr);  // writes the last output tile
+    interleaved_.begin_tile(nullptr, nullptr);  // end_tile() writes the last output tile
     interleaved_.end_tile();
   }
 
  private:
   struct Place {
-    int64_t group, slice, piece;  // first row or column of the group, and of the piece
+    int64_t group, slice, piece;  // the first row or column of the group, the slice, the first of the piece
   };
-  int64_t end() const { return part_.begin + part_.size; }
+  int64_t end() const { return task_.begin + task_.size; }
   int64_t count(int64_t begin, int64_t most) const { return min(most, end() - begin); }
   Place after(Place p) const {
     p.piece += kPair;
@@ -149,19 +127,19 @@ class Product {
   }
 
   void carve(Carver& memory) {
-    pieces_ = memory.take<char>(Op::kTogether * kPieceBytes);
+    pieces_ = memory.take<char>(Op::kPiecesPerDecode * kPieceBytes);
     done_ = memory.take<char>(kOutputTileBytes);
     other_done_ = memory.take<char>(kOutputTileBytes);
     scales_ = memory.take<float>(op_.scale_floats(group_));
-    sums_ = memory.take<char>(slices_.count() > 1 ? ceil_div(group_, kPair) * part_.pairs * kOutputTileBytes : 0);
+    sums_ = memory.take<char>(slices_.count() > 1 ? ceil_div(group_, kPair) * task_.pairs * kOutputTileBytes : 0);
   }
 
   void decode(const Place& p, const Slice& s) {
     if (p.piece == p.group && (p.slice == 0 || Op::kScalesOfSlice))
       source_ = op_.source(p.group, count(p.group, group_), s, scales_);
-    const int64_t together = min(count(p.piece, Op::kTogether * kPair), p.group + group_ - p.piece);
+    const int64_t together = min(count(p.piece, Op::kPiecesPerDecode * kPair), p.group + group_ - p.piece);
     interleaved_.decoder = typename Op::Decoder(source_, p.piece, together, s, pieces_, kPieceBytes);
-    for (int64_t i = 0; i < Op::Decoder::kFirst; ++i) interleaved_.decoder.step();
+    for (int64_t i = 0; i < Op::Decoder::kStepsAhead; ++i) interleaved_.decoder.step();
     for (int64_t i = 0; s.ranks && i < together; i += kPair) {
       char* const ranks = pieces_ + i / kPair * kPieceBytes + s.element_steps() * 2 * kTileBytes;
       op_.fill_ranks(p.piece + i, min(kPair, together - i), s, ranks);
@@ -172,15 +150,15 @@ class Product {
     const Slice s = slices_[p.slice];
     const bool first = p.slice == 0, last = p.slice == slices_.count() - 1;
     if (p.piece == p.group && p.slice == slices_.rank_slices_first() && p.slice > 0)
-      op_.drop(sums_, {p.group, count(p.group, group_), part_.pair, part_.pairs});
-    char* sums = sums_ + (p.piece - p.group) / kPair * part_.pairs * kOutputTileBytes;
+      op_.drop(sums_, {p.group, count(p.group, group_), task_.pair, task_.pairs});
+    char* sums = sums_ + (p.piece - p.group) / kPair * task_.pairs * kOutputTileBytes;
     interleaved_.prefetcher =
-        op_.prefetcher({p.group, count(p.group, group_), part_.pair, part_.pairs}, p.piece, slices_, p.slice);
-    const int64_t of_pieces = (p.piece - p.group) / kPair % Op::kTogether;
+        op_.prefetcher({p.group, count(p.group, group_), task_.pair, task_.pairs}, p.piece, slices_, p.slice);
+    const int64_t of_pieces = (p.piece - p.group) / kPair % Op::kPiecesPerDecode;
     if (of_pieces == 0) decode(p, s);
     const char* const piece = pieces_ + of_pieces * kPieceBytes;
-    for (int64_t q = 0; q < part_.pairs; ++q, sums += kOutputTileBytes) {
-      const int64_t pair = part_.pair + q;
+    for (int64_t q = 0; q < task_.pairs; ++q, sums += kOutputTileBytes) {
+      const int64_t pair = task_.pair + q;
       const Chunk& chunk = op_.chunk();
       interleaved_.begin_tile(first ? nullptr : sums + kOutputTileBytes,
                               last ? chunk.at(pair * kPair, p.piece) : nullptr);
@@ -200,7 +178,7 @@ class Product {
 
   const Op& op_;
   const Slices& slices_;
-  const Part part_;
+  const Rectangle task_;
   const int64_t group_;  // rows or columns of a group
   InterleavedWork<Op> interleaved_;
   ScaledPiece source_;
@@ -238,16 +216,17 @@ void run_chunk(const Pool& pool, const typename Op::Problem& p, int64_t first, i
   };
   pool(slices.element_slices() * panel.pairs(), 1, pack);
   if (lora.rank)
-    add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes, Op::kept(p));
+    add_low_rank<Op::kWeightIs>(pool, in, first, factor, lora, slices, panel, panel.tiles + panel_bytes,
+                                Op::saved_low_rank(p));
   const Op op(p, {panel, first, out, outer});
   const many_tokens::Grid grid = many_tokens::make_grid(pool.threads, outer, outer, kPair, tokens, tokens);
   auto body = [&](int64_t begin, int64_t end) {
     const tiles::Session session;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % grid.rows.count * grid.rows.size, token = i / grid.rows.count * grid.tokens.size;
-      const Part part{row, min(grid.rows.size, outer - row), token / kPair,
-                      ceil_div(min(grid.tokens.size, tokens - token), kPair)};
-      Product<Op> product(op, slices, part);
+      const Rectangle task{row, min(grid.rows.size, outer - row), token / kPair,
+                           ceil_div(min(grid.tokens.size, tokens - token), kPair)};
+      Product<Op> product(op, slices, task);
       product();
     }
   };

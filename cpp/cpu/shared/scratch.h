@@ -1,5 +1,5 @@
-// The kernels' workspace: one buffer per thread and purpose. It grows as needed and later calls reuse it, because fresh
-// pages cost more than the kernels that write them.
+// The kernels' workspace: one buffer per thread and purpose. It grows as needed and is reused by later calls, because
+// fresh pages cost more than the kernels that write them.
 #pragma once
 
 #include <cstdint>
@@ -7,9 +7,9 @@
 namespace qlora::cpu {
 
 enum class ScratchUse {
-  kCall,    // prepared by the calling thread for all threads of one call
-  kThread,  // each thread's own
-  kBefore,  // computed by the calling thread before it prepares a call
+  kCall,    // of the calling thread, for all threads of a call
+  kThread,  // of each thread
+  kBefore,  // of the calling thread, for what it computes before it requests kCall
 };
 
 // 64-byte aligned, contents undefined, valid until the thread's next request for the same use.

@@ -1,8 +1,9 @@
-// Runs the kernels for tiles on many problems and compares them with plain float64 loops: their layouts, the ends of
-// every dimension, dropout, and that threads change nothing. It is compiled for a vocabulary, TILES: software_tiles, on
-// any machine and with sanitizers, or one of the product's on a machine that has it.
+// Runs the kernels for tiles on many problems and compares them with plain float64 loops. The problems test layouts,
+// the ends of every dimension, dropout, and that results do not depend on the number of threads. The program is
+// compiled for a vocabulary, TILES: software_tiles, on any machine and with sanitizers, or a real one on a machine that
+// has it.
 //
-//   problems [seed]    prints the number of problems; the first that is wrong, and ends with 1
+//   problems [seed]    prints the number of problems, or the first wrong one and ends with 1
 #define QLORA_ISA TILES
 
 #include <algorithm>
@@ -59,7 +60,7 @@ void* scratch(ScratchUse use, int64_t bytes) {
   return buffer.data;
 }
 
-// The library's own is where all its kernels are.
+// The product's definition is in dispatch.cpp, which this program does not link.
 void throw_of_pool(bool) { throw std::bad_alloc(); }
 
 bool is_scratch(const void* p, int64_t bytes) {
@@ -105,8 +106,8 @@ struct Shape {
   Code code = Code::kNf4;
 };
 
-// Whether each row and each column of `got` is within 2% of `want`, or of what a row or column is on average: some
-// roundings to bfloat16 are, and nothing that was read or written in the wrong place.
+// Whether each row and each column of `got` is within 2% of `want`, or of the average row or column. Roundings to
+// bfloat16 are; values that were read from or written to a wrong place are not.
 bool near(const Bf16& got, const Doubles& want, int64_t rows, int64_t columns) {
   std::vector<double> error(static_cast<size_t>(rows + columns)), size(static_cast<size_t>(rows + columns));
   for (int64_t r = 0; r < rows; ++r) {
@@ -142,7 +143,7 @@ bool same_for_all_pools(Problem p, void* Problem::* out, int64_t count, Run run,
   return true;
 }
 
-// Whether one more run, on two threads, gives `expected`.
+// Whether another run, on two threads, gives `expected`.
 template <class Problem, class Run>
 bool again(Problem p, void* Problem::* out, const Bf16& expected, Run run) {
   Bf16 here = normal(static_cast<int64_t>(expected.size()), 1.0f);
@@ -230,7 +231,7 @@ const char* wrong(const Shape& s) {
   return nullptr;
 }
 
-// Of the problems of that seed those of at most `most` products of x and W.
+// The problems of this seed with at most `most` products of x and W.
 int run_all(unsigned seed, int64_t most) {
   random_bits.seed(seed);
   std::vector<Shape> shapes = {
@@ -252,7 +253,7 @@ int run_all(unsigned seed, int64_t most) {
       {0, 32, 64, 16, 64, true, false, 0.0},
       {300, 1100, 130, 4, 64, true, true, 0.1},
       {257, 100, 2752, 16, 64, true, true, 0.0},
-      {257, 2700, 96, 70, 64, true, false, 0.2},  // beyond a cache's panel
+      {257, 2700, 96, 70, 64, true, false, 0.2},  // more than a panel that fits in the cache
       {33, 96, 320, 8, 64, true, true, 0.1, Code::kShuffled},
       {40, 70, 176, 1, 16, false, true, 0.0, Code::kShuffled},
       {33, 33, 333, 5, 16, true, true, 0.2},
@@ -284,7 +285,7 @@ int run_all(unsigned seed, int64_t most) {
 #define QLORA_NAME_OF(isa) QLORA_NAME(isa)
 
 int main(int count, char** arguments) {
-  // Asks the system for the permission to use tiles.
+  // Asks the system for permission to use tiles.
   const qlora::cpu::Isa* const isa = qlora::cpu::find_isa(QLORA_NAME_OF(QLORA_ISA));
   if (isa && !qlora::cpu::supported(*isa)) {
     std::printf("this processor has no %s\n", isa->name);

@@ -1,8 +1,8 @@
 // The vocabulary tiles:: for AMX, and the state that it needs.
 //
-// A tile is 16 rows of 64 bytes: 16 x 32 bfloat16 as a, 16 pairs of rows x 16 columns as b, 16 x 16 float32 as sums. In
-// memory its rows follow each other. What a program may not have is a tile that lives across a call: the compiler
-// neither allocates nor saves tiles, so a kernel names them by number.
+// A tile is 16 rows of 64 bytes: 16 x 32 bfloat16 as a, 16 pairs of rows x 16 columns as b, 16 x 16 float32 as sums.
+// Its rows are contiguous in memory. The compiler neither allocates nor saves tiles, so a kernel names them by number,
+// and no tile may be in use across a call.
 #pragma once
 
 #include <immintrin.h>
@@ -15,8 +15,8 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace tiles {
 
-// While one lives, its thread may use tiles. It sets up the unit anew each time, for oneDNN sets it up its own way in
-// the same threads, and clears it in the end: tiles that stay in use make every context switch save them.
+// A thread may use tiles while it has a Session. Each session configures the unit, because oneDNN configures it
+// differently in the same threads. At its end it releases the tiles, because every context switch saves tiles in use.
 class Session {
  public:
   Session() { _tile_loadconfig(&kConfig); }
@@ -31,12 +31,13 @@ class Session {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
   };
   static_assert(sizeof(Config) == 64);
-  // Never a local: GCC's intrinsic says that it reads the first 8 bytes, and stores to the others could be left out.
+  // Not a local: GCC's intrinsic declares that it reads the first 8 bytes only, so stores to the others could be
+  // removed.
   static const Config kConfig;
 };
 inline constexpr Session::Config Session::kConfig = {};
 
-// In assembly: the macros of GCC 12 want a literal for a tile's number, and hold up every other access to memory.
+// In assembly, because GCC 12's macros need a literal as a tile's number and order all other memory accesses.
 using Tile = char[1024];
 
 template <int tile>
@@ -49,7 +50,8 @@ inline void load(const void* p) {
                :
                : "r"(p), "r"(int64_t{64}), "i"(tile), "m"(*static_cast<const Tile*>(p)));
 }
-// The same for what is read once from the second-level cache: it leaves the first to what is read again.
+// The same for data that is read once from the second-level cache. It leaves the first level to data that is read
+// again.
 template <int tile>
 inline void load_streamed(const void* p) {
   asm volatile("tileloaddt1 (%0,%1,1), %%tmm%c2"

@@ -71,14 +71,14 @@ inline Pairs load_pairs(const float16* p) {
 struct Codes {
   __m256i low, high;
 };
-// 16 dwords by the low four bits of each lane.
+// Looks up 16 dwords by the low four bits of each lane.
 inline __m256i look_up(__m256 low, __m256 high, __m256i index) {
   return _mm256_castps_si256(_mm256_blendv_ps(_mm256_permutevar8x32_ps(low, index),
                                               _mm256_permutevar8x32_ps(high, index),
                                               _mm256_castsi256_ps(_mm256_slli_epi32(index, 28))));
 }
 
-// Binary search in the 15 boundaries. After each step a lane holds -(what the steps so far say of the rank), whose low
+// Binary search in the 15 boundaries. After each step, a lane holds the negated rank as far as it is known, whose low
 // three bits are the index of the next boundary to compare with.
 struct Search {
   float first = 0.0f, second[8] = {}, third[8] = {}, fourth[8] = {};
@@ -92,7 +92,7 @@ struct Search {
 };
 inline constexpr PerCode<Search> kSearch;
 
-// Codes that are ranks, or (kInOrder false) are looked up by them.
+// The code of a rank is the rank itself or, if kInOrder is false, is looked up.
 template <bool kInOrder>
 class SearchEncoder {
  public:

@@ -23,7 +23,7 @@ using U = __m256i;
 
 inline F zero() { return _mm256_setzero_ps(); }
 inline F splat(float x) { return _mm256_set1_ps(x); }
-// With splat(*p) GCC makes a quarter more instructions of a tile of outputs.
+// With splat(*p), GCC emits a quarter more instructions for a tile of outputs.
 using Broadcast = F;
 inline Broadcast broadcast(const float* p) { return _mm256_broadcast_ss(p); }
 inline F add(F a, F b) { return _mm256_add_ps(a, b); }
@@ -52,7 +52,7 @@ inline void store(T* p, F v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
 }
 
-// `count` elements, zeros after them; nothing beyond them is touched.
+// Loads `count` elements, and zeros after them. Nothing beyond them is touched.
 inline F load_first(const float* p, int count) { return _mm256_maskload_ps(p, first_lanes(count)); }
 inline void store_first(float* p, F v, int count) { _mm256_maskstore_ps(p, first_lanes(count), v); }
 template <class T>
@@ -68,7 +68,7 @@ inline void store_first(T* p, F v, int count) {
   __builtin_memcpy(p, all, static_cast<size_t>(count) * sizeof(T));
 }
 
-// v with the lanes zeroed whose random bits are below `threshold`.
+// Zeroes the lanes of v whose random bits are below `threshold`.
 inline F keep_from(F v, const uint32_t* bits, uint32_t threshold) {
   const U b = _mm256_loadu_si256(reinterpret_cast<const U*>(bits)), t = _mm256_set1_epi32(static_cast<int>(threshold));
   return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(b, t), b)));
@@ -92,7 +92,7 @@ inline void transpose(F (&v)[kLanes]) {
   }
 }
 
-// Between the order of a group in memory (element 4i + j) and the order nibbles are decoded in (vector j, lane i).
+// Convert a group between memory order (element 4i + j) and the order in which nibbles are decoded (vector j, lane i).
 inline void decoded_to_memory_order(F (&v)[4]) {
   const F lo01 = _mm256_unpacklo_ps(v[0], v[1]), hi01 = _mm256_unpackhi_ps(v[0], v[1]);
   const F lo23 = _mm256_unpacklo_ps(v[2], v[3]), hi23 = _mm256_unpackhi_ps(v[2], v[3]);
@@ -120,7 +120,7 @@ using Codes = U;
 inline Codes load_codes(const uint8_t* packed) {
   return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
 }
-// The same from the low nibble of *packed on (odd), or with only `bytes` readable.
+// The same, from the low nibble of *packed on if `odd`, with only `bytes` bytes readable.
 inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
   uint8_t some[32] = {};
   if (bytes >= 17) {
@@ -135,7 +135,7 @@ inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
       _mm_or_si128(_mm_slli_epi16(_mm_and_si128(here, low), 4), _mm_and_si128(_mm_srli_epi16(next, 4), low)));
 }
 
-// The values of a code, scaled, and what code j of each lane stands for.
+// The scaled values of a code. lookup<j> decodes code j of each lane.
 struct Table {
   F low, high;  // codes 0..7 and 8..15
 };
@@ -151,7 +151,7 @@ inline F lookup(const Table& t, Codes c) {
                           _mm256_castsi256_ps(sign));
 }
 
-// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
+// Elements 4i + j of a group: those before element `first` from a, the others from b.
 template <int j>
 inline F joined(int first, F a, F b) {
   const U element = _mm256_add_epi32(_mm256_slli_epi32(iota(), 2), _mm256_set1_epi32(j));

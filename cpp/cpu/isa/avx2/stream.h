@@ -1,5 +1,5 @@
-// The vocabulary stream:: for AVX2 + FMA + F16C. scalar/stream.h says what each name means. vpshufb looks up 32 codes a
-// byte of their values at a time; the bytes are then interleaved to int16 or float32.
+// The vocabulary stream:: for AVX2 + FMA + F16C. scalar/stream.h says what each name means. vpshufb looks up one byte
+// of the values of 32 codes at a time. The bytes are then interleaved to int16 or float32.
 #pragma once
 
 #include <immintrin.h>
@@ -19,7 +19,7 @@ namespace stream {
 using Floats = __m256;
 using Ints = __m256i;
 using Chunk = Ints;
-using Granules = Ints;
+using LaneGranules = Ints;
 using Pairs = Ints;
 
 inline constexpr int kLanes = 8;
@@ -62,7 +62,7 @@ inline Ints first_lanes(int64_t count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count < kLanes ? count : kLanes)), lane_number());
 }
 
-// The first `count` of kLanes 16-bit elements, the rest 0.
+// Loads the first `count` of kLanes 16-bit elements. The others are 0.
 inline __m128i load_words(const void* p, int64_t count) {
   if (count >= kLanes) return _mm_loadu_si128(static_cast<const __m128i*>(p));
   alignas(16) uint16_t word[kLanes] = {};
@@ -136,7 +136,7 @@ struct FloatCodes {
   Floats v[8];
 };
 inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
-  // A 4x4 byte transpose in each half, so that the bytes of a lane's dword are taken in turn by the unpacks below.
+  // A 4x4 byte transpose in each half, so that the unpacks below take the bytes of a lane's dword in order.
   const Ints transpose =
       _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
   const Ints bytes = _mm256_shuffle_epi8(chunk, transpose);
@@ -155,7 +155,7 @@ inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
   return out;
 }
 
-// The bytes in the order in which they are looked up, and which weight is then word `word` of a lane of vector s.
+// The order in which bytes are looked up, and the weight that is word `word` of a lane of vector s in that order.
 struct LaneOrder {
   static Ints bytes(Ints chunk) {
     // The first two bytes of every dword of a half, then the last two.

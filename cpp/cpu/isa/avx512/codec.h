@@ -62,10 +62,10 @@ struct Codes {
 };
 inline Floats look_up(Codes c, __m512 values) { return {_mm512_permutexvar_ps(_mm512_srli_epi32(c.v, 28), values)}; }
 
-// Codes by table instead of by comparison. q is also taken as the integer i = q * 2^28, exact for |q| >= 2^-5, where
-// all decision boundaries lie. [-1, 1] is cut into 31 cells of 1/15, so narrow that a cell holds at most one boundary
-// b. A cell whose lower end has code c maps to (c + 1) * 2^28 - b - 1: adding i leaves c + (i > b) in the top four
-// bits.
+// Codes by table instead of by comparison. q is also read as the integer i = q * 2^28, which is exact for |q| >= 2^-5,
+// where all decision boundaries lie. [-1, 1] is cut into 31 cells of 1/15, so narrow that a cell holds at most one
+// boundary b. A cell whose lower end has code c maps to (c + 1) * 2^28 - b - 1: adding i leaves c + (i > b) in the top
+// four bits.
 inline constexpr float kFixedOne = 268435456.0f;  // 2^28
 inline constexpr float kCellsPerOne = 15.0f;
 inline constexpr float kCellRounder = 8388608.0f + 16.0f;  // adding it leaves round(x) + 16 in the low bits
@@ -110,7 +110,7 @@ class FastEncoder {
     return {_mm512_add_epi32(fixed, _mm512_permutex2var_epi32(low_, _mm512_castps_si512(cell), high_))};
   }
   Codes encode(Floats q) const {
-    // The maximum with a NaN is its second operand: -1, whose code is NaN's.
+    // The maximum of NaN and -1 is its second operand: -1, whose code is also NaN's.
     return encode_within({_mm512_min_ps(_mm512_max_ps(q.v, _mm512_set1_ps(-1.0f)), _mm512_set1_ps(1.0f))});
   }
   Floats values(Codes c) const { return look_up(c, values_); }
@@ -187,8 +187,8 @@ struct Dynamic8Planes {
 };
 inline constexpr Dynamic8Planes kDynamic8Planes{};
 
-// Decodes up to 64 nested scales at a time: the four bytes of each value are looked up apart, in tables that vpermi2b
-// holds in registers, for a gather costs a cycle a code.
+// Decodes up to 64 nested scales at a time. The four bytes of each value are looked up separately, in tables that
+// vpermi2b holds in registers, because a gather costs a cycle per code.
 class ScaleDecoder {
  public:
   static constexpr int kCodes = 64;
@@ -275,7 +275,7 @@ class Values {
   __m512 values_;
   float least_normal_;
 };
-// 16-bit values stand there twice, so that bit 4 of an index does not matter.
+// 16-bit values are stored twice, so that bit 4 of an index does not matter.
 template <class T>
 struct Table {
   __m512i v;
@@ -308,7 +308,7 @@ inline Table<bfloat16> make_table(const Values& values, float scale) {
 }
 #endif
 
-// Which byte of a group each weight is in, for every byte of the vectors of T it decodes to.
+// The byte of a group that holds each weight, for every byte of the vectors of T to which the group decodes.
 template <class T>
 struct Spread {
   alignas(64) uint8_t byte[sizeof(T) / 2][64] = {};
@@ -329,7 +329,7 @@ inline void store_vector(void* p, __m512i x) {
   }
 }
 
-// Each weight's lane takes a copy of its byte, shifted right by 4 or 0; the permutes ignore what is above the code.
+// Each weight's lane gets a copy of its byte, shifted right by 4 or 0. The permutes ignore the bits above the code.
 template <bool kStream, class T>
 inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
   const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));

@@ -31,7 +31,7 @@ inline F multiply_add(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 inline F load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 
-// `count` elements from p, zeros after them; nothing beyond them is touched.
+// Loads `count` elements from p, and zeros after them. Nothing beyond them is touched.
 inline F load_first(const float* p, int count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
 inline F widen_bf16(__m256i bits) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
 inline F load(const bfloat16* p) { return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -53,7 +53,7 @@ inline void store_first(float16* p, F v, int count) {
   _mm256_mask_storeu_epi16(p, (1u << count) - 1, _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
 
-// v with the lanes zeroed whose random bits are below `threshold`.
+// Zeroes the lanes of v whose random bits are below `threshold`.
 inline F keep_from(F v, const uint32_t* bits, uint32_t threshold) {
   return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(bits), _mm512_set1_epi32(threshold)), v);
 }
@@ -84,14 +84,14 @@ inline void transpose(F (&v)[kLanes]) {
   }
 }
 
-// Of neighbouring lanes of a and then b, the first and the second ones.
+// Splits the pairs of neighbouring lanes of a and then b into their first and their second lanes.
 inline void unzip(F a, F b, F& even, F& odd) {
   const __m512i from = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   even = _mm512_permutex2var_ps(a, from, b);
   odd = _mm512_permutex2var_ps(a, _mm512_add_epi32(from, _mm512_set1_epi32(1)), b);
 }
 
-// Between the order of a group in memory (element 4i + j) and the order nibbles are decoded in (vector j, lane i).
+// Convert a group between memory order (element 4i + j) and the order in which nibbles are decoded (vector j, lane i).
 inline void decoded_to_memory_order(F (&v)[4]) {
   const F lo01 = _mm512_unpacklo_ps(v[0], v[1]), hi01 = _mm512_unpackhi_ps(v[0], v[1]);
   const F lo23 = _mm512_unpacklo_ps(v[2], v[3]), hi23 = _mm512_unpackhi_ps(v[2], v[3]);
@@ -125,7 +125,7 @@ using Codes = U;
 inline Codes load_codes(const uint8_t* packed) {
   return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
 }
-// The same from the low nibble of *packed on (odd), or with only `bytes` readable.
+// The same, from the low nibble of *packed on if `odd`, with only `bytes` bytes readable.
 inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
   const auto readable = [](int64_t n) { return n >= 32 ? 0xFFFFFFFFu : n > 0 ? (1u << n) - 1 : 0u; };
   const __m256i here = _mm256_maskz_loadu_epi8(readable(bytes), packed);
@@ -140,7 +140,7 @@ inline U nibble(Codes c) {
   return kShift[j] ? _mm512_srli_epi32(c, kShift[j]) : c;
 }
 
-// The values of a code, scaled, and what code j of each lane stands for.
+// The scaled values of a code. lookup<j> decodes code j of each lane.
 struct Table {
   F value;
 };
@@ -151,7 +151,7 @@ inline F lookup(const Table& t, Codes c) {
   return _mm512_permutexvar_ps(nibble<j>(c), t.value);
 }
 
-// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
+// Elements 4i + j of a group: those before element `first` from a, the others from b.
 template <int j>
 inline F joined(int first, F a, F b) {
   const U element = _mm512_setr_epi32(j, j + 4, j + 8, j + 12, j + 16, j + 20, j + 24, j + 28, j + 32, j + 36, j + 40,
@@ -189,7 +189,8 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
   for (int q = 0; q < 4; ++q) _mm512_storeu_ps(bits + 16 * q, v[q]);
 }
 
-// Lanes that stand for two words each (tile-inl.h): a broadcast is of two, and sums of both stand side by side.
+// Lanes that hold two words each (many_tokens/multiply-inl.h): two words are broadcast together, and the sums of both
+// lie side by side.
 template <class W>
 struct TwoWords : W {
   static constexpr int kWords = 2;
@@ -198,7 +199,7 @@ struct TwoWords : W {
     __builtin_memcpy(&both, p, sizeof(both));
     return (typename W::Vector)_mm512_set1_pd(both);
   }
-  // The lanes of a and b in turn.
+  // The lanes of a and b alternately.
   static void interleave(F a, F b, F& low, F& high) {
     const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     low = _mm512_permutex2var_ps(a, from, b);

@@ -71,7 +71,7 @@ inline void store_units(uint8_t* p, Floats x, float most) {
 }
 inline Ints add_where_in(const CodeSet& codes, Ints sums, const uint8_t* row, uint8_t units) {
   const Ints words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
-  // The low nibble in the low half of the low byte of a word, the high one in that of the high byte.
+  // A word's low nibble goes to the low half of its low byte, the high nibble to the low half of its high byte.
   const Ints nibbles = _mm512_or_si512(words, _mm512_slli_epi16(words, 4));
   const __mmask64 in = _mm512_movepi8_mask(_mm512_permutexvar_epi8(nibbles, codes.has));
   return _mm512_mask_adds_epu8(sums, in, sums, _mm512_set1_epi8(static_cast<char>(units)));

@@ -19,7 +19,7 @@ namespace stream {
 using Floats = __m512;
 using Ints = __m512i;
 using Chunk = Ints;
-using Granules = Ints;
+using LaneGranules = Ints;
 using Pairs = Ints;
 
 inline constexpr int kLanes = 16;
@@ -71,14 +71,14 @@ inline void store(float16* p, Floats x, int64_t count) {
   _mm256_mask_storeu_epi16(p, first_lanes(count), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// The load is volatile, or GCC reads the memory again for each shift.
+// The load is volatile, because GCC would read the memory again for each shift.
 inline Ints load_chunk(const uint8_t* p) { return *reinterpret_cast<const volatile __m512i_u*>(p); }
 inline Ints load_chunk(const uint8_t* p, int64_t bytes) {
   return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~__mmask64{0} : (__mmask64{1} << bytes) - 1, p);
 }
 
 struct CodeSet {
-  Ints has;  // four times, for vpermb looks at the low six bits of a byte
+  Ints has;  // four times, because vpermb uses the low six bits of a byte
   explicit CodeSet(const uint8_t* has_)
       : has(_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(has_)))) {}
 };
@@ -107,7 +107,7 @@ struct FloatCodes {
   Floats v[8];
 };
 inline FloatCodes decode(Ints chunk, const FloatCodebook& book) {
-  // vpermps looks at the low four bits of a lane.
+  // vpermps uses the low four bits of a lane.
   FloatCodes out;
   unroll<8>(
       [&](auto s) { out.v[s] = _mm512_permutexvar_ps(s ? _mm512_srli_epi32(chunk, 4 * s) : chunk, book.values); });
@@ -127,7 +127,7 @@ struct IntCodes {
   Ints v[4];
 };
 inline IntCodes decode(Ints chunk, const IntCodebook& book, LaneOrder) {
-  // vpermw looks at the low five bits of a word; the 16 codes stand twice in the table, so nothing need be masked.
+  // vpermw uses the low five bits of a word. The table has the 16 values twice, so that no bit has to be masked.
   return {{_mm512_permutexvar_epi16(chunk, book.values),
            _mm512_permutexvar_epi16(_mm512_srli_epi16(chunk, 4), book.values),
            _mm512_permutexvar_epi16(_mm512_srli_epi16(chunk, 8), book.values),
@@ -142,7 +142,7 @@ inline Ints dot(Ints acc, Ints a, Ints b) {
 #endif
 }
 inline Ints load_pairs(const int16_t* p) { return _mm512_loadu_si512(p); }
-// The load is volatile, or GCC reads the memory again for each use.
+// The load is volatile, because GCC would read the memory again for each use.
 inline Ints load_pairs_once(const int16_t* p) { return *reinterpret_cast<const volatile __m512i_u*>(p); }
 inline void store_in_code_order(const Ints (&value)[8], int16_t* out, LaneOrder) {
   const Ints pairs_of_lane =

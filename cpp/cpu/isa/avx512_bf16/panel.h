@@ -13,7 +13,7 @@ struct WordBf16 {
   using Word = uint32_t;
   using Vector = U;
   static constexpr int kElements = 2, kWords = 1;
-  using FewLanes = TwoWords<WordBf16>;  // what to multiply with where lanes are few
+  using FewLanes = TwoWords<WordBf16>;  // the word for few lanes
   static Vector load(const Word* p) { return _mm512_loadu_si512(p); }
   static void store(Word* p, Vector v) { _mm512_storeu_si512(p, v); }
   static void store_elements(Word* row, int64_t element, F v) {
@@ -25,8 +25,8 @@ struct WordBf16 {
   static Vector as_words(F floats) { return _mm512_castps_si512(floats); }
   static F multiply_add(Vector a, Vector b, F sum) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
-  // The words of up to 2 * kLanes elements, bit for bit: of neighbours, or (decoded) of elements 4i, 4i + 2 and 4i + 1,
-  // 4i + 3, as decode_row pairs them.
+  // The words of up to 2 * kLanes elements, bit for bit. A word has two neighbours or, if `decoded`, elements 4i and
+  // 4i + 2, or 4i + 1 and 4i + 3, as decode_row pairs them.
   template <bool decoded>
   static F load_pairs(const bfloat16* p, int64_t count) {
     const __mmask32 these = count >= 2 * kLanes ? 0xFFFFFFFFu : count > 0 ? (1u << count) - 1 : 0u;
@@ -38,7 +38,7 @@ struct WordBf16 {
     return _mm512_castsi512_ps(pairs);
   }
 
-  // Words of an element of `first` and the one of `second` in the same lane, both already bfloat16 values.
+  // Words of the elements of `first` and `second` in the same lane, both already bfloat16 values.
   static Vector pair(F first, F second) {
     return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(_mm512_castps_si512(first), 16),
                                    _mm512_castps_si512(second));
@@ -51,11 +51,11 @@ struct WordBf16 {
     return _mm512_permutexvar_epi16(order, both);
   }
 
-  // The values of a code, as a group is decoded from them.
+  // The values of a code, in the form from which groups are decoded.
   using Values = Table;
   static Values values_of(const CodeTable& table) { return panel::values_of(table); }
 
-  // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
+  // Decodes a group of a row to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors.
   static void decode_row(const Values& values, const uint8_t* packed, float scale, Vector (&out)[2]) {
     const F products = scaled(values, splat(scale)).value;
     const U table = (U)_mm512_cvtne2ps_pbh(products, products);  // twice, so that bit 4 of an index does not matter
@@ -74,8 +74,8 @@ struct WordBf16 {
     store(out + 16, round_pair(v[1], v[3]));
   }
 
-  // What the codes of a row and of the next one stand for, and the words (row, next row) of codes in the low four bits
-  // of each half of a lane.
+  // The decoded values of the codes of a row and of the next row, and their words (row, next row). Codes lie in the low
+  // four bits of each half of a lane.
   static U row_table(const Values& values, float scale, float next_scale) {
     return (U)_mm512_cvtne2ps_pbh(scaled(values, splat(next_scale)).value, scaled(values, splat(scale)).value);
   }
@@ -85,7 +85,7 @@ struct WordBf16 {
     return _mm512_permutexvar_epi16(index, table);
   }
 
-  // The words of a group of lanes, (row, next row): of element 4i + j in vector j, lane i.
+  // The words of a group of lanes, (row, next row). Vector j has element 4i + j in lane i.
   static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, float scale,
                            float next_scale, Vector (&out)[4]) {
     const U table = row_table(values, scale, next_scale);
@@ -96,7 +96,7 @@ struct WordBf16 {
     out[3] = row_words(_mm512_srli_epi16(codes, 8), table);
   }
 
-  // Half a group of two rows, decoded to words (row, next row) of columns 2i and 2i + 1 in lane i of two vectors.
+  // Decodes half a group of two rows to words (row, next row) of columns 2i and 2i + 1 in lane i of two vectors.
   static void decode_columns(const uint8_t* packed, const uint8_t* next, U table, Vector (&out)[2]) {
     const auto load_bytes = [](const uint8_t* p) {
       return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -105,13 +105,13 @@ struct WordBf16 {
     out[0] = row_words(_mm512_srli_epi32(codes, 4), table);
     out[1] = row_words(codes, table);
   }
-  // Of two rows as they lie in memory, up to 32 elements of each: the words (row, next row) of elements 2i and 2i + 1.
+  // The words (row, next row) of elements 2i and 2i + 1 of two rows in memory order, up to 32 elements of each.
   static void pair_rows(F row, F next, Vector (&out)[2]) {
     const U a = _mm512_castps_si512(row), b = _mm512_castps_si512(next);
     out[0] = _mm512_mask_blend_epi16(0xAAAAAAAAu, a, _mm512_slli_epi32(b, 16));
     out[1] = _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(a, 16), b);
   }
-  // Up to 2 * kLanes elements from words of elements 2i and 2i + 1.
+  // Stores up to 2 * kLanes elements from words of elements 2i and 2i + 1.
   static void store_pairs(bfloat16* p, Vector words, int64_t count) {
     if (count >= 2 * kLanes) {
       _mm512_storeu_si512(p, words);

@@ -87,8 +87,8 @@ inline uint8x16_t low_bytes(uint32x4_t a, uint32x4_t b, uint32x4_t c, uint32x4_t
 using Codes = uint8x16_t;
 
 // Codes by table and one comparison. [-1, 1] is cut into 31 cells of 1/15, so narrow that a cell holds at most one
-// decision boundary: TBL looks up the code at the lower end of a cell and the boundary in it, which is out of reach
-// where there is none.
+// decision boundary. TBL looks up the code at the lower end of a cell, and the boundary in it, which is out of reach if
+// the cell has none.
 inline constexpr float kCellsPerOne = 15.0f;
 inline constexpr float kCellRounder = 8388608.0f + 16.0f;  // adding it leaves round(x) + 16 in the low bits
 struct Cells {
@@ -145,7 +145,7 @@ class FastEncoder {
     return vsubq_u8(of_cell(cells_->code), above);  // true is -1
   }
   Codes encode(const Floats& q) const {
-    // The greater number of a NaN and -1 is -1, whose code is NaN's.
+    // The maximum of NaN and -1 is -1, whose code is also NaN's.
     const Floats at_least = quarters(q, splat(-1.0f), [](float32x4_t a, float32x4_t b) { return vmaxnmq_f32(a, b); });
     return encode_within(
         quarters(at_least, splat(1.0f), [](float32x4_t a, float32x4_t b) { return vminnmq_f32(a, b); }));
@@ -265,8 +265,7 @@ inline Table<T> make_table(const Values& values, float scale) {
   return round_table<T>(values.times(scale));
 }
 
-// Plain stores, whatever kStream asks for: a core that sees whole lines written one after another stops fetching them
-// first by itself.
+// Plain stores, also with kStream: a core that writes whole lines one after another stops reading them first by itself.
 template <bool kStream, class T>
 inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
   const uint8x16_t bytes = vld1q_u8(packed), high = high_nibbles(bytes), low = low_nibbles(bytes);

@@ -32,7 +32,7 @@ inline F zero() { return splat(0.0f); }
 inline F add(F a, F b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
 inline F mul(F a, F b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
 inline F multiply_add(F a, F b, F c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
-// As one lane, which FMLA multiplies all lanes by.
+// One lane: FMLA multiplies all lanes by it.
 using Broadcast = float;
 inline Broadcast broadcast(const float* p) { return *p; }
 inline F multiply_add(Broadcast a, F b, F c) { return {vfmaq_n_f32(c.low, b.low, a), vfmaq_n_f32(c.high, b.high, a)}; }
@@ -57,7 +57,7 @@ inline void store(float16* p, F v) {
   vst1q_u16(reinterpret_cast<uint16_t*>(p), vreinterpretq_u16_f16(words));
 }
 
-// `count` elements, zeros after them; nothing beyond them is touched.
+// Loads `count` elements, and zeros after them. Nothing beyond them is touched.
 template <class T>
 inline F load_first(const T* p, int count) {
   T some[kLanes] = {};
@@ -71,7 +71,7 @@ inline void store_first(T* p, F v, int count) {
   __builtin_memcpy(p, all, static_cast<size_t>(count) * sizeof(T));
 }
 
-// v with the lanes zeroed whose random bits are below `threshold`.
+// Zeroes the lanes of v whose random bits are below `threshold`.
 inline F keep_from(F v, const uint32_t* bits, uint32_t threshold) {
   const auto keep = [threshold](float32x4_t x, const uint32_t* of_x) {
     const uint32x4_t kept = vcgeq_u32(vld1q_u32(of_x), vdupq_n_u32(threshold));
@@ -80,7 +80,7 @@ inline F keep_from(F v, const uint32_t* bits, uint32_t threshold) {
   return {keep(v.low, bits), keep(v.high, bits + 4)};
 }
 
-// Of neighbouring lanes of a and then b, the first and the second ones.
+// Splits the pairs of neighbouring lanes of a and then b into their first and their second lanes.
 inline void unzip(F a, F b, F& even, F& odd) {
   even = {vuzp1q_f32(a.low, a.high), vuzp1q_f32(b.low, b.high)};
   odd = {vuzp2q_f32(a.low, a.high), vuzp2q_f32(b.low, b.high)};
@@ -109,7 +109,7 @@ inline void transpose(F (&v)[kLanes]) {
   }
 }
 
-// Between the order of a group in memory (element 4i + j) and the order nibbles are decoded in (vector j, lane i).
+// Convert a group between memory order (element 4i + j) and the order in which nibbles are decoded (vector j, lane i).
 inline void decoded_to_memory_order(F (&v)[4]) {
   transpose4(v[0].low, v[1].low, v[2].low, v[3].low);
   transpose4(v[0].high, v[1].high, v[2].high, v[3].high);
@@ -132,7 +132,7 @@ inline Codes load_codes(const uint8_t* packed) {
   const uint8x8x2_t bytes = vld2_u8(packed);
   return vcombine_u8(bytes.val[0], bytes.val[1]);
 }
-// The same from the low nibble of *packed on (odd), or with only `bytes` readable.
+// The same, from the low nibble of *packed on if `odd`, with only `bytes` bytes readable.
 inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
   uint8_t some[32] = {};
   if (bytes >= 17) {
@@ -144,7 +144,7 @@ inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
   return vsriq_n_u8(vshlq_n_u8(load_codes(some), 4), load_codes(some + 1), 4);
 }
 
-// The values of a code and what they are scaled by, and what code j of each lane stands for.
+// The values of a code and their scale. lookup<j> decodes code j of each lane.
 struct Table {
   FloatTable values;
   float32x4_t scale;
@@ -163,7 +163,7 @@ inline U iota() {
   return {vld1q_u32(kLane), vld1q_u32(kLane + 4)};
 }
 
-// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
+// Elements 4i + j of a group: those before element `first` from a, the others from b.
 template <int j>
 inline F joined(int first, F a, F b) {
   const auto join = [first](uint32x4_t lane, float32x4_t x, float32x4_t y) {

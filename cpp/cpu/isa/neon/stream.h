@@ -1,5 +1,6 @@
 // The vocabulary stream:: for NEON (ARMv8.0 Advanced SIMD). scalar/stream.h says what each name means. A vector is two
-// registers of four lanes, so that a chunk is worth its loop and 32 registers hold what AVX2's 16 hold.
+// registers of four lanes, because half a chunk would be too little work per iteration. So 32 registers hold as much as
+// AVX2's 16.
 #pragma once
 
 #include <arm_neon.h>
@@ -63,7 +64,7 @@ inline int count_at_least(Floats x, float bound) {
 }
 inline bool all_finite(Floats x) { return vmaxvq_u32(vmaxq_u32(magnitude(x.low), magnitude(x.high))) < 0x7F800000u; }
 
-// The first `count` of kLanes elements, the rest 0.
+// Loads the first `count` of kLanes elements. The others are 0.
 template <class T>
 struct Elements {
   T element[kLanes];
@@ -128,11 +129,11 @@ inline int count_bytes_with(const CodeSet& codes, Chunk chunk) {
   return -vaddvq_s8(vreinterpretq_s8_u8(vaddq_u8(some(chunk.low), some(chunk.high))));  // true is -1
 }
 
-// The three granules, at most, that a chunk lies in are a table of bytes, of which a lane takes four.
-struct Granules {
+// A chunk lies in at most three granules. Their scales are a table of bytes, and each lane looks up four of them.
+struct LaneGranules {
   uint8x16_t low, high;
 };
-inline Granules granule_of_lanes(int phase, int log2_granule) {
+inline LaneGranules granule_of_lanes(int phase, int log2_granule) {
   static constexpr int32_t kFirstWeight[kLanes] = {0, 8, 16, 24, 32, 40, 48, 56};
   const auto bytes_of_lanes = [&](const int32_t* first_weight) {
     const int32x4_t weight = vaddq_s32(vld1q_s32(first_weight), vdupq_n_s32(phase));
@@ -141,12 +142,12 @@ inline Granules granule_of_lanes(int phase, int log2_granule) {
   };
   return {bytes_of_lanes(kFirstWeight), bytes_of_lanes(kFirstWeight + 4)};
 }
-inline Floats lane_scales(const float* scales, Granules granules) {
+inline Floats lane_scales(const float* scales, LaneGranules granules) {
   const uint8x16_t table = vreinterpretq_u8_f32(vld1q_f32(scales));
   return {vreinterpretq_f32_u8(vqtbl1q_u8(table, granules.low)),
           vreinterpretq_f32_u8(vqtbl1q_u8(table, granules.high))};
 }
-inline Floats lane_scales(const float* scales, Granules granules, int64_t lanes) {
+inline Floats lane_scales(const float* scales, LaneGranules granules, int64_t lanes) {
   static constexpr int32_t kLane[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7};
   const int32x4_t end = vdupq_n_s32(static_cast<int32_t>(lanes < kLanes ? lanes : kLanes));
   const auto first = [end](float32x4_t x, const int32_t* lane) {
@@ -156,7 +157,7 @@ inline Floats lane_scales(const float* scales, Granules granules, int64_t lanes)
   return {first(all.low, kLane), first(all.high, kLane + 4)};
 }
 
-// The bytes of four lanes, byte 0 of all of them first: a look-up then leaves byte b of each lane in quarter b.
+// The bytes of four lanes, sorted by their place in the lane. So a look-up leaves byte b of each lane in quarter b.
 inline uint8x16_t transpose_bytes(uint8x16_t lanes) {
   static constexpr uint8_t kOrder[16] = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
   return vqtbl1q_u8(lanes, vld1q_u8(kOrder));
@@ -180,8 +181,8 @@ inline FloatCodes decode(Chunk chunk, const FloatCodebook& book) {
   return out;
 }
 
-// The bytes of a register in the order in which they are looked up, and which of its weights is then element i of
-// vector s. SMLAL and SMLAL2 sum elements i and 4 + i in lane i.
+// The order in which the bytes of a register are looked up, and the weight that is element i of vector s in that order.
+// SMLAL and SMLAL2 sum elements i and 4 + i in lane i.
 constexpr int weight_of_byte(int s, int byte) { return 2 * byte + (1 - (s & 1)); }
 struct LaneOrder {
   static uint8x16_t bytes(uint8x16_t lanes) { return transpose_bytes(lanes); }

@@ -1,5 +1,6 @@
-// Looking 4-bit codes up in registers, for every vocabulary of NEON. TBL looks 16 bytes up at once, so a table of 16
-// values is kept as *planes*, byte p of every value in plane p, and what was looked up is zipped to values again:
+// Looks up 4-bit codes in registers, for every vocabulary of NEON. TBL looks up 16 bytes at once, so a table of 16
+// values is stored as *planes*: plane p has byte p of every value. The bytes that were looked up are zipped to values
+// again:
 //
 // clang-format off
 //   codes              c0 c1 c2 ..                    16 bytes

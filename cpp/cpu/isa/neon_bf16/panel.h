@@ -14,7 +14,7 @@ struct WordBf16 {
   using Word = uint32_t;
   using Vector = U;
   static constexpr int kElements = 2, kWords = 1;
-  using FewLanes = TwoWords<WordBf16>;  // what to multiply with where lanes are few
+  using FewLanes = TwoWords<WordBf16>;  // the word for few lanes
   static Vector load(const Word* p) { return {vld1q_u32(p), vld1q_u32(p + 4)}; }
   static void store(Word* p, Vector v) {
     vst1q_u32(p, v.low);
@@ -32,8 +32,8 @@ struct WordBf16 {
     return {add(sum.low, b.low), add(sum.high, b.high)};
   }
 
-  // The words of up to 2 * kLanes elements, bit for bit: of neighbours, or (decoded) of elements 4i, 4i + 2 and 4i + 1,
-  // 4i + 3, as decode_row pairs them.
+  // The words of up to 2 * kLanes elements, bit for bit. A word has two neighbours or, if `decoded`, elements 4i and
+  // 4i + 2, or 4i + 1 and 4i + 3, as decode_row pairs them.
   template <bool decoded>
   static F load_pairs(const bfloat16* p, int64_t count) {
     bfloat16 some[2 * kLanes] = {};
@@ -50,7 +50,7 @@ struct WordBf16 {
     return {vreinterpretq_f32_u8(low), vreinterpretq_f32_u8(high)};
   }
 
-  // Words of an element of `first` and the one of `second` in the same lane, both already bfloat16 values.
+  // Words of the elements of `first` and `second` in the same lane, both already bfloat16 values.
   static Vector pair(F first, F second) {
     const auto words = [](float32x4_t a, float32x4_t b) {
       return vsriq_n_u32(vreinterpretq_u32_f32(b), vreinterpretq_u32_f32(a), 16);
@@ -63,21 +63,21 @@ struct WordBf16 {
     return {vreinterpretq_u32_u16(vzip1q_u16(a, b)), vreinterpretq_u32_u16(vzip2q_u16(a, b))};
   }
 
-  // The values of a code, as a group is decoded from them.
+  // The values of a code, in the form from which groups are decoded.
   using Values = SixteenFloats;
   static Values values_of(const CodeTable& table) {
     const auto load = [&](int i) { return vld1q_f32(table.value + i); };
     return {{load(0), load(4), load(8), load(12)}};
   }
 
-  // What the codes of a row stand for.
+  // The decoded values of the codes of a row.
   static WordTable row_table(const Values& values, float scale) {
     const auto scaled = [&](int i) { return vmulq_n_f32(values.q[i], scale); };
     return word_table(round_to_bfloat16(scaled(0), scaled(1)), round_to_bfloat16(scaled(2), scaled(3)));
   }
 
-  // A group of a row, decoded to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors: those of
-  // the high nibbles of two bytes, and of the low ones.
+  // Decodes a group of a row to words of elements (4i, 4i + 2) and (4i + 1, 4i + 3) in lane i of two vectors: the high
+  // nibbles of two bytes, and the low ones.
   static void decode_row(const Values& values, const uint8_t* packed, float scale, Vector (&out)[2]) {
     const WordTable table = row_table(values, scale);
     const uint8x16_t bytes = vld1q_u8(packed);
@@ -99,7 +99,7 @@ struct WordBf16 {
     store(out + kLanes, round_pair(v[1], v[3]));
   }
 
-  // The words of a group of lanes, (row, next row): of element 4i + j in vector j, lane i.
+  // The words of a group of lanes, (row, next row). Vector j has element 4i + j in lane i.
   static void decode_lanes(const Values& values, const uint8_t* packed, const uint8_t* next, float scale,
                            float next_scale, Vector (&out)[4]) {
     const WordTable table = row_table(values, scale), next_table = row_table(values, next_scale);

@@ -7,9 +7,9 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace stream {
 
-inline constexpr int kMaxBf16Tokens = 4;  // that a kernel takes at once (stream.h)
+inline constexpr int kMaxBf16Tokens = 4;  // at once (stream.h)
 
-// The order in which a lane sums its own weights.
+// The order of codes in which a lane sums its own weights.
 using Bf16LaneOrder = LaneOrder;
 
 // acc + a.low * b.low + a.high * b.high in each lane, of pairs that hold the bits of bfloat16. A set may take subnormal
@@ -20,7 +20,7 @@ using Bf16LaneOrder = LaneOrder;
   return each_lane<Floats>(
       [&](int i) { return acc.lane[i] + low(a.lane[i]) * low(b.lane[i]) + high(a.lane[i]) * high(b.lane[i]); });
 }
-// The upper 16 bits of each lane: of a bfloat16, all that are not 0.
+// The upper 16 bits of each lane, which are the bits of a bfloat16 stored as float32.
 [[gnu::noinline]] inline Ints upper_halves(const Floats& x) {
   return each_lane<Ints>([&](int i) { return static_cast<int32_t>(float_bits(x.lane[i])) >> 16; });
 }

@@ -78,7 +78,7 @@ class Encoder {
     for (int i = 0; i < kLanes; ++i) r.lane[i] = table_->code_of_rank[rank_of(*table_, q.lane[i])];
     return r;
   }
-  // The same where no |q| is above the table's largest value, but for a rounding. A NaN gets any code.
+  // The same, if no |q| exceeds the table's largest value by more than a rounding. A NaN gets any code.
   Codes encode_within(const Floats& q) const { return encode(q); }
   // The value that each code stands for.
   Floats values(const Codes& c) const {
@@ -97,7 +97,7 @@ inline void store_packed(uint8_t* packed, const Codes& even, const Codes& odd) {
   for (int i = 0; i < kLanes; ++i) packed[i] = static_cast<uint8_t>(even.lane[i] << 4 | odd.lane[i]);
 }
 
-// dynamic8_encode of each lane; no lane is NaN.
+// dynamic8_encode of each lane. No lane is NaN.
 inline void store_dynamic8(uint8_t* codes, const Floats& q) {
   using Cells = Dynamic8Cells;
   for (int i = 0; i < kLanes; ++i) {
@@ -109,8 +109,8 @@ inline void store_dynamic8(uint8_t* codes, const Floats& q) {
   }
 }
 
-// The largest magnitude among the groups shown to it. Bits without the sign order as the magnitudes do, and NaN is
-// above infinity, so one integer maximum serves every type and loses no NaN.
+// The largest magnitude of the groups that it is given. Bits without the sign have the order of the magnitudes, and NaN
+// is above infinity. So one integer maximum serves every type and loses no NaN.
 template <class T>
 struct BitsOf {
   using type = uint16_t;
@@ -141,7 +141,7 @@ class Largest {
   Bits bits_ = 0;
 };
 
-// The 16 values of a table, as products with scales are made from them.
+// The 16 values of a table, in the form that is multiplied by scales.
 struct Values {
   const float* value;
   explicit Values(const CodeTable& table) : value(table.value) {}
@@ -179,7 +179,7 @@ inline void decode(const Table<T>& table, const uint8_t* packed, T* out) {
 }
 inline void finish_streaming() {}
 
-// Decodes as many of the first nested scales as the set decodes faster together than one by one, and returns how many.
+// Decodes the first nested scales, as many as the set decodes faster together than one by one. Returns their number.
 inline int64_t decode_many_scales(const uint8_t*, int64_t, float, float, float*) { return 0; }
 
 }  // namespace codec

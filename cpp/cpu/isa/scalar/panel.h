@@ -30,7 +30,7 @@ inline F splat(float x) {
   for (float& lane : v.lane) lane = x;
   return v;
 }
-// *p in every lane, in the form in which it is multiplied.
+// *p in every lane, as an operand of multiply_add.
 using Broadcast = F;
 inline Broadcast broadcast(const float* p) { return splat(*p); }
 inline F add(F a, F b) {
@@ -41,10 +41,10 @@ inline F mul(F a, F b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] *= b.lane[i];
   return a;
 }
-// a * b + c, in one rounding where the set has an instruction for that; here in two.
+// a * b + c, rounded once if the set has an instruction for that. Here it is rounded twice.
 inline F multiply_add(F a, F b, F c) { return add(mul(a, b), c); }
 
-// `count` elements, zeros after them; nothing beyond them is touched.
+// Loads `count` elements, and zeros after them. Nothing beyond them is touched.
 template <class T>
 inline F load_first(const T* p, int count) {
   F v = {};
@@ -64,13 +64,13 @@ inline void store(T* p, F v) {
   store_first(p, v, kLanes);
 }
 
-// v with the lanes zeroed whose random bits are below `threshold`.
+// Zeroes the lanes of v whose random bits are below `threshold`.
 inline F keep_from(F v, const uint32_t* bits, uint32_t threshold) {
   for (int i = 0; i < kLanes; ++i) v.lane[i] = bits[i] < threshold ? 0.0f : v.lane[i];
   return v;
 }
 
-// Of neighbouring lanes of a and then b, the first and the second ones.
+// Splits the pairs of neighbouring lanes of a and then b into their first and their second lanes.
 inline void unzip(F a, F b, F& even, F& odd) {
   for (int i = 0; i < kLanes; ++i) {
     even.lane[i] = 2 * i < kLanes ? a.lane[2 * i] : b.lane[2 * i - kLanes];
@@ -89,7 +89,7 @@ inline void transpose(F (&v)[kLanes]) {
   }
 }
 
-// Between the order of a group in memory (element 4i + j) and the order nibbles are decoded in (vector j, lane i).
+// Convert a group between memory order (element 4i + j) and the order in which nibbles are decoded (vector j, lane i).
 inline void decoded_to_memory_order(F (&v)[4]) {
   F out[4];
   for (int e = 0; e < 4 * kLanes; ++e) out[e / kLanes].lane[e % kLanes] = v[e % 4].lane[e / 4];
@@ -105,7 +105,7 @@ inline void memory_to_decoded_order(F (&v)[4]) {
 struct Codes {
   uint8_t code[4][kLanes];
 };
-// From the low nibble of *packed on (odd), with only `bytes` readable.
+// Loads from the low nibble of *packed on if `odd`, with only `bytes` bytes readable.
 inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
   Codes c = {};
   for (int64_t e = 0; e < 4 * kLanes && (e + odd) / 2 < bytes; ++e)
@@ -114,7 +114,7 @@ inline Codes load_codes(const uint8_t* packed, bool odd, int64_t bytes) {
 }
 inline Codes load_codes(const uint8_t* packed) { return load_codes(packed, false, 2 * kLanes); }
 
-// The values of a code, scaled, and what code j of each lane stands for.
+// The scaled values of a code. lookup<j> decodes code j of each lane.
 struct Table {
   float value[kCodes];
 };
@@ -135,7 +135,7 @@ inline F lookup(const Table& t, const Codes& c) {
   return v;
 }
 
-// Of elements 4i + j of a group, those before the `first` one from a, the others from b.
+// Elements 4i + j of a group: those before element `first` from a, the others from b.
 template <int j>
 inline F joined(int first, F a, F b) {
   for (int i = 0; i < kLanes; ++i) a.lane[i] = 4 * i + j < first ? a.lane[i] : b.lane[i];
@@ -150,8 +150,8 @@ inline void philox(uint64_t seed, uint64_t group, uint32_t* bits) {
   }
 }
 
-// Lanes that stand for two words each (many_tokens/multiply-inl.h), where the set has them (avx512/panel.h); here a
-// lane stands for one.
+// Lanes that hold two words each (many_tokens/multiply-inl.h), if the set has them (avx512/panel.h). Here a lane holds
+// one.
 template <class W>
 using TwoWords = W;
 

@@ -1,7 +1,7 @@
 // stream::'s words for weight rows in pairs, in plain C++.
 //
-// dx sums over weight rows, so two of them are what a lane multiplies and adds up: of the same 64 columns of an upper
-// and a lower row, a lane holds four columns of both, in a word each.
+// dx sums over weight rows, so a lane multiplies the codes of two rows and adds the products. Of 64 columns of an upper
+// and a lower row, a lane holds four columns of both, one row per word.
 //
 // clang-format off
 //   lane l          | high word: row `lower`  | low word: row `upper`   |
@@ -16,25 +16,25 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 namespace stream {
 
-inline constexpr int kMaxDxTokens = 2;  // that a kernel sums at once; few, to keep the code small
+inline constexpr int kMaxDxTokens = 2;  // at once; few, to keep the code small
 
 inline int32_t word_of(const uint8_t* row, int i) { return row[2 * i] | row[2 * i + 1] << 8; }
 
 [[gnu::noinline]] inline Ints load_row_pair(const uint8_t* upper, const uint8_t* lower) {
   return each_lane<Ints>([&](int i) { return pair(word_of(upper, i), word_of(lower, i)); });
 }
-// Nibble s of every word, looked up: a pair of int16, of the upper row in the low half.
+// Decodes nibble s of every word to a pair of int16. The upper row's is in the low half.
 template <int s>
 [[gnu::noinline]] inline Ints decode_nibble(const Ints& words, const IntCodebook& book) {
   return each_lane<Ints>(
       [&](int i) { return pair(book.values[nibble(words, i, s)], book.values[nibble(words, i, 4 + s)]); });
 }
-// of_nibble[s] has column 4l + (s ^ 1) in lane l -> the 64 columns in memory order.
+// Stores the 64 columns in memory order, given column 4l + (s ^ 1) in lane l of of_nibble[s].
 [[gnu::noinline]] inline void store_in_order(const Floats (&of_nibble)[4], float* out) {
   for (int i = 0; i < kLanes; ++i)
     for (int s = 0; s < 4; ++s) out[4 * i + (s ^ 1)] = of_nibble[s].lane[i];
 }
-// The words of one row, a lane each, and nibble s of each as float32.
+// Loads the words of one row, one per lane, and decodes nibble s of each to float32.
 [[gnu::noinline]] inline Ints load_words(const uint8_t* row) {
   return each_lane<Ints>([&](int i) { return word_of(row, i); });
 }
@@ -43,7 +43,7 @@ template <int s>
   return each_lane<Floats>([&](int i) { return book.values[nibble(words, i, s)]; });
 }
 
-// The bits of |x|, taken for an integer: it grows as log2 |x| does.
+// The bits of |x| as an integer, which is nearly linear in log2 |x|.
 [[gnu::noinline]] inline Ints magnitude_bits(const Floats& x) {
   return each_lane<Ints>([&](int i) { return static_cast<int32_t>(magnitude_of_lane(x, i)); });
 }
@@ -55,14 +55,14 @@ template <int s>
   return each_lane<Floats>(
       [&](int i) { return number.lane[i] < static_cast<int32_t>(limit) ? x.lane[i] : -__builtin_inff(); });
 }
-// A bit for each lane where a >= b, which a NaN is not.
+// A bit for each lane where a >= b, without NaN.
 [[gnu::noinline]] inline uint32_t lanes_at_least(const Floats& a, const Floats& b) {
   uint32_t lanes = 0;
   for (int i = 0; i < kLanes; ++i) lanes |= static_cast<uint32_t>(a.lane[i] >= b.lane[i]) << i;
   return lanes;
 }
 inline uint32_t first_lane_bits(int64_t count) { return count >= kLanes ? 0xFFFFu : (1u << count) - 1u; }
-// Rounded in the lanes whose bit is set, 0 in the others.
+// Rounds the lanes whose bit is set. The others are 0.
 [[gnu::noinline]] inline Ints round_to_ints(const Floats& x, uint32_t lanes) {
   return each_lane<Ints>([&](int i) { return lanes >> i & 1 ? static_cast<int32_t>(__builtin_lrintf(x.lane[i])) : 0; });
 }

@@ -1,6 +1,6 @@
 // The vocabulary stream:: in plain C++, the definition of what the kernels for few tokens ask of a vector unit.
-// `Floats` is a vector of kLanes floats, `Ints` one of kLanes dwords. Plain C++ has these kernels for tests, which ask
-// for them by name: nothing is inlined, or the unrolled kernels would take minutes to compile.
+// `Floats` is a vector of kLanes floats, `Ints` one of kLanes dwords. In plain C++ these kernels are for tests, which
+// force them by name. Nothing is inlined, because the unrolled kernels would take minutes to compile.
 //
 // A *chunk* is kLanes dwords of packed bytes: lane i holds the eight weights 8i .. 8i+7. Decoding takes one nibble of
 // every lane at a time, so a sum of products stays in the lane of its weights, and a lane, which lies in one
@@ -13,7 +13,7 @@
 //   weight, 8i +           6      7      4      5      2      3      0      1
 // clang-format on
 //
-// x is arranged once a call to meet the weights in that order.
+// x is arranged in that order once per call.
 #pragma once
 
 #include <cstdint>
@@ -32,12 +32,12 @@ inline constexpr int kLanes = 16;
 inline constexpr int kLaneWeights = 8;
 inline constexpr int kChunk = kLanes * kLaneWeights;  // weights
 
-// How many tokens a kernel takes at once: as many as registers can sum beside the decoded codes of a weight row, or of
-// two weight rows (paired; 0: there are too few registers for that).
+// How many tokens a kernel processes at once: as many as registers hold sums for, beside the decoded codes of one
+// weight row, or of two (paired; 0 means that there are too few registers for two).
 inline constexpr int kMaxIntTokens = 4;
 inline constexpr int kMaxPairedIntTokens = 0;
 inline constexpr int kMaxFloatTokens = 4;
-inline constexpr int kDxSums = 16;  // vectors of dx's sums that stay in registers beside the codes they are met with
+inline constexpr int kDxSums = 16;  // vectors of dx's sums that stay in registers beside the decoded codes
 
 struct Floats {
   float lane[kLanes];
@@ -45,10 +45,10 @@ struct Floats {
 struct Ints {
   int32_t lane[kLanes];
 };
-// Ints by what they hold, which a set may keep in another form: a chunk of packed bytes, where its lanes find their
-// scales, two int16 a lane.
+// Ints by what they hold: a chunk of packed bytes, the granules of its lanes, two int16 per lane. A set may represent
+// each in another form.
 using Chunk = Ints;
-using Granules = Ints;
+using LaneGranules = Ints;
 using Pairs = Ints;
 template <class Result, class Function>
 inline Result each_lane(const Function& function) {
@@ -98,7 +98,7 @@ inline uint32_t magnitude_of_lane(const Floats& x, int i) { return float_bits(x.
     return static_cast<int32_t>(now > before ? now : before);
   });
 }
-// How many lanes have |x| >= bound; a NaN has not.
+// How many lanes have |x| >= bound. A NaN does not count.
 [[gnu::noinline]] inline int count_at_least(const Floats& x, float bound) {
   int count = 0;
   for (int i = 0; i < kLanes; ++i) count += bits_float(magnitude_of_lane(x, i)) >= bound;
@@ -110,7 +110,7 @@ inline uint32_t magnitude_of_lane(const Floats& x, int i) { return float_bits(x.
   return all;
 }
 
-// kLanes elements as float32; of the last, only `count` are touched and the rest are 0.
+// Loads and stores min(count, kLanes) elements. Lanes beyond them are 0, and nothing beyond them is touched.
 template <class T>
 [[gnu::noinline]] inline Floats load(const T* p, int64_t count) {
   return each_lane<Floats>([&](int i) { return i < count ? to_float(p[i]) : 0.0f; });
@@ -143,15 +143,15 @@ struct CodeSet {
   return count;
 }
 
-// Which of the granules from `scales` on each lane lies in, when the chunk starts `phase` weights into the first.
-[[gnu::noinline]] inline Granules granule_of_lanes(int phase, int log2_granule) {
-  return each_lane<Granules>([&](int i) { return (kLaneWeights * i + phase) >> log2_granule; });
+// The granule of each lane, for a chunk that starts `phase` weights into granule 0.
+[[gnu::noinline]] inline LaneGranules granule_of_lanes(int phase, int log2_granule) {
+  return each_lane<LaneGranules>([&](int i) { return (kLaneWeights * i + phase) >> log2_granule; });
 }
-[[gnu::noinline]] inline Floats lane_scales(const float* scales, const Granules& granules, int64_t lanes = kLanes) {
+[[gnu::noinline]] inline Floats lane_scales(const float* scales, const LaneGranules& granules, int64_t lanes = kLanes) {
   return each_lane<Floats>([&](int i) { return i < lanes ? scales[granules.lane[i]] : 0.0f; });
 }
 
-// Codes as float32, one a lane: vector s holds weight s ^ 1 of each lane.
+// Codes as float32, one per lane: vector s holds weight s ^ 1 of each lane.
 struct FloatCodebook {
   const float* values;
   explicit FloatCodebook(const float* value) : values(value) {}
@@ -165,13 +165,13 @@ struct FloatCodes {
   return out;
 }
 
-// Which products are summed in a lane: those of the lane's own eight weights (LaneOrder), or of any eight of the 32
-// around it (HalfOrder). The latter is right where quantization blocks begin at such 32 and saves AVX2 a shuffle;
-// elsewhere they are one.
+// Which products a lane sums: those of its own eight weights (LaneOrder), or of any eight of the 32 weights around it
+// (HalfOrder). HalfOrder is correct if these 32 share a scale. It saves AVX2 a shuffle; other sets have one order.
 struct LaneOrder {};
 using HalfOrder = LaneOrder;
 
-// Codes as int16, two a lane: vector s holds weights s ^ 1 and 4 + (s ^ 1) of each lane, in the low and the high half.
+// Codes as int16, two per lane: vector s holds weights s ^ 1 and 4 + (s ^ 1) of each lane, in the low and the high
+// half.
 struct IntCodebook {
   const int16_t* values;
   explicit IntCodebook(const int16_t* value) : values(value) {}
@@ -207,7 +207,7 @@ inline int32_t pair(int32_t low, int32_t high) {
 }
 [[gnu::noinline]] inline Pairs load_pairs_once(const int16_t* p) {
   return load_pairs(p);
-}  // for reuse, where a compiler would load anew
+}  // for values that a compiler would load again at each use
 // A chunk of values that fit 16 bits, in memory order -> four vectors of pairs in the order of IntCodes.
 [[gnu::noinline]] inline void store_in_code_order(const Ints (&value)[8], int16_t* out, LaneOrder) {
   const auto weight = [&](int w) { return static_cast<int16_t>(value[w / kLanes].lane[w % kLanes]); };

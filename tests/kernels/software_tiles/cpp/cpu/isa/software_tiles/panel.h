@@ -1,5 +1,5 @@
-// The vocabulary panel:: in plain C++ with the lanes that kernels for tiles ask for, and the multiplication in pairs,
-// of which they use the words.
+// The vocabulary panel:: in plain C++ with as many lanes as kernels for tiles need, and the multiplication in pairs,
+// whose words they use.
 #pragma once
 
 #define QLORA_PLAIN_LANES 16

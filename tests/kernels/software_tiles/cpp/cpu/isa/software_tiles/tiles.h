@@ -1,5 +1,5 @@
-// The vocabulary tiles:: in plain C++, which ends the process where a kernel uses it as it must not: without a Session,
-// a tile that holds nothing yet, or memory that is no scratch.
+// The vocabulary tiles:: in plain C++. It ends the process if a kernel misuses it: without a Session, with a tile that
+// holds nothing yet, or with memory outside of the scratch.
 #pragma once
 
 #include <cstdint>

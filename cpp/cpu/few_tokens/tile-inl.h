@@ -1,0 +1,217 @@
+// One tile of the forward: the outputs of kTileRows weight rows of one shift (rows n, n + period, ...) and the tokens
+// of a group.
+//
+// Each row and token has a vector of partial sums, which starts with the row's part of h · bᵀ. accumulate-inl.h adds
+// the products with x. At the end, the vectors of a token become kTileRows outputs at once:
+//
+// clang-format off
+//   sums of a token   row 0   [ lane 0 .. lane kLanes - 1 ]  ->  y[n]              + bias
+//                     row 1   [ lane 0 .. lane kLanes - 1 ]  ->  y[n + period]     + bias
+//                     ..                                         ..
+// clang-format on
+//
+// Rows that integer products cannot serve (concentration-inl.h) are summed again in float32.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/cpu/few_tokens/accumulate-inl.h"
+#include "cpp/cpu/few_tokens/arrange-inl.h"
+#include "cpp/cpu/few_tokens/code_tables.h"
+#include "cpp/cpu/few_tokens/concentration-inl.h"
+#include "cpp/cpu/few_tokens/products-inl.h"
+#include "cpp/cpu/few_tokens/weight-inl.h"
+#include "cpp/cpu/isa/isa.h"
+#include "cpp/cpu/isa/stream.h"
+#include "cpp/cpu/shared/instruction_set.h"
+#include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/unroll.h"
+#include "cpp/format/problem.h"
+
+namespace qlora::cpu::QLORA_ISA {
+namespace {
+namespace few_tokens {
+
+using namespace stream;
+
+using RowBits = uint32_t;  // one bit per row of a tile
+static_assert(kTileRows <= 32);
+
+template <class T, class Products>
+class ForwardTile {
+ public:
+  using Plan = ForwardPlan<Products>;
+  ForwardTile(const LinearProblem& p, const Products& products, const Plan& plan, int64_t first_token,
+              const ArrangedX<Products>& x)
+      : p_(p), products_(products), plan_(plan), first_token_(first_token), x_(x) {}
+
+  // What `sums` points to: [token][row][kLanes].
+  static constexpr int64_t kSumFloats = int64_t{Products::kMaxTokens} * kTileRows * kLanes;
+
+  // Computes `count` weight rows n, n + period, ... for a group of kTokens tokens. The first group finds the tile's
+  // concentrated rows, and `concentrated` keeps them for the other groups.
+  template <int kTokens>
+  void compute(int64_t n, int64_t count, int64_t group, const ScaleReader& reader, const GranuleScales& scales,
+               RowBits* concentrated, float* sums) const {
+    const int64_t m0 = plan_.groups.first(group);
+    const int shift = plan_.rows.shift(n);
+    const bool start_at_zero = p_.lora.rank == 0 && count == kTileRows;
+    if (!start_at_zero) start<kTokens>(n, count, m0, sums);
+    FirstChunks first_chunks(kLargeCodes[p_.w.code]);
+    first_chunks.start();
+    const bool looks = !Products::kServesEveryRow && group == 0 && shift + p_.w.k >= kChunk;
+    add_products<kTokens>(n, count, m0, reader, scales, start_at_zero, looks ? &first_chunks : nullptr, sums);
+    if (!Products::kServesEveryRow && group == 0) {
+      *concentrated = 0;
+      const bool none = looks && first_chunks.suffice(reader.largest(scales.first, scales.count), ceil_div(shift, 2));
+      if (!none) *concentrated = concentrated_rows(n, count, reader, scales);
+    }
+    for (RowBits left = Products::kServesEveryRow ? 0 : *concentrated; left; left &= left - 1) {
+      const int64_t t = __builtin_ctz(left);
+      sum_in_float(n + t * plan_.rows.period, m0, kTokens, reader, scales, sums + t * kLanes);
+    }
+    finish(n, count, m0, kTokens, scales, sums);
+  }
+
+ private:
+  // Adds the products of the tile's rows and x, some segments at a time: as many as stay in the first-level cache are
+  // multiplied with a weight row before the next row. `first_chunks`, if any, sees the first chunk of every row.
+  template <int kTokens>
+  [[gnu::always_inline]] void add_products(int64_t n, int64_t count, int64_t m0, const ScaleReader& reader,
+                                           const GranuleScales& scales, bool start_at_zero, FirstChunks* first_chunks,
+                                           float* sums) const {
+    const int64_t period = plan_.rows.period, k = p_.w.k;
+    const int shift = plan_.rows.shift(n), arrangement = plan_.arrangement(shift);
+    const typename Products::X* x = x_.values + arrangement * plan_.arrangement_values() + m0 * plan_.chunks * kChunk;
+    const float* scale_of_x = x_.scales + arrangement * plan_.arrangement_scales() + m0 * plan_.segments;
+    const int64_t segment_bytes =
+        kTokens * plan_.segment_chunks * kChunk * static_cast<int64_t>(sizeof(typename Products::X));
+    const int64_t most = segment_bytes < 12288 ? 24576 / segment_bytes : 1;
+    const int64_t weights = shift + k, chunks = ceil_div(weights, kChunk);
+    const int64_t first_weight = plan_.rows.first_weight(n);
+    RowSegments segments;
+    segments.scales = scales.scale;
+    segments.row_weights = period * k;
+    segments.log2_granule = reader.log2_granule();
+    segments.segment_chunks = plan_.segment_chunks;
+    segments.prefetch_ahead = int64_t{kTileRows} * period * k / 2;  // the same bytes of the next super-tile
+    // Intel's first level evicts the lines before they are read, so they are prefetched to the second: 440 us instead
+    // of 540 for 4096x4096 and one token. On AMD, the first level is faster.
+    segments.prefetch_to_second_level = current_cpu().intel;
+    for (int64_t s = 0; s * plan_.segment_chunks < chunks; s += most) {
+      const int64_t chunk = s * plan_.segment_chunks, first = first_weight + chunk * kChunk;
+      segments.packed = p_.w.packed + first / 2;
+      segments.first_weight = first - (scales.first << reader.log2_granule());
+      const bool is_last = chunks - chunk <= most * plan_.segment_chunks;
+      segments.chunks = is_last ? chunks - chunk : most * plan_.segment_chunks;
+      segments.last_weights = is_last ? weights - (chunks - 1) * kChunk : kChunk;
+      const typename Products::X* x_at = x + chunk * kTokens * kChunk;
+      segments.starts_sums = start_at_zero && s == 0;
+      FirstChunks* const look = s == 0 ? first_chunks : nullptr;
+      int64_t t = 0;
+      if constexpr (kTokens <= Products::kMaxPairedTokens) {
+        accumulate<kTokens, 2>(products_, segments, count, x_at, scale_of_x + s * kTokens, look, sums);
+        t = count & ~int64_t{1};
+        segments.packed += t * segments.row_weights / 2;
+        segments.first_weight += t * segments.row_weights;
+      }
+      if (t < count)
+        accumulate<kTokens, 1>(products_, segments, count - t, x_at, scale_of_x + s * kTokens, look, sums + t * kLanes);
+    }
+  }
+
+  // One bit for each of the `count` weight rows n, n + period, ..., set if the row is concentrated.
+  [[gnu::noinline]] RowBits concentrated_rows(int64_t n, int64_t count, const ScaleReader& reader,
+                                              const GranuleScales& scales) const {
+    const RowConcentration concentration(p_.w, reader, scales);
+    RowBits rows = 0;
+    for (int64_t t = 0; t < count; ++t) rows |= RowBits{concentration.is_concentrated(n + t * plan_.rows.period)} << t;
+    return rows;
+  }
+
+  // Replaces the sums of the concentrated weight row n by sums of float32 products.
+  [[gnu::noinline]] void sum_in_float(int64_t n, int64_t m0, int64_t tokens, const ScaleReader& reader,
+                                      const GranuleScales& scales, float* sums) const {
+    const int64_t rank = p_.lora.rank, k = p_.w.k;
+    const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
+    for (int64_t i = 0; i < tokens; ++i) {
+      Floats acc = zero();
+      for (int64_t j = 0; j < rank; j += kLanes)
+        acc = fma(load(b + j, rank - j), load(x_.h + (j / kLanes * p_.m + m0 + i) * kLanes), acc);
+      store(sums + i * kTileRows * kLanes, acc);
+    }
+    WeightPieces pieces(p_.w, reader, scales);
+    for (int64_t begin = 0; begin < k; begin += WeightPieces::kWeights) {
+      const int64_t count = min(k - begin, WeightPieces::kWeights);
+      const float* w = pieces.decode(n * k + begin, n * k + begin + count);
+      for (int64_t i = 0; i < tokens; ++i) {
+        const T* x = static_cast<const T*>(p_.x) + (m0 + i) * k + begin;
+        Floats acc = zero();
+        for (int64_t j = 0; j < count; j += kLanes) acc = fma(load(w + j, count - j), load(x + j, count - j), acc);
+        float* const sum = sums + i * kTileRows * kLanes;
+        store(sum, add(load(sum), acc));
+      }
+    }
+  }
+
+  // Sets the sums to the lanes of h · bᵀ.
+  template <int kTokens>
+  [[gnu::noinline]] void start(int64_t n, int64_t count, int64_t m0, float* sums) const {
+    const int64_t rank = p_.lora.rank, row_stride = plan_.rows.period * rank;
+    const T* b = static_cast<const T*>(p_.lora.b) + n * rank;
+    for (int64_t t = 0; t < kTileRows; ++t, b += row_stride, sums += kLanes) {
+      Floats acc[kTokens];
+      unroll<kTokens>([&](auto i) { acc[i] = zero(); });
+      const float* h = x_.h + m0 * kLanes;
+      for (int64_t j = 0; t < count && j < rank; j += kLanes, h += p_.m * kLanes) {
+        const Floats row = load(b + j, rank - j);
+        unroll<kTokens>([&](auto i) { acc[i] = fma(row, load(h + i * kLanes), acc[i]); });
+      }
+      unroll<kTokens>([&](auto i) { store(sums + i * kTileRows * kLanes, acc[i]); });
+    }
+  }
+
+  // Writes the outputs. A token whose sums overflowed because of a huge scale becomes a fallback token.
+  void finish(int64_t n, int64_t count, int64_t m0, int64_t tokens, const GranuleScales& scales,
+              const float* sums) const {
+    const T* bias = static_cast<const T*>(p_.bias);
+    const int64_t period = plan_.rows.period;
+    for (int64_t i = 0; i < tokens; ++i) {
+      Floats out = sums_of(sums + i * kTileRows * kLanes);
+      if (Products::kMayOverflow && !all_finite(out) && any_huge(scales))
+        x_.fallback_tokens->add(first_token_ + m0 + i);
+      T* y = static_cast<T*>(p_.y) + (m0 + i) * p_.w.n + n;
+      if (period == 1) {
+        if (bias) out = add(out, load(bias + n, count));
+        store(y, out, count);
+        continue;
+      }
+      if (bias) {
+        float of_row[kLanes] = {};
+        for (int64_t t = 0; t < count; ++t) of_row[t] = to_float(bias[n + t * period]);
+        out = add(out, load(of_row));
+      }
+      T value[kLanes];
+      store(value, out, kLanes);
+      for (int64_t t = 0; t < count; ++t) y[t * period] = value[t];
+    }
+  }
+
+  static bool any_huge(const GranuleScales& scales) {
+    for (int64_t i = 0; i < scales.count; ++i) {
+      const uint32_t bits = float_bits(scales.scale[i]) & kMagnitudeBits;
+      if (bits > float_bits(kHugeScale) && bits < kInfinityBits) return true;
+    }
+    return false;
+  }
+
+  const LinearProblem& p_;
+  const Products& products_;
+  const Plan& plan_;
+  const int64_t first_token_;
+  const ArrangedX<Products> x_;
+};
+
+}  // namespace few_tokens
+}  // namespace
+}  // namespace qlora::cpu::QLORA_ISA
