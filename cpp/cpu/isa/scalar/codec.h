@@ -146,7 +146,7 @@ struct Values {
   const float* value;
   explicit Values(const CodeTable& table) : value(table.value) {}
   Floats times(float scale) const {
-    // Volatile, or the compiler makes a negation of a product with -1, which flips the sign of a NaN.
+    // Volatile, because the compiler would turn a product with -1 into a negation, which flips the sign of a NaN.
     const volatile float* from = value;
     Floats r;
     for (int i = 0; i < kCodes; ++i) r.lane[i] = from[i] * scale;
