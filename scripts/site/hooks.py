@@ -124,11 +124,10 @@ def _examples() -> list[Path]:
 def _example(path: Path) -> str:
     if path.suffix == ".ipynb":
         return _notebook(path)
-    code = path.read_text()
-    title = path.name
+    code, does = path.read_text(), ""
     if path.suffix == ".py":
-        title = f"{path.name}: {(ast.get_docstring(ast.parse(code)) or '').partition('.')[0].lower()}"
-    return f"# {title}\n\n```{LANGUAGES[path.suffix]}\n{code}```\n"
+        does = (ast.get_docstring(ast.parse(code)) or "").partition("\n\n")[0] + "\n\n"
+    return f"# {path.name}\n\n{does}```{LANGUAGES[path.suffix]}\n{code}```\n"
 
 
 def _notebook(path: Path) -> str:
