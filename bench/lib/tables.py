@@ -65,12 +65,15 @@ def operators(machine: str) -> str:
     return table(["N x K", "tokens", *(name.replace("bitsandbytes", THEIRS) for name in first)], rows)
 
 
+def _ratio(row: files.Row) -> str:
+    return "1" if row["base"] == "qlora_ext" else files.text(row["time over qlora_ext's"])
+
+
 def methods(name: str) -> str:
     """Speed and memory of each contender of bench/step.py."""
     rows = []
     for row in files.sections("amd_26_2")[name]["rows"]:
-        ratio = files.text(row["time over qlora_ext's"])
-        rows.append([row["base"], f"{row['tokens/s']:.0f}", ratio, f"{row['peak GB']:.2f} GB"])
+        rows.append([row["base"], f"{row['tokens/s']:.0f}", _ratio(row), f"{row['peak GB']:.2f} GB"])
     return table(["", "tokens/s", "time over qlora_ext's", "peak memory"], rows)
 
 
@@ -115,10 +118,10 @@ def methods_of_steps() -> str:
     """Of bench/step.py on all machines: speed, memory and loss of each way to train SmolLM2-135M."""
     rows = []
     for machine in STEPS:
-        for row in files.sections(machine)["step_2_threads"]["rows"]:
-            ratio, memory = files.text(row["time over qlora_ext's"]), row.get("peak GB")
-            cells = [row["base"], row.get("dtype", "bfloat16"), f"{row['tokens/s']:.0f}", ratio]
-            rows.append([files.MACHINES[machine], *cells, f"{memory:.2f} GB" if memory else ""])
+        for i, row in enumerate(files.sections(machine)["step_2_threads"]["rows"]):
+            memory = row.get("peak GB")
+            cells = [row["base"], row.get("dtype", "bfloat16"), f"{row['tokens/s']:.0f}", _ratio(row)]
+            rows.append([files.MACHINES[machine] if i == 0 else "", *cells, f"{memory:.2f} GB" if memory else ""])
     return table(["processor", "", "computes in", "tokens/s", "time over qlora_ext's", "peak memory"], rows)
 
 

@@ -92,6 +92,8 @@ def on_page_markdown(markdown: str, page: Page, files: Files, **kwargs: Any) -> 
         relative = posixpath.relpath(shown, posixpath.dirname(uri) or ".")
         return f"{found[1]}{relative}{mark}{anchor}{found[3]}"
 
+    if uri == "api.md":
+        markdown = _with_links(markdown)
     parts = re.split(r"(^```.*?^```$)", markdown, flags=re.M | re.S)
     return "".join(part if part.startswith("```") else LINK.sub(pointed, part) for part in parts)
 
@@ -122,11 +124,10 @@ def _examples() -> list[Path]:
 def _example(path: Path) -> str:
     if path.suffix == ".ipynb":
         return _notebook(path)
-    code = path.read_text()
-    title = path.name
+    code, does = path.read_text(), ""
     if path.suffix == ".py":
-        title = f"{path.name}: {(ast.get_docstring(ast.parse(code)) or '').partition('.')[0].lower()}"
-    return f"# {title}\n\n```{LANGUAGES[path.suffix]}\n{code}```\n"
+        does = (ast.get_docstring(ast.parse(code)) or "").partition("\n\n")[0] + "\n\n"
+    return f"# {path.name}\n\n{does}```{LANGUAGES[path.suffix]}\n{code}```\n"
 
 
 def _notebook(path: Path) -> str:
@@ -184,6 +185,34 @@ def _package() -> griffe.Object:
     return griffe.load("qlora_ext", search_paths=[ROOT / "python"])
 
 
+def _documented(module: str, name: str) -> griffe.Object:
+    found = _package()[f"{module}.{name}".partition(".")[2]]
+    if found.is_alias:
+        found = found.final_target
+    # A function that its package imports from a module of the same name stands behind that.
+    return found.members[name] if found.is_module and name in found.members else found
+
+
+def _anchor(module: str, name: str) -> str:
+    found = _documented(module, name)
+    return found.path if found.is_function and found.path.endswith(f".{name}.{name}") else f"{module}.{name}"
+
+
+def _with_links(markdown: str) -> str:
+    """The page of all public names, each with a link to its description."""
+
+    def section(found: re.Match[str]) -> str:
+        module = found[1]
+
+        def row(names: re.Match[str]) -> str:
+            linked = [f"[`{n}`](reference/{module}.md#{_anchor(module, n)})" for n in re.findall(r"`(\w+)`", names[1])]
+            return f"| {', '.join(linked)} | {names[2]} |"
+
+        return f"## `{module}`\n{ROW.sub(row, found[2])}"
+
+    return SECTION.sub(section, markdown)
+
+
 def _reference(module: str, body: str) -> str:
     """Each name of a module: what its docstring says or, of modules and constants, its line in docs/api.md."""
     modules = _modules()
@@ -192,20 +221,15 @@ def _reference(module: str, body: str) -> str:
         what = re.sub(r"\[([^\]]*)\]\((\w+\.md\S*)\)", r"[\1](../\2)", what)
         sentence = f"{what[0].upper()}{what[1:]}."
         for name in re.findall(r"`(\w+)`", names):
-            full = f"{module}.{name}"
-            found = _package()[full.partition(".")[2]]
-            if found.is_alias:
-                found = found.final_target
-            if found.is_module and name in found.members:
-                found = found.members[name]  # a function that its package imports from a module of the same name
-                full = found.path
-            if full in modules:
-                lines += [f"### {name}", "", f"{sentence} [Its names]({full}.md).", ""]
+            found, anchor = _documented(module, name), _anchor(module, name)
+            heading = f"### {name} {{#{anchor}}}"
+            if anchor in modules:
+                lines += [heading, "", f"{sentence} [Its names]({anchor}.md).", ""]
             elif found.has_docstring:
                 options = ["    options:", "      inherited_members: true"] if name == "NF4Weight" else []
-                lines += [f"::: {full}", *options, ""]
+                lines += [f"::: {anchor}", *options, ""]
             elif found.is_attribute or found.is_module:
-                lines += [f"### {name}", "", sentence, ""]
+                lines += [heading, "", sentence, ""]
             else:
-                log.warning(f"{full} is public and has no docstring")
+                log.warning(f"{anchor} is public and has no docstring")
     return "\n".join(lines)

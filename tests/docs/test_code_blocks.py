@@ -6,7 +6,7 @@ The language of a block says what is tried:
   ``ADAPTER``, and ``pairs.jsonl``;
 - ``py``: needs a model of a certain kind, other hardware or a long time; it has to compile;
 - ``sh``: each command of ours has to be one that its parser takes, and each script or program has to exist;
-- everything else (``json``, ``text``, ``bibtex``, none) is not looked at.
+- everything else (``json``, ``yaml``, ``text``, ``bibtex``, none) is not looked at.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import tiny_models
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\S*)\n(.*?)^```$", flags=re.M | re.S)
-LANGUAGES = {"python", "py", "sh", "json", "text", "bibtex", ""}
+LANGUAGES = {"python", "py", "sh", "json", "yaml", "text", "bibtex", ""}
 
 
 def blocks(page: pathlib.Path, language: str) -> list[str]:
