@@ -1,4 +1,4 @@
-"""Linear4bit as a module: whatever torch does with modules, the packed state keeps its bits."""
+"""Linear4bit as a module: the packed state keeps its bits under all of torch's operations on modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients: right, for x, bias, lora_a and lora_b only, and the same under autocast and checkpointing."""
+"""Gradients of x, bias, lora_a and lora_b alone: correct, and the same under autocast and checkpointing."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_manual_seed_reproduces_dropout_and_draws_differ() -> None:
 
 
 def jvp_by_hand(way, s, **tangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y and its tangent, by dual tensors."""
+    """y and its tangent, computed with dual tensors."""
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(getattr(s, name), t) for name, t in tangents.items()}
         y, tangent = forward_ad.unpack_dual(way(dataclasses.replace(s, **dual)))

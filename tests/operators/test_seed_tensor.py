@@ -1,4 +1,4 @@
-"""Dropout's seed as a tensor on the device: the masks that its number gives, and new ones at each replay of a graph."""
+"""Dropout's seed as a tensor on the device: the masks of the same integer seed, and new ones at each graph replay."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_captured_step_draws_anew_at_each_replay(m: int) -> None:
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        step()  # as PyTorch asks: work before a capture happens on a side stream
+        step()  # as PyTorch requires, the work before a capture runs on a side stream
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

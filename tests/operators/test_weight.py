@@ -1,4 +1,4 @@
-"""NF4Weight and the quantize/dequantize entry points: golden vectors, refusals, moves."""
+"""NF4Weight and the quantize/dequantize entry points: golden vectors, errors, device moves."""
 
 from __future__ import annotations
 

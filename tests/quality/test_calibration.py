@@ -1,4 +1,4 @@
-"""Calibrated NF4: the same bytes, less error at the outputs, and plain NF4 wherever nothing better is known."""
+"""Calibrated NF4 has the same size, a smaller error of the outputs, and is plain NF4 if no inputs are known."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    """Blocks in a list, as transformers' models have them."""
+    """Blocks in a list, like transformers' models."""
 
     def __init__(self, size: int = 64, blocks: int = 3) -> None:
         super().__init__()

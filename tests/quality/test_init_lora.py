@@ -1,4 +1,4 @@
-"""Adapters that begin with what quantizing took away, with and without weights for the layers' inputs."""
+"""Adapters initialized with the quantization error, with and without weighting by the layers' inputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from test_calibration import Chain, correlated
 peft = pytest.importorskip("peft")
 
 
-def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition() -> None:
+def test_the_low_rank_approximation_equals_that_of_a_full_decomposition() -> None:
     for matrix in (torch.randn(96, 64), torch.randn(40, 200), correlated(64)):
         a, b = low_rank_approximation(matrix, 8)
         assert (a.shape, b.shape) == ((8, matrix.shape[1]), (matrix.shape[0], 8))
         singular = torch.linalg.svdvals(matrix)
         best = singular[8:].square().sum().sqrt().item()
         assert (matrix - b @ a).norm().item() <= 1.01 * best
-    a, b = low_rank_approximation(torch.randn(4, 64), 8)  # of a rank that the matrix cannot have
+    a, b = low_rank_approximation(torch.randn(4, 64), 8)  # a rank that exceeds the matrix's
     assert (a[4:] == 0).all()
     assert (b[:, 4:] == 0).all()
 

@@ -1,4 +1,4 @@
-"""``sensitivity``: an estimate of what 4 bits cost each layer, held against the truth; and layers kept dense."""
+"""``sensitivity``: the estimated cost of 4 bits per layer is compared with the measured one; and mixed precision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = torch.randint(3, 128, (24, 32), generator=torch.Generator().manual_seed(1)
 
 
 def decided(family: str = "llama") -> Any:
-    """A model whose predictions are far from even, so that a changed layer changes them."""
+    """A model whose predictions are far from uniform, so that changing a layer changes them."""
     model = make(family, torch.float32)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(12)
@@ -35,7 +35,7 @@ def decided(family: str = "llama") -> Any:
 
 @torch.no_grad()
 def divergence(dense: Any, model: Any) -> float:
-    """Of the predictions of ``model`` from those of ``dense``, nats per token."""
+    """The KL divergence of the predictions of ``model`` from those of ``dense``, in nats per token."""
     p, q = (m(IDS).logits.double().log_softmax(-1) for m in (dense, model))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
@@ -51,7 +51,7 @@ def test_the_estimate_is_what_a_layer_costs() -> None:
         assert [n for n, _ in layers_of(alone)] == [name]
         measured[name] = divergence(dense, alone)
     costly = sorted(measured, key=measured.__getitem__, reverse=True)[:6]
-    assert measured[costly[0]] > 3 * measured[costly[-1]]  # there is something to tell apart
+    assert measured[costly[0]] > 3 * measured[costly[-1]]  # the costs differ enough to be ranked
     for name in costly:
         assert 0.5 < found[name] / measured[name] < 2, (name, found[name], measured[name])
     assert sum(found.values()) == pytest.approx(sum(measured.values()), rel=0.3)
@@ -99,7 +99,7 @@ def test_a_budget_is_spent_on_what_costs_most_a_byte() -> None:
     assert found.keep(2) == found.keep("2") == ["b", "a"]
     assert found.keep(10) == ["b", "a", "c", "d"]
     assert found.keep("5%") == ["b", "a"]
-    assert found.keep("3%") == ["b", "c"]  # the next one that there is room for
+    assert found.keep("3%") == ["b", "c"]  # the next one that fits into the budget
     assert found.keep("0.0006MB") == ["b", "a", "c"]
     assert found.keep("1 MiB") == ["b", "a", "c", "d"]
 
@@ -151,13 +151,13 @@ def test_keep_takes_names_of_the_model() -> None:
 
 @pytest.mark.parametrize("form", ["ours", "bitsandbytes"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_kept_layers_stay_dense_where_the_model_is_saved(family: str, form: str, tmp_path: pathlib.Path) -> None:
+def test_layers_in_keep_are_dense_in_the_saved_model(family: str, form: str, tmp_path: pathlib.Path) -> None:
     from qlora_ext.integrations.bitsandbytes import save_pretrained
 
     model = make(family)
     names = list(to_be_quantized(model).values())
     assert model.get_output_embeddings() not in to_be_quantized(model)  # tied or not
-    kept = [name for name in names if ".1." in name] + names[:1]  # one block from end to end, and a layer of another
+    kept = [name for name in names if ".1." in name] + names[:1]  # one full block, and a layer of another
     qlora_ext.quantize_model(model, keep=kept)
     assert [name for name, _ in layers_of(model)] == names[1 : len(names) - len(kept) + 1]
     (save_pretrained if form == "bitsandbytes" else type(model).save_pretrained)(model, tmp_path)
@@ -165,7 +165,7 @@ def test_kept_layers_stay_dense_where_the_model_is_saved(family: str, form: str,
     assert same_state(model, loaded)
 
 
-def test_experts_are_kept_like_other_layers(tmp_path: pathlib.Path) -> None:
+def test_experts_in_keep_stay_dense(tmp_path: pathlib.Path) -> None:
     model = build("Qwen3-MoE")
     found = qlora_ext.sensitivity(model, IDS[:4])
     experts = [layer for layer in found.layers if layer.name.endswith(".experts")]
@@ -179,7 +179,7 @@ def test_experts_are_kept_like_other_layers(tmp_path: pathlib.Path) -> None:
     assert same_state(model, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
-def test_kept_layers_are_not_calibrated() -> None:
+def test_layers_in_keep_are_not_calibrated() -> None:
     model = decided()
     kept = qlora_ext.sensitivity(model, IDS[:8]).keep(3)
     others = [name for name in to_be_quantized(model).values() if name not in kept]

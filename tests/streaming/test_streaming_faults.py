@@ -1,4 +1,4 @@
-"""What can go wrong beneath a streamed model, each as a sentence: its files, the disk, the process that reads."""
+"""Faults below a streamed model have clear errors: of its files, of the disk, of the process that reads."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def forward_in(connection: Any, model: Any) -> None:
     connection.close()
 
 
-def test_a_forked_process_is_told_that_its_reader_is_not_there(llama: pathlib.Path) -> None:
+def test_a_forked_process_gets_an_error_because_it_has_no_reader(llama: pathlib.Path) -> None:
     model = stream(load(llama), source="disk")
     model(token_ids())
     receiver, sender = multiprocessing.Pipe(duplex=False)
