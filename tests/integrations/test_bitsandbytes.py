@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit state, both ways, against the installed bitsandbytes."""
+"""Conversion to and from bitsandbytes' 4-bit state, compared with the installed bitsandbytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def saved_by_bitsandbytes(
 
 
 def decoded_by_bitsandbytes(state_dict: dict[str, Tensor]) -> Tensor:
-    # Its generic decoder: its CPU kernel misplaces the scales of rows that are not a multiple of the block.
+    # Its generic decoder, because its CPU kernel uses wrong scales if rows are not a multiple of the block.
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
     companions = {key.removeprefix(f"{PREFIX}."): t.clone() for key, t in state_dict.items() if key != PREFIX}

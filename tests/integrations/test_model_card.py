@@ -1,4 +1,4 @@
-"""Who finds a saved 4-bit model without us is told what it needs, by its configuration and its model card."""
+"""The configuration and model card of a saved 4-bit model say that it needs qlora_ext."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def test_a_defect_fails(kernel: Kernel, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("outlier", [1e3, 1e4, 6e4])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_tokens_of_15_bits_fail_beside_an_outlier_and_pass_without(dtype: torch.dtype, outlier: float) -> None:
+def test_tokens_of_15_bits_fail_next_to_an_outlier_and_pass_without(dtype: torch.dtype, outlier: float) -> None:
     """x as int16 with one scale per token: as accurate as 16-bit products unless one channel is large."""
     x, w, bias = operands(dtype)
     w[:, 11] *= 1e-3
