@@ -157,13 +157,13 @@ def test_a_schedule_that_depends_on_the_length(
     assert adapter_bytes(run) == longer
 
 
-def test_more_passes(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_more_epochs(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     begin(paths, paths["data"], run, "--epochs", "1")
     first = steps_of(run)
     capfd.readouterr()
     here("finetune", "--output", run, "--resume", "--epochs", "2")
-    assert "extending the run to 2 passes" in capfd.readouterr().out
+    assert "extending the run to 2 epochs" in capfd.readouterr().out
     assert steps_of(run) == list(range(1, 2 * len(first) + 1))
     begin(paths, paths["data"], tmp_path / "at_once", "--epochs", "2")
     assert adapter_bytes(run) == adapter_bytes(tmp_path / "at_once")

@@ -216,7 +216,7 @@ def test_a_lock_is_no_planted_link(refused, paths: Paths, tmp_path: pathlib.Path
 def test_a_stopped_overwrite_is_reported_and_undone(
     paths: Paths, quantized: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """The state after a kill between the two renamings: the old directory is moved away, the new one is not in place."""
+    """The state after a kill between the two renamings: the old one is moved away, the new one is not in place."""
     before = listing(quantized)
     quantized.rename(quantized.with_name(".partial-old-quantized-0123abcd"))
     shutil.copytree(paths["model"], quantized.with_name(".partial-new-quantized-0123abcd"))

@@ -1,4 +1,4 @@
-"""Every fragment of cpp/cpu (a file that is compiled once for each instruction set) can be compiled alone."""
+"""Every fragment of cpp/cpu (a file that is compiled once per instruction set) compiles alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ISAS = sorted(p.stem.removeprefix("isa_") for p in CPU.glob("isa_*.cpp"))
 
 
 def flags(isa: str) -> list[str]:
-    """The set's compiler flags, as sources.cmake has them."""
+    """The compiler flags of the set in sources.cmake."""
     lists = dict(re.findall(r"^set\((_\w+) (-.*|\$.*)\)$", (CPU / "sources.cmake").read_text(), re.M))
     names = lists.get(f"_{isa}", "")
     while "$" in names:
@@ -27,7 +27,7 @@ def flags(isa: str) -> list[str]:
 
 
 def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
-    """Our headers that a file includes when it is compiled for `isa`."""
+    """The headers of the package that a file includes when it is compiled for `isa`."""
     text = path.read_text()
     names = re.findall(r'^#include "(cpp/[^"]+)"', text, re.M)
     names += [f"cpp/cpu/isa/{isa}/{name}" for name in re.findall(r"^#include QLORA_ISA_HEADER\((.+)\)", text, re.M)]
@@ -35,7 +35,7 @@ def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
 
 
 def parts(isa: str) -> list[pathlib.Path]:
-    """What is compiled for the set, as sources.cmake has it."""
+    """The files that sources.cmake compiles for the set."""
     lists = dict(re.findall(r"^set\((_\w+) (.*)\)$", (CPU / "sources.cmake").read_text(), re.M))
     names = re.sub(r"\$\{(\w+)\}", lambda match: lists[match[1]], lists[f"_parts_{isa}"])
     return [CPU / f"parts/{name}-inl.h" for name in names.split()]
@@ -43,7 +43,7 @@ def parts(isa: str) -> list[pathlib.Path]:
 
 @functools.cache
 def fragments(isa: str) -> list[pathlib.Path]:
-    """The parts of the set, and what they include, directly or not, of cpp/cpu."""
+    """The parts of the set, and the files in cpp/cpu that they include, directly or indirectly."""
     found = set(parts(isa))
     waiting = parts(isa)
     while waiting:
@@ -54,13 +54,13 @@ def fragments(isa: str) -> list[pathlib.Path]:
 
 
 def compiler(isa: str) -> str:
-    """Of the processors that have the set."""
+    """The architecture of processors with the set."""
     processor = "aarch64" if isa.startswith("neon") else "x86_64" if isa != "scalar" else platform.machine()
     return "g++" if processor == platform.machine() else f"{processor}-linux-gnu-g++"
 
 
 def compile_alone(path: pathlib.Path, isa: str) -> str:
-    """What the compiler says of the fragment as a translation unit of its own."""
+    """The compiler's messages for the fragment as a separate translation unit."""
     command = [compiler(isa), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function"]
     command += [f"-I{ROOT}", f"-DQLORA_ISA={isa}", *flags(isa), "-include", str(path), "-x", "c++", "/dev/null"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -74,9 +74,9 @@ def test_every_fragment_is_compiled_for_some_set() -> None:
 
 @functools.cache
 def turns() -> dict[pathlib.Path, set[str]]:
-    """The sets that each fragment is compiled alone for: scalar, and one of the others that have it, in turn.
+    """The sets for which each fragment is compiled alone: scalar, and one of its other sets, in turn.
 
-    Of the others, those that a compiler is there for.
+    Only sets for which a compiler is installed.
     """
     users = {
         path: [isa for isa in ISAS if path in fragments(isa)] for path in sorted(set().union(*map(fragments, ISAS)))
