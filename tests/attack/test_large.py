@@ -92,7 +92,7 @@ def test_quantize_and_dequantize_a_large_tensor() -> None:
         w[i * CHUNK : (i + 1) * CHUNK] = chunk(i)
     packed, absmax = OPS.quantize_nf4(w, BLOCK)
     del w
-    whole = OPS.dequantize_nf4(packed, absmax, None, None, BLOCK, 256, [NUMEL], torch.bfloat16)
+    complete = OPS.dequantize_nf4(packed, absmax, None, None, BLOCK, 256, [NUMEL], torch.bfloat16)
     for i in range(chunks):
         part = chunk(i)
         codes, scales = OPS.quantize_nf4(part, BLOCK)
@@ -101,10 +101,10 @@ def test_quantize_and_dequantize_a_large_tensor() -> None:
         assert torch.equal(packed[begin // 2 :][: codes.numel()], codes)
         assert torch.equal(absmax[begin // BLOCK :][: scales.numel()], scales)
         w4 = qlora_ext.NF4Weight(codes, scales, None, None, part.shape, torch.bfloat16, BLOCK)
-        assert torch.equal(whole[begin:][: part.numel()], w4.dequantize())
+        assert torch.equal(complete[begin:][: part.numel()], w4.dequantize())
         head = part[:8192].float().numpy()  # the full last chunk
         expected, expected_scales = reference.quantize_nf4(head, BLOCK)
         assert np.array_equal(codes[: len(expected)].numpy(), expected)
         assert np.array_equal(scales[: len(expected_scales)].numpy(), expected_scales)
         values = reference.dequantize_nf4(expected, expected_scales, head.size, BLOCK)
-        assert torch.equal(whole[begin:][: head.size], torch.from_numpy(values).bfloat16())
+        assert torch.equal(complete[begin:][: head.size], torch.from_numpy(values).bfloat16())

@@ -79,17 +79,17 @@ def command(*arguments: object) -> tuple[int, str]:
 
 def attack(file: pathlib.Path, mutate: Mutate, trial: Callable[[], object], count: int = COUNT) -> None:
     """Calls ``trial`` after each of ``count`` mutations of ``file``, which is restored afterwards."""
-    whole = file.read_bytes()
+    complete = file.read_bytes()
     try:
         for i in range(count):
-            file.write_bytes(mutate(random.Random(f"{SEED} {file.name} {i}"), whole))
+            file.write_bytes(mutate(random.Random(f"{SEED} {file.name} {i}"), complete))
             try:
                 trial()
             except BaseException as error:
                 note = f"QLORA_ATTACK={COUNT} QLORA_ATTACK_SEED={SEED}: mutation {i} of {file.name}"
                 raise AssertionError(f"{note}: {error!r}") from error
     finally:
-        file.write_bytes(whole)
+        file.write_bytes(complete)
 
 
 def weights_in(directory: pathlib.Path) -> dict[str, bytes]:

@@ -285,15 +285,15 @@ def test_help(capfd: pytest.CaptureFixture[str]) -> None:
 def test_quantize_keeps_layers(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path, form: str) -> None:
     arguments = ["quantize", "--model", str(made / "dense"), "--output", str(tmp_path / "out"), "--format", form]
     assert main([*arguments, "--keep", "20%", "--calibrate", str(made / "text.txt")]) == 0
-    kept = json.loads((tmp_path / "out" / "quantization.json").read_text())["kept"]
+    record = json.loads((tmp_path / "out" / "quantization.json").read_text())["kept"]
     calibrated = json.loads((tmp_path / "out" / "calibration.json").read_text())["layers"]
-    assert kept["budget"] == "20%"
-    assert kept["dense"]
-    assert len(kept["layers"]) == 14
-    names = {layer["name"] for layer in kept["layers"]}
-    assert {layer["name"] for layer in calibrated} == names - {*kept["dense"]}
+    assert record["budget"] == "20%"
+    assert record["dense"]
+    assert len(record["layers"]) == 14
+    names = {layer["name"] for layer in record["layers"]}
+    assert {layer["name"] for layer in calibrated} == names - {*record["dense"]}
     assert check(tmp_path / "out", data=made / "text.txt") == 0
-    assert {layer["name"] for layer in check.json["layers"]} == names - {*kept["dense"]}
+    assert {layer["name"] for layer in check.json["layers"]} == names - {*record["dense"]}
     for budget in ("much", "-1"):
         assert main([*arguments, "--overwrite", f"--keep={budget}"]) == 2
 

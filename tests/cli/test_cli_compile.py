@@ -212,12 +212,12 @@ def test_a_directory_that_others_can_write_to_is_not_used(
 
 
 def damage(package: pathlib.Path, kind: str) -> None:
-    whole = package.read_bytes()
+    full = package.read_bytes()
     if kind == "a bit":
-        at = len(whole) // 2
-        package.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        at = len(full) // 2
+        package.write_bytes(full[:at] + bytes([full[at] ^ 1]) + full[at + 1 :])
     else:
-        package.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "noise": b"PK" * 5000}[kind])
+        package.write_bytes({"empty": b"", "truncated": full[: len(full) // 2], "noise": b"PK" * 5000}[kind])
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "noise", "a bit"])
@@ -246,12 +246,12 @@ def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monke
         compiled.directory()
         / f"{compiled._digest(model, compiled._state(compiled._Step(compiled.causal_lm(model))))}.pt2"
     )
-    whole = package.read_bytes()
+    full = package.read_bytes()
     compiled_anew = []
 
     def make(lm: Any, step: Any, package: pathlib.Path) -> None:
         compiled_anew.append(package)
-        package.write_bytes(whole)
+        package.write_bytes(full)
 
     monkeypatch.setattr(compiled, "_compile", make)
     damage(package, "truncated")

@@ -30,7 +30,7 @@ def fill(directory: pathlib.Path, content: str) -> None:
     (directory / "deep" / "file").write_text(content)
 
 
-def whole(directory: pathlib.Path) -> str:
+def complete_content(directory: pathlib.Path) -> str:
     """The content that ``fill`` gave the directory, which must contain nothing else."""
     content = (directory / "config.json").read_text()
     assert (directory / "weights").read_text() == content * 1000
@@ -107,7 +107,7 @@ def test_killed_at_every_step_the_old_or_the_new_is_complete(place: pathlib.Path
         fill(place, "old")
         killed = killed_at(step, lambda: replace(place))
         messages = files.recover(place)
-        seen.add(whole(place))
+        seen.add(complete_content(place))
         assert [path.name for path in place.parent.iterdir()] == ["out"]
         assert files.recover(place) == []
         if not killed:
@@ -117,7 +117,7 @@ def test_killed_at_every_step_the_old_or_the_new_is_complete(place: pathlib.Path
         step += 1
     assert step > 10
     assert seen == {"old", "new"}
-    assert whole(place) == "new"
+    assert complete_content(place) == "new"
 
 
 def test_ctrl_c_at_every_step_leaves_the_old_or_the_new(place: pathlib.Path) -> None:
@@ -126,16 +126,16 @@ def test_ctrl_c_at_every_step_leaves_the_old_or_the_new(place: pathlib.Path) -> 
     fill(place, "old")
     for step in range(200):
         interrupted = killed_at(step, lambda: replace(place), interrupt=True)
-        assert whole_but_for_unfinished(place) in ("old", "new"), step
+        assert content_without_unfinished(place) in ("old", "new"), step
         files.recover(place)
         assert [path.name for path in place.parent.iterdir()] == ["out"]
         if not interrupted:
             break
     assert step > 10
-    assert whole(place) == "new"
+    assert complete_content(place) == "new"
 
 
-def whole_but_for_unfinished(directory: pathlib.Path) -> str:
+def content_without_unfinished(directory: pathlib.Path) -> str:
     assert [path.name for path in files.contents(directory)] == ["config.json", "deep", "weights"]
     return (directory / "config.json").read_text()
 
@@ -152,7 +152,7 @@ def test_killed_while_it_recovers(place: pathlib.Path) -> None:
             ended = not killed_at(first, lambda: replace(place))
             killed = killed_at(second, lambda: files.recover(place) and None)
             files.recover(place)
-            assert whole(place) in ("old", "new")
+            assert complete_content(place) in ("old", "new")
             assert [path.name for path in place.parent.iterdir()] == ["out"]
             subprocess.run(["rm", "-r", place], check=True)
             if not killed:
@@ -175,7 +175,7 @@ def test_a_directory_set_aside_comes_back_on_an_error(place: pathlib.Path) -> No
 
     with pytest.raises(UserError, match="cannot write"):
         failing()
-    assert whole(place) == "old"
+    assert complete_content(place) == "old"
     assert [path.name for path in place.parent.iterdir()] == ["out"]
 
 
@@ -188,7 +188,7 @@ def test_a_directory_that_cannot_be_renamed_is_filled(
     path.mkdir()
     for _ in range(2):
         replace(path)
-        assert whole(path) == "new"
+        assert complete_content(path) == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -199,7 +199,7 @@ def test_another_error_of_renaming_loses_nothing(tmp_path: pathlib.Path, monkeyp
     refuse_to_rename(path, errno.EIO, monkeypatch)
     with pytest.raises(UserError, match="cannot write"):
         replace(path)
-    assert whole(path) == "old"
+    assert complete_content(path) == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -265,7 +265,7 @@ def test_killed_while_it_removes_the_kept_results(tmp_path: pathlib.Path) -> Non
         files.recover(output)
         left = [path.name for path in tmp_path.iterdir()]
         assert left in ([], [waiting.name]), step
-        seen.add(whole(waiting) if left else None)
+        seen.add(complete_content(waiting) if left else None)
         subprocess.run(["rm", "-rf", waiting], check=True)
         if not killed:
             break
@@ -274,21 +274,21 @@ def test_killed_while_it_removes_the_kept_results(tmp_path: pathlib.Path) -> Non
 
 
 def test_recovery_touches_no_other_name(tmp_path: pathlib.Path) -> None:
-    kept = [
+    remaining = [
         ".partial-new-out-1-12345678",
         ".partial-new-out-1234567",
         ".partial-new-other-12345678",
         ".partial-mine",
         "out.bak",
     ]
-    for name in kept:
+    for name in remaining:
         (tmp_path / name).mkdir()
     (tmp_path / ".partial-new-out-12345678").mkdir()
     assert len(files.recover(tmp_path / "out")) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(remaining)
     # The same for foreign names inside.
     assert files.recover(tmp_path) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(remaining)
 
 
 def test_foreign_content_is_restored(place: pathlib.Path) -> None:
@@ -327,6 +327,6 @@ def test_the_old_directory_is_not_lost_if_its_name_is_taken(tmp_path: pathlib.Pa
         fill(tmp_path / directory, directory)
     [message, _] = files.recover(path)
     assert "out.former-1" in message
-    assert whole(path) == "out"
-    assert whole(tmp_path / "out.former-1") == ".partial-old-out-12345678"
+    assert complete_content(path) == "out"
+    assert complete_content(tmp_path / "out.former-1") == ".partial-old-out-12345678"
     assert len(list(tmp_path.iterdir())) == 2

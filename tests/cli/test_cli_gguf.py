@@ -41,11 +41,11 @@ def mixture() -> Any:
 
 def test_incomplete_files(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path, output = tmp_path / "changed.gguf", tmp_path / "out"
-    whole = llama_file.read_bytes()
-    count = struct.unpack_from("<Q", whole, 8)[0]
+    complete = llama_file.read_bytes()
+    count = struct.unpack_from("<Q", complete, 8)[0]
     assert count == 21
-    blocks = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
-    norm = whole.index(b"output_norm.weight")
+    blocks = complete.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    norm = complete.index(b"output_norm.weight")
     cases = {
         **{f"{n} tensors": (8, struct.pack("<Q", n)) for n in (0, 1, count - 1, count + 1, 2**40)},
         "1 layer": (blocks, struct.pack("<I", 1)),
@@ -55,10 +55,10 @@ def test_incomplete_files(refused, llama_file: pathlib.Path, tmp_path: pathlib.P
         "version": (4, struct.pack("<I", 99)),
     }
     for name, (at, change) in cases.items():
-        path.write_bytes(whole[:at] + change + whole[at + len(change) :])
+        path.write_bytes(complete[:at] + change + complete[at + len(change) :])
         assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), name
-    for size in (len(whole) - 64, len(whole) // 2, 200, 24, 5, 0):
-        path.write_bytes(whole[:size])
+    for size in (len(complete) - 64, len(complete) // 2, 200, 24, 5, 0):
+        path.write_bytes(complete[:size])
         assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), size
     assert not output.exists()
 

@@ -110,13 +110,13 @@ def test_the_first_epoch_continues_after_the_shorter_run(
 ) -> None:
     """A run extended before it finished trains on its original rows first, in their original order."""
     begin(paths, many, tmp_path / "run", "--max-steps", "5")
-    whole = list(taken)
+    complete = list(taken)
     shutil.rmtree(tmp_path / "run" / "checkpoint-5")
     taken.clear()
     here("finetune", "--output", tmp_path / "run", "--resume", "--max-steps", "7")
-    held_out = len(whole) - 2 * 5  # measured before and after
-    mid = len(whole) - held_out // 2
-    assert taken[: 2 * 2] == whole[mid - 2 * 2 : mid]
+    held_out = len(complete) - 2 * 5  # measured before and after
+    mid = len(complete) - held_out // 2
+    assert taken[: 2 * 2] == complete[mid - 2 * 2 : mid]
 
 
 def test_the_order_is_transformers_own() -> None:

@@ -65,9 +65,9 @@ def test_merging_a_merge_aware_adapter_changes_no_loss(
     here("merge", "--adapter", run, "--output", output, "--4bit", "--dtype", "float32", "--evaluate")
     printed = capfd.readouterr().out
     assert re.search(r"held-out loss: ([\d.]+) unmerged, \1 merged \(\+0.0000\)", printed), printed
-    kept = re.search(r"the codes retain ([\d.]+)% of the adapter's update", printed)
-    assert kept
-    assert 50 < float(kept[1]) < 150
+    retained = re.search(r"the codes retain ([\d.]+)% of the adapter's update", printed)
+    assert retained
+    assert 50 < float(retained[1]) < 150
 
 
 def test_merge_to_4bit_calibrated(

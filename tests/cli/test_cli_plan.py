@@ -102,11 +102,11 @@ def test_static_parts_are_those_of_a_real_model() -> None:
     qlora_ext.quantize_model(model)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert parts["adapters"] == 4 * trainable
     assert parts["optimizer state"] == 8 * trainable
     weights = parts["base weights"] + parts["scales"] + parts["other weights"] + parts["adapters"]
-    assert weights == pytest.approx(held, abs=0.5)
+    assert weights == pytest.approx(total, abs=0.5)
 
 
 def test_the_line_through_few_layers_meets_a_deep_model() -> None:

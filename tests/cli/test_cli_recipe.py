@@ -104,7 +104,7 @@ def weights(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
 def test_a_resumed_run_has_the_same_bits(paths: Paths, tmp_path: pathlib.Path, options: str) -> None:
     run = tmp_path / "run"
     here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, *options.split())
-    whole = adapter_bytes(run)
+    complete = adapter_bytes(run)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     names = set(weights(run / "adapter"))
     if "--dora" in options:
@@ -117,7 +117,7 @@ def test_a_resumed_run_has_the_same_bits(paths: Paths, tmp_path: pathlib.Path, o
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "checkpoint-5")
     here("finetune", "--output", run, "--resume")
-    assert adapter_bytes(run) == whole
+    assert adapter_bytes(run) == complete
 
 
 def test_each_option_changes_the_adapter(paths: Paths, tmp_path: pathlib.Path) -> None:

@@ -191,8 +191,8 @@ def test_damaged_checkpoints(refused, finished_run: pathlib.Path, tmp_path: path
     run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
     shutil.rmtree(run / "checkpoint-11")
     file = run / "checkpoint-8" / name
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    full = file.read_bytes()
+    file.write_bytes(full[: len(full) // 2])
     assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
     torch.save([1, 2], file)
     assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")

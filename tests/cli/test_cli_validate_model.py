@@ -192,11 +192,11 @@ def test_shards(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     arguments = ["quantize", "--model", source, "--output", tmp_path / "out", "--overwrite"]
     assert main(list(map(str, arguments))) == 0
     index = source / "model.safetensors.index.json"
-    whole = index.read_text()
+    complete = index.read_text()
     shard = sorted(source.glob("model-*"))[0]
     shutil.move(shard, tmp_path / shard.name)
     assert shard.name in refused(*arguments)
-    index.write_text(whole.replace(shard.name, f"../{shard.name}"))
+    index.write_text(complete.replace(shard.name, f"../{shard.name}"))
     assert "is not a file there" in refused(*arguments)
     index.write_text('{"weight_map": 5}')
     assert "weight_map" in refused(*arguments)

@@ -74,12 +74,12 @@ def stopped(
 
 def _stop(monkeypatch: pytest.MonkeyPatch, model: pathlib.Path, output: pathlib.Path, kind: str) -> None:
     owner, name = (Spill, "put") if kind == "weights" else (Calibrator, "refine")
-    whole, calls = getattr(owner, name), []
+    original, calls = getattr(owner, name), []
 
     def stopping(*args: Any) -> Any:
         if len(calls) == 9:
             raise KeyboardInterrupt
-        calls.append(whole(*args))
+        calls.append(original(*args))
         return calls[-1]
 
     with monkeypatch.context() as patch:

@@ -164,8 +164,8 @@ def test_around_every_nf4_boundary(absmax: float) -> None:
 def test_all_16_bit_patterns(dtype: torch.dtype) -> None:
     every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
     check_quantize(every.cuda(), 32)
-    kept = every[every.float().abs() <= 1.0]
-    w = kept[: kept.numel() // 63 * 63].reshape(-1, 63)
+    in_range = every[every.float().abs() <= 1.0]
+    w = in_range[: in_range.numel() // 63 * 63].reshape(-1, 63)
     check_quantize(torch.cat([torch.ones_like(w[:, :1]), w], 1).cuda(), 64)
 
 

@@ -101,9 +101,9 @@ def test_the_same_bits_each_time(k: int, dtype: torch.dtype) -> None:
 def test_a_token_does_not_depend_on_the_others() -> None:
     """Except for the order of summation, which depends on the tile and the splits."""
     s = linear_sample(300, 5100, 64, 8, torch.bfloat16, "cuda")
-    whole = run(s)
+    complete = run(s)
     s.x = s.x[130:].contiguous()
-    assert relative_error(run(s), to_f64(whole[130:])) < torch.finfo(torch.bfloat16).eps
+    assert relative_error(run(s), to_f64(complete[130:])) < torch.finfo(torch.bfloat16).eps
 
 
 def test_a_block_that_is_nan_gives_nan() -> None:

@@ -169,7 +169,7 @@ def test_checkpointing_repeats_dropout(workers: Callable[[int], Workers]) -> Non
 
 
 def test_full_state_dicts_are_loaded_and_gathered(workers: Callable[[int], Workers]) -> None:
-    assert len(set(workers(2).run(tasks.whole_state, Setup()))) == 1
+    assert len(set(workers(2).run(tasks.full_state, Setup()))) == 1
 
 
 def test_peft_saves_the_adapters_of_a_sharded_model(tmp_path, workers: Callable[[int], Workers]) -> None:

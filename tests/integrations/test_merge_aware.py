@@ -54,8 +54,8 @@ def test_codes_hold_the_update(double_quant: bool) -> None:
     assert merged.tensors.keys() == w4.tensors.keys()
     assert all(torch.equal(merged.tensors[key], w4.tensors[key]) for key in w4.tensors if key != "packed")
     stepped = merged.dequantize(torch.float32) - w
-    kept = ((stepped * update).sum() / update.square().sum()).item()
-    assert 0.8 < kept < 1.2
+    retained = ((stepped * update).sum() / update.square().sum()).item()
+    assert 0.8 < retained < 1.2
     assert torch.equal(merged_weight(w4, a, b, 2.0).packed, merged.packed)
     assert torch.equal(merged_weight(w4, a, torch.zeros_like(b), 2.0).packed, w4.packed)
 
@@ -130,8 +130,8 @@ def test_adapters_on_copies_of_a_layer_merge_and_unmerge_by_themselves() -> None
         for layer in order:
             layer.unmerge()
         for name, layer in layers_of(model):
-            for t, kept, before in zip(layer.packed_state().values(), state[name], bits[name], strict=True):
-                assert t is kept
+            for t, same, before in zip(layer.packed_state().values(), state[name], bits[name], strict=True):
+                assert t is same
                 assert torch.equal(t, before)
         assert torch.equal(logits(model), expected)
     base, _ = integration.merge_to_4bit(model)

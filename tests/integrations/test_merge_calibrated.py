@@ -49,8 +49,8 @@ def test_it_retains_the_update_that_rounding_loses() -> None:
         without = logits(model)
     rounded, _ = integrations.peft.merge_to_4bit(copy.deepcopy(model))
     merged = integrations.peft.merge_calibrated(model, Calibration(IDS))
-    lost, kept = ((logits(m) - learnt).norm() / (without - learnt).norm() for m in (rounded, merged))
-    assert kept < 0.6 * lost, (kept, lost)
+    plain, calibrated = ((logits(m) - learnt).norm() / (without - learnt).norm() for m in (rounded, merged))
+    assert calibrated < 0.6 * plain, (calibrated, plain)
     assert {r.method for r in calibration_of(merged)} == {"feedback"}
     assert all(isinstance(m, Linear4bit) for n, m in merged.named_modules() if n.endswith("_proj"))
 

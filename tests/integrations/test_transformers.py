@@ -191,14 +191,14 @@ def test_a_4bit_checkpoint_with_a_hole_is_refused(saved: Path, tmp_path: Path) -
 
     load(saved, quantization_config=QLoRAConfig()).save_pretrained(tmp_path / "4bit")
     file = tmp_path / "4bit" / "model.safetensors"
-    whole = load_file(file)
+    complete = load_file(file)
     name = "model.layers.1.mlp.down_proj"
 
-    save_file({key: t for key, t in whole.items() if key != f"{name}.absmax"}, file, {"format": "pt"})
+    save_file({key: t for key, t in complete.items() if key != f"{name}.absmax"}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name}: the checkpoint has no absmax"):
         load(tmp_path / "4bit")
 
-    save_file({**whole, f"{name}.absmax": whole[f"{name}.absmax"][:-1].clone()}, file, {"format": "pt"})
+    save_file({**complete, f"{name}.absmax": complete[f"{name}.absmax"][:-1].clone()}, file, {"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match=r"absmax|size mismatch|mismatched"):
         load(tmp_path / "4bit")
 

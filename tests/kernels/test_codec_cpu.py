@@ -222,9 +222,9 @@ def test_around_every_boundary(absmax: float, code: str) -> None:
 @pytest.mark.parametrize("limit", [1.0, 0.125, 65504.0, 1e-4])
 def test_all_16_bit_patterns(dtype: torch.dtype, limit: float, code: str) -> None:
     every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
-    kept = every[every.float().abs() <= limit]
+    in_range = every[every.float().abs() <= limit]
     for block in (32, 4096):
-        w = kept[: kept.numel() // (block - 1) * (block - 1)].reshape(-1, block - 1)
+        w = in_range[: in_range.numel() // (block - 1) * (block - 1)].reshape(-1, block - 1)
         check_quantize(torch.cat([torch.full_like(w[:, :1], limit), w], 1), block, code)
     check_quantize(every, 32, code)
 

@@ -131,15 +131,15 @@ def test_a_run_without_bfloat16(paths: Paths, finished_run: pathlib.Path, tmp_pa
 
 def test_a_run_is_resumed_in_its_original_dtype(paths: Paths, tmp_path: pathlib.Path) -> None:
     """A run started without bfloat16 and resumed on a machine that has it gives the same adapter, bit for bit."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert command("finetune", *base(paths), "--output", whole, *RUN, before=without_bfloat16).returncode == 0
-    shutil.copytree(whole, cut)
+    complete, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command("finetune", *base(paths), "--output", complete, *RUN, before=without_bfloat16).returncode == 0
+    shutil.copytree(complete, cut)
     for name in ("adapter", "checkpoint-11"):  # as if it had stopped after step 8
         shutil.rmtree(cut / name)
     printed = command("finetune", "--output", cut, "--resume", before=with_bfloat16)
     assert printed.returncode == 0, printed.stderr
     assert "computing in float32 on cpu, as at the start of the run" in printed.stdout
-    assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(cut).items())
+    assert all(torch.equal(tensor, adapter(complete)[name]) for name, tensor in adapter(cut).items())
 
 
 def test_calibration_without_bfloat16_saves_bfloat16(

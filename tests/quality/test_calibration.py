@@ -94,7 +94,7 @@ def test_every_layer_is_reported() -> None:
 @pytest.mark.parametrize("after", [1, 3, 5, 7])
 def test_a_stopped_calibration_goes_on(after: int, tmp_path: Any) -> None:
     dense, x = Chain(), correlated(256)
-    whole = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x])
+    complete = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x])
 
     def stop(done: int, of: int, name: str) -> None:
         if done == after:
@@ -105,7 +105,7 @@ def test_a_stopped_calibration_goes_on(after: int, tmp_path: Any) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) == after
     resumed = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=Calibration([x], directory=tmp_path))
     assert all(
-        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(complete.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
     for other, inputs in ((Chain(), x), (copy.deepcopy(dense), x + 1)):
         calibration = Calibration(iter([inputs]), directory=tmp_path)

@@ -83,7 +83,7 @@ def test_loftq_fits_weights_and_adapters_in_turns() -> None:
 
 def test_a_stopped_calibration_keeps_the_adapters(tmp_path: Any) -> None:
     dense, x = Chain(), correlated(256)
-    whole = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x], init_lora="svd")
+    complete = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x], init_lora="svd")
 
     def stop(done: int, of: int, name: str) -> None:
         if done == 3:
@@ -95,8 +95,8 @@ def test_a_stopped_calibration_keeps_the_adapters(tmp_path: Any) -> None:
         )
     again = Calibration([x], directory=tmp_path)
     resumed = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=again, init_lora="svd")
-    assert initial_lora_of(resumed).keys() == initial_lora_of(whole).keys()
-    for name, pair in initial_lora_of(whole).items():
+    assert initial_lora_of(resumed).keys() == initial_lora_of(complete).keys()
+    for name, pair in initial_lora_of(complete).items():
         assert all(torch.equal(a, b) for a, b in zip(pair, initial_lora_of(resumed)[name], strict=True))
     with pytest.raises(ValueError, match="directory: expected an empty directory"):
         qlora_ext.quantize_model(copy.deepcopy(dense), calibration=again)

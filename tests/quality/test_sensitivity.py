@@ -82,10 +82,10 @@ def test_a_text_of_its_own() -> None:
 def test_bytes_are_those_of_the_quantized_model() -> None:
     model = decided()
     found = qlora_ext.sensitivity(model, IDS[:2])
-    kept = found.chosen("20%")
-    quantized = qlora_ext.quantize_model(model, keep=[layer.name for layer in kept])
+    dense_layers = found.chosen("20%")
+    quantized = qlora_ext.quantize_model(model, keep=[layer.name for layer in dense_layers])
     tensors = {id(t): t for t in (*quantized.parameters(), *quantized.buffers())}.values()
-    assert sum(t.nbytes for t in tensors) == found.bytes + sum(layer.extra_bytes for layer in kept)
+    assert sum(t.nbytes for t in tensors) == found.bytes + sum(layer.extra_bytes for layer in dense_layers)
 
 
 def layer(name: str, loss: float, extra_bytes: int) -> LayerCost:
@@ -157,9 +157,9 @@ def test_layers_in_keep_are_dense_in_the_saved_model(family: str, form: str, tmp
     model = make(family)
     names = list(to_be_quantized(model).values())
     assert model.get_output_embeddings() not in to_be_quantized(model)  # tied or not
-    kept = [name for name in names if ".1." in name] + names[:1]  # one full block, and a layer of another
-    qlora_ext.quantize_model(model, keep=kept)
-    assert [name for name, _ in layers_of(model)] == names[1 : len(names) - len(kept) + 1]
+    dense_names = [name for name in names if ".1." in name] + names[:1]  # one full block, and a layer of another
+    qlora_ext.quantize_model(model, keep=dense_names)
+    assert [name for name, _ in layers_of(model)] == names[1 : len(names) - len(dense_names) + 1]
     (save_pretrained if form == "bitsandbytes" else type(model).save_pretrained)(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=qlora_ext.QLoRAConfig())
     assert same_state(model, loaded)
@@ -171,9 +171,9 @@ def test_experts_in_keep_stay_dense(tmp_path: pathlib.Path) -> None:
     experts = [layer for layer in found.layers if layer.name.endswith(".experts")]
     assert len(experts) == 2
     assert all(layer.loss > 0 and 0 < layer.error < 0.3 and layer.extra_bytes > 0 for layer in experts)
-    kept = ["model.layers.0.mlp.experts", "model.layers.1.self_attn.v_proj"]
-    qlora_ext.quantize_model(model, keep=kept)
-    assert not isinstance(model.get_submodule(kept[0]), Experts4bit)
+    dense_names = ["model.layers.0.mlp.experts", "model.layers.1.self_attn.v_proj"]
+    qlora_ext.quantize_model(model, keep=dense_names)
+    assert not isinstance(model.get_submodule(dense_names[0]), Experts4bit)
     assert isinstance(model.get_submodule("model.layers.1.mlp.experts"), Experts4bit)
     model.save_pretrained(tmp_path)
     assert same_state(model, AutoModelForCausalLM.from_pretrained(tmp_path))
@@ -181,9 +181,9 @@ def test_experts_in_keep_stay_dense(tmp_path: pathlib.Path) -> None:
 
 def test_layers_in_keep_are_not_calibrated() -> None:
     model = decided()
-    kept = qlora_ext.sensitivity(model, IDS[:8]).keep(3)
-    others = [name for name in to_be_quantized(model).values() if name not in kept]
-    qlora_ext.quantize_model(model, keep=kept, calibration=IDS)
+    dense_names = qlora_ext.sensitivity(model, IDS[:8]).keep(3)
+    others = [name for name in to_be_quantized(model).values() if name not in dense_names]
+    qlora_ext.quantize_model(model, keep=dense_names, calibration=IDS)
     assert [report.name for report in calibration_of(model)] == others
-    assert all(type(model.get_submodule(name)) is nn.Linear for name in kept)
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in dense_names)
     assert all(isinstance(model.get_submodule(name), Linear4bit) for name in others)

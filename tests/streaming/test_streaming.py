@@ -103,8 +103,8 @@ def test_the_ring_has_as_many_blocks_as_are_allowed(llama: pathlib.Path) -> None
     least = streaming_of(stream(load(llama), source="disk"))
     block = least.ring_bytes // 2
     packed = sum(part.nbytes for streamed in least.blocks for part in streamed.parts)
-    whole = load(llama)
-    rest = sum(t.nbytes for t in (*whole.parameters(), *whole.buffers())) - packed
+    complete = load(llama)
+    rest = sum(t.nbytes for t in (*complete.parameters(), *complete.buffers())) - packed
     for slots in (2, 3, LAYERS):
         model = stream(load(llama), resident=rest + slots * block + 4096, source="disk")
         assert len(streaming_of(model).slots) == slots
@@ -372,11 +372,11 @@ def test_the_mlp_in_chunks_of_tokens(llama: pathlib.Path) -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return loss.item(), gradients, sum(kept.values())
 
-    whole, gradients, kept = run(None)
+    complete, gradients, kept = run(None)
     for tokens in (24, 100):  # as many chunks as tokens, or more, have no effect
-        assert run(tokens)[0] == whole
+        assert run(tokens)[0] == complete
     loss, others, less = run(5)
-    assert loss == pytest.approx(whole, rel=1e-3)
+    assert loss == pytest.approx(complete, rel=1e-3)
     assert all(torch.allclose(g, others[name], rtol=0.1, atol=2e-3) for name, g in gradients.items())
     assert kept - less > LAYERS * 3 * ids.numel() * 192 * 2  # gate, up and their product
 

@@ -92,8 +92,8 @@ def test_the_peak_is_lower_by_what_is_not_in_the_ring(llama: pathlib.Path, sourc
     del model, streaming
     gc.collect()
     start = torch.cuda.memory_allocated()
-    whole = peak_of_a_step(adapted(resident(llama))) - start
-    assert streamed == pytest.approx(whole - saved + ring, rel=0.01)
+    complete = peak_of_a_step(adapted(resident(llama))) - start
+    assert streamed == pytest.approx(complete - saved + ring, rel=0.01)
 
 
 def test_the_ring_is_as_large_as_allowed(llama: pathlib.Path) -> None:
@@ -205,18 +205,18 @@ def test_inputs_of_checkpointed_layers_on_the_host(llama: pathlib.Path) -> None:
         start = torch.cuda.memory_allocated()
         torch.manual_seed(1)
         loss = model.get_base_model().model(input_ids=ids).last_hidden_state.float().square().mean()
-        held = torch.cuda.memory_allocated() - start
+        allocated = torch.cuda.memory_allocated() - start
         loss.backward()
-        return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, held
+        return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, allocated
 
     hidden = ids.numel() * 64 * 2
     for reentrant in (False, True):
-        loss, gradients, held = run(True, reentrant)
-        expected, others, all_held = run(False, reentrant)
+        loss, gradients, allocated = run(True, reentrant)
+        expected, others, all_allocated = run(False, reentrant)
         assert loss == expected
         assert gradients.keys() == others.keys()
         assert all(torch.equal(g, others[name]) for name, g in gradients.items())
-        assert all_held - held >= (LAYERS - 1) * hidden
+        assert all_allocated - allocated >= (LAYERS - 1) * hidden
 
 
 def test_without_checkpointing_there_is_nothing_to_keep(llama: pathlib.Path) -> None:

@@ -39,18 +39,18 @@ def test_a_file_that_is_cut_short_is_a_clear_error(own: pathlib.Path) -> None:
     model = adapted(stream(load(own), source="disk"))
     trained(model, steps=1)
     file = sorted(own.glob("*.safetensors"))[-1]
-    whole = file.read_bytes()
+    complete = file.read_bytes()
     os.truncate(file, 100)
-    with pytest.raises(FileError, match=f"{file.name}: truncated while in use: 100 of {len(whole)} bytes"):
+    with pytest.raises(FileError, match=f"{file.name}: truncated while in use: 100 of {len(complete)} bytes"):
         trained(model, steps=1)
     with pytest.raises(FileError, match="truncated"):
         model.state_dict()
-    expected = trained(adapted(load_from(whole, file)), steps=1)
+    expected = trained(adapted(load_from(complete, file)), steps=1)
     assert_losses_again(own, expected)
 
 
-def load_from(whole: bytes, file: pathlib.Path) -> Any:
-    file.write_bytes(whole)
+def load_from(complete: bytes, file: pathlib.Path) -> Any:
+    file.write_bytes(complete)
     return load(file.parent)
 
 
