@@ -113,7 +113,7 @@ def test_csv_fields_may_contain_any_characters(tmp_path: pathlib.Path) -> None:
         ("a.parquet", b"", ["Parquet"]),
     ],
 )
-def test_invalid_arguments_are_rejected(tmp_path: pathlib.Path, name: str, content: bytes, parts: list[str]) -> None:
+def test_invalid_data_are_rejected(tmp_path: pathlib.Path, name: str, content: bytes, parts: list[str]) -> None:
     sentence = refusal(tmp_path, name, content)
     assert "\n" not in sentence
     assert len(sentence) < 600

@@ -91,7 +91,7 @@ def loose_settings() -> Iterator[None]:
 
 @pytest.mark.usefixtures("loose_settings")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_are_float32_whatever_torch_allows(dtype: torch.dtype) -> None:
+def test_sums_are_float32_under_all_torch_settings(dtype: torch.dtype) -> None:
     check(linear_sample(m=MANY, n=40, k=256, dtype=dtype, device="cuda"))
     a = torch.randn(64, 64, device="cuda")
     assert torch.backends.cuda.matmul.allow_tf32

@@ -63,7 +63,7 @@ def test_reads_and_writes_its_bytes(dtype: torch.dtype, block_size: int, double_
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_bitsandbytes_loads_what_we_quantized(double_quant: bool) -> None:
+def test_bitsandbytes_loads_our_weights(double_quant: bool) -> None:
     w4 = qlora_ext.quantize_nf4(torch.randn(64, 128, dtype=torch.bfloat16), double_quant=double_quant)
     exported = w4.to_bitsandbytes(PREFIX)
     stats = {key.removeprefix(f"{PREFIX}."): t for key, t in exported.items() if key != PREFIX}

@@ -153,7 +153,7 @@ def test_mamba_computes_with_4bit_projections(family: str, by_name: bool) -> Non
         torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_what_transformers_keeps_in_float32_stays_dense() -> None:
+def test_modules_that_transformers_keeps_in_float32_stay_dense() -> None:
     """T5 casts the inputs of ``wo`` to the dtype of its weight."""
     config = transformers.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
 

@@ -87,7 +87,7 @@ def test_quantize_model_leaves_it_dense() -> None:
     assert isinstance(model.blocks[0].called, Linear4bit)
 
 
-def test_a_class_without_its_source_keeps_what_it_names_dense() -> None:
+def test_a_class_without_its_source_keeps_the_layers_it_names_dense() -> None:
     namespace: dict[str, Any] = {"nn": nn, "__name__": "without_source"}
     exec(
         "class Hidden(nn.Module):\n"

@@ -168,7 +168,7 @@ def test_subnormal_numbers_are_no_zeros() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_fails(value: float) -> None:
+def test_nonfinite_results_fail(value: float) -> None:
     x, w, bias = operands(torch.float32)
     e = expected(x, w, bias, torch.float32)
     y = e.formula.copy()

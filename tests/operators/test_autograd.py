@@ -37,7 +37,7 @@ def test_gradients_against_the_oracle(form: dict, device: str) -> None:
             assert relative_error(got, expected) < 1e-5
 
 
-def test_only_what_is_asked_for_is_computed() -> None:
+def test_only_requested_gradients_are_computed() -> None:
     s = linear_sample(requires_grad=True)
     s.x, s.bias = s.x.detach(), s.bias.detach()
     by_python(s).sum().backward()

@@ -100,7 +100,7 @@ def test_an_nf4_weight_refuses_arithmetic(use: Callable[[Any], Any]) -> None:
     assert layer().weight4bit  # it has no length, but is true
 
 
-def test_what_moves_saves_and_compares_goes_on() -> None:
+def test_moving_saving_and_comparing_work() -> None:
     module = layer()
     weight, y = module.weight, module(X)
     assert type(weight) is PackedParameter

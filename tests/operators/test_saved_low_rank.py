@@ -75,7 +75,7 @@ def test_gradients_of_adapters_with_saved_products(n, k, m, rank: int, dtype: to
 
 @every_device
 @pytest.mark.parametrize(("m", "n", "k", "rank"), [(0, 48, 64, 2), (3, 0, 64, 2), (3, 48, 0, 2), (3, 48, 64, 0)])
-def test_what_nothing_is_computed_for_is_zeros(m: int, n: int, k: int, rank: int, device: str) -> None:
+def test_empty_products_are_zero(m: int, n: int, k: int, rank: int, device: str) -> None:
     s = linear_sample(m, n, k, rank, device=device)
     y, h = OPS.linear_nf4_with_h(*s.args)
     _, g = OPS.linear_nf4_dx_with_g(*dx_args(s, y))

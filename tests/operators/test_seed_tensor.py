@@ -53,7 +53,7 @@ def test_gradients_and_opcheck(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["meta", *DEVICES])
 @pytest.mark.parametrize("wrong", [torch.tensor(1.0), torch.tensor([1, 2]), torch.tensor([1])])
-def test_what_is_no_seed_is_refused(wrong: torch.Tensor, device: str) -> None:
+def test_invalid_seeds_are_rejected(wrong: torch.Tensor, device: str) -> None:
     s = linear_sample(2, device="cpu", dropout_p=0.5)
     args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in (*s.args, wrong)]
     with pytest.raises(ValueError, match="^seed_tensor: expected a 0-dim int64 tensor, got"):

@@ -159,7 +159,7 @@ def test_vmap_and_gradients_per_sample(dims: tuple[int | None, ...]) -> None:
     close(*(torch.func.jacfwd(f)(S.x) for f in (layer, dense)))
 
 
-def test_vmap_drops_what_each_sample_drops() -> None:
+def test_vmap_has_the_dropout_of_each_sample() -> None:
     xs = torch.randn(3, 5, 64)
 
     def dropping(x: Tensor, seed: int | None = 7) -> Tensor:

@@ -92,7 +92,7 @@ def test_every_layer_is_reported() -> None:
 
 
 @pytest.mark.parametrize("after", [1, 3, 5, 7])
-def test_a_stopped_calibration_goes_on(after: int, tmp_path: Any) -> None:
+def test_a_stopped_calibration_is_resumed(after: int, tmp_path: Any) -> None:
     dense, x = Chain(), correlated(256)
     complete = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x])
 
@@ -185,7 +185,7 @@ def test_a_model_writes_its_own_text() -> None:
     assert all(r.tokens == 64 for r in calibration_of(models[0]))
 
 
-def test_blocks_are_calibrated_on_what_quantized_ones_hand_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_calibrated_on_outputs_of_quantized_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_ext.calibration import stages
 
     advanced: list[int] = []
@@ -246,7 +246,7 @@ def test_experts_are_calibrated_one_by_one() -> None:
         ("self", TypeError, "cannot generate text"),
     ],
 )
-def test_what_is_no_calibration_is_refused(given: Any, error: type[Exception], text: str) -> None:
+def test_invalid_calibrations_are_rejected(given: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 8)), calibration=given)
 

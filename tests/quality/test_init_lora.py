@@ -102,7 +102,7 @@ def test_a_stopped_calibration_keeps_the_adapters(tmp_path: Any) -> None:
         qlora_ext.quantize_model(copy.deepcopy(dense), calibration=again)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"init_lora: expected calibration=... with 'svd'"):
         qlora_ext.quantize_model(Chain(), init_lora="svd")
     with pytest.raises(ValueError, match=r"init_lora: expected 'svd' or 'loftq', got 'pissa'"):

@@ -40,7 +40,7 @@ def divergence(dense: Any, model: Any) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_the_estimate_is_what_a_layer_costs() -> None:
+def test_the_estimate_is_close_to_the_measured_cost() -> None:
     dense = decided()
     found = {layer.name: layer.loss for layer in qlora_ext.sensitivity(dense, IDS).layers}
     names = list(to_be_quantized(dense).values())
@@ -92,7 +92,7 @@ def layer(name: str, loss: float, extra_bytes: int) -> LayerCost:
     return LayerCost(name, 0.1, 0.1, loss, extra_bytes)
 
 
-def test_a_budget_is_spent_on_what_costs_most_a_byte() -> None:
+def test_a_budget_is_spent_on_the_highest_cost_per_byte() -> None:
     layers = [layer("a", 8.0, 400), layer("b", 3.0, 100), layer("c", 1.0, 100), layer("d", 9.0, 3000), layer("h", 9, 0)]
     found = Sensitivity(layers, 10_000)
     assert found.keep(0) == []
@@ -105,7 +105,7 @@ def test_a_budget_is_spent_on_what_costs_most_a_byte() -> None:
 
 
 @pytest.mark.parametrize("budget", ["", "many", "-1", "5.5", "5MB%", "%", "5 percent", True, 1.5, None])
-def test_what_is_no_budget(budget: Any) -> None:
+def test_invalid_budgets(budget: Any) -> None:
     with pytest.raises(ValueError, match="budget: expected a number of layers, a share"):
         allowance(budget, 1000)
 
@@ -119,12 +119,12 @@ def test_what_is_no_budget(budget: Any) -> None:
         (None, TypeError, r"inputs: expected token ids \[B, T\]"),
     ],
 )
-def test_what_is_no_input(inputs: Any, error: type[Exception], text: str) -> None:
+def test_invalid_inputs(inputs: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         qlora_ext.sensitivity(make(dtype=torch.float32), inputs)
 
 
-def test_what_is_no_model_for_it() -> None:
+def test_invalid_models() -> None:
     with pytest.raises(ValueError, match="expected one with dense layers to quantize"):
         qlora_ext.sensitivity(qlora_ext.quantize_model(make()), IDS)
 

@@ -219,7 +219,7 @@ def test_saving_an_adapter_holds_one_weight_at_a_time(
     assert 0 < most <= 2 * 4  # a weight has four tensors, and is evicted when the next one is in memory
 
 
-def test_what_is_streamed_saves_and_copies_as_itself(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_streamed_models_are_saved_and_copied(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
     model = stream(load(llama), source="disk")
     model.save_pretrained(tmp_path)
     assert same_state(load(tmp_path), load(llama))
@@ -229,7 +229,7 @@ def test_what_is_streamed_saves_and_copies_as_itself(llama: pathlib.Path, tmp_pa
 
 
 @pytest.mark.usefixtures("native_bfloat16")
-def test_a_loaded_state_is_what_is_computed_with(llama: pathlib.Path) -> None:
+def test_a_loaded_state_is_used_in_the_computation(llama: pathlib.Path) -> None:
     model = stream(load(llama), source="disk")
     model(token_ids())
     torch.manual_seed(5)
@@ -266,7 +266,7 @@ def test_nothing_is_copied_from_the_mapping(llama: pathlib.Path) -> None:
     assert resident <= mapped * 64  # headers, and the readahead around them
 
 
-def test_what_cannot_be_streamed_is_refused(llama: pathlib.Path) -> None:
+def test_models_that_cannot_be_streamed_are_rejected(llama: pathlib.Path) -> None:
     with pytest.raises(TypeError, match="model: expected an nn.Module, got str"):
         stream("model")
     with pytest.raises(ValueError, match="found none"):
@@ -338,7 +338,7 @@ def test_any_one_device_is_right(llama: pathlib.Path, device_map: Any) -> None:
     assert streaming_of(model) is not None
 
 
-def test_what_the_configuration_refuses(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_configuration_rejects_invalid_values(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = qlora_ext.QLoRAConfig
     with pytest.raises(ValueError, match="stream: expected 'ram', 'disk' or None, got 'tape'"):
         config(stream="tape")
@@ -381,7 +381,7 @@ def test_the_mlp_in_chunks_of_tokens(llama: pathlib.Path) -> None:
     assert kept - less > LAYERS * 3 * ids.numel() * 192 * 2  # gate, up and their product
 
 
-def test_what_cannot_be_chunked(llama: pathlib.Path) -> None:
+def test_models_that_cannot_be_chunked(llama: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="tokens: expected a positive integer, got 0"):
         chunk_mlp(load(llama), 0)
     with pytest.raises(ValueError, match="expected one with dense MLPs"):

@@ -81,7 +81,7 @@ def peak_of_a_step(model: Any) -> int:
 
 
 @pytest.mark.parametrize("source", ["ram", "disk"])
-def test_the_peak_is_lower_by_what_is_not_in_the_ring(llama: pathlib.Path, source: str) -> None:
+def test_the_peak_is_lower_by_the_weights_outside_the_ring(llama: pathlib.Path, source: str) -> None:
     gc.collect()
     start = torch.cuda.memory_allocated()
     model = adapted(stream(load(llama), source=source, device="cuda"))

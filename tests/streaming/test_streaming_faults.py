@@ -92,7 +92,7 @@ def test_a_read_error_is_a_clear_error_and_the_next_pass_reads_again(
     assert torch.equal(model(token_ids()).logits, expected)
 
 
-def test_a_short_read_goes_on(llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_read_is_continued(llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, preadv = load(llama)(token_ids()).logits, os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:100]], at))
     assert torch.equal(stream(load(llama), source="disk")(token_ids()).logits, expected)
