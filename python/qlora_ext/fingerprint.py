@@ -1,4 +1,4 @@
-"""Which 4-bit base is this: a fingerprint of the packed weights, by which an adapter knows what it was trained on."""
+"""Fingerprints of 4-bit bases, with which adapters identify the base on which they were trained."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ._internal.digest import update
 from .formats import NF4
 from .nn import Packed4bit, TiedLinear4bit, layers_of
 
-# What PEFT puts around the names of a model's modules.
+# PEFT's additions to the names of a model's modules.
 _WRAPPER = "base_model.model."
 _WRAPPED = "base_layer"
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Packed4bit, str]]:
-    """Names by which weights go into the digest, their modules, and what those call them."""
+    """The names of weights in the digest, their modules, and their names in the modules."""
     for name, module in layers_of(model):
         if isinstance(module, TiedLinear4bit):
             continue  # its weight is the table's
@@ -29,9 +29,9 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Packed4bit, str]]:
 def fingerprint(model: nn.Module) -> str:
     """SHA-256, in 64 hexadecimal digits, over the names, codes and scales of the model's 4-bit layers.
 
-    The same for a model before and after PEFT wraps it, on every device and in every compute dtype; an adapter that
-    ``merge_adapter`` has merged in changes it. A module that is not 4-bit takes no part. Of a model that FSDP2 has
-    sharded the parts are gathered, one layer at a time: every rank has to call this.
+    It does not depend on PEFT's wrapping, the device, the compute dtype or dense modules. An adapter that
+    ``merge_adapter`` merges changes it. If FSDP2 has sharded the model, every rank must call this, because the layers
+    are gathered one at a time.
 
     Raises:
         ValueError: the model has no 4-bit layer.
@@ -41,7 +41,7 @@ def fingerprint(model: nn.Module) -> str:
     if not weights:
         raise ValueError("model: expected a model with 4-bit layers (see qlora_ext.quantize_model), found none")
     for name, module, weight in weights:
-        w4 = module.packed_weight(weight)  # one at a time: of a streamed or sharded model each is a copy
+        w4 = module.packed_weight(weight)  # one at a time, because those of a streamed or sharded model are copies
         code = "" if w4.code == NF4 else f" {w4.code}"
         digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}{code}:".encode())
         for tensor in w4.tensors.values():

@@ -53,7 +53,7 @@ class Form:
 
     @property
     def keywords(self) -> FormKeywords:
-        """The keywords of which ``of`` makes this form."""
+        """The keywords from which ``of`` makes this form."""
         return {
             "block_size": self.block_size,
             "double_quant": self.double_quant,

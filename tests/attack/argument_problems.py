@@ -1,7 +1,7 @@
 """Odd arguments to every operator and Python entry point: a child of test_arguments.py.
 
-A call is made from good arguments, of which one or two are then replaced by odd ones. It has to work, and then to agree
-with the oracle where that applies, or to raise an exception of a kind that is expected and that names an argument.
+A call has good arguments, of which one or two are replaced by odd ones. It must either work, and agree with the oracle
+if there is one, or raise an exception of an expected kind that names an argument.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qlora_ext.nn import Embedding4bit, Linear4bit
 
 OPS = torch.ops.qlora
 EXPECTED = (ValueError, TypeError, RuntimeError, MemoryError)
-MOST_MEMORY = 6 << 30  # what a child may take on top of what torch has mapped
+MOST_MEMORY = 6 << 30  # address space of a child in addition to torch's mappings
 
 DTYPES = [
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.complex64, torch.bool),
@@ -35,7 +35,7 @@ NUMBERS += [(1 << 53) + 1, 1 << 61, 1 << 62, (1 << 63) - 1, (1 << 63) - 63, -(1 
 FLOATS = [0.0, -0.0, 0.5, 1.0, 1.5, -1.0, float("nan"), float("inf"), -float("inf"), 1e308, 5e-324, 1e-45, 1 + 1e-16]
 THINGS = [None, True, "64", "x", b"", 1.5, 2 + 1j, [], [1, 2], {}, object(), torch.tensor(64), torch.float32, slice(3)]
 
-# Exceptions of torch's own that know no name: of memory, kinds of tensors, and dtypes that no kernel is for.
+# torch's exceptions that name no argument: about memory, kinds of tensors, and dtypes without a kernel.
 NAMELESS = (
     "alloc|memory|Storage size|NestedTensor|Could not run '(qlora|aten)::|no tensor arguments|Not yet supported|"
     "unsupported scalarType|autocast"
@@ -52,7 +52,7 @@ def odd_int(rng: random.Random, good: int) -> Any:
         lambda: rng.choice(NUMBERS),
         lambda: rng.choice(NUMBERS),
         lambda: good + rng.choice([-1, 1, 1 << 32]),
-        lambda: good + (1 << rng.randint(50, 63)),  # products with it may wrap to the right one
+        lambda: good + (1 << rng.randint(50, 63)),  # products with it may wrap around to the correct one
         lambda: rng.choice([*THINGS, *FLOATS]),
     )
 
@@ -68,7 +68,7 @@ def odd_shape(rng: random.Random, good: list[int]) -> Any:
         lambda: [numel],
         lambda: [*good, rng.choice(NUMBERS[:-3])],
         lambda: [rng.choice(NUMBERS[:-3]) for _ in range(rng.randint(0, 5))],
-        lambda: [odd, numel * pow(odd, -1, 1 << 64) % (1 << 64)],  # whose product wraps to the right one
+        lambda: [odd, numel * pow(odd, -1, 1 << 64) % (1 << 64)],  # their product wraps around to the correct one
         lambda: [1 << 62, 4, *good],
         lambda: [0, 1 << 62, 1 << 62],
         lambda: [-size for size in good],
@@ -77,7 +77,7 @@ def odd_shape(rng: random.Random, good: list[int]) -> Any:
 
 
 def strided(rng: random.Random, t: Tensor) -> Tensor:
-    """The same values with other strides."""
+    """The same values with different strides."""
     return one_of(
         rng,
         lambda: t.t().contiguous().t() if t.ndim == 2 else t.clone(),
@@ -152,7 +152,7 @@ def odd(rng: random.Random, name: str, good: Any) -> Any:
 
 
 def good_arguments(rng: random.Random) -> dict[str, Any]:
-    """Arguments by name that fit each other, small."""
+    """Small consistent arguments by name."""
     torch.manual_seed(rng.getrandbits(60))
     m, n, k = rng.choice([0, 1, 3, 20, 70]), rng.choice([1, 16, 48, 65]), rng.choice([64, 100, 192])
     dtype, rank, experts = rng.choice([torch.float32, torch.bfloat16, torch.float16]), rng.choice([0, 1, 4]), 3
@@ -216,7 +216,7 @@ def dequantize(w4: qlora_ext.NF4Weight, dtype: torch.dtype) -> Tensor:
 
 
 FORM = ["block_size", "double_quant", "nested_block_size"]
-# What stays good: a module calls methods of its input, as torch's do.
+# Excluded, because a module calls methods of its input, like torch's modules.
 ALWAYS_GOOD = {("Linear4bit", "x"), ("Embedding4bit", "ids")}
 PYTHON: dict[str, tuple[Callable[..., Any], list[str]]] = {
     "qlora_ext.quantize_nf4": (qlora_ext.quantize_nf4, ["w", *FORM]),
@@ -259,7 +259,7 @@ def described(value: Any) -> str:
 
 def wrong_exception(error: Exception, names: list[str]) -> str | None:
     text = str(error)
-    if isinstance(error, IndexError) and re.match("rows: |index out of range", text):  # as an nn.Embedding does
+    if isinstance(error, IndexError) and re.match("rows: |index out of range", text):  # like nn.Embedding
         return None
     said = f"{type(error).__name__}: {text[:500]}"
     if not isinstance(error, EXPECTED):
@@ -277,7 +277,7 @@ def calls(make: Callable[[random.Random, str], tuple[Callable[..., Any], dict[st
             changed = rng.choice([a for a in arguments if (name, a) not in ALWAYS_GOOD])
             try:
                 arguments[changed] = odd(rng, changed, arguments[changed])
-            except (RuntimeError, TypeError, ValueError, IndexError, MemoryError):  # torch makes no such tensor
+            except (RuntimeError, TypeError, ValueError, IndexError, MemoryError):  # torch cannot make such a tensor
                 continue
         text = ", ".join(f"{a}={described(v)}" for a, v in arguments.items())
 

@@ -1,8 +1,8 @@
-"""Campaigns of random problems in child processes: what kills one is reported with its problem, and the rest goes on.
+"""Campaigns of random problems in child processes. A crash is reported with its problem, and the campaign continues.
 
 A child is a script that calls ``serve``: it names every problem before it runs it. QLORA_ATTACK (default 1) multiplies
-the number of problems, QLORA_ATTACK_SEED (default 0) draws others. A problem depends on the seed, its number and the
-name of the campaign alone. This repeats number 12 of seed 7:
+the number of problems, QLORA_ATTACK_SEED (default 0) seeds them. A problem depends only on the seed, its number and the
+name of the campaign. This repeats number 12 of seed 7:
 
     PYTHONPATH=tests/lib python tests/attack/guarded_problems.py guarded 7 12 13
 """
@@ -25,17 +25,17 @@ SEED = int(os.environ.get("QLORA_ATTACK_SEED", "0"))
 SECONDS_A_PROBLEM = 120
 ENOUGH_FAULTS = 40
 
-# What a problem is, in words, and what runs it: its answer is what is wrong, or None.
+# A problem's description, and the function that runs it, which returns the error found, or None.
 Problem = tuple[str, Callable[[], str | None]]
 
 
 def count(problems: int) -> int:
-    """That many problems by default, and QLORA_ATTACK times as many where it is set."""
+    """``problems`` times QLORA_ATTACK, if set."""
     return problems * int(os.environ.get("QLORA_ATTACK", "1"))
 
 
 def serve(problems: Mapping[str, Callable[[random.Random], Problem]]) -> None:
-    """The child: runs the problems from number ``first`` up to ``last``, of those that its arguments name."""
+    """Runs in the child the problems from number ``first`` up to ``last`` that its arguments name."""
     kind, seed, first, last = sys.argv[1], *map(int, sys.argv[2:5])
     for i in range(first, last):
         name, run = problems[kind](random.Random(f"{kind} {seed} {i}"))
@@ -54,7 +54,7 @@ class Report:
 
 
 def attack(script: str, kind: str, problems: int, **environment: str) -> Report:
-    """Runs a campaign, each child from the problem on that comes after the one which killed the last."""
+    """Runs a campaign. After a crash, a new child continues with the next problem."""
     path = os.pathsep.join([str(HERE.parent / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])])
     first, faults = 0, []
     while first < problems and len(faults) < ENOUGH_FAULTS:

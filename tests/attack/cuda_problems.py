@@ -1,8 +1,8 @@
-"""Random problems of every operator on CUDA, against the oracle: a child of test_cuda.py.
+"""Random problems of every operator on CUDA, compared with the oracle: a child of test_cuda.py.
 
-All problems of a campaign run one after the other in one process, so that what one launch leaves behind (workspaces,
-tickets, tensors in memory that is used again) meets the next. A fault may need the problems before it: to repeat
-number 12 of seed 7 as it was, run ``PYTHONPATH=tests/lib python tests/attack/cuda_problems.py cuda 7 0 13``.
+All problems of a campaign run sequentially in one process, so that the state that a launch leaves (workspaces, tickets,
+reused memory) reaches the next. A fault may depend on the previous problems: to repeat number 12 of seed 7 with them,
+run ``PYTHONPATH=tests/lib python tests/attack/cuda_problems.py cuda 7 0 13``.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from campaign import Problem, serve
 from oracle import disagreement
 from random_problems import DTYPES, KERNEL_VARIABLE, OPS, Draw, bits, by_name, draw
 
-# A GPU would take more; the kernel simulator interprets each thread.
+# Limits for the kernel simulator, which interprets each thread; a GPU could run larger problems.
 MOST_PRODUCTS = 60_000
 ROWS = [(0, 4), (1, 16), (5, 48), (17, 64), (49, 130)]
 MANY_ROWS = [(32, 130), (129, 513)]
-WAYS = ["", "", "fused", "library"]  # of QLORA_CUDA_KERNEL, which each call reads
+WAYS = ["", "", "fused", "library"]  # values of QLORA_CUDA_KERNEL, which each call reads
 
 
 def on_cuda(value: Any) -> Any:
@@ -49,7 +49,7 @@ def problem(rng: random.Random, rows: list[tuple[int, int]]) -> Problem:
                 return wrong
         except torch.AcceleratorError as error:
             print(f"wrong: {error}", flush=True)
-            sys.exit(1)  # nothing that this process does on a GPU after an error of CUDA's counts
+            sys.exit(1)  # results of this process on a GPU are invalid after a CUDA error
         back = out.cpu() if isinstance(out, Tensor) else tuple(t.cpu() for t in out)
         if "linear" not in name and not all(map(torch.equal, first, bits(operator(*arguments)))):
             return "other bits than on the CPU"
@@ -59,7 +59,7 @@ def problem(rng: random.Random, rows: list[tuple[int, int]]) -> Problem:
 
 
 def replayed(operator: Any, moved: list[Any], first: list[Tensor]) -> str | None:
-    """A captured call, replayed twice, with another call between the two."""
+    """A captured call, replayed twice with another call in between."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = operator(*moved)

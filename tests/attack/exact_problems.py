@@ -1,16 +1,16 @@
-"""Problems whose answers are exact, compared with no tolerance: a child of test_exact.py.
+"""Problems with exact results, compared without tolerance: a child of test_exact.py.
 
 Every operand is an integer times a power of two. Weights have the codes -1, 0 and 1 and scales that are powers of two,
-so that a decoded weight is exact in every type. The terms of a sum, in its smallest unit, add up to at most 2^24:
-float32 sums them exactly in any order. h and g are numbers of the type. The operators round weights, h, g and the
-result once and sum in float32, so every kernel has to give the exact result, rounded once.
+so that a decoded weight is exact in every type. The magnitudes of a sum's terms add up to at most 2^24 of its smallest
+unit, so that float32 sums them exactly in any order. h and g are representable in the type. The operators round
+weights, h, g and the result once and sum in float32, so every kernel must give the exact result, rounded once.
 
-Three kernels promise less and may be off by the following errors. few_tokens_int rounds x to 15 bits of the largest
-value of its segment, and in dX dy times the scale to 14 bits of the largest of a tile. few_tokens_bf16 and CUDA's
-tensor cores multiply codes by a factor that is no power of two and divide by it in float32, which costs one more
-rounding of float32.
+Three kernels have additional errors. few_tokens_int rounds x to 15 bits of the largest value of its segment, and in dX
+dy times the scale to 14 bits of the largest value of a tile. few_tokens_bf16 and CUDA's tensor cores multiply codes by
+a factor that is not a power of two and divide by it in float32, which adds one float32 rounding.
 
-Each problem runs by default and by every kernel that takes it, which QLORA_CPU_KERNEL or QLORA_CUDA_KERNEL forces.
+Each problem runs with the default kernel and with every kernel that accepts it, forced by QLORA_CPU_KERNEL or
+QLORA_CUDA_KERNEL.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from campaign import Problem, serve
 from qlora_ext import _C
 from random_problems import BLOCK_SIZES, CPU_KERNELS, DTYPES, KERNEL_VARIABLE, OPS, Draw, call_by_kernel, in_order
 
-SUMMED_EXACTLY = 2.0**24  # float32 holds every integer up to it
+SUMMED_EXACTLY = 2.0**24  # float32 represents every integer up to it
 SIGNIFICAND = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11, torch.float64: 24}
 NESTED_CODES = torch.from_numpy(np.flatnonzero(np.isin(reference.DYNAMIC8, (0.0, 1.0)))).to(torch.uint8)
 RANKS = [0, 1, 2, 5, 8, 15, 16, 16, 17, 33, 64]
@@ -49,13 +49,13 @@ class ExactDraw(Draw):
         self.x_unit = rng.randint(-6, -3) if self.dtype == torch.float16 else rng.randint(-25, 25)
         self.w_unit = rng.randint(-6, -3)
         self.dropout_p = self.choose("dropout", [0.0, 0.0, 0.5, 0.75, 1.0])  # 1 / (1 - p) is a power of two
-        # scaling * lora_a * lora_b has W's unit, or twice it.
+        # scaling * lora_a * lora_b has W's unit or twice W's unit.
         self.scaling = 2.0 ** rng.randint(-1, 1)
         self.a_unit = rng.randint(-2, 0)
         self.b_unit = self.w_unit - self.a_unit - int(math.log2(self.scaling)) + rng.randint(0, 1)
 
     def integers(self, most: int, density: float, *shape: int) -> Tensor:
-        """From -most to most; that part of them which ``density`` says is not 0."""
+        """Integers from -most to most; the fraction ``density`` of them is nonzero."""
         values = torch.randint(1, most + 1, shape, generator=self.generator)
         values *= torch.randint(0, 2, shape, generator=self.generator) * 2 - 1
         return values * (torch.rand(shape, generator=self.generator) < density)
@@ -69,7 +69,7 @@ class ExactDraw(Draw):
         return self.scaled(self.integers(most, self.rng.choice([1.0, 1.0, 0.3]), *shape), self.x_unit)
 
     def density(self, terms: int) -> float:
-        """Of a sum's factors: all, some, or so few that single ones come through."""
+        """The density of a sum's factors: all, some, or only a few."""
         return self.choose("density", [1.0, 0.3, 4 / max(terms, 1), 1 / max(terms, 1)])
 
     def weight(self, n: int, k: int, density: float, stack: tuple[int, ...]) -> Arguments:
@@ -82,7 +82,7 @@ class ExactDraw(Draw):
         if self.rng.random() < 0.5:
             exponents = torch.randint(0, 3, (*stack, blocks), generator=self.generator)
             return a | {"absmax": (2.0**exponents * unit).float(), "nested_absmax": None, "nested_offset": None}
-        self.say(nested=nested_block)  # a scale is the offset, plus 0, 1 or 3 times it where the code is 1
+        self.say(nested=nested_block)  # a scale is the offset, plus 0, 1 or 3 times the offset if the code is 1
         factors = torch.tensor([0.0, 1.0, 3.0])
         chosen = torch.randint(0, 3, (*stack, -(-blocks // nested_block)), generator=self.generator)
         a["absmax"] = NESTED_CODES[torch.randint(0, 2, (*stack, blocks), generator=self.generator)]
@@ -99,12 +99,12 @@ class ExactDraw(Draw):
 
 
 def rounded(x: np.ndarray, dtype: torch.dtype) -> np.ndarray:
-    """Rounded once; float64 is left as it is."""
+    """Rounds once; float64 is not rounded."""
     return torch.from_numpy(np.asarray(x, np.float64)).to(dtype).double().numpy()
 
 
 def single(t: Tensor, dim: int, which: Tensor, unit: int) -> None:
-    """Leaves one element of a power of two in each of the slices that ``which`` names, along ``dim``."""
+    """Keeps one element, a power of two, in each slice ``which`` along ``dim``."""
     for i in which.tolist():
         slice_ = t.select(dim, i)
         slice_.zero_()
@@ -112,7 +112,7 @@ def single(t: Tensor, dim: int, which: Tensor, unit: int) -> None:
 
 
 def make_representable(d: ExactDraw, a: Arguments, experts: int | None) -> None:
-    """Thins lora_a and lora_b until every h and g is a number of the type."""
+    """Zeroes elements of lora_a and lora_b until every h and g is representable in the type."""
     for e in range(experts or 1):
         part = a if experts is None else a | {key: a[key][e] for key in ("lora_a", "lora_b")}
         h, g = oracle.low_rank(part, oracle.identity)
@@ -123,7 +123,7 @@ def make_representable(d: ExactDraw, a: Arguments, experts: int | None) -> None:
 
 
 def linear_arguments(d: ExactDraw, name: str) -> tuple[Arguments, int | None]:
-    """And how many experts there are."""
+    """Arguments of a grouped operator, and the number of experts."""
     m, experts = d.rows(), d.rng.randint(1, 4) if name.startswith("grouped") else None
     n, k = d.matrix(max(m, 16 * (experts or 1)))
     d.say(m=m, n=n, k=k)
@@ -148,7 +148,7 @@ def linear_arguments(d: ExactDraw, name: str) -> tuple[Arguments, int | None]:
 
 
 def answers(name: str, one: Any, a: Arguments, *of: oracle.Of) -> list[np.ndarray]:
-    """What ``one``, a function of a single weight, says of each output."""
+    """The values of ``one``, a function of a single weight, for each output."""
     if not name.startswith("grouped"):
         return one(a, *of)
     shapes = getattr(OPS, name)(**{key: v.to("meta") if isinstance(v, Tensor) else v for key, v in a.items()})
@@ -156,7 +156,7 @@ def answers(name: str, one: Any, a: Arguments, *of: oracle.Of) -> list[np.ndarra
 
 
 def units(d: ExactDraw, own: str) -> list[int]:
-    """The exponent of each output's smallest unit."""
+    """The exponent of each output's unit."""
     scaling = int(math.log2(d.scaling))
     h, g = d.x_unit + d.a_unit + scaling, d.x_unit + d.b_unit + scaling
     if own == "linear_nf4_dlora":
@@ -193,7 +193,7 @@ def retained(name: str, a: Arguments) -> tuple[Tensor, Tensor]:
     return h, g
 
 
-# The error that a kernel may make before its answer is rounded, for a single weight.
+# The error bound of a kernel before its result is rounded, for a single weight.
 
 
 def integers_forward(a: Arguments) -> list[np.ndarray]:
@@ -211,14 +211,14 @@ def integers_dx(a: Arguments) -> list[np.ndarray]:
 
 
 def scaled_codes_forward(a: Arguments) -> list[np.ndarray]:
-    """Codes are multiplied by a factor that brings them near numbers of the type, and sums or scales divided by it."""
+    """The error of scaling codes by a factor close to representable numbers, by which sums or scales are divided."""
     x = np.abs(oracle.rows(a["x"]))
     w = np.abs(oracle.decoded(a, a["out_features"], x.shape[1]).astype(np.float64))
     return [2.0**-22 * x @ w.T]
 
 
 def fused_forward(a: Arguments) -> list[np.ndarray]:
-    """CUDA's tensor cores take 16-bit types and regular shapes; its other kernels are exact."""
+    """CUDA's tensor cores take 16-bit types and regular shapes. Its other kernels are exact."""
     regular = a["x"].dtype != torch.float32 and a["x"].shape[-1] % 64 == 0 and a["block_size"] >= 64
     return [error if regular else 0 * error for error in scaled_codes_forward(a)]
 
@@ -232,12 +232,12 @@ ERRORS = {
 
 
 def operator_of(name: str) -> str:
-    """The operator whose kernels serve it."""
+    """The operator whose kernels it uses."""
     return name.removeprefix("grouped_").removesuffix("_with_h").removesuffix("_with_g")
 
 
 def default_kernel(name: str, a: Arguments) -> str:
-    """That of the CPU: few_tokens_int where it serves the call, or one of the experts of the call."""
+    """The CPU's bound: that of few_tokens_int if it computes the call, or one of its experts."""
     given = a["x"] if "x" in a else a["dy"]
     n, k = a.get("out_features", given.shape[-1]), a.get("in_features", given.shape[-1])
     ends = a["offsets"].tolist() if "offsets" in a else [len(given)]
@@ -249,7 +249,7 @@ def default_kernel(name: str, a: Arguments) -> str:
 
 
 def errors(name: str, kernel: str, a: Arguments, expected: list[np.ndarray]) -> list[np.ndarray]:
-    """Of each output: all zeros, but for the first output of the kernels that promise less."""
+    """The error bound of each output: zero except for the first output of the kernels with additional errors."""
     none = [np.zeros_like(e) for e in expected]
     one = ERRORS.get((operator_of(name), kernel))
     if one is None:
@@ -299,7 +299,7 @@ def exact_linear(d: ExactDraw, name: str, device: str) -> Problem:
 
 
 def exact_codec(d: ExactDraw, device: str) -> Problem:
-    """Every encoder has to reproduce weights with the codes -1, 0 and 1, and their scales, exactly."""
+    """Every encoder must reproduce weights with the codes -1, 0 and 1, and their scales, exactly."""
     n, k = d.matrix(30)
     d.say(n=n, k=k)
     a = d.weight(n, k, d.density(k), ())
@@ -329,7 +329,7 @@ def exact_codec(d: ExactDraw, device: str) -> Problem:
 
 
 LINEAR = ["linear_nf4", "linear_nf4_with_h", "linear_nf4_dx", "linear_nf4_dx_with_g", "linear_nf4_dlora"]
-# The few-token kernels have the most code to go wrong.
+# The few-token kernels have the most code.
 KINDS = [*LINEAR, *LINEAR[:4], *(f"grouped_{name}" for name in LINEAR), "codec"]
 
 

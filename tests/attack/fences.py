@@ -1,4 +1,4 @@
-"""Tensors at the edge of mapped memory: a read one byte beyond them, or any write to them, is a fault."""
+"""Tensors at the edge of mapped memory: a read one byte past their ends, or any write to them, is a fault."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _require(done: bool) -> None:
 
 @contextlib.contextmanager
 def fenced(arguments: Sequence[Any], at_end: bool) -> Iterator[list[Any]]:
-    """The arguments with each tensor copied to read-only pages between two that nobody may touch.
+    """The arguments with each tensor copied to read-only pages between two inaccessible pages.
 
     Its last byte is the last before the page that follows or, where not ``at_end``, its first the first behind the
     one before. The copies live as long as the context.
@@ -56,5 +56,5 @@ def fenced(arguments: Sequence[Any], at_end: bool) -> Iterator[list[Any]]:
 
 
 def fill_new_memory(byte: int) -> None:
-    """What memory from malloc holds from now on (glibc), so that an output that is not written shows."""
+    """Sets the content of new memory from malloc (glibc), so that unwritten outputs are detected."""
     _LIBC.mallopt(_M_PERTURB, byte ^ 0xFF)

@@ -1,7 +1,7 @@
 """Random problems of every operator, on fenced inputs: a child of test_guard_pages.py.
 
 Each problem runs three times: on ordinary tensors, on tensors that end where mapped memory ends, and on tensors that
-begin where it begins, with other numbers of threads and other bytes in fresh memory. The bits must be the same.
+begin where it begins, with different numbers of threads and different bytes in new memory. The bits must be the same.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def guarded(rng: random.Random) -> Problem:
 
 
 def broken(how: str) -> Problem:
-    """What the fences are for: a byte read behind a tensor, one before it, a write to it, and one that is missing."""
+    """Faults that the fences must detect: reads after and before a tensor, a write to it, and an unwritten output."""
 
     def run() -> str | None:
         if how == "unwritten":

@@ -1,4 +1,4 @@
-"""Damage to files, drawn by a seed: to their bytes, and to the values of their JSON."""
+"""Random damage to the bytes of files, and to the values of their JSON."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _values(draw: random.Random) -> Any:
 
 
 def mutate_bytes(draw: random.Random, data: bytes, within: int | None = None) -> bytes:
-    """``data`` with one to three places changed, all among the first ``within`` bytes."""
+    """``data`` with one to three changes within its first ``within`` bytes."""
     changed = bytearray(data)
     for _ in range(draw.randint(1, 3)):
         end = min(len(changed), within or len(changed))
@@ -63,7 +63,7 @@ def mutate_bytes(draw: random.Random, data: bytes, within: int | None = None) ->
 
 
 def _places(value: Any) -> list[tuple[Any, Any]]:
-    """Every container in ``value`` with each of its keys."""
+    """All containers in ``value``, with each of their keys."""
     found: list[tuple[Any, Any]] = []
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, part in inner:
@@ -85,7 +85,7 @@ def mutate_json(draw: random.Random, data: bytes) -> bytes:
         if (isinstance(container, dict) and key not in container) or (
             isinstance(container, list) and key >= len(container)
         ):
-            continue  # gone by the mutation before
+            continue  # removed by the previous mutation
         kind = draw.randrange(4)
         if kind == 0:
             del container[key]

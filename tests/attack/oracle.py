@@ -11,7 +11,7 @@ from torch import Tensor
 
 import reference
 
-# Relative to the terms' magnitudes: four roundings of a 16-bit dtype; float32's of a sum of up to 200 terms.
+# Relative to the terms' magnitudes: four roundings of a 16-bit dtype, or float32's of a sum of up to 200 terms.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 2.0**-9, torch.bfloat16: 2.0**-6}
 MOST_ELEMENTS = 1 << 20
 
@@ -42,7 +42,7 @@ def decoded(a: dict[str, Any], n: int, k: int) -> np.ndarray:
     return reference.dequantize_nf4(flat(a["packed"]), scales(a), n * k, a["block_size"]).reshape(n, k)
 
 
-# The answer of a linear operator or, where ``of`` is np.abs, the sum of its terms' magnitudes, which bounds its error.
+# The result of a linear operator or, if ``of`` is np.abs, the sum of its terms' magnitudes, which bounds its error.
 Of = Callable[[np.ndarray], np.ndarray]
 
 
@@ -57,7 +57,7 @@ def lora(a: dict[str, Any], of: Of) -> tuple:
 
 
 def low_rank(a: dict[str, Any], of: Of) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """h of x and g of dy, each where its operand is there."""
+    """h of x and g of dy, each if its operand is given."""
     lora_a, lora_b, scaling, dropout_p, seed = lora(a, of)
     h = g = None
     if "x" in a:
@@ -77,7 +77,7 @@ def linear(a: dict[str, Any], of: Of = identity) -> list[np.ndarray]:
 
 def linear_with_h(a: dict[str, Any], of: Of = identity) -> list[np.ndarray]:
     (y,), h = linear(a, of), low_rank(a, of)[0]
-    return [y, h if y.size else 0 * h]  # a call with nothing to multiply leaves h zero
+    return [y, h if y.size else 0 * h]  # an empty product leaves h zero
 
 
 def linear_dx(a: dict[str, Any], of: Of = identity) -> list[np.ndarray]:
@@ -103,8 +103,10 @@ PER_EXPERT = ("packed", "absmax", "nested_absmax", "nested_offset", "bias", "lor
 
 
 def grouped(one: Callable[..., list[np.ndarray]], a: dict[str, Any], out: Sequence[Tensor], *of: Of) -> list:
-    """Answers of the shapes of ``out``: every expert over all rows, since dropout goes by their numbers; only its own
-    count."""
+    """Results in the shapes of ``out``.
+
+    Each expert is computed over all rows, because dropout depends on their indices, and only its own rows are used.
+    """
     expected = [np.zeros(tuple(t.shape)) for t in out]
     by_expert = one is linear_dlora
     begin = 0
@@ -178,14 +180,14 @@ def of_fitting_size(t: Tensor) -> bool:
 
 
 def tame(value: Any) -> bool:
-    """Whether sums of products with it stay finite in every dtype: the rest is for the sweeps of magnitudes."""
+    """Whether sums of products with it stay finite in every dtype. Other magnitudes are tested by the sweeps."""
     if isinstance(value, Tensor):
         return not value.is_floating_point() or not value.numel() or bool((flat(value.double().abs()) < 1e3).all())
     return abs(float(value)) < 1e3
 
 
 def disagreement(name: str, a: dict[str, Any], out: Any) -> str | None:
-    """What is wrong with ``out``, the answer to the operator ``name`` of the arguments ``a``; None for others."""
+    """The error in ``out``, the result of the operator ``name`` with arguments ``a``; None if there is none."""
     one = ORACLE.get(name.removeprefix("grouped_"))
     if one is None:
         return None
@@ -194,7 +196,7 @@ def disagreement(name: str, a: dict[str, Any], out: Any) -> str | None:
     if any(t.is_meta for t in tensors):
         return None if all(t.is_meta for t in outs) else "a meta tensor among the arguments, and an answer with values"
     if any(isinstance(v, torch.dtype) for key, v in a.items() if key != "dtype"):
-        return None  # torch takes a dtype for its number
+        return None  # torch converts a dtype to its number
     if not all(of_fitting_size(t) for t in (*tensors, *outs)) or not all(map(tame, (*tensors, a.get("scaling", 0)))):
         return None
     a = {key: v.detach().resolve_neg() if isinstance(v, Tensor) else v for key, v in a.items()}

@@ -1,4 +1,4 @@
-"""Random problems of every operator: sizes, layouts and operands, drawn by number, for any device."""
+"""Random problems of every operator on any device: sizes, layouts and operands, seeded by the problem's number."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ assert qlora_ext  # the operators must be registered
 OPS = torch.ops.qlora
 KERNEL_VARIABLE = {"cpu": "QLORA_CPU_KERNEL", "cuda": "QLORA_CUDA_KERNEL"}
 for _variable in KERNEL_VARIABLE.values():
-    os.environ.setdefault(_variable, "")  # there before the first call, so that each call reads it
+    os.environ.setdefault(_variable, "")  # set before the first call, so that each call reads it
 CPU_KERNELS = ["few_tokens_int", "few_tokens_bf16", "few_tokens_float"]
 CPU_KERNELS += ["many_tokens_tiles", "many_tokens_bf16", "many_tokens_float"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -49,7 +49,7 @@ class Draw:
         return value
 
     def size(self, most: int) -> int:
-        """0 (seldom) to ``most``, every order of magnitude as likely; half of them round, or one off."""
+        """0 (rarely) to ``most``, log-uniform; half of them are round numbers, or differ by one from such."""
         if self.rng.random() < 0.02:
             return 0
         value = int(math.exp(self.rng.uniform(0.0, math.log(max(most, 1) + 0.999))))
@@ -62,7 +62,7 @@ class Draw:
         return self.rng.randint(*self.rng.choice(self.ranges))
 
     def matrix(self, m: int) -> tuple[int, int]:
-        """n and k, either of them up to 20000, of no more than ``most_products`` products with m rows."""
+        """n and k, each up to 20000, with at most ``most_products`` products for m rows."""
         most = self.most_products * (16 if self.rng.random() < 1 / 16 else 1) // max(m, 1)
         first = self.size(min(20000, most))
         second = self.size(min(20000, most // max(first, 1)))
@@ -91,12 +91,12 @@ class Draw:
         return [a, self.randn(*stack, n, rank, dtype=dtype, factor=0.2)]
 
     def rank(self, name: str) -> int | None:
-        """Only a plain forward or dX has no adapter."""
+        """Whether there is an adapter; only a plain forward or dX has none."""
         rank = self.choose("rank", RANKS)
         return rank or 0 if name.endswith(("_with_h", "_with_g", "_dlora")) else rank
 
     def retained(self, lead: tuple[int, ...], rank: int, dtype: torch.dtype) -> list[Tensor | None]:
-        """h and g, each given or not."""
+        """h and g, each optional."""
         return [self.randn(*lead, rank, dtype=dtype) if self.rng.random() < 0.5 else None for _ in range(2)]
 
     def numbers(self) -> list[Any]:
@@ -197,7 +197,7 @@ OPERATORS = {
     "grouped_linear_nf4_dx_with_g": grouped,
     "grouped_linear_nf4_dlora": grouped,
 }
-# The few-token kernels have the most code to go wrong.
+# The few-token kernels have the most code.
 OFTEN = ["linear_nf4", "linear_nf4_dx"] * 3
 
 
@@ -208,29 +208,29 @@ def draw(d: Draw, rng: random.Random) -> tuple[str, list[Any]]:
 
 
 def call_by_kernel(operator: Callable[..., Any], arguments: Sequence[Any], variable: str, kernel: str) -> Any:
-    """An operator's answer by the kernel that ``variable`` forces, or None where that does not take such a problem."""
+    """The result with the kernel that ``variable`` forces, or None if that kernel does not accept the problem."""
     os.environ[variable] = kernel
     try:
         return operator(*arguments)
-    except (ValueError, RuntimeError) as error:  # the latter comes out of a loop over experts
+    except (ValueError, RuntimeError) as error:  # the latter is raised in a loop over experts
         if kernel and str(error).startswith(variable):
             return None
         raise
 
 
 def _defaults(name: str) -> dict[str, Any]:
-    """The arguments of an operator in the order of its schema, each with its default; None where it has none."""
+    """The arguments of an operator in the order of its schema, with their defaults, or None without a default."""
     return {argument.name: argument.default_value for argument in getattr(OPS, name).default._schema.arguments}
 
 
 def by_name(name: str, arguments: Sequence[Any]) -> dict[str, Any]:
-    """The arguments by their names in the schema; omitted ones have their defaults."""
+    """The arguments by their names in the schema; omitted ones have defaults."""
     defaults = _defaults(name)
     return defaults | dict(zip(defaults, arguments, strict=False))
 
 
 def in_order(name: str, arguments: Mapping[str, Any]) -> list[Any]:
-    """The arguments in the order of the schema; omitted ones have their defaults."""
+    """The arguments in the order of the schema; omitted ones have defaults."""
     return [arguments.get(argument, default) for argument, default in _defaults(name).items()]
 
 

@@ -1,4 +1,4 @@
-"""Random problems of every operator on CUDA, one process for each campaign: what one launch leaves meets the next."""
+"""Random problems of every operator on CUDA, in one process per campaign, so that state between launches is tested."""
 
 from __future__ import annotations
 

@@ -45,5 +45,5 @@ def test_an_answer_that_is_off_by_a_rounding_is_found() -> None:
         found = exact_problems.compare("linear_nf4", "many_tokens_float", a, wrong, [expected])
         assert found is not None
         assert f"1 of 4 not exact, the first [0, {j}]" in found
-    wrong[0, 1] = 3.015625  # what rounding x to 15 bits of 255 allows is less than that
+    wrong[0, 1] = 3.015625  # rounding x to 15 bits of 255 has a smaller error
     assert exact_problems.compare("linear_nf4", "few_tokens_int", a, wrong, [expected]) is not None

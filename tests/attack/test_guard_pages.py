@@ -1,6 +1,6 @@
-"""No operator reads beyond its inputs, writes to them, or leaves an output unwritten: on every instruction set.
+"""No operator reads past its inputs, writes to them, or leaves an output unwritten, on any instruction set.
 
-Outputs are torch's, from malloc; glibc's own check of the byte behind each allocation runs where it is there.
+Outputs are torch's, from malloc. glibc's check of the bytes after each allocation is used if available.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PROBLEMS = 80  # for an instruction set
 
 
 def checked_malloc() -> dict[str, str]:
-    """The environment in which free() looks for writes behind an allocation, unless malloc is another's already."""
+    """The environment in which free() checks for writes after an allocation, unless malloc is already replaced."""
     library = "libc_malloc_debug.so.0"  # since glibc 2.34
     try:
         ctypes.CDLL(library)

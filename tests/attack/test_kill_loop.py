@@ -1,7 +1,7 @@
-"""Commands killed with SIGKILL at random moments: old or new stays whole, and ``--resume`` ends with the same bits.
+"""Commands killed with SIGKILL at random moments leave a complete old or new output; ``--resume`` gives the same bits.
 
-``QLORA_ATTACK`` is the number of kills a campaign, ``QLORA_ATTACK_SEED`` repeats one. Half of the kills come at a
-random time, half before a random change of the file system, where the short moments lie that time seldom meets.
+``QLORA_ATTACK`` is the number of kills per campaign, ``QLORA_ATTACK_SEED`` its seed. Half of the kills are at a random
+time, half before a random change of the file system, because random times rarely hit short moments.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _CHANGES = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.truncate", "sh
 
 
 class Victim:
-    """Runs commands in copies of this process, which has loaded all that they need."""
+    """Runs commands in forks of this process, which has imported their modules."""
 
     def __init__(self, campaign: str, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -47,7 +47,7 @@ class Victim:
         print(f"{campaign}: {KILLS} kills, QLORA_ATTACK_SEED={SEED}")
 
     def _run(self, arguments: list[str], die_at: int | None) -> None:
-        """In the copy: runs the command; writes the number of its changes below the folder, or dies before one."""
+        """Runs the command in the fork, and writes the number of its changes below the folder, or dies before one."""
         changes = 0
 
         def hook(event: str, details: tuple[object, ...]) -> None:
@@ -60,8 +60,8 @@ class Victim:
         with pathlib.Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-        torch.set_num_threads(1)  # the other threads were not copied
-        tqdm.set_lock(threading.RLock())  # its own is shared with all copies, one of which died with it
+        torch.set_num_threads(1)  # the fork has no other threads
+        tqdm.set_lock(threading.RLock())  # its own lock is shared with all forks, one of which died with it
         signal.alarm(120)
         sys.addaudithook(hook)
         status = main(arguments)
@@ -79,14 +79,14 @@ class Victim:
         return child
 
     def measure(self, arguments: list[object]) -> None:
-        """Lets a command end, and keeps its seconds and its number of changes: the range of moments to kill at."""
+        """Lets a command end, and records its seconds and number of changes: the range of moments for kills."""
         self.pipe = os.pipe()
         begun = time.monotonic()
         assert os.waitpid(self._start(arguments), 0)[1] == 0
         self.moments[arguments[0]] = time.monotonic() - begun, int(os.read(self.pipe[0], 20))
 
     def kill(self, arguments: list[object]) -> str:
-        """Runs a command and kills it; tells when. It may also have ended before."""
+        """Runs and kills a command. Returns when; the command may have ended before."""
         seconds, changes = self.moments[arguments[0]]
         if self.random.random() < 0.5:
             die_at = self.random.randrange(changes)
@@ -107,7 +107,7 @@ def files_of(root: pathlib.Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def runs(paths: Paths) -> dict[str, pathlib.Path]:
-    """Two finished runs that differ in their seed."""
+    """Two finished runs with different seeds."""
     made = {}
     for seed in ("0", "1"):
         made[seed] = paths["root"] / f"attacked-{seed}"
@@ -124,7 +124,7 @@ def test_training(paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib
     for _ in range(KILLS):
         printed = victim.kill([*arguments, run])
         if run.exists():
-            newest_checkpoint(run)  # raises where it is not whole
+            newest_checkpoint(run)  # raises if it is not complete
             assert (run / "settings.json").is_file(), printed
             if (run / "before.json").exists():
                 assert json.loads((run / "before.json").read_text()), printed
@@ -159,7 +159,7 @@ def test_a_run_overwritten_by_a_run(paths: Paths, runs: dict[str, pathlib.Path],
 def test_a_model_overwritten_by_a_model(
     paths: Paths, runs: dict[str, pathlib.Path], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
-    """quantize and merge, each over what the other wrote; as at a mount point too."""
+    """quantize and merge, each overwriting the output of the other, also at a mount point."""
     from qlora_ext.cli.outputs import directory, files, lock, waiting
 
     output = tmp_path / "output"
@@ -179,12 +179,12 @@ def test_a_model_overwritten_by_a_model(
     for _ in range(KILLS):
         attempted = "quantize" if present == "merge" else "merge"
         printed = victim.kill(commands[attempted])
-        # The next command, whatever it is, cleans up; this one is then refused.
+        # Any command cleans up first; this one is then rejected.
         assert main(["quantize", "--model", str(paths["model"]), "--output", str(output)]) == 2
         assert files_of(output) in whole.values(), printed
         present = next(name for name, content in whole.items() if content == files_of(output))
         left = {path.name for path in tmp_path.iterdir()}
-        # What a quantize that was killed had done waits for it to go on.
+        # The results of the killed quantize are kept, so that it can resume.
         assert left - {"output.weights"} == {"output"}, printed
         assert not (inside and len(left) > 1), printed
     assert main([str(argument) for argument in commands["quantize"]]) == 0

@@ -22,7 +22,7 @@ BLOCK = 64
 
 @pytest.fixture(scope="module")
 def stack() -> tuple[Tensor, Tensor]:
-    """packed [E, N, K/2] and absmax [E, blocks]: 1.1 GB of random codes, and scales that tell the blocks apart."""
+    """packed [E, N, K/2] and absmax [E, blocks]: 1.1 GB of random codes, and scales that differ between blocks."""
     generator = torch.Generator().manual_seed(0)
     packed = torch.randint(0, 256, (EXPERTS, N, K // 2), dtype=torch.uint8, generator=generator)
     absmax = torch.rand(EXPERTS, N * K // BLOCK, generator=generator)
@@ -31,7 +31,7 @@ def stack() -> tuple[Tensor, Tensor]:
 
 
 def decoded(packed: Tensor, absmax: Tensor, first: int, rows: int) -> np.ndarray:
-    """float64 [rows, K]: rows of W from ``first`` on, W being all experts' rows one below the other."""
+    """float64 [rows, K]: rows of W from ``first`` on, where W is the concatenation of all experts' rows."""
     codes = packed.view(-1, K // 2)[first : first + rows].numpy()
     scales = absmax.view(-1, K // BLOCK)[first : first + rows].reshape(-1).numpy()
     return reference.dequantize_nf4(codes, scales, rows * K, BLOCK).reshape(rows, K).astype(np.float64)
@@ -65,7 +65,7 @@ def test_one_large_weight(stack: tuple[Tensor, Tensor], tokens: int) -> None:
 
 
 def test_dx_of_a_large_weight(stack: tuple[Tensor, Tensor]) -> None:
-    """dy is zero but for the last rows of W, which alone are decoded by the oracle."""
+    """dy is zero except for the last rows of W; only these are decoded by the oracle."""
     packed, absmax = stack[0].view(-1, K // 2), stack[1].view(-1)
     n = EXPERTS * N
     dy = torch.zeros(2, n)
@@ -75,11 +75,11 @@ def test_dx_of_a_large_weight(stack: tuple[Tensor, Tensor]) -> None:
 
 
 CHUNK = 1 << 26
-NUMEL = (1 << 31) + CHUNK + 4099  # the last block is short, and odd
+NUMEL = (1 << 31) + CHUNK + 4099  # the last block is short and odd
 
 
 def chunk(i: int) -> Tensor:
-    """Elements i * CHUNK and on: never two chunks alike."""
+    """Elements from i * CHUNK on; all chunks differ."""
     generator = torch.Generator().manual_seed(i)
     count = min(CHUNK, NUMEL - i * CHUNK)
     return torch.randn(1 << 20, generator=generator).repeat(-(-count // (1 << 20)))[:count].bfloat16() * (1 + i % 7)
@@ -92,7 +92,7 @@ def test_quantize_and_dequantize_a_large_tensor() -> None:
         w[i * CHUNK : (i + 1) * CHUNK] = chunk(i)
     packed, absmax = OPS.quantize_nf4(w, BLOCK)
     del w
-    whole = OPS.dequantize_nf4(packed, absmax, None, None, BLOCK, 256, [NUMEL], torch.bfloat16)
+    complete = OPS.dequantize_nf4(packed, absmax, None, None, BLOCK, 256, [NUMEL], torch.bfloat16)
     for i in range(chunks):
         part = chunk(i)
         codes, scales = OPS.quantize_nf4(part, BLOCK)
@@ -101,10 +101,10 @@ def test_quantize_and_dequantize_a_large_tensor() -> None:
         assert torch.equal(packed[begin // 2 :][: codes.numel()], codes)
         assert torch.equal(absmax[begin // BLOCK :][: scales.numel()], scales)
         w4 = qlora_ext.NF4Weight(codes, scales, None, None, part.shape, torch.bfloat16, BLOCK)
-        assert torch.equal(whole[begin:][: part.numel()], w4.dequantize())
-        head = part[:8192].float().numpy()  # all of the last chunk
+        assert torch.equal(complete[begin:][: part.numel()], w4.dequantize())
+        head = part[:8192].float().numpy()  # the full last chunk
         expected, expected_scales = reference.quantize_nf4(head, BLOCK)
         assert np.array_equal(codes[: len(expected)].numpy(), expected)
         assert np.array_equal(scales[: len(expected_scales)].numpy(), expected_scales)
         values = reference.dequantize_nf4(expected, expected_scales, head.size, BLOCK)
-        assert torch.equal(whole[begin:][: head.size], torch.from_numpy(values).bfloat16())
+        assert torch.equal(complete[begin:][: head.size], torch.from_numpy(values).bfloat16())

@@ -1,7 +1,7 @@
-"""Every reader of files, fed with damaged ones: it succeeds with a right result, or says in a sentence what is wrong.
+"""Every reader of files gets damaged files. It must succeed with a correct result, or raise a one-sentence error.
 
-``QLORA_ATTACK`` is the number of mutations a file (4 if it is not set) and ``QLORA_ATTACK_SEED`` their seed (0); a
-failure prints both, and the number of the mutation. More than 4 are marked slow.
+``QLORA_ATTACK`` is the number of mutations per file (default 4), ``QLORA_ATTACK_SEED`` their seed (default 0). A
+failure prints both and the number of the mutation. More than 4 are marked slow.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["llama_file"]  # a fixture
 COUNT = int(os.environ.get("QLORA_ATTACK", "4"))
 SEED = os.environ.get("QLORA_ATTACK_SEED", "0")
 pytestmark = [pytest.mark.slow] if COUNT > 4 else []
-SECONDS = 60  # beyond which a command hangs
+SECONDS = 60  # seconds after which a command counts as hanging
 Mutate = Callable[[random.Random, bytes], bytes]
 
 
@@ -58,7 +58,7 @@ def limited() -> Iterator[None]:
 
 
 def command(*arguments: object) -> tuple[int, str]:
-    """The command's exit code and what it printed, checked: 0 or 2, no escapes, and one sentence on an error."""
+    """The command's exit code and output, checked: code 0 or 2, no escapes, one sentence on an error."""
     out, err = io.StringIO(), io.StringIO()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -78,18 +78,18 @@ def command(*arguments: object) -> tuple[int, str]:
 
 
 def attack(file: pathlib.Path, mutate: Mutate, trial: Callable[[], object], count: int = COUNT) -> None:
-    """Calls ``trial`` after each of ``count`` mutations of ``file``, which is whole again afterwards."""
-    whole = file.read_bytes()
+    """Calls ``trial`` after each of ``count`` mutations of ``file``, which is restored afterwards."""
+    complete = file.read_bytes()
     try:
         for i in range(count):
-            file.write_bytes(mutate(random.Random(f"{SEED} {file.name} {i}"), whole))
+            file.write_bytes(mutate(random.Random(f"{SEED} {file.name} {i}"), complete))
             try:
                 trial()
             except BaseException as error:
                 note = f"QLORA_ATTACK={COUNT} QLORA_ATTACK_SEED={SEED}: mutation {i} of {file.name}"
                 raise AssertionError(f"{note}: {error!r}") from error
     finally:
-        file.write_bytes(whole)
+        file.write_bytes(complete)
 
 
 def weights_in(directory: pathlib.Path) -> dict[str, bytes]:
@@ -102,7 +102,7 @@ def weights_in(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def quantized_alike(model: pathlib.Path, output: pathlib.Path, names: set[str]) -> None:
-    """``quantize`` refuses the model, or makes the same of it whatever the random numbers: it is filled with none."""
+    """``quantize`` rejects the model, or gives the same result with any seed, so that no weight is random."""
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
@@ -118,14 +118,14 @@ def quantized_alike(model: pathlib.Path, output: pathlib.Path, names: set[str]) 
 
 @pytest.fixture(scope="module")
 def names(paths: Paths, tmp_path_factory: pytest.TempPathFactory) -> set[str]:
-    """The weights of the 4-bit model."""
+    """Damages the weights of the 4-bit model."""
     output = tmp_path_factory.mktemp("whole") / "out"
     assert command("quantize", "--model", paths["model"], "--output", output)[0] == 0
     return set(weights_in(output))
 
 
 def header_only(draw: random.Random, data: bytes) -> bytes:
-    """A safetensors file with its header damaged, half the time as JSON whose length is right again."""
+    """A safetensors file with a damaged header, in half of the cases valid JSON with a corrected length."""
     size = 8 + int.from_bytes(data[:8], "little")
     if draw.random() < 0.5:
         return mutate_bytes(draw, data, size)
@@ -149,7 +149,7 @@ MODEL_FILES: dict[str, Mutate] = {
 @pytest.mark.parametrize("name", MODEL_FILES)
 def test_models(paths: Paths, names: set[str], tmp_path: pathlib.Path, name: str) -> None:
     model = pathlib.Path(shutil.copytree(paths["model"], tmp_path / "model"))
-    few = set() if name == "config.json" else names  # another configuration may be another model's, and whole
+    few = set() if name == "config.json" else names  # a changed configuration may be a valid one of another model
     attack(model / name, MODEL_FILES[name], lambda: quantized_alike(model, tmp_path / "out", few))
 
 
@@ -221,7 +221,7 @@ TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 
 
 def lines(draw: random.Random, data: bytes) -> bytes:
-    """A .jsonl file with one of its lines damaged."""
+    """A .jsonl file with one damaged line."""
     parts = data.split(b"\n")
     at = draw.randrange(len(parts) - 1)
     parts[at] = mutate_json(draw, parts[at])
@@ -273,7 +273,7 @@ def test_data(paths: Paths, tmp_path: pathlib.Path, name: str, mutate: Mutate) -
 
 
 def torch_file(draw: random.Random, data: bytes) -> bytes:
-    """A file of torch.save, damaged, or with another thing in it."""
+    """A torch.save file, damaged or with a different object."""
     if draw.random() < 0.6:
         return mutate_bytes(draw, data)
     buffer = io.BytesIO()
@@ -295,7 +295,7 @@ RUN_FILES: dict[str, Mutate] = {
 
 @pytest.mark.parametrize("name", RUN_FILES)
 def test_runs(finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> None:
-    """A run goes on to the adapter that it would have had, or not at all."""
+    """A run is resumed to the same adapter, or not at all."""
     run = tmp_path / "run"
     kept = tmp_path / "kept"
     shutil.copytree(finished_run, kept)
@@ -309,7 +309,7 @@ def test_runs(finished_run: pathlib.Path, tmp_path: pathlib.Path, name: str) -> 
         status, printed = command("finetune", "--output", run, "--resume")
         if status:
             assert not (run / "adapter").exists()
-        elif name != "settings.json":  # other settings are another run
+        elif name != "settings.json":  # different settings are a different run
             assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights, printed
 
     attack(kept / name, RUN_FILES[name], trial, max(1, COUNT // 2))

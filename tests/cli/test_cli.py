@@ -1,4 +1,4 @@
-"""The console command on a tiny random Llama and text of our own."""
+"""The console command on a tiny random Llama and generated text."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from commands import COMMAND, RUN, Paths, adapter_bytes, base, command, here, re
 from qlora_ext.cli import main
 
 
-def test_finetune_tells_what_it_did(finished_run: pathlib.Path) -> None:
+def test_finetune_prints_its_steps_and_results(finished_run: pathlib.Path) -> None:
     printed = (finished_run / "stdout.txt").read_text()
     for part in ("weights", "trainable parameters", "tokens/s", "left", "before training", "after training"):
         assert part in printed
@@ -84,7 +84,7 @@ def test_ctrl_c_says_how_to_go_on(paths: Paths) -> None:
 
 @pytest.mark.slow
 def test_killed_again_and_again(paths: Paths, finished_run: pathlib.Path) -> None:
-    """Whatever the moment, what lies under a final name is whole, and the end is the same."""
+    """At any moment, files under final names are complete, and the resumed run ends with the same result."""
     import safetensors.torch
 
     run = paths["root"] / "again"
@@ -122,7 +122,7 @@ def test_memory_levers_learn_as_well(paths: Paths, finished_run: pathlib.Path) -
 
 
 def test_generate_quantize_merge(paths: Paths, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The adapter says the same on the model quantized while loading, on the saved 4-bit model, and merged."""
+    """The adapter generates the same on the model quantized while loading, on the saved 4-bit model, and merged."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     root = paths["root"]
@@ -185,7 +185,7 @@ def test_prompts_and_adapters_that_are_not_options(
 def test_a_checkpoint_of_a_run_is_an_adapter(
     paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Over the base as the run quantized it."""
+    """The adapter is merged into the base with the run's quantization."""
     run = tmp_path / "run"
     here("finetune", *base(paths), "--output", run, *RUN, "--max-steps", "2", "--block-size", "128")
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
@@ -198,13 +198,13 @@ def test_a_checkpoint_of_a_run_is_an_adapter(
          "--init-adapter", run / "checkpoint-2")  # fmt: skip
 
 
-def test_a_model_that_is_nowhere(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
-    """Offline, as the tests are run, the hub has no model."""
+def test_a_model_that_does_not_exist(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
+    """The tests run offline, so the hub has no model."""
     message = refused("finetune", "--model", "nosuchdir", "--data", paths["data"], "--output", tmp_path / "run")
     assert "there is no directory nosuchdir, and the model cannot be loaded" in message
 
 
-def test_finetune_alone_says_what_it_is(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
+def test_finetune_without_arguments_prints_its_usage(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> None:
     from qlora_ext.cli.training import prepare
 
     with pytest.MonkeyPatch.context() as patch:
@@ -404,7 +404,7 @@ def test_a_run_is_not_overwritten(refused, paths: Paths, finished_run: pathlib.P
 
 @pytest.mark.parametrize("step", ["adapter", "model"])
 def test_a_write_that_fails_leaves_nothing(paths: Paths, tmp_path: pathlib.Path, step: str) -> None:
-    """A limit on file sizes stands for a disk that fills up while a large file is written."""
+    """A limit on file sizes simulates a disk that fills up while a large file is written."""
     output = tmp_path / "out"
     if step == "adapter":
         arguments = ["finetune", "--model", paths["model"], "--data", paths["data"], "--output", output, *RUN]
@@ -416,12 +416,12 @@ def test_a_write_that_fails_leaves_nothing(paths: Paths, tmp_path: pathlib.Path,
     assert result.stderr.count("\n") == 1, result.stderr
     assert str(output) in result.stderr
     assert not list(tmp_path.rglob(".partial*"))
-    # Weights that were quantized wait beside the output for the command to go on.
+    # The quantized weights are kept next to the output, so that the command can resume.
     assert {path.parent.name for path in tmp_path.rglob("*.safetensors")} <= {"out.weights"}
     assert not output.exists() or step == "adapter"
 
 
-def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
+def test_a_full_disk_is_reported(paths: Paths, tmp_path: pathlib.Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", small], capture_output=True).returncode:
@@ -430,7 +430,7 @@ def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
         result = command("quantize", "--model", paths["model"], "--output", small / "out")
         assert result.returncode == 2, result.stderr
         assert "full" in result.stderr
-        # What was quantized waits for more room, if there was room for any of it.
+        # The quantized weights are kept, if there was space for any.
         left = {path.name for path in small.iterdir()}
         assert left <= {"out.weights"}
         assert bool(left) == (f"the weights quantized so far are kept in {small}/out.weights" in result.stderr)
@@ -444,7 +444,7 @@ def test_a_full_disk_is_told(paths: Paths, tmp_path: pathlib.Path) -> None:
 
 
 def test_packed_rows_do_not_see_each_other(paths: Paths) -> None:
-    """The loss over packed rows is that over the rows one by one, with the transformers model's own loss."""
+    """The loss over packed rows equals that over single rows, computed with the transformers model's loss."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""``qlora-ext quantize --calibrate``: an ordinary 4-bit directory, a record beside it, and nothing lost by a kill."""
+"""``qlora-ext quantize --calibrate`` writes a 4-bit directory with a record, and loses no results when killed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tiny_models import save_tiny_llama
 
 @pytest.fixture
 def model(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    # A text of many short sequences is written sooner.
+    # Generating many short sequences takes less time.
     monkeypatch.setattr("qlora_ext.cli.quantization.calibrate.LENGTH", 64)
     save_tiny_llama(tmp_path / "model", seed=3)
     return tmp_path / "model"
@@ -72,7 +72,7 @@ def test_a_text_that_is_given(model: pathlib.Path, tmp_path: pathlib.Path, capsy
     assert quantize(model, tmp_path / "other", "--calibrate", str(tmp_path / "none.txt")) == 2
 
 
-def test_a_killed_calibration_goes_on(
+def test_a_killed_calibration_is_resumed(
     model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert quantize(model, tmp_path / "whole", "--calibrate", "self") == 0
@@ -97,10 +97,10 @@ def test_a_killed_calibration_goes_on(
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_nothing_waits_beside_a_mount_point(
+def test_results_are_kept_inside_a_mount_point(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, inside: bool
 ) -> None:
-    """Nor beside a directory whose parent cannot be written to: it waits in it."""
+    """Results are kept inside a mount point, and inside a directory whose parent is not writable."""
     monkeypatch.setattr("qlora_ext.cli.outputs.waiting.filled_from_inside", lambda path: inside)
     output = tmp_path / "out"
     output.mkdir()

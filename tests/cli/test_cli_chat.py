@@ -1,4 +1,4 @@
-"""``qlora-ext chat``: in a pipe, an answer a line; on a terminal, Ctrl-C, Ctrl-D and the history do as expected."""
+"""``qlora-ext chat``: one answer per line in a pipe; Ctrl-C, Ctrl-D and the history on a terminal."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def talker(paths: Paths) -> pathlib.Path:
 
 
 def talk(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], said: str, *arguments: object) -> str:
-    """What a conversation prints whose input comes out of a pipe."""
+    """The output of a conversation whose input comes from a pipe."""
     monkeypatch.setattr("sys.stdin", io.StringIO(said))
     capfd.readouterr()
     assert main(["chat", *map(str, arguments), "--max-new-tokens", "8"]) == 0
@@ -45,7 +45,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], sai
 def test_a_line_in_is_an_answer_out(
     finished_run: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Which is the one that generate gives."""
+    """The answer is the same as that of ``generate``."""
     one = talk(monkeypatch, capfd, "count 3\n", "--adapter", finished_run)
     assert main(["generate", "--adapter", str(finished_run), "--prompt", "count 3", "--max-new-tokens", "8"]) == 0
     assert one == capfd.readouterr().out
@@ -95,8 +95,8 @@ def test_the_oldest_turns_go_where_the_model_has_no_room(talker: pathlib.Path) -
     assert talk.answer("x", shown.append) == 0
 
 
-def test_what_is_refused(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before the model loads."""
+def test_invalid_arguments_are_rejected(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors are raised before the model loads."""
     monkeypatch.setattr(
         "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
     )
@@ -109,7 +109,7 @@ def test_what_is_refused(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyP
 def test_input_that_is_no_text(refused: Any, paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding="utf-8"))
     assert "UTF-8" in refused("chat", "--model", paths["model"])
-    # Where the locale is ASCII, Python stands surrogates for the bytes.
+    # With an ASCII locale, Python decodes the bytes to surrogates.
     monkeypatch.setattr("sys.stdin", io.StringIO("\udcc3\n"))
     assert "standard input: the text is not utf-8 text" in refused("chat", "--model", paths["model"])
     assert "--system: the text is not" in refused("chat", "--model", paths["model"], "--system", "\udcc3")
@@ -117,7 +117,7 @@ def test_input_that_is_no_text(refused: Any, paths: Paths, monkeypatch: pytest.M
 
 
 class Terminal:
-    """The command on a terminal of its own."""
+    """The command on its own terminal."""
 
     def __init__(self, *arguments: object) -> None:
         self._end, other = pty.openpty()
@@ -151,12 +151,12 @@ def test_on_a_terminal(paths: Paths) -> None:
     assert "/reset" in talk.printed
     at = talk.type("hello\n")
     talk.wait_for("hello\r\n", at)
-    time.sleep(0.3)  # the answer is being written, or has been
+    time.sleep(0.3)  # the answer is partly or completely written
     os.kill(talk.process.pid, signal.SIGINT)
     if talk.process.poll() is None:
         talk.wait_for("> ", at)
         talk.type("\x04")
-    assert talk.process.wait(60) in (0, 130)  # 130 where the answer had ended before
+    assert talk.process.wait(60) in (0, 130)  # 130 if the answer had already ended
     assert "Traceback" not in talk.printed
 
 
@@ -180,5 +180,5 @@ def test_ctrl_c_stops_an_answer_and_no_more(
     assert main(["chat", "--model", str(talker), "--compile", "never"]) == 0
     assert prompts[1] == "<user>one</><assistant>half</><user>two</><assistant>"
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
-    assert main(["chat", "--model", str(talker)]) == 130  # nobody is there to ask on
+    assert main(["chat", "--model", str(talker)]) == 130  # there is no user to ask
     assert "interrupted" in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""``qlora-ext check``: what 4 bits cost is measured, damage is found, and the exit code says so."""
+"""``qlora-ext check`` measures the cost of 4 bits, finds damage, and returns an exit code accordingly."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYER = "model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-    """A dense model, the same in both 4-bit forms, and a text."""
+    """A dense model, the same model in both scale forms, and a text."""
     root = tmp_path_factory.mktemp("check")
     save_tiny_llama(root / "dense", seed=3)
     for form in ("qlora_ext", "bitsandbytes"):
@@ -38,7 +38,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 class Checked:
-    """What the command printed, and the file that it wrote."""
+    """The output of the command, and the file that it wrote."""
 
     def __init__(self, capfd: pytest.CaptureFixture[str], file: pathlib.Path) -> None:
         self._capfd, self._file = capfd, file
@@ -62,7 +62,7 @@ def check(capfd: pytest.CaptureFixture[str], tmp_path: pathlib.Path) -> Checked:
 @pytest.mark.parametrize("form", ["qlora_ext", "bitsandbytes"])
 def test_a_sound_model(made: pathlib.Path, check: Checked, form: str) -> None:
     assert check(made / form, "--curve", data=made / "text.txt") == 0
-    assert check.json["base"] == str(made / "dense")  # the directory says so
+    assert check.json["base"] == str(made / "dense")  # recorded in the directory
     assert check.json["good"] is True
     assert check.json["tokens"] == 1024
     assert len(check.json["layers"]) == 14
@@ -113,7 +113,7 @@ def test_without_the_dense_model(made: pathlib.Path, check: Checked, tmp_path: p
         assert "--base" in check.out
         assert check.json["increase"] is None
         assert check.json["loss"] > 0
-    for option in (["--max-increase", "1"], ["--curve"]):  # nobody is to believe that this was judged
+    for option in (["--max-increase", "1"], ["--curve"]):  # without a text this cannot be judged
         assert check(model, *option, data=made / "text.txt") == 2
         assert option[0] in check.err
     record.unlink()
@@ -210,7 +210,7 @@ def test_quantize_does_not_copy_damage(
 def test_an_adapter_merged_into_the_codes_is_no_damage(
     made: pathlib.Path, check: Checked, tmp_path: pathlib.Path
 ) -> None:
-    """Merging rounds at random, which makes a larger error than rounding to the nearest code."""
+    """Merging rounds stochastically, which has a larger error than rounding to the nearest code."""
     from qlora_ext.merged import with_update
 
     model = AutoModelForCausalLM.from_pretrained(made / "qlora_ext", device_map="cpu")
@@ -240,7 +240,7 @@ def test_scales_that_are_all_zero(made: pathlib.Path, check: Checked, tmp_path: 
     assert check.json["good"] is False
 
 
-def test_what_is_refused(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path) -> None:
+def test_invalid_arguments_are_rejected(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path) -> None:
     model, text = made / "qlora_ext", made / "text.txt"
     make("qwen2").save_pretrained(tmp_path / "other")
     for options, part in (
@@ -285,20 +285,20 @@ def test_help(capfd: pytest.CaptureFixture[str]) -> None:
 def test_quantize_keeps_layers(made: pathlib.Path, check: Checked, tmp_path: pathlib.Path, form: str) -> None:
     arguments = ["quantize", "--model", str(made / "dense"), "--output", str(tmp_path / "out"), "--format", form]
     assert main([*arguments, "--keep", "20%", "--calibrate", str(made / "text.txt")]) == 0
-    kept = json.loads((tmp_path / "out" / "quantization.json").read_text())["kept"]
+    record = json.loads((tmp_path / "out" / "quantization.json").read_text())["kept"]
     calibrated = json.loads((tmp_path / "out" / "calibration.json").read_text())["layers"]
-    assert kept["budget"] == "20%"
-    assert kept["dense"]
-    assert len(kept["layers"]) == 14
-    names = {layer["name"] for layer in kept["layers"]}
-    assert {layer["name"] for layer in calibrated} == names - {*kept["dense"]}
+    assert record["budget"] == "20%"
+    assert record["dense"]
+    assert len(record["layers"]) == 14
+    names = {layer["name"] for layer in record["layers"]}
+    assert {layer["name"] for layer in calibrated} == names - {*record["dense"]}
     assert check(tmp_path / "out", data=made / "text.txt") == 0
-    assert {layer["name"] for layer in check.json["layers"]} == names - {*kept["dense"]}
+    assert {layer["name"] for layer in check.json["layers"]} == names - {*record["dense"]}
     for budget in ("much", "-1"):
         assert main([*arguments, "--overwrite", f"--keep={budget}"]) == 2
 
 
-def test_what_a_model_alone_tells() -> None:
+def test_results_without_inputs() -> None:
     model = qlora_ext.quantize_model(make(dtype=torch.float32))
     ids = token_ids(4, 16)
     found = qlora_ext.check_model(model, inputs=ids)
@@ -331,14 +331,14 @@ def test_logits_that_are_not_finite() -> None:
         ({"curve": ["much"]}, ValueError, "budget: expected"),
     ],
 )
-def test_what_check_model_refuses(given: dict[str, Any], error: type[Exception], text: str) -> None:
+def test_check_model_rejects_invalid_arguments(given: dict[str, Any], error: type[Exception], text: str) -> None:
     arguments = {"model": qlora_ext.quantize_model(make()), "base": make(), "inputs": token_ids(4, 8), **given}
     with pytest.raises(error, match=text):
         qlora_ext.check_model(**arguments)
 
 
 def test_every_4bit_module_is_compared() -> None:
-    """Tables and the heads that are tied to them, too; and neither model is changed."""
+    """Tied tables and heads are included, and neither model is changed."""
     base = make("qwen2", torch.float32)
     model = qlora_ext.quantize_model(make("qwen2", torch.float32), embeddings=True)
     states = [{key: t.clone() for key, t in m.state_dict().items()} for m in (base, model)]
@@ -370,7 +370,7 @@ def layers(**changes: float) -> list[LayerCost]:
         (Increase(0.2, 0.01), {"error": 0.12, "loss": 0.01}, ["quantize again, unless an adapter was merged"]),
     ],
 )
-def test_advice_rests_on_what_was_measured(increase: Increase, changes: dict[str, float], begins: list[str]) -> None:
+def test_advice_is_based_on_measurements(increase: Increase, changes: dict[str, float], begins: list[str]) -> None:
     checked = ModelCheck([], 4096, 25_000, 3.2, 3.0, increase, layers(**changes))
     assert checked.is_sound == ("weight_ratio" not in changes)
     found = advice_on(checked)

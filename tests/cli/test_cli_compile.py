@@ -1,4 +1,4 @@
-"""Decoding through compiled code: the tokens of the eager model, a package that is kept, and a way without."""
+"""Compiled decoding: the tokens of the eager model, a cached package, and a fallback without it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PROMPT = torch.tensor([[5, 9, 17, 40]])
 
 @pytest.fixture(autouse=True)
 def _own_packages(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One cache directory for all of these tests, and one thread, which the code is compiled for."""
+    """One cache directory for all these tests, and one thread, for which the code is compiled."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "packages"))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -41,7 +41,7 @@ def _own_packages(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
 
 
 def adapted(dtype: torch.dtype = torch.float32, seed: int = 0, rank: int = 4, alpha: int = 8) -> Any:
-    """A tiny Llama in 4 bits, of the scale of its seed, whose adapters say something."""
+    """A tiny Llama in 4 bits, scaled by its seed, with adapters that change its outputs."""
     dense = tiny_models.make("llama", dtype)
     for p in dense.parameters():
         p.data *= 1 + seed / 8
@@ -67,7 +67,7 @@ def decoder_of(model: Any) -> compiled.Decoder:
 
 
 def test_the_tokens_are_those_of_the_eager_model() -> None:
-    """Over caches that grow twice, of conversations one after another, and where tokens are drawn."""
+    """Also with caches that grow twice, with several conversations, and with sampling."""
     model = adapted()
     drawn = {"do_sample": True, "temperature": 1.5, "top_k": 0}
 
@@ -79,12 +79,12 @@ def test_the_tokens_are_those_of_the_eager_model() -> None:
     expected = everything()
     decoder = decoder_of(model)
     got = everything()
-    assert decoder.steps == 599 + 8 + 8 + 39  # the first token of each comes from its prompt
+    assert decoder.steps == 599 + 8 + 8 + 39  # the first token of each is computed with its prompt
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_the_cache_stays_the_model_s_own() -> None:
-    """After decoded tokens, several at once run eagerly on what was decoded."""
+    """After compiled decoding, several tokens at once run eagerly on the same cache."""
     model = adapted()
     more = torch.tensor([[7, 8, 9]])
 
@@ -123,14 +123,14 @@ def test_bfloat16_is_no_further_from_float32_than_eager() -> None:
     assert error(logits(model)) < 1.2 * error(eager)
 
 
-def test_a_package_is_kept_for_every_model_of_a_shape(capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_package_serves_all_models_of_a_shape(capfd: pytest.CaptureFixture[str]) -> None:
     decoder_of(adapted())
     capfd.readouterr()
     other = adapted(seed=1)
     expected = decode(other, 20)
     decoder = decode_compiled(other, "auto", worthwhile=False)
     assert decoder is not None
-    assert capfd.readouterr().err == ""  # nothing was compiled
+    assert capfd.readouterr().err == ""  # no compilation
     assert torch.equal(decode(other, 20), expected)
     assert decoder.steps == 19
     for different in (adapted(rank=2), adapted(alpha=16)):
@@ -138,7 +138,7 @@ def test_a_package_is_kept_for_every_model_of_a_shape(capfd: pytest.CaptureFixtu
     assert decode_compiled(adapted(), "never", worthwhile=True) is None
 
 
-def test_what_is_in_the_cache_serves_without_a_compiler_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_package_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder_of(adapted())
     monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("compiled again"))
     printed: list[str] = []
@@ -189,7 +189,7 @@ def test_without_a_compiler_or_where_it_fails_the_model_stays_eager(
     assert model.get_base_model().forward == forward
 
 
-def test_what_is_not_compiled() -> None:
+def test_models_that_are_not_compiled() -> None:
     sliding = AutoModelForCausalLM.from_config(MistralConfig(**tiny_models.SIZES, sliding_window=8))
     assert compiled.obstacle(sliding) == "its cache holds more than keys and values"
     prefix = get_peft_model(tiny_models.make("llama"), PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
@@ -212,12 +212,12 @@ def test_a_directory_that_others_can_write_to_is_not_used(
 
 
 def damage(package: pathlib.Path, kind: str) -> None:
-    whole = package.read_bytes()
+    full = package.read_bytes()
     if kind == "a bit":
-        at = len(whole) // 2
-        package.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        at = len(full) // 2
+        package.write_bytes(full[:at] + bytes([full[at] ^ 1]) + full[at + 1 :])
     else:
-        package.write_bytes({"empty": b"", "truncated": whole[: len(whole) // 2], "noise": b"PK" * 5000}[kind])
+        package.write_bytes({"empty": b"", "truncated": full[: len(full) // 2], "noise": b"PK" * 5000}[kind])
 
 
 @pytest.mark.parametrize("kind", ["empty", "truncated", "noise", "a bit"])
@@ -231,7 +231,7 @@ def test_a_damaged_package_is_no_package(tmp_path: pathlib.Path, kind: str) -> N
     assert not cache.is_complete(copy)
 
 
-def test_what_is_no_file_is_no_package(tmp_path: pathlib.Path) -> None:
+def test_special_files_are_not_packages(tmp_path: pathlib.Path) -> None:
     os.mkfifo(tmp_path / "fifo")  # opening it would wait for a writer
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("fifo", "link", "missing", "."):
@@ -246,12 +246,12 @@ def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monke
         compiled.directory()
         / f"{compiled._digest(model, compiled._state(compiled._Step(compiled.causal_lm(model))))}.pt2"
     )
-    whole = package.read_bytes()
+    full = package.read_bytes()
     compiled_anew = []
 
     def make(lm: Any, step: Any, package: pathlib.Path) -> None:
         compiled_anew.append(package)
-        package.write_bytes(whole)
+        package.write_bytes(full)
 
     monkeypatch.setattr(compiled, "_compile", make)
     damage(package, "truncated")
@@ -259,13 +259,13 @@ def test_a_damaged_package_is_made_anew(capfd: pytest.CaptureFixture[str], monke
     decoder_of(model)
     assert torch.equal(decode(model, 5), expected)
     assert compiled_anew == [package]
-    with zipfile.ZipFile(package, "w") as archive:  # whole, and no package
+    with zipfile.ZipFile(package, "w") as archive:  # complete, but not a package
         archive.writestr("a", "b")
     assert decode_compiled(adapted(), "auto", worthwhile=True) is not None
     assert compiled_anew == [package] * 2
 
 
-def test_what_killed_compilations_left_is_deleted_and_nothing_else(tmp_path: pathlib.Path) -> None:
+def test_only_files_of_killed_compilations_are_deleted(tmp_path: pathlib.Path) -> None:
     package = f"{'a' * 64}.pt2"
     for name in ("compiling-ab3_d6gh", "tmpab3_d6gh", "compiling-theses00", "tmp-directory", "compiling-running0"):
         (tmp_path / name).mkdir()
@@ -292,14 +292,14 @@ def test_a_package_takes_its_name_when_it_is_written(tmp_path: pathlib.Path) -> 
     assert list(tmp_path.iterdir()) == []
     with cache.written(package) as path:
         path.write_text("whole")
-        cache.clean(tmp_path)  # by another process: this one is at work
+        cache.clean(tmp_path)  # held by another process, which is compiling
         assert path.exists()
     assert [p.name for p in tmp_path.iterdir()] == [package.name]
     assert package.read_text() == "whole"
 
 
 def test_a_prompt_does_not_copy_the_output_head() -> None:
-    """The last token of a prompt is a slice, for whose strides torch takes a batched product and copies the head."""
+    """The last token of a prompt is a slice. For its strides, torch would use a batched product and copy the head."""
 
     class Largest(TorchDispatchMode):
         elements = 0

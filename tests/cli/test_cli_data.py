@@ -1,4 +1,4 @@
-"""``--data``: every kind of file is read in bounded memory, or refused by its line and what was expected there."""
+"""``--data``: every kind of file is read in bounded memory, or rejected with the line and what was expected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read(directory: pathlib.Path, name: str, content: bytes | str, **options: st
 
 
 def refusal(directory: pathlib.Path, name: str, content: bytes | str, **options: str) -> str:
-    """What is said of data that are refused."""
+    """The error for data that are rejected."""
     with pytest.raises(UserError) as refusal:
         read(directory, name, content, **options)
     assert str(directory / name) in str(refusal.value)
@@ -40,7 +40,7 @@ def refusal(directory: pathlib.Path, name: str, content: bytes | str, **options:
 
 def test_characters_that_end_a_line_elsewhere_are_part_of_a_text(tmp_path: pathlib.Path) -> None:
     written = "a\u2028b\u2029c\x85d"  # as they are
-    raw = "e\x0bf\x0cg\x1ch\x1di\x1ej"  # which JSON has escaped, and not everybody does
+    raw = "e\x0bf\x0cg\x1ch\x1di\x1ej"  # JSON files may contain them unescaped
     content = json.dumps({"text": written}, ensure_ascii=False) + "\n" + f'{{"text": "{raw}"}}\n'
     assert read(tmp_path, "a.jsonl", content) == [written, raw]
     assert read(tmp_path, "a.json", "[" + content.strip().replace("\n", ",\n") + "]") == [written, raw]
@@ -69,7 +69,7 @@ def test_pairs_in_every_kind_of_text_file(tmp_path: pathlib.Path, mark: bytes, e
     assert text == [f"one{end.decode()}two{end.decode()}"]
 
 
-def test_csv_fields_hold_what_they_like(tmp_path: pathlib.Path) -> None:
+def test_csv_fields_may_contain_any_characters(tmp_path: pathlib.Path) -> None:
     content = 'id,prompt,completion\r\n1,"say ""hi"", twice","b\r\nc\rd"\r\n2,,' + "x" * 200_000 + "\r\n"
     first, second = read(tmp_path, "a.csv", content)
     assert [m["content"] for m in first] == ['say "hi", twice', "b\r\nc\rd"]
@@ -113,7 +113,7 @@ def test_csv_fields_hold_what_they_like(tmp_path: pathlib.Path) -> None:
         ("a.parquet", b"", ["Parquet"]),
     ],
 )
-def test_what_is_refused(tmp_path: pathlib.Path, name: str, content: bytes, parts: list[str]) -> None:
+def test_invalid_data_are_rejected(tmp_path: pathlib.Path, name: str, content: bytes, parts: list[str]) -> None:
     sentence = refusal(tmp_path, name, content)
     assert "\n" not in sentence
     assert len(sentence) < 600
@@ -149,7 +149,7 @@ def test_messages_that_are_refused(tmp_path: pathlib.Path, row: str, part: str) 
 
 
 def test_conversations(tmp_path: pathlib.Path) -> None:
-    """The shapes in which they are published come to the same."""
+    """The published layouts give the same rows."""
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     said = [
         {"role": "system", "content": "be brief"},
@@ -249,7 +249,7 @@ def test_a_directory(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) 
 
 
 def test_a_data_set_of_the_hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory stands for the hub: the library reads both in the same way."""
+    """A directory stands for a dataset of the hub, because the library reads both in the same way."""
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     (tmp_path / "train.jsonl").write_bytes(LINE * 3)
     (tmp_path / "test.jsonl").write_bytes(LINE + b'{"prompt": "a", "completion": null}')
@@ -284,14 +284,14 @@ def test_no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
             read_examples(name)
 
 
-def test_dictionary_terms_hold_what_they_like(tmp_path: pathlib.Path) -> None:
+def test_dictionary_terms_may_contain_any_characters(tmp_path: pathlib.Path) -> None:
     body = "a\x85b\n its definition\n".encode()
     (tmp_path / "d.index").write_text("a\x85b\tA\tV\n", encoding="utf-8")
     (pair,) = read(tmp_path, "d.dict.dz", gzip.compress(body))
     assert [m["content"] for m in pair] == ["a\x85b", "its definition"]
 
 
-def test_large_data_are_not_held_in_memory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_data_are_not_stored_in_memory(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import tracemalloc
 
     monkeypatch.setattr("qlora_ext.cli.data.store._IN_MEMORY", 1 << 20)
@@ -309,7 +309,7 @@ def test_large_data_are_not_held_in_memory(tmp_path: pathlib.Path, monkeypatch: 
     assert [str(e).partition(" ")[0] for e in examples[:3]] == ["0", "1", "2"]
 
 
-def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     stored: Stored[str] = Stored()
 
     class Full:
@@ -332,8 +332,8 @@ def test_a_bomb_of_blank_lines_is_refused_early(tmp_path: pathlib.Path, name: st
 
 
 def test_blanks_within_json_take_no_time(tmp_path: pathlib.Path) -> None:
-    """One search for what follows, not a step for each: they may be hundreds of megabytes in a packed file."""
+    """One search skips all blank lines, because a compressed file may contain hundreds of megabytes of them."""
     begun = time.process_time()
     content = b"[" + b" " * (20 << 20) + LINE.strip() + b"\t" * (20 << 20) + b"]"
     assert read(tmp_path, "a.json", content) == [PAIR]
-    assert time.process_time() - begun < 3  # 10 s where each is a step
+    assert time.process_time() - begun < 3  # 10 s with one step per line

@@ -1,4 +1,4 @@
-"""``finetune`` on preferences: TRL's DPO on 4-bit layers, with the same checkpoints, resumption and files as ever."""
+"""``finetune`` on preferences: TRL's DPO on 4-bit layers, with checkpoints, resumption and files as in SFT."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ def test_the_preference_is_learnt(run: pathlib.Path) -> None:
     lines = read_lines(run / "metrics.jsonl")
     measured = [line for line in lines if "eval_reward_accuracy" in line]
     assert [line["step"] for line in measured] == [0, 3, 6]
-    assert measured[0]["eval_loss"] == pytest.approx(0.6931, abs=1e-3)  # the log of 2: as yet it is its own reference
+    assert measured[0]["eval_loss"] == pytest.approx(
+        0.6931, abs=1e-3
+    )  # log 2, because the model still equals its reference
     assert measured[-1]["eval_loss"] < 0.6
     assert measured[-1]["eval_reward_accuracy"] == 1.0
     metrics = json.loads((run / "adapter" / "qlora_run.json").read_text())["metrics"]
@@ -53,7 +55,7 @@ def test_the_preference_is_learnt(run: pathlib.Path) -> None:
                      "checkpoint-4", "checkpoint-6"}  # fmt: skip
 
 
-def test_it_goes_on_with_the_same_bits(run: pathlib.Path, paths: Paths, tmp_path: pathlib.Path) -> None:
+def test_a_resumed_run_has_the_same_bits(run: pathlib.Path, paths: Paths, tmp_path: pathlib.Path) -> None:
     stopped = pathlib.Path(shutil.copytree(run, tmp_path / "run"))
     shutil.rmtree(stopped / "checkpoint-6")
     shutil.rmtree(stopped / "adapter")
@@ -82,8 +84,8 @@ def test_without_trl(
     assert "pip install 'trl" in refused(*arguments)
 
 
-def test_what_is_measured_is_the_loss_of_the_paper(run: pathlib.Path, paths: Paths, preferences: pathlib.Path) -> None:
-    """The loss of the held-out pairs, from the formula of DPO, with the base as reference."""
+def test_the_measured_loss_is_that_of_the_paper(run: pathlib.Path, paths: Paths, preferences: pathlib.Path) -> None:
+    """The loss of the held-out pairs is that of the DPO paper's formula, with the base as reference."""
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -110,4 +112,4 @@ def test_what_is_measured_is_the_loss_of_the_paper(run: pathlib.Path, paths: Pat
                 chosen0, rejected0 = (log_probability(*pair) for pair in pairs)
             losses.append(-torch.nn.functional.logsigmoid(0.1 * ((chosen - chosen0) - (rejected - rejected0))))
     found = [line["eval_loss"] for line in read_lines(run / "metrics.jsonl") if "eval_loss" in line][-1]
-    assert found == pytest.approx(float(torch.stack(losses).mean()), rel=0.05)  # padded rows round otherwise
+    assert found == pytest.approx(float(torch.stack(losses).mean()), rel=0.05)  # padded rows round differently

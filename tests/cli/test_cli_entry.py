@@ -1,4 +1,4 @@
-"""The console command imports only what the typed command needs; --help and usage errors import no library."""
+"""The console command imports only the modules of the given command; --help and usage errors import no library."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 from commands import environment
 
 SLOW = ("torch", "numpy", "transformers", "peft", "rich", "matplotlib", "gguf", "datasets", "trl", "pyarrow")
-# The command, and then what it has imported, as JSON on the last line of stderr.
+# Runs the command, then prints the imported modules as JSON on the last line of stderr.
 SCRIPT = """
 import json, sys
 from qlora_ext_command import main
@@ -32,7 +32,7 @@ finally:
 
 
 def answer(*arguments: object, **more: Any) -> tuple[int, set[str], str, str]:
-    """The exit code, the modules imported, what went to stdout and to stderr."""
+    """The exit code, the imported modules, stdout and stderr."""
     command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment() | more, timeout=120, check=True)
     *errors, last = done.stderr.splitlines()
@@ -62,7 +62,7 @@ def test_nothing_slow_is_imported_for_an_answer(typed: str, status: int, said: s
     assert code == status
     assert said in out + errors
     assert modules & set(SLOW) == set()
-    assert len(modules) < 250  # torch alone brings over a thousand
+    assert len(modules) < 250  # torch alone has over a thousand
 
 
 def test_a_command_finds_the_package_imported(tmp_path: pathlib.Path) -> None:
@@ -88,7 +88,7 @@ def test_the_package_is_as_if_it_had_been_imported(tmp_path: pathlib.Path) -> No
     assert done.stdout.split()[1:] == ["64", "True", "qlora.linear_nf4.default"]
 
 
-def test_without_torch_the_command_says_what_is_missing(tmp_path: pathlib.Path) -> None:
+def test_without_torch_the_error_names_what_is_missing(tmp_path: pathlib.Path) -> None:
     (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n")
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     code, _, _, errors = answer("info", PYTHONPATH=path)

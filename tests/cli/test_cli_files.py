@@ -1,4 +1,4 @@
-"""Files and directories that are whole or absent: a kill before every single step, modes, planted links, mounts."""
+"""Files and directories are complete or absent: kills before every step, modes, planted links, mounts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.outputs import files
 from qlora_ext.cli.outputs.ownership import foreign_to
 
-# What changes a directory, as Python's audit events call it.
+# Python's audit events for changes of a directory.
 _STEPS = {"os.rename", "os.mkdir", "os.rmdir", "os.remove", "shutil.rmtree", "open"}
 
 
@@ -30,8 +30,8 @@ def fill(directory: pathlib.Path, content: str) -> None:
     (directory / "deep" / "file").write_text(content)
 
 
-def whole(directory: pathlib.Path) -> str:
-    """The content that ``fill`` gave the directory, which must be all that is in it."""
+def complete_content(directory: pathlib.Path) -> str:
+    """The content that ``fill`` gave the directory, which must contain nothing else."""
     content = (directory / "config.json").read_text()
     assert (directory / "weights").read_text() == content * 1000
     assert (directory / "deep" / "file").read_text() == content
@@ -48,7 +48,7 @@ def replace(path: pathlib.Path) -> None:
 
 
 def killed_at(step: int, action: Callable[[], None], interrupt: bool = False) -> bool:
-    """Runs ``action`` in a copy of this process that dies by SIGKILL before its step-th change; whether it did.
+    """Runs ``action`` in a fork that is killed before its step-th change. Returns whether it was killed.
 
     With ``interrupt`` it gets Ctrl-C there instead, and cleans up.
     """
@@ -77,7 +77,7 @@ def killed_at(step: int, action: Callable[[], None], interrupt: bool = False) ->
 
 @pytest.fixture(params=["beside", "inside", "fallback"])
 def place(request: pytest.FixtureRequest, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """A directory that can be renamed, one that is known to be none, and one of which that shows when it is tried."""
+    """A directory that can be renamed, one that is known not to be, and one for which renaming fails when tried."""
     path = tmp_path / "out"
     if request.param == "inside":
         monkeypatch.setattr(files, "filled_from_inside", lambda directory: directory == path)
@@ -99,7 +99,7 @@ def refuse_to_rename(path: pathlib.Path, error: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "replace", refusing(os.replace))
 
 
-def test_killed_at_every_step_the_old_or_the_new_is_whole(place: pathlib.Path) -> None:
+def test_killed_at_every_step_the_old_or_the_new_is_complete(place: pathlib.Path) -> None:
     seen = set()
     step = 0
     while True:
@@ -107,7 +107,7 @@ def test_killed_at_every_step_the_old_or_the_new_is_whole(place: pathlib.Path) -
         fill(place, "old")
         killed = killed_at(step, lambda: replace(place))
         messages = files.recover(place)
-        seen.add(whole(place))
+        seen.add(complete_content(place))
         assert [path.name for path in place.parent.iterdir()] == ["out"]
         assert files.recover(place) == []
         if not killed:
@@ -117,32 +117,32 @@ def test_killed_at_every_step_the_old_or_the_new_is_whole(place: pathlib.Path) -
         step += 1
     assert step > 10
     assert seen == {"old", "new"}
-    assert whole(place) == "new"
+    assert complete_content(place) == "new"
 
 
 def test_ctrl_c_at_every_step_leaves_the_old_or_the_new(place: pathlib.Path) -> None:
-    """Under its own name, before anything recovers; only where Ctrl-C hits the cleaning up itself is that needed."""
+    """Its own name is restored without recovery, which is needed only if Ctrl-C interrupts the cleaning up itself."""
     place.mkdir()
     fill(place, "old")
     for step in range(200):
         interrupted = killed_at(step, lambda: replace(place), interrupt=True)
-        assert whole_but_for_unfinished(place) in ("old", "new"), step
+        assert content_without_unfinished(place) in ("old", "new"), step
         files.recover(place)
         assert [path.name for path in place.parent.iterdir()] == ["out"]
         if not interrupted:
             break
     assert step > 10
-    assert whole(place) == "new"
+    assert complete_content(place) == "new"
 
 
-def whole_but_for_unfinished(directory: pathlib.Path) -> str:
+def content_without_unfinished(directory: pathlib.Path) -> str:
     assert [path.name for path in files.contents(directory)] == ["config.json", "deep", "weights"]
     return (directory / "config.json").read_text()
 
 
 @pytest.mark.slow
 def test_killed_while_it_recovers(place: pathlib.Path) -> None:
-    """Of two kills, the second in the recovery from the first, nothing is lost either."""
+    """Two kills, the second during the recovery from the first, lose no data."""
     first = 0
     while True:
         second = 0
@@ -152,7 +152,7 @@ def test_killed_while_it_recovers(place: pathlib.Path) -> None:
             ended = not killed_at(first, lambda: replace(place))
             killed = killed_at(second, lambda: files.recover(place) and None)
             files.recover(place)
-            assert whole(place) in ("old", "new")
+            assert complete_content(place) in ("old", "new")
             assert [path.name for path in place.parent.iterdir()] == ["out"]
             subprocess.run(["rm", "-r", place], check=True)
             if not killed:
@@ -175,7 +175,7 @@ def test_a_directory_set_aside_comes_back_on_an_error(place: pathlib.Path) -> No
 
     with pytest.raises(UserError, match="cannot write"):
         failing()
-    assert whole(place) == "old"
+    assert complete_content(place) == "old"
     assert [path.name for path in place.parent.iterdir()] == ["out"]
 
 
@@ -188,7 +188,7 @@ def test_a_directory_that_cannot_be_renamed_is_filled(
     path.mkdir()
     for _ in range(2):
         replace(path)
-        assert whole(path) == "new"
+        assert complete_content(path) == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -199,7 +199,7 @@ def test_another_error_of_renaming_loses_nothing(tmp_path: pathlib.Path, monkeyp
     refuse_to_rename(path, errno.EIO, monkeypatch)
     with pytest.raises(UserError, match="cannot write"):
         replace(path)
-    assert whole(path) == "old"
+    assert complete_content(path) == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -229,7 +229,7 @@ def test_a_private_directory_stays_private(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_planted_link_is_not_followed(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even by the one name that will be taken, could somebody foresee it."""
+    """This includes the next temporary name, which an attacker might predict."""
     monkeypatch.setattr(atomic.secrets, "token_hex", lambda size: "0" * 2 * size)
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -254,8 +254,8 @@ def test_a_planted_link_is_not_followed(tmp_path: pathlib.Path, monkeypatch: pyt
     assert (victim / "precious").read_text() == "kept"
 
 
-def test_killed_while_it_removes_what_waited_beside(tmp_path: pathlib.Path) -> None:
-    """Weights and calibrations that wait beside an output: whole or gone, and no other name is left of them."""
+def test_killed_while_it_removes_the_kept_results(tmp_path: pathlib.Path) -> None:
+    """Weights and calibrations kept next to an output are complete or removed, and leave no other name."""
     output, waiting = tmp_path / "out", tmp_path / "out.weights"
     seen = set()
     for step in range(100):
@@ -265,7 +265,7 @@ def test_killed_while_it_removes_what_waited_beside(tmp_path: pathlib.Path) -> N
         files.recover(output)
         left = [path.name for path in tmp_path.iterdir()]
         assert left in ([], [waiting.name]), step
-        seen.add(whole(waiting) if left else None)
+        seen.add(complete_content(waiting) if left else None)
         subprocess.run(["rm", "-rf", waiting], check=True)
         if not killed:
             break
@@ -274,25 +274,25 @@ def test_killed_while_it_removes_what_waited_beside(tmp_path: pathlib.Path) -> N
 
 
 def test_recovery_touches_no_other_name(tmp_path: pathlib.Path) -> None:
-    kept = [
+    remaining = [
         ".partial-new-out-1-12345678",
         ".partial-new-out-1234567",
         ".partial-new-other-12345678",
         ".partial-mine",
         "out.bak",
     ]
-    for name in kept:
+    for name in remaining:
         (tmp_path / name).mkdir()
     (tmp_path / ".partial-new-out-12345678").mkdir()
     assert len(files.recover(tmp_path / "out")) == 1
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
-    # Nor names of others inside.
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(remaining)
+    # The same for foreign names inside.
     assert files.recover(tmp_path) == []
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(remaining)
 
 
-def test_what_is_foreign_comes_back(place: pathlib.Path) -> None:
-    """What came in while the successor was written: a file, an empty directory, a link, another process's work."""
+def test_foreign_content_is_restored(place: pathlib.Path) -> None:
+    """Foreign content added while the successor was written: a file, an empty directory, a link, unfinished work."""
     for name, make in {
         "thesis.tex": pathlib.Path.touch,
         "deep/notes": pathlib.Path.touch,
@@ -319,14 +319,14 @@ def test_what_is_foreign_comes_back(place: pathlib.Path) -> None:
         subprocess.run(["rm", "-r", place], check=True)
 
 
-def test_what_was_set_aside_is_not_lost_to_another_of_its_name(tmp_path: pathlib.Path) -> None:
-    """A kill between the two renamings, after which somebody else takes the name."""
+def test_the_old_directory_is_not_lost_if_its_name_is_taken(tmp_path: pathlib.Path) -> None:
+    """A kill between the two renamings, after which another process takes the name."""
     path = tmp_path / "out"
     for directory in (".partial-old-out-12345678", ".partial-new-out-12345678", "out"):
         (tmp_path / directory).mkdir()
         fill(tmp_path / directory, directory)
     [message, _] = files.recover(path)
     assert "out.former-1" in message
-    assert whole(path) == "out"
-    assert whole(tmp_path / "out.former-1") == ".partial-old-out-12345678"
+    assert complete_content(path) == "out"
+    assert complete_content(tmp_path / "out.former-1") == ".partial-old-out-12345678"
     assert len(list(tmp_path.iterdir())) == 2

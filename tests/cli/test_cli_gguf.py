@@ -1,4 +1,4 @@
-"""GGUF files: incomplete ones are rejected, the others are quantized one weight at a time."""
+"""GGUF files: incomplete ones are rejected, others are quantized one weight at a time."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ __all__ = ["llama_file"]  # a fixture
 
 
 def mixture() -> Any:
-    # Experts of any other size transformers does not read of a file's header.
+    # Experts of a size that transformers reads from the file's header.
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
     config = Qwen3MoeConfig(**SIZES, head_dim=16, **experts)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
 
 
-def test_files_that_are_not_whole(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_incomplete_files(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     path, output = tmp_path / "changed.gguf", tmp_path / "out"
-    whole = llama_file.read_bytes()
-    count = struct.unpack_from("<Q", whole, 8)[0]
+    complete = llama_file.read_bytes()
+    count = struct.unpack_from("<Q", complete, 8)[0]
     assert count == 21
-    blocks = whole.index(b"llama.block_count") + len(b"llama.block_count") + 4
-    norm = whole.index(b"output_norm.weight")
+    blocks = complete.index(b"llama.block_count") + len(b"llama.block_count") + 4
+    norm = complete.index(b"output_norm.weight")
     cases = {
         **{f"{n} tensors": (8, struct.pack("<Q", n)) for n in (0, 1, count - 1, count + 1, 2**40)},
         "1 layer": (blocks, struct.pack("<I", 1)),
@@ -55,16 +55,16 @@ def test_files_that_are_not_whole(refused, llama_file: pathlib.Path, tmp_path: p
         "version": (4, struct.pack("<I", 99)),
     }
     for name, (at, change) in cases.items():
-        path.write_bytes(whole[:at] + change + whole[at + len(change) :])
+        path.write_bytes(complete[:at] + change + complete[at + len(change) :])
         assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), name
-    for size in (len(whole) - 64, len(whole) // 2, 200, 24, 5, 0):
-        path.write_bytes(whole[:size])
+    for size in (len(complete) - 64, len(complete) // 2, 200, 24, 5, 0):
+        path.write_bytes(complete[:size])
         assert "changed.gguf" in refused("quantize", "--model", path, "--output", output), size
     assert not output.exists()
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3moe"])
-def test_weights_one_by_one_are_those_of_the_whole(
+def test_weights_read_one_by_one_are_the_same(
     architecture: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "tiny.gguf"
@@ -78,7 +78,7 @@ def test_weights_one_by_one_are_those_of_the_whole(
     assert same_state(found, qlora_ext.quantize_model(expected))
 
 
-def test_a_killed_quantize_goes_on(
+def test_a_killed_quantize_is_resumed(
     llama_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["quantize", "--model", str(llama_file), "--output"]
@@ -91,7 +91,7 @@ def test_a_killed_quantize_goes_on(
     assert same_state(load(tmp_path / "out"), load(tmp_path / "whole"))
 
 
-def test_what_finds_no_place_is_told(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_surplus_weights_are_reported(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(make("llama"), tmp_path / "more.gguf", "llama", {"rope_freqs.weight": np.ones(8, np.float32)})
     assert main(["quantize", "--model", str(tmp_path / "more.gguf"), "--output", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().err
@@ -99,7 +99,7 @@ def test_what_finds_no_place_is_told(tmp_path: pathlib.Path, capsys: pytest.Capt
 
 
 def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """As an adapter's configuration names the base, for tools that know directories alone."""
+    """An adapter's configuration names the base's directory, for tools that support only directories."""
     directory = tmp_path / "directory"
     directory.mkdir()
     (directory / "a.gguf").write_bytes(llama_file.read_bytes())
@@ -110,8 +110,8 @@ def test_a_directory_that_holds_one_file(refused, llama_file: pathlib.Path, tmp_
     assert "no config.json" in refused("quantize", "--model", directory, "--output", tmp_path / "out")
 
 
-def test_what_an_adapter_names_as_its_base() -> None:
-    """A path or a hub name that other tools can follow; the name that only we know is in our own file."""
+def test_the_base_in_an_adapters_configuration() -> None:
+    """A path or hub name for other tools; the name with the GGUF file is in qlora_ext's own file."""
     from qlora_ext.cli.models.sources import ModelSource
     from qlora_ext.cli.training.adapting import add_adapter
     from qlora_ext.cli.training.settings import Settings

@@ -1,4 +1,4 @@
-"""``quantize --init-lora`` writes an adapter that ``finetune --init-adapter`` goes on from, as from any other."""
+"""``quantize --init-lora`` writes an adapter with which ``finetune --init-adapter`` starts, as with any other."""
 
 from __future__ import annotations
 
@@ -66,14 +66,16 @@ def test_quantized_with_an_adapter_and_trained_on(model: pathlib.Path, tmp_path:
     before = weights(initial)
     assert trained.keys() == before.keys()
     moved = max((trained[name] - before[name]).abs().max().item() for name in trained)
-    assert 0 < moved < 0.05  # it went on from there
+    assert 0 < moved < 0.05  # the run started from the adapter
     record = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert (record["r"], record["lora_alpha"], record["lora_dropout"]) == (8, 8, 0.05)
 
 
-def test_a_stopped_run_goes_on(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stopped_run_is_resumed(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert finetune(model, tmp_path / "first", "--max-steps", "2", "--rank", "4") == 0
-    initial = tmp_path / "first"  # a run, in which the adapter is
+    initial = tmp_path / "first"  # a run, which contains the adapter
     more = "--init-adapter", str(initial), "--save-steps", "1"
     assert finetune(model, tmp_path / "whole", *more, "--max-steps", "3") == 0
     assert finetune(model, tmp_path / "parts", *more, "--max-steps", "3") == 0
@@ -92,7 +94,9 @@ def test_a_stopped_run_goes_on(model: pathlib.Path, tmp_path: pathlib.Path, caps
     assert "--init-adapter" in capsys.readouterr().err
 
 
-def test_what_is_refused(model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_arguments_are_rejected(
+    model: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert quantize(model, tmp_path / "out", "--init-lora", "svd") == 2
     assert "--init-lora svd needs the layers' inputs on a text; add --calibrate" in capsys.readouterr().err
     assert quantize(model, tmp_path / "out", "--init-lora", "loftq", "--init-rank", "0") == 2

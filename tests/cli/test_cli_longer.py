@@ -102,21 +102,21 @@ def test_new_rows_are_taken_and_none_twice(
     here("finetune", "--output", tmp_path / "run", "--resume", "--max-steps", "9")
     assert measured
     fresh = [row for row in taken if row not in trained]
-    assert len(fresh) == len(set(fresh)) == 4 * 2  # rows a step
+    assert len(fresh) == len(set(fresh)) == 4 * 2  # rows per step
 
 
-def test_the_first_pass_goes_on_where_the_shorter_run_was(
+def test_the_first_epoch_continues_after_the_shorter_run(
     paths: Paths, many: pathlib.Path, tmp_path: pathlib.Path, taken: list[Any]
 ) -> None:
     """A run extended before it finished trains on its original rows first, in their original order."""
     begin(paths, many, tmp_path / "run", "--max-steps", "5")
-    whole = list(taken)
+    complete = list(taken)
     shutil.rmtree(tmp_path / "run" / "checkpoint-5")
     taken.clear()
     here("finetune", "--output", tmp_path / "run", "--resume", "--max-steps", "7")
-    held_out = len(whole) - 2 * 5  # are measured before and after
-    mid = len(whole) - held_out // 2
-    assert taken[: 2 * 2] == whole[mid - 2 * 2 : mid]
+    held_out = len(complete) - 2 * 5  # measured before and after
+    mid = len(complete) - held_out // 2
+    assert taken[: 2 * 2] == complete[mid - 2 * 2 : mid]
 
 
 def test_the_order_is_transformers_own() -> None:
@@ -149,7 +149,7 @@ def test_a_schedule_that_depends_on_the_length(
     here("finetune", "--output", run, "--resume", "--max-steps", "8")
     assert "the linear schedule spans all 8 steps now: the learning rate at step 5 is 0.0015" in capfd.readouterr().out
     longer = adapter_bytes(run)
-    # Stopped before a checkpoint was due: that of the shorter run brings its last learning rate along, which was 0.
+    # Stopped before a checkpoint was due. The shorter run's checkpoint has its last learning rate, which was 0.
     for name in ("adapter", "checkpoint-6", "checkpoint-8"):
         shutil.rmtree(run / name)
     shutil.copytree(tmp_path / "checkpoint-4", run / "checkpoint-4")
@@ -157,19 +157,19 @@ def test_a_schedule_that_depends_on_the_length(
     assert adapter_bytes(run) == longer
 
 
-def test_more_passes(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_more_epochs(paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     begin(paths, paths["data"], run, "--epochs", "1")
     first = steps_of(run)
     capfd.readouterr()
     here("finetune", "--output", run, "--resume", "--epochs", "2")
-    assert "extending the run to 2 passes" in capfd.readouterr().out
+    assert "extending the run to 2 epochs" in capfd.readouterr().out
     assert steps_of(run) == list(range(1, 2 * len(first) + 1))
     begin(paths, paths["data"], tmp_path / "at_once", "--epochs", "2")
     assert adapter_bytes(run) == adapter_bytes(tmp_path / "at_once")
 
 
-def test_what_is_refused(refused: Any, short: pathlib.Path) -> None:
+def test_invalid_arguments_are_rejected(refused: Any, short: pathlib.Path) -> None:
     before = (short / "settings.json").read_bytes()
     assert "a run can be made longer, not shorter" in refused(
         "finetune", "--output", short, "--resume", "--max-steps", 3

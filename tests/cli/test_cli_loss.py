@@ -1,4 +1,4 @@
-"""The loss whose logits are made for some tokens at a time is the one over all of them."""
+"""The loss with logits computed in chunks of tokens equals the loss over all tokens at once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_chunks_have_the_loss_of_all_tokens(
     assert (gradient - exact.grad).norm() < 4 * unit * exact.grad.norm()
 
 
-def test_no_more_logits_are_held_than_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_of_logits_are_at_most_of_the_given_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss_module, "_LOGITS", 8 * 500)
     head, hidden, labels = problem(torch.float32, bias=False)
     rows: list[int] = []

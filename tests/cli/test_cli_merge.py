@@ -1,4 +1,4 @@
-"""``qlora-ext merge --4bit`` and ``quantize --format bitsandbytes``, on the run that test_cli makes."""
+"""``qlora-ext merge --4bit`` and ``quantize --format bitsandbytes``, on the finished run of commands.py."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytest.importorskip("peft", reason="PEFT is not installed")
 from commands import Paths, here
 
 
-def test_merge_to_4bit_tells_what_it_costs(
+def test_merge_to_4bit_prints_its_error(
     paths: Paths, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModelForCausalLM
@@ -32,7 +32,7 @@ def test_merge_to_4bit_tells_what_it_costs(
     assert abs(losses["dense"][1] - losses["dense"][0]) < 2e-4
     assert 0 < abs(losses["4bit"][1] - losses["4bit"][0]) < 0.05
     metrics = json.loads((finished_run / "adapter" / "qlora_run.json").read_text())["metrics"]
-    assert abs(math.log(metrics["perplexity_after"]) - losses["dense"][0]) < 0.01  # the run's own, in bfloat16
+    assert abs(math.log(metrics["perplexity_after"]) - losses["dense"][0]) < 0.01  # the run's compute dtype, bfloat16
 
     error = json.loads((output / "merge_error.json").read_text())
     assert len(error["by_layer"]) == 14
@@ -51,7 +51,7 @@ def test_quantize_for_bitsandbytes(paths: Paths) -> None:
     assert sum(isinstance(m, bnb.nn.Linear4bit) for m in model.modules()) == 14
 
 
-def test_what_was_trained_as_merged_is_what_is_merged(
+def test_merging_a_merge_aware_adapter_changes_no_loss(
     paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run, output = tmp_path / "run", tmp_path / "merged"
@@ -65,9 +65,9 @@ def test_what_was_trained_as_merged_is_what_is_merged(
     here("merge", "--adapter", run, "--output", output, "--4bit", "--dtype", "float32", "--evaluate")
     printed = capfd.readouterr().out
     assert re.search(r"held-out loss: ([\d.]+) unmerged, \1 merged \(\+0.0000\)", printed), printed
-    kept = re.search(r"the codes retain ([\d.]+)% of the adapter's update", printed)
-    assert kept
-    assert 50 < float(kept[1]) < 150
+    retained = re.search(r"the codes retain ([\d.]+)% of the adapter's update", printed)
+    assert retained
+    assert 50 < float(retained[1]) < 150
 
 
 def test_merge_to_4bit_calibrated(

@@ -1,4 +1,4 @@
-"""What may be an output directory: nothing is overwritten but what the command wrote, by one process at a time."""
+"""Output directories: only the command's own files are overwritten, by one process at a time."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHORT = [*RUN, "--max-steps", "2"]
 
 @pytest.fixture
 def quantized(paths: Paths, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A directory that ``quantize`` wrote, alone in a directory of its own."""
+    """A directory that ``quantize`` wrote, alone in its parent directory."""
     output = tmp_path / "outputs" / "quantized"
     here("quantize", "--model", paths["model"], "--output", output)
     return output
@@ -34,7 +34,7 @@ def quantized(paths: Paths, tmp_path: pathlib.Path) -> pathlib.Path:
 def test_directories_to_live_in_are_refused(
     refused, paths: Paths, quantized: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are refused even where the command wrote all that is in them."""
+    """They are rejected even if the command wrote all their files."""
     (quantized / "below").mkdir()
     before = listing(quantized)
     for place, names in {
@@ -64,7 +64,7 @@ def test_names_that_no_directory_can_have(refused, paths: Paths, tmp_path: pathl
 
 
 def test_inputs_are_not_overwritten(refused, paths: Paths, quantized: pathlib.Path, finished_run: pathlib.Path) -> None:
-    """Neither under their own name, nor by links to them, through them and in them."""
+    """Inputs are protected under their own names and under links to them, through them and in them."""
     outputs = quantized.parent
     (outputs / "link").symlink_to(quantized)
     (outputs / "model").mkdir()
@@ -95,7 +95,7 @@ def test_inputs_are_not_overwritten(refused, paths: Paths, quantized: pathlib.Pa
         message = refused(*arguments)
         assert "which --overwrite would delete" in message or "in which --overwrite deletes nothing" in message, message
         assert listing(outputs) == before
-    # The base that an adapter names by itself is an input too.
+    # The base that an adapter names is an input too.
     record = json.loads((run / "adapter" / "qlora_run.json").read_text())
     (run / "adapter" / "qlora_run.json").write_text(json.dumps({**record, "model": str(quantized)}))
     message = refused("merge", "--overwrite", "--adapter", run, "--output", quantized)
@@ -129,7 +129,7 @@ def test_foreign_directories_are_not_overwritten(refused, paths: Paths, quantize
         assert listing(outputs) == before
 
 
-def test_what_the_command_wrote_is_overwritten(
+def test_the_commands_own_files_are_overwritten(
     paths: Paths, finished_run: pathlib.Path, quantized: pathlib.Path
 ) -> None:
     run = pathlib.Path(shutil.copytree(finished_run, quantized.parent / "run"))
@@ -145,7 +145,7 @@ def test_what_the_command_wrote_is_overwritten(
     assert sorted(path.name for path in quantized.parent.iterdir()) == ["quantized", "run"]
 
 
-def test_what_appears_meanwhile_is_not_replaced(paths: Paths, tmp_path: pathlib.Path) -> None:
+def test_files_that_appear_meanwhile_are_not_replaced(paths: Paths, tmp_path: pathlib.Path) -> None:
     from qlora_ext.cli.errors import UserError
     from qlora_ext.cli.outputs.directory import claim
 
@@ -173,7 +173,7 @@ def test_directories_above_come_and_go(refused, paths: Paths, tmp_path: pathlib.
 
 
 def test_all_files_follow_the_umask(paths: Paths, tmp_path: pathlib.Path) -> None:
-    """Those that other libraries write included."""
+    """This includes files that other libraries write."""
     former = os.umask(0o002)
     try:
         here("finetune", *base(paths), "--output", tmp_path / "run", *SHORT)
@@ -200,7 +200,7 @@ def test_one_process_in_a_run(refused, paths: Paths, tmp_path: pathlib.Path) -> 
             assert str(run) in message
     finally:
         process.kill()
-    # The killed process's lock holds nobody off, though its file is still there.
+    # The killed process's lock file still exists, but is not locked.
     assert f"{process.pid} " in (tmp_path / ".partial-lock-run").read_text()
     here("finetune", *base(paths), "--output", run, *SHORT, "--overwrite")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
@@ -213,10 +213,10 @@ def test_a_lock_is_no_planted_link(refused, paths: Paths, tmp_path: pathlib.Path
     assert (tmp_path / "precious").read_text() == "kept"
 
 
-def test_a_stopped_overwrite_is_told_and_undone(
+def test_a_stopped_overwrite_is_reported_and_undone(
     paths: Paths, quantized: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """As a kill between the two renamings leaves it: the old directory aside, the new one not yet in its place."""
+    """The state after a kill between the two renamings: the old one is moved away, the new one is not in place."""
     before = listing(quantized)
     quantized.rename(quantized.with_name(".partial-old-quantized-0123abcd"))
     shutil.copytree(paths["model"], quantized.with_name(".partial-new-quantized-0123abcd"))
@@ -231,12 +231,12 @@ def test_a_stopped_overwrite_is_told_and_undone(
 
 def mounted(*arguments: object) -> None:
     if subprocess.run(["mount", *map(str, arguments)], capture_output=True).returncode:
-        pytest.skip("mounting needs privileges that this process has not")
+        pytest.skip("mounting needs privileges that this process does not have")
 
 
 @pytest.mark.parametrize("kind", ["file system", "bind"])
 def test_a_mount_point(paths: Paths, tmp_path: pathlib.Path, kind: str) -> None:
-    """A Docker volume; and a directory mounted from the same file system, which only shows when it is renamed."""
+    """A Docker volume, and a directory mounted from the same file system, which only a failed renaming reveals."""
     output = tmp_path / "volume"
     output.mkdir()
     (tmp_path / "source").mkdir()
@@ -262,7 +262,7 @@ def test_a_mount_point(paths: Paths, tmp_path: pathlib.Path, kind: str) -> None:
 
 
 def test_a_parent_that_cannot_be_written_to() -> None:
-    """By a user who is not root: what was made there for that user is filled; nothing new can be made."""
+    """Without root: directories made for the user are filled, but new ones cannot be made."""
     if os.geteuid() != 0:
         pytest.skip("becoming another user needs root")
     from qlora_ext.cli.errors import UserError
@@ -284,7 +284,7 @@ def test_a_parent_that_cannot_be_written_to() -> None:
         with pytest.raises(UserError, match="no permission"):
             write(root / "new", "third")
 
-    # Not below tmp_path, which pytest makes for its own user alone.
+    # Not below tmp_path, which only pytest's user can read.
     with tempfile.TemporaryDirectory() as name:
         root = pathlib.Path(name)
         root.chmod(0o755)
@@ -304,7 +304,7 @@ def test_a_parent_that_cannot_be_written_to() -> None:
 
 
 def test_two_at_once(paths: Paths, tmp_path: pathlib.Path) -> None:
-    """Of processes that begin at the same moment one goes on; what it writes is whole."""
+    """Of processes that start simultaneously, one continues and writes a complete output."""
     arguments = ["quantize", "--model", paths["model"], "--output", tmp_path / "a" / "out"]
     ended = [process.wait() for process in [Command(*arguments) for _ in range(3)]]
     message = [result.stderr for result in ended]

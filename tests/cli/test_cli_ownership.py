@@ -49,7 +49,7 @@ FOREIGN: dict[str, Callable[[pathlib.Path], object]] = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_others_put_into_a_run_is_not_overwritten(refused, paths: Paths, run: pathlib.Path, name: str) -> None:
+def test_foreign_files_in_a_run_are_not_overwritten(refused, paths: Paths, run: pathlib.Path, name: str) -> None:
     assert foreign_in_run(run) is None
     (run / name).parent.mkdir(exist_ok=True)
     FOREIGN[name](run / name)
@@ -74,7 +74,7 @@ def test_runs_of_versions_before_are_ours(paths: Paths, run: pathlib.Path) -> No
     here("finetune", *base(paths), *SHORT, "--output", run, "--overwrite")
 
 
-def test_a_run_that_goes_on_deletes_no_more(
+def test_a_resumed_run_deletes_no_foreign_files(
     refused, run: pathlib.Path, finished_run: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Neither an adapter that is replaced nor an outdated checkpoint is deleted with foreign files."""

@@ -1,4 +1,4 @@
-"""The planner against real peaks of this machine and the QLoRA paper's figures, and the list of adapters."""
+"""The planner is compared with measured peaks on this machine and the QLoRA paper's figures; adapters are listed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ SIZES = "hidden=512,intermediate=1536,layers=10,heads=8,kv-heads=4,vocab=16000"
 LEVERS = ["none", "chunked_loss", "grad_checkpointing"]
 BATCH = {"batch_size": 2, "seq_len": 512}
 
-# A real step of the planned job with each lever; prints by how many bytes memory rose above what model and optimizer
-# hold.
+# Runs a step of the planned job with each option, and prints by how many bytes memory rose above model and optimizer.
 STEP = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
@@ -70,7 +69,7 @@ def of_the_step(parts: dict[str, float]) -> float:
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, int]:
-    """The rise of a process's resident memory by lever, with glibc told to give pages back at once."""
+    """The rise of a process's resident memory by option, with glibc set to return pages immediately."""
     if not pathlib.Path("/proc/self/clear_refs").exists():
         pytest.skip("needs Linux's /proc to measure a peak")
     environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "PATH": "/usr/bin:/bin"}
@@ -103,11 +102,11 @@ def test_static_parts_are_those_of_a_real_model() -> None:
     qlora_ext.quantize_model(model)
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=3, target_modules="all-linear"))
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    total = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert parts["adapters"] == 4 * trainable
     assert parts["optimizer state"] == 8 * trainable
     weights = parts["base weights"] + parts["scales"] + parts["other weights"] + parts["adapters"]
-    assert weights == pytest.approx(held, abs=0.5)
+    assert weights == pytest.approx(total, abs=0.5)
 
 
 def test_the_line_through_few_layers_meets_a_deep_model() -> None:

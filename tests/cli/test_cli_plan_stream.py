@@ -1,4 +1,4 @@
-"""The planner on streaming, against real streamed models and its own formula; and what it chooses by itself."""
+"""The planner with streaming is compared with streamed models and with its formula; and its automatic choices."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_blocks_are_those_of_the_model() -> None:
     assert found.active == weights
 
 
-def test_what_streaming_saves_and_costs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_planned_memory_of_streaming(capsys: pytest.CaptureFixture[str]) -> None:
     resident = plan(capsys)
     assert "streaming" not in resident
     found = plan(capsys, "--stream", "ram", "--grad-checkpointing", "--link", "10GB/s", "--flops", "50e12")
@@ -70,13 +70,13 @@ def test_long_contexts(capsys: pytest.CaptureFixture[str]) -> None:
     one = 4 * 64 * 128 * 2
     at_the_turn, near_the_end = {"activations": 12 * one, "adapters": 0}, {"activations": one, "adapters": 0}
     job = dataclasses.replace(job, offload_checkpoints=True)
-    assert split(job, [at_the_turn])["activations"] == 4 * one  # of ten inputs eight are elsewhere
+    assert split(job, [at_the_turn])["activations"] == 4 * one  # eight of ten inputs are offloaded
     assert split(job, [near_the_end])["activations"] == one
     chunked = plan(capsys, *options, "--mlp-chunk", "8")
     assert chunked["total"] < sum(plain.values())
 
 
-def test_what_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_choices_that_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
     everything = plan(capsys, "--max-memory", "10GB")
     assert everything["switches"] == "no switch"

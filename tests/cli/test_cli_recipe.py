@@ -33,7 +33,7 @@ def test_the_default_recipe_is_the_paper_s(tmp_path: pathlib.Path) -> None:
     assert made.neftune_noise_alpha is None
 
 
-def test_what_the_trainer_is_given(tmp_path: pathlib.Path) -> None:
+def test_arguments_of_the_trainer(tmp_path: pathlib.Path) -> None:
     made = arguments_of(
         tmp_path, lr_schedule="cosine", warmup_steps=7, weight_decay=0.1, max_grad_norm=0.0, neftune_alpha=5.0
     )
@@ -81,7 +81,9 @@ def test_layer_numbers() -> None:
         ("--method dpo --neftune-alpha 5", "--neftune-alpha: not supported with DPO"),
     ],
 )
-def test_what_is_refused(refused: Any, paths: Paths, tmp_path: pathlib.Path, options: str, said: str) -> None:
+def test_invalid_arguments_are_rejected(
+    refused: Any, paths: Paths, tmp_path: pathlib.Path, options: str, said: str
+) -> None:
     assert said in refused("finetune", *base(paths), "--output", tmp_path / "run", *SMALL, *options.split())
     assert not (tmp_path / "run").exists()
 
@@ -99,10 +101,10 @@ def weights(adapter: pathlib.Path) -> dict[str, torch.Tensor]:
         "--dora --modules-to-save lm_head,norm --lr-schedule linear --max-grad-norm 0",
     ],
 )
-def test_a_stopped_run_goes_on_to_the_same_bits(paths: Paths, tmp_path: pathlib.Path, options: str) -> None:
+def test_a_resumed_run_has_the_same_bits(paths: Paths, tmp_path: pathlib.Path, options: str) -> None:
     run = tmp_path / "run"
     here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, *options.split())
-    whole = adapter_bytes(run)
+    complete = adapter_bytes(run)
     config = json.loads((run / "adapter" / "adapter_config.json").read_text())
     names = set(weights(run / "adapter"))
     if "--dora" in options:
@@ -115,10 +117,10 @@ def test_a_stopped_run_goes_on_to_the_same_bits(paths: Paths, tmp_path: pathlib.
     shutil.rmtree(run / "adapter")
     shutil.rmtree(run / "checkpoint-5")
     here("finetune", "--output", run, "--resume")
-    assert adapter_bytes(run) == whole
+    assert adapter_bytes(run) == complete
 
 
-def test_each_option_changes_what_is_learnt(paths: Paths, tmp_path: pathlib.Path) -> None:
+def test_each_option_changes_the_adapter(paths: Paths, tmp_path: pathlib.Path) -> None:
     learnt = {}
     for options in ("", "--lr-schedule cosine", "--warmup-steps 4", "--weight-decay 0.5", "--max-grad-norm 0",
                     "--neftune-alpha 9", "--rslora"):  # fmt: skip
@@ -128,10 +130,10 @@ def test_each_option_changes_what_is_learnt(paths: Paths, tmp_path: pathlib.Path
     assert len(set(learnt.values())) == len(learnt)
 
 
-def test_whole_modules_and_dora_are_merged_and_asked(
+def test_trained_modules_and_dora_in_merge_and_generate(
     paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """In another dtype than the modules were trained in, too; and from a checkpoint, which names no base of ours."""
+    """Also in a dtype other than that of training, and from a checkpoint, which does not name the base."""
     run = tmp_path / "run"
     here("finetune", *base(paths), "--output", run, *SMALL, *STEPS, "--dora", "--modules-to-save", "lm_head")
     here("generate", "--adapter", run, "--max-new-tokens", "2", "count 3")
@@ -177,7 +179,7 @@ def test_rows_of_their_own(paths: Paths, tmp_path: pathlib.Path) -> None:
     assert sum(len(row["input_ids"]) for row in alone.train) == sum(len(row["input_ids"]) for row in packed.train)
 
 
-def test_plan_counts_modules_that_are_trained_whole(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
+def test_plan_counts_modules_that_are_trained_in_full(paths: Paths, capfd: pytest.CaptureFixture[str]) -> None:
     totals = []
     for more in ([], ["--modules-to-save", "embed_tokens"]):
         here("plan", "--model", paths["model"], "--json", "--memory", "8GB", *more)

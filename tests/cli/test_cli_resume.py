@@ -1,4 +1,4 @@
-"""``--resume`` goes on with the run that was begun: over the same base and data, from a checkpoint as it was saved."""
+"""``--resume`` continues a run over the same base and data, from an unchanged checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from commands import Paths, adapter_bytes, base, here, read_lines
 
 @pytest.fixture
 def run(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> pathlib.Path:
-    """A run with checkpoints of steps 8 and 11, over a model and data of its own."""
+    """A run with checkpoints of steps 8 and 11, with its own model and data."""
     shutil.copytree(paths["model"], tmp_path / "model")
     shutil.copy(paths["data"], tmp_path / "data.jsonl")
     run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
@@ -86,7 +86,7 @@ def test_another_tokenizer(refused, run: pathlib.Path) -> None:
     assert "tokens that --model" in refused("finetune", "--output", run, "--resume")
 
 
-def test_what_moved_is_the_same(run: pathlib.Path, finished_run: pathlib.Path) -> None:
+def test_moved_files_are_recognized(run: pathlib.Path, finished_run: pathlib.Path) -> None:
     (run.parent / "model").rename(run.parent / "moved")
     (run.parent / "data.jsonl").rename(run.parent / "moved.jsonl")
     moved = ["--model", run.parent / "moved", "--data", run.parent / "moved.jsonl"]
@@ -95,7 +95,7 @@ def test_what_moved_is_the_same(run: pathlib.Path, finished_run: pathlib.Path) -
 
 
 def test_a_run_without_digests(refused, run: pathlib.Path, finished_run: pathlib.Path) -> None:
-    """As versions before began them."""
+    """Runs that earlier versions started."""
     (run / "qlora_output.json").unlink()
     assert "does not record which data" in refused("finetune", "--output", run, "--resume")
     here("finetune", "--output", run, "--resume", "--force")
@@ -120,7 +120,7 @@ def changed(path: pathlib.Path) -> None:
 def test_a_damaged_checkpoint(
     refused, run: pathlib.Path, finished_run: pathlib.Path, damage: Callable[..., None]
 ) -> None:
-    """Whichever of its files it is."""
+    """This applies to each of its files."""
     names = sorted(path.name for path in (run / "checkpoint-8").iterdir())
     assert {"adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"} < {
         *names
@@ -129,7 +129,7 @@ def test_a_damaged_checkpoint(
         damage(run / "checkpoint-8" / name)
         message = refused("finetune", "--output", run, "--resume")
         assert str(run / "checkpoint-8") in message
-        assert name in message or name == "manifest.json"  # a changed one accuses another file
+        assert name in message or name == "manifest.json"  # changing this file causes an error about another
         assert "--overwrite" in message
         shutil.copy(finished_run / "checkpoint-8" / name, run / "checkpoint-8" / name)
     assert not (run / "adapter").exists()
@@ -195,7 +195,7 @@ def test_a_planted_checkpoint_is_no_checkpoint(run: pathlib.Path, finished_run: 
 
 
 def test_the_intervals_may_change(run: pathlib.Path, finished_run: pathlib.Path) -> None:
-    """A checkpoint holds those with which it was saved."""
+    """A checkpoint contains the intervals with which it was saved."""
     here("finetune", "--output", run, "--resume", "--save-steps", "9", "--eval-steps", "10")
     assert sorted(path.name for path in run.glob("checkpoint-*")) == ["checkpoint-11", "checkpoint-9"]
     measured = [line["step"] for line in read_lines(run / "metrics.jsonl") if "eval_loss" in line]

@@ -1,4 +1,4 @@
-"""What is learnt of an example: the chat template's own words, whole turns, and a count of all that is left out."""
+"""The training rows of examples: formatted by the chat template, in complete turns, with counts of dropped rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def tokenizer(paths: Paths) -> Any:
 
 
 def texts(tokenizer: Any, row: dict[str, list[int]]) -> tuple[str, str]:
-    """A row's text, and what is learnt of it."""
+    """A row's text, and the part with labels."""
     learnt = [label for label in row["labels"] if label != -100]
     return tokenizer.decode(row["input_ids"]), tokenizer.decode(learnt)
 
@@ -58,7 +58,7 @@ def test_tools_and_their_calls_are_written_and_learnt(tokenizer: Any) -> None:
     assert left_out == []
 
 
-def test_every_turn_is_learnt_where_the_template_writes_earlier_ones_otherwise(tokenizer: Any) -> None:
+def test_every_turn_is_learnt_if_the_template_changes_earlier_ones(tokenizer: Any) -> None:
     tokenizer.chat_template = chat_templates.THINKING
     found, left_out = rows(tokenizer, {"messages": [ASKED, SAID, {"role": "user", "content": "2+2"}, SAID]})
     assert [texts(tokenizer, row) for row in found] == [
@@ -74,11 +74,11 @@ def test_an_answer_that_begins_otherwise_than_it_is_asked_for(tokenizer: Any) ->
     assert texts(tokenizer, row) == ("<user>1+1</><assistant>two</>", "<assistant>two</>")
     tokenizer.chat_template = chat_templates.REWRITING
     found, left_out = rows(tokenizer, [ASKED, SAID], [SAID])
-    assert len(found) == 1  # the answer to nothing
+    assert len(found) == 1  # the row of the answer without a question
     assert left_out == ["1 dropped: the chat template changes the question after it is answered"]
 
 
-def test_what_is_cut_or_dropped_is_counted(tokenizer: Any) -> None:
+def test_cut_and_dropped_examples_are_counted(tokenizer: Any) -> None:
     long = {"role": "user", "content": "x" * 30}
     examples = [
         [ASKED, SAID],
@@ -128,7 +128,7 @@ def test_preferences(tokenizer: Any) -> None:
     assert [tokenizer.decode(ids) for ids in plain.values()] == ["1+1\n", "two<eos>", "three<eos>"]
 
 
-def test_conversations_need_a_template_that_knows_what_is_in_them(tokenizer: Any) -> None:
+def test_conversations_need_a_template_that_supports_their_messages(tokenizer: Any) -> None:
     talk = {"messages": [ASKED, SAID]}
     several = {"prompt": [ASKED, SAID, ASKED], "chosen": [SAID], "rejected": [CALLED]}
     for example in (talk, several):
@@ -167,10 +167,10 @@ def test_packing_stops_when_there_is_enough() -> None:
     assert [row["input_ids"] for row in packed] == [[1, 2, 3, 1, 2, 3]] * 2
 
 
-def test_finetune_tells_what_it_leaves_out(
+def test_finetune_reports_dropped_examples(
     refused: Any, paths: Paths, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And refuses what it can before the model is read."""
+    """Errors are raised before the model is read, if possible."""
     monkeypatch.setattr(
         "qlora_ext.cli.models.loading.Loader.while_loading", lambda *a: pytest.fail("the model was read")
     )
@@ -212,7 +212,7 @@ def test_an_empty_answer_teaches_nothing(tokenizer: Any, answered: str) -> None:
 
 
 def test_a_long_text_goes_to_the_tokenizer_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of lines, of words, or of one word; what is learnt is the whole text."""
+    """Texts of lines, of words, or of one word: all tokens are learnt."""
     from qlora_ext.cli.data import encoding
 
     monkeypatch.setattr(encoding, "_PIECE", 100)

@@ -1,4 +1,4 @@
-"""The main job on the real SmolLM2-135M-Instruct, for a few steps."""
+"""Fine-tunes the real SmolLM2-135M-Instruct for a few steps."""
 
 from __future__ import annotations
 

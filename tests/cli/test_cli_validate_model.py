@@ -55,7 +55,7 @@ LAYER = "model.layers.1."
         ("model.norm.weight", 1),
         (LAYER + "input_layernorm.weight", 1),
         (LAYER + "mlp.up_proj", 1),
-        (LAYER, 7),  # layers that are to be 4-bit
+        (LAYER, 7),  # layers that become 4-bit
         ("model.layers.", 14),
         ("", 1),
     ],
@@ -163,10 +163,10 @@ def test_a_tokenizer_of_more_tokens(refused, paths: Paths, model: pathlib.Path, 
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "phi3"])
-def test_whole_models_load(
+def test_complete_models_load(
     paths: Paths, tmp_path: pathlib.Path, family: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Heads that are tied to their embeddings, buffers of older versions and foreign heads are no holes."""
+    """Heads tied to their embeddings, buffers of older versions and foreign heads do not make a model incomplete."""
     source = tmp_path / "source"
     make(family).save_pretrained(source)
     for file in paths["model"].glob("*token*"):
@@ -192,11 +192,11 @@ def test_shards(refused, paths: Paths, tmp_path: pathlib.Path) -> None:
     arguments = ["quantize", "--model", source, "--output", tmp_path / "out", "--overwrite"]
     assert main(list(map(str, arguments))) == 0
     index = source / "model.safetensors.index.json"
-    whole = index.read_text()
+    complete = index.read_text()
     shard = sorted(source.glob("model-*"))[0]
     shutil.move(shard, tmp_path / shard.name)
     assert shard.name in refused(*arguments)
-    index.write_text(whole.replace(shard.name, f"../{shard.name}"))
+    index.write_text(complete.replace(shard.name, f"../{shard.name}"))
     assert "is not a file there" in refused(*arguments)
     index.write_text('{"weight_map": 5}')
     assert "weight_map" in refused(*arguments)
@@ -219,7 +219,7 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj."
         (lambda w: w.update({Q + "weight": torch.ones(64, 64)}), "overwrite"),
     ],
 )
-def test_adapters_that_are_not_whole(refused, adapter: pathlib.Path, change: Any, named: str) -> None:
+def test_incomplete_adapters(refused, adapter: pathlib.Path, change: Any, named: str) -> None:
     change_weights(adapter, change)
     message = refused("generate", "--adapter", adapter, "--prompt", "1", "--max-new-tokens", "1")
     assert named in message
@@ -267,4 +267,4 @@ def test_python_users_are_warned(paths: Paths, adapter: pathlib.Path) -> None:
     with pytest.warns(IncompleteAdapterWarning, match="is incomplete: 1 weights") as caught:
         PeftModel.from_pretrained(base(), adapter)
     messages = [str(warning.message) for warning in caught if warning.category is IncompleteAdapterWarning]
-    assert len(messages) == 2  # what is missing, and what found no place
+    assert len(messages) == 2  # one for missing and one for surplus weights

@@ -63,7 +63,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def stopped(
     monkeypatch: pytest.MonkeyPatch, model: pathlib.Path, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> Callable[[str], None]:
-    """Runs the command that Ctrl-C stops after nine weights; its output would be tmp_path/out."""
+    """Runs the command with output tmp_path/out, interrupted by Ctrl-C after nine weights."""
 
     def run(kind: str) -> None:
         _stop(monkeypatch, model, tmp_path / "out", kind)
@@ -74,12 +74,12 @@ def stopped(
 
 def _stop(monkeypatch: pytest.MonkeyPatch, model: pathlib.Path, output: pathlib.Path, kind: str) -> None:
     owner, name = (Spill, "put") if kind == "weights" else (Calibrator, "refine")
-    whole, calls = getattr(owner, name), []
+    original, calls = getattr(owner, name), []
 
     def stopping(*args: Any) -> Any:
         if len(calls) == 9:
             raise KeyboardInterrupt
-        calls.append(whole(*args))
+        calls.append(original(*args))
         return calls[-1]
 
     with monkeypatch.context() as patch:
@@ -114,7 +114,7 @@ def in_the_way(directory: pathlib.Path, model: pathlib.Path) -> dict[str, Callab
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_has_the_name_already_is_left_alone(
+def test_foreign_content_under_the_name_is_not_changed(
     refused, model: pathlib.Path, tmp_path: pathlib.Path, kind: str
 ) -> None:
     output = tmp_path / "out"
@@ -133,7 +133,7 @@ def test_what_has_the_name_already_is_left_alone(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_came_into_it_is_left_alone(
+def test_foreign_content_inside_is_not_changed(
     refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """A foreign file, directory, link or input model among the results of an interrupted or a running command."""
@@ -196,7 +196,7 @@ def test_an_output_inside_of_the_model(
 
 
 def test_names_of_one_another(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """A finished a.weights beside a; and OUTPUT.weights as an output of its own, which another process locks."""
+    """A finished output a.weights next to a, and OUTPUT.weights as the output of another process, which locks it."""
     assert main(command(model, tmp_path / "a.weights", "weights")) == 0
     before = listing(tmp_path / "a.weights")
     assert main(command(model, tmp_path / "a", "weights")) == 2
@@ -207,7 +207,7 @@ def test_names_of_one_another(model: pathlib.Path, tmp_path: pathlib.Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "a.weights"]
 
 
-def test_an_output_inside_of_what_waits(refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_an_output_inside_the_results(refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     stopped("weights")
     before = listing(tmp_path)
     assert "holds unfinished work" in refused(*command(model, tmp_path / "out.weights" / "inner", "weights"))
@@ -219,7 +219,7 @@ def test_an_output_inside_of_what_waits(refused, stopped, model: pathlib.Path, t
     assert listing(tmp_path) == before
 
 
-def test_what_another_process_is_at_work_in(refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_results_that_another_process_uses(refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     stopped("weights")
     with locked(tmp_path / "out.weights"):
         before = listing(tmp_path)
@@ -231,7 +231,7 @@ def test_what_another_process_is_at_work_in(refused, stopped, model: pathlib.Pat
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("failure", ["disk", "tokenizer", "crash", "interrupt", "taken"])
-def test_what_waits_stays_until_the_output_is_written(
+def test_results_are_kept_until_the_output_is_written(
     model: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -251,7 +251,7 @@ def test_what_waits_stays_until_the_output_is_written(
             return
         errors = {
             "disk": OSError(errno.ENOSPC, "No space left"),
-            "tokenizer": Exception("No space left on device (os error 28)"),  # as tokenizers reports it
+            "tokenizer": Exception("No space left on device (os error 28)"),  # the error of tokenizers
             "crash": RuntimeError("crash"),
         }
         raise errors.get(failure, KeyboardInterrupt())
@@ -268,7 +268,7 @@ def test_what_waits_stays_until_the_output_is_written(
         shutil.rmtree(output)
     assert [path.name for path in tmp_path.iterdir()] == [f"out.{kind}"]
     monkeypatch.setattr(Spill if kind == "weights" else Calibrator, "put" if kind == "weights" else "_gather", None)
-    assert main(command(model, output, kind)) == 0  # no weight is computed again
+    assert main(command(model, output, kind)) == 0  # no weight is recomputed
     assert f"an interrupted command has already {done} 14 weights" in capsys.readouterr().out
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -320,7 +320,7 @@ def test_a_damaged_calibration_is_done_again(stopped, model: pathlib.Path, tmp_p
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
-def test_a_calibration_that_cannot_be_gone_on_with_is_told(
+def test_a_calibration_that_cannot_be_resumed_is_an_error(
     refused, stopped, model: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     stopped("calibration")

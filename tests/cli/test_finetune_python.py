@@ -1,4 +1,4 @@
-"""``qlora_ext.finetune``: the run of the command, called from Python."""
+"""``qlora_ext.finetune`` runs the command's fine-tuning from Python."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytest.importorskip("rich", reason="the command's libraries are not installed")
 import qlora_ext
 from commands import Paths, adapter_bytes, environment, listing
 
-# commands.RUN, by the names of arguments.
+# commands.RUN as keyword arguments.
 RUN: dict[str, Any] = {
     "rank": 2, "seq_len": 48, "batch_size": 2, "lr": 0.003, "dropout": 0.1, "eval_size": 4, "max_steps": 11,
     "save_steps": 4,
@@ -49,7 +49,7 @@ def test_the_adapter_is_that_of_the_command(paths: Paths, finished_run: pathlib.
     assert listing(done.directory).keys() == listing(finished_run).keys() - {"stdout.txt"}
 
 
-def test_a_run_goes_on_where_it_was(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_a_run_is_resumed(paths: Paths, finished_run: pathlib.Path, tmp_path: pathlib.Path) -> None:
     begun = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN}
     qlora_ext.finetune(**{**begun, "max_steps": 4})
     done = qlora_ext.finetune(output=tmp_path / "run", resume=True, max_steps=11)
@@ -74,7 +74,7 @@ def test_a_run_goes_on_where_it_was(paths: Paths, finished_run: pathlib.Path, tm
         ({"target_modules": "nothing"}, ValueError, "target_modules nothing: no layer of the model has that name"),
     ],
 )
-def test_what_is_refused(
+def test_invalid_arguments_are_rejected(
     paths: Paths, tmp_path: pathlib.Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -82,7 +82,7 @@ def test_what_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_none_stands_for_the_default(paths: Paths, tmp_path: pathlib.Path) -> None:
+def test_none_means_the_default(paths: Paths, tmp_path: pathlib.Path) -> None:
     run = {"model": paths["model"], "data": paths["data"], "output": tmp_path / "run", **RUN}
     done = qlora_ext.finetune(**run | {"max_steps": 1, "alpha": None, "layers": None})
     assert record_of(done.adapter)["settings"]["alpha"] == 32.0

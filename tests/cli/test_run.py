@@ -1,4 +1,4 @@
-"""``qlora-ext run``: programs, and the Pythons that they start, in which bitsandbytes is taken over."""
+"""``qlora-ext run``: programs, and their child Pythons, in which bitsandbytes is taken over."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tiny_models import save_tiny_llama
 
 COMMAND = [sys.executable, "-c", "import sys; from qlora_ext_command import main; sys.exit(main())", "run"]
 
-# What frameworks around bitsandbytes do, put together: the model loaded and prepared, its layers looked up by class and
-# by name, adapters put on, trained, saved and loaded again.
+# The steps of frameworks with bitsandbytes: load and prepare the model, look up its layers by class and by name, add
+# adapters, train, save and load again.
 FRAMEWORK = """
 import sys
 import bitsandbytes as bnb
@@ -68,7 +68,7 @@ print(sorted({type(m).__module__ + "." + type(m).__name__ for m in again.modules
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    variables.pop("TOKENIZERS_PARALLELISM", None)  # which commands that ran in this process have set
+    variables.pop("TOKENIZERS_PARALLELISM", None)  # set by commands that ran in this process
     return subprocess.run(
         [*COMMAND, *map(str, command)], capture_output=True, text=True, env=variables, timeout=600, check=False
     )
@@ -97,7 +97,7 @@ print("qlora_ext" in sys.modules, os.environ.get("HIDDEN"), os.environ["QLORA_EX
 """
 
 
-def test_children_inherit_and_what_was_on_the_path_stays(tmp_path: Path) -> None:
+def test_children_inherit_and_the_path_keeps_its_entries(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text("import os\nos.environ['HIDDEN'] = 'run'\n")
     parent = f"import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', {CHILD!r}]).returncode)"
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
@@ -137,7 +137,7 @@ def test_a_python_without_qlora_ext_and_with_warnings_as_errors(tmp_path: Path) 
     assert done.stderr.count("cannot import qlora_ext: not here") == 1
 
 
-def test_a_script_that_does_not_say_what_runs_it(tmp_path: Path) -> None:
+def test_a_script_without_an_interpreter_line(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text('echo "ran with $1"\n')
     script.chmod(0o755)
@@ -155,7 +155,7 @@ def test_the_program_is_as_it_would_be_by_itself() -> None:
     assert "expected a command after --" in empty.stderr
 
 
-def test_the_environment_variable_alone_takes_over_what_is_imported_by_hand() -> None:
+def test_the_environment_variable_takes_over_with_a_manual_import() -> None:
     script = (
         "import qlora_ext; import transformers.modeling_utils; from transformers.quantizers import auto;"
         "print(auto.AUTO_QUANTIZER_MAPPING['bitsandbytes_4bit'].__module__)"
@@ -192,7 +192,7 @@ def test_trl_sft(tmp_path: Path) -> None:
     with safe_open(tmp_path / "run" / "adapter_model.safetensors", "pt") as adapter:
         trained = [name for name in adapter.keys() if "lora_B" in name and adapter.get_tensor(name).any()]  # noqa: SIM118
     assert len(trained) == 14
-    assert (tmp_path / "run" / "qlora_base.json").is_file()  # written for adapters over our layers alone
+    assert (tmp_path / "run" / "qlora_base.json").is_file()  # written only for adapters over qlora_ext's layers
 
 
 LLAMA_FACTORY = """

@@ -1,4 +1,4 @@
-"""The reader of JSON from outside, and what makes outside text printable."""
+"""Reads untrusted JSON, and makes untrusted text printable."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCHEMA = {"name": str, "rank?": int, "loss?": float, "turns?": [{"role": str}], 
         '{"name": "a", "rank": -7, "loss": 1e300, "turns": [{"role": "x"}, {"role": "y", "z": 0}]}',
     ],
 )
-def test_what_fits_is_returned_as_it_is(text: str) -> None:
+def test_valid_values_are_returned_unchanged(text: str) -> None:
     assert parse_json(text, "it", SCHEMA) == json.loads(text)
 
 
@@ -51,7 +51,7 @@ def test_what_fits_is_returned_as_it_is(text: str) -> None:
         ('{"name": "a", "more": {"on": 1}}', "more.on to be true or false"),
     ],
 )
-def test_what_does_not_fit_is_named(text: str, message: str) -> None:
+def test_invalid_values_are_named(text: str, message: str) -> None:
     with pytest.raises(FileError, match=message) as caught:
         parse_json(text, "the file", SCHEMA)
     assert str(caught.value).startswith("the file: ")

@@ -1,4 +1,4 @@
-"""Encode and decode on CUDA, bit for bit against the oracle."""
+"""Encoding and decoding on CUDA have the oracle's bits."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ pytestmark = pytest.mark.cuda
 
 OPS = torch.ops.qlora
 BLOCK_SIZES = reference.BLOCK_SIZES
-CHUNK = 16384  # what a CTA takes: several of the kernels' own units
+CHUNK = 16384  # the elements of a CTA, several of the kernels' units
 
 
 def bits(x: torch.Tensor | np.ndarray) -> np.ndarray:
-    """Flat bit patterns (bfloat16 as uint16), every NaN the same one: its payload is not part of the format."""
+    """Flat bit patterns (bfloat16 as uint16). All NaNs are equal, because payloads are not part of the format."""
     t = torch.from_numpy(np.ascontiguousarray(x)) if isinstance(x, np.ndarray) else x.detach().cpu()
     t = t.reshape(-1).contiguous()
     if t.is_floating_point():
@@ -72,7 +72,7 @@ def check_dequantize(
 
 
 def weights(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Normal, its scale changing from block to block."""
+    """Normal, with a different scale in each block."""
     scale = torch.exp(0.5 * torch.randn(numel // 32 + 1)).repeat_interleave(32)[:numel]
     return (torch.randn(numel) * scale).to("cuda", dtype)
 
@@ -108,7 +108,7 @@ def test_rows_of_any_length_and_any_strides(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_data_at_any_address(dtype: torch.dtype) -> None:
-    """A view may start where no vector load may."""
+    """A view may start at an address that is not aligned for vector loads."""
     numel = CHUNK + 100
     w = weights(numel + 3, dtype)[3:]
     packed, absmax = check_quantize(w, 64)
@@ -124,7 +124,7 @@ def test_special_blocks(block: int, dtype: torch.dtype) -> None:
     w /= w.abs().amax(1, keepdim=True)
     w[0], w[1] = 0.0, -0.0
     w[2], w[3] = torch.finfo(torch.float32).tiny, 1.4e-45
-    w[4] *= 1e-38  # absmax on either side of the least one that is divided by
+    w[4] *= 1e-38  # absmax just above and below the smallest divisor
     w[5] *= 0.99e-38
     w[6] *= 3e-42
     w = w.to(dtype)
@@ -139,7 +139,7 @@ def test_special_blocks(block: int, dtype: torch.dtype) -> None:
     assert torch.equal(absmax.isnan(), ~w.isfinite().all(1))
     assert not packed[absmax.isnan()].any()
     check_dequantize(packed, (absmax,), w.numel(), block)
-    # An odd count that ends in a block that is not finite: the pad is code 7 all the same.
+    # An odd count that ends in a block that is not finite: the padding is still code 7.
     packed, _ = check_quantize(w.reshape(-1)[: 12 * block - 1], block)
     assert packed[-1].item() & 15 == 7
     # Nested scales of NaN, and of weights that are all finite.
@@ -164,8 +164,8 @@ def test_around_every_nf4_boundary(absmax: float) -> None:
 def test_all_16_bit_patterns(dtype: torch.dtype) -> None:
     every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
     check_quantize(every.cuda(), 32)
-    kept = every[every.float().abs() <= 1.0]
-    w = kept[: kept.numel() // 63 * 63].reshape(-1, 63)
+    in_range = every[every.float().abs() <= 1.0]
+    w = in_range[: in_range.numel() // 63 * 63].reshape(-1, 63)
     check_quantize(torch.cat([torch.ones_like(w[:, :1]), w], 1).cuda(), 64)
 
 
@@ -173,7 +173,7 @@ def test_around_every_scale_boundary() -> None:
     points = reference.midpoints(reference.DYNAMIC8)
     near = (points.view(np.int32)[:, None] + np.arange(-100, 101)).astype(np.int32).view(np.float32).reshape(-1)
     near = near[np.abs(near) <= 1.0]
-    # With its mirror image the mean is 0, and the largest magnitude 1: q is the value itself.
+    # With its mirror image, the mean is 0 and the largest magnitude 1, so that q is the value itself.
     values = np.concatenate([near, -near, [1.0, -1.0]]).astype(np.float32)
     codes, nested, offset = check_quantize_absmax(torch.from_numpy(values).cuda(), values.size)
     assert offset.item() == 0.0
@@ -220,7 +220,7 @@ def test_the_cpu_gives_the_same_bits() -> None:
 
 
 def test_two_streams() -> None:
-    """Each call runs on the stream that is current, and orders itself by nothing else."""
+    """Each call runs on the current stream, and synchronizes with no other."""
     w = [weights(50_000, torch.bfloat16) for _ in range(2)]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in w]

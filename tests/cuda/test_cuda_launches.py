@@ -1,4 +1,4 @@
-"""Errors of CUDA launches: ours are told once and leave nothing behind, others' are not told as ours."""
+"""Errors of our CUDA launches are raised once and cleared. Errors of other code are not attributed to us."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OPS = torch.ops.qlora
 
 @pytest.fixture
 def runtime() -> ctypes.CDLL:
-    return ctypes.CDLL("libcudart.so.13")  # torch's, which is loaded
+    return ctypes.CDLL("libcudart.so.13")  # torch's CUDA runtime, which is loaded
 
 
 @pytest.mark.skipif(
@@ -26,7 +26,7 @@ def runtime() -> ctypes.CDLL:
 @pytest.mark.parametrize("m", [1, 40, 1300])
 def test_a_failed_call_leaves_no_error_behind(m: int, runtime: ctypes.CDLL) -> None:
     s = linear_sample(m, 64, 128, 4, torch.bfloat16, "cuda")
-    s.w4.packed.untyped_storage().resize_(16)  # the kernel reads beyond it
+    s.w4.packed.untyped_storage().resize_(16)  # the kernel reads past its end
     with pytest.raises(RuntimeError, match="linear_nf4: CUDA launch failed"):
         OPS.linear_nf4(*s.args)
     assert runtime.cudaPeekAtLastError() == 0
@@ -44,7 +44,7 @@ def test_an_earlier_error_is_not_ours(runtime: ctypes.CDLL) -> None:
     ]
     for call in calls:
         call()
-        assert runtime.cudaSetDevice(10**6) != 0  # somebody's mistake, unnoticed so far
+        assert runtime.cudaSetDevice(10**6) != 0  # an undetected error of other code
         call()
     assert_accurate(OPS.linear_nf4(*s.args), s.forward_accuracy())
     runtime.cudaGetLastError()

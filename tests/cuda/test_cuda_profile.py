@@ -1,9 +1,9 @@
-"""The work that the CUDA kernels do, from the kernel simulator's counters: deterministic, so they may be asserted.
+"""The work of the CUDA kernels, by the kernel simulator's counters, which are deterministic and can be asserted.
 
 Each architecture's cases run in one process of this file, which prints what each launch did. An issue slot is a warp
 instruction times 32, counted per weight over all launches of a call. Ideal traffic is every distinct byte moved once.
-The tiles, which decide how often an operand is read again, are what QLORA_PRINT_KERNELS says of them. bfloat16, nested
-scales, LoRA of rank 16.
+The tiles determine how often an operand is read again; they are read from the output of QLORA_PRINT_KERNELS. bfloat16,
+nested scales, LoRA of rank 16.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ pytestmark = needs_counters
 
 RANK = 16
 SHAPES = [(1024, 1024), (1024, 2048)]  # the sum over k of the second is split over two CTAs
-FEW_TOKENS = 16  # which take one launch, LoRA included
-FORWARD_SLOTS = {1: 5, 4: 5, 8: 5, 16: 6, 64: 9}  # tokens: issue slots per weight, at most
+FEW_TOKENS = 16  # in one launch, including LoRA
+FORWARD_SLOTS = {1: 5, 4: 5, 8: 5, 16: 6, 64: 9}  # tokens: maximum issue slots per weight
 DX_SLOTS = 10
 ONE_TOKEN_WAVEFRONTS = 360 / 16384  # of shared memory, per weight
 
@@ -59,14 +59,14 @@ def run_cases(profile: Path) -> dict[str, Any]:
 
 
 def unaligned(t: torch.Tensor) -> torch.Tensor:
-    """The same values, contiguous, from one element beyond 16 bytes on."""
+    """The same values, contiguous, but one element past a 16-byte boundary."""
     moved = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)[1:].view_as(t).copy_(t)
     assert moved.data_ptr() % 16 != 0
     return moved
 
 
 def _plain(s: Any) -> torch.Tensor:
-    """Dequantize to bfloat16 and multiply, LoRA apart, sums in float32: what users do without a fused kernel."""
+    """Dequantize to bfloat16 and multiply, with a separate LoRA branch and float32 sums: the unfused baseline."""
     w = torch.from_numpy(s.decoded()).to(torch.bfloat16).float()
     x, a, b = (t.cpu().float() for t in (s.x, s.lora_a, s.lora_b))
     h = (x @ a.T).to(torch.bfloat16).float()
@@ -142,8 +142,8 @@ def test_forward(cases: dict[str, Any], m: int, n: int, k: int) -> None:
 
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 @pytest.mark.parametrize("m", FORWARD_SLOTS)
-def test_forward_loses_half_of_what_rounded_weights_lose(cases: dict[str, Any], m: int, n: int, k: int) -> None:
-    """The rounding of y itself is nobody's fault: what is compared is the error beyond it."""
+def test_forward_has_half_the_error_of_rounded_weights(cases: dict[str, Any], m: int, n: int, k: int) -> None:
+    """Compares the errors without the rounding of y, which is unavoidable."""
     error, plain, rounding = cases[f"errors {m} {n} {k}"]
     assert error**2 - rounding**2 <= (plain**2 - rounding**2) / 4
 
@@ -157,7 +157,7 @@ def test_dx(cases: dict[str, Any], m: int, n: int, k: int) -> None:
     tile = cases[f"tile linear_nf4_dx {m} {n} {k}"]
     assert "low_rank" in g["kernel"]
     check_work([g, dx], DX_SLOTS * n * k)
-    tokens = -(-m // 16) * 16  # an mma takes no fewer than 8, and 16 may be its other side
+    tokens = -(-m // 16) * 16  # an mma has at least 8, and 16 may be its other dimension
     assert dx["mma_flops"] <= 1.1 * 2 * tokens * (n * k + RANK * max(n, k))
 
     # The packed bytes and lora_a once; dy, codes and, by its warps, g again for each tile of columns; and the sums of
@@ -170,7 +170,7 @@ def test_dx(cases: dict[str, Any], m: int, n: int, k: int) -> None:
 
 
 def check_work(launches: list[Launch], slots: float) -> None:
-    """Of a call's launches, of which the last reads the packed weight: no spills, no bank conflicts."""
+    """Checks that a call's launches, of which the last reads the packed weight, have no spills or bank conflicts."""
     assert launches[-1]["local_bytes"] == 0
     assert sum(launch.slots for launch in launches) <= slots
     assert launches[-1].conflicts <= 0.05

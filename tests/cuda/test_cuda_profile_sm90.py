@@ -1,9 +1,8 @@
-"""The work of Hopper's own kernels, from the kernel simulator's counters: what one more block costs a tile. In the
-forward that is 64 k of 128 rows for 128 tokens, in dX 64 rows of 128 columns for 256 tokens. bfloat16, nested
-scales.
+"""The cost of one more block in a tile of the Hopper kernels, by the kernel simulator's counters. In the forward, a
+block is 64 k of 128 rows for 128 tokens; in dX, 64 rows of 128 columns for 256 tokens. bfloat16, nested scales.
 
-The simulator counts the warps' own loads and stores of shared memory. What wgmma reads and TMA writes comes on top:
-tokens are read by both warpgroups and written once, packed bytes written once, 128 bytes a pass.
+The simulator counts the warps' loads and stores of shared memory. The reads of wgmma and the writes of TMA are added:
+tokens are read by both warpgroups and written once, packed bytes are written once, 128 bytes per pass.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> list[Launch]:
 
 
 def block_of(short: Launch, long: Launch, blocks: int) -> Launch:
-    """The counters of one block: those of two launches, subtracted."""
+    """The counters of one block: the difference of two launches."""
     assert short["grid"] == long["grid"]
     numbers = {name: value for name, value in long.items() if isinstance(value, int)}
     return Launch({name: (value - short[name]) / blocks for name, value in numbers.items()})
@@ -60,7 +59,7 @@ def dx(launches: list[Launch]) -> Launch:
 
 
 def test_issue(forward: Launch, dx: Launch) -> None:
-    """Slots of each of a multiprocessor's four schedulers; the tensor cores need 512 clocks and 1024."""
+    """Issue slots of each of a multiprocessor's four schedulers; the tensor cores need 512 and 1024 clocks."""
     assert forward["warp_instructions"] / 4 <= 252
     assert dx["warp_instructions"] / 4 <= 400
 
@@ -75,13 +74,13 @@ def test_shared_memory(forward: Launch, dx: Launch) -> None:
 
 
 def test_each_byte_is_read_once_a_tile(forward: Launch, dx: Launch) -> None:
-    """Tokens and packed bytes by TMA. Of the scales, warps read the sectors of their rows again, at most."""
+    """Tokens and packed bytes by TMA. Each warp reads at most the sectors of its rows' scales again."""
     packed = 128 * 64 // 2
     assert forward.bytes_read <= 128 * 64 * 2 + packed + 128 * 32
     assert dx.bytes_read <= 1.05 * (256 * 64 * 2 + packed + 128 * (32 + 32))
 
 
-def test_outputs_are_written_in_whole_sectors(launches: list[Launch]) -> None:
+def test_outputs_are_written_in_full_sectors(launches: list[Launch]) -> None:
     for launch, (m, n, k) in zip(launches, FORWARD + DX, strict=True):
         assert launch["global_sectors_written"] * 32 == 2 * m * (k if "dx" in launch["kernel"] else n)
 

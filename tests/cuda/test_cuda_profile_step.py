@@ -1,8 +1,8 @@
-"""What a training step of a 4096 x 4096 layer moves and launches on CUDA, from the kernel simulator's counters.
+"""Memory traffic and launches of a training step of a 4096 x 4096 layer on CUDA, by the kernel simulator's counters.
 
-4096 tokens, bfloat16, nested scales, LoRA of rank 16. Hopper's own kernels take them however many they are. Elsewhere
-the library multiplies, whose float32 sums LoRA is added to before they are rounded, once: a panel of the decoded weight
-and its sums stay in L2, so there are as many panels as that makes it.
+4096 tokens, bfloat16, nested scales, LoRA of rank 16. The Hopper kernels take any number of tokens. On other cards the
+library multiplies; LoRA is added to its float32 sums before they are rounded once. The weight is decoded in as many
+panels as are needed for a panel and its sums to stay in L2.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def run_step() -> None:
 
 
 def launches_of_a_step(arch: str, profile: Path) -> list[Launch]:
-    """Our kernels; the library's are not the simulator's to count."""
+    """The launches of our kernels. The simulator does not count the library's."""
     simulated(__file__, arch, profile)
     preparation = re.compile("quantize_nf4_kernel|quantize_absmax|absmax_sum")
     launches = launches_in(profile)
@@ -45,7 +45,7 @@ def written(launches: list[Launch]) -> int:
 def test_a_step_writes_its_outputs_and_little_else(tmp_path_factory: pytest.TempPathFactory) -> None:
     launches = launches_of_a_step("90", tmp_path_factory.mktemp("profile") / "launches.jsonl")
     low_rank = [launch for launch in launches if "low_rank" in launch["kernel"]]
-    assert len(low_rank) == 2  # h and g, once each
+    assert len(low_rank) == 2  # h and g once each
     assert len(launches) == 5, [launch["kernel"] for launch in launches]
     outputs = 2 * (M * N + M * K + RANK * (N + K))
     assert outputs <= written(launches) <= outputs + 0.05 * 2 * N * K

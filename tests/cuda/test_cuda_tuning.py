@@ -1,4 +1,4 @@
-"""What cuda/tuning.h chooses, on the host: it is plain C++, which a small program prints for any card."""
+"""The choices of cuda/tuning.h, printed by a small host program for any card, because the header is plain C++."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def test_splits_of_the_forward_cover_the_sum(chosen: dict) -> None:
     for slots, tiles, segments, tokens, each in chosen["forward"]:
         assert each >= 1, (slots, tiles, segments, tokens)
         assert each % 2 == 0
-        if each < segments:  # split: no part with less work than its tables
+        if each < segments:  # split: each part has more work than its tables
             assert each >= 16
 
 
 def time_over_ideal(slots: int, tiles: int, segments: int, splits: int, each: int) -> float:
-    """Of the waves that the CTAs come in, in segments a slot, over the work shared out evenly."""
+    """The time of the waves of CTAs, in segments per slot, relative to evenly distributed work."""
     return ceil(tiles * splits, slots) * each / (tiles * segments / slots)
 
 
 @pytest.mark.parametrize(
     ("slots", "tiles", "limit"),
     [
-        (108, 112, 1.5),  # A100, 14336 rows: one CTA a tile is two waves, 1.93
+        (108, 112, 1.5),  # A100, 14336 rows: one CTA per tile takes two waves, 1.93
         (132, 148, 1.4),  # H100, 64 tokens, 18944 rows: 1.78
         (132, 86, 1.2),  # H100, 64 tokens, 11008 rows: 1.53
     ],
@@ -76,6 +76,6 @@ def test_panels_stay_in_half_of_l2(chosen: dict) -> None:
 
 def test_feedback_shares_factors_where_every_sm_has_rows(chosen: dict) -> None:
     for sms, n, warps in chosen["feedback"]:
-        assert warps in (2, 4, 8)  # a stripe of 4 rows a warp fills whole words of codes
+        assert warps in (2, 4, 8)  # a stripe of 4 rows per warp fills full words of codes
         assert warps == 2 or n > sms * 4 * warps / 2, (sms, n)
         assert warps == 8 or n <= sms * 4 * warps, (sms, n)

@@ -1,4 +1,4 @@
-"""What cuda/tuning_sm90.h chooses, on the host: it is plain C++, which a small program prints for any card."""
+"""The choices of cuda/tuning_sm90.h, printed by a small host program for any card."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_splits_cover_the_sum_and_fit_the_device(chosen: list) -> None:
 
 
 def test_the_device_is_full_or_the_sum_short(chosen: list) -> None:
-    """Most multiprocessors have work in every wave but the last, and in one wave, if there is enough."""
+    """Most multiprocessors have work in every wave but the last, and in a single wave if there is enough work."""
     for what, sms, m, outputs, stages, tokens, splits, _, clusters in chosen:
         tiles = ceil(m, tokens) * ceil(outputs, 128)
         if tiles > clusters or (stages >= 32 and tiles * 8 >= sms):

@@ -1,4 +1,4 @@
-"""Scales for importances and codes under given scales on CUDA: the CPU's bits."""
+"""Scales for given importances and codes under given scales on CUDA have the CPU's bits."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
 SHAPES = [(1, 64), (3, 64), (17, 96), (5, 100), (2, 1), (33, 31), (40, 7), (2, 1024)]
 ODD_SCALES = [0.0, -0.0, 1e-45, -1e-39, 1.1e-38, -2.0, 3e38, float("inf"), -float("inf"), float("nan")]
-# Beyond 128 places, which are rounded together: whole ones and a rest, of any alignment; more rows than a CTA has.
+# More than the 128 columns that are rounded together: with and without a rest, of any alignment; many rows.
 SEEDS = [0, -1, 2**40 + 5]
 FEEDBACK_SHAPES = [(1, 64), (17, 96), (2, 1), (33, 31), (5, 130), (9, 256), (6, 293), (70, 20)]
 
 
 def search(w: Tensor, importance: Tensor, block: int, code: str = "nf4") -> Tensor:
-    """absmax on CUDA, whose bits are the CPU's."""
+    """absmax on CUDA, checked to have the CPU's bits."""
     absmax = OPS.search_absmax_nf4(w.cuda(), importance.cuda(), block, code)
     assert_bits(absmax, OPS.search_absmax_nf4(w, importance, block, code), f"absmax of blocks of {block}")
     return absmax
 
 
 def encode(w: Tensor, absmax: Tensor, block: int, *feedback: Tensor, code: str = "nf4") -> Tensor:
-    """Packed codes on CUDA, whose bits are the CPU's."""
+    """Packed codes on CUDA, checked to have the CPU's bits."""
     packed = OPS.encode_nf4(w.cuda(), absmax.cuda(), block, *(t.cuda() for t in feedback), code=code)
     expected = OPS.encode_nf4(w, absmax, block, *feedback, code=code)
     assert packed.shape == expected.shape
@@ -40,7 +40,7 @@ def encode(w: Tensor, absmax: Tensor, block: int, *feedback: Tensor, code: str =
 
 
 def encode_stochastic(w: Tensor, absmax: Tensor, block: int, seed: int, code: str = "nf4") -> Tensor:
-    """The same, rounded at random."""
+    """The same with stochastic rounding."""
     packed = OPS.encode_nf4_stochastic(w.cuda(), absmax.cuda(), block, seed, code)
     expected = OPS.encode_nf4_stochastic(w, absmax, block, seed, code)
     assert packed.shape == expected.shape
@@ -49,7 +49,7 @@ def encode_stochastic(w: Tensor, absmax: Tensor, block: int, seed: int, code: st
 
 
 def scales(w: Tensor, block: int, code: str = "nf4") -> Tensor:
-    """Larger and smaller than the blocks' magnitudes, below zero and zero."""
+    """Scales larger and smaller than the blocks' magnitudes, negative and zero."""
     absmax: Tensor = OPS.quantize_nf4(w, block, code)[1] * torch.linspace(0.3, 1.3, -(-w.numel() // block))
     absmax[0] *= -1
     absmax[-1] = 0 if absmax.numel() > 1 else absmax[-1]
@@ -57,12 +57,12 @@ def scales(w: Tensor, block: int, code: str = "nf4") -> Tensor:
 
 
 def near(points: Tensor, ulps: int) -> Tensor:
-    """[len(points), 2 ulps + 1]: each float32 (none is 0) with its neighbours."""
+    """[len(points), 2 ulps + 1]: each float32 (nonzero) with its neighbours."""
     return (points.view(torch.int32)[:, None] + torch.arange(-ulps, ulps + 1, dtype=torch.int32)).view(torch.float32)
 
 
 def with_specials(w: Tensor) -> Tensor:
-    """Rows and blocks of zeros, of the largest and the smallest numbers, and with a NaN or an infinity in them."""
+    """Rows and blocks of zeros, of the largest and the smallest numbers, and with NaN or infinity."""
     w = w.clone()
     w[0], w[1] = 0.0, -0.0
     w[2], w[3] = torch.finfo(w.dtype).max, torch.finfo(w.dtype).smallest_normal * torch.finfo(w.dtype).eps
@@ -88,13 +88,12 @@ def test_scales(dtype: torch.dtype, code: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scales_of_what_is_not_finite(dtype: torch.dtype) -> None:
+def test_scales_of_weights_that_are_not_finite(dtype: torch.dtype) -> None:
     w = with_specials(weight(10, 128, dtype))
     absmax = search(w, torch.rand(128), 64)
     assert absmax.isnan().tolist() == (~w.reshape(-1, 64).isfinite().all(1)).tolist()
     search(w, torch.zeros(128), 64)
-    # Importances that a search cannot use are refused on the CPU. The CUDA operator does not read their values; blocks
-    # that they do not belong to keep their scales.
+    # The CPU rejects invalid importances. The CUDA operator does not check them; they affect only their own blocks.
     importance = torch.rand(128)
     good = search(w, importance, 64).cpu().view(10, 2)
     for value in (float("nan"), float("inf"), -1.0):
@@ -120,7 +119,7 @@ def test_codes(dtype: torch.dtype, code: str) -> None:
 
 @pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_codes_of_what_is_not_finite(dtype: torch.dtype, code: str) -> None:
+def test_codes_of_weights_that_are_not_finite(dtype: torch.dtype, code: str) -> None:
     w = with_specials(weight(10, 128, dtype))
     for scale in ODD_SCALES:
         encode(w, torch.full((20,), scale), 64, code=code)
@@ -130,7 +129,7 @@ def test_codes_of_what_is_not_finite(dtype: torch.dtype, code: str) -> None:
 
 
 def test_codes_at_every_boundary() -> None:
-    """Values on either side of where codes change, and beyond the outermost."""
+    """Values just above and below the bounds of codes, and beyond the outermost codes."""
     value = OPS.dequantize_nf4(
         torch.arange(16, dtype=torch.uint8) * 17, torch.ones(1), None, None, 32, 256, [32], torch.float32
     )[::2]
@@ -154,7 +153,7 @@ def test_stochastic_codes(dtype: torch.dtype, code: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_stochastic_codes_of_what_is_not_finite(dtype: torch.dtype) -> None:
+def test_stochastic_codes_of_weights_that_are_not_finite(dtype: torch.dtype) -> None:
     w = with_specials(weight(10, 128, dtype))
     for scale in ODD_SCALES:
         encode_stochastic(w, torch.full((20,), scale), 64, 0)
@@ -163,7 +162,7 @@ def test_stochastic_codes_of_what_is_not_finite(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_stochastic_codes_at_every_bound(seed: int) -> None:
-    """Each weight at one of its own fifteen bounds, or a step to either side of it: a sum rounded once differs."""
+    """Each weight is at one of its fifteen bounds or one step from it, where one rounding changes the code."""
     numel = 15 * 3 * 512
     bounds = torch.from_numpy(reference.stochastic_bounds(0, numel, seed))
     element = torch.arange(numel)
@@ -171,7 +170,7 @@ def test_stochastic_codes_at_every_bound(seed: int) -> None:
     encode_stochastic(w, torch.ones(numel // 64), 64, seed)
 
 
-def test_stochastic_codes_keep_what_is_a_value_already() -> None:
+def test_stochastic_codes_keep_exact_values() -> None:
     packed, absmax = OPS.quantize_nf4(weight(16, 512).cuda(), 64)
     decoded = OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [16, 512], torch.float32)
     assert torch.equal(OPS.encode_nf4_stochastic(decoded, absmax, 64, 3), packed)
@@ -206,7 +205,7 @@ def test_feedback_in_the_columns_own_order_and_at_any_address() -> None:
     assert_bits(packed, OPS.encode_nf4(w, absmax, 64, feedback, torch.arange(160)), "codes")
 
 
-def test_what_stands_below_the_diagonal_is_not_looked_at() -> None:
+def test_entries_below_the_diagonal_are_not_read() -> None:
     w, absmax, (feedback, order) = weight(5, 150), torch.rand(12) + 0.5, feedback_of(moments(150))
     packed = encode(w, absmax, 64, feedback, order)
     filled = feedback + torch.full((150, 150), float("nan")).tril(-1)
@@ -229,7 +228,7 @@ def test_nothing() -> None:
 
 
 def test_an_order_that_is_none_does_no_harm() -> None:
-    """Its values are not looked at before, which would wait for the device; every access stays in bounds."""
+    """Its values are not checked, which would wait for the device. Every access stays in bounds."""
     w, absmax = weight(5, 150).cuda(), torch.ones(12, device="cuda")
     for order in (torch.zeros(150), torch.arange(150) - 7, torch.full((150,), 2**40), torch.full((150,), -(2**63))):
         packed = OPS.encode_nf4(w, absmax, 64, torch.eye(150, device="cuda"), order.long().cuda())

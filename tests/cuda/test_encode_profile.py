@@ -1,4 +1,4 @@
-"""What the search for scales and the encoding under them do on CUDA, from the kernel simulator's counters. As in
+"""The work of the search for scales and of encoding on CUDA, by the kernel simulator's counters. As in
 test_cuda_profile.py, the cases run in one process of this file, which prints what each launch did.
 """
 
@@ -18,9 +18,9 @@ from cuda_profiles import Launch, Recorder, cases_printed, needs_counters, simul
 pytestmark = needs_counters
 
 N, K, BLOCK = 64, 512, 64
-BATCH = 128  # places that are rounded together, in registers
-ROWS = 8  # of a CTA, for so few rows
-SEARCH_SLOTS = 800  # issue slots a weight, for 31 looks at it
+BATCH = 128  # columns that are rounded together, in registers
+ROWS = 8  # rows of a CTA, for so few rows
+SEARCH_SLOTS = 800  # issue slots per weight, for 31 candidates
 ENCODE_SLOTS = 16
 STOCHASTIC_SLOTS = 40
 
@@ -66,12 +66,12 @@ def test_search(cases: dict[str, Launch]) -> None:
 def test_encode(cases: dict[str, Launch], name: str, slots: int) -> None:
     launch = cases[name]
     assert launch.slots <= slots * N * K
-    assert launch.bytes_read <= 1.1 * N * K * (2 + 4 / BLOCK * 4)  # a block's scale comes with each of its loads
+    assert launch.bytes_read <= 1.1 * N * K * (2 + 4 / BLOCK * 4)  # a block's scale is read with each of its loads
     assert launch["global_sectors_written"] * 32 <= 1.02 * launch["unique_bytes_written"]
 
 
 def test_feedback(cases: dict[str, Launch]) -> None:
-    """A product and a difference for each pair of places; a batch's own places are pairs twice, and rounded."""
+    """A product and a difference per pair of columns; the pairs within a batch count twice, and are rounded."""
     launch = cases["feedback"]
     batches = K // BATCH
     assert launch["fp32"] * 32 <= 1.02 * N * K * (K + BATCH) + 20 * N * K * 32 / 4  # a warp rounds 4 rows at once

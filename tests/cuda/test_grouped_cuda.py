@@ -1,4 +1,4 @@
-"""What is CUDA's own of the operators over experts: offsets that only the device knows, graphs, whole layers."""
+"""The operators over experts on CUDA: offsets on the device, graphs, full layers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def results(s: GroupedSample, dy: Tensor, offsets: Tensor | None = None) -> list
 def test_wrong_offsets_touch_no_other_memory(
     wrong: list[int], taken_for: list[int], k: int, dtype: torch.dtype
 ) -> None:
-    """The device cannot refuse them. The simulator sees every access beyond a tensor."""
+    """The device cannot reject them. The simulator detects every access out of bounds."""
     s = grouped_sample([2, 3, 0, 15], 40, k, 4, dtype, "cuda", dropout_p=0.2, unassigned=0)
     dy = s.dy()
     assert len(s.x) == 20
@@ -53,7 +53,7 @@ def test_offsets_are_where_x_is() -> None:
 def test_a_captured_graph_takes_other_rows_at_each_replay(dtype: torch.dtype) -> None:
     s = grouped_sample([4, 0, 9, 7], 40, 128, 8, dtype, "cuda", dropout_p=0.2)
     dy = s.dy()
-    results(s, dy)  # what is done once is done before
+    results(s, dy)  # one-time work is done before
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = results(s, dy)
@@ -64,7 +64,7 @@ def test_a_captured_graph_takes_other_rows_at_each_replay(dtype: torch.dtype) ->
         assert all(map(torch.equal, captured, results(s, dy)))
 
 
-# Layers as transformers has them, small: gated by SiLU without biases; transposed, with biases, clamped.
+# Small layers in transformers' layouts: gated by SiLU without biases; transposed, with biases, clamped.
 
 
 def initialized(experts: nn.Module) -> nn.Module:
@@ -111,14 +111,14 @@ def test_a_captured_layer_routes_anew_at_each_replay() -> None:
 
 
 def adapters(module: Experts4bit, rank: int) -> list[Tensor]:
-    """A and B of each stacked weight."""
+    """A and B for each stacked weight."""
     shapes = module.packed_shapes.values()
     pairs = ((torch.randn(e, rank, k) / k**0.5, torch.randn(e, n, rank) * 0.1) for e, n, k in shapes)
     return [t for pair in pairs for t in pair]
 
 
 def backward(y: Tensor, leaves: list[Tensor], module: nn.Module) -> list[Tensor]:
-    """y, and the gradients of the leaves and the biases, by a sum of squares."""
+    """y, and the gradients of its sum of squares for the leaves and the biases."""
     biases = [p for name, p in module.named_parameters() if name.endswith("bias")]
     return [y.detach(), *torch.autograd.grad(y.float().square().sum(), [*leaves, *biases])]
 
@@ -130,7 +130,7 @@ def as_leaves(*tensors: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layer", [qwen3_moe, gpt_oss])
 def test_a_step_of_training_is_that_of_the_dense_layer(layer, dtype: torch.dtype) -> None:
-    """Of transformers' own, on the CPU in float64, with the adapters merged into the decoded weights."""
+    """The results of transformers' code on the CPU in float64, with adapters merged into the decoded weights."""
     module = Experts4bit.from_experts(layer(torch.float32))
     dense = module.to_experts().double()
     module.to("cuda", dtype)
@@ -139,7 +139,7 @@ def test_a_step_of_training_is_that_of_the_dense_layer(layer, dtype: torch.dtype
             p.requires_grad_(name.endswith("bias"))
 
     experts = module.packed_shapes["down_proj"][0]
-    scores = torch.randn(23, experts) + torch.linspace(0, 4, experts)  # some experts have no token, some many
+    scores = torch.randn(23, experts) + torch.linspace(0, 4, experts)  # some experts have no tokens, some many
     weights, index = scores.softmax(-1).topk(2, dim=-1)
     assert len(index.unique()) < experts
     given = (torch.randn(23, 64), weights, *adapters(module, 8))

@@ -1,5 +1,6 @@
-"""What the operators over experts do on CUDA, from the kernel simulator's counters, for 3 experts with rows among ever
-more without. As in test_cuda_profile.py, the cases run in one process of this file, which prints what each launch did.
+"""The work of the operators over experts on CUDA, by the kernel simulator's counters, for 3 experts with rows and an
+increasing number without. As in test_cuda_profile.py, the cases run in one process of this file, which prints the
+counters of each launch.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cuda_profiles import Launch, Recorder, cases_printed, needs_counters, simul
 pytestmark = needs_counters
 
 EXPERTS = [8, 64, 128]
-ROWS = {1: 5, 3: 12, 6: 40}  # of the experts that have any
+ROWS = {1: 5, 3: 12, 6: 40}  # rows of the experts that have any
 N, K, RANK = 384, 512, 16
 TABLES = 4096  # bytes of constants
 OPERATORS = {"forward": 2, "dx": 2, "dlora": 3}  # and their launches
@@ -54,7 +55,7 @@ def test_launches_do_not_grow_with_the_experts(cases: dict[str, list[Launch]], n
 
 @pytest.mark.parametrize("name", ["forward", "dx"])
 def test_of_idle_experts_nothing_is_read(cases: dict[str, list[Launch]], name: str) -> None:
-    """The packed bytes, codes and adapters of the 3, the rows, and an offset an expert."""
+    """The packed bytes, codes and adapters of the 3 experts, the rows, and one offset per expert."""
     rows, given, made = sum(ROWS.values()), *((K, N) if name == "forward" else (N, K))
     for experts in EXPERTS:
         low_rank, main = cases[f"{name} {experts}"]
@@ -65,7 +66,7 @@ def test_of_idle_experts_nothing_is_read(cases: dict[str, list[Launch]], name: s
 
 @pytest.mark.parametrize("name", OPERATORS)
 def test_idle_experts_cost_only_the_look_at_their_offsets(cases: dict[str, list[Launch]], name: str) -> None:
-    """And zeros for their gradients. Of 64 experts and 128 the tiles are the same."""
+    """Zeros are written for their gradients. The tiles are the same for 64 and 128 experts."""
     few, many = (sum(launch.slots for launch in cases[f"{name} {experts}"]) for experts in EXPERTS[1:])
     zeros = 64 * RANK * (N + K) if name == "dlora" else 0
     assert many <= 1.1 * few + 30 * zeros

@@ -1,4 +1,4 @@
-"""The forward on CUDA against the oracle: every shape, rank, type, block size, form of scales."""
+"""The forward on CUDA, compared with the oracle for every shape, rank, type, block size and scale form."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from samples import DTYPES, LinearSample, linear_sample, relative_error, to_f64
 pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
 HALF = [torch.bfloat16, torch.float16]
-MANY = 200  # tokens: several tiles of the tensor cores, below their crossover to the library
+MANY = 200  # tokens: several tiles of the tensor cores, below the crossover to the library
 
-# (m, n, k). The first are what the tensor cores take, k % 64 == 0, with tails of every other size: of 8, 16, 32, 64
-# tokens, of 128 rows, of stages of 128 k. Errors of very few outputs are a matter of luck: where n is 1, m is not.
+# (m, n, k). The first are for the tensor cores, k % 64 == 0, with tails of every other size: of 8, 16, 32, 64
+# tokens, of 128 rows, of stages of 128 k. Errors of very few outputs vary by chance, so if n is 1, m is not.
 REGULAR = [(1, 200, 192), (7, 129, 320), (8, 128, 128), (60, 1, 128), (16, 72, 448), (31, 259, 64), (33, 130, 192)]
 REGULAR += [(63, 56, 320), (64, 136, 64)]
 RAGGED = [(5, 7, 33), (40, 131, 101), (3, 50, 1), (60, 1, 257), (9, 66, 700), (33, 65, 96), (1, 129, 8)]
@@ -49,7 +49,7 @@ def test_many_tokens(m: int, n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("dtype", "k"), [(torch.float32, 64), (torch.bfloat16, 33), (torch.bfloat16, 64)])
 def test_library(k: int, dtype: torch.dtype) -> None:
-    """Beyond every crossover. torch's GEMM adds to what is there, in its own order."""
+    """Above every crossover. torch's GEMM accumulates into the output, in its own order."""
     s = linear_sample(1100, 24, k, rank=4, dtype=dtype, device="cuda", dropout_p=0.2)
     assert relative_error(run(s), s.expected()) < 4 * torch.finfo(dtype).eps
 
@@ -97,7 +97,7 @@ def test_any_nested_block_size(nested_block_size: int) -> None:
 
 @pytest.mark.parametrize(("m", "dtype"), [(2, HALF[0]), (12, HALF[1]), (64, HALF[0]), (64, HALF[1])])
 def test_a_long_sum_is_split_and_deterministic(m: int, dtype: torch.dtype) -> None:
-    """k is long enough for several CTAs a tile, and for scales to be staged more than once."""
+    """k is large enough for several CTAs per tile, and for several stages of scales."""
     for rank, k in ((None, 2112), (40, 2112), (8, 5184)):
         s = linear_sample(m, 40, k, rank, dtype, "cuda", dropout_p=0.5)
         assert torch.equal(check(s), run(s))
@@ -105,7 +105,7 @@ def test_a_long_sum_is_split_and_deterministic(m: int, dtype: torch.dtype) -> No
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_tensors(dtype: torch.dtype) -> None:
-    """Contiguous views that start in the middle of 16 bytes."""
+    """Contiguous views that are not aligned to 16 bytes."""
     s = linear_sample(6, 64, 128, 6, dtype, "cuda")
     expected = to_f64(run(s))
     for name in ("x", "bias", "lora_a", "lora_b"):
@@ -143,7 +143,7 @@ def test_non_contiguous_x() -> None:
 
 @pytest.mark.parametrize(("m", "k"), [(3, 128), (3, 95), (40, 128)])
 def test_a_block_that_is_nan_gives_nan(m: int, k: int) -> None:
-    """NaN in its row and in no other, as decoding would give."""
+    """NaN is in its row and in no other, as with decoding."""
     s = linear_sample(m, 40, k, None, torch.bfloat16, "cuda", double_quant=False)
     s.w4.absmax[(7 * k) // 64] = float("nan")
     touched = np.isnan(s.decoded()).any(axis=1)
@@ -162,10 +162,10 @@ def test_infinite_x_stays_in_its_token(m: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("m", [16, 64])
-def test_codes_lose_little_more_than_half_of_what_rounded_weights_lose(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """bfloat16. Both outputs are rounded the same way, so what that costs is subtracted from both squared errors. A
-    factor that made the error half as large (a quarter of its square) would not keep the codes of -1 and 1 exact."""
-    monkeypatch.setenv("QLORA_CUDA_KERNEL", "fused")  # a library multiplies by the rounded weights
+def test_codes_have_little_more_than_half_the_error_of_rounded_weights(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16. Both outputs are rounded in the same way, and this error is subtracted from both squares. A factor that
+    halved the error (a quarter of its square) would not keep the codes of -1 and 1 exact."""
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "fused")  # a library multiplies with rounded weights
     s = linear_sample(m, 256, 512, None, torch.bfloat16, "cuda", bias=False)
     expected = s.forward_accuracy()
     rounding = relative_error(rounded(expected.exact, s.x.dtype), expected.exact) ** 2

@@ -1,4 +1,4 @@
-"""The backward on CUDA, dx, da and db, against the oracle: every shape, rank, type, block size, form of scales."""
+"""dx, da and db on CUDA, compared with the oracle for every shape, rank, type, block size and scale form."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.cuda
 OPS = torch.ops.qlora
 HALF = [torch.bfloat16, torch.float16]
 
-# (m, n, k). The first are what the fast path takes: k % 32 == 0 and n % 8 == 0, with tails in every direction.
+# (m, n, k). The first are for the fast path: k % 32 == 0 and n % 8 == 0, with tails in every dimension.
 REGULAR = [
     (1, 64, 256),
     (7, 72, 96),
@@ -39,7 +39,7 @@ def run_dx(s: LinearSample, dy: Tensor) -> Tensor:
 
 
 def check_dx(*samples: LinearSample) -> Tensor:
-    """Over all samples together, whose results are returned one after the other."""
+    """Checks all samples together; their results are returned in order."""
     results = []
     for s in samples:
         dy = gradient(s)
@@ -62,7 +62,7 @@ def check_dlora(s: LinearSample) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "n", "k"), REGULAR + RAGGED)
 def test_dx(m: int, n: int, k: int, dtype: torch.dtype) -> None:
-    seeds = range(-(-200 // (m * k)))  # the errors of a few outputs are chance
+    seeds = range(-(-200 // (m * k)))  # errors of a few outputs vary by chance
     check_dx(*(linear_sample(m, n, k, rank=16, dtype=dtype, device="cuda", seed=seed) for seed in seeds))
 
 
@@ -96,7 +96,7 @@ def test_dx_of_another_code(m: int, n: int, k: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("m", "dtype"), [(2, HALF[0]), (64, HALF[0]), (64, HALF[1])])
 def test_dx_splits_its_sum(m: int, dtype: torch.dtype) -> None:
-    """n is long enough that several CTAs share a tile."""
+    """n is large enough for several CTAs per tile."""
     for rank in (None, 8):
         s = linear_sample(m, 2056, 64, rank, dtype, "cuda", dropout_p=0.5)
         assert torch.equal(check_dx(s), run_dx(s, gradient(s)))
@@ -104,7 +104,7 @@ def test_dx_splits_its_sum(m: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dx_of_unaligned_tensors(dtype: torch.dtype) -> None:
-    """Contiguous views that start in the middle of 16 bytes."""
+    """Contiguous views that are not aligned to 16 bytes."""
     s = linear_sample(6, 64, 96, 4, dtype, "cuda")
     dy = gradient(s)
     expected = run_dx(s, dy)
@@ -130,7 +130,7 @@ def test_dlora_of_any_rank(rank: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dlora_splits_its_sum(dtype: torch.dtype) -> None:
-    """So many tokens that several CTAs share a tile."""
+    """Enough tokens for several CTAs per tile."""
     s = linear_sample(2100, 24, 40, 4, dtype, "cuda", dropout_p=0.2)
     check_dlora(s)
     dy = gradient(s)

@@ -1,5 +1,5 @@
-"""The gradient of x on Hopper's own instructions, by the rules of the other kernels: every tail, rank, type, block size
-and form of scales, in each tile and with the sum over rows split."""
+"""The gradient of x with Hopper's instructions, checked like the other kernels: every tail, rank, type, block size and
+scale form, in each tile and with a split sum over rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SHAPES = {
 
 
 def of_each_tile(shapes: dict[tuple[int, int, int], tuple[int, int]]) -> list:
-    """(m, n, k, dtype): both types in the smallest tile; in the larger ones a type a shape, in turn."""
+    """(m, n, k, dtype): both types in the smallest tile; one type per shape, alternating, in the larger tiles."""
     small = [(*shape, dtype) for shape, (tile, _) in shapes.items() if tile == 64 for dtype in HALF]
     return small + [(*shape, HALF[i % 2]) for i, (shape, (tile, _)) in enumerate(shapes.items()) if tile > 64]
 
@@ -80,7 +80,7 @@ def test_the_same_bits_each_time(n: int, dtype: torch.dtype) -> None:
 
 
 def test_a_block_that_is_nan_gives_nan() -> None:
-    """NaN in its columns and in no other, as decoding would give."""
+    """NaN is in its columns and in no others, as with decoding."""
     s = linear_sample(40, 72, 192, None, torch.bfloat16, "cuda", double_quant=False)
     s.w4.absmax[7 * 3 + 1] = float("nan")
     touched = np.isnan(s.decoded()).any(axis=0)
@@ -121,7 +121,7 @@ def test_a_captured_graph_replays() -> None:
 
 
 def run_shapes() -> None:
-    """In a process of its own, for what QLORA_PRINT_KERNELS prints."""
+    """In a separate process, for the output of QLORA_PRINT_KERNELS."""
     others = [(32, 72, 128, torch.bfloat16), (64, 72, 128, torch.float32), (64, 72, 96, torch.bfloat16)]
     others += [(64, 71, 128, torch.bfloat16)]
     for m, n, k, dtype in [*((*shape, torch.bfloat16) for shape in SHAPES), *others]:
@@ -133,8 +133,8 @@ def run_shapes() -> None:
     torch.cuda.is_available() and torch.cuda.get_device_properties(0).multi_processor_count != 132,
     reason="tiles and splits of a device with another number of multiprocessors",
 )
-def test_this_kernel_is_what_ran() -> None:
-    environment = {**os.environ, "QLORA_PRINT_KERNELS": "1", "CUDASIM_CHECK": ""}  # test_shapes has these checked
+def test_the_hopper_kernel_was_used() -> None:
+    environment = {**os.environ, "QLORA_PRINT_KERNELS": "1", "CUDASIM_CHECK": ""}  # test_shapes checks these
     result = run_file(__file__, environment=environment)
     line = r"^qlora: linear_nf4_dx cuda m=(\d+) n=(\d+) k=(\d+) .* -> (.*)$"
     ran = [(*map(int, sizes), kernel) for *sizes, kernel in re.findall(line, result.stderr, flags=re.M)]

@@ -1,5 +1,5 @@
-"""The forward for up to 16 tokens on CUDA, which makes LoRA's h itself: against the oracle wherever its tile, slices
-of k or ranks end, and repeatable from any stream and graph."""
+"""The forward for up to 16 tokens on CUDA, which also computes LoRA's h: compared with the oracle at all boundaries of
+tiles, slices of k and ranks, and repeatable on any stream and in graphs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run(s: LinearSample) -> Tensor:
 
 
 def check(*samples: LinearSample) -> None:
-    """Over all samples together: the errors of a few outputs are chance."""
+    """Checks all samples together, because errors of a few outputs vary by chance."""
     results = [(run(s), s.forward_accuracy()) for s in samples]
     y, expected = zip(*results, strict=True)
     assert_accurate(torch.cat(y), accuracy.concatenate(expected))
@@ -43,7 +43,7 @@ def test_rows_end_anywhere(m: int, n: int) -> None:
 @pytest.mark.parametrize("m", [2, 7, 13])
 @pytest.mark.parametrize("k", [64, 128, 512, 576, 1024, 1088, 1600, 2112])
 def test_slices_of_k_end_anywhere(m: int, k: int) -> None:
-    """In one segment of a unit, in one of the groups that take turns, in a stage, in the last of several CTAs."""
+    """In one segment of a unit, in one of the alternating groups, in a stage, in the last of several CTAs."""
     for rank in (None, 16):
         check(linear_sample(m, 72, k, rank=rank, dtype=torch.bfloat16, device="cuda", double_quant=k % 128 == 0))
 
@@ -61,7 +61,7 @@ def test_every_rank_with_dropout(m: int, rank: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("m", [4, 16])
 def test_a_wide_model_without_a_split(m: int) -> None:
-    """More rows than there are multiprocessors for: every CTA goes through several stages."""
+    """More rows than multiprocessors, so that every CTA has several stages."""
     s = linear_sample(m, 128 * 140, 640, rank=4, dtype=torch.bfloat16, device="cuda", block_size=128)
     y, expected = run(s), s.forward_accuracy()
     assert_accurate(y, expected)
@@ -69,7 +69,7 @@ def test_a_wide_model_without_a_split(m: int) -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_parts_of_h_beyond_the_range_of_h(dtype: torch.dtype) -> None:
-    """Over slices of k that cancel: none of the parts may be rounded to 16 bits, whose largest number is 65504."""
+    """Slices of k cancel: partial sums must not be rounded to float16, whose largest number is 65504."""
     s = linear_sample(2, 64, 4096, rank=16, dtype=dtype, device="cuda")
     s.x[:, :2048], s.x[:, 2048:] = 100.0, -100.0
     s.lora_a[:] = 1.0
@@ -103,7 +103,7 @@ def test_lora_a_that_is_not_aligned(m: int) -> None:
 
 @pytest.mark.parametrize("m", [1, 7, 16])
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_is_not_finite_stays_in_its_token(m: int, bad: float) -> None:
+def test_nonfinite_values_stay_in_their_token(m: int, bad: float) -> None:
     s = linear_sample(m, 72, 320, 16, torch.bfloat16, "cuda")
     expected = run(s)
     s.x[m // 2, 69] = bad
@@ -114,7 +114,7 @@ def test_what_is_not_finite_stays_in_its_token(m: int, bad: float) -> None:
 
 
 def test_graphs_replayed_on_two_streams() -> None:
-    """Captured on one stream, as torch does: each has what it needs to itself, and leaves it as it was found."""
+    """Graphs captured on one stream, as torch does: each has its own workspace, and restores it."""
     samples = [linear_sample(m, 136, 2112, 8, torch.bfloat16, "cuda", dropout_p=0.1, seed=m) for m in (2, 9, 40)]
     expected = [run(s) for s in samples]
     graphs, results = [], []

@@ -1,4 +1,4 @@
-"""Many tokens on CUDA: a panel of the weight is decoded and a library multiplies; what is rounded is the total."""
+"""Many tokens on CUDA: a panel of the weight is decoded and a library multiplies; only the total is rounded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FORMS = [
 
 @pytest.fixture(autouse=True)
 def by_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QLORA_CUDA_KERNEL", "library")  # from how many tokens on it is chosen differs from card to card
+    monkeypatch.setenv("QLORA_CUDA_KERNEL", "library")  # the crossover differs between cards
 
 
 def check(s: LinearSample) -> None:
@@ -55,7 +55,7 @@ def test_a_ragged_shape(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(2200, 64), (64, 2200)])
 def test_panels(n: int, k: int) -> None:
-    """More float32 sums than half of any device's L2 holds, in the forward and in dX."""
+    """More float32 sums than fit into half of any device's L2, in the forward and in dX."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
     m = l2 // 2 // 4 // 2048 + 100
     s = linear_sample(m, n, k, 4, torch.bfloat16, "cuda", dropout_p=0.2, block_size=128)
@@ -63,7 +63,7 @@ def test_panels(n: int, k: int) -> None:
     y = OPS.linear_nf4(*s.args)
     dy = torch.randn(m, n, generator=torch.Generator().manual_seed(2)).to("cuda", s.x.dtype)
     dx = OPS.linear_nf4_dx(dy, *s.w4.packed_args(), k, *s.lora_args)
-    # The mask is numbered by token: the first ones are compared whole, all others without dropout.
+    # The mask depends on the token's index: the first tokens are compared with dropout, all others without.
     head = linear_sample(64, n, k, 4, torch.bfloat16, "cuda", dropout_p=0.2, block_size=128)
     head.x, head.w4, head.bias, head.lora_a, head.lora_b = s.x[:64], s.w4, s.bias, s.lora_a, s.lora_b
     assert_accurate(y[:64], head.forward_accuracy())
@@ -78,7 +78,7 @@ def test_panels(n: int, k: int) -> None:
 
 @pytest.fixture
 def loose_settings() -> Iterator[None]:
-    """Everything that torch lets cuBLAS be less exact in."""
+    """All settings of torch that make cuBLAS less accurate."""
     matmul = torch.backends.cuda.matmul
     names = ("allow_tf32", "allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
     before = {name: getattr(matmul, name) for name in names}
@@ -91,11 +91,11 @@ def loose_settings() -> Iterator[None]:
 
 @pytest.mark.usefixtures("loose_settings")
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_are_float32_whatever_torch_allows(dtype: torch.dtype) -> None:
+def test_sums_are_float32_under_all_torch_settings(dtype: torch.dtype) -> None:
     check(linear_sample(m=MANY, n=40, k=256, dtype=dtype, device="cuda"))
     a = torch.randn(64, 64, device="cuda")
     assert torch.backends.cuda.matmul.allow_tf32
-    torch.mm(a, a)  # torch's own products still run with torch's settings: no exception, no state left behind
+    torch.mm(a, a)  # torch's own products still use torch's settings: no exception, no changed state
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

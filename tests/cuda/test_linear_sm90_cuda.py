@@ -1,5 +1,5 @@
-"""The forward on Hopper's own instructions, by the rules of the other kernels: every tail, rank, type, block size and
-form of scales, in both tiles and with k split."""
+"""The forward with Hopper's instructions, checked like the other kernels: every tail, rank, type, block size and scale
+form, in both tiles and with split k."""
 
 from __future__ import annotations
 
@@ -99,15 +99,15 @@ def test_the_same_bits_each_time(k: int, dtype: torch.dtype) -> None:
 
 
 def test_a_token_does_not_depend_on_the_others() -> None:
-    """But for the order of its sums, which the choice of tile and splits decides."""
+    """Except for the order of summation, which depends on the tile and the splits."""
     s = linear_sample(300, 5100, 64, 8, torch.bfloat16, "cuda")
-    whole = run(s)
+    complete = run(s)
     s.x = s.x[130:].contiguous()
-    assert relative_error(run(s), to_f64(whole[130:])) < torch.finfo(torch.bfloat16).eps
+    assert relative_error(run(s), to_f64(complete[130:])) < torch.finfo(torch.bfloat16).eps
 
 
 def test_a_block_that_is_nan_gives_nan() -> None:
-    """NaN in its row and in no other, as decoding would give; the row before ends in the middle of a stage."""
+    """NaN is in its row and in no other, as with decoding; the row before ends in the middle of a stage."""
     s = linear_sample(40, 40, 192, None, torch.bfloat16, "cuda", double_quant=False)
     s.w4.absmax[7 * 3] = float("nan")
     touched = np.isnan(s.decoded()).any(axis=1)
@@ -127,7 +127,7 @@ def test_infinite_x_stays_in_its_token(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_odd_operands(dtype: torch.dtype) -> None:
-    """bias and LoRA's matrices in the middle of 16 bytes."""
+    """bias and LoRA's matrices are not aligned to 16 bytes."""
     s = linear_sample(40, 64, 128, 6, dtype, "cuda")
     expected = to_f64(run(s))
     for name in ("bias", "lora_a", "lora_b"):
@@ -136,9 +136,9 @@ def test_odd_operands(dtype: torch.dtype) -> None:
         assert relative_error(run(s), expected) < 4 * torch.finfo(dtype).eps
 
 
-def test_codes_lose_little_more_than_half_of_what_rounded_weights_lose() -> None:
-    """bfloat16. Both outputs are rounded the same way, so what that costs is subtracted from both squared errors. A
-    factor that made the error half as large (a quarter of its square) would not keep the codes of -1 and 1 exact."""
+def test_codes_have_little_more_than_half_the_error_of_rounded_weights() -> None:
+    """bfloat16. Both outputs are rounded in the same way, and this error is subtracted from both squares. A factor that
+    halved the error (a quarter of its square) would not keep the codes of -1 and 1 exact."""
     s = linear_sample(64, 256, 512, None, torch.bfloat16, "cuda", bias=False)
     expected = s.forward_accuracy()
     rounding = relative_error(rounded(expected.exact, s.x.dtype), expected.exact) ** 2
@@ -173,7 +173,7 @@ def test_a_captured_graph_replays() -> None:
 
 
 def run_shapes() -> None:
-    """In a process of its own, for what QLORA_PRINT_KERNELS prints."""
+    """In a separate process, for the output of QLORA_PRINT_KERNELS."""
     for m, n, k in SHAPES:
         run(linear_sample(m, n, k, None, torch.bfloat16, "cuda"))
     run(linear_sample(32, 72, 128, None, torch.bfloat16, "cuda"))
@@ -186,8 +186,8 @@ def run_shapes() -> None:
     torch.cuda.is_available() and torch.cuda.get_device_properties(0).multi_processor_count != 132,
     reason="tiles and splits of a device with another number of multiprocessors",
 )
-def test_this_kernel_is_what_ran() -> None:
-    environment = {**os.environ, "QLORA_PRINT_KERNELS": "1", "CUDASIM_CHECK": ""}  # test_shapes has these checked
+def test_the_hopper_kernel_was_used() -> None:
+    environment = {**os.environ, "QLORA_PRINT_KERNELS": "1", "CUDASIM_CHECK": ""}  # test_shapes checks these
     result = run_file(__file__, environment=environment)
     line = r"^qlora: linear_nf4 cuda m=(\d+) n=(\d+) k=(\d+) .* -> (.*)$"
     ran = [(*map(int, sizes), kernel) for *sizes, kernel in re.findall(line, result.stderr, flags=re.M)]

@@ -1,4 +1,4 @@
-"""Weights merged into 4 bits on CUDA: the CPU's codes, and its gradients where a layer is trained as merged."""
+"""Weights merged into 4 bits on CUDA have the CPU's codes, and merge-aware training has its gradients."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_codes_are_the_cpus(double_quant: bool) -> None:
     expected = with_update(w4, moved)
     assert not torch.equal(expected.packed, w4.packed)
     assert_bits(with_update(w4.to("cuda"), moved.cuda()).packed, expected.packed, "codes")
-    # The device adds up B · A in an order of its own, which moves a sum across a bound once in a long while.
+    # The device sums B · A in a different order, which rarely moves a sum across a bound.
     merged = merged_weight(w4.to("cuda"), a.cuda(), b.cuda(), 2.0)
     assert (merged.packed.cpu() != merged_weight(w4, a, b, 2.0).packed).sum() <= 2
 

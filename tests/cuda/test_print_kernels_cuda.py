@@ -1,5 +1,5 @@
-"""QLORA_PRINT_KERNELS=1 on CUDA: a line for each distinct problem, and none without it. Runs in processes of its own,
-since the environment is read once."""
+"""QLORA_PRINT_KERNELS=1 on CUDA prints one line per distinct problem. Tests run in separate processes, because the
+environment is read once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROBLEMS = {
     (1100, 8, 64, "float32"): ("library", "library", "exact"),
     (0, 24, 64, "bfloat16"): (),
 }
-OF_EXPERTS = {  # (experts, all their rows, n, k, dtype)
+OF_EXPERTS = {  # (experts, total rows, n, k, dtype)
     (3, 5, 24, 64, "bfloat16"): ("tensor_cores", "tensor_cores", "tensor_cores"),
     (3, 5, 7, 33, "bfloat16"): ("ragged", "ragged", "ragged"),
     (3, 5, 24, 64, "float32"): ("exact", "exact", "exact"),

@@ -1,4 +1,4 @@
-"""``qlora_ext.adopt``: layers of bitsandbytes become ours in place, bare, in models of transformers and under PEFT."""
+"""``qlora_ext.adopt`` replaces bitsandbytes' layers in place: alone, in transformers models and under PEFT."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def theirs(model: nn.Module) -> dict[str, Any]:
 
 
 def exact(model: Any) -> Any:
-    """Off with bitsandbytes' kernel for inference on AVX-512, which computes in bfloat16 whatever the compute dtype."""
+    """Disables bitsandbytes' AVX-512 inference kernel, which ignores the compute dtype and computes in bfloat16."""
     model.eval()
     for layer in theirs(model).values():
         layer.train()
@@ -89,7 +89,7 @@ def test_a_layer_keeps_its_memory_and_its_bits(compress_statistics: bool, storag
         assert layer.nested_offset.data_ptr() == state.offset.data_ptr()
     assert torch.equal(layer.dequantize(), expected)
     assert error(layer(x), y) < 1e-6
-    assert error(torch.autograd.grad(layer(x).sum(), x)[0], dx) < 3e-3  # theirs decodes to bfloat16 here
+    assert error(torch.autograd.grad(layer(x).sum(), x)[0], dx) < 3e-3  # bitsandbytes decodes to bfloat16 here
     assert set(dict(layer.named_parameters())) == {"weight", "bias"}
     assert str(qlora_ext.adopt(layer)) == "layers adopted: 0; left to bitsandbytes: 0"
 
@@ -112,7 +112,7 @@ def test_a_weight_that_was_not_moved_yet_gets_the_bits_that_it_would_get(compres
     assert qlora_ext.adopt(fresh).adopted == ("",)
     assert torch.equal(fresh.weight.reshape(-1), moved.weight.data.reshape(-1))
     assert torch.equal(fresh.absmax, moved.weight.quant_state.absmax)
-    # The mean of the scales is summed in another order: its last bit may differ.
+    # The mean of the scales is summed in a different order, so its last bit may differ.
     torch.testing.assert_close(fresh.dequantize(), decoded(moved), rtol=1e-5, atol=1e-7)
 
 
@@ -121,14 +121,14 @@ def test_a_weight_that_was_not_moved_yet_gets_the_bits_that_it_would_get(compres
 def test_a_weight_that_was_repacked_for_the_cpu_is_packed_back(compress_statistics: bool, storage: torch.dtype) -> None:
     layer = bare(64, 128, compress_statistics=compress_statistics, quant_storage=storage, compute_dtype=torch.float32)
     codes, expected = layer.weight.data.view(torch.uint8).clone(), decoded(layer).float()
-    # As one forward in evaluation does on a processor with AVX-512 BF16.
+    # A forward in evaluation does this on a processor with AVX-512 BF16.
     layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu(
         layer.weight.data, layer.weight.quant_state
     )
     assert qlora_ext.adopt(layer).adopted == ("",)
     assert torch.equal(layer.weight.reshape(-1), codes.reshape(-1))
     assert layer.double_quant == compress_statistics
-    assert error(layer.dequantize(torch.float32), expected) < 0.01  # its scales went through bfloat16
+    assert error(layer.dequantize(torch.float32), expected) < 0.01  # its scales were rounded to bfloat16
 
 
 def test_without_a_compute_dtype_it_is_that_of_the_first_input() -> None:
@@ -153,13 +153,13 @@ def test_a_state_of_bitsandbytes_loads(compress_statistics: bool, storage: torch
     weight, memory = other.weight, other.weight.data_ptr()
     assert other.dequantize().dtype == torch.float32
     model.load_state_dict(state)
-    assert torch.equal(other.dequantize(), decoded(source))  # in its dtype, too
+    assert torch.equal(other.dequantize(), decoded(source))  # in its dtype
     assert torch.equal(other.bias, source.bias)
     assert (other.weight is weight, other.weight.data_ptr()) == (True, memory)
 
     copied = copy.deepcopy(model)
     assert copied.load_state_dict(state, assign=True) == ([], [])
-    for kept in (copied.state_dict(), model.state_dict()):  # our own form
+    for kept in (copied.state_dict(), model.state_dict()):  # qlora_ext's own format
         model.load_state_dict(kept)
         assert torch.equal(other.dequantize(), decoded(source))
 
@@ -230,7 +230,7 @@ def test_a_state_that_bitsandbytes_has_not_is_refused() -> None:
 
 
 def test_the_layers_own_state_is_one_of_plain_parameters() -> None:
-    """Accelerate offloads and torch's checkpoints gather by it: names and shapes have to be the parameters'."""
+    """Accelerate's offloading and torch's checkpoints use it, so names and shapes must be the parameters'."""
     hooks = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model, x = nn.Sequential(bare(compute_dtype=torch.float32)), torch.randn(2, 64)
     qlora_ext.adopt(model)
@@ -241,7 +241,7 @@ def test_the_layers_own_state_is_one_of_plain_parameters() -> None:
     assert torch.equal(model(x), expected)
 
 
-def test_what_cannot_be_ours_is_left_and_counted() -> None:
+def test_unsupported_layers_are_unchanged_and_counted() -> None:
     class Doubled(bnb.nn.Linear4bit):
         def forward(self, x: Tensor) -> Tensor:
             return 2 * super().forward(x)
@@ -283,7 +283,7 @@ def test_what_cannot_be_ours_is_left_and_counted() -> None:
 
 def test_a_sharded_model_is_refused_untouched() -> None:
     model = nn.Sequential(bare(), bare())
-    del model[1]._parameters["weight"]  # as FSDP1 leaves it; FSDP2 puts a DTensor there
+    del model[1]._parameters["weight"]  # the state after FSDP1; FSDP2 uses a DTensor
     with pytest.raises(ValueError, match="1: expected an unsharded weight, got one that FSDP has sharded"):
         qlora_ext.adopt(model)
     assert not isinstance(model[0], Linear4bit)
@@ -326,7 +326,9 @@ def test_a_model_stays_one_of_bitsandbytes_to_all_around(family: str, tmp_path: 
     assert before == after
     plain = load(tmp_path / "after")
     assert {type(m) for m in theirs(plain).values()} == {bnb.nn.Linear4bit}
-    qlora_ext.adopt(plain)  # one that was loaded 4-bit: what reads bitsandbytes' keys must not be run backwards
+    qlora_ext.adopt(
+        plain
+    )  # a model that was loaded in 4 bits: its conversion of bitsandbytes' keys must not be reversed
     plain.save_pretrained(tmp_path / "again")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == before
     dense = plain.dequantize()
@@ -336,7 +338,7 @@ def test_a_model_stays_one_of_bitsandbytes_to_all_around(family: str, tmp_path: 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=str)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_model_in_training_goes_on_with_its_optimizer(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+def test_training_continues_with_the_same_optimizer(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     make(family, torch.float32).save_pretrained(tmp_path / "dense")
     lora = LoraConfig(
         r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM",
@@ -415,7 +417,7 @@ def test_code_that_casts_every_small_parameter_does_no_harm(tmp_path: Path) -> N
     model = load(tmp_path, config())
     qlora_ext.adopt(model)
     before = {name: m.dequantize() for name, m in theirs(model).items()}
-    for p in model.parameters():  # as the first QLoRA scripts do
+    for p in model.parameters():  # as in the first QLoRA scripts
         p.requires_grad = False
         if p.ndim == 1:
             p.data = p.data.to(torch.float32)

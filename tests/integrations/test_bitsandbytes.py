@@ -1,4 +1,4 @@
-"""bitsandbytes' 4-bit state, both ways, against the installed bitsandbytes."""
+"""Conversion to and from bitsandbytes' 4-bit state, compared with the installed bitsandbytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def saved_by_bitsandbytes(
 
 
 def decoded_by_bitsandbytes(state_dict: dict[str, Tensor]) -> Tensor:
-    # Its generic decoder: its CPU kernel misplaces the scales of rows that are not a multiple of the block.
+    # Its generic decoder, because its CPU kernel uses wrong scales if rows are not a multiple of the block.
     from bitsandbytes.backends.default.ops import _dequantize_4bit_compute
 
     companions = {key.removeprefix(f"{PREFIX}."): t.clone() for key, t in state_dict.items() if key != PREFIX}
@@ -63,7 +63,7 @@ def test_reads_and_writes_its_bytes(dtype: torch.dtype, block_size: int, double_
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-def test_bitsandbytes_loads_what_we_quantized(double_quant: bool) -> None:
+def test_bitsandbytes_loads_our_weights(double_quant: bool) -> None:
     w4 = qlora_ext.quantize_nf4(torch.randn(64, 128, dtype=torch.bfloat16), double_quant=double_quant)
     exported = w4.to_bitsandbytes(PREFIX)
     stats = {key.removeprefix(f"{PREFIX}."): t for key, t in exported.items() if key != PREFIX}

@@ -1,4 +1,4 @@
-"""What people type for ``BitsAndBytesConfig``, given to ``QLoRAConfig``: mapped, or refused by name."""
+"""Arguments of ``BitsAndBytesConfig`` given to ``QLoRAConfig`` are mapped, or rejected by name."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ def test_the_arguments_of_the_other_class_are_understood() -> None:
         ({"llm_int8_skip_modules": "lm_head"}, "skip_modules: expected a list of names"),
     ],
 )
-def test_what_is_not_here_is_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+def test_unsupported_arguments_are_rejected_by_name(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         QLoRAConfig(**arguments)
     with pytest.raises(TypeError, match="no argument 'bnb_4bit_colour'"):
         QLoRAConfig(bnb_4bit_colour="red")
 
 
-def test_what_was_meant_is_said() -> None:
+def test_misspelt_arguments_get_a_suggestion() -> None:
     for typed, meant in (
         ("blocksize", "block_size"),
         ("Double_Quant", "double_quant"),
@@ -75,7 +75,7 @@ def test_what_was_meant_is_said() -> None:
 
 
 def test_the_class_is_no_configuration(tmp_path: Path) -> None:
-    """Parentheses are forgotten easily."""
+    """The class instead of an instance."""
     make().save_pretrained(tmp_path)
     with pytest.raises(AttributeError, match=r"write QLoRAConfig\(\) with parentheses"):
         AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=QLoRAConfig)
@@ -106,7 +106,7 @@ def test_from_bitsandbytes_quantizes_a_dense_checkpoint(as_dict: bool, tmp_path:
     )
 
 
-def test_from_bitsandbytes_refuses_what_is_no_nf4() -> None:
+def test_from_bitsandbytes_rejects_other_formats() -> None:
     for arguments, kind in (({"load_in_8bit": True}, "int8"), ({"load_in_4bit": True}, "FP4")):
         with pytest.raises(ValueError, match=f"NF4 checkpoint, got {kind}"):
             QLoRAConfig.from_bitsandbytes(BitsAndBytesConfig(**arguments))

@@ -1,4 +1,4 @@
-"""Whole models and adapters between bitsandbytes and us, both ways, on random models of four families."""
+"""Conversion of models and adapters between bitsandbytes and qlora_ext, on random models of four families."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def logits(model: Any) -> Tensor:
 
 
 def exact(model: Any) -> Any:
-    """Off with bitsandbytes' kernel for inference on AVX-512, which computes in bfloat16 whatever the compute dtype."""
+    """Disables bitsandbytes' AVX-512 inference kernel, which ignores the compute dtype and computes in bfloat16."""
     model.eval()
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):

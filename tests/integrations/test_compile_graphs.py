@@ -1,4 +1,4 @@
-"""Where torch.compile may break a graph, a model with LoRA stays one: with dropout, experts and hot-swapping."""
+"""A model with LoRA compiles to one graph, also with dropout, experts and hot-swapping."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def adapted(name: str, **options: Any) -> Any:
 @pytest.mark.parametrize("name", MODELS)
 def test_dropout_breaks_no_graph(name: str) -> None:
     model, backend = adapted(name, lora_dropout=0.1).train(), CountingBackend()
-    compiled = torch.compile(model, backend=backend)  # as the Trainer has it: breaks are allowed
+    compiled = torch.compile(model, backend=backend)  # graph breaks are allowed, as in the Trainer
     assert largest_error(language_step(model, compiled, IDS), language_step(model, model, IDS)) < 1e-5
     assert (backend.forward, backend.backward) == (1, 1)
     explained = torch._dynamo.explain(model)(input_ids=IDS, labels=IDS, use_cache=False)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
     first, second = (compiled(input_ids=IDS, use_cache=False).logits for _ in range(2))
-    assert not torch.equal(first, second)  # each call draws its masks
+    assert not torch.equal(first, second)  # each call draws its own masks
 
 
 def logits(model: Any) -> Tensor:
@@ -62,7 +62,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_a_compiled_model_swaps_adapters_without_compiling_anew(name: str, tmp_path: pathlib.Path) -> None:
-    # Ranks of experts are no Linear's, which alone PEFT pads to a common rank.
+    # PEFT pads only adapters of linear layers to a common rank.
     ranks = {"first": 4, "second": 4 if name == "qwen3_moe" else 7}
     expected = {}
     for adapter, rank in ranks.items():
@@ -79,7 +79,7 @@ def test_a_compiled_model_swaps_adapters_without_compiling_anew(name: str, tmp_p
     backend = CountingBackend()
     compiled = torch.compile(model, backend=backend)
     torch.testing.assert_close(logits(compiled), expected["first"], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(logits(model), expected["first"], rtol=1e-4, atol=1e-5)  # and uncompiled
+    torch.testing.assert_close(logits(model), expected["first"], rtol=1e-4, atol=1e-5)  # also uncompiled
     graphs = backend.forward
     with torch._dynamo.config.patch(error_on_recompile=True):
         for adapter in ("second", "first", "second"):

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export of whole models: transformers' blocks with PEFT's adapters on 4-bit layers."""
+"""torch.compile and torch.export of models: transformers' blocks with PEFT's adapters on 4-bit layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import qlora_ext
 import tiny_models
 from graphs import CountingBackend, largest_error
 
-# Batch and length. One of 1 is a case of its own to torch, which compiles it anew.
+# Batch and length. torch specializes on size 1 and compiles it separately.
 SHAPES = [(2, 5), (3, 7), (4, 6), (2, 12), (5, 9)]
 
 
@@ -32,7 +32,7 @@ def _forget_graphs() -> None:
 
 
 def adapted(layers: int = 1, **lora: Any) -> Any:
-    """A tiny Llama in 4 bits with LoRA everywhere, in training: dropout is on, and B is not zero."""
+    """A tiny Llama in 4 bits with LoRA on all layers, in training mode, with dropout and nonzero B."""
     config = tiny_models.CONFIGS["llama"]()
     config.num_hidden_layers = layers
     model = qlora_ext.quantize_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
@@ -69,11 +69,11 @@ def test_a_checkpointed_block_compiles_twice_for_any_shape() -> None:
     for batch, length in SHAPES:
         x = torch.randn(batch, length, 64)
         assert largest_error(block.step(compiled, x), block.step(block.forward, x)) < 1e-6
-    assert (backend.forward, backend.backward) == (2, 2)  # the first shape, then all others
+    assert (backend.forward, backend.backward) == (2, 2)  # one graph for the first shape, one for all others
 
 
-def test_a_block_drops_what_eager_drops() -> None:
-    """The comparisons above see dropout: without it the block computes something else."""
+def test_a_compiled_block_has_the_dropout_of_eager() -> None:
+    """Without dropout the block computes a different result, so the comparisons above cover dropout."""
     block = Block()
     x = torch.randn(2, 5, 64)
     dropped = block.step(block.forward, x)
@@ -95,7 +95,7 @@ def test_a_block_under_autocast(dtype: torch.dtype) -> None:
 
 
 @torch._inductor.config.patch(fallback_random=True)  # eager's random numbers: the same dropout
-def test_inductor_compiles_the_whole_block() -> None:
+def test_inductor_compiles_the_block_as_one_graph() -> None:
     block = Block()
     compiled = torch.compile(block.forward, fullgraph=True)
     x = torch.randn(2, 5, 64)
@@ -103,7 +103,7 @@ def test_inductor_compiles_the_whole_block() -> None:
 
 
 def test_the_layers_of_a_model_share_their_graphs() -> None:
-    """Layers compiled one by one (regional compilation) compile once for all of them, not once each."""
+    """With regional compilation, all layers share one compilation."""
     model, backend = adapted(layers=10), CountingBackend()
     ids = tiny_models.token_ids(2, 5)
     expected = language_step(model, model, ids)
@@ -115,7 +115,7 @@ def test_the_layers_of_a_model_share_their_graphs() -> None:
 
 
 def language_step(model: Any, forward: Any, ids: Tensor) -> list[Tensor]:
-    """The loss and all gradients of one step."""
+    """The loss and all gradients of one training step."""
     torch.manual_seed(3)
     loss = forward(input_ids=ids, labels=ids, use_cache=False).loss
     return [loss.detach(), *torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])]
@@ -162,7 +162,7 @@ def test_dora_breaks_the_graph_and_stays_right() -> None:
 
 
 class Logits(nn.Module):
-    """Token ids in, logits out: a model without the classes that its library returns."""
+    """Maps token ids to logits, without the output classes of its library."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Logits(nn.Module):
 
 
 def exported_model(model: Logits, strict: bool) -> torch.export.ExportedProgram:
-    """With any batch and, where strict, any length: without, torch 2.11 has no such export of a Llama, 4-bit or not."""
+    """Any batch size and, if strict, any length: without strict, torch 2.11 cannot export a Llama so, 4-bit or not."""
     sizes = {0: torch.export.Dim("batch"), **({1: torch.export.Dim("length", max=64)} if strict else {})}
     return torch.export.export(model, (tiny_models.token_ids(2, 6),), dynamic_shapes=(sizes,), strict=strict)
 
@@ -199,13 +199,13 @@ torch.save(results, sys.argv[3])
 
 
 def test_a_language_model_becomes_an_aotinductor_package(tmp_path) -> None:
-    """It gives the same logits here and where there is torch and libqlora_cpu.so, but none of this package's Python."""
+    """The package gives the same logits in a process with torch and libqlora_cpu.so, but without qlora_ext's Python."""
     model = Logits(adapted()).eval()
     with torch.no_grad():
         package = torch._inductor.aoti_compile_and_package(
             exported_model(model, strict=True),
             package_path=str(tmp_path / "model.pt2"),
-            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # its own speed is no matter here
+            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # its speed is irrelevant here
         )
         samples = [tiny_models.token_ids(*shape) for shape in SHAPES]
         expected = [model(ids) for ids in samples]

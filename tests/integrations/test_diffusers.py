@@ -29,7 +29,12 @@ from qlora_ext.nn import Embedding4bit, Linear4bit
 from qlora_ext.streaming.streaming import streaming_of
 from tiny_diffusers import KINDS, inputs, make, output
 
-LAYERS = {"flux": 30, "sd3": 32, "unet": 50, "wan": 24}  # every nn.Linear but what the model keeps in float32
+LAYERS = {
+    "flux": 30,
+    "sd3": 32,
+    "unet": 50,
+    "wan": 24,
+}  # every nn.Linear except modules that the model keeps in float32
 FORMS = {"float32": (torch.float32, True), "bfloat16": (torch.bfloat16, False), "float16": (torch.float16, True)}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "transformer_blocks.0.attn.to_q"  # of Flux
@@ -40,7 +45,7 @@ def layers(model: Any) -> dict[str, Linear4bit]:
 
 
 def save_dense(directory: pathlib.Path, kind: str, dtype: torch.dtype = torch.float32) -> Any:
-    """Writes a dense model, and returns it."""
+    """Saves a dense model, and returns it."""
     model = make(kind, dtype)
     model.save_pretrained(directory)
     return model
@@ -62,7 +67,7 @@ def test_a_model_is_quantized_while_it_loads_and_reloads_to_the_bit(
     config = QLoRAConfig(double_quant=double_quant)
     model = type(dense).from_pretrained(tmp_path / "dense", torch_dtype=dtype, quantization_config=config)
     assert len(layers(model)) == LAYERS[kind]
-    assert config.skip_modules is None  # the caller's own configuration is not written to
+    assert config.skip_modules is None  # the caller's configuration is not changed
     assert model.dtype == dtype
     assert model.num_parameters() == dense.num_parameters()
     for name, layer in layers(model).items():
@@ -88,7 +93,7 @@ def test_dense_weights_are_freed_one_by_one(tmp_path: pathlib.Path, monkeypatch:
     quantize = DiffusersQLoRAQuantizer._quantize
 
     def watched(self: Any, module: Any, name: str, weight: torch.Tensor) -> None:
-        assert sum(ref() is not None for ref in read) <= 1  # the one that diffusers' loop still holds
+        assert sum(ref() is not None for ref in read) <= 1  # the tensor that diffusers' loop still references
         read.append(weakref.ref(weight))
         quantize(self, module, name, weight)
 
@@ -98,7 +103,7 @@ def test_dense_weights_are_freed_one_by_one(tmp_path: pathlib.Path, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_quantize_model_gives_what_loading_gives_and_is_saved_likewise(kind: str, tmp_path: pathlib.Path) -> None:
+def test_quantize_model_gives_and_saves_the_same_as_loading(kind: str, tmp_path: pathlib.Path) -> None:
     dense = save_dense(tmp_path / "dense", kind)
     loaded = type(dense).from_pretrained(tmp_path / "dense", quantization_config=QLoRAConfig())
     model = qlora_ext.quantize_model(type(dense).from_pretrained(tmp_path / "dense"))
@@ -120,7 +125,7 @@ def test_a_model_of_which_a_part_was_quantized_is_saved_with_a_configuration(tmp
 
 def test_a_model_is_saved_as_it_is_now(tmp_path: pathlib.Path) -> None:
     model = qlora_ext.quantize_model(make("flux"))
-    model.set_submodule(LAYER, layers(model)[LAYER].to_linear())  # a layer that is dense again
+    model.set_submodule(LAYER, layers(model)[LAYER].to_linear())  # a layer that is dense after dequantizing
     clone = copy.deepcopy(model)
     clone.x_embedder.weight.data = ~clone.x_embedder.weight.data
     clone.save_pretrained(tmp_path / "clone")
@@ -135,7 +140,7 @@ def test_a_model_is_saved_as_it_is_now(tmp_path: pathlib.Path) -> None:
     assert same_state(model, FluxTransformer2DModel.from_pretrained(tmp_path / "dense"))
 
 
-def test_what_a_model_keeps_in_float32_stays_dense(tmp_path: pathlib.Path) -> None:
+def test_modules_kept_in_float32_stay_dense(tmp_path: pathlib.Path) -> None:
     dense = save_dense(tmp_path, "wan", torch.bfloat16)
     for model in (
         type(dense).from_pretrained(tmp_path, torch_dtype=torch.bfloat16, quantization_config=QLoRAConfig()),
@@ -237,7 +242,7 @@ def test_a_cast_changes_the_compute_dtype_and_no_packed_bit() -> None:
         assert torch.isfinite(output(model, "unet", model.dtype)).all()
 
 
-def test_a_model_with_float32_scales_and_adapters_tells_its_own_dtype(tmp_path: pathlib.Path) -> None:
+def test_a_model_with_float32_scales_and_adapters_returns_its_own_dtype(tmp_path: pathlib.Path) -> None:
     save_dense(tmp_path, "flux", torch.bfloat16)
     model = FluxTransformer2DModel.from_pretrained(
         tmp_path,
@@ -360,9 +365,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_not_served_is_refused_in_a_sentence(
-    options: dict[str, Any], message: str, tmp_path: pathlib.Path
-) -> None:
+def test_unsupported_options_have_clear_errors(options: dict[str, Any], message: str, tmp_path: pathlib.Path) -> None:
     save_dense(tmp_path, "flux")
     with pytest.raises(ValueError, match=message):
         FluxTransformer2DModel.from_pretrained(tmp_path, **{"quantization_config": QLoRAConfig(), **options})

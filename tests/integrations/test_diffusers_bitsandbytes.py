@@ -1,4 +1,4 @@
-"""bitsandbytes and diffusers: its checkpoints load, its configuration is taken over, its models are adopted."""
+"""bitsandbytes in diffusers: checkpoints load, the configuration is taken over, models are adopted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def config(**options: Any) -> BitsAndBytesConfig:
 
 @pytest.fixture
 def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets diffusers use bitsandbytes without a GPU, which bitsandbytes can."""
+    """Lets diffusers use bitsandbytes without a GPU, which bitsandbytes supports."""
     monkeypatch.setattr(BnB4BitDiffusersQuantizer, "validate_environment", lambda *args, **kwargs: None)
 
 
@@ -84,7 +84,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(("kind", "options"), OPTIONS.values(), ids=OPTIONS)
-def test_what_bitsandbytes_saved_loads_and_what_it_quantized_is_adopted(
+def test_bitsandbytes_checkpoints_load_and_its_models_are_adopted(
     kind: str, options: dict[str, Any], tmp_path: pathlib.Path
 ) -> None:
     dense = make(kind, DTYPE)
@@ -101,7 +101,7 @@ def test_what_bitsandbytes_saved_loads_and_what_it_quantized_is_adopted(
     decoded = {
         name: bnb.functional.dequantize_4bit(m.weight.reshape(-1, 1).view(torch.uint8), m.weight.quant_state)
         for name, m in theirs(model).items()
-        if m.in_features % 64 == 0  # else bitsandbytes decodes wrongly on a CPU
+        if m.in_features % 64 == 0  # otherwise bitsandbytes decodes incorrectly on a CPU
     }
     model.save_pretrained(tmp_path / "theirs")
 
@@ -114,7 +114,7 @@ def test_what_bitsandbytes_saved_loads_and_what_it_quantized_is_adopted(
     assert torch.equal(output(load("ours"), kind, DTYPE), y)
 
     quantized = load("dense", QLoRAConfig.from_bitsandbytes(config(**options)))
-    assert set(ours(quantized)) == names  # the mean of doubly quantized scales may differ in its last bit
+    assert set(ours(quantized)) == names  # the mean of double-quantized scales may differ in its last bit
     assert all(torch.equal(layer.weight, ours(read)[name].weight) for name, layer in ours(quantized).items())
 
     adoption = qlora_ext.adopt(model)
@@ -180,7 +180,7 @@ def test_a_script_for_bitsandbytes_runs_on_a_cpu(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("on_cpu")
-def test_bitsandbytes_reads_what_was_saved_while_it_was_taken_over(tmp_path: pathlib.Path) -> None:
+def test_bitsandbytes_reads_models_saved_while_it_was_taken_over(tmp_path: pathlib.Path) -> None:
     dense = make("sd3", DTYPE)
     dense.save_pretrained(tmp_path / "dense")
     script = (

@@ -1,4 +1,4 @@
-"""Whole diffusers pipelines in 4 bits: quantized by one configuration, saved, reloaded, with their own LoRA files."""
+"""Diffusers pipelines in 4 bits: quantized by one configuration, saved, reloaded, with their LoRA files."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_a_pipeline_casts_its_4bit_parts() -> None:
 
 
 def pipeline_of(kind: str, model: Any) -> Any:
-    """A pipeline that holds the model and, of the rest, no more than diffusers asks for."""
+    """A pipeline with the model and only the other components that diffusers requires."""
     if kind == "unet":
         vae, scheduler = AutoencoderKL(block_out_channels=(32,)), DDIMScheduler(steps_offset=1, clip_sample=False)
         parts = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -165,7 +165,7 @@ def test_a_pipelines_own_lora_files_load_fuse_and_unload(kind: str, tmp_path: pa
     pipeline.set_adapters(["a"], [1.0])
     pipeline.fuse_lora()
     fused = output(model, kind)
-    assert (fused - after).norm() < 0.7 * (after - base).norm()  # the sum is rounded to 4 bits
+    assert (fused - after).norm() < 0.7 * (after - base).norm()  # the merged weights are rounded to 4 bits
     pipeline.unfuse_lora()
     assert torch.equal(output(model, kind), after)
 
@@ -177,7 +177,7 @@ def test_a_pipelines_own_lora_files_load_fuse_and_unload(kind: str, tmp_path: pa
 
 
 def test_a_lora_for_wider_inputs_widens_a_4bit_layer_of_flux(tmp_path: pathlib.Path) -> None:
-    # As control LoRAs of Flux do: their x_embedder takes more channels than the model's.
+    # As in control LoRAs of Flux, whose x_embedder has more channels than the model's.
     model = qlora_ext.quantize_model(make("flux"))
     before = model.x_embedder.dequantize()
     pipeline = pipeline_of("flux", model)

@@ -1,7 +1,7 @@
-"""DDP, FSDP2, distributed checkpoints and accelerate over gloo processes on the CPU: torch's own engine.
+"""DDP, FSDP2, distributed checkpoints and accelerate over gloo processes on the CPU.
 
-Losses are compared with those of one process on the whole batch, relative: 1e-5 in float32 (sums in another order) and
-5e-3 where something is bfloat16. Bits are compared as bits.
+Losses are compared with those of one process on the full batch, with relative tolerance 1e-5 in float32 (a different
+order of summation) and 5e-3 with bfloat16. Packed weights are compared bit for bit.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ FSDP2 = {
 }
 
 
-# What makes another model, not another way to train it.
+# Options of the model, not of its training.
 KINDS = ("dtype", "double_quant", "tied", "quantized_head", "experts", "embeddings")
 
 
@@ -92,8 +92,10 @@ def test_fsdp2_trains_as_one_process(name: str, world: int, workers: Callable[[i
     results = workers(world).run(tasks.fsdp2, setup)
     for result in results:
         close(result["losses"], alone(one), tolerance)
-        assert len(result["packed"]) == 1  # the same bits before, sharded and gathered, and after training
-        # A row and a scale a layer more where they do not divide; replicated: nested scales, under 1%.
+        assert (
+            len(result["packed"]) == 1
+        )  # the same bits before training, when sharded and gathered, and after training
+        # One more row and scale per layer if not divisible; nested scales (under 1%) are replicated.
         assert result["held"] < 1.06 * result["total"] / world
     assert len({result["adapters"] for result in results}) == 1
 
@@ -116,7 +118,7 @@ def test_ddp_trains_as_one_process(world: int, checkpointing: bool, workers: Cal
 
 
 def test_ddp_leaves_streamed_layers_where_they_are(tmp_path: pathlib.Path, workers: Callable[[int], Workers]) -> None:
-    """It would broadcast them into memory, and on CUDA refuse a model that is on two devices."""
+    """Otherwise DDP would broadcast them into memory, and on CUDA reject a model on two devices."""
     tasks.make_model(Setup()).unload().save_pretrained(tmp_path)
     resident = workers(2).run(tasks.streamed_ddp, tmp_path, False)
     streamed = workers(2).run(tasks.streamed_ddp, tmp_path, True)
@@ -166,8 +168,8 @@ def test_checkpointing_repeats_dropout(workers: Callable[[int], Workers]) -> Non
     assert all(workers(2).run(tasks.checkpointed_dropout, Setup()))
 
 
-def test_whole_state_dicts_go_in_and_out(workers: Callable[[int], Workers]) -> None:
-    assert len(set(workers(2).run(tasks.whole_state, Setup()))) == 1
+def test_full_state_dicts_are_loaded_and_gathered(workers: Callable[[int], Workers]) -> None:
+    assert len(set(workers(2).run(tasks.full_state, Setup()))) == 1
 
 
 def test_peft_saves_the_adapters_of_a_sharded_model(tmp_path, workers: Callable[[int], Workers]) -> None:
@@ -205,7 +207,7 @@ def test_accelerate_launches_the_example(tmp_path: pathlib.Path) -> None:
     assert all(p.any() for name, p in model.named_parameters() if "lora_B" in name)
 
 
-def test_what_fails_or_hangs_on_a_rank_fails_here(tmp_path) -> None:
+def test_a_rank_that_fails_or_hangs_fails_the_test(tmp_path) -> None:
     pool = Workers(2, tmp_path, timeout=60.0)
     with pytest.raises(AssertionError, match="rank 1 had enough"):
         pool.run(tasks.fails_on_rank_1)

@@ -1,4 +1,4 @@
-"""LoRA with dropout on a mixture of experts, where PEFT alone refuses it: the numbers, and files that PEFT takes."""
+"""LoRA with dropout on a mixture of experts, which PEFT alone rejects: results, and files that PEFT can load."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def logits(model: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
-def test_the_mean_over_masks_is_what_there_is_without_dropout(name: str) -> None:
-    """The experts are linear in an adapter of their last weight, and nearly so in a small one of their first."""
+def test_the_mean_over_masks_is_the_result_without_dropout(name: str) -> None:
+    """The experts are linear in an adapter of their last weight, and nearly linear in a small one of their first."""
     module = Experts4bit.from_experts(Experts())
     index, weights = routing()
     x = torch.randn(11, 64)
@@ -93,7 +93,7 @@ def test_trains_with_dropout_and_checkpointing_replays_it(family: str) -> None:
 
 
 def test_gradients_are_those_of_the_mask_that_was_drawn() -> None:
-    """The experts are linear in B of the last weight: <dL/dB, B> = L for L = <dy, y - plain>, mask for mask."""
+    """The experts are linear in B of the last weight: <dL/dB, B> = L for L = <dy, y - plain> with the same masks."""
     module = Experts4bit.from_experts(Experts())
     index, weights = routing()
     x, dy = torch.randn(11, 64), torch.randn(11, 64)
@@ -105,7 +105,7 @@ def test_gradients_are_those_of_the_mask_that_was_drawn() -> None:
     torch.testing.assert_close((b.grad * b).sum(), loss - plain, rtol=1e-3, atol=1e-2)
 
 
-def test_files_are_those_of_peft_and_training_goes_on_with_dropout(tmp_path: pathlib.Path) -> None:
+def test_files_are_those_of_peft_and_training_continues_with_dropout(tmp_path: pathlib.Path) -> None:
     model = adapted(target_modules=["q_proj"], target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     expected = logits(model.eval())
     model.save_pretrained(tmp_path)
@@ -152,7 +152,7 @@ def test_a_dense_model_is_left_to_peft() -> None:
 
 
 def test_the_command_trains_a_mixture_with_its_default_options(tmp_path: pathlib.Path) -> None:
-    save_tiny_llama(tmp_path / "model", 0)  # its tokenizer serves
+    save_tiny_llama(tmp_path / "model", 0)  # only its tokenizer is used
     config = CONFIGS["mixtral"].__class__(**{**CONFIGS["mixtral"].to_dict(), "vocab_size": 257, "eos_token_id": 256})
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("one and two make three, and three and two make five.\n" * 100)

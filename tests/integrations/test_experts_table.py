@@ -1,4 +1,4 @@
-"""The table of docs/experts.md is what comes out, and a step of training works in every row of it."""
+"""The table of docs/experts.md is correct, and a training step works for each of its rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def test_the_table_has_every_family() -> None:
     assert list(TABLE) == list(FAMILIES)
 
 
-@pytest.mark.skipif(Version(peft.__version__) < Version("0.21"), reason="an older PEFT means less by all-linear")
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version("0.21"), reason="an older PEFT has a narrower meaning of all-linear"
+)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_true(family: str) -> None:
     assert row(family) == TABLE[family]
@@ -36,7 +38,7 @@ def test_a_step_of_training_works(family: str) -> None:
     exclude = ["router"] if family in ("Llama 4", "Phi-3.5-MoE") else None
     config = peft.LoraConfig(target_modules="all-linear", lora_dropout=0.05, exclude_modules=exclude)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of routers, which have no dropout
+        warnings.simplefilter("ignore")  # PEFT warns about routers, which have no dropout
         model = peft.get_peft_model(quantize_model(build(family)), config).train()
     loss = model(input_ids=IDS, labels=IDS).loss
     loss.backward()

@@ -1,6 +1,6 @@
-"""docs/families.md is correct: runs families of transformers through every step, against dense models.
+"""Checks docs/families.md by running transformers families through every step, compared with dense models.
 
-By default those in which something once failed, and one of each kind; all of them with the campaigns.
+By default, one family of each kind and those that once failed; all of them in the campaign.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import families
 from families import Row
 
 DEFAULT = [
-    "causal/bloom",  # takes weights under a setting that is off
-    "causal/falcon",  # linear layers of a class of their own
+    "causal/bloom",  # reads weights in a branch of a setting that is off
+    "causal/falcon",  # linear layers with their own class
     "causal/gemma3n_text",  # clamps weights in place
-    "causal/git",  # a head with the name of inner layers
-    "causal/inkling2_text",  # files with other names for weights
-    "causal/jamba",  # multiplies with one projection of its mixer and calls the others
+    "causal/git",  # a head named like inner layers
+    "causal/inkling2_text",  # files with different names of weights
+    "causal/jamba",  # reads the weight of one projection of its mixer and calls the others
     "causal/lara_mini",  # files with fused weights
     "causal/llama",
-    "causal/mamba",  # hands weights to a kernel
+    "causal/mamba",  # passes weights to a kernel
     "causal/qwen3_5_moe_text",  # gated delta nets, which call their output projection
     "causal/qwen3_5_text",
     "causal/qwen3_next",
@@ -35,16 +35,16 @@ DEFAULT = [
     "encoder/jina_embeddings_v3",
     "encoder/nomic_bert",
     "encoder-decoder/t5",  # casts to the dtype of a weight
-    "speech/wavlm",  # hands weights to torch's attention
+    "speech/wavlm",  # passes weights to torch's attention
     "speech/whisper",
     "vision/vit",
     "vision-language/llava",
-    "vision-language/qwen3_vl_moe",  # files whose shapes decide whether weights are transposed
+    "vision-language/qwen3_vl_moe",  # files in which the shape determines whether weights are transposed
 ]
 
 
 def known(names: list[str]) -> list[str]:
-    """Those that the installed transformers has."""
+    """The families that the installed transformers has."""
     return [name for name in names if name in families.families()]
 
 

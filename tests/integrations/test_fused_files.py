@@ -16,7 +16,7 @@ from tiny_models import same_state
 
 IDS = torch.arange(3, 15)[None]
 SIZES = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
-# Nomic-BERT's files hold q, k and v in one tensor.
+# Nomic-BERT's files store q, k and v in one tensor.
 CONFIG = {"NomicBert": {**SIZES, "intermediate_size": 96, "max_position_embeddings": 64}}
 
 
@@ -73,7 +73,7 @@ def test_saved_as_bitsandbytes(double_quant: bool, tmp_path: pathlib.Path) -> No
 
     model = load(dense(tmp_path), quantization_config=QLoRAConfig(double_quant=double_quant))
     save_pretrained(model, tmp_path / "bitsandbytes")
-    theirs = load(tmp_path / "bitsandbytes")  # by bitsandbytes' own layers
+    theirs = load(tmp_path / "bitsandbytes")  # with bitsandbytes' layers
     torch.testing.assert_close(theirs(IDS)[0], model(IDS)[0], rtol=1e-2, atol=1e-2)
     check(load(tmp_path / "bitsandbytes", quantization_config=QLoRAConfig()), model)
 
@@ -103,7 +103,7 @@ def test_saved_by_sentence_transformers(tmp_path: pathlib.Path) -> None:
 
 
 def test_a_weight_whose_file_name_is_a_module_here(tmp_path: pathlib.Path) -> None:
-    """A file's ``gate`` is the model's ``gate.weight``: the scales of a packed weight must not follow such a name."""
+    """A file's ``gate`` is the model's ``gate.weight``. Scales of packed weights must not be named by this rule."""
     loading = pytest.importorskip("transformers.core_model_loading", reason="transformers < 5 renames nothing")
     from qlora_ext.integrations.transformers import conversions
 

@@ -1,4 +1,4 @@
-"""Integrations run when their library is imported, whoever has looked for the library before."""
+"""Integrations are installed when their library is imported, even if other code searched for it before."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ assert type(auto.__spec__.loader).__name__ == "SourceFileLoader"
 assert auto.__loader__ is auto.__spec__.loader
 """
 LOOKS = {
-    "nobody": "",
+    "no search": "",
     "find_spec": "assert importlib.util.find_spec(NAME) is not None",
     "find_spec twice": "assert all(importlib.util.find_spec(NAME) is not None for _ in range(2))",
     "its source": """

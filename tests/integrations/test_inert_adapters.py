@@ -1,4 +1,4 @@
-"""Adapters that get no gradient in the first step are named."""
+"""Adapters without a gradient in the first step are reported by name."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_dense_parameters_that_are_trained_are_looked_at_too() -> None:
     assert "base_model.model.used" in inert_adapters(model)
 
 
-def test_finetuning_tells_of_them_once() -> None:
+def test_finetuning_reports_them_once() -> None:
     training = pytest.importorskip("qlora_ext.cli.training.trainer", reason="the command needs transformers")
     printed: list[str] = []
     callback = training.NameInertAdapters(printed.append)

@@ -1,4 +1,4 @@
-"""Merging into 4 bits keeps an adapter's update, and training over the merged weights is to the bit what is merged."""
+"""Merging into 4 bits retains an adapter's update. Merge-aware training computes with exactly the merged weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = token_ids(4, 24)
 
 
 def adapted(size: float = 0.03, **config: Any) -> Any:
-    """Adapters that move no weight as far as the middle between two codes."""
+    """Adapters that change each weight by less than half the distance between two codes."""
     options = {"r": 4, "lora_alpha": 4, "target_modules": "all-linear", "init_lora_weights": False, **config}
     model = peft.get_peft_model(
         qlora_ext.quantize_model(make("llama", torch.float32)), peft.LoraConfig(task_type="CAUSAL_LM", **options)
@@ -49,13 +49,13 @@ def test_codes_hold_the_update(double_quant: bool) -> None:
     update = 2.0 * (b @ a)
     w = w4.dequantize(torch.float32)
     nearest = torch.ops.qlora.encode_nf4(w + update, scales_of(w4), 64)
-    assert torch.equal(nearest, w4.packed)  # each by itself, nothing would be left of it
+    assert torch.equal(nearest, w4.packed)  # rounding each weight separately would lose it
     merged = merged_weight(w4, a, b, 2.0)
     assert merged.tensors.keys() == w4.tensors.keys()
     assert all(torch.equal(merged.tensors[key], w4.tensors[key]) for key in w4.tensors if key != "packed")
     stepped = merged.dequantize(torch.float32) - w
-    kept = ((stepped * update).sum() / update.square().sum()).item()
-    assert 0.8 < kept < 1.2
+    retained = ((stepped * update).sum() / update.square().sum()).item()
+    assert 0.8 < retained < 1.2
     assert torch.equal(merged_weight(w4, a, b, 2.0).packed, merged.packed)
     assert torch.equal(merged_weight(w4, a, torch.zeros_like(b), 2.0).packed, w4.packed)
 
@@ -70,7 +70,7 @@ def test_stacks_are_rounded_matrix_by_matrix() -> None:
 
 
 def correlation(errors: list[Tensor]) -> float:
-    """The largest between two of them, each of 20,000 numbers or more."""
+    """The largest correlation between two of them, each with 20,000 or more entries."""
     found = torch.corrcoef(torch.stack([e.flatten() for e in errors]))
     return (found - torch.eye(len(errors))).abs().max().item()
 
@@ -126,12 +126,12 @@ def test_adapters_on_copies_of_a_layer_merge_and_unmerge_by_themselves() -> None
         model.merge_adapter()
         model.merge_adapter()
         merged = logits(model)
-        assert (merged - expected).norm() < 0.2 * expected.norm()  # each copy has its own adapter alone
+        assert (merged - expected).norm() < 0.2 * expected.norm()  # each copy has only its own adapter
         for layer in order:
             layer.unmerge()
         for name, layer in layers_of(model):
-            for t, kept, before in zip(layer.packed_state().values(), state[name], bits[name], strict=True):
-                assert t is kept
+            for t, same, before in zip(layer.packed_state().values(), state[name], bits[name], strict=True):
+                assert t is same
                 assert torch.equal(t, before)
         assert torch.equal(logits(model), expected)
     base, _ = integration.merge_to_4bit(model)
@@ -172,9 +172,9 @@ def test_gradients_pass_the_rounding(dtype: torch.dtype) -> None:
 
 def test_a_merged_model_is_the_one_that_was_trained(tmp_path: Path) -> None:
     model = adapted()
-    beside = logits(model)
+    unmerged = logits(model)
     integration.set_merge_aware(model)
-    assert not torch.equal(logits(model), beside)
+    assert not torch.equal(logits(model), unmerged)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
     losses = []
@@ -186,7 +186,7 @@ def test_a_merged_model_is_the_one_that_was_trained(tmp_path: Path) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     expected = logits(model.eval())
-    assert torch.equal(logits(model), expected)  # out of what was kept of the first time
+    assert torch.equal(logits(model), expected)  # from the saved state of the first time
     with torch.no_grad():
         trainable[0].mul_(3.0)
     assert not torch.equal(logits(model), expected)
@@ -219,10 +219,10 @@ def test_checkpointing_and_accumulation_give_the_same_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_the_outputs_move_by_what_was_learnt() -> None:
-    """On the average of many inputs: by rounding to the nearest codes they would hardly move."""
+def test_the_outputs_change_by_the_update() -> None:
+    """On average over many inputs. With rounding to the nearest codes, they would hardly change."""
     w4 = qlora_ext.quantize_nf4(torch.randn(64, 1024))
-    x = torch.randn(256, 1024) + 1.0  # of a mean, as activations have it
+    x = torch.randn(256, 1024) + 1.0  # with a nonzero mean, like activations
     a, b = torch.full((1, 1024), 0.01), torch.ones(64, 1)
     w = w4.dequantize(torch.float32)
     expected = (x @ (b @ a).T).mean()
@@ -237,7 +237,7 @@ def test_the_outputs_move_by_what_was_learnt() -> None:
 
 @pytest.mark.parametrize("size", [0.02, 1.0])
 def test_the_codes_of_small_and_of_large_updates(size: float) -> None:
-    """Small ones are rounded at random, under the old scales; large ones to the nearest, under scales of their own."""
+    """Small updates are rounded stochastically under the old scales, large ones to the nearest under new scales."""
     model = adapted(size=size)
     scales = [p.clone() for n, p in model.named_parameters() if n.endswith("absmax")]
     merged, error = integration.merge_to_4bit(model)
@@ -248,8 +248,8 @@ def test_the_codes_of_small_and_of_large_updates(size: float) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_small_updates_of_experts_are_kept(family: str) -> None:
-    """Those of GPT-OSS are stored the other way round than they are quantized."""
+def test_small_updates_of_experts_are_retained(family: str) -> None:
+    """GPT-OSS stores its experts transposed relative to the quantized layout."""
     from test_moe import moe
     from test_peft_experts import adapted as adapted_experts
     from test_peft_experts import gpt_oss
@@ -266,19 +266,19 @@ def test_small_updates_of_experts_are_kept(family: str) -> None:
     layer.merge()
     assert torch.equal(layer.layer4bit.packed_weight(layer.parameter_name).absmax, scales)
     stepped = layer.decoded() - before
-    largest = before.abs().amax() * 0.31  # no step is wider
+    largest = before.abs().amax() * 0.31  # the widest step of the code
     assert stepped.abs().amax() <= largest
-    held, whole = retained_update(update, before, layer.decoded())
-    assert 0.7 < held / whole < 1.3
+    retained, total = retained_update(update, before, layer.decoded())
+    assert 0.7 < retained / total < 1.3
     layer.unmerge()
     assert torch.equal(layer.decoded(), before)
 
 
-def test_kept_is_a_share_of_the_update() -> None:
+def test_retained_is_a_share_of_the_update() -> None:
     before, update = torch.randn(8, 8), torch.randn(8, 8)
     for share in (0.0, 0.5, 1.0):
-        held, whole = retained_update(update, before, before + share * update)
-        assert held / whole == pytest.approx(share, abs=1e-5)
+        retained, total = retained_update(update, before, before + share * update)
+        assert retained / total == pytest.approx(share, abs=1e-5)
 
 
 def test_it_compiles_as_one_graph() -> None:
@@ -295,7 +295,7 @@ def test_it_compiles_as_one_graph() -> None:
     assert torch._dynamo.explain(model.eval())(input_ids=IDS).graph_count == 1
 
 
-def test_what_is_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"lora_dropout: expected 0, because a merged adapter has no dropout, got 0.1"):
         integration.set_merge_aware(adapted(lora_dropout=0.1))
     with pytest.raises(ValueError, match=r"adapter_name: expected plain LoRA, got 'default'"):
@@ -316,7 +316,7 @@ def test_what_is_refused() -> None:
         logits(model)
 
 
-def test_what_merging_reports_is_complete() -> None:
+def test_the_report_of_merging_is_complete() -> None:
     _, error = integration.merge_to_4bit(adapted())
     assert {field.name for field in dataclasses.fields(error)} == {"by_layer", "total", "kept"}
     assert len(error.by_layer) == 14

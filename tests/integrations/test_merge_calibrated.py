@@ -1,4 +1,4 @@
-"""Merging that keeps what an adapter learnt, though each weight moves by less than a step between two codes."""
+"""Calibrated merging retains an adapter's update even if each weight changes by less than a step between codes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def base(**more: Any) -> Any:
 
 
 def adapted(size: float = 0.004, **config: Any) -> Any:
-    """A model with an adapter that moves no weight far enough for another code."""
+    """A model with an adapter that changes no weight enough for a different code."""
     model = peft.get_peft_model(base(), peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, **config))
     torch.manual_seed(1)
     for name, p in model.named_parameters():
@@ -42,15 +42,15 @@ def logits(model: Any) -> torch.Tensor:
         return model(IDS).logits
 
 
-def test_it_keeps_what_rounding_loses() -> None:
+def test_it_retains_the_update_that_rounding_loses() -> None:
     model = adapted(target_modules="all-linear")
     learnt = logits(model)
     with model.disable_adapter():
         without = logits(model)
     rounded, _ = integrations.peft.merge_to_4bit(copy.deepcopy(model))
     merged = integrations.peft.merge_calibrated(model, Calibration(IDS))
-    lost, kept = ((logits(m) - learnt).norm() / (without - learnt).norm() for m in (rounded, merged))
-    assert kept < 0.6 * lost, (kept, lost)
+    plain, calibrated = ((logits(m) - learnt).norm() / (without - learnt).norm() for m in (rounded, merged))
+    assert calibrated < 0.6 * plain, (calibrated, plain)
     assert {r.method for r in calibration_of(merged)} == {"feedback"}
     assert all(isinstance(m, Linear4bit) for n, m in merged.named_modules() if n.endswith("_proj"))
 

@@ -1,4 +1,4 @@
-"""Who finds a saved 4-bit model without us is told what it needs, by its configuration and its model card."""
+"""The configuration and model card of a saved 4-bit model say that it needs qlora_ext."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load(path: Path, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("how", ["from_pretrained", "quantize_model"])
-def test_a_saved_model_says_what_it_needs(tmp_path: Path, how: str) -> None:
+def test_a_saved_model_names_its_requirements(tmp_path: Path, how: str) -> None:
     make().save_pretrained(tmp_path / "dense")
     if how == "from_pretrained":
         model = load(tmp_path / "dense", quantization_config=qlora_ext.QLoRAConfig())

@@ -1,4 +1,4 @@
-"""Mixtures of experts, and embeddings, through transformers and PEFT."""
+"""Mixture-of-experts models and embeddings with transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIGS = {
     "qwen3_moe": Qwen3MoeConfig(
         **SIZES,
         intermediate_size=96,
-        moe_intermediate_size=48,  # rows of no whole number of blocks
+        moe_intermediate_size=48,  # rows that are not a multiple of the block
         num_experts=6,
         head_dim=16,
         norm_topk_prob=True,
@@ -49,7 +49,7 @@ def moe(family: str = "mixtral", dtype: torch.dtype = torch.float32) -> Any:
     model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[family]), dtype=dtype)
     for name, p in model.named_parameters():
         if "gate.weight" in name:
-            nn.init.normal_(p)  # every expert gets its tokens
+            nn.init.normal_(p)  # every expert gets tokens
     return model.eval()
 
 
@@ -109,7 +109,7 @@ def test_dequantize_gives_the_dense_model(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(dense(token_ids()).logits, expected, rtol=0.05, atol=0.05)
     dense.save_pretrained(tmp_path / "again")
     names = [json.loads(f.read_bytes()[8 : 8 + int.from_bytes(f.read_bytes()[:8], "little")]) for f in files(tmp_path)]
-    assert names[0].keys() == names[1].keys()  # the original names, one weight an expert
+    assert names[0].keys() == names[1].keys()  # the original names, one weight per expert
     assert same_state(load(tmp_path / "again"), dense)
 
 
@@ -181,7 +181,7 @@ def test_experts_of_a_bitsandbytes_checkpoint(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "4bit")
     assert same_state(load(tmp_path / "4bit"), model)
 
-    # As transformers < 5 had it: every expert a module of its own, and quantized.
+    # As in transformers < 5: every expert is a separate, quantized module.
     name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
     file = tmp_path / "bnb" / "model.safetensors"
     state = load_file(file)

@@ -1,4 +1,4 @@
-"""LoRA on 4-bit layers through PEFT: one fused operator, PEFT's adapters, files and switches."""
+"""LoRA on 4-bit layers with PEFT: one fused operator, with PEFT's adapters, files and switches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def logits(model: Any) -> Tensor:
 
 
 def dense_twin(model: Any) -> Any:
-    """The same adapters on the decoded base, all by PEFT's own code."""
+    """The same adapters on the decoded base, computed by PEFT's code."""
     twin = copy.deepcopy(model)
     options = twin.peft_config["default"]
     plain = make().float()
@@ -59,7 +59,7 @@ def dense_twin(model: Any) -> Any:
 
 @contextlib.contextmanager
 def counting_fused_calls() -> Iterator[list[str]]:
-    """Collects which Linear4bit calls ran with a LoRA branch inside the operator, and which without."""
+    """Records which Linear4bit calls ran with a LoRA branch inside the operator, and which without."""
     calls: list[str] = []
     original = Linear4bit.fused_forward
 
@@ -148,7 +148,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone() -> None:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        if step == 5:  # evaluating and generating in between changes nothing
+        if step == 5:  # evaluation and generation in between change nothing
             model.eval()
             logits(model)
             model.generate(input_ids=IDS, attention_mask=torch.ones_like(IDS), max_new_tokens=2, do_sample=False)
@@ -195,7 +195,7 @@ def test_saves_and_loads_pefts_own_files(tmp_path: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {f.name for f in tmp_path.iterdir()}
     again = PeftModel.from_pretrained(base(), tmp_path)
     assert torch.equal(logits(again), logits(model))
-    theirs = PeftModel.from_pretrained(base().dequantize(), tmp_path)  # a dense base takes the same adapter
+    theirs = PeftModel.from_pretrained(base().dequantize(), tmp_path)  # a dense base accepts the same adapter
     torch.testing.assert_close(logits(theirs), logits(model), rtol=1e-4, atol=1e-4)
 
 
@@ -210,7 +210,7 @@ def test_several_adapters_switch_disable_and_combine(tmp_path: Path) -> None:
     assert not torch.equal(second, first)
     with model.disable_adapter():
         assert torch.equal(logits(model), plain)
-    model.base_model.set_adapter(["default", "second"])  # two at once: PEFT's own path
+    model.base_model.set_adapter(["default", "second"])  # two adapters at once use PEFT's code
     with counting_fused_calls() as calls:
         both = logits(model)
     assert "plain" in calls
@@ -255,7 +255,7 @@ def test_merge_adapter_in_place_is_undone_to_the_bit() -> None:
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     before, expected = copy.deepcopy(model.state_dict()), logits(model)
     model.merge_adapter(["default"])
-    assert not torch.equal(logits(model), expected)  # the merged weights are quantized anew
+    assert not torch.equal(logits(model), expected)  # the merged weights are quantized again
     model.merge_adapter(["second"])
     model.unmerge_adapter()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -299,7 +299,7 @@ def test_dora_is_correct_and_trains() -> None:
 def test_initialisations_start_near_the_base(init: str) -> None:
     plain = logits(base())
     start = logits(adapted(init_lora_weights=init))
-    exact = init in ("gaussian", "orthogonal")  # the others move a part of the base into the adapter, and requantize
+    exact = init in ("gaussian", "orthogonal")  # the others move a part of the base into the adapter and quantize again
     assert (start - plain).norm() <= (1e-5 if exact else 0.2) * plain.norm()
 
 

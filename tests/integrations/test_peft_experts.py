@@ -1,4 +1,4 @@
-"""LoRA through PEFT on 4-bit experts and 4-bit embeddings."""
+"""LoRA with PEFT on 4-bit experts and 4-bit embeddings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def draw(model: Any, adapter: str = "default") -> Any:
 
 
 def dense_twin(model: Any, build: Any) -> Any:
-    """The same adapters on the decoded base, all by PEFT's own code."""
+    """The same adapters on the decoded base, computed by PEFT's code."""
     dense = build()
     dense.load_state_dict(quantize_model(build()).dequantize().state_dict())
     twin = get_peft_model(dense, copy.deepcopy(model.peft_config["default"])).eval()
@@ -58,7 +58,7 @@ def logits(model: Any) -> Tensor:
 
 
 def gpt_oss() -> Any:
-    """Transposed weights, biases, and a gate of its own."""
+    """Experts with transposed weights, biases, and their own gate function."""
     torch.manual_seed(0)
     sizes = {**SIZES, "intermediate_size": 96, "num_local_experts": 4, "head_dim": 16, "sliding_window": 8}
     return AutoModelForCausalLM.from_config(GptOssConfig(**sizes), dtype=torch.float32).eval()
@@ -196,7 +196,7 @@ def test_lora_on_embeddings(family: str, tmp_path: Path) -> None:
     before = copy.deepcopy(model.state_dict())
     model.merge_adapter()
     head = model.get_output_embeddings()
-    if isinstance(head, Linear4bit):  # tied: it goes with the table
+    if isinstance(head, Linear4bit):  # tied, so it has the table's adapter
         assert head.weight is model.base_model.model.model.embed_tokens.base_layer.weight
     model.unmerge_adapter()
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -206,7 +206,7 @@ def test_lora_on_embeddings(family: str, tmp_path: Path) -> None:
         torch.testing.assert_close(logits(merged), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_embeddings_refuse_what_reads_the_table() -> None:
+def test_embeddings_reject_methods_that_read_the_table() -> None:
     model = quantize_model(make(dtype=torch.float32), embeddings=True)
     with pytest.raises(ValueError, match="a 4-bit embedding supports plain LoRA only, got use_dora=True"):
         adapted(model, target_modules=["embed_tokens"], target_parameters=None, use_dora=True)

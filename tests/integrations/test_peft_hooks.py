@@ -1,4 +1,4 @@
-"""Hooks on the modules of an adapted layer are called, as by PEFT's own code; without, the layer is one operator."""
+"""Hooks on the modules of an adapted layer are called as in PEFT; without hooks, the layer is one operator."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_hooks_are_called(module: str, kind: str) -> None:
     assert seen == [kind]
 
 
-def test_hooks_change_what_they_return() -> None:
+def test_hooks_can_change_results() -> None:
     layer = adapted()
     layer.lora_B["default"].register_forward_hook(lambda module, args, y: torch.zeros_like(y))
     assert torch.equal(layer(X), layer.base_layer(X))

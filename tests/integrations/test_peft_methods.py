@@ -1,4 +1,4 @@
-"""PEFT's other methods over 4-bit layers: the numbers of the decoded ones, merging, initialisations, counts."""
+"""PEFT's other methods over 4-bit layers: the results of decoded layers, merging, initializations, counts."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_methods_compute_train_and_merge_as_over_decoded_layers(method: str) -> 
     ours.eval()
     ours.merge_adapter()
     merged = logits(ours)
-    assert 1e-3 < error(merged, expected) < 0.7  # the merged weights are quantized anew
+    assert 1e-3 < error(merged, expected) < 0.7  # the merged weights are quantized again
     ours.unmerge_adapter()
     state = ours.state_dict()
     assert packed
@@ -118,14 +118,14 @@ def test_pissa_moves_a_part_of_the_base_into_the_adapter() -> None:
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
         torch.testing.assert_close(moved, u[:, :8] * s[:8] @ vh[:8], rtol=1e-3, atol=1e-5)
         residual = w - moved
-        kept = layer.base_layer.dequantize()
-        assert error(kept, residual) < 0.12  # quantized anew, the residual is what is left of W
-        assert error(kept + moved, w) < 0.12 * (residual.norm() / w.norm()).item()
+        quantized = layer.base_layer.dequantize()
+        assert error(quantized, residual) < 0.12  # quantized again, the base is the residual of W
+        assert error(quantized + moved, w) < 0.12 * (residual.norm() / w.norm()).item()
 
 
 def test_loftq_on_a_4bit_base_says_how() -> None:
     config = LoraConfig()
-    config.init_lora_weights = "loftq"  # given at once, PEFT would ask for scipy
+    config.init_lora_weights = "loftq"  # without it, PEFT would need scipy
     with pytest.raises(ValueError, match="replace_lora_weights_loftq"):
         get_peft_model(base(), config)
 
@@ -151,11 +151,11 @@ def test_loftq_gives_the_residual_to_the_adapter(family: str, tmp_path: Path) ->
             rest = (left - layer.get_delta_weight("default")).norm()
             torch.testing.assert_close(rest, spectrum[16:].norm(), rtol=1e-3, atol=1e-6)
 
-    kept = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
+    before = {name: p.clone() for name, p in model.named_parameters() if "lora_" in name}
     peft.replace_lora_weights_loftq(
         model, model_path=str(tmp_path / "model.safetensors"), callback=lambda model, name: False
     )
-    assert all(torch.equal(p, kept[name]) for name, p in model.named_parameters() if "lora_" in name)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if "lora_" in name)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

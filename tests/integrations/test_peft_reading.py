@@ -1,4 +1,4 @@
-"""PEFT's methods and utilities that read base weights get decoded weights and give the results of dense ones."""
+"""PEFT's methods and utilities that read base weights get decoded weights, and give the same results as dense ones."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TARGETS = ["q_proj", "v_proj", "gate_proj"]
 
 
 def bases() -> tuple[Any, Any]:
-    """The same numbers in 4 bits and dense."""
+    """The same weights in 4 bits and dense."""
     packed = qlora_ext.quantize_model(make("llama", torch.float32))
     dense = make("llama", torch.float32)
     for name, layer in layers_of(packed):
@@ -91,7 +91,7 @@ def test_adapters_become_lora(method: str, options: dict[str, Any]) -> None:
     outcomes = []
     for base in bases():
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of LoRA that becomes LoRA
+            warnings.simplefilter("ignore")  # LoRA that is converted to LoRA
             config, weights = peft.convert_to_lora(adapted(base, config_of(method, **options)), 32)
         names = sorted(name.removesuffix(".lora_A.weight") for name in weights if "lora_A" in name)
         outcomes.append([weights[f"{n}.lora_B.weight"] @ weights[f"{n}.lora_A.weight"] for n in names])
@@ -100,7 +100,9 @@ def test_adapters_become_lora(method: str, options: dict[str, Any]) -> None:
 
 
 def test_intruders_are_found_in_the_decoded_weights() -> None:
-    intruders = pytest.importorskip("peft.tuners.lora.intruders", reason="this PEFT does not look for intruders")
+    intruders = pytest.importorskip(
+        "peft.tuners.lora.intruders", reason="this PEFT does not search for intruder dimensions"
+    )
     outcomes = []
     for base in bases():
         model = adapted(base, config_of("Lora", r=4, init_lora_weights=False))

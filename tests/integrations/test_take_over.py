@@ -1,4 +1,4 @@
-"""``take_over_bitsandbytes``: scripts with ``BitsAndBytesConfig`` run unedited, on our layers."""
+"""``take_over_bitsandbytes``: unedited scripts with ``BitsAndBytesConfig`` run with qlora_ext's layers."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def taken_over() -> Iterator[None]:
 
 
 def save(directory: Path, family: str) -> Any:
-    """Writes a dense model, and returns the class that loads it."""
-    if family == "t5":  # whose `wo` is kept in float32
+    """Saves a dense model, and returns the class that loads it."""
+    if family == "t5":  # its `wo` is kept in float32
         sizes = {"vocab_size": 128, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 1, "num_heads": 4}
         model = AutoModelForSeq2SeqLM.from_config(T5Config(**sizes, decoder_start_token_id=0), dtype=torch.bfloat16)
-    elif family == "opt":  # with projections around its layers, and an embedding tied to its head
+    elif family == "opt":  # has projections around its layers, and an embedding tied to its head
         sizes = {"vocab_size": 128, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
         config = OPTConfig(**sizes, max_position_embeddings=64, word_embed_proj_dim=32, do_layer_norm_before=False)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -53,7 +53,7 @@ def save(directory: Path, family: str) -> Any:
 
 
 def find_all_linear_names(model: Any) -> list[str]:
-    """As in many scripts."""
+    """The configuration of many scripts."""
     names = {name.split(".")[-1] for name, m in model.named_modules() if isinstance(m, bnb.nn.Linear4bit)}
     return sorted(names - {"lm_head"})
 
@@ -74,7 +74,7 @@ def layers(model: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def plain(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Any, Any]:
-    """A model with the layers of bitsandbytes, and the class that loaded it: before they are taken over."""
+    """A model with bitsandbytes' layers, and the class that loaded it, before the take-over."""
     auto_class = save(tmp_path / "dense", request.param)
     return auto_class.from_pretrained(tmp_path / "dense", quantization_config=CONFIG), auto_class
 
@@ -116,7 +116,9 @@ def test_a_script_of_bitsandbytes(
     model.eval().save_pretrained(tmp_path / "adapter")
     base = auto_class.from_pretrained(tmp_path / "dense", quantization_config=CONFIG, device_map={"": "cpu"})
     again = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
-    assert error(logits(again), logits(model)) < 0.02  # kbit training had cast the norms to float32
+    assert (
+        error(logits(again), logits(model)) < 0.02
+    )  # the preparation for k-bit training had cast the norms to float32
     merged = again.merge_and_unload()
     assert not layers(merged)
     assert error(logits(merged), logits(model)) < 0.03
@@ -125,7 +127,7 @@ def test_a_script_of_bitsandbytes(
 
 
 @pytest.mark.parametrize("plain", ["llama", "gpt2"], indirect=True)
-def test_what_is_saved_is_bitsandbytes_own(plain: tuple[Any, Any], tmp_path: Path, request: Any) -> None:
+def test_saved_models_are_in_bitsandbytes_format(plain: tuple[Any, Any], tmp_path: Path, request: Any) -> None:
     theirs, auto_class = plain
     request.getfixturevalue("taken_over")
     model = auto_class.from_pretrained(tmp_path / "dense", quantization_config=CONFIG)
@@ -134,7 +136,7 @@ def test_what_is_saved_is_bitsandbytes_own(plain: tuple[Any, Any], tmp_path: Pat
     configs = [json.loads((tmp_path / kind / "config.json").read_text()) for kind in ("ours", "theirs")]
     assert configs[0] == configs[1]
 
-    for kind in ("ours", "theirs"):  # loads without a configuration, which it has
+    for kind in ("ours", "theirs"):  # loads without a given configuration, because the model has one
         again = auto_class.from_pretrained(tmp_path / kind)
         assert all(isinstance(m, Linear4bit) for m in layers(again).values())
         for name, layer in layers(again).items():
@@ -156,7 +158,7 @@ def test_a_directory_saved_while_taken_over_loads_into_plain_bitsandbytes(tmp_pa
     assert layers(plain).keys() == layers(model).keys()
     for name, layer in layers(plain).items():
         assert type(layer) is bnb.nn.Linear4bit
-        assert layer.weight.dtype == torch.bfloat16  # the storage that was asked for
+        assert layer.weight.dtype == torch.bfloat16  # the requested storage dtype
         decoded = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
         assert torch.equal(decoded, layers(model)[name].dequantize())
 
@@ -174,7 +176,7 @@ def test_modules_to_skip_are_those_that_bitsandbytes_skips(taken_over: None, tmp
     skip = ["lm_head", "up_proj", "layers.0"]
     config = BitsAndBytesConfig(**NF4, llm_int8_skip_modules=skip)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
-    # "layers.0" stands at no name's beginning or end.
+    # "layers.0" is neither a prefix nor a suffix of a name.
     assert {name.split(".")[-1] for name in layers(model)} == {
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj",
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Several threads in one model: each gets what it would have got alone, whatever PEFT's method."""
+"""Several threads in one model: each gets the same result as alone, with every PEFT method."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def build(kind: str) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_eight_threads_compute_what_one_does(kind: str) -> None:
+def test_eight_threads_compute_the_same_as_one(kind: str) -> None:
     model = build(kind)
     samples = [torch.randint(3, 128, (1, 4 + i)) for i in range(THREADS)]
 
@@ -73,7 +73,7 @@ def test_eight_threads_compute_what_one_does(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["experts", "dora", "ia3"])
 def test_a_forward_leaves_the_modules_as_they_were(kind: str) -> None:
-    """Also while it runs: a hook within it finds every module where it was before."""
+    """Also during a call: a hook in it finds every module in its original place."""
     model = build(kind)
     before = dict(model.named_modules())
     seen: list[bool] = []
@@ -92,7 +92,7 @@ def test_a_forward_leaves_the_modules_as_they_were(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dora", "ia3", "loha", "experts"])
 def test_disabling_a_merged_adapter_unmerges_it(kind: str) -> None:
-    """As PEFT's own layers do."""
+    """This is the behaviour of PEFT's layers."""
     ids = torch.arange(3, 9)[None]
     model = build(kind)
     expected = model.base_model.model

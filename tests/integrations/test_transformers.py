@@ -1,4 +1,4 @@
-"""Loading, saving and dequantizing through transformers, on random models of four families."""
+"""Loading, saving and dequantizing with transformers, on random models of four families."""
 
 from __future__ import annotations
 
@@ -191,19 +191,19 @@ def test_a_4bit_checkpoint_with_a_hole_is_refused(saved: Path, tmp_path: Path) -
 
     load(saved, quantization_config=QLoRAConfig()).save_pretrained(tmp_path / "4bit")
     file = tmp_path / "4bit" / "model.safetensors"
-    whole = load_file(file)
+    complete = load_file(file)
     name = "model.layers.1.mlp.down_proj"
 
-    save_file({key: t for key, t in whole.items() if key != f"{name}.absmax"}, file, {"format": "pt"})
+    save_file({key: t for key, t in complete.items() if key != f"{name}.absmax"}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name}: the checkpoint has no absmax"):
         load(tmp_path / "4bit")
 
-    save_file({**whole, f"{name}.absmax": whole[f"{name}.absmax"][:-1].clone()}, file, {"format": "pt"})
+    save_file({**complete, f"{name}.absmax": complete[f"{name}.absmax"][:-1].clone()}, file, {"format": "pt"})
     with pytest.raises((ValueError, RuntimeError), match=r"absmax|size mismatch|mismatched"):
         load(tmp_path / "4bit")
 
 
-def test_config_refuses_what_it_cannot_mean() -> None:
+def test_config_rejects_invalid_values() -> None:
     with pytest.raises(ValueError, match="block_size"):
         QLoRAConfig(block_size=48)
     for skip in (3, "lm_head", ["lm_head", 1]):
@@ -259,7 +259,7 @@ def load(path):
     config = qlora_ext.QLoRAConfig()
     return AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.bfloat16)
 
-load(sys.argv[2])  # whatever is loaded and allocated once
+load(sys.argv[2])  # one-time loads and allocations
 before, peak, done = resident(), 0, threading.Event()
 
 def watch():
@@ -290,5 +290,5 @@ def test_loading_peaks_near_the_4bit_size(saved: Path, tmp_path: Path, stored: t
     )
     peak, footprint = map(int, run.stdout.split())
     assert footprint < dense / 3
-    slack = 8 << 20  # the allocator's, and what is read of the file's header
+    slack = 8 << 20  # for the allocator and the file's header
     assert peak < footprint + 2 * largest_layer + slack, f"peak {peak >> 20} MiB, 4-bit {footprint >> 20} MiB"

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer runs a QLoRA fine-tune unchanged: the quantization config is all that differs."""
+"""TRL's SFTTrainer runs QLoRA unchanged: only the quantization config differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models of images and text: the language model in 4 bits, towers and projectors as they are unless asked for."""
+"""Vision-language models: the language model is in 4 bits, towers and projectors stay dense unless requested."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qlora_ext.nn import Linear4bit, quantize_model
 from tiny_models import SIZES, same_state
 
 TEXT = {**SIZES, "intermediate_size": 96, "max_position_embeddings": 128}
-IMAGE = 5  # the token in whose place a patch goes
+IMAGE = 5  # the placeholder token of a patch
 QWEN_TEXT = {**TEXT, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}
 QWEN_VISION = {"depth": 2, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
 QWEN = {"image_token_id": IMAGE, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
@@ -54,7 +54,7 @@ def build(family: str) -> Any:
 
 
 def inputs(family: str) -> dict[str, Tensor]:
-    """An image of four patches within a text."""
+    """An image of four patches in a text."""
     ids = torch.tensor([[1, 7, IMAGE, IMAGE, IMAGE, IMAGE, 8, 9, 10]])
     generator = torch.Generator().manual_seed(1)
     if family == "llava":
@@ -86,7 +86,9 @@ def test_the_language_model_alone_is_4bit(family: str) -> None:
     twin = build(family)
     twin.load_state_dict(quantize_model(build(family)).dequantize().state_dict())
     torch.testing.assert_close(logits(model, family), logits(twin, family), rtol=1e-3, atol=1e-3)
-    assert not torch.allclose(logits(model, family), logits(model, family, 3.0), atol=1e-3)  # it sees the image
+    assert not torch.allclose(
+        logits(model, family), logits(model, family, 3.0), atol=1e-3
+    )  # the output depends on the image
 
 
 @every_family

@@ -1,4 +1,4 @@
-"""Encode and decode on the CPU, bit for bit against the oracle, on every instruction set.
+"""Encoding and decoding on the CPU have the oracle's bits on every instruction set.
 
 Each test here runs with the instruction set in use; `test_on` runs the whole file again, one process for each other.
 """
@@ -82,7 +82,7 @@ def numels(block: int) -> list[int]:
 
 
 def weights(numel: int, dtype: torch.dtype) -> torch.Tensor:
-    """Normal, its scale changing from block to block."""
+    """Normal, with a different scale in each block."""
     scale = torch.exp(0.5 * torch.randn(numel // 32 + 1)).repeat_interleave(32)[:numel]
     return (torch.randn(numel) * scale).to(dtype)
 
@@ -118,7 +118,7 @@ def test_rows_of_any_length(dtype: torch.dtype, code: str) -> None:
 
 
 def test_out_of_cache_and_threads() -> None:
-    """Large enough for stores past the caches; the number of threads changes nothing."""
+    """Large enough for non-temporal stores; the number of threads does not change the result."""
     numel = (9 << 20) + 77
     w = weights(numel, torch.float32)
     threads = torch.get_num_threads()
@@ -145,7 +145,7 @@ def test_out_of_cache_and_threads() -> None:
 def test_special_blocks(block: int, dtype: torch.dtype, code: str) -> None:
     base = torch.randn(400, block)
     base /= base.abs().amax(1, keepdim=True)
-    for i in range(299):  # every power of two, subnormal ones too
+    for i in range(299):  # every power of two, including subnormal ones
         base[i] *= 2.0 ** max(i - 151, -126)
         base[i] *= 2.0 ** min(i - 151 + 126, 0)
     base[300] = 0.0
@@ -168,7 +168,7 @@ def test_special_blocks(block: int, dtype: torch.dtype, code: str) -> None:
     least, zero = (int(reference.encode(np.float32([q]), reference.CODES[code])[0]) for q in (np.nan, 0.0))
     assert (packed[absmax.isnan()] == 17 * least).all()
     check_dequantize(packed, (absmax,), w.numel(), block, code=code)
-    # An odd count that ends in a block that is not finite: the pad is the code of zero all the same.
+    # An odd count that ends in a block that is not finite: the padding is still the code of zero.
     odd = w.reshape(-1)[: 321 * block - 1]
     packed, _ = check_quantize(odd, block, code)
     assert packed[-1] == 16 * least + zero
@@ -184,7 +184,7 @@ def _nested(w: torch.Tensor, block: int, code: str) -> tuple[torch.Tensor, tuple
 
 @pytest.mark.parametrize("code", reference.CODES)
 def test_scales_no_quantizer_makes(code: str) -> None:
-    """Any bytes are a packed weight, and any floats its scales."""
+    """Any bytes are a valid packed weight, and any floats are valid scales."""
     packed = torch.arange(256, dtype=torch.uint8).repeat(64)
     numel = packed.numel() * 2
     patterns = np.random.default_rng(0).integers(0, 2**32, numel // 64, dtype=np.uint32)
@@ -223,9 +223,9 @@ def test_around_every_boundary(absmax: float, code: str) -> None:
 @pytest.mark.parametrize("limit", [1.0, 0.125, 65504.0, 1e-4])
 def test_all_16_bit_patterns(dtype: torch.dtype, limit: float, code: str) -> None:
     every = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(dtype)
-    kept = every[every.float().abs() <= limit]
+    in_range = every[every.float().abs() <= limit]
     for block in (32, 4096):
-        w = kept[: kept.numel() // (block - 1) * (block - 1)].reshape(-1, block - 1)
+        w = in_range[: in_range.numel() // (block - 1) * (block - 1)].reshape(-1, block - 1)
         check_quantize(torch.cat([torch.full_like(w[:, :1], limit), w], 1), block, code)
     check_quantize(every, 32, code)
 
@@ -233,7 +233,7 @@ def test_all_16_bit_patterns(dtype: torch.dtype, limit: float, code: str) -> Non
 def test_around_every_scale_boundary() -> None:
     near = neighbourhoods(reference.midpoints(reference.DYNAMIC8), 300)
     near = near[np.abs(near) <= 1.0]
-    # With its mirror image the mean is 0, and the largest magnitude 1: q is the value itself.
+    # With its mirror image, the mean is 0 and the largest magnitude 1, so that q is the value itself.
     values = np.concatenate([near, -near, [1.0, -1.0]]).astype(np.float32)
     codes, nested, offset = check_quantize_absmax(torch.from_numpy(values), values.size)
     assert offset == 0.0
@@ -285,7 +285,7 @@ def golden_cases() -> list[dict]:
 
 @pytest.mark.parametrize("case", golden_cases(), ids=lambda c: c["name"])
 def test_golden(case: dict) -> None:
-    """Made with bitsandbytes (tests/data)."""
+    """Golden data from bitsandbytes (tests/data)."""
     with np.load(GOLDEN.with_suffix(".npz")) as file:
         field = {k.split(".", 1)[1]: file[k] for k in file.files if k.startswith(case["name"] + ".")}
     if case["quant_type"] != "nf4":

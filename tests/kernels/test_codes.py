@@ -1,4 +1,4 @@
-"""A 4-bit code is a value: whatever takes a packed weight computes with the code that it is told.
+"""A 4-bit code is an argument: every operator on a packed weight computes with the given code.
 
 The codec's and the linear operators' own tests run with each code (test_codec_cpu.py, test_encode_cpu.py,
 test_linear_cpu.py, test_kernels_cpu.py, and their twins for CUDA). Here is what lies above them.
@@ -26,7 +26,7 @@ SHUFFLED = Form(code="shuffled")
 
 
 def test_the_tables_are_those_of_the_oracle() -> None:
-    assert formats.CODES == ("nf4",)  # what is made up for tests is not listed
+    assert formats.CODES == ("nf4",)  # codes made for tests are not listed
     for code, values in reference.CODES.items():
         got = _C.code_values(code)
         assert np.array_equal(got.view(np.uint32), values.view(np.uint32))

@@ -1,4 +1,4 @@
-"""Scales for importances and codes under given scales: the oracle's bits, on every instruction set."""
+"""Scales for given importances and codes under given scales have the oracle's bits on every instruction set."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def test_scales_of_nothing_and_of_no_number() -> None:
     assert absmax[:2].tolist() == [0.0, 0.0]
     assert absmax[2].isnan()
     assert absmax[3] == 1.0
-    assert OPS.search_absmax_nf4(torch.ones(1, 64), torch.zeros(64), 64).item() == 1.0  # nothing matters: plain
+    assert (
+        OPS.search_absmax_nf4(torch.ones(1, 64), torch.zeros(64), 64).item() == 1.0
+    )  # all importances are 0, which gives plain scales
 
 
 @pytest.mark.parametrize("code", reference.CODES)
@@ -65,7 +67,7 @@ def test_codes_under_scales(n: int, k: int, block: int, dtype: torch.dtype, code
 
 @pytest.mark.parametrize("code", reference.CODES)
 @pytest.mark.parametrize("scale", [1.0, -2.0, 0.0, 1e-39, float("inf"), float("nan")])
-def test_codes_of_what_is_not_finite(scale: float, code: str) -> None:
+def test_codes_of_weights_that_are_not_finite(scale: float, code: str) -> None:
     table = reference.CODES[code]
     w = weight(6, 64)
     w[0, 3], w[1, 4], w[2, 5] = float("nan"), float("inf"), -float("inf")
@@ -131,7 +133,7 @@ def test_threads_change_nothing(threads: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     w, absmax = weight(4, 64), torch.ones(4)
     feedback, order = torch.eye(64), torch.arange(64)
     refused = [
@@ -170,7 +172,7 @@ def test_stochastic_codes_are_the_oracles(n: int, k: int, block: int, dtype: tor
 
 
 @pytest.mark.parametrize("code", reference.CODES)
-def test_stochastic_rounding_keeps_what_is_a_value_already(code: str) -> None:
+def test_stochastic_rounding_keeps_exact_values(code: str) -> None:
     w4 = OPS.quantize_nf4(weight(64, 512), 64, code)
     decoded = OPS.dequantize_nf4(*w4, None, None, 64, 256, [64, 512], torch.float32, code)
     for seed in range(3):
@@ -184,7 +186,7 @@ def test_stochastic_rounding_is_right_on_the_average() -> None:
     for seed in range(200):
         packed = OPS.encode_nf4_stochastic(w, absmax, 64, seed)
         total += OPS.dequantize_nf4(packed, absmax, None, None, 64, 256, [64, 512], torch.float32)
-    step = absmax.repeat_interleave(64).reshape(64, 512) * 0.31  # the widest between two values
+    step = absmax.repeat_interleave(64).reshape(64, 512) * 0.31  # the widest gap between two values
     assert ((total / 200 - w).abs() < 5 * 0.5 * step / 200**0.5).all()
     other = OPS.encode_nf4_stochastic(w, absmax, 64, 1)
     assert not torch.equal(OPS.encode_nf4_stochastic(w, absmax, 64, 0), other)
@@ -193,7 +195,7 @@ def test_stochastic_rounding_is_right_on_the_average() -> None:
 def test_all_64_bits_of_a_seed_count() -> None:
     w = torch.randn(256, 256)
     absmax = OPS.quantize_nf4(w, 64)[1]
-    folded = ((3 << 32) + 7, 7 + 3 * 0xC2B2AE3D)  # one number, if the halves are added up
+    folded = ((3 << 32) + 7, 7 + 3 * 0xC2B2AE3D)  # one random number for both halves
     errors = []
     for seed in (*folded, 0, 1, 1 << 32, 2 << 32, -1):
         packed = OPS.encode_nf4_stochastic(w, absmax, 64, seed)

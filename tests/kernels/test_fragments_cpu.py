@@ -1,4 +1,4 @@
-"""Every fragment of cpp/cpu (a file that is compiled once for each instruction set) can be compiled alone."""
+"""Every fragment of cpp/cpu (a file that is compiled once per instruction set) compiles alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cpu_sources import CPU, ROOT, SETS, compiler, flags, parts
 
 
 def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
-    """Our headers that a file includes when it is compiled for `isa`."""
+    """The headers of the package that a file includes when it is compiled for `isa`."""
     text = path.read_text()
     names = re.findall(r'^#include "(cpp/[^"]+)"', text, re.M)
     names += [f"cpp/cpu/isa/{isa}/{name}" for name in re.findall(r"^#include QLORA_ISA_HEADER\((.+)\)", text, re.M)]
@@ -24,7 +24,7 @@ def includes(path: pathlib.Path, isa: str) -> list[pathlib.Path]:
 
 @functools.cache
 def fragments(isa: str) -> list[pathlib.Path]:
-    """The parts of the set, and what they include, directly or not, of cpp/cpu."""
+    """The parts of the set, and the files in cpp/cpu that they include, directly or indirectly."""
     found = set(parts(isa))
     waiting = parts(isa)
     while waiting:
@@ -35,7 +35,7 @@ def fragments(isa: str) -> list[pathlib.Path]:
 
 
 def compile_alone(path: pathlib.Path, isa: str) -> str:
-    """What the compiler says of the fragment as a translation unit of its own."""
+    """The compiler's messages for the fragment as a separate translation unit."""
     command = [compiler(isa), "-std=c++20", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-unused-function"]
     command += [f"-I{ROOT}", f"-DQLORA_ISA={isa}", *flags(isa), "-include", str(path), "-x", "c++", "/dev/null"]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -49,9 +49,9 @@ def test_every_fragment_is_compiled_for_some_set() -> None:
 
 @functools.cache
 def turns() -> dict[pathlib.Path, set[str]]:
-    """The sets that each fragment is compiled alone for: scalar, and one of the others that have it, in turn.
+    """The sets for which each fragment is compiled alone: scalar, and one of its other sets, in turn.
 
-    Of the others, those that a compiler is there for.
+    Only sets for which a compiler is installed.
     """
     users = {
         path: [isa for isa in SETS if path in fragments(isa)] for path in sorted(set().union(*map(fragments, SETS)))

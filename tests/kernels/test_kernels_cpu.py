@@ -1,4 +1,4 @@
-"""Each CPU kernel, asked for by name on every shape that it accepts, not only on those that tuning.h sends to it.
+"""Each CPU kernel, selected by name, for every shape that it accepts, not only those for which tuning.h selects it.
 
 QLORA_CPU_KERNEL, which conftest.py sets for the whole run, is read by every call. Each instruction set runs this file
 again in a process of its own.
@@ -31,7 +31,7 @@ KERNELS = {
 }
 
 # n, k, rank, block size, double quantization, dropout, and the code if not NF4. The last segment of x, k % 256 values,
-# is never so short that chance makes it fall back to float32 in float16.
+# is long enough that float16 errors do not vary much by chance.
 SHAPES = [
     (96, 320, 16, 64, True, 0.0),
     (33, 333, 5, 64, True, 0.2),  # rows of W begin in the middle of a byte
@@ -114,7 +114,7 @@ def test_threads_do_not_change_a_bit(op: str, kernel: str, m: int, force: Callab
                 assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True)), (n, k, dtype)
 
 
-REFUSED = [  # operator, kernel, case, type: what no set takes
+REFUSED = [  # operator, kernel, case, type: problems that no set takes
     ("linear_nf4", "few_tokens_int", (4, *SHAPES[0]), F32),
     ("linear_nf4", "many_tokens_bf16", (4, *SHAPES[0]), F16),
     ("linear_nf4_dx", "many_tokens_tiles", (4, *SHAPES[0]), F16),
@@ -130,7 +130,7 @@ REFUSED = [  # operator, kernel, case, type: what no set takes
 
 
 @pytest.mark.parametrize(("op", "kernel", "case", "dtype"), REFUSED)
-def test_what_a_kernel_does_not_accept_is_refused(
+def test_problems_that_a_kernel_does_not_accept_are_rejected(
     op: str, kernel: str, case: tuple, dtype: torch.dtype, force: Callable
 ) -> None:
     s, dy = make(case, dtype)
@@ -156,7 +156,7 @@ def test_a_kernel_that_finds_it_cannot_serve_says_so(force: Callable) -> None:
     with pytest.raises(ValueError, match=r"linear_nf4 of m=1 .* was not served by few_tokens_int \(too large for"):
         call("linear_nf4", s, dy)
     force("")
-    assert torch.isfinite(call("linear_nf4", s, dy)[0]).all()  # another kernel does it
+    assert torch.isfinite(call("linear_nf4", s, dy)[0]).all()  # another kernel computes it
 
 
 def test_a_kernel_that_does_not_exist_is_refused(force: Callable) -> None:
@@ -232,7 +232,7 @@ def test_the_set_has_what_is_chosen() -> None:
         assert set(chosen) <= has, (op, dtype, m)
 
 
-def test_what_choose_does_not_know_is_named() -> None:
+def test_unknown_arguments_of_choose_are_named() -> None:
     for args, text in (
         (("linear", "float32", 1, 1, 1), "op: expected linear_nf4, .* got linear"),
         (("linear_nf4", "int8", 1, 1, 1), "dtype: expected .* got int8"),

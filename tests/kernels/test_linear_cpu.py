@@ -1,4 +1,4 @@
-"""The CPU's linear layer, its input gradient and LoRA's gradients against the oracle, on every instruction set."""
+"""The CPU's linear layer and all its gradients, compared with the oracle on every instruction set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ODD = [  # m, n, k, rank, block size, double quantization, dropout, and the code
     (8, 77, 1030, 5, 64, True, 0.2),
     (16, 65, 200, 8, 32, False, 0.0),
     (17, 33, 63, 5, 32, True, 0.3),
-    (24, 60, 2240, 16, 64, True, 0.2),  # dx in strips wider than a dropout mask is drawn at once
+    (24, 60, 2240, 16, 64, True, 0.2),  # dx in strips wider than the dropout mask of one draw
     (33, 100, 100, 1, 64, False, 0.1),
     (63, 70, 192, 64, 128, True, 0.0),
     (64, 192, 256, 16, 64, True, 0.0),
@@ -59,7 +59,7 @@ def make(case: tuple, dtype: torch.dtype, seed: int = 0) -> tuple[LinearSample, 
 
 
 def check(results: Callable, case: tuple, dtype: torch.dtype) -> None:
-    """Over enough seeds for a norm of errors, which are random, to mean something."""
+    """Over enough seeds, because a norm of random errors varies by chance."""
     pooled: dict[int, list[tuple[torch.Tensor, Expected]]] = {}
     for seed in range(64):
         for i, result in enumerate(results(*make(case, dtype, seed))):
@@ -117,7 +117,7 @@ def test_every_block_size(block: int, k: int, code: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_nonfinite_token_stays_alone(dtype: torch.dtype) -> None:
-    """Padding multiplies nothing by what is not there: NaN and infinity reach their own row only."""
+    """Padding does not spread values: NaN and infinity reach only their own row."""
     s, dy = make((40, 50, 100, 4, 64, True, 0.0), dtype)
     y = torch.ops.qlora.linear_nf4(*s.args)
     dx = torch.ops.qlora.linear_nf4_dx(dy, *s.w4.packed_args(), 100, *s.lora_args)
@@ -137,8 +137,8 @@ def test_a_nonfinite_token_stays_alone(dtype: torch.dtype) -> None:
     [
         (64, 300, 320, 8, 64, True, 0.1),
         (300, 5, 130, 3, 64, True, 0.0),
-        (80, 300, 64, 8, 64, True, 0.0),  # so few columns that threads share out the tokens of dx
-        (2, 3000, 320, 8, 64, True, 0.0),  # rows of W that threads take from each other
+        (80, 300, 64, 8, 64, True, 0.0),  # few columns, so that the tokens of dx are divided among threads
+        (2, 3000, 320, 8, 64, True, 0.0),  # rows of W that threads steal from each other
     ],
     ids=name,
 )

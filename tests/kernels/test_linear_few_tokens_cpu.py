@@ -1,4 +1,4 @@
-"""The CPU kernels for few tokens against the float64 oracle, on every instruction set this machine has."""
+"""The CPU kernels for few tokens, compared with the float64 oracle on every instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Case:
 
 CASES = [
     *(Case(m, 96, 320, dtype) for m in range(1, 17) for dtype in DTYPES),
-    # K: whole chunks, half chunks, short lanes, bytes that span rows; N: tails of a tile
+    # K: full chunks, half chunks, short lanes, bytes that span rows; N: tails of a tile
     *(Case(m, n, k) for m in (1, 3, 16) for n, k in ((33, 576), (48, 64), (257, 96), (40, 32), (64, 4096), (19, 2112))),
     *(
         Case(m, n, k, dtype)
@@ -155,7 +155,7 @@ def test_infinities_and_nans_stay_in_their_rows(dtype: str) -> None:
 
 
 def test_dx_of_rows_of_very_different_size() -> None:
-    """Large gradients meet small rows of W, and the other way round: neither decides how the other is rounded."""
+    """Large gradients with small rows of W and vice versa: neither determines how the other is rounded."""
     n, k, m = 32, 256, 2
     size = torch.where(torch.arange(n) % 2 == 0, 1e3, 1e-3)
     weight = qlora_ext.quantize_nf4(torch.randn(n, k) * size[:, None], double_quant=False)

@@ -1,4 +1,4 @@
-"""The kernels for a tile unit, on a vocabulary of tiles in plain C++ that checks how it is used, and on the hardware.
+"""The kernels for a tile unit, with tile operations in plain C++ that check their use, and on the hardware.
 
 tests/kernels/software_tiles/problems.cpp compares them with plain float64 loops. Every request for scratch gets new
 memory of exactly its size, filled with NaNs. So a read beyond an operand, or of a value
@@ -50,7 +50,7 @@ def test_software_tiles(tmp_path: pathlib.Path) -> None:
 @pytest.mark.slow
 @needs_compiler
 def test_software_tiles_under_sanitizers(tmp_path: pathlib.Path) -> None:
-    """The five largest problems would take minutes, and are met without sanitizers."""
+    """The five largest problems would take minutes, and run without sanitizers."""
     check(build(tmp_path, "software_tiles", *SANITIZERS), 1, str(10**7))
 
 

@@ -112,14 +112,14 @@ def packed_state(model: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.{name}": t for path, layer in layers_of(model) for name, t in layer.packed_state().items()}
 
 
-def whole(t: Tensor) -> Tensor:
+def full_tensor(t: Tensor) -> Tensor:
     return t.full_tensor() if isinstance(t, DTensor) else t
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
     found = hashlib.sha256()
     for name, t in sorted(tensors.items()):
-        t = whole(t.detach())
+        t = full_tensor(t.detach())
         found.update(f"{name} {t.dtype} {list(t.shape)}".encode())
         found.update(t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
@@ -328,7 +328,7 @@ def resume_checkpoint(setup: Setup, directory: str, steps: int) -> dict[str, Any
     return {"fresh": fresh, **loaded, "losses": train(model, optimizer, steps)}
 
 
-def whole_state(setup: Setup) -> str:
+def full_state(setup: Setup) -> str:
     """Loads a state dict gathered on the first rank into a model of one process, and from there into a sharded one."""
     model = make_model(setup)
     before = digest(model.state_dict())

@@ -79,15 +79,15 @@ def _layers(fields: dict[str, Any]) -> tuple[int, list[int]]:
     """The number of layers, and the indices of the ones to keep: two, or one of each type."""
     count = next((v for k, v in fields.items() if k in ("num_hidden_layers", "n_layer", "num_layers")), 0) or 0
     types = fields.get("layer_types") or fields.get("layers_block_type") or []
-    kept = [types.index(t) for t in dict.fromkeys(types)] if len(types) == count else []
-    kept += [i for i in range(count) if i not in kept][: max(0, LAYERS - len(kept))]
-    return count, sorted(kept)
+    indices = [types.index(t) for t in dict.fromkeys(types)] if len(types) == count else []
+    indices += [i for i in range(count) if i not in indices][: max(0, LAYERS - len(indices))]
+    return count, sorted(indices)
 
 
 def shrunk(config: Any, changes: dict[str, Any]) -> Any:
     """A small configuration of the same class with ``changes``, which name inner configurations by their keys."""
     usual, fields = type(config)().to_dict(), config.to_dict()
-    count, kept = _layers(fields)
+    count, indices = _layers(fields)
     small: dict[str, Any] = {}
     for name, value in fields.items():
         inner = vars(config).get(name)
@@ -96,9 +96,9 @@ def shrunk(config: Any, changes: dict[str, Any]) -> Any:
         elif name in changes:
             small[name] = changes[name]
         elif isinstance(value, list) and count and len(value) == count:
-            small[name] = [value[i] for i in kept]
-        elif name in ("num_hidden_layers", "n_layer", "num_layers") and len(kept) > LAYERS:
-            small[name] = len(kept)
+            small[name] = [value[i] for i in indices]
+        elif name in ("num_hidden_layers", "n_layer", "num_layers") and len(indices) > LAYERS:
+            small[name] = len(indices)
         else:
             new = _by_rule(name, value, fields)
             if new != usual.get(name):

@@ -1,4 +1,4 @@
-"""The 4-bit share of a model is counted and reported; a model without 4-bit layers is an error."""
+"""The 4-bit share of a model's linear weights is reported. A model without 4-bit layers is an error."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_all_is_counted() -> None:
     assert found.reasons["attention.out_proj"] == "the model's own code takes the weight"
 
 
-def test_what_was_asked_for_is_not_told() -> None:
+def test_layers_that_were_skipped_by_request_are_not_reported() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         quantize_model(body(other=nn.Linear(64, 64), lm_head=nn.Linear(64, 64)), skip=["other"])
@@ -69,7 +69,7 @@ NOTHING: dict[str, tuple[Any, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", NOTHING)
-def test_a_model_of_which_nothing_becomes_4bit_is_refused(case: str) -> None:
+def test_a_model_without_layers_to_quantize_is_an_error(case: str) -> None:
     build, options, message = NOTHING[case]
     model = build()
     before = {name: type(m) for name, m in model.named_modules()}
@@ -91,7 +91,7 @@ def test_adopting_a_model_without_layers_of_bitsandbytes_is_refused() -> None:
         qlora_ext.adopt(body())
 
 
-def test_from_pretrained_tells_and_refuses(tmp_path: pathlib.Path) -> None:
+def test_from_pretrained_reports_coverage_and_rejects_models_without_4bit_layers(tmp_path: pathlib.Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     config = transformers.MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=128, state_size=8)
     transformers.MambaForCausalLM(config).save_pretrained(tmp_path / "mamba")
@@ -110,8 +110,8 @@ def test_from_pretrained_tells_and_refuses(tmp_path: pathlib.Path) -> None:
         load(tmp_path / "mamba", quantization_config=qlora_ext.QLoRAConfig(skip_modules=[*skip, "in_proj", "lm_head"]))
 
 
-def test_an_output_head_keeps_its_namesakes_out_of_it(tmp_path: pathlib.Path) -> None:
-    """GIT's head is called ``output``, as are two modules of each of its layers."""
+def test_modules_named_like_the_output_head_become_4bit(tmp_path: pathlib.Path) -> None:
+    """GIT's head is called ``output``, like two modules of each of its layers."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = transformers.GitConfig(**sizes, vocab_size=128, vision_config={**sizes, "image_size": 32, "patch_size": 8})

@@ -19,7 +19,7 @@ import qlora_ext
 from qlora_ext.nn import Embedding4bit, Linear4bit
 
 PYTHON = pathlib.Path(__file__).parents[2] / "python"
-# Functions that make new tensors, by default in torch's default dtype on its default device.
+# Functions that make new tensors, in torch's default dtype on its default device unless given.
 FACTORIES = {
     *("arange", "as_tensor", "asarray", "empty", "empty_strided", "eye", "full", "linspace", "logspace", "normal"),
     *("ones", "rand", "randint", "randn", "randperm", "scalar_tensor", "tensor", "tril_indices", "zeros"),
@@ -29,7 +29,7 @@ DEFAULTS = ["bfloat16", "float16", "float64", "meta"]
 
 @contextlib.contextmanager
 def default(name: str) -> Iterator[None]:
-    """With that default dtype, or that default device."""
+    """Sets the default dtype, or the default device."""
     before = torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         if name == "meta":
@@ -122,7 +122,7 @@ def test_the_library(entry: Callable[[], Iterator[Tensor]], name: str) -> None:
 
 
 def language_models() -> Iterator[Tensor]:
-    """What a transformers model is quantized to, costs and becomes with an adapter, made under another default."""
+    """The quantized model, its sensitivity and its trained adapter, computed under another default."""
     from peft import LoraConfig, get_peft_model
 
     from tiny_models import make, token_ids
@@ -172,7 +172,7 @@ def test_bitsandbytes_layers_are_adopted(name: str) -> None:
 
 
 def test_threads_of_which_some_have_another_default_device() -> None:
-    """The first call of a process is the one that must not keep what another thread's context made."""
+    """The first call of a process must not cache tensors made under another thread's default device."""
     expected = list(through_bitsandbytes())
     wrong: list[Any] = []
 
@@ -209,7 +209,7 @@ def test_no_tensor_is_made_with_a_default_dtype_or_device() -> None:
                 continue
             if ast.unparse(node.func.value) == "torch" and node.func.attr in FACTORIES:
                 given = {keyword.arg for keyword in node.keywords}
-                # ``**form`` may hold both.
+                # ``**form`` may contain both.
                 if None not in given and not given >= {"dtype", "device"}:
                     found.append(f"{file.relative_to(PYTHON)}:{node.lineno}: {ast.unparse(node)}")
     assert found == []

@@ -1,4 +1,4 @@
-"""The automatic compute dtype: bfloat16 only where the processor multiplies it, the same 4-bit weights either way."""
+"""The automatic compute dtype: bfloat16 only on processors with bfloat16 arithmetic, with the same 4-bit weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def without_bfloat16() -> None:
-    """What a processor without bfloat16 arithmetic answers."""
+    """Simulates a processor without bfloat16 arithmetic."""
     dtypes.native_bfloat16 = lambda: False
 
 
@@ -104,7 +104,7 @@ def test_a_model_without_bfloat16(laptop: None, monkeypatch: pytest.MonkeyPatch,
         assert torch.equal(elsewhere.state_dict()[name], tensor), name
 
 
-def test_an_explicit_compute_dtype_is_kept(laptop: None, tmp_path: pathlib.Path) -> None:
+def test_an_explicit_compute_dtype_is_used(laptop: None, tmp_path: pathlib.Path) -> None:
     make("llama").bfloat16().save_pretrained(tmp_path / "dense")
     model = loaded(tmp_path / "dense", quantization_config=qlora_ext.QLoRAConfig(compute_dtype="bfloat16"))
     assert computes_in(model) == {torch.bfloat16}
@@ -121,7 +121,7 @@ def test_a_run_without_bfloat16(paths: Paths, finished_run: pathlib.Path, tmp_pa
     printed = command("finetune", *base(paths), "--output", run, *RUN, before=without_bfloat16)
     assert printed.returncode == 0, printed.stderr
     assert "computing in float32 on cpu, because the processor has no bfloat16 arithmetic" in printed.stdout
-    # The 4-bit base is the one of a machine with bfloat16, and the adapter fits there.
+    # The 4-bit base is that of a machine with bfloat16, and the adapter can be used there.
     fingerprints = [json.loads((r / "adapter" / "qlora_base.json").read_text()) for r in (run, finished_run)]
     assert fingerprints[0] == fingerprints[1]
     for machine in (with_bfloat16, without_bfloat16):
@@ -129,17 +129,17 @@ def test_a_run_without_bfloat16(paths: Paths, finished_run: pathlib.Path, tmp_pa
         assert answer.returncode == 0, answer.stderr
 
 
-def test_a_run_goes_on_in_the_dtype_it_began_with(paths: Paths, tmp_path: pathlib.Path) -> None:
-    """Begun without bfloat16, stopped, and resumed on a machine that has it: the same adapter, bit for bit."""
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert command("finetune", *base(paths), "--output", whole, *RUN, before=without_bfloat16).returncode == 0
-    shutil.copytree(whole, cut)
-    for name in ("adapter", "checkpoint-11"):  # as if it had been stopped after step 8
+def test_a_run_is_resumed_in_its_original_dtype(paths: Paths, tmp_path: pathlib.Path) -> None:
+    """A run started without bfloat16 and resumed on a machine that has it gives the same adapter, bit for bit."""
+    complete, cut = tmp_path / "whole", tmp_path / "cut"
+    assert command("finetune", *base(paths), "--output", complete, *RUN, before=without_bfloat16).returncode == 0
+    shutil.copytree(complete, cut)
+    for name in ("adapter", "checkpoint-11"):  # as if it had stopped after step 8
         shutil.rmtree(cut / name)
     printed = command("finetune", "--output", cut, "--resume", before=with_bfloat16)
     assert printed.returncode == 0, printed.stderr
     assert "computing in float32 on cpu, as at the start of the run" in printed.stdout
-    assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(cut).items())
+    assert all(torch.equal(tensor, adapter(complete)[name]) for name, tensor in adapter(cut).items())
 
 
 def test_calibration_without_bfloat16_saves_bfloat16(
@@ -154,7 +154,7 @@ def test_calibration_without_bfloat16_saves_bfloat16(
     assert {dtype for name, dtype in floats.items() if "nested" not in name} == {torch.bfloat16}
 
 
-def test_the_planner_knows_it(paths: Paths, laptop: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_planner_uses_the_automatic_dtype(paths: Paths, laptop: None, capsys: pytest.CaptureFixture[str]) -> None:
     def other_weights(*more: str) -> float:
         capsys.readouterr()
         here("plan", "--model", paths["model"], "--seq-len", 32, "--json", "--memory", "1GB", *more)
@@ -162,12 +162,12 @@ def test_the_planner_knows_it(paths: Paths, laptop: None, capsys: pytest.Capture
         return found
 
     ratio = other_weights("--device", "cpu") / other_weights("--device", "cpu", "--dtype", "bfloat16")
-    assert 1.99 < ratio <= 2  # some buffers are float32 in any case
+    assert 1.99 < ratio <= 2  # some buffers are always float32
     assert other_weights("--device", "cuda") == other_weights("--device", "cuda", "--dtype", "bfloat16")
 
 
 def test_computing_in_another_dtype_for_a_while() -> None:
-    """What is wider stays as it is, and everything is restored to the bit."""
+    """Wider parameters do not change, and all others are restored bit for bit."""
     model = qlora_ext.quantize_model(make("llama").bfloat16())
     model.model.norm.float()
     torch.nn.init.normal_(model.model.norm.weight)
@@ -195,7 +195,7 @@ def test_merge_measures_in_the_automatic_dtype(
     monkeypatch: pytest.MonkeyPatch,
     options: list[object],
 ) -> None:
-    """And saves in that of ``--dtype``, the same model on either kind of processor where nothing is calibrated."""
+    """It saves in ``--dtype``. Without calibration, both kinds of processors give the same model."""
     from qlora_ext.cli.training import trainer
     from qlora_ext.integrations import peft as our_peft
 

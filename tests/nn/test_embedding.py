@@ -1,4 +1,4 @@
-"""Embedding4bit and the head tied to it: the rows of the decoded table, and no more work than that."""
+"""Embedding4bit and the head tied to it give the rows of the decoded table, and decode only the requested rows."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from torch import nn
 import qlora_ext
 from qlora_ext.nn import Embedding4bit, Linear4bit, TiedLinear4bit, quantize_model
 
-# Rows of whole blocks, of parts of one, across several at odd places, and of an odd number of elements.
+# Rows of full blocks, of parts of one, across several blocks at odd offsets, and of an odd number of elements.
 WIDTHS = [64, 128, 32, 96, 100, 33, 7, 1]
 
 
 @pytest.fixture(autouse=True)
 def _no_graphs_of_other_tests() -> None:
-    torch._dynamo.reset()  # each test compiles the one forward anew, and torch bounds how often
+    torch._dynamo.reset()  # every test compiles the same forward again, and torch limits the number of recompilations
 
 
 def table(width: int = 64, count: int = 50, dtype: torch.dtype = torch.float32, **options) -> Embedding4bit:
@@ -53,7 +53,7 @@ def test_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("width", [64, 100])
 @pytest.mark.parametrize("row", [-1, 50, 2**40])
-def test_a_row_that_is_not_there(width: int, row: int) -> None:
+def test_an_index_out_of_range(width: int, row: int) -> None:
     with pytest.raises(IndexError):
         table(width)(torch.tensor([3, row]))
 
@@ -62,8 +62,8 @@ def test_a_row_that_is_not_there(width: int, row: int) -> None:
 @pytest.mark.parametrize(
     ("backend", "dynamic"), [("eager", None), ("aot_eager", None), ("aot_eager", True), ("inductor", True)]
 )
-def test_a_row_that_is_not_there_in_a_compiled_graph(width: int, backend: str, dynamic: bool | None) -> None:
-    """As torch's own embedding: an IndexError by ATen, a RuntimeError by Inductor's code."""
+def test_an_index_out_of_range_in_a_compiled_graph(width: int, backend: str, dynamic: bool | None) -> None:
+    """The same errors as torch's embedding: IndexError from ATen, RuntimeError from Inductor's code."""
     module = table(width)
     compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=backend)
     assert torch.equal(compiled(torch.tensor([0, 49])), module(torch.tensor([0, 49])))
@@ -74,7 +74,7 @@ def test_a_row_that_is_not_there_in_a_compiled_graph(width: int, backend: str, d
 
 
 @pytest.mark.parametrize("width", [64, 100])
-def test_a_row_that_is_not_there_in_an_exported_graph_and_under_vmap(width: int) -> None:
+def test_an_index_out_of_range_in_an_exported_graph_and_under_vmap(width: int) -> None:
     module = table(width)
     tokens = {"ids": {0: torch.export.Dim("tokens", min=2, max=1024)}}
     exported = torch.export.export(module, (torch.arange(4),), dynamic_shapes=tokens).module()
@@ -87,8 +87,8 @@ def test_a_row_that_is_not_there_in_an_exported_graph_and_under_vmap(width: int)
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.uint8])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_numbers_that_are_no_rows(dtype: torch.dtype, compiled: bool) -> None:
-    """As torch's own embedding, which takes int32 and int64 alone."""
+def test_indices_of_other_dtypes(dtype: torch.dtype, compiled: bool) -> None:
+    """The same as torch's embedding, which accepts only int32 and int64."""
     module = torch.compile(table(), backend="eager", fullgraph=True) if compiled else table()
     with pytest.raises((TypeError, RuntimeError), match="expected row numbers, int32 or int64"):
         module(torch.ones(2, dtype=dtype))
@@ -145,7 +145,7 @@ def test_from_embedding_and_back() -> None:
         Embedding4bit(20, 64, padding_idx=20)
 
 
-def test_only_the_rows_asked_for_are_decoded() -> None:
+def test_only_the_requested_rows_are_decoded() -> None:
     module = table(64, 4096)
     sizes = []
 
@@ -200,7 +200,7 @@ def test_a_tied_head_runs_on_the_table() -> None:
         model.lm_head.set_weight(model.embed.weight4bit)
 
 
-def test_what_embeddings_leaves_alone() -> None:
+def test_tables_that_stay_dense_with_embeddings() -> None:
     model = quantize_model(Tied())
     assert (type(model.embed), type(model.lm_head)) == (nn.Embedding, nn.Linear)
     model = quantize_model(Tied(), skip=["embed"], embeddings=True)

@@ -1,4 +1,4 @@
-"""Experts4bit as a module: every expert quantized by itself, and the layer that of the decoded experts."""
+"""Experts4bit quantizes every expert separately, and computes the same as the layer with the decoded experts."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ def test_forward_and_backward_are_those_of_the_decoded_experts(kind: type[Expert
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_an_expert_that_nobody_chose_and_one_that_does_not_exist() -> None:
+def test_an_expert_without_tokens_and_an_expert_that_does_not_exist() -> None:
     module = Experts4bit.from_experts(Transposed())
     index = torch.tensor([[0, 5], [3, 0], [5, 5]])
     weights = torch.rand(3, 2)
     x = torch.randn(3, 64)
     torch.testing.assert_close(module(x, index, weights), module.to_experts()(x, index, weights), rtol=1e-4, atol=1e-4)
     assert module(x[:0], index[:0], weights[:0]).shape == (0, 64)
-    nobody = torch.tensor([[0, -1], [3, 0], [-7, 2**40]])
+    invalid = torch.tensor([[0, -1], [3, 0], [-7, 2**40]])
     expected = module(x, index, weights)
     for call in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
-        assert torch.equal(call(x, nobody, weights), expected)
+        assert torch.equal(call(x, invalid, weights), expected)
     assert torch.equal(expected[2], torch.zeros(64))
     with pytest.raises(TypeError, match=r"top_k_index: expected integer expert numbers, got torch\.float32"):
         module(x, weights, weights)
@@ -170,7 +170,7 @@ def test_quantize_model_finds_experts() -> None:
     assert type(quantize_model(Block(), skip=["experts"]).experts) is Experts
 
 
-def test_what_is_no_module_of_experts() -> None:
+def test_modules_that_are_not_supported_experts() -> None:
     with pytest.raises(TypeError, match="3-D parameters gate_up_proj"):
         Experts4bit(nn.Linear(4, 4))
     with pytest.raises(ValueError, match="down_proj: expected an even number of in_features, got 3"):
@@ -194,7 +194,7 @@ def test_operators_pass_opcheck() -> None:
         torch.library.opcheck(ops.grouped_linear_nf4_dx.default, (dy, *packed, 64, a, b, 0.5), test_utils=OPCHECKS)
         torch.library.opcheck(ops.grouped_linear_nf4_dlora.default, (dy, x, offsets, a, b, 0.5), test_utils=OPCHECKS)
     y = ops.grouped_linear_nf4(x, *packed, 32, bias, a, b, 0.5)
-    assert torch.equal(y[6], torch.zeros(32))  # behind the last expert's rows
+    assert torch.equal(y[6], torch.zeros(32))  # after the last expert's rows
     for e, rows in ((0, slice(0, 2)), (2, slice(2, 6))):
         assert torch.equal(y[rows], qlora_ext.linear_nf4(x[rows], w4[e], bias[e], a[e], b[e], 0.5))
     with pytest.raises(ValueError, match="offsets: expected ascending row numbers up to 7, got 9 for expert 2"):
@@ -235,7 +235,7 @@ BAD_STACKS = [
 @pytest.mark.parametrize("rows", [7, 0])
 @pytest.mark.parametrize(("name", "value", "text"), BAD_STACKS, ids=[f"{b[0]}-{i}" for i, b in enumerate(BAD_STACKS)])
 def test_a_wrong_argument_of_the_stack_is_named(name: str, value: object, text: str, rows: int) -> None:
-    """Even where no expert has a row."""
+    """The arguments are checked even if no expert has rows."""
     w4 = [qlora_ext.quantize_nf4(torch.randn(32, 64)) for _ in range(3)]
     good = {key: torch.stack([getattr(w, key) for w in w4]) for key in ("packed", "absmax", *NESTED)}
     good |= {"x": torch.randn(rows, 64), "offsets": torch.tensor([2, 2, 6]).clamp(max=rows), "bias": None}

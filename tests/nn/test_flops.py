@@ -1,4 +1,4 @@
-"""``FlopCounterMode`` counts 4-bit layers as it counts the dense ones that they stand for."""
+"""``FlopCounterMode`` counts 4-bit layers like the dense layers that they replace."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_step_of_a_linear_layer(shape: tuple[int, ...], rank: int) -> None:
 
     assert count(lambda: layer.fused_forward(x, *lora)) == count(dense)
     tokens = x.numel() // 64
-    again = 2 * tokens * rank * (64 + 48)  # at most this much is computed a second time in the backward
+    again = 2 * tokens * rank * (64 + 48)  # upper bound of what the backward recomputes
     step, expected = (count(lambda f=f: f().sum().backward()) for f in (lambda: layer.fused_forward(x, *lora), dense))
     assert expected <= step <= expected + again
 

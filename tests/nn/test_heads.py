@@ -1,5 +1,5 @@
-"""Heads of classifiers and of models that answer questions stay dense, and PEFT trains them; what a model's own code
-reads stays dense too."""
+"""Heads of classification and question-answering models stay dense, and PEFT trains them. Layers whose weights a
+model's own code reads stay dense too."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_classifier_loads_in_4_bits_and_is_saved_as_it_is(family: str, tmp_pat
     config = QLoRAConfig()
     model = load(tmp_path / "dense", quantization_config=config)
     check_heads(model, "SequenceClassification")
-    assert config.skip_modules is None  # the caller's own, good for the next model
+    assert config.skip_modules is None  # the caller's configuration, unchanged for the next model
     model.save_pretrained(tmp_path / "4bit")
     assert same_state(load(tmp_path / "4bit"), model)
     all_of_it = load(tmp_path / "dense", quantization_config=QLoRAConfig(skip_modules=[]))
@@ -153,8 +153,8 @@ def test_mamba_computes_with_4bit_projections(family: str, by_name: bool) -> Non
         torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-3, atol=1e-4)
 
 
-def test_what_transformers_keeps_in_float32_stays_dense() -> None:
-    """T5 casts what goes into ``wo`` to the dtype of its weight."""
+def test_modules_that_transformers_keeps_in_float32_stay_dense() -> None:
+    """T5 casts the inputs of ``wo`` to the dtype of its weight."""
     config = transformers.T5Config(vocab_size=128, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4)
 
     def t5() -> Any:

@@ -16,7 +16,7 @@ from qlora_ext.nn import Linear4bit, conversion_of, quantize_model
 
 
 class Spelled(nn.Linear):
-    """Linear in other words, with a setting that its forward does not use."""
+    """Equivalent to nn.Linear, with a setting that its forward does not use."""
 
     kind = "projection"
 
@@ -44,7 +44,7 @@ class Scaled(nn.Linear):
 
 
 class Adjustable(nn.Linear):
-    """Linear until somebody changes its scale."""
+    """Equivalent to nn.Linear until its scale is changed."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_in, n_out)
@@ -55,7 +55,7 @@ class Adjustable(nn.Linear):
 
 
 class Gated(nn.Linear):
-    """Linear in evaluation only."""
+    """Equivalent to nn.Linear only in evaluation mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -74,14 +74,14 @@ class Helpful(nn.Linear):
 
 
 class Clamped(nn.Linear):
-    """Linear for all but large x."""
+    """Equivalent to nn.Linear except for large x."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.clamp(-50, 50))
 
 
 class ManyRows(nn.Linear):
-    """Linear for few rows."""
+    """Equivalent to nn.Linear for few rows."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -89,7 +89,7 @@ class ManyRows(nn.Linear):
 
 
 class Counting(nn.Linear):
-    """Linear for few rows, without a branch."""
+    """Equivalent to nn.Linear for few rows, without a branch."""
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.linear(x, self.weight, self.bias) * (1 + (len(x) > 1000))
@@ -176,7 +176,7 @@ def test_a_layer_whose_weight_is_computed_stays_dense(computed: Callable[[nn.Lin
 
 
 @pytest.mark.parametrize("alone", [False, True])
-def test_hooks_go_over_to_the_4bit_layer(alone: bool) -> None:
+def test_hooks_move_to_the_4bit_layer(alone: bool) -> None:
     layer, calls = nn.Linear(64, 64), []
     handles = [
         layer.register_forward_pre_hook(lambda _, args: calls.append("before")),
@@ -193,7 +193,7 @@ def test_hooks_go_over_to_the_4bit_layer(alone: bool) -> None:
     assert len(calls) == 3
 
 
-def test_looking_draws_no_random_number() -> None:
+def test_the_analysis_draws_no_random_numbers() -> None:
     class Fresh(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return functional.linear(x, self.weight, self.bias)
@@ -203,7 +203,7 @@ def test_looking_draws_no_random_number() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_the_dense_layer_comes_back_as_what_it_was() -> None:
+def test_dequantize_restores_the_original_class() -> None:
     layer = quantize_model(nn.Sequential(Spelled(64, 32), Renamed(64, 32, init="final")))
     x = torch.randn(3, 64)
     for four_bit, cls in zip(layer, (Spelled, Renamed), strict=True):
@@ -215,7 +215,7 @@ def test_the_dense_layer_comes_back_as_what_it_was() -> None:
 
 
 def test_the_output_projection_of_torchs_attention_stays_dense() -> None:
-    """Its class is linear, and nn.MultiheadAttention takes its weight."""
+    """Its class is equivalent to nn.Linear, but nn.MultiheadAttention reads its weight."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(64, 4), "after": nn.Linear(64, 64)})
     x = torch.randn(5, 1, 64)
     expected = model["attention"](x, x, x)[0]
@@ -249,7 +249,7 @@ def test_falcon_is_4bit_and_comes_back(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("gradients", [False, True])
 def test_torchs_encoder_calls_its_4bit_layers_in_evaluation(gradients: bool) -> None:
-    """Where nothing needs a gradient, its fast path would read the weights of dense layers."""
+    """If no gradient is needed, its fast path would read the weights of dense layers."""
     layer = nn.TransformerEncoderLayer(64, 4, 128, dropout=0.0, batch_first=True)
     model = quantize_model(nn.TransformerEncoder(layer, 2)).requires_grad_(False)
     assert sum(isinstance(m, Linear4bit) for m in model.modules()) == 4

@@ -1,4 +1,4 @@
-"""Linear4bit as a module: whatever torch does with modules, the packed state keeps its bits."""
+"""Linear4bit as a module: the packed state keeps its bits under all of torch's operations on modules."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_set_weight_takes_block_sizes_and_scale_form() -> None:
     assert torch.equal(module.dequantize(), w4.dequantize())
 
 
-def test_check_form_finds_what_was_set_from_outside() -> None:
+def test_check_form_finds_tensors_set_from_outside() -> None:
     module = layer()
     module.absmax = nn.Parameter(torch.zeros(7, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"up.absmax: expected torch.uint8 \[120\]"):

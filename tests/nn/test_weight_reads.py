@@ -1,4 +1,4 @@
-"""Exactly the layers whose weights a model's own code reads stay dense."""
+"""Only layers whose weights a model's own code reads stay dense."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from qlora_ext.nn.weight_reads import weights_read
 
 
 class Block(nn.Module):
-    """Every way in which code reads a weight, or only inspects its attributes."""
+    """Reads weights in every supported way, and inspects attributes of others without reading them."""
 
     def __init__(self, slices: int = 1) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ READ = {"multiplied", "clamped", "cast", "of_a_state", "listed.0", "listed.1"}
 
 
 @pytest.mark.parametrize("slices", [1, 2])
-def test_what_is_taken_is_found(slices: int) -> None:
+def test_reads_of_weights_are_found(slices: int) -> None:
     expected = READ | ({"sliced"} if slices > 1 else set())
     assert weights_read(Model(slices)) == {f"blocks.{i}.{name}" for i in (0, 1) for name in expected} | {
         "head.inner.proj"
@@ -87,7 +87,7 @@ def test_quantize_model_leaves_it_dense() -> None:
     assert isinstance(model.blocks[0].called, Linear4bit)
 
 
-def test_a_class_without_its_source_keeps_what_it_names_dense() -> None:
+def test_a_class_without_its_source_keeps_the_layers_it_names_dense() -> None:
     namespace: dict[str, Any] = {"nn": nn, "__name__": "without_source"}
     exec(
         "class Hidden(nn.Module):\n"
@@ -102,7 +102,7 @@ def test_a_class_without_its_source_keeps_what_it_names_dense() -> None:
 
 
 FAMILIES: dict[str, tuple[dict[str, Any], set[str], set[str]]] = {
-    # configuration; layers that are read; layers that are not
+    # configuration; layers whose weights are read; layers whose weights are not read
     "Mamba": ({"state_size": 8}, {"x_proj", "dt_proj", "out_proj"}, {"in_proj"}),
     "Rwkv": ({}, {"output", "value"}, {"key", "receptance"}),
     "Bloom": ({"n_head": 4}, set(), {"dense", "dense_4h_to_h", "query_key_value"}),

@@ -1,4 +1,4 @@
-"""The yardstick itself, on simulated results: faithful ones pass, in any order of their sums, and defects fail."""
+"""The accuracy rules on simulated results: correct results pass for any order of summation, and defects fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def expected(x: np.ndarray, w: np.ndarray, bias: np.ndarray | None, dtype: torch
 
 
 def sum32(x: np.ndarray, w: np.ndarray, piece: int, kept: torch.dtype = torch.float32) -> np.ndarray:
-    """x wᵀ in float32: terms of a piece one after another, then the pieces; the running sum is kept in a dtype."""
+    """x wᵀ in float32: sums the terms of each piece sequentially, then the pieces, with partial sums in a dtype."""
     x32, w32 = x.astype(np.float32), w.astype(np.float32)
     out = np.zeros((len(x), len(w)), np.float32)
     for k0 in range(0, x.shape[1], piece):
@@ -54,7 +54,7 @@ def test_a_faithful_result_passes(k: int, piece: int, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_scale_may_be_applied_to_the_sum_of_a_block(dtype: torch.dtype) -> None:
-    """Weights that are not rounded at all: better than the formula."""
+    """Weights without rounding, which is more accurate than the formula."""
     x, w, bias = operands(dtype)
     assert expected(x, w, bias, dtype).failures(rounded(sum32(x, w, 64) + bias, dtype)) == []
 
@@ -81,7 +81,7 @@ def forgets_a_bias(x, w, bias, dtype) -> np.ndarray:
 
 
 def rounds_x_shorter(x, w, bias, dtype) -> np.ndarray:
-    """float32 and float16 to bfloat16, bfloat16 to a bit less than it has."""
+    """Truncates float32 and float16 to bfloat16, and bfloat16 by one bit."""
     x = rounded(x, torch.bfloat16)
     if dtype == torch.bfloat16:
         scale = 2.0 ** (np.floor(np.log2(np.abs(x) + 1e-30)) - 6)
@@ -104,7 +104,7 @@ def truncates_the_weight(x, w, bias, dtype) -> np.ndarray:
 
 
 def scales_one_block_wrong(x, w, bias, dtype) -> np.ndarray:
-    """By the step of a nested scale."""
+    """Changes one scale by a step of a nested scale."""
     w = w.copy()
     w[5, 64:128] *= 1.02
     return rounded(sum32(x, rounded(w, dtype), 64) + bias, dtype)
@@ -138,8 +138,8 @@ def test_a_defect_fails(kernel: Kernel, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("outlier", [1e3, 1e4, 6e4])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_tokens_of_15_bits_fail_beside_an_outlier_and_pass_without(dtype: torch.dtype, outlier: float) -> None:
-    """x as int16 with one scale for a token: as good as 16-bit products until one channel is large."""
+def test_tokens_of_15_bits_fail_next_to_an_outlier_and_pass_without(dtype: torch.dtype, outlier: float) -> None:
+    """x as int16 with one scale per token: as accurate as 16-bit products unless one channel is large."""
     x, w, bias = operands(dtype)
     w[:, 11] *= 1e-3
     for size in (1.0, outlier):
@@ -168,7 +168,7 @@ def test_subnormal_numbers_are_no_zeros() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_what_is_not_finite_fails(value: float) -> None:
+def test_nonfinite_results_fail(value: float) -> None:
     x, w, bias = operands(torch.float32)
     e = expected(x, w, bias, torch.float32)
     y = e.formula.copy()

@@ -1,7 +1,7 @@
-"""The accuracy rule token by token and output by output, for operands of every size: outliers, heavy tails, tiny, huge.
+"""The accuracy rules per token and per output for operands of all sizes: outliers, heavy tails, tiny and huge values.
 
-The forward and dx are one problem here: tokens [T, I] times a matrix [I, O], which is W transposed or W itself. Rows of
-tokens do not know of each other, so that one reference serves every number of tokens a call.
+The forward and dx are the same problem: tokens [T, I] times a matrix [I, O], which is W transposed or W itself. Tokens
+are independent of each other, so that one reference serves any number of tokens per call.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from samples import DTYPES, to_f64
 OPS = torch.ops.qlora
 HALF = [torch.bfloat16, torch.float16]
 TOKENS = 300
-ATTACK = int(os.environ.get("QLORA_ATTACK", "1"))  # how many seeds the slow sweep takes
+ATTACK = int(os.environ.get("QLORA_ATTACK", "1"))  # number of seeds of the slow sweep
 test_on = isas.test_on
 
 
 @dataclasses.dataclass
 class Problem:
-    """x [T, I] and a packed W that takes it to [T, O]: [O, I] forward, [I, O] for dx."""
+    """x [T, I] and a packed W, [O, I] for the forward and [I, O] for dx; the result is [T, O]."""
 
     x: Tensor
     w4: qlora_ext.NF4Weight
@@ -88,26 +88,26 @@ def normal(g: torch.Generator, *shape: int) -> Tensor:
 
 
 def log_uniform(g: torch.Generator, *shape: int, low: float, high: float) -> Tensor:
-    """Magnitudes of 10^low .. 10^high, signs at random."""
+    """Magnitudes from 10^low to 10^high with random signs."""
     size = 10.0 ** (low + (high - low) * torch.rand(*shape, generator=g, dtype=torch.float64))
     return size * (1 - 2 * torch.randint(2, shape, generator=g))
 
 
-def outlier(size: float, channels: int, beside: float) -> Scenario:
-    """In two tokens of three, `channels` fixed channels of this size, whose weights are `beside` times the rest."""
+def outlier(size: float, channels: int, weight: float) -> Scenario:
+    """`channels` fixed channels have this size in two of three tokens; their weights are scaled by `weight`."""
 
     def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x, w = normal(g, t, i), normal(g, o, i) * 0.05
         where = torch.randperm(i, generator=g)[:channels]
         x[:, where] = torch.where(torch.arange(t)[:, None] % 3 == 2, x[:, where], size * (1 + 0.05 * x[:, where]))
-        w[:, where] *= beside
+        w[:, where] *= weight
         return x.clamp(-65504, 65504), w
 
     return make
 
 
 def moving_outlier(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One outlier a token, of different sizes, in that half of the channels whose weights are small, and not all 0."""
+    """One outlier per token, of different sizes, in the half of the channels whose weights are small but not all 0."""
     x, w = normal(g, t, i), normal(g, o, i) * 0.05
     small = (i + 1) // 2
     w[:, :small] *= 1e-4
@@ -129,26 +129,26 @@ def log_uniform_w(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype
 
 
 def opposite_sizes(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Large channels of x meet small columns of W, and small ones large: every product weighs the same."""
+    """Large channels of x have small columns of W and vice versa, so that all products have the same size."""
     size = 10.0 ** (3 * torch.rand(i, generator=g, dtype=torch.float64))
     return normal(g, t, i) * size, normal(g, o, i) / size
 
 
 def tiny_x(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Around the least normal number, and below it."""
+    """Around and below the smallest normal number."""
     low, high = (-7.2, -4.2) if dtype == torch.float16 else (-40, -37)
     return log_uniform(g, t, i, low=low, high=high), normal(g, o, i)
 
 
 def huge_x(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Near the largest finite number; the sums stay within half of it."""
+    """Near the largest finite number; the sums are at most half of it."""
     largest = torch.finfo(dtype).max
     x = (0.5 + 0.5 * torch.rand(t, i, generator=g, dtype=torch.float64)) * largest
     return x * (1 - 2 * torch.randint(2, (t, i), generator=g)), normal(g, o, i).clamp(-4, 4) / (8 * i)
 
 
 def scale_w(size: float, size16: float) -> Scenario:
-    """All of W of one size, another in float16."""
+    """All of W has one size, a different one in float16."""
 
     def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return normal(g, t, i), normal(g, o, i) * (size16 if dtype == torch.float16 else size)
@@ -157,7 +157,7 @@ def scale_w(size: float, size16: float) -> Scenario:
 
 
 def tiny_tokens(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each second token is tiny."""
+    """Every second token is tiny."""
     size = 1e-5 if dtype == torch.float16 else 1e-30
     return normal(g, t, i) * torch.where(torch.arange(t) % 2 == 0, 1.0, size)[:, None], normal(g, o, i) * 0.05
 
@@ -169,7 +169,7 @@ def one_hot_x(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) ->
 
 
 def permutation_w(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One weight a row; each token has outliers beside what these rows read."""
+    """One nonzero weight per row; each token has outliers in channels that these rows do not read."""
     x, w = normal(g, t, i), torch.zeros(o, i, dtype=torch.float64)
     w[torch.arange(o), torch.randperm(max(i, o), generator=g)[:o] % i] = 1.0
     x[:, :: max(i // 8, 1)] *= 1e4
@@ -177,7 +177,7 @@ def permutation_w(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype
 
 
 def w_where_x_is_small(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each second row of W is nonzero only where x is a thousandth of its largest."""
+    """Every second row of W is nonzero only where x is a thousandth of its maximum."""
     large = torch.rand(i, generator=g) < 0.25
     x, w = normal(g, t, i), normal(g, o, i) * 0.1
     x[:, large] *= 1e3
@@ -186,7 +186,7 @@ def w_where_x_is_small(g: torch.Generator, t: int, i: int, o: int, dtype: torch.
 
 
 def one_weight_a_row(shuffled: bool) -> Scenario:
-    """The identity, as far as O and I are equal, or a permutation of it: y is x."""
+    """W is the identity (for equal O and I) or a permutation, so that y is x."""
 
     def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         w = torch.zeros(o, i, dtype=torch.float64)
@@ -197,7 +197,7 @@ def one_weight_a_row(shuffled: bool) -> Scenario:
 
 
 def pruned(share: float) -> Scenario:
-    """Of the weights, this share is left."""
+    """This share of the weights is nonzero."""
 
     def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         return normal(g, t, i), normal(g, o, i) * 0.05 * (torch.rand(o, i, generator=g) < share)
@@ -213,7 +213,7 @@ def one_weight_a_block(g: torch.Generator, t: int, i: int, o: int, dtype: torch.
 
 
 def outlier_in_w(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """One weight a row of 10 to 10^5 times the rest, but in every fourth row."""
+    """One weight per row is 10 to 10^5 times the others, except in every fourth row."""
     w, rows = normal(g, o, i) * 1e-3, torch.arange(o) % 4 != 3
     size = 10.0 ** (1 + 4 * torch.rand(o, generator=g, dtype=torch.float64))
     w[torch.arange(o)[rows], torch.randint(i, (o,), generator=g)[rows]] = 1e-3 * size[rows]
@@ -221,7 +221,7 @@ def outlier_in_w(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype)
 
 
 def x_in_parts(other: Scenario) -> Scenario:
-    """64 channels at a time of a size of their own, the same for all tokens or different ones."""
+    """Every 64 channels have their own size, the same for all tokens or different ones."""
 
     def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         x, w = other(g, t, i, o, dtype)
@@ -243,7 +243,7 @@ def sparse_x(share: float, other: Scenario) -> Scenario:
 
 
 def w_where_x_is_tiny(share: float) -> Scenario:
-    """This share of the channels of x is a thousandth of the others, and each second row of W reads these alone."""
+    """This share of the channels of x is a thousandth of the others, and every second row of W reads only these."""
 
     def make(g: torch.Generator, t: int, i: int, o: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         tiny = torch.rand(i, generator=g) < share
@@ -284,9 +284,9 @@ SCENARIOS: dict[str, Scenario] = {
     "sparse-x": sparse_x(0.02, pruned(1.0)),
     "sparse-x-and-w": sparse_x(0.5, pruned(0.05)),
 }
-GROUPS = [1, 2, 4, 8, 16, 17, 48, 64, 300]  # tokens a call
+GROUPS = [1, 2, 4, 8, 16, 17, 48, 64, 300]  # tokens per call
 if _C.cpu_isa() == "scalar":
-    GROUPS = [1, 17, 300]  # it has one kernel for all, and no time
+    GROUPS = [1, 17, 300]  # it has one kernel for all, and little time
 SHAPES = [(256, 1024), (260, 516), (301, 333)]  # O, I: multiples of 64, of 4, odd
 
 
@@ -308,7 +308,7 @@ def seeded(*numbers: int) -> torch.Generator:
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_row_and_column(scenario: str, forward: bool, dtype: torch.dtype) -> None:
-    """A shape, a form of scales and an adapter for each combination, in turn."""
+    """Cycles through shapes, scale forms and adapters for the combinations."""
     turn = list(SCENARIOS).index(scenario) + DTYPES.index(dtype) + 2 * forward
     o, i = SHAPES[turn % len(SHAPES)]
     x, w = SCENARIOS[scenario](seeded(turn), TOKENS, i, o, dtype)
@@ -319,7 +319,7 @@ def test_every_row_and_column(scenario: str, forward: bool, dtype: torch.dtype) 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
 def test_tiny_x_exactly_where_rows_have_their_weights(forward: bool, dtype: torch.dtype) -> None:
-    """The exception that docs/security.md names: few tiny values, and rows that read only them."""
+    """The exception that docs/security.md describes: few tiny values, and rows that read only these."""
     x, w = w_where_x_is_tiny(0.08)(seeded(8), 64, 1024, 256, dtype)
     p = problem(x, w, dtype, forward, nested=False)
     steps = (accuracy.forward_steps if forward else accuracy.dx_steps)(to_f64(p.x), p.w)
@@ -330,7 +330,7 @@ def test_tiny_x_exactly_where_rows_have_their_weights(forward: bool, dtype: torc
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_permutation_gives_x_back(double_quant: bool, dtype: torch.dtype) -> None:
-    """1 to 48 tokens: by W = 1 and by a shuffled W, and by both as experts of a stack."""
+    """1 to 48 tokens with W = 1, with a shuffled W, and with both as experts of a stack."""
     g = seeded(1)
     orders = torch.arange(192), torch.randperm(192, generator=g)
     weights = [qlora_ext.quantize_nf4(torch.eye(192)[order], 64, double_quant) for order in orders]
@@ -349,15 +349,15 @@ def test_a_permutation_gives_x_back(double_quant: bool, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("forward", [True, False], ids=["forward", "dx"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("beside", [1.0, 6e4])
+@pytest.mark.parametrize("neighbour", [1.0, 6e4])
 def test_infinity_and_nan_reach_their_token_only(
-    beside: float, shape: tuple[int, int], forward: bool, dtype: torch.dtype
+    neighbour: float, shape: tuple[int, int], forward: bool, dtype: torch.dtype
 ) -> None:
-    """With an outlier beside them or none. An infinity times a zero weight is NaN, and may be NaN times any."""
+    """With or without a large neighbour. Infinity times a zero weight is NaN; times other weights it may be NaN."""
     o, i = shape
     g = seeded(o, i)
     x, w = normal(g, 64, i), normal(g, o, i) * 0.05
-    x[:, i // 2] *= beside
+    x[:, i // 2] *= neighbour
     x = x.clamp(-60000, 60000)
     p = problem(x, w, dtype, forward)
     groups = [m for m in GROUPS if m <= 64]

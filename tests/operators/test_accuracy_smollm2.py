@@ -1,7 +1,7 @@
-"""The accuracy rule on what a language model multiplies: activations and gradients of SmolLM2-135M, token by token.
+"""The accuracy rules on activations and gradients of SmolLM2-135M, token by token.
 
-They are recorded in float32 from one text and rounded to the compute dtype: massive activations in fixed channels, the
-first token apart from all others, gradients of every size.
+They are recorded in float32 on one text and rounded to the compute dtype. They have massive activations in fixed
+channels, a first token that differs from all others, and gradients of all sizes.
 """
 
 from __future__ import annotations
@@ -36,13 +36,15 @@ of them walked on it. Its diameter is 3,474.8 km, a little more than a quarter o
 LAYERS = [0, 2, 14, 27, 29]
 PROJECTIONS = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
 
-RECORDED = "QLORA_TEST_RECORDED"  # in the environment of another instruction set's process: a file of what was recorded
+RECORDED = (
+    "QLORA_TEST_RECORDED"  # in the environment of another instruction set's process: the file of the recorded tensors
+)
 Recorded = dict[str, tuple[qlora_ext.NF4Weight, Tensor, Tensor]]
 
 
 @pytest.fixture(scope="module")
 def recorded() -> Recorded:
-    """By module: its weight, its x [tokens, K] and its dy [tokens, N] times 1024, as a gradient scaler would."""
+    """By module: its weight, x [tokens, K] and dy [tokens, N] times 1024, as with a gradient scaler."""
     if RECORDED in os.environ:
         return torch.load(os.environ[RECORDED])
     source = resolve(DEFAULT_MODEL)
@@ -62,7 +64,7 @@ def recorded() -> Recorded:
 
 @dataclasses.dataclass
 class Problem:
-    """A layer's weight, x and dy, the operators' arguments without LoRA, and what they should give."""
+    """A layer's weight, x and dy, the operators' arguments without LoRA, and the expected results."""
 
     w4: qlora_ext.NF4Weight
     x: Tensor
@@ -76,7 +78,7 @@ LORA = None, None, 1.0, 0.0, 0
 
 @pytest.fixture(scope="module")
 def problem(recorded: Recorded) -> Callable[[str, torch.dtype], Problem]:
-    @functools.lru_cache(1)  # the tests that differ in tokens alone follow each other
+    @functools.lru_cache(1)  # tests that differ only in the tokens are adjacent
     def made(name: str, dtype: torch.dtype) -> Problem:
         w4, x, dy = recorded[name]
         w = to_f64(w4.dequantize(torch.float32))

@@ -1,4 +1,4 @@
-"""Gradients: right, for x, bias, lora_a and lora_b only, and the same under autocast and checkpointing."""
+"""Gradients of x, bias, lora_a and lora_b alone: correct, and the same under autocast and checkpointing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_gradients_against_the_oracle(form: dict, device: str) -> None:
             assert relative_error(got, expected) < 1e-5
 
 
-def test_only_what_is_asked_for_is_computed() -> None:
+def test_only_requested_gradients_are_computed() -> None:
     s = linear_sample(requires_grad=True)
     s.x, s.bias = s.x.detach(), s.bias.detach()
     by_python(s).sum().backward()
@@ -110,7 +110,7 @@ def test_manual_seed_reproduces_dropout_and_draws_differ() -> None:
 
 
 def jvp_by_hand(way, s, **tangents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y and its tangent, by dual tensors."""
+    """y and its tangent, computed with dual tensors."""
     with forward_ad.dual_level():
         dual = {name: forward_ad.make_dual(getattr(s, name), t) for name, t in tangents.items()}
         y, tangent = forward_ad.unpack_dual(way(dataclasses.replace(s, **dual)))

@@ -1,4 +1,4 @@
-"""No number that reaches an operator, a module or a configuration is out of bounds: refused by name, or right."""
+"""Operators, modules and configurations reject out-of-bounds arguments by name, and compute correctly otherwise."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_sizes_of_empty_tensors_are_bounded_too(device: str) -> None:
         return OPS.linear_nf4(x, byte, scales, None, None, 64, 256, out_features, None, None, None, 1.0, 0.0, 0)
 
     wide = torch.empty(2**40, 0, device=device)
-    assert linear(wide, 0).shape == (2**40, 0)  # at once: there is nothing to compute
+    assert linear(wide, 0).shape == (2**40, 0)  # immediately, because there is nothing to compute
     for x, out_features in ((wide, 2**30), (torch.empty(0, 2**40, device=device), 2**40), (wide.unsqueeze(0), 2**62)):
         with pytest.raises(ValueError, match=r"out_features: expected at most 2\^48 elements"):
             linear(x, out_features)

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export of the layer: one graph, the same results as eager, no recompilation by size."""
+"""torch.compile and torch.export of the layer: one graph, the same results as eager, no recompilation per size."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_compiled_equals_eager(way, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", WAYS)
 def test_autocast(way, dtype: torch.dtype, inside: bool) -> None:
-    """Whether the graph enters autocast or is called under it."""
+    """Whether the graph enters autocast itself or is called under it."""
     s = linear_sample(m=(2, 3), dropout_p=0.25, requires_grad=True)
 
     def layer() -> torch.Tensor:
@@ -76,7 +76,7 @@ def test_a_drawn_seed_compiles_in_one_graph() -> None:
 
 
 def test_the_backward_of_a_checkpointed_graph_draws_the_mask_of_its_forward() -> None:
-    """By the code generator, whose random numbers are its own: y is linear in x, A and B, which the adjoint shows."""
+    """The code generator draws its own random numbers, so the test uses the adjoint: y is linear in x, A and B."""
     s = linear_sample(m=(2, 3), requires_grad=True)
 
     def layer(x: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def test_the_backward_of_a_checkpointed_graph_draws_the_mask_of_its_forward() ->
 
     compiled = torch.compile(lambda x: checkpoint(layer, x, use_reentrant=False), fullgraph=True)
     y, again = compiled(s.x), compiled(s.x)
-    assert not torch.equal(y, again)  # each call has a mask of its own
+    assert not torch.equal(y, again)  # each call has its own mask
     dy = torch.randn_like(y)
     y.backward(dy)
     lora = y - qlora_ext.linear_nf4(s.x, s.w4)
@@ -132,7 +132,7 @@ class Mlp(nn.Module):
 
 
 def fused_with(s: LinearSample) -> nn.Module:
-    """The sample's layer, LoRA and all, as a module."""
+    """The sample's layer as a module, including LoRA."""
 
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -155,7 +155,7 @@ def test_export_has_a_dynamic_batch_and_survives_saving(strict: bool, tmp_path) 
     torch.export.save(exported, tmp_path / "mlp.pt2")
     loaded = torch.export.load(tmp_path / "mlp.pt2")
     kinds = {name: t.dtype for name, t in loaded.state_dict.items()}
-    assert kinds["up.weight"] == torch.uint8  # four bits a weight in the file too
+    assert kinds["up.weight"] == torch.uint8  # four bits per weight in the file too
     for batch in (3, 7):
         x = torch.randn(batch, 64)
         assert torch.equal(loaded.module()(x), model(x))

@@ -1,4 +1,4 @@
-"""The operators over experts, on CPU and CUDA: against the oracle, and against a loop over single weights."""
+"""The operators over experts on CPU and CUDA, compared with the oracle and with a loop over single weights."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from samples import DEVICES, DTYPES
 
 every_device = pytest.mark.parametrize("device", DEVICES)
 
-# (n, k): what tensor cores take, with a tail of rows and several stages of each sum; and what they do not.
+# (n, k): a shape for tensor cores, with a tail of rows and several stages per sum; and shapes that they do not take.
 REGULAR, RAGGED = [(136, 192)], [(39, 101), (7, 96)]
 
 
 def check(s: GroupedSample) -> None:
-    """Forward, dX and LoRA's gradients, twice: the same bits."""
+    """Computes forward, dX and LoRA's gradients twice, and checks that the bits are the same."""
     y, dy = s.forward(), s.dy()
     assert y.dtype == s.x.dtype
     assert torch.equal(y[s.unassigned()], torch.zeros_like(y[s.unassigned()]))
@@ -87,7 +87,7 @@ def test_block_sizes(block_size: int, k: int, double_quant: bool, device: str) -
 
 @every_device
 @pytest.mark.parametrize("p", [0.1, 1.0])
-@pytest.mark.parametrize("k", [128, 67])  # an expert's first element in the middle of what one draw has the bits of
+@pytest.mark.parametrize("k", [128, 67])  # an expert's first element in the middle of the elements of one random draw
 def test_dropout_goes_by_the_element_of_all_of_x(k: int, p: float, device: str) -> None:
     check(grouped_sample([5, 0, 3, 70], 40, k, 8, torch.float32, device, dropout_p=p))
 
@@ -141,7 +141,7 @@ def test_tensors_with_other_strides(dtype: torch.dtype, device: str) -> None:
 @every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_tensors(dtype: torch.dtype, device: str) -> None:
-    """Contiguous views that start in the middle of 16 bytes."""
+    """Contiguous views that are not aligned to 16 bytes."""
     s = grouped_sample([3, 0, 14], 40, 128, 4, dtype, device)
     for name in ("x", "bias", "lora_a", "lora_b"):
         t = getattr(s, name)
@@ -154,9 +154,9 @@ def test_unaligned_tensors(dtype: torch.dtype, device: str) -> None:
 @every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_without_dropout_it_is_the_loop(dtype: torch.dtype, device: str) -> None:
-    """Bit for bit, but for CUDA's forward, which makes h within the sum for few tokens.
+    """Bit for bit, except CUDA's forward, which computes h within the sum for few tokens.
 
-    Sums are too short for CUDA to split them (n of 64 at most), and no expert has tokens enough for Hopper's kernels.
+    The sums are too short for CUDA to split (n is at most 64), and no expert has enough tokens for Hopper's kernels.
     """
     s = grouped_sample([0, 3, 0, 17, 1, 30], 56, 192, 16, dtype, device)
     dy = s.dy()

@@ -1,4 +1,4 @@
-"""Packed weights refuse arithmetic in one sentence, and are moved, saved and compared like other tensors."""
+"""Packed weights raise an error on arithmetic, and are moved, saved and compared like other tensors."""
 
 from __future__ import annotations
 
@@ -97,10 +97,10 @@ def test_scales_refuse_it_too(use: str) -> None:
 def test_an_nf4_weight_refuses_arithmetic(use: Callable[[Any], Any]) -> None:
     with pytest.raises(TypeError, match=r"NF4Weight.*dequantize\(\)"):
         use(layer().weight4bit)
-    assert layer().weight4bit  # it has no length, and is still true
+    assert layer().weight4bit  # it has no length, but is true
 
 
-def test_what_moves_saves_and_compares_goes_on() -> None:
+def test_moving_saving_and_comparing_work() -> None:
     module = layer()
     weight, y = module.weight, module(X)
     assert type(weight) is PackedParameter

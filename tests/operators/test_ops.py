@@ -1,4 +1,4 @@
-"""What every operator promises torch: schema, fake kernel, argument checks, the same answer however it is called."""
+"""The contract of every operator with torch: schema, fake kernel, argument checks, the same result in every mode."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_meta_tensors_give_shapes_alone() -> None:
 
 @pytest.mark.parametrize("name", [name for name in OP_NAMES if not name.startswith("quantize")])
 def test_one_meta_tensor_among_others_is_named(name: str) -> None:
-    """torch asks the fake kernel then, whose answer nobody has written to."""
+    """In these modes torch calls the fake kernel, whose result is uninitialized."""
     tensors = [argument for argument, value in named(name, "cpu").items() if isinstance(value, torch.Tensor)]
     for argument in tensors:
         with pytest.raises(ValueError, match=r"\w+: expected on the device of \w+ \((cpu|meta)\), got (cpu|meta)"):
@@ -292,6 +292,6 @@ HAS_CUDA_KERNELS = qlora_ext.build_info()["cuda_error"] is None
 
 @pytest.mark.skipif(HAS_CUDA_KERNELS, reason="the CUDA kernels are loaded here")
 @pytest.mark.parametrize("name", OP_NAMES)
-def test_without_its_cuda_library_the_reason_is_told(name: str) -> None:
+def test_without_its_cuda_library_the_error_has_the_reason(name: str) -> None:
     with pytest.raises(RuntimeError, match="qlora_ext has no CUDA kernels here: "):
         getattr(OPS, name).default._op_dk(torch._C.DispatchKey.CUDA, *op_calls("cpu")[name])

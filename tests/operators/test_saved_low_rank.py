@@ -1,5 +1,5 @@
-"""What training keeps so that nothing is computed twice: h = scaling · dropout(x) · lora_aᵀ of the forward, for the
-backward, and g = scaling · dy · lora_b of dX, for the gradients of the adapters."""
+"""The low-rank products that training saves instead of computing them twice: h = scaling · dropout(x) · lora_aᵀ of the
+forward, for the backward, and g = scaling · dy · lora_b of dX, for the gradients of the adapters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def dx_args(s: LinearSample, dy: Tensor) -> tuple:
 @pytest.mark.parametrize("rank", [1, 16, 40])
 @pytest.mark.parametrize("m", [1, 16, 33, (2, 70)])
 @pytest.mark.parametrize(("n", "k"), [(48, 128), (31, 37)])
-def test_what_is_kept_is_right_and_changes_nothing(n, k, m, rank: int, dtype: torch.dtype, device: str) -> None:
+def test_saved_products_are_correct_and_do_not_change_results(
+    n, k, m, rank: int, dtype: torch.dtype, device: str
+) -> None:
     s = linear_sample(m, n, k, rank, dtype, device, dropout_p=0.3)
     y, h = OPS.linear_nf4_with_h(*s.args)
     dy = torch.randn_like(y)
@@ -46,7 +48,7 @@ def test_what_is_kept_is_right_and_changes_nothing(n, k, m, rank: int, dtype: to
     assert_accurate(g, expected_g(s, dy))
     assert_accurate(y, s.forward_accuracy())
     assert torch.equal(dx, OPS.linear_nf4_dx(*dx_args(s, dy)))
-    # Up to 16 tokens CUDA does not round h where it keeps none.
+    # For up to 16 tokens, CUDA rounds h only if it saves it.
     if device == "cpu" or y[..., 0].numel() > 16:
         assert torch.equal(y, OPS.linear_nf4(*s.args))
 
@@ -54,10 +56,10 @@ def test_what_is_kept_is_right_and_changes_nothing(n, k, m, rank: int, dtype: to
 @every_device
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [1, 16, 40])
-@pytest.mark.parametrize("m", [3, 70, 1300])  # CUDA shares out the sums over more than 1024 tokens
+@pytest.mark.parametrize("m", [3, 70, 1300])  # CUDA splits the sums over more than 1024 tokens
 @pytest.mark.parametrize(("n", "k"), [(48, 128), (31, 37)])
-def test_the_gradients_of_adapters_with_what_is_kept(n, k, m, rank: int, dtype: torch.dtype, device: str) -> None:
-    """The same bits as without; but for CPU kernels for few tokens, which sum h and g in another order."""
+def test_gradients_of_adapters_with_saved_products(n, k, m, rank: int, dtype: torch.dtype, device: str) -> None:
+    """The same bits as without, except with CPU kernels for few tokens, which sum h and g in another order."""
     s = linear_sample(m, n, k, rank, dtype, device, dropout_p=0.3)
     y, h = OPS.linear_nf4_with_h(*s.args)
     dy = torch.randn_like(y)
@@ -73,7 +75,7 @@ def test_the_gradients_of_adapters_with_what_is_kept(n, k, m, rank: int, dtype: 
 
 @every_device
 @pytest.mark.parametrize(("m", "n", "k", "rank"), [(0, 48, 64, 2), (3, 0, 64, 2), (3, 48, 0, 2), (3, 48, 64, 0)])
-def test_what_nothing_is_computed_for_is_zeros(m: int, n: int, k: int, rank: int, device: str) -> None:
+def test_empty_products_are_zero(m: int, n: int, k: int, rank: int, device: str) -> None:
     s = linear_sample(m, n, k, rank, device=device)
     y, h = OPS.linear_nf4_with_h(*s.args)
     _, g = OPS.linear_nf4_dx_with_g(*dx_args(s, y))
@@ -96,7 +98,7 @@ def test_adapters_are_needed(operator: str, device: str) -> None:
 
 
 class Calls(TorchDispatchMode):
-    """Which of our operators were called, and which of h and g they were given."""
+    """The qlora operators that were called, and which of h and g they received."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +133,7 @@ def test_nothing_is_computed_twice(trained: tuple[str, ...], expected: list[tupl
 @pytest.mark.parametrize(("trained", "expected"), TRAINED, ids=str)
 def test_nothing_is_computed_twice_for_experts(trained: tuple[str, ...], expected: list[tuple[str, ...]]) -> None:
     s = grouped_sample([7, 0, 70])
-    for name in set(trained) - {"bias"}:  # whose gradient is a call of its own
+    for name in set(trained) - {"bias"}:  # its gradient is a separate call
         getattr(s, name).requires_grad_()
     with Calls() as mode:
         s.forward().sum().backward()

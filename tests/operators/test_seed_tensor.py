@@ -1,4 +1,4 @@
-"""Dropout's seed as a tensor on the device: the masks that its number gives, and new ones at each replay of a graph."""
+"""Dropout's seed as a tensor on the device: the masks of the same integer seed, and new ones at each graph replay."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_gradients_and_opcheck(device: str) -> None:
 
 @pytest.mark.parametrize("device", ["meta", *DEVICES])
 @pytest.mark.parametrize("wrong", [torch.tensor(1.0), torch.tensor([1, 2]), torch.tensor([1])])
-def test_what_is_no_seed_is_refused(wrong: torch.Tensor, device: str) -> None:
+def test_invalid_seeds_are_rejected(wrong: torch.Tensor, device: str) -> None:
     s = linear_sample(2, device="cpu", dropout_p=0.5)
     args = [a.to(device) if isinstance(a, torch.Tensor) else a for a in (*s.args, wrong)]
     with pytest.raises(ValueError, match="^seed_tensor: expected a 0-dim int64 tensor, got"):
@@ -99,7 +99,7 @@ def test_a_captured_step_draws_anew_at_each_replay(m: int) -> None:
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        step()  # as PyTorch asks: work before a capture happens on a side stream
+        step()  # as PyTorch requires, the work before a capture runs on a side stream
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""torch.func and forward-mode AD at every public way in: the right derivative, or an error; never zeros."""
+"""torch.func and forward-mode AD at every public entry point: the correct derivative or an error, never zeros."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ WITHOUT_A_GRADIENT = ("grouped_linear_nf4", "linear_nf4: lora_a", "encode_nf4", 
 def test_no_operator_drops_a_gradient(call: str) -> None:
     f, x = REFUSING[call]
     if call.startswith("linear_nf4:"):
-        return  # frozen state: as of any input that a Function returns None for
+        return  # frozen state, like any input for which a Function returns None
     outputs = f(x.detach().clone().requires_grad_())
     loss = sum(t.sum() for t in (outputs if isinstance(outputs, tuple) else (outputs,)) if t.is_floating_point())
     with pytest.raises(RuntimeError, match=f"{call.partition(':')[0]} has no derivative"):
@@ -159,7 +159,7 @@ def test_vmap_and_gradients_per_sample(dims: tuple[int | None, ...]) -> None:
     close(*(torch.func.jacfwd(f)(S.x) for f in (layer, dense)))
 
 
-def test_vmap_drops_what_each_sample_drops() -> None:
+def test_vmap_has_the_dropout_of_each_sample() -> None:
     xs = torch.randn(3, 5, 64)
 
     def dropping(x: Tensor, seed: int | None = 7) -> Tensor:
@@ -175,7 +175,7 @@ def test_vmap_drops_what_each_sample_drops() -> None:
         torch.func.vmap(lambda x: dropping(x, None))(one)
 
 
-@pytest.mark.parametrize("width", [64, 48])  # whole blocks, and rows that begin within one
+@pytest.mark.parametrize("width", [64, 48])  # full blocks, and rows that begin within a block
 def test_vmap_of_modules(width: int) -> None:
     table = Embedding4bit.from_embedding(nn.Embedding(10, width))
     ids = torch.randint(0, 10, (3, 4))
@@ -191,7 +191,7 @@ def test_vmap_of_modules(width: int) -> None:
 
 
 def test_vmap_of_every_other_operator() -> None:
-    """By what the operator gives for each sample."""
+    """The expected result is that of the operator for each sample."""
     for f, x in REFUSING.values():
         xs = torch.stack([x, 2 * x, x / 2])
         found, expected = torch.func.vmap(f)(xs), [f(x) for x in xs]

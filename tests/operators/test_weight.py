@@ -1,4 +1,4 @@
-"""NF4Weight and the quantize/dequantize entry points: golden vectors, refusals, moves."""
+"""NF4Weight and the quantize/dequantize entry points: golden vectors, errors, device moves."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_the_default_dtype_is_that_of_the_original(dtype: torch.dtype) -> None:
     assert torch.equal(w4.dequantize(), qlora_ext.dequantize_nf4(w4))
 
 
-def test_memory_is_what_the_paper_says() -> None:
+def test_memory_is_that_of_the_paper() -> None:
     w = torch.randn(1024, 4096)
     w4 = qlora_ext.quantize_nf4(w)
     assert w4.nbytes == w.numel() // 2 + w.numel() // 64 + 4 * (w.numel() // (64 * 256)) + 4

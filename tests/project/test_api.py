@@ -1,4 +1,4 @@
-"""docs/api.md lists every public name, and no other."""
+"""docs/api.md lists exactly the public names."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PAGE = pathlib.Path(__file__).parents[2] / "docs" / "api.md"
 
 
 def sections() -> dict[str, list[str]]:
-    """The names in the table of each module."""
+    """The names in each module's table."""
     found: dict[str, list[str]] = {}
     for title, body in re.findall(r"^## `([\w.]+)`\n(.*?)(?=^## |\Z)", PAGE.read_text(), flags=re.M | re.S):
         rows = re.findall(r"^\| (`.*?) \| \S.* \|$", body, flags=re.M)
@@ -32,7 +32,7 @@ def test_every_package_with_public_names_has_a_section() -> None:
         for path in PACKAGE.rglob("__init__.py")
         if re.search(r"^__all__ = ", path.read_text(), flags=re.M)
     }
-    assert set(sections()) == public - {"qlora_ext.cli"}  # whose face is the command
+    assert set(sections()) == public - {"qlora_ext.cli"}  # its interface is the command
 
 
 @pytest.mark.parametrize("module", sections())

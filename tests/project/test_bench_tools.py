@@ -42,12 +42,12 @@ def compared(path: pathlib.Path, old: dict[str, Any], new: dict[str, Any]) -> tu
     ("new", "status", "message"),
     [
         (section(spread(0.5)), 0, "2 figures: 0 better, 0 worse"),
-        (section(spread(0.51)), 0, "0 better, 0 worse"),  # within the noise
+        (section(spread(0.51)), 0, "0 better, 0 worse"),  # within the measurement noise
         (section(spread(0.55)), 1, "WORSE   0.91  linear: forward, 8x8, 1: ours: 0.5"),
         (section(spread(0.45)), 0, "better   1.11  linear"),
-        (section(spread(0.55, width=0.2)), 0, "0 better, 0 worse"),  # the ranges touch
+        (section(spread(0.55, width=0.2)), 0, "0 better, 0 worse"),  # the ranges overlap
         (section(spread(0.5), tokens_per_second=80), 1, "WORSE   0.80  linear: qlora_ext: tokens/s: 100 -> 80"),
-        (section(spread(0.5), peers=20), 0, "0 better, 0 worse"),  # what a peer does alone is no regression
+        (section(spread(0.5), peers=20), 0, "0 better, 0 worse"),  # a change of a peer is not a regression
     ],
     ids=["same", "noise", "worse", "better", "wide", "tokens", "peer"],
 )

@@ -1,4 +1,4 @@
-"""How the package is built: hardened binaries, and tools of versions that were seen to work."""
+"""The build of the package: hardened binaries, and tools with tested versions."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_binaries_are_hardened(binary: str) -> None:
     segments = readelf("--segments", binary)
     assert "GNU_RELRO" in segments
     assert re.search(r"GNU_STACK .* RW ", segments)  # not executable
-    assert re.search(r"FLAGS.*\bNOW\b|BIND_NOW", readelf("--dynamic", binary))  # the rest of RELRO: no lazy binding
+    assert re.search(r"FLAGS.*\bNOW\b|BIND_NOW", readelf("--dynamic", binary))  # full RELRO needs eager binding
     symbols = readelf("--dyn-syms", binary)
     if "__asan_init" in symbols:
-        pytest.skip("a sanitized build: it has checks of its own in the place of the stack protector")
+        pytest.skip("a sanitized build, whose checks replace the stack protector")
     assert "__stack_chk_fail" in symbols
 
 
@@ -43,8 +43,8 @@ def exported(binary: str) -> set[str]:
 
 
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda path: pathlib.Path(path).name)
-def test_libraries_show_what_is_theirs_alone(binary: str) -> None:
-    """A template of the standard library that two libraries show is one, whatever either was compiled with."""
+def test_libraries_export_only_their_own_symbols(binary: str) -> None:
+    """If two libraries export the same standard template, the linker uses one for both, regardless of their flags."""
     allowed = {"_C": "PyInit__C", "libqlora_kernels": "_ZN5qlora3cpu.*", "libqlora_cpu": "aoti_torch_cpu_linear_nf4"}
     pattern = allowed.get(pathlib.Path(binary).name.split(".")[0], "$^")
     assert [symbol for symbol in sorted(exported(binary)) if not re.fullmatch(pattern, symbol)] == []
@@ -78,9 +78,9 @@ assert "torch" not in sys.modules
 
 
 def test_errors_are_thrown_by_the_runtime_that_catches_them() -> None:
-    """Were it another, it would count an exception that has begun and never ends, or the process would end."""
+    """With another runtime, an exception would never be counted as finished, or would end the process."""
     try:
-        runtime = ctypes.CDLL("libstdc++.so.6")  # torch's, which is loaded
+        runtime = ctypes.CDLL("libstdc++.so.6")  # torch's runtime, which is loaded
     except OSError:
         pytest.skip("torch's C++ runtime is not GCC's")
     w = torch.zeros(64)
@@ -92,13 +92,13 @@ def test_errors_are_thrown_by_the_runtime_that_catches_them() -> None:
 
 
 def test_the_bindings_share_nothing_with_other_modules_of_pybind11() -> None:
-    """Of the same version they would translate our exceptions, and a wheel's have a C++ runtime of their own."""
+    """With the same version they would translate our exceptions, and those in a wheel have their own C++ runtime."""
     names = re.findall(rb"__pybind11_internals_v\w+", pathlib.Path(_C.__file__).read_bytes())
     assert names
     assert [name for name in names if b"_qlora_ext" not in name] == []
 
 
-# Where requirements stand in each file: what pip is given, and what is asked for to build, check or format.
+# The patterns of requirements in each file: pip's arguments, and requirements of build, checks and formatting.
 PLACES = {
     "pyproject.toml": r"^(?:requires|dev) = \[((?:.|\n)*?)\]$",
     "_build_backend/qlora_backend.py": r"return (\[\"torch.*?\])",
@@ -113,7 +113,7 @@ PLACES = {
 
 
 def requirements(path: str) -> list[str]:
-    """The requirements in ``path``, quoted or not; this project itself is none."""
+    """The requirements in ``path``, quoted or not, without this project itself."""
     if not (ROOT / path).exists():
         pytest.skip(f"{path} is not in this tree")
     text = re.sub(r" +#.*", "", (ROOT / path).read_text())
@@ -128,14 +128,14 @@ def requirements(path: str) -> list[str]:
 
 
 @pytest.mark.parametrize("path", PLACES)
-def test_what_builds_and_checks_has_upper_bounds(path: str) -> None:
+def test_tools_of_build_and_checks_have_upper_bounds(path: str) -> None:
     found = requirements(path)
     assert found
     assert [r for r in found if not re.search(r"<|==", r)] == []
 
 
-def test_what_makes_releases_cannot_be_exchanged() -> None:
-    """Actions are named by commit, for tags can be moved, and build tools by the hashes of their files."""
+def test_tools_of_releases_are_pinned() -> None:
+    """Actions are pinned by commit, because tags can be moved, and build tools by the hashes of their files."""
     workflows = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     if not workflows:
         pytest.skip("the workflows are not in this tree")

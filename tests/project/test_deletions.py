@@ -1,4 +1,4 @@
-"""Only the modules listed here rename or delete files; each of them states its rules."""
+"""Only the modules listed here rename or delete files. Each of them states its rules."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ DANGEROUS = {
     "rmtree", "unlink", "rmdir", "removedirs", "rename", "renames", "truncate", "ftruncate", "TemporaryDirectory",
     "mkdtemp", "write_text", "write_bytes",
 }  # fmt: skip
-# These are dangerous only as functions of a module: lists and strings have methods of the same names.
+# Dangerous only as functions of a module, because lists and strings have methods with these names.
 OF_MODULES = {"remove": ("os",), "replace": ("os",), "move": ("shutil",), "copyfile": ("shutil",), "copy": ("shutil",),
               "copy2": ("shutil",), "copytree": ("shutil",)}  # fmt: skip
 ALLOWED = {
-    # The rule for all deletions, at its top.
+    # The rule for all deletions is at its top.
     "python/qlora_ext/cli/outputs/files.py": {"ftruncate", "move", "rename", "rmdir", "rmtree", "unlink", "write_text"},
-    # A file under an unpredictable name, which this process made.
+    # A file with an unpredictable name, which this process made.
     "python/qlora_ext/_internal/atomic.py": {"replace", "unlink"},
     "python/qlora_ext/calibration/store.py": {"write_bytes"},
     "python/qlora_ext/integrations/peft/base_file.py": {"write_text"},
-    # README.md in a model directory, where there is none.
+    # README.md in a model directory without one.
     "python/qlora_ext/integrations/transformers/model_card.py": {"write_text"},
-    # The content of a lock file, which was checked to be one.
+    # The content of a file that was checked to be a lock file.
     "python/qlora_ext/cli/outputs/lock.py": {"ftruncate"},
     # Directories for unfinished packages in the user's own cache: recognized by name and content, under their lock.
     "python/qlora_ext/decoding/cache.py": {"mkdtemp", "rmtree"},
@@ -38,7 +38,7 @@ ALLOWED = {
 
 
 def dangerous(tree: ast.AST) -> set[str]:
-    """The dangerous functions that code names, to call them or to pass them on."""
+    """The dangerous functions that code names, to call or to pass on."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil", "tempfile", "pathlib"):
@@ -53,7 +53,7 @@ def dangerous(tree: ast.AST) -> set[str]:
 
 
 def called(call: ast.Call) -> set[str]:
-    """The same where only the arguments tell: ``path.replace(target)``, ``open(path, "w")``."""
+    """Calls that are dangerous by their arguments: ``path.replace(target)``, ``open(path, "w")``."""
     positional = [argument for argument in call.args if not isinstance(argument, ast.Starred)]
     if isinstance(call.func, ast.Attribute) and call.func.attr == "replace" and len(call.args) == 1:
         copied = isinstance(call.func.value, ast.Name) and call.func.value.id == "dataclasses"

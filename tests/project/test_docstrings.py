@@ -1,4 +1,4 @@
-"""Public functions and classes have an example in their docstring, and every example does what it says.
+"""Public functions and classes have an example in their docstring, and every example gives the result it shows.
 
 Examples assume ``import torch, qlora_ext`` and ``from torch import nn``; those of ``integrations.peft`` also assume a
 ``model``, LoRA over a small 4-bit Llama.
@@ -42,7 +42,7 @@ WITHOUT = {
 
 
 def public() -> dict[str, Any]:
-    """The functions and classes that the public modules offer, by their full names."""
+    """The functions and classes of the public modules, by their full names."""
     found: dict[int, tuple[str, Any]] = {}
     for name in MODULES:
         module = importlib.import_module(name)
@@ -72,7 +72,7 @@ def adapted() -> nn.Module:
 
 
 def failures_of(name: str) -> str:
-    """What the example of ``name`` printed against what it says, empty where they agree."""
+    """The difference of the printed and the shown output of ``name``'s example, empty if they agree."""
     torch.manual_seed(0)
     if name.startswith("qlora_ext.integrations.peft."):
         TESTS[name].globs["model"] = adapted()
@@ -86,12 +86,12 @@ def _send(connection: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TESTS)
-def test_an_example_does_what_it_says(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_example_gives_the_result_it_shows(name: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     if not name.endswith("take_over_bitsandbytes"):
         assert failures_of(name) == ""
         return
-    receiver, sender = multiprocessing.Pipe(duplex=False)  # a process of its own: nothing undoes what it does
+    receiver, sender = multiprocessing.Pipe(duplex=False)  # a separate process, because its effects cannot be undone
     child = multiprocessing.get_context("fork").Process(target=_send, args=(sender, name))
     child.start()
     assert receiver.poll(120)

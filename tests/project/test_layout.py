@@ -1,4 +1,4 @@
-"""The tree tells the truth: who may include whom, and where intrinsics, assembly, launches and tables may stand."""
+"""The layout of the tree: allowed includes, and the places of intrinsics, assembly, launches and tables."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64
 
 CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS))
 
-# Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
+# Folder or prefix of a file's name -> the folders of ours that its files may include. Includes have one direction.
 MAY_INCLUDE = {
     "cpp/format": ("cpp/format",),
     "cpp/cpu/shared/": ("cpp/format", "cpp/cpu/shared/"),
@@ -61,7 +61,7 @@ def relative(path: pathlib.Path) -> str:
 
 
 def offenders(pattern: str, allowed: str) -> list[str]:
-    """Sources outside `allowed` with a line of code (not a comment) that matches."""
+    """Sources outside `allowed` with a matching line of code (not a comment)."""
     found = []
     for path in SOURCES:
         code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.S)
@@ -93,7 +93,7 @@ def test_includes_make_no_circle() -> None:
 
 
 def test_fragments_see_no_standard_library() -> None:
-    """A template of it compiled for a newer processor could be the copy that the linker keeps."""
+    """The linker may keep the copy of its template that was compiled for a newer processor."""
     for path in (ROOT / "cpp/cpu").rglob("*.h"):
         if path.parent.name not in {"shared", "parts", *CPU_ROOMS} and path.parent.parent.name != "isa":
             continue
@@ -105,7 +105,7 @@ def test_fragments_see_no_standard_library() -> None:
 
 def test_functions_of_the_format_are_always_inlined() -> None:
     for path in (ROOT / "cpp/format").glob("*.h"):
-        if path.name == "print_kernels.h":  # which no instruction set compiles
+        if path.name == "print_kernels.h":  # not compiled for an instruction set
             continue
         plain = re.findall(r"^(?:inline |constexpr )+(?!constexpr)[\w:<> ]+\w\(.*$", path.read_text(), re.M)
         assert plain == [], f"{relative(path)}: not QLORA_INLINE"
@@ -141,11 +141,11 @@ def test_kernels_are_launched_in_launch_only() -> None:
 
 
 def test_a_cuda_graph_can_capture_every_operator() -> None:
-    """Nothing waits for the device, moves data to or from the host, or takes memory but from torch's allocator."""
+    """No code waits for the device, copies to or from the host, or allocates memory other than by torch's allocator."""
     waits = r"\bcu(da)?(Device|Stream|Event|Ctx)?Synchronize|\bcuda(Stream|Event)\w+\("
     memory = r"\bcuda(Malloc|Free|Host|MemGetInfo|Memcpy)\w*|\bcudaMemset\("
     assert offenders(rf"{waits}|{memory}", r"$^") == []
-    assert offenders(r"<<<[^>]", r"$^") == []  # these two are the ways, and take the stream
+    assert offenders(r"<<<[^>]", r"$^") == []  # these two are allowed, and take the stream
     launches = [
         (relative(path), launch)
         for path in SOURCES
@@ -176,7 +176,7 @@ def test_files_stay_short() -> None:
 PACKAGE = ROOT / "python" / "qlora_ext"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
-# Room of the package -> the only other rooms or files that may import from it.
+# Subpackage -> the only other subpackages or files that may import from it.
 IMPORTED_BY = {
     "cli/commands/": ("cli/main.py",),
     "cli/training/": ("cli/commands/", "__init__.py"),
@@ -206,10 +206,10 @@ IMPORTED_BY = {
 
 
 def imports_of(path: pathlib.Path) -> set[pathlib.Path]:
-    """The modules of the package that ``path`` imports, wherever in it the import stands.
+    """The modules of the package that ``path`` imports, anywhere in the file.
 
-    Imports inside functions and for annotations count as all others: they are there to put off optional or slow
-    libraries, which are not ours, and would hide a circle as well.
+    Imports inside functions and for annotations count too: they exist to defer optional or slow libraries, not our own
+    modules, and would hide circular imports.
     """
     found: set[pathlib.Path | None] = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -229,7 +229,7 @@ def module_at(path: pathlib.Path) -> pathlib.Path | None:
 
 def test_python_imports_go_in_no_circle() -> None:
     graph = {path: imports_of(path) for path in MODULES}
-    assert sum(map(len, graph.values())) > 100  # it has been read
+    assert sum(map(len, graph.values())) > 100  # already visited
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
@@ -252,7 +252,7 @@ def test_internal_modules_import_nothing_else_of_ours() -> None:
 
 
 def test_benches_use_the_faces_of_the_command_only() -> None:
-    """Its entry point, and what its rooms of models and data offer in their ``__init__``."""
+    """Its entry point, and the names in the ``__init__`` of its subpackages models and data."""
     faces = {"qlora_ext.cli", "qlora_ext.cli.models", "qlora_ext.cli.data"}
     for path in sorted((ROOT / "bench").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -264,7 +264,7 @@ def test_benches_use_the_faces_of_the_command_only() -> None:
                 assert not modules, f"{relative(path)}: {modules}"
 
 
-def test_the_list_of_patches_is_what_is_patched() -> None:
+def test_the_list_of_patches_is_complete() -> None:
     patches = PACKAGE / "integrations" / "_patches.py"
     listed = re.findall(r'Patch\(\s*"([^"]+)"', patches.read_text())
     code = "".join(path.read_text() for path in MODULES if path != patches)

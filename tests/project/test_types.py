@@ -1,4 +1,4 @@
-"""Type checkers and notebooks know the public names."""
+"""Type checkers and notebooks find the public names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a release is made of: the source distribution, the wheels in dist/ where there are any, their papers."""
+"""The parts of a release: the source distribution, the wheels in dist/ if there are any, their metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WHEELS = sorted((ROOT / "dist").glob("*manylinux*.whl"))
 
 @pytest.fixture
 def packaging(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of scripts/packaging, all of whose scripts are in no package."""
+    """Imports a module of scripts/packaging, whose scripts are not in a package."""
     if not (ROOT / "scripts" / "packaging").is_dir():
         pytest.skip("scripts/ is not in this tree")
     monkeypatch.syspath_prepend(ROOT / "scripts" / "packaging")
@@ -35,7 +35,7 @@ def test_wheels_need_nothing_that_older_systems_lack(packaging: Any, wheel: path
     assert check.check_wheel(wheel) == []
 
 
-def test_only_what_a_build_made_is_emptied(packaging: Any, tmp_path: pathlib.Path) -> None:
+def test_only_directories_of_a_build_are_emptied(packaging: Any, tmp_path: pathlib.Path) -> None:
     emptied = packaging("wheels").emptied
     (tmp_path / "work").mkdir()
     emptied(tmp_path / "work")
@@ -49,8 +49,8 @@ def test_only_what_a_build_made_is_emptied(packaging: Any, tmp_path: pathlib.Pat
     assert (tmp_path / "home" / "thesis.tex").exists()
 
 
-def test_the_source_distribution_is_whole(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every source and script of the tree is in it, and no library that a developer has built beside them."""
+def test_the_source_distribution_is_complete(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It contains every source and script of the tree, and no library that a developer has built in the tree."""
     pytest.importorskip("scikit_build_core")
     monkeypatch.syspath_prepend(ROOT / "_build_backend")
     monkeypatch.chdir(ROOT)
@@ -70,7 +70,7 @@ def test_files_agree_about_the_version(packaging: Any) -> None:
     assert stated["CHANGELOG.md"] in (None, stated["pyproject.toml"])
 
 
-def test_notes_are_what_the_changelog_says_of_a_version(packaging: Any) -> None:
+def test_notes_are_the_changelog_of_a_version(packaging: Any) -> None:
     changelog = (
         "# Changelog\n\n## [Unreleased]\n\n- C\n\n## [0.2.0] - 2026-01-01\n\n### Added\n\n- B\n\n## [0.1.0]\n\n- A\n"
     )

@@ -1,4 +1,4 @@
-"""Calibrated NF4: the same bytes, less error at the outputs, and plain NF4 wherever nothing better is known."""
+"""Calibrated NF4 has the same size, a smaller error of the outputs, and is plain NF4 if no inputs are known."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Block(nn.Module):
 
 
 class Chain(nn.Module):
-    """Blocks in a list, as transformers' models have them."""
+    """Blocks in a list, like transformers' models."""
 
     def __init__(self, size: int = 64, blocks: int = 3) -> None:
         super().__init__()
@@ -92,9 +92,9 @@ def test_every_layer_is_reported() -> None:
 
 
 @pytest.mark.parametrize("after", [1, 3, 5, 7])
-def test_a_stopped_calibration_goes_on(after: int, tmp_path: Any) -> None:
+def test_a_stopped_calibration_is_resumed(after: int, tmp_path: Any) -> None:
     dense, x = Chain(), correlated(256)
-    whole = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x])
+    complete = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x])
 
     def stop(done: int, of: int, name: str) -> None:
         if done == after:
@@ -105,7 +105,7 @@ def test_a_stopped_calibration_goes_on(after: int, tmp_path: Any) -> None:
     assert len(list(tmp_path.glob("*.safetensors"))) == after
     resumed = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=Calibration([x], directory=tmp_path))
     assert all(
-        torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(complete.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
     for other, inputs in ((Chain(), x), (copy.deepcopy(dense), x + 1)):
         calibration = Calibration(iter([inputs]), directory=tmp_path)
@@ -185,7 +185,7 @@ def test_a_model_writes_its_own_text() -> None:
     assert all(r.tokens == 64 for r in calibration_of(models[0]))
 
 
-def test_blocks_are_calibrated_on_what_quantized_ones_hand_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_calibrated_on_outputs_of_quantized_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     from qlora_ext.calibration import stages
 
     advanced: list[int] = []
@@ -246,7 +246,7 @@ def test_experts_are_calibrated_one_by_one() -> None:
         ("self", TypeError, "cannot generate text"),
     ],
 )
-def test_what_is_no_calibration_is_refused(given: Any, error: type[Exception], text: str) -> None:
+def test_invalid_calibrations_are_rejected(given: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         qlora_ext.quantize_model(nn.Sequential(nn.Linear(64, 8)), calibration=given)
 

@@ -1,4 +1,4 @@
-"""Calibration of a model on CUDA: nothing of it goes to the CPU, and what comes of it is what the CPU makes."""
+"""Calibration of a model on CUDA copies nothing to the CPU, and gives the same result as on the CPU."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def test_a_model_is_calibrated_as_on_the_cpu() -> None:
         assert cuda.error == pytest.approx(cpu.error, rel=0.02)
         assert cuda.error < cuda.absmax_error
     assert "feedback" in {report.method for report in reports[1]}
-    # The two differ where a rounding of the moments moved a code.
+    # They differ where rounding of the moments changed a code.
     assert (logits[0] - logits[1]).norm() < 0.1 * logits[0].norm()

@@ -1,4 +1,4 @@
-"""Adapters that begin with what quantizing took away, with and without weights for the layers' inputs."""
+"""Adapters initialized with the quantization error, with and without weighting by the layers' inputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from test_calibration import Chain, correlated
 peft = pytest.importorskip("peft")
 
 
-def test_the_nearest_of_a_rank_is_that_of_a_whole_decomposition() -> None:
+def test_the_low_rank_approximation_equals_that_of_a_full_decomposition() -> None:
     for matrix in (torch.randn(96, 64), torch.randn(40, 200), correlated(64)):
         a, b = low_rank_approximation(matrix, 8)
         assert (a.shape, b.shape) == ((8, matrix.shape[1]), (matrix.shape[0], 8))
         singular = torch.linalg.svdvals(matrix)
         best = singular[8:].square().sum().sqrt().item()
         assert (matrix - b @ a).norm().item() <= 1.01 * best
-    a, b = low_rank_approximation(torch.randn(4, 64), 8)  # of a rank that the matrix cannot have
+    a, b = low_rank_approximation(torch.randn(4, 64), 8)  # a rank that exceeds the matrix's
     assert (a[4:] == 0).all()
     assert (b[:, 4:] == 0).all()
 
@@ -83,7 +83,7 @@ def test_loftq_fits_weights_and_adapters_in_turns() -> None:
 
 def test_a_stopped_calibration_keeps_the_adapters(tmp_path: Any) -> None:
     dense, x = Chain(), correlated(256)
-    whole = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x], init_lora="svd")
+    complete = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=[x], init_lora="svd")
 
     def stop(done: int, of: int, name: str) -> None:
         if done == 3:
@@ -95,14 +95,14 @@ def test_a_stopped_calibration_keeps_the_adapters(tmp_path: Any) -> None:
         )
     again = Calibration([x], directory=tmp_path)
     resumed = qlora_ext.quantize_model(copy.deepcopy(dense), calibration=again, init_lora="svd")
-    assert initial_lora_of(resumed).keys() == initial_lora_of(whole).keys()
-    for name, pair in initial_lora_of(whole).items():
+    assert initial_lora_of(resumed).keys() == initial_lora_of(complete).keys()
+    for name, pair in initial_lora_of(complete).items():
         assert all(torch.equal(a, b) for a, b in zip(pair, initial_lora_of(resumed)[name], strict=True))
     with pytest.raises(ValueError, match="directory: expected an empty directory"):
         qlora_ext.quantize_model(copy.deepcopy(dense), calibration=again)
 
 
-def test_what_is_refused() -> None:
+def test_invalid_arguments_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"init_lora: expected calibration=... with 'svd'"):
         qlora_ext.quantize_model(Chain(), init_lora="svd")
     with pytest.raises(ValueError, match=r"init_lora: expected 'svd' or 'loftq', got 'pissa'"):

@@ -1,4 +1,4 @@
-"""``sensitivity``: an estimate of what 4 bits cost each layer, held against the truth; and layers kept dense."""
+"""``sensitivity``: the estimated cost of 4 bits per layer is compared with the measured one; and mixed precision."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ IDS = torch.randint(3, 128, (24, 32), generator=torch.Generator().manual_seed(1)
 
 
 def decided(family: str = "llama") -> Any:
-    """A model whose predictions are far from even, so that a changed layer changes them."""
+    """A model whose predictions are far from uniform, so that changing a layer changes them."""
     model = make(family, torch.float32)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(12)
@@ -35,12 +35,12 @@ def decided(family: str = "llama") -> Any:
 
 @torch.no_grad()
 def divergence(dense: Any, model: Any) -> float:
-    """Of the predictions of ``model`` from those of ``dense``, nats per token."""
+    """The KL divergence of the predictions of ``model`` from those of ``dense``, in nats per token."""
     p, q = (m(IDS).logits.double().log_softmax(-1) for m in (dense, model))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-def test_the_estimate_is_what_a_layer_costs() -> None:
+def test_the_estimate_is_close_to_the_measured_cost() -> None:
     dense = decided()
     found = {layer.name: layer.loss for layer in qlora_ext.sensitivity(dense, IDS).layers}
     names = list(to_be_quantized(dense).values())
@@ -51,7 +51,7 @@ def test_the_estimate_is_what_a_layer_costs() -> None:
         assert [n for n, _ in layers_of(alone)] == [name]
         measured[name] = divergence(dense, alone)
     costly = sorted(measured, key=measured.__getitem__, reverse=True)[:6]
-    assert measured[costly[0]] > 3 * measured[costly[-1]]  # there is something to tell apart
+    assert measured[costly[0]] > 3 * measured[costly[-1]]  # the costs differ enough to be ranked
     for name in costly:
         assert 0.5 < found[name] / measured[name] < 2, (name, found[name], measured[name])
     assert sum(found.values()) == pytest.approx(sum(measured.values()), rel=0.3)
@@ -82,30 +82,30 @@ def test_a_text_of_its_own() -> None:
 def test_bytes_are_those_of_the_quantized_model() -> None:
     model = decided()
     found = qlora_ext.sensitivity(model, IDS[:2])
-    kept = found.chosen("20%")
-    quantized = qlora_ext.quantize_model(model, keep=[layer.name for layer in kept])
+    dense_layers = found.chosen("20%")
+    quantized = qlora_ext.quantize_model(model, keep=[layer.name for layer in dense_layers])
     tensors = {id(t): t for t in (*quantized.parameters(), *quantized.buffers())}.values()
-    assert sum(t.nbytes for t in tensors) == found.bytes + sum(layer.extra_bytes for layer in kept)
+    assert sum(t.nbytes for t in tensors) == found.bytes + sum(layer.extra_bytes for layer in dense_layers)
 
 
 def layer(name: str, loss: float, extra_bytes: int) -> LayerCost:
     return LayerCost(name, 0.1, 0.1, loss, extra_bytes)
 
 
-def test_a_budget_is_spent_on_what_costs_most_a_byte() -> None:
+def test_a_budget_is_spent_on_the_highest_cost_per_byte() -> None:
     layers = [layer("a", 8.0, 400), layer("b", 3.0, 100), layer("c", 1.0, 100), layer("d", 9.0, 3000), layer("h", 9, 0)]
     found = Sensitivity(layers, 10_000)
     assert found.keep(0) == []
     assert found.keep(2) == found.keep("2") == ["b", "a"]
     assert found.keep(10) == ["b", "a", "c", "d"]
     assert found.keep("5%") == ["b", "a"]
-    assert found.keep("3%") == ["b", "c"]  # the next one that there is room for
+    assert found.keep("3%") == ["b", "c"]  # the next one that fits into the budget
     assert found.keep("0.0006MB") == ["b", "a", "c"]
     assert found.keep("1 MiB") == ["b", "a", "c", "d"]
 
 
 @pytest.mark.parametrize("budget", ["", "many", "-1", "5.5", "5MB%", "%", "5 percent", True, 1.5, None])
-def test_what_is_no_budget(budget: Any) -> None:
+def test_invalid_budgets(budget: Any) -> None:
     with pytest.raises(ValueError, match="budget: expected a number of layers, a share"):
         allowance(budget, 1000)
 
@@ -119,12 +119,12 @@ def test_what_is_no_budget(budget: Any) -> None:
         (None, TypeError, r"inputs: expected token ids \[B, T\]"),
     ],
 )
-def test_what_is_no_input(inputs: Any, error: type[Exception], text: str) -> None:
+def test_invalid_inputs(inputs: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         qlora_ext.sensitivity(make(dtype=torch.float32), inputs)
 
 
-def test_what_is_no_model_for_it() -> None:
+def test_invalid_models() -> None:
     with pytest.raises(ValueError, match="expected one with dense layers to quantize"):
         qlora_ext.sensitivity(qlora_ext.quantize_model(make()), IDS)
 
@@ -151,39 +151,39 @@ def test_keep_takes_names_of_the_model() -> None:
 
 @pytest.mark.parametrize("form", ["ours", "bitsandbytes"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_kept_layers_stay_dense_where_the_model_is_saved(family: str, form: str, tmp_path: pathlib.Path) -> None:
+def test_layers_in_keep_are_dense_in_the_saved_model(family: str, form: str, tmp_path: pathlib.Path) -> None:
     from qlora_ext.integrations.bitsandbytes import save_pretrained
 
     model = make(family)
     names = list(to_be_quantized(model).values())
     assert model.get_output_embeddings() not in to_be_quantized(model)  # tied or not
-    kept = [name for name in names if ".1." in name] + names[:1]  # one block from end to end, and a layer of another
-    qlora_ext.quantize_model(model, keep=kept)
-    assert [name for name, _ in layers_of(model)] == names[1 : len(names) - len(kept) + 1]
+    dense_names = [name for name in names if ".1." in name] + names[:1]  # one full block, and a layer of another
+    qlora_ext.quantize_model(model, keep=dense_names)
+    assert [name for name, _ in layers_of(model)] == names[1 : len(names) - len(dense_names) + 1]
     (save_pretrained if form == "bitsandbytes" else type(model).save_pretrained)(model, tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=qlora_ext.QLoRAConfig())
     assert same_state(model, loaded)
 
 
-def test_experts_are_kept_like_other_layers(tmp_path: pathlib.Path) -> None:
+def test_experts_in_keep_stay_dense(tmp_path: pathlib.Path) -> None:
     model = build("Qwen3-MoE")
     found = qlora_ext.sensitivity(model, IDS[:4])
     experts = [layer for layer in found.layers if layer.name.endswith(".experts")]
     assert len(experts) == 2
     assert all(layer.loss > 0 and 0 < layer.error < 0.3 and layer.extra_bytes > 0 for layer in experts)
-    kept = ["model.layers.0.mlp.experts", "model.layers.1.self_attn.v_proj"]
-    qlora_ext.quantize_model(model, keep=kept)
-    assert not isinstance(model.get_submodule(kept[0]), Experts4bit)
+    dense_names = ["model.layers.0.mlp.experts", "model.layers.1.self_attn.v_proj"]
+    qlora_ext.quantize_model(model, keep=dense_names)
+    assert not isinstance(model.get_submodule(dense_names[0]), Experts4bit)
     assert isinstance(model.get_submodule("model.layers.1.mlp.experts"), Experts4bit)
     model.save_pretrained(tmp_path)
     assert same_state(model, AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
-def test_kept_layers_are_not_calibrated() -> None:
+def test_layers_in_keep_are_not_calibrated() -> None:
     model = decided()
-    kept = qlora_ext.sensitivity(model, IDS[:8]).keep(3)
-    others = [name for name in to_be_quantized(model).values() if name not in kept]
-    qlora_ext.quantize_model(model, keep=kept, calibration=IDS)
+    dense_names = qlora_ext.sensitivity(model, IDS[:8]).keep(3)
+    others = [name for name in to_be_quantized(model).values() if name not in dense_names]
+    qlora_ext.quantize_model(model, keep=dense_names, calibration=IDS)
     assert [report.name for report in calibration_of(model)] == others
-    assert all(type(model.get_submodule(name)) is nn.Linear for name in kept)
+    assert all(type(model.get_submodule(name)) is nn.Linear for name in dense_names)
     assert all(isinstance(model.get_submodule(name), Linear4bit) for name in others)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint gives memory back, and touches no other mapping of the same files in the process."""
+"""Reading a checkpoint releases its memory, and does not affect other mappings of the same files in the process."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_model_that_another_thread_loads_meanwhile_keeps_its_changes(
     release = mapped_files.MappedFiles.release
 
     def load_another(self: Any, tensor: torch.Tensor) -> None:
-        if not others:  # as if by another thread, since this load began
+        if not others:  # as if by another thread after this load began
             others.append(load(saved))
             with torch.no_grad():
                 for p in others[0].parameters():

@@ -1,4 +1,4 @@
-"""Streamed models compute the same bits as resident ones, from the checkpoint's files, in memory for two blocks."""
+"""Streamed models compute the same bits as resident ones, from the checkpoint's files, with memory for two blocks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def checkpointed(model: Any, reentrant: bool) -> None:
 
 
 def trained(model: Any, steps: int = 3, device: str = "cpu") -> tuple[list[float], dict[str, torch.Tensor]]:
-    """The losses of some steps, and the adapters after them."""
+    """The losses of several steps, and the adapters after these."""
     torch.manual_seed(1)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2)
@@ -103,13 +103,13 @@ def test_the_ring_has_as_many_blocks_as_are_allowed(llama: pathlib.Path) -> None
     least = streaming_of(stream(load(llama), source="disk"))
     block = least.ring_bytes // 2
     packed = sum(part.nbytes for streamed in least.blocks for part in streamed.parts)
-    whole = load(llama)
-    rest = sum(t.nbytes for t in (*whole.parameters(), *whole.buffers())) - packed
+    complete = load(llama)
+    rest = sum(t.nbytes for t in (*complete.parameters(), *complete.buffers())) - packed
     for slots in (2, 3, LAYERS):
         model = stream(load(llama), resident=rest + slots * block + 4096, source="disk")
         assert len(streaming_of(model).slots) == slots
         assert_same(trained(adapted(model), steps=2), expected)
-    assert streaming_of(model).fills == LAYERS  # where all fit, each is read once
+    assert streaming_of(model).fills == LAYERS  # if all fit, each is read once
 
 
 @pytest.mark.parametrize("family", ["qwen2", "phi3", "gpt2"])
@@ -139,7 +139,7 @@ def test_blocks_are_read_once_a_pass_and_once_less_at_each_turn(llama: pathlib.P
     streaming = streaming_of(model)
     before = streaming.fills
     trained(model, steps=4)
-    # Of a forward and a backward pass, two blocks each are there already.
+    # In a forward and in a backward pass, two blocks are already in memory.
     assert streaming.fills - before == 4 * 2 * (LAYERS - 2)
 
 
@@ -216,10 +216,10 @@ def test_saving_an_adapter_holds_one_weight_at_a_time(
 
     monkeypatch.setattr(Streaming, "read_part", counted)
     model.save_pretrained(tmp_path)
-    assert 0 < most <= 2 * 4  # a weight has four tensors, and the one before it goes when the next one is there
+    assert 0 < most <= 2 * 4  # a weight has four tensors, and is evicted when the next one is in memory
 
 
-def test_what_is_streamed_saves_and_copies_as_itself(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_streamed_models_are_saved_and_copied(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
     model = stream(load(llama), source="disk")
     model.save_pretrained(tmp_path)
     assert same_state(load(tmp_path), load(llama))
@@ -229,7 +229,7 @@ def test_what_is_streamed_saves_and_copies_as_itself(llama: pathlib.Path, tmp_pa
 
 
 @pytest.mark.usefixtures("native_bfloat16")
-def test_a_loaded_state_is_what_is_computed_with(llama: pathlib.Path) -> None:
+def test_a_loaded_state_is_used_in_the_computation(llama: pathlib.Path) -> None:
     model = stream(load(llama), source="disk")
     model(token_ids())
     torch.manual_seed(5)
@@ -238,11 +238,11 @@ def test_a_loaded_state_is_what_is_computed_with(llama: pathlib.Path) -> None:
     assert torch.equal(model(token_ids()).logits, other(token_ids()).logits)
 
 
-def test_a_lent_tensor_that_somebody_keeps_is_no_wrong_gradient(llama: pathlib.Path) -> None:
+def test_a_lent_tensor_that_is_used_after_its_loan_gives_no_wrong_gradient(llama: pathlib.Path) -> None:
     layers = stream(load(llama), source="disk").model.layers
     with layers[0].self_attn.q_proj.residency.lend("weight") as (lent, *_):
         pass
-    saved = torch.ones(32, requires_grad=True) * lent.view_as(lent)  # of which nothing says that it is lent
+    saved = torch.ones(32, requires_grad=True) * lent.view_as(lent)  # a view without a mark of the loan
     for layer in layers:
         layer.self_attn.q_proj(torch.randn(3, 64).bfloat16())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -250,7 +250,7 @@ def test_a_lent_tensor_that_somebody_keeps_is_no_wrong_gradient(llama: pathlib.P
 
 
 def test_nothing_is_copied_from_the_mapping(llama: pathlib.Path) -> None:
-    """What a pass leaves of the files in this process's memory is nothing."""
+    """After a pass, this process has no pages of the files in memory."""
     model = adapted(stream(load(llama), source="disk"))
     trained(model, steps=1)
     mapped = resident = 0
@@ -263,10 +263,10 @@ def test_nothing_is_copied_from_the_mapping(llama: pathlib.Path) -> None:
             elif of_it and fields[0] == "Rss:":
                 mapped, resident = mapped + 1, resident + int(fields[1])
     assert mapped > 0
-    assert resident <= mapped * 64  # headers, and what was read around them
+    assert resident <= mapped * 64  # headers, and the readahead around them
 
 
-def test_what_cannot_be_streamed_is_refused(llama: pathlib.Path) -> None:
+def test_models_that_cannot_be_streamed_are_rejected(llama: pathlib.Path) -> None:
     with pytest.raises(TypeError, match="model: expected an nn.Module, got str"):
         stream("model")
     with pytest.raises(ValueError, match="found none"):
@@ -286,7 +286,7 @@ def test_what_cannot_be_streamed_is_refused(llama: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_beside_what_keeps_weights_itself(llama: pathlib.Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_owners_of_weights_are_rejected(llama: pathlib.Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(ValueError, match=f"{name} is in use"):
         stream(load(llama), source="disk")
@@ -338,7 +338,7 @@ def test_any_one_device_is_right(llama: pathlib.Path, device_map: Any) -> None:
     assert streaming_of(model) is not None
 
 
-def test_what_the_configuration_refuses(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_the_configuration_rejects_invalid_values(llama: pathlib.Path, tmp_path: pathlib.Path) -> None:
     config = qlora_ext.QLoRAConfig
     with pytest.raises(ValueError, match="stream: expected 'ram', 'disk' or None, got 'tape'"):
         config(stream="tape")
@@ -372,16 +372,16 @@ def test_the_mlp_in_chunks_of_tokens(llama: pathlib.Path) -> None:
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         return loss.item(), gradients, sum(kept.values())
 
-    whole, gradients, kept = run(None)
-    for tokens in (24, 100):  # as many as there are, or more: nothing is done
-        assert run(tokens)[0] == whole
+    complete, gradients, kept = run(None)
+    for tokens in (24, 100):  # as many chunks as tokens, or more, have no effect
+        assert run(tokens)[0] == complete
     loss, others, less = run(5)
-    assert loss == pytest.approx(whole, rel=1e-3)
+    assert loss == pytest.approx(complete, rel=1e-3)
     assert all(torch.allclose(g, others[name], rtol=0.1, atol=2e-3) for name, g in gradients.items())
     assert kept - less > LAYERS * 3 * ids.numel() * 192 * 2  # gate, up and their product
 
 
-def test_what_cannot_be_chunked(llama: pathlib.Path) -> None:
+def test_models_that_cannot_be_chunked(llama: pathlib.Path) -> None:
     with pytest.raises(ValueError, match="tokens: expected a positive integer, got 0"):
         chunk_mlp(load(llama), 0)
     with pytest.raises(ValueError, match="expected one with dense MLPs"):
@@ -396,7 +396,7 @@ def test_of_few_tokens_only_the_experts_that_they_go_to_are_read(family: str, tm
     assert all(0 < block.shared < block.nbytes for block in streaming.blocks)
     ids = token_ids()
     with torch.no_grad():
-        for tokens in (ids[:1, :1], ids[:1, 3:4], ids, ids[:1, :1]):  # one, another, many, one again
+        for tokens in (ids[:1, :1], ids[:1, 3:4], ids, ids[:1, :1]):  # alternating numbers of chunks
             assert torch.equal(model(tokens).logits, expected(tokens).logits)
         model(ids[:1, :1])
         assert {slot.size for slot in streaming.slots} == {block.shared for block in streaming.blocks}

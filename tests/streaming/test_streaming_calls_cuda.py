@@ -1,4 +1,4 @@
-"""Calls of the CUDA runtime in a step over a streamed base, logged by a preloaded library: what copies, and waits."""
+"""Copies and waits of a training step over a streamed base, logged from the CUDA runtime by a preloaded library."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [
 
 
 def step(path: pathlib.Path, library: str) -> None:
-    """What the logged process does."""
+    """The program of the logged process."""
     model = adapted(stream(load(path), source="ram", device="cuda"))
     checkpointed(model, False)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -43,7 +43,7 @@ def step(path: pathlib.Path, library: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(2):  # whatever is made once is made
+    for _ in range(2):  # one-time allocations are done
         train()
     enable = ctypes.CDLL(library).api_log_enable
     fills = streaming_of(model).fills
@@ -70,10 +70,12 @@ def test_nothing_waits_and_the_compute_stream_copies_nothing(tmp_path: pathlib.P
     assert set(counts) - orders <= {"cudaMemcpyAsync"}  # nothing waits, allocates or clears
     copies = [call["stream"] for call in calls if call["call"] == "cudaMemcpyAsync"]
     assert counted["compute"] not in copies
-    assert len(copies) in (counted["fills"], 0)  # a simulator may serve torch's copies before they come to the runtime
+    assert len(copies) in (counted["fills"], 0)  # a simulator may execute torch's copies before they reach the runtime
     waits = collections.Counter(call["stream"] for call in calls if call["call"] == "cudaStreamWaitEvent")
-    assert waits[counted["compute"]] == counted["fills"]  # each block is waited for by what computes with it,
-    assert sum(waits.values()) == 2 * counted["fills"]  # and waits for what computed with the one before it in its slot
+    assert waits[counted["compute"]] == counted["fills"]  # the computation waits for each block,
+    assert (
+        sum(waits.values()) == 2 * counted["fills"]
+    )  # and each block for the computation with the previous one in its slot
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""On CUDA, streamed weights pass through a small ring, by copies beside the computation that nobody waits for."""
+"""On CUDA, streamed weights pass through a small ring by asynchronous copies that overlap with the computation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_experts_are_bit_equal(tmp_path: pathlib.Path) -> None:
     options: Any = {"target_modules": ["q_proj"], "target_parameters": targets}
     model, one = stream(load(path), source="ram", device="cuda"), token_ids()[:1, :1].cuda()
     with torch.no_grad():
-        assert torch.equal(model(one).logits, resident(path)(one).logits)  # of which some experts come alone
+        assert torch.equal(model(one).logits, resident(path)(one).logits)  # some experts are copied alone
     streamed = trained(adapted(model, **options), 2, "cuda")
     assert_same(streamed, trained(adapted(resident(path), **options), 2, "cuda"))
 
@@ -74,14 +74,14 @@ def packed_bytes(streaming: Any) -> int:
 
 
 def peak_of_a_step(model: Any) -> int:
-    trained(model, steps=1, device="cuda")  # whatever is made once is made
+    trained(model, steps=1, device="cuda")  # one-time allocations are done
     torch.cuda.reset_peak_memory_stats()
     trained(model, steps=1, device="cuda")
     return torch.cuda.max_memory_allocated()
 
 
 @pytest.mark.parametrize("source", ["ram", "disk"])
-def test_the_peak_is_lower_by_what_is_not_in_the_ring(llama: pathlib.Path, source: str) -> None:
+def test_the_peak_is_lower_by_the_weights_outside_the_ring(llama: pathlib.Path, source: str) -> None:
     gc.collect()
     start = torch.cuda.memory_allocated()
     model = adapted(stream(load(llama), source=source, device="cuda"))
@@ -92,8 +92,8 @@ def test_the_peak_is_lower_by_what_is_not_in_the_ring(llama: pathlib.Path, sourc
     del model, streaming
     gc.collect()
     start = torch.cuda.memory_allocated()
-    whole = peak_of_a_step(adapted(resident(llama))) - start
-    assert streamed == pytest.approx(whole - saved + ring, rel=0.01)
+    complete = peak_of_a_step(adapted(resident(llama))) - start
+    assert streamed == pytest.approx(complete - saved + ring, rel=0.01)
 
 
 def test_the_ring_is_as_large_as_allowed(llama: pathlib.Path) -> None:
@@ -107,7 +107,7 @@ def test_the_ring_is_as_large_as_allowed(llama: pathlib.Path) -> None:
 
 
 class Copies(TorchDispatchMode):
-    """Notes copies between host and device with the stream that they are on, and reads of a value by the host."""
+    """Records copies between host and device with their stream, and reads of a value by the host."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -147,7 +147,7 @@ def test_the_host_waits_for_nothing_and_the_compute_stream_copies_nothing(llama:
 
 
 def test_a_block_is_overwritten_only_when_it_is_done_with(llama: pathlib.Path) -> None:
-    """The copy into a slot is ordered behind an event on the compute stream, and the use behind one on the copies'."""
+    """The copy into a slot waits for an event of the compute stream, and the computation for one of the copy stream."""
     model = stream(load(llama), source="ram", device="cuda")
     streaming = streaming_of(model)
     filler = streaming._filler
@@ -158,7 +158,7 @@ def test_a_block_is_overwritten_only_when_it_is_done_with(llama: pathlib.Path) -
     model(token_ids().cuda())
     seen: dict[int, str] = {}
     for what, slot in order:
-        assert not (what == "fill" and seen.get(slot) == "fill")  # a block that was brought was used and retired
+        assert not (what == "fill" and seen.get(slot) == "fill")  # every copied block was used and retired
         seen[slot] = what
     assert all(slot.done for slot in streaming.slots)
 
@@ -205,18 +205,18 @@ def test_inputs_of_checkpointed_layers_on_the_host(llama: pathlib.Path) -> None:
         start = torch.cuda.memory_allocated()
         torch.manual_seed(1)
         loss = model.get_base_model().model(input_ids=ids).last_hidden_state.float().square().mean()
-        held = torch.cuda.memory_allocated() - start
+        allocated = torch.cuda.memory_allocated() - start
         loss.backward()
-        return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, held
+        return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, allocated
 
     hidden = ids.numel() * 64 * 2
     for reentrant in (False, True):
-        loss, gradients, held = run(True, reentrant)
-        expected, others, all_held = run(False, reentrant)
+        loss, gradients, allocated = run(True, reentrant)
+        expected, others, all_allocated = run(False, reentrant)
         assert loss == expected
         assert gradients.keys() == others.keys()
         assert all(torch.equal(g, others[name]) for name, g in gradients.items())
-        assert all_held - held >= (LAYERS - 1) * hidden
+        assert all_allocated - allocated >= (LAYERS - 1) * hidden
 
 
 def test_without_checkpointing_there_is_nothing_to_keep(llama: pathlib.Path) -> None:

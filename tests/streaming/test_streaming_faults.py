@@ -1,4 +1,4 @@
-"""What can go wrong beneath a streamed model, each as a sentence: its files, the disk, the process that reads."""
+"""Faults below a streamed model have clear errors: of its files, of the disk, of the process that reads."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def test_a_file_that_is_cut_short_is_a_clear_error(own: pathlib.Path) -> None:
     model = adapted(stream(load(own), source="disk"))
     trained(model, steps=1)
     file = sorted(own.glob("*.safetensors"))[-1]
-    whole = file.read_bytes()
+    complete = file.read_bytes()
     os.truncate(file, 100)
-    with pytest.raises(FileError, match=f"{file.name}: truncated while in use: 100 of {len(whole)} bytes"):
+    with pytest.raises(FileError, match=f"{file.name}: truncated while in use: 100 of {len(complete)} bytes"):
         trained(model, steps=1)
     with pytest.raises(FileError, match="truncated"):
         model.state_dict()
-    expected = trained(adapted(load_from(whole, file)), steps=1)
+    expected = trained(adapted(load_from(complete, file)), steps=1)
     assert_losses_again(own, expected)
 
 
-def load_from(whole: bytes, file: pathlib.Path) -> Any:
-    file.write_bytes(whole)
+def load_from(complete: bytes, file: pathlib.Path) -> Any:
+    file.write_bytes(complete)
     return load(file.parent)
 
 
@@ -92,7 +92,7 @@ def test_a_read_error_is_a_clear_error_and_the_next_pass_reads_again(
     assert torch.equal(model(token_ids()).logits, expected)
 
 
-def test_a_short_read_goes_on(llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_read_is_continued(llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, preadv = load(llama)(token_ids()).logits, os.preadv
     monkeypatch.setattr(os, "preadv", lambda fd, into, at: preadv(fd, [into[0][:100]], at))
     assert torch.equal(stream(load(llama), source="disk")(token_ids()).logits, expected)
@@ -106,7 +106,7 @@ def forward_in(connection: Any, model: Any) -> None:
     connection.close()
 
 
-def test_a_forked_process_is_told_that_its_reader_is_not_there(llama: pathlib.Path) -> None:
+def test_a_forked_process_gets_an_error_because_it_has_no_reader(llama: pathlib.Path) -> None:
     model = stream(load(llama), source="disk")
     model(token_ids())
     receiver, sender = multiprocessing.Pipe(duplex=False)

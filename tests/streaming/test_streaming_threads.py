@@ -1,4 +1,4 @@
-"""Several threads use one streamed model at once: each gets the answers of a resident model, without deadlock."""
+"""Several threads use one streamed model at once: each gets the results of a resident model, without deadlock."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def in_threads(*tasks: Callable[[], None]) -> None:
 def test_every_thread_gets_its_own_answers(family: str, request: pytest.FixtureRequest) -> None:
     path = request.getfixturevalue(family)
     resident, model = load(path).eval(), streamed(path)
-    # Among them a single token, for which single experts are read.
+    # One of them has a single token, for which single experts are read.
     rows = [torch.randint(0, 128, (1, n), generator=torch.Generator().manual_seed(n)) for n in (24, 1, 3)]
     expected = [logits_of(resident, ids) for ids in rows]
 
@@ -129,7 +129,7 @@ def test_generation_in_one_thread_and_a_compiled_layer_in_another(llama: pathlib
 
 
 def test_threads_that_compete_do_not_read_a_block_for_every_operator(llama: pathlib.Path) -> None:
-    """Two threads that alternate at every operator keep a slot each."""
+    """Two threads that alternate at every operator have one slot each."""
     model = streamed(llama)
     streaming = streaming_of(model)
     assert len(streaming.slots) == 2
@@ -148,14 +148,16 @@ def test_threads_that_compete_do_not_read_a_block_for_every_operator(llama: path
         return streaming.fills - before
 
     with concurrent.futures.ThreadPoolExecutor(1) as first, concurrent.futures.ThreadPoolExecutor(1) as second:
-        assert fills_of(4, [first, second]) <= 4 * 2 * blocks + 12  # a block a thread, and what it took to notice
-        fills_of(3, [first])  # the other one is not there any more
+        assert (
+            fills_of(4, [first, second]) <= 4 * 2 * blocks + 12
+        )  # one block per thread, plus the fills before the second thread was noticed
+        fills_of(3, [first])  # the other thread has ended
         assert fills_of(4, [first]) == 4 * blocks
-        # Read ahead again: the next block is there.
+        # Blocks are read ahead again: the next one is in memory.
         assert streaming._resident().keys() == {blocks - 1, 0}
 
 
-def test_a_pass_that_fails_or_is_given_up_keeps_nobody_waiting(
+def test_a_pass_that_fails_or_is_abandoned_does_not_block_other_threads(
     llama: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resident, model = load(llama).eval(), streamed(llama)
@@ -178,7 +180,7 @@ def test_a_pass_that_fails_or_is_given_up_keeps_nobody_waiting(
     with monkeypatch.context() as patch:
         patch.setattr(FileSource, "read", give_up)
         in_threads(fail, fail)
-    loss = model(token_ids()).logits.sum()  # whose backward never comes
+    loss = model(token_ids()).logits.sum()  # its backward is never called
     in_threads(lambda: torch.testing.assert_close(logits_of(model, token_ids()), expected, rtol=0, atol=0))
     assert loss.isfinite()
 

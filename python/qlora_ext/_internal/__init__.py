@@ -1,1 +1,1 @@
-"""What several rooms of the package use and no user calls. Modules here import nothing of ours but each other."""
+"""Internal helpers shared by the subpackages. Modules here import no others of the package, only each other."""

@@ -1,4 +1,4 @@
-"""What comes from outside: files, checked before they are used, and their text, made printable before it is shown."""
+"""Untrusted input: checks files before they are used, and makes their text printable before it is shown."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import stat
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeAlias
 
-# What a value must be: a type, one of several, a list of such a thing, or an object with such fields. A field whose
-# name ends in "?" may be absent or null; ``int`` means one of 64 bits, ``float`` any number, and no bool is a number.
+# The expected value: a type, one of several types, a list of a schema, or an object with fields of schemas. A field
+# whose name ends in "?" may be absent or null. ``int`` means 64 bits, ``float`` any number; a bool is not a number.
 Schema: TypeAlias = "type | tuple[type, ...] | list[Any] | Mapping[str, Any]"
 
 _MAX_BYTES = 256 << 20  # the largest tokenizers known are a tenth of that
 _MAX_DEPTH = 64
-_MAX_DIGITS = 300  # of an integer, for it to be a float; tokenizers write 10^30 for "no limit"
+_MAX_DIGITS = 300  # of an integer that fits into a float; tokenizers write 10^30 for "no limit"
 _NAMES = {
     dict: "an object",
     list: "a list",
@@ -25,24 +25,24 @@ _NAMES = {
     float: "a number",
     bool: "true or false",
 }
-# Control characters, halves of surrogate pairs, and what reverses the order of the characters around it.
-_ACTING = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# Control characters, halves of surrogate pairs, and characters that reverse the order of those around them.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """A mistake in what was asked for, or a machine that cannot do it: its text is all that the user has to read."""
+    """A user's mistake, or a limit of the machine. Its message is shown without a traceback."""
 
 
 class FileError(UserError, ValueError):
-    """A file from outside that is damaged or is not what it is taken for: the text says which, and what is wrong."""
+    """A file that is damaged or of an unexpected kind. The message names the file and the fault."""
 
 
 def printable(text: object, lines: bool = False) -> str:
-    r"""``text`` with every character that a terminal would act on written as in \x1b.
+    r"""``text`` with every character that controls a terminal written as an escape, such as \x1b.
 
     Args:
-        lines: leave line feeds and tabs as they are.
+        lines: keep line feeds and tabs.
     """
 
     def escaped(match: re.Match[str]) -> str:
@@ -51,20 +51,20 @@ def printable(text: object, lines: bool = False) -> str:
             return character
         return character.encode("unicode_escape").decode("ascii")
 
-    return _ACTING.sub(escaped, str(text))
+    return _CONTROLS.sub(escaped, str(text))
 
 
 def excerpt(value: object, limit: int = 80) -> str:
-    """The beginning of ``value``, printable, of at most ``limit`` characters: what a message quotes of a file."""
+    """The printable beginning of ``value``, at most ``limit`` characters, for quotes of files in messages."""
     text = printable(value if isinstance(value, str) else repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an exception without the lines that follow the first, and with its type if it has no message.
+    """The first line of an exception's message, or its type if it has no message.
 
-    A first line that ends in a colon brings the second along. All is cut to what a sentence can hold: a library's
-    message may quote a file from end to end.
+    If the first line ends in a colon, the second one is appended. The result is limited to 400 characters, because a
+    library's message may quote a complete file.
     """
     lines = [line.strip() for line in str(error).strip().splitlines()]
     if not lines:
@@ -80,7 +80,7 @@ def _integer(digits: str) -> int:
 
 
 def _check_form(value: Any, source: str) -> None:
-    """Refuses deep nesting, and halves of surrogate pairs, which JSON can write and UTF-8 cannot."""
+    """Rejects deep nesting, and halves of surrogate pairs, which JSON can represent but UTF-8 cannot."""
     level, depth = [value], 0
     while level:
         if depth > _MAX_DEPTH:
@@ -102,10 +102,10 @@ def _is(value: Any, kind: type) -> bool:
 
 
 def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
-    """Holds ``value``, read from ``source``, to a schema.
+    """Checks that ``value``, read from ``source``, matches a schema.
 
     Raises:
-        FileError: it does not fit; the text names ``source`` and the field.
+        FileError: it does not match; the message names ``source`` and the field.
     """
 
     def refuse(expected: str) -> NoReturn:
@@ -134,13 +134,13 @@ def check(value: Any, schema: Schema, source: str, name: str = "") -> None:
 
 
 def parse_json(text: str, source: str, schema: Schema | None = None, lenient: bool = False) -> Any:
-    """The value of JSON ``text`` that was read from ``source``, held to a schema.
+    """The value of the JSON ``text`` that was read from ``source``, checked against a schema.
 
     Args:
-        lenient: take control characters within texts, which JSON has written as escapes.
+        lenient: accept control characters in strings, which standard JSON must escape.
 
     Raises:
-        FileError: no JSON, nested too deeply, not UTF-8, or not as the schema says.
+        FileError: it is not JSON, is nested too deeply, is not UTF-8, or does not match the schema.
     """
     try:
         value = json.loads(text, parse_int=_integer, strict=not lenient)
@@ -155,7 +155,7 @@ def parse_json(text: str, source: str, schema: Schema | None = None, lenient: bo
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    """Opens a file; a FIFO opens without waiting for a writer."""
+    """Opens a file without blocking, also if it is a FIFO without a writer."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -180,10 +180,10 @@ def read_text(path: pathlib.Path, limit: int = _MAX_BYTES) -> str:
 
 
 def read_json(path: str | os.PathLike[str], schema: Schema | None = None) -> Any:
-    """The JSON in the file ``path``, held to a schema.
+    """The JSON in the file ``path``, checked against a schema.
 
     Raises:
-        FileError: it cannot be read, is no JSON, is too large or too deep, or is not as the schema says.
+        FileError: it cannot be read, is not JSON, is too large or too deep, or does not match the schema.
     """
     path = pathlib.Path(path)
     return parse_json(read_text(path), printable(path), schema)

@@ -31,7 +31,7 @@ def init_dtype_attrs(original: Any, self: Any, mp_policy: Any) -> None:
 
 
 if torch.__version__ < "2.13":  # compared as versions
-    # A namespace of its own: torch.nn itself is everybody's.
+    # A separate namespace, because all code shares torch.nn.
     fsdp_param.nn = types.SimpleNamespace(**vars(nn))  # type: ignore[assignment, attr-defined]
 
     @extend("torch.distributed.fsdp._fully_shard._fsdp_param:nn.Parameter")

@@ -19,5 +19,5 @@ def upcoming(at: int, count: int, backward: bool, training: bool) -> Iterator[in
     """
     if backward:
         return itertools.chain(range(at, -1, -1), range(at + 1, count))
-    behind = range(at - 1, -1, -1) if training else range(at)
-    return itertools.chain(range(at, count), behind)
+    others = range(at - 1, -1, -1) if training else range(at)
+    return itertools.chain(range(at, count), others)

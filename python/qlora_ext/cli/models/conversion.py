@@ -82,9 +82,9 @@ def _explain(error: Exception, directory: pathlib.Path, cause: Exception) -> Non
     try:
         with writing(directory):
             raise error
-    except UserError as told:
+    except UserError as full:
         free = shutil.disk_usage(directory).free
-        raise UserError(f"{str(told).partition(';')[0]} ({free / 1e6:.1f} MB free)") from cause
+        raise UserError(f"{str(full).partition(';')[0]} ({free / 1e6:.1f} MB free)") from cause
 
 
 def _read_origin(directory: pathlib.Path) -> dict[str, Any] | None:

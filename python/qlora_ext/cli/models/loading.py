@@ -193,9 +193,9 @@ class Loader:
         from ...nn import quantize_model
 
         try:
-            kept = () if keep is None else keep(model)
+            dense = () if keep is None else keep(model)
             options |= {"embeddings": self.embeddings, "compute_dtype": self.dtype}
-            quantize_model(model, keep=kept, **options, **self.form.keywords)
+            quantize_model(model, keep=dense, **options, **self.form.keywords)
         except UserError:
             raise
         except ValueError as error:  # a NaN, with its index

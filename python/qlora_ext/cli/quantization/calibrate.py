@@ -1,4 +1,4 @@
-"""``--calibrate``: on what a model is calibrated, how far it has come, and what is told of it."""
+"""``--calibrate``: the text, the progress and the report of a calibration."""
 
 from __future__ import annotations
 

@@ -132,9 +132,9 @@ class Over4bit:
         bias = self.bias4bit
         layer = self.layer4bit
         w4 = layer.packed_weight(self.parameter_name)
-        home = getattr(layer, self.parameter_name).device  # the host for streamed weights
+        storage_device = getattr(layer, self.parameter_name).device  # the host for streamed weights
         before_merge = (
-            w4.to(home),
+            w4.to(storage_device),
             layer.packed_parts(self.parameter_name),
             None if bias is None else bias.detach().clone(),
         )
@@ -215,8 +215,8 @@ def merge_to_4bit(model: Any) -> tuple[nn.Module, MergeError]:
         if layer.parameter_name != "weight":
             path = f"{path.replace('.base_layer', '')}.{layer.parameter_name}"
         after = layer.decoded()
-        held, update = retained_update(exact - before, before, after)
-        retained, total = retained + held, total + update
+        part, update = retained_update(exact - before, before, after)
+        retained, total = retained + part, total + update
         difference = (after - exact).norm().item() ** 2
         size = exact.norm().item() ** 2
         by_layer[path] = (difference / size) ** 0.5 if size else 0.0
