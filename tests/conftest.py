@@ -11,6 +11,7 @@ import torch
 import qlora_ext
 from commands import finished_run, paths, refused
 from qlora_ext import dtypes
+from quick import quick
 
 __all__ = ["finished_run", "paths", "refused"]  # fixtures
 
@@ -20,17 +21,8 @@ os.environ.setdefault("QLORA_CUDA_KERNEL", "")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="1/1", metavar="I/N", help="run part I of N of the tests: every N-th test")
-    parser.addoption("--quick", action="store_true", help="run each test once, with its first parameters, no slow one")
-
-
-def quick(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Each test function with its first parameters, without those marked slow."""
-    first: dict[str, pytest.Item] = {}
-    for item in items:
-        if not item.get_closest_marker("slow"):
-            first.setdefault(item.nodeid.partition("[")[0], item)
-    return list(first.values())
+    parser.addoption("--part", default="1/1", metavar="I/N", help="run the I-th of N parts of the tests: every N-th")
+    parser.addoption("--quick", action="store_true", help="run each test once, unless it takes long: lib/quick.py")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -10,7 +10,9 @@
 #define QLORA_INLINE inline
 #endif
 
-#if defined(__GNUC__)
+#if defined(_WIN32)
+#define QLORA_EXPORT __declspec(dllexport)
+#elif defined(__GNUC__)
 #define QLORA_EXPORT __attribute__((visibility("default")))
 #else
 #define QLORA_EXPORT

@@ -10,6 +10,8 @@ import sys
 
 import pytest
 
+from quick import LONG
+
 ROOT = pathlib.Path(__file__).parents[2]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
@@ -31,6 +33,8 @@ def test_every_folder_has_quick_tests() -> None:
     assert {test.split("/")[1] for test in quick} == folders
     functions = [test.partition("[")[0] for test in quick]
     assert len(functions) == len(set(functions))
+    assert LONG.issubset(test.partition("[")[0] for test in everything)
+    assert LONG.isdisjoint(functions)
 
 
 @pytest.mark.skipif(not (ROOT / ".ci" / "run").exists(), reason=".ci is not in this tree")
