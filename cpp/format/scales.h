@@ -1,6 +1,5 @@
-// The scales of a packed weight, one per quantization block, and the forms in which they are stored; and the offsets of
-// formats that have one per block, whose weights are round(round(value[code] * scale) + offset) in float32. Two readers
-// decode the scales, cpp/cpu/codec/scales-inl.h and cuda/tile/block_scale.cuh: no other code asks for the form.
+// The scales of a packed weight, one per quantization block, and the forms in which they are stored. Two readers decode
+// them, cpp/cpu/codec/scales-inl.h and cuda/tile/block_scale.cuh: no other code asks for the form.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +21,8 @@ struct Scales {
   const float* nested_offset = nullptr;  // [1]
   int64_t block_size = 64;
   int64_t nested_block_size = 256;
-  const float* offsets = nullptr;  // [blocks], or null: none
+  // [blocks], or null. A weight with offsets is round(round(value[code] * scale) + offset) in float32.
+  const float* offsets = nullptr;
 
   QLORA_HD const float* floats() const { return static_cast<const float*>(stored); }
   QLORA_HD const uint8_t* codes() const { return static_cast<const uint8_t*>(stored); }

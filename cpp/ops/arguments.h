@@ -1,7 +1,7 @@
 // The arguments of the operators that take a packed weight or LoRA: a struct for each, whose fields `fields_of` lists
 // in the order of the operator's schema. The schema's text (schema.cpp), the values from the dispatcher's stack
-// (value_error.h) and the C function for compiled code (c_shims.cpp) all follow from that list: a new argument is a
-// field here and what cpp/ops/calls.h makes of it.
+// (value_error.h) and the C function for compiled code (c_shims.cpp) all follow from that list. A new argument is a
+// field here and what cpp/ops/calls.h makes of it; over experts, grouped_calls.h.
 #pragma once
 
 #include <cstring>

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpp/format/grouped.h"
 #include "cpp/format/print_kernels.h"
 #include "tests/kernels/numbers.h"
 #include "tests/kernels/pools.h"
@@ -82,9 +83,9 @@ Bytes everything(const Kernels& set, const cpu::Pool& pool, const CodecShape& s,
   Scales plain_with_offsets = plain, nested_with_offsets = nested;
   plain_with_offsets.offsets = nested_with_offsets.offsets = offsets.data();
   for (const DType to : kTypes) {
-    for (const Scales* scales : {&plain, &nested, &plain_with_offsets, &nested_with_offsets}) {
+    for (const Scales& scales : {plain, nested, plain_with_offsets, nested_with_offsets}) {
       Bytes out(numel * dtype_bytes(to));
-      set.codec->dequantize_nf4(pool, {packed.data(), code, *scales, s.rows, s.columns}, to, out.data());
+      set.codec->dequantize_nf4(pool, {packed.data(), code, scales, s.rows, s.columns}, to, out.data());
       keep(out);
     }
   }
