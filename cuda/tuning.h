@@ -186,7 +186,8 @@ constexpr int64_t library_panel_columns(int64_t m, int64_t inner, int64_t column
   return std::min(columns, ceil_div(each, step) * step);
 }
 
-// The forward's tiles on tensor cores, named by how many tokens they take (cuda/launch/linear_nf4.cu has their shapes).
+// The forward's tiles on tensor cores, named by how many tokens they take (cuda/launch/sm80/linear_nf4.cu has their
+// shapes).
 enum class LinearTileSize { k4, k8, k16, k32, k64 };
 
 // The widest tile, which wants 137 KB of shared memory, where a device has it: then w is decoded once for 64 tokens.

@@ -18,6 +18,14 @@ CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64
 
 CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS))
 
+# Room of CUDA code, which is named for the least architecture that runs it -> the rooms that it may include.
+ROOMS = {"any": ("any",), "sm80": ("any", "sm80"), "sm90": ("any", "sm80", "sm90")}
+
+
+def in_rooms(folder: str, rooms: tuple[str, ...]) -> list[str]:
+    return [f"{folder}/{room}/" for room in rooms]
+
+
 # Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
 MAY_INCLUDE = {
     "cpp/format": ("cpp/format",),
@@ -45,8 +53,17 @@ MAY_INCLUDE = {
     "cpp/runtime": (),
     "cpp/bindings": ("cpp/format", "cpp/cpu", "build_info.h"),
     "cuda/ptx": ("cpp/format", "cuda/ptx"),
-    "cuda/tile": ("cpp/format", "cuda/ptx", "cuda/tile"),
-    "cuda/kernels": ("cpp/format", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/tuning.h"),
+    **{f"cuda/tile/{room}/": ("cpp/format", "cuda/ptx", *in_rooms("cuda/tile", below)) for room, below in ROOMS.items()},
+    **{
+        f"cuda/kernels/{room}/": (
+            "cpp/format",
+            "cuda/ptx",
+            *in_rooms("cuda/tile", below),
+            *in_rooms("cuda/kernels", below),
+            "cuda/tuning.h",
+        )
+        for room, below in ROOMS.items()
+    },
     "cuda/launch": ("cpp/format", "cuda/tile", "cuda/kernels", "cuda/launch", "cuda/tuning.h", "cuda/tuning_sm90.h"),
     "cuda/tuning.h": ("cpp/format",),
     "cuda/tuning_sm90.h": ("cpp/format", "cuda/tuning.h"),
