@@ -9,7 +9,7 @@ little time for each, and writes to build/bench.
 
 On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sanitizer's four tools on a slice of them,
 the operators beside their peers (captured into CUDA graphs), and the calibration of the crossover to the library, which
-ends in a row for cuda/tuning.h. Under the kernel simulator also what the kernels did, counted.
+ends in a row for cuda/tuning/library.h. Under the kernel simulator also what the kernels did, counted.
 
 Results go to bench/results/, a folder for each processor, or files named after the card; then bench/lib/report.py makes
 one JSON file and one report of a processor's folder. Peers that are not installed are named. A step that fails or takes

@@ -22,7 +22,7 @@
 #include "cuda/tile/any/lane_values.cuh"
 #include "cuda/tile/any/round.cuh"
 #include "cuda/tile/any/unroll.cuh"
-#include "cuda/tuning.h"
+#include "cuda/tuning/codec.h"
 
 namespace qlora::kernels {
 

@@ -34,8 +34,8 @@ struct DLoraArgs {
   int64_t tokens_per_split;
   int32_t splits;
   Dropout dropout;
-  float* partials;     // [tiles][splits][rank tiles of a CTA][kDLoraChunk]; unused with one split
-  uint32_t* counters;  // [tiles], zero before the launch; unused with one split
+  float* partials;    // [tiles][splits][rank tiles of a CTA][kDLoraChunk]; unused with one split
+  uint32_t* tickets;  // [tiles], zero before the launch; unused with one split
 };
 
 struct DLoraTile {
@@ -102,7 +102,7 @@ __device__ __forceinline__ void finish_dlora(const DLoraArgs& args, const DLoraT
 // The last CTA of the tile adds up the splits.
 template <class T>
 __device__ __forceinline__ void add_dlora_splits(const DLoraArgs& args, const DLoraTile& tile, int rank_tiles) {
-  if (!tile::arrives_last(args.counters + tile.index, args.splits)) return;
+  if (!tile::arrives_last(args.tickets + tile.index, args.splits)) return;
   for (int j = 0; j < rank_tiles; ++j) {
     for (int i = threadIdx.x; i < kDLoraChunk; i += kDLoraThreads) {
       float sum = 0.0f;

@@ -17,7 +17,7 @@ struct DxArgs {
   const void* g;       // [m, rank]
   void* dx;            // [m, k]
   float* partials;     // [tiles][splits][...] in fragment order; unused with one split
-  uint32_t* counters;  // [tiles], zero before the launch; unused with one split
+  uint32_t* tickets;   // [tiles], zero before the launch; unused with one split
   int64_t m, n, k, rank;
   int64_t rows_per_split;  // a multiple of kDxStageRows
   int32_t splits, token_tiles;

@@ -83,7 +83,7 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
       }
     }
   }
-  if (args.splits > 1 && !tile::arrives_last(args.counters + blockIdx.x, args.splits)) return;
+  if (args.splits > 1 && !tile::arrives_last(args.tickets + blockIdx.x, args.splits)) return;
   __syncthreads();
   if (column >= args.k) return;
   for (int i = half; i < kDxExactTokens && token0 + i < args.m; i += 2) {

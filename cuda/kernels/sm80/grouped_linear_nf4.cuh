@@ -6,20 +6,11 @@
 #include <cstdint>
 
 #include "cpp/format/grouped.h"
-#include "cuda/kernels/any/linear_nf4_ragged.cuh"
+#include "cuda/kernels/any/grouped_linear_nf4_ragged.cuh"
 #include "cuda/kernels/sm80/linear_nf4.cuh"
 #include "cuda/tile/any/groups.cuh"
 
 namespace qlora::kernels {
-
-// Args: LinearArgs or RaggedLinearArgs of the first expert, with all experts' tokens; token_tiles is as many as there
-// may be.
-template <class Args>
-struct GroupedLinearArgs {
-  Args stack;
-  tile::Groups groups;
-  WeightStride stride;
-};
 
 template <class T>
 __device__ __forceinline__ LinearArgs<T> expert_args(const GroupedLinearArgs<LinearArgs<T>>& p,
@@ -30,18 +21,6 @@ __device__ __forceinline__ LinearArgs<T> expert_args(const GroupedLinearArgs<Lin
   args.m = args.lora.m = group.end;
   args.lora.b += group.expert * args.n * args.lora.rank;
   if (args.out.bias != nullptr) args.out.bias += group.expert * args.n;
-  return args;
-}
-
-template <class T>
-__device__ __forceinline__ RaggedLinearArgs<T> expert_args(const GroupedLinearArgs<RaggedLinearArgs<T>>& p,
-                                                           const tile::Group& group) {
-  RaggedLinearArgs<T> args = p.stack;
-  args.packed += group.expert * p.stride.packed_bytes;
-  args.scales.scales = expert_scales(args.scales.scales, p.stride, group.expert);
-  args.m = group.end;
-  args.lora_b += group.expert * args.n * args.rank;
-  if (args.bias != nullptr) args.bias += group.expert * args.n;
   return args;
 }
 
@@ -59,22 +38,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     return;
   }
   linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0);
-}
-
-// The same for any shape and type.
-template <class T, int kTokens>
-__global__ void __launch_bounds__(kRaggedThreads)
-    grouped_linear_nf4_ragged_kernel(const __grid_constant__ GroupedLinearArgs<RaggedLinearArgs<T>> p) {
-  const tile::GroupTile tile =
-      tile::find_group_tile<kTokens>(p.groups, static_cast<int64_t>(blockIdx.x % p.stack.token_tiles));
-  if (!tile.exists) return;
-  const int64_t n0 = blockIdx.x / p.stack.token_tiles * kRaggedRows;
-  if (tile.group.expert == p.groups.count) {
-    tile::store_zeros<T, kRaggedThreads>(p.stack.y, p.stack.n, tile.row0, min(tile.row0 + kTokens, tile.group.end), n0,
-                                         n0 + kRaggedRows);
-    return;
-  }
-  linear_nf4_ragged_tile<T, kTokens>(expert_args(p, tile.group), n0, tile.row0);
 }
 
 }  // namespace qlora::kernels

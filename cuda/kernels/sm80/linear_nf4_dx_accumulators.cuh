@@ -149,7 +149,7 @@ class DxAccumulators {
           mine[q * 32] = make_float4(v[0], v[1], v[2], v[3]);
         }
       }
-      if (!tile::arrives_last(args.counters + blockIdx.x, args.splits)) return;
+      if (!tile::arrives_last(args.tickets + blockIdx.x, args.splits)) return;
       if (owns) {
 #pragma unroll
         for (int q = 0; q < kOwn * 16; ++q) own[q / 16][q / 4 % 4][q % 4] = 0.0f;

@@ -20,19 +20,20 @@
 namespace qlora::kernels {
 
 template <class T>
-struct FewLinearArgs {
+struct FewTokensLinearArgs {
   const T* x;
   const uint8_t* packed;
   tile::ScaleView scales;
   tile::CodeView code;
   int64_t m, n, k;
-  tile::FewLora<T> lora;  // rank 0: none
+  tile::FewTokensLora<T> lora;  // rank 0: none
   tile::LinearOutput<T> out;
   int64_t segments_per_split;  // a multiple of the tile's kRoundSegments
 };
 
 template <class Tile>
-using FewAccumulators = float[Tile::kRowTiles][Tile::kTokenTiles][2];  // rows g and g + 8 of each 16, token t of each 4
+using FewTokensAccumulators =
+    float[Tile::kRowTiles][Tile::kTokenTiles][2];  // rows g and g + 8 of each 16, token t of each 4
 
 // A lane's x of a unit. Where the lane is not of a column's segment or token it stays zero.
 template <class Tile>
@@ -84,7 +85,7 @@ struct Decoder {
 // acc of tile `kTile` of 16 rows += the unit's product. `scales` is the address of row g's first scale.
 template <class Tile, int kTile>
 __device__ __forceinline__ void multiply_rows(const Decoder<typename Tile::T>& decoder, const uint4 (&w)[2],
-                                              const XUnit<Tile>& x, uint32_t scales, FewAccumulators<Tile>& acc) {
+                                              const XUnit<Tile>& x, uint32_t scales, FewTokensAccumulators<Tile>& acc) {
   using T = typename Tile::T;
   constexpr int kRowBytes = Tile::kStageSegments * 4;
   const float2 low = ptx::load_shared_v2_f32<16 * kTile * kRowBytes>(scales);
@@ -116,8 +117,8 @@ __device__ __forceinline__ void multiply_rows(const Decoder<typename Tile::T>& d
 // acc += h · lora_bᵀ, a tile of 16 rows by each of the groups; row0 is the first of this one's. A kernel that makes h
 // has its slice's part of it at `h`. Where h is given, the splits share out the ranks.
 template <class Tile>
-__device__ __forceinline__ void add_lora(const FewLinearArgs<typename Tile::T>& p, uint32_t h, int64_t row0, int group,
-                                         FewAccumulators<Tile>& acc) {
+__device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile::T>& p, uint32_t h, int64_t row0,
+                                         int group, FewTokensAccumulators<Tile>& acc) {
   using T = typename Tile::T;
   const auto& lora = p.lora;
   const int tokens = static_cast<int>(p.m);
@@ -149,7 +150,7 @@ __device__ __forceinline__ void add_lora(const FewLinearArgs<typename Tile::T>& 
 // Spreads a warp's accumulators over shared memory as [group][token][row].
 template <class Tile>
 __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, int group,
-                                               const FewAccumulators<Tile>& acc) {
+                                               const FewTokensAccumulators<Tile>& acc) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const uint32_t to = shared + ((group * Tile::kTokens + t) * Tile::kSumStride + warp_row + g) * 4;
   tile::unroll<Tile::kRowTiles>([&](auto i) {
@@ -164,7 +165,7 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
 // and, unless it is null, lora_a aligned to 16 bytes.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
-    linear_nf4_few_kernel(const __grid_constant__ FewLinearArgs<typename Tile::T> p) {
+    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
   constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;  // of x in its stage
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   __syncthreads();
   scales.store(shared + Tile::kScales, dynamic8);
 
-  FewAccumulators<Tile> acc = {};
+  FewTokensAccumulators<Tile> acc = {};
   XUnit<Tile> x(tokens);
   tile::HSums<Tile> h(p.lora, p.k, segment0, segments, tokens, part);
   Decoder<typename Tile::T> decoder{shared + Tile::kTable, 4 * (threadIdx.x % 32),

@@ -2,7 +2,7 @@
 #include "cuda/kernels/any/quantize_absmax.cuh"
 #include "cuda/launch/any/codec.h"
 #include "cuda/launch/launch.h"
-#include "cuda/tuning.h"
+#include "cuda/tuning/codec.h"
 
 namespace qlora::cuda {
 

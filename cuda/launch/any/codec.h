@@ -47,8 +47,7 @@ struct FeedbackProblem {
   const int64_t* order;   // [k]
   uint8_t* packed;        // [ceil(n * k / 2)]
 };
-cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,
-                                            cudaStream_t stream);
+cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Context& context);
 
 // The doubles of workspace that launch_quantize_absmax needs for `count` values.
 int64_t quantize_absmax_workspace(int64_t count);

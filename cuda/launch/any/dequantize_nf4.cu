@@ -2,7 +2,8 @@
 
 #include "cuda/launch/any/codec.h"
 #include "cuda/launch/launch.h"
-#include "cuda/tuning.h"
+#include "cuda/launch/types.h"
+#include "cuda/tuning/codec.h"
 
 namespace qlora::cuda {
 namespace {
@@ -54,16 +55,7 @@ cudaError_t launch_dequantize_nf4(const Weight& w, const PackedPart& part, DType
                   out,
                   device,
                   stream};
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_chunk<float>(call, read_soon);
-    case DType::kBFloat16:
-      return launch_chunk<bfloat16>(call, read_soon);
-    case DType::kFloat16:
-      return launch_chunk<float16>(call, read_soon);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(dtype, [&](auto element) { return launch_chunk<decltype(element)>(call, read_soon); });
 }
 
 }  // namespace qlora::cuda

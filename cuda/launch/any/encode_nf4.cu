@@ -5,7 +5,9 @@
 #include "cuda/kernels/any/encode_nf4_feedback.cuh"
 #include "cuda/launch/any/codec.h"
 #include "cuda/launch/launch.h"
-#include "cuda/tuning.h"
+#include "cuda/launch/types.h"
+#include "cuda/launch/workspace.h"
+#include "cuda/tuning/codec.h"
 
 namespace qlora::cuda {
 namespace {
@@ -30,54 +32,46 @@ template <class Encode>
 cudaError_t launch_as(Code code, DType dtype, const void* w, const float* absmax, int64_t numel, int64_t block_size,
                       const Encode& encode, uint8_t* packed, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch<float>(code, w, absmax, numel, block_size, encode, packed, stream);
-    case DType::kBFloat16:
-      return launch<bfloat16>(code, w, absmax, numel, block_size, encode, packed, stream);
-    case DType::kFloat16:
-      return launch<float16>(code, w, absmax, numel, block_size, encode, packed, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(dtype, [&](auto element) {
+    return launch<decltype(element)>(code, w, absmax, numel, block_size, encode, packed, stream);
+  });
 }
 
 template <class T, bool kAligned, class Round>
-cudaError_t launch_feedback_on(const Round& round, const FeedbackProblem& p, const Device& device,
-                               const Allocator& allocate, cudaStream_t stream) {
+cudaError_t launch_feedback_on(const Round& round, const FeedbackProblem& p, const Context& context) {
   constexpr auto kKernel = kernels::encode_nf4_feedback_kernel<Round, T, kAligned>;
   constexpr int kShared = sizeof(kernels::FeedbackShared<Round>), kRows = kernels::FeedbackTile::kRows;
   int ctas = 0;
-  const cudaError_t error = ctas_per_sm<kKernel>(device, kFeedbackWarps * tile::kWarp, kShared, &ctas);
+  const cudaError_t error = ctas_per_sm<kKernel>(context.device, kFeedbackWarps * tile::kWarp, kShared, &ctas);
   if (error != cudaSuccess) return error;
   // Each CTA of the grid has workspace for the errors and codes of one stripe, and processes one stripe after another.
-  const int warps = feedback_warps(p.n, kRows, device);
+  const int warps = feedback_warps(p.n, kRows, context.device);
   const int64_t stripes = ceil_div(p.n, int64_t{warps} * kRows);
-  const int64_t grid = std::min(stripes, int64_t{device.sm_count} * ctas);
-  const int64_t errors = grid * warps * kRows * kernels::padded_places(p.k);
-  auto* const workspace = static_cast<float*>(
-      allocate(errors * static_cast<int64_t>(sizeof(float)) + grid * kernels::stripe_codes(p.k, warps)));
+  const int64_t grid = std::min(stripes, int64_t{context.device.sm_count} * ctas);
+  Workspace parts;
+  const int64_t errors =
+      parts.add(grid * warps * kRows * kernels::padded_places(p.k) * static_cast<int64_t>(sizeof(float)));
+  const int64_t codes = parts.add(grid * kernels::stripe_codes(p.k, warps));
+  uint8_t* const memory = context.allocate(parts.bytes());
   const kernels::FeedbackArgs<T> args = {static_cast<const T*>(p.w),
                                          p.absmax,
                                          p.feedback,
                                          p.order,
-                                         workspace,
-                                         reinterpret_cast<uint8_t*>(workspace + errors),
+                                         reinterpret_cast<float*>(memory + errors),
+                                         memory + codes,
                                          p.packed,
                                          p.n,
                                          static_cast<int>(p.k),
                                          shift_of(p.block_size),
                                          table_of(p.code).zero_code};
-  return launch_kernel(kKernel, static_cast<unsigned>(grid), warps * tile::kWarp, kShared, stream, round, args);
+  return launch_kernel(kKernel, static_cast<unsigned>(grid), warps * tile::kWarp, kShared, context.stream, round, args);
 }
 
 template <class T>
-cudaError_t launch_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,
-                            cudaStream_t stream) {
+cudaError_t launch_feedback(const FeedbackProblem& p, const Context& context) {
   const bool aligned = p.k % 4 == 0 && reinterpret_cast<uintptr_t>(p.feedback) % 16 == 0;
   return tile::with_round(p.code, [&](const auto& round) {
-    return aligned ? launch_feedback_on<T, true>(round, p, device, allocate, stream)
-                   : launch_feedback_on<T, false>(round, p, device, allocate, stream);
+    return aligned ? launch_feedback_on<T, true>(round, p, context) : launch_feedback_on<T, false>(round, p, context);
   });
 }
 
@@ -105,19 +99,9 @@ cudaError_t launch_encode_nf4_stochastic(Code code, DType dtype, const void* w, 
   });
 }
 
-cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Device& device, const Allocator& allocate,
-                                            cudaStream_t stream) {
+cudaError_t launch_encode_nf4_with_feedback(const FeedbackProblem& p, const Context& context) {
   if (p.n == 0 || p.k == 0) return cudaSuccess;
-  switch (p.dtype) {
-    case DType::kFloat32:
-      return launch_feedback<float>(p, device, allocate, stream);
-    case DType::kBFloat16:
-      return launch_feedback<bfloat16>(p, device, allocate, stream);
-    case DType::kFloat16:
-      return launch_feedback<float16>(p, device, allocate, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(p.dtype, [&](auto element) { return launch_feedback<decltype(element)>(p, context); });
 }
 
 }  // namespace qlora::cuda

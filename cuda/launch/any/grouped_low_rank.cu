@@ -4,6 +4,7 @@
 
 #include "cuda/kernels/any/grouped_low_rank.cuh"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/types.h"
 
 namespace qlora::cuda {
 namespace {
@@ -40,26 +41,14 @@ cudaError_t launch(const Grouped<LowRankProblem>& problem, cudaStream_t stream) 
   return launch_scalar<T, kTransposed>(args, stream);
 }
 
-template <class T>
-cudaError_t launch(const Grouped<LowRankProblem>& problem, cudaStream_t stream) {
-  return problem.stack.transposed ? launch<T, true>(problem, stream) : launch<T, false>(problem, stream);
-}
-
 }  // namespace
 
 cudaError_t launch_grouped_low_rank(const Grouped<LowRankProblem>& problem, cudaStream_t stream) {
   if (problem.stack.m == 0 || problem.stack.rank == 0) return cudaSuccess;
-  switch (problem.stack.dtype) {
-    case DType::kFloat32:
-      return launch<float>(problem, stream);
-    case DType::kBFloat16:
-      return launch<bfloat16>(problem, stream);
-    case DType::kFloat16:
-      return launch<float16>(problem, stream);
-    case DType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  return with_type(problem.stack.dtype, [&](auto element) {
+    using T = decltype(element);
+    return problem.stack.transposed ? launch<T, true>(problem, stream) : launch<T, false>(problem, stream);
+  });
 }
 
 }  // namespace qlora::cuda

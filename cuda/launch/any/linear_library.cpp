@@ -1,37 +1,32 @@
 #include "cuda/launch/any/linear_library.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "cuda/launch/any/codec.h"
 #include "cuda/launch/any/cublas.h"
 #include "cuda/launch/any/low_rank.h"
 #include "cuda/launch/any/low_rank_update.h"
-#include "cuda/tuning.h"
+#include "cuda/launch/workspace.h"
+#include "cuda/tuning/library.h"
 
-namespace qlora::cuda {
+namespace qlora::cuda::library {
 namespace {
-
-constexpr int64_t kPanelStep = 256;  // columns: fits a GEMM's tiles and vector accesses
-
-bool has_sums(const LinearProblem& p) { return p.lora.rank > 0 || p.bias != nullptr; }
-bool has_sums(const LinearDxProblem& p) { return p.lora.rank > 0; }
 
 // The workspace that all panels share, and what happens to every panel after it is decoded.
 class Panels {
  public:
   // `low_rank` [m, rank]: the output for h or g, or null.
   Panels(DType dtype, int64_t m, int64_t inner, int64_t panel, int64_t rank, void* low_rank, bool float32_sums,
-         const Allocator& allocate)
+         const Context& context)
       : dtype_(dtype), m_(m), inner_(inner) {
-    const auto round_up = [](int64_t bytes) { return ceil_div(bytes, 16) * 16; };
-    const int64_t weight = round_up(panel * inner * dtype_bytes(dtype));
-    const int64_t sums = float32_sums ? round_up(m * panel * 4) : 0;
-    uint8_t* const memory =
-        static_cast<uint8_t*>(allocate(weight + sums + (low_rank ? 0 : m * rank * dtype_bytes(dtype))));
-    weight_ = memory;
-    sums_ = float32_sums ? reinterpret_cast<float*>(memory + weight) : nullptr;
-    low_rank_ = low_rank ? low_rank : memory + weight + sums;
+    Workspace parts;
+    const int64_t weight = parts.add(panel * inner * dtype_bytes(dtype));
+    const int64_t sums = parts.add(float32_sums ? m * panel * 4 : 0);
+    const int64_t own_low_rank = parts.add(low_rank ? 0 : m * rank * dtype_bytes(dtype));
+    uint8_t* const memory = context.allocate(parts.bytes());
+    weight_ = memory + weight;
+    sums_ = float32_sums ? reinterpret_cast<float*>(memory + sums) : nullptr;
+    low_rank_ = low_rank ? low_rank : memory + own_low_rank;
   }
 
   void* weight() const { return weight_; }
@@ -73,25 +68,15 @@ void* element(void* base, int64_t index, DType dtype) {
 
 }  // namespace
 
-// Rows of w are contiguous, and decoding is fast if it begins at a multiple of the largest block.
-int64_t library_panel(const LinearProblem& p, const Device& device) {
-  const int64_t step = std::max(kPanelStep, kMaxBlockSize / std::gcd(kMaxBlockSize, std::max<int64_t>(p.w.k, 1)));
-  return library_panel_columns(p.m, p.w.k, p.w.n, step, has_sums(p), p.dtype, device);
-}
-
-int64_t library_panel(const LinearDxProblem& p, const Device& device) {
-  return library_panel_columns(p.m, p.w.n, p.w.k, kPanelStep, has_sums(p), p.dtype, device);
-}
-
-cudaError_t launch_linear_by_library(const LinearProblem& p, const Device& device, void* blas,
-                                     const Allocator& allocate, cudaStream_t stream) {
-  const int64_t n = p.w.n, k = p.w.k, panel = library_panel(p, device);
-  const Panels panels(p.dtype, p.m, k, panel, p.lora.rank, p.h, has_sums(p), allocate);
-  cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, k, p.x, p.lora, panels.low_rank()), stream);
+cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
+  const int64_t n = p.w.n, k = p.w.k, panel = config.panel;
+  void* const blas = context.blas();
+  const Panels panels(p.dtype, p.m, k, panel, p.lora.rank, p.h, has_sums(p), context);
+  cudaError_t error = launch_low_rank(h_problem(p.dtype, p.m, k, p.x, p.lora, panels.low_rank()), context.stream);
   for (int64_t first = 0; first < n && error == cudaSuccess; first += panel) {
     const int64_t columns = std::min(panel, n - first);
     error = launch_dequantize_nf4(p.w, {.first = first * k, .columns = columns * k}, p.dtype, panels.weight(), true,
-                                  device, stream);
+                                  context.device, context.stream);
     if (error != cudaSuccess) break;
     error = panels.multiply_by_panel(blas, p.x, true,
                                      {.columns = columns,
@@ -103,20 +88,21 @@ cudaError_t launch_linear_by_library(const LinearProblem& p, const Device& devic
                                       .out = element(p.y, first, p.dtype),
                                       .out_stride = n,
                                       .dropout = {}},
-                                     stream);
+                                     context.stream);
   }
   return error;
 }
 
-cudaError_t launch_linear_dx_by_library(const LinearDxProblem& p, const Device& device, void* blas,
-                                        const Allocator& allocate, cudaStream_t stream) {
-  const int64_t n = p.w.n, k = p.w.k, panel = library_panel(p, device);
-  const Panels panels(p.dtype, p.m, n, panel, p.lora.rank, p.g, has_sums(p), allocate);
-  cudaError_t error = launch_low_rank(g_problem(p.dtype, p.m, n, p.dy, p.lora, panels.low_rank()), stream);
+cudaError_t launch(const LinearDxProblem& p, const Config& config, const Context& context) {
+  const int64_t n = p.w.n, k = p.w.k, panel = config.panel;
+  void* const blas = context.blas();
+  const Panels panels(p.dtype, p.m, n, panel, p.lora.rank, p.g, has_sums(p), context);
+  cudaError_t error = launch_low_rank(g_problem(p.dtype, p.m, n, p.dy, p.lora, panels.low_rank()), context.stream);
   for (int64_t first = 0; first < k && error == cudaSuccess; first += panel) {
     const int64_t columns = std::min(panel, k - first);
     const PackedPart whole{.columns = n * k}, part{.first = first, .rows = n, .columns = columns, .stride = k};
-    error = launch_dequantize_nf4(p.w, columns == k ? whole : part, p.dtype, panels.weight(), true, device, stream);
+    error = launch_dequantize_nf4(p.w, columns == k ? whole : part, p.dtype, panels.weight(), true, context.device,
+                                  context.stream);
     if (error != cudaSuccess) break;
     error = panels.multiply_by_panel(blas, p.dy, false,
                                      {.columns = columns,
@@ -128,9 +114,9 @@ cudaError_t launch_linear_dx_by_library(const LinearDxProblem& p, const Device& 
                                       .out_stride = k,
                                       .dropout = p.lora.dropout,
                                       .first_column = first},
-                                     stream);
+                                     context.stream);
   }
   return error;
 }
 
-}  // namespace qlora::cuda
+}  // namespace qlora::cuda::library

@@ -5,22 +5,14 @@
 
 #include <cuda_runtime_api.h>
 
-#include <cstdint>
-
 #include "cpp/format/problem.h"
 #include "cuda/launch/launch.h"
+#include "cuda/tuning/choice.h"
 
-namespace qlora::cuda {
+namespace qlora::cuda::library {
 
-// Columns per panel: of y (rows of w), and of dx (columns of w).
-int64_t library_panel(const LinearProblem& problem, const Device& device);
-int64_t library_panel(const LinearDxProblem& problem, const Device& device);
+// Throw std::runtime_error with cuBLAS's message if that fails.
+cudaError_t launch(const LinearProblem& problem, const Config& config, const Context& context);
+cudaError_t launch(const LinearDxProblem& problem, const Config& config, const Context& context);
 
-// Launches on `device`, the current one. `blas` is torch's cuBLAS handle there, on `stream`. Throws std::runtime_error
-// with cuBLAS's message if that fails.
-cudaError_t launch_linear_by_library(const LinearProblem& problem, const Device& device, void* blas,
-                                     const Allocator& allocate, cudaStream_t stream);
-cudaError_t launch_linear_dx_by_library(const LinearDxProblem& problem, const Device& device, void* blas,
-                                        const Allocator& allocate, cudaStream_t stream);
-
-}  // namespace qlora::cuda
+}  // namespace qlora::cuda::library

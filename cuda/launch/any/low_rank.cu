@@ -5,6 +5,8 @@
 #include "cuda/kernels/any/low_rank.cuh"
 #include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/types.h"
+#include "cuda/tuning/any.h"
 
 namespace qlora::cuda {
 namespace {
@@ -54,8 +56,8 @@ cudaError_t launch(const LowRankProblem& problem, cudaStream_t stream) {
                                      problem.rank,
                                      static_cast<float>(problem.scaling * problem.dropout.keep_scale),
                                      problem.dropout,
-                                     problem.clear,
-                                     problem.clear_count};
+                                     problem.clear.words,
+                                     problem.clear.count};
   if constexpr (sizeof(T) == 2) {
     if (problem.k % 8 == 0 && (!problem.transposed || problem.rank % 2 == 0))
       return problem.transposed ? launch_mma<T, true>(args, stream) : launch_mma<T, false>(args, stream);
@@ -66,18 +68,8 @@ cudaError_t launch(const LowRankProblem& problem, cudaStream_t stream) {
 }  // namespace
 
 cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream) {
-  if (problem.m == 0 || problem.rank == 0) return cudaSuccess;
-  switch (problem.dtype) {
-    case DType::kFloat32:
-      return launch<float>(problem, stream);
-    case DType::kBFloat16:
-      return launch<bfloat16>(problem, stream);
-    case DType::kFloat16:
-      return launch<float16>(problem, stream);
-    case DType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  if (problem.m == 0 || problem.rank == 0) return problem.clear.clear(stream);
+  return with_type(problem.dtype, [&](auto element) { return launch<decltype(element)>(problem, stream); });
 }
 
 }  // namespace qlora::cuda

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cpp/format/problem.h"
+#include "cuda/launch/workspace.h"
 
 namespace qlora::cuda {
 
@@ -17,10 +18,9 @@ struct LowRankProblem {
   const void* a = nullptr;  // [rank, k], or [k, rank] if transposed
   bool transposed = false;
   double scaling = 1.0;
-  Dropout dropout;            // of x
-  void* out = nullptr;        // [m, rank]
-  uint32_t* clear = nullptr;  // words that the kernel also sets to zero, which saves the next kernel a memset
-  int64_t clear_count = 0;
+  Dropout dropout;      // of x
+  void* out = nullptr;  // [m, rank]
+  Tickets clear = {};   // which the kernel sets to zero, too: that saves the next kernel a memset
 };
 
 // h = scaling · dropout(x) · lora_aᵀ of x [m, k].
@@ -50,7 +50,7 @@ inline LowRankProblem g_problem(DType dtype, int64_t m, int64_t n, const void* d
           .out = out};
 }
 
-// Sums in float32 in a fixed order. Nothing is launched, and nothing cleared, when m or rank is 0.
+// Sums in float32 in a fixed order. Where m or rank is 0 only the tickets are cleared.
 cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream);
 
 }  // namespace qlora::cuda

@@ -4,6 +4,7 @@
 
 #include "cuda/kernels/any/low_rank_update.cuh"
 #include "cuda/launch/launch.h"
+#include "cuda/launch/types.h"
 
 namespace qlora::cuda {
 namespace {
@@ -35,17 +36,11 @@ cudaError_t launch(void (*kernel)(const kernels::LowRankUpdateArgs<T>), int64_t 
 
 cudaError_t launch_low_rank_update(const LowRankUpdate& update, cudaStream_t stream) {
   if (update.m == 0 || update.columns == 0) return cudaSuccess;
-  switch (update.dtype) {
-    case DType::kFloat32:
-      return launch(kernels::low_rank_update_exact_kernel, kernels::kUpdateThreads / 32, update, stream);
-    case DType::kBFloat16:
-      return launch(kernels::low_rank_update_kernel<bfloat16>, kernels::kUpdateTokens, update, stream);
-    case DType::kFloat16:
-      return launch(kernels::low_rank_update_kernel<float16>, kernels::kUpdateTokens, update, stream);
-    case DType::kFloat64:
-      break;
-  }
-  return cudaErrorInvalidValue;
+  if (update.dtype == DType::kFloat32)
+    return launch(kernels::low_rank_update_exact_kernel, kernels::kUpdateThreads / 32, update, stream);
+  return with_16_bit_type(update.dtype, [&](auto element) {
+    return launch(kernels::low_rank_update_kernel<decltype(element)>, kernels::kUpdateTokens, update, stream);
+  });
 }
 
 }  // namespace qlora::cuda

@@ -3,7 +3,8 @@
 #include "cuda/kernels/any/block_scales.cuh"
 #include "cuda/launch/any/codec.h"
 #include "cuda/launch/launch.h"
-#include "cuda/tuning.h"
+#include "cuda/launch/types.h"
+#include "cuda/tuning/codec.h"
 
 namespace qlora::cuda {
 namespace {
@@ -65,16 +66,9 @@ cudaError_t launch_as(Code code, DType dtype, const void* w, int64_t numel, int6
 cudaError_t launch_quantize_nf4(Code code, DType dtype, const void* w, int64_t numel, int64_t block_size,
                                 uint8_t* packed, float* absmax, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch_as<float>(code, dtype, w, numel, block_size, packed, absmax, stream);
-    case DType::kBFloat16:
-      return launch_as<bfloat16>(code, dtype, w, numel, block_size, packed, absmax, stream);
-    case DType::kFloat16:
-      return launch_as<float16>(code, dtype, w, numel, block_size, packed, absmax, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(dtype, [&](auto element) {
+    return launch_as<decltype(element)>(code, dtype, w, numel, block_size, packed, absmax, stream);
+  });
 }
 
 }  // namespace qlora::cuda

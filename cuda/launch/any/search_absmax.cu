@@ -4,7 +4,8 @@
 
 #include "cuda/launch/any/codec.h"
 #include "cuda/launch/launch.h"
-#include "cuda/tuning.h"
+#include "cuda/launch/types.h"
+#include "cuda/tuning/codec.h"
 
 namespace qlora::cuda {
 namespace {
@@ -26,16 +27,9 @@ cudaError_t launch(Code code, const void* w, const float* importance, int64_t nu
 cudaError_t launch_search_absmax_nf4(Code code, DType dtype, const void* w, const float* importance, int64_t numel,
                                      int64_t k, int64_t block_size, float* absmax, cudaStream_t stream) {
   if (numel == 0) return cudaSuccess;
-  switch (dtype) {
-    case DType::kFloat32:
-      return launch<float>(code, w, importance, numel, k, block_size, absmax, stream);
-    case DType::kBFloat16:
-      return launch<bfloat16>(code, w, importance, numel, k, block_size, absmax, stream);
-    case DType::kFloat16:
-      return launch<float16>(code, w, importance, numel, k, block_size, absmax, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
+  return with_type(dtype, [&](auto element) {
+    return launch<decltype(element)>(code, w, importance, numel, k, block_size, absmax, stream);
+  });
 }
 
 }  // namespace qlora::cuda

@@ -1,55 +1,51 @@
-// dX's kernels by type and configuration, for a single weight and for experts alike.
+// dX's kernels on mma.sync by type and number of tokens, for a single weight and for experts alike.
 #pragma once
 
-#include "cuda/kernels/any/linear_nf4_dx_exact.cuh"
 #include "cuda/kernels/sm80/linear_nf4_dx.cuh"
-#include "cuda/launch/launch.h"
+#include "cuda/launch/any/dx.h"
+#include "cuda/tuning/sm80.h"
 
-namespace qlora::cuda {
+namespace qlora::cuda::sm80 {
 
-// One of the kernels, and its launch parameters.
-template <class Args>
-struct DxKernel {
-  void (*kernel)(const Args);
-  cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
-  int threads, shared_bytes;
-};
+static_assert(tile::kDxColumns == kDxColumns && tile::kDxStageRows == kDxStageRows);
 
-// Family: Args, kKernel<T, kTokenTiles, kRagged> on tensor cores, and kExact for float32.
+// Family: Args, and kKernel<T, kTokenTiles, kRagged>.
 template <class Family>
 struct DxKernels {
   using Kernel = DxKernel<typename Family::Args>;
 
-  template <class T, int kTokenTiles, bool kRagged>
-  static Kernel on_tensor_cores() {
-    return {Family::template kKernel<T, kTokenTiles, kRagged>,
-            ctas_per_sm<Family::template kKernel<T, kTokenTiles, kRagged>>, tile::kDxThreads,
-            tile::DxLayout<kTokenTiles, kRagged>::kBytes};
+  template <class T, int kTokens, bool kRagged>
+  static Kernel kernel() {
+    constexpr auto kKernel = Family::template kKernel<T, kTokens / 8, kRagged>;
+    return {kKernel, ctas_per_sm<kKernel>, tile::kDxThreads, tile::DxLayout<kTokens / 8, kRagged>::kBytes};
   }
 
   template <class T>
-  static Kernel on_tensor_cores(const DxConfig& config) {
-    if (config.kernel == cuda::Kernel::kRagged) {
-      return config.tokens == DxConfig::kRaggedTokens ? on_tensor_cores<T, DxConfig::kRaggedTokens / 8, true>()
-                                                      : on_tensor_cores<T, DxConfig::kSmallBlockTokens / 8, true>();
-    }
-    switch (config.tokens) {
+  static Kernel regular(int64_t tokens) {
+    switch (tokens) {
       case 8:
-        return on_tensor_cores<T, 1, false>();
+        return kernel<T, 8, false>();
       case 16:
-        return on_tensor_cores<T, 2, false>();
+        return kernel<T, 16, false>();
       case 32:
-        return on_tensor_cores<T, 4, false>();
+        return kernel<T, 32, false>();
       default:
-        return on_tensor_cores<T, 8, false>();
+        return kernel<T, 64, false>();
     }
   }
 
-  static Kernel of(DType dtype, const DxConfig& config) {
-    if (dtype == DType::kBFloat16) return on_tensor_cores<bfloat16>(config);
-    if (dtype == DType::kFloat16) return on_tensor_cores<float16>(config);
-    return {Family::kExact, ctas_per_sm<Family::kExact>, kernels::kDxExactThreads, 0};
+  template <class T>
+  static Kernel ragged(int64_t tokens) {
+    return tokens == kDxSmallBlockTokens ? kernel<T, kDxSmallBlockTokens, true>() : kernel<T, kDxRaggedTokens, true>();
+  }
+
+  // float32 has kernels of its own (launch/any).
+  static Kernel regular(DType dtype, int64_t tokens) {
+    return dtype == DType::kBFloat16 ? regular<bfloat16>(tokens) : regular<float16>(tokens);
+  }
+  static Kernel ragged(DType dtype, int64_t tokens) {
+    return dtype == DType::kBFloat16 ? ragged<bfloat16>(tokens) : ragged<float16>(tokens);
   }
 };
 
-}  // namespace qlora::cuda
+}  // namespace qlora::cuda::sm80

@@ -3,10 +3,12 @@
 // simulator.
 #pragma once
 
+#include "cpp/format/problem.h"
+#include "cuda/kernels/sm80/linear_nf4.cuh"
 #include "cuda/tile/sm80/linear_tile.cuh"
-#include "cuda/tuning.h"
+#include "cuda/tuning/sm80.h"
 
-namespace qlora::cuda {
+namespace qlora::cuda::sm80 {
 
 template <class T, int kTokens, int kStages>
 using LinearTile = tile::LinearTile<T, 2, kTokens / 8, 4, 2, 2, kStages>;
@@ -19,6 +21,22 @@ template <class T>
 using Tile32 = LinearTile<T, 32, 2>;
 template <class T>
 using Tile64 = LinearTile<T, 64, 3>;
-static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64);
+static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64 && Tile64<bfloat16>::kRows == kForwardRows);
 
-}  // namespace qlora::cuda
+template <class Tile, class T = typename Tile::T>
+kernels::LinearArgs<T> make_linear_args(const LinearProblem& p, const T* h, const tile::LinearOutput<T>& out,
+                                        int64_t token_tiles, int64_t segments_per_split) {
+  return {.x = static_cast<const T*>(p.x),
+          .packed = p.w.packed,
+          .scales = tile::make_scale_view(p.w),
+          .code = tile::make_pair_view<T>(p.w.code),
+          .m = p.m,
+          .n = p.w.n,
+          .k = p.w.k,
+          .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
+          .out = out,
+          .token_tiles = token_tiles,
+          .segments_per_split = segments_per_split};
+}
+
+}  // namespace qlora::cuda::sm80

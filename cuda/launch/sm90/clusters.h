@@ -3,24 +3,15 @@
 
 #include <cuda_runtime.h>
 
-#include <limits>
-
 #include "cpp/format/problem.h"
 #include "cuda/launch/cluster.h"
 #include "cuda/launch/launch.h"
 #include "cuda/launch/sm90/tensor_map.h"
 #include "cuda/tile/sm90/work.cuh"
-#include "cuda/tuning_sm90.h"
+#include "cuda/tuning/choice.h"
+#include "cuda/tuning/sm90.h"
 
-namespace qlora::cuda {
-
-// What both operators require of a problem with m tokens: k in groups of 64 with one scale each, and sizes within TMA's
-// coordinates.
-inline bool sm90_takes(DType dtype, int64_t m, const Weight& w, const Device& device) {
-  constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
-  return device.arch == 90 && (dtype == DType::kBFloat16 || dtype == DType::kFloat16) && m >= Sm90Config::kMinTokens &&
-         w.n > 0 && w.k > 0 && has_one_scale_per(64, w) && m <= kMost && w.n <= kMost && w.k <= kMost;
-}
+namespace qlora::cuda::sm90 {
 
 // Lines of 64 values of x or dy [rows, columns], of kTokens tokens at a time.
 template <class Tile>
@@ -50,25 +41,27 @@ inline cudaError_t make_packed_map(const Weight& w, int box_rows, CUtensorMap* m
                          map);
 }
 
-inline tile::Sm90Plan make_sm90_plan(const Sm90Config& c, int64_t m, int64_t outputs, int64_t stages, int64_t rank) {
-  const int64_t token_tiles = ceil_div(m, c.tokens);
-  return {.token_tiles = token_tiles,
-          .tiles = token_tiles * ceil_div(outputs, Sm90Config::kOutputs),
-          .splits = c.splits,
+// The sum is split in whole stages.
+inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int64_t stages, int64_t rank) {
+  return {.token_tiles = ceil_div(m, c.tokens),
+          .tiles = tiles(m, outputs, c.tokens),
+          .splits = static_cast<int>(c.splits),
           .stages = static_cast<int>(stages),
-          .stages_per_split = static_cast<int>(c.stages_per_split),
+          .stages_per_split = static_cast<int>(ceil_div(stages, c.splits)),
           .rank = rank};
 }
 
-// One of Hopper's kernels, in clusters with one CTA per split.
+// A kernel in `clusters` with one CTA per split.
 template <auto kKernel, class Tile, class Args>
-cudaError_t launch_sm90(const Device& device, const Sm90Config& c, const CUtensorMap& tokens, const CUtensorMap& packed,
-                        const Args& args, cudaStream_t stream) {
+cudaError_t launch_clusters(int64_t clusters, const Config& c, const CUtensorMap& tokens, const CUtensorMap& packed,
+                            const Args& args, const Context& context) {
+  static_assert(Tile::kOutputs == kOutputs);
   int ctas = 0;  // one per SM, by design; the query also allows the kernel its shared memory
-  const cudaError_t error = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);
+  const cudaError_t error = ctas_per_sm<kKernel>(context.device, Tile::kThreads, Tile::kSharedBytes, &ctas);
   if (error != cudaSuccess) return error;
-  const dim3 grid(static_cast<unsigned>(c.clusters * c.splits)), cluster(static_cast<unsigned>(c.splits));
-  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, stream, tokens, packed, args);
+  const dim3 grid(static_cast<unsigned>(clusters * c.splits)), cluster(static_cast<unsigned>(c.splits));
+  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, context.stream, tokens, packed,
+                        args);
 }
 
-}  // namespace qlora::cuda
+}  // namespace qlora::cuda::sm90

@@ -23,7 +23,7 @@ namespace qlora::tile {
 inline constexpr int64_t kMostFoldedK = int64_t{1} << 30;
 
 template <class T>
-struct FewLora {
+struct FewTokensLora {
   const T* a;  // [rank, k], or null where h is given
   const T* h;  // [m, rank]
   const T* b;  // [n, rank]
@@ -42,7 +42,7 @@ class HSums {
   static constexpr int kRankTiles = Tile::kFoldedRanks / 16;
 
   // The slice begins with segment0 of k and has `segments` of them; this warp takes number `part` of a unit's.
-  __device__ __forceinline__ HSums(const FewLora<T>& lora, int64_t k, int64_t segment0, int segments, int tokens,
+  __device__ __forceinline__ HSums(const FewTokensLora<T>& lora, int64_t k, int64_t segment0, int segments, int tokens,
                                    int part)
       : lora_(lora),
         k_(k),
@@ -110,7 +110,7 @@ class HSums {
   __device__ __forceinline__ static int g() { return threadIdx.x % 32 / 4; }
   __device__ __forceinline__ static int t() { return threadIdx.x % 4; }
 
-  const FewLora<T>& lora_;
+  const FewTokensLora<T>& lora_;
   int64_t k_, k0_;
   int last_, tokens_left_, ranks_;  // tokens from g on
   uint32_t x_offset_;
@@ -162,7 +162,7 @@ __device__ __forceinline__ void add_h_step(const uint2 (&b)[2], int tokens, int6
 
 // lora_b of rows row0 + g and row0 + g + 8, ranks 16 step + 4t.. + 3.
 template <class T>
-__device__ __forceinline__ void load_lora_b(const FewLora<T>& lora, int64_t row0, int64_t n, int64_t step,
+__device__ __forceinline__ void load_lora_b(const FewTokensLora<T>& lora, int64_t row0, int64_t n, int64_t step,
                                             uint2 (&b)[2]) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const bool vector = lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
@@ -177,9 +177,9 @@ __device__ __forceinline__ void load_lora_b(const FewLora<T>& lora, int64_t row0
 
 // Asks for lora_b of the CTA's rows, of which the first is row0: they are needed when all else is done.
 template <class T>
-__device__ __forceinline__ void prefetch_lora_b(const FewLora<T>& lora, int64_t row0, int64_t n) {
+__device__ __forceinline__ void prefetch_lora_b(const FewTokensLora<T>& lora, int64_t row0, int64_t n) {
   const int64_t row = row0 + threadIdx.x;
-  if (lora.rank > 0 && threadIdx.x < FewTile<T, 1>::kRows && row < n) ptx::prefetch_l2(lora.b + row * lora.rank);
+  if (lora.rank > 0 && threadIdx.x < FewTokensTile<T, 1>::kRows && row < n) ptx::prefetch_l2(lora.b + row * lora.rank);
 }
 
 }  // namespace qlora::tile

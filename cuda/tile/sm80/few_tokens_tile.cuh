@@ -27,7 +27,7 @@
 namespace qlora::tile {
 
 template <class T_, int kTokenTiles_>
-struct FewTile {
+struct FewTokensTile {
   using T = T_;
   static constexpr int kTokenTiles = kTokenTiles_;  // of 4 tokens
   static constexpr int kRowTiles = 4;               // of 16 rows, per warp
