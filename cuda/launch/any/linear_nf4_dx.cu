@@ -1,4 +1,7 @@
 #include "cuda/kernels/any/linear_nf4_dx_exact.cuh"
+
+#include <algorithm>
+
 #include "cuda/launch/any/dx.h"
 #include "cuda/launch/any/grouped_low_rank.h"
 #include "cuda/launch/any/launchers.h"

@@ -1,6 +1,7 @@
 // What the forward's kernels for regular shapes share: k is split over CTAs, in multiples of kUnit segments.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cpp/format/problem.h"
@@ -16,7 +17,7 @@ namespace qlora::cuda::sm80 {
 // Splits k over as many CTAs as fill the device, or as are wished for. They are a cluster where the device has such.
 template <auto kKernel, class Tile, int kUnit>
 cudaError_t plan_splits(const LinearProblem& p, const Device& device, Config* config) {
-  static_assert(Tile::kRows == kForwardRows);
+  static_assert(Tile::kRows == kForwardRows && tile::kSegment == kSegment);
   int ctas = 0, cluster_ctas = 1;
   cudaError_t error = ctas_per_sm<kKernel>(device, Tile::kThreads, Tile::kSharedBytes, &ctas);
   if (error == cudaSuccess)

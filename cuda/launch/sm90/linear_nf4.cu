@@ -10,6 +10,7 @@ namespace {
 
 template <class Tile>
 cudaError_t launch_tile(const LinearProblem& p, const Config& c, const void* h, const Context& context) {
+  static_assert(Tile::kStageK == kForwardStageK);
   using T = typename Tile::T;
   CUtensorMap x, packed;
   cudaError_t error = make_token_map<Tile>(p.x, p.m, p.w.k, &x);

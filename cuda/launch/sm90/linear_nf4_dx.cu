@@ -10,6 +10,7 @@ namespace {
 
 template <class Tile>
 cudaError_t launch_tile(const LinearDxProblem& p, const Config& c, const void* g, const Context& context) {
+  static_assert(Tile::kStageRows == kDxStageRows);
   using T = typename Tile::T;
   CUtensorMap dy, packed;
   cudaError_t error = make_token_map<Tile>(p.dy, p.m, p.w.n, &dy);
