@@ -20,9 +20,7 @@ CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS))
 
 # Rooms of CUDA code, each named for the least architecture that runs it, and what its files may include of others.
 ROOMS = {"any": ("any",), "sm80": ("any", "sm80"), "sm90": ("any", "sm80", "sm90")}
-CUDA_LAUNCH = tuple(
-    f"cuda/launch/{name}.h" for name in ("cluster", "device", "launch", "types", "workspace", "registry")
-)
+CUDA_LAUNCH = tuple(f"cuda/launch/{name}.h" for name in ("cluster", "device", "launch", "types", "workspace"))
 
 
 def in_rooms(folder: str, room: str) -> list[str]:
