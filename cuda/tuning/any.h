@@ -71,6 +71,15 @@ constexpr int64_t dlora_splits(int64_t tiles, int64_t m, int ctas_per_sm, const 
 
 namespace any {
 
+template <class Problem>
+constexpr bool exact_accepts(const Problem& p, const Device&) {
+  return p.dtype == DType::kFloat32;
+}
+template <class Problem>
+constexpr bool exact_accepts(const Grouped<Problem>& p, const Device& device) {
+  return exact_accepts(p.stack, device);
+}
+
 // ---- the forward: float32, and bfloat16 and float16 of any shape, without tensor cores ----
 
 inline constexpr int64_t kForwardRows = 64;  // of w, per CTA
@@ -79,9 +88,7 @@ inline constexpr int64_t kForwardRows = 64;  // of w, per CTA
 // what one thread multiplies. Not measured on a card.
 constexpr int64_t forward_tokens(int64_t m) { return m <= 4 ? 4 : m <= 16 ? 16 : 64; }
 
-constexpr bool exact_accepts(const LinearProblem& p, const Device&) { return p.dtype == DType::kFloat32; }
 constexpr bool ragged_accepts(const LinearProblem& p, const Device&) { return is_16_bit(p.dtype); }
-constexpr bool exact_accepts(const Grouped<LinearProblem>& p, const Device& d) { return exact_accepts(p.stack, d); }
 constexpr bool ragged_accepts(const Grouped<LinearProblem>& p, const Device& d) { return ragged_accepts(p.stack, d); }
 
 constexpr Config config(const LinearProblem& p, const Device&, const Config& wish) {
@@ -95,9 +102,6 @@ constexpr Config config(const Grouped<LinearProblem>& p, const Device&, const Co
 
 // ---- dX in float32 ----
 
-constexpr bool exact_accepts(const LinearDxProblem& p, const Device&) { return p.dtype == DType::kFloat32; }
-constexpr bool exact_accepts(const Grouped<LinearDxProblem>& p, const Device& d) { return exact_accepts(p.stack, d); }
-
 inline constexpr Config kExactDx = {.tokens = 16, .columns = 128};
 constexpr Config exact_config(const LinearDxProblem&, const Device&, const Config& wish) {
   Config c = kExactDx;
@@ -107,9 +111,6 @@ constexpr Config exact_config(const LinearDxProblem&, const Device&, const Confi
 constexpr Config exact_config(const Grouped<LinearDxProblem>&, const Device&, const Config&) { return kExactDx; }
 
 // ---- the gradients of LoRA's weights in float32 ----
-
-constexpr bool exact_accepts(const LoraGradProblem& p, const Device&) { return p.dtype == DType::kFloat32; }
-constexpr bool exact_accepts(const Grouped<LoraGradProblem>& p, const Device& d) { return exact_accepts(p.stack, d); }
 
 inline constexpr int64_t kLoraColumns = 64;  // of x or dy, per CTA
 inline constexpr Config kExactDLora = {.ranks = 16, .columns = kLoraColumns};

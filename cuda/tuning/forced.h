@@ -57,10 +57,10 @@ inline void read_wish(std::string_view text, Kernel kernel, const Options& optio
     keys.push_back(parameter.name);
     if (key != parameter.name || equals == std::string_view::npos) continue;
     const std::string_view digits = text.substr(equals + 1);
-    int64_t value = 0;
+    int32_t value = 0;
     const auto [end, error] = std::from_chars(digits.data(), digits.data() + digits.size(), value);
     if (error != std::errc() || end != digits.data() + digits.size() || value < 1)
-      refuse_forced("expected " + std::string(key) + "=NUMBER, a number of 1 or more, got " + std::string(text));
+      refuse_forced("expected " + std::string(key) + "=NUMBER, from 1 to 2147483647, got " + std::string(text));
     wish->*parameter.value = value;
     return;
   }
