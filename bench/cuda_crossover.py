@@ -3,7 +3,7 @@
     python bench/cuda_crossover.py [--minutes 2] [--tiny]
 
 Both ways run on the same cold operands, forward and dX with LoRA, captured into CUDA graphs and replayed in turn.
-Prints the row of this card for kCrossovers in cuda/tuning.h, the least number of tokens from which the library is ahead
+Prints the row of this card for kCrossovers in cuda/tuning/library.h, the least number of tokens from which the library is ahead
 on most shapes in both directions, and writes a section of bench/results/CARD.json. Under the kernel simulator
 all of it runs, nothing is timed and nothing is written.
 """
@@ -25,7 +25,8 @@ from lib.harness import Report, Spread, cuda_clock, interleave
 
 OPS = torch.ops.qlora
 TOKENS = (64, 128, 256, 512, 1024, 2048, 4096)
-WAYS = ("fused", "library")
+HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+WAYS = {"fused": "sm90" if HOPPER else "tensor_cores", "library": "library"}  # and their kernels
 
 
 def compare(layer: Layer, operator: str, m: int, seconds: float) -> Spread | None:
@@ -34,8 +35,8 @@ def compare(layer: Layer, operator: str, m: int, seconds: float) -> Spread | Non
     x = torch.randn(m, columns, device="cuda", dtype=BF16)
     turns = min(layer.turns, 4)
     calls = {}
-    for way in WAYS:
-        os.environ["QLORA_CUDA_KERNEL"] = way
+    for way, kernel in WAYS.items():
+        os.environ["QLORA_CUDA_KERNEL"] = kernel
         if operator == "linear_nf4":
             call = lambda i: OPS.linear_nf4(  # noqa: E731
                 x, *layer.ours.at(i).packed_args(), layer.n, None, *layer.lora.at(i), SCALING, 0.0, 0
@@ -89,7 +90,7 @@ def main() -> None:
     major, minor = torch.cuda.get_device_capability()
     found = crossover(ratios)
     row = f"{{{10 * major + minor}, {'kNever' if found is None else found}}},  // {card}: measured"
-    report.notes.append(f"The row for kCrossovers in cuda/tuning.h: `{row}`")
+    report.notes.append(f"The row for kCrossovers in cuda/tuning/library.h: `{row}`")
     report.write()
 
 

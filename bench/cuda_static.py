@@ -49,7 +49,7 @@ NOTES = [
     "the ratios. Waits: for global loads before the first product, one after another."
 ]
 # Times that a warp may wait for global loads, one after another, before the main loop's first product.
-WAITS = {"linear_nf4_few_kernel<": 2}
+WAITS = {"linear_nf4_few_tokens_kernel<": 2}
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ timings, and writes to build/bench.
 
 On CUDA, in about ten minutes: the strict tests of the linear layers, compute-sanitizer's four tools on some of them,
 the operators compared with peers (captured into CUDA graphs), and the crossover to the library, which gives a row for
-cuda/tuning.h. Under the kernel simulator, also the kernels' counters.
+cuda/tuning/library.h. Under the kernel simulator, also the kernels' counters.
 
 Results go to bench/results/, one JSON file per processor or card; `python -m bench.lib.report` makes Markdown and
 pictures from them. Peers that are not installed are named. A step that fails or takes too long is named at the end, the

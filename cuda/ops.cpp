@@ -11,20 +11,13 @@
 #include "cpp/ops/encode_calls.h"
 #include "cpp/ops/grouped_calls.h"
 #include "cpp/ops/value_error.h"
-#include "cuda/launch/choice.h"
-#include "cuda/launch/codec.h"
-#include "cuda/launch/grouped_linear_nf4.h"
-#include "cuda/launch/grouped_linear_nf4_dlora.h"
-#include "cuda/launch/grouped_linear_nf4_dx.h"
+#include "cuda/launch/any/codec.h"
+#include "cuda/launch/any/launchers.h"
+#include "cuda/launch/device.h"
 #include "cuda/launch/launch.h"
-#include "cuda/launch/linear_library.h"
-#include "cuda/launch/linear_nf4.h"
-#include "cuda/launch/linear_nf4_dlora.h"
-#include "cuda/launch/linear_nf4_dx.h"
-#include "cuda/launch/linear_nf4_dx_sm90.h"
-#include "cuda/launch/linear_nf4_sm90.h"
-#include "cuda/tuning.h"
-#include "cuda/tuning_sm90.h"
+#include "cuda/launch/registry.h"
+#include "cuda/tuning/choose.h"
+#include "cuda/tuning/forced.h"
 
 namespace qlora {
 namespace {
@@ -53,22 +46,20 @@ class OnDevice {
   const cuda::Device& device() const { return *device_; }
   cudaStream_t stream() const { return stream_; }
 
-  // One piece of memory for a launcher, from torch's allocator, which keeps it alive until the stream is past the
-  // launches.
-  cuda::Allocator allocator() {
-    return {[](void* self, int64_t bytes) {
-              auto* const device = static_cast<OnDevice*>(self);
-              device->workspace_ = empty(device->like_, {bytes}, ScalarType::Byte);
-              return device->workspace_.mutable_data_ptr();
+  // The workspace is from torch's allocator, which keeps it alive until the stream is past the launches. The handle is
+  // torch's for the stream.
+  cuda::Context context() {
+    return {*device_, stream_, this,
+            [](void* self, int64_t bytes) {
+              auto* const on = static_cast<OnDevice*>(self);
+              on->workspace_ = empty(on->like_, {bytes}, ScalarType::Byte);
+              return on->workspace_.mutable_data_ptr();
             },
-            this};
-  }
-
-  // torch's, for the stream.
-  void* blas() const {
-    void* handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
-    return handle;
+            [](void*) {
+              void* handle = nullptr;
+              TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+              return handle;
+            }};
   }
 
  private:
@@ -79,15 +70,27 @@ class OnDevice {
   Tensor workspace_;
 };
 
-// A launcher's choice, printed where QLORA_PRINT_KERNELS asks for it.
+// What QLORA_CUDA_KERNEL forces, or nothing. As QLORA_CPU_KERNEL it is read at each call if it is set at the first, and
+// otherwise never.
+std::string forced_kernel() {
+  static const bool looks = std::getenv("QLORA_CUDA_KERNEL");
+  const char* const forced = looks ? std::getenv("QLORA_CUDA_KERNEL") : nullptr;
+  return forced ? forced : "";
+}
+
+// Chooses a kernel for a problem that is not empty, prints it where QLORA_PRINT_KERNELS asks for that, and launches it.
 template <class Problem>
-void print_choice(const char* op, const Problem& problem, const cuda::Device& device,
-                  cudaError_t (*choice)(const Problem&, const cuda::Device&, std::string*)) {
-  print_kernel(op, "cuda", problem, [&] {
-    std::string text;
-    check_launch(op, choice(problem, device, &text));
-    return text;
-  });
+void run(const char* op, const Problem& p, OnDevice& on) {
+  const std::string forced = forced_kernel();
+  cuda::Choice choice = forced.empty() ? cuda::choose(p, on.device()) : cuda::choose_forced(forced, op, p, on.device());
+  const cuda::Launcher<Problem>& launcher = cuda::launcher<Problem>(choice.kernel);
+  if (launcher.plan) {
+    const cuda::Config wish = choice.config;
+    check_launch(op, launcher.plan(p, on.device(), &choice.config));
+    cuda::check_granted(op, p, wish, choice);
+  }
+  print_kernel(op, "cuda", p, [&] { return cuda::describe(choice); });
+  check_launch(op, launcher.launch(p, choice.config, on.context()));
 }
 
 // Kernels for tensor cores copy 16 bytes at a time. A view that begins elsewhere is moved, at the price of reading it
@@ -141,7 +144,7 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
                                          call.feedback.const_data_ptr<float>(),
                                          call.order.const_data_ptr<int64_t>(),
                                          packed};
-  check_launch("encode_nf4", cuda::launch_encode_nf4_with_feedback(problem, on.device(), on.allocator(), on.stream()));
+  check_launch("encode_nf4", cuda::launch_encode_nf4_with_feedback(problem, on.context()));
   return call.packed;
 }
 
@@ -187,30 +190,6 @@ Tensor dequantize_nf4(DequantizeArgs args) {
   return call.out;
 }
 
-// What QLORA_CUDA_KERNEL asks for, which tests and bench/cuda_crossover.py do: "fused" or "library". As
-// QLORA_CPU_KERNEL it is read at each call where it is there at the first, and never looked at again where it is not.
-std::string forced_kernel() {
-  static const bool looks = std::getenv("QLORA_CUDA_KERNEL");
-  const char* const name = looks ? std::getenv("QLORA_CUDA_KERNEL") : nullptr;
-  const std::string forced = name ? name : "";
-  checks::require(forced.empty() || forced == "fused" || forced == "library",
-                  "QLORA_CUDA_KERNEL: expected fused or library, got ", forced);
-  return forced;
-}
-
-template <class Problem>
-bool library_is_ahead(const Problem& p, const cuda::Device& device) {
-  if (p.w.n == 0 || p.w.k == 0) return false;
-  if (const std::string forced = forced_kernel(); !forced.empty()) return forced == "library";
-  if (cuda::sm90_takes(p, device)) return false;
-  return p.m >= cuda::library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device);
-}
-
-template <class Problem>
-std::string library_choice(const Problem& problem, const cuda::Device& device) {
-  return cuda::describe(cuda::Kernel::kLibrary, {{"panel", cuda::library_panel(problem, device)}});
-}
-
 template <bool kWithH>
 auto linear_nf4(LinearArgs args) {
   for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
@@ -218,14 +197,7 @@ auto linear_nf4(LinearArgs args) {
   const LinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
-  const auto& p = call.problem;
-  if (library_is_ahead(p, on.device())) {
-    print_kernel("linear_nf4", "cuda", p, [&] { return library_choice(p, on.device()); });
-    check_launch("linear_nf4", cuda::launch_linear_by_library(p, on.device(), on.blas(), on.allocator(), on.stream()));
-  } else {
-    print_choice("linear_nf4", p, on.device(), cuda::linear_nf4_choice);
-    check_launch("linear_nf4", cuda::launch_linear_nf4(p, on.device(), on.allocator(), on.stream()));
-  }
+  run("linear_nf4", call.problem, on);
   return checks::results<kWithH>(call.y, call.h);
 }
 
@@ -236,15 +208,7 @@ auto linear_nf4_dx(LinearDxArgs args) {
   const LinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
-  const auto& p = call.problem;
-  if (library_is_ahead(p, on.device())) {
-    print_kernel("linear_nf4_dx", "cuda", p, [&] { return library_choice(p, on.device()); });
-    check_launch("linear_nf4_dx",
-                 cuda::launch_linear_dx_by_library(p, on.device(), on.blas(), on.allocator(), on.stream()));
-  } else {
-    print_choice("linear_nf4_dx", p, on.device(), cuda::linear_nf4_dx_choice);
-    check_launch("linear_nf4_dx", cuda::launch_linear_nf4_dx(p, on.device(), on.allocator(), on.stream()));
-  }
+  run("linear_nf4_dx", call.problem, on);
   return checks::results<kWithG>(call.dx, call.g);
 }
 
@@ -254,9 +218,10 @@ std::tuple<Tensor, Tensor> linear_nf4_dlora(LoraGradArgs args) {
   const LoraGradCall call(args);
   if (call.is_empty()) return {call.da, call.db};
   OnDevice on(call.dy);
-  if (call.problem.m > 0) print_choice("linear_nf4_dlora", call.problem, on.device(), cuda::linear_nf4_dlora_choice);
-  check_launch("linear_nf4_dlora",
-               cuda::launch_linear_nf4_dlora(call.problem, on.device(), on.allocator(), on.stream()));
+  if (call.problem.m == 0)
+    check_launch("linear_nf4_dlora", cuda::any::clear_gradients(call.problem, on.stream()));
+  else
+    run("linear_nf4_dlora", call.problem, on);
   return {call.da, call.db};
 }
 
@@ -267,9 +232,7 @@ auto grouped_linear_nf4(GroupedLinearArgs args) {
   const GroupedLinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
-  print_choice("grouped_linear_nf4", call.problem, on.device(), cuda::grouped_linear_nf4_choice);
-  check_launch("grouped_linear_nf4",
-               cuda::launch_grouped_linear_nf4(call.problem, on.device(), on.allocator(), on.stream()));
+  run("grouped_linear_nf4", call.problem, on);
   return checks::results<kWithH>(call.y, call.h);
 }
 
@@ -280,9 +243,7 @@ auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
   const GroupedLinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
-  print_choice("grouped_linear_nf4_dx", call.problem, on.device(), cuda::grouped_linear_nf4_dx_choice);
-  check_launch("grouped_linear_nf4_dx",
-               cuda::launch_grouped_linear_nf4_dx(call.problem, on.device(), on.allocator(), on.stream()));
+  run("grouped_linear_nf4_dx", call.problem, on);
   return checks::results<kWithG>(call.dx, call.g);
 }
 
@@ -292,9 +253,7 @@ std::tuple<Tensor, Tensor> grouped_linear_nf4_dlora(GroupedLoraGradArgs args) {
   const GroupedLoraGradCall call(args);
   if (call.is_empty()) return {call.da, call.db};
   OnDevice on(call.x);
-  print_choice("grouped_linear_nf4_dlora", call.problem, on.device(), cuda::grouped_linear_nf4_dlora_choice);
-  check_launch("grouped_linear_nf4_dlora",
-               cuda::launch_grouped_linear_nf4_dlora(call.problem, on.device(), on.allocator(), on.stream()));
+  run("grouped_linear_nf4_dlora", call.problem, on);
   return {call.da, call.db};
 }
 

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <optional>
 #include <string>
 #include <utility>
+#include <variant>
 
 #include "build_info.h"
 #include "cpp/cpu/check.h"
@@ -15,6 +17,7 @@
 #include "cpp/cpu/tuning.h"
 #include "cpp/format/dynamic8.h"
 #include "cpp/format/print_kernels.h"
+#include "cuda/tuning/forced.h"
 
 namespace py = pybind11;
 using namespace qlora;
@@ -171,12 +174,49 @@ void set_sizes(Problem* problem, int64_t m, int64_t n, int64_t k) {
   }
 }
 
+// The CPU, or a card by the name of its architecture or by its attributes.
+using DeviceArg = std::variant<std::string, std::map<std::string, int>>;
+
+std::optional<cuda::Device> cuda_device_of(const DeviceArg& arg) {
+  if (const auto* const name = std::get_if<std::string>(&arg)) {
+    std::string names = "cpu";
+    for (const cuda::Card& card : cuda::kCards) {
+      if (*name == card.name) return card.device;
+      names += ", " + std::string(card.name);
+    }
+    require(*name == "cpu", "device: expected " + names + " or a dict of a card's attributes, got " + *name);
+    return std::nullopt;
+  }
+  auto attributes = std::get<std::map<std::string, int>>(arg);
+  cuda::Device device;
+  const std::pair<const char*, int*> fields[] = {{"arch", &device.arch},
+                                                 {"sm_count", &device.sm_count},
+                                                 {"shared_per_cta", &device.shared_per_cta},
+                                                 {"l2_bytes", &device.l2_bytes}};
+  for (const auto& [key, value] : fields) {
+    const auto found = attributes.find(key);
+    require(found != attributes.end() && found->second > 0,
+            std::string("device: expected a dict with arch, sm_count, shared_per_cta and l2_bytes, each 1 or more; ") +
+                key + (found == attributes.end() ? " is missing" : " is " + std::to_string(found->second)));
+    *value = found->second;
+    attributes.erase(found);
+  }
+  require(attributes.empty(), "device: expected arch, sm_count, shared_per_cta and l2_bytes, got " +
+                                  (attributes.empty() ? "" : attributes.begin()->first));
+  return device;
+}
+
 py::list choose(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k, int64_t block_size,
-                const std::optional<std::string>& isa, const std::string& code) {
+                const std::optional<std::string>& isa, const std::string& code, const DeviceArg& device,
+                const std::string& kernel) {
   check_block_size(block_size);
   for (const auto& [name, count] : {std::pair{"m", m}, {"n", n}, {"k", k}})
     require(count >= 0, std::string(name) + ": expected 0 or more, got " + std::to_string(count));
-  const cpu::Cpu cpu = cpu_of(isa);
+  const std::optional<cuda::Device> card = cuda_device_of(device);
+  require(!card || !isa, "isa: expected None with a CUDA device, which has no CPU instruction set");
+  require(!card || dtype != "float64", "dtype: expected float32, bfloat16 or float16 on CUDA, got float64");
+  require(card || kernel.empty(), "kernel: expected none for the CPU, got " + kernel);
+  const std::optional<cpu::Cpu> cpu = card ? std::nullopt : std::optional(cpu_of(isa));
   return with_problem_of(op, [&](auto problem) {
     problem.dtype = dtype_of(dtype);
     set_sizes(&problem, m, n, k);
@@ -185,7 +225,13 @@ py::list choose(const std::string& op, const std::string& dtype, int64_t m, int6
       problem.w.code = code_of(code);
     }
     py::list names;
-    for (const cpu::Kernel kernel : cpu::choose(problem, cpu)) names.append(cpu::kernel_name(kernel));
+    if (card) {
+      const cuda::Choice chosen =
+          kernel.empty() ? cuda::choose(problem, *card) : cuda::choose_forced(kernel, op.c_str(), problem, *card);
+      names.append(cuda::kernel_name(chosen.kernel));
+    } else {
+      for (const cpu::Kernel chosen : cpu::choose(problem, *cpu)) names.append(cpu::kernel_name(chosen));
+    }
     return names;
   });
 }
@@ -222,12 +268,16 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isas", &cpu_isas, "Names of the instruction sets this processor can run the kernels with, worst first.");
   m.def("cpu_isa", &cpu_isa,
         "The instruction set in use: the best, or QLORA_CPU_ISA. ValueError if that is not to be had.");
-  m.def("choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("block_size") = 64, py::arg("isa") = py::none(), py::arg("code") = "nf4",
-        "Names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
-        "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its "
-        "data. `isa`: as if "
-        "QLORA_CPU_ISA forced that instruction set; by default the one in use.");
+  m.def(
+      "choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
+      py::arg("block_size") = 64, py::arg("isa") = py::none(), py::arg("code") = "nf4", py::arg("device") = "cpu",
+      py::arg("kernel") = "",
+      "Names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
+      "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its "
+      "data. `device`: \"cpu\", or a card: \"sm80\", \"sm90\" and so on, or its attributes, {\"arch\": 90, "
+      "\"sm_count\": 132, \"shared_per_cta\": 232448, \"l2_bytes\": 52428800}; needs no card and no CUDA build. `isa`: "
+      "as if QLORA_CPU_ISA forced that instruction set; by default the one in use. `kernel`: as if QLORA_CUDA_KERNEL "
+      "forced that kernel.");
   m.def("kernels", &kernels, py::arg("op"),
         "The name of every kernel -> the dtypes for which the instruction set in use has it, for the operator `op`.");
   m.def(

@@ -1,5 +1,5 @@
 // The scales of a packed weight, one per quantization block, and the forms in which they are stored. Two readers decode
-// them, cpp/cpu/codec/scales-inl.h and cuda/tile/block_scale.cuh: no other code asks for the form.
+// them, cpp/cpu/codec/scales-inl.h and cuda/tile/any/block_scale.cuh: no other code asks for the form.
 #pragma once
 
 #include <cstdint>

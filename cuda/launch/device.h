@@ -1,9 +1,9 @@
-// The attributes of a device that tuning.h needs, read once per device.
+// The attributes of a device that cuda/tuning needs, read once per device.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "cuda/tuning.h"
+#include "cuda/tuning/device.h"
 
 namespace qlora::cuda {
 

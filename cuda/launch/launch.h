@@ -40,13 +40,19 @@ cudaError_t ctas_per_sm(const Device& device, int threads, int shared_bytes, int
   return cudaSuccess;
 }
 
-// A launcher's workspace on the device. It is valid until the stream has finished the launches, aligned to 16 bytes,
-// and uninitialized.
-struct Allocator {
-  void* (*allocate)(void* owner, int64_t bytes);
+// What a launcher works with: the device, which is current, torch's stream there, and what torch lends.
+struct Context {
+  const Device& device;
+  cudaStream_t stream;
   void* owner;
+  void* (*allocate_from)(void* owner, int64_t bytes);
+  void* (*blas_of)(void* owner);
 
-  void* operator()(int64_t bytes) const { return allocate(owner, bytes); }
+  // The workspace of a call: valid until the stream has finished the launches, aligned to 16 bytes, uninitialized. Once
+  // per call.
+  uint8_t* allocate(int64_t bytes) const { return static_cast<uint8_t*>(allocate_from(owner, bytes)); }
+  // torch's cuBLAS handle for the device and stream, which torch makes when it is first asked for.
+  void* blas() const { return blas_of(owner); }
 };
 
 }  // namespace qlora::cuda

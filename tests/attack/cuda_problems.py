@@ -7,7 +7,6 @@ run ``PYTHONPATH=tests/lib python tests/attack/cuda_problems.py cuda 7 0 13``.
 
 from __future__ import annotations
 
-import os
 import random
 import sys
 from typing import Any
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from campaign import Problem, serve
 from oracle import disagreement
-from random_problems import DTYPES, KERNEL_VARIABLE, OPS, Draw, bits, by_name, draw
+from random_problems import CUDA_KERNELS, DTYPES, KERNEL_VARIABLE, OPS, Draw, bits, by_name, call_by_kernel, draw
 
 # Limits for the kernel simulator, which interprets each thread; a GPU could run larger problems.
 MOST_PRODUCTS = 60_000
 ROWS = [(0, 4), (1, 16), (5, 48), (17, 64), (49, 130)]
 MANY_ROWS = [(32, 130), (129, 513)]
-WAYS = ["", "", "fused", "library"]  # values of QLORA_CUDA_KERNEL, which each call reads
+KERNELS = ["", "", "", *CUDA_KERNELS]  # values of QLORA_CUDA_KERNEL, which each call reads
 
 
 def on_cuda(value: Any) -> Any:
@@ -34,14 +33,15 @@ def problem(rng: random.Random, rows: list[tuple[int, int]]) -> Problem:
     d = Draw(rng, MOST_PRODUCTS * (4 if rows is MANY_ROWS else 1), rows)
     d.dtypes = DTYPES  # there is no float64 kernel on CUDA
     name, arguments = draw(d, rng)
-    way = d.choose("way", WAYS) if "linear" in name else ""
+    kernel = d.choose("kernel", KERNELS) if "linear" in name else ""
     again, replays = rng.random() < 0.25, rng.random() < 0.125
 
     def run() -> str | None:
-        os.environ[KERNEL_VARIABLE["cuda"]] = way
         operator, moved = getattr(OPS, name), [on_cuda(a) for a in arguments]
         try:
-            out = operator(*moved)
+            out = call_by_kernel(operator, moved, KERNEL_VARIABLE["cuda"], kernel)
+            if out is None:  # the kernel does not take the problem, so that it runs with the chosen one
+                out = call_by_kernel(operator, moved, KERNEL_VARIABLE["cuda"], "")
             first = [t.cpu() for t in bits(out)]
             if again and not all(map(torch.equal, first, (t.cpu() for t in bits(operator(*moved))))):
                 return "other bits at the second call"

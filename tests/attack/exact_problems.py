@@ -27,7 +27,17 @@ import oracle
 import reference
 from campaign import Problem, serve
 from qlora_ext import _C
-from random_problems import BLOCK_SIZES, CPU_KERNELS, DTYPES, KERNEL_VARIABLE, OPS, Draw, call_by_kernel, in_order
+from random_problems import (
+    BLOCK_SIZES,
+    CPU_KERNELS,
+    CUDA_KERNELS,
+    DTYPES,
+    KERNEL_VARIABLE,
+    OPS,
+    Draw,
+    call_by_kernel,
+    in_order,
+)
 
 SUMMED_EXACTLY = 2.0**24  # float32 represents every integer up to it
 SIGNIFICAND = {torch.float32: 24, torch.bfloat16: 8, torch.float16: 11, torch.float64: 24}
@@ -35,8 +45,8 @@ NESTED_CODES = torch.from_numpy(np.flatnonzero(np.isin(reference.DYNAMIC8, (0.0,
 RANKS = [0, 1, 2, 5, 8, 15, 16, 16, 17, 33, 64]
 MOST_PRODUCTS = {"cpu": 1_000_000, "cuda": 60_000}
 ROWS = {"cpu": [(0, 4), (1, 16), (5, 48), (17, 64), (49, 300)], "cuda": [(0, 4), (1, 16), (5, 48), (17, 64), (49, 130)]}
-INTEGERS, BF16_CODES = "few_tokens_int", "few_tokens_bf16"
-KERNELS = {"cpu": CPU_KERNELS, "cuda": ["fused", "library"]}
+INTEGERS, BF16_CODES, CHOSEN_ON_CUDA = "few_tokens_int", "few_tokens_bf16", "chosen"
+KERNELS = {"cpu": CPU_KERNELS, "cuda": CUDA_KERNELS}
 Arguments = dict[str, Any]
 
 
@@ -217,14 +227,15 @@ def scaled_codes_forward(a: Arguments) -> list[np.ndarray]:
     return [2.0**-22 * x @ w.T]
 
 
-def fused_forward(a: Arguments) -> list[np.ndarray]:
-    """CUDA's tensor cores take 16-bit types and regular shapes. Its other kernels are exact."""
+def chosen_forward(a: Arguments) -> list[np.ndarray]:
+    """The kernel that CUDA chooses: tensor cores for 16-bit types and regular shapes. The other kernels are exact."""
     regular = a["x"].dtype != torch.float32 and a["x"].shape[-1] % 64 == 0 and a["block_size"] >= 64
     return [error if regular else 0 * error for error in scaled_codes_forward(a)]
 
 
 ERRORS = {
-    ("linear_nf4", "fused"): fused_forward,
+    ("linear_nf4", CHOSEN_ON_CUDA): chosen_forward,
+    **{("linear_nf4", kernel): scaled_codes_forward for kernel in ("few_tokens", "tensor_cores", "sm90")},
     ("linear_nf4", INTEGERS): integers_forward,
     ("linear_nf4_dx", INTEGERS): integers_dx,
     ("linear_nf4", BF16_CODES): scaled_codes_forward,
@@ -285,7 +296,7 @@ def exact_linear(d: ExactDraw, name: str, device: str) -> Problem:
     def run() -> str | None:
         moved = [v.to(device) if isinstance(v, Tensor) else v for v in in_order(name, a)]
         expected = answers(name, oracle.ORACLE[own], a)
-        by_default = default_kernel(name, a) if device == "cpu" else "fused"
+        by_default = default_kernel(name, a) if device == "cpu" else CHOSEN_ON_CUDA
         for kernel in ["", *KERNELS[device]]:
             out = call_by_kernel(getattr(OPS, name), moved, KERNEL_VARIABLE[device], kernel)
             if out is None:

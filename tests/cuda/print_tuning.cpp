@@ -1,7 +1,9 @@
-// Prints, as JSON, what cuda/tuning.h chooses for any card; test_cuda_tuning.py compiles and reads it.
+// Prints, as JSON, how the files of cuda/tuning configure kernels on any card; test_cuda_tuning.py compiles and reads
+// it.
 #include <cstdio>
 
-#include "cuda/tuning.h"
+#include "cuda/tuning/choose.h"
+#include "cuda/tuning/codec.h"
 
 using namespace qlora;
 using namespace qlora::cuda;
@@ -19,7 +21,8 @@ int main() {
     for (int tiles : {1, 8, 32, 86, 112, 128, 148, 224, 1002})
       for (int segments : {1, 9, 64, 172, 224})
         for (int tokens : {8, 64}) {
-          const auto each = linear_split_segments(tiles, segments, 2, tokens, slots);
+          const auto splits = sm80::forward_splits(tiles, segments, 2, tokens, slots);
+          const auto each = sm80::forward_split_segments(segments, splits, 2);
           std::printf("%s[%d, %d, %d, %d, %ld]", comma, slots, tiles, segments, tokens, long(each));
           comma = ", ";
         }
@@ -29,9 +32,11 @@ int main() {
     for (int k : {64, 4096, 11008})
       for (int m : {1, 16, 64, 200})
         for (int ctas : {1, 2}) {
-          const auto c = dx_config(dx_tile(m, Kernel::kTensorCores), m, n, k, ctas, card(90, 132, 50));
-          std::printf("%s[%d, %d, %d, %d, %d, %d, %ld, %ld]", comma, n, k, m, 132 * ctas, c.tokens, c.columns,
-                      long(c.splits), long(c.rows_per_split));
+          const Config c = sm80::dx_tile(m, {});
+          const auto tiles = ceil_div(m, c.tokens) * ceil_div(k, c.columns);
+          const auto rows = dx_split_rows(n, dx_splits(tiles, n, c.tokens, ctas, card(90, 132, 50)));
+          std::printf("%s[%d, %d, %d, %d, %ld, %ld, %ld, %ld]", comma, n, k, m, 132 * ctas, long(c.tokens),
+                      long(c.columns), long(ceil_div(n, rows)), long(rows));
           comma = ", ";
         }
   std::printf("], \"crossover\": {");
@@ -61,5 +66,25 @@ int main() {
       std::printf("%s[%d, %d, %d]", comma, sms, n, feedback_warps(n, 4, card(90, sms, 50)));
       comma = ", ";
     }
+  std::printf("], \"sm90\": [");
+  comma = "";
+  for (int sms : {78, 114, 132})
+    for (int m : {33, 64, 100, 256, 1000, 4096})
+      for (int outputs : {1, 128, 4096, 11008, 128256})
+        for (int inner : {64, 1024, 4096, 14336}) {
+          const auto print = [&](const char* what, int stage, const Config& c) {
+            const auto stages = ceil_div(inner, stage);
+            std::printf("%s[\"%s\", %d, %d, %d, %ld, %ld, %ld, %ld, %ld]", comma, what, sms, m, outputs, long(stages),
+                        long(c.tokens), long(c.splits), long(ceil_div(stages, c.splits)),
+                        long(sm90::clusters(m, outputs, c, card(90, sms, 50))));
+            comma = ", ";
+          };
+          LinearProblem forward;
+          forward.m = m, forward.w.n = outputs, forward.w.k = inner;
+          print("forward", 128, sm90::config(forward, card(90, sms, 50), {}));
+          LinearDxProblem dx;
+          dx.m = m, dx.w.n = inner, dx.w.k = outputs;
+          print("dx", 64, sm90::config(dx, card(90, sms, 50), {}));
+        }
   std::printf("]}\n");
 }

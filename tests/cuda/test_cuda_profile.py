@@ -81,7 +81,7 @@ def cases(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     run = simulated(__file__, request.param, profile, QLORA_PRINT_KERNELS="1")
     found = cases_printed(run)
     found = {name: v if name.startswith("errors") else [Launch(launch) for launch in v] for name, v in found.items()}
-    line = r"^qlora: (\w+) cuda m=(\d+) n=(\d+) k=(\d+) .*-> (?:tensor_cores|sm90) (.*)$"
+    line = r"^qlora: (\w+) cuda m=(\d+) n=(\d+) k=(\d+) .*-> (?:few_tokens|tensor_cores|sm90) (.*)$"
     for *name, tile in re.findall(line, run.stderr, flags=re.M):
         parameters = dict(parameter.split("=") for parameter in tile.split())
         found["tile " + " ".join(name)] = {key: int(value) for key, value in parameters.items()}

@@ -1,4 +1,4 @@
-"""The choices of cuda/tuning.h, printed by a small host program for any card, because the header is plain C++."""
+"""The configurations of cuda/tuning, printed by a small host program for any card, because the headers are plain C++."""
 
 from __future__ import annotations
 
@@ -79,3 +79,27 @@ def test_feedback_shares_factors_where_every_sm_has_rows(chosen: dict) -> None:
         assert warps in (2, 4, 8)  # a stripe of 4 rows per warp fills full words of codes
         assert warps == 2 or n > sms * 4 * warps / 2, (sms, n)
         assert warps == 8 or n <= sms * 4 * warps, (sms, n)
+
+
+def test_splits_of_hopper_cover_the_sum_and_fit_the_device(chosen: dict) -> None:
+    for what, sms, m, outputs, stages, tokens, splits, each, clusters in chosen["sm90"]:
+        case = (what, sms, m, outputs, stages)
+        assert splits * each >= stages > (splits - 1) * each, case
+        assert 1 <= splits <= 8, case
+        assert 1 <= clusters <= ceil(m, tokens) * ceil(outputs, 128), case
+        assert clusters * splits <= sms, case
+
+
+def test_hopper_is_full_or_the_sum_short(chosen: dict) -> None:
+    """Most multiprocessors have work in every wave but the last, and in one wave, if there is enough."""
+    for what, sms, m, outputs, stages, tokens, splits, _, clusters in chosen["sm90"]:
+        tiles = ceil(m, tokens) * ceil(outputs, 128)
+        if tiles > clusters or (stages >= 32 and tiles * 8 >= sms):
+            assert clusters * splits >= 0.65 * sms, (what, sms, m, outputs, stages, tokens, splits)
+
+
+def test_on_hopper_a_weight_is_decoded_for_as_many_tokens_as_there_are(chosen: dict) -> None:
+    most = {"forward": 128, "dx": 256}
+    for what, _, m, outputs, *_, tokens, _, _, _ in chosen["sm90"]:
+        if m >= 1000 and outputs >= 4096:
+            assert tokens == most[what]

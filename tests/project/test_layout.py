@@ -20,7 +20,17 @@ CPU_ROOMS = ("codec", "few_tokens", "many_tokens", "many_tokens_tiles", "float64
 
 CPU_PARTS = ("cpp/cpu/parts/", *(f"cpp/cpu/{room}/" for room in CPU_ROOMS))
 
-# Folder or prefix of a file's name -> the folders of ours that its files may include. Includes have one direction.
+# Rooms of CUDA code, each named for the least architecture that runs it, and what its files may include of others.
+ROOMS = {"any": ("any",), "sm80": ("any", "sm80"), "sm90": ("any", "sm80", "sm90")}
+CUDA_LAUNCH = tuple(f"cuda/launch/{name}.h" for name in ("cluster", "device", "launch", "types", "workspace"))
+
+
+def in_rooms(folder: str, room: str) -> list[str]:
+    """The rooms of ``folder`` that ``room`` may include."""
+    return [f"{folder}/{below}/" for below in ROOMS[room]]
+
+
+# Folder, or beginning of a file's name -> what its files may include of ours. Includes point one way.
 MAY_INCLUDE = {
     "cpp/format": ("cpp/format",),
     "cpp/cpu/shared/": ("cpp/format", "cpp/cpu/shared/"),
@@ -45,14 +55,34 @@ MAY_INCLUDE = {
     "cpp/cpu/isa_": ("cpp/cpu/dispatch.h", "cpp/cpu/float64/", "cpp/cpu/parts/parts.h"),
     "cpp/ops": ("cpp/format", "cpp/cpu", "cpp/ops"),
     "cpp/runtime": (),
-    "cpp/bindings": ("cpp/format", "cpp/cpu", "build_info.h"),
+    "cpp/bindings": ("cpp/format", "cpp/cpu", "cuda/tuning/", "build_info.h"),
     "cuda/ptx": ("cpp/format", "cuda/ptx"),
-    "cuda/tile": ("cpp/format", "cuda/ptx", "cuda/tile"),
-    "cuda/kernels": ("cpp/format", "cuda/ptx", "cuda/tile", "cuda/kernels", "cuda/tuning.h"),
-    "cuda/launch": ("cpp/format", "cuda/tile", "cuda/kernels", "cuda/launch", "cuda/tuning.h", "cuda/tuning_sm90.h"),
-    "cuda/tuning.h": ("cpp/format",),
-    "cuda/tuning_sm90.h": ("cpp/format", "cuda/tuning.h"),
-    "cuda/ops.cpp": ("cpp/format", "cpp/ops", "cuda/launch", "cuda/tuning.h", "cuda/tuning_sm90.h"),
+    **{f"cuda/tile/{room}/": ("cpp/format", "cuda/ptx", *in_rooms("cuda/tile", room)) for room in ROOMS},
+    **{
+        f"cuda/kernels/{room}/": (
+            "cpp/format",
+            "cuda/ptx",
+            *in_rooms("cuda/tile", room),
+            *in_rooms("cuda/kernels", room),
+            "cuda/tuning/codec.h",
+        )
+        for room in ROOMS
+    },
+    **{
+        f"cuda/launch/{room}/": (
+            "cpp/format",
+            *in_rooms("cuda/tile", room),
+            *in_rooms("cuda/kernels", room),
+            *in_rooms("cuda/launch", room),
+            *CUDA_LAUNCH,
+            "cuda/tuning/",
+        )
+        for room in ROOMS
+    },
+    "cuda/launch/registry.cpp": ("cuda/launch/", "cuda/tuning/"),
+    "cuda/launch/": ("cpp/format", *CUDA_LAUNCH, "cuda/tuning/"),
+    "cuda/tuning/": ("cpp/format", "cuda/tuning/"),
+    "cuda/ops.cpp": ("cpp/format", "cpp/ops", "cuda/launch/", "cuda/tuning/"),
 }
 
 
@@ -117,6 +147,18 @@ def test_every_instruction_set_has_the_same_vocabularies() -> None:
     for folder in folders:
         assert {"codec.h", "stream.h", "panel.h"} <= {p.name for p in folder.glob("*.h")}, folder.name
         assert (ROOT / f"cpp/cpu/isa_{folder.name}.cpp").is_file()
+
+
+def test_rooms_of_cuda_code_are_in_the_table() -> None:
+    for folder in ("tile", "kernels", "launch"):
+        rooms = {p.name for p in (ROOT / "cuda" / folder).iterdir() if p.is_dir()}
+        assert rooms <= set(ROOMS), folder
+
+
+def test_the_choice_of_a_cuda_kernel_needs_no_cuda() -> None:
+    assert [
+        p for p in (ROOT / "cuda/tuning").iterdir() if re.search(r"#include [<\"]cuda[_.]|cudaError", p.read_text())
+    ] == []
 
 
 def test_torch_is_seen_by_the_operators_only() -> None:

@@ -1,0 +1,148 @@
+// dequantize_nf4: packed codes and scales -> values, float32(value) * absmax rounded once, nested scales decoded on the
+// way.
+//
+// A warp takes a chunk of kSweeps sweeps; in a sweep each of its 32 lanes decodes 16 bytes of output. A chunk touches
+// at most 32 quantization blocks, so that lane i loads and decodes the scale of block i, once and in whole sectors, and
+// the others get it by shuffle.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/address.cuh"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/load.cuh"
+#include "cuda/ptx/store.cuh"
+#include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/any/code_tables.cuh"
+#include "cuda/tile/any/element.cuh"
+#include "cuda/tile/any/lane_values.cuh"
+#include "cuda/tile/any/nf4_decode.cuh"
+#include "cuda/tile/any/unroll.cuh"
+
+namespace qlora::kernels {
+
+inline constexpr int kDequantizeRun = 2;  // chunks that a warp takes one after the other
+
+template <class T, int kChunk>
+struct DequantizeTile {
+  static constexpr int kPerLane = tile::LaneValues<T>::kCount;
+  static constexpr int kSweep = tile::kWarp * kPerLane;  // values
+  static constexpr int kSweeps = kChunk / kSweep;
+};
+
+template <class T>
+__device__ __forceinline__ uint4 round_lane(const float (&v)[tile::LaneValues<T>::kCount]) {
+  if constexpr (sizeof(T) == 4) {
+    return make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+  } else {
+    return make_uint4(ptx::pack2<T>(v[0], v[1]), ptx::pack2<T>(v[2], v[3]), ptx::pack2<T>(v[4], v[5]),
+                      ptx::pack2<T>(v[6], v[7]));
+  }
+}
+
+// What a warp needs besides the chunk: the CTA's tables, and the lane's nested absmax, carried from chunk to chunk.
+struct DequantizeState {
+  const float* values;
+  const float* dynamic8;
+  float offset;
+  tile::RawScale raw;
+};
+
+// Whether the kChunk elements from `first` on touch no more quantization blocks than a warp has lanes.
+template <int kChunk>
+__device__ __forceinline__ bool a_lane_a_block(const tile::ScaleView& scales, int64_t first) {
+  return (first + kChunk - 1 >> scales.block_shift) - (first >> scales.block_shift) < tile::kWarp;
+}
+
+// The kChunk elements from `first` on, to out[0] and on. Vector accesses fit, and a_lane_a_block.
+template <class T, int kChunk, bool kReadSoon>
+__device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
+                                                 T* out, DequantizeState& state) {
+  using Tile = DequantizeTile<T, kChunk>;
+  const int lane = threadIdx.x % tile::kWarp;
+  const uint8_t* const in = packed + ((first + lane * Tile::kPerLane) >> 1);
+  uint32_t word[Tile::kSweeps];
+  tile::unroll<Tile::kSweeps>([&](auto r) {
+    constexpr int kOffset = r * Tile::kSweep / 2;
+    if constexpr (Tile::kPerLane == 8) {
+      word[r] = ptx::load_stream_u32<kOffset>(in);
+    } else {
+      word[r] = ptx::load_stream_u16<kOffset>(in);
+    }
+  });
+
+  const int64_t block = (first >> scales.block_shift) + lane;
+  if (block <= (first + kChunk - 1) >> scales.block_shift) tile::reload_scale(scales, block, state.raw);
+  const float own = tile::decode_scale(scales, state.raw, state.dynamic8, state.offset);
+
+  const uint32_t table = ptx::shared_address(state.values);
+  T* const to = out + lane * Tile::kPerLane;
+  const int in_block = static_cast<int>(first & ((int64_t{1} << scales.block_shift) - 1)) + lane * Tile::kPerLane;
+  tile::unroll<Tile::kSweeps>([&](auto r) {
+    const float scale = __shfl_sync(0xFFFFFFFFu, own, (in_block + r * Tile::kSweep) >> scales.block_shift);
+    float value[Tile::kPerLane];
+    tile::decode_nf4(value, word[r], scale, table);
+    if constexpr (kReadSoon)
+      reinterpret_cast<uint4*>(to)[r * tile::kWarp] = round_lane<T>(value);
+    else
+      ptx::store_stream_v4<r * tile::kWarp * 16>(to, round_lane<T>(value));
+  });
+}
+
+// Up to kChunk elements, first .. end - 1, one at a time: the tensor's tail, and pointers that no vector access fits.
+template <class T>
+__device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
+                                                    int64_t end, T* out, const DequantizeState& state) {
+#pragma unroll 1
+  for (int64_t i = first + threadIdx.x % tile::kWarp; i < end; i += tile::kWarp) {
+    const tile::RawScale raw = tile::load_scale(scales, i >> scales.block_shift);
+    const float scale = tile::decode_scale(scales, raw, state.dynamic8, state.offset);
+    out[i - first] = tile::narrow<T>(__fmul_rn(state.values[code_at(packed, i)], scale));
+  }
+}
+
+// What is decoded: `rows` pieces of `columns` elements, the first from element `first` on, each `stride` further; a
+// piece is `chunks` chunks, the last of which may be short.
+struct DequantizePieces {
+  int64_t first, rows, columns, stride, chunks;
+};
+
+// Grid-stride, so that the tables are staged once a CTA however large the tensor is; a warp takes kDequantizeRun
+// neighbouring chunks, most of which share one nested block.
+template <class T, int kChunk, int kThreads, bool kReadSoon>
+__global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
+                                                                  const __grid_constant__ tile::ScaleView scales,
+                                                                  const __grid_constant__ tile::CodeView code,
+                                                                  const __grid_constant__ DequantizePieces pieces,
+                                                                  T* __restrict__ out) {
+  __shared__ __align__(tile::kNf4DecodeAlign) float values[kCodes];
+  __shared__ float dynamic8[256];
+  __shared__ float shared_offset;
+  tile::stage_table(values, code.table().value);
+  tile::stage_table(dynamic8, tile::c_dynamic8.value);
+  if (threadIdx.x == 0) shared_offset = tile::nested_offset(scales);
+  __syncthreads();
+
+  constexpr int kPerVector = DequantizeTile<T, kChunk>::kPerLane;
+  DequantizeState state{values, dynamic8, shared_offset, {}};
+  const bool aligned = tile::is_aligned<4>(packed) && tile::is_aligned<16>(out) && pieces.first % 8 == 0 &&
+                       (pieces.rows == 1 || (pieces.stride % 8 == 0 && pieces.columns % kPerVector == 0));
+  const int64_t warps = int64_t{gridDim.x} * (kThreads / tile::kWarp);
+  const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / tile::kWarp;
+#pragma unroll 1
+  for (int64_t chunk = warp * kDequantizeRun; chunk < pieces.rows * pieces.chunks;) {
+    const int64_t row = pieces.rows == 1 ? 0 : chunk / pieces.chunks;
+    const int64_t column = (chunk - row * pieces.chunks) * kChunk, first = pieces.first + row * pieces.stride + column;
+    T* const to = out + row * pieces.columns + column;
+    if (aligned && column + kChunk <= pieces.columns && a_lane_a_block<kChunk>(scales, first)) {
+      dequantize_chunk<T, kChunk, kReadSoon>(packed, scales, first, to, state);
+    } else {
+      const int64_t count = min(pieces.columns - column, int64_t{kChunk});
+      dequantize_elements<T>(packed, scales, first, first + count, to, state);
+    }
+    ++chunk;
+    if (chunk % kDequantizeRun == 0) chunk += (warps - 1) * kDequantizeRun;
+  }
+}
+
+}  // namespace qlora::kernels

@@ -1,0 +1,52 @@
+// dX of all experts in one launch: tiles of one expert's tokens and weight each, which keep their row numbers in dy, as
+// in grouped_linear_nf4_ragged_kernel. And the kernel for float32.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/grouped.h"
+#include "cuda/kernels/any/linear_nf4_dx_exact.cuh"
+#include "cuda/tile/any/groups.cuh"
+
+namespace qlora::kernels {
+
+struct GroupedDxArgs {
+  DxArgs stack;  // of the first expert, with all experts' tokens; token_tiles is as many as there may be
+  tile::Groups groups;
+  WeightStride stride;
+};
+
+// `bytes` to an element.
+__device__ __forceinline__ DxArgs expert_args(const GroupedDxArgs& p, const tile::Group& group, int bytes) {
+  DxArgs args = p.stack;
+  args.packed += group.expert * p.stride.packed_bytes;
+  args.scales.scales = expert_scales(args.scales.scales, p.stride, group.expert);
+  args.lora_a = static_cast<const char*>(args.lora_a) + group.expert * args.rank * args.k * bytes;
+  args.m = group.end;
+  args.splits = 1;
+  return args;
+}
+
+// body(args, token0, column0) for this CTA's tile of an expert, kTokens x kColumns. Grid: x over token tiles (fastest)
+// and column tiles.
+template <class T, int kTokens, int kColumns, int kThreads, class Body>
+__device__ __forceinline__ void visit_dx_tile(const GroupedDxArgs& p, Body body) {
+  const tile::GroupTile tile =
+      tile::find_group_tile<kTokens>(p.groups, static_cast<int64_t>(blockIdx.x % p.stack.token_tiles));
+  if (!tile.exists) return;
+  const int64_t column0 = int64_t{blockIdx.x / p.stack.token_tiles} * kColumns;
+  if (tile.group.expert == p.groups.count) {
+    tile::store_zeros<T, kThreads>(static_cast<T*>(p.stack.dx), p.stack.k, tile.row0,
+                                   min(tile.row0 + kTokens, tile.group.end), column0, column0 + kColumns);
+  } else {
+    body(expert_args(p, tile.group, sizeof(T)), tile.row0, column0);
+  }
+}
+
+inline __global__ void __launch_bounds__(kDxExactThreads)
+    grouped_linear_nf4_dx_exact_kernel(const __grid_constant__ GroupedDxArgs p) {
+  visit_dx_tile<float, kDxExactTokens, kDxExactColumns, kDxExactThreads>(
+      p, [](const DxArgs& args, int64_t token0, int64_t column0) { linear_nf4_dx_exact_tile(args, token0, column0); });
+}
+
+}  // namespace qlora::kernels

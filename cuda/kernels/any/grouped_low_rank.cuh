@@ -1,0 +1,60 @@
+// LoRA's low-rank products of all experts, low_rank_kernel's with each expert's own a: out [rows, rank], with zeros for
+// rows of nobody.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels/any/low_rank.cuh"
+#include "cuda/tile/any/groups.cuh"
+
+namespace qlora::kernels {
+
+template <class T>
+struct GroupedLowRankArgs {
+  LowRankArgs<T> stack;  // of the first expert; x and out have all rows, clear is unused
+  tile::Groups groups;
+};
+
+// The tokens of `group` alone: rows keep their numbers, by which dropout goes.
+template <class T>
+__device__ __forceinline__ LowRankArgs<T> expert_args(const GroupedLowRankArgs<T>& p, const tile::Group& group) {
+  LowRankArgs<T> args = p.stack;
+  args.a += group.expert * args.k * args.rank;
+  args.m = group.end;
+  return args;
+}
+
+// Grid: x over tiles of 8 tokens of an expert, as many as there may be, y over 16·kRankTiles ranks. Needs what
+// low_rank_tile does, of every expert.
+template <class T, bool kTransposed, int kRankTiles>
+__global__ void __launch_bounds__(kLowRankThreads)
+    grouped_low_rank_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
+  const tile::GroupTile tile = tile::find_group_tile<8>(p.groups, blockIdx.x);
+  if (!tile.exists) return;
+  const int64_t rank0 = int64_t{blockIdx.y} * (16 * kRankTiles);
+  if (tile.group.expert == p.groups.count) {
+    const int64_t row_end = tile.row0 + 8 < p.groups.rows ? tile.row0 + 8 : p.groups.rows;
+    return tile::store_zeros<T, kLowRankThreads>(p.stack.out, p.stack.rank, tile.row0, row_end, rank0,
+                                                 rank0 + 16 * kRankTiles);
+  }
+  constexpr int kTurns = kRankTiles > 1 ? 1 : 2;  // an expert's arguments take registers, too
+  low_rank_tile<T, kTransposed, kRankTiles, 1, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
+}
+
+// Grid: x over tokens, y over 4·kLowRankScalarRanks ranks.
+template <class T, bool kTransposed>
+__global__ void __launch_bounds__(kLowRankScalarThreads)
+    grouped_low_rank_scalar_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
+  for (int64_t token = blockIdx.x; token < p.groups.rows; token += gridDim.x) {
+    const tile::GroupTile tile = tile::find_group_tile<1>(p.groups, token);
+    if (tile.group.expert == p.groups.count) {
+      constexpr int64_t kRanks = kLowRankScalarThreads / 32 * kLowRankScalarRanks;
+      tile::store_zeros<T, kLowRankScalarThreads>(p.stack.out, p.stack.rank, token, token + 1, blockIdx.y * kRanks,
+                                                  (blockIdx.y + 1) * kRanks);
+    } else {
+      low_rank_token<T, kTransposed>(expert_args(p, tile.group), token);
+    }
+  }
+}
+
+}  // namespace qlora::kernels

@@ -1,0 +1,108 @@
+// dx = dy · w + mask ∘ (g · a) · keep_scale for float32: every weight decoded to float32, every product a float32 FMA.
+//
+// A CTA makes dx[kDxExactTokens tokens][128 columns] from its share of the rows n; a thread has one column and every
+// second row. Any n, k and alignment. LoRA's part, a sum over the rank, is added where the outputs are stored.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels/any/linear_nf4_dx_args.cuh"
+#include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/any/dropout.cuh"
+#include "cuda/tile/any/split.cuh"
+
+namespace qlora::kernels {
+
+inline constexpr int kDxExactTokens = 16;    // per CTA
+inline constexpr int kDxExactColumns = 128;  // of w, per CTA
+inline constexpr int kDxExactThreads = 2 * kDxExactColumns;
+inline constexpr int kDxExactStageRows = 32;  // of w, per stage
+
+__device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, int64_t column) {
+  const float* g = static_cast<const float*>(args.g) + m * args.rank;
+  const float* a = static_cast<const float*>(args.lora_a) + column;
+  float sum = 0.0f;
+  for (int64_t r = 0; r < args.rank; ++r) sum = fmaf(g[r], a[r * args.k], sum);
+  if (!args.dropout.active()) return sum;
+  const bool keep = tile::keep_mask(args.dropout, m * args.k + column) & 1;
+  return keep ? sum * static_cast<float>(args.dropout.keep_scale) : 0.0f;
+}
+
+// The tile of tokens token0.. and columns column0.., a whole CTA's work: split blockIdx.y of the rows.
+__device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int64_t token0, int64_t column0) {
+  __shared__ float values[kCodes], dynamic8[256];
+  __shared__ float dy[kDxExactStageRows][kDxExactTokens];
+  __shared__ float sums[kDxExactTokens][kDxExactColumns];
+  if (threadIdx.x < kCodes) values[threadIdx.x] = args.code.table().value[threadIdx.x];
+  tile::fill_dynamic8<kDxExactThreads>(dynamic8);
+
+  const int64_t row0 = blockIdx.y * args.rows_per_split, row_end = min(args.n, row0 + args.rows_per_split);
+  const int column_in_tile = threadIdx.x % kDxExactColumns, half = threadIdx.x / kDxExactColumns;
+  const int64_t column = column0 + column_in_tile;
+  const float offset = tile::nested_offset(args.scales);
+
+  float acc[kDxExactTokens] = {};
+  for (int64_t stage = row0; stage < row_end; stage += kDxExactStageRows) {
+    __syncthreads();
+    for (int i = threadIdx.x; i < kDxExactStageRows * kDxExactTokens; i += kDxExactThreads) {
+      const int row = i % kDxExactStageRows, token = i / kDxExactStageRows;
+      const int64_t m = token0 + token, n = stage + row;
+      dy[row][token] = m < args.m && n < row_end ? static_cast<const float*>(args.dy)[m * args.n + n] : 0.0f;
+    }
+    __syncthreads();
+    if (column >= args.k) continue;
+    const int rows = static_cast<int>(min(row_end - stage, int64_t{kDxExactStageRows}));
+    float part[kDxExactTokens] = {};  // a stage's sums on their own: rounding errors grow with the length of a sum
+#pragma unroll 4
+    for (int row = half; row < rows; row += 2) {
+      const int64_t element = (stage + row) * args.k + column;
+      const tile::RawScale raw = tile::load_scale(args.scales, element >> args.scales.block_shift);
+      const float w = values[code_at(args.packed, element)] * tile::decode_scale(args.scales, raw, dynamic8, offset);
+#pragma unroll
+      for (int i = 0; i < kDxExactTokens; ++i) part[i] = fmaf(dy[row][i], w, part[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < kDxExactTokens; ++i) acc[i] += part[i];
+  }
+
+  // The two halves of the rows, then the splits, always in the same order.
+  if (half == 1) {
+#pragma unroll
+    for (int i = 0; i < kDxExactTokens; ++i) sums[i][column_in_tile] = acc[i];
+  }
+  __syncthreads();
+  float* partials = args.partials + (int64_t{blockIdx.x} * args.splits * kDxExactTokens) * kDxExactColumns;
+  if (half == 0) {
+#pragma unroll
+    for (int i = 0; i < kDxExactTokens; ++i) {
+      acc[i] += sums[i][column_in_tile];
+      if (args.splits > 1) {
+        partials[(int64_t{blockIdx.y} * kDxExactTokens + i) * kDxExactColumns + column_in_tile] = acc[i];
+      } else {
+        sums[i][column_in_tile] = acc[i];
+      }
+    }
+  }
+  if (args.splits > 1 && !tile::arrives_last(args.tickets + blockIdx.x, args.splits)) return;
+  __syncthreads();
+  if (column >= args.k) return;
+  for (int i = half; i < kDxExactTokens && token0 + i < args.m; i += 2) {
+    float sum = 0.0f;
+    if (args.splits > 1) {
+      for (int split = 0; split < args.splits; ++split) {
+        sum += __ldcg(partials + (int64_t{split} * kDxExactTokens + i) * kDxExactColumns + column_in_tile);
+      }
+    } else {
+      sum = sums[i][column_in_tile];
+    }
+    static_cast<float*>(args.dx)[(token0 + i) * args.k + column] = sum + dx_lora_exact(args, token0 + i, column);
+  }
+}
+
+// Grid as linear_nf4_dx_kernel's, with the tile above.
+inline __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(const DxArgs args) {
+  linear_nf4_dx_exact_tile(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
+                           int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);
+}
+
+}  // namespace qlora::kernels

@@ -1,0 +1,43 @@
+// The forward of all experts in one launch: linear_nf4_kernel's tiles, each of one expert's rows and weight. Tokens
+// keep their row numbers in x, so an expert's problem is that of the tokens up to its end, from a tile of its own on.
+// Of experts without tokens nothing is read.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/grouped.h"
+#include "cuda/kernels/any/grouped_linear_nf4_ragged.cuh"
+#include "cuda/kernels/sm80/linear_nf4.cuh"
+#include "cuda/tile/any/groups.cuh"
+
+namespace qlora::kernels {
+
+template <class T>
+__device__ __forceinline__ LinearArgs<T> expert_args(const GroupedLinearArgs<LinearArgs<T>>& p,
+                                                     const tile::Group& group) {
+  LinearArgs<T> args = p.stack;
+  args.packed += group.expert * p.stride.packed_bytes;
+  args.scales.scales = expert_scales(args.scales.scales, p.stride, group.expert);
+  args.m = args.lora.m = group.end;
+  args.lora.b += group.expert * args.n * args.lora.rank;
+  if (args.out.bias != nullptr) args.out.bias += group.expert * args.n;
+  return args;
+}
+
+// Grid: x over token tiles (fastest) and row tiles. Needs what linear_nf4_tile does, of every expert.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    grouped_linear_nf4_kernel(const __grid_constant__ GroupedLinearArgs<LinearArgs<typename Tile::T>> p) {
+  const tile::GroupTile tile =
+      tile::find_group_tile<Tile::kTokens>(p.groups, static_cast<int64_t>(blockIdx.x % p.stack.token_tiles));
+  if (!tile.exists) return;
+  const int64_t n0 = blockIdx.x / p.stack.token_tiles * Tile::kRows;
+  if (tile.group.expert == p.groups.count) {
+    tile::store_zeros<typename Tile::T, Tile::kThreads>(
+        p.stack.out.y, p.stack.n, tile.row0, min(tile.row0 + Tile::kTokens, tile.group.end), n0, n0 + Tile::kRows);
+    return;
+  }
+  linear_nf4_tile<Tile>(expert_args(p, tile.group), n0, tile.row0);
+}
+
+}  // namespace qlora::kernels

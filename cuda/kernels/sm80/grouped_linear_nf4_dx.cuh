@@ -1,0 +1,22 @@
+// dX of all experts in one launch: linear_nf4_dx_kernel's tiles, each of one expert's tokens and weight, which keep
+// their row numbers in dy, as in grouped_linear_nf4_kernel.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/kernels/any/grouped_linear_nf4_dx_exact.cuh"
+#include "cuda/kernels/sm80/linear_nf4_dx.cuh"
+#include "cuda/tile/any/groups.cuh"
+
+namespace qlora::kernels {
+
+template <class T, int kTokenTiles, bool kRagged>
+__global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles))
+    grouped_linear_nf4_dx_kernel(const __grid_constant__ GroupedDxArgs p) {
+  visit_dx_tile<T, 8 * kTokenTiles, tile::kDxColumns, tile::kDxThreads>(
+      p, [](const DxArgs& args, int64_t token0, int64_t column0) {
+        linear_nf4_dx_tile<T, kTokenTiles, kRagged>(args, token0, column0);
+      });
+}
+
+}  // namespace qlora::kernels

@@ -1,0 +1,168 @@
+// y = x · wᵀ + h · lora_bᵀ + bias on tensor cores, straight from the packed weight: cp.async stages of x and packed
+// bytes, decode to registers by the pair table, float32 accumulators. Tile shapes and layouts:
+// cuda/tile/sm80/linear_tile.cuh.
+//
+// The block scale never touches a weight: each segment is summed from zero, and then acc += scale · sum.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/address.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/lora_step.cuh"
+#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm80/linear_copy.cuh"
+#include "cuda/tile/sm80/linear_sum.cuh"
+#include "cuda/tile/sm80/linear_tile.cuh"
+#include "cuda/tile/sm80/scale_stage.cuh"
+
+namespace qlora::kernels {
+
+template <class T>
+struct LinearArgs {
+  const T* x;
+  const uint8_t* packed;
+  tile::ScaleView scales;
+  tile::CodeView code;
+  int64_t m, n, k;
+  tile::LoraOperands<T> lora;  // rank 0: none
+  tile::LinearOutput<T> out;
+  int64_t token_tiles;         // CTAs along m
+  int64_t segments_per_split;  // a multiple of the tile's kStageSegments
+};
+
+// The shared addresses of a lane's operands in slot 0, segment 0.
+template <class Tile>
+struct LaneAddresses {
+  uint32_t table, lane_offset;
+  uint32_t packed, x_low, x_high, scales;
+  int g;
+
+  __device__ __forceinline__ LaneAddresses(uint32_t shared, int warp_row, int lane)
+      : table(shared + Tile::kTable), lane_offset(4 * lane), g(lane / 4) {
+    const int t = lane % 4;
+    packed = shared + Tile::kPacked + warp_row * Tile::kStageSegments * tile::kSegmentPackedBytes + 8 * t;
+    x_low = shared + Tile::kX + Tile::x_offset(g, 0, 2 * t);
+    x_high = shared + Tile::kX + Tile::x_offset(g, 0, 2 * t + 1);
+    scales = shared + Tile::kScales + warp_row * tile::kPairTableEntryBytes;
+  }
+};
+
+template <class Tile>
+using Accumulators = float[Tile::kRowTiles][Tile::kTokenTiles][4];
+
+// acc += one segment: `segment` of the stage in buffer `slot`, whose scales are number `scale_segment` of those held.
+template <class Tile>
+__device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane, int slot, int segment,
+                                                 int scale_segment, Accumulators<Tile>& acc) {
+  using T = typename Tile::T;
+  uint32_t w[Tile::kRowTiles][4][4];  // [tile][step][mma operand register]
+  float scale[Tile::kRowTiles][2];
+  const uint32_t packed = lane.packed + slot * Tile::kStagePackedBytes + Tile::packed_offset(lane.g, segment);
+  const uint32_t scales = lane.scales + Tile::scale_offset(lane.g, scale_segment);
+  tile::unroll<2 * Tile::kRowTiles>([&](auto half) {  // rows g, then rows g + 8 of each tile
+    constexpr int i = half / 2, upper = half % 2, row = 8 * half;
+    const uint2 bytes = ptx::load_shared_v2<row * Tile::kStageSegments * tile::kSegmentPackedBytes>(packed);
+    scale[i][upper] = ptx::load_shared_f32<row * tile::kPairTableEntryBytes>(scales);
+    w[i][0][upper] = tile::lookup_pair<0>(lane.table, lane.lane_offset, bytes.x);
+    w[i][0][upper + 2] = tile::lookup_pair<1>(lane.table, lane.lane_offset, bytes.x);
+    w[i][1][upper] = tile::lookup_pair<2>(lane.table, lane.lane_offset, bytes.x);
+    w[i][1][upper + 2] = tile::lookup_pair<3>(lane.table, lane.lane_offset, bytes.x);
+    w[i][2][upper] = tile::lookup_pair<0>(lane.table, lane.lane_offset, bytes.y);
+    w[i][2][upper + 2] = tile::lookup_pair<1>(lane.table, lane.lane_offset, bytes.y);
+    w[i][3][upper] = tile::lookup_pair<2>(lane.table, lane.lane_offset, bytes.y);
+    w[i][3][upper + 2] = tile::lookup_pair<3>(lane.table, lane.lane_offset, bytes.y);
+  });
+
+  const uint32_t x = slot * Tile::kStageXBytes + segment * Tile::kTokens * Tile::kXLineStride;
+  const uint32_t x_low = lane.x_low + x, x_high = lane.x_high + x;
+  tile::unroll<Tile::kTokenTiles>([&](auto j) {
+    const uint4 low = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_low);
+    const uint4 high = ptx::load_shared_v4<j * 8 * Tile::kXLineStride>(x_high);
+#pragma unroll
+    for (int i = 0; i < Tile::kRowTiles; ++i) {
+      float sum[4];
+      ptx::mma_m16n8k16_first<T>(sum, w[i][0][0], w[i][0][1], w[i][0][2], w[i][0][3], low.x, low.y);
+      ptx::mma_m16n8k16<T>(sum, w[i][1][0], w[i][1][1], w[i][1][2], w[i][1][3], low.z, low.w);
+      ptx::mma_m16n8k16<T>(sum, w[i][2][0], w[i][2][1], w[i][2][2], w[i][2][3], high.x, high.y);
+      ptx::mma_m16n8k16<T>(sum, w[i][3][0], w[i][3][1], w[i][3][2], w[i][3][3], high.z, high.w);
+#pragma unroll
+      for (int c = 0; c < 4; ++c) acc[i][j][c] = fmaf(scale[i][c / 2], sum[c], acc[i][j][c]);
+    }
+  });
+}
+
+// The LoRA steps are dealt out to all splits and warp groups.
+template <class Tile, class T>
+__device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int64_t row0, int64_t token0, int group,
+                                         Accumulators<Tile>& acc) {
+  const int64_t steps = (lora.rank + 15) / 16;
+  const bool vector = lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
+  for (int64_t step = blockIdx.y * Tile::kWarpsK + group; step < steps; step += gridDim.y * Tile::kWarpsK) {
+    if (vector)
+      tile::lora_step<T, true>(lora, row0, token0, step, acc);
+    else
+      tile::lora_step<T, false>(lora, row0, token0, step, acc);
+  }
+}
+
+// The tile of rows n0.. of w and tokens token0.. of x, a whole CTA's work: split blockIdx.y of k. Needs k % 64 == 0, a
+// block size of at least 64, x and packed aligned to 16 bytes.
+template <class Tile>
+__device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0) {
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  const uint32_t shared = ptx::shared_address(shared_memory);
+  float* const dynamic8 = reinterpret_cast<float*>(shared_memory + Tile::kDynamic8);
+  const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN;
+  const int warp_row = warp % Tile::kWarpsN * (16 * Tile::kRowTiles);
+  const int64_t segment0 = blockIdx.y * p.segments_per_split;
+  const int64_t segments_left = p.k / tile::kSegment - segment0;
+  const int segments = static_cast<int>(segments_left < p.segments_per_split ? segments_left : p.segments_per_split);
+  const int stages = (segments + Tile::kStageSegments - 1) / Tile::kStageSegments;
+
+  tile::LinearStages<Tile> source(shared, p.x, p.packed, token0, p.m, n0, p.n, p.k, segment0, segments);
+#pragma unroll
+  for (int stage = 0; stage < Tile::kStages - 1; ++stage) source.fetch(stage, stage);
+  tile::ScaleStage<Tile, tile::kScaleSegments> scales(p.scales, p.code.unfactor, n0, p.n, p.k);
+  scales.load(segment0, segments);
+  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
+  tile::fill_dynamic8<Tile::kThreads>(dynamic8);
+  Accumulators<Tile> acc = {};
+  add_lora<Tile>(p.lora, n0 + warp_row, token0, group, acc);
+
+  const LaneAddresses<Tile> lane(shared, warp_row, threadIdx.x % 32);
+  int slot = 0;
+  for (int stage = 0; stage < stages; ++stage) {
+    if (stage % Tile::kStagesPerScales == 0) {
+      __syncthreads();  // the tables are complete, and the last scales are no longer used
+      scales.store(shared + Tile::kScales, dynamic8);
+      const int after = stage * Tile::kStageSegments + tile::kScaleSegments;
+      if (after < segments) scales.load(segment0 + after, segments - after);
+    }
+    ptx::cp_async_wait<Tile::kStages - 2>();
+    __syncthreads();  // this stage is complete, and the buffer of the one before is free
+    source.fetch(stage + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
+#pragma unroll
+    for (int i = 0; i < Tile::kStageSegments / Tile::kWarpsK; ++i) {
+      const int segment = i * Tile::kWarpsK + group, number = stage * Tile::kStageSegments + segment;
+      if (number < segments) multiply_segment(lane, slot, segment, number % tile::kScaleSegments, acc);
+    }
+    slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
+  }
+  ptx::cp_async_wait<0>();
+  __syncthreads();  // the sums may now overwrite the stages
+
+  tile::store_sums<Tile>(shared, warp_row, group, acc);
+  __syncthreads();
+  tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), token0, p.m, n0, p.n);
+}
+
+// Grid: x over token tiles (fastest) and row tiles, y over splits of k.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_kernel(const __grid_constant__ LinearArgs<typename Tile::T> p) {
+  linear_nf4_tile<Tile>(p, blockIdx.x / p.token_tiles * Tile::kRows, blockIdx.x % p.token_tiles * Tile::kTokens);
+}
+
+}  // namespace qlora::kernels

@@ -1,0 +1,241 @@
+// y = x · wᵀ + h · lora_bᵀ + bias for few tokens, h included, on tensor cores, straight from the packed weight: decoded
+// to registers by the pair table, float32 accumulators. Tile shapes and layouts: cuda/tile/sm80/few_tokens_tile.cuh.
+//
+// The block scale never touches a weight: each segment is summed from zero, and then acc += scale · sum.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/address.cuh"
+#include "cuda/ptx/mma.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm80/few_tokens_copy.cuh"
+#include "cuda/tile/sm80/few_tokens_lora.cuh"
+#include "cuda/tile/sm80/few_tokens_tile.cuh"
+#include "cuda/tile/sm80/linear_sum.cuh"
+#include "cuda/tile/sm80/pair_registers.cuh"
+#include "cuda/tile/sm80/scale_stage.cuh"
+
+namespace qlora::kernels {
+
+template <class T>
+struct FewTokensLinearArgs {
+  const T* x;
+  const uint8_t* packed;
+  tile::ScaleView scales;
+  tile::CodeView code;
+  int64_t m, n, k;
+  tile::FewTokensLora<T> lora;  // rank 0: none
+  tile::LinearOutput<T> out;
+  int64_t segments_per_split;  // a multiple of the tile's kRoundSegments
+};
+
+template <class Tile>
+using FewTokensAccumulators =
+    float[Tile::kRowTiles][Tile::kTokenTiles][2];  // rows g and g + 8 of each 16, token t of each 4
+
+// A lane's x of a unit. Where the lane is not of a column's segment or token it stays zero.
+template <class Tile>
+class XUnit {
+ public:
+  uint4 value[Tile::kTokenTiles][4] = {};
+
+  __device__ __forceinline__ explicit XUnit(int tokens)
+      : offset_(Tile::x_offset(token(), segment(), 4 * (threadIdx.x % 2))),
+        left_(segment() == column() ? tokens - token() : 0) {
+    ptx::hold(offset_), ptx::hold(left_);
+  }
+
+  // `x` is the address of the unit's first segment in its stage.
+  __device__ __forceinline__ void load(uint32_t x) {
+    const uint32_t from = x + offset_;
+    tile::unroll<Tile::kTokenTiles>([&](auto j) {
+      if (4 * j >= left_) return;
+      tile::unroll<4>(
+          [&](auto q) { value[j][q] = ptx::load_shared_v4<4 * j * tile::kPairTableEntryBytes>(from ^ (q * 16)); });
+    });
+  }
+
+ private:
+  __device__ __forceinline__ static int token() { return threadIdx.x % 32 / 8; }
+  __device__ __forceinline__ static int segment() { return threadIdx.x % 4 / 2; }      // that the lane holds
+  __device__ __forceinline__ static int column() { return threadIdx.x % 32 / 4 % 2; }  // whose segment it is
+
+  uint32_t offset_;
+  int left_;  // tokens from this lane's first on
+};
+
+// How a lane turns packed bytes into weights: by the table in shared memory, but for one word of eight, which brings
+// the passes over shared memory to where an H100's other limits are.
+template <class T>
+struct Decoder {
+  uint32_t table, lane_offset;
+  tile::PairRegisters<T> registers;
+
+  template <bool kInRegisters>
+  __device__ __forceinline__ void decode(uint32_t word, uint32_t (&pairs)[4]) const {
+    if constexpr (kInRegisters)
+      registers.decode(word, pairs);
+    else
+      tile::unroll<4>([&](auto i) { pairs[i] = tile::lookup_pair<i>(table, lane_offset, word); });
+  }
+};
+
+// acc of tile `kTile` of 16 rows += the unit's product. `scales` is the address of row g's first scale.
+template <class Tile, int kTile>
+__device__ __forceinline__ void multiply_rows(const Decoder<typename Tile::T>& decoder, const uint4 (&w)[2],
+                                              const XUnit<Tile>& x, uint32_t scales, FewTokensAccumulators<Tile>& acc) {
+  using T = typename Tile::T;
+  constexpr int kRowBytes = Tile::kStageSegments * 4;
+  const float2 low = ptx::load_shared_v2_f32<16 * kTile * kRowBytes>(scales);
+  const float2 high = ptx::load_shared_v2_f32<(16 * kTile + 8) * kRowBytes>(scales);
+  float sum[Tile::kTokenTiles][4];
+  tile::unroll<4>([&](auto q) {
+    const uint4 &w0 = w[0], &w1 = w[1];
+    const uint32_t bytes0 = q == 0 ? w0.x : q == 1 ? w0.y : q == 2 ? w0.z : w0.w;
+    const uint32_t bytes1 = q == 0 ? w1.x : q == 1 ? w1.y : q == 2 ? w1.z : w1.w;
+    uint32_t row0[4], row1[4];  // the pairs of rows g and g + 8
+    decoder.template decode<false>(bytes0, row0);
+    decoder.template decode<q == 3>(bytes1, row1);
+    tile::unroll<Tile::kTokenTiles>([&](auto j) {
+      const uint4& v = x.value[j][q];
+      if constexpr (q == 0)
+        ptx::mma_m16n8k16_first<T>(sum[j], row0[0], row1[0], row0[1], row1[1], v.x, v.y);
+      else
+        ptx::mma_m16n8k16<T>(sum[j], row0[0], row1[0], row0[1], row1[1], v.x, v.y);
+      ptx::mma_m16n8k16<T>(sum[j], row0[2], row1[2], row0[3], row1[3], v.z, v.w);
+    });
+  });
+#pragma unroll
+  for (int j = 0; j < Tile::kTokenTiles; ++j) {
+    acc[kTile][j][0] = fmaf(low.y, sum[j][1], fmaf(low.x, sum[j][0], acc[kTile][j][0]));
+    acc[kTile][j][1] = fmaf(high.y, sum[j][3], fmaf(high.x, sum[j][2], acc[kTile][j][1]));
+  }
+}
+
+// acc += h · lora_bᵀ, a tile of 16 rows by each of the groups; row0 is the first of this one's. A kernel that makes h
+// has its slice's part of it at `h`. Where h is given, the splits share out the ranks.
+template <class Tile>
+__device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile::T>& p, uint32_t h, int64_t row0,
+                                         int group, FewTokensAccumulators<Tile>& acc) {
+  using T = typename Tile::T;
+  const auto& lora = p.lora;
+  const int tokens = static_cast<int>(p.m);
+  const bool folded = lora.a != nullptr, vector = lora.rank % 4 == 0;
+  const auto h4 = [&](int token, int64_t rank, int part) {
+    if (folded)
+      return ptx::load_shared_v4_f32(h + part * Tile::kHSumBytes +
+                                     (token * Tile::kHSumStride + static_cast<int>(rank)) * 4);
+    if (part == 1) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // a 16-bit h is a tf32
+    const T* of = lora.h + token * lora.rank;
+    const uint2 ranks = vector ? tile::load_4_ranks<T, true>(of, rank, lora.rank, true)
+                               : tile::load_4_ranks<T, false>(of, rank, lora.rank, true);
+    const float2 low = ptx::unpack2<T>(ranks.x), high = ptx::unpack2<T>(ranks.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+  };
+  float sum[Tile::kTokenTiles][2] = {};
+  for (int64_t step = folded ? 0 : blockIdx.y; 16 * step < lora.rank; step += folded ? 1 : gridDim.y) {
+    uint2 b[2];
+    tile::load_lora_b(lora, row0, p.n, step, b);
+    tile::add_h_step<Tile>(b, tokens, step, h4, sum);
+  }
+#pragma unroll
+  for (int i = 0; i < Tile::kRowTiles; ++i)
+    if (group == i)
+#pragma unroll
+      for (int j = 0; j < Tile::kTokenTiles; ++j) acc[i][j][0] += sum[j][0], acc[i][j][1] += sum[j][1];
+}
+
+// Spreads a warp's accumulators over shared memory as [group][token][row].
+template <class Tile>
+__device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, int group,
+                                               const FewTokensAccumulators<Tile>& acc) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const uint32_t to = shared + ((group * Tile::kTokens + t) * Tile::kSumStride + warp_row + g) * 4;
+  tile::unroll<Tile::kRowTiles>([&](auto i) {
+    tile::unroll<Tile::kTokenTiles>([&](auto j) {
+      ptx::store_shared_f32<(4 * j * Tile::kSumStride + 16 * i) * 4>(to, acc[i][j][0]);
+      ptx::store_shared_f32<(4 * j * Tile::kSumStride + 16 * i + 8) * 4>(to, acc[i][j][1]);
+    });
+  });
+}
+
+// Grid: x over row tiles, y over splits of k. Needs m <= kTokens, k % 64 == 0, a block size of at least 64, x, packed
+// and, unless it is null, lora_a aligned to 16 bytes.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
+  constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;  // of x in its stage
+  extern __shared__ __align__(128) uint8_t shared_memory[];
+  const uint32_t shared = ptx::shared_address(shared_memory);
+  const float* const dynamic8 = reinterpret_cast<const float*>(shared_memory + Tile::kDynamic8);
+  const int warp = threadIdx.x / 32, group = warp / Tile::kWarpsN, part = warp % Tile::kWarpsN;
+  const int warp_row = part * Tile::kWarpRows, tokens = static_cast<int>(p.m);
+  const int64_t n0 = int64_t{blockIdx.x} * Tile::kRows, segment0 = blockIdx.y * p.segments_per_split;
+  const int64_t segments_left = p.k / tile::kSegment - segment0;
+  const int segments = static_cast<int>(segments_left < p.segments_per_split ? segments_left : p.segments_per_split);
+
+  // Everything that the first stage needs is asked for before anything is waited for.
+  const int unit0 = group * Tile::kUnitSegments;
+  tile::UnitLoader<Tile> units(p.packed, n0 + warp_row, p.n, p.k, segment0, segments, unit0);
+  tile::PackedUnit<Tile> w;
+  tile::unroll<Tile::kRowTiles>([&](auto i) { units.template load<i>(w[i]); });
+  tile::fetch_x<Tile>(shared + Tile::kX, p.x, tokens, p.k, segment0, segments);
+  ptx::cp_async_commit();
+  tile::ScaleStage<Tile, Tile::kStageSegments> scales(p.scales, p.code.unfactor, n0, p.n, p.k);
+  scales.load(segment0, segments);
+  tile::prefetch_lora_b(p.lora, n0, p.n);
+  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(shared + Tile::kTable, p.code);
+  tile::fill_dynamic8<Tile::kThreads>(reinterpret_cast<float*>(shared_memory + Tile::kDynamic8));
+  __syncthreads();
+  scales.store(shared + Tile::kScales, dynamic8);
+
+  FewTokensAccumulators<Tile> acc = {};
+  XUnit<Tile> x(tokens);
+  tile::HSums<Tile> h(p.lora, p.k, segment0, segments, tokens, part);
+  Decoder<typename Tile::T> decoder{shared + Tile::kTable, 4 * (threadIdx.x % 32),
+                                    tile::PairRegisters<typename Tile::T>(p.code)};
+  uint32_t lane_scales = shared + Tile::kScales + Tile::scale_offset(warp_row + threadIdx.x % 32 / 4, unit0);
+  ptx::hold(decoder.lane_offset), ptx::hold(lane_scales);
+  int buffer = 0;
+  for (int first = 0; first < segments; first += Tile::kStageSegments, buffer ^= 1) {
+    const int after = first + Tile::kStageSegments;
+    ptx::cp_async_wait<0>();
+    __syncthreads();  // this stage's x and scales are complete, and those of the one before no longer used
+    if (after < segments) {
+      tile::fetch_x<Tile>(shared + Tile::kX + (buffer ^ 1) * Tile::kStageXBytes, p.x, tokens, p.k, segment0 + after,
+                          segments - after);
+      ptx::cp_async_commit();
+      scales.load(segment0 + after, segments - after);
+    }
+    const uint32_t stage_x = shared + Tile::kX + buffer * Tile::kStageXBytes;
+    const uint32_t stage_scales = lane_scales + buffer * Tile::kStageScaleBytes;
+#pragma unroll 1
+    for (int unit = unit0; unit < Tile::kStageSegments && first + unit < segments; unit += Tile::kRoundSegments) {
+      const uint32_t unit_x = stage_x + unit * kSegmentBytes;
+      h.load(first + unit + part);
+      x.load(unit_x);
+      tile::unroll<Tile::kRowTiles>([&](auto i) {
+        multiply_rows<Tile, i>(decoder, w[i], x, stage_scales + (unit - unit0) * 4, acc);
+        units.template load<i>(w[i]);
+      });
+      h.multiply(unit_x, first + unit + part);
+    }
+    if (after < segments) scales.store(shared + Tile::kScales + (buffer ^ 1) * Tile::kStageScaleBytes, dynamic8);
+  }
+  __syncthreads();  // the sums may now overwrite the tables and the stages
+
+  if (p.lora.a != nullptr) {
+    h.store(shared + Tile::kHSums + warp * Tile::kHSumBytes);
+    __syncthreads();
+    tile::sum_h<Tile>(shared + Tile::kHSums, tokens, static_cast<int>(p.lora.rank), p.lora.factor);
+    __syncthreads();
+  }
+  if (p.lora.rank > 0) add_lora<Tile>(p, shared + Tile::kHSums, n0 + warp_row + 16 * group, group, acc);
+  store_few_sums<Tile>(shared, warp_row, group, acc);
+  __syncthreads();
+  tile::finish<Tile>(p.out, reinterpret_cast<float*>(shared_memory), 0, p.m, n0, p.n);
+}
+
+}  // namespace qlora::kernels

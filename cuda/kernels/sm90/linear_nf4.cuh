@@ -1,0 +1,277 @@
+// y = x · wᵀ + h · lora_bᵀ + bias on Hopper's tensor cores (wgmma, x and packed bytes by TMA), straight from the packed
+// weight: yᵀ = w · xᵀ, with w decoded into the register operand. Tile and layouts: cuda/tile/sm90/linear_tile.cuh.
+//
+// The block scale never touches a weight: each segment is summed from zero, and then acc += scale · sum.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cuda/ptx/address.cuh"
+#include "cuda/ptx/load.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/sm90/linear_tile.cuh"
+#include "cuda/tile/sm90/operand.cuh"
+#include "cuda/tile/sm90/roles.cuh"
+#include "cuda/tile/sm90/sums.cuh"
+#include "cuda/tile/sm90/work.cuh"
+
+namespace qlora::kernels {
+
+template <class T>
+struct LinearSm90Args {
+  tile::ScaleView scales;
+  tile::CodeView code;
+  int64_t m, n, k;
+  tile::LoraOperands<T> lora;
+  tile::LinearOutput<T> out;
+  tile::Sm90Plan plan;
+};
+
+// A producer thread's row of scales: two a stage, loaded a round of stages ahead of their use. Blocks are counted from
+// the row's first, in 32 bits. Beyond the row's end, and in rows that do not exist, the scale is that of nothing:
+// finite, for 0 times it is 0.
+template <class Tile, ScaleForm kForm>
+class LinearSm90Scales {
+  static constexpr int kStageSegments = Tile::kStageK / tile::kSegment;
+  static_assert(kStageSegments == 2);
+
+ public:
+  __device__ __forceinline__ LinearSm90Scales(const tile::ScaleView& view, float unfactor, int64_t row, int64_t n,
+                                              int64_t k, int stage0)
+      : view_(view),
+        unfactor_(unfactor),
+        block0_(row * k >> view.block_shift),
+        shift_(view.block_shift - 6),
+        segment_(stage0 * kStageSegments),
+        end_(row < n ? static_cast<int>(k / tile::kSegment) : 0),
+        before_(static_cast<int>(row * k / tile::kSegment) & ((1 << shift_) - 1)),
+        plain_codes_(view.scales.codes() + block0_ + segment_) {
+    static_assert(tile::kSegment == 1 << 6);
+#pragma unroll
+    for (int slot = 0; slot < Tile::kStages; ++slot) load(slot);
+  }
+
+  // Those of the stage in `slot`; then loads those of the next stage there.
+  __device__ __forceinline__ void store_and_load(int slot, uint32_t lane_table, float offset, uint32_t address) {
+    float2 scale = absmax_[slot];
+    if constexpr (kForm == ScaleForm::kNested8) {
+      const auto first = [&](uint32_t codes) { return tile::lookup_dynamic8<0>(lane_table, codes); };
+      const auto second = [&](uint32_t codes) { return tile::lookup_dynamic8<1>(lane_table, codes); };
+      scale.x = tile::decode_nested_scale(scale.x, codes_[slot], first, offset);
+      scale.y = tile::decode_nested_scale(scale.y, codes_[slot], second, offset);
+    }
+    ptx::store_shared_v2_f32(address, make_float2(scale.x * unfactor_, scale.y * unfactor_));
+    load(slot);
+  }
+
+ private:
+  __device__ __forceinline__ void load(int slot) {
+    if (segment_ + 1 < plain_end_) {
+      codes_[slot] = ptx::load_cached_u16(plain_codes_);
+      absmax_[slot] = make_float2(nested_absmax_, nested_absmax_);
+    } else {
+      codes_[slot] = load_any(segment_, absmax_[slot].x);
+      codes_[slot] |= load_any(segment_ + 1, absmax_[slot].y) << 8;
+    }
+    segment_ += kStageSegments;
+    plain_codes_ += kStageSegments;
+  }
+
+  // Returns the code.
+  __device__ __forceinline__ uint32_t load_any(int segment, float& absmax) {
+    absmax = 0.0f;
+    if (segment >= end_) return kDynamic8ZeroCode;
+    const int64_t block = block0_ + ((before_ + segment) >> shift_);
+    if constexpr (kForm == ScaleForm::kFloat32) {
+      absmax = __ldg(view_.scales.floats() + block);
+      return 0;
+    } else {
+      const int64_t nested = tile::nested_block(view_, block);
+      absmax = nested_absmax_ = __ldg(view_.scales.nested_absmax + nested);
+      const int64_t left = (nested + 1) * view_.scales.nested_block_size - block0_;
+      const bool plain = shift_ == 0 && (reinterpret_cast<uintptr_t>(plain_codes_) & 1) == 0;
+      plain_end_ = !plain ? 0 : static_cast<int>(left < end_ ? left : end_);
+      return __ldg(view_.scales.codes() + block);
+    }
+  }
+
+  const tile::ScaleView& view_;
+  const float unfactor_;  // of the weight's code
+  int64_t block0_;
+  int shift_, segment_, end_, before_;  // of segments: the next, the row's, those of the row's first block before it
+  // Before plain_end_, segments are blocks with codes of their own, in pairs at even addresses, and their nested absmax
+  // is held.
+  int plain_end_ = 0;
+  const uint8_t* plain_codes_;
+  float nested_absmax_ = 0.0f;
+  float2 absmax_[Tile::kStages];
+  uint32_t codes_[Tile::kStages];  // a byte each
+};
+
+template <class T>
+__device__ __forceinline__ bool lora_is_vector(const tile::LoraOperands<T>& lora) {
+  return lora.rank % 4 == 0 && (reinterpret_cast<uintptr_t>(lora.b) & 7) == 0;
+}
+
+template <class Tile, ScaleForm kForm>
+__device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
+                                        const CUtensorMap& x_map, const CUtensorMap& packed_map, uint32_t base) {
+  const float offset = tile::nested_offset(p.scales);
+  const uint32_t lane_table = base + Tile::kTable + threadIdx.x % 32 * 4;
+  const uint32_t scale_address = base + Tile::kScales + threadIdx.x * 8;
+  tile::Sm90Producer<Tile> ring{base};
+  const auto pass = [&](auto slot) { ring.pass(slot); };
+  work.for_tiles([&](int64_t token0, int64_t n0) {
+    LinearSm90Scales<Tile, kForm> scales(p.scales, p.code.unfactor, n0 + threadIdx.x, p.n, p.k, work.stage0);
+    const auto token = static_cast<int32_t>(token0), row = static_cast<int32_t>(n0);
+    work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
+      ring.wait(slot);
+      if (ring.issues) {
+        const int k = (work.stage0 + stage) * Tile::kStageK;
+        const uint32_t x = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes, full = base + Tile::full(slot);
+        ptx::mbarrier_arrive_expect<Tile::full(slot)>(base, Tile::kStageTokenBytes + Tile::kStagePackedBytes);
+        ptx::tma_load_2d(base + Tile::kPacked + slot * Tile::kStagePackedBytes, packed_map, full, k / 2, row);
+        ptx::tma_load_2d(x, x_map, full, k, token);
+        ptx::tma_load_2d(x + Tile::kLineBytes, x_map, full, k + tile::kSegment, token);
+      }
+      scales.store_and_load(slot, lane_table, offset, scale_address + slot * Tile::kStageScaleBytes);
+      ring.publish(slot);
+    });
+    work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
+      ring.wait(slot);
+      ring.arrive_without_copies(slot);
+      const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
+      const int64_t rank = int64_t{chunk} * work.kChunk;
+      if (lora_is_vector(p.lora))
+        tile::store_low_rank<Tile, true>(p.lora, token0, rank, work.chunk_steps(chunk), lines);
+      else
+        tile::store_low_rank<Tile, false>(p.lora, token0, rank, work.chunk_steps(chunk), lines);
+      ring.publish(slot);
+    });
+    tile::attend_finish(work);
+  });
+}
+
+// sum = a · x over one segment: the wgmma of a group of their own.
+template <class Tile>
+__device__ __forceinline__ void start_segment(tile::Sm90Sums<Tile>& sum, const uint32_t (&a)[4][4],
+                                              const uint64_t (&x)[4]) {
+  constexpr typename Tile::T kType{};
+  ptx::wgmma_fence();
+  ptx::wgmma_k16<true>(kType, sum, a[0], x[0]);
+  ptx::wgmma_k16<false>(kType, sum, a[1], x[1]);
+  ptx::wgmma_k16<false>(kType, sum, a[2], x[2]);
+  ptx::wgmma_k16<false>(kType, sum, a[3], x[3]);
+  ptx::wgmma_commit();
+}
+
+template <class Tile>
+__device__ __forceinline__ void add_scaled(tile::Sm90Sums<Tile>& acc, const tile::Sm90Sums<Tile>& sum, float scale,
+                                           float scale8) {
+#pragma unroll
+  for (int j = 0; j < Tile::kTokenTiles; ++j) {
+    acc[j][0] = fmaf(scale, sum[j][0], acc[j][0]);
+    acc[j][1] = fmaf(scale, sum[j][1], acc[j][1]);
+    acc[j][2] = fmaf(scale8, sum[j][2], acc[j][2]);
+    acc[j][3] = fmaf(scale8, sum[j][3], acc[j][3]);
+  }
+}
+
+// The wgmma's operand for a chunk of lora_b from rank `first` on, straight from global memory.
+template <class Tile, bool kVector>
+__device__ __forceinline__ void load_lora_b(const tile::LoraOperands<typename Tile::T>& lora, int64_t row,
+                                            int64_t first, uint32_t (&a)[2][4][4]) {
+#pragma unroll
+  for (int i = 0; i < 16; ++i) {
+    const int step = i / 2, upper = i % 2;
+    const uint2 ranks = tile::load_4_ranks<typename Tile::T, kVector>(lora.b + (row + 8 * upper) * lora.rank,
+                                                                      first + step * 16 + threadIdx.x % 4 * 4,
+                                                                      lora.rank, row + 8 * upper < lora.n);
+    a[step / 4][step % 4][upper] = ranks.x, a[step / 4][step % 4][upper + 2] = ranks.y;
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
+                                        uint32_t base) {
+  const int row = (threadIdx.x - Tile::kProducers) / 32 * 16 + threadIdx.x % 32 / 4;  // and row + 8
+  const tile::LinearSm90Lane<Tile> lane(base, row);
+  const tile::Sm90Descriptors<Tile> x(base + Tile::kTokenLines);
+  tile::Sm90Consumer<Tile> ring{base};
+  const auto pass = [&](auto slot) { ring.pass(slot); };
+  tile::Sm90Sums<Tile> acc, sum = {};
+  uint32_t a[2][4][4];
+
+  work.for_tiles([&](int64_t token0, int64_t n0) {
+#pragma unroll
+    for (int j = 0; j < Tile::kTokenTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+    ring.wait(tile::Index<0>{});
+    lane.template decode<0, 0>(a[0]);
+    // One segment's products run while the next segment is decoded.
+    work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
+      constexpr int kNext = (slot + 1) % Tile::kStages;
+      start_segment<Tile>(sum, a[0], x.of[slot][0]);
+      lane.template decode<slot, 1>(a[1]);
+      const float2 scale = lane.template scale<slot, 0>(), scale8 = lane.template scale<slot, 1>();
+      ptx::wgmma_wait(sum);
+      add_scaled<Tile>(acc, sum, scale.x, scale8.x);
+      start_segment<Tile>(sum, a[1], x.of[slot][1]);
+      if (stage + 1 < work.stages) {
+        ring.wait_next(tile::Index<kNext>{});
+        lane.template decode<kNext, 0>(a[0]);
+      }
+      ptx::wgmma_wait(sum);
+      ring.release(slot);
+      add_scaled<Tile>(acc, sum, scale.y, scale8.y);
+    });
+    work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
+      const int64_t rank = int64_t{chunk} * work.kChunk;
+      if (lora_is_vector(p.lora))
+        load_lora_b<Tile, true>(p.lora, n0 + row, rank, a);
+      else
+        load_lora_b<Tile, false>(p.lora, n0 + row, rank, a);
+      const int steps = work.chunk_steps(chunk);
+      ring.wait(slot);
+#pragma unroll
+      for (int step = 0; step < 8; ++step) {
+        if (step >= steps) break;
+        ptx::wgmma_fence();
+        ptx::wgmma_k16<false>(typename Tile::T{}, acc, a[step / 4][step % 4], x.of[slot][step / 4][step % 4]);
+        ptx::wgmma_commit();
+      }
+      ptx::wgmma_wait(acc);
+      ring.release(slot);
+    });
+    tile::finish_tile<Tile, 8>(work, acc, row, p.out, token0, p.m, n0, p.n, base);
+  });
+}
+
+// Grid: clusters of `splits` CTAs, as many as fit or as there are tiles. The maps have boxes of 64 x kTokens values of
+// x (128-byte swizzle) and of 64 x 128 packed bytes (64-byte swizzle). Needs k % 64 == 0 and a block size of at
+// least 64.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap packed_map,
+                           const __grid_constant__ LinearSm90Args<typename Tile::T> p) {
+  extern __shared__ uint8_t shared_memory[];
+  const uint32_t base = Tile::base_address(ptx::shared_address(shared_memory));
+  if (threadIdx.x == 0) tile::start_ring<Tile>(base, x_map, packed_map);
+  tile::fill_pair_table<typename Tile::T, Tile::kThreads>(base + Tile::kTable, p.code);
+  tile::fill_lane_dynamic8<Tile::kThreads>(base + Tile::kDynamic8);
+  __syncthreads();
+  const tile::Sm90Work<Tile> work(p.plan);
+  if (threadIdx.x >= Tile::kProducers) {
+    ptx::take_registers<Tile::kConsumerRegisters>();
+    consume<Tile>(p, work, base);
+  } else {
+    ptx::give_registers<Tile::kProducerRegisters>();
+    tile::with_scale_form(p.scales, [&](auto form) { produce<Tile, form.value>(p, work, x_map, packed_map, base); });
+  }
+}
+
+}  // namespace qlora::kernels

@@ -1,0 +1,242 @@
+// dx = dy · w + mask ∘ (g · a) · keep_scale on Hopper's tensor cores (wgmma, dy and packed bytes by TMA), from the
+// packed weight as it lies: dxᵀ = wᵀ · dyᵀ, with wᵀ decoded into the register operand. Tile and layouts:
+// cuda/tile/sm90/dx_tile.cuh. LoRA's product comes first, so that dropout can mask it where it stands.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "cpp/format/philox.h"
+#include "cuda/ptx/address.cuh"
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/setmaxnreg.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/any/block_scale.cuh"
+#include "cuda/tile/sm90/dx_tile.cuh"
+#include "cuda/tile/sm90/operand.cuh"
+#include "cuda/tile/sm90/roles.cuh"
+#include "cuda/tile/sm90/sums.cuh"
+#include "cuda/tile/sm90/work.cuh"
+
+namespace qlora::kernels {
+
+template <class T>
+struct DxSm90Args {
+  tile::ScaleView scales;
+  tile::CodeView code;
+  int64_t m, n, k;
+  tile::LoraOperands<T> g;  // b is not used
+  const T* lora_a;          // [rank, k]
+  Dropout dropout;
+  tile::LinearOutput<T> out;
+  tile::Sm90Plan plan;
+};
+
+// A producer thread's scale of each stage: of one row and one group of 64 columns, loaded a round of stages ahead of
+// its use. What does not exist has the scale of nothing: finite, for 0 times it is 0.
+template <class Tile>
+class DxSm90Scales {
+ public:
+  __device__ __forceinline__ DxSm90Scales(const tile::ScaleView& view, int64_t row, int64_t column, int64_t n,
+                                          int64_t k)
+      : view_(view), element_(row * k + column), step_(Tile::kStageRows * k), end_(column < k ? n * k : 0) {
+#pragma unroll
+    for (int slot = 0; slot < Tile::kStages; ++slot) load(slot);
+  }
+
+  // That of the stage in `slot`; then loads that of the next stage there.
+  __device__ __forceinline__ void store_and_load(int slot, uint32_t lane_table, float offset, uint32_t address) {
+    const auto dynamic8 = [&](uint32_t code) { return tile::lookup_dynamic8<0>(lane_table, code); };
+    const float scale = tile::decode_scale_by(view_, raw_[slot].value, raw_[slot].code, dynamic8, offset);
+    ptx::store_shared_f32(address, scale);
+    load(slot);
+  }
+
+ private:
+  __device__ __forceinline__ void load(int slot) {
+    raw_[slot] = element_ < end_ ? tile::load_scale(view_, element_ >> view_.block_shift) : tile::RawScale{};
+    element_ += step_;
+  }
+
+  const tile::ScaleView& view_;
+  int64_t element_, step_, end_;
+  tile::RawScale raw_[Tile::kStages];
+};
+
+template <class Tile>
+__device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
+                                           const CUtensorMap& dy_map, const CUtensorMap& packed_map, uint32_t base) {
+  const float offset = tile::nested_offset(p.scales);
+  const uint32_t lane_table = base + Tile::kTable + threadIdx.x % 32 * 4;
+  const int stage_row = threadIdx.x % Tile::kStageRows, group = threadIdx.x / Tile::kStageRows;
+  tile::Sm90Producer<Tile> ring{base};
+  const auto pass = [&](auto slot) { ring.pass(slot); };
+  work.for_tiles([&](int64_t token0, int64_t column0) {
+    DxSm90Scales<Tile> scales(p.scales, int64_t{work.stage0} * Tile::kStageRows + stage_row,
+                              column0 + group * Tile::kGroupColumns, p.n, p.k);
+    const auto token = static_cast<int32_t>(token0), column_byte = static_cast<int32_t>(column0 / 2);
+    work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
+      ring.wait(slot);
+      ring.arrive_without_copies(slot);
+      const uint32_t lines = base + Tile::kTokenLines + slot * Tile::kStageTokenBytes;
+      const int64_t rank = int64_t{chunk} * work.kChunk;
+      if (p.g.rank % 4 == 0)
+        tile::store_low_rank<Tile, true>(p.g, token0, rank, work.chunk_steps(chunk), lines);
+      else
+        tile::store_low_rank<Tile, false>(p.g, token0, rank, work.chunk_steps(chunk), lines);
+      ring.publish(slot);
+    });
+    work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
+      ring.wait(slot);
+      if (ring.issues) {
+        const int row = (work.stage0 + stage) * Tile::kStageRows;
+        const uint32_t full = base + Tile::full(slot);
+        ptx::mbarrier_arrive_expect<Tile::full(slot)>(base, Tile::kStageTokenBytes + Tile::kStagePackedBytes);
+        ptx::tma_load_2d(base + Tile::kPacked + slot * Tile::kStagePackedBytes, packed_map, full, column_byte, row);
+        ptx::tma_load_2d(base + Tile::kTokenLines + slot * Tile::kStageTokenBytes, dy_map, full, row, token);
+      }
+      scales.store_and_load(slot, lane_table, offset,
+                            base + Tile::kScales + slot * Tile::kStageScaleBytes + threadIdx.x * 4);
+      ring.publish(slot);
+    });
+    tile::attend_finish(work);
+  });
+}
+
+// The wgmma's operand for a chunk of lora_a from rank `first` on, straight from global memory: columns `column` and the
+// next of four ranks a step.
+template <class T>
+__device__ __forceinline__ void load_lora_a(const DxSm90Args<T>& p, int64_t column, int64_t first,
+                                            uint32_t (&a)[4][4]) {
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    uint32_t rank[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t r = first + step * 16 + threadIdx.x % 4 * 4 + i;
+      rank[i] =
+          r < p.g.rank && column < p.k ? __ldg(reinterpret_cast<const uint32_t*>(p.lora_a + r * p.k + column)) : 0;
+    }
+    a[step][0] = ptx::prmt<0x5410>(rank[0], rank[1]), a[step][1] = ptx::prmt<0x7632>(rank[0], rank[1]);
+    a[step][2] = ptx::prmt<0x5410>(rank[2], rank[3]), a[step][3] = ptx::prmt<0x7632>(rank[2], rank[3]);
+  }
+}
+
+// acc's elements of columns `column` and the next, where dropout drops them, become zero; the others are scaled. One
+// Philox draws four columns, of which a lane has two and the same lane of the other warpgroup the others: each of them
+// draws for every other token, and leaves what is the other's in shared memory. That is drawn in a loop that is not
+// unrolled, since Philox is long. It is applied even where nothing is dropped: ptxas would serialize the wgmma that
+// follow a branch around it.
+template <class Tile>
+__device__ __forceinline__ void apply_dropout(const Dropout& dropout, bool active, int64_t token, int64_t column,
+                                              int64_t k, uint32_t base, tile::Sm90Sums<Tile>& acc) {
+  const float keep_scale = active ? static_cast<float>(dropout.keep_scale) : 1.0f;
+  constexpr int kAtOnce = Tile::kTokenTiles < 16 ? Tile::kTokenTiles : 16, kHalf = Tile::kConsumers / 2;
+  const int thread = threadIdx.x - Tile::kProducers, half = thread / kHalf;  // of the four columns, and of the tokens
+#pragma unroll
+  for (int j0 = 0; j0 < Tile::kTokenTiles; j0 += kAtOnce) {
+    const uint64_t seed = dropout.key();
+    uint64_t drop = 0, other = 0;  // bit 4j + 2e + c: column c, or the other lane's, of token 8 (j0 + j) + e
+#pragma unroll 1
+    for (int j = 0; active && j < kAtOnce; ++j) {
+      const int64_t index = (token + 8 * (j0 + j) + half) * k + column;
+      const Philox4 random = philox4x32_10(seed, static_cast<uint64_t>(index) / 4);
+      const uint32_t low = !dropout.keeps(random.lane[0]) | !dropout.keeps(random.lane[1]) << 1;
+      const uint32_t high = !dropout.keeps(random.lane[2]) | !dropout.keeps(random.lane[3]) << 1;
+      drop |= uint64_t{half == 0 ? low : high} << (4 * j + 2 * half);
+      other |= uint64_t{half == 0 ? high : low} << (4 * j + 2 * half);
+    }
+    const uint32_t masks = base + Tile::kMasks + j0 / kAtOnce * (Tile::kConsumers * 8);
+    ptx::store_shared_v2(masks + thread * 8, {static_cast<uint32_t>(other), static_cast<uint32_t>(other >> 32)});
+    ptx::barrier_sync<1, Tile::kConsumers>();
+    const uint2 given = ptx::load_shared_v2(masks + (thread ^ kHalf) * 8);
+    drop |= uint64_t{given.y} << 32 | given.x;
+#pragma unroll
+    for (int q = 0; q < 4 * kAtOnce; ++q) {
+      float& v = acc[j0 + q / 4][q % 4];
+      v = drop >> (q / 4 * 4 + q % 2 * 2 + q % 4 / 2) & 1 ? 0.0f : v * keep_scale;
+    }
+  }
+}
+
+template <class Tile>
+__device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p, const tile::Sm90Work<Tile>& work,
+                                           uint32_t base) {
+  constexpr typename Tile::T kType{};
+  const tile::DxSm90Lane<Tile> lane(base);
+  const tile::Sm90Descriptors<Tile> dy(base + Tile::kTokenLines);
+  tile::Sm90Consumer<Tile> ring{base};
+  const auto pass = [&](auto slot) { ring.pass(slot); };
+  tile::Sm90Sums<Tile> acc;
+  uint32_t a[4][4];  // [step]
+
+  work.for_tiles([&](int64_t token0, int64_t column0) {
+#pragma unroll
+    for (int j = 0; j < Tile::kTokenTiles; ++j) acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
+    work.for_chunks(ring.parity, pass, [&](auto slot, int chunk) {
+      load_lora_a(p, column0 + lane.column, int64_t{chunk} * work.kChunk, a);
+      const int steps = work.chunk_steps(chunk);
+      ring.wait(slot);
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        if (step >= steps) break;
+        ptx::wgmma_fence();
+        ptx::wgmma_k16<false>(kType, acc, a[step], dy.of[slot][0][step]);
+        ptx::wgmma_commit();
+      }
+      ptx::wgmma_wait(acc);
+      ring.release(slot);
+    });
+    apply_dropout<Tile>(p.dropout, work.split < work.chunks && p.dropout.active(), token0 + threadIdx.x % 4 * 2,
+                        column0 + lane.column, p.k, base, acc);
+
+    // A step is decoded while the products of the three before it run.
+    work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
+      uint32_t w[8];
+      ring.wait(slot);
+      lane.template load<slot>(w);
+      tile::unroll<4>([&](auto step) {
+        ptx::wgmma_wait_but<3>();
+        if (step == 3 && stage > 0) ring.release(tile::Index<(slot + Tile::kStages - 1) % Tile::kStages>{});
+        lane.template decode<slot, step>(w[2 * step], w[2 * step + 1], a[step]);
+        ptx::wgmma_fence();
+        ptx::wgmma_k16<false>(kType, acc, a[step], dy.of[slot][0][step]);
+        ptx::wgmma_commit();
+      });
+    });
+    ptx::wgmma_wait(acc);
+    ring.release_last(work.stages);
+    tile::finish_tile<Tile, 1>(work, acc, lane.column, p.out, token0, p.m, column0, p.k, base);
+  });
+}
+
+// Grid: clusters of `splits` CTAs, as many as fit or as there are tiles. The maps have boxes of 64 x kTokens values of
+// dy (128-byte swizzle) and of 64 x 64 packed bytes (64-byte swizzle). Needs k % 64 == 0, a block size of at least 64
+// and lora_a aligned to 4 bytes.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    linear_nf4_dx_sm90_kernel(const __grid_constant__ CUtensorMap dy_map,
+                              const __grid_constant__ CUtensorMap packed_map,
+                              const __grid_constant__ DxSm90Args<typename Tile::T> p) {
+  extern __shared__ uint8_t shared_memory[];
+  const uint32_t shared = ptx::shared_address(shared_memory), base = Tile::base_address(shared);
+  if (threadIdx.x == 0) tile::start_ring<Tile>(base, dy_map, packed_map);
+  constexpr int kFill = 256;  // threads that fill_pairs_f32 can use
+  if (threadIdx.x < kFill)
+    tile::fill_pairs_f32<kFill>(reinterpret_cast<char*>(shared_memory) + (base + Tile::kTable - shared), p.code);
+  tile::fill_lane_dynamic8<Tile::kThreads>(base + Tile::kDynamic8);
+  __syncthreads();
+  const tile::Sm90Work<Tile> work(p.plan);
+  if (threadIdx.x >= Tile::kProducers) {
+    ptx::take_registers<Tile::kConsumerRegisters>();
+    consume_dx<Tile>(p, work, base);
+  } else {
+    ptx::give_registers<Tile::kProducerRegisters>();
+    produce_dx<Tile>(p, work, dy_map, packed_map, base);
+  }
+}
+
+}  // namespace qlora::kernels

@@ -1,0 +1,54 @@
+#include "cuda/launch/any/grouped_low_rank.h"
+
+#include <algorithm>
+
+#include "cuda/kernels/any/grouped_low_rank.cuh"
+#include "cuda/launch/launch.h"
+#include "cuda/launch/types.h"
+
+namespace qlora::cuda {
+namespace {
+
+template <class T, bool kTransposed, int kRankTiles>
+cudaError_t launch_tiles(const kernels::GroupedLowRankArgs<T>& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(tile::most_group_tiles(args.groups.rows, args.groups.count, 8)),
+                  static_cast<unsigned>(ceil_div(args.stack.rank, 16 * kRankTiles)));
+  return launch_kernel(kernels::grouped_low_rank_kernel<T, kTransposed, kRankTiles>, grid, kernels::kLowRankThreads, 0,
+                       stream, args);
+}
+
+template <class T, bool kTransposed>
+cudaError_t launch_scalar(const kernels::GroupedLowRankArgs<T>& args, cudaStream_t stream) {
+  constexpr int64_t kRanks = kernels::kLowRankScalarThreads / 32 * kernels::kLowRankScalarRanks;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(args.groups.rows, 1 << 20)),
+                  static_cast<unsigned>(ceil_div(args.stack.rank, kRanks)));
+  return launch_kernel(kernels::grouped_low_rank_scalar_kernel<T, kTransposed>, grid, kernels::kLowRankScalarThreads, 0,
+                       stream, args);
+}
+
+template <class T, bool kTransposed>
+cudaError_t launch(const Grouped<LowRankProblem>& problem, cudaStream_t stream) {
+  const LowRankProblem& p = problem.stack;
+  const kernels::GroupedLowRankArgs<T> args{
+      {static_cast<const T*>(p.x), static_cast<const T*>(p.a), static_cast<T*>(p.out), p.m, p.k, p.rank,
+       static_cast<float>(p.scaling * p.dropout.keep_scale), p.dropout, nullptr, 0},
+      {problem.offsets, problem.experts, p.m}};
+  if constexpr (sizeof(T) == 2) {
+    if (p.k % 8 == 0 && (!kTransposed || p.rank % 2 == 0))
+      return p.rank <= 16 ? launch_tiles<T, kTransposed, 1>(args, stream)
+                          : launch_tiles<T, kTransposed, 4>(args, stream);
+  }
+  return launch_scalar<T, kTransposed>(args, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_grouped_low_rank(const Grouped<LowRankProblem>& problem, cudaStream_t stream) {
+  if (problem.stack.m == 0 || problem.stack.rank == 0) return cudaSuccess;
+  return with_type(problem.stack.dtype, [&](auto element) {
+    using T = decltype(element);
+    return problem.stack.transposed ? launch<T, true>(problem, stream) : launch<T, false>(problem, stream);
+  });
+}
+
+}  // namespace qlora::cuda

@@ -1,0 +1,15 @@
+// LoRA's low-rank products of all experts in one launch: those of launch_low_rank, with each expert's own a, [e, rank,
+// k] or transposed [e, k, rank].
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cpp/format/grouped.h"
+#include "cuda/launch/any/low_rank.h"
+
+namespace qlora::cuda {
+
+// Unassigned rows become zeros. The kernel clears no tickets.
+cudaError_t launch_grouped_low_rank(const Grouped<LowRankProblem>& problem, cudaStream_t stream);
+
+}  // namespace qlora::cuda

@@ -1,0 +1,27 @@
+// The linear operators in float32, and the forward of ragged shapes, as sm80/launchers.h describes them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cpp/format/grouped.h"
+#include "cuda/launch/launch.h"
+#include "cuda/tuning/choice.h"
+
+namespace qlora::cuda::any {
+
+// float32, and bfloat16 and float16 of any shape.
+cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context);
+cudaError_t launch(const Grouped<LinearProblem>& problem, const Config& config, const Context& context);
+
+cudaError_t plan_exact(const LinearDxProblem& p, const Device& device, Config* config);
+cudaError_t launch_exact(const LinearDxProblem& p, const Config& config, const Context& context);
+cudaError_t launch_exact(const Grouped<LinearDxProblem>& problem, const Config& config, const Context& context);
+
+cudaError_t plan_exact(const LoraGradProblem& p, const Device& device, Config* config);
+cudaError_t launch_exact(const LoraGradProblem& p, const Config& config, const Context& context);
+cudaError_t launch_exact(const Grouped<LoraGradProblem>& problem, const Config& config, const Context& context);
+
+// The gradients of LoRA's weights over no tokens.
+cudaError_t clear_gradients(const LoraGradProblem& p, cudaStream_t stream);
+
+}  // namespace qlora::cuda::any

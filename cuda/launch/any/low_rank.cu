@@ -1,0 +1,75 @@
+#include "cuda/launch/any/low_rank.h"
+
+#include <algorithm>
+
+#include "cuda/kernels/any/low_rank.cuh"
+#include "cuda/launch/cluster.h"
+#include "cuda/launch/launch.h"
+#include "cuda/launch/types.h"
+#include "cuda/tuning/any.h"
+
+namespace qlora::cuda {
+namespace {
+
+// From this many tokens on a CTA takes several tiles of 8: enough CTAs remain, and `a` is read less often.
+constexpr int64_t kManyTokens = 512;
+
+template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
+cudaError_t launch_tiles(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
+  constexpr auto kKernel = kernels::low_rank_kernel<T, kTransposed, kRankTiles, kTokenTiles>;
+  int index = 0, cluster_ctas = 1;
+  const Device* device = nullptr;
+  cudaError_t error = cudaGetDevice(&index);
+  if (error == cudaSuccess) error = device_at(index, &device);
+  if (error == cudaSuccess) error = ctas_per_cluster<kKernel>(*device, kernels::kLowRankThreads, 0, &cluster_ctas);
+  if (error != cudaSuccess) return error;
+  dim3 grid(static_cast<unsigned>(ceil_div(args.m, 8 * kTokenTiles)),
+            static_cast<unsigned>(ceil_div(args.rank, 16 * kRankTiles)));
+  grid.z = static_cast<unsigned>(low_rank_splits(int64_t{grid.x} * grid.y, args.k, cluster_ctas, *device));
+  return launch_cluster(kKernel, grid, dim3(1, 1, grid.z), kernels::kLowRankThreads, 0, stream, args);
+}
+
+template <class T, bool kTransposed>
+cudaError_t launch_mma(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
+  const bool many = args.m >= kManyTokens;
+  if (args.rank <= 16)
+    return many ? launch_tiles<T, kTransposed, 1, 4>(args, stream) : launch_tiles<T, kTransposed, 1, 1>(args, stream);
+  return many ? launch_tiles<T, kTransposed, 4, 2>(args, stream) : launch_tiles<T, kTransposed, 4, 1>(args, stream);
+}
+
+template <class T, bool kTransposed>
+cudaError_t launch_scalar(const kernels::LowRankArgs<T>& args, cudaStream_t stream) {
+  constexpr int64_t kRanks = kernels::kLowRankScalarThreads / 32 * kernels::kLowRankScalarRanks;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(args.m, 1 << 20)),
+                  static_cast<unsigned>(ceil_div(args.rank, kRanks)));
+  return launch_kernel(kernels::low_rank_scalar_kernel<T, kTransposed>, grid, kernels::kLowRankScalarThreads, 0, stream,
+                       args);
+}
+
+template <class T>
+cudaError_t launch(const LowRankProblem& problem, cudaStream_t stream) {
+  const kernels::LowRankArgs<T> args{static_cast<const T*>(problem.x),
+                                     static_cast<const T*>(problem.a),
+                                     static_cast<T*>(problem.out),
+                                     problem.m,
+                                     problem.k,
+                                     problem.rank,
+                                     static_cast<float>(problem.scaling * problem.dropout.keep_scale),
+                                     problem.dropout,
+                                     problem.clear.words,
+                                     problem.clear.count};
+  if constexpr (sizeof(T) == 2) {
+    if (problem.k % 8 == 0 && (!problem.transposed || problem.rank % 2 == 0))
+      return problem.transposed ? launch_mma<T, true>(args, stream) : launch_mma<T, false>(args, stream);
+  }
+  return problem.transposed ? launch_scalar<T, true>(args, stream) : launch_scalar<T, false>(args, stream);
+}
+
+}  // namespace
+
+cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream) {
+  if (problem.m == 0 || problem.rank == 0) return problem.clear.clear(stream);
+  return with_type(problem.dtype, [&](auto element) { return launch<decltype(element)>(problem, stream); });
+}
+
+}  // namespace qlora::cuda

@@ -1,0 +1,56 @@
+// LoRA's low-rank products, out = round(scaling · dropout(x) · aᵀ): h of the forward, and g = round(scaling · dy ·
+// lora_b) of the backward.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cpp/format/problem.h"
+#include "cuda/launch/workspace.h"
+
+namespace qlora::cuda {
+
+struct LowRankProblem {
+  DType dtype = DType::kFloat32;  // of x, a, out
+  int64_t m = 0, k = 0, rank = 0;
+  const void* x = nullptr;  // [m, k]; as `a`, it begins at a multiple of 16 bytes
+  const void* a = nullptr;  // [rank, k], or [k, rank] if transposed
+  bool transposed = false;
+  double scaling = 1.0;
+  Dropout dropout;      // of x
+  void* out = nullptr;  // [m, rank]
+  Tickets clear = {};   // which the kernel sets to zero, too: that saves the next kernel a memset
+};
+
+// h = scaling · dropout(x) · lora_aᵀ of x [m, k].
+inline LowRankProblem h_problem(DType dtype, int64_t m, int64_t k, const void* x, const Lora& lora, void* out) {
+  return {.dtype = dtype,
+          .m = m,
+          .k = k,
+          .rank = lora.rank,
+          .x = x,
+          .a = lora.a,
+          .scaling = lora.scaling,
+          .dropout = lora.dropout,
+          .out = out};
+}
+
+// g = scaling · dy · lora_b of dy [m, n].
+inline LowRankProblem g_problem(DType dtype, int64_t m, int64_t n, const void* dy, const Lora& lora, void* out) {
+  return {.dtype = dtype,
+          .m = m,
+          .k = n,
+          .rank = lora.rank,
+          .x = dy,
+          .a = lora.b,
+          .transposed = true,
+          .scaling = lora.scaling,
+          .dropout = {},
+          .out = out};
+}
+
+// Sums in float32 in a fixed order. Where m or rank is 0 only the tickets are cleared.
+cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream);
+
+}  // namespace qlora::cuda

@@ -1,0 +1,105 @@
+#include "cuda/launch/registry.h"
+
+#include <iterator>
+
+#include "cuda/launch/any/launchers.h"
+#include "cuda/launch/any/linear_library.h"
+#include "cuda/launch/sm80/launchers.h"
+#include "cuda/launch/sm90/launchers.h"
+#include "cuda/tuning/choose.h"
+
+namespace qlora::cuda {
+namespace {
+
+template <class Problem>
+struct Launchers;
+
+template <>
+struct Launchers<LinearProblem> {
+  static constexpr Launcher<LinearProblem> kRows[] = {
+      {Kernel::kSm90, nullptr, sm90::launch},
+      {Kernel::kLibrary, nullptr, library::launch},
+      {Kernel::kFewTokens, sm80::plan_few_tokens, sm80::launch_few_tokens},
+      {Kernel::kTensorCores, sm80::plan, sm80::launch},
+      {Kernel::kExact, nullptr, any::launch},
+      {Kernel::kRagged, nullptr, any::launch},
+  };
+};
+
+template <>
+struct Launchers<LinearDxProblem> {
+  static constexpr Launcher<LinearDxProblem> kRows[] = {
+      {Kernel::kSm90, nullptr, sm90::launch},
+      {Kernel::kLibrary, nullptr, library::launch},
+      {Kernel::kTensorCores, sm80::plan, sm80::launch},
+      {Kernel::kExact, any::plan_exact, any::launch_exact},
+      {Kernel::kRagged, sm80::plan_ragged, sm80::launch_ragged},
+  };
+};
+
+template <>
+struct Launchers<LoraGradProblem> {
+  static constexpr Launcher<LoraGradProblem> kRows[] = {
+      {Kernel::kTensorCores, sm80::plan, sm80::launch},
+      {Kernel::kExact, any::plan_exact, any::launch_exact},
+      {Kernel::kRagged, sm80::plan_ragged, sm80::launch_ragged},
+  };
+};
+
+template <>
+struct Launchers<Grouped<LinearProblem>> {
+  static constexpr Launcher<Grouped<LinearProblem>> kRows[] = {
+      {Kernel::kTensorCores, nullptr, sm80::launch},
+      {Kernel::kExact, nullptr, any::launch},
+      {Kernel::kRagged, nullptr, any::launch},
+  };
+};
+
+template <>
+struct Launchers<Grouped<LinearDxProblem>> {
+  static constexpr Launcher<Grouped<LinearDxProblem>> kRows[] = {
+      {Kernel::kTensorCores, nullptr, sm80::launch},
+      {Kernel::kExact, nullptr, any::launch_exact},
+      {Kernel::kRagged, nullptr, sm80::launch_ragged},
+  };
+};
+
+template <>
+struct Launchers<Grouped<LoraGradProblem>> {
+  static constexpr Launcher<Grouped<LoraGradProblem>> kRows[] = {
+      {Kernel::kTensorCores, nullptr, sm80::launch},
+      {Kernel::kExact, nullptr, any::launch_exact},
+      {Kernel::kRagged, nullptr, sm80::launch_ragged},
+  };
+};
+
+// Every kernel that choose.h may choose is here, and no other.
+template <class Problem>
+constexpr bool has_the_chosen_kernels() {
+  const auto& chosen = Kernels<Problem>::kRows;
+  const auto& launched = Launchers<Problem>::kRows;
+  if (std::size(chosen) != std::size(launched)) return false;
+  for (size_t i = 0; i < std::size(chosen); ++i)
+    if (chosen[i].kernel != launched[i].kernel) return false;
+  return true;
+}
+
+}  // namespace
+
+template <class Problem>
+const Launcher<Problem>& launcher(Kernel kernel) {
+  static_assert(has_the_chosen_kernels<Problem>());
+  const auto& rows = Launchers<Problem>::kRows;
+  const Launcher<Problem>* row = rows;
+  while (row->kernel != kernel) ++row;
+  return *row;
+}
+
+template const Launcher<LinearProblem>& launcher(Kernel);
+template const Launcher<LinearDxProblem>& launcher(Kernel);
+template const Launcher<LoraGradProblem>& launcher(Kernel);
+template const Launcher<Grouped<LinearProblem>>& launcher(Kernel);
+template const Launcher<Grouped<LinearDxProblem>>& launcher(Kernel);
+template const Launcher<Grouped<LoraGradProblem>>& launcher(Kernel);
+
+}  // namespace qlora::cuda

@@ -1,0 +1,43 @@
+#include "cuda/kernels/sm80/grouped_linear_nf4.cuh"
+
+#include "cuda/launch/any/grouped_linear.h"
+#include "cuda/launch/sm80/launchers.h"
+#include "cuda/launch/sm80/linear_tiles.h"
+#include "cuda/launch/types.h"
+
+namespace qlora::cuda::sm80 {
+namespace {
+
+template <class Use>
+cudaError_t with_tile(DType dtype, int64_t tokens, const Use& use) {
+  return with_16_bit_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (tokens) {
+      case 8:
+        return use(Tile8<T>());
+      case 16:
+        return use(Tile16<T>());
+      case 32:
+        return use(Tile32<T>());
+      default:
+        return use(Tile64<T>());
+    }
+  });
+}
+
+}  // namespace
+
+cudaError_t launch(const Grouped<LinearProblem>& problem, const Config& config, const Context& context) {
+  const LinearProblem& p = problem.stack;
+  return with_tile(p.dtype, config.tokens, [&](auto tile) {
+    using Tile = decltype(tile);
+    using T = typename Tile::T;
+    return launch_experts<kernels::grouped_linear_nf4_kernel<Tile>>(
+        problem, config, Tile::kThreads, Tile::kSharedBytes, context, [&](void* h, int64_t token_tiles) {
+          const tile::LinearOutput<T> out{static_cast<T*>(p.y), static_cast<const T*>(p.bias), nullptr, nullptr};
+          return make_linear_args<Tile>(p, static_cast<const T*>(h), out, token_tiles, p.w.k / kSegment);
+        });
+  });
+}
+
+}  // namespace qlora::cuda::sm80

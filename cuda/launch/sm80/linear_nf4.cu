@@ -1,0 +1,39 @@
+#include "cuda/kernels/sm80/linear_nf4.cuh"
+
+#include "cuda/launch/sm80/launchers.h"
+#include "cuda/launch/sm80/linear_tiles.h"
+#include "cuda/launch/sm80/split_forward.h"
+#include "cuda/launch/types.h"
+
+namespace qlora::cuda::sm80 {
+namespace {
+
+template <class Use>
+cudaError_t with_tile(DType dtype, int64_t tokens, const Use& use) {
+  return with_16_bit_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    return tokens == 32 ? use(Tile32<T>()) : use(Tile64<T>());
+  });
+}
+
+}  // namespace
+
+cudaError_t plan(const LinearProblem& p, const Device& device, Config* config) {
+  return with_tile(p.dtype, config->tokens, [&](auto tile) {
+    using Tile = decltype(tile);
+    return plan_splits<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments>(p, device, config);
+  });
+}
+
+cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context) {
+  return with_tile(p.dtype, config.tokens, [&](auto tile) {
+    using Tile = decltype(tile);
+    SplitForward<kernels::linear_nf4_kernel<Tile>, Tile, Tile::kStageSegments> split(p, config, context);
+    const cudaError_t error = split.prepare(true);
+    if (error != cudaSuccess) return error;
+    return split.launch(
+        make_linear_args<Tile>(p, split.h(), split.output(), split.token_tiles, split.segments_per_split));
+  });
+}
+
+}  // namespace qlora::cuda::sm80

@@ -1,0 +1,61 @@
+#include "cuda/kernels/sm80/linear_nf4_few_tokens.cuh"
+
+#include "cuda/launch/sm80/launchers.h"
+#include "cuda/launch/sm80/split_forward.h"
+#include "cuda/launch/types.h"
+
+namespace qlora::cuda::sm80 {
+namespace {
+
+template <class Use>
+cudaError_t with_tile(DType dtype, int64_t tokens, const Use& use) {
+  return with_16_bit_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (tokens) {
+      case 4:
+        return use(tile::FewTokensTile<T, 1>());
+      case 8:
+        return use(tile::FewTokensTile<T, 2>());
+      default:
+        return use(tile::FewTokensTile<T, 4>());
+    }
+  });
+}
+
+}  // namespace
+
+cudaError_t plan_few_tokens(const LinearProblem& p, const Device& device, Config* config) {
+  return with_tile(p.dtype, config->tokens, [&](auto tile) {
+    using Tile = decltype(tile);
+    return plan_splits<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments>(p, device, config);
+  });
+}
+
+// One launch, unless h needs its own launch, or the device has no clusters for the splits.
+cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, const Context& context) {
+  return with_tile(p.dtype, config.tokens, [&](auto tile) {
+    using Tile = decltype(tile);
+    using T = typename Tile::T;
+    const Lora& lora = p.lora;
+    // If h is kept, the parts of all CTAs would have to be summed first.
+    const bool folds = !p.h && lora.rank > 0 && lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK;
+    SplitForward<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments> split(p, config, context);
+    const cudaError_t error = split.prepare(!folds);
+    if (error != cudaSuccess) return error;
+    const kernels::FewTokensLinearArgs<T> args{
+        .x = static_cast<const T*>(p.x),
+        .packed = p.w.packed,
+        .scales = tile::make_scale_view(p.w),
+        .code = tile::make_pair_view<T>(p.w.code),
+        .m = p.m,
+        .n = p.w.n,
+        .k = p.w.k,
+        .lora = {folds ? static_cast<const T*>(lora.a) : nullptr, split.h(), static_cast<const T*>(lora.b), lora.rank,
+                 static_cast<float>(lora.scaling * lora.dropout.keep_scale), lora.dropout},
+        .out = split.output(),
+        .segments_per_split = split.segments_per_split};
+    return split.launch(args);
+  });
+}
+
+}  // namespace qlora::cuda::sm80

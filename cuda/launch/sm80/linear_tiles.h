@@ -1,0 +1,42 @@
+// The forward's tensor-core tiles for 16-bit types, by their number of tokens, for a single weight and for experts.
+// Rows and tokens per warp and per CTA were chosen by counting instructions and shared memory passes under the
+// simulator.
+#pragma once
+
+#include "cpp/format/problem.h"
+#include "cuda/kernels/sm80/linear_nf4.cuh"
+#include "cuda/tile/sm80/linear_tile.cuh"
+#include "cuda/tuning/sm80.h"
+
+namespace qlora::cuda::sm80 {
+
+template <class T, int kTokens, int kStages>
+using LinearTile = tile::LinearTile<T, 2, kTokens / 8, 4, 2, 2, kStages>;
+
+template <class T>
+using Tile8 = LinearTile<T, 8, 4>;
+template <class T>
+using Tile16 = LinearTile<T, 16, 4>;
+template <class T>
+using Tile32 = LinearTile<T, 32, 2>;
+template <class T>
+using Tile64 = LinearTile<T, 64, 3>;
+static_assert(Tile64<bfloat16>::kSharedBytes <= kShared64 && Tile64<bfloat16>::kRows == kForwardRows);
+
+template <class Tile, class T = typename Tile::T>
+kernels::LinearArgs<T> make_linear_args(const LinearProblem& p, const T* h, const tile::LinearOutput<T>& out,
+                                        int64_t token_tiles, int64_t segments_per_split) {
+  return {.x = static_cast<const T*>(p.x),
+          .packed = p.w.packed,
+          .scales = tile::make_scale_view(p.w),
+          .code = tile::make_pair_view<T>(p.w.code),
+          .m = p.m,
+          .n = p.w.n,
+          .k = p.w.k,
+          .lora = {h, static_cast<const T*>(p.lora.b), p.lora.rank, p.m, p.w.n},
+          .out = out,
+          .token_tiles = token_tiles,
+          .segments_per_split = segments_per_split};
+}
+
+}  // namespace qlora::cuda::sm80

@@ -1,0 +1,67 @@
+// What the launchers of Hopper's kernels share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "cpp/format/problem.h"
+#include "cuda/launch/cluster.h"
+#include "cuda/launch/launch.h"
+#include "cuda/launch/sm90/tensor_map.h"
+#include "cuda/tile/sm90/work.cuh"
+#include "cuda/tuning/choice.h"
+#include "cuda/tuning/sm90.h"
+
+namespace qlora::cuda::sm90 {
+
+// Lines of 64 values of x or dy [rows, columns], of kTokens tokens at a time.
+template <class Tile>
+cudaError_t make_token_map(const void* data, int64_t rows, int64_t columns, CUtensorMap* map) {
+  constexpr bool kBf16 = std::is_same_v<typename Tile::T, bfloat16>;
+  return make_tensor_map({.type = kBf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                          .data = data,
+                          .rows = rows,
+                          .columns = columns,
+                          .row_bytes = columns * 2,
+                          .box_rows = Tile::kTokens,
+                          .box_columns = 64,
+                          .swizzle = CU_TENSOR_MAP_SWIZZLE_128B},
+                         map);
+}
+
+// 64 packed bytes of `box_rows` rows of w at a time.
+inline cudaError_t make_packed_map(const Weight& w, int box_rows, CUtensorMap* map) {
+  return make_tensor_map({.type = CU_TENSOR_MAP_DATA_TYPE_UINT8,
+                          .data = w.packed,
+                          .rows = w.n,
+                          .columns = w.k / 2,
+                          .row_bytes = w.k / 2,
+                          .box_rows = box_rows,
+                          .box_columns = 64,
+                          .swizzle = CU_TENSOR_MAP_SWIZZLE_64B},
+                         map);
+}
+
+// The sum is split in whole stages.
+inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int64_t stages, int64_t rank) {
+  return {.token_tiles = ceil_div(m, c.tokens),
+          .tiles = tiles(m, outputs, c.tokens),
+          .splits = static_cast<int>(c.splits),
+          .stages = static_cast<int>(stages),
+          .stages_per_split = static_cast<int>(ceil_div(stages, c.splits)),
+          .rank = rank};
+}
+
+// A kernel in `clusters` with one CTA per split.
+template <auto kKernel, class Tile, class Args>
+cudaError_t launch_clusters(int64_t clusters, const Config& c, const CUtensorMap& tokens, const CUtensorMap& packed,
+                            const Args& args, const Context& context) {
+  static_assert(Tile::kOutputs == kOutputs);
+  int ctas = 0;  // one per SM, by design; the query also allows the kernel its shared memory
+  const cudaError_t error = ctas_per_sm<kKernel>(context.device, Tile::kThreads, Tile::kSharedBytes, &ctas);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(clusters * c.splits)), cluster(static_cast<unsigned>(c.splits));
+  return launch_cluster(kKernel, grid, cluster, Tile::kThreads, Tile::kSharedBytes, context.stream, tokens, packed,
+                        args);
+}
+
+}  // namespace qlora::cuda::sm90

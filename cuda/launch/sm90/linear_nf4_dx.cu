@@ -1,0 +1,53 @@
+#include "cuda/kernels/sm90/linear_nf4_dx.cuh"
+
+#include "cuda/launch/any/low_rank.h"
+#include "cuda/launch/sm90/clusters.h"
+#include "cuda/launch/sm90/launchers.h"
+#include "cuda/launch/types.h"
+
+namespace qlora::cuda::sm90 {
+namespace {
+
+template <class Tile>
+cudaError_t launch_tile(const LinearDxProblem& p, const Config& c, const void* g, const Context& context) {
+  static_assert(Tile::kStageRows == kDxStageRows);
+  using T = typename Tile::T;
+  CUtensorMap dy, packed;
+  cudaError_t error = make_token_map<Tile>(p.dy, p.m, p.w.n, &dy);
+  if (error == cudaSuccess) error = make_packed_map(p.w, Tile::kStageRows, &packed);
+  if (error != cudaSuccess) return error;
+  const kernels::DxSm90Args<T> args{.scales = tile::make_scale_view(p.w),
+                                    .code = tile::make_code_view(p.w.code),
+                                    .m = p.m,
+                                    .n = p.w.n,
+                                    .k = p.w.k,
+                                    .g = {static_cast<const T*>(g), nullptr, p.lora.rank, p.m, p.w.n},
+                                    .lora_a = static_cast<const T*>(p.lora.a),
+                                    .dropout = p.lora.dropout,
+                                    .out = {static_cast<T*>(p.dx), nullptr, nullptr, nullptr},
+                                    .plan = make_plan(c, p.m, p.w.k, ceil_div(p.w.n, Tile::kStageRows), p.lora.rank)};
+  return launch_clusters<kernels::linear_nf4_dx_sm90_kernel<Tile>, Tile>(clusters(p.m, p.w.k, c, context.device), c, dy,
+                                                                         packed, args, context);
+}
+
+}  // namespace
+
+cudaError_t launch(const LinearDxProblem& p, const Config& config, const Context& context) {
+  void* g = p.g;
+  if (!g && p.lora.rank > 0) g = context.allocate(p.m * p.lora.rank * dtype_bytes(p.dtype));
+  const cudaError_t error = launch_low_rank(g_problem(p.dtype, p.m, p.w.n, p.dy, p.lora, g), context.stream);
+  if (error != cudaSuccess) return error;
+  return with_16_bit_type(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    switch (config.tokens) {
+      case 64:
+        return launch_tile<tile::DxSm90Tile<T, 64>>(p, config, g, context);
+      case 128:
+        return launch_tile<tile::DxSm90Tile<T, 128>>(p, config, g, context);
+      default:
+        return launch_tile<tile::DxSm90Tile<T, 256>>(p, config, g, context);
+    }
+  });
+}
+
+}  // namespace qlora::cuda::sm90

@@ -1,0 +1,24 @@
+// From an operator's dtype to a C++ type, once.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "cpp/format/dtypes.h"
+
+namespace qlora::cuda {
+
+// use(T{}) with the type that dtype names: bfloat16 or float16.
+template <class Use>
+cudaError_t with_16_bit_type(DType dtype, const Use& use) {
+  if (dtype == DType::kBFloat16) return use(bfloat16{});
+  if (dtype == DType::kFloat16) return use(float16{});
+  return cudaErrorInvalidValue;
+}
+
+// The same, with float32 too.
+template <class Use>
+cudaError_t with_type(DType dtype, const Use& use) {
+  return dtype == DType::kFloat32 ? use(float{}) : with_16_bit_type(dtype, use);
+}
+
+}  // namespace qlora::cuda

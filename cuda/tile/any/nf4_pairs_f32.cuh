@@ -1,0 +1,52 @@
+// Two values per lookup, as float32, for where the block scale must go on the weight itself (the sum runs over rows,
+// so a block has no partial sum of its own).
+//
+// Table: entry e of 256 holds (value[e >> 4], value[e & 15]), in 16 copies of 8 bytes, so that the 16 lanes of a half
+// warp, each with a copy of its own, never conflict. Entries lie 256 bytes apart and fill the first 128 bytes: the
+// address of (entry, copy) is then `entry << 8 | copy * 8`, which one prmt builds from the byte that holds the entry.
+// The other 128 bytes of an entry are the user's.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/packing.h"
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/prmt.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/code_tables.cuh"
+
+namespace qlora::tile {
+
+inline constexpr int kPairF32Entries = 256;
+inline constexpr int kPairF32EntryBytes = 256;
+inline constexpr int kPairF32CopiesBytes = 128;
+inline constexpr int kPairF32Bytes = kPairF32Entries * kPairF32EntryBytes;
+
+// Whole CTA; the caller synchronises.
+template <int kThreads>
+__device__ __forceinline__ void fill_pairs_f32(char* table, const CodeView& code) {
+  constexpr int kStores = kPairF32CopiesBytes / 16;  // 16-byte stores to an entry, two copies each
+  constexpr int kAtOnce = kThreads / kStores;        // entries that the CTA fills at once
+  static_assert(kThreads % kStores == 0 && kAtOnce % kCodes == 0 && kPairF32Entries % kAtOnce == 0);
+  const int entry = threadIdx.x / kStores;
+  const auto& value = code.table().value;
+  const float low = value[entry % kCodes];
+  float4* to = reinterpret_cast<float4*>(table + entry * kPairF32EntryBytes) + threadIdx.x % kStores;
+#pragma unroll
+  for (int i = 0; i < kPairF32Entries / kAtOnce; ++i) {
+    const float high = value[entry / kCodes + i * (kAtOnce / kCodes)];
+    to[i * kAtOnce * (kPairF32EntryBytes / 16)] = make_float4(high, low, high, low);
+  }
+}
+
+// The pair of byte kByte of `codes`, each value times its scale, rounded once to T. `table` is the shared address,
+// `copy` = 8 * (lane % 16).
+template <class T, int kByte>
+__device__ __forceinline__ uint32_t decode_pair_f32(uint32_t table, uint32_t copy, uint32_t codes, float scale_first,
+                                                    float scale_second) {
+  const uint32_t offset = ptx::prmt<0x3200u | (4 + kByte) << 4>(copy, codes);
+  const float2 value = ptx::load_shared_v2_f32(table + offset);
+  return ptx::pack2<T>(value.x * scale_first, value.y * scale_second);
+}
+
+}  // namespace qlora::tile

@@ -1,0 +1,56 @@
+// Decoding packed codes in registers, the same pairs as those of the table in shared memory
+// (cuda/tile/any/pair_table.cuh): 21 instructions for 8 weights instead of 8, but none of them a load. A kernel that
+// shared memory holds up decodes some of its weights so.
+//
+// The lower and the upper bytes of the 16 values are two tables of 16 bytes, four registers each. prmt looks four bytes
+// up among 8, by the lower three bits of four nibbles; a third prmt chooses by the fourth bit between what it found
+// among values 0..7 and 8..15.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/hold.cuh"
+#include "cuda/ptx/prmt.cuh"
+#include "cuda/tile/any/pair_table.cuh"
+#include "cuda/tile/any/unroll.cuh"
+
+namespace qlora::tile {
+
+template <class T>
+class PairRegisters {
+ public:
+  __device__ __forceinline__ explicit PairRegisters(const CodeView& code) {
+    const auto& value = code.table().value;
+    const auto pair = [&](int at) { return ptx::pack2<T>(value[at] * code.factor, value[at + 1] * code.factor); };
+    unroll<4>([&](auto i) {
+      const uint32_t even = pair(4 * i), odd = pair(4 * i + 2);
+      low_[i] = ptx::prmt<0x6420>(even, odd), high_[i] = ptx::prmt<0x7531>(even, odd);
+      ptx::hold(low_[i]), ptx::hold(high_[i]);
+    });
+  }
+
+  // The pairs of the four bytes of `word`.
+  __device__ __forceinline__ void decode(uint32_t word, uint32_t (&pairs)[4]) const {
+    const uint32_t index = word & 0x77777777u;
+    const uint32_t half = (word >> 1 & 0x44444444u) | 0x32103210u;  // byte i of the one or, 4 further on, of the other
+    decode_2(index, half, pairs[0], pairs[1]);
+    decode_2(index >> 16, half >> 16, pairs[2], pairs[3]);
+  }
+
+ private:
+  // By the lower 16 bits of both selectors.
+  __device__ __forceinline__ void decode_2(uint32_t index, uint32_t half, uint32_t& pair0, uint32_t& pair1) const {
+    const uint32_t low = lookup(low_, index, half), high = lookup(high_, index, half);
+    // Nibbles 0 and 1, 2 and 3 are a byte's lower and upper one, so a pair's upper and lower half.
+    pair0 = ptx::prmt<0x4051>(low, high), pair1 = ptx::prmt<0x6273>(low, high);
+  }
+
+  __device__ __forceinline__ static uint32_t lookup(const uint32_t (&bytes)[4], uint32_t index, uint32_t half) {
+    return ptx::prmt(ptx::prmt(bytes[0], bytes[1], index), ptx::prmt(bytes[2], bytes[3], index), half);
+  }
+
+  uint32_t low_[4], high_[4];
+};
+
+}  // namespace qlora::tile

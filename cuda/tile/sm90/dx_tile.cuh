@@ -1,0 +1,82 @@
+// The tile of Hopper's dX, and how a lane decodes. The rest of it: cuda/tile/sm90/layout.cuh.
+//
+// A stage is 64 rows n of 128 columns k of w: dy [kTokens][64], packed bytes [64 rows][64 bytes] and scales [2 groups
+// of 64 columns][64 rows]. wᵀ is the wgmma's register operand, so that the sum runs over rows and the scale goes on the
+// weight: the table has pairs of float32, which are scaled and then rounded once.
+//
+// A warp takes 16 bytes of each row, 32 columns, as 8 units of 2 bytes. Transposed by ldmatrix, lane (g, t) holds unit
+// g of rows 16s + 2t, +1 and 16s + 8 + 2t, +1: just the rows that step s of the wgmma wants of it. One warpgroup takes
+// the first byte of the units, columns 4g and 4g + 1, and the other the second, columns 4g + 2 and 4g + 3. They are the
+// operand's rows g and g + 8. The nibbles that a column has in two rows are joined into a byte, whose entry is the
+// pair.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/convert.cuh"
+#include "cuda/ptx/ldmatrix.cuh"
+#include "cuda/ptx/lop3.cuh"
+#include "cuda/ptx/prmt.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/nf4_pairs_f32.cuh"
+#include "cuda/tile/sm90/layout.cuh"
+
+namespace qlora::tile {
+
+template <class T, int kTokens>
+struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4> {
+  static constexpr int kStageRows = 64;
+  static constexpr int kGroupColumns = 64;  // of one scale
+
+  // Where consumers hand each other the masks that they draw: 8 bytes each for 128 tokens, and for those that follow.
+  static constexpr int kMasks = DxSm90Tile::kBarriers + DxSm90Tile::kStages * 16;
+  static constexpr int kMaskBytes = (kTokens + 127) / 128 * DxSm90Tile::kConsumers * 8;
+  static_assert(kMasks % 8 == 0 && kMasks + kMaskBytes <= DxSm90Tile::kTable);
+};
+
+template <class Tile>
+struct DxSm90Lane {
+  uint32_t table;     // the table's address plus 8 · (lane % 16)
+  uint32_t selector;  // of prmt: this warpgroup's byte of a unit, between the bytes of `table`
+  uint32_t packed;    // the row that this lane names to ldmatrix, in slot 0
+  uint32_t scales;    // of row 2t in slot 0
+  int column;         // the first of its two, counted in the tile
+
+  __device__ __forceinline__ explicit DxSm90Lane(uint32_t base) {
+    const int lane = threadIdx.x % 32, warp = (threadIdx.x - Tile::kProducers) / 32;
+    const int slab = warp % 4, byte = warp / 4;
+    table = base + Tile::kTable + lane % 16 * 8;
+    selector = 0x7604u | byte << 4;
+    packed = base + Tile::kPacked + sm90_packed_offset(lane, slab);
+    scales = base + Tile::kScales + slab / 2 * (Tile::kStageRows * 4) + lane % 4 * 8;
+    column = slab * 32 + lane / 4 * 4 + byte * 2;
+  }
+
+  // w[2s], w[2s + 1]: units of the first and last 8 rows of step s.
+  template <int kSlot>
+  __device__ __forceinline__ void load(uint32_t (&w)[8]) const {
+    constexpr int kOffset = kSlot * Tile::kStagePackedBytes;
+    ptx::ldmatrix_x4_trans<kOffset>(packed, w[0], w[1], w[2], w[3]);
+    ptx::ldmatrix_x4_trans<kOffset + 32 * 64>(packed, w[4], w[5], w[6], w[7]);
+  }
+
+  __device__ __forceinline__ uint32_t pair(uint32_t codes, float2 scale) const {
+    const float2 value = ptx::load_shared_v2_f32(ptx::prmt(codes, table, selector));
+    return ptx::pack2<typename Tile::T>(value.x * scale.x, value.y * scale.y);
+  }
+
+  // a = the wgmma's operand for step kStep, whose units are `low` and `high`.
+  template <int kSlot, int kStep>
+  __device__ __forceinline__ void decode(uint32_t low, uint32_t high, uint32_t (&a)[4]) const {
+    constexpr int kOffset = kSlot * Tile::kStageScaleBytes + kStep * 16 * 4;
+    constexpr uint32_t kFirst = 0xF0F0F0F0u;  // the nibble of a pair's first row
+    const float2 scale = ptx::load_shared_v2_f32<kOffset>(scales),
+                 scale8 = ptx::load_shared_v2_f32<kOffset + 32>(scales);
+    a[0] = pair(ptx::select_bits(kFirst, low, low >> 20), scale);
+    a[1] = pair(ptx::select_bits(kFirst, low << 4, low >> 16), scale);
+    a[2] = pair(ptx::select_bits(kFirst, high, high >> 20), scale8);
+    a[3] = pair(ptx::select_bits(kFirst, high << 4, high >> 16), scale8);
+  }
+};
+
+}  // namespace qlora::tile

@@ -1,0 +1,70 @@
+// The tile of Hopper's forward, and how a lane decodes. The rest of it: cuda/tile/sm90/layout.cuh.
+//
+// A stage is 128 k, two segments: x [2][kTokens][64], packed bytes [128 rows][64 bytes] and scales [128 rows][2]. A
+// warp has 16 rows of w.
+//
+// The wgmma fixes the order of k: in its step s, lane (g, t) holds k = 16s + 2t, +1 and 16s + 8 + 2t, +1 of rows g and
+// g + 8. These are bytes t of the words 2s and 2s + 1 of a row's 32 packed bytes. So the four lanes t of a row load the
+// same words, and each takes its own byte of all of them.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/prmt.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm80/linear_tile.cuh"
+#include "cuda/tile/sm90/layout.cuh"
+
+namespace qlora::tile {
+
+template <class T, int kTokens>
+struct LinearSm90Tile : Sm90Layout<T, kTokens, 2, 128 * 64, 128 * 2 * 4> {
+  static constexpr int kStageK = 2 * kSegment;
+  static constexpr int kPackedLine = kStageK / 2;
+  static constexpr int kRows = LinearSm90Tile::kOutputs;
+};
+
+// What a consumer lane reads.
+template <class Tile>
+struct LinearSm90Lane {
+  uint32_t table;      // the pair table's address plus 4 · lane
+  uint32_t selector;   // of prmt: this lane's byte of a word, between the bytes of `table`
+  uint32_t packed[4];  // its row g in slot 0, by 16-byte chunks
+  uint32_t scales;     // of row g in slot 0
+
+  __device__ __forceinline__ LinearSm90Lane(uint32_t base, int row) {
+    const int lane = threadIdx.x % 32;
+    table = base + Tile::kTable + 4 * lane;
+    selector = 0x7604u | lane % 4 << 4;
+#pragma unroll
+    for (int chunk = 0; chunk < 4; ++chunk) packed[chunk] = base + Tile::kPacked + sm90_packed_offset(row, chunk);
+    scales = base + Tile::kScales + row * 8;
+  }
+
+  __device__ __forceinline__ uint32_t pair(uint32_t word) const {
+    return ptx::load_shared_u32(ptx::prmt(word, table, selector));
+  }
+
+  // a[step] = the wgmma's operand for the steps of one segment.
+  template <int kSlot, int kSegment>
+  __device__ __forceinline__ void decode(uint32_t (&a)[4][4]) const {
+    unroll<4>([&](auto part) {  // rows g and g + 8, by 16 bytes
+      constexpr int upper = part / 2, half = part % 2;
+      constexpr int offset = kSlot * Tile::kStagePackedBytes + upper * 8 * Tile::kPackedLine;
+      const uint4 words = ptx::load_shared_v4<offset>(packed[2 * kSegment + half]);
+      a[2 * half][upper] = pair(words.x);
+      a[2 * half][upper + 2] = pair(words.y);
+      a[2 * half + 1][upper] = pair(words.z);
+      a[2 * half + 1][upper + 2] = pair(words.w);
+    });
+  }
+
+  // The scales of both segments, of row g (kUpper 0) or g + 8.
+  template <int kSlot, int kUpper>
+  __device__ __forceinline__ float2 scale() const {
+    return ptx::load_shared_v2_f32<kSlot * Tile::kStageScaleBytes + kUpper * 64>(scales);
+  }
+};
+
+}  // namespace qlora::tile

@@ -1,0 +1,53 @@
+// The operand of Hopper's kernels that wgmma reads from shared memory: tokens of x or dy, and of LoRA's low-rank
+// product.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/hold.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/ptx/tma.cuh"
+#include "cuda/ptx/wgmma.cuh"
+#include "cuda/tile/any/lora_step.cuh"
+#include "cuda/tile/any/unroll.cuh"
+
+namespace qlora::tile {
+
+// The descriptors of all that the ring holds, kept so that none is computed in the loop.
+template <class Layout>
+struct Sm90Descriptors {
+  uint64_t of[Layout::kStages][Layout::kLines][4];  // [slot][line][step of 16 values]
+
+  __device__ __forceinline__ explicit Sm90Descriptors(uint32_t token_lines) {
+    unroll<Layout::kStages * Layout::kLines>([&](auto i) {
+      unroll<4>([&](auto step) {
+        uint64_t& to = of[i / Layout::kLines][i % Layout::kLines][step];
+        to = ptx::wgmma_descriptor(token_lines) + (i * Layout::kLineBytes / 16 + step * ptx::kWgmmaStep);
+        ptx::hold(to);
+      });
+    });
+  }
+};
+
+// Writes ranks [first_rank, first_rank + 16 steps) of the low-rank product to where a stage's tokens lie, and zeros
+// past its end. Of each 16, ranks 4t..4t+3 come to lie as values 2t, 2t+1, 2t+8, 2t+9: then lane t of the other operand
+// takes four neighbours too. All producers.
+template <class Layout, bool kVector>
+__device__ __forceinline__ void store_low_rank(const LoraOperands<typename Layout::T>& lora, int64_t token0,
+                                               int64_t first_rank, int steps, uint32_t lines) {
+  const int t = threadIdx.x % 4;
+#pragma unroll 1
+  for (int token = threadIdx.x / 4; token < Layout::kTokens; token += Layout::kProducers / 4) {
+    for (int step = 0; step < steps; ++step) {
+      const uint2 ranks = load_4_ranks<typename Layout::T, kVector>(
+          lora.h + (token0 + token) * lora.rank, first_rank + step * 16 + 4 * t, lora.rank, token0 + token < lora.m);
+      const uint32_t line = lines + step / 4 * Layout::kLineBytes;
+      const int i = step % 4 * 16 + 2 * t;
+      ptx::store_shared_u32(line + Layout::line_offset(token, i), ranks.x);
+      ptx::store_shared_u32(line + Layout::line_offset(token, i + 8), ranks.y);
+    }
+  }
+  ptx::fence_proxy_async();
+}
+
+}  // namespace qlora::tile

@@ -1,0 +1,87 @@
+// The end of a tile of Hopper's kernels: sums go to shared memory a part of the tokens at a time, each CTA of a cluster
+// adds up those of all, in the order of their ranks, for its share of the tokens, adds bias, rounds once and stores.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/ptx/barrier.cuh"
+#include "cuda/ptx/cluster.cuh"
+#include "cuda/ptx/shared.cuh"
+#include "cuda/tile/any/unroll.cuh"
+#include "cuda/tile/sm80/linear_sum.cuh"
+#include "cuda/tile/sm90/work.cuh"
+
+namespace qlora::tile {
+
+// Consumers' sums: of tokens 8j + 2t, +1, an output each, then of the same tokens the lane's second output.
+template <class Layout>
+using Sm90Sums = float[Layout::kTokenTiles][4];
+
+// The lane's outputs are kOutputStep apart; `output` is the first, counted in the tile.
+template <class Layout, int kOutputStep>
+__device__ __forceinline__ void store_part(const Sm90Sums<Layout>& acc, int part, uint32_t base, int output) {
+  const int t = threadIdx.x % 4;
+  const uint32_t address = base + Layout::kSums + (2 * t * Layout::kSumStride + output) * 4;
+  unroll<Layout::kTokenTiles>([&](auto j) {
+    constexpr int token = j * 8 % Layout::kPartTokens;
+    if (j * 8 / Layout::kPartTokens != part) return;
+    unroll<2>([&](auto e) {
+      constexpr int offset = (token + e) * Layout::kSumStride * 4;
+      if constexpr (kOutputStep == 1) {
+        ptx::store_shared_v2_f32<offset>(address, make_float2(acc[j][e], acc[j][2 + e]));
+      } else {
+        ptx::store_shared_f32<offset>(address, acc[j][e]);
+        ptx::store_shared_f32<offset + kOutputStep * 4>(address, acc[j][2 + e]);
+      }
+    });
+  });
+}
+
+template <class Layout>
+__device__ __forceinline__ void finish_part(const Sm90Work<Layout>& work, int64_t token0, int64_t m,
+                                            const OutputQuad<typename Layout::T>& output, uint32_t base) {
+  const int thread = threadIdx.x - Layout::kProducers, splits = work.plan.splits;
+  const int share = (Layout::kPartTokens + splits - 1) / splits, first = work.split * share;
+  const int tokens = static_cast<int>(m - token0 < Layout::kPartTokens ? m - token0 : Layout::kPartTokens);
+  const int end = min(first + share, tokens);
+  for (int token = first + thread / 32; token < end; token += Layout::kConsumers / 32) {
+    const uint32_t sums = base + Layout::kSums + (token * Layout::kSumStride + thread % 32 * 4) * 4;
+    float4 sum = ptx::load_cluster_v4_f32(sums, 0);
+    for (int split = 1; split < splits; ++split) sum = add(sum, ptx::load_cluster_v4_f32(sums, split));
+    output.store(token0 + token, sum);
+  }
+}
+
+// All consumers; where there are splits, all threads of the cluster come to its barriers.
+template <class Layout, int kOutputStep>
+__device__ __forceinline__ void finish_tile(const Sm90Work<Layout>& work, const Sm90Sums<Layout>& acc, int output,
+                                            const LinearOutput<typename Layout::T>& out, int64_t token0, int64_t m,
+                                            int64_t output0, int64_t outputs, uint32_t base) {
+  const auto sync = [&] {
+    __syncwarp();  // lanes whose outputs do not exist come early
+    if (work.plan.splits > 1)
+      ptx::cluster_sync();
+    else
+      ptx::barrier_sync<1, Layout::kConsumers>();
+  };
+  const OutputQuad<typename Layout::T> quad(out, output0 + threadIdx.x % 32 * 4, outputs);
+#pragma unroll
+  for (int part = 0; part < Layout::kParts; ++part) {
+    store_part<Layout, kOutputStep>(acc, part, base, output);
+    sync();
+    finish_part<Layout>(work, token0 + part * Layout::kPartTokens, m, quad, base);
+    sync();
+  }
+}
+
+// What producers do meanwhile.
+template <class Layout>
+__device__ __forceinline__ void attend_finish(const Sm90Work<Layout>& work) {
+  if (work.plan.splits == 1) return;
+  for (int part = 0; part < Layout::kParts; ++part) {
+    ptx::cluster_sync();
+    ptx::cluster_sync();
+  }
+}
+
+}  // namespace qlora::tile

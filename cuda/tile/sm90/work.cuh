@@ -1,0 +1,74 @@
+// What a CTA of Hopper's kernels does, in producers and consumers alike: its split of every tile of its cluster. It
+// stays and takes tile after tile, so that the tables are filled once and the producers run ahead into the next tile.
+// Where there are fewer tiles than multiprocessors, the CTAs of a cluster share out a tile's sum in splits of whole
+// stages.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/tile/any/unroll.cuh"
+
+namespace qlora::tile {
+
+struct Sm90Plan {
+  int64_t token_tiles, tiles;  // tiles along the tokens, and in all
+  int splits;                  // the size of a cluster
+  int stages, stages_per_split;
+  int64_t rank;  // of LoRA; 0: none
+};
+
+inline constexpr int kSm90Chunk = 64;  // ranks that a line holds
+
+template <class Layout>
+struct Sm90Work {
+  static constexpr int kChunk = Layout::kLines * kSm90Chunk;  // ranks that a stage holds
+
+  const Sm90Plan& plan;
+  int split, stage0, stages, chunks;
+
+  __device__ __forceinline__ explicit Sm90Work(const Sm90Plan& p)
+      : plan(p),
+        split(static_cast<int>(blockIdx.x) % p.splits),
+        stage0(split * p.stages_per_split),
+        stages(min(p.stages - stage0, p.stages_per_split)),
+        chunks(static_cast<int>((p.rank + kChunk - 1) / kChunk)) {}
+
+  // use(first token, first output) for each tile.
+  template <class Use>
+  __device__ __forceinline__ void for_tiles(const Use& use) const {
+    const int64_t step = gridDim.x / plan.splits;
+    for (int64_t tile = blockIdx.x / plan.splits; tile < plan.tiles; tile += step)
+      use(tile % plan.token_tiles * Layout::kTokens, tile / plan.token_tiles * Layout::kOutputs);
+  }
+
+  // use(slot, stage) for each stage. Producers and consumers take the slots of the ring by rounds, whose barriers have
+  // one `parity`; where a round is not full, they pass(slot) the rest on empty. So slots are constants.
+  template <class Pass, class Use>
+  __device__ __forceinline__ void for_stages(uint32_t& parity, const Pass& pass, const Use& use) const {
+    for (int stage = 0; stage < stages; stage += Layout::kStages, parity ^= 1) {
+      unroll<Layout::kStages>([&](auto slot) {
+        if (stage + slot < stages)
+          use(slot, stage + slot);
+        else
+          pass(slot);
+      });
+    }
+  }
+
+  // use(slot, chunk) for this split's chunks of ranks, a round each.
+  template <class Pass, class Use>
+  __device__ __forceinline__ void for_chunks(uint32_t& parity, const Pass& pass, const Use& use) const {
+    for (int chunk = split; chunk < chunks; chunk += plan.splits, parity ^= 1) {
+      use(Index<0>{}, chunk);
+      unroll<Layout::kStages - 1>([&](auto slot) { pass(Index<slot + 1>{}); });
+    }
+  }
+
+  // wgmma of 16 ranks that a chunk takes.
+  __device__ __forceinline__ int chunk_steps(int chunk) const {
+    const int64_t left = plan.rank - int64_t{chunk} * kChunk;
+    return static_cast<int>((left < kChunk ? left + 15 : kChunk) / 16);
+  }
+};
+
+}  // namespace qlora::tile

@@ -1,0 +1,113 @@
+// Which kernel a linear operator runs with on a card: a pure function of the problem's types and sizes and of the card,
+// so that it can be read and tested anywhere (`_C.choose(device=...)`). The twin for the CPU is cpp/cpu/tuning.h.
+//
+// A kernel is a row of its operator's table here, which says what it accepts and how it is configured, and a row in
+// launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and is ahead. The functions
+// are in a file per architecture: any.h, sm80.h, sm90.h, and library.h.
+#pragma once
+
+#include <cstdint>
+
+#include "cpp/format/grouped.h"
+#include "cpp/format/problem.h"
+#include "cuda/tuning/any.h"
+#include "cuda/tuning/choice.h"
+#include "cuda/tuning/device.h"
+#include "cuda/tuning/library.h"
+#include "cuda/tuning/sm80.h"
+#include "cuda/tuning/sm90.h"
+
+namespace qlora::cuda {
+
+// What QLORA_CUDA_KERNEL may set of a configuration (forced.h).
+struct Options {
+  int64_t tokens[4] = {}, ranks[3] = {};  // that the kernel was compiled for
+  bool splits = false, panel = false;
+};
+
+template <class Problem>
+struct KernelRow {
+  Kernel kernel;
+  bool (*accepts)(const Problem& p, const Device& device);   // whether the kernel can run
+  bool (*is_ahead)(const Problem& p, const Device& device);  // of the rows below; null: always
+  // `wish` has what the environment forces, and zeros.
+  Config (*config)(const Problem& p, const Device& device, const Config& wish);
+  Options options;
+};
+
+template <class Problem>
+struct Kernels;
+
+template <>
+struct Kernels<LinearProblem> {
+  static constexpr KernelRow<LinearProblem> kRows[] = {
+      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128}, .splits = true}},
+      {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
+      {Kernel::kFewTokens,
+       sm80::few_tokens_accepts,
+       nullptr,
+       sm80::few_tokens_config,
+       {.tokens = {4, 8, 16}, .splits = true}},
+      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {32, 64}, .splits = true}},
+      {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
+      {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {4, 16, 64}}},
+  };
+};
+
+template <>
+struct Kernels<LinearDxProblem> {
+  static constexpr KernelRow<LinearDxProblem> kRows[] = {
+      {Kernel::kSm90, sm90::accepts, sm90::is_ahead, sm90::config, {.tokens = {64, 128, 256}, .splits = true}},
+      {Kernel::kLibrary, library::accepts, library::is_ahead, library::config, {.panel = true}},
+      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}, .splits = true}},
+      {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {.splits = true}},
+      {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::ragged_config, {.tokens = {16, 32}, .splits = true}},
+  };
+};
+
+template <>
+struct Kernels<LoraGradProblem> {
+  static constexpr KernelRow<LoraGradProblem> kRows[] = {
+      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.ranks = {16, 32, 64}, .splits = true}},
+      {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {.splits = true}},
+      {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::config, {.ranks = {16, 32, 64}, .splits = true}},
+  };
+};
+
+template <>
+struct Kernels<Grouped<LinearProblem>> {
+  static constexpr KernelRow<Grouped<LinearProblem>> kRows[] = {
+      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
+      {Kernel::kExact, any::exact_accepts, nullptr, any::config, {.tokens = {16, 64}}},
+      {Kernel::kRagged, any::ragged_accepts, nullptr, any::config, {.tokens = {16, 64}}},
+  };
+};
+
+template <>
+struct Kernels<Grouped<LinearDxProblem>> {
+  static constexpr KernelRow<Grouped<LinearDxProblem>> kRows[] = {
+      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.tokens = {8, 16, 32, 64}}},
+      {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {}},
+      {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::ragged_config, {.tokens = {16, 32}}},
+  };
+};
+
+template <>
+struct Kernels<Grouped<LoraGradProblem>> {
+  static constexpr KernelRow<Grouped<LoraGradProblem>> kRows[] = {
+      {Kernel::kTensorCores, sm80::accepts, nullptr, sm80::config, {.ranks = {16, 32, 64}}},
+      {Kernel::kExact, any::exact_accepts, nullptr, any::exact_config, {}},
+      {Kernel::kRagged, sm80::ragged_accepts, nullptr, sm80::config, {.ranks = {16, 32, 64}}},
+  };
+};
+
+template <class Problem>
+constexpr Choice choose(const Problem& p, const Device& device) {
+  for (const KernelRow<Problem>& row : Kernels<Problem>::kRows) {
+    if (row.accepts(p, device) && (row.is_ahead == nullptr || row.is_ahead(p, device)))
+      return {row.kernel, row.config(p, device, {})};
+  }
+  return {};  // float64, which the operators refuse: every other type has a row that accepts all shapes
+}
+
+}  // namespace qlora::cuda

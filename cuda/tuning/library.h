@@ -1,0 +1,98 @@
+// Fused kernel, or a decoded weight and a library's GEMM.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
+
+#include "cpp/format/problem.h"
+#include "cuda/tuning/choice.h"
+#include "cuda/tuning/device.h"
+
+namespace qlora::cuda {
+
+// Both ways cost a time in proportion to n * k. Fused, each token costs its multiply-adds at what mma.sync reaches; the
+// library costs one decode of the weight besides, but its tokens are cheaper. None of these numbers was measured with
+// these kernels: each lies between two others, and says which.
+struct Crossover {
+  int arch;        // of this one and above, up to the next row
+  int64_t tokens;  // from which the library is chosen
+};
+inline constexpr int64_t kNever = INT64_MAX;
+
+// `model`: decoding 2.63 bytes an element at 0.9 of the data sheet's memory rate, against the difference of a token's
+// multiply-adds at 0.6 of the mma.sync rate and at 0.75 of the dense rate. `bnb`: where bitsandbytes 0.50 leaves its
+// own mma.sync kernel, by its calibration on cards (its dispatch table), at many CTAs.
+inline constexpr Crossover kCrossovers[] = {
+    {80, 256},      // A100: bnb 128, model 640
+    {86, kNever},   // A40, RTX 3090, 4090, L40S: the tensor cores are the bound and hide the decode; bnb 256
+    {90, 128},      // H100: bnb 64, model 320
+    {100, 64},      // B200, B300: bnb 32, model 64
+    {110, 512},     // Thor: model 1000 at its memory's rate; bnb 256 on GB10
+    {120, kNever},  // RTX 5090, RTX PRO 6000: as the 4090, model 1200
+};
+
+// Shapes and types that the tensor core kernels do not take (float32, k that is no multiple of 64, blocks of 32) decode
+// for every 64 tokens again with plain arithmetic: the library is ahead as soon as that happens twice.
+constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device) {
+  constexpr int64_t kTokensPerDecode = 64;
+  if (dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64) return kTokensPerDecode + 1;
+  const Crossover* best = kCrossovers;
+  for (const Crossover& c : kCrossovers) {
+    if (device.arch >= c.arch) best = &c;
+  }
+  return best->tokens;
+}
+
+// For the library the weight is decoded a panel at a time, as much of it as stays in half of L2 beside the panel's
+// float32 sums, where there are such: nothing but outputs then has to go to memory. `columns` of the output, `inner`
+// terms each. A panel has 512 columns at least, because a GEMM's own tiles (128 x 256) no longer fill a device with
+// fewer, and a multiple of `step`; panels are equal, so that the last is no remainder.
+constexpr int64_t library_panel_columns(int64_t m, int64_t inner, int64_t columns, int64_t step, bool float32_sums,
+                                        DType dtype, const Device& device) {
+  const int64_t a_column = std::max<int64_t>(inner * dtype_bytes(dtype) + (float32_sums ? 4 * m : 0), 1);
+  const int64_t fit = std::max<int64_t>(device.l2_bytes / 2 / a_column, 512);
+  const int64_t each = ceil_div(columns, std::max<int64_t>(ceil_div(columns, fit), 1));
+  return std::min(columns, ceil_div(each, step) * step);
+}
+
+namespace library {
+
+template <class Problem>
+constexpr bool accepts(const Problem& p, const Device&) {
+  return p.dtype != DType::kFloat64 && p.w.n > 0 && p.w.k > 0;
+}
+
+template <class Problem>
+constexpr bool is_ahead(const Problem& p, const Device& device) {
+  return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device);
+}
+
+// Sums are float32 where LoRA or bias are added to them.
+constexpr bool has_sums(const LinearProblem& p) { return p.lora.rank > 0 || p.bias != nullptr; }
+constexpr bool has_sums(const LinearDxProblem& p) { return p.lora.rank > 0; }
+
+inline constexpr int64_t kPanelStep = 256;  // columns: fits a GEMM's tiles and vector accesses
+
+// Rows of w are contiguous, and decoding them is fast if it begins at a multiple of the largest block.
+constexpr int64_t panel_step(const LinearProblem& p) {
+  return std::max(kPanelStep, kMaxBlockSize / std::gcd(kMaxBlockSize, std::max<int64_t>(p.w.k, 1)));
+}
+constexpr int64_t panel_step(const LinearDxProblem&) { return kPanelStep; }
+
+// A wish for a panel is rounded up to a whole step, and no more than all columns.
+constexpr Config panels(int64_t columns, int64_t step, int64_t best, const Config& wish) {
+  return {.panel = wish.panel > 0 ? std::min(columns, ceil_div(wish.panel, step) * step) : best};
+}
+
+constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
+  const int64_t step = panel_step(p);
+  return panels(p.w.n, step, library_panel_columns(p.m, p.w.k, p.w.n, step, has_sums(p), p.dtype, device), wish);
+}
+constexpr Config config(const LinearDxProblem& p, const Device& device, const Config& wish) {
+  const int64_t step = panel_step(p);
+  return panels(p.w.k, step, library_panel_columns(p.m, p.w.n, p.w.k, step, has_sums(p), p.dtype, device), wish);
+}
+
+}  // namespace library
+}  // namespace qlora::cuda

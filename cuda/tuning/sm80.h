@@ -1,0 +1,146 @@
+// The kernels on mma.sync, of compute capability 8.0 and every later one.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpp/format/grouped.h"
+#include "cuda/tuning/any.h"
+#include "cuda/tuning/choice.h"
+#include "cuda/tuning/device.h"
+#include "cuda/tuning/splits.h"
+
+namespace qlora::cuda::sm80 {
+
+// ---- which problems the kernels for regular shapes take ----
+//
+// Every operand begins at a multiple of 16 bytes: cuda/ops.cpp moves those that do not.
+
+// The forward reads w in segments of 64 k, which have one scale a row.
+constexpr bool is_regular(const LinearProblem& p) { return p.w.k > 0 && has_one_scale_per(64, p.w); }
+
+// dX reads 16 bytes of a row of w, which have one scale, and of dy, at a time.
+constexpr bool is_regular(const LinearDxProblem& p) { return has_one_scale_per(32, p.w) && p.w.n % 8 == 0; }
+
+// LoRA's gradients read 16 bytes of x and dy at a time.
+constexpr bool is_regular(const LoraGradProblem& p) { return p.k % 8 == 0 && p.n % 8 == 0; }
+
+template <class Problem>
+constexpr bool accepts(const Problem& p, const Device&) {
+  return is_16_bit(p.dtype) && is_regular(p);
+}
+template <class Problem>
+constexpr bool accepts(const Grouped<Problem>& p, const Device& device) {
+  return accepts(p.stack, device);
+}
+
+// dX and LoRA's gradients of any shape, on the same tensor cores.
+template <class Problem>
+constexpr bool ragged_accepts(const Problem& p, const Device&) {
+  return is_16_bit(p.dtype);
+}
+template <class Problem>
+constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
+  return ragged_accepts(p.stack, device);
+}
+
+// ---- the forward ----
+
+inline constexpr int64_t kSegment = 64, kForwardRows = 128;
+
+// Up to 16 tokens: a kernel of one tile for all of them, whose LoRA product is in the same launch.
+inline constexpr int64_t kMostFewTokens = 16;
+
+constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
+  return accepts(p, device) && p.m <= kMostFewTokens;
+}
+constexpr Config few_tokens_config(const LinearProblem& p, const Device&, const Config& wish) {
+  const int64_t least = p.m <= 4 ? 4 : p.m <= 8 ? 8 : kMostFewTokens;
+  return {.tokens = wish.tokens >= least ? wish.tokens : least, .rows = kForwardRows, .splits = wish.splits};
+}
+
+// The widest tile, which wants 137 KB of shared memory, where a device has it: then w is decoded once for 64 tokens.
+inline constexpr int kShared64 = 137 * 1024;
+
+constexpr int64_t forward_tokens(int64_t m, const Device& device) {
+  return m <= 32 || device.shared_per_cta < kShared64 ? 32 : 64;
+}
+// A wish for 64 tokens where the device lacks the shared memory is not granted.
+constexpr int64_t wished_tokens(const Config& wish, int64_t tokens, const Device& device) {
+  return wish.tokens == 64 && device.shared_per_cta < kShared64 ? tokens : or_wish(wish.tokens, tokens);
+}
+
+constexpr Config config(const LinearProblem& p, const Device& device, const Config& wish) {
+  return {
+      .tokens = wished_tokens(wish, forward_tokens(p.m, device), device), .rows = kForwardRows, .splits = wish.splits};
+}
+
+// Of experts k is not split: this would gain nothing with many of them, and little with few.
+constexpr Config config(const Grouped<LinearProblem>& p, const Device& device, const Config& wish) {
+  const int64_t m = tile_tokens(p), tokens = m <= 8 ? 8 : m <= 16 ? 16 : forward_tokens(m, device);
+  return {.tokens = wished_tokens(wish, tokens, device), .rows = kForwardRows};
+}
+
+// Segments of k that a CTA takes, a multiple of `stage_segments`, where `splits` CTAs share a sum of `segments`.
+constexpr int64_t forward_split_segments(int64_t segments, int64_t splits, int64_t stage_segments) {
+  return ceil_div(ceil_div(segments, splits), stage_segments) * stage_segments;
+}
+
+// Splits of k, where the device holds `slots` CTAs at once. Roofline model, to be replaced by measurements on a card: a
+// CTA's tables cost it as much as 16 segments (1024 k), so it takes no fewer; CTAs come in waves; and the last CTA of a
+// tile adds up 64 tokens of a split in the time of a segment. No more than `most` splits.
+constexpr int64_t forward_splits(int64_t tiles, int64_t segments, int64_t stage_segments, int64_t tokens, int64_t slots,
+                                 int64_t most = INT64_MAX) {
+  constexpr int64_t kTables = 16;
+  const int64_t limit = std::clamp<int64_t>(segments / kTables, 1, std::max<int64_t>(std::min(slots, most), 1));
+  return cheapest_splits(limit, [&](int64_t s) {
+    return 64 * ceil_div(tiles * s, slots) * (forward_split_segments(segments, s, stage_segments) + kTables) +
+           (s > 1 ? s * tokens : 0);
+  });
+}
+
+// ---- dX ----
+
+inline constexpr int64_t kDxColumns = 256;
+// Of the ragged kernel, whose shared memory for 16 tokens holds more scales.
+inline constexpr int64_t kDxRaggedTokens = 32, kDxSmallBlockTokens = 16;
+
+// The fewest tokens that hold m, to decode each weight once up to 64.
+constexpr int64_t dx_tokens(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
+constexpr Config dx_tile(int64_t m, const Config& wish) {
+  return {.tokens = or_wish(wish.tokens, dx_tokens(m)), .columns = kDxColumns, .splits = wish.splits};
+}
+constexpr Config dx_ragged_tile(int64_t block_size, const Config& wish) {
+  const int64_t most = block_size < 32 ? kDxSmallBlockTokens : kDxRaggedTokens;
+  return {.tokens = std::min(or_wish(wish.tokens, most), most), .columns = kDxColumns, .splits = wish.splits};
+}
+
+constexpr Config config(const LinearDxProblem& p, const Device&, const Config& wish) { return dx_tile(p.m, wish); }
+constexpr Config config(const Grouped<LinearDxProblem>& p, const Device&, const Config& wish) {
+  return dx_tile(tile_tokens(p), wish);
+}
+constexpr Config ragged_config(const LinearDxProblem& p, const Device&, const Config& wish) {
+  return dx_ragged_tile(p.w.scales.block_size, wish);
+}
+constexpr Config ragged_config(const Grouped<LinearDxProblem>& p, const Device&, const Config& wish) {
+  return dx_ragged_tile(p.stack.w.scales.block_size, wish);
+}
+
+// ---- the gradients of LoRA's weights ----
+
+// Few enough for the accumulators (64 ranks are 128 registers), many enough to read x and dy once.
+constexpr Config dlora_tile(int64_t rank, const Config& wish) {
+  return {.ranks = or_wish(wish.ranks, rank <= 16   ? 16
+                                       : rank <= 32 ? 32
+                                                    : 64),
+          .columns = any::kLoraColumns,
+          .splits = wish.splits};
+}
+constexpr Config config(const LoraGradProblem& p, const Device&, const Config& wish) {
+  return dlora_tile(p.lora.rank, wish);
+}
+constexpr Config config(const Grouped<LoraGradProblem>& p, const Device&, const Config& wish) {
+  return dlora_tile(p.stack.lora.rank, wish);
+}
+
+}  // namespace qlora::cuda::sm80

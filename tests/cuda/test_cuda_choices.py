@@ -1,0 +1,186 @@
+"""Which kernel each linear operator runs with on which card, and what QLORA_CUDA_KERNEL makes of it: plain C++
+(cuda/tuning), which needs no card."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from host_programs import needs_compiler, printed_by
+from qlora_ext import _C
+
+CARDS = ("sm80", "sm90", "sm100", "sm120")  # A100, H100, B200, RTX 5090
+FORWARD, DX, DLORA = "linear_nf4", "linear_nf4_dx", "linear_nf4_dlora"
+RANK = 16
+
+# (operator, dtype, m, n, k, block size, experts; 0: a single weight) -> the choice on each of CARDS, or on all. Splits
+# that a launcher chooses, by what the card holds of the compiled kernel, are not part of it.
+CHOICES = {
+    # few tokens and many, of regular shape
+    (FORWARD, "bfloat16", 1, 4096, 4096, 64, 0): "few_tokens tokens=4 rows=128",
+    (FORWARD, "float16", 16, 4096, 4096, 64, 0): "few_tokens tokens=16 rows=128",
+    (FORWARD, "bfloat16", 17, 4096, 4096, 64, 0): "tensor_cores tokens=32 rows=128",
+    (FORWARD, "bfloat16", 64, 4096, 4096, 64, 0): (
+        "tensor_cores tokens=64 rows=128",
+        "sm90 tokens=64 rows=128 splits=4",
+        "library panel=4096",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 0): (
+        "library panel=1024",
+        "sm90 tokens=128 rows=128 splits=1",
+        "library panel=2048",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    # k that is no multiple of 64, and blocks of 32
+    (FORWARD, "bfloat16", 4, 4096, 4100, 64, 0): "ragged tokens=4 rows=64",
+    (FORWARD, "bfloat16", 32, 4096, 4096, 32, 0): "ragged tokens=64 rows=64",
+    (FORWARD, "bfloat16", 300, 4096, 4100, 64, 0): (
+        "library panel=2048",
+        "library panel=2048",
+        "library panel=4096",
+        "library panel=4096",
+    ),
+    # exact float32
+    (FORWARD, "float32", 4, 4096, 4096, 64, 0): "exact tokens=4 rows=64",
+    (FORWARD, "float32", 64, 4096, 4096, 64, 0): "exact tokens=64 rows=64",
+    (FORWARD, "float32", 65, 4096, 4096, 64, 0): (
+        "library panel=1024",
+        "library panel=1536",
+        "library panel=2048",
+        "library panel=2048",
+    ),
+    # the input's gradient
+    (DX, "bfloat16", 1, 4096, 4096, 64, 0): "tensor_cores tokens=8 columns=256",
+    (DX, "bfloat16", 64, 4096, 4096, 64, 0): (
+        "tensor_cores tokens=64 columns=256",
+        "sm90 tokens=64 columns=128 splits=4",
+        "library panel=4096",
+        "tensor_cores tokens=64 columns=256",
+    ),
+    (DX, "bfloat16", 4096, 4096, 4096, 64, 0): (
+        "library panel=1024",
+        "sm90 tokens=256 columns=128 splits=1",
+        "library panel=2048",
+        "tensor_cores tokens=64 columns=256",
+    ),
+    (DX, "bfloat16", 40, 4100, 4096, 64, 0): "ragged tokens=32 columns=256",
+    (DX, "bfloat16", 4, 4096, 4096, 16, 0): "ragged tokens=16 columns=256",
+    (DX, "float32", 4, 4096, 4096, 64, 0): "exact tokens=16 columns=128",
+    # the gradients of LoRA's weights
+    (DLORA, "bfloat16", 4096, 4096, 4096, 64, 0): "tensor_cores ranks=16 columns=64",
+    (DLORA, "bfloat16", 64, 4100, 4096, 64, 0): "ragged ranks=16 columns=64",
+    (DLORA, "float32", 64, 4096, 4096, 64, 0): "exact ranks=16 columns=64",
+    # experts
+    (FORWARD, "bfloat16", 64, 4096, 4096, 64, 64): "tensor_cores tokens=8 rows=128",
+    (FORWARD, "bfloat16", 4096, 4096, 4096, 64, 8): (
+        "tensor_cores tokens=64 rows=128",
+        "tensor_cores tokens=64 rows=128",
+        "tensor_cores tokens=64 rows=128",
+        "tensor_cores tokens=32 rows=128",
+    ),
+    (FORWARD, "float16", 64, 4096, 4100, 64, 64): "ragged tokens=16 rows=64",
+    (FORWARD, "float32", 4096, 4096, 4096, 64, 8): "exact tokens=64 rows=64",
+    (DX, "bfloat16", 64, 4096, 4096, 64, 8): "tensor_cores tokens=16 columns=256",
+    (DLORA, "float32", 64, 4096, 4096, 64, 8): "exact ranks=16 columns=64",
+}
+
+# (card, operator, m, k, experts, what QLORA_CUDA_KERNEL says) -> the choice, of bfloat16.
+FORCED = {
+    ("sm90", FORWARD, 64, 4096, 0, "tensor_cores"): "tensor_cores tokens=64 rows=128",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=128,splits=2"): "sm90 tokens=128 rows=128 splits=2",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=3"): "sm90 tokens=64 rows=128 splits=3",
+    ("sm90", FORWARD, 3, 4096, 0, "sm90"): "sm90 tokens=64 rows=128 splits=4",
+    ("sm90", FORWARD, 3, 4096, 0, "few_tokens:tokens=16"): "few_tokens tokens=16 rows=128",
+    ("sm90", FORWARD, 3, 4096, 0, "ragged:tokens=64"): "ragged tokens=64 rows=64",
+    ("sm80", FORWARD, 3, 4096, 0, "library:panel=512"): "library panel=512",
+    ("sm80", DX, 3, 4096, 0, "tensor_cores:tokens=32,splits=5"): "tensor_cores tokens=32 columns=256 splits=5",
+    ("sm80", DLORA, 3, 4096, 0, "ragged:ranks=64"): "ragged ranks=64 columns=64",
+    ("sm80", FORWARD, 3, 4096, 8, "tensor_cores:tokens=16"): "tensor_cores tokens=16 rows=128",
+}
+
+NAMES = "few_tokens, tensor_cores, sm90, ragged, exact or library"
+REFUSED = {
+    ("sm90", FORWARD, 3, 4096, 0, "fused"): f"expected NAME or NAME:KEY=NUMBER,... with the name {NAMES}, got fused",
+    ("sm90", FORWARD, 3, 4096, 0, ":tokens=4"): f"with the name {NAMES}, got :tokens=4",
+    ("sm80", FORWARD, 64, 4096, 0, "sm90"): (
+        "sm90 does not take linear_nf4 of m=64 n=4096 k=4096 rank=16 bfloat16 on compute capability 8.0: "
+        "expected library, tensor_cores or ragged"
+    ),
+    ("sm90", FORWARD, 17, 4096, 0, "few_tokens"): "few_tokens does not take linear_nf4 of m=17",
+    ("sm90", FORWARD, 64, 4100, 0, "sm90"): "sm90 does not take linear_nf4 of m=64 n=4096 k=4100",
+    ("sm90", FORWARD, 64, 4096, 0, "exact"): "exact does not take linear_nf4",
+    ("sm90", DLORA, 64, 4096, 0, "library"): "library does not take linear_nf4_dlora of m=64",
+    ("sm90", FORWARD, 64, 4096, 8, "sm90"): "sm90 does not take linear_nf4 of experts=8 m=64",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:"): "expected KEY=NUMBER after sm90:, with the key tokens or splits, got ",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:rows=128"): "with the key tokens or splits, got rows=128",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens"): "with the key tokens or splits, got tokens",
+    ("sm90", FORWARD, 64, 4096, 8, "exact:tokens=4"): "exact does not take",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=x"): "expected tokens=NUMBER, from 1 to 2147483647, got tokens=x",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:splits=0"): "expected splits=NUMBER, from 1 to 2147483647, got splits=0",
+    ("sm90", DX, 64, 4096, 0, "exact:splits=2"): "exact does not take linear_nf4_dx",
+    ("sm90", DX, 64, 4096, 0, "ragged:splits=2147483648"): "from 1 to 2147483647, got splits=2147483648",
+    ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64 or 128 of sm90 for linear_nf4, got 32",
+    ("sm90", DX, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64, 128 or 256 of sm90 for linear_nf4_dx, got 32",
+    ("sm90", FORWARD, 64, 128, 0, "sm90:splits=2"): "sm90 cannot run linear_nf4 of m=64 n=4096 k=128",
+    ("sm90", FORWARD, 9, 4096, 0, "few_tokens:tokens=8"): "with tokens=8; it could with tokens=16",
+    ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64; it could with tokens=32",
+    ("sm80", FORWARD, 64, 4096, 0, "library:panel=300"): "with panel=300; it could with panel=512",
+}
+
+
+def line(card: str, op: str, dtype: str, m: int, n: int, k: int, block: int, experts: int, forced: str) -> str:
+    return f"{card} {op} {dtype} {m} {n} {k} {block} {RANK} {experts} {forced}\n"
+
+
+@needs_compiler
+def test_the_choice_on_each_card(tmp_path: pathlib.Path) -> None:
+    lines = [line(card, *problem, "-") for problem in CHOICES for card in CARDS]
+    found = iter(printed_by("tests/cuda/print_choices.cpp", tmp_path, "".join(lines)))
+    for problem, expected in CHOICES.items():
+        choices = tuple(next(found) for _ in CARDS)
+        assert choices == (expected if isinstance(expected, tuple) else (expected,) * len(CARDS)), problem
+
+
+@needs_compiler
+def test_a_kernel_is_forced_by_its_name_and_parameters(tmp_path: pathlib.Path) -> None:
+    cases = FORCED | REFUSED
+    lines = [line(c, op, "bfloat16", m, 4096, k, 64, experts, forced) for c, op, m, k, experts, forced in cases]
+    found = printed_by("tests/cuda/print_choices.cpp", tmp_path, "".join(lines))
+    for (case, expected), text in zip(cases.items(), found, strict=True):
+        if case in FORCED:
+            assert text == expected, case
+        else:
+            assert text.startswith("QLORA_CUDA_KERNEL: "), (case, text)
+            assert expected in text, (case, text)
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_python_has_the_names(card: str) -> None:
+    for (op, dtype, m, n, k, block_size, experts), expected in CHOICES.items():
+        if experts == 0:
+            text = expected[CARDS.index(card)] if isinstance(expected, tuple) else expected
+            assert _C.choose(op, dtype, m, n, k, block_size, device=card) == text.split()[:1]
+
+
+def test_python_takes_any_card_and_forced_kernel() -> None:
+    card = {"arch": 90, "sm_count": 78, "shared_per_cta": 232448, "l2_bytes": 50 << 20}
+    problem = (FORWARD, "bfloat16", 64, 4096, 4096)
+    assert _C.choose(*problem, device=card) == ["sm90"]
+    assert _C.choose(*problem, device=card | {"arch": 89}) == ["tensor_cores"]
+    assert _C.choose(*problem, device=card, kernel="ragged:tokens=16") == ["ragged"]
+    assert _C.choose(*problem, device="cpu") == _C.choose(*problem)
+    for arguments, text in (
+        ({"device": "cuda"}, "device: expected cpu, sm80, .* or a dict of a card's attributes, got cuda"),
+        ({"device": {"arch": 90}}, "device: expected a dict with arch, sm_count, .*; sm_count is missing"),
+        ({"device": card | {"l2_bytes": 0}}, "l2_bytes is 0"),
+        ({"device": card | {"sms": 1}}, "device: expected arch, .* got sms"),
+        ({"device": "sm90", "isa": "scalar"}, "isa: "),
+        ({"device": "cpu", "kernel": "ragged"}, "kernel: expected none for the CPU, got ragged"),
+        ({"device": "sm90", "kernel": "fused"}, f"QLORA_CUDA_KERNEL: expected .*{NAMES}, got fused"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            _C.choose(*problem, **arguments)
+    with pytest.raises(ValueError, match="dtype: expected float32, bfloat16 or float16 on CUDA, got float64"):
+        _C.choose(FORWARD, "float64", 1, 64, 64, device="sm90")
