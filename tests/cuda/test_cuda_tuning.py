@@ -1,4 +1,4 @@
-"""The configurations of cuda/tuning, printed by a small host program for any card, because the headers are plain C++."""
+"""The configurations of cuda/tuning for any card. The headers are plain C++, and a small host program prints them."""
 
 from __future__ import annotations
 
