@@ -3,9 +3,9 @@
     python bench/cuda_crossover.py [--minutes 2] [--tiny]
 
 Both ways run on the same cold operands, forward and dX with LoRA, captured into CUDA graphs and replayed in turn.
-Prints the row of this card for kCrossovers in cuda/tuning/library.h: the smallest number of tokens from which the library
-is faster on most shapes in both directions. Writes a section of bench/results/CARD.json. Under the kernel simulator
-everything runs, but nothing is timed or written.
+Prints the row of this card for kCrossovers in cuda/tuning/library.h: the smallest number of tokens from which the
+library is faster on most shapes in both directions. Writes a section of bench/results/CARD.json. Under the kernel
+simulator everything runs, but nothing is timed or written.
 """
 
 from __future__ import annotations
