@@ -265,7 +265,7 @@ def test_a_data_set_of_the_hub(tmp_path: pathlib.Path, monkeypatch: pytest.Monke
     (tmp_path / "train.jsonl").unlink()
     (tmp_path / "test.jsonl").unlink()
     (tmp_path / "image.png").write_bytes(b"")
-    with pytest.raises(UserError, match="expected a data set of arrow, csv, json, parquet, text files"):
+    with pytest.raises(UserError, match="expected a dataset of arrow, csv, json, parquet, text files"):
         read_examples("owner/name")
 
 

@@ -138,7 +138,7 @@ def test_conversations_need_a_template_that_supports_their_messages(tokenizer: A
     tokenizer.chat_template = chat_templates.PLAIN
     check_template(tokenizer, [talk, several | {"rejected": [SAID]}], "D", "M")
     for example, part in ((talk | {"tools": TOOLS}, "tools"), ({"messages": [ASKED, CALLED]}, "tool_calls")):
-        with pytest.raises(UserError, match=f"--data D holds {part}, which the chat template of M does not support"):
+        with pytest.raises(UserError, match=f"--data D has {part}, which the chat template of M does not support"):
             check_template(tokenizer, [example], "D", "M")
     tokenizer.chat_template = chat_templates.TOOLS
     check_template(tokenizer, [{"messages": [ASKED, CALLED, FOUND, SAID], "tools": TOOLS}], "D", "M")
@@ -163,7 +163,7 @@ def test_packing_stops_when_there_is_enough() -> None:
         while True:
             yield {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
 
-    packed = pack(endless(), 7, most=2)
+    packed = pack(endless(), 7, max_rows=2)
     assert [row["input_ids"] for row in packed] == [[1, 2, 3, 1, 2, 3]] * 2
 
 

@@ -68,7 +68,7 @@ def test_a_run_is_resumed(paths: Paths, finished_run: pathlib.Path, tmp_path: pa
         ({"ranks": 2}, TypeError, "unexpected keyword argument 'ranks'"),
         ({"former_steps": (1,)}, TypeError, "unexpected keyword argument 'former_steps'"),
         ({"epochs": 1.0, "max_steps": 3}, ValueError, "^epochs and max_steps "),
-        ({"force": True}, ValueError, "force goes with resume"),
+        ({"force": True}, ValueError, "force needs resume"),
         ({"model": "/nowhere"}, ValueError, "model /nowhere: no such file or directory"),
         ({"data": "/nowhere.jsonl"}, ValueError, "data /nowhere.jsonl: no such file or directory"),
         ({"target_modules": "nothing"}, ValueError, "target_modules nothing: no layer of the model has that name"),

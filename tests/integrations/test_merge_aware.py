@@ -318,5 +318,5 @@ def test_invalid_arguments_are_rejected() -> None:
 
 def test_the_report_of_merging_is_complete() -> None:
     _, error = integration.merge_to_4bit(adapted())
-    assert {field.name for field in dataclasses.fields(error)} == {"by_layer", "total", "kept"}
+    assert {field.name for field in dataclasses.fields(error)} == {"by_layer", "total", "retained"}
     assert len(error.by_layer) == 14

@@ -20,8 +20,8 @@ from .sensitivity import total_bytes
 
 # Output errors of a layer and of plain NF4 that differ by a smaller fraction count as equal.
 _TOLERANCE = 0.02
-# Rounding up or down at random, as merging into 4 bits does, leaves the weights 1.42 times as far from the dense ones
-# as rounding to the nearest code. Errors above this bound do not come from rounding.
+# Stochastic rounding, which merging into 4 bits uses, has 1.42 times the error of rounding to the nearest code. Errors
+# above this bound do not come from rounding.
 _DAMAGED_RATIO = 1.6
 
 

@@ -216,7 +216,7 @@ class TiedLinear4bit(Linear4bit):
 
     @property
     def embedding(self) -> Embedding4bit:
-        """The module whose table this is."""
+        """The module that owns the table."""
         table: Embedding4bit = self.__dict__["embedding"]
         return table
 

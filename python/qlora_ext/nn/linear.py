@@ -157,7 +157,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     ) -> Tensor:
         seed_tensor = draw_seed(x.device) if dropout_p > 0.0 and lora_a is not None else None
         cast, dtype = self._dtypes(x)
-        bias = self.bias  # looked up once: a parameter is no plain attribute
+        bias = self.bias  # read once, because reading a parameter is slower than a plain attribute
         with torch._C.DisableTorchFunctionSubclass():  # skips PackedParameter's checks, which take time
             y = call_linear_nf4(
                 x.device.type,

@@ -33,7 +33,7 @@ def rows(name: str, split: str) -> Rows:
         import datasets
     except ImportError as error:
         raise UserError(
-            f"--data {name}: no such file or directory, and hub data sets need the package datasets; "
+            f"--data {name}: no such file or directory, and hub datasets need the package datasets; "
             f"install it with: pip install 'datasets>={_FIRST_VERSION}'"
         ) from error
     if int(datasets.__version__.partition(".")[0]) < _FIRST_VERSION:
@@ -43,7 +43,7 @@ def rows(name: str, split: str) -> Rows:
     try:
         kind = _builder_kind(datasets.load_dataset_builder(repository, subset or None))
         if kind not in _KINDS:
-            raise UserError(f"--data {name}: expected a data set of {', '.join(_KINDS)} files on the hub, got {kind}")
+            raise UserError(f"--data {name}: expected a dataset of {', '.join(_KINDS)} files on the hub, got {kind}")
         stream = datasets.load_dataset(repository, subset or None, split=split, streaming=True)
         for number, record in enumerate(stream, 1):
             yield f"--data {name}, {split} row {number}", record

@@ -51,6 +51,6 @@ def rows(name: str) -> Rows:
     if package not in _PACKAGES:
         known = ", ".join(PACKAGE + p for p in _PACKAGES)
         raise UserError(
-            f"--data {name}: unknown package; expected one of {known}, a file, a directory or a hub data set"
+            f"--data {name}: unknown package; expected one of {known}, a file, a directory or a hub dataset"
         )
     return _PACKAGES[package]()

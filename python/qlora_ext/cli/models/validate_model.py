@@ -157,7 +157,7 @@ def check_finite(source: ModelSource, tensors: Iterable[tuple[str, Any]]) -> Non
 
 
 def check_tokens(model: Any, rows: Iterable[list[int]]) -> None:
-    """Refuses token ids that the model's embedding has no row for: its tokenizer is another model's.
+    """Rejects token ids without a row in the model's embedding, because the tokenizer belongs to another model.
 
     Raises:
         UserError: there is such an id.

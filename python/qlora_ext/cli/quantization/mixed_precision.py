@@ -62,7 +62,7 @@ class MixedPrecision:
         return self.found.chosen(self.budget)
 
     def record(self) -> dict[str, Any]:
-        """What is saved with the model: which layers are dense, and what each would have cost in 4 bits."""
+        """The record that is saved with the model: the dense layers, and the cost of each layer in 4 bits."""
         assert self.found is not None
         dense = self.dense_layers()
         return {
@@ -88,7 +88,7 @@ class MixedPrecision:
 
 
 def from_options(arguments: argparse.Namespace, tokenizer: Any, form: Form) -> MixedPrecision | None:
-    """What ``--keep`` asks for; None without it.
+    """The choice of layers that ``--keep`` specifies; None without it.
 
     Raises:
         UserError: the value is not a budget, or the text is too short.
