@@ -145,13 +145,6 @@ cpu::Cpu cpu_of(const std::optional<std::string>& isa) {
   return {found->needs, cpu::current_cpu().intel, true};
 }
 
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
-DType dtype_of(const std::string& name) {
-  for (const DType dtype : kDTypes)
-    if (name == dtype_name(dtype)) return dtype;
-  throw py::value_error("dtype: expected float32, bfloat16, float16 or float64, got " + name);
-}
-
 // answer(problem), with a problem of the operator.
 template <class Answer>
 auto with_problem_of(const std::string& op, const Answer& answer) {
@@ -161,14 +154,11 @@ auto with_problem_of(const std::string& op, const Answer& answer) {
   return answer(LoraGradProblem{});
 }
 
-template <class Problem>
-void set_sizes(Problem* problem, int64_t m, int64_t n, int64_t k) {
-  problem->m = m;
-  if constexpr (requires { problem->w; }) {
-    problem->w.n = n, problem->w.k = k;
-  } else {
-    problem->n = n, problem->k = k;
-  }
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat64};
+DType dtype_of(const std::string& name) {
+  for (const DType dtype : kDTypes)
+    if (name == dtype_name(dtype)) return dtype;
+  throw py::value_error("dtype: expected float32, bfloat16, float16 or float64, got " + name);
 }
 
 py::list choose(const std::string& op, const std::string& dtype, int64_t m, int64_t n, int64_t k, int64_t block_size,
@@ -177,24 +167,32 @@ py::list choose(const std::string& op, const std::string& dtype, int64_t m, int6
   for (const auto& [name, count] : {std::pair{"m", m}, {"n", n}, {"k", k}})
     require(count >= 0, std::string(name) + ": expected 0 or more, got " + std::to_string(count));
   const cpu::Cpu cpu = cpu_of(isa);
-  return with_problem_of(op, [&](auto problem) {
+  const auto choice = [&](auto problem) {
     problem.dtype = dtype_of(dtype);
-    set_sizes(&problem, m, n, k);
+    problem.m = m;
     if constexpr (requires { problem.w; }) {
-      problem.w.scales.block_size = block_size;
+      problem.w.n = n, problem.w.k = k, problem.w.scales.block_size = block_size;
       problem.w.code = code_of(code);
+    } else {
+      problem.n = n, problem.k = k;
     }
     py::list names;
     for (const cpu::Kernel kernel : cpu::choose(problem, cpu)) names.append(cpu::kernel_name(kernel));
     return names;
-  });
+  };
+  return with_problem_of(op, choice);
 }
 
 // The types are those that a kernel takes of a problem of ordinary sizes.
 py::dict kernels(const std::string& op) {
   cpu_isa();
   return with_problem_of(op, [](auto problem) {
-    set_sizes(&problem, 1, 64, 64);
+    problem.m = 1;
+    if constexpr (requires { problem.w; }) {
+      problem.w.n = problem.w.k = 64;
+    } else {
+      problem.n = problem.k = 64;
+    }
     py::dict found;
     for (const cpu::KernelInfo& info : cpu::kKernelInfo) {
       py::list types;
@@ -220,6 +218,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "qlora_ext without torch: build info, kernel choice, and the 4-bit formats on numpy arrays.";
   m.def("build_info", &build_info, "What this package was compiled from and for.");
   m.def("cpu_isas", &cpu_isas, "Names of the instruction sets this processor can run the kernels with, worst first.");
+  m.def("kernels", &kernels, py::arg("op"),
+        "The name of every kernel -> the dtypes for which the instruction set in use has it, for the operator `op`.");
   m.def("cpu_isa", &cpu_isa,
         "The instruction set in use: the best, or QLORA_CPU_ISA. ValueError if that is not to be had.");
   m.def("choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
@@ -228,8 +228,6 @@ PYBIND11_MODULE(_C, m) {
         "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its "
         "data. `isa`: as if "
         "QLORA_CPU_ISA forced that instruction set; by default the one in use.");
-  m.def("kernels", &kernels, py::arg("op"),
-        "The name of every kernel -> the dtypes for which the instruction set in use has it, for the operator `op`.");
   m.def(
       "codes",
       [] {
