@@ -199,6 +199,9 @@ class LinearTest {
     }
   }
 
+  // The number of results of each kernel, by operator and name.
+  const std::map<std::string, int>& served() const { return served_; }
+
   // No kernel adds a block's offset.
   void run_offsets(DType dtype) {
     const LinearShape s = {2, 8, 64, 0, 64, false, 0.0, false, false};
@@ -221,9 +224,6 @@ class LinearTest {
     check_refused("linear_nf4", cpu::linear_nf4(kOneThread, p));
     check_refused("linear_nf4_dx", cpu::linear_nf4_dx(kOneThread, dx));
   }
-
-  // The number of results of each kernel, by operator and name.
-  const std::map<std::string, int>& served() const { return served_; }
 
  private:
   struct Output {
