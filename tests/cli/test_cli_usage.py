@@ -166,7 +166,7 @@ def test_an_empty_name_is_an_error(refused: Any, paths: Paths) -> None:
     assert "--plot: the name is empty" in refused("plan", "--model", paths["model"], "--plot", "")
 
 
-def test_a_model_that_is_already_4bit_is_reported(
+def test_copying_a_4bit_model_is_reported(
     paths: Paths, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
