@@ -12,7 +12,7 @@
 namespace qlora::cpu {
 
 enum class Kernel {
-  kFewTokensInt,     // codes as integers, sums exact in int32; what is uneven, in float32 (few_tokens/*_int-inl.h)
+  kFewTokensInt,     // codes as integers, exact int32 sums, float32 as fallback (few_tokens/*_int-inl.h)
   kFewTokensBf16,    // codes as bfloat16, multiplied in pairs (few_tokens/forward_bf16-inl.h)
   kFewTokensFloat,   // codes as float32 (few_tokens/*_float-inl.h)
   kManyTokensTiles,  // bfloat16 in a tile unit (many_tokens_tiles/)

@@ -7,6 +7,7 @@
 #include "cpp/cpu/kernels.h"
 #include "cpp/cpu/shared/instruction_set.h"
 #include "cpp/cpu/shared/numbers-inl.h"
+#include "cpp/cpu/shared/prefetch-inl.h"
 #include "cpp/cpu/shared/with_type-inl.h"
 #include "cpp/format/codes.h"
 #include "cpp/format/dynamic8.h"
@@ -18,7 +19,6 @@ namespace {
 inline constexpr int64_t kStripBlocks = codec::kLanes;
 inline constexpr int64_t kEncodeGrainElements = 16384;
 
-inline constexpr int64_t kLineBytes = 64;
 inline constexpr int64_t kPassBytes = 8192;    // of w in one pass: a part of the first-level cache
 inline constexpr int64_t kAheadBytes = 16384;  // 8192 measures the same, 4096 a sixth slower
 
@@ -56,7 +56,7 @@ inline void encode_block(const Encoder& encoder, const T* w, int64_t bytes, floa
   const codec::Floats scale = codec::splat(inverse);
   const char* ahead = reinterpret_cast<const char*>(w) + kAheadBytes;
   for (int64_t byte = 0; byte < bytes; byte += codec::kGroup / 2, ahead += kGroupBytes) {
-    for (int64_t line = 0; line < kGroupBytes; line += kLineBytes) __builtin_prefetch(ahead + line);
+    prefetch(ahead, kGroupBytes);
     encode_own_group(encoder, w + 2 * byte, scale, packed + byte);
   }
 }

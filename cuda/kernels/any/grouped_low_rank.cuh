@@ -1,5 +1,5 @@
-// LoRA's low-rank products of all experts, low_rank_kernel's with each expert's own a: out [rows, rank], with zeros for
-// rows of nobody.
+// LoRA's low-rank products of all experts: as low_rank_kernel, with each expert's own a. out [rows, rank]; rows that
+// belong to no expert get zeros.
 #pragma once
 
 #include <cstdint>

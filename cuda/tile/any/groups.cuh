@@ -14,10 +14,10 @@ namespace qlora::tile {
 struct Groups {
   const int64_t* offsets;  // [count]
   int64_t count;
-  int64_t rows;  // of all, and of nobody
+  int64_t rows;  // of all experts, and rows that belong to none
 };
 
-// The rows [begin, end) of an expert. Expert `count` is nobody, to whom the rows behind the last offset belong.
+// The rows [begin, end) of an expert. Group `count` is no expert: it has the rows behind the last offset.
 struct Group {
   int64_t expert, begin, end;
 };
@@ -126,7 +126,7 @@ __device__ __forceinline__ GroupTile find_group_tile(const Groups& groups, int64
   return by_first_warp([&] { return search_group_tile<kRows>(groups, tile); });
 }
 
-// Zeros for the rows of nobody: y[row][column], row0 <= row < row_end, column0 <= column < column_end, in rows of
+// Zeros for the rows of no expert: y[row][column], row0 <= row < row_end, column0 <= column < column_end, in rows of
 // `columns`.
 template <class T, int kThreads>
 __device__ __forceinline__ void store_zeros(T* y, int64_t columns, int64_t row0, int64_t row_end, int64_t column0,
