@@ -36,8 +36,8 @@ struct WeightRows {
   int max_shift() const { return 8 - 8 / period; }
 };
 
-// Reads scales as one float per *granule*: a quantization block or, if blocks are larger than a chunk, kChunk weights of
-// one.
+// Reads scales as one float per *granule*: a quantization block or, if blocks are larger than a chunk, kChunk weights
+// of one.
 class ScaleReader {
  public:
   explicit ScaleReader(const Scales& scales, int64_t largest_granule = kChunk) : scales_(scales) {
