@@ -76,8 +76,8 @@ def test_layer_numbers() -> None:
         ("--modules-to-save mlp", "--modules-to-save mlp: its linear layers are 4-bit"),
         ("--chunked-loss --modules-to-save lm_head", "--chunked-loss: the output head is trained too"),
         ("--merge-aware --dora", "remove --dora"),
-        ("--max-memory 8GB --dora", "--max-memory: the planner does not know --dora"),
-        ("--max-memory 8GB --layers 0", "--max-memory: the planner does not know --layers"),
+        ("--max-memory 8GB --dora", "--max-memory: the planner does not support --dora"),
+        ("--max-memory 8GB --layers 0", "--max-memory: the planner does not support --layers"),
         ("--method dpo --neftune-alpha 5", "--neftune-alpha: not supported with DPO"),
     ],
 )
