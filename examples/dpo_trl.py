@@ -23,7 +23,7 @@ args = parser.parse_args()
 
 model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=qlora_ext.QLoRAConfig())
 trainer = DPOTrainer(
-    model=model,  # no ref_model: TRL switches the adapter off instead, so that the base is in memory once
+    model=model,  # no ref_model: TRL switches the adapter off instead, so the base is in memory only once
     args=DPOConfig(
         output_dir=args.output, max_steps=args.steps, per_device_train_batch_size=2, learning_rate=5e-5, beta=0.1,
         max_length=256, logging_steps=1, report_to="none", bf16=False,

@@ -3,8 +3,8 @@
     accelerate launch --config_file examples/processes.yaml examples/finetune_fsdp2.py \\
         --model DIR --data FILE.txt --output DIR
 
-``torchrun --nproc-per-node 2 examples/finetune_fsdp2.py ...`` starts it as well. Written are the adapter, in PEFT's
-format, and ``OUTPUT/state``, a distributed checkpoint that any number of processes can go on from with ``--resume``.
+``torchrun --nproc-per-node 2 examples/finetune_fsdp2.py ...`` starts it as well. It writes the adapter, in PEFT's
+format, and ``OUTPUT/state``, a distributed checkpoint with which ``--resume`` continues on any number of processes.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", required=True, type=pathlib.Path, help="a text file")
     parser.add_argument("--output", required=True, type=pathlib.Path)
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=8, help="rows a step over all processes")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step, over all processes")
     parser.add_argument("--seq-len", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--cpu-offload", action="store_true", help="keep the shards in host memory (GPU only)")
-    parser.add_argument("--resume", action="store_true", help="go on from OUTPUT/state")
+    parser.add_argument("--resume", action="store_true", help="continue from OUTPUT/state")
     return parser.parse_args()
 
 
@@ -50,7 +50,7 @@ def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
     config = qlora_ext.QLoRAConfig()
     model = AutoModelForCausalLM.from_pretrained(args.model, quantization_config=config, device_map="cpu")
     lora = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(model, lora)  # float32 adapters, drawn from the one seed
+    model = get_peft_model(model, lora)  # float32 adapters, the same on every process because of the seed
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.enable_input_require_grads()
     policies = {
@@ -64,14 +64,14 @@ def build(args: argparse.Namespace, device: torch.device) -> torch.nn.Module:
 
 
 def rows(args: argparse.Namespace) -> torch.Tensor:
-    """The text as rows of tokens [B, T], one step after the other, from its beginning again where it ends."""
+    """The text as rows of tokens [B, T] in the order of the steps, repeated if it is too short."""
     ids = AutoTokenizer.from_pretrained(args.model)(args.data.read_text(), return_tensors="pt").input_ids[0]
     needed = args.steps * args.batch_size * args.seq_len
     return ids.repeat(-(-needed // len(ids)))[:needed].view(-1, args.seq_len)
 
 
 def train_on(model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: torch.Tensor) -> torch.Tensor:
-    """One optimizer step, of which this process has the rows ``ids`` [B, T]. Returns their loss."""
+    """One optimizer step. This process computes the rows ``ids`` [B, T]; returns their loss."""
     loss = model(input_ids=ids, labels=ids).loss
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
@@ -115,9 +115,9 @@ def main() -> None:
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     adapter = get_model_state_dict(model, options=options)
     if rank == 0:
-        warnings.filterwarnings("ignore", message=".*fingerprint is not recorded")  # it is, below
+        warnings.filterwarnings("ignore", message=".*fingerprint is not recorded")  # write_base records it below
         model.save_pretrained(args.output, state_dict=adapter)
-    write_base(model, args.output)  # on every rank: the base's fingerprint is that of the whole
+    write_base(model, args.output)  # on every rank, because the fingerprint of the base gathers its shards
     dist.destroy_process_group()
 
 

@@ -2,7 +2,7 @@
 
     python examples/grpo_trl.py --model DIR --data prompts.jsonl --output RUN
 
-Each line of the data is {"prompt": ...}. The reward here is the share of small letters; put in your own.
+Each line of the data is {"prompt": ...}. The reward here is the share of lower-case letters; replace it by your own.
 """
 
 import argparse

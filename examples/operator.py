@@ -32,7 +32,7 @@ scaling, dropout, seed = 2.0, 0.0, 0
 for step in range(301):
     y, h = ops.linear_nf4_with_h(x, *w4, N, None, a, b, scaling, dropout, seed)
     dy = (y - target) / TOKENS  # the gradient of half the squared error, per token
-    dx, g = ops.linear_nf4_dx_with_g(dy, *w4, K, a, b, scaling, dropout, seed)  # dx goes on to the layer before
+    dx, g = ops.linear_nf4_dx_with_g(dy, *w4, K, a, b, scaling, dropout, seed)  # dx is for the layer before
     da, db = ops.linear_nf4_dlora(dy, x, a, b, scaling, dropout, seed, None, h, g)
     a -= 0.1 * da
     b -= 0.1 * db

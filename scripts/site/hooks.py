@@ -39,6 +39,7 @@ WHOLE = {
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "license.md",
     "cpp/cpu/README.md": "cpu_kernels.md",
+    "tests/cudasim/README.md": "kernel_simulator.md",
 }
 SECTION = re.compile(r"^## `([\w.]+)`\n(.*?)(?=^## |\Z)", re.M | re.S)
 ROW = re.compile(r"^\| ((?:`\w+`(?:, )?)+) \| (\S.*) \|$", re.M)
