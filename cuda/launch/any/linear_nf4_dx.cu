@@ -12,7 +12,7 @@
 namespace qlora::cuda {
 namespace {
 
-// Of the problem alone.
+// The arguments that follow from the problem alone.
 kernels::DxArgs make_args(const LinearDxProblem& p, const void* g, int64_t token_tiles) {
   kernels::DxArgs args{};
   args.dy = p.dy;

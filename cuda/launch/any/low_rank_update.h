@@ -21,7 +21,7 @@ struct LowRankUpdate {
   void* out = nullptr;         // [m, columns], rows `out_stride` apart
   int64_t out_stride = 0;
   Dropout dropout;           // of left · right, numbered in rows of out_stride elements
-  int64_t first_column = 0;  // that `out` begins at in such a row
+  int64_t first_column = 0;  // where `out` begins in such a row
 };
 
 cudaError_t launch_low_rank_update(const LowRankUpdate& update, cudaStream_t stream);
