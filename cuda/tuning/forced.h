@@ -78,7 +78,7 @@ void check_granted(const char* op, const Problem& p, const Config& wish, const C
     if (wished == 0 || wished == possible) continue;
     const auto value = [&](int64_t v) { return std::string(parameter.name) + "=" + std::to_string(v); };
     refuse_forced(std::string(kernel_name(got.kernel)) + " cannot run " + call_text(op, p) + " with " + value(wished) +
-                  (possible == 0 ? std::string() : "; it could with " + value(possible)));
+                  (possible == 0 ? std::string() : ": expected " + value(possible)));
   }
 }
 

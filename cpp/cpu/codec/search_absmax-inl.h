@@ -5,9 +5,9 @@
 //
 //     sum over j of importance[j] * (w[j] - s * value[code(w[j] / s)])^2
 //
-// The first candidates are the products of the block's absmax with kSearchSteps factors. Two more candidates follow.
-// Each is the optimal s for the codes of the best scale so far, sum(importance * w * value) / sum(importance *
-// value^2). All sums run over 16 lanes, so every instruction set finds the same bits.
+// The first candidates are the scale that the block has without a search, and its products with kSearchSteps factors.
+// Two more candidates follow. Each is the optimal s for the codes of the best scale so far, sum(importance * w * value)
+// / sum(importance * value^2). All sums run over 16 lanes, so every instruction set finds the same bits.
 #pragma once
 
 #include <cstdint>

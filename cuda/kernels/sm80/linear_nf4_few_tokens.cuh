@@ -61,10 +61,9 @@ class XUnit {
 
  private:
   __device__ __forceinline__ static int token() { return threadIdx.x % 32 / 8; }
-  __device__ __forceinline__ static int segment() { return threadIdx.x % 4 / 2; }  // the segment that the lane holds
-  __device__ __forceinline__ static int column() {
-    return threadIdx.x % 32 / 4 % 2;
-  }  // the segment that the lane's column is for
+  // The segment that the lane holds, and the segment that its column is for.
+  __device__ __forceinline__ static int segment() { return threadIdx.x % 4 / 2; }
+  __device__ __forceinline__ static int column() { return threadIdx.x % 32 / 4 % 2; }
 
   uint32_t offset_;
   int left_;  // the number of tokens from this lane's first on
