@@ -1,3 +1,4 @@
+// The table that maps the kernels of cuda/tuning/choose.h to their launchers.
 #include "cuda/launch/registry.h"
 
 #include <iterator>

@@ -1,3 +1,4 @@
+// Launches the gradients of LoRA's weights: what the kernels of all architectures share, and the kernels for float32.
 #include <utility>
 
 #include "cuda/kernels/any/linear_nf4_dlora_exact.cuh"

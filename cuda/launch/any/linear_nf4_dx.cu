@@ -1,3 +1,4 @@
+// Launches dX: what the kernels of all architectures share, and the kernels for float32.
 #include "cuda/kernels/any/linear_nf4_dx_exact.cuh"
 
 #include <algorithm>

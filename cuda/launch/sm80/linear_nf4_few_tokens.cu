@@ -1,3 +1,4 @@
+// Launches the forward for few tokens on mma.sync.
 #include "cuda/kernels/sm80/linear_nf4_few_tokens.cuh"
 
 #include "cuda/launch/sm80/launchers.h"
