@@ -124,7 +124,7 @@ Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t bloc
   return call.absmax;
 }
 
-// The contents of order and feedback are not checked as on the CPU, because the host would have to wait for them.
+// The contents of order and feedback are not checked, unlike on the CPU, because the host would have to wait for them.
 Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
                   OptionalTensor order, const CodeName& code) {
   const EncodeCall call(w, absmax, block_size, feedback, order, code);

@@ -24,8 +24,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
-// How many CTAs of kKernel an SM of the device holds at once, at least 1. Queried once per device. The first call also
-// allows the kernel `shared_bytes` of dynamic shared memory, so it has to come before the first launch.
+// The number of CTAs of kKernel that an SM of the device holds at once, at least 1. It is queried once per device. The
+// first call also allows the kernel `shared_bytes` of dynamic shared memory, so it must come before the first launch.
 template <auto kKernel>
 cudaError_t ctas_per_sm(const Device& device, int threads, int shared_bytes, int* ctas) {
   static std::array<std::atomic<int>, kMaxDevices> known{};

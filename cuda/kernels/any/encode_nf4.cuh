@@ -52,7 +52,7 @@ struct StochasticCode {
   uint64_t seed;
 };
 
-// Like encode_lane, but for scales that do not bound the values. `index` is the index of the lane's first value.
+// Like encode_lane, but the scale need not bound the values. `index` is the index of the lane's first value.
 template <class T, class Code>
 __device__ __forceinline__ uint32_t encode_lane_under(const tile::LaneValues<T>& values, float scale, int64_t index,
                                                       const Code& code, uint32_t table) {

@@ -86,7 +86,7 @@ struct FeedbackStripe {
   const FeedbackArgs<T>& args;
   FeedbackShared<Round>& shared;
   int64_t row;    // the stripe's first row
-  float* errors;  // the stripe's
+  float* errors;  // the stripe's errors
   int stride;     // between the rows of `errors`
   uint8_t* codes;
 
@@ -111,7 +111,7 @@ struct FeedbackStripe {
   // the chunk lies before the batch, each warp also copies the errors of its own rows.
   template <bool kAligned>
   __device__ __forceinline__ void stage_chunk(int chunk, int first) const {
-    constexpr int kFloats = 4;  // of 16 bytes
+    constexpr int kFloats = 4;  // in 16 bytes
     const int stage = chunk % Tile::kStages, place = chunk * Tile::kChunk;
     constexpr int kWidth = kAligned ? kFloats : 1, kSteps = Tile::kPerLane / kWidth;
     const int warps = blockDim.x / tile::kWarp, at = first + lane() * kWidth, rows_left = args.k - place;

@@ -30,7 +30,7 @@ struct LowRankUpdateArgs {
   T* out;         // [m, columns], rows `out_stride` apart
   int64_t out_stride;
   int64_t m, columns, rank;
-  Dropout dropout;       // of left · right
+  Dropout dropout;       // applies to left · right
   int64_t first_column;  // where `out` begins in the rows, out_stride wide, that number the mask
 };
 

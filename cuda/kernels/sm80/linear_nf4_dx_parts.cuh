@@ -9,7 +9,7 @@
 namespace qlora::kernels {
 
 struct DxTile {
-  int64_t token0, column0, row0;  // the CTA's first
+  int64_t token0, column0, row0;  // the CTA's first token, column and row
   int64_t column;                 // the first of this lane's eight columns
   int rows, stages;               // the CTA's share of W's rows, and its number of stages
   int group, slab, lane, g, t;

@@ -169,7 +169,8 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
-  constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;  // of x in its stage
+  // From one segment of x to the next in its stage.
+  constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
   const float* const dynamic8 = reinterpret_cast<const float*>(shared_memory + Tile::kDynamic8);

@@ -103,7 +103,7 @@ class LinearSm90Scales {
   }
 
   const tile::ScaleView& view_;
-  const float unfactor_;  // the weight code's
+  const float unfactor_;  // CodeView::unfactor of the weight's code
   int64_t block0_;
   // In segments: log2 of a block's length, the next segment, the row's end, and the part of the row's first block that
   // precedes the row.

@@ -18,7 +18,7 @@ struct LowRankProblem {
   const void* a = nullptr;  // [rank, k], or [k, rank] if transposed
   bool transposed = false;
   double scaling = 1.0;
-  Dropout dropout;      // of x
+  Dropout dropout;      // applies to x
   void* out = nullptr;  // [m, rank]
   Tickets clear = {};   // also set to zero by the kernel, which saves the next kernel a memset
 };

@@ -47,7 +47,7 @@ class SplitForward {
         context_(context),
         splits_(config.splits) {}
 
-  // Takes the workspace, and does what precedes the kernel: computes h, if it has its own launch, and clears the
+  // Allocates the workspace, and does the work before the kernel: it computes h if h has its own launch, and clears the
   // tickets, which h's launch can do.
   cudaError_t prepare(bool makes_h) {
     int cluster_ctas = 1;

@@ -30,7 +30,7 @@ namespace qlora::tile {
 template <class T_, int kTokenTiles_>
 struct FewTokensTile {
   using T = T_;
-  static constexpr int kTokenTiles = kTokenTiles_;  // of 4 tokens
+  static constexpr int kTokenTiles = kTokenTiles_;  // of 4 tokens, per CTA
   static constexpr int kRowTiles = 4;               // of 16 rows, per warp
   static constexpr int kWarpsN = 2;                 // warps that divide a CTA's rows
   static constexpr int kWarpsK = 4;                 // groups of kWarpsN warps that divide its units
@@ -40,7 +40,7 @@ struct FewTokensTile {
   static constexpr int kRows = kWarpRows * kWarpsN;
   static constexpr int kTokens = 4 * kTokenTiles;
   static constexpr int kUnitSegments = 2;
-  static constexpr int kRoundSegments = kUnitSegments * kWarpsK;  // that a CTA takes at a time
+  static constexpr int kRoundSegments = kUnitSegments * kWarpsK;  // segments that a CTA takes at a time
   static constexpr int kStageSegments = kTokens <= 8 ? 16 : 8;
   static_assert(kStageSegments % kRoundSegments == 0);
 

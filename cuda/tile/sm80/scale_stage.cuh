@@ -54,7 +54,7 @@ class ScaleStage {
   }
 
   const ScaleView view_;
-  const float unfactor_;  // the weight code's
+  const float unfactor_;  // CodeView::unfactor of the weight's code
   float offset_;
   int last_row_;
   // In elements: from one row of this thread to its next, and where its first row begins.
