@@ -1,4 +1,5 @@
-// The operators on CUDA: tensors -> views -> launchers, on the tensors' device and torch's current stream.
+// The operators on CUDA. They turn tensors into views and call the launchers, on the tensors' device and torch's
+// current stream.
 #include <cuda_runtime_api.h>
 
 #include <cstdlib>
@@ -22,7 +23,8 @@
 namespace qlora {
 namespace {
 
-// A failed launch leaves its error behind, which the next call of somebody else's would report as its own.
+// A failed launch leaves its error behind, and a later call by other code would report it as its own. So the error is
+// cleared here.
 void check_launch(const char* op, cudaError_t error) {
   if (error == cudaSuccess) [[likely]]
     return;
@@ -31,7 +33,7 @@ void check_launch(const char* op, cudaError_t error) {
                            cudaGetErrorString(error) + ")");
 }
 
-// Makes the device of `like` current for a scope, and knows what it is and torch's stream there.
+// Makes the device of `like` current for a scope, and holds its attributes and torch's stream on it.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& like) : like_(like), guard_(like.get_device_index()) {
@@ -46,8 +48,8 @@ class OnDevice {
   const cuda::Device& device() const { return *device_; }
   cudaStream_t stream() const { return stream_; }
 
-  // The workspace is from torch's allocator, which keeps it alive until the stream is past the launches. The handle is
-  // torch's for the stream.
+  // The workspace comes from torch's allocator, which keeps it alive until the stream has finished the launches. The
+  // cuBLAS handle is torch's for this stream.
   cuda::Context context() {
     return {*device_, stream_, this,
             [](void* self, int64_t bytes) {
@@ -70,15 +72,15 @@ class OnDevice {
   Tensor workspace_;
 };
 
-// What QLORA_CUDA_KERNEL forces, or nothing. As QLORA_CPU_KERNEL it is read at each call if it is set at the first, and
-// otherwise never.
+// Returns the value of QLORA_CUDA_KERNEL, or an empty string. Like QLORA_CPU_KERNEL, it is read at each call if it is
+// set at the first call, and never otherwise.
 std::string forced_kernel() {
   static const bool looks = std::getenv("QLORA_CUDA_KERNEL");
   const char* const forced = looks ? std::getenv("QLORA_CUDA_KERNEL") : nullptr;
   return forced ? forced : "";
 }
 
-// Chooses a kernel for a problem that is not empty, prints it where QLORA_PRINT_KERNELS asks for that, and launches it.
+// Chooses a kernel for a nonempty problem, prints the choice if QLORA_PRINT_KERNELS is set, and launches it.
 template <class Problem>
 void run(const char* op, const Problem& p, OnDevice& on) {
   const std::string forced = forced_kernel();
@@ -93,10 +95,10 @@ void run(const char* op, const Problem& p, OnDevice& on) {
   check_launch(op, launcher.launch(p, choice.config, on.context()));
 }
 
-// Kernels for tensor cores copy 16 bytes at a time. A view that begins elsewhere is moved, at the price of reading it
-// once more: the kernels for any alignment take several times as long as those for this one.
+// Tensor-core kernels copy 16 bytes at a time. A view with another alignment is copied first, which reads it once more:
+// the kernels for any alignment would take several times as long.
 Tensor on_16_bytes(const Tensor& t) {
-  const bool other = !t.defined() || !t.is_cuda() || !t.is_contiguous();  // refused later, or copied in any case
+  const bool other = !t.defined() || !t.is_cuda() || !t.is_contiguous();  // rejected later, or copied in any case
   if (other || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
   Tensor moved = stable::empty_like(t);
   return stable::copy_(moved, t);
@@ -122,7 +124,7 @@ Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t bloc
   return call.absmax;
 }
 
-// What order and feedback hold is not checked as on the CPU: the host would have to wait for it.
+// The contents of order and feedback are not checked, unlike on the CPU, because the host would have to wait for them.
 Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
                   OptionalTensor order, const CodeName& code) {
   const EncodeCall call(w, absmax, block_size, feedback, order, code);

@@ -1,4 +1,4 @@
-// `_C`: build info, the CPU kernels in use, and the format on numpy arrays. No torch in here.
+// The module `_C`: build info, the CPU kernels in use, and the formats on numpy arrays. It does not depend on torch.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -27,7 +27,7 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// numpy users have no torch pool: one thread.
+// Without torch there is no thread pool, so these functions use one thread.
 const cpu::Pool kOneThread = {[](int64_t count, int64_t, cpu::Pool::Body body, void* context) {
                                 if (count) body(context, 0, count);
                                 return true;
@@ -50,7 +50,7 @@ void check_nested_block_size(int64_t nested_block_size) {
                                                        std::to_string(nested_block_size));
 }
 
-// Of the tables that are made for tests too, which are not listed.
+// Also finds the codes that exist for tests only, but does not list them.
 Code code_of(const std::string& name) {
   std::string names;
   for (const CodeTable& t : kCodeTables) {
@@ -155,7 +155,7 @@ DType dtype_of(const std::string& name) {
   throw py::value_error("dtype: expected float32, bfloat16, float16 or float64, got " + name);
 }
 
-// answer(problem), with a problem of the operator.
+// Calls answer(problem) with a problem of the operator.
 template <class Answer>
 auto with_problem_of(const std::string& op, const Answer& answer) {
   if (op == "linear_nf4") return answer(LinearProblem{});
@@ -174,7 +174,7 @@ void set_sizes(Problem* problem, int64_t m, int64_t n, int64_t k) {
   }
 }
 
-// The CPU, or a card by the name of its architecture or by its attributes.
+// The CPU, or a card, given by the name of its architecture or by its attributes.
 using DeviceArg = std::variant<std::string, std::map<std::string, int>>;
 
 std::optional<cuda::Device> cuda_device_of(const DeviceArg& arg) {
@@ -236,7 +236,7 @@ py::list choose(const std::string& op, const std::string& dtype, int64_t m, int6
   });
 }
 
-// The types are those that a kernel takes of a problem of ordinary sizes.
+// Lists the dtypes that each kernel accepts in a problem of ordinary sizes.
 py::dict kernels(const std::string& op) {
   cpu_isa();
   return with_problem_of(op, [](auto problem) {
@@ -267,13 +267,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this package was compiled from and for.");
   m.def("cpu_isas", &cpu_isas, "Names of the instruction sets this processor can run the kernels with, worst first.");
   m.def("cpu_isa", &cpu_isa,
-        "The instruction set in use: the best, or QLORA_CPU_ISA. ValueError if that is not to be had.");
+        "The instruction set in use: the best, or QLORA_CPU_ISA. Raises ValueError if it is not available.");
   m.def(
       "choose", &choose, py::arg("op"), py::arg("dtype"), py::arg("m"), py::arg("n"), py::arg("k"),
       py::arg("block_size") = 64, py::arg("isa") = py::none(), py::arg("code") = "nf4", py::arg("device") = "cpu",
       py::arg("kernel") = "",
-      "Names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
-      "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` goes to, one after the other until one serves its "
+      "The names of the kernels that a call of the operator `op` (\"linear_nf4\", \"linear_nf4_dx\" or "
+      "\"linear_nf4_dlora\") on x [m, k] and w [n, k] of `dtype` tries in order, until one accepts its "
       "data. `device`: \"cpu\", or a card: \"sm80\", \"sm90\" and so on, or its attributes, {\"arch\": 90, "
       "\"sm_count\": 132, \"shared_per_cta\": 232448, \"l2_bytes\": 52428800}; needs no card and no CUDA build. `isa`: "
       "as if QLORA_CPU_ISA forced that instruction set; by default the one in use. `kernel`: as if QLORA_CUDA_KERNEL "

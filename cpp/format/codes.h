@@ -1,5 +1,5 @@
-// What 4-bit codes stand for: a weight is value[code] * scale. Everything here is exact IEEE float32: compile without
-// fast-math and without contraction.
+// The values of 4-bit codes: a weight is value[code] * scale. Everything here is exact IEEE float32, so compile it
+// without fast-math and without contraction.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 
 namespace qlora {
 
-// A code's 16 values, in any order and of any size, and what encoding and the kernels derive from them.
+// A code's 16 values, in any order and of any magnitude, and the tables that encoding and the kernels derive from them.
 //
-// Encoding goes by the distinct values in ascending order. The place of a value in this order is its *rank*. Of several
-// codes with one value (+0 and -0, say) encoding uses the lowest.
+// Encoding uses the distinct values in ascending order. A value's position in this order is its *rank*. If several
+// codes have the same value (+0 and -0, for example), encoding uses the lowest of them.
 //
 // clang-format off
 //   value, by code                3.0  -1.0   0.0   1.0   0.0 ..
@@ -22,18 +22,18 @@ namespace qlora {
 // clang-format on
 struct CodeTable {
   const char* name = "";
-  bool is_test = false;  // made up for tests: no product has it, and it is not listed
+  bool is_test = false;  // exists for tests only, and is not listed
   float value[kCodes] = {};
 
   int ranks = 0;              // distinct values
   float ranked[kCodes] = {};  // by rank
   uint8_t code_of_rank[kCodes] = {};
   float boundary[kCodes - 1] = {};
-  float gap[kCodes - 1] = {};  // from a ranked value to the next one; infinity where there is none
-  float largest = 0.0f;        // |value|: a block's scale is its largest magnitude divided by this
-  float smallest = 0.0f;       // |value| but 0
-  bool is_ascending = false;   // codes are ranks
-  uint8_t zero_code = 0;       // what 0 is encoded as: the pad of an odd count
+  float gap[kCodes - 1] = {};  // from a ranked value to the next one, or infinity after the last
+  float largest = 0.0f;        // the largest |value|: a block's scale is its largest magnitude divided by this
+  float smallest = 0.0f;       // the smallest |value| except 0
+  bool is_ascending = false;   // codes equal ranks
+  uint8_t zero_code = 0;       // the code of 0, which also pads an odd number of codes
 
   constexpr CodeTable() = default;
   constexpr CodeTable(const char* name_, bool is_test_, const float (&value_)[kCodes])
@@ -58,7 +58,7 @@ struct CodeTable {
     zero_code = code_of_rank[zero_rank];
   }
 
-  // Two codes of the least value, in which a block whose scale is NaN is packed.
+  // Two codes of the least value in one byte. A block whose scale is NaN consists of them.
   constexpr uint8_t nan_byte() const { return static_cast<uint8_t>(code_of_rank[0] * 17); }
 
  private:
@@ -78,7 +78,7 @@ struct CodeTable {
 enum class Code : int { kNf4, kShuffled };
 
 inline constexpr CodeTable kCodeTables[] = {
-    // 4-bit NormalFloat (Dettmers et al., "QLoRA", 2023, appendix E), as bitsandbytes has it.
+    // 4-bit NormalFloat (Dettmers et al., "QLoRA", 2023, appendix E), with the values of bitsandbytes.
     {"nf4",
      false,
      {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
@@ -93,7 +93,7 @@ inline constexpr int kCodeTableCount = sizeof(kCodeTables) / sizeof(kCodeTables[
 
 QLORA_INLINE constexpr const CodeTable& table_of(Code code) { return kCodeTables[static_cast<int>(code)]; }
 
-// A T of each code, made of its table at compile time.
+// A T per code, constructed from its table at compile time.
 template <class T>
 struct PerCode {
   T of[kCodeTableCount] = {};
@@ -109,18 +109,18 @@ QLORA_HD float scale_of(float absmax, float largest_value) {
   return largest_value == 1.0f ? absmax : absmax / largest_value;
 }
 
-// What a block's values are multiplied by before they are encoded. A NaN scale stays NaN, so that every code of the
-// block is that of the least value and every decoded value NaN.
+// The factor for a block's values before they are encoded. A NaN scale stays NaN, so every code of the block is the
+// code of the least value, and every decoded value is NaN.
 QLORA_HD float inverse_absmax(float scale) { return 1.0f / (scale < 1e-38f ? 1e-38f : scale); }
 
-// The same under a scale that was not taken from these values. Doubly quantized, it may be below zero, which mirrors
-// the codes, or nothing, under which only the code of 0 is right.
+// The same for a scale that was not computed from these values. A nested scale may be negative, which mirrors the
+// codes, or zero, for which only the code of 0 is right.
 QLORA_HD float inverse_scale(float scale) {
   const bool is_nothing = scale < 1e-38f && scale > -1e-38f;
   return is_nothing ? 0.0f : 1.0f / scale;
 }
 
-// The number of boundaries below q: a tie goes to the lower rank, NaN to rank 0.
+// Returns the number of boundaries below q: a tie goes to the lower rank, NaN to rank 0.
 QLORA_INLINE int rank_of(const CodeTable& table, float q) {
   int rank = 0;
   for (int i = 0; i + 1 < kCodes; ++i) rank += q > table.boundary[i];

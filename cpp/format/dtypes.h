@@ -1,4 +1,5 @@
-// The element types of the operators, and scalar conversions that round to nearest even and keep NaN and subnormals.
+// The element types of the operators, and scalar conversions between them, which round to nearest even and preserve NaN
+// and subnormals.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +50,7 @@ QLORA_INLINE void from_float(float x, float16* out) {
   const uint32_t u = float_bits(x), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
   uint32_t h;
   if (magnitude > 0x7F800000u) {
-    h = 0x7E00u | ((magnitude >> 13) & 0x3FFu);  // NaN, payload kept, quiet
+    h = 0x7E00u | ((magnitude >> 13) & 0x3FFu);  // a quiet NaN with the same payload
   } else if (magnitude >= 0x477FF000u) {         // 65520 and above round to infinity
     h = 0x7C00u;
   } else if (magnitude >= 0x38800000u) {  // normal: 2^-14 and above

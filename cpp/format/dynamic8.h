@@ -1,9 +1,9 @@
 // The signed 8-bit dynamic map in which absmax is stored (Dettmers et al., "8-bit Optimizers via Block-wise
 // Quantization", 2022; bitsandbytes' create_dynamic_map(signed=True, max_exponent_bits=7, total_bits=8)).
 //
-// For each exponent e = -6..0 the interval [0.1, 1] is cut into 2^(e+6) equal parts, whose midpoints times 10^e are the
-// values; with their negatives, 0 and 1 they make 256. Computed as float32 exactly as torch does, hence the double
-// intermediate (torch's linspace fuses its multiply and add).
+// For each exponent e = -6..0, the interval [0.1, 1] is cut into 2^(e+6) equal parts. The midpoints of the parts times
+// 10^e, their negatives, 0 and 1 are the map's 256 values. The computation yields exactly the same float32 values as
+// torch, and needs double intermediates because torch's linspace fuses its multiply and add.
 #pragma once
 
 #include <cstdint>
@@ -43,7 +43,7 @@ struct Dynamic8Table {
 };
 inline constexpr Dynamic8Table kDynamic8{};
 
-// The number of boundaries below q (binary search): a tie goes to the lower entry, NaN to entry 0.
+// Returns the number of boundaries below q (binary search): a tie goes to the lower entry, NaN to entry 0.
 QLORA_INLINE int dynamic8_encode(float q) {
   int code = 0;
   for (int step = 128; step; step >>= 1)
@@ -51,10 +51,13 @@ QLORA_INLINE int dynamic8_encode(float q) {
   return code;
 }
 
-// The mean of absmax must be the same bits in every implementation, so its order of summation is part of the format:
-// chunks of kMeanChunk values; in a chunk, double partial p sums values p, p + kMeanLanes, ... in order; partials are
-// added pairwise (p += p + half, half = kMeanLanes/2 .. 1); chunks are added in order; then one division and one
-// rounding.
+// Every implementation must compute the same bits for the mean of absmax, so the order of summation is part of the
+// format:
+//   1. The values are divided into chunks of kMeanChunk.
+//   2. Within a chunk, partial sum p (a double) adds the values p, p + kMeanLanes, ... in order.
+//   3. The partial sums are added pairwise (p += p + half, half = kMeanLanes/2 .. 1).
+//   4. The chunks' sums are added in order.
+//   5. One division and one rounding follow.
 inline constexpr int64_t kMeanLanes = 1024;
 inline constexpr int64_t kMeanChunk = 65536;
 

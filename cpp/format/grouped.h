@@ -1,6 +1,6 @@
-// Linear problems of a stack of weights, the experts of a mixture, each over rows of its own: x [m, k] has its rows in
-// the order of their experts, and so have y, dy and dx. Stacked are w [e, n, k], bias [e, n], lora_a [e, r, k],
-// lora_b [e, n, r] and their gradients, da and db; dropout goes by the index of an element in all of x.
+// Linear problems over experts: a stack of weights, each applied to its own rows. The rows of x [m, k] are in the order
+// of their experts, and so are those of y, dy and dx. The stacked tensors are w [e, n, k], bias [e, n], lora_a [e, r,
+// k], lora_b [e, n, r] and the gradients da and db. Dropout depends on the index of an element in all of x.
 #pragma once
 
 #include <cstdint>
@@ -12,11 +12,11 @@ namespace qlora {
 template <class Problem>
 struct Grouped {
   Problem stack;                     // all m rows, and the first expert's weight, bias and LoRA
-  const int64_t* offsets = nullptr;  // [experts]: expert i's rows end at offsets[i], where those of i + 1 begin
+  const int64_t* offsets = nullptr;  // [experts]: expert i's rows end at offsets[i], and those of i + 1 begin there
   int64_t experts = 0;
 };
 
-// What lies between the weights of one expert and the next.
+// The distances from one expert's weights to the next expert's.
 struct WeightStride {
   int64_t packed_bytes = 0, blocks = 0, nested_blocks = 0;
 };
@@ -29,7 +29,7 @@ QLORA_INLINE WeightStride weight_stride(const Weight& w) {
   return stride;
 }
 
-// Those of `expert`, where `s` are the first one's.
+// The scales of `expert`, given those of the first expert, `s`.
 QLORA_HD Scales expert_scales(const Scales& s, const WeightStride& stride, int64_t expert) {
   return scales_after(s, expert, stride.blocks, stride.nested_blocks);
 }

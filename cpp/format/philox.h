@@ -1,5 +1,6 @@
-// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011): dropout's random bits as a pure
-// function of (seed, element index), so that forward, backward, CPU and CUDA draw the same mask and none is stored.
+// Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). Dropout's random bits are a pure
+// function of the seed and the element index. So forward, backward, CPU and CUDA draw the same mask, and no mask is
+// stored.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +13,7 @@ struct Philox4 {
   uint32_t lane[4];
 };
 
-// Random bits of elements 4*group .. 4*group+3.
+// Returns the random bits of elements 4*group .. 4*group+3.
 QLORA_HD Philox4 philox4x32_10(uint64_t seed, uint64_t group) {
   uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -28,14 +29,15 @@ QLORA_HD Philox4 philox4x32_10(uint64_t seed, uint64_t group) {
   return {{c0, c1, c2, c3}};
 }
 
-// Dropout of element `index` (row-major index in x [M, K]): dropped when its 32 random bits, as an integer, are below
-// `threshold` = round(p * 2^32); what is kept is scaled by `keep_scale` = 1 / (1 - p), in float32 after the sum.
+// Dropout. Element `index` (its row-major index in x [M, K]) is dropped if its 32 random bits, as an integer, are below
+// `threshold` = round(p * 2^32). Elements that are kept are scaled by `keep_scale` = 1 / (1 - p), in float32 after the
+// sum.
 struct Dropout {
   uint64_t threshold = 0;   // 0: no dropout; 2^32: everything is dropped
-  double keep_scale = 1.0;  // 0 when everything is dropped
+  double keep_scale = 1.0;  // 0 if everything is dropped
   uint64_t seed = 0;
-  const int64_t* device_seed = nullptr;  // CUDA: where the seed lies in the device's memory; null: it is `seed`
-  int64_t first = 0;                     // the CPU kernels' element 0 is this one: rows of a larger x have its mask
+  const int64_t* device_seed = nullptr;  // CUDA: the seed's address in device memory, or null to use `seed`
+  int64_t first = 0;                     // CPU: the index of the kernels' element 0, if they see only some rows of x
 
   QLORA_HD uint64_t key() const { return device_seed != nullptr ? static_cast<uint64_t>(*device_seed) : seed; }
   QLORA_HD bool active() const { return threshold != 0; }

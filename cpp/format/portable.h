@@ -1,9 +1,10 @@
-// Marks what host and device code share, without asking for a CUDA header; what is always inlined; and what a library
-// shows to others, all else being hidden (CMakeLists.txt).
+// Macros for functions that host and device code share without including a CUDA header, for functions that are always
+// inlined, and for symbols that a library exports (all others are hidden: CMakeLists.txt).
 #pragma once
 
-// Functions of headers that files compiled for different processors include (cpp/cpu/isa_*.cpp): were a call of one not
-// inlined, the linker would keep one copy for all callers, perhaps that of a newer processor than the one at hand.
+// For functions in headers that are included by files compiled for different processors (cpp/cpu/isa_*.cpp). If a call
+// were not inlined, the linker would keep one copy for all callers, possibly the copy for a newer processor than the
+// current one.
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #define QLORA_INLINE [[gnu::always_inline]] inline
 #else

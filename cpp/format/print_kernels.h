@@ -1,6 +1,6 @@
-// QLORA_PRINT_KERNELS=1 prints to stderr which kernel a linear operator runs with, one line for each distinct problem:
+// QLORA_PRINT_KERNELS=1 prints to stderr which kernel a linear operator runs with, one line per distinct problem:
 //   qlora: linear_nf4 cpu m=1 n=4096 k=4096 rank=16 bfloat16 -> few_tokens_int isa=avx512
-// CPU and CUDA share the form; what follows the arrow, a kernel's name and its parameters, is the device's own.
+// CPU and CUDA share the format up to the arrow. The kernel's name and its parameters follow, and depend on the device.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace qlora {
 
-// The environment is read once.
+// The environment is read only once.
 inline bool prints_kernels() {
   static const bool prints = [] {
     const char* value = std::getenv("QLORA_PRINT_KERNELS");
@@ -30,7 +30,7 @@ constexpr const char* dtype_name(DType dtype) {
   return kNames[static_cast<int>(dtype)];
 }
 
-// n and k.
+// Returns n and k.
 inline std::pair<int64_t, int64_t> weight_shape(const LoraGradProblem& p) { return {p.n, p.k}; }
 template <class Problem>
 std::pair<int64_t, int64_t> weight_shape(const Problem& p) {
@@ -49,7 +49,7 @@ std::string problem_text(const Grouped<Problem>& p) {
   return "experts=" + std::to_string(p.experts) + " " + problem_text(p.stack);
 }
 
-// `describe()` gives the text after the arrow, and is not called unless it is printed.
+// `describe()` returns the text after the arrow. It is called only if the line is printed.
 template <class Problem, class Describe>
 void print_kernel(const char* op, const char* device, const Problem& p, const Describe& describe) {
   if (!prints_kernels()) [[likely]]

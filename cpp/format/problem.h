@@ -1,5 +1,5 @@
-// Plain views of what the operators work on. Pointers are to host memory in cpp/cpu and to device memory in cuda/; all
-// tensors are contiguous and row-major, all counts 64-bit. Shapes: x [m, k], w [n, k], y [m, n], lora_a [r, k],
+// Plain views of the operators' operands. Pointers are to host memory in cpp/cpu and to device memory in cuda/. All
+// tensors are contiguous and row-major, and all counts are 64-bit. Shapes: x [m, k], w [n, k], y [m, n], lora_a [r, k],
 // lora_b [n, r].
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace qlora {
 
-// w [n, k]. Blocks run over the flat index i*k + j, so a block may span rows when k is not a multiple of block_size,
-// and a byte may when k is odd.
+// w [n, k]. Blocks run over the flat index i*k + j. So a block may span rows if k is not a multiple of block_size, and
+// a byte may span rows if k is odd.
 struct Weight {
   const uint8_t* packed = nullptr;
   Code code = Code::kNf4;
@@ -23,8 +23,8 @@ struct Weight {
   constexpr const CodeTable& table() const { return table_of(code); }
 };
 
-// Whether each `columns` of a row, from its begin on, lie in one block: what a kernel asks that decodes so many weights
-// under one scale.
+// Returns whether every group of `columns` columns, counted from the start of a row, lies in one block. Kernels that
+// decode so many weights with one scale require it.
 QLORA_INLINE constexpr bool has_one_scale_per(int64_t columns, const Weight& w) {
   return w.k % columns == 0 && w.scales.block_size >= columns;
 }
@@ -32,7 +32,7 @@ QLORA_INLINE constexpr bool has_one_scale_per(int64_t columns, const Weight& w) 
 struct Lora {
   const void* a = nullptr;
   const void* b = nullptr;
-  int64_t rank = 0;  // 0: none; a and b may then be null
+  int64_t rank = 0;  // 0: no LoRA; a and b may then be null
   double scaling = 1.0;
   Dropout dropout;
 };
@@ -46,7 +46,7 @@ struct LinearProblem {
   const void* bias = nullptr;  // [n] or null
   Lora lora;
   void* y = nullptr;
-  void* h = nullptr;  // [m, r], for the backward; null: not wanted
+  void* h = nullptr;  // [m, r], retained for the backward; null: not retained
 };
 
 // dx = dy · w + dropout_mask ∘ (g · a), g = round(scaling · dy · b)
@@ -57,10 +57,10 @@ struct LinearDxProblem {
   Weight w;
   Lora lora;
   void* dx = nullptr;  // [m, k]
-  void* g = nullptr;   // [m, r], for the adapters' gradients; null: not wanted
+  void* g = nullptr;   // [m, r], retained for the adapters' gradients; null: not retained
 };
 
-// da = gᵀ · dropout(x) [r, k], db = dyᵀ · h [n, r], with g and h as above, computed here where they are null
+// da = gᵀ · dropout(x) [r, k], db = dyᵀ · h [n, r], with g and h as above. If g or h is null, it is computed.
 struct LoraGradProblem {
   DType dtype = DType::kFloat32;
   int64_t m = 0, n = 0, k = 0;

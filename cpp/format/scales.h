@@ -1,5 +1,5 @@
-// The scales of a packed weight, one per quantization block, and the forms in which they are stored. Two readers decode
-// them, cpp/cpu/codec/scales-inl.h and cuda/tile/any/block_scale.cuh: no other code asks for the form.
+// The scales of a packed weight, one per quantization block, and the forms in which they are stored. Only two files
+// decode them and depend on the form: cpp/cpu/codec/scales-inl.h and cuda/tile/any/block_scale.cuh.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,8 @@ QLORA_INLINE Scales nested_scales(const uint8_t* codes, const float* nested_absm
   return {ScaleForm::kNested8, codes, nested_absmax, nested_offset, block_size, nested_block_size, nullptr};
 }
 
-// The scales of a later weight of a stack, so many blocks and nested blocks after the first one's.
+// Returns the scales of the weight that is `weights` weights further in a stack, where weights lie `blocks` blocks and
+// `nested_blocks` nested blocks apart.
 QLORA_HD Scales scales_after(Scales s, int64_t weights, int64_t blocks, int64_t nested_blocks) {
   if (s.form == ScaleForm::kFloat32) {
     s.stored = s.floats() + weights * blocks;

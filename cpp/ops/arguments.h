@@ -1,7 +1,7 @@
-// The arguments of the operators that take a packed weight or LoRA: a struct for each, whose fields `fields_of` lists
-// in the order of the operator's schema. The schema's text (schema.cpp), the values from the dispatcher's stack
-// (value_error.h) and the C function for compiled code (c_shims.cpp) all follow from that list. A new argument is a
-// field here and what cpp/ops/calls.h makes of it; over experts, grouped_calls.h.
+// The arguments of the operators that take a packed weight or LoRA. Each operator has a struct, and `fields_of` lists
+// its fields in the order of the operator's schema. Three things follow from that list: the schema's text (schema.cpp),
+// the values from the dispatcher's stack (value_error.h) and the C function for compiled code (c_shims.cpp). A new
+// argument needs a field here and its use in cpp/ops/calls.h and, for experts, in grouped_calls.h.
 #pragma once
 
 #include <cstring>
@@ -14,10 +14,10 @@
 
 namespace qlora {
 
-// The argument `code`: the name of a table in cpp/format/codes.h. Which one it is, is asked by checks::code.
+// The argument `code`: the name of a table in cpp/format/codes.h. checks::code returns the code it names.
 struct CodeName {
-  const CodeTable* table = &table_of(Code::kNf4);  // null: there is no such name
-  std::string unknown;                             // the name, if so
+  const CodeTable* table = &table_of(Code::kNf4);  // null if there is no such code
+  std::string unknown;                             // the name, if there is no such code
 
   CodeName() = default;
   explicit CodeName(const char* name) : table(nullptr) {
@@ -29,7 +29,7 @@ struct CodeName {
 
 }  // namespace qlora
 
-// torch's own conversion, of std::string, copies the text and leaks the copy.
+// torch's own conversion to std::string copies the text and leaks the copy.
 template <>
 struct torch::stable::detail::ToImpl<qlora::CodeName> {
   static qlora::CodeName call(StableIValue value, uint64_t, bool) {
@@ -44,7 +44,7 @@ struct torch::stable::detail::ToImpl<qlora::CodeName> {
 
 namespace qlora {
 
-// What a schema says of an argument besides its name. `type` is that of the C++ type unless given.
+// What a schema says about an argument besides its name. `type` defaults to that of the C++ type.
 struct InSchema {
   const char* type = nullptr;
   const char* default_value = nullptr;
@@ -101,7 +101,7 @@ struct LoraNumbers {
   int64_t seed = 0;
   OptionalTensor seed_tensor;
 
-  // Dropout may be left out of the calls of operators over experts.
+  // Calls of operators over experts may omit dropout.
   auto fields(bool may_omit_dropout) {
     const auto none = [&](const char* value) { return may_omit_dropout ? value : nullptr; };
     return std::tuple_cat(field("scaling", scaling), field("dropout_p", dropout_p, {.default_value = none("0.0")}),
@@ -119,7 +119,7 @@ inline auto fields_of(DequantizeArgs& a) {
   return std::tuple_cat(a.w.fields(), field("shape", a.shape), field("dtype", a.dtype), a.w.last_field());
 }
 
-// Those of a linear operator are `inputs`, whose rows are tokens, and `others`.
+// A linear operator's arguments are `inputs`, whose rows are tokens, and `others`.
 struct LinearArgs {
   Tensor x;
   PackedArgs w;
@@ -166,7 +166,7 @@ auto fields_of(Args& a) {
   return std::tuple_cat(a.inputs(), a.others(false));
 }
 
-// The same over experts, whose rows end at `offsets`.
+// The same for experts, whose rows end at `offsets`.
 template <class Args>
 struct GroupedArgs : Args {
   Tensor offsets;
@@ -180,7 +180,7 @@ auto fields_of(GroupedArgs<Args>& a) {
   return std::tuple_cat(a.inputs(), field("offsets", a.offsets), a.others(true));
 }
 
-// visit(field) for each of fields_of(args).
+// Calls visit(field) for each of fields_of(args).
 template <class Args, class Visit>
 void for_each_field(Args& args, const Visit& visit) {
   std::apply([&](const auto&... field) { (visit(field), ...); }, fields_of(args));

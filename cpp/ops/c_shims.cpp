@@ -1,5 +1,5 @@
-// linear_nf4 as code compiled by AOTInductor calls it: directly, without torch's dispatcher, which boxes every
-// argument. At one token, boxing costs a small layer more than its product.
+// The C entry point of linear_nf4 for code compiled by AOTInductor. It bypasses torch's dispatcher, which boxes every
+// argument: for a small layer and one token, boxing costs more than the matmul.
 #include <cstdio>
 #include <exception>
 
@@ -11,7 +11,7 @@
 namespace qlora {
 namespace {
 
-// How an argument is passed in C, by AOTInductor's rules, and the argument that is made of it.
+// The C type in which AOTInductor passes an argument, and the conversion to the C++ argument.
 template <class T>
 struct InC {
   using Type = T;
@@ -64,8 +64,8 @@ using InCOfArgs = LinearInC<decltype(fields_of(std::declval<LinearArgs&>()))>;
 }  // namespace
 }  // namespace qlora
 
-// AOTInductor gives the name. It is a pointer, since a function's arguments would have to be typed here once more;
-// decoding/compiled.py declares it to compiled code.
+// AOTInductor prescribes the name. The symbol is a function pointer, because a function would have to repeat all
+// argument types here. decoding/compiled.py declares it to compiled code.
 extern "C" {
 extern QLORA_EXPORT const qlora::InCOfArgs::Function aoti_torch_cpu_linear_nf4;
 const qlora::InCOfArgs::Function aoti_torch_cpu_linear_nf4 = qlora::InCOfArgs::linear_nf4;

@@ -1,18 +1,19 @@
-// The linear operators' checked arguments: each call holds the plain problem, the tensors that own its data, and the
-// output. CPU and CUDA differ only in who runs `problem`.
+// The checked arguments of the linear operators. Each call holds the plain problem, the tensors that own its data, and
+// the output. CPU and CUDA differ only in who runs `problem`.
 #pragma once
 
 #include "cpp/ops/checks.h"
 
 namespace qlora {
 
-// packed holds rows x cols elements, of which `given` (x's or dy's last dimension) and `named` (an argument) are sizes.
+// Checks that packed holds `given` x `size` elements. `given` is the last dimension of x or dy, and `size` is the
+// argument `named`.
 inline void check_packed_fits(const Tensor& packed, const char* name, int64_t given, const char* given_is,
                               const char* named, int64_t size) {
   const int64_t bytes = packed_bytes(checks::area(named, given, size));
   if (packed.numel() != bytes) {
-    checks::require(false, name, ": its last dimension (", given_is, ") is ", given, ", which with ", named, " = ",
-                    size, " needs ", bytes, " packed bytes, got packed ", checks::shape_text(packed));
+    checks::require(false, name, ": the last dimension (", given_is, ") is ", given, "; with ", named, " = ", size,
+                    " this needs ", bytes, " packed bytes, got packed of shape ", checks::shape_text(packed));
   }
 }
 
@@ -41,7 +42,7 @@ struct LinearCall {
     if (keeps_h) problem.h = checks::kept_low_rank(a.x, a.lora_a, problem.lora.rank, is_empty(), &h);
   }
 
-  // Nothing to compute, however large the other sizes of an empty x are.
+  // An empty call has nothing to compute, even if the other sizes of an empty x are large.
   bool is_empty() const { return problem.m == 0 || problem.w.n == 0; }
 };
 

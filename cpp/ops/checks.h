@@ -1,5 +1,5 @@
-// Tensors -> the plain views of cpp/format/problem.h. Every argument of every operator is checked here and nowhere
-// else, for CPU and CUDA alike; the message names the argument, what was expected and what came.
+// Checks tensors, and turns them into the plain views of cpp/format/problem.h. This is the only place that checks the
+// operators' arguments, for CPU and CUDA alike. A message names the argument, what was expected and what came.
 #pragma once
 
 #include <cmath>
@@ -51,10 +51,10 @@ inline DType float_dtype(const char* name, ScalarType t) {
   return {};
 }
 
-// Python may pass None for a tensor: the dispatcher then finds the device by another argument.
+// Python may pass None for a tensor, because the dispatcher can take the device from another argument.
 inline void is_given(const char* name, const Tensor& t) { require(t.defined(), name, ": expected a tensor, got None"); }
 
-// float64 exists for gradcheck, on the CPU only.
+// float64 exists for gradcheck, and only on the CPU.
 inline DType compute_dtype(const char* name, const Tensor& t) {
   is_given(name, t);
   const DType dtype = float_dtype(name, t.scalar_type());
@@ -115,7 +115,7 @@ inline void nested_block_size(int64_t n) {
           n);
 }
 
-// The code of that name. Those that are made up for tests are not listed.
+// Returns the code of that name. The message does not list the codes that exist for tests only.
 inline Code code(const CodeName& name) {
   if (name.table) [[likely]]
     return static_cast<Code>(name.table - kCodeTables);
@@ -126,8 +126,8 @@ inline Code code(const CodeName& name) {
   return {};
 }
 
-// The product of sizes, given one by one. A size below 0 is an error, and so is a product above kMaxElements. A size of
-// 0 does not lift the bound on the others, because an empty tensor's strides are products of them.
+// Multiplies sizes, one at a time. A negative size is an error, and so is a product above kMaxElements. A size of 0
+// does not lift the limit on the others, because the strides of an empty tensor are products of them.
 class Count {
  public:
   explicit Count(const char* name) : name_(name) {}
@@ -161,7 +161,7 @@ inline int64_t numel(const char* name, const Tensor& t) {
   return count.value();
 }
 
-// The 8-bit codes of absmax and their nested scales, for `weights` stacked weights.
+// Checks the 8-bit codes of absmax and their nested scales, for `weights` stacked weights.
 inline Scales nested(const char* name, const Tensor& codes, const Tensor& nested_absmax, const Tensor& nested_offset,
                      int64_t block_size, int64_t nested_block, int64_t weights = 1) {
   has_dtype(name, codes, ScalarType::Byte);
@@ -180,7 +180,7 @@ inline Scales nested(const char* name, const Tensor& codes, const Tensor& nested
                        nested_offset.const_data_ptr<float>(), block_size, nested_block);
 }
 
-// `absmax` is float32, or uint8 codes with both nested tensors. Each of the stacked weights has `blocks` of them.
+// `absmax` is float32, or uint8 codes with both nested tensors. It has `blocks` entries per stacked weight.
 inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
   same_device("absmax", p.absmax, "packed", p.packed);
   is_contiguous("absmax", p.absmax);
@@ -196,7 +196,7 @@ inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
   return float_scales(p.absmax.const_data_ptr<float>(), p.block_size);
 }
 
-// The weight [n, k], or the first of `weights` weights that are stacked as cpp/format/grouped.h says.
+// Checks the weight [n, k], or the first of `weights` weights that are stacked as in cpp/format/grouped.h.
 inline Weight weight(const PackedArgs& p, int64_t n, int64_t k, int64_t weights = 1) {
   has_dtype("packed", p.packed, ScalarType::Byte);
   is_contiguous("packed", p.packed);
@@ -221,8 +221,8 @@ inline int64_t shape_numel(const std::vector<int64_t>& shape) {
   return count.value();
 }
 
-// Where `seed_tensor` is given, it holds the seed. CUDA reads it when the kernel runs: the host does not wait for it,
-// and a captured graph draws new masks at each replay.
+// If `seed_tensor` is given, it holds the seed. CUDA reads it when the kernel runs, so the host does not wait for it,
+// and each replay of a captured graph draws new masks.
 inline Dropout dropout(const LoraNumbers& numbers, const char* like_name, const Tensor& like) {
   const auto& [scaling, p, seed, seed_tensor] = numbers;
   require(p >= 0.0 && p <= 1.0, "dropout_p: expected a probability from 0 to 1, got ", p);
@@ -240,7 +240,7 @@ inline Dropout dropout(const LoraNumbers& numbers, const char* like_name, const 
   return out;
 }
 
-// A dense operand in the dtype and on the device of `like`, made contiguous if it is not (`keep` owns the data).
+// Checks that a dense operand has the dtype and the device of `like`, and makes it contiguous (`keep` owns the data).
 inline const void* operand(const char* name, const Tensor& t, const char* like_name, const Tensor& like, Tensor* keep) {
   same_device(name, t, like_name, like);
   require(t.scalar_type() == like.scalar_type(), name, ": expected the dtype of ", like_name, " (",
@@ -249,8 +249,8 @@ inline const void* operand(const char* name, const Tensor& t, const char* like_n
   return keep->const_data_ptr();
 }
 
-// LoRA's operands for m tokens, and the tensors that own their data. lora_a [r, k] and lora_b [n, r] come together; r
-// may be 0.
+// LoRA's operands for m tokens, and the tensors that own their data. lora_a [r, k] and lora_b [n, r] must be given
+// together. r may be 0.
 struct LoraOperands {
   Lora lora;
   Tensor a, b;
@@ -276,7 +276,7 @@ inline LoraOperands lora(const OptionalTensor& a, const OptionalTensor& b, int64
   return out;
 }
 
-// The number of rows of x [..., last] with its leading dimensions flattened.
+// Returns the number of rows of x [..., last], with its leading dimensions flattened.
 inline int64_t rows_of(const char* name, const Tensor& x, int64_t* last) {
   require(x.dim() >= 1, name, ": expected at least one dimension, got a scalar");
   *last = x.size(x.dim() - 1);
@@ -287,7 +287,7 @@ inline int64_t rows_of(const char* name, const Tensor& x, int64_t* last) {
   return rows;
 }
 
-// The shape of x with another last dimension, which is the argument `name`.
+// Returns the shape of x with another last dimension. `name` is the argument that this dimension comes from.
 inline std::vector<int64_t> with_last(const Tensor& x, const char* name, int64_t last) {
   Count count(name);
   std::vector<int64_t> shape;
@@ -297,8 +297,8 @@ inline std::vector<int64_t> with_last(const Tensor& x, const char* name, int64_t
   return shape;
 }
 
-// Allocates h [.., rank] for x [.., last], or g for dy; kernels fill it. In an `empty_call` no kernel runs, so it is
-// zeros.
+// Allocates h [.., rank] for x [.., last], or g for dy, which the kernels fill. In an `empty_call` no kernel runs, so
+// it is filled with zeros.
 inline void* kept_low_rank(const Tensor& like, const OptionalTensor& lora_a, int64_t rank, bool empty_call,
                            Tensor* keep) {
   require(lora_a.has_value(), "lora_a: expected a tensor, got None");
@@ -307,19 +307,19 @@ inline void* kept_low_rank(const Tensor& like, const OptionalTensor& lora_a, int
   return keep->mutable_data_ptr();
 }
 
-// h or g as an operand, for the m tokens of x; null if it is not given.
+// Returns h or g as an operand for the m tokens of x, or null if it is not given.
 inline const void* given_low_rank(const char* name, const OptionalTensor& t, int64_t rank, const Tensor& x, int64_t m,
                                   Tensor* keep) {
   if (!t) return nullptr;
   is_given(name, *t);
   int64_t last = 0;
   const int64_t rows = rows_of(name, *t, &last);
-  require(rows == m && last == rank, name, ": expected ", m, " rows of the rank, ", rank, ", got shape ",
+  require(rows == m && last == rank, name, ": expected ", m, " rows of ", rank, " elements (the rank), got shape ",
           shape_text(*t));
   return operand(name, *t, "x", x, keep);
 }
 
-// What an operator returns: its output, and h or g beside it where that is kept (kBoth).
+// An operator's result: its output, and with kBoth also the retained h or g.
 template <bool kBoth>
 auto results(const Tensor& out, const Tensor& kept) {
   if constexpr (kBoth)
@@ -328,7 +328,8 @@ auto results(const Tensor& out, const Tensor& kept) {
     return out;
 }
 
-// The shape of w's codes: [..., K/2] so that dim 0 can be sharded; flat where the last dimension is odd.
+// Returns the shape of w's packed codes: [..., K/2], so that dim 0 can be sharded, or flat if the last dimension is
+// odd.
 inline std::vector<int64_t> packed_shape(const Tensor& w) {
   const int64_t dims = w.dim();
   if (dims >= 1 && w.size(dims - 1) % 2 == 0) return with_last(w, "w", w.size(dims - 1) / 2);

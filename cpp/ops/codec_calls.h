@@ -52,7 +52,7 @@ struct DequantizeAbsmaxCall {
   }
 };
 
-// The weight is one row.
+// The weight is treated as a single row.
 struct DequantizeCall {
   Weight w;
   DType dtype;

@@ -1,4 +1,4 @@
-// The operators on the CPU: tensors -> views -> kernels.
+// The operators on the CPU. They turn tensors into views and call the kernels.
 #include <tuple>
 
 #include "cpp/cpu/check.h"

@@ -1,5 +1,5 @@
-// The checked arguments of the operators that choose scales, and codes under given scales. Each call holds the plain
-// views, the tensors that own their data, and the output.
+// The checked arguments of the operators that search scales, and of those that encode under given scales. Each call
+// holds the plain views, the tensors that own their data, and the output.
 #pragma once
 
 #include "cpp/ops/checks.h"

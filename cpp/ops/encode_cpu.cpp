@@ -1,4 +1,4 @@
-// The operators that choose scales, and codes under given scales, on the CPU.
+// The operators that search scales, and those that encode under given scales, on the CPU.
 #include <vector>
 
 #include "cpp/cpu/check.h"

@@ -26,11 +26,11 @@ inline void has_shape(const char* name, const Tensor& t, std::initializer_list<i
   require(fits, name, ": expected shape [", expected, "], got ", shape_text(t));
 }
 
-// A slice of `t` for each of the experts.
+// Checks that `t` has one slice per expert.
 inline void is_stack(const char* name, const OptionalTensor& t, int64_t experts) {
   if (!t) return;
   is_given(name, *t);
-  require(t->dim() > 0 && t->size(0) == experts, name, ": expected ", experts, " slices, one an expert, got shape ",
+  require(t->dim() > 0 && t->size(0) == experts, name, ": expected ", experts, " slices, one per expert, got shape ",
           shape_text(*t));
 }
 
@@ -44,12 +44,13 @@ inline const int64_t* offsets(const Tensor& t, int64_t experts, const char* like
   return keep->const_data_ptr<int64_t>();
 }
 
-// The experts' weights [n, k], where x or dy gives one of the sizes and the argument `named` the other, `size`.
+// Checks the experts' weights [n, k]. x or dy gives one of the sizes (`given`), and the argument `named` the other
+// (`size`).
 inline Weight stacked_weight(const PackedArgs& p, const char* named, int64_t size, int64_t given, int64_t n, int64_t k,
                              int64_t* experts) {
   is_given("packed", p.packed);
   is_given("absmax", p.absmax);
-  require(size >= 0, named, ": expected a size, got ", size);
+  require(size >= 0, named, ": expected 0 or more, got ", size);
   *experts = p.packed.dim() > 0 ? p.packed.size(0) : 0;
   const int64_t bytes = packed_bytes(area(named, given, size));
   int64_t all = 0;

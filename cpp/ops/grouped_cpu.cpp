@@ -40,7 +40,7 @@ Weight weight_of(Weight w, int64_t expert) {
   return w;
 }
 
-// `bytes` to an element; dropout's elements are those of x [.., k].
+// The LoRA of one expert. `bytes` is the size of an element. Dropout is numbered by the elements of x [.., k].
 Lora lora_of(Lora lora, const Part& part, int64_t n, int64_t k, int64_t bytes) {
   lora.a = at(lora.a, part.expert * lora.rank * k * bytes);
   lora.b = at(lora.b, part.expert * n * lora.rank * bytes);
@@ -125,7 +125,7 @@ std::vector<Part> with_rows(std::vector<Part> parts) {
   return parts;
 }
 
-// The dispatcher sends every kind of tensor here that has no kernel of its own.
+// The dispatcher sends every kind of tensor here that has no kernel of its own, so unsupported kinds are rejected here.
 void is_dense_on_cpu(const char* name, const Tensor& t) {
   if (!t.defined()) return;
   int32_t layout = 0;

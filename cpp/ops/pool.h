@@ -7,7 +7,7 @@
 
 namespace qlora {
 
-// It is torch's own, so that torch.set_num_threads() applies.
+// It is torch's own thread pool, so torch.set_num_threads() applies.
 inline cpu::Pool pool() {
   if (const char* error = cpu::isa_error()) checks::require(false, error);
   return {[](int64_t count, int64_t grain, cpu::Pool::Body body, void* context) {

@@ -1,11 +1,12 @@
-// The operators' names and signatures. Kernels: cpu.cpp and cuda/ops.cpp; fake kernels and autograd: Python.
+// The operators' names and signatures. The kernels are in cpp/ops/cpu.cpp and cuda/ops.cpp, the fake kernels and
+// autograd in Python.
 #include "cpp/ops/arguments.h"
 #include "cpp/ops/stable.h"
 
 namespace qlora {
 namespace {
 
-// "(Tensor x, int block_size, ..)"
+// Returns a schema's arguments, for example "(Tensor x, int block_size, ..)".
 template <class Args>
 std::string arguments() {
   Args args;

@@ -43,9 +43,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// An uninitialized contiguous tensor on the device of `like`, with sizes that checks::Count has accepted. It calls the
-// shim directly: stable::new_empty boxes its arguments for the dispatcher, which costs a small layer more than its
-// matmul.
+// Returns an uninitialized contiguous tensor on the device of `like`, with sizes that checks::Count has accepted. It
+// calls the shim directly, because stable::new_empty boxes its arguments for the dispatcher, which costs more than a
+// small layer's matmul.
 inline Tensor empty(const Tensor& like, const int64_t* sizes, int64_t dims, ScalarType dtype) {
   std::vector<int64_t> strides(static_cast<size_t>(dims));
   int64_t stride = 1;

@@ -45,7 +45,7 @@ void with_value_errors(StableIValue* stack, uint64_t arguments, uint64_t outputs
   }
 }
 
-// For an operator that takes a struct of cpp/ops/arguments.h by value: the struct is filled from the stack.
+// For an operator that takes a struct of cpp/ops/arguments.h by value. The struct is filled from the stack.
 template <class Args, class Result>
 void box(Result (*operation)(Args), StableIValue* stack) {
   Args args;

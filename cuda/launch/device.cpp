@@ -1,3 +1,4 @@
+// Queries the attributes of a device from the CUDA runtime.
 #include "cuda/launch/device.h"
 
 #include <array>

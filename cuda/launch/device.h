@@ -1,4 +1,4 @@
-// The attributes of a device that cuda/tuning needs, read once per device.
+// The attributes of a device that cuda/tuning needs. They are read once per device.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -24,8 +24,8 @@ cudaError_t launch_kernel(void (*kernel)(Parameters...), dim3 grid, int threads,
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
 }
 
-// How many CTAs of kKernel an SM of the device holds at once, at least 1. Queried once per device. The first call also
-// allows the kernel `shared_bytes` of dynamic shared memory, so it has to come before the first launch.
+// The number of CTAs of kKernel that an SM of the device holds at once, at least 1. It is queried once per device. The
+// first call also allows the kernel `shared_bytes` of dynamic shared memory, so it must come before the first launch.
 template <auto kKernel>
 cudaError_t ctas_per_sm(const Device& device, int threads, int shared_bytes, int* ctas) {
   static std::array<std::atomic<int>, kMaxDevices> known{};
@@ -40,7 +40,7 @@ cudaError_t ctas_per_sm(const Device& device, int threads, int shared_bytes, int
   return cudaSuccess;
 }
 
-// What a launcher works with: the device, which is current, torch's stream there, and what torch lends.
+// What a launcher needs: the device, which is current, torch's stream on it, and the resources that torch provides.
 struct Context {
   const Device& device;
   cudaStream_t stream;
@@ -48,10 +48,10 @@ struct Context {
   void* (*allocate_from)(void* owner, int64_t bytes);
   void* (*blas_of)(void* owner);
 
-  // The workspace of a call: valid until the stream has finished the launches, aligned to 16 bytes, uninitialized. Once
-  // per call.
+  // Allocates the workspace of a call: aligned to 16 bytes, uninitialized, valid until the stream has finished the
+  // launches. Call at most once per call of the operator.
   uint8_t* allocate(int64_t bytes) const { return static_cast<uint8_t*>(allocate_from(owner, bytes)); }
-  // torch's cuBLAS handle for the device and stream, which torch makes when it is first asked for.
+  // Returns torch's cuBLAS handle for the device and stream. torch creates it on first use.
   void* blas() const { return blas_of(owner); }
 };
 

@@ -1,3 +1,4 @@
+// The table that maps the kernels of cuda/tuning/choose.h to their launchers.
 #include "cuda/launch/registry.h"
 
 #include <iterator>
@@ -73,7 +74,7 @@ struct Launchers<Grouped<LoraGradProblem>> {
   };
 };
 
-// Every kernel that choose.h may choose is here, and no other.
+// The table holds exactly the kernels that choose.h may choose.
 template <class Problem>
 constexpr bool has_the_chosen_kernels() {
   const auto& chosen = Kernels<Problem>::kRows;

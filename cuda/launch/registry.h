@@ -1,5 +1,5 @@
-// The kernels of the linear operators by name: a row per kernel, of a single weight and of experts. What a kernel
-// accepts, and its configuration, are in the row of the same name in cuda/tuning/choose.h.
+// The kernels of the linear operators by name: one row per kernel, for single weights and for experts. The row of the
+// same name in cuda/tuning/choose.h says what a kernel accepts, and how it is configured.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -12,9 +12,10 @@ namespace qlora::cuda {
 template <class Problem>
 struct Launcher {
   Kernel kernel;
-  // Completes the configuration by what the device holds of the compiled kernel (Config::splits). Null: it is complete.
+  // Completes the configuration with the splits, which depend on the compiled kernel's occupancy (Config::splits). Null
+  // if the configuration is complete without it.
   cudaError_t (*plan)(const Problem& p, const Device& device, Config* config);
-  // Of a problem that is not empty, with a planned configuration.
+  // Launches the kernel for a nonempty problem, with a planned configuration.
   cudaError_t (*launch)(const Problem& p, const Config& config, const Context& context);
 };
 

@@ -1,4 +1,4 @@
-// From an operator's dtype to a C++ type, once.
+// Maps an operator's dtype to a C++ type.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,7 +7,7 @@
 
 namespace qlora::cuda {
 
-// use(T{}) with the type that dtype names: bfloat16 or float16.
+// Calls use(T{}) with the type that dtype names: bfloat16 or float16.
 template <class Use>
 cudaError_t with_16_bit_type(DType dtype, const Use& use) {
   if (dtype == DType::kBFloat16) return use(bfloat16{});
@@ -15,7 +15,7 @@ cudaError_t with_16_bit_type(DType dtype, const Use& use) {
   return cudaErrorInvalidValue;
 }
 
-// The same, with float32 too.
+// The same, also for float32.
 template <class Use>
 cudaError_t with_type(DType dtype, const Use& use) {
   return dtype == DType::kFloat32 ? use(float{}) : with_16_bit_type(dtype, use);

@@ -1,4 +1,4 @@
-// The one piece of memory that a launcher takes for a call, and what lies in it.
+// The workspace of a launch: a single allocation per call, and its parts.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,10 +9,10 @@
 
 namespace qlora::cuda {
 
-// Parts of a workspace, by their offsets in bytes, each aligned to 16.
+// Lays out the parts of a workspace, each aligned to 16 bytes.
 class Workspace {
  public:
-  // The new part's offset.
+  // Adds a part and returns its offset in bytes.
   int64_t add(int64_t bytes) {
     const int64_t offset = bytes_;
     bytes_ += ceil_div(bytes, 16) * 16;
@@ -24,7 +24,7 @@ class Workspace {
   int64_t bytes_ = 0;
 };
 
-// Words that are zero when a kernel starts, one per tile: CTAs that share a tile's sum count themselves there.
+// One word per tile, zero when a kernel starts. The CTAs that share a tile's sum count their arrivals in it.
 struct Tickets {
   uint32_t* words = nullptr;
   int64_t count = 0;
@@ -34,7 +34,8 @@ struct Tickets {
   }
 };
 
-// Tickets and partial sums of `tiles` whose sums are split over `splits` CTAs that are not a cluster. Nothing for one.
+// Tickets and partial sums of `tiles` tiles whose sums are split over `splits` CTAs that are not a cluster. Takes no
+// memory for a single split.
 class SplitSums {
  public:
   SplitSums(Workspace* workspace, int64_t tiles, int64_t splits, int64_t tile_outputs)

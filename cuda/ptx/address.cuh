@@ -1,4 +1,4 @@
-// Addresses as PTX wants them.
+// Addresses in the form that PTX instructions take.
 #pragma once
 
 #include <cstdint>

@@ -1,13 +1,13 @@
 // Thread block clusters: a barrier over their CTAs, and loads from each other's shared memory (PTX ISA 9.7.13.4 and
-// 9.7.9.8 to 9.7.9.24, sm_90). A launch that asks for no clusters has clusters of one CTA, and so has everything that
-// is compiled for less than sm_90.
+// 9.7.9.8 to 9.7.9.24, sm_90). A launch without clusters has clusters of one CTA, and so has all code compiled for less
+// than sm_90.
 #pragma once
 
 #include <cstdint>
 
 namespace qlora::ptx {
 
-// Every thread of every CTA of the cluster; what they wrote before is seen after.
+// A barrier over every thread of every CTA in the cluster. Earlier writes are visible afterwards.
 __device__ __forceinline__ void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
   asm volatile(
@@ -19,7 +19,8 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
-// 16 bytes at this CTA's shared address `address`, but of the CTA that is number `rank` of the cluster.
+// Loads 16 bytes from the shared memory of the cluster's CTA `rank`. `address` is the address of the same place in this
+// CTA.
 __device__ __forceinline__ float4 load_cluster_v4_f32(uint32_t address, uint32_t rank) {
   float4 v;
 #if __CUDA_ARCH__ >= 900

@@ -1,4 +1,5 @@
-// Conversions between float32 and the 16-bit types, two values to a register, each rounded once to nearest even.
+// Conversions between float32 and the 16-bit types, two values per register. Each value is rounded once, to nearest
+// even.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ __device__ __forceinline__ uint32_t pack2<float16>(float low, float high) {
   return d;
 }
 
-// The two values of a register. A bfloat16 is the upper half of a float32, so one shift or mask each does it.
+// Unpacks the two values of a register. A bfloat16 is the upper half of a float32, so a single shift or mask suffices.
 template <class T>
 __device__ __forceinline__ float2 unpack2(uint32_t pair);
 

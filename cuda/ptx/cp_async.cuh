@@ -5,16 +5,17 @@
 
 namespace qlora::ptx {
 
-// 16 bytes, both addresses 16-byte aligned; cached in L2 only, since each byte is staged once. Only the first `bytes`
-// (0..16) are read; the rest of the 16 is filled with zeros. With bytes = 0 the address is not read at all.
+// Copies 16 bytes. Both addresses are aligned to 16 bytes. The data is cached in L2 only, since each byte is staged
+// once. Only the first `bytes` (0..16) are read, and the others are filled with zeros. With bytes = 0, the global
+// address is not accessed.
 template <int kOffset = 0>
 __device__ __forceinline__ void cp_async_16(uint32_t shared, const void* global, uint32_t bytes) {
   asm volatile("cp.async.cg.shared.global [%0 + %3], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes), "n"(kOffset)
                : "memory");
 }
 
-// 4 bytes, both addresses 4-byte aligned, for what has no better alignment; with bytes = 0 a zero, and the address is
-// not read.
+// Copies 4 bytes, for data that is aligned to 4 bytes only. With bytes = 0, it writes a zero and does not access the
+// global address.
 __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, uint32_t bytes) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
 }
@@ -22,7 +23,7 @@ __device__ __forceinline__ void cp_async_4(uint32_t shared, const void* global, 
 // Closes the group of copies started since the last commit.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits until at most `kPending` of this thread's groups are still under way.
+// Waits until at most `kPending` of this thread's groups are still in flight.
 template <int kPending>
 __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

@@ -1,12 +1,12 @@
-// Float32 arithmetic whose operand or result is used as an integer. Written in C++, nvcc puts a move between the two
-// register classes each time; PTX's untyped registers need none. Each operation rounds once, to nearest even.
+// Float32 arithmetic whose operand or result is used as an integer. In C++, nvcc moves the value between its two
+// register classes each time. PTX's untyped registers need no move. Each operation rounds once, to nearest even.
 #pragma once
 
 #include <cstdint>
 
 namespace qlora::ptx {
 
-// The product of the float whose bits are `a`, and b.
+// Returns the float whose bits are `a`, times b.
 __device__ __forceinline__ float mul_bits(uint32_t a, float b) {
   float d;
   asm("mul.rn.f32 %0, %1, %2;" : "=f"(d) : "r"(a), "f"(b));
@@ -27,14 +27,14 @@ __device__ __forceinline__ float fma_saturated(float a, float b, float c) {
   return d;
 }
 
-// All ones where a > b, else 0.
+// Returns all ones if a > b, and 0 otherwise.
 __device__ __forceinline__ uint32_t greater_mask(float a, float b) {
   uint32_t d;
   asm("set.gt.u32.f32 %0, %1, %2;" : "=r"(d) : "f"(a), "f"(b));
   return d;
 }
 
-// sum + kTerm where a > b, else sum.
+// Returns sum + kTerm if a > b, and sum otherwise.
 template <uint32_t kTerm>
 __device__ __forceinline__ uint32_t add_where_greater(float a, float b, uint32_t sum) {
   asm("{\n\t.reg .pred p;\n\tsetp.gt.f32 p, %1, %2;\n\t@p add.u32 %0, %0, %3;\n\t}"

@@ -1,4 +1,4 @@
-// No instruction at all: the compiler must have the values in registers here and may assume nothing about them.
+// Emits no instruction, but makes the compiler hold a value in a register at this point and assume nothing about it.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ __device__ __forceinline__ void hold(float (&v)[4]) {
   asm volatile("" : "+f"(v[0]), "+f"(v[1]), "+f"(v[2]), "+f"(v[3]));
 }
 
-// What the compiler would otherwise compute anew wherever it is used, in a loop too.
+// Use it for values that the compiler would otherwise recompute at each use, even within a loop.
 __device__ __forceinline__ void hold(uint32_t& v) { asm volatile("" : "+r"(v)); }
 __device__ __forceinline__ void hold(int& v) { asm volatile("" : "+r"(v)); }
 __device__ __forceinline__ void hold(int64_t& v) { asm volatile("" : "+l"(v)); }

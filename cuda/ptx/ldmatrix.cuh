@@ -1,12 +1,12 @@
 // ldmatrix: a warp loads four 8 x 8 matrices of 16-bit elements from shared memory (PTX ISA 9.7.14.5.15, sm_75). Lane l
-// names the address of row l % 8 of matrix l / 8, 16 bytes.
+// passes the address of row l % 8 of matrix l / 8, which has 16 bytes.
 #pragma once
 
 #include <cstdint>
 
 namespace qlora::ptx {
 
-// Transposed: of each matrix, lane (g, t) gets column g of rows 2t and 2t + 1, the first in the lower half.
+// Transposed: lane (g, t) gets column g of rows 2t and 2t + 1 of each matrix, with the first row in the lower half.
 template <int kOffset = 0>
 __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t address, uint32_t& m0, uint32_t& m1, uint32_t& m2,
                                                   uint32_t& m3) {

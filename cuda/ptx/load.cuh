@@ -1,5 +1,5 @@
-// Loads of global memory that is constant while the kernel runs (ld.global.nc). Streams are used once: they do not fill
-// L1, so that it keeps what is reused. kOffset bytes are added by the instruction itself.
+// Loads of global memory that is constant while the kernel runs (ld.global.nc). Stream loads are for data that is used
+// once: they bypass L1, which keeps room for data that is reused. The instruction itself adds kOffset bytes.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,8 @@ __device__ __forceinline__ uint4 load_stream_v4(const void* p) {
   return v;
 }
 
-// The same for what several CTAs or warps read in neighbouring pieces: the whole 128-byte line comes to L2 at once.
+// The same for data that several CTAs or warps read in neighbouring pieces: the whole 128-byte line is brought into L2
+// at once.
 template <int kOffset = 0>
 __device__ __forceinline__ uint4 load_stream_line_v4(const void* p) {
   uint4 v;
@@ -39,10 +40,10 @@ __device__ __forceinline__ uint4 load_stream_line_v4(const void* p) {
   return v;
 }
 
-// Brings the line of `p` to L2, where a load will find it later. The address must be valid.
+// Prefetches the line of `p` into L2. The address must be valid.
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-// Two bytes whose neighbours are wanted soon: cached in L1.
+// Loads two bytes whose neighbours are needed soon: they are cached in L1.
 __device__ __forceinline__ uint32_t load_cached_u16(const void* p) {
   uint32_t v;
   asm volatile("ld.global.nc.u16 %0, [%1];" : "=r"(v) : "l"(p));

@@ -1,4 +1,4 @@
-// mad.lo.u32: one instruction where nvcc writes a shift and an addition.
+// mad.lo.u32: one instruction, for which nvcc emits a shift and an addition.
 #pragma once
 
 #include <cstdint>

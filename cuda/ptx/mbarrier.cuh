@@ -1,22 +1,23 @@
 // mbarrier: barriers in shared memory that count arrivals and, for bulk copies, bytes (PTX ISA 9.7.13.15, sm_90). A
-// phase is complete when all arrivals and bytes that it expects have come; phases have parities 0, 1, 0, 1...
+// phase is complete when all arrivals and bytes that it expects have come. The parities of successive phases are 0, 1,
+// 0, 1...
 #pragma once
 
 #include <cstdint>
 
 namespace qlora::ptx {
 
-// 8 bytes at `barrier`, whose phases each take `arrivals`.
+// Initializes the 8-byte barrier at `barrier`. Each of its phases expects `arrivals` arrivals.
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
 }
 
-// Makes this thread's initialisations visible to bulk copies; other threads still need a barrier.
+// Makes this thread's initializations visible to bulk copies. Other threads still need a barrier.
 __device__ __forceinline__ void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// A thread for which `arrives` does not hold does nothing.
+// Arrives if `arrives`, and does nothing otherwise.
 template <int kOffset>
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, bool arrives) {
   asm volatile(
@@ -26,14 +27,14 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier, bool arrives) 
       : "memory");
 }
 
-// Arrives, and makes the phase wait for `bytes` of bulk copies besides.
+// Arrives, and makes the phase also wait for `bytes` of bulk copies.
 template <int kOffset>
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0 + %2], %1;" ::"r"(barrier), "r"(bytes), "n"(kOffset)
                : "memory");
 }
 
-// Waits for the end of the phase of this parity. Before the first phase, the one of parity 1 counts as ended.
+// Waits until the phase of this parity is complete. Before the first phase, the phase of parity 1 counts as complete.
 template <int kOffset>
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   asm volatile(

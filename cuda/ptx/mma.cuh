@@ -1,6 +1,6 @@
 // mma.sync m16n8k16, float32 accumulators: d += a [16 x 16, row] · b [16 x 8, col] (PTX ISA 9.7.14.5.8, sm_80).
 //
-// Lane (g = lane / 4, t = lane % 4) holds, two 16-bit values to a register, lower k in the lower half:
+// Lane (g = lane / 4, t = lane % 4) holds two 16-bit values per register, with the lower k in the lower half:
 //   a0 = a[g][2t, 2t+1], a1 = a[g+8][2t, 2t+1], a2 = a[g][2t+8, 2t+9], a3 = a[g+8][2t+8, 2t+9]
 //   b0 = b[2t, 2t+1][g], b1 = b[2t+8, 2t+9][g]
 //   d0, d1 = d[g][2t, 2t+1], d2, d3 = d[g+8][2t, 2t+1]
@@ -36,7 +36,7 @@ __device__ __forceinline__ void mma_m16n8k16<float16>(float (&d)[4], uint32_t a0
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// d = a · b, which saves setting d to zero.
+// d = a · b. This saves setting d to zero first.
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16_first(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                                                    uint32_t b0, uint32_t b1);

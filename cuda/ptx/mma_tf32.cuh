@@ -1,5 +1,5 @@
-// mma.sync m16n8k8 on tf32, which is a float32 of 10 mantissa bits in the upper 19 of 32 (PTX ISA 9.7.14.5.8, sm_80):
-// d += a [16 x 8, row] · b [8 x 8, col].
+// mma.sync m16n8k8 on tf32: d += a [16 x 8, row] · b [8 x 8, col] (PTX ISA 9.7.14.5.8, sm_80). A tf32 is a float32 with
+// 10 mantissa bits, in the upper 19 of 32 bits.
 //
 // Lane (g = lane / 4, t = lane % 4) holds
 //   a0 = a[g][t], a1 = a[g+8][t], a2 = a[g][t+4], a3 = a[g+8][t+4];  b0 = b[t][g], b1 = b[t+4][g]
@@ -10,7 +10,7 @@
 
 namespace qlora::ptx {
 
-// v cut off to tf32.
+// Truncates v to tf32.
 __device__ __forceinline__ float truncate_tf32(float v) { return __uint_as_float(__float_as_uint(v) & 0xFFFFE000u); }
 
 __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0,

@@ -1,5 +1,5 @@
-// prmt.b32: builds a word from four bytes of the pair (low, high); selector digit i names the source of byte i, 0..3 in
-// `low` and 4..7 in `high` (PTX ISA 9.7.9.7).
+// prmt.b32: builds a word from four bytes of the pair (low, high) (PTX ISA 9.7.9.7). Digit i of the selector names the
+// source of byte i: 0..3 in `low`, 4..7 in `high`.
 #pragma once
 
 #include <cstdint>

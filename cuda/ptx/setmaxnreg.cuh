@@ -1,4 +1,5 @@
-// setmaxnreg: moves registers between the warpgroups of a CTA (PTX ISA 9.7.19.5, sm_90a). All warps of a warpgroup.
+// setmaxnreg: moves registers between the warpgroups of a CTA (PTX ISA 9.7.19.5, sm_90a). All warps of a warpgroup must
+// execute it.
 #pragma once
 
 namespace qlora::ptx {

@@ -1,5 +1,5 @@
-// Shared memory by 32-bit address: the caller computes one (with prmt, say) and adds constants that the instruction
-// holds.
+// Loads from and stores to shared memory by 32-bit address. The caller computes one address (with prmt, for example),
+// and the instruction itself adds the constant kOffset.
 #pragma once
 
 #include <cstdint>

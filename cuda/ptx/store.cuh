@@ -1,12 +1,12 @@
-// Stores of results. Those that nobody reads soon are evicted first: st.global.cs. kOffset bytes are added by the
-// instruction itself.
+// Stores of results to global memory. Stream stores (st.global.cs) are for results that are not read soon, and mark
+// their lines for early eviction. The instruction itself adds kOffset bytes.
 #pragma once
 
 #include <cstdint>
 
 namespace qlora::ptx {
 
-// nvcc makes two stores of an assignment to a uint2, which write each sector in halves.
+// nvcc splits an assignment to a uint2 into two stores, each of which writes half of every sector.
 __device__ __forceinline__ void store_v2(void* p, uint2 v) {
   asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(p), "r"(v.x), "r"(v.y) : "memory");
 }

@@ -1,5 +1,5 @@
-// TMA: copies a box of a tensor to shared memory, by a descriptor that the host made (PTX ISA 9.7.9.27, sm_90). What
-// the box has beyond the tensor's edges is filled with zeros.
+// TMA: copies a box of a tensor to shared memory, using a descriptor that the host prepared (PTX ISA 9.7.9.27, sm_90).
+// Parts of the box beyond the tensor's edges are filled with zeros.
 #pragma once
 
 #include <cuda.h>
@@ -12,7 +12,7 @@ __device__ __forceinline__ void tma_prefetch(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// The box at (column, row) of a matrix. Its bytes count for the current phase of `barrier`, an mbarrier.
+// Loads the box at (column, row) of a matrix. Its bytes count for the current phase of `barrier`, an mbarrier.
 __device__ __forceinline__ void tma_load_2d(uint32_t shared, const CUtensorMap& map, uint32_t barrier, int32_t column,
                                             int32_t row) {
   asm volatile(
@@ -22,7 +22,7 @@ __device__ __forceinline__ void tma_load_2d(uint32_t shared, const CUtensorMap& 
       : "memory");
 }
 
-// Orders this thread's own writes to shared memory before what TMA or wgmma does there after the next barrier.
+// Makes this thread's own writes to shared memory visible to the TMA copies and wgmma that follow the next barrier.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 }  // namespace qlora::ptx

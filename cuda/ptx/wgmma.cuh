@@ -1,7 +1,7 @@
-// wgmma: d += a · b by a warpgroup (128 threads, asynchronously), a 64 x 16 from registers, b 16 x kN from shared
-// memory, d 64 x kN in float32 (PTX ISA 9.7.15, sm_90a).
+// wgmma: a warpgroup (128 threads) computes d += a · b asynchronously (PTX ISA 9.7.15, sm_90a). a is 64 x 16 in
+// registers, b is 16 x kN in shared memory, and d is 64 x kN in float32.
 //
-// In warp w of the four, lane (g = lane/4, t = lane%4) holds, of rows 16w + g and 16w + g + 8:
+// In warp w of the four, lane (g = lane/4, t = lane%4) holds, for rows 16w + g and 16w + g + 8:
 //   a0 = a[g][2t, 2t+1]   a1 = a[g+8][2t, 2t+1]   a2 = a[g][2t+8, 2t+9]   a3 = a[g+8][2t+8, 2t+9]
 //   d[j][0], d[j][1] = d[g][8j+2t, 8j+2t+1]       d[j][2], d[j][3] = d[g+8][8j+2t, 8j+2t+1]
 #pragma once
@@ -13,19 +13,20 @@
 
 namespace qlora::ptx {
 
-// Before the first wgmma of a group: what other instructions wrote to its registers is complete.
+// Call before the first wgmma of a group: completes other instructions' writes to its registers.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
-// Closes the group of wgmma issued since the last one.
+// Closes the group of all wgmma issued since the last commit.
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Waits until at most kPending groups are under way. What they use may not be touched; what the others read may.
+// Waits until at most kPending groups are in flight. Registers and shared memory that those groups use must not be
+// touched. Those that completed groups read are free again.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait_but() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// Waits for all groups. `d` is what they wrote: no use of it may move ahead of the wait.
+// Waits for all groups. `d` is their result: naming it here keeps the compiler from moving its uses ahead of the wait.
 template <int kTiles>
 __device__ __forceinline__ void wgmma_wait(float (&d)[kTiles][4]) {
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
@@ -33,13 +34,13 @@ __device__ __forceinline__ void wgmma_wait(float (&d)[kTiles][4]) {
   for (int j = 0; j < kTiles; ++j) hold(d[j]);
 }
 
-// Describes b at a shared address whose columns n have 128 bytes each, 64 values of k, in blocks of 8 columns: the
-// 128-byte swizzle of TMA. The address is aligned to 1024.
+// Builds the descriptor of b at a shared address aligned to 1024. Each column n has 128 bytes, 64 values of k. Columns
+// lie in groups of 8, with the 128-byte swizzle of TMA.
 __device__ __forceinline__ uint64_t wgmma_descriptor(uint32_t shared) {
   constexpr uint64_t kSwizzle128 = 1, kBlockStride = 1024 / 16;
   return kSwizzle128 << 62 | kBlockStride << 32 | shared >> 4;
 }
-inline constexpr int kWgmmaStep = 32 / 16;  // added to a descriptor: the next 16 values of k
+inline constexpr int kWgmmaStep = 32 / 16;  // added to a descriptor to reach the next 16 values of k
 
 // clang-format off
 #define QLORA_D1(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
@@ -62,7 +63,7 @@ inline constexpr int kWgmmaStep = 32 / 16;  // added to a descriptor: the next 1
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
   "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 
-// One specialisation: A, B and SCALE are the operands that follow those of d.
+// Defines one specialization. A, B and SCALE are the operands after those of d.
 #define QLORA_WGMMA(T, TYPE, N, TILES, A, B, SCALE)                                                                \
   template <bool kFirst>                                                                                           \
   __device__ __forceinline__ void wgmma_k16(T, float (&d)[TILES][4], const uint32_t (&a)[4], uint64_t b) {         \
@@ -73,7 +74,7 @@ inline constexpr int kWgmmaStep = 32 / 16;  // added to a descriptor: the next 1
   }
 // clang-format on
 
-// d += a · b, or d = a · b for the first of a sum. The first argument only names the type of a and b.
+// d += a · b, or d = a · b for the first product of a sum. The first argument only selects the type of a and b.
 QLORA_WGMMA(bfloat16, "bf16", "64", 8, "%32, %33, %34, %35", "%36", "%37")
 QLORA_WGMMA(bfloat16, "bf16", "128", 16, "%64, %65, %66, %67", "%68", "%69")
 QLORA_WGMMA(bfloat16, "bf16", "256", 32, "%128, %129, %130, %131", "%132", "%133")

@@ -1,5 +1,5 @@
-// The kernels that run on every architecture and take any shape: float32, and the forward of ragged shapes. And what
-// the kernels of all architectures share.
+// Chooses and configures the kernels that run on every architecture and take any shape: float32, and the forward of
+// ragged shapes. Also holds what the kernels of all architectures share.
 #pragma once
 
 #include <algorithm>
@@ -12,8 +12,9 @@
 
 namespace qlora::cuda {
 
-// Tokens that a tile is chosen for where `experts` have `tokens` together, how many each only the device knows: twice
-// the average, since the experts that most tokens go to have more than it. Not measured on a card.
+// The number of tokens for which an expert's tile is chosen, if `experts` have `tokens` together. Only the device knows
+// the number per expert. The choice assumes twice the average, since the busiest experts have more tokens than the
+// average. Not measured on a card.
 constexpr int64_t grouped_tile_tokens(int64_t tokens, int64_t experts) {
   return std::min(tokens, ceil_div(2 * tokens, std::max<int64_t>(experts, 1)));
 }
@@ -22,9 +23,9 @@ constexpr int64_t tile_tokens(const Grouped<Problem>& p) {
   return grouped_tile_tokens(p.stack.m, p.experts);
 }
 
-// CTAs, at most `most`, that share the k of LoRA's low-rank products, where `ctas` would make them without: few tokens
-// leave the device empty. The 16 warps of a CTA take 512 k at a time; a split of less than two such turns would cost
-// more in all than it saves in waiting.
+// The number of CTAs, at most `most`, that divide the k of LoRA's low-rank products. `ctas` is the number without this
+// split: for few tokens it leaves most of the device idle. The 16 warps of a CTA take 512 k at a time. A split of fewer
+// than two such turns would add more work than it saves in latency.
 constexpr int64_t low_rank_splits(int64_t ctas, int64_t k, int64_t most, const Device& device) {
   constexpr int64_t kTwoTurns = 1024;
   return std::clamp<int64_t>(std::min(ceil_div(k, kTwoTurns), device.sm_count / std::max<int64_t>(ctas, 1)), 1, most);
@@ -34,16 +35,19 @@ constexpr int64_t low_rank_splits(int64_t ctas, int64_t k, int64_t most, const D
 
 inline constexpr int64_t kDxStageRows = 64;
 
-// Rows that a CTA takes, a multiple of kDxStageRows, where `splits` CTAs share a sum of n.
+// Rows per CTA, a multiple of kDxStageRows, if `splits` CTAs divide a sum over n.
 constexpr int64_t dx_split_rows(int64_t n, int64_t splits) {
   const int64_t stages = std::max<int64_t>(ceil_div(n, kDxStageRows), 1);
   return ceil_div(stages, splits) * kDxStageRows;
 }
 
-// Splits of a tile's sum, where an SM holds `ctas_per_sm` of its CTAs. A model of an H100, not a measurement: a stage
-// of 64 rows takes a CTA 640 cycles (issue: 8 warps x 320 instructions over 4 schedulers), its tables another one; CTAs
-// come in waves of as many as the device holds; and the last CTA of a tile adds up a split of 64 tokens x 256 columns
-// (64 KB from L2, 64 bytes a cycle) in 1000, of fewer tokens in proportion.
+// The number of splits of a tile's sum, if an SM holds `ctas_per_sm` CTAs. This is a model of an H100, not a
+// measurement:
+//   - A stage of 64 rows takes a CTA 640 cycles (issue: 8 warps x 320 instructions over 4 schedulers).
+//   - Filling the tables takes as long as another stage.
+//   - CTAs run in waves of as many as the device holds.
+//   - The last CTA of a tile adds up a split of 64 tokens x 256 columns (64 KB from L2, 64 bytes per cycle) in 1000
+//     cycles, and of fewer tokens proportionally faster.
 constexpr int64_t dx_splits(int64_t tiles, int64_t n, int64_t tokens, int ctas_per_sm, const Device& device) {
   constexpr int64_t kStageCycles = 640, kSplitCycles = 1000;
   const int64_t stages = std::max<int64_t>(ceil_div(n, kDxStageRows), 1);
@@ -54,15 +58,15 @@ constexpr int64_t dx_splits(int64_t tiles, int64_t n, int64_t tokens, int ctas_p
   });
 }
 
-inline constexpr int64_t kDLoraStepTokens = 8 * 16;  // that the warps of a CTA take at once
+inline constexpr int64_t kDLoraStepTokens = 8 * 16;  // tokens that the warps of a CTA take at a time
 
-// Tokens that a CTA takes, a multiple of kDLoraStepTokens, where `splits` CTAs share a sum of m.
+// Tokens per CTA, a multiple of kDLoraStepTokens, if `splits` CTAs divide a sum over m.
 constexpr int64_t dlora_split_tokens(int64_t m, int64_t splits) {
   return ceil_div(ceil_div(m, splits), kDLoraStepTokens) * kDLoraStepTokens;
 }
 
-// What fills the device, where an SM holds `ctas_per_sm`, as long as each of a CTA's eight warps has eight steps of 16
-// tokens.
+// As many splits as fill the device, if an SM holds `ctas_per_sm` CTAs, as long as each of a CTA's eight warps has at
+// least eight steps of 16 tokens.
 constexpr int64_t dlora_splits(int64_t tiles, int64_t m, int ctas_per_sm, const Device& device) {
   const int64_t slots = int64_t{device.sm_count} * ctas_per_sm;
   const int64_t to_fill = std::max<int64_t>(slots / std::max<int64_t>(tiles, 1), 1);
@@ -84,8 +88,8 @@ constexpr bool exact_accepts(const Grouped<Problem>& p, const Device& device) {
 
 inline constexpr int64_t kForwardRows = 64;  // of w, per CTA
 
-// Tokens of a tile: the smallest of three that holds m, so that few products are with tokens that do not exist. 4 is
-// what one thread multiplies. Not measured on a card.
+// Tokens per tile: the smallest of three sizes that holds m, so that little work goes into tokens that do not exist.
+// One thread multiplies 4 tokens. Not measured on a card.
 constexpr int64_t forward_tokens(int64_t m) { return m <= 4 ? 4 : m <= 16 ? 16 : 64; }
 
 constexpr bool ragged_accepts(const LinearProblem& p, const Device&) { return is_16_bit(p.dtype); }
@@ -94,7 +98,7 @@ constexpr bool ragged_accepts(const Grouped<LinearProblem>& p, const Device& d) 
 constexpr Config config(const LinearProblem& p, const Device&, const Config& wish) {
   return {.tokens = or_wish(wish.tokens, forward_tokens(p.m)), .rows = kForwardRows};
 }
-// Experts' tiles have 16 tokens or 64.
+// The tiles of experts have 16 or 64 tokens.
 constexpr Config config(const Grouped<LinearProblem>& p, const Device&, const Config& wish) {
   const int64_t tokens = std::max<int64_t>(forward_tokens(tile_tokens(p)), 16);
   return {.tokens = or_wish(wish.tokens, tokens), .rows = kForwardRows};

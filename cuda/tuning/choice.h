@@ -1,5 +1,5 @@
-// What a linear operator runs with: a kernel and its parameters. QLORA_PRINT_KERNELS=1 prints it, QLORA_CUDA_KERNEL
-// forces it.
+// The kernel and the parameters that a linear operator runs with. QLORA_PRINT_KERNELS=1 prints them, and
+// QLORA_CUDA_KERNEL forces them.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@ namespace qlora::cuda {
 
 enum class Kernel {
   kFewTokens,    // bfloat16 and float16, up to 16 tokens, LoRA in the same launch (kernels/sm80/*_few_tokens.cuh)
-  kTensorCores,  // bfloat16 and float16 of regular shape, on mma.sync (kernels/sm80)
+  kTensorCores,  // bfloat16 and float16 of regular shapes, on mma.sync (kernels/sm80)
   kSm90,         // the same, on wgmma and TMA (kernels/sm90)
-  kRagged,       // bfloat16 and float16 of any shape: without tensor cores in the forward, on mma.sync elsewhere
-  kExact,        // float32: every product a float32 FMA, any shape (kernels/any)
-  kLibrary,      // many tokens: w is decoded, and torch's library multiplies (launch/any/linear_library.h)
+  kRagged,       // bfloat16 and float16 of any shape: float32 FMA in the forward, mma.sync elsewhere
+  kExact,        // float32 of any shape: every product is a float32 FMA (kernels/any)
+  kLibrary,      // many tokens: decodes w, and multiplies with torch's cuBLAS (launch/any/linear_library.h)
 };
 
 inline constexpr Kernel kKernels[] = {Kernel::kFewTokens, Kernel::kTensorCores, Kernel::kSm90,
@@ -26,14 +26,14 @@ constexpr const char* kernel_name(Kernel kernel) {
   return kNames[static_cast<int>(kernel)];
 }
 
-// 0 where the kernel does not have the parameter. `splits` is also 0 as long as it is not known: how many parts of a
-// sum fill the device depends on how many CTAs of the compiled kernel an SM holds, so the launcher's plan sets it.
+// A parameter is 0 if the kernel does not have it. `splits` is also 0 until the launcher's plan sets it: the number of
+// parts of a sum that fill the device depends on how many CTAs of the compiled kernel an SM holds.
 struct Config {
-  int64_t tokens = 0;   // of a tile
-  int64_t rows = 0;     // of w, of a tile of the forward
-  int64_t ranks = 0;    // of LoRA, of a tile
-  int64_t columns = 0;  // of a tile of the gradients
-  int64_t splits = 0;   // CTAs that share a tile's sum
+  int64_t tokens = 0;   // per tile
+  int64_t rows = 0;     // rows of w per tile of the forward
+  int64_t ranks = 0;    // LoRA ranks per tile
+  int64_t columns = 0;  // per tile of the gradients
+  int64_t splits = 0;   // CTAs that divide a tile's sum
   int64_t panel = 0;    // columns of the output whose weights are decoded at a time
 };
 
@@ -50,7 +50,7 @@ struct Choice {
   Config config;
 };
 
-// "tensor_cores tokens=64 rows=128 splits=4"
+// For example "tensor_cores tokens=64 rows=128 splits=4".
 inline std::string describe(const Choice& choice) {
   std::string text = kernel_name(choice.kernel);
   for (const Parameter& p : kParameters) {
@@ -61,7 +61,7 @@ inline std::string describe(const Choice& choice) {
 
 constexpr bool is_16_bit(DType dtype) { return dtype == DType::kBFloat16 || dtype == DType::kFloat16; }
 
-// `wish`, or `value` where nothing was wished for.
+// `wish`, or `value` if `wish` is 0, which means that nothing is forced.
 constexpr int64_t or_wish(int64_t wish, int64_t value) { return wish != 0 ? wish : value; }
 
 }  // namespace qlora::cuda

@@ -1,9 +1,11 @@
-// Which kernel a linear operator runs with on a card: a pure function of the problem's types and sizes and of the card,
-// so that it can be read and tested anywhere (`_C.choose(device=...)`). The twin for the CPU is cpp/cpu/tuning.h.
+// Chooses the kernel that a linear operator runs with on a card. The choice is a pure function of the problem's types
+// and sizes and of the card, so it can be tested on any machine (`_C.choose(device=...)`). The counterpart for the CPU
+// is cpp/cpu/tuning.h.
 //
-// A kernel is a row of its operator's table here, which says what it accepts and how it is configured, and a row in
-// launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and is ahead. The functions
-// are in a file per architecture: any.h, sm80.h, sm90.h, and library.h.
+// A kernel has a row in its operator's table here, which says what it accepts and how it is configured, and a row in
+// launch/registry.cpp, which launches it. A problem goes to the first row that accepts it and expects to be the fastest
+// (is_ahead). Each architecture's functions have their own file: any.h, sm80.h and sm90.h. Those of the library are in
+// library.h.
 #pragma once
 
 #include <cstdint>
@@ -19,9 +21,9 @@
 
 namespace qlora::cuda {
 
-// What QLORA_CUDA_KERNEL may set of a configuration (forced.h).
+// The parts of a configuration that QLORA_CUDA_KERNEL may set (forced.h).
 struct Options {
-  int64_t tokens[4] = {}, ranks[3] = {};  // that the kernel was compiled for
+  int64_t tokens[4] = {}, ranks[3] = {};  // the values that the kernel was compiled for
   bool splits = false, panel = false;
 };
 
@@ -29,8 +31,8 @@ template <class Problem>
 struct KernelRow {
   Kernel kernel;
   bool (*accepts)(const Problem& p, const Device& device);   // whether the kernel can run
-  bool (*is_ahead)(const Problem& p, const Device& device);  // of the rows below; null: always
-  // `wish` has what the environment forces, and zeros.
+  bool (*is_ahead)(const Problem& p, const Device& device);  // whether it is faster than the rows below; null: always
+  // `wish` holds the parameters that the environment forces, and zeros for the others.
   Config (*config)(const Problem& p, const Device& device, const Config& wish);
   Options options;
 };
@@ -107,7 +109,7 @@ constexpr Choice choose(const Problem& p, const Device& device) {
     if (row.accepts(p, device) && (row.is_ahead == nullptr || row.is_ahead(p, device)))
       return {row.kernel, row.config(p, device, {})};
   }
-  return {};  // float64, which the operators refuse: every other type has a row that accepts all shapes
+  return {};  // only for float64, which the operators reject: every other type has a row that accepts all shapes
 }
 
 }  // namespace qlora::cuda

@@ -1,4 +1,4 @@
-// Grids of the codec's kernels, on every architecture.
+// The grids of the codec's kernels, on every architecture.
 #pragma once
 
 #include <algorithm>
@@ -8,16 +8,18 @@
 
 namespace qlora::cuda {
 
-// As many CTAs as the device holds at once, because a CTA stages its tables once and then strides over the tensor.
+// The grid has as many CTAs as the device holds at once, because a CTA stages its tables only once and then strides
+// over the tensor.
 inline constexpr int kCodecThreads = 256;
 
-// CTAs for `work` CTA-sized pieces.
+// The number of CTAs for `work` CTA-sized pieces.
 constexpr int64_t codec_grid(int64_t work, int ctas_per_sm, const Device& device) {
   return std::min<int64_t>(work, int64_t{device.sm_count} * ctas_per_sm);
 }
 
-// Warps of a CTA that encodes with feedback, each of which takes `rows` rows: as many as read the factors together, but
-// no more than leave every SM a CTA. From 2 on a stripe of rows fills whole words of packed codes.
+// Warps per CTA for encoding with feedback, where each warp takes `rows` rows. The warps of a CTA share the factors
+// that it reads, so more warps read less, but every SM should still get a CTA. With 2 warps or more, a stripe of rows
+// fills whole words of packed codes.
 inline constexpr int kFeedbackWarps = 8;
 constexpr int feedback_warps(int64_t n, int rows, const Device& device) {
   int warps = kFeedbackWarps;

@@ -1,4 +1,4 @@
-// What choices depend on: the attributes of a card.
+// The attributes of a card on which the choices depend.
 #pragma once
 
 #include <string_view>
@@ -9,12 +9,12 @@ struct Device {
   int index = 0;
   int arch = 0;  // compute capability, 10 * major + minor
   int sm_count = 0;
-  int shared_per_cta = 0;  // bytes a CTA may opt in to
+  int shared_per_cta = 0;  // bytes that a CTA may opt in to
   int l2_bytes = 0;
 };
 
-// One card per architecture, by its data sheet and the CUDA programming guide's table of compute capabilities: for
-// tests, and for `_C.choose(device=...)` on a machine without that card.
+// One card per architecture, with the attributes from its data sheet and from the CUDA programming guide's table of
+// compute capabilities. They serve tests, and `_C.choose(device=...)` on a machine without that card.
 struct Card {
   std::string_view name;
   Device device;

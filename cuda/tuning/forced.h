@@ -1,5 +1,6 @@
-// QLORA_CUDA_KERNEL=NAME[:key=value,...] forces a kernel by the name that QLORA_PRINT_KERNELS prints, and its
-// parameters: "sm90:tokens=128,splits=2". What it cannot have is an error, never another kernel.
+// QLORA_CUDA_KERNEL=NAME[:key=value,...] forces a kernel, by the name that QLORA_PRINT_KERNELS prints, and its
+// parameters, for example "sm90:tokens=128,splits=2". A request that cannot be met is an error, and never falls back to
+// another kernel.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +19,7 @@ namespace qlora::cuda {
   throw std::invalid_argument("QLORA_CUDA_KERNEL: " + text);
 }
 
-// "a, b or c"
+// Returns "a, b or c".
 inline std::string alternatives(const std::vector<std::string>& words) {
   std::string text;
   for (size_t i = 0; i < words.size(); ++i) text += (i == 0 ? "" : i + 1 < words.size() ? ", " : " or ") + words[i];
@@ -30,7 +31,8 @@ std::string call_text(const char* op, const Problem& p) {
   return std::string(op) + " of " + problem_text(p);
 }
 
-// The values that the kernel was compiled for. None: it does not have the parameter, or takes any number.
+// Returns the values that the kernel was compiled for. It returns none if the kernel lacks the parameter, or takes any
+// number.
 inline std::vector<int64_t> compiled_values(const Options& options, const Parameter& parameter) {
   std::vector<int64_t> values;
   const auto add = [&](const auto& from) {
@@ -47,7 +49,7 @@ inline bool has_parameter(const Options& options, const Parameter& parameter) {
          (parameter.value == &Config::panel && options.panel) || !compiled_values(options, parameter).empty();
 }
 
-// One "key=value" of `kernel`, into `wish`.
+// Parses one "key=value" of `kernel` into `wish`.
 inline void read_wish(std::string_view text, Kernel kernel, const Options& options, Config* wish) {
   const size_t equals = text.find('=');
   const std::string_view key = text.substr(0, equals);
@@ -68,7 +70,7 @@ inline void read_wish(std::string_view text, Kernel kernel, const Options& optio
                 alternatives(keys) + ", got " + std::string(text));
 }
 
-// Throws if `got`, what the kernel can do, is not as `wish`ed.
+// Throws if `got`, the configuration that the kernel can run with, differs from `wish`.
 template <class Problem>
 void check_granted(const char* op, const Problem& p, const Config& wish, const Choice& got) {
   for (const Parameter& parameter : kParameters) {
@@ -76,12 +78,12 @@ void check_granted(const char* op, const Problem& p, const Config& wish, const C
     if (wished == 0 || wished == possible) continue;
     const auto value = [&](int64_t v) { return std::string(parameter.name) + "=" + std::to_string(v); };
     refuse_forced(std::string(kernel_name(got.kernel)) + " cannot run " + call_text(op, p) + " with " + value(wished) +
-                  (possible == 0 ? std::string() : "; it could with " + value(possible)));
+                  (possible == 0 ? std::string() : ": expected " + value(possible)));
   }
 }
 
-// The choice that `forced`, the value of the variable, asks for. Throws std::invalid_argument if the problem or the
-// device cannot have it. Splits are granted later, by the launcher's plan: check_granted.
+// Returns the choice that `forced`, the variable's value, asks for. Throws std::invalid_argument if the problem or the
+// device does not allow it. The launcher's plan sets `splits` only later, and then calls check_granted.
 template <class Problem>
 Choice choose_forced(std::string_view forced, const char* op, const Problem& p, const Device& device) {
   const std::string_view name = forced.substr(0, forced.find(':'));

@@ -1,4 +1,4 @@
-// Fused kernel, or a decoded weight and a library's GEMM.
+// Chooses between the fused kernels and a library's GEMM on a decoded weight.
 #pragma once
 
 #include <algorithm>
@@ -11,29 +11,30 @@
 
 namespace qlora::cuda {
 
-// Both ways cost a time in proportion to n * k. Fused, each token costs its multiply-adds at what mma.sync reaches; the
-// library costs one decode of the weight besides, but its tokens are cheaper. None of these numbers was measured with
-// these kernels: each lies between two others, and says which.
+// The time of both is proportional to n * k. In the fused kernels, each token costs its multiply-adds at the rate that
+// mma.sync reaches. The library also decodes the weight once, but then each token costs less. None of these numbers was
+// measured with these kernels: each is chosen between two estimates, which its comment states.
 struct Crossover {
-  int arch;        // of this one and above, up to the next row
-  int64_t tokens;  // from which the library is chosen
+  int arch;        // for this architecture and later ones, up to the next row
+  int64_t tokens;  // the library is chosen from this number on
 };
 inline constexpr int64_t kNever = INT64_MAX;
 
-// `model`: decoding 2.63 bytes an element at 0.9 of the data sheet's memory rate, against the difference of a token's
-// multiply-adds at 0.6 of the mma.sync rate and at 0.75 of the dense rate. `bnb`: where bitsandbytes 0.50 leaves its
-// own mma.sync kernel, by its calibration on cards (its dispatch table), at many CTAs.
+// `model` weighs decoding (2.63 bytes per element at 0.9 of the data sheet's memory rate) against the difference
+// between a token's multiply-adds at 0.6 of the mma.sync rate and at 0.75 of the dense rate. `bnb` is the number of
+// tokens from which bitsandbytes 0.50 leaves its own mma.sync kernel, according to its dispatch table calibrated on
+// cards, at many CTAs.
 inline constexpr Crossover kCrossovers[] = {
     {80, 256},      // A100: bnb 128, model 640
-    {86, kNever},   // A40, RTX 3090, 4090, L40S: the tensor cores are the bound and hide the decode; bnb 256
+    {86, kNever},   // A40, RTX 3090, 4090, L40S: limited by the tensor cores, which hide the decode; bnb 256
     {90, 128},      // H100: bnb 64, model 320
     {100, 64},      // B200, B300: bnb 32, model 64
-    {110, 512},     // Thor: model 1000 at its memory's rate; bnb 256 on GB10
-    {120, kNever},  // RTX 5090, RTX PRO 6000: as the 4090, model 1200
+    {110, 512},     // Thor: model 1000 at its memory rate; bnb 256 on GB10
+    {120, kNever},  // RTX 5090, RTX PRO 6000: like the 4090; model 1200
 };
 
-// Shapes and types that the tensor core kernels do not take (float32, k that is no multiple of 64, blocks of 32) decode
-// for every 64 tokens again with plain arithmetic: the library is ahead as soon as that happens twice.
+// Kernels without tensor cores (for float32, k not a multiple of 64, or blocks of 32) decode the weight again for every
+// 64 tokens. The library is ahead as soon as they would decode twice.
 constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, const Device& device) {
   constexpr int64_t kTokensPerDecode = 64;
   if (dtype == DType::kFloat32 || k % 64 != 0 || block_size < 64) return kTokensPerDecode + 1;
@@ -44,10 +45,10 @@ constexpr int64_t library_crossover(DType dtype, int64_t k, int64_t block_size, 
   return best->tokens;
 }
 
-// For the library the weight is decoded a panel at a time, as much of it as stays in half of L2 beside the panel's
-// float32 sums, where there are such: nothing but outputs then has to go to memory. `columns` of the output, `inner`
-// terms each. A panel has 512 columns at least, because a GEMM's own tiles (128 x 256) no longer fill a device with
-// fewer, and a multiple of `step`; panels are equal, so that the last is no remainder.
+// The library path decodes the weight panel by panel. A panel is as large as fits in half of L2 together with its
+// float32 sums, if it has any, so only outputs go to memory. `columns` is the number of output columns, and each sums
+// `inner` terms. A panel has at least 512 columns, because with fewer a GEMM's own tiles (128 x 256) no longer fill a
+// device, and a multiple of `step`. Panels have equal sizes, so the last one is not a small remainder.
 constexpr int64_t library_panel_columns(int64_t m, int64_t inner, int64_t columns, int64_t step, bool float32_sums,
                                         DType dtype, const Device& device) {
   const int64_t a_column = std::max<int64_t>(inner * dtype_bytes(dtype) + (float32_sums ? 4 * m : 0), 1);
@@ -68,19 +69,20 @@ constexpr bool is_ahead(const Problem& p, const Device& device) {
   return p.m >= library_crossover(p.dtype, p.w.k, p.w.scales.block_size, device);
 }
 
-// Sums are float32 where LoRA or bias are added to them.
+// Sums are float32 if LoRA or bias are added to them.
 constexpr bool has_sums(const LinearProblem& p) { return p.lora.rank > 0 || p.bias != nullptr; }
 constexpr bool has_sums(const LinearDxProblem& p) { return p.lora.rank > 0; }
 
 inline constexpr int64_t kPanelStep = 256;  // columns: fits a GEMM's tiles and vector accesses
 
-// Rows of w are contiguous, and decoding them is fast if it begins at a multiple of the largest block.
+// A panel consists of whole rows of w, which are contiguous. Decoding them is fastest if the panel begins at a multiple
+// of the largest block.
 constexpr int64_t panel_step(const LinearProblem& p) {
   return std::max(kPanelStep, kMaxBlockSize / std::gcd(kMaxBlockSize, std::max<int64_t>(p.w.k, 1)));
 }
 constexpr int64_t panel_step(const LinearDxProblem&) { return kPanelStep; }
 
-// A wish for a panel is rounded up to a whole step, and no more than all columns.
+// A forced panel is rounded up to a whole step, and limited to all columns.
 constexpr Config panels(int64_t columns, int64_t step, int64_t best, const Config& wish) {
   return {.panel = wish.panel > 0 ? std::min(columns, ceil_div(wish.panel, step) * step) : best};
 }

@@ -1,4 +1,4 @@
-// The kernels on mma.sync, of compute capability 8.0 and every later one.
+// Chooses and configures the kernels on mma.sync, for compute capability 8.0 and later.
 #pragma once
 
 #include <algorithm>
@@ -14,12 +14,12 @@ namespace qlora::cuda::sm80 {
 
 // ---- which problems the kernels for regular shapes take ----
 //
-// Every operand begins at a multiple of 16 bytes: cuda/ops.cpp moves those that do not.
+// Every operand begins at a multiple of 16 bytes, because cuda/ops.cpp copies those that do not.
 
-// The forward reads w in segments of 64 k, which have one scale a row.
+// The forward reads w in segments of 64 k with one scale per row.
 constexpr bool is_regular(const LinearProblem& p) { return p.w.k > 0 && has_one_scale_per(64, p.w); }
 
-// dX reads 16 bytes of a row of w, which have one scale, and of dy, at a time.
+// dX reads 16 bytes of a row of w, with one scale, and 16 bytes of dy at a time.
 constexpr bool is_regular(const LinearDxProblem& p) { return has_one_scale_per(32, p.w) && p.w.n % 8 == 0; }
 
 // LoRA's gradients read 16 bytes of x and dy at a time.
@@ -48,7 +48,7 @@ constexpr bool ragged_accepts(const Grouped<Problem>& p, const Device& device) {
 
 inline constexpr int64_t kSegment = 64, kForwardRows = 128;
 
-// Up to 16 tokens: a kernel of one tile for all of them, whose LoRA product is in the same launch.
+// Up to 16 tokens: the kernel has a single tile for all tokens, and computes LoRA's product in the same launch.
 inline constexpr int64_t kMostFewTokens = 16;
 
 constexpr bool few_tokens_accepts(const LinearProblem& p, const Device& device) {
@@ -59,13 +59,13 @@ constexpr Config few_tokens_config(const LinearProblem& p, const Device&, const 
   return {.tokens = wish.tokens >= least ? wish.tokens : least, .rows = kForwardRows, .splits = wish.splits};
 }
 
-// The widest tile, which wants 137 KB of shared memory, where a device has it: then w is decoded once for 64 tokens.
+// The widest tile needs 137 KB of shared memory. Devices that have it decode w once per 64 tokens.
 inline constexpr int kShared64 = 137 * 1024;
 
 constexpr int64_t forward_tokens(int64_t m, const Device& device) {
   return m <= 32 || device.shared_per_cta < kShared64 ? 32 : 64;
 }
-// A wish for 64 tokens where the device lacks the shared memory is not granted.
+// A forced tile of 64 tokens is not granted if the device lacks the shared memory.
 constexpr int64_t wished_tokens(const Config& wish, int64_t tokens, const Device& device) {
   return wish.tokens == 64 && device.shared_per_cta < kShared64 ? tokens : or_wish(wish.tokens, tokens);
 }
@@ -75,20 +75,22 @@ constexpr Config config(const LinearProblem& p, const Device& device, const Conf
       .tokens = wished_tokens(wish, forward_tokens(p.m, device), device), .rows = kForwardRows, .splits = wish.splits};
 }
 
-// Of experts k is not split: this would gain nothing with many of them, and little with few.
+// For experts, k is not split: this would gain nothing with many experts, and little with few.
 constexpr Config config(const Grouped<LinearProblem>& p, const Device& device, const Config& wish) {
   const int64_t m = tile_tokens(p), tokens = m <= 8 ? 8 : m <= 16 ? 16 : forward_tokens(m, device);
   return {.tokens = wished_tokens(wish, tokens, device), .rows = kForwardRows};
 }
 
-// Segments of k that a CTA takes, a multiple of `stage_segments`, where `splits` CTAs share a sum of `segments`.
+// Segments of k per CTA, a multiple of `stage_segments`, if `splits` CTAs divide a sum over `segments`.
 constexpr int64_t forward_split_segments(int64_t segments, int64_t splits, int64_t stage_segments) {
   return ceil_div(ceil_div(segments, splits), stage_segments) * stage_segments;
 }
 
-// Splits of k, where the device holds `slots` CTAs at once. Roofline model, to be replaced by measurements on a card: a
-// CTA's tables cost it as much as 16 segments (1024 k), so it takes no fewer; CTAs come in waves; and the last CTA of a
-// tile adds up 64 tokens of a split in the time of a segment. No more than `most` splits.
+// The number of splits of k, at most `most`, if the device holds `slots` CTAs at once. This is a roofline model, not a
+// measurement:
+//   - A CTA's tables cost as much time as 16 segments (1024 k), so a CTA takes no fewer.
+//   - CTAs run in waves.
+//   - The last CTA of a tile adds up 64 tokens of a split in the time of one segment.
 constexpr int64_t forward_splits(int64_t tiles, int64_t segments, int64_t stage_segments, int64_t tokens, int64_t slots,
                                  int64_t most = INT64_MAX) {
   constexpr int64_t kTables = 16;
@@ -102,10 +104,10 @@ constexpr int64_t forward_splits(int64_t tiles, int64_t segments, int64_t stage_
 // ---- dX ----
 
 inline constexpr int64_t kDxColumns = 256;
-// Of the ragged kernel, whose shared memory for 16 tokens holds more scales.
+// The ragged kernel's tile sizes. For 16 tokens its shared memory holds more scales, for blocks of 16.
 inline constexpr int64_t kDxRaggedTokens = 32, kDxSmallBlockTokens = 16;
 
-// The fewest tokens that hold m, to decode each weight once up to 64.
+// The smallest tile that holds m tokens. Up to 64 tokens, each weight is decoded only once.
 constexpr int64_t dx_tokens(int64_t m) { return m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
 constexpr Config dx_tile(int64_t m, const Config& wish) {
   return {.tokens = or_wish(wish.tokens, dx_tokens(m)), .columns = kDxColumns, .splits = wish.splits};
@@ -128,7 +130,8 @@ constexpr Config ragged_config(const Grouped<LinearDxProblem>& p, const Device&,
 
 // ---- the gradients of LoRA's weights ----
 
-// Few enough for the accumulators (64 ranks are 128 registers), many enough to read x and dy once.
+// The ranks per tile: few enough for the accumulators (64 ranks are 128 registers), many enough to read x and dy only
+// once.
 constexpr Config dlora_tile(int64_t rank, const Config& wish) {
   return {.ranks = or_wish(wish.ranks, rank <= 16   ? 16
                                        : rank <= 32 ? 32

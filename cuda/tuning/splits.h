@@ -1,4 +1,4 @@
-// How many CTAs share a sum.
+// Chooses how many CTAs divide a sum.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +6,8 @@
 
 namespace qlora::cuda {
 
-// The fewest parts that a sum is split into whose `cost(parts)` is within a twentieth of the best of 1 .. limit: the
-// models that give the costs are no better than that, and each part is more work in all.
+// Returns the smallest number of parts whose `cost(parts)` is within 5% of the best among 1 .. limit. The cost models
+// are no more accurate than that, and each part adds work.
 template <class Cost>
 constexpr int64_t cheapest_splits(int64_t limit, const Cost& cost) {
   int64_t best = cost(1);

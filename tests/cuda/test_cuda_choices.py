@@ -124,9 +124,9 @@ REFUSED = {
     ("sm90", FORWARD, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64 or 128 of sm90 for linear_nf4, got 32",
     ("sm90", DX, 64, 4096, 0, "sm90:tokens=32"): "expected tokens=64, 128 or 256 of sm90 for linear_nf4_dx, got 32",
     ("sm90", FORWARD, 64, 128, 0, "sm90:splits=2"): "sm90 cannot run linear_nf4 of m=64 n=4096 k=128",
-    ("sm90", FORWARD, 9, 4096, 0, "few_tokens:tokens=8"): "with tokens=8; it could with tokens=16",
-    ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64; it could with tokens=32",
-    ("sm80", FORWARD, 64, 4096, 0, "library:panel=300"): "with panel=300; it could with panel=512",
+    ("sm90", FORWARD, 9, 4096, 0, "few_tokens:tokens=8"): "with tokens=8: expected tokens=16",
+    ("sm120", FORWARD, 64, 4096, 0, "tensor_cores:tokens=64"): "with tokens=64: expected tokens=32",
+    ("sm80", FORWARD, 64, 4096, 0, "library:panel=300"): "with panel=300: expected panel=512",
 }
 
 

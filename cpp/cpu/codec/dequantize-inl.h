@@ -1,4 +1,4 @@
-// Decoding of the packed format (cpp/format), on the vocabulary codec::.
+// Decodes the packed format (cpp/format), written with the operations of codec::.
 #pragma once
 
 #include <cstdint>
@@ -14,15 +14,15 @@ namespace qlora::cpu::QLORA_ISA {
 namespace {
 
 inline constexpr int64_t kDecodeGrainElements = 16384;
-inline constexpr int64_t kDecodedBlocks = 64;  // whose scales are decoded together
+inline constexpr int64_t kDecodedBlocks = 64;  // blocks whose scales are decoded together
 
 void dequantize_absmax(const Pool& pool, const Scales& scales, int64_t count, float* absmax) {
   auto body = [&](int64_t begin, int64_t end) { read_scales(scales, begin, end - begin, absmax + begin); };
   pool(count, 4096, body);
 }
 
-// What the codes of each block decode to. Whether there are offsets is known when this is compiled, so weights without
-// them pay nothing.
+// The decoded values of each block's codes. Whether there are offsets is a template parameter, so weights without
+// offsets have no overhead.
 template <class T, bool kHasOffsets>
 class BlockTables {
  public:
@@ -40,7 +40,7 @@ class BlockTables {
   const float *scales_, *offsets_;
 };
 
-// A block of whole groups.
+// Decodes a block that consists of whole groups.
 template <bool kStream, class T>
 inline void dequantize_block(const codec::Table<T>& table, const uint8_t* packed, int64_t bytes, T* out) {
   for (int64_t byte = 0; byte < bytes; byte += codec::kGroup / 2)
@@ -55,7 +55,7 @@ inline void dequantize_blocks(const Tables& tables, const uint8_t* packed, int64
   }
 }
 
-// A block that ends within a group: whole groups go straight to `out`, the rest by way of a copy.
+// Decodes a block that ends within a group. Whole groups go straight to `out`, and the rest through a buffer.
 template <class T>
 void dequantize_ragged_block(const codec::Table<T>& table, const uint8_t* packed, int64_t count, T* out) {
   const int64_t whole = count / codec::kGroup * codec::kGroup, rest = count - whole;
@@ -71,7 +71,7 @@ template <bool kStream, bool kHasOffsets, class T>
 void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
   const int64_t block_size = w.scales.block_size;
   const int64_t blocks = ceil_div(numel, block_size);
-  const int64_t whole_blocks = block_size % codec::kGroup == 0 ? numel / block_size : 0;  // of whole groups
+  const int64_t whole_blocks = block_size % codec::kGroup == 0 ? numel / block_size : 0;  // blocks of whole groups
   auto body = [&](int64_t begin, int64_t end) {
     const codec::Values values(w.table());
     for (int64_t strip = begin; strip < end; ++strip) {
@@ -92,8 +92,8 @@ void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
   pool(ceil_div(blocks, kDecodedBlocks), ceil_div(kDecodeGrainElements, kDecodedBlocks * block_size), body);
 }
 
-// What does not fit in the caches is written past them: a line that will be evicted before it is read again need not be
-// fetched first.
+// Outputs of this size and more do not fit in the caches, and are written with stores that bypass them: a line that
+// would be evicted before it is read again need not be fetched first.
 inline constexpr int64_t kStreamBytes = 16 << 20;
 template <bool kHasOffsets, class T>
 void dequantize_as(const Pool& pool, const Weight& w, T* out) {

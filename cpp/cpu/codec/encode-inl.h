@@ -1,4 +1,4 @@
-// Codes under scales that are given, without and with feedback of the rounding errors, on the vocabulary codec::.
+// Encodes under given scales, without and with feedback of the rounding errors, written with the operations of codec::.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +22,7 @@ inline void encode_group(const Encoder& encoder, const T* group, float inverse, 
                       encoder.encode(codec::mul(pairs.odd, scale)));
 }
 
-// Whole groups straight from w; what is left over by way of a copy that zeros fill up.
+// Encodes whole groups straight from w. The rest goes through a buffer that is padded with zeros.
 template <class Encoder, class T>
 inline void encode_block_under(const Encoder& encoder, const T* w, int64_t count, float scale, uint8_t* packed) {
   const float inverse = inverse_scale(scale);
@@ -57,13 +57,15 @@ void encode_nf4(const Pool& pool, Code code, DType dtype, const void* w, const f
   });
 }
 
-// Rows are independent: 16 of them are the lanes of a stripe, which one thread takes from its first column to its last.
+// Rows are independent. 16 rows form a stripe, in the 16 lanes of a vector, and one thread processes a stripe from its
+// first place to its last. A place is a column's position in the order of rounding.
 //
-//     place        0 .......... batch .......... k      a place is a column in the order of rounding
-//     weights  [k][16]   rounded | being | to be        float32, changed by the errors of all places before
-//     errors   [kBatch][16]      | these |              what the rounding of a place leaves, over feedback's diagonal
+//     place        0 .......... batch .......... k
+//     weights  [k][16]   rounded | being | to be        float32, less the errors of all earlier places
+//     errors   [kBatch][16]      | these |              the rounding error of a place, over feedback's diagonal
 //
-// The errors of a batch reach its own places one by one, and all places after it together, which sum in registers.
+// Within a batch, each place's error is applied at once to the later places of the batch. The places after the batch
+// receive all of the batch's errors together, summed in registers.
 inline constexpr int64_t kStripeRows = codec::kLanes;
 inline constexpr int64_t kFeedbackBatch = 32;
 inline constexpr int64_t kPlacesAtOnce = 8;
@@ -74,7 +76,7 @@ struct Stripe {
   uint8_t* codes;  // [k][16], by column
 };
 
-// Rounds the places [first, last), and takes each one's error on to those after it.
+// Rounds the places [first, last), and applies each place's error to the later ones among them.
 template <class Encoder>
 inline void round_batch(const Encoder& encoder, const Stripe& stripe, int64_t row, int64_t rows, const float* absmax,
                         int64_t k, int shift, int64_t first, int64_t last, const float* feedback,
@@ -98,7 +100,7 @@ inline void round_batch(const Encoder& encoder, const Stripe& stripe, int64_t ro
   }
 }
 
-// weights[later ..) -= errors of the places [first, last), each times its factor.
+// weights[later ..) -= errors · factors, for the errors of the places [first, last).
 template <int64_t kPlaces>
 inline void feed_back(const Stripe& stripe, int64_t k, int64_t first, int64_t last, int64_t later,
                       const float* feedback) {
@@ -113,7 +115,8 @@ inline void feed_back(const Stripe& stripe, int64_t k, int64_t first, int64_t la
   for (int64_t i = 0; i < kPlaces; ++i) codec::store(weights + i * kStripeRows, sum[i]);
 }
 
-// Codes of `rows` rows from element `row` * k on, which is even. `pad` is the code behind an odd count.
+// Packs the codes of `rows` rows from element `row` * k on, which is even. `pad` fills the last byte if the number of
+// codes is odd.
 inline void pack_stripe(const Stripe& stripe, int64_t row, int64_t rows, int64_t k, uint8_t pad, uint8_t* packed) {
   uint8_t* out = packed + row * k / 2;
   uint8_t high = 0;

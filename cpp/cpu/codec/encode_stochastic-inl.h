@@ -1,4 +1,5 @@
-// Codes under scales that are given, by stochastic rounding. Plain loops over a group, which the compiler vectorizes.
+// Encodes under given scales with stochastic rounding. These are plain loops over a group, which the compiler
+// vectorizes.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +16,13 @@ namespace {
 
 inline constexpr int kStochasticGroup = 32;
 
-// The `count` weights from element `first` of the tensor on; `count` and `first` are even but at its end.
+// Encodes the `count` weights from element `first` of the tensor on. `first` is even, and so is `count` except at the
+// tensor's end.
 template <class T>
 inline void encode_group_stochastically(const CodeTable& table, const T* w, int64_t count, float inverse, uint64_t seed,
                                         int64_t first, uint8_t* packed) {
   float q[kStochasticGroup] = {}, threshold[kStochasticGroup];
-  int32_t code[kStochasticGroup] = {};  // ranks at first
+  int32_t code[kStochasticGroup] = {};  // first ranks, then codes
   for (int64_t i = 0; i < count; ++i) q[i] = to_float(w[i]) * inverse;
   for (int i = 0; i < kStochasticGroup; ++i) {
     threshold[i] = rounding_threshold(seed, static_cast<uint64_t>(first) + static_cast<uint64_t>(i));

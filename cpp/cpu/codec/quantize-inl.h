@@ -1,4 +1,4 @@
-// Encoding to the packed format (cpp/format), on the vocabulary codec::.
+// Encodes to the packed format (cpp/format), written with the operations of codec::.
 #pragma once
 
 #include <cstdint>
@@ -15,12 +15,12 @@
 namespace qlora::cpu::QLORA_ISA {
 namespace {
 
-// Threads share the work by strips of blocks: whole cache lines of absmax and of packed bytes.
+// Threads divide the work into strips of blocks, which are whole cache lines of absmax and of packed bytes.
 inline constexpr int64_t kStripBlocks = codec::kLanes;
 inline constexpr int64_t kEncodeGrainElements = 16384;
 
-inline constexpr int64_t kPassBytes = 8192;    // of w in one pass: a part of the first-level cache
-inline constexpr int64_t kAheadBytes = 16384;  // 8192 measures the same, 4096 a sixth slower
+inline constexpr int64_t kPassBytes = 8192;    // bytes of w per pass: a part of the L1 cache
+inline constexpr int64_t kAheadBytes = 16384;  // prefetch distance; 8192 is as fast, 4096 a sixth slower
 
 inline bool is_nan(float x) { return x != x; }
 
@@ -28,7 +28,7 @@ inline void fill(uint8_t* bytes, int64_t count, uint8_t byte) {
   for (int64_t i = 0; i < count; ++i) bytes[i] = byte;
 }
 
-// The magnitude that a block's scale is made of: NaN if there is any NaN or infinity.
+// The magnitude from which a block's scale follows: NaN if the block has a NaN or an infinity.
 template <class T>
 inline float finite_magnitude(const codec::Largest<T>& largest) {
   const float absmax = largest.magnitude();
@@ -48,8 +48,8 @@ inline void encode_own_group(const Encoder& encoder, const T* group, codec::Floa
   codec::store_packed(packed, encoder.encode_within(codec::mul(pairs.even, inverse)),
                       encoder.encode_within(codec::mul(pairs.odd, inverse)));
 }
-// Encodes a block of whole groups, and fetches what lies kAheadBytes after it: the hardware's prefetchers idle while a
-// pass encodes, because the pass before it has read the same memory.
+// Encodes a block of whole groups, and prefetches the weights kAheadBytes further on. The hardware's prefetchers idle
+// while a pass encodes, because the previous pass has just read the same memory.
 template <class Encoder, class T>
 inline void encode_block(const Encoder& encoder, const T* w, int64_t bytes, float inverse, uint8_t* packed) {
   constexpr int64_t kGroupBytes = codec::kGroup * sizeof(T);
@@ -61,8 +61,8 @@ inline void encode_block(const Encoder& encoder, const T* w, int64_t bytes, floa
   }
 }
 
-// A few blocks of whole groups, which fit in the first-level cache. Each pass goes over all of them: a block's codes
-// wait for its absmax, and that wait would fill the processor's window were there no other block to work on.
+// Quantizes a few blocks of whole groups, which fit in the L1 cache. Each pass covers all of them: a block's codes
+// depend on its absmax, and with a single block this latency would fill the processor's out-of-order window.
 template <class Encoder, class T>
 inline void quantize_blocks(const Encoder& encoder, const CodeTable& table, const T* w, int64_t blocks,
                             int64_t block_size, uint8_t* packed, float* absmax) {
@@ -78,7 +78,7 @@ inline void quantize_blocks(const Encoder& encoder, const CodeTable& table, cons
   }
 }
 
-// A block that ends within a group. The zeros that fill it up change no absmax.
+// Quantizes a block that ends within a group. The zeros that pad it do not change the absmax.
 template <class Encoder, class T>
 void quantize_ragged_block(const Encoder& encoder, const CodeTable& table, const T* w, int64_t count, uint8_t* packed,
                            float* absmax) {
@@ -102,7 +102,7 @@ template <class Encoder, class T>
 void quantize_all(const Pool& pool, const Encoder& encoder, const CodeTable& table, const T* w, int64_t numel,
                   int64_t block_size, uint8_t* packed, float* absmax) {
   const int64_t blocks = ceil_div(numel, block_size);
-  const int64_t whole_blocks = block_size % codec::kGroup == 0 ? numel / block_size : 0;  // of whole groups
+  const int64_t whole_blocks = block_size % codec::kGroup == 0 ? numel / block_size : 0;  // blocks of whole groups
   const int64_t step = min(kStripBlocks, ceil_div(kPassBytes, block_size * static_cast<int64_t>(sizeof(T))));
   auto body = [=, &table](int64_t begin, int64_t end) {
     const int64_t last = min(end * kStripBlocks, blocks), last_whole = min(last, whole_blocks);
@@ -128,7 +128,7 @@ void quantize_nf4(const Pool& pool, Code code, DType dtype, const void* w, int64
   });
 }
 
-// The sum of a chunk in the format's own order (dynamic8.h).
+// Returns the sum of a chunk in the format's order (dynamic8.h).
 inline double chunk_sum(const float* x, int64_t count) {
   double partial[kMeanLanes] = {};
   const int64_t whole = count / codec::kLanes * codec::kLanes;
@@ -139,7 +139,7 @@ inline double chunk_sum(const float* x, int64_t count) {
   return partial[0];
 }
 
-// Chunks are summed side by side, and their sums added in order.
+// Chunks are summed in parallel, and their sums are added in order.
 inline float mean(const Pool& pool, const float* x, int64_t count) {
   constexpr int64_t kChunksAtOnce = 256;
   double sum = 0.0;
@@ -158,7 +158,7 @@ inline float mean(const Pool& pool, const float* x, int64_t count) {
   return count ? static_cast<float>(sum / static_cast<double>(count)) : 0.0f;
 }
 
-// One nested block: codes of (absmax - offset), whose largest magnitude is left in nested_absmax.
+// Quantizes one nested block: the codes of (absmax - offset). nested_absmax receives the largest magnitude.
 inline void quantize_nested_block(const float* absmax, int64_t count, float offset, uint8_t* codes,
                                   float* nested_absmax) {
   uint32_t largest = 0;

@@ -1,5 +1,5 @@
-// The scales of a weight's quantization blocks as float32, whatever form they are stored in, and their offsets. No
-// other CPU code asks for the form.
+// Reads the scales of a weight's quantization blocks as float32 from any form in which they can be stored, and their
+// offsets. No other CPU code depends on the form.
 #pragma once
 
 #include <cstdint>
@@ -20,16 +20,16 @@ inline float decode_scale(uint8_t code, float nested_absmax, float nested_offset
   return product + nested_offset;
 }
 
-// Scales of one nested block. The codes' type is volatile, or GCC vectorizes the look-ups, with a dozen moves between
-// register files a code.
+// Decodes scales of one nested block. The codes' type is volatile because GCC would otherwise vectorize the lookups, at
+// a dozen moves between register files per code.
 inline void decode_scales(const volatile uint8_t* codes, int64_t count, float nested_absmax, float nested_offset,
                           float* out) {
   int64_t i = codec::decode_many_scales(const_cast<const uint8_t*>(codes), count, nested_absmax, nested_offset, out);
   for (; i < count; ++i) out[i] = decode_scale(codes[i], nested_absmax, nested_offset);
 }
 
-// The nested block that a quantization block lies in: by a shift, where it can be, for a division costs as much as a
-// few scales.
+// Returns the nested block of a quantization block, by a shift if possible, because a division costs as much as
+// decoding a few scales.
 inline int64_t nested_block_of(const Scales& scales, int64_t block) {
   const uint64_t size = static_cast<uint64_t>(scales.nested_block_size);
   return (size & (size - 1)) == 0 ? block >> __builtin_ctzll(size) : block / scales.nested_block_size;
@@ -50,19 +50,19 @@ inline void read_scales(const Scales& scales, int64_t first, int64_t count, floa
   }
 }
 
-// The same, where they lie if that is as float32, and otherwise decoded into `memory`.
+// Returns the same scales in place if they are stored as float32, and otherwise decoded into `memory`.
 inline const float* scales_at(const Scales& scales, int64_t first, int64_t count, float* memory) {
   if (scales.form == ScaleForm::kFloat32) return scales.floats() + first;
   read_scales(scales, first, count, memory);
   return memory;
 }
 
-// The offsets of blocks first and later; null where the weight has none.
+// The offsets of blocks `first` and later, or null if the weight has none.
 inline const float* offsets_at(const Scales& scales, int64_t first) {
   return scales.offsets ? scales.offsets + first : nullptr;
 }
 
-// Asks for the scales of blocks first .. first + count - 1, as they are stored.
+// Prefetches the stored scales of blocks first .. first + count - 1.
 inline void prefetch_scales(const Scales& scales, int64_t first, int64_t count) {
   if (scales.form == ScaleForm::kFloat32) {
     prefetch(scales.floats() + first, count * static_cast<int64_t>(sizeof(float)));
@@ -81,8 +81,8 @@ inline uint32_t largest_finite_bits(const float* x, int64_t count) {
   return largest;
 }
 
-// No finite scale of blocks first .. last is larger. `largest_bits(x, count)` gives the bits of the largest magnitude
-// among float32 numbers, as a kernel's vectors find it.
+// Returns an upper bound on the finite scales of blocks first .. last. `largest_bits(x, count)` returns the bits of the
+// largest magnitude among float32 numbers, as a kernel's vectors find it.
 template <class LargestBits>
 inline float scale_bound(const Scales& scales, int64_t first, int64_t last, const LargestBits& largest_bits) {
   if (scales.form == ScaleForm::kFloat32) {
@@ -95,13 +95,14 @@ inline float scale_bound(const Scales& scales, int64_t first, int64_t last, cons
   return bits_float(bits) + bits_float(float_bits(*scales.nested_offset) & kMagnitudeBits);
 }
 
-// Whether each of the first `count` scales is 0 or at least `least`, a normal number of at most 2^-30.
+// Returns whether each of the first `count` scales is 0 or has a magnitude of at least `least`, a normal number of at
+// most 2^-30.
 inline bool scales_at_least(const Pool& pool, const Scales& scales, int64_t count, float least) {
-  // Doubly quantized scales are 0 or no smaller than a last place of their mean.
+  // Nested scales are 0, or no smaller than the unit in the last place of their mean.
   if (scales.form == ScaleForm::kNested8) return *scales.nested_offset > 0x1p-30f;
   bool all = true;
   auto body = [&](int64_t begin, int64_t end) {
-    uint32_t smallest = ~0u;  // of the bits minus 1, which makes a scale of 0 the largest
+    uint32_t smallest = ~0u;  // the smallest of bits - 1, where a scale of 0 becomes the largest
     for (int64_t i = begin; i < end; ++i) {
       const uint32_t bits = (float_bits(scales.floats()[i]) & kMagnitudeBits) - 1u;
       smallest = bits < smallest ? bits : smallest;

@@ -1,12 +1,13 @@
-// Scales that suit a weight's inputs: the search of search_absmax_nf4 (kernels.h), on the vocabulary codec::.
+// Finds scales that suit a weight's inputs: the search of search_absmax_nf4 (kernels.h), written with the operations of
+// codec::.
 //
-// A block's scale s is sought that makes the weighted error
+// For each block, the search minimizes the weighted error over the scale s:
 //
 //     sum over j of importance[j] * (w[j] - s * value[code(w[j] / s)])^2
 //
-// the least: among the products of the block's absmax with kSearchSteps factors, and then twice at the s that is best
-// for the codes of the best so far, sum(importance * w * value) / sum(importance * value^2). Sums are over 16 lanes
-// each, so that every instruction set finds the same bits.
+// The first candidates are the scale that the block has without a search, and its products with kSearchSteps factors.
+// Two more candidates follow. Each is the optimal s for the codes of the best scale so far, sum(importance * w * value)
+// / sum(importance * value^2). All sums run over 16 lanes, so every instruction set finds the same bits.
 #pragma once
 
 #include <cstdint>
@@ -24,14 +25,14 @@ namespace {
 
 inline constexpr int64_t kSearchGrainElements = 4096;
 
-// A block as float32, filled up with zeros of no importance to whole groups.
+// A block as float32, padded to whole groups with zeros that have no importance.
 struct WeightedBlock {
   alignas(64) float w[kMaxBlockSize];
   alignas(64) float importance[kMaxBlockSize];
   int64_t count;
 };
 
-// The lanes' sum, halves added to halves.
+// Returns the sum of the lanes, with halves added to halves.
 inline float sum_of_lanes(codec::Floats lanes) {
   float sum[codec::kLanes];
   codec::store(sum, lanes);
@@ -52,7 +53,8 @@ inline float weighted_error(const Encoder& encoder, const WeightedBlock& block, 
   return sum_of_lanes(sum) * scale * scale;
 }
 
-// The best scale for the codes that `scale` gives; 0 where all of them that count are zeros.
+// Returns the best scale for the codes that `scale` gives, or 0 if all codes with nonzero importance have the value
+// zero.
 template <class Encoder>
 inline float fitted_scale(const Encoder& encoder, const WeightedBlock& block, float scale) {
   const codec::Floats inverse = codec::splat(inverse_scale(scale));
@@ -68,7 +70,7 @@ inline float fitted_scale(const Encoder& encoder, const WeightedBlock& block, fl
   return square > 0.0f ? sum_of_lanes(products) / square : 0.0f;
 }
 
-// `absmax` is the block's scale without a search.
+// `absmax` is the scale that the block has without a search.
 template <class Encoder>
 inline float best_scale(const Encoder& encoder, const WeightedBlock& block, float absmax) {
   float best = absmax, least = weighted_error(encoder, block, absmax);
@@ -86,7 +88,8 @@ inline float best_scale(const Encoder& encoder, const WeightedBlock& block, floa
   return best;
 }
 
-// Of a block that lies at `first` among rows of k. Returns its absmax; NaN if there is any NaN or infinity.
+// Loads the block that begins at element `first`, in rows of k. Returns its absmax, or NaN if it has a NaN or an
+// infinity.
 template <class T>
 inline float load_block(const T* w, const float* importance, int64_t first, int64_t count, int64_t k,
                         WeightedBlock* block) {

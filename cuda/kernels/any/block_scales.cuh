@@ -1,4 +1,5 @@
-// The scale of each block for a code, its largest magnitude over the code's largest value: a warp per block.
+// Computes the scale of each quantization block for a code: the block's largest magnitude divided by the code's largest
+// value. One warp per block.
 #pragma once
 
 #include <cstdint>

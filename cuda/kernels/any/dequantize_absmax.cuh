@@ -1,4 +1,4 @@
-// dequantize_absmax: 8-bit codes with nested scales -> float32 absmax.
+// dequantize_absmax: decodes 8-bit codes with nested scales to float32 absmax.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
-// dequantize_nf4: packed codes and scales -> values, float32(value) * absmax rounded once, nested scales decoded on the
-// way.
+// dequantize_nf4: decodes packed codes and scales to values, float32(value) * absmax rounded once. The same launch
+// decodes nested scales.
 //
-// A warp takes a chunk of kSweeps sweeps; in a sweep each of its 32 lanes decodes 16 bytes of output. A chunk touches
-// at most 32 quantization blocks, so that lane i loads and decodes the scale of block i, once and in whole sectors, and
-// the others get it by shuffle.
+// A warp takes one chunk of kSweeps sweeps after another. In a sweep, each of its 32 lanes decodes 16 bytes of output.
+// A chunk touches at most 32 quantization blocks, so lane i loads and decodes the scale of block i, and the other lanes
+// get it by shuffle. Each scale is read once, and the loads cover whole sectors.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +21,7 @@
 
 namespace qlora::kernels {
 
-inline constexpr int kDequantizeRun = 2;  // chunks that a warp takes one after the other
+inline constexpr int kDequantizeRun = 2;  // consecutive chunks per warp
 
 template <class T, int kChunk>
 struct DequantizeTile {
@@ -40,7 +40,8 @@ __device__ __forceinline__ uint4 round_lane(const float (&v)[tile::LaneValues<T>
   }
 }
 
-// What a warp needs besides the chunk: the CTA's tables, and the lane's nested absmax, carried from chunk to chunk.
+// What a warp needs besides the chunk: the CTA's tables, and the lane's nested absmax, which it keeps from chunk to
+// chunk.
 struct DequantizeState {
   const float* values;
   const float* dynamic8;
@@ -48,13 +49,13 @@ struct DequantizeState {
   tile::RawScale raw;
 };
 
-// Whether the kChunk elements from `first` on touch no more quantization blocks than a warp has lanes.
+// Returns whether the kChunk elements from `first` on touch no more quantization blocks than a warp has lanes.
 template <int kChunk>
 __device__ __forceinline__ bool a_lane_a_block(const tile::ScaleView& scales, int64_t first) {
   return (first + kChunk - 1 >> scales.block_shift) - (first >> scales.block_shift) < tile::kWarp;
 }
 
-// The kChunk elements from `first` on, to out[0] and on. Vector accesses fit, and a_lane_a_block.
+// Decodes the kChunk elements from `first` on into `out`. Requires alignment for vector accesses, and a_lane_a_block.
 template <class T, int kChunk, bool kReadSoon>
 __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
                                                  T* out, DequantizeState& state) {
@@ -89,7 +90,8 @@ __device__ __forceinline__ void dequantize_chunk(const uint8_t* packed, const ti
   });
 }
 
-// Up to kChunk elements, first .. end - 1, one at a time: the tensor's tail, and pointers that no vector access fits.
+// Decodes the elements first .. end - 1, at most kChunk, one at a time: the end of the tensor, and data too poorly
+// aligned for vector accesses.
 template <class T>
 __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const tile::ScaleView& scales, int64_t first,
                                                     int64_t end, T* out, const DequantizeState& state) {
@@ -101,14 +103,14 @@ __device__ __forceinline__ void dequantize_elements(const uint8_t* packed, const
   }
 }
 
-// What is decoded: `rows` pieces of `columns` elements, the first from element `first` on, each `stride` further; a
-// piece is `chunks` chunks, the last of which may be short.
+// The part of the tensor to decode: `rows` pieces of `columns` elements. The first begins at element `first`, and each
+// next one `stride` elements later. A piece has `chunks` chunks, and the last of them may be short.
 struct DequantizePieces {
   int64_t first, rows, columns, stride, chunks;
 };
 
-// Grid-stride, so that the tables are staged once a CTA however large the tensor is; a warp takes kDequantizeRun
-// neighbouring chunks, most of which share one nested block.
+// A grid-stride loop, so that each CTA stages the tables only once, however large the tensor is. A warp takes
+// kDequantizeRun neighbouring chunks at a time, because most of them share a nested block.
 template <class T, int kChunk, int kThreads, bool kReadSoon>
 __global__ __launch_bounds__(kThreads) void dequantize_nf4_kernel(const uint8_t* __restrict__ packed,
                                                                   const __grid_constant__ tile::ScaleView scales,

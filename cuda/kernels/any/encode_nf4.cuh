@@ -1,5 +1,5 @@
-// encode_nf4 and encode_nf4_stochastic: w under scales that are given -> packed codes. A warp's sweeps lie as those of
-// quantize_nf4.cuh; what a lane loads lies in one block, whose scale it reads itself.
+// encode_nf4 and encode_nf4_stochastic: encode w under given scales to packed codes. A warp's sweeps are laid out as in
+// quantize_nf4.cuh. The values that a lane loads lie in one block, and the lane reads that block's scale itself.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +20,9 @@ namespace qlora::kernels {
 
 inline constexpr int kEncodeSweeps = 4;
 
-// The ways to round: the code of q, element `index` of w, and what w is multiplied by to be q. `table` is the shared
-// address of the Table. kOwnScales: the scales were taken from w, by block_scales.cuh.
+// The rounding modes. `inverse` returns the factor that turns a weight into q, and operator() returns the code of q,
+// which belongs to element `index` of w. `table` is the shared address of the Table. kOwnScales: the scales were
+// computed from w itself, by block_scales.cuh.
 template <class Round, bool kOwnScales>
 struct NearestCode {
   using Table = typename Round::Table;
@@ -51,7 +52,7 @@ struct StochasticCode {
   uint64_t seed;
 };
 
-// As encode_lane, for scales that bound nothing. `index` is that of the lane's first value.
+// Like encode_lane, but the scale need not bound the values. `index` is the index of the lane's first value.
 template <class T, class Code>
 __device__ __forceinline__ uint32_t encode_lane_under(const tile::LaneValues<T>& values, float scale, int64_t index,
                                                       const Code& code, uint32_t table) {

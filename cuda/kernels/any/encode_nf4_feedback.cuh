@@ -1,16 +1,18 @@
-// encode_nf4 with feedback: each rounding error is made good by the columns that are rounded later (GPTQ, Frantar et
-// al., 2022), bit for bit the CPU's (cpp/cpu/codec/encode-inl.h).
+// encode_nf4 with feedback: each rounding error is compensated in the columns that are rounded later (GPTQ, Frantar et
+// al., 2022). The bits equal those of the CPU kernel (cpp/cpu/codec/encode-inl.h).
 //
-// Rows are independent. A warp takes 4 of them and its CTA a stripe, place by place, a place being a column in the
-// order of rounding. 128 places at a time are held in registers, 4 rows x 4 places a lane:
+// Rows are independent. A warp takes 4 rows, and all rows of a CTA form a stripe. The CTA processes a stripe place by
+// place: a place is a column's position in the order of rounding. Registers hold a batch of 128 places at a time, 4
+// rows x 4 places per lane:
 //
 //     places  0 .............. first ...... first + 128 ....... k
-//     errors  known, in memory | this batch | not looked at yet
+//     errors  known, in memory | this batch | not yet processed
 //
-// The batch starts from w, subtracts the errors of all places before it times their factors, and is then rounded place
-// by place: its error goes to the places after it within the batch, and takes the weight's own register. So a weight is
-// read once and changed in one register only, in the order of the places, each product and difference rounded by
-// itself. The factors, and the errors of the CTA's rows, stream through shared memory in chunks of 32 places.
+// A batch loads its weights from w and subtracts the errors of all earlier places, each times its factor. Then it is
+// rounded place by place: the error of a place is subtracted, times its factors, from the later places of the batch,
+// and replaces the place's own weight in its register. So each weight is read once and changes in one register only, in
+// the order of the places, with every product and every difference rounded separately. The factors, and the errors of
+// the CTA's rows, stream through shared memory in chunks of 32 places.
 #pragma once
 
 #include <cstdint>
@@ -27,8 +29,8 @@
 namespace qlora::kernels {
 
 struct FeedbackTile {
-  static constexpr int kRows = 4;     // of a warp
-  static constexpr int kPerLane = 4;  // places
+  static constexpr int kRows = 4;     // per warp
+  static constexpr int kPerLane = 4;  // places per lane
   static constexpr int kBatch = tile::kWarp * kPerLane;
   static constexpr int kChunk = 32;
   static constexpr int kStages = 2;
@@ -54,11 +56,11 @@ struct FeedbackShared {
 template <class T>
 struct FeedbackArgs {
   const T* w;             // [n, k]
-  const float* absmax;    // of its blocks of 2^block_shift
+  const float* absmax;    // one per quantization block of 2^block_shift weights
   const float* feedback;  // [k, k]
   const int64_t* order;   // [k]
-  float* errors;          // a stripe for each CTA, rows as long as padded_places(k)
-  uint8_t* codes;         // a stripe for each CTA, a byte a weight, stripe_codes(k, warps) bytes
+  float* errors;          // a stripe per CTA, in rows of padded_places(k)
+  uint8_t* codes;         // a stripe per CTA, one byte per weight, stripe_codes(k, warps) bytes
   uint8_t* packed;
   int64_t n;
   int k, block_shift;
@@ -72,10 +74,10 @@ __host__ __device__ constexpr int64_t stripe_codes(int64_t k, int warps) {
   return ceil_div(k * warps * FeedbackTile::kRows, int64_t{16}) * 16;
 }
 
-// A lane's part of a batch: weights, and errors where they are rounded.
+// A lane's part of a batch: weights, replaced by their errors once they are rounded.
 using FeedbackWeights = float[FeedbackTile::kRows][FeedbackTile::kPerLane];
 
-// What a CTA knows of the stripe at hand.
+// The stripe that a CTA is processing.
 template <class Round, class T>
 struct FeedbackStripe {
   using Tile = FeedbackTile;
@@ -83,18 +85,19 @@ struct FeedbackStripe {
   const Round round;
   const FeedbackArgs<T>& args;
   FeedbackShared<Round>& shared;
-  int64_t row;    // the stripe's first
-  float* errors;  // of the stripe
-  int stride;     // of its rows
+  int64_t row;    // the stripe's first row
+  float* errors;  // the stripe's errors
+  int stride;     // between the rows of `errors`
   uint8_t* codes;
 
   __device__ __forceinline__ int lane() const { return threadIdx.x % tile::kWarp; }
   __device__ __forceinline__ int warp() const { return threadIdx.x / tile::kWarp; }
   __device__ __forceinline__ int rows() const { return blockDim.x / tile::kWarp * Tile::kRows; }
-  // Rows behind the last are it once more; nothing of them is kept.
+  // Rows past the last one repeat it, and their results are discarded.
   __device__ __forceinline__ int64_t row_of(int r) const { return min(row + warp() * Tile::kRows + r, args.n - 1); }
 
-  // Columns of the batch's places, and what their errors are divided by. Call from all threads, and synchronise after.
+  // Stages the columns of the batch's places, and the inverses of feedback's diagonal at these places. Call from all
+  // threads, and synchronize afterwards.
   __device__ __forceinline__ void stage_places(int first) const {
     for (int i = threadIdx.x; i < Tile::kBatch; i += blockDim.x) {
       const int64_t place = first + i;
@@ -104,11 +107,11 @@ struct FeedbackStripe {
     }
   }
 
-  // Starts the copies of a chunk: its factors for the batch's places, zeros beyond k, by all warps, and of a chunk
-  // before the batch the errors of each warp's rows by itself.
+  // Starts the copies of a chunk. All warps together copy its factors for the batch's places, with zeros beyond k. If
+  // the chunk lies before the batch, each warp also copies the errors of its own rows.
   template <bool kAligned>
   __device__ __forceinline__ void stage_chunk(int chunk, int first) const {
-    constexpr int kFloats = 4;  // of 16 bytes
+    constexpr int kFloats = 4;  // in 16 bytes
     const int stage = chunk % Tile::kStages, place = chunk * Tile::kChunk;
     constexpr int kWidth = kAligned ? kFloats : 1, kSteps = Tile::kPerLane / kWidth;
     const int warps = blockDim.x / tile::kWarp, at = first + lane() * kWidth, rows_left = args.k - place;
@@ -155,7 +158,7 @@ struct FeedbackStripe {
     __syncwarp();
   }
 
-  // weights -= the errors of a chunk before the batch, each times its factor.
+  // weights -= errors · factors, for the errors of a chunk before the batch.
   __device__ __forceinline__ void subtract(FeedbackWeights& weights, int stage) const {
     const auto& factors = shared.factors[stage];
     const auto* const own = &shared.errors[stage][warp() * Tile::kRows];
@@ -182,7 +185,7 @@ struct FeedbackStripe {
     }
   }
 
-  // Rounds place kPlace of the lane `owner`. Lane l rounds row l % 4; all lanes know the errors then.
+  // Rounds place kPlace of lane `owner`. Lane l rounds row l % 4, and then all lanes get the errors.
   template <int kPlace>
   __device__ __forceinline__ void round_place(FeedbackWeights& weights, int owner, const float (&factors)[Tile::kBatch],
                                               uint32_t table) const {
@@ -217,7 +220,7 @@ struct FeedbackStripe {
     }
   }
 
-  // Rounds the places of a chunk within the batch, of which `chunk_first` is the first.
+  // Rounds the places of a chunk within the batch. `chunk_first` is the chunk's first place.
   __device__ __forceinline__ void round_chunk(FeedbackWeights& weights, int stage, int first, int chunk_first,
                                               uint32_t table) const {
 #pragma unroll 1
@@ -241,7 +244,7 @@ struct FeedbackStripe {
   template <bool kAligned>
   __device__ __forceinline__ void round_batch(int first, uint32_t table) const {
     const int chunks = ceil_div(min(first + Tile::kBatch, args.k), Tile::kChunk);
-    __syncthreads();  // the batch before has left shared memory, and written its errors
+    __syncthreads();  // the previous batch has finished with shared memory, and has written its errors
     stage_places(first);
     for (int chunk = 0; chunk < Tile::kStages - 1; ++chunk) {
       if (chunk < chunks) stage_chunk<kAligned>(chunk, first);
@@ -266,8 +269,8 @@ struct FeedbackStripe {
     store_errors(weights, first);
   }
 
-  // The stripe's codes. Stripes are of 8 rows at least, so that each begins at a whole word of packed codes; the low
-  // half of an odd last byte is the zero code.
+  // Packs the stripe's codes. Stripes have at least 8 rows, so each begins at a whole word of packed codes. If the
+  // number of codes is odd, the low half of the last byte is the zero code.
   __device__ __forceinline__ void pack() const {
     constexpr int kAtOnce = 8;
     const int64_t count = min(int64_t{rows()}, args.n - row) * args.k;
@@ -292,7 +295,7 @@ struct FeedbackStripe {
   }
 };
 
-// kAligned: rows of the factors begin at multiples of 16 bytes.
+// kAligned: the rows of the factors begin at multiples of 16 bytes.
 template <class Round, class T, bool kAligned>
 __global__ __launch_bounds__(FeedbackTile::kMaxWarps* tile::kWarp,
                              2) void encode_nf4_feedback_kernel(const Round round, const FeedbackArgs<T> args) {

@@ -1,5 +1,5 @@
-// The gradients of all experts' LoRA in one launch: tiles that are each summed over one expert's tokens. The sums of an
-// expert without any are zeros. And the kernel for float32.
+// The gradients of all experts' LoRA weights in one launch: what all data types share, and the kernel for float32. Each
+// tile sums over one expert's tokens. An expert without tokens gets zeros.
 #pragma once
 
 #include <cstdint>
@@ -12,10 +12,10 @@ namespace qlora::kernels {
 struct GroupedDLoraArgs {
   DLoraArgs stack;  // of the first expert, with all experts' tokens
   tile::Groups groups;
-  uint32_t column_tiles;  // of an expert
+  uint32_t column_tiles;  // per expert
 };
 
-// What the CTAs of a column tile make where there are no tokens: as many zeros, that follow each other in memory.
+// The output of a column tile's CTAs if the expert has no tokens. These zeros are contiguous in memory.
 template <class T>
 __device__ __forceinline__ void clear_dlora_tile(const DLoraArgs& args, int64_t column_tile) {
   if (blockIdx.y > 0) return;
@@ -27,8 +27,8 @@ __device__ __forceinline__ void clear_dlora_tile(const DLoraArgs& args, int64_t 
   for (int64_t i = threadIdx.x; i < count; i += kDLoraThreads) out[column0 * args.rank + i] = T{};
 }
 
-// body(args, column_tile, begin, end) for this CTA's tile. Grid: x over column tiles (fastest) and experts, y over
-// ranks.
+// Calls body(args, column_tile, begin, end) for this CTA's tile. Grid: x over column tiles (fastest) and experts, y
+// over ranks.
 template <class T, class Body>
 __device__ __forceinline__ void visit_dlora_tile(const GroupedDLoraArgs& p, Body body) {
   const uint32_t expert = blockIdx.x / p.column_tiles, column_tile = blockIdx.x % p.column_tiles;

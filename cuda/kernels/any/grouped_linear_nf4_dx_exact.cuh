@@ -1,5 +1,5 @@
-// dX of all experts in one launch: tiles of one expert's tokens and weight each, which keep their row numbers in dy, as
-// in grouped_linear_nf4_ragged_kernel. And the kernel for float32.
+// dX of all experts in one launch: what all data types share, and the kernel for float32. Each tile has one expert's
+// tokens and weight. Tokens keep their row numbers in dy, as in grouped_linear_nf4_ragged_kernel.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,12 @@
 namespace qlora::kernels {
 
 struct GroupedDxArgs {
-  DxArgs stack;  // of the first expert, with all experts' tokens; token_tiles is as many as there may be
+  DxArgs stack;  // of the first expert, with all experts' tokens; token_tiles is an upper bound
   tile::Groups groups;
   WeightStride stride;
 };
 
-// `bytes` to an element.
+// `bytes` is the size of an element.
 __device__ __forceinline__ DxArgs expert_args(const GroupedDxArgs& p, const tile::Group& group, int bytes) {
   DxArgs args = p.stack;
   args.packed += group.expert * p.stride.packed_bytes;
@@ -27,8 +27,8 @@ __device__ __forceinline__ DxArgs expert_args(const GroupedDxArgs& p, const tile
   return args;
 }
 
-// body(args, token0, column0) for this CTA's tile of an expert, kTokens x kColumns. Grid: x over token tiles (fastest)
-// and column tiles.
+// Calls body(args, token0, column0) for this CTA's tile of an expert, kTokens x kColumns. Grid: x over token tiles
+// (fastest) and column tiles.
 template <class T, int kTokens, int kColumns, int kThreads, class Body>
 __device__ __forceinline__ void visit_dx_tile(const GroupedDxArgs& p, Body body) {
   const tile::GroupTile tile =

@@ -1,6 +1,6 @@
-// The forward of all experts in one launch, for any shape and type: linear_nf4_ragged_kernel's tiles, each of one
-// expert's rows and weight. Tokens keep their row numbers in x, so an expert's problem is that of the tokens up to its
-// end, from a tile of its own on. Of experts without tokens nothing is read.
+// The forward of all experts in one launch, for any shape and type. It uses the tiles of linear_nf4_ragged_kernel, and
+// each tile has one expert's tokens and weight. Tokens keep their row numbers in x: an expert's arguments cover all
+// tokens up to its last, and its tiles begin at its first. Weights of experts without tokens are never read.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,7 @@
 
 namespace qlora::kernels {
 
-// Args: LinearArgs or RaggedLinearArgs of the first expert, with all experts' tokens; token_tiles is as many as there
-// may be.
+// Args: LinearArgs or RaggedLinearArgs of the first expert, with all experts' tokens. token_tiles is an upper bound.
 template <class Args>
 struct GroupedLinearArgs {
   Args stack;

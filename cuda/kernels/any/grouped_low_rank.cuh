@@ -1,5 +1,5 @@
-// LoRA's low-rank products of all experts: as low_rank_kernel, with each expert's own a. out [rows, rank]; rows that
-// belong to no expert get zeros.
+// LoRA's low-rank products of all experts: like low_rank_kernel, but each expert has its own a. out is [rows, rank],
+// and rows that belong to no expert become zeros.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +11,11 @@ namespace qlora::kernels {
 
 template <class T>
 struct GroupedLowRankArgs {
-  LowRankArgs<T> stack;  // of the first expert; x and out have all rows, clear is unused
+  LowRankArgs<T> stack;  // of the first expert; x and out have all rows, `clear` is unused
   tile::Groups groups;
 };
 
-// The tokens of `group` alone: rows keep their numbers, by which dropout goes.
+// The arguments for the tokens of `group`. Rows keep their numbers, because the dropout mask depends on them.
 template <class T>
 __device__ __forceinline__ LowRankArgs<T> expert_args(const GroupedLowRankArgs<T>& p, const tile::Group& group) {
   LowRankArgs<T> args = p.stack;
@@ -24,8 +24,8 @@ __device__ __forceinline__ LowRankArgs<T> expert_args(const GroupedLowRankArgs<T
   return args;
 }
 
-// Grid: x over tiles of 8 tokens of an expert, as many as there may be, y over 16·kRankTiles ranks. Needs what
-// low_rank_tile does, of every expert.
+// Grid: x over tiles of 8 tokens of one expert, up to the largest possible number of tiles, y over 16·kRankTiles ranks.
+// Has the requirements of low_rank_tile, for every expert.
 template <class T, bool kTransposed, int kRankTiles>
 __global__ void __launch_bounds__(kLowRankThreads)
     grouped_low_rank_kernel(const __grid_constant__ GroupedLowRankArgs<T> p) {
@@ -37,7 +37,8 @@ __global__ void __launch_bounds__(kLowRankThreads)
     return tile::store_zeros<T, kLowRankThreads>(p.stack.out, p.stack.rank, tile.row0, row_end, rank0,
                                                  rank0 + 16 * kRankTiles);
   }
-  constexpr int kTurns = kRankTiles > 1 ? 1 : 2;  // an expert's arguments take registers, too
+  // With one rank tile, low_rank_kernel loads 4 pieces at a time. Here an expert's arguments take registers, too.
+  constexpr int kTurns = kRankTiles > 1 ? 1 : 2;
   low_rank_tile<T, kTransposed, kRankTiles, 1, kTurns>(expert_args(p, tile.group), tile.row0, rank0);
 }
 

@@ -1,5 +1,5 @@
-// LoRA's weight gradients for float32, every product a float32 FMA: as linear_nf4_dlora_kernel, but a thread has two
-// neighbouring columns and 16 ranks, and a warp every eighth token. Any shape.
+// LoRA's weight gradients for float32, with every product a float32 FMA, for any shape. Like linear_nf4_dlora_kernel,
+// but a thread has two neighbouring columns and 16 ranks, and a warp takes every eighth token.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace qlora::kernels {
 
-// The sum over tokens [begin, end) of the tile of column tile `column_tile` and ranks blockIdx.y, a whole CTA's work.
+// Sums over tokens [begin, end) for column tile `column_tile` and the ranks of blockIdx.y. This is the work of a whole
+// CTA.
 __device__ __forceinline__ void linear_nf4_dlora_exact_tile(const DLoraArgs& args, int64_t column_tile, int64_t begin,
                                                             int64_t end) {
   __shared__ DLoraSums sums;

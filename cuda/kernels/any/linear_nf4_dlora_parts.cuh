@@ -1,4 +1,5 @@
-// What LoRA's weight gradients are made of besides the product: arguments, a CTA's tile, and how sums become da and db.
+// What the kernels of LoRA's weight gradients share: the arguments, a CTA's tile, and the epilogue that turns sums into
+// da and db.
 #pragma once
 
 #include <cstdint>
@@ -11,9 +12,9 @@
 namespace qlora::kernels {
 
 inline constexpr int kDLoraThreads = 256;
-inline constexpr int kDLoraGroups = 8;    // warps, which share out the tokens; each leaves a sum
+inline constexpr int kDLoraGroups = 8;    // warps that divide the tokens; each produces a sum
 inline constexpr int kDLoraColumns = 64;  // of x or dy, per CTA
-inline constexpr int kDLoraRanks = 16;    // per chunk, which is what is summed up and stored at once
+inline constexpr int kDLoraRanks = 16;    // per chunk: the unit of summation and storing
 inline constexpr int kDLoraChunk = kDLoraRanks * kDLoraColumns;
 
 // One of the two gradients. da: wide = x, low_rank = g. db: wide = dy, low_rank = h.
@@ -22,9 +23,9 @@ struct DLoraSide {
   const void* low_rank;  // [m, rank]
   void* out;             // [rank, columns], or [columns, rank] if `columns_first`
   int64_t columns;
-  float factor;  // that the sum is multiplied by
+  float factor;  // the sum is multiplied by it
   bool columns_first;
-  bool masked;  // dropout's mask is on `wide`
+  bool masked;  // the dropout mask applies to `wide`
 };
 
 struct DLoraArgs {
@@ -44,7 +45,7 @@ struct DLoraTile {
   int64_t index;
 };
 
-// The tile of column tile `column_tile` and ranks blockIdx.y.
+// Makes the tile for column tile `column_tile` and the ranks of blockIdx.y.
 template <int kRanks>
 __device__ __forceinline__ DLoraTile make_dlora_tile(const DLoraArgs& args, int64_t column_tile) {
   DLoraTile tile;
@@ -60,7 +61,7 @@ struct DLoraSums {
   float value[kDLoraGroups][kDLoraRanks][kDLoraColumns + 2];
 };
 
-// Element i of a chunk of 16 ranks x 64 columns, in the order in which the output lies in memory.
+// Element i of a chunk of 16 ranks x 64 columns, in the memory order of the output.
 struct DLoraElement {
   int rank, column;
   __device__ __forceinline__ DLoraElement(const DLoraSide& side, int i)
@@ -82,7 +83,7 @@ __device__ __forceinline__ float* dlora_partial(const DLoraArgs& args, const DLo
   return args.partials + ((tile.index * args.splits + split) * rank_tiles + rank_tile) * kDLoraChunk;
 }
 
-// Adds up the groups' sums of a chunk: to the output, or to this split's partial sum.
+// Adds up the groups' sums of a chunk, and stores them as output or as this split's partial sum.
 template <class T>
 __device__ __forceinline__ void finish_dlora(const DLoraArgs& args, const DLoraTile& tile, const DLoraSums& sums,
                                              int rank_tile, int rank_tiles) {
@@ -99,7 +100,7 @@ __device__ __forceinline__ void finish_dlora(const DLoraArgs& args, const DLoraT
   }
 }
 
-// The last CTA of the tile adds up the splits.
+// The CTA of the tile that arrives last adds up the splits.
 template <class T>
 __device__ __forceinline__ void add_dlora_splits(const DLoraArgs& args, const DLoraTile& tile, int rank_tiles) {
   if (!tile::arrives_last(args.tickets + tile.index, args.splits)) return;

@@ -1,4 +1,4 @@
-// The arguments of the dX kernels on tensor cores and in float32.
+// The arguments of the dX kernels, on mma.sync and in float32.
 #pragma once
 
 #include <cstdint>

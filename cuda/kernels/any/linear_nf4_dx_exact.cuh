@@ -1,7 +1,8 @@
-// dx = dy · w + mask ∘ (g · a) · keep_scale for float32: every weight decoded to float32, every product a float32 FMA.
+// dx = dy · w + mask ∘ (g · a) · keep_scale for float32. Every weight is decoded to float32, and every product is a
+// float32 FMA.
 //
-// A CTA makes dx[kDxExactTokens tokens][128 columns] from its share of the rows n; a thread has one column and every
-// second row. Any n, k and alignment. LoRA's part, a sum over the rank, is added where the outputs are stored.
+// A CTA computes dx[kDxExactTokens tokens][128 columns] over its share of the rows n. A thread has one column and every
+// second row. Any n, k and alignment work. LoRA's part, a sum over the rank, is added when the outputs are stored.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,8 @@ __device__ __forceinline__ float dx_lora_exact(const DxArgs& args, int64_t m, in
   return keep ? sum * static_cast<float>(args.dropout.keep_scale) : 0.0f;
 }
 
-// The tile of tokens token0.. and columns column0.., a whole CTA's work: split blockIdx.y of the rows.
+// Computes the tile of tokens token0.. and columns column0.. over split blockIdx.y of the rows. This is the work of a
+// whole CTA.
 __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int64_t token0, int64_t column0) {
   __shared__ float values[kCodes], dynamic8[256];
   __shared__ float dy[kDxExactStageRows][kDxExactTokens];
@@ -52,7 +54,7 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
     __syncthreads();
     if (column >= args.k) continue;
     const int rows = static_cast<int>(min(row_end - stage, int64_t{kDxExactStageRows}));
-    float part[kDxExactTokens] = {};  // a stage's sums on their own: rounding errors grow with the length of a sum
+    float part[kDxExactTokens] = {};  // summed per stage, because rounding errors grow with the length of a sum
 #pragma unroll 4
     for (int row = half; row < rows; row += 2) {
       const int64_t element = (stage + row) * args.k + column;
@@ -65,7 +67,7 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
     for (int i = 0; i < kDxExactTokens; ++i) acc[i] += part[i];
   }
 
-  // The two halves of the rows, then the splits, always in the same order.
+  // Adds the two halves of the rows, then the splits, always in the same order.
   if (half == 1) {
 #pragma unroll
     for (int i = 0; i < kDxExactTokens; ++i) sums[i][column_in_tile] = acc[i];
@@ -99,7 +101,7 @@ __device__ __forceinline__ void linear_nf4_dx_exact_tile(const DxArgs& args, int
   }
 }
 
-// Grid as linear_nf4_dx_kernel's, with the tile above.
+// The grid is that of linear_nf4_dx_kernel, with the tile above.
 inline __global__ void __launch_bounds__(kDxExactThreads) linear_nf4_dx_exact_kernel(const DxArgs args) {
   linear_nf4_dx_exact_tile(args, int64_t{blockIdx.x % args.token_tiles} * kDxExactTokens,
                            int64_t{blockIdx.x / args.token_tiles} * kDxExactColumns);

@@ -1,11 +1,10 @@
-// y = x · wᵀ + h · lora_bᵀ + bias for ragged shapes and pointers, all that the tensor-core kernel does not take: blocks
-// and bytes that span rows, blocks of less than 64, odd k. Each element of w is found by its flat index, so nothing is
-// assumed of k or of pointers. The arithmetic is float32 throughout, so that it is also the exact path, of float32 x.
+// y = x · wᵀ + h · lora_bᵀ + bias for everything that the tensor-core kernel does not accept: quantization blocks and
+// bytes that span rows, blocks of fewer than 64 weights, odd k, any alignment. The kernel finds each element of w by
+// its flat index. All arithmetic is float32, so this is also the exact kernel for float32 x.
 //
-// A CTA computes kRaggedRows rows of w times kTokens tokens; both operands are widened to float32 in shared memory, 32
-// k at a time. A thread multiplies 4 rows by 4 tokens; where there are few tokens, 64 / kTokens threads share out the
-// 32 k of the same outputs. Each stage is summed from zero and then added, which keeps the rounding error of long sums
-// small.
+// A CTA computes kRaggedRows rows of w times kTokens tokens. Both operands are widened to float32 in shared memory, 32
+// k at a time. A thread multiplies 4 rows by 4 tokens. With few tokens, 64 / kTokens threads divide the 32 k of the
+// same outputs. Each stage is summed from zero and then added, which keeps the rounding error of long sums small.
 #pragma once
 
 #include <cstdint>
@@ -35,10 +34,11 @@ inline constexpr int kRaggedRows = 64;  // of w, per CTA
 inline constexpr int kRaggedThreads = 256;
 inline constexpr int kRaggedStageK = 32;  // k per stage
 
-inline constexpr int kRaggedRun = 8;  // consecutive weights that a thread decodes
+inline constexpr int kRaggedRun = 8;  // consecutive weights that a thread decodes at once
 
-// Weights i0..i0+kRaggedRun-1 of the flat weight, of which `count` exist (the others are zero). A whole run at a
-// multiple of its length lies in one word and one block; otherwise each weight is found by itself.
+// Decodes the weights i0..i0+kRaggedRun-1 of the flattened weight. The first `count` exist, and the others become zero.
+// A complete run that begins at a multiple of its length lies in one word and one block. Otherwise each weight is
+// decoded separately.
 __device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::ScaleView& view, int64_t i0, int count,
                                            const float* code, const float* dynamic8, float offset,
                                            float (&w)[kRaggedRun]) {
@@ -58,11 +58,11 @@ __device__ __forceinline__ void decode_run(const uint8_t* packed, const tile::Sc
   }
 }
 
-// The tile of rows n0.. of w and tokens token0.. of x, a whole CTA's work.
+// Computes the tile of rows n0.. of w and tokens token0.. of x. This is the work of a whole CTA.
 template <class T, int kTokens>
 __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>& p, int64_t n0, int64_t token0) {
   constexpr int kRowThreads = kRaggedRows / 4, kTokenThreads = kTokens / 4;  // of 4 rows and 4 tokens each
-  constexpr int kSlices = kRaggedThreads / (kRowThreads * kTokenThreads);    // that share out a stage's k
+  constexpr int kSlices = kRaggedThreads / (kRowThreads * kTokenThreads);    // threads that divide a stage's k
   constexpr int kSliceK = kRaggedStageK / kSlices, kRunsPerRow = kRaggedStageK / kRaggedRun;
   static_assert(kRaggedRows * kRunsPerRow == kRaggedThreads);
   __shared__ float dynamic8[256], code[kCodes];
@@ -76,7 +76,7 @@ __device__ __forceinline__ void linear_nf4_ragged_tile(const RaggedLinearArgs<T>
   const float offset = tile::nested_offset(p.scales);
 
   float acc[4][4] = {};  // [i][j]: row row_thread + kRowThreads i, token token_thread + kTokenThreads j
-  // acc += sum over k < count of w(row, k) · x[token][k]; load_w(row, k, count, w) gives a run of k.
+  // acc += sum over k < count of w(row, k) · x[token][k]. load_w(row, k, count, w) loads a run of consecutive k.
   const auto accumulate = [&](int64_t count, const T* x, auto load_w) {
     const int row = threadIdx.x / kRunsPerRow, run = threadIdx.x % kRunsPerRow * kRaggedRun;
     for (int64_t k0 = 0; k0 < count; k0 += kRaggedStageK) {

@@ -1,10 +1,10 @@
-// LoRA's low-rank products, h of the forward and g of the backward: out [m, rank] = round(factor · mask(x) · aᵀ), where
-// a is [rank, k] (h = scaling · dropout(x) · lora_aᵀ) or, transposed, [k, rank] (g = scaling · dy · lora_b).
+// LoRA's low-rank products, h in the forward and g in the backward: out [m, rank] = round(factor · mask(x) · aᵀ). a is
+// [rank, k] (h = scaling · dropout(x) · lora_aᵀ) or, transposed, [k, rank] (g = scaling · dy · lora_b).
 //
-// On tensor cores the ranks are the 16 rows of the mma and the tokens its 8 columns. A sum does not care about the
-// order of k, so a lane takes 8 consecutive k of its row with one 16-byte load and feeds them as the k of two mma; no
-// operand passes through shared memory. The warps of a CTA share out k, and so do the CTAs of a cluster; their sums are
-// added in a fixed order.
+// On tensor cores, the ranks are the 16 rows of the mma and the tokens its 8 columns. The order of k in a sum is free,
+// so a lane takes 8 consecutive k of its row with one 16-byte load and feeds them as the k of two mma. No operand
+// passes through shared memory. The warps of a CTA divide k, and so do the CTAs of a cluster. Their sums are added in a
+// fixed order.
 #pragma once
 
 #include <cstdint>
@@ -29,13 +29,13 @@ struct LowRankArgs {
   const T* a;
   T* out;  // [m, rank]
   int64_t m, k, rank;
-  float factor;  // scaling, times the dropout's keep_scale
+  float factor;  // scaling times dropout's keep_scale
   Dropout dropout;
-  uint32_t* clear;  // words set to zero on the way, for the kernel that follows
+  uint32_t* clear;  // words that this launch also sets to zero, for the next kernel
   int64_t clear_count;
 };
 
-// Zeroes the halves of `pair` (elements 2i, 2i+1 of a group of four) that are dropped.
+// Zeroes the dropped halves of `pair`, which holds two neighbouring elements. bits0 and bits1 are their random bits.
 __device__ __forceinline__ uint32_t drop_pair(const Dropout& dropout, uint32_t pair, uint32_t bits0, uint32_t bits1) {
   return pair & ((dropout.keeps(bits0) ? 0x0000FFFFu : 0u) | (dropout.keeps(bits1) ? 0xFFFF0000u : 0u));
 }
@@ -50,8 +50,8 @@ __device__ __forceinline__ void drop8(const Dropout& dropout, int64_t index, uin
   x.w = drop_pair(dropout, x.w, high.lane[2], high.lane[3]);
 }
 
-// The mma's A operand, of both mma that take this lane's 8 k from `k0` on, for the 16 ranks from `rank0` on (zeros
-// unless `valid`). From [rank, k]: mma row i is rank rank0 + i.
+// Loads the A operand of both mma that take this lane's 8 k from `k0` on, for the 16 ranks from `rank0` on (zeros
+// unless `valid`). From [rank, k]: row i of the mma is rank rank0 + i.
 template <class T>
 __device__ __forceinline__ void load_ranks(const LowRankArgs<T>& p, int64_t rank0, int64_t k0, bool valid, int g,
                                            uint32_t (&f)[8]) {
@@ -63,8 +63,8 @@ __device__ __forceinline__ void load_ranks(const LowRankArgs<T>& p, int64_t rank
   f[4] = low.z, f[5] = high.z, f[6] = low.w, f[7] = high.w;
 }
 
-// The same from [k, rank]: a lane loads the ranks (2g, 2g+1) of its 8 rows k and pairs rows, so that mma row g is rank
-// rank0 + 2g and row g + 8 is rank rank0 + 2g + 1.
+// The same from [k, rank]. A lane loads ranks 2g and 2g+1 of its 8 rows k and pairs rows, so row g of the mma is rank
+// rank0 + 2g, and row g + 8 is rank rank0 + 2g + 1.
 template <class T>
 __device__ __forceinline__ void load_ranks_transposed(const LowRankArgs<T>& p, int64_t rank0, int64_t k0, bool valid,
                                                       int g, uint32_t (&f)[8]) {
@@ -88,8 +88,8 @@ __device__ __forceinline__ void clear_words(uint32_t* words, int64_t count) {
   for (int64_t i = cta * blockDim.x + threadIdx.x; i < count; i += ctas * blockDim.x) words[i] = 0;
 }
 
-// Stores four sums for the 16 ranks from rank0 on. `quad` is 32 times the token tile, plus the lane (g, t) whose
-// accumulators they are: mma rows g and g + 8, columns 2t and 2t + 1.
+// Stores four of the sums for the 16 ranks from rank0 on. `quad` is 32 times the token tile, plus the lane (g, t) that
+// holds them as its accumulators: rows g and g + 8 of the mma, columns 2t and 2t + 1.
 template <bool kTransposed, class T>
 __device__ __forceinline__ void store_low_rank(const LowRankArgs<T>& p, int64_t token0, int64_t rank0, int quad,
                                                float4 sum) {
@@ -103,8 +103,8 @@ __device__ __forceinline__ void store_low_rank(const LowRankArgs<T>& p, int64_t 
   store(token, high, sum.z), store(token + 1, high, sum.w);
 }
 
-// acc += the part of one warp of many, which take turns at 32 k: this one begins at k = `first` and goes on by `step`.
-// kTurns of them are loaded before the first is multiplied: as many as registers hold.
+// Adds one warp's part to acc. The warps take turns at 32 k: this warp begins at k = `first` and advances by `step`. It
+// loads kTurns of these pieces before it multiplies the first, as many as the registers hold.
 template <bool kDropout, bool kTransposed, int kTurns, class T, int kRankTiles, int kTokenTiles>
 __device__ __forceinline__ void add_low_rank(const LowRankArgs<T>& p, int64_t token0, int64_t rank0, int64_t first,
                                              int64_t step, float (&acc)[kRankTiles][kTokenTiles][4]) {
@@ -149,12 +149,13 @@ __device__ __forceinline__ void add_low_rank(const LowRankArgs<T>& p, int64_t to
   }
 }
 
-// Tokens token0.. and ranks rank0.., 8·kTokenTiles and 16·kRankTiles of them, the work of a whole CTA or, along
-// gridDim.z, cluster. Needs k % 8 == 0 and x, a 16-byte aligned; transposed also an even rank.
+// Computes 8·kTokenTiles tokens from token0 on and 16·kRankTiles ranks from rank0 on. This is the work of a whole CTA,
+// or of a cluster along gridDim.z. Requires k % 8 == 0, and x and a aligned to 16 bytes; if transposed, also an even
+// rank.
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles,
           int kTurns = (kRankTiles * kTokenTiles > 1 ? 1 : 4)>
 __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t token0, int64_t rank0) {
-  constexpr int kQuads = 32 * kTokenTiles;  // of sums for 16 ranks
+  constexpr int kQuads = 32 * kTokenTiles;  // quadruples of sums for 16 ranks
   __shared__ float4 partial[kLowRankWarps][kQuads];
   __shared__ float4 sums[kRankTiles][kQuads];  // of the CTA
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -188,7 +189,7 @@ __device__ __forceinline__ void low_rank_tile(const LowRankArgs<T>& p, int64_t t
   ptx::cluster_sync();  // no CTA ends while another reads its sums
 }
 
-// Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks, z, a cluster if more than one, over k.
+// Grid: x over 8·kTokenTiles tokens, y over 16·kRankTiles ranks, z over k. If z is more than one, it is a cluster.
 template <class T, bool kTransposed, int kRankTiles, int kTokenTiles>
 __global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_constant__ LowRankArgs<T> p) {
   clear_words(p.clear, p.clear_count);
@@ -196,8 +197,8 @@ __global__ void __launch_bounds__(kLowRankThreads) low_rank_kernel(const __grid_
                                                          int64_t{blockIdx.y} * (16 * kRankTiles));
 }
 
-// Any type, shape and alignment: a warp sums up one token's kLowRankScalarRanks ranks in float32, its lanes striding
-// over k. A CTA takes those of blockIdx.y.
+// For any type, shape and alignment. A warp computes kLowRankScalarRanks ranks of one token in float32, and its lanes
+// stride over k. A CTA takes the ranks of blockIdx.y.
 template <class T, bool kTransposed>
 __device__ __forceinline__ void low_rank_token(const LowRankArgs<T>& p, int64_t token) {
   const int lane = threadIdx.x % 32;

@@ -1,10 +1,11 @@
-// The end of a product that a library made: out = round(sum + mask ∘ (left · right) · keep_scale + bias), where `sum`
-// is the library's in float32 and left · right is LoRA's, of its low-rank product and one of its matrices. The one
-// rounding of out.
+// The epilogue of a matmul that a library computed: out = round(sum + mask ∘ (left · right) · keep_scale + bias). `sum`
+// is the library's result in float32. left · right is LoRA's part: its low-rank product times one of its matrices. out
+// is rounded only here.
 //
-// On tensor cores tokens are the 16 rows of the mma, columns its 8, ranks the sum. A lane feeds 4 consecutive ranks as
-// the mma's k = 2t, 2t+1, 2t+8, 2t+9 (a sum does not care about its order). Two mma share out 16 columns so that a lane
-// holds four neighbours: with t = lane % 4 and c = 0, 1, mma e's column 2t + c is column 4t + 2e + c of the 16.
+// On tensor cores, tokens are the 16 rows of the mma, columns its 8 columns, and ranks its k. A lane feeds 4
+// consecutive ranks as k = 2t, 2t+1, 2t+8, 2t+9, since the order of a sum is free. Two mma divide 16 columns so that a
+// lane ends up with four neighbours: with t = lane % 4 and c = 0, 1, column 2t + c of mma e is column 4t + 2e + c of
+// the 16.
 #pragma once
 
 #include <cstdint>
@@ -29,14 +30,14 @@ struct LowRankUpdateArgs {
   T* out;         // [m, columns], rows `out_stride` apart
   int64_t out_stride;
   int64_t m, columns, rank;
-  Dropout dropout;       // of left · right
-  int64_t first_column;  // of `out` in the matrix that the mask is numbered in, out_stride wide
+  Dropout dropout;       // applies to left · right
+  int64_t first_column;  // where `out` begins in the rows, out_stride wide, that number the mask
 };
 
 inline constexpr int kUpdateThreads = 256;
-inline constexpr int kUpdateTokens = 64, kUpdateColumns = 128;  // of a CTA: 4 warps of 16 tokens x 2 of 64 columns
+inline constexpr int kUpdateTokens = 64, kUpdateColumns = 128;  // per CTA: 4 warps of 16 tokens x 2 of 64 columns
 
-// Ranks first .. first + 3 of column `column`, two to a register; zeros beyond what there is.
+// Loads ranks first .. first + 3 of column `column`, two per register. Ranks and columns that do not exist are zeros.
 template <class T>
 __device__ __forceinline__ uint2 load_right(const LowRankUpdateArgs<T>& p, int64_t first, int64_t column) {
   uint32_t v[4];
@@ -49,7 +50,7 @@ __device__ __forceinline__ uint2 load_right(const LowRankUpdateArgs<T>& p, int64
   return make_uint2(v[0] | v[1] << 16, v[2] | v[3] << 16);
 }
 
-// Four neighbours of out from column `column` of token `token` on: `product` is left · right.
+// Finishes four neighbours of out from column `column` of token `token` on. `product` is left · right.
 template <class T>
 __device__ __forceinline__ void finish_quad(const LowRankUpdateArgs<T>& p, int64_t token, int64_t column,
                                             const float (&product)[4]) {
@@ -86,7 +87,7 @@ __device__ __forceinline__ void finish_quad(const LowRankUpdateArgs<T>& p, int64
     if (i < left) out[i] = tile::narrow<T>(value[i]);
 }
 
-// bfloat16 and float16. Grid: x over column tiles, y over token tiles (as far as it reaches).
+// For bfloat16 and float16. Grid: x over column tiles, y strides over token tiles.
 template <class T>
 __global__ void __launch_bounds__(kUpdateThreads)
     low_rank_update_kernel(const __grid_constant__ LowRankUpdateArgs<T> p) {
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(kUpdateThreads)
   }
 }
 
-// float32, by float32 FMA: a thread makes four neighbours. Grid as above.
+// For float32, by float32 FMA: a thread computes four neighbours at a time. The grid is as above.
 __global__ void __launch_bounds__(kUpdateThreads)
     low_rank_update_exact_kernel(const __grid_constant__ LowRankUpdateArgs<float> p) {
   const int64_t column = int64_t{blockIdx.x} * kUpdateColumns + threadIdx.x % 32 * 4;

@@ -1,6 +1,6 @@
-// quantize_absmax: float32 absmax -> offset (the mean), and 8-bit codes of absmax - offset with a float32 scale a
-// nested block. Two launches: the mean needs every value before the first code. Bit for bit as cpp/format/dynamic8.h
-// says.
+// quantize_absmax: encodes float32 absmax as an offset (the mean), 8-bit codes of absmax - offset, and one float32
+// scale per nested block. It takes two launches, because the first code needs the mean of all values. The bits follow
+// cpp/format/dynamic8.h exactly.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@
 
 namespace qlora::kernels {
 
-// chunk_sums[c] = the sum of chunk c in the format's order: one CTA a chunk, one thread a partial.
+// chunk_sums[c] = the sum of chunk c in the format's order. One CTA per chunk, one thread per partial sum.
 __global__ __launch_bounds__(kMeanLanes) void absmax_sum_kernel(const float* __restrict__ absmax, int64_t count,
                                                                 double* __restrict__ chunk_sums) {
   __shared__ double partial[kMeanLanes];
@@ -29,7 +29,7 @@ __global__ __launch_bounds__(kMeanLanes) void absmax_sum_kernel(const float* __r
   if (threadIdx.x == 0) chunk_sums[blockIdx.x] = partial[0];
 }
 
-// The number of boundaries below q, as dynamic8_encode: a tie goes to the lower entry, NaN to entry 0.
+// Returns the number of boundaries below q, like dynamic8_encode: a tie goes to the lower entry, NaN to entry 0.
 __device__ __forceinline__ int encode_dynamic8(float q, const float (&boundary)[255]) {
   int code = 0;
 #pragma unroll
@@ -39,7 +39,8 @@ __device__ __forceinline__ int encode_dynamic8(float q, const float (&boundary)[
   return code;
 }
 
-// One warp a nested block. Every CTA adds the chunk sums again, in order: fewer than a thousand even for 2^32 weights.
+// One warp per nested block. Every CTA adds up the chunk sums again, in order: fewer than a thousand even for 2^32
+// weights.
 template <int kThreads>
 __global__ __launch_bounds__(kThreads) void quantize_absmax_kernel(
     const float* __restrict__ absmax, int64_t count, int64_t nested_block_size, const double* __restrict__ chunk_sums,

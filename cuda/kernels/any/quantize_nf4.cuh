@@ -1,9 +1,10 @@
-// quantize_nf4 for codes that tile::EncodeCells serves, in blocks of 32 and more: w -> packed codes and absmax, bit for
-// bit as cpp/format/codes.h says. Others take two launches, block_scales.cuh and encode_nf4.cuh.
+// quantize_nf4 for codes that tile::EncodeCells serves, in blocks of 32 weights and more: encodes w as packed codes and
+// absmax. The bits follow cpp/format/codes.h exactly. Other codes and block sizes take two launches, block_scales.cuh
+// and encode_nf4.cuh.
 //
-// A warp takes four sweeps of w; a sweep is 16 bytes a lane, consecutive over the 32 lanes, so that each load and each
-// packed store of the warp is one run of whole sectors. A quantization block is kGroup neighbouring lanes of a sweep,
-// whole sweeps, or several whole warps of a CTA.
+// A warp takes four sweeps of w. A sweep is 16 bytes per lane, consecutive over the 32 lanes, so each load and each
+// packed store of a warp covers a contiguous run of whole sectors. A quantization block is one of the following: kGroup
+// neighbouring lanes of a sweep, whole sweeps, or several whole warps of a CTA.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,7 @@ struct QuantizeTile {
   static constexpr int kPerLane = tile::LaneValues<T>::kCount;
   static constexpr int kSweep = tile::kWarp * kPerLane;  // values
   static constexpr int kSweeps = 4;                      // 16-byte loads a lane has in flight
-  static constexpr int kValues = kSweeps * kSweep;       // a warp's share
+  static constexpr int kValues = kSweeps * kSweep;       // per warp
   static constexpr int kGroup = kBlock < kSweep ? kBlock / kPerLane : tile::kWarp;
   static constexpr int kBlocksPerSweep = tile::kWarp / kGroup;
   static constexpr int kSweepsPerBlock = kBlock <= kSweep ? 1 : kBlock < kValues ? kBlock / kSweep : kSweeps;
@@ -34,8 +35,8 @@ struct QuantizeTile {
   static constexpr int kWarpsPerBlock = kBlock > kValues ? kBlock / kValues : 1;
 };
 
-// The lane's codes, packed: nibble n holds element n ^ 1, because an even element is the high half of its byte. `table`
-// is the shared address of the tile::EncodeCells.
+// Returns the lane's codes, packed. Nibble n holds element n ^ 1, because an even element is the high half of its byte.
+// `table` is the shared address of the tile::EncodeCells.
 template <class T>
 __device__ __forceinline__ uint32_t encode_lane(const tile::LaneValues<T>& values, float inverse, uint32_t table) {
   uint32_t codes = 0;
@@ -51,8 +52,8 @@ __device__ __forceinline__ uint32_t encode_lane(const tile::LaneValues<T>& value
   return codes;
 }
 
-// The absmax of each span's block, in every lane of the block; a block with a NaN or an infinity in it gets NaN.
-// `across_warps` is shared memory of a word a warp. Call from all threads of the CTA.
+// Computes the absmax of each span's block, in every lane of the block. A block with a NaN or an infinity gets NaN.
+// `across_warps` is shared memory of one word per warp. Call from all threads of the CTA.
 template <class T, int kBlock>
 __device__ __forceinline__ void block_absmax(const tile::LaneValues<T> (&values)[QuantizeTile<T, kBlock>::kSweeps],
                                              float (&absmax)[QuantizeTile<T, kBlock>::kSpans], uint32_t* across_warps) {
@@ -82,7 +83,8 @@ __device__ __forceinline__ void block_absmax(const tile::LaneValues<T> (&values)
   }
 }
 
-// The first `count` codes of the lane (any number, also negative); the low half of an odd last byte is the zero code.
+// Stores the first `count` codes of the lane. `count` may also be negative, or more than the lane has. If it is odd,
+// the low half of the last byte is the zero code.
 template <int kPerLane>
 __device__ __forceinline__ void store_codes_tail(uint8_t* out, uint32_t codes, int64_t count, uint32_t zero_code) {
 #pragma unroll
@@ -127,7 +129,7 @@ __global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restr
     constexpr int kOffset = r * Tile::kSweep / 2;
     const float own = scale[r / Tile::kSweepsPerBlock];
     uint32_t codes = encode_lane<T>(values[r], inverse_absmax(own), table);
-    codes = own == own ? codes : 0;  // NaN in, code 0 throughout
+    codes = own == own ? codes : 0;  // a block with a NaN has code 0 throughout
     if (!whole) {
       store_codes_tail<Tile::kPerLane>(out + kOffset, codes, numel - begin - r * Tile::kSweep, zero_code);
     } else if constexpr (Tile::kPerLane == 8) {
@@ -137,7 +139,8 @@ __global__ __launch_bounds__(kThreads) void quantize_nf4_kernel(const T* __restr
     }
   });
 
-  // Each lane of a group writes another span's absmax, so that one store covers the warp's blocks without gaps.
+  // Each lane of a group writes the absmax of a different span, so a single store covers the warp's blocks without
+  // gaps.
   const int span = lane % Tile::kGroup;
   const int64_t block = first / kBlock + span * Tile::kBlocksPerSweep + lane / Tile::kGroup;
   float mine = scale[0];

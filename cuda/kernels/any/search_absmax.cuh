@@ -1,8 +1,9 @@
-// search_absmax_nf4: the scale of each block that makes the weighted error of its codes the least, bit for bit the
-// CPU's (cpp/cpu/codec/search_absmax-inl.h says what is sought and in which order it is summed).
+// search_absmax_nf4: finds for each block the scale with the least weighted error. The bits equal those of the CPU
+// kernel; cpp/cpu/codec/search_absmax-inl.h defines the objective and the order of its sums.
 //
-// 16 lanes take a block, and are the 16 partial sums of the format's order. One pass over the block sums the errors of
-// all factors of its absmax, so that a block of any size needs no memory: its later passes find it in L1.
+// 16 lanes take a block, and each computes one of the 16 partial sums that the format's order has. One pass over the
+// block sums the errors of all candidate scales, so blocks of any size need no buffer. The later passes find the block
+// in L1.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +20,13 @@ namespace qlora::kernels {
 
 inline constexpr int kSearchLanes = 16;
 
-// What a lane sees of its block: elements kSearchLanes apart, and their columns' importance.
+// A lane's part of a block: elements that lie kSearchLanes apart, and the importance of their columns.
 template <class T>
 struct BlockLane {
-  const T* w;  // the block's
+  const T* w;  // the block's first weight
   const float* importance;
-  int64_t k, column;  // of the first element
-  int first, count;   // elements of the block
+  int64_t k, column;  // the row length, and the column of the lane's first element
+  int first, count;   // in the block: the lane's first element, and the number of elements
 
   template <class Body>
   __device__ __forceinline__ void for_each(Body&& body) const {
@@ -38,7 +39,7 @@ struct BlockLane {
   }
 };
 
-// The sum over a block's lanes, halves added to halves; in all of them. Call from all lanes of the warp.
+// Returns the sum over a block's 16 lanes to all of them, with halves added to halves. Call from all lanes of the warp.
 __device__ __forceinline__ float sum_of_lanes(float sum) {
 #pragma unroll
   for (int half = kSearchLanes / 2; half; half /= 2) {
@@ -47,7 +48,7 @@ __device__ __forceinline__ float sum_of_lanes(float sum) {
   return sum;
 }
 
-// `sum` and the weighted error of one weight, in units of the scale's square.
+// Adds the weighted error of one weight to `sum`, in units of the scale's square.
 template <class Round>
 __device__ __forceinline__ float add_error(const Round& round, float sum, float w, float importance, float inverse,
                                            uint32_t table) {
@@ -60,7 +61,8 @@ __device__ __forceinline__ float block_error(float sum, float scale) {
   return __fmul_rn(__fmul_rn(sum_of_lanes(sum), scale), scale);
 }
 
-// The best scale for the codes that `scale` gives; 0 where all of them that count are zeros.
+// Returns the best scale for the codes that `scale` gives, or 0 if all codes with nonzero importance have the value
+// zero.
 template <class Round, class T>
 __device__ __forceinline__ float fitted_scale(const Round& round, const BlockLane<T>& block, float scale,
                                               uint32_t table) {
@@ -130,7 +132,7 @@ __global__ __launch_bounds__(kThreads) void search_absmax_kernel(const Round rou
   const int lane = threadIdx.x % kSearchLanes;
   const int64_t b = int64_t{blockIdx.x} * (kThreads / kSearchLanes) + threadIdx.x / kSearchLanes;
   const int64_t first = b * block_size;
-  // Lanes behind the last block go with the others, on none of its elements.
+  // Lanes past the last block run along with the others, but have no elements.
   const int count = static_cast<int>(max(int64_t{0}, min(int64_t{block_size}, numel - first)));
   const BlockLane<T> block = {w + first, importance, k, (first + lane) % k, lane, count};
 

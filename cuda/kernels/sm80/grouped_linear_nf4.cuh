@@ -1,6 +1,6 @@
-// The forward of all experts in one launch: linear_nf4_kernel's tiles, each of one expert's rows and weight. Tokens
-// keep their row numbers in x, so an expert's problem is that of the tokens up to its end, from a tile of its own on.
-// Of experts without tokens nothing is read.
+// The forward of all experts in one launch. It uses the tiles of linear_nf4_kernel, and each tile has one expert's
+// tokens and weight. Tokens keep their row numbers in x: an expert's arguments cover all tokens up to its last, and its
+// tiles begin at its first. Weights of experts without tokens are never read.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ __device__ __forceinline__ LinearArgs<T> expert_args(const GroupedLinearArgs<Lin
   return args;
 }
 
-// Grid: x over token tiles (fastest) and row tiles. Needs what linear_nf4_tile does, of every expert.
+// Grid: x over token tiles (fastest) and row tiles. Has the requirements of linear_nf4_tile, for every expert.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     grouped_linear_nf4_kernel(const __grid_constant__ GroupedLinearArgs<LinearArgs<typename Tile::T>> p) {

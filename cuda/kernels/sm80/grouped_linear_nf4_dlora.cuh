@@ -1,5 +1,5 @@
-// The gradients of all experts' LoRA in one launch: linear_nf4_dlora_kernel's tiles, each summed over one expert's
-// tokens. The sums of an expert without any are zeros.
+// The gradients of all experts' LoRA weights in one launch. It uses the tiles of linear_nf4_dlora_kernel, and each tile
+// sums over one expert's tokens. An expert without tokens gets zeros.
 #pragma once
 
 #include <cstdint>

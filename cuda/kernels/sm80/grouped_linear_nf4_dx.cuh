@@ -1,5 +1,5 @@
-// dX of all experts in one launch: linear_nf4_dx_kernel's tiles, each of one expert's tokens and weight, which keep
-// their row numbers in dy, as in grouped_linear_nf4_kernel.
+// dX of all experts in one launch. It uses the tiles of linear_nf4_dx_kernel, and each tile has one expert's tokens and
+// weight. Tokens keep their row numbers in dy, as in grouped_linear_nf4_kernel.
 #pragma once
 
 #include <cstdint>

@@ -1,8 +1,9 @@
-// y = x · wᵀ + h · lora_bᵀ + bias on tensor cores, straight from the packed weight: cp.async stages of x and packed
-// bytes, decode to registers by the pair table, float32 accumulators. Tile shapes and layouts:
-// cuda/tile/sm80/linear_tile.cuh.
+// y = x · wᵀ + h · lora_bᵀ + bias on tensor cores, straight from the packed weight. cp.async copies stages of x and
+// packed bytes, the pair table decodes them to registers, and the accumulators are float32.
+// cuda/tile/sm80/linear_tile.cuh describes the tile shapes and layouts.
 //
-// The block scale never touches a weight: each segment is summed from zero, and then acc += scale · sum.
+// The scale of a quantization block is never applied to a weight: each segment is summed from zero, and then acc +=
+// scale · sum.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,7 @@ struct LinearArgs {
   tile::ScaleView scales;
   tile::CodeView code;
   int64_t m, n, k;
-  tile::LoraOperands<T> lora;  // rank 0: none
+  tile::LoraOperands<T> lora;  // rank 0: no LoRA
   tile::LinearOutput<T> out;
   int64_t token_tiles;         // CTAs along m
   int64_t segments_per_split;  // a multiple of the tile's kStageSegments
@@ -52,7 +53,8 @@ struct LaneAddresses {
 template <class Tile>
 using Accumulators = float[Tile::kRowTiles][Tile::kTokenTiles][4];
 
-// acc += one segment: `segment` of the stage in buffer `slot`, whose scales are number `scale_segment` of those held.
+// Adds one segment's product to acc: segment `segment` of the stage in buffer `slot`. Its scales have index
+// `scale_segment` among those staged.
 template <class Tile>
 __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane, int slot, int segment,
                                                  int scale_segment, Accumulators<Tile>& acc) {
@@ -93,7 +95,7 @@ __device__ __forceinline__ void multiply_segment(const LaneAddresses<Tile>& lane
   });
 }
 
-// The LoRA steps are dealt out to all splits and warp groups.
+// The splits and warp groups take turns at the LoRA steps.
 template <class Tile, class T>
 __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int64_t row0, int64_t token0, int group,
                                          Accumulators<Tile>& acc) {
@@ -107,8 +109,8 @@ __device__ __forceinline__ void add_lora(const tile::LoraOperands<T>& lora, int6
   }
 }
 
-// The tile of rows n0.. of w and tokens token0.. of x, a whole CTA's work: split blockIdx.y of k. Needs k % 64 == 0, a
-// block size of at least 64, x and packed aligned to 16 bytes.
+// Computes the tile of rows n0.. of w and tokens token0.. of x, over split blockIdx.y of k. This is the work of a whole
+// CTA. Requires k % 64 == 0, a block size of at least 64, and x and packed aligned to 16 bytes.
 template <class Tile>
 __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::T>& p, int64_t n0, int64_t token0) {
   extern __shared__ __align__(128) uint8_t shared_memory[];
@@ -135,13 +137,13 @@ __device__ __forceinline__ void linear_nf4_tile(const LinearArgs<typename Tile::
   int slot = 0;
   for (int stage = 0; stage < stages; ++stage) {
     if (stage % Tile::kStagesPerScales == 0) {
-      __syncthreads();  // the tables are complete, and the last scales are no longer used
+      __syncthreads();  // the tables are complete, and the previous scales no longer in use
       scales.store(shared + Tile::kScales, dynamic8);
       const int after = stage * Tile::kStageSegments + tile::kScaleSegments;
       if (after < segments) scales.load(segment0 + after, segments - after);
     }
     ptx::cp_async_wait<Tile::kStages - 2>();
-    __syncthreads();  // this stage is complete, and the buffer of the one before is free
+    __syncthreads();  // this stage is complete, and the previous stage's buffer is free
     source.fetch(stage + Tile::kStages - 1, slot == 0 ? Tile::kStages - 1 : slot - 1);
 #pragma unroll
     for (int i = 0; i < Tile::kStageSegments / Tile::kWarpsK; ++i) {

@@ -1,11 +1,16 @@
-// LoRA's weight gradients, da = gᵀ · mask(x) · keep_scale [r, k] and db = dyᵀ · h [n, r]: two sums over the tokens, of
-// columns of x or dy (the wide operand) with columns of g or h (the low-rank one), in one launch.
+// LoRA's weight gradients, da = gᵀ · mask(x) · keep_scale [r, k] and db = dyᵀ · h [n, r], in one launch. Both are sums
+// over the tokens of a wide operand's columns (x or dy) times a low-rank operand's columns (g or h).
 //
-// A CTA makes 64 columns x 16 kRankTiles ranks from its share of the tokens; its eight warps take turns at 16 tokens.
-// The wide operand is the mma's A, as W is in linear_nf4_dx_kernel: a lane loads 8 columns 8g..8g+7 of tokens 4t..4t+3
-// (16 bytes each) and pairs tokens with prmt; mma i of four has columns 8g + 2i and 8g + 2i + 1 as rows g and g + 8.
-// The low-rank operand is B: a lane loads ranks 2g, 2g+1 of the same four tokens, which pair up to the column g of two
-// mma: even ranks and odd ones. So acc[i][2j + o][e], [2 + e] are columns 8g + 2i, + 1 of rank 16j + 4t + 2e + o.
+// A CTA computes 64 columns x 16 kRankTiles ranks over its share of the tokens. Its eight warps take turns at 16
+// tokens.
+//
+// The wide operand is the mma's A, like W in linear_nf4_dx_kernel. A lane loads 8 columns 8g..8g+7 of tokens 4t..4t+3
+// (16 bytes each) and pairs tokens with prmt. Four mma divide the columns: mma i has columns 8g + 2i and 8g + 2i + 1 as
+// its rows g and g + 8.
+//
+// The low-rank operand is B. A lane loads ranks 2g and 2g+1 of the same four tokens. Paired, they are column g of two
+// mma, one for even and one for odd ranks. So acc[i][2j + o][e] and acc[i][2j + o][2 + e] are columns 8g + 2i and 8g +
+// 2i + 1 of rank 16j + 4t + 2e + o.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +21,7 @@
 
 namespace qlora::kernels {
 
-// Columns column .. column + 7 of a token as four pairs; zeros past the end, and where dropped.
+// Loads columns column .. column + 7 of a token as four pairs. Elements past the end and dropped elements are zeros.
 template <class T, bool kRagged>
 __device__ __forceinline__ uint4 load_wide(const DLoraSide& side, const Dropout& dropout, int64_t m, int64_t tokens,
                                            int64_t column) {
@@ -37,7 +42,7 @@ __device__ __forceinline__ uint4 load_wide(const DLoraSide& side, const Dropout&
   return side.masked ? tile::keep_8(v, tile::keep_mask(dropout, index)) : v;
 }
 
-// Ranks rank, rank + 1 (rank is even) of a token as a pair; zeros past the end.
+// Loads ranks rank and rank + 1 of a token as a pair (rank is even). Ranks past the end are zeros.
 template <class T>
 __device__ __forceinline__ uint32_t load_low_rank(const DLoraSide& side, int64_t m, int64_t tokens, int64_t rank,
                                                   int64_t ranks) {
@@ -47,7 +52,8 @@ __device__ __forceinline__ uint32_t load_low_rank(const DLoraSide& side, int64_t
   return from[0].bits | (rank + 1 < ranks ? uint32_t{from[1].bits} << 16 : 0u);
 }
 
-// The sum over tokens [begin, end) of the tile of column tile `column_tile` and ranks blockIdx.y, a whole CTA's work.
+// Sums over tokens [begin, end) for column tile `column_tile` and the ranks of blockIdx.y. This is the work of a whole
+// CTA.
 template <class T, int kRankTiles, bool kRagged>
 __device__ __forceinline__ void linear_nf4_dlora_tile(const DLoraArgs& args, int64_t column_tile, int64_t begin,
                                                       int64_t end) {
@@ -91,7 +97,7 @@ __device__ __forceinline__ void linear_nf4_dlora_tile(const DLoraArgs& args, int
 
 #pragma unroll
   for (int j = 0; j < kRankTiles; ++j) {
-    __syncthreads();  // the sums of the ranks before have been read
+    __syncthreads();  // the previous ranks' sums have been read
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
 #pragma unroll

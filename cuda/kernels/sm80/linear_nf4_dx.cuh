@@ -1,16 +1,17 @@
-// dx = dy · w + mask ∘ (g · a) · keep_scale on tensor cores, from the packed weight as it lies.
+// dx = dy · w + mask ∘ (g · a) · keep_scale on tensor cores, straight from the packed weight.
 //
-// A CTA makes dx[tokens of its tile][256 columns] from its share of the rows n. Eight warps: four slabs of 64 columns,
-// each by two warps that take turns at 16 rows ("steps"); the two add up through shared memory at the end. W is the
-// mma's A operand and rows n are the sum:
+// A CTA computes dx[tokens of its tile][256 columns] over its share of the rows n. Its eight warps divide four slabs of
+// 64 columns. The two warps of a slab take turns at steps of 16 rows, and add their sums through shared memory at the
+// end. W is the mma's A operand, and the mma sums over rows n:
 //
 //   W in 64 columns x 16 rows: lane (g = lane / 4, t = lane % 4) holds 8 columns 8g..8g+7 (4 bytes) of rows 4t..4t+3.
 //   Two rows' nibbles of one column are joined into a byte, which the pair table turns into (w[n][c], w[n+1][c]).
 //   mma i of four: its row g is column 8g + 2i, its row g + 8 column 8g + 2i + 1; its k = {2t, 2t+1, 2t+8, 2t+9} are
 //   rows n = 4t..4t+3, for which dy's fragment is 8 consecutive bytes of a token.
 //
-// So acc[i][j][e], acc[i][j][2 + e] are columns 8g + 2i, 8g + 2i + 1 of token 8j + 2t + e: a lane ends with 8
-// consecutive outputs of a token, one 16-byte store. LoRA is the same product with [g | a] in place of [dy | w].
+// So acc[i][j][e] and acc[i][j][2 + e] are columns 8g + 2i and 8g + 2i + 1 of token 8j + 2t + e: a lane ends up with 8
+// consecutive outputs of a token, which it stores as 16 bytes. LoRA is the same product with [g | a] in place of [dy |
+// w].
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,8 @@
 
 namespace qlora::kernels {
 
-// The tile of tokens token0.. and columns column0.., a whole CTA's work: split blockIdx.y of the rows.
+// Computes the tile of tokens token0.. and columns column0.. over split blockIdx.y of the rows. This is the work of a
+// whole CTA.
 template <class T, int kTokenTiles, bool kRagged>
 __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t token0, int64_t column0) {
   using Layout = tile::DxLayout<kTokenTiles, kRagged>;
@@ -43,12 +45,12 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
   }
 
   DxAccumulators<T, kTokenTiles> acc;
-  const bool has_columns = tile.column0 + tile.slab * tile::kDxSlabColumns < args.k;  // else this warp only copies
+  const bool has_columns = tile.column0 + tile.slab * tile::kDxSlabColumns < args.k;  // otherwise this warp only copies
   acc.template add_lora<kRagged>(args, tile, has_columns && blockIdx.y == 0 && tile.group == 0 ? args.rank : 0);
 
   for (int stage = 0, slot = 0, free = kAhead; stage < tile.stages; ++stage) {
     ptx::cp_async_wait<kAhead - 1>();
-    __syncthreads();  // the stage is there, and `free` no longer read
+    __syncthreads();  // the stage is complete, and `free` is no longer being read
     const bool more = stage + kAhead < tile.stages;
     if (more) {
       loader.start_copies(free);
@@ -67,7 +69,7 @@ __device__ __forceinline__ void linear_nf4_dx_tile(const DxArgs& args, int64_t t
 
 constexpr int dx_ctas_per_sm(int token_tiles) { return token_tiles <= 2 ? 2 : 1; }
 
-// Grid: x = column tile * token_tiles + token tile, so that neighbours share W in the cache; y = split.
+// Grid: x = column tile * token_tiles + token tile, so neighbouring CTAs share W in the cache; y = split.
 template <class T, int kTokenTiles, bool kRagged>
 __global__ void __launch_bounds__(tile::kDxThreads, dx_ctas_per_sm(kTokenTiles))
     linear_nf4_dx_kernel(const DxArgs args) {

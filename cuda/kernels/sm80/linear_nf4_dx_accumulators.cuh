@@ -1,4 +1,5 @@
-// The tensor-core dX kernel's accumulators: what adds to them, and how they become dx.
+// The accumulators of the tensor-core dX kernel: the products that are added to them, and the epilogue that turns them
+// into dx.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@
 
 namespace qlora::kernels {
 
-// The scales of rows 4t..4t+3 of a step. In the regular case a lane's eight columns lie in one block.
+// The scales of rows 4t..4t+3 of a step. In the regular case, a lane's eight columns lie in one quantization block.
 template <class Layout, bool kRagged>
 struct DxScales {
   float4 row;
@@ -34,7 +35,7 @@ template <class Layout>
 struct DxScales<Layout, true> {
   const char* shared;
   int slot, first_row, shift;
-  uint32_t first[4];  // position of the lane's first column, counted from the start of its row's first block
+  uint32_t first[4];  // the lane's first column, counted from the start of the first block that its row touches
 
   __device__ __forceinline__ DxScales(const DxArgs& args, const DxTile& tile, char* shared, int64_t row0, int slot,
                                       int first_row)
@@ -55,15 +56,15 @@ struct DxScales<Layout, true> {
 
 template <class T, int kTokenTiles>
 class DxAccumulators {
-  // Each of a slab's two warps finishes half of the token tiles; a single one is the first warp's alone.
+  // Each of a slab's two warps finishes half of the token tiles. If there is only one, the first warp finishes it.
   static constexpr int kOwners = kTokenTiles == 1 ? 1 : 2;
   static constexpr int kOwn = kTokenTiles / kOwners;
 
  public:
-  // acc += [g | a] over `rank`, masked and scaled as dropout asks; before anything else is added.
+  // acc += [g | a] over `rank`, masked and scaled by dropout. Must come before any other addition.
   template <bool kRagged>
   __device__ __forceinline__ void add_lora(const DxArgs& args, const DxTile& tile, int64_t rank) {
-    // Without hold() the compiler sets the zeros twice, once for each way past the loop.
+    // Without hold(), the compiler zeroes the accumulators twice, once for each path around the loop.
 #pragma unroll
     for (int i = 0; i < 4 * kTokenTiles; ++i) ptx::hold(acc_[i / kTokenTiles][i % kTokenTiles]);
 #pragma unroll 1
@@ -107,7 +108,8 @@ class DxAccumulators {
                              ptx::load_shared_u32<2 * tile::kPairF32EntryBytes>(w_step),
                              ptx::load_shared_u32<3 * tile::kPairF32EntryBytes>(w_step)};
       constexpr uint32_t kHigh = 0xF0F0F0F0u;
-      // Byte c of even01 joins column 2c's nibbles of rows 4t and 4t + 1; odd01 column 2c + 1's.
+      // Byte c of even01 joins the nibbles of column 2c in rows 4t and 4t + 1, and byte c of odd01 those of column 2c +
+      // 1.
       const uint32_t even01 = ptx::select_bits(kHigh, w[0], w[1] >> 4);
       const uint32_t odd01 = ptx::select_bits(kHigh, w[0] << 4, w[1]);
       const uint32_t even23 = ptx::select_bits(kHigh, w[2], w[3] >> 4);
@@ -130,8 +132,8 @@ class DxAccumulators {
     }
   }
 
-  // Adds the slab's two warps and the splits, and writes dx. All threads of the CTA come here, after a barrier since
-  // shared memory was last used.
+  // Adds the sums of the slab's two warps and of the splits, and writes dx. Call from all threads of the CTA, with a
+  // barrier after the last use of shared memory.
   template <bool kRagged>
   __device__ __forceinline__ void finish(const DxArgs& args, const DxTile& tile, char* shared) {
     float own[kOwn][4][4];
@@ -164,7 +166,7 @@ class DxAccumulators {
   }
 
  private:
-  // acc += mma kPair of the four of a step, whose A has columns 2 kPair and 2 kPair + 1 of the lane's eight.
+  // acc += mma kPair of a step's four. Its A operand has columns 2 kPair and 2 kPair + 1 of the lane's eight.
   template <int kPair, class S>
   __device__ __forceinline__ void add_pair_of_columns(uint32_t table, uint32_t copy, uint32_t even01, uint32_t odd01,
                                                       uint32_t even23, uint32_t odd23, const S& s,
@@ -182,7 +184,7 @@ class DxAccumulators {
     for (int j = 0; j < kTokenTiles; ++j) ptx::mma_m16n8k16<T>(acc_[kPair][j], a0, a1, a2, a3, b[j][0], b[j][1]);
   }
 
-  // lora_a[r][column .. column + 7] as four pairs; zeros past the end.
+  // Loads lora_a[r][column .. column + 7] as four pairs. Columns past the end are zeros.
   template <bool kRagged>
   __device__ __forceinline__ static void load_a(const DxArgs& args, int64_t r, int64_t column, uint32_t (&pairs)[4]) {
     const T* row = static_cast<const T*>(args.lora_a) + r * args.k + column;
@@ -200,7 +202,7 @@ class DxAccumulators {
     }
   }
 
-  // g[m][r .. r + 3]; zeros past the end.
+  // Loads g[m][r .. r + 3]. Ranks past the end are zeros.
   __device__ __forceinline__ static uint2 load_g(const DxArgs& args, int64_t m, int64_t r) {
     const T* g = static_cast<const T*>(args.g) + m * args.rank + r;
     uint2 four = make_uint2(0, 0);
@@ -213,7 +215,8 @@ class DxAccumulators {
     return four;
   }
 
-  // The mask of up to four token tiles is drawn in a loop that is not unrolled, since Philox is long, and then applied.
+  // First draws the mask of up to four token tiles, in a loop that is not unrolled because Philox is long, and then
+  // applies it.
   __device__ __forceinline__ void apply_dropout(const DxArgs& args, const DxTile& tile) {
     const float keep_scale = static_cast<float>(args.dropout.keep_scale);
     constexpr int kAtOnce = kTokenTiles < 4 ? kTokenTiles : 4;
@@ -239,7 +242,7 @@ class DxAccumulators {
     }
   }
 
-  // The slab's warps give each other the half that they do not finish.
+  // The slab's warps exchange the halves that they do not finish.
   __device__ __forceinline__ void exchange(const DxTile& tile, char* shared, float (&own)[kOwn][4][4]) {
     static_assert(2 * tile::kDxSlabs * kOwn * 4 * 512 <= tile::kPairF32Bytes);
     float4* mine =

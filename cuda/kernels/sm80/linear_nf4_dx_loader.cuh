@@ -1,5 +1,5 @@
-// Brings stages of W, dy and scales to shared memory for the tensor-core dX kernel. Rows, columns and tokens past the
-// end become zeros, so that they add nothing. Stages are taken in order, one a call.
+// Loads stages of W, dy and scales into shared memory for the tensor-core dX kernel. Rows, columns and tokens past the
+// end become zeros, so they add nothing. Each call loads the next stage in order.
 #pragma once
 
 #include <cstdint>
@@ -11,12 +11,13 @@
 
 namespace qlora::kernels {
 
-// For k % 32 == 0, blocks of at least 32, n % 8 == 0 and 16-byte aligned tensors: everything by cp.async. A thread
-// keeps to its rows, so that from one stage to the next only constants are added.
+// For k % 32 == 0, blocks of at least 32 weights, n % 8 == 0 and tensors aligned to 16 bytes: everything is copied by
+// cp.async, except the scales. A thread always copies the same rows of a stage, so it reaches the next stage by adding
+// constants.
 template <class T, int kTokenTiles>
 class DxLoader {
   using Layout = tile::DxLayout<kTokenTiles, false>;
-  static constexpr int kWRows = tile::kDxThreads / 8;  // rows of W, or tokens of dy, that the CTA copies at once
+  static constexpr int kWRows = tile::kDxThreads / 8;  // rows of W, or tokens of dy, that the CTA copies at a time
   static constexpr int kWCopies = tile::kDxStageRows / kWRows;
   static constexpr int kDyCopies = (Layout::kTokens + kWRows - 1) / kWRows;
   static constexpr int kScalesPerThread = 2;
@@ -62,8 +63,8 @@ class DxLoader {
     dy_rows_ -= tile::kDxStageRows;
   }
 
-  // Reads the stage's scales into registers; store_scales, later, decodes them into shared memory. What lies past the
-  // end reads the last scale and stores zero.
+  // Reads the stage's scales into registers. store_scales later decodes them into shared memory. For elements past the
+  // end, load_scales reads the last scale and store_scales stores zero.
   __device__ __forceinline__ void load_scales() {
 #pragma unroll
     for (int i = 0; i < kScalesPerThread; ++i) {
@@ -96,13 +97,13 @@ class DxLoader {
   char* scale_target_;
   int64_t scale_element_;  // the first weight, by flat index, of this thread's column group in its first row
   uint32_t w_target_, dy_target_;
-  int w_rows_, dy_rows_, scale_rows_, tokens_;  // how many are left, from this thread's first on
+  int w_rows_, dy_rows_, scale_rows_, tokens_;  // the numbers left, from this thread's first on
   int scale_step_;                              // rows from one of this thread's scales to the next
   float offset_;
   tile::RawScale raw_[kScalesPerThread];
 };
 
-// For any k, n and alignment, element by element.
+// For any k, n and alignment, one element at a time.
 template <class T, int kTokenTiles>
 class DxRaggedLoader {
   using Layout = tile::DxLayout<kTokenTiles, true>;
@@ -129,7 +130,7 @@ class DxRaggedLoader {
 
   __device__ __forceinline__ void load_scales() {}
 
-  // Column group j of a row is the j-th block from the one in which the row's part of the tile starts.
+  // Column group j of a row is the j-th block, counted from the block in which the row's part of the tile begins.
   __device__ __forceinline__ void store_scales(int slot) {
     const float* dynamic8 = reinterpret_cast<const float*>(shared_ + Layout::kDynamic8);
     const int64_t row0 = tile_.row0 + int64_t{scaled_++} * tile::kDxStageRows;
@@ -146,7 +147,7 @@ class DxRaggedLoader {
   }
 
  private:
-  // The codes of elements first .. first + 7 as 4 bytes; `first` may be the low nibble of its byte.
+  // Returns the codes of elements first .. first + 7 as 4 bytes. `first` may be the low nibble of its byte.
   __device__ __forceinline__ uint32_t eight_codes(int64_t first) const {
     const int64_t bytes = (args_.n * args_.k + 1) / 2;
     uint64_t big_endian = 0;

@@ -1,4 +1,4 @@
-// The tile that a CTA and a lane of the tensor-core dX kernel have.
+// The tile of a CTA, and of a lane, in the tensor-core dX kernel.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,13 @@
 namespace qlora::kernels {
 
 struct DxTile {
-  int64_t token0, column0, row0;  // the CTA's first
-  int64_t column;                 // the first of this lane's eight
-  int rows, stages;               // the CTA's share of W's rows, and the stages that they take
+  int64_t token0, column0, row0;  // the CTA's first token, column and row
+  int64_t column;                 // the first of this lane's eight columns
+  int rows, stages;               // the CTA's share of W's rows, and its number of stages
   int group, slab, lane, g, t;
 };
 
-// Split blockIdx.y of the tile of tokens token0.. and columns column0...
+// Makes split blockIdx.y of the tile of tokens token0.. and columns column0...
 __device__ __forceinline__ DxTile make_dx_tile(const DxArgs& args, int64_t token0, int64_t column0) {
   DxTile tile;
   const int warp = threadIdx.x / 32;

@@ -1,7 +1,9 @@
-// y = x · wᵀ + h · lora_bᵀ + bias for few tokens, h included, on tensor cores, straight from the packed weight: decoded
-// to registers by the pair table, float32 accumulators. Tile shapes and layouts: cuda/tile/sm80/few_tokens_tile.cuh.
+// y = x · wᵀ + h · lora_bᵀ + bias for few tokens, including h, on tensor cores, straight from the packed weight. The
+// pair table decodes it to registers, and the accumulators are float32. cuda/tile/sm80/few_tokens_tile.cuh describes
+// the tile shapes and layouts.
 //
-// The block scale never touches a weight: each segment is summed from zero, and then acc += scale · sum.
+// The scale of a quantization block is never applied to a weight: each segment is summed from zero, and then acc +=
+// scale · sum.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +28,7 @@ struct FewTokensLinearArgs {
   tile::ScaleView scales;
   tile::CodeView code;
   int64_t m, n, k;
-  tile::FewTokensLora<T> lora;  // rank 0: none
+  tile::FewTokensLora<T> lora;  // rank 0: no LoRA
   tile::LinearOutput<T> out;
   int64_t segments_per_split;  // a multiple of the tile's kRoundSegments
 };
@@ -35,7 +37,7 @@ template <class Tile>
 using FewTokensAccumulators =
     float[Tile::kRowTiles][Tile::kTokenTiles][2];  // rows g and g + 8 of each 16, token t of each 4
 
-// A lane's x of a unit. Where the lane is not of a column's segment or token it stays zero.
+// A lane's x of a unit. It stays zero if the lane's segment is not the column's, or the column's token does not exist.
 template <class Tile>
 class XUnit {
  public:
@@ -59,15 +61,16 @@ class XUnit {
 
  private:
   __device__ __forceinline__ static int token() { return threadIdx.x % 32 / 8; }
-  __device__ __forceinline__ static int segment() { return threadIdx.x % 4 / 2; }      // that the lane holds
-  __device__ __forceinline__ static int column() { return threadIdx.x % 32 / 4 % 2; }  // whose segment it is
+  // The segment that the lane holds, and the segment that its column is for.
+  __device__ __forceinline__ static int segment() { return threadIdx.x % 4 / 2; }
+  __device__ __forceinline__ static int column() { return threadIdx.x % 32 / 4 % 2; }
 
   uint32_t offset_;
-  int left_;  // tokens from this lane's first on
+  int left_;  // the number of tokens from this lane's first on
 };
 
-// How a lane turns packed bytes into weights: by the table in shared memory, but for one word of eight, which brings
-// the passes over shared memory to where an H100's other limits are.
+// Decodes packed bytes to weights. Most words go through the table in shared memory. One word in eight is decoded in
+// registers, which lowers the time for shared memory to that of an H100's other limits.
 template <class T>
 struct Decoder {
   uint32_t table, lane_offset;
@@ -82,7 +85,7 @@ struct Decoder {
   }
 };
 
-// acc of tile `kTile` of 16 rows += the unit's product. `scales` is the address of row g's first scale.
+// Adds the unit's product to acc, for tile `kTile` of 16 rows. `scales` is the address of row g's first scale.
 template <class Tile, int kTile>
 __device__ __forceinline__ void multiply_rows(const Decoder<typename Tile::T>& decoder, const uint4 (&w)[2],
                                               const XUnit<Tile>& x, uint32_t scales, FewTokensAccumulators<Tile>& acc) {
@@ -114,8 +117,8 @@ __device__ __forceinline__ void multiply_rows(const Decoder<typename Tile::T>& d
   }
 }
 
-// acc += h · lora_bᵀ, a tile of 16 rows by each of the groups; row0 is the first of this one's. A kernel that makes h
-// has its slice's part of it at `h`. Where h is given, the splits share out the ranks.
+// acc += h · lora_bᵀ. Each warp group adds one tile of 16 rows, and row0 is the first row of this group's tile. A
+// kernel that computes h itself has its slice's part of h at `h`. If h is given, the splits divide the ranks.
 template <class Tile>
 __device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile::T>& p, uint32_t h, int64_t row0,
                                          int group, FewTokensAccumulators<Tile>& acc) {
@@ -127,7 +130,7 @@ __device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile
     if (folded)
       return ptx::load_shared_v4_f32(h + part * Tile::kHSumBytes +
                                      (token * Tile::kHSumStride + static_cast<int>(rank)) * 4);
-    if (part == 1) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // a 16-bit h is a tf32
+    if (part == 1) return make_float4(0.0f, 0.0f, 0.0f, 0.0f);  // a 16-bit h fits a tf32
     const T* of = lora.h + token * lora.rank;
     const uint2 ranks = vector ? tile::load_4_ranks<T, true>(of, rank, lora.rank, true)
                                : tile::load_4_ranks<T, false>(of, rank, lora.rank, true);
@@ -147,7 +150,7 @@ __device__ __forceinline__ void add_lora(const FewTokensLinearArgs<typename Tile
       for (int j = 0; j < Tile::kTokenTiles; ++j) acc[i][j][0] += sum[j][0], acc[i][j][1] += sum[j][1];
 }
 
-// Spreads a warp's accumulators over shared memory as [group][token][row].
+// Stores a warp's accumulators to shared memory as [group][token][row].
 template <class Tile>
 __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, int group,
                                                const FewTokensAccumulators<Tile>& acc) {
@@ -161,12 +164,13 @@ __device__ __forceinline__ void store_few_sums(uint32_t shared, int warp_row, in
   });
 }
 
-// Grid: x over row tiles, y over splits of k. Needs m <= kTokens, k % 64 == 0, a block size of at least 64, x, packed
-// and, unless it is null, lora_a aligned to 16 bytes.
+// Grid: x over row tiles, y over splits of k. Requires m <= kTokens, k % 64 == 0, a block size of at least 64, and x,
+// packed and, unless it is null, lora_a aligned to 16 bytes.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_few_tokens_kernel(const __grid_constant__ FewTokensLinearArgs<typename Tile::T> p) {
-  constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;  // of x in its stage
+  // From one segment of x to the next in its stage.
+  constexpr int kSegmentBytes = Tile::kTokens * tile::kPairTableEntryBytes;
   extern __shared__ __align__(128) uint8_t shared_memory[];
   const uint32_t shared = ptx::shared_address(shared_memory);
   const float* const dynamic8 = reinterpret_cast<const float*>(shared_memory + Tile::kDynamic8);
@@ -176,7 +180,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int64_t segments_left = p.k / tile::kSegment - segment0;
   const int segments = static_cast<int>(segments_left < p.segments_per_split ? segments_left : p.segments_per_split);
 
-  // Everything that the first stage needs is asked for before anything is waited for.
+  // Issues all loads of the first stage before it waits for any of them.
   const int unit0 = group * Tile::kUnitSegments;
   tile::UnitLoader<Tile> units(p.packed, n0 + warp_row, p.n, p.k, segment0, segments, unit0);
   tile::PackedUnit<Tile> w;
@@ -202,7 +206,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   for (int first = 0; first < segments; first += Tile::kStageSegments, buffer ^= 1) {
     const int after = first + Tile::kStageSegments;
     ptx::cp_async_wait<0>();
-    __syncthreads();  // this stage's x and scales are complete, and those of the one before no longer used
+    __syncthreads();  // this stage's x and scales are complete, and the previous stage's are no longer in use
     if (after < segments) {
       tile::fetch_x<Tile>(shared + Tile::kX + (buffer ^ 1) * Tile::kStageXBytes, p.x, tokens, p.k, segment0 + after,
                           segments - after);

@@ -1,7 +1,9 @@
-// y = x · wᵀ + h · lora_bᵀ + bias on Hopper's tensor cores (wgmma, x and packed bytes by TMA), straight from the packed
-// weight: yᵀ = w · xᵀ, with w decoded into the register operand. Tile and layouts: cuda/tile/sm90/linear_tile.cuh.
+// y = x · wᵀ + h · lora_bᵀ + bias on Hopper's tensor cores, straight from the packed weight: yᵀ = w · xᵀ by wgmma, with
+// w decoded into the register operand. TMA loads x and packed bytes. cuda/tile/sm90/linear_tile.cuh describes the tile
+// and its layout.
 //
-// The block scale never touches a weight: each segment is summed from zero, and then acc += scale · sum.
+// The scale of a quantization block is never applied to a weight: each segment is summed from zero, and then acc +=
+// scale · sum.
 #pragma once
 
 #include <cuda.h>
@@ -32,9 +34,9 @@ struct LinearSm90Args {
   tile::Sm90Plan plan;
 };
 
-// A producer thread's row of scales: two a stage, loaded a round of stages ahead of their use. Blocks are counted from
-// the row's first, in 32 bits. Beyond the row's end, and in rows that do not exist, the scale is that of nothing:
-// finite, for 0 times it is 0.
+// The scales of a producer thread's row: two per stage, loaded one round of stages ahead of their use. Blocks are
+// counted from the row's first block, in 32 bits. Past the row's end, and in rows that do not exist, the thread stores
+// some finite scale, because it is multiplied by 0.
 template <class Tile, ScaleForm kForm>
 class LinearSm90Scales {
   static constexpr int kStageSegments = Tile::kStageK / tile::kSegment;
@@ -56,7 +58,7 @@ class LinearSm90Scales {
     for (int slot = 0; slot < Tile::kStages; ++slot) load(slot);
   }
 
-  // Those of the stage in `slot`; then loads those of the next stage there.
+  // Stores the scales of the stage in `slot`, then loads the scales of the slot's next stage.
   __device__ __forceinline__ void store_and_load(int slot, uint32_t lane_table, float offset, uint32_t address) {
     float2 scale = absmax_[slot];
     if constexpr (kForm == ScaleForm::kNested8) {
@@ -82,7 +84,7 @@ class LinearSm90Scales {
     plain_codes_ += kStageSegments;
   }
 
-  // Returns the code.
+  // Loads the scale of any segment. Returns its code.
   __device__ __forceinline__ uint32_t load_any(int segment, float& absmax) {
     absmax = 0.0f;
     if (segment >= end_) return kDynamic8ZeroCode;
@@ -101,16 +103,18 @@ class LinearSm90Scales {
   }
 
   const tile::ScaleView& view_;
-  const float unfactor_;  // of the weight's code
+  const float unfactor_;  // CodeView::unfactor of the weight's code
   int64_t block0_;
-  int shift_, segment_, end_, before_;  // of segments: the next, the row's, those of the row's first block before it
-  // Before plain_end_, segments are blocks with codes of their own, in pairs at even addresses, and their nested absmax
-  // is held.
+  // In segments: log2 of a block's length, the next segment, the row's end, and the part of the row's first block that
+  // precedes the row.
+  int shift_, segment_, end_, before_;
+  // Before plain_end_, each segment is a block with its own code, the codes lie in pairs at even addresses, and
+  // nested_absmax_ is their nested absmax.
   int plain_end_ = 0;
   const uint8_t* plain_codes_;
   float nested_absmax_ = 0.0f;
   float2 absmax_[Tile::kStages];
-  uint32_t codes_[Tile::kStages];  // a byte each
+  uint32_t codes_[Tile::kStages];  // one byte per scale
 };
 
 template <class T>
@@ -157,7 +161,7 @@ __device__ __forceinline__ void produce(const LinearSm90Args<typename Tile::T>& 
   });
 }
 
-// sum = a · x over one segment: the wgmma of a group of their own.
+// sum = a · x over one segment, as a group of wgmma of its own.
 template <class Tile>
 __device__ __forceinline__ void start_segment(tile::Sm90Sums<Tile>& sum, const uint32_t (&a)[4][4],
                                               const uint64_t (&x)[4]) {
@@ -182,7 +186,7 @@ __device__ __forceinline__ void add_scaled(tile::Sm90Sums<Tile>& acc, const tile
   }
 }
 
-// The wgmma's operand for a chunk of lora_b from rank `first` on, straight from global memory.
+// Loads the wgmma's operand for a chunk of lora_b from rank `first` on, straight from global memory.
 template <class Tile, bool kVector>
 __device__ __forceinline__ void load_lora_b(const tile::LoraOperands<typename Tile::T>& lora, int64_t row,
                                             int64_t first, uint32_t (&a)[2][4][4]) {
@@ -251,9 +255,9 @@ __device__ __forceinline__ void consume(const LinearSm90Args<typename Tile::T>& 
   });
 }
 
-// Grid: clusters of `splits` CTAs, as many as fit or as there are tiles. The maps have boxes of 64 x kTokens values of
-// x (128-byte swizzle) and of 64 x 128 packed bytes (64-byte swizzle). Needs k % 64 == 0 and a block size of at
-// least 64.
+// Grid: clusters of `splits` CTAs, at most as many as fit on the device and as there are tiles. The maps have boxes of
+// 64 x kTokens values of x (128-byte swizzle) and of 64 x 128 packed bytes (64-byte swizzle). Requires k % 64 == 0 and
+// a block size of at least 64.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_sm90_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap packed_map,

@@ -1,6 +1,6 @@
-// dx = dy · w + mask ∘ (g · a) · keep_scale on Hopper's tensor cores (wgmma, dy and packed bytes by TMA), from the
-// packed weight as it lies: dxᵀ = wᵀ · dyᵀ, with wᵀ decoded into the register operand. Tile and layouts:
-// cuda/tile/sm90/dx_tile.cuh. LoRA's product comes first, so that dropout can mask it where it stands.
+// dx = dy · w + mask ∘ (g · a) · keep_scale on Hopper's tensor cores, straight from the packed weight: dxᵀ = wᵀ · dyᵀ
+// by wgmma, with wᵀ decoded into the register operand. TMA loads dy and packed bytes. cuda/tile/sm90/dx_tile.cuh
+// describes the tile and its layout. LoRA's product comes first, so dropout can mask it in the accumulators.
 #pragma once
 
 #include <cuda.h>
@@ -28,15 +28,15 @@ struct DxSm90Args {
   tile::ScaleView scales;
   tile::CodeView code;
   int64_t m, n, k;
-  tile::LoraOperands<T> g;  // b is not used
+  tile::LoraOperands<T> g;  // b is unused
   const T* lora_a;          // [rank, k]
   Dropout dropout;
   tile::LinearOutput<T> out;
   tile::Sm90Plan plan;
 };
 
-// A producer thread's scale of each stage: of one row and one group of 64 columns, loaded a round of stages ahead of
-// its use. What does not exist has the scale of nothing: finite, for 0 times it is 0.
+// A producer thread's scale of each stage, for one row and one group of 64 columns, loaded one round of stages ahead of
+// its use. For rows and columns that do not exist, the thread stores some finite scale, because it is multiplied by 0.
 template <class Tile>
 class DxSm90Scales {
  public:
@@ -47,7 +47,7 @@ class DxSm90Scales {
     for (int slot = 0; slot < Tile::kStages; ++slot) load(slot);
   }
 
-  // That of the stage in `slot`; then loads that of the next stage there.
+  // Stores the scale of the stage in `slot`, then loads the scale of the slot's next stage.
   __device__ __forceinline__ void store_and_load(int slot, uint32_t lane_table, float offset, uint32_t address) {
     const auto dynamic8 = [&](uint32_t code) { return tile::lookup_dynamic8<0>(lane_table, code); };
     const float scale = tile::decode_scale_by(view_, raw_[slot].value, raw_[slot].code, dynamic8, offset);
@@ -106,8 +106,8 @@ __device__ __forceinline__ void produce_dx(const DxSm90Args<typename Tile::T>& p
   });
 }
 
-// The wgmma's operand for a chunk of lora_a from rank `first` on, straight from global memory: columns `column` and the
-// next of four ranks a step.
+// Loads the wgmma's operand for a chunk of lora_a from rank `first` on, straight from global memory: columns `column`
+// and `column` + 1 of four ranks per step.
 template <class T>
 __device__ __forceinline__ void load_lora_a(const DxSm90Args<T>& p, int64_t column, int64_t first,
                                             uint32_t (&a)[4][4]) {
@@ -125,21 +125,22 @@ __device__ __forceinline__ void load_lora_a(const DxSm90Args<T>& p, int64_t colu
   }
 }
 
-// acc's elements of columns `column` and the next, where dropout drops them, become zero; the others are scaled. One
-// Philox draws four columns, of which a lane has two and the same lane of the other warpgroup the others: each of them
-// draws for every other token, and leaves what is the other's in shared memory. That is drawn in a loop that is not
-// unrolled, since Philox is long. It is applied even where nothing is dropped: ptxas would serialize the wgmma that
-// follow a branch around it.
+// Applies dropout to acc's columns `column` and `column` + 1: dropped elements become zero, and the others are scaled.
+// One call of Philox draws four columns. This lane has two of them, and the same lane of the other warpgroup has the
+// other two. So each lane draws for every second token, and passes the other lane's bits through shared memory. The
+// drawing loop is not unrolled, because Philox is long. The mask is applied even if nothing is dropped, because ptxas
+// would serialize the wgmma that follow a branch.
 template <class Tile>
 __device__ __forceinline__ void apply_dropout(const Dropout& dropout, bool active, int64_t token, int64_t column,
                                               int64_t k, uint32_t base, tile::Sm90Sums<Tile>& acc) {
   const float keep_scale = active ? static_cast<float>(dropout.keep_scale) : 1.0f;
   constexpr int kAtOnce = Tile::kTokenTiles < 16 ? Tile::kTokenTiles : 16, kHalf = Tile::kConsumers / 2;
-  const int thread = threadIdx.x - Tile::kProducers, half = thread / kHalf;  // of the four columns, and of the tokens
+  // `half`: which two of the four columns this lane has, and for which tokens it draws.
+  const int thread = threadIdx.x - Tile::kProducers, half = thread / kHalf;
 #pragma unroll
   for (int j0 = 0; j0 < Tile::kTokenTiles; j0 += kAtOnce) {
     const uint64_t seed = dropout.key();
-    uint64_t drop = 0, other = 0;  // bit 4j + 2e + c: column c, or the other lane's, of token 8 (j0 + j) + e
+    uint64_t drop = 0, other = 0;  // bit 4j + 2e + c: column c of this lane, or the other's, and token 8 (j0 + j) + e
 #pragma unroll 1
     for (int j = 0; active && j < kAtOnce; ++j) {
       const int64_t index = (token + 8 * (j0 + j) + half) * k + column;
@@ -193,7 +194,7 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
     apply_dropout<Tile>(p.dropout, work.split < work.chunks && p.dropout.active(), token0 + threadIdx.x % 4 * 2,
                         column0 + lane.column, p.k, base, acc);
 
-    // A step is decoded while the products of the three before it run.
+    // Decodes a step while the products of the previous three steps run.
     work.for_stages(ring.parity, pass, [&](auto slot, int stage) {
       uint32_t w[8];
       ring.wait(slot);
@@ -213,9 +214,9 @@ __device__ __forceinline__ void consume_dx(const DxSm90Args<typename Tile::T>& p
   });
 }
 
-// Grid: clusters of `splits` CTAs, as many as fit or as there are tiles. The maps have boxes of 64 x kTokens values of
-// dy (128-byte swizzle) and of 64 x 64 packed bytes (64-byte swizzle). Needs k % 64 == 0, a block size of at least 64
-// and lora_a aligned to 4 bytes.
+// Grid: clusters of `splits` CTAs, at most as many as fit on the device and as there are tiles. The maps have boxes of
+// 64 x kTokens values of dy (128-byte swizzle) and of 64 x 64 packed bytes (64-byte swizzle). Requires k % 64 == 0, a
+// block size of at least 64, and lora_a aligned to 4 bytes.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     linear_nf4_dx_sm90_kernel(const __grid_constant__ CUtensorMap dy_map,

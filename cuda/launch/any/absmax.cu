@@ -1,3 +1,4 @@
+// Launches quantize_absmax and dequantize_absmax.
 #include "cuda/kernels/any/dequantize_absmax.cuh"
 #include "cuda/kernels/any/quantize_absmax.cuh"
 #include "cuda/launch/any/codec.h"

@@ -26,7 +26,7 @@ cudaError_t launch_search_absmax_nf4(Code code, DType dtype, const void* w, cons
 cudaError_t launch_encode_nf4(Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                               int64_t block_size, uint8_t* packed, cudaStream_t stream);
 
-// The same under scales that were taken from w: launch_quantize_nf4 by two launches.
+// The same, under scales that were computed from w: the second of the two launches of launch_quantize_nf4.
 cudaError_t launch_encode_own(Code code, DType dtype, const void* w, const float* absmax, int64_t numel,
                               int64_t block_size, uint8_t* packed, cudaStream_t stream);
 

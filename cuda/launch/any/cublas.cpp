@@ -1,3 +1,4 @@
+// Calls cuBLAS through the symbols of the library that torch has loaded.
 #include "cuda/launch/any/cublas.h"
 
 #include <stdexcept>

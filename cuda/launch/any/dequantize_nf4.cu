@@ -1,3 +1,4 @@
+// Launches dequantize_nf4.
 #include "cuda/kernels/any/dequantize_nf4.cuh"
 
 #include "cuda/launch/any/codec.h"

@@ -18,7 +18,7 @@ struct DLoraKernel {
   cudaError_t (*ctas_per_sm)(const Device& device, int threads, int shared_bytes, int* ctas);
 };
 
-// Splits the sum over tokens over as many CTAs as fill the device, or as are wished for.
+// Splits the sum over tokens over as many CTAs as fill the device, or as the environment forces.
 cudaError_t plan_dlora(const DLoraKernel<kernels::DLoraArgs>& kernel, const LoraGradProblem& p, const Device& device,
                        Config* config);
 

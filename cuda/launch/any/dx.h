@@ -18,7 +18,7 @@ struct DxKernel {
   int threads, shared_bytes;
 };
 
-// Splits the sum over rows n over as many CTAs as fill the device, or as are wished for.
+// Splits the sum over rows n over as many CTAs as fill the device, or as the environment forces.
 cudaError_t plan_dx(const DxKernel<kernels::DxArgs>& kernel, const LinearDxProblem& p, const Device& device,
                     Config* config);
 

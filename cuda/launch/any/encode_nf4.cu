@@ -1,3 +1,4 @@
+// Launches the encoders under given scales: to the nearest code, stochastic, and with feedback.
 #include <algorithm>
 #include <type_traits>
 

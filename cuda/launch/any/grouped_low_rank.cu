@@ -1,3 +1,4 @@
+// Launches LoRA's low-rank products of all experts.
 #include "cuda/launch/any/grouped_low_rank.h"
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// LoRA's low-rank products of all experts in one launch: those of launch_low_rank, with each expert's own a, [e, rank,
-// k] or transposed [e, k, rank].
+// LoRA's low-rank products of all experts in one launch. They are those of launch_low_rank, but each expert has its own
+// a: [e, rank, k] or, transposed, [e, k, rank].
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,5 @@
-// The linear operators in float32, and the forward of ragged shapes, as sm80/launchers.h describes them.
+// The launchers of the linear operators in float32, and of the forward of ragged shapes. sm80/launchers.h describes
+// their common interface.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,7 +10,7 @@
 
 namespace qlora::cuda::any {
 
-// float32, and bfloat16 and float16 of any shape.
+// For float32, and for bfloat16 and float16 of any shape.
 cudaError_t launch(const LinearProblem& p, const Config& config, const Context& context);
 cudaError_t launch(const Grouped<LinearProblem>& problem, const Config& config, const Context& context);
 
@@ -21,7 +22,7 @@ cudaError_t plan_exact(const LoraGradProblem& p, const Device& device, Config* c
 cudaError_t launch_exact(const LoraGradProblem& p, const Config& config, const Context& context);
 cudaError_t launch_exact(const Grouped<LoraGradProblem>& problem, const Config& config, const Context& context);
 
-// The gradients of LoRA's weights over no tokens.
+// Writes the gradients of LoRA's weights over zero tokens: zeros.
 cudaError_t clear_gradients(const LoraGradProblem& p, cudaStream_t stream);
 
 }  // namespace qlora::cuda::any

@@ -1,3 +1,4 @@
+// The forward and dX on a decoded weight and cuBLAS.
 #include "cuda/launch/any/linear_library.h"
 
 #include <algorithm>

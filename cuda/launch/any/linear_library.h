@@ -11,7 +11,7 @@
 
 namespace qlora::cuda::library {
 
-// Throw std::runtime_error with cuBLAS's message if that fails.
+// These throw std::runtime_error with cuBLAS's message if it fails.
 cudaError_t launch(const LinearProblem& problem, const Config& config, const Context& context);
 cudaError_t launch(const LinearDxProblem& problem, const Config& config, const Context& context);
 

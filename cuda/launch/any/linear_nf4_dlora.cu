@@ -1,3 +1,4 @@
+// Launches the gradients of LoRA's weights: what the kernels of all architectures share, and the kernels for float32.
 #include <utility>
 
 #include "cuda/kernels/any/linear_nf4_dlora_exact.cuh"
@@ -11,7 +12,7 @@
 namespace qlora::cuda {
 namespace {
 
-// Of the problem alone.
+// The arguments that follow from the problem alone.
 kernels::DLoraArgs make_args(const LoraGradProblem& p, const void* h, const void* g) {
   const Dropout& dropout = p.lora.dropout;
   kernels::DLoraArgs args{};
@@ -39,7 +40,7 @@ int64_t tiles_of(const LoraGradProblem& p, const Config& config) {
   return column_tiles(p) * ceil_div(p.lora.rank, config.ranks);
 }
 
-// Of h or g.
+// The size of h or g.
 int64_t low_rank_bytes(const LoraGradProblem& p) { return p.m * p.lora.rank * dtype_bytes(p.dtype); }
 
 }  // namespace

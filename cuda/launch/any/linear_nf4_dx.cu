@@ -1,3 +1,4 @@
+// Launches dX: what the kernels of all architectures share, and the kernels for float32.
 #include "cuda/kernels/any/linear_nf4_dx_exact.cuh"
 
 #include <algorithm>
@@ -12,7 +13,7 @@
 namespace qlora::cuda {
 namespace {
 
-// Of the problem alone.
+// The arguments that follow from the problem alone.
 kernels::DxArgs make_args(const LinearDxProblem& p, const void* g, int64_t token_tiles) {
   kernels::DxArgs args{};
   args.dy = p.dy;

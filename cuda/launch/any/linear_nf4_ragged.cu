@@ -1,3 +1,4 @@
+// Launches the forward of ragged shapes and of float32.
 #include "cuda/kernels/any/linear_nf4_ragged.cuh"
 
 #include "cuda/launch/any/grouped_linear.h"

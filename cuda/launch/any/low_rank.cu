@@ -1,3 +1,4 @@
+// Launches LoRA's low-rank products.
 #include "cuda/launch/any/low_rank.h"
 
 #include <algorithm>

@@ -14,16 +14,16 @@ namespace qlora::cuda {
 struct LowRankProblem {
   DType dtype = DType::kFloat32;  // of x, a, out
   int64_t m = 0, k = 0, rank = 0;
-  const void* x = nullptr;  // [m, k]; as `a`, it begins at a multiple of 16 bytes
+  const void* x = nullptr;  // [m, k]; like `a`, aligned to 16 bytes
   const void* a = nullptr;  // [rank, k], or [k, rank] if transposed
   bool transposed = false;
   double scaling = 1.0;
-  Dropout dropout;      // of x
+  Dropout dropout;      // applies to x
   void* out = nullptr;  // [m, rank]
-  Tickets clear = {};   // which the kernel sets to zero, too: that saves the next kernel a memset
+  Tickets clear = {};   // also set to zero by the kernel, which saves the next kernel a memset
 };
 
-// h = scaling · dropout(x) · lora_aᵀ of x [m, k].
+// The problem of h = scaling · dropout(x) · lora_aᵀ for x [m, k].
 inline LowRankProblem h_problem(DType dtype, int64_t m, int64_t k, const void* x, const Lora& lora, void* out) {
   return {.dtype = dtype,
           .m = m,
@@ -36,7 +36,7 @@ inline LowRankProblem h_problem(DType dtype, int64_t m, int64_t k, const void* x
           .out = out};
 }
 
-// g = scaling · dy · lora_b of dy [m, n].
+// The problem of g = scaling · dy · lora_b for dy [m, n].
 inline LowRankProblem g_problem(DType dtype, int64_t m, int64_t n, const void* dy, const Lora& lora, void* out) {
   return {.dtype = dtype,
           .m = m,
@@ -50,7 +50,7 @@ inline LowRankProblem g_problem(DType dtype, int64_t m, int64_t n, const void* d
           .out = out};
 }
 
-// Sums in float32 in a fixed order. Where m or rank is 0 only the tickets are cleared.
+// Sums in float32 in a fixed order. If m or rank is 0, only the tickets are cleared.
 cudaError_t launch_low_rank(const LowRankProblem& problem, cudaStream_t stream);
 
 }  // namespace qlora::cuda

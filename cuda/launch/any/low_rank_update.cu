@@ -1,3 +1,4 @@
+// Launches the epilogue of a library's matmul.
 #include "cuda/launch/any/low_rank_update.h"
 
 #include <algorithm>

@@ -20,8 +20,8 @@ struct LowRankUpdate {
   const void* bias = nullptr;  // [columns] or null
   void* out = nullptr;         // [m, columns], rows `out_stride` apart
   int64_t out_stride = 0;
-  Dropout dropout;           // of left · right, numbered in rows of out_stride elements
-  int64_t first_column = 0;  // that `out` begins at in such a row
+  Dropout dropout;           // applies to left · right; its mask is numbered in rows of out_stride elements
+  int64_t first_column = 0;  // the column of such a row at which `out` begins
 };
 
 cudaError_t launch_low_rank_update(const LowRankUpdate& update, cudaStream_t stream);

@@ -1,3 +1,4 @@
+// Launches quantize_nf4, in one or two launches.
 #include "cuda/kernels/any/quantize_nf4.cuh"
 
 #include "cuda/kernels/any/block_scales.cuh"

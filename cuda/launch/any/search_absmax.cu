@@ -1,3 +1,4 @@
+// Launches search_absmax_nf4.
 #include "cuda/kernels/any/search_absmax.cuh"
 
 #include <type_traits>

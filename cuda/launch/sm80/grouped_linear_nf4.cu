@@ -1,3 +1,4 @@
+// Launches the forward of experts on mma.sync.
 #include "cuda/kernels/sm80/grouped_linear_nf4.cuh"
 
 #include "cuda/launch/any/grouped_linear.h"

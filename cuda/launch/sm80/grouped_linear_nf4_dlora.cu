@@ -1,3 +1,4 @@
+// Launches the gradients of experts' LoRA weights on mma.sync.
 #include "cuda/kernels/sm80/grouped_linear_nf4_dlora.cuh"
 
 #include "cuda/launch/sm80/dlora_kernels.h"

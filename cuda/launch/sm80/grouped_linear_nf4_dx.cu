@@ -1,3 +1,4 @@
+// Launches dX of experts on mma.sync.
 #include "cuda/kernels/sm80/grouped_linear_nf4_dx.cuh"
 
 #include "cuda/launch/sm80/dx_kernels.h"

@@ -1,17 +1,16 @@
-// The linear operators on mma.sync. A plan sets `splits`, as many as fill the device, where that is 0. Sums are
-// float32, in a fixed order. The host never waits, so a graph can capture every launch.
+// The launchers of the linear operators on mma.sync. Where `splits` is 0, a plan sets it to as many splits as fill the
+// device. Sums are float32, in a fixed order. The host never waits, so a CUDA graph can capture every launch.
 //
-// `launch` of a problem that is not empty, with a configuration that the kernel's plan has completed:
+// `launch` takes a nonempty problem, and a configuration that the kernel's plan has completed:
 //
-//   LinearProblem     y = x · wᵀ + h · lora_bᵀ + bias, h = round(scaling · dropout(x) · lora_aᵀ): one launch for h if
-//                     there is LoRA, and one for y; few_tokens makes h in the same launch, unless it is kept
-//   LinearDxProblem   dx = dy · w + mask ∘ (g · lora_a) · keep_scale, g = round(scaling · dy · lora_b): one launch for
-//   g
-//                     if there is LoRA, and one for dx
+//   LinearProblem     y = x · wᵀ + h · lora_bᵀ + bias with h = round(scaling · dropout(x) · lora_aᵀ): one launch for h
+//                     if there is LoRA, and one for y. few_tokens computes h in the same launch, unless it is retained.
+//   LinearDxProblem   dx = dy · w + mask ∘ (g · lora_a) · keep_scale with g = round(scaling · dy · lora_b): one launch
+//                     for g if there is LoRA, and one for dx.
 //   LoraGradProblem   da = gᵀ · dropout(x) and db = dyᵀ · h: one launch for each of h and g that is not given, and one
-//                     for da and db
-//   Grouped<...>      the same for all experts, each over its own rows, in as many launches, whatever the number of
-//                     experts. Only the device reads the offsets. Unassigned rows become zeros.
+//                     for da and db.
+//   Grouped<...>      the same for all experts, each over its own rows, in the same number of launches for any number
+//                     of experts. Only the device reads the offsets. Unassigned rows become zeros.
 #pragma once
 
 #include <cuda_runtime_api.h>

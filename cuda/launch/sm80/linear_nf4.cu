@@ -1,3 +1,4 @@
+// Launches the forward on mma.sync.
 #include "cuda/kernels/sm80/linear_nf4.cuh"
 
 #include "cuda/launch/sm80/launchers.h"

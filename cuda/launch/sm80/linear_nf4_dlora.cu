@@ -1,3 +1,4 @@
+// Launches the gradients of LoRA's weights on mma.sync.
 #include "cuda/kernels/sm80/linear_nf4_dlora.cuh"
 
 #include "cuda/launch/sm80/dlora_kernels.h"

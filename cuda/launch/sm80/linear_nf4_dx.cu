@@ -1,3 +1,4 @@
+// Launches dX on mma.sync.
 #include "cuda/kernels/sm80/linear_nf4_dx.cuh"
 
 #include "cuda/launch/sm80/dx_kernels.h"

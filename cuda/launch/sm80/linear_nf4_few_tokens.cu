@@ -1,3 +1,4 @@
+// Launches the forward for few tokens on mma.sync.
 #include "cuda/kernels/sm80/linear_nf4_few_tokens.cuh"
 
 #include "cuda/launch/sm80/launchers.h"
@@ -37,7 +38,7 @@ cudaError_t launch_few_tokens(const LinearProblem& p, const Config& config, cons
     using Tile = decltype(tile);
     using T = typename Tile::T;
     const Lora& lora = p.lora;
-    // If h is kept, the parts of all CTAs would have to be summed first.
+    // If h is retained, it needs its own launch: the parts of all CTAs would have to be summed first.
     const bool folds = !p.h && lora.rank > 0 && lora.rank <= Tile::kFoldedRanks && p.w.k < tile::kMostFoldedK;
     SplitForward<kernels::linear_nf4_few_tokens_kernel<Tile>, Tile, Tile::kRoundSegments> split(p, config, context);
     const cudaError_t error = split.prepare(!folds);

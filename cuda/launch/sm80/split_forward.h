@@ -14,7 +14,8 @@
 
 namespace qlora::cuda::sm80 {
 
-// Splits k over as many CTAs as fill the device, or as are wished for. They are a cluster where the device has such.
+// Splits k over as many CTAs as fill the device, or as the environment forces. They form a cluster if the device has
+// clusters.
 template <auto kKernel, class Tile, int kUnit>
 cudaError_t plan_splits(const LinearProblem& p, const Device& device, Config* config) {
   static_assert(Tile::kRows == kForwardRows && tile::kSegment == kSegment);
@@ -46,7 +47,7 @@ class SplitForward {
         context_(context),
         splits_(config.splits) {}
 
-  // Takes the workspace, and does what precedes the kernel: computes h, if it has its own launch, and clears the
+  // Allocates the workspace, and does the work before the kernel: it computes h if h has its own launch, and clears the
   // tickets, which h's launch can do.
   cudaError_t prepare(bool makes_h) {
     int cluster_ctas = 1;

@@ -1,4 +1,4 @@
-// What the launchers of Hopper's kernels share.
+// Helpers that the launchers of Hopper's kernels share.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -13,7 +13,7 @@
 
 namespace qlora::cuda::sm90 {
 
-// Lines of 64 values of x or dy [rows, columns], of kTokens tokens at a time.
+// The TMA map of x or dy [rows, columns], with boxes of a line of 64 values for kTokens tokens.
 template <class Tile>
 cudaError_t make_token_map(const void* data, int64_t rows, int64_t columns, CUtensorMap* map) {
   constexpr bool kBf16 = std::is_same_v<typename Tile::T, bfloat16>;
@@ -28,7 +28,7 @@ cudaError_t make_token_map(const void* data, int64_t rows, int64_t columns, CUte
                          map);
 }
 
-// 64 packed bytes of `box_rows` rows of w at a time.
+// The TMA map of w, with boxes of 64 packed bytes for `box_rows` rows.
 inline cudaError_t make_packed_map(const Weight& w, int box_rows, CUtensorMap* map) {
   return make_tensor_map({.type = CU_TENSOR_MAP_DATA_TYPE_UINT8,
                           .data = w.packed,
@@ -41,7 +41,7 @@ inline cudaError_t make_packed_map(const Weight& w, int box_rows, CUtensorMap* m
                          map);
 }
 
-// The sum is split in whole stages.
+// Splits the sum in whole stages.
 inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int64_t stages, int64_t rank) {
   return {.token_tiles = ceil_div(m, c.tokens),
           .tiles = tiles(m, outputs, c.tokens),
@@ -51,7 +51,7 @@ inline tile::Sm90Plan make_plan(const Config& c, int64_t m, int64_t outputs, int
           .rank = rank};
 }
 
-// A kernel in `clusters` with one CTA per split.
+// Launches a kernel in `clusters` clusters, with one CTA per split.
 template <auto kKernel, class Tile, class Args>
 cudaError_t launch_clusters(int64_t clusters, const Config& c, const CUtensorMap& tokens, const CUtensorMap& packed,
                             const Args& args, const Context& context) {

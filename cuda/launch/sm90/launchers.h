@@ -1,5 +1,5 @@
-// The forward and dX on wgmma and TMA, as sm80/launchers.h describes them. Their configurations are complete without a
-// plan: an SM holds one CTA, by design.
+// The launchers of the forward and dX on wgmma and TMA. sm80/launchers.h describes their common interface. Their
+// configurations need no plan, because an SM always holds exactly one CTA.
 #pragma once
 
 #include <cuda_runtime_api.h>

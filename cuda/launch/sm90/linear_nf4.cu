@@ -1,3 +1,4 @@
+// Launches the forward on wgmma and TMA.
 #include "cuda/kernels/sm90/linear_nf4.cuh"
 
 #include "cuda/launch/any/low_rank.h"

@@ -1,3 +1,4 @@
+// Launches dX on wgmma and TMA.
 #include "cuda/kernels/sm90/linear_nf4_dx.cuh"
 
 #include "cuda/launch/any/low_rank.h"

@@ -1,3 +1,4 @@
+// Builds the descriptors of TMA with the driver.
 #include "cuda/launch/sm90/tensor_map.h"
 
 namespace qlora::cuda {

@@ -1,6 +1,6 @@
-// The scale of a quantization block, in whatever form it is stored, in two parts: `load` only reads memory, so that it
-// can be issued early; `decode` turns what it read into the scale. No other device code asks for the form, but what is
-// compiled for one (with_scale_form).
+// Reads the scale of a quantization block, in any of the forms in which it can be stored. There are two steps: `load`
+// only reads memory, so it can be issued early, and `decode` turns what was read into the scale. Other device code
+// depends on the form only if it is compiled per form (with_scale_form).
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 
 namespace qlora::tile {
 
-// Scales with the divisions that every block needs made into shifts.
+// Scales whose per-block divisions are replaced by shifts.
 struct ScaleView {
   Scales scales;
   int64_t blocks = 0;
@@ -33,18 +33,19 @@ inline ScaleView make_scale_view(const Weight& w) {
   return make_scale_view(w.scales, ceil_div(w.n * w.k, w.scales.block_size));
 }
 
-// The nested block that holds `block`.
+// Returns the nested block that holds `block`.
 __device__ __forceinline__ int64_t nested_block(const ScaleView& view, int64_t block) {
   return view.nested_shift >= 0 ? block >> view.nested_shift : block / view.scales.nested_block_size;
 }
 
 struct RawScale {
-  float value = 0.0f;  // absmax, or the nested block's
+  float value = 0.0f;  // absmax, or the nested block's absmax
   uint32_t code = kDynamic8ZeroCode;
-  int64_t nested = -1;  // whose absmax `value` is, when nested
+  int64_t nested = -1;  // the nested block whose absmax `value` is
 };
 
-// `raw` may hold an earlier block's scale: its nested absmax is not read again where it is the same.
+// Loads the scale of `block` into `raw`, which may hold an earlier block's scale. A nested absmax is not read again if
+// both blocks share it.
 __device__ __forceinline__ void reload_scale(const ScaleView& view, int64_t block, RawScale& raw) {
   if (view.scales.form == ScaleForm::kFloat32) {
     raw.value = __ldg(view.scales.floats() + block);
@@ -63,7 +64,7 @@ __device__ __forceinline__ RawScale load_scale(const ScaleView& view, int64_t bl
   return raw;
 }
 
-// use(form) with the form as a constant, for kernels that are compiled for each.
+// Calls use(form) with the form as a constant, for kernels that are compiled per form.
 template <class Use>
 __device__ __forceinline__ void with_scale_form(const ScaleView& view, const Use& use) {
   if (view.scales.form == ScaleForm::kNested8)
@@ -72,7 +73,7 @@ __device__ __forceinline__ void with_scale_form(const ScaleView& view, const Use
     use(std::integral_constant<ScaleForm, ScaleForm::kFloat32>{});
 }
 
-// use(load), where load(block, value, code) reads what RawScale holds, without a branch on the form.
+// Calls use(load). load(block, value, code) reads what RawScale holds, without a branch on the form.
 template <class Use>
 __device__ __forceinline__ void with_scale_loader(const ScaleView& view, const Use& use) {
   const auto load_nested = [&](int64_t block, int64_t nested, float& value, uint32_t& code) {
@@ -91,7 +92,7 @@ __device__ __forceinline__ void with_scale_loader(const ScaleView& view, const U
     });
 }
 
-// `dynamic8(code)` looks the map up; two roundings, as the format says.
+// Decodes a nested scale. `dynamic8(code)` looks up the map. The format prescribes the two roundings.
 template <class Lookup>
 __device__ __forceinline__ float decode_nested_scale(float value, uint32_t code, const Lookup& dynamic8, float offset) {
   return __fadd_rn(__fmul_rn(dynamic8(code), value), offset);
@@ -101,7 +102,7 @@ __device__ __forceinline__ float decode_scale_by(const ScaleView& view, float va
                                                  const Lookup& dynamic8, float offset) {
   return view.scales.form == ScaleForm::kFloat32 ? value : decode_nested_scale(value, code, dynamic8, offset);
 }
-// `dynamic8` is the map in shared memory, `offset` the nested offset.
+// Decodes a scale of any form. `dynamic8` is the map in shared memory, `offset` the nested offset.
 __device__ __forceinline__ float decode_scale(const ScaleView& view, RawScale raw, const float* dynamic8,
                                               float offset) {
   return decode_scale_by(view, raw.value, raw.code, [&](uint32_t code) { return dynamic8[code]; }, offset);
@@ -111,7 +112,7 @@ __device__ __forceinline__ float nested_offset(const ScaleView& view) {
   return view.scales.form == ScaleForm::kFloat32 ? 0.0f : __ldg(view.scales.nested_offset);
 }
 
-// Whole CTA; the caller synchronises.
+// Fills the map. Call from all threads of the CTA, and synchronize afterwards.
 template <int kThreads>
 __device__ __forceinline__ void fill_dynamic8(float* dynamic8) {
   for (int i = threadIdx.x; i < 256; i += kThreads) dynamic8[i] = c_dynamic8.value[i];

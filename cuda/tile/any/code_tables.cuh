@@ -1,5 +1,5 @@
-// The code tables on the device. They live in constant memory; a kernel that looks codes up per lane copies what it
-// needs to shared memory first, because constant memory serves one address a cycle.
+// The code tables on the device. They live in constant memory, which serves one address per cycle. A kernel whose lanes
+// look up different codes therefore copies the tables it needs to shared memory first.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace qlora::tile {
 
-// The 16 values of a code, and what encoding goes by.
+// The 16 values of a code, and the tables for encoding.
 struct DeviceCode {
   float value[kCodes] = {}, ranked[kCodes] = {}, boundary[kCodes] = {}, gap[kCodes] = {};
   uint32_t code_of_rank[kCodes] = {};
@@ -30,8 +30,8 @@ struct DeviceCode {
 static __constant__ PerCode<DeviceCode> c_codes{};
 static __constant__ Dynamic8Table c_dynamic8{};
 
-// Which code a kernel decodes, and what the kernels that keep its values as 16-bit numbers make of it (pair_table.cuh):
-// they store round(value * factor), and multiply scales by `unfactor`.
+// The code that a kernel decodes. Kernels that store its values as 16-bit numbers (pair_table.cuh) store round(value *
+// factor), and multiply scales by `unfactor`.
 struct CodeView {
   int index = 0;
   float factor = 1.0f, unfactor = 1.0f;
@@ -41,13 +41,14 @@ struct CodeView {
 
 inline CodeView make_code_view(Code code) { return {static_cast<int>(code)}; }
 
-// Encoding by lookup. q in [-1, 1] falls into one of 32 cells, each holding at most one decision boundary, so
+// Tables for encoding by lookup. q in [-1, 1] falls into one of 32 cells, and each cell holds at most one decision
+// boundary, so
 //   code = base[cell] + (q > boundary[cell])
-// is exact, and 32 words lie in 32 banks: a warp's gather never conflicts. It serves codes that ascend with their
-// values, whose largest is 1, if their boundaries lie far enough apart (is_exact).
+// is exact. 32 words lie in 32 banks, so a warp's gather has no bank conflicts. This works for codes that ascend with
+// their values, whose largest value is 1 and whose boundaries lie far enough apart (is_exact).
 //
-// The cell comes from j = round(62 q + 62), 0..124, computed by adding 2^23 so that j lands in the low mantissa bits:
-// (j & 0x7C) is 4 * cell, the byte offset itself. Any monotone map would do; this one costs two instructions.
+// The cell comes from j = round(62 q + 62), 0..124. Adding 2^23 makes j land in the low mantissa bits, and (j & 0x7C)
+// is 4 * cell, the byte offset itself. Any monotone map would work; this one costs two instructions.
 struct EncodeCells {
   static constexpr int kCells = 32;
   static constexpr float kSlope = 62.0f;
@@ -62,13 +63,13 @@ struct EncodeCells {
   explicit constexpr EncodeCells(const CodeTable& table) {
     if (serves(table)) fill(table.boundary, kCodes - 1);
   }
-  // The same for other places at which codes change, in (-1, 1).
+  // The same for any other points in (-1, 1) at which the code changes.
   constexpr EncodeCells(const float* boundaries, int count) { fill(boundaries, count); }
 
   static constexpr int cell_of(float q) { return static_cast<int>(62.0 * q + 62.0 + 0.5) >> 2; }
 
-  // No boundary shares its cell with another, or lies so near a cell's edge that its cell depends on how j is rounded;
-  // and none is in the last cell, where everything above 1 is rounded.
+  // True if no boundary shares its cell with another, none lies so near a cell's edge that its cell depends on how j is
+  // rounded, and none is in the last cell, to which everything above 1 is rounded.
   static constexpr bool is_exact(const float* boundaries, int count) {
     for (int i = 0; i < count; ++i) {
       const double j = 62.0 * boundaries[i] + 62.0;
@@ -85,7 +86,7 @@ struct EncodeCells {
  private:
   constexpr void fill(const float* boundaries, int count) {
     for (int cell = 0; cell < kCells; ++cell) {
-      boundary[cell] = std::numeric_limits<float>::infinity();  // which no q is above
+      boundary[cell] = std::numeric_limits<float>::infinity();  // no q is above it
       for (int i = 0; i < count; ++i) {
         base[cell] += cell_of(boundaries[i]) < cell;
         if (cell_of(boundaries[i]) == cell) boundary[cell] = boundaries[i];
@@ -97,8 +98,8 @@ static_assert(sizeof(EncodeCells) == EncodeCells::kBytes && EncodeCells::serves(
 
 static __constant__ PerCode<EncodeCells> c_encode{};
 
-// Copies a constant table into shared memory, a word a thread. The CTA has at least kWords threads, and synchronises
-// after.
+// Copies a constant table to shared memory, one word per thread. The CTA needs at least kWords threads, and must
+// synchronize afterwards.
 template <int kWords, class Word>
 __device__ __forceinline__ void stage_table(Word (&shared)[kWords], const Word (&table)[kWords]) {
   if (threadIdx.x < kWords) shared[threadIdx.x] = table[threadIdx.x];

@@ -7,7 +7,7 @@
 
 namespace qlora::tile {
 
-// Bit j is set where element index + j is kept, j < kCount, a multiple of 4.
+// Bit j is set if element index + j is kept, for j < kCount. kCount is a multiple of 4.
 template <int kCount = 8>
 __device__ __forceinline__ uint32_t keep_mask(const Dropout& dropout, int64_t index) {
   const int phase = static_cast<int>(index & 3);
@@ -24,7 +24,7 @@ __device__ __forceinline__ uint32_t keep_mask(const Dropout& dropout, int64_t in
   return mask >> phase & ((1u << kCount) - 1);
 }
 
-// Eight 16-bit elements, zeroed where `mask` has no bit.
+// Zeroes those of eight 16-bit elements whose bit in `mask` is 0.
 __device__ __forceinline__ uint4 keep_8(uint4 v, uint32_t mask) {
   const auto pair = [mask](uint32_t two, int i) {
     return two & ((mask >> (2 * i) & 1 ? 0x0000FFFFu : 0u) | (mask >> (2 * i + 1) & 1 ? 0xFFFF0000u : 0u));

@@ -1,4 +1,4 @@
-// Single elements of the operators' types, for tails and for shapes that no vector access fits.
+// Conversions of single elements, for tails and for shapes that vector accesses do not fit.
 #pragma once
 
 #include <cstdint>

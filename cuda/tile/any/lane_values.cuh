@@ -1,4 +1,4 @@
-// 16 bytes of a tensor as one lane holds them, for kernels that read float32, bfloat16 and float16 alike.
+// The 16 bytes of a tensor that one lane holds, for kernels that read float32, bfloat16 and float16 alike.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ namespace qlora::tile {
 
 inline constexpr int kWarp = 32;
 
-// Whether vector accesses of kBytes fit; where they do not, kernels take their element-wise path.
+// Returns whether `p` is aligned for vector accesses of kBytes. If not, kernels take their element-wise path.
 template <int kBytes>
 __device__ __forceinline__ bool is_aligned(const void* p) {
   return (reinterpret_cast<uintptr_t>(p) & (kBytes - 1)) == 0;
@@ -31,7 +31,7 @@ struct LaneValues {
     word[0] = v.x, word[1] = v.y, word[2] = v.z, word[3] = v.w;
   }
 
-  // The first `count` values (any number, also negative); zeros behind them.
+  // Loads the first `count` values, which may also be negative or more than kCount, and sets the others to zero.
   __device__ __forceinline__ void load_tail(const T* p, int64_t count) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -44,10 +44,11 @@ struct LaneValues {
     }
   }
 
-  // Value i as float32, in bits: exact.
+  // The bits of value i as float32. The conversion is exact.
   __device__ __forceinline__ uint32_t float_bits(int i) const;
 
-  // max |value| as float32 bits, which order as the magnitudes do: infinity above the finite, NaN above infinity.
+  // max |value| as float32 bits. These order like the magnitudes: infinity is above all finite numbers, and NaN above
+  // infinity.
   __device__ __forceinline__ uint32_t max_magnitude() const;
 };
 

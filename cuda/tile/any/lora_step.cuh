@@ -1,5 +1,6 @@
-// LoRA as more of the same sum: [x | h] · [w | lora_b]ᵀ, 16 ranks an mma. A lane takes 4 consecutive ranks of its rows,
-// straight from global memory: h and lora_b are small, and each byte of lora_b is used by one warp only.
+// Adds LoRA as a continuation of the forward's sum: [x | h] · [w | lora_b]ᵀ, 16 ranks per mma. A lane takes 4
+// consecutive ranks of its rows straight from global memory, because h and lora_b are small, and only one warp uses
+// each byte of lora_b.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +9,9 @@
 
 namespace qlora::tile {
 
-// Ranks first .. first + 3 of the `rank` that `of` points to, a token's h or a row's lora_b; zeros beyond them and
-// unless `valid`. kVector: rank % 4 == 0, and h and lora_b are 8-byte aligned.
+// Loads ranks first .. first + 3 of the `rank` ranks at `of`, which are a token's h or a row of lora_b. Ranks beyond
+// `rank` are zeros, and so are all ranks unless `valid`. kVector requires rank % 4 == 0, and h and lora_b aligned to 8
+// bytes.
 template <class T, bool kVector>
 __device__ __forceinline__ uint2 load_4_ranks(const T* of, int64_t first, int64_t rank, bool valid) {
   if constexpr (kVector) {
@@ -31,7 +33,7 @@ struct LoraOperands {
   int64_t m, n;
 };
 
-// acc[i][j] += the part of ranks [16 step, 16 step + 16), for rows row0 + 16 i.. and tokens token0 + 8 j...
+// Adds the ranks [16 step, 16 step + 16) to acc[i][j], for the rows from row0 + 16 i and the tokens from token0 + 8 j.
 template <class T, bool kVector, int kRowTiles, int kTokenTiles>
 __device__ __forceinline__ void lora_step(const LoraOperands<T>& p, int64_t row0, int64_t token0, int64_t step,
                                           float (&acc)[kRowTiles][kTokenTiles][4]) {

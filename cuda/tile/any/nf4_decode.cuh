@@ -1,4 +1,4 @@
-// Decoding by lookup in 16 floats of shared memory: 16 banks, so a warp's gather never conflicts.
+// Decodes by lookup in 16 floats of shared memory. They lie in 16 banks, so a warp's gather has no bank conflicts.
 #pragma once
 
 #include <cstdint>
@@ -9,11 +9,12 @@
 
 namespace qlora::tile {
 
-// The shared table's alignment: its address has a zero low byte, which prmt replaces by four times the code.
+// The shared table's alignment. It makes the low byte of the table's address zero, and prmt replaces that byte by four
+// times the code.
 inline constexpr int kNf4DecodeAlign = 256;
 
-// The values of byte kByte's two elements times `scale`, each rounded once. `even` and `odd` hold four times the codes
-// of the even and odd elements, a byte each; `table` is the shared address of the 16 floats.
+// Decodes the two elements of byte kByte: value times `scale`, each rounded once. `even` and `odd` hold four times the
+// codes of the even and odd elements, one byte each. `table` is the shared address of the 16 floats.
 template <int kByte>
 __device__ __forceinline__ void decode_nf4_byte(float* out, uint32_t even, uint32_t odd, float scale, uint32_t table) {
   constexpr uint32_t kSelector = 0x7650u + kByte;  // bytes 1..3 of the table's address, then the offset

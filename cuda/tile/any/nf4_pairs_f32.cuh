@@ -1,10 +1,10 @@
-// Two values per lookup, as float32, for where the block scale must go on the weight itself (the sum runs over rows,
-// so a block has no partial sum of its own).
+// Decodes two values per lookup, as float32. Kernels use it if the scale must be applied to the weight itself: their
+// sum runs over rows, so a quantization block has no partial sum of its own.
 //
-// Table: entry e of 256 holds (value[e >> 4], value[e & 15]), in 16 copies of 8 bytes, so that the 16 lanes of a half
-// warp, each with a copy of its own, never conflict. Entries lie 256 bytes apart and fill the first 128 bytes: the
-// address of (entry, copy) is then `entry << 8 | copy * 8`, which one prmt builds from the byte that holds the entry.
-// The other 128 bytes of an entry are the user's.
+// Entry e of the table's 256 holds (value[e >> 4], value[e & 15]), in 16 copies of 8 bytes. Each of the 16 lanes of a
+// half warp reads its own copy, so there are no bank conflicts. Entries lie 256 bytes apart, and the copies fill the
+// first 128 bytes. The address of (entry, copy) is then `entry << 8 | copy * 8`, which one prmt builds from the byte
+// that holds the entry. The kernel may use the other 128 bytes of each entry.
 #pragma once
 
 #include <cstdint>
@@ -22,10 +22,10 @@ inline constexpr int kPairF32EntryBytes = 256;
 inline constexpr int kPairF32CopiesBytes = 128;
 inline constexpr int kPairF32Bytes = kPairF32Entries * kPairF32EntryBytes;
 
-// Whole CTA; the caller synchronises.
+// Fills the table. Call from all threads of the CTA, and synchronize afterwards.
 template <int kThreads>
 __device__ __forceinline__ void fill_pairs_f32(char* table, const CodeView& code) {
-  constexpr int kStores = kPairF32CopiesBytes / 16;  // 16-byte stores to an entry, two copies each
+  constexpr int kStores = kPairF32CopiesBytes / 16;  // 16-byte stores per entry, of two copies each
   constexpr int kAtOnce = kThreads / kStores;        // entries that the CTA fills at once
   static_assert(kThreads % kStores == 0 && kAtOnce % kCodes == 0 && kPairF32Entries % kAtOnce == 0);
   const int entry = threadIdx.x / kStores;
@@ -39,8 +39,8 @@ __device__ __forceinline__ void fill_pairs_f32(char* table, const CodeView& code
   }
 }
 
-// The pair of byte kByte of `codes`, each value times its scale, rounded once to T. `table` is the shared address,
-// `copy` = 8 * (lane % 16).
+// Decodes the pair of byte kByte of `codes`: each value times its scale, rounded once to T. `table` is the shared
+// address, and `copy` is 8 * (lane % 16).
 template <class T, int kByte>
 __device__ __forceinline__ uint32_t decode_pair_f32(uint32_t table, uint32_t copy, uint32_t codes, float scale_first,
                                                     float scale_second) {

@@ -1,14 +1,14 @@
-// Decoding packed codes by a table of pairs in shared memory: one prmt and one load yield two weights as the two halves
-// of a register, ready to be an operand of mma.
+// Decodes packed codes with a table of pairs in shared memory. One prmt and one load yield two weights as the two
+// halves of a register, ready to be an operand of mma.
 //
-// Entry v (0..255) is the pair that byte v packs: its high nibble's value in the lower half, its low nibble's in the
-// upper. Entries are 256 bytes apart, so the address is the packed byte moved one byte up (prmt), with the lane in the
-// lowest byte. An entry holds 32 copies, one a lane, so 32 lanes looking up 32 different bytes never meet in a bank.
-// The second 128 bytes of each entry are not touched.
+// Entry v (0..255) is the pair that byte v packs: the value of its high nibble in the lower half, that of its low
+// nibble in the upper half. Entries are 256 bytes apart, so the address is the packed byte moved up by one byte (prmt),
+// with the lane in the lowest byte. An entry holds 32 copies, one per lane, so 32 lanes that look up 32 different bytes
+// have no bank conflicts. The second 128 bytes of each entry are not touched.
 //
-// What is stored is round(value * factor), not the value itself, with a factor (PairFactors) for which the 16 values
-// lie close to numbers of the 16-bit type. For NF4 that makes the error of the weight about two thirds of what rounding
-// value * absmax would have. Whoever sums the products multiplies by absmax / factor.
+// The table stores round(value * factor). The factor (PairFactors) is chosen so that the 16 scaled values lie close to
+// numbers of the 16-bit type. For NF4 this makes the weight's error about two thirds of the error from rounding value *
+// absmax. The sums of products are therefore multiplied by absmax / factor.
 #pragma once
 
 #include <cstdint>
@@ -27,9 +27,10 @@ namespace qlora::tile {
 inline constexpr int kPairTableEntryBytes = 256;
 inline constexpr int kPairTableBytes = 256 * kPairTableEntryBytes;
 
-// Of the multipliers in [1, 2) that are numbers of T, so that the values of largest magnitude are exact, the one that
-// minimises the square errors of the 16 values; in units of the largest. For NF4 these are 1.1171875 in bfloat16
-// (8.9e-4 of the weight's norm, where 1 has 1.36e-3) and 1.3662109375 in float16 (8.1e-5 and 1.84e-4).
+// Finds the best factor among those in [1, 2) that are numbers of T, which keeps the values of largest magnitude exact.
+// The best one minimizes the squared errors of the 16 values, relative to the largest value. For NF4 it is 1.1171875 in
+// bfloat16 (8.9e-4 of the weight's norm, instead of 1.36e-3 with a factor of 1) and 1.3662109375 in float16 (8.1e-5
+// instead of 1.84e-4).
 template <class T>
 struct PairFactors {
   float factor = 1.0f, unfactor = 1.0f;
@@ -63,14 +64,14 @@ CodeView make_pair_view(Code code) {
   return {static_cast<int>(code), kFactors[code].factor, kFactors[code].unfactor};
 }
 
-// Fills the table at shared address `table` (a multiple of 128). Call from all kThreads threads of a CTA, then
-// synchronise.
+// Fills the table at shared address `table`, a multiple of 128. Call from all kThreads threads of the CTA, and
+// synchronize afterwards.
 template <class T, int kThreads>
 __device__ __forceinline__ void fill_pair_table(uint32_t table, const CodeView& code) {
   const auto& value = code.table().value;
   for (int entry = threadIdx.x; entry < 256; entry += kThreads) {
     const uint32_t pair = ptx::pack2<T>(value[entry >> 4] * code.factor, value[entry & 15] * code.factor);
-    // Neighbouring threads write different 16-byte pieces of their entries at a time, for the sake of the banks.
+    // Neighbouring threads write different 16-byte pieces of their entries at a time, which avoids bank conflicts.
     const uint32_t first = table + entry * kPairTableEntryBytes + (entry & 7) * 16;
 #pragma unroll
     for (int piece = 0; piece < 8; ++piece)
@@ -78,7 +79,7 @@ __device__ __forceinline__ void fill_pair_table(uint32_t table, const CodeView& 
   }
 }
 
-// The pair of byte `kByte` of `word`. `lane_offset` is 4 * (thread's lane), and nothing else in its upper bytes.
+// Looks up the pair of byte `kByte` of `word`. `lane_offset` is 4 * (thread's lane), with zeros in its upper bytes.
 template <int kByte>
 __device__ __forceinline__ uint32_t lookup_pair(uint32_t table, uint32_t lane_offset, uint32_t word) {
   constexpr uint32_t kLaneThenByte = 0x7604u | (uint32_t{kByte} << 4);

@@ -1,12 +1,14 @@
-// Rounding under scales that were not taken from the values themselves: any float has a code. There are two ways:
+// Rounds to the nearest code under scales that were not computed from the values themselves, so q may be any float.
+// There are two methods:
 //
-//   CellRound   the cells of EncodeCells. A q beyond [-1, 1] is in the first or the last of them; so is NaN, in the
-//               first, whose code is that of the least value. A cell that holds a boundary and the one after it differ
-//               by one code, so whatever is looked up for q stands in the cell itself, or in the next one if q is above
-//               the boundary: each lookup is one gather of 32 words in 32 banks.
-//   RankRound   the boundaries below q are counted, which serves every code.
+//   CellRound   uses the cells of EncodeCells. A q beyond [-1, 1] falls into the first or the last cell, and NaN into
+//   the
+//               first, whose code is that of the least value. The codes of a cell that holds a boundary and of the next
+//               cell differ by one. So the code and the value of q stand in the cell itself or, if q is above the
+//               boundary, in the next cell. Each lookup is one gather of 32 words in 32 banks.
+//   RankRound   counts the boundaries below q, which works for every code.
 //
-// Both find the place of q in a table in shared memory, where its code and value stand.
+// Both find the place of q in a table in shared memory, which holds its code and its value.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +23,7 @@ namespace qlora::tile {
 
 struct alignas(EncodeCells::kBytes) CellTable {
   EncodeCells encode;
-  float value[EncodeCells::kCells] = {};  // of the code below the cell's boundary
+  float value[EncodeCells::kCells] = {};  // the value of the code below the cell's boundary
 
   constexpr CellTable() = default;
   explicit constexpr CellTable(const CodeTable& table) : CellTable(table, EncodeCells(table)) {}
@@ -37,7 +39,7 @@ __device__ __forceinline__ void stage_cells(CellTable* shared, const CellTable& 
   stage_table(shared->value, table.value);
 }
 
-// Where q's code and value are found. `table` is the shared address of the CellTable.
+// Returns the place of q's code and value. `table` is the shared address of the CellTable.
 __device__ __forceinline__ uint32_t cell_place(float q, uint32_t table) {
   const float unit = ptx::fma_saturated(q, 0.5f, 0.5f);  // [-1, 1] -> [0, 1]
   const uint32_t j = ptx::fma_to_bits(unit, 2.0f * EncodeCells::kSlope, 8388608.0f);
@@ -51,7 +53,7 @@ __device__ __forceinline__ float cell_value(uint32_t place) { return ptx::load_s
 
 struct CellRound {
   using Table = CellTable;
-  int code;  // its number
+  int code;  // the number of the code
 
   __device__ __forceinline__ void stage(Table* shared) const { stage_cells(shared, c_cells.of[code]); }
   __device__ __forceinline__ uint32_t place(float q, uint32_t table) const { return cell_place(q, table); }
@@ -83,7 +85,7 @@ struct RankRound {
   __device__ __forceinline__ static float value_at(uint32_t place) { return ptx::load_shared_f32<kCodes * 4>(place); }
 };
 
-// use(round) with the way that serves the code best.
+// Calls use(round) with the faster method that works for the code.
 template <class Use>
 auto with_round(Code code, const Use& use) {
   const int number = static_cast<int>(code);

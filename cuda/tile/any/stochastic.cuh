@@ -1,5 +1,5 @@
-// Stochastic rounding (cpp/format/stochastic.h): the code below q is found, and is one rank more where q is above the
-// bound between that code's value and the next.
+// Stochastic rounding (cpp/format/stochastic.h): finds the code below q, and goes one rank up if q is above the bound
+// between that code's value and the next.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +13,11 @@
 
 namespace qlora::tile {
 
-// For codes that cells serve. The inner values are where the code below q changes, so that a q which is a value stands
-// above the one before it.
+// For codes that cells serve. The code below q changes at the inner values. A q that equals a value counts as above the
+// previous value.
 struct StochasticCells {
   CellTable below;
-  float gap[EncodeCells::kCells] = {};  // from that value to the next
+  float gap[EncodeCells::kCells] = {};  // from the value of the code below to the next value
 
   constexpr StochasticCells() = default;
   explicit constexpr StochasticCells(const CodeTable& table) {
@@ -26,9 +26,9 @@ struct StochasticCells {
     for (int cell = 0; cell < EncodeCells::kCells; ++cell) gap[cell] = table.gap[below.encode.base[cell]];
   }
 
-  // Whether each code's bound lies between its value and the next whatever the threshold: q then is above the bounds of
-  // all codes before the one below it, and of none after, and looking at one bound is looking at all fifteen. Bounds
-  // grow with the threshold, so the largest is enough.
+  // Returns whether each code's bound lies between its value and the next for every threshold. If so, q is above the
+  // bounds of all codes before the one below it and of none after, so one comparison replaces all fifteen. Bounds grow
+  // with the threshold, so checking the largest threshold suffices.
   static constexpr bool serves(const CodeTable& table) {
     constexpr float kMost = 65535.5f / 65536.0f;
     if (!EncodeCells::serves(table) || !EncodeCells::is_exact(table.value + 1, kCodes - 2)) return false;
@@ -51,7 +51,7 @@ struct CellStochastic {
     stage_cells(&shared->below, c_stochastic.of[code].below);
     stage_table(shared->gap, c_stochastic.of[code].gap);
   }
-  // q's code for its `threshold`. `table` is the shared address of the Table.
+  // Returns q's code for its `threshold`. `table` is the shared address of the Table.
   __device__ __forceinline__ uint32_t operator()(float q, float threshold, uint32_t table) const {
     const uint32_t below = cell_place(q, table);
     const float gap = ptx::load_shared_f32<sizeof(CellTable)>(below);
@@ -60,7 +60,7 @@ struct CellStochastic {
   }
 };
 
-// For every code: all bounds are looked at.
+// For every code: compares q with all bounds.
 struct RankStochastic {
   using Table = RankTable;
   int code;
@@ -77,7 +77,7 @@ struct RankStochastic {
   }
 };
 
-// use(stochastic) with the way that serves the code best.
+// Calls use(stochastic) with the faster method that works for the code.
 template <class Use>
 auto with_stochastic(Code code, const Use& use) {
   const int number = static_cast<int>(code);

@@ -1,9 +1,10 @@
-// The shared memory of the tensor-core dX kernel: what lies where.
+// The shared memory layout of the tensor-core dX kernel.
 //
 // clang-format off
 //
-//   from 0 on    pair table and staged W, 256 entries of 256 bytes: the table's copies have the first half of an entry,
-//                a row of W (256 columns, packed) the second. A slot holds the 64 rows of one stage.
+//   from 0 on    the pair table and the stages of W share 256 entries of 256 bytes. The first half of an entry holds the
+//                table's copies, the second half holds a row of W (256 columns, packed). A slot holds the 64 rows of one
+//                stage.
 //
 //                              0                              128                            256
 //                    entry 0   | pair of byte 0, 16 copies     | W row 0 of slot 0            |
@@ -17,8 +18,9 @@
 //   kScales      stages of scales:  [slot][column group][64 rows of W, padded to 72], float32
 //   kDynamic8    the 8-bit map:     [256], float32
 //
-// Swizzles, so that the fragment reads of the kernel and the copies' 16-byte writes are free of bank conflicts. What
-// lies where in the 128 bytes that a row of W, and a token of dy, have in a slot:
+// Two swizzles keep the kernel's fragment reads and the 16-byte writes of the copies free of bank conflicts. They
+// permute the 128 bytes that a row of W, or a token of dy, has in a slot. The tables show which slab or chunk lies at
+// which byte:
 //
 //   W, by 32 bytes: slab (64 columns)           dy, by 16 bytes: chunk (8 rows of W)
 //
@@ -46,8 +48,8 @@ inline constexpr int kDxStageRows = 64;  // of W, per stage
 inline constexpr int kDxStepRows = 16;   // of W, per mma
 inline constexpr int kDxDyTokenBytes = kDxStageRows * 2;
 
-// Columns that a staged scale is for, as a shift: 64, or 32 where only groups of 32 are sure to lie in one quantization
-// block.
+// log2 of the number of columns that share a staged scale: 64 columns, or 32 if a group of 64 might straddle two
+// quantization blocks.
 __device__ __forceinline__ int dx_scale_group_shift(const ScaleView& view, int64_t k) {
   return view.block_shift == 5 || k % 64 != 0 ? 5 : 6;
 }
@@ -55,9 +57,10 @@ __device__ __forceinline__ int dx_scale_group_shift(const ScaleView& view, int64
 template <int kTokenTiles, bool kRagged>
 struct DxLayout {
   static constexpr int kTokens = 8 * kTokenTiles;
-  // 64 tokens take three stages, so that a CTA fits the 99 KB of the smallest devices.
+  // 64 tokens take only three stages, so that a CTA fits the 99 KB of the smallest devices.
   static constexpr int kStages = kTokenTiles == 8 ? 3 : 4;
-  // Quantization blocks that 256 columns can touch: of 32, or of 16, which the ragged kernel of 16 tokens serves.
+  // The most quantization blocks that 256 columns can touch. Blocks hold at least 32 columns, or 16 in the ragged
+  // kernel for 16 tokens.
   static constexpr int kScaleGroups = kRagged && kTokenTiles == 2 ? 17 : 9;
   static constexpr int kScaleStride = kDxStageRows + 8;  // floats from a column group to the next: no bank conflicts
   static constexpr int kScaleStageBytes = kScaleGroups * kScaleStride * 4;
@@ -69,7 +72,8 @@ struct DxLayout {
   static constexpr int kBytes = kDynamic8 + 1024;
   static_assert(kStages * kDxStageRows <= kPairF32Entries && kBytes <= 99 * 1024);
 
-  // Where things lie, in bytes. `row` counts in the stage, `chunk` is of 16 bytes, `group` of columns with one scale.
+  // Offsets in bytes. `row` counts within the stage, `chunk` counts 16-byte chunks, `group` counts groups of columns
+  // that share a scale.
   __device__ static int w_row(int slot, int row) {
     return (slot * kDxStageRows + row) * kPairF32EntryBytes + kPairF32CopiesBytes;
   }

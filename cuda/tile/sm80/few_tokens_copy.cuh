@@ -1,5 +1,5 @@
-// What the forward for few tokens reads of x and w. x goes to shared memory a stage at a time; packed bytes go straight
-// to registers, since no two warps use the same.
+// How the forward for few tokens loads x and w. x goes to shared memory one stage at a time. Packed bytes go straight
+// to registers, since no two warps use the same bytes.
 #pragma once
 
 #include <cstdint>
@@ -11,8 +11,8 @@
 
 namespace qlora::tile {
 
-// Starts the copies of a stage of x, [tokens, k], whose first segment is `segment0`, into the buffer at `buffer`. Of
-// its segments the first `count` exist, the rest is filled with zeros; tokens that do not exist are not touched.
+// Starts copying one stage of x [tokens, k], which begins at segment `segment0`, into the buffer at `buffer`. The first
+// `count` segments of the stage exist, and the others are filled with zeros. Tokens beyond `tokens` are not written.
 template <class Tile>
 __device__ __forceinline__ void fetch_x(uint32_t buffer, const typename Tile::T* x, int tokens, int64_t k,
                                         int64_t segment0, int count) {
@@ -27,17 +27,17 @@ __device__ __forceinline__ void fetch_x(uint32_t buffer, const typename Tile::T*
   });
 }
 
-// A lane's packed bytes of a unit: rows g and g + 8 of each 16.
+// The packed bytes that a lane holds of a unit: those of rows g and g + 8 of every 16.
 template <class Tile>
 using PackedUnit = uint4[Tile::kRowTiles][2];
 
-// Loads a warp's rows of one unit after another, 16 rows at a time: those that have been multiplied give their
-// registers to the same rows of the next unit, so that three quarters of a unit are always under way.
+// Loads a warp's rows, unit after unit and 16 rows at a time. As soon as 16 rows have been multiplied, their registers
+// receive the same rows of the next unit. Three quarters of a unit are therefore always in flight.
 template <class Tile>
 class UnitLoader {
  public:
-  // The slice is segments [segment0, segment0 + segments); the warp's rows begin at row0, its units at segment `first`
-  // of the slice.
+  // The slice is segments [segment0, segment0 + segments). The warp's rows begin at row0, and its first unit begins at
+  // segment `first` of the slice.
   __device__ __forceinline__ UnitLoader(const uint8_t* packed, int64_t row0, int64_t n, int64_t k, int64_t segment0,
                                         int segments, int first)
       : left_(segments - first), row_bytes_(k / 2) {
@@ -47,8 +47,8 @@ class UnitLoader {
     from_ = packed + (row0 + g) * row_bytes_ + (segment0 + first) * kSegmentPackedBytes + 16 * t;
   }
 
-  // Rows 16 kTile.. of the current unit. What does not exist becomes zero. After the last rows the next unit is
-  // current.
+  // Loads the 16 rows from row 16 kTile of the current unit. Rows and segments that do not exist become zero. After the
+  // last rows of a unit, the next unit becomes the current one.
   template <int kTile>
   __device__ __forceinline__ void load(uint4 (&w)[2]) {
     const uint8_t* const from = from_ + 16 * kTile * row_bytes_;
@@ -71,7 +71,7 @@ class UnitLoader {
 
  private:
   const uint8_t* from_;
-  int left_, rows_;  // segments from the current unit on, and the warp's rows, that exist
+  int left_, rows_;  // segments left from the current unit on, and the number of the warp's rows that exist
   int64_t row_bytes_;
 };
 

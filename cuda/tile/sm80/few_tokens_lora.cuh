@@ -1,8 +1,9 @@
-// LoRA of the forward for few tokens, h = factor · mask(x) · lora_aᵀ and y += h · lora_bᵀ. h is linear in k: each CTA
-// makes its slice's part and adds the product with it, in float32 but for lora_b, so that no part is rounded.
+// LoRA in the forward for few tokens: h = factor · mask(x) · lora_aᵀ and y += h · lora_bᵀ. A sum over k can be split,
+// so each CTA computes h for its slice of k alone and multiplies that partial h by lora_b. The partial h stays in
+// float32, so no part is rounded.
 //
-// h takes lora_a's ranks as the rows of the mma and the tokens as its columns. A unit's two segments are dealt to the
-// warps that share out the rows of w.
+// For h, lora_a's ranks are the rows of the mma and the tokens are its columns. A unit has two segments: each of the
+// kWarpsN warps that divide the rows of w computes h over one of them.
 #pragma once
 
 #include <cstdint>
@@ -19,29 +20,30 @@
 
 namespace qlora::tile {
 
-// lora_a is indexed by 32 bits, in chunks of 8: k is less, with up to 32 ranks.
+// 32-bit indices count lora_a in chunks of 8 elements. They suffice for k below this limit and up to 32 ranks.
 inline constexpr int64_t kMostFoldedK = int64_t{1} << 30;
 
 template <class T>
 struct FewTokensLora {
-  const T* a;  // [rank, k], or null where h is given
+  const T* a;  // [rank, k], or null if h is given
   const T* h;  // [m, rank]
   const T* b;  // [n, rank]
   int64_t rank;
-  float factor;  // scaling, times the dropout's keep_scale
+  float factor;  // scaling times dropout's keep_scale
   Dropout dropout;
 
   __device__ __forceinline__ int folded_ranks() const { return a == nullptr ? 0 : static_cast<int>(rank); }
 };
 
-// The warp's part of h, 16 ranks at a time: rank g and g + 8 of tokens 2t and 2t + 1 of each 8.
+// The warp's part of h, 16 ranks at a time. A lane holds ranks g and g + 8 of tokens 2t and 2t + 1 of every 8.
 template <class Tile>
 class HSums {
  public:
   using T = typename Tile::T;
   static constexpr int kRankTiles = Tile::kFoldedRanks / 16;
 
-  // The slice begins with segment0 of k and has `segments` of them; this warp takes number `part` of a unit's.
+  // The slice begins at segment `segment0` of k and has `segments` segments. This warp computes the segment with index
+  // `part` of each unit.
   __device__ __forceinline__ HSums(const FewTokensLora<T>& lora, int64_t k, int64_t segment0, int segments, int tokens,
                                    int part)
       : lora_(lora),
@@ -50,7 +52,7 @@ class HSums {
         last_(segments - 1),
         tokens_left_(tokens - g()),
         x_offset_(Tile::x_offset(g(), part, t())) {
-    // Ranks that do not exist repeat the last one: nothing will be multiplied with them but zeros.
+    // Ranks beyond the last repeat the last one. Their sums are only ever multiplied by zeros.
     ranks_ = lora.folded_ranks();
     ptx::hold(ranks_), ptx::hold(x_offset_);
 #pragma unroll
@@ -60,7 +62,7 @@ class HSums {
     }
   }
 
-  // Starts loading lora_a of a segment. Past the slice x is zero, and any other does.
+  // Starts loading lora_a for a segment. Past the slice x is zero, so the last segment is loaded again.
   __device__ __forceinline__ void load(int segment) {
     const uint4* const from = reinterpret_cast<const uint4*>(lora_.a) + min(segment, last_) * 8;
     unroll<2 * kRankTiles>([&](auto i) {
@@ -70,7 +72,7 @@ class HSums {
     });
   }
 
-  // Multiplies it with x, which lies at `x` for the segment's unit.
+  // Multiplies the loaded lora_a by x. The segment's unit of x begins at `x`.
   __device__ __forceinline__ void multiply(uint32_t x, int segment) {
     if (ranks_ == 0) return;
     const uint32_t from = x + x_offset_;
@@ -92,7 +94,7 @@ class HSums {
     });
   }
 
-  // Leaves the sums at `to` as [token][rank].
+  // Stores the sums at `to` as [token][rank].
   __device__ __forceinline__ void store(uint32_t to) const {
     to += (2 * t() * Tile::kHSumStride + g()) * 4;
     unroll<kRankTiles>([&](auto i) {
@@ -112,18 +114,19 @@ class HSums {
 
   const FewTokensLora<T>& lora_;
   int64_t k_, k0_;
-  int last_, tokens_left_, ranks_;  // tokens from g on
+  int last_, tokens_left_, ranks_;  // the last segment; the tokens from g on; the ranks
   uint32_t x_offset_;
-  uint32_t chunk_[2 * kRankTiles];  // of lora_a: number t of the slice's first segment, ranks 8i + g
+  uint32_t chunk_[2 * kRankTiles];  // the index of lora_a's chunk t of the slice's first segment, for ranks 8i + g
   uint4 a_[2 * kRankTiles][2];      // chunks t and t + 4
   float sum_[kRankTiles][kTokenTiles][4] = {};
 };
 
-// Adds up what the warps left at `sums`, in the place of the first, and leaves what tf32 cuts off of it in the place of
-// the second: together they have 22 bits of h. The caller synchronises before and after.
+// Adds up the warps' sums at `sums`. The result is split into two tf32 numbers, which together keep 22 bits of h: the
+// upper part replaces the first warp's sums, and the remainder replaces the second warp's. The caller synchronizes
+// before and after.
 template <class Tile>
 __device__ __forceinline__ void sum_h(uint32_t sums, int tokens, int ranks, float factor) {
-  // A warp takes 8 ranks of every other of 8 tokens, which lie 8 banks apart.
+  // A warp takes 8 ranks of every second token among 8, and those tokens lie 8 banks apart.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int token = warp / 4 * 8 + lane / 8 * 2 + warp / 2 % 2;
   static_assert(Tile::kThreads / 16 >= Tile::kTokens);
@@ -139,8 +142,8 @@ __device__ __forceinline__ void sum_h(uint32_t sums, int tokens, int ranks, floa
   }
 }
 
-// y's rows from row0 on, 16 of them, += h · lora_bᵀ for ranks 16 step.. + 15. Column 2 token of the mma is the upper
-// part of h[token], column 2 token + 1 the lower: h4(token, rank, part) yields 4 ranks.
+// Adds h · lora_bᵀ to 16 rows of y, for the ranks 16 step .. 16 step + 15. Column 2 token of the mma is the upper part
+// of h[token], and column 2 token + 1 is the lower part. h4(token, rank, part) returns 4 ranks.
 template <class Tile, class H>
 __device__ __forceinline__ void add_h_step(const uint2 (&b)[2], int tokens, int64_t step, const H& h4,
                                            float (&acc)[Tile::kTokenTiles][2]) {
@@ -160,7 +163,7 @@ __device__ __forceinline__ void add_h_step(const uint2 (&b)[2], int tokens, int6
   });
 }
 
-// lora_b of rows row0 + g and row0 + g + 8, ranks 16 step + 4t.. + 3.
+// Loads lora_b of rows row0 + g and row0 + g + 8, for the ranks 16 step + 4t .. 16 step + 4t + 3.
 template <class T>
 __device__ __forceinline__ void load_lora_b(const FewTokensLora<T>& lora, int64_t row0, int64_t n, int64_t step,
                                             uint2 (&b)[2]) {
@@ -175,7 +178,7 @@ __device__ __forceinline__ void load_lora_b(const FewTokensLora<T>& lora, int64_
   }
 }
 
-// Asks for lora_b of the CTA's rows, of which the first is row0: they are needed when all else is done.
+// Prefetches lora_b of the CTA's rows from row0 on into L2. The kernel needs them at its very end.
 template <class T>
 __device__ __forceinline__ void prefetch_lora_b(const FewTokensLora<T>& lora, int64_t row0, int64_t n) {
   const int64_t row = row0 + threadIdx.x;

@@ -1,4 +1,4 @@
-// Copies of one stage of the forward, global to shared memory, packed bytes and x as they lie.
+// Copies the stages of the forward from global to shared memory: packed bytes and x, unchanged.
 #pragma once
 
 #include <cstdint>
@@ -9,9 +9,9 @@
 
 namespace qlora::tile {
 
-// One operand, whose lines are rows of w or tokens of x. A thread copies kCopies 16-byte chunks per stage, always the
-// same chunk of lines that are kLineStep apart. The step is a multiple of 4, so that the swizzle is the same for all of
-// them. Where there are more threads than chunks, the last ones have no line and must not copy.
+// Copies one operand, whose lines are rows of w or tokens of x. A thread copies kCopies 16-byte chunks per stage: the
+// same chunk of lines that lie kLineStep apart. The step is a multiple of 4, so all of them have the same swizzle. If
+// there are more threads than chunks, the last threads have no line and must not copy.
 template <int kThreads, int kLines, int kBytesPerLine>
 struct StageCopier {
   static constexpr int kChunks = kBytesPerLine / 16;  // per line
@@ -20,7 +20,7 @@ struct StageCopier {
   static_assert(kLineStep % 4 == 0 && (kCopies * kLineStep == kLines || kLineStep > kLines));
 
   const uint8_t* source;  // this thread's chunk of its first line, in the next stage to copy
-  int64_t step_bytes;     // from a line to the one that is kLineStep on, in global memory
+  int64_t step_bytes;     // from a line to the line kLineStep further, in global memory
   int line, chunk;
   uint32_t bytes[kCopies];  // 16, or 0 for lines that do not exist, which are filled with zeros
 
@@ -34,8 +34,8 @@ struct StageCopier {
 
   __device__ __forceinline__ bool has_line() const { return line < kLines; }
 
-  // `destination` is where the chunk of the first line goes; kStepOffset bytes lie between the lines of consecutive
-  // copies.
+  // `destination` receives the chunk of the first line. The destinations of consecutive copies lie kStepOffset bytes
+  // apart.
   template <int kStepOffset>
   __device__ __forceinline__ void copy(uint32_t destination) {
     const uint8_t* from = source;
@@ -47,7 +47,7 @@ struct StageCopier {
   }
 };
 
-// Fetches stage after stage of a CTA's slice of k.
+// Fetches the stages of a CTA's slice of k one after another.
 template <class Tile>
 class LinearStages {
  public:
@@ -62,8 +62,8 @@ class LinearStages {
         packed_address_(shared + Tile::kPacked + Tile::packed_offset(packed_.line, packed_.chunk / 2) +
                         packed_.chunk % 2 * 16) {}
 
-  // Starts the copies of `stage` into buffer `slot`; stages come in order. Past the end of the slice there is nothing
-  // to copy, but still a group to wait for.
+  // Starts the copies of `stage` into buffer `slot`. Stages come in order. Past the end of the slice nothing is copied,
+  // but a group is still committed for the wait.
   __device__ __forceinline__ void fetch(int stage, int slot) {
     const int done = stage * Tile::kStageSegments;
     if (done < x_segments_)
@@ -80,8 +80,8 @@ class LinearStages {
 
   XCopier x_;
   PackedCopier packed_;
-  // A stage that begins with segment s has something for this thread to copy where s is less: the slice's segments,
-  // less the place in a stage of the one that the thread's chunk is of.
+  // This thread has something to copy in a stage that begins at segment s if s is below this number. It is the slice's
+  // segment count, less the position within a stage of the segment that the thread's chunk belongs to.
   int x_segments_, packed_segments_;
   uint32_t x_address_, packed_address_;
 };

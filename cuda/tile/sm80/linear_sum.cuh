@@ -1,5 +1,6 @@
-// The end of the forward's tile: adds the sums of the warp groups, then of the CTAs that split k, adds bias, rounds
-// once, stores. Everything is added in a fixed order, so the result is the same bits whatever ran first.
+// The epilogue of the forward's tile. It adds the sums of the warp groups, then those of the CTAs that split k, then
+// the bias, rounds once, and stores. The order of the additions is fixed, so the bits do not depend on which CTA
+// finishes first.
 #pragma once
 
 #include <cstdint>
@@ -18,13 +19,12 @@ template <class T>
 struct LinearOutput {
   T* y;           // [m, n]
   const T* bias;  // [n] or null
-  // Only where k is split over gridDim.y > 1 CTAs that are not a cluster; indexed by blockIdx.x, the number of the
-  // tile.
+  // Used only if k is split over gridDim.y > 1 CTAs that are not a cluster. Indexed by the tile's number, blockIdx.x.
   float* partials;    // [tiles][splits][kTokens][kRows]
   uint32_t* tickets;  // [tiles], zero when the kernel starts; null for a cluster
 };
 
-// Spreads a warp's accumulators over shared memory as [group][token][row].
+// Stores a warp's accumulators to shared memory as [group][token][row].
 template <class Tile>
 __device__ __forceinline__ void store_sums(uint32_t shared, int warp_row, int group,
                                            const float (&acc)[Tile::kRowTiles][Tile::kTokenTiles][4]) {
@@ -76,11 +76,12 @@ class OutputQuad {
 
   T* y_;
   int64_t n_count_;
-  int left_;  // columns that exist: fewer than four, or none, at and past the end
+  int left_;  // columns that exist: fewer than four, possibly none, near and past the end
   float bias_[4] = {};
 };
 
-// The CTAs of a cluster hold, each in the place of its first group, the sums of their splits. They share out the tile.
+// Each CTA of a cluster holds the sums of its split in place of its first group's sums. The CTAs divide the tile among
+// them.
 template <class Tile>
 __device__ __forceinline__ void finish_cluster(const LinearOutput<typename Tile::T>& out, const float* sums,
                                                int64_t token0, int tokens, int64_t n0, int64_t n) {
@@ -94,7 +95,7 @@ __device__ __forceinline__ void finish_cluster(const LinearOutput<typename Tile:
   ptx::cluster_sync();  // no CTA ends while another reads its sums
 }
 
-// `sums` is what store_sums left. A thread adds up and stores four columns of every kTokenStep-th token.
+// `sums` holds the output of store_sums. A thread adds up and stores four columns of every kTokenStep-th token.
 template <class Tile>
 __device__ __forceinline__ void finish(const LinearOutput<typename Tile::T>& out, float* sums, int64_t token0,
                                        int64_t m, int64_t n0, int64_t n) {

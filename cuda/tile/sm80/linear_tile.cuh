@@ -1,13 +1,13 @@
-// The tile of the tensor-core forward: shapes, and where everything lies in shared memory.
+// The tile of the tensor-core forward: its shape and its shared memory layout.
 //
-// A CTA computes kRows rows n of w times kTokens tokens over a slice of k, in stages of kStageSegments segments. A
-// segment is 64 consecutive k of every row: 32 packed bytes of w and 128 bytes of x, never more than one quantization
-// block. w is the mma's row operand, so that its 16 x 16 is fed by a wide matrix even where there is one token. kWarpsN
-// warps share out the rows; kWarpsK groups of them take every kWarpsK-th segment, and their sums are added at the end.
+// A CTA computes kRows rows n of w for kTokens tokens over a slice of k, in stages of kStageSegments segments. A
+// segment is 64 consecutive k of every row: 32 packed bytes of w and 128 bytes of x, within one quantization block. w
+// is the mma's row operand, so the mma's 16 x 16 operand is full even for a single token. kWarpsN warps divide the rows
+// among them. kWarpsK groups of warps take every kWarpsK-th segment each, and their sums are added at the end.
 //
 // In a segment, lane (g = lane/4, t = lane%4) takes k = 16t..16t+15 of rows g and g+8 (8 packed bytes of each) and of
-// token g (32 bytes). Step s = 0..3 feeds its values 4s..4s+3 to the mma as k = 2t, 2t+1, 2t+8, 2t+9: the sum does not
-// mind that k is permuted, as long as both operands are.
+// token g (32 bytes). Step s = 0..3 feeds its values 4s..4s+3 to the mma as k = 2t, 2t+1, 2t+8, 2t+9. This permutes k,
+// which leaves the sum unchanged because both operands are permuted alike.
 #pragma once
 
 #include <cstdint>
@@ -19,18 +19,18 @@ namespace qlora::tile {
 inline constexpr int kSegment = 64;
 inline constexpr int kSegmentPackedBytes = kSegment / 2;
 inline constexpr int kSegmentXBytes = kSegment * 2;
-inline constexpr int kScaleSegments = 32;  // segments whose scales are held at a time
-inline constexpr int kLineBytes = 128;     // a token's or row's worth: 64 values of x, or 32 scales
+inline constexpr int kScaleSegments = 32;  // segments whose scales are staged at a time
+inline constexpr int kLineBytes = 128;     // bytes per line: 64 values of x of one token, or 32 scales of one row
 
 template <class T_, int kRowTiles_, int kTokenTiles_, int kWarpsN_, int kWarpsK_, int kStageSegments_, int kStages_>
 struct LinearTile {
   using T = T_;
   static constexpr int kRowTiles = kRowTiles_;      // of 16 rows, per warp
   static constexpr int kTokenTiles = kTokenTiles_;  // of 8 tokens, per warp and per CTA
-  static constexpr int kWarpsN = kWarpsN_;          // that share out a CTA's rows
-  static constexpr int kWarpsK = kWarpsK_;          // groups of kWarpsN warps that share out its segments
+  static constexpr int kWarpsN = kWarpsN_;          // warps that divide a CTA's rows
+  static constexpr int kWarpsK = kWarpsK_;          // groups of kWarpsN warps that divide its segments
   static constexpr int kStageSegments = kStageSegments_;
-  static constexpr int kStages = kStages_;  // buffers, of which all but one are being filled
+  static constexpr int kStages = kStages_;  // buffers, all but one of which are being filled
 
   static constexpr int kThreads = 32 * kWarpsN * kWarpsK;
   static constexpr int kRows = 16 * kRowTiles * kWarpsN;
@@ -39,8 +39,8 @@ struct LinearTile {
   static_assert(kStageSegments % kWarpsK == 0 && kScaleSegments % kStageSegments == 0);
   static_assert(kStageSegments == 2 || kStageSegments == 4, "the swizzle of w is made for these");
 
-  // The pair table leaves half of each 256-byte entry free. The scales of w's row r lie in the free half of entry r,
-  // and x, too, lies in free halves where it fits.
+  // The pair table leaves half of each 256-byte entry free. The scales of row r of w lie in the free half of entry r. x
+  // lies in free halves, too, if it fits.
   static constexpr int kStageXLines = kTokens * kStageSegments;
   static constexpr bool kXInTable = kRows + kStages * kStageXLines <= 256;
   static constexpr int kXLineStride = kXInTable ? kPairTableEntryBytes : kLineBytes;
@@ -56,25 +56,25 @@ struct LinearTile {
   static constexpr int kSharedBytes = kXInTable ? kPackedEnd : kX + kStages * kStageXBytes;
   static_assert(kRows <= 256);
 
-  // At the end the sums of the kWarpsK groups lie over all of that as [group][token][row]. The pad makes the four
-  // tokens that a store instruction touches start 8 banks apart.
+  // At the end, the sums of the kWarpsK groups overwrite all of this as [group][token][row]. The padding makes the four
+  // tokens that one store instruction touches start 8 banks apart.
   static constexpr int kSumStride = kRows + 4;
   static constexpr int kSumBytes = kWarpsK * kTokens * kSumStride * 4;
   static_assert(kSumBytes <= kSharedBytes);
 
-  // Where 32-byte segment `segment` of a stage's row of w lies: rows that a load instruction takes together, 4 of them
-  // (64-bit loads of half a warp), must not share banks.
+  // The offset of 32-byte segment `segment` in a stage's row of w. The 4 rows that one load instruction reads together
+  // (64-bit loads of half a warp) do not share banks.
   __device__ static constexpr int packed_offset(int row, int segment) {
     const int swizzle = kStageSegments == 4 ? row & 3 : (row >> 1) & 1;
     return (row * kStageSegments + (segment ^ swizzle)) * kSegmentPackedBytes;
   }
 
-  // Where 16-byte chunk `chunk` of a token's segment lies: tokens g and g+1 are read together, in every other chunk.
+  // The offset of 16-byte chunk `chunk` of a token's segment. Tokens g and g+1 are read together, in every other chunk.
   __device__ static constexpr int x_offset(int token, int segment, int chunk) {
     return (segment * kTokens + token) * kXLineStride + (chunk ^ (token & 1)) * 16;
   }
 
-  // Where the scale of a row and segment lies: the 8 rows g read together fall into different banks.
+  // The offset of the scale of a row and segment. The 8 rows g that are read together fall into different banks.
   __device__ static constexpr int scale_offset(int row, int segment) {
     return row * kPairTableEntryBytes + (segment ^ ((row & 7) << 2)) * 4;
   }

@@ -1,10 +1,10 @@
-// Decoding packed codes in registers, the same pairs as those of the table in shared memory
-// (cuda/tile/any/pair_table.cuh): 21 instructions for 8 weights instead of 8, but none of them a load. A kernel that
-// shared memory holds up decodes some of its weights so.
+// Decodes packed codes in registers, to the same pairs as the table in shared memory (cuda/tile/any/pair_table.cuh). 8
+// weights take 21 instructions instead of 8, but none of them is a load. Kernels that are bound by shared memory decode
+// a part of their weights this way.
 //
-// The lower and the upper bytes of the 16 values are two tables of 16 bytes, four registers each. prmt looks four bytes
-// up among 8, by the lower three bits of four nibbles; a third prmt chooses by the fourth bit between what it found
-// among values 0..7 and 8..15.
+// The lower bytes of the 16 values form one table of 16 bytes, in four registers, and the upper bytes another. prmt
+// looks up four bytes among 8, selected by the lower three bits of four nibbles. A third prmt then uses the fourth bit
+// to choose between the results from values 0..7 and from values 8..15.
 #pragma once
 
 #include <cstdint>
@@ -33,16 +33,18 @@ class PairRegisters {
   // The pairs of the four bytes of `word`.
   __device__ __forceinline__ void decode(uint32_t word, uint32_t (&pairs)[4]) const {
     const uint32_t index = word & 0x77777777u;
-    const uint32_t half = (word >> 1 & 0x44444444u) | 0x32103210u;  // byte i of the one or, 4 further on, of the other
+    // Nibble i of `half` selects byte i of the first lookup, or byte i + 4, which is byte i of the second.
+    const uint32_t half = (word >> 1 & 0x44444444u) | 0x32103210u;
     decode_2(index, half, pairs[0], pairs[1]);
     decode_2(index >> 16, half >> 16, pairs[2], pairs[3]);
   }
 
  private:
-  // By the lower 16 bits of both selectors.
+  // Uses the lower 16 bits of both selectors.
   __device__ __forceinline__ void decode_2(uint32_t index, uint32_t half, uint32_t& pair0, uint32_t& pair1) const {
     const uint32_t low = lookup(low_, index, half), high = lookup(high_, index, half);
-    // Nibbles 0 and 1, 2 and 3 are a byte's lower and upper one, so a pair's upper and lower half.
+    // Nibbles 0 and 1, and 2 and 3, are the lower and the upper nibble of a byte: the upper and the lower half of its
+    // pair.
     pair0 = ptx::prmt<0x4051>(low, high), pair1 = ptx::prmt<0x6273>(low, high);
   }
 

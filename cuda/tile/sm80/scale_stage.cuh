@@ -1,5 +1,5 @@
-// The scales of some segments of a CTA's rows, decoded once to float32 in shared memory. `load` only reads, and nothing
-// that it reads waits for something else that it reads; `store` decodes what has arrived.
+// Decodes the scales of a CTA's rows, for some segments at a time, once to float32 in shared memory. `load` only issues
+// loads, and none of them depends on another. `store` decodes what has arrived.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,8 @@
 
 namespace qlora::tile {
 
-// Neighbouring threads take neighbouring segments, so that the sectors of a row's codes are read once. Rows and
-// segments that do not exist repeat the last one's: they are multiplied with zeros or not stored, and cost no branch
-// here.
+// Neighbouring threads take neighbouring segments, so each sector of a row's codes is read once. Rows and segments
+// beyond the last repeat the last one, which costs no branch here: their results are multiplied by zeros or not stored.
 template <class Tile, int kSegments>
 class ScaleStage {
  public:
@@ -22,7 +21,7 @@ class ScaleStage {
     row_element_ = (n0 + min(row(0), last_row_)) * k;
   }
 
-  // The segments from segment0 of k on, of which `count` exist.
+  // Loads for the segments from segment0 of k on, of which `count` exist.
   __device__ __forceinline__ void load(int64_t segment0, int count) {
     const int64_t element = row_element_ + (segment0 + min(segment(), count - 1)) * kSegment;
     with_scale_loader(view_, [&](const auto& load) {
@@ -55,10 +54,11 @@ class ScaleStage {
   }
 
   const ScaleView view_;
-  const float unfactor_;  // of the weight's code
+  const float unfactor_;  // CodeView::unfactor of the weight's code
   float offset_;
   int last_row_;
-  int64_t row_step_, row_element_;  // from a row to the next this thread takes, and where its first begins, in elements
+  // In elements: from one row of this thread to its next, and where its first row begins.
+  int64_t row_step_, row_element_;
   float absmax_[kEach];
   uint32_t code_[kEach] = {};
 };

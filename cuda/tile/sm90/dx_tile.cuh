@@ -1,14 +1,15 @@
-// The tile of Hopper's dX, and how a lane decodes. The rest of it: cuda/tile/sm90/layout.cuh.
+// The tile of Hopper's dX, and how a lane decodes. cuda/tile/sm90/layout.cuh has the parts that it shares with the
+// forward.
 //
-// A stage is 64 rows n of 128 columns k of w: dy [kTokens][64], packed bytes [64 rows][64 bytes] and scales [2 groups
-// of 64 columns][64 rows]. wᵀ is the wgmma's register operand, so that the sum runs over rows and the scale goes on the
-// weight: the table has pairs of float32, which are scaled and then rounded once.
+// A stage covers 64 rows n of 128 columns k of w: dy [kTokens][64], packed bytes [64 rows][64 bytes] and scales [2
+// groups of 64 columns][64 rows]. wᵀ is the wgmma's register operand. The sum runs over rows, so the scale must be
+// applied to the weight: the table holds pairs of float32, which are scaled and then rounded once.
 //
-// A warp takes 16 bytes of each row, 32 columns, as 8 units of 2 bytes. Transposed by ldmatrix, lane (g, t) holds unit
-// g of rows 16s + 2t, +1 and 16s + 8 + 2t, +1: just the rows that step s of the wgmma wants of it. One warpgroup takes
-// the first byte of the units, columns 4g and 4g + 1, and the other the second, columns 4g + 2 and 4g + 3. They are the
-// operand's rows g and g + 8. The nibbles that a column has in two rows are joined into a byte, whose entry is the
-// pair.
+// A warp takes 16 bytes of each row: 32 columns, as 8 units of 2 bytes. ldmatrix transposes them, so lane (g, t) holds
+// unit g of rows 16s + 2t, +1 and 16s + 8 + 2t, +1: exactly the rows that step s of the wgmma needs from it. One
+// warpgroup takes the first byte of each unit, columns 4g and 4g + 1, and the other warpgroup the second byte, columns
+// 4g + 2 and 4g + 3. These columns are the operand's rows g and g + 8. The nibbles of a column in two rows are joined
+// to a byte, and the table's entry for that byte is the pair.
 #pragma once
 
 #include <cstdint>
@@ -26,9 +27,9 @@ namespace qlora::tile {
 template <class T, int kTokens>
 struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4> {
   static constexpr int kStageRows = 64;
-  static constexpr int kGroupColumns = 64;  // of one scale
+  static constexpr int kGroupColumns = 64;  // columns that share a scale
 
-  // Where consumers hand each other the masks that they draw: 8 bytes each for 128 tokens, and for those that follow.
+  // Consumers exchange their dropout masks here: 8 bytes per consumer for every 128 tokens.
   static constexpr int kMasks = DxSm90Tile::kBarriers + DxSm90Tile::kStages * 16;
   static constexpr int kMaskBytes = (kTokens + 127) / 128 * DxSm90Tile::kConsumers * 8;
   static_assert(kMasks % 8 == 0 && kMasks + kMaskBytes <= DxSm90Tile::kTable);
@@ -37,10 +38,10 @@ struct DxSm90Tile : Sm90Layout<T, kTokens, 1, 64 * 64, 2 * 64 * 4> {
 template <class Tile>
 struct DxSm90Lane {
   uint32_t table;     // the table's address plus 8 · (lane % 16)
-  uint32_t selector;  // of prmt: this warpgroup's byte of a unit, between the bytes of `table`
-  uint32_t packed;    // the row that this lane names to ldmatrix, in slot 0
-  uint32_t scales;    // of row 2t in slot 0
-  int column;         // the first of its two, counted in the tile
+  uint32_t selector;  // for prmt: picks this warpgroup's byte of a unit, between the bytes of `table`
+  uint32_t packed;    // the address of the row that this lane passes to ldmatrix, in slot 0
+  uint32_t scales;    // the address of row 2t's scale in slot 0
+  int column;         // the first of its two columns in the tile
 
   __device__ __forceinline__ explicit DxSm90Lane(uint32_t base) {
     const int lane = threadIdx.x % 32, warp = (threadIdx.x - Tile::kProducers) / 32;
@@ -52,7 +53,7 @@ struct DxSm90Lane {
     column = slab * 32 + lane / 4 * 4 + byte * 2;
   }
 
-  // w[2s], w[2s + 1]: units of the first and last 8 rows of step s.
+  // Loads w[2s] and w[2s + 1]: the units of the first and the last 8 rows of step s.
   template <int kSlot>
   __device__ __forceinline__ void load(uint32_t (&w)[8]) const {
     constexpr int kOffset = kSlot * Tile::kStagePackedBytes;
@@ -65,7 +66,7 @@ struct DxSm90Lane {
     return ptx::pack2<typename Tile::T>(value.x * scale.x, value.y * scale.y);
   }
 
-  // a = the wgmma's operand for step kStep, whose units are `low` and `high`.
+  // Decodes into `a` the wgmma's operand for step kStep, whose units are `low` and `high`.
   template <int kSlot, int kStep>
   __device__ __forceinline__ void decode(uint32_t low, uint32_t high, uint32_t (&a)[4]) const {
     constexpr int kOffset = kSlot * Tile::kStageScaleBytes + kStep * 16 * 4;

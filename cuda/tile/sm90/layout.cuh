@@ -1,13 +1,14 @@
-// What the tiles of Hopper's kernels have in common: who does what in a CTA, and the map of its shared memory.
+// What the tiles of Hopper's kernels share: the roles of a CTA's threads, and the layout of its shared memory.
 //
-// A CTA makes 128 outputs, rows n of w or columns k, of each of kTokens tokens. A warpgroup of producers fills a ring
-// of stages; two warpgroups of consumers decode w into the register operand of wgmma and multiply. A stage has the
-// tokens' values, x or dy, in lines of 64 that are 128 bytes, as TMA swizzles them; packed bytes; and scales in
-// float32.
+// A CTA computes 128 outputs, rows n of w or columns k, for each of kTokens tokens. A warpgroup of producers fills a
+// ring buffer of stages. Two warpgroups of consumers decode w into the register operand of wgmma and multiply. A stage
+// holds the tokens' values (x or dy, in lines of 64 values or 128 bytes, as TMA swizzles them), packed bytes, and
+// float32 scales.
 //
-// Addresses are relative to a base such that the table of pairs lies at a multiple of 64 KB: then a byte of w and the
-// lane are the lower half of an entry's address, and need not be added to anything. What fits before it lies there. The
-// second half of each entry, which the pairs leave free, is the map of nested scale codes, a copy a lane.
+// Addresses are relative to a base that puts the table of pairs at a multiple of 64 KB. A byte of w and the lane are
+// then the lower half of an entry's address, and computing the address takes no addition. The space before the table
+// holds whatever fits there. The pairs leave the second half of each entry free. It holds the map of nested scale
+// codes, with one copy per lane.
 //
 //     0     packed bytes, scales, sums, barriers        61 KB    table: 256 entries of 256 bytes        125 KB tokens
 //           [slot] [slot]                                        [pairs 128 bytes][map 128 bytes] [slot]
@@ -28,20 +29,21 @@ struct Sm90Layout {
   static constexpr int kTokens = kTokens_;
   static constexpr int kTokenTiles = kTokens / 8;
   static constexpr int kOutputs = 128;
-  static constexpr int kLines = kLines_;  // of 64 values that a token has in a stage
+  static constexpr int kLines = kLines_;  // lines of 64 values per token in a stage
   static constexpr int kStages = 3;
   static constexpr int kProducers = 128, kConsumers = 256;  // threads
   static constexpr int kThreads = kProducers + kConsumers;
-  // The 168 registers a thread that the CTA starts with, dealt out anew.
+  // The CTA starts with 168 registers per thread. setmaxnreg redistributes them.
   static constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
 
-  static constexpr int kLineBytes = kTokens * 128;  // a line of all tokens: what one descriptor of wgmma describes
+  static constexpr int kLineBytes =
+      kTokens * 128;  // one line of all tokens: the part that one wgmma descriptor describes
   static constexpr int kStageTokenBytes = kLines * kLineBytes;
   static constexpr int kStagePackedBytes = kStagePackedBytes_;
   static constexpr int kStageScaleBytes = kStageScaleBytes_;
 
-  // Sums go out by kPartTokens tokens at a time, as [token][output]. The pad makes the four tokens that a store
-  // instruction touches start 8 banks apart.
+  // Sums are written out kPartTokens tokens at a time, as [token][output]. The padding makes the four tokens that one
+  // store instruction touches start 8 banks apart.
   static constexpr int kPartTokens = 64;
   static constexpr int kParts = kTokens / kPartTokens;
   static constexpr int kSumStride = kOutputs + 4;
@@ -55,7 +57,7 @@ struct Sm90Layout {
   static constexpr int kTokenLines = kTable + kPairTableBytes;
   static constexpr int kEnd = kTokenLines + kStages * kStageTokenBytes;
   static constexpr int kTableAlignment = 64 * 1024;
-  // Enough wherever in its first 3 KB the shared memory of a CTA begins to be its own.
+  // Enough, wherever within the first 3 KB of shared memory the CTA's own part begins.
   static constexpr int kSharedBytes = kTableAlignment - kTable + kEnd;
   static_assert(kBarriers + kStages * 16 <= kTable && kTable % 1024 == 0 && kTokenLines % 1024 == 0);
 
@@ -63,22 +65,23 @@ struct Sm90Layout {
     return (shared + kTable + kTableAlignment - 1) / kTableAlignment * kTableAlignment - kTable;
   }
 
-  // Barriers of each stage: filled (arrivals: the thread that starts the copies, and the producers' warps), and free
-  // again (the consumers' warps).
+  // The barriers of each stage: `full` (arrivals: the thread that starts the copies, and the producers' warps) and
+  // `empty` (the consumers' warps).
   __device__ static constexpr int full(int slot) { return kBarriers + slot * 16; }
   __device__ static constexpr int empty(int slot) { return full(slot) + 8; }
   static constexpr int kFullArrivals = 1 + kProducers / 32, kEmptyArrivals = kConsumers / 32;
 
-  // Where the pair (i, i + 1), i even, of a token's line lies.
+  // The offset of the pair (i, i + 1), i even, in a token's line.
   __device__ static constexpr int line_offset(int token, int i) {
     return token * 128 + ((i / 8 ^ (token & 7)) * 16 + i % 8 * 2);
   }
 };
 
-// Lines of 64 packed bytes, as TMA swizzles them: where 16-byte chunk `chunk` of one lies.
+// The offset of 16-byte chunk `chunk` in a line of 64 packed bytes, as TMA swizzles them.
 __device__ constexpr int sm90_packed_offset(int line, int chunk) { return line * 64 + (chunk ^ (line >> 1 & 3)) * 16; }
 
-// Fills the free halves of the table's entries with the map of nested scale codes. Whole CTA; the caller synchronises.
+// Fills the free halves of the table's entries with the map of nested scale codes. Call from all threads of the CTA,
+// and synchronize afterwards.
 template <int kThreads>
 __device__ __forceinline__ void fill_lane_dynamic8(uint32_t dynamic8) {
   for (int entry = threadIdx.x; entry < 256; entry += kThreads) {
@@ -90,7 +93,8 @@ __device__ __forceinline__ void fill_lane_dynamic8(uint32_t dynamic8) {
   }
 }
 
-// The value of the nested scale code in byte kByte of `codes`. `lane_table` is the table's address plus 4 · lane.
+// Looks up the value of the nested scale code in byte kByte of `codes`. `lane_table` is the table's address plus 4 ·
+// lane.
 template <int kByte>
 __device__ __forceinline__ float lookup_dynamic8(uint32_t lane_table, uint32_t codes) {
   constexpr int kHalf = kPairTableEntryBytes / 2;

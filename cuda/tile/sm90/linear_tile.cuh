@@ -1,11 +1,11 @@
-// The tile of Hopper's forward, and how a lane decodes. The rest of it: cuda/tile/sm90/layout.cuh.
+// The tile of Hopper's forward, and how a lane decodes. cuda/tile/sm90/layout.cuh has the parts that it shares with dX.
 //
-// A stage is 128 k, two segments: x [2][kTokens][64], packed bytes [128 rows][64 bytes] and scales [128 rows][2]. A
+// A stage covers 128 k, two segments: x [2][kTokens][64], packed bytes [128 rows][64 bytes] and scales [128 rows][2]. A
 // warp has 16 rows of w.
 //
 // The wgmma fixes the order of k: in its step s, lane (g, t) holds k = 16s + 2t, +1 and 16s + 8 + 2t, +1 of rows g and
-// g + 8. These are bytes t of the words 2s and 2s + 1 of a row's 32 packed bytes. So the four lanes t of a row load the
-// same words, and each takes its own byte of all of them.
+// g + 8. These are byte t of word 2s and byte t of word 2s + 1 in a row's 32 packed bytes. So the four lanes t of a row
+// load the same words, and each uses its own byte of each word.
 #pragma once
 
 #include <cstdint>
@@ -25,13 +25,13 @@ struct LinearSm90Tile : Sm90Layout<T, kTokens, 2, 128 * 64, 128 * 2 * 4> {
   static constexpr int kRows = LinearSm90Tile::kOutputs;
 };
 
-// What a consumer lane reads.
+// The addresses from which a consumer lane reads.
 template <class Tile>
 struct LinearSm90Lane {
   uint32_t table;      // the pair table's address plus 4 · lane
-  uint32_t selector;   // of prmt: this lane's byte of a word, between the bytes of `table`
-  uint32_t packed[4];  // its row g in slot 0, by 16-byte chunks
-  uint32_t scales;     // of row g in slot 0
+  uint32_t selector;   // for prmt: picks this lane's byte of a word, between the bytes of `table`
+  uint32_t packed[4];  // the 16-byte chunks of row g in slot 0
+  uint32_t scales;     // the scales of row g in slot 0
 
   __device__ __forceinline__ LinearSm90Lane(uint32_t base, int row) {
     const int lane = threadIdx.x % 32;
@@ -46,7 +46,7 @@ struct LinearSm90Lane {
     return ptx::load_shared_u32(ptx::prmt(word, table, selector));
   }
 
-  // a[step] = the wgmma's operand for the steps of one segment.
+  // Decodes into a[step] the wgmma's operand for the steps of one segment.
   template <int kSlot, int kSegment>
   __device__ __forceinline__ void decode(uint32_t (&a)[4][4]) const {
     unroll<4>([&](auto part) {  // rows g and g + 8, by 16 bytes
@@ -60,7 +60,7 @@ struct LinearSm90Lane {
     });
   }
 
-  // The scales of both segments, of row g (kUpper 0) or g + 8.
+  // Loads the scales of both segments, for row g (kUpper 0) or g + 8 (kUpper 1).
   template <int kSlot, int kUpper>
   __device__ __forceinline__ float2 scale() const {
     return ptx::load_shared_v2_f32<kSlot * Tile::kStageScaleBytes + kUpper * 64>(scales);

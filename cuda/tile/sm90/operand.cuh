@@ -1,4 +1,4 @@
-// The operand of Hopper's kernels that wgmma reads from shared memory: tokens of x or dy, and of LoRA's low-rank
+// The operand that wgmma reads from shared memory in Hopper's kernels: tokens of x or dy, and of LoRA's low-rank
 // product.
 #pragma once
 
@@ -13,7 +13,7 @@
 
 namespace qlora::tile {
 
-// The descriptors of all that the ring holds, kept so that none is computed in the loop.
+// The descriptors of the whole ring buffer, kept so that the loop computes none.
 template <class Layout>
 struct Sm90Descriptors {
   uint64_t of[Layout::kStages][Layout::kLines][4];  // [slot][line][step of 16 values]
@@ -29,9 +29,9 @@ struct Sm90Descriptors {
   }
 };
 
-// Writes ranks [first_rank, first_rank + 16 steps) of the low-rank product to where a stage's tokens lie, and zeros
-// past its end. Of each 16, ranks 4t..4t+3 come to lie as values 2t, 2t+1, 2t+8, 2t+9: then lane t of the other operand
-// takes four neighbours too. All producers.
+// Writes ranks [first_rank, first_rank + 16 steps) of the low-rank product to the place of a stage's tokens, with zeros
+// past its end. Of every 16 ranks, 4t..4t+3 become values 2t, 2t+1, 2t+8, 2t+9, so that lane t of the other operand
+// also takes four neighbours. Call from all producers.
 template <class Layout, bool kVector>
 __device__ __forceinline__ void store_low_rank(const LoraOperands<typename Layout::T>& lora, int64_t token0,
                                                int64_t first_rank, int steps, uint32_t lines) {

@@ -1,4 +1,4 @@
-// The two sides of the ring of stages of Hopper's kernels, and their beginning.
+// The producers' and the consumers' side of the ring buffer of stages in Hopper's kernels, and its initialization.
 #pragma once
 
 #include <cuda.h>
@@ -10,7 +10,7 @@
 
 namespace qlora::tile {
 
-// One thread; the caller synchronises the CTA.
+// Initializes the barriers. Call from one thread, and synchronize the CTA afterwards.
 template <class Layout>
 __device__ __forceinline__ void start_ring(uint32_t base, const CUtensorMap& tokens, const CUtensorMap& packed) {
   for (int slot = 0; slot < Layout::kStages; ++slot) {
@@ -33,13 +33,14 @@ struct Sm90Producer {
     ptx::mbarrier_wait<Layout::empty(slot)>(base, parity);
   }
 
-  // The issuing thread arrives before `publish`; where it starts copies, with the bytes that they bring.
+  // The issuing thread arrives before `publish`: with this function if it starts no copies, and otherwise with the
+  // number of bytes that they bring.
   template <class Slot>
   __device__ __forceinline__ void arrive_without_copies(Slot slot) const {
     ptx::mbarrier_arrive<Layout::full(slot)>(base, issues);
   }
 
-  // What this thread wrote to the slot is there for the consumers.
+  // Makes this thread's writes to the slot visible to the consumers.
   template <class Slot>
   __device__ __forceinline__ void publish(Slot slot) const {
     __syncwarp();
@@ -64,7 +65,7 @@ struct Sm90Consumer {
     ptx::mbarrier_wait<Layout::full(slot)>(base, parity);
   }
 
-  // `slot` follows the one that `wait` was for.
+  // `slot` is the slot after the one that `wait` was called for.
   template <class Slot>
   __device__ __forceinline__ void wait_next(Slot slot) const {
     ptx::mbarrier_wait<Layout::full(slot)>(base, slot == 0 ? parity ^ 1 : parity);
@@ -76,7 +77,7 @@ struct Sm90Consumer {
     ptx::mbarrier_arrive<Layout::empty(slot)>(base, arrives);
   }
 
-  // The slot of the last of `stages` stages.
+  // Releases the slot of the last of `stages` stages.
   __device__ __forceinline__ void release_last(int stages) const {
     __syncwarp();
     ptx::mbarrier_arrive<0>(base + Layout::empty((stages - 1) % Layout::kStages), arrives);

@@ -1,5 +1,6 @@
-// The end of a tile of Hopper's kernels: sums go to shared memory a part of the tokens at a time, each CTA of a cluster
-// adds up those of all, in the order of their ranks, for its share of the tokens, adds bias, rounds once and stores.
+// The epilogue of a tile in Hopper's kernels. The sums go to shared memory, some tokens at a time. Each CTA of a
+// cluster adds up the sums of all CTAs, in the order of their ranks, for its share of the tokens. It then adds bias,
+// rounds once and stores.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,11 @@
 
 namespace qlora::tile {
 
-// Consumers' sums: of tokens 8j + 2t, +1, an output each, then of the same tokens the lane's second output.
+// A consumer's sums: one output of tokens 8j + 2t, +1, then the lane's second output of the same tokens.
 template <class Layout>
 using Sm90Sums = float[Layout::kTokenTiles][4];
 
-// The lane's outputs are kOutputStep apart; `output` is the first, counted in the tile.
+// Stores the sums of a part. The lane's outputs are kOutputStep apart, and `output` is the first in the tile.
 template <class Layout, int kOutputStep>
 __device__ __forceinline__ void store_part(const Sm90Sums<Layout>& acc, int part, uint32_t base, int output) {
   const int t = threadIdx.x % 4;
@@ -52,13 +53,14 @@ __device__ __forceinline__ void finish_part(const Sm90Work<Layout>& work, int64_
   }
 }
 
-// All consumers; where there are splits, all threads of the cluster come to its barriers.
+// Call from all consumers. With splits, the producers must call attend_finish, because all threads of the cluster take
+// part in its barriers.
 template <class Layout, int kOutputStep>
 __device__ __forceinline__ void finish_tile(const Sm90Work<Layout>& work, const Sm90Sums<Layout>& acc, int output,
                                             const LinearOutput<typename Layout::T>& out, int64_t token0, int64_t m,
                                             int64_t output0, int64_t outputs, uint32_t base) {
   const auto sync = [&] {
-    __syncwarp();  // lanes whose outputs do not exist come early
+    __syncwarp();  // lanes whose outputs do not exist arrive early
     if (work.plan.splits > 1)
       ptx::cluster_sync();
     else
@@ -74,7 +76,7 @@ __device__ __forceinline__ void finish_tile(const Sm90Work<Layout>& work, const 
   }
 }
 
-// What producers do meanwhile.
+// The producers' counterpart of finish_tile: joins the cluster's barriers.
 template <class Layout>
 __device__ __forceinline__ void attend_finish(const Sm90Work<Layout>& work) {
   if (work.plan.splits == 1) return;

@@ -1,7 +1,6 @@
-// What a CTA of Hopper's kernels does, in producers and consumers alike: its split of every tile of its cluster. It
-// stays and takes tile after tile, so that the tables are filled once and the producers run ahead into the next tile.
-// Where there are fewer tiles than multiprocessors, the CTAs of a cluster share out a tile's sum in splits of whole
-// stages.
+// The work of a CTA in Hopper's kernels, for producers and consumers alike: its split of every tile of its cluster.
+// CTAs are persistent. They fill the tables once and process tile after tile, and the producers run ahead into the next
+// tile. If there are fewer tiles than SMs, the CTAs of a cluster divide a tile's sum into splits of whole stages.
 #pragma once
 
 #include <cstdint>
@@ -11,17 +10,17 @@
 namespace qlora::tile {
 
 struct Sm90Plan {
-  int64_t token_tiles, tiles;  // tiles along the tokens, and in all
+  int64_t token_tiles, tiles;  // tiles along the tokens, and in total
   int splits;                  // the size of a cluster
   int stages, stages_per_split;
-  int64_t rank;  // of LoRA; 0: none
+  int64_t rank;  // LoRA's rank, 0 without LoRA
 };
 
-inline constexpr int kSm90Chunk = 64;  // ranks that a line holds
+inline constexpr int kSm90Chunk = 64;  // ranks per line
 
 template <class Layout>
 struct Sm90Work {
-  static constexpr int kChunk = Layout::kLines * kSm90Chunk;  // ranks that a stage holds
+  static constexpr int kChunk = Layout::kLines * kSm90Chunk;  // ranks per stage
 
   const Sm90Plan& plan;
   int split, stage0, stages, chunks;
@@ -33,7 +32,7 @@ struct Sm90Work {
         stages(min(p.stages - stage0, p.stages_per_split)),
         chunks(static_cast<int>((p.rank + kChunk - 1) / kChunk)) {}
 
-  // use(first token, first output) for each tile.
+  // Calls use(first token, first output) for each tile.
   template <class Use>
   __device__ __forceinline__ void for_tiles(const Use& use) const {
     const int64_t step = gridDim.x / plan.splits;
@@ -41,8 +40,9 @@ struct Sm90Work {
       use(tile % plan.token_tiles * Layout::kTokens, tile / plan.token_tiles * Layout::kOutputs);
   }
 
-  // use(slot, stage) for each stage. Producers and consumers take the slots of the ring by rounds, whose barriers have
-  // one `parity`; where a round is not full, they pass(slot) the rest on empty. So slots are constants.
+  // Calls use(slot, stage) for each stage. Producers and consumers go through the ring buffer's slots in rounds, and
+  // all barriers of a round have one `parity`. If the last round is not full, pass(slot) hands on the remaining slots
+  // empty. So slots are compile-time constants.
   template <class Pass, class Use>
   __device__ __forceinline__ void for_stages(uint32_t& parity, const Pass& pass, const Use& use) const {
     for (int stage = 0; stage < stages; stage += Layout::kStages, parity ^= 1) {
@@ -55,7 +55,7 @@ struct Sm90Work {
     }
   }
 
-  // use(slot, chunk) for this split's chunks of ranks, a round each.
+  // Calls use(slot, chunk) for this split's chunks of ranks. Each chunk takes a round.
   template <class Pass, class Use>
   __device__ __forceinline__ void for_chunks(uint32_t& parity, const Pass& pass, const Use& use) const {
     for (int chunk = split; chunk < chunks; chunk += plan.splits, parity ^= 1) {
@@ -64,7 +64,7 @@ struct Sm90Work {
     }
   }
 
-  // wgmma of 16 ranks that a chunk takes.
+  // The number of wgmma steps, 16 ranks each, that a chunk takes.
   __device__ __forceinline__ int chunk_steps(int chunk) const {
     const int64_t left = plan.rank - int64_t{chunk} * kChunk;
     return static_cast<int>((left < kChunk ? left + 15 : kChunk) / 16);

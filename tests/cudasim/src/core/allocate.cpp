@@ -1,7 +1,7 @@
-// Register slots: virtual registers whose lifetimes do not overlap share one, so that a warp's
-// frame stays small enough for the caches. Lifetimes come from data-flow analysis over the control
-// flow graph, widened to one interval of instruction numbers per register. Two registers named by
-// the same instruction never share a slot, so handlers may write before they have read everything.
+// Assigns register slots. Virtual registers whose lifetimes do not overlap share a slot, so a warp's frame stays small
+// enough for the caches. Lifetimes come from data-flow analysis over the control flow graph, widened to one interval of
+// instruction numbers per register. Two registers of the same instruction never share a slot, so handlers may write
+// before they have read everything.
 #include <algorithm>
 
 #include "decode.h"
@@ -20,7 +20,7 @@ void each_reg(const AOperand& o, F f) {
   for (auto& e : o.elems) each_reg(e, f);
 }
 
-// Is operand 0 written (and not read)? When in doubt the answer is no, which only lengthens lifetimes.
+// Is operand 0 written and not read? In doubt the answer is no, which only lengthens lifetimes.
 bool writes_first(const AInstr& in) {
   auto n = in.mods[0];
   if (in.ops.empty()) return false;

@@ -47,7 +47,7 @@ const SelectorMap& selectors() {
   return map;
 }
 
-// Which function a group of instructions belongs to for the profile, when the selector did not say.
+// The function to which the profile attributes a group of instructions, if the selector did not say.
 static Class class_of(const AInstr& in) {
   Ty t = last_type(in);
   switch (t) {
@@ -73,7 +73,7 @@ static void op_unsupported(Warp&, const Op& o, uint32_t) {
 
 // --- registers, constants, specials -----------------------------------------------------------------
 
-static int storage_bytes(int size) {  // of one register across the warp
+static int storage_bytes(int size) {  // bytes of one register across the warp
   switch (size) {
     case 0:
       return 32;  // predicate mask (padded)
@@ -317,12 +317,12 @@ uint32_t Decoder::pred_dst(const AOperand& o) {
   return slots_[o.reg_id].offset;
 }
 
-// Index of the instruction a label stands before.
+// Index of the instruction that a label precedes.
 uint32_t Decoder::label(std::string_view name, int scope) const {
   for (int s = scope; s >= 0; s = ast->scope_parent[s])
     for (auto& l : ast->labels)
       if (l.scope == s && l.name == name) return l.index;
-  // a label inside a nested block that this scope can't see: accept a unique match
+  // a label inside a nested scope that this one can't see: accept a unique match
   const ALabel* found = nullptr;
   for (auto& l : ast->labels)
     if (l.name == name) {
@@ -467,7 +467,7 @@ KernelImage* decode_kernel(Module* m, const AFunction* entry, std::string* error
   auto img = std::make_unique<KernelImage>();
   AModule& am = m->ast;
 
-  // functions reachable from the entry; an indirect call may reach any function
+  // Functions reachable from the entry. An indirect call may reach any function.
   std::vector<const AFunction*> list{entry};
   std::set<const AFunction*> seen{entry};
   std::vector<const AVar*> shared;

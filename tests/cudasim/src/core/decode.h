@@ -1,4 +1,4 @@
-// What instruction selectors see while a function is decoded.
+// The interface for instruction selectors while a function is decoded.
 #pragma once
 #include <string_view>
 

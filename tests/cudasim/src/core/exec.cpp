@@ -1,4 +1,4 @@
-// Execution of warps, blocks and clusters.
+// Executes warps, CTAs and clusters.
 #include <algorithm>
 #include <chrono>
 #include <cstdlib>
@@ -68,7 +68,7 @@ static uint64_t now_ns() {
           .count());
 }
 
-// Fills the special registers a function uses; they depend on block, warp and frame.
+// Fills the special registers that a function uses. They depend on CTA, warp and frame.
 void Warp::refresh(Frame* f) {
   f->serial = blk->group->serial;
   const LaunchState& ls = *blk->ls;
@@ -308,7 +308,7 @@ void Warp::start(Block* b, uint32_t idx, uint32_t lanes, const Function* fn) {
   mma_open.ops.clear();
 }
 
-// Chooses the lanes to run: the deepest call first, then the lowest pc, so that groups meet again.
+// Chooses the lanes to run: the deepest call first, then the lowest pc, so that groups merge again.
 bool Warp::select() {
   uint32_t can = live & ~blocked;
   if (!can) return false;
@@ -384,7 +384,7 @@ void Warp::exit_lanes(uint32_t m) {
   live &= ~m;
   blocked &= ~m;
   bar_lanes &= ~m;
-  // Lanes waiting for mates look again.
+  // Lanes that wait for mates check again.
   for (uint32_t t = live & blocked; t; t &= t - 1) {
     int l = __builtin_ctz(t);
     if (wait[l] == Wait::warp || wait[l] == Wait::warp_bar) blocked &= ~(1u << l);
@@ -400,7 +400,7 @@ void Warp::exit_lanes(uint32_t m) {
   }
 }
 
-// --- blocks and clusters ----------------------------------------------------------------------------
+// --- CTAs and clusters ------------------------------------------------------------------------------
 
 Block::~Block() { free(shared_raw); }
 
@@ -542,7 +542,7 @@ bool Group::run(uint64_t slice) {
       }
       if (ls.stop.load(std::memory_order_relaxed)) return true;
       if (!any && live_warps) {
-        // Everybody waits. A try_wait may time out; if that never helps, it is a deadlock.
+        // All warps wait. A try_wait may time out. If that never helps, it is a deadlock.
         bool timed = false;
         for (auto* w : order)
           if (!w->finished && w->mbar_lanes) {
@@ -580,8 +580,7 @@ static void work(Worker& wk) {
   LaunchState& ls = *wk.ls;
   std::vector<std::unique_ptr<Group>> resident;
   size_t target = ls.cluster_size > 1 ? 1 : 2;
-  // Blocks may wait for blocks that are not running yet: when nothing finishes, admit more, faster
-  // and faster.
+  // CTAs may wait for CTAs that are not running yet. If no CTA finishes, admit more, faster and faster.
   uint64_t patience = 400000, since = 0;
   for (;;) {
     while (resident.size() < target && !ls.stop) {

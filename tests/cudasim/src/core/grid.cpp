@@ -1,3 +1,4 @@
+// The check for races between the CTAs of a launch. grid.h explains it.
 #include "grid.h"
 
 #include <algorithm>
@@ -56,11 +57,11 @@ constexpr uint32_t kPageBits = 12;
 
 // --- memory ---------------------------------------------------------------------------------------
 
-// The words of 4 KiB. They are of four bytes until somebody makes a smaller access to the page.
+// The words of 4 KiB. A word has four bytes until the first smaller access to the page.
 struct Grid::Page {
   std::atomic_flag busy;
   uint8_t shift = 2;
-  std::vector<Written> written;  // empty: nothing on the page was written
+  std::vector<Written> written;  // empty if nothing on the page was written
   std::vector<Seen> seen;
   size_t cells() const { return size_t{1} << (kPageBits - shift); }
   template <class T>
@@ -349,7 +350,7 @@ void Grid::take_over(Warp& w, const Handover& from) {
 
 void Grid::barrier(Block& b, const std::vector<uint32_t>& arrived, const std::vector<uint32_t>& released) {
   if (!orders) return;
-  // Warps that met at a barrier before share their clock, so this is mostly one copy of it.
+  // Warps that have met at a barrier share their clock, so this is mostly one copy of it.
   Handover all;
   auto own = std::make_shared<Clock>();
   for (uint32_t i : arrived) {

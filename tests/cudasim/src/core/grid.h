@@ -1,11 +1,11 @@
-// Races between the blocks of a launch (CUDASIM_CHECK=grid).
+// Detects races between the CTAs of a launch (CUDASIM_CHECK=grid).
 //
-// Every word of global memory that the launch touches remembers who wrote it last and the last two
-// blocks that read it. An access to what another block wrote, or a write to what another block read or
-// wrote, needs a chain of PTX's memory model between the two: a fence and then a strong write (atomic,
-// volatile, relaxed) on one side, a strong read of it and then a fence on the other, or release and
-// acquire operations; block, cluster and grid barriers. What happened before is known as a vector
-// clock over the grid's warps. Warps are the unit: lanes of a warp are taken as ordered.
+// Every word of global memory that the launch touches remembers its last writer and the last two CTAs that read it. An
+// access conflicts if it reads what another CTA wrote, or writes what another CTA read or wrote. Conflicting accesses
+// need a chain of PTX's memory model between them. The chain is one of the following: a fence and then a strong write
+// (atomic, volatile, relaxed) on one side, and a strong read of it and then a fence on the other; release and acquire
+// operations; or barriers of CTAs, clusters and the grid. A vector clock over the grid's warps records what happened
+// before. The unit is the warp: lanes of a warp count as ordered.
 #pragma once
 #include <atomic>
 #include <memory>
@@ -21,15 +21,15 @@ struct Block;
 struct Group;
 struct LaunchState;
 
-// Clocks are shared and never changed: sorted (warp number, epoch), absent is 0.
+// Clocks are shared and immutable. They are sorted by (warp number, epoch), and an absent warp is at 0.
 using Clock = std::vector<std::pair<uint32_t, uint32_t>>;
 using ClockPtr = std::shared_ptr<const Clock>;
 
-// What a warp knows. A fence turns what was seen into what is known, and what is known into what the
-// next strong write publishes. The *_sc halves are PTX's order of fence.sc: fences of other threads that
-// come before (after) the atomic by way of a barrier count too, if both sides' are fence.sc (membar).
+// The knowledge of a warp. A fence turns what was seen into what is known, and what is known into what the next strong
+// write publishes. The *_sc halves implement PTX's order of fence.sc: if a barrier orders another thread's fence before
+// (after) the atomic, that fence counts, too, provided that both sides' fences are fence.sc (membar).
 struct GridWarp {
-  uint32_t number = 0, first = 0;  // in the grid; the first of the block
+  uint32_t number = 0, first = 0;  // its number in the grid, and that of its CTA's first warp
   uint32_t epoch = 1;
   ClockPtr known, fenced, fenced_sc, seen, seen_sc;
 };
@@ -48,7 +48,7 @@ class Grid {
   enum Order : uint32_t { Acquire = 1, Release = 2, Modify = 4 };                       // Modify: one read-modify-write
 
   void start(Warp& w);
-  // Checks and remembers one request. `data`: what a write will store, per lane, or null if unknown.
+  // Checks and remembers one request. `data` is what a write will store, per lane, or null if unknown.
   void access(Warp& w, uint32_t lanes, const uint64_t* addr, uint32_t bytes, uint32_t kind, const uint8_t* const* data);
   void access_range(Warp& w, int lane, uint64_t addr, uint64_t bytes, uint32_t kind);  // bulk copies
 
@@ -58,21 +58,21 @@ class Grid {
   void publish(Warp& w, uint32_t lanes, const uint64_t* addr, uint32_t order);
   std::mutex mutex;
 
-  // Barriers, and whatever else orders the threads of a cluster: all of `from`'s past precedes `to`.
+  // Barriers, and everything else that orders the threads of a cluster: all of `from`'s past precedes `to`.
   void barrier(Block& b, const std::vector<uint32_t>& arrived, const std::vector<uint32_t>& released);
   void hand_over(Warp& w, Handover& to);
   void take_over(Warp& w, const Handover& from);
 
-  const bool orders;  // the kernel has a fence or the like: without one there is no edge at all
+  const bool orders;  // whether the kernel has any fence or the like: otherwise nothing orders its CTAs
   std::atomic<bool> any_published{false};
 
  private:
   struct Written {
     uint32_t who, epoch, mark;
-  };  // who: 1 + warp number, 0: nobody
+  };  // who: 1 + warp number, or 0 for none
   struct Seen {
     uint32_t who, epoch, mark, who2, epoch2;
-  };  // the last two blocks
+  };  // the last two CTAs
   struct Page;
   struct Access;
   Page* page(Warp& w, uint64_t number);
@@ -84,7 +84,7 @@ class Grid {
 
   const LaunchState& ls_;
   const bool same_value_is_fine_;
-  const uint32_t nwarps_;  // of a block
+  const uint32_t nwarps_;  // per CTA
   std::mutex pages_mutex_;
   std::unordered_map<uint64_t, std::unique_ptr<Page>> pages_;
   std::atomic<size_t> bytes_{0};

@@ -191,7 +191,7 @@ struct KernelImage {
   uint32_t dynamic_align = 16;
   std::vector<uint32_t> param_offset;
   uint32_t param_bytes = 0;
-  bool has_fences = false;  // or other instructions that order memory between blocks
+  bool has_fences = false;  // or other instructions that order memory between CTAs
 };
 
 struct SimFault {
@@ -284,10 +284,10 @@ struct Warp {
   Block* blk = nullptr;
 
   uint32_t cc = 0;     // carry flags of add.cc and friends
-  uint32_t index = 0;  // in the block
+  uint32_t index = 0;  // in the CTA
   uint32_t live = 0;
   uint32_t blocked = 0;
-  uint32_t bar_lanes = 0;  // lanes waiting at a block barrier
+  uint32_t bar_lanes = 0;  // lanes waiting at a CTA barrier
   uint32_t lane_pc[32];
   Frame* lane_frame[32];
   Wait wait[32];
@@ -297,7 +297,7 @@ struct Warp {
   uint32_t local_stride = 0;
   uint32_t stuck = 0;  // quanta spent in one divergent group
   bool finished = false;
-  bool bar_arrived = false;  // counted at block barrier bar_id
+  bool bar_arrived = false;  // counted at CTA barrier bar_id
   uint32_t bar_id = 0;
   uint32_t cluster_phase = 0;  // barrier.cluster: phase this warp last arrived in
   bool cluster_arrived = false;
@@ -323,7 +323,7 @@ struct Warp {
   uint32_t clock = 1;
   std::vector<uint32_t> vc;          // knowledge of other warps' clocks, by global warp number
   std::vector<uint32_t> lane_known;  // [lane][lane] clocks within the warp
-  GridWarp grid;                     // races between blocks: see grid.h
+  GridWarp grid;                     // races between CTAs: see grid.h
 
   template <class T>
   T* r(uint32_t off) const {
@@ -341,7 +341,7 @@ struct Warp {
       lane_frame[l] = frame;
     }
   }
-  // Puts lanes to sleep at the current instruction (they run it again when woken).
+  // Puts lanes to sleep at the current instruction. They execute it again when woken.
   void block_lanes(uint32_t m, Wait kind) {
     for (uint32_t t = m; t; t &= t - 1) {
       int l = __builtin_ctz(t);
@@ -363,7 +363,7 @@ enum : uint32_t { EV_RESCHED = 1, EV_PARKED = 2, EV_YIELD = 4, EV_YIELD_BLOCK = 
 
 struct Barrier {
   uint32_t arrived = 0;            // threads, in units of whole warps
-  uint32_t expected = 0;           // 0: all threads of the block
+  uint32_t expected = 0;           // 0: all threads of the CTA
   std::vector<uint32_t> waiting;   // warps
   std::vector<uint32_t> arrivals;  // warps that arrived without waiting (race clocks)
   uint32_t red_count = 0;          // bar.red
@@ -395,7 +395,7 @@ struct Block {
   void warp_exited();
 };
 
-// A cluster of blocks (usually one block): the unit that a host thread schedules.
+// A cluster of CTAs (usually one CTA): the unit that a host thread schedules.
 struct Group {
   std::vector<std::unique_ptr<Block>> blocks;
   std::vector<Warp*> order;
@@ -406,7 +406,7 @@ struct Group {
   uint64_t executed = 0;
   uint32_t cluster_arrived = 0, cluster_phase = 0;
   std::vector<uint32_t> cluster_vc;
-  Handover cluster_grid;                               // races between blocks: what arrived at the cluster barrier,
+  Handover cluster_grid;                               // races between CTAs: what arrived at the cluster barrier,
   std::unordered_map<uint64_t, Handover> shared_grid;  // and at mbarriers and atomics in shared memory
   std::deque<BulkCopy> bulk;                           // in flight
   uint32_t async_clock = 0;                            // race detection: landings of asynchronous copies
@@ -488,7 +488,7 @@ struct LaunchState {
   std::mutex mutex;  // guards result
   LaunchResult result;
   bool check_race = false, check_init = false;
-  std::unique_ptr<Grid> grid_check;  // set if races between blocks are checked
+  std::unique_ptr<Grid> grid_check;  // set if races between CTAs are checked
   double time_limit = 0;             // seconds; 0: none
   std::chrono::steady_clock::time_point started;
   uint64_t seed = 0;
@@ -511,7 +511,7 @@ struct Worker {
 
 // --- services for instruction handlers -------------------------------------------------------------
 
-void arrive_if_complete(Warp& w);  // block barrier: has the whole warp arrived?
+void arrive_if_complete(Warp& w);  // CTA barrier: has the whole warp arrived?
 [[noreturn]] void fault(Fault f, int lane, const std::string& message);
 std::string hex(uint64_t v);
 

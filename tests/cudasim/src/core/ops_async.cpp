@@ -1,9 +1,8 @@
 // Asynchronous copies and mbarriers.
 //
-// Copies are modelled as late as the program allows: cp.async data reaches shared memory when the
-// issuing thread waits for it, bulk copies when somebody looks at their mbarrier, and bulk stores
-// read shared memory when their group is waited for. A forgotten wait therefore shows stale data.
-// With CUDASIM_SEED some copies land at once instead.
+// Copies take effect as late as the program allows. cp.async data reaches shared memory when the issuing thread waits
+// for it, bulk copies when a thread checks their mbarrier, and bulk stores read shared memory when their group is
+// waited for. A forgotten wait therefore shows stale data. With CUDASIM_SEED, some copies take effect at once instead.
 #include <algorithm>
 
 #include "access.h"
@@ -499,7 +498,7 @@ void issue_bulk(Warp& w, int lane, std::vector<uint8_t> data, uint32_t dst_cta, 
     land_bulk(g, c);
   else
     g.bulk.push_back(std::move(c));
-  g.mbar_events++;  // sleepers look again
+  g.mbar_events++;  // sleepers check again
 }
 
 // multicast: one copy per CTA of the mask, at the same offsets

@@ -132,7 +132,7 @@ enum : uint32_t {
   M_BLOCK = 32
 };  // M_BLOCK: of .cta scope
 
-// What the check of races between blocks has to know of an access.
+// The properties of an access that the check of races between CTAs needs.
 uint32_t grid_kind(uint32_t flags, uint32_t kind) {
   return kind | (flags & M_VOLATILE && !(flags & M_BLOCK) ? uint32_t(Grid::Strong) : 0u) |
          (flags & M_CONSTANT ? uint32_t(Grid::Constant) : 0u);
@@ -610,7 +610,7 @@ void atom(Warp& w, const Op& o, uint32_t m) {
     check_grid(w, m, s, addr, bytes, grid_kind(order | M_VOLATILE, Grid::Write | Grid::Atomic), nullptr);
     order_shared(w, m, s, addr, true, true);
     if (uint32_t lanes = order & M_BLOCK ? 0 : global_lanes(m, s, addr); lanes && grid->orders) {
-      grid_lock = std::unique_lock(grid->mutex);  // until the atomic is done
+      grid_lock = std::unique_lock(grid->mutex);  // until the atomic is complete
       grid->observe(w, lanes, addr, grid_order(order));
       grid->publish(w, lanes, addr, grid_order(order) | Grid::Modify);
     }
@@ -743,7 +743,7 @@ void getctarank(Warp& w, const Op& o, uint32_t m) {
   });
 }
 void nothing(Warp&, const Op&, uint32_t) {}
-// flags: 1 orders memory between blocks, 2 as fence.sc
+// flags: 1 orders memory between CTAs, 2 as fence.sc
 void fence(Warp& w, const Op& o, uint32_t) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
   if (o.flags & 1 && w.wk->grid) w.wk->grid->fence(w, o.flags & 2);
@@ -808,7 +808,7 @@ void register_memory(SelectorMap& m) {
   };
   m["membar"] = m["fence"] = [](Decoder& d, const AInstr& in, Op& op) {
     op.cls = C_other;
-    // membar is fence.sc of the same scope; what orders only within a block gives no edge between blocks
+    // membar is fence.sc of the same scope. A fence of CTA scope orders nothing between CTAs.
     if (!has(in, "cta") && !has(in, "proxy") && !has(in, "mbarrier_init") && !has(in, "sync_restrict::shared::cta")) {
       op.flags = 1 | (in.mods[0] == "membar" || has(in, "sc") ? 2 : 0);
       d.image->has_fences = true;

@@ -9,8 +9,8 @@ namespace cudasim {
 
 void collective_wait(Warp& w, uint32_t wait) {
   w.block_lanes(wait, Wait::warp);
-  // Mates that wait at this very place join when it is looked at again: a group that came here by a
-  // backward branch has not met them on its way.
+  // Mates that wait at this instruction join when it is executed again: a group that arrived by a backward branch has
+  // not passed them.
   for (uint32_t t = w.live & w.blocked & ~wait; t; t &= t - 1) {
     int l = __builtin_ctz(t);
     if (w.wait[l] == Wait::warp && w.lane_pc[l] == w.pc - 1 && w.lane_frame[l] == w.frame) w.blocked &= ~(1u << l);

@@ -1,9 +1,9 @@
 // wgmma: warpgroup matrix multiply (sm_90a).
 //
-// Each of the four warps computes its own 16 rows of the 64 x N result, so no exchange between
-// warps is needed. An instruction only queues the work; it is done when the warp waits for its
-// group, reading shared memory, A registers and accumulators at that moment. Missing waits and
-// buffers that are overwritten too early therefore give visibly wrong results.
+// Each of the four warps computes its own 16 rows of the 64 x N result, so the warps exchange nothing. An instruction
+// only queues the work. It executes when the warp waits for its group, and reads shared memory, A registers and
+// accumulators at that moment. Missing waits, and buffers that are overwritten too early, therefore give visibly wrong
+// results.
 #include <algorithm>
 
 #include "access.h"
@@ -107,7 +107,7 @@ void load_operands(Warp& w, const PendingMma& p, const uint8_t* R, std::vector<T
           for (uint32_t i = 0; i < per; ++i) A[(c * per + i) * K + k] = t[i];
         }
   }
-  // B is kept as blocks of 8 columns, each K x 8
+  // B is stored in groups of 8 columns, each K x 8.
   Descriptor d(p.desc_b);
   const bool halves = tb == Ty::f16 || tb == Ty::bf16;
   if (!e.n[9] && halves) {

@@ -1,3 +1,4 @@
+// The race and initialization checks of shared memory. shadow.h explains them.
 #include "shadow.h"
 
 #include <algorithm>

@@ -1,10 +1,9 @@
-// Race and initialisation checks for shared memory (CUDASIM_CHECK=race,init).
+// Detects races and uninitialized reads in shared memory (CUDASIM_CHECK=race,init).
 //
-// Every warp carries a vector clock over the warps of its cluster, advanced at block barriers,
-// named barriers, mbarriers and atomics; inside a warp a 32x32 matrix records what each lane knows
-// of the others (advanced by bar.warp.sync). Each byte of shared memory remembers its last writer
-// and, per warp, the clock of the last read and the lanes that made it. An access that is not
-// ordered after the conflicting one is a race.
+// Every warp carries a vector clock over the warps of its cluster. CTA barriers, named barriers, mbarriers and atomics
+// advance it. Within a warp, a 32x32 matrix records what each lane knows of the others, and bar.warp.sync advances it.
+// Each byte of shared memory remembers its last writer and, per warp, the clock of the last read and the lanes that
+// made it. An access that is not ordered after the conflicting one is a race.
 #pragma once
 #include <unordered_map>
 #include <vector>
@@ -45,8 +44,8 @@ struct Shadow {
   void acquire(Warp& w, uint64_t key);
 };
 
-// Vector clocks have one entry per warp of the cluster and one for the copy engine; then as many
-// again for what a fence.proxy.async has made visible to the async proxy.
+// Vector clocks have one entry per warp of the cluster and one for the copy engine. A second set of as many entries
+// records what a fence.proxy.async has made visible to the async proxy.
 uint32_t warp_number(const Warp& w);  // in its cluster
 void start_clocks(Warp& w, uint32_t nwarps);
 void note_proxy_fence(Warp& w);

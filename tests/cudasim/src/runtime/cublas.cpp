@@ -102,7 +102,7 @@ int matrix_vector(void* handle, int op, int64_t m, int64_t n, const T* alpha, co
   return submit(g);
 }
 
-// The functions below are done at once, so they cannot be part of a graph.
+// The functions below execute immediately, so they cannot be part of a graph.
 bool refused(void* handle) {
   const cudaStream_t stream = handle ? static_cast<Handle*>(handle)->stream : nullptr;
   if (!cudasim_is_capturing(stream)) return false;

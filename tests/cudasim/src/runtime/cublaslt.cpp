@@ -125,7 +125,7 @@ template <class T>
 int set(T* object, int attribute, const void* value, size_t size) {
   if (!object || !value) return invalid_value;
   const Field f = find(*object, attribute);
-  // Attributes without a field (how many multiprocessors to use, ...) change no result.
+  // Attributes without a field (the number of SMs to use, for example) do not change the result.
   if (f.data) std::memcpy(f.data, value, std::min(size, f.size));
   return success;
 }

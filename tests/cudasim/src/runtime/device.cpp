@@ -84,7 +84,7 @@ const DeviceSpec& device() {
   return spec;
 }
 
-// What the host can really give: code may size its buffers by it.
+// Half of the host's memory, which it can provide: programs may size their buffers by it.
 size_t total_memory() {
   static const size_t total = [] {
     struct sysinfo info{};

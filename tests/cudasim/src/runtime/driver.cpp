@@ -145,7 +145,7 @@ CUDASIM_API CUresult cuMemsetD32Async(CUdeviceptr p, unsigned value, size_t n, C
 }
 CUDASIM_API CUresult cuPointerGetAttribute(void*, CUpointer_attribute, CUdeviceptr) { return CUDA_ERROR_NOT_SUPPORTED; }
 
-// The static CUDA runtime, inside a program or a library, asks for the whole driver through this.
+// The static CUDA runtime, inside a program or a library, gets the whole driver through this function.
 CUDASIM_API CUresult cuGetProcAddress_v2(const char* name, void** out, int, cuuint64_t,
                                          CUdriverProcAddressQueryResult* status) {
   static std::once_flag once;

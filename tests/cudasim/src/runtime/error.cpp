@@ -1,3 +1,4 @@
+// Error codes: each thread's last error, pending faults of kernels, names and texts.
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>

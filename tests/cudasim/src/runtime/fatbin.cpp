@@ -1,3 +1,4 @@
+// Reads and decompresses the containers in which nvcc embeds device code.
 #include "fatbin.h"
 
 #include <dlfcn.h>

@@ -1,3 +1,4 @@
+// Matrix products on the CPU for the stand-in cuBLAS libraries.
 #include "gemm.h"
 
 #include <algorithm>
@@ -32,7 +33,7 @@ float fp8_to_float(uint8_t bits, int exponent_bits) {
   if (exponent == 0) return sign * std::ldexp(static_cast<float>(mantissa), 1 - bias - mantissa_bits);
   return sign * std::ldexp(static_cast<float>(mantissa + (1 << mantissa_bits)), exponent - bias - mantissa_bits);
 }
-// What the tensor cores drop of a float's mantissa.
+// Rounds a mantissa to the bits that the tensor cores keep.
 float round_mantissa(float value, int kept_bits) {
   if (!std::isfinite(value)) return value;
   uint32_t bits;
@@ -266,7 +267,7 @@ Status submit(const Gemm& g) {
     alignas(16) char alpha[16], beta[16];
   };
   auto* r = new Recorded{g, {}, {}};
-  // Factors on the host are taken by value.
+  // Factors in host memory are read now, by value.
   const auto hold = [&](const void*& p, char* to) {
     if (!p || cudasim_bytes_at(p)) return;
     std::memcpy(to, p, std::min<size_t>(size_of(g.scale_type), 16));

@@ -1,3 +1,4 @@
+// Stream capture and CUDA graphs. graph.h explains them.
 #include "graph.h"
 
 #include <algorithm>
@@ -24,7 +25,7 @@ struct CUgraphExec_st {
 
 namespace cudasim::runtime {
 
-using Reached = std::map<cudaStream_t, uint64_t>;  // how much of each stream's work comes before
+using Reached = std::map<cudaStream_t, uint64_t>;  // how much of each stream's work precedes
 
 struct Capture {
   unsigned long long id;
@@ -35,7 +36,7 @@ struct Capture {
   std::string why;
   std::vector<Node> nodes;
   std::shared_ptr<GraphMemory> memory = std::make_shared<GraphMemory>();
-  std::map<cudaStream_t, Reached> streams;  // that take part
+  std::map<cudaStream_t, Reached> streams;  // the participating streams
   std::map<cudaStream_t, uint64_t> work;    // recorded on each
 };
 struct CapturedEvent {
@@ -327,7 +328,7 @@ extern "C" __attribute__((visibility("default"))) int cudasim_record(cudaStream_
   captured(stream, cudaGraphNodeTypeHost, [run, held] { return static_cast<cudaError_t>(run(held.get())); }, &error);
   return error;
 }
-// What a recorded piece of work says has gone wrong.
+// Recorded work calls this to report an error.
 extern "C" __attribute__((visibility("default"))) void cudasim_fail(const char* why) {
   report_kernel_fault(cudaErrorIllegalAddress, why);
 }

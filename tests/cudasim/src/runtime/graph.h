@@ -1,5 +1,5 @@
-// Stream capture and CUDA graphs. Work on a capturing stream is not done but recorded, as a closure that
-// holds its arguments by value; launching the graph runs the closures in the order in which they came.
+// Stream capture and CUDA graphs. Work on a capturing stream is recorded instead of executed, as a closure that holds
+// its arguments by value. Launching the graph runs the closures in the order of recording.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -14,8 +14,8 @@ struct Node {
   std::function<cudaError_t()> run;
 };
 
-// Memory allocated during a capture. It lives as long as the graph (and whatever was instantiated from
-// it), even if the program frees it before.
+// Memory allocated during a capture. It lives as long as the graph and its instances, even if the program frees it
+// earlier.
 struct GraphMemory {
   std::vector<void*> blocks;
   ~GraphMemory();
@@ -26,18 +26,18 @@ struct Capture;
 Capture* capture_of(cudaStream_t stream);
 bool any_capture();
 
-// For work given to a stream: true if there is nothing to do now, because the work has been recorded or
-// refused; *error then is the call's result. False: do it.
+// For work submitted to a stream. Returns true if nothing remains to be done, because the work was recorded or
+// rejected; *error is then the call's result. If it returns false, the caller executes the work.
 bool captured(cudaStream_t stream, cudaGraphNodeType type, std::function<cudaError_t()> run, cudaError_t* error);
-// For calls that would wait for the device or may do so ("potentially unsafe" in CUDA's documentation):
-// an error, and the end of the capture, while a capture forbids them.
+// For calls that wait for the device, or might ("potentially unsafe" in CUDA's documentation). While a capture forbids
+// them, they return an error and end the capture.
 cudaError_t check_unsafe(const char* call);
-// For calls that wait for `stream` or (null) for the device: never possible while it captures.
+// For calls that wait for `stream` or, if it is null, for the device. They always fail during a capture.
 cudaError_t check_wait(cudaStream_t stream, const char* call);
 cudaError_t check_wait_device(const char* call);
 // For a synchronous call, which works on the legacy stream.
 cudaError_t check_legacy(const char* call);
-// Ends the capture with an error that tells why.
+// Ends the capture with an error that states the reason.
 cudaError_t invalidate(Capture*, cudaError_t error, const std::string& why);
 // Memory allocated on a capturing stream.
 void keep(Capture*, void* block);
@@ -48,6 +48,6 @@ std::shared_ptr<CapturedEvent> record_event(cudaStream_t stream);  // null: not 
 cudaError_t wait_event(cudaStream_t stream, const std::shared_ptr<CapturedEvent>& event, bool recorded_outside);
 
 bool is_legacy(cudaStream_t);    // stream.cpp
-bool is_blocking(cudaStream_t);  // waits for the legacy stream, and it for this
+bool is_blocking(cudaStream_t);  // waits for the legacy stream, which waits for it, too
 
 }  // namespace cudasim::runtime

@@ -1,4 +1,4 @@
-// Kernel launches: checks what the real launch would check, runs the grid, writes the profile.
+// Kernel launches: performs the checks of a real launch, runs the grid, and writes the profile.
 #include <cxxabi.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -146,7 +146,7 @@ cudaError_t error_for(const LaunchResult& result) {
   return cudaErrorUnknown;
 }
 
-// What cudaLaunchKernel itself rejects.
+// The checks of cudaLaunchKernel itself.
 cudaError_t check(const Launch& launch, const Resources& r, const std::string& kernel) {
   const dim3 g = launch.grid, b = launch.block, c = launch.cluster;
   const uint64_t threads = volume(b);
@@ -185,7 +185,7 @@ cudaError_t check(const Launch& launch, const Resources& r, const std::string& k
   return cudaSuccess;
 }
 
-// A launch's arguments by value, for a graph.
+// A copy of a launch's arguments, for a graph.
 struct Arguments {
   std::vector<std::vector<char>> bytes;
   std::vector<void*> pointers;

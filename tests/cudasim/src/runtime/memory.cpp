@@ -1,6 +1,6 @@
-// Device memory is host memory. Each allocation lies far from every other one and its addresses are
-// not used again, so that an access out of bounds or after the free meets no live allocation; fresh
-// memory is filled with 0xFF (NaN in every floating-point format, -1 in integers).
+// Device memory is host memory. Each allocation lies far from all others, and addresses are never reused, so an access
+// out of bounds or after the free hits no live allocation. New memory is filled with 0xFF (NaN in every floating-point
+// format, -1 in integers).
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -70,7 +70,7 @@ void unmap(const Range& range) {
   munmap(p, range.mapped);
 }
 
-// Work on a stream is done at once, or recorded if the stream is being captured.
+// Work on a stream executes immediately, or is recorded if the stream is being captured.
 template <class Work>
 cudaError_t on_stream(cudaStream_t stream, cudaGraphNodeType type, const Work& work) {
   cudaError_t error;
@@ -117,8 +117,7 @@ cudaError_t release(void* p, const char* what) {
   return cudaSuccess;
 }
 
-// Checks that n bytes at p are one whole piece: all within one allocation, or plain host memory
-// where that is allowed.
+// Checks that the n bytes at p lie within one allocation, or in plain host memory where that is allowed.
 bool check_span(const void* p, size_t n, bool must_be_device, const char* what) {
   Range range;
   if (find_range(p, &range)) {
@@ -177,7 +176,7 @@ cudaError_t copy_3d(const cudaMemcpy3DParms* p) {
   return cudaSuccess;
 }
 
-// A synchronous call also delivers the fault of an earlier kernel.
+// A synchronous call also reports the fault of an earlier kernel.
 cudaError_t synchronous(cudaError_t error) {
   const cudaError_t fault = take_pending_fault();
   return fault != cudaSuccess ? fault : error;
@@ -235,7 +234,7 @@ void add_symbol_range(void* base, size_t size) {
 
 using namespace cudasim::runtime;
 
-// Bytes of device memory that are in use, in whole pages: for the tests.
+// Bytes of device memory in use, in whole pages. Tests use this.
 CUDASIM_API size_t cudasim_memory() {
   const std::lock_guard lock(table().mutex);
   return table().used;

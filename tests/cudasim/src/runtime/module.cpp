@@ -1,4 +1,4 @@
-// Registered device code: which kernels and variables exist, loaded at their first use.
+// Registered device code: its kernels and variables, loaded on first use.
 #include <algorithm>
 #include <array>
 #include <cctype>
@@ -11,7 +11,7 @@
 
 namespace cudasim::runtime {
 
-// One piece of PTX, parsed when something in it is first needed.
+// One piece of PTX, parsed on first use.
 struct LazyModule {
   std::string ptx;
   bool loaded = false;
@@ -23,7 +23,7 @@ struct Image {
   const FatbinWrapper* wrapper = nullptr;
   bool unpacked = false;
   std::vector<LazyModule> modules;
-  std::string error;  // why something is not there
+  std::string error;  // why loading failed
   std::unordered_map<std::string, SassKernel> sass;
   bool sass_read = false;
   struct ManagedVariable {
@@ -73,8 +73,8 @@ std::vector<FatbinEntry> entries_of(const FatbinWrapper& wrapper) {
   return all;
 }
 
-// How well an entry suits the device; larger is better. PTX for a newer device comes last: the
-// interpreter can run it, though the real device could not.
+// Rates how well an entry suits the device; larger is better. PTX for a newer device comes last: the interpreter can
+// run it, but the real device could not.
 int rank(const FatbinEntry& e) {
   const int arch = static_cast<int>(e.arch), here = device().arch;
   if (arch == here) return 100000 + e.arch_specific;
@@ -148,7 +148,7 @@ void* find_variable(Image& image, const std::string& name, size_t* size) {
   return p;
 }
 
-// ptxas reuses registers, the interpreter's input does not: without SASS this is a rough guess.
+// ptxas reuses registers, but the interpreter's input does not: without SASS this is a rough estimate.
 int guess_registers(const KernelInfo& info) {
   return std::clamp(static_cast<int>(info.registers_estimate / 3), 16, 255);
 }
@@ -225,7 +225,7 @@ int active_blocks(const Resources& r, int block_size, size_t dynamic_shared) {
     return 0;
   if (dynamic_shared > r.max_dynamic_shared) return 0;
   const int warps = (block_size + spec.warp - 1) / spec.warp;
-  // Registers are given to each warp in units of 256, and a multiprocessor has four partitions.
+  // Registers are allocated per warp in units of 256, and an SM has four partitions.
   const int per_warp = static_cast<int>(round_up(static_cast<size_t>(r.registers) * spec.warp, 256));
   const int warps_by_registers = spec.registers / 4 / per_warp * 4;
   const size_t shared = round_up(r.info.static_shared_bytes + dynamic_shared + spec.shared_reserved, 128);

@@ -18,7 +18,7 @@ namespace cudasim::runtime {
 cudaError_t report(cudaError_t error);
 // The same, with a text that cudaGetErrorString then adds for this thread.
 cudaError_t report(cudaError_t error, const std::string& detail);
-// A fault inside a kernel: also handed to the next synchronizing call unless somebody asked before.
+// A fault inside a kernel. The next synchronizing call reports it, too, unless it was queried before.
 cudaError_t report_kernel_fault(cudaError_t error, const std::string& detail);
 cudaError_t take_pending_fault();
 
@@ -34,8 +34,8 @@ struct DeviceSpec {
   size_t shared_per_multiprocessor, shared_per_block, shared_per_block_optin;
   size_t l2_bytes;
   int bus_bits, clock_khz, memory_clock_khz;
-  int max_threads, max_blocks;                     // resident on a multiprocessor
-  static constexpr size_t shared_reserved = 1024;  // per block, by the system
+  int max_threads, max_blocks;                     // resident on an SM
+  static constexpr size_t shared_reserved = 1024;  // per CTA, by the system
   static constexpr int registers = 65536, warp = 32;
   static constexpr int max_threads_per_block = 1024;
 };
@@ -54,7 +54,7 @@ struct Range {
 // The live range that holds `p`, if any.
 bool find_range(const void* p, Range* out);
 void add_symbol_range(void* base, size_t size);
-// Memory that a graph uses lives until both the program and the graph have let it go.
+// Memory that a graph uses lives until both the program and the graph have released it.
 void share_with_graph(void* base);
 void release_from_graph(void* base);
 

@@ -1,5 +1,5 @@
-// Streams and events. All work is done before the call that asks for it returns (or recorded: graph.h),
-// so a stream is only a name; events measure host time.
+// Streams and events. All work is finished (or recorded: graph.h) before the call that submits it returns, so a stream
+// is only a name. Events measure host time.
 #include <atomic>
 #include <chrono>
 

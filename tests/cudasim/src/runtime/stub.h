@@ -1,5 +1,5 @@
-// A stand-in for a function of the real library that is not simulated. Weak: a real implementation in
-// another file takes its place.
+// A stand-in for a function of the real library that is not simulated. It is weak, so a real implementation in another
+// file replaces it.
 #pragma once
 #include <stdio.h>
 #include <stdlib.h>

@@ -1,5 +1,5 @@
-// PyTorch's wheels hold no PTX, so its own operators cannot be simulated. Once PyTorch is seen in the
-// process, libcudasim_torch (src/runtime/torch/) is loaded, which runs them on the CPU instead.
+// PyTorch's wheels contain no PTX, so its own operators cannot be simulated. Once PyTorch is found in the process,
+// libcudasim_torch (src/runtime/torch/) is loaded, which runs them on the CPU instead.
 #include <dlfcn.h>
 
 #include <atomic>

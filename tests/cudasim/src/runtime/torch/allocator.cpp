@@ -1,5 +1,5 @@
-// PyTorch's allocator: one allocation per tensor, which is what PYTORCH_NO_CUDA_MEMORY_CACHING gives too,
-// but with torch.cuda.memory_allocated() and its like, and with memory for graphs.
+// PyTorch's allocator, with one allocation per tensor, as with PYTORCH_NO_CUDA_MEMORY_CACHING. In addition it supports
+// torch.cuda.memory_allocated() and related functions, and memory for graphs.
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/csrc/cuda/CUDAPluggableAllocator.h>

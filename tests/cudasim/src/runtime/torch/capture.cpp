@@ -1,3 +1,4 @@
+// Records operators during a stream capture. capture.h explains it.
 #include "capture.h"
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -15,7 +16,7 @@ namespace {
 using at::Tensor;
 using c10::IValue;
 
-// The size of the result depends on the values, so a GPU has to wait for it too.
+// The size of the result depends on the values, so a GPU has to synchronize, too.
 bool waits(const c10::FunctionSchema& schema) {
   static const std::unordered_set<std::string_view> names = {"aten::nonzero",
                                                              "aten::masked_select",
@@ -90,7 +91,7 @@ void Recorded::arguments(const std::vector<IValue>& aliases) {
     if (const auto* info = schema.arguments()[i].alias_info(); !info || !info->isWrite()) continue;
     each_tensor(aliases[i], [&](const Tensor& t) {
       if (!t.defined() || !t.storage().nbytes()) return;
-      // What the capture itself allocated holds nothing yet, and what follows may need sensible values.
+      // Memory that the capture itself allocated has no contents yet, and later operators may need sensible values.
       char* p = static_cast<char*>(t.storage().mutable_data());
       if (!cudasim_in_graph(p)) before_.emplace_back(p, std::vector<char>(p, p + t.storage().nbytes()));
     });
@@ -105,7 +106,7 @@ void Recorded::finish(const std::vector<IValue>& aliases, std::vector<Tensor> re
   for (auto& [p, bytes] : before_) std::memcpy(p, bytes.data(), bytes.size());
   before_.clear();
   for (const IValue& v : aliases) {
-    // Numbers that lie on the host are taken by value.
+    // Numbers in host memory are read now, by value.
     const bool number = v.isTensor() && v.toTensor().defined() && v.toTensor().dim() == 0 &&
                         !cudasim_bytes_at(v.toTensor().storage().data());
     arguments_.push_back(number ? IValue(v.toTensor().clone()) : v);
@@ -120,7 +121,7 @@ void Recorded::record() {
       cudasim_record(stream_, &Recorded::replay, this, [](void* p) { delete static_cast<Recorded*>(p); })));
 }
 
-// As a kernel would, takes the place in the generator's sequence from where the graph's launch puts it.
+// Like a kernel, starts at the position in the generator's sequence that the graph's launch sets.
 IValue Recorded::generator(const IValue& original) {
   if (original.isGenerator() && original.toGenerator().device().is_cpu()) return original;
   std::optional<at::Generator> given;
@@ -153,7 +154,7 @@ int Recorded::replay(void* self) {
       }
     }
     r.op_.callBoxed(&stack);
-    // New results go where the first ones were.
+    // New results replace the first ones in memory.
     size_t next = 0;
     for (size_t i = 0; i < stack.size(); ++i) {
       if (const auto* alias = r.op_.schema().returns()[i].alias_info(); alias && alias->isWrite()) continue;

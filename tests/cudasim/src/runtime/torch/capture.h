@@ -1,4 +1,4 @@
-// Operators called during a stream capture. The result of the CPU operator is not kept: the call is recorded, and
+// Operators called during a stream capture. The result of the CPU operator is discarded. The call is recorded, and
 // repeated on the same memory when the graph is launched.
 #pragma once
 #include <ATen/ATen.h>
@@ -30,11 +30,11 @@ void install_allocator();  // allocator.cpp
 class Recorded {
  public:
   Recorded(const c10::OperatorHandle& op, cudaStream_t stream) : op_(op), stream_(stream) {}
-  // Rejects the operator and ends the capture where a GPU would have to wait for a result.
+  // Rejects the operator and ends the capture if a GPU would have to wait for a result.
   void check_arguments(const std::vector<c10::IValue>& originals) const;
-  // Remembers what the operator is about to overwrite.
+  // Saves the data that the operator is about to overwrite.
   void arguments(const std::vector<c10::IValue>& aliases);
-  // Restores it, and keeps what replaying the operator needs.
+  // Restores that data, and keeps what a replay of the operator needs.
   void finish(const std::vector<c10::IValue>& aliases, std::vector<at::Tensor> results);
   void record();  // gives this object to the graph
   c10::IValue generator(const c10::IValue& original);
@@ -48,7 +48,7 @@ class Recorded {
   cudaStream_t stream_;
   std::vector<c10::IValue> arguments_;
   std::vector<at::Tensor> results_;
-  std::vector<std::pair<const void*, size_t>> spans_;  // memory that has to be there
+  std::vector<std::pair<const void*, size_t>> spans_;  // memory that must exist at replay
   std::vector<std::pair<void*, std::vector<char>>> before_;
   std::vector<at::PhiloxCudaState> random_;  // of each generator among the arguments
 };

@@ -1,7 +1,6 @@
-// Runs PyTorch's own CUDA operators on the CPU. The simulated device's memory is host memory, so an
-// operator's CUDA arguments are handed to the CPU operator as aliases, without a copy; only new results
-// are copied, into device memory. Operators of other libraries are left alone: they are what the
-// simulation is for.
+// Runs PyTorch's own CUDA operators on the CPU. The simulated device's memory is host memory, so the CPU operator gets
+// an operator's CUDA arguments as aliases, without a copy. Only new results are copied, into device memory. Operators
+// of other libraries are untouched: they are what the simulation is for.
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -28,7 +27,7 @@ using c10::DispatchKey;
 using c10::IValue;
 using c10::OperatorHandle;
 
-// Operators that only manage memory and metadata: CUDA's own versions work as they are.
+// Operators that only manage memory and metadata. CUDA's own versions work unchanged.
 bool stays_native(const c10::OperatorName& op) {
   static const std::unordered_set<std::string_view> names = {"aten::as_strided", "aten::resize_",
                                                              "aten::resize_as_", "aten::_resize_output_",
@@ -75,7 +74,7 @@ class Call {
     for (size_t i = 0; i < schema_.returns().size(); ++i)
       convert_result((*stack_)[returned + i], schema_.returns()[i], originals);
     if (capturing) {
-      // What was resized has new memory.
+      // Resized tensors have new memory.
       for (size_t i = 0; i < count; ++i) convert_written(aliases[i], originals[i], schema_.arguments()[i]);
       recorded_->finish(aliases, results_);
       recorded_.release()->record();
@@ -143,7 +142,7 @@ class Call {
     return at::detail::createCPUGenerator(generator.current_seed() * 0x9e3779b97f4a7c15ull + offset);
   }
 
-  // An argument that was written may have been given another size, for which its alias got memory of its own.
+  // The operator may have resized an argument that it wrote. Its alias then has memory of its own.
   void follow_resize(const IValue& original, const IValue& aliased) {
     if (!original.isTensor() || !original.toTensor().defined() || !original.toTensor().is_cuda()) return;
     const Tensor& cuda = original.toTensor();
