@@ -68,7 +68,9 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
     """
     if settings.optimizer not in OPTIMIZERS:
         known = ", ".join(OPTIMIZERS)
-        raise UserError(f"--max-memory: the planner does not support --optimizer {settings.optimizer}; expected one of {known}")
+        raise UserError(
+            f"--max-memory: the planner does not support --optimizer {settings.optimizer}; expected one of {known}"
+        )
     allowed = float(parse_size("--max-memory", settings.max_memory))
     config = copy.deepcopy(config)
     config.quantization_config = None  # the planner quantizes what it plans
