@@ -92,7 +92,7 @@ def test_adopt(files: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_operator_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    run(monkeypatch, "operator.py")
+    run(monkeypatch, "operators.py")
     errors = [float(line.rpartition(" ")[2]) for line in capsys.readouterr().out.splitlines() if "error" in line]
     assert errors[-1] < 0.05 * errors[0]
 
@@ -124,5 +124,10 @@ def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_every_example_is_tried() -> None:
-    tried = {*TRAINED, "adopt.py", "operator.py", "finetune_fsdp2.py"}
+    tried = {*TRAINED, "adopt.py", "operators.py", "finetune_fsdp2.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tried
+
+
+def test_no_example_hides_a_module_of_python() -> None:
+    """Python looks for modules beside a script first."""
+    assert {path.stem for path in EXAMPLES.glob("*.py")}.isdisjoint(sys.stdlib_module_names)

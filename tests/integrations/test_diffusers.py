@@ -459,7 +459,7 @@ DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "diffusers.md"
 
 def test_the_example_of_the_documentation_runs(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_dense(tmp_path / "model" / "transformer", "flux", torch.bfloat16)
-    blocks = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), flags=re.S)
+    blocks = re.findall(r"```py\n(.*?)```", DOCUMENT.read_text(), flags=re.S)
     code = "".join(block for block in blocks if "FluxTransformer2DModel" in block or "transformer." in block)
     assert code.count("black-forest-labs/FLUX.1-dev") == 1
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,6 @@
 """Trains a low-rank update of one frozen 4-bit weight through torch.ops alone: no module, and no autograd.
 
-    python examples/operator.py
+    python examples/operators.py
 
 ``linear_nf4_with_h`` returns h = scaling * dropout(x) @ A.T beside y, ``linear_nf4_dx_with_g`` returns
 g = scaling * dy @ B beside dx, and ``linear_nf4_dlora`` takes both, so that training computes nothing twice.
