@@ -11,8 +11,7 @@ import pytest
 from qlora_ext.cli import main
 from qlora_ext.cli.commands.completion import SHELLS
 
-COMMANDS = ("finetune", "generate", "chat", "quantize", "check", "merge", "adapters", "plan", "run", "info",
-            "completion")  # fmt: skip
+COMMANDS = tuple(main.__globals__["_parser"]()._subparsers._group_actions[0].choices)
 SCREEN = 45  # lines of 80 columns
 
 
