@@ -32,7 +32,7 @@ def form_of(kind: str, shape: Sequence[int], block_size: int) -> Form:
         ValueError: its rows do not hold whole blocks.
     """
     check_shape("shape", shape)
-    if len(shape) < 2 or 0 in shape or shape[-1] % block_size:
+    if len(shape) not in (2, 3) or 0 in shape or shape[-1] % block_size:
         raise ValueError(f"shape: expected rows of a multiple of {block_size} elements for {kind}, got {list(shape)}")
     return Form("e2m1", "table8", block_size)
 

@@ -30,14 +30,19 @@ def swap(packed: Tensor) -> Tensor:
     return out
 
 
+def _viewed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bytes of ``t`` as another dtype along its last dimension, whatever its strides."""
+    return t.reshape(-1).view(dtype).view(*t.shape[:-1], -1)
+
+
 def from_words(words: Tensor) -> Tensor:
     """Packed codes [..., 4W] of the int32 words [..., W]."""
-    return swap(words.contiguous().view(torch.uint8))
+    return swap(_viewed(words, torch.uint8))
 
 
 def to_words(packed: Tensor) -> Tensor:
     """The inverse of ``from_words``."""
-    return swap(packed).view(torch.int32)
+    return _viewed(swap(packed), torch.int32)
 
 
 def from_gptq(words: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ def from_awq(words: Tensor) -> Tensor:
         low = (even & _LOW) << 4 | odd & _LOW
         high = even & ~_LOW | odd >> 4 & _LOW
         for h, pairs in enumerate((low, high)):
-            target[:, :, h] = pairs.view(torch.uint8).view(-1, rows // 2, 2, 2).permute(0, 3, 2, 1)
+            target[:, :, h] = _viewed(pairs, torch.uint8).view(-1, rows // 2, 2, 2).permute(0, 3, 2, 1)
     return out.view(columns * 8, rows // 2)
 
 
@@ -75,7 +80,7 @@ def to_awq(packed: Tensor) -> Tensor:
     out = torch.empty((pairs * 2, columns), dtype=torch.int32, device=packed.device)
     sources = packed.reshape(columns, 2, 2, 2, pairs).split(_AWQ_WORDS)
     for source, target in zip(sources, out.split(_AWQ_WORDS, 1), strict=True):
-        low, high = (source[:, :, h].permute(0, 3, 2, 1).reshape(-1, pairs * 4).view(torch.int32).t() for h in range(2))
+        low, high = (_viewed(source[:, :, h].permute(0, 3, 2, 1).flatten(1), torch.int32).t() for h in range(2))
         target[0::2] = low >> 4 & _LOW | high & ~_LOW
         target[1::2] = low & _LOW | (high & _LOW) << 4
     return out
@@ -83,21 +88,20 @@ def to_awq(packed: Tensor) -> Tensor:
 
 def values_of(words: Tensor) -> Tensor:
     """The values [..., 8W] of the nibbles of int32 words [..., W], one per byte of a uint8 tensor."""
-    codes = words.contiguous().view(torch.uint8)
-    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)
+    codes = _viewed(words, torch.uint8)
+    return torch.stack((codes & 15, codes >> 4), dim=-1).view(*words.shape[:-1], -1)
 
 
 def words_of(values: Tensor) -> Tensor:
     """The inverse of ``values_of``."""
-    pairs = values.unflatten(-1, (-1, 2))
-    return (pairs[..., 0] | pairs[..., 1] << 4).contiguous().view(torch.int32)
+    return _viewed(values[..., 0::2] | values[..., 1::2] << 4, torch.int32)
 
 
 def awq_values_of(words: Tensor) -> Tensor:
     """``values_of`` for words in AWQ's order."""
-    return values_of(words).unflatten(-1, (-1, 2, 2, 2)).permute(0, 1, 3, 4, 2).reshape(len(words), -1)
+    return values_of(words).view(len(words), -1, 2, 2, 2).permute(0, 1, 3, 4, 2).reshape(len(words), -1)
 
 
 def awq_words_of(values: Tensor) -> Tensor:
     """The inverse of ``awq_values_of``."""
-    return words_of(values.unflatten(-1, (-1, 2, 2, 2)).permute(0, 1, 4, 2, 3).reshape(len(values), -1))
+    return words_of(values.reshape(len(values), -1, 2, 2, 2).permute(0, 1, 4, 2, 3).reshape(len(values), -1))
