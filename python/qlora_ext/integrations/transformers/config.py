@@ -309,3 +309,5 @@ class QLoRAConfig(QuantizationConfigMixin):
     _bitsandbytes_storage: torch.dtype | None = None
     # A ``Spill`` that receives each quantized weight.
     _spill: Any = None
+    # The ``Source`` of 4-bit weights that a checkpoint already has, in a format that is not ours.
+    _source: Any = None
