@@ -31,7 +31,9 @@ def seed_of(name: str) -> int:
 
 
 def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
-    """Encodes ``moved``, the sum of W and an adapter's update, under the scales of W. The result is deterministic.
+    """Encodes ``moved``, the sum of W and an adapter's update, under the scales and offsets of W.
+
+    The result is deterministic.
 
     Args:
         w4: W, [N, K] or a stack of such matrices [E, N, K].
@@ -47,7 +49,8 @@ def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
         parts = (with_update(w4.matrix(e), moved[e], seed_of(f"{seed}.{e}")) for e in range(len(moved)))
         return Weight4bit.stack([*parts])
     scales = w4.decoded_scales()
-    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales, w4.block_size, seed, w4.code)
+    given = w4.block_size, seed, w4.code, w4.decoded_offsets(scales)
+    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales, *given)
     return dataclasses.replace(w4, packed=packed)
 
 
