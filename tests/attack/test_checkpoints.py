@@ -46,7 +46,7 @@ def damaged_shape(draw: random.Random, t: Tensor) -> Tensor:
         (
             lambda: t.flatten(),
             lambda: t[None],
-            lambda: t.narrow(dim, 0, draw.randrange(t.shape[dim])),
+            lambda: t.narrow(dim, 0, draw.randrange(max(t.shape[dim], 1))),
             lambda: torch.cat((t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t,) * 2, dim).view(t.dtype),
             lambda: t.transpose(0, -1),
             lambda: t.movedim(dim, 0),
