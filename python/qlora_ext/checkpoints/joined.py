@@ -55,7 +55,8 @@ def join_rows(matrices: Sequence[Weight4bit], where: str) -> Weight4bit:
     if first.block_offsets is not None:
         parts["block_offsets"] = torch.cat([m.tensors["block_offsets"] for m in matrices])
     tables = [m.scale_table for m in matrices if m.scale_table is not None]
-    if any(not torch.equal(table, tables[0]) for table in tables):
+    bits = [table.view(torch.int32) for table in tables]  # tables contain NaN, which does not equal itself
+    if any(not torch.equal(table, bits[0]) for table in bits):
         if len(tables) > 2 or any(bool((m.absmax >= _HALF).any()) for m in matrices):
             raise ValueError(
                 f"{where}: expected scales of 0 or more and at most two global scales in the weights that the model "
