@@ -53,6 +53,10 @@ from .modules import (
 from .source import Source
 
 
+# The field in which a configuration that transformers would ignore, because it does not know its method, is passed on.
+ORIGINAL = "original"
+
+
 def _tied_names(model: nn.Module) -> dict[str, str]:
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return tied
@@ -344,6 +348,7 @@ def merge_quantization_configs(original: Any, quantization_config: Any, quantiza
     # The original requires a configuration of the checkpoint's class; ours also reads checkpoints of other formats.
     if isinstance(quantization_config_from_args, QLoRAConfig):
         saved = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+        saved = saved.get(ORIGINAL, saved)
         method = saved.get("quant_method", "bitsandbytes")
         if method == "bitsandbytes":
             config = QLoRAConfig.from_bitsandbytes(saved)
