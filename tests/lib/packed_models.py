@@ -40,9 +40,7 @@ CONFIGS: dict[str, Any] = {
     "qwen3_moe": lambda: Qwen3MoeConfig(
         **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, head_dim=16
     ),
-    "gpt_oss": lambda: GptOssConfig(
-        **SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8
-    ),
+    "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8),
 }
 IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(1))
 
@@ -171,10 +169,14 @@ def save(
         tensors |= {prefix + tensor: value for tensor, value in sample.tensors.items()}
         config = sample.config
     config = {**config, **(changed or {})}
-    safetensors.save_file({k: t.contiguous() for k, t in decoded.items()}, plain / "model.safetensors", {"format": "pt"})
+    safetensors.save_file(
+        {k: t.contiguous() for k, t in decoded.items()}, plain / "model.safetensors", {"format": "pt"}
+    )
     packed = directory / "packed"
     packed.mkdir()
-    safetensors.save_file({k: t.contiguous() for k, t in tensors.items()}, packed / "model.safetensors", {"format": "pt"})
+    safetensors.save_file(
+        {k: t.contiguous() for k, t in tensors.items()}, packed / "model.safetensors", {"format": "pt"}
+    )
     fields = json.loads((plain / "config.json").read_text())
     (packed / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
     (packed / "generation_config.json").write_text((plain / "generation_config.json").read_text())

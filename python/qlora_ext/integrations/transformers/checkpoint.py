@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -169,13 +169,19 @@ class CheckpointSource(Source):
         operations = {pattern: c.operations for c in converters for pattern in c.source_patterns}
         order = {pattern: c.source_patterns.index(pattern) for c in converters for pattern in c.source_patterns}
         state, prefix = model.state_dict(), model.base_model_prefix
+
+        def renamed(key: str) -> tuple[str | None, str | None]:
+            target, pattern = core_model_loading.rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:
+                target, pattern = key, None
+            return target if target in state else None, pattern
+
         groups: dict[str, dict[str | None, list[tuple[str, _Matrix]]]] = {}
         for dense, matrix in stored.items():
-            target, pattern = core_model_loading.rename_source_key(dense, renamings, converters, prefix, state)
-            if target not in state and dense in state:
-                target, pattern = dense, None
-            if target in state:
+            target, pattern = renamed(dense)
+            if target is not None:
                 groups.setdefault(target, {}).setdefault(pattern, []).append((dense, matrix))
+        self._check_surplus(stored, headers, lambda key: renamed(key)[0] is not None)
         found: dict[str, _Weight] = {}
         for target, by_pattern in groups.items():
             module, name = get_module_from_name(model, target)
@@ -214,6 +220,27 @@ class CheckpointSource(Source):
             matrices = [list(parts) for parts in zip(*columns, strict=True)]
             found[target] = _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
         return found
+
+    def _check_surplus(
+        self, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header], is_known: Callable[[str], bool]
+    ) -> None:
+        """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
+
+        GPTQ's writers give every module a bias of zeros, which are ignored.
+
+        Raises:
+            ValueError: there is such a tensor.
+        """
+        used = {key for matrix in stored.values() for key in matrix.tensors.values()}
+        modules = {_module(dense) for dense in stored}
+        for key, header in headers.items():
+            module, _, tensor = key.rpartition(".")
+            if module in modules and key not in used and tensor != "bias" and not is_known(key):
+                expected = ", ".join(self.format.tensors(self.settings))
+                raise ValueError(
+                    f"{printable(header.file)}: expected only the tensors {expected} of {self.name} for "
+                    f"{excerpt(module, 200)}, got {excerpt(key, 200)} too"
+                )
 
     def _settings_of(self, matrices: list[list[_Matrix]], headers: Mapping[str, _Header]) -> Settings:
         """The settings with the dtype of the scales in the files."""

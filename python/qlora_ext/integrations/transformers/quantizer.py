@@ -52,7 +52,6 @@ from .modules import (
 )
 from .source import Source
 
-
 # The field in which a configuration that transformers would ignore, because it does not know its method, is passed on.
 ORIGINAL = "original"
 
