@@ -55,6 +55,7 @@ assert transforms  # it registers vmap rules
 # Integrations are imported together with the library they serve. Users never import them.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.counting")
+_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.methods")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
 _hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffusers.quantizer")
 _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")

@@ -200,6 +200,17 @@ class Weight4bit(NoArithmetic):
             f"bits_per_param={self.bits_per_param:.3f}, device={self.device})"
         )
 
+    @classmethod
+    def from_bitsandbytes(cls, state_dict: dict[str, Tensor], prefix: str) -> Weight4bit:
+        """Reads the tensors that bitsandbytes saves for one weight in NF4 or FP4; see ``NF4Weight.from_bitsandbytes``.
+
+        Raises:
+            KeyError: a key is missing. ValueError: the weight has another code, or its tensors have wrong dtypes,
+                shapes or values.
+        """
+        fields = bitsandbytes_format.read(state_dict, prefix, bitsandbytes_format.CODES)
+        return (NF4Weight if fields["code"] == formats.NF4 else Weight4bit)(**fields)
+
     def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
         """The keys and tensors, to the byte, that bitsandbytes saves for this weight under the name ``prefix``.
 
@@ -207,8 +218,9 @@ class Weight4bit(NoArithmetic):
             ValueError: bitsandbytes does not have this weight's form.
         """
         form = self.form
-        if form.code != formats.NF4:
-            raise ValueError(f"code: expected {formats.NF4}, got {form.code}, which bitsandbytes lacks")
+        if form.code not in bitsandbytes_format.CODES:
+            expected = " or ".join(bitsandbytes_format.CODES)
+            raise ValueError(f"code: expected {expected}, got {form.code}, which bitsandbytes lacks")
         if form.scales not in (formats.FLOAT32, formats.NESTED8) or form.offsets is not None:
             raise ValueError(
                 f"scales: expected float32 or nested8 without offsets, got {form}, which bitsandbytes lacks"
