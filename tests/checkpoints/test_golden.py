@@ -1,4 +1,4 @@
-"""Checkpoints that compressed-tensors wrote are decoded to the bits that it decodes, and written to the bytes it wrote."""
+"""Weights that compressed-tensors wrote decode to the bits that it decodes, and are written as it wrote them."""
 
 from __future__ import annotations
 
