@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import Any
 
@@ -29,6 +30,18 @@ SHORT = {
     "mlp.down_proj": "ffn_down",
     "mlp.gate.": "ffn_gate_inp.",
 }
+
+
+def random_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Random blocks [blocks, bytes per block] of a 4-bit type whose scales are finite."""
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    data = np.random.default_rng(seed).integers(0, 256, (math.prod(shape) // elements, size), dtype=np.uint8)
+    if kind == "MXFP4":
+        data[data[:, 0] == 0xFF, 0] = 0
+    elif kind != "NVFP4":
+        for at in (1, 3) if kind in ("Q4_1", "Q4_K") else (1,):  # the upper byte of a float16
+            data[(data[:, at] & 0x7C) == 0x7C, at] &= 0x83
+    return data
 
 
 def tensors_of(model: Any) -> dict[str, Any]:

@@ -307,5 +307,7 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     # The storage dtype of the packed bytes in a checkpoint that bitsandbytes wrote, else None.
     _bitsandbytes_storage: torch.dtype | None = None
+    # Full names of modules that stay dense in addition to those of ``skip_modules``, whose default they do not change.
+    _dense: frozenset[str] = frozenset()
     # A ``Spill`` that receives each quantized weight.
     _spill: Any = None

@@ -15,9 +15,8 @@ from ...weight import NF4Weight, Weight4bit
 from .spill import Spill
 
 
-def _one(value: Any) -> Tensor:
-    tensor: Tensor = value[0] if isinstance(value, list) else value
-    return tensor
+def _one(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
 
 
 def _fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[str, Tensor]:
@@ -35,6 +34,8 @@ def _fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[s
 
 class Quantize(ConversionOps):
     """Quantizes a dense weight that was just read, and frees it before the next one is read.
+
+    A reader may pass a ``Weight4bit`` instead, which its layer takes as it is.
 
     Args:
         quantize: quantizes a dense weight of a checkpoint for a module.
@@ -61,11 +62,12 @@ class Quantize(ConversionOps):
             dense = _one(value)
             w4 = None if self._spill is None else self._spill.get(name)
             if w4 is None:
-                w4 = self._quantized(module, name, dense)
+                w4 = dense if isinstance(dense, Weight4bit) else self._quantized(module, name, dense)
                 if self._spill is not None and name not in self._not_finite:
                     w4 = self._spill.put(name, w4)
             filled |= _fill(module, name, w4, kwargs.get("missing_keys"))
-            self._release(dense)
+            if isinstance(dense, Tensor):
+                self._release(dense)
         return filled
 
     def _quantized(self, module: Packed4bit, name: str, dense: Tensor) -> Weight4bit:

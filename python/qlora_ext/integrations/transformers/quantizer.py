@@ -137,7 +137,7 @@ class QLoRAQuantizer(HfQuantizer):
             dense = named & {name for name, _ in model.named_modules()}
         else:
             dense = {*dense_parts.always, *(dense_parts.heads if config.skip_modules is None else ())}
-            dense |= {*(() if config.towers else dense_parts.towers)}
+            dense |= {*(() if config.towers else dense_parts.towers), *config._dense}
         patterns = sorted(named - dense if self.pre_quantized else named)
         heads = tied_heads(model, _tied_names(model), dense_parts.always) if config.embeddings else {}
         tied = {*_tied_modules(model)}
@@ -282,6 +282,12 @@ class QLoRAQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def layers_to_come(model: nn.Module, config: QLoRAConfig) -> dict[str, Packed4bit]:
+    """The 4-bit layers that loading a dense checkpoint with ``config`` puts into ``model``, empty, by name."""
+    quantizer = QLoRAQuantizer(config, pre_quantized=False)
+    return {name: quantizer._empty(module, torch.float32) for name, module in quantizer._to_convert(model)}
 
 
 def forget_bitsandbytes_keys(model: Any) -> None:
