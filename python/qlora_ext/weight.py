@@ -18,6 +18,10 @@ from .no_arithmetic import NoArithmetic
 Self = TypeVar("Self", bound="Weight4bit")
 
 
+# The tensors of a weight, in the order of its fields.
+TENSORS = ("packed", "absmax", "nested_absmax", "nested_offset", "scale_table", "block_offsets", "offset_scale")
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Weight4bit(NoArithmetic):
     """A tensor with 4 bits per element. Each element is a value of the code times the scale of its block.
@@ -30,6 +34,12 @@ class Weight4bit(NoArithmetic):
             ``nested_block_size`` codes, and the mean that was subtracted before; None without double quantization.
         shape, dtype: of the tensor that was quantized.
         code: the name of the 16 values.
+        scale_table: float32 [256], the values of ``absmax`` if it holds uint8 codes of another map than that of double
+            quantization. If ``nested_absmax`` is given, it multiplies them.
+        block_offsets: [blocks], added to each block's elements after scaling: float32, float16, bfloat16, or uint8: then
+            the offset is minus their product with ``offset_scale``.
+        offset_scale: float32 [nested blocks], the unit of uint8 offsets; without it, the unit is the block's scale, and
+            the offsets are zero points.
     """
 
     packed: Tensor
@@ -41,11 +51,14 @@ class Weight4bit(NoArithmetic):
     block_size: int = 64
     nested_block_size: int = 256
     code: str = formats.NF4
+    scale_table: Tensor | None = None
+    block_offsets: Tensor | None = None
+    offset_scale: Tensor | None = None
 
     @property
     def double_quant(self) -> bool:
         """Whether the scales are stored as 8-bit codes with nested scales of their own."""
-        return self.nested_absmax is not None
+        return self.nested_offset is not None
 
     @property
     def form(self) -> Form:
@@ -61,8 +74,7 @@ class Weight4bit(NoArithmetic):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The packed codes and the existing scales, by the names of their attributes."""
-        names = ("packed", "absmax", "nested_absmax", "nested_offset")
-        return {name: t for name in names if (t := getattr(self, name)) is not None}
+        return {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +87,7 @@ class Weight4bit(NoArithmetic):
         return 8.0 * self.nbytes / max(math.prod(self.shape), 1)
 
     def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-        """The six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
+        """The first six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
         return (
             self.packed,
             self.absmax,
@@ -85,9 +97,14 @@ class Weight4bit(NoArithmetic):
             self.nested_block_size,
         )
 
+    def last_args(self) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
+        """The last four arguments of every such operator."""
+        return self.code, self.scale_table, self.block_offsets, self.offset_scale
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor of shape ``shape`` in ``dtype`` (default: the original's), rounded once from float32."""
-        out: Tensor = torch.ops.qlora.dequantize_nf4(*self.packed_args(), self.shape, dtype or self.dtype, self.code)
+        args = *self.packed_args(), self.shape, dtype or self.dtype, *self.last_args()
+        out: Tensor = torch.ops.qlora.dequantize_nf4(*args)
         return out
 
     def to(self: Self, device: torch.device | str | int) -> Self:
