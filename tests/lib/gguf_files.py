@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import gguf
@@ -44,6 +45,19 @@ def random_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
     return data
 
 
+def small_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Random blocks of a 4-bit type whose values are about as large as those of a model's weights."""
+    data = random_blocks(kind, shape, seed)
+    if kind == "MXFP4":
+        data[:, 0] = 120 + (data[:, 0] & 1)
+    elif kind == "NVFP4":
+        data[:, :4] = 0x08 | (data[:, :4] & 7)
+    else:
+        for at in (1, 3) if kind in ("Q4_1", "Q4_K") else (1,):
+            data[:, at] = 0x08 | (data[:, at] & 0x83)
+    return data
+
+
 def tensors_of(model: Any) -> dict[str, Any]:
     """The weights in the layout of a GGUF file, in which experts have one stack for gate and one for up."""
     found = {}
@@ -59,8 +73,17 @@ def tensors_of(model: Any) -> dict[str, Any]:
     return found
 
 
-def write(model: Any, path: pathlib.Path, architecture: str, more: dict[str, Any] | None = None) -> None:
-    """Writes the model to a GGUF file whose matrices take the types of quantized files in turn."""
+def write(
+    model: Any,
+    path: pathlib.Path,
+    architecture: str,
+    more: dict[str, Any] | None = None,
+    kinds: Sequence[str] = ("F32", "F16", "BF16", "Q8_0", "Q4_0"),
+) -> None:
+    """Writes the model to a GGUF file whose matrices have these types in turn.
+
+    Matrices of 4-bit types that the gguf package cannot make have random values.
+    """
     config, tokens = model.config, 128
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -82,10 +105,13 @@ def write(model: Any, path: pathlib.Path, architecture: str, more: dict[str, Any
     writer.add_token_types([1] * tokens)
     writer.add_token_merges(["t 1"])
     writer.add_eos_token_id(2)
-    kinds = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0")]
     for i, (name, values) in enumerate((tensors_of(model) | (more or {})).items()):
-        kind = kinds[i % len(kinds)] if values.ndim > 1 else kinds[0]
-        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        kind = gguf.GGMLQuantizationType[kinds[i % len(kinds)] if values.ndim > 1 else "F32"]
+        try:
+            data = gguf.quantize(values, kind)
+        except NotImplementedError:
+            data = small_blocks(kind.name, values.shape, i).reshape(gguf.quant_shape_to_byte_shape(values.shape, kind))
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

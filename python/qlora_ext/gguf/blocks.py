@@ -100,12 +100,12 @@ def _write_scale(w4: Weight4bit) -> Tensor:
 
 
 def _read_affine(header: Tensor) -> _Fields:
-    return {"absmax": _float16(header[:, :2], "d"), "offsets": _float16(header[:, 2:], "m")}
+    return {"absmax": _float16(header[:, :2], "d"), "block_offsets": _float16(header[:, 2:], "m")}
 
 
 def _write_affine(w4: Weight4bit) -> Tensor:
-    assert w4.offsets is not None
-    return torch.cat((_bytes_of(w4.absmax), _bytes_of(w4.offsets)), dim=1)
+    assert w4.block_offsets is not None
+    return torch.cat((_bytes_of(w4.absmax), _bytes_of(w4.block_offsets)), dim=1)
 
 
 def _read_e8m0(header: Tensor) -> _Fields:
@@ -138,15 +138,15 @@ def _read_nested(header: Tensor) -> _Fields:
         "absmax": torch.cat((scales & 0x3F, upper_scales), dim=1).reshape(-1),
         "nested_absmax": _float16(header[:, :2], "d").float(),
         "scale_table": _INTEGERS,
-        "offsets": torch.cat((mins & 0x3F, upper_mins), dim=1).reshape(-1),
+        "block_offsets": torch.cat((mins & 0x3F, upper_mins), dim=1).reshape(-1),
         "offset_scale": _float16(header[:, 2:4], "dmin").float(),
     }
 
 
 def _write_nested(w4: Weight4bit) -> Tensor:
-    assert w4.nested_absmax is not None and w4.offsets is not None and w4.offset_scale is not None
+    assert w4.nested_absmax is not None and w4.block_offsets is not None and w4.offset_scale is not None
     (scales, upper_scales), (mins, upper_mins) = (
-        t.reshape(-1, 2, 4).unbind(1) for t in (w4.absmax, w4.offsets)
+        t.reshape(-1, 2, 4).unbind(1) for t in (w4.absmax, w4.block_offsets)
     )
     parts = (
         _bytes_of(w4.nested_absmax),
