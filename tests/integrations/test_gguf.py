@@ -12,15 +12,15 @@ import torch
 gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
 pytest.importorskip("transformers", reason="transformers is not installed")
 
-from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
 
 import qlora_ext
-from gguf_files import write
+from gguf_files import WIDE, four_bit_file, write
 from qlora_ext.gguf import GGUFWeights, blocks
 from qlora_ext.gguf.rows import find_rows
-from tiny_models import SIZES
 
-WIDE = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
+__all__ = ["four_bit_file"]  # a fixture
+
 CONFIGS: dict[str, Any] = {
     "llama": lambda: LlamaConfig(**WIDE),
     "qwen3moe": lambda: Qwen3MoeConfig(
@@ -59,10 +59,6 @@ def test_every_weight_is_read_as_transformers_reads_it(family: str, kind: str, t
             matrices = [w4] if w4.packed.ndim == 2 else [w4.matrix(e) for e in range(w4.shape[0])]
             assert torch.equal(torch.stack([m.dequantize() for m in matrices]), value.view(len(matrices), *w4.shape[-2:]))
     assert found == (2 * 7 + 2 if family == "llama" else 2 * 7 + 2)
-
-
-def swap_halves(values: Any) -> Any:
-    return np.concatenate(np.split(values, 2))
 
 
 def test_rows() -> None:

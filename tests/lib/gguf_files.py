@@ -10,8 +10,14 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tiny_models import make
+from qlora_ext.gguf import blocks
+from tiny_models import SIZES, make
+
+# Sizes of which every matrix has whole blocks of every type.
+WIDE = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
 
 SHORT = {
     "model.layers.": "blk.",
@@ -122,4 +128,14 @@ def write(
 def llama_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write(make("llama"), path, "llama")
+    return path
+
+
+@pytest.fixture(scope="module")
+def four_bit_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A Llama whose matrices have every 4-bit type and Q8_0 in turn."""
+    path = tmp_path_factory.mktemp("gguf") / "four_bit.gguf"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**WIDE), dtype=torch.float32)
+    write(model, path, "llama", kinds=[*blocks.KINDS, "Q8_0"])
     return path

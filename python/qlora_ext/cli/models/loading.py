@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,7 @@ class Loader:
             else:
                 with loading("model", self.source, shown):
                     model, report = weights.load(**options)
+                print(f"qlora-ext: {weights.summary}", file=sys.stderr)
                 report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
         validate_model.check_report(self.source, model, report)
         return model
