@@ -29,6 +29,7 @@ gguf = pytest.importorskip("gguf")
 from commands import Paths
 from gguf_files import four_bit_file, llama_file, random_blocks
 from mutations import mutate_bytes, mutate_json
+from qlora_ext._internal.untrusted import FileError
 from qlora_ext.cli import main
 from qlora_ext.gguf import blocks
 
@@ -191,8 +192,7 @@ def test_blocks_of_gguf(kind: str) -> None:
         damaged = mutate_bytes(random.Random(f"{SEED} {kind} {i}"), complete)
         try:
             w4 = blocks.read(kind, damaged, shape, "file: tensor")
-        except ValueError as error:
-            assert str(error).startswith("file: tensor: "), error
+        except FileError:
             continue
         assert blocks.write(kind, w4) == damaged
         data = np.frombuffer(damaged, np.uint8).reshape(gguf.quant_shape_to_byte_shape(shape, number))

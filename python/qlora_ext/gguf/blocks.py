@@ -28,7 +28,7 @@ from torch import Tensor
 from .._internal.untrusted import FileError
 from ..weight import Weight4bit
 
-_Fields = dict[str, Tensor]
+_Fields = dict[str, Any]  # of a Weight4bit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +104,7 @@ def _read_affine(header: Tensor) -> _Fields:
 
 
 def _write_affine(w4: Weight4bit) -> Tensor:
-    assert w4.block_offsets is not None
-    return torch.cat((_bytes_of(w4.absmax), _bytes_of(w4.block_offsets)), dim=1)
+    return torch.cat((_bytes_of(w4.absmax), _bytes_of(w4.tensors["block_offsets"])), dim=1)
 
 
 def _read_e8m0(header: Tensor) -> _Fields:
@@ -144,13 +143,12 @@ def _read_nested(header: Tensor) -> _Fields:
 
 
 def _write_nested(w4: Weight4bit) -> Tensor:
-    assert w4.nested_absmax is not None and w4.block_offsets is not None and w4.offset_scale is not None
-    (scales, upper_scales), (mins, upper_mins) = (
-        t.reshape(-1, 2, 4).unbind(1) for t in (w4.absmax, w4.block_offsets)
-    )
+    tensors = w4.tensors
+    scales, upper_scales = tensors["absmax"].reshape(-1, 2, 4).unbind(1)
+    mins, upper_mins = tensors["block_offsets"].reshape(-1, 2, 4).unbind(1)
     parts = (
-        _bytes_of(w4.nested_absmax),
-        _bytes_of(w4.offset_scale),
+        _bytes_of(tensors["nested_absmax"]),
+        _bytes_of(tensors["offset_scale"]),
         scales | ((upper_scales & 0x30) << 2),
         mins | ((upper_mins & 0x30) << 2),
         (upper_scales & 0x0F) | (upper_mins << 4),
@@ -162,9 +160,7 @@ def _ue4m3() -> Tensor:
     """The values of ggml's unsigned E4M3: it ignores the sign bit, and 0x7F, NaN elsewhere, is zero."""
     number = torch.arange(256, dtype=torch.int32, device="cpu")
     exponent, mantissa = (number >> 3) & 0xF, (number & 7).float()
-    values = torch.where(
-        exponent == 0, mantissa * 2.0**-9, torch.ldexp(1.0 + mantissa / 8.0, (exponent - 7).float())
-    )
+    values = torch.where(exponent == 0, mantissa * 2.0**-9, torch.ldexp(1.0 + mantissa / 8.0, (exponent - 7).float()))
     values[0x7F] = 0.0
     return values
 
@@ -216,14 +212,14 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
         fields = layout.read(header)
     except ValueError as error:
         raise FileError(f"{where}: {error}") from error
-    stack = tuple(leading[:-1])
-    table = fields.pop("scale_table", None)
-    if table is not None:
-        fields["scale_table"] = table.expand(*stack, 256).clone()
+    stack = leading[:-1]
+    tensors: _Fields = {"nested_absmax": None, "nested_offset": None}
+    tensors |= {name: t.reshape(*stack, -1) for name, t in fields.items() if name != "scale_table"}
+    if "scale_table" in fields:
+        tensors["scale_table"] = fields["scale_table"].expand(*stack, 256).clone()
     return Weight4bit(
+        **tensors,
         packed=_from_halves(codes, layout.group).reshape(*leading, width // 2),
-        **{"nested_absmax": None, "nested_offset": None}
-        | {name: t if name == "scale_table" else t.reshape(*stack, -1) for name, t in fields.items()},
         shape=torch.Size(shape),
         dtype=torch.float32,
         block_size=layout.block_size,

@@ -121,8 +121,10 @@ class Loader:
         if self.source.gguf_file is not None and weights is None:
             # transformers cannot quantize a GGUF file that it reads itself.
             return self._after_loading(stream, resident, shown=spill is not None)
-        config = QLoRAConfig(embeddings=self.embeddings, stream=stream, resident=resident)
-        config.record(self.form)
+        config = QLoRAConfig(
+            block_size=self.form.block_size, double_quant=self.form.double_quant,
+            nested_block_size=self.form.nested_block_size, embeddings=self.embeddings, stream=stream, resident=resident,
+        )  # fmt: skip
         if spill is not None:
             config = spilling(config, spill)
         model = self._quantized(config, weights, shown=spill is not None)

@@ -44,7 +44,7 @@ from .modules import (
     compute_dtype_of,
     dense_names,
     dequantize_modules,
-    form_of,
+    forms_of,
     refuse_split_experts,
 )
 
@@ -156,8 +156,9 @@ class QLoRAQuantizer(HfQuantizer):
 
     def _asked(self, model: nn.Module) -> list[str]:
         """The modules of ``model`` that the configuration requests to be dense."""
-        named = self.qlora_config.skip_modules
-        return [name for name, _ in model.named_modules() if named and not should_convert_module(name, named)]
+        named, dense = self.qlora_config.skip_modules, self.qlora_config._dense
+        skipped = [name for name, _ in model.named_modules() if named and not should_convert_module(name, named)]
+        return [*skipped, *dense]
 
     def _linear_layers(self, model: nn.Module, skipped: list[str]) -> Iterator[tuple[str, nn.Module]]:
         """The layers that bitsandbytes would quantize, selected by transformers' own rule."""
@@ -165,12 +166,12 @@ class QLoRAQuantizer(HfQuantizer):
             if type(module) in CONVERSIONS and should_convert_module(name, skipped):
                 yield name, module
 
-    def _empty(self, module: nn.Module, compute_dtype: torch.dtype) -> Packed4bit:
-        """The 4-bit module that replaces ``module``, on the meta device."""
+    def _empty(self, name: str, module: nn.Module, compute_dtype: torch.dtype) -> Packed4bit:
+        """The 4-bit module that replaces the module ``name``, on the meta device."""
         options: dict[str, Any] = {
             "compute_dtype": compute_dtype,
             "device": "meta",
-            **self.qlora_config.form.keywords,
+            **self.qlora_config.form_of(name).keywords,
         }
         if isinstance(module, nn.Embedding):
             return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
@@ -198,8 +199,8 @@ class QLoRAQuantizer(HfQuantizer):
         if not self.follows_bitsandbytes:  # for bitsandbytes, transformers itself warns
             check_something_is_4bit(model, bool(chosen), self._asked(model))
         compute_dtype = self.qlora_config.computing_dtype(model_dtype, self.streaming_device)
-        for _, module in chosen:
-            layer = self._empty(module, compute_dtype)
+        for path, module in chosen:
+            layer = self._empty(path, module, compute_dtype)
             layer.weight_dtype = model_dtype
             # Conversions read the shape of the weight that they create. A tied head shares the table's weight.
             shaped = module if self.bitsandbytes_storage is None and not isinstance(module, nn.Embedding) else layer
@@ -250,7 +251,7 @@ class QLoRAQuantizer(HfQuantizer):
             report_coverage(model, self._asked(model), stacklevel=2)
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
         self.save_packed_state(model)
-        self.qlora_config.record(form_of(model))
+        self.qlora_config.record(forms_of(model))
         if self.qlora_config.stream is not None:
             stream(model, self.qlora_config.resident, self.qlora_config.stream, self.streaming_device)
             model.hf_device_map = {"": self.streaming_device}
@@ -287,7 +288,7 @@ class QLoRAQuantizer(HfQuantizer):
 def layers_to_come(model: nn.Module, config: QLoRAConfig) -> dict[str, Packed4bit]:
     """The 4-bit layers that loading a dense checkpoint with ``config`` puts into ``model``, empty, by name."""
     quantizer = QLoRAQuantizer(config, pre_quantized=False)
-    return {name: quantizer._empty(module, torch.float32) for name, module in quantizer._to_convert(model)}
+    return {name: quantizer._empty(name, module, torch.float32) for name, module in quantizer._to_convert(model)}
 
 
 def forget_bitsandbytes_keys(model: Any) -> None:
@@ -309,7 +310,7 @@ def attach(model: Any) -> None:
         return
     embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
-    config.record(form_of(model))
+    config.record(forms_of(model))
     compute_dtype = compute_dtype_of(model)
     if compute_dtype is not None and compute_dtype != model.config.dtype:
         config.compute_dtype = compute_dtype
