@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gguf
@@ -85,10 +85,14 @@ def write(
     architecture: str,
     more: dict[str, Any] | None = None,
     kinds: Sequence[str] = ("F32", "F16", "BF16", "Q8_0", "Q4_0"),
+    of: Mapping[str, str | None] | None = None,
 ) -> None:
     """Writes the model to a GGUF file whose matrices have these types in turn.
 
     Matrices of 4-bit types that the gguf package cannot make have random values.
+
+    Args:
+        of: other types of single tensors, by name; tensors with None are left out.
     """
     config, tokens = model.config, 128
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -112,7 +116,10 @@ def write(
     writer.add_token_merges(["t 1"])
     writer.add_eos_token_id(2)
     for i, (name, values) in enumerate((tensors_of(model) | (more or {})).items()):
-        kind = gguf.GGMLQuantizationType[kinds[i % len(kinds)] if values.ndim > 1 else "F32"]
+        type_name = (of or {}).get(name, kinds[i % len(kinds)] if values.ndim > 1 else "F32")
+        if type_name is None:
+            continue
+        kind = gguf.GGMLQuantizationType[type_name]
         try:
             data = gguf.quantize(values, kind)
         except NotImplementedError:
