@@ -68,10 +68,13 @@ def test_weights_read_one_by_one_are_the_same(
     architecture: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    write(make("llama") if architecture == "llama" else mixture(), path, architecture)
+    model = make("llama") if architecture == "llama" else mixture()
+    write(model, path, architecture, kinds=("F32", "F16", "BF16", "Q8_0"))
     decoded: list[str] = []
     decode = weights.GGUFWeights.decode
-    monkeypatch.setattr(weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1])
+    monkeypatch.setattr(
+        weights.GGUFWeights, "decode", lambda self, name, dtype: (decoded.append(name), decode(self, name, dtype))[1]
+    )
     found = Loader(resolve(str(path)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
     assert sorted(decoded) == sorted(expected.state_dict())

@@ -130,6 +130,8 @@ class GGUFWeights:
         """
         from ..integrations.transformers import QLoRAConfig
 
+        if options.get("dtype", "auto") == "auto":  # transformers would search it in the tensors
+            options["dtype"] = self._model.dtype
         fates: dict[str, str] = {}
         config = options.get("quantization_config")
         if isinstance(config, QLoRAConfig):

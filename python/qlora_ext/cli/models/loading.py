@@ -175,9 +175,10 @@ class Loader:
             else:
                 with loading("model", self.source, shown):
                     model, report = weights.load(**options)
-                print(f"qlora-ext: {weights.summary}", file=sys.stderr)
                 report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
         validate_model.check_report(self.source, model, report)
+        if weights is not None:
+            print(f"qlora-ext: {weights.summary}", file=sys.stderr)
         return model
 
     def _after_loading(self, stream: str | None, resident: str | None, shown: bool) -> Any:
