@@ -85,11 +85,11 @@ inline constexpr CodeTable kCodeTables[] = {
       -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
       0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
       1.0f}},
-    // bitsandbytes' FP4: its codes are not in the order of their values.
+    // bitsandbytes' FP4: its codes are not in the order of their values, and both zeros are positive.
     {"fp4",
      false,
      {0.0f, 0.0052083333333333333f, 0.66666666666666667f, 1.0f, 0.33333333333333333f, 0.5f, 0.16666666666666667f, 0.25f,
-      -0.0f, -0.0052083333333333333f, -0.66666666666666667f, -1.0f, -0.33333333333333333f, -0.5f, -0.16666666666666667f,
+      0.0f, -0.0052083333333333333f, -0.66666666666666667f, -1.0f, -0.33333333333333333f, -0.5f, -0.16666666666666667f,
       -0.25f}},
     // The elements of MXFP4 and NVFP4 (OCP Microscaling Formats specification 1.0, section 5.3.3).
     {"e2m1",

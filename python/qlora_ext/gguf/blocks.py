@@ -26,7 +26,10 @@ import torch
 from torch import Tensor
 
 from .._internal.untrusted import FileError
-from ..weight import Weight4bit
+from ..checkpoints import scales
+from ..form import Form
+from ..formats import FLOAT16, NESTED_TABLE8, SCALED8, TABLE8
+from ..weight import Weight4bit, weight_of
 
 _Fields = dict[str, Any]  # of a Weight4bit
 
@@ -36,18 +39,16 @@ class _Layout:
     """The layout of a type's blocks.
 
     Attributes:
-        code: the name of the 16 values.
+        form: of the weights.
         elements: per block of the file.
-        block_size: elements per scale.
         header: bytes before the codes.
         group: bytes whose low nibbles precede their high nibbles.
         read: the headers [blocks, header], to the fields of a ``Weight4bit``. It raises a ValueError.
         write: the inverse of ``read``.
     """
 
-    code: str
+    form: Form
     elements: int
-    block_size: int
     header: int
     group: int
     read: Callable[[Tensor], _Fields]
@@ -109,12 +110,13 @@ def _write_affine(w4: Weight4bit) -> Tensor:
 
 def _read_e8m0(header: Tensor) -> _Fields:
     exponents = header.reshape(-1)
-    if (exponents == 0xFF).any():
-        raise ValueError(f"expected finite scales, got 0xFF (NaN) in block {int((exponents == 0xFF).nonzero()[0])}")
+    if (exponents == scales.E8M0_NAN).any():
+        at = int((exponents == scales.E8M0_NAN).nonzero()[0])
+        raise ValueError(f"expected finite scales, got 0xFF (NaN) in block {at}")
     return {"absmax": exponents.contiguous(), "scale_table": _E8M0}
 
 
-def _write_codes(w4: Weight4bit) -> Tensor:
+def _write_e8m0(w4: Weight4bit) -> Tensor:
     return w4.absmax.reshape(-1, 1)
 
 
@@ -130,11 +132,11 @@ def _read_nested(header: Tensor) -> _Fields:
     # Eight scales and eight mins of 6 bits are in twelve bytes. The first four bytes hold scales 0 to 3 and, in their
     # upper two bits, those of scales 4 to 7; the next four hold the mins likewise; the last four hold the lower four
     # bits of scales 4 to 7 (low nibble) and of mins 4 to 7 (high nibble).
-    scales, mins, low = header[:, 4:].reshape(-1, 3, 4).unbind(1)
-    upper_scales = (low & 0x0F) | ((scales >> 2) & 0x30)
-    upper_mins = (low >> 4) | ((mins >> 2) & 0x30)
+    lower, mins, rest = header[:, 4:].reshape(-1, 3, 4).unbind(1)
+    upper = (rest & 0x0F) | ((lower >> 2) & 0x30)
+    upper_mins = (rest >> 4) | ((mins >> 2) & 0x30)
     return {
-        "absmax": torch.cat((scales & 0x3F, upper_scales), dim=1).reshape(-1),
+        "absmax": torch.cat((lower & 0x3F, upper), dim=1).reshape(-1),
         "nested_absmax": _float16(header[:, :2], "d").float(),
         "scale_table": _INTEGERS,
         "block_offsets": torch.cat((mins & 0x3F, upper_mins), dim=1).reshape(-1),
@@ -144,42 +146,44 @@ def _read_nested(header: Tensor) -> _Fields:
 
 def _write_nested(w4: Weight4bit) -> Tensor:
     tensors = w4.tensors
-    scales, upper_scales = tensors["absmax"].reshape(-1, 2, 4).unbind(1)
+    lower, upper = tensors["absmax"].reshape(-1, 2, 4).unbind(1)
     mins, upper_mins = tensors["block_offsets"].reshape(-1, 2, 4).unbind(1)
     parts = (
         _bytes_of(tensors["nested_absmax"]),
         _bytes_of(tensors["offset_scale"]),
-        scales | ((upper_scales & 0x30) << 2),
+        lower | ((upper & 0x30) << 2),
         mins | ((upper_mins & 0x30) << 2),
-        (upper_scales & 0x0F) | (upper_mins << 4),
+        (upper & 0x0F) | (upper_mins << 4),
     )
     return torch.cat(parts, dim=1)
 
 
-def _ue4m3() -> Tensor:
-    """The values of ggml's unsigned E4M3: it ignores the sign bit, and 0x7F, NaN elsewhere, is zero."""
-    number = torch.arange(256, dtype=torch.int32, device="cpu")
-    exponent, mantissa = (number >> 3) & 0xF, (number & 7).float()
-    values = torch.where(exponent == 0, mantissa * 2.0**-9, torch.ldexp(1.0 + mantissa / 8.0, (exponent - 7).float()))
-    values[0x7F] = 0.0
-    return values
+def _ue4m3_table() -> Tensor:
+    """The values of ggml's unsigned E4M3, which ignores the sign, and whose code 0x7F, NaN elsewhere, is zero."""
+    table = scales.e4m3_table(torch.device("cpu")).abs()
+    table[0x7F], table[0xFF] = 0.0, 480.0
+    return table
 
 
-_E8M0 = torch.ldexp(torch.ones(256, dtype=torch.float32, device="cpu"), torch.arange(256, device="cpu") - 127)
-_UE4M3 = _ue4m3()
+_E8M0 = scales.e8m0_table(torch.device("cpu"))
+_UE4M3 = _ue4m3_table()
 _INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
-_NESTED_BLOCK_SIZE = 8  # of Q4_K
 
 _LAYOUTS = {
-    "Q4_0": _Layout("int4", 32, 32, 2, 16, _read_scale, _write_scale),
-    "Q4_1": _Layout("uint4", 32, 32, 4, 16, _read_affine, _write_affine),
-    "IQ4_NL": _Layout("iq4_nl", 32, 32, 2, 16, _read_scale, _write_scale),
-    "MXFP4": _Layout("e2m1", 32, 32, 1, 16, _read_e8m0, _write_codes),
-    "NVFP4": _Layout("e2m1", 64, 16, 4, 8, _read_e4m3, _write_e4m3),
-    "Q4_K": _Layout("uint4", 256, 32, 16, 32, _read_nested, _write_nested),
+    "Q4_0": _Layout(Form("int4", FLOAT16, 32), 32, 2, 16, _read_scale, _write_scale),
+    "Q4_1": _Layout(Form("uint4", FLOAT16, 32, offsets=FLOAT16), 32, 4, 16, _read_affine, _write_affine),
+    "IQ4_NL": _Layout(Form("iq4_nl", FLOAT16, 32), 32, 2, 16, _read_scale, _write_scale),
+    "MXFP4": _Layout(Form("e2m1", TABLE8, 32), 32, 1, 16, _read_e8m0, _write_e8m0),
+    "NVFP4": _Layout(Form("e2m1", TABLE8, 16), 64, 4, 8, _read_e4m3, _write_e4m3),
+    "Q4_K": _Layout(Form("uint4", NESTED_TABLE8, 32, 8, SCALED8), 256, 16, 32, _read_nested, _write_nested),
 }
 # The names of the types.
 KINDS = tuple(_LAYOUTS)
+
+
+def form_of(kind: str) -> Form:
+    """The form of the weights of a type."""
+    return _LAYOUTS[kind].form
 
 
 def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
@@ -217,14 +221,12 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
     tensors |= {name: t.reshape(*stack, -1) for name, t in fields.items() if name != "scale_table"}
     if "scale_table" in fields:
         tensors["scale_table"] = fields["scale_table"].expand(*stack, 256).clone()
-    return Weight4bit(
+    return weight_of(
+        layout.form,
         **tensors,
         packed=_from_halves(codes, layout.group).reshape(*leading, width // 2),
         shape=torch.Size(shape),
         dtype=torch.float32,
-        block_size=layout.block_size,
-        nested_block_size=_NESTED_BLOCK_SIZE if "nested_absmax" in fields else 256,
-        code=layout.code,
     )
 
 

@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,12 +27,8 @@ from . import blocks
 from .file import TensorInfo, read_header
 from .rows import Rows, find_rows
 
-if TYPE_CHECKING:
-    from ..integrations.transformers import QLoRAConfig
-
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20  # elements that are read at a time
-_KEPT, _NF4, _DENSE = "kept in 4 bits", "quantized to NF4", "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +55,7 @@ class _Part:
 class _Weight:
     """A weight that is read on access with ``[...]``, the way transformers reads slices of safetensors files."""
 
-    def __init__(self, file: GGUFWeights, name: str, kept: bool) -> None:
+    def __init__(self, file: GGUFWeights, name: str, kept: set[str]) -> None:
         self._file, self._name, self._kept = file, name, kept
 
     def __getitem__(self, index: Any) -> _Weight | Tensor:
@@ -68,7 +64,7 @@ class _Weight:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor | Weight4bit:
         """The weight: in 4 bits for a layer that keeps the file's bits, otherwise decoded."""
         dtype, device = dtype or torch.float32, "cpu" if device is None else device
-        if self._kept:
+        if self._name in self._kept:
             return dataclasses.replace(self._file.stored(self._name).to(device), dtype=dtype)
         return self._file.decode(self._name, dtype).to(device)
 
@@ -123,28 +119,32 @@ class GGUFWeights:
     def load(self, **options: Any) -> Any:
         """Calls ``from_pretrained`` with these weights and ``options``, and returns its result.
 
-        With a ``QLoRAConfig``, layers keep the bits of weights that the file stores in a type of ``blocks.KINDS``.
-        Other layers stay dense, unless the configuration has ``skip_modules``. In that case, those that it does not
-        name are quantized to NF4. ``embeddings`` does that to embeddings. If the file has no 4-bit weight for a layer,
-        the model is quantized to NF4 like any dense model.
+        With a ``QLoRAConfig``, layers keep the bits of weights that the file stores in a type of ``blocks.KINDS``, and
+        other layers stay dense. With ``skip_modules``, the layers that it names stay dense, and others are quantized to
+        NF4. With ``embeddings``, embeddings are 4-bit too. If the file has no 4-bit weight for a layer, the model is
+        quantized to NF4 like any dense model.
         """
         from ..integrations.transformers import QLoRAConfig
+        from .source import GGUFSource
 
         if options.get("dtype", "auto") == "auto":  # transformers would search it in the tensors
             options["dtype"] = self._model.dtype
-        fates: dict[str, str] = {}
         config = options.get("quantization_config")
+        kept: set[str] = set()
         if isinstance(config, QLoRAConfig):
-            options["quantization_config"] = config = copy.copy(config)
-            fates = self._choose(config)
-        self.summary = self._summarize(fates)
-        _log.info(self.summary)
-        weights = {name: _Weight(self, name, fates.get(name) == _KEPT) for name in self._parts}
+            source = GGUFSource(self, config)
+            source.forms(self._model)
+            if source.kept:
+                options["quantization_config"] = config = copy.copy(config)
+                config._source, kept = source, source.kept
+        weights = {name: _Weight(self, name, kept) for name in self._parts}
         loaded = type(self._model).from_pretrained(None, config=self._model.config, state_dict=weights, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(
             self._path.parent
         )  # as from_pretrained sets it for a GGUF file
+        self.summary = self._summarize(model, kept)
+        _log.info(self.summary)
         return loaded
 
     def decode(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -176,7 +176,7 @@ class GGUFWeights:
             ValueError: its type is none of ``blocks.KINDS``, or transformers changes its values. FileError: the file
                 cannot be read, is damaged, or lacks a part of the weight.
         """
-        kind, parts = self._kept_kind(name), self._parts[name]
+        kind, parts = self.stored_kind(name), self._parts[name]
         if kind is None:
             raise ValueError(f"{name}: expected a weight stored in one of the types {', '.join(blocks.KINDS)}")
         layout = self._layout(name)
@@ -187,45 +187,32 @@ class GGUFWeights:
                 data[where] = chunk
         return blocks.read(kind, data, (*layout.stack, parts[0].tensor.shape[-1]), self._where(parts[0].tensor))
 
-    def _choose(self, config: QLoRAConfig) -> dict[str, str]:
-        """What becomes of the weights of each layer that ``config`` would quantize; records which ones stay dense."""
-        from ..integrations.transformers import Conv1D4bit
-        from ..integrations.transformers.quantizer import layers_to_come
-        from ..nn import Embedding4bit
-
-        fates: dict[str, str] = {}
-        dense = []
-        for name, layer in layers_to_come(self._model, config).items():
-            weights = {f"{name}.{weight}": shape for weight, shape in layer.packed_shapes.items()}
-            transposed = isinstance(layer, Conv1D4bit) or getattr(layer, "is_transposed", False)
-            kinds = {self._kept_kind(weight, shape, transposed) for weight, shape in weights.items()}
-            kept = len(kinds) == 1 and None not in kinds  # a layer has one form
-            fates |= dict.fromkeys(weights, _KEPT if kept else _NF4)
-            if not kept and not isinstance(layer, Embedding4bit):
-                dense.append(name)
-        if _KEPT in fates.values() and config.skip_modules is None:
-            config._dense = frozenset(dense)
-            fates = {weight: fate for weight, fate in fates.items() if weight.rpartition(".")[0] not in config._dense}
-        return fates
-
-    def _kept_kind(self, name: str, shape: tuple[int, ...] | None = None, transposed: bool | None = None) -> str | None:
-        """The type of the weight ``name`` if it can stay as it is stored, else None.
+    def stored_kind(self, name: str, shape: tuple[int, ...] | None = None, transposed: bool | None = None) -> str | None:
+        """The type of the weight ``name`` if ``stored`` returns it, else None.
 
         Args:
-            shape, transposed: what the layer expects; None if anything is right.
+            shape, transposed: also None if ``stored`` does not have that shape, or if the model's weight is not its
+                transpose, or is.
         """
         if name not in self._parts or (layout := self._layout(name)) is None:
             return None
-        kinds = {part.kind for part in self._parts[name]}
-        fits = shape in (None, (*layout.stack, self._parts[name][0].tensor.shape[-1]))
-        fits = fits and transposed in (None, layout.transposed)
+        parts = self._parts[name]
+        kinds = {part.kind for part in parts}
+        fits = shape in (None, (*layout.stack, parts[0].tensor.shape[-1])) and transposed in (None, layout.transposed)
         return kinds.pop() if fits and len(kinds) == 1 and kinds <= {*blocks.KINDS} else None
 
-    def _summarize(self, fates: dict[str, str]) -> str:
-        """How many tensors of each type stay 4-bit, become NF4, or are dense."""
-        counts = collections.Counter(
-            (part.kind, fates.get(name, _DENSE)) for name, parts in self._parts.items() for part in parts
-        )
+    def _summarize(self, model: Any, kept: set[str]) -> str:
+        """How many tensors of each type are 4-bit as they are stored, NF4, or dense in ``model``."""
+        from ..nn import Packed4bit
+
+        def fate(name: str) -> str:
+            module, _, weight = name.rpartition(".")
+            layer = model.get_submodule(module)
+            if not isinstance(layer, Packed4bit) or weight not in layer.packed_shapes:
+                return "dense"
+            return "kept in 4 bits" if name in kept else "quantized to NF4"
+
+        counts = collections.Counter((part.kind, fate(name)) for name, parts in self._parts.items() for part in parts)
         found = ", ".join(f"{count} {kind} {fate}" for (kind, fate), count in counts.most_common())
         return f"{printable(self._path.name)}: {found}"
 

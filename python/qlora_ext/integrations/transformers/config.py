@@ -351,7 +351,7 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     # The storage dtype of the packed bytes in a checkpoint that bitsandbytes wrote, else None.
     _bitsandbytes_storage: torch.dtype | None = None
-    # Full names of modules that stay dense in addition to those of ``skip_modules``, whose default they do not change.
-    _dense: frozenset[str] = frozenset()
     # A ``Spill`` that receives each quantized weight.
     _spill: Any = None
+    # The ``Source`` of 4-bit weights that a checkpoint already has, in a format that is not ours.
+    _source: Any = None

@@ -19,7 +19,7 @@ def _one(value: Any) -> Any:
     return value[0] if isinstance(value, list) else value
 
 
-def _fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[str, Tensor]:
+def fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[str, Tensor]:
     """Stores a weight in ``module``, and returns its tensors by the names under which transformers sets them again."""
     prefix, _, weight = name.rpartition(".")
     if isinstance(module, TiedLinear4bit):  # a copy of the table in the checkpoint; the scales are the table's
@@ -65,7 +65,7 @@ class Quantize(ConversionOps):
                 w4 = dense if isinstance(dense, Weight4bit) else self._quantized(module, name, dense)
                 if self._spill is not None and name not in self._not_finite:
                     w4 = self._spill.put(name, w4)
-            filled |= _fill(module, name, w4, kwargs.get("missing_keys"))
+            filled |= fill(module, name, w4, kwargs.get("missing_keys"))
             if isinstance(dense, Tensor):
                 self._release(dense)
         return filled
@@ -96,6 +96,7 @@ class LoadBitsandbytes(ConversionOps):
         layer, name = get_module_from_name(model, full_layer_name)
         if not isinstance(layer, Linear4bit):
             # Every weight of the checkpoint is passed, also those that are dense.
-            return {full_layer_name: _one(input_dict["weight"]).to(getattr(layer, name).dtype)}
+            dense: Tensor = _one(input_dict["weight"])
+            return {full_layer_name: dense.to(getattr(layer, name).dtype)}
         w4 = NF4Weight.from_bitsandbytes({key: _one(value) for key, value in input_dict.items()}, "weight")
-        return _fill(layer, full_layer_name, w4, kwargs.get("missing_keys"))
+        return fill(layer, full_layer_name, w4, kwargs.get("missing_keys"))
