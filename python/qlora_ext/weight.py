@@ -12,14 +12,16 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import bitsandbytes_format, formats
+from ._internal.dtype_names import name_of
+from ._internal.loans import PackedTensors
 from .form import Form
 from .no_arithmetic import NoArithmetic
 
 Self = TypeVar("Self", bound="Weight4bit")
 
 
-# The tensors of a weight, in the order of its fields.
-TENSORS = ("packed", "absmax", "nested_absmax", "nested_offset", "scale_table", "block_offsets", "offset_scale")
+# The names of a weight's tensors.
+TENSORS: tuple[str, ...] = PackedTensors._fields
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,16 +30,16 @@ class Weight4bit(NoArithmetic):
 
     Attributes:
         packed: uint8 [..., K/2]: element 2i is in the high nibble of byte i, element 2i+1 in the low nibble.
-        absmax: the scales [blocks], one per ``block_size`` elements in row-major order: float32, or uint8 codes with
-            double quantization.
+        absmax: the scales [blocks], one per ``block_size`` elements in row-major order: float32, float16, bfloat16, or
+            uint8 codes.
         nested_absmax, nested_offset: float32 [nested blocks] and [], the scales of those codes, one per
             ``nested_block_size`` codes, and the mean that was subtracted before; None without double quantization.
         shape, dtype: of the tensor that was quantized.
         code: the name of the 16 values.
         scale_table: float32 [256], the values of ``absmax`` if it holds uint8 codes of another map than that of double
             quantization. If ``nested_absmax`` is given, it multiplies them.
-        block_offsets: [blocks], added to each block's elements after scaling: float32, float16, bfloat16, or uint8: then
-            the offset is minus their product with ``offset_scale``.
+        block_offsets: [blocks], added to each block's elements after scaling: float32, float16 or bfloat16; or uint8,
+            and then the offset is minus their product with ``offset_scale``.
         offset_scale: float32 [nested blocks], the unit of uint8 offsets; without it, the unit is the block's scale, and
             the offsets are zero points.
     """
@@ -62,9 +64,21 @@ class Weight4bit(NoArithmetic):
 
     @property
     def form(self) -> Form:
-        """The code, scale form and block sizes as one value."""
-        scales = formats.NESTED8 if self.double_quant else formats.FLOAT32
-        return Form(self.code, scales, self.block_size, self.nested_block_size)
+        """The code, the forms of scales and offsets, and the block sizes as one value.
+
+        Raises:
+            ValueError: the scales or the offsets have a dtype that no form has.
+        """
+        if self.scale_table is not None:
+            scales = formats.TABLE8 if self.nested_absmax is None else formats.NESTED_TABLE8
+        else:
+            scales = formats.NESTED8 if self.double_quant else name_of(self.absmax.dtype)
+        offsets = None
+        if self.block_offsets is not None and self.block_offsets.dtype == torch.uint8:
+            offsets = formats.ZERO_POINT8 if self.offset_scale is None else formats.SCALED8
+        elif self.block_offsets is not None:
+            offsets = name_of(self.block_offsets.dtype)
+        return Form(self.code, scales, self.block_size, self.nested_block_size, offsets)
 
     @property
     def device(self) -> torch.device:
@@ -101,6 +115,39 @@ class Weight4bit(NoArithmetic):
         """The last four arguments of every such operator."""
         return self.code, self.scale_table, self.block_offsets, self.offset_scale
 
+    def decoded_scales(self) -> Tensor:
+        """The decoded scales, float32 [blocks]; of a stack [E, blocks]."""
+        if self.double_quant and self.absmax.ndim > 1:
+            return torch.stack([self.matrix(e).decoded_scales() for e in range(len(self.absmax))])
+        if self.double_quant:
+            nested = self.nested_absmax, self.nested_offset
+            scales: Tensor = torch.ops.qlora.dequantize_absmax(self.absmax, *nested, self.nested_block_size)
+        elif self.scale_table is None:
+            scales = self.absmax.float()
+        else:
+            scales = self.scale_table.gather(-1, self.absmax.long())
+            if self.nested_absmax is not None:
+                scales = scales * self._per_block(self.nested_absmax)
+        return scales
+
+    def decoded_offsets(self, scales: Tensor | None = None) -> Tensor | None:
+        """The decoded offsets, float32, of the shape of ``decoded_scales()``; None if there are none.
+
+        Args:
+            scales: the result of ``decoded_scales()``, if it is known.
+        """
+        if self.block_offsets is None or self.block_offsets.dtype != torch.uint8:
+            return None if self.block_offsets is None else self.block_offsets.float()
+        if self.offset_scale is not None:
+            unit = self._per_block(self.offset_scale)
+        else:
+            unit = self.decoded_scales() if scales is None else scales
+        return -(self.block_offsets.float() * unit)
+
+    def _per_block(self, nested: Tensor) -> Tensor:
+        """For each block, the value of its nested block."""
+        return nested.repeat_interleave(self.nested_block_size, -1)[..., : self.absmax.shape[-1]]
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor of shape ``shape`` in ``dtype`` (default: the original's), rounded once from float32."""
         args = *self.packed_args(), self.shape, dtype or self.dtype, *self.last_args()
@@ -132,18 +179,23 @@ class Weight4bit(NoArithmetic):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, block_size={self.block_size}, "
-            f"double_quant={self.double_quant}, bits_per_param={self.bits_per_param:.3f}, device={self.device})"
+            f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, {self.form}, "
+            f"bits_per_param={self.bits_per_param:.3f}, device={self.device})"
         )
 
     def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
         """The keys and tensors, to the byte, that bitsandbytes saves for this weight under the name ``prefix``.
 
         Raises:
-            ValueError: bitsandbytes does not have this weight's code.
+            ValueError: bitsandbytes does not have this weight's form.
         """
-        if self.code != formats.NF4:
-            raise ValueError(f"code: expected {formats.NF4}, got {self.code}, which bitsandbytes lacks")
+        form = self.form
+        if form.code != formats.NF4:
+            raise ValueError(f"code: expected {formats.NF4}, got {form.code}, which bitsandbytes lacks")
+        if form.scales not in (formats.FLOAT32, formats.NESTED8) or form.offsets is not None:
+            raise ValueError(
+                f"scales: expected float32 or nested8 without offsets, got {form}, which bitsandbytes lacks"
+            )
         fields: Any = vars(self)
         return bitsandbytes_format.write(fields, prefix)
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..nn import Packed4bit, TiedLinear4bit, layers_of
-from ..weight import Weight4bit
 
 # The largest float16. Weights of real models are far smaller in any dtype.
 _LARGEST_SCALE = 65504.0
@@ -38,7 +36,7 @@ def _of_layer(layer: Packed4bit) -> Iterator[str]:
     for weight in layer.packed_shapes:
         w4 = layer.packed_weight(weight)
         prefix = "" if weight == "weight" else f"{weight}: "
-        scales = _scales(w4)
+        scales = w4.decoded_scales()
         bad = int((~scales.isfinite()).sum())
         if bad:
             yield f"{prefix}{bad} of {scales.numel()} scales are NaN or infinite"
@@ -50,15 +48,3 @@ def _of_layer(layer: Packed4bit) -> Iterator[str]:
             )
         elif not scales.any():
             yield f"{prefix}every scale is zero: nothing was loaded into it"
-
-
-def _scales(w4: Weight4bit) -> Tensor:
-    """The decoded scales, float32 [blocks], or [E, blocks] for a stack."""
-    if not w4.double_quant:
-        return w4.absmax
-    if len(w4.shape) > 2:
-        return torch.stack([_scales(w4.matrix(e)) for e in range(w4.shape[0])])
-    scales: Tensor = torch.ops.qlora.dequantize_absmax(
-        w4.absmax, w4.nested_absmax, w4.nested_offset, w4.nested_block_size
-    )
-    return scales
