@@ -126,7 +126,7 @@ def test_embeddings(kind: str, tmp_path: pathlib.Path) -> None:
     if kind == "Q8_0":
         expected = qlora_ext.quantize_nf4(expected).dequantize()
     assert torch.equal(table.weight4bit.dequantize(torch.float32), expected)
-    assert type(model.lm_head) is torch.nn.Linear
+    assert type(model.lm_head) is (Linear4bit if kind == "Q4_0" else torch.nn.Linear)
     model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
     assert type(model.model.embed_tokens) is torch.nn.Embedding
 

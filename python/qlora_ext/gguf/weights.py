@@ -187,7 +187,9 @@ class GGUFWeights:
                 data[where] = chunk
         return blocks.read(kind, data, (*layout.stack, parts[0].tensor.shape[-1]), self._where(parts[0].tensor))
 
-    def stored_kind(self, name: str, shape: tuple[int, ...] | None = None, transposed: bool | None = None) -> str | None:
+    def stored_kind(
+        self, name: str, shape: tuple[int, ...] | None = None, transposed: bool | None = None
+    ) -> str | None:
         """The type of the weight ``name`` if ``stored`` returns it, else None.
 
         Args:
