@@ -116,7 +116,7 @@ def counts(launches: list[dict[str, Any]], case: Case, weights: int) -> dict[str
     names = [(name, len(list(group))) for name, group in itertools.groupby(map(kernel_name, launches))]
     return {
         "launches": len(launches),
-        "instructions a weight": 32 * total("warp_instructions") / weights,
+        "instructions per weight": 32 * total("warp_instructions") / weights,
         "MB moved": sectors * SECTOR / 1e6,
         "MB distinct": total("unique_bytes_read", "unique_bytes_written") / 1e6,
         "sectors used, %": 100 * used / sectors if sectors else "",

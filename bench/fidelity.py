@@ -172,7 +172,7 @@ def report_errors(subject: Subject) -> None:
                 format=name,
                 **{
                     "block size": block_size,
-                    "bits a parameter": encoders.bits(name, block_size),
+                    "bits per parameter": encoders.bits(name, block_size),
                     "normal weights": ((form(normal, block_size) - normal).norm() / normal.norm()).item(),
                     "the model's": (lost / size) ** 0.5,
                 },
@@ -203,7 +203,7 @@ def report_losses(subject: Subject, cache: Cache) -> None:
             more, plain = of[title] - found["dense"][title], found[PLAIN][title] - found["dense"][title]
             row[f"{title}: perplexity"] = of[title].mean().exp().item()
             row[f"{title}: increase"] = f"{more.mean().item():.4f} ± {(more.std() / len(more) ** 0.5).item():.4f}"
-            row[f"{title}: won back"] = f"{1 - (more.mean() / plain.mean()).item():.0%}"
+            row[f"{title}: recovered"] = f"{1 - (more.mean() / plain.mean()).item():.0%}"
         report.add(**row)
     report.notes.append(ordering(found, list(subject.blocks)))
     report.write()

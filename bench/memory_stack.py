@@ -24,8 +24,8 @@ PARTS = {
 
 
 def row(name: str, title: str, stream: bool) -> files.Row:
-    switches = {"grad_checkpointing": True, "chunked_loss": True}
-    job = Job(config=families.config(name), seq_len=TOKENS, stream="ram" if stream else "none", **switches)
+    options = {"grad_checkpointing": True, "chunked_loss": True}
+    job = Job(config=families.config(name), seq_len=TOKENS, stream="ram" if stream else "none", **options)
     parts = split(job, peaks(job))
     if stream:
         parts, _ = place(parts, streamed(job), None)

@@ -153,7 +153,7 @@ def main() -> None:
                     "text": text,
                     "rank correlation with the divergence": rank_correlation(foreseen, divergence),
                     "with the loss": rank_correlation(foreseen, rises),
-                    "sum foreseen": sum(of[name].loss for name in names) if field == "loss" else "",
+                    "predicted sum": sum(of[name].loss for name in names) if field == "loss" else "",
                     "sum of divergences": sum(divergence),
                 }
             )

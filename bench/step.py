@@ -192,7 +192,7 @@ def main() -> None:
             "base": name,
             "dtype": name_of(dtypes[name]),
             "tokens/s": batch * length / times.median(name),
-            "seconds a step": times.median(name),
+            "seconds per step": times.median(name),
         }
         row |= {
             f"tokens/s in {name_of(dtype)} (one step of one row)": length / seconds

@@ -130,7 +130,7 @@ def speed(report: harness.Report, packed: pathlib.Path, tokens: int, seconds: fl
     times = harness.interleave({**steps, "cold": cold}, seconds=seconds)
     for name, cache in (("streamed", "warm"), ("cold", "dropped behind every read")):
         ratio = harness.spread([a / b for a, b in zip(times["resident"], times[name], strict=True)])
-        row = {"tokens a step": tokens, "page cache": cache, "tokens/s": tokens / times.median(name)}
+        row = {"tokens per step": tokens, "page cache": cache, "tokens/s": tokens / times.median(name)}
         report.add(**row, **{"tokens/s resident": tokens / times.median("resident"), "ratio": ratio})
     size = streaming.block_bytes // len(streaming.blocks)
     rate = disk_rate(files, size)
@@ -166,14 +166,14 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
     words = " ".join(f"{i}" for i in range(2 * tokens))
     data.write_text("".join(json.dumps({"text": f"{i} {words}"}) + "\n" for i in range(8)))
     sizes = ["--seq-len", str(tokens), "--batch-size", "1"]
-    switches = ["--chunked-loss", "--grad-checkpointing", "--stream", "disk"]
+    options = ["--chunked-loss", "--grad-checkpointing", "--stream", "disk"]
 
     def quantizing(path: pathlib.Path) -> int:
         return peak_of("quantize", "--model", str(path), "--output", str(dense.with_name(f"out{next(turns)}")))
 
     def tuning(path: pathlib.Path) -> int:
         files = ["--model", str(path), "--data", str(data), "--output", str(dense.with_name(f"out{next(turns)}"))]
-        return peak_of("finetune", *files, *sizes, *switches, "--eval-size", "1", "--max-steps", "5")
+        return peak_of("finetune", *files, *sizes, *options, "--eval-size", "1", "--max-steps", "5")
 
     model = AutoModelForCausalLM.from_pretrained(dense)
     largest = max(t.nbytes for t in model.parameters())
@@ -185,7 +185,7 @@ def memory(report: harness.Report, dense: pathlib.Path, packed: pathlib.Path, to
         f"a tiny model. The dense model has {bytes_in[dense] / 1e6:.0f} MB ({bytes_in[packed] / 1e6:.0f} MB in 4 "
         f"bits); its largest weight has {largest / 1e6:.0f} MB, its embeddings and head {table / 1e6:.0f} MB each."
     )
-    plan = [sys.executable, "-c", _MAIN, "plan", "--model", str(packed), *sizes, *switches, "--device", "cpu", "--json"]
+    plan = [sys.executable, "-c", _MAIN, "plan", "--model", str(packed), *sizes, *options, "--device", "cpu", "--json"]
     planned = json.loads(subprocess.run(plan, capture_output=True, text=True, check=True).stdout)
     found = tuning(packed)
     total, process, ring = planned["total"], planned["bytes"]["process"], planned["bytes"]["ring"]

@@ -25,7 +25,7 @@ OURS = "qlora_ext"
 FIGURES = {r"ours / .*": True, r"ours": False, r"time over qlora_ext's": True, r"ratio": True}
 OF_A_CONTENDER = {r".*tokens/s": True, r"peak GB": False, r"held-out loss after": False}
 # Numeric columns that identify a row.
-KEYS = ("M", "tokens a step", "block size", "bits a parameter", "learning rate", "layers", "prompt")
+KEYS = ("M", "tokens per step", "block size", "bits per parameter", "learning rate", "layers", "prompt")
 
 
 class Change(NamedTuple):

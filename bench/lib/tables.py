@@ -96,7 +96,7 @@ def counters() -> str:
     rows = []
     for key, by in found.items():
         pair = [by[name] for name in ("ours", "bitsandbytes")]
-        cells = [f"{row[what]:.3g}" for what in ("instructions a weight", "MB moved") for row in pair]
+        cells = [f"{row[what]:.3g}" for what in ("instructions per weight", "MB moved") for row in pair]
         rows.append([*key, *cells, pair[1]["not counted"] or ""])
     headings = [
         "instructions per weight: ours",
@@ -126,12 +126,12 @@ def methods_of_steps() -> str:
 
 
 def encodings() -> str:
-    """Of bench/fidelity.py on SmolLM2-135M: perplexity on both texts, and the share of the loss won back."""
+    """Of bench/fidelity.py on SmolLM2-135M: perplexity on both texts, and the share of the loss recovered."""
     rows = []
     for row in files.sections("intel_6_85")["fidelity_losses"]["rows"]:
         texts = [key.removesuffix(": perplexity") for key in row if key.endswith(": perplexity")]
         cells = [f"{row[f'{text}: perplexity']:.2f}" for text in texts]
-        won = [row[f"{text}: won back"] for text in texts]
+        won = [row[f"{text}: recovered"] for text in texts]
         better = row["encoder"].startswith(("weighted", "the same"))
         rows.append([row["encoder"], *cells, " and ".join(won) if better else ""])
     return table(["encoding", *texts, "recovered of plain NF4's loss"], rows)

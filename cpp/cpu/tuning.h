@@ -1,6 +1,6 @@
 // Which kernel a problem runs with: pure functions of the problem's types and sizes and of the processor, so that they
-// can be read and tested anywhere. Each bound says where it comes from; "measured" is bench/cpu_ragged.py, whose
-// numbers on both sides of a bound stand in docs/cpu_roofline.md. The twin for CUDA is cuda/tuning/choose.h.
+// can be read and tested anywhere. Each bound says where it comes from; "measured" is bench/cpu_ragged.py, and
+// docs/cpu_roofline.md says what limits each kernel. The twin for CUDA is cuda/tuning/choose.h.
 #pragma once
 
 #include <cstdint>

@@ -89,14 +89,14 @@ def _check_code(name: str, found: Tensor, expected: Tensor) -> None:
 
 def _code_of(state_dict: Mapping[str, Tensor], prefix: str, codes: Sequence[str]) -> str:
     """The code of the weight; the first of ``codes`` if the state does not have it."""
-    expected = f"{prefix}: expected a bitsandbytes {' or '.join(codes).upper()} weight"
+    expected = f"{prefix}: expected a bitsandbytes {' or '.join(code.upper() for code in codes)} weight"
     state = f"{prefix}.{_STATE_PREFIX}"
     kinds = [key.removeprefix(state) for key in state_dict if key.startswith(state)]
     for kind in kinds:
         if kind not in codes:
             raise ValueError(f"{expected}, got {excerpt(kind.upper(), 20)}, not supported")
     if len(kinds) > 1:
-        raise ValueError(f"{expected}, got both {' and '.join(sorted(kinds)).upper()}")
+        raise ValueError(f"{expected}, got both {' and '.join(kind.upper() for kind in sorted(kinds))}")
     if f"{prefix}.SCB" in state_dict or f"{prefix.rpartition('.')[0]}.SCB" in state_dict:
         raise ValueError(f"{expected}, got int8 (LLM.int8()), which is not supported")
     return kinds[0] if kinds else codes[0]

@@ -180,10 +180,7 @@ def test_zero_points_with_scales_of_any_sign_decode_to_the_same_numbers() -> Non
     scale[0], scale[1] = 0.0, -scale[1]
     values = read(sample, weight_scale=scale).dequantize(torch.float32)
     changed = dataclasses.replace(sample, tensors={**sample.tensors, "weight_scale": scale})
-    expected = sample.values.copy()
-    expected[0], expected[1] = 0.0, -expected[1]
-    np.testing.assert_array_equal(values.numpy(), expected)
-    assert read(changed).dequantize().isfinite().all()
+    np.testing.assert_array_equal(values.numpy(), changed.values)
 
 
 def test_another_weight_shape_is_named() -> None:

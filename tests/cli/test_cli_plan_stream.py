@@ -79,7 +79,7 @@ def test_long_contexts(capsys: pytest.CaptureFixture[str]) -> None:
 def test_choices_that_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "names", lambda: ["smollm2-135m"])
     everything = plan(capsys, "--max-memory", "10GB")
-    assert everything["switches"] == "no switch"
+    assert everything["options"] == "no option"
     assert everything["largest_model"] == "smollm2-135m"
     nothing = plan(capsys, "--max-memory", "1MB")
     assert not nothing["fits"]
@@ -88,7 +88,7 @@ def test_choices_that_fit(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     some = plan(capsys, "--max-memory", str(int(size * 1.01)))
     assert some["fits"]
     assert some["total"] <= size * 1.01
-    assert "--grad-checkpointing" in some["switches"]
+    assert "--grad-checkpointing" in some["options"]
     at_most = plan(capsys, "--max-memory", "200MB")["longest_context"]
     fitting = plan(capsys, "--seq-len", str(at_most), "--memory", "200MB")
     assert fitting["fits"]
@@ -104,8 +104,8 @@ def test_a_run_on_the_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     assert 0.4e9 < parts["process"] < 2e9  # Python, torch, transformers and PEFT
     assert host["total"] == pytest.approx(card["total"] + parts["malloc"] + parts["process"])
     narrow = plan(capsys, "--device", "cpu", "--max-memory", str(int(parts["process"] + 8e6)))
-    assert "--offload-checkpoints" not in narrow["switches"]
-    assert "--stream ram" not in narrow["switches"]
+    assert "--offload-checkpoints" not in narrow["options"]
+    assert "--stream ram" not in narrow["options"]
     assert plan(capsys, "--device", "cpu", "--max-memory", "300MB")["fits"] is False
 
 

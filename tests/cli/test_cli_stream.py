@@ -103,7 +103,7 @@ def test_a_resumed_run_may_stream(dense: pathlib.Path, data: pathlib.Path, tmp_p
     assert same(load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors"), expected)
 
 
-def test_the_switches_of_long_contexts_change_no_result(
+def test_the_options_for_long_contexts_change_no_result(
     dense: pathlib.Path, data: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
     plain = "--dtype", "float32", "--dropout", "0"
@@ -267,7 +267,7 @@ def test_a_run_fits_itself_into_the_memory(
     monkeypatch.setattr(fitting, "_overhead", lambda device: 1e6)
     expected = tuned(dense, data, tmp_path / "as_it_is")
     roomy = tuned(dense, data, tmp_path / "roomy", "--max-memory", "10GB")
-    assert "fits into 10GB (0.00 GB of it used by Python and its libraries) with no switch" in capsys.readouterr().out
+    assert "fits into 10GB (0.00 GB of it used by Python and its libraries) with no option" in capsys.readouterr().out
     assert same(roomy, expected)
     sizes = []
     for options in ((), ("--chunked-loss",), ("--chunked-loss", "--grad-checkpointing")):

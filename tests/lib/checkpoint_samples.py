@@ -102,12 +102,42 @@ def decode_gptq(tensors: dict[str, Tensor], group: int, version: int) -> np.ndar
 
 @dataclasses.dataclass
 class Sample:
-    """A weight of a checkpoint: its tensors, the checkpoint's quantization_config, and its float32 values."""
+    """A weight of a checkpoint: its tensors, and the checkpoint's quantization_config."""
 
     config: dict[str, Any]
     shape: tuple[int, ...]
     tensors: dict[str, Tensor]
-    values: np.ndarray
+
+    @property
+    def values(self) -> np.ndarray:
+        """The float32 values by the format's formula."""
+        return decode(self)
+
+
+def decode(sample: Sample) -> np.ndarray:
+    config, tensors, shape = sample.config, sample.tensors, sample.shape
+    size = config.get("group_size")
+    match config["quant_method"], config.get("format"):
+        case "mxfp4", _:
+            values = decode_mxfp4(tensors["blocks"], tensors["scales"])
+        case _, "mxfp4-pack-quantized":
+            values = decode_mxfp4(tensors["weight_packed"].reshape(shape[0], -1, 16), tensors["weight_scale"])
+        case _, "nvfp4-pack-quantized":
+            parts = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_global_scale"))
+            values = decode_nvfp4(*parts, divides=True)
+        case _, "pack-quantized":
+            size = config["config_groups"]["group_0"]["weights"]["group_size"]
+            values = decode_packed(tensors, shape, size or shape[1])
+        case "modelopt", _:
+            values = decode_nvfp4(
+                *(tensors[name] for name in ("weight", "weight_scale", "weight_scale_2")), divides=False
+            )
+        case "awq", _:
+            values = decode_awq(tensors, shape[1] if size == -1 else size)
+        case "gptq", _:
+            version = 1 if config["checkpoint_format"] == "gptq" else 2
+            values = decode_gptq(tensors, shape[1] if size == -1 else size, version)
+    return values.astype(F32)
 
 
 def random_bytes(*shape: int, most: int = 255) -> Tensor:
@@ -146,7 +176,7 @@ def mxfp4(shape: tuple[int, ...] = (3, 6, 96)) -> Sample:
     }
     tensors["scales"].view(-1)[:3] = torch.tensor([0, 127, 254], dtype=torch.uint8)
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
-    return Sample(config, shape, tensors, decode_mxfp4(**tensors))
+    return Sample(config, shape, tensors)
 
 
 def compressed_config(name: str, **weights: Any) -> dict[str, Any]:
@@ -167,9 +197,8 @@ def compressed_mxfp4(shape: tuple[int, int] = (6, 96)) -> Sample:
         "weight_packed": random_bytes(rows, columns // 2),
         "weight_scale": random_bytes(rows, columns // 32, most=254),
     }
-    values = decode_mxfp4(tensors["weight_packed"].view(rows, -1, 16), tensors["weight_scale"])
     config = compressed_config("mxfp4-pack-quantized", type="float", strategy="group", group_size=32)
-    return Sample(config, shape, tensors, values)
+    return Sample(config, shape, tensors)
 
 
 def compressed_nvfp4(shape: tuple[int, int] = (6, 80)) -> Sample:
@@ -180,9 +209,8 @@ def compressed_nvfp4(shape: tuple[int, int] = (6, 80)) -> Sample:
         "weight_global_scale": torch.tensor([3157.7]),
         "input_global_scale": torch.tensor([0.3]),
     }
-    values = decode_nvfp4(*list(tensors.values())[:3], divides=True)
     config = compressed_config("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
-    return Sample(config, shape, tensors, values)
+    return Sample(config, shape, tensors)
 
 
 def packed(
@@ -205,7 +233,7 @@ def packed(
         tensors["weight_zero_point"] = words_along_rows(zero_points.T).t().contiguous()
     strategy = "channel" if group is None else "group"
     config = compressed_config("pack-quantized", type="int", strategy=strategy, group_size=group, symmetric=symmetric)
-    return Sample(config, shape, tensors, decode_packed(tensors, shape, group or columns))
+    return Sample(config, shape, tensors)
 
 
 def modelopt(shape: tuple[int, int] = (6, 80)) -> Sample:
@@ -217,7 +245,7 @@ def modelopt(shape: tuple[int, int] = (6, 80)) -> Sample:
         "input_scale": torch.tensor(0.01),
     }
     config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.0.self_attn*"]}
-    return Sample(config, shape, tensors, decode_nvfp4(*list(tensors.values())[:3], divides=False))
+    return Sample(config, shape, tensors)
 
 
 def awq(shape: tuple[int, int] = (24, 256), group: int = 128, dtype: torch.dtype = torch.float16) -> Sample:
@@ -229,7 +257,7 @@ def awq(shape: tuple[int, int] = (24, 256), group: int = 128, dtype: torch.dtype
         "scales": random_scales(dtype, groups, rows, positive=True),
     }
     config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
-    return Sample(config, shape, tensors, decode_awq(tensors, columns if group == -1 else group))
+    return Sample(config, shape, tensors)
 
 
 def gptq(
@@ -260,7 +288,7 @@ def gptq(
         "desc_act": False,
         "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
     }
-    return Sample(config, shape, tensors, decode_gptq(tensors, size, version))
+    return Sample(config, shape, tensors)
 
 
 # One weight of each kind, by a name for the test's report.

@@ -19,7 +19,7 @@ from ..models.sources import DEFAULT_MODEL, resolve
 from ..options import add_dtype_option, add_trust_option
 from ..outputs.directory import output_file
 from ..outputs.files import staged_file
-from ..training.settings import switches
+from ..training.settings import options_of
 
 if TYPE_CHECKING:
     from ...planning.memory import Job
@@ -186,14 +186,14 @@ def _plot(path: pathlib.Path, title: str, split: dict[str, float], memory: float
     pyplot.close(figure)
 
 
-def _as_switch(change: dict[str, Any]) -> str:
+def _as_option(change: dict[str, Any]) -> str:
     """A change that would save memory, as command-line options."""
     note = " (its state may leave the GPU)" if change.get("optimizer") == "paged_adamw_8bit" else ""
-    return switches(change) + note
+    return options_of(change) + note
 
 
-def _find_switches(job: Job, memory: float, process: float, link: float, flops: float, as_json: bool) -> int:
-    """Prints the switches with which the job fits into ``memory`` bytes; see ``--max-memory`` in ``plan --help``.
+def _find_options(job: Job, memory: float, process: float, link: float, flops: float, as_json: bool) -> int:
+    """Prints the options with which the job fits into ``memory`` bytes; see ``--max-memory`` in ``plan --help``.
 
     Args:
         process: the part of ``memory`` that is used before the model is loaded.
@@ -204,7 +204,7 @@ def _find_switches(job: Job, memory: float, process: float, link: float, flops: 
     chosen = choose(job, memory - process, changes)
     best, size = chosen or (switched(job, changes), float("nan"))
     size += process
-    options = switches(best.changes)
+    options = options_of(best.changes)
     blocks = best.blocks
     context = longest_context(best.job, blocks, memory - process)
     largest = largest_model(job, memory - process, changes)
@@ -214,7 +214,7 @@ def _find_switches(job: Job, memory: float, process: float, link: float, flops: 
         found = {
             "memory": memory,
             "fits": chosen is not None,
-            "switches": options,
+            "options": options,
             "total": None if chosen is None else size,
             "host_bytes": host,
             "longest_context": context,
@@ -224,7 +224,7 @@ def _find_switches(job: Job, memory: float, process: float, link: float, flops: 
         print(json.dumps(found, indent=2))
         return 0
     if chosen is None:
-        print(f"rows of {job.seq_len:,} tokens do not fit into {memory / 1e9:.1f} GB with any switch ({options})")
+        print(f"rows of {job.seq_len:,} tokens do not fit into {memory / 1e9:.1f} GB with any option ({options})")
     else:
         print(f"fits into {memory / 1e9:.1f} GB with {options}: {size / 1e9:.2f} GB")
     if host:
@@ -257,7 +257,7 @@ def run(arguments: argparse.Namespace) -> int:
         with reading("configuration", name):
             allowed = _size("--max-memory", arguments.max_memory)
             process = process_bytes() if job.host else 0.0
-            return _find_switches(job, allowed, process, link, flops, arguments.json)
+            return _find_options(job, allowed, process, link, flops, arguments.json)
     with reading("configuration", name):
         try:
             measured = peaks(job)
@@ -292,7 +292,7 @@ def run(arguments: argparse.Namespace) -> int:
         _plot(
             output_file("--plot", arguments.plot, _MARK, []), f"{printable(name)}: {total / 1e9:.2f} GB", parts, memory
         )
-    advice = [] if fits or streaming else [(_as_switch(change), saving) for change, saving in savings(job, measured)]
+    advice = [] if fits or streaming else [(_as_option(change), saving) for change, saving in savings(job, measured)]
     if arguments.json:
         print(
             json.dumps(

@@ -13,7 +13,7 @@ from ...planning.memory import FEW, OPTIMIZERS, Job, build, process_bytes, stati
 from ...streaming import dense_mlps
 from ...streaming.loss import changes_logits
 from ..errors import UserError
-from .settings import Settings, named_modules, switches
+from .settings import Settings, named_modules, options_of
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +86,7 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
         size = search.total(least.job, least.blocks) + overhead
         raise UserError(
             f"--max-memory {settings.max_memory} ({before}): {settings.batch_size} rows of {settings.seq_len} tokens "
-            f"need at least {size / 1e9:.2f} GB ({switches(least.changes)}); "
+            f"need at least {size / 1e9:.2f} GB ({options_of(least.changes)}); "
             + (f"rows of {longest:,} tokens would fit" if longest else "rows of any length do not fit")
         )
     found, size = chosen
@@ -95,5 +95,5 @@ def fit(settings: Settings, config: Any, device: torch.device) -> tuple[Settings
         parts, _ = place(static_split(found.job), found.blocks, None)
         weights = parts["base weights"] + parts["other weights"] + parts["ring"]
         fitted = dataclasses.replace(fitted, resident=str(int(weights + memory - size)))
-    options = switches(found.changes)
+    options = options_of(found.changes)
     return fitted, f"fits into {settings.max_memory} ({before}) with {options}: {(size + overhead) / 1e9:.2f} GB"

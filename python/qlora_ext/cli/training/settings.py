@@ -187,7 +187,7 @@ class Settings:
 
     max_memory: str = _option(
         "",
-        "choose the memory-saving switches with which the run fits into this much, such as 8GB",
+        "choose the memory-saving options with which the run fits into this much, such as 8GB",
         group="machine",
         metavar="SIZE",
     )
@@ -309,10 +309,10 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def switches(changes: Mapping[str, Any]) -> str:
+def options_of(changes: Mapping[str, Any]) -> str:
     """Changed settings as command-line options."""
     options = (flag(name) if value is True else f"{flag(name)} {value}" for name, value in changes.items())
-    return " ".join(options) or "no switch"
+    return " ".join(options) or "no option"
 
 
 _GROUPS = {

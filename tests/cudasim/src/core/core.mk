@@ -36,7 +36,7 @@ $(CORE_TEST)/%.90a.ptx: tests/core/%.cu
 	@mkdir -p $(@D)
 	$(CORE_NVCC) -arch=compute_90a $< -o $@
 
-$(CORE_TEST)/test_core: tests/core/test_core.cpp tests/core/test_grid.cpp tests/core/harness.h $(BUILD)/libcudasim_core.a
+$(CORE_TEST)/test_core: $(wildcard tests/core/*.cpp tests/core/*.h) $(BUILD)/libcudasim_core.a
 	@mkdir -p $(@D)
 	$(CXX) -std=c++20 -O2 -mavx2 -mfma -mf16c -ffp-contract=off -Wall -Iinclude -pthread $(filter %.cpp,$^) $(BUILD)/libcudasim_core.a -o $@
 

@@ -100,14 +100,21 @@ const std::unordered_map<std::string_view, Selector>& selectors();
 // Each file of instructions registers its mnemonics here.
 using SelectorMap = std::unordered_map<std::string_view, Selector>;
 void register_integer(SelectorMap&);
+void register_bits(SelectorMap&);
+void register_compare(SelectorMap&);
+void register_move(SelectorMap&);
 void register_float(SelectorMap&);
 void register_half(SelectorMap&);
 void register_convert(SelectorMap&);
 void register_memory(SelectorMap&);
+void register_atomic(SelectorMap&);
 void register_control(SelectorMap&);
+void register_barrier(SelectorMap&);
 void register_warp(SelectorMap&);
 void register_mma(SelectorMap&);
+void register_wmma(SelectorMap&);
 void register_async(SelectorMap&);
+void register_mbarrier(SelectorMap&);
 void register_wgmma(SelectorMap&);
 
 }  // namespace cudasim

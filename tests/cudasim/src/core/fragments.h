@@ -1,7 +1,7 @@
 // Element formats of matrix fragments.
 #pragma once
+#include "ast.h"
 #include "numeric.h"
-#include "types.h"
 
 namespace cudasim {
 // 16 bytes of f16 or bf16 as 8 floats.
@@ -30,4 +30,9 @@ int element_bits(Ty t);
 const float* fp8_table(Ty t);                      // 256 values of e4m3 or e5m2
 void unpack_floats(uint32_t v, Ty t, float* out);  // elements of one register
 void unpack_ints(uint32_t v, Ty t, int32_t* out);
+
+struct Shape {
+  int m = 0, n = 0, k = 0;
+};
+bool find_shape(const AInstr& in, Shape* s);  // "m16n8k16" among the qualifiers
 }  // namespace cudasim

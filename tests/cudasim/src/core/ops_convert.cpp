@@ -17,6 +17,29 @@ inline Round rounding(uint32_t flags) { return Round(flags >> F_ROUND_SHIFT & 7)
 
 // --- sources and destinations --------------------------------------------------------------------------------
 
+// f(a value of the C++ type)
+template <class F>
+void with_integer(Ty t, F f) {
+  switch (t) {
+    case Ty::s8:
+      return f(int8_t());
+    case Ty::u8:
+    case Ty::b8:
+      return f(uint8_t());
+    case Ty::s16:
+      return f(int16_t());
+    case Ty::u16:
+    case Ty::b16:
+      return f(uint16_t());
+    case Ty::s32:
+      return f(int32_t());
+    case Ty::u32:
+    case Ty::b32:
+      return f(uint32_t());
+    default:
+      return f(int64_t());
+  }
+}
 template <class S, class R>
 void widen_int(const R* r, int64_t* out) {
   FOR_LANES out[i] = int64_t(S(r[i]));
@@ -31,32 +54,7 @@ void load_ints(Warp& w, uint32_t off, int reg, Ty t, int64_t* out) {
     else
       widen_int<S>(w.r<uint64_t>(off), out);
   };
-  switch (t) {
-    case Ty::s8:
-      by_reg(int8_t());
-      break;
-    case Ty::u8:
-    case Ty::b8:
-      by_reg(uint8_t());
-      break;
-    case Ty::s16:
-      by_reg(int16_t());
-      break;
-    case Ty::u16:
-    case Ty::b16:
-      by_reg(uint16_t());
-      break;
-    case Ty::s32:
-      by_reg(int32_t());
-      break;
-    case Ty::u32:
-    case Ty::b32:
-      by_reg(uint32_t());
-      break;
-    default:
-      by_reg(int64_t());
-      break;
-  }
+  with_integer(t, by_reg);
 }
 // Stores the low bytes of v as type t, extended to the register's width.
 void store_ints(Warp& w, uint32_t off, int reg, Ty t, const int64_t* v, uint32_t m) {
@@ -69,32 +67,7 @@ void store_ints(Warp& w, uint32_t off, int reg, Ty t, const int64_t* v, uint32_t
     else
       each(w.r<uint64_t>(off), m, [&](int i) { return uint64_t(S(v[i])); });
   };
-  switch (t) {
-    case Ty::s8:
-      as(int8_t());
-      break;
-    case Ty::u8:
-    case Ty::b8:
-      as(uint8_t());
-      break;
-    case Ty::s16:
-      as(int16_t());
-      break;
-    case Ty::u16:
-    case Ty::b16:
-      as(uint16_t());
-      break;
-    case Ty::s32:
-      as(int32_t());
-      break;
-    case Ty::u32:
-    case Ty::b32:
-      as(uint32_t());
-      break;
-    default:
-      as(int64_t());
-      break;
-  }
+  with_integer(t, as);
 }
 void load_floats(Warp& w, uint32_t off, Ty t, double* out) {
   switch (t) {
@@ -189,31 +162,13 @@ void int_to_float(Warp& w, const Op& o, uint32_t m) {
   Ty d = dst_type(o), s = src_type(o);
   load_ints(w, o.a, o.size2, s, v);
   Round r = rounding(o.flags);
-  auto to_double = [&](int i) -> double {  // 64-bit values are first rounded to odd at 53+ bits
-    if (s == Ty::u64) {
-      uint64_t u = uint64_t(v[i]);
-      if (u >> 53) {
-        int sh = 64 - __builtin_clzll(u) - 53;
-        if (sh > 0) {
-          uint64_t low = u & ((1ull << sh) - 1);
-          u >>= sh;
-          if (low) u |= 1;
-          return std::ldexp(double(u), sh);
-        }
-      }
-      return double(u);
-    }
-    int64_t x = v[i];
-    uint64_t mag = x < 0 ? 0 - uint64_t(x) : uint64_t(x);
-    if (mag >> 53) {
-      int sh = 64 - __builtin_clzll(mag) - 53;
-      uint64_t low = mag & ((1ull << sh) - 1);
-      mag >>= sh;
-      if (low) mag |= 1;
-      double f = std::ldexp(double(mag), sh);
-      return x < 0 ? -f : f;
-    }
-    return double(x);
+  auto to_double = [&](int i) {  // values of more than 53 bits are rounded to odd
+    const bool negative = s != Ty::u64 && v[i] < 0;
+    const uint64_t u = negative ? 0 - uint64_t(v[i]) : uint64_t(v[i]);
+    const int shift = u >> 53 ? 11 - __builtin_clzll(u) : 0;
+    const bool lost = u & ((1ull << shift) - 1);
+    const double f = std::ldexp(double(u >> shift | uint64_t(lost)), shift);
+    return negative ? -f : f;
   };
   if (d == Ty::f64) {
     double out[32];
@@ -244,14 +199,8 @@ void int_to_float(Warp& w, const Op& o, uint32_t m) {
   }
 }
 
-void float_to_int(Warp& w, const Op& o, uint32_t m) {
-  double v[32];
-  int64_t out[32];
-  Ty d = dst_type(o), s = src_type(o);
-  load_floats(w, o.a, s, v);
-  if ((o.flags & F_FTZ) && s == Ty::f32)
-    for (auto& x : v) x = ftz(float(x));
-  switch (rounding(o.flags)) {
+void round_to_integral(double (&v)[32], Round r) {
+  switch (r) {
     case Round::rz:
       for (auto& x : v) x = std::trunc(x);
       break;
@@ -265,6 +214,16 @@ void float_to_int(Warp& w, const Op& o, uint32_t m) {
       for (auto& x : v) x = std::nearbyint(x);
       break;
   }
+}
+
+void float_to_int(Warp& w, const Op& o, uint32_t m) {
+  double v[32];
+  int64_t out[32];
+  Ty d = dst_type(o), s = src_type(o);
+  load_floats(w, o.a, s, v);
+  if ((o.flags & F_FTZ) && s == Ty::f32)
+    for (auto& x : v) x = ftz(float(x));
+  round_to_integral(v, rounding(o.flags));
   int n = ty_size(d) * 8;
   if (ty_signed(d)) {
     double hi = std::ldexp(1.0, n - 1);
@@ -291,20 +250,7 @@ void float_to_float(Warp& w, const Op& o, uint32_t m) {
   load_floats(w, o.a, s, v);
   if ((o.flags & F_FTZ) && s == Ty::f32)
     for (auto& x : v) x = ftz(float(x));
-  if (o.flags & F_INT) switch (rounding(o.flags)) {
-      case Round::rz:
-        for (auto& x : v) x = std::trunc(x);
-        break;
-      case Round::rm:
-        for (auto& x : v) x = std::floor(x);
-        break;
-      case Round::rp:
-        for (auto& x : v) x = std::ceil(x);
-        break;
-      default:
-        for (auto& x : v) x = std::nearbyint(x);
-        break;
-    }
+  if (o.flags & F_INT) round_to_integral(v, rounding(o.flags));
   if (d == Ty::f64) {
     if (o.flags & F_SAT)
       for (auto& x : v) x = x > 0 ? (x < 1 ? x : 1) : 0;

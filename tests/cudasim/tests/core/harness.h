@@ -19,6 +19,7 @@ namespace test {
 
 inline int passed = 0, failed = 0;
 inline std::string current;
+inline std::string dir;  // of the PTX files
 
 inline bool check(bool ok, const std::string& what) {
   if (ok)

@@ -100,7 +100,7 @@ static void check_all(Ptx& p, const std::string& file) {
   }
 }
 
-void grid(const std::string& dir, const std::string& file) {
+void grid(const std::string& file) {
   current = file;
   Ptx p(dir + "/" + file);
   if (!p.m) return;

@@ -1,0 +1,143 @@
+"""The readers of 4-bit checkpoints get damaged tensors and configurations.
+
+The result is the value by the format's formula, and the bytes that were read, or a ValueError of one sentence.
+``QLORA_ATTACK`` is the number of mutations per kind of weight (default 40), ``QLORA_ATTACK_SEED`` their seed (default
+0). A failure prints both and the number of the mutation. More than 40 are marked slow.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from checkpoint_samples import SAMPLES, Sample, decode
+from mutations import mutate_json
+from qlora_ext.checkpoints import format_of, retained_of
+
+COUNT = int(os.environ.get("QLORA_ATTACK", "40"))
+SEED = os.environ.get("QLORA_ATTACK_SEED", "0")
+pytestmark = [pytest.mark.slow] if COUNT > 40 else []
+DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.bool)
+
+
+def damaged_bits(draw: random.Random, t: Tensor) -> Tensor:
+    """``t`` with some bits of one to three bytes changed."""
+    raw = t.reshape(-1).clone().view(torch.uint8)
+    for _ in range(draw.randint(1, 3)):
+        if raw.numel():
+            raw[draw.randrange(raw.numel())] ^= draw.randrange(256)
+    return raw.view(t.dtype).view(t.shape)
+
+
+def damaged_shape(draw: random.Random, t: Tensor) -> Tensor:
+    """``t`` with more, fewer or other dimensions, or another number of elements."""
+    if not t.ndim:
+        return t.reshape(1) if draw.random() < 0.5 else t.repeat(draw.choice((0, 2)))
+    dim = draw.randrange(t.ndim)
+    return draw.choice(
+        (
+            lambda: t.flatten(),
+            lambda: t[None],
+            lambda: t.narrow(dim, 0, draw.randrange(t.shape[dim])),
+            lambda: torch.cat((t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t,) * 2, dim).view(t.dtype),
+            lambda: t.transpose(0, -1),
+            lambda: t.movedim(dim, 0),
+        )
+    )()
+
+
+def mutate(draw: random.Random, tensors: dict[str, Tensor]) -> None:
+    """Changes the tensors of one weight."""
+    name = draw.choice(sorted(tensors))
+    t, kind = tensors[name], draw.randrange(8)
+    if kind < 3:
+        tensors[name] = damaged_bits(draw, t)
+    elif kind == 3:
+        tensors[name] = damaged_shape(draw, t)
+    elif kind == 4:
+        tensors[name] = (t.float() if t.is_floating_point() else t).to(draw.choice(DTYPES))
+    elif kind == 5:
+        del tensors[name]
+    elif kind == 6:
+        tensors[draw.choice(("pre_quant_scale", "weight", "scales", "g_idx", "", "\x1b[2J", name + "_2"))] = t
+    else:
+        tensors[name] = t.to("meta") if draw.random() < 0.5 else t[..., None].expand(*t.shape, 2)[..., 0]
+
+
+def bits(t: Tensor) -> Tensor:
+    return t.reshape(-1).clone().view(torch.uint8)
+
+
+def problem(sample: Sample, config: Any, shape: Any) -> str | None:
+    """What is wrong with the result, or None. A ValueError of one sentence is right."""
+    try:
+        kind, settings = format_of(config)
+        w4 = kind.read(sample.tensors, shape, torch.float32, settings, "layers.0.up_proj")
+    except ValueError as error:
+        text = str(error)
+        return None if "\n" not in text and "\x1b" not in text and 20 < len(text) < 900 else f"message: {text!r}"
+    if config == sample.config and tuple(shape) == sample.shape:
+        expected = decode(sample)
+        matrices = [w4.matrix(e) for e in range(len(w4.packed))] if len(w4.shape) == 3 else [w4]
+        found = torch.stack([matrix.dequantize() for matrix in matrices]).view(w4.shape).numpy()
+        if not np.array_equal(found, expected, equal_nan=True):
+            return "another value"
+    written = kind.write(w4, settings, retained_of(kind, sample.tensors))
+    if written.keys() != sample.tensors.keys():
+        return f"wrote {sorted(written)}"
+    for name, t in sample.tensors.items():
+        if (written[name].dtype, written[name].shape) != (t.dtype, t.shape) or not torch.equal(
+            bits(written[name]), bits(t)
+        ):
+            return f"wrote another {name}"
+    return None
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_damaged_tensors(name: str) -> None:
+    accepted = 0
+    for i in range(COUNT):
+        draw = random.Random(f"{SEED} {name} {i}")
+        torch.manual_seed(i)
+        sample = SAMPLES[name]()
+        for _ in range(draw.randint(1, 2)):
+            if sample.tensors:
+                mutate(draw, sample.tensors)
+        shape: Any = sample.shape
+        if draw.random() < 0.1:
+            shape = [size + draw.choice((-16, -1, 1, 8, 16)) for size in sample.shape]
+        note = f"QLORA_ATTACK={COUNT} QLORA_ATTACK_SEED={SEED}: mutation {i} of {name}"
+        try:
+            wrong = problem(sample, sample.config, shape)
+        except Exception as error:
+            raise AssertionError(f"{note}: {error!r}") from error
+        assert wrong is None, f"{note}: {wrong}"
+        accepted += tuple(shape) == sample.shape
+    assert accepted
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_damaged_configurations(name: str) -> None:
+    torch.manual_seed(0)
+    sample = SAMPLES[name]()
+    data = json.dumps(sample.config).encode()
+    for i in range(COUNT):
+        draw = random.Random(f"{SEED} {name} config {i}")
+        note = f"QLORA_ATTACK={COUNT} QLORA_ATTACK_SEED={SEED}: mutation {i} of the configuration of {name}"
+        try:
+            config = json.loads(mutate_json(draw, data))
+        except (ValueError, RecursionError):
+            continue  # not JSON: the file's reader rejects it
+        try:
+            wrong = problem(copy.deepcopy(sample), config, sample.shape)
+        except Exception as error:
+            raise AssertionError(f"{note}: {error!r}") from error
+        assert wrong is None, f"{note}: {wrong}"
