@@ -145,3 +145,43 @@ def test_the_reader_is_a_library(llama_file: pathlib.Path, tmp_path: pathlib.Pat
     for reader in (qlora_ext.gguf.read_header, lambda path: qlora_ext.gguf.GGUFWeights(path, model)):
         with pytest.raises(ValueError, match=r"cut\.gguf: truncated or damaged"):
             reader(tmp_path / "cut.gguf")
+
+
+def test_quantize_keeps_4bit_weights(
+    four_bit_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def quantized(*options: str) -> Any:
+        output = tmp_path / "-".join(("out", *options))
+        assert main(["quantize", "--model", str(four_bit_file), "--output", str(output), *options]) == 0
+        return AutoModelForCausalLM.from_pretrained(output)
+
+    kept = quantized()
+    printed = capsys.readouterr()
+    assert "2 MXFP4 kept in 4 bits" in printed.err
+    assert "3 Q8_0 dense" in printed.err
+    assert same_state(
+        kept, Loader(resolve(str(four_bit_file)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
+    )
+    rest = quantized("--quantize-rest")
+    printed = capsys.readouterr()
+    assert "2 Q8_0 quantized to NF4, " in printed.err
+    assert "1 Q8_0 dense" in printed.err
+    codes = [layer.form.code for _, layer in qlora_ext.nn.layers_of(rest)]
+    assert len(codes) == 14
+    assert codes.count("nf4") == 2
+    assert kept.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    expected = qlora_ext.quantize_nf4(kept.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(rest.model.layers[0].mlp.up_proj.weight, expected.packed)
+
+
+def test_quantize_decodes_for_options_that_need_dense_weights(
+    four_bit_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", "--model", str(four_bit_file), "--output", str(tmp_path / "out"), "--format", "bitsandbytes"]
+    assert main(command) == 0
+    assert "are decoded and quantized to NF4, because options need the dense model" in capsys.readouterr().err
+
+
+def test_the_rest_of_a_model_without_4bit_weights(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    error = refused("quantize", "--model", llama_file, "--output", tmp_path / "out", "--quantize-rest")
+    assert "--quantize-rest: expected a GGUF file with 4-bit weights" in error

@@ -30,6 +30,7 @@ from ..checkpoints import scales
 from ..form import Form
 from ..formats import FLOAT16, NESTED_TABLE8, SCALED8, TABLE8
 from ..weight import Weight4bit, weight_of
+from .file import TensorInfo
 
 _Fields = dict[str, Any]  # of a Weight4bit
 
@@ -179,6 +180,11 @@ _LAYOUTS = {
 }
 # The names of the types.
 KINDS = tuple(_LAYOUTS)
+
+
+def is_4bit(tensor: TensorInfo) -> bool:
+    """Whether a tensor of a file is a matrix, or a stack of matrices, of one of these types."""
+    return len(tensor.shape) > 1 and tensor.type_name in _LAYOUTS
 
 
 def form_of(kind: str) -> Form:

@@ -39,14 +39,6 @@ class _Part:
     rows: Rows | None
 
     @property
-    def kind(self) -> str:
-        """The name of the tensor's type."""
-        import gguf
-
-        name: str = gguf.GGMLQuantizationType(self.tensor.kind).name
-        return name
-
-    @property
     def count(self) -> int:
         """The number of rows of the tensor."""
         return math.prod(self.tensor.shape[:-1])
@@ -199,7 +191,7 @@ class GGUFWeights:
         if name not in self._parts or (layout := self._layout(name)) is None:
             return None
         parts = self._parts[name]
-        kinds = {part.kind for part in parts}
+        kinds = {part.tensor.type_name for part in parts}
         fits = shape in (None, (*layout.stack, parts[0].tensor.shape[-1])) and transposed in (None, layout.transposed)
         return kinds.pop() if fits and len(kinds) == 1 and kinds <= {*blocks.KINDS} else None
 
@@ -214,7 +206,9 @@ class GGUFWeights:
                 return "dense"
             return "kept in 4 bits" if name in kept else "quantized to NF4"
 
-        counts = collections.Counter((part.kind, fate(name)) for name, parts in self._parts.items() for part in parts)
+        counts = collections.Counter(
+            (part.tensor.type_name, fate(name)) for name, parts in self._parts.items() for part in parts
+        )
         found = ", ".join(f"{count} {kind} {fate}" for (kind, fate), count in counts.most_common())
         return f"{printable(self._path.name)}: {found}"
 
@@ -265,7 +259,9 @@ class GGUFWeights:
         try:
             return gguf.dequantize(data, gguf.GGMLQuantizationType(part.tensor.kind))
         except NotImplementedError as error:
-            raise FileError(f"{self._where(part.tensor)}: the gguf package cannot decode {part.kind}") from error
+            raise FileError(
+                f"{self._where(part.tensor)}: the gguf package cannot decode {part.tensor.type_name}"
+            ) from error
 
     def _places_of(self, tensor: TensorInfo) -> dict[str, Rows | None]:
         """The weights that come from ``tensor``, and its rows in them; None if transformers changes its values."""
