@@ -72,7 +72,8 @@ def decode_integers(codes: np.ndarray, scale: np.ndarray, zero_points: Any, grou
     """(q - z) * scale of codes [N, K], scales [N, G] and zero points [N, G] or a number."""
     columns = np.arange(codes.shape[1]) // group
     zeros = zero_points[:, columns] if isinstance(zero_points, np.ndarray) else zero_points
-    return (codes.astype(F32) - F32(1) * zeros) * scale[:, columns]
+    with np.errstate(over="ignore"):
+        return (codes.astype(F32) - F32(zeros)) * scale[:, columns]
 
 
 def decode_packed(tensors: dict[str, Tensor], shape: tuple[int, int], group: int) -> np.ndarray:

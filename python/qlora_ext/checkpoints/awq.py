@@ -70,7 +70,7 @@ class AWQ(Format):
         words = given.take("qweight", (columns, rows // 8), torch.int32)
         zero_points = given.take("qzeros", (groups.count, rows // 8), torch.int32)
         scale = given.take_finite("scales", (groups.count, rows), *integers.FLOATS)
-        integers.check_exact(given, "scales", scale)
+        integers.check_range(given, "scales", scale)
         return integers.weight(
             groups, nibbles.from_awq(words), scale.t(), nibbles.awq_values_of(zero_points).t(), dtype
         )

@@ -199,7 +199,7 @@ class Packed(_CompressedTensors):
         scale = given.take_finite("weight_scale", (rows, groups.count), *integers.FLOATS)
         zero_points = None
         if not settings.symmetric:
-            integers.check_exact(given, "weight_scale", scale)
+            integers.check_range(given, "weight_scale", scale)
             zero_points = _zero_points(given, rows, groups.count)
         return integers.weight(groups, nibbles.from_words(words), scale, zero_points, dtype)
 

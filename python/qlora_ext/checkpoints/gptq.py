@@ -103,7 +103,7 @@ class GPTQ(Format):
             # Decoders disagree on a stored 15 of version 1: it is 16 for some, 0 for others.
             if bool((stored > 15 - bias).any()):
                 given.refuse("qzeros", f"zero points of at most 15, stored as {15 - bias}", "15, which is out of range")
-            integers.check_exact(given, "scales", scale)
+            integers.check_range(given, "scales", scale)
             zero_points = (stored + bias).t()
         return integers.weight(groups, nibbles.from_gptq(words), scale.t(), zero_points, dtype)
 

@@ -47,6 +47,11 @@ _LIST = (
         "rejects a configuration of another class than the checkpoint's, but ours also reads bitsandbytes'",
     ),
     Patch(
+        "transformers.modeling_utils:get_hf_quantizer",
+        "transformers >= 5.0",
+        "ignores a checkpoint's configuration if its method is unknown, such as modelopt, but ours reads it",
+    ),
+    Patch(
         "diffusers.quantizers.auto:DiffusersAutoQuantizer.merge_quantization_configs",
         "diffusers >= 0.35",
         "uses the checkpoint's configuration, so that a bitsandbytes checkpoint loads bitsandbytes' layers",

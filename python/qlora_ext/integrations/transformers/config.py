@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import enum
 import inspect
@@ -299,6 +300,8 @@ class QLoRAConfig(QuantizationConfigMixin):
             self.nested_block_size = form.nested_block_size
 
     def to_dict(self) -> dict[str, Any]:
+        if self._source is not None and self._source.saved_config is not None:
+            return copy.deepcopy(dict(self._source.saved_config))
         unsaved = ("forms", "stream", "resident")
         fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in unsaved}
         fields |= {"quant_method": METHOD, "needs": NEEDS}
