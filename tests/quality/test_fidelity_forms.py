@@ -45,7 +45,7 @@ def test_fingerprints_of_nf4_are_those_they_were() -> None:
     assert fingerprint(model) == NF4_FINGERPRINT
 
 
-NF4_FINGERPRINT = "to be filled in"
+NF4_FINGERPRINT = "b43973a54473b6cca070e48dad6d28b8e1506b0db4356f158f7c0d8a5dfc3392"
 
 
 @EVERY
@@ -93,20 +93,19 @@ def test_planned_weights_have_the_size_of_real_ones(name: str) -> None:
     planned = build(planning.Job(CONFIGS["llama"](), dtype="bfloat16", form=form), 2)
     model = qlora_ext.quantize_model(make("llama"), **form.keywords)
     expected = {key: (t.shape, t.dtype) for key, t in model.state_dict().items()}
-    found = {
-        key.removeprefix("base_model.model.").replace(".base_layer", ""): t for key, t in planned.state_dict().items()
-    }
+    names = {key: key.removeprefix("base_model.model.").replace(".base_layer", "") for key in planned.state_dict()}
+    found = {names[key]: t for key, t in planned.state_dict().items()}
     assert {key: (t.shape, t.dtype) for key, t in found.items() if "lora_" not in key} == expected
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "q4_0"])
-def test_a_model_is_checked_against_its_format(name: str) -> None:
+def test_a_model_is_compared_with_plain_nf4(name: str) -> None:
     dense = make("llama", torch.float32)
     model: Any = qlora_ext.quantize_model(copy.deepcopy(dense), **PRESETS[name].keywords)
     ids = torch.randint(0, 128, (3, 16))
     found = qlora_ext.check_model(model, dense, ids)
     assert found.is_sound
     assert len(found.layers) == 14
-    assert all(layer.error == layer.plain_error > 0 for layer in found.layers)
+    assert all(0.5 < layer.error / layer.plain_error < 1.6 for layer in found.layers)
     costs = qlora_ext.sensitivity(dense, ids, **PRESETS[name].keywords)
     assert [cost.error for cost in costs.layers] == pytest.approx([layer.error for layer in found.layers])
