@@ -17,13 +17,13 @@ from ... import _library
 from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype
 from ...form import Form
-from ...formats import NF4
 from ...streaming import SOURCES
 
 METHOD = "qlora_ext"
 AUTO = "auto"
 NEEDS = "import qlora_ext"  # written into saved models: what loading them requires
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of models whose 4-bit layers are NF4 of one form
+_WITH_FORMS = 2  # of models with layers of other forms
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -99,6 +99,34 @@ def _meant(typed: str) -> str:
     return f"; did you mean {known[found[0]]}?" if found else ""
 
 
+def _is_described_by_arguments(form: Form) -> bool:
+    """Whether the arguments of ``QLoRAConfig`` describe that form."""
+    of_arguments = Form.of(
+        block_size=form.block_size, double_quant=form.double_quant, nested_block_size=form.nested_block_size
+    )
+    return form == of_arguments
+
+
+def _forms_of_layers(saved: Any) -> dict[str, Form]:
+    """The forms of layers, by name, from a saved list of forms with the names of their layers.
+
+    Raises:
+        ValueError: an entry is damaged.
+    """
+    forms: dict[str, Form] = {}
+    for entry in saved if isinstance(saved, list) else (saved,):
+        try:
+            keywords: dict[str, Any] = dict(entry)
+            names = keywords.pop("layers")
+            form = Form.of(**keywords)
+            forms |= dict.fromkeys(names, form)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"forms: expected forms with the names of their layers, got {reprlib.repr(entry)} ({error})"
+            ) from error
+    return forms
+
+
 class _OfInstances:
     """An instance attribute. Reading it from the class raises an error that points to the missing parentheses."""
 
@@ -125,6 +153,7 @@ if TYPE_CHECKING:
         quant_method: str
         format_version: int
         needs: str
+        forms: list[dict[str, Any]]
 
 
 class QLoRAConfig(QuantizationConfigMixin):
@@ -213,9 +242,10 @@ class QLoRAConfig(QuantizationConfigMixin):
             parse_size("resident", resident)
         if saved.pop("quant_method", METHOD) != METHOD:
             raise ValueError("quant_method: expected a configuration saved by qlora_ext")
-        if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        if saved.pop("format_version", FORMAT_VERSION) not in (FORMAT_VERSION, _WITH_FORMS):
             raise ValueError("format_version: this checkpoint needs a newer version of qlora_ext")
         saved.pop("needs", None)
+        self.forms = _forms_of_layers(saved.pop("forms", []))
         if saved:
             raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}{_meant(next(iter(saved)))}")
         self.quant_method = _QuantMethod.QLORA_EXT
@@ -233,10 +263,14 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     @property
     def form(self) -> Form:
-        """The form of the 4-bit weights."""
+        """The form of the 4-bit weights that are quantized to NF4."""
         return Form.of(
             block_size=self.block_size, double_quant=self.double_quant, nested_block_size=self.nested_block_size
         )
+
+    def form_of(self, layer: str) -> Form:
+        """The form of the 4-bit weights of that layer."""
+        return self.forms.get(layer, self.form)
 
     def computing_dtype(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> torch.dtype:
         """The dtype in which the 4-bit modules of a model that has the given dtype compute.
@@ -250,24 +284,34 @@ class QLoRAConfig(QuantizationConfigMixin):
         chosen = self.compute_dtype
         return chosen if isinstance(chosen, torch.dtype) else computing_dtype(model_dtype, device)
 
-    def record(self, form: Form | None) -> None:
-        """Records the form of a model's modules, which may come from a checkpoint.
+    def record(self, forms: Mapping[str, Form]) -> None:
+        """Records the forms of a model's layers, which may come from a checkpoint, by the layers' names.
 
         Raises:
-            ValueError: the code is not NF4, the only one that a checkpoint of this format can have.
+            ValueError: the layers that are NF4 differ in form.
         """
-        if form is not None:
-            if form.code != NF4:
-                raise ValueError(f"model: a checkpoint of this format holds {NF4} weights, got {form.code}")
+        self.forms = {name: form for name, form in forms.items() if not _is_described_by_arguments(form)}
+        common = {form for name, form in forms.items() if name not in self.forms}
+        if len(common) > 1:
+            found = "; ".join(sorted(map(str, common)))
+            raise ValueError(f"model: expected NF4 layers with one block size and scale form, got {found}")
+        for form in common:
             self.block_size, self.double_quant = form.block_size, form.double_quant
             self.nested_block_size = form.nested_block_size
 
     def to_dict(self) -> dict[str, Any]:
         if self._source is not None and self._source.saved_config is not None:
             return copy.deepcopy(dict(self._source.saved_config))
-        fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("stream", "resident")}
+        unsaved = ("forms", "stream", "resident")
+        fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in unsaved}
         fields |= {"quant_method": METHOD, "needs": NEEDS}
         fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        if self.forms:
+            layers: dict[Form, list[str]] = {}
+            for name, form in self.forms.items():
+                layers.setdefault(form, []).append(name)
+            fields["forms"] = [{**form.keywords, "layers": names} for form, names in layers.items()]
+            fields["format_version"] = _WITH_FORMS
         return fields
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:

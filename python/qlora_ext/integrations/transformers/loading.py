@@ -35,6 +35,8 @@ def fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[st
 class Quantize(ConversionOps):
     """Quantizes a dense weight that was just read, and frees it before the next one is read.
 
+    A reader may pass a ``Weight4bit`` instead, which its layer takes as it is.
+
     Args:
         quantize: quantizes a dense weight of a checkpoint for a module.
         release: called with each dense weight after its last use.

@@ -46,7 +46,7 @@ from .modules import (
     dense_names,
     dequantize_modules,
     empty_layer,
-    form_of,
+    forms_of,
     packed_weights,
     refuse_split_experts,
 )
@@ -206,7 +206,7 @@ class QLoRAQuantizer(HfQuantizer):
             check_something_is_4bit(model, bool(chosen), self._asked(model))
         compute_dtype = self.qlora_config.computing_dtype(model_dtype, self.streaming_device)
         for name, module in chosen:
-            form = self._form(name, module) or self.qlora_config.form
+            form = self._form(name, module) or self.qlora_config.form_of(name)
             layer = empty_layer(module, compute_dtype, form)
             layer.weight_dtype = model_dtype
             # Conversions read the shape of the weight that they create. A tied head shares the table's weight.
@@ -261,7 +261,7 @@ class QLoRAQuantizer(HfQuantizer):
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
         self.save_packed_state(model)
         if not self._saves_source:
-            self.qlora_config.record(form_of(model))
+            self.qlora_config.record(forms_of(model))
         if self.qlora_config.stream is not None:
             stream(model, self.qlora_config.resident, self.qlora_config.stream, self.streaming_device)
             model.hf_device_map = {"": self.streaming_device}
@@ -329,7 +329,7 @@ def attach(model: Any) -> None:
         return
     embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
-    config.record(form_of(model))
+    config.record(forms_of(model))
     compute_dtype = compute_dtype_of(model)
     if compute_dtype is not None and compute_dtype != model.config.dtype:
         config.compute_dtype = compute_dtype
