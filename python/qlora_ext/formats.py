@@ -15,6 +15,7 @@ from . import _C
 
 CODES: tuple[str, ...] = tuple(_C.codes())
 NF4 = "nf4"
+FP4 = "fp4"
 # The forms in which scales and offsets are stored: ScaleForm and OffsetForm in cpp/format/scales.h.
 FLOAT32 = "float32"
 FLOAT16 = "float16"

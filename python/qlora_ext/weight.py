@@ -149,6 +149,18 @@ class Weight4bit(NoArithmetic):
             unit = self.decoded_scales() if scales is None else scales
         return -(self.block_offsets.float() * unit)
 
+    def without_offsets(self, w: Tensor, scales: Tensor | None = None) -> Tensor:
+        """``w``, of this weight's shape, less the offsets: what the codes and scales encode.
+
+        Args:
+            scales: as in ``decoded_offsets``.
+        """
+        offsets = self.decoded_offsets(scales)
+        if offsets is None:
+            return w
+        per_element = offsets.repeat_interleave(self.block_size, -1)[..., : math.prod(self.shape[offsets.ndim - 1 :])]
+        return w.float() - per_element.view(self.shape)
+
     def _per_block(self, nested: Tensor) -> Tensor:
         """For each block, the value of its nested block."""
         return nested.repeat_interleave(self.nested_block_size, -1)[..., : self.absmax.shape[-1]]

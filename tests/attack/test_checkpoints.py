@@ -1,15 +1,14 @@
 """The readers of 4-bit checkpoints get damaged tensors and configurations.
 
 The result is the value by the format's formula, and the bytes that were read, or a ValueError of one sentence.
-``QLORA_ATTACK`` is the number of mutations per kind of weight (default 40), ``QLORA_ATTACK_SEED`` their seed (default
-0). A failure prints both and the number of the mutation. More than 40 are marked slow.
+``QLORA_ATTACK`` multiplies the number of mutations, ``QLORA_ATTACK_SEED`` is their seed. A failure prints the seed and
+the number of the mutation. More than the default are marked slow.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import random
 from typing import Any
 
@@ -18,14 +17,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from campaign import SEED, count
 from checkpoint_samples import SAMPLES, Sample, decode
 from mutations import mutate_json
 from qlora_ext.checkpoints import format_of, retained_of
 from qlora_ext.weight import Weight4bit
 
-COUNT = int(os.environ.get("QLORA_ATTACK", "40"))
-SEED = os.environ.get("QLORA_ATTACK_SEED", "0")
-pytestmark = [pytest.mark.slow] if COUNT > 40 else []
+MUTATIONS = 40  # of each kind of weight
+COUNT = count(MUTATIONS)
+pytestmark = [pytest.mark.slow] if COUNT > MUTATIONS else []
 DTYPES = (torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.bool)
 
 
@@ -124,7 +124,7 @@ def test_damaged_tensors(name: str) -> None:
         shape: Any = sample.shape
         if draw.random() < 0.1:
             shape = [size + draw.choice((-16, -1, 1, 8, 16)) for size in sample.shape]
-        note = f"QLORA_ATTACK={COUNT} QLORA_ATTACK_SEED={SEED}: mutation {i} of {name}"
+        note = f"QLORA_ATTACK_SEED={SEED}: mutation {i} of {name}"
         try:
             wrong = problem(sample, sample.config, shape)
         except Exception as error:
@@ -141,7 +141,7 @@ def test_damaged_configurations(name: str) -> None:
     data = json.dumps(sample.config).encode()
     for i in range(COUNT):
         draw = random.Random(f"{SEED} {name} config {i}")
-        note = f"QLORA_ATTACK={COUNT} QLORA_ATTACK_SEED={SEED}: mutation {i} of the configuration of {name}"
+        note = f"QLORA_ATTACK_SEED={SEED}: mutation {i} of the configuration of {name}"
         try:
             config = json.loads(mutate_json(draw, data))
         except (ValueError, RecursionError):

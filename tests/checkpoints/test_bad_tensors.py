@@ -149,6 +149,10 @@ def test_zero_points_out_of_range_are_rejected() -> None:
     sample = gptq(symmetric=False)
     stored = with_value(sample.tensors["qzeros"], -1)
     assert "zero points of at most 15, stored as 14, got 15" in rejected("qzeros", sample, qzeros=stored)
+    sample = SAMPLES["packed-zero-points-unpacked"]()
+    for value in (8, -9, 127, -128):
+        zero_points = with_value(sample.tensors["weight_zero_point"], value)
+        assert "from -8 to 7" in rejected("weight_zero_point", sample, weight_zero_point=zero_points)
     sample = gptq()
     message = rejected("qzeros", sample, qzeros=with_value(sample.tensors["qzeros"], 0x77777776))
     assert "7 throughout, because sym is true" in message

@@ -310,9 +310,6 @@ class CheckpointSource(Source):
             if not weight.is_split:
                 return w4
             stack.put(e, w4, parts[0].where)
-            for matrix in parts:
-                for key in matrix.tensors.values():
-                    self.release(by_key.pop(key))
         return stack.weight
 
     def _read(self, weight: _Weight, matrix: _Matrix, by_key: Mapping[str, Tensor], dtype: torch.dtype) -> Weight4bit:
@@ -384,8 +381,7 @@ class _Fill(core_model_loading.ConversionOps):
             # transformers would hide the message, so the quantizer raises the error after all weights are read.
             source.error = error
         finally:
-            for tensor in tensors:
-                source.release(tensor)
+            source.release(*tensors)
         if missing is not None:
             missing.difference_update(f"{_module(full_layer_name)}.{part}" for part in module.packed_parts(name))
         return {}

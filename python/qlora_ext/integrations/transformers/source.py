@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ...form import Form
 
 
-def _retain(tensor: Tensor) -> None:
+def _retain(*tensors: Tensor) -> None:
     """Releases nothing."""
 
 
@@ -35,13 +35,13 @@ class Source(abc.ABC):
     Attributes:
         name: of the checkpoint's format, for messages.
         quantizes_rest: whether weights that ``forms`` does not name are quantized if the configuration covers them.
-        release: called with each tensor of the files after its last use.
+        release: called with tensors of the files after their last use.
         error: the first error while weights were read, to be raised when transformers, which would hide it, is done.
     """
 
     name: str
     quantizes_rest = False
-    release: Callable[[Tensor], None] = staticmethod(_retain)
+    release: Callable[..., None] = staticmethod(_retain)
     error: ValueError | None = None
 
     @abc.abstractmethod
