@@ -2,8 +2,9 @@
 
 For a weight named ``prefix``, bitsandbytes saves ``prefix`` (the packed codes, in any storage dtype),
 ``prefix.absmax``, ``prefix.quant_map`` (the 16 code values), ``prefix.quant_state.bitsandbytes__nf4`` or ``..._fp4``
-(JSON as a uint8 tensor) and, with double quantization, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the 256
-values of its 8-bit code). This module imports neither bitsandbytes nor ``Weight4bit``: a weight is passed as its fields.
+(JSON as a uint8 tensor) and, with double quantization, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the
+256 values of its 8-bit code). This module imports neither bitsandbytes nor ``Weight4bit``: a weight is passed as its
+fields.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -53,6 +54,12 @@ class Form:
 
     Raises:
         ValueError: an attribute is none of these.
+
+    Example:
+        >>> form = qlora_ext.Form("int4", "bfloat16", block_size=128)
+        >>> w4 = qlora_ext.quantize(torch.randn(48, 256), form)
+        >>> w4.form == form, w4.bits_per_param
+        (True, 4.125)
     """
 
     code: str = formats.NF4
@@ -135,6 +142,17 @@ class Form:
             found["offset_scale"] = TensorSpec(nested, torch.float32)
         return {name: TensorSpec((*stack, *spec.shape), spec.dtype) for name, spec in found.items()}
 
+    @classmethod
+    def named(cls, name: str) -> Form:
+        """The form of that name, one of ``PRESETS``.
+
+        Raises:
+            ValueError: there is no such form.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"form: expected {', '.join(PRESETS)} or a Form, got {reprlib.repr(name)}")
+        return PRESETS[name]
+
     def __str__(self) -> str:
         """The keywords that describe the form, without those that say nothing about it."""
         nested = self.scales == formats.NESTED_TABLE8 or self.offsets == formats.SCALED8
@@ -142,3 +160,16 @@ class Form:
         shown |= {key: value for key, value in self.keywords.items() if key not in ("code", "nested_block_size")}
         shown |= {"nested_block_size": self.nested_block_size} if nested else {}
         return ", ".join(f"{key}={value}" for key, value in shown.items())
+
+
+PRESETS: dict[str, Form] = {
+    "nf4": Form(),
+    "fp4": Form("fp4"),
+    "mxfp4": Form("e2m1", formats.TABLE8, 32),
+    "nvfp4": Form("e2m1", formats.TABLE8, 16),
+    "int4": Form("int4", formats.BFLOAT16, 32),
+    "q4_0": Form("int4", formats.FLOAT16, 32),
+    "q4_1": Form("uint4", formats.FLOAT16, 32, offsets=formats.FLOAT16),
+    "q4_k": Form("uint4", formats.NESTED_TABLE8, 32, 8, formats.SCALED8),
+    "iq4_nl": Form("iq4_nl", formats.FLOAT16, 32),
+}

@@ -15,6 +15,7 @@ from . import _C
 
 CODES: tuple[str, ...] = tuple(_C.codes())
 NF4 = "nf4"
+FP4 = "fp4"
 # The forms in which scales and offsets are stored: ScaleForm and OffsetForm in cpp/format/scales.h.
 FLOAT32 = "float32"
 FLOAT16 = "float16"
@@ -65,6 +66,7 @@ def check_offsets(offsets: Any) -> None:
 # A code that a caller makes up has no entry in a table: its name contains the bits of its 16 float32 values.
 _MADE_UP = "0x"
 _VALUES = struct.Struct(">16f")
+_NAMED: dict[str, tuple[float, ...]] = {name: tuple(_C.code_values(name).tolist()) for name in CODES}
 
 
 def code_values(code: str) -> tuple[float, ...]:
@@ -73,6 +75,8 @@ def code_values(code: str) -> tuple[float, ...]:
     Raises:
         ValueError: there is no such code.
     """
+    if code in _NAMED:  # Dynamo cannot trace a call of _C
+        return _NAMED[code]
     if not code.startswith(_MADE_UP):
         return tuple(_C.code_values(code).tolist())
     try:
@@ -120,8 +124,8 @@ def code_name(values: Sequence[float] | Tensor) -> str:
         raise ValueError(f"code: expected 16 values, got shape {list(exact.shape)}")
     _check_values(exact.tolist())
     bits = _VALUES.pack(*exact.tolist())
-    for name in CODES:
-        if bits == _VALUES.pack(*code_values(name)):
+    for name, named in _NAMED.items():
+        if bits == _VALUES.pack(*named):
             return name
     return _MADE_UP + bits.hex()
 

@@ -30,10 +30,15 @@ def seed_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
+def _check_shape(w4: Weight4bit, moved: Tensor) -> None:
+    if moved.shape != w4.shape:
+        raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
+
+
 def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
     """Encodes ``moved``, the sum of W and an adapter's update, under the scales and offsets of W.
 
-    The result is deterministic.
+    The codes are rounded stochastically. The result is deterministic.
 
     Args:
         w4: W, [N, K] or a stack of such matrices [E, N, K].
@@ -43,14 +48,24 @@ def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
     Raises:
         ValueError: the shapes of ``moved`` and ``w4`` differ.
     """
-    if moved.shape != w4.shape:
-        raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
+    _check_shape(w4, moved)
     if moved.ndim == 3:
         parts = (with_update(w4.matrix(e), moved[e], seed_of(f"{seed}.{e}")) for e in range(len(moved)))
         return Weight4bit.stack([*parts])
     scales = w4.decoded_scales()
-    given = w4.block_size, seed, w4.code, w4.decoded_offsets(scales)
-    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales, *given)
+    scaled = w4.without_offsets(moved, scales).contiguous()
+    packed = torch.ops.qlora.encode_nf4_stochastic(scaled, scales, w4.block_size, seed, w4.code)
+    return dataclasses.replace(w4, packed=packed)
+
+
+def with_nearest_codes(w4: Weight4bit, moved: Tensor) -> Weight4bit:
+    """Encodes ``moved`` under the scales and offsets of W to the nearest codes; see ``with_update``."""
+    _check_shape(w4, moved)
+    if moved.ndim == 3:
+        return Weight4bit.stack([with_nearest_codes(w4.matrix(e), moved[e]) for e in range(len(moved))])
+    scales = w4.decoded_scales()
+    scaled = w4.without_offsets(moved, scales).contiguous()
+    packed = torch.ops.qlora.encode_nf4(scaled, scales, w4.block_size, code=w4.code)
     return dataclasses.replace(w4, packed=packed)
 
 

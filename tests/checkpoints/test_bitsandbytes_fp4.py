@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
 import pytest
 import torch
 from torch import Tensor
 
-from qlora_ext import bitsandbytes_format
 from qlora_ext.weight import NF4Weight, Weight4bit
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -32,8 +31,7 @@ def decoded_by_bitsandbytes(tensors: dict[str, Tensor]) -> Tensor:
 
 
 def read(tensors: dict[str, Tensor]) -> Weight4bit:
-    fields: Any = bitsandbytes_format.read(tensors, PREFIX, bitsandbytes_format.CODES)
-    return Weight4bit(**fields)
+    return Weight4bit.from_bitsandbytes(tensors, PREFIX)
 
 
 def bits(t: Tensor) -> Tensor:
@@ -48,8 +46,7 @@ def test_reads_and_writes_its_bytes(dtype: torch.dtype, block_size: int, double_
     w4 = read(theirs)
     assert (w4.code, w4.dtype, w4.block_size, w4.double_quant) == ("fp4", dtype, block_size, double_quant)
     assert torch.equal(bits(w4.dequantize()), bits(decoded_by_bitsandbytes(theirs)))
-    fields: Any = vars(w4)
-    ours = bitsandbytes_format.write(fields, PREFIX)
+    ours = w4.to_bitsandbytes(PREFIX)
     assert list(ours) == list(theirs)
     for key, t in theirs.items():
         assert (ours[key].dtype, ours[key].shape) == (t.dtype, t.shape)
@@ -67,8 +64,19 @@ def test_every_code_has_their_value() -> None:
 
 def test_nf4_is_read_alike() -> None:
     tensors = saved(torch.randn(4, 64), kind="nf4")
-    fields: Any = bitsandbytes_format.read(tensors, PREFIX, bitsandbytes_format.CODES)
-    assert torch.equal(NF4Weight(**fields).dequantize(), NF4Weight.from_bitsandbytes(tensors, PREFIX).dequantize())
+    w4 = read(tensors)
+    assert isinstance(w4, NF4Weight)
+    assert torch.equal(w4.dequantize(), NF4Weight.from_bitsandbytes(tensors, PREFIX).dequantize())
+    with pytest.raises(ValueError, match="expected a bitsandbytes NF4 weight, got FP4"):
+        NF4Weight.from_bitsandbytes(saved(torch.randn(4, 64)), PREFIX)
+
+
+def test_forms_that_bitsandbytes_lacks_are_rejected() -> None:
+    w4 = read(saved(torch.randn(4, 64), double_quant=False))
+    with pytest.raises(ValueError, match="code: expected nf4 or fp4, got e2m1, which bitsandbytes lacks"):
+        dataclasses.replace(w4, code="e2m1").to_bitsandbytes(PREFIX)
+    with pytest.raises(ValueError, match="which bitsandbytes lacks"):
+        dataclasses.replace(w4, absmax=w4.absmax.half()).to_bitsandbytes(PREFIX)
 
 
 def test_states_of_two_codes_are_rejected() -> None:

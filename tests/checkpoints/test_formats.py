@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from checkpoint_samples import SAMPLES, Sample, mxfp4
+from checkpoint_samples import SAMPLES, Sample, mxfp4, packed
 from qlora_ext.checkpoints import alternating_rows, format_of, grouped_rows, retained_of, select_rows
 from qlora_ext.checkpoints.mxfp4 import names_of
 from qlora_ext.weight import Weight4bit
@@ -50,6 +50,24 @@ def test_a_weight_decodes_to_the_bits_of_its_reference(name: str) -> None:
     np.testing.assert_array_equal(values.view(np.uint32), sample.values.astype(np.float32).view(np.uint32))
     rounded = torch.from_numpy(sample.values).to(torch.bfloat16)
     assert torch.equal(bits(decoded(w4)), bits(rounded))
+
+
+def test_zero_points_with_scales_of_any_sign() -> None:
+    """Only the sign of a zero differs from the formula: for a negative scale, and for a scale of 0."""
+    sample = packed(symmetric=False)
+    sample.tensors["weight_scale"][0], sample.tensors["weight_scale"][1] = 0.0, -sample.tensors["weight_scale"][1]
+    np.testing.assert_array_equal(read(sample).dequantize(torch.float32).numpy(), sample.values)
+
+
+def test_zero_points_with_float32_scales() -> None:
+    """The only weights that are not decoded bit for bit: the products of 28 bits are rounded to 24."""
+    sample = packed(symmetric=False, dtype=torch.float32)
+    scale = torch.rand(sample.tensors["weight_scale"].shape, dtype=torch.float32) + 0.5
+    sample.tensors["weight_scale"] = scale
+    error = np.abs(read(sample).dequantize(torch.float32).numpy() - sample.values)
+    assert (error <= 2.0**-18 * np.repeat(scale.numpy(), 32, axis=1)).all()
+    kind, settings = format_of(sample.config)
+    assert same_bytes(kind.write(read(sample), settings, retained_of(kind, sample.tensors)), sample.tensors)
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -72,14 +72,18 @@ def decode_integers(codes: np.ndarray, scale: np.ndarray, zero_points: Any, grou
     """(q - z) * scale of codes [N, K], scales [N, G] and zero points [N, G] or a number."""
     columns = np.arange(codes.shape[1]) // group
     zeros = zero_points[:, columns] if isinstance(zero_points, np.ndarray) else zero_points
-    return (codes.astype(F32) - F32(1) * zeros) * scale[:, columns]
+    with np.errstate(over="ignore"):
+        return (codes.astype(F32) - F32(zeros)) * scale[:, columns]
 
 
 def decode_packed(tensors: dict[str, Tensor], shape: tuple[int, int], group: int) -> np.ndarray:
     codes = nibbles(tensors["weight_packed"]).reshape(shape[0], -1)[:, : shape[1]]
     zero_points: Any = 8
-    if "weight_zero_point" in tensors:
-        words = nibbles(tensors["weight_zero_point"])  # [ceil(N/8), G, 8]
+    stored = tensors.get("weight_zero_point")
+    if stored is not None and stored.dtype == torch.int8:
+        zero_points = array(stored).astype(F32) + 8
+    elif stored is not None:
+        words = nibbles(stored)  # [ceil(N/8), G, 8]
         zero_points = words.transpose(0, 2, 1).reshape(-1, words.shape[1])[: shape[0]].astype(F32)
     return decode_integers(codes, array(tensors["weight_scale"]), zero_points, group)
 
@@ -236,6 +240,13 @@ def packed(
     return Sample(config, shape, tensors)
 
 
+def unpacked_zero_points(sample: Sample) -> Sample:
+    """``sample`` with zero points as compressed-tensors stored them before version 0.10."""
+    rows, groups = sample.tensors["weight_scale"].shape
+    sample.tensors["weight_zero_point"] = torch.randint(-8, 8, (rows, groups), dtype=torch.int8)
+    return sample
+
+
 def modelopt(shape: tuple[int, int] = (6, 80)) -> Sample:
     rows, columns = shape
     tensors = {
@@ -307,6 +318,7 @@ SAMPLES: dict[str, Callable[[], Sample]] = {
     "packed-no-order": lambda: packed(weight_g_idx=torch.full((192,), -1, dtype=torch.int32)),
     "packed-zero-points": lambda: packed((13, 192), symmetric=False),
     "packed-zero-points-channel": lambda: packed((16, 96), None, symmetric=False),
+    "packed-zero-points-unpacked": lambda: unpacked_zero_points(packed((12, 96), symmetric=False)),
     "packed-zero-points-float32": lambda: packed((3, 192), 64, symmetric=False, dtype=torch.float32),
     "modelopt": modelopt,
     "awq": awq,

@@ -11,10 +11,12 @@ from typing import Any
 
 from .._internal.untrusted import check, excerpt
 from . import awq, compressed_tensors, gptq, modelopt, mxfp4
-from .format import Format, Settings, retained_of
-from .rows import alternating_rows, grouped_rows, select_rows
-
-__all__ = ["Format", "Settings", "alternating_rows", "format_of", "grouped_rows", "retained_of", "select_rows"]
+from .format import Format as Format
+from .format import Settings as Settings
+from .format import retained_of as retained_of
+from .rows import alternating_rows as alternating_rows
+from .rows import grouped_rows as grouped_rows
+from .rows import select_rows as select_rows
 
 _COMPRESSED_TENSORS = (compressed_tensors.MXFP4(), compressed_tensors.NVFP4(), compressed_tensors.Packed())
 _FORMATS: dict[str, Format] = {

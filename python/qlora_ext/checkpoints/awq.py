@@ -41,7 +41,7 @@ class AWQ(Format):
         check(config, _SCHEMA, _SOURCE)
         if config["bits"] != 4:
             raise ValueError(f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported")
-        layout = str(config.get("version") or config.get("format") or "gemm").lower()
+        layout = (config.get("version") or config.get("format") or "gemm").lower()
         layout = "llm-awq" if config.get("backend") == "llm-awq" else layout
         if layout != "gemm":
             raise ValueError(
@@ -70,7 +70,7 @@ class AWQ(Format):
         words = given.take("qweight", (columns, rows // 8), torch.int32)
         zero_points = given.take("qzeros", (groups.count, rows // 8), torch.int32)
         scale = given.take_finite("scales", (groups.count, rows), *integers.FLOATS)
-        integers.check_exact(given, "scales", scale)
+        integers.check_range(given, "scales", scale)
         return integers.weight(
             groups, nibbles.from_awq(words), scale.t(), nibbles.awq_values_of(zero_points).t(), dtype
         )

@@ -5,7 +5,8 @@ The tensors of a weight [N, K], with G = K / group_size::
     mxfp4-pack-quantized   weight_packed uint8 [N, K/2], E2M1, lo first; weight_scale uint8 [N, K/32], E8M0
     nvfp4-pack-quantized   weight_packed as above; weight_scale float8_e4m3fn [N, K/16], divided by weight_global_scale
     pack-quantized         weight_packed int32 [N, K/8], lo first; weight_scale [N, G] in a floating-point dtype;
-                           weight_shape [2]; asymmetric: weight_zero_point int32 [ceil(N/8), G], packed along N
+                           weight_shape [2]; asymmetric: weight_zero_point int32 [ceil(N/8), G], packed along N, or from
+                           versions before 0.10 int8 [N, G], from -8 to 7
 
 Quantized activations are not applied: their scales are kept and saved, and the weight is multiplied by the activations
 as they are.
@@ -45,6 +46,7 @@ _WEIGHTS = {
     "actorder?": (str, bool),
     "scale_dtype?": str,
 }
+_ZERO_POINT = "weight_zero_point"
 # The tensors that serve quantized activations, and the caches of keys and values.
 _ACTIVATIONS = ("input_global_scale", "input_scale", "input_zero_point", "output_scale", "output_zero_point")
 
@@ -75,7 +77,7 @@ class _CompressedTensors(Format):
 
     def _group_settings(self, weights: Any, source: str) -> Settings:
         check(weights, _WEIGHTS, source)
-        kind, symmetric = str(weights.get("type") or "int").lower(), weights.get("symmetric") is not False
+        kind, symmetric = (weights.get("type") or "int").lower(), weights.get("symmetric") is not False
         if weights["num_bits"] != 4 or kind != self.kind:
             raise ValueError(
                 f"{source}: expected {self.kind} weights of 4 bits for {self.name}, got {excerpt(kind)} weights of "
@@ -178,8 +180,11 @@ class Packed(_CompressedTensors):
     retained = ("weight_shape", "weight_g_idx", *_ACTIVATIONS)
 
     def tensors(self, settings: Settings) -> dict[str, bool]:
-        zero_point = {} if settings.symmetric else {"weight_zero_point": True}
+        zero_point = {} if settings.symmetric else {_ZERO_POINT: True}
         return super().tensors(settings) | {"weight_shape": True} | zero_point
+
+    def retains(self, name: str, tensor: Tensor) -> bool:
+        return super().retains(name, tensor) or (name == _ZERO_POINT and tensor.dtype == torch.int8)
 
     def form(self, settings: Settings, shape: Sequence[int]) -> Form:
         return integers.form_of(Groups.of(self.name, settings, shape), settings.scale_dtype, settings.symmetric)
@@ -199,7 +204,7 @@ class Packed(_CompressedTensors):
         scale = given.take_finite("weight_scale", (rows, groups.count), *integers.FLOATS)
         zero_points = None
         if not settings.symmetric:
-            integers.check_exact(given, "weight_scale", scale)
+            integers.check_range(given, "weight_scale", scale)
             zero_points = _zero_points(given, rows, groups.count)
         return integers.weight(groups, nibbles.from_words(words), scale, zero_points, dtype)
 
@@ -208,16 +213,21 @@ class Packed(_CompressedTensors):
         tensors = {"weight_packed": nibbles.to_words(w4.packed), "weight_scale": groups.from_blocks(w4.absmax)}
         if w4.block_offsets is not None:
             zero_points = torch.nn.functional.pad(groups.from_blocks(w4.block_offsets), (0, 0, 0, -len(w4.packed) % 8))
-            tensors["weight_zero_point"] = nibbles.words_of(zero_points.t()).t().contiguous()
+            tensors[_ZERO_POINT] = nibbles.words_of(zero_points.t()).t().contiguous()
         return {**tensors, **retained}
 
 
 def _zero_points(given: Given, rows: int, groups: int) -> Tensor:
-    """uint8 [rows, groups]."""
-    words = given.take("weight_zero_point", (-(-rows // 8), groups), torch.int32)
+    """uint8 [rows, groups], from 0 to 15."""
+    if given.dtype_of(_ZERO_POINT) == torch.int8:
+        signed = given.take(_ZERO_POINT, (rows, groups), torch.int8)
+        if bool(((signed < -8) | (signed > 7)).any()):
+            given.refuse(_ZERO_POINT, "from -8 to 7", f"values from {signed.min().item()} to {signed.max().item()}")
+        return (signed + 8).to(torch.uint8)
+    words = given.take(_ZERO_POINT, (-(-rows // 8), groups), torch.int32)
     values = nibbles.values_of(words.t()).t()
     if bool(values[rows:].any()):
-        given.refuse("weight_zero_point", f"0 after its {rows} rows", "other values")
+        given.refuse(_ZERO_POINT, f"0 after its {rows} rows", "other values")
     return values[:rows]
 
 

@@ -55,8 +55,8 @@ class Format(abc.ABC):
 
     Attributes:
         name: in messages, and where the format has one, in configurations.
-        retained: names of tensors that decoding does not need, or cannot give back. The module that holds the weight
-            keeps those that the file has, and passes them to ``write``.
+        retained: names of tensors that decoding does not need, or that ``write`` cannot make from the weight. The
+            module that holds the weight keeps those that the file has, and passes them to ``write``.
     """
 
     name: str
@@ -69,6 +69,10 @@ class Format(abc.ABC):
         Raises:
             ValueError: the configuration is damaged, or describes weights that this format does not serve.
         """
+
+    def retains(self, name: str, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is retained, as most formats know by its name."""
+        return name in self.retained
 
     @abc.abstractmethod
     def tensors(self, settings: Settings) -> dict[str, bool]:
@@ -155,6 +159,9 @@ class Given:
         """Raises the ValueError that says what was expected of a tensor."""
         raise ValueError(f"{self._where}: expected {name} to be {expected}, got {found}")
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
     def take(self, name: str, shape: Sequence[int], *dtypes: torch.dtype) -> Tensor:
         """The tensor of that shape and one of the dtypes."""
         t = self._tensors[name].detach()
@@ -182,7 +189,7 @@ class Given:
 
 def retained_of(kind: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of a weight's tensors that its module keeps."""
-    return {name: tensors[name] for name in kind.retained if name in tensors}
+    return {name: t for name, t in tensors.items() if kind.retains(name, t)}
 
 
 def matrix_of(kind: str, shape: Sequence[int]) -> tuple[int, int]:

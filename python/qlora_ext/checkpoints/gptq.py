@@ -53,9 +53,9 @@ class GPTQ(Format):
         check(config, _SCHEMA, _SOURCE)
         if config["bits"] != 4:
             raise ValueError(f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported")
-        layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+        layout = (config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         layout = "marlin" if config.get("is_marlin_format") else layout
-        if layout not in _BIASES or str(config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
+        if layout not in _BIASES or (config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
             raise ValueError(
                 f"{_SOURCE}: expected the checkpoint_format gptq or gptq_v2 in int32 words, got {excerpt(layout)} in "
                 f"{excerpt(config.get('pack_dtype') or 'int32')} words, which is not supported"
@@ -103,7 +103,7 @@ class GPTQ(Format):
             # Decoders disagree on a stored 15 of version 1: it is 16 for some, 0 for others.
             if bool((stored > 15 - bias).any()):
                 given.refuse("qzeros", f"zero points of at most 15, stored as {15 - bias}", "15, which is out of range")
-            integers.check_exact(given, "scales", scale)
+            integers.check_range(given, "scales", scale)
             zero_points = (stored + bias).t()
         return integers.weight(groups, nibbles.from_gptq(words), scale.t(), zero_points, dtype)
 

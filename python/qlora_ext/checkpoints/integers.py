@@ -1,4 +1,9 @@
-"""Integer weights (q - z) * scale in groups, with or without zero points z: what pack-quantized, AWQ and GPTQ share."""
+"""Integer weights (q - z) * scale in groups, with or without zero points z: what pack-quantized, AWQ and GPTQ share.
+
+They are decoded as q * scale - z * scale. For scales of at most 20 significant bits, as all 16-bit ones are, both
+products are exact, and the result is (q - z) * scale bit for bit, except that zeros are always positive. Of float32
+scales with more bits, which only compressed-tensors may have, the result may differ by 2^-18 of the scale.
+"""
 
 from __future__ import annotations
 
@@ -102,17 +107,7 @@ def check_order(given: Given, name: str, groups: Groups) -> None:
         )
 
 
-def check_exact(given: Given, name: str, scale: Tensor) -> None:
-    """Rejects scales under which q * scale - z * scale, as we decode, is not (q - z) * scale bit for bit.
-
-    Both are exact for scales of at most 20 significant bits. So only float32 scales can fail, unless they were made in
-    16 bits.
-    """
+def check_range(given: Given, name: str, scale: Tensor) -> None:
+    """Rejects scales of weights with zero points whose products with 16 are infinite in float32."""
     if not bool((scale.float() * 16).isfinite().all()):
         given.refuse(name, "below 2^124 with zero points", "larger values")
-    if scale.dtype == torch.float32 and bool((scale.contiguous().view(torch.int32) & 15).any()):
-        given.refuse(
-            name,
-            "of at most 20 significant bits with zero points",
-            "float32 values of more; convert the scales to bfloat16 or float16",
-        )

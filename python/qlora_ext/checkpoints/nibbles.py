@@ -47,12 +47,20 @@ def to_words(packed: Tensor) -> Tensor:
 
 def from_gptq(words: Tensor) -> Tensor:
     """Packed codes [N, K/2] of the int32 words [K/8, N]."""
-    return from_words(words.t())
+    out = torch.empty((words.shape[1], words.shape[0] * 4), dtype=torch.uint8, device=words.device)
+    rows = max(_CHUNK // out.shape[1], 1)
+    for source, target in zip(words.split(rows, 1), out.split(rows), strict=True):
+        target.copy_(from_words(source.t()))
+    return out
 
 
 def to_gptq(packed: Tensor) -> Tensor:
     """The inverse of ``from_gptq``."""
-    return to_words(packed).t().contiguous()
+    out = torch.empty((packed.shape[1] // 4, packed.shape[0]), dtype=torch.int32, device=packed.device)
+    rows = max(_CHUNK // packed.shape[1], 1)
+    for source, target in zip(packed.split(rows), out.split(rows, 1), strict=True):
+        target.copy_(to_words(source).t())
+    return out
 
 
 # An AWQ word's byte 2p + a has element 4a + p of the eight in its low nibble (h = 0) and 4a + 2 + p in its high one

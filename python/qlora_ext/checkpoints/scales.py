@@ -2,27 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-E8M0_NAN = 0xFF
-E4M3_NAN = 0x7F  # and, with the sign, 0xFF
+from .._internal.scale_tables import E4M3_NAN, E8M0_NAN, e4m3_table, e8m0_table
 
-
-def e8m0_table(device: torch.device) -> Tensor:
-    """The float32 values of E8M0 (OCP Microscaling Formats): 2^(u - 127), of 0xFF NaN.
-
-    They are made from their bits, because torch may flush 2^-127, a subnormal number, to zero.
-    """
-    bits = torch.arange(256, dtype=torch.int32, device=device) << 23
-    bits[0] = 1 << 22
-    bits[E8M0_NAN] |= 1 << 22
-    return bits.view(torch.float32)
-
-
-def e4m3_table(device: torch.device) -> Tensor:
-    """The float32 values of E4M3, NaN for two of them."""
-    return torch.arange(256, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn).float()
+__all__ = ["E4M3_NAN", "E8M0_NAN", "e4m3_table", "e8m0_table", "has_e4m3_nan"]
 
 
 def has_e4m3_nan(codes: Tensor) -> bool:

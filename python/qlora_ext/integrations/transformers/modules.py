@@ -162,17 +162,9 @@ def refuse_split_experts(checkpoint_files: list[str]) -> None:
                     )
 
 
-def form_of(model: nn.Module) -> Form | None:
-    """The form that all 4-bit layers of ``model`` have; None if it has no such layer.
-
-    Raises:
-        ValueError: the layers differ in form.
-    """
-    forms = {layer.form for _, layer in layers_of(model)}
-    if len(forms) > 1:
-        found = "; ".join(sorted(map(str, forms)))
-        raise ValueError(f"model: expected 4-bit layers with one code, block size and scale form, got {found}")
-    return next(iter(forms), None)
+def forms_of(model: nn.Module) -> dict[str, Form]:
+    """The forms of the 4-bit layers of ``model``, by name. Heads that are tied to a table have the table's form."""
+    return {name: layer.form for name, layer in layers_of(model) if not isinstance(layer, TiedLinear4bit)}
 
 
 def compute_dtype_of(model: nn.Module) -> torch.dtype | None:

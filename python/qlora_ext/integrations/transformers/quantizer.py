@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -36,6 +36,7 @@ from ...streaming import stream
 from ...weight import Weight4bit
 from .._patches import extend
 from . import conversions
+from .checkpoint import CheckpointSource
 from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
@@ -45,11 +46,14 @@ from .modules import (
     dense_names,
     dequantize_modules,
     empty_layer,
-    form_of,
+    forms_of,
     packed_weights,
     refuse_split_experts,
 )
 from .source import Source
+
+# The field in which a configuration that transformers would ignore, because it does not know its method, is passed on.
+ORIGINAL = "original"
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -193,6 +197,7 @@ class QLoRAQuantizer(HfQuantizer):
         model_dtype: torch.dtype = model.config.dtype
         if self.source is not None:
             self.forms = self.source.forms(model, checkpoint_files)
+            self.source.release = self.mapped_files.release
         # transformers < 5.20 casts the tensors that it reads to the dtype of these placeholders.
         as_read = self.bitsandbytes_storage or (None if self.reads_our_format else model_dtype)
         places, heads = places_in(model), tied_heads(model, _tied_names(model))
@@ -201,7 +206,7 @@ class QLoRAQuantizer(HfQuantizer):
             check_something_is_4bit(model, bool(chosen), self._asked(model))
         compute_dtype = self.qlora_config.computing_dtype(model_dtype, self.streaming_device)
         for name, module in chosen:
-            form = self._form(name, module) or self.qlora_config.form
+            form = self._form(name, module) or self.qlora_config.form_of(name)
             layer = empty_layer(module, compute_dtype, form)
             layer.weight_dtype = model_dtype
             # Conversions read the shape of the weight that they create. A tied head shares the table's weight.
@@ -239,6 +244,8 @@ class QLoRAQuantizer(HfQuantizer):
         return module.quantize(weight.T if isinstance(module, Conv1D4bit) else weight)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.source is not None and self.source.error is not None:
+            raise self.source.error
         if self.not_finite:
             name, where = next(iter(self.not_finite.items()))
             more = f" ({len(self.not_finite)} weights have NaN or infinity)" if len(self.not_finite) > 1 else ""
@@ -253,8 +260,8 @@ class QLoRAQuantizer(HfQuantizer):
             report_coverage(model, self._asked(model), stacklevel=2)
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
         self.save_packed_state(model)
-        if self.source is None or self.source.saved_config is None:
-            self.qlora_config.record(form_of(model))
+        if not self._saves_source:
+            self.qlora_config.record(forms_of(model))
         if self.qlora_config.stream is not None:
             stream(model, self.qlora_config.resident, self.qlora_config.stream, self.streaming_device)
             model.hf_device_map = {"": self.streaming_device}
@@ -270,8 +277,21 @@ class QLoRAQuantizer(HfQuantizer):
 
     def save_packed_state(self, model: Any) -> None:
         """Makes ``save_pretrained`` write packed weights unchanged, under their names in the model."""
-        self.conversions = getattr(model, "_weight_conversions", None)
-        model._weight_conversions = conversions.for_saving(model, self.conversions)
+        found = getattr(model, "_weight_conversions", None)
+        if self._saves_source:
+            assert self.source is not None
+            model._weight_conversions = self.conversions = self.source.prepare_saving(found or [])
+        else:
+            self.conversions = found
+            model._weight_conversions = conversions.for_saving(model, found)
+
+    @property
+    def _saves_source(self) -> bool:
+        """Whether the model is saved in the format of its checkpoint, and not in ours."""
+        return self.source is not None and self.source.saved_config is not None
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        return (self.source.state_dict(model) if self.source is not None else None), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
@@ -309,7 +329,7 @@ def attach(model: Any) -> None:
         return
     embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
-    config.record(form_of(model))
+    config.record(forms_of(model))
     compute_dtype = compute_dtype_of(model)
     if compute_dtype is not None and compute_dtype != model.config.dtype:
         config.compute_dtype = compute_dtype
@@ -324,14 +344,19 @@ def attach(model: Any) -> None:
 
 @extend("transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs")
 def merge_quantization_configs(original: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-    # The original requires a configuration of the checkpoint's class; ours also reads bitsandbytes' checkpoints.
+    # The original requires a configuration of the checkpoint's class; ours also reads checkpoints of other formats.
     if isinstance(quantization_config_from_args, QLoRAConfig):
         saved = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
-        if saved.get("quant_method", "bitsandbytes") == "bitsandbytes":
-            config = QLoRAConfig.from_bitsandbytes(saved)
+        saved = saved.get(ORIGINAL, saved)
+        method = saved.get("quant_method", "bitsandbytes")
+        if method == "bitsandbytes":
+            config = QLoRAConfig.from_bitsandbytes(saved, stored=True)
             config.compute_dtype = quantization_config_from_args.compute_dtype
-        else:
+        elif method == METHOD:
             config = original(quantization_config, quantization_config_from_args)
+        else:
+            config = copy.copy(quantization_config_from_args)
+            config._source, config.embeddings = CheckpointSource(saved), False
         config.stream = quantization_config_from_args.stream
         config.resident = quantization_config_from_args.resident
         return config

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...form import Form
+
+
+def _retain(*tensors: Tensor) -> None:
+    """Releases nothing."""
 
 
 class Source(abc.ABC):
@@ -25,15 +29,20 @@ class Source(abc.ABC):
     ``from_pretrained`` puts values there that are ``Weight4bit`` once they are read, and ``Quantize`` takes them as
     they are; its model is not ``pre_quantized``, so that transformers reads one weight at a time.
 
-    3. ``saved_config`` and ``state_dict`` when the model is saved. The defaults save it in the format of this package.
+    3. ``saved_config``, ``prepare_saving`` and ``state_dict`` when the model is saved. The defaults save it in the
+       format of this package.
 
     Attributes:
         name: of the checkpoint's format, for messages.
         quantizes_rest: whether weights that ``forms`` does not name are quantized if the configuration covers them.
+        release: called with tensors of the files after their last use.
+        error: the first error while weights were read, to be raised when transformers, which would hide it, is done.
     """
 
     name: str
     quantizes_rest = False
+    release: Callable[..., None] = staticmethod(_retain)
+    error: ValueError | None = None
 
     @abc.abstractmethod
     def forms(self, model: nn.Module, files: Sequence[str]) -> dict[str, Form]:
@@ -56,6 +65,10 @@ class Source(abc.ABC):
         """The ``quantization_config`` of a saved model; None if it is saved in the format of this package."""
         return None
 
+    def prepare_saving(self, conversions: list[Any]) -> list[Any]:
+        """Those of ``conversions`` that saving reverses after ``state_dict``; used if ``saved_config`` is not None."""
+        return conversions
+
     def state_dict(self, model: nn.Module) -> dict[str, Tensor] | None:
-        """The tensors of a saved model, by their names in the checkpoint; None if ``saved_config`` is."""
+        """The tensors of a saved model, by the names that they have after loading; None if ``saved_config`` is."""
         return None
