@@ -92,21 +92,16 @@ template <int kTokens, int kRows, class Products>
         unroll<kRows>([&](auto w) {
           const uint8_t* const at = packed + w * row_bytes;
           const bool whole = left > 1;
-          const Chunk chunk = whole ? load_chunk(at) : load_chunk(at, last_bytes);
-          const auto of_lanes = [&](const float* x) {
-            return whole ? lane_scales(x, granules[w]) : lane_scales(x, granules[w], last_lanes);
-          };
-          scale[w] = of_lanes(scales[w]);
+          if constexpr (Products::kOffsets != OffsetsEnter::kCodes)
+            codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, last_bytes));
+          scale[w] = whole ? lane_scales(scales[w], granules[w]) : lane_scales(scales[w], granules[w], last_lanes);
           scales[w] += granules_per_chunk;
           if constexpr (Products::kOffsets != OffsetsEnter::kNothing) {
-            offset[w] = of_lanes(offsets[w]);
+            offset[w] = whole ? lane_scales(offsets[w], granules[w]) : lane_scales(offsets[w], granules[w], last_lanes);
             offsets[w] += granules_per_chunk;
           }
-          if constexpr (Products::kOffsets == OffsetsEnter::kCodes) {
-            codes[w] = products.codes(chunk, scale[w], offset[w]);
-          } else {
-            codes[w] = products.codes(chunk);
-          }
+          if constexpr (Products::kOffsets == OffsetsEnter::kCodes)
+            codes[w] = products.codes(whole ? load_chunk(at) : load_chunk(at, last_bytes), scale[w], offset[w]);
           // The prefetch comes last, because it may delay the loads behind it.
           if (to_second_level) {
             __builtin_prefetch(at + prefetch_ahead, 0, 2);
