@@ -52,6 +52,7 @@ inline void widen_many(const void* stored, int64_t first, int64_t count, float* 
 
 // The codes' type is volatile for the reason that decode_scales gives.
 inline void look_up_scales(const volatile uint8_t* codes, int64_t count, const float* table, float* out) {
+#pragma GCC unroll 8
   for (int64_t i = 0; i < count; ++i) out[i] = table[codes[i]];
 }
 

@@ -165,7 +165,7 @@ class RowConcentration {
   // Rows of zeros, and those whose weights are all far smaller than the values and the offsets of which they are sums,
   // count as concentrated, because the integer sums of both cancel only to float32's precision.
   [[gnu::noinline]] bool is_concentrated_with_offsets(int64_t begin, int64_t end) const {
-    constexpr int64_t kPart = 128;
+    constexpr int64_t kPart = codec::kGroup;  // mostly one suffices
     const float bound = largest_possible(begin, end);
     WeightPieces pieces(w_, reader_, scales_);
     float total = 0.0f;
