@@ -24,6 +24,7 @@ import packed_models
 from packed_models import FORMATS, IDS
 from qlora_ext import QLoRAConfig
 from qlora_ext.fingerprint import fingerprint
+from qlora_ext.integrations.transformers import save_in_our_format
 from qlora_ext.nn import Embedding4bit, Experts4bit, layers_of
 from tiny_models import same_state
 
@@ -284,5 +285,15 @@ def test_streaming(tmp_path: pathlib.Path) -> None:
     assert torch.equal(model(IDS).logits, load(checkpoint.path)(IDS).logits)
     model.save_pretrained(tmp_path / "saved")
     assert same_tensors(tmp_path / "saved", checkpoint.tensors)
-    with pytest.raises(ValueError, match="'disk' needs a 4-bit model saved by qlora_ext"):
+    with pytest.raises(ValueError, match="'disk' needs a 4-bit model saved by qlora_ext; load the mxfp4 checkpoint"):
         load(checkpoint.path, stream="disk")
+
+
+@pytest.mark.parametrize("case", [MXFP4, MOE, NVFP4], ids="-".join)
+def test_saved_in_our_format(case: tuple[str, str], tmp_path: pathlib.Path) -> None:
+    model = load(packed_models.save(tmp_path, *case).path)
+    save_in_our_format(model)
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", dtype=torch.float32, device_map="cpu")
+    assert same_state(again, model)
+    assert torch.equal(load(tmp_path / "ours", stream="disk")(IDS).logits, model(IDS).logits)
