@@ -360,6 +360,8 @@ def save_in_our_format(model: Any) -> None:
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, QLoRAQuantizer):
         raise TypeError(f"model: expected a transformers model with 4-bit layers, got {type(model).__name__}")
+    if not quantizer._saves_source:
+        return
     quantizer.source = quantizer.qlora_config._source = None
     quantizer.qlora_config.record(forms_of(model))
     quantizer.save_packed_state(model)
