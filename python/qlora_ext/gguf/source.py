@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -16,12 +16,18 @@ from ..integrations.transformers.source import Source
 from ..nn import is_dense, paths_to, tied_heads
 from . import blocks
 
-if TYPE_CHECKING:
-    from .weights import GGUFWeights
+
+class StoredKind(Protocol):
+    """``GGUFWeights.stored_kind``."""
+
+    def __call__(self, name: str, shape: tuple[int, ...], transposed: bool) -> str | None: ...
 
 
 class GGUFSource(Source):
     """The weights of a GGUF file, for a model that is loaded with ``config``.
+
+    Args:
+        stored_kind: the type in which the file stores a weight in 4 bits, if it does.
 
     Attributes:
         kept: after ``forms``, the names of the weights that stay 4-bit as they are stored.
@@ -29,8 +35,8 @@ class GGUFSource(Source):
 
     name = "GGUF"
 
-    def __init__(self, weights: GGUFWeights, config: QLoRAConfig) -> None:
-        self._weights, self._config = weights, config
+    def __init__(self, stored_kind: StoredKind, config: QLoRAConfig) -> None:
+        self._stored_kind, self._config = stored_kind, config
         self.quantizes_rest = config.skip_modules is not None
         self.kept: set[str] = set()
 
@@ -44,7 +50,7 @@ class GGUFSource(Source):
             layer = empty_layer(module, torch.float32, Form())
             shapes = {f"{name}.{weight}": shape for weight, shape in layer.packed_shapes.items()}
             transposed = isinstance(layer, Conv1D4bit) or getattr(layer, "is_transposed", False)
-            kinds = {self._weights.stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
+            kinds = {self._stored_kind(weight, shape, transposed) for weight, shape in shapes.items()}
             kind = kinds.pop() if len(kinds) == 1 else None  # the weights of a module have one form
             if kind is not None:
                 found |= dict.fromkeys(shapes, blocks.form_of(kind))

@@ -124,7 +124,7 @@ class GGUFWeights:
         config = options.get("quantization_config")
         kept: set[str] = set()
         if isinstance(config, QLoRAConfig):
-            source = GGUFSource(self, config)
+            source = GGUFSource(self.stored_kind, config)
             source.forms(self._model)
             if source.kept:
                 options["quantization_config"] = config = copy.copy(config)
