@@ -251,9 +251,7 @@ class CheckpointSource(Source):
             if target is not None:
                 found[target] = _Scaled(where, tensors)
         if found:
-            warnings.warn(
-                f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense", stacklevel=2
-            )
+            warnings.warn(f"{len(found)} weights that the checkpoint stores in FP8 are decoded and dense", stacklevel=2)
         return found
 
     def _parse(self, key: str) -> tuple[str, str]:
