@@ -105,6 +105,21 @@ Tensor on_16_bytes(const Tensor& t) {
 }
 OptionalTensor on_16_bytes(const OptionalTensor& t) { return t ? OptionalTensor(on_16_bytes(*t)) : t; }
 
+// The kernels do not read these forms yet.
+void require_served(const PackedArgs& w) {
+  const auto is_none = [](const char* name, const OptionalTensor& t) {
+    checks::require(!t.has_value(), name, ": expected None, because CUDA does not support it yet, got a tensor");
+  };
+  is_none("scale_table", w.scale_table);
+  is_none("block_offsets", w.offsets);
+  is_none("offset_scale", w.offset_scale);
+  checks::is_given("absmax", w.absmax);
+  const ScalarType dtype = w.absmax.scalar_type();
+  checks::require(dtype != ScalarType::Half && dtype != ScalarType::BFloat16,
+                  "absmax: expected Float or Byte, because CUDA does not support scales of 16 bits yet, got ",
+                  checks::dtype_text(dtype));
+}
+
 std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& w, int64_t block_size, const CodeName& code) {
   const QuantizeCall call(w, block_size, code);
   const OnDevice on(call.w);
@@ -184,6 +199,7 @@ Tensor dequantize_absmax(const Tensor& codes, const Tensor& nested_absmax, const
 }
 
 Tensor dequantize_nf4(DequantizeArgs args) {
+  require_served(args.w);
   const DequantizeCall call(args);
   const OnDevice on(call.out);
   check_launch("dequantize_nf4",
@@ -196,6 +212,7 @@ template <bool kWithH>
 auto linear_nf4(LinearArgs args) {
   for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  require_served(args.w);
   const LinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
@@ -207,6 +224,7 @@ template <bool kWithG>
 auto linear_nf4_dx(LinearDxArgs args) {
   for (Tensor* t : {&args.dy, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  require_served(args.w);
   const LinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);
@@ -231,6 +249,7 @@ template <bool kWithH>
 auto grouped_linear_nf4(GroupedLinearArgs args) {
   for (Tensor* t : {&args.x, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  require_served(args.w);
   const GroupedLinearCall call(args, kWithH);
   if (call.is_empty()) return checks::results<kWithH>(call.y, call.h);
   OnDevice on(call.x);
@@ -242,6 +261,7 @@ template <bool kWithG>
 auto grouped_linear_nf4_dx(GroupedLinearDxArgs args) {
   for (Tensor* t : {&args.dy, &args.w.packed}) *t = on_16_bytes(*t);
   for (OptionalTensor* t : {&args.lora_a, &args.lora_b}) *t = on_16_bytes(*t);
+  require_served(args.w);
   const GroupedLinearDxCall call(args, kWithG);
   if (call.is_empty()) return checks::results<kWithG>(call.dx, call.g);
   OnDevice on(call.dy);

@@ -84,7 +84,7 @@ Array<float> dequantize_nf4(const Array<uint8_t>& packed, const Array<float>& ab
   Weight w = {packed.data(), code_of(code), float_scales(absmax.data(), block_size), 1, numel};
   if (offsets) {
     check_count("offsets", offsets->size(), ceil_div(numel, block_size));
-    w.scales.offsets = offsets->data();
+    w.scales.offsets = {OffsetForm::kFloat32, offsets->data(), nullptr};
   }
   cpu::check(cpu::dequantize_nf4(kOneThread, w, DType::kFloat32, out.mutable_data()));
   return out;

@@ -45,7 +45,7 @@ const Kernel* forced_kernel() {
 template <class Problem>
 void run(const char* name, const KernelsFor<Problem>& kernels, const Pool& pool, const Problem& p) {
   if constexpr (requires { p.w; }) {
-    if (p.w.scales.offsets) {
+    if (p.w.scales.offsets && p.dtype != DType::kFloat64) {
       throw std::invalid_argument(std::string(name) + ": weights with an offset per block are not supported; " +
                                   "dequantize the weight and multiply by that");
     }

@@ -75,7 +75,7 @@ struct CodeTable {
   }
 };
 
-enum class Code : int { kNf4, kShuffled };
+enum class Code : int { kNf4, kFp4, kE2m1, kInt4, kUint4, kIq4Nl, kShuffled };
 
 inline constexpr CodeTable kCodeTables[] = {
     // 4-bit NormalFloat (Dettmers et al., "QLoRA", 2023, appendix E), with the values of bitsandbytes.
@@ -85,6 +85,28 @@ inline constexpr CodeTable kCodeTables[] = {
       -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
       0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f,
       1.0f}},
+    // bitsandbytes' FP4: its codes are not in the order of their values, and both zeros are positive.
+    {"fp4",
+     false,
+     {0.0f, 0.0052083333333333333f, 0.66666666666666667f, 1.0f, 0.33333333333333333f, 0.5f, 0.16666666666666667f, 0.25f,
+      0.0f, -0.0052083333333333333f, -0.66666666666666667f, -1.0f, -0.33333333333333333f, -0.5f, -0.16666666666666667f,
+      -0.25f}},
+    // The elements of MXFP4 and NVFP4 (OCP Microscaling Formats specification 1.0, section 5.3.3).
+    {"e2m1",
+     false,
+     {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f, -2.0f, -3.0f, -4.0f, -6.0f}},
+    // Integers: with a zero point at code 8, and without one for formats that store an offset per block.
+    {"int4",
+     false,
+     {-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f, 0.0f, 1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f, 7.0f}},
+    {"uint4",
+     false,
+     {0.0f, 1.0f, 2.0f, 3.0f, 4.0f, 5.0f, 6.0f, 7.0f, 8.0f, 9.0f, 10.0f, 11.0f, 12.0f, 13.0f, 14.0f, 15.0f}},
+    // GGUF's IQ4_NL.
+    {"iq4_nl",
+     false,
+     {-127.0f, -104.0f, -83.0f, -65.0f, -49.0f, -35.0f, -22.0f, -10.0f, 1.0f, 13.0f, 25.0f, 38.0f, 53.0f, 69.0f, 89.0f,
+      113.0f}},
     {"shuffled",
      true,
      {0.75f, -2.5f, 0.0f, 3.0f, -0.25f, 1.5f, -1.0f, 2.0f, -0.5f, 0.25f, -1.75f, 2.5f, 1.0f, -0.0f, 0.5f, -1.25f}},

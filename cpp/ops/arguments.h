@@ -81,19 +81,25 @@ std::tuple<Field<T>> field(const char* name, T& value, InSchema schema = {}) {
   return {{name, value, schema}};
 }
 
-// A packed weight. `code` comes last in every schema.
+// A packed weight. What `last_fields` lists comes last in every schema.
 struct PackedArgs {
   Tensor packed, absmax;
   OptionalTensor nested_absmax, nested_offset;
   int64_t block_size = 0, nested_block_size = 0;
   CodeName code;
+  OptionalTensor scale_table, offsets, offset_scale;
 
   auto fields() {
     return std::tuple_cat(field("packed", packed), field("absmax", absmax), field("nested_absmax", nested_absmax),
                           field("nested_offset", nested_offset), field("block_size", block_size),
                           field("nested_block_size", nested_block_size));
   }
-  auto last_field() { return field("code", code, {.default_value = kDefaultCode}); }
+  auto last_fields() {
+    return std::tuple_cat(field("code", code, {.default_value = kDefaultCode}),
+                          field("scale_table", scale_table, {.default_value = "None"}),
+                          field("block_offsets", offsets, {.default_value = "None"}),
+                          field("offset_scale", offset_scale, {.default_value = "None"}));
+  }
 };
 
 struct LoraNumbers {
@@ -116,7 +122,7 @@ struct DequantizeArgs {
   ScalarType dtype = ScalarType::Float;
 };
 inline auto fields_of(DequantizeArgs& a) {
-  return std::tuple_cat(a.w.fields(), field("shape", a.shape), field("dtype", a.dtype), a.w.last_field());
+  return std::tuple_cat(a.w.fields(), field("shape", a.shape), field("dtype", a.dtype), a.w.last_fields());
 }
 
 // A linear operator's arguments are `inputs`, whose rows are tokens, and `others`.
@@ -131,7 +137,7 @@ struct LinearArgs {
   auto others(bool may_omit_dropout) {
     return std::tuple_cat(w.fields(), field("out_features", out_features, {kSymInt}), field("bias", bias),
                           field("lora_a", lora_a), field("lora_b", lora_b), lora.fields(may_omit_dropout),
-                          w.last_field());
+                          w.last_fields());
   }
 };
 
@@ -145,7 +151,7 @@ struct LinearDxArgs {
   auto inputs() { return field("dy", dy); }
   auto others(bool may_omit_dropout) {
     return std::tuple_cat(w.fields(), field("in_features", in_features, {kSymInt}), field("lora_a", lora_a),
-                          field("lora_b", lora_b), lora.fields(may_omit_dropout), w.last_field());
+                          field("lora_b", lora_b), lora.fields(may_omit_dropout), w.last_fields());
   }
 };
 

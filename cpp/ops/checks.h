@@ -180,20 +180,94 @@ inline Scales nested(const char* name, const Tensor& codes, const Tensor& nested
                        nested_offset.const_data_ptr<float>(), block_size, nested_block);
 }
 
-// `absmax` is float32, or uint8 codes with both nested tensors. It has `blocks` entries per stacked weight.
-inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
+// Checks that one optional tensor is float32, contiguous, on the device of `packed` and of that size.
+inline const float* block_floats(const char* name, const OptionalTensor& t, const PackedArgs& p, int64_t numel,
+                                 const char* why) {
+  if (!t) return nullptr;
+  same_device(name, *t, "packed", p.packed);
+  has_dtype(name, *t, ScalarType::Float);
+  is_contiguous(name, *t);
+  has_numel(name, *t, numel, why);
+  return t->const_data_ptr<float>();
+}
+
+// Uint8 codes with a table of their values.
+inline Scales table_scales(const PackedArgs& p, int64_t nested_blocks, int64_t weights) {
+  has_dtype("absmax", p.absmax, ScalarType::Byte);
+  require(!p.nested_offset, "nested_offset: expected None with scale_table, got a tensor");
+  Scales s;
+  s.form = ScaleForm::kTable8;
+  s.stored = p.absmax.const_data_ptr<uint8_t>();
+  s.table = block_floats("scale_table", p.scale_table, p, weights * 256, "one per code");
+  s.nested_absmax = block_floats("nested_absmax", p.nested_absmax, p, weights * nested_blocks, "one per nested block");
+  s.block_size = p.block_size;
+  s.nested_block_size = p.nested_block_size;
+  return s;
+}
+
+inline Offsets offsets(const PackedArgs& p, int64_t blocks, int64_t nested_blocks, int64_t weights) {
+  Offsets out;
+  require(p.offsets || !p.offset_scale, "block_offsets: expected with offset_scale, got None");
+  if (!p.offsets) return out;
+  same_device("block_offsets", *p.offsets, "packed", p.packed);
+  is_contiguous("block_offsets", *p.offsets);
+  has_numel("block_offsets", *p.offsets, weights * blocks, "one per block");
+  out.stored = p.offsets->const_data_ptr();
+  out.unit = block_floats("offset_scale", p.offset_scale, p, weights * nested_blocks, "one per nested block");
+  const ScalarType dtype = p.offsets->scalar_type();
+  require(dtype == ScalarType::Byte || !out.unit, "block_offsets: expected Byte with offset_scale, got ",
+          dtype_text(dtype));
+  switch (dtype) {
+    case ScalarType::Byte:
+      out.form = out.unit ? OffsetForm::kScaled8 : OffsetForm::kZeroPoint8;
+      break;
+    case ScalarType::Float:
+      out.form = OffsetForm::kFloat32;
+      break;
+    case ScalarType::Half:
+      out.form = OffsetForm::kFloat16;
+      break;
+    case ScalarType::BFloat16:
+      out.form = OffsetForm::kBFloat16;
+      break;
+    default:
+      require(false, "block_offsets: expected Float, Half, BFloat16 or Byte, got ", dtype_text(dtype));
+  }
+  return out;
+}
+
+// `absmax` is float32, float16 or bfloat16; or uint8 codes with scale_table, or with both nested tensors. It has
+// `blocks` entries per stacked weight.
+inline Scales scales_alone(const PackedArgs& p, int64_t blocks, int64_t nested_blocks, int64_t weights) {
   same_device("absmax", p.absmax, "packed", p.packed);
   is_contiguous("absmax", p.absmax);
   has_numel("absmax", p.absmax, weights * blocks, "one per block");
+  nested_block_size(p.nested_block_size);
+  if (p.scale_table) return table_scales(p, nested_blocks, weights);
   require(p.nested_absmax || !p.nested_offset, "nested_absmax: expected with nested_offset, got None");
   require(p.nested_offset || !p.nested_absmax, "nested_offset: expected with nested_absmax, got None");
-  nested_block_size(p.nested_block_size);
   if (p.nested_absmax) {
     return nested("absmax", p.absmax, *p.nested_absmax, *p.nested_offset, p.block_size, p.nested_block_size, weights);
   }
-  require(p.absmax.scalar_type() == ScalarType::Float, "absmax: expected Float (Byte codes come with nested_absmax ",
-          "and nested_offset), got ", dtype_text(p.absmax.scalar_type()));
-  return float_scales(p.absmax.const_data_ptr<float>(), p.block_size);
+  Scales s = float_scales(nullptr, p.block_size);
+  s.nested_block_size = p.nested_block_size;
+  const ScalarType dtype = p.absmax.scalar_type();
+  require(dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
+          "absmax: expected Float, Half or BFloat16 (Byte codes come with scale_table, or with nested_absmax and ",
+          "nested_offset), got ", dtype_text(dtype));
+  s.form = dtype == ScalarType::Float  ? ScaleForm::kFloat32
+           : dtype == ScalarType::Half ? ScaleForm::kFloat16
+                                       : ScaleForm::kBFloat16;
+  s.stored = p.absmax.const_data_ptr();
+  return s;
+}
+
+inline Scales scales(const PackedArgs& p, int64_t blocks, int64_t weights = 1) {
+  is_given("absmax", p.absmax);
+  const int64_t nested_blocks = is_nested_block_size(p.nested_block_size) ? ceil_div(blocks, p.nested_block_size) : 0;
+  Scales s = scales_alone(p, blocks, nested_blocks, weights);
+  s.offsets = offsets(p, blocks, nested_blocks, weights);
+  return s;
 }
 
 // Checks the weight [n, k], or the first of `weights` weights that are stacked as in cpp/format/grouped.h.

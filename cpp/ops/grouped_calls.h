@@ -60,6 +60,9 @@ inline Weight stacked_weight(const PackedArgs& p, const char* named, int64_t siz
   is_stack("absmax", p.absmax, *experts);
   is_stack("nested_absmax", p.nested_absmax, *experts);
   is_stack("nested_offset", p.nested_offset, *experts);
+  is_stack("scale_table", p.scale_table, *experts);
+  is_stack("block_offsets", p.offsets, *experts);
+  is_stack("offset_scale", p.offset_scale, *experts);
   return weight(p, n, k, *experts);
 }
 

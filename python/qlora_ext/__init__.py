@@ -12,8 +12,9 @@ from ._library import build_info
 from .autograd import linear_nf4
 from .calibration import Calibration
 from .fidelity import check_model, sensitivity
+from .form import Form
 from .nn import quantize_model
-from .weight import NF4Weight, dequantize_nf4, quantize_nf4
+from .weight import NF4Weight, Weight4bit, dequantize_nf4, quantize, quantize_nf4
 
 if TYPE_CHECKING:
     from . import decoding, gguf, planning
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
 __version__: str = build_info()["version"]
 __all__ = [
     "Calibration",
+    "Form",
     "NF4Weight",
     "QLoRAConfig",
+    "Weight4bit",
     "adopt",
     "autograd",
     "build_info",
@@ -39,6 +42,7 @@ __all__ = [
     "linear_nf4",
     "nn",
     "planning",
+    "quantize",
     "quantize_model",
     "quantize_nf4",
     "sensitivity",
@@ -51,6 +55,7 @@ assert transforms  # it registers vmap rules
 # Integrations are imported together with the library they serve. Users never import them.
 _hooks.after_import("transformers.quantizers.auto", "qlora_ext.integrations.transformers")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.counting")
+_hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.methods")
 _hooks.after_import("transformers.modeling_utils", "qlora_ext.integrations.transformers.model_card")
 _hooks.after_import("diffusers.quantizers.auto", "qlora_ext.integrations.diffusers.quantizer")
 _hooks.after_import("diffusers.models.modeling_utils", "qlora_ext.integrations.diffusers.models")

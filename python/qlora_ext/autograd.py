@@ -151,7 +151,8 @@ class LinearNF4Function(torch.autograd.Function):
 
     ``apply`` takes the arguments of ``torch.ops.qlora.linear_nf4`` in its order: x [..., K], packed, absmax,
     nested_absmax, nested_offset, block_size, nested_block_size, out_features N, bias [N], lora_a [R, K],
-    lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device) and code.
+    lora_b [N, R], scaling, dropout_p, seed, and optionally seed_tensor (0-dim int64, on x's device), code, scale_table,
+    block_offsets and offset_scale.
     Gradients reach x, bias, lora_a and lora_b. The backward saves references to the packed state (or to its lender, see
     ``_internal/loans.py``), the adapters and the seed; and, if adapters are trained, x and
     h = scaling · dropout(x) · Aᵀ [..., R]. It saves no dequantized weight and no dropout mask: it draws the mask again
@@ -170,7 +171,7 @@ class LinearNF4Function(torch.autograd.Function):
         a, needs = given_linear_nf4(*args), LINEAR_NF4(*ctx.needs_input_grad)
         y, h = _kernels.forward(args, needs)
         x = None if h is None else a.x
-        packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
+        packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset, a.scale_table, a.block_offsets, a.offset_scale
         ctx.lender = lender_of(a.packed)
         ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.seed_tensor, *(packed if ctx.lender is None else ()))
         ctx.block_sizes, ctx.code = (a.block_size, a.nested_block_size), a.code
@@ -187,7 +188,8 @@ class LinearNF4Function(torch.autograd.Function):
         lora = lora_a, lora_b, *ctx.lora_numbers, seed_tensor
         loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
         with loan as packed:
-            dx_args = dy, *packed, *ctx.block_sizes, ctx.in_features, *lora, ctx.code
+            sizes = *ctx.block_sizes, ctx.in_features
+            dx_args = dy, *packed[:4], *sizes, *lora, ctx.code, *packed[4:]
             dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, *lora))
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs.bias else None
         return (*LINEAR_NF4(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)
@@ -293,4 +295,4 @@ def linear_nf4(
         )
     seed, seed_tensor = (0, seed) if isinstance(seed, Tensor) else (seed, None)
     lora = lora_a, lora_b, scaling, dropout_p, seed, seed_tensor
-    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora, w4.code)
+    return call_linear_nf4(x.device.type, x, *w4.packed_args(), w4.shape[0], bias, *lora, *w4.last_args())

@@ -1,9 +1,10 @@
 """Reads and writes the keys, JSON and bytes in which bitsandbytes saves a 4-bit weight.
 
 For a weight named ``prefix``, bitsandbytes saves ``prefix`` (the packed codes, in any storage dtype),
-``prefix.absmax``, ``prefix.quant_map`` (the 16 code values), ``prefix.quant_state.bitsandbytes__nf4`` (JSON as a uint8
-tensor) and, with double quantization, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the 256 values of its
-8-bit code). This module imports neither bitsandbytes nor ``NF4Weight``: a weight is passed as its fields.
+``prefix.absmax``, ``prefix.quant_map`` (the 16 code values), ``prefix.quant_state.bitsandbytes__nf4`` or ``..._fp4``
+(JSON as a uint8 tensor) and, with double quantization, ``prefix.nested_absmax`` and ``prefix.nested_quant_map`` (the
+256 values of its 8-bit code). This module imports neither bitsandbytes nor ``Weight4bit``: a weight is passed as its
+fields.
 """
 
 from __future__ import annotations
@@ -11,20 +12,20 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import _C, formats, ops
-from ._internal.untrusted import parse_json
+from ._internal.untrusted import excerpt, parse_json
 
-STATE_KEY = "quant_state.bitsandbytes__nf4"
+CODES = (formats.NF4, "fp4")  # the codes that bitsandbytes has
+_STATE_PREFIX = "quant_state.bitsandbytes__"
 # Every key that may follow a weight's name. They are matched in this order, so longer ones come first.
 COMPANIONS = (
-    STATE_KEY,
-    "quant_state.bitsandbytes__fp4",
+    *(_STATE_PREFIX + code for code in CODES),
     "nested_quant_map",
     "nested_absmax",
     "quant_map",
@@ -36,7 +37,7 @@ _MAX_JSON_BYTES = 65536  # bitsandbytes writes about 200
 
 
 class Fields(TypedDict):
-    """The fields of an ``NF4Weight``, which describes them."""
+    """The fields of a ``Weight4bit``, which describes them."""
 
     packed: Tensor
     absmax: Tensor
@@ -46,11 +47,12 @@ class Fields(TypedDict):
     dtype: torch.dtype
     block_size: int
     nested_block_size: int
+    code: str
 
 
-def _code_values() -> Tensor:
-    """The 16 NF4 values, float32 on the CPU, whatever torch's default dtype and device."""
-    return torch.from_numpy(_C.code_values("nf4"))
+def _code_values(code: str) -> Tensor:
+    """The 16 values of a code, float32 on the CPU, whatever torch's default dtype and device."""
+    return torch.from_numpy(_C.code_values(code))
 
 
 def _nested_code_values() -> Tensor:
@@ -86,14 +88,23 @@ def _check_code(name: str, found: Tensor, expected: Tensor) -> None:
         raise ValueError(f"{name}: expected bitsandbytes' own code values, got another table, which is not supported")
 
 
-def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    for key in state_dict:
-        if key.startswith(f"{prefix}.quant_state.bitsandbytes__") and key != f"{prefix}.{STATE_KEY}":
-            kind = key.rpartition("__")[2][:20]
-            raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got {kind.upper()}, not supported")
+def _code_of(state_dict: Mapping[str, Tensor], prefix: str, codes: Sequence[str]) -> str:
+    """The code of the weight; the first of ``codes`` if the state does not have it."""
+    expected = f"{prefix}: expected a bitsandbytes {' or '.join(code.upper() for code in codes)} weight"
+    state = f"{prefix}.{_STATE_PREFIX}"
+    kinds = [key.removeprefix(state) for key in state_dict if key.startswith(state)]
+    for kind in kinds:
+        if kind not in codes:
+            raise ValueError(f"{expected}, got {excerpt(kind.upper(), 20)}, not supported")
+    if len(kinds) > 1:
+        raise ValueError(f"{expected}, got both {' and '.join(kind.upper() for kind in sorted(kinds))}")
     if f"{prefix}.SCB" in state_dict or f"{prefix.rpartition('.')[0]}.SCB" in state_dict:
-        raise ValueError(f"{prefix}: expected a bitsandbytes NF4 weight, got int8 (LLM.int8()), which is not supported")
-    name = f"{prefix}.{STATE_KEY}"
+        raise ValueError(f"{expected}, got int8 (LLM.int8()), which is not supported")
+    return kinds[0] if kinds else codes[0]
+
+
+def _read_state(state_dict: Mapping[str, Tensor], prefix: str, code: str) -> dict[str, Any]:
+    name = f"{prefix}.{_STATE_PREFIX}{code}"
     raw = _take(state_dict, name)
     if raw.dtype != torch.uint8 or raw.ndim != 1 or raw.numel() > _MAX_JSON_BYTES:
         raise ValueError(
@@ -106,9 +117,9 @@ def _read_state(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Any]
     absent = [key for key in ("quant_type", "blocksize", "dtype", "shape") if state.get(key) is None]
     if absent:
         raise ValueError(f"{name}: expected the fields {', '.join(absent)} too, got {reprlib.repr(sorted(state))}")
-    if state["quant_type"] != "nf4":
+    if state["quant_type"] != code:
         found = reprlib.repr(state["quant_type"])
-        raise ValueError(f"{prefix}: expected quant_type 'nf4', got {found}, which is not supported")
+        raise ValueError(f"{prefix}: expected quant_type '{code}', got {found}, which is not supported")
     if not isinstance(state["dtype"], str) or state["dtype"] not in _DTYPES:
         found = reprlib.repr(state["dtype"])
         raise ValueError(f"{name}: expected float32, bfloat16 or float16 as dtype, got {found}")
@@ -124,25 +135,30 @@ def _offset(name: str, value: Any, device: torch.device) -> Tensor:
     return torch.tensor(value, dtype=torch.float32, device=device)
 
 
-def read(state_dict: Mapping[str, Tensor], prefix: str) -> Fields:
+def read(state_dict: Mapping[str, Tensor], prefix: str, codes: Sequence[str] = (formats.NF4,)) -> Fields:
     """The weight that bitsandbytes (>= 0.41) saved under the name ``prefix``; see ``NF4Weight.from_bitsandbytes``.
 
     The codes may have any storage dtype (``bnb_4bit_quant_storage``), because only their bytes are read. Scales stay on
     their device.
 
+    Args:
+        codes: which of ``CODES`` the weight may have.
+
     Raises:
-        KeyError: a key is missing. ValueError: the code is FP4, int8 or another one; or the JSON, a dtype, a shape or a
-            value is invalid.
+        KeyError: a key is missing. ValueError: the code is none of these; or the JSON, a dtype, a shape or a value is
+            invalid.
     """
-    state = _read_state(state_dict, prefix)
+    code = _code_of(state_dict, prefix, codes)
+    state = _read_state(state_dict, prefix, code)
     shape, block_size = torch.Size(state["shape"]), state["blocksize"]
     nested_block_size = state.get("nested_blocksize", 256)
     formats.check_block_sizes(block_size, nested_block_size)
-    _check_code(f"{prefix}.quant_map", _take(state_dict, f"{prefix}.quant_map"), _code_values())
+    _check_code(f"{prefix}.quant_map", _take(state_dict, f"{prefix}.quant_map"), _code_values(code))
 
     packed = _take(state_dict, prefix).contiguous().reshape(-1).view(torch.uint8)
     numel = math.prod(shape)
     blocks = -(-numel // block_size)
+    name = f"{prefix}.{_STATE_PREFIX}{code}"
     nested_absmax = nested_offset = None
     if "nested_offset" in state or f"{prefix}.nested_absmax" in state_dict:
         absmax = _take(state_dict, f"{prefix}.absmax").reshape(-1)
@@ -152,17 +168,15 @@ def read(state_dict: Mapping[str, Tensor], prefix: str) -> Fields:
         nested_map = _take(state_dict, f"{prefix}.nested_quant_map")
         _check_code(f"{prefix}.nested_quant_map", nested_map, _nested_code_values())
         if "nested_offset" not in state:
-            raise ValueError(
-                f"{prefix}.{STATE_KEY}: expected the field nested_offset too, got {reprlib.repr(sorted(state))}"
-            )
-        nested_offset = _offset(f"{prefix}.{STATE_KEY}", state["nested_offset"], absmax.device)
+            raise ValueError(f"{name}: expected the field nested_offset too, got {reprlib.repr(sorted(state))}")
+        nested_offset = _offset(name, state["nested_offset"], absmax.device)
         expected = {"absmax": (absmax, blocks), "nested_absmax": (nested_absmax, -(-blocks // nested_block_size))}
     else:
         absmax = _take_scales(state_dict, f"{prefix}.absmax")
         expected = {"absmax": (absmax, blocks)}
-    for name, (found, count) in {"packed bytes": (packed, (numel + 1) // 2), **expected}.items():
+    for kind, (found, count) in {"packed bytes": (packed, (numel + 1) // 2), **expected}.items():
         if found.numel() != count:
-            raise ValueError(f"{prefix}: expected {count} {name} for shape {list(shape)}, got {found.numel()}")
+            raise ValueError(f"{prefix}: expected {count} {kind} for shape {list(shape)}, got {found.numel()}")
     return {
         "packed": packed.reshape(ops.packed_shape(shape)),
         "absmax": absmax,
@@ -172,14 +186,16 @@ def read(state_dict: Mapping[str, Tensor], prefix: str) -> Fields:
         "dtype": _DTYPES[state["dtype"]],
         "block_size": block_size,
         "nested_block_size": nested_block_size,
+        "code": code,
     }
 
 
 def write(weight: Fields, prefix: str) -> dict[str, Tensor]:
     """The keys and tensors, to the byte, that bitsandbytes saves for ``weight`` under the name ``prefix``."""
+    code = weight["code"]
     device, nested_absmax, nested_offset = (weight["packed"].device, weight["nested_absmax"], weight["nested_offset"])
     state: dict[str, Any] = {
-        "quant_type": "nf4",
+        "quant_type": code,
         "blocksize": weight["block_size"],
         "dtype": str(weight["dtype"]).removeprefix("torch."),
         "shape": list(weight["shape"]),
@@ -187,7 +203,7 @@ def write(weight: Fields, prefix: str) -> dict[str, Tensor]:
     tensors = {
         prefix: weight["packed"].reshape(-1, 1),
         f"{prefix}.absmax": weight["absmax"],
-        f"{prefix}.quant_map": _code_values().to(device, copy=True),
+        f"{prefix}.quant_map": _code_values(code).to(device, copy=True),
     }
     if nested_absmax is not None and nested_offset is not None:
         state |= {
@@ -197,5 +213,7 @@ def write(weight: Fields, prefix: str) -> dict[str, Tensor]:
         }
         tensors[f"{prefix}.nested_absmax"] = nested_absmax
         tensors[f"{prefix}.nested_quant_map"] = _nested_code_values().to(device, copy=True)
-    tensors[f"{prefix}.{STATE_KEY}"] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
+    tensors[f"{prefix}.{_STATE_PREFIX}{code}"] = torch.tensor(
+        list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu"
+    )
     return tensors

@@ -1,18 +1,33 @@
-"""The names and sizes of the 4-bit formats, read from the compiled library so that they are defined once."""
+"""The names and sizes of the 4-bit formats. Those of the compiled library are read from it."""
 
 from __future__ import annotations
 
+import math
 import reprlib
+import struct
+from collections.abc import Sequence
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from . import _C
 
 CODES: tuple[str, ...] = tuple(_C.codes())
 NF4 = "nf4"
-# The forms in which scales are stored: ScaleForm in cpp/format/scales.h.
+FP4 = "fp4"
+# The forms in which scales and offsets are stored: ScaleForm and OffsetForm in cpp/format/scales.h.
 FLOAT32 = "float32"
-NESTED8 = "nested8"
-SCALE_FORMS = (FLOAT32, NESTED8)
+FLOAT16 = "float16"
+BFLOAT16 = "bfloat16"
+NESTED8 = "nested8"  # codes of the dynamic map, times a nested scale, plus a mean
+TABLE8 = "table8"  # codes of a table
+NESTED_TABLE8 = "nested_table8"  # codes of a table, times a nested scale
+ZERO_POINT8 = "zero_point8"  # integers, whose unit is minus the block's scale
+SCALED8 = "scaled8"  # integers, whose unit is minus a nested scale
+FLOAT_DTYPES = {FLOAT32: torch.float32, FLOAT16: torch.float16, BFLOAT16: torch.bfloat16}
+SCALE_FORMS = (*FLOAT_DTYPES, NESTED8, TABLE8, NESTED_TABLE8)
+OFFSET_FORMS = (*FLOAT_DTYPES, ZERO_POINT8, SCALED8)
 BLOCK_SIZES: tuple[int, ...] = tuple(_C.block_sizes())
 MAX_NESTED_BLOCK_SIZE: int = _C.MAX_NESTED_BLOCK_SIZE
 MAX_ELEMENTS: int = _C.MAX_ELEMENTS  # cpp/format/packing.h has the reason
@@ -39,7 +54,80 @@ def check_block_sizes(block_size: Any = 64, nested_block_size: Any = 256) -> Non
 def check_scales(scales: Any) -> None:
     """Raises a ValueError unless ``scales`` is the name of a scale form."""
     if scales not in SCALE_FORMS:
-        raise ValueError(f"scales: expected {' or '.join(SCALE_FORMS)}, got {reprlib.repr(scales)}")
+        raise ValueError(f"scales: expected {', '.join(SCALE_FORMS)}, got {reprlib.repr(scales)}")
+
+
+def check_offsets(offsets: Any) -> None:
+    """Raises a ValueError unless ``offsets`` is None or the name of a form of offsets."""
+    if offsets is not None and offsets not in OFFSET_FORMS:
+        raise ValueError(f"offsets: expected None, {', '.join(OFFSET_FORMS)}, got {reprlib.repr(offsets)}")
+
+
+# A code that a caller makes up has no entry in a table: its name contains the bits of its 16 float32 values.
+_MADE_UP = "0x"
+_VALUES = struct.Struct(">16f")
+_NAMED: dict[str, tuple[float, ...]] = {name: tuple(_C.code_values(name).tolist()) for name in CODES}
+
+
+def code_values(code: str) -> tuple[float, ...]:
+    """The 16 values of a code, by code.
+
+    Raises:
+        ValueError: there is no such code.
+    """
+    if code in _NAMED:  # Dynamo cannot trace a call of _C
+        return _NAMED[code]
+    if not code.startswith(_MADE_UP):
+        return tuple(_C.code_values(code).tolist())
+    try:
+        values = _VALUES.unpack(bytes.fromhex(code.removeprefix(_MADE_UP)))
+    except (ValueError, struct.error):
+        raise ValueError(
+            f"code: expected {', '.join(CODES)}, or 0x and the 128 hexadecimal digits of 16 float32 values, "
+            f"got {reprlib.repr(code)}"
+        ) from None
+    _check_values(values)
+    return values
+
+
+def _check_values(values: Sequence[float]) -> None:
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"code: expected 16 finite float32 values, got {reprlib.repr(values)}")
+    if not any(values):
+        raise ValueError("code: expected a value other than 0, got 16 zeros")
+
+
+def code_name(values: Sequence[float] | Tensor) -> str:
+    """The name of the code with these 16 values.
+
+    Args:
+        values: 16 finite numbers, by code, in any order; they are rounded to float32.
+
+    Returns:
+        One of ``CODES`` if it has these values, bit for bit; else a name that contains them.
+
+    Raises:
+        ValueError: there are not 16 values, one is not finite, or all are zero.
+
+    Example:
+        >>> from qlora_ext import formats
+        >>> formats.code_name([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15])
+        'uint4'
+        >>> formats.code_name(torch.linspace(-1, 1, 16))[:18]
+        '0xbf800000bf5dddde'
+    """
+    try:
+        exact = torch.as_tensor(values, dtype=torch.float32, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"code: expected a name or 16 numbers, got {reprlib.repr(values)}") from None
+    if exact.shape != (16,):
+        raise ValueError(f"code: expected 16 values, got shape {list(exact.shape)}")
+    _check_values(exact.tolist())
+    bits = _VALUES.pack(*exact.tolist())
+    for name, named in _NAMED.items():
+        if bits == _VALUES.pack(*named):
+            return name
+    return _MADE_UP + bits.hex()
 
 
 def check_code(code: Any) -> None:
@@ -48,4 +136,4 @@ def check_code(code: Any) -> None:
         raise ValueError(f"code: expected {', '.join(CODES)}, got {reprlib.repr(code)}")
     # _C also accepts the codes made up for tests. It is called last, because Dynamo cannot trace it.
     if code not in CODES:
-        _C.code_values(code)
+        code_values(code)

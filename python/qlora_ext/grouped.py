@@ -19,7 +19,7 @@ with e the expert of row i. The signatures are in ``cpp/ops/schema.cpp``:
     bias: [E, N], in x's dtype.
     lora_a, lora_b: [E, R, K] and [E, N, R], in x's dtype; both or neither.
     dropout_p, seed, seed_tensor: as in ``linear_nf4``.
-    code: of those weights.
+    code, scale_table, block_offsets, offset_scale: of those weights, the tensors stacked.
 
 y is [S, N] in x's dtype, differentiable in x, bias, lora_a and lora_b; the gradients of an expert without rows are
 zeros. h = scaling · dropout(x) · lora_aᵀ and g = scaling · dy · lora_b are [S, R] in x's dtype. ``_dlora`` computes
@@ -62,7 +62,7 @@ class _GroupedLinearNF4(torch.autograd.Function):
         a, needs = _given(*args), _GROUPED(*ctx.needs_input_grad)
         y, h = _kernels.forward(args, needs)
         x = None if h is None else a.x
-        packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset
+        packed = a.packed, a.absmax, a.nested_absmax, a.nested_offset, a.scale_table, a.block_offsets, a.offset_scale
         ctx.lender = lender_of(a.packed)
         saved = packed if ctx.lender is None else ()
         ctx.save_for_backward(x, h, a.lora_a, a.lora_b, a.offsets, a.seed_tensor, *saved)
@@ -79,7 +79,8 @@ class _GroupedLinearNF4(torch.autograd.Function):
         needs = _GROUPED(*ctx.needs_input_grad)
         loan = contextlib.nullcontext(packed) if ctx.lender is None or not needs.x else ctx.lender()
         with loan as packed:
-            dx_args = dy, offsets, *packed, *ctx.block_sizes, ctx.in_features, *lora, ctx.code
+            sizes = *ctx.block_sizes, ctx.in_features
+            dx_args = dy, offsets, *packed[:4], *sizes, *lora, ctx.code, *packed[4:]
             dx, da, db = _kernels.backward(needs, h, dx_args, (dy, x, offsets, *lora))
         dbias = _sums(dy, offsets) if needs.bias else None
         return (*_GROUPED(x=dx, bias=dbias, lora_a=da, lora_b=db)[: len(ctx.needs_input_grad)],)

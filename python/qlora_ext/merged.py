@@ -30,18 +30,15 @@ def seed_of(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little", signed=True)
 
 
-def scales_of(w4: Weight4bit) -> Tensor:
-    """The decoded scales of ``w4``, float32, one per block."""
-    if not w4.double_quant:
-        return w4.absmax
-    scales: Tensor = torch.ops.qlora.dequantize_absmax(
-        w4.absmax, w4.nested_absmax, w4.nested_offset, w4.nested_block_size
-    )
-    return scales
+def _check_shape(w4: Weight4bit, moved: Tensor) -> None:
+    if moved.shape != w4.shape:
+        raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
 
 
 def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
-    """Encodes ``moved``, the sum of W and an adapter's update, under the scales of W. The result is deterministic.
+    """Encodes ``moved``, the sum of W and an adapter's update, under the scales and offsets of W.
+
+    The codes are rounded stochastically. The result is deterministic.
 
     Args:
         w4: W, [N, K] or a stack of such matrices [E, N, K].
@@ -51,12 +48,24 @@ def with_update(w4: Weight4bit, moved: Tensor, seed: int = 0) -> Weight4bit:
     Raises:
         ValueError: the shapes of ``moved`` and ``w4`` differ.
     """
-    if moved.shape != w4.shape:
-        raise ValueError(f"moved: expected shape {list(w4.shape)}, that of w4, got {list(moved.shape)}")
+    _check_shape(w4, moved)
     if moved.ndim == 3:
         parts = (with_update(w4.matrix(e), moved[e], seed_of(f"{seed}.{e}")) for e in range(len(moved)))
         return Weight4bit.stack([*parts])
-    packed = torch.ops.qlora.encode_nf4_stochastic(moved.contiguous(), scales_of(w4), w4.block_size, seed, w4.code)
+    scales = w4.decoded_scales()
+    scaled = w4.without_offsets(moved, scales).contiguous()
+    packed = torch.ops.qlora.encode_nf4_stochastic(scaled, scales, w4.block_size, seed, w4.code)
+    return dataclasses.replace(w4, packed=packed)
+
+
+def with_nearest_codes(w4: Weight4bit, moved: Tensor) -> Weight4bit:
+    """Encodes ``moved`` under the scales and offsets of W to the nearest codes; see ``with_update``."""
+    _check_shape(w4, moved)
+    if moved.ndim == 3:
+        return Weight4bit.stack([with_nearest_codes(w4.matrix(e), moved[e]) for e in range(len(moved))])
+    scales = w4.decoded_scales()
+    scaled = w4.without_offsets(moved, scales).contiguous()
+    packed = torch.ops.qlora.encode_nf4(scaled, scales, w4.block_size, code=w4.code)
     return dataclasses.replace(w4, packed=packed)
 
 
@@ -76,7 +85,8 @@ class MergedLinearNF4Function(torch.autograd.Function):
     """y = x · Ŵᵀ + bias with Ŵ = ``merged_weight``; A and B get the gradients of W + scaling · B · A.
 
     This is the straight-through estimator (Bengio et al., 2013): the backward ignores the rounding. ``apply`` takes
-    x [..., K], bias [N] or None, lora_a [R, K], lora_b [N, R], scaling, and the code and the six packed arguments of Ŵ.
+    x [..., K], bias [N] or None, lora_a [R, K], lora_b [N, R], scaling, the last four arguments of Ŵ (its code first)
+    and its first six.
     """
 
     @staticmethod
@@ -87,13 +97,12 @@ class MergedLinearNF4Function(torch.autograd.Function):
         lora_a: Tensor,
         lora_b: Tensor,
         scaling: float,
-        code: str,
-        *packed_args: Any,
+        *weight: Any,
     ) -> Tensor:
-        *packed, block_size, nested_block_size = packed_args
-        ctx.save_for_backward(x, lora_a, lora_b, *packed)
+        (code, *more), (*packed, block_size, nested_block_size) = weight[:4], weight[4:]
+        ctx.save_for_backward(x, lora_a, lora_b, *packed, *more)
         ctx.numbers, ctx.code = (scaling, block_size, nested_block_size), code
-        y: Tensor = _kernels.alone(x, *packed_args, lora_b.shape[0], bias, *_NO_LORA, code)
+        y: Tensor = _kernels.alone(x, *weight[4:], lora_b.shape[0], bias, *_NO_LORA, *weight[:4])
         return y
 
     @staticmethod
@@ -105,11 +114,12 @@ class MergedLinearNF4Function(torch.autograd.Function):
         needs_x, needs_bias, needs_a, needs_b = ctx.needs_input_grad[:4]
         dx = da = db = None
         if needs_x:
-            dx = torch.ops.qlora.linear_nf4_dx(dy, *packed, *block_sizes, x.shape[-1], *_NO_LORA, ctx.code)
+            sizes = *block_sizes, x.shape[-1]
+            dx = torch.ops.qlora.linear_nf4_dx(dy, *packed[:4], *sizes, *_NO_LORA, ctx.code, *packed[4:])
         if needs_a or needs_b:
             da, db = torch.ops.qlora.linear_nf4_dlora(dy, x, lora_a, lora_b, scaling, 0.0, 0)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if needs_bias else None
-        nothing = (None,) * (2 + len(packed) + len(block_sizes))
+        nothing = (None,) * (2 + len(packed) + len(block_sizes))  # scaling and the code, and the packed arguments
         return dx, dbias, da if needs_a else None, db if needs_b else None, *nothing
 
 
@@ -125,6 +135,6 @@ def merged_linear_nf4(
         y [..., N], which has first derivatives in x, bias, lora_a and lora_b.
     """
     y: Tensor = MergedLinearNF4Function.apply(  # type: ignore[no-untyped-call]
-        x, bias, lora_a, lora_b, scaling, merged.code, *merged.packed_args()
+        x, bias, lora_a, lora_b, scaling, *merged.last_args(), *merged.packed_args()
     )
     return y

@@ -1,8 +1,9 @@
 """Shapes (fake kernels) and autocast of ``torch.ops.qlora.*``. Gradients are in ``autograd.py``.
 
-The operators' signatures are in ``cpp/ops/schema.cpp``. ``packed_args`` are the six arguments that describe a packed
-weight: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size. The last argument of every operator
-is ``code``, the name of the 16 values (``formats.py``); its default is NF4.
+The operators' signatures are in ``cpp/ops/schema.cpp``. Arguments at two places describe a packed weight. The first six
+are ``packed_args``: packed, absmax, nested_absmax, nested_offset, block_size, nested_block_size. The last four are
+``last_args``: code, the name of the 16 values (``formats.py``; default: NF4), and of other formats scale_table,
+block_offsets and offset_scale (``Weight4bit``).
 """
 
 from __future__ import annotations
@@ -142,10 +143,15 @@ def _(
     shape: list[int],
     dtype: torch.dtype,
     code: str = NF4,
+    scale_table: Tensor | None = None,
+    block_offsets: Tensor | None = None,
+    offset_scale: Tensor | None = None,
 ) -> Tensor:
     check_block_sizes(block_size, nested_block_size)
     check_code(code)
-    check_one_device("dequantize_nf4", packed, absmax, nested_absmax, nested_offset)
+    tensors = packed, absmax, nested_absmax, nested_offset
+    last = code, scale_table, block_offsets, offset_scale
+    check_one_device("dequantize_nf4", *tensors, block_size, nested_block_size, shape, dtype, *last)
     return packed.new_empty(shape, dtype=dtype)
 
 

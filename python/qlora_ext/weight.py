@@ -11,11 +11,17 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from . import bitsandbytes_format, formats
+from . import bitsandbytes_format, formats, recipes
+from ._internal.dtype_names import name_of
+from ._internal.loans import PackedTensors
 from .form import Form
 from .no_arithmetic import NoArithmetic
 
 Self = TypeVar("Self", bound="Weight4bit")
+
+
+# The names of a weight's tensors.
+TENSORS: tuple[str, ...] = PackedTensors._fields
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,12 +30,23 @@ class Weight4bit(NoArithmetic):
 
     Attributes:
         packed: uint8 [..., K/2]: element 2i is in the high nibble of byte i, element 2i+1 in the low nibble.
-        absmax: the scales [blocks], one per ``block_size`` elements in row-major order: float32, or uint8 codes with
-            double quantization.
+        absmax: the scales [blocks], one per ``block_size`` elements in row-major order: float32, float16, bfloat16, or
+            uint8 codes.
         nested_absmax, nested_offset: float32 [nested blocks] and [], the scales of those codes, one per
             ``nested_block_size`` codes, and the mean that was subtracted before; None without double quantization.
         shape, dtype: of the tensor that was quantized.
         code: the name of the 16 values.
+        scale_table: float32 [256], the values of ``absmax`` if it holds uint8 codes of another map than that of double
+            quantization. If ``nested_absmax`` is given, it multiplies them.
+        block_offsets: [blocks], added to each block's elements after scaling: float32, float16 or bfloat16; or uint8,
+            and then the offset is minus their product with ``offset_scale``.
+        offset_scale: float32 [nested blocks], the unit of uint8 offsets; without it, the unit is the block's scale, and
+            the offsets are zero points.
+
+    Example:
+        >>> w4 = qlora_ext.quantize(torch.randn(48, 64), "q4_1")
+        >>> {name: t.dtype for name, t in w4.tensors.items()}
+        {'packed': torch.uint8, 'absmax': torch.float16, 'block_offsets': torch.float16}
     """
 
     packed: Tensor
@@ -41,17 +58,32 @@ class Weight4bit(NoArithmetic):
     block_size: int = 64
     nested_block_size: int = 256
     code: str = formats.NF4
+    scale_table: Tensor | None = None
+    block_offsets: Tensor | None = None
+    offset_scale: Tensor | None = None
 
     @property
     def double_quant(self) -> bool:
         """Whether the scales are stored as 8-bit codes with nested scales of their own."""
-        return self.nested_absmax is not None
+        return self.nested_offset is not None
 
     @property
     def form(self) -> Form:
-        """The code, scale form and block sizes as one value."""
-        scales = formats.NESTED8 if self.double_quant else formats.FLOAT32
-        return Form(self.code, scales, self.block_size, self.nested_block_size)
+        """The code, the forms of scales and offsets, and the block sizes as one value.
+
+        Raises:
+            ValueError: the scales or the offsets have a dtype that no form has.
+        """
+        if self.scale_table is not None:
+            scales = formats.TABLE8 if self.nested_absmax is None else formats.NESTED_TABLE8
+        else:
+            scales = formats.NESTED8 if self.double_quant else name_of(self.absmax.dtype)
+        offsets = None
+        if self.block_offsets is not None and self.block_offsets.dtype == torch.uint8:
+            offsets = formats.ZERO_POINT8 if self.offset_scale is None else formats.SCALED8
+        elif self.block_offsets is not None:
+            offsets = name_of(self.block_offsets.dtype)
+        return Form(self.code, scales, self.block_size, self.nested_block_size, offsets)
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +93,7 @@ class Weight4bit(NoArithmetic):
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The packed codes and the existing scales, by the names of their attributes."""
-        names = ("packed", "absmax", "nested_absmax", "nested_offset")
-        return {name: t for name in names if (t := getattr(self, name)) is not None}
+        return {name: t for name in TENSORS if (t := getattr(self, name)) is not None}
 
     @property
     def nbytes(self) -> int:
@@ -75,7 +106,7 @@ class Weight4bit(NoArithmetic):
         return 8.0 * self.nbytes / max(math.prod(self.shape), 1)
 
     def packed_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int, int]:
-        """The six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
+        """The first six arguments that describe a packed weight to every operator of ``torch.ops.qlora``."""
         return (
             self.packed,
             self.absmax,
@@ -85,9 +116,59 @@ class Weight4bit(NoArithmetic):
             self.nested_block_size,
         )
 
+    def last_args(self) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
+        """The last four arguments of every such operator."""
+        return self.code, self.scale_table, self.block_offsets, self.offset_scale
+
+    def decoded_scales(self) -> Tensor:
+        """The decoded scales, float32 [blocks]; of a stack [E, blocks]."""
+        if self.double_quant and self.absmax.ndim > 1:
+            return torch.stack([self.matrix(e).decoded_scales() for e in range(len(self.absmax))])
+        if self.double_quant:
+            nested = self.nested_absmax, self.nested_offset
+            scales: Tensor = torch.ops.qlora.dequantize_absmax(self.absmax, *nested, self.nested_block_size)
+        elif self.scale_table is None:
+            scales = self.absmax.float()
+        else:
+            scales = self.scale_table.gather(-1, self.absmax.long())
+            if self.nested_absmax is not None:
+                scales = scales * self._per_block(self.nested_absmax)
+        return scales
+
+    def decoded_offsets(self, scales: Tensor | None = None) -> Tensor | None:
+        """The decoded offsets, float32, of the shape of ``decoded_scales()``; None if there are none.
+
+        Args:
+            scales: the result of ``decoded_scales()``, if it is known.
+        """
+        if self.block_offsets is None or self.block_offsets.dtype != torch.uint8:
+            return None if self.block_offsets is None else self.block_offsets.float()
+        if self.offset_scale is not None:
+            unit = self._per_block(self.offset_scale)
+        else:
+            unit = self.decoded_scales() if scales is None else scales
+        return -(self.block_offsets.float() * unit)
+
+    def without_offsets(self, w: Tensor, scales: Tensor | None = None) -> Tensor:
+        """``w``, of this weight's shape, less the offsets: what the codes and scales encode.
+
+        Args:
+            scales: as in ``decoded_offsets``.
+        """
+        offsets = self.decoded_offsets(scales)
+        if offsets is None:
+            return w
+        per_element = offsets.repeat_interleave(self.block_size, -1)[..., : math.prod(self.shape[offsets.ndim - 1 :])]
+        return w.float() - per_element.view(self.shape)
+
+    def _per_block(self, nested: Tensor) -> Tensor:
+        """For each block, the value of its nested block."""
+        return nested.repeat_interleave(self.nested_block_size, -1)[..., : self.absmax.shape[-1]]
+
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded tensor of shape ``shape`` in ``dtype`` (default: the original's), rounded once from float32."""
-        out: Tensor = torch.ops.qlora.dequantize_nf4(*self.packed_args(), self.shape, dtype or self.dtype, self.code)
+        args = *self.packed_args(), self.shape, dtype or self.dtype, *self.last_args()
+        out: Tensor = torch.ops.qlora.dequantize_nf4(*args)
         return out
 
     def to(self: Self, device: torch.device | str | int) -> Self:
@@ -115,18 +196,35 @@ class Weight4bit(NoArithmetic):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, block_size={self.block_size}, "
-            f"double_quant={self.double_quant}, bits_per_param={self.bits_per_param:.3f}, device={self.device})"
+            f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, {self.form}, "
+            f"bits_per_param={self.bits_per_param:.3f}, device={self.device})"
         )
+
+    @classmethod
+    def from_bitsandbytes(cls, state_dict: dict[str, Tensor], prefix: str) -> Weight4bit:
+        """Reads the tensors that bitsandbytes saves for one weight in NF4 or FP4; see ``NF4Weight.from_bitsandbytes``.
+
+        Raises:
+            KeyError: a key is missing. ValueError: the weight has another code, or its tensors have wrong dtypes,
+                shapes or values.
+        """
+        fields = bitsandbytes_format.read(state_dict, prefix, bitsandbytes_format.CODES)
+        return (NF4Weight if fields["code"] == formats.NF4 else Weight4bit)(**fields)
 
     def to_bitsandbytes(self, prefix: str) -> dict[str, Tensor]:
         """The keys and tensors, to the byte, that bitsandbytes saves for this weight under the name ``prefix``.
 
         Raises:
-            ValueError: bitsandbytes does not have this weight's code.
+            ValueError: bitsandbytes does not have this weight's form.
         """
-        if self.code != formats.NF4:
-            raise ValueError(f"code: expected {formats.NF4}, got {self.code}, which bitsandbytes lacks")
+        form = self.form
+        if form.code not in bitsandbytes_format.CODES:
+            expected = " or ".join(bitsandbytes_format.CODES)
+            raise ValueError(f"code: expected {expected}, got {form.code}, which bitsandbytes lacks")
+        if form.scales not in (formats.FLOAT32, formats.NESTED8) or form.offsets is not None:
+            raise ValueError(
+                f"scales: expected float32 or nested8 without offsets, got {form}, which bitsandbytes lacks"
+            )
         fields: Any = vars(self)
         return bitsandbytes_format.write(fields, prefix)
 
@@ -183,21 +281,27 @@ def _has_values(t: Tensor) -> bool:
     return not (t.is_meta or isinstance(t, FakeTensor) or torch.compiler.is_compiling())
 
 
-def _refuse_non_finite(w: Tensor, absmax: Tensor, block_size: int) -> None:
-    bad = absmax.isnan().nonzero()
-    if bad.numel() == 0:
+def _refuse_non_finite(w: Tensor, w4: Weight4bit) -> None:
+    told = [t for name, t in w4.tensors.items() if t.is_floating_point() and name != "scale_table"]
+    if w4.scale_table is not None:  # scales from a table are finite
+        told.append(w)
+    if all(bool(t.isfinite().all()) for t in told):
         return
-    first_block = int(bad[0])
-    block = w.reshape(-1)[first_block * block_size : (first_block + 1) * block_size]
-    flat = first_block * block_size + int((~block.isfinite()).nonzero()[0])
+    bad = (~w.isfinite()).reshape(-1).nonzero()
+    if bad.numel() == 0:
+        raise ValueError(
+            f"w: expected values whose scales are finite in {w4.form.scales}, got magnitudes up to {w.abs().max():g}"
+        )
+    flat = int(bad[0])
     index = []
     for size in reversed(w.shape):
         index.append(flat % size)
         flat //= size
     where = tuple(reversed(index))
+    blocks, bad_blocks = -(-w.numel() // w4.block_size), (bad // w4.block_size).unique().numel()
     raise ValueError(
         f"w: expected finite values, got {w[where].item()} at index {list(where)} "
-        f"({bad.numel()} of {absmax.numel()} blocks hold NaN or infinity)"
+        f"({bad_blocks} of {blocks} blocks hold NaN or infinity)"
     )
 
 
@@ -231,28 +335,53 @@ def quantize_nf4(w: Tensor, block_size: int = 64, double_quant: bool = True, nes
     return w4
 
 
-def quantize(w: Tensor, form: Form) -> Weight4bit:
-    """Quantizes ``w`` to any form; ``quantize_nf4`` is the NF4 case and lists the errors."""
+def quantize(w: Tensor, form: Form | str) -> Weight4bit:
+    """Quantizes a tensor to a 4-bit format by the format's own recipe.
+
+    The names of formats, their values, the elements per scale, the bits per element, and how scales are computed::
+
+        nf4     NF4     64  4.13  as in quantize_nf4 (bitsandbytes)
+        fp4     FP4     64  4.13  the same (bitsandbytes)
+        mxfp4   E2M1    32  4.25  a power of two (OCP Microscaling Formats 1.0)
+        nvfp4   E2M1    16  4.5   E4M3, with a factor for the tensor (compressed-tensors)
+        int4    -8..7   32  4.5   bfloat16: the largest magnitude is 7.5 (compressed-tensors)
+        q4_0    -8..7   32  4.5   float16: the element of the largest magnitude is -8 (ggml)
+        q4_1    0..15   32  5     float16, and an offset: the least element is 0, the largest is 15 (ggml)
+        q4_k    0..15   32  4.5   6 bits times float16, and an offset, with the least weighted error (ggml)
+        iq4_nl  IQ4_NL  32  4.5   float16, with the least error for its codes (ggml, without its search)
+
+    Args:
+        w: as in ``quantize_nf4``.
+        form: one of these names, or a ``Form``, for example one of these with another block size:
+            ``qlora_ext.Form("int4", "bfloat16", block_size=128)``.
+
+    Returns:
+        The weight, on the device of ``w``.
+
+    Raises:
+        TypeError: ``w`` is not a tensor of one of these dtypes. ValueError: there is no recipe for the form; or ``w``
+            has a NaN or an infinity (the message gives its index), or values that are too large for the scales.
+
+    Example:
+        >>> w4 = qlora_ext.quantize(torch.randn(48, 64), "mxfp4")
+        >>> w4.form.code, w4.block_size, w4.absmax.dtype, w4.bits_per_param > 4.25
+        ('e2m1', 32, torch.uint8, True)
+        >>> qlora_ext.quantize(torch.randn(48, 64), "int3")
+        Traceback (most recent call last):
+        ValueError: form: expected nf4, fp4, mxfp4, nvfp4, int4, q4_0, q4_1, q4_k, iq4_nl or a Form, got 'int3'
+    """
+    if isinstance(form, str):
+        form = Form.named(form)
     if not isinstance(w, Tensor):
         raise TypeError(f"w: expected a torch.Tensor, got {type(w).__name__}")
     if w.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise TypeError(f"w: expected float32, bfloat16 or float16, got {w.dtype}")
     w = w.detach()
-    packed, absmax = torch.ops.qlora.quantize_nf4(w, form.block_size, form.code)
-    if _has_values(absmax):
-        _refuse_non_finite(w, absmax, form.block_size)
-    nested_absmax = nested_offset = None
-    if form.double_quant:
-        absmax, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, form.nested_block_size)
-    return weight_of(
-        form,
-        packed=packed,
-        absmax=absmax,
-        nested_absmax=nested_absmax,
-        nested_offset=nested_offset,
-        shape=w.shape,
-        dtype=w.dtype,
-    )
+    tensors: dict[str, Tensor | None] = {"nested_absmax": None, "nested_offset": None, **recipes.tensors_of(w, form)}
+    w4 = weight_of(form, **tensors, shape=w.shape, dtype=w.dtype)
+    if _has_values(w4.packed):
+        _refuse_non_finite(w, w4)
+    return w4
 
 
 def dequantize_nf4(w4: Weight4bit, dtype: torch.dtype | None = None) -> Tensor:

@@ -18,19 +18,22 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-pytest.importorskip("gguf")
+gguf = pytest.importorskip("gguf")
 
 from commands import Paths
-from gguf_files import llama_file
+from gguf_files import four_bit_file, llama_file, random_blocks
 from mutations import mutate_bytes, mutate_json
+from qlora_ext._internal.untrusted import FileError
 from qlora_ext.cli import main
+from qlora_ext.gguf import blocks
 
-__all__ = ["llama_file"]  # a fixture
+__all__ = ["four_bit_file", "llama_file"]  # fixtures
 
 COUNT = int(os.environ.get("QLORA_ATTACK", "4"))
 SEED = os.environ.get("QLORA_ATTACK_SEED", "0")
@@ -173,6 +176,29 @@ def test_index_of_shards(paths: Paths, names: set[str], tmp_path: pathlib.Path) 
 def test_gguf(llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
     model = pathlib.Path(shutil.copy(llama_file, tmp_path / "model.gguf"))
     attack(model, gguf_header, lambda: quantized_alike(model, tmp_path / "out", set()), 3 * COUNT)
+
+
+def test_gguf_with_4bit_weights(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model = pathlib.Path(shutil.copy(four_bit_file, tmp_path / "model.gguf"))
+    attack(model, gguf_header, lambda: quantized_alike(model, tmp_path / "out", set()), COUNT)
+
+
+@pytest.mark.parametrize("kind", blocks.KINDS)
+def test_blocks_of_gguf(kind: str) -> None:
+    """Damaged blocks are rejected, or have the values that the gguf package gives them, and are written back."""
+    shape, number = (4, 512), gguf.GGMLQuantizationType[kind]
+    complete = random_blocks(kind, shape, seed=0).tobytes()
+    for i in range(50 * COUNT):
+        damaged = mutate_bytes(random.Random(f"{SEED} {kind} {i}"), complete)
+        try:
+            w4 = blocks.read(kind, damaged, shape, "file: tensor")
+        except FileError:
+            continue
+        assert blocks.write(kind, w4) == damaged
+        data = np.frombuffer(damaged, np.uint8).reshape(gguf.quant_shape_to_byte_shape(shape, number))
+        with np.errstate(over="ignore"):
+            expected = torch.from_numpy(gguf.dequantize(data, number))
+        assert torch.equal(w4.dequantize(), expected), f"QLORA_ATTACK_SEED={SEED}: mutation {i}"
 
 
 def test_configuration_for_a_plan(paths: Paths, tmp_path: pathlib.Path) -> None:

@@ -22,10 +22,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralConfig
 
 import qlora_ext
 import tiny_models
+from forms import FORMS, random_weight
 from qlora_ext.cli import main
 from qlora_ext.cli.errors import UserError
 from qlora_ext.cli.generation.compiled import decode_compiled
 from qlora_ext.decoding import CompilationError, cache, compile_decoding, compiled, prepare_to_answer
+from qlora_ext.nn import layers_of
 
 PROMPT = torch.tensor([[5, 9, 17, 40]])
 
@@ -81,6 +83,17 @@ def test_the_tokens_are_those_of_the_eager_model() -> None:
     got = everything()
     assert decoder.steps == 599 + 8 + 8 + 39  # the first token of each is computed with its prompt
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("form", ["mxfp4"])
+def test_weights_of_other_forms(form: str) -> None:
+    model = adapted()
+    for i, (_, layer) in enumerate(layers_of(model)):
+        layer.set_weight(random_weight(FORMS[form], layer.packed_shapes["weight"], i))
+    expected = decode(model, 20)
+    decoder = decoder_of(model)
+    assert torch.equal(decode(model, 20), expected)
+    assert decoder.steps == 19
 
 
 def test_the_cache_stays_the_model_s_own() -> None:

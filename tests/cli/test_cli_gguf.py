@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 import qlora_ext
 from forks import Command
-from gguf_files import llama_file, write
+from gguf_files import four_bit_file, llama_file, write
 from qlora_ext.cli import main
 from qlora_ext.cli.models.loading import Loader
 from qlora_ext.cli.models.sources import resolve
@@ -28,7 +28,7 @@ from qlora_ext.gguf import weights
 from test_cli_stream import killed_at_the_sixth_weight
 from tiny_models import SIZES, make, same_state
 
-__all__ = ["llama_file"]  # a fixture
+__all__ = ["four_bit_file", "llama_file"]  # fixtures
 
 
 def mixture() -> Any:
@@ -68,20 +68,24 @@ def test_weights_read_one_by_one_are_the_same(
     architecture: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "tiny.gguf"
-    write(make("llama") if architecture == "llama" else mixture(), path, architecture)
+    model = make("llama") if architecture == "llama" else mixture()
+    write(model, path, architecture)
     decoded: list[str] = []
     decode = weights.GGUFWeights.decode
-    monkeypatch.setattr(weights.GGUFWeights, "decode", lambda self, name: (decoded.append(name), decode(self, name))[1])
+    monkeypatch.setattr(
+        weights.GGUFWeights, "decode", lambda self, name, dtype: (decoded.append(name), decode(self, name, dtype))[1]
+    )
     found = Loader(resolve(str(path)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
     expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name, dtype=torch.bfloat16)
     assert sorted(decoded) == sorted(expected.state_dict())
     assert same_state(found, qlora_ext.quantize_model(expected))
 
 
+@pytest.mark.parametrize("file", ["llama_file", "four_bit_file"])
 def test_a_killed_quantize_is_resumed(
-    llama_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    file: str, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
 ) -> None:
-    command = ["quantize", "--model", str(llama_file), "--output"]
+    command = ["quantize", "--model", str(request.getfixturevalue(file)), "--output"]
     killed = Command(*command, tmp_path / "out", before=killed_at_the_sixth_weight)
     assert killed.wait().returncode == -signal.SIGKILL
     assert main([*command, str(tmp_path / "out")]) == 0
@@ -141,3 +145,43 @@ def test_the_reader_is_a_library(llama_file: pathlib.Path, tmp_path: pathlib.Pat
     for reader in (qlora_ext.gguf.read_header, lambda path: qlora_ext.gguf.GGUFWeights(path, model)):
         with pytest.raises(ValueError, match=r"cut\.gguf: truncated or damaged"):
             reader(tmp_path / "cut.gguf")
+
+
+def test_quantize_keeps_4bit_weights(
+    four_bit_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def quantized(*options: str) -> Any:
+        output = tmp_path / "-".join(("out", *options))
+        assert main(["quantize", "--model", str(four_bit_file), "--output", str(output), *options]) == 0
+        return AutoModelForCausalLM.from_pretrained(output)
+
+    kept = quantized()
+    printed = capsys.readouterr()
+    assert "2 MXFP4 kept in 4 bits" in printed.err
+    assert "3 Q8_0 dense" in printed.err
+    assert same_state(
+        kept, Loader(resolve(str(four_bit_file)), Form(), torch.bfloat16, torch.device("cpu")).while_loading()
+    )
+    rest = quantized("--quantize-rest")
+    printed = capsys.readouterr()
+    assert "2 Q8_0 quantized to NF4, " in printed.err
+    assert "1 Q8_0 dense" in printed.err
+    codes = [layer.form.code for _, layer in qlora_ext.nn.layers_of(rest)]
+    assert len(codes) == 14
+    assert codes.count("nf4") == 2
+    assert kept.model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
+    expected = qlora_ext.quantize_nf4(kept.model.layers[0].mlp.up_proj.weight)
+    assert torch.equal(rest.model.layers[0].mlp.up_proj.weight, expected.packed)
+
+
+def test_quantize_decodes_for_options_that_need_dense_weights(
+    four_bit_file: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["quantize", "--model", str(four_bit_file), "--output", str(tmp_path / "out"), "--format", "bitsandbytes"]
+    assert main(command) == 0
+    assert "are decoded and quantized to NF4, because options need the dense model" in capsys.readouterr().err
+
+
+def test_the_rest_of_a_model_without_4bit_weights(refused, llama_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    error = refused("quantize", "--model", llama_file, "--output", tmp_path / "out", "--quantize-rest")
+    assert "--quantize-rest: expected a GGUF file with 4-bit weights" in error

@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM
 import distributed_tasks as tasks
 import qlora_ext
 from distributed_tasks import Setup
+from forms import FORMS
 from qlora_ext.integrations.peft import check_base
 from tiny_models import save_tiny_llama
 from workers import Workers
@@ -132,10 +133,10 @@ def test_ddp_leaves_streamed_layers_where_they_are(tmp_path: pathlib.Path, worke
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("form", ["nf4", "nf4 alone", "mxfp4", "q4_0", "int4"])
 @pytest.mark.parametrize("mixed", [True, False])
-def test_every_byte_survives(world: int, double_quant: bool, mixed: bool, workers: Callable[[int], Workers]) -> None:
-    results = workers(world).run(tasks.odd_bytes, double_quant, mixed)
+def test_every_byte_survives(world: int, form: str, mixed: bool, workers: Callable[[int], Workers]) -> None:
+    results = workers(world).run(tasks.odd_bytes, FORMS[form], mixed)
     assert all(len(result["packed"]) == 1 for result in results)
     assert {byte for result in results for bytes_ in result["weight"] for byte in bytes_} == set(range(256))
 

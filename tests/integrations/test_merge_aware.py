@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 import qlora_ext
 from qlora_ext.integrations import peft as integration
 from qlora_ext.integrations.peft.experts import LoraExperts4bit
-from qlora_ext.merged import merged_linear_nf4, merged_weight, retained_update, scales_of, seed_of, with_update
+from qlora_ext.merged import merged_linear_nf4, merged_weight, retained_update, seed_of, with_update
 from qlora_ext.nn import layers_of
 from samples import layer_and_adapter
 from tiny_models import make, token_ids
@@ -48,7 +48,7 @@ def test_codes_hold_the_update(double_quant: bool) -> None:
     w4, a, b = layer_and_adapter(double_quant)
     update = 2.0 * (b @ a)
     w = w4.dequantize(torch.float32)
-    nearest = torch.ops.qlora.encode_nf4(w + update, scales_of(w4), 64)
+    nearest = torch.ops.qlora.encode_nf4(w + update, w4.decoded_scales(), 64)
     assert torch.equal(nearest, w4.packed)  # rounding each weight separately would lose it
     merged = merged_weight(w4, a, b, 2.0)
     assert merged.tensors.keys() == w4.tensors.keys()

@@ -214,7 +214,7 @@ def test_config_rejects_invalid_values() -> None:
     with pytest.raises(TypeError, match="'bits'"):
         QLoRAConfig(bits=3)
     with pytest.raises(ValueError, match="newer version of qlora_ext"):
-        QLoRAConfig.from_dict({**QLoRAConfig().to_dict(), "format_version": 2})
+        QLoRAConfig.from_dict({**QLoRAConfig().to_dict(), "format_version": 3})
     assert QLoRAConfig.from_dict(QLoRAConfig(compute_dtype="float16").to_dict()).compute_dtype == torch.float16
 
 

@@ -73,8 +73,6 @@ def test_forms_and_weights_of_codes() -> None:
         NF4Weight(**{f.name: getattr(w4, f.name) for f in dataclasses.fields(w4)})
     with pytest.raises(ValueError, match="got shuffled, which bitsandbytes lacks"):
         w4.to_bitsandbytes("weight")
-    with pytest.raises(ValueError, match="holds nf4 weights, got shuffled"):
-        qlora_ext.QLoRAConfig().record(SHUFFLED)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from qlora_ext.fingerprint import fingerprint
+from qlora_ext.form import Form
 from qlora_ext.integrations.peft import check_base, write_base
 from qlora_ext.nn import Linear4bit, Packed4bit, layers_of, quantize_model
 from qlora_ext.streaming import stream
@@ -224,22 +225,16 @@ def streamed_ddp(path: pathlib.Path, streamed: bool) -> dict[str, Any]:
 class Odd(nn.Module):
     """Layers whose bytes take all values, of sizes that are not divisible by the number of processes."""
 
-    def __init__(self, double_quant: bool) -> None:
+    def __init__(self, form: Form) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(
-            Linear4bit(k, n, double_quant=double_quant) for k, n in ((128, 33), (33, 7), (7, 1))
-        )
+        self.layers = nn.ModuleList(Linear4bit(k, n, **form.keywords) for k, n in ((128, 33), (33, 7), (7, 1)))
         generator = torch.Generator().manual_seed(0)
         for layer in self.layers:
-            for t in (layer.weight, layer.absmax):
-                count = t.numel()
+            for t in layer.packed_state().values():
                 if t.dtype == torch.uint8:
-                    t.data = torch.arange(count).mul(37).remainder(256).to(torch.uint8).reshape(t.shape)
+                    t.data = torch.arange(t.numel()).mul(37).remainder(256).to(torch.uint8).reshape(t.shape)
                 else:
-                    t.data = torch.rand(count, generator=generator)
-            if double_quant:
-                layer.nested_absmax.fill_(0.0123456789)
-                layer.nested_offset.fill_(0.1)
+                    t.data = (torch.rand(t.shape, generator=generator) * 0.1 + 0.0123456789).to(t.dtype)
         self.adapter = nn.Linear(128, 128, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -249,8 +244,8 @@ class Odd(nn.Module):
         return x
 
 
-def odd_bytes(double_quant: bool, mixed: bool) -> dict[str, Any]:
-    model = Odd(double_quant)
+def odd_bytes(form: Form, mixed: bool) -> dict[str, Any]:
+    model = Odd(form)
     expected = copy.deepcopy(packed_state(model))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16) if mixed else MixedPrecisionPolicy()
     for layer in model.layers:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gguf
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tiny_models import make
+from qlora_ext.gguf import blocks
+from tiny_models import SIZES, make
+
+# Sizes of which every matrix has whole blocks of every type.
+WIDE = {**SIZES, "hidden_size": 256, "intermediate_size": 512}
 
 SHORT = {
     "model.layers.": "blk.",
@@ -31,6 +39,31 @@ SHORT = {
 }
 
 
+def random_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Random blocks [blocks, bytes per block] of a 4-bit type whose scales are finite."""
+    elements, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    data = np.random.default_rng(seed).integers(0, 256, (math.prod(shape) // elements, size), dtype=np.uint8)
+    if kind == "MXFP4":
+        data[data[:, 0] == 0xFF, 0] = 0
+    elif kind != "NVFP4":
+        for at in (1, 3) if kind in ("Q4_1", "Q4_K") else (1,):  # the upper byte of a float16
+            data[(data[:, at] & 0x7C) == 0x7C, at] &= 0x83
+    return data
+
+
+def small_blocks(kind: str, shape: tuple[int, ...], seed: int) -> Any:
+    """Random blocks of a 4-bit type whose values are about as large as those of a model's weights."""
+    data = random_blocks(kind, shape, seed)
+    if kind == "MXFP4":
+        data[:, 0] = 120 + (data[:, 0] & 1)
+    elif kind == "NVFP4":
+        data[:, :4] = 0x08 | (data[:, :4] & 7)
+    else:
+        for at in (1, 3) if kind in ("Q4_1", "Q4_K") else (1,):
+            data[:, at] = 0x08 | (data[:, at] & 0x83)
+    return data
+
+
 def tensors_of(model: Any) -> dict[str, Any]:
     """The weights in the layout of a GGUF file, in which experts have one stack for gate and one for up."""
     found = {}
@@ -46,8 +79,21 @@ def tensors_of(model: Any) -> dict[str, Any]:
     return found
 
 
-def write(model: Any, path: pathlib.Path, architecture: str, more: dict[str, Any] | None = None) -> None:
-    """Writes the model to a GGUF file whose matrices take the types of quantized files in turn."""
+def write(
+    model: Any,
+    path: pathlib.Path,
+    architecture: str,
+    more: dict[str, Any] | None = None,
+    kinds: Sequence[str] = ("F32", "F16", "BF16", "Q8_0"),
+    of: Mapping[str, str | None] | None = None,
+) -> None:
+    """Writes the model to a GGUF file whose matrices have these types in turn.
+
+    Matrices of 4-bit types that the gguf package cannot make have random values.
+
+    Args:
+        of: other types of single tensors, by name; tensors with None are left out.
+    """
     config, tokens = model.config, 128
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_block_count(config.num_hidden_layers)
@@ -69,10 +115,16 @@ def write(model: Any, path: pathlib.Path, architecture: str, more: dict[str, Any
     writer.add_token_types([1] * tokens)
     writer.add_token_merges(["t 1"])
     writer.add_eos_token_id(2)
-    kinds = [gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0")]
     for i, (name, values) in enumerate((tensors_of(model) | (more or {})).items()):
-        kind = kinds[i % len(kinds)] if values.ndim > 1 else kinds[0]
-        writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
+        type_name = (of or {}).get(name, kinds[i % len(kinds)] if values.ndim > 1 else "F32")
+        if type_name is None:
+            continue
+        kind = gguf.GGMLQuantizationType[type_name]
+        try:
+            data = gguf.quantize(values, kind)
+        except NotImplementedError:
+            data = small_blocks(kind.name, values.shape, i).reshape(gguf.quant_shape_to_byte_shape(values.shape, kind))
+        writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -83,4 +135,14 @@ def write(model: Any, path: pathlib.Path, architecture: str, more: dict[str, Any
 def llama_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
     write(make("llama"), path, "llama")
+    return path
+
+
+@pytest.fixture(scope="module")
+def four_bit_file(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A Llama whose matrices have every 4-bit type and Q8_0 in turn."""
+    path = tmp_path_factory.mktemp("gguf") / "four_bit.gguf"
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**WIDE), dtype=torch.float32)
+    write(model, path, "llama", kinds=[*blocks.KINDS, "Q8_0"])
     return path

@@ -76,6 +76,10 @@ def token_ids(batch: int = 2, length: int = 12) -> torch.Tensor:
 def same_state(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     """Whether two modules have the same tensors, by name and bit by bit."""
     state, other = a.state_dict(), b.state_dict()
-    return state.keys() == other.keys() and all(
-        t.dtype == other[name].dtype and torch.equal(t, other[name]) for name, t in state.items()
-    )
+    return state.keys() == other.keys() and all(_same(t, other[name]) for name, t in state.items())
+
+
+def _same(t: torch.Tensor, other: torch.Tensor) -> bool:
+    if t.dtype != other.dtype or t.shape != other.shape:
+        return False
+    return torch.equal(t.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))

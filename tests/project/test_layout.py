@@ -248,6 +248,7 @@ IMPORTED_BY = {
     "planning/": ("cli/", "__init__.py"),
     "decoding/": ("cli/", "__init__.py"),
     "gguf/": ("cli/", "__init__.py"),
+    "checkpoints/": ("integrations/", "gguf/", "cli/"),
     "integrations/": ("planning/", "decoding/", "cli/", "__init__.py"),
     "fidelity/": ("cli/", "__init__.py"),
     "calibration/": ("nn/", "streaming/", "fidelity/", "integrations/", "cli/", "__init__.py"),

@@ -77,8 +77,10 @@ void dequantize_all(const Pool& pool, const Weight& w, int64_t numel, T* out) {
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t first = strip * kDecodedBlocks, count = min(blocks - first, kDecodedBlocks);
       float decoded[kDecodedBlocks];
-      const BlockTables<T, kHasOffsets> tables(values, scales_at(w.scales, first, count, decoded),
-                                               offsets_at(w.scales, first));
+      float offsets[kHasOffsets ? kDecodedBlocks : 1];
+      const float* const scales = scales_at(w.scales, first, count, decoded);
+      if constexpr (kHasOffsets) read_offsets(w.scales, first, count, scales, offsets);
+      const BlockTables<T, kHasOffsets> tables(values, scales, offsets);
       const int64_t whole = max(min(count, whole_blocks - first), 0);
       dequantize_blocks<kStream>(tables, w.packed + first * block_size / 2, whole, block_size,
                                  out + first * block_size);

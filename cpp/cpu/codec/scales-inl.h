@@ -35,18 +35,46 @@ inline int64_t nested_block_of(const Scales& scales, int64_t block) {
   return (size & (size - 1)) == 0 ? block >> __builtin_ctzll(size) : block / scales.nested_block_size;
 }
 
+template <class T>
+inline void widen_many(const void* stored, int64_t first, int64_t count, float* out) {
+  const T* const from = static_cast<const T*>(stored) + first;
+  for (int64_t i = 0; i < count; ++i) out[i] = to_float(from[i]);
+}
+
+// Calls use(begin, count, nested block) for each part of blocks first .. first + count - 1 in one nested block; `begin`
+// counts from `first`.
+template <class Use>
+inline void for_each_nested_block(const Scales& scales, int64_t first, int64_t count, const Use& use) {
+  const int64_t size = scales.nested_block_size;
+  for (int64_t begin = 0; begin < count;) {
+    const int64_t nested_block = nested_block_of(scales, first + begin);
+    const int64_t here = min((nested_block + 1) * size - (first + begin), count - begin);
+    use(begin, here, nested_block);
+    begin += here;
+  }
+}
+
 // out[i] = the scale of block first + i
 inline void read_scales(const Scales& scales, int64_t first, int64_t count, float* out) {
-  if (scales.form == ScaleForm::kFloat32) {
-    for (int64_t i = 0; i < count; ++i) out[i] = scales.floats()[first + i];
-    return;
-  }
-  const int64_t size = scales.nested_block_size;
-  while (count > 0) {
-    const int64_t nested_block = nested_block_of(scales, first);
-    const int64_t left = (nested_block + 1) * size - first, here = left < count ? left : count;
-    decode_scales(scales.codes() + first, here, scales.nested_absmax[nested_block], *scales.nested_offset, out);
-    first += here, out += here, count -= here;
+  switch (scales.form) {
+    case ScaleForm::kFloat32:
+      for (int64_t i = 0; i < count; ++i) out[i] = scales.floats()[first + i];
+      return;
+    case ScaleForm::kFloat16:
+      return widen_many<float16>(scales.stored, first, count, out);
+    case ScaleForm::kBFloat16:
+      return widen_many<bfloat16>(scales.stored, first, count, out);
+    case ScaleForm::kTable8:
+      for (int64_t i = 0; i < count; ++i) out[i] = scales.table[scales.codes()[first + i]];
+      if (!scales.nested_absmax) return;
+      return for_each_nested_block(scales, first, count, [&](int64_t begin, int64_t here, int64_t nested_block) {
+        for (int64_t i = begin; i < begin + here; ++i) out[i] *= scales.nested_absmax[nested_block];
+      });
+    case ScaleForm::kNested8:
+      for_each_nested_block(scales, first, count, [&](int64_t begin, int64_t here, int64_t nested_block) {
+        decode_scales(scales.codes() + first + begin, here, scales.nested_absmax[nested_block], *scales.nested_offset,
+                      out + begin);
+      });
   }
 }
 
@@ -57,18 +85,34 @@ inline const float* scales_at(const Scales& scales, int64_t first, int64_t count
   return memory;
 }
 
-// The offsets of blocks `first` and later, or null if the weight has none.
-inline const float* offsets_at(const Scales& scales, int64_t first) {
-  return scales.offsets ? scales.offsets + first : nullptr;
+// out[i] = the offset of block first + i, whose scale is scale[i]. The weight has offsets.
+inline void read_offsets(const Scales& scales, int64_t first, int64_t count, const float* scale, float* out) {
+  const Offsets& offsets = scales.offsets;
+  const auto* const bytes = static_cast<const uint8_t*>(offsets.stored) + first;  // of the 8-bit forms
+  switch (offsets.form) {
+    case OffsetForm::kNone:
+      return;
+    case OffsetForm::kFloat32:
+      return widen_many<float>(offsets.stored, first, count, out);
+    case OffsetForm::kFloat16:
+      return widen_many<float16>(offsets.stored, first, count, out);
+    case OffsetForm::kBFloat16:
+      return widen_many<bfloat16>(offsets.stored, first, count, out);
+    case OffsetForm::kZeroPoint8:
+      for (int64_t i = 0; i < count; ++i) out[i] = -(static_cast<float>(bytes[i]) * scale[i]);
+      return;
+    case OffsetForm::kScaled8:
+      for_each_nested_block(scales, first, count, [&](int64_t begin, int64_t here, int64_t nested_block) {
+        const float unit = offsets.unit[nested_block];
+        for (int64_t i = begin; i < begin + here; ++i) out[i] = -(static_cast<float>(bytes[i]) * unit);
+      });
+  }
 }
 
 // Prefetches the stored scales of blocks first .. first + count - 1.
 inline void prefetch_scales(const Scales& scales, int64_t first, int64_t count) {
-  if (scales.form == ScaleForm::kFloat32) {
-    prefetch(scales.floats() + first, count * static_cast<int64_t>(sizeof(float)));
-  } else {
-    prefetch(scales.codes() + first, count);
-  }
+  const int64_t bytes = stored_bytes(scales.form);
+  prefetch(static_cast<const char*>(scales.stored) + first * bytes, count * bytes);
 }
 
 // The bits of the largest magnitude among finite numbers; 0 if there are none.
@@ -81,18 +125,35 @@ inline uint32_t largest_finite_bits(const float* x, int64_t count) {
   return largest;
 }
 
+inline constexpr int64_t kScalesAtOnce = 64;
+
+// Calls use(scale, count) for each part of blocks first .. first + count - 1, with their scales as float32.
+template <class Use>
+inline void for_each_scales(const Scales& scales, int64_t first, int64_t count, const Use& use) {
+  if (scales.form == ScaleForm::kFloat32) return use(scales.floats() + first, count);
+  float memory[kScalesAtOnce];
+  for (int64_t begin = 0; begin < count; begin += kScalesAtOnce) {
+    const int64_t here = min(count - begin, kScalesAtOnce);
+    read_scales(scales, first + begin, here, memory);
+    use(memory, here);
+  }
+}
+
 // Returns an upper bound on the finite scales of blocks first .. last. `largest_bits(x, count)` returns the bits of the
 // largest magnitude among float32 numbers, as a kernel's vectors find it.
 template <class LargestBits>
 inline float scale_bound(const Scales& scales, int64_t first, int64_t last, const LargestBits& largest_bits) {
-  if (scales.form == ScaleForm::kFloat32) {
-    const float* const absmax = scales.floats() + first;
-    const uint32_t bits = largest_bits(absmax, last + 1 - first);
-    return bits_float(bits < kInfinityBits ? bits : largest_finite_bits(absmax, last + 1 - first));
+  if (scales.form == ScaleForm::kNested8) {
+    const int64_t nested = nested_block_of(scales, first), last_nested = nested_block_of(scales, last);
+    const uint32_t bits = largest_finite_bits(scales.nested_absmax + nested, last_nested + 1 - nested);
+    return bits_float(bits) + bits_float(float_bits(*scales.nested_offset) & kMagnitudeBits);
   }
-  const int64_t nested = nested_block_of(scales, first), last_nested = nested_block_of(scales, last);
-  const uint32_t bits = largest_finite_bits(scales.nested_absmax + nested, last_nested + 1 - nested);
-  return bits_float(bits) + bits_float(float_bits(*scales.nested_offset) & kMagnitudeBits);
+  uint32_t most = 0;
+  for_each_scales(scales, first, last + 1 - first, [&](const float* scale, int64_t count) {
+    const uint32_t bits = largest_bits(scale, count);
+    most = max(most, bits < kInfinityBits ? bits : largest_finite_bits(scale, count));
+  });
+  return bits_float(most);
 }
 
 // Returns whether each of the first `count` scales is 0 or has a magnitude of at least `least`, a normal number of at
@@ -103,10 +164,12 @@ inline bool scales_at_least(const Pool& pool, const Scales& scales, int64_t coun
   bool all = true;
   auto body = [&](int64_t begin, int64_t end) {
     uint32_t smallest = ~0u;  // the smallest of bits - 1, where a scale of 0 becomes the largest
-    for (int64_t i = begin; i < end; ++i) {
-      const uint32_t bits = (float_bits(scales.floats()[i]) & kMagnitudeBits) - 1u;
-      smallest = bits < smallest ? bits : smallest;
-    }
+    for_each_scales(scales, begin, end - begin, [&](const float* scale, int64_t here) {
+      for (int64_t i = 0; i < here; ++i) {
+        const uint32_t bits = (float_bits(scale[i]) & kMagnitudeBits) - 1u;
+        smallest = bits < smallest ? bits : smallest;
+      }
+    });
     if (smallest < float_bits(least) - 1u) __atomic_store_n(&all, false, __ATOMIC_RELAXED);
   };
   pool(count, 1 << 15, body);

@@ -11,9 +11,12 @@ namespace qlora::cpu::float64 {
 namespace {
 
 double weight_at(const Weight& w, int64_t i) {
-  float scale;
-  scalar::read_scales(w.scales, i / w.scales.block_size, 1, &scale);
-  return double{w.table().value[code_at(w.packed, i)] * scale};
+  const int64_t block = i / w.scales.block_size;
+  float scale = 0.0f, offset = 0.0f;
+  scalar::read_scales(w.scales, block, 1, &scale);
+  scalar::read_offsets(w.scales, block, 1, &scale, &offset);
+  const float scaled = w.table().value[code_at(w.packed, i)] * scale;
+  return double{w.scales.offsets ? scaled + offset : scaled};
 }
 
 // out [m, r] = factor · dropout(in) · aᵀ, element (j, c) of a at a[j * a_row + c * a_column]. `memory` is made to hold

@@ -7,13 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-# packed, absmax, nested_absmax, nested_offset
-PackedTensors: TypeAlias = tuple[Tensor, Tensor, "Tensor | None", "Tensor | None"]
+
+class PackedTensors(NamedTuple):
+    """The tensors of a 4-bit weight, by the names of the attributes of ``Weight4bit``, which explains them."""
+
+    packed: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None = None
+    nested_offset: Tensor | None = None
+    scale_table: Tensor | None = None
+    block_offsets: Tensor | None = None
+    offset_scale: Tensor | None = None
+
+
 Loan: TypeAlias = AbstractContextManager[PackedTensors]
 Lender: TypeAlias = Callable[[], Loan]
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..formats import NESTED_TABLE8, code_values
 from ..weight import Weight4bit
 
 # A failed factorization is tried again with ten times the damping, up to this many attempts.
@@ -94,9 +94,9 @@ class Encoded:
 
     Attributes:
         weight: the packed weight.
-        method: "feedback", "scales" (weighted scales alone) or "absmax" (plain NF4).
+        method: "feedback", "scales" (weighted scales alone) or "absmax" (plain: by the form's own recipe).
         error: relative error of the outputs on the calibration's tokens, ‖X · (Ŵ - W)ᵀ‖ / ‖X · Wᵀ‖.
-        absmax_error: the same for plain NF4.
+        absmax_error: the same for the plain weight.
     """
 
     weight: Weight4bit
@@ -105,23 +105,69 @@ class Encoded:
     absmax_error: float
 
 
-def _double_quantized(absmax: Tensor, nested_block_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    codes, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(absmax, nested_block_size)
-    decoded: Tensor = torch.ops.qlora.dequantize_absmax(codes, nested_absmax, nested_offset, nested_block_size)
-    return codes, nested_absmax, nested_offset, decoded
+# The steps between the codes of a table that are tried around the plain one: of E4M3, from 0.6 to 1.25 times its value.
+_TABLE_STEPS = (-5, -4, -3, -2, -1, 1, 2)
 
 
-def _under_scales(w: Tensor, absmax: Tensor, plain: Weight4bit, feedback: Feedback | None) -> Weight4bit:
-    """Encodes ``w`` under the scales ``absmax``, in the form of ``plain``. Nested scales are quantized first."""
-    parts: dict[str, Any] = {"absmax": absmax}
-    if plain.double_quant:
-        codes, nested_absmax, nested_offset, absmax = _double_quantized(absmax, plain.nested_block_size)
-        parts = {"absmax": codes, "nested_absmax": nested_absmax, "nested_offset": nested_offset}
-    if feedback is None:
-        packed = torch.ops.qlora.encode_nf4(w, absmax, plain.block_size, code=plain.code)
-    else:
-        packed = torch.ops.qlora.encode_nf4(w, absmax, plain.block_size, feedback.factor, feedback.order, plain.code)
-    return dataclasses.replace(plain, packed=packed, **parts)
+def _with_scales(scales: Tensor, plain: Weight4bit) -> Weight4bit:
+    """``plain`` with other scales, in its form; its codes stay."""
+    if not plain.double_quant:
+        return dataclasses.replace(plain, absmax=scales.to(plain.absmax.dtype))
+    codes, nested_absmax, nested_offset = torch.ops.qlora.quantize_absmax(scales, plain.nested_block_size)
+    return dataclasses.replace(plain, absmax=codes, nested_absmax=nested_absmax, nested_offset=nested_offset)
+
+
+def _with_codes(step: int, plain: Weight4bit) -> Weight4bit:
+    """``plain`` with the code of each scale moved by ``step``, if the table is ascending there; its own codes stay."""
+    assert plain.scale_table is not None
+    old = plain.absmax.long()
+    new = (old + step).clamp(0, 255)
+    before, after = plain.scale_table[old], plain.scale_table[new]
+    ascends = (after - before) * step > 0  # not where a table of floats ends, at NaN or at its negative half
+    found = torch.where(ascends & after.isfinite() & (after > 0), new, old)
+    return dataclasses.replace(plain, absmax=found.to(torch.uint8))
+
+
+def _encoded(w: Tensor, under: Weight4bit, feedback: Feedback | None = None) -> Weight4bit:
+    """``w`` encoded under the scales and offsets of ``under``."""
+    scales = under.decoded_scales()
+    given = (None, None) if feedback is None else (feedback.factor, feedback.order)
+    scaled = under.without_offsets(w, scales).contiguous()
+    packed = torch.ops.qlora.encode_nf4(scaled, scales, under.block_size, *given, under.code)
+    return dataclasses.replace(under, packed=packed)
+
+
+def _searched(w: Tensor, importance: Tensor, plain: Weight4bit) -> Weight4bit | None:
+    """``plain`` with the scales that have the least weighted error; None if those of its form cannot be searched.
+
+    A code that reaches farther on one side may have negative scales, which mirror it. The scales of a table are
+    searched among the codes near those of ``plain``.
+    """
+    form, values = plain.form, code_values(plain.code)
+    if form.offsets is not None or form.scales == NESTED_TABLE8:
+        return None
+    if form.has_table:
+        return _best([plain, *(_with_codes(step, plain) for step in _TABLE_STEPS)], w, importance)
+    scales = torch.ops.qlora.search_absmax_nf4(w, importance, plain.block_size, plain.code)
+    found = _with_scales(scales, plain)
+    if form.double_quant or max(values) == -min(values):  # the scales of double quantization have one sign
+        return found
+    mirrored = torch.ops.qlora.search_absmax_nf4(-w, importance, plain.block_size, plain.code)
+    return _best([found, _with_scales(-mirrored, plain)], w, importance)
+
+
+def _best(candidates: list[Weight4bit], w: Tensor, importance: Tensor) -> Weight4bit:
+    """A weight with the scale of each block from the candidate under which the block has the least weighted error."""
+    exact, size = w.float(), candidates[0].block_size
+    absmax = candidates[0].absmax
+    least = torch.full(absmax.shape, torch.inf, dtype=torch.float32, device=w.device)
+    for candidate in candidates:
+        errors = (_encoded(w, candidate).dequantize(torch.float32) - exact).square() * importance
+        padded = torch.nn.functional.pad(errors.view(-1), (0, -errors.numel() % size))
+        error = padded.view(-1, size).sum(1)
+        absmax = torch.where(error < least, candidate.absmax, absmax)
+        least = torch.minimum(least, error)
+    return dataclasses.replace(candidates[0], absmax=absmax)
 
 
 def _energy(w: Tensor, moments: Tensor) -> float:
@@ -132,14 +178,14 @@ def _energy(w: Tensor, moments: Tensor) -> float:
 def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: Weight4bit) -> Encoded:
     """The 4-bit encoding of ``w`` whose outputs have the smallest error on the calibration's inputs.
 
-    The candidates are plain NF4, weighted scales, and, if ``feedback`` has a factor, weighted scales with GPTQ's error
-    feedback.
+    The candidates are ``plain``, weighted scales, and, if ``feedback`` has a factor, weighted scales with GPTQ's error
+    feedback. Forms with offsets keep the scales and offsets of ``plain``.
 
     Args:
         w: [N, K]; float32, bfloat16 or float16.
         moments: float32 [K, K], the second moments of the layer's inputs.
         feedback: from those moments.
-        plain: ``w`` as encoded by ``quantize_nf4``. The result has the same form.
+        plain: ``w`` as encoded by ``qlora_ext.quantize``. The result has the same form.
 
     Example:
         >>> w, x = torch.randn(32, 64), torch.randn(500, 64) @ torch.randn(64, 64)
@@ -159,12 +205,12 @@ def encode(w: Tensor, moments: Tensor, feedback: Feedback, plain: Weight4bit) ->
 
     absmax_error = error_of(plain)
     best = Encoded(plain, "absmax", absmax_error, absmax_error)
-    absmax = torch.ops.qlora.search_absmax_nf4(w, feedback.importance, plain.block_size, plain.code)
-    attempts: list[tuple[str, Feedback | None]] = [("scales", None)]
+    searched = _searched(w, feedback.importance, plain)
+    attempts: list[tuple[str, Feedback | None]] = [] if searched is None else [("scales", None)]
     if feedback.factor is not None:
         attempts.append(("feedback", feedback))
     for method, given in attempts:
-        w4 = _under_scales(w, absmax, plain, given)
+        w4 = _encoded(w, searched or plain, given)
         error = error_of(w4)
         if error < best.error:
             best = Encoded(w4, method, error, absmax_error)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration import self_text
+from ..form import Form
+from ..formats import NF4
 from ..nn import Packed4bit, is_dense, layers_of, places_in, quantized
 from .integrity import problems_of
 from .layers import Candidate, LayerCost, measure
@@ -185,7 +187,8 @@ def _dense_modules(model: nn.Module, base: nn.Module) -> dict[str, nn.Module]:
 
 
 def _candidate(name: str, layer: Packed4bit, dense: nn.Module) -> Candidate:
-    plain = quantized(dense, layer.compute_dtype, **layer.form.keywords)
+    form = layer.form if layer.form.code == NF4 else Form()  # weights of other formats are compared with plain NF4 too
+    plain = quantized(dense, layer.compute_dtype, **form.keywords)
     if dict(plain.packed_shapes) != dict(layer.packed_shapes):
         raise ValueError(
             f"base: expected the dense model that `model` was quantized from, got {name} with weights "

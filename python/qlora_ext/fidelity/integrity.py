@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from ..nn import Packed4bit, TiedLinear4bit, layers_of
-from ..weight import Weight4bit
 
 # The largest float16. Weights of real models are far smaller in any dtype.
 _LARGEST_SCALE = 65504.0
@@ -38,27 +36,23 @@ def _of_layer(layer: Packed4bit) -> Iterator[str]:
     for weight in layer.packed_shapes:
         w4 = layer.packed_weight(weight)
         prefix = "" if weight == "weight" else f"{weight}: "
-        scales = _scales(w4)
-        bad = int((~scales.isfinite()).sum())
-        if bad:
-            yield f"{prefix}{bad} of {scales.numel()} scales are NaN or infinite"
-        elif scales.max() > _LARGEST_SCALE:
-            large = int((scales > _LARGEST_SCALE).sum())
-            yield (
-                f"{prefix}{large} of {scales.numel()} scales are above {_LARGEST_SCALE:.0f}, up to {scales.max():.3g}: "
-                "no model has such weights"
-            )
-        elif not scales.any():
+        scales = w4.decoded_scales()
+        offsets = w4.decoded_offsets(scales)
+        for kind, t in {"scales": scales, "offsets": offsets}.items():
+            if t is not None:
+                yield from (f"{prefix}{problem}" for problem in _of_values(kind, t))
+        if not scales.any():
             yield f"{prefix}every scale is zero: nothing was loaded into it"
 
 
-def _scales(w4: Weight4bit) -> Tensor:
-    """The decoded scales, float32 [blocks], or [E, blocks] for a stack."""
-    if not w4.double_quant:
-        return w4.absmax
-    if len(w4.shape) > 2:
-        return torch.stack([_scales(w4.matrix(e)) for e in range(w4.shape[0])])
-    scales: Tensor = torch.ops.qlora.dequantize_absmax(
-        w4.absmax, w4.nested_absmax, w4.nested_offset, w4.nested_block_size
-    )
-    return scales
+def _of_values(kind: str, values: Tensor) -> Iterator[str]:
+    bad = int((~values.isfinite()).sum())
+    largest = values.abs().max()
+    if bad:
+        yield f"{bad} of {values.numel()} {kind} are NaN or infinite"
+    elif largest > _LARGEST_SCALE:
+        large = int((values.abs() > _LARGEST_SCALE).sum())
+        yield (
+            f"{large} of {values.numel()} {kind} are above {_LARGEST_SCALE:.0f}, up to {largest:.3g}: "
+            "no model has such weights"
+        )

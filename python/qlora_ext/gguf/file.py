@@ -34,6 +34,14 @@ class TensorInfo:
     begin: int
     nbytes: int
 
+    @property
+    def type_name(self) -> str:
+        """GGML's name of the tensor's type, such as Q4_K."""
+        import gguf
+
+        name: str = gguf.GGMLQuantizationType(self.kind).name
+        return name
+
 
 @dataclasses.dataclass(frozen=True)
 class Header:

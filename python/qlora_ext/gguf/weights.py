@@ -1,11 +1,17 @@
-"""Decodes the weights of a GGUF file one at a time, so that they can be quantized without a dense model in memory.
+"""Reads the weights of a GGUF file one at a time, so that the model is never in memory twice.
 
-transformers decodes a whole GGUF file, and does not quantize it. Here, its tensor processors, which undo what the
-conversion to GGUF did to some weights, and the gguf package's name tables are applied to one tensor at a time.
+transformers decodes a whole GGUF file, and quantizes nothing. Here, its tensor processors, which undo what the
+conversion to GGUF did to some weights, and the gguf package's name tables are applied to one tensor at a time. Weights
+that the file stores in 4 bits stay as they are, even if their rows have to be moved.
 """
 
 from __future__ import annotations
 
+import collections
+import copy
+import dataclasses
+import logging
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -15,18 +21,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._internal.untrusted import FileError, printable
+from .._internal.untrusted import FileError, excerpt, printable
+from ..weight import Weight4bit
+from . import blocks
 from .file import TensorInfo, read_header
+from .rows import Rows, find_rows
+
+_log = logging.getLogger(__name__)
+_CHUNK = 1 << 20  # elements that are read at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A tensor of the file that a weight comes from; ``rows`` is None if transformers computes the weight from it."""
+
+    tensor: TensorInfo
+    rows: Rows | None
+
+    @property
+    def count(self) -> int:
+        """The number of rows of the tensor."""
+        return math.prod(self.tensor.shape[:-1])
 
 
 class _Weight:
-    """A weight that is decoded on access with ``[...]``, the way transformers reads slices of safetensors files."""
+    """A weight that is read on access with ``[...]``, the way transformers reads slices of safetensors files."""
 
-    def __init__(self, file: GGUFWeights, name: str) -> None:
-        self._file, self._name = file, name
+    def __init__(self, file: GGUFWeights, name: str, kept: set[str]) -> None:
+        self._file, self._name, self._kept = file, name, kept
 
-    def __getitem__(self, index: Any) -> Tensor:
-        return self._file.decode(self._name)[index]
+    def __getitem__(self, index: Any) -> _Weight | Tensor:
+        return self if index is Ellipsis else self._file.decode(self._name)[index]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Tensor | Weight4bit:
+        """The weight: in 4 bits for a layer that keeps the file's bits, otherwise decoded."""
+        dtype, device = dtype or torch.float32, "cpu" if device is None else device
+        if self._name in self._kept:
+            return dataclasses.replace(self._file.stored(self._name).to(device), dtype=dtype)
+        return self._file.decode(self._name, dtype).to(device)
 
 
 class GGUFWeights:
@@ -38,10 +70,12 @@ class GGUFWeights:
 
     Attributes:
         unknown: the names of tensors in the file for which the model has no weight.
+        summary: what ``load`` made of the tensors of each type.
 
     Raises:
         NotImplementedError: the architecture's tensor names are unknown.
-        FileError: the file is truncated or damaged. It is a ValueError.
+        FileError: the file is truncated or damaged, or the gguf package cannot decode one of its types. It is a
+            ValueError.
 
     Example:
         >>> from transformers import AutoConfig, AutoModelForCausalLM
@@ -64,47 +98,176 @@ class GGUFWeights:
         processor = reading.TENSOR_PROCESSORS.get(header.architecture, reading.TensorProcessor)
         self._processor = processor(config=model.config.to_dict())
         self._names = self._names_of(header.architecture)
-        self._sources: dict[str, list[TensorInfo]] = {}  # a many-to-many relation
+        self._parts: dict[str, list[_Part]] = {}  # a many-to-many relation
         self.unknown: list[str] = []
+        self.summary = ""
         for tensor in header.tensors:
-            names = self._process(tensor, np.ones(tensor.shape, np.int8), {})
-            for name in names:
-                self._sources.setdefault(name, []).append(tensor)
-            if not names:
+            found = self._places_of(tensor)
+            for name, rows in found.items():
+                self._parts.setdefault(name, []).append(_Part(tensor, rows))
+            if not found:
                 self.unknown.append(tensor.name)
 
     def load(self, **options: Any) -> Any:
-        """Calls ``from_pretrained`` with these weights and ``options``, and returns its result."""
-        weights = {name: _Weight(self, name) for name in self._sources}
+        """Calls ``from_pretrained`` with these weights and ``options``, and returns its result.
+
+        With a ``QLoRAConfig``, layers keep the bits of weights that the file stores in a type of ``blocks.KINDS``, and
+        other layers stay dense. With ``skip_modules``, the layers that it names stay dense, and others are quantized to
+        NF4. With ``embeddings``, embeddings are 4-bit too. If the file has no 4-bit weight for a layer, the model is
+        quantized to NF4 like any dense model.
+        """
+        from ..integrations.transformers import QLoRAConfig
+        from .source import GGUFSource
+
+        if options.get("dtype", "auto") == "auto":  # transformers would search it in the tensors
+            options["dtype"] = self._model.dtype
+        config = options.get("quantization_config")
+        kept: set[str] = set()
+        if isinstance(config, QLoRAConfig):
+            source = GGUFSource(self.stored_kind, config)
+            source.forms(self._model)
+            if source.kept:
+                options["quantization_config"] = config = copy.copy(config)
+                config._source, kept = source, source.kept
+        weights = {name: _Weight(self, name, kept) for name in self._parts}
         loaded = type(self._model).from_pretrained(None, config=self._model.config, state_dict=weights, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.name_or_path = model.config._name_or_path = str(
             self._path.parent
         )  # as from_pretrained sets it for a GGUF file
+        self.summary = self._summarize(model, kept)
+        _log.info(self.summary)
         return loaded
 
-    def decode(self, name: str) -> Tensor:
-        """The weight ``name`` of the model, float32.
+    def decode(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight ``name`` of the model, rounded once to ``dtype``.
 
         Raises:
-            FileError: the file cannot be read.
+            FileError: the file cannot be read, or lacks a part of the weight.
         """
-        found: dict[str, Tensor] = {}
-        for tensor in self._sources[name]:
-            found = self._process(tensor, self._values(tensor), found)
-        return found[name]
+        parts, layout = self._parts[name], self._layout(name)
+        if layout is None:
+            found: dict[str, Tensor] = {}
+            for part in parts:
+                values = self._values(part, self._read(part, 0, part.count)).reshape(part.tensor.shape)
+                found = self._process(part.tensor, values, found)
+            return found[name].to(dtype)
+        width = parts[0].tensor.shape[-1]
+        out = torch.empty((math.prod(layout.stack), width), dtype=dtype, device="cpu")
+        for part in parts:
+            for where, data in self._chunks(part):
+                out[where] = torch.from_numpy(self._values(part, data)).to(dtype)
+        return out.T.contiguous() if layout.transposed else out.view(*layout.stack, width)
 
-    def _values(self, tensor: TensorInfo) -> Any:
-        import gguf
+    def stored(self, name: str) -> Weight4bit:
+        """The weight ``name`` of the model as the file stores it, with its rows in the model's order.
 
-        kind = gguf.GGMLQuantizationType(tensor.kind)
+        A weight that the model stores transposed has the file's shape.
+
+        Raises:
+            ValueError: its type is none of ``blocks.KINDS``, or transformers changes its values. FileError: the file
+                cannot be read, is damaged, or lacks a part of the weight.
+        """
+        kind, parts = self.stored_kind(name), self._parts[name]
+        if kind is None:
+            raise ValueError(f"{name}: expected a weight stored in one of the types {', '.join(blocks.KINDS)}")
+        layout = self._layout(name)
+        assert layout is not None
+        data = np.empty((math.prod(layout.stack), parts[0].tensor.nbytes // parts[0].count), np.uint8)
+        for part in parts:
+            for where, chunk in self._chunks(part):
+                data[where] = chunk
+        return blocks.read(kind, data, (*layout.stack, parts[0].tensor.shape[-1]), self._where(parts[0].tensor))
+
+    def stored_kind(
+        self, name: str, shape: tuple[int, ...] | None = None, transposed: bool | None = None
+    ) -> str | None:
+        """The type of the weight ``name`` if ``stored`` returns it, else None.
+
+        Args:
+            shape, transposed: also None if ``stored`` does not have that shape, or if the model's weight is not its
+                transpose, or is.
+        """
+        if name not in self._parts or (layout := self._layout(name)) is None:
+            return None
+        parts = self._parts[name]
+        kinds = {part.tensor.type_name for part in parts}
+        fits = shape in (None, (*layout.stack, parts[0].tensor.shape[-1])) and transposed in (None, layout.transposed)
+        return kinds.pop() if fits and len(kinds) == 1 and kinds <= {*blocks.KINDS} else None
+
+    def _summarize(self, model: Any, kept: set[str]) -> str:
+        """How many tensors of each type are 4-bit as they are stored, NF4, or dense in ``model``."""
+        from ..nn import Packed4bit
+
+        def fate(name: str) -> str:
+            module, _, weight = name.rpartition(".")
+            layer = model.get_submodule(module)
+            if not isinstance(layer, Packed4bit) or weight not in layer.packed_shapes:
+                return "dense"
+            return "kept in 4 bits" if name in kept else "quantized to NF4"
+
+        counts = collections.Counter(
+            (part.tensor.type_name, fate(name)) for name, parts in self._parts.items() for part in parts
+        )
+        found = ", ".join(f"{count} {kind} {fate}" for (kind, fate), count in counts.most_common())
+        return f"{printable(self._path.name)}: {found}"
+
+    def _layout(self, name: str) -> Rows | None:
+        """How rows of the file make up the weight ``name``; None if transformers computes it.
+
+        Raises:
+            FileError: the file lacks some of the rows.
+        """
+        parts = self._parts[name]
+        rows = [part.rows for part in parts if part.rows is not None]
+        alike = {(r.stack, r.transposed, part.tensor.shape[-1]) for r, part in zip(rows, parts, strict=False)}
+        if len(rows) < len(parts) or len(alike) > 1:
+            return None
+        expected, found = math.prod(rows[0].stack), sum(part.count for part in parts)
+        if found != expected:
+            raise FileError(
+                f"{self._where(parts[0].tensor)}: incomplete: expected {expected} rows for {excerpt(name)}, got {found}"
+            )
+        return rows[0]
+
+    def _where(self, tensor: TensorInfo) -> str:
+        return f"{printable(self._path)}: {excerpt(tensor.name)}"
+
+    def _chunks(self, part: _Part) -> Iterator[tuple[slice | Tensor, Any]]:
+        """Where a few rows are in the weight, and their bytes."""
+        assert part.rows is not None
+        step = max(1, _CHUNK // part.tensor.shape[-1])
+        for begin in range(0, part.count, step):
+            end = min(begin + step, part.count)
+            yield part.rows.of(begin, end), self._read(part, begin, end)
+
+    def _read(self, part: _Part, begin: int, end: int) -> Any:
+        """The bytes of rows ``begin`` to ``end - 1`` of a tensor [rows, bytes per row]."""
+        tensor, size = part.tensor, part.tensor.nbytes // part.count
         try:
-            data = np.fromfile(self._path, np.uint8, tensor.nbytes, offset=tensor.begin)
+            data = np.fromfile(self._path, np.uint8, (end - begin) * size, offset=tensor.begin + begin * size)
         except OSError as error:
             raise FileError(f"cannot read {printable(self._path)}: {error.strerror}") from error
-        if data.size != tensor.nbytes:
-            raise FileError(f"{printable(self._path)}: truncated while it was read")
-        return gguf.dequantize(data.reshape(gguf.quant_shape_to_byte_shape(tensor.shape, kind)), kind)
+        if data.size != (end - begin) * size:
+            raise FileError(f"{self._where(tensor)}: truncated while it was read")
+        return data.reshape(end - begin, size)
+
+    def _values(self, part: _Part, data: Any) -> Any:
+        """The float32 values of rows that were read from a tensor."""
+        import gguf
+
+        try:
+            return gguf.dequantize(data, gguf.GGMLQuantizationType(part.tensor.kind))
+        except NotImplementedError as error:
+            raise FileError(
+                f"{self._where(part.tensor)}: the gguf package cannot decode {part.tensor.type_name}"
+            ) from error
+
+    def _places_of(self, tensor: TensorInfo) -> dict[str, Rows | None]:
+        """The weights that come from ``tensor``, and its rows in them; None if transformers changes its values."""
+        if len(tensor.shape) < 2:
+            return dict.fromkeys(self._process(tensor, np.ones(tensor.shape, np.int8), {}))
+        return find_rows(lambda values: self._process(tensor, values, {}), tensor.shape)
 
     def _process(self, tensor: TensorInfo, values: Any, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """Adds the model's weights that come from ``tensor``, which has these ``values``, to ``found``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -58,17 +58,24 @@ def decode_rows(w4: Weight4bit, rows: Tensor, dtype: torch.dtype) -> Tensor:
         at = (first * half).unsqueeze(1) + torch.arange(span * half, dtype=torch.int64, device=index.device)
         packed = w4.packed.reshape(-1)[at.clamp_max(w4.packed.numel() - 1)]
         blocks = blocks.clamp_max(w4.absmax.numel() - 1)
-    nested = None if w4.nested_absmax is None else w4.nested_absmax[blocks // w4.nested_block_size].reshape(-1)
+
+    def gathered(t: Tensor | None, at: Tensor) -> Tensor | None:
+        return None if t is None else t[at].reshape(-1)
+
+    nested = blocks // w4.nested_block_size
     out: Tensor = torch.ops.qlora.dequantize_nf4(
         packed,
-        w4.absmax[blocks].reshape(-1),
-        nested,
+        gathered(w4.absmax, blocks),
+        gathered(w4.nested_absmax, nested),
         w4.nested_offset,
         w4.block_size,
         1,  # each gathered scale has its own nested scale
         [index.numel(), span * w4.block_size],
         dtype,
         w4.code,
+        w4.scale_table,
+        gathered(w4.block_offsets, blocks),
+        gathered(w4.offset_scale, nested),
     )
     if not aligned:
         begin = (index * width - first * w4.block_size).unsqueeze(1)
@@ -87,7 +94,8 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
         padding_idx: an attribute without effect; its row is decoded like any other.
         compute_dtype: of the rows.
         device: of the packed state; "meta" allocates nothing.
-        form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in ``Linear4bit``.
+        form: ``block_size``, ``double_quant``, ``nested_block_size``, ``code``, ``scales`` and ``offsets``, as in
+            ``Linear4bit``.
 
     Example:
         >>> table = qlora_ext.nn.Embedding4bit.from_embedding(nn.Embedding(1000, 64))
@@ -101,6 +109,9 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
     absmax: Tensor
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
+    scale_table: Tensor | None
+    block_offsets: Tensor | None
+    offset_scale: Tensor | None
     packed_is_tied = True
 
     def __init__(
@@ -140,7 +151,7 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
 
         Args:
             compute_dtype: as in the constructor; the default is the dtype of ``embedding``.
-            form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in the constructor.
+            form: as in the constructor.
 
         Raises:
             TypeError: ``embedding`` is not a dense ``nn.Embedding``. ValueError: it has ``max_norm``, with which
@@ -180,10 +191,12 @@ class Embedding4bit(PackedWeight4bit, nn.Embedding):
 
     def extra_repr(self) -> str:
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
-        return (
-            f"{self.num_embeddings}, {self.embedding_dim}, {padding}"
-            f"block_size={self.block_size}, double_quant={self.double_quant}"
-        )
+        return f"{self.num_embeddings}, {self.embedding_dim}, {padding}{self.form}"
+
+
+def _of_table(name: str) -> Any:
+    """A property of a tied head: the attribute ``name`` of its table."""
+    return property(lambda head: getattr(head.embedding, name))
 
 
 class TiedLinear4bit(Linear4bit):
@@ -220,25 +233,10 @@ class TiedLinear4bit(Linear4bit):
         table: Embedding4bit = self.__dict__["embedding"]
         return table
 
-    @property
-    def absmax(self) -> Tensor:  # type: ignore[override]
-        return self.embedding.absmax
-
-    @property
-    def nested_absmax(self) -> Tensor | None:  # type: ignore[override]
-        return self.embedding.nested_absmax
-
-    @property
-    def nested_offset(self) -> Tensor | None:  # type: ignore[override]
-        return self.embedding.nested_offset
-
-    @property
-    def form(self) -> Form:  # type: ignore[override]
-        return self.embedding.form
-
-    @property
-    def weight_dtype(self) -> torch.dtype:  # type: ignore[override]
-        return self.embedding.weight_dtype
+    form, weight_dtype = _of_table("form"), _of_table("weight_dtype")
+    absmax, nested_absmax, nested_offset = _of_table("absmax"), _of_table("nested_absmax"), _of_table("nested_offset")
+    scale_table, block_offsets = _of_table("scale_table"), _of_table("block_offsets")
+    offset_scale = _of_table("offset_scale")
 
     def matrices_of(self, dense: nn.Module) -> dict[str, Tensor]:
         return {}  # the weight is the table's

@@ -14,7 +14,7 @@ from ..autograd import draw_seed
 from ..form import Form, FormKeywords
 from ..ops import autocast_dtype
 from ..weight import Weight4bit
-from .packed import Packed4bit, scale_names
+from .packed import Packed4bit
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -87,7 +87,8 @@ class Experts4bit(Packed4bit):
         experts: the dense module. Its weights are not read.
         compute_dtype: of the products; the default is the dtype of the dense weights.
         device: of the packed state; "meta" allocates nothing.
-        form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in ``Linear4bit``.
+        form: ``block_size``, ``double_quant``, ``nested_block_size``, ``code``, ``scales`` and ``offsets``, as in
+            ``Linear4bit``.
 
     Raises:
         TypeError: ``experts`` is not such a module. ValueError: a weight has an odd number of input features.
@@ -221,16 +222,14 @@ class Experts4bit(Packed4bit):
             dropout_p,
             0,
             draw_seed(x.device) if dropout_p > 0.0 else None,
-            w4.code,
+            *w4.last_args(),
         )
         return y
 
     def _some_experts(self, name: str, experts: list[int]) -> Weight4bit:
         """The stacked weights of some experts of a streamed module."""
         assert self.residency is not None
-        scales = scale_names(name).values()
-        copies = self.residency.read_experts(name, experts)
-        w4 = self._as_weight(name, copies[name], *(copies.get(scale) for scale in scales))  # type: ignore[arg-type]
+        w4 = self._as_weight(name, self.residency.read_experts(name, experts))
         return dataclasses.replace(w4, shape=torch.Size((len(experts), *w4.shape[1:])))
 
     def forward(
@@ -283,7 +282,7 @@ class Experts4bit(Packed4bit):
 
     def extra_repr(self) -> str:
         shapes = ", ".join(f"{name}={list(shape)}" for name, shape in self._shapes.items())
-        return f"{shapes}, block_size={self.block_size}, double_quant={self.double_quant}"
+        return f"{shapes}, {self.form}"
 
 
 @torch.compiler.disable  # as in a Linear4bit
@@ -303,4 +302,4 @@ def _grouped_streamed(
         dense = tuple(None if t is None else t.index_select(0, chosen) for t in dense)
         return experts._grouped(w4, x, offsets[chosen], dense, numbers)
     with experts.residency.lend(name) as packed:
-        return experts._grouped(experts._as_weight(name, *packed), x, offsets, dense, numbers)
+        return experts._grouped(experts._as_weight(name, packed), x, offsets, dense, numbers)

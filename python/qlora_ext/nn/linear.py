@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .._internal.loans import PackedTensors
 from ..autograd import call_linear_nf4, draw_seed
 from ..form import Form, FormKeywords
 from ..formats import NF4
@@ -26,9 +25,10 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     """A linear layer with a frozen 4-bit weight: y = x · dequantize(weight)ᵀ + bias, in one fused operator.
 
     The packed state consists of the parameters ``weight`` (uint8 [N, K/2]) and ``absmax`` [blocks], which have no
-    gradient, and with double quantization of the buffers ``nested_absmax`` and ``nested_offset``. ``weight4bit`` is the
-    packed state as one value. Moving the module moves it. Changing the dtype (``half()``, ``to(dtype)``) only changes
-    the bias and ``compute_dtype``. A new module contains zeros until ``load_state_dict`` or ``set_weight``.
+    gradient, and with double quantization of the buffers ``nested_absmax`` and ``nested_offset``. Other forms have
+    other tensors (``Weight4bit``); those that a form lacks are None. ``weight4bit`` is the packed state as one value.
+    Moving the module moves it. Changing the dtype (``half()``, ``to(dtype)``) only changes the bias and
+    ``compute_dtype``. A new module contains zeros until ``load_state_dict`` or ``set_weight``.
 
     Args:
         in_features, out_features: K and N.
@@ -38,7 +38,9 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         double_quant: whether the scales are stored in 8 bits.
         device: of the packed state; "meta" allocates nothing.
         nested_block_size: scales per nested scale.
-        code: the name of the 16 values.
+        code: the name of the 16 values, or the values themselves, by code.
+        scales: the form of the scales, one of ``formats.SCALE_FORMS``; None for the one that ``double_quant`` chooses.
+        offsets: the form of the offsets, one of ``formats.OFFSET_FORMS``; None if there are none.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
@@ -51,6 +53,9 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
     absmax: Tensor
     nested_absmax: Tensor | None
     nested_offset: Tensor | None
+    scale_table: Tensor | None
+    block_offsets: Tensor | None
+    offset_scale: Tensor | None
     # The class of the dense layer that this one replaces, and its attributes in addition to those of an nn.Linear.
     dense_class: type[nn.Linear] = nn.Linear
     dense_attributes: Mapping[str, Any] = MappingProxyType({})
@@ -65,11 +70,20 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         double_quant: bool = True,
         device: torch.device | str | None = None,
         nested_block_size: int = 256,
-        code: str = NF4,
+        code: str | Sequence[float] | Tensor = NF4,
+        scales: str | None = None,
+        offsets: str | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        form = Form.of(block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size, code=code)
+        form = Form.of(
+            block_size=block_size,
+            double_quant=double_quant,
+            nested_block_size=nested_block_size,
+            code=code,
+            scales=scales,
+            offsets=offsets,
+        )
         self._set_form(form, compute_dtype)
         self._register_packed(device)
         if bias:
@@ -96,7 +110,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
 
         Args:
             compute_dtype: as in the constructor; the default is the dtype of ``linear``.
-            form: ``block_size``, ``double_quant``, ``nested_block_size`` and ``code``, as in the constructor.
+            form: ``block_size``, ``double_quant``, ``nested_block_size``, ``code``, ``scales`` and ``offsets``, as in
+                the constructor.
 
         Raises:
             TypeError: ``linear`` is not a dense ``nn.Linear``. ValueError: as from ``quantize_nf4``.
@@ -143,12 +158,14 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         if self.residency is not None:
             y: Tensor = _fused_streamed(self, x, lora_a, lora_b, scaling, dropout_p)
             return y
-        packed = self.weight, self.absmax, self.nested_absmax, self.nested_offset
+        packed: tuple[Tensor | None, ...] = self.weight, self.absmax, self.nested_absmax, self.nested_offset
+        if self.form.has_more_tensors:  # reading an attribute of a module is slow
+            packed = (*packed, self.scale_table, self.block_offsets, self.offset_scale)
         return self._fused(packed, x, lora_a, lora_b, scaling, dropout_p)
 
     def _fused(
         self,
-        packed: PackedTensors,
+        packed: tuple[Tensor | None, ...],
         x: Tensor,
         lora_a: Tensor | None,
         lora_b: Tensor | None,
@@ -162,7 +179,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
             y = call_linear_nf4(
                 x.device.type,
                 x.to(cast),
-                *packed,
+                *packed[:4],
                 self.block_size,
                 self.nested_block_size,
                 self.out_features,
@@ -174,6 +191,7 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
                 0,
                 seed_tensor,
                 self.form.code,
+                *packed[4:],
             )
             return y.to(dtype)
 
@@ -218,10 +236,8 @@ class Linear4bit(PackedWeight4bit, nn.Linear):
         return self.to_linear(dtype)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"block_size={self.block_size}, double_quant={self.double_quant}"
-        )
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{sizes}, bias={self.bias is not None}, {self.form}"
 
 
 # The memory of a streamed weight differs from call to call, so no compiled graph may contain it.

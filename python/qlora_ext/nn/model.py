@@ -199,7 +199,8 @@ def quantize_model(
         skip: names of modules that stay dense, with everything inside them: full dotted names, or their last parts
             (``"lm_head"``, ``"mlp.gate"``). The default is the output heads: those named ``lm_head``, ``score``,
             ``classifier`` or ``qa_outputs``, and in a transformers model everything outside its base model.
-        block_size, double_quant: as in ``quantize_nf4``; ``options`` may hold ``nested_block_size`` and ``code`` too.
+        block_size, double_quant: as in ``quantize_nf4``; ``options`` may hold ``nested_block_size``, ``code``,
+            ``scales`` and ``offsets`` too, as in ``nn.Linear4bit``.
         embeddings: replace every ``nn.Embedding`` (but no subclass) by an ``Embedding4bit``. An output head that is
             tied to a table has no weight of its own and follows the table, even if ``skip`` names the head.
         towers: in a multimodal transformers model, replace layers outside the language model too: those of vision and

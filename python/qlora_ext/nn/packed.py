@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .._internal.loans import Loan
+from .._internal.loans import Loan, PackedTensors
 from ..form import Form
 from ..no_arithmetic import refuse_arithmetic
-from ..weight import Weight4bit, quantize, weight_of
+from ..weight import TENSORS, Weight4bit, quantize, weight_of
 
-# The names of the scales in the packed state. Some are float32, and no change of a model's dtype may touch them.
-SCALES = ("absmax", "nested_absmax", "nested_offset")
+# The names of the scales in the packed state, offsets included. No change of a model's dtype may touch them.
+SCALES = TENSORS[1:]
+# Those with an entry per block, which FSDP2 shards like the weight.
+_PER_BLOCK = ("absmax", "block_offsets")
 # The attributes of ``nn.Module`` that hold forward and backward hooks.
 _HOOKS = (
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -39,6 +41,11 @@ def scale_names(weight: str) -> dict[str, str]:
     return {scale: f"{prefix}{scale}" for scale in SCALES}
 
 
+def _names_of(weight: str) -> dict[str, str]:
+    """The names in the module of all tensors of the parameter ``weight``, by their names in ``Weight4bit``."""
+    return {"packed": weight, **scale_names(weight)}
+
+
 def full_tensor(t: Tensor) -> Tensor:
     """``t``, or the full tensor of which a DTensor is one rank's shard. Gathering it is a collective operation."""
     gathered: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
@@ -55,10 +62,10 @@ class Residency(Protocol):
     def lend(self, weight: str) -> Loan:
         """The packed tensors of ``weight`` on ``device``, valid until the loan ends."""
 
-    def read(self, weight: str) -> dict[str, Tensor]:
-        """Permanent copies of the packed tensors of ``weight``, by name."""
+    def read(self, weight: str) -> PackedTensors:
+        """Permanent copies of the packed tensors of ``weight``."""
 
-    def read_experts(self, weight: str, experts: list[int]) -> dict[str, Tensor]:
+    def read_experts(self, weight: str, experts: list[int]) -> PackedTensors:
         """Permanent copies for some matrices of a stack, stacked in that order."""
 
     def check(self) -> None:
@@ -68,11 +75,12 @@ class Residency(Protocol):
 class Packed4bit(nn.Module, abc.ABC):
     """A module with frozen 4-bit weights.
 
-    Each weight named in ``packed_shapes`` is uint8 and has the scales ``scale_names``. The weight and its absmax are
-    parameters without gradient, so that FSDP2 shards them; the nested scales, which are small, are buffers. Moving the
-    module moves them. Changing its dtype changes ``compute_dtype`` and other floating-point tensors, but no packed
-    state. Loading a state of another form is an error, even with ``strict=False``, and so is arithmetic on the
-    parameters (``no_arithmetic``). A weight with more than two dimensions is a stack of separately quantized matrices.
+    Each weight named in ``packed_shapes`` is uint8 and has the scales ``scale_names``, of which those that its form
+    lacks are None. The weight and the tensors with an entry per block (its absmax and block_offsets) are parameters
+    without gradient, so that FSDP2 shards them; the others, which are small, are buffers. Moving the module moves them.
+    Changing its dtype changes ``compute_dtype`` and other floating-point tensors, but no packed state. Loading a state
+    of another form is an error, even with ``strict=False``, and so is arithmetic on the parameters
+    (``no_arithmetic``). A weight with more than two dimensions is a stack of separately quantized matrices.
 
     Example:
         >>> layer = qlora_ext.nn.Linear4bit.from_linear(nn.Linear(64, 48))
@@ -127,26 +135,21 @@ class Packed4bit(nn.Module, abc.ABC):
         """Zeros with the names, shapes and dtypes of the packed state."""
         state: dict[str, Tensor] = {}
         for name, shape in self.packed_shapes.items():
-            *stack, n, k = shape
-            names = scale_names(name)
-            blocks = -(-n * k // self.block_size)
-            nested = -(-blocks // self.nested_block_size)
-            scale_dtype = torch.uint8 if self.double_quant else torch.float32
-            state[name] = torch.zeros((*stack, *ops.packed_shape((n, k))), dtype=torch.uint8, device=device)
-            state[names["absmax"]] = torch.zeros((*stack, blocks), dtype=scale_dtype, device=device)
-            if self.double_quant:
-                state[names["nested_absmax"]] = torch.zeros((*stack, nested), dtype=torch.float32, device=device)
-                state[names["nested_offset"]] = torch.zeros(stack, dtype=torch.float32, device=device)
+            names = _names_of(name)
+            for tensor, spec in self.form.tensors(shape[-2:], shape[:-2]).items():
+                state[names[tensor]] = torch.zeros(spec.shape, dtype=spec.dtype, device=device)
         return state
 
     def _register_packed(self, device: torch.device | str | None) -> None:
         state = self._empty_state(device)
         for name in self.packed_shapes:
-            absmax, *nested = scale_names(name).values()
-            for parameter in (name, absmax):
-                self.register_parameter(parameter, nn.Parameter(state[parameter], requires_grad=False))
-            for buffer in nested:
-                self.register_buffer(buffer, state.get(buffer))
+            self.register_parameter(name, nn.Parameter(state[name], requires_grad=False))
+            for scale, attribute in scale_names(name).items():
+                t = state.get(attribute)
+                if scale in _PER_BLOCK:
+                    self.register_parameter(attribute, None if t is None else nn.Parameter(t, requires_grad=False))
+                else:
+                    self.register_buffer(attribute, t)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         super().register_parameter(name, param)
@@ -173,15 +176,9 @@ class Packed4bit(nn.Module, abc.ABC):
             raise ValueError(f"w4: expected shape {list(self.packed_shapes[name])}, got {list(w4.shape)}")
         form = self.form
         self.form = w4.form
-        absmax, nested_absmax, nested_offset = scale_names(name).values()
-        parts = {
-            name: w4.packed,
-            absmax: w4.absmax,
-            nested_absmax: w4.nested_absmax,
-            nested_offset: w4.nested_offset,
-        }
+        names, tensors = _names_of(name), w4.tensors
         try:
-            self.check_form({key: t for key, t in parts.items() if t is not None})
+            self.check_form({names[tensor]: t for tensor, t in tensors.items()})
         except ValueError:
             self.form = form
             raise
@@ -191,14 +188,20 @@ class Packed4bit(nn.Module, abc.ABC):
         else:
             setattr(self, name, nn.Parameter(w4.packed, requires_grad=False))
         self.weight_dtype = w4.dtype
-        setattr(self, absmax, nn.Parameter(w4.absmax, requires_grad=False))
-        setattr(self, nested_absmax, w4.nested_absmax)
-        setattr(self, nested_offset, w4.nested_offset)
+        for scale in SCALES:
+            t = tensors.get(scale)
+            if t is not None and scale in _PER_BLOCK:
+                t = nn.Parameter(t, requires_grad=False)
+            setattr(self, names[scale], t)
 
     def packed_parts(self, name: str) -> dict[str, Tensor]:
         """The parameters and buffers of the weight ``name``, by their names in the module. They are not copies."""
         state = self.packed_state()
-        return {part: state[part] for part in (name, *scale_names(name).values()) if part in state}
+        return {part: state[part] for part in _names_of(name).values() if part in state}
+
+    def packed_tensors(self, name: str, state: Mapping[str, Tensor]) -> PackedTensors:
+        """The tensors of the weight ``name`` among ``state``, which has them by their names in the module."""
+        return PackedTensors(*(state.get(part) for part in _names_of(name).values()))  # type: ignore[arg-type]
 
     def unshare(self, name: str) -> None:
         """Gives the module its own parameter for the weight ``name``, over the same memory.
@@ -236,26 +239,18 @@ class Packed4bit(nn.Module, abc.ABC):
         For a module that FSDP2 has sharded, the full weight is gathered: every rank has to call this. For a streamed
         module, the result is a copy on the device that computes.
         """
-        names = name, *scale_names(name).values()
         if self.residency is not None:
-            copies = self.residency.read(name)
-            return self._as_weight(name, copies[name], *(copies.get(scale) for scale in names[1:]))  # type: ignore[arg-type]
-        packed, absmax, *nested = (getattr(self, part) for part in names)
+            return self._as_weight(name, self.residency.read(name))
+        tensors = {tensor: getattr(self, part) for tensor, part in _names_of(name).items()}
         with torch._C.DisableTorchFunctionSubclass():  # a Weight4bit holds plain tensors
-            return self._as_weight(name, full_tensor(packed.detach()), full_tensor(absmax.detach()), *nested)
+            for tensor in ("packed", *_PER_BLOCK):
+                if tensors[tensor] is not None:
+                    tensors[tensor] = full_tensor(tensors[tensor].detach())
+        return self._as_weight(name, PackedTensors(**tensors))
 
-    def _as_weight(
-        self, name: str, packed: Tensor, absmax: Tensor, nested_absmax: Tensor | None, nested_offset: Tensor | None
-    ) -> Weight4bit:
-        return weight_of(
-            self.form,
-            packed=packed,
-            absmax=absmax,
-            nested_absmax=nested_absmax,
-            nested_offset=nested_offset,
-            shape=torch.Size(self.packed_shapes[name]),
-            dtype=self.weight_dtype,
-        )
+    def _as_weight(self, name: str, tensors: PackedTensors) -> Weight4bit:
+        shape = torch.Size(self.packed_shapes[name])
+        return weight_of(self.form, **tensors._asdict(), shape=shape, dtype=self.weight_dtype)
 
     def freeze_packed(self) -> None:
         """Clears ``requires_grad`` of the packed state, which other code may have set for all parameters."""
@@ -331,7 +326,7 @@ class Packed4bit(nn.Module, abc.ABC):
 
     def packed_state(self) -> dict[str, Tensor]:
         """The packed weights and their scales, by their names in the module."""
-        names = [n for name in self.packed_shapes for n in (name, *scale_names(name).values())]
+        names = [part for name in self.packed_shapes for part in _names_of(name).values()]
         tensors = {name: getattr(self, name) for name in names}
         return {name: t for name, t in tensors.items() if t is not None}
 
@@ -347,16 +342,13 @@ class Packed4bit(nn.Module, abc.ABC):
         empty = self._empty_state("meta")
         found = {prefix + name: t for name, t in self.packed_state().items()} if state is None else state
         for weight, shape in self.packed_shapes.items():
-            form = (
-                f"the packed state of a weight {list(shape)} with block_size={self.block_size}"
-                f", double_quant={self.double_quant}"
-            )
-            for name in (weight, *scale_names(weight).values()):
+            form = f"the packed state of a weight {list(shape)} with {self.form}"
+            for tensor, name in _names_of(weight).items():
                 t, expected = found.get(prefix + name), empty.get(name)
                 if t is None:
                     continue
                 if expected is None:
-                    raise ValueError(f"{prefix}{name}: expected {form}, got double-quantized scales")
+                    raise ValueError(f"{prefix}{name}: expected {form}, which has no {tensor}")
                 if t.dtype != expected.dtype or t.shape != expected.shape:
                     raise ValueError(
                         f"{prefix}{name}: expected {expected.dtype} {list(expected.shape)}, {form}; "

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .._internal.dtype_names import AUTO
 from ..dtypes import computing_dtype_named
+from ..form import Form
 from ..integrations.peft.lora_config import lora_config
 from ..nn import Packed4bit, quantize_model, scale_names
 from ..streaming import chunk_mlp, dense_mlps
@@ -51,6 +52,7 @@ class Job:
         devices: number of devices that share the weights with FSDP2.
         stream: where the frozen layers are stored: none, ram or disk.
         host: whether the run is on the CPU.
+        form: of the 4-bit weights, if the checkpoint has them in another format; None for NF4 with ``block_size``.
 
     The other fields are the options of ``finetune`` with the same names.
 
@@ -74,6 +76,7 @@ class Job:
     offload_checkpoints: bool = False
     stream: str = "none"
     host: bool = False
+    form: Form | None = None
 
     @property
     def compute(self) -> torch.dtype:
@@ -155,7 +158,7 @@ def build(job: Job, layers: int) -> Any:
     config.use_cache = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=job.compute)
-        quantize_model(model, block_size=job.block_size)
+        quantize_model(model, **(job.form or Form(block_size=job.block_size)).keywords)
         config = lora_config(model, job.rank, job.target_modules, list(job.modules_to_save))
         model = get_peft_model(model, config)
     if job.grad_checkpointing:

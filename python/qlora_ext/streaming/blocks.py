@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._internal.loans import PackedTensors
 from ..calibration.stages import stacks_of
-from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
+from ..nn import Embedding4bit, Experts4bit, Packed4bit, TiedLinear4bit, layers_of
 
 _ALIGNMENT = 256  # bytes, of each tensor in a block: the alignment of cudaMalloc, and more than any kernel needs
 
@@ -73,15 +73,15 @@ class Block:
         return tuple(part.state for part in self.parts)
 
     def views(self, memory: Tensor) -> dict[tuple[Packed4bit, str], PackedTensors]:
-        """The four tensors of each weight of each module, as views of ``memory``."""
-        found = {(part.module, part.name): part.view(memory) for part in self.parts}
-
-        def four(module: Packed4bit, weight: str) -> PackedTensors:
-            absmax, *nested = scale_names(weight).values()
-            nested_absmax, nested_offset = (found.get((module, name)) for name in nested)
-            return found[module, weight], found[module, absmax], nested_absmax, nested_offset
-
-        return {(module, weight): four(module, weight) for module in self.modules for weight in module.packed_shapes}
+        """The tensors of each weight of each module, as views of ``memory``."""
+        found: dict[Packed4bit, dict[str, Tensor]] = {module: {} for module in self.modules}
+        for part in self.parts:
+            found[part.module][part.name] = part.view(memory)
+        return {
+            (module, weight): module.packed_tensors(weight, views)
+            for module, views in found.items()
+            for weight in module.packed_shapes
+        }
 
 
 def _block(name: str, modules: list[Packed4bit]) -> Block:

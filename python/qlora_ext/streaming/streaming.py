@@ -186,31 +186,31 @@ class Streaming:
         """Whether the modules' tensors have not changed since they were read into ``slot``."""
         return slot.block is not None and slot.state == slot.block.state
 
-    def read_experts(self, index: int, module: Packed4bit, weight: str, experts: list[int]) -> dict[str, Tensor]:
-        """Stacked copies of some experts' packed tensors on ``device``, by the names of their attributes.
+    def read_experts(self, index: int, module: Packed4bit, weight: str, experts: list[int]) -> PackedTensors:
+        """Stacked copies of some experts' packed tensors on ``device``.
 
         From now on, the block's stacks of experts are not loaded into the ring, until a use needs all experts.
         """
         self._check_process()
         with self._lock:
             self._sparse_blocks.add(index)
-        names = (weight, *scale_names(weight).values())
         found: dict[str, Tensor] = {}
-        for part in self._parts[module]:
-            if part.name not in names:
-                continue
+        for part in self._parts_of(module, weight):
             size = part.nbytes // part.shape[0]
             copy = torch.empty(len(experts), size, dtype=torch.uint8, device="cpu")
             for row, expert in zip(copy, experts, strict=True):
                 self._source.read_part(part, row.numpy().data, expert * size)
             found[part.name] = copy.view(part.dtype).view(len(experts), *part.shape[1:]).to(self.device)
-        return found
+        return module.packed_tensors(weight, found)
 
-    def read(self, module: Packed4bit, weight: str) -> dict[str, Tensor]:
-        """Permanent copies of a weight's packed tensors on ``device``, by the names of their attributes."""
+    def read(self, module: Packed4bit, weight: str) -> PackedTensors:
+        """Permanent copies of a weight's packed tensors on ``device``."""
+        parts = self._parts_of(module, weight)
+        return module.packed_tensors(weight, {part.name: self.read_part(part).to(self.device) for part in parts})
+
+    def _parts_of(self, module: Packed4bit, weight: str) -> list[Part]:
         names = (weight, *scale_names(weight).values())
-        parts = (part for part in self._parts[module] if part.name in names)
-        return {part.name: self.read_part(part).to(self.device) for part in parts}
+        return [part for part in self._parts[module] if part.name in names]
 
     def read_part(self, part: Part) -> Tensor:
         """A copy of one tensor, on the host."""
@@ -244,10 +244,10 @@ class _Residency:
     def lend(self, weight: str) -> Loan:
         return self.streaming.lend(self._index, self._module, weight)
 
-    def read(self, weight: str) -> dict[str, Tensor]:
+    def read(self, weight: str) -> PackedTensors:
         return self.streaming.read(self._module, weight)
 
-    def read_experts(self, weight: str, experts: list[int]) -> dict[str, Tensor]:
+    def read_experts(self, weight: str, experts: list[int]) -> PackedTensors:
         return self.streaming.read_experts(self._index, self._module, weight, experts)
 
     def check(self) -> None:

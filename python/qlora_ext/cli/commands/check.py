@@ -11,7 +11,7 @@ from ..data import DEFAULT_DATA, held_out
 from ..errors import UserError, first_line
 from ..models.devices import parse_computing_dtype, parse_device, parse_dtype
 from ..models.loading import Loader, load_dense
-from ..models.pretrained import dense_name, is_4bit, load_tokenizer
+from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer
 from ..models.sources import ModelSource, resolve
 from ..models.validate_model import check_tokens, longest_input
 from ..options import add_dtype_option, add_trust_option
@@ -83,6 +83,8 @@ def _base(arguments: argparse.Namespace, source: ModelSource) -> tuple[ModelSour
         if is_4bit(base):
             raise UserError(f"--base {arguments.base}: expected a dense model, got a quantized one")
         return base, ""
+    if has_4bit_blocks(source):
+        return None, "its file stores 4-bit weights, which are used as they are; name the dense model with --base"
     if not is_4bit(source):
         return source, ""
     name = dense_name(source)

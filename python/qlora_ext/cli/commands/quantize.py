@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..models.conversion import SHARD_SIZE, spilled
 from ..models.devices import parse_device, parse_dtype
 from ..models.loading import Loader
-from ..models.pretrained import dense_name, is_4bit, load_tokenizer, restore_use_cache
+from ..models.pretrained import dense_name, has_4bit_blocks, is_4bit, load_tokenizer, restore_use_cache
 from ..models.size import dense_share, model_size
 from ..models.sources import PROVENANCE, resolve
 from ..options import add_trust_option
@@ -45,6 +45,11 @@ def add_parser(commands: Any) -> None:
         "--embeddings", action="store_true",
         help="quantize embeddings too, and output heads tied to them: smaller, faster to generate with, less accurate",
     )  # fmt: skip
+    parser.add_argument(
+        "--quantize-rest", action="store_true",
+        help="of a GGUF file with 4-bit weights, which stay as they are, quantize the other layers to NF4 instead of "
+        "leaving them dense",
+    )  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", help="dtype of the dense weights (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
     calibrate.add_options(parser)
@@ -76,14 +81,17 @@ def _run(arguments: argparse.Namespace, output: Output) -> int:
     dtype, device = parse_dtype(arguments.dtype), parse_device(arguments.device)
     source = resolve(arguments.model, arguments.trust_remote_code)
     output.protect("--model", arguments.model, source.on_disk)
+    if arguments.quantize_rest and not has_4bit_blocks(source):
+        raise UserError(f"--quantize-rest: expected a GGUF file with 4-bit weights, got {arguments.model}")
     calibrate.protect(arguments, output)
     output.check()
     init_lora = calibrate.init_lora(arguments)
     tokenizer = load_tokenizer(source)
     form = Form.of(block_size=arguments.block_size, double_quant=not arguments.no_double_quant)
-    loader = Loader(source, form, dtype, device, embeddings=arguments.embeddings)
+    loader = Loader(source, form, dtype, device, embeddings=arguments.embeddings, rest=arguments.quantize_rest)
     mixed = mixed_precision.from_options(arguments, tokenizer, form)
     dense_first = arguments.calibrate != "none" or init_lora is not None or mixed is not None
+    dense_first = dense_first or (arguments.format == "bitsandbytes" and has_4bit_blocks(source))  # it has NF4 only
     with contextlib.ExitStack() as stack:
         spill = None
         if not dense_first and device.type == "cpu":

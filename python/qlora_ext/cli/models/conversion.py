@@ -45,6 +45,7 @@ def _origin_of(loader: Loader) -> dict[str, Any]:
         "block_size": form.block_size,
         "double_quant": form.double_quant,
         "embeddings": loader.embeddings,
+        "rest": loader.rest,
         "version": VERSION,
     }
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import pathlib
+import sys
 import warnings
 from typing import TYPE_CHECKING, Any
 
+from ..._internal.untrusted import printable
 from ..errors import UserError, first_line
 from . import validate_model
-from .pretrained import load_config, load_pretrained, loading
+from .pretrained import has_4bit_blocks, load_config, load_pretrained, loading
 from .sources import ModelSource
 
 if TYPE_CHECKING:
@@ -63,7 +65,7 @@ def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
 
 def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch.dtype | None) -> Any:
     """Checks that the values of ``model`` are finite, and makes it compute in ``compute`` (None: no change)."""
-    validate_model.check_finite(source, model.state_dict().items())
+    validate_model.check_finite(source, model)
     model.config.use_cache = False
     if compute is not None:
         _compute_in(model, dtype, compute)
@@ -92,6 +94,7 @@ class Loader:
         compute: the dtype in which the model computes, if it differs from ``dtype``. Dense weights are then cast to it;
             4-bit weights stay those of ``dtype``.
         embeddings: quantize embeddings too, each with the output head that is tied to it.
+        rest: quantize also the layers whose weights a GGUF file does not store in 4 bits.
 
     Both methods raise a UserError if a weight is missing, has another shape, is NaN, or is in the files but not in the
     model.
@@ -103,6 +106,7 @@ class Loader:
     device: torch.device
     compute: torch.dtype | None = None
     embeddings: bool = False
+    rest: bool = False
 
     def while_loading(self, stream: str | None = None, resident: str | None = None, spill: Spill | None = None) -> Any:
         """Loads the model, quantizing each weight when it is read, if transformers supports that for the source.
@@ -119,9 +123,13 @@ class Loader:
         weights = _gguf_weights(self.source, model_config)
         if self.source.gguf_file is not None and weights is None:
             # transformers cannot quantize a GGUF file that it reads itself.
+            self._say_that_it_decodes("the names of its tensors are unknown")
             return self._after_loading(stream, resident, shown=spill is not None)
-        config = QLoRAConfig(embeddings=self.embeddings, stream=stream, resident=resident)
-        config.record(self.form)
+        config = QLoRAConfig(
+            block_size=self.form.block_size, double_quant=self.form.double_quant,
+            nested_block_size=self.form.nested_block_size, embeddings=self.embeddings, stream=stream, resident=resident,
+            skip_modules=self._heads(model_config) if self.rest else None,
+        )  # fmt: skip
         if spill is not None:
             config = spilling(config, spill)
         model = self._quantized(config, weights, shown=spill is not None)
@@ -144,6 +152,7 @@ class Loader:
         from ...nn import computing_in
 
         validate_model.check_room(self.source, load_config(self.source))
+        self._say_that_it_decodes("options need the dense model")
         dtype = self.dtype
         model = _dense(self.source, dtype)
         runs = calibration is not None or keep is not None
@@ -153,6 +162,20 @@ class Loader:
             self._quantize(model, keep, calibration=calibration, init_lora=init_lora)
         model.to(self.device)
         return _checked(model, self.source, dtype, self.compute)
+
+    def _say_that_it_decodes(self, why: str) -> None:
+        if has_4bit_blocks(self.source):
+            print(
+                f"qlora-ext: the 4-bit weights of {printable(self.source.name)} are decoded and quantized to NF4, "
+                f"because {why}",
+                file=sys.stderr,
+            )
+
+    def _heads(self, model_config: Any) -> list[str]:
+        """The names of the output heads, which stay dense."""
+        from ...integrations.transformers.modules import dense_modules
+
+        return [*dense_modules(validate_model.skeleton(self.source, model_config)).heads]
 
     def _quantized(self, config: Any, weights: GGUFWeights | None, shown: bool) -> Any:
         """Lets transformers quantize the model while it loads it, from its files or from ``weights``."""
@@ -174,6 +197,8 @@ class Loader:
                     model, report = weights.load(**options)
                 report["unexpected_keys"] = {*report["unexpected_keys"], *weights.unknown}
         validate_model.check_report(self.source, model, report)
+        if weights is not None:
+            print(f"qlora-ext: {weights.summary}", file=sys.stderr)
         return model
 
     def _after_loading(self, stream: str | None, resident: str | None, shown: bool) -> Any:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
 
 from ..._internal.untrusted import excerpt, printable, read_json
+from ...gguf import read_header
 from ..errors import UserError, reading
 from .sources import PROVENANCE, ModelSource
 
@@ -72,6 +74,15 @@ def restore_use_cache(model: Any, source: ModelSource) -> None:
 def is_4bit(source: ModelSource) -> bool:
     """Whether the model's files are already quantized."""
     return source.gguf_file is None and getattr(load_config(source), "quantization_config", None) is not None
+
+
+def has_4bit_blocks(source: ModelSource) -> bool:
+    """Whether the model is a GGUF file with weights whose 4 bits are used as they are stored."""
+    from ...gguf.blocks import is_4bit
+
+    return source.gguf_file is not None and any(
+        is_4bit(tensor) for tensor in read_header(pathlib.Path(source.path) / source.gguf_file).tensors
+    )
 
 
 def dense_name(source: ModelSource) -> str | None:

@@ -145,13 +145,20 @@ def check_report(source: ModelSource, model: Any, report: dict[str, Any]) -> Non
         )
 
 
-def check_finite(source: ModelSource, tensors: Iterable[tuple[str, Any]]) -> None:
-    """Rejects weights with NaN or infinity.
+def check_finite(source: ModelSource, model: Any) -> None:
+    """Rejects weights with NaN or infinity. Tables of scales may have NaN, but no scale may have its code.
 
     Raises:
         UserError: a weight has such a value.
     """
-    broken = [name for name, t in tensors if t.is_floating_point() and not t.is_meta and not t.isfinite().all()]
+    from ...nn import layers_of
+
+    tensors = {name: t for name, t in model.state_dict().items() if not name.endswith("scale_table")}
+    broken = [name for name, t in tensors.items() if t.is_floating_point() and not t.is_meta and not t.isfinite().all()]
+    for name, layer in layers_of(model):
+        if layer.form.has_table and layer.residency is None:
+            scales = {weight: layer.packed_weight(weight).decoded_scales() for weight in layer.packed_shapes}
+            broken += [f"{name}.{weight}" for weight, t in scales.items() if not t.isfinite().all()]
     if broken:
         raise UserError(f"{source.name} is damaged: {len(broken)} weights have NaN or infinity: {named(broken)}")
 

@@ -34,7 +34,7 @@ from ...streaming import stream
 from ...weight import NF4Weight
 from .._patches import extend
 from ..transformers import METHOD, QLoRAConfig
-from ..transformers.modules import dense_names, dequantize_modules, form_of
+from ..transformers.modules import dense_names, dequantize_modules, forms_of
 
 _ALIGNMENT = 64  # bytes, of torch's allocations on a CPU
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -304,7 +304,10 @@ def record(config: QLoRAConfig, model: nn.Module) -> None:
             )
     config.embeddings = any(isinstance(layer, Embedding4bit) for _, layer in layers_of(model))
     config.skip_modules = dense_names(model, config.embeddings)
-    config.record(form_of(model))
+    config.record(forms_of(model))
+    if config.forms:
+        name, form = next(iter(config.forms.items()))
+        raise ValueError(f"{name}: expected an NF4 layer in a diffusers model, got {form}")
 
 
 def forget(model: Any) -> None:

@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ...form import Form
-from ...merged import retained_update, seed_of, with_update
+from ...formats import FP4, NF4
+from ...merged import retained_update, seed_of, with_nearest_codes, with_update
 from ...nn import Packed4bit, computing_in, is_dense, quantize_model
 from ...weight import Weight4bit
 from .._patches import extend
@@ -74,10 +75,17 @@ class Over4bit:
         raise NotImplementedError
 
     def requantize(self, weight: Tensor) -> None:
-        """Replaces the 4-bit weight by ``weight``, rounded to the nearest codes in the same form."""
+        """Replaces the 4-bit weight by ``weight``, rounded to the nearest codes.
+
+        bitsandbytes' formats get new scales. Those of other formats do not change, because other tensors of a
+        checkpoint depend on them: the factor of a weight, or a group of blocks that shares a scale.
+        """
         layer = self.layer4bit
-        w4 = layer.quantize(weight)
-        layer.set_packed(self.parameter_name, dataclasses.replace(w4, dtype=layer.weight_dtype))
+        if layer.form.code in (NF4, FP4):
+            w4 = dataclasses.replace(layer.quantize(weight), dtype=layer.weight_dtype)
+        else:
+            w4 = with_nearest_codes(layer.packed_weight(self.parameter_name), layer.as_quantized(weight))
+        layer.set_packed(self.parameter_name, w4)
 
     def names_to_merge(self, adapter_names: list[str] | None) -> list[str]:
         """Those of the given adapters (None: the active ones) that this layer has and that are not merged yet."""
@@ -105,8 +113,8 @@ class Over4bit:
     def set_merged(self, weight: Tensor, bias: Tensor | None) -> None:
         """Replaces the 4-bit weight by the results of ``merged_weights``.
 
-        If the adapters move the weights far enough for the nearest codes to retain the update, the sum is quantized
-        like any weight. Otherwise it is rounded stochastically under the old scales (``qlora_ext.merged``).
+        If the adapters move the weights far enough for the nearest codes to retain the update, the sum is rounded to
+        those (``requantize``). Otherwise it is rounded stochastically under the old scales (``qlora_ext.merged``).
         """
         if self.bias4bit is not None and bias is not None:
             self.bias4bit.data = bias.detach().to(self.bias4bit.dtype)

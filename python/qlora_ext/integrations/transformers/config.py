@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import enum
 import inspect
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ... import _library
+from ... import _library, bitsandbytes_format
 from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype
 from ...form import Form
@@ -22,7 +23,8 @@ from ...streaming import SOURCES
 METHOD = "qlora_ext"
 AUTO = "auto"
 NEEDS = "import qlora_ext"  # written into saved models: what loading them requires
-FORMAT_VERSION = 1
+FORMAT_VERSION = 1  # of models whose 4-bit layers are NF4 of one form
+_WITH_FORMS = 2  # of models with layers of other forms
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
@@ -98,6 +100,34 @@ def _meant(typed: str) -> str:
     return f"; did you mean {known[found[0]]}?" if found else ""
 
 
+def _is_described_by_arguments(form: Form) -> bool:
+    """Whether the arguments of ``QLoRAConfig`` describe that form."""
+    of_arguments = Form.of(
+        block_size=form.block_size, double_quant=form.double_quant, nested_block_size=form.nested_block_size
+    )
+    return form == of_arguments
+
+
+def _forms_of_layers(saved: Any) -> dict[str, Form]:
+    """The forms of layers, by name, from a saved list of forms with the names of their layers.
+
+    Raises:
+        ValueError: an entry is damaged.
+    """
+    forms: dict[str, Form] = {}
+    for entry in saved if isinstance(saved, list) else (saved,):
+        try:
+            keywords: dict[str, Any] = dict(entry)
+            names = keywords.pop("layers")
+            form = Form.of(**keywords)
+            forms |= dict.fromkeys(names, form)
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"forms: expected forms with the names of their layers, got {reprlib.repr(entry)} ({error})"
+            ) from error
+    return forms
+
+
 class _OfInstances:
     """An instance attribute. Reading it from the class raises an error that points to the missing parentheses."""
 
@@ -124,6 +154,7 @@ if TYPE_CHECKING:
         quant_method: str
         format_version: int
         needs: str
+        forms: list[dict[str, Any]]
 
 
 class QLoRAConfig(QuantizationConfigMixin):
@@ -151,8 +182,8 @@ class QLoRAConfig(QuantizationConfigMixin):
             use such a model concurrently take turns at each layer.
         resident: with ``stream``, the memory that the weights may use on that device, such as "6GB".
 
-    ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit, ours or
-    bitsandbytes' NF4, keeps its own block sizes and scale form.
+    ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit,
+    in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ or bitsandbytes' formats, keeps its codes, block sizes and scales.
 
     Arguments of transformers' ``BitsAndBytesConfig`` work too: ``bnb_4bit_use_double_quant``,
     ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` mean ``double_quant``, ``compute_dtype`` and
@@ -212,9 +243,10 @@ class QLoRAConfig(QuantizationConfigMixin):
             parse_size("resident", resident)
         if saved.pop("quant_method", METHOD) != METHOD:
             raise ValueError("quant_method: expected a configuration saved by qlora_ext")
-        if saved.pop("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        if saved.pop("format_version", FORMAT_VERSION) not in (FORMAT_VERSION, _WITH_FORMS):
             raise ValueError("format_version: this checkpoint needs a newer version of qlora_ext")
         saved.pop("needs", None)
+        self.forms = _forms_of_layers(saved.pop("forms", []))
         if saved:
             raise TypeError(f"QLoRAConfig has no argument {', '.join(map(repr, saved))}{_meant(next(iter(saved)))}")
         self.quant_method = _QuantMethod.QLORA_EXT
@@ -232,10 +264,14 @@ class QLoRAConfig(QuantizationConfigMixin):
 
     @property
     def form(self) -> Form:
-        """The form of the 4-bit weights."""
+        """The form of the 4-bit weights that are quantized to NF4."""
         return Form.of(
             block_size=self.block_size, double_quant=self.double_quant, nested_block_size=self.nested_block_size
         )
+
+    def form_of(self, layer: str) -> Form:
+        """The form of the 4-bit weights of that layer."""
+        return self.forms.get(layer, self.form)
 
     def computing_dtype(self, model_dtype: torch.dtype, device: torch.device | str | int | None = None) -> torch.dtype:
         """The dtype in which the 4-bit modules of a model that has the given dtype compute.
@@ -249,34 +285,48 @@ class QLoRAConfig(QuantizationConfigMixin):
         chosen = self.compute_dtype
         return chosen if isinstance(chosen, torch.dtype) else computing_dtype(model_dtype, device)
 
-    def record(self, form: Form | None) -> None:
-        """Records the form of a model's modules, which may come from a checkpoint.
+    def record(self, forms: Mapping[str, Form]) -> None:
+        """Records the forms of a model's layers, which may come from a checkpoint, by the layers' names.
 
         Raises:
-            ValueError: the code is not NF4, the only one that a checkpoint of this format can have.
+            ValueError: the layers that are NF4 differ in form.
         """
-        if form is not None:
-            if form.code != NF4:
-                raise ValueError(f"model: a checkpoint of this format holds {NF4} weights, got {form.code}")
+        self.forms = {name: form for name, form in forms.items() if not _is_described_by_arguments(form)}
+        common = {form for name, form in forms.items() if name not in self.forms}
+        if len(common) > 1:
+            found = "; ".join(sorted(map(str, common)))
+            raise ValueError(f"model: expected NF4 layers with one block size and scale form, got {found}")
+        for form in common:
             self.block_size, self.double_quant = form.block_size, form.double_quant
             self.nested_block_size = form.nested_block_size
 
     def to_dict(self) -> dict[str, Any]:
-        fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in ("stream", "resident")}
+        if self._source is not None and self._source.saved_config is not None:
+            return copy.deepcopy(dict(self._source.saved_config))
+        unsaved = ("forms", "stream", "resident")
+        fields = {k: v for k, v in vars(self).items() if not k.startswith("_") and k not in unsaved}
         fields |= {"quant_method": METHOD, "needs": NEEDS}
         fields["compute_dtype"] = str(self.compute_dtype).removeprefix("torch.")
+        if self.forms:
+            layers: dict[Form, list[str]] = {}
+            for name, form in self.forms.items():
+                layers.setdefault(form, []).append(name)
+            fields["forms"] = [{**form.keywords, "layers": names} for form, names in layers.items()]
+            fields["format_version"] = _WITH_FORMS
         return fields
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from self.to_dict().items()
 
     @classmethod
-    def from_bitsandbytes(cls, config: Any) -> QLoRAConfig:
+    def from_bitsandbytes(cls, config: Any, stored: bool = False) -> QLoRAConfig:
         """The configuration that quantizes like a ``BitsAndBytesConfig``, and reads checkpoints saved with it.
 
         Args:
             config: the ``BitsAndBytesConfig`` of transformers or of diffusers, or its fields, as in the ``config.json``
                 of a checkpoint.
+            stored: whether it belongs to weights that are 4-bit already. These may be FP4; dense ones are quantized to
+                NF4 only.
 
         Raises:
             ValueError: ``config`` is for int8 or FP4. TypeError: ``config`` is not such a configuration.
@@ -292,10 +342,11 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise TypeError(f"config: expected a BitsAndBytesConfig or its fields, got {reprlib.repr(config)}")
         if config.get("load_in_8bit") or not config.get("load_in_4bit", True):
             raise ValueError("quantization_config: expected a bitsandbytes NF4 checkpoint, got int8 (LLM.int8())")
+        codes = bitsandbytes_format.CODES if stored else (NF4,)
         kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
-        if kind != "nf4":
-            shown = str(kind).upper()[:20]
-            raise ValueError(f"quantization_config: expected a bitsandbytes NF4 checkpoint, got {shown}")
+        if kind not in codes:
+            expected, shown = " or ".join(codes).upper(), str(kind).upper()[:20]
+            raise ValueError(f"quantization_config: expected a bitsandbytes {expected} checkpoint, got {shown}")
         storage = _dtype_named("bnb_4bit_quant_storage", config.get("bnb_4bit_quant_storage"))
         ours = cls(
             double_quant=bool(config.get("bnb_4bit_use_double_quant", False)),
@@ -309,3 +360,5 @@ class QLoRAConfig(QuantizationConfigMixin):
     _bitsandbytes_storage: torch.dtype | None = None
     # A ``Spill`` that receives each quantized weight.
     _spill: Any = None
+    # The ``Source`` of 4-bit weights that a checkpoint already has, in a format that is not ours.
+    _source: Any = None

@@ -11,16 +11,15 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, scale_names
-from ...weight import NF4Weight, Weight4bit
+from ...weight import Weight4bit
 from .spill import Spill
 
 
-def _one(value: Any) -> Tensor:
-    tensor: Tensor = value[0] if isinstance(value, list) else value
-    return tensor
+def _one(value: Any) -> Any:
+    return value[0] if isinstance(value, list) else value
 
 
-def _fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[str, Tensor]:
+def fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[str, Tensor]:
     """Stores a weight in ``module``, and returns its tensors by the names under which transformers sets them again."""
     prefix, _, weight = name.rpartition(".")
     if isinstance(module, TiedLinear4bit):  # a copy of the table in the checkpoint; the scales are the table's
@@ -35,6 +34,8 @@ def _fill(module: Packed4bit, name: str, w4: Weight4bit, missing: Any) -> dict[s
 
 class Quantize(ConversionOps):
     """Quantizes a dense weight that was just read, and frees it before the next one is read.
+
+    A reader may pass a ``Weight4bit`` instead, which its layer takes as it is.
 
     Args:
         quantize: quantizes a dense weight of a checkpoint for a module.
@@ -61,11 +62,12 @@ class Quantize(ConversionOps):
             dense = _one(value)
             w4 = None if self._spill is None else self._spill.get(name)
             if w4 is None:
-                w4 = self._quantized(module, name, dense)
+                w4 = dense if isinstance(dense, Weight4bit) else self._quantized(module, name, dense)
                 if self._spill is not None and name not in self._not_finite:
                     w4 = self._spill.put(name, w4)
-            filled |= _fill(module, name, w4, kwargs.get("missing_keys"))
-            self._release(dense)
+            filled |= fill(module, name, w4, kwargs.get("missing_keys"))
+            if isinstance(dense, Tensor):
+                self._release(dense)
         return filled
 
     def _quantized(self, module: Packed4bit, name: str, dense: Tensor) -> Weight4bit:
@@ -94,6 +96,7 @@ class LoadBitsandbytes(ConversionOps):
         layer, name = get_module_from_name(model, full_layer_name)
         if not isinstance(layer, Linear4bit):
             # Every weight of the checkpoint is passed, also those that are dense.
-            return {full_layer_name: _one(input_dict["weight"]).to(getattr(layer, name).dtype)}
-        w4 = NF4Weight.from_bitsandbytes({key: _one(value) for key, value in input_dict.items()}, "weight")
-        return _fill(layer, full_layer_name, w4, kwargs.get("missing_keys"))
+            dense: Tensor = _one(input_dict["weight"])
+            return {full_layer_name: dense.to(getattr(layer, name).dtype)}
+        w4 = Weight4bit.from_bitsandbytes({key: _one(value) for key, value in input_dict.items()}, "weight")
+        return fill(layer, full_layer_name, w4, kwargs.get("missing_keys"))

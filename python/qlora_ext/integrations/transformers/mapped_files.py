@@ -55,20 +55,23 @@ class MappedFiles:
                     found.append((int(begin, 16), int(end, 16)))
         return found
 
-    def release(self, tensor: Tensor) -> None:
-        """Releases the pages of ``tensor``, which the load has read for the last time.
+    def release(self, *tensors: Tensor) -> None:
+        """Releases the pages of ``tensors``, which the load has read for the last time.
 
-        If the tensor is part of a mapping, the pages that lie entirely within it are discarded. If it is a copy (cast,
+        If a tensor is part of a mapping, the pages that lie entirely within it are discarded. If it is a copy (cast,
         or merged from several tensors), its source is unknown, so the kernel is asked to page out everything that was
         mapped since the load began. That preserves all content, but later reads access the disk. Tensors on other
         devices are not released.
         """
-        if tensor.device.type != "cpu":
-            return
-        mappings, begin, page = self._new_mappings(), tensor.data_ptr(), mmap.PAGESIZE
-        end = begin + tensor.nbytes
-        if tensor.is_contiguous() and any(b <= begin and end <= e for b, e in mappings):
-            _advise(-(-begin // page) * page, end // page * page, _MADV_DONTNEED)
-        else:
-            for mapping in mappings:
-                _advise(*mapping, _MADV_PAGEOUT)
+        on_cpu = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        mappings, page = self._new_mappings() if on_cpu else [], mmap.PAGESIZE
+        copied = False
+        for tensor in on_cpu:
+            begin = tensor.data_ptr()
+            end = begin + tensor.nbytes
+            if tensor.is_contiguous() and any(b <= begin and end <= e for b, e in mappings):
+                _advise(-(-begin // page) * page, end // page * page, _MADV_DONTNEED)
+            else:
+                copied = True
+        for mapping in mappings if copied else []:
+            _advise(*mapping, _MADV_PAGEOUT)

@@ -10,7 +10,20 @@ import torch
 from torch import nn
 
 from ...form import Form
-from ...nn import DENSE_RULES, DenseModules, Packed4bit, TiedLinear4bit, is_dense, layers_of, paths_to, places_in
+from ...nn import (
+    DENSE_RULES,
+    DenseModules,
+    Embedding4bit,
+    Experts4bit,
+    Packed4bit,
+    TiedLinear4bit,
+    conversion_of,
+    is_dense,
+    layers_of,
+    paths_to,
+    places_in,
+)
+from .conv1d import Conv1D4bit
 
 
 def _outside(module: nn.Module, inside: set[nn.Module], name: str = "") -> Iterator[str]:
@@ -60,6 +73,28 @@ def dense_modules(model: nn.Module) -> DenseModules:
 
 
 DENSE_RULES.append(dense_modules)
+
+
+def packed_weights(module: nn.Module) -> tuple[str, ...]:
+    """The names of the weights that would be 4-bit in the module for ``module``; empty if there is none for it."""
+    return tuple(empty_layer(module, torch.float32, Form()).packed_shapes) if is_dense(module) else ()
+
+
+def empty_layer(module: nn.Module, compute_dtype: torch.dtype, form: Form) -> Packed4bit:
+    """The 4-bit module that replaces ``module``, on the meta device."""
+    options: dict[str, Any] = {"compute_dtype": compute_dtype, "device": "meta", **form.keywords}
+    if isinstance(module, nn.Embedding):
+        return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
+    cls = conversion_of(module)
+    if cls is None:
+        return Experts4bit(module, **options)
+    n, k = module.weight.shape  # type: ignore[misc]
+    if cls is Conv1D4bit:
+        n, k = k, n
+    layer = cls(k, n, bias=module.bias is not None, **options)
+    if isinstance(module, nn.Linear):
+        layer.stand_for(module)
+    return layer
 
 
 def check_loaded(model: nn.Module) -> None:
@@ -127,17 +162,9 @@ def refuse_split_experts(checkpoint_files: list[str]) -> None:
                     )
 
 
-def form_of(model: nn.Module) -> Form | None:
-    """The form that all 4-bit layers of ``model`` have; None if it has no such layer.
-
-    Raises:
-        ValueError: the layers differ in form.
-    """
-    forms = {layer.form for _, layer in layers_of(model)}
-    if len(forms) > 1:
-        found = "; ".join(sorted(map(str, forms)))
-        raise ValueError(f"model: expected 4-bit layers with one code, block size and scale form, got {found}")
-    return next(iter(forms), None)
+def forms_of(model: nn.Module) -> dict[str, Form]:
+    """The forms of the 4-bit layers of ``model``, by name. Heads that are tied to a table have the table's form."""
+    return {name: layer.form for name, layer in layers_of(model) if not isinstance(layer, TiedLinear4bit)}
 
 
 def compute_dtype_of(model: nn.Module) -> torch.dtype | None:

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 
 from ... import _library
 from ...bitsandbytes_format import COMPANIONS
+from ...form import Form
 from ...nn import (
     AFTER_QUANTIZE,
     CONVERSIONS,
     Embedding4bit,
-    Experts4bit,
     Packed4bit,
     TiedLinear4bit,
     check_something_is_4bit,
@@ -36,6 +36,7 @@ from ...streaming import stream
 from ...weight import Weight4bit
 from .._patches import extend
 from . import conversions
+from .checkpoint import CheckpointSource
 from .config import METHOD, QLoRAConfig
 from .conv1d import Conv1D4bit
 from .mapped_files import MappedFiles
@@ -44,9 +45,15 @@ from .modules import (
     compute_dtype_of,
     dense_names,
     dequantize_modules,
-    form_of,
+    empty_layer,
+    forms_of,
+    packed_weights,
     refuse_split_experts,
 )
+from .source import Source
+
+# The field in which a configuration that transformers would ignore, because it does not know its method, is passed on.
+ORIGINAL = "original"
 
 
 def _tied_names(model: nn.Module) -> dict[str, str]:
@@ -74,18 +81,25 @@ class QLoRAQuantizer(HfQuantizer):
         # The storage dtype of the packed bytes in a checkpoint of bitsandbytes, else None.
         self.bitsandbytes_storage = self.qlora_config._bitsandbytes_storage if self.pre_quantized else None
         self.qlora_config._bitsandbytes_storage = None  # the model will be saved in our format
+        self.source: Source | None = self.qlora_config._source
+        self.forms: dict[str, Form] = {}  # of the weights that the source has in 4 bits, by their names in the model
         self.streaming_device: Any = None  # the device on which a streamed model computes; it is loaded on the CPU
+
+    @property
+    def reads_our_format(self) -> bool:
+        """Whether the checkpoint was saved by this package, so that its tensors are those of the modules."""
+        return bool(self.pre_quantized) and self.bitsandbytes_storage is None and self.source is None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         on_disk = isinstance(device_map, dict) and "disk" in device_map.values()
-        if on_disk and (not self.pre_quantized or self.bitsandbytes_storage is not None):
+        if on_disk and not self.reads_our_format:
             raise ValueError(
                 "device_map: expected no layers on disk, where transformers reads them from the dense checkpoint; "
                 "load and save the model in 4 bits first"
             )
         if self.qlora_config.stream is None:
             return
-        if self.qlora_config.stream == "disk" and (not self.pre_quantized or self.bitsandbytes_storage is not None):
+        if self.qlora_config.stream == "disk" and not self.reads_our_format:
             raise ValueError(
                 "stream: 'disk' needs a 4-bit model saved by qlora_ext; "
                 "run `qlora-ext quantize` first, or use stream='ram'"
@@ -131,6 +145,9 @@ class QLoRAQuantizer(HfQuantizer):
             skipped = {*self.get_modules_to_not_convert(model, config.skip_modules, fp32), *_tied_modules(model)}
             yield from self._linear_layers(model, sorted(skipped))
             return
+        if self.source is not None and not self.source.quantizes_rest:
+            yield from ((name, module) for name, module in list(model.named_modules()) if self._form(name, module))
+            return
         named = {*(config.skip_modules or ())}
         dense_parts = dense_modules(model)
         if self.pre_quantized:  # the configuration lists the full names of all dense modules
@@ -151,8 +168,15 @@ class QLoRAQuantizer(HfQuantizer):
             else:
                 continue
             paths = paths_to(name)
-            if full_names.isdisjoint(paths) and all(should_convert_module(path, patterns) for path in paths):
+            is_covered = full_names.isdisjoint(paths) and all(should_convert_module(path, patterns) for path in paths)
+            if is_covered or self._form(name, module):
                 yield name, module
+
+    def _form(self, name: str, module: nn.Module) -> Form | None:
+        """The form in which the source has the weights of a module; None if it does not have all of them."""
+        weights = packed_weights(module) if self.forms else ()
+        forms = [self.forms.get(f"{name}.{weight}".removeprefix(".")) for weight in weights]
+        return forms[0] if forms and all(forms) else None
 
     def _asked(self, model: nn.Module) -> list[str]:
         """The modules of ``model`` that the configuration requests to be dense."""
@@ -165,41 +189,25 @@ class QLoRAQuantizer(HfQuantizer):
             if type(module) in CONVERSIONS and should_convert_module(name, skipped):
                 yield name, module
 
-    def _empty(self, module: nn.Module, compute_dtype: torch.dtype) -> Packed4bit:
-        """The 4-bit module that replaces ``module``, on the meta device."""
-        options: dict[str, Any] = {
-            "compute_dtype": compute_dtype,
-            "device": "meta",
-            **self.qlora_config.form.keywords,
-        }
-        if isinstance(module, nn.Embedding):
-            return Embedding4bit(module.num_embeddings, module.embedding_dim, module.padding_idx, **options)
-        cls = conversion_of(module)
-        if cls is None:
-            return Experts4bit(module, **options)
-        n, k = module.weight.shape  # type: ignore[misc]
-        if cls is Conv1D4bit:
-            n, k = k, n
-        layer = cls(k, n, bias=module.bias is not None, **options)
-        if isinstance(module, nn.Linear):
-            layer.stand_for(module)
-        return layer
-
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         checkpoint_files = list(kwargs.get("checkpoint_files") or [])
         self.mapped_files = MappedFiles(checkpoint_files)
         if self.bitsandbytes_storage is not None and any(is_fused_experts(m) for m in model.modules()):
             refuse_split_experts(checkpoint_files)
         model_dtype: torch.dtype = model.config.dtype
+        if self.source is not None:
+            self.forms = self.source.forms(model, checkpoint_files)
+            self.source.release = self.mapped_files.release
         # transformers < 5.20 casts the tensors that it reads to the dtype of these placeholders.
-        as_read = self.bitsandbytes_storage or (None if self.pre_quantized else model_dtype)
+        as_read = self.bitsandbytes_storage or (None if self.reads_our_format else model_dtype)
         places, heads = places_in(model), tied_heads(model, _tied_names(model))
         chosen = list(self._to_convert(model))
         if not self.follows_bitsandbytes:  # for bitsandbytes, transformers itself warns
             check_something_is_4bit(model, bool(chosen), self._asked(model))
         compute_dtype = self.qlora_config.computing_dtype(model_dtype, self.streaming_device)
-        for _, module in chosen:
-            layer = self._empty(module, compute_dtype)
+        for name, module in chosen:
+            form = self._form(name, module) or self.qlora_config.form_of(name)
+            layer = empty_layer(module, compute_dtype, form)
             layer.weight_dtype = model_dtype
             # Conversions read the shape of the weight that they create. A tied head shares the table's weight.
             shaped = module if self.bitsandbytes_storage is None and not isinstance(module, nn.Embedding) else layer
@@ -236,6 +244,8 @@ class QLoRAQuantizer(HfQuantizer):
         return module.quantize(weight.T if isinstance(module, Conv1D4bit) else weight)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self.source is not None and self.source.error is not None:
+            raise self.source.error
         if self.not_finite:
             name, where = next(iter(self.not_finite.items()))
             more = f" ({len(self.not_finite)} weights have NaN or infinity)" if len(self.not_finite) > 1 else ""
@@ -250,22 +260,38 @@ class QLoRAQuantizer(HfQuantizer):
             report_coverage(model, self._asked(model), stacklevel=2)
         self.qlora_config.skip_modules = dense_names(model, self.qlora_config.embeddings)
         self.save_packed_state(model)
-        self.qlora_config.record(form_of(model))
+        if not self._saves_source:
+            self.qlora_config.record(forms_of(model))
         if self.qlora_config.stream is not None:
             stream(model, self.qlora_config.resident, self.qlora_config.stream, self.streaming_device)
             model.hf_device_map = {"": self.streaming_device}
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        if self.pre_quantized and self.bitsandbytes_storage is None:
+        if self.reads_our_format:
             weight_conversions = conversions.for_loading(model, weight_conversions)
+        if self.source is not None:
+            weight_conversions = self.source.conversions(weight_conversions)
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
         return updated
 
     def save_packed_state(self, model: Any) -> None:
         """Makes ``save_pretrained`` write packed weights unchanged, under their names in the model."""
-        self.conversions = getattr(model, "_weight_conversions", None)
-        model._weight_conversions = conversions.for_saving(model, self.conversions)
+        found = getattr(model, "_weight_conversions", None)
+        if self._saves_source:
+            assert self.source is not None
+            model._weight_conversions = self.conversions = self.source.prepare_saving(found or [])
+        else:
+            self.conversions = found
+            model._weight_conversions = conversions.for_saving(model, found)
+
+    @property
+    def _saves_source(self) -> bool:
+        """Whether the model is saved in the format of its checkpoint, and not in ours."""
+        return self.source is not None and self.source.saved_config is not None
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        return (self.source.state_dict(model) if self.source is not None else None), {}
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         model = dequantize_modules(model, dtype)
@@ -303,7 +329,7 @@ def attach(model: Any) -> None:
         return
     embeddings = any(isinstance(m, Embedding4bit) for m in model.modules())
     config = QLoRAConfig(skip_modules=dense_names(model, embeddings), embeddings=embeddings)
-    config.record(form_of(model))
+    config.record(forms_of(model))
     compute_dtype = compute_dtype_of(model)
     if compute_dtype is not None and compute_dtype != model.config.dtype:
         config.compute_dtype = compute_dtype
@@ -318,14 +344,19 @@ def attach(model: Any) -> None:
 
 @extend("transformers.quantizers.auto:AutoHfQuantizer.merge_quantization_configs")
 def merge_quantization_configs(original: Any, quantization_config: Any, quantization_config_from_args: Any) -> Any:
-    # The original requires a configuration of the checkpoint's class; ours also reads bitsandbytes' checkpoints.
+    # The original requires a configuration of the checkpoint's class; ours also reads checkpoints of other formats.
     if isinstance(quantization_config_from_args, QLoRAConfig):
         saved = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
-        if saved.get("quant_method", "bitsandbytes") == "bitsandbytes":
-            config = QLoRAConfig.from_bitsandbytes(saved)
+        saved = saved.get(ORIGINAL, saved)
+        method = saved.get("quant_method", "bitsandbytes")
+        if method == "bitsandbytes":
+            config = QLoRAConfig.from_bitsandbytes(saved, stored=True)
             config.compute_dtype = quantization_config_from_args.compute_dtype
-        else:
+        elif method == METHOD:
             config = original(quantization_config, quantization_config_from_args)
+        else:
+            config = copy.copy(quantization_config_from_args)
+            config._source, config.embeddings = CheckpointSource(saved), False
         config.stream = quantization_config_from_args.stream
         config.resident = quantization_config_from_args.resident
         return config

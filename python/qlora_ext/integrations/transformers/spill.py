@@ -15,7 +15,7 @@ from torch import Tensor
 from ..._internal import digest
 from ..._internal.atomic import staged_file
 from ...form import Form
-from ...weight import Weight4bit, weight_of
+from ...weight import TENSORS, Weight4bit, weight_of
 from .config import QLoRAConfig
 
 
@@ -77,9 +77,7 @@ class Spill:
             "name": name,
             "shape": list(w4.shape),
             "dtype": str(w4.dtype).removeprefix("torch."),
-            "block_size": w4.block_size,
-            "nested_block_size": w4.nested_block_size,
-            "code": w4.code,
+            "form": w4.form.keywords,
         }
         tensors = {key: t.contiguous() for key, t in w4.tensors.items()}
         record = json.dumps({**fields, "sha256": _sha256(tensors, fields)})
@@ -96,18 +94,9 @@ def _sha256(tensors: dict[str, Tensor], fields: dict[str, Any]) -> str:
 
 
 def _weight(fields: dict[str, Any], tensors: dict[str, Tensor]) -> Weight4bit:
-    form = Form.of(
-        block_size=fields["block_size"],
-        double_quant="nested_absmax" in tensors,
-        nested_block_size=fields["nested_block_size"],
-        code=fields["code"],
-    )
     return weight_of(
-        form,
-        packed=tensors["packed"],
-        absmax=tensors["absmax"],
-        nested_absmax=tensors.get("nested_absmax"),
-        nested_offset=tensors.get("nested_offset"),
+        Form.of(**fields["form"]),
+        **{name: tensors.get(name) for name in TENSORS},
         shape=torch.Size(fields["shape"]),
         dtype=getattr(torch, fields["dtype"]),
     )

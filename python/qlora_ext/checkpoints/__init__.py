@@ -1,0 +1,54 @@
+"""Reads and writes the 4-bit weights of checkpoints in safetensors files, one weight at a time and without loss.
+
+``format_of`` finds the format that a checkpoint's configuration names, and its settings. The format turns the tensors
+of a weight into a ``Weight4bit``, and back into the same bytes. Nothing here opens a file or imports transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .._internal.untrusted import check, excerpt
+from . import awq, compressed_tensors, gptq, modelopt, mxfp4
+from .format import Format as Format
+from .format import Settings as Settings
+from .format import retained_of as retained_of
+from .rows import alternating_rows as alternating_rows
+from .rows import grouped_rows as grouped_rows
+from .rows import select_rows as select_rows
+
+_COMPRESSED_TENSORS = (compressed_tensors.MXFP4(), compressed_tensors.NVFP4(), compressed_tensors.Packed())
+_FORMATS: dict[str, Format] = {
+    kind.name: kind for kind in (mxfp4.MXFP4(), modelopt.ModelOptNVFP4(), awq.AWQ(), gptq.GPTQ(), *_COMPRESSED_TENSORS)
+}
+_SOURCE = "quantization_config"
+
+
+def format_of(config: Mapping[str, Any]) -> tuple[Format, Settings]:
+    """The 4-bit format of a checkpoint, and its settings, from its ``quantization_config``.
+
+    Raises:
+        ValueError: the configuration is damaged, or describes weights that are not supported.
+    """
+    check(config, {"quant_method": str}, _SOURCE)
+    name = config["quant_method"].lower()
+    if name == "compressed-tensors":
+        name = _compressed_tensors_name(config)
+    if name not in _FORMATS:
+        raise ValueError(
+            f"{_SOURCE}: expected a 4-bit format among {', '.join(_FORMATS)}, got {excerpt(name)}, which is not "
+            "supported; load the model's original checkpoint instead, which is quantized while it loads"
+        )
+    return _FORMATS[name], _FORMATS[name].settings_of(config)
+
+
+def _compressed_tensors_name(config: Mapping[str, Any]) -> str:
+    """The format of compressed-tensors: of the configuration, or of its groups if they have the same one."""
+    check(config, {"config_groups": dict, "format?": str}, _SOURCE)
+    names = set()
+    for name, group in config["config_groups"].items():
+        check(group, {"weights?": dict, "format?": str}, f"{_SOURCE}: config_groups.{excerpt(name)}")
+        if group.get("weights") is not None:
+            names.add(group.get("format") or config.get("format") or "dense")
+    return " and ".join(sorted(names)) or "no quantized weights"

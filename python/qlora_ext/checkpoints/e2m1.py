@@ -1,0 +1,72 @@
+"""E2M1 codes with a scale of 8 bits per block: what the MXFP4 and NVFP4 formats share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from ..form import Form
+from ..ops import check_shape
+from ..weight import Weight4bit, weight_of
+from . import nibbles, scales
+from .format import Given
+
+MX_BLOCK_SIZE = 32
+NV_BLOCK_SIZE = 16
+
+
+class Scales(TypedDict):
+    """The codes of a weight's scales, in any shape, and their values."""
+
+    codes: Tensor
+    table: Tensor
+
+
+def form_of(kind: str, shape: Sequence[int], block_size: int) -> Form:
+    """The form of a matrix, or of a stack of them.
+
+    Raises:
+        ValueError: its rows do not hold whole blocks.
+    """
+    check_shape("shape", shape)
+    if len(shape) not in (2, 3) or 0 in shape or shape[-1] % block_size:
+        raise ValueError(f"shape: expected rows of a multiple of {block_size} elements for {kind}, got {list(shape)}")
+    return Form("e2m1", "table8", block_size)
+
+
+def weight(form: Form, packed: Tensor, scales: Scales, shape: Sequence[int], dtype: torch.dtype) -> Weight4bit:
+    """The weight of that shape with the codes ``packed``, lo first."""
+    stack = shape[:-2]
+    return weight_of(
+        form,
+        packed=nibbles.swap(packed).view(*shape[:-1], shape[-1] // 2),
+        absmax=scales["codes"].reshape(*stack, -1),
+        nested_absmax=None,
+        nested_offset=None,
+        scale_table=scales["table"].expand(*stack, -1).contiguous(),
+        shape=torch.Size(shape),
+        dtype=dtype,
+    )
+
+
+def e8m0(given: Given, name: str, codes: Tensor) -> Scales:
+    """The scales of MXFP4: 2^(code - 127)."""
+    if bool((codes == scales.E8M0_NAN).any()):
+        given.refuse(name, "E8M0 codes of numbers", f"0x{scales.E8M0_NAN:02X}, which is NaN")
+    return {"codes": codes, "table": scales.e8m0_table(codes.device)}
+
+
+def e4m3(given: Given, name: str, codes: Tensor, factor_name: str, divides: bool) -> Scales:
+    """The scales of NVFP4: the float8_e4m3fn ``codes``, divided or multiplied by the weight's factor."""
+    factor = given.take_factor(factor_name)
+    table = scales.e4m3_table(codes.device)
+    table = table / factor if divides else table * factor
+    codes = codes.contiguous().view(torch.uint8)
+    if scales.has_e4m3_nan(codes):
+        given.refuse(name, "E4M3 codes of numbers", "NaN")
+    if not bool(table[: scales.E4M3_NAN].isfinite().all()):
+        given.refuse(factor_name, "such that all scales are finite in float32", str(factor.item()))
+    return {"codes": codes, "table": table}

@@ -1,0 +1,208 @@
+"""The protocol of checkpoint formats: a ``Format`` turns the tensors of one weight into a ``Weight4bit`` and back."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import re
+import reprlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .._internal.dtype_names import name_of
+from .._internal.untrusted import excerpt
+from ..form import Form
+from ..ops import check_shape
+from ..weight import Weight4bit
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a checkpoint's configuration says about its 4-bit weights.
+
+    Attributes:
+        group_size: elements of a row that share a scale; None: the whole row.
+        symmetric: whether there are no zero points.
+        scale_dtype: the dtype of scales that are not 8-bit codes. ``Format.read`` takes it from the scales themselves;
+            a caller that knows the file's sets it (``dataclasses.replace``) before it asks for the form.
+        zero_point_bias: what is added to a stored zero point.
+        targets: the modules with 4-bit weights, as patterns of their names or as names of their classes. None: all
+            linear layers.
+        ignored: patterns of the names of modules that stay as they are, though they match a target.
+        others: for a checkpoint of several formats, how many modules have each of the other ones.
+    """
+
+    group_size: int | None
+    symmetric: bool = True
+    scale_dtype: torch.dtype = torch.bfloat16
+    zero_point_bias: int = 0
+    targets: tuple[re.Pattern[str], ...] | None = None
+    ignored: tuple[re.Pattern[str], ...] = ()
+    others: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def covers(self, name: str, *classes: str) -> bool:
+        """Whether the configuration says that the module ``name``, an instance of ``classes``, has a 4-bit weight."""
+        texts = (name, *classes)
+        targeted = self.targets is None or any(pattern.match(text) for pattern in self.targets for text in texts)
+        return targeted and not any(pattern.match(text) for pattern in self.ignored for text in texts)
+
+
+class Format(abc.ABC):
+    """One format of 4-bit weights in safetensors files.
+
+    Attributes:
+        name: in messages, and where the format has one, in configurations.
+        retained: names of tensors that decoding does not need, or that ``write`` cannot make from the weight. The
+            module that holds the weight keeps those that the file has, and passes them to ``write``.
+    """
+
+    name: str
+    retained: tuple[str, ...] = ()
+
+    @abc.abstractmethod
+    def settings_of(self, config: Mapping[str, Any]) -> Settings:
+        """The settings in a checkpoint's ``quantization_config``.
+
+        Raises:
+            ValueError: the configuration is damaged, or describes weights that this format does not serve.
+        """
+
+    def retains(self, name: str, tensor: Tensor) -> bool:
+        """Whether ``tensor`` is retained, as most formats know by its name."""
+        return name in self.retained
+
+    @abc.abstractmethod
+    def tensors(self, settings: Settings) -> dict[str, bool]:
+        """The names of the tensors of one weight, relative to it, and whether they are required."""
+
+    @abc.abstractmethod
+    def form(self, settings: Settings, shape: Sequence[int]) -> Form:
+        """The form of a weight of that shape, before its tensors are read.
+
+        Raises:
+            ValueError: the format has no weights of that shape.
+        """
+
+    @abc.abstractmethod
+    def read(
+        self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype, settings: Settings, where: str
+    ) -> Weight4bit:
+        """The weight of that shape whose tensors these are.
+
+        Args:
+            tensors: by their names in ``self.tensors``.
+            dtype: of the decoded weight.
+            where: the name of the weight's module or file, for messages.
+
+        Raises:
+            ValueError: a tensor is missing, unexpected or invalid; the message names ``where`` and the tensor.
+        """
+
+    @abc.abstractmethod
+    def write(self, w4: Weight4bit, settings: Settings, retained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors, bit for bit, from which ``read`` made ``w4``, with those in ``retained``."""
+
+
+def patterns(texts: Sequence[str], source: str) -> tuple[re.Pattern[str], ...]:
+    """Compiles regular expressions that were read from ``source``.
+
+    Raises:
+        ValueError: a text is not a regular expression.
+    """
+    try:
+        return tuple(re.compile(text) for text in texts)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{source}: expected regular expressions, got {excerpt(texts)} ({error})") from None
+
+
+def excluded(names: Sequence[str] | None, source: str) -> tuple[re.Pattern[str], ...]:
+    """The modules that ``modules_to_not_convert`` names, as transformers reads it.
+
+    Each entry is a regular expression of the beginning of a module's name, up to a dot or its end, or the name's end.
+    """
+    texts = [f"(?:{name})(?:(?<=\\.)|(?=\\.|$))" for name in names or ()]
+    return patterns([*texts, *(f".*{re.escape(name)}$" for name in names or ())], source)
+
+
+class Given:
+    """The tensors of one weight, checked as they are taken.
+
+    Args:
+        names: the names of the format's tensors, and whether they are required.
+
+    Raises:
+        ValueError: a required tensor is missing, one is not among ``names``, or the tensors are on several devices.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, bool], kind: str, where: str) -> None:
+        self._tensors, self._kind, self._where = tensors, kind, excerpt(where, 200)
+        for name, required in names.items():
+            if required and name not in tensors:
+                found = ", ".join(sorted(map(excerpt, tensors))) or "none"
+                raise ValueError(f"{self._where}: expected the tensor {name} of {kind} too, found {found}")
+        for name, t in tensors.items():
+            if name not in names:
+                raise ValueError(f"{self._where}: expected only {', '.join(names)} of {kind}, got {excerpt(name)} too")
+            if not isinstance(t, Tensor) or t.layout != torch.strided or t.is_meta or t.is_quantized:
+                self.refuse(name, "a dense tensor with its values", reprlib.repr(t))
+        devices = {str(t.device) for t in tensors.values()}
+        if len(devices) > 1:
+            raise ValueError(f"{self._where}: expected tensors on one device, got {', '.join(sorted(devices))}")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def refuse(self, name: str, expected: str, found: str) -> NoReturn:
+        """Raises the ValueError that says what was expected of a tensor."""
+        raise ValueError(f"{self._where}: expected {name} to be {expected}, got {found}")
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def take(self, name: str, shape: Sequence[int], *dtypes: torch.dtype) -> Tensor:
+        """The tensor of that shape and one of the dtypes."""
+        t = self._tensors[name].detach()
+        if t.dtype not in dtypes or t.shape != torch.Size(shape):
+            kinds = " or ".join(name_of(dtype) for dtype in dtypes)
+            self.refuse(name, f"{kinds} {list(shape)}", f"{name_of(t.dtype)} {list(t.shape)}")
+        return t
+
+    def take_finite(self, name: str, shape: Sequence[int], *dtypes: torch.dtype) -> Tensor:
+        """``take``, for finite values."""
+        t = self.take(name, shape, *dtypes)
+        if not bool(t.isfinite().all()):
+            self.refuse(name, "finite", "NaN or infinite values")
+        return t
+
+    def take_factor(self, name: str) -> Tensor:
+        """A single float32 value, finite and above 0, as a scalar."""
+        t = self._tensors[name].detach()
+        if t.dtype != torch.float32 or t.numel() != 1 or t.ndim > 1:
+            self.refuse(name, "one float32 value", f"{name_of(t.dtype)} {list(t.shape)}")
+        if not 0 < t.item() < float("inf"):
+            self.refuse(name, "finite and above 0", str(t.item()))
+        return t.reshape(())
+
+
+def retained_of(kind: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of a weight's tensors that its module keeps."""
+    return {name: t for name, t in tensors.items() if kind.retains(name, t)}
+
+
+def matrix_of(kind: str, shape: Sequence[int]) -> tuple[int, int]:
+    """``shape`` as rows and columns of at least 1."""
+    check_shape("shape", shape)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"shape: expected rows and columns of at least 1 for {kind}, got {list(shape)}")
+    return shape[0], shape[1]
+
+
+def group_size_of(config: Mapping[str, Any], source: str) -> int | None:
+    """The group_size of AWQ's and GPTQ's configurations, where -1 stands for a whole row."""
+    size: int = config["group_size"]
+    if size != -1 and size < 1:
+        raise ValueError(f"{source}: expected a group_size of 1 or more, or -1, got {size}")
+    return None if size == -1 else size

@@ -1,0 +1,113 @@
+"""Integer weights (q - z) * scale in groups, with or without zero points z: what pack-quantized, AWQ and GPTQ share.
+
+They are decoded as q * scale - z * scale. For scales of at most 20 significant bits, as all 16-bit ones are, both
+products are exact, and the result is (q - z) * scale bit for bit, except that zeros are always positive. Of float32
+scales with more bits, which only compressed-tensors may have, the result may differ by 2^-18 of the scale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._internal.dtype_names import name_of
+from ..form import Form
+from ..formats import BLOCK_SIZES
+from ..weight import Weight4bit, weight_of
+from .format import Given, Settings, matrix_of
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The groups of a row, the last of which may be shorter, and the blocks into which they are divided.
+
+    A block is as large as all groups permit. Where it is smaller than a group, it has the group's scale.
+    """
+
+    columns: int
+    size: int
+    block_size: int
+
+    @classmethod
+    def of(cls, kind: str, settings: Settings, shape: Sequence[int]) -> Groups:
+        """The groups of a weight [N, K].
+
+        Raises:
+            ValueError: no block divides the groups.
+        """
+        _, columns = matrix_of(kind, shape)
+        size = settings.group_size or columns
+        block_sizes = [block for block in BLOCK_SIZES if size % block == 0 and columns % block == 0]
+        if not block_sizes:
+            raise ValueError(
+                f"shape: expected groups and rows of a multiple of {BLOCK_SIZES[0]} elements for {kind}, got groups "
+                f"of {size} in rows of {columns}"
+            )
+        return cls(columns, size, max(block_sizes))
+
+    @property
+    def count(self) -> int:
+        """Groups per row."""
+        return -(-self.columns // self.size)
+
+    def to_blocks(self, groups: Tensor) -> Tensor:
+        """One entry per block, in row-major order, of a tensor [N, count]."""
+        if self.size == self.block_size:
+            return groups.reshape(-1)
+        first = torch.arange(0, self.columns, self.block_size, dtype=torch.int64, device=groups.device)
+        return groups.index_select(1, first // self.size).reshape(-1)
+
+    def from_blocks(self, blocks: Tensor) -> Tensor:
+        """The inverse of ``to_blocks``."""
+        rows = blocks.reshape(-1, self.columns // self.block_size)
+        if self.size == self.block_size:
+            return rows
+        first = torch.arange(0, self.columns, self.size, dtype=torch.int64, device=blocks.device)
+        return rows.index_select(1, first // self.block_size)
+
+    def in_order(self, device: torch.device) -> Tensor:
+        """The group of each column, int64."""
+        return torch.arange(self.columns, dtype=torch.int64, device=device) // self.size
+
+
+def form_of(groups: Groups, scale_dtype: torch.dtype, symmetric: bool) -> Form:
+    """int4 without zero points, or uint4 with them."""
+    if symmetric:
+        return Form("int4", name_of(scale_dtype), groups.block_size)
+    return Form("uint4", name_of(scale_dtype), groups.block_size, offsets="zero_point8")
+
+
+def weight(groups: Groups, packed: Tensor, scale: Tensor, zero_points: Tensor | None, dtype: torch.dtype) -> Weight4bit:
+    """The weight with these codes [N, K/2], and scales and uint8 zero points [N, groups]."""
+    return weight_of(
+        form_of(groups, scale.dtype, zero_points is None),
+        packed=packed,
+        absmax=groups.to_blocks(scale),
+        nested_absmax=None,
+        nested_offset=None,
+        block_offsets=None if zero_points is None else groups.to_blocks(zero_points),
+        shape=torch.Size((len(packed), groups.columns)),
+        dtype=dtype,
+    )
+
+
+def check_order(given: Given, name: str, groups: Groups) -> None:
+    """Rejects an index of the columns' groups that is not in order. compressed-tensors writes -1 for that, too."""
+    order = given.take(name, (groups.columns,), torch.int32, torch.int64)
+    if not bool((order == -1).all()) and not torch.equal(order.long(), groups.in_order(order.device)):
+        given.refuse(
+            name,
+            "the groups of the columns in order",
+            "an activation order (desc_act), which is not supported; use a checkpoint made without it",
+        )
+
+
+def check_range(given: Given, name: str, scale: Tensor) -> None:
+    """Rejects scales of weights with zero points whose products with 16 are infinite in float32."""
+    if not bool((scale.float() * 16).isfinite().all()):
+        given.refuse(name, "below 2^124 with zero points", "larger values")

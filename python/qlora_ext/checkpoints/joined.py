@@ -1,0 +1,129 @@
+"""Joins matrices that a checkpoint stores separately, as transformers fuses them, and takes them apart again."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..weight import Weight4bit
+
+# Scales of float8_e4m3fn are not negative, so their codes need half of a table.
+_HALF = 128
+_PER_BLOCK = ("absmax", "block_offsets")
+
+
+def in_blocks_of(w4: Weight4bit, block_size: int) -> Weight4bit:
+    """The same weight in blocks of a size that divides its own: scales are repeated."""
+    factor = w4.block_size // block_size
+    if factor == 1:
+        return w4
+    parts: dict[str, Any] = {
+        name: t.repeat_interleave(factor, -1) for name in _PER_BLOCK if (t := getattr(w4, name)) is not None
+    }
+    return dataclasses.replace(w4, **parts, block_size=block_size)
+
+
+def in_larger_blocks(w4: Weight4bit, block_size: int) -> Weight4bit:
+    """The inverse of ``in_blocks_of``."""
+    factor = block_size // w4.block_size
+    if factor == 1:
+        return w4
+    parts: dict[str, Any] = {
+        name: t[..., ::factor].contiguous() for name in _PER_BLOCK if (t := getattr(w4, name)) is not None
+    }
+    return dataclasses.replace(w4, **parts, block_size=block_size)
+
+
+def join_rows(matrices: Sequence[Weight4bit], where: str) -> Weight4bit:
+    """The rows of matrices of one form, the first matrix's first.
+
+    Two matrices may have different tables of scales, because E4M3 scales use only half of a table: the codes of the
+    second one move to the upper half.
+
+    Raises:
+        ValueError: the tables of more matrices differ, or a scale is negative; the message begins with ``where``.
+    """
+    first = matrices[0]
+    if len(matrices) == 1:
+        return first
+    _check_forms(matrices, where)
+    parts: dict[str, Any] = {name: torch.cat([m.tensors[name] for m in matrices]) for name in ("packed", "absmax")}
+    if first.block_offsets is not None:
+        parts["block_offsets"] = torch.cat([m.tensors["block_offsets"] for m in matrices])
+    tables = [m.scale_table for m in matrices if m.scale_table is not None]
+    if any(not torch.equal(table, tables[0]) for table in tables):
+        if len(tables) > 2 or any(bool((m.absmax >= _HALF).any()) for m in matrices):
+            raise ValueError(
+                f"{where}: expected scales of 0 or more and at most two global scales in the weights that the model "
+                "joins, got others, which are not supported"
+            )
+        parts["scale_table"] = torch.cat([table[:_HALF] for table in tables])
+        parts["absmax"] = torch.cat([matrices[0].absmax, matrices[1].absmax + _HALF])
+    rows = sum(m.shape[0] for m in matrices)
+    return dataclasses.replace(first, **parts, shape=torch.Size((rows, *first.shape[1:])))
+
+
+def split_rows(w4: Weight4bit, count: int) -> list[Weight4bit]:
+    """The ``count`` matrices of equally many rows that ``join_rows`` joined. They have no tables of their own."""
+    if count == 1:
+        return [w4]
+    names = ("packed", *_PER_BLOCK)
+    parts: dict[str, Sequence[Tensor]] = {name: t.chunk(count) for name, t in w4.tensors.items() if name in names}
+    if _has_two_tables(w4):
+        parts["absmax"] = [parts["absmax"][0], parts["absmax"][1] - _HALF]
+    shape = torch.Size((w4.shape[0] // count, *w4.shape[1:]))
+    return [
+        dataclasses.replace(w4, **{name: chunks[i] for name, chunks in parts.items()}, shape=shape)  # type: ignore[arg-type]
+        for i in range(count)
+    ]
+
+
+def _check_forms(matrices: Sequence[Weight4bit], where: str) -> None:
+    forms = {str(m.form) for m in matrices}
+    if len(forms) > 1:
+        raise ValueError(
+            f"{where}: expected one form of the weights that the model joins, got {' and '.join(sorted(forms))}"
+        )
+
+
+def _has_two_tables(w4: Weight4bit) -> bool:
+    """Whether the upper half of the table is another matrix's, and not the negative values of E4M3."""
+    if w4.scale_table is None:
+        return False
+    upper = w4.scale_table[_HALF:]  # E8M0's begins with 2
+    return bool((upper[0] == 0) & (upper > 0).any())
+
+
+class Stack:
+    """A stack [E, N, K] of matrices that are read one at a time."""
+
+    def __init__(self, count: int) -> None:
+        self._count, self._parts = count, dict[str, Tensor]()
+        self._first: Weight4bit | None = None
+
+    def put(self, e: int, matrix: Weight4bit, where: str) -> None:
+        """Stores matrix ``e``.
+
+        Raises:
+            ValueError: it has another form than those before; the message begins with ``where``.
+        """
+        if self._first is None:
+            self._first = matrix
+            self._parts = {
+                name: torch.empty((self._count, *t.shape), dtype=t.dtype, device=t.device)
+                for name, t in matrix.tensors.items()
+            }
+        _check_forms([self._first, matrix], where)
+        for name, t in matrix.tensors.items():
+            self._parts[name][e] = t
+
+    @property
+    def weight(self) -> Weight4bit:
+        """The stack, when all matrices are stored."""
+        assert self._first is not None
+        parts: dict[str, Any] = {**self._parts}
+        return dataclasses.replace(self._first, **parts, shape=torch.Size((self._count, *self._first.shape)))

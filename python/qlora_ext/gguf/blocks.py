@@ -1,0 +1,244 @@
+"""The 4-bit types of GGUF files that are used as they are: their blocks become a ``Weight4bit``, and back, losslessly.
+
+A file stores a weight as a sequence of blocks along its rows. Each block is a header with scales, then the codes:
+
+    type     elements  header                              codes           scales per block of   value
+    Q4_0           32  f16 d                               u8[16]          32                    d (c - 8)
+    IQ4_NL         32  f16 d                               u8[16]          32                    d IQ4_NL[c]
+    Q4_1           32  f16 d, f16 m                        u8[16]          32                    d c + m
+    MXFP4          32  u8 e                                u8[16]          32                    2^(e - 127) E2M1[c]
+    NVFP4          64  u8[4] s                             u8[4][8]        16                    E4M3[s] E2M1[c]
+    Q4_K          256  f16 d, f16 dmin, u8[12] of 6 bits   u8[4][32]       32                    d s c - dmin m
+
+The low nibbles of a group of codes (in brackets: the last dimension) are the first half of the group's elements, and
+the high nibbles are the second half. We store consecutive elements in one byte instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._internal.untrusted import FileError
+from ..checkpoints import scales
+from ..form import Form
+from ..formats import FLOAT16, NESTED_TABLE8, SCALED8, TABLE8
+from ..weight import Weight4bit, weight_of
+from .file import TensorInfo
+
+_Fields = dict[str, Any]  # of a Weight4bit
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """The layout of a type's blocks.
+
+    Attributes:
+        form: of the weights.
+        elements: per block of the file.
+        header: bytes before the codes.
+        group: bytes whose low nibbles precede their high nibbles.
+        read: the headers [blocks, header], to the fields of a ``Weight4bit``. It raises a ValueError.
+        write: the inverse of ``read``.
+    """
+
+    form: Form
+    elements: int
+    header: int
+    group: int
+    read: Callable[[Tensor], _Fields]
+    write: Callable[[Weight4bit], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes per block of the file."""
+        return self.header + self.elements // 2
+
+
+def _from_halves(codes: Tensor, group: int) -> Tensor:
+    """Consecutive elements in one byte, the first one in the high nibble, from groups of halves."""
+    halves = codes.reshape(-1, group)
+    even, odd = halves[:, 0::2], halves[:, 1::2]
+    return torch.cat(((even << 4) | (odd & 0x0F), (even & 0xF0) | (odd >> 4)), dim=1)
+
+
+def _to_halves(packed: Tensor, group: int) -> Tensor:
+    """The inverse of ``_from_halves``."""
+    first, second = packed.reshape(-1, 2, group // 2).unbind(1)
+    even, odd = (first >> 4) | (second & 0xF0), (first & 0x0F) | (second << 4)
+    return torch.stack((even, odd), dim=2).reshape(-1, group)
+
+
+def _float16(header: Tensor, name: str) -> Tensor:
+    """Two bytes of each header as a float16.
+
+    Raises:
+        ValueError: a value is NaN or infinity.
+    """
+    values = header.contiguous().view(torch.float16).reshape(-1)
+    if not values.isfinite().all():
+        at = int((~values.isfinite()).nonzero()[0])
+        raise ValueError(f"expected finite scales, got {name} = {values[at].item()} in block {at}")
+    return values
+
+
+def _bytes_of(values: Tensor) -> Tensor:
+    """The bytes of one float16 per block."""
+    return values.reshape(-1, 1).to(torch.float16).view(torch.uint8)
+
+
+def _read_scale(header: Tensor) -> _Fields:
+    return {"absmax": _float16(header, "d")}
+
+
+def _write_scale(w4: Weight4bit) -> Tensor:
+    return _bytes_of(w4.absmax)
+
+
+def _read_affine(header: Tensor) -> _Fields:
+    return {"absmax": _float16(header[:, :2], "d"), "block_offsets": _float16(header[:, 2:], "m")}
+
+
+def _write_affine(w4: Weight4bit) -> Tensor:
+    return torch.cat((_bytes_of(w4.absmax), _bytes_of(w4.tensors["block_offsets"])), dim=1)
+
+
+def _read_e8m0(header: Tensor) -> _Fields:
+    exponents = header.reshape(-1)
+    if (exponents == scales.E8M0_NAN).any():
+        at = int((exponents == scales.E8M0_NAN).nonzero()[0])
+        raise ValueError(f"expected finite scales, got 0xFF (NaN) in block {at}")
+    return {"absmax": exponents.contiguous(), "scale_table": _E8M0}
+
+
+def _write_e8m0(w4: Weight4bit) -> Tensor:
+    return w4.absmax.reshape(-1, 1)
+
+
+def _read_e4m3(header: Tensor) -> _Fields:
+    return {"absmax": header.reshape(-1), "scale_table": _UE4M3}
+
+
+def _write_e4m3(w4: Weight4bit) -> Tensor:
+    return w4.absmax.reshape(-1, 4)
+
+
+def _read_nested(header: Tensor) -> _Fields:
+    # Eight scales and eight mins of 6 bits are in twelve bytes. The first four bytes hold scales 0 to 3 and, in their
+    # upper two bits, those of scales 4 to 7; the next four hold the mins likewise; the last four hold the lower four
+    # bits of scales 4 to 7 (low nibble) and of mins 4 to 7 (high nibble).
+    lower, mins, rest = header[:, 4:].reshape(-1, 3, 4).unbind(1)
+    upper = (rest & 0x0F) | ((lower >> 2) & 0x30)
+    upper_mins = (rest >> 4) | ((mins >> 2) & 0x30)
+    return {
+        "absmax": torch.cat((lower & 0x3F, upper), dim=1).reshape(-1),
+        "nested_absmax": _float16(header[:, :2], "d").float(),
+        "scale_table": _INTEGERS,
+        "block_offsets": torch.cat((mins & 0x3F, upper_mins), dim=1).reshape(-1),
+        "offset_scale": _float16(header[:, 2:4], "dmin").float(),
+    }
+
+
+def _write_nested(w4: Weight4bit) -> Tensor:
+    tensors = w4.tensors
+    lower, upper = tensors["absmax"].reshape(-1, 2, 4).unbind(1)
+    mins, upper_mins = tensors["block_offsets"].reshape(-1, 2, 4).unbind(1)
+    parts = (
+        _bytes_of(tensors["nested_absmax"]),
+        _bytes_of(tensors["offset_scale"]),
+        lower | ((upper & 0x30) << 2),
+        mins | ((upper_mins & 0x30) << 2),
+        (upper & 0x0F) | (upper_mins << 4),
+    )
+    return torch.cat(parts, dim=1)
+
+
+def _ue4m3_table() -> Tensor:
+    """The values of ggml's unsigned E4M3, which ignores the sign, and whose code 0x7F, NaN elsewhere, is zero."""
+    table = scales.e4m3_table(torch.device("cpu")).abs()
+    table[0x7F], table[0xFF] = 0.0, 480.0
+    return table
+
+
+_E8M0 = scales.e8m0_table(torch.device("cpu"))
+_UE4M3 = _ue4m3_table()
+_INTEGERS = torch.arange(256, dtype=torch.float32, device="cpu")
+
+_LAYOUTS = {
+    "Q4_0": _Layout(Form("int4", FLOAT16, 32), 32, 2, 16, _read_scale, _write_scale),
+    "Q4_1": _Layout(Form("uint4", FLOAT16, 32, offsets=FLOAT16), 32, 4, 16, _read_affine, _write_affine),
+    "IQ4_NL": _Layout(Form("iq4_nl", FLOAT16, 32), 32, 2, 16, _read_scale, _write_scale),
+    "MXFP4": _Layout(Form("e2m1", TABLE8, 32), 32, 1, 16, _read_e8m0, _write_e8m0),
+    "NVFP4": _Layout(Form("e2m1", TABLE8, 16), 64, 4, 8, _read_e4m3, _write_e4m3),
+    "Q4_K": _Layout(Form("uint4", NESTED_TABLE8, 32, 8, SCALED8), 256, 16, 32, _read_nested, _write_nested),
+}
+# The names of the types.
+KINDS = tuple(_LAYOUTS)
+
+
+def is_4bit(tensor: TensorInfo) -> bool:
+    """Whether a tensor of a file is a matrix, or a stack of matrices, of one of these types."""
+    return len(tensor.shape) > 1 and tensor.type_name in _LAYOUTS
+
+
+def form_of(kind: str) -> Form:
+    """The form of the weights of a type."""
+    return _LAYOUTS[kind].form
+
+
+def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
+    """The 4-bit weight that a tensor of a GGUF file is.
+
+    Args:
+        kind: the name of its type, one of ``KINDS``.
+        data: its bytes: any object with a buffer.
+        shape: [N, K], or [E, N, K] for a stack of E matrices.
+        where: the file and the tensor, for error messages.
+
+    Returns:
+        The weight, with float32 as its ``dtype``. A zero that MXFP4 or NVFP4 stores with a sign keeps the sign, which
+        ggml drops; all other values have ggml's bits.
+
+    Raises:
+        FileError: the rows do not consist of whole blocks, the data have another size, or a scale is NaN or infinity.
+    """
+    layout = _LAYOUTS[kind]
+    *leading, width = shape
+    if width % layout.elements:
+        raise FileError(f"{where}: expected rows of whole {kind} blocks of {layout.elements} elements, got {width}")
+    array = np.frombuffer(data, np.uint8)
+    size = math.prod(shape) // layout.elements * layout.nbytes
+    if array.size != size:
+        raise FileError(f"{where}: truncated or damaged: expected {size} bytes of {kind} data, got {array.size}")
+    blocks = torch.from_numpy(array if array.flags.writeable else array.copy()).reshape(-1, layout.nbytes)
+    header, codes = blocks.split((layout.header, layout.elements // 2), dim=1)
+    try:
+        fields = layout.read(header)
+    except ValueError as error:
+        raise FileError(f"{where}: {error}") from error
+    stack = leading[:-1]
+    tensors: _Fields = {"nested_absmax": None, "nested_offset": None}
+    tensors |= {name: t.reshape(*stack, -1) for name, t in fields.items() if name != "scale_table"}
+    if "scale_table" in fields:
+        tensors["scale_table"] = fields["scale_table"].expand(*stack, 256).clone()
+    return weight_of(
+        layout.form,
+        **tensors,
+        packed=_from_halves(codes, layout.group).reshape(*leading, width // 2),
+        shape=torch.Size(shape),
+        dtype=torch.float32,
+    )
+
+
+def write(kind: str, w4: Weight4bit) -> bytes:
+    """The bytes of a weight that ``read`` returned for this ``kind``."""
+    layout = _LAYOUTS[kind]
+    codes = _to_halves(w4.packed, layout.group).reshape(-1, layout.elements // 2)
+    data: bytes = torch.cat((layout.write(w4), codes), dim=1).numpy().tobytes()
+    return data

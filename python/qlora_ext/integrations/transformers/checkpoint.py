@@ -1,0 +1,446 @@
+"""``CheckpointSource``: 4-bit weights in safetensors files, in one of the formats of ``qlora_ext.checkpoints``."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import core_model_loading
+from transformers.quantizers.quantizers_utils import get_module_from_name
+
+from ..._internal.untrusted import FileError, excerpt, printable
+from ...checkpoints import Settings, format_of, joined, mxfp4, retained_of
+from ...form import Form
+from ...nn import Packed4bit, dense_modules, is_dense, paths_to
+from ...weight import Weight4bit
+from .loading import fill
+from .modules import empty_layer
+from .source import Source
+
+# The tensor with the codes is the first of these that a format has.
+_CODES = ("weight_packed", "qweight", "blocks", "weight")
+_CODE_DTYPES = ("U8", "I8", "I32")
+_SCALES = ("weight_scale", "scales")
+_SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The name under which transformers collects the tensors of a weight.
+_PATTERN = "tensors of a 4-bit weight"
+
+
+class _Header(NamedTuple):
+    """What a file says about a tensor."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class _Matrix:
+    """A matrix that the checkpoint stores, or a stack of matrices that it stores as one.
+
+    Attributes:
+        where: the file and the name of the dense weight in it, for messages.
+        tensors: the names of its tensors in the checkpoint, by their names in the format.
+        retained: the tensors that are saved as they were read.
+    """
+
+    where: str
+    tensors: dict[str, str]
+    retained: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _Weight:
+    """A 4-bit weight of the model.
+
+    Attributes:
+        shape: as in ``Packed4bit.packed_shapes``.
+        matrices: of the checkpoint: for each expert, those whose rows the model joins. If the checkpoint does not store
+            the experts one by one, there is one entry.
+        is_split: whether the checkpoint stores the experts one by one.
+        settings: of the format.
+        block_size: elements per scale in the model.
+    """
+
+    shape: tuple[int, ...]
+    matrices: list[list[_Matrix]]
+    is_split: bool
+    settings: Settings
+    block_size: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of one of ``matrices``."""
+        *stack, rows, columns = self.shape
+        return (*([] if self.is_split else stack), rows // len(self.matrices[0]), columns)
+
+    @property
+    def where(self) -> str:
+        return self.matrices[0][0].where
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors in the checkpoint, in the order in which transformers reads them."""
+        names = (name for parts in self.matrices for matrix in parts for name in matrix.tensors.values())
+        return sorted(names, key=core_model_loading.dot_natural_key)
+
+
+class CheckpointSource(Source):
+    """The 4-bit weights of a checkpoint's safetensors files.
+
+    Args:
+        config: the checkpoint's ``quantization_config``.
+
+    Raises:
+        ValueError: the format, or one of its settings, is not supported.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self.format, self.settings = format_of(config)
+        self.name = self.format.name
+        self._config = copy.deepcopy(dict(config))
+        self._weights: dict[str, _Weight] = {}
+        self._saved_names: dict[str, str] = {}
+
+    # Before the weights are read
+
+    def forms(self, model: nn.Module, files: Sequence[str]) -> dict[str, Form]:
+        headers = _headers(files)
+        found = self._stored(headers)
+        self._weights = self._placed(model, found, headers)
+        forms = {name: self._form(weight) for name, weight in self._weights.items()}
+        self._check_modules(model, headers)
+        for name in forms:  # a module has one block size
+            siblings = [form.block_size for other, form in forms.items() if _module(other) == _module(name)]
+            self._weights[name].block_size = min(siblings)
+        return {
+            name: dataclasses.replace(form, block_size=self._weights[name].block_size) for name, form in forms.items()
+        }
+
+    def _stored(self, headers: Mapping[str, _Header]) -> dict[str, _Matrix]:
+        """The 4-bit weights of the files, by the names that dense ones would have.
+
+        Raises:
+            ValueError: a weight lacks a tensor.
+        """
+        names = self.format.tensors(self.settings)
+        codes = next(name for name in _CODES if name in names)
+        groups: dict[str, dict[str, str]] = {}
+        for key in headers:
+            dense, tensor = self._parse(key)
+            if tensor in names:
+                groups.setdefault(dense, {})[tensor] = key
+        found: dict[str, _Matrix] = {}
+        for dense, tensors in groups.items():
+            where = f"{printable(headers[next(iter(tensors.values()))].file)}: {excerpt(dense, 200)}"
+            if codes in tensors:
+                if headers[tensors[codes]].dtype in _CODE_DTYPES:
+                    found[dense] = _Matrix(where, tensors)
+            elif dense not in headers and any(names[tensor] for tensor in tensors):
+                raise ValueError(
+                    f"{where}: expected the tensor {codes} of {self.name} too, found {', '.join(sorted(tensors))}"
+                )
+        if not found:
+            file = next((header.file for header in headers.values()), "the checkpoint")
+            raise ValueError(f"{printable(file)}: expected 4-bit weights of the format {self.name}, found none")
+        return found
+
+    def _parse(self, key: str) -> tuple[str, str]:
+        """The name of the dense weight to which a tensor belongs, and the tensor's name in the format."""
+        if isinstance(self.format, mxfp4.MXFP4):
+            return mxfp4.names_of(key) or (key, "")
+        module, _, tensor = key.rpartition(".")
+        return f"{module}.weight", tensor
+
+    def _placed(
+        self, model: nn.Module, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header]
+    ) -> dict[str, _Weight]:
+        """The 4-bit weights, by their names in the model. Those for which it has no place are left to transformers."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        entries: Any = get_model_conversion_mapping(model)
+        renamings = [e for e in entries if isinstance(e, core_model_loading.WeightRenaming)]
+        converters = [e for e in entries if isinstance(e, core_model_loading.WeightConverter)]
+        operations = {pattern: c.operations for c in converters for pattern in c.source_patterns}
+        order = {pattern: c.source_patterns.index(pattern) for c in converters for pattern in c.source_patterns}
+        state, prefix = model.state_dict(), model.base_model_prefix
+
+        def renamed(key: str) -> tuple[str | None, str | None]:
+            target, pattern = core_model_loading.rename_source_key(key, renamings, converters, prefix, state)
+            if target not in state and key in state:
+                target, pattern = key, None
+            return target if target in state else None, pattern
+
+        groups: dict[str, dict[str | None, list[tuple[str, _Matrix]]]] = {}
+        for dense, matrix in stored.items():
+            target, pattern = renamed(dense)
+            if target is not None:
+                groups.setdefault(target, {}).setdefault(pattern, []).append((dense, matrix))
+        self._check_surplus(stored, headers, lambda key: renamed(key)[0] is not None)
+        found: dict[str, _Weight] = {}
+        for target, by_pattern in groups.items():
+            module, name = get_module_from_name(model, target)
+            where = next(iter(by_pattern.values()))[0][1].where
+            if not is_dense(module) or name not in (shapes := empty_layer(module, torch.float32, Form()).packed_shapes):
+                raise ValueError(
+                    f"{where}: expected dense values, because no 4-bit layer can replace {_module(target)}"
+                )
+            shape = shapes[name]
+            patterns = sorted(by_pattern, key=lambda p: order.get(p, 0) if p else 0)
+            is_split = any(_stacks(operations.get(pattern or "", [])) for pattern in patterns)
+            expected: list[str] = next((c.source_patterns for c in converters if patterns[0] in c.source_patterns), [])
+            if absent := [pattern for pattern in expected if pattern not in patterns]:
+                raise ValueError(
+                    f"{where}: expected 4-bit weights with names like {', '.join(absent)} beside it, found none"
+                )
+            for pattern in patterns:
+                if not _is_lossless(operations.get(pattern or "", []), len(patterns)):
+                    raise ValueError(
+                        f"{where}: expected a weight that the model takes as it is, or in a stack of experts; "
+                        f"transformers applies {operations[pattern or '']} to it, which is not supported in 4 bits"
+                    )
+            columns = [
+                [m for _, m in sorted(by_pattern[p], key=lambda entry: core_model_loading.dot_natural_key(entry[0]))]
+                for p in patterns
+            ]
+            count = shape[0] if is_split else 1
+            for pattern, column in zip(patterns, columns, strict=True):
+                if len(column) != count:
+                    raise ValueError(
+                        f"{column[0].where}: expected {count} weights of {self.name} with names like {pattern}, "
+                        f"found {len(column)}"
+                    )
+            if shape[-2] % len(patterns) or len(patterns) > 2:
+                raise ValueError(f"{where}: expected at most two weights to be joined, got {len(patterns)}")
+            matrices = [list(parts) for parts in zip(*columns, strict=True)]
+            found[target] = _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
+        return found
+
+    def _check_surplus(
+        self, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header], is_known: Callable[[str], bool]
+    ) -> None:
+        """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
+
+        GPTQ's writers give every module a bias of zeros, which are ignored.
+
+        Raises:
+            ValueError: there is such a tensor.
+        """
+        used = {key for matrix in stored.values() for key in matrix.tensors.values()}
+        modules = {_module(dense) for dense in stored}
+        for key, header in headers.items():
+            module, _, tensor = key.rpartition(".")
+            if module in modules and key not in used and tensor != "bias" and not is_known(key):
+                expected = ", ".join(self.format.tensors(self.settings))
+                raise ValueError(
+                    f"{printable(header.file)}: expected only the tensors {expected} of {self.name} for "
+                    f"{excerpt(module, 200)}, got {excerpt(key, 200)} too"
+                )
+
+    def _settings_of(self, matrices: list[list[_Matrix]], headers: Mapping[str, _Header]) -> Settings:
+        """The settings with the dtype of the scales in the files."""
+        tensors = matrices[0][0].tensors
+        scale = next((headers[tensors[name]].dtype for name in _SCALES if name in tensors), "")
+        return dataclasses.replace(self.settings, scale_dtype=_SCALE_DTYPES.get(scale, self.settings.scale_dtype))
+
+    def _form(self, weight: _Weight) -> Form:
+        for parts in weight.matrices:
+            for matrix in parts:
+                for name, is_required in self.format.tensors(self.settings).items():
+                    if is_required and name not in matrix.tensors:
+                        found = ", ".join(sorted(matrix.tensors))
+                        raise ValueError(
+                            f"{matrix.where}: expected the tensor {name} of {self.name} too, found {found}"
+                        )
+        try:
+            return self.format.form(weight.settings, weight.stored_shape)
+        except ValueError as error:
+            raise ValueError(f"{weight.where}: {error}") from error
+
+    def _check_modules(self, model: nn.Module, headers: Mapping[str, _Header]) -> None:
+        """Rejects modules that cannot take their 4-bit weights, or whose weights are missing.
+
+        Raises:
+            ValueError: there is such a module.
+        """
+        always = {*dense_modules(model).always}
+        modules: dict[str, list[str]] = {}
+        for name, weight in self._weights.items():
+            module = _module(name)
+            modules.setdefault(module, []).append(name)
+            if not always.isdisjoint(paths_to(module)):
+                raise ValueError(
+                    f"{weight.where}: expected dense values, because the model's own code reads the weight of {module}"
+                )
+        for module, names in modules.items():
+            layer = empty_layer(model.get_submodule(module), torch.float32, Form())
+            absent = [weight for weight in layer.packed_shapes if f"{module}.{weight}".removeprefix(".") not in names]
+            if absent:
+                where = self._weights[names[0]].where
+                raise ValueError(f"{where}: expected {', '.join(absent)} of {module} in {self.name} too, found none")
+
+    # While they are read
+
+    def conversions(self, conversions: list[Any]) -> list[Any]:
+        renamings = [c for c in conversions if isinstance(c, core_model_loading.WeightRenaming)]
+        targets = {
+            core_model_loading.apply_renamings(key, renamings): name
+            for name, weight in self._weights.items()
+            for key in weight.names
+        }
+        return [_PackedTensors(self, targets), *conversions]
+
+    def read(self, name: str, tensors: Sequence[Tensor], dtype: torch.dtype) -> Weight4bit:
+        """The weight ``name`` of the model, from its tensors in the order of their natural names.
+
+        Raises:
+            ValueError: a tensor is invalid.
+        """
+        weight = self._weights[name]
+        by_key = dict(zip(weight.names, tensors, strict=True))
+        stack = joined.Stack(len(weight.matrices))
+        for e, parts in enumerate(weight.matrices):
+            w4 = joined.join_rows([self._read(weight, matrix, by_key, dtype) for matrix in parts], parts[0].where)
+            w4 = joined.in_blocks_of(w4, weight.block_size)
+            if not weight.is_split:
+                return w4
+            stack.put(e, w4, parts[0].where)
+        return stack.weight
+
+    def _read(self, weight: _Weight, matrix: _Matrix, by_key: Mapping[str, Tensor], dtype: torch.dtype) -> Weight4bit:
+        tensors = {name: by_key[key] for name, key in matrix.tensors.items()}
+        w4 = self.format.read(tensors, weight.stored_shape, dtype, weight.settings, matrix.where)
+        matrix.retained = {key: t.to("cpu", copy=True) for key, t in retained_of(self.format, tensors).items()}
+        return w4
+
+    # When the model is saved
+
+    @property
+    def saved_config(self) -> Mapping[str, Any]:
+        return self._config
+
+    def prepare_saving(self, conversions: list[Any]) -> list[Any]:
+        """The ``conversions`` that transformers reverses when it saves the model, and which restore our names."""
+        remaining = [c for c in conversions if not isinstance(c, _PackedTensors)]
+        renamings = [c for c in remaining if isinstance(c, core_model_loading.WeightRenaming)]
+        keys = [key for weight in self._weights.values() for key in weight.names]
+        self._saved_names = {key: core_model_loading.apply_renamings(key, renamings) for key in keys}
+        backwards = [renaming.reverse_transform() for renaming in reversed(renamings)]
+        if any(core_model_loading.apply_renamings(name, backwards) != key for key, name in self._saved_names.items()):
+            remaining = [c for c in remaining if c not in renamings]
+            self._saved_names = {key: key for key in keys}
+        return remaining
+
+    def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = model.state_dict()
+        for name, weight in self._weights.items():
+            module, attribute = get_module_from_name(model, name)
+            if not isinstance(module, Packed4bit):
+                continue  # it has been decoded
+            for part in module.packed_parts(attribute):
+                del state[f"{_module(name)}.{part}".removeprefix(".")]
+            for key, tensor in self._written(weight, module.packed_weight(attribute)):
+                state[self._saved_names[key]] = tensor
+        return state
+
+    def _written(self, weight: _Weight, w4: Weight4bit) -> Iterator[tuple[str, Tensor]]:
+        for e, parts in enumerate(weight.matrices):
+            matrices = joined.split_rows(w4.matrix(e) if weight.is_split else w4, len(parts))
+            for matrix, part in zip(parts, matrices, strict=True):
+                form = self.format.form(weight.settings, weight.stored_shape)
+                tensors = self.format.write(
+                    joined.in_larger_blocks(part, form.block_size), weight.settings, matrix.retained
+                )
+                yield from ((key, tensors[tensor]) for tensor, key in matrix.tensors.items())
+
+
+class _Fill(core_model_loading.ConversionOps):
+    """Reads the tensors of a 4-bit weight into its module.
+
+    transformers passes the file's tensors uncast to operations that have the attribute ``hf_quantizer``.
+    """
+
+    def __init__(self, source: CheckpointSource) -> None:
+        self.hf_quantizer = source
+
+    def convert(
+        self, input_dict: dict[str, Any], model: nn.Module, full_layer_name: str, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        source, (module, name) = self.hf_quantizer, get_module_from_name(model, full_layer_name)
+        tensors, missing = input_dict.pop(_PATTERN), kwargs.get("missing_keys")
+        try:
+            if source.error is None:
+                w4 = source.read(full_layer_name, tensors, module.weight_dtype)
+                return fill(module, full_layer_name, w4, missing)
+        except ValueError as error:
+            # transformers would hide the message, so the quantizer raises the error after all weights are read.
+            source.error = error
+        finally:
+            source.release(*tensors)
+        if missing is not None:
+            missing.difference_update(f"{_module(full_layer_name)}.{part}" for part in module.packed_parts(name))
+        return {}
+
+
+class _PackedTensors(core_model_loading.WeightConverter):
+    """Collects the tensors of each 4-bit weight, whatever their names.
+
+    Args:
+        targets: the names of the weights in the model, by the names of their tensors after transformers' renamings.
+    """
+
+    __slots__ = ("source", "targets")
+
+    def __init__(self, source: CheckpointSource, targets: Mapping[str, str]) -> None:
+        super().__init__([_PATTERN], [_PATTERN], [_Fill(source)])
+        self.source, self.targets = source, targets
+
+    def __deepcopy__(self, memo: Any) -> _PackedTensors:
+        return type(self)(self.source, self.targets)  # transformers makes a copy for each weight
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        target = self.targets.get(source_key)
+        return (source_key, None) if target is None else (target, _PATTERN)
+
+
+def _module(name: str) -> str:
+    """The name of the module that has the weight ``name``."""
+    return name.rpartition(".")[0]
+
+
+def _stacks(operations: Sequence[Any]) -> bool:
+    """Whether transformers' ``operations`` stack the matrices of experts."""
+    return any(isinstance(operation, core_model_loading.MergeModulelist) for operation in operations)
+
+
+def _is_lossless(operations: Sequence[Any], parts: int) -> bool:
+    """Whether ``operations`` only stack matrices, and join the rows of ``parts`` of them."""
+    expected = [(core_model_loading.MergeModulelist, 0), (core_model_loading.Concatenate, 1)]
+    found = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
+    return found == expected[: 0 if not operations else min(parts, 2)]
+
+
+def _headers(files: Sequence[str]) -> dict[str, _Header]:
+    """The headers of all tensors in safetensors files, by name.
+
+    Raises:
+        ValueError: there are no such files, or one is damaged.
+    """
+    found: dict[str, _Header] = {}
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        found_files = ", ".join(map(printable, files)) or "none"
+        raise ValueError(f"checkpoint: expected safetensors files with 4-bit weights, got {found_files}")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  # no mapping
+                    part = opened.get_slice(key)
+                    found[key] = _Header(file, part.get_dtype(), tuple(part.get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"{printable(file)}: truncated or damaged: {excerpt(str(error))}") from error
+    return found

@@ -1,0 +1,20 @@
+"""Makes ``from_pretrained`` read checkpoints whose ``quant_method`` transformers does not know, such as modelopt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from .._patches import extend
+from .config import METHOD, QLoRAConfig
+from .quantizer import ORIGINAL
+
+
+@extend("transformers.modeling_utils:get_hf_quantizer")
+def get_hf_quantizer(original: Any, config: Any, quantization_config: Any, *args: Any, **kwargs: Any) -> Any:
+    saved = getattr(config, "quantization_config", None)
+    known = not isinstance(saved, dict) or saved.get("quant_method", METHOD) in AUTO_QUANTIZATION_CONFIG_MAPPING
+    if isinstance(quantization_config, QLoRAConfig) and not known:
+        config.quantization_config = {"quant_method": METHOD, ORIGINAL: saved}
+    return original(config, quantization_config, *args, **kwargs)

@@ -1,0 +1,160 @@
+"""Every checkpoint format decodes to its reference's bits, and writes the bytes that it read."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from checkpoint_samples import SAMPLES, Sample, mxfp4, packed
+from qlora_ext.checkpoints import alternating_rows, format_of, grouped_rows, retained_of, select_rows
+from qlora_ext.checkpoints.mxfp4 import names_of
+from qlora_ext.weight import Weight4bit
+
+
+def read(sample: Sample, dtype: torch.dtype = torch.bfloat16) -> Weight4bit:
+    kind, settings = format_of(sample.config)
+    return kind.read(sample.tensors, sample.shape, dtype, settings, "layers.0.up_proj")
+
+
+def decoded(w4: Weight4bit, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The values of a matrix, or of a stack of matrices, which are decoded one by one."""
+    matrices = [w4.matrix(e) for e in range(len(w4.packed))] if len(w4.shape) == 3 else [w4]
+    return torch.stack([matrix.dequantize(dtype) for matrix in matrices]).view(w4.shape)
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1).clone().view(torch.uint8)
+
+
+def same_bytes(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
+    """Also that dtypes and shapes are the same, and that no tensor is a strided view, which files cannot store."""
+    return found.keys() == expected.keys() and all(
+        t.dtype == expected[name].dtype
+        and t.shape == expected[name].shape
+        and t.is_contiguous()
+        and torch.equal(bits(t), bits(expected[name]))
+        for name, t in found.items()
+    )
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_weight_decodes_to_the_bits_of_its_reference(name: str) -> None:
+    sample = SAMPLES[name]()
+    w4 = read(sample)
+    values = decoded(w4, torch.float32).numpy()
+    assert w4.shape == torch.Size(sample.shape)
+    np.testing.assert_array_equal(values.view(np.uint32), sample.values.astype(np.float32).view(np.uint32))
+    rounded = torch.from_numpy(sample.values).to(torch.bfloat16)
+    assert torch.equal(bits(decoded(w4)), bits(rounded))
+
+
+def test_zero_points_with_scales_of_any_sign() -> None:
+    """Only the sign of a zero differs from the formula: for a negative scale, and for a scale of 0."""
+    sample = packed(symmetric=False)
+    sample.tensors["weight_scale"][0], sample.tensors["weight_scale"][1] = 0.0, -sample.tensors["weight_scale"][1]
+    np.testing.assert_array_equal(read(sample).dequantize(torch.float32).numpy(), sample.values)
+
+
+def test_zero_points_with_float32_scales() -> None:
+    """The only weights that are not decoded bit for bit: the products of 28 bits are rounded to 24."""
+    sample = packed(symmetric=False, dtype=torch.float32)
+    scale = torch.rand(sample.tensors["weight_scale"].shape, dtype=torch.float32) + 0.5
+    sample.tensors["weight_scale"] = scale
+    error = np.abs(read(sample).dequantize(torch.float32).numpy() - sample.values)
+    assert (error <= 2.0**-18 * np.repeat(scale.numpy(), 32, axis=1)).all()
+    kind, settings = format_of(sample.config)
+    assert same_bytes(kind.write(read(sample), settings, retained_of(kind, sample.tensors)), sample.tensors)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_weight_is_written_as_it_was_read(name: str) -> None:
+    sample = SAMPLES[name]()
+    kind, settings = format_of(sample.config)
+    given = {key: t.clone() for key, t in sample.tensors.items()}
+    written = kind.write(read(sample), settings, retained_of(kind, sample.tensors))
+    assert same_bytes(sample.tensors, given)
+    assert same_bytes(written, given)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_form_is_known_before_the_tensors(name: str) -> None:
+    sample = SAMPLES[name]()
+    kind, settings = format_of(sample.config)
+    scale = next((t for key, t in sample.tensors.items() if key.endswith(("weight_scale", "scales"))), None)
+    if scale is not None and scale.dtype in (torch.float16, torch.float32):
+        settings = dataclasses.replace(settings, scale_dtype=scale.dtype)
+    form = kind.form(dataclasses.replace(settings, scale_dtype=settings.scale_dtype), sample.shape)
+    if name != "awq-bfloat16":
+        assert form == read(sample).form
+    required = {key for key, needed in kind.tensors(settings).items() if needed}
+    assert required <= set(sample.tensors) <= set(kind.tensors(settings))
+
+
+def test_strided_tensors_are_read_alike() -> None:
+    for make in SAMPLES.values():
+        sample = make()
+        expected = read(sample).tensors
+        sample.tensors = {name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in sample.tensors.items()}
+        assert same_bytes({name: t.contiguous() for name, t in read(sample).tensors.items()}, expected)
+
+
+def test_groups_become_the_largest_blocks_that_divide_them() -> None:
+    sizes = {name: read(SAMPLES[name]()).block_size for name in SAMPLES}
+    assert sizes["packed-channel"] == 16  # rows of 176
+    assert sizes["packed-group-48"] == 16
+    assert sizes["gptq-short-last-group"] == 64  # groups of 128 in rows of 320
+    assert sizes["packed-zero-points-channel"] == 32
+    assert sizes["awq"] == 128
+
+
+def test_the_rows_of_gate_and_up_are_put_in_order_and_back() -> None:
+    sample = mxfp4((2, 6, 64))
+    w4 = read(sample)
+    ordered = select_rows(w4, grouped_rows(6))
+    expected = np.concatenate([sample.values[:, 0::2], sample.values[:, 1::2]], axis=1)
+    np.testing.assert_array_equal(decoded(ordered, torch.float32).numpy(), expected)
+    back = select_rows(ordered, alternating_rows(6))
+    assert same_bytes(back.tensors, w4.tensors)
+    assert same_bytes(select_rows(w4, torch.tensor([4])).tensors, read(row_4_of(sample)).tensors)
+
+
+def row_4_of(sample: Sample) -> Sample:
+    tensors = {name: t[:, 4:5].contiguous() for name, t in sample.tensors.items()}
+    return dataclasses.replace(sample, shape=(2, 1, 64), tensors=tensors)
+
+
+def test_zero_points_follow_their_rows() -> None:
+    sample = SAMPLES["packed-zero-points"]()
+    rows = torch.tensor([12, 0, 5])
+    selected = select_rows(read(sample), rows).dequantize(torch.float32)
+    np.testing.assert_array_equal(selected.numpy(), sample.values[rows.numpy()])
+
+
+def test_rows_that_share_a_scale_are_not_selected() -> None:
+    import qlora_ext
+
+    w4 = qlora_ext.quantize_nf4(torch.randn(4, 32), 64, double_quant=False)
+    with pytest.raises(ValueError, match="expected rows with scales of their own"):
+        select_rows(w4, torch.tensor([1]))
+
+
+def test_names_of_both_makers_are_known() -> None:
+    assert names_of("model.layers.3.mlp.experts.gate_up_proj_blocks") == (
+        "model.layers.3.mlp.experts.gate_up_proj",
+        "blocks",
+    )
+    assert names_of("block.3.mlp.mlp1_weight.scales") == ("block.3.mlp.mlp1_weight", "scales")
+    assert names_of("block.3.mlp.mlp1_bias") is None
+    assert names_of("scales") is None
+
+
+def test_transformers_decodes_gpt_oss_alike() -> None:
+    mxfp4_of_transformers: Any = pytest.importorskip("transformers.integrations.mxfp4")
+    sample = mxfp4((2, 4, 64))
+    sample.tensors["scales"].clamp_(1, 250)
+    expected = mxfp4_of_transformers.convert_moe_packed_tensors(**sample.tensors, dtype=torch.float32)
+    assert torch.equal(decoded(read(sample), torch.float32), expected.transpose(1, 2))

@@ -1,0 +1,230 @@
+"""What configurations say about 4-bit weights, and which of them are rejected before weights load."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from checkpoint_samples import awq, compressed_config, compressed_mxfp4, compressed_nvfp4, gptq, modelopt, mxfp4, packed
+from qlora_ext.checkpoints import Settings, format_of
+
+# As moonshotai/Kimi-K2-Thinking has it.
+KIMI = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": None,
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": 32,
+                "num_bits": 4,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp\\.(gate|up|gate_up|down)_proj.*"],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
+MIXED = {
+    "quant_method": "modelopt",
+    "quant_algo": "MIXED_PRECISION",
+    "quantized_layers": {
+        "model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"},
+        "model.layers.0.self_attn.k_proj": {"quant_algo": "FP8"},
+        "model.layers.0.mlp.up_proj": {"quant_algo": "NVFP4", "group_size": 16},
+        "model.layers.0.mlp.down_proj": {"quant_algo": "W4A16_NVFP4", "group_size": 16},
+    },
+    "ignore": ["lm_head"],
+}
+
+
+def settings_of(config: dict[str, Any]) -> Settings:
+    return format_of(config)[1]
+
+
+def changed(config: dict[str, Any], *path: str, value: Any) -> dict[str, Any]:
+    """``config`` with the value at ``path`` replaced."""
+    result = copy.deepcopy(config)
+    inner = result
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    return result
+
+
+def test_the_format_is_found_by_its_name() -> None:
+    names = [format_of(make().config)[0].name for make in (mxfp4, modelopt, awq, gptq)]
+    assert names == ["mxfp4", "modelopt", "awq", "gptq"]
+    names = [format_of(make().config)[0].name for make in (compressed_mxfp4, compressed_nvfp4, packed)]
+    assert names == ["mxfp4-pack-quantized", "nvfp4-pack-quantized", "pack-quantized"]
+
+
+def test_the_format_of_a_group_goes_before_that_of_the_checkpoint() -> None:
+    config = changed(KIMI, "format", value="mixed-precision")
+    config["config_groups"]["group_0"]["format"] = "pack-quantized"
+    assert format_of(config)[0].name == "pack-quantized"
+    with pytest.raises(ValueError, match="got mixed-precision, which is not supported"):
+        format_of(changed(KIMI, "format", value="mixed-precision"))
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitnet", "quark", "auto-round", "", "\x1b[2J" * 100])
+def test_other_methods_are_rejected_by_their_name(method: str) -> None:
+    with pytest.raises(ValueError, match="expected a 4-bit format among mxfp4, modelopt, awq, gptq") as error:
+        format_of({"quant_method": method})
+    assert method[:20].lower().replace("\x1b", "\\x1b") in str(error.value)
+    assert "\x1b" not in str(error.value)
+
+
+def test_kimi() -> None:
+    settings = settings_of(KIMI)
+    assert (settings.group_size, settings.symmetric, settings.scale_dtype) == (32, True, torch.bfloat16)
+    assert settings.covers("model.layers.1.mlp.experts.7.up_proj", "Linear")
+    for name in ("model.layers.1.self_attn.q_proj", "model.layers.1.mlp.shared_experts.up_proj", "lm_head"):
+        assert not settings.covers(name, "Linear")
+    assert not settings.covers("model.layers.0.mlp.up_proj", "Linear")
+    assert not settings.covers("model.layers.1.mlp.experts.7.up_proj", "Embedding")
+
+
+def test_targets_are_names_classes_and_regular_expressions() -> None:
+    config = changed(KIMI, "config_groups", "group_0", "targets", value=["re:.*q_proj", "model.up_proj", "Head"])
+    settings = settings_of(config | {"ignore": None})
+    assert settings.covers("a.q_proj", "Linear")
+    assert settings.covers("model.up_proj", "Linear")
+    assert settings.covers("lm_head", "Linear", "Head")
+    assert not settings.covers("model.up_proj_2", "Linear")
+    assert not settings.covers("model.k_proj", "Linear")
+
+
+def test_groups_that_differ_in_their_targets_only_are_joined() -> None:
+    config = copy.deepcopy(KIMI)
+    config["config_groups"]["group_0"]["targets"] = ["re:.*q_proj"]
+    config["config_groups"]["group_1"] = copy.deepcopy(config["config_groups"]["group_0"]) | {"targets": ["re:.*up"]}
+    config["config_groups"]["activations"] = {"targets": ["re:.*attn"], "weights": None}
+    settings = settings_of(config | {"ignore": []})
+    assert [settings.covers(name) for name in ("a.q_proj", "a.up", "a.down")] == [True, True, False]
+    config["config_groups"]["group_1"]["weights"]["group_size"] = 64
+    with pytest.raises(ValueError, match="got 2 groups that differ, which are not supported"):
+        format_of(config)
+
+
+def test_mixed_precision_of_modelopt() -> None:
+    settings = settings_of(MIXED)
+    assert settings.others == {"FP8": 2}
+    assert settings.covers("model.layers.0.mlp.up_proj")
+    assert settings.covers("model.layers.0.mlp.down_proj")
+    assert not settings.covers("model.layers.0.self_attn.q_proj")
+    assert not settings.covers("model.layers.1.mlp.up_proj")
+    with pytest.raises(ValueError, match="expected NVFP4 weights, got FP8, which is not supported"):
+        format_of(changed(MIXED, "quantized_layers", value={"a": {"quant_algo": "FP8"}}))
+
+
+def test_modelopts_own_file_is_read_alike() -> None:
+    inner = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "model.layers.0*"]}
+    kind, _ = format_of(modelopt().config)
+    settings = kind.settings_of({"producer": {"name": "modelopt"}, "quantization": inner})
+    assert not settings.covers("model.layers.0.mlp.up_proj")
+    assert not settings.covers("model.layers.01.mlp.up_proj")
+    assert settings.covers("model.layers.1.mlp.up_proj")
+
+
+def test_modules_that_are_not_converted() -> None:
+    settings = settings_of(mxfp4().config)
+    assert settings.covers("model.layers.3.mlp.experts")
+    assert not settings.covers("model.layers.3.self_attn.q_proj")
+    assert not settings.covers("lm_head")
+    settings = settings_of(awq().config | {"modules_to_not_convert": ["visual", "mlp.gate"]})
+    assert not settings.covers("visual.blocks.0.proj")
+    assert not settings.covers("model.layers.0.mlp.gate")
+    assert settings.covers("model.layers.0.mlp.gate_proj")
+    assert not settings.covers("lm_head")
+
+
+def test_modules_of_gptq() -> None:
+    settings = settings_of(gptq().config | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]]})
+    assert settings.covers("model.layers.0.self_attn.q_proj")
+    assert not settings.covers("model.layers.0.self_attn.o_proj")
+    assert not settings_of(gptq().config).covers("lm_head")
+    assert settings_of(gptq().config | {"lm_head": True}).covers("lm_head")
+    settings = settings_of(gptq().config | {"dynamic": {"-:.*gate.*": {}, ".*up.*": {"bits": 4}}})
+    assert not settings.covers("model.layers.0.mlp.gate")
+    assert settings.covers("model.layers.0.mlp.up_proj")
+
+
+def test_settings_of_gptq() -> None:
+    assert settings_of(gptq(version=2).config).zero_point_bias == 0
+    assert settings_of(gptq().config).zero_point_bias == 1
+    assert settings_of(gptq().config | {"group_size": -1}).group_size is None
+    assert settings_of(gptq().config | {"group_size": -1, "desc_act": True}).group_size is None
+    assert settings_of(gptq().config | {"static_groups": True, "desc_act": True}).group_size == 128
+
+
+INT = compressed_config("pack-quantized", type="int", strategy="group", group_size=32)
+WEIGHTS = ("config_groups", "group_0", "weights")
+REJECTED: dict[str, tuple[dict[str, Any], str]] = {
+    "gptq act-order": (gptq().config | {"desc_act": True}, "activation order are not supported; use a checkpoint"),
+    "gptq 3 bits": (gptq().config | {"bits": 3}, "expected 4 bits, got 3"),
+    "gptq marlin": (gptq().config | {"checkpoint_format": "marlin"}, "got marlin"),
+    "gptq older marlin": (gptq().config | {"is_marlin_format": True}, "got marlin"),
+    "gptq words": (gptq().config | {"pack_dtype": "int16"}, "in int16 words"),
+    "gptq group": (gptq().config | {"group_size": 0}, "expected a group_size of 1 or more, or -1, got 0"),
+    "gptq mixed": (gptq().config | {"dynamic": {".*up.*": {"bits": 8}}}, "got others in dynamic for .*up.*"),
+    "gptq modules": (gptq().config | {"modules_in_block_to_quantize": [[3]]}, "modules_in_block_to_quantize"),
+    "gptq pattern": (gptq().config | {"dynamic": {"-:(": {}}}, "expected regular expressions"),
+    "awq 8 bits": (awq().config | {"bits": 8}, "expected 4 bits, got 8"),
+    "awq gemv": (awq().config | {"version": "gemv"}, "expected the layout gemm, got gemv"),
+    "awq llm-awq": (awq().config | {"backend": "llm-awq"}, "expected the layout gemm, got llm-awq"),
+    "awq pattern": (awq().config | {"modules_to_not_convert": ["*"]}, "expected regular expressions"),
+    "2 bits": (changed(INT, *WEIGHTS, "num_bits", value=2), "got int weights of 2 bits"),
+    "float": (changed(INT, *WEIGHTS, "type", value="float"), "got float weights of 4 bits"),
+    "act-order": (changed(INT, *WEIGHTS, "actorder", value="group"), "activation order are not supported"),
+    "strategy": (changed(INT, *WEIGHTS, "strategy", value="tensor"), "expected the strategy channel or group"),
+    "group size": (changed(INT, *WEIGHTS, "group_size", value=None), "expected a positive group_size"),
+    "targets": (changed(INT, "config_groups", "group_0", "targets", value="Linear"), "targets to be a list"),
+    "ignored": (INT | {"ignore": ["re:("]}, "expected regular expressions"),
+    "no groups": (INT | {"config_groups": {}}, "got no quantized weights"),
+    "dense": (INT | {"format": "dense"}, "got dense"),
+    "8 bits": (INT | {"format": "int-quantized"}, "got int-quantized"),
+    "mxfp4 group": (changed(compressed_mxfp4().config, *WEIGHTS, "group_size", value=16), "the group_size 32"),
+    "nvfp4 asymmetric": (changed(compressed_nvfp4().config, *WEIGHTS, "symmetric", value=False), "got asymmetric"),
+    "modelopt FP8": (modelopt().config | {"quant_algo": "FP8"}, "expected NVFP4 weights, got FP8"),
+    "modelopt AWQ": (modelopt().config | {"quant_algo": "NVFP4_AWQ"}, "got NVFP4_AWQ"),
+    "modelopt group": (modelopt().config | {"group_size": 32}, "expected group_size 16, got 32"),
+    "mxfp4 names": (mxfp4().config | {"modules_to_not_convert": [3]}, "modules_to_not_convert"),
+}
+
+
+@pytest.mark.parametrize("what", REJECTED)
+def test_what_is_not_supported_is_rejected_by_its_name(what: str) -> None:
+    config, reason = REJECTED[what]
+    with pytest.raises(ValueError, match="^quantization_config") as error:
+        format_of(json.loads(json.dumps(config)))
+    assert reason in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("config", [None, 3, [], "mxfp4", {}, {"quant_method": 4}, {"quant_method": None}], ids=str)
+def test_what_is_no_configuration_is_rejected(config: Any) -> None:
+    with pytest.raises(ValueError, match="^quantization_config"):
+        format_of(config)
+
+
+def test_configurations_that_transformers_has_read() -> None:
+    """Their texts may be members of enumerations, and they have more fields."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    for make, of in ((awq, transformers.AwqConfig), (gptq, transformers.GPTQConfig), (mxfp4, transformers.Mxfp4Config)):
+        config = {key: value for key, value in make().config.items() if key != "quant_method"}
+        assert settings_of(of(**config).to_dict()) == settings_of(make().config)

@@ -1,0 +1,249 @@
+"""Models of GGUF files: weights stored in 4 bits keep their bits, and the others are those that transformers reads."""
+
+from __future__ import annotations
+
+import pathlib
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS
+
+import qlora_ext
+from gguf_files import WIDE, four_bit_file, write
+from qlora_ext import QLoRAConfig
+from qlora_ext.gguf import GGUFWeights, blocks, read_header
+from qlora_ext.gguf.rows import find_rows
+from qlora_ext.nn import Embedding4bit, Experts4bit, Linear4bit, layers_of
+from tiny_models import same_state, token_ids
+
+__all__ = ["four_bit_file"]  # a fixture
+
+EXPERTS = {"head_dim": 64, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 768}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**WIDE),
+    "qwen3moe": lambda: Qwen3MoeConfig(**{**WIDE, "num_hidden_layers": 1}, **EXPERTS),
+}
+
+
+def reader(path: pathlib.Path) -> GGUFWeights:
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    return GGUFWeights(path, skeleton)
+
+
+def made(family: str, path: pathlib.Path, **options: Any) -> GGUFWeights:
+    """A file with a tiny model of the family."""
+    torch.manual_seed(0)
+    write(AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=torch.float32), path, family, **options)
+    return reader(path)
+
+
+def decoded(w4: Any) -> torch.Tensor:
+    if len(w4.shape) == 2:
+        return w4.dequantize(torch.float32)
+    return torch.stack([w4.matrix(e).dequantize(torch.float32) for e in range(w4.shape[0])])
+
+
+def dense(path: pathlib.Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The model as transformers reads it."""
+    return AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", blocks.KINDS)
+@pytest.mark.parametrize("family", CONFIGS)
+def test_every_weight_is_read_as_transformers_reads_it(family: str, kind: str, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.gguf"
+    weights = made(family, path, kinds=[kind])
+    for name, value in dense(path).state_dict().items():
+        assert torch.equal(weights.decode(name), value), name
+        assert torch.equal(weights.decode(name, torch.bfloat16), value.bfloat16()), name
+        if value.ndim > 1:
+            assert torch.equal(decoded(weights.stored(name)), value), name
+        else:
+            with pytest.raises(ValueError, match="expected a weight stored in one of the types Q4_0, Q4_1"):
+                weights.stored(name)
+
+
+def test_layers_keep_the_bits_of_the_file(four_bit_file: pathlib.Path) -> None:
+    weights = reader(four_bit_file)
+    model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.bfloat16)
+    expected = dense(four_bit_file).state_dict()
+    forms = set()
+    for name, layer in layers_of(model):
+        assert type(layer) is Linear4bit
+        assert layer.weight_dtype == layer.compute_dtype == torch.bfloat16
+        forms.add(layer.form)
+        assert torch.equal(layer.weight4bit.dequantize(torch.float32), expected.pop(f"{name}.weight")), name
+    assert len(forms) == len(blocks.KINDS)
+    kept = len(dense(four_bit_file).state_dict()) - len(expected)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value.bfloat16()) for name, value in expected.items())
+    assert kept == sum(t.kind != gguf.GGMLQuantizationType.Q8_0 for t in read_header(four_bit_file).tensors
+                       if ".attn_" in t.name or ".ffn_" in t.name if len(t.shape) > 1)  # fmt: skip
+    assert not any(p.requires_grad for _, layer in layers_of(model) for p in layer.parameters())
+    assert weights.summary == (
+        "four_bit.gguf: 5 F32 dense, 3 Q8_0 dense, 2 Q4_1 kept in 4 bits, 2 IQ4_NL kept in 4 bits, 2 MXFP4 kept in 4 "
+        "bits, 2 NVFP4 kept in 4 bits, 2 Q4_K kept in 4 bits, 2 Q4_0 kept in 4 bits, 1 Q4_0 dense"
+    )
+
+
+def test_named_modules_stay_dense_and_the_rest_becomes_nf4(four_bit_file: pathlib.Path) -> None:
+    weights = reader(four_bit_file)
+    config = QLoRAConfig(skip_modules=["lm_head", "q_proj"])
+    model = weights.load(quantization_config=config, dtype=torch.float32)
+    expected = dense(four_bit_file)
+    kinds = {t.name: t.kind for t in read_header(four_bit_file).tensors}
+    nf4 = kept = 0
+    for name, layer in layers_of(model):
+        w4, w = layer.packed_weight(), expected.get_submodule(name).weight
+        if isinstance(w4, qlora_ext.NF4Weight):
+            nf4 += 1
+            assert torch.equal(w4.dequantize(), qlora_ext.quantize_nf4(w).dequantize())
+        else:
+            kept += 1
+            assert torch.equal(w4.dequantize(torch.float32), w)
+    q8 = sum(kind == gguf.GGMLQuantizationType.Q8_0 for name, kind in kinds.items() if name.startswith("blk."))
+    assert nf4 == q8 > 0
+    assert nf4 + kept == 2 * 6
+    assert f"{nf4} Q8_0 quantized to NF4" in weights.summary
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, expected.model.layers[0].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_embeddings(kind: str, tmp_path: pathlib.Path) -> None:
+    weights = made("llama", tmp_path / "a.gguf", kinds=["Q4_1"], of={"token_embd.weight": kind, "output.weight": kind})
+    model = weights.load(quantization_config=QLoRAConfig(embeddings=True), dtype=torch.float32)
+    table, expected = model.model.embed_tokens, dense(tmp_path / "a.gguf").model.embed_tokens.weight
+    assert type(table) is Embedding4bit
+    if kind == "Q8_0":
+        expected = qlora_ext.quantize_nf4(expected).dequantize()
+    assert torch.equal(table.weight4bit.dequantize(torch.float32), expected)
+    assert type(model.lm_head) is (Linear4bit if kind == "Q4_0" else torch.nn.Linear)
+    model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+    assert type(model.model.embed_tokens) is torch.nn.Embedding
+
+
+def test_a_file_without_4bit_weights_is_quantized(tmp_path: pathlib.Path) -> None:
+    weights = made("llama", tmp_path / "a.gguf", kinds=["F16", "Q8_0"])
+    model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+    assert same_state(model, qlora_ext.quantize_model(dense(tmp_path / "a.gguf")))
+    assert weights.summary == ("a.gguf: 7 Q8_0 quantized to NF4, 7 F16 quantized to NF4, 5 F32 dense, 2 F16 dense")
+
+
+def test_experts(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.gguf"
+    model = made("qwen3moe", path, kinds=["MXFP4"]).load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+    experts, expected = model.model.layers[0].mlp.experts, dense(path).model.layers[0].mlp.experts
+    assert type(experts) is Experts4bit
+    for name in ("gate_up_proj", "down_proj"):
+        assert torch.equal(decoded(experts.packed_weight(name)), getattr(expected, name))
+
+
+def test_experts_of_mixed_types_stay_dense(tmp_path: pathlib.Path) -> None:
+    """The weights of a module have one form, and those of one matrix have one type."""
+    path = tmp_path / "a.gguf"
+    for other in ("ffn_down_exps", "ffn_up_exps"):
+        for kind in ("Q4_1", "Q8_0"):
+            weights = made("qwen3moe", path, kinds=["Q4_0"], of={f"blk.0.{other}.weight": kind})
+            model = weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+            experts, expected = model.model.layers[0].mlp.experts, dense(path).model.layers[0].mlp.experts
+            assert same_state(experts, expected)
+            assert type(model.model.layers[0].self_attn.q_proj) is Linear4bit
+
+
+def test_half_of_a_matrix_is_missing(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "a.gguf"
+    weights = made("qwen3moe", path, kinds=["Q4_0"], of={"blk.0.ffn_up_exps.weight": None})
+    with pytest.raises(ValueError, match=r"a.gguf: blk.0.ffn_gate_exps.weight: incomplete: expected 3072 rows"):
+        weights.load(quantization_config=QLoRAConfig(), dtype=torch.float32)
+
+
+def test_damaged_scales(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "damaged.gguf"
+    data = bytearray(four_bit_file.read_bytes())
+    tensor = next(t for t in read_header(four_bit_file).tensors if t.name == "blk.0.ffn_gate.weight")
+    assert tensor.kind == gguf.GGMLQuantizationType.Q4_K
+    data[tensor.begin + 144 : tensor.begin + 146] = b"\x00\x7c"
+    path.write_bytes(data)
+    where = r"damaged.gguf: blk.0.ffn_gate.weight: expected finite scales, got d = inf in block 1$"
+    with pytest.raises(ValueError, match=where):
+        reader(path).load(quantization_config=QLoRAConfig())
+
+
+def test_saved_and_loaded_again(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    model = reader(four_bit_file).load(quantization_config=QLoRAConfig(), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert same_state(model, again)
+    assert [(name, layer.form) for name, layer in layers_of(again)] == [
+        (n, layer.form) for n, layer in layers_of(model)
+    ]
+    ids = token_ids()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, again(ids).logits)
+
+
+def test_rows() -> None:
+    def processed(function: Any, shape: tuple[int, ...] = (8, 64)) -> Any:
+        return find_rows(lambda values: {"w": torch.from_numpy(np.array(function(values)))}, shape)["w"]
+
+    same = processed(lambda v: v)
+    assert (same.numbers, same.stack, same.transposed) == (slice(0, 8), (8,), False)
+    swapped = processed(lambda v: np.concatenate(np.split(v, 2)[::-1]))
+    assert (swapped.numbers.tolist(), swapped.stack) == ([4, 5, 6, 7, 0, 1, 2, 3], (8,))
+    assert processed(lambda v: v.T).transposed
+    assert processed(lambda v: v[:, None]).stack == (8, 1)
+    lower = processed(lambda v: np.concatenate((np.zeros_like(v), v)))
+    assert (lower.numbers, lower.stack) == (slice(8, 16), (16,))
+    stack = processed(lambda v: np.concatenate((v, np.zeros_like(v)), axis=1), (2, 4, 64))
+    assert (stack.numbers.tolist(), stack.stack) == ([0, 1, 2, 3, 8, 9, 10, 11], (2, 8))
+    needs_all = processed(lambda v: v.reshape(2, 4, 64)[::-1].reshape(8, 64))
+    assert needs_all.numbers.tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+    for function in (
+        lambda v: v - 1,
+        lambda v: np.log(-v),
+        lambda v: v * 2,
+        lambda v: v[:, ::-1],
+        lambda v: v[:4],
+        lambda v: np.concatenate((v[:4], v[:4])),
+        lambda v: v.astype(np.float32),
+        lambda v: v.reshape(4, -1),
+    ):
+        with np.errstate(all="ignore"):
+            assert processed(function) is None
+
+
+@pytest.mark.parametrize(
+    ("architecture", "config", "name", "shape"),
+    [
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}, "blk.0.attn_q.weight", (64, 32)),
+        ("llama", {"num_attention_heads": 4, "num_key_value_heads": 2}, "blk.0.attn_k.weight", (32, 64)),
+        ("bloom", {"n_head": 4, "hidden_size": 64}, "blk.0.attn_qkv.weight", (192, 64)),
+        ("gpt2", {}, "blk.0.attn_qkv.weight", (192, 64)),
+        ("gpt2", {}, "blk.0.ffn_up.weight", (64, 64)),
+    ],
+)
+def test_rows_of_transformers_processors(
+    architecture: str, config: dict[str, int], name: str, shape: tuple[int, ...]
+) -> None:
+    """Moving rows by their numbers has the effect of the processor on values."""
+    processor = TENSOR_PROCESSORS[architecture](config=config)
+
+    def process(values: Any) -> dict[str, torch.Tensor]:
+        return {"w": torch.from_numpy(np.array(processor.process(values, name=name).weights))}
+
+    rows, values = find_rows(process, shape)["w"], torch.randn(shape)
+    out = torch.empty(shape)
+    out[rows.numbers] = values
+    assert torch.equal(out.T if rows.transposed else out, process(values.numpy())["w"])
+    assert rows.transposed == (architecture == "gpt2")

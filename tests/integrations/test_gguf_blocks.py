@@ -1,0 +1,98 @@
+"""The 4-bit blocks of GGUF files: decoded as the gguf package decodes them, and written back byte for byte."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+gguf = pytest.importorskip("gguf", reason="the command's libraries are not installed")
+
+from gguf_files import random_blocks
+from qlora_ext.gguf import blocks
+
+SHAPES = [(256,), (1, 256), (3, 512), (5, 1024), (2, 3, 256)]
+
+
+def expected(kind: str, data: Any, shape: tuple[int, ...]) -> torch.Tensor:
+    number = gguf.GGMLQuantizationType[kind]
+    values = gguf.dequantize(data.reshape(gguf.quant_shape_to_byte_shape(shape, number)), number)
+    return torch.from_numpy(values)
+
+
+def decoded(w4: Any) -> torch.Tensor:
+    if len(w4.shape) < 3:
+        return w4.dequantize(torch.float32)
+    return torch.stack([w4.matrix(e).dequantize(torch.float32) for e in range(w4.shape[0])])
+
+
+def assert_same_bits(found: torch.Tensor, wanted: torch.Tensor, signed_zeros: bool) -> None:
+    if signed_zeros:  # adding 0 makes both zeros alike
+        found, wanted = found + 0.0, wanted + 0.0
+    assert found.dtype == wanted.dtype == torch.float32
+    assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", blocks.KINDS)
+def test_random_blocks_have_the_packages_values(kind: str, shape: tuple[int, ...]) -> None:
+    data = random_blocks(kind, shape, seed=0)
+    w4 = blocks.read(kind, data, shape, "file: tensor")
+    assert_same_bits(decoded(w4), expected(kind, data, shape), signed_zeros=kind in ("MXFP4", "NVFP4"))
+    assert blocks.write(kind, w4) == data.tobytes()
+
+
+@pytest.mark.parametrize("kind", blocks.KINDS)
+def test_scales_of_every_size(kind: str) -> None:
+    """Every header byte takes each of its values: negative, denormal and zero scales, and each exponent."""
+    shape = (256, 256)
+    data = random_blocks(kind, shape, seed=1)
+    header = blocks._LAYOUTS[kind].header
+    for at in range(header):
+        data[:, at] = np.resize(np.arange(256, dtype=np.uint8), len(data))
+        if kind not in ("MXFP4", "NVFP4") and at in (1, 3):  # the upper byte of a float16, without infinities
+            data[:, at] &= 0xBF
+    if kind == "MXFP4":
+        data[data[:, 0] == 0xFF, 0] = 0xFE
+    w4 = blocks.read(kind, data, shape, "file: tensor")
+    assert_same_bits(decoded(w4), expected(kind, data, shape), signed_zeros=kind in ("MXFP4", "NVFP4"))
+    assert blocks.write(kind, w4) == data.tobytes()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in blocks.KINDS if kind not in ("MXFP4", "NVFP4")])
+def test_scales_that_are_not_finite(kind: str) -> None:
+    for at in (1, 3) if kind in ("Q4_1", "Q4_K") else (1,):
+        for upper, value in ((0x7C, "inf"), (0xFC, "-inf"), (0x7E, "nan")):
+            data = random_blocks(kind, (2, 256), seed=2)
+            data[1, at - 1 : at + 1] = (0, upper)
+            with pytest.raises(ValueError, match=rf"^a.gguf: t: expected finite scales, got \w+ = {value} in block 1$"):
+                blocks.read(kind, data, (2, 256), "a.gguf: t")
+
+
+def test_an_exponent_that_is_nan() -> None:
+    data = random_blocks("MXFP4", (2, 256), seed=2)
+    data[9, 0] = 0xFF
+    with pytest.raises(ValueError, match=r"^a.gguf: t: expected finite scales, got 0xFF \(NaN\) in block 9$"):
+        blocks.read("MXFP4", data, (2, 256), "a.gguf: t")
+
+
+@pytest.mark.parametrize("kind", blocks.KINDS)
+def test_wrong_sizes(kind: str) -> None:
+    elements = blocks._LAYOUTS[kind].elements
+    data = random_blocks(kind, (2, 256), seed=2)
+    for size in (0, 1, data.nbytes - 1):
+        with pytest.raises(ValueError, match=rf"a.gguf: t: truncated .* expected {data.nbytes} bytes .*, got {size}$"):
+            blocks.read(kind, data.tobytes()[:size], (2, 256), "a.gguf: t")
+    with pytest.raises(ValueError, match=rf"a.gguf: t: expected rows of whole {kind} blocks of {elements}"):
+        blocks.read(kind, data, (2 * elements, 256 // elements + 1 if elements == 256 else 16), "a.gguf: t")
+
+
+@pytest.mark.parametrize("kind", blocks.KINDS)
+def test_a_weight_is_about_as_large_as_in_the_file(kind: str) -> None:
+    shape = (64, 1024)
+    data = random_blocks(kind, shape, seed=3)
+    w4 = blocks.read(kind, data, shape, "file: tensor")
+    table = 0 if w4.scale_table is None else w4.scale_table.nbytes
+    assert w4.nbytes - table <= 1.06 * data.nbytes  # Q4_K's scales of 6 bits take bytes

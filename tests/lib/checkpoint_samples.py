@@ -1,0 +1,334 @@
+"""Weights in the 4-bit formats of checkpoints, and their values by the formats' published formulas.
+
+The decoders are written in numpy from each format's own reference and share no code with the package:
+
+- MXFP4: openai/gpt-oss, ``gpt_oss/torch/weights.py``
+- compressed-tensors: ``quantization/lifecycle/forward_helpers.py`` (``_dequantize``) and its packing helpers
+- ModelOpt: ``quantization/qtensor/nvfp4_tensor.py``
+- AWQ: AutoAWQ, ``awq/utils/packing_utils.py``
+- GPTQ: AutoGPTQ, ``nn_modules/qlinear/qlinear_cuda.py``
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from reference import F32
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], F32)
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+
+def e4m3_value(code: int) -> float:
+    """Sign, 4 bits of exponent with bias 7, 3 bits of mantissa; no infinity, and one NaN per sign."""
+    sign, exponent, mantissa = -1.0 if code & 128 else 1.0, code >> 3 & 15, code & 7
+    if exponent == 15 and mantissa == 7:
+        return math.nan
+    return sign * (math.ldexp(mantissa, -9) if exponent == 0 else math.ldexp(8 + mantissa, exponent - 10))
+
+
+E4M3 = np.array([e4m3_value(code) for code in range(256)], F32)
+
+
+def array(t: Tensor) -> np.ndarray:
+    """The values of a tensor; of 8-bit floating-point numbers their bits, of 16-bit ones float32."""
+    if t.dtype == torch.float8_e4m3fn:
+        t = t.view(torch.uint8)
+    return (t.float() if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
+
+
+def low_first(packed: Tensor) -> np.ndarray:
+    """Codes [..., 2B] of bytes [..., B] whose low nibble comes first."""
+    codes = array(packed)
+    return np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], -1)
+
+
+def nibbles(words: Tensor) -> np.ndarray:
+    """Values [..., W, 8] of int32 words [..., W]: nibble i is at bits 4i to 4i + 3."""
+    return array(words).view(np.uint32)[..., None] >> np.arange(0, 32, 4, dtype=np.uint32) & np.uint32(15)
+
+
+def decode_mxfp4(blocks: Tensor, scales: Tensor) -> np.ndarray:
+    codes = low_first(blocks)
+    exponents = array(scales).astype(np.int32) - 127
+    with np.errstate(over="ignore"):
+        return np.ldexp(E2M1[codes], exponents[..., None]).reshape(*codes.shape[:-2], -1)
+
+
+def decode_nvfp4(packed: Tensor, scale: Tensor, factor: Tensor, divides: bool) -> np.ndarray:
+    values = E4M3[array(scale)]
+    scales = values / F32(factor.item()) if divides else values * F32(factor.item())
+    return E2M1[low_first(packed)] * np.repeat(scales, 16, axis=1)
+
+
+def decode_integers(codes: np.ndarray, scale: np.ndarray, zero_points: Any, group: int) -> np.ndarray:
+    """(q - z) * scale of codes [N, K], scales [N, G] and zero points [N, G] or a number."""
+    columns = np.arange(codes.shape[1]) // group
+    zeros = zero_points[:, columns] if isinstance(zero_points, np.ndarray) else zero_points
+    with np.errstate(over="ignore"):
+        return (codes.astype(F32) - F32(zeros)) * scale[:, columns]
+
+
+def decode_packed(tensors: dict[str, Tensor], shape: tuple[int, int], group: int) -> np.ndarray:
+    codes = nibbles(tensors["weight_packed"]).reshape(shape[0], -1)[:, : shape[1]]
+    zero_points: Any = 8
+    stored = tensors.get("weight_zero_point")
+    if stored is not None and stored.dtype == torch.int8:
+        zero_points = array(stored).astype(F32) + 8
+    elif stored is not None:
+        words = nibbles(stored)  # [ceil(N/8), G, 8]
+        zero_points = words.transpose(0, 2, 1).reshape(-1, words.shape[1])[: shape[0]].astype(F32)
+    return decode_integers(codes, array(tensors["weight_scale"]), zero_points, group)
+
+
+def decode_awq(tensors: dict[str, Tensor], group: int) -> np.ndarray:
+    order = np.argsort(AWQ_ORDER)
+    codes, zero_points = (nibbles(tensors[name])[..., order].reshape(len(tensors[name]), -1) for name in AWQ_WORDS)
+    return decode_integers(codes.T, array(tensors["scales"]).T, zero_points.T.astype(F32), group)
+
+
+AWQ_WORDS = ("qweight", "qzeros")
+
+
+def decode_gptq(tensors: dict[str, Tensor], group: int, version: int) -> np.ndarray:
+    words = nibbles(tensors["qweight"])  # [K/8, N, 8]
+    codes = words.transpose(0, 2, 1).reshape(-1, words.shape[1])
+    zero_points = nibbles(tensors["qzeros"]).reshape(len(tensors["qzeros"]), -1) + (1 if version == 1 else 0)
+    return decode_integers(codes.T, array(tensors["scales"]).T, zero_points.T.astype(F32), group)
+
+
+@dataclasses.dataclass
+class Sample:
+    """A weight of a checkpoint: its tensors, and the checkpoint's quantization_config."""
+
+    config: dict[str, Any]
+    shape: tuple[int, ...]
+    tensors: dict[str, Tensor]
+
+    @property
+    def values(self) -> np.ndarray:
+        """The float32 values by the format's formula."""
+        return decode(self)
+
+
+def decode(sample: Sample) -> np.ndarray:
+    config, tensors, shape = sample.config, sample.tensors, sample.shape
+    size = config.get("group_size")
+    match config["quant_method"], config.get("format"):
+        case "mxfp4", _:
+            values = decode_mxfp4(tensors["blocks"], tensors["scales"])
+        case _, "mxfp4-pack-quantized":
+            values = decode_mxfp4(tensors["weight_packed"].reshape(shape[0], -1, 16), tensors["weight_scale"])
+        case _, "nvfp4-pack-quantized":
+            parts = (tensors[name] for name in ("weight_packed", "weight_scale", "weight_global_scale"))
+            values = decode_nvfp4(*parts, divides=True)
+        case _, "pack-quantized":
+            size = config["config_groups"]["group_0"]["weights"]["group_size"]
+            values = decode_packed(tensors, shape, size or shape[1])
+        case "modelopt", _:
+            values = decode_nvfp4(
+                *(tensors[name] for name in ("weight", "weight_scale", "weight_scale_2")), divides=False
+            )
+        case "awq", _:
+            values = decode_awq(tensors, shape[1] if size == -1 else size)
+        case "gptq", _:
+            version = 1 if config["checkpoint_format"] == "gptq" else 2
+            values = decode_gptq(tensors, shape[1] if size == -1 else size, version)
+    return values.astype(F32)
+
+
+def random_bytes(*shape: int, most: int = 255) -> Tensor:
+    return torch.randint(0, most + 1, shape, dtype=torch.int64).to(torch.uint8)
+
+
+def random_words(*shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int64).to(torch.int32)
+
+
+def random_scales(dtype: torch.dtype, *shape: int, positive: bool = False) -> Tensor:
+    """Scales of several magnitudes. Those in float32 have the precision of float16."""
+    magnitudes = torch.tensor([1e-3, 0.1, 30.0])[torch.randint(0, 3, shape)]
+    scale = ((torch.rand(shape, dtype=torch.float32) + 0.01) * magnitudes).half()
+    if not positive:
+        scale.view(-1)[:2] = torch.tensor([-0.5, 0.0], dtype=torch.float16)[: scale.numel()]
+    return scale.to(dtype)
+
+
+def words_along_rows(values: np.ndarray) -> Tensor:
+    """int32 [R, ceil(C/8)] of values [R, C]: element i of eight at bits 4i, padded with 0."""
+    padded = np.pad(values.astype(np.int64), ((0, 0), (0, -values.shape[1] % 8))).reshape(len(values), -1, 8)
+    words = sum(padded[..., i] << 4 * i for i in range(8))
+    return torch.from_numpy(np.ascontiguousarray(words.astype(np.uint32).view(np.int32)))
+
+
+def e4m3_scales(*shape: int) -> Tensor:
+    codes = random_bytes(*shape)
+    return torch.where((codes & 127) == 127, codes - 1, codes).view(torch.float8_e4m3fn)
+
+
+def mxfp4(shape: tuple[int, ...] = (3, 6, 96)) -> Sample:
+    tensors = {
+        "blocks": random_bytes(*shape[:-1], shape[-1] // 32, 16),
+        "scales": random_bytes(*shape[:-1], shape[-1] // 32, most=254),
+    }
+    tensors["scales"].view(-1)[:3] = torch.tensor([0, 127, 254], dtype=torch.uint8)
+    config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
+    return Sample(config, shape, tensors)
+
+
+def compressed_config(name: str, **weights: Any) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "symmetric": True, **weights}, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": name,
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*self_attn.*"],
+        "kv_cache_scheme": None,
+        "quantization_status": "compressed",
+    }
+
+
+def compressed_mxfp4(shape: tuple[int, int] = (6, 96)) -> Sample:
+    rows, columns = shape
+    tensors = {
+        "weight_packed": random_bytes(rows, columns // 2),
+        "weight_scale": random_bytes(rows, columns // 32, most=254),
+    }
+    config = compressed_config("mxfp4-pack-quantized", type="float", strategy="group", group_size=32)
+    return Sample(config, shape, tensors)
+
+
+def compressed_nvfp4(shape: tuple[int, int] = (6, 80)) -> Sample:
+    rows, columns = shape
+    tensors = {
+        "weight_packed": random_bytes(rows, columns // 2),
+        "weight_scale": e4m3_scales(rows, columns // 16),
+        "weight_global_scale": torch.tensor([3157.7]),
+        "input_global_scale": torch.tensor([0.3]),
+    }
+    config = compressed_config("nvfp4-pack-quantized", type="float", strategy="tensor_group", group_size=16)
+    return Sample(config, shape, tensors)
+
+
+def packed(
+    shape: tuple[int, int] = (12, 192),
+    group: int | None = 32,
+    symmetric: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+    **extra: Tensor,
+) -> Sample:
+    rows, columns = shape
+    groups = 1 if group is None else columns // group
+    tensors = {
+        "weight_packed": random_words(rows, columns // 8),
+        "weight_scale": random_scales(dtype, rows, groups, positive=not symmetric),
+        "weight_shape": torch.tensor(shape),
+        **extra,
+    }
+    if not symmetric:
+        zero_points = random_bytes(rows, groups, most=15).numpy()
+        tensors["weight_zero_point"] = words_along_rows(zero_points.T).t().contiguous()
+    strategy = "channel" if group is None else "group"
+    config = compressed_config("pack-quantized", type="int", strategy=strategy, group_size=group, symmetric=symmetric)
+    return Sample(config, shape, tensors)
+
+
+def unpacked_zero_points(sample: Sample) -> Sample:
+    """``sample`` with zero points as compressed-tensors stored them before version 0.10."""
+    rows, groups = sample.tensors["weight_scale"].shape
+    sample.tensors["weight_zero_point"] = torch.randint(-8, 8, (rows, groups), dtype=torch.int8)
+    return sample
+
+
+def modelopt(shape: tuple[int, int] = (6, 80)) -> Sample:
+    rows, columns = shape
+    tensors = {
+        "weight": random_bytes(rows, columns // 2),
+        "weight_scale": e4m3_scales(rows, columns // 16),
+        "weight_scale_2": torch.tensor(3.7e-4),
+        "input_scale": torch.tensor(0.01),
+    }
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head", "model.layers.0.self_attn*"]}
+    return Sample(config, shape, tensors)
+
+
+def awq(shape: tuple[int, int] = (24, 256), group: int = 128, dtype: torch.dtype = torch.float16) -> Sample:
+    rows, columns = shape
+    groups = 1 if group == -1 else columns // group
+    tensors = {
+        "qweight": random_words(columns, rows // 8),
+        "qzeros": random_words(groups, rows // 8),
+        "scales": random_scales(dtype, groups, rows, positive=True),
+    }
+    config = {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": "gemm"}
+    return Sample(config, shape, tensors)
+
+
+def gptq(
+    shape: tuple[int, int] = (24, 256),
+    group: int = 128,
+    symmetric: bool = True,
+    version: int = 1,
+    order: bool = True,
+    dtype: torch.dtype = torch.float16,
+) -> Sample:
+    rows, columns = shape
+    size = columns if group == -1 else group
+    groups = -(-columns // size)
+    bias = 1 if version == 1 else 0
+    stored = np.full((groups, rows), 8 - bias) if symmetric else random_bytes(groups, rows, most=15 - bias).numpy()
+    tensors = {
+        "qweight": random_words(columns // 8, rows),
+        "qzeros": words_along_rows(stored),
+        "scales": random_scales(dtype, groups, rows, positive=not symmetric),
+    }
+    if order:
+        tensors["g_idx"] = torch.arange(columns, dtype=torch.int32) // size
+    config = {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": group,
+        "sym": symmetric,
+        "desc_act": False,
+        "checkpoint_format": "gptq" if version == 1 else "gptq_v2",
+    }
+    return Sample(config, shape, tensors)
+
+
+# One weight of each kind, by a name for the test's report.
+SAMPLES: dict[str, Callable[[], Sample]] = {
+    "mxfp4": mxfp4,
+    "mxfp4-matrix": lambda: mxfp4((5, 32)),
+    "compressed-mxfp4": compressed_mxfp4,
+    "compressed-nvfp4": compressed_nvfp4,
+    "compressed-nvfp4-row": lambda: compressed_nvfp4((1, 16)),
+    "packed": packed,
+    "packed-128-half": lambda: packed((5, 384), 128, dtype=torch.float16),
+    "packed-float32": lambda: packed(dtype=torch.float32),
+    "packed-channel": lambda: packed((5, 176), None),
+    "packed-group-48": lambda: packed((5, 192), 48),
+    "packed-order": lambda: packed(weight_g_idx=torch.arange(192) // 32),
+    "packed-no-order": lambda: packed(weight_g_idx=torch.full((192,), -1, dtype=torch.int32)),
+    "packed-zero-points": lambda: packed((13, 192), symmetric=False),
+    "packed-zero-points-channel": lambda: packed((16, 96), None, symmetric=False),
+    "packed-zero-points-unpacked": lambda: unpacked_zero_points(packed((12, 96), symmetric=False)),
+    "packed-zero-points-float32": lambda: packed((3, 192), 64, symmetric=False, dtype=torch.float32),
+    "modelopt": modelopt,
+    "awq": awq,
+    "awq-32": lambda: awq((8, 96), 32),
+    "awq-channel": lambda: awq((264, 48), -1),
+    "awq-bfloat16": lambda: awq(dtype=torch.bfloat16),
+    "gptq": gptq,
+    "gptq-v2": lambda: gptq(version=2),
+    "gptq-zero-points": lambda: gptq(symmetric=False),
+    "gptq-zero-points-v2": lambda: gptq((8, 64), 32, symmetric=False, version=2),
+    "gptq-short-last-group": lambda: gptq((16, 320), 128, symmetric=False),
+    "gptq-channel": lambda: gptq((16, 80), -1, symmetric=False, order=False),
+}

@@ -1,0 +1,91 @@
+"""Every form of a 4-bit weight: random weights of each, and their values by an oracle that shares no code with the
+package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import reference
+from qlora_ext import _C
+from qlora_ext.form import Form
+from qlora_ext.weight import Weight4bit, weight_of
+
+# A form per format, and one for each way to store scales and offsets that no format here uses.
+FORMS = {
+    "nf4": Form(),
+    "nf4 alone": Form(scales="float32"),
+    "fp4": Form("fp4", "nested8"),
+    "mxfp4": Form("e2m1", "table8", 32),
+    "nvfp4": Form("e2m1", "table8", 16),
+    "q4_0": Form("int4", "float16", 32),
+    "int4": Form("int4", "bfloat16", 32),
+    "iq4_nl": Form("iq4_nl", "float16", 32),
+    "q4_1": Form("uint4", "float16", 32, offsets="float16"),
+    "q4_k": Form("uint4", "nested_table8", 32, 8, "scaled8"),
+    "awq": Form("uint4", "float16", 128, offsets="zero_point8"),
+    "float32 offsets": Form("uint4", "float32", 64, offsets="float32"),
+    "bfloat16 offsets": Form("uint4", "bfloat16", 64, offsets="bfloat16"),
+}
+PLAIN = [name for name, form in FORMS.items() if form.offsets is None]
+
+
+def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if name == "scale_table":  # powers of two, like E8M0, around 1/64
+        return torch.ldexp(torch.ones(256), torch.arange(256) % 8 - 10).expand(shape).contiguous()
+    if name == "nested_offset":
+        return torch.full(shape, 0.02)
+    if dtype == torch.uint8:
+        return (
+            torch.randint(16 if name == "block_offsets" else 256, shape, generator=generator)
+            .clamp_max(63 if name == "absmax" else 255)
+            .to(dtype)
+        )
+    t = torch.rand(shape, generator=generator) * 0.01 + 0.005
+    return (-t if name == "block_offsets" else t).to(dtype)
+
+
+def random_weight(
+    form: Form, shape: Sequence[int], seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> Weight4bit:
+    """A weight [N, K], or a stack [E, N, K], of random codes with scales and offsets of plausible sizes."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, spec in form.tensors(shape[-2:], shape[:-2]).items():
+        if name == "packed":
+            t = torch.randint(256, spec.shape, generator=generator).to(spec.dtype)
+        else:
+            t = _random(name, spec.shape, spec.dtype, generator)
+        tensors[name] = t.to(device)
+    return weight_of(
+        form, **{"nested_absmax": None, "nested_offset": None} | tensors, shape=torch.Size(shape), dtype=dtype
+    )
+
+
+def _array(t: Tensor) -> np.ndarray:
+    return (t.float() if t.is_floating_point() else t).cpu().numpy()
+
+
+def oracle(w4: Weight4bit) -> np.ndarray:
+    """The values of a weight [N, K], float32."""
+    blocks = w4.absmax.numel()
+    nested = np.arange(blocks) // w4.nested_block_size
+    scales = _array(w4.absmax)
+    if w4.scale_table is not None:
+        scales = _array(w4.scale_table)[scales]
+        scales = scales if w4.nested_absmax is None else scales * _array(w4.nested_absmax)[nested]
+    elif w4.nested_offset is not None:
+        mean = np.float32(w4.nested_offset.item())
+        scales = reference.dequantize_absmax(scales, _array(w4.nested_absmax), mean, w4.nested_block_size)
+    values = reference.CODES[w4.code] if w4.code in reference.CODES else _C.code_values(w4.code)
+    flat = reference.dequantize_nf4(_array(w4.packed), scales, w4.shape.numel(), w4.block_size, values)
+    if w4.block_offsets is not None:
+        offsets = _array(w4.block_offsets)
+        if offsets.dtype == np.uint8:
+            unit = scales if w4.offset_scale is None else _array(w4.offset_scale)[nested]
+            offsets = -(offsets.astype(np.float32) * unit)
+        flat = flat + np.repeat(offsets, w4.block_size)[: flat.size]
+    return flat.reshape(w4.shape)

@@ -1,0 +1,151 @@
+"""Tiny models whose checkpoints store weights in 4-bit formats, and their dense forms."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import checkpoint_samples as samples
+from checkpoint_samples import Sample
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+
+from transformers import AutoModelForCausalLM, GptOssConfig, LlamaConfig, MixtralConfig, Qwen3MoeConfig
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+CONFIGS: dict[str, Any] = {
+    "llama": lambda: LlamaConfig(**SIZES),
+    "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96, head_dim=16
+    ),
+    "gpt_oss": lambda: GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=16, sliding_window=8),
+}
+IDS = torch.randint(3, 128, (2, 6), generator=torch.Generator().manual_seed(1))
+
+
+def _moderate(sample: Sample) -> Sample:
+    """The sample with scales such that its values are below 1, as a model needs them."""
+    tensors = dict(sample.tensors)
+    for name in ("scales", "weight_scale"):
+        t = tensors.get(name)
+        if t is None:
+            continue
+        if t.dtype == torch.uint8:  # E8M0
+            tensors[name] = 117 + t % 5
+        elif t.dtype == torch.float8_e4m3fn:
+            tensors[name] = (t.view(torch.uint8) % 16 + 48).view(torch.float8_e4m3fn)
+        else:
+            tensors[name] = (torch.rand(t.shape) * 0.02 + 0.01).to(t.dtype)
+    return dataclasses.replace(sample, tensors=tensors)
+
+
+def _nvfp4(sample: Sample, name: str, factor: float) -> Sample:
+    """The sample with a global scale of its own near ``factor``."""
+    tensors = _moderate(sample).tensors
+    own = torch.tensor(factor * (1 + 0.3 * torch.rand(()).item())).reshape(tensors[name].shape)
+    return dataclasses.replace(sample, tensors={**tensors, name: own})
+
+
+# Formats for weights that a checkpoint stores one by one.
+FORMATS: dict[str, Callable[[Any], Sample]] = {
+    "mxfp4-pack-quantized": lambda shape: _moderate(samples.compressed_mxfp4(shape)),
+    "nvfp4-pack-quantized": lambda shape: _nvfp4(samples.compressed_nvfp4(shape), "weight_global_scale", 40.0),
+    "pack-quantized": lambda shape: _moderate(samples.packed(shape)),
+    "pack-quantized-channel": lambda shape: _moderate(samples.packed(shape, None)),
+    "pack-quantized-zero-points": lambda shape: _moderate(samples.packed(shape, symmetric=False)),
+    "modelopt": lambda shape: _nvfp4(samples.modelopt(shape), "weight_scale_2", 0.02),
+    "awq": lambda shape: _moderate(samples.awq(shape, 32)),
+    "gptq": lambda shape: _moderate(samples.gptq(shape, 32)),
+    "gptq-v2-zero-points": lambda shape: _moderate(samples.gptq(shape, 32, symmetric=False, version=2)),
+}
+# The names of the weights that are 4-bit in the checkpoints.
+_LINEAR = re.compile(r"(proj|w[123])\.weight$")
+_STACKS = re.compile(r"experts\.(gate_up|down)_proj$")
+
+
+def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Any:
+    """A dense model with distinct weights, and nonzero biases."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or name.endswith("sinks"):
+            torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+@dataclasses.dataclass
+class Checkpoint:
+    """A directory with a packed checkpoint, its tensors, its quantization_config, and the dense model in float32."""
+
+    path: pathlib.Path
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+    dense: Any
+
+
+def save(
+    directory: pathlib.Path, family: str, kind: str, keep: str = "$^", changed: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """Saves a tiny model in the format ``kind``.
+
+    Args:
+        keep: a regular expression of names in the files; weights that it matches stay dense.
+        changed: fields of the quantization_config.
+    """
+    model = build(family)
+    plain = directory / "dense"
+    model.save_pretrained(plain)
+    tensors: dict[str, Tensor] = {}
+    decoded: dict[str, Tensor] = {}
+    config: dict[str, Any] = {}
+    torch.manual_seed(1)
+    for name, t in safetensors.load_file(plain / "model.safetensors").items():
+        is_stack = bool(_STACKS.search(name))
+        if re.search(keep, name) or not (is_stack or _LINEAR.search(name)) or (kind == "mxfp4") != is_stack:
+            tensors[name] = decoded[name] = t.to(torch.bfloat16).float()
+            continue
+        if is_stack:  # the rows of the file's matrices are the columns of the model's
+            sample = _moderate(samples.mxfp4((t.shape[0], t.shape[2], t.shape[1])))
+            decoded[name] = torch.from_numpy(sample.values).transpose(1, 2).contiguous()
+        else:
+            sample = FORMATS[kind](tuple(t.shape))
+            decoded[name] = torch.from_numpy(sample.values)
+        prefix = f"{name}_" if is_stack else name.removesuffix("weight")
+        tensors |= {prefix + tensor: value for tensor, value in sample.tensors.items()}
+        config = sample.config
+    config = {**config, **(changed or {})}
+    safetensors.save_file(
+        {k: t.contiguous() for k, t in decoded.items()}, plain / "model.safetensors", {"format": "pt"}
+    )
+    packed = directory / "packed"
+    packed.mkdir()
+    safetensors.save_file(
+        {k: t.contiguous() for k, t in tensors.items()}, packed / "model.safetensors", {"format": "pt"}
+    )
+    fields = json.loads((plain / "config.json").read_text())
+    (packed / "config.json").write_text(json.dumps({**fields, "quantization_config": config}))
+    (packed / "generation_config.json").write_text((plain / "generation_config.json").read_text())
+    dense = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32).eval()
+    return Checkpoint(packed, tensors, config, dense)

@@ -1,0 +1,268 @@
+"""Modules hold a weight of any form: they compute with it, and keep, move, save and load its bits."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qlora_ext
+from forms import FORMS, PLAIN, oracle, random_weight
+from qlora_ext import formats
+from qlora_ext.form import Form
+from qlora_ext.nn import Embedding4bit, Linear4bit, TiedLinear4bit
+from qlora_ext.weight import TENSORS, Weight4bit
+
+EVERY = pytest.mark.parametrize("name", FORMS)
+SHAPE = (24, 160)  # rows do not hold whole blocks of 64 or 128
+
+
+def layer_of(w4: Weight4bit, bias: bool = False) -> Linear4bit:
+    n, k = w4.shape
+    layer = Linear4bit(k, n, bias, torch.float32, **w4.form.keywords)
+    layer.set_weight(w4)
+    return layer
+
+
+def same_bits(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[key].dtype == b[key].dtype and bool(np.array_equal(bits(a[key]), bits(b[key]))) for key in a
+    )
+
+
+def bits(t: Tensor) -> np.ndarray:
+    return t.detach().reshape(-1).view(torch.uint8).numpy()
+
+
+@EVERY
+def test_a_weight_has_the_tensors_of_its_form(name: str) -> None:
+    form = FORMS[name]
+    for shape in (SHAPE, (3, *SHAPE)):
+        w4 = random_weight(form, shape)
+        assert w4.form == form
+        assert Form.of(**form.keywords) == form
+        specs = form.tensors(SHAPE, shape[:-2])
+        assert {key: (tuple(t.shape), t.dtype) for key, t in w4.tensors.items()} == specs
+    assert [key for key in TENSORS if key in specs] == [*specs]
+
+
+@EVERY
+def test_it_decodes_as_specified(name: str) -> None:
+    w4 = random_weight(FORMS[name], SHAPE)
+    expected = oracle(w4)
+    assert np.array_equal(w4.dequantize(torch.float32).numpy(), expected)
+    # the decoded scales and offsets are the ones that the operator uses
+    table = torch.tensor(formats.code_values(w4.code))
+    codes = torch.stack([w4.packed >> 4, w4.packed & 15], -1).reshape(-1).long()
+    blocks = torch.arange(codes.numel()) // w4.block_size
+    values = table[codes] * w4.decoded_scales()[blocks]
+    offsets = w4.decoded_offsets()
+    assert np.array_equal((values if offsets is None else values + offsets[blocks]).numpy(), expected.reshape(-1))
+    stack = Weight4bit.stack([w4, random_weight(FORMS[name], SHAPE, seed=1)])
+    assert torch.equal(stack.decoded_scales()[0], w4.decoded_scales())
+    if offsets is not None:
+        assert torch.equal(stack.decoded_offsets()[0], offsets)
+
+
+@EVERY
+def test_a_layer_computes_with_it(name: str) -> None:
+    w4 = random_weight(FORMS[name], SHAPE)
+    layer, x = layer_of(w4), torch.randn(5, SHAPE[1], dtype=torch.float64, requires_grad=True)
+    layer.compute_dtype = torch.float64
+    a, b = torch.randn(4, SHAPE[1]).double().requires_grad_(), torch.randn(SHAPE[0], 4).double().requires_grad_()
+    y = layer.fused_forward(x, a, b, 0.5)
+    dense = torch.tensor(oracle(w4)).double()
+    torch.testing.assert_close(y, x @ dense.T + 0.5 * x @ a.T @ b.T, rtol=1e-12, atol=1e-12)
+    dx, da, db = torch.autograd.grad(y.sum(), [x, a, b])
+    ones = torch.ones_like(y)
+    torch.testing.assert_close(dx, ones @ dense + 0.5 * ones @ b @ a, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(da, 0.5 * (ones @ b).T @ x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(db, 0.5 * ones.T @ (x @ a.T), rtol=1e-12, atol=1e-12)
+
+
+@EVERY
+def test_parameters_are_what_has_an_entry_per_block(name: str) -> None:
+    layer = layer_of(random_weight(FORMS[name], SHAPE))
+    blocks = layer.absmax.numel()
+    for key, t in layer.packed_state().items():
+        assert (key in layer._parameters) == (key == "weight" or t.shape == (blocks,)), key
+        assert not t.requires_grad
+    assert {key for key in TENSORS[1:] if getattr(layer, key) is not None} == {*layer.packed_state()} - {"weight"}
+    with pytest.raises(RuntimeError, match="packed state of a 4-bit weight"):
+        layer.absmax * 2
+    if layer.block_offsets is not None:
+        with pytest.raises(RuntimeError, match="packed state of a 4-bit weight"):
+            layer.block_offsets.mul_(2)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.float().to("cpu"),
+        lambda m: copy.deepcopy(m),
+        lambda m: pickle.loads(pickle.dumps(m)),
+        lambda m: saved_and_loaded(m),
+        lambda m: m.share_memory(),
+    ],
+)
+def test_nothing_changes_its_bits(name: str, change) -> None:
+    w4 = random_weight(FORMS[name], SHAPE)
+    layer = change(layer_of(w4))
+    assert layer.form == w4.form
+    assert same_bits(layer.weight4bit.tensors, w4.tensors)
+    assert type(layer.weight4bit.absmax) is Tensor
+
+
+def saved_and_loaded(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded: nn.Module = torch.load(file, weights_only=False)
+    return loaded
+
+
+@EVERY
+@pytest.mark.parametrize("assign", [False, True])
+def test_its_state_loads_strictly_into_the_same_form_only(name: str, assign: bool) -> None:
+    w4 = random_weight(FORMS[name], SHAPE)
+    state = layer_of(w4).state_dict()
+    new = Linear4bit(SHAPE[1], SHAPE[0], False, **w4.form.keywords)
+    new.load_state_dict(state, assign=assign)
+    assert same_bits(new.weight4bit.tensors, w4.tensors)
+    for other, form in FORMS.items():
+        has, wants = w4.form.tensors(SHAPE).items(), form.tensors(SHAPE).items()
+        if has == wants:
+            continue
+        layer = Linear4bit(SHAPE[1], SHAPE[0], False, **form.keywords)
+        only_lacks = has < wants  # what is there fits
+        with pytest.raises(RuntimeError, match="Missing key" if only_lacks else f"packed state of a weight .*{form}"):
+            pytest.fail(f"{other}: {layer.load_state_dict(state, assign=assign)}")
+        if not only_lacks:
+            with pytest.raises(RuntimeError, match=f"packed state of a weight .*{form}"):
+                layer.load_state_dict(state, strict=False, assign=assign)
+
+
+def test_the_error_names_the_form_that_was_expected() -> None:
+    layer = Linear4bit(64, 32, code="e2m1", scales="table8", block_size=32)
+    state = layer_of(random_weight(FORMS["q4_1"], (32, 64))).state_dict()
+    expected = "the packed state of a weight [32, 64] with code=e2m1, block_size=32, scales=table8"
+    with pytest.raises(RuntimeError) as error:
+        layer.load_state_dict(state)
+    assert f"absmax: expected torch.uint8 [64], {expected}; got torch.float16 [64]" in str(error.value)
+    with pytest.raises(ValueError, match=r"block_offsets: expected .*scales=table8, which has no block_offsets"):
+        layer.check_form({"block_offsets": state["block_offsets"]})
+
+
+def test_nf4_states_have_the_names_they_had() -> None:
+    assert [*layer_of(random_weight(Form(), SHAPE), bias=True).state_dict()] == [
+        *("weight", "absmax", "bias", "nested_absmax", "nested_offset")
+    ]
+    assert [*layer_of(random_weight(FORMS["nf4 alone"], SHAPE)).state_dict()] == ["weight", "absmax"]
+
+
+@EVERY
+@pytest.mark.parametrize("width", [160, 96, 33])
+def test_rows_of_a_table(name: str, width: int) -> None:
+    w4 = random_weight(FORMS[name], (11, width))
+    table = Embedding4bit(11, width, compute_dtype=torch.float32, **w4.form.keywords)
+    table.set_weight(w4)
+    ids = torch.tensor([[3, 10, 0], [10, 7, 3]])
+    assert torch.equal(table(ids), w4.dequantize()[ids])
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_tied_head_shares_every_tensor(name: str) -> None:
+    w4 = random_weight(FORMS[name], (11, 64))
+    table = Embedding4bit(11, 64, compute_dtype=torch.float32, **w4.form.keywords)
+    table.set_weight(w4)
+    head, x = TiedLinear4bit(table), torch.randn(3, 64)
+    assert same_bits(head.weight4bit.tensors, w4.tensors)
+    torch.testing.assert_close(head(x), x @ w4.dequantize().T)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_compiled_layer(name: str) -> None:
+    layer, x = layer_of(random_weight(FORMS[name], (24, 64))), torch.randn(3, 64, requires_grad=True)
+    expected = layer(x)
+    (grad,) = torch.autograd.grad(expected.sum(), x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y = compiled(x)
+    assert torch.equal(y, expected)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], grad)
+
+
+@pytest.mark.parametrize("code", [[*range(-8, 8)], torch.arange(-8.0, 8.0), (*map(float, range(-8, 8)),)])
+def test_values_name_their_code(code) -> None:
+    assert Linear4bit(64, 32, code=code, scales="float16").form == Form("int4", "float16")
+
+
+def test_made_up_codes_carry_their_values() -> None:
+    values = torch.linspace(-1, 1, 16)
+    name = formats.code_name(values)
+    assert name.startswith("0x")
+    assert len(name) == 130
+    assert formats.code_values(name) == tuple(values.tolist())
+    assert Form.of(code=values) == Form(name)
+    negative_zero = [*formats.code_values("int4")]
+    negative_zero[8] = -0.0
+    assert formats.code_name(negative_zero) != "int4"  # it decodes to other bits
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ([1.0] * 15, "expected 16 values, got shape \\[15\\]"),
+        ([0.0] * 16, "expected a value other than 0, got 16 zeros"),
+        ([float("nan")] * 16, "expected 16 finite float32 values"),
+        ([1e39] * 16, "expected 16 finite float32 values"),
+        (3, "expected 16 values, got shape \\[\\]"),
+        (object(), "expected a name or 16 numbers"),
+        ("0x3f80", "0x and the 128 hexadecimal digits"),
+        ("0x" + "7fc00000" * 16, "expected 16 finite float32 values"),
+        ("nf5", "expected nf4, fp4"),
+    ],
+)
+def test_invalid_codes_are_rejected(code, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^code: .*{message}"):
+        Linear4bit(64, 32, code=code)
+
+
+@pytest.mark.parametrize("keywords", [{"scales": "float8"}, {"offsets": "nested8"}, {"offsets": 1}])
+def test_invalid_forms_are_rejected(keywords: dict) -> None:
+    (key,) = keywords
+    with pytest.raises(ValueError, match=f"^{key}: expected "):
+        Linear4bit(64, 32, **keywords)
+
+
+def test_a_description_names_what_matters() -> None:
+    assert str(Form()) == "block_size=64, double_quant=True"
+    assert str(FORMS["mxfp4"]) == "code=e2m1, block_size=32, scales=table8"
+    assert str(FORMS["q4_k"]) == (
+        "code=uint4, block_size=32, scales=nested_table8, offsets=scaled8, nested_block_size=8"
+    )
+    assert "code=e2m1, block_size=32, scales=table8" in repr(layer_of(random_weight(FORMS["mxfp4"], SHAPE)))
+    assert "code=e2m1, block_size=32, scales=table8" in repr(random_weight(FORMS["mxfp4"], SHAPE))
+
+
+def test_bitsandbytes_has_no_such_form() -> None:
+    w4 = random_weight(Form("nf4", "float16"), SHAPE)
+    with pytest.raises(ValueError, match="scales: expected float32 or nested8 without offsets"):
+        w4.to_bitsandbytes("weight")
+
+
+def test_a_layer_takes_over_the_form_of_its_weight() -> None:
+    layer = qlora_ext.nn.Linear4bit(SHAPE[1], SHAPE[0], False)
+    for name in (*FORMS, *reversed(FORMS)):
+        w4 = random_weight(FORMS[name], SHAPE)
+        layer.set_weight(w4)
+        assert layer.form == FORMS[name]
+        assert same_bits(layer.packed_state(), {"weight" if k == "packed" else k: t for k, t in w4.tensors.items()})
