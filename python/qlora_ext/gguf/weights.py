@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,11 @@ from ..weight import Weight4bit
 from . import blocks
 from .file import TensorInfo, read_header
 from .rows import Rows, find_rows
+
+if TYPE_CHECKING:
+    from ..form import Form
+    from ..integrations.transformers import QLoRAConfig
+    from .source import GGUFSource
 
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 20  # elements that are read at a time
@@ -117,15 +122,13 @@ class GGUFWeights:
         quantized to NF4 like any dense model.
         """
         from ..integrations.transformers import QLoRAConfig
-        from .source import GGUFSource
 
         if options.get("dtype", "auto") == "auto":  # transformers would search it in the tensors
             options["dtype"] = self._model.dtype
         config = options.get("quantization_config")
         kept: set[str] = set()
         if isinstance(config, QLoRAConfig):
-            source = GGUFSource(self.stored_kind, config)
-            source.forms(self._model)
+            source = self._source(config)
             if source.kept:
                 options["quantization_config"] = config = copy.copy(config)
                 config._source, kept = source, source.kept
@@ -138,6 +141,19 @@ class GGUFWeights:
         self.summary = self._summarize(model, kept)
         _log.info(self.summary)
         return loaded
+
+    def forms(self) -> dict[str, Form]:
+        """The forms of the weights that stay 4-bit with ``QLoRAConfig()``, by name; empty if none does."""
+        from ..integrations.transformers import QLoRAConfig
+
+        return self._source(QLoRAConfig()).forms(self._model)
+
+    def _source(self, config: QLoRAConfig) -> GGUFSource:
+        from .source import GGUFSource
+
+        source = GGUFSource(self.stored_kind, config)
+        source.forms(self._model)
+        return source
 
     def decode(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight ``name`` of the model, rounded once to ``dtype``.

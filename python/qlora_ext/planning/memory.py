@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 from .._internal.dtype_names import AUTO
 from ..dtypes import computing_dtype_named
+from ..form import Form
 from ..integrations.peft.lora_config import lora_config
-from ..nn import Packed4bit, quantize_model, scale_names
+from ..integrations.transformers.modules import empty_layer, packed_weights
+from ..nn import Packed4bit, places_in, quantize_model, scale_names
 from ..streaming import chunk_mlp, dense_mlps
 from ..streaming.loss import head_loss
 
@@ -51,6 +54,8 @@ class Job:
         devices: number of devices that share the weights with FSDP2.
         stream: where the frozen layers are stored: none, ram or disk.
         host: whether the run is on the CPU.
+        forms: of the 4-bit weights that the model's files store, by their names; other layers stay dense. None if the
+            model is quantized to NF4.
 
     The other fields are the options of ``finetune`` with the same names.
 
@@ -74,6 +79,7 @@ class Job:
     offload_checkpoints: bool = False
     stream: str = "none"
     host: bool = False
+    forms: Mapping[str, Form] | None = None
 
     @property
     def compute(self) -> torch.dtype:
@@ -155,7 +161,10 @@ def build(job: Job, layers: int) -> Any:
     config.use_cache = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=job.compute)
-        quantize_model(model, block_size=job.block_size)
+        if job.forms is None:
+            quantize_model(model, block_size=job.block_size)
+        else:
+            _take_forms(model, job.forms, job.compute)
         config = lora_config(model, job.rank, job.target_modules, list(job.modules_to_save))
         model = get_peft_model(model, config)
     if job.grad_checkpointing:
@@ -163,6 +172,17 @@ def build(job: Job, layers: int) -> Any:
     if job.mlp_chunk and dense_mlps(model):
         chunk_mlp(model, job.mlp_chunk)
     return model.train()
+
+
+def _take_forms(model: Any, forms: Mapping[str, Form], compute_dtype: torch.dtype) -> None:
+    """Replaces the modules whose weights have one of ``forms`` by empty 4-bit ones."""
+    for module, places in places_in(model).items():
+        name = places[0][2]
+        found = {forms.get(f"{name}.{weight}") for weight in packed_weights(module)}
+        if (form := next(iter(found), None)) is not None:
+            layer = empty_layer(module, compute_dtype, form)
+            for parent, child, _ in places:
+                setattr(parent, child, layer)
 
 
 def trains_head(job: Job) -> bool:
@@ -226,7 +246,7 @@ def _line(few: dict[str, float], more: dict[str, float], layers: int) -> dict[st
 def static_split(job: Job) -> dict[str, float]:
     """The split before the first step: weights, adapters and optimizer state."""
     layers = job.config.get_text_config().num_hidden_layers
-    if layers <= MORE:
+    if layers <= MORE or job.forms is not None:
         return split(job, [_static(build(job, layers))])
     return split(job, [_line(_static(build(job, FEW)), _static(build(job, MORE)), layers)])
 
@@ -236,7 +256,11 @@ def peaks(job: Job) -> list[dict[str, float]]:
     layers = job.config.get_text_config().num_hidden_layers
     if layers <= MORE:
         return _measure(job, layers)
-    return [_line(*pair, layers) for pair in zip(_measure(job, FEW), _measure(job, MORE), strict=True)]
+    found = [_line(*pair, layers) for pair in zip(_measure(job, FEW), _measure(job, MORE), strict=True)]
+    if job.forms is None:
+        return found
+    static = _static(build(job, layers))  # the layers of a file may differ in form
+    return [{**top, **static} for top in found]
 
 
 def checkpoint_bytes(job: Job) -> float:
