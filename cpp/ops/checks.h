@@ -136,7 +136,7 @@ class Count {
     require(size >= 0, name_, ": expected sizes of 0 or more, got ", size);
     empty_ |= size == 0;
     int64_t product = 0;
-    const bool wraps = __builtin_mul_overflow(product_, size > 1 ? size : 1, &product);
+    const bool wraps = multiply_overflows(product_, size > 1 ? size : 1, &product);
     require(!wraps && product <= kMaxElements, name_, ": expected at most 2^48 elements, got ", product_, " * ", size);
     product_ = product;
   }

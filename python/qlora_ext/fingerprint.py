@@ -42,8 +42,8 @@ def fingerprint(model: nn.Module) -> str:
         raise ValueError("model: expected a model with 4-bit layers (see qlora_ext.quantize_model), found none")
     for name, module, weight in weights:
         w4 = module.packed_weight(weight)  # one at a time, because those of a streamed or sharded model are copies
-        code = "" if w4.code == NF4 else f" {w4.code}"
-        digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}{code}:".encode())
+        form = "" if w4.code == NF4 and not w4.form.has_more_tensors else f" {w4.form}"
+        digest.update(f"\n{name} {list(w4.shape)} {w4.block_size} {w4.nested_block_size}{form}:".encode())
         for tensor in w4.tensors.values():
             update(digest, tensor)
     return digest.hexdigest()

@@ -170,5 +170,6 @@ PRESETS: dict[str, Form] = {
     "int4": Form("int4", formats.BFLOAT16, 32),
     "q4_0": Form("int4", formats.FLOAT16, 32),
     "q4_1": Form("uint4", formats.FLOAT16, 32, offsets=formats.FLOAT16),
+    "q4_k": Form("uint4", formats.NESTED_TABLE8, 32, 8, formats.SCALED8),
     "iq4_nl": Form("iq4_nl", formats.FLOAT16, 32),
 }

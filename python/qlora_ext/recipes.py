@@ -5,7 +5,7 @@ A format with a recipe of its own gives the bits that its library gives for a fl
     mxfp4    OCP Microscaling Formats 1.0, section 6.3: a power of two per block
     nvfp4    compressed-tensors: an E4M3 scale per block, and the largest magnitude of the weight at its largest value
     int4     compressed-tensors: the largest magnitude at 7.5, rounded to even
-    q4_0, q4_1, iq4_nl    ggml's reference quantizers
+    q4_0, q4_1, q4_k, iq4_nl    ggml's reference quantizers
 
 All others place the largest magnitude of a block, or its least and largest values, at the ends of their code, and round
 to the nearest value.
@@ -194,6 +194,79 @@ def _q4_1(w: Tensor, form: Form) -> Tensors:
     return {"packed": packed, "absmax": scales.half(), "block_offsets": least.half()}
 
 
+# The steps in which Q4_K's scales are searched: the largest code is at 15 - 1 to 15 + 1 instead of 15.
+_Q4_K_STEPS = [step / 10 - 1 for step in range(21)]
+_Q4_K_LARGEST = 63  # of the codes of scales and offsets
+
+
+def _q4_k(w: Tensor, form: Form) -> Tensors:
+    blocks = _blocks(w, form)
+    scales, depths = _searched_scales_and_depths(blocks)
+    scale_codes, scale_units = _six_bits(scales, form)
+    depth_codes, depth_units = _six_bits(depths, form)
+    found, depth = (
+        scale_codes.float() * _repeated(scale_units, form, blocks),
+        depth_codes.float() * _repeated(depth_units, form, blocks),
+    )
+
+    def encode(x: Tensor, scale: Tensor, depth: Tensor) -> Tensor:
+        return torch.where(scale == 0, 0.0, (x + depth) / scale).round().clamp(0, 15)
+
+    return {
+        "packed": _packed(blocks, w, form, encode, found, depth),
+        "absmax": scale_codes,
+        "nested_absmax": scale_units,
+        "scale_table": torch.arange(256, dtype=torch.float32, device=w.device),
+        "block_offsets": depth_codes,
+        "offset_scale": depth_units,
+    }
+
+
+def _searched_scales_and_depths(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The scale s and the depth m of each block with the least weighted error of s · code - m, m >= 0."""
+    weights = blocks.square().mean(1, keepdim=True).sqrt() + blocks.abs()
+    least, largest = blocks.amin(1, keepdim=True).clamp_max(0), blocks.amax(1, keepdim=True)
+    reach = largest - least
+    sum_w, sum_x = weights.sum(1, keepdim=True), (weights * blocks).sum(1, keepdim=True)
+
+    def codes_for(last: float) -> Tensor:
+        return (torch.where(reach == 0, 0.0, last / reach) * (blocks - least)).round().clamp(0, 15)
+
+    def error_of(scale: Tensor, low: Tensor, codes: Tensor) -> Tensor:
+        return (weights * (scale * codes + low - blocks).square()).sum(1, keepdim=True)
+
+    best = reach / 15, least
+    error = error_of(*best, codes_for(15.0))
+    for step in _Q4_K_STEPS:
+        codes = codes_for(15.0 + step)
+        weighted = weights * codes
+        sum_l, sum_l2 = weighted.sum(1, keepdim=True), (weighted * codes).sum(1, keepdim=True)
+        sum_xl = (weighted * blocks).sum(1, keepdim=True)
+        determinant = sum_w * sum_l2 - sum_l.square()
+        low = (sum_l2 * sum_x - sum_l * sum_xl) / determinant
+        scale = torch.where(low > 0, sum_xl / sum_l2, (sum_w * sum_xl - sum_x * sum_l) / determinant)
+        low = low.clamp_max(0)
+        found = error_of(scale, low, codes)
+        better = (determinant > 0) & (found < error)
+        best = torch.where(better, scale, best[0]), torch.where(better, low, best[1])
+        error = torch.where(better, found, error)
+    return best[0].squeeze(1), -best[1].squeeze(1)
+
+
+def _six_bits(values: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """Codes of 6 bits for values of at least 0, and their unit for each nested block: a float16, as float32."""
+    missing = -len(values) % form.nested_block_size
+    largest = torch.nn.functional.pad(values, (0, missing)).view(-1, form.nested_block_size).amax(1)
+    inverse = _inverse(largest) * _Q4_K_LARGEST
+    codes = (values * _repeated(inverse, form, values)).round().clamp(0, _Q4_K_LARGEST)
+    return codes.to(torch.uint8), (largest / _Q4_K_LARGEST).half().float()
+
+
+def _repeated(nested: Tensor, form: Form, blocks: Tensor) -> Tensor:
+    """For each block, the value of its nested block."""
+    return nested.repeat_interleave(form.nested_block_size)[: len(blocks)]
+
+
 def _iq4_nl(w: Tensor, form: Form) -> Tensors:
     """Codes for the largest magnitude at one end, and then the scale with the least squared error, weighted by w²."""
     values = torch.tensor(formats.code_values(form.code), dtype=torch.float32, device=w.device)
@@ -218,5 +291,6 @@ _OWN: dict[tuple[str, str, str | None], Callable[[Tensor, Form], Tensors]] = {
     ("int4", formats.BFLOAT16, None): _int4,
     ("int4", formats.FLOAT16, None): _q4_0,
     ("uint4", formats.FLOAT16, formats.FLOAT16): _q4_1,
+    ("uint4", formats.NESTED_TABLE8, formats.SCALED8): _q4_k,
     ("iq4_nl", formats.FLOAT16, None): _iq4_nl,
 }

@@ -282,9 +282,10 @@ def _has_values(t: Tensor) -> bool:
 
 
 def _refuse_non_finite(w: Tensor, w4: Weight4bit) -> None:
-    scales = w4.nested_offset if w4.nested_offset is not None else w4.absmax
-    told = [scales if scales.is_floating_point() else w, w4.block_offsets]  # 8-bit scales are always finite
-    if all(t is None or not t.is_floating_point() or bool(t.isfinite().all()) for t in told):
+    told = [t for name, t in w4.tensors.items() if t.is_floating_point() and name != "scale_table"]
+    if w4.scale_table is not None:  # scales from a table are finite
+        told.append(w)
+    if all(bool(t.isfinite().all()) for t in told):
         return
     bad = (~w.isfinite()).reshape(-1).nonzero()
     if bad.numel() == 0:
@@ -346,6 +347,7 @@ def quantize(w: Tensor, form: Form | str) -> Weight4bit:
         int4    -8..7   32  4.5   bfloat16: the largest magnitude is 7.5 (compressed-tensors)
         q4_0    -8..7   32  4.5   float16: the element of the largest magnitude is -8 (ggml)
         q4_1    0..15   32  5     float16, and an offset: the least element is 0, the largest is 15 (ggml)
+        q4_k    0..15   32  4.5   6 bits times float16, and an offset, with the least weighted error (ggml)
         iq4_nl  IQ4_NL  32  4.5   float16, with the least error for its codes (ggml, without its search)
 
     Args:
@@ -366,7 +368,7 @@ def quantize(w: Tensor, form: Form | str) -> Weight4bit:
         ('e2m1', 32, torch.uint8, True)
         >>> qlora_ext.quantize(torch.randn(48, 64), "int3")
         Traceback (most recent call last):
-        ValueError: form: expected nf4, fp4, mxfp4, nvfp4, int4, q4_0, q4_1, iq4_nl or a Form, got 'int3'
+        ValueError: form: expected nf4, fp4, mxfp4, nvfp4, int4, q4_0, q4_1, q4_k, iq4_nl or a Form, got 'int3'
     """
     if isinstance(form, str):
         form = Form.named(form)

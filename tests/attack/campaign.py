@@ -53,6 +53,11 @@ class Report:
     faults: list[str]
 
 
+def ends_of(text: str, length: int = 1500) -> str:
+    """The beginning of ``text``, where a sanitizer says what it found, and its end, where Python says where."""
+    return text if len(text) <= 2 * length else f"{text[:length]}\n...\n{text[-length:]}"
+
+
 def attack(script: str, kind: str, problems: int, **environment: str) -> Report:
     """Runs a campaign. After a crash, a new child continues with the next problem."""
     path = os.pathsep.join([str(HERE.parent / "lib"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -76,7 +81,7 @@ def attack(script: str, kind: str, problems: int, **environment: str) -> Report:
         end = signal.Signals(-child.returncode).name if child.returncode < 0 else f"exit status {child.returncode}"
         if current is None:
             raise AssertionError(f"{script} did not start: {end}\n{child.stderr}")
-        faults.append(f"{current}\n  died: {end}\n{child.stderr[-3000:]}")
+        faults.append(f"{current}\n  died: {end}\n{ends_of(child.stderr)}")
         first = int(re.match(r"problem (\d+)", current)[1]) + 1
     return Report(first, faults)
 

@@ -61,57 +61,24 @@ def _moderate(sample: Sample) -> Sample:
     return dataclasses.replace(sample, tensors=tensors)
 
 
-def _nvfp4(shape: Any) -> Sample:
-    sample = _moderate(samples.compressed_nvfp4(shape))
-    sample.tensors["weight_global_scale"] = torch.tensor([40.0 + 10 * torch.rand(()).item()])
-    values = samples.decode_nvfp4(*list(sample.tensors.values())[:3], divides=True)
-    return dataclasses.replace(sample, values=values)
-
-
-def _modelopt(shape: Any) -> Sample:
-    sample = _moderate(samples.modelopt(shape))
-    sample.tensors["weight_scale_2"] = torch.tensor(0.02 + 0.01 * torch.rand(()).item())
-    values = samples.decode_nvfp4(*list(sample.tensors.values())[:3], divides=False)
-    return dataclasses.replace(sample, values=values)
-
-
-def _compressed_mxfp4(shape: Any) -> Sample:
-    sample = _moderate(samples.compressed_mxfp4(shape))
-    blocks = sample.tensors["weight_packed"].view(shape[0], -1, 16)
-    return dataclasses.replace(sample, values=samples.decode_mxfp4(blocks, sample.tensors["weight_scale"]))
-
-
-def _mxfp4(shape: Any) -> Sample:
-    sample = _moderate(samples.mxfp4(shape))
-    return dataclasses.replace(sample, values=samples.decode_mxfp4(**sample.tensors))
-
-
-def _packed(shape: Any, group: int | None = 32, **options: Any) -> Sample:
-    sample = _moderate(samples.packed(shape, group, **options))
-    return dataclasses.replace(sample, values=samples.decode_packed(sample.tensors, shape, group or shape[1]))
-
-
-def _awq(shape: Any) -> Sample:
-    sample = _moderate(samples.awq(shape, 32))
-    return dataclasses.replace(sample, values=samples.decode_awq(sample.tensors, 32))
-
-
-def _gptq(shape: Any, version: int = 1, **options: Any) -> Sample:
-    sample = _moderate(samples.gptq(shape, 32, version=version, **options))
-    return dataclasses.replace(sample, values=samples.decode_gptq(sample.tensors, 32, version))
+def _nvfp4(sample: Sample, name: str, factor: float) -> Sample:
+    """The sample with a global scale of its own near ``factor``."""
+    tensors = _moderate(sample).tensors
+    own = torch.tensor(factor * (1 + 0.3 * torch.rand(()).item())).reshape(tensors[name].shape)
+    return dataclasses.replace(sample, tensors={**tensors, name: own})
 
 
 # Formats for weights that a checkpoint stores one by one.
 FORMATS: dict[str, Callable[[Any], Sample]] = {
-    "mxfp4-pack-quantized": _compressed_mxfp4,
-    "nvfp4-pack-quantized": _nvfp4,
-    "pack-quantized": _packed,
-    "pack-quantized-channel": lambda shape: _packed(shape, None),
-    "pack-quantized-zero-points": lambda shape: _packed(shape, symmetric=False),
-    "modelopt": _modelopt,
-    "awq": _awq,
-    "gptq": _gptq,
-    "gptq-v2-zero-points": lambda shape: _gptq(shape, 2, symmetric=False),
+    "mxfp4-pack-quantized": lambda shape: _moderate(samples.compressed_mxfp4(shape)),
+    "nvfp4-pack-quantized": lambda shape: _nvfp4(samples.compressed_nvfp4(shape), "weight_global_scale", 40.0),
+    "pack-quantized": lambda shape: _moderate(samples.packed(shape)),
+    "pack-quantized-channel": lambda shape: _moderate(samples.packed(shape, None)),
+    "pack-quantized-zero-points": lambda shape: _moderate(samples.packed(shape, symmetric=False)),
+    "modelopt": lambda shape: _nvfp4(samples.modelopt(shape), "weight_scale_2", 0.02),
+    "awq": lambda shape: _moderate(samples.awq(shape, 32)),
+    "gptq": lambda shape: _moderate(samples.gptq(shape, 32)),
+    "gptq-v2-zero-points": lambda shape: _moderate(samples.gptq(shape, 32, symmetric=False, version=2)),
 }
 # The names of the weights that are 4-bit in the checkpoints.
 _LINEAR = re.compile(r"(proj|w[123])\.weight$")
@@ -160,7 +127,7 @@ def save(
             tensors[name] = decoded[name] = t.to(torch.bfloat16).float()
             continue
         if is_stack:  # the rows of the file's matrices are the columns of the model's
-            sample = _mxfp4((t.shape[0], t.shape[2], t.shape[1]))
+            sample = _moderate(samples.mxfp4((t.shape[0], t.shape[2], t.shape[1])))
             decoded[name] = torch.from_numpy(sample.values).transpose(1, 2).contiguous()
         else:
             sample = FORMATS[kind](tuple(t.shape))

@@ -67,9 +67,9 @@ struct ForwardPlan {
 // The tokens of a call that its Products cannot serve, and that another kernel has to compute. Any thread adds to them.
 class FallbackTokens {
  public:
-  static constexpr int64_t kMax = 64;  // tokens of a call
+  static constexpr int64_t kMax = 64;  // tokens of a call whose Products may refuse one
   void add(int64_t token) { __atomic_fetch_or(&bits_, uint64_t{1} << token, __ATOMIC_RELAXED); }
-  bool contains(int64_t token) const { return bits_ >> token & 1; }
+  bool contains(int64_t token) const { return token < kMax && (bits_ >> token & 1); }
   bool contains_all(int64_t first, int64_t count) const {
     for (int64_t i = first; i < first + count; ++i)
       if (!contains(i)) return false;

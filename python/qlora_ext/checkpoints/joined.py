@@ -55,8 +55,7 @@ def join_rows(matrices: Sequence[Weight4bit], where: str) -> Weight4bit:
     if first.block_offsets is not None:
         parts["block_offsets"] = torch.cat([m.tensors["block_offsets"] for m in matrices])
     tables = [m.scale_table for m in matrices if m.scale_table is not None]
-    bits = [table.view(torch.int32) for table in tables]  # tables contain NaN, which does not equal itself
-    if any(not torch.equal(table, bits[0]) for table in bits):
+    if any(not torch.equal(table, tables[0]) for table in tables):
         if len(tables) > 2 or any(bool((m.absmax >= _HALF).any()) for m in matrices):
             raise ValueError(
                 f"{where}: expected scales of 0 or more and at most two global scales in the weights that the model "
@@ -95,7 +94,7 @@ def _has_two_tables(w4: Weight4bit) -> bool:
     """Whether the upper half of the table is another matrix's, and not the negative values of E4M3."""
     if w4.scale_table is None:
         return False
-    upper = w4.scale_table[_HALF:-1]  # E8M0's begins with 2
+    upper = w4.scale_table[_HALF:]  # E8M0's begins with 2
     return bool((upper[0] == 0) & (upper > 0).any())
 
 

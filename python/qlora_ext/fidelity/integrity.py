@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..nn import Packed4bit, TiedLinear4bit, layers_of
 
@@ -37,14 +37,22 @@ def _of_layer(layer: Packed4bit) -> Iterator[str]:
         w4 = layer.packed_weight(weight)
         prefix = "" if weight == "weight" else f"{weight}: "
         scales = w4.decoded_scales()
-        bad = int((~scales.isfinite()).sum())
-        if bad:
-            yield f"{prefix}{bad} of {scales.numel()} scales are NaN or infinite"
-        elif scales.max() > _LARGEST_SCALE:
-            large = int((scales > _LARGEST_SCALE).sum())
-            yield (
-                f"{prefix}{large} of {scales.numel()} scales are above {_LARGEST_SCALE:.0f}, up to {scales.max():.3g}: "
-                "no model has such weights"
-            )
-        elif not scales.any():
+        offsets = w4.decoded_offsets(scales)
+        for kind, t in {"scales": scales, "offsets": offsets}.items():
+            if t is not None:
+                yield from (f"{prefix}{problem}" for problem in _of_values(kind, t))
+        if not scales.any():
             yield f"{prefix}every scale is zero: nothing was loaded into it"
+
+
+def _of_values(kind: str, values: Tensor) -> Iterator[str]:
+    bad = int((~values.isfinite()).sum())
+    largest = values.abs().max()
+    if bad:
+        yield f"{bad} of {values.numel()} {kind} are NaN or infinite"
+    elif largest > _LARGEST_SCALE:
+        large = int((values.abs() > _LARGEST_SCALE).sum())
+        yield (
+            f"{large} of {values.numel()} {kind} are above {_LARGEST_SCALE:.0f}, up to {largest:.3g}: "
+            "no model has such weights"
+        )

@@ -37,6 +37,11 @@ _LIST = (
         "counts a packed byte as one element, except in bitsandbytes' class",
     ),
     Patch(
+        "transformers.modeling_utils:PreTrainedModel.dtype",
+        "transformers >= 5.0",
+        "returns the dtype of the first floating parameter, which may be the scales of a 4-bit layer",
+    ),
+    Patch(
         "transformers.modeling_utils:PreTrainedModel.save_pretrained",
         "transformers >= 5.0",
         "writes no model card that says what a 4-bit model needs to load",
@@ -235,6 +240,8 @@ def _place(function: str) -> tuple[Any, str]:
 def extend(function: str, owner: type | None = None, optional: bool = False) -> Callable[[Any], Any]:
     """Replaces a function of ``PATCHES`` by the decorated one, which gets the original as its first argument.
 
+    Of a property, it replaces the function that reads it.
+
     Args:
         owner: the subclass whose override of the function is replaced.
         optional: do nothing in versions of the library that lack the function.
@@ -245,18 +252,21 @@ def extend(function: str, owner: type | None = None, optional: bool = False) -> 
         try:
             found, name = _place(function)
             holder: Any = owner or found
-            original = getattr(holder, name)
+            attribute = getattr(holder, name)
         except (ImportError, AttributeError):
             if not optional:
                 raise
             return replacement
+        is_property = isinstance(attribute, property)
+        original: Any = attribute.fget if is_property else attribute
 
         @functools.wraps(original, updated=() if isinstance(original, type) else functools.WRAPPER_UPDATES)
         def extended(*args: Any, **kwargs: Any) -> Any:
             return replacement(original, *args, **kwargs)
 
         static = isinstance(holder, type) and isinstance(vars(holder).get(name), staticmethod)
-        setattr(holder, name, staticmethod(extended) if static else extended)
+        kind = property if is_property else staticmethod if static else None
+        setattr(holder, name, extended if kind is None else kind(extended))
         for place, alias in map(_place, patch.aliases):
             if vars(place).get(alias) is original:
                 setattr(place, alias, extended)

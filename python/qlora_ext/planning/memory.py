@@ -54,8 +54,9 @@ class Job:
         devices: number of devices that share the weights with FSDP2.
         stream: where the frozen layers are stored: none, ram or disk.
         host: whether the run is on the CPU.
-        forms: of the 4-bit weights that the model's files store, by their names; other layers stay dense. None if the
-            model is quantized to NF4.
+        form: of the 4-bit weights, if the checkpoint has them in another format; None for NF4 with ``block_size``.
+        forms: instead of ``form``, the forms of those weights that a GGUF file stores in 4 bits, by their names; other
+            layers stay dense.
 
     The other fields are the options of ``finetune`` with the same names.
 
@@ -79,6 +80,7 @@ class Job:
     offload_checkpoints: bool = False
     stream: str = "none"
     host: bool = False
+    form: Form | None = None
     forms: Mapping[str, Form] | None = None
 
     @property
@@ -161,10 +163,10 @@ def build(job: Job, layers: int) -> Any:
     config.use_cache = False
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=job.compute)
-        if job.forms is None:
-            quantize_model(model, block_size=job.block_size)
-        else:
+        if job.forms is not None:
             _take_forms(model, job.forms, job.compute)
+        else:
+            quantize_model(model, **(job.form or Form(block_size=job.block_size)).keywords)
         config = lora_config(model, job.rank, job.target_modules, list(job.modules_to_save))
         model = get_peft_model(model, config)
     if job.grad_checkpointing:

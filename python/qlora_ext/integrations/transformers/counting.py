@@ -1,13 +1,14 @@
-"""Makes the parameter counts of transformers (``num_parameters``) and PEFT correct for 4-bit models."""
+"""Makes the parameter counts of transformers (``num_parameters``) and PEFT, and ``dtype``, correct for 4-bit models."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
 from torch import nn
 
-from ...nn import Embedding4bit, TiedLinear4bit, layers_of, scale_names
+from ...nn import Embedding4bit, Packed4bit, TiedLinear4bit, layers_of, scale_names
 from .._patches import extend
 
 
@@ -37,3 +38,15 @@ def uncounted_parameters(model: nn.Module, embeddings: bool = True) -> int:
 def num_parameters(original: Any, self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     counted: int = original(self, only_trainable, exclude_embeddings)
     return counted if only_trainable else counted + uncounted_parameters(self, not exclude_embeddings)
+
+
+@extend("transformers.modeling_utils:PreTrainedModel.dtype")
+def dtype(original: Any, self: Any) -> torch.dtype:
+    for module in self.modules():
+        packed = module.packed_state() if isinstance(module, Packed4bit) else ()
+        for name, p in module._parameters.items():
+            if p is not None and p.is_floating_point() and name not in packed:
+                found: torch.dtype = p.dtype
+                return found
+    fallback: torch.dtype = original(self)
+    return fallback
