@@ -71,7 +71,7 @@ def _dense(source: ModelSource, dtype: torch.dtype, shown: bool = False) -> Any:
 
 def _checked(model: Any, source: ModelSource, dtype: torch.dtype, compute: torch.dtype | None) -> Any:
     """Checks that the values of ``model`` are finite, and makes it compute in ``compute`` (None: no change)."""
-    validate_model.check_finite(source, model.state_dict().items())
+    validate_model.check_finite(source, model)
     model.config.use_cache = False
     if compute is not None:
         _compute_in(model, dtype, compute)
