@@ -141,8 +141,9 @@ Tensor search_absmax_nf4(const Tensor& w, const Tensor& importance, int64_t bloc
 
 // The contents of order and feedback are not checked, unlike on the CPU, because the host would have to wait for them.
 Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, OptionalTensor feedback,
-                  OptionalTensor order, const CodeName& code) {
-  const EncodeCall call(w, absmax, block_size, feedback, order, code);
+                  OptionalTensor order, const CodeName& code, OptionalTensor block_offsets) {
+  checks::require(!block_offsets, "block_offsets: expected None on CUDA, which cannot encode under offsets yet");
+  const EncodeCall call(w, absmax, block_size, feedback, order, code, block_offsets);
   OnDevice on(call.w);
   auto* const packed = call.packed.mutable_data_ptr<uint8_t>();
   const auto* const scales = call.absmax.const_data_ptr<float>();
@@ -166,8 +167,9 @@ Tensor encode_nf4(const Tensor& w, const Tensor& absmax, int64_t block_size, Opt
 }
 
 Tensor encode_nf4_stochastic(const Tensor& w, const Tensor& absmax, int64_t block_size, int64_t seed,
-                             const CodeName& code) {
-  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code);
+                             const CodeName& code, OptionalTensor block_offsets) {
+  checks::require(!block_offsets, "block_offsets: expected None on CUDA, which cannot encode under offsets yet");
+  const EncodeCall call(w, absmax, block_size, std::nullopt, std::nullopt, code, block_offsets);
   const OnDevice on(call.w);
   check_launch("encode_nf4_stochastic",
                cuda::launch_encode_nf4_stochastic(

@@ -115,15 +115,9 @@ inline void nested_block_size(int64_t n) {
           n);
 }
 
-// Returns the code of that name. The message does not list the codes that exist for tests only.
 inline Code code(const CodeName& name) {
-  if (name.table) [[likely]]
-    return static_cast<Code>(name.table - kCodeTables);
-  std::string names;
-  for (const CodeTable& t : kCodeTables)
-    if (!t.is_test) names += (names.empty() ? "" : ", ") + std::string(t.name);
-  require(false, "code: expected ", names, ", got ", name.unknown);
-  return {};
+  require(name.error.empty(), name.error);
+  return name.code;
 }
 
 // Multiplies sizes, one at a time. A negative size is an error, and so is a product above kMaxElements. A size of 0
@@ -136,7 +130,7 @@ class Count {
     require(size >= 0, name_, ": expected sizes of 0 or more, got ", size);
     empty_ |= size == 0;
     int64_t product = 0;
-    const bool wraps = __builtin_mul_overflow(product_, size > 1 ? size : 1, &product);
+    const bool wraps = multiply_overflows(product_, size > 1 ? size : 1, &product);
     require(!wraps && product <= kMaxElements, name_, ": expected at most 2^48 elements, got ", product_, " * ", size);
     product_ = product;
   }

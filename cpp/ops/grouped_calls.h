@@ -54,7 +54,7 @@ inline Weight stacked_weight(const PackedArgs& p, const char* named, int64_t siz
   *experts = p.packed.dim() > 0 ? p.packed.size(0) : 0;
   const int64_t bytes = packed_bytes(area(named, given, size));
   int64_t all = 0;
-  const bool wraps = __builtin_mul_overflow(*experts, bytes, &all);
+  const bool wraps = multiply_overflows(*experts, bytes, &all);
   require(p.packed.dim() > 0 && !wraps && p.packed.numel() == all, "packed: expected a stack of weights, ", bytes,
           " bytes each (", named, " = ", size, " by ", given, "), got shape ", shape_text(p.packed));
   is_stack("absmax", p.absmax, *experts);

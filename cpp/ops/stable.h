@@ -1,6 +1,6 @@
 // The only header to include for PyTorch's stable ABI. Include it before any other torch header: it replaces the shim's
 // error check, so that the text of an error raised inside torch (out of memory, for example) reaches the user. torch
-// >= 2.13 has the getter; the weak reference lets 2.11 and 2.12 load.
+// >= 2.13 has the getter; it is optional, so that 2.11 and 2.12 load.
 #pragma once
 
 #include <torch/csrc/stable/macros.h>
@@ -10,13 +10,16 @@
 #include <string>
 #include <vector>
 
-extern "C" __attribute__((weak)) const char* torch_exception_get_what_without_backtrace();
+#include "cpp/format/portable.h"
+
+extern "C" QLORA_OPTIONAL const char* torch_exception_get_what_without_backtrace();
 
 namespace qlora {
 
-[[noreturn]] __attribute__((noinline, cold, unused)) static void throw_torch_error(const char* call) {
+[[noreturn, maybe_unused, gnu::noinline, gnu::cold]] static void throw_torch_error(const char* call) {
   std::string text;
-  if (&torch_exception_get_what_without_backtrace) text = torch_exception_get_what_without_backtrace();
+  const auto what = QLORA_FIND("torch_cpu.dll", torch_exception_get_what_without_backtrace);
+  if (what) text = what();
   if (text.empty()) text = "a call into torch failed (torch 2.11 and 2.12 print the cause on stderr)";
   throw std::runtime_error(text + " [in " + std::string(call).substr(0, 60) + "]");
 }

@@ -3,7 +3,7 @@
 // std::invalid_argument to a ValueError where it calls the operator. torch 2.15 calls operators without pybind11 and,
 // besides its own exceptions, converts only pybind11's, which it recognizes by name. So this header declares the one
 // exception it needs, without pybind11 and Python, because programs without Python load this library too. That is why
-// the references are weak.
+// Python's symbols are optional.
 #pragma once
 
 #include <stdexcept>
@@ -11,16 +11,17 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpp/format/portable.h"
 #include "cpp/ops/arguments.h"
 #include "cpp/ops/stable.h"
 
 struct _object;
-extern "C" __attribute__((weak)) _object* PyExc_ValueError;
-extern "C" __attribute__((weak)) void PyErr_SetString(_object* type, const char* text);
+extern "C" QLORA_OPTIONAL _object* PyExc_ValueError;
+extern "C" QLORA_OPTIONAL void PyErr_SetString(_object* type, const char* text);
 
 namespace pybind11 {
 
-class __attribute__((visibility("default"))) builtin_exception : public std::runtime_error {
+class QLORA_EXPORT_TYPE builtin_exception : public std::runtime_error {
  public:
   using std::runtime_error::runtime_error;
   virtual void set_error() const = 0;  // called by torch, with the GIL held
@@ -33,7 +34,9 @@ namespace qlora {
 class ValueError final : public pybind11::builtin_exception {
  public:
   using builtin_exception::builtin_exception;
-  void set_error() const override { PyErr_SetString(PyExc_ValueError, what()); }
+  void set_error() const override {
+    QLORA_FIND("python3.dll", PyErr_SetString)(*QLORA_FIND("python3.dll", PyExc_ValueError), what());
+  }
 };
 
 template <void (*boxed)(StableIValue*, uint64_t, uint64_t)>

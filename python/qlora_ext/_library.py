@@ -34,10 +34,14 @@ OPERATORS = (
 
 
 def _find(name: str) -> str | None:
-    suffix = ".dll" if sys.platform == "win32" else ".so"  # macOS too: the library is loaded by its path
     # The libraries are next to _C. In an editable install, this file is in another directory.
-    library = pathlib.Path(_C.__file__).with_name(name + suffix)
-    return str(library) if library.is_file() else None
+    files = [pathlib.Path(_C.__file__).with_name(name + suffix) for suffix in _suffixes(sys.platform)]
+    return next((str(file) for file in files if file.is_file()), None)
+
+
+def _suffixes(platform: str) -> tuple[str, ...]:
+    """What the names of our libraries may end with: CMake's names for modules, and for libraries to link to."""
+    return {"win32": (".dll",), "darwin": (".so", ".dylib")}.get(platform, (".so",))
 
 
 def _require_torch() -> None:

@@ -17,11 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import reference
 from campaign import SEED, count
 from checkpoint_samples import SAMPLES, Sample, decode
 from mutations import mutate_json
 from qlora_ext.checkpoints import format_of, retained_of
-from qlora_ext.weight import Weight4bit
+from qlora_ext.form import Form
+from qlora_ext.weight import Weight4bit, quantize
 
 MUTATIONS = 40  # of each kind of weight
 COUNT = count(MUTATIONS)
@@ -148,6 +150,53 @@ def test_damaged_configurations(name: str) -> None:
             continue  # not JSON: the file's reader rejects it
         try:
             wrong = problem(copy.deepcopy(sample), config, sample.shape)
+        except Exception as error:
+            raise AssertionError(f"{note}: {error!r}") from error
+        assert wrong is None, f"{note}: {wrong}"
+
+
+STATE = "w.quant_state.bitsandbytes__"
+
+
+def bitsandbytes_problem(tensors: dict[str, Tensor]) -> str | None:
+    """As ``problem``, for a weight that bitsandbytes saved under the name w."""
+    try:
+        w4 = Weight4bit.from_bitsandbytes(tensors, "w")
+    except (ValueError, KeyError) as error:
+        text = str(error)
+        return None if "\x1b" not in text and 10 < len(text) < 900 else f"message: {text!r}"
+    absmax = w4.absmax.numpy()
+    if w4.nested_absmax is not None and w4.nested_offset is not None:
+        nested = (w4.nested_absmax.numpy(), w4.nested_offset.numpy(), w4.nested_block_size)
+        absmax = reference.dequantize_absmax(absmax, *nested)
+    table = tensors["w.quant_map"].float().numpy()
+    expected = reference.dequantize_nf4(w4.packed.numpy(), absmax, w4.shape.numel(), w4.block_size, table)
+    if not np.array_equal(w4.dequantize(torch.float32).numpy().reshape(-1), expected, equal_nan=True):
+        return "another value"
+    written = w4.to_bitsandbytes("w")
+    if not torch.equal(bits(written["w"]), bits(tensors["w"])):  # of any storage dtype
+        return "wrote other codes"
+    scales = {name for name in written if name != "w" and not name.startswith(STATE)}
+    wrong = [name for name in scales if not torch.equal(bits(written[name].float()), bits(tensors[name].float()))]
+    return f"wrote other {wrong}" if wrong else None
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("code", ["nf4", "fp4"])
+def test_damaged_weights_of_bitsandbytes(code: str, double_quant: bool) -> None:
+    w = torch.randn(8, 96)
+    for i in range(COUNT):
+        draw = random.Random(f"{SEED} bitsandbytes {code} {double_quant} {i}")
+        w4 = quantize(w, Form.of(code=code, double_quant=double_quant, block_size=64))
+        tensors = {name: t.clone() for name, t in w4.to_bitsandbytes("w").items()}
+        if draw.random() < 0.5:
+            text = mutate_json(draw, bytes(tensors[STATE + code].tolist()))
+            tensors[STATE + code] = torch.tensor(list(text), dtype=torch.uint8)
+        else:
+            mutate(draw, tensors)
+        note = f"QLORA_ATTACK_SEED={SEED}: mutation {i} of bitsandbytes' {code}"
+        try:
+            wrong = bitsandbytes_problem(tensors)
         except Exception as error:
             raise AssertionError(f"{note}: {error!r}") from error
         assert wrong is None, f"{note}: {wrong}"

@@ -220,3 +220,11 @@ def test_what_is_not_supported_is_rejected_by_its_name(what: str) -> None:
 def test_what_is_no_configuration_is_rejected(config: Any) -> None:
     with pytest.raises(ValueError, match="^quantization_config"):
         format_of(config)
+
+
+def test_configurations_that_transformers_has_read() -> None:
+    """Their texts may be members of enumerations, and they have more fields."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    for make, of in ((awq, transformers.AwqConfig), (gptq, transformers.GPTQConfig), (mxfp4, transformers.Mxfp4Config)):
+        config = {key: value for key, value in make().config.items() if key != "quant_method"}
+        assert settings_of(of(**config).to_dict()) == settings_of(make().config)

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 
 #include "cpp/cpu/dispatch.h"
 #include "cpp/cpu/isa/isa.h"
@@ -35,7 +36,8 @@ int main(int argc, char** argv) {
   const char* const option = argc == 3 ? argv[1] : "";
   if (argc < 2 || argc > 3) return fail("expected --sets, a set, --best SET or --lacks SET", argv[0]);
   const char* const name = argv[argc - 1];
-  if (std::strcmp(option, "--best") != 0) setenv("QLORA_CPU_ISA", name, 1);
+  static std::string setting = std::string("QLORA_CPU_ISA=") + name;  // the environment refers to it
+  if (std::strcmp(option, "--best") != 0) putenv(setting.data());     // Windows has no setenv
   if (std::strcmp(option, "--lacks") == 0) return isa_error() ? 0 : fail("it is there", name);
   if (const char* error = isa_error()) return fail(error, name);
   if (std::strcmp(current_isa().name, name) != 0) return fail("another set is in use", name);

@@ -58,6 +58,7 @@ uint32_t processor_features() {
   if (has_arm_bf16()) features |= kArmBf16;
 #endif
 #if QLORA_X86
+  __builtin_cpu_init();  // not every runtime library calls it at start
   const auto add = [&](Feature feature, int has) { features |= has ? feature : 0u; };
   add(kAvx2, __builtin_cpu_supports("avx2"));
   add(kFma, __builtin_cpu_supports("fma"));

@@ -41,7 +41,7 @@ class AWQ(Format):
         check(config, _SCHEMA, _SOURCE)
         if config["bits"] != 4:
             raise ValueError(f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported")
-        layout = str(config.get("version") or config.get("format") or "gemm").lower()
+        layout = (config.get("version") or config.get("format") or "gemm").lower()
         layout = "llm-awq" if config.get("backend") == "llm-awq" else layout
         if layout != "gemm":
             raise ValueError(

@@ -77,7 +77,7 @@ class _CompressedTensors(Format):
 
     def _group_settings(self, weights: Any, source: str) -> Settings:
         check(weights, _WEIGHTS, source)
-        kind, symmetric = str(weights.get("type") or "int").lower(), weights.get("symmetric") is not False
+        kind, symmetric = (weights.get("type") or "int").lower(), weights.get("symmetric") is not False
         if weights["num_bits"] != 4 or kind != self.kind:
             raise ValueError(
                 f"{source}: expected {self.kind} weights of 4 bits for {self.name}, got {excerpt(kind)} weights of "

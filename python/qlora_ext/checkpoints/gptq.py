@@ -53,9 +53,9 @@ class GPTQ(Format):
         check(config, _SCHEMA, _SOURCE)
         if config["bits"] != 4:
             raise ValueError(f"{_SOURCE}: expected 4 bits, got {config['bits']}, which are not supported")
-        layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
+        layout = (config.get("checkpoint_format") or config.get("format") or "gptq").lower()
         layout = "marlin" if config.get("is_marlin_format") else layout
-        if layout not in _BIASES or str(config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
+        if layout not in _BIASES or (config.get("pack_dtype") or "int32") not in ("int32", "torch.int32"):
             raise ValueError(
                 f"{_SOURCE}: expected the checkpoint_format gptq or gptq_v2 in int32 words, got {excerpt(layout)} in "
                 f"{excerpt(config.get('pack_dtype') or 'int32')} words, which is not supported"

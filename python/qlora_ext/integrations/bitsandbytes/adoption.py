@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...bitsandbytes_format import CODES
+from ...formats import NF4
 from ...nn import BEFORE_QUANTIZE, CONVERSIONS, Linear4bit, Packed4bit, report_coverage
-from ...weight import NF4Weight, quantize_nf4
+from ...weight import Weight4bit, quantize_nf4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +41,14 @@ def adopt(model: nn.Module) -> Adoption:
     is saved in bitsandbytes' format.
 
     bitsandbytes quantizes a weight when its layer is moved. A weight that it has not quantized yet gets the same codes
-    from us. A weight that it has repacked for inference on a CPU is unpacked by bitsandbytes' own code, which copies
-    it; the repacking has rounded its scales to bfloat16, which cannot be undone.
+    from us if they are NF4. A weight that it has repacked for inference on a CPU is unpacked by bitsandbytes' own code,
+    which copies it; the repacking has rounded its scales to bfloat16, which cannot be undone.
 
     Args:
         model: any module, including a single layer.
 
     Returns:
-        The layers that were adopted, and those that were not, with the reason: int8, FP4, another code table, no weight
+        The layers that were adopted, and those that were not, with the reason: int8, another code table, no weight
         (on the meta device), a merged adapter, a PEFT method other than LoRA, or a custom class.
 
     Raises:
@@ -130,7 +132,7 @@ def _unpacked_for_cpu(data: Tensor, state: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
-def _weight_of(layer: Any) -> NF4Weight:
+def _weight_of(layer: Any) -> Weight4bit:
     """The weight of a layer of bitsandbytes, in the same memory.
 
     Raises:
@@ -148,18 +150,21 @@ def _weight_of(layer: Any) -> NF4Weight:
     if state is None and is_quantized:
         raise ValueError("its quant_state is lost")
     kind = layer.weight.quant_type if state is None else state.quant_type
-    if kind != "nf4":
-        raise ValueError(f"{str(kind).upper()}, not NF4")
+    if kind not in CODES:
+        raise ValueError(f"{str(kind).upper()}, not NF4 or FP4")
     if data.is_meta:
         raise ValueError("its weight is offloaded, or not loaded yet")
+    w4: Weight4bit
     if state is None:
+        if kind != NF4:
+            raise ValueError("FP4 that bitsandbytes has not quantized yet; move the layer to its device first")
         w4 = quantize_nf4(data, layer.weight.blocksize, layer.weight.compress_statistics)
     else:
         with torch.device("cpu"):  # bitsandbytes makes tensors on the default device
             if getattr(state, "packing_format_for_cpu", False):
                 data, state = _unpacked_for_cpu(data, state)
             tensors = {f"weight.{key}": t for key, t in state.as_dict(packed=True).items()}
-        w4 = NF4Weight.from_bitsandbytes({"weight": data, **tensors}, "weight")
+        w4 = Weight4bit.from_bitsandbytes({"weight": data, **tensors}, "weight")
         if state.nested:
             w4 = dataclasses.replace(w4, nested_offset=state.offset.reshape(()).float())
     if tuple(w4.shape) != (layer.out_features, layer.in_features):
@@ -244,8 +249,8 @@ def _adopt_all(model: nn.Module) -> None:
     if adoption.left:
         name, why = next(iter(adoption.left.items()))
         raise ValueError(
-            f"model: expected dense layers, or NF4 layers of bitsandbytes; {len(adoption.left)} bitsandbytes layers "
-            f"cannot be adopted, such as {name} ({why})"
+            f"model: expected dense layers, or NF4 or FP4 layers of bitsandbytes; {len(adoption.left)} bitsandbytes "
+            f"layers cannot be adopted, such as {name} ({why})"
         )
 
 

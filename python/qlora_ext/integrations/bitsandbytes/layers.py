@@ -10,10 +10,10 @@ from bitsandbytes.functional import QuantState
 from torch import Tensor
 
 from ...nn import SCALES, Linear4bit
-from ...weight import NF4Weight, Weight4bit
+from ...weight import Weight4bit
 
 
-def _packed_state(w4: NF4Weight, prefix: str) -> dict[str, Tensor]:
+def _packed_state(w4: Weight4bit, prefix: str) -> dict[str, Tensor]:
     """The packed state of a layer with this weight, with the keys of our ``state_dict``."""
     tensors = {"weight": w4.packed, **{scale: getattr(w4, scale) for scale in SCALES}}
     return {prefix + name: t for name, t in tensors.items() if t is not None}
@@ -25,7 +25,7 @@ class FromBitsandbytes(Linear4bit):
     # If False, the first input determines the compute dtype, as in bitsandbytes.
     compute_type_is_set: bool
 
-    def become(self, w4: NF4Weight, compute_dtype: torch.dtype | None) -> None:
+    def become(self, w4: Weight4bit, compute_dtype: torch.dtype | None) -> None:
         """Initializes this object, whose class was ``bnb.nn.Linear4bit`` until now, as one of our layers.
 
         Args:
@@ -67,16 +67,18 @@ class FromBitsandbytes(Linear4bit):
             self.weight_dtype = w4.dtype
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _read(self, state_dict: dict[str, Any], prefix: str) -> NF4Weight:
+    def _read(self, state_dict: dict[str, Any], prefix: str) -> Weight4bit:
         """Reads this layer's weight from a state in bitsandbytes' format.
 
         Raises:
             KeyError, ValueError: a key is missing, or the weight has another form.
         """
-        w4 = NF4Weight.from_bitsandbytes(state_dict, f"{prefix}weight")
+        w4 = Weight4bit.from_bitsandbytes(state_dict, f"{prefix}weight")
         expected = self.packed_shapes["weight"]
         if tuple(w4.shape) != expected:
             raise ValueError(f"{prefix}weight: expected shape {list(expected)}, got {list(w4.shape)}")
+        if w4.code != self.form.code:
+            raise ValueError(f"{prefix}weight: expected {self.form.code.upper()} codes, got {w4.code.upper()}")
         self.check_form(_packed_state(w4, prefix), prefix)
         return w4
 

@@ -21,7 +21,8 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
     """The configuration that tells transformers which layers of a 4-bit model are 4-bit, and how they compute.
 
     Raises:
-        ValueError: the compute dtypes of the layers differ, or one replaces a layer that bitsandbytes leaves dense.
+        ValueError: the codes or the compute dtypes of the layers differ, or one replaces a layer that bitsandbytes
+            leaves dense.
     """
     layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
     for name, layer in model.named_modules():
@@ -30,12 +31,15 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
                 f"{name}: expected the 4-bit form of an nn.Linear, which transformers can load as a layer of "
                 f"bitsandbytes, got a {layer.dense_class.__name__}; save the model in qlora_ext's own form"
             )
+    codes = {layer.form.code for layer in layers}
+    if len(codes) != 1:
+        raise ValueError(f"model: expected 4-bit layers of one code, got {', '.join(sorted(codes))}")
     compute_dtypes = {str(layer.compute_dtype).removeprefix("torch.") for layer in layers}
     if len(compute_dtypes) != 1:
         raise ValueError(f"model: expected 4-bit layers of one compute dtype, got {sorted(compute_dtypes)}")
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_type=codes.pop(),
         bnb_4bit_use_double_quant=layers[0].double_quant,
         bnb_4bit_compute_dtype=compute_dtypes.pop(),
         llm_int8_skip_modules=[name for name, m in model.named_modules() if type(m) in CONVERSIONS],
@@ -43,7 +47,7 @@ def bitsandbytes_config(model: nn.Module) -> BitsAndBytesConfig:
 
 
 class BitsandbytesQuantizer(QLoRAQuantizer):
-    """Loads our layers instead of exactly those that ``BitsAndBytesConfig`` with NF4 requests from bitsandbytes.
+    """Loads our layers instead of exactly those that ``BitsAndBytesConfig`` requests from bitsandbytes.
 
     The model keeps that configuration and ``is_loaded_in_4bit``, and is saved in bitsandbytes' format, so that it also
     loads without qlora_ext.
@@ -52,7 +56,8 @@ class BitsandbytesQuantizer(QLoRAQuantizer):
     quantization_config: Any  # BitsAndBytesConfig
 
     def __init__(self, quantization_config: BitsAndBytesConfig, **kwargs: Any) -> None:
-        super().__init__(QLoRAConfig.from_bitsandbytes(quantization_config), **kwargs)
+        stored = bool(kwargs.get("pre_quantized", True))
+        super().__init__(QLoRAConfig.from_bitsandbytes(quantization_config, stored), **kwargs)
         self.quantization_config = quantization_config
 
     @property

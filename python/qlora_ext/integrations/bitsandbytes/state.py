@@ -20,8 +20,8 @@ def state_dict(model: nn.Module, storage: torch.dtype = torch.uint8) -> dict[str
 
     Returns:
         For a layer ``name``: ``name.weight`` [N·K/2 bytes, 1] in ``storage``, with ``.absmax``, ``.quant_map``,
-        ``.quant_state.bitsandbytes__nf4`` and, with double quantization, ``.nested_absmax`` and ``.nested_quant_map``.
-        Dense tensors are as in ``model.state_dict()``.
+        ``.quant_state.bitsandbytes__nf4`` (``fp4`` for that code) and, with double quantization, ``.nested_absmax`` and
+        ``.nested_quant_map``. Dense tensors are as in ``model.state_dict()``.
 
     Raises:
         TypeError: ``model`` is not an ``nn.Module``, or ``storage`` is not a dtype.

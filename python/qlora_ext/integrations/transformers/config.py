@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ... import _library
+from ... import _library, bitsandbytes_format
 from ..._internal.sizes import parse_size
 from ...dtypes import computing_dtype
 from ...form import Form
+from ...formats import NF4
 from ...streaming import SOURCES
 
 METHOD = "qlora_ext"
@@ -181,8 +182,8 @@ class QLoRAConfig(QuantizationConfigMixin):
             use such a model concurrently take turns at each layer.
         resident: with ``stream``, the memory that the weights may use on that device, such as "6GB".
 
-    ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit, ours or
-    bitsandbytes' NF4, keeps its own block sizes and scale form.
+    ``stream`` and ``resident`` depend on the machine and are not saved. A checkpoint that is already 4-bit,
+    in our format or in MXFP4, NVFP4, INT4, AWQ, GPTQ or bitsandbytes' formats, keeps its codes, block sizes and scales.
 
     Arguments of transformers' ``BitsAndBytesConfig`` work too: ``bnb_4bit_use_double_quant``,
     ``bnb_4bit_compute_dtype`` and ``llm_int8_skip_modules`` mean ``double_quant``, ``compute_dtype`` and
@@ -318,12 +319,14 @@ class QLoRAConfig(QuantizationConfigMixin):
         yield from self.to_dict().items()
 
     @classmethod
-    def from_bitsandbytes(cls, config: Any) -> QLoRAConfig:
+    def from_bitsandbytes(cls, config: Any, stored: bool = False) -> QLoRAConfig:
         """The configuration that quantizes like a ``BitsAndBytesConfig``, and reads checkpoints saved with it.
 
         Args:
             config: the ``BitsAndBytesConfig`` of transformers or of diffusers, or its fields, as in the ``config.json``
                 of a checkpoint.
+            stored: whether it belongs to weights that are 4-bit already. These may be FP4; dense ones are quantized to
+                NF4 only.
 
         Raises:
             ValueError: ``config`` is for int8 or FP4. TypeError: ``config`` is not such a configuration.
@@ -339,10 +342,11 @@ class QLoRAConfig(QuantizationConfigMixin):
             raise TypeError(f"config: expected a BitsAndBytesConfig or its fields, got {reprlib.repr(config)}")
         if config.get("load_in_8bit") or not config.get("load_in_4bit", True):
             raise ValueError("quantization_config: expected a bitsandbytes NF4 checkpoint, got int8 (LLM.int8())")
+        codes = bitsandbytes_format.CODES if stored else (NF4,)
         kind = config.get("bnb_4bit_quant_type", "fp4")  # bitsandbytes' own default
-        if kind != "nf4":
-            shown = str(kind).upper()[:20]
-            raise ValueError(f"quantization_config: expected a bitsandbytes NF4 checkpoint, got {shown}")
+        if kind not in codes:
+            expected, shown = " or ".join(codes).upper(), str(kind).upper()[:20]
+            raise ValueError(f"quantization_config: expected a bitsandbytes {expected} checkpoint, got {shown}")
         storage = _dtype_named("bnb_4bit_quant_storage", config.get("bnb_4bit_quant_storage"))
         ours = cls(
             double_quant=bool(config.get("bnb_4bit_use_double_quant", False)),

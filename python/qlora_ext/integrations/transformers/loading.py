@@ -11,7 +11,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
 from ...nn import Linear4bit, Packed4bit, TiedLinear4bit, scale_names
-from ...weight import NF4Weight, Weight4bit
+from ...weight import Weight4bit
 from .spill import Spill
 
 
@@ -98,5 +98,5 @@ class LoadBitsandbytes(ConversionOps):
             # Every weight of the checkpoint is passed, also those that are dense.
             dense: Tensor = _one(input_dict["weight"])
             return {full_layer_name: dense.to(getattr(layer, name).dtype)}
-        w4 = NF4Weight.from_bitsandbytes({key: _one(value) for key, value in input_dict.items()}, "weight")
+        w4 = Weight4bit.from_bitsandbytes({key: _one(value) for key, value in input_dict.items()}, "weight")
         return fill(layer, full_layer_name, w4, kwargs.get("missing_keys"))

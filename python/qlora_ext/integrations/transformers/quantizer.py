@@ -350,7 +350,7 @@ def merge_quantization_configs(original: Any, quantization_config: Any, quantiza
         saved = saved.get(ORIGINAL, saved)
         method = saved.get("quant_method", "bitsandbytes")
         if method == "bitsandbytes":
-            config = QLoRAConfig.from_bitsandbytes(saved)
+            config = QLoRAConfig.from_bitsandbytes(saved, stored=True)
             config.compute_dtype = quantization_config_from_args.compute_dtype
         elif method == METHOD:
             config = original(quantization_config, quantization_config_from_args)
