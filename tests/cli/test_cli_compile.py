@@ -85,7 +85,7 @@ def test_the_tokens_are_those_of_the_eager_model() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-@pytest.mark.parametrize("form", ["mxfp4"])
+@pytest.mark.parametrize("form", ["mxfp4", "q4_k"])
 def test_weights_of_other_forms(form: str) -> None:
     model = adapted()
     for i, (_, layer) in enumerate(layers_of(model)):

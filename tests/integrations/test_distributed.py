@@ -133,7 +133,7 @@ def test_ddp_leaves_streamed_layers_where_they_are(tmp_path: pathlib.Path, worke
 
 
 @pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("form", ["nf4", "nf4 alone", "mxfp4", "q4_0", "int4"])
+@pytest.mark.parametrize("form", ["nf4", "nf4 alone", "mxfp4", "q4_0", "int4", "q4_1", "awq"])
 @pytest.mark.parametrize("mixed", [True, False])
 def test_every_byte_survives(world: int, form: str, mixed: bool, workers: Callable[[int], Workers]) -> None:
     results = workers(world).run(tasks.odd_bytes, FORMS[form], mixed)

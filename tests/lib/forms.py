@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 import reference
-from qlora_ext import _C
 from qlora_ext.form import Form
 from qlora_ext.weight import Weight4bit, weight_of
 
@@ -29,8 +28,10 @@ FORMS = {
     "awq": Form("uint4", "float16", 128, offsets="zero_point8"),
     "float32 offsets": Form("uint4", "float32", 64, offsets="float32"),
     "bfloat16 offsets": Form("uint4", "bfloat16", 64, offsets="bfloat16"),
+    "made up": Form.of(
+        code=[-3, -2, -1.5, -1, -0.7, -0.5, -0.2, 0, 0.2, 0.4, 0.7, 1, 1.4, 2, 2.5, 4], scales="float16"
+    ),
 }
-PLAIN = [name for name, form in FORMS.items() if form.offsets is None]
 
 
 def _random(name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -69,6 +70,12 @@ def _array(t: Tensor) -> np.ndarray:
     return (t.float() if t.is_floating_point() else t).cpu().numpy()
 
 
+def _values(code: str) -> np.ndarray:
+    if code.startswith("0x"):
+        return np.frombuffer(bytes.fromhex(code[2:]), ">f4").astype(np.float32)
+    return reference.CODES[code]
+
+
 def oracle(w4: Weight4bit) -> np.ndarray:
     """The values of a weight [N, K], float32."""
     blocks = w4.absmax.numel()
@@ -80,8 +87,7 @@ def oracle(w4: Weight4bit) -> np.ndarray:
     elif w4.nested_offset is not None:
         mean = np.float32(w4.nested_offset.item())
         scales = reference.dequantize_absmax(scales, _array(w4.nested_absmax), mean, w4.nested_block_size)
-    values = reference.CODES[w4.code] if w4.code in reference.CODES else _C.code_values(w4.code)
-    flat = reference.dequantize_nf4(_array(w4.packed), scales, w4.shape.numel(), w4.block_size, values)
+    flat = reference.dequantize_nf4(_array(w4.packed), scales, w4.shape.numel(), w4.block_size, _values(w4.code))
     if w4.block_offsets is not None:
         offsets = _array(w4.block_offsets)
         if offsets.dtype == np.uint8:

@@ -36,6 +36,7 @@ class Renamed(nn.Linear):
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight)
+        nn.init.normal_(self.bias)
 
 
 class Scaled(nn.Linear):

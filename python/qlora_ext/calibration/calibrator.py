@@ -15,6 +15,7 @@ from .._internal import digest
 from .._internal.untrusted import FileError, printable
 from .._library import build_info
 from ..form import Form
+from ..formats import NF4
 from ..weight import Weight4bit
 from . import self_text
 from .encoder import Encoded, Feedback, encode
@@ -35,9 +36,9 @@ class LayerReport:
     Attributes:
         name: of the module, followed by the name of the weight if the module has several.
         method: "feedback", "scales" or "absmax".
-        error, absmax_error: relative error of the outputs on the calibration's tokens, and the same for plain NF4.
+        error, absmax_error: relative error of the outputs on the calibration's tokens, and the same if it were plain.
         tokens: number of tokens that reached the layer.
-        note: why the layer is plain NF4, if it could not be calibrated; else empty.
+        note: why the layer is plain, if it could not be calibrated; else empty.
     """
 
     name: str
@@ -387,7 +388,8 @@ class Calibrator:
     def _note(self, encoded: Encoded, feedback: Feedback) -> str:
         if feedback.factor is None and self.settings.method == "feedback":
             return "its inputs' second moments cannot be factorized"
-        return "plain NF4 was the best on its inputs" if encoded.method == "absmax" else ""
+        plain = "plain NF4" if encoded.weight.code == NF4 else "the format's own recipe"
+        return f"{plain} was the best on its inputs" if encoded.method == "absmax" else ""
 
 
 def _token_mask(batch: Any) -> Tensor | None:
