@@ -6,19 +6,19 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import core_model_loading
 from transformers.quantizers.quantizers_utils import get_module_from_name
 
-from ..._internal.untrusted import FileError, excerpt, printable
+from ..._internal.untrusted import excerpt, printable
 from ...checkpoints import Settings, format_of, joined, mxfp4, retained_of
 from ...form import Form
 from ...nn import Packed4bit, dense_modules, is_dense, paths_to
 from ...weight import Weight4bit
+from .checkpoint_files import Header, Names, read_headers
 from .loading import fill
 from .modules import empty_layer
 from .source import Source
@@ -30,14 +30,6 @@ _SCALES = ("weight_scale", "scales")
 _SCALE_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The name under which transformers collects the tensors of a weight.
 _PATTERN = "tensors of a 4-bit weight"
-
-
-class _Header(NamedTuple):
-    """What a file says about a tensor."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -101,32 +93,6 @@ class _Scaled:
         return scale.float().reshape(-1, 1)
 
 
-class _Names:
-    """transformers' names in ``model`` for the tensors of its checkpoints."""
-
-    def __init__(self, model: Any) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-
-        entries: Any = get_model_conversion_mapping(model)
-        self._renamings = [e for e in entries if isinstance(e, core_model_loading.WeightRenaming)]
-        self._converters = [e for e in entries if isinstance(e, core_model_loading.WeightConverter)]
-        self._state, self._prefix = model.state_dict(), model.base_model_prefix
-
-    def place(self, key: str) -> tuple[str | None, str | None]:
-        """The name of a tensor in the model, None if it has none, and the pattern of a converter that makes it."""
-        target, pattern = core_model_loading.rename_source_key(
-            key, self._renamings, self._converters, self._prefix, self._state
-        )
-        if target not in self._state and key in self._state:
-            target, pattern = key, None
-        return target if target in self._state else None, pattern
-
-    def converter(self, pattern: str | None) -> tuple[list[Any], list[str]]:
-        """The operations of the converter with that pattern, and all its patterns, in order."""
-        found = next((c for c in self._converters if pattern in c.source_patterns), None)
-        return ([], []) if found is None else (found.operations, found.source_patterns)
-
-
 @dataclasses.dataclass
 class _Weight:
     """A 4-bit weight of the model.
@@ -187,7 +153,7 @@ class CheckpointSource(Source):
     # Before the weights are read
 
     def forms(self, model: nn.Module, files: Sequence[str]) -> dict[str, Form]:
-        headers, names = _headers(files), _Names(model)
+        headers, names = read_headers(files), Names(model)
         found = self._stored(headers)
         self._weights = self._placed(model, names, found, headers)
         self._scaled = self._placed_scaled(names, headers)
@@ -201,7 +167,7 @@ class CheckpointSource(Source):
             name: dataclasses.replace(form, block_size=self._weights[name].block_size) for name, form in forms.items()
         }
 
-    def _stored(self, headers: Mapping[str, _Header]) -> dict[str, _Matrix]:
+    def _stored(self, headers: Mapping[str, Header]) -> dict[str, _Matrix]:
         """The 4-bit weights of the files, by the names that dense ones would have.
 
         Raises:
@@ -224,7 +190,7 @@ class CheckpointSource(Source):
             raise ValueError(f"{printable(file)}: expected 4-bit weights of the format {self.name}, found none")
         return found
 
-    def _groups(self, headers: Mapping[str, _Header]) -> dict[str, dict[str, str]]:
+    def _groups(self, headers: Mapping[str, Header]) -> dict[str, dict[str, str]]:
         """The tensors that have a name of the format, by that name, for each name of a dense weight."""
         names = self.format.tensors(self.settings)
         groups: dict[str, dict[str, str]] = {}
@@ -234,7 +200,7 @@ class CheckpointSource(Source):
                 groups.setdefault(dense, {})[tensor] = key
         return groups
 
-    def _placed_scaled(self, names: _Names, headers: Mapping[str, _Header]) -> dict[str, _Scaled]:
+    def _placed_scaled(self, names: Names, headers: Mapping[str, Header]) -> dict[str, _Scaled]:
         """The weights in FP8, by their names in the model.
 
         Raises:
@@ -262,7 +228,7 @@ class CheckpointSource(Source):
         return f"{module}.weight", tensor
 
     def _placed(
-        self, model: nn.Module, names: _Names, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header]
+        self, model: nn.Module, names: Names, stored: Mapping[str, _Matrix], headers: Mapping[str, Header]
     ) -> dict[str, _Weight]:
         """The 4-bit weights, by their names in the model. Those for which it has no place are left to transformers.
 
@@ -282,10 +248,10 @@ class CheckpointSource(Source):
     def _placed_weight(
         self,
         model: nn.Module,
-        names: _Names,
+        names: Names,
         target: str,
         by_pattern: Mapping[str | None, list[tuple[str, _Matrix]]],
-        headers: Mapping[str, _Header],
+        headers: Mapping[str, Header],
     ) -> _Weight:
         """The weight ``target`` of the model, from the names and matrices that a converter's patterns match."""
         module, name = get_module_from_name(model, target)
@@ -315,7 +281,7 @@ class CheckpointSource(Source):
         matrices = [list(parts) for parts in zip(*columns, strict=True)]
         return _Weight(shape, matrices, is_split, self._settings_of(matrices, headers))
 
-    def _check_surplus(self, stored: Mapping[str, _Matrix], headers: Mapping[str, _Header], names: _Names) -> None:
+    def _check_surplus(self, stored: Mapping[str, _Matrix], headers: Mapping[str, Header], names: Names) -> None:
         """Rejects tensors of modules with 4-bit weights that belong to neither the format nor the model.
 
         GPTQ's writers give every module a bias of zeros, which are ignored.
@@ -334,7 +300,7 @@ class CheckpointSource(Source):
                     f"{excerpt(module, 200)}, got {excerpt(key, 200)} too"
                 )
 
-    def _settings_of(self, matrices: list[list[_Matrix]], headers: Mapping[str, _Header]) -> Settings:
+    def _settings_of(self, matrices: list[list[_Matrix]], headers: Mapping[str, Header]) -> Settings:
         """The settings with the dtype of the scales in the files."""
         tensors = matrices[0][0].tensors
         scale = next((headers[tensors[name]].dtype for name in _SCALES if name in tensors), "")
@@ -527,24 +493,3 @@ def _is_lossless(operations: Sequence[Any], parts: int) -> bool:
     expected = [(core_model_loading.MergeModulelist, 0), (core_model_loading.Concatenate, 1)]
     found = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
     return found == expected[: 0 if not operations else min(parts, 2)]
-
-
-def _headers(files: Sequence[str]) -> dict[str, _Header]:
-    """The headers of all tensors in safetensors files, by name.
-
-    Raises:
-        ValueError: there are no such files, or one is damaged.
-    """
-    found: dict[str, _Header] = {}
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        found_files = ", ".join(map(printable, files)) or "none"
-        raise ValueError(f"checkpoint: expected safetensors files with 4-bit weights, got {found_files}")
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118  # no mapping
-                    part = opened.get_slice(key)
-                    found[key] = _Header(file, part.get_dtype(), tuple(part.get_shape()))
-        except (OSError, SafetensorError) as error:
-            raise FileError(f"{printable(file)}: truncated or damaged: {excerpt(str(error))}") from error
-    return found

@@ -1,0 +1,66 @@
+"""The tensors of safetensors files, and transformers' names for them in a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from transformers import core_model_loading
+
+from ..._internal.untrusted import FileError, excerpt, printable
+
+
+class Header(NamedTuple):
+    """What a file says about a tensor."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_headers(files: Sequence[str]) -> dict[str, Header]:
+    """The headers of all tensors in safetensors files, by name.
+
+    Raises:
+        ValueError: there are no such files, or one is damaged.
+    """
+    found: dict[str, Header] = {}
+    if not files or not all(str(file).endswith(".safetensors") for file in files):
+        found_files = ", ".join(map(printable, files)) or "none"
+        raise ValueError(f"checkpoint: expected safetensors files with 4-bit weights, got {found_files}")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  # no mapping
+                    part = opened.get_slice(key)
+                    found[key] = Header(file, part.get_dtype(), tuple(part.get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise FileError(f"{printable(file)}: truncated or damaged: {excerpt(str(error))}") from error
+    return found
+
+
+class Names:
+    """transformers' names in ``model`` for the tensors of its checkpoints."""
+
+    def __init__(self, model: Any) -> None:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+
+        entries: Any = get_model_conversion_mapping(model)
+        self._renamings = [e for e in entries if isinstance(e, core_model_loading.WeightRenaming)]
+        self._converters = [e for e in entries if isinstance(e, core_model_loading.WeightConverter)]
+        self._state, self._prefix = model.state_dict(), model.base_model_prefix
+
+    def place(self, key: str) -> tuple[str | None, str | None]:
+        """The name of a tensor in the model, None if it has none, and the pattern of a converter that makes it."""
+        target, pattern = core_model_loading.rename_source_key(
+            key, self._renamings, self._converters, self._prefix, self._state
+        )
+        if target not in self._state and key in self._state:
+            target, pattern = key, None
+        return target if target in self._state else None, pattern
+
+    def converter(self, pattern: str | None) -> tuple[list[Any], list[str]]:
+        """The operations of the converter with that pattern, and all its patterns, in order."""
+        found = next((c for c in self._converters if pattern in c.source_patterns), None)
+        return ([], []) if found is None else (found.operations, found.source_patterns)
