@@ -281,3 +281,29 @@ def test_nvfp4_with_a_further_scale(tmp_path: pathlib.Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a.gguf: blk.0.attn_q.scale: expected 1 finite factors, got .*nan"):
         reader(path).stored(query)
+
+
+def test_training_leaves_the_bits_of_the_file(four_bit_file: pathlib.Path) -> None:
+    """An adapter on the file's weights gets the gradients of one on the decoded weights."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    ids = token_ids()
+    gradients = []
+    for model in (
+        reader(four_bit_file).load(quantization_config=QLoRAConfig(), dtype=torch.float32),
+        dense(four_bit_file),
+    ):
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config)
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
+        torch.optim.SGD(adapted.parameters(), lr=0.1).step()
+        after = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
+        assert after.keys() == before.keys()
+        assert all(torch.equal(t, before[name]) for name, t in after.items())
+    ours, expected = gradients
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name

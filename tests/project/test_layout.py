@@ -181,7 +181,10 @@ def test_assembly_stands_in_ptx_and_the_vocabularies_only() -> None:
 def test_compilers_and_systems_are_told_apart_in_one_header() -> None:
     """Elsewhere the code is for all of them, but for what asks the processor and what Linux and Windows lack."""
     elsewhere = r"cpp/format/portable\.h|cpp/cpu/isa/isa\.cpp|cpp/runtime/"
-    assert offenders(r"__attribute__|__declspec|_overflow\(|\b(_WIN32|__APPLE__|__linux__|_MSC_VER|__GNUC__)\b", elsewhere) == []
+    assert (
+        offenders(r"__attribute__|__declspec|_overflow\(|\b(_WIN32|__APPLE__|__linux__|_MSC_VER|__GNUC__)\b", elsewhere)
+        == []
+    )
 
 
 def test_kernels_are_launched_in_launch_only() -> None:
