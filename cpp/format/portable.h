@@ -31,9 +31,9 @@
 #define QLORA_EXPORT_TYPE QLORA_EXPORT
 #endif
 
-// Symbols of other libraries that may be missing, with some versions or in some programs. They are declared QLORA_OPTIONAL,
-// and QLORA_FIND(library, symbol) is the symbol's address, or null. `library` is the name that it has on Windows, where
-// references to libraries cannot be weak.
+// Symbols of other libraries that may be missing, with some versions or in some programs. They are declared
+// QLORA_OPTIONAL, and QLORA_FIND(library, symbol) is the symbol's address, or null. `library` is the name that it has
+// on Windows, where references to libraries cannot be weak.
 #if defined(_WIN32)
 namespace qlora {
 void* find_symbol(const char* library, const char* name);  // cpp/runtime/windows_symbols.cpp

@@ -5,8 +5,10 @@
 #include <iterator>
 #include <string>
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -19,15 +21,30 @@
 namespace qlora::cpu {
 namespace {
 
+#if QLORA_X86
+// __builtin_cpu_supports would read a table of the compiler's runtime library, which Windows programs may not have.
+struct Cpuid {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;  // all 0 for a leaf that the processor lacks
+
+  explicit Cpuid(unsigned leaf, unsigned subleaf = 0) { __get_cpuid_count(leaf, subleaf, &eax, &ebx, &ecx, &edx); }
+};
+
+// Whether the system saves these registers when it switches between threads: bits of XCR0.
+bool saves(unsigned states) {
+  if (!(Cpuid(1).ecx & 1u << 27)) return false;  // OSXSAVE
+  unsigned low = 0, high = 0;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (low & states) == states;
+}
+#endif
+
 // Whether the processor has AMX-TILE and AMX-BF16, and the system lets this process use tiles. A process has to ask the
 // system once: until then, the first tile instruction ends the process. The permission holds for all its threads, also
 // those that start later.
 [[maybe_unused]] bool may_use_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kAmxBf16Bit = 1u << 22, kAmxTileBit = 1u << 24;  // of EDX, leaf 7
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return false;
-  if ((edx & (kAmxBf16Bit | kAmxTileBit)) != (kAmxBf16Bit | kAmxTileBit)) return false;
+  if ((Cpuid(7).edx & (kAmxBf16Bit | kAmxTileBit)) != (kAmxBf16Bit | kAmxTileBit)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, of asm/prctl.h since Linux 5.16
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -58,18 +75,20 @@ uint32_t processor_features() {
   if (has_arm_bf16()) features |= kArmBf16;
 #endif
 #if QLORA_X86
-  __builtin_cpu_init();  // not every runtime library calls it at start
-  const auto add = [&](Feature feature, int has) { features |= has ? feature : 0u; };
-  add(kAvx2, __builtin_cpu_supports("avx2"));
-  add(kFma, __builtin_cpu_supports("fma"));
-  add(kF16c, __builtin_cpu_supports("f16c"));
-  add(kAvx512f, __builtin_cpu_supports("avx512f"));
-  add(kAvx512bw, __builtin_cpu_supports("avx512bw"));
-  add(kAvx512vl, __builtin_cpu_supports("avx512vl"));
-  add(kAvx512dq, __builtin_cpu_supports("avx512dq"));
-  add(kAvx512vbmi, __builtin_cpu_supports("avx512vbmi"));
-  add(kAvx512bf16, __builtin_cpu_supports("avx512bf16"));
-  add(kAvx512vnni, __builtin_cpu_supports("avx512vnni"));
+  const auto add = [&](Feature feature, bool has) { features |= has ? feature : 0u; };
+  constexpr unsigned kYmm = 0x6, kZmm = 0xe6;
+  const Cpuid base(1), extended(7), more(7, 1);
+  const bool ymm = saves(kYmm), zmm = saves(kZmm);
+  add(kAvx2, ymm && extended.ebx >> 5 & 1);
+  add(kFma, ymm && base.ecx >> 12 & 1);
+  add(kF16c, ymm && base.ecx >> 29 & 1);
+  add(kAvx512f, zmm && extended.ebx >> 16 & 1);
+  add(kAvx512bw, zmm && extended.ebx >> 30 & 1);
+  add(kAvx512vl, zmm && extended.ebx >> 31 & 1);
+  add(kAvx512dq, zmm && extended.ebx >> 17 & 1);
+  add(kAvx512vbmi, zmm && extended.ecx >> 1 & 1);
+  add(kAvx512bf16, zmm && extended.eax >= 1 && more.eax >> 5 & 1);
+  add(kAvx512vnni, zmm && extended.ecx >> 11 & 1);
   add(kAmxBf16, may_use_tiles());
 #endif
   return features;
@@ -77,7 +96,7 @@ uint32_t processor_features() {
 
 bool is_intel() {
 #if QLORA_X86
-  return __builtin_cpu_is("intel");
+  return Cpuid(0).ebx == signature_INTEL_ebx;
 #else
   return false;
 #endif
