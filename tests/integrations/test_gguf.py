@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pathlib
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -281,3 +283,75 @@ def test_nvfp4_with_a_further_scale(tmp_path: pathlib.Path) -> None:
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a.gguf: blk.0.attn_q.scale: expected 1 finite factors, got .*nan"):
         reader(path).stored(query)
+
+
+def test_training_leaves_the_bits_of_the_file(four_bit_file: pathlib.Path) -> None:
+    """An adapter on the file's weights gets the gradients of one on the decoded weights."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    ids = token_ids()
+    gradients = []
+    for model in (
+        reader(four_bit_file).load(quantization_config=QLoRAConfig(), dtype=torch.float32),
+        dense(four_bit_file),
+    ):
+        before = {name: t.clone() for name, t in model.state_dict().items()}
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+        adapted = peft.get_peft_model(model, config)
+        loss = adapted(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients.append({name: p.grad for name, p in adapted.named_parameters() if p.requires_grad})
+        torch.optim.SGD(adapted.parameters(), lr=0.1).step()
+        after = {name.replace(".base_layer", ""): t for name, t in model.state_dict().items() if "lora_" not in name}
+        assert after.keys() == before.keys()
+        assert all(torch.equal(t, before[name]) for name, t in after.items())
+    ours, expected = gradients
+    assert ours.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (ours[name] - gradient).norm() <= 1e-4 * gradient.norm(), name
+
+
+PEAK = """
+import pathlib, sys, threading
+import torch, qlora_ext
+from transformers import AutoConfig, AutoModelForCausalLM
+from qlora_ext.gguf import GGUFWeights
+
+def resident():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmRSS"))
+
+def load(path):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name))
+    weights = GGUFWeights(path, model)
+    return weights.load(quantization_config=qlora_ext.QLoRAConfig(), dtype=torch.bfloat16)
+
+load(pathlib.Path(sys.argv[2]))  # one-time loads and allocations
+before, peak, done = resident(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, resident())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+model = load(pathlib.Path(sys.argv[1]))
+done.set()
+watcher.join()
+print(max(peak, resident()) - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+def test_memory_at_load_is_that_of_the_file(four_bit_file: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    config = LlamaConfig(**{**WIDE, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 6})
+    path = tmp_path / "big.gguf"
+    write(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), path, "llama", kinds=["Q4_K"])
+    command = [sys.executable, "-c", PEAK, str(path), str(four_bit_file)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    size, slack = path.stat().st_size, 8 << 20  # for the allocator and the weight that is being read
+    assert size > 50e6
+    assert int(run.stdout) < 1.1 * size + slack, f"peak {int(run.stdout) >> 20} MiB, file {size >> 20} MiB"

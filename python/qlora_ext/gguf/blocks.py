@@ -33,6 +33,7 @@ from ..weight import Weight4bit, weight_of
 from .file import TensorInfo
 
 _Fields = dict[str, Any]  # of a Weight4bit
+_CHUNK = 1 << 18  # bytes that are repacked at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,16 +64,31 @@ class _Layout:
 
 def _from_halves(codes: Tensor, group: int) -> Tensor:
     """Consecutive elements in one byte, the first one in the high nibble, from groups of halves."""
-    halves = codes.reshape(-1, group)
-    even, odd = halves[:, 0::2], halves[:, 1::2]
-    return torch.cat(((even << 4) | (odd & 0x0F), (even & 0xF0) | (odd >> 4)), dim=1)
+
+    def repack(halves: Tensor) -> Tensor:
+        even, odd = halves[:, 0::2], halves[:, 1::2]
+        return torch.cat(((even << 4) | (odd & 0x0F), (even & 0xF0) | (odd >> 4)), dim=1)
+
+    return _repacked(codes, group, repack)
 
 
 def _to_halves(packed: Tensor, group: int) -> Tensor:
     """The inverse of ``_from_halves``."""
-    first, second = packed.reshape(-1, 2, group // 2).unbind(1)
-    even, odd = (first >> 4) | (second & 0xF0), (first & 0x0F) | (second << 4)
-    return torch.stack((even, odd), dim=2).reshape(-1, group)
+
+    def repack(groups: Tensor) -> Tensor:
+        first, second = groups.chunk(2, dim=1)
+        return torch.stack(((first >> 4) | (second & 0xF0), (first & 0x0F) | (second << 4)), dim=2)
+
+    return _repacked(packed, group, repack)
+
+
+def _repacked(codes: Tensor, group: int, repack: Callable[[Tensor], Tensor]) -> Tensor:
+    """``codes`` [rows, bytes], with ``repack`` applied to its groups, a few rows at a time that stay in the cache."""
+    out = torch.empty(codes.shape, dtype=torch.uint8, device="cpu")
+    step = max(1, _CHUNK // codes.shape[1])
+    for source, target in zip(codes.split(step), out.split(step), strict=True):
+        target.copy_(repack(source.reshape(-1, group)).view(target.shape))
+    return out
 
 
 def _float16(header: Tensor, name: str) -> Tensor:
@@ -239,6 +255,6 @@ def read(kind: str, data: Any, shape: Sequence[int], where: str) -> Weight4bit:
 def write(kind: str, w4: Weight4bit) -> bytes:
     """The bytes of a weight that ``read`` returned for this ``kind``."""
     layout = _LAYOUTS[kind]
-    codes = _to_halves(w4.packed, layout.group).reshape(-1, layout.elements // 2)
+    codes = _to_halves(w4.packed.reshape(-1, layout.elements // 2), layout.group)
     data: bytes = torch.cat((layout.write(w4), codes), dim=1).numpy().tobytes()
     return data
